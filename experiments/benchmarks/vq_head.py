@@ -24,7 +24,8 @@ from experiments.benchmarks._suite import (
     temp_bytes,
 )
 from experiments.shared.timing import paired_ratio, paired_seconds
-from logitjax import heads, losses, ops, vq
+from experiments.vq_head.adaptive import AdaptiveConfig, adaptive_nll, adaptive_topk
+from logitjax import losses, ops, vq
 from logitjax.commands import figures
 
 #: Hidden size, vocabulary, codes.
@@ -55,9 +56,7 @@ def _case(hidden: int, vocab: int, codes: int, count: int) -> dict[str, Any]:
 
 
 def _adaptive(hidden: int, vocab: int, unigram: np.ndarray) -> dict[str, Any]:
-    config = heads.AdaptiveConfig(
-        vocab_size=vocab, hidden_size=hidden, cutoffs=(vocab // 25, vocab // 5)
-    )
+    config = AdaptiveConfig(vocab_size=vocab, hidden_size=hidden, cutoffs=(vocab // 25, vocab // 5))
     return config.init(jax.random.key(0), unigram)
 
 
@@ -101,7 +100,7 @@ def _decoders(case: dict[str, Any], codes: int) -> dict[str, Callable[[jax.Array
         return screened(h, packed.logits, rows)
 
     def tails(h: jax.Array, params: Any) -> Any:
-        return heads.adaptive_topk(h, params, TOP)
+        return adaptive_topk(h, params, TOP)
 
     weights = {
         "full": (full, rows),
@@ -134,7 +133,7 @@ def _losses(case: dict[str, Any]) -> dict[str, tuple[Callable[..., Any], tuple[A
         return vq.vq_nll(h, codebook, bias, assignment, labels).mean()
 
     def adaptive_loss(h: jax.Array, params: Any) -> jax.Array:
-        return heads.adaptive_nll(h, params | tables, labels).mean()
+        return adaptive_nll(h, params | tables, labels).mean()
 
     return {
         "full": (jax.value_and_grad(full, (0, 1)), (hidden, rows)),

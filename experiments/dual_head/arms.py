@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from experiments.dual_head.config import Config
+from experiments.dual_head.shufflenet import ShuffleNetV2
 from logitjax import distillation, heads, losses, vision
 
 Auxiliary = Literal["linear", "mlp"]
@@ -40,17 +41,22 @@ class MLP(nnx.Module):
 def create_network(
     name: str, num_classes: int, shape: tuple[int, ...], auxiliary: Auxiliary | None, *, key: Any
 ) -> vision.ImageClassifier:
-    """An MLP, `mlp-512-128`, or what `create_classifier` knows; a seed's arms share a trunk."""
-    head = None
+    """An MLP, `mlp-512-128`, ShuffleNetV2, or what `create_classifier` knows.
+
+    A seed's arms share a trunk.
+    """
+    head: Any = heads.torch_linear
     if auxiliary is not None:
         head = functools.partial(distillation.DualHead, auxiliary=auxiliary)
     rngs = nnx.Rngs(key)
     if name.startswith("mlp-"):
         widths = tuple(int(part) for part in name.split("-")[1:])
-        backbone = MLP(math.prod(shape), widths, rngs=rngs)
-        make = heads.torch_linear if head is None else head
-        return vision.ImageClassifier(backbone, make(widths[-1], num_classes, rngs=rngs))
-    return vision.create_classifier(name, num_classes, channels=shape[-1], head=head, rngs=rngs)
+        backbone: Any = MLP(math.prod(shape), widths, rngs=rngs)
+    elif name == "shufflenet_v2":
+        backbone = ShuffleNetV2(shape[-1], rngs=rngs)
+    else:
+        return vision.create_classifier(name, num_classes, channels=shape[-1], head=head, rngs=rngs)
+    return vision.ImageClassifier(backbone, head(backbone.num_features, num_classes, rngs=rngs))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

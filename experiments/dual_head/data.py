@@ -115,12 +115,14 @@ def _statistics(spec: str, images: Any) -> tuple[tuple[float, ...], tuple[float,
 
 def _text(split: str, limit: int) -> Part:
     # tfds shuffled the examples when it wrote them: the first ones are as good as any.
-    examples = data.load_examples("tfds:udhr", split=f"{split}[:{limit}]" if limit else split)
+    examples = data.load_examples(
+        "tfds:experiments.dual_head.udhr:Udhr", split=f"{split}[:{limit}]" if limit else split
+    )
     texts = [example["text"] for example in examples]
-    # The package of builders imports tfds, which pictures do without.
-    from logitjax.data.builders import BUILDERS
+    # The builder imports tfds, which pictures do without.
+    from experiments.dual_head.udhr import LANGUAGES
 
-    number = {code: i for i, code in enumerate(BUILDERS["udhr"].LANGUAGES)}
+    number = {code: i for i, code in enumerate(LANGUAGES)}
     labels = np.array([number[example["language"]] for example in examples], np.int32)
     return Part(inputs=hashed_ngrams(texts), labels=labels)
 

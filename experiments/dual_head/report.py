@@ -20,13 +20,9 @@ PUBLISHED: dict[tuple[str, str], dict[str, float]] = {
     ("resnet32x4", "resnet8x4"): dict(
         T=79.42, ce=72.50, kd=73.33, dkd=76.32, kd_standardized=76.62
     ),
-    ("wrn_40_2", "wrn_16_2"): dict(T=75.61, ce=73.26, kd=74.92, dkd=76.24, kd_standardized=76.11),
-    ("wrn_40_2", "wrn_40_1"): dict(T=75.61, ce=71.98, kd=73.54, dkd=74.81, kd_standardized=74.37),
-    ("vgg13", "vgg8"): dict(T=74.64, ce=70.36, kd=72.98, dkd=74.68, kd_standardized=74.36),
     ("resnet32x4", "shufflenet_v2"): dict(
         T=79.42, ce=71.82, kd=74.45, dkd=77.07, kd_standardized=75.56
     ),
-    ("vgg13", "mobilenet_v2"): dict(T=74.64, ce=64.60, kd=67.37, dkd=69.71, kd_standardized=68.61),
     ("imagenet_resnet34", "imagenet_resnet18"): dict(kd=71.03, dkd=71.70),
 }
 

@@ -20,7 +20,10 @@ class Config:
         _LAYERS, "Layers of the large model that the small base keeps."
     )
     general: str = field("tfds:wiki_summaries", "Text to heal on, and to score as general text.")
-    domain: str = field("tfds:first_folio", "Text of the first domain, or a task as gsm8k:DIR.")
+    domain: str = field(
+        "tfds:experiments.dynamic_fusion.first_folio:FirstFolio",
+        "Text of the first domain, or a task as gsm8k:DIR.",
+    )
     task: str = field("topics:tfds:wiki_summaries", "Second domain: topics:SOURCE or letters.")
     models_dir: str = field(".cache/dynamic_fusion", "Folder of the models, which runs share.")
     seq_len: int = field(128, "Number of tokens in a row.")

@@ -97,7 +97,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "report": dict(policy=REPORT, seeds=3, corner=620),
     "paper": dict(
         model="hf:distilbert/distilgpt2",
-        data="tfds:wikitext103",
+        data="tfds:experiments.shared.wikitext103:Wikitext103",
         policy=REPORT,
         seeds=3,
         prompts=1000,

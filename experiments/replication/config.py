@@ -101,7 +101,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     "paper": dict(
         # DistilGPT2's shape; a head over 50,257 tokens.
-        data="tfds:wikitext103",
+        data="tfds:experiments.shared.wikitext103:Wikitext103",
         splits=("train", "validation", "test"),
         vocab=50_257,
         width=768,

@@ -11,6 +11,7 @@ from etils import epath
 
 from experiments.replication import arms
 from experiments.replication.config import Config
+from experiments.replication.geometry import compare_geometry
 from experiments.shared import fit
 from experiments.shared.records import Record, kept
 from experiments.shared.small_text import Text, count_tokens, pack_splits, small_text
@@ -109,9 +110,9 @@ def train_student(scene: Scene, arm: str, directory: epath.Path, seed: int, rate
         "parameters": _size(params) + _size(given),
         "trained": _size(params),
         "seconds": _speed(scene, student, params, given),
-        **dataclasses.asdict(leakage.compare_geometry(states, others)),
+        **dataclasses.asdict(compare_geometry(states, others)),
     }
-    null = dataclasses.asdict(leakage.compare_geometry(states, others, paired=False))
+    null = dataclasses.asdict(compare_geometry(states, others, paired=False))
     processes.remove_directory(directory / "checkpoints")
     return record | {f"null_{name}": value for name, value in null.items()}
 

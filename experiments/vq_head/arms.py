@@ -9,6 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from experiments.vq_head.adaptive import (
+    AdaptiveConfig,
+    adaptive_cost,
+    adaptive_nll,
+    adaptive_topk,
+)
 from experiments.vq_head.data import Context
 from logitjax import heads, losses, ops, vq
 
@@ -310,7 +316,7 @@ def _packed(codes: vq.ProductCodes, cost: heads.HeadCost, curve: tuple[float, ..
 def _adaptive(ctx: Context, trial: Trial) -> Converted:
     """On labels: its log-probabilities are not linear in anything the old head's sums hold."""
     train, vocab = ctx.splits["train"], ctx.vocab
-    options = heads.AdaptiveConfig(
+    options = AdaptiveConfig(
         vocab_size=vocab,
         hidden_size=ctx.width,
         cutoffs=(vocab // 24, vocab // 5),
@@ -321,20 +327,19 @@ def _adaptive(ctx: Context, trial: Trial) -> Converted:
     params, curve = tune(
         ctx,
         trial,
-        lambda params, tables, h, y: heads.adaptive_nll(h, params | tables, y),
+        lambda params, tables, h, y: adaptive_nll(h, params | tables, y),
         params,
         [train.hidden, train.labels],
         tables,
     )
     ranks = np.asarray(tables["rank"])[train.labels]
     labels_in = [float(((ranks >= start) & (ranks < stop)).mean()) for start, stop in options.tails]
-    head = heads.AdaptiveHead(options, ctx.unigram, params=params | tables, rngs=nnx.Rngs(0))
     return Converted(
-        nll=lambda arrays, h, y: heads.adaptive_nll(h, arrays, y),
-        top_k=lambda arrays, h: heads.adaptive_topk(h, arrays, 5).indices,
+        nll=lambda arrays, h, y: adaptive_nll(h, arrays, y),
+        top_k=lambda arrays, h: adaptive_topk(h, arrays, 5).indices,
         params=params,
         given=tables,
-        cost=head.cost(labels_in=labels_in),
+        cost=adaptive_cost(params, tables, labels_in),
         curve=curve,
     )
 

@@ -158,7 +158,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": dict(
         # C4: --data=tfds:c4:en --splits='train[:200000]' --splits='validation[:50%]'
         # --splits='validation[50%:]', it has no test split.
-        data="tfds:wikitext103",
+        data="tfds:experiments.shared.wikitext103:Wikitext103",
         train_tokens=1_000_000,
         validation_tokens=100_000,
         test_tokens=240_000,

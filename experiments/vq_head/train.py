@@ -15,9 +15,10 @@ from experiments.shared import fit
 from experiments.shared.records import Record
 from experiments.shared.small_text import Text
 from experiments.vq_head import arms
+from experiments.vq_head.adaptive import AdaptiveConfig, adaptive_nll
 from experiments.vq_head.config import Config
 from experiments.vq_head.data import Context
-from logitjax import heads, losses, models, training, vq
+from logitjax import losses, models, training, vq
 
 #: `(params, given, hidden, labels)` to the loss of each position.
 Nll = Callable[[Any, Any, Any, Any], Any]
@@ -145,14 +146,12 @@ def _head(ctx: Context, arm: str, seed: int) -> Head:
         params = {"down": normal(width, rank), "kernel": normal(vocab, rank), "bias": log_unigram}
         return Head(params, {}, _full_nll)
     if arm == "adaptive":
-        config = heads.AdaptiveConfig(
+        config = AdaptiveConfig(
             vocab_size=vocab, hidden_size=width, cutoffs=(vocab // 20, vocab // 4), div_value=4.0
         )
         params = config.init(key, jnp.asarray(text.unigram))
         tables = {name: params.pop(name) for name in ("order", "rank")}
-        return Head(
-            params, tables, lambda params, given, h, y: heads.adaptive_nll(h, params | given, y)
-        )
+        return Head(params, tables, lambda params, given, h, y: adaptive_nll(h, params | given, y))
     if arm == "vq_random":
         assignment = jax.random.permutation(key, jnp.arange(vocab) * codes // vocab)
     else:

@@ -1,10 +1,11 @@
 """Prepare data sets of tensorflow-datasets once, to read them without TensorFlow.
 
-    logitjax prepare wiki_summaries austen
+    logitjax prepare wiki_summaries my_package.my_builders:MyText
 
-The data sets are written as array_record files. Our own (`wiki_summaries`, `austen`, ...) need no
-TensorFlow. Those that come with tfds need it while they are prepared: first
-`pip install 'logitjax[prepare]'`. A data set that exists is left alone.
+The data sets are written as array_record files. Our own (`wiki_summaries`,
+`fashion_mnist_png`) and builders of yours need no TensorFlow. Those that come with tfds need it
+while they are prepared: first `pip install 'logitjax[prepare]'`. A data set that exists is left
+alone.
 """
 
 import dataclasses

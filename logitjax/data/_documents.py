@@ -28,13 +28,6 @@ def render_example(example: Mapping[str, Any]) -> list[tuple[str, bool]]:
     """Text as it is; prompt and response joined as they are; messages in ChatML.
 
     Only responses and what the assistant says (with the end mark) are learnt.
-
-    >>> render_example({"prompt": "2 + 2 = ", "response": "4"})
-    [('2 + 2 = ', False), ('4', True)]
-    >>> render_example({"messages": [{"role": "user", "content": "Hi"},
-    ...                              {"role": "assistant", "content": "Hello"}]})
-    [('<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n', False),
-     ('Hello<|im_end|>', True), ('\\n', False)]
     """
     if "text" in example:
         return [(example["text"], True)]
@@ -92,11 +85,6 @@ def split_document(
     """Pieces that hold the same text for every tokenizer and fit into `seq_len` tokens of each.
 
     A document is cut only when it does not fit, before white space where there is some.
-
-    Raises:
-        DocumentTooLong: it does not fit and `may_split` is false, or the tokenizers' texts differ
-            (each has its own chat format), so that there is no common place to cut.
-        ValueError: not even one character fits.
     """
     names = list(encoders)
     text = "".join(t for t, _ in rendered[names[0]])

@@ -58,10 +58,10 @@ class ImageSet(Sequence):
     ``image_set[i]`` is a picture, uint8 ``[height, width, 3]``, and its class; it is read then.
 
     Attributes:
-      class_names: by class number.
-      captions: a sentence a picture, or None.
-      fingerprint: changes with the choice of pictures, their names and their classes.
-      source: where they came from.
+        class_names: by class number.
+        captions: a sentence a picture, or None.
+        fingerprint: changes with the choice of pictures, their names and their classes.
+        source: where they came from.
     """
 
     def __init__(
@@ -105,8 +105,8 @@ class ImageSet(Sequence):
         """Only these pictures, in this order.
 
         Raises:
-          TypeError: rows that are not integers, such as a mask.
-          ValueError: a row is none of the pictures.
+            TypeError: rows that are not integers, such as a mask.
+            ValueError: a row is none of the pictures.
         """
         chosen = np.asarray(rows)
         check_numbers(chosen, len(self), "rows")
@@ -150,17 +150,17 @@ def load_image_set(
     Sources without splits have the one split ``all``.
 
     Args:
-      spec: one of the above.
-      split: a name, perhaps sliced: ``test[:2000]``.
-      data_dir: data directory of tfds; what is fetched by hand is looked for in
-          ``<data_dir>/downloads/manual``.
+        spec: one of the above.
+        split: a name, perhaps sliced: ``test[:2000]``.
+        data_dir: data directory of tfds; what is fetched by hand is looked for in
+            ``<data_dir>/downloads/manual``.
 
     Returns:
-      The pictures.
+        The pictures.
 
     Raises:
-      FileNotFoundError: nothing lies there; says how to get it.
-      ValueError: an unknown source or split, or a package that is not installed.
+        FileNotFoundError: nothing lies there; says how to get it.
+        ValueError: an unknown source or split, or a package that is not installed.
 
     >>> digits = load_image_set("synthetic:10", split="test[:100]")
     >>> image, label = digits[0]

@@ -17,16 +17,16 @@ class ImageViews:
     """How pictures are scaled, cut and mirrored. A pure function of the picture and its row.
 
     Attributes:
-      size: height and width of a view.
-      resize: the shorter side before the middle is cut out of a plain view.
-      interpolation: between pixels.
-      fit: ``crop`` cuts off what lies beyond the square; ``pad`` puts the whole picture on a white
-        square first, which suits drawings; ``squash`` scales both sides to ``size``.
-      kind: ``plain`` is the one view that tests use; ``random`` cuts out a part, scales it to
-        ``size`` and mirrors it half of the time.
-      count: number of random views of a picture.
-      scale: smallest and largest share of the area that a random view keeps.
-      seed: seed of the random views.
+        size: height and width of a view.
+        resize: the shorter side before the middle is cut out of a plain view.
+        interpolation: between pixels.
+        fit: ``crop`` cuts off what lies beyond the square; ``pad`` puts the whole picture on a
+            white square first, which suits drawings; ``squash`` scales both sides to ``size``.
+        kind: ``plain`` is the one view that tests use; ``random`` cuts out a part, scales it to
+            ``size`` and mirrors it half of the time.
+        count: number of random views of a picture.
+        scale: smallest and largest share of the area that a random view keeps.
+        seed: seed of the random views.
 
     >>> views = ImageViews(size=8, resize=9, kind="random", count=2)
     >>> views(np.zeros((20, 30, 3), np.uint8), row=5).shape
@@ -69,15 +69,15 @@ class ImageViews:
         """The views of one picture.
 
         Args:
-          image: uint8 ``[height, width, 3]``.
-          row: the picture's number, which random views depend on.
+            image: uint8 ``[height, width, 3]``.
+            row: the picture's number, which random views depend on.
 
         Returns:
-          uint8 ``[count, size, size, 3]``.
+            uint8 ``[count, size, size, 3]``.
 
         Raises:
-          TypeError: pixels of another type, such as floats of 0..255.
-          ValueError: another shape.
+            TypeError: pixels of another type, such as floats of 0..255.
+            ValueError: another shape.
         """
         Image = require("PIL.Image", extra="vision")
 

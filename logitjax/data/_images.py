@@ -28,10 +28,10 @@ class LabelledImages:
     """Images and their classes.
 
     Attributes:
-      images: uint8 ``[count, height, width, channels]``; perhaps on disk (a memory map).
-      labels: int32 ``[count]``.
-      num_classes: how many classes there are, seen or not.
-      source: where they came from.
+        images: uint8 ``[count, height, width, channels]``; perhaps on disk (a memory map).
+        labels: int32 ``[count]``.
+        num_classes: how many classes there are, seen or not.
+        source: where they came from.
     """
 
     images: np.ndarray
@@ -77,19 +77,19 @@ def load_images(
     * ``synthetic:CLASSES``: noisy prototypes, for tests.
 
     Args:
-      spec: one of the above.
-      split: a name, perhaps sliced: ``train[:45000]``, ``train[90%:]``.
-      data_dir: data directory of tfds.
-      size: height and width of the result, for ``folder``.
-      cache_dir: where ``folder`` keeps the decoded arrays, once, as a memory map; in memory when
-        omitted.
+        spec: one of the above.
+        split: a name, perhaps sliced: ``train[:45000]``, ``train[90%:]``.
+        data_dir: data directory of tfds.
+        size: height and width of the result, for ``folder``.
+        cache_dir: where ``folder`` keeps the decoded arrays, once, as a memory map; in memory when
+            omitted.
 
     Returns:
-      The images.
+        The images.
 
     Raises:
-      FileNotFoundError: nothing lies there.
-      ValueError: an unknown source, or files that are not what they should be.
+        FileNotFoundError: nothing lies there.
+        ValueError: an unknown source, or files that are not what they should be.
 
     >>> digits = load_images("synthetic:10", split="train[:100]")
     >>> digits.images.shape, digits.num_classes
@@ -235,11 +235,7 @@ def pictures_below(directory: epath.Path) -> list[epath.Path]:
 
 
 def read_picture(path: epath.Path) -> Any:
-    """A PIL image in RGB; what is transparent lies on white.
-
-    Raises:
-      ValueError: it is not a readable image.
-    """
+    """A PIL image in RGB; what is transparent lies on white."""
     Image = require("PIL.Image", extra="vision")
 
     with guard.naming(path, "an image"), path.open("rb") as file:
@@ -285,11 +281,7 @@ def check_numbers(numbers: np.ndarray, count: int, name: str) -> None:
 
 
 def as_bytes(pixels: Any) -> np.ndarray:
-    """Pixels of 8 or 16 bits as uint8.
-
-    Raises:
-      TypeError: they have another type, whose range nobody knows.
-    """
+    """Pixels of 8 or 16 bits as uint8."""
     pixels = np.asarray(pixels)
     if pixels.dtype == np.uint16:
         # 65,535 is 255 and half-way is half-way: the nearest of pixels / 257.

@@ -28,8 +28,8 @@ def load_examples(
       ``{"prompt", "response"}`` or ``{"messages": [{"role", "content"}, ...]}``, optionally with an
       ``id``. It is read into memory.
     * ``tfds:NAME`` or ``tfds:NAME:CONFIG``, read from array_record without TensorFlow. Our own
-      ``wiki_summaries`` and ``austen`` are prepared on first use; others have to be there already
-      (``logitjax prepare NAME`` writes them).
+      ``wiki_summaries`` and a builder of yours, ``tfds:PACKAGE.MODULE:NAME``, are prepared on first
+      use; others have to be there already (``logitjax prepare NAME`` writes them).
 
     ``split`` follows tfds: a name, optionally with a slice (``'train[:95%]'``, ``'train[100:]'``).
     Files have the single split ``train``, unless PATH is a directory with ``<split>/`` or
@@ -95,7 +95,7 @@ def prepare(
     (``pip install 'logitjax[prepare]'``). Reading never does.
 
     Args:
-        name: ``NAME`` or ``NAME:CONFIG``.
+        name: ``NAME``, ``NAME:CONFIG`` or, of a builder of yours, ``PACKAGE.MODULE:NAME``.
         data_dir: where it goes; default ``$TFDS_DATA_DIR``, else ``~/tensorflow_datasets``.
         manual_dir: where files lie that are fetched by hand; default
             ``<data_dir>/downloads/manual``.

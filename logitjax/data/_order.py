@@ -2,7 +2,7 @@
 
 grain has such a permutation too, element by element: with grain 0.2.18 it ordered 119,000 rows a
 CPU-second where this orders 4 million, and a batch of 512-token rows through its pipeline took 1.9
-times the CPU of `PackedDataset.iterate`. It imports jax besides, which reading data needs not.
+times the CPU of `PackedDataset.batch`. It imports jax besides, which reading data needs not.
 """
 
 from functools import lru_cache
@@ -38,9 +38,6 @@ def permute(
 
     A Feistel network over the next even power of two, repeated for what falls outside (cycle
     walking). NumPy's own ``permutation`` may change between releases and holds all indices.
-
-    >>> [int(i) for i in sorted(permute(np.arange(5), length=5, seed=1, epoch=0))]
-    [0, 1, 2, 3, 4]
     """
     half = np.uint64(max(1, -(-(length - 1).bit_length() // 2)))
     low = np.uint64((1 << int(half)) - 1)

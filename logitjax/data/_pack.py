@@ -95,18 +95,7 @@ def pack(
             "tokenizers: expected a mapping such as {'model': tokenizer}, "
             f"got {type(tokenizers).__name__}"
         )
-    if not tokenizers:
-        raise ValueError("tokenizers: expected at least one, got none")
-    if "row" in tokenizers:
-        raise ValueError("tokenizers: the name 'row' is taken by the row indices of a batch")
-    if seq_len < 2:
-        raise ValueError(f"seq_len: expected at least 2, got {seq_len}")
-    if on_long not in ("split", "skip", "split_or_skip", "raise"):
-        raise ValueError(
-            f"on_long: expected 'split', 'skip', 'split_or_skip' or 'raise', got {on_long!r}"
-        )
-    if on_error not in ("raise", "skip"):
-        raise ValueError(f"on_error: expected 'raise' or 'skip', got {on_error!r}")
+    _check_arguments(tokenizers, seq_len, on_long, on_error)
     if not isinstance(examples, Examples):
         examples = Examples(examples)
     if not len(examples):
@@ -142,29 +131,61 @@ def pack(
         Manifest(root, KIND).check(made_from)
         return PackedDataset(root)
 
-    names = ("documents", "pieces", "too_long", "unlearnt", "malformed")
-    statistics: dict[str, int] = dict.fromkeys(names, 0)
-    statistics["malformed"] = examples.errors
     cut = functools.partial(
         _cut, renders=renders, encoders=encoders, seq_len=seq_len, on_long=on_long, chats=chats
     )
-    pieces = _pieces(
-        examples, cut, statistics, skip_long="skip" in on_long, skip_errors=on_error == "skip"
+    skips = {"skip_long": "skip" in on_long, "skip_errors": on_error == "skip"}
+    contents = _write_rows(
+        examples, tokenizers, functools.partial(_pieces, cut=cut, **skips), root, seq_len
     )
+    # Rows that an earlier version packed with such pieces must not pass for these.
+    unlearnt = contents["statistics"]["unlearnt"]
+    fingerprint = digest(made_from | ({"unlearnt": unlearnt} if unlearnt else {}))
+    # The manifest comes last: without it the shards do not count.
+    Manifest(root, KIND).write(made_from, {"fingerprint": fingerprint} | contents)
+    logging.info("packed %s into %s: %s", examples.source, root, contents["statistics"])
+    return PackedDataset(root)
+
+
+def _check_arguments(
+    tokenizers: Mapping[str, TokenizerLike], seq_len: int, on_long: str, on_error: str
+) -> None:
+    if not tokenizers:
+        raise ValueError("tokenizers: expected at least one, got none")
+    if "row" in tokenizers:
+        raise ValueError("tokenizers: the name 'row' is taken by the row indices of a batch")
+    if seq_len < 2:
+        raise ValueError(f"seq_len: expected at least 2, got {seq_len}")
+    if on_long not in ("split", "skip", "split_or_skip", "raise"):
+        raise ValueError(
+            f"on_long: expected 'split', 'skip', 'split_or_skip' or 'raise', got {on_long!r}"
+        )
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error: expected 'raise' or 'skip', got {on_error!r}")
+
+
+def _write_rows(
+    examples: Examples,
+    tokenizers: Mapping[str, TokenizerLike],
+    pieces: Callable[..., Iterator[Piece]],
+    root: epath.Path,
+    seq_len: int,
+) -> dict[str, Any]:
+    """Writes the shards, and returns what the manifest says of them."""
+    names = ("documents", "pieces", "too_long", "unlearnt", "malformed")
+    statistics: dict[str, int] = dict.fromkeys(names, 0)
+    statistics["malformed"] = examples.errors
     tokens, rows = dict.fromkeys(tokenizers, 0), 0
     pad_ids = {name: _pad_id(tokenizer) for name, tokenizer in tokenizers.items()}
     with ShardWriter(root, _ROWS_PER_SHARD) as writer:
-        for row in best_fit(pieces, seq_len):
+        for row in best_fit(pieces(examples, statistics=statistics), seq_len):
             writer.write(encode_row([_lay_out(row, n, seq_len, pad_ids[n]) for n in tokenizers]))
             rows += 1
             for name in tokens:
                 tokens[name] += sum(len(piece[name][0]) for piece in row)
     if not rows:
         raise ValueError(_nothing_left(examples.source, seq_len, statistics))
-    # Rows that an earlier version packed with such pieces must not pass for these.
-    without = {"unlearnt": statistics["unlearnt"]} if statistics["unlearnt"] else {}
-    contents = {
-        "fingerprint": digest(made_from | without),
+    return {
         "source": examples.source,
         "seq_len": seq_len,
         "tokenizers": list(tokenizers),
@@ -172,10 +193,6 @@ def pack(
         "shards": writer.shards,
         "statistics": statistics | {"rows": rows, "tokens": tokens},
     }
-    # The manifest comes last: without it the shards do not count.
-    Manifest(root, KIND).write(made_from, contents)
-    logging.info("packed %s into %s: %s", examples.source, root, contents["statistics"])
-    return PackedDataset(root)
 
 
 def _nothing_left(source: str, seq_len: int, statistics: Mapping[str, int]) -> str:
@@ -190,9 +207,9 @@ def _nothing_left(source: str, seq_len: int, statistics: Mapping[str, int]) -> s
 
 def _pieces(
     examples: Examples,
+    *,
     cut: Callable[[Example], Iterator[Piece]],
     statistics: dict[str, int],
-    *,
     skip_long: bool,
     skip_errors: bool,
 ) -> Iterator[Piece]:

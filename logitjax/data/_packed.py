@@ -173,33 +173,6 @@ class PackedDataset:
             }
         return batch
 
-    def iterate(
-        self,
-        start_step: int = 0,
-        *,
-        seed: int,
-        batch_size: int,
-        process_index: int = 0,
-        process_count: int = 1,
-        stop_step: int | None = None,
-        prefetch: int = _PREFETCH,
-    ) -> Iterator[Batch]:
-        """Batches from `start_step` on, read ahead by a thread; endless without `stop_step`."""
-
-        def produce() -> Iterator[Batch]:
-            step = start_step
-            while stop_step is None or step < stop_step:
-                yield self.batch(
-                    step,
-                    seed=seed,
-                    batch_size=batch_size,
-                    process_index=process_index,
-                    process_count=process_count,
-                )
-                step += 1
-
-        return read_ahead(produce(), prefetch)
-
     def iterate_once(
         self,
         *,

@@ -20,11 +20,7 @@ def manual_dir(data_dir: str | os.PathLike[str] | None) -> epath.Path:
 def fetched(
     places: Sequence[str], *, data_dir: str | os.PathLike[str] | None, what: str, install: str
 ) -> epath.Path:
-    """The first of ``places`` that is there, below ``downloads/manual`` or as an absolute path.
-
-    Raises:
-      FileNotFoundError: none is; says how to get it.
-    """
+    """The first of ``places`` that is there, below ``downloads/manual`` or as an absolute path."""
     manual = manual_dir(data_dir)
     for place in places:
         path = manual / place  # an absolute place stays itself

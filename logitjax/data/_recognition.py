@@ -34,17 +34,17 @@ class RecognitionSet:
     """A data set of the few-shot literature.
 
     Attributes:
-      num_classes: in the layout of CoOp, in which the published numbers were measured.
-      templates: Tip-Adapter's prompts, with ``{}`` where a class's name goes.
-      folder: its directory in that layout, below the one of all data sets.
-      images: the pictures' directory inside.
-      split_file: JSON there with the splits; ImageNet and its variants have folders, FGVC-Aircraft
-        lists of its own.
-      folders: of ImageNet and its variants, by split, inside ``images``.
-      tfds: its name (and configuration) in tfds, or None.
-      tfds_splits: what train, val and test are there: not the splits that published numbers were
-        measured on, save for ImageNet and its variants.
-      camel_case: tfds and folders write names without spaces.
+        num_classes: in the layout of CoOp, in which the published numbers were measured.
+        templates: Tip-Adapter's prompts, with ``{}`` where a class's name goes.
+        folder: its directory in that layout, below the one of all data sets.
+        images: the pictures' directory inside.
+        split_file: JSON there with the splits; ImageNet and its variants have folders,
+            FGVC-Aircraft lists of its own.
+        folders: of ImageNet and its variants, by split, inside ``images``.
+        tfds: its name (and configuration) in tfds, or None.
+        tfds_splits: what train, val and test are there: not the splits that published numbers were
+            measured on, save for ImageNet and its variants.
+        camel_case: tfds and folders write names without spaces.
     """
 
     num_classes: int
@@ -76,9 +76,6 @@ class RecognitionSet:
 
     def prompts(self, class_names: Sequence[str]) -> list[list[str]]:
         """Every template with every class's name: ``[classes][templates]``.
-
-        Raises:
-          ValueError: the names are WordNet's numbers, as ImageNet's folders and tfds have them.
 
         >>> RECOGNITION_SETS["dtd"].prompts(["polka-dotted"])
         [['polka-dotted texture.']]
@@ -221,11 +218,7 @@ def recognition_set(name: str) -> RecognitionSet:
 
 
 def tfds_source(name: str, split: str, manual: epath.Path) -> tuple[str, str]:
-    """The tfds source and split of one of `RECOGNITION_SETS`; it was not found in ``manual``.
-
-    Raises:
-      ValueError: tfds does not have it, or no such split of it.
-    """
+    """The tfds source and split of one of `RECOGNITION_SETS`; it was not found in ``manual``."""
     which = recognition_set(name)
     if which.tfds is None:
         raise ValueError(
@@ -246,13 +239,9 @@ def files_of(
     """Pictures with their classes' numbers, and the classes' names, in the layout of CoOp.
 
     Args:
-      name: one of `RECOGNITION_SETS`.
-      root: the directory of all data sets.
-      split: train, val or test.
-
-    Raises:
-      FileNotFoundError: something is not where that layout has it.
-      ValueError: there is no such split.
+        name: one of `RECOGNITION_SETS`.
+        root: the directory of all data sets.
+        split: train, val or test.
     """
     which = recognition_set(name)
     known = tuple(which.folders) or _SPLITS
@@ -299,12 +288,9 @@ def class_names_of(name: str, classes: Sequence[str], directory: epath.Path) -> 
     the numbers stay.
 
     Args:
-      name: one of `RECOGNITION_SETS`.
-      classes: names in the data set, or numbers of WordNet, or 0 to 999 in the order of those.
-      directory: where ``classnames.txt`` may be.
-
-    Raises:
-      ValueError: the file lacks a class.
+        name: one of `RECOGNITION_SETS`.
+        classes: names in the data set, or numbers of WordNet, or 0 to 999 in the order of those.
+        directory: where ``classnames.txt`` may be.
     """
     which = recognition_set(name)
     if which.num_classes != 1000:

@@ -1,5 +1,6 @@
 """tfds datasets as examples, and their preparation. Importing this module imports tfds."""
 
+import importlib
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +11,7 @@ from absl import logging
 from etils import epath
 from tensorflow_datasets.core.registered import DatasetNotFoundError
 
-from logitjax.data import builders
+from logitjax.data import _builders
 from logitjax.data._examples import Examples, normalise, parse_split
 from logitjax.data._places import default_data_dir
 from logitjax.storage import digest
@@ -31,10 +32,9 @@ def prepare(
         return found
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
-    dataset, config = _name_and_config(name)
+    ours, dataset, config = _parsed(name)
     config_argument = {"config": config} if config else {}
     manual = os.fspath(manual_dir) if manual_dir else os.fspath(root / "downloads" / "manual")
-    ours = builders.BUILDERS.get(dataset)
     if ours is not None:
         builder = ours(data_dir=os.fspath(root), file_format=FILE_FORMAT, **config_argument)
     else:
@@ -80,15 +80,10 @@ def load_tfds(
 def open_prepared(
     name: str, *, split: str, data_dir: str | os.PathLike[str] | None, spec: str
 ) -> Any:
-    """The builder of a dataset that is there, or that we can make without asking.
-
-    Raises:
-      FileNotFoundError: it is not there.
-      ValueError: it cannot be read without TensorFlow, or lacks the split.
-    """
+    """The builder of a dataset that is there, or that we can make without asking."""
     root = epath.Path(data_dir).expanduser() if data_dir else default_data_dir()
     directory = _find(name, root)
-    if directory is None and _name_and_config(name)[0] in builders.BUILDERS:
+    if directory is None and _parsed(name)[0] is not None:
         directory = prepare(name, data_dir=data_dir)
     if directory is None:
         raise FileNotFoundError(
@@ -115,14 +110,19 @@ def fingerprint_of(builder: Any, split: str, options: str = "") -> str:
     return digest(builder.info.full_name, split, held, options)
 
 
-def _name_and_config(name: str) -> tuple[str, str]:
+def _parsed(name: str) -> tuple[Any, str, str]:
+    """The builder where it is ours or a user's own, the name of the dataset, its configuration."""
+    module, _, attribute = name.partition(":")
+    if "." in module:
+        builder = getattr(importlib.import_module(module), attribute)
+        return builder, builder.name, ""
     dataset, _, config = name.replace(":", "/").partition("/")
-    return dataset, config
+    return _builders.BUILDERS.get(dataset), dataset, config
 
 
 def _find(name: str, root: epath.Path) -> epath.Path | None:
     """The newest prepared version of the dataset."""
-    dataset, config = _name_and_config(name)
+    _, dataset, config = _parsed(name)
     base = root / dataset
     versions = _versions(base / config if config else base)
     if versions or config:

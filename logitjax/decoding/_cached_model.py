@@ -26,19 +26,19 @@ class CachedModel:
     - ``rows`` is axis 0 of every leaf of the cache, and rows do not mix.
 
     Attributes:
-      apply: the function; hashable, equal for models that can be stacked.
-      params: a pytree of arrays.
-      init_cache: ``(rows, max_length) -> cache``, an empty one. May be a frozen dataclass, as for a
-        decoder. Drafts then raise its field `ring_slack` to their length. Its method
-        ``slot_axes(cache)``, the axis of each leaf along which slot p holds position p (-1: none),
-        lets prompts share prefixes.
-      vocab_size: last axis of the logits.
-      experts: number of experts whose logits the same pass gives, as for models with the same first
-        layers. ``apply`` then returns ``[1 + experts + bases, rows, time, vocab]``: the large
-        model's logits, then the experts', then the bases'.
-      bases: see ``experts``.
-      takes_last_only: ``apply`` understands ``last_only=True``: logits of the last token only.
-      max_length: largest number of tokens that the model was made to read; None: unknown.
+        apply: the function; hashable, equal for models that can be stacked.
+        params: a pytree of arrays.
+        init_cache: ``(rows, max_length) -> cache``, an empty one. May be a frozen dataclass, as for
+            a decoder. Drafts then raise its field `ring_slack` to their length. Its method
+            ``slot_axes(cache)``, the axis of each leaf along which slot p holds position p (-1:
+            none), lets prompts share prefixes.
+        vocab_size: last axis of the logits.
+        experts: number of experts whose logits the same pass gives, as for models with the same
+            first layers. ``apply`` then returns ``[1 + experts + bases, rows, time, vocab]``: the
+            large model's logits, then the experts', then the bases'.
+        bases: see ``experts``.
+        takes_last_only: ``apply`` understands ``last_only=True``: logits of the last token only.
+        max_length: largest number of tokens that the model was made to read; None: unknown.
     """
 
     apply: Callable[..., Any]
@@ -55,18 +55,19 @@ class CachedModel:
         """A `CachedModel` from anything that decodes.
 
         Args:
-          model: a `logitjax.models.Decoder` (a stacked one is converted to listed layers, which
-            decode faster); a triple ``(apply_fn, params, cache)`` whose function keeps the
-            contract of `CachedModel` and whose cache is empty, with as many rows as are decoded
-            together; or a `CachedModel`, which is returned as it is.
-          ring_slack: extra slots of windowed layers' rings, as many as drafts may be taken back.
+            model: a `logitjax.models.Decoder` (a stacked one is converted to listed layers, which
+                decode faster); a triple ``(apply_fn, params, cache)`` whose function keeps the
+                contract of `CachedModel` and whose cache is empty, with as many rows as are decoded
+                together; or a `CachedModel`, which is returned as it is.
+            ring_slack: extra slots of windowed layers' rings, as many as drafts may be taken back.
 
         Returns:
-          The `CachedModel`.
+            The `CachedModel`.
 
         Raises:
-          TypeError: for anything else.
-          ValueError: for a triple whose cache has no leaf, or leaves that disagree about the rows.
+            TypeError: for anything else.
+            ValueError: for a triple whose cache has no leaf, or leaves that disagree about the
+                rows.
         """
         if isinstance(model, cls):
             return model

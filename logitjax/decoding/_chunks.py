@@ -21,15 +21,15 @@ class Generated:
     """What `generate` made, one row a prompt.
 
     Attributes:
-      tokens: int32 ``[rows, new]``; after a row's end the pad token.
-      lengths: int32 ``[rows]``, tokens before that, a stop token included.
-      stopped: bool ``[rows]``: ended by a stop token or string rather than by the budget.
-      logprobs: float32 ``[rows, new]`` of the tokens, None unless asked for.
-      top_ids: int32 ``[rows, new, n]``, the most likely tokens.
-      top_logprobs: float32 ``[rows, new, n]``, theirs.
-      info: what the fusion said, leaves ``[new, ...]``.
-      texts: one string a row where a tokenizer was given, cut before a stop string.
-      drafting: what drafts brought; None without them.
+        tokens: int32 ``[rows, new]``; after a row's end the pad token.
+        lengths: int32 ``[rows]``, tokens before that, a stop token included.
+        stopped: bool ``[rows]``: ended by a stop token or string rather than by the budget.
+        logprobs: float32 ``[rows, new]`` of the tokens, None unless asked for.
+        top_ids: int32 ``[rows, new, n]``, the most likely tokens.
+        top_logprobs: float32 ``[rows, new, n]``, theirs.
+        info: what the fusion said, leaves ``[new, ...]``.
+        texts: one string a row where a tokenizer was given, cut before a stop string.
+        drafting: what drafts brought; None without them.
     """
 
     tokens: np.ndarray

@@ -17,10 +17,10 @@ class DraftControl:
     Reuse one control for calls of one kind, so that it keeps its estimates.
 
     Args:
-      speculation: who drafts, and the lengths that may be chosen; 0 always may.
-      length: always draft this many, one of the lengths, instead of adapting.
-      loss: share of the time that trying drafts may cost.
-      memory: about the number of tested tokens that the acceptance is estimated from.
+        speculation: who drafts, and the lengths that may be chosen; 0 always may.
+        length: always draft this many, one of the lengths, instead of adapting.
+        loss: share of the time that trying drafts may cost.
+        memory: about the number of tested tokens that the acceptance is estimated from.
 
     >>> control = DraftControl(Speculation(lengths=(2, 5)))
     >>> for length, seconds in ((0, 1.0), (2, 1.4), (5, 2.0)):
@@ -111,15 +111,15 @@ class DraftControl:
         """Take note of a call.
 
         Args:
-          length: drafted tokens a round; 0: plain steps.
-          seconds: seconds of the call.
-          rounds: rounds (or steps) in it.
-          tokens: average number that a row got in a round; 1 for plain steps; from the acceptance
-            if omitted.
-          tested: drafted tokens that were compared.
-          accepted: drafted tokens that were accepted.
-          kind: as of `choose`.
-          program: tells apart calls of one kind and length that are compiled each for itself.
+            length: drafted tokens a round; 0: plain steps.
+            seconds: seconds of the call.
+            rounds: rounds (or steps) in it.
+            tokens: average number that a row got in a round; 1 for plain steps; from the acceptance
+                if omitted.
+            tested: drafted tokens that were compared.
+            accepted: drafted tokens that were accepted.
+            kind: as of `choose`.
+            program: tells apart calls of one kind and length that are compiled each for itself.
         """
         if tested:
             keep = max(0.0, 1 - tested / self._memory)

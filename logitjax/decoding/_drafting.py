@@ -21,12 +21,12 @@ class Drafting:
     """What drafts brought to a call of `generate`.
 
     Attributes:
-      rounds: int32 ``[rows]``, speculative rounds that a row took part in.
-      tested: int32 ``[rows]``, drafted tokens that were compared.
-      accepted: int32 ``[rows]``, those that were accepted.
-      calls: (draft length, rounds, seconds) of every call in order, 0 for plain steps.
-      speedup: measured, by the control's timing of plain steps; None before it has any.
-      predicted: what acceptance and costs predict for the length that was used most.
+        rounds: int32 ``[rows]``, speculative rounds that a row took part in.
+        tested: int32 ``[rows]``, drafted tokens that were compared.
+        accepted: int32 ``[rows]``, those that were accepted.
+        calls: (draft length, rounds, seconds) of every call in order, 0 for plain steps.
+        speedup: measured, by the control's timing of plain steps; None before it has any.
+        predicted: what acceptance and costs predict for the length that was used most.
     """
 
     rounds: np.ndarray

@@ -70,18 +70,18 @@ class Engine:
     `generate` does the same with all slots filled at once.
 
     Args:
-      model: a `Decoder`, a `CachedModel`, ``(apply_fn, params, cache)`` or an `Ensemble`.
-      slots: how many rows are decoded together.
-      max_length: largest number of tokens of a slot, prompt included.
-      options: what is reported, and what requests may ask for.
-      extra: one slot's value of ``state.extra`` if a request brings none; a pytree of arrays.
-      speculation: the drafting member, for calls of ``speculate``; caches then have room for drafts
-        that are taken back.
-      rings: let windowed layers forget what lies before their window; False keeps all positions,
-        which a `PromptReader` that shares prefixes needs.
+        model: a `Decoder`, a `CachedModel`, ``(apply_fn, params, cache)`` or an `Ensemble`.
+        slots: how many rows are decoded together.
+        max_length: largest number of tokens of a slot, prompt included.
+        options: what is reported, and what requests may ask for.
+        extra: one slot's value of ``state.extra`` if a request brings none; a pytree of arrays.
+        speculation: the drafting member, for calls of ``speculate``; caches then have room for
+            drafts that are taken back.
+        rings: let windowed layers forget what lies before their window; False keeps all positions,
+            which a `PromptReader` that shares prefixes needs.
 
     Raises:
-      ValueError: for a drafting member that the model does not have.
+        ValueError: for a drafting member that the model does not have.
 
     >>> from flax import nnx
     >>> from logitjax.models import Decoder, DecoderConfig
@@ -147,10 +147,10 @@ class Engine:
         """Read a prompt into a slot, whatever was in it, and choose its first token.
 
         Returns:
-          `Emitted` of one row.
+            `Emitted` of one row.
 
         Raises:
-          ValueError: for a slot that does not exist, or a request longer than ``max_length``.
+            ValueError: for a slot that does not exist, or a request longer than ``max_length``.
         """
         streams = self.streams_of(request)
         tokens, positions = left_padded([streams])
@@ -173,17 +173,17 @@ class Engine:
         """Fill a slot from a cache of one row that has read a request's prompts.
 
         Args:
-          slot: which.
-          request: how to go on.
-          lengths: tokens of each stream's prompt.
-          cache: as `empty_row`, filled.
-          logits: after the last token, of each model ``[1, vocab]``.
+            slot: which.
+            request: how to go on.
+            lengths: tokens of each stream's prompt.
+            cache: as `empty_row`, filled.
+            logits: after the last token, of each model ``[1, vocab]``.
 
         Returns:
-          `Emitted` of one row.
+            `Emitted` of one row.
 
         Raises:
-          ValueError: for a slot that does not exist.
+            ValueError: for a slot that does not exist.
         """
         if not 0 <= slot < self.slots:
             raise ValueError(f"slot: expected a number between 0 and {self.slots - 1}, got {slot}")
@@ -204,7 +204,7 @@ class Engine:
         """Read as many prompts as there are slots at once.
 
         Raises:
-          ValueError: for another number of requests, or one longer than ``max_length``.
+            ValueError: for another number of requests, or one longer than ``max_length``.
         """
         if len(requests) != self.slots:
             raise ValueError(f"requests: expected {self.slots}, got {len(requests)}")
@@ -220,7 +220,7 @@ class Engine:
         """Decode at most ``steps`` tokens in every active slot.
 
         Returns:
-          `Emitted` of ``[slots, steps]``; ``valid`` tells which tokens are there.
+            `Emitted` of ``[slots, steps]``; ``valid`` tells which tokens are there.
         """
         self._state, emitted = _decode_chunk(
             self.plan, self.options, self.params, self.state, steps=steps
@@ -234,11 +234,11 @@ class Engine:
         advances as far as its draft is accepted. Tokens are distributed as ``decode_chunk``'s are.
 
         Returns:
-          `Emitted` of ``[slots, rounds * (length + 1)]``, each slot's tokens without gaps, and
-          `Drafted`.
+            `Emitted` of ``[slots, rounds * (length + 1)]``, each slot's tokens without gaps, and
+            `Drafted`.
 
         Raises:
-          ValueError: without ``speculation``, or for a length that it has no room for.
+            ValueError: without ``speculation``, or for a length that it has no room for.
         """
         if self.speculation is None:
             raise ValueError("speculation: the engine was made without, it knows no drafter")
@@ -266,10 +266,10 @@ class Engine:
         To change it from token to token, decode chunks of one step.
 
         Args:
-          allowed: uint32 ``[slots, words]``, bit ``v % 32`` of word ``v // 32`` for token v.
+            allowed: uint32 ``[slots, words]``, bit ``v % 32`` of word ``v // 32`` for token v.
 
         Raises:
-          ValueError: for another shape, or an engine whose options have no masks.
+            ValueError: for another shape, or an engine whose options have no masks.
         """
         held = self.state.allowed
         if held is None or np.shape(allowed) != held.shape:
@@ -289,7 +289,7 @@ class Engine:
         """One prompt a model, none of them too long.
 
         Raises:
-          ValueError: for a request longer than ``max_length``, or a wrong one.
+            ValueError: for a request longer than ``max_length``, or a wrong one.
         """
         streams = request.streams(self.plan)
         longest = max(map(len, streams))

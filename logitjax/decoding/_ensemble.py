@@ -119,9 +119,9 @@ class Plan:
         """One pass of all models; ``tokens`` and ``positions`` ``[streams, rows, time]``.
 
         Returns:
-          float32 logits ``[rows, time, vocab]`` of the large model, the experts and the bases, in
-          this order, cut or padded to the large model's vocabulary unless there is a token map;
-          and the cache.
+            float32 logits ``[rows, time, vocab]`` of the large model, the experts and the bases, in
+            this order, cut or padded to the large model's vocabulary unless there is a token map;
+            and the cache.
         """
         tokens, positions = jnp.asarray(tokens), jnp.asarray(positions)
         found: dict[tuple[int, int], jax.Array] = {}
@@ -192,20 +192,20 @@ class Ensemble:
     Each model has its own prompt, positions and cache; the generated tokens are common to all.
 
     Args:
-      large: the model whose distribution is moved: a `Decoder`, a triple or a `CachedModel`.
-      experts: models tuned towards something.
-      bases: models that the experts were tuned from: one for all, or one for each expert.
-      fuse: ``fuse(large, experts, bases, vocab_where=None) -> (fused, info)`` with logits
-        ``[*batch, vocab]``, experts and bases along a new leading axis (of length 1 for
-        a base that serves all, of length 0 for none); any strategy of `logitjax.fusion`.
-        ``info`` is a pytree of arrays for the caller. A strategy with a
-        ``token_map`` gets the small models' logits as they are, and they read mapped tokens.
-      stack: run small models of one architecture as one call. This copies their parameters.
-      ring_slack: see `cached_model`.
+        large: the model whose distribution is moved: a `Decoder`, a triple or a `CachedModel`.
+        experts: models tuned towards something.
+        bases: models that the experts were tuned from: one for all, or one for each expert.
+        fuse: ``fuse(large, experts, bases, vocab_where=None) -> (fused, info)`` with logits
+            ``[*batch, vocab]``, experts and bases along a new leading axis (of length 1 for
+            a base that serves all, of length 0 for none); any strategy of `logitjax.fusion`.
+            ``info`` is a pytree of arrays for the caller. A strategy with a
+            ``token_map`` gets the small models' logits as they are, and they read mapped tokens.
+        stack: run small models of one architecture as one call. This copies their parameters.
+        ring_slack: see `cached_model`.
 
     Raises:
-      ValueError: for several models without ``fuse``, or bases that are neither one nor as many as
-        the experts.
+        ValueError: for several models without ``fuse``, or bases that are neither one nor as many
+            as the experts.
 
     >>> from flax import nnx
     >>> from logitjax.models import Decoder, DecoderConfig

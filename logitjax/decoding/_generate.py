@@ -65,26 +65,27 @@ def generate(
     costs and acceptance; where drafting does not pay, rows decode step by step.
 
     Args:
-      model: a `Decoder`, a `CachedModel`, ``(apply_fn, params, cache)`` or an `Ensemble`. A stacked
-        decoder is converted on every call: pass a listed one to decode often.
-      prompts: token ids, one prompt or several.
-      max_new_tokens: largest number of tokens to add.
-      sampling: for all rows (row i draws with ``seed + i``) or one a row.
-      others: prompts of the experts, then of the bases, each a list with one a row; None: the same.
-      stop_ids: rows end after any of these; the token itself is kept.
-      logit_bias: added to the logits of these tokens, in every row.
-      text: asks for text, stop strings, and a function that receives tokens as they come.
-      drafts: the drafting member and the lengths, for an ensemble whose members have passes of
-        their own. A control's estimates serve later calls of the same kind.
-      options: what else to report; room for penalties, biases and stop tokens is made as needed.
+        model: a `Decoder`, a `CachedModel`, ``(apply_fn, params, cache)`` or an `Ensemble`. A
+            stacked decoder is converted on every call: pass a listed one to decode often.
+        prompts: token ids, one prompt or several.
+        max_new_tokens: largest number of tokens to add.
+        sampling: for all rows (row i draws with ``seed + i``) or one a row.
+        others: prompts of the experts, then of the bases, each a list with one a row; None: the
+            same.
+        stop_ids: rows end after any of these; the token itself is kept.
+        logit_bias: added to the logits of these tokens, in every row.
+        text: asks for text, stop strings, and a function that receives tokens as they come.
+        drafts: the drafting member and the lengths, for an ensemble whose members have passes of
+            their own. A control's estimates serve later calls of the same kind.
+        options: what else to report; room for penalties, biases and stop tokens is made as needed.
 
     Returns:
-      `Generated`.
+        `Generated`.
 
     Raises:
-      ValueError: for empty prompts, arguments that do not fit together, or a drafting member that
-        is not there.
-      TypeError: drafts of a model that is not an ensemble.
+        ValueError: for empty prompts, arguments that do not fit together, or a drafting member that
+            is not there.
+        TypeError: drafts of a model that is not an ensemble.
 
     >>> from flax import nnx
     >>> from logitjax.models import Decoder, DecoderConfig
@@ -96,9 +97,9 @@ def generate(
     ((2, 4), [4, 4])
 
     References:
-      Drafts: Leviathan et al., 2023 (arXiv 2211.17192); coupled acceptance: Daliri, Musco and
-      Suresh, Coupling without communication and drafter-invariant speculative decoding, 2024
-      (arXiv 2408.07978).
+        Drafts: Leviathan et al., 2023 (arXiv 2211.17192); coupled acceptance: Daliri, Musco and
+        Suresh, Coupling without communication and drafter-invariant speculative decoding, 2024
+        (arXiv 2408.07978).
     """
     if drafts is not None and not isinstance(model, Ensemble):
         raise TypeError(

@@ -20,12 +20,12 @@ def nll_from_model(model: Any) -> Callable[[Any, Any], tuple[np.ndarray, np.ndar
     answers to long questions cost little more than the questions.
 
     Args:
-      model: as for `generate`.
+        model: as for `generate`.
 
     Returns:
-      ``nll_fn(tokens, targets)`` of int32 and bool ``[batch, time]``, giving float32 ``[batch,
-      time]`` and whether each target was the most likely token, bool ``[batch, time]``: what
-      `logitjax.evaluation.score_rows` takes. A row's first token must not be a target.
+        ``nll_fn(tokens, targets)`` of int32 and bool ``[batch, time]``, giving float32 ``[batch,
+        time]`` and whether each target was the most likely token, bool ``[batch, time]``: what
+        `logitjax.evaluation.score_rows` takes. A row's first token must not be a target.
 
     >>> from flax import nnx
     >>> from logitjax.models import Decoder, DecoderConfig

@@ -21,7 +21,7 @@ class PrefixCache:
     """Blocks of tokens under a digest of everything before them, the least used dropped first.
 
     Args:
-      limit: most bytes that are held.
+        limit: most bytes that are held.
     """
 
     def __init__(self, limit: int):

@@ -46,7 +46,7 @@ def read_piece(
     of them log-probabilities are reported.
 
     Returns:
-      each row's logits after its last token, its cache, and the report with the extra after it.
+        each row's logits after its last token, its cache, and the report with the extra after it.
     """
     rows = len(caches)
     parts = []
@@ -178,19 +178,19 @@ class PromptReader:
     rows`` tokens, or all ``rows`` prompts with ``chunk // rows``.
 
     Args:
-      engine: its model reads, and its slots are filled.
-      rows: largest number of prompts that are read at once.
-      chunk: largest number of tokens of a piece, over all prompts; ``rows`` divides it.
-      prefix_bytes: memory for what was read, for prompts with a common beginning. Needs a model
-        whose caches say where positions lie, as decoders' do.
+        engine: its model reads, and its slots are filled.
+        rows: largest number of prompts that are read at once.
+        chunk: largest number of tokens of a piece, over all prompts; ``rows`` divides it.
+        prefix_bytes: memory for what was read, for prompts with a common beginning. Needs a model
+            whose caches say where positions lie, as decoders' do.
 
     Attributes:
-      tokens_read: number of tokens that went through the model.
-      tokens_reused: number of tokens that were read before.
+        tokens_read: number of tokens that went through the model.
+        tokens_reused: number of tokens that were read before.
 
     Raises:
-      ValueError: for a ``chunk`` that ``rows`` does not divide, or an engine whose windowed layers
-        forget what prefixes would need.
+        ValueError: for a ``chunk`` that ``rows`` does not divide, or an engine whose windowed
+            layers forget what prefixes would need.
     """
 
     def __init__(self, engine: Any, *, rows: int = 4, chunk: int = 128, prefix_bytes: int = 0):
@@ -228,14 +228,14 @@ class PromptReader:
         """Take a prompt; returns the row that reads it.
 
         Args:
-          request: the request with the prompt.
-          salt: only prompts with the same salt share what was read.
-          report: also report log-probabilities of the prompt's tokens; the prompt is then read
-            from its beginning. Where options remember tokens, an idle slot's extra is that of no
-            token.
+            request: the request with the prompt.
+            salt: only prompts with the same salt share what was read.
+            report: also report log-probabilities of the prompt's tokens; the prompt is then read
+                from its beginning. Where options remember tokens, an idle slot's extra is that of
+                no token.
 
         Raises:
-          ValueError: where no row is free, or a prompt is wrong or too long.
+            ValueError: where no row is free, or a prompt is wrong or too long.
         """
         if not self.free:
             raise ValueError("request: expected a free row, all are reading")
@@ -291,7 +291,7 @@ class PromptReader:
         """Put what a row has read into a slot, also into several, and choose the first token.
 
         Returns:
-          `Emitted` of one row.
+            `Emitted` of one row.
         """
         reading = self._reading(row)
         if reading.left:

@@ -20,15 +20,15 @@ class Request:
     """A prompt and how to go on from it.
 
     Attributes:
-      prompt: token ids, at least one.
-      others: the prompts of the experts, then of the bases, where theirs differ; None (for one of
-        them, or for all) is the same prompt.
-      max_new_tokens: the row freezes after so many.
-      sampling: how tokens are chosen.
-      stop_ids: the row freezes after any of these, which is still emitted.
-      logit_bias: added to the logits of these tokens.
-      allowed: which tokens may come first, as a row of `Engine.allow`; None for all.
-      extra: what the engine's processors shall find in ``state.extra`` for this slot.
+        prompt: token ids, at least one.
+        others: the prompts of the experts, then of the bases, where theirs differ; None (for one of
+            them, or for all) is the same prompt.
+        max_new_tokens: the row freezes after so many.
+        sampling: how tokens are chosen.
+        stop_ids: the row freezes after any of these, which is still emitted.
+        logit_bias: added to the logits of these tokens.
+        allowed: which tokens may come first, as a row of `Engine.allow`; None for all.
+        extra: what the engine's processors shall find in ``state.extra`` for this slot.
     """
 
     prompt: Prompt
@@ -44,8 +44,8 @@ class Request:
         """One prompt a model.
 
         Raises:
-          TypeError: for prompts that are no integers.
-          ValueError: for empty prompts, a wrong number of them, or ids out of the vocabulary.
+            TypeError: for prompts that are no integers.
+            ValueError: for empty prompts, a wrong number of them, or ids out of the vocabulary.
         """
         count = plan.streams - 1
         others = [None] * count if self.others is None else list(self.others)
@@ -72,11 +72,7 @@ def _tokens(prompt: Prompt, vocab_size: int, name: str) -> np.ndarray:
 
 
 def bucket(length: int, smallest: int = 16) -> int:
-    """The next power of two up to 128, then the next multiple of 128: few shapes to compile.
-
-    >>> [bucket(n) for n in (3, 17, 128, 129, 300)]
-    [16, 32, 128, 256, 384]
-    """
+    """The next power of two up to 128, then the next multiple of 128: few shapes to compile."""
     if length > 128:
         return -(-length // 128) * 128
     return max(smallest, 1 << (length - 1).bit_length())
@@ -105,11 +101,7 @@ def fresh_rows(
     cache: Any,
     extra: Any = None,
 ) -> DecodeState:
-    """The state of rows that have not read their prompts yet; an empty ``cache`` of as many rows.
-
-    Raises:
-      ValueError: for settings that the compiled options leave no room for.
-    """
+    """The state of rows that have not read their prompts; an empty ``cache`` of as many rows."""
     count = len(requests)
     for request in requests:
         if request.max_new_tokens < 1:

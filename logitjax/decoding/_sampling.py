@@ -31,17 +31,17 @@ class Sampling:
     min-p. Entries that tie with the last one kept are kept too.
 
     Attributes:
-      temperature: 0 takes the most likely token; of the fields below only the penalties then
-          matter.
-      top_k: keep this many of the largest logits; 0 keeps all.
-      top_p: keep the fewest most likely tokens that together have this probability.
-      min_p: keep tokens at least this fraction as likely as the most likely one.
-      repetition_penalty: logits of tokens seen in the prompt or generated are divided by it where
-        positive, multiplied where negative.
-      presence_penalty: subtracted from the logits of tokens that were generated, once each.
-      frequency_penalty: the same, once for every time that they were generated.
-      seed: seed of the row's own noise. What a row draws depends on its seed and on how many tokens
-        it has generated, not on its neighbours.
+        temperature: 0 takes the most likely token; of the fields below only the penalties then
+            matter.
+        top_k: keep this many of the largest logits; 0 keeps all.
+        top_p: keep the fewest most likely tokens that together have this probability.
+        min_p: keep tokens at least this fraction as likely as the most likely one.
+        repetition_penalty: logits of tokens seen in the prompt or generated are divided by it where
+            positive, multiplied where negative.
+        presence_penalty: subtracted from the logits of tokens that were generated, once each.
+        frequency_penalty: the same, once for every time that they were generated.
+        seed: seed of the row's own noise. What a row draws depends on its seed and on how many
+            tokens it has generated, not on its neighbours.
 
     >>> Sampling(temperature=0.7, top_p=0.9).top_k
     0
@@ -95,14 +95,7 @@ class SamplingRows:
 
 
 def sampling_rows(sampling: Sampling | list[Sampling] | tuple[Sampling, ...], rows: int):
-    """Arrays of ``rows`` rows; from a single setting, row i draws with ``seed + i``.
-
-    Raises:
-      ValueError: where a sequence has not one setting a row.
-
-    >>> sampling_rows(Sampling(seed=5), 3).seed
-    array([5, 6, 7], dtype=uint32)
-    """
+    """Arrays of ``rows`` rows; from a single setting, row i draws with ``seed + i``."""
     if isinstance(sampling, Sampling):
         settings = [
             dataclasses.replace(sampling, seed=(sampling.seed + i) % 2**32) for i in range(rows)
@@ -128,19 +121,19 @@ def penalize_repetition(
     """Logits of seen tokens divided by the penalty where positive, multiplied where negative.
 
     Args:
-      logits: next-token logits.
-      seen: the tokens that occurred before.
-      penalty: one factor a row; 1 changes nothing.
+        logits: next-token logits.
+        seen: the tokens that occurred before.
+        penalty: one factor a row; 1 changes nothing.
 
     Returns:
-      float32 logits.
+        float32 logits.
 
     >>> row, seen = np.array([[2.0, -2.0, 1.0]]), np.array([[True, True, False]])
     >>> jax.jit(penalize_repetition)(row, seen, np.array([2.0]))
     Array([[ 1., -4.,  1.]], dtype=float32)
 
     References:
-      Keskar et al., CTRL, 2019, arXiv:1909.05858; negative logits as in transformers.
+        Keskar et al., CTRL, 2019, arXiv:1909.05858; negative logits as in transformers.
     """
     logits, factor = checks.as_float(logits, "logits"), jnp.asarray(penalty)[:, None]
     return jnp.where(seen, jnp.where(logits > 0, logits / factor, logits * factor), logits)
@@ -159,20 +152,20 @@ def penalize_counts(
         z[v] - presence [counts[v] > 0] - frequency counts[v]
 
     Args:
-      logits: next-token logits.
-      counts: how often each token was generated.
-      presence: one penalty a row, in nats; 0 changes nothing.
-      frequency: the same.
+        logits: next-token logits.
+        counts: how often each token was generated.
+        presence: one penalty a row, in nats; 0 changes nothing.
+        frequency: the same.
 
     Returns:
-      float32 logits.
+        float32 logits.
 
     >>> one = np.ones(1, np.float32)
     >>> jax.jit(penalize_counts)(np.zeros((1, 3)), np.array([[0, 1, 2]]), one, 2 * one)
     Array([[ 0., -3., -5.]], dtype=float32)
 
     References:
-      The API reference of OpenAI, which counts what was generated and not the prompt.
+        The API reference of OpenAI, which counts what was generated and not the prompt.
     """
     logits, often = checks.as_float(logits, "logits"), jnp.asarray(counts, jnp.float32)
     presence, frequency = (jnp.asarray(p)[:, None] for p in (presence, frequency))
@@ -185,12 +178,12 @@ def allow_only(
     """Logits of tokens whose bit is set; ``-inf`` for the others.
 
     Args:
-      logits: next-token logits.
-      allowed: uint32, bit ``v % 32`` of word ``v // 32`` for token v, as libraries of constrained
-        decoding write it.
+        logits: next-token logits.
+        allowed: uint32, bit ``v % 32`` of word ``v // 32`` for token v, as libraries of constrained
+            decoding write it.
 
     Returns:
-      float32 logits.
+        float32 logits.
 
     >>> jax.jit(allow_only)(np.zeros((1, 3)), np.array([[0b101]], np.uint32))
     Array([[  0., -inf,   0.]], dtype=float32)
@@ -233,19 +226,13 @@ def truncate(
     sort, a different k in every row, and the most likely token always stays.
 
     Args:
-      logits: next-token logits, already divided by the temperature.
-      top_k: how many to keep; 0 keeps all.
-      top_p: probability that the kept ones must reach, within what ``top_k`` left.
-      min_p: least probability as a fraction of the largest.
+        logits: next-token logits, already divided by the temperature.
+        top_k: how many to keep; 0 keeps all.
+        top_p: probability that the kept ones must reach, within what ``top_k`` left.
+        min_p: least probability as a fraction of the largest.
 
     Returns:
-      float32 logits.
-
-    >>> row = np.log(np.array([[0.5, 0.3, 0.15, 0.05]], np.float32))
-    >>> np.isfinite(jax.jit(truncate)(row, top_p=np.array([0.7])))
-    array([[ True,  True, False, False]])
-    >>> np.isfinite(jax.jit(truncate)(row, top_k=np.array([3]), min_p=np.array([0.4])))
-    array([[ True,  True, False, False]])
+        float32 logits.
     """
     logits = checks.as_float(logits, "logits")
     peak = logits.max(axis=-1, keepdims=True)
@@ -305,16 +292,12 @@ def sample(
     """One token a row: the most likely where the temperature is 0, else drawn.
 
     Args:
-      logits: next-token logits after penalties and biases.
-      rows: each row's settings.
-      counts: how many tokens each row has drawn before.
+        logits: next-token logits after penalties and biases.
+        rows: each row's settings.
+        counts: how many tokens each row has drawn before.
 
     Returns:
-      int32 tokens.
-
-    >>> rows = sampling_rows(Sampling(), 1)
-    >>> jax.jit(sample)(np.array([[0.0, 2.0, 1.0]]), rows, np.array([0]))
-    Array([1], dtype=int32)
+        int32 tokens.
     """
     logits = checks.as_float(logits, "logits")
     greedy = logits.argmax(axis=-1).astype(jnp.int32)

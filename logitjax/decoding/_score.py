@@ -21,11 +21,11 @@ class Scores:
     """Log-probabilities of given tokens, one row a continuation.
 
     Attributes:
-      logprobs: float32 ``[rows, time]``, 0 behind the end of a continuation.
-      greedy: bool ``[rows, time]``: the token is the most likely one.
-      where: bool ``[rows, time]``: the continuation is there.
-      info: what the fusion said; leaves end in ``[..., rows, time]``, or have one entry a block
-        where they are not by position.
+        logprobs: float32 ``[rows, time]``, 0 behind the end of a continuation.
+        greedy: bool ``[rows, time]``: the token is the most likely one.
+        where: bool ``[rows, time]``: the continuation is there.
+        info: what the fusion said; leaves end in ``[..., rows, time]``, or have one entry a block
+            where they are not by position.
     """
 
     logprobs: np.ndarray
@@ -68,18 +68,18 @@ def score(
     once. The models of an `Ensemble` read their own prompts and then the same continuation.
 
     Args:
-      model: as for `generate`.
-      prompts: token ids, at least one each.
-      continuations: as many.
-      others: as for `generate`.
-      info: report the fusion's ``info`` of every position.
-      block: positions at a time.
+        model: as for `generate`.
+        prompts: token ids, at least one each.
+        continuations: as many.
+        others: as for `generate`.
+        info: report the fusion's ``info`` of every position.
+        block: positions at a time.
 
     Returns:
-      `Scores`.
+        `Scores`.
 
     Raises:
-      ValueError: for empty prompts or continuations, or unequal numbers of them.
+        ValueError: for empty prompts or continuations, or unequal numbers of them.
 
     >>> from flax import nnx
     >>> from logitjax.models import Decoder, DecoderConfig

@@ -31,13 +31,14 @@ class Speculation:
     """The drafting member, the draft lengths, and how drafts are accepted.
 
     Attributes:
-      draft: the member that drafts: ``'expert'`` or ``'base'`` (the first of them), or its place
-        among large model, experts and bases.
-      lengths: numbers of tokens that may be drafted at once, ascending; each compiles a program.
-        acceptance: ``'rejection'`` accepts with probability min(1, p / q) and draws from what is
-        left of p otherwise, which accepts the most. ``'coupled'`` lets draft and target draw with
-        the same noise and accepts where they agree: a little less often, but the tokens are those
-        that plain decoding draws from the same seed, whatever the draft and its length.
+        draft: the member that drafts: ``'expert'`` or ``'base'`` (the first of them), or its place
+            among large model, experts and bases.
+        lengths: numbers of tokens that may be drafted at once, ascending; each compiles a program.
+            acceptance: ``'rejection'`` accepts with probability min(1, p / q) and draws from what
+            is left of p otherwise, which accepts the most. ``'coupled'`` lets draft and target draw
+            with the same noise and accepts where they agree: a little less often, but the tokens
+            are those that plain decoding draws from the same seed, whatever the draft and its
+            length.
     """
 
     draft: str | int = "expert"
@@ -95,11 +96,7 @@ class Drafter:
 
 
 def find_drafter(plan: Plan, draft: str | int) -> Drafter:
-    """The member that ``draft`` names.
-
-    Raises:
-      ValueError: where there is none, or it has no pass of its own.
-    """
+    """The member that ``draft`` names."""
     if plan.outputs != plan.streams:
         raise ValueError("draft: the members share one pass, none can run ahead of the others")
     places = {"expert": 1 if plan.experts else None, "base": plan.experts + 1}
@@ -132,27 +129,20 @@ def accept_or_redraw(
         x ~ q;   accept with probability min(1, p(x) / q(x)),   else draw from (p - q)+ / |(p - q)+|
 
     Args:
-      logits: logits of the target before temperature and truncation.
-      draft_logits: whose softmax the draft was drawn from (what `sampling_logits` gives).
-      drafted: the draft.
-      rows: each row's settings; rows of temperature 0 give the most likely token.
-      counts: how many tokens each row has drawn before.
-      there: False where there is no draft: a plain draw.
+        logits: logits of the target before temperature and truncation.
+        draft_logits: whose softmax the draft was drawn from (what `sampling_logits` gives).
+        drafted: the draft.
+        rows: each row's settings; rows of temperature 0 give the most likely token.
+        counts: how many tokens each row has drawn before.
+        there: False where there is no draft: a plain draw.
 
     Returns:
-      int32 tokens; the draft was accepted where they equal it.
-
-    >>> import numpy as np
-    >>> from logitjax.decoding._sampling import Sampling, sampling_rows
-    >>> rows = sampling_rows(Sampling(temperature=1.0), 1)
-    >>> target, draft = np.log(np.array([[[1e-9, 1.0]], [[1.0, 1e-9]]], np.float32))
-    >>> jax.jit(accept_or_redraw)(target, draft, np.array([0]), rows, np.array([0]))
-    Array([1], dtype=int32)
+        int32 tokens; the draft was accepted where they equal it.
 
     References:
-      Leviathan et al., Fast inference from transformers via speculative decoding, 2023
-      (arXiv 2211.17192), algorithm 1. That p may be a fused distribution: Fu et al., Speculative
-      decoding for collaborative decoding, 2025 (arXiv 2502.01662).
+        Leviathan et al., Fast inference from transformers via speculative decoding, 2023
+        (arXiv 2211.17192), algorithm 1. That p may be a fused distribution: Fu et al., Speculative
+        decoding for collaborative decoding, 2025 (arXiv 2502.01662).
     """
     logits = checks.as_float(logits, "logits")
     greedy = logits.argmax(axis=-1).astype(jnp.int32)

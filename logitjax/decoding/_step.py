@@ -25,25 +25,25 @@ class DecodeOptions:
     """What a compiled step reports and supports beside stepping. A field costs only if it is used.
 
     Attributes:
-      logprobs: report the log-probability of every chosen token.
-      top_logprobs: report so many of the most likely tokens with theirs.
-      logprobs_of: ``'model'``: of the (fused) logits as they are served; ``'biased'``: after logit
-        bias; ``'adjusted'``: after processors and repetition penalty too. Before temperature and
-        truncation always.
-      info: report the fusion's ``info`` of every token.
-      repetition: keep track of seen tokens and of how often they were generated, which penalties
-        need.
-      masks: let requests restrict the next token, see `Engine.allow`.
-      max_logit_bias: largest number of entries of a slot's logit bias.
-      max_stop_ids: largest number of stop tokens of a slot.
-      pad_id: what frozen rows emit.
-      served: a function ``(logits [rows, vocab], extra) -> logits`` of what is served before any
-        request moves it, noise and caps of an API; ``extra`` is what each slot was given.
-      processors: functions ``(logits [rows, vocab], state) -> logits`` applied after the bias and
-        before the penalty; ``state.extra`` holds what each slot was given for them.
-      remember: ``(extra, tokens [rows], where [rows]) -> extra`` takes note of chosen tokens.
-      mesh: devices to work on; rows of the state over its axis ``data``, key heads of the cache
-        over its axis ``tensor``, where those exist and divide.
+        logprobs: report the log-probability of every chosen token.
+        top_logprobs: report so many of the most likely tokens with theirs.
+        logprobs_of: ``'model'``: of the (fused) logits as they are served; ``'biased'``: after
+            logit bias; ``'adjusted'``: after processors and repetition penalty too. Before
+            temperature and truncation always.
+        info: report the fusion's ``info`` of every token.
+        repetition: keep track of seen tokens and of how often they were generated, which penalties
+            need.
+        masks: let requests restrict the next token, see `Engine.allow`.
+        max_logit_bias: largest number of entries of a slot's logit bias.
+        max_stop_ids: largest number of stop tokens of a slot.
+        pad_id: what frozen rows emit.
+        served: a function ``(logits [rows, vocab], extra) -> logits`` of what is served before any
+            request moves it, noise and caps of an API; ``extra`` is what each slot was given.
+        processors: functions ``(logits [rows, vocab], state) -> logits`` applied after the bias and
+            before the penalty; ``state.extra`` holds what each slot was given for them.
+        remember: ``(extra, tokens [rows], where [rows]) -> extra`` takes note of chosen tokens.
+        mesh: devices to work on; rows of the state over its axis ``data``, key heads of the cache
+            over its axis ``tensor``, where those exist and divide.
     """
 
     logprobs: bool = False

@@ -17,15 +17,15 @@ class TextOptions:
     them. The tokens are the same.
 
     Attributes:
-      tokenizer: tokenizer of the model, to make texts.
-      stop_strings: rows end with the token that completes one; needs ``tokenizer``.
-      stream: called with (row, new tokens, new text) after every chunk, the text ``''`` without
-        a tokenizer.
-      chunk: about so many tokens between two looks of the host; more where drafts do not pay and
-        nobody looks.
-      continues: texts go on from their prompts, so that a first word has the space before it that
-        decoders of Llama-2's kind take from the beginning of a text. By default they begin anew, as
-        answers do.
+        tokenizer: tokenizer of the model, to make texts.
+        stop_strings: rows end with the token that completes one; needs ``tokenizer``.
+        stream: called with (row, new tokens, new text) after every chunk, the text ``''`` without
+            a tokenizer.
+        chunk: about so many tokens between two looks of the host; more where drafts do not pay and
+            nobody looks.
+        continues: texts go on from their prompts, so that a first word has the space before it that
+            decoders of Llama-2's kind take from the beginning of a text. By default they begin
+            anew, as answers do.
     """
 
     tokenizer: Tokenizer | None = None
@@ -58,9 +58,9 @@ class TextStream:
     stop string. Special tokens leave no text.
 
     Args:
-      tokenizer: tokenizer of the model.
-      stop_strings: the text ends before the first of them.
-      context: tokens that the text goes on from; none for a text that begins anew.
+        tokenizer: tokenizer of the model.
+        stop_strings: the text ends before the first of them.
+        context: tokens that the text goes on from; none for a text that begins anew.
 
     >>> from tokenizers import Tokenizer as Backend, decoders, models
     >>> backend = Backend(models.BPE({"a": 0, "b": 1, "!": 2}, []))

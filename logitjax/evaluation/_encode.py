@@ -15,9 +15,9 @@ class PromptTemplate:
     of logit-difference unlearning has other spaces in one of them.
 
     Attributes:
-      before: text before the question.
-      after: text after it, up to the answer.
-      add_bos: begin with the tokenizer's beginning mark; None: as its ``add_bos`` says.
+        before: text before the question.
+        after: text after it, up to the answer.
+        add_bos: begin with the tokenizer's beginning mark; None: as its ``add_bos`` says.
 
     >>> PromptTemplate.llama2().render("Who?")
     '[INST] Who? [/INST]'
@@ -70,20 +70,20 @@ def encode_answer(
     (TOFU's code relies on it), it is encoded as one; otherwise prompt and answer are encoded apart.
 
     Args:
-      tokenizer: tokenizer of the model.
-      template: what stands around the question.
-      question: question of the item.
-      answer: right or wrong.
-      max_length: largest length of the row; the rest is cut off. TOFU's is 200, OpenUnlearning's
-          512.
-      eos_id: the end mark, if it is not the tokenizer's.
-      end: False for an answer without an end mark.
+        tokenizer: tokenizer of the model.
+        template: what stands around the question.
+        question: question of the item.
+        answer: right or wrong.
+        max_length: largest length of the row; the rest is cut off. TOFU's is 200, OpenUnlearning's
+            512.
+        eos_id: the end mark, if it is not the tokenizer's.
+        end: False for an answer without an end mark.
 
     Returns:
-      int32 ``[time]`` and bool ``[time]``.
+        int32 ``[time]`` and bool ``[time]``.
 
     Raises:
-      ValueError: the prompt alone takes ``max_length`` tokens.
+        ValueError: the prompt alone takes ``max_length`` tokens.
     """
     prompt = encode_prompt(tokenizer, template, question)
     ids = _encode(tokenizer, template, template.render(question) + answer)

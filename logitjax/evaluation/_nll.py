@@ -38,14 +38,15 @@ def nll_from_apply(apply_fn: Callable[[Any], Any], *, with_greedy: bool = False)
     program as constants. Hand in something that is compiled already.
 
     Args:
-      apply_fn: int32 ``[batch, time]`` to logits ``[batch, time, vocab]`` of the token after each
-        position. Rows are padded at the end, which a causal model does not see.
-      with_greedy: also say whether each token was the most likely one, which extraction strength
-        and exact memorisation ask for.
+        apply_fn: int32 ``[batch, time]`` to logits ``[batch, time, vocab]`` of the token after each
+            position. Rows are padded at the end, which a causal model does not see.
+        with_greedy: also say whether each token was the most likely one, which extraction strength
+            and exact memorisation ask for.
 
     Returns:
-      ``nll_fn(tokens, targets)``, giving float32 ``[batch, time]``, with ``with_greedy`` a pair of
-      it and bool ``[batch, time]``. ``targets`` is False at position 0, which nothing predicts.
+        ``nll_fn(tokens, targets)``, giving float32 ``[batch, time]``, with ``with_greedy`` a pair
+        of it and bool ``[batch, time]``. ``targets`` is False at position 0, which nothing
+        predicts.
 
     >>> nll_fn = nll_from_apply(lambda tokens: jnp.zeros((*tokens.shape, 4)))
     >>> nll_fn(np.array([[3, 1, 2]]), np.array([[False, True, False]])).round(4)

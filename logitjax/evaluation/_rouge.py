@@ -25,17 +25,17 @@ def rouge_l_f1(references: Sequence[str], predictions: Sequence[str]) -> np.ndar
         2 LCS / (|reference| + |text|)
 
     Args:
-      references: the right answers.
-      predictions: as many texts.
+        references: the right answers.
+        predictions: as many texts.
 
     Returns:
-      float64 ``[n]``.
+        float64 ``[n]``.
 
     Raises:
-      ValueError: unequal numbers.
+        ValueError: unequal numbers.
 
     References:
-      Lin, 2004; MUSE's verbmem and knowmem.
+        Lin, 2004; MUSE's verbmem and knowmem.
 
     >>> rouge_l_f1(["Paris, France"], ["It is in France: Paris."]).round(4)
     array([0.2857])
@@ -55,17 +55,17 @@ def rouge_recall(references: Sequence[str], predictions: Sequence[str]) -> Rouge
     three letters. A reference without words scores 0.
 
     Args:
-      references: the right answers.
-      predictions: as many texts.
+        references: the right answers.
+        predictions: as many texts.
 
     Returns:
-      `RougeRecall`.
+        `RougeRecall`.
 
     Raises:
-      ValueError: unequal numbers.
+        ValueError: unequal numbers.
 
     References:
-      Lin, 2004; ``rouge_score`` with ``use_stemmer=True``, as in TOFU and OpenUnlearning.
+        Lin, 2004; ``rouge_score`` with ``use_stemmer=True``, as in TOFU and OpenUnlearning.
 
     >>> rouge_recall(["Paris, France"], ["It is in France: Paris."])
     RougeRecall(rouge_1=array([1.]), rouge_l=array([0.5]))

@@ -16,8 +16,8 @@ class RowScores:
     """Scores of the targets of each row.
 
     Attributes:
-      nll: one float64 array a row, over its targets.
-      greedy: one bool array a row, or None where the function does not say.
+        nll: one float64 array a row, over its targets.
+        greedy: one bool array a row, or None where the function does not say.
     """
 
     nll: list[np.ndarray]
@@ -48,20 +48,20 @@ def score_rows(
     ``length_step``; the last one is filled up with empty rows.
 
     Args:
-      nll_fn: see `nll_from_apply`.
-      rows: token ids and which of them are targets, as from `encode_answer`.
-      batch_size: size of every batch.
-      pad_id: any id the model has.
-      length_step: lengths are multiples of it.
-      progress: told how many rows were done.
-      describe: a row's name, for errors.
+        nll_fn: see `nll_from_apply`.
+        rows: token ids and which of them are targets, as from `encode_answer`.
+        batch_size: size of every batch.
+        pad_id: any id the model has.
+        length_step: lengths are multiples of it.
+        progress: told how many rows were done.
+        describe: a row's name, for errors.
 
     Returns:
-      `RowScores`, in the order of ``rows``.
+        `RowScores`, in the order of ``rows``.
 
     Raises:
-      ValueError: a row whose first token is a target, answers of a wrong shape, or a loss that is
-        not finite, with the row.
+        ValueError: a row whose first token is a target, answers of a wrong shape, or a loss that is
+            not finite, with the row.
     """
     if batch_size < 1 or length_step < 1:
         raise ValueError(

@@ -84,8 +84,6 @@ def multi_branch_loss(
 
     Args:
         auxiliary: `[*batch, classes]`, the bias as it is fused, before beta.
-        fused: `[*batch, classes]`.
-        labels: `[*batch]`.
         fusion_share: lambda; 1 trains the fused logits alone.
 
     Returns:

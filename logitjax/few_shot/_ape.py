@@ -36,12 +36,6 @@ def channel_criterion(
         similarity_weight: w0; .7 on ImageNet.
         variance_weight: w1; .3 on ImageNet.
 
-    Returns:
-        `[features]`.
-
-    >>> bool(jnp.diff(channel_criterion(jnp.array([[0.6, 0.6], [0.8, -0.8]])))[0] > 0)
-    True
-
     References:
         Zhu et al., Not All Features Matter (arXiv 2304.01195), prior refinement.
     """

@@ -41,10 +41,6 @@ def cache_logits(
     Returns:
         float32 `[*batch, classes]`.
 
-    >>> cache_logits(jnp.eye(2), jnp.eye(2), jnp.eye(2), sharpness=0.0)
-    Array([[1., 1.],
-           [1., 1.]], dtype=float32)
-
     References:
         Zhang et al., Tip-Adapter (arXiv 2207.09519), eq. 4.
     """
@@ -96,15 +92,9 @@ def cafo_bias(
 
     Args:
         zero_shot: `s0`, `[*batch, classes]`.
-        candidates: `[models, *batch, classes]`.
 
     Returns:
         float32 `[*batch, classes]`.
-
-    >>> import numpy as np
-    >>> bias = jax.jit(cafo_bias)(np.eye(2)[:1], np.array([[[3.0, 1.0]], [[0.0, 1.0]]]))
-    >>> print(f"{np.asarray(bias)[0, 0]:.3f}")
-    0.539
 
     References:
         Zhang et al., Prompt, Generate, then Cache (arXiv 2303.02151); the released code's `mean`

@@ -94,117 +94,135 @@ def candidates(
     """
     if grid not in _GRID_SIZES:
         raise ValueError(f"grid: expected one of {', '.join(_GRID_SIZES)}, got {grid!r}")
-    full, count = grid == "full", _GRID_SIZES[grid]
-    amu = Recipe(epochs=epochs, batch_size=batch_size)
-    cache, clap = Recipe.published("tip_adapter_f"), Recipe.published("clap")
+    grids = _Grids(full=grid == "full")
     short = Recipe(steps=steps, batch_size=32)
-    rates = [1e-4, 3e-4, 1e-3, 3e-3] if full else [3e-4, 3e-3]
-    decays = [0.0, 1e-2, 1e-1] if full else [0.0, 1e-2]
-    sharp = [1.0, 3.0, 5.5] if full else [1.0, 5.5]
+    amu = Recipe(epochs=epochs, batch_size=batch_size)
+    return _biases(grids, amu) | _caches(grids) | _learned(grids, short)
 
-    def bias_grid(*betas: float) -> Mapping[str, list[float]]:
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Grids:
+    """Columns of as many settings for every method, whatever it searches."""
+
+    full: bool
+
+    @property
+    def count(self) -> int:
+        return _GRID_SIZES["full" if self.full else "small"]
+
+    def bias(self, *betas: float) -> Mapping[str, list[float]]:
         """AMU's: the weight of the bias, and with a full grid the rate."""
-        amu_rates = [3e-4, 1e-3, 3e-3] if full else [1e-3]
-        return _product(beta=betas, training__learning_rate=amu_rates)
+        rates = [3e-4, 1e-3, 3e-3] if self.full else [1e-3]
+        return _product(beta=betas, training__learning_rate=rates)
 
-    def cache_grid(*betas: float) -> Mapping[str, list[float]]:
-        return _product(beta=betas if full else betas[1::2], sharpness=sharp)
+    def cache(self, *betas: float) -> Mapping[str, list[float]]:
+        sharp = [1.0, 3.0, 5.5] if self.full else [1.0, 5.5]
+        return _product(beta=betas if self.full else betas[1::2], sharpness=sharp)
 
-    def rate_grid(betas: Sequence[float] = ()) -> Mapping[str, list[float]]:
-        other = {"beta": betas} if betas else {"training__weight_decay": decays}
-        return _product(training__learning_rate=rates, **other)
+    def rate(self, **other: Sequence[float]) -> Mapping[str, list[float]]:
+        """The learning rate beside something else, weight decay by default."""
+        rates = [1e-4, 3e-4, 1e-3, 3e-3] if self.full else [3e-4, 3e-3]
+        decays = [0.0, 1e-2, 1e-1] if self.full else [0.0, 1e-2]
+        return _product(
+            training__learning_rate=rates, **(other or {"training__weight_decay": decays})
+        )
 
-    def log_spaced(low: float, high: float) -> list[float]:
-        return np.geomspace(low, high, count).tolist()
+    def of(
+        self, full: Mapping[str, Sequence[float]], small: Mapping[str, Sequence[float]]
+    ) -> Mapping[str, list[float]]:
+        return _product(**(full if self.full else small))
 
-    probe_rates = [0.01, 0.03, 0.1, 0.3] if full else [0.03, 0.3]
+    def blends(self) -> Mapping[str, list[float]]:
+        return {"beta": [(i + 1) / self.count for i in range(self.count)]}
+
+
+def _biases(grids: _Grids, recipe: Recipe) -> dict[str, Candidate]:
     doubt = methods.Uncertainty(measure="kurtosis", normalizer="classes")
-    betas = bias_grid(0.5, 1.0, 2.0, 4.0)
-    wide = cache_grid(0.5, 1.17, 3.0, 10.0)
+    betas = grids.bias(0.5, 1.0, 2.0, 4.0)
+    # Without the z-score the bias is as small as features of length one make it.
+    large = grids.bias(2.0, 8.0, 32.0, 128.0)
     return {
-        "amu": Candidate(method=methods.AMU.official(), recipe=amu, grid=betas),
-        "amu_kurtosis": Candidate(method=methods.AMU(uncertainty=doubt), recipe=amu, grid=betas),
-        # Without the z-score the bias is as small as features of length one make it.
-        "amu_paper": Candidate(
-            method=methods.AMU.paper(), recipe=amu, grid=bias_grid(2.0, 8.0, 32.0, 128.0)
-        ),
+        "amu": Candidate(method=methods.AMU.official(), recipe=recipe, grid=betas),
+        "amu_kurtosis": Candidate(method=methods.AMU(uncertainty=doubt), recipe=recipe, grid=betas),
+        "amu_paper": Candidate(method=methods.AMU.paper(), recipe=recipe, grid=large),
+    }
+
+
+def _caches(grids: _Grids) -> dict[str, Candidate]:
+    tuned, wide = Recipe.published("tip_adapter_f"), grids.cache(0.5, 1.17, 3.0, 10.0)
+    cafo, ape = grids.cache(0.3, 0.6, 1.2, 2.4), grids.cache(0.5, 1.0, 2.0, 5.0)
+    ape_t = grids.of(
+        {"beta": [0.5, 1.0, 2.0, 5.0], "training__learning_rate": [1e-4, 3e-4, 1e-3]},
+        {"beta": [1.0, 5.0], "training__learning_rate": [1e-4, 1e-3]},
+    )
+    dmn = grids.of(
+        {"beta": [0.1, 0.3, 1.0, 3.0], "sharpness": [2.0, 5.5, 10.0]},
+        {"beta": [0.3, 3.0], "sharpness": [2.0, 5.5]},
+    )
+    gda = {"beta": np.geomspace(1e-2, 1e2, grids.count).tolist()}
+    pro_ker = grids.of(
+        {"penalty": [0.03, 0.1, 0.3, 3.0], "sharpness": [1.5, 3.0, 10.0]},
+        {"penalty": [0.1, 3.0], "sharpness": [1.5, 10.0]},
+    )
+    return {
         "tip_adapter": Candidate(method=methods.TipAdapter(), grid=wide),
-        "tip_adapter_f": Candidate(method=methods.TipAdapterF(), recipe=cache, grid=wide),
+        "tip_adapter_f": Candidate(method=methods.TipAdapterF(), recipe=tuned, grid=wide),
         "tip_x": Candidate(method=methods.TipX(), grid=wide),
-        "cafo": Candidate(method=methods.CaFo(), recipe=cache, grid=cache_grid(0.3, 0.6, 1.2, 2.4)),
-        "ape": Candidate(method=methods.APE(), grid=cache_grid(0.5, 1.0, 2.0, 5.0)),
-        "ape_t": Candidate(
-            method=methods.APET(),
-            recipe=Recipe.published("ape_t"),
-            grid=_product(
-                beta=[0.5, 1.0, 2.0, 5.0] if full else [1.0, 5.0],
-                training__learning_rate=[1e-4, 3e-4, 1e-3] if full else [1e-4, 1e-3],
-            ),
-        ),
-        "dmn": Candidate(
-            method=methods.DMN(),
-            grid=_product(
-                beta=[0.1, 0.3, 1.0, 3.0] if full else [0.3, 3.0],
-                sharpness=[2.0, 5.5, 10.0] if full else [2.0, 5.5],
-            ),
-        ),
-        "gda": Candidate(method=methods.GDA(), grid={"beta": log_spaced(1e-2, 1e2)}),
-        "pro_ker": Candidate(
-            method=methods.ProKeR(),
-            grid=_product(
-                penalty=[0.03, 0.1, 0.3, 3.0] if full else [0.1, 3.0],
-                sharpness=[1.5, 3.0, 10.0] if full else [1.5, 10.0],
-            ),
-        ),
+        "cafo": Candidate(method=methods.CaFo(), recipe=tuned, grid=cafo),
+        "ape": Candidate(method=methods.APE(), grid=ape),
+        "ape_t": Candidate(method=methods.APET(), recipe=Recipe.published("ape_t"), grid=ape_t),
+        "dmn": Candidate(method=methods.DMN(), grid=dmn),
+        "gda": Candidate(method=methods.GDA(), grid=gda),
+        "pro_ker": Candidate(method=methods.ProKeR(), grid=pro_ker),
+    }
+
+
+def _learned(grids: _Grids, short: Recipe) -> dict[str, Candidate]:
+    full, clap = grids.full, Recipe.published("clap")
+    rates = [0.01, 0.03, 0.1, 0.3] if full else [0.03, 0.3]
+    # A fourth is published; the small grid belongs to a run of minutes.
+    clip_adapter = methods.ClipAdapter(reduction=4 if full else 16)
+    # LP++'s step sizes are not searched: they follow from the data. What is left is how much of
+    # the zero-shot logits stays.
+    released = methods.LPPlusPlus(start="sums", accumulate_blend=True, keep="best")
+    pro_lip = grids.of(
+        {"penalty": [0.01, 0.1, 1.0], "training__learning_rate": [1e-5, 1e-4, 1e-3, 1e-2]},
+        {"penalty": [0.1, 1.0], "training__learning_rate": [1e-4, 1e-2]},
+    )
+    auxiliary = methods.LinearProbe(source="auxiliary")
+    return {
         "clip_adapter": Candidate(
-            # A fourth is published; the small grid belongs to a run of minutes.
-            method=methods.ClipAdapter(reduction=4 if full else 16),
+            method=clip_adapter,
             recipe=short,
-            grid=rate_grid([0.2, 0.5, 0.8] if full else [0.2, 0.5]),
+            grid=grids.rate(beta=[0.2, 0.5, 0.8] if full else [0.2, 0.5]),
         ),
         "task_res": Candidate(
             method=methods.TaskRes(),
             recipe=short,
-            grid=rate_grid([0.5, 1.0, 2.0] if full else [0.5, 1.0]),
+            grid=grids.rate(beta=[0.5, 1.0, 2.0] if full else [0.5, 1.0]),
         ),
-        # Its step sizes are not searched: they follow from the data. What is left is how much of
-        # the zero-shot logits stays.
-        "lp_plus_plus": Candidate(
-            method=methods.LPPlusPlus(), grid={"beta": [(i + 1) / count for i in range(count)]}
-        ),
-        "lp_plus_plus_released": Candidate(
-            method=methods.LPPlusPlus(start="sums", accumulate_blend=True, keep="best"),
-            grid={"beta": [(i + 1) / count for i in range(count)]},
-        ),
+        "lp_plus_plus": Candidate(method=methods.LPPlusPlus(), grid=grids.blends()),
+        "lp_plus_plus_released": Candidate(method=released, grid=grids.blends()),
         "clap": Candidate(
             method=methods.CLAP(),
             recipe=clap,
             grid=_product(
-                penalty=[0.1, 1.0, 10.0] if full else [0.3, 3.0],
-                training__learning_rate=probe_rates,
+                penalty=[0.1, 1.0, 10.0] if full else [0.3, 3.0], training__learning_rate=rates
             ),
         ),
         "zs_lp": Candidate(
             method=methods.CLAP(penalty=0.0),
             recipe=clap,
             grid=_product(
-                beta=[0.5, 0.75, 1.0] if full else [0.5, 1.0],
-                training__learning_rate=probe_rates,
+                beta=[0.5, 0.75, 1.0] if full else [0.5, 1.0], training__learning_rate=rates
             ),
         ),
         "pro_lip": Candidate(
-            method=methods.ProLIP(),
-            recipe=Recipe.published("pro_lip"),
-            grid=_product(
-                penalty=[0.01, 0.1, 1.0] if full else [0.1, 1.0],
-                training__learning_rate=[1e-5, 1e-4, 1e-3, 1e-2] if full else [1e-4, 1e-2],
-            ),
+            method=methods.ProLIP(), recipe=Recipe.published("pro_lip"), grid=pro_lip
         ),
-        "linear_probe": Candidate(method=methods.LinearProbe(), recipe=short, grid=rate_grid()),
-        "linear_probe_auxiliary": Candidate(
-            method=methods.LinearProbe(source="auxiliary"), recipe=short, grid=rate_grid()
-        ),
-        "cross_modal": Candidate(method=methods.CrossModal(), recipe=short, grid=rate_grid()),
+        "linear_probe": Candidate(method=methods.LinearProbe(), recipe=short, grid=grids.rate()),
+        "linear_probe_auxiliary": Candidate(method=auxiliary, recipe=short, grid=grids.rate()),
+        "cross_modal": Candidate(method=methods.CrossModal(), recipe=short, grid=grids.rate()),
     }
 
 

@@ -25,18 +25,18 @@ class FeatureIdentity:
     """What a cache was made from and what a row holds.
 
     Attributes:
-      encoder: its name.
-      encoder_fingerprint: a hash of its weights.
-      preprocessing: how colours become inputs.
-      views: how pictures were scaled and cut (``str`` of `ImageViews`).
-      data: the pictures' source.
-      data_fingerprint: a fingerprint of the pictures.
-      class_names: names by class number.
-      num_views: views in a row.
-      num_features: features of a view.
-      num_logits: logits of a view; 0 if the encoder has no class head.
-      compute_dtype: type that the encoder computed in.
-      dtype: 'float32' or 'float16': how both are stored.
+        encoder: its name.
+        encoder_fingerprint: a hash of its weights.
+        preprocessing: how colours become inputs.
+        views: how pictures were scaled and cut (``str`` of `ImageViews`).
+        data: the pictures' source.
+        data_fingerprint: a fingerprint of the pictures.
+        class_names: names by class number.
+        num_views: views in a row.
+        num_features: features of a view.
+        num_logits: logits of a view; 0 if the encoder has no class head.
+        compute_dtype: type that the encoder computed in.
+        dtype: 'float32' or 'float16': how both are stored.
     """
 
     encoder: str
@@ -67,9 +67,9 @@ class Features:
     """Rows of a cache: numpy arrays when read; when written, arrays that are still being computed.
 
     Attributes:
-      features: float32 ``[rows, views, num_features]``.
-      logits: float32 ``[rows, views, num_logits]``, or None.
-      labels: int32 ``[rows]``.
+        features: float32 ``[rows, views, num_features]``.
+        logits: float32 ``[rows, views, num_logits]``, or None.
+        labels: int32 ``[rows]``.
     """
 
     features: Any

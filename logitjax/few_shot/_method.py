@@ -241,10 +241,6 @@ def z_score(logits: Float[Array, "*batch classes"]) -> Float[jax.Array, "*batch 
     ::
 
         (z - mean(z)) / std(z)        std divides by the number of classes - 1
-
-    >>> jax.jit(z_score)(jnp.array([[1.0, 2.0, 3.0], [5.0, 5.0, 5.0]]))
-    Array([[-1.,  0.,  1.],
-           [ 0.,  0.,  0.]], dtype=float32)
     """
     logits = checks.as_float(logits, "logits")
     deviation, count = centred(logits, logits != -jnp.inf)

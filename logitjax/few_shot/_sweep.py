@@ -65,15 +65,7 @@ def _with(runs: Runs, shared: Mapping[str, Any]) -> Runs:
 def with_settings(
     config: Method, training: Recipe, settings: Mapping[str, Any]
 ) -> tuple[Method, Recipe]:
-    """Replaces fields: `beta`, `uncertainty.exponent`, `training.learning_rate`.
-
-    Raises:
-        ValueError: A name that is no field.
-
-    >>> config, _ = with_settings(AMU(), Recipe(), {"uncertainty.exponent": 0.1})
-    >>> config.uncertainty.exponent
-    0.1
-    """
+    """Replaces fields: `beta`, `uncertainty.exponent`, `training.learning_rate`."""
 
     def put(target: Any, path: Sequence[str], value: Any) -> Any:
         name, *rest = path

@@ -82,15 +82,6 @@ def uncertainty_weight(
     Returns:
         float32 `[*batch, 1]`.
 
-    Raises:
-        ValueError: `top5` of fewer than five classes.
-
-    >>> sure, unsure = [9.0, 0.0, 0.0, 0.0], [1.0, 0.9, 0.0, 0.0]
-    >>> config = Uncertainty(measure="entropy", exponent=1.0)
-    >>> weight = jax.jit(uncertainty_weight, static_argnums=1)(jnp.array([sure, unsure]), config)
-    >>> print("{:.3f} {:.3f}".format(*weight.ravel().tolist()))
-    1.003 2.525
-
     References:
         Tang et al., AMU-Tuning (arXiv 2404.08958); measures and constants from `clip/amu.py` of its
         repository (its energy adds the maximum after the division by the temperature 2 and before

@@ -80,16 +80,12 @@ class Strategy:
         """Fused float32 logits `[*batch, vocab]`, and what was decided, by name.
 
         Args:
-            logits_large: `[*batch, vocab]`.
             logits_experts: `[T, *batch, vocab]`, or without the leading axis for one; None where
                 the strategy takes none.
             logits_bases: as many, or one for all; None where the strategy takes none.
             vocab_where: boolean, broadcastable to the logits: True for the entries that exist.
             axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that
                 axis.
-
-        Raises:
-            ValueError: shapes do not fit, or models are missing or not taken.
         """
         for name, logits, taken in (
             ("logits_experts", logits_experts, self.takes_experts),

@@ -25,14 +25,6 @@ def kth_largest(
 
     Returns:
         `[*batch]`, an entry of `values` in its dtype. It has no gradient.
-
-    Raises:
-        ValueError: `k` is not in 1..vocab, or the vocabulary is sharded over an Explicit mesh axis
-            and `axis_name` is not given.
-        TypeError: the values are no floating-point numbers.
-
-    >>> jax.jit(kth_largest, static_argnums=1)(jnp.array([1.0, 7.0, 3.0, 7.0]), 3)
-    Array(3., dtype=float32)
     """
     values = lax.stop_gradient(jnp.asarray(values))
     shards = 1 if axis_name is None else lax.axis_size(axis_name)

@@ -66,6 +66,65 @@ class _State(NamedTuple):
     done: jax.Array
 
 
+class _Search(NamedTuple):
+    """One search: the path and the targets f and r, `[T, *batch]`."""
+
+    path: Path
+    forward: jax.Array
+    reverse: jax.Array
+    axis_name: AxisName | None
+
+    def point(self, alpha: jax.Array, at: Moments, centre: jax.Array | float) -> Point:
+        # Sums of squares about a centre lose the digits that centre and mean are apart.
+        error = 1e-6 * (at.variance + (at.mean - centre) ** 2)
+        return Point(
+            alpha,
+            alpha * at.mean - at.log_z - self.forward,
+            at.log_z - self.reverse,
+            at.mean,
+            jnp.maximum(at.variance - error, 0.0),
+            at.variance + error,
+        )
+
+    def advance(self, state: _State) -> _State:
+        """Splits the leftmost open interval of every row: one sweep over the vocabulary."""
+        intervals = state.open
+        index = jnp.arange(len(intervals.bound)).reshape(-1, *[1] * self.forward.ndim)
+        closed = _sufficient(intervals.bound, state.best)
+        chosen = index == jnp.where(closed, jnp.inf, intervals.left.alpha).argmin(0)
+        whole = _only(chosen, intervals)
+        left, right, alpha = whole.left, whole.right, whole.split
+        share = (alpha - left.alpha) / jnp.maximum(right.alpha - left.alpha, _TINY)
+        centre = left.mean + share * (right.mean - left.mean)
+        at = self.path.moments(alpha, axis_name=self.axis_name, centre=centre)
+        middle = self.point(alpha, at, centre)
+        halves = between(self.path, _stack(left, middle), _stack(middle, right))
+        # Parts are no worse than the whole, whatever rounding says.
+        halves = halves._replace(bound=jnp.maximum(halves.bound, whole.bound))
+        # One takes the place of the whole, the other that of the interval with the least to gain.
+        others = jnp.where(chosen, -jnp.inf, intervals.bound)
+        replaced = index == others.argmax(0)
+
+        def put(old: jax.Array, new: jax.Array) -> jax.Array:
+            return jnp.where(chosen, new[0], jnp.where(replaced, new[1], old))
+
+        given_up = jnp.minimum(state.given_up, others.max(0))
+        better = (middle.objective < state.best.objective) & ~state.done
+        best = jax.tree.map(lambda new, old: jnp.where(better, new, old), middle, state.best)
+        return _judged(_State(jax.tree.map(put, intervals, halves), best, given_up, state.done))
+
+
+def _judged(state: _State) -> _State:
+    """Done where no interval, open or given up, can hold anything better."""
+    bound = jnp.minimum(state.open.bound.min(0), state.given_up)
+    return state._replace(done=state.done | _sufficient(bound, state.best))
+
+
+def _sufficient(bound: jax.Array, best: Point) -> jax.Array:
+    # Below 1e-6 the divergences themselves are rounding of float32.
+    return bound >= best.objective - 1e-6 - 1e-5 * best.objective
+
+
 def find_minimum(
     path: Path,
     forward: jax.Array,
@@ -87,53 +146,9 @@ def find_minimum(
         max_sweeps: evaluations at most, those of `values` aside.
         axis_name: axis that splits the vocabulary; exactly `max_sweeps` are made then.
     """
-
-    def point(alpha: jax.Array, at: Moments, centre: jax.Array | float) -> Point:
-        # Sums of squares about a centre lose the digits that centre and mean are apart.
-        error = 1e-6 * (at.variance + (at.mean - centre) ** 2)
-        return Point(
-            alpha,
-            alpha * at.mean - at.log_z - forward,
-            at.log_z - reverse,
-            at.mean,
-            jnp.maximum(at.variance - error, 0.0),
-            at.variance + error,
-        )
-
-    def sufficient(bound: jax.Array, best: Point) -> jax.Array:
-        return bound >= best.objective - 1e-6 - 1e-5 * best.objective
-
-    def advance(state: _State) -> _State:
-        intervals = state.open
-        index = jnp.arange(len(intervals.bound)).reshape(-1, *[1] * forward.ndim)
-        closed = sufficient(intervals.bound, state.best)
-        chosen = index == jnp.where(closed, jnp.inf, intervals.left.alpha).argmin(0)
-        whole = _only(chosen, intervals)
-        left, right, alpha = whole.left, whole.right, whole.split
-        share = (alpha - left.alpha) / jnp.maximum(right.alpha - left.alpha, _TINY)
-        centre = left.mean + share * (right.mean - left.mean)
-        middle = point(alpha, path.moments(alpha, axis_name=axis_name, centre=centre), centre)
-        halves = between(path, _stack(left, middle), _stack(middle, right))
-        # Parts are no worse than the whole, whatever rounding says.
-        halves = halves._replace(bound=jnp.maximum(halves.bound, whole.bound))
-        # One takes the place of the whole, the other that of the interval with the least to gain.
-        others = jnp.where(chosen, -jnp.inf, intervals.bound)
-        replaced = index == others.argmax(0)
-
-        def put(old: jax.Array, new: jax.Array) -> jax.Array:
-            return jnp.where(chosen, new[0], jnp.where(replaced, new[1], old))
-
-        given_up = jnp.minimum(state.given_up, others.max(0))
-        better = (middle.objective < state.best.objective) & ~state.done
-        best = jax.tree.map(lambda new, old: jnp.where(better, new, old), middle, state.best)
-        return judged(_State(jax.tree.map(put, intervals, halves), best, given_up, state.done))
-
-    def judged(state: _State) -> _State:
-        bound = jnp.minimum(state.open.bound.min(0), state.given_up)
-        return state._replace(done=state.done | sufficient(bound, state.best))
-
+    search = _Search(path, forward, reverse, axis_name)
     alphas, at = path.scan(values, order=2, axis_name=axis_name)
-    points = point(alphas, at, 0.0)
+    points = search.point(alphas, at, 0.0)
     left, right = jax.tree.map(lambda x: x[:-1], points), jax.tree.map(lambda x: x[1:], points)
     intervals = between(path, left, right)
     spare = max(_HELD - len(intervals.bound), 0)
@@ -148,16 +163,16 @@ def find_minimum(
     least = jnp.arange(len(values)).reshape(-1, *[1] * forward.ndim) == allowed.argmin(0)
     best = _only(least, points)
     nothing = jnp.full_like(forward, jnp.inf)
-    state = judged(_State(intervals, best, nothing, jnp.zeros_like(forward, bool)))
+    state = _judged(_State(intervals, best, nothing, jnp.zeros_like(forward, bool)))
     sweeps = jnp.zeros((), jnp.int32)
     if axis_name is not None:
         for _ in range(max_sweeps):
-            state = advance(state)
+            state = search.advance(state)
         sweeps = sweeps + max_sweeps
     else:
         state, sweeps = lax.while_loop(
             lambda carry: (carry[1] < max_sweeps) & ~carry[0].done.all(),
-            lambda carry: (advance(carry[0]), carry[1] + 1),
+            lambda carry: (search.advance(carry[0]), carry[1] + 1),
             (state, sweeps),
         )
     best, intervals = state.best, state.open

@@ -1,9 +1,5 @@
 """Output heads: hidden states in, float32 logits out."""
 
-from logitjax.heads._adaptive_softmax import AdaptiveConfig as AdaptiveConfig
-from logitjax.heads._adaptive_softmax import AdaptiveHead as AdaptiveHead
-from logitjax.heads._adaptive_softmax import adaptive_nll as adaptive_nll
-from logitjax.heads._adaptive_softmax import adaptive_topk as adaptive_topk
 from logitjax.heads._head_cost import HeadCost as HeadCost
 from logitjax.heads._linear import LinearHead as LinearHead
 from logitjax.heads._linear import TiedHead as TiedHead

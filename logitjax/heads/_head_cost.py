@@ -8,13 +8,13 @@ class HeadCost:
     """The cost of a head.
 
     Attributes:
-      parameters: trained numbers of its own; a tied embedding is not counted.
-      stored_bytes: parameters and look-up tables, assignments included. Tables of decoding (a
-        sorted copy of tokens and biases) count too.
-      read_bytes: bytes that greedy decoding reads for one token of one sequence.
-      decode_flops: multiplications and additions to decode one token.
-      train_flops: the same for loss and gradient of one token.
-      exact: whether it can represent the full head.
+        parameters: trained numbers of its own; a tied embedding is not counted.
+        stored_bytes: parameters and look-up tables, assignments included. Tables of decoding (a
+            sorted copy of tokens and biases) count too.
+        read_bytes: bytes that greedy decoding reads for one token of one sequence.
+        decode_flops: multiplications and additions to decode one token.
+        train_flops: the same for loss and gradient of one token.
+        exact: whether it can represent the full head.
     """
 
     parameters: int
@@ -28,10 +28,10 @@ class HeadCost:
         """The cost of this head and of exact rows that re-score some of its tokens.
 
         Args:
-          rows: rows read a token.
-          hidden: numbers a row.
-          own: rows that are stored for this; 0 where they are a tied embedding's.
-          itemsize: bytes a number.
+            rows: rows read a token.
+            hidden: numbers a row.
+            own: rows that are stored for this; 0 where they are a tied embedding's.
+            itemsize: bytes a number.
 
         >>> cheap = HeadCost(parameters=8, stored_bytes=32, read_bytes=32, decode_flops=16,
         ...                  train_flops=48)

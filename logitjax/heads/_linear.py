@@ -61,13 +61,7 @@ class LinearHead(FullHead):
     """A head with its own kernel ``[hidden, vocab]``.
 
     Args:
-      hidden_size: d.
-      vocab_size: V.
-      use_bias: one number a vocabulary entry.
-      unigram: ``[vocab]`` counts or probabilities: biases begin at its logarithm.
-      dtype: compute dtype.
-      param_dtype: dtype of the parameters.
-      rngs: source of the initial kernel.
+        use_bias: one number a vocabulary entry.
 
     >>> head = nnx.jit(lambda: LinearHead(4, 10, rngs=nnx.Rngs(0)))()
     >>> head(jnp.ones((2, 4))).shape
@@ -104,8 +98,7 @@ class TiedHead(FullHead):
     """A head whose kernel is the token embedding ``[vocab, hidden]``.
 
     Args:
-      bias: ``[vocab]``, where its biases begin: its only parameters. None for none.
-      dtype: compute dtype.
+        bias: ``[vocab]``, where its biases begin: its only parameters. None for none.
 
     >>> TiedHead(bias=jnp.zeros(5))(jnp.ones((1, 2)), jnp.ones((5, 2))).shape
     (1, 5)

@@ -19,11 +19,7 @@ def low_rank_logits(
     kernel: Float[Array, "vocab rank"],
     bias: Float[Array, " vocab"] | None = None,
 ) -> Float[jax.Array, "*batch vocab"]:
-    """All V logits of a low-rank head, ``(h D) W^T + b``: O(rank (d + V)) per token.
-
-    >>> jax.jit(low_rank_logits)(jnp.ones((1, 3)), jnp.ones((3, 1)), jnp.array([[1.0], [2.0]]))
-    Array([[3., 6.]], dtype=float32)
-    """
+    """All V logits of a low-rank head, ``(h D) W^T + b``: O(rank (d + V)) per token."""
     narrow = jnp.asarray(hidden) @ jnp.asarray(down)
     wide = jnp.promote_types(narrow.dtype, jnp.float32)
     logits = jnp.einsum("...r,vr->...v", narrow, kernel, preferred_element_type=wide)
@@ -46,20 +42,20 @@ def fit_low_rank(
     lost at the mean hidden state goes into the bias.
 
     Args:
-      rows: ``[vocab, hidden]``.
-      unigram: ``[vocab]``, probabilities or counts.
-      hidden_mean: ``[hidden]``.
-      hidden_cov: ``[hidden, hidden]``.
-      rank: at most hidden.
-      row_bias: ``[vocab]``, bias of the full head.
-      weight_power: the power p.
+        rows: ``[vocab, hidden]``.
+        unigram: ``[vocab]``, probabilities or counts.
+        hidden_mean: ``[hidden]``.
+        hidden_cov: ``[hidden, hidden]``.
+        rank: at most hidden.
+        row_bias: ``[vocab]``, bias of the full head.
+        weight_power: the power p.
 
     Returns:
-      ``(down [hidden, rank], kernel [vocab, rank], bias [vocab])``, float32.
+        ``(down [hidden, rank], kernel [vocab, rank], bias [vocab])``, float32.
 
     Raises:
-      TypeError: arrays that are not floating point (``unigram`` may be counts).
-      ValueError: ``rank`` is not in 1..hidden, or shapes that do not fit.
+        TypeError: arrays that are not floating point (``unigram`` may be counts).
+        ValueError: ``rank`` is not in 1..hidden, or shapes that do not fit.
 
     >>> import numpy as np
     >>> rows = np.array([[1.0, 2.0], [2.0, 4.0], [-1.0, -2.0]])
@@ -101,13 +97,7 @@ class LowRankHead(VocabularyHead):
     """`low_rank_logits` as a module, to be injected into a decoder.
 
     Args:
-      hidden_size: d.
-      vocab_size: V.
-      rank: rank of the bottleneck.
-      unigram: ``[vocab]`` counts or probabilities: biases begin at its logarithm.
-      dtype: compute dtype.
-      param_dtype: dtype of the parameters.
-      rngs: source of the initial weights.
+        rank: rank of the bottleneck.
 
     >>> make = lambda: LowRankHead(8, 20, 3, rngs=nnx.Rngs(0))
     >>> nnx.jit(lambda hidden: make()(hidden))(jnp.ones((2, 8))).shape

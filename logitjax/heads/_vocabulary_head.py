@@ -21,6 +21,10 @@ class VocabularyHead(nnx.Module):
     A subclass has ``__call__(hidden, embedding=None)``. All heads share the signatures of `top_k`,
     `sample` and ``nll(hidden, labels, embedding=None)``, so that code which decodes or trains need
     not know which head it has; those with a quicker way override them.
+
+    Constructors take ``hidden_size`` d and ``vocab_size`` V, ``unigram`` ``[vocab]``, counts or
+    probabilities at whose logarithm biases begin, ``dtype`` of the computation, ``param_dtype`` of
+    the parameters, and ``rngs``, the source of initial ones.
     """
 
     def __call__(

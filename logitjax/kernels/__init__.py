@@ -45,7 +45,7 @@ def build() -> pathlib.Path:
     """Compiles the kernels for this machine unless that is done, and returns the library's path.
 
     Raises:
-      RuntimeError: there is no C++ compiler, or it fails; the message has what it printed.
+        RuntimeError: there is no C++ compiler, or it fails; the message has what it printed.
     """
     library = _library()
     if _whole(library):
@@ -75,7 +75,7 @@ def in_use() -> bool:
     """Whether programs that are traced now use the kernels when they run on a CPU.
 
     Raises:
-      RuntimeError: ``LOGITJAX_NATIVE=1``, but the kernels are not built.
+        RuntimeError: ``LOGITJAX_NATIVE=1``, but the kernels are not built.
     """
     wish = os.environ.get("LOGITJAX_NATIVE", "")
     if wish == "0" or (not wish and jax.device_count() != 1):
@@ -100,11 +100,11 @@ def lookup_sums(tables: jax.Array, blocks: jax.Array) -> jax.Array:
         sum_g tables[n, g, code_g(v)]
 
     Args:
-      tables: ``[n, 2 * pairs, 16]``, uint8.
-      blocks: ``[count, pairs, 32]``, uint8, as `vq.ProductCodes.packed` lays codes out.
+        tables: ``[n, 2 * pairs, 16]``, uint8.
+        blocks: ``[count, pairs, 32]``, uint8, as `vq.ProductCodes.packed` lays codes out.
 
     Returns:
-      ``[n, 32 * count]``, int32.
+        ``[n, 32 * count]``, int32.
     """
     result = jax.ShapeDtypeStruct((tables.shape[0], 32 * blocks.shape[0]), jnp.int32)
     return _call("lookup_sums", result)(tables, blocks)
@@ -114,15 +114,15 @@ def row_products(vectors: jax.Array, rows: jax.Array, ids: jax.Array) -> jax.Arr
     """Products of each vector with rows chosen for it; the rows are not copied.
 
     Args:
-      vectors: ``[n, d]``, float32.
-      rows: ``[v, d]``, float32 or bfloat16.
-      ids: ``[n, m]``, int32; an id outside of the rows stands for the nearest one.
+        vectors: ``[n, d]``, float32.
+        rows: ``[v, d]``, float32 or bfloat16.
+        ids: ``[n, m]``, int32; an id outside of the rows stands for the nearest one.
 
     Returns:
-      ``[n, m]``, float32.
+        ``[n, m]``, float32.
 
     Raises:
-      ValueError: there are no rows.
+        ValueError: there are no rows.
     """
     if not rows.shape[0] and ids.size:
         raise ValueError(f"rows: expected at least one row, got shape {rows.shape}")
@@ -136,11 +136,11 @@ def largest_ids(values: jax.Array, k: int) -> jax.Array:
     is larger than all numbers, or smaller than all if its sign is set.
 
     Args:
-      values: ``[n, v]``, float32.
-      k: number of entries, 1 to v.
+        values: ``[n, v]``, float32.
+        k: number of entries, 1 to v.
 
     Returns:
-      ``[n, k]``, int32.
+        ``[n, k]``, int32.
     """
     result = jax.ShapeDtypeStruct((values.shape[0], k), jnp.int32)
     return _call("largest_ids", result)(values)

@@ -11,13 +11,8 @@ from logitjax.leakage._alignment import align_head as align_head
 from logitjax.leakage._audit import Audit as Audit
 from logitjax.leakage._audit import audit as audit
 from logitjax.leakage._audit import verdict as verdict
-from logitjax.leakage._completion import complete_rows as complete_rows
-from logitjax.leakage._geometry import compare_geometry as compare_geometry
 from logitjax.leakage._harvest import harvest_log_probs as harvest_log_probs
 from logitjax.leakage._http import HttpOracle as HttpOracle
-from logitjax.leakage._norm_layer import norm_kind as norm_kind
-from logitjax.leakage._norm_layer import settle_by_norm as settle_by_norm
-from logitjax.leakage._oracle import BudgetExhaustedError as BudgetExhaustedError
 from logitjax.leakage._oracle import LogitOracle as LogitOracle
 from logitjax.leakage._policy import LogitPolicy as LogitPolicy
 from logitjax.leakage._recover_row import recover_log_probs as recover_log_probs

@@ -16,23 +16,20 @@ class HeadAlignment:
     """A recovered subspace beside the head that made it.
 
     Attributes:
-      transform: ``[dimension, hidden]``, G: the head is about ``basis @ G``.
-      relative_rms: ``|W - basis G| / |W|``.
-      rms: root mean square of ``W - basis G``.
-      r2: ``1 - relative_rms^2``.
-      r2_rotation: the same where G may only be a scaled orthogonal matrix; None unless basis is
-        already the head up to one.
-      overlap: mean squared cosine of the principal angles, over the head's dimensions.
-      max_angle: the largest principal angle, degrees.
-      chance: overlap of a random subspace of this size: dimension / V.
-      leak: overlap beyond chance: 0 for a random subspace, 1 for the head's own.
+        transform: ``[dimension, hidden]``, G: the head is about ``basis @ G``.
+        relative_rms: ``|W - basis G| / |W|``.
+        rms: root mean square of ``W - basis G``.
+        r2: ``1 - relative_rms^2``.
+        overlap: mean squared cosine of the principal angles, over the head's dimensions.
+        max_angle: the largest principal angle, degrees.
+        chance: overlap of a random subspace of this size: dimension / V.
+        leak: overlap beyond chance: 0 for a random subspace, 1 for the head's own.
     """
 
     transform: np.ndarray
     relative_rms: float
     rms: float
     r2: float
-    r2_rotation: float | None
     overlap: float
     max_angle: float
     chance: float
@@ -44,7 +41,6 @@ def align_head(
     head: Float[Array, "_ hidden"],
     *,
     centre: bool = True,
-    rotation: bool = False,
 ) -> HeadAlignment:
     """Align a recovered subspace to the true head, up to GL(h); an audit knows both.
 
@@ -53,21 +49,20 @@ def align_head(
         G = argmin |W - basis G|_F,     leak = (mean cos^2 - d / V) / (1 - d / V)
 
     Args:
-      basis: ``[vocab, dimension]``, any columns that span the subspace.
-      head: ``[vocab, hidden]``, W with its final norm's gain or without: the span of the rows over
-        the vocabulary does not depend on it.
-      centre: compare with ``W`` less its mean over the vocabulary, which is all that
-        log-probabilities hold.
-      rotation: also align by a scaled rotation only, for a basis whose G `settle_by_norm` fixed.
+        basis: ``[vocab, dimension]``, any columns that span the subspace.
+        head: ``[vocab, hidden]``, W with its final norm's gain or without: the span of the rows
+            over the vocabulary does not depend on it.
+        centre: compare with ``W`` less its mean over the vocabulary, which is all that
+            log-probabilities hold.
 
     Returns:
-      `HeadAlignment`.
+        `HeadAlignment`.
 
     Raises:
-      ValueError: vocabularies differ.
+        ValueError: vocabularies differ.
 
     References:
-      Carlini et al., 2024, appendix B: error after least squares. Chance correction ours.
+        Carlini et al., 2024, appendix B: error after least squares. Chance correction ours.
 
     >>> head = np.random.default_rng(0).standard_normal((30, 2))
     >>> found = align_head(head @ np.array([[2.0, 1.0], [0.0, 1.0]]), head, centre=False)
@@ -95,15 +90,11 @@ def align_head(
     overlap = float((cosines**2).sum() / width)
     chance = dimension / vocab
     smallest = cosines.min() if dimension >= width else 0.0
-    turned = None
-    if rotation:
-        turned = _rotation_r2(np.asarray(basis), np.asarray(head))
     return HeadAlignment(
         transform=transform,
         relative_rms=float(error / norm),
         rms=float(error / np.sqrt(head.size)),
         r2=float(1 - (error / norm) ** 2),
-        r2_rotation=turned,
         overlap=overlap,
         max_angle=float(np.degrees(np.arccos(smallest))),
         chance=chance,
@@ -125,29 +116,16 @@ def _orthonormal(columns: np.ndarray) -> np.ndarray:
     return np.linalg.qr(columns)[0] if lost else q
 
 
-def _rotation_r2(basis: np.ndarray, head: np.ndarray) -> float:
-    if basis.shape != head.shape:
-        raise ValueError(f"basis: expected shape {head.shape}, as of head, got {basis.shape}")
-    # min |W - s B R|: s R from the singular values of B^T W.
-    kept = np.linalg.svd(basis.T @ head, compute_uv=False).sum()
-    return float(kept**2 / (np.linalg.norm(basis) * np.linalg.norm(head)) ** 2)
-
-
 def utility_loss(
     true_log_probs: Float[Array, "n vocab"], served_log_probs: Float[Array, "n vocab"]
 ) -> dict[str, float]:
     """What a defence costs the honest user.
 
     Args:
-      true_log_probs: ``[n, vocab]``.
-      served_log_probs: ``[n, vocab]`` as an API reports them; renormalised here.
+        served_log_probs: ``[n, vocab]`` as an API reports them; renormalised here.
 
     Returns:
-      ``kl`` in nats, mean; ``top1``, share of equal first tokens; ``top5``, mean overlap of five.
-
-    >>> p = np.log([[0.5, 0.3, 0.1, 0.05, 0.03, 0.02]])
-    >>> {k: abs(round(v, 5)) for k, v in utility_loss(p, p).items()}
-    {'kl': 0.0, 'top1': 1.0, 'top5': 1.0}
+        ``kl`` in nats, mean; ``top1``, share of equal first tokens; ``top5``, mean overlap of five.
     """
     truth = np.asarray(true_log_probs, np.float32)
     served = np.asarray(served_log_probs, np.float32)

@@ -23,22 +23,19 @@ def corner_matrix(
     (h + s)^2 / (K - 1) queries instead of n V / (K - 1).
 
     Args:
-      oracle: what to ask. Where it reports whole rows, one query a prompt; else with a bias, or
-        one query a value where the bias forces a token.
-      prompts: n sequences of token ids.
-      tokens: m columns.
-      vocab_size: V.
-      bias: as in `recover_log_probs`.
+        oracle: what to ask. Where it reports whole rows, one query a prompt; else with a bias, or
+            one query a value where the bias forces a token.
+        prompts: n sequences of token ids.
+        tokens: m columns.
+        vocab_size: V.
+        bias: as in `recover_log_probs`.
 
     Returns:
-      ``[n, m]``, float32. Rows differ by their normalisers: subtract the row means, or expect a
-      rank of h + 1.
-
-    Raises:
-      ValueError: a value could not be had.
+        ``[n, m]``, float32. Rows differ by their normalisers: subtract the row means, or expect a
+        rank of h + 1.
 
     References:
-      Carlini et al., 2024, section 4.2, for the corner.
+        Carlini et al., 2024, section 4.2, for the corner.
     """
     columns = np.asarray(tokens, np.int64)
     if oracle.policy.top_k is None:

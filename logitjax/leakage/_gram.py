@@ -26,17 +26,12 @@ def gram_matrix(
     loses every direction below 3e-4 of the first.
 
     Args:
-      rows: ``[n, vocab]``.
-      centre: subtract each row's mean first, which removes the normaliser of log-probabilities.
-      block_size: columns at a time; memory is n x block_size.
-      axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis.
+        centre: subtract each row's mean first, which removes the normaliser of log-probabilities.
+        block_size: columns at a time; memory is n x block_size.
+        axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis.
 
     Returns:
-      ``[n, n]``, float32 or float64.
-
-    >>> import numpy as np
-    >>> print(gram_matrix(np.array([[1.0, 0.0, 2.0]], np.float32), block_size=2))
-    [[5.]]
+        ``[n, n]``, float32 or float64.
     """
     checks.positive(block_size, "block_size")
     rows = jnp.asarray(rows)
@@ -80,19 +75,14 @@ def cholesky_qr(
     float64.
 
     Args:
-      columns: ``[vocab, k]``, k <= vocab.
-      axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis.
+        columns: ``[vocab, k]``, k <= vocab.
+        axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis.
 
     Returns:
-      ``[vocab, k]``, the dtype of ``columns``.
+        ``[vocab, k]``, the dtype of ``columns``.
 
     References:
-      Yamamoto et al., Roundoff error analysis of the CholeskyQR2 algorithm, 2015.
-
-    >>> import numpy as np
-    >>> q = np.asarray(cholesky_qr(np.array([[1.0, 1.0], [0.0, 1.0], [0.0, 0.0]], np.float32)))
-    >>> print(np.allclose(q.T @ q, np.eye(2), atol=1e-6))
-    True
+        Yamamoto et al., Roundoff error analysis of the CholeskyQR2 algorithm, 2015.
     """
     columns = jnp.asarray(columns)
     for _ in range(2):

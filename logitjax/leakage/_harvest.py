@@ -74,11 +74,7 @@ def harvest_log_probs(
 def expected_distinct(
     log_probs: Float[Array, " vocab"], queries: int, temperature: Any = 1.0
 ) -> float:
-    """Number of distinct tokens in so many draws: ``sum_i 1 - (1 - q_i)^n``, q at a temperature.
-
-    >>> print(expected_distinct(np.log([0.5, 0.5]), 2))
-    1.5
-    """
+    """Number of distinct tokens in so many draws: ``sum_i 1 - (1 - q_i)^n``, q at a temperature."""
     scaled = np.asarray(log_probs, np.float64) / temperature
     q = np.exp(scaled - scaled.max())
     return float(-np.expm1(queries * np.log1p(-np.minimum(q / q.sum(), 1 - 1e-16))).sum())

@@ -14,11 +14,11 @@ class BasisFit:
     """Rows found from a basis.
 
     Attributes:
-      rows: ``[n, vocab]``, float64.
-      coefficients: ``[n, rank]``.
-      residual: root mean square of what the given values leave unexplained, in their units.
-      condition: condition number of the basis at the chosen tokens: by it errors of the values are
-        multiplied at most.
+        rows: ``[n, vocab]``, float64.
+        coefficients: ``[n, rank]``.
+        residual: root mean square of what the given values leave unexplained, in their units.
+        condition: condition number of the basis at the chosen tokens: by it errors of the values
+            are multiplied at most.
     """
 
     rows: np.ndarray
@@ -33,17 +33,10 @@ def choose_tokens(basis: Float[Array, "vocab rank"], count: int) -> Int[np.ndarr
     Pivoted QR picks the first ``rank``; the rest have the largest rows of the basis that remain.
 
     Args:
-      basis: ``[vocab, rank]``.
-      count: how many, at least the rank; twice the rank is a good number.
+        count: how many, at least the rank; twice the rank is a good number.
 
     Returns:
-      ``[count]`` token ids.
-
-    Raises:
-      ValueError: too few or too many.
-
-    >>> choose_tokens(np.array([[0.1, 0.0], [2.0, 0.0], [0.0, 1.0]]), 2)
-    array([1, 2])
+        ``[count]`` token ids.
     """
     basis = np.asarray(basis, np.float64)
     vocab, rank = basis.shape
@@ -71,23 +64,11 @@ def rows_from_basis(
     ``values = basis[tokens] c + shift``, then ``row = basis c + shift``: h + 1 values say all V.
 
     Args:
-      basis: ``[vocab, rank]``, orthonormal or not.
-      tokens: ``[m]`` where the values were taken, distinct.
-      values: ``[n, m]``.
-      unknown_shift: whether rows are log-probabilities, of which each has its own normaliser, while
-        the basis is of centred rows.
-      largest_condition: beyond it the setting is refused.
-
-    Returns:
-      `BasisFit`.
-
-    Raises:
-      ValueError: fewer values than unknowns, or ill-conditioned ones: says what to do.
-
-    >>> basis = np.array([[1.0], [2.0], [4.0]])
-    >>> fit = rows_from_basis(basis, np.array([0, 1]), np.array([[3.0, 6.0]]), unknown_shift=False)
-    >>> print(fit.rows.round(6))
-    [[ 3.  6. 12.]]
+        basis: ``[vocab, rank]``, orthonormal or not.
+        tokens: ``[m]`` where the values were taken, distinct.
+        unknown_shift: whether rows are log-probabilities, of which each has its own normaliser,
+            while the basis is of centred rows.
+        largest_condition: beyond it the setting is refused.
     """
     basis = np.asarray(basis, np.float64)
     tokens = np.asarray(tokens)

@@ -24,17 +24,17 @@ class LogitOracle:
     one prompt, which differ in their bias, cost one forward pass.
 
     Args:
-      apply_fn: ``tokens [n, length] -> [n, vocab]``: logits of the position after the last.
-      policy: what the API does.
-      budget: largest number of queries; None for any.
-      seed: seed of the API's noise and dummy dimensions.
-      batch_size: number of prompts in a forward pass.
-      cache_size: number of prompts whose logits are kept.
+        apply_fn: ``tokens [n, length] -> [n, vocab]``: logits of the position after the last.
+        policy: what the API does.
+        budget: largest number of queries; None for any.
+        seed: seed of the API's noise and dummy dimensions.
+        batch_size: number of prompts in a forward pass.
+        cache_size: number of prompts whose logits are kept.
 
     Attributes:
-      queries: number of queries answered so far.
-      values: number of values reported so far.
-      prompts: number of prompts that went through the model so far, the operator's cost.
+        queries: number of queries answered so far.
+        values: number of values reported so far.
+        prompts: number of prompts that went through the model so far, the operator's cost.
 
     >>> table = np.arange(12.0).reshape(3, 4)
     >>> oracle = LogitOracle(lambda tokens: table[np.asarray(tokens)[:, -1]],
@@ -75,14 +75,14 @@ class LogitOracle:
         """One query a prompt, without a bias.
 
         Args:
-          prompts: ``n`` sequences of token ids, of any lengths.
-          temperature: temperature of the drawn token, which every query draws anew.
+            prompts: ``n`` sequences of token ids, of any lengths.
+            temperature: temperature of the drawn token, which every query draws anew.
 
         Returns:
-          `Answer` ``[n, k]`` on the host.
+            `Answer` ``[n, k]`` on the host.
 
         Raises:
-          BudgetExhaustedError: the budget would be exceeded.
+            BudgetExhaustedError: the budget would be exceeded.
         """
         self._charge(len(prompts))
         answers = []
@@ -108,17 +108,17 @@ class LogitOracle:
         """Many queries about one prompt, each with its own logit bias.
 
         Args:
-          prompt: token ids.
-          bias_tokens: ``[n, biased]``.
-          bias_values: ``[n, biased]`` in nats.
-          temperature: temperature of the drawn token, which every query draws anew.
+            prompt: token ids.
+            bias_tokens: ``[n, biased]``.
+            bias_values: ``[n, biased]`` in nats.
+            temperature: temperature of the drawn token, which every query draws anew.
 
         Returns:
-          `Answer` ``[n, k]`` on the host.
+            `Answer` ``[n, k]`` on the host.
 
         Raises:
-          BudgetExhaustedError: the budget would be exceeded.
-          ValueError: the policy refuses the bias.
+            BudgetExhaustedError: the budget would be exceeded.
+            ValueError: the policy refuses the bias.
         """
         tokens = np.asarray(bias_tokens, np.int32)
         bias = np.broadcast_to(np.asarray(bias_values, np.float32), tokens.shape)

@@ -20,9 +20,10 @@ class Answer:
     """What came back.
 
     Attributes:
-      values: ``[*batch, k]``, what the policy reports: of the drawn token first, where the policy
-        reports it, then largest first if it reports a top-k; k = 0 where it reports tokens only.
-      tokens: ``[*batch, k]`` int32, which tokens they are of; the drawn one where k = 0.
+        values: ``[*batch, k]``, what the policy reports: of the drawn token first, where the policy
+            reports it, then largest first if it reports a top-k; k = 0 where it reports tokens
+            only.
+        tokens: ``[*batch, k]`` int32, which tokens they are of; the drawn one where k = 0.
     """
 
     values: Array
@@ -43,27 +44,27 @@ class LogitPolicy:
         y <- max(y, floor), rounded to decimals, the top_k largest
 
     Attributes:
-      returns: ``logits`` or ``logprobs``; ``token`` for the drawn token alone.
-      top_k: number of the largest values in an answer; None for all.
-      sampled: whether an answer holds the drawn token's own value, whatever its rank, as completion
-        APIs do; ``top_k`` may then be 0.
-      bias: ``none``: a query with a bias is refused. ``sampling``: a bias moves the drawn token,
-        but the reported values are those without it (commercial APIs changed to this in 2024).
-        ``reported``: a bias moves both.
-      max_biased: largest number of tokens that a query may bias.
-      bias_limit: largest bias, in nats.
-      decimals: number of decimals of reported values.
-      noise: standard deviation of Gaussian noise on the logits, in nats.
-      noise_per: ``prompt``: the same prompt gets the same noise, so repeated queries average
-        nothing. ``query``: fresh noise, which can be averaged away.
-      floor: smaller values are reported as this one.
-      dummy_dims: number of random directions added to the logits, to hide the hidden dimension.
-      dummy_scale: their size relative to the logits' standard deviation.
-      soft_cap: as in `losses`, in nats.
+        returns: ``logits`` or ``logprobs``; ``token`` for the drawn token alone.
+        top_k: number of the largest values in an answer; None for all.
+        sampled: whether an answer holds the drawn token's own value, whatever its rank, as
+            completion APIs do; ``top_k`` may then be 0.
+        bias: ``none``: a query with a bias is refused. ``sampling``: a bias moves the drawn token,
+            but the reported values are those without it (commercial APIs changed to this in 2024).
+            ``reported``: a bias moves both.
+        max_biased: largest number of tokens that a query may bias.
+        bias_limit: largest bias, in nats.
+        decimals: number of decimals of reported values.
+        noise: standard deviation of Gaussian noise on the logits, in nats.
+        noise_per: ``prompt``: the same prompt gets the same noise, so repeated queries average
+            nothing. ``query``: fresh noise, which can be averaged away.
+        floor: smaller values are reported as this one.
+        dummy_dims: number of random directions added to the logits, to hide the hidden dimension.
+        dummy_scale: their size relative to the logits' standard deviation.
+        soft_cap: as in `losses`, in nats.
 
     References:
-      Carlini et al., Stealing part of a production language model, 2024, sections 4 to 8, for the
-      kinds of API and for the defences.
+        Carlini et al., Stealing part of a production language model, 2024, sections 4 to 8, for the
+        kinds of API and for the defences.
     """
 
     returns: str = "logprobs"
@@ -173,13 +174,13 @@ class LogitPolicy:
         """Logits after soft cap, dummy dimensions and noise, before any request changes them.
 
         Args:
-          logits: ``[*batch, vocab]``.
-          prompt_key: ``[*batch]``, one a prompt: the same prompt, the same key.
-          api_key: key of the API, which draws the dummy directions.
-          noise_key: ``[*batch]``, for noise that is fresh in every query.
+            logits: ``[*batch, vocab]``.
+            prompt_key: ``[*batch]``, one a prompt: the same prompt, the same key.
+            api_key: key of the API, which draws the dummy directions.
+            noise_key: ``[*batch]``, for noise that is fresh in every query.
 
         Returns:
-          ``[*batch, vocab]``, float32.
+            ``[*batch, vocab]``, float32.
         """
         logits = checks.as_float(logits, "logits")
         vocab = logits.shape[-1]
@@ -212,17 +213,17 @@ class LogitPolicy:
         """The answer about logits from `disturb`.
 
         Args:
-          served: ``[*batch, vocab]``.
-          bias_tokens: ``[*batch, biased]`` the tokens of a query's bias.
-          bias_values: ``[*batch, biased]`` in nats.
-          temperature: temperature of the drawn token; values are reported at 1.
-          key: key of the draw; without one the likeliest token is taken, as at temperature 0.
+            served: ``[*batch, vocab]``.
+            bias_tokens: ``[*batch, biased]`` the tokens of a query's bias.
+            bias_values: ``[*batch, biased]`` in nats.
+            temperature: temperature of the drawn token; values are reported at 1.
+            key: key of the draw; without one the likeliest token is taken, as at temperature 0.
 
         Returns:
-          `Answer`, ``[*batch, top_k]`` or ``[*batch, vocab]``, one more with ``sampled``.
+            `Answer`, ``[*batch, top_k]`` or ``[*batch, vocab]``, one more with ``sampled``.
 
         Raises:
-          ValueError: the bias is not allowed, or there is too much of it.
+            ValueError: the bias is not allowed, or there is too much of it.
 
         >>> policy = LogitPolicy(returns="logits", top_k=1, bias="reported", decimals=1)
         >>> @jax.jit

@@ -30,12 +30,12 @@ class RecoveredRow:
     """A row of log-probabilities.
 
     Attributes:
-      log_probs: ``[vocab]``, float32 nats; NaN where nothing was found.
-      known: ``[vocab]``, bool.
-      error_bound: nats, from the decimals and the number format of the answers.
-      queries: what it took.
-      method: ``reference``, ``visible`` or ``alone``, see the functions ``unbias_*``; ``forced``,
-        ``harvested``.
+        log_probs: ``[vocab]``, float32 nats; NaN where nothing was found.
+        known: ``[vocab]``, bool.
+        error_bound: nats, from the decimals and the number format of the answers.
+        queries: what it took.
+        method: ``reference``, ``visible`` or ``alone``, see the functions ``unbias_*``; ``forced``,
+            ``harvested``.
     """
 
     log_probs: np.ndarray
@@ -83,25 +83,25 @@ def recover_log_probs(
     missing, not guessed.
 
     Args:
-      oracle: the API, e.g. a `LogitOracle`.
-      prompt: token ids.
-      vocab_size: V.
-      bias: in nats; by default 30, then 80 for tokens that stay below, or what the policy allows.
-      tokens: the tokens to recover; by default all. An API of logits then gives their differences
-        to the most likely token, because the normaliser is a sum over all.
-      largest_error: in nats; a setting whose answers cannot be undone to this error is refused.
+        oracle: the API, e.g. a `LogitOracle`.
+        prompt: token ids.
+        vocab_size: V.
+        bias: in nats; by default 30, then 80 for tokens that stay below, or what the policy allows.
+        tokens: the tokens to recover; by default all. An API of logits then gives their differences
+            to the most likely token, because the normaliser is a sum over all.
+        largest_error: in nats; a setting whose answers cannot be undone to this error is refused.
 
     Returns:
-      `RecoveredRow`.
+        `RecoveredRow`.
 
     Raises:
-      ValueError: the API's answers do not depend on a bias, have too few decimals, or the setting
-        is too ill-conditioned; the message says which.
-      BudgetExhaustedError: the oracle's budget is spent.
+        ValueError: the API's answers do not depend on a bias, have too few decimals, or the setting
+            is too ill-conditioned; the message says which.
+        BudgetExhaustedError: the oracle's budget is spent.
 
     References:
-      openlogprobs; Carlini et al., 2024, section 5. Departs from both in the reference token: their
-      form without one loses 4 nats at a bias of 20 in float32, see `unbias_alone`.
+        openlogprobs; Carlini et al., 2024, section 5. Departs from both in the reference token:
+        their form without one loses 4 nats at a bias of 20 in float32, see `unbias_alone`.
     """
     policy = oracle.policy
     # Where every answer is the whole row there is no token of its own to be forced.

@@ -17,9 +17,9 @@ class RowSketch:
     """``X = Q^T Psi`` with Gaussian Psi, drawn as the rows come.
 
     Attributes:
-      columns: ``[vocab, k]``.
-      rows: how many rows it has seen.
-      key: key of the next draw.
+        columns: ``[vocab, k]``.
+        rows: how many rows it has seen.
+        key: key of the next draw.
     """
 
     columns: jax.Array
@@ -28,11 +28,7 @@ class RowSketch:
 
 
 def init_sketch(vocab: int, size: int, key: Key[jax.Array, ""]) -> RowSketch:
-    """An empty sketch of ``size`` columns, in vocab x size numbers.
-
-    >>> init_sketch(5, 2, jax.random.key(0)).columns.shape
-    (5, 2)
-    """
+    """An empty sketch of ``size`` columns, in vocab x size numbers."""
     checks.positive(size, "size")
     return RowSketch(
         columns=jnp.zeros((vocab, size), jnp.float32), rows=jnp.zeros((), jnp.int32), key=key
@@ -50,13 +46,12 @@ def update_sketch(
     """Adds rows; they need not be kept. Every process of a sharded vocabulary draws the same Psi.
 
     Args:
-      sketch: so far.
-      rows: ``[n, vocab]``.
-      centre: subtract each row's mean first.
-      axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis.
+        sketch: so far.
+        centre: subtract each row's mean first.
+        axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis.
 
     Returns:
-      The new sketch.
+        The new sketch.
     """
     rows = jnp.asarray(rows, jnp.float32)
     key, draw = jax.random.split(sketch.key)
@@ -78,12 +73,7 @@ def sketch_basis(
     `randomised_svd` with a power iteration, or a Gram matrix.
 
     References:
-      Halko, Martinsson and Tropp, 2011, section 5.5 (single pass).
-
-    >>> import numpy as np
-    >>> sketch = update_sketch(init_sketch(3, 1, jax.random.key(0)), np.array([[0.0, 2.0, 0.0]]))
-    >>> print(np.abs(sketch_basis(sketch)).round(5).T)
-    [[0. 1. 0.]]
+        Halko, Martinsson and Tropp, 2011, section 5.5 (single pass).
     """
     return cholesky_qr(sketch.columns, axis_name=axis_name)
 
@@ -105,27 +95,18 @@ def randomised_svd(
     """The largest singular values and right singular vectors of rows that are in memory.
 
     Args:
-      rows: ``[n, vocab]``.
-      rank: how many.
-      key: key of the test matrix.
-      oversample: further columns of the test matrix, which are dropped at the end.
-      power_iterations: with noise 1 suffices for the accuracy of a full SVD, 0 does not.
-      centre: subtract each row's mean first.
-      axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis.
+        rank: how many.
+        key: key of the test matrix.
+        oversample: further columns of the test matrix, which are dropped at the end.
+        power_iterations: with noise 1 suffices for the accuracy of a full SVD, 0 does not.
+        centre: subtract each row's mean first.
+        axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis.
 
     Returns:
-      ``[rank]`` singular values, falling, and ``[vocab, rank]``, float32.
-
-    Raises:
-      ValueError: ``rank`` is more than the rows can have.
+        ``[rank]`` singular values, falling, and ``[vocab, rank]``, float32.
 
     References:
-      Halko, Martinsson and Tropp, 2011, algorithms 4.4 and 5.1, with CholeskyQR2 for QR.
-
-    >>> import numpy as np
-    >>> values, _ = randomised_svd(np.diag([3.0, 2.0, 0.0]), 2, jax.random.key(0))
-    >>> print(np.asarray(values).round(4))
-    [3. 2.]
+        Halko, Martinsson and Tropp, 2011, algorithms 4.4 and 5.1, with CholeskyQR2 for QR.
     """
     rows = jnp.asarray(rows, jnp.float32)
     count, vocab = rows.shape

@@ -38,13 +38,13 @@ class OutputSubspace:
     """What rows of logits tell of the head that made them.
 
     Attributes:
-      basis: ``[vocab, dimension]`` float32, orthonormal: the head is ``basis @ G``, G unknown. Zero
-        for tokens that ``vocab_where`` leaves out.
-      width: the hidden dimension as an interval with its reason, or a refusal.
-      singular_values: singular values of the rows, falling; as many as the method finds.
-      vocab_where: ``[vocab]``, tokens whose values were finite in all rows.
-      count: number of rows.
-      method: what was computed.
+        basis: ``[vocab, dimension]`` float32, orthonormal: the head is ``basis @ G``, G unknown.
+            Zero for tokens that ``vocab_where`` leaves out.
+        width: the hidden dimension as an interval with its reason, or a refusal.
+        singular_values: singular values of the rows, falling; as many as the method finds.
+        vocab_where: ``[vocab]``, tokens whose values were finite in all rows.
+        count: number of rows.
+        method: what was computed.
     """
 
     basis: jax.Array
@@ -68,10 +68,7 @@ class OutputSubspace:
         """Tokens at which to ask, so that `complete` is well-conditioned.
 
         Args:
-          count: how many, at least the dimension; twice the dimension is a good number.
-
-        Raises:
-          ValueError: too few or too many.
+            count: how many, at least the dimension; twice the dimension is a good number.
         """
         return choose_tokens(np.asarray(self.basis), count)
 
@@ -81,15 +78,11 @@ class OutputSubspace:
         """Whole rows from a few of their values.
 
         Args:
-          tokens: ``[m]`` where the values were taken, distinct.
-          values: ``[n, m]``.
-          **options: ``unknown_shift`` and ``largest_condition`` of `rows_from_basis`.
+            tokens: ``[m]`` where the values were taken, distinct.
+            **options: ``unknown_shift`` and ``largest_condition`` of `rows_from_basis`.
 
         Returns:
-          `BasisFit`, whose ``rows`` are ``[n, vocab]``, NaN where ``vocab_where`` is False.
-
-        Raises:
-          ValueError: fewer values than unknowns, or ill-conditioned ones: says what to do.
+            `BasisFit`, whose ``rows`` are ``[n, vocab]``, NaN where ``vocab_where`` is False.
         """
         if not self.vocab_where[np.asarray(tokens)].all():
             raise ValueError("tokens: expected some that the basis knows, got one that was masked")
@@ -129,28 +122,28 @@ def estimate_output_subspace(
     fitted size (`OutputWidth`). A token with a NaN or an infinity in some row is left out.
 
     Args:
-      rows: ``[n, vocab]``, n > h. They are never copied whole, unless tokens are left out.
-      dimension: columns of the basis, if the width is known; the width is still tested.
-      noise: standard deviation of the API's noise on a value, 0 for none, None if not known. It is
-        compared with the rows, and sharpens the result of few rows.
-      decimals: number of decimals to which the API rounds, which is more noise.
-      centre: see above; False for logits.
-      method: as above.
-      max_rank: an upper bound of h, for ``sketch`` and ``randomised``; by default half the rows.
-      key: for these two.
-      block_size: tokens at a time for the Gram matrix, on the host by BLAS.
+        rows: ``[n, vocab]``, n > h. They are never copied whole, unless tokens are left out.
+        dimension: columns of the basis, if the width is known; the width is still tested.
+        noise: standard deviation of the API's noise on a value, 0 for none, None if not known. It
+            is compared with the rows, and sharpens the result of few rows.
+        decimals: number of decimals to which the API rounds, which is more noise.
+        centre: see above; False for logits.
+        method: as above.
+        max_rank: an upper bound of h, for ``sketch`` and ``randomised``; by default half the rows.
+        key: for these two.
+        block_size: tokens at a time for the Gram matrix, on the host by BLAS.
 
     Returns:
-      `OutputSubspace`.
+        `OutputSubspace`.
 
     Raises:
-      TypeError: rows are not floating point.
-      ValueError: an unknown method, rows of another rank, a dimension that n rows cannot show, or
-        values that are not finite in most tokens.
+        TypeError: rows are not floating point.
+        ValueError: an unknown method, rows of another rank, a dimension that n rows cannot show, or
+            values that are not finite in most tokens.
 
     References:
-      Carlini et al., 2024, section 4; Finlayson et al., 2024, section 4. Both read the width off
-      the largest gap, which answers n where n < h, and 1 on a real spectrum under noise.
+        Carlini et al., 2024, section 4; Finlayson et al., 2024, section 4. Both read the width off
+        the largest gap, which answers n where n < h, and 1 on a real spectrum under noise.
 
     >>> rng = np.random.default_rng(0)
     >>> head, states = rng.standard_normal((50, 3)), rng.standard_normal((12, 3))

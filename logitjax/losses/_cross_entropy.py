@@ -49,26 +49,17 @@ def cross_entropy(
     with `e = label_smoothing`, `c = z_loss`. The mean is over the entries that exist: neither
     `-inf` nor excluded by `vocab_where`.
 
+    What all losses take, return and raise is written in `logitjax.losses`.
+
     Args:
-        logits: `[*batch, vocab]` (the vocabulary at `axis`), any floating point dtype.
         labels: `[*batch]` integers in `0..vocab - 1`.
         label_smoothing: the weight `e` of the uniform distribution, in `[0, 1)`.
         z_loss: the weight `c` of the squared log-normaliser, which keeps logits from drifting.
-        vocab_where: boolean, broadcastable to `logits`: True for the entries that exist.
-        axis: the vocabulary axis.
-        axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
-            Labels count over the whole vocabulary.
 
     Returns:
         `[*batch]`, float32. `inf` where the label's entry does not exist, and nan where the label
         is outside the vocabulary (such as -100), so that it cannot pass unseen; `masked_mean(loss,
         labels >= 0)` leaves both the nan and its gradient out.
-
-    Raises:
-        TypeError: `labels` are not integers, `logits` not floating point or `vocab_where` not
-            boolean.
-        ValueError: `labels` do not have the shape of `logits` without `axis`, `vocab_where` does
-            not broadcast, or `label_smoothing` is out of range.
 
     >>> import jax, numpy as np
     >>> logits = np.log([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]])

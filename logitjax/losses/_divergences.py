@@ -48,24 +48,14 @@ def kl_divergence(
 
     `T^2` keeps the size of the gradient when the temperature changes.
 
+    What all losses take, return and raise is written in `logitjax.losses`.
+
     Args:
-        student_logits: `[*batch, vocab]` (the vocabulary at `axis`), any floating point dtype.
-        teacher_logits: the same shape. Differentiable as well: use `jax.lax.stop_gradient` where
-            the teacher shares parameters with the student.
         direction: 'forward' for KL(teacher || student), 'reverse' for KL(student || teacher).
-        temperature: `T`, positive; may be traced.
-        vocab_where: boolean, broadcastable to the logits: True for the entries that exist in both.
-        axis: the vocabulary axis.
-        axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
 
     Returns:
         `[*batch]`, float32. `inf` where the first distribution has mass on an entry that is `-inf`
         in the second; its gradient is then that of the other entries, and finite.
-
-    Raises:
-        TypeError: the logits are not floating point or `vocab_where` not boolean.
-        ValueError: the shapes differ, `vocab_where` does not broadcast, `direction` is unknown or
-            `temperature` not positive.
 
     >>> import jax.numpy as jnp
     >>> student = jnp.log(jnp.array([0.5, 0.5]))
@@ -110,22 +100,13 @@ def generalized_jensen_shannon(
     The formula itself tends to 0 at both ends, and divided by beta or 1 - beta to those two
     divergences; as in TRL the ends are these divergences. Not multiplied by `T^2`, as in TRL.
 
+    What all losses take, return and raise is written in `logitjax.losses`.
+
     Args:
-        student_logits: `[*batch, vocab]` (the vocabulary at `axis`), any floating point dtype.
-        teacher_logits: the same shape; differentiable as well.
         beta: the teacher's weight, in `[0, 1]`, a Python number.
-        temperature: `T`, positive; may be traced.
-        vocab_where: boolean, broadcastable to the logits: True for the entries that exist in both.
-        axis: the vocabulary axis.
-        axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
 
     Returns:
         `[*batch]`, float32: finite for 0 < beta < 1, as `kl_divergence` at the ends.
-
-    Raises:
-        TypeError: the logits are not floating point or `vocab_where` not boolean.
-        ValueError: the shapes differ, `vocab_where` does not broadcast, `beta` is out of range or
-            `temperature` not positive.
 
     >>> import jax.numpy as jnp
     >>> student = jnp.array([0.0, -jnp.inf])
@@ -173,21 +154,7 @@ def total_variation(
 
         1/2 sum_v |p_v - q_v|
 
-    Args:
-        student_logits: `[*batch, vocab]` (the vocabulary at `axis`), any floating point dtype.
-        teacher_logits: the same shape; differentiable as well.
-        temperature: `T`, positive; may be traced.
-        vocab_where: boolean, broadcastable to the logits: True for the entries that exist in both.
-        axis: the vocabulary axis.
-        axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
-
-    Returns:
-        `[*batch]`, float32, in `[0, 1]`.
-
-    Raises:
-        TypeError: the logits are not floating point or `vocab_where` not boolean.
-        ValueError: the shapes differ, `vocab_where` does not broadcast or `temperature` is not
-            positive.
+    What all losses take, return and raise is written in `logitjax.losses`.
 
     >>> import jax.numpy as jnp
     >>> student = jnp.log(jnp.array([0.5, 0.5]))

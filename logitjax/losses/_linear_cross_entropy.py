@@ -34,29 +34,16 @@ def linear_cross_entropy(
 
         (1 - e) (log Z - logits_y) + e mean_v (log Z - logits_v) + c (log Z)^2
 
+    What all losses take, return and raise is written in `logitjax.losses`.
+
     Args:
-        hidden: `[*batch, hidden]`, float32 or bfloat16. Matmuls run in the common type of `hidden`
-            and the kernel and accumulate in float32.
-        head: a `Head`, or a kernel `[hidden, vocab]` or `[vocab, hidden]` alone.
         labels: `[*batch]` integers in `0..vocab - 1`.
         label_smoothing: `e`.
         z_loss: `c`.
-        temperature: divides the logits; positive; may be traced, but gets no gradient.
-        vocab_where: `[vocab]` boolean: True for the entries that exist, as in a padded vocabulary.
-        weights: `[*batch]`. Gives the scalar `sum(weights * loss)`, whose gradients are formed in
-            the same sweep as the value where memory allows (see `Blocks`), so that nothing is
-            computed twice. A position of weight 0 counts for nothing whatever its label.
-        blocks: what may be held at a time; chosen from shapes and device when None.
-        axis_name: inside `jax.shard_map` with the head's vocabulary split over this mesh axis: that
-            axis. Labels count over the whole vocabulary.
 
     Returns:
         `[*batch]` float32, or a scalar with `weights`. As `cross_entropy`: `inf` where the label's
         entry does not exist, nan where the label is outside the vocabulary.
-
-    Raises:
-        TypeError: arrays are not floating point.
-        ValueError: shapes do not fit, or a kernel is square and its `vocab_axis` is not given.
 
     >>> import jax, numpy as np
     >>> hidden, head = np.eye(2), np.log([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]])

@@ -44,28 +44,10 @@ def linear_kl_divergence(
 
         T^2 KL(teacher || student), or T^2 KL(student || teacher), of logits / T
 
+    What all losses take, return and raise is written in `logitjax.losses`.
+
     Args:
-        hidden: `[*batch, hidden]`, the student's, float32 or bfloat16.
-        head: a `Head`, or a kernel `[hidden, vocab]` or `[vocab, hidden]` alone.
-        teacher_hidden: `[*batch, teacher_hidden]`.
-        teacher_head: as `head`, with the same vocabulary.
         direction: 'forward' for KL(teacher || student), 'reverse' for KL(student || teacher).
-        temperature: `T`, positive; may be traced, but gets no gradient.
-        vocab_where: `[vocab]` boolean: True for the entries that exist in both.
-        weights: `[*batch]`. Gives the scalar `sum(weights * loss)`, whose gradients are formed in
-            the same sweep as the value where memory allows (see `Blocks`): four matmuls in place of
-            six. A position of weight 0 counts for nothing.
-        blocks: what may be held at a time; chosen from shapes and device when None.
-        axis_name: inside `jax.shard_map` with both heads' vocabulary split over this mesh axis:
-            that axis.
-
-    Returns:
-        `[*batch]` float32, or a scalar with `weights`; `inf` as in `kl_divergence`.
-
-    Raises:
-        TypeError: arrays are not floating point.
-        ValueError: shapes do not fit, a kernel is square and its axis is not given, or `direction`
-            is unknown.
 
     >>> import jax.numpy as jnp
     >>> one = jnp.ones((1,))
@@ -113,26 +95,13 @@ def linear_generalized_jensen_shannon(
         m = beta p + (1 - beta) q
         beta KL(p || m) + (1 - beta) KL(q || m),    KL(p || q) at beta = 0, KL(q || p) at beta = 1
 
+    What all losses take, return and raise is written in `logitjax.losses`.
+
     Args:
-        hidden: `[*batch, hidden]`, the student's.
-        head: as in `linear_kl_divergence`.
         teacher_hidden: `[*batch, teacher_hidden]`; gets no gradient. May be a pair of these and the
             log-sum-exp of the teacher's logits over the temperature, `[*batch]`, as from
             `linear_readout`, which saves a sweep over the teacher's head.
-        teacher_head: as `head`, with the same vocabulary; gets no gradient.
         beta: the teacher's weight, in `[0, 1]`.
-        temperature: `T`. The result is not multiplied by `T^2`.
-        vocab_where: as in `linear_kl_divergence`, like all that follow.
-        weights: `[*batch]`; gives a scalar.
-        blocks: sizes of the blocks.
-        axis_name: mesh axis that splits the vocabulary.
-
-    Returns:
-        `[*batch]` float32, or a scalar with `weights`.
-
-    Raises:
-        TypeError: arrays are not floating point.
-        ValueError: shapes do not fit, or `beta` is out of range.
 
     >>> import jax.numpy as jnp
     >>> one = jnp.ones((1,))
@@ -180,25 +149,7 @@ def linear_total_variation(
 
         1/2 sum_v |p_v - q_v|
 
-    Args:
-        hidden: `[*batch, hidden]`, the student's.
-        head: as in `linear_kl_divergence`.
-        teacher_hidden: `[*batch, teacher_hidden]`; gets no gradient. May be a pair of these and the
-            log-sum-exp of the teacher's logits over the temperature, `[*batch]`, as from
-            `linear_readout`, which saves a sweep over the teacher's head.
-        teacher_head: as `head`, with the same vocabulary; gets no gradient.
-        temperature: `T`.
-        vocab_where: as in `linear_kl_divergence`, like all that follow.
-        weights: `[*batch]`; gives a scalar.
-        blocks: sizes of the blocks.
-        axis_name: mesh axis that splits the vocabulary.
-
-    Returns:
-        `[*batch]` float32 in `[0, 1]`, or a scalar with `weights`.
-
-    Raises:
-        TypeError: arrays are not floating point.
-        ValueError: shapes do not fit.
+    What all losses take, return and raise is written in `logitjax.losses`.
 
     >>> import jax.numpy as jnp
     >>> one = jnp.ones((1,))

@@ -56,17 +56,12 @@ def linear_readout(
     of this as if the logits were there: every float of the result is differentiable, and the
     backward pass is one more sweep however many of them are used.
 
+    What all losses take, return and raise is written in `logitjax.losses`.
+
     Args:
-        hidden: `[*batch, hidden]`.
-        head: a `Head`, or a kernel `[hidden, vocab]` or `[vocab, hidden]` alone.
         labels: `[*batch]`; asks for `label_logit` and `cross_entropy`.
         ids: `[*batch, n]` vocabulary ids; asks for `gathered`.
         top_k: asks for `statistics` with so many entries, exact, ties lowest id first.
-        temperature: divides the logits.
-        vocab_where: `[vocab]` boolean: True for the entries that exist; the others are `-inf`.
-        blocks: what may be held at a time; chosen from shapes and device when None.
-        axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis;
-            ids count over the whole vocabulary.
 
     Returns:
         `Readout`.
@@ -123,24 +118,15 @@ def linear_fused_loss(
 
         sum(weights * loss(readout, tokens))
 
+    `labels`, `ids` and `top_k` are those of `linear_readout`.
+
     Args:
-        hidden: `[*batch, hidden]`.
-        head: as in `linear_readout`.
         loss: `(readout, tokens) -> [*batch]`. It must not refer to traced arrays of its
             surroundings: what it needs comes through `tokens`.
         tokens: pytree of `[*batch, ...]` arrays, such as a teacher's `TopK`. Gets no gradient.
-        weights: `[*batch]`; a position of weight 0 counts for nothing.
-        labels: as in `linear_readout`, like all that follow.
-        ids: `[*batch, n]`.
-        top_k: number of entries.
-        blocks: sizes of the blocks.
-        axis_name: mesh axis that splits the vocabulary.
 
     Returns:
         The scalar, and the `Readout` without a gradient, for metrics.
-
-    Raises:
-        ValueError: as `linear_readout`.
 
     >>> import jax, numpy as np
     >>> from logitjax import losses, ops

@@ -45,17 +45,15 @@ def sparse_kl_divergence(
     estimate of the whole divergence, and so is its gradient; a single position's value may be
     negative.
 
+    What all losses take, return and raise is written in `logitjax.losses`.
+
     Args:
         student: logits `[*batch, vocab]`, or the student's `TopK` at the *teacher's* indices (from
             `linear_readout`), followed by those of the sample.
         teacher: `TopK` with k entries. Gets no gradient.
-        direction: 'forward' for KL(teacher || student), 'reverse' for the other.
         tail: 'bucket'; 'renormalize', which ignores the tail; or a `TailSample` `[*batch, m]`,
             forward only, which gets no gradient.
         temperature: with 'renormalize' only: the mass of the tail is known at temperature 1.
-        vocab_where: boolean, broadcastable to the student's logits: True for the entries that
-            exist.
-        axis_name: mesh axis that splits the student's vocabulary, inside `jax.shard_map`.
 
     Returns:
         `[*batch]`, float32. Tail masses below 2^-24 count as 2^-24, the resolution of float32.
@@ -121,24 +119,11 @@ def linear_sparse_kl_divergence(
     logits at the teacher's ids as it passes them. `linear_fused_loss` adds the labels'
     cross-entropy in the same sweep.
 
+    What all losses take, return and raise is written in `logitjax.losses`.
+
     Args:
-        hidden: `[*batch, hidden]`, the student's.
-        head: a `Head`, or a kernel `[hidden, vocab]` or `[vocab, hidden]` alone.
         teacher: `TopK`, `[*batch, k]`. Gets no gradient.
-        direction: as in `sparse_kl_divergence`.
-        tail: as in `sparse_kl_divergence`.
         temperature: with `tail='renormalize'` only.
-        vocab_where: `[vocab]` boolean: True for the entries that exist.
-        weights: `[*batch]`. Gives the scalar `sum(weights * loss)` and forms gradients in the same
-            sweep as the value. A position of weight 0 counts for nothing.
-        blocks: what may be held at a time; chosen from shapes and device when None.
-        axis_name: mesh axis that splits the head's vocabulary, inside `jax.shard_map`.
-
-    Returns:
-        `[*batch]` float32, or a scalar with `weights`.
-
-    Raises:
-        ValueError: as `sparse_kl_divergence`.
 
     >>> import jax, numpy as np
     >>> from logitjax.ops import TopK

@@ -144,6 +144,20 @@ def _joining(separator: Any, items: list[Any]) -> None:
     _spend(sum(_printed(item) + size for item in items))
 
 
+def _operating(operator: str, left: Any, right: Any) -> None:
+    if operator == "*":
+        for count, values in ((left, right), (right, left)):
+            if isinstance(values, str | bytes | list | tuple):
+                _times(count, max(8, _printed(values)))
+    elif operator == "+" and isinstance(left, str | bytes | list | tuple):
+        _spend(sys.getsizeof(left) + sys.getsizeof(right))
+    elif operator == "**" and isinstance(left, int) and isinstance(right, int):
+        if left.bit_length() * abs(right) > _BITS:
+            raise ValueError("it makes numbers that are too large")
+    elif operator == "%":
+        _narrow(left, *(right if isinstance(right, tuple) else (right,)))
+
+
 def _pieces(text: str, separator: Any = None, *unused: Any) -> None:
     count = text.count(separator) if isinstance(separator, str) and separator else len(text) // 2
     _times(count, _ENTRY)
@@ -184,16 +198,10 @@ def _bound(check: Callable[..., None], arguments: tuple, options: Mapping[str, A
         check(*arguments, *(value for name, value in options.items() if name not in own))
 
 
-@functools.cache
-def limited_sandbox() -> Any:
-    """A class of environments, Jinja's immutable sandbox within the limits of `storage.guard`.
-
-    What it renders is counted in `with allowance(variables)`.
-    """
+def _generator() -> Any:
+    """The class that turns templates into Python, with checks in what it writes."""
     compiler = require("jinja2.compiler", extra="models")
     nodes = require("jinja2.nodes", extra="models")
-    runtime = require("jinja2.runtime", extra="models")
-    sandbox = require("jinja2.sandbox", extra="models")
     makers = (nodes.List, nodes.Tuple, nodes.Dict, nodes.Filter, nodes.Call)
 
     class Generator(compiler.CodeGenerator):
@@ -231,10 +239,22 @@ def limited_sandbox() -> Any:
             self.writeline(f"environment.spend({16 * len(node.nodes) + sum(map(len, texts))})")
             super().visit_Output(node, frame)
 
+    return Generator
+
+
+@functools.cache
+def limited_sandbox() -> Any:
+    """A class of environments, Jinja's immutable sandbox within the limits of `storage.guard`.
+
+    What it renders is counted in `with allowance(variables)`.
+    """
+    runtime = require("jinja2.runtime", extra="models")
+    sandbox = require("jinja2.sandbox", extra="models")
+
     class Sandbox(sandbox.ImmutableSandboxedEnvironment):
         """The immutable sandbox with limits."""
 
-        code_generator_class = Generator
+        code_generator_class = _generator()
         intercepted_binops = frozenset(("+", "*", "**", "%"))
 
         def __init__(self, **options: Any):
@@ -272,17 +292,7 @@ def limited_sandbox() -> Any:
             return "".join(parts)
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            if operator == "*":
-                for count, values in ((left, right), (right, left)):
-                    if isinstance(values, str | bytes | list | tuple):
-                        _times(count, max(8, _printed(values)))
-            elif operator == "+" and isinstance(left, str | bytes | list | tuple):
-                _spend(sys.getsizeof(left) + sys.getsizeof(right))
-            elif operator == "**" and isinstance(left, int) and isinstance(right, int):
-                if left.bit_length() * abs(right) > _BITS:
-                    raise ValueError("it makes numbers that are too large")
-            elif operator == "%":
-                _narrow(left, *(right if isinstance(right, tuple) else (right,)))
+            _operating(operator, left, right)
             return _made(super().call_binop(context, operator, left, right))
 
         def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:

@@ -1,8 +1,8 @@
 """Argument checks: each error names the argument, what was expected and what came.
 
 Shapes and types are checked wherever a function is called. Values are checked only outside of
-`jit`, and only where that is cheap: in numpy arrays, and in device arrays of at most `MOST_FETCHED`
-entries. Nothing else is fetched, so no step ever waits for a check of its logits.
+`jit`, and only where that is cheap: in numpy arrays, and in device arrays of at most
+`_MOST_FETCHED` entries. Nothing else is fetched, so no step ever waits for a check of its logits.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ _KINDS: dict[str, tuple[str, tuple[Any, ...]]] = {
 }
 
 #: Entries of a device's array that a check may fetch: labels of a batch, not its logits.
-MOST_FETCHED = 2**18
+_MOST_FETCHED = 2**18
 
 
 def as_float(
@@ -132,7 +132,7 @@ def _held(values: Any) -> np.ndarray | None:
     if isinstance(values, np.ndarray):
         return values
     fetched = isinstance(values, jax.Array) and not isinstance(values, Tracer)
-    if fetched and values.size <= MOST_FETCHED and values.is_fully_addressable:
+    if fetched and values.size <= _MOST_FETCHED and values.is_fully_addressable:
         return np.asarray(values)
     return None
 

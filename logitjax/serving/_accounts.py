@@ -70,10 +70,6 @@ class Accounts:
         keys: Whom there are accounts of.
         log: File that says what was given out, a JSON object a request; None for none.
         clock: Seconds.
-
-    Raises:
-        OSError: The log cannot be written.
-        ValueError: A line of the log is none of ours.
     """
 
     def __init__(
@@ -110,11 +106,7 @@ class Accounts:
         return self._spent[key.name]
 
     def reserve(self, key: Key, *, queries: int, tokens: int) -> Reservation:
-        """Sets aside what a request may use at most.
-
-        Raises:
-            ApiError: That would pass a budget or a rate; nothing is set aside.
-        """
+        """Sets aside what a request may use at most."""
         spent = self._spent[key.name]
         for name, used, more, most in (
             ("queries", spent.queries, queries, key.queries),

@@ -26,11 +26,7 @@ def longest_token(tokenizer: Tokenizer) -> int:
 def read_request(
     service: Service, body: bytes, key: Key, loop: asyncio.AbstractEventLoop, *, chat: bool
 ) -> tuple[CompletionRequest, list[tuple[Job, Sequence[int]]]]:
-    """What is asked, and its jobs. Takes its time: called off the event loop.
-
-    Raises:
-        ApiError: The request is wrong, or asks for what this model has not.
-    """
+    """What is asked, and its jobs. Takes its time: called off the event loop."""
     asked = schema.parse(parse_json(body), service.limits, chat=chat)
     return asked, _make_jobs(service, asked, key, loop)
 

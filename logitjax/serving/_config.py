@@ -82,11 +82,7 @@ class ServerConfig:
 
 
 def check_model(config: ServerConfig, name: str | None) -> None:
-    """Whether a request means the model that is served; no name means it.
-
-    Raises:
-        ApiError: It means another one.
-    """
+    """Whether a request means the model that is served; no name means it."""
     if name not in (None, "", config.model):
         raise ApiError(
             404,

@@ -34,11 +34,7 @@ class Formats:
         self._tokens: Any = None
 
     def follow(self, schema: Mapping[str, Any]) -> "Follower":
-        """What holds one answer to a schema.
-
-        Raises:
-            BadRequestError: The schema is wrong, too large, or asks for what cannot be held to.
-        """
+        """What holds one answer to a schema."""
         if not self._end_ids:
             raise _refused("this model has no token that ends an answer")
         try:

@@ -32,11 +32,7 @@ class Key:
 
 
 def find_key(keys: Sequence[Key], authorization: str) -> Key:
-    """The key that a request shows.
-
-    Raises:
-        ApiError: It shows none of them.
-    """
+    """The key that a request shows."""
     given = authorization.encode(errors="surrogateescape")
     found = None
     for key in keys:

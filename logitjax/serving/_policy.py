@@ -27,9 +27,6 @@ class Disclosure:
         policy: What is reported, and whether a logit bias is taken.
         seed: Seed of the policy's noise and of what seeds of requests are mixed with; None draws
             one.
-
-    Raises:
-        ValueError: The policy is none that a server can keep.
     """
 
     def __init__(self, policy: LogitPolicy, seed: int | None = None):

@@ -192,12 +192,7 @@ class Scheduler:
         return len(self._jobs) - self._jobs.count(None), self._queued()
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Queues all jobs of one HTTP request, or none.
-
-        Raises:
-            OverloadedError: They would not fit into the queue.
-            ApiError: The engine has died.
-        """
+        """Queues all jobs of one HTTP request, or none."""
         with self._wake:
             if self.failed is not None:
                 raise ApiError(503, "the engine stopped")

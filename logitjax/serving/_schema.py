@@ -184,11 +184,7 @@ _UNSUPPORTED: tuple[tuple[str, Sequence[Any]], ...] = (
 
 
 def parse(body: Any, limits: ServerLimits, *, chat: bool) -> CompletionRequest:
-    """A request from JSON.
-
-    Raises:
-        BadRequestError: Names the field, what was expected and what came.
-    """
+    """A request from JSON."""
     if not isinstance(body, dict):
         raise BadRequestError(f"the body must be a JSON object, got {_short(body)}")
     for name, neutral in _UNSUPPORTED:

@@ -19,6 +19,7 @@ from logitjax.storage import weights as weights
 from logitjax.storage._digest import digest as digest
 from logitjax.storage._failures import may_pass as may_pass
 from logitjax.storage._files import write_atomic as write_atomic
+from logitjax.storage._guard import read_json as read_json
 from logitjax.storage._heads import read_head as read_head
 from logitjax.storage._heads import write_head as write_head
 from logitjax.storage._hub import hub_snapshot as hub_snapshot
@@ -30,4 +31,3 @@ from logitjax.storage._rows import ArrayCodec as ArrayCodec
 from logitjax.storage._rows import RowCache as RowCache
 from logitjax.storage._shards import ShardReader as ShardReader
 from logitjax.storage._shards import ShardWriter as ShardWriter
-from logitjax.storage.guard import read_json as read_json

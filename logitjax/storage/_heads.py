@@ -9,9 +9,9 @@ import numpy as np
 from etils import epath
 
 from logitjax.storage._files import write_atomic
+from logitjax.storage._guard import read_json
 from logitjax.storage._require import require
 from logitjax.storage._safetensors import SafetensorsSource
-from logitjax.storage.guard import read_json
 
 
 def write_head(

@@ -12,9 +12,9 @@ from typing import Any
 
 from etils import epath
 
-from logitjax.storage import guard
+from logitjax.storage import _guard as guard
 from logitjax.storage._files import write_atomic
-from logitjax.storage.guard import read_json
+from logitjax.storage._guard import read_json
 
 _NAME = "manifest.json"
 _FORMAT = 1

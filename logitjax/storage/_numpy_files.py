@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from logitjax.storage import guard
+from logitjax.storage import _guard as guard
 
 
 def read_npz(path: epath.PathLike) -> dict[str, np.ndarray]:
     """The arrays of an ``.npz`` file, by name.
 
     Raises:
-      ValueError: there is no such file, or it is not one, holds objects, or claims more than it
-        has; names the file.
+        ValueError: there is no such file, or it is not one, holds objects, or claims more than it
+            has; names the file.
     """
     path = epath.Path(path)
     with guard.naming(path, "an .npz file"):
@@ -35,12 +35,12 @@ def read_npy(path: epath.PathLike, *, mapped: bool = False) -> np.ndarray:
     """The array of an ``.npy`` file.
 
     Args:
-      path: the file.
-      mapped: whether to leave it on the disk, where the file system allows that.
+        path: the file.
+        mapped: whether to leave it on the disk, where the file system allows that.
 
     Raises:
-      ValueError: there is no such file, or it is not one, holds objects, or claims more than it
-        has; names the file.
+        ValueError: there is no such file, or it is not one, holds objects, or claims more than it
+            has; names the file.
     """
     path = epath.Path(path)
     with guard.naming(path, "an .npy file"):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from logitjax.storage import guard
+from logitjax.storage import _guard as guard
 from logitjax.storage._pickles import ALLOWED, Dtype, Machine, StandIn, plain
 
 
@@ -63,13 +63,13 @@ def read_numpy_pickle(path: epath.PathLike) -> Any:
     """What a pickle of nested dictionaries, lists and numpy arrays holds.
 
     Args:
-      path: the file.
+        path: the file.
 
     Returns:
-      The object; arrays are read-only views of the file's bytes.
+        The object; arrays are read-only views of the file's bytes.
 
     Raises:
-      ValueError: the pickle asks for anything else, or is damaged.
+        ValueError: the pickle asks for anything else, or is damaged.
     """
     path = epath.Path(path)
     with guard.naming(path, "a pickle of arrays"):

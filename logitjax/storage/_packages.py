@@ -9,16 +9,16 @@ def package_file(package: str, pattern: str, *, what: str, install: str) -> epat
     """The first file of an installed package that fits a pattern.
 
     Args:
-      package: its import name; the package is not imported.
-      pattern: pattern of the path inside it, as for ``glob``.
-      what: named in the error.
-      install: the pip requirement that has the file.
+        package: its import name; the package is not imported.
+        pattern: pattern of the path inside it, as for ``glob``.
+        what: named in the error.
+        install: the pip requirement that has the file.
 
     Returns:
-      The file.
+        The file.
 
     Raises:
-      ValueError: the package is not installed, or has no such file.
+        ValueError: the package is not installed, or has no such file.
     """
     found = importlib.util.find_spec(package)
     for directory in (found and found.submodule_search_locations) or ():

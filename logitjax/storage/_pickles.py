@@ -12,7 +12,7 @@ from typing import IO, Any, cast
 
 import numpy as np
 
-from logitjax.storage import guard
+from logitjax.storage import _guard as guard
 
 _VALUES = {
     "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING",
@@ -58,11 +58,7 @@ class Machine:
         self._copied = 0
 
     def load(self) -> Any:
-        """What the pickle says.
-
-        Raises:
-            ValueError: It asks for something that is not allowed, for too much, or is damaged.
-        """
+        """What the pickle says."""
         steps = pickletools.genops(cast(IO[bytes], self._file))
         for count, (opcode, argument, _) in enumerate(steps):
             if count > guard.LIMITS.opcodes:

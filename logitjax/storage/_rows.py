@@ -16,12 +16,13 @@ from absl import logging
 from etils import epath
 from tqdm import tqdm
 
-from logitjax.storage import guard, progress
+from logitjax.storage import _guard as guard
+from logitjax.storage import progress
 from logitjax.storage._digest import digest
 from logitjax.storage._files import write_atomic
+from logitjax.storage._guard import read_json
 from logitjax.storage._manifest import Manifest
 from logitjax.storage._shards import ShardReader, open_shard
-from logitjax.storage.guard import read_json
 
 Rows = Sequence[int] | np.ndarray
 

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from logitjax.storage import guard
+from logitjax.storage import _guard as guard
 
 _DTYPES = {
     "F64": np.float64,

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from logitjax.storage import guard
+from logitjax.storage import _guard as guard
 from logitjax.storage._pickles import ALLOWED, Attributes, Machine, StandIn, plain
 from logitjax.storage._safetensors import SafetensorsSource
 
@@ -241,13 +241,10 @@ def read_torch_checkpoint(path: epath.PathLike) -> Any:
     error; the older form has none, and a number or a name that was changed comes back changed.
 
     Args:
-      path: a file that ``torch.save`` wrote, of any version.
+        path: a file that ``torch.save`` wrote, of any version.
 
     Returns:
-      The object, usually a dictionary.
-
-    Raises:
-      ValueError: the file asks for something outside the allow-list, or is damaged.
+        The object, usually a dictionary.
     """
     path = epath.Path(path)
     with guard.naming(path, "a torch checkpoint"):
@@ -274,13 +271,13 @@ def read_state_dict(path: epath.PathLike) -> dict[str, np.ndarray]:
     are read and the code is not.
 
     Args:
-      path: the file.
+        path: the file.
 
     Returns:
-      Arrays by name.
+        Arrays by name.
 
     Raises:
-      ValueError: the file is damaged, refused, or holds no named arrays.
+        ValueError: the file is damaged, refused, or holds no named arrays.
     """
     if str(path).endswith(".safetensors"):
         source = SafetensorsSource(path)

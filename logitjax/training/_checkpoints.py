@@ -98,9 +98,9 @@ class Checkpointer:
     tree with these paths.
 
     Args:
-      directory: directory of the checkpoints; ``gs://`` works.
-      max_to_keep: how many to keep; None for all.
-      asynchronous: write in the background.
+        directory: directory of the checkpoints; ``gs://`` works.
+        max_to_keep: how many to keep; None for all.
+        asynchronous: write in the background.
 
     >>> import tempfile
     >>> state = {"w": jnp.arange(3.0)}
@@ -157,12 +157,12 @@ class Checkpointer:
         """Saves the state, unless this step is there already.
 
         Args:
-          step: its step.
-          state: a pytree of global arrays. It may be donated as soon as this returns.
-          extra: a JSON dictionary.
+            step: its step.
+            state: a pytree of global arrays. It may be donated as soon as this returns.
+            extra: a JSON dictionary.
 
         Returns:
-          Whether it was saved.
+            Whether it was saved.
         """
         if step in self.steps():
             return False
@@ -188,15 +188,15 @@ class Checkpointer:
         """Restores one checkpoint onto the mesh of ``state``, whichever mesh it was saved from.
 
         Args:
-          state: a pytree of arrays or ``ShapeDtypeStruct`` with shardings, as from
-            `TrainState.abstract`. Arrays are not written to.
-          step: which one.
+            state: a pytree of arrays or ``ShapeDtypeStruct`` with shardings, as from
+                `TrainState.abstract`. Arrays are not written to.
+            step: which one.
 
         Returns:
-          ``(state, step, extra)``.
+            ``(state, step, extra)``.
 
         Raises:
-          ValueError: if the checkpoint is not there, not readable, or of another state.
+            ValueError: if the checkpoint is not there, not readable, or of another state.
         """
         if step not in self.steps():
             raise ValueError(f"no checkpoint of step {step} in {self.directory}: {self.steps()}")
@@ -212,13 +212,13 @@ class Checkpointer:
         it is used.
 
         Args:
-          state: as for :meth:`restore`.
+            state: as for :meth:`restore`.
 
         Returns:
-          ``(state, step, extra)``, or None if there is no checkpoint at all.
+            ``(state, step, extra)``, or None if there is no checkpoint at all.
 
         Raises:
-          ValueError: if there are checkpoints and none can be read, or one is of another state.
+            ValueError: if there are checkpoints and none can be read, or one is of another state.
         """
         self.wait()
         steps = self.steps()[::-1]

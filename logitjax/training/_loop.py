@@ -28,8 +28,8 @@ class NonFiniteError(FloatingPointError):
     """The loss or its gradient stopped being finite.
 
     Attributes:
-      step: the update that failed, counted from 1.
-      path: the file with its batch, if a workdir was given.
+        step: the update that failed, counted from 1.
+        path: the file with its batch, if a workdir was given.
     """
 
     def __init__(self, message: str, step: int, path: str | None):
@@ -42,13 +42,14 @@ class LoopOptions:
     """How often `train_loop` saves, logs, evaluates and profiles.
 
     Attributes:
-      checkpoint_every: steps between checkpoints; the last step is always saved.
-      log_every: steps between log lines: means of all metrics since the last, ``seconds_per_step``,
-        and ``tokens_per_second`` by the count of the loss, unless that counts one a step.
-      eval_every: steps between evaluations; the last step is always evaluated.
-      progress: a tqdm bar, if standard error is a terminal.
-      profile_steps: number of steps that ``jax.profiler`` traces into ``workdir/profile``, from
-        this call's third step on, because the first one compiles.
+        checkpoint_every: steps between checkpoints; the last step is always saved.
+        log_every: steps between log lines: means of all metrics since the last,
+            ``seconds_per_step``, and ``tokens_per_second`` by the count of the loss, unless that
+            counts one a step.
+        eval_every: steps between evaluations; the last step is always evaluated.
+        progress: a tqdm bar, if standard error is a terminal.
+        profile_steps: number of steps that ``jax.profiler`` traces into ``workdir/profile``, from
+            this call's third step on, because the first one compiles.
     """
 
     checkpoint_every: int = option(0, execution=True)
@@ -79,26 +80,26 @@ def train_loop(
     and raises :class:`Preempted`; the same call continues.
 
     Args:
-      state: the state to start from if there is no checkpoint. It is consumed.
-      step_fn: a `TrainStep`; with constants, ``functools.partial`` of it.
-      batches: step -> this process's rows of the global batch.
-      total_steps: number of updates at the end.
-      workdir: locked while the loop runs; gets ``nonfinite/step_STEP.npz``.
-      checkpointer: saves and restores; it is left open.
-      eval_fn: ``(state, step) -> scalars``, logged as ``eval/NAME``.
-      writer: where metrics go (:func:`make_writer`).
-      identity: a JSON dictionary kept in the checkpoints, such as the fingerprint of the data. A
-        checkpoint with another one is refused.
-      options: how often to save, log and evaluate.
+        state: the state to start from if there is no checkpoint. It is consumed.
+        step_fn: a `TrainStep`; with constants, ``functools.partial`` of it.
+        batches: step -> this process's rows of the global batch.
+        total_steps: number of updates at the end.
+        workdir: locked while the loop runs; gets ``nonfinite/step_STEP.npz``.
+        checkpointer: saves and restores; it is left open.
+        eval_fn: ``(state, step) -> scalars``, logged as ``eval/NAME``.
+        writer: where metrics go (:func:`make_writer`).
+        identity: a JSON dictionary kept in the checkpoints, such as the fingerprint of the data. A
+            checkpoint with another one is refused.
+        options: how often to save, log and evaluate.
 
     Returns:
-      The final state.
+        The final state.
 
     Raises:
-      NonFiniteError: after the batch is saved; the update was not applied.
-      Preempted: after SIGTERM and saving.
-      WorkdirInUseError: if another run holds the workdir.
-      ValueError: if the checkpoint is of another state or identity, or a profile has no workdir.
+        NonFiniteError: after the batch is saved; the update was not applied.
+        Preempted: after SIGTERM and saving.
+        WorkdirInUseError: if another run holds the workdir.
+        ValueError: if the checkpoint is of another state or identity, or a profile has no workdir.
     """
     options = LoopOptions() if options is None else options
     if options.profile_steps and workdir is None:
@@ -113,7 +114,7 @@ def train_loop(
         bar = stack.enter_context(_progress_bar(start, total_steps, options.progress))
         profile = stack.enter_context(_profiler(workdir, start + 3, options.profile_steps))
 
-        accumulator = MetricAccumulator()
+        report = _Report(writer, bar, start)
         pending: collections.deque[tuple[int, Any, StepOutput]] = collections.deque()
 
         def check_finite(keep: int) -> None:
@@ -128,54 +129,32 @@ def train_loop(
             if checkpointer is not None and checkpointer.save(step, state, identity):
                 logging.info("saving checkpoint %d", step)
 
-        clock, logged, untimed = time.perf_counter(), start, 0.0
         progress.mark("compiling and taking the first step")
         for step in range(start + 1, total_steps + 1):
             profile(step, state)
             batch = batches(step - 1)
             state, output = step_fn(state, batch)
             pending.append((step, batch, output))
-            accumulator.add(output.metrics)
+            report.add(step, output)
             check_finite(keep=1)
-            if step == start + 1:
-                # Compilation is no part of the speed.
-                untimed = float(jax.device_get(output.metrics["loss"][1]))
-                clock, logged = time.perf_counter(), step
-            if bar is not None:
-                bar.update()
             last = step == total_steps
             if _due(step, options.log_every) or (last and options.log_every):
                 check_finite(0)
-                sums = accumulator.sums()
-                scalars = accumulator.compute()
-                elapsed = time.perf_counter() - clock
-                if step > logged:
-                    scalars["seconds_per_step"] = elapsed / (step - logged)
-                    counted = sums["loss"][1] - untimed
-                    # A loss that is the mean of a batch counts steps.
-                    if counted > step - logged:
-                        scalars["tokens_per_second"] = counted / elapsed
-                writer.write_scalars(step, scalars)
-                if bar is not None:
-                    bar.set_postfix(loss=f"{scalars['loss']:.4g}")
-                accumulator.reset()
-                untimed = 0.0
-                clock, logged = time.perf_counter(), step
-            paused = time.perf_counter()
-            if eval_fn is not None and (last or _due(step, options.eval_every)):
-                check_finite(0)
-                progress.mark(f"evaluating step {step}")
-                scores = eval_fn(state, step)
-                writer.write_scalars(step, {f"eval/{k}": v for k, v in scores.items()})
-            if last or _due(step, options.checkpoint_every):
-                save(step)
-            if told_to_stop(step) and not last:
-                save(step)
-                if checkpointer is not None:
-                    checkpointer.wait()
-                logging.warning("SIGTERM: stopped after step %d", step)
-                raise Preempted(step)
-            clock += time.perf_counter() - paused
+                report.write(step)
+            with report.pause():
+                if eval_fn is not None and (last or _due(step, options.eval_every)):
+                    check_finite(0)
+                    progress.mark(f"evaluating step {step}")
+                    scores = eval_fn(state, step)
+                    writer.write_scalars(step, {f"eval/{k}": v for k, v in scores.items()})
+                if last or _due(step, options.checkpoint_every):
+                    save(step)
+                if told_to_stop(step) and not last:
+                    save(step)
+                    if checkpointer is not None:
+                        checkpointer.wait()
+                    logging.warning("SIGTERM: stopped after step %d", step)
+                    raise Preempted(step)
             progress.mark(f"taking step {step + 1}" if step > start + 1 else "")
         check_finite(0)
         writer.flush()
@@ -184,6 +163,46 @@ def train_loop(
             checkpointer.wait()
         progress.mark("going on after the training")
     return state
+
+
+class _Report:
+    """Metrics since the last log line, and the speed without what is no training."""
+
+    def __init__(self, writer: MetricWriter, bar: Any, start: int):
+        self._writer, self._bar, self._first = writer, bar, start + 1
+        self._metrics = MetricAccumulator()
+        self._clock, self._logged, self._untimed = time.perf_counter(), start, 0.0
+
+    def add(self, step: int, output: StepOutput) -> None:
+        self._metrics.add(output.metrics)
+        if step == self._first:
+            # Compilation is no part of the speed. Reading a metric waits for the step.
+            self._untimed = float(jax.device_get(output.metrics["loss"][1]))
+            self._clock, self._logged = time.perf_counter(), step
+        if self._bar is not None:
+            self._bar.update()
+
+    def write(self, step: int) -> None:
+        sums, scalars = self._metrics.sums(), self._metrics.compute()
+        elapsed, steps = time.perf_counter() - self._clock, step - self._logged
+        if steps:
+            scalars["seconds_per_step"] = elapsed / steps
+            counted = sums["loss"][1] - self._untimed
+            # A loss that is the mean of a batch counts steps.
+            if counted > steps:
+                scalars["tokens_per_second"] = counted / elapsed
+        self._writer.write_scalars(step, scalars)
+        if self._bar is not None:
+            self._bar.set_postfix(loss=f"{scalars['loss']:.4g}")
+        self._metrics.reset()
+        self._clock, self._logged, self._untimed = time.perf_counter(), step, 0.0
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Stops the clock."""
+        paused = time.perf_counter()
+        yield
+        self._clock += time.perf_counter() - paused
 
 
 def _due(step: int, every: int) -> bool:

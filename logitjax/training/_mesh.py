@@ -30,17 +30,17 @@ def make_mesh(
     other axes share the devices of one slice.
 
     Args:
-      spec: comma-separated ``axis:size``, outermost axis first.
-      devices: the devices, by default all of them; those of an ahead-of-time topology will do.
-      partial: a specification without a -1 uses only the first devices, as many as it names.
+        spec: comma-separated ``axis:size``, outermost axis first.
+        devices: the devices, by default all of them; those of an ahead-of-time topology will do.
+        partial: a specification without a -1 uses only the first devices, as many as it names.
 
     Returns:
-      The mesh over exactly these devices, or over the first of them with `partial`.
+        The mesh over exactly these devices, or over the first of them with `partial`.
 
     Raises:
-      ValueError: on another axis or syntax, sizes that do not multiply to the device count, or a
-        ``dcn_data`` that is not the number of slices; with `partial`, if a process would have none
-        of the devices.
+        ValueError: on another axis or syntax, sizes that do not multiply to the device count, or a
+            ``dcn_data`` that is not the number of slices; with `partial`, if a process would have
+            none of the devices.
 
     >>> dict(make_mesh("fsdp:-1", devices=jax.devices()[:1]).shape)
     {'fsdp': 1, 'data': 1, 'tensor': 1}

@@ -85,7 +85,7 @@ class JsonlWriter(NullWriter):
     Object stores cannot append: there the file is written anew at every flush.
 
     Args:
-      path: path of the file.
+        path: path of the file.
     """
 
     def __init__(self, path: epath.PathLike):
@@ -138,7 +138,7 @@ class TensorBoardWriter(NullWriter):
     """TensorBoard event files, through tensorboardX (the extra ``tensorboard``).
 
     Args:
-      directory: directory of the event files.
+        directory: directory of the event files.
     """
 
     def __init__(self, directory: epath.PathLike):
@@ -171,7 +171,7 @@ class MultiWriter(NullWriter):
     """Hands everything to several writers.
 
     Args:
-      writers: these.
+        writers: these.
     """
 
     def __init__(self, writers: Iterable[MetricWriter]):
@@ -200,12 +200,12 @@ def make_writer(
     """The usual writers, ``metrics.jsonl`` and the log; only process 0 writes.
 
     Args:
-      workdir: where ``metrics.jsonl`` and ``tensorboard/`` go; None for the log alone.
-      log: write log lines.
-      tensorboard: write event files too.
+        workdir: where ``metrics.jsonl`` and ``tensorboard/`` go; None for the log alone.
+        log: write log lines.
+        tensorboard: write event files too.
 
     Returns:
-      A writer.
+        A writer.
     """
     if jax.process_index() != 0:
         return NullWriter()

@@ -19,16 +19,16 @@ class Schedule:
     """The learning rate as a function of the step: linear warm-up, then one of five courses.
 
     Attributes:
-      peak: the learning rate after the warm-up.
-      course: what follows: ``constant``; ``linear`` or ``cosine`` down to ``final``; ``wsd``,
-        constant until the last fifth, then linear to ``final``; ``rsqrt``, with the inverse root of
-        the step.
-      warmup: steps from 0 to the peak.
-      total_steps: steps of the run; needed by all but ``constant`` and ``rsqrt``.
-      final: fraction of the peak that is left at the end.
+        peak: the learning rate after the warm-up.
+        course: what follows: ``constant``; ``linear`` or ``cosine`` down to ``final``; ``wsd``,
+            constant until the last fifth, then linear to ``final``; ``rsqrt``, with the inverse
+            root of the step.
+        warmup: steps from 0 to the peak.
+        total_steps: steps of the run; needed by all but ``constant`` and ``rsqrt``.
+        final: fraction of the peak that is left at the end.
 
     Raises:
-      ValueError: on another course, or a course without its ``total_steps``.
+        ValueError: on another course, or a course without its ``total_steps``.
 
     >>> import numpy as np
     >>> rate = Schedule(1.0, "linear", warmup=2, total_steps=12, final=0.0)

@@ -21,10 +21,10 @@ class TrainState:
     """Step, parameters, optimizer state and random key, as one pytree.
 
     Attributes:
-      step: int32 scalar, the number of updates so far. The data state is this number too.
-      params: any pytree of arrays: a dict, an ``nnx.State``, LoRA matrices alone.
-      opt_state: state of the optax transformation.
-      rng: a typed key that stays the same; the key of a step is folded from it.
+        step: int32 scalar, the number of updates so far. The data state is this number too.
+        params: any pytree of arrays: a dict, an ``nnx.State``, LoRA matrices alone.
+        opt_state: state of the optax transformation.
+        rng: a typed key that stays the same; the key of a step is folded from it.
     """
 
     step: Any

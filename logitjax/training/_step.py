@@ -26,8 +26,8 @@ class StepOutput:
     """The output of a step, on the device: reading it waits for the step.
 
     Attributes:
-      metrics: name -> (sum, count). ``loss`` and ``grad_norm`` are always there.
-      finite: whether loss and gradient norm are; if not, the update was not applied.
+        metrics: name -> (sum, count). ``loss`` and ``grad_norm`` are always there.
+        finite: whether loss and gradient norm are; if not, the update was not applied.
     """
 
     metrics: Any

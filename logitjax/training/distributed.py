@@ -37,25 +37,25 @@ def initialize(
     within the one before, for devices that no thread is left for, they wait for ever.
 
     Args:
-      coordinator_address: ``host:port`` of process 0.
-      num_processes: how many processes there are.
-      process_id: which one this is.
-      cluster: ``auto``; ``none`` to stay alone; or the kind to expect: ``tpu``, ``slurm``, ``k8s``,
-        ``ompi``.
-      heartbeat_seconds: after how long a process that is not heard of is lost: the others end with
-        status 75, for their collectives would wait for it for ever.
-        ``LOGITJAX_HEARTBEAT_SECONDS``, or 100.
+        coordinator_address: ``host:port`` of process 0.
+        num_processes: how many processes there are.
+        process_id: which one this is.
+        cluster: ``auto``; ``none`` to stay alone; or the kind to expect: ``tpu``, ``slurm``,
+            ``k8s``, ``ompi``.
+        heartbeat_seconds: after how long a process that is not heard of is lost: the others end
+            with status 75, for their collectives would wait for it for ever.
+            ``LOGITJAX_HEARTBEAT_SECONDS``, or 100.
 
     From here on a thread watches: where no process has packed, read, saved or taken a step for
     ``LOGITJAX_STALL_SECONDS`` (an hour with several processes, for ever with one), and where one
     is gone or has said why it ends (:func:`leave`), this one ends too.
 
     Returns:
-      ``(process_index, process_count)``.
+        ``(process_index, process_count)``.
 
     Raises:
-      ValueError: if some but not all three are known, ``cluster`` is unknown, or a variable is not
-        a number.
+        ValueError: if some but not all three are known, ``cluster`` is unknown, or a variable is
+            not a number.
 
     >>> initialize(cluster="none")
     (0, 1)

@@ -5,10 +5,15 @@ matrices, metrics or not, in this order::
 
     first <= moment <= third <= GW,   second <= sorted_rows <= third
 
+Graphs are matrices or `FactoredGraph`; all but the first two bounds form the matrix of the latter.
+Weights are uniform where they are left out. The result is a scalar.
+
 What rounding may have added is subtracted from each, so that the order holds up to rounding and the
 last inequality without exception; `logitjax.transport._rounding` says why. Bounds that hold for
 matchings only, and are nearer, are in `logitjax.transport._matching_bounds`.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +24,7 @@ from logitjax.ops import Array
 from logitjax.transport._graph import (
     Graph,
     RoundedMatrix,
+    RowStatistics,
     check_power,
     check_weights,
     node_weights,
@@ -26,7 +32,17 @@ from logitjax.transport._graph import (
     rounded,
     row_statistics,
 )
-from logitjax.transport._rounding import UNDERFLOW, distance, gamma, lowered
+from logitjax.transport._rounding import (
+    UNDERFLOW,
+    Order,
+    Scalar,
+    Square,
+    Vector,
+    Weights,
+    distance,
+    gamma,
+    lowered,
+)
 from logitjax.transport._sorted import least_transport
 
 # Pairs of rows compared at once by the third bound.
@@ -110,7 +126,7 @@ def moment_lower_bound(
 
     own, other, a, b = _statistics(c, d, c_weights, d_weights)
 
-    def least(name):
+    def least(name: str) -> jax.Array:
         return _least(own, other, name, (c_weights, d_weights), (a, b), 2)
 
     apart = (least("mean") + least("deviation")) * (1 - gamma(0))
@@ -118,11 +134,18 @@ def moment_lower_bound(
     return lowered(jnp.maximum(apart, least("rms")), p=2, root=_formed(c) + _formed(d))
 
 
-def _formed(graph):
+def _formed(graph: Graph) -> Any:
     return graph.error if isinstance(graph, RoundedMatrix) else 0.0
 
 
-def _least(own, other, name, weights, a_b, p):
+def _least(
+    own: RowStatistics,
+    other: RowStatistics,
+    name: str,
+    weights: tuple[Weights, Weights],
+    a_b: tuple[jax.Array, jax.Array],
+    p: int,
+) -> Scalar:
     f, g = (getattr(s, name) for s in (own, other))
     errors = (getattr(s, f"{name}_error") for s in (own, other))
     root = sum(distance(error, w, p) for error, w in zip(errors, a_b, strict=True))
@@ -138,20 +161,6 @@ def second_lower_bound(
     p: int = 2,
 ) -> Float[Array, ""]:
     """Memoli's second lower bound: transport of all entries, O(n^2 log n).
-
-    Args:
-        c: matrix ``[n, n]`` or `FactoredGraph` (whose matrix is formed).
-        d: matrix ``[m, m]`` or `FactoredGraph`.
-        c_weights: node weights that sum to one; uniform if left out.
-        d_weights: the same for d.
-        p: power of the cost.
-
-    Returns:
-        A scalar.
-
-    >>> import jax, numpy as np
-    >>> print(f"{jax.jit(second_lower_bound)(np.diag([2.0, 0.0]), np.zeros((2, 2))):.4f}")
-    1.0000
 
     References:
         Memoli (2011), section 6.
@@ -170,21 +179,6 @@ def sorted_rows_lower_bound(c: Graph, d: Graph, *, p: int = 2) -> Float[Array, "
     letting every column be matched on its own. Between the second and the third bound::
 
         mean_ij | sort_columns(sort_rows(C))_ij - sort_columns(sort_rows(D))_ij |^p <= GW_p^p
-
-    Args:
-        c: matrix ``[n, n]`` or `FactoredGraph` (whose matrix is formed).
-        d: the same, with as many nodes; uniform weights.
-        p: power of the cost.
-
-    Returns:
-        A scalar.
-
-    Raises:
-        ValueError: if the numbers of nodes differ.
-
-    >>> import jax, numpy as np
-    >>> print(f"{jax.jit(sorted_rows_lower_bound)(np.diag([2.0, 0.0]), np.zeros((2, 2))):.4f}")
-    1.0000
     """
     check_equal_sizes(c, d, "sorted_rows_lower_bound")
     x, y, _, _, root = _dense(c, d, None, None)
@@ -212,19 +206,7 @@ def third_lower_bound(
     transport problem is ascended. In both cases the value of a dual solution counts, which is a
     lower bound however far from the optimum it may be.
 
-    Args:
-        c: matrix ``[n, n]`` or `FactoredGraph` (whose matrix is formed).
-        d: matrix ``[m, m]`` or `FactoredGraph`.
-        c_weights: node weights that sum to one; uniform if left out.
-        d_weights: the same for d.
-        p: power of the cost.
-
-    Returns:
-        A scalar. The gradient is that of the cost at the matching found.
-
-    >>> import jax, numpy as np
-    >>> print(f"{jax.jit(third_lower_bound)(np.diag([2.0, 0.0]), np.zeros((2, 2))):.4f}")
-    1.0000
+    The gradient is that of the cost at the matching found.
 
     References:
         Memoli (2011), section 6.
@@ -239,7 +221,7 @@ def third_lower_bound(
         value = (raw - jax.lax.stop_gradient(raw)) + least / n
         return lowered(value, p=p, relative=gamma(2 * n), root=root)
 
-    def cost(row, other):
+    def cost(row: jax.Array, other: jax.Array) -> jax.Array:
         return least_transport(row, other, a, b, p=p)
 
     costs = jax.lax.map(lambda row: jax.vmap(lambda other: cost(row, other))(y), x)
@@ -247,7 +229,7 @@ def third_lower_bound(
     return lowered(value, p=p, absolute=absolute, root=root)
 
 
-def least_assignment(costs):
+def least_assignment(costs: Square) -> tuple[Scalar, Order]:
     """A sum that no assignment of these costs ``[n, n]`` is below, and an assignment near it.
 
     The Hungarian algorithm in floating point is exact for no known problem. Its assignment gives
@@ -261,7 +243,7 @@ def least_assignment(costs):
     # Steps smaller than this are rounding going round in a circle.
     least_step = 4 * gamma(0) * jnp.abs(costs).max()
 
-    def relax(state):
+    def relax(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         v, _, step = state
         shorter = jnp.min((v[columns] - matched)[:, None] + costs, axis=0)
         return jnp.minimum(v, shorter), jnp.any(shorter < v - least_step), step + 1
@@ -273,23 +255,27 @@ def least_assignment(costs):
     return jax.lax.stop_gradient(u.sum() + v.sum() - 2 * slack), columns
 
 
-def row_costs(x, y, p):
+def row_costs(
+    x: Float[jax.Array, "n k"], y: Float[jax.Array, "m k"], p: int
+) -> Float[jax.Array, "n m"]:
     """Mean |x_i - y_k|^p of sorted rows, ``[n, m]``, a few rows at a time."""
 
-    def one(row):
+    def one(row: jax.Array) -> jax.Array:
         return jnp.mean(jnp.abs(row - y) ** p, axis=-1)
 
     return jax.lax.map(one, x, batch_size=min(_ROWS, x.shape[0]))
 
 
-def _dual_value(costs, a, b, steps=200):
+def _dual_value(
+    costs: Float[jax.Array, "n m"], a: Vector, b: Float[jax.Array, "m"], steps: int = 200
+) -> tuple[Scalar, Scalar]:
     """A feasible dual value of the transport problem, by annealed soft c-transforms."""
     fixed = jax.lax.stop_gradient(costs)
     mean = fixed.mean()
     scale = jnp.where(mean > UNDERFLOW, mean, 1.0)
     log_a, log_b = jnp.log(a)[:, None], jnp.log(b)
 
-    def step(v, temperature):
+    def step(v: jax.Array, temperature: jax.Array) -> tuple[jax.Array, None]:
         u = -temperature * jax.nn.logsumexp((v - fixed) / temperature + log_b, axis=1)
         v = -temperature * jax.nn.logsumexp((u[:, None] - fixed) / temperature + log_a, axis=0)
         return v, None
@@ -304,7 +290,7 @@ def _dual_value(costs, a, b, steps=200):
     return a @ u + b @ v, jax.lax.stop_gradient(slack)
 
 
-def _statistics(c, d, c_weights, d_weights):
+def _statistics(c: Graph, d: Graph, c_weights: Weights, d_weights: Weights) -> tuple[Any, ...]:
     check_weights("c_weights", c_weights, num_nodes(c))
     check_weights("d_weights", d_weights, num_nodes(d))
     return (
@@ -313,7 +299,9 @@ def _statistics(c, d, c_weights, d_weights):
     )
 
 
-def _dense(c, d, c_weights, d_weights):
+def _dense(
+    c: Graph, d: Graph, c_weights: Weights, d_weights: Weights
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
     check_weights("c_weights", c_weights, num_nodes(c))
     check_weights("d_weights", d_weights, num_nodes(d))
     x, y = rounded(c, c_weights), rounded(d, d_weights)
@@ -321,6 +309,6 @@ def _dense(c, d, c_weights, d_weights):
     return x.matrix, y.matrix, a, b, x.error + y.error
 
 
-def check_equal_sizes(c, d, what):
+def check_equal_sizes(c: Graph, d: Graph, what: str) -> None:
     if num_nodes(c) != num_nodes(d):
         raise ValueError(f"d: {what} needs as many nodes as c, {num_nodes(c)}; got {num_nodes(d)}")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -43,7 +43,7 @@ from logitjax.transport._matching_bounds import (
 )
 from logitjax.transport._plans import Plan, as_candidate, from_problem, plan_cost
 from logitjax.transport._refine import Refinement, refine_matching
-from logitjax.transport._rounding import gamma, real, times_power_of_two
+from logitjax.transport._rounding import Order, Scalar, Weights, gamma, real, times_power_of_two
 from logitjax.transport._sorted import Coupling, sorted_coupling
 
 Scale = Literal["joint", "separate", "none"]
@@ -82,7 +82,7 @@ class Certificate:
         return ratio(self.upper, self.lower)
 
 
-def ratio(upper, lower) -> jax.Array:
+def ratio(upper: Array, lower: Array) -> jax.Array:
     """How far apart two bounds are: one where both are zero, infinite where the lower one is."""
     upper, lower = jnp.asarray(upper), jnp.asarray(lower)
     apart = jnp.where(lower > 0, upper / jnp.where(lower > 0, lower, 1.0), jnp.inf)
@@ -175,7 +175,7 @@ def certificate(
             f"refine: {refine.kind!r} needs p=2, as many nodes in c as in d and no weights; "
             f"got p={p}, {num_nodes(c)} and {num_nodes(d)} nodes"
         )
-    arrays = (
+    arrays: Any = (
         *(c, d, c_weights, d_weights, jax.random.key(0) if key is None else key),
         tuple(as_candidate(x, num_nodes(c), num_nodes(d), p) for x in candidates),
     )
@@ -190,11 +190,11 @@ def certificate(
 
 
 @functools.cache
-def _compiled():
+def _compiled() -> Any:
     return jax.jit(_bracket, static_argnames=("p", "scale", "bounds", "refine"))
 
 
-def _float32(answer, scale):
+def _float32(answer: Certificate, scale: Scale) -> Certificate:
     """The same claims about float32 numbers: bounds are rounded away from each other."""
     info = np.finfo(np.float32)
     lower, upper = float(answer.lower), float(answer.upper)
@@ -225,7 +225,7 @@ def _float32(answer, scale):
     )
 
 
-def _towards(value, direction: int):
+def _towards(value: Any, direction: int) -> np.ndarray:
     """The nearest float32 that is not below (1), or not above (-1), a number in float64."""
     # Beside a float32 array a Python number would be compared as float32.
     value = np.asarray(value, np.float64)
@@ -235,7 +235,19 @@ def _towards(value, direction: int):
     return np.where(wrong, np.nextafter(near, np.float32(direction * np.inf)), near)
 
 
-def _bracket(c, d, c_weights, d_weights, key, candidates, *, p, scale, bounds, refine):
+def _bracket(
+    c: Graph,
+    d: Graph,
+    c_weights: Weights,
+    d_weights: Weights,
+    key: jax.Array,
+    candidates: tuple[Coupling | Plan, ...],
+    *,
+    p: int,
+    scale: Scale,
+    bounds: Bounds,
+    refine: Refinement | None,
+) -> Certificate:
     with jax.default_matmul_precision("highest"):
         c, d, back, units = _scaled(c, d, c_weights, d_weights, p, scale)
         answer = _bounds(c, d, c_weights, d_weights, key, candidates, p, bounds, refine)
@@ -250,7 +262,9 @@ def _bracket(c, d, c_weights, d_weights, key, candidates, *, p, scale, bounds, r
     )
 
 
-def _scaled(c, d, c_weights, d_weights, p, scale):
+def _scaled(
+    c: Graph, d: Graph, c_weights: Weights, d_weights: Weights, p: int, scale: Scale
+) -> tuple[Graph, Graph, Callable[[jax.Array], jax.Array], Float[jax.Array, "2"]]:
     """Both graphs with entries of about one at most, and the way back to the units asked for."""
     halves = [half_exponent(jax.lax.stop_gradient(g)) for g in (c, d)]
     own = [shifted(g, -h) for g, h in zip((c, d), halves, strict=True)]
@@ -270,21 +284,33 @@ def _scaled(c, d, c_weights, d_weights, p, scale):
     unit, half = (rms[1], halves[1]) if scale == "joint" else (real(1.0), 0)
     units = jnp.full(2, 1.0, unit.dtype) * times_power_of_two(unit, 2 * jnp.asarray(half))
 
-    def back(value):
+    def back(value: jax.Array) -> jax.Array:
         return times_power_of_two(value / unit**p, 2 * p * (common - half))
 
     return c, d, back, units
 
 
-def _divided(graph, unit, weights):
+def _divided(graph: Graph, unit: Scalar, weights: Weights) -> Graph:
     """The graph divided by its unit; of a matrix with the rounding of that, which counts."""
     if isinstance(graph, FactoredGraph):
         return multiply(graph, 1.0 / unit)
     rms = jnp.sqrt(node_weights(graph, weights) @ row_statistics(graph, weights).square)
-    return RoundedMatrix(graph / unit, jax.lax.stop_gradient(2 * gamma(0) * rms / unit))
+    return RoundedMatrix(
+        dense_matrix(graph) / unit, jax.lax.stop_gradient(2 * gamma(0) * rms / unit)
+    )
 
 
-def _bounds(c, d, c_weights, d_weights, key, candidates, p, bounds, refine):
+def _bounds(
+    c: Graph,
+    d: Graph,
+    c_weights: Weights,
+    d_weights: Weights,
+    key: jax.Array,
+    candidates: tuple[Coupling | Plan, ...],
+    p: int,
+    bounds: Bounds,
+    refine: Refinement | None,
+) -> tuple[jax.Array, jax.Array, Coupling, jax.Array]:
     uniform = c_weights is None and d_weights is None and num_nodes(c) == num_nodes(d)
     # Of Gram matrices a matching is optimal: its bounds hold, and its assignments are candidates.
     matching = uniform and p == 2 and all(isinstance(g, FactoredGraph) for g in (c, d))
@@ -326,7 +352,7 @@ def _bounds(c, d, c_weights, d_weights, key, candidates, p, bounds, refine):
     )
 
 
-def _uniform(matching):
+def _uniform(matching: Order) -> Coupling:
     n = len(matching)
     return Coupling(jnp.arange(n, dtype=jnp.int32), matching, jnp.full(n, 1.0 / n, real(0.0).dtype))
 
@@ -374,12 +400,14 @@ def best_sorted_coupling(
     return _cheapest(c, d, [*plans, *candidates], p, weights)
 
 
-def _cheapest(c, d, plans, p, weights):
+def _cheapest(
+    c: Graph, d: Graph, plans: Sequence[Coupling], p: int, weights: Mapping[str, Weights]
+) -> tuple[Coupling, Float[jax.Array, "plans"]]:
     """The plan that is proven to cost least; shorter ones are padded with entries of no mass."""
     longest = max(plan.rows.shape[-1] for plan in plans)
     dtype = real(0.0).dtype
 
-    def pad(plan):
+    def pad(plan: Coupling) -> Coupling:
         size = longest - plan.rows.shape[-1]
         return Coupling(
             jnp.pad(jnp.asarray(plan.rows, jnp.int32), (0, size)),
@@ -387,7 +415,7 @@ def _cheapest(c, d, plans, p, weights):
             jnp.pad(jnp.asarray(plan.mass, dtype), (0, size)),
         )
 
-    def most(plan):
+    def most(plan: Coupling) -> jax.Array:
         return coupling_cost(c, d, plan, p=p, **weights).most
 
     stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *map(pad, plans))
@@ -399,7 +427,7 @@ def _cheapest(c, d, plans, p, weights):
     return jax.tree.map(lambda x: x[best], stacked), costs
 
 
-def _densest(graph, weights):
+def _densest(graph: Graph, weights: Weights) -> Graph:
     """The matrix itself where it is smaller than its factor, and small."""
     if isinstance(graph, FactoredGraph):
         n = num_nodes(graph)
@@ -408,7 +436,7 @@ def _densest(graph, weights):
     return graph
 
 
-def _rms(graph, weights):
+def _rms(graph: Graph, weights: Weights) -> Scalar:
     """The RMS entry as a float32 number; one where all are zero."""
     square = node_weights(graph, weights) @ row_statistics(graph, weights).square
     rms = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 1.0)
@@ -416,7 +444,15 @@ def _rms(graph, weights):
     return jax.lax.reduce_precision(rms, exponent_bits=8, mantissa_bits=23)
 
 
-def _lower(c, d, c_weights, d_weights, p, bounds, uniform):
+def _lower(
+    c: Graph,
+    d: Graph,
+    c_weights: Weights,
+    d_weights: Weights,
+    p: int,
+    bounds: Bounds,
+    uniform: bool,
+) -> Scalar:
     weights = {"c_weights": c_weights, "d_weights": d_weights}
     if p == 2:
         found = [moment_lower_bound(c, d, **weights)]

@@ -1,11 +1,12 @@
 """The Gromov-Wasserstein cost of a given coupling: an upper bound of the optimum."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 
 from logitjax.ops import Array, checks
 from logitjax.transport._features import drop_negative
@@ -21,7 +22,7 @@ from logitjax.transport._graph import (
     norms_squared,
     num_nodes,
 )
-from logitjax.transport._rounding import UNDERFLOW, gamma, real
+from logitjax.transport._rounding import UNDERFLOW, Scalar, Weights, gamma, real
 from logitjax.transport._sorted import Coupling
 
 # Up to this many matched pairs the graphs are compared entry by entry, without cancellation.
@@ -92,7 +93,15 @@ class Cost(NamedTuple):
     most: jax.Array
 
 
-def coupling_cost(c, d, coupling, *, p, c_weights=None, d_weights=None) -> Cost:
+def coupling_cost(
+    c: Graph,
+    d: Graph,
+    coupling: Coupling,
+    *,
+    p: int,
+    c_weights: Weights = None,
+    d_weights: Weights = None,
+) -> Cost:
     """The cost of a coupling, and a proven bound of the cost of the true coupling nearest to it.
 
     Of equal sizes without weights a permutation is taken as one, whatever the rounding of its
@@ -117,20 +126,22 @@ def coupling_cost(c, d, coupling, *, p, c_weights=None, d_weights=None) -> Cost:
         mass = jnp.where(matching, 1 / n, mass)
         surplus = jnp.where(matching, 0.0, surplus)
     coupling = Coupling(rows, columns, mass)
-    factored = isinstance(c, FactoredGraph) and isinstance(d, FactoredGraph)
-    if p == 2 and pairs > _EXACT_PAIRS and factored:
-        if c.ids is not None and d.ids is not None and n == m == pairs:
-            value, absolute = _sparse_cost(c, d, coupling)
+    factors = (c, d) if isinstance(c, FactoredGraph) and isinstance(d, FactoredGraph) else None
+    if p == 2 and pairs > _EXACT_PAIRS and factors:
+        if n == m == pairs and all(graph.ids is not None for graph in factors):
+            value, absolute = _sparse_cost(*factors, coupling)
         else:
-            value, absolute = _factored_cost(dense_factor(c), dense_factor(d), coupling)
+            value, absolute = _factored_cost(
+                dense_factor(factors[0]), dense_factor(factors[1]), coupling
+            )
         most = value + absolute
     else:
         value, differ = _entrywise_cost(c, d, coupling, p)
         most = value * (1 + gamma(3 * pairs)) + UNDERFLOW * differ
         root = formation_error(c, mass, rows) + formation_error(d, mass, columns)
         # Exactly equal rows of factors have equal products, however those are rounded.
-        if factored:
-            z, w = dense_factor(c)[:, rows], dense_factor(d)[:, columns]
+        if factors:
+            z, w = dense_factor(factors[0])[:, rows], dense_factor(factors[1])[:, columns]
             same = z.shape == w.shape and jnp.all((z == w) | (mass == 0))
             most = jnp.where(same, 0.0, most)
             root = jnp.where(same, 0.0, root)
@@ -140,7 +151,9 @@ def coupling_cost(c, d, coupling, *, p, c_weights=None, d_weights=None) -> Cost:
     return Cost(value, jax.lax.stop_gradient(most))
 
 
-def formation_error(graph, mass, nodes):
+def formation_error(
+    graph: Graph, mass: Float[jax.Array, "pairs"], nodes: Int[jax.Array, "pairs"]
+) -> Any:
     """How far the entries that `_entrywise_cost` computes are off, in the norm of the coupling."""
     if isinstance(graph, FactoredGraph):
         trace = jnp.sum(mass * norms_squared(graph)[nodes])
@@ -148,14 +161,16 @@ def formation_error(graph, mass, nodes):
     return graph.error if isinstance(graph, RoundedMatrix) else 0.0
 
 
-def _entrywise_cost(c, d, coupling, p):
+def _entrywise_cost(
+    c: Graph, d: Graph, coupling: Coupling, p: int
+) -> tuple[Scalar, Bool[jax.Array, ""]]:
     """The cost, and whether any entries differ at all."""
     pairs, mass = coupling.rows.shape[-1], coupling.mass
     left, right = _rows_of(c, coupling.rows), _rows_of(d, coupling.columns)
     block = max(1, min(pairs, _BLOCK_ENTRIES // max(pairs, 1)))
 
     @jax.checkpoint
-    def rows(carry, index):
+    def rows(carry: tuple[jax.Array, jax.Array], index: jax.Array) -> tuple[Any, None]:
         total, differ = carry
         here = jnp.minimum(index, pairs - 1)
         difference = left(here) - right(here)
@@ -169,7 +184,7 @@ def _entrywise_cost(c, d, coupling, p):
     return jax.lax.scan(rows, start, index)[0]
 
 
-def _rows_of(graph, nodes):
+def _rows_of(graph: Graph, nodes: Int[Array, "pairs"]) -> Callable[[jax.Array], jax.Array]:
     """A function from pair numbers to rows of the graph, with all pairs' nodes as columns."""
     nodes = jnp.asarray(nodes)
     if isinstance(graph, FactoredGraph) and num_nodes(graph) > 2 * graph.values.shape[0]:
@@ -177,13 +192,15 @@ def _rows_of(graph, nodes):
         return lambda here: z[:, here].T @ z
     matrix = dense_matrix(graph)
 
-    def rows(here):
+    def rows(here: jax.Array) -> jax.Array:
         return matrix[nodes[here]][:, nodes]
 
     return rows
 
 
-def _factored_cost(z, w, coupling):
+def _factored_cost(
+    z: Float[jax.Array, "s n"], w: Float[jax.Array, "t m"], coupling: Coupling
+) -> tuple[Scalar, Any]:
     """By T x T products of A = Z - W and B = Z + W, and how far rounding may have lowered it."""
     z, w = z[:, coupling.rows], w[:, coupling.columns]
     z, w = (jnp.pad(x, ((0, max(len(z), len(w)) - len(x)), (0, 0))) for x in (z, w))
@@ -191,7 +208,7 @@ def _factored_cost(z, w, coupling):
     block = max(1, _BLOCK_ENTRIES // max(len(z), z.shape[1]))
 
     @jax.checkpoint
-    def one(rows):
+    def one(rows: tuple[jax.Array, jax.Array]) -> jax.Array:
         x, y = rows
         x, y = x * mass, y * mass
         return (a @ x) @ (b @ y) + (b @ x) @ (a @ y)
@@ -203,12 +220,12 @@ def _factored_cost(z, w, coupling):
     return jnp.maximum(total / 2, 0.0), absolute
 
 
-def _sparse_cost(c, d, coupling):
+def _sparse_cost(c: FactoredGraph, d: FactoredGraph, coupling: Coupling) -> tuple[Scalar, Scalar]:
     """Both graphs' nodes renamed to the number of their pair, then sparse T x T products."""
     n = num_nodes(c)
     pairs = jnp.arange(n, dtype=jnp.int32)
 
-    def rename(graph, nodes):
+    def rename(graph: FactoredGraph, nodes: Array) -> FactoredGraph:
         place = jnp.zeros(n, jnp.int32).at[nodes].set(pairs)
         ids = drop_negative(graph.ids)
         return FactoredGraph(real(graph.values), place.at[ids].get(mode="fill", fill_value=n), n)

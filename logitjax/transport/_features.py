@@ -1,7 +1,8 @@
 """Node features of the graph C = Z^T Z, computed from Z: C is never formed at vocabulary scale."""
 
 import math
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 
 from logitjax import ops
 from logitjax.ops import Array
+from logitjax.transport._rounding import Scalar, safe_sqrt
 
 Feature = Literal["row_sum", "row_mean", "off_diagonal", "row_rms"]
 
@@ -96,7 +98,7 @@ def graph_features(
             squares = _hutchinson(z, ids, nodes, probes, key, sequence_axis_name)
         else:
             squares = _row_squares(z, ids, nodes, sequence_axis_name)
-        return _safe_sqrt(squares / max(nodes, 1))
+        return safe_sqrt(squares / max(nodes, 1))
 
     sums = z.sum(-1, keepdims=True)
     weighted = z * (sums - z) if feature == "off_diagonal" else z * sums
@@ -149,7 +151,7 @@ def compact_nodes(
     return jax.lax.dynamic_slice_in_dim(nodes, start, own.shape[axis], axis=axis)
 
 
-def drop_negative(ids) -> jax.Array:
+def drop_negative(ids: Any) -> jax.Array:
     """Ids whose negative ones are out of range above, where scatters drop and gathers fill."""
     ids = jnp.asarray(ids)
     return jnp.where(ids < 0, jnp.iinfo(ids.dtype).max, ids)
@@ -169,21 +171,16 @@ def scatter_columns(
     if ids is None:
         return values.sum(-2)
 
-    def one(v, i):
+    def one(v: jax.Array, i: jax.Array) -> jax.Array:
         return jnp.zeros(num_nodes, v.dtype).at[i.reshape(-1)].add(v.reshape(-1), mode="drop")
 
     return _over_batch(one, values, jnp.asarray(ids))
 
 
-def _over_batch(function, values, ids):
+def _over_batch(function: Callable[..., jax.Array], values: jax.Array, ids: jax.Array) -> jax.Array:
     for _ in range(values.ndim - 2):
         function = jax.vmap(function)
     return function(values, ids)
-
-
-def _safe_sqrt(x):
-    positive = x > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
 
 
 def _block(positions: int, entries: int) -> int:
@@ -191,7 +188,12 @@ def _block(positions: int, entries: int) -> int:
     return max(1, min(positions, _BLOCK_ENTRIES // max(entries, 1)))
 
 
-def _row_squares(z, ids, num_nodes, axis_name):
+def _row_squares(
+    z: Float[jax.Array, "*batch positions width"],
+    ids: Array | None,
+    num_nodes: int,
+    axis_name: str | None,
+) -> Float[jax.Array, "*batch nodes"]:
     """r_u = sum_w C_uw^2 = sum_{t,s} Z_tu (Z Z^T)_ts Z_su."""
     if ids is None:
         if z.shape[-1] <= z.shape[-2]:
@@ -204,7 +206,7 @@ def _row_squares(z, ids, num_nodes, axis_name):
     every_z = gather_positions(z, z.ndim - 2, axis_name)
     every_ids = gather_positions(ids, ids.ndim - 2, axis_name)
 
-    def one(v, i, all_v, all_i):
+    def one(v: jax.Array, i: jax.Array, all_v: jax.Array, all_i: jax.Array) -> jax.Array:
         _, products = sparse_products(v, i, all_v, all_i, num_nodes)
         return scatter_columns(v * products, i, num_nodes)
 
@@ -238,7 +240,7 @@ def sparse_products(
     left = values if left is None else left
 
     @jax.checkpoint
-    def step(carry, piece):
+    def step(carry: Any, piece: Any) -> tuple[Any, None]:
         norm, products = carry
         w, w_ids = piece
         dense = jnp.zeros((block, num_nodes), w.dtype).at[rows, w_ids].add(w, mode="drop")
@@ -253,7 +255,12 @@ def sparse_products(
     return norm, products
 
 
-def merged_rows(values, ids, others, other_ids):
+def merged_rows(
+    values: Float[Array, "*batch s k"],
+    ids: Any,
+    others: Float[Array, "*batch t j"],
+    other_ids: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Rows of Z - W and of Z + W at common ids: ``([*batch, T, k], [*batch, T, k], ids)``.
 
     What both rows hold at a node is subtracted before anything is multiplied, so that nearly equal
@@ -261,7 +268,7 @@ def merged_rows(values, ids, others, other_ids):
     """
     positions = max(values.shape[-2], others.shape[-2])
 
-    def pad(x, fill):
+    def pad(x: Array, fill: float | int) -> jax.Array:
         widths = [(0, 0)] * (x.ndim - 2) + [(0, positions - x.shape[-2]), (0, 0)]
         return jnp.pad(x, widths, constant_values=fill)
 
@@ -277,23 +284,31 @@ def merged_rows(values, ids, others, other_ids):
     )
 
 
-def sparse_difference(a, b, ids, every_a, every_b, every_ids, num_nodes):
+def sparse_difference(
+    a: Float[jax.Array, "t k"],
+    b: Float[jax.Array, "t k"],
+    ids: Int[jax.Array, "t k"],
+    every_a: Float[jax.Array, "s k"],
+    every_b: Float[jax.Array, "s k"],
+    every_ids: Int[jax.Array, "s k"],
+    num_nodes: int,
+) -> Scalar:
     """Half of ``<A A^T, B B^T> + <A B^T, B A^T>``, these rows against all rows, blockwise."""
     positions = every_a.shape[0]
     block = _block(positions, 2 * max(num_nodes, a.size))
     blocks = math.ceil(positions / block)
 
-    def split(x, fill):
+    def split(x: jax.Array, fill: float | int) -> jax.Array:
         x = jnp.pad(x, ((0, blocks * block - positions), (0, 0)), constant_values=fill)
         return x.reshape(blocks, block, -1)
 
     rows = jnp.arange(block)[:, None]
 
     @jax.checkpoint
-    def step(total, piece):
+    def step(total: jax.Array, piece: Any) -> tuple[jax.Array, None]:
         piece_a, piece_b, piece_ids = piece
 
-        def at_ids(values):
+        def at_ids(values: jax.Array) -> jax.Array:
             dense = jnp.zeros((block, num_nodes), values.dtype)
             dense = dense.at[rows, piece_ids].add(values, mode="drop")
             return dense.at[:, ids].get(mode="fill", fill_value=0.0)  # [block, T, k]
@@ -308,11 +323,18 @@ def sparse_difference(a, b, ids, every_a, every_b, every_ids, num_nodes):
     return 0.5 * jax.lax.scan(step, zero, pieces)[0]
 
 
-def _hutchinson(z, ids, num_nodes, probes, key, axis_name):
+def _hutchinson(
+    z: Float[jax.Array, "*batch positions width"],
+    ids: Array | None,
+    num_nodes: int,
+    probes: int,
+    key: jax.Array,
+    axis_name: str | None,
+) -> Float[jax.Array, "*batch nodes"]:
     """Mean over random signs e of (C e)^2, one probe at a time."""
 
     @jax.checkpoint
-    def step(total, probe_key):
+    def step(total: jax.Array, probe_key: jax.Array) -> tuple[jax.Array, None]:
         signs = jax.random.rademacher(probe_key, (num_nodes,), jnp.float32)
         if ids is None:
             at_ids = signs

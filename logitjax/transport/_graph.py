@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from logitjax import ops
 from logitjax.ops import Array
@@ -18,7 +18,16 @@ from logitjax.transport._features import (
     sparse_difference,
     sparse_products,
 )
-from logitjax.transport._rounding import gamma, real, safe_sqrt, sqrt_error, times_power_of_two
+from logitjax.transport._rounding import (
+    Scalar,
+    Vector,
+    Weights,
+    gamma,
+    real,
+    safe_sqrt,
+    sqrt_error,
+    times_power_of_two,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -64,11 +73,11 @@ class FactoredGraph:
         return value, jax.lax.stop_gradient(rounding)
 
 
-def _shards(axis):
+def _shards(axis: str | None) -> int:
     return 1 if axis is None else jax.lax.axis_size(axis)
 
 
-def _dense_distance(z, w, axis):
+def _dense_distance(z: Array, w: Array, axis: str | None) -> tuple[jax.Array, jax.Array]:
     z, w = real(z), real(w)
     c, d = (ops.psum(jnp.einsum("...tu,...tw->...uw", x, x), axis) for x in (z, w))
     value = jnp.sum(jnp.sum(jnp.square(c - d), axis=-1), axis=-1)
@@ -83,7 +92,9 @@ def _dense_distance(z, w, axis):
     return value, rounding
 
 
-def _sparse_distance(c, d, axis):
+def _sparse_distance(
+    c: FactoredGraph, d: FactoredGraph, axis: str | None
+) -> tuple[jax.Array, jax.Array]:
     own = merged_rows(c.values, c.ids, d.values, d.ids)
     every = tuple(gather_positions(x, x.ndim - 2, axis) for x in own)
 
@@ -105,8 +116,8 @@ def _sparse_distance(c, d, axis):
 class RoundedMatrix:
     """A matrix ``[n, n]`` that is off by at most ``error``, in the norm of L_2(a x a)."""
 
-    matrix: Array
-    error: Array
+    matrix: Any
+    error: Any
 
 
 # Anonymous axes, since two graphs in one signature may differ in size.
@@ -126,7 +137,7 @@ def _factored_nodes(graph: FactoredGraph) -> int:
     return graph.num_nodes
 
 
-def num_nodes(graph) -> int:
+def num_nodes(graph: Any) -> int:
     if isinstance(graph, RoundedMatrix):
         return graph.matrix.shape[0]
     if not isinstance(graph, FactoredGraph):
@@ -160,7 +171,7 @@ def dense_matrix(graph: Any) -> jax.Array:
     return z.T @ z
 
 
-def rounded(graph, weights=None) -> RoundedMatrix:
+def rounded(graph: Graph, weights: Weights = None) -> RoundedMatrix:
     """C as ``[n, n]``, with what its computation may have cost."""
     if isinstance(graph, RoundedMatrix):
         return graph
@@ -180,7 +191,7 @@ def norms_squared(graph: FactoredGraph) -> jax.Array:
     return empty.at[drop_negative(graph.ids)].add(squares, mode="drop")
 
 
-def largest(graph) -> jax.Array:
+def largest(graph: Graph) -> Scalar:
     """At least the largest entry of C in absolute value."""
     if isinstance(graph, FactoredGraph):
         return norms_squared(graph).max() * (1 + gamma(len(graph.values)))
@@ -189,28 +200,28 @@ def largest(graph) -> jax.Array:
     return jnp.abs(matrix).max() * (1.5 if isinstance(graph, RoundedMatrix) else 1.0)
 
 
-def diagonal(graph) -> jax.Array:
+def diagonal(graph: Graph) -> Vector:
     """The diagonal of C, ``[n]``, without C."""
     if isinstance(graph, FactoredGraph):
         return norms_squared(graph)
     return jnp.diag(dense_matrix(graph))
 
 
-def multiply(graph, factor):
+def multiply(graph: Graph, factor: Any) -> Any:
     """The graph with C multiplied by a positive number."""
     if isinstance(graph, FactoredGraph):
         return dataclasses.replace(graph, values=graph.values * jnp.sqrt(factor))
     return graph * factor
 
 
-def half_exponent(graph) -> jax.Array:
+def half_exponent(graph: Graph) -> Int[jax.Array, ""]:
     """The h for which the numbers that make up C / 4^h are about one at most."""
-    values = graph.values if isinstance(graph, FactoredGraph) else graph
+    values: Any = graph.values if isinstance(graph, FactoredGraph) else graph
     exponent = jnp.frexp(jnp.max(jnp.abs(values), initial=0.0))[1]
     return exponent if isinstance(graph, FactoredGraph) else (exponent + 1) // 2
 
 
-def shifted(graph, half):
+def shifted(graph: Graph, half: Int[jax.Array, ""]) -> Any:
     """C 4^half, exactly, unless numbers become too small to matter beside the largest."""
     if isinstance(graph, FactoredGraph):
         return dataclasses.replace(graph, values=times_power_of_two(real(graph.values), half))
@@ -230,7 +241,7 @@ class RowStatistics(NamedTuple):
     square_error: jax.Array
 
 
-def row_statistics(graph, weights) -> RowStatistics:
+def row_statistics(graph: Graph, weights: Weights) -> RowStatistics:
     """Statistics of the rows of the graph as it is given, rounding bounds without gradient.
 
     For a `RoundedMatrix` they are those of its matrix.
@@ -273,7 +284,7 @@ def row_statistics(graph, weights) -> RowStatistics:
     return RowStatistics(mean, deviation, rms, square, *jax.lax.stop_gradient(errors))
 
 
-def moments(graph, weights) -> tuple[jax.Array, jax.Array]:
+def moments(graph: Graph, weights: Weights) -> tuple[Vector, Vector]:
     """Of each node, mean and mean square of its row: C a and (C * C) a; uniform a if None."""
     n, a = num_nodes(graph), node_weights(graph, weights)
     if not isinstance(graph, FactoredGraph):
@@ -295,7 +306,7 @@ def moments(graph, weights) -> tuple[jax.Array, jax.Array]:
     return mean, zeros.at[ids].add(z * products, mode="drop")
 
 
-def node_weights(graph, weights) -> jax.Array:
+def node_weights(graph: Graph, weights: Weights) -> Vector:
     """Weights that sum to one: uniform ones, or those given divided by their sum."""
     n = num_nodes(graph)
     if weights is None:
@@ -304,12 +315,12 @@ def node_weights(graph, weights) -> jax.Array:
     return weights / weights.sum()
 
 
-def check_power(p):
+def check_power(p: int) -> None:
     if p not in (1, 2):
         raise ValueError(f"p: expected 1 or 2, got {p}")
 
 
-def check_weights(name: str, weights, n: int):
+def check_weights(name: str, weights: Weights, n: int) -> None:
     """ValueError for another shape and, where their values are known, for no distribution."""
     if weights is None:
         return

@@ -1,14 +1,15 @@
 """Problems and solutions of other libraries: ott's `QuadraticProblem`, plans of ott and POT."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from logitjax.ops import Array
-from logitjax.transport._graph import node_weights, rounded
-from logitjax.transport._rounding import gamma, real
+from logitjax.transport._graph import Graph, node_weights, rounded
+from logitjax.transport._rounding import Scalar, Weights, gamma, real
 from logitjax.transport._sorted import Coupling
 
 
@@ -26,7 +27,7 @@ class Plan:
         return Coupling(jnp.arange(n, dtype=jnp.int32), columns, jnp.full(n, 1.0 / n))
 
 
-def as_candidate(given, n, m, p) -> Coupling | Plan:
+def as_candidate(given: Any, n: int, m: int, p: int) -> Coupling | Plan:
     """A coupling as it is, and anything that has or is a matrix of masses as a `Plan`."""
     if isinstance(given, Coupling):
         return given
@@ -43,7 +44,7 @@ def as_candidate(given, n, m, p) -> Coupling | Plan:
     return Plan(plan)
 
 
-def plan_cost(c, d, plan, *, c_weights, d_weights):
+def plan_cost(c: Graph, d: Graph, plan: Array, *, c_weights: Weights, d_weights: Weights) -> Scalar:
     """What a plan costs at most once its marginals are repaired, for p = 2; O(n m (n + m)).
 
     ::
@@ -75,7 +76,7 @@ def plan_cost(c, d, plan, *, c_weights, d_weights):
     return (most + 2 * surplus * reach) * (1 + gamma(8))
 
 
-def from_problem(problem):
+def from_problem(problem: Any) -> tuple[Any, ...]:
     """Graphs and weights of an ott `QuadraticProblem`; weights None where they are uniform."""
     if not hasattr(problem, "geom_xx"):
         raise ValueError("d: expected a second graph, or c to be a QuadraticProblem of ott")

@@ -1,13 +1,19 @@
 """Local search over matchings of two graphs of equal size, p = 2."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from logitjax.transport._rounding import Order, Scalar, Square
+
 Kind = Literal["exchange", "assignment", "search"]
+
+# A matching and its objective.
+_Found = tuple[jax.Array, jax.Array]
 
 # A move has to gain this share of the objective, or float32 noise would keep the search alive.
 _GAIN = 1e-6
@@ -37,7 +43,9 @@ class Refinement:
             raise ValueError(f"refine: expected one of {get_args(Kind)}, got {self.kind!r}")
 
 
-def refine_matching(c, d, matching, *, how: Refinement, key):
+def refine_matching(
+    c: Square, d: Square, matching: Order, *, how: Refinement, key: jax.Array
+) -> Order:
     """Raise ``sum_ij C_ij D_{q_i q_j}`` from the matching q; the cost falls by twice the gain."""
     refine, steps, restarts = how.kind, how.steps, how.restarts
     start = matching, _objective(c, d, matching)
@@ -48,16 +56,16 @@ def refine_matching(c, d, matching, *, how: Refinement, key):
         return best[0]
     n = matching.shape[0]
 
-    def both(q):
+    def both(q: jax.Array) -> _Found:
         moved = _climb(_assignment, c, d, (q, _objective(c, d, q)), steps)
         return _climb(_exchange, c, d, moved, steps)
 
-    def better_of(one, other):
+    def better_of(one: _Found, other: _Found) -> _Found:
         return jax.tree.map(lambda a, b: jnp.where(one[1] > other[1], a, b), one, other)
 
     best = better_of(both(matching), best)
 
-    def restart(best, key):
+    def restart(best: _Found, key: jax.Array) -> tuple[_Found, None]:
         """Reshuffle a few nodes of the best so far, climb again, keep the better."""
         which, order, size = jax.random.split(key, 3)
         kept = jnp.sort(jax.random.permutation(which, n)[: max(2, n // 4)])
@@ -74,16 +82,18 @@ def refine_matching(c, d, matching, *, how: Refinement, key):
     return best[0]
 
 
-def _objective(c, d, q):
+def _objective(c: Square, d: Square, q: Order) -> Scalar:
     return jnp.sum(c * d[q][:, q])
 
 
-def _climb(move, c, d, start, steps):
-    def unfinished(state):
+def _climb(
+    move: Callable[..., jax.Array], c: Square, d: Square, start: _Found, steps: int
+) -> _Found:
+    def unfinished(state: tuple[jax.Array, ...]) -> jax.Array:
         _, _, step, improved = state
         return improved & (step < steps)
 
-    def body(state):
+    def body(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         q, value, step, _ = state
         candidate = move(c, d, q)
         new = _objective(c, d, candidate)
@@ -98,7 +108,7 @@ def _climb(move, c, d, start, steps):
     return q, value
 
 
-def _assignment(c, d, q):
+def _assignment(c: Square, d: Square, q: Order) -> Order:
     """One conditional-gradient step of full length, by the Hungarian algorithm.
 
     A matching sends diagonal to diagonal, so that part of the objective is linear and exact;
@@ -110,7 +120,7 @@ def _assignment(c, d, q):
     return columns.astype(q.dtype)
 
 
-def _exchange(c, d, q):
+def _exchange(c: Square, d: Square, q: Order) -> Order:
     """Swap all pairs of nodes that are each other's best partner, or the best pair alone."""
     n = q.shape[0]
     dq = d[q][:, q]

@@ -17,6 +17,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
+
+from logitjax.ops import Array
+
+# What the functions of this package take and return, of a graph of n nodes.
+Scalar = Float[jax.Array, ""]
+Vector = Float[jax.Array, "n"]
+Square = Float[jax.Array, "n n"]
+Order = Int[jax.Array, "n"]
+Weights = Float[Array, "_"] | None
 
 # Operations beside the additions: products, weights, roots. Generous on purpose.
 _EXTRA = 16
@@ -24,7 +34,7 @@ _EXTRA = 16
 UNDERFLOW = 1e-30
 
 
-def real(x) -> jax.Array:
+def real(x: Any) -> jax.Array:
     """As float64 where that is on, else as float32."""
     return jnp.asarray(x, jnp.float64 if jax.config.jax_enable_x64 else jnp.float32)  # pyright: ignore
 
@@ -55,13 +65,15 @@ def lowered(raw: Any, *, p: int, relative: Any = 0.0, absolute: Any = 0.0, root:
     return (raw - jax.lax.stop_gradient(raw)) + jax.lax.stop_gradient(least)
 
 
-def power_of_two(exponent) -> jax.Array:
+def power_of_two(exponent: jax.Array | int) -> jax.Array:
     """2^exponent, exactly, for exponents from -126 to 127."""
     bits = (jnp.asarray(exponent, jnp.int32) + 127) << 23
     return real(jax.lax.bitcast_convert_type(bits, jnp.float32))
 
 
-def times_power_of_two(x, exponent):
+def times_power_of_two(
+    x: Float[jax.Array, "*shape"], exponent: jax.Array | int
+) -> Float[jax.Array, "*shape"]:
     """x 2^exponent in steps that the type holds, so that only the result can over- or underflow."""
     steps = 6
     for step in range(steps):
@@ -69,19 +81,21 @@ def times_power_of_two(x, exponent):
     return x
 
 
-def distance(errors, weights, p):
+def distance(errors: Vector, weights: Vector, p: int) -> Scalar:
     """Norm of errors of features in L_p of the weights."""
     if p == 1:
         return jnp.sum(weights * errors)
     return jnp.sqrt(jnp.sum(weights * jnp.square(errors)))
 
 
-def safe_sqrt(x):
+def safe_sqrt(x: Float[jax.Array, "*shape"]) -> Float[jax.Array, "*shape"]:
     positive = x > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
 
 
-def sqrt_error(computed, error):
+def sqrt_error(
+    computed: Float[jax.Array, "*shape"], error: Float[jax.Array, "*shape"]
+) -> Float[jax.Array, "*shape"]:
     """Error of a root by that of its square: at most ``error / sqrt(x)`` and at most its root."""
     root = safe_sqrt(computed)
     worst = safe_sqrt(error)

@@ -5,10 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from logitjax.ops import Array, checks
-from logitjax.transport._rounding import gamma, lowered, real
+from logitjax.transport._rounding import Scalar, Vector, Weights, gamma, lowered, real
 
 
 @jax.tree_util.register_dataclass
@@ -75,7 +75,9 @@ def sorted_gw_lower_bound(
     return jnp.sum(plan.mass * _power(difference, p), axis=-1)
 
 
-def least_transport(f, g, a, b, *, p, root: Any = 0.0):
+def least_transport(
+    f: Vector, g: Float[jax.Array, "m"], a: Weights, b: Weights, *, p: int, root: Any = 0.0
+) -> Scalar:
     """`sorted_gw_lower_bound` less what rounding, also of f and g, may have added to it.
 
     Args:
@@ -94,7 +96,7 @@ def least_transport(f, g, a, b, *, p, root: Any = 0.0):
     return lowered(raw, p=p, relative=gamma(n + m), absolute=absolute, root=root)
 
 
-def _misplaced(f, g, p):
+def _misplaced(f: Vector, g: Float[jax.Array, "m"], p: int) -> Scalar:
     """What the ends of the nodes' intervals, off by tau each, may add to a transport cost.
 
     A quantile function moves by no more than F(t + tau) - F(t - tau), whose integral is at most
@@ -157,13 +159,17 @@ def sorted_coupling(
     )
 
 
-def _seen(mass, f, g):
+def _seen(
+    mass: Float[jax.Array, "*batch pairs"],
+    f: Float[jax.Array, "*batch n"],
+    g: Float[jax.Array, "*batch m"],
+) -> Float[jax.Array, "*batch pairs"]:
     """The mass, nan where a number has no place in an order: every cost of it is nan then."""
     fine = jnp.isfinite(f).all(-1, keepdims=True) & jnp.isfinite(g).all(-1, keepdims=True)
     return jnp.where(fine, mass, jnp.nan)
 
 
-def _check(f, g, f_weights, g_weights):
+def _check(f: Array, g: Array, f_weights: Weights, g_weights: Weights) -> None:
     checks.shapes(
         f=(f, "number *batch n"),
         g=(g, "number *batch m"),
@@ -172,11 +178,13 @@ def _check(f, g, f_weights, g_weights):
     )
 
 
-def _power(x, p):
+def _power(x: jax.Array, p: int | float) -> jax.Array:
     return jnp.abs(x) if p == 1 else jnp.square(x) if p == 2 else jnp.abs(x) ** p
 
 
-def _cumulative(weights, order, shape):
+def _cumulative(
+    weights: Weights, order: Int[jax.Array, "*batch n"], shape: tuple[int, ...]
+) -> Float[jax.Array, "*batch n"]:
     """Upper ends of the nodes' intervals on [0, 1], in the order given; the last is exactly 1."""
     n = shape[-1]
     if weights is None:
@@ -186,8 +194,10 @@ def _cumulative(weights, order, shape):
     return jnp.minimum(total / total[..., -1:], 1.0)
 
 
-def _search(ends, middles):
-    search = jnp.searchsorted
+def _search(
+    ends: Float[jax.Array, "*batch n"], middles: Float[jax.Array, "*batch pairs"]
+) -> Int[jax.Array, "*batch pairs"]:
+    search: Any = jnp.searchsorted
     for _ in range(ends.ndim - 1):
         search = jax.vmap(search)
     return search(ends, middles)

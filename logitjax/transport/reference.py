@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import importlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ from logitjax.transport._graph import (
     multiply,
     num_nodes,
 )
+from logitjax.transport._rounding import Weights
 
 __all__ = ("Converged", "Unconverged", "entropic_gw", "low_rank_gw")
 
@@ -196,14 +197,14 @@ class _Plan:
 
 
 @functools.cache
-def _entropic_solver(max_iterations: int):
+def _entropic_solver(max_iterations: int) -> Callable[..., "_Output"]:
     """ott's solver at epsilon one, its first linearisation taken at a given plan."""
     quadratic_problem = _ott("problems.quadratic.quadratic_problem")
     sinkhorn = _ott("solvers.linear.sinkhorn")
     gromov_wasserstein = _ott("solvers.quadratic.gromov_wasserstein")
 
     @jax.jit
-    def solve(c, d, a, b, plan):
+    def solve(c: Any, d: Any, a: jax.Array, b: jax.Array, plan: jax.Array) -> _Output:
         problem = quadratic_problem.QuadraticProblem(_geometry(c), _geometry(d), a=a, b=b)
         solver = gromov_wasserstein.GromovWasserstein(
             sinkhorn.Sinkhorn(max_iterations=5000, threshold=1e-4),
@@ -220,12 +221,12 @@ def _entropic_solver(max_iterations: int):
 
 
 @functools.cache
-def _low_rank_solver(rank: int, max_iterations: int):
+def _low_rank_solver(rank: int, max_iterations: int) -> Callable[..., "_Output"]:
     quadratic_problem = _ott("problems.quadratic.quadratic_problem")
     gromov_wasserstein_lr = _ott("solvers.quadratic.gromov_wasserstein_lr")
 
     @jax.jit
-    def solve(c, d, a, b):
+    def solve(c: Any, d: Any, a: jax.Array, b: jax.Array) -> _Output:
         problem = quadratic_problem.QuadraticProblem(_geometry(c), _geometry(d), a=a, b=b)
         solver = gromov_wasserstein_lr.LRGromovWasserstein(
             rank=rank,
@@ -240,21 +241,23 @@ def _low_rank_solver(rank: int, max_iterations: int):
     return solve
 
 
-def _ott(module: str):
+def _ott(module: str) -> Any:
     with warnings.catch_warnings():
         # ott imports jaxopt, which announces on import that it is no longer maintained.
         warnings.simplefilter("ignore", DeprecationWarning)
         return importlib.import_module(f"ott.{module}")
 
 
-def _geometry(graph):
+def _geometry(graph: Graph) -> Any:
     if isinstance(graph, FactoredGraph):
         z = dense_factor(graph).T
         return _ott("geometry.low_rank").LRCGeometry(cost_1=z, cost_2=z)
     return _ott("geometry.geometry").Geometry(cost_matrix=dense_matrix(graph))
 
 
-def _normalized(c, d, c_weights, d_weights):
+def _normalized(
+    c: Graph, d: Graph, c_weights: Weights, d_weights: Weights
+) -> tuple[list[Any], float, jax.Array, jax.Array]:
     """Both graphs divided by the RMS entry of d, the unit of their cost, and the weights."""
     a, b = (
         jnp.full(num_nodes(g), 1.0 / num_nodes(g)) if w is None else jnp.asarray(w, jnp.float32)
@@ -264,7 +267,15 @@ def _normalized(c, d, c_weights, d_weights):
     return [multiply(g, square**-0.5) for g in (c, d)], square, a, b
 
 
-def _judge(output, unit, a, b, epsilon, iterations, tolerance):
+def _judge(
+    output: Any,
+    unit: float,
+    a: jax.Array,
+    b: jax.Array,
+    epsilon: float,
+    iterations: int,
+    tolerance: float,
+) -> Converged | Unconverged:
     rows, columns = output.plan.sum(1), output.plan.sum(0)
     error = float(jnp.maximum(jnp.abs(rows - a).sum(), jnp.abs(columns - b).sum()))
     found = {

@@ -11,11 +11,7 @@ from jaxtyping import Float
 from logitjax.heads import torch_linear
 from logitjax.ops import Array
 from logitjax.vision._efficientnet import EfficientNetLite0
-from logitjax.vision._mobilenet import MobileNetV2
 from logitjax.vision._resnet import CifarResNet, ResNet
-from logitjax.vision._shufflenet import ShuffleNetV2
-from logitjax.vision._vgg import VGG
-from logitjax.vision._wide_resnet import WideResNet
 
 _X4 = (32, 64, 128, 256)
 
@@ -23,13 +19,6 @@ _MODELS: dict[str, Callable[..., Any]] = {
     **{f"resnet{depth}": functools.partial(CifarResNet, depth) for depth in (8, 14, 20, 32)},
     **{f"resnet{depth}": functools.partial(CifarResNet, depth) for depth in (44, 56, 110)},
     **{f"resnet{depth}x4": functools.partial(CifarResNet, depth, _X4) for depth in (8, 32)},
-    **{
-        f"wrn_{depth}_{widen}": functools.partial(WideResNet, depth, widen)
-        for depth, widen in ((16, 1), (16, 2), (40, 1), (40, 2))
-    },
-    **{f"vgg{depth}": functools.partial(VGG, depth) for depth in (8, 11, 13, 16, 19)},
-    "mobilenet_v2": MobileNetV2,
-    "shufflenet_v2": ShuffleNetV2,
     "imagenet_resnet18": functools.partial(ResNet, (2, 2, 2, 2)),
     "imagenet_resnet34": functools.partial(ResNet, (3, 4, 6, 3)),
     "imagenet_resnet50": functools.partial(ResNet, (3, 4, 6, 3), bottleneck=True),
@@ -42,8 +31,9 @@ class ImageClassifier(nnx.Module):
     """A backbone, which makes features of images, and a head, which makes logits of features.
 
     Args:
-      backbone: a module ``(inputs, train=) -> [batch, num_features]``; of images or anything else.
-      head: a module ``features -> logits``: ``nnx.Linear``, `distillation.DualHead`, ...
+        backbone: a module ``(inputs, train=) -> [batch, num_features]``; of images or anything
+            else.
+        head: a module ``features -> logits``: ``nnx.Linear``, `distillation.DualHead`, ...
     """
 
     def __init__(self, backbone: nnx.Module, head: nnx.Module):
@@ -75,21 +65,21 @@ def create_classifier(
     """A network of the literature by its name.
 
     Args:
-      name: such as ``resnet20``, ``resnet32x4``, ``wrn_16_2``, ``vgg8``,
-        ``mobilenet_v2``, ``shufflenet_v2``, ``imagenet_resnet18`` or ``efficientnet_lite0``.
-      num_classes: number of classes of the head.
-      channels: number of channels of the images.
-      head: makes the head, called as ``head(num_features, num_classes, rngs=rngs)``; a linear layer
-        when omitted.
-      axis_name: mesh axis of the batch inside ``shard_map`` or ``pmap``; not needed under ``jit``.
-      dtype: type of the backbone's computation.
-      rngs: needs ``params``.
+        name: such as ``resnet20``, ``resnet32x4``, ``imagenet_resnet18`` or ``efficientnet_lite0``.
+        num_classes: number of classes of the head.
+        channels: number of channels of the images.
+        head: makes the head, called as ``head(num_features, num_classes, rngs=rngs)``; a linear
+            layer when omitted.
+        axis_name: mesh axis of the batch inside ``shard_map`` or ``pmap``; not needed under
+            ``jit``.
+        dtype: type of the backbone's computation.
+        rngs: needs ``params``.
 
     Returns:
-      The classifier.
+        The classifier.
 
     Raises:
-      ValueError: an unknown name.
+        ValueError: an unknown name.
 
     >>> def logits(images):
     ...     return create_classifier("resnet8", 10, rngs=nnx.Rngs(0))(images)

@@ -92,12 +92,10 @@ class VisionTransformer(nnx.Module):
     """CLIP's ViT: a norm before the blocks, the class token's output projected.
 
     Args:
-      config: sizes.
-      dtype: type of the computation; parameters stay float32.
-      rngs: needs ``params``.
+        config: sizes.
 
     References:
-      Radford et al. (arXiv 2103.00020); names as in OpenAI's code.
+        Radford et al. (arXiv 2103.00020); names as in OpenAI's code.
     """
 
     def __init__(self, config: CLIPConfig, *, dtype: Any = None, rngs: nnx.Rngs):
@@ -194,12 +192,10 @@ class ModifiedResNet(nnx.Module):
     Batch statistics are always the running ones: this is for frozen features.
 
     Args:
-      config: sizes.
-      dtype: type of the computation; parameters stay float32.
-      rngs: needs ``params``.
+        config: sizes.
 
     References:
-      Radford et al. (arXiv 2103.00020); names as in OpenAI's code.
+        Radford et al. (arXiv 2103.00020); names as in OpenAI's code.
     """
 
     def __init__(self, config: CLIPConfig, *, dtype: Any = None, rngs: nnx.Rngs):
@@ -257,9 +253,7 @@ class CLIP(nnx.Module):
     """Both towers. Called with pictures it is the vision tower.
 
     Args:
-      config: sizes.
-      dtype: type of the computation; parameters stay float32.
-      rngs: needs ``params``.
+        config: sizes.
 
     >>> import numpy as np
     >>> config = CLIPConfig(
@@ -275,7 +269,7 @@ class CLIP(nnx.Module):
     [(2, 8), (1, 8)]
 
     References:
-      Radford et al. (arXiv 2103.00020).
+        Radford et al. (arXiv 2103.00020).
     """
 
     def __init__(self, config: CLIPConfig, *, dtype: Any = None, rngs: nnx.Rngs):
@@ -326,8 +320,8 @@ class CLIP(nnx.Module):
         """float32 ``[batch, embed_dim]`` of texts; not of length one.
 
         Args:
-          tokens: ``[batch, context_length]``; what follows the last token of the vocabulary, which
-            ends a text, plays no part.
+            tokens: ``[batch, context_length]``; what follows the last token of the vocabulary,
+                which ends a text, plays no part.
         """
         tokens = jnp.asarray(tokens)
         x = self.token_embedding.embedding[...][tokens]

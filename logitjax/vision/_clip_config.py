@@ -15,18 +15,18 @@ class CLIPConfig:
     """Sizes of both towers.
 
     Attributes:
-      embed_dim: length of image and text features.
-      image_size: height and width of pictures.
-      vision_layers: blocks of a transformer, or of the four stages of a ResNet.
-      vision_width: channels of the transformer, or of the ResNet's stem.
-      vision_heads: number of heads of the transformer, or of the ResNet's attention pool.
-      patch_size: patch size of the transformer; 0 for a ResNet.
-      text_width: channels of the text tower.
-      text_heads: number of heads of its attention.
-      text_layers: its blocks.
-      context_length: tokens of a text.
-      vocab_size: vocabulary size of the tokenizer; its last token ends a text.
-      activation: ``quick_gelu`` in all models of OpenAI.
+        embed_dim: length of image and text features.
+        image_size: height and width of pictures.
+        vision_layers: blocks of a transformer, or of the four stages of a ResNet.
+        vision_width: channels of the transformer, or of the ResNet's stem.
+        vision_heads: number of heads of the transformer, or of the ResNet's attention pool.
+        patch_size: patch size of the transformer; 0 for a ResNet.
+        text_width: channels of the text tower.
+        text_heads: number of heads of its attention.
+        text_layers: its blocks.
+        context_length: tokens of a text.
+        vocab_size: vocabulary size of the tokenizer; its last token ends a text.
+        activation: ``quick_gelu`` in all models of OpenAI.
     """
 
     embed_dim: int
@@ -65,12 +65,9 @@ def clip_config(weights: Weights, settings: Mapping[str, Any] | None = None) -> 
     """The sizes of a checkpoint in OpenAI's names.
 
     Args:
-      weights: as `openai_names` gives them.
-      settings: a ``config.json`` of transformers or an ``open_clip_config.json``, for what shapes
-        do not tell: heads (64 channels each otherwise) and the activation (``quick_gelu``).
-
-    Raises:
-      ValueError: a weight is missing that says how large the model is.
+        weights: as `openai_names` gives them.
+        settings: a ``config.json`` of transformers or an ``open_clip_config.json``, for what shapes
+            do not tell: heads (64 channels each otherwise) and the activation (``quick_gelu``).
     """
     try:
         return _config(weights, dict(settings or {}))

@@ -23,8 +23,8 @@ class CLIPTokenizer:
     """Texts to the rows of tokens that CLIP's text tower takes.
 
     Args:
-      tokenizer: encodes a text without its start and end.
-      context_length: tokens of a row.
+        tokenizer: encodes a text without its start and end.
+        context_length: tokens of a row.
     """
 
     def __init__(self, tokenizer: Tokenizer, context_length: int = 77):
@@ -40,11 +40,8 @@ class CLIPTokenizer:
         """int32 ``[batch, context_length]``: start, text, end, zeros.
 
         Args:
-          texts: HTML entities are resolved; case and runs of white space do not matter.
-          truncate: a long text loses its last tokens before the end; otherwise it is an error.
-
-        Raises:
-          ValueError: a text is too long and must not be cut.
+            texts: HTML entities are resolved; case and runs of white space do not matter.
+            truncate: a long text loses its last tokens before the end; otherwise it is an error.
         """
         rows = np.zeros((len(texts), self.context_length), np.int32)
         for row, text in enumerate(texts):
@@ -64,12 +61,9 @@ class SigLIPTokenizer:
     Both versions were trained on lower-case texts; the first also on texts without punctuation.
 
     Args:
-      tokenizer: tokenizer of the checkpoint's ``tokenizer.json``: 32,000 pieces that end a text
-        with ``</s>`` (version 1), or Gemma's with ``<eos>`` and ``<pad>`` (version 2).
-      context_length: tokens of a row.
-
-    Raises:
-      ValueError: it has neither end.
+        tokenizer: tokenizer of the checkpoint's ``tokenizer.json``: 32,000 pieces that end a text
+            with ``</s>`` (version 1), or Gemma's with ``<eos>`` and ``<pad>`` (version 2).
+        context_length: tokens of a row.
     """
 
     def __init__(self, tokenizer: Tokenizer, context_length: int = 64):
@@ -98,13 +92,10 @@ def load_clip_tokenizer(path: epath.PathLike, context_length: int = 77) -> CLIPT
     """The tokenizer of a checkpoint.
 
     Args:
-      path: a directory with ``tokenizer.json``, or with merges (``merges.txt`` or OpenAI's
-        ``bpe_simple_vocab_16e6.txt.gz``); or such a file of merges; or ``open_clip`` for the one in
-        the package open_clip_torch, which is not imported.
-      context_length: tokens of a row.
-
-    Raises:
-      ValueError: nothing of the kind is there.
+        path: a directory with ``tokenizer.json``, or with merges (``merges.txt`` or OpenAI's
+            ``bpe_simple_vocab_16e6.txt.gz``); or such a file of merges; or ``open_clip`` for the
+            one in the package open_clip_torch, which is not imported.
+        context_length: tokens of a row.
     """
     if str(path) == "open_clip":
         path = package_file(

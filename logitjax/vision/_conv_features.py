@@ -27,11 +27,8 @@ class ConvFeatures(nnx.Module):
     leave something to pool: 63 pixels for AlexNet, 32 for VGG-16.
 
     Args:
-      layers: ``(channels, kernel, stride, padding)`` of a convolution, or the kernel of a
-        max-pooling.
-      channels: number of channels of the images.
-      dtype: type of the computation; parameters stay float32.
-      rngs: needs ``params``.
+        layers: ``(channels, kernel, stride, padding)`` of a convolution, or the kernel of a
+            max-pooling.
     """
 
     def __init__(

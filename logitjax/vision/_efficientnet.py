@@ -60,16 +60,10 @@ class _Block(nnx.Module):
 class EfficientNetLite0(nnx.Module):
     """EfficientNet-Lite0: 4.7 million weights, 1280 features, made for 224 pixels.
 
-    Args:
-      channels: number of channels of the images.
-      axis_name: mesh axis of the batch inside ``shard_map`` or ``pmap``; not needed under ``jit``.
-      dtype: type of the computation; parameters stay float32.
-      rngs: needs ``params``.
-
     References:
-      Tan and Le (arXiv 1905.11946) and the authors' Lite variants: ReLU6, no squeeze and
-      excitation, TensorFlow's padding, variance epsilon 1e-3. Names as in the torch port without
-      their underscores.
+        Tan and Le (arXiv 1905.11946) and the authors' Lite variants: ReLU6, no squeeze and
+        excitation, TensorFlow's padding, variance epsilon 1e-3. Names as in the torch port without
+        their underscores.
     """
 
     classifier_name = "fc"

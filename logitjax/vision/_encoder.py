@@ -26,13 +26,13 @@ class Encoder:
     Pictures must have the size ``preprocessing.size`` unless the network takes any.
 
     Attributes:
-      name: as its user calls it.
-      model: the `flax.nnx` module.
-      preprocessing: size and colours; normalisation happens inside.
-      num_features: length of a feature vector.
-      num_classes: number of classes of the class head; 0 where there is none.
-      tokenizer: tokenizer of the text tower, or None.
-      dtype: the name of what it computes in.
+        name: as its user calls it.
+        model: the `flax.nnx` module.
+        preprocessing: size and colours; normalisation happens inside.
+        num_features: length of a feature vector.
+        num_classes: number of classes of the class head; 0 where there is none.
+        tokenizer: tokenizer of the text tower, or None.
+        dtype: the name of what it computes in.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Encoder:
         """An encoder with the same weights, whose features are the inputs of `projection`.
 
         Raises:
-          ValueError: there is no such projection.
+            ValueError: there is no such projection.
         """
         if self.projection is None:
             raise ValueError(f"encoder {self.name!r} has no linear projection at its end")
@@ -123,16 +123,16 @@ class Encoder:
         """Features and, where there is a class head, logits, from one pass.
 
         Args:
-          images: ``[batch, height, width, 3]``, uint8 or floats between 0 and 1.
+            images: ``[batch, height, width, 3]``, uint8 or floats between 0 and 1.
 
         Returns:
-          Features, float32 ``[batch, num_features]``, not normalised; logits, float32
-          ``[batch, num_classes]``, or None.
+            Features, float32 ``[batch, num_features]``, not normalised; logits, float32
+            ``[batch, num_classes]``, or None.
 
         Raises:
-          TypeError: pixels that are no numbers.
-          ValueError: another shape, or (outside of ``jit``) pixels out of range; under ``jit``
-            their features are nan.
+            TypeError: pixels that are no numbers.
+            ValueError: another shape, or (outside of ``jit``) pixels out of range; under ``jit``
+                their features are nan.
         """
         self.preprocessing.check(images)
         return self._compiled("images", self._state, images)
@@ -149,7 +149,7 @@ class Encoder:
         """Logits of the class head; see `encode`.
 
         Raises:
-          ValueError: there is no class head.
+            ValueError: there is no class head.
         """
         found = self.encode(images)[1]
         if found is None:
@@ -160,7 +160,7 @@ class Encoder:
         """Rows of tokens for `text_features`.
 
         Raises:
-          ValueError: the checkpoint came without a tokenizer.
+            ValueError: the checkpoint came without a tokenizer.
         """
         if self.tokenizer is None:
             raise ValueError(
@@ -175,13 +175,13 @@ class Encoder:
         """Features of texts, in the space of the pictures' and not normalised either.
 
         Args:
-          tokens: as `tokenize` makes them.
+            tokens: as `tokenize` makes them.
 
         Returns:
-          float32 ``[batch, num_features]``.
+            float32 ``[batch, num_features]``.
 
         Raises:
-          ValueError: there is no text tower.
+            ValueError: there is no text tower.
         """
         if not self.has_text:
             raise ValueError(f"encoder {self.name!r} has no text tower")
@@ -223,19 +223,19 @@ def zero_shot_classifier(
         w_k = m_k / ||m_k||,   m_k = mean_t  f(t(name_k)) / ||f(t(name_k))||
 
     Args:
-      encoder: with a text tower and a tokenizer.
-      class_names: as they shall stand in a sentence.
-      templates: with ``{}`` where the name goes.
-      batch_size: prompts at once.
+        encoder: with a text tower and a tokenizer.
+        class_names: as they shall stand in a sentence.
+        templates: with ``{}`` where the name goes.
+        batch_size: prompts at once.
 
     Returns:
-      float32 ``[num_features, classes]``, columns of length one.
+        float32 ``[num_features, classes]``, columns of length one.
 
     Raises:
-      ValueError: ImageNet's classes are given by their numbers.
+        ValueError: ImageNet's classes are given by their numbers.
 
     References:
-      Radford et al. (arXiv 2103.00020), section 3.1.4.
+        Radford et al. (arXiv 2103.00020), section 3.1.4.
     """
     number = next((name for name in class_names if re.fullmatch(r"n\d{8}", name)), None)
     if number is not None:

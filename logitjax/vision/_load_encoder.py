@@ -89,18 +89,18 @@ def load_encoder(
     * EfficientNet-Lite0, AlexNet and VGG-16, the last two without their linear layers.
 
     Args:
-      spec: one of these.
-      size: size of the pictures, where it shall not be the one the network was trained with.
-        Position embeddings are for one size, except those of DINO and timm.
-      tokenizer: directory or file of merges for CLIP, or ``open_clip`` (`load_clip_tokenizer`),
-        where the checkpoint brings none; of SigLIP a directory with ``tokenizer.json``.
-      dtype: type of the computation; weights stay float32.
+        spec: one of these.
+        size: size of the pictures, where it shall not be the one the network was trained with.
+            Position embeddings are for one size, except those of DINO and timm.
+        tokenizer: directory or file of merges for CLIP, or ``open_clip`` (`load_clip_tokenizer`),
+            where the checkpoint brings none; of SigLIP a directory with ``tokenizer.json``.
+        dtype: type of the computation; weights stay float32.
 
     Returns:
-      The encoder.
+        The encoder.
 
     Raises:
-      ValueError: nothing is there, or what is there is not an encoder's weights.
+        ValueError: nothing is there, or what is there is not an encoder's weights.
     """
     if spec == "efficientnet_lite0":
         path = package_file(

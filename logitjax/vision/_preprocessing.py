@@ -22,13 +22,13 @@ class Preprocessing:
     """Size and colours an encoder was trained with.
 
     Attributes:
-      size: height and width of its pictures.
-      resize: the shorter side before ``size`` pixels are cut out of the middle.
-      mean: mean of red, green and blue between 0 and 1.
-      std: likewise.
-      interpolation: between pixels when a picture is scaled.
-      fit: whether a picture that is no square loses its margins (``crop``) or its proportions
-        (``squash``).
+        size: height and width of its pictures.
+        resize: the shorter side before ``size`` pixels are cut out of the middle.
+        mean: mean of red, green and blue between 0 and 1.
+        std: likewise.
+        interpolation: between pixels when a picture is scaled.
+        fit: whether a picture that is no square loses its margins (``crop``) or its proportions
+            (``squash``).
     """
 
     size: int
@@ -53,9 +53,6 @@ class Preprocessing:
 
         Interpolation may overshoot a little. What is further off becomes nan: floats of 0..255, or
         whole numbers of 16 bits, would be pictures of nothing.
-
-        Raises:
-          TypeError: pixels that are no numbers.
         """
         x: Any = jnp.asarray(images)
         if jnp.issubdtype(x.dtype, jnp.integer):
@@ -67,11 +64,7 @@ class Preprocessing:
         return (x - jnp.array(self.mean)) / jnp.array(self.std)
 
     def check(self, images: Any) -> None:
-        """Refuses pictures that are none, as far as they can be looked at outside of `jit`.
-
-        Raises:
-          ValueError: another shape than ``[batch, height, width, 3]``, or pixels out of range.
-        """
+        """Refuses pictures that are none, as far as they can be looked at outside of `jit`."""
         if images.ndim != 4 or images.shape[-1] != len(self.mean) or 0 in images.shape:
             raise ValueError(
                 f"images: expected [batch, height, width, {len(self.mean)}], got {images.shape}"

@@ -54,11 +54,7 @@ def processor_preprocessing(path: epath.Path, default: Preprocessing) -> Preproc
 
 
 def open_clip_preprocessing(default: Preprocessing, said: Mapping[str, Any]) -> Preprocessing:
-    """What open_clip's ``preprocess_cfg`` says, and OpenAI's where it does not.
-
-    Raises:
-        ValueError: Borders around pictures, or another interpolation.
-    """
+    """What open_clip's ``preprocess_cfg`` says, and OpenAI's where it does not."""
     mode, interpolation = said.get("resize_mode"), said.get("interpolation") or "bicubic"
     if mode not in (None, "shortest", "squash"):
         raise ValueError(f"resize_mode: expected shortest or squash, got {mode!r}")

@@ -99,16 +99,9 @@ class CifarResNet(nnx.Module):
     """ResNet of depth 6n + 2 for images of about 32 pixels: three stages of n basic blocks.
 
     Args:
-      depth: 8, 14, 20, 32, 44, 56, 110, ...
-      widths: channels of the stem and of the three stages; the ``x4`` models quadruple the stages
-        and double the stem.
-      channels: number of channels of the images.
-      axis_name: mesh axis of the batch inside ``shard_map`` or ``pmap``; not needed under ``jit``.
-      dtype: type of the computation; parameters stay float32.
-      rngs: needs ``params``.
-
-    Raises:
-      ValueError: a depth that is not 6n + 2.
+        depth: 8, 14, 20, 32, 44, 56, 110, ...
+        widths: channels of the stem and of the three stages; the ``x4`` models quadruple the stages
+            and double the stem.
 
     >>> def features(images):
     ...     return CifarResNet(8, rngs=nnx.Rngs(0))(images)
@@ -116,7 +109,7 @@ class CifarResNet(nnx.Module):
     (2, 64)
 
     References:
-      He et al. (arXiv 1512.03385) with 1x1 projections; widths and names as in mdistiller.
+        He et al. (arXiv 1512.03385) with 1x1 projections; widths and names as in mdistiller.
     """
 
     classifier_name = "fc"
@@ -156,18 +149,14 @@ class ResNet(nnx.Module):
     """torchvision's ResNet: 7x7 stem of stride 2, max-pooling, four stages.
 
     Args:
-      blocks: blocks of the four stages: (2, 2, 2, 2) is ResNet-18, (3, 4, 6, 3) ResNet-34 or, of
-        bottlenecks, ResNet-50.
-      channels: number of channels of the images.
-      bottleneck: blocks of three convolutions and four times the features, 2048 in the end.
-      widen: factor of the channels of bottlenecks' 3x3 convolutions: 2 in wide ResNets and in
-        ResNeXt-50 32x4d.
-      groups: number of groups of these convolutions: 32 in ResNeXt-50 32x4d.
-      small_stem: a 3x3 stem of stride 1 and no pooling, for small images. The released dual-head
-        code trains this as its ImageNet student, which is not the usual one.
-      axis_name: mesh axis of the batch inside ``shard_map`` or ``pmap``; not needed under ``jit``.
-      dtype: type of the computation; parameters stay float32.
-      rngs: needs ``params``.
+        blocks: blocks of the four stages: (2, 2, 2, 2) is ResNet-18, (3, 4, 6, 3) ResNet-34 or, of
+            bottlenecks, ResNet-50.
+        bottleneck: blocks of three convolutions and four times the features, 2048 in the end.
+        widen: factor of the channels of bottlenecks' 3x3 convolutions: 2 in wide ResNets and in
+            ResNeXt-50 32x4d.
+        groups: number of groups of these convolutions: 32 in ResNeXt-50 32x4d.
+        small_stem: a 3x3 stem of stride 1 and no pooling, for small images. The released dual-head
+            code trains this as its ImageNet student, which is not the usual one.
     """
 
     classifier_name = "fc"

@@ -62,9 +62,6 @@ def timm_vit(
         weights: By timm's names.
         settings: The ``config.json`` beside them, for what does not show in the weights: heads and
             activation go by the architecture's name, as in timm, and pooling is said.
-
-    Raises:
-        ValueError: Another architecture, or arguments that are not known.
     """
     architecture = str(settings.get("architecture", ""))
     if not _KNOWN.match(architecture) or _OTHERS.search(architecture):
@@ -137,11 +134,7 @@ def _tokens(named: dict[str, np.ndarray]) -> None:
 
 
 def timm_preprocessing(settings: Mapping[str, Any]) -> Preprocessing:
-    """What timm's ``config.json`` says of pictures.
-
-    Raises:
-        ValueError: Pictures that are not square, or borders around them.
-    """
+    """What timm's ``config.json`` says of pictures."""
     said = settings.get("pretrained_cfg") or {}
     channels, height, width = said.get("input_size") or (3, 224, 224)
     mode, share = said.get("crop_mode") or "center", said.get("crop_pct") or 0.875

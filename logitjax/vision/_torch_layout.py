@@ -4,7 +4,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
@@ -29,12 +28,6 @@ def torch_names(model: ImageClassifier) -> dict[str, tuple[Any, ...]]:
     """The name each weight has in a torch state dict, and its path in ours.
 
     Only a linear head has a name there: a dual head's own weights are left out.
-
-    >>> from logitjax.vision import create_classifier
-    >>> model = nnx.eval_shape(lambda: create_classifier("resnet8", rngs=nnx.Rngs(0)))
-    >>> names = torch_names(model)
-    >>> names["layer2.0.downsample.0.weight"]
-    ('backbone', 'layer2', 0, 'downsample', 0, 'kernel')
     """
     names = {}
     for path in weight_paths(model):
@@ -55,11 +48,7 @@ def weight_paths(model: nnx.Module) -> list[tuple[Any, ...]]:
 
 
 def torch_name(path: tuple[Any, ...]) -> str:
-    """What torch calls the weight at a path of a module that is named as torch's is.
-
-    >>> torch_name(("layer1", 0, "bn1", "scale"))
-    'layer1.0.bn1.weight'
-    """
+    """What torch calls the weight at a path of a module that is named as torch's is."""
     return ".".join([*map(str, path[:-1]), _LEAVES.get(str(path[-1]), str(path[-1]))])
 
 
@@ -78,8 +67,6 @@ def _to_torch(value: np.ndarray, leaf: str) -> np.ndarray:
 def load_torch_weights(
     model: ImageClassifier,
     weights: epath.PathLike | Mapping[str, np.ndarray],
-    *,
-    strict_head: bool = True,
 ) -> ImageClassifier:
     """Fill a classifier with the weights of a torch checkpoint, without torch.
 
@@ -89,19 +76,17 @@ def load_torch_weights(
     the ``module.`` prefix of data-parallel training.
 
     Args:
-      model: as :func:`create_classifier` makes it; it is updated in place.
-      weights: a file, or the arrays by their torch names.
-      strict_head: False keeps the model's own head where the file's has another number of classes.
+        model: as :func:`create_classifier` makes it; it is updated in place.
+        weights: a file, or the arrays by their torch names.
 
     Returns:
-      The model.
+        The model.
 
     Raises:
-      ValueError: weights are missing, unknown, of another shape, or the file is not safe to read.
+        ValueError: weights are missing, unknown, of another shape, or the file is not safe to read.
     """
     state_dict = dict(weights) if isinstance(weights, Mapping) else read_state_dict(weights)
-    keep = () if strict_head else ("head",)
-    fill_weights(model, state_dict, torch_names(model), keep_misfits_of=keep)
+    fill_weights(model, state_dict, torch_names(model))
     return model
 
 
@@ -109,20 +94,13 @@ def fill_weights(
     model: nnx.Module,
     weights: Mapping[str, np.ndarray],
     names: Mapping[str, tuple[Any, ...]],
-    *,
-    keep_misfits_of: tuple[str, ...] = (),
 ) -> None:
     """Put torch's arrays, turned into our layout, where ``names`` says; all of them must fit.
 
     Args:
-      model: updated in place; its leaves may be shapes alone.
-      weights: by torch name.
-      names: the path in ``model`` of every torch name.
-      keep_misfits_of: modules at the top of ``model`` that keep what they have where a shape
-        differs.
-
-    Raises:
-      ValueError: weights are missing, unknown or of another shape.
+        model: updated in place; its leaves may be shapes alone.
+        weights: by torch name.
+        names: the path in ``model`` of every torch name.
     """
     weights = {k: v for k, v in weights.items() if not _IGNORED.search(k)}
     if missing := sorted(set(names) - set(weights)):
@@ -133,27 +111,12 @@ def fill_weights(
     for name, path in names.items():
         value, variable = _to_ours(np.asarray(weights[name]), str(path[-1])), flat[path]
         if value.shape != variable.shape:
-            if path[0] in keep_misfits_of:
-                continue
             raise ValueError(
                 f"weight {name!r}: expected shape {variable.shape} (in our layout), got "
                 f"{value.shape}"
             )
         flat[path] = variable.replace(jnp.asarray(value.astype(variable.dtype), variable.dtype))
     nnx.update(model, nnx.from_flat_state(flat.items()))
-
-
-def to_torch_weights(model: ImageClassifier) -> dict[str, np.ndarray]:
-    """A classifier's weights by their torch names, in torch's layout.
-
-    Of a dual head the first head is written, as the classifier's only one.
-    """
-    flat = dict(nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))))
-    weights = {}
-    for name, path in torch_names(model).items():
-        value = np.asarray(jax.device_get(flat[path][...]))
-        weights[name] = np.ascontiguousarray(_to_torch(value, str(path[-1])))
-    return weights
 
 
 def blank(model: Any, names: Mapping[str, tuple[Any, ...]]) -> dict[str, np.ndarray]:

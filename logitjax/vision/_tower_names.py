@@ -234,10 +234,6 @@ def vit_config(named: Weights, settings: Mapping[str, Any]) -> ViTConfig:
     Args:
         named: As of `transformer_names`.
         settings: The tower's part of a ``config.json``.
-
-    Raises:
-        ValueError: A weight is missing that says how large it is, or what the settings name is not
-            supported.
     """
     try:
         patch, class_token = named["patch.weight"], "class_token" in named
@@ -275,11 +271,7 @@ def vit_config(named: Weights, settings: Mapping[str, Any]) -> ViTConfig:
 
 
 def siglip_config(vision: Weights, text: Weights, settings: Mapping[str, Any]) -> SigLIPConfig:
-    """Sizes of both towers in our names.
-
-    Raises:
-        ValueError: As of `vit_config`.
-    """
+    """Sizes of both towers in our names."""
     try:
         return SigLIPConfig(
             vision=vit_config(vision, settings.get("vision_config") or {}),
@@ -293,11 +285,7 @@ def siglip_config(vision: Weights, text: Weights, settings: Mapping[str, Any]) -
 
 
 def convnext_config(named: Weights, settings: Mapping[str, Any]) -> ConvNeXtConfig:
-    """Sizes of a ConvNeXt in our names.
-
-    Raises:
-        ValueError: As of `vit_config`.
-    """
+    """Sizes of a ConvNeXt in our names."""
     stages, last = range(_count(named, "stages")), settings.get("layer_norm_eps")
     try:
         return ConvNeXtConfig(

@@ -21,10 +21,10 @@ class VQFit:
     """A vector-quantised head fitted to a full one.
 
     Attributes:
-      assignment: ``[vocab]`` int32.
-      codebook: ``[codes, hidden]`` float32, unigram-weighted mean rows.
-      bias: ``[vocab]`` float32, ``(w_v - C_{m(v)}) . mean(h)`` plus the old bias.
-      inertia: k-means' objective by iteration, or empty.
+        assignment: ``[vocab]`` int32.
+        codebook: ``[codes, hidden]`` float32, unigram-weighted mean rows.
+        bias: ``[vocab]`` float32, ``(w_v - C_{m(v)}) . mean(h)`` plus the old bias.
+        inertia: k-means' objective by iteration, or empty.
     """
 
     assignment: jax.Array
@@ -61,24 +61,24 @@ def fit_assignment(
     Blocks keep memory at the rows themselves plus 2,048 x codes, whatever the vocabulary.
 
     Args:
-      rows: ``[vocab, hidden]``, rows of the full head, also in bfloat16.
-      unigram: ``[vocab]``, probabilities or counts.
-      hidden_mean: ``[hidden]``, mean of the hidden states.
-      hidden_cov: ``[hidden, hidden]``, their covariance.
-      num_codes: clusters K, at most vocab.
-      method: see above.
-      row_bias: ``[vocab]``, bias of the full head.
-      key: key of random choices.
-      weight_power: the power p; 0.5 to 1 are sensible.
-      iterations: number of iterations of Lloyd's algorithm.
+        rows: ``[vocab, hidden]``, rows of the full head, also in bfloat16.
+        unigram: ``[vocab]``, probabilities or counts.
+        hidden_mean: ``[hidden]``, mean of the hidden states.
+        hidden_cov: ``[hidden, hidden]``, their covariance.
+        num_codes: clusters K, at most vocab.
+        method: see above.
+        row_bias: ``[vocab]``, bias of the full head.
+        key: key of random choices.
+        weight_power: the power p; 0.5 to 1 are sensible.
+        iterations: number of iterations of Lloyd's algorithm.
 
     Returns:
-      `VQFit`.
+        `VQFit`.
 
     Raises:
-      TypeError: arrays of another kind.
-      ValueError: unknown method, ``num_codes`` out of range, shapes that do not fit, or (outside of
-        ``jit``) probabilities that are none.
+        TypeError: arrays of another kind.
+        ValueError: unknown method, ``num_codes`` out of range, shapes that do not fit, or (outside
+            of ``jit``) probabilities that are none.
 
     >>> rows = np.array([[1.0, 0.0], [1.1, 0.0], [0.0, 3.0], [0.0, 3.1]])
     >>> fit = fit_assignment(rows, np.ones(4), np.zeros(2), np.eye(2), 2)
@@ -87,8 +87,8 @@ def fit_assignment(
     (True, True, False)
 
     References:
-      VQ-Logits, arXiv:2505.10202, names k-means over rows and fixed mappings. Weights, metric and
-      reassignment are ours.
+        VQ-Logits, arXiv:2505.10202, names k-means over rows and fixed mappings. Weights, metric and
+        reassignment are ours.
     """
     checks.shapes(
         rows=(rows, "float vocab hidden"),
@@ -185,18 +185,13 @@ def expected_targets(
         counts_v = sum_n p(v | h_n),    sums_v = sum_n p(v | h_n) h_n
 
     Args:
-      hidden: ``[count, hidden]``.
-      rows: ``[vocab, hidden]`` of the full head.
-      row_bias: ``[vocab]``, its bias.
-      soft_cap: soft cap of its logits.
-      block_size: hidden states at a time; memory is block_size x vocab.
+        rows: ``[vocab, hidden]`` of the full head.
+        row_bias: ``[vocab]``, its bias.
+        soft_cap: soft cap of its logits.
+        block_size: hidden states at a time; memory is block_size x vocab.
 
     Returns:
-      ``(sums [vocab, hidden], counts [vocab])``, float32.
-
-    >>> sums, counts = map(np.asarray, expected_targets(np.ones((3, 2)), np.zeros((6, 2))))
-    >>> print(counts[0].round(3), sums[0].round(3))
-    0.5 [0.5 0.5]
+        ``(sums [vocab, hidden], counts [vocab])``, float32.
     """
     rows = jnp.asarray(rows, jnp.float32)
     added = jnp.zeros(rows.shape[0]) if row_bias is None else jnp.asarray(row_bias, jnp.float32)
@@ -243,29 +238,20 @@ def reassign(
         b_v  <- log counts_v - A_{m(v)}
 
     Args:
-      codebook: ``[codes, hidden]``.
-      bias: ``[vocab]``.
-      assignment: ``[vocab]``.
-      sums: ``[vocab, hidden]``, summed hidden states where the token is the target: of
-        `expected_targets`, or of labels.
-      counts: ``[vocab]``, how often it is.
-      hidden: ``[count, hidden]``, the hidden states these came from.
-      min_count: tokens with less evidence keep code and bias.
-      soft_cap: soft cap of the scores; ranking by ``hbar . C`` then is an approximation.
-      block_size: rows at a time.
+        sums: ``[vocab, hidden]``, summed hidden states where the token is the target: of
+            `expected_targets`, or of labels.
+        counts: ``[vocab]``, how often it is.
+        hidden: ``[count, hidden]``, the hidden states these came from.
+        min_count: tokens with less evidence keep code and bias.
+        soft_cap: soft cap of the scores; ranking by ``hbar . C`` then is an approximation.
+        block_size: rows at a time.
 
     Returns:
-      ``(assignment, bias, moved)``: the new ones, and how many tokens moved.
-
-    >>> codebook, hidden = np.array([[1.0], [-1.0]]), np.array([[2.0], [-2.0]])
-    >>> arrays = (codebook, np.zeros(2), np.array([1, 0]), hidden, np.ones(2), hidden)
-    >>> new, bias, moved = reassign(*arrays)
-    >>> print(new, moved)
-    [0 1] 2
+        ``(assignment, bias, moved)``: the new ones, and how many tokens moved.
 
     References:
-      Our derivation: hard EM on the mapping with the codebook fixed. It wants about a million
-      target tokens if counted from labels.
+        Our derivation: hard EM on the mapping with the codebook fixed. It wants about a million
+        target tokens if counted from labels.
     """
     codebook = jnp.asarray(codebook, jnp.float32)
     mass = code_mass(codebook, bias, assignment, hidden, soft_cap=soft_cap, block_size=block_size)
@@ -315,16 +301,10 @@ def matched_bias(
         b_v <- log counts_v - A_{m(v)},      A_k = log sum_n exp(z_nk - log Z_n)
 
     Args:
-      codebook: ``[codes, hidden]``.
-      bias: ``[vocab]``, from which ``log Z`` is computed.
-      assignment: ``[vocab]``.
-      counts: ``[vocab]``, how often a token is the target.
-      hidden: ``[count, hidden]``.
-      min_count: tokens with less evidence count as having so much.
-      block_size: hidden states at a time.
-
-    Returns:
-      ``[vocab]``, float32.
+        bias: ``[vocab]``, from which ``log Z`` is computed.
+        counts: ``[vocab]``, how often a token is the target.
+        min_count: tokens with less evidence count as having so much.
+        block_size: hidden states at a time.
 
     >>> codebook, bias, assignment = np.zeros((1, 2)), np.zeros(2), np.zeros(2, int)
     >>> bias = matched_bias(codebook, bias, assignment, np.array([3.0, 1.0]), np.zeros((4, 2)))
@@ -378,12 +358,12 @@ class PerplexityFloor:
     """What a mapping can reach at best; see `perplexity_floor`.
 
     Attributes:
-      perplexity: a head without bias cannot have a perplexity below this.
-      excess_nats: it loses at least this many nats a token to a full head.
-      ratio: ``exp(excess_nats)``, the least factor on perplexity.
-      singleton_mass: probability of tokens that have a code to themselves.
-      codes_used: clusters that are not empty.
-      largest: size of the largest.
+        perplexity: a head without bias cannot have a perplexity below this.
+        excess_nats: it loses at least this many nats a token to a full head.
+        ratio: ``exp(excess_nats)``, the least factor on perplexity.
+        singleton_mass: probability of tokens that have a code to themselves.
+        codes_used: clusters that are not empty.
+        largest: size of the largest.
     """
 
     perplexity: float
@@ -408,22 +388,22 @@ def perplexity_floor(
     within its cluster.
 
     Args:
-      assignment: ``[vocab]``.
-      unigram: ``[vocab]``, probabilities or counts.
+        assignment: ``[vocab]``.
+        unigram: ``[vocab]``, probabilities or counts.
 
     Returns:
-      `PerplexityFloor`, on the host.
+        `PerplexityFloor`, on the host.
 
     Raises:
-      TypeError: arrays of another kind.
-      ValueError: shapes that do not fit, negative clusters, or probabilities that are none.
+        TypeError: arrays of another kind.
+        ValueError: shapes that do not fit, negative clusters, or probabilities that are none.
 
     >>> floor = perplexity_floor(jnp.array([0, 0, 1]), jnp.array([1.0, 1.0, 2.0]))
     >>> round(floor.perplexity, 3), floor.ratio, floor.singleton_mass
     (1.414, 1.0, 0.5)
 
     References:
-      Exact consequences of VQ-Logits, arXiv:2505.10202, eq. for its logits; ours.
+        Exact consequences of VQ-Logits, arXiv:2505.10202, eq. for its logits; ours.
     """
     checks.shapes(assignment=(assignment, "int vocab"), unigram=(unigram, "number vocab"))
     assignment, prob = np.asarray(assignment), np.asarray(unigram, np.float64)

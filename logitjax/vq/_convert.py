@@ -35,22 +35,22 @@ class ConvertConfig:
     """Sizes and budget of converting a head.
 
     Attributes:
-      num_codes: number of clusters K.
-      method: the mapping, see `logitjax.vq.fit_assignment`. ``'likelihood'`` is weighted k-means
-        here, reassigned while tuning.
-      weight_power: rows are weighted by ``unigram ** weight_power``.
-      kmeans_iterations: number of iterations of Lloyd's algorithm.
-      use_bias: False converts to the head as published.
-      num_pages: number of pages of a `ShortlistHead`; 0 makes a `VQHead`.
-      page_size: number of tokens in a page.
-      max_tokens: number of positions that are cached and tuned on.
-      steps: number of tuning steps; 0 leaves the head as fitted.
-      batch_size: number of positions in a step.
-      learning_rate: peak learning rate.
-      reassign_every: number of steps between reassignments of tokens to codes; 0 for never.
-      min_count: expected targets below which a token is not reassigned.
-      top: number of probabilities kept for each position while tuning.
-      seed: seed of k-means and of the order of positions.
+        num_codes: number of clusters K.
+        method: the mapping, see `logitjax.vq.fit_assignment`. ``'likelihood'`` is weighted k-means
+            here, reassigned while tuning.
+        weight_power: rows are weighted by ``unigram ** weight_power``.
+        kmeans_iterations: number of iterations of Lloyd's algorithm.
+        use_bias: False converts to the head as published.
+        num_pages: number of pages of a `ShortlistHead`; 0 makes a `VQHead`.
+        page_size: number of tokens in a page.
+        max_tokens: number of positions that are cached and tuned on.
+        steps: number of tuning steps; 0 leaves the head as fitted.
+        batch_size: number of positions in a step.
+        learning_rate: peak learning rate.
+        reassign_every: number of steps between reassignments of tokens to codes; 0 for never.
+        min_count: expected targets below which a token is not reassigned.
+        top: number of probabilities kept for each position while tuning.
+        seed: seed of k-means and of the order of positions.
     """
 
     num_codes: int = 4096
@@ -88,17 +88,18 @@ class ConvertConfig:
         """Fit and tune a head on cached hidden states: `convert_head` without the model.
 
         Args:
-          head: the old head.
-          hidden: ``[count, hidden]``.
-          targets: from `HiddenCache.head_targets`, for the same positions.
-          statistics: statistics of ``hidden``.
-          unigram: ``[vocab]`` counts; by default the counts that the old head expects.
-          start: a fit to tune, instead of a new one.
-          rows: ``[vocab, hidden]`` that a shortlist re-scores; None takes the model's embedding.
-          mesh: as for `Tuning.run`.
+            head: the old head.
+            hidden: ``[count, hidden]``.
+            targets: from `HiddenCache.head_targets`, for the same positions.
+            statistics: statistics of ``hidden``.
+            unigram: ``[vocab]`` counts; by default the counts that the old head expects.
+            start: a fit to tune, instead of a new one.
+            rows: ``[vocab, hidden]`` that a shortlist re-scores; None takes the model's embedding.
+            mesh: as for `Tuning.run`.
 
         Returns:
-          The head, and the tuning's history (``loss``: KL divergence from the old head, ``moved``).
+            The head, and the tuning's history (``loss``: KL divergence from the old head,
+            ``moved``).
         """
         statistics = head_statistics(hidden) if statistics is None else statistics
         unigram = targets.counts if unigram is None else unigram
@@ -158,12 +159,12 @@ class Conversion:
     """What `convert_head` gives back.
 
     Attributes:
-      model: the same parameters with the new head.
-      head: the head.
-      floor: what its mapping could reach without biases.
-      history: KL divergence by step, and tokens moved by each reassignment.
-      cache: hidden states and labels it was tuned on.
-      targets: what the old head says there.
+        model: the same parameters with the new head.
+        head: the head.
+        floor: what its mapping could reach without biases.
+        history: KL divergence by step, and tokens moved by each reassignment.
+        cache: hidden states and labels it was tuned on.
+        targets: what the old head says there.
     """
 
     model: Any
@@ -194,27 +195,27 @@ def convert_head(
     ``source`` is refused.
 
     Args:
-      model: a `logitjax.models.Decoder` with a linear or tied head.
-      batches: packed batches of one tokenizer, as for `HiddenCache.of`.
-      workdir: a directory or an object store: what is kept there is memory-mapped from a local
-        disk, and read whole from a store.
-      config: sizes and budget.
-      unigram: ``[vocab]`` counts from more text than is cached; they weigh the rows.
-      source: names the batches, see `HiddenCache.of`.
-      mesh: tuning splits its positions over it; every process of a run calls this with the same
-        arguments, and process 0 writes.
+        model: a `logitjax.models.Decoder` with a linear or tied head.
+        batches: packed batches of one tokenizer, as for `HiddenCache.of`.
+        workdir: a directory or an object store: what is kept there is memory-mapped from a local
+            disk, and read whole from a store.
+        config: sizes and budget.
+        unigram: ``[vocab]`` counts from more text than is cached; they weigh the rows.
+        source: names the batches, see `HiddenCache.of`.
+        mesh: tuning splits its positions over it; every process of a run calls this with the same
+            arguments, and process 0 writes.
 
     Returns:
-      `Conversion`. Its model shares the old one's parameters. Where the old logits were soft-capped
-      the new head imitates the capped ones, and the new model caps nothing.
+        `Conversion`. Its model shares the old one's parameters. Where the old logits were
+        soft-capped the new head imitates the capped ones, and the new model caps nothing.
 
     Raises:
-      ValueError: the model's head is not linear, or the workdir holds hidden states of another
-        model, ``source`` or number of tokens.
+        ValueError: the model's head is not linear, or the workdir holds hidden states of another
+            model, ``source`` or number of tokens.
 
     References:
-      VQ-Logits, arXiv:2505.10202, "pre-trained initialisation"; what is done here beyond k-means
-      over rows is ours, see docs/vq_logits.md.
+        VQ-Logits, arXiv:2505.10202, "pre-trained initialisation"; what is done here beyond k-means
+        over rows is ours, see docs/vq_logits.md.
     """
     config = ConvertConfig() if config is None else config
     root = epath.Path(workdir)
@@ -278,8 +279,8 @@ def load_head(directory: str | os.PathLike[str], *, dtype: Any = jnp.float32) ->
     """Reads what `save_head` wrote.
 
     Raises:
-      FileNotFoundError: there is no head in the directory.
-      ValueError: it is damaged; names the file.
+        FileNotFoundError: there is no head in the directory.
+        ValueError: it is damaged; names the file.
     """
     record, tensors = read_head(directory)
     with guard.naming(epath.Path(directory), "a head"):

@@ -20,15 +20,15 @@ class VQTables:
     """What decoding looks up, made once per bias and temperature by `vq_tables`.
 
     Attributes:
-      best: ``[codes, width]`` tokens of a cluster by falling bias, -1 where there are no more.
-        Rows are ordered by their first token, so that equal logits come out lowest token first.
-      best_bias: ``[codes, width]``, their biases; ``-inf`` for none.
-      code: ``[codes]``, the cluster of each of these rows.
-      members: ``[vocab]`` tokens, cluster by cluster.
-      starts: ``[codes + 1]``, where in ``members`` each cluster starts.
-      cumulative: ``[vocab]``, running sum of ``exp(bias) / B`` within a cluster, in that order.
-      log_mass: ``[codes]``, ``log B``.
-      temperature: what the biases were divided by.
+        best: ``[codes, width]`` tokens of a cluster by falling bias, -1 where there are no more.
+            Rows are ordered by their first token, so that equal logits come out lowest token first.
+        best_bias: ``[codes, width]``, their biases; ``-inf`` for none.
+        code: ``[codes]``, the cluster of each of these rows.
+        members: ``[vocab]`` tokens, cluster by cluster.
+        starts: ``[codes + 1]``, where in ``members`` each cluster starts.
+        cumulative: ``[vocab]``, running sum of ``exp(bias) / B`` within a cluster, in that order.
+        log_mass: ``[codes]``, ``log B``.
+        temperature: what the biases were divided by.
     """
 
     best: jax.Array
@@ -56,20 +56,20 @@ def vq_tables(
     and the scores in those functions.
 
     Args:
-      bias: ``[vocab]``, or None for the head as published.
-      assignment: ``[vocab]``, cluster of each entry.
-      num_codes: number of clusters.
-      width: the largest ``k`` that `vq_topk` will be asked for.
-      temperature: divides the logits.
-      vocab_where: ``[vocab]``, True for the entries that exist.
+        bias: ``[vocab]``, or None for the head as published.
+        assignment: ``[vocab]``, cluster of each entry.
+        num_codes: number of clusters.
+        width: the largest ``k`` that `vq_topk` will be asked for.
+        temperature: divides the logits.
+        vocab_where: ``[vocab]``, True for the entries that exist.
 
     Returns:
-      `VQTables`.
+        `VQTables`.
 
     Raises:
-      TypeError: arrays of another kind.
-      ValueError: ``width`` is not positive, shapes do not fit, or (outside of ``jit``) a token is
-        in a cluster that there is not.
+        TypeError: arrays of another kind.
+        ValueError: ``width`` is not positive, shapes do not fit, or (outside of ``jit``) a token is
+            in a cluster that there is not.
 
     >>> tables = vq_tables(jnp.array([0.0, 1.0, 2.0]), jnp.array([1, 0, 1]), 2, width=2)
     >>> print(tables.best.tolist(), tables.code.tolist())
@@ -130,19 +130,19 @@ def vq_topk(
     clusters are enough. Of equal logits the lowest token comes first, as in `jax.lax.top_k`.
 
     Args:
-      hidden: ``[*batch, hidden]``.
-      codebook: ``[codes, hidden]``; inside `jax.shard_map` this shard's codes.
-      tables: tables from `vq_tables`, with ``width >= k``.
-      k: how many.
-      soft_cap: as `code_scores`.
-      axis_name: inside `jax.shard_map` with the codebook split over this mesh axis: that axis.
+        hidden: ``[*batch, hidden]``.
+        codebook: ``[codes, hidden]``; inside `jax.shard_map` this shard's codes.
+        tables: tables from `vq_tables`, with ``width >= k``.
+        k: how many.
+        soft_cap: as `code_scores`.
+        axis_name: inside `jax.shard_map` with the codebook split over this mesh axis: that axis.
 
     Returns:
-      `TopK` of ``[*batch, k]`` logits (over the temperature) and tokens, and ``log_z`` over the
-      whole vocabulary: ``values - log_z[..., None]`` are log-probabilities.
+        `TopK` of ``[*batch, k]`` logits (over the temperature) and tokens, and ``log_z`` over the
+        whole vocabulary: ``values - log_z[..., None]`` are log-probabilities.
 
     Raises:
-      ValueError: ``k`` is not in 1..width.
+        ValueError: ``k`` is not in 1..width.
 
     >>> bias, assignment = jnp.array([0.0, 1.0, 2.0]), jnp.array([1, 0, 1])
     >>> tables = vq_tables(bias, assignment, 2, width=2)
@@ -188,15 +188,15 @@ def vq_sample(
     coarse in float32.
 
     Args:
-      key: a `jax.random.key`.
-      hidden: ``[*batch, hidden]``.
-      codebook: ``[codes, hidden]``; inside `jax.shard_map` this shard's codes.
-      tables: tables from `vq_tables`, made with the temperature to sample at.
-      soft_cap: as `code_scores`.
-      axis_name: inside `jax.shard_map` with the codebook split over this mesh axis: that axis.
+        key: a `jax.random.key`.
+        hidden: ``[*batch, hidden]``.
+        codebook: ``[codes, hidden]``; inside `jax.shard_map` this shard's codes.
+        tables: tables from `vq_tables`, made with the temperature to sample at.
+        soft_cap: as `code_scores`.
+        axis_name: inside `jax.shard_map` with the codebook split over this mesh axis: that axis.
 
     Returns:
-      ``[*batch]`` int32 tokens.
+        ``[*batch]`` int32 tokens.
 
     >>> bias, assignment = jnp.array([0.0, -jnp.inf, 2.0]), jnp.array([1, 1, 0])
     >>> tables = vq_tables(bias, assignment, 2)

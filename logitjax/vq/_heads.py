@@ -29,16 +29,10 @@ class VQHead(VocabularyHead):
     axis over the tensor axis of the mesh or replicate it, replicate ``bias`` and ``assignment``.
 
     Args:
-      hidden_size: d.
-      vocab_size: V.
-      num_codes: K.
-      assignment: ``[vocab]``, e.g. of `fit_assignment`; balanced and random when omitted.
-      unigram: ``[vocab]`` counts or probabilities; biases start at its logarithm.
-      use_bias: False is the head as published.
-      soft_cap: soft cap of the cluster scores.
-      dtype: compute dtype.
-      param_dtype: dtype of the parameters.
-      rngs: source of the initial codebook.
+        num_codes: K.
+        assignment: ``[vocab]``, e.g. of `fit_assignment`; balanced and random when omitted.
+        use_bias: False is the head as published.
+        soft_cap: soft cap of the cluster scores.
 
     >>> make = lambda: VQHead(8, 20, 5, rngs=nnx.Rngs(0))
     >>> nnx.jit(lambda hidden: make()(hidden))(jnp.ones((2, 8))).shape
@@ -196,7 +190,7 @@ class VQHead(VocabularyHead):
         """The equivalent full head, ``[vocab, hidden]``, for losses that start at hidden states.
 
         Raises:
-          ValueError: with a soft cap, which acts before the bias here and after it in a `Head`.
+            ValueError: with a soft cap, which acts before the bias here and after it in a `Head`.
         """
         if self.soft_cap is not None:
             raise ValueError("head: expected one with a kernel, got a soft cap: use nll()")
@@ -229,9 +223,9 @@ class ShortlistHead(VQHead):
     shortlist its logits are those of the full head.
 
     Args:
-      num_pages: pages re-scored per position.
-      page_size: tokens per page.
-      rows: ``[vocab, hidden]``, the head's own rows; None takes the embedding.
+        num_pages: pages re-scored per position.
+        page_size: tokens per page.
+        rows: ``[vocab, hidden]``, the head's own rows; None takes the embedding.
 
     Others as `VQHead`.
 

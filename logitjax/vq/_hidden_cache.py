@@ -108,23 +108,23 @@ class HiddenCache:
         be predicted are left out.
 
         Args:
-          model: a `logitjax.models.Decoder`, or anything with its ``hidden_states``.
-          batches: one tokenizer's part of the batches of a `logitjax.data.PackedDataset`:
-            ``tokens``, ``positions``, ``segment_ids``, ``loss_mask``, each ``[batch, time]``. The
-            same ones on every call.
-          directory: becomes the cache; memory-mapped where it is local, read whole from an
-            object store.
-          max_tokens: stop at so many positions.
-          source: names the batches, e.g. by a `PackedDataset`'s fingerprint; a cache of others is
-            refused.
-          log_every: batches between log lines.
+            model: a `logitjax.models.Decoder`, or anything with its ``hidden_states``.
+            batches: one tokenizer's part of the batches of a `logitjax.data.PackedDataset`:
+                ``tokens``, ``positions``, ``segment_ids``, ``loss_mask``, each ``[batch, time]``.
+                The same ones on every call.
+            directory: becomes the cache; memory-mapped where it is local, read whole from an
+                object store.
+            max_tokens: stop at so many positions.
+            source: names the batches, e.g. by a `PackedDataset`'s fingerprint; a cache of others is
+                refused.
+            log_every: batches between log lines.
 
         Returns:
-          `HiddenCache` of at most ``max_tokens`` positions.
+            `HiddenCache` of at most ``max_tokens`` positions.
 
         Raises:
-          ValueError: the directory holds, in full or in part, the cache of another ``max_tokens``,
-            model or ``source``.
+            ValueError: the directory holds, in full or in part, the cache of another
+                ``max_tokens``, model or ``source``.
         """
         root = epath.Path(directory)
         graphdef, state = nnx.split(model)
@@ -199,17 +199,17 @@ class HiddenCache:
         """A full head's distribution at these positions, kept in a directory for the next time.
 
         Args:
-          directory: where they are or will be.
-          head: the full head.
-          top: probabilities kept per position.
-          block_size: positions at a time.
+            directory: where they are or will be.
+            head: the full head.
+            top: probabilities kept per position.
+            block_size: positions at a time.
 
         Returns:
-          `HeadTargets`.
+            `HeadTargets`.
 
         Raises:
-          ValueError: the directory holds those of other positions, another head or other options;
-            names all that differs.
+            ValueError: the directory holds those of other positions, another head or other options;
+                names all that differs.
         """
         root = epath.Path(directory)
         made_from = {

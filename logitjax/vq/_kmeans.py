@@ -19,9 +19,10 @@ class KMeans:
     """Result of `fit_kmeans`.
 
     Attributes:
-      assignment: ``[points]`` int32, the centre of each point.
-      centres: ``[centres, dim]``, weighted means of the points.
-      inertia: ``[iterations + 1]``, weighted mean squared distance before each update and at last.
+        assignment: ``[points]`` int32, the centre of each point.
+        centres: ``[centres, dim]``, weighted means of the points.
+        inertia: ``[iterations + 1]``, weighted mean squared distance before each update and at
+            last.
     """
 
     assignment: jax.Array
@@ -48,28 +49,17 @@ def fit_kmeans(
     ``num_centres`` times. A centre that loses its points moves to one of the worst served points.
 
     Args:
-      points: ``[points, dim]``, any float type.
-      weights: ``[points]``, not negative.
-      metric: ``[dim, dim]``, positive semidefinite; None for the Euclidean one.
-      num_centres: at most the number of points.
-      key: key of the start.
-      iterations: updates of the centres.
-      block_size: points at a time; memory beyond the points is block_size x num_centres.
-      seeding_rounds: batches of the start.
-
-    Returns:
-      `KMeans`.
-
-    Raises:
-      ValueError: ``num_centres`` is not in 1..points.
-
-    >>> points = jnp.array([[0.0], [0.1], [5.0], [5.1]])
-    >>> found = fit_kmeans(points, jnp.ones(4), None, 2, key=jax.random.key(0))
-    >>> [f"{centre:.2f}" for centre in jnp.sort(found.centres[:, 0])]
-    ['0.05', '5.05']
+        points: ``[points, dim]``, any float type.
+        weights: ``[points]``, not negative.
+        metric: ``[dim, dim]``, positive semidefinite; None for the Euclidean one.
+        num_centres: at most the number of points.
+        key: key of the start.
+        iterations: updates of the centres.
+        block_size: points at a time; memory beyond the points is block_size x num_centres.
+        seeding_rounds: batches of the start.
 
     References:
-      Arthur and Vassilvitskii, k-means++, 2007. Bahmani et al., Scalable k-means++, 2012.
+        Arthur and Vassilvitskii, k-means++, 2007. Bahmani et al., Scalable k-means++, 2012.
     """
     points, weights = jnp.asarray(points), jnp.asarray(weights, jnp.float32)
     count = points.shape[0]

@@ -23,17 +23,12 @@ def cluster_log_mass(
         log B_k = log sum_{v: m(v) = k} exp(b_v)
 
     Args:
-      bias: ``[vocab]``; ``-inf`` for entries that do not exist.
-      assignment: ``[vocab]``, the cluster ``m(v)`` of each entry.
-      num_codes: number of clusters K.
+        bias: ``[vocab]``; ``-inf`` for entries that do not exist.
+        assignment: ``[vocab]``, the cluster ``m(v)`` of each entry.
+        num_codes: number of clusters K.
 
     Returns:
-      ``[codes]``, float32; ``-inf`` where a cluster is empty.
-
-    >>> import numpy as np
-    >>> mass = jax.jit(cluster_log_mass, static_argnums=2)
-    >>> print(np.exp(mass(np.zeros(5), np.array([0, 0, 2, 0, 2]), 4)).round(1))
-    [3. 0. 2. 0.]
+        ``[codes]``, float32; ``-inf`` where a cluster is empty.
     """
     bias = _float32(bias)
     peak = lax.stop_gradient(jax.ops.segment_max(bias, assignment, num_segments=num_codes))
@@ -55,16 +50,8 @@ def code_scores(
     """Scores of the clusters: inputs in the dtype of ``hidden``, sums and result in float32.
 
     Args:
-      hidden: ``[*batch, hidden]``.
-      codebook: ``[codes, hidden]``.
-      soft_cap: bounds the scores smoothly, ``cap * tanh(score / cap)``. It acts before the bias of
-        a token is added: that keeps the loss O(K).
-
-    Returns:
-      ``[*batch, codes]``, float32.
-
-    >>> code_scores(jnp.ones((2, 3)), jnp.ones((4, 3))).shape
-    (2, 4)
+        soft_cap: bounds the scores smoothly, ``cap * tanh(score / cap)``. It acts before the bias
+            of a token is added: that keeps the loss O(K).
     """
     hidden = jnp.asarray(hidden)
     codebook = jnp.asarray(codebook, hidden.dtype)
@@ -116,29 +103,29 @@ def vq_logits(
         logit_v = (h . C_{m(v)} + b_v) / T
 
     Args:
-      hidden: ``[*batch, hidden]``.
-      codebook: ``[codes, hidden]``; inside `jax.shard_map` this shard's codes.
-      bias: ``[vocab]``, or None for the head as published: equal logits within a cluster.
-      assignment: ``[vocab]``, cluster of each entry.
-      temperature: divides the logits.
-      soft_cap: as `code_scores`.
-      vocab_where: ``[vocab]``, True for the entries that exist.
-      axis_name: inside `jax.shard_map` with the codebook split over this mesh axis: that axis.
+        hidden: ``[*batch, hidden]``.
+        codebook: ``[codes, hidden]``; inside `jax.shard_map` this shard's codes.
+        bias: ``[vocab]``, or None for the head as published: equal logits within a cluster.
+        assignment: ``[vocab]``, cluster of each entry.
+        temperature: divides the logits.
+        soft_cap: as `code_scores`.
+        vocab_where: ``[vocab]``, True for the entries that exist.
+        axis_name: inside `jax.shard_map` with the codebook split over this mesh axis: that axis.
 
     Returns:
-      ``[*batch, vocab]``, float32.
+        ``[*batch, vocab]``, float32.
 
     Raises:
-      TypeError: arrays of another kind.
-      ValueError: shapes that do not fit, or (outside of ``jit``) a cluster that there is not.
+        TypeError: arrays of another kind.
+        ValueError: shapes that do not fit, or (outside of ``jit``) a cluster that there is not.
 
     >>> codebook, assignment = jnp.array([[1.0], [5.0]]), jnp.array([0, 1, 1, 0])
     >>> jax.jit(vq_logits)(jnp.ones((1, 1)), codebook, None, assignment)
     Array([[1., 5., 5., 1.]], dtype=float32)
 
     References:
-      VQ-Logits, arXiv:2505.10202. The bias is not in the paper: without it perplexity cannot fall
-      below the geometric mean of the cluster sizes (`perplexity_floor`).
+        VQ-Logits, arXiv:2505.10202. The bias is not in the paper: without it perplexity cannot fall
+        below the geometric mean of the cluster sizes (`perplexity_floor`).
     """
     check_head(hidden, codebook, bias, assignment, axis_name)
     added = token_bias(bias, assignment, temperature=temperature, vocab_where=vocab_where)
@@ -172,25 +159,25 @@ def vq_nll(
         nll = log Z - z_{m(y)} - b_y + z_loss * (log Z)^2
 
     Args:
-      hidden: ``[*batch, hidden]``. bfloat16 is multiplied as such and summed in float32.
-      codebook: ``[codes, hidden]``; inside `jax.shard_map` this shard's codes.
-      bias: ``[vocab]``, or None for the head as published (``log B_k`` is then the log of the
-        cluster's size).
-      assignment: ``[vocab]``, cluster of each entry, 0 to codes - 1.
-      labels: ``[*batch]``, each in 0 to vocab - 1.
-      temperature: divides the logits.
-      soft_cap: as `code_scores`.
-      z_loss: weight of the squared log-normaliser.
-      vocab_where: ``[vocab]``, True for the entries that exist.
-      axis_name: inside `jax.shard_map` with the codebook split over this mesh axis: that axis.
-        Biases and assignment are whole on each shard.
+        hidden: ``[*batch, hidden]``. bfloat16 is multiplied as such and summed in float32.
+        codebook: ``[codes, hidden]``; inside `jax.shard_map` this shard's codes.
+        bias: ``[vocab]``, or None for the head as published (``log B_k`` is then the log of the
+            cluster's size).
+        assignment: ``[vocab]``, cluster of each entry, 0 to codes - 1.
+        labels: ``[*batch]``, each in 0 to vocab - 1.
+        temperature: divides the logits.
+        soft_cap: as `code_scores`.
+        z_loss: weight of the squared log-normaliser.
+        vocab_where: ``[vocab]``, True for the entries that exist.
+        axis_name: inside `jax.shard_map` with the codebook split over this mesh axis: that axis.
+            Biases and assignment are whole on each shard.
 
     Returns:
-      ``[*batch]``, float32, not reduced; nan where the label is outside the vocabulary.
+        ``[*batch]``, float32, not reduced; nan where the label is outside the vocabulary.
 
     Raises:
-      TypeError: arrays of another kind.
-      ValueError: shapes that do not fit, or (outside of ``jit``) a cluster that there is not.
+        TypeError: arrays of another kind.
+        ValueError: shapes that do not fit, or (outside of ``jit``) a cluster that there is not.
 
     >>> import numpy as np
     >>> assignment, labels = np.array([0, 1, 1, 0]), np.array([0, 3])
@@ -198,7 +185,8 @@ def vq_nll(
     [1.3862944 1.3862944]
 
     References:
-      VQ-Logits, arXiv:2505.10202, which scatters to V logits; the normaliser over clusters is ours.
+        VQ-Logits, arXiv:2505.10202, which scatters to V logits; the normaliser over clusters is
+        ours.
     """
     check_head(hidden, codebook, bias, assignment, axis_name, labels)
     hidden, labels = jnp.asarray(hidden), jnp.asarray(labels)

@@ -33,9 +33,9 @@ class ProductCodes:
         w_v = [C^1_{m_1(v)}; ...; C^G_{m_G(v)}]
 
     Attributes:
-      codebooks: ``[groups, codes, hidden / groups]``.
-      codes: ``[vocab, groups]``, the code of each entry in each group.
-      bias: ``[vocab]``, or None.
+        codebooks: ``[groups, codes, hidden / groups]``.
+        codes: ``[vocab, groups]``, the code of each entry in each group.
+        bias: ``[vocab]``, or None.
     """
 
     codebooks: Any
@@ -60,27 +60,27 @@ class ProductCodes:
         Each group uses its own block of the covariance: correlations between groups are left out.
 
         Args:
-          rows: ``[vocab, hidden]``.
-          unigram: ``[vocab]`` probabilities or counts; rows are weighted by a power of it.
-          hidden_cov: ``[hidden, hidden]``.
-          groups: number of parts into which the hidden dimensions are cut.
-          num_codes: number of codes in a group; with at most 256 a code is one byte.
-          key: key of the initial centres.
-          iterations: number of iterations of Lloyd's algorithm.
-          weight_power: rows are weighted by ``unigram ** weight_power``.
+            rows: ``[vocab, hidden]``.
+            unigram: ``[vocab]`` probabilities or counts; rows are weighted by a power of it.
+            hidden_cov: ``[hidden, hidden]``.
+            groups: number of parts into which the hidden dimensions are cut.
+            num_codes: number of codes in a group; with at most 256 a code is one byte.
+            key: key of the initial centres.
+            iterations: number of iterations of Lloyd's algorithm.
+            weight_power: rows are weighted by ``unigram ** weight_power``.
 
         Returns:
-          `ProductCodes` without a bias; the codes are uint8 or uint16.
+            `ProductCodes` without a bias; the codes are uint8 or uint16.
 
         Raises:
-          ValueError: ``groups`` does not divide the hidden dimensions.
+            ValueError: ``groups`` does not divide the hidden dimensions.
 
         >>> found = ProductCodes.fit(np.eye(4), np.ones(4), np.eye(4), groups=2, num_codes=3)
         >>> np.allclose(jax.jit(ProductCodes.kernel)(found), np.eye(4))
         True
 
         References:
-          Jegou et al., Product quantization for nearest neighbor search, 2011.
+            Jegou et al., Product quantization for nearest neighbor search, 2011.
         """
         rows, cov = jnp.asarray(rows), jnp.asarray(hidden_cov, jnp.float32)
         vocab, width = rows.shape
@@ -129,10 +129,10 @@ class ProductCodes:
             logit_v = sum_g (h_g . C^g_{m_g(v)}) + b_v
 
         Args:
-          hidden: ``[*batch, hidden]``.
+            hidden: ``[*batch, hidden]``.
 
         Returns:
-          ``[*batch, vocab]``, float32.
+            ``[*batch, vocab]``, float32.
 
         >>> codes = ProductCodes(np.arange(4.0).reshape(2, 2, 1), np.array([[0, 1]]))
         >>> jax.jit(ProductCodes.logits)(codes, np.ones((1, 2)))
@@ -205,9 +205,9 @@ class PackedCodes:
     """`ProductCodes` of at most 16 codes a group, half a byte each.
 
     Attributes:
-      codebooks: ``[groups, codes, hidden / groups]``.
-      codes: ``[blocks, pairs, 32]`` bytes, as `pack_codes` lays them out.
-      bias: ``[vocab]``.
+        codebooks: ``[groups, codes, hidden / groups]``.
+        codes: ``[blocks, pairs, 32]`` bytes, as `pack_codes` lays them out.
+        bias: ``[vocab]``.
     """
 
     codebooks: Any
@@ -225,15 +225,9 @@ class PackedCodes:
         The integers are the same on all platforms. A logit is at most ``groups * s / 2`` from that
         of `ProductCodes`, and of the order of ``s sqrt(groups / 12)``: enough to screen.
 
-        Args:
-          hidden: ``[*batch, hidden]``.
-
         Returns:
-          ``[*batch, vocab]``, float32. Gradients are those of `ProductCodes`: of what was rounded.
-
-        Raises:
-          ValueError: the codes are not of that vocabulary and that many groups, or there are more
-            than 16 of them.
+            ``[*batch, vocab]``, float32. Gradients are those of `ProductCodes`: of what was
+            rounded.
 
         >>> codes = ProductCodes(np.arange(4.0).reshape(2, 2, 1), np.array([[0, 1]]))
         >>> jax.jit(lambda hidden: codes.packed().logits(hidden))(np.ones((1, 2)))
@@ -269,24 +263,16 @@ def pack_codes(codes: Integer[Array, "vocab groups"]) -> UInt8[jax.Array, "block
     Tokens and groups that complete a block or a pair have code 0.
 
     Args:
-      codes: ``[vocab, groups]`` integers, 0..15, e.g. of ``ProductCodes.fit(..., num_codes=16)``.
-        While it is traced nobody can look at a code: one outside is taken for the nearest end,
-        so that it cannot change the code of another token in the same byte.
+        codes: ``[vocab, groups]`` integers, 0..15, e.g. of ``ProductCodes.fit(..., num_codes=16)``.
+            While it is traced nobody can look at a code: one outside is taken for the nearest end,
+            so that it cannot change the code of another token in the same byte.
 
     Returns:
-      ``[ceil(vocab / 32), ceil(groups / 2), 32]``, uint8.
-
-    Raises:
-      TypeError: the codes are not integers.
-      ValueError: a concrete code is not in 0..15.
-
-    >>> packed = np.asarray(jax.jit(pack_codes)(np.array([[1, 2], [3, 4]])))
-    >>> packed[0, 0, :2], jax.eval_shape(pack_codes, np.ones((40, 3), int)).shape
-    (array([1, 3], dtype=uint8), (2, 2, 32))
+        ``[ceil(vocab / 32), ceil(groups / 2), 32]``, uint8.
 
     References:
-      Andre et al., Cache locality is not enough: high-performance nearest neighbor search with
-      product quantization fast scan, 2015, for the layout's idea.
+        Andre et al., Cache locality is not enough: high-performance nearest neighbor search with
+        product quantization fast scan, 2015, for the layout's idea.
     """
     codes = jnp.asarray(codes)
     if not jnp.issubdtype(codes.dtype, jnp.integer):
@@ -316,15 +302,12 @@ def unpack_codes(
     """What `pack_codes` packed.
 
     Args:
-      packed: ``[ceil(vocab / 32), ceil(groups / 2), 32]``.
-      vocab: tokens that were packed.
-      groups: groups that were packed.
+        packed: ``[ceil(vocab / 32), ceil(groups / 2), 32]``.
+        vocab: tokens that were packed.
+        groups: groups that were packed.
 
     Returns:
-      ``[vocab, groups]``, uint8, 0..15.
-
-    >>> jax.jit(lambda codes: unpack_codes(pack_codes(codes), 1, 3))(np.array([[1, 2, 3]]))
-    Array([[1, 2, 3]], dtype=uint8)
+        ``[vocab, groups]``, uint8, 0..15.
     """
     packed = jnp.asarray(packed)
     blocks, pairs, _ = packed.shape

@@ -17,16 +17,10 @@ class ProductHead(VocabularyHead):
     """`ProductCodes` as a module, to be injected into a decoder. The codes are not trained.
 
     Args:
-      hidden_size: d.
-      vocab_size: V.
-      groups: into how many parts the hidden dimensions are cut.
-      num_codes: codes a group.
-      codes: ``[vocab, groups]``, e.g. of `ProductCodes.fit`; random when omitted.
-      packed: keep two codes a byte, for at most 16 of them, and round tables to bytes.
-      unigram: ``[vocab]`` counts or probabilities: biases begin at its logarithm.
-      dtype: compute dtype.
-      param_dtype: dtype of the codebooks.
-      rngs: source of the initial codebooks.
+        groups: into how many parts the hidden dimensions are cut.
+        num_codes: codes a group.
+        codes: ``[vocab, groups]``, e.g. of `ProductCodes.fit`; random when omitted.
+        packed: keep two codes a byte, for at most 16 of them, and round tables to bytes.
 
     >>> make = lambda: ProductHead(8, 20, groups=4, num_codes=5, rngs=nnx.Rngs(0))
     >>> nnx.jit(lambda hidden: make()(hidden))(jnp.ones((2, 8))).shape

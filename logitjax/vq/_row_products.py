@@ -25,19 +25,11 @@ def row_products(
     On a CPU the rows are read where they lie (`logitjax.kernels`), elsewhere gathered first.
 
     Args:
-      vectors: ``[n, width]``.
-      rows: ``[vocab, width]``.
-      ids: ``[n, chosen]``; what lies outside of the vocabulary is taken for its nearest end.
+        ids: ``[n, chosen]``; what lies outside of the vocabulary is taken for its nearest end.
 
     Returns:
-      ``[n, chosen]``: inputs in the dtype of ``vectors``, sums and result in float32 at least.
-      Differentiable in vectors and rows.
-
-    Raises:
-      ValueError: there are no rows to take the nearest of.
-
-    >>> jax.jit(row_products)(jnp.array([[1.0, 2.0]]), jnp.eye(2), jnp.array([[1, 0, 1]]))
-    Array([[2., 1., 2.]], dtype=float32)
+        ``[n, chosen]``: inputs in the dtype of ``vectors``, sums and result in float32 at least.
+        Differentiable in vectors and rows.
     """
     vectors, rows = jnp.asarray(vectors), jnp.asarray(rows)
     ids = jnp.asarray(ids)

@@ -21,10 +21,10 @@ class Screen:
     """A cheap head that looks at all tokens, and better rows for the best of them.
 
     Attributes:
-      cheap: approximate logits, ``hidden [n, hidden] -> [n, vocab]`` float32: a head, or e.g.
-        `ProductCodes.logits`.
-      rescore: a `Head` with better rows, its kernel alone, or `ProductCodes.logits_at`.
-      num_candidates: tokens that are re-scored.
+        cheap: approximate logits, ``hidden [n, hidden] -> [n, vocab]`` float32: a head, or e.g.
+            `ProductCodes.logits`.
+        rescore: a `Head` with better rows, its kernel alone, or `ProductCodes.logits_at`.
+        num_candidates: tokens that are re-scored.
     """
 
     cheap: Callable[[jax.Array], jax.Array]
@@ -44,13 +44,13 @@ class Screen:
             shift = logsumexp_{v in c} rescore(h, v) - logsumexp_{v in c} s_v
 
         Args:
-          hidden: ``[*batch, hidden]``.
+            hidden: ``[*batch, hidden]``.
 
         Returns:
-          ``[*batch, vocab]``, float32.
+            ``[*batch, vocab]``, float32.
 
         Raises:
-          ValueError: ``num_candidates`` is not in 1..vocab.
+            ValueError: ``num_candidates`` is not in 1..vocab.
 
         >>> cheap = lambda h: jnp.array([[0.0, 1.0, 2.0]])
         >>> screen = Screen(cheap=cheap, rescore=jnp.full((3, 1), 5.0), num_candidates=1)
@@ -58,7 +58,7 @@ class Screen:
         Array([[3., 4., 5.]], dtype=float32)
 
         References:
-          Shim et al., SVD-softmax, 2017, for a low-rank screen; here any cheap head may screen.
+            Shim et al., SVD-softmax, 2017, for a low-rank screen; here any cheap head may screen.
         """
         hidden = jnp.asarray(hidden)
         flat = hidden.reshape(-1, hidden.shape[-1])
@@ -79,17 +79,17 @@ class Screen:
         The choice of candidates has no gradient.
 
         Args:
-          hidden: ``[*batch, hidden]``.
-          labels: ``[*batch]``.
-          temperature: divides the logits.
-          z_loss: weight of the squared log-normaliser.
-          block_size: positions at a time; memory is block_size x vocab.
+            hidden: ``[*batch, hidden]``.
+            labels: ``[*batch]``.
+            temperature: divides the logits.
+            z_loss: weight of the squared log-normaliser.
+            block_size: positions at a time; memory is block_size x vocab.
 
         Returns:
-          ``[*batch]``, float32, not reduced.
+            ``[*batch]``, float32, not reduced.
 
         Raises:
-          ValueError: ``num_candidates`` is not in 1..vocab, or ``labels`` do not fit ``hidden``.
+            ValueError: ``num_candidates`` is not in 1..vocab, or ``labels`` do not fit ``hidden``.
 
         >>> cheap = lambda h: jnp.zeros((1, 4))
         >>> screen = Screen(cheap=cheap, rescore=jnp.zeros((4, 2)), num_candidates=2)
@@ -118,15 +118,15 @@ class Screen:
         They are the full head's wherever its k best tokens are among the candidates.
 
         Args:
-          hidden: ``[*batch, hidden]``.
-          k: how many, at most ``num_candidates``.
-          with_log_z: False leaves ``log_z`` zero, which greedy decoding does not need.
+            hidden: ``[*batch, hidden]``.
+            k: how many, at most ``num_candidates``.
+            with_log_z: False leaves ``log_z`` zero, which greedy decoding does not need.
 
         Returns:
-          `TopK`: ``[*batch, k]`` logits and tokens, ``log_z`` over the whole vocabulary.
+            `TopK`: ``[*batch, k]`` logits and tokens, ``log_z`` over the whole vocabulary.
 
         Raises:
-          ValueError: ``k`` is not in 1..num_candidates, or that is not in 1..vocab.
+            ValueError: ``k`` is not in 1..num_candidates, or that is not in 1..vocab.
 
         >>> cheap = lambda h: jnp.array([[0.0, 1.0, 2.0]])
         >>> exact = jnp.array([[9.0], [4.0], [3.0]])
@@ -168,10 +168,10 @@ class ScreenedHead(VocabularyHead):
     a tenth of the rows.
 
     Args:
-      screen: any head that makes V cheap logits: a `ProductHead`, a `LowRankHead`, a `VQHead`.
-      num_candidates: tokens that are re-scored.
-      rows: ``[vocab, hidden]``, the head's own rows; None takes the embedding.
-      row_bias: ``[vocab]``, their biases.
+        screen: any head that makes V cheap logits: a `ProductHead`, a `LowRankHead`, a `VQHead`.
+        num_candidates: tokens that are re-scored.
+        rows: ``[vocab, hidden]``, the head's own rows; None takes the embedding.
+        row_bias: ``[vocab]``, their biases.
 
     >>> from logitjax.heads import LowRankHead
     >>> make = lambda: ScreenedHead(LowRankHead(8, 20, 2, rngs=nnx.Rngs(0)), num_candidates=4)

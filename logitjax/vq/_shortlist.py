@@ -27,12 +27,12 @@ class Pages:
     """The clusters cut into pages of equal size, so that a shortlist has a static shape.
 
     Attributes:
-      tokens: ``[pages, size]``, tokens of one cluster, -1 where a page is not full.
-      code: ``[pages]``, their cluster.
-      bias: ``[pages, size]``, their biases, ``-inf`` where there is no token.
-      log_mass: ``[pages]``, log of the summed exponentials of those.
-      lift: ``[pages]``, added to the cluster's score to rank pages: the largest bias in it, plus
-        a margin for how far rows lie from the codebook.
+        tokens: ``[pages, size]``, tokens of one cluster, -1 where a page is not full.
+        code: ``[pages]``, their cluster.
+        bias: ``[pages, size]``, their biases, ``-inf`` where there is no token.
+        log_mass: ``[pages]``, log of the summed exponentials of those.
+        lift: ``[pages]``, added to the cluster's score to rank pages: the largest bias in it, plus
+            a margin for how far rows lie from the codebook.
     """
 
     tokens: jax.Array
@@ -67,17 +67,17 @@ class Pages:
         most codes + vocab / size.
 
         Args:
-          bias: ``[vocab]``; tokens with ``-inf`` are left out.
-          assignment: ``[vocab]``, cluster of each entry.
-          size: tokens per page.
-          margin: ``[vocab]``, by how much the better logit of a token may plausibly exceed its VQ
-            logit, e.g. one standard deviation (`spread`).
+            bias: ``[vocab]``; tokens with ``-inf`` are left out.
+            assignment: ``[vocab]``, cluster of each entry.
+            size: tokens per page.
+            margin: ``[vocab]``, by how much the better logit of a token may plausibly exceed its VQ
+                logit, e.g. one standard deviation (`spread`).
 
         Returns:
-          `Pages`.
+            `Pages`.
 
         Raises:
-          ValueError: ``size`` is not positive.
+            ValueError: ``size`` is not positive.
 
         >>> pages = Pages.cut(jnp.array([0.0, 1.0, 2.0, 3.0]), jnp.array([0, 0, 0, 1]), size=2)
         >>> print(pages.tokens.tolist(), pages.code)
@@ -122,13 +122,13 @@ class Pages:
             sqrt((w_v - C_{m(v)})^T Cov(h) (w_v - C_{m(v)}))
 
         Args:
-          rows: ``[vocab, hidden]``, rows of the full head.
-          codebook: ``[codes, hidden]``.
-          assignment: ``[vocab]``, cluster of each entry.
-          hidden_cov: ``[hidden, hidden]``, covariance of the hidden states.
+            rows: ``[vocab, hidden]``, rows of the full head.
+            codebook: ``[codes, hidden]``.
+            assignment: ``[vocab]``, cluster of each entry.
+            hidden_cov: ``[hidden, hidden]``, covariance of the hidden states.
 
         Returns:
-          ``[vocab]``, float32.
+            ``[vocab]``, float32.
 
         >>> arrays = np.array([[3.0], [1.0]]), np.ones((1, 1)), np.zeros(2, int), 4.0 * np.eye(1)
         >>> print(jax.jit(Pages.spread)(*arrays))
@@ -142,15 +142,11 @@ def rescoring(rows: Rescore | Head | Array) -> Rescore:
     """What re-scores as it is, and of a full head ``w_v . h + a_v``.
 
     Args:
-      rows: a `Rescore`, a `Head`, or its kernel alone.
+        rows: a `Rescore`, a `Head`, or its kernel alone.
 
     Returns:
-      A `Rescore`: inputs in the dtype of ``hidden``, sums and result in float32. Tokens outside of
-      the vocabulary are taken for its nearest end.
-
-    >>> rescore = jax.jit(rescoring(Head(np.eye(3), vocab_axis=0)))
-    >>> rescore(np.array([[1.0, 2.0, 3.0]]), np.array([[2, 0]]))
-    Array([[3., 1.]], dtype=float32)
+        A `Rescore`: inputs in the dtype of ``hidden``, sums and result in float32. Tokens outside
+        of the vocabulary are taken for its nearest end.
     """
     if callable(rows):
         return rows
@@ -169,13 +165,13 @@ class Shortlist:
     """A shortlist: the pages of tokens to re-score, and the better rows.
 
     Attributes:
-      pages: pages from `Pages.cut`.
-      rescore: a `Head` with better rows, or `ProductCodes.logits_at`.
-      num_pages: pages that are re-scored.
-      calibration: ``[scale, offset]`` of the log-odds of the shortlist; (1, 0) when omitted.
+        pages: pages from `Pages.cut`.
+        rescore: a `Head` with better rows, or `ProductCodes.logits_at`.
+        num_pages: pages that are re-scored.
+        calibration: ``[scale, offset]`` of the log-odds of the shortlist; (1, 0) when omitted.
 
     Raises:
-      ValueError: ``num_pages`` is not in 1..pages.
+        ValueError: ``num_pages`` is not in 1..pages.
     """
 
     pages: Pages
@@ -219,21 +215,21 @@ class Shortlist:
         The choice of pages has no gradient; the codes learn how much of the mass it catches.
 
         Args:
-          hidden: ``[*batch, hidden]``.
-          codebook: ``[codes, hidden]``.
-          bias: ``[vocab]``.
-          assignment: ``[vocab]``, cluster of each entry.
-          labels: ``[*batch]``.
-          temperature: divides the logits.
-          soft_cap: bounds the VQ scores and, with it, the better logits.
-          z_loss: weight of the squared log-normaliser.
-          block_size: positions at a time; their rows are gathered anew in the backward pass.
+            hidden: ``[*batch, hidden]``.
+            codebook: ``[codes, hidden]``.
+            bias: ``[vocab]``.
+            assignment: ``[vocab]``, cluster of each entry.
+            labels: ``[*batch]``.
+            temperature: divides the logits.
+            soft_cap: bounds the VQ scores and, with it, the better logits.
+            z_loss: weight of the squared log-normaliser.
+            block_size: positions at a time; their rows are gathered anew in the backward pass.
 
         Returns:
-          ``[*batch]``, float32, not reduced. O(K d + num_pages * size * d) per token.
+            ``[*batch]``, float32, not reduced. O(K d + num_pages * size * d) per token.
 
         Raises:
-          ValueError: ``labels`` do not fit ``hidden``.
+            ValueError: ``labels`` do not fit ``hidden``.
 
         >>> rows = Head(np.eye(3), vocab_axis=0)
         >>> bias, assignment = np.zeros(3), np.array([0, 0, 1])
@@ -243,7 +239,8 @@ class Shortlist:
         [1.0986123]
 
         References:
-          The tail of the paper's head, arXiv:2505.10202, under rows of the head it replaces: ours.
+            The tail of the paper's head, arXiv:2505.10202, under rows of the head it replaces:
+            ours.
         """
         hidden, labels, assignment = (
             jnp.asarray(hidden),
@@ -291,20 +288,20 @@ class Shortlist:
         tokens lie in the chosen pages.
 
         Args:
-          hidden: ``[*batch, hidden]``.
-          codebook: ``[codes, hidden]``.
-          k: how many.
-          temperature: divides the logits. Other than 1 it costs O(V) a call.
-          soft_cap: as `nll`.
-          with_tail: False uses the chosen pages alone, which is cheaper, and right if you trust
-            only the better logits.
-          block_size: positions at a time.
+            hidden: ``[*batch, hidden]``.
+            codebook: ``[codes, hidden]``.
+            k: how many.
+            temperature: divides the logits. Other than 1 it costs O(V) a call.
+            soft_cap: as `nll`.
+            with_tail: False uses the chosen pages alone, which is cheaper, and right if you trust
+                only the better logits.
+            block_size: positions at a time.
 
         Returns:
-          `TopK`: ``[*batch, k]`` logits and tokens, ``log_z`` over the whole vocabulary.
+            `TopK`: ``[*batch, k]`` logits and tokens, ``log_z`` over the whole vocabulary.
 
         Raises:
-          ValueError: the shortlist is shorter than k.
+            ValueError: the shortlist is shorter than k.
 
         >>> rows = Head(np.eye(3), vocab_axis=0)
         >>> bias, assignment = np.zeros(3), np.array([0, 0, 1])
@@ -359,7 +356,7 @@ class Shortlist:
         Args: as there.
 
         Returns:
-          ``[*batch, vocab]``, float32.
+            ``[*batch, vocab]``, float32.
 
         >>> rows = Head(np.eye(3), vocab_axis=0)
         >>> bias, assignment = np.zeros(3), np.array([0, 0, 1])

@@ -23,14 +23,14 @@ class HeadTargets:
     (which keep the noise of mini-batches low), are all that tuning needs: no V logits ever again.
 
     Attributes:
-      sums: ``[vocab, hidden]``, ``sum_n p(v | h_n) h_n``.
-      counts: ``[vocab]``, ``sum_n p(v | h_n)``.
-      top_probs: ``[count, k]``, the largest probabilities of each position.
-      top_tokens: ``[count, k]`` int32, theirs.
-      rest_sums: ``sums`` without the top ones.
-      rest_counts: ``counts`` without the top ones.
-      entropy: mean entropy of the full head, nats.
-      nll: ``[count]``, the full head's own loss on the labels, if these were given.
+        sums: ``[vocab, hidden]``, ``sum_n p(v | h_n) h_n``.
+        counts: ``[vocab]``, ``sum_n p(v | h_n)``.
+        top_probs: ``[count, k]``, the largest probabilities of each position.
+        top_tokens: ``[count, k]`` int32, theirs.
+        rest_sums: ``sums`` without the top ones.
+        rest_counts: ``counts`` without the top ones.
+        entropy: mean entropy of the full head, nats.
+        nll: ``[count]``, the full head's own loss on the labels, if these were given.
     """
 
     sums: np.ndarray
@@ -67,18 +67,13 @@ def head_targets(
     """Run the full head once over cached hidden states; O(N V d), the only time it is needed.
 
     Args:
-      hidden: ``[count, hidden]``.
-      head: the full head.
-      labels: ``[count]``; its loss on them is kept too.
-      top: probabilities kept per position.
-      block_size: positions at a time; memory is block_size x vocab.
+        head: the full head.
+        labels: ``[count]``; its loss on them is kept too.
+        top: probabilities kept per position.
+        block_size: positions at a time; memory is block_size x vocab.
 
     Returns:
-      `HeadTargets`, on the host.
-
-    >>> targets = head_targets(np.ones((3, 2)), Head(jnp.zeros((5, 2)), vocab_axis=0), top=5)
-    >>> round(targets.entropy, 3), round(float(targets.counts[0]), 3)
-    (1.609, 0.6)
+        `HeadTargets`, on the host.
     """
     rows = jnp.asarray(head.rows, jnp.float32)
     vocab, width = rows.shape

@@ -173,15 +173,12 @@ def vq_distillation_loss(
     over positions is exact, and less the teacher's entropy it is the KL divergence.
 
     Args:
-      params: ``codebook [codes, hidden]``, and ``bias [vocab]`` unless it is fixed at zero.
-      constants: ``assignment [vocab]``, ``rest [codes, hidden]`` and ``rest_counts [vocab]``, both
-        over N.
-      hidden: ``[n, hidden]``.
-      top_probs: ``[n, k]``.
-      top_tokens: ``[n, k]``.
-
-    Returns:
-      ``[n]``.
+        params: ``codebook [codes, hidden]``, and ``bias [vocab]`` unless it is fixed at zero.
+        constants: ``assignment [vocab]``, ``rest [codes, hidden]`` and ``rest_counts [vocab]``,
+            both over N.
+        hidden: ``[n, hidden]``.
+        top_probs: ``[n, k]``.
+        top_tokens: ``[n, k]``.
     """
     codebook, assignment = params["codebook"], constants["assignment"]
     bias = params.get("bias")
@@ -224,9 +221,6 @@ def tune_vq_head(
 
     Returns:
         `(codebook, bias, assignment, history)`; history holds `loss` and `moved`.
-
-    Raises:
-        ValueError: `reassign_every` without biases.
     """
     if reassign_every is not None and bias is None:
         raise ValueError("reassign_every: expected biases beside it, got bias=None")
@@ -293,20 +287,20 @@ def reassign_from_labels(
     few hundred recent batches, call this, and continue with the new mapping and biases.
 
     Args:
-      codebook: ``[codes, hidden]``.
-      bias: ``[vocab]``.
-      assignment: ``[vocab]``.
-      hidden: ``[count, hidden]``, hidden states.
-      labels: ``[count]``, the tokens that followed.
-      min_count: tokens seen less often stay: few labels overfit.
+        codebook: ``[codes, hidden]``.
+        bias: ``[vocab]``.
+        assignment: ``[vocab]``.
+        hidden: ``[count, hidden]``, hidden states.
+        labels: ``[count]``, the tokens that followed.
+        min_count: tokens seen less often stay: few labels overfit.
 
     Returns:
-      ``(assignment, bias, moved)``.
+        ``(assignment, bias, moved)``.
 
     Raises:
-      TypeError: arrays of another kind.
-      ValueError: shapes that do not fit, a token in a cluster that there is not, or a label outside
-        of the vocabulary.
+        TypeError: arrays of another kind.
+        ValueError: shapes that do not fit, a token in a cluster that there is not, or a label
+            outside of the vocabulary.
 
     >>> codebook, hidden = np.array([[1.0], [-1.0]]), np.array([[2.0], [-2.0]])
     >>> new, bias, moved = reassign_from_labels(codebook, np.zeros(2), np.array([1, 0]), hidden,

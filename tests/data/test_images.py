@@ -1,7 +1,6 @@
 """Labelled images: every source, and the builders on small stand-ins for their packages."""
 
 import gzip
-import os
 import struct
 
 import numpy as np
@@ -67,7 +66,7 @@ def idx(values: np.ndarray) -> bytes:
 
 
 def test_fashion_mnist_is_built_from_the_debian_files(tmp_path, monkeypatch):
-    from logitjax.data.builders import _fashion_mnist
+    from logitjax.data._builders import _fashion_mnist
 
     rng = np.random.default_rng(0)
     manual = tmp_path / "downloads" / "manual" / _fashion_mnist._FOLDER
@@ -86,21 +85,3 @@ def test_fashion_mnist_is_built_from_the_debian_files(tmp_path, monkeypatch):
     monkeypatch.setattr(_fashion_mnist, "_FOLDER", "nowhere")
     with pytest.raises(FileNotFoundError, match="apt-get download dataset-fashion-mnist"):
         _fashion_mnist.find_files(tmp_path)
-
-
-def test_udhr_keeps_paragraphs_in_one_split(tmp_path):
-    from logitjax.data.builders import _udhr
-
-    page = "<html><head><title>x</title></head><body>{}</body></html>"
-    texts = [f"paragraph {i} of words &amp; letters " + "abc " * i for i in range(30)]
-    (tmp_path / "eng.html").write_text(page.format("".join(f"<p>{t}</p>" for t in texts)))
-    assert os.fspath(_udhr.find_declarations(tmp_path)) == os.fspath(tmp_path)
-    paragraphs = _udhr.read_paragraphs(tmp_path / "eng.html")
-    assert paragraphs[3] == "paragraph 3 of words & letters abc abc abc"
-    pieces = {s: [text for _, text in _udhr.windows(paragraphs, s)] for s in _udhr._STRIDE}
-    assert all(len(text) == 24 for texts in pieces.values() for text in texts)
-    assert all(pieces.values())
-    firsts = {s: {t for t in texts if t.startswith("paragraph")} for s, texts in pieces.items()}
-    assert not firsts["train"] & firsts["test"]
-    assert not firsts["train"] & firsts["validation"]
-    assert len(set(_udhr.Udhr.LANGUAGES)) == 100

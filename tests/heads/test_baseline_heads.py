@@ -5,23 +5,17 @@ import pytest
 from flax import nnx
 
 from logitjax.heads import (
-    AdaptiveConfig,
-    AdaptiveHead,
     LinearHead,
     LowRankHead,
     TiedHead,
-    adaptive_nll,
-    adaptive_topk,
     fit_low_rank,
 )
-from logitjax.heads._adaptive_softmax import adaptive_log_probs
 from logitjax.heads._low_rank import low_rank_logits
 from logitjax.models import Decoder, DecoderConfig
 from logitjax.vq import ProductCodes, ProductHead, ShortlistHead, VQHead
 from tests._compiled import compiled
 from tests._modules import call, with_weights
 
-log_probs_of = compiled(adaptive_log_probs)
 low_rank_logits_of = compiled(low_rank_logits)
 fit = compiled(fit_low_rank)
 
@@ -37,7 +31,6 @@ def ranked(values, k):
 
 
 VOCAB, WIDTH, COUNT = 60, 8, 30
-CONFIG = AdaptiveConfig(vocab_size=VOCAB, hidden_size=WIDTH, cutoffs=(12, 30), div_value=2.0)
 
 
 @pytest.fixture(scope="module")
@@ -47,50 +40,7 @@ def case():
     hidden = rng.normal(size=(COUNT, WIDTH)).astype(np.float32)
     labels = rng.integers(0, VOCAB, COUNT).astype(np.int32)
     rows = rng.normal(size=(VOCAB, WIDTH)).astype(np.float32)
-    params = jax.jit(lambda key: CONFIG.init(key, unigram))(jax.random.key(0))
-    return dict(unigram=unigram, hidden=hidden, labels=labels, rows=rows, params=params)
-
-
-def test_adaptive_loss_and_gradients_are_those_of_its_log_probabilities(case):
-    tables = {name: case["params"][name] for name in ("order", "rank")}
-    trained = {k: v for k, v in case["params"].items() if k not in tables}
-
-    def lean(trained, hidden):
-        return adaptive_nll(hidden, trained | tables, case["labels"], block_size=8).sum()
-
-    def plain(trained, hidden):
-        log_probs = adaptive_log_probs(hidden, trained | tables)
-        return -jnp.take_along_axis(log_probs, case["labels"][:, None], -1).sum()
-
-    got, grads = jax.jit(jax.value_and_grad(lean, (0, 1)))(trained, case["hidden"])
-    want, want_grads = jax.jit(jax.value_and_grad(plain, (0, 1)))(trained, case["hidden"])
-    np.testing.assert_allclose(got, want, rtol=1e-5)
-    for mine, reference in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads)):
-        np.testing.assert_allclose(mine, reference, rtol=1e-4, atol=1e-5)
-    probs = np.exp(log_probs_of(case["hidden"], case["params"]))
-    np.testing.assert_allclose(probs.sum(-1), 1.0, rtol=1e-5)
-
-
-def test_adaptive_top_k_is_exact_whether_or_not_a_tail_is_needed(case):
-    for scale in (0.0, 3.0):
-        hidden = case["hidden"] * np.float32(scale)
-        top = compiled(adaptive_topk)(hidden, case["params"], 5)
-        values, tokens = ranked(log_probs_of(hidden, case["params"]), 5)
-        np.testing.assert_allclose(top.values, values, rtol=1e-4, atol=1e-5)
-        if scale:
-            np.testing.assert_array_equal(top.indices, tokens)
-
-
-def test_adaptive_from_a_full_head_of_full_width_ranks_the_frequent_as_it_does(case):
-    config = AdaptiveConfig(vocab_size=VOCAB, hidden_size=WIDTH, cutoffs=(40,), div_value=1.0)
-    fits = jax.jit(lambda rows: config.fit(rows, case["unigram"], np.zeros(WIDTH), np.eye(WIDTH)))
-    params = fits(case["rows"])
-    frequent = np.asarray(params["order"][:40])
-    log_probs = np.asarray(log_probs_of(case["hidden"], params))[:, frequent]
-    full = (case["hidden"] @ case["rows"].T)[:, frequent]
-    np.testing.assert_allclose(
-        log_probs - log_probs[:, :1], full - full[:, :1], rtol=1e-3, atol=1e-3
-    )
+    return dict(unigram=unigram, hidden=hidden, labels=labels, rows=rows)
 
 
 def test_low_rank_of_full_rank_is_the_full_head(case):
@@ -119,19 +69,9 @@ def test_costs_of_the_same_head_agree():
     assert full.parameters == VOCAB * (WIDTH + 1)
     tied = TiedHead().cost(np.zeros((VOCAB, WIDTH), np.float32))
     assert (tied.parameters, tied.read_bytes) == (0, VOCAB * WIDTH * 4)
-    head = nnx.eval_shape(lambda: AdaptiveHead(CONFIG, np.ones(VOCAB), rngs=nnx.Rngs(0)))
-    often, seldom = head.cost(), head.cost(looked_into=(0.5, 0.1), labels_in=(0.2, 0.1))
-    assert often.stored_bytes == seldom.stored_bytes
-    assert often.parameters == sum(x.size for x in jax.tree.leaves(nnx.state(head, nnx.Param)))
-    tails = [sum(x.size for x in jax.tree.leaves(nnx.state(tail))) for tail in head.tails]
-    assert often.train_flops - seldom.train_flops == int(6 * (0.8 * tails[0] + 0.9 * tails[1]))
 
 
 def test_errors_name_the_argument(case):
-    with pytest.raises(ValueError, match=r"^cutoffs: expected rising ranks"):
-        AdaptiveConfig(vocab_size=10, hidden_size=4, cutoffs=(5, 5))
-    with pytest.raises(ValueError, match="k: expected 1 to 12"):
-        adaptive_topk(case["hidden"], case["params"], 13)
     with pytest.raises(ValueError, match="rank: expected 1 to"):
         fit_low_rank(case["rows"], case["unigram"], np.zeros(WIDTH), np.eye(WIDTH), 9)
 
@@ -173,7 +113,6 @@ def _modules(case, name):
         "low rank": lambda: made(LowRankHead, WIDTH, VOCAB, 3),
         "low rank, fitted": lambda: LowRankHead.from_fit(*fit(rows, unigram, *fits, 5)),
         "product": lambda: ProductHead.from_fit(product()),
-        "adaptive": lambda: AdaptiveHead(CONFIG, unigram, params=case["params"], rngs=nnx.Rngs(3)),
         "VQ": lambda: made(VQHead, WIDTH, VOCAB, 20),
         "shortlist": lambda: ShortlistHead(
             WIDTH, VOCAB, 20, num_pages=9, page_size=2, unigram=unigram, rngs=nnx.Rngs(3)
@@ -181,7 +120,7 @@ def _modules(case, name):
     }[name]()
 
 
-HEADS = ("full", "tied", "low rank", "low rank, fitted", "product", "adaptive", "VQ", "shortlist")
+HEADS = ("full", "tied", "low rank", "low rank, fitted", "product", "VQ", "shortlist")
 
 
 @pytest.mark.parametrize(
@@ -218,7 +157,7 @@ def test_heads_share_an_interface_inside_a_decoder(case, name):
     cost = head.cost(embedding)
     trained = sum(x.size for x in jax.tree.leaves(nnx.state(head, nnx.Param)))
     assert cost.parameters == trained - (2 if name == "shortlist" else 0)
-    if name in ("adaptive", "shortlist"):
+    if name == "shortlist":
         with pytest.raises(ValueError, match="head: expected one with a kernel"):
             model.head_of()
     else:
@@ -228,7 +167,7 @@ def test_heads_share_an_interface_inside_a_decoder(case, name):
 
 @pytest.mark.every_change
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["low rank", "VQ", "product", "adaptive"])
+@pytest.mark.parametrize("name", ["low rank", "VQ", "product"])
 def test_a_decoder_decodes_and_trains_through_the_head_alone(case, name):
     model = decoder(_modules(case, name))
     model.head.prepare(1)

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from logitjax.leakage import BudgetExhaustedError, HttpOracle, LogitPolicy
+from logitjax.leakage import HttpOracle, LogitPolicy
+from logitjax.leakage._oracle import BudgetExhaustedError
 from logitjax.leakage._policy import Answer
 from tests.leakage._models import log_softmax, oracle_of
 

@@ -10,10 +10,7 @@ from logitjax.leakage import (
     LogitPolicy,
     _subspace,
     align_head,
-    complete_rows,
     estimate_output_subspace,
-    norm_kind,
-    settle_by_norm,
 )
 from logitjax.leakage._alignment import utility_loss
 from logitjax.leakage._gram import cholesky_qr, gram_matrix
@@ -155,33 +152,6 @@ def test_gram_of_many_rows_uses_the_symmetry():
     np.testing.assert_allclose(gram_matrix(rows, block_size=32), rows @ rows.T, atol=1e-3)
 
 
-def test_norm_layers_are_told_apart(case):
-    head, states = head_and_states(300, 10, 60)
-    assert norm_kind((states @ head.T).astype(np.float32), 10, centre=False) == "rms_norm"
-    gain, bias = np.random.default_rng(5).standard_normal((2, 10))
-    flat = states - states.mean(axis=1, keepdims=True)
-    normed = flat / flat.std(axis=1, keepdims=True) * gain + bias
-    logits = normed @ head.T
-    assert norm_kind(logits.astype(np.float32), 10, centre=False) == "layer_norm"
-    assert norm_kind(log_softmax(logits).astype(np.float32), 10) == "layer_norm"
-    with pytest.raises(ValueError, match="rows: expected more than 11, got 5"):
-        norm_kind(logits[:5].astype(np.float32), 10)
-
-
-def test_rms_norm_settles_the_head_up_to_a_rotation():
-    head, states = head_and_states(200, 8, 60)
-    rows = states @ head.T
-    found = estimate_output_subspace(rows.astype(np.float32), dimension=8, centre=False)
-    basis = np.asarray(found.basis, np.float64)
-    inner = settle_by_norm(rows @ basis)
-    rotated = basis @ np.linalg.inv(inner).T
-    aligned = align_head(rotated, head, centre=False, rotation=True)
-    assert aligned.r2_rotation > 1 - 1e-6
-    assert align_head(basis, head, centre=False, rotation=True).r2_rotation < 0.999
-    with pytest.raises(ValueError, match="coefficients: expected at least 36 rows for 8"):
-        settle_by_norm((rows @ basis)[:20])
-
-
 def test_metrics_know_chance(case):
     head, _ = case
     control = align_head(np.random.default_rng(3).standard_normal((len(head), WIDTH)), head)
@@ -203,22 +173,6 @@ def test_utility_counts_what_honest_users_lose(case):
     assert loss["kl"] > 0.5
     assert loss["top1"] < 0.8
     assert utility_loss(rows, rows)["top1"] == 1.0
-
-
-@pytest.mark.parametrize(("share", "found"), [(0.6, True), (0.03, False)])
-def test_completion_knows_what_it_is_worth(share, found):
-    rng = np.random.default_rng(0)
-    rows = rng.standard_normal((150, 4)) @ rng.standard_normal((4, 60))
-    where = rng.random(rows.shape) < share
-    where[:, 0] = True
-    done = complete_rows(rows, where, 4, key=jax.random.key(0), iterations=60)
-    assert done.identifiable == found
-    if found:
-        np.testing.assert_allclose(done.rows, rows, atol=0.05)
-        assert "predicted" in done.verdict
-    else:
-        assert done.misfit < 0.5
-        assert "no more than the rank" in done.verdict
 
 
 def test_arguments_are_checked(case):
@@ -251,10 +205,3 @@ def test_the_caller_s_key_is_still_there_after_a_sketch(case):
         estimate_output_subspace(case[1], method="sketch", max_rank=60, key=key) for _ in range(2)
     )
     np.testing.assert_array_equal(first.singular_values, again.singular_values)
-
-
-def test_no_row_is_held_back_whole():
-    rows = np.random.default_rng(1).standard_normal((12, 2)) @ np.eye(2, 8)
-    where = np.arange(8) < 2 + np.zeros((12, 1))
-    done = complete_rows(rows, where, 1, key=jax.random.key(0), held_out=1.0)
-    assert np.isfinite(done.misfit)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from logitjax import storage
-from logitjax.storage import guard
+from logitjax.storage import _guard as guard
 from logitjax.storage.weights import (
     SafetensorsSource,
     read_npy,

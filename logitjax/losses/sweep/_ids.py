@@ -32,9 +32,6 @@ def pick(together: int, logits: jax.Array, columns: jax.Array, ids: jax.Array) -
         logits: `[*batch, block]`.
         columns: `[block]` or `[1, block]` int32, ascending, `NOWHERE` where one does not count.
         ids: `[*batch, n]` int32, in any order; may repeat.
-
-    Returns:
-        `[*batch, n]`.
     """
 
     def look(found: jax.Array, start: Any, at: jax.Array) -> jax.Array:

@@ -85,13 +85,6 @@ def choose_tiles(
         numbers: how many numbers a position each other array has that goes in or out.
         multiple: of which columns are a multiple.
         most: bytes there are.
-
-    Raises:
-        ValueError: not even the smallest tiles fit.
-
-    >>> four = [1, 1, 1, 1]
-    >>> choose_tiles(4096, 151936, [2048], four)[:2], choose_tiles(32768, 128256, [8192], four)[:2]
-    ((1024, 1024), (1024, 512))
     """
     # A number a position fills the lanes of a register too.
     row_bytes = sum(4 * -(-number // _LANES) * _LANES for number in numbers)

@@ -78,28 +78,55 @@ def run(
             position or no entry of the vocabulary.
     """
     ops.checks.positive(temperature, "temperature")
-    given = {"hidden": (hidden, head)}
-    if teacher is not None:
-        given["teacher_hidden"] = teacher
-    sides = [_projection(name, *side, temperature) for name, side in given.items()]
-    batch, vocab = sides[0].hidden.shape[:-1], sides[0].head.vocab_size()
+    operands = _operands((hidden, head), teacher, tokens, temperature, vocab_where)
+    batch = operands.student.hidden.shape[:-1]
+    if weights is not None:
+        weights = jnp.asarray(weights)
+        ops.checks.shapes(weights=(weights, "float *batch"))
+        if weights.shape != batch:
+            raise ValueError(
+                f"weights: expected the batch shape of hidden, {batch}, got {weights.shape}"
+            )
+        weights = weights.astype(sum_dtype(operands.student))
+    # Asked outside of shard_map, where arrays still say where they lie.
+    platform = platform_of(operands.student.hidden, operands.student.head.kernel)
+    local = functools.partial(_local, statistic, Blocks() if blocks is None else blocks, platform)
+    if axis_name is None:
+        outputs = _on_auto_mesh(local, operands, weights)
+    else:
+        outputs = local(operands, weights, axis_name)
+    if weights is not None:
+        return outputs[0], lax.stop_gradient(outputs[1])
+    return _losses(statistic, len(batch), outputs, operands.tokens)
+
+
+def _operands(
+    student: tuple[Any, Any],
+    teacher: tuple[Any, Any] | None,
+    tokens: Mapping[str, Any] | None,
+    temperature: Number,
+    vocab_where: Array | None,
+) -> Operands:
+    """What a sweep reads, checked; nothing but the student gets a gradient."""
+    side = _projection("hidden", *student, temperature)
+    batch, vocab = side.hidden.shape[:-1], side.head.vocab_size()
     if not math.prod(batch):
-        shape = sides[0].hidden.shape
-        raise ValueError(f"hidden: expected at least one position, got shape {shape}")
+        raise ValueError(f"hidden: expected at least one position, got shape {side.hidden.shape}")
     if not vocab:
-        shape = sides[0].head.kernel.shape
+        shape = side.head.kernel.shape
         raise ValueError(f"head: expected at least one entry of the vocabulary, got shape {shape}")
+    other = None
     if teacher is not None:
-        sides[1] = lax.stop_gradient(sides[1])
-        if sides[1].hidden.shape[:-1] != batch:
+        other = lax.stop_gradient(_projection("teacher_hidden", *teacher, temperature))
+        if other.hidden.shape[:-1] != batch:
             raise ValueError(
                 f"teacher_hidden: expected the batch shape of hidden, {batch}, got "
-                f"{sides[1].hidden.shape[:-1]}"
+                f"{other.hidden.shape[:-1]}"
             )
-        if sides[1].head.vocab_size() != vocab:
+        if other.head.vocab_size() != vocab:
             raise ValueError(
                 f"teacher_head: expected the vocabulary of head, {vocab} entries, got "
-                f"{sides[1].head.vocab_size()}: cut or pad one of them and exclude the padding "
+                f"{other.head.vocab_size()}: cut or pad one of them and exclude the padding "
                 "with vocab_where"
             )
     if vocab_where is not None:
@@ -117,64 +144,54 @@ def run(
                 f"{name}: expected a shape that starts with the batch shape of hidden, {batch}, "
                 f"got {value.shape}"
             )
-    operands = Operands(sides[0], sides[1] if teacher is not None else None, vocab_where, tokens)
-    if weights is not None:
-        weights = jnp.asarray(weights)
-        ops.checks.shapes(weights=(weights, "float *batch"))
-        if weights.shape != batch:
-            raise ValueError(
-                f"weights: expected the batch shape of hidden, {batch}, got {weights.shape}"
-            )
-        weights = weights.astype(sum_dtype(sides[0]))
-    sizes = Blocks() if blocks is None else blocks
-    platform = platform_of(operands.student.hidden, operands.student.head.kernel)
+    return Operands(side, other, vocab_where, tokens)
 
-    def local(operands: Operands, weights: Array | None, axis_name: AxisName | None) -> Any:
-        """Of the rows and columns that are here: all of them, or a device's."""
-        student, batch = operands.student, operands.student.hidden.shape[:-1]
-        layout = sizes.layout(
-            Sizes(
-                batch=batch,
-                vocab=student.head.vocab_size(),
-                widths=tuple(side.hidden.shape[-1] for side in operands.sides),
-                weighted=weights is not None,
-                platform=platform,
-            )
-        )
-        if layout.engine == "pallas" and not statistic.in_tiles:
-            raise ValueError(
-                f"blocks.engine: expected 'scan' or 'rows' for {type(statistic).__name__}, which "
-                "no kernel can absorb, got 'pallas'"
-            )
-        varying = _varying((operands, weights), axis_name)
-        config = Sweep(
-            statistic=statistic,
-            block=layout.columns,
-            token_block=layout.tokens,
-            axis_name=axis_name,
-            varying=varying,
-            forward=_kernel_for(platform) if layout.engine == "pallas" else None,
-            write_gradients=platform != "cpu",
-            together=_IDS_TOGETHER if platform == "tpu" else 0,
-        )
-        known = weights if layout.engine == "rows" else None
-        tokens = operands.tokens
-        # Outside the custom rule, so that the transpose sums the gradients of replicated arrays.
-        operands, known = jax.tree.map(lambda x: ops.sharding.vary(x, varying), (operands, known))
-        outputs = _on_explicit_mesh(config, operands, known)
-        if axis_name is not None:
-            outputs = jax.tree.map(lambda x: lax.psum(x, axis_name), outputs)
-        if weights is None or known is not None:
-            return outputs
-        return weighted_sum(_losses(statistic, len(batch), outputs, tokens), weights), outputs
 
-    if axis_name is None:
-        outputs = _on_auto_mesh(local, operands, weights)
-    else:
-        outputs = local(operands, weights, axis_name)
-    if weights is not None:
-        return outputs[0], lax.stop_gradient(outputs[1])
-    return _losses(statistic, len(batch), outputs, tokens)
+def _local(
+    statistic: Statistic,
+    blocks: Blocks,
+    platform: str,
+    operands: Operands,
+    weights: Array | None,
+    axis_name: AxisName | None,
+) -> Any:
+    """The sweep of the rows and columns that are here: all of them, or a device's."""
+    student, batch = operands.student, operands.student.hidden.shape[:-1]
+    layout = blocks.layout(
+        Sizes(
+            batch=batch,
+            vocab=student.head.vocab_size(),
+            widths=tuple(side.hidden.shape[-1] for side in operands.sides),
+            weighted=weights is not None,
+            platform=platform,
+        )
+    )
+    if layout.engine == "pallas" and not statistic.in_tiles:
+        raise ValueError(
+            f"blocks.engine: expected 'scan' or 'rows' for {type(statistic).__name__}, which "
+            "no kernel can absorb, got 'pallas'"
+        )
+    varying = _varying((operands, weights), axis_name)
+    config = Sweep(
+        statistic=statistic,
+        block=layout.columns,
+        token_block=layout.tokens,
+        axis_name=axis_name,
+        varying=varying,
+        forward=_kernel_for(platform) if layout.engine == "pallas" else None,
+        write_gradients=platform != "cpu",
+        together=_IDS_TOGETHER if platform == "tpu" else 0,
+    )
+    known = weights if layout.engine == "rows" else None
+    tokens = operands.tokens
+    # Outside the custom rule, so that the transpose sums the gradients of replicated arrays.
+    operands, known = jax.tree.map(lambda x: ops.sharding.vary(x, varying), (operands, known))
+    outputs = _on_explicit_mesh(config, operands, known)
+    if axis_name is not None:
+        outputs = jax.tree.map(lambda x: lax.psum(x, axis_name), outputs)
+    if weights is None or known is not None:
+        return outputs
+    return weighted_sum(_losses(statistic, len(batch), outputs, tokens), weights), outputs
 
 
 def _kernel_for(platform: str) -> Callable[..., Any]:

@@ -84,53 +84,6 @@ class Net:
                 x = self.basic(x, f"layer{stage}.{block}", features, stride)
         return self.linear(x, "fc", 100)
 
-    def wrn_16_2(self, x):
-        relu = self.f.relu
-        x = self.conv(x, "conv1", 16)
-        for stage, features in enumerate((32, 64, 128), 1):
-            for block in range(2):
-                name = f"block{stage}.layer.{block}"
-                stride = 2 if stage > 1 and block == 0 else 1
-                active = relu(self.bn(x, f"{name}.bn1"))
-                out = self.conv(active, f"{name}.conv1", features, 3, stride)
-                out = self.conv(relu(self.bn(out, f"{name}.bn2")), f"{name}.conv2", features)
-                if x.shape[1] != features:
-                    x = self.conv(active, f"{name}.convShortcut", features, 1, stride)
-                x = out + x
-        return self.linear(relu(self.bn(x, "bn1")), "fc", 100)
-
-    def vgg8(self, x):
-        for block, features in enumerate((64, 128, 256, 512, 512)):
-            x = self.conv(x, f"block{block}.0", features, bias=True)
-            x = self.f.relu(self.bn(x, f"block{block}.1"))
-            if block < 3:
-                x = self.f.max_pool2d(x, 2)
-        return self.linear(x, "classifier", 100)
-
-    def mobilenet_v2(self, x):
-        relu = self.f.relu
-        x = relu(self.bn(self.conv(x, "conv1.0", 16, 3, 2), "conv1.1"))
-        stages = (
-            (8, 1, 1),
-            (12, 2, 1),
-            (16, 3, 2),
-            (32, 4, 2),
-            (48, 3, 1),
-            (80, 3, 2),
-            (160, 1, 1),
-        )
-        for stage, (features, blocks, first) in enumerate(stages):
-            for block in range(blocks):
-                name, wide = f"blocks.{stage}.{block}.conv", x.shape[1] * (6 if stage else 1)
-                stride = first if block == 0 else 1
-                out = relu(self.bn(self.conv(x, f"{name}.0", wide, 1), f"{name}.1"))
-                out = self.conv(out, f"{name}.3", wide, 3, stride, groups=wide)
-                out = self.conv(relu(self.bn(out, f"{name}.4")), f"{name}.6", features, 1)
-                out = self.bn(out, f"{name}.7")
-                x = x + out if stride == 1 and x.shape[1] == features else out
-        x = relu(self.bn(self.conv(x, "conv2.0", 1280, 1), "conv2.1"))
-        return self.linear(x, "classifier.0", 100)
-
     def shufflenet_v2(self, x):
         relu, torch = self.f.relu, self.torch
 
@@ -161,9 +114,6 @@ class Net:
 
 SIZES = {
     "resnet20": 32,
-    "wrn_16_2": 32,
-    "vgg8": 32,
-    "mobilenet_v2": 32,
     "shufflenet_v2": 32,
     "imagenet_resnet18": 64,
 }

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from logitjax.data.builders._base import Builder, find, manual_dir
+from logitjax.data._builders._base import Builder
 from logitjax.storage import guard, require
 
 _INSTALL = (
@@ -49,7 +49,8 @@ class FashionMnistPng(Builder):
     )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        folder = find_files(manual_dir(dl_manager))
+        # The property of the same name insists on the folder.
+        folder = find_files(getattr(dl_manager, "_manual_dir", None))
         return {split: self._generate_examples(folder, name) for split, name in _FILES.items()}
 
     def _generate_examples(
@@ -70,11 +71,13 @@ class FashionMnistPng(Builder):
 
 def find_files(manual_dir: str | os.PathLike[str] | None = None) -> epath.Path:
     """Where the .deb was unpacked or is installed."""
-    return find(
-        (_FOLDER, ".", f"/{_FOLDER}"),
-        manual_dir,
-        holds=lambda place: (place / "train-images-idx3-ubyte.gz").exists(),
-        missing=f"fashion_mnist_png is made from a Debian package that is missing: {_INSTALL}",
+    for place in (_FOLDER, ".", f"/{_FOLDER}"):
+        path = epath.Path(manual_dir or ".") / place  # an absolute place stays itself
+        if (path / "train-images-idx3-ubyte.gz").exists():
+            return path
+    raise FileNotFoundError(
+        "fashion_mnist_png is made from a Debian package that is missing: "
+        + _INSTALL.format(manual_dir=manual_dir or "MANUAL_DIR")
     )
 
 

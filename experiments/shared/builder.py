@@ -1,0 +1,41 @@
+"""What the data sets of experiments share that are made of files fetched by hand.
+
+`tfds:PACKAGE.MODULE:NAME` makes one of them on first use, as does `logitjax prepare`.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import tensorflow_datasets as tfds
+from etils import epath
+
+
+class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """A builder that says in `MANUAL_DOWNLOAD_INSTRUCTIONS` how to fetch its files.
+
+    Attributes:
+        FEATURES: Its features by name.
+        PLACES: Where its files may lie below the folder of what is fetched by hand.
+        FILE: A file by which a place is known.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First version."}
+    FEATURES: ClassVar[Mapping[str, Any]]
+    PLACES: ClassVar[tuple[str, ...]]
+    FILE: ClassVar[str]
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(self.FEATURES)
+        )
+
+    def folder(self, dl_manager: Any) -> epath.Path:
+        """The first of `PLACES` with the files."""
+        # The property of the same name fails with an AssertionError where the folder is missing.
+        manual = epath.Path(getattr(dl_manager, "_manual_dir", None) or ".")
+        for place in self.PLACES:
+            if (manual / place / self.FILE).exists():
+                return manual / place
+        how = (self.MANUAL_DOWNLOAD_INSTRUCTIONS or "").format(manual_dir=manual)
+        raise FileNotFoundError(f"{self.name} is made from files that are missing: {how}")

@@ -1,0 +1,232 @@
+"""Adaptive softmax: frequent tokens in full, rare ones in narrow tails.
+
+Grave et al., Efficient softmax approximation for GPUs, 2017 (arXiv:1609.04309).
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from logitjax import heads, ops
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdaptiveConfig:
+    """Sizes of an adaptive softmax.
+
+    Attributes:
+        vocab_size: V.
+        hidden_size: d.
+        cutoffs: Ranks by frequency at which a tail begins: `(2000, 10000)` keeps 2,000 tokens in
+            the head and makes two tails.
+        div_value: Tail i is `hidden_size / div_value ** (i + 1)` wide, rounded down, at least 1.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    cutoffs: tuple[int, ...]
+    div_value: float = 4.0
+
+    @property
+    def tails(self) -> tuple[tuple[int, int], ...]:
+        return tuple(zip(self.cutoffs, (*self.cutoffs[1:], self.vocab_size)))
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return tuple(
+            max(1, int(self.hidden_size / self.div_value ** (i + 1)))
+            for i in range(len(self.cutoffs))
+        )
+
+    def init(self, key: jax.Array, unigram: Any) -> dict[str, Any]:
+        """Random parameters, with biases at the unigram distribution `[vocab]`.
+
+        `order` (rank to token) and `rank` are int32 tables and not trained.
+        """
+        unigram = np.asarray(unigram, np.float64)
+        order = np.argsort(-unigram, kind="stable").astype(np.int32)
+        rank = np.empty_like(order)
+        rank[order] = np.arange(len(order))
+        logs = np.log(np.maximum(unigram[order] / unigram.sum(), 1e-9))
+        first = self.cutoffs[0]
+        head_key, *keys = jax.random.split(key, 1 + len(self.cutoffs))
+        width = self.hidden_size
+        masses = [np.logaddexp.reduce(logs[a:b]) for a, b in self.tails]
+        tails = []
+        for key, (start, stop), narrow, mass in zip(keys, self.tails, self.widths, masses):
+            down_key, kernel_key = jax.random.split(key)
+            tails.append(
+                {
+                    "down": jax.random.normal(down_key, (width, narrow)) * width**-0.5,
+                    "kernel": jax.random.normal(kernel_key, (stop - start, narrow)) * narrow**-0.5,
+                    "bias": jnp.asarray(logs[start:stop] - mass, jnp.float32),
+                }
+            )
+        return {
+            "head": jax.random.normal(head_key, (first + len(tails), width)) * width**-0.5,
+            "head_bias": jnp.asarray(np.concatenate([logs[:first], masses]), jnp.float32),
+            "tails": tails,
+            "order": jnp.asarray(order),
+            "rank": jnp.asarray(rank),
+        }
+
+    def fit(self, rows: Any, unigram: Any, hidden_mean: Any, hidden_cov: Any) -> dict[str, Any]:
+        """An adaptive softmax from the rows `[vocab, hidden]` of a full head.
+
+        Frequent tokens keep their rows; a tail's entry in the head is the mean of its rows,
+        weighted by frequency; inside a tail the rows less that mean are cut to the tail's width in
+        the metric of the hidden states.
+        """
+        params = self.init(jax.random.key(0), unigram)
+        weights = np.maximum(np.asarray(unigram, np.float64) / np.sum(unigram), 0.01 / len(unigram))
+        rows_ = jnp.asarray(rows, jnp.float32)[params["order"]]
+        weights = jnp.asarray(weights, jnp.float32)[params["order"]]
+        root, inverse = _metric_roots(hidden_cov)
+        mean = jnp.asarray(hidden_mean, jnp.float32)
+        head, biases, tails = [rows_[: self.cutoffs[0]]], [jnp.zeros(self.cutoffs[0])], []
+        for (start, stop), narrow in zip(self.tails, self.widths):
+            part, weight = rows_[start:stop], weights[start:stop]
+            centre = (part * weight[:, None]).sum(0) / weight.sum()
+            mapped = (part - centre) @ root
+            scale = jnp.sqrt(weight)
+            _, vectors = jnp.linalg.eigh(jnp.einsum("vi,v,vj->ij", mapped, scale, mapped))
+            best = vectors[:, ::-1][:, :narrow]
+            kernel, down = mapped @ best, inverse @ best
+            bias = (part - centre) @ mean - kernel @ (mean @ down)
+            tails.append({"down": down, "kernel": kernel, "bias": bias})
+            head.append(centre[None])
+            # Logits of the tail are relative to the entry in the head: that one carries its mass.
+            at_mean = ops.logsumexp((part - centre) @ mean + jnp.zeros(stop - start))
+            biases.append(at_mean[None])
+        params |= {
+            "head": jnp.concatenate(head),
+            "head_bias": jnp.concatenate(biases),
+            "tails": tails,
+        }
+        return params
+
+
+def adaptive_nll(
+    hidden: Any, params: dict[str, Any], labels: Any, *, block_size: int = 128
+) -> jax.Array:
+    """Cross-entropy `[*batch]`; a tail is computed only for labels that lie in it.
+
+    Labels are sorted so that those of a tail lie together, and blocks without any are skipped. ::
+
+        p(v) = p_head(v)                              v among the frequent tokens
+               p_head(tail i) * p_tail_i(v)           otherwise
+    """
+    hidden, labels, rank = map(jnp.asarray, (hidden, labels, params["rank"]))
+    batch = labels.shape
+    flat, ranks = hidden.reshape(labels.size, hidden.shape[-1]), rank[labels].reshape(-1)
+    logits = _affine(flat, params["head"], params["head_bias"])
+    log_z = ops.logsumexp(logits)
+    first = params["head"].shape[0] - len(params["tails"])
+    entry, start = jnp.minimum(ranks, first - 1), first
+    nll = jnp.zeros(ranks.shape)
+    for i, tail in enumerate(params["tails"]):
+        size = tail["kernel"].shape[0]
+        here = (ranks >= start) & (ranks < start + size)
+        entry = jnp.where(here, first + i, entry)
+        nll = nll + _tail_nll(flat, ranks - start, here, tail, min(block_size, len(flat)))
+        start += size
+    nll = nll + log_z - ops.gather_at(logits, entry[:, None])[:, 0]
+    return nll.reshape(batch)
+
+
+def adaptive_topk(hidden: Any, params: dict[str, Any], k: int) -> ops.TopK:
+    """The k most probable tokens; a tail is computed only if it could hold one of them.
+
+    No token of a tail is more probable than the tail. This bound is exact. It saves the tails most
+    of the time when one sequence is decoded; in a batch any row may need them.
+    """
+    hidden = jnp.asarray(hidden)
+    first = params["head"].shape[0] - len(params["tails"])
+    head = jax.nn.log_softmax(_affine(hidden, params["head"], params["head_bias"]))
+    values, ranks = lax.top_k(head[..., :first], k)
+    start = first
+    for i, tail in enumerate(params["tails"]):
+        weight = head[..., first + i, None]
+
+        def look(best: tuple, tail: Any = tail, weight: Any = weight, start: int = start) -> tuple:
+            values, ranks = best
+            inside, places = lax.top_k(
+                jax.nn.log_softmax(_tail_logits(hidden, tail)), min(k, tail["bias"].shape[0])
+            )
+            values = jnp.concatenate([values, inside + weight], axis=-1)
+            ranks = jnp.concatenate([ranks, places + start], axis=-1)
+            values, places = lax.top_k(values, k)
+            return values, jnp.take_along_axis(ranks, places, axis=-1)
+
+        needed = (weight[..., 0] > values[..., -1]).any()
+        values, ranks = lax.cond(needed, look, lambda best: best, (values, ranks))
+        start += tail["kernel"].shape[0]
+    return ops.TopK(values, jnp.asarray(params["order"])[ranks], jnp.zeros(values.shape[:-1]))
+
+
+def adaptive_cost(
+    params: dict[str, Any], tables: dict[str, Any], labels_in: Sequence[float]
+) -> heads.HeadCost:
+    """What it costs if decoding looks into every tail.
+
+    Args:
+        params: Trained arrays.
+        tables: `order` and `rank`.
+        labels_in: How often a label lies in each tail.
+    """
+    sizes = [sum(x.size for x in tail.values()) for tail in params["tails"]]
+    head = params["head"].size + params["head_bias"].size
+    read = head + sum(sizes)
+    train = head + sum(size * often for size, often in zip(sizes, labels_in))
+    itemsize = params["head"].dtype.itemsize
+    return heads.HeadCost(
+        parameters=read,
+        stored_bytes=read * itemsize + 2 * tables["order"].size * 4,
+        read_bytes=read * itemsize,
+        decode_flops=2 * read,
+        train_flops=int(6 * train),
+    )
+
+
+def _metric_roots(cov: Any) -> tuple[jax.Array, jax.Array]:
+    """The square root of a covariance and its inverse; tiny eigenvalues are lifted."""
+    values, vectors = jnp.linalg.eigh(jnp.asarray(cov, jnp.float32))
+    values = jnp.sqrt(jnp.maximum(values, 1e-6 * values[-1]))
+    return (vectors * values) @ vectors.T, (vectors / values) @ vectors.T
+
+
+def _affine(hidden: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    return jnp.einsum("...d,vd->...v", hidden, kernel) + bias
+
+
+def _tail_logits(hidden: jax.Array, tail: dict[str, Any]) -> jax.Array:
+    return _affine(hidden @ tail["down"], tail["kernel"], tail["bias"])
+
+
+def _tail_nll(
+    hidden: jax.Array, places: jax.Array, here: jax.Array, tail: dict[str, Any], block_size: int
+) -> jax.Array:
+    count = len(here)
+    blocks = -(-count // block_size)
+    order = jnp.argsort(~here, stable=True)
+    order = jnp.pad(order, (0, blocks * block_size - count), constant_values=count)
+    order = order.reshape(blocks, block_size)
+
+    def block(_: None, rows: jax.Array) -> tuple[None, jax.Array]:
+        exists = here.at[rows].get(mode="fill", fill_value=False)
+
+        def compute() -> jax.Array:
+            logits = _tail_logits(hidden.at[rows].get(mode="fill", fill_value=0), tail)
+            place = jnp.where(exists, places.at[rows].get(mode="fill", fill_value=0), 0)
+            nll = ops.logsumexp(logits) - jnp.take_along_axis(logits, place[:, None], axis=-1)[:, 0]
+            return jnp.where(exists, nll, 0.0)
+
+        return None, lax.cond(exists.any(), compute, lambda: jnp.zeros(block_size))
+
+    _, nll = lax.scan(jax.checkpoint(block), None, order)
+    return jnp.zeros(count).at[order.reshape(-1)].add(nll.reshape(-1), mode="drop")

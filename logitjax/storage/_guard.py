@@ -1,0 +1,404 @@
+"""What a file may ask of its reader, checked before anything is allocated.
+
+A file that somebody else wrote is a list of claims: lengths, shapes, offsets, names, nesting. Each
+reader checks them here against what the file has left and against `LIMITS`, and says in one line
+which file and which field is wrong. Nothing here runs what a file says.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import re
+import stat
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The most that a file may ask for beside its tensors.
+
+    The whole of it together takes less than 200 MB and ten seconds. Models with vocabularies of
+    half a million tokens stay within each limit.
+
+    Attributes:
+        header_bytes: The header of a safetensors or GGUF file.
+        json_bytes: A JSON file.
+        tokenizer_bytes: A `tokenizer.json`, which a library reads.
+        depth: Lists and objects within each other.
+        elements: Values of a JSON text, of a GGUF header, of what a pickle copies.
+        opcodes: Steps of a pickle.
+        pickle_bytes: The pickle inside of a zip archive, without its tensors.
+        members: Files in a zip archive.
+        shards: Files that an index of safetensors names.
+        expansion: Times that compressed data may grow, beyond `free_expansion` bytes.
+        free_expansion: Bytes that compressed data may always grow to.
+        layers: Layers of a model.
+        width: Any other size in a model's configuration.
+        pixels: Pixels of a picture.
+        template_bytes: The source of a chat template.
+        text: Characters that a chat template may make, beside 64 times those it is given.
+        seconds: Time of the processor that a chat template may take.
+    """
+
+    header_bytes: int = 1 << 26
+    json_bytes: int = 1 << 25
+    tokenizer_bytes: int = 1 << 27
+    depth: int = 64
+    elements: int = 2_000_000
+    opcodes: int = 200_000
+    pickle_bytes: int = 1 << 25
+    members: int = 100_000
+    shards: int = 4096
+    expansion: int = 16
+    free_expansion: int = 1 << 26
+    layers: int = 10_000
+    width: int = 1 << 24
+    pixels: int = 50_000_000
+    template_bytes: int = 1 << 18
+    text: int = 1 << 25
+    seconds: float = 5.0
+
+
+LIMITS = Limits()
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, on one line and not for long."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, KeyError):
+        text = f"{text} is missing"
+    return text if len(text) <= 300 else text[:300] + "..."
+
+
+@contextlib.contextmanager
+def naming(path: object, kind: str = "") -> Iterator[None]:
+    """Turns whatever a reader trips over inside of a file into a `ValueError` that names the file.
+
+    Args:
+        path: The file.
+        kind: What it should have been, such as `an image`.
+
+    Raises:
+        ValueError: One line.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    # Bytes that nobody meant end in any exception: of struct, zipfile, PIL, numpy, a recursion.
+    except BaseException as error:
+        # A panic of a library in Rust is no `Exception`; an interrupt is none either, and goes on.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        what = f"cannot be read as {kind}" if kind else "damaged"
+        text = one_line(error)
+        if isinstance(error, ValueError) and text.startswith(str(path)):
+            raise ValueError(text) from None
+        raise ValueError(f"{path}: {what} ({text})") from None
+
+
+def whole(value: Any, field: str, *, least: int = 0, most: int = 1 << 62) -> int:
+    """An integer that a file states.
+
+    Raises:
+        ValueError: It is none, or outside of `least` to `most`; names the field.
+    """
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(
+            f"{field}: expected a whole number from {least} to {most}, got {short(value)}"
+        )
+    return value
+
+
+def shape_of(value: Any, field: str) -> tuple[int, ...]:
+    """A shape that a file states: at most 32 sizes that are not negative."""
+    if not isinstance(value, list | tuple) or len(value) > 32:
+        raise ValueError(f"{field}: expected at most 32 sizes, got {short(value)}")
+    shape = tuple(whole(size, field) for size in value)
+    # Numpy counts even where a size is nought.
+    whole(math.prod(size or 1 for size in shape), field, most=1 << 58)
+    return shape
+
+
+def fits(shape: tuple[int, ...], itemsize: int, have: int, field: str) -> None:
+    """Raises unless an array of this shape takes as many bytes as there are."""
+    if math.prod(shape) * itemsize != have:
+        raise ValueError(f"{field}: {have} bytes, which is not its shape {short(shape)}")
+
+
+def apart(spans: Iterable[tuple[int, int, str]]) -> None:
+    """Raises where two spans `(begin, end, name)` of a file overlap: one byte, one tensor.
+
+    Raises:
+        ValueError: Names both.
+    """
+    last, before = 0, ""
+    for begin, end, name in sorted(spans):
+        if begin < last and end > begin:
+            raise ValueError(f"tensor {name!r} overlaps tensor {before!r}")
+        if end > begin:
+            last, before = end, name
+
+
+def inside(directory: epath.PathLike, name: Any, field: str) -> epath.Path:
+    """The file of a directory that another file of it names."""
+    root = epath.Path(directory)
+    parts = re.split(r"[/\\]", name) if isinstance(name, str) else [".."]
+    if ".." in parts or not parts[0] or ":" in parts[0] or "\0" in str(name) or parts == ["."]:
+        raise ValueError(f"{field}: expected a file's name in {root}, got {short(name)}")
+    path = root / name
+    if "://" not in os.fspath(path) and path.exists():
+        # The cache of Hugging Face's hub links from snapshots/REVISION to blobs beside it.
+        real, home = os.path.realpath(path), os.path.realpath(root)
+        homes = [home]
+        if os.path.basename(os.path.dirname(home)) == "snapshots":
+            homes.append(os.path.join(os.path.dirname(os.path.dirname(home)), "blobs"))
+        if not any(real.startswith(place + os.sep) for place in homes):
+            raise ValueError(f"{field}: {short(name)} links to a file outside of {root}")
+        plain_file(path)
+    return path
+
+
+def plain_file(path: epath.PathLike) -> None:
+    """Raises where a path is a device or a pipe, which could be read for ever.
+
+    Raises:
+        ValueError: Names the path.
+    """
+    if "://" not in os.fspath(path) and not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError(f"{path}: expected a file")
+
+
+def read_bytes(path: epath.PathLike, *, most: int) -> bytes:
+    """The bytes of a file, which may be so many.
+
+    Raises:
+        ValueError: There is no such file, or it is larger; names it.
+    """
+    path = epath.Path(path)
+    if not path.exists():
+        raise ValueError(f"{path}: no such file")
+    plain_file(path)
+    with path.open("rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"{path}: expected at most {most} bytes")
+    return content
+
+
+def read_text(path: epath.PathLike, *, most: int) -> str:
+    """The text of a file in UTF-8, which may be so long.
+
+    Raises:
+        ValueError: There is no such file, it is larger, or no text; names it.
+    """
+    with naming(path, "text in UTF-8"):
+        return read_bytes(path, most=most).decode()
+
+
+def parse_json(content: bytes, limits: Limits = LIMITS) -> Any:
+    """What a JSON text says.
+
+    Raises:
+        ValueError: It is not JSON, is nested too deeply or holds too much.
+    """
+    opened = content.count(b"[") + content.count(b"{")
+    if opened > limits.depth or opened + content.count(b",") > limits.elements:
+        bare = np.frombuffer(_STRING.sub(b"", content), np.uint8)
+        opens, closes = np.isin(bare, list(b"[{")), np.isin(bare, list(b"]}"))
+        held = int(opens.sum()) + int((bare == ord(",")).sum())
+        if held > limits.elements:
+            raise ValueError(f"expected at most {limits.elements} values, got about {held}")
+        steps = opens.astype(np.int8) - closes.astype(np.int8)
+        if len(steps) and (depth := int(np.cumsum(steps, dtype=np.int32).max())) > limits.depth:
+            raise ValueError(f"nested {depth} deep, expected at most {limits.depth}")
+    try:
+        return json.loads(content.decode())
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_json(path: str | os.PathLike[str], *, form: type | tuple[type, ...] = object) -> Any:
+    """What a JSON file holds.
+
+    Args:
+        path: The file.
+        form: What it must be at the top, such as `dict`.
+
+    Raises:
+        ValueError: There is no such file, it is not JSON, beyond `LIMITS` or of another form; names
+            the file.
+    """
+    content = read_bytes(path, most=LIMITS.json_bytes)
+    try:
+        found = parse_json(content)
+    except ValueError as error:
+        raise ValueError(f"{epath.Path(path)}: not valid JSON ({one_line(error)})") from None
+    if not isinstance(found, form):
+        raise ValueError(f"{epath.Path(path)}: expected {_form_name(form)}, got {short(found)}")
+    return found
+
+
+def _form_name(form: type | tuple[type, ...]) -> str:
+    names = {dict: "an object", list: "a list", str: "a text"}
+    forms = form if isinstance(form, tuple) else (form,)
+    return " or ".join(names.get(one, one.__name__) for one in forms)
+
+
+def short(value: Any) -> str:
+    """What an error says of a value: one line, not for long."""
+    # Of a list of a million lists not even the text should be made.
+    if isinstance(value, dict | list) and len(value) > 8:
+        return f"{type(value).__name__} of {len(value)}"
+    text = repr(value)
+    return text if len(text) <= 80 else text[:80] + "..."
+
+
+class Reader:
+    """A binary file that knows how much is left, and reads nothing that is not there.
+
+    Args:
+        file: Open for reading, at any place.
+
+    Raises:
+        ValueError: On reading, something reaches beyond the end; names the field.
+    """
+
+    def __init__(self, file: Any):
+        self._file = file
+        self._at = file.tell()
+        self.size = file.seek(0, os.SEEK_END)
+        file.seek(self._at)
+
+    @property
+    def left(self) -> int:
+        return self.size - self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, place: int) -> None:
+        """Goes to a place in the file."""
+        whole(place, "offset", most=self.size)
+        self._at = self._file.seek(place)
+
+    def need(self, count: int, field: str) -> None:
+        """Raises unless so many bytes are left."""
+        if not 0 <= count <= self.left:
+            raise ValueError(f"truncated: {field} claims {count} bytes of the {self.left} left")
+
+    def read(self, count: int, field: str = "a value") -> bytes:
+        """So many bytes."""
+        self.need(count, field)
+        content = self._file.read(count)
+        self._at += len(content)
+        if len(content) < count:
+            raise ValueError(f"truncated inside {field}")
+        return content
+
+    def readline(self) -> bytes:
+        """To the end of a line, at most 64 KiB."""
+        content = self._file.readline(1 << 16)
+        self._at += len(content)
+        return content
+
+    def array(self, dtype: Any, count: int, field: str) -> np.ndarray:
+        """So many numbers, in memory of their own."""
+        dtype = np.dtype(dtype)
+        self.need(count * dtype.itemsize, field)
+        out = aligned(count * dtype.itemsize, np.uint8)
+        fill(memoryview(out.data), self._file, field)
+        self._at += len(out)
+        return out.view(dtype)
+
+
+def aligned(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
+    """`np.empty` at a multiple of 64 bytes, which JAX takes as it is on CPU and does not copy."""
+    like = np.empty(0, dtype)
+    size = int(np.prod(shape, dtype=np.int64)) * like.itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(like.dtype).reshape(shape)
+
+
+def fill(view: memoryview, file: Any, field: str) -> None:
+    """Fills memory from a file, in pieces: some file systems hand back a copy of what was asked."""
+    done = 0
+    while done < len(view):
+        piece = file.read(min(len(view) - done, 1 << 24))
+        if not piece:
+            raise ValueError(f"truncated inside {field}")
+        view[done : done + len(piece)] = piece
+        done += len(piece)
+
+
+def open_zip(file: Any, limits: Limits = LIMITS) -> zipfile.ZipFile:
+    """A zip archive whose members are not larger together than an archive of its size can be."""
+    size = Reader(file).size
+    try:
+        archive = zipfile.ZipFile(file)
+    except (zipfile.BadZipFile, NotImplementedError, OverflowError, ValueError) as error:
+        raise ValueError(f"no readable zip archive ({one_line(error)})") from None
+    members = archive.infolist()
+    if len(members) > limits.members:
+        raise ValueError(f"expected at most {limits.members} members, got {len(members)}")
+    # Members may point at the same bytes, and so many small files can hold a large one each.
+    if sum(member.compress_size for member in members) > size:
+        raise ValueError("its members overlap")
+    for member in members:
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"member {member.filename!r} is compressed in an unknown way")
+        stored = member.compress_type == zipfile.ZIP_STORED
+        if stored and member.compress_size != member.file_size:
+            raise ValueError(f"member {member.filename!r} states two sizes")
+    expanded(sum(member.file_size for member in members), size, "its members", limits)
+    return archive
+
+
+def expanded(bytes_: int, size: int, field: str, limits: Limits = LIMITS) -> None:
+    """Raises where data of `size` bytes claims to grow to `bytes_`, beyond the limits."""
+    most = max(limits.free_expansion, limits.expansion * size)
+    if bytes_ > most:
+        raise ValueError(f"{field}: {size} bytes grow to {bytes_}, expected at most {most}")
+
+
+def member_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, dtype: Any) -> np.ndarray:
+    """The numbers of a zip archive's member, checked against its checksum, held once."""
+    dtype, name = np.dtype(dtype), member.filename
+    if member.file_size % dtype.itemsize:
+        raise ValueError(f"{name} does not hold whole numbers")
+    with archive.open(member) as file:
+        out = np.empty(member.file_size, np.uint8)
+        fill(memoryview(out.data), file, name)
+        # The checksum is compared at the end, which has to be read to be seen.
+        file.read(1)
+    return out.view(dtype)
+
+
+def gunzip(content: bytes, field: str, limits: Limits = LIMITS) -> bytes:
+    """Unpacks gzip data within the limits of expansion.
+
+    Raises:
+        ValueError: It grows beyond them, or is damaged.
+    """
+    most = max(limits.free_expansion, limits.expansion * len(content))
+    unpacker = zlib.decompressobj(31)
+    try:
+        out = unpacker.decompress(content, most + 1)
+    except zlib.error as error:
+        raise ValueError(f"{field}: {one_line(error)}") from None
+    if not unpacker.eof and len(out) <= most:
+        raise ValueError(f"{field}: truncated")
+    expanded(len(out), len(content), field, limits)
+    return out
