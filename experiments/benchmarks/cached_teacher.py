@@ -22,8 +22,7 @@ import numpy as np
 from absl import logging
 from flax import nnx
 
-from experiments.benchmarks import _suite
-from experiments.shared import timing
+from experiments.shared import suite, timing
 from logitjax import data, distillation, losses, models, storage, training
 
 _DROPPED = 6
@@ -35,7 +34,7 @@ ARMS = ("sft", "cached", "sampled", "live")
 _TAIL = 64
 
 
-def run(options: _suite.Options) -> _suite.Result:
+def run(options: suite.Options) -> suite.Result:
     seeds, steps, held_out, rows_a_step, length = (
         (1, 3, 2, 2, 64) if options.smoke else (2, 40, 24, 1, 128)
     )
@@ -124,21 +123,19 @@ def run(options: _suite.Options) -> _suite.Result:
         table.append(row)
     kept.unlink()
     by_name = {row["training"]: row for row in table}
-    return _suite.Result(
+    return suite.Result(
         rows=table,
         bars=[
             bar
             for arm in ("cached", "sampled")
             for bar in (
-                _suite.Bar(
-                    name=f"step / SFT step: {_NAMES[arm]}",
-                    value=by_name[_NAMES[arm]]["/ sft"],
-                    limit=1.10,
+                suite.at_most(
+                    f"step / SFT step: {_NAMES[arm]}", by_name[_NAMES[arm]]["/ sft"], 1.10
                 ),
-                _suite.Bar(
-                    name=f"held-out perplexity / live: {_NAMES[arm]}",
-                    value=by_name[_NAMES[arm]]["/ live"],
-                    limit=1.01,
+                suite.at_most(
+                    f"held-out perplexity / live: {_NAMES[arm]}",
+                    by_name[_NAMES[arm]]["/ live"],
+                    1.01,
                 ),
             )
         ],
@@ -154,7 +151,7 @@ _NAMES = {
 }
 
 
-def _rows(tokenizer: Any, length: int, options: _suite.Options) -> Mapping[str, data.PackedDataset]:
+def _rows(tokenizer: Any, length: int, options: suite.Options) -> Mapping[str, data.PackedDataset]:
     spec = "text:LICENSE" if options.smoke else "tfds:wiki_summaries"
     directory = Path(options.directory) / "rows"
     return {

@@ -23,9 +23,8 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from experiments.benchmarks import _suite
 from experiments.dynamic_fusion.certificate import Certificate
-from experiments.shared import timing
+from experiments.shared import suite, timing
 from logitjax import data, models
 from logitjax.fusion import DynamicFusion
 
@@ -37,11 +36,11 @@ _ROWS = 256
 _CONTEXTS = (48, 256, 12)
 
 
-def run(options: _suite.Options) -> _suite.Result:
+def run(options: suite.Options) -> suite.Result:
     vocabularies = (1024,) if options.smoke else (49_152, 152_064)
     batches = (1,) if options.smoke else (1, 16)
     rows: list[dict[str, Any]] = []
-    bars: list[_suite.Bar] = []
+    bars: list[suite.Bar] = []
     default: dict[int, float] = {}
     for vocab in vocabularies:
         for batch in batches:
@@ -64,7 +63,7 @@ def run(options: _suite.Options) -> _suite.Result:
                 )
                 if name == _DEFAULT:
                     text = f"{name} / paper's grid, V={vocab}, B={batch}"
-                    bars.append(_suite.Bar(name=text, value=ratio, limit=_GRID_LIMIT))
+                    bars.append(suite.at_most(text, ratio, _GRID_LIMIT))
                     if vocab == vocabularies[0]:
                         default[batch] = statistics.median(taken)
     for batch in batches:
@@ -73,25 +72,21 @@ def run(options: _suite.Options) -> _suite.Result:
         if not options.smoke:
             text = f"{_DEFAULT} / forward passes, B={batch}"
             share = default[batch] / forward
-            bars.append(_suite.Bar(name=text, value=share, limit=_FORWARD_LIMIT))
+            bars.append(suite.at_most(text, share, _FORWARD_LIMIT))
     for name, found in _certify(options).items():
         vocab = 257 if options.smoke else vocabularies[0]
         rows.append({"vocab": vocab, "search": f"{name}, SmolLM2's logits", **found})
         if name != "dlf grid" and not options.smoke:
             text = f"{name}: rows at the global minimum, %"
-            bars.append(
-                _suite.Bar(name=text, value=found["at the minimum %"], limit=99, sense=">=")
-            )
-            unflagged = _suite.Bar(
-                name=f"{name}: other rows that are not flagged",
-                value=found["others unflagged"],
-                limit=0,
+            bars.append(suite.at_least(text, found["at the minimum %"], 99))
+            unflagged = suite.at_most(
+                f"{name}: other rows that are not flagged", found["others unflagged"], 0
             )
             bars.append(unflagged)
-    return _suite.Result(rows=rows, bars=bars)
+    return suite.Result(rows=rows, bars=bars)
 
 
-def _certify(options: _suite.Options) -> dict[str, dict[str, float]]:
+def _certify(options: suite.Options) -> dict[str, dict[str, float]]:
     """Searches on a model's own logits, with three lengths of context in place of three models."""
     certificate = Certificate()
     count, part = (16, 16) if options.smoke else (_ROWS, 64)
@@ -195,7 +190,7 @@ def _info(name: str, logits: tuple[jax.Array, ...]) -> dict[str, Any]:
     }
 
 
-def _forwards(batch: int, options: _suite.Options) -> tuple[dict[str, Any], float]:
+def _forwards(batch: int, options: suite.Options) -> tuple[dict[str, Any], float]:
     """Seconds of one decoding step of the large model, an expert and a base together."""
     if options.smoke:
         large, vocab = models.load_model("tiny"), 257

@@ -25,8 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments.benchmarks import _suite
-from experiments.shared import timing
+from experiments.shared import suite, timing
 from logitjax import data, losses, models, transport
 from logitjax.commands import figures
 from logitjax.transport import FactoredGraph, reference
@@ -48,7 +47,7 @@ class Pair(NamedTuple):
     d: FactoredGraph
 
 
-def run(options: _suite.Options) -> _suite.Result:
+def run(options: suite.Options) -> suite.Result:
     sizes = (8, 32) if options.smoke else _SIZES
     statistics = None if options.smoke else real_statistics(max(sizes))
     rows: list[dict[str, Any]] = []
@@ -66,7 +65,7 @@ def run(options: _suite.Options) -> _suite.Result:
                 )
     scaling = measure_scaling((200, 2_000) if options.smoke else _SCALING, options.repeats)
     pictures = {} if options.smoke else {"gromov_wasserstein": picture(rows)}
-    return _suite.Result(
+    return suite.Result(
         rows=rows + scaling.rows,
         bars=bars(rows) + scaling.bars,
         pictures=pictures,
@@ -142,7 +141,7 @@ def token_pair(
     return Pair(family, n, *token)
 
 
-def measure(pair: Pair, options: _suite.Options) -> list[dict[str, Any]]:
+def measure(pair: Pair, options: suite.Options) -> list[dict[str, Any]]:
     """Values in units of the teacher's mean squared entry; seconds without compilation."""
     n = pair.n
     row_rms = transport.graph_features(
@@ -274,7 +273,7 @@ def pot(pair: Pair, c: Any, d: Any, *, starts: int) -> dict[str, Any]:
 
 class Measured(NamedTuple):
     rows: list[dict[str, Any]]
-    bars: list[_suite.Bar]
+    bars: list[suite.Bar]
 
 
 def measure_scaling(sizes: Sequence[int], repeats: int) -> Measured:
@@ -296,7 +295,7 @@ def measure_scaling(sizes: Sequence[int], repeats: int) -> Measured:
         function = functools.partial(closed_form, n=n)
         step = jax.jit(function)
         _, seconds = timed(functools.partial(step, v, v_ids, w, w_ids), repeats)
-        memory = _suite.temp_bytes(function, v, v_ids, w, w_ids)
+        memory = suite.temp_bytes(function, v, v_ids, w, w_ids)
         rows.append(
             {
                 "graph": "scaling",
@@ -313,17 +312,17 @@ def measure_scaling(sizes: Sequence[int], repeats: int) -> Measured:
     return Measured(
         rows,
         [
-            _suite.Bar(
+            suite.Bar(
                 name="closed form: exponent of time in n", value=float(time_slope), limit=1.2
             ),
-            _suite.Bar(
+            suite.Bar(
                 name="closed form: exponent of memory in n", value=float(memory_slope), limit=1.05
             ),
         ],
     )
 
 
-def bars(rows: Sequence[dict[str, Any]]) -> list[_suite.Bar]:
+def bars(rows: Sequence[dict[str, Any]]) -> list[suite.Bar]:
     table = {(row["graph"], row["n"], row["method"].partition(", best")[0]): row for row in rows}
 
     def peers(graph: str, n: int) -> float:
@@ -335,7 +334,7 @@ def bars(rows: Sequence[dict[str, Any]]) -> list[_suite.Bar]:
 
     def bar(name: str, value: float, limit: float, sense: str = "<=") -> None:
         if math.isfinite(value):
-            found.append(_suite.Bar(name=name, value=value, limit=limit, sense=sense))
+            found.append(suite.Bar(name=name, value=value, limit=limit, sense=sense))
 
     for graph in ("token", "token, z-scores"):
         refined = table.get((graph, 512, "certificate, refined"))

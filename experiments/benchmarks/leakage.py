@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks import _suite
-from experiments.shared import timing
+from experiments.shared import suite, timing
 from logitjax import leakage
 
 SPAN = 25.0
@@ -23,7 +22,7 @@ SPAN = 25.0
 _SUBSPACE = """
 import json, sys, time
 import numpy as np
-from experiments.benchmarks._suite import peak_rss_bytes
+from experiments.shared.suite import peak_rss_bytes
 from experiments.benchmarks.leakage import uneven_rows
 
 vocab, hidden, count = map(int, sys.argv[2:5])
@@ -62,7 +61,7 @@ def uneven_rows(vocab: int, hidden: int, count: int) -> tuple[np.ndarray, np.nda
     return np.asarray(rows), np.asarray(head)
 
 
-def _subspace(options: _suite.Options) -> tuple[list[dict[str, Any]], list[_suite.Bar]]:
+def _subspace(options: suite.Options) -> tuple[list[dict[str, Any]], list[suite.Bar]]:
     sizes = (4_000, 32, 80) if options.smoke else (152_064, 1024, 2048)
     rows, seen = [], {}
     for name in ("ours", "numpy"):
@@ -83,24 +82,17 @@ def _subspace(options: _suite.Options) -> tuple[list[dict[str, Any]], list[_suit
         )
     ours, peer = seen["ours"], seen["numpy"]
     bars = [
-        _suite.Bar(
-            name="subspace: numpy's seconds / ours",
-            value=peer["seconds"] / ours["seconds"],
-            limit=10.0,
-            sense=">=",
-        ),
-        _suite.Bar(name="subspace: peak memory, GB", value=ours["peak"] / 1e9, limit=3.0),
-        _suite.Bar(name="subspace: width off by", value=abs(ours["dimension"] - sizes[1]), limit=0),
-        _suite.Bar(
-            name="subspace: angle beyond numpy's, degrees",
-            value=ours["angle"] - peer["angle"],
-            limit=0.1,
+        suite.at_least("subspace: numpy's seconds / ours", peer["seconds"] / ours["seconds"], 10.0),
+        suite.at_most("subspace: peak memory, GB", ours["peak"] / 1e9, 3.0),
+        suite.at_most("subspace: width off by", abs(ours["dimension"] - sizes[1]), 0),
+        suite.at_most(
+            "subspace: angle beyond numpy's, degrees", ours["angle"] - peer["angle"], 0.1
         ),
     ]
     return rows, bars
 
 
-def _recovery(options: _suite.Options) -> tuple[dict[str, Any], list[_suite.Bar]]:
+def _recovery(options: suite.Options) -> tuple[dict[str, Any], list[suite.Bar]]:
     vocab = 1_000 if options.smoke else 49_152
     logits = np.random.default_rng(0).standard_normal(vocab)
     logits = (logits - logits.mean()) / np.ptp(logits) * SPAN
@@ -125,18 +117,16 @@ def _recovery(options: _suite.Options) -> tuple[dict[str, Any], list[_suite.Bar]
         "error, nats": error,
     }
     bars = [
-        _suite.Bar(name="row: largest error, nats", value=error, limit=5e-6),
-        _suite.Bar(name="row: coverage", value=row.coverage, limit=1.0, sense=">="),
-        _suite.Bar(
-            name="row: queries / (1 + ceil((V - 1) / 4))",
-            value=(oracle.queries - spent) / price,
-            limit=1.0,
+        suite.at_most("row: largest error, nats", error, 5e-6),
+        suite.at_least("row: coverage", row.coverage, 1.0),
+        suite.at_most(
+            "row: queries / (1 + ceil((V - 1) / 4))", (oracle.queries - spent) / price, 1.0
         ),
     ]
     return record, bars
 
 
-def run(options: _suite.Options) -> _suite.Result:
+def run(options: suite.Options) -> suite.Result:
     row, found = _recovery(options)
     rows, bars = _subspace(options)
-    return _suite.Result(rows=[row, *rows], bars=found + ([] if options.smoke else bars))
+    return suite.Result(rows=[row, *rows], bars=found + ([] if options.smoke else bars))

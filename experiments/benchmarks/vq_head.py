@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks._suite import (
+from experiments.shared.suite import (
     Bar,
     Options,
     Result,
@@ -174,7 +174,7 @@ def _vq_seconds(hidden: int, vocab: int, codes: int, count: int, repeats: int) -
 _FIT = """
 import json, sys, time
 import jax, jax.numpy as jnp
-from experiments.benchmarks._suite import peak_rss_bytes
+from experiments.shared.suite import peak_rss_bytes
 from logitjax import vq
 
 vocab, hidden, codes, iterations = map(int, sys.argv[1:])
@@ -212,7 +212,7 @@ def _fit(options: Options) -> tuple[dict[str, Any], Bar]:
         "V x K would be, MiB": vocab * codes * 4 / 2**20,
     }
     share = seen["added"] / (vocab * codes * 4)
-    return row, Bar(name="fitting: memory added / (V x K)", value=share, limit=0.9)
+    return row, at_most("fitting: memory added / (V x K)", share, 0.9)
 
 
 def run(options: Options) -> Result:
@@ -243,9 +243,9 @@ def run(options: Options) -> Result:
                     }
                 )
                 if name == "vq" and count == 1 and vocab == 152_064:
-                    bars.append(Bar(name="decode N=1 speed-up", value=ratio, limit=10, sense=">="))
+                    bars.append(at_least("decode N=1 speed-up", ratio, 10))
                 if name == "packed product screen" and count == 1 and vocab == 49_152:
-                    bars.append(Bar(name=f"{name}, N=1 speed-up", value=ratio, limit=6, sense=">="))
+                    bars.append(at_least(f"{name}, N=1 speed-up", ratio, 6))
         # Widest and longest: fewer positions, or one call takes minutes.
         count = 64 if options.smoke else (512 if hidden > 2000 else 2048)
         case = _case(hidden, vocab, codes, count)
@@ -271,8 +271,8 @@ def run(options: Options) -> Result:
             )
             if name == "vq" and vocab == 152_064:
                 share = memory[name] / memory["full"]
-                bars.append(Bar(name="training speed-up", value=ratio, limit=15, sense=">="))
-                bars.append(Bar(name="training temp memory", value=share, limit=1 / 15))
+                bars.append(at_least("training speed-up", ratio, 15))
+                bars.append(at_most("training temp memory", share, 1 / 15))
         del case, compared, jitted
     growth, picture = _growth(options)
     rows += growth["rows"]
@@ -298,8 +298,8 @@ def _growth(options: Options) -> tuple[dict[str, Any], figures.Picture]:
         in_codes = _exponent(by_codes, [s[what] for s in seen_codes])
         rows.append({"what": f"{what}: time ~ V^a", "d": hidden, "head": "vq", "power": in_vocab})
         rows.append({"what": f"{what}: time ~ K^a", "d": hidden, "head": "vq", "power": in_codes})
-        bars.append(Bar(name=f"{what}: power of V", value=in_vocab, limit=0.25))
-        bars.append(Bar(name=f"{what}: power of K", value=in_codes, limit=0.6, sense=">="))
+        bars.append(at_most(f"{what}: power of V", in_vocab, 0.25))
+        bars.append(at_least(f"{what}: power of K", in_codes, 0.6))
     panels = []
     for what in ("train", "decode"):
         series = [

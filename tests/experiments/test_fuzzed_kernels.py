@@ -2,8 +2,8 @@
 
 import pytest
 
-from experiments.benchmarks.kernels import fuzz
 from logitjax import kernels
+from tests.rigs.kernels import fuzz
 
 
 @pytest.mark.every_change

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.benchmarks import _guarantees_fusion as rows_of_logits
-from experiments.benchmarks import _guarantees_transport as fuzzer
 from logitjax import transport
 from logitjax.fusion import DynamicFusion
 from logitjax.transport import FactoredGraph, Refinement
 from logitjax.transport._sorted import Coupling
 from tests._compiled import compiled
+from tests.rigs import _guarantees_fusion as rows_of_logits
+from tests.rigs import _guarantees_transport as fuzzer
 
 
 def identity(n):

@@ -6,8 +6,8 @@
 import numpy as np
 import pytest
 
-from experiments.benchmarks import _guarantees_attackers as attackers
-from experiments.benchmarks import _guarantees_leakage as fuzzer
+from tests.rigs import _guarantees_attackers as attackers
+from tests.rigs import _guarantees_leakage as fuzzer
 
 # Runs parts of a benchmark.
 pytestmark = [pytest.mark.every_change, pytest.mark.slow]

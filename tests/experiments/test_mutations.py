@@ -6,7 +6,7 @@ import textwrap
 
 import pytest
 
-from experiments.benchmarks import _mutants, _mutation_areas, mutations
+from tests.rigs import _mutants, _mutation_areas, mutations
 
 
 def edits(text):

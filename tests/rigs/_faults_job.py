@@ -1,6 +1,6 @@
 """The run that benchmarks kill: a small network, an update every few milliseconds.
 
-``python -m experiments.benchmarks._faults_job WORKDIR STEPS [SECONDS_A_STEP]``
+``python -m tests.rigs._faults_job WORKDIR STEPS [SECONDS_A_STEP]``
 """
 
 import functools

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from safetensors.numpy import save
 
-from experiments.benchmarks._files_templates import TEMPLATES
+from tests.rigs._files_templates import TEMPLATES
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",

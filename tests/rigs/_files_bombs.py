@@ -10,7 +10,7 @@ import zipfile
 import zlib
 from typing import Any
 
-from experiments.benchmarks._files_bases import (
+from tests.rigs._files_bases import (
     CONFIGS,
     LLAMA,
     STORAGES,
@@ -19,7 +19,7 @@ from experiments.benchmarks._files_bases import (
     pickled_weights,
     tensor_steps,
 )
-from experiments.benchmarks._files_mutate import deep
+from tests.rigs._files_mutate import deep
 
 
 def _steps(count: int) -> bytes:

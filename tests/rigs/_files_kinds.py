@@ -15,10 +15,6 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from experiments.benchmarks import _files_bases as bases
-from experiments.benchmarks import _files_bombs
-from experiments.benchmarks import _files_mutate as mutate
-from experiments.benchmarks._files_templates import LOOPS, TEMPLATES
 from logitjax import data, models, storage, vq
 from logitjax.storage.weights import (
     SafetensorsSource,
@@ -27,6 +23,10 @@ from logitjax.storage.weights import (
     read_numpy_pickle,
     read_state_dict,
 )
+from tests.rigs import _files_bases as bases
+from tests.rigs import _files_bombs
+from tests.rigs import _files_mutate as mutate
+from tests.rigs._files_templates import LOOPS, TEMPLATES
 
 MESSAGES = [
     {"role": "user", "content": "Cats and cabbages: what is it?"},

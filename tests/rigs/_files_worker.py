@@ -1,6 +1,6 @@
 """Reads files in a process that may be killed: one line of JSON for each, on the output.
 
-python -m experiments.benchmarks._files_worker DIRECTORY < kinds_and_numbers
+python -m tests.rigs._files_worker DIRECTORY < kinds_and_numbers
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from experiments.benchmarks._files_kinds import KINDS, seeded
+from tests.rigs._files_kinds import KINDS, seeded
 
 # A backstop: what asks for more at once fails at once.
 _ADDRESS_SPACE = 6 << 30

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from experiments.benchmarks import _suite
+from experiments.shared import suite
 from logitjax import decoding, leakage, models
 
 # Kind: cases at smoke and at full scale.
@@ -105,7 +105,7 @@ def _width(rng: np.random.Generator) -> dict[str, Any]:
     return {"off": abs((width.estimate or 0) - truth), "queries": found.queries}
 
 
-def report(cases: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[_suite.Bar]]:
+def report(cases: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[suite.Bar]]:
     """A row a kind, and the promises."""
     rows, bars = [], []
     for kind in dict.fromkeys(case["kind"] for case in cases):
@@ -114,9 +114,7 @@ def report(cases: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[
         if kind == "forced tokens":
             row |= {"queries": some[0]["queries"]}
             off = max(case["off"] for case in some)
-            bars.append(
-                _suite.Bar(name="attackers: width by forced tokens off by", value=off, limit=0)
-            )
+            bars.append(suite.at_most("attackers: width by forced tokens off by", off, 0))
         else:
             price = np.mean([case["queries a token"] for case in some], axis=0)
             row |= {
@@ -124,12 +122,12 @@ def report(cases: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[
                 **{f"queries to {t:.0e}": p for t, p in zip(_TARGETS, price.tolist(), strict=True)},
             }
             bars.append(
-                _suite.Bar(
-                    name=f"attackers, {kind}: queries a token / known",
-                    value=float((price / np.array(_KNOWN[kind])).max()),
-                    limit=1.1,
+                suite.at_most(
+                    f"attackers, {kind}: queries a token / known",
+                    float((price / np.array(_KNOWN[kind])).max()),
+                    1.1,
                 )
             )
         rows.append(row)
     outside = sum(row.get("violations", 0) for row in rows)
-    return rows, [*bars, _suite.Bar(name="attackers: logits out of bounds", value=outside, limit=0)]
+    return rows, [*bars, suite.at_most("attackers: logits out of bounds", outside, 0)]

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments.benchmarks import _suite
+from experiments.shared import suite
 from logitjax.fusion import DynamicFusion
 
 # Kind: batches at smoke and at full scale. Together 100,000 rows.
@@ -234,7 +234,7 @@ def _seconds(calls: Sequence[Callable[..., Any]], logits: Logits) -> list[float]
     return [float(x) for x in np.min(taken[1:], 0)]
 
 
-def report(cases: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[_suite.Bar]]:
+def report(cases: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[suite.Bar]]:
     """A row a kind and method, and the promises."""
     rows, bars = [], []
     for method in METHODS:
@@ -247,14 +247,14 @@ def report(cases: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[
         share = total["unconverged"] / count
         name = f"fusion, {count:,} rows, {method}"
         bars += [
-            _suite.Bar(name=f"{name}: worse than 21 points", value=total["worse"], limit=0),
-            _suite.Bar(name=f"{name}: false certificates", value=total["false"], limit=0),
-            _suite.Bar(name=f"{name}: NaN", value=total["NaN"], limit=0),
-            _suite.Bar(name=f"{name}: share not converged", value=share, limit=1e-3),
+            suite.at_most(f"{name}: worse than 21 points", total["worse"], 0),
+            suite.at_most(f"{name}: false certificates", total["false"], 0),
+            suite.at_most(f"{name}: NaN", total["NaN"], 0),
+            suite.at_most(f"{name}: share not converged", share, 1e-3),
         ]
         if "over before" in total:
             ratio = total["over before"]
-            bars.append(_suite.Bar(name=f"{name}: time / before", value=ratio, limit=1.3))
+            bars.append(suite.at_most(f"{name}: time / before", ratio, 1.3))
     return rows, bars
 
 

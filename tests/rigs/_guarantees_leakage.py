@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.benchmarks import _suite
+from experiments.shared import suite
 from logitjax import leakage
 
 # Kind: cases at smoke and at full scale. The first nine make 1,000; the others are what no interval
@@ -172,7 +172,7 @@ _BEYOND = ("another noise", "weak behind strong")
 _OTHERS = ("largest gap", "Gavish-Donoho", "parallel analysis")
 
 
-def report(cases: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[_suite.Bar]]:
+def report(cases: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[suite.Bar]]:
     """A row a kind, and the promises."""
     rows = []
     for kind in dict.fromkeys(case["kind"] for case in cases):
@@ -200,35 +200,33 @@ def report(cases: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[
     promised = [case for case in cases if case["kind"] not in _BEYOND]
     exact = [case for case in cases if case["kind"] == "exact"]
     bars = [
-        _suite.Bar(
-            name=f"leakage, {len(cases):,} cases: wrong widths called certain",
-            value=sum(map(_violates, cases)),
-            limit=0,
+        suite.at_most(
+            f"leakage, {len(cases):,} cases: wrong widths called certain",
+            sum(map(_violates, cases)),
+            0,
         ),
-        _suite.Bar(
-            name=f"leakage, {len(cases):,} cases: directions above the floor missed",
-            value=sum(row["missed above floor"] for row in rows),
-            limit=0,
+        suite.at_most(
+            f"leakage, {len(cases):,} cases: directions above the floor missed",
+            sum(row["missed above floor"] for row in rows),
+            0,
         ),
-        _suite.Bar(
-            name=f"leakage, {len(promised):,} cases: intervals that hold the width",
-            value=_share(map(_holds, promised)) or 0.0,
-            limit=0.95,
-            sense=">=",
+        suite.at_least(
+            f"leakage, {len(promised):,} cases: intervals that hold the width",
+            _share(map(_holds, promised)) or 0.0,
+            0.95,
         ),
-        _suite.Bar(
-            name="leakage: exact rows, n >= 1.1 h, called certain",
-            value=_share(case["certain"] for case in exact) or 0.0,
-            limit=0.95,
-            sense=">=",
+        suite.at_least(
+            "leakage: exact rows, n >= 1.1 h, called certain",
+            _share(case["certain"] for case in exact) or 0.0,
+            0.95,
         ),
     ]
     if len(promised) >= 500:  # Of a few cases the median is one of them.
         bars.append(
-            _suite.Bar(
-                name="leakage: median interval / h, an open one without end",
-                value=float(np.median([_length(case) for case in promised])),
-                limit=0.05,
+            suite.at_most(
+                "leakage: median interval / h, an open one without end",
+                float(np.median([_length(case) for case in promised])),
+                0.05,
             )
         )
     return rows, bars

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import scipy.optimize
 
-from experiments.benchmarks import _suite
+from experiments.shared import suite
 from logitjax import transport
 from logitjax.transport import FactoredGraph
 
@@ -252,7 +252,7 @@ def _share_lost(case: dict[str, Any]) -> float:
     return max(case["exact"] - case["lower"], 0.0) / case["gap"]
 
 
-def report(cases: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[_suite.Bar]]:
+def report(cases: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[suite.Bar]]:
     """A row a kind, and the promises."""
     rows = []
     for kind in dict.fromkeys(case["kind"] for case in cases):
@@ -278,11 +278,11 @@ def report(cases: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[
         )
     most = max((row["most lost"] or 0.0 for row in rows if "jit" not in row["kind"]), default=0.0)
     return rows, [
-        _suite.Bar(
-            name=f"transport, {len(cases):,} cases: violations",
-            value=sum(row["violations"] for row in rows),
-            limit=0,
+        suite.at_most(
+            f"transport, {len(cases):,} cases: violations",
+            sum(row["violations"] for row in rows),
+            0,
         ),
-        _suite.Bar(name="transport: NaN", value=sum(row["NaN"] for row in rows), limit=0),
-        _suite.Bar(name="transport: share of a gap that rounding costs", value=most, limit=0.01),
+        suite.at_most("transport: NaN", sum(row["NaN"] for row in rows), 0),
+        suite.at_most("transport: share of a gap that rounding costs", most, 0.01),
     ]

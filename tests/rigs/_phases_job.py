@@ -1,6 +1,6 @@
 """A run of every phase that touches a disk: pack, read a source, restore, train, save.
 
-``python -m experiments.benchmarks._phases_job --workdir=DIR``; PHASES_STEPS steps, 8 by default.
+``python -m tests.rigs._phases_job --workdir=DIR``; PHASES_STEPS steps, 8 by default.
 """
 
 import dataclasses
@@ -11,9 +11,9 @@ import jax
 import numpy as np
 from etils import epath
 
-from experiments.benchmarks import _faults_job
 from logitjax import data, processes, storage, training
 from logitjax.commands import cli
+from tests.rigs import _faults_job
 
 EVERY = 4
 

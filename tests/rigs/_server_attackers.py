@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks import _suite
-from experiments.benchmarks._server_client import running, small_decoder
+from experiments.shared import suite
 from logitjax import leakage
 from logitjax.leakage import HttpOracle, LogitPolicy
+from tests.rigs._server_client import running, small_decoder
 
 VOCAB, TOP, _RIGHT = 1000, 5, 0.05
 _PROMPT = (72, 101, 108, 108, 111)
@@ -33,8 +33,8 @@ _POLICIES = (
 
 
 def attackers(
-    options: _suite.Options, directory: pathlib.Path
-) -> tuple[list[dict[str, Any]], list[_suite.Bar]]:
+    options: suite.Options, directory: pathlib.Path
+) -> tuple[list[dict[str, Any]], list[suite.Bar]]:
     model = small_decoder(VOCAB)
     hidden, _ = model.hidden_states(jnp.array([_PROMPT]))
     truth = np.asarray(jax.nn.log_softmax(model.logits(hidden)[0, -1]), np.float64)
@@ -59,8 +59,8 @@ def attackers(
         for row in rows
     ]
     return shown, [
-        _suite.Bar(name="attackers: values beyond those that a policy tells", value=more, limit=0),
-        _suite.Bar(name="attackers: searches that end without a bias", value=searched, limit=0),
+        suite.at_most("attackers: values beyond those that a policy tells", more, 0),
+        suite.at_most("attackers: searches that end without a bias", searched, 0),
     ]
 
 

@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from experiments.benchmarks import _suite
-from experiments.benchmarks._server_client import COMPLETIONS, JSON, connect, post, running
+from experiments.shared import suite
+from tests.rigs._server_client import COMPLETIONS, JSON, connect, post, running
 
-Found = tuple[list[dict[str, Any]], list[_suite.Bar]]
+Found = tuple[list[dict[str, Any]], list[suite.Bar]]
 
 
-def long_prompts(options: _suite.Options, model: str) -> Found:
+def long_prompts(options: suite.Options, model: str) -> Found:
     """How quickly /health is answered while 50 prompts of a megabyte come in."""
     count, times = (5, 1) if options.smoke else (50, 4)
     words = "the quick brown fox jumps over the lazy dog; "
@@ -44,9 +44,7 @@ def long_prompts(options: _suite.Options, model: str) -> Found:
                     "/health p99, ms": 1e3 * float(np.quantile(seconds, 0.99)),
                 }
             )
-    bar = _suite.Bar(
-        name="/health p99 under 50 prompts of 1 MB, ms", value=rows[0]["/health p99, ms"], limit=100
-    )
+    bar = suite.at_most("/health p99 under 50 prompts of 1 MB, ms", rows[0]["/health p99, ms"], 100)
     return rows, [bar]
 
 
@@ -83,7 +81,7 @@ def _health_beside(
     return np.array(seconds.split(), float), codes
 
 
-def gaps(options: _suite.Options, model: str) -> Found:
+def gaps(options: suite.Options, model: str) -> Found:
     """The longest that streams wait for a token, alone and beside a prompt of 900 tokens."""
     rounds = 1 if options.smoke else 5
     seconds = 1.5 if options.smoke else 8.0
@@ -124,9 +122,7 @@ def gaps(options: _suite.Options, model: str) -> Found:
                 }
             )
     median = float(np.median([row["ratio"] for row in rows]))
-    bar = _suite.Bar(
-        name="largest gap of streams beside a prompt of 900 tokens / alone", value=median, limit=3
-    )
+    bar = suite.at_most("largest gap of streams beside a prompt of 900 tokens / alone", median, 3)
     return rows, [bar]
 
 
@@ -154,7 +150,7 @@ def _largest_gap(arrivals: list[list[float]], start: float, end: float) -> float
     return largest
 
 
-def half_open(options: _suite.Options, directory: pathlib.Path) -> Found:
+def half_open(options: suite.Options, directory: pathlib.Path) -> Found:
     """Answers for others while a thousand connections never finish their heads."""
     count = 300 if options.smoke else 1000
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -183,10 +179,10 @@ def half_open(options: _suite.Options, directory: pathlib.Path) -> Found:
         "alive": alive,
     }
     name = "half-open connections at 256 files: others not served"
-    return [row], [_suite.Bar(name=name, value=50 - served, limit=0)]
+    return [row], [suite.at_most(name, 50 - served, 0)]
 
 
-def ended_by_signal(options: _suite.Options, directory: pathlib.Path) -> Found:
+def ended_by_signal(options: suite.Options, directory: pathlib.Path) -> Found:
     """SIGTERM among streams: how each of them ends."""
     count = 12 if options.smoke else 60
     flags = (f"--model={directory}", "--max_length=1024", "--max_tokens=900", "--drain=2")
@@ -206,9 +202,7 @@ def ended_by_signal(options: _suite.Options, directory: pathlib.Path) -> Found:
     }
     # Who comes when nobody listens any more has no stream.
     without = count - ends["length"] - ends["stop"] - ends["refused"]
-    return [row], [
-        _suite.Bar(name="SIGTERM: streams without a finish_reason", value=without, limit=0)
-    ]
+    return [row], [suite.at_most("SIGTERM: streams without a finish_reason", without, 0)]
 
 
 def _finish(address: str, seed: int) -> str:
@@ -303,7 +297,7 @@ def nonsense(rng: np.random.Generator) -> tuple[str, bytes]:
     return "/v1/chat/completions" if chat else COMPLETIONS, raw
 
 
-def fuzz(options: _suite.Options, directory: pathlib.Path, count: int) -> Found:
+def fuzz(options: suite.Options, directory: pathlib.Path, count: int) -> Found:
     """Requests that are nearly right, and some that are none."""
     clients = 8
     codes: collections.Counter = collections.Counter()
@@ -344,8 +338,8 @@ def fuzz(options: _suite.Options, directory: pathlib.Path, count: int) -> Found:
     }
     broken = sum(n for code, n in codes.items() if code >= 500)
     return [row], [
-        _suite.Bar(name="fuzzed requests: answers of 5xx", value=broken, limit=0),
-        _suite.Bar(name="fuzzed requests: errors in another form", value=len(wrong), limit=0),
+        suite.at_most("fuzzed requests: answers of 5xx", broken, 0),
+        suite.at_most("fuzzed requests: errors in another form", len(wrong), 0),
     ]
 
 

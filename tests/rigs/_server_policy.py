@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from experiments.benchmarks import _suite
-from experiments.benchmarks._server_client import call, small_decoder
+from experiments.shared import suite
 from logitjax import leakage, models
 from logitjax.decoding import Ensemble
 from logitjax.leakage import LogitPolicy
 from logitjax.serving import ServerConfig, build_app
+from tests.rigs._server_client import call, small_decoder
 
 PROMPTS, TOP = 48, 5
 # As many requests are under way.
@@ -126,7 +126,7 @@ def _width(seen: Seen, prompts: np.ndarray, vocab: int) -> Any:
     return leakage.estimate_output_subspace(np.array(rows, np.float32)).width
 
 
-def policies(options: _suite.Options) -> tuple[list[dict[str, Any]], list[_suite.Bar]]:
+def policies(options: suite.Options) -> tuple[list[dict[str, Any]], list[suite.Bar]]:
     model, tokenizer = models.load("tiny", layout="listed")
     vocab, width = model.config.vocab_size, model.config.hidden_size
     prompts = np.random.default_rng(1).integers(1, vocab, (PROMPTS, 6))
@@ -164,10 +164,8 @@ def policies(options: _suite.Options) -> tuple[list[dict[str, Any]], list[_suite
             most = max(most, seen.most_tokens, seen.most_values)
             found += estimate.estimate == width
     return rows, [
-        _suite.Bar(
-            name="policy fuzzer: most values or tokens of a position", value=most, limit=TOP
-        ),
-        _suite.Bar(name="policy fuzzer: policies whose width came out", value=found, limit=0),
+        suite.at_most("policy fuzzer: most values or tokens of a position", most, TOP),
+        suite.at_most("policy fuzzer: policies whose width came out", found, 0),
     ]
 
 
@@ -195,7 +193,7 @@ async def _work(shared: int, tails: Sequence[Sequence[int]], prefix_bytes: int) 
         return reader.tokens_read, reader.tokens_reused, answers
 
 
-def prefixes(options: _suite.Options) -> tuple[list[dict[str, Any]], list[_suite.Bar]]:
+def prefixes(options: suite.Options) -> tuple[list[dict[str, Any]], list[suite.Bar]]:
     shared = 128 if options.smoke else 512
     tails = np.random.default_rng(1).integers(1, 1000, (32, 16)).tolist()
     without, _, plain = asyncio.run(_work(shared, tails, 0))
@@ -208,8 +206,6 @@ def prefixes(options: _suite.Options) -> tuple[list[dict[str, Any]], list[_suite
         "answers that differ": sum(a != b for a, b in zip(plain, answers, strict=True)),
     }
     return [row], [
-        _suite.Bar(name="shared prefix: share of prompts read", value=read / without, limit=0.2),
-        _suite.Bar(
-            name="shared prefix: answers that differ", value=row["answers that differ"], limit=0
-        ),
+        suite.at_most("shared prefix: share of prompts read", read / without, 0.2),
+        suite.at_most("shared prefix: answers that differ", row["answers that differ"], 0),
     ]

@@ -1,6 +1,6 @@
 """One of two processes that want the same workdirs at the same moments.
 
-``python -m experiments.benchmarks._starters_job HOLD_SECONDS WORKDIR...`` says `ready`, waits for a
+``python -m tests.rigs._starters_job HOLD_SECONDS WORKDIR...`` says `ready`, waits for a
 line, asks for all workdirs at once and prints a line of JSON: which of them it held.
 """
 

@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from experiments.benchmarks import _suite
-from experiments.benchmarks._object_store import Fault, Store
+from experiments.shared import suite
+from tests.rigs._object_store import Fault, Store
 
 _ROOT = Path(__file__).parents[2]
 # Without any progress for so long a run ends, and may take so much longer to do so.
@@ -74,7 +74,7 @@ def _start(workdir: str, log: Path, **variables: str) -> subprocess.Popen:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     with log.open("ab") as file:
         return subprocess.Popen(
-            [*command, "-m", "experiments.benchmarks._phases_job", f"--workdir={workdir}"],
+            [*command, "-m", "tests.rigs._phases_job", f"--workdir={workdir}"],
             cwd=_ROOT,
             # What a fault concerns is cached by nobody else.
             env={**os.environ, "PATH": path, "GRACE": "10", **variables},
@@ -151,13 +151,13 @@ def _until_it_happens(case: _Case, directory: Path, *given: Any) -> dict[str, An
     return row
 
 
-def run(options: _suite.Options) -> _suite.Result:
+def run(options: suite.Options) -> suite.Result:
     """Two faults at the smoke scale, all of them at the full one."""
     directory = options.directory.resolve() / f"run-{time.time_ns()}"
     directory.mkdir(parents=True)
     library = _library(directory)
     if library is None:
-        return _suite.Result(rows=[{"skipped": "a C compiler on Linux is needed"}])
+        return suite.Result(rows=[{"skipped": "a C compiler on Linux is needed"}])
     # `--only=save,source/EIO/1` for some phases, or single faults in them.
     wanted = options.only.split(",")
     cases = [c for c in _cases() if f"{c.phase}/{c.kind}/{c.process}".startswith(tuple(wanted))]
@@ -168,11 +168,10 @@ def run(options: _suite.Options) -> _suite.Result:
         rows = [_until_it_happens(case, directory, library, store) for case in cases]
     finally:
         store.close()
-    bar = _suite.Bar(
-        name=f"faults that end both processes with {_DOCUMENTED} and a cause within "
+    bar = suite.at_least(
+        f"faults that end both processes with {_DOCUMENTED} and a cause within "
         f"{_LIMIT + _MORE:g} s",
-        value=sum(row["as documented"] for row in rows),
-        limit=len(rows),
-        sense=">=",
+        sum(row["as documented"] for row in rows),
+        len(rows),
     )
-    return _suite.Result(rows=rows, bars=[bar])
+    return suite.Result(rows=rows, bars=[bar])

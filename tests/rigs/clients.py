@@ -23,10 +23,10 @@ from typing import Any
 import jsonschema
 from absl import logging
 
-from experiments.benchmarks import _suite
-from experiments.benchmarks._server_client import running
+from experiments.shared import suite
 from experiments.shared.timing import paired_ratio
 from logitjax import models
+from tests.rigs._server_client import running
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _TEMPLATE = (
@@ -67,7 +67,7 @@ _SLOTS = 16
 _NEW = 48  # Tokens that any answer to these schemas fits into.
 
 
-def run(options: _suite.Options) -> _suite.Result:
+def run(options: suite.Options) -> suite.Result:
     with tempfile.TemporaryDirectory() as folder:
         place = pathlib.Path(folder)
         model, tokenizer = models.load("tiny" if options.smoke else "smollm2", layout="listed")
@@ -94,15 +94,13 @@ def run(options: _suite.Options) -> _suite.Result:
     passed = sum(row["passed"] for row in rows)
     rows.append(structured)
     bars = [
-        _suite.Bar(name="calls that pass", value=passed, limit=len(rows) - 1, sense=">="),
-        _suite.Bar(
-            name="valid answers", value=structured["valid"], limit=structured["asked"], sense=">="
-        ),
+        suite.at_least("calls that pass", passed, len(rows) - 1),
+        suite.at_least("valid answers", structured["valid"], structured["asked"]),
     ]
     if not options.smoke:
         slower = structured["over free"]
-        bars.append(_suite.Bar(name="seconds a token over free text's", value=slower, limit=1.10))
-    return _suite.Result(rows=rows, bars=bars)
+        bars.append(suite.at_most("seconds a token over free text's", slower, 1.10))
+    return suite.Result(rows=rows, bars=bars)
 
 
 def _empty_environment(place: pathlib.Path) -> str:
@@ -278,7 +276,7 @@ def _calls(address: str, new: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _structured(address: str, count: int, new: int, options: _suite.Options) -> dict[str, Any]:
+def _structured(address: str, count: int, new: int, options: suite.Options) -> dict[str, Any]:
     """Answers that are held to schemas, and what that costs."""
     import openai
 

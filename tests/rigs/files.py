@@ -1,7 +1,7 @@
 """Damaged and malicious files of every kind: each loads or ends in one line, soon and cheaply.
 
-    nice -n 10 python -m experiments.benchmark files
-    python -m experiments.benchmark files --scale=smoke --only='gguf,torch, zip'
+    nice -n 10 python -m tests.rigs files
+    python -m tests.rigs files --scale=smoke --only='gguf,torch, zip'
 
 A hundred thousand files, each made from its kind and its number: bombs written by hand first, then
 small files of the kind with seeded damage to bytes, to lengths, to the documents inside. A process
@@ -24,9 +24,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
-from experiments.benchmarks import _suite
-from experiments.benchmarks._files_kinds import KINDS, numbers_of
+from experiments.shared import suite
 from logitjax.storage import write_atomic
+from tests.rigs._files_kinds import KINDS, numbers_of
 
 _SECONDS = 10.0
 _MEGABYTES = 200.0
@@ -52,7 +52,7 @@ def _read_until_it_dies(
     home: str, left: collections.deque[tuple[str, int]]
 ) -> Iterator[dict[str, Any]]:
     worker = subprocess.Popen(
-        [sys.executable, "-m", "experiments.benchmarks._files_worker", home],
+        [sys.executable, "-m", "tests.rigs._files_worker", home],
         cwd=Path(__file__).parents[2],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -113,7 +113,7 @@ def table_row(kind: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def run(options: _suite.Options) -> _suite.Result:
+def run(options: suite.Options) -> suite.Result:
     """Runs the kinds asked for, all if none is named."""
     home = options.directory / "parts" / options.scale
     kinds = [kind for kind in KINDS if not options.only or kind in options.only]
@@ -146,7 +146,7 @@ def _share(numbers: list[int], turn: int) -> int:
     return len(numbers) * turn // _ROUNDS
 
 
-def report(rows: list[dict[str, Any]], options: _suite.Options) -> _suite.Result:
+def report(rows: list[dict[str, Any]], options: suite.Options) -> suite.Result:
     """The table and the bars, and the files that did what none may in `wrong.json`."""
     wrong = [row for row in rows if is_wrong(row)]
     write_atomic(options.directory / "wrong.json", json.dumps(wrong, indent=1) + "\n")
@@ -156,13 +156,13 @@ def report(rows: list[dict[str, Any]], options: _suite.Options) -> _suite.Result
     worst = {key: max(row[key] for row in table) for key in list(table[0])[4:]}
     memory = "most memory over 1.3 x tensors, MB"
     bars = [
-        _suite.Bar(name="files", value=len(rows), limit=_FILES[options.scale], sense=">="),
-        _suite.Bar(name="neither loaded nor one line", value=worst["anything else"], limit=0),
-        _suite.Bar(name="slowest, CPU s", value=worst["slowest, CPU s"], limit=_SECONDS),
-        _suite.Bar(name=memory, value=worst[memory], limit=_MEGABYTES),
-        _suite.Bar(name="code executed", value=worst["code executed"], limit=0),
+        suite.at_least("files", len(rows), _FILES[options.scale]),
+        suite.at_most("neither loaded nor one line", worst["anything else"], 0),
+        suite.at_most("slowest, CPU s", worst["slowest, CPU s"], _SECONDS),
+        suite.at_most(memory, worst[memory], _MEGABYTES),
+        suite.at_most("code executed", worst["code executed"], 0),
     ]
-    return _suite.Result(rows=table, bars=bars)
+    return suite.Result(rows=table, bars=bars)
 
 
 def is_wrong(row: dict[str, Any]) -> bool:

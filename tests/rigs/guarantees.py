@@ -1,7 +1,7 @@
 """Everything that is called a bound, against float64: violations, NaNs, the cost of rounding.
 
-    python -m experiments.benchmark guarantees
-    python -m experiments.benchmark guarantees --scale=smoke --only=transport
+    python -m tests.rigs guarantees
+    python -m tests.rigs guarantees --scale=smoke --only=transport
 
 Areas are modules `_guarantees_AREA`, each with `KINDS`, the kinds of case it makes, and
 `run(kind, count, seed)`, which returns a row a case. Cases are drawn from a seed. Finished parts
@@ -13,7 +13,7 @@ import json
 import zlib
 from typing import Any
 
-from experiments.benchmarks import _suite
+from experiments.shared import suite
 from logitjax.storage import write_atomic
 
 AREAS = ("transport", "fusion", "leakage", "attackers")
@@ -21,23 +21,23 @@ AREAS = ("transport", "fusion", "leakage", "attackers")
 _PART = 100
 
 
-def run(options: _suite.Options) -> _suite.Result:
+def run(options: suite.Options) -> suite.Result:
     """Runs the areas asked for, all if none is named."""
     wanted = options.only.split(",") if options.only else AREAS
     unknown = sorted(set(wanted) - set(AREAS))
     if unknown:
         raise ValueError(f"only: expected areas among {', '.join(AREAS)}, got {unknown[0]!r}")
     rows: list[dict[str, Any]] = []
-    bars: list[_suite.Bar] = []
+    bars: list[suite.Bar] = []
     for name in wanted:
-        area = importlib.import_module(f"experiments.benchmarks._guarantees_{name}")
+        area = importlib.import_module(f"tests.rigs._guarantees_{name}")
         cases = []
         for kind, (smoke, full) in area.KINDS.items():
             cases += _cases(area, name, kind, smoke if options.smoke else full, options)
         table, promised = area.report(cases)
         rows += table
         bars += promised
-    return _suite.Result(rows=rows, bars=bars)
+    return suite.Result(rows=rows, bars=bars)
 
 
 def _file_name(kind: str) -> str:
@@ -45,7 +45,7 @@ def _file_name(kind: str) -> str:
 
 
 def _cases(
-    area: Any, name: str, kind: str, count: int, options: _suite.Options
+    area: Any, name: str, kind: str, count: int, options: suite.Options
 ) -> list[dict[str, Any]]:
     cases = []
     for start in range(0, count, _PART):

@@ -18,23 +18,23 @@ from typing import Any
 
 from absl import logging
 
-from experiments.benchmarks import _suite
-from experiments.benchmarks._judges_tasks import write_tasks
-from experiments.benchmarks._server_client import running
+from experiments.shared import suite
 from logitjax import models
+from tests.rigs._judges_tasks import write_tasks
+from tests.rigs._server_client import running
 
 _WORKER = pathlib.Path(__file__).with_name("_judges_worker.py")
 _MAX_LENGTH = 512
 
 
-def run(options: _suite.Options) -> _suite.Result:
+def run(options: suite.Options) -> suite.Result:
     name, count = ("tiny", 8) if options.smoke else ("smollm2", 16)
     judge = os.environ.get("LOGITJAX_LM_EVAL_PYTHON") or sys.executable
     torch = os.environ.get("LOGITJAX_TORCH_PYTHON")
     missing = _missing(judge, "lm_eval", "transformers", "aiohttp", "jax")
     if missing:
         print(f"judges: {missing} is not installed for {judge}: pip install 'lm_eval[api,hf]'")
-        return _suite.Result(rows=[])
+        return suite.Result(rows=[])
     said: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         place = pathlib.Path(folder)
@@ -111,7 +111,7 @@ def _judged(
     return said
 
 
-def _result(said: dict[str, Any]) -> _suite.Result:
+def _result(said: dict[str, Any]) -> suite.Result:
     rows, bars = [], []
     ours = said["in process"]
     for task, metrics in ours["metrics"].items():
@@ -136,12 +136,12 @@ def _result(said: dict[str, Any]) -> _suite.Result:
             for a, b in zip(_numbers(mine), _numbers(theirs), strict=True)
         )
         bars += [
-            _suite.Bar(name=f"{way}: largest difference of a metric", value=worst, limit=1e-3),
-            _suite.Bar(name=f"{way}: of a log-likelihood, nats", value=nats[way], limit=1e-3),
+            suite.at_most(f"{way}: largest difference of a metric", worst, 1e-3),
+            suite.at_most(f"{way}: of a log-likelihood, nats", nats[way], 1e-3),
         ]
     rows.append({"task": "all", "metric": "largest difference, nats"} | nats)
     rows.append({"task": "all", "metric": "seconds"} | seconds)
-    return _suite.Result(rows=rows, bars=bars)
+    return suite.Result(rows=rows, bars=bars)
 
 
 def _numbers(value: Any) -> list[float]:

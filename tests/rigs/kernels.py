@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks import _suite
+from experiments.shared import suite
 from logitjax import kernels
 
 _CALLS = {"smoke": 300, "full": 10_000}
@@ -157,7 +157,7 @@ def _sanitized(calls: int, seed: int) -> dict[str, Count]:
     }
     # The compiler must not run under the sanitizer, the program that loads what it made must.
     subprocess.run([sys.executable, "-m", "logitjax.kernels"], env=environment, check=True)
-    program = [sys.executable, "-m", "experiments.benchmarks.kernels", str(calls), str(seed)]
+    program = [sys.executable, "-m", "tests.rigs.kernels", str(calls), str(seed)]
     environment["LD_PRELOAD"] = " ".join(runtimes)
     done = subprocess.run(program, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -166,7 +166,7 @@ def _sanitized(calls: int, seed: int) -> dict[str, Count]:
     return {name: Count(**count) for name, count in counts.items()}
 
 
-def run(options: _suite.Options) -> _suite.Result:
+def run(options: suite.Options) -> suite.Result:
     """Fuzzes the kernels as built, then under the sanitizer."""
     kernels.build()
     calls, builds = _CALLS[options.scale], {"plain": fuzz, "sanitized": _sanitized}
@@ -190,7 +190,7 @@ def run(options: _suite.Options) -> _suite.Result:
                 differing.append(f"{name}, {build}: {count.first}")
     if differing:
         raise RuntimeError("kernels that differ from XLA: " + "; ".join(differing))
-    return _suite.Result(rows=rows, bars=(_suite.Bar(name="calls that differ", value=0, limit=0),))
+    return suite.Result(rows=rows, bars=(suite.at_most("calls that differ", 0, 0),))
 
 
 if __name__ == "__main__":

@@ -20,11 +20,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.benchmarks import _mutants, _suite
-from experiments.benchmarks._mutants import Mutant
-from experiments.benchmarks._mutation_areas import AREAS, NAMED, Area
-from experiments.benchmarks._mutation_worker import Worker
+from experiments.shared import suite
 from experiments.shared.report import markdown_table
+from tests.rigs import _mutants
+from tests.rigs._mutants import Mutant
+from tests.rigs._mutation_areas import AREAS, NAMED, Area
+from tests.rigs._mutation_worker import Worker
 
 _ROOT = Path(__file__).parents[2]
 _SEED = 24
@@ -308,7 +309,7 @@ def _described(case: Case) -> str:
     return "\n".join([text, "", "```diff", *edit, "```", "", end, ""])
 
 
-def run(options: _suite.Options) -> _suite.Result:
+def run(options: suite.Options) -> suite.Result:
     """Tries every mutant of the areas that were asked for, and writes ``report.md``."""
     wanted = [name for name in options.only.split(",") if name] or list(AREAS)
     unknown = sorted(set(wanted) - set(AREAS))
@@ -337,22 +338,21 @@ def run(options: _suite.Options) -> _suite.Result:
             print("\n" + _described(case), flush=True)
     killed = [case for case, verdict in outcomes if verdict == "killed"]
     bars = [
-        _suite.Bar(
-            name="killed, of the mutants that are no equivalents",
-            value=len(killed) / max(1, len(verdicts)),
-            limit=0.95,
-            sense=">=",
+        suite.at_least(
+            "killed, of the mutants that are no equivalents",
+            len(killed) / max(1, len(verdicts)),
+            0.95,
         )
     ]
     if not options.smoke:
         by_hand = [verdict for case, verdict in outcomes if case.name]
         bars.append(
-            _suite.Bar(
-                name="faults that tests once let pass and still do",
-                value=sum(verdict != "killed" for verdict in by_hand),
-                limit=0,
+            suite.at_most(
+                "faults that tests once let pass and still do",
+                sum(verdict != "killed" for verdict in by_hand),
+                0,
             )
         )
         if len(areas) == len(AREAS):
-            bars.append(_suite.Bar(name="mutants", value=len(outcomes), limit=150, sense=">="))
-    return _suite.Result(rows=_counts(outcomes, "file"), bars=bars)
+            bars.append(suite.at_least("mutants", len(outcomes), 150))
+    return suite.Result(rows=_counts(outcomes, "file"), bars=bars)

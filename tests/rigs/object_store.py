@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from experiments.benchmarks import _suite
-from experiments.benchmarks._object_store import Store
+from experiments.shared import suite
+from tests.rigs._object_store import Store
 
 _ROOT = Path(__file__).parents[2]
 # Models that are built, and text that is in the repository: nothing is fetched.
@@ -65,7 +65,7 @@ def _one(name: str, store: Store, directory: Path, draw: random.Random) -> dict[
     }
 
 
-def run(options: _suite.Options) -> _suite.Result:
+def run(options: suite.Options) -> suite.Result:
     """One experiment at the smoke scale, all of them at the full one."""
     wanted = tuple(filter(None, options.only.split(","))) or (
         _EXPERIMENTS[3:4] if options.smoke else _EXPERIMENTS
@@ -82,7 +82,5 @@ def run(options: _suite.Options) -> _suite.Result:
     good = [
         row["status"] == row["again"] == 0 and row["report"] and not row["lock"] for row in rows
     ]
-    bars = [
-        _suite.Bar(name="experiments that ended well", value=sum(good), limit=len(rows), sense=">=")
-    ]
-    return _suite.Result(rows=rows, bars=bars)
+    bars = [suite.at_least("experiments that ended well", sum(good), len(rows))]
+    return suite.Result(rows=rows, bars=bars)

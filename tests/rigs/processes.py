@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from experiments.benchmarks import _suite
+from experiments.shared import suite
 
 _ROOT = Path(__file__).parents[2]
 _SMOKE = {"2 processes x 2 devices": (2, 2), "1 device": (1, 1)}
@@ -104,7 +104,7 @@ def _run(name: str, workdir: Path, processes: int, devices: int, steps: int) -> 
     return job.losses(workdir)
 
 
-def run(options: _suite.Options) -> _suite.Result:
+def run(options: suite.Options) -> suite.Result:
     """The whole jobs, from packing to scores, in all settings."""
     steps = 4 if options.smoke else 20
     jobs = ("graph_fusion",) if options.smoke else tuple(_JOBS)
@@ -132,5 +132,5 @@ def run(options: _suite.Options) -> _suite.Result:
                     "largest relative difference": max(gaps),
                 }
             )
-        bars.append(_suite.Bar(name=f"{name}: largest difference", value=worst, limit=1e-5))
-    return _suite.Result(rows=rows, bars=bars)
+        bars.append(suite.at_most(f"{name}: largest difference", worst, 1e-5))
+    return suite.Result(rows=rows, bars=bars)

@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from experiments.benchmarks import _suite
-from experiments.benchmarks._object_store import Store
+from experiments.shared import suite
+from tests.rigs._object_store import Store
 
 _ROOT = Path(__file__).parents[2]
 _STEPS = {"smoke": 20, "full": 300}
@@ -34,7 +34,7 @@ def _in_a_pod() -> list[str]:
 
 
 def _start(store: Store, log: Path, job: str, *words: str, **variables: str) -> subprocess.Popen:
-    command = [*_in_a_pod(), sys.executable, "-m", f"experiments.benchmarks.{job}", *words]
+    command = [*_in_a_pod(), sys.executable, "-m", f"tests.rigs.{job}", *words]
     environment = {**os.environ, **store.variables(), **variables}
     with log.open("ab") as file:
         return subprocess.Popen(
@@ -108,7 +108,7 @@ def _winners(store: Store, directory: Path, rounds: int) -> list[int]:
     return [sum(pair) for pair in zip(*held, strict=True)]
 
 
-def run(options: _suite.Options) -> _suite.Result:
+def run(options: suite.Options) -> suite.Result:
     """Lanes of runs side by side, then pairs of starts."""
     smoke = options.smoke
     lanes, kills, most, rounds = (2, 2, 12.0, 5) if smoke else (5, 10, 120.0, 100)
@@ -137,27 +137,17 @@ def run(options: _suite.Options) -> _suite.Result:
         row["equal to a run in peace"] = row.pop("digests") == [expected]
     pods = "in pods of their own" if _in_a_pod() else "not in process namespaces"
     bars = [
-        _suite.Bar(
-            name=f"kills, {pods}",
-            value=sum(row["kills"] for row in rows),
-            limit=lanes * kills,
-            sense=">=",
+        suite.at_least(f"kills, {pods}", sum(row["kills"] for row in rows), lanes * kills),
+        suite.at_most(
+            "starts that were refused or failed", sum(row["starts that failed"] for row in rows), 0
         ),
-        _suite.Bar(
-            name="starts that were refused or failed",
-            value=sum(row["starts that failed"] for row in rows),
-            limit=0,
+        suite.at_most(
+            "lanes that ended with other bits",
+            sum(not row["equal to a run in peace"] for row in rows),
+            0,
         ),
-        _suite.Bar(
-            name="lanes that ended with other bits",
-            value=sum(not row["equal to a run in peace"] for row in rows),
-            limit=0,
-        ),
-        _suite.Bar(
-            name="pairs of starts of which exactly one won",
-            value=sum(count == 1 for count in winners),
-            limit=rounds,
-            sense=">=",
+        suite.at_least(
+            "pairs of starts of which exactly one won", sum(count == 1 for count in winners), rounds
         ),
     ]
-    return _suite.Result(rows=rows, bars=bars)
+    return suite.Result(rows=rows, bars=bars)

@@ -28,22 +28,22 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from experiments.benchmarks import _server_hostile as hostile
-from experiments.benchmarks import _server_policy as inside
-from experiments.benchmarks import _suite
-from experiments.benchmarks._server_attackers import attackers
-from experiments.benchmarks._server_client import connect, post, running, small_model
-from experiments.benchmarks._server_hostile import Found
+from experiments.shared import suite
 from logitjax import leakage
+from tests.rigs import _server_hostile as hostile
+from tests.rigs import _server_policy as inside
+from tests.rigs._server_attackers import attackers
+from tests.rigs._server_client import connect, post, running, small_model
+from tests.rigs._server_hostile import Found
 
 CLIENTS, SECONDS, DESCRIBED, FUZZED = 200, 60, 1000, 50_000
 
 
-def run(options: _suite.Options) -> _suite.Result:
+def run(options: suite.Options) -> suite.Result:
     smoke = options.smoke
     described = int(os.environ.get("LOGITJAX_FUZZ", 40 if smoke else DESCRIBED))
     rows: list[dict[str, Any]] = []
-    bars: list[_suite.Bar] = []
+    bars: list[suite.Bar] = []
     with tempfile.TemporaryDirectory() as scratch:
         small, wide = pathlib.Path(scratch) / "small", pathlib.Path(scratch) / "wide"
         small_model(small, 1000)
@@ -71,7 +71,7 @@ def run(options: _suite.Options) -> _suite.Result:
                 logging.info("%s: %s", name, row)
             rows += [{"part": name} | row for row in found]
             bars += decided
-    return _suite.Result(rows=rows, bars=bars)
+    return suite.Result(rows=rows, bars=bars)
 
 
 def _loaded(directory: pathlib.Path, clients: int, seconds: float) -> Found:
@@ -79,9 +79,9 @@ def _loaded(directory: pathlib.Path, clients: int, seconds: float) -> Found:
     with running(*flags, "--slots=16", "--max_waiting=64") as (address, process):
         row = _load(address, process, clients, seconds)
     return [row], [
-        _suite.Bar(name="load: 5xx or broken answers", value=row["5xx or broken"], limit=0),
-        _suite.Bar(name="429 without Retry-After", value=row["429 without Retry-After"], limit=0),
-        _suite.Bar(name="resident memory grew by", value=row["RSS grew by"], limit=0.05),
+        suite.at_most("load: 5xx or broken answers", row["5xx or broken"], 0),
+        suite.at_most("429 without Retry-After", row["429 without Retry-After"], 0),
+        suite.at_most("resident memory grew by", row["RSS grew by"], 0.05),
     ]
 
 
@@ -90,7 +90,7 @@ def _described_fuzz(directory: pathlib.Path, count: int) -> Found:
     with running(*flags, "--slots=16", "--max_waiting=64") as (address, process):
         row = _described(address, process, count)
     name = "described requests: 5xx or broken answers"
-    return [row], [_suite.Bar(name=name, value=row["5xx or broken"], limit=0)]
+    return [row], [suite.at_most(name, row["5xx or broken"], 0)]
 
 
 def resident_bytes(process: subprocess.Popen) -> int:
@@ -212,11 +212,11 @@ def _row(directory: pathlib.Path, vocab: int) -> Found:
         "error, nats": error,
     }
     bars = [
-        _suite.Bar(name="row over HTTP: largest error, nats", value=error, limit=5e-6),
-        _suite.Bar(
-            name="row over HTTP: queries / (1 + ceil((V - 1) / 4))",
-            value=oracle.queries / leakage.row_queries(vocab, 5),
-            limit=1.0,
+        suite.at_most("row over HTTP: largest error, nats", error, 5e-6),
+        suite.at_most(
+            "row over HTTP: queries / (1 + ceil((V - 1) / 4))",
+            oracle.queries / leakage.row_queries(vocab, 5),
+            1.0,
         ),
     ]
     return [record], bars
