@@ -6,7 +6,6 @@ answers of a phase's requests are 503, or never come.
 """
 
 import dataclasses
-import os
 import re
 import shutil
 import subprocess
@@ -16,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments.shared import suite
+from tests.rigs import _jobs
 from tests.rigs._object_store import Fault, Store
 
-_ROOT = Path(__file__).parents[2]
 # Without any progress for so long a run ends, and may take so much longer to do so.
 _LIMIT, _MORE = 40.0, 30.0
 _PHASES = {
@@ -69,29 +68,16 @@ def _library(directory: Path) -> Path | None:
     return None if subprocess.run(command).returncode else target
 
 
-def _start(workdir: str, log: Path, **variables: str) -> subprocess.Popen:
-    command = ["bash", "launch/local.sh", "2", "1", sys.executable]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    with log.open("ab") as file:
-        return subprocess.Popen(
-            [*command, "-m", "tests.rigs._phases_job", f"--workdir={workdir}"],
-            cwd=_ROOT,
-            # What a fault concerns is cached by nobody else.
-            env={**os.environ, "PATH": path, "GRACE": "10", **variables},
-            stdout=file,
-            stderr=file,
-        )
-
-
 def _run(case: _Case, directory: Path, library: Path, store: Store) -> dict[str, Any]:
     words = (case.kind, "in", case.phase, "of", case.process, "store" if case.store else "disk")
     name = "-".join(words).replace(" ", "_")
     log, fired = directory / f"{name}.log", directory / f"{name}.fired"
     workdir = f"gs://bucket/{directory.name}/{name}" if case.store else str(directory / name)
-    known = store.variables() if case.store else {}
+    job = _jobs.module("tests.rigs._phases_job", f"--workdir={workdir}")
+    command = _jobs.local(2, 1, job)
+    known = {"GRACE": "10"} | (store.variables() if case.store else {})
     if case.phase == "restore":
-        if _start(workdir, log, PHASES_STEPS="4", **known).wait():
-            raise RuntimeError(log.read_text(errors="replace")[-2000:])
+        _jobs.finish(command, log, PHASES_STEPS="4", **known)
         log.unlink()
     part = _PHASES[case.phase]
     variables = {"LOGITJAX_STALL_SECONDS": f"{_LIMIT:g}", "LOGITJAX_HEARTBEAT_SECONDS": "20"}
@@ -107,7 +93,7 @@ def _run(case: _Case, directory: Path, library: Path, store: Store) -> dict[str,
             "FAULT_FIRED": str(fired),
         }
         variables |= {"FAULT_READ": "1"} if case.reading else {}
-    process = _start(workdir, log, PHASES_STEPS="8", **variables, **known)
+    process = _jobs.start(command, log, PHASES_STEPS="8", **variables, **known)
     since: float | None = None
     deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline:
@@ -119,7 +105,7 @@ def _run(case: _Case, directory: Path, library: Path, store: Store) -> dict[str,
     process.terminate()
     process.wait()
     store.faults = []
-    last = (log.read_text(errors="replace").splitlines() or [""])[-1]
+    last = (_jobs.said(log).splitlines() or [""])[-1]
     good = (
         since is not None
         and status == _DOCUMENTED
@@ -153,8 +139,7 @@ def _until_it_happens(case: _Case, directory: Path, *given: Any) -> dict[str, An
 
 def run(options: suite.Options) -> suite.Result:
     """Two faults at the smoke scale, all of them at the full one."""
-    directory = options.directory.resolve() / f"run-{time.time_ns()}"
-    directory.mkdir(parents=True)
+    directory = _jobs.fresh(options)
     library = _library(directory)
     if library is None:
         return suite.Result(rows=[{"skipped": "a C compiler on Linux is needed"}])

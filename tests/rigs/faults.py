@@ -3,37 +3,20 @@
 import random
 import re
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import orbax.checkpoint as ocp
 from absl import logging
 
 from experiments.shared import suite
-from tests.rigs import _faults_job
+from tests.rigs import _faults_job, _jobs
 
-_ROOT = Path(__file__).parents[2]
 _STEP = re.compile(r"\bstep \d+:")
 
 
-def _start(workdir: Path, steps: int) -> subprocess.Popen:
-    arguments = [sys.executable, "-m", "tests.rigs._faults_job", str(workdir)]
-    return subprocess.Popen(
-        [*arguments, str(steps)],
-        cwd=_ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=(workdir / "stderr").open("wb"),
-    )
-
-
-def _said(workdir: Path) -> str:
-    return (workdir / "stderr").read_text(errors="replace")
+def _command(workdir: Path, steps: int) -> list[str]:
+    return _jobs.module("tests.rigs._faults_job", str(workdir), str(steps))
 
 
 def _lines(workdir: Path) -> int:
@@ -47,20 +30,12 @@ def _complete(workdir: Path) -> list[int]:
     return sorted(int(path.name) for path in found if path.name.isdigit())
 
 
-def _final(workdir: Path, steps: int) -> list[bytes]:
-    tree = ocp.PyTreeCheckpointer().restore(workdir / "checkpoints" / str(steps) / "state")
-    leaves = jax.tree.leaves(tree)
-    keys = [jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in leaves]
-    return [
-        np.asarray(jax.random.key_data(leaf) if key else leaf).tobytes()
-        for leaf, key in zip(leaves, keys, strict=True)
-    ]
-
-
 def _life(workdir: Path, steps: int, draw: random.Random) -> dict[str, Any] | None:
     """One start that ends with SIGKILL; None if it came to its end before."""
-    before = _complete(workdir)
-    process = _start(workdir, steps)
+    before, log = _complete(workdir), workdir / "log"
+    # What this start says, not metrics.jsonl: that holds the lines of earlier starts too.
+    log.unlink(missing_ok=True)
+    process = _jobs.start(_command(workdir, steps), log)
     newest, told = (before[-1] if before else 0), None
     # Into the middle of starting, restoring, training or saving.
     patience = draw.uniform(0.0, 3.0) if draw.random() < 0.2 else None
@@ -69,8 +44,7 @@ def _life(workdir: Path, steps: int, draw: random.Random) -> dict[str, Any] | No
     wanted = draw.randint(1, 3 * _faults_job.EVERY)
     moved = None
     while process.poll() is None and time.monotonic() < deadline:
-        # What this start says, not metrics.jsonl: that holds the lines of earlier starts too.
-        if patience is None and moved is None and len(_STEP.findall(_said(workdir))) >= wanted:
+        if patience is None and moved is None and len(_STEP.findall(_jobs.said(log))) >= wanted:
             moved = time.monotonic() + draw.uniform(0.0, 0.3)
         if moved is not None and time.monotonic() >= moved:
             break
@@ -78,7 +52,7 @@ def _life(workdir: Path, steps: int, draw: random.Random) -> dict[str, Any] | No
     ended = process.poll()
     process.kill()
     process.wait()
-    said = _said(workdir)
+    said = _jobs.said(log)
     if ended not in (None, 0):
         raise RuntimeError(f"the run failed by itself: {said[-2000:]}")
     for reason in re.findall(r"checkpoint \d+ in .* is corrupt: .*", said):
@@ -105,12 +79,10 @@ def _life(workdir: Path, steps: int, draw: random.Random) -> dict[str, Any] | No
 def run(options: suite.Options) -> suite.Result:
     """Kills until there were enough; each run goes on until it ends, and is compared with peace."""
     wanted, steps = (10, 40) if options.smoke else (200, 400)
-    directory = options.directory.resolve() / f"run-{time.time_ns()}"
-    peace = directory / "peace"
-    peace.mkdir(parents=True)
-    if _start(peace, steps).wait():
-        raise RuntimeError(_said(peace)[-2000:])
-    expected = _final(peace, steps)
+    directory = _jobs.fresh(options)
+    peace = directory / "peace.log"
+    _jobs.finish(_command(directory / "peace", steps), peace)
+    expected = _jobs.digest(peace)
     seed = time.time_ns() % 2**32
     draw = random.Random(seed)
     kills: list[dict[str, Any]] = []
@@ -124,8 +96,7 @@ def run(options: suite.Options) -> suite.Result:
             if life is None:
                 break
             mine.append(life)
-        if _start(workdir, steps).wait():
-            raise RuntimeError(_said(workdir)[-2000:])
+        _jobs.finish(_command(workdir, steps), workdir / "log")
         kills += mine
         rows.append(
             {
@@ -138,7 +109,7 @@ def run(options: suite.Options) -> suite.Result:
                 "most steps to do again": max(
                     [life["steps to do again"] for life in mine], default=0
                 ),
-                "equal to a run in peace": _final(workdir, steps) == expected,
+                "equal to a run in peace": _jobs.digest(workdir / "log") == expected,
             }
         )
         shutil.rmtree(workdir)

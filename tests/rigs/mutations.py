@@ -1,15 +1,16 @@
 """Small faults are put into the library one at a time: do the tests that should notice fail?
 
 Mutants come from rules (`_mutants`) and are drawn by a seed; each goes into a copy of the tree and
-meets the tests that `_mutation_areas` names for its file, and the file's own doctests. What
+meets the tests that ``mutants.toml`` names for its file, and the file's own doctests. What
 survives is listed with its edit and killed by a new test, or explained in
-``equivalent_mutants.toml``. Results are kept as they come, and hold as long as the file and its
+``mutants.toml``. Results are kept as they come, and hold as long as the file and its
 tests stay as they are: a run that was ended goes on. ``--only=losses,step`` runs some areas.
 """
 
 import collections
 import contextlib
 import dataclasses
+import fnmatch
 import functools
 import hashlib
 import json
@@ -22,17 +23,16 @@ from typing import Any
 
 from experiments.shared import suite
 from experiments.shared.report import markdown_table
+from experiments.shared.suite import ROOT
 from tests.rigs import _mutants
 from tests.rigs._mutants import Mutant
-from tests.rigs._mutation_areas import AREAS, NAMED, Area
 from tests.rigs._mutation_worker import Worker
 
-_ROOT = Path(__file__).parents[2]
+_TABLE = Path(__file__).with_name("mutants.toml")
 _SEED = 24
 
-
 # What a smoke run tries: tests of these compile little.
-_SMOKE = ("data/_order", "data/_documents", "storage/_torch_checkpoint")
+_SMOKE = ("data/order", "data/documents", "storage/torch_checkpoint")
 
 # Imported once; none of them starts a device.
 _PRELOAD = (
@@ -70,49 +70,92 @@ class Case:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Equivalent:
-    """A mutant that no test can tell from the library, and why."""
+class Area:
+    """Files that are mutated together: how often, and which tests should notice, by file."""
 
-    file: str
-    before: str
-    after: str
-    why: str
+    mutants: int
+    tests: Mapping[str, Sequence[str]]
+
+
+def paths(root: Path, folder: str, name: str) -> list[str]:
+    """The files that a name of `mutants.toml` means, from the root of the tree.
+
+    Raises:
+        ValueError: It means none, or several without a star.
+    """
+    *inside, last = name.split("/")
+    pattern = "/**/".join([folder, *inside, "*.py"])
+    found = [p for p in root.glob(pattern) if fnmatch.fnmatch(p.stem.lstrip("_"), last)]
+    if len(found) != 1 and not (found and "*" in last):
+        raise ValueError(f"{name}: expected one file below {folder}, got {len(found)}")
+    return sorted(str(path.relative_to(root)) for path in found)
 
 
 @functools.cache
-def equivalents() -> Sequence[Equivalent]:
-    text = (Path(__file__).parent / "equivalent_mutants.toml").read_text()
-    return [Equivalent(**entry) for entry in tomllib.loads(text).get("mutant", [])]
+def table() -> Mapping[str, Any]:
+    return tomllib.loads(_TABLE.read_text())
+
+
+@functools.cache
+def areas(root: Path) -> dict[str, Area]:
+    """The areas of `mutants.toml` by name."""
+    made = {}
+    for area, content in table()["areas"].items():
+        named = [(module, _own_test(module)) for module in content.get("modules", ())]
+        named += [
+            (m, tests) for tests, modules in content.get("tests", {}).items() for m in modules
+        ]
+        tests = {
+            file: tuple(p for test in names.split() for p in paths(root, "tests", test))
+            for module, names in named
+            for file in paths(root, "logitjax", module)
+        }
+        made[area] = Area(mutants=content["mutants"], tests=tests)
+    return made
+
+
+def _own_test(module: str) -> str:
+    return f"{module.split('/')[0]}/test_{module.split('/')[-1]}"
+
+
+@functools.cache
+def equivalents(root: Path) -> Mapping[tuple[str, str, str], str]:
+    """By file and lines, why no test can tell a mutant from the library."""
+    return {
+        (path, entry["before"], entry["after"]): entry["why"]
+        for entry in table()["equivalent"]
+        for path in paths(root, "logitjax", entry["file"])
+    }
+
+
+def by_hand(root: Path) -> list[tuple[str, Mutant]]:
+    """Faults that tests once let pass, each with its name.
+
+    Raises:
+        ValueError: A fault's text does not stand once in its file, or in one of its files.
+    """
+    made = []
+    for entry in table()["fault"]:
+        texts = {path: (root / path).read_text() for path in paths(root, "logitjax", entry["file"])}
+        # Of several files the one that has the text, which the maker of the mutant asks for.
+        path = max(texts, key=lambda path: texts[path].count(entry["before"]))
+        edit = (entry["before"], entry["after"])
+        made.append((entry["name"], _mutants.named(path, texts[path], *edit)))
+    return made
 
 
 def cases(
-    root: Path, areas: Mapping[str, Area], named: Iterable[tuple[str, str, str, str]], seed: int
+    root: Path, chosen: Mapping[str, Area], named: Iterable[tuple[str, Mutant]], seed: int
 ) -> list[Case]:
     """The mutants of some areas: those written by hand first, then those drawn."""
-    chosen: list[Case] = []
-    seen: set[tuple[str, int, int, str]] = set()
-
-    def add(case: Case) -> None:
-        mutant = case.mutant
-        edit = (mutant.path, mutant.start, mutant.end, mutant.new)
-        if edit not in seen:
-            seen.add(edit)
-            chosen.append(case)
-
-    for area, content in areas.items():
-        texts = {f"logitjax/{f}.py": (root / f"logitjax/{f}.py").read_text() for f in content.files}
-        tests = {
-            f"logitjax/{file}.py": tuple(f"tests/{test}.py" for test in names)
-            for file, names in content.files.items()
-        }
-        for name, file, before, after in named:
-            path = f"logitjax/{file}.py"
-            if path in texts:
-                mutant = _mutants.named(path, texts[path], before, after)
-                add(Case(mutant=mutant, area=area, tests=tests[path], name=name))
-        for mutant in _mutants.choose(texts, content.mutants, seed):
-            add(Case(mutant=mutant, area=area, tests=tests[mutant.path]))
-    return chosen
+    made: dict[tuple[str, int, int, str], Case] = {}
+    for area, content in chosen.items():
+        texts = {path: (root / path).read_text() for path in content.tests}
+        drawn = [("", mutant) for mutant in _mutants.choose(texts, content.mutants, seed)]
+        for name, mutant in [*(pair for pair in named if pair[1].path in texts), *drawn]:
+            case = Case(mutant=mutant, area=area, tests=content.tests[mutant.path], name=name)
+            made.setdefault((mutant.path, mutant.start, mutant.end, mutant.new), case)
+    return list(made.values())
 
 
 class Laboratory:
@@ -269,11 +312,9 @@ def examine(
     return [(case, record.get(case) or {}) for case in chosen]
 
 
-def _explained(mutant: Mutant) -> Equivalent | None:
-    for entry in equivalents():
-        if (entry.file, entry.before, entry.after) == (mutant.path, mutant.before, mutant.after):
-            return entry
-    return None
+def _explained(mutant: Mutant) -> str:
+    """Why a mutant changes nothing; empty where it does."""
+    return equivalents(ROOT).get((mutant.path, mutant.before, mutant.after), "")
 
 
 def _counts(outcomes: Sequence[tuple[Case, str]], part: str) -> list[dict[str, Any]]:
@@ -305,28 +346,26 @@ def _described(case: Case) -> str:
     edit += [f"+ {line}" for line in mutant.after.splitlines()]
     text = f"`{mutant.path}:{mutant.line}`, {mutant.rule}"
     text += f": {case.name}" if case.name else ""
-    end = known.why if known else f"Tests that ran: {', '.join(case.tests)}."
+    end = known or f"Tests that ran: {', '.join(case.tests)}."
     return "\n".join([text, "", "```diff", *edit, "```", "", end, ""])
 
 
 def run(options: suite.Options) -> suite.Result:
     """Tries every mutant of the areas that were asked for, and writes ``report.md``."""
-    wanted = [name for name in options.only.split(",") if name] or list(AREAS)
-    unknown = sorted(set(wanted) - set(AREAS))
-    if unknown:
-        raise ValueError(f"only: expected some of {', '.join(AREAS)}, got {unknown[0]!r}")
-    areas = {name: AREAS[name] for name in wanted}
+    known = areas(ROOT)
+    wanted = {name: known[name] for name in options.parts(list(known))}
     if options.smoke:
-        files = {file: tests for a in areas.values() for file, tests in a.files.items()}
-        areas = {"smoke": Area(mutants=5, files={f: t for f, t in files.items() if f in _SMOKE})}
-    chosen = cases(_ROOT, areas, () if options.smoke else NAMED, _SEED)
+        few = {path for name in _SMOKE for path in paths(ROOT, "logitjax", name)}
+        tests = {f: t for area in wanted.values() for f, t in area.tests.items() if f in few}
+        wanted = {"smoke": Area(mutants=5, tests=tests)}
+    chosen = cases(ROOT, wanted, () if options.smoke else by_hand(ROOT), _SEED)
     options.directory.mkdir(parents=True, exist_ok=True)
     directory = options.directory.resolve()
     # What is known to change nothing is not tried.
-    tried = [case for case in chosen if _explained(case.mutant) is None]
-    record = Record(directory / "outcomes.jsonl", _ROOT)
+    tried = [case for case in chosen if not _explained(case.mutant)]
+    record = Record(directory / "outcomes.jsonl", ROOT)
     with Laboratory(
-        _ROOT, directory, package="logitjax", preload=_PRELOAD, marks="not slow or every_change"
+        ROOT, directory, package="logitjax", preload=_PRELOAD, marks="not slow or every_change"
     ) as laboratory:
         verdicts = {
             case.key: outcome["verdict"] for case, outcome in examine(laboratory, tried, record)
@@ -345,14 +384,8 @@ def run(options: suite.Options) -> suite.Result:
         )
     ]
     if not options.smoke:
-        by_hand = [verdict for case, verdict in outcomes if case.name]
-        bars.append(
-            suite.at_most(
-                "faults that tests once let pass and still do",
-                sum(verdict != "killed" for verdict in by_hand),
-                0,
-            )
-        )
-        if len(areas) == len(AREAS):
+        passed = sum(verdict != "killed" for case, verdict in outcomes if case.name)
+        bars.append(suite.at_most("faults that tests once let pass and still do", passed, 0))
+        if len(wanted) == len(known):
             bars.append(suite.at_least("mutants", len(outcomes), 150))
     return suite.Result(rows=_counts(outcomes, "file"), bars=bars)

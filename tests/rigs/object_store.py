@@ -1,45 +1,28 @@
 """Every experiment's smoke preset on an emulated object store: killed, resumed, read again."""
 
-import os
 import random
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from experiments.shared import suite
+from tests.rigs import _jobs
 from tests.rigs._object_store import Store
 
-_ROOT = Path(__file__).parents[2]
 # Models that are built, and text that is in the repository: nothing is fetched.
 _EXPERIMENTS = tuple(
-    sorted(path.parent.name for path in (_ROOT / "experiments").glob("*/config.py"))
+    sorted(path.parent.name for path in (suite.ROOT / "experiments").glob("*/config.py"))
 )
 _BUCKET = "bucket"
 
 
-def start(name: str, store: Store, log: Path, *flags: str, **variables: str) -> subprocess.Popen:
-    """An experiment's smoke preset, whose workdir is `gs://bucket/NAME`."""
-    with log.open("ab") as file:
-        return subprocess.Popen(
-            [
-                *(sys.executable, "-m", f"experiments.{name}", "--preset=smoke"),
-                f"--workdir=gs://{_BUCKET}/{name}",
-                *flags,
-            ],
-            cwd=_ROOT,
-            env={**os.environ, **store.variables(), "LOGITJAX_RUN": name, **variables},
-            stdout=file,
-            stderr=file,
-        )
-
-
 def _one(name: str, store: Store, directory: Path, draw: random.Random) -> dict[str, Any]:
     """Killed once somewhere after it has begun to write, then run to its end, then once more."""
-    log = directory / f"{name}.log"
+    log, workdir = directory / f"{name}.log", f"--workdir=gs://{_BUCKET}/{name}"
+    command = _jobs.module(f"experiments.{name}", "--preset=smoke", workdir)
+    variables = store.variables() | {"LOGITJAX_RUN": name}
     begin = time.monotonic()
-    process = start(name, store, log)
+    process = _jobs.start(command, log, **variables)
     while process.poll() is None and not store.names(_BUCKET, f"{name}/config.json"):
         time.sleep(0.01)
     time.sleep(draw.uniform(0.0, 8.0))
@@ -47,9 +30,9 @@ def _one(name: str, store: Store, directory: Path, draw: random.Random) -> dict[
     process.kill()
     process.wait()
     held = f"{name}/lock" in store.names(_BUCKET)
-    status = start(name, store, log).wait()
+    status = _jobs.start(command, log, **variables).wait()
     seconds = time.monotonic() - begin
-    again = start(name, store, log).wait()
+    again = _jobs.start(command, log, **variables).wait()
     names = store.names(_BUCKET, f"{name}/")
     return {
         "experiment": name,
@@ -70,10 +53,8 @@ def run(options: suite.Options) -> suite.Result:
     wanted = tuple(filter(None, options.only.split(","))) or (
         _EXPERIMENTS[3:4] if options.smoke else _EXPERIMENTS
     )
-    directory = options.directory.resolve() / f"run-{time.time_ns()}"
-    directory.mkdir(parents=True)
-    seed = time.time_ns() % 2**32
-    draw = random.Random(seed)
+    directory = _jobs.fresh(options)
+    draw = random.Random(time.time_ns())
     store = Store()
     try:
         rows = [_one(name, store, directory, draw) for name in wanted]

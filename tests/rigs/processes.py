@@ -7,16 +7,12 @@ left of terms near log V, and has their rounding.
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 from experiments.shared import suite
+from tests.rigs import _jobs
 
-_ROOT = Path(__file__).parents[2]
 _SMOKE = {"2 processes x 2 devices": (2, 2), "1 device": (1, 1)}
 _SETTINGS = {"4 processes x 2 devices": (4, 2), "1 x 8": (1, 8), "1 device": (1, 1)}
 
@@ -81,26 +77,10 @@ def _run(name: str, workdir: Path, processes: int, devices: int, steps: int) -> 
     job = _JOBS[name]
     mesh = job.mesh if processes * devices > 1 else "data:1"
     filled = {"steps": steps, "examples": 32 * steps // 2, "epochs": max(2, steps // 4)}
-    arguments = job.arguments.format(**filled).split()
-    command = [
-        "bash",
-        "launch/local.sh",
-        str(processes),
-        str(devices),
-        sys.executable,
-        "-m",
-        f"experiments.{name}",
-        "--preset=smoke",
-        f"--mesh={mesh}",
-        f"--workdir={workdir}",
-        *arguments,
-    ]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        command, cwd=_ROOT, env={**os.environ, "PATH": path}, capture_output=True, text=True
-    )
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr}")
+    flags = (f"--mesh={mesh}", f"--workdir={workdir}", *job.arguments.format(**filled).split())
+    command = _jobs.module(f"experiments.{name}", "--preset=smoke", *flags)
+    workdir.mkdir(parents=True)
+    _jobs.finish(_jobs.local(processes, devices, command), workdir.with_suffix(".log"))
     return job.losses(workdir)
 
 
@@ -109,8 +89,7 @@ def run(options: suite.Options) -> suite.Result:
     steps = 4 if options.smoke else 20
     jobs = ("graph_fusion",) if options.smoke else tuple(_JOBS)
     settings = _SMOKE if options.smoke else _SETTINGS
-    options.directory.mkdir(parents=True, exist_ok=True)
-    directory = options.directory.resolve() / f"run-{time.time_ns()}"
+    directory = _jobs.fresh(options)
     rows, bars = [], []
     for name in jobs:
         found = {}

@@ -10,15 +10,15 @@ import os
 import random
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from experiments.shared import suite
+from experiments.shared.suite import ROOT
+from tests.rigs import _jobs
 from tests.rigs._object_store import Store
 
-_ROOT = Path(__file__).parents[2]
 _STEPS = {"smoke": 20, "full": 300}
 _SECONDS_A_STEP = 0.4
 # Longer than a holder takes to write its lock anew, which is what another start waits for.
@@ -33,24 +33,8 @@ def _in_a_pod() -> list[str]:
     return words
 
 
-def _start(store: Store, log: Path, job: str, *words: str, **variables: str) -> subprocess.Popen:
-    command = [*_in_a_pod(), sys.executable, "-m", f"tests.rigs.{job}", *words]
-    environment = {**os.environ, **store.variables(), **variables}
-    with log.open("ab") as file:
-        return subprocess.Popen(
-            command,
-            cwd=_ROOT,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE if job == "_starters_job" else file,
-            stderr=file,
-            text=True,
-        )
-
-
-def _digest(log: Path) -> str:
-    lines = log.read_text(errors="replace").splitlines()
-    return next((line for line in reversed(lines) if line.startswith("digest ")), "none")
+def _command(job: str, *words: str) -> list[str]:
+    return [*_in_a_pod(), *_jobs.module(f"tests.rigs.{job}", *words)]
 
 
 def _lane(
@@ -58,15 +42,15 @@ def _lane(
 ) -> dict[str, Any]:
     """Runs, one after another, that are killed so often; each goes on until it has ended."""
     draw = random.Random(time.time_ns() + number)
-    words = ("_faults_job", f"gs://bucket/lane-{number}/run-%d", str(steps), str(_SECONDS_A_STEP))
     # The last lane has no launcher: a restart waits for the lock to become stale.
-    token = {"LOGITJAX_RUN": f"lane-{number}"} if number else {"LOGITJAX_RUN": ""}
+    variables = store.variables() | {"LOGITJAX_RUN": f"lane-{number}" if number else ""}
     done, refused, runs, digests = 0, 0, 0, set()
     while done < kills or runs == 0:
         log = directory / f"lane-{number}-run-{runs}.log"
-        job = [words[0], words[1] % runs, *words[2:]]
+        workdir = f"gs://bucket/lane-{number}/run-{runs}"
+        job = _command("_faults_job", workdir, str(steps), str(_SECONDS_A_STEP))
         while True:
-            process = _start(store, log, *job, **token)
+            process = _jobs.start(job, log, **variables)
             try:
                 limit = draw.uniform(0.0, most) if done < kills else 600.0
                 status = process.wait(timeout=limit)
@@ -77,7 +61,7 @@ def _lane(
                 continue
             refused += status != 0
             break
-        digests.add(_digest(log))
+        digests.add(_jobs.digest(log))
         runs += 1
     return {
         "lane": number,
@@ -91,12 +75,13 @@ def _lane(
 
 def _winners(store: Store, directory: Path, rounds: int) -> list[int]:
     """By round how many of two processes got the workdir."""
-    log = directory / "starters.log"
     workdirs = [f"gs://bucket/round-{n}" for n in range(rounds)]
-    pair = [
-        _start(store, log, "_starters_job", str(_HOLD_SECONDS), *workdirs, LOGITJAX_RUN="")
-        for _ in range(2)
-    ]
+    command = _command("_starters_job", str(_HOLD_SECONDS), *workdirs)
+    options: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    environment = {**os.environ, **store.variables(), "LOGITJAX_RUN": ""}
+    with (directory / "starters.log").open("ab") as log:
+        options |= {"cwd": ROOT, "env": environment, "stderr": log}
+        pair = [subprocess.Popen(command, **options) for _ in range(2)]
     for process in pair:
         assert process.stdout is not None
         process.stdout.readline()
@@ -112,16 +97,14 @@ def run(options: suite.Options) -> suite.Result:
     """Lanes of runs side by side, then pairs of starts."""
     smoke = options.smoke
     lanes, kills, most, rounds = (2, 2, 12.0, 5) if smoke else (5, 10, 120.0, 100)
-    directory = options.directory.resolve() / f"run-{time.time_ns()}"
-    directory.mkdir(parents=True)
+    directory = _jobs.fresh(options)
     store = Store()
     steps = _STEPS[options.scale]
     try:
         peace = directory / "peace.log"
-        job = ("_faults_job", "gs://bucket/peace", str(steps), "0")
-        if _start(store, peace, *job).wait():
-            raise RuntimeError(peace.read_text(errors="replace")[-2000:])
-        expected = _digest(peace)
+        job = _command("_faults_job", "gs://bucket/peace", str(steps), "0")
+        _jobs.finish(job, peace, **store.variables())
+        expected = _jobs.digest(peace)
         with concurrent.futures.ThreadPoolExecutor(lanes) as pool:
             futures = [
                 pool.submit(_lane, number, store, directory, kills=kills, most=most, steps=steps)
