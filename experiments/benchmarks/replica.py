@@ -21,9 +21,9 @@ import numpy as np
 from flax import nnx
 
 from experiments.shared import suite
+from experiments.shared.peers import serving
 from experiments.shared.report import spread
 from logitjax import leakage, models
-from tests.rigs._server_client import running
 
 ARMS = ("replica", "in process", "no head", "text only")
 _TOKENS = 257
@@ -75,12 +75,12 @@ def run(options: suite.Options) -> suite.Result:
     mixed = ("--loss=kl:0.9", "--loss=sft:0.1", f"--cache_top_k={16 if smoke else 64}")
     arms = ARMS[:1] if smoke else ARMS
     found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
-    serving = (f"--top_logprobs={_TOKENS}", "--bias=none", "--decimals=2", "--max_length=256")
+    flags = (f"--top_logprobs={_TOKENS}", "--bias=none", "--decimals=2", "--max_length=256")
     # What was read of a server is kept under its address.
     port = root / "port.txt"
     if port.exists():
-        serving += (f"--port={port.read_text()}",)
-    with running(f"--model={teacher}", *serving) as (url, _):
+        flags += (f"--port={port.read_text()}",)
+    with serving(f"--model={teacher}", *flags) as (url, _):
         port.write_text(url.rpartition(":")[2])
         _command(
             "audit",

@@ -10,161 +10,22 @@ from typing import Any
 # A key that is left out; None is a value of its own.
 OUT = "(left out)"
 
-_SIZES: dict[str, Sequence[Any]] = {
-    "vocab_size": (96, 131),
-    "hidden_size": (32, 48),
-    "intermediate_size": (40, 64),
-    "num_hidden_layers": (1, 2, 4),
-    "num_attention_heads": (2, 4),
-    "num_key_value_heads": (1, 2),
-    "max_position_embeddings": (64, 128),
-    "rms_norm_eps": (OUT, 1e-5, 1e-2),
-    "rope_theta": (OUT, 500_000.0, 50),
-    "bos_token_id": (OUT, 1, None),
-    "eos_token_id": (OUT, 2, [2, 5], None),
-    "pad_token_id": (OUT, 0, None),
-    "attention_dropout": (OUT, 0.1),
-    "initializer_range": (OUT, 0.3),
-}
-_LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-_YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
-# Whole heads rotate here; the lists of longrope are filled in for the head.
-_SCALINGS = (
-    OUT,
-    None,
-    {"rope_type": "default"},
-    {"type": "linear", "factor": 2.5},
-    _LLAMA3,
-    _YARN,
-    _YARN | {"beta_fast": 8, "beta_slow": 2, "attention_factor": 1.3},
-    _YARN | {"mscale": 0.7, "mscale_all_dim": 1.2},
-    _YARN | {"truncate": False},
-    {"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 16},
-    {"rope_type": "longrope", "original_max_position_embeddings": 64, "attention_factor": 1.2},
-)
-_ROPE = {
-    "rope_scaling": _SCALINGS,
-    "rope_parameters": (OUT, {"rope_type": "linear", "factor": 3.0, "rope_theta": 700.0}),
-    "original_max_position_embeddings": (OUT, 16),
-}
-_SILU = (OUT, "silu", "gelu", "gelu_new", "gelu_pytorch_tanh")
 _LOCAL = ("sliding_attention", "full_attention")
-_GEMMA = _SIZES | {
-    "num_attention_heads": (OUT, 4, 8),
-    "num_key_value_heads": (OUT, 1, 2),
-    "head_dim": (OUT, 8, 12),
-    "hidden_activation": (OUT, "gelu_pytorch_tanh", "gelu", "silu"),
-    "hidden_act": (OUT, "gelu"),
-    "tie_word_embeddings": (OUT, True, False),
-    "attention_bias": (OUT, True, False),
-    "query_pre_attn_scalar": (OUT, 9, 24),
-    "sliding_window": (OUT, 6, 17),
-    "layer_types": (OUT, "all full", "mixed"),
-    "final_logit_softcapping": (OUT, None, 2.0),
-    "attn_logit_softcapping": (OUT, None, 3.0),
-    "use_bidirectional_attention": (OUT, False, None),
-}
-_QWEN = (
-    _SIZES
-    | _ROPE
-    | {
-        "hidden_act": _SILU,
-        "tie_word_embeddings": (OUT, True, False),
-        "use_sliding_window": (OUT, True, False),
-        "sliding_window": (OUT, 5, None),
-        "max_window_layers": (OUT, 0, 1),
-        "layer_types": (OUT, "mixed"),
-    }
-)
+_TABLE = json.loads(Path(__file__).with_name("config_values.json").read_text())
 
-# Of each family every key that is read, and some that change nothing.
-VALUES: dict[str, Mapping[str, Sequence[Any]]] = {
-    "llama": _SIZES
-    | _ROPE
-    | {
-        "num_key_value_heads": (OUT, None, 1, 2),
-        "head_dim": (OUT, None, 12),
-        "hidden_act": _SILU,
-        "tie_word_embeddings": (OUT, True, False),
-        "attention_bias": (OUT, True, False),
-        "mlp_bias": (OUT, True, False),
-        "layer_types": (OUT, "all full"),
-        "pretraining_tp": (OUT, 1),
-    },
-    "mistral": _SIZES
-    | _ROPE
-    | {
-        "head_dim": (OUT, None, 12),
-        "hidden_act": _SILU,
-        "tie_word_embeddings": (OUT, True, False),
-        "sliding_window": (OUT, None, 5, 17),
-    },
-    "qwen2": _QWEN,
-    "qwen3": _QWEN | {"head_dim": (OUT, 8, 12), "attention_bias": (OUT, True, False)},
-    "phi3": _SIZES
-    | {
-        "pad_token_id": (0, None),  # transformers' default lies outside of this vocabulary
-        "num_key_value_heads": (OUT, None, 1, 2),
-        "hidden_act": _SILU,
-        "tie_word_embeddings": (OUT, True, False),
-        "sliding_window": (OUT, None, 9),
-        "partial_rotary_factor": (OUT, 0.5, 1.0),
-        "rope_scaling": (
-            OUT,
-            None,
-            {"type": "longrope"},
-            {"type": "su", "original_max_position_embeddings": 7},
-            {"type": "yarn", "original_max_position_embeddings": 7, "factor": 2.0},
-        ),
-        "original_max_position_embeddings": (OUT, 16, 64),
-        "resid_pdrop": (OUT, 0.1),
-        "embd_pdrop": (OUT, 0.1),
-    },
-    "gemma2": _GEMMA | _ROPE | {"rope_parameters": (OUT,)},
-    "gemma3_text": _GEMMA
-    | {
-        "attn_logit_softcapping": (OUT, None),
-        "sliding_window_pattern": (OUT, 2, 3),
-        "rope_local_base_freq": (OUT, 300.0),
-        "rope_scaling": (
-            OUT,
-            None,
-            {"rope_type": "linear", "factor": 8.0},
-            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
-        ),
-        "rope_parameters": (
-            OUT,
-            {
-                "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 900.0},
-                "sliding_attention": {"rope_type": "default", "rope_theta": 70.0},
-            },
-        ),
-    },
-    "gpt2": {
-        "vocab_size": (96, 131),
-        "n_embd": (32, 48),
-        "n_layer": (1, 2, 4),
-        "n_head": (2, 4),
-        "n_positions": (32, 64),
-        "n_inner": (OUT, None, 40),
-        "activation_function": (OUT, "gelu_new", "gelu", "gelu_fast", "silu"),
-        "layer_norm_epsilon": (OUT, 1e-2),
-        "scale_attn_weights": (OUT, True, False),
-        "reorder_and_upcast_attn": (OUT, True),
-        "tie_word_embeddings": (OUT, True, False),
-        "bos_token_id": (OUT, 1, None),
-        "eos_token_id": (OUT, 2, [2, 5], None),
-        "pad_token_id": (OUT, 0, None),
-        "attn_pdrop": (OUT, 0.0),
-        "summary_type": (OUT, "last"),
-    },
-}
+
+def _values(name: str) -> dict[str, Sequence[Any]]:
+    """By key what a group of the table tries, after the groups that it builds on."""
+    own, inherited = dict(_TABLE[name]), {}
+    for base in own.pop("of", ()):
+        inherited |= _values(base)
+    return inherited | own
+
+
+# Of each family every key that is read, and some that change nothing. Whole heads rotate here; the
+# lists of longrope are filled in for the head.
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "gpt2")
+VALUES = {family: _values(family) for family in FAMILIES}
 
 
 def covering(values: Mapping[str, Sequence[Any]], count: int, seed: int) -> list[dict[str, Any]]:
@@ -225,7 +86,7 @@ def pairs_of(values: Mapping[str, Sequence[Any]], rows: Sequence[Mapping[str, An
 def raw_config(family: str, row: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json of an assignment."""
     raw: dict[str, Any] = {"model_type": family}
-    raw |= {k: v for k, v in row.items() if v is not OUT}
+    raw |= {k: v for k, v in row.items() if v != OUT}
     layers = raw.get("num_hidden_layers", 2)
     kinds = raw.get("layer_types")
     if kinds == "all full":

@@ -12,82 +12,23 @@ from typing import Any
 # Archive to member to the sha256 of the template's text; `path#N` is entry N of a list in JSON.
 _KNOWN = Path(__file__).parent / "chat_templates.json"
 
-TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "get_weather",
-            "description": "The weather at a place <now> & for days; in 'Zürich' or 東京.",
-            "parameters": {
-                "type": "object",
-                "properties": {
-                    "place": {"type": "string", "description": "Where"},
-                    "days": {"type": "integer", "description": "How many", "default": 1},
-                },
-                "required": ["place"],
-            },
-        },
-    }
-]
+_SAID = json.loads(Path(__file__).with_name("conversations.json").read_text())
 
 
-def _call(place: str, number: int) -> dict[str, Any]:
-    function = {"name": "get_weather", "arguments": {"place": place, "days": number}}
-    return {"id": f"call0000{number}", "type": "function", "function": function}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Conversation:
-    """Messages and what is said with them."""
+    """Messages and what is said with them; of `tools` the table has one set."""
 
     messages: list[dict[str, Any]]
     variables: Mapping[str, Any]
 
+    @classmethod
+    def of(cls, messages: list[dict[str, Any]], variables: dict[str, Any]) -> "Conversation":
+        tools = {"tools": _SAID["tools"]} if "tools" in variables else {}
+        return cls(messages, variables | tools)
 
-CONVERSATIONS = (
-    Conversation(
-        messages=[{"role": "user", "content": " What is 1 < 2 & 'so'?\n"}],
-        variables={"add_generation_prompt": True},
-    ),
-    Conversation(
-        messages=[
-            {"role": "system", "content": "Be brief."},
-            {"role": "user", "content": "Hello, wörld!"},
-            {"role": "assistant", "content": "Hi there.", "reasoning_content": "A greeting."},
-            {"role": "user", "content": "And now?"},
-            {"role": "assistant", "content": "Now this — ✓."},
-        ],
-        variables={},
-    ),
-    Conversation(
-        messages=[
-            {"role": "user", "content": "Weather in Zürich?"},
-            {"role": "assistant", "content": "", "tool_calls": [_call("Zürich <b>", 1)]},
-            {
-                "role": "tool",
-                "name": "get_weather",
-                "tool_call_id": "call00001",
-                "content": '{"celsius": 7}',
-            },
-            {"role": "assistant", "content": "Seven degrees."},
-        ],
-        variables={"tools": TOOLS},
-    ),
-    Conversation(
-        messages=[
-            {"role": "system", "content": "Use tools."},
-            {"role": "user", "content": "Weather in 東京?"},
-            {"role": "assistant", "content": None, "tool_calls": [_call("東京", 2)]},
-            {
-                "role": "tool",
-                "name": "get_weather",
-                "tool_call_id": "call00002",
-                "content": "rain",
-            },
-        ],
-        variables={"tools": TOOLS, "add_generation_prompt": True, "enable_thinking": False},
-    ),
-)
+
+CONVERSATIONS = tuple(Conversation.of(**said) for said in _SAID["conversations"])
 TWO_TURNS = CONVERSATIONS[1]
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import io
+import json
 import pickle
 import tempfile
 import zipfile
@@ -15,115 +16,42 @@ from safetensors.numpy import save
 
 from tests.rigs._files_templates import TEMPLATES
 
-LLAMA: dict[str, Any] = {
-    "model_type": "llama",
-    "vocab_size": 259,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "hidden_act": "silu",
-    "tie_word_embeddings": True,
-    "bos_token_id": 1,
-    "eos_token_id": [2, 3],
-    "rope_scaling": None,
-}
-CONFIGS = (
-    LLAMA,
-    LLAMA
-    | {
-        "rope_scaling": {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        }
-    },
-    LLAMA
-    | {
-        "model_type": "qwen3",
-        "use_sliding_window": True,
-        "sliding_window": 16,
-        "max_window_layers": 1,
-        "layer_types": ["full_attention", "sliding_attention"],
-    },
-    LLAMA
-    | {
-        "model_type": "gemma3_text",
-        "sliding_window": 16,
-        "query_pre_attn_scalar": 8,
-        "rope_local_base_freq": 10000.0,
-        "hidden_activation": "gelu_pytorch_tanh",
-    },
-    LLAMA
-    | {
-        "model_type": "phi3",
-        "original_max_position_embeddings": 64,
-        "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
-    },
-    {
-        "model_type": "gpt2",
-        "vocab_size": 257,
-        "n_embd": 32,
-        "n_layer": 2,
-        "n_head": 4,
-        "n_positions": 128,
-        "layer_norm_epsilon": 1e-5,
-        "activation_function": "gelu_new",
-    },
-)
+TABLE = json.loads(Path(__file__).with_name("hostile_values.json").read_text())
+LLAMA: dict[str, Any] = TABLE["llama"]
+CONFIGS = (LLAMA, *(LLAMA | other for other in TABLE["other llamas"]), TABLE["gpt2"])
 
 
 def _random(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
+# Of a layer's matrices the name in GGUF, and the shape.
+_LAYER: dict[str, Any] = {
+    "input_layernorm": ("attn_norm", 32),
+    "post_attention_layernorm": ("ffn_norm", 32),
+    "self_attn.q_proj": ("attn_q", 32, 32),
+    "self_attn.k_proj": ("attn_k", 16, 32),
+    "self_attn.v_proj": ("attn_v", 16, 32),
+    "self_attn.o_proj": ("attn_output", 32, 32),
+    "mlp.gate_proj": ("ffn_gate", 64, 32),
+    "mlp.up_proj": ("ffn_up", 64, 32),
+    "mlp.down_proj": ("ffn_down", 32, 64),
+}
+
+
 @functools.cache
 def llama_tensors() -> dict[str, np.ndarray]:
     found = {"model.embed_tokens.weight": _random(259, 32), "model.norm.weight": _random(32)}
     for i in range(2):
-        base = f"model.layers.{i}"
-        found |= {
-            f"{base}.input_layernorm.weight": _random(32),
-            f"{base}.post_attention_layernorm.weight": _random(32),
-            f"{base}.self_attn.q_proj.weight": _random(32, 32),
-            f"{base}.self_attn.k_proj.weight": _random(16, 32),
-            f"{base}.self_attn.v_proj.weight": _random(16, 32),
-            f"{base}.self_attn.o_proj.weight": _random(32, 32),
-            f"{base}.mlp.gate_proj.weight": _random(64, 32),
-            f"{base}.mlp.up_proj.weight": _random(64, 32),
-            f"{base}.mlp.down_proj.weight": _random(32, 64),
-        }
+        layer = {name: _random(*shape) for name, (_, *shape) in _LAYER.items()}
+        found |= {f"model.layers.{i}.{name}.weight": values for name, values in layer.items()}
     return found
 
 
 @functools.cache
 def safetensors() -> bytes:
-    tensors = {
-        "a.weight": _random(6, 5),
-        "b.bias": _random(7).astype(np.float16),
-        "scalar": _random(),
-    }
-    return save(tensors, {"format": "pt"})
-
-
-_GGUF_NAMES = {
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
+    tensors = {"a.weight": _random(6, 5), "b.bias": _random(7).astype(np.float16)}
+    return save(tensors | {"scalar": _random()}, {"format": "pt"})
 
 
 @functools.cache
@@ -154,11 +82,9 @@ def gguf_file() -> bytes:
     for number, (name, values) in enumerate(llama_tensors().items()):
         if ".layers." in name:
             _, _, layer, inner = name.removesuffix(".weight").split(".", 3)
-            name = f"blk.{layer}.{_GGUF_NAMES[inner]}.weight"
+            name = f"blk.{layer}.{_LAYER[inner][0]}.weight"
         else:
-            name = {"model.embed_tokens.weight": "token_embd.weight"}.get(
-                name, "output_norm.weight"
-            )
+            name = "token_embd.weight" if "embed" in name else "output_norm.weight"
         kind = kinds[number % 3] if values.ndim == 2 else None
         if kind is None:
             writer.add_tensor(name, values)
@@ -183,20 +109,11 @@ def _whole(value: int) -> bytes:
 def tensor_steps(key: str, count: int, size: tuple[int, ...], kind: str = "FloatStorage") -> bytes:
     """The steps of a pickle that make a tensor, as torch writes them."""
     strides = [int(np.prod(size[i + 1 :])) for i in range(len(size))]
-    sizes = b"(" + b"".join(map(_whole, size)) + b"t"
-    steps = b"(" + b"".join(map(_whole, strides)) + b"t"
-    storage = (
-        b"("
-        + pickled_text("storage")
-        + f"ctorch\n{kind}\n".encode()
-        + pickled_text(key)
-        + pickled_text("cpu")
-    )
-    storage += _whole(count) + b"tQ"
-    tail = b"\x89ccollections\nOrderedDict\n)Rt"
-    return (
-        b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + _whole(0) + sizes + steps + tail + b"R"
-    )
+    sizes, steps = (b"(" + b"".join(map(_whole, side)) + b"t" for side in (size, strides))
+    storage = b"(" + pickled_text("storage") + f"ctorch\n{kind}\n".encode() + pickled_text(key)
+    storage += pickled_text("cpu") + _whole(count) + b"tQ"
+    head = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + _whole(0) + sizes + steps
+    return head + b"\x89ccollections\nOrderedDict\n)RtR"
 
 
 def pickled_weights() -> bytes:
@@ -266,14 +183,9 @@ def pictures() -> dict[str, bytes]:
     rgb, rgba = Image.fromarray(pixels[..., :3]), Image.fromarray(pixels)
     grey = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
     forms = {
-        "rgb.png": (rgb, "PNG"),
-        "rgba.png": (rgba, "PNG"),
-        "grey.png": (grey, "PNG"),
-        "a.jpg": (rgb, "JPEG"),
-        "palette.png": (rgb.convert("P"), "PNG"),
-        "gif.png": (rgb, "GIF"),
-        "bmp.jpg": (rgb, "BMP"),
-        "webp.jpg": (rgb, "WEBP"),
+        **{"rgb.png": (rgb, "PNG"), "rgba.png": (rgba, "PNG"), "grey.png": (grey, "PNG")},
+        **{"a.jpg": (rgb, "JPEG"), "palette.png": (rgb.convert("P"), "PNG")},
+        **{"gif.png": (rgb, "GIF"), "bmp.jpg": (rgb, "BMP"), "webp.jpg": (rgb, "WEBP")},
     }
     out = {}
     for name, (picture, form) in forms.items():

@@ -24,7 +24,7 @@ from logitjax.storage.weights import (
     read_state_dict,
 )
 from tests.rigs import _files_bases as bases
-from tests.rigs import _files_bombs
+from tests.rigs import _files_bombs as bombs
 from tests.rigs import _files_mutate as mutate
 from tests.rigs._files_templates import LOOPS, TEMPLATES
 
@@ -38,7 +38,7 @@ Random = random.Random
 _FIRST = 100
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Kind:
     """A kind of file.
 
@@ -67,31 +67,28 @@ def _size(arrays: Any) -> int:
 
 def one_file(
     name: str,
-    bombs: Callable[[], Sequence[bytes]],
+    hostile: Callable[[], Sequence[bytes]],
     good: Callable[[], Sequence[bytes]],
     change: Callable[[bytes, Random], bytes],
 ) -> Callable[[Path, int, Random], None]:
     """Writes bombs, then changed copies of good files, as files of one name."""
-    bombs, good = functools.cache(bombs), functools.cache(good)
 
     def write(directory: Path, number: int, rng: Random) -> None:
         # They take seconds to be made.
-        found = bombs() if number < _FIRST else [b""] * _FIRST
-        if number < len(found):
-            (directory / name).write_bytes(found[number])
-        elif number < len(found) + len(good()):
-            (directory / name).write_bytes(good()[number - len(found)])
+        first = hostile() if number < _FIRST else [b""] * _FIRST
+        if number < len(first) + len(good()):
+            content = [*first, *good()][number]
         else:
             content = rng.choice(good())
             edit = mutate.any_bytes if rng.random() < 0.4 else change
-            (directory / name).write_bytes(edit(content, rng))
+            content = edit(content, rng)
+        (directory / name).write_bytes(content)
 
     return write
 
 
 def _load_safetensors(directory: Path) -> int:
-    path = directory / "model.safetensors"
-    return _size(read_state_dict(path))
+    return _size(read_state_dict(directory / "model.safetensors"))
 
 
 def _load_index(directory: Path) -> int:
@@ -105,7 +102,7 @@ def _write_index(directory: Path, number: int, rng: Random) -> None:
     (directory.parent / "secret.safetensors").write_bytes(bases.safetensors())
     os.symlink(directory.parent / "secret.safetensors", directory / "link.safetensors")
     os.mkfifo(directory / "fifo.safetensors")
-    maps = _index_maps()
+    maps = bombs.index_maps()
     index: Any = {"metadata": {"total_size": 1}, "weight_map": where}
     text = json.dumps(maps[number] if number < len(maps) else index).encode()
     if number > len(maps):
@@ -117,9 +114,6 @@ def _write_index(directory: Path, number: int, rng: Random) -> None:
     for name, content in shards.items():
         (directory / name).write_bytes(content)
     (directory / "model.safetensors.index.json").write_bytes(text)
-
-
-_index_maps = functools.cache(_files_bombs.index_maps)
 
 
 def _load_gguf(directory: Path) -> int:
@@ -150,15 +144,10 @@ def _write_gguf_model(directory: Path, number: int, rng: Random) -> None:
     (directory / "model.gguf").write_bytes(content)
 
 
-def _torch_good() -> list[bytes]:
-    return [bases.torch_zip()]
-
-
 def _in_zip(content: bytes, rng: Random) -> bytes:
     def inner(name: str, data_: bytes, rng_: Random) -> bytes:
-        return (
-            mutate.a_pickle(data_, rng_) if name.endswith(".pkl") else mutate.any_bytes(data_, rng_)
-        )
+        edit = mutate.a_pickle if name.endswith(".pkl") else mutate.any_bytes
+        return edit(data_, rng_)
 
     return mutate.a_zip(content, rng, inner)
 
@@ -177,23 +166,21 @@ def _load_pickle(directory: Path) -> int:
     return _size(found.get("params")) if isinstance(found, dict) else 0
 
 
+@functools.cache
 def _legacy_bombs() -> list[bytes]:
     head = bases.torch_legacy()[: bases.torch_legacy().index(b"\x80\x02ccollections")]
-    return [head + bomb for bomb in _files_bombs.pickle_bombs()]
+    return [head + bomb for bomb in bombs.pickle_bombs()]
 
 
 def _write_arrays(directory: Path, number: int, rng: Random) -> None:
-    bombs = _npz_bombs() if number < 20 else []
-    if number < len(bombs):
-        (directory / "a.npz").write_bytes(bombs[number])
+    hostile = bombs.npz_bombs() if number < 20 else []
+    if number < len(hostile):
+        (directory / "a.npz").write_bytes(hostile[number])
     elif rng.random() < 0.6:
         content = mutate.a_zip(rng.choice(bases.npz_files()), rng, mutate.npy)
         (directory / "a.npz").write_bytes(content)
     else:
         (directory / "a.npy").write_bytes(mutate.npy("", bases.npy_file(), rng))
-
-
-_npz_bombs = functools.cache(_files_bombs.npz_bombs)
 
 
 def _load_arrays(directory: Path) -> int:
@@ -204,16 +191,13 @@ def _load_arrays(directory: Path) -> int:
 
 
 def _write_config(directory: Path, number: int, rng: Random) -> None:
-    bombs = _config_bombs()
-    if number < len(bombs):
-        value = bombs[number]
+    hostile = bombs.config_bombs()
+    if number < len(hostile):
+        value = hostile[number]
         text = value if isinstance(value, bytes) else json.dumps(value).encode()
     else:
         text = mutate.json_text(rng.choice(bases.CONFIGS), rng)
     (directory / "config.json").write_bytes(text)
-
-
-_config_bombs = functools.cache(_files_bombs.config_bombs)
 
 
 def _load_config(directory: Path) -> int:
@@ -247,11 +231,11 @@ def _tokenizer_files() -> dict[str, Any]:
 def _write_tokenizer(directory: Path, number: int, rng: Random) -> None:
     files = _tokenizer_files()
     chosen = rng.choice(sorted(files))
-    bombs = (b"[" * 100_000, b"", b"[]", b"3", b'"x"', b"null", b"{}")
+    broken = (b"[" * 100_000, b"", b"[]", b"3", b'"x"', b"null", b"{}")
     for name, value in files.items():
         text = json.dumps(value).encode()
         if name == chosen and number:
-            text = bombs[number] if number < len(bombs) else mutate.json_text(value, rng)
+            text = broken[number] if number < len(broken) else mutate.json_text(value, rng)
         (directory / name).write_bytes(text)
     template = TEMPLATES[1].encode()
     if rng.random() < 0.2:
@@ -301,17 +285,14 @@ def _load_template(directory: Path) -> int:
 
 
 def _write_picture(directory: Path, number: int, rng: Random) -> None:
-    bombs = _picture_bombs() if number < 40 else []
+    hostile = bombs.picture_bombs() if number < 40 else []
     (directory / "train" / "a").mkdir(parents=True)
-    if number < len(bombs):
-        name, content = bombs[number]
+    if number < len(hostile):
+        name, content = hostile[number]
     else:
         name = rng.choice(sorted(bases.pictures()))
         content = mutate.png(bases.pictures()[name], rng)
     (directory / "train" / "a" / name).write_bytes(content)
-
-
-_picture_bombs = functools.cache(_files_bombs.picture_bombs)
 
 
 def _load_picture(directory: Path) -> int:
@@ -323,16 +304,13 @@ def _load_picture(directory: Path) -> int:
 
 
 def _write_merges(directory: Path, number: int, rng: Random) -> None:
-    bombs = _gzip_bombs() if number < 10 else []
+    hostile = bombs.gzip_bombs() if number < 10 else []
     content = gzip.compress(b"#version\na b\nc d\nab cd\n")
-    if number < len(bombs):
-        content = bombs[number]
-    elif number > len(bombs) + 10:
+    if number < len(hostile):
+        content = hostile[number]
+    elif number > len(hostile) + 10:
         content = mutate.any_bytes(content, rng)
     (directory / "bpe_simple_vocab_16e6.txt.gz").write_bytes(content)
-
-
-_gzip_bombs = functools.cache(_files_bombs.gzip_bombs)
 
 
 def _load_merges(directory: Path) -> int:
@@ -418,8 +396,8 @@ def _write_json(directory: Path, number: int, rng: Random) -> None:
     record = {"kind": "table", "format": 1, "made_from": {"data": "d", "k": 4, "list": [1, 2]}}
     text = json.dumps(record).encode() if number == 0 else mutate.json_text(record, rng)
     if 0 < number <= 3:
-        bombs = (b"[" * 1_000_000, b"[" + b"[]," * 4_000_000 + b"1]", b'"' + bytes(40 << 20) + b'"')
-        text = bombs[number - 1]
+        many = b"[" + b"[]," * 4_000_000 + b"1]"
+        text = (b"[" * 1_000_000, many, b'"' + bytes(40 << 20) + b'"')[number - 1]
     (directory / "manifest.json").write_bytes(text)
 
 
@@ -429,55 +407,29 @@ def _load_json(directory: Path) -> int:
     return 0
 
 
-def _same(content: bytes, rng: Random) -> bytes:
-    return mutate.any_bytes(content, rng)
-
-
+_SAFETENSORS = (bombs.safetensors_bombs, lambda: [bases.safetensors()], mutate.safetensors)
+_GGUF = (bombs.gguf_bombs, lambda: [bases.gguf_file()], mutate.any_bytes)
+_ZIP = (bombs.zip_bombs, lambda: [bases.torch_zip()], _in_zip)
+_OLDER = (_legacy_bombs, lambda: [bases.torch_legacy()], _in_legacy)
+_PICKLE = (bombs.pickle_bombs, bases.numpy_pickles, mutate.a_pickle)
 KINDS: dict[str, Kind] = {
-    "safetensors": Kind(
-        count=16_000,
-        write=one_file(
-            "model.safetensors",
-            _files_bombs.safetensors_bombs,
-            lambda: [bases.safetensors()],
-            mutate.safetensors,
-        ),
-        load=_load_safetensors,
-    ),
-    "index": Kind(count=6000, write=_write_index, load=_load_index),
-    "gguf": Kind(
-        count=16_000,
-        write=one_file("model.gguf", _files_bombs.gguf_bombs, lambda: [bases.gguf_file()], _same),
-        load=_load_gguf,
-    ),
-    "torch, zip": Kind(
-        count=12_000,
-        write=one_file("weights.pth", _files_bombs.zip_bombs, _torch_good, _in_zip),
-        load=_load_torch,
-    ),
-    "torch, older": Kind(
-        count=6000,
-        write=one_file("weights.pth", _legacy_bombs, lambda: [bases.torch_legacy()], _in_legacy),
-        load=_load_torch,
-    ),
-    "numpy pickle": Kind(
-        count=6000,
-        write=one_file(
-            "weights.ckpt", _files_bombs.pickle_bombs, bases.numpy_pickles, mutate.a_pickle
-        ),
-        load=_load_pickle,
-    ),
-    "npz, npy": Kind(count=8000, write=_write_arrays, load=_load_arrays),
-    "config": Kind(count=10_000, write=_write_config, load=_load_config),
-    "tokenizer": Kind(count=4000, write=_write_tokenizer, load=_load_tokenizer),
-    "template": Kind(count=4000, write=_write_template, load=_load_template),
-    "image": Kind(count=6000, write=_write_picture, load=_load_picture),
-    "manifest": Kind(count=3000, write=_write_json, load=_load_json),
-    "gzip": Kind(count=500, write=_write_merges, load=_load_merges),
-    "row cache": Kind(count=1000, write=_write_rows, load=_load_rows),
-    "head": Kind(count=500, write=_write_head, load=_load_head, warm=0),
-    "model": Kind(count=600, write=_write_model, load=_load_model, warm=0),
-    "model, gguf": Kind(count=400, write=_write_gguf_model, load=_load_model_gguf, warm=0),
+    "safetensors": Kind(16_000, one_file("model.safetensors", *_SAFETENSORS), _load_safetensors),
+    "index": Kind(6000, _write_index, _load_index),
+    "gguf": Kind(16_000, one_file("model.gguf", *_GGUF), _load_gguf),
+    "torch, zip": Kind(12_000, one_file("weights.pth", *_ZIP), _load_torch),
+    "torch, older": Kind(6000, one_file("weights.pth", *_OLDER), _load_torch),
+    "numpy pickle": Kind(6000, one_file("weights.ckpt", *_PICKLE), _load_pickle),
+    "npz, npy": Kind(8000, _write_arrays, _load_arrays),
+    "config": Kind(10_000, _write_config, _load_config),
+    "tokenizer": Kind(4000, _write_tokenizer, _load_tokenizer),
+    "template": Kind(4000, _write_template, _load_template),
+    "image": Kind(6000, _write_picture, _load_picture),
+    "manifest": Kind(3000, _write_json, _load_json),
+    "gzip": Kind(500, _write_merges, _load_merges),
+    "row cache": Kind(1000, _write_rows, _load_rows),
+    "head": Kind(500, _write_head, _load_head, warm=0),
+    "model": Kind(600, _write_model, _load_model, warm=0),
+    "model, gguf": Kind(400, _write_gguf_model, _load_model_gguf, warm=0),
 }
 
 

@@ -10,63 +10,14 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 Random = random.Random
 
-_SIZES = (
-    0,
-    1,
-    2,
-    255,
-    1 << 15,
-    1 << 20,
-    (1 << 31) - 1,
-    1 << 31,
-    (1 << 32) - 1,
-    1 << 40,
-    1 << 62,
-    (1 << 63) - 1,
-    (1 << 64) - 1,
-)
-VALUES: tuple[Any, ...] = (
-    None,
-    True,
-    False,
-    -1,
-    0,
-    1,
-    2,
-    1_000_000,
-    10**9,
-    1 << 31,
-    1 << 63,
-    10**30,
-    -(10**18),
-    0.5,
-    1e308,
-    float("inf"),
-    float("nan"),
-    "",
-    "x",
-    "../../x",
-    "/etc/passwd",
-    "a\nb",
-    "\u0000",
-    [],
-    {},
-    [[]],
-    [None],
-    [-1],
-    [1 << 62, 1 << 62],
-    [1 << 62, -1],
-    {"": None},
-    ["x"] * 50,
-    {"a": {"b": {"c": []}}},
-    "9" * 5000,
-    "x" * 20_000,
-    [0] * 20_000,
-)
+_TABLE = json.loads(Path(__file__).with_name("hostile_values.json").read_text())
+_SIZES: tuple[int, ...] = tuple(_TABLE["numbers"])
+VALUES: tuple[Any, ...] = (*_TABLE["values"], "9" * 5000, "x" * 20_000, [0] * 20_000)
 
 
 def deep(depth: int, value: Any = 0) -> Any:
@@ -155,50 +106,14 @@ def safetensors(data: bytes, rng: Random) -> bytes:
     return claimed.to_bytes(8, "little") + header + data[8 + length :]
 
 
+# Steps of pickles between spaces, which none of them has.
 _STEPS = (
-    b"]",
-    b"}",
-    b")",
-    b"(",
-    b"N",
-    b"0",
-    b"2",
-    b"a",
-    b"e",
-    b"s",
-    b"u",
-    b"t",
-    b"\x85",
-    b"\x86",
-    b"\x87",
-    b"R",
-    b"b",
-    b"\x81",
-    b"Q",
-    b"K\x01",
-    b"\x88",
-    b"q\x00",
-    b"h\x00",
-    b"h\x01",
-    b"\x94",
-    b"\x8f",
-    b"\x90",
-    b"\x91",
-    b"r\xff\xff\xff\x7f",
-    b"X\xff\xff\xff\xff",
-    b"\x96" + b"\xff" * 8,
-    b"l",
-    b"d",
-    b"\x8a\x08" + b"\xff" * 8,
-    b"cos\nsystem\n",
-    b"cbuiltins\neval\n",
-    b"ctorch\nFloatStorage\n",
-    b"ccollections\nOrderedDict\n",
-    b"I999999999999\n",
-    b"i__main__\nx\n",
-    b"P1\n",
-    b"\x95" + b"\0" * 8,
-)
+    b"] } ) ( N 0 2 a e s u t \x85 \x86 \x87 R b \x81 Q K\x01 \x88 q\x00 h\x00 h\x01 \x94 \x8f \x90"
+    b" \x91 r\xff\xff\xff\x7f X\xff\xff\xff\xff \x96\xff\xff\xff\xff\xff\xff\xff\xff l d"
+    b" \x8a\x08\xff\xff\xff\xff\xff\xff\xff\xff cos\nsystem\n cbuiltins\neval\n"
+    b" ctorch\nFloatStorage\n ccollections\nOrderedDict\n I999999999999\n i__main__\nx\n P1\n"
+    b" \x95\0\0\0\0\0\0\0\0"
+).split(b" ")
 
 
 def a_pickle(data: bytes, rng: Random) -> bytes:

@@ -20,26 +20,10 @@ from tests.rigs._files_kinds import KINDS, seeded
 # A backstop: what asks for more at once fails at once.
 _ADDRESS_SPACE = 6 << 30
 _ACTIONS = (
-    "os.system",
-    "subprocess.Popen",
-    "os.exec",
-    "os.posix_spawn",
-    "os.fork",
-    "os.forkpty",
-    "os.remove",
-    "os.rename",
-    "os.mkdir",
-    "os.chmod",
-    "os.symlink",
-    "os.link",
-    "os.putenv",
-    "shutil.",
-    "socket.",
-    "ctypes.dlopen",
-    "pickle.find_class",
-    "urllib.Request",
-    "webbrowser.",
-    "pty.spawn",
+    *("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty"),
+    *("os.remove", "os.rename", "os.mkdir", "os.chmod", "os.symlink", "os.link", "os.putenv"),
+    *("shutil.", "socket.", "ctypes.dlopen", "pickle.find_class", "urllib.Request"),
+    *("webbrowser.", "pty.spawn"),
 )
 
 
@@ -98,15 +82,8 @@ def read(kind: str, number: int, home: Path, watch: Watch) -> dict[str, Any]:
     ran = [*watch.seen, *(["ran"] if (home / "ran").exists() else [])]
     watch.seen.clear()
     shutil.rmtree(directory)
-    return {
-        "kind": kind,
-        "number": number,
-        "fate": fate,
-        "text": text[:300],
-        "seconds": seconds,
-        "over": over,
-        "ran": ran,
-    }
+    row = {"kind": kind, "number": number, "fate": fate, "text": text[:300]}
+    return row | {"seconds": seconds, "over": over, "ran": ran}
 
 
 def main(home: str) -> None:

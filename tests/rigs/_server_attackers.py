@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.shared import suite
+from experiments.shared.peers import serving
 from logitjax import leakage
 from logitjax.leakage import HttpOracle, LogitPolicy
-from tests.rigs._server_client import running, small_decoder
+from tests.rigs._server_client import small_decoder
 
 VOCAB, TOP, _RIGHT = 1000, 5, 0.05
 _PROMPT = (72, 101, 108, 108, 111)
@@ -41,7 +42,7 @@ def attackers(
     rows, more, searched = [], 0, 0
     for name, flags, told, biased in _POLICIES[2:4] if options.smoke else _POLICIES:
         arguments = (f"--model={directory}", "--max_length=64", "--slots=16", "--max_waiting=64")
-        with running(*arguments, *flags) as (address, _):
+        with serving(*arguments, *flags) as (address, _):
             found = {
                 attack: ask(address, truth, options.smoke, "--top_logprobs=0" not in flags)
                 for attack, ask in _ATTACKS.items()

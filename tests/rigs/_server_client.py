@@ -1,17 +1,9 @@
-"""Servers of our own, in a process or in this one, and clients of them."""
+"""Models that servers are tried with, and clients of a server over HTTP and in this process."""
 
 import asyncio
-import contextlib
 import http.client
 import json
-import os
 import pathlib
-import resource
-import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Iterator
 from typing import Any
 
 from flax import nnx
@@ -43,43 +35,6 @@ def small_model(directory: pathlib.Path, vocab: int) -> Decoder:
     model = small_decoder(vocab)
     save_pretrained(model, models.load_tokenizer("tiny"), directory)
     return model
-
-
-@contextlib.contextmanager
-def running(
-    *arguments: str, files: int | None = None, python: str = sys.executable
-) -> Iterator[tuple[str, subprocess.Popen]]:
-    """A server on a free loopback port, once it is ready; ended at the end.
-
-    Another interpreter runs what is installed for it, not the files that lie here.
-    """
-    command = [python, "-m", "logitjax", "serve", "--port=0", *arguments]
-    environment = dict(os.environ)
-    if python != sys.executable:
-        command.insert(1, "-P")
-        environment.pop("PYTHONPATH", None)
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
-    )
-    if files is not None:
-        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (files, files))
-    try:
-        assert process.stdout is not None
-        said = process.stdout.readline().split()
-        if not said:
-            raise RuntimeError(f"the server ended with {process.wait()}")
-        address = said[-1]
-        for _ in range(3000):
-            if process.poll() is not None:
-                raise RuntimeError(f"the server ended with {process.returncode}")
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"{address}/ready", timeout=2)
-                break
-            time.sleep(0.2)
-        yield address, process
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
 
 
 def connect(address: str, timeout: float = 120.0) -> http.client.HTTPConnection:

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from experiments.shared import suite
-from tests.rigs._server_client import COMPLETIONS, JSON, connect, post, running
+from experiments.shared.peers import serving
+from tests.rigs._server_client import COMPLETIONS, JSON, connect, post
 
 Found = tuple[list[dict[str, Any]], list[suite.Bar]]
 
@@ -30,7 +31,7 @@ def long_prompts(options: suite.Options, model: str) -> Found:
     count, times = (5, 1) if options.smoke else (50, 4)
     words = "the quick brown fox jumps over the lazy dog; "
     rows = []
-    with running(f"--model={model}", "--max_waiting=64") as (address, _):
+    with serving(f"--model={model}", "--max_waiting=64") as (address, _):
         longest = 1024 * 100
         for what, size in (("1 MB", (1 << 20) - 100), ("100 KB, all tokenised", longest)):
             body = json.dumps({"prompt": (words * (size // len(words) + 1))[:size]}).encode()
@@ -86,7 +87,7 @@ def gaps(options: suite.Options, model: str) -> Found:
     rounds = 1 if options.smoke else 5
     seconds = 1.5 if options.smoke else 8.0
     rows = []
-    with running(f"--model={model}", "--max_length=1024", "--prefix_cache_mb=0") as (address, _):
+    with serving(f"--model={model}", "--max_length=1024", "--prefix_cache_mb=0") as (address, _):
         for round_ in range(rounds):
             arrivals: list[list[float]] = [[] for _ in range(4)]
             over = threading.Event()
@@ -157,7 +158,7 @@ def half_open(options: suite.Options, directory: pathlib.Path) -> Found:
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
     served, seconds = 0, []
     flags = (f"--model={directory}", "--max_length=64")
-    with running(*flags, files=256) as (address, process), contextlib.ExitStack() as stack:
+    with serving(*flags, files=256) as (address, process), contextlib.ExitStack() as stack:
         host, port = address.removeprefix("http://").split(":")
         for _ in range(count):
             connection = socket.create_connection((host, int(port)), timeout=30)
@@ -186,7 +187,7 @@ def ended_by_signal(options: suite.Options, directory: pathlib.Path) -> Found:
     """SIGTERM among streams: how each of them ends."""
     count = 12 if options.smoke else 60
     flags = (f"--model={directory}", "--max_length=1024", "--max_tokens=900", "--drain=2")
-    with running(*flags, "--slots=8", "--max_waiting=64") as (address, process):
+    with serving(*flags, "--slots=8", "--max_waiting=64") as (address, process):
         with concurrent.futures.ThreadPoolExecutor(count) as pool:
             streams = [pool.submit(_finish, address, seed) for seed in range(count)]
             time.sleep(1.0)
@@ -324,7 +325,7 @@ def fuzz(options: suite.Options, directory: pathlib.Path, count: int) -> Found:
                     wrong[b"no error in OpenAI's form: " + text[:100]] += 1
 
     flags = (f"--model={directory}", "--max_length=64", "--bias=sampling", "--max_tokens=8")
-    with running(*flags, "--slots=16", "--max_waiting=64") as (address, process):
+    with serving(*flags, "--slots=16", "--max_waiting=64") as (address, process):
         with concurrent.futures.ThreadPoolExecutor(clients) as pool:
             list(pool.map(client, range(clients)))
         alive = process.poll() is None

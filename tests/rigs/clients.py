@@ -6,7 +6,6 @@ The second part asks 200 times for JSON of a schema, as many at a time as there 
 each answer against its schema, and times answers of the same lengths without one.
 """
 
-import collections
 import concurrent.futures
 import contextlib
 import json
@@ -17,6 +16,7 @@ import sys
 import tempfile
 import time
 import venv
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -24,45 +24,17 @@ import jsonschema
 from absl import logging
 
 from experiments.shared import suite
+from experiments.shared.peers import serving
 from experiments.shared.timing import paired_ratio
 from logitjax import models
-from tests.rigs._server_client import running
 
-_ROOT = pathlib.Path(__file__).parents[2]
 _TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
-_PERSON = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string", "maxLength": 12},
-        "age": {"type": "integer", "minimum": 0, "maximum": 120},
-        "city": {"enum": ["Paris", "Rome", "Oslo"]},
-    },
-    "required": ["name", "age", "city"],
-    "additionalProperties": False,
-}
-_SCHEMAS = (
-    _PERSON,
-    {
-        "type": "array",
-        "items": {"type": "integer", "minimum": 0, "maximum": 9},
-        "minItems": 1,
-        "maxItems": 4,
-    },
-    {
-        "type": "object",
-        "properties": {
-            "kind": {"const": "event"},
-            "when": {"type": "string", "pattern": "^20[0-9]{2}-(0[1-9]|1[0-2])$"},
-            "who": {"anyOf": [{"type": "null"}, {"type": "string", "maxLength": 8}]},
-            "open": {"type": "boolean"},
-        },
-        "required": ["kind", "when", "who", "open"],
-        "additionalProperties": False,
-    },
-)
+# What answers are held to, by the name of the schema.
+_SCHEMAS = json.loads(pathlib.Path(__file__).with_name("answer_schemas.json").read_text())
+_PERSON = _SCHEMAS["person"]
 _SLOTS = 16
 _NEW = 48  # Tokens that any answer to these schemas fits into.
 
@@ -88,7 +60,7 @@ def run(options: suite.Options) -> suite.Result:
             "--max_length=512",
             "--policy_seed=0",
         )
-        with running(*flags, python=python) as (address, _):
+        with serving(*flags, python=python) as (address, _):
             rows = _calls(address, new)
             structured = _structured(address, 24 if options.smoke else 200, new, options)
     passed = sum(row["passed"] for row in rows)
@@ -107,7 +79,7 @@ def _empty_environment(place: pathlib.Path) -> str:
     """An interpreter that has this repository with the extra `serve`, and nothing else."""
     venv.create(place, with_pip=True)
     python = str(place / "bin" / "python")
-    command = [python, "-m", "pip", "install", "--quiet", f"{_ROOT}[serve]"]
+    command = [python, "-m", "pip", "install", "--quiet", f"{suite.ROOT}[serve]"]
     subprocess.run(command, check=True)
     return python
 
@@ -116,164 +88,129 @@ def _calls(address: str, new: int) -> list[dict[str, Any]]:
     """Each call of the client, and what is wrong with its answer."""
     import openai
 
-    client: Any = openai.OpenAI(
-        base_url=f"{address}/v1", api_key="a-key", max_retries=0, timeout=3600
-    )
+    base = {"base_url": f"{address}/v1", "max_retries": 0, "timeout": 3600}
+    client: Any = openai.OpenAI(api_key="a-key", **base)
     plain: dict[str, Any] = {"model": "served", "prompt": "One, two, three,", "max_tokens": 8}
-    talk: Any = [{"role": "user", "content": "Say hello."}]
-    chat: dict[str, Any] = {"model": "served", "messages": talk, "max_tokens": 8}
-    wanted: Any = {"type": "json_schema", "json_schema": {"name": "person", "schema": _PERSON}}
+    told = [{"role": "user", "content": "Say hello."}]
+    parts = [{"type": "text", "text": "Say "}, {"type": "text", "text": "hello."}]
+    wanted = {"type": "json_schema", "json_schema": {"name": "person", "schema": _PERSON}}
+    usage = {"stream": True, "stream_options": {"include_usage": True}}
+    ids = {"logprobs": 1, "extra_body": {"return_tokens_as_token_ids": True}}
 
-    def completion() -> None:
-        answer = client.completions.create(**plain, temperature=0)
-        assert answer.choices[0].finish_reason in ("length", "stop")
-        assert answer.usage.completion_tokens <= 8
+    def asked(**more: Any) -> Any:
+        return client.completions.create(**plain | more)
 
-    def several_prompts() -> None:
-        answer = client.completions.create(**plain | {"prompt": ["a", "b"]}, n=2)
-        assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    def one(**more: Any) -> Any:
+        return asked(**more).choices[0]
 
-    def prompt_of_tokens() -> None:
-        answer = client.completions.create(**plain | {"prompt": [5, 6, 7]})
-        assert answer.usage.prompt_tokens == 3
+    def talked(**more: Any) -> Any:
+        base = {"model": "served", "messages": told, "max_tokens": 8}
+        return client.chat.completions.create(**base | more)
 
-    def streamed_completion() -> None:
-        whole = client.completions.create(**plain, seed=3).choices[0].text
-        stream = client.completions.create(
-            **plain, seed=3, stream=True, stream_options={"include_usage": True}
+    def answer(**more: Any) -> Any:
+        return talked(**more).choices[0]
+
+    def streamed() -> bool:
+        pieces = list(asked(seed=3, **usage))
+        text = "".join(piece.choices[0].text for piece in pieces if piece.choices)
+        return text == one(seed=3).text and pieces[-1].usage is not None
+
+    def streamed_chat() -> bool:
+        pieces = [piece.choices[0] for piece in talked(seed=1, stream=True)]
+        text = "".join(piece.delta.content or "" for piece in pieces)
+        return text == answer(seed=1).message.content and bool(pieces[-1].finish_reason)
+
+    def values() -> bool:
+        said = one(logprobs=3, temperature=0).logprobs
+        largest = [max(top.values()) for top in said.top_logprobs]
+        return largest == said.token_logprobs and len(said.tokens) == len(largest)
+
+    def echo() -> bool:
+        whole = asked(max_tokens=0, echo=True, logprobs=2)
+        choice, count = whole.choices[0], whole.usage.prompt_tokens
+        first = choice.logprobs.token_logprobs[0]
+        tokens = len(choice.logprobs.tokens)
+        return choice.text == plain["prompt"] and first is None and tokens == count
+
+    def stop() -> bool:
+        text = one(temperature=0).text
+        cut = one(temperature=0, stop=[text[2:4]])
+        return (cut.text, cut.finish_reason) == (text[: text.find(text[2:4])], "stop")
+
+    def penalties() -> bool:
+        held = {"presence_penalty": 2, "frequency_penalty": 2}
+        kept, free = (
+            one(max_tokens=24, temperature=0, **ids, **more).logprobs.tokens for more in (held, {})
         )
-        parts = list(stream)
-        assert "".join(part.choices[0].text for part in parts if part.choices) == whole
-        assert parts[-1].usage is not None
+        return max(Counter(kept).values()) <= max(Counter(free).values())
 
-    def log_probabilities() -> None:
-        said = client.completions.create(**plain, logprobs=3, temperature=0).choices[0].logprobs
-        assert len(said.tokens) == len(said.token_logprobs) == len(said.top_logprobs)
-        assert all(
-            max(top.values()) == own for top, own in zip(said.top_logprobs, said.token_logprobs)
-        )
+    def json_object() -> bool:
+        said = answer(max_tokens=new, response_format={"type": "json_object"}, seed=1)
+        text, ended = said.message.content, said.finish_reason == "stop"
+        return text.startswith("{") and (not ended or isinstance(json.loads(text), dict))
 
-    def echo() -> None:
-        one = client.completions.create(**plain | {"max_tokens": 0}, echo=True, logprobs=2)
-        choice = one.choices[0]
-        assert choice.text == plain["prompt"]
-        assert choice.logprobs.token_logprobs[0] is None
-        assert len(choice.logprobs.tokens) == one.usage.prompt_tokens
+    def json_schema() -> bool:
+        said = answer(max_tokens=new, response_format=wanted)
+        jsonschema.validate(json.loads(said.message.content), _PERSON)
+        return True
 
-    def stop() -> None:
-        text = client.completions.create(**plain, temperature=0).choices[0].text
-        cut = client.completions.create(**plain, temperature=0, stop=[text[2:4]]).choices[0]
-        assert cut.text == text[: text.find(text[2:4])]
-        assert cut.finish_reason == "stop"
+    def request_id() -> bool:
+        header = {"X-Request-Id": "mine-1"}
+        raw = client.completions.with_raw_response.create(**plain, extra_headers=header)
+        return raw.headers["x-request-id"] == "mine-1"
 
-    def seed() -> None:
-        texts = {client.completions.create(**plain, seed=5).choices[0].text for _ in range(2)}
-        other = client.completions.create(**plain, seed=6).choices[0].text
-        assert len(texts) == 1
-        assert other not in texts
-
-    def logit_bias() -> None:
-        answer = client.completions.create(**plain, logit_bias={"70": 100}, seed=0, logprobs=1)
-        assert len(set(answer.choices[0].logprobs.tokens)) == 1
-
-    def penalties() -> None:
-        kept = client.completions.create(
-            **plain | {"max_tokens": 24}, temperature=0, presence_penalty=2, frequency_penalty=2,
-            logprobs=1, extra_body={"return_tokens_as_token_ids": True},
-        )  # fmt: skip
-        free = client.completions.create(
-            **plain | {"max_tokens": 24}, temperature=0,
-            logprobs=1, extra_body={"return_tokens_as_token_ids": True},
-        )  # fmt: skip
-        counts = [
-            max(collections.Counter(answer.choices[0].logprobs.tokens).values())
-            for answer in (kept, free)
-        ]
-        assert counts[0] <= counts[1]
-
-    def chat_completion() -> None:
-        answer = client.chat.completions.create(**chat, temperature=0)
-        assert answer.choices[0].message.role == "assistant"
-        assert answer.choices[0].message.content
-
-    def chat_of_parts() -> None:
-        parts: Any = [{"type": "text", "text": "Say "}, {"type": "text", "text": "hello."}]
-        told = client.chat.completions.create(
-            **chat | {"messages": [{"role": "user", "content": parts}]}, temperature=0
-        )
-        whole = client.chat.completions.create(**chat, temperature=0)
-        assert told.choices[0].message.content == whole.choices[0].message.content
-
-    def streamed_chat() -> None:
-        whole = client.chat.completions.create(**chat, seed=1).choices[0].message.content
-        parts = list(client.chat.completions.create(**chat, seed=1, stream=True))
-        assert "".join(part.choices[0].delta.content or "" for part in parts) == whole
-        assert parts[-1].choices[0].finish_reason
-
-    def chat_log_probabilities() -> None:
-        answer = client.chat.completions.create(**chat, logprobs=True, top_logprobs=2)
-        said = answer.choices[0].logprobs.content
-        assert all(len(token.top_logprobs) == 2 for token in said)
-
-    def copies() -> None:
-        assert len(client.chat.completions.create(**chat, n=3).choices) == 3
-
-    def json_object() -> None:
-        answer = client.chat.completions.create(
-            **chat | {"max_tokens": new}, response_format={"type": "json_object"}, seed=1
-        )
-        text = answer.choices[0].message.content
-        if answer.choices[0].finish_reason == "stop":
-            assert isinstance(json.loads(text), dict)
-        assert text.startswith("{")
-
-    def json_schema() -> None:
-        answer = client.chat.completions.create(
-            **chat | {"max_tokens": new}, response_format=wanted
-        )
-        jsonschema.validate(json.loads(answer.choices[0].message.content), _PERSON)
-
-    def text_format() -> None:
-        assert client.chat.completions.create(**chat, response_format={"type": "text"}).choices
-
-    def model_list() -> None:
-        assert [model.id for model in client.models.list()] == ["served"]
-        assert client.models.retrieve("served").id == "served"
-
-    def request_ids() -> None:
-        raw = client.completions.with_raw_response.create(
-            **plain, extra_headers={"X-Request-Id": "mine-1"}
-        )
-        assert raw.headers["x-request-id"] == "mine-1"
-
-    def wrong_key() -> None:
-        other: Any = openai.OpenAI(base_url=f"{address}/v1", api_key="other", max_retries=0)
-        with contextlib.suppress(openai.AuthenticationError):
-            other.models.list()
-            raise AssertionError("a wrong key was taken")
-
-    def wrong_request() -> None:
-        with contextlib.suppress(openai.BadRequestError):
-            client.completions.create(**plain, temperature=3)
-            raise AssertionError("temperature 3 was taken")
-
-    made: list[Callable[[], None]] = [
-        completion, several_prompts, prompt_of_tokens, streamed_completion, log_probabilities, echo,
-        stop, seed, logit_bias, penalties, chat_completion, chat_of_parts, streamed_chat,
-        chat_log_probabilities, copies, json_object, json_schema, text_format, model_list,
-        request_ids, wrong_key, wrong_request,
-    ]  # fmt: skip
-    rows = []
-    for call in made:
-        wrong = ""
+    def refused(error: Any, call: Callable[[], Any]) -> bool:
         try:
             call()
-        except Exception as error:
-            wrong = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-        name = call.__name__.replace("_", " ")
-        logging.info("%s: %s", name, wrong or "passed")
-        rows.append({"call": name, "passed": not wrong} | ({"what": wrong} if wrong else {}))
-    return rows
+        except error:
+            return True
+        return False
+
+    def chosen(**more: Any) -> list[int]:
+        return [choice.index for choice in asked(**more).choices]
+
+    stranger: Any = openai.OpenAI(api_key="other", **base)
+    spoken = [{"role": "user", "content": parts}]
+    calls: dict[str, Callable[[], bool]] = {
+        "completion": lambda: one(temperature=0).finish_reason in ("length", "stop"),
+        "several prompts": lambda: chosen(prompt=["a", "b"], n=2) == [0, 1, 2, 3],
+        "prompt of tokens": lambda: asked(prompt=[5, 6, 7]).usage.prompt_tokens == 3,
+        "streamed completion": streamed,
+        "log probabilities": values,
+        "echo": echo,
+        "stop": stop,
+        "seed": lambda: one(seed=5).text == one(seed=5).text != one(seed=6).text,
+        "logit bias": lambda: len(set(one(logit_bias={"70": 100}, **ids).logprobs.tokens)) == 1,
+        "penalties": penalties,
+        "chat": lambda: bool(answer(temperature=0).message.content),
+        "chat of parts": lambda: (
+            answer(messages=spoken, temperature=0).message == answer(temperature=0).message
+        ),
+        "streamed chat": streamed_chat,
+        "chat log probabilities": lambda: all(
+            len(token.top_logprobs) == 2
+            for token in answer(logprobs=True, top_logprobs=2).logprobs.content
+        ),
+        "copies": lambda: len(talked(n=3).choices) == 3,
+        "json object": json_object,
+        "json schema": json_schema,
+        "text format": lambda: bool(talked(response_format={"type": "text"}).choices),
+        "model list": lambda: [model.id for model in client.models.list()] == ["served"],
+        "one model": lambda: client.models.retrieve("served").id == "served",
+        "request id": request_id,
+        "wrong key": lambda: refused(openai.AuthenticationError, stranger.models.list),
+        "wrong request": lambda: refused(openai.BadRequestError, lambda: asked(temperature=3)),
+    }
+    return [{"call": name} | _tried(name, call) for name, call in calls.items()]
+
+
+def _tried(name: str, call: Callable[[], bool]) -> dict[str, Any]:
+    try:
+        wrong = "" if call() else "another answer"
+    except Exception as error:
+        wrong = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    logging.info("%s: %s", name, wrong or "passed")
+    return {"passed": not wrong} | ({"what": wrong} if wrong else {})
 
 
 def _structured(address: str, count: int, new: int, options: suite.Options) -> dict[str, Any]:
@@ -285,7 +222,7 @@ def _structured(address: str, count: int, new: int, options: suite.Options) -> d
     )
 
     def ask(i: int, most: int, held: bool) -> tuple[bool, int]:
-        schema: Any = _SCHEMAS[i % len(_SCHEMAS)]
+        schema: Any = list(_SCHEMAS.values())[i % len(_SCHEMAS)]
         given: Any = {}
         if held:
             told = {"name": "answer", "schema": schema, "strict": True}

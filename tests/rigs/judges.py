@@ -19,9 +19,9 @@ from typing import Any
 from absl import logging
 
 from experiments.shared import suite
+from experiments.shared.peers import serving
 from logitjax import models
 from tests.rigs._judges_tasks import write_tasks
-from tests.rigs._server_client import running
 
 _WORKER = pathlib.Path(__file__).with_name("_judges_worker.py")
 _MAX_LENGTH = 512
@@ -50,7 +50,7 @@ def run(options: suite.Options) -> suite.Result:
         # The judge reads every token of a prompt: a policy that tells them, and no bias.
         flags = (f"--model={weights}", f"--max_length={_MAX_LENGTH}", "--served_name=judged")
         policy = ("--top_logprobs=1", "--sampled", "--bias=none", "--max_waiting=256")
-        with running(*flags, *policy) as (address, _):
+        with serving(*flags, *policy) as (address, _):
             remote = {
                 "model": "judged",
                 "base_url": f"{address}/v1/completions",

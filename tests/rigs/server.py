@@ -5,16 +5,14 @@ values of a position come out, and whether the width does), `attackers` (those o
 `logitjax.leakage`, over HTTP, before each policy), `prefix` (what 32 prompts with a common
 beginning cost), `health` (while 50 prompts of a megabyte come in), `gaps` (of other streams beside
 a prompt of 900 tokens), `half_open` (a thousand connections that say nothing, at 256 files),
-`signal` (SIGTERM among streams), `fuzz` (nonsense), `load` (200 clients for a minute), `described`
-(requests that schemathesis makes from the server's own description) and `row` (49,152
-log-probabilities through the top 5 and a reported bias). A small random decoder answers over
-loopback where not said otherwise; `health` and `gaps` ask SmolLM2-135M.
+`signal` (SIGTERM among streams), `fuzz` (nonsense) and `load` (200 clients for a minute). A small
+random decoder answers over loopback where not said otherwise; `health` and `gaps` ask SmolLM2-135M.
+tests/serving/test_serve.py has requests of the server's own description, and a whole row.
 """
 
 import collections
 import concurrent.futures
 import http.client
-import os
 import pathlib
 import subprocess
 import tempfile
@@ -23,29 +21,26 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
 from experiments.shared import suite
-from logitjax import leakage
+from experiments.shared.peers import serving
 from tests.rigs import _server_hostile as hostile
 from tests.rigs import _server_policy as inside
 from tests.rigs._server_attackers import attackers
-from tests.rigs._server_client import connect, post, running, small_model
+from tests.rigs._server_client import connect, post, small_model
 from tests.rigs._server_hostile import Found
 
-CLIENTS, SECONDS, DESCRIBED, FUZZED = 200, 60, 1000, 50_000
+CLIENTS, SECONDS, FUZZED = 200, 60, 50_000
 
 
 def run(options: suite.Options) -> suite.Result:
     smoke = options.smoke
-    described = int(os.environ.get("LOGITJAX_FUZZ", 40 if smoke else DESCRIBED))
     rows: list[dict[str, Any]] = []
     bars: list[suite.Bar] = []
     with tempfile.TemporaryDirectory() as scratch:
-        small, wide = pathlib.Path(scratch) / "small", pathlib.Path(scratch) / "wide"
+        small = pathlib.Path(scratch) / "small"
         small_model(small, 1000)
         real = str(small) if smoke else "smollm2"
         parts: dict[str, Callable[[], Found]] = {
@@ -58,14 +53,8 @@ def run(options: suite.Options) -> suite.Result:
             "signal": lambda: hostile.ended_by_signal(options, small),
             "fuzz": lambda: hostile.fuzz(options, small, 400 if smoke else FUZZED),
             "load": lambda: _loaded(small, 8 if smoke else CLIENTS, 3 if smoke else SECONDS),
-            "described": lambda: _described_fuzz(small, described),
-            "row": lambda: _row(wide, 1000 if smoke else 49_152),
         }
-        chosen = options.only.split(",") if options.only else list(parts)
-        unknown = set(chosen) - set(parts)
-        if unknown:
-            raise ValueError(f"only: expected some of {', '.join(parts)}, got {unknown}")
-        for name in chosen:
+        for name in options.parts(list(parts)):
             found, decided = parts[name]()
             for row in found:
                 logging.info("%s: %s", name, row)
@@ -76,21 +65,13 @@ def run(options: suite.Options) -> suite.Result:
 
 def _loaded(directory: pathlib.Path, clients: int, seconds: float) -> Found:
     flags = (f"--model={directory}", "--max_length=64", "--max_tokens=16")
-    with running(*flags, "--slots=16", "--max_waiting=64") as (address, process):
+    with serving(*flags, "--slots=16", "--max_waiting=64") as (address, process):
         row = _load(address, process, clients, seconds)
     return [row], [
         suite.at_most("load: 5xx or broken answers", row["5xx or broken"], 0),
         suite.at_most("429 without Retry-After", row["429 without Retry-After"], 0),
         suite.at_most("resident memory grew by", row["RSS grew by"], 0.05),
     ]
-
-
-def _described_fuzz(directory: pathlib.Path, count: int) -> Found:
-    flags = (f"--model={directory}", "--max_length=64", "--max_tokens=16", "--bias=sampling")
-    with running(*flags, "--slots=16", "--max_waiting=64") as (address, process):
-        row = _described(address, process, count)
-    name = "described requests: 5xx or broken answers"
-    return [row], [suite.at_most(name, row["5xx or broken"], 0)]
 
 
 def resident_bytes(process: subprocess.Popen) -> int:
@@ -149,74 +130,3 @@ def _load(address: str, process: subprocess.Popen, clients: int, seconds: float)
         "RSS after warm-up, MB": warm[0] / 1e6,
         "RSS grew by": max(warm) / warm[0] - 1.0,
     }
-
-
-def _described(address: str, process: subprocess.Popen, count: int) -> dict[str, Any]:
-    import hypothesis
-    import schemathesis
-
-    schema = schemathesis.openapi.from_url(f"{address}/openapi.json")
-    codes: collections.Counter = collections.Counter()
-    for path in ("/v1/completions", "/v1/chat/completions"):
-
-        @hypothesis.given(case=schema[path]["POST"].as_strategy())
-        @hypothesis.settings(
-            max_examples=count // 2,
-            deadline=None,
-            database=None,
-            suppress_health_check=list(hypothesis.HealthCheck),  # pyright: ignore[reportArgumentType]
-        )
-        def fuzz(case: Any) -> None:
-            codes[case.call(timeout=60).status_code] += 1
-
-        fuzz()
-    # Bytes that are no request at all.
-    rng = np.random.default_rng(0)
-    connection = connect(address)
-    for _ in range(max(1, count // 10)):
-        raw = rng.bytes(int(rng.integers(0, 400)))
-        connection.request("POST", "/v1/completions", raw, {"Content-Type": "application/json"})
-        answer = connection.getresponse()
-        answer.read()
-        codes[answer.status] += 1
-    return {
-        "what": "requests of the description",
-        "requests": sum(codes.values()),
-        "200": codes[200],
-        "4xx": sum(n for code, n in codes.items() if 400 <= code < 500),
-        "5xx or broken": sum(n for code, n in codes.items() if code >= 500),
-        "alive": process.poll() is None,
-    }
-
-
-def _row(directory: pathlib.Path, vocab: int) -> Found:
-    model = small_model(directory, vocab)
-    prompt = [72, 101, 108, 108, 111]
-    hidden, _ = model.hidden_states(jnp.array([prompt]))
-    truth = np.asarray(jax.nn.log_softmax(model.logits(hidden)[0, -1]), np.float64)
-    arguments = (f"--model={directory}", "--bias=reported", "--decimals=7", "--slots=16")
-    with running(*arguments, "--max_length=64", "--max_waiting=64") as (address, _):
-        policy = leakage.LogitPolicy(top_k=5, bias="reported", decimals=7)
-        oracle = leakage.HttpOracle(address, policy, workers=32)
-        start = time.perf_counter()
-        row = leakage.recover_log_probs(oracle, prompt, vocab)
-        seconds = time.perf_counter() - start
-        oracle.close()
-    error = float(np.abs(row.log_probs - truth)[row.known].max())
-    record = {
-        "what": "a row over HTTP, top 5 and bias",
-        "V": vocab,
-        "queries": oracle.queries,
-        "queries a second": oracle.queries / seconds,
-        "coverage": row.coverage,
-        "error, nats": error,
-    }
-    bars = [
-        suite.at_most("row over HTTP: largest error, nats", error, 5e-6),
-        suite.at_most(
-            "row over HTTP: queries / (1 + ceil((V - 1) / 4))",
-            oracle.queries / leakage.row_queries(vocab, 5),
-            1.0,
-        ),
-    ]
-    return [record], bars
