@@ -88,6 +88,11 @@ class Result:
     pictures: Mapping[str, figures.Picture] = dataclasses.field(default_factory=dict)
 
 
+def total(rows: Sequence[Mapping[str, Any]], *columns: str) -> Any:
+    """The sum of columns over all rows."""
+    return sum(row[column] for row in rows for column in columns)
+
+
 def temp_bytes(function: Callable[..., Any], *arguments: Any) -> int:
     """Bytes of scratch memory XLA plans for ``jit(function)(*arguments)``."""
     analysis = jax.jit(function).lower(*arguments).compile().memory_analysis()

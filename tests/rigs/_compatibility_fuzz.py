@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.rigs import _tables
+
 # A key that is left out; None is a value of its own.
 OUT = "(left out)"
 
 _LOCAL = ("sliding_attention", "full_attention")
-_TABLE = json.loads(Path(__file__).with_name("config_values.json").read_text())
+_TABLE = _tables.read("config_values")
 
 
 def _values(name: str) -> dict[str, Sequence[Any]]:

@@ -9,10 +9,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-# Archive to member to the sha256 of the template's text; `path#N` is entry N of a list in JSON.
-_KNOWN = Path(__file__).parent / "chat_templates.json"
+from tests.rigs import _tables
 
-_SAID = json.loads(Path(__file__).with_name("conversations.json").read_text())
+_SAID = _tables.read("conversations")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +32,8 @@ TWO_TURNS = CONVERSATIONS[1]
 
 
 def known() -> dict[str, dict[str, str]]:
-    return json.loads(_KNOWN.read_text())
+    """By archive and member the sha256 of a template; `path#N` is entry N of a list in JSON."""
+    return _tables.read("chat_templates")
 
 
 def archives() -> str:

@@ -41,20 +41,23 @@ def batches(step: int, seconds: float) -> dict[str, Any]:
     return {"x": np.random.default_rng([3, step]).normal(size=(8, WIDTH)).astype(np.float32)}
 
 
-def train(workdir: epath.Path, steps: int, seconds: float) -> Any:
-    mesh = training.make_mesh("data:1", devices=jax.devices()[:1])
-    tx = training.Schedule(1e-2, warmup=2, total_steps=steps).optimizer()
+def train(
+    workdir: epath.Path, batches: Any, mesh: jax.sharding.Mesh, *, steps: int, every: int = EVERY
+) -> Any:
+    """The state after so many steps of a run that saves every few of them."""
+    # A restart may ask for more steps, and no rate may change by that.
+    tx = training.Schedule(1e-2, warmup=2, total_steps=1000).optimizer()
     state = training.TrainState.create(init, tx, mesh=mesh)
     with training.Checkpointer(workdir / "checkpoints", max_to_keep=3) as checkpointer:
         return training.train_loop(
             state,
             training.TrainStep(loss_fn, tx, mesh=mesh),
-            functools.partial(batches, seconds=seconds),
+            batches,
             total_steps=steps,
             workdir=workdir,
             checkpointer=checkpointer,
             writer=training.make_writer(workdir),
-            options=training.LoopOptions(checkpoint_every=EVERY, log_every=1, progress=False),
+            options=training.LoopOptions(checkpoint_every=every, log_every=1, progress=False),
         )
 
 
@@ -62,7 +65,9 @@ if __name__ == "__main__":
     logging.set_verbosity(logging.INFO)
     place, wanted, *more = sys.argv[1:]
     with training.lock_workdir(place):
-        final = train(epath.Path(place), int(wanted), float(*more or ["0.004"]))
+        rows = functools.partial(batches, seconds=float(*more or ["0.004"]))
+        one = training.make_mesh("data:1", devices=jax.devices()[:1])
+        final = train(epath.Path(place), rows, one, steps=int(wanted))
     text = hashlib.sha256()
     for leaf in jax.tree.leaves((final.params, final.opt_state, final.step)):
         text.update(np.asarray(leaf).tobytes())

@@ -2,7 +2,6 @@
 
 import functools
 import io
-import json
 import pickle
 import tempfile
 import zipfile
@@ -14,9 +13,13 @@ import numpy as np
 from PIL import Image
 from safetensors.numpy import save
 
-from tests.rigs._files_templates import TEMPLATES
+from tests.rigs import _tables
 
-TABLE = json.loads(Path(__file__).with_name("hostile_values.json").read_text())
+TABLE = _tables.read("hostile_values")
+_TEMPLATES = _tables.read("hostile_templates")
+# Chat templates as models have them, and as an attacker would write them.
+TEMPLATES: tuple[str, ...] = tuple(_TEMPLATES["templates"])
+LOOPS = tuple(map(_tables.text, _TEMPLATES["loops"]))
 LLAMA: dict[str, Any] = TABLE["llama"]
 CONFIGS = (LLAMA, *(LLAMA | other for other in TABLE["other llamas"]), TABLE["gpt2"])
 

@@ -26,7 +26,7 @@ from logitjax.storage.weights import (
 from tests.rigs import _files_bases as bases
 from tests.rigs import _files_bombs as bombs
 from tests.rigs import _files_mutate as mutate
-from tests.rigs._files_templates import LOOPS, TEMPLATES
+from tests.rigs._files_bases import LOOPS, TEMPLATES
 
 MESSAGES = [
     {"role": "user", "content": "Cats and cabbages: what is it?"},

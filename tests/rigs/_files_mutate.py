@@ -10,12 +10,13 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
+
+from tests.rigs import _tables
 
 Random = random.Random
 
-_TABLE = json.loads(Path(__file__).with_name("hostile_values.json").read_text())
+_TABLE = _tables.read("hostile_values")
 _SIZES: tuple[int, ...] = tuple(_TABLE["numbers"])
 VALUES: tuple[Any, ...] = (*_TABLE["values"], "9" * 5000, "x" * 20_000, [0] * 20_000)
 

@@ -3,20 +3,11 @@
 A case is a batch of rows. Of every method it is asked how many rows are not called converged, are
 worse than the paper's grid of 21 points, or are called converged although a dense scan of alpha
 finds better (`newton`) or the equation does not hold (the root searches). What float32 may make of
-the divergences is allowed for. Seconds are taken in turns with those of the searches as they were
-at `BEFORE`, read from git; without its history that column is empty.
+the divergences is allowed for.
 """
 
 import functools
-import importlib
-import io
-import subprocess
-import sys
-import tarfile
-import tempfile
-import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -36,17 +27,15 @@ KINDS = {
     "nearly equal": (1, 8),
 }
 METHODS = ("newton", "jeffreys", "budget", "project")
-BEFORE = "eb8a1a8"
 ROWS = 1000
 _HIGH, _GRID = 2.0, 21
-_REPEATS = 3
 _FAILURES = ("unconverged", "worse", "false", "NaN")
 
 Logits = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def run(kind: str, count: int, seed: int) -> list[dict[str, Any]]:
-    """One entry a batch and method: how many rows fail, and seconds before and now."""
+    """One entry a batch and method: how many rows fail."""
     rng = np.random.default_rng(seed)
     entries = []
     for _ in range(count):
@@ -149,17 +138,11 @@ def _batch(logits: Logits) -> list[dict[str, Any]]:
     path, rows = Path64.of(logits), len(logits[0])
     points = 401 if logits[0].shape[1] > 100 else 2001
     scan = [path.objective(np.full(rows, a)) for a in np.linspace(0, _HIGH, points)]
-    entries = []
-    for method in METHODS:
-        now, before = _searches(method)
-        entry: dict[str, Any] = {"method": method, "rows": rows}
-        calls = [now, before] if before else [now]
-        seconds = _seconds(calls, logits)
-        for suffix, call, taken in zip(("", " before"), calls, seconds, strict=False):
-            found = judge(path, method, jax.device_get(call(*logits)), np.array(scan))
-            entry |= {name + suffix: value for name, value in (found | {"seconds": taken}).items()}
-        entries.append(entry)
-    return entries
+    return [
+        {"method": method, "rows": rows}
+        | judge(path, method, jax.device_get(_search(method)(*logits)), np.array(scan))
+        for method in METHODS
+    ]
 
 
 def judge(path: Path64, method: str, info: Any, scan: np.ndarray | None) -> dict[str, int]:
@@ -190,48 +173,9 @@ def judge(path: Path64, method: str, info: Any, scan: np.ndarray | None) -> dict
 
 
 @functools.cache
-def _searches(method: Any) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
-    """What the search says of logits, as it is and as it was."""
-    classes = [DynamicFusion, _before()]
-    now, before = (
-        None if c is None else jax.jit(lambda *logits, c=c: c(method=method)(*logits)[1])
-        for c in classes
-    )
-    assert now is not None
-    return now, before
-
-
-@functools.cache
-def _before() -> Any:
-    """`DynamicFusion` at `BEFORE`, under a package name of its own; None without that commit."""
-    root = Path(__file__).parents[2]
-    # With what it stood on: of that, too, names have changed.
-    command = ["git", "-C", str(root), "archive", BEFORE, "logitjax/fusion", "logitjax/ops"]
-    archive = subprocess.run(command, capture_output=True, check=False)
-    if archive.returncode:
-        return None
-    directory = Path(tempfile.mkdtemp())
-    with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
-        tar.extractall(directory, filter="data")
-    package = (directory / "logitjax").rename(directory / "logitjax_before")
-    for file in package.rglob("*.py"):
-        file.write_text(file.read_text().replace("logitjax.", "logitjax_before."))
-    sys.path.insert(0, str(directory))
-    return importlib.import_module("logitjax_before.fusion").DynamicFusion
-
-
-def _seconds(calls: Sequence[Callable[..., Any]], logits: Logits) -> list[float]:
-    """The least of a few turns for each."""
-    taken = []
-    for _ in range(_REPEATS + 1):
-        turn = []
-        for call in calls:
-            start = time.perf_counter()
-            jax.block_until_ready(call(*logits))
-            turn.append(time.perf_counter() - start)
-        taken.append(turn)
-    # The first may have compiled.
-    return [float(x) for x in np.min(taken[1:], 0)]
+def _search(method: Any) -> Callable[..., Any]:
+    """What a search says of logits."""
+    return jax.jit(lambda *logits: DynamicFusion(method=method)(*logits)[1])
 
 
 def report(cases: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[suite.Bar]]:
@@ -242,29 +186,18 @@ def report(cases: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[
         for kind in dict.fromkeys(case["kind"] for case in every):
             some = [case for case in every if case["kind"] == kind]
             rows.append({"area": "fusion", "kind": kind, "method": method} | _summed(some))
-        total = _summed(every)
-        count = total["rows"]
-        share = total["unconverged"] / count
-        name = f"fusion, {count:,} rows, {method}"
+        found = _summed(every)
+        name = f"fusion, {found['rows']:,} rows, {method}"
         bars += [
-            suite.at_most(f"{name}: worse than 21 points", total["worse"], 0),
-            suite.at_most(f"{name}: false certificates", total["false"], 0),
-            suite.at_most(f"{name}: NaN", total["NaN"], 0),
-            suite.at_most(f"{name}: share not converged", share, 1e-3),
+            suite.at_most(f"{name}: worse than 21 points", found["worse"], 0),
+            suite.at_most(f"{name}: false certificates", found["false"], 0),
+            suite.at_most(f"{name}: NaN", found["NaN"], 0),
+            suite.at_most(
+                f"{name}: share not converged", found["unconverged"] / found["rows"], 1e-3
+            ),
         ]
-        if "over before" in total:
-            ratio = total["over before"]
-            bars.append(suite.at_most(f"{name}: time / before", ratio, 1.3))
     return rows, bars
 
 
 def _summed(cases: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    def total(name: str) -> Any:
-        return sum(case[name] for case in cases)
-
-    summed = {name: total(name) for name in ("rows", *_FAILURES)}
-    summed["us a row"] = 1e6 * total("seconds") / summed["rows"]
-    if all("seconds before" in case for case in cases):
-        summed["over before"] = total("seconds") / total("seconds before")
-        summed |= {name: total(name) for name in (f"{x} before" for x in _FAILURES)}
-    return summed
+    return {name: suite.total(cases, name) for name in ("rows", *_FAILURES)}

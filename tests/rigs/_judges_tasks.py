@@ -8,20 +8,10 @@ from typing import Any
 import numpy as np
 
 from logitjax import storage
+from tests.rigs import _tables
 
-_TOPICS = (
-    "Arts",
-    "Biology and health sciences",
-    "Everyday life",
-    "Geography",
-    "History",
-    "Mathematics",
-    "People",
-    "Philosophy and religion",
-    "Physical sciences",
-    "Society and social sciences",
-    "Technology",
-)
+_TABLE = _tables.read("judged_tasks")
+_TOPICS = _TABLE["topics"]
 
 
 def write_tasks(directory: pathlib.Path, count: int) -> list[str]:
@@ -29,53 +19,19 @@ def write_tasks(directory: pathlib.Path, count: int) -> list[str]:
 
     Args:
         directory: Where they go.
-        count: Documents of a task; the longer ones have fewer.
+        count: Documents of a task; the longer ones have a share of so many.
     """
     directory.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
-    sums = _sums(rng, count)
-    articles = _articles(rng, count)
-    return [
-        _task(
-            directory,
-            "logitjax_arithmetic",
-            sums,
-            output_type="loglikelihood",
-            doc_to_text="{{shots}}{{context}}",
-            doc_to_target="{{completion}}",
-            metrics={"acc": "mean", "perplexity": "perplexity"},
-        ),
-        _task(
-            directory,
-            "logitjax_topics",
-            articles[: count // 2],
-            output_type="multiple_choice",
-            doc_to_text="{{start}}\nTopic:",
-            doc_to_target="{{topic}}",
-            doc_to_choice=list(_TOPICS),
-            metrics={"acc": "mean", "acc_norm": "mean"},
-        ),
-        _task(
-            directory,
-            "logitjax_summaries",
-            articles[: count // 4],
-            output_type="loglikelihood_rolling",
-            doc_to_text="",
-            doc_to_target="{{text}}",
-            metrics=dict.fromkeys(("word_perplexity", "byte_perplexity"), "weighted_perplexity")
-            | {"bits_per_byte": "bits_per_byte"},
-        ),
-        _task(
-            directory,
-            "logitjax_sums",
-            sums[: count // 2],
-            output_type="generate_until",
-            doc_to_text="{{shots}}{{context}}",
-            doc_to_target="{{completion}}",
-            generation_kwargs={"until": ["\n"], "max_gen_toks": 8, "do_sample": False},
-            metrics={"exact_match": "mean"},
-        ),
-    ]
+    rows = {"sums": _sums(rng, count), "articles": _articles(rng, count)}
+    names = []
+    for name, known in _TABLE["tasks"].items():
+        settings = dict(known)
+        if settings["output_type"] == "multiple_choice":
+            settings["doc_to_choice"] = _TOPICS
+        given = rows[settings.pop("rows")][: count // settings.pop("share")]
+        names.append(_task(directory, f"logitjax_{name}", given, **settings))
+    return names
 
 
 def _task(
@@ -97,7 +53,7 @@ def _task(
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(data)}},
         "test_split": "test",
-        "target_delimiter": " " if settings["output_type"] == "multiple_choice" else "",
+        "target_delimiter": "",
         "metric_list": listed,
         "metadata": {"version": 1.0},
     } | settings
@@ -110,13 +66,8 @@ def _sums(rng: np.random.Generator, count: int) -> list[dict[str, str]]:
     rows = []
     for _ in range(count):
         a, b = rng.integers(2, 50, 2).tolist()
-        rows.append(
-            {
-                "shots": "3 + 5 = 8\n20 + 14 = 34\n",
-                "context": f"{a} + {b} =",
-                "completion": f" {a + b}",
-            }
-        )
+        sums = {"context": f"{a} + {b} =", "completion": f" {a + b}"}
+        rows.append({"shots": "3 + 5 = 8\n20 + 14 = 34\n"} | sums)
     return rows
 
 

@@ -75,19 +75,7 @@ def run(config: Config, workdir: epath.Path) -> None:
         mean = source.read(range(8))["mean"]
         return {"x": (_faults_job.batches(step, 0.0)["x"] + 1e-3 * mean)[share]}
 
-    tx = training.Schedule(1e-2, warmup=2, total_steps=100).optimizer()
-    state = training.TrainState.create(_faults_job.init, tx, mesh=mesh)
-    with training.Checkpointer(workdir / "checkpoints") as checkpointer:
-        training.train_loop(
-            state,
-            training.TrainStep(_faults_job.loss_fn, tx, mesh=mesh),
-            batches,
-            total_steps=steps,
-            workdir=workdir,
-            checkpointer=checkpointer,
-            writer=training.make_writer(workdir),
-            options=training.LoopOptions(checkpoint_every=EVERY, log_every=1, progress=False),
-        )
+    _faults_job.train(workdir, batches, mesh, steps=steps, every=EVERY)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import numpy as np
 
 from experiments.shared import suite
 from experiments.shared.peers import serving
+from tests.rigs import _tables
 from tests.rigs._server_client import COMPLETIONS, JSON, connect, post
 
 Found = tuple[list[dict[str, Any]], list[suite.Bar]]
@@ -222,58 +223,10 @@ def _finish(address: str, seed: int) -> str:
     return reason
 
 
-# Values, as JSON text, that no field is made for.
-_NASTY = (
-    "9" * 4000,
-    "-" + "9" * 4000,
-    "0." + "1" * 4000,
-    "1e400",
-    "-1e400",
-    "NaN",
-    "Infinity",
-    "1e-400",
-    "null",
-    "true",
-    '""',
-    '"\\ud800"',
-    '"\\u0000"',
-    '"' + "a" * 3000 + '"',
-    "[]",
-    "{}",
-    "[" * 500 + "]" * 500,
-    '{"a":' * 300 + "1" + "}" * 300,
-    "[" * 5000,
-    "[" + ",".join(["1"] * 20000) + "]",
-    "[" + ",".join(["-1"] * 20000) + "]",
-    "{" + ",".join(f'"{i}":1' for i in range(3000)) + "}",
-    '{"\\udfff": 1}',
-    '{"type": "json_object"}',
-    '{"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 7}}}',
-    '{"type": "json_schema", "json_schema": {"schema": {"$ref": "#"}}}',
-    "2147483648",
-    "4294967296",
-    "-0.0",
-    "1.0000001",
-    '[{"role": "user", "content": "\\udc00"}]',
-    '[{"role": 1}]',
-    '["a", [1], ["b"]]',
-)
-_FIELDS = (
-    *("prompt", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p"),
-    *("top_k", "min_p", "n", "seed", "stop", "stream", "stream_options", "logit_bias"),
-    *("logprobs", "top_logprobs", "repetition_penalty", "presence_penalty", "frequency_penalty"),
-    *("echo", "suffix", "user", "response_format", "best_of", "tools", "model", "unknown"),
-)
-_SENSIBLE = {
-    "prompt": '"ab"',
-    "max_tokens": "2",
-    "temperature": "0.5",
-    "logprobs": "2",
-    "n": "2",
-    "stop": '"x"',
-    "seed": "7",
-    "echo": "true",
-}
+_TABLE = _tables.read("nonsense")
+_FIELDS, _SENSIBLE = _TABLE["fields"], _TABLE["sensible"]
+# Values, as JSON text, that no field is made for; one is an object of many keys.
+_NASTY = [*map(_tables.text, _TABLE["values"]), json.dumps(dict.fromkeys(range(3000), 1))]
 
 
 def nonsense(rng: np.random.Generator) -> tuple[str, bytes]:

@@ -5,6 +5,7 @@ libc fails its calls on the files of one phase, in one process. On an emulated o
 answers of a phase's requests are 503, or never come.
 """
 
+import contextlib
 import dataclasses
 import re
 import shutil
@@ -148,15 +149,10 @@ def run(options: suite.Options) -> suite.Result:
     cases = [c for c in _cases() if f"{c.phase}/{c.kind}/{c.process}".startswith(tuple(wanted))]
     if options.smoke:
         cases = [_Case("save", "ENOSPC", "1"), _Case("source", "EIO", "0")]
-    store = Store()
-    try:
+    with contextlib.closing(Store()) as store:
         rows = [_until_it_happens(case, directory, library, store) for case in cases]
-    finally:
-        store.close()
+    name = f"faults that end both processes with {_DOCUMENTED} and a cause within "
     bar = suite.at_least(
-        f"faults that end both processes with {_DOCUMENTED} and a cause within "
-        f"{_LIMIT + _MORE:g} s",
-        sum(row["as documented"] for row in rows),
-        len(rows),
+        f"{name}{_LIMIT + _MORE:g} s", suite.total(rows, "as documented"), len(rows)
     )
     return suite.Result(rows=rows, bars=[bar])

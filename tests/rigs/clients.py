@@ -27,13 +27,14 @@ from experiments.shared import suite
 from experiments.shared.peers import serving
 from experiments.shared.timing import paired_ratio
 from logitjax import models
+from tests.rigs import _tables
 
 _TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 # What answers are held to, by the name of the schema.
-_SCHEMAS = json.loads(pathlib.Path(__file__).with_name("answer_schemas.json").read_text())
+_SCHEMAS = _tables.read("answer_schemas")
 _PERSON = _SCHEMAS["person"]
 _SLOTS = 16
 _NEW = 48  # Tokens that any answer to these schemas fits into.

@@ -8,13 +8,15 @@ Areas are modules `_guarantees_AREA`, each with `KINDS`, the kinds of case it ma
 lie in WORKDIR/guarantees/parts, and the same command goes on with those that are missing.
 """
 
+import functools
 import importlib
-import json
 import zlib
 from typing import Any
 
+from etils import epath
+
 from experiments.shared import suite
-from logitjax.storage import write_atomic
+from experiments.shared.records import kept
 
 AREAS = ("transport", "fusion", "leakage", "attackers")
 # Cases in a part, which is what a kill can cost.
@@ -23,13 +25,9 @@ _PART = 100
 
 def run(options: suite.Options) -> suite.Result:
     """Runs the areas asked for, all if none is named."""
-    wanted = options.only.split(",") if options.only else AREAS
-    unknown = sorted(set(wanted) - set(AREAS))
-    if unknown:
-        raise ValueError(f"only: expected areas among {', '.join(AREAS)}, got {unknown[0]!r}")
     rows: list[dict[str, Any]] = []
     bars: list[suite.Bar] = []
-    for name in wanted:
+    for name in options.parts(AREAS):
         area = importlib.import_module(f"tests.rigs._guarantees_{name}")
         cases = []
         for kind, (smoke, full) in area.KINDS.items():
@@ -40,22 +38,17 @@ def run(options: suite.Options) -> suite.Result:
     return suite.Result(rows=rows, bars=bars)
 
 
-def _file_name(kind: str) -> str:
-    return "".join(letter if letter.isalnum() else "_" for letter in kind)
-
-
 def _cases(
     area: Any, name: str, kind: str, count: int, options: suite.Options
 ) -> list[dict[str, Any]]:
     cases = []
+    letters = "".join(letter if letter.isalnum() else "_" for letter in kind)
     for start in range(0, count, _PART):
         size = min(_PART, count - start)
-        path = options.directory / "parts" / f"{name}-{_file_name(kind)}-{start}-{size}.json"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # Of the names, so that parts may run in any order and new kinds change no old ones.
-            seed = zlib.crc32(path.stem.encode())
-            write_atomic(path, json.dumps(area.run(kind, size, seed)) + "\n")
-            print(f"{name}, {kind}: {start + size} of {count} cases", flush=True)
-        cases += [case | {"kind": kind} for case in json.loads(path.read_text())]
+        path = options.directory / "parts" / f"{name}-{letters}-{start}-{size}.json"
+        # Of the names, so that parts may run in any order and new kinds change no old ones.
+        seed = zlib.crc32(path.stem.encode())
+        part = kept(epath.Path(path), functools.partial(area.run, kind, size, seed))
+        print(f"{name}, {kind}: {start + size} of {count} cases", flush=True)
+        cases += [case | {"kind": kind} for case in part]
     return cases

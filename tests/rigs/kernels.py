@@ -170,7 +170,7 @@ def run(options: suite.Options) -> suite.Result:
     """Fuzzes the kernels as built, then under the sanitizer."""
     kernels.build()
     calls, builds = _CALLS[options.scale], {"plain": fuzz, "sanitized": _sanitized}
-    wanted = [name for name in options.only.split(",") if name] or list(builds)
+    wanted = options.parts(list(builds))
     rows, differing = [], []
     for build in wanted:
         start = time.perf_counter()

@@ -1,5 +1,6 @@
 """Every experiment's smoke preset on an emulated object store: killed, resumed, read again."""
 
+import contextlib
 import random
 import time
 from pathlib import Path
@@ -50,16 +51,12 @@ def _one(name: str, store: Store, directory: Path, draw: random.Random) -> dict[
 
 def run(options: suite.Options) -> suite.Result:
     """One experiment at the smoke scale, all of them at the full one."""
-    wanted = tuple(filter(None, options.only.split(","))) or (
-        _EXPERIMENTS[3:4] if options.smoke else _EXPERIMENTS
-    )
+    few = options.smoke and not options.only
+    wanted = _EXPERIMENTS[3:4] if few else options.parts(_EXPERIMENTS)
     directory = _jobs.fresh(options)
     draw = random.Random(time.time_ns())
-    store = Store()
-    try:
+    with contextlib.closing(Store()) as store:
         rows = [_one(name, store, directory, draw) for name in wanted]
-    finally:
-        store.close()
     good = [
         row["status"] == row["again"] == 0 and row["report"] and not row["lock"] for row in rows
     ]

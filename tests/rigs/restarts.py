@@ -5,6 +5,8 @@ called the same; the emulated store refuses writes whose generation does not mat
 """
 
 import concurrent.futures
+import contextlib
+import functools
 import json
 import os
 import random
@@ -38,7 +40,7 @@ def _command(job: str, *words: str) -> list[str]:
 
 
 def _lane(
-    number: int, store: Store, directory: Path, *, kills: int, most: float, steps: int
+    store: Store, directory: Path, number: int, *, kills: int, most: float, steps: int
 ) -> dict[str, Any]:
     """Runs, one after another, that are killed so often; each goes on until it has ended."""
     draw = random.Random(time.time_ns() + number)
@@ -97,40 +99,27 @@ def run(options: suite.Options) -> suite.Result:
     """Lanes of runs side by side, then pairs of starts."""
     smoke = options.smoke
     lanes, kills, most, rounds = (2, 2, 12.0, 5) if smoke else (5, 10, 120.0, 100)
-    directory = _jobs.fresh(options)
-    store = Store()
-    steps = _STEPS[options.scale]
-    try:
+    directory, steps = _jobs.fresh(options), _STEPS[options.scale]
+    with contextlib.closing(Store()) as store:
         peace = directory / "peace.log"
         job = _command("_faults_job", "gs://bucket/peace", str(steps), "0")
         _jobs.finish(job, peace, **store.variables())
         expected = _jobs.digest(peace)
+        lane = functools.partial(_lane, store, directory, kills=kills, most=most, steps=steps)
         with concurrent.futures.ThreadPoolExecutor(lanes) as pool:
-            futures = [
-                pool.submit(_lane, number, store, directory, kills=kills, most=most, steps=steps)
-                for number in range(lanes)
-            ]
-            rows = [future.result() for future in futures]
+            rows = list(pool.map(lane, range(lanes)))
         winners: list[int] = []
         while len(winners) < rounds:
             winners += _winners(store, directory, min(20, rounds - len(winners)))
-    finally:
-        store.close()
     for row in rows:
         row["equal to a run in peace"] = row.pop("digests") == [expected]
     pods = "in pods of their own" if _in_a_pod() else "not in process namespaces"
+    failed = suite.total(rows, "starts that failed")
+    other = len(rows) - suite.total(rows, "equal to a run in peace")
     bars = [
-        suite.at_least(f"kills, {pods}", sum(row["kills"] for row in rows), lanes * kills),
-        suite.at_most(
-            "starts that were refused or failed", sum(row["starts that failed"] for row in rows), 0
-        ),
-        suite.at_most(
-            "lanes that ended with other bits",
-            sum(not row["equal to a run in peace"] for row in rows),
-            0,
-        ),
-        suite.at_least(
-            "pairs of starts of which exactly one won", sum(count == 1 for count in winners), rounds
-        ),
+        suite.at_least(f"kills, {pods}", suite.total(rows, "kills"), lanes * kills),
+        suite.at_most("starts that were refused or failed", failed, 0),
+        suite.at_most("lanes that ended with other bits", other, 0),
+        suite.at_least("pairs of starts of which exactly one won", winners.count(1), rounds),
     ]
     return suite.Result(rows=rows, bars=bars)
