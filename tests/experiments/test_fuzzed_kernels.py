@@ -1,4 +1,4 @@
-"""A small share of what `python -m experiments.benchmark kernels` calls."""
+"""A small share of what `python -m tests.rigs kernels` calls."""
 
 import pytest
 

@@ -1,6 +1,6 @@
 """Bounds hold for the numbers given, whatever their scale and however nearly they agree.
 
-And what a search calls converged is so. `python -m experiments.benchmark guarantees` tries the same
+And what a search calls converged is so. `python -m tests.rigs guarantees` tries the same
 on 10,000 pairs of graphs and 100,000 rows of logits.
 """
 

@@ -1,6 +1,6 @@
 """A share of the fuzzer of widths, what it compares with, and what attackers pay.
 
-`python -m experiments.benchmark guarantees --only=leakage,attackers` tries all of it.
+`python -m tests.rigs guarantees --only=leakage,attackers` tries all of it.
 """
 
 import numpy as np

@@ -5,7 +5,6 @@
 import functools
 import gzip
 import io
-import itertools
 import json
 import pickle
 import zipfile
@@ -264,7 +263,7 @@ def picture_bombs() -> list[tuple[str, bytes]]:
     text = zlib.compress(bytes(100 << 20), 9)
     body = b"zTXt" + b"a\0\0" + text
     bomb = (len(body) - 4).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
-    drawn = ((65_535, 65_535), (30_000, 30_000, 0, 1), (13_000, 13_000, 0, 13_000))
+    drawn: Any = ((65_535, 65_535), (30_000, 30_000, 0, 1), (13_000, 13_000, 0, 13_000))
     drawn += ((7000, 7000, 6, 7000), (8000, 8000, 2, 8000), (1, 1_000_000, 0, 1_000_000))
     drawn += ((1_000_000, 1, 2, 1), (20, 20, 2, 20, bomb), (0, 0))
     script = (
@@ -284,8 +283,8 @@ def config_bombs() -> list[Any]:
     texts = (b"", b"[" * 100_000, b'{"a":' * 100_000, b"{", b"\xff\xfe")
     out: list[Any] = [[], "x", 3, None, {}, *texts, deep(900)]
     large = (1_000_000, 10**12, 10**400, -1, 0, 1e308, "9", [2], {}, True, 2.5)
-    for base, key in itertools.product(CONFIGS[:5], TABLE["sizes"]):
-        out += [base | {key: value} for value in large]
+    for base in CONFIGS[:5]:
+        out += [base | {key: value} for key in TABLE["sizes"] for value in large]
     for key in ("n_layer", "n_embd", "n_head", "n_inner", "n_positions"):
         out += [CONFIGS[5] | {key: value} for value in (1_000_000, 10**12, -1, 0, "x")]
     lists = {"rope_type": "longrope", "short_factor": 3, "long_factor": None}

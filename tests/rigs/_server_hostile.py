@@ -102,7 +102,9 @@ def gaps(options: suite.Options, model: str) -> Found:
             with concurrent.futures.ThreadPoolExecutor(4) as pool:
                 for i in range(4):
                     pool.submit(follow, i)
-                time.sleep(2.0 if options.smoke else 4.0)
+                # Programs are compiled once all of them have had some tokens.
+                while min(map(len, arrivals)) < 20:
+                    time.sleep(0.05)
                 begun = time.monotonic()
                 time.sleep(seconds)
                 asked = time.monotonic()
