@@ -330,7 +330,8 @@ def test_fuzzed_requests_never_break_it(address, path):
             assert json.loads(answer.content)["error"]["message"]
 
     fuzz()
-    assert 200 in seen
+    # The toy has no chat template.
+    assert (200 in seen) == ("chat" not in path)
 
 
 @pytest.mark.every_change
