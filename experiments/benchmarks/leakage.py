@@ -68,26 +68,17 @@ def _subspace(options: suite.Options) -> tuple[list[dict[str, Any]], list[suite.
         command = [sys.executable, "-c", _SUBSPACE, name, *map(str, sizes)]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         seen[name] = json.loads(done.stdout.splitlines()[-1])
-        rows.append(
-            {
-                "what": f"subspace, n = {sizes[2]}",
-                "V": sizes[0],
-                "h": sizes[1],
-                "method": seen[name]["method"],
-                "seconds": seen[name]["seconds"],
-                "peak RSS GB": seen[name]["peak"] / 1e9,
-                "dimension": seen[name]["dimension"],
-                "largest angle, degrees": seen[name]["angle"],
-            }
-        )
+        found = seen[name]
+        row = {"what": f"subspace, n = {sizes[2]}", "V": sizes[0], "h": sizes[1]}
+        row |= {"method": found["method"], "seconds": found["seconds"]}
+        row |= {"peak RSS GB": found["peak"] / 1e9, "dimension": found["dimension"]}
+        rows.append(row | {"largest angle, degrees": found["angle"]})
     ours, peer = seen["ours"], seen["numpy"]
     bars = [
         suite.at_least("subspace: numpy's seconds / ours", peer["seconds"] / ours["seconds"], 10.0),
         suite.at_most("subspace: peak memory, GB", ours["peak"] / 1e9, 3.0),
         suite.at_most("subspace: width off by", abs(ours["dimension"] - sizes[1]), 0),
-        suite.at_most(
-            "subspace: angle beyond numpy's, degrees", ours["angle"] - peer["angle"], 0.1
-        ),
+        suite.at_most("subspace: angle beyond numpy's", ours["angle"] - peer["angle"], 0.1),
     ]
     return rows, bars
 
@@ -107,15 +98,9 @@ def _recovery(options: suite.Options) -> tuple[dict[str, Any], list[suite.Bar]]:
     row = leakage.recover_log_probs(oracle, [0], vocab)
     error = float(np.abs(row.log_probs - truth)[row.known].max())
     price = leakage.row_queries(vocab, 5)
-    record = {
-        "what": "row from the top 5 and a bias",
-        "V": vocab,
-        "method": row.method,
-        "seconds": seconds,
-        "queries": row.queries,
-        "coverage": row.coverage,
-        "error, nats": error,
-    }
+    record = {"what": "row from the top 5 and a bias", "V": vocab, "method": row.method}
+    record |= {"seconds": seconds, "queries": row.queries, "coverage": row.coverage}
+    record["error, nats"] = error
     bars = [
         suite.at_most("row: largest error, nats", error, 5e-6),
         suite.at_least("row: coverage", row.coverage, 1.0),

@@ -11,7 +11,6 @@ form at most dense's (1.2 times at H = 2048), and of both forms never more than 
 
 import concurrent.futures
 import functools
-import json
 import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,11 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from etils import epath
 
 from experiments.benchmarks import _vocabulary as vocabulary
 from experiments.benchmarks._vocabulary import KINDS, Inputs, Shape
-from experiments.shared import suite, timing
-from logitjax import storage
+from experiments.shared import records, suite, timing
 from logitjax.commands import figures
 
 # (T, H, V): a small model, one with Qwen's vocabulary, one with Gemma's.
@@ -158,17 +157,13 @@ def picture(rows: Sequence[Mapping[str, Any]]) -> figures.Picture:
 
 def run(options: suite.Options) -> suite.Result:
     # Half an hour's work: what is measured is kept, and a run that was killed goes on from it.
-    kept = options.directory / f"{options.scale}-{options.repeats}.partial.json"
-    rows: list[dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else []
-    done = {(r["loss"], r["T"], r["H"], r["V"]) for r in rows}
+    parts = epath.Path(options.directory) / f"{options.scale}-{options.repeats}-parts"
+    rows: list[dict[str, Any]] = []
     for shape in SMOKE_SHAPES if options.smoke else SHAPES:
         for kind in KINDS:
-            if (kind, *shape) in done:
-                continue
-            rows += _measure(shape, kind, options)
-            options.directory.mkdir(parents=True, exist_ok=True)
-            storage.write_atomic(kept, json.dumps(rows))
+            path = parts / f"{kind}-{'-'.join(map(str, shape))}.json"
+            rows += records.kept(path, functools.partial(_measure, shape, kind, options))
             logging.info("%s at T, H, V = %s done", kind, shape)
-    kept.unlink()
+    parts.rmtree()
     pictures = {"vocabulary_losses": picture(rows)}
     return suite.Result(rows=rows, bars=_bars(rows), pictures=pictures)
