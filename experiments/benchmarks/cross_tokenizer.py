@@ -109,19 +109,12 @@ def step(shape: Shape, peer: str, projection: distillation.TokenProjection) -> C
 def _measure(shape: Shape, options: suite.Options) -> list[dict[str, Any]]:
     inputs, projection = _inputs(shape), _projection(shape)
     peers = {peer: step(shape, peer, projection) for peer in PEERS}
-    rows = []
+    rows: list[dict[str, Any]] = []
+    sizes = dict(zip(("T", "H", "ours", "theirs"), shape))
     for peer, function in peers.items():
-        rows.append(
-            {
-                "T": shape[0],
-                "H": shape[1],
-                "ours": shape[2],
-                "theirs": shape[3],
-                "loss": peer,
-                "members": projection.capacity(K) if "first" in peer else None,
-                "temp MiB": suite.temp_bytes(function, inputs) / 2**20,
-            }
-        )
+        members = projection.capacity(K) if "first" in peer else None
+        row = sizes | {"loss": peer, "members": members}
+        rows.append(row | {"temp MiB": suite.temp_bytes(function, inputs) / 2**20})
     calls = {
         peer: functools.partial(jax.jit(function), inputs)
         for peer, function in peers.items()
@@ -181,9 +174,8 @@ def meetings() -> list[dict[str, Any]]:
         met = {kind: meet(ours, theirs, text) for kind, text in texts.items()}
         shares = {f"{kind}: labels in 1:1 %": found["labels"] for kind, found in met.items()}
         longest = max(found["longest"] for found in met.values())
-        as_slow = all(found["as slow"] for found in met.values())
-        rows.append({"ours": first, "theirs": second, **shares, "longest": longest})
-        rows[-1]["as slow"] = as_slow
+        row = {"ours": first, "theirs": second, **shares, "longest": longest}
+        rows.append(row | {"as slow": all(found["as slow"] for found in met.values())})
     return rows
 
 

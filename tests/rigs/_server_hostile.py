@@ -37,15 +37,10 @@ def long_prompts(options: suite.Options, model: str) -> Found:
         for what, size in (("1 MB", (1 << 20) - 100), ("100 KB, all tokenised", longest)):
             body = json.dumps({"prompt": (words * (size // len(words) + 1))[:size]}).encode()
             seconds, codes = _health_beside(address, [body] * count * times, count)
-            rows.append(
-                {
-                    "what": f"{count} prompts of {what} at a time, {count * times} in all",
-                    "answers": " ".join(f"{n} x {code}" for code, n in sorted(codes.items())),
-                    "/health asked": len(seconds),
-                    "/health median, ms": 1e3 * float(np.median(seconds)),
-                    "/health p99, ms": 1e3 * float(np.quantile(seconds, 0.99)),
-                }
-            )
+            median, late = (1e3 * float(np.quantile(seconds, q)) for q in (0.5, 0.99))
+            row = {"what": f"{count} prompts of {what} at a time, {count * times} in all"}
+            row |= {"answers": _listed(codes), "/health asked": len(seconds)}
+            rows.append(row | {"/health median, ms": median, "/health p99, ms": late})
     bar = suite.at_most("/health p99 under 50 prompts of 1 MB, ms", rows[0]["/health p99, ms"], 100)
     return rows, [bar]
 
@@ -116,15 +111,9 @@ def gaps(options: suite.Options, model: str) -> Found:
                 over.set()
             alone = _largest_gap(arrivals, begun, asked)
             beside = _largest_gap(arrivals, asked, ended)
-            rows.append(
-                {
-                    "status": status,
-                    "900 tokens answered in, s": answered - asked,
-                    "largest gap alone, s": alone,
-                    "beside it, s": beside,
-                    "ratio": beside / alone,
-                }
-            )
+            row = {"status": status, "900 tokens answered in, s": answered - asked}
+            row |= {"largest gap alone, s": alone, "beside it, s": beside}
+            rows.append(row | {"ratio": beside / alone})
     median = float(np.median([row["ratio"] for row in rows]))
     bar = suite.at_most("largest gap of streams beside a prompt of 900 tokens / alone", median, 3)
     return rows, [bar]
@@ -175,13 +164,8 @@ def half_open(options: suite.Options, directory: pathlib.Path) -> Found:
             seconds.append(time.perf_counter() - start)
         alive = process.poll() is None
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    row = {
-        "half-open connections": count,
-        "others served, of 50": served,
-        "median, s": float(np.median(seconds)),
-        "slowest, s": max(seconds),
-        "alive": alive,
-    }
+    row = {"half-open connections": count, "others served, of 50": served}
+    row |= {"median, s": float(np.median(seconds)), "slowest, s": max(seconds), "alive": alive}
     name = "half-open connections at 256 files: others not served"
     return [row], [suite.at_most(name, 50 - served, 0)]
 
@@ -199,11 +183,7 @@ def ended_by_signal(options: suite.Options, directory: pathlib.Path) -> Found:
             ends = collections.Counter(stream.result() for stream in streams)
         process.wait(timeout=60)
         seconds = time.monotonic() - start
-    row = {
-        "streams": count,
-        "ends": " ".join(f"{n} x {end}" for end, n in sorted(ends.items())),
-        "stopped after, s": seconds,
-    }
+    row = {"streams": count, "ends": _listed(ends), "stopped after, s": seconds}
     # Who comes when nobody listens any more has no stream.
     without = count - ends["length"] - ends["stop"] - ends["refused"]
     return [row], [suite.at_most("SIGTERM: streams without a finish_reason", without, 0)]
@@ -286,17 +266,17 @@ def fuzz(options: suite.Options, directory: pathlib.Path, count: int) -> Found:
         alive = process.poll() is None
     for body, times in wrong.most_common(5):
         print(f"{times} x {body!r}")
-    row = {
-        "what": "requests with fields that make no sense",
-        "requests": sum(codes.values()),
-        "answers": " ".join(f"{n} x {code}" for code, n in sorted(codes.items())),
-        "alive": alive,
-    }
+    row = {"what": "requests with fields that make no sense", "requests": sum(codes.values())}
+    row |= {"answers": _listed(codes), "alive": alive}
     broken = sum(n for code, n in codes.items() if code >= 500)
     return [row], [
         suite.at_most("fuzzed requests: answers of 5xx", broken, 0),
         suite.at_most("fuzzed requests: errors in another form", len(wrong), 0),
     ]
+
+
+def _listed(counts: collections.Counter) -> str:
+    return " ".join(f"{count} x {name}" for name, count in sorted(counts.items()))
 
 
 def _is_error(text: bytes) -> bool:

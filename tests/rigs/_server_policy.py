@@ -149,17 +149,9 @@ def policies(options: suite.Options) -> tuple[list[dict[str, Any]], list[suite.B
         bodies = _requests(prompts, vocab, policy.bias != "none", count)
         seen = asyncio.run(_ask(app, bodies))
         estimate = _width(seen, prompts, vocab)
-        rows.append(
-            {
-                "policy": name,
-                "requests": seen.requests,
-                "refused": seen.refused,
-                "positions": len(seen.contexts),
-                "most tokens told of one": seen.most_tokens,
-                "most values": seen.most_values,
-                "width": str(estimate),
-            }
-        )
+        row = {"policy": name, "requests": seen.requests, "refused": seen.refused}
+        row |= {"positions": len(seen.contexts), "most tokens told of one": seen.most_tokens}
+        rows.append(row | {"most values": seen.most_values, "width": str(estimate)})
         if not policy.sampled:
             most = max(most, seen.most_tokens, seen.most_values)
             found += estimate.estimate == width
@@ -198,14 +190,11 @@ def prefixes(options: suite.Options) -> tuple[list[dict[str, Any]], list[suite.B
     tails = np.random.default_rng(1).integers(1, 1000, (32, 16)).tolist()
     without, _, plain = asyncio.run(_work(shared, tails, 0))
     read, reused, answers = asyncio.run(_work(shared, tails, 64 << 20))
-    row = {
-        "what": f"32 prompts, {shared} tokens in common and 16 of their own",
-        "tokens read without": without,
-        "tokens read": read,
-        "reused": reused,
-        "answers that differ": sum(a != b for a, b in zip(plain, answers, strict=True)),
-    }
+    differing = sum(a != b for a, b in zip(plain, answers, strict=True))
+    row = {"what": f"32 prompts, {shared} tokens in common and 16 of their own"}
+    row |= {"tokens read without": without, "tokens read": read, "reused": reused}
+    row["answers that differ"] = differing
     return [row], [
         suite.at_most("shared prefix: share of prompts read", read / without, 0.2),
-        suite.at_most("shared prefix: answers that differ", row["answers that differ"], 0),
+        suite.at_most("shared prefix: answers that differ", differing, 0),
     ]

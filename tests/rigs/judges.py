@@ -92,18 +92,10 @@ def _judged(
     answer.unlink(missing_ok=True)
     path.write_text(json.dumps(order | {"model_args": model_args, "answer": str(answer)}))
     # Nothing is looked for anywhere but here.
-    offline = {
-        "HF_DATASETS_OFFLINE": "1",
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(place / "home"),
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    done = subprocess.run(
-        [python, str(_WORKER), str(path)],
-        env=os.environ | offline,
-        capture_output=True,
-        text=True,
-    )
+    offline = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(place / "home")}
+    offline["TOKENIZERS_PARALLELISM"] = "false"
+    piped: Any = {"env": os.environ | offline, "capture_output": True, "text": True}
+    done = subprocess.run([python, str(_WORKER), str(path)], **piped)
     if not answer.exists():
         raise RuntimeError(f"{order['model']}: {done.stderr[-3000:]}")
     said = json.loads(answer.read_text())
