@@ -20,8 +20,8 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
-# Scripts that write goldens need torch and transformers.
-collect_ignore_glob = ["*/make_*.py", "*/export_*.py"]
+# Scripts that write goldens need torch and transformers; rigs are programs.
+collect_ignore_glob = ["*/make_*.py", "*/export_*.py", "rigs/*"]
 
 # Ten frames for every operation are a good part of what lowering costs.
 os.environ.setdefault("JAX_INCLUDE_FULL_TRACEBACKS_IN_LOCATIONS", "0")

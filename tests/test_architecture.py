@@ -46,9 +46,6 @@ LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in 
 # One marks fields of configurations that are no part of what a run makes.
 PUBLIC_NAMES = 260 + 41 + 25 + 6 + 15 + 7 + 2 + 1
 
-# The command of the benchmarks is the door to their package, not a package beside it.
-DOORS = {"experiments.benchmark": "experiments.benchmarks"}
-
 
 def _modules(*folders: str) -> dict[str, pathlib.Path]:
     found = {}
@@ -59,13 +56,13 @@ def _modules(*folders: str) -> dict[str, pathlib.Path]:
     return found
 
 
-MODULES = _modules("logitjax", "experiments")
+MODULES = _modules("logitjax", "experiments", "tests/rigs")
 TREES = {name: ast.parse(path.read_text()) for name, path in _modules("tests").items()}
 TREES |= {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 
 
 def _package(module: str) -> str:
-    return DOORS.get(module, ".".join(module.split(".")[:2]))
+    return ".".join(module.split(".")[:2])
 
 
 def _imports(module: str, *, top_level: bool = False) -> list[tuple[int, str, str | None]]:
@@ -151,18 +148,23 @@ def test_files_import_in_no_circle():
     assert not graph, f"in a circle, or read by one: {sorted(graph)}"
 
 
-def test_experiments_do_not_import_benchmarks():
+def test_experiments_import_neither_tests_nor_benchmarks():
+    wrong = []
     for module in MODULES:
-        if module.startswith("experiments.") and _package(module) != "experiments.benchmarks":
-            said = [_target(source, name) for _, source, name in _imports(module)]
-            assert not [s for s in said if s.startswith("experiments.benchmark")], module
+        inside = _package(module) in ("experiments.benchmark", "experiments.benchmarks")
+        above = ("tests",) if inside else ("tests", "experiments.benchmark")
+        if module.startswith("experiments."):
+            targets = [_target(source, name) for _, source, name in _imports(module)]
+            wrong += [f"{module} {target}" for target in targets if target.startswith(above)]
+    assert not wrong, "\n".join(wrong)
 
 
 def test_tests_of_the_library_import_no_experiment():
     wrong = [
         f"{module}:{line} {source}"
         for module in TREES
-        if module.startswith("tests.") and not module.startswith("tests.experiments")
+        if module.startswith("tests.")
+        and not module.startswith(("tests.experiments", "tests.rigs"))
         for line, source, name in _imports(module)
         if source.split(".")[0] == "experiments"
     ]

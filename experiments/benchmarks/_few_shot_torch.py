@@ -1,12 +1,11 @@
 """AMU's training on cached features in eager torch, which the benchmark takes turns with.
 
 Run as ``python _few_shot_torch.py CLASSES FEATURES EXAMPLES THREADS``; a line of standard input is
-a batch size and a number of steps, and a line of seconds comes back for it.
+a batch size and a number of steps, and the last loss comes back for it.
 """
 
 import json
 import sys
-import time
 
 import torch
 from torch.nn import functional
@@ -26,12 +25,11 @@ def main(classes: int, features: int, examples: int, threads: int) -> None:
     start = start * classes / examples
     print("ready", flush=True)
     for line in sys.stdin:
-        batch, steps = map(int, line.split())
+        batch, steps = json.loads(line)
         head = torch.nn.Linear(features, classes, bias=False)
         head.weight.data.copy_(start)
         optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3, weight_decay=0.01, eps=1e-4)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        begin = time.perf_counter()
         done, loss = 0, None
         while done < steps:
             for rows in torch.randperm(examples).split(batch)[: steps - done]:
@@ -45,8 +43,7 @@ def main(classes: int, features: int, examples: int, threads: int) -> None:
                 schedule.step()
                 done += 1
         assert loss is not None
-        seconds = time.perf_counter() - begin
-        print(json.dumps({"seconds": seconds, "loss": loss.item()}), flush=True)
+        print(loss.item(), flush=True)
 
 
 if __name__ == "__main__":

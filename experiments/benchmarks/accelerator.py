@@ -17,7 +17,7 @@ machine: losses over a vocabulary that tokamax's blocks do not divide.
 
 import functools
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,44 +26,22 @@ import numpy as np
 from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from experiments.benchmarks import _suite
+from experiments.benchmarks import _vocabulary as vocabulary
+from experiments.benchmarks._vocabulary import KINDS, Loss, Shape
 from experiments.plan import chips, costs
+from experiments.shared import suite
 from logitjax import losses
 from logitjax.commands import figures
-
-Shape = tuple[int, int, int]
-Loss = Callable[[Mapping[str, jax.Array]], jax.Array]
 
 SHAPES = {"small": (4096, 1024, 151936), "large": (32768, 4096, 128256)}
 SMOKE_SHAPES = {"smoke": (2048, 32, 8192)}
 # Of its blocks of 2,048 columns tokamax counts all.
 PADDED_SHAPE = (1024, 64, 1000)
-KINDS = ("cross-entropy", "kl")
 CHIPS = {"v5e": "v5e:1x1", "v5p": "v5p:1x1x1", "v6e": "v6e:1x1", "tpu7x": "tpu7x:2x2x1"}
 MESH = "v5p:2x2x1"
 _CHUNK = 1024
 # Bars of the issue are about this chip.
 _BARS = "v5p"
-
-
-def _dense(kind: str, x: Mapping[str, jax.Array]) -> jax.Array:
-    logits = x["hidden"] @ x["head"]
-    if kind == "cross-entropy":
-        return losses.cross_entropy(logits, x["labels"])
-    teacher = jax.lax.stop_gradient(x["teacher_hidden"] @ x["teacher_head"])
-    return losses.kl_divergence(logits, teacher)
-
-
-def _chunked(kind: str, x: Mapping[str, jax.Array]) -> jax.Array:
-    rows = {name: x[name] for name in ("hidden", "teacher_hidden", "labels")}
-    heads = {name: x[name] for name in ("head", "teacher_head")}
-
-    @jax.checkpoint
-    def chunk(total: jax.Array, some: Mapping[str, jax.Array]) -> Any:
-        return total + _dense(kind, {**heads, **some}).sum(), None
-
-    chunks = jax.tree.map(lambda a: a.reshape(-1, _CHUNK, *a.shape[1:]), rows)
-    return jax.lax.scan(chunk, jnp.float32(0), chunks)[0] / len(x["hidden"])
 
 
 def _tokamax(kind: str, x: Mapping[str, jax.Array]) -> jax.Array:
@@ -74,65 +52,36 @@ def _tokamax(kind: str, x: Mapping[str, jax.Array]) -> jax.Array:
     )
 
 
-def _ours(kind: str, x: Mapping[str, jax.Array], *, engine: Any, weighted: bool) -> jax.Array:
-    hidden, head = x["hidden"], x["head"]
-    options: dict[str, Any] = {"blocks": losses.Blocks(engine=engine)}
-    if weighted:
-        options["weights"] = jnp.full(len(hidden), 1 / len(hidden), jnp.float32)
-    if kind == "cross-entropy":
-        return losses.linear_cross_entropy(hidden, head, x["labels"], **options)
-    return losses.linear_kl_divergence(
-        hidden, head, x["teacher_hidden"], x["teacher_head"], **options
-    )
-
-
 def forms(kind: str) -> dict[str, Loss]:
     """By name the losses that are compared, unreduced or their mean."""
     found: dict[str, Loss] = {
-        "dense": functools.partial(_dense, kind),
-        "chunks + checkpoint": functools.partial(_chunked, kind),
+        "dense": functools.partial(vocabulary.dense, kind),
+        "chunks + checkpoint": functools.partial(vocabulary.chunked, kind, size=_CHUNK),
     }
     if kind == "cross-entropy" and importlib.util.find_spec("tokamax"):
         found["tokamax, chunked"] = functools.partial(_tokamax, kind)
-    ours = functools.partial(_ours, kind)
-    found["ours, default"] = functools.partial(ours, engine=None, weighted=True)
-    found["ours, rows"] = functools.partial(ours, engine="rows", weighted=True)
-    found["ours, unreduced"] = functools.partial(ours, engine=None, weighted=False)
-    found["ours, pallas"] = functools.partial(ours, engine="pallas", weighted=False)
+
+    def ours(engine: Any, weighted: bool) -> Loss:
+        blocks = losses.Blocks(engine=engine)
+        return functools.partial(vocabulary.ours, kind, weighted=weighted, blocks=blocks)
+
+    found["ours, default"] = ours(None, True)
+    found["ours, rows"] = ours("rows", True)
+    found["ours, unreduced"] = ours(None, False)
+    found["ours, pallas"] = ours("pallas", False)
     return found
 
 
 def arguments(shape: Shape, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of the arrays, rows split over ``fsdp`` and heads over ``fsdp`` and ``tensor``."""
-    tokens, width, vocab = shape
-    rows, head = ((tokens, width), ("fsdp", None)), ((width, vocab), ("fsdp", "tensor"))
-    layouts: dict[str, Any] = {
-        "hidden": rows,
-        "head": head,
-        "teacher_hidden": rows,
-        "teacher_head": head,
-    }
-    layouts["labels"] = ((tokens,), ("fsdp",))
-    return {
-        name: jax.ShapeDtypeStruct(
-            size,
-            jnp.int32 if name == "labels" else jnp.bfloat16,
-            sharding=NamedSharding(mesh, PartitionSpec(*spec)),
-        )
-        for name, (size, spec) in layouts.items()
-    }
 
+    def placed(name: str, size: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        axes = ("fsdp", "tensor") if name.endswith("head") else ("fsdp",)
+        sharding = NamedSharding(mesh, PartitionSpec(*axes))
+        dtype = jnp.int32 if name == "labels" else jnp.bfloat16
+        return jax.ShapeDtypeStruct(size, dtype, sharding=sharding)
 
-def step(loss: Loss) -> Callable[..., Any]:
-    """Mean loss with its gradients by the hidden states and the head."""
-
-    def run(inputs: Mapping[str, jax.Array]) -> Any:
-        def mean(hidden: jax.Array, head: jax.Array) -> jax.Array:
-            return loss({**inputs, "hidden": hidden, "head": head}).mean()
-
-        return jax.value_and_grad(mean, (0, 1))(inputs["hidden"], inputs["head"])
-
-    return run
+    return {name: placed(name, size) for name, size in vocabulary.sizes(shape).items()}
 
 
 def _compile(loss: Loss, shape: Shape, devices: Sequence[Any], sides: tuple[int, int]) -> Any:
@@ -142,7 +91,7 @@ def _compile(loss: Loss, shape: Shape, devices: Sequence[Any], sides: tuple[int,
     placed = (inputs["hidden"].sharding, inputs["head"].sharding)
     whole = NamedSharding(mesh, PartitionSpec())
     with jax.set_mesh(mesh):
-        traced = jax.jit(step(loss), out_shardings=(whole, placed)).trace(inputs)
+        traced = jax.jit(vocabulary.step(loss), out_shardings=(whole, placed)).trace(inputs)
         return traced, traced.lower().compile()
 
 
@@ -180,7 +129,7 @@ def _compare(rows: list[dict[str, Any]]) -> None:
                 row[share] = row[name] / dense[name]
 
 
-def _padded() -> tuple[list[dict[str, Any]], list[_suite.Bar]]:
+def _padded() -> tuple[list[dict[str, Any]], list[suite.Bar]]:
     """Mean losses in float32 where the last block of columns is not full, beside float64."""
     tokens, width, vocab = PADDED_SHAPE
     rng = np.random.default_rng(0)
@@ -202,11 +151,11 @@ def _padded() -> tuple[list[dict[str, Any]], list[_suite.Bar]]:
         rows.append(row)
         if name == "ours, default":
             error = row["error of the mean"]
-            bars.append(_suite.Bar(name=f"V={vocab}: error of the mean", value=error, limit=1e-5))
+            bars.append(suite.at_most(f"V={vocab}: error of the mean", error, 1e-5))
     return rows, bars
 
 
-def _bars(rows: Sequence[Mapping[str, Any]]) -> list[_suite.Bar]:
+def _bars(rows: Sequence[Mapping[str, Any]]) -> list[suite.Bar]:
     bars = []
     tokamax = {(row["chip"], row["T"]): row["temp MiB"] for row in rows if "tokamax" in row["form"]}
     for row in rows:
@@ -215,21 +164,21 @@ def _bars(rows: Sequence[Mapping[str, Any]]) -> list[_suite.Bar]:
         where = f"{row['loss']}, H={row['H']}, {row['form'].removeprefix('ours, ')}"
         if row["form"] == "ours, default":
             share = row["temp / dense"]
-            bars.append(_suite.Bar(name=f"{where}: temporaries / dense", value=share, limit=0.1))
+            bars.append(suite.at_most(f"{where}: temporaries / dense", share, 0.1))
             theirs = tokamax.get((row["chip"], row["T"]))
             if theirs and row["loss"] == "cross-entropy":
                 share, name = row["temp MiB"] / theirs, f"{where}: temporaries / tokamax"
-                bars.append(_suite.Bar(name=name, value=share, limit=1.0))
+                bars.append(suite.at_most(name, share, 1.0))
         # `rows` forms a logit once, `scan` twice, a teacher's too.
         sides = 2 if row["loss"] == "kl" else 1
         once = row["products, F"] < 2 + 1.5 * sides
         most = 2 + sides * (1 if once else 2)
         # The last block repeats columns of the one before.
         work = row["products, F"] / most
-        bars.append(_suite.Bar(name=f"{where}: products / {most} F", value=work, limit=1.02))
+        bars.append(suite.at_most(f"{where}: products / {most} F", work, 1.02))
         if row["H"] == SHAPES["large"][1]:
             limit, value = 1.1 if once else 1.3, row["cycles / dense"]
-            bars.append(_suite.Bar(name=f"{where}: cycles / dense", value=value, limit=limit))
+            bars.append(suite.at_most(f"{where}: cycles / dense", value, limit))
     return bars
 
 
@@ -253,18 +202,18 @@ def _mesh_rows(shape: Shape, chip: chips.Chip, kinds: Sequence[str]) -> list[dic
     return rows
 
 
-def _mesh_bars(rows: Sequence[Mapping[str, Any]]) -> list[_suite.Bar]:
+def _mesh_bars(rows: Sequence[Mapping[str, Any]]) -> list[suite.Bar]:
     """The head is gathered once a sweep, and its gradient scattered once; a teacher has no such."""
     bars = []
     for row in rows:
         where = f"2 x 2, {row['loss']}, {row['form'].removeprefix('ours, ')}"
         heads = 2 if row["loss"] == "kl" else 1
         for kind, most in (("all-gathers", heads), ("reduce-scatters", 1)):
-            bars.append(_suite.Bar(name=f"{where}: {kind}", value=row[kind], limit=most))
+            bars.append(suite.at_most(f"{where}: {kind}", row[kind], most))
     return bars
 
 
-def run(options: _suite.Options) -> _suite.Result:
+def run(options: suite.Options) -> suite.Result:
     shapes: Mapping[str, Shape] = SMOKE_SHAPES if options.smoke else SHAPES
     named = {"cpu": "cpu:1"} if options.smoke else CHIPS
     parts = set(filter(None, options.only.split(",")))
@@ -301,7 +250,7 @@ def run(options: _suite.Options) -> _suite.Result:
         found, more = _padded()
         rows += found
         bars += more
-    return _suite.Result(rows=rows, bars=bars, pictures={"accelerator": picture(rows)})
+    return suite.Result(rows=rows, bars=bars, pictures={"accelerator": picture(rows)})
 
 
 def picture(rows: Sequence[Mapping[str, Any]]) -> figures.Picture:

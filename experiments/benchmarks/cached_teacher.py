@@ -12,7 +12,6 @@ turns; the live step is timed without its teacher too. Trainings that are done a
 """
 
 import functools
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,11 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from etils import epath
 from flax import nnx
 
-from experiments.benchmarks import _suite
-from experiments.shared import timing
-from logitjax import data, distillation, losses, models, storage, training
+from experiments.shared import records, suite, timing
+from logitjax import data, distillation, losses, models, training
 
 _DROPPED = 6
 _CALIBRATION = 16
@@ -35,7 +34,7 @@ ARMS = ("sft", "cached", "sampled", "live")
 _TAIL = 64
 
 
-def run(options: _suite.Options) -> _suite.Result:
+def run(options: suite.Options) -> suite.Result:
     seeds, steps, held_out, rows_a_step, length = (
         (1, 3, 2, 2, 64) if options.smoke else (2, 40, 24, 1, 128)
     )
@@ -89,24 +88,23 @@ def run(options: _suite.Options) -> _suite.Result:
 
     score = training.EvalStep(distillation.score_function(taught))
     scored = [{"pivot": batch("test", step, 0)} for step in range(held_out // rows_a_step)]
-    kept = Path(options.directory) / f"{options.scale}.partial.json"
-    known = json.loads(kept.read_text()) if kept.exists() else {}
-    perplexities: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    for seed in range(seeds):
-        for arm in ARMS:
-            name = f"{arm}, seed {seed}"
-            if name in known:
-                perplexities[arm].append(known[name])
-                continue
-            state, step_fn = trainer(arm, seed)
-            for step in range(steps):
-                state, _ = step_fn(state, inputs(arm, step, seed), constants.get(arm))
-            found = score.means(state.params, scored, taught.frozen)
-            perplexities[arm].append(float(np.exp(found["loss"])))
-            known[name] = perplexities[arm][-1]
-            storage.write_atomic(kept, json.dumps(known))
-            logging.info("%s: perplexity %.4g", name, perplexities[arm][-1])
 
+    def taught_to(arm: str, seed: int) -> float:
+        state, step_fn = trainer(arm, seed)
+        for step in range(steps):
+            state, _ = step_fn(state, inputs(arm, step, seed), constants.get(arm))
+        found = score.means(state.params, scored, taught.frozen)
+        logging.info("%s, seed %d: loss %.4g", arm, seed, found["loss"])
+        return float(np.exp(found["loss"]))
+
+    parts = epath.Path(options.directory) / f"{options.scale}-parts"
+    perplexities = {
+        arm: [
+            records.kept(parts / f"{arm}-{seed}.json", functools.partial(taught_to, arm, seed))
+            for seed in range(seeds)
+        ]
+        for arm in ARMS
+    }
     seconds = timing.paired_seconds(
         _timed(trainer, inputs, constants, functools.partial(_hidden, teacher_fn.graphdef)),
         repeats=options.repeats,
@@ -122,27 +120,14 @@ def run(options: _suite.Options) -> _suite.Result:
             row["perplexity"] = float(np.mean(perplexities[arm]))
             row["/ live"] = float(np.mean(np.divide(perplexities[arm], perplexities["live"])))
         table.append(row)
-    kept.unlink()
     by_name = {row["training"]: row for row in table}
-    return _suite.Result(
-        rows=table,
-        bars=[
-            bar
-            for arm in ("cached", "sampled")
-            for bar in (
-                _suite.Bar(
-                    name=f"step / SFT step: {_NAMES[arm]}",
-                    value=by_name[_NAMES[arm]]["/ sft"],
-                    limit=1.10,
-                ),
-                _suite.Bar(
-                    name=f"held-out perplexity / live: {_NAMES[arm]}",
-                    value=by_name[_NAMES[arm]]["/ live"],
-                    limit=1.01,
-                ),
-            )
-        ],
-    )
+    bars = []
+    for name in (_NAMES["cached"], _NAMES["sampled"]):
+        row = by_name[name]
+        bars.append(suite.at_most(f"step / SFT step: {name}", row["/ sft"], 1.10))
+        bars.append(suite.at_most(f"held-out perplexity / live: {name}", row["/ live"], 1.01))
+    parts.rmtree()
+    return suite.Result(rows=table, bars=bars)
 
 
 _NAMES = {
@@ -154,7 +139,7 @@ _NAMES = {
 }
 
 
-def _rows(tokenizer: Any, length: int, options: _suite.Options) -> Mapping[str, data.PackedDataset]:
+def _rows(tokenizer: Any, length: int, options: suite.Options) -> Mapping[str, data.PackedDataset]:
     spec = "text:LICENSE" if options.smoke else "tfds:wiki_summaries"
     directory = Path(options.directory) / "rows"
     return {
@@ -199,15 +184,10 @@ def _loss(arm: str, student: distillation.Student, teacher_graphdef: Any) -> Cal
             return cached(params, given, rng, student.frozen)
         labels, where = distillation.targets(batch["pivot"])
         model, source = student.model(params), nnx.merge(teacher_graphdef, teacher)
-        hidden, head = (
-            distillation.hidden_states(model, batch["pivot"]),
-            model.head_of(),
-        )
-        there = (
-            batch["hidden"]
-            if arm == "given"
-            else distillation.hidden_states(source, batch["pivot"])
-        )
+        hidden, head = distillation.hidden_states(model, batch["pivot"]), model.head_of()
+        there = batch.get("hidden")
+        if arm == "live":
+            there = distillation.hidden_states(source, batch["pivot"])
         weights = where.astype(np.float32)
         ce = losses.linear_cross_entropy(hidden, head, labels, weights=weights)
         kl = losses.linear_kl_divergence(

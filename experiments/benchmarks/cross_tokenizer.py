@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks import _suite, _tokenizers
-from experiments.shared import timing
+from experiments.benchmarks import _tokenizers
+from experiments.shared import suite, timing
 from logitjax import distillation, losses, models, ops
 
 # (T, H, our V, their V): a small model with SmolLM2's vocabulary under Gemma's, and Qwen's.
@@ -106,22 +106,15 @@ def step(shape: Shape, peer: str, projection: distillation.TokenProjection) -> C
     return run
 
 
-def _measure(shape: Shape, options: _suite.Options) -> list[dict[str, Any]]:
+def _measure(shape: Shape, options: suite.Options) -> list[dict[str, Any]]:
     inputs, projection = _inputs(shape), _projection(shape)
     peers = {peer: step(shape, peer, projection) for peer in PEERS}
-    rows = []
+    rows: list[dict[str, Any]] = []
+    sizes = dict(zip(("T", "H", "ours", "theirs"), shape))
     for peer, function in peers.items():
-        rows.append(
-            {
-                "T": shape[0],
-                "H": shape[1],
-                "ours": shape[2],
-                "theirs": shape[3],
-                "loss": peer,
-                "members": projection.capacity(K) if "first" in peer else None,
-                "temp MiB": _suite.temp_bytes(function, inputs) / 2**20,
-            }
-        )
+        members = projection.capacity(K) if "first" in peer else None
+        row = sizes | {"loss": peer, "members": members}
+        rows.append(row | {"temp MiB": suite.temp_bytes(function, inputs) / 2**20})
     calls = {
         peer: functools.partial(jax.jit(function), inputs)
         for peer, function in peers.items()
@@ -136,22 +129,20 @@ def _measure(shape: Shape, options: _suite.Options) -> list[dict[str, Any]]:
     return rows
 
 
-def _bars(rows: list[dict[str, Any]]) -> list[_suite.Bar]:
+def _bars(rows: list[dict[str, Any]]) -> list[suite.Bar]:
     bars = []
     for row in rows:
         if row["loss"] in ("dense KL", "same tokenizer"):
             continue
         where = f"{row['loss']}, V={row['ours']} from {row['theirs']}"
         bars.append(
-            _suite.Bar(
-                name=f"{where}: seconds / same tokenizer", value=row["/ same tokenizer"], limit=1.3
-            )
+            suite.at_most(f"{where}: seconds / same tokenizer", row["/ same tokenizer"], 1.3)
         )
         if row["ours"] >= 150_000:
             dense = next(r for r in rows if r["loss"] == "dense KL" and r["ours"] == row["ours"])
             # Student and teacher are dense elsewhere: of this only the student's half is counted.
             share = row["temp MiB"] / dense["temp MiB"]
-            bars.append(_suite.Bar(name=f"{where}: scratch / dense", value=share, limit=0.1))
+            bars.append(suite.at_most(f"{where}: scratch / dense", share, 0.1))
     return bars
 
 
@@ -183,9 +174,8 @@ def meetings() -> list[dict[str, Any]]:
         met = {kind: meet(ours, theirs, text) for kind, text in texts.items()}
         shares = {f"{kind}: labels in 1:1 %": found["labels"] for kind, found in met.items()}
         longest = max(found["longest"] for found in met.values())
-        as_slow = all(found["as slow"] for found in met.values())
-        rows.append({"ours": first, "theirs": second, **shares, "longest": longest})
-        rows[-1]["as slow"] = as_slow
+        row = {"ours": first, "theirs": second, **shares, "longest": longest}
+        rows.append(row | {"as slow": all(found["as slow"] for found in met.values())})
     return rows
 
 
@@ -229,7 +219,7 @@ def meet(ours: models.Tokenizer, theirs: models.Tokenizer, text: str) -> dict[st
     }
 
 
-def run(options: _suite.Options) -> _suite.Result:
+def run(options: suite.Options) -> suite.Result:
     rows: list[dict[str, Any]] = []
     for shape in SMOKE_SHAPES if options.smoke else SHAPES:
         rows += _measure(shape, options)
@@ -237,5 +227,5 @@ def run(options: _suite.Options) -> _suite.Result:
     bars = [] if options.smoke else _bars(rows)
     wrong = sum(not row["as slow"] for row in met)
     name = "pairs of tokenizers that the slow search cuts otherwise"
-    bars.append(_suite.Bar(name=name, value=wrong, limit=0))
-    return _suite.Result(rows=[*rows, *met], bars=bars)
+    bars.append(suite.at_most(name, wrong, 0))
+    return suite.Result(rows=[*rows, *met], bars=bars)

@@ -9,25 +9,21 @@ the large model and cuts of 6 of its layers as experts and base.
 """
 
 import contextlib
-import json
-import os
-import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments.benchmarks import _suite
-from experiments.shared import timing
+from experiments.shared import peers, suite, timing
 from logitjax import fusion, models
 from logitjax.decoding import Ensemble, generate
 
 _BARS = {1: 1.0, 8: 0.95}
 
 
-def run(options: _suite.Options) -> _suite.Result:
+def run(options: suite.Options) -> suite.Result:
     new = 4 if options.smoke else 64
     spec = "tiny" if options.smoke else "smollm2"
     model, tokenizer = models.load(spec, layout="listed")
@@ -35,15 +31,19 @@ def run(options: _suite.Options) -> _suite.Result:
     prompts = [np.array(text[40 * i :][: 10 + 2 * i], np.int32) for i in range(8)]
     alone = Ensemble(model)
     rows: list[dict[str, Any]] = []
-    bars: list[_suite.Bar] = []
-    with _torch(model, tokenizer, new, options) as peer:
+    bars: list[suite.Bar] = []
+    script = Path(__file__).with_name("_decoding_torch.py")
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(tempfile.TemporaryDirectory())
+        models.save_pretrained(model, tokenizer, directory)
+        peer = stack.enter_context(peers.torch_peer(script, directory, new, smoke=options.smoke))
         for batch in (1, 8):
             given = prompts[:batch]
             calls: dict[str, Callable[[], Any]] = {
                 "logitjax": lambda g=given: generate(alone, g, max_new_tokens=new)
             }
             if peer is not None:
-                calls["transformers + torch"] = lambda g=given: peer(g)
+                calls["transformers + torch"] = lambda g=given: peer([x.tolist() for x in g])
             seconds = timing.paired_seconds(calls, repeats=options.repeats)
             for name, times in seconds.items():
                 ratio = timing.paired_ratio(seconds["logitjax"], times)
@@ -51,15 +51,14 @@ def run(options: _suite.Options) -> _suite.Result:
             if peer is not None:
                 ours, theirs = seconds["logitjax"], seconds["transformers + torch"]
                 bars.append(
-                    _suite.Bar(
-                        name=f"tokens/s over torch's, B = {batch}",
-                        value=timing.paired_ratio(theirs, ours),
-                        limit=_BARS[batch],
-                        sense=">=",
+                    suite.at_least(
+                        f"tokens/s over torch's, B = {batch}",
+                        timing.paired_ratio(theirs, ours),
+                        _BARS[batch],
                     )
                 )
     rows += _fused_rows(model, prompts, new, options)
-    return _suite.Result(rows=rows, bars=bars)
+    return suite.Result(rows=rows, bars=bars)
 
 
 def _row(name: str, batch: int, new: int, seconds: list[float]) -> dict[str, Any]:
@@ -73,7 +72,7 @@ def _row(name: str, batch: int, new: int, seconds: list[float]) -> dict[str, Any
 
 
 def _fused_rows(
-    model: models.Decoder, prompts: list[np.ndarray], new: int, options: _suite.Options
+    model: models.Decoder, prompts: list[np.ndarray], new: int, options: suite.Options
 ) -> list[dict[str, Any]]:
     layers = model.config.num_layers
     small = [
@@ -104,40 +103,3 @@ def _fused_rows(
                 _row(name, batch, new, times) | {"models": count, "over large alone": ratio}
             )
     return rows
-
-
-@contextlib.contextmanager
-def _torch(
-    model: models.Decoder, tokenizer: models.Tokenizer, new: int, options: _suite.Options
-) -> Iterator[Callable[[list[np.ndarray]], Any] | None]:
-    """A call that lets transformers generate, or None where there is no such interpreter."""
-    python = os.environ.get("LOGITJAX_TORCH_PYTHON")
-    if not python or options.smoke:
-        yield None
-        return
-    script = Path(__file__).with_name("_decoding_torch.py")
-    with tempfile.TemporaryDirectory() as directory:
-        models.save_pretrained(model, tokenizer, directory)
-        command = [python, os.fspath(script), directory, str(os.cpu_count()), str(new)]
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            text=True,
-        )  # fmt: skip
-        assert process.stdin is not None
-        assert process.stdout is not None
-        send, receive = process.stdin, process.stdout
-        if receive.readline().strip() != "ready":
-            print(f"torch: {python} did not start")
-            yield None
-            return
-
-        def call(prompts: list[np.ndarray]) -> Any:
-            send.write(json.dumps([p.tolist() for p in prompts]) + "\n")
-            send.flush()
-            return json.loads(receive.readline())["tokens"]
-
-        try:
-            yield call
-        finally:
-            send.close()
-            process.wait(timeout=60)

@@ -6,78 +6,64 @@ Batches of 64 images of 32 x 32, augmented, as in the published CIFAR-100 recipe
 backward of the student, SGD, batch statistics. ``kd`` is the yardstick, once with the teacher's
 (ResNet-56) forward pass in the step, as training with augmentation needs it, and once with its
 logits given. Where the interpreter in ``LOGITJAX_TORCH_PYTHON`` has torch, the same KD step is
-timed there, in a process of its own, with as many threads.
+timed there, in turns with ours, with as many threads.
 """
 
 import dataclasses
-import json
-import os
-import subprocess
-import time
+import functools
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from experiments.benchmarks import _suite
 from experiments.dual_head import arms as dual_head_arms
 from experiments.dual_head import data as dual_head_data
 from experiments.dual_head import run as dual_head_run
 from experiments.dual_head.config import Config
 from experiments.dual_head.train import Course, Trainer
-from experiments.shared import timing
+from experiments.shared import peers, suite, timing
 from logitjax import training
 
 _ARMS = ("kd", "single", "dual_linear", "dual_mlp", "dual_linear_aligned", "dual_mlp_aligned")
 _DHKD_LIMIT, _ALIGNED_LIMIT = 1.05, 1.6
 
 
-def run(options: _suite.Options) -> _suite.Result:
-    batch, steps = (8, 1) if options.smoke else (64, 1)
+def run(options: suite.Options) -> suite.Result:
+    batch = 8 if options.smoke else 64
     student, teacher = ("resnet8", "resnet8") if options.smoke else ("resnet20", "resnet56")
     names = ("kd", "dual_linear", "dual_mlp_aligned") if options.smoke else _ARMS
     rows: list[dict[str, Any]] = []
-    bars: list[_suite.Bar] = []
-    for given in (False,) if options.smoke else (False, True):
-        calls = _steps(names, student, teacher, batch, steps, logits_given=given)
-        seconds = timing.paired_seconds(calls, repeats=options.repeats)
-        where = "logits given" if given else f"{teacher} in the step"
-        for name in names:
-            ratio = timing.paired_ratio(seconds[name], seconds["kd"])
-            median = float(np.median(seconds[name])) / steps
-            rows.append(
-                {
-                    "teacher": where,
-                    "step": name,
-                    "ms": 1e3 * median,
-                    "images/s": batch / median,
-                    "over kd": ratio,
-                }
-            )
-            # The published recipe augments, so its teacher runs in the step.
-            if not given and name.startswith("dual"):
-                limit = _ALIGNED_LIMIT if "aligned" in name else _DHKD_LIMIT
-                bars.append(_suite.Bar(name=f"{name} / kd", value=ratio, limit=limit))
-    rows += _torch_rows(options, batch)
-    return _suite.Result(rows=rows, bars=bars)
+    bars: list[suite.Bar] = []
+    script = Path(__file__).with_name("_dual_head_torch.py")
+    with peers.torch_peer(script, batch, smoke=options.smoke) as torch:
+        for given in (False,) if options.smoke else (False, True):
+            calls = _steps(names, student, teacher, batch, logits_given=given)
+            if torch is not None:
+                calls["kd, torch"] = functools.partial(torch, given)
+            seconds = timing.paired_seconds(calls, repeats=options.repeats)
+            where = "logits given" if given else f"{teacher} in the step"
+            for name in calls:
+                ratio = timing.paired_ratio(seconds[name], seconds["kd"])
+                median = float(np.median(seconds[name]))
+                row = {"teacher": where, "step": name, "ms": 1e3 * median}
+                rows.append(row | {"images/s": batch / median, "over kd": ratio})
+                # The published recipe augments, so its teacher runs in the step.
+                if not given and name.startswith("dual"):
+                    limit = _ALIGNED_LIMIT if "aligned" in name else _DHKD_LIMIT
+                    bars.append(suite.at_most(f"{name} / kd", ratio, limit))
+    return suite.Result(rows=rows, bars=bars)
 
 
 def _steps(
-    names: tuple[str, ...],
-    student: str,
-    teacher: str,
-    batch: int,
-    steps: int,
-    *,
-    logits_given: bool,
+    names: tuple[str, ...], student: str, teacher: str, batch: int, *, logits_given: bool
 ) -> dict[str, Any]:
-    """A call of each arm that trains for ``steps`` steps and keeps the state it reaches."""
+    """A call of each arm that trains for a step and keeps the state it reaches."""
     config = Config(
         data="synthetic:100", augment="none" if logits_given else "crop_flip", batch_size=batch
     )
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (batch * steps, 32, 32, 3), dtype=np.uint8)
+    images = rng.integers(0, 256, (batch, 32, 32, 3), dtype=np.uint8)
     part = dual_head_data.Part(inputs=images, labels=rng.integers(100, size=len(images)))
     stats = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
     task = dual_head_data.Task(train=part, validation=part, test=part, num_classes=100, **stats)
@@ -101,18 +87,3 @@ def _steps(
         return train
 
     return {name: call(name) for name in names}
-
-
-def _torch_rows(options: _suite.Options, batch: int) -> list[dict[str, Any]]:
-    python = os.environ.get("LOGITJAX_TORCH_PYTHON")
-    if not python or options.smoke:
-        return []
-    script = Path(__file__).with_name("_dual_head_torch.py")
-    command = [python, os.fspath(script), str(batch), str(options.repeats), str(os.cpu_count())]
-    start = time.perf_counter()
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    if found.returncode:
-        print(f"torch: {found.stderr.strip().splitlines()[-1:]}")
-        return []
-    print(f"torch took {time.perf_counter() - start:.0f} s")
-    return [{"teacher": "torch", **row} for row in json.loads(found.stdout.splitlines()[-1])]

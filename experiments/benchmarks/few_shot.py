@@ -9,22 +9,17 @@ threads, in turns with ours; a step costs the same wherever in the run it is.
 """
 
 import concurrent.futures
-import contextlib
 import dataclasses
-import json
 import multiprocessing
-import os
-import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from experiments.benchmarks import _suite
-from experiments.shared import timing
+from experiments.shared import peers, suite, timing
 from logitjax import few_shot
 
 
@@ -47,7 +42,7 @@ _TURNS = ((256, 63, 1.0), (8, 400, 2.5))
 _SECONDS, _GB = 75.0, 1.5
 
 
-def run(options: _suite.Options) -> _suite.Result:
+def run(options: suite.Options) -> suite.Result:
     shape = Shape(classes=20, features=32, shots=4, epochs=3) if options.smoke else Shape()
     batch = 16 if options.smoke else 256
     context = multiprocessing.get_context("spawn")
@@ -57,33 +52,26 @@ def run(options: _suite.Options) -> _suite.Result:
     bars = []
     if not options.smoke:
         bars = [
-            _suite.Bar(name=f"seconds of the run, B = {batch}", value=whole["s"], limit=_SECONDS),
-            _suite.Bar(name="peak RSS, GB", value=whole["peak RSS, GB"], limit=_GB),
+            suite.at_most(f"seconds of the run, B = {batch}", whole["s"], _SECONDS),
+            suite.at_most("peak RSS, GB", whole["peak RSS, GB"], _GB),
         ]
     turns = ((4, 10, 0.0),) if options.smoke else _TURNS
-    with _torch(shape, options) as torch:
+    script = Path(__file__).with_name("_few_shot_torch.py")
+    sizes = (shape.classes, shape.features, shape.examples)
+    with peers.torch_peer(script, *sizes, smoke=options.smoke) as torch:
         for batch, steps, least in turns:
             calls: dict[str, Callable[[], Any]] = {"logitjax": _steps(shape, batch, steps)}
             if torch is not None:
                 calls["torch, eager"] = lambda b=batch, n=steps: torch(b, n)
             seconds = timing.paired_seconds(calls, repeats=options.repeats)
             for name, times in seconds.items():
-                rows.append(
-                    {
-                        "of": f"steps, {name}",
-                        "B": batch,
-                        "ms a step": 1e3 * np.median(times) / steps,
-                    }
-                )
+                median = 1e3 * float(np.median(times))
+                rows.append({"of": f"steps, {name}", "B": batch, "ms a step": median / steps})
             if torch is not None:
                 ratio = timing.paired_ratio(seconds["torch, eager"], seconds["logitjax"])
                 rows[-1]["over logitjax"] = ratio
-                bars.append(
-                    _suite.Bar(
-                        name=f"torch / logitjax, B = {batch}", value=ratio, limit=least, sense=">="
-                    )
-                )
-    return _suite.Result(rows=rows, bars=bars)
+                bars.append(suite.at_least(f"torch / logitjax, B = {batch}", ratio, least))
+    return suite.Result(rows=rows, bars=bars)
 
 
 def _problem(shape: Shape) -> few_shot.FewShotTask:
@@ -124,41 +112,5 @@ def _whole_run(shape: Shape, batch: int) -> dict[str, Any]:
         "B": batch,
         "ms a step": 1e3 * seconds / len(losses),
         "s": seconds,
-        "peak RSS, GB": _suite.peak_rss_bytes() / 1e9,
+        "peak RSS, GB": suite.peak_rss_bytes() / 1e9,
     }
-
-
-@contextlib.contextmanager
-def _torch(
-    shape: Shape, options: _suite.Options
-) -> Iterator[Callable[[int, int], dict[str, float]] | None]:
-    """A call that lets torch take steps, or None where there is no such interpreter."""
-    python = os.environ.get("LOGITJAX_TORCH_PYTHON")
-    if not python or options.smoke:
-        yield None
-        return
-    script = Path(__file__).with_name("_few_shot_torch.py")
-    sizes = (shape.classes, shape.features, shape.examples, os.cpu_count())
-    with subprocess.Popen(
-        [python, os.fspath(script), *map(str, sizes)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        send, receive = process.stdin, process.stdout
-        if receive.readline().strip() != "ready":
-            print(f"torch: {python} did not start")
-            yield None
-            return
-
-        def call(batch: int, steps: int) -> dict[str, float]:
-            send.write(f"{batch} {steps}\n")
-            send.flush()
-            return json.loads(receive.readline())
-
-        try:
-            yield call
-        finally:
-            send.close()

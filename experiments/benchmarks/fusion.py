@@ -7,10 +7,6 @@ one alpha after another. ``grid`` is the same search from cumulants, the others 
 minimum searches of `DynamicFusion`. Each returns the alphas alone. Logits are made up, with the
 heavy tail that language models have; ``at bound`` and ``sweeps`` say what the searches met. Two
 more bars relate the default search to one decoding step of SmolLM2 with a 6-layer expert and base.
-
-``at the minimum %``, to 1e-6 or a hundred-thousandth of it, is of rows of SmolLM2's own logits,
-against a dense scan in float64: the expert is the model with up to 256 tokens of context, the base
-has 12, the large model 48.
 """
 
 import statistics
@@ -23,25 +19,21 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from experiments.benchmarks import _suite
-from experiments.dynamic_fusion.certificate import Certificate
-from experiments.shared import timing
-from logitjax import data, models
+from experiments.shared import suite, timing
+from logitjax import models
 from logitjax.fusion import DynamicFusion
 
 _GRID_LIMIT, _FORWARD_LIMIT = 1 / 3, 0.08
 _METHODS = ("grid", "newton", "jeffreys", "budget", "project")
 _SMALL_LAYERS = (0, 1, 2, 3, 28, 29)
 _DEFAULT = DynamicFusion().method
-_ROWS = 256
-_CONTEXTS = (48, 256, 12)
 
 
-def run(options: _suite.Options) -> _suite.Result:
+def run(options: suite.Options) -> suite.Result:
     vocabularies = (1024,) if options.smoke else (49_152, 152_064)
     batches = (1,) if options.smoke else (1, 16)
     rows: list[dict[str, Any]] = []
-    bars: list[_suite.Bar] = []
+    bars: list[suite.Bar] = []
     default: dict[int, float] = {}
     for vocab in vocabularies:
         for batch in batches:
@@ -49,22 +41,14 @@ def run(options: _suite.Options) -> _suite.Result:
             calls = _calls(logits)
             seconds = timing.paired_seconds(calls, repeats=options.repeats)
             for name, taken in seconds.items():
-                info = _info(name, logits)
                 ratio = timing.paired_ratio(taken, seconds["paper's grid"])
-                rows.append(
-                    {
-                        "vocab": vocab,
-                        "batch": batch,
-                        "search": name,
-                        "ms": 1e3 * statistics.median(taken),
-                        "over paper's grid": ratio,
-                        "over grid": timing.paired_ratio(taken, seconds["grid"]),
-                        **info,
-                    }
-                )
+                row = {"vocab": vocab, "batch": batch, "search": name}
+                row |= {"ms": 1e3 * statistics.median(taken), "over paper's grid": ratio}
+                row["over grid"] = timing.paired_ratio(taken, seconds["grid"])
+                rows.append(row | _info(name, logits))
                 if name == _DEFAULT:
                     text = f"{name} / paper's grid, V={vocab}, B={batch}"
-                    bars.append(_suite.Bar(name=text, value=ratio, limit=_GRID_LIMIT))
+                    bars.append(suite.at_most(text, ratio, _GRID_LIMIT))
                     if vocab == vocabularies[0]:
                         default[batch] = statistics.median(taken)
     for batch in batches:
@@ -73,69 +57,8 @@ def run(options: _suite.Options) -> _suite.Result:
         if not options.smoke:
             text = f"{_DEFAULT} / forward passes, B={batch}"
             share = default[batch] / forward
-            bars.append(_suite.Bar(name=text, value=share, limit=_FORWARD_LIMIT))
-    for name, found in _certify(options).items():
-        vocab = 257 if options.smoke else vocabularies[0]
-        rows.append({"vocab": vocab, "search": f"{name}, SmolLM2's logits", **found})
-        if name != "dlf grid" and not options.smoke:
-            text = f"{name}: rows at the global minimum, %"
-            bars.append(
-                _suite.Bar(name=text, value=found["at the minimum %"], limit=99, sense=">=")
-            )
-            unflagged = _suite.Bar(
-                name=f"{name}: other rows that are not flagged",
-                value=found["others unflagged"],
-                limit=0,
-            )
-            bars.append(unflagged)
-    return _suite.Result(rows=rows, bars=bars)
-
-
-def _certify(options: _suite.Options) -> dict[str, dict[str, float]]:
-    """Searches on a model's own logits, with three lengths of context in place of three models."""
-    certificate = Certificate()
-    count, part = (16, 16) if options.smoke else (_ROWS, 64)
-    logits = real_logits(count, smoke=options.smoke)
-    names = {"dlf grid": "grid"} | {name: name for name in _METHODS[1:]}
-    for start in range(0, count, part):
-        block = tuple(values[start : start + part] for values in logits)
-        large, expert, base = block
-        found = {name: _searched(method, block) for name, method in names.items()}
-        certificate.add(large, expert, base, found)
-    return certificate.table()
-
-
-def real_logits(count: int, *, smoke: bool) -> tuple[jax.Array, ...]:
-    """A model's logits ``[count, vocab]`` on held-out text under the three contexts."""
-    length = max(_CONTEXTS)
-    if smoke:
-        model, tokenizer = models.load("tiny", layout="listed")
-        text = data.load_examples("text:LICENSE")
-    else:
-        model, tokenizer = models.load("smollm2", layout="listed")
-        text = data.load_examples("tfds:wiki_summaries", split="test")
-    ids = [token for i in range(40) for token in tokenizer.encode(text[i % len(text)]["text"])]
-    rows = min(4, len(ids) // length)
-    tokens = jnp.asarray(ids[: rows * length], jnp.int32).reshape(rows, length)
-    place = np.arange(length)
-    # Where the three contexts differ.
-    places = np.flatnonzero(np.tile(place, rows) >= max(64, _CONTEXTS[0]))
-    chosen = places[np.linspace(0, len(places) - 1, count).astype(int)]
-    graphdef, state = nnx.split(model)
-
-    @jax.jit
-    def run(state: Any, positions: jax.Array, segments: jax.Array) -> jax.Array:
-        decoder = nnx.merge(graphdef, state)
-        hidden, _ = decoder.hidden_states(tokens, positions=positions, segment_ids=segments)
-        return decoder.logits(hidden.reshape(rows * length, -1)[chosen])
-
-    def of(context: int) -> jax.Array:
-        shape = tokens.shape
-        positions = jnp.broadcast_to(jnp.asarray(place % context, jnp.int32), shape)
-        segments = jnp.broadcast_to(jnp.asarray(1 + place // context, jnp.int32), shape)
-        return run(state, positions, segments)
-
-    return tuple(of(context) for context in _CONTEXTS)
+            bars.append(suite.at_most(text, share, _FORWARD_LIMIT))
+    return suite.Result(rows=rows, bars=bars)
 
 
 def made_up_logits(batch: int, vocab: int, seed: int = 0) -> tuple[jax.Array, ...]:
@@ -180,14 +103,10 @@ def _calls(logits: tuple[jax.Array, ...]) -> dict[str, Callable[[], Any]]:
     return {name: lambda f=f: f(*logits) for name, f in functions.items()}
 
 
-def _searched(method: Any, logits: tuple[jax.Array, ...]) -> dict[str, jax.Array]:
-    return jax.jit(lambda *logits: DynamicFusion(method=method)(*logits)[1])(*logits)
-
-
-def _info(name: str, logits: tuple[jax.Array, ...]) -> dict[str, Any]:
+def _info(name: Any, logits: tuple[jax.Array, ...]) -> dict[str, Any]:
     if name not in _METHODS:
         return {}
-    info = _searched(name, logits)
+    info = jax.jit(lambda *logits: DynamicFusion(method=name)(*logits)[1])(*logits)
     return {
         "sweeps": int(info["sweeps"]),
         "at bound": float(info["at_bound"].mean()),
@@ -195,7 +114,7 @@ def _info(name: str, logits: tuple[jax.Array, ...]) -> dict[str, Any]:
     }
 
 
-def _forwards(batch: int, options: _suite.Options) -> tuple[dict[str, Any], float]:
+def _forwards(batch: int, options: suite.Options) -> tuple[dict[str, Any], float]:
     """Seconds of one decoding step of the large model, an expert and a base together."""
     if options.smoke:
         large, vocab = models.load_model("tiny"), 257
@@ -208,13 +127,7 @@ def _forwards(batch: int, options: _suite.Options) -> tuple[dict[str, Any], floa
     seconds = timing.paired_seconds(steps, repeats=options.repeats)
     medians = {name: statistics.median(taken) for name, taken in seconds.items()}
     total = medians["large"] + 2 * medians["small"]
-    row = {
-        "vocab": vocab,
-        "batch": batch,
-        "search": "(forward passes)",
-        "ms": 1e3 * total,
-    }
-    return row, total
+    return {"vocab": vocab, "batch": batch, "search": "(forward passes)", "ms": 1e3 * total}, total
 
 
 def _step(model: models.Decoder, batch: int) -> Callable[[], Any]:

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments.benchmarks import _suite
-from experiments.shared import timing
+from experiments.shared import suite, timing
 from logitjax import distillation, losses, models
 
 
@@ -28,7 +27,7 @@ def _model(smoke: bool) -> models.Decoder:
     return models.Decoder(config, rngs=nnx.Rngs(0), layout="listed")
 
 
-def run(options: _suite.Options) -> _suite.Result:
+def run(options: suite.Options) -> suite.Result:
     """Forward and backward of the whole model under each objective, k = 10, one row of T tokens."""
     model = _model(options.smoke)
     apply_fn, params = models.from_nnx(model)
@@ -86,12 +85,12 @@ def run(options: _suite.Options) -> _suite.Result:
             "V": vocab,
             "seconds": min(seconds[name]),
             "ratio to SFT + KL": timing.paired_ratio(seconds[name], seconds[reference]),
-            "temp MiB": _suite.temp_bytes(f, params, x) / 2**20,
+            "temp MiB": suite.temp_bytes(f, params, x) / 2**20,
         }
         for name, (f, x) in steps.items()
     ]
     bars = [
-        _suite.Bar(name=f"{row['step']} / SFT + KL", value=row["ratio to SFT + KL"], limit=1.10)
+        suite.at_most(f"{row['step']} / SFT + KL", row["ratio to SFT + KL"], 1.10)
         for row in rows[1:]
     ]
-    return _suite.Result(rows=rows, bars=bars)
+    return suite.Result(rows=rows, bars=bars)

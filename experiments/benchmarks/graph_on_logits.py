@@ -7,15 +7,14 @@ that the gradient's memory is counted where it would be in training.
 import jax
 import numpy as np
 
-from experiments.benchmarks import _suite
-from experiments.shared import timing
+from experiments.shared import suite, timing
 from logitjax import distillation, losses
 
 K = 10
 HIDDEN = 1024
 
 
-def run(options: _suite.Options) -> _suite.Result:
+def run(options: suite.Options) -> suite.Result:
     positions, vocab = (64, 4_096) if options.smoke else (4096, 152_064)
     keys = jax.random.split(jax.random.key(0), 2)
     h = jax.random.normal(keys[0], (positions, HIDDEN))
@@ -50,5 +49,5 @@ def run(options: _suite.Options) -> _suite.Result:
             ("loss", "the same with graph_on_logits"),
         )
     ]
-    bar = _suite.Bar(name="graph_on_logits: seconds added to the head", value=added, limit=0.05)
-    return _suite.Result(rows=rows, bars=[] if options.smoke else [bar])
+    bar = suite.at_most("graph_on_logits: seconds added to the head", added, 0.05)
+    return suite.Result(rows=rows, bars=[] if options.smoke else [bar])

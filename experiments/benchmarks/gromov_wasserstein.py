@@ -25,8 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments.benchmarks import _suite
-from experiments.shared import timing
+from experiments.shared import suite, timing
+from experiments.shared.report import markdown_table
 from logitjax import data, losses, models, transport
 from logitjax.commands import figures
 from logitjax.transport import FactoredGraph, reference
@@ -35,7 +35,7 @@ _TOKENS = (4, 512)
 _K = 10
 _SIZES = (8, 32, 128, 512, 2048, 8192)
 # Above these the n x n solvers take minutes.
-_LARGEST = {"refined": 512, "ott": 512, "ott_low_rank": 512, "pot": 512}
+_LARGEST = 512
 _SCALING = (1_000, 5_000, 20_000, 50_000, 150_000)
 
 
@@ -48,7 +48,7 @@ class Pair(NamedTuple):
     d: FactoredGraph
 
 
-def run(options: _suite.Options) -> _suite.Result:
+def run(options: suite.Options) -> suite.Result:
     sizes = (8, 32) if options.smoke else _SIZES
     statistics = None if options.smoke else real_statistics(max(sizes))
     rows: list[dict[str, Any]] = []
@@ -56,21 +56,10 @@ def run(options: _suite.Options) -> _suite.Result:
         for pair in pairs(n, statistics):
             found = measure(pair, options)
             rows += found
-            for row in found:
-                print(
-                    " ".join(
-                        f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}"
-                        for k, v in row.items()
-                    ),
-                    flush=True,
-                )
-    scaling = measure_scaling((200, 2_000) if options.smoke else _SCALING, options.repeats)
+            print(markdown_table(found), flush=True)
+    scaling, powers = measure_scaling((200, 2_000) if options.smoke else _SCALING, options.repeats)
     pictures = {} if options.smoke else {"gromov_wasserstein": picture(rows)}
-    return _suite.Result(
-        rows=rows + scaling.rows,
-        bars=bars(rows) + scaling.bars,
-        pictures=pictures,
-    )
+    return suite.Result(rows=rows + scaling, bars=bars(rows) + powers, pictures=pictures)
 
 
 def real_statistics(width: int) -> dict[str, losses.GraphStatistics]:
@@ -142,7 +131,7 @@ def token_pair(
     return Pair(family, n, *token)
 
 
-def measure(pair: Pair, options: _suite.Options) -> list[dict[str, Any]]:
+def measure(pair: Pair, options: suite.Options) -> list[dict[str, Any]]:
     """Values in units of the teacher's mean squared entry; seconds without compilation."""
     n = pair.n
     row_rms = transport.graph_features(
@@ -154,15 +143,11 @@ def measure(pair: Pair, options: _suite.Options) -> list[dict[str, Any]]:
         "closed form": lambda c, d: jnp.square(transport.first_lower_bound(c, d, p=1)),
         "certificate": functools.partial(transport.certificate, scale="none"),
     }
-    if n <= _LARGEST["refined"]:
-        ours["certificate, exchanged"] = functools.partial(
-            transport.certificate, scale="none", refine=transport.Refinement("exchange")
-        )
-        ours["certificate, refined"] = functools.partial(
-            transport.certificate,
-            scale="none",
-            refine=transport.Refinement("search"),
-            bounds="third",
+    refinements = {"exchanged": ("exchange", "cheap"), "refined": ("search", "third")}
+    for name, (kind, bounds) in refinements.items() if n <= _LARGEST else ():
+        refine: Any = transport.Refinement(kind)
+        ours[f"certificate, {name}"] = functools.partial(
+            transport.certificate, scale="none", refine=refine, bounds=bounds
         )
     rows = []
     for name, function in ours.items():
@@ -179,15 +164,14 @@ def measure(pair: Pair, options: _suite.Options) -> list[dict[str, Any]]:
         if analysis is not None:
             row["MiB"] = analysis.temp_size_in_bytes / 2**20
         rows.append(row | {"seconds": seconds})
-    if n <= _LARGEST["ott"]:
+    if n <= _LARGEST:
         # Dense: ott's own factors would have one column a position, more than there are nodes.
         dense = [matrix(g).astype(np.float32) for g in (c, d)]
         solve = functools.partial(reference.entropic_gw, *dense, max_iterations=30)
         rows.append(solved(pair, "ott entropic 0.01", solve))
-    if n <= _LARGEST["ott_low_rank"]:
         solve = functools.partial(reference.low_rank_gw, small_factor(c), small_factor(d))
         rows.append(solved(pair, "ott low rank", solve))
-    if n <= _LARGEST["pot"] and importlib.util.find_spec("ot"):
+    if n <= _LARGEST and importlib.util.find_spec("ot"):
         rows.append(pot(pair, c, d, starts=3 if n > 128 else 10))
     # A sound upper bound is the cost of a coupling; an unconverged solver has none.
     best = min(row["value"] for row in rows if "value" in row)
@@ -262,22 +246,14 @@ def pot(pair: Pair, c: Any, d: Any, *, starts: int) -> dict[str, Any]:
         values.append(float(np.asarray(log["gw_dist"])))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    return {
-        "graph": pair.family,
-        "n": n,
-        "method": f"POT, best of {len(values)}",
-        "value": min(values),
-        "seconds": float(np.median(seconds)),
-        "MiB": peak / 2**20,
-    }
+    row = {"graph": pair.family, "n": n, "method": f"POT, best of {len(values)}"}
+    row |= {"value": min(values), "seconds": float(np.median(seconds)), "MiB": peak / 2**20}
+    return row
 
 
-class Measured(NamedTuple):
-    rows: list[dict[str, Any]]
-    bars: list[_suite.Bar]
-
-
-def measure_scaling(sizes: Sequence[int], repeats: int) -> Measured:
+def measure_scaling(
+    sizes: Sequence[int], repeats: int
+) -> tuple[list[dict[str, Any]], list[suite.Bar]]:
     """The closed form on n token nodes, ten a position and n / 10 positions; no n x n anywhere."""
 
     def closed_form(v, v_ids, w, w_ids, n):
@@ -296,34 +272,20 @@ def measure_scaling(sizes: Sequence[int], repeats: int) -> Measured:
         function = functools.partial(closed_form, n=n)
         step = jax.jit(function)
         _, seconds = timed(functools.partial(step, v, v_ids, w, w_ids), repeats)
-        memory = _suite.temp_bytes(function, v, v_ids, w, w_ids)
-        rows.append(
-            {
-                "graph": "scaling",
-                "n": n,
-                "method": "closed form",
-                "seconds": seconds,
-                "MiB": memory / 2**20,
-            }
-        )
+        memory = suite.temp_bytes(function, v, v_ids, w, w_ids)
+        row = {"graph": "scaling", "n": n, "method": "closed form"}
+        rows.append(row | {"seconds": seconds, "MiB": memory / 2**20})
     # Small sizes measure the call; the slope is that of the larger ones.
     large = rows[1:] if len(rows) > 2 else rows
     logs = np.log([[row["n"], row["seconds"], row["MiB"]] for row in large])
     time_slope, memory_slope = (np.polyfit(logs[:, 0], logs[:, i], 1)[0] for i in (1, 2))
-    return Measured(
-        rows,
-        [
-            _suite.Bar(
-                name="closed form: exponent of time in n", value=float(time_slope), limit=1.2
-            ),
-            _suite.Bar(
-                name="closed form: exponent of memory in n", value=float(memory_slope), limit=1.05
-            ),
-        ],
-    )
+    return rows, [
+        suite.at_most("closed form: exponent of time in n", float(time_slope), 1.2),
+        suite.at_most("closed form: exponent of memory in n", float(memory_slope), 1.05),
+    ]
 
 
-def bars(rows: Sequence[dict[str, Any]]) -> list[_suite.Bar]:
+def bars(rows: Sequence[dict[str, Any]]) -> list[suite.Bar]:
     table = {(row["graph"], row["n"], row["method"].partition(", best")[0]): row for row in rows}
 
     def peers(graph: str, n: int) -> float:
@@ -335,7 +297,7 @@ def bars(rows: Sequence[dict[str, Any]]) -> list[_suite.Bar]:
 
     def bar(name: str, value: float, limit: float, sense: str = "<=") -> None:
         if math.isfinite(value):
-            found.append(_suite.Bar(name=name, value=value, limit=limit, sense=sense))
+            found.append(suite.Bar(name=name, value=value, limit=limit, sense=sense))
 
     for graph in ("token", "token, z-scores"):
         refined = table.get((graph, 512, "certificate, refined"))

@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks import _suite
-from experiments.shared import timing
+from experiments.shared import suite, timing
 from logitjax import leakage
 
 SPAN = 25.0
@@ -23,7 +22,7 @@ SPAN = 25.0
 _SUBSPACE = """
 import json, sys, time
 import numpy as np
-from experiments.benchmarks._suite import peak_rss_bytes
+from experiments.shared.suite import peak_rss_bytes
 from experiments.benchmarks.leakage import uneven_rows
 
 vocab, hidden, count = map(int, sys.argv[2:5])
@@ -62,45 +61,29 @@ def uneven_rows(vocab: int, hidden: int, count: int) -> tuple[np.ndarray, np.nda
     return np.asarray(rows), np.asarray(head)
 
 
-def _subspace(options: _suite.Options) -> tuple[list[dict[str, Any]], list[_suite.Bar]]:
+def _subspace(options: suite.Options) -> tuple[list[dict[str, Any]], list[suite.Bar]]:
     sizes = (4_000, 32, 80) if options.smoke else (152_064, 1024, 2048)
     rows, seen = [], {}
     for name in ("ours", "numpy"):
         command = [sys.executable, "-c", _SUBSPACE, name, *map(str, sizes)]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         seen[name] = json.loads(done.stdout.splitlines()[-1])
-        rows.append(
-            {
-                "what": f"subspace, n = {sizes[2]}",
-                "V": sizes[0],
-                "h": sizes[1],
-                "method": seen[name]["method"],
-                "seconds": seen[name]["seconds"],
-                "peak RSS GB": seen[name]["peak"] / 1e9,
-                "dimension": seen[name]["dimension"],
-                "largest angle, degrees": seen[name]["angle"],
-            }
-        )
+        found = seen[name]
+        row = {"what": f"subspace, n = {sizes[2]}", "V": sizes[0], "h": sizes[1]}
+        row |= {"method": found["method"], "seconds": found["seconds"]}
+        row |= {"peak RSS GB": found["peak"] / 1e9, "dimension": found["dimension"]}
+        rows.append(row | {"largest angle, degrees": found["angle"]})
     ours, peer = seen["ours"], seen["numpy"]
     bars = [
-        _suite.Bar(
-            name="subspace: numpy's seconds / ours",
-            value=peer["seconds"] / ours["seconds"],
-            limit=10.0,
-            sense=">=",
-        ),
-        _suite.Bar(name="subspace: peak memory, GB", value=ours["peak"] / 1e9, limit=3.0),
-        _suite.Bar(name="subspace: width off by", value=abs(ours["dimension"] - sizes[1]), limit=0),
-        _suite.Bar(
-            name="subspace: angle beyond numpy's, degrees",
-            value=ours["angle"] - peer["angle"],
-            limit=0.1,
-        ),
+        suite.at_least("subspace: numpy's seconds / ours", peer["seconds"] / ours["seconds"], 10.0),
+        suite.at_most("subspace: peak memory, GB", ours["peak"] / 1e9, 3.0),
+        suite.at_most("subspace: width off by", abs(ours["dimension"] - sizes[1]), 0),
+        suite.at_most("subspace: angle beyond numpy's", ours["angle"] - peer["angle"], 0.1),
     ]
     return rows, bars
 
 
-def _recovery(options: _suite.Options) -> tuple[dict[str, Any], list[_suite.Bar]]:
+def _recovery(options: suite.Options) -> tuple[dict[str, Any], list[suite.Bar]]:
     vocab = 1_000 if options.smoke else 49_152
     logits = np.random.default_rng(0).standard_normal(vocab)
     logits = (logits - logits.mean()) / np.ptp(logits) * SPAN
@@ -115,28 +98,20 @@ def _recovery(options: _suite.Options) -> tuple[dict[str, Any], list[_suite.Bar]
     row = leakage.recover_log_probs(oracle, [0], vocab)
     error = float(np.abs(row.log_probs - truth)[row.known].max())
     price = leakage.row_queries(vocab, 5)
-    record = {
-        "what": "row from the top 5 and a bias",
-        "V": vocab,
-        "method": row.method,
-        "seconds": seconds,
-        "queries": row.queries,
-        "coverage": row.coverage,
-        "error, nats": error,
-    }
+    record = {"what": "row from the top 5 and a bias", "V": vocab, "method": row.method}
+    record |= {"seconds": seconds, "queries": row.queries, "coverage": row.coverage}
+    record["error, nats"] = error
     bars = [
-        _suite.Bar(name="row: largest error, nats", value=error, limit=5e-6),
-        _suite.Bar(name="row: coverage", value=row.coverage, limit=1.0, sense=">="),
-        _suite.Bar(
-            name="row: queries / (1 + ceil((V - 1) / 4))",
-            value=(oracle.queries - spent) / price,
-            limit=1.0,
+        suite.at_most("row: largest error, nats", error, 5e-6),
+        suite.at_least("row: coverage", row.coverage, 1.0),
+        suite.at_most(
+            "row: queries / (1 + ceil((V - 1) / 4))", (oracle.queries - spent) / price, 1.0
         ),
     ]
     return record, bars
 
 
-def run(options: _suite.Options) -> _suite.Result:
+def run(options: suite.Options) -> suite.Result:
     row, found = _recovery(options)
     rows, bars = _subspace(options)
-    return _suite.Result(rows=[row, *rows], bars=found + ([] if options.smoke else bars))
+    return suite.Result(rows=[row, *rows], bars=found + ([] if options.smoke else bars))

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from experiments.benchmarks import _suite
+from experiments.shared import suite
 
 _CHILD = """
 import json, sys, time
@@ -61,7 +61,7 @@ def _measure(spec: str, layout: str, dtype: str) -> dict[str, Any]:
     return json.loads(_child(_CHILD, spec, layout, dtype).splitlines()[-1])
 
 
-def run(options: _suite.Options) -> _suite.Result:
+def run(options: suite.Options) -> suite.Result:
     """Exports a model, then loads it in a fresh process for every layout and dtype."""
     options.directory.mkdir(parents=True, exist_ok=True)
     name = "random" if options.smoke else "smollm2"
@@ -86,7 +86,5 @@ def run(options: _suite.Options) -> _suite.Result:
                         "seconds": round(seen["seconds"], 2),
                     }
                 )
-    bars = (
-        _suite.Bar(name="host memory at its peak / model, safetensors", value=worst, limit=1.3),
-    )
-    return _suite.Result(rows=rows, bars=bars)
+    bars = (suite.at_most("host memory at its peak / model, safetensors", worst, 1.3),)
+    return suite.Result(rows=rows, bars=bars)

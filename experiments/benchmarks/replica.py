@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from experiments.benchmarks import _suite
-from experiments.benchmarks._server_client import running
+from experiments.shared import suite
+from experiments.shared.peers import serving
 from experiments.shared.report import spread
 from logitjax import leakage, models
 
@@ -49,7 +49,7 @@ def _untaught(directory: Path, *, width: int, layers: int, seed: int) -> None:
     models.save_pretrained(model, models.load_tokenizer("tiny"), directory)
 
 
-def run(options: _suite.Options) -> _suite.Result:
+def run(options: suite.Options) -> suite.Result:
     root = options.directory.resolve()
     smoke = options.smoke
     width, layers, prompts, seeds = (16, 1, 40, 1) if smoke else (64, 4, 160, 2)
@@ -75,12 +75,12 @@ def run(options: _suite.Options) -> _suite.Result:
     mixed = ("--loss=kl:0.9", "--loss=sft:0.1", f"--cache_top_k={16 if smoke else 64}")
     arms = ARMS[:1] if smoke else ARMS
     found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
-    serving = (f"--top_logprobs={_TOKENS}", "--bias=none", "--decimals=2", "--max_length=256")
+    flags = (f"--top_logprobs={_TOKENS}", "--bias=none", "--decimals=2", "--max_length=256")
     # What was read of a server is kept under its address.
     port = root / "port.txt"
     if port.exists():
-        serving += (f"--port={port.read_text()}",)
-    with running(f"--model={teacher}", *serving) as (url, _):
+        flags += (f"--port={port.read_text()}",)
+    with serving(f"--model={teacher}", *flags) as (url, _):
         port.write_text(url.rpartition(":")[2])
         _command(
             "audit",
@@ -122,23 +122,17 @@ def run(options: _suite.Options) -> _suite.Result:
         )
     table.append({"model": f"head: width {width_seen} of {width}, leak {leak:.4g}"})
     if smoke:
-        return _suite.Result(rows=table)
+        return suite.Result(rows=table)
     mean = {arm: float(np.mean([run["perplexity"] for run in runs])) for arm, runs in found.items()}
     bars = [
-        _suite.Bar(name="width that the audit is off by", value=abs(width_seen - width), limit=0),
-        _suite.Bar(name="leak of the head", value=leak, limit=0.98, sense=">="),
-        _suite.Bar(
-            name="perplexity: replica / in process",
-            value=abs(mean["replica"] / mean["in process"] - 1),
-            limit=0.01,
+        suite.at_most("width that the audit is off by", abs(width_seen - width), 0),
+        suite.at_least("leak of the head", leak, 0.98),
+        suite.at_most(
+            "perplexity: replica / in process", abs(mean["replica"] / mean["in process"] - 1), 0.01
         ),
-        _suite.Bar(
-            name="perplexity: replica / text only",
-            value=mean["replica"] / mean["text only"],
-            limit=1.0,
-        ),
+        suite.at_most("perplexity: replica / text only", mean["replica"] / mean["text only"], 1.0),
     ]
-    return _suite.Result(rows=table, bars=bars)
+    return suite.Result(rows=table, bars=bars)
 
 
 def _scores(out: Path) -> dict[str, Any]:

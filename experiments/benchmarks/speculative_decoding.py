@@ -20,8 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks import _suite
-from experiments.shared import timing
+from experiments.shared import suite, timing
 from logitjax import models
 from logitjax.decoding import (
     CachedModel,
@@ -55,7 +54,7 @@ def _with_weight(small: CachedModel, weight: float) -> CachedModel:
     return dataclasses.replace(small, params=(jnp.float32(weight), small.params[1]))
 
 
-def run(options: _suite.Options) -> _suite.Result:
+def run(options: suite.Options) -> suite.Result:
     smoke = options.smoke
     model, tokenizer = models.load("tiny" if smoke else "smollm2", layout="listed")
     text = tokenizer.encode((Path(__file__).parents[2] / "LICENSE").read_text())
@@ -72,20 +71,16 @@ def run(options: _suite.Options) -> _suite.Result:
     bars = []
     if not smoke:
         bars = [
-            _suite.Bar(
-                name="speed-up over what acceptance predicts, least of fixed lengths",
-                value=min(row["of predicted"] for row in fixed),
-                limit=0.85,
-                sense=">=",
+            suite.at_least(
+                "speed-up over what acceptance predicts, least of fixed lengths",
+                min(row["of predicted"] for row in fixed),
+                0.85,
             ),
-            _suite.Bar(
-                name="adaptive over plain, least",
-                value=min(row["speed-up"] for row in adaptive),
-                limit=0.97,
-                sense=">=",
+            suite.at_least(
+                "adaptive over plain, least", min(row["speed-up"] for row in adaptive), 0.97
             ),
         ]
-    return _suite.Result(rows=rows, bars=bars)
+    return suite.Result(rows=rows, bars=bars)
 
 
 def _rows(
@@ -93,7 +88,7 @@ def _rows(
     small: CachedModel,
     prompts: list[np.ndarray],
     weight: float,
-    options: _suite.Options,
+    options: suite.Options,
 ) -> list[dict[str, Any]]:
     batch, lengths = len(prompts), (2,) if options.smoke else (2, 5)
     new = 6 if options.smoke else 64 if batch == 1 else 32

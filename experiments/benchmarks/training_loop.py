@@ -14,10 +14,9 @@ from typing import Any
 import jax
 from etils import epath
 
-from experiments.benchmarks import _suite
 from experiments.graph_fusion import __main__ as graph_fusion
 from experiments.graph_fusion import arms, train
-from experiments.shared import timing
+from experiments.shared import suite, timing
 from logitjax import distillation, models, training
 from logitjax.commands import cli
 
@@ -29,7 +28,7 @@ def _seconds(function: Any, *arguments: Any) -> float:
     return time.perf_counter() - begin
 
 
-def run(options: _suite.Options) -> _suite.Result:
+def run(options: suite.Options) -> suite.Result:
     """Both ways to take the same steps, in turn, then saves between steps."""
     steps = 4 if options.smoke else 10
     preset = graph_fusion.PRESETS["smoke" if options.smoke else "demo"]
@@ -117,8 +116,8 @@ def run(options: _suite.Options) -> _suite.Result:
         },
     ]
     bars = [
-        _suite.Bar(name="input and bookkeeping of a step", value=overhead, limit=0.03),
-        _suite.Bar(name="pause to save, of a step", value=pause / step, limit=0.05),
-        _suite.Bar(name="traces of the step", value=float(update.traces), limit=1.0),
+        suite.at_most("input and bookkeeping of a step", overhead, 0.03),
+        suite.at_most("pause to save, of a step", pause / step, 0.05),
+        suite.at_most("traces of the step", float(update.traces), 1.0),
     ]
-    return _suite.Result(rows=rows, bars=bars)
+    return suite.Result(rows=rows, bars=bars)

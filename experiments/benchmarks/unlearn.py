@@ -25,8 +25,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from experiments.benchmarks import _suite
 from experiments.forgetting.facts import facts
+from experiments.shared import suite as _suite
 from logitjax import evaluation, fusion, models, storage, training, unlearning
 
 _SETS, _SECONDS = 3, 600

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from experiments.benchmarks import _suite
+from experiments.shared import suite as _suite
 from experiments.shared import timing
 from experiments.unlearning.train import planned_bytes
 from logitjax import decoding, fusion, models, training, unlearning

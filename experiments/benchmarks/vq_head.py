@@ -17,12 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks._suite import (
-    Bar,
-    Options,
-    Result,
-    temp_bytes,
-)
+from experiments.shared import suite
 from experiments.shared.timing import paired_ratio, paired_seconds
 from experiments.vq_head.adaptive import AdaptiveConfig, adaptive_nll, adaptive_topk
 from logitjax import losses, ops, vq
@@ -173,7 +168,7 @@ def _vq_seconds(hidden: int, vocab: int, codes: int, count: int, repeats: int) -
 _FIT = """
 import json, sys, time
 import jax, jax.numpy as jnp
-from experiments.benchmarks._suite import peak_rss_bytes
+from experiments.shared.suite import peak_rss_bytes
 from logitjax import vq
 
 vocab, hidden, codes, iterations = map(int, sys.argv[1:])
@@ -194,31 +189,26 @@ print(json.dumps({"seconds": seconds, "added": peak_rss_bytes() - before, "used"
 """
 
 
-def _fit(options: Options) -> tuple[dict[str, Any], Bar]:
+def _fit(options: suite.Options) -> tuple[dict[str, Any], suite.Bar]:
     """Memory that fitting a mapping adds to the rows, in a process of its own."""
     vocab, hidden, codes = (2_000, 32, 64) if options.smoke else (262_144, 2304, 4096)
     arguments = [str(x) for x in (vocab, hidden, codes, 2)]
     command = [sys.executable, "-c", _FIT, *arguments]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     seen = json.loads(done.stdout.splitlines()[-1])
-    row = {
-        "what": f"fit_assignment, {codes} codes, 2 iterations",
-        "d": hidden,
-        "V": vocab,
-        "head": "vq",
-        "ms": 1e3 * seen["seconds"],
-        "added MiB": seen["added"] / 2**20,
-        "V x K would be, MiB": vocab * codes * 4 / 2**20,
-    }
-    share = seen["added"] / (vocab * codes * 4)
-    return row, Bar(name="fitting: memory added / (V x K)", value=share, limit=0.9)
+    whole = vocab * codes * 4
+    row = {"what": f"fit_assignment, {codes} codes, 2 iterations", "d": hidden, "V": vocab}
+    row |= {"head": "vq", "ms": 1e3 * seen["seconds"], "added MiB": seen["added"] / 2**20}
+    row["V x K would be, MiB"] = whole / 2**20
+    share = seen["added"] / whole
+    return row, suite.at_most("fitting: memory added / (V x K)", share, 0.9)
 
 
-def run(options: Options) -> Result:
+def run(options: suite.Options) -> suite.Result:
     sizes = SMOKE_SIZES if options.smoke else SIZES
     counts = (1, 16) if options.smoke else (1, 16, 256)
     rows: list[dict[str, Any]] = []
-    bars: list[Bar] = []
+    bars: list[suite.Bar] = []
     for hidden, vocab, codes in sizes:
         case = _case(hidden, vocab, codes, max(counts))
         for count in counts:
@@ -231,20 +221,12 @@ def run(options: Options) -> Result:
             )
             for name, seconds in times.items():
                 ratio = paired_ratio(times["full"], seconds)
-                rows.append(
-                    {
-                        "what": f"decode, N = {count}",
-                        "d": hidden,
-                        "V": vocab,
-                        "head": name,
-                        "ms": 1e3 * float(np.median(seconds)),
-                        "times faster": ratio,
-                    }
-                )
+                row = {"what": f"decode, N = {count}", "d": hidden, "V": vocab, "head": name}
+                rows.append(row | {"ms": 1e3 * float(np.median(seconds)), "times faster": ratio})
                 if name == "vq" and count == 1 and vocab == 152_064:
-                    bars.append(Bar(name="decode N=1 speed-up", value=ratio, limit=10, sense=">="))
+                    bars.append(suite.at_least("decode N=1 speed-up", ratio, 10))
                 if name == "packed product screen" and count == 1 and vocab == 49_152:
-                    bars.append(Bar(name=f"{name}, N=1 speed-up", value=ratio, limit=6, sense=">="))
+                    bars.append(suite.at_least(f"{name}, N=1 speed-up", ratio, 6))
         # Widest and longest: fewer positions, or one call takes minutes.
         count = 64 if options.smoke else (512 if hidden > 2000 else 2048)
         case = _case(hidden, vocab, codes, count)
@@ -254,24 +236,16 @@ def run(options: Options) -> Result:
             {name: lambda f=f, a=a: f(*a) for name, (f, a) in jitted.items()},
             repeats=max(1, options.repeats // 2),
         )
-        memory = {name: temp_bytes(f, *args) for name, (f, args) in compared.items()}
+        memory = {name: suite.temp_bytes(f, *args) for name, (f, args) in compared.items()}
         for name, seconds in times.items():
             ratio = paired_ratio(times["full"], seconds)
-            rows.append(
-                {
-                    "what": f"train, N = {count}",
-                    "d": hidden,
-                    "V": vocab,
-                    "head": name,
-                    "ms": 1e3 * float(np.median(seconds)),
-                    "times faster": ratio,
-                    "temp MiB": memory[name] / 2**20,
-                }
-            )
+            row = {"what": f"train, N = {count}", "d": hidden, "V": vocab, "head": name}
+            row |= {"ms": 1e3 * float(np.median(seconds)), "times faster": ratio}
+            rows.append(row | {"temp MiB": memory[name] / 2**20})
             if name == "vq" and vocab == 152_064:
                 share = memory[name] / memory["full"]
-                bars.append(Bar(name="training speed-up", value=ratio, limit=15, sense=">="))
-                bars.append(Bar(name="training temp memory", value=share, limit=1 / 15))
+                bars.append(suite.at_least("training speed-up", ratio, 15))
+                bars.append(suite.at_most("training temp memory", share, 1 / 15))
         del case, compared, jitted
     growth, picture = _growth(options)
     rows += growth["rows"]
@@ -279,10 +253,10 @@ def run(options: Options) -> Result:
     rows.append(fit)
     if not options.smoke:
         bars += [*growth["bars"], fit_bar]
-    return Result(rows=rows, bars=bars, pictures={"growth": picture})
+    return suite.Result(rows=rows, bars=bars, pictures={"growth": picture})
 
 
-def _growth(options: Options) -> tuple[dict[str, Any], figures.Picture]:
+def _growth(options: suite.Options) -> tuple[dict[str, Any], figures.Picture]:
     """How times grow with V at fixed K and with K at fixed V, as powers."""
     hidden, count = (32, 64) if options.smoke else (1024, 512)
     vocab, codes = (2_000, 64) if options.smoke else (152_064, 4096)
@@ -297,8 +271,8 @@ def _growth(options: Options) -> tuple[dict[str, Any], figures.Picture]:
         in_codes = _exponent(by_codes, [s[what] for s in seen_codes])
         rows.append({"what": f"{what}: time ~ V^a", "d": hidden, "head": "vq", "power": in_vocab})
         rows.append({"what": f"{what}: time ~ K^a", "d": hidden, "head": "vq", "power": in_codes})
-        bars.append(Bar(name=f"{what}: power of V", value=in_vocab, limit=0.25))
-        bars.append(Bar(name=f"{what}: power of K", value=in_codes, limit=0.6, sense=">="))
+        bars.append(suite.at_most(f"{what}: power of V", in_vocab, 0.25))
+        bars.append(suite.at_least(f"{what}: power of K", in_codes, 0.6))
     panels = []
     for what in ("train", "decode"):
         series = [

@@ -1,6 +1,7 @@
 """Shapes of the decoders that presets name, so that nothing has to be fetched to plan for them."""
 
-import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,94 +10,15 @@ from flax import nnx
 
 from logitjax import models, training
 
-_QWEN = models.DecoderConfig(
-    vocab_size=152_064,
-    hidden_size=5120,
-    intermediate_size=13_824,
-    num_layers=48,
-    num_heads=40,
-    num_kv_heads=8,
-    head_dim=128,
-    qkv_bias=True,
-    tie_embeddings=False,
-    max_length=32_768,
-)
-KNOWN: dict[str, models.DecoderConfig] = {
-    "hf:microsoft/phi-4": dataclasses.replace(
-        _QWEN,
-        vocab_size=100_352,
-        intermediate_size=17_920,
-        num_layers=40,
-        num_kv_heads=10,
-        qkv_bias=False,
-        max_length=16_384,
-    ),
-    "hf:Qwen/Qwen2.5-14B-Instruct": _QWEN,
-    "hf:Qwen/Qwen2.5-Coder-14B-Instruct": _QWEN,
-    "hf:mistralai/Mistral-Small-24B-Instruct-2501": dataclasses.replace(
-        _QWEN,
-        vocab_size=131_072,
-        intermediate_size=32_768,
-        num_layers=40,
-        num_heads=32,
-        qkv_bias=False,
-    ),
-    "hf:meta-llama/Llama-2-13b-hf": dataclasses.replace(
-        _QWEN,
-        vocab_size=32_000,
-        num_layers=40,
-        num_kv_heads=40,
-        qkv_bias=False,
-        max_length=4096,
-    ),
-    "hf:TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T": models.DecoderConfig(
-        vocab_size=32_000,
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_layers=22,
-        num_heads=32,
-        num_kv_heads=4,
-        head_dim=64,
-        tie_embeddings=False,
-    ),
-    "hf:distilbert/distilgpt2": models.config_from_hf(
-        {
-            "model_type": "gpt2",
-            "vocab_size": 50_257,
-            "n_embd": 768,
-            "n_layer": 6,
-            "n_head": 12,
-            "n_positions": 1024,
-        }
-    ),
-    "hf:meta-llama/Llama-2-7b-chat-hf": dataclasses.replace(
-        _QWEN,
-        vocab_size=32_000,
-        hidden_size=4096,
-        intermediate_size=11_008,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=32,
-        qkv_bias=False,
-        max_length=4096,
-    ),
-    "smollm2": models.DecoderConfig(
-        vocab_size=49_152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_layers=30,
-        num_heads=9,
-        num_kv_heads=3,
-        head_dim=64,
-        max_length=8192,
-    ),
-}
+# Those in the form of the hub say their `model_type`.
+_TABLE = json.loads(Path(__file__).with_name("decoders.json").read_text())
 
 
 def decoder_config(spec: str) -> models.DecoderConfig:
     """The shape of a model: a known name, or what its own files say."""
-    if spec in KNOWN:
-        return KNOWN[spec]
+    if known := _TABLE.get(spec):
+        of_hub = "model_type" in known
+        return models.config_from_hf(known) if of_hub else models.DecoderConfig(**known)
     return models.load_config(spec)
 
 

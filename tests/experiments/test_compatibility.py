@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 
-from experiments.benchmarks import _compatibility_fuzz as fuzz
-from experiments.benchmarks import _compatibility_templates as templates
 from logitjax.models import config_from_hf
+from tests.rigs import _compatibility_fuzz as fuzz
+from tests.rigs import _compatibility_templates as templates
 
 
 def test_every_two_values_of_every_two_keys_meet():

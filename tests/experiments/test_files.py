@@ -2,8 +2,8 @@
 
 import pytest
 
-from experiments.benchmarks import _files_worker, files
-from experiments.benchmarks._files_kinds import KINDS
+from tests.rigs import _files_worker, files
+from tests.rigs._files_kinds import KINDS
 
 # Models and heads are compiled for.
 QUICK = sorted(set(KINDS) - {"model", "model, gguf", "head"})
@@ -24,9 +24,9 @@ def test_a_damaged_file_loads_or_ends_in_one_line(kind, tmp_path, watch, monkeyp
 
 @pytest.mark.slow
 def test_the_smoke_scale_of_the_benchmark_meets_its_bars(tmp_path):
-    from experiments.benchmarks import _suite
+    from experiments.shared import suite
 
-    options = _suite.Options(directory=tmp_path, scale="smoke", only="safetensors,gzip")
+    options = suite.Options(directory=tmp_path, scale="smoke", only="safetensors,gzip")
     result = files.run(options)
     # Two kinds alone are not as many files as all.
     assert [bar.name for bar in result.bars if not bar.met] == ["files"]

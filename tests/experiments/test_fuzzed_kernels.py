@@ -1,9 +1,9 @@
-"""A small share of what `python -m experiments.benchmark kernels` calls."""
+"""A small share of what `python -m tests.rigs kernels` calls."""
 
 import pytest
 
-from experiments.benchmarks.kernels import fuzz
 from logitjax import kernels
+from tests.rigs.kernels import fuzz
 
 
 @pytest.mark.every_change

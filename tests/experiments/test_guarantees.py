@@ -1,6 +1,6 @@
 """Bounds hold for the numbers given, whatever their scale and however nearly they agree.
 
-And what a search calls converged is so. `python -m experiments.benchmark guarantees` tries the same
+And what a search calls converged is so. `python -m tests.rigs guarantees` tries the same
 on 10,000 pairs of graphs and 100,000 rows of logits.
 """
 
@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.benchmarks import _guarantees_fusion as rows_of_logits
-from experiments.benchmarks import _guarantees_transport as fuzzer
 from logitjax import transport
 from logitjax.fusion import DynamicFusion
 from logitjax.transport import FactoredGraph, Refinement
 from logitjax.transport._sorted import Coupling
 from tests._compiled import compiled
+from tests.rigs import _guarantees_fusion as rows_of_logits
+from tests.rigs import _guarantees_transport as fuzzer
 
 
 def identity(n):

@@ -1,13 +1,13 @@
 """A share of the fuzzer of widths, what it compares with, and what attackers pay.
 
-`python -m experiments.benchmark guarantees --only=leakage,attackers` tries all of it.
+`python -m tests.rigs guarantees --only=leakage,attackers` tries all of it.
 """
 
 import numpy as np
 import pytest
 
-from experiments.benchmarks import _guarantees_attackers as attackers
-from experiments.benchmarks import _guarantees_leakage as fuzzer
+from tests.rigs import _guarantees_attackers as attackers
+from tests.rigs import _guarantees_leakage as fuzzer
 
 # Runs parts of a benchmark.
 pytestmark = [pytest.mark.every_change, pytest.mark.slow]

@@ -6,7 +6,8 @@ import textwrap
 
 import pytest
 
-from experiments.benchmarks import _mutants, _mutation_areas, mutations
+from experiments.shared.suite import ROOT
+from tests.rigs import _mutants, mutations
 
 
 def edits(text):
@@ -100,27 +101,32 @@ def test_what_is_drawn_is_spread_over_files_and_rules_and_stays_when_a_file_grow
 
 
 def test_areas_name_files_and_tests_that_exist():
-    for area in _mutation_areas.AREAS.values():
-        for file, tests in area.files.items():
-            assert (mutations._ROOT / f"logitjax/{file}.py").exists(), file
-            assert tests
-            for test in tests:
-                assert (mutations._ROOT / f"tests/{test}.py").exists(), test
+    for area in mutations.areas(ROOT).values():
+        assert all(area.tests.values()), area
+
+
+def test_a_module_is_found_wherever_it_stands_in_its_room(tmp_path):
+    for file in ("room/sub/_one.py", "room/_two.py", "room/sub/_two.py", "room/_three.py"):
+        (tmp_path / "package" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "package" / file).write_text("")
+    assert mutations.paths(tmp_path, "package", "room/one") == ["package/room/sub/_one.py"]
+    assert mutations.paths(tmp_path, "package", "room/sub/two") == ["package/room/sub/_two.py"]
+    assert len(mutations.paths(tmp_path, "package", "room/t*")) == 3
+    for name, count in (("room/two", 2), ("room/four", 0)):
+        with pytest.raises(
+            ValueError, match=f"{name}: expected one file below package, got {count}"
+        ):
+            mutations.paths(tmp_path, "package", name)
 
 
 def test_faults_written_by_hand_and_equivalents_are_about_lines_that_are_there():
-    by_hand = mutations.cases(
-        mutations._ROOT,
-        {n: dataclasses.replace(area, mutants=0) for n, area in _mutation_areas.AREAS.items()},
-        _mutation_areas.NAMED,
-        0,
-    )
-    assert len(by_hand) == len(_mutation_areas.NAMED)
-    for entry in mutations.equivalents():
-        text = (mutations._ROOT / entry.file).read_text()
-        made = {(m.before, m.after) for m in _mutants.mutants(entry.file, text)}
-        assert (entry.before, entry.after) in made, entry
-        assert entry.why
+    known, named = mutations.areas(ROOT), mutations.by_hand(ROOT)
+    undrawn = {name: dataclasses.replace(area, mutants=0) for name, area in known.items()}
+    assert len(mutations.cases(ROOT, undrawn, named, 0)) == len(named)
+    for (path, before, after), why in mutations.equivalents(ROOT).items():
+        made = _mutants.mutants(path, (ROOT / path).read_text())
+        assert (before, after) in {(m.before, m.after) for m in made}, before
+        assert why
 
 
 @pytest.mark.slow

@@ -7,8 +7,8 @@ import urllib.request
 import pytest
 from etils import epath
 
-from experiments.benchmarks._object_store import Fault, Store
 from logitjax.training import _workdir
+from tests.rigs._object_store import Fault, Store
 
 
 @pytest.fixture

@@ -173,7 +173,7 @@ def test_steps_beyond_the_original_length_turn_all_keys_as_a_long_sequence_does(
 
 
 def test_published_configurations_parse_and_come_back_the_same():
-    file = pathlib.Path(__file__).parents[2] / "experiments/benchmarks/published_configs.json"
+    file = pathlib.Path(__file__).parents[2] / "tests/rigs/published_configs.json"
     published = json.loads(file.read_text())
     assert len(published) >= 30
     for name, entry in published.items():

@@ -1,0 +1,77 @@
+"""How large the library is: lines, public names, long functions; `--strict` fails above the bars.
+
+A public name is one that a package exports from its `__init__.py`, or that a module without an
+underscore defines. Commands are called by their flags, and count only as lines. A function is long
+without its docstring.
+"""
+
+import ast
+import pathlib
+import sys
+from collections.abc import Iterator
+
+ROOT = pathlib.Path(__file__).parents[1]
+LIBRARY, TOGETHER, NAMES, LONG = 61_500, 86_000, 330, 0
+LINES_OF_A_FUNCTION = 80
+
+
+def lines(folder: str) -> int:
+    """Lines of all Python files below a folder."""
+    return sum(len(path.read_text().splitlines()) for path in (ROOT / folder).rglob("*.py"))
+
+
+def trees() -> Iterator[tuple[str, ast.Module]]:
+    """Each file of the library by its place inside the package, with its tree."""
+    package = ROOT / "logitjax"
+    for path in sorted(package.rglob("*.py")):
+        yield str(path.relative_to(package)), ast.parse(path.read_text())
+
+
+def public_names(place: str, tree: ast.Module) -> set[str]:
+    """The names that a file makes public."""
+    *folders, file = place.split("/")
+    parts = [*folders, file.removesuffix(".py")]
+    if parts[0] == "commands" or any(part.startswith("_") for part in parts if part != "__init__"):
+        return set()
+    names = set()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.ImportFrom) and file == "__init__.py":
+            names |= {alias.name for alias in node.names if alias.asname == alias.name}
+    return {name for name in names if not name.startswith("_")}
+
+
+def long_functions(place: str, tree: ast.Module) -> Iterator[str]:
+    """Functions that are too long without their docstrings, with their lines."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            size = (node.end_lineno or node.lineno) - node.lineno + 1
+            if ast.get_docstring(node) is not None:
+                size -= (node.body[0].end_lineno or 0) - node.body[0].lineno + 1
+            if size > LINES_OF_A_FUNCTION:
+                yield f"{place}:{node.lineno} {node.name}, {size} lines"
+
+
+def main(strict: bool) -> int:
+    """Prints the counts; the status is 1 where `strict` and a count is above its bar."""
+    files = list(trees())
+    names = set().union(*(public_names(*file) for file in files))
+    long = [function for file in files for function in long_functions(*file)]
+    sizes = {folder: lines(folder) for folder in ("logitjax", "experiments", "tests/rigs")}
+    counts = {
+        "lines of the library": (sizes["logitjax"], LIBRARY),
+        "lines with experiments and rigs": (sum(sizes.values()), TOGETHER),
+        "public names": (len(names), NAMES),
+        f"functions over {LINES_OF_A_FUNCTION} lines": (len(long), LONG),
+    }
+    for folder, count in sizes.items():
+        print(f"{count:7,d}  lines of {folder}")
+    for name, (count, bar) in counts.items():
+        print(f"{count:7,d}  {name}, of at most {bar:,d}{' MISSED' if count > bar else ''}")
+    print(*long, sep="\n")
+    return int(strict and any(count > bar for count, bar in counts.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main("--strict" in sys.argv[1:]))

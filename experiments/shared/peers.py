@@ -1,0 +1,76 @@
+"""Programs beside this one: references in torch, and servers of the library."""
+
+import contextlib
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any, cast
+
+
+@contextlib.contextmanager
+def torch_peer(script: Path, *arguments: Any, smoke: bool) -> Iterator[Callable[..., Any] | None]:
+    """A script in the interpreter with torch that ``LOGITJAX_TORCH_PYTHON`` names.
+
+    The script prints ``ready``, and for each line of JSON that it reads another one.
+
+    Yields:
+        A function that asks; None at the smoke scale, and without such an interpreter.
+    """
+    python = os.environ.get("LOGITJAX_TORCH_PYTHON")
+    if not python or smoke:
+        yield None
+        return
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    command = [python, os.fspath(script), *map(str, arguments), str(os.cpu_count())]
+    process = subprocess.Popen(command, **pipes)
+    with process, cast(IO[str], process.stdin) as send, cast(IO[str], process.stdout) as receive:
+
+        def ask(*question: Any) -> Any:
+            send.write(json.dumps(question) + "\n")
+            send.flush()
+            return json.loads(receive.readline())
+
+        ready = receive.readline().strip() == "ready"
+        if not ready:
+            print(f"torch: {python} did not start")
+        yield ask if ready else None
+
+
+@contextlib.contextmanager
+def serving(
+    *arguments: str, files: int | None = None, python: str = sys.executable
+) -> Iterator[tuple[str, subprocess.Popen]]:
+    """A server on a free loopback port, once it is ready; ended at the end.
+
+    Another interpreter runs what is installed for it, not the files that lie here.
+    """
+    command = [python, "-m", "logitjax", "serve", "--port=0", *arguments]
+    environment = dict(os.environ)
+    if python != sys.executable:
+        command.insert(1, "-P")
+        environment.pop("PYTHONPATH", None)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+    )
+    if files is not None:
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (files, files))
+    try:
+        assert process.stdout is not None
+        address = (process.stdout.readline().split() or [""])[-1]
+        for _ in range(3000):
+            if process.poll() is not None:
+                raise RuntimeError(f"the server ended with {process.returncode}")
+            with contextlib.suppress(OSError, ValueError):
+                urllib.request.urlopen(f"{address}/ready", timeout=2)
+                break
+            time.sleep(0.2)
+        yield address, process
+    finally:
+        process.terminate()
+        process.wait(timeout=60)

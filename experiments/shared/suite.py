@@ -1,0 +1,209 @@
+"""What benchmarks and rigs share: options, bars, the files they leave, and the command."""
+
+import csv
+import dataclasses
+import importlib
+import json
+import pkgutil
+import re
+import resource
+import sys
+import types
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import app, flags
+
+from experiments.shared.report import bar, command, environment, markdown_table
+from logitjax.commands import figures
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Where results go, and how long a benchmark may take: ``scale`` is ``smoke`` or ``full``.
+
+    ``only`` names parts of a benchmark that has some, with commas between them; ``templates`` is a
+    folder of archives with chat templates.
+    """
+
+    directory: Path
+    scale: str = "full"
+    repeats: int = 5
+    only: str = ""
+    templates: Path | None = None
+
+    @property
+    def smoke(self) -> bool:
+        return self.scale == "smoke"
+
+    def parts(self, known: Sequence[str]) -> list[str]:
+        """Those of the known parts that ``only`` names, in its order; all if it names none.
+
+        Raises:
+            ValueError: ``only`` names another.
+        """
+        wanted = [name for name in self.only.split(",") if name] or list(known)
+        if unknown := sorted(set(wanted) - set(known)):
+            raise ValueError(f"only: expected some of {', '.join(known)}, got {unknown[0]!r}")
+        return wanted
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bar:
+    """A figure that was promised: ``value`` has to be ``sense`` ``limit``."""
+
+    name: str
+    value: float
+    limit: float
+    sense: str = "<="
+
+    @property
+    def met(self) -> bool:
+        return self.value <= self.limit if self.sense == "<=" else self.value >= self.limit
+
+    def as_row(self) -> dict[str, Any]:
+        return bar(self.name, self.value, f"{self.sense} {self.limit:g}", self.met)
+
+
+def at_most(name: str, value: float, limit: float) -> Bar:
+    """A figure that may not be larger."""
+    return Bar(name=name, value=value, limit=limit)
+
+
+def at_least(name: str, value: float, limit: float) -> Bar:
+    """A figure that may not be smaller."""
+    return Bar(name=name, value=value, limit=limit, sense=">=")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """Rows of a table (any columns), the bars they decide, and pictures by the names of files."""
+
+    rows: Sequence[Mapping[str, Any]]
+    bars: Sequence[Bar] = ()
+    pictures: Mapping[str, figures.Picture] = dataclasses.field(default_factory=dict)
+
+
+def total(rows: Sequence[Mapping[str, Any]], *columns: str) -> Any:
+    """The sum of columns over all rows."""
+    return sum(row[column] for row in rows for column in columns)
+
+
+def temp_bytes(function: Callable[..., Any], *arguments: Any) -> int:
+    """Bytes of scratch memory XLA plans for ``jit(function)(*arguments)``."""
+    analysis = jax.jit(function).lower(*arguments).compile().memory_analysis()
+    assert analysis is not None
+    return int(analysis.temp_size_in_bytes)
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process has held, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # getrusage starts from what the parent held when it forked.
+        found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE)
+        if found:
+            return int(found[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def write(name: str, result: Result, options: Options) -> str:
+    """Write ``results.json``, ``table.csv``, ``table.md``, pictures; return what to print."""
+    options.directory.mkdir(parents=True, exist_ok=True)
+    rows = [dict(row) for row in result.rows]
+    bars = [bar.as_row() for bar in result.bars]
+    record = {
+        "name": name,
+        "scale": options.scale,
+        "command": command(),
+        "environment": environment(),
+        "rows": rows,
+        "bars": [dataclasses.asdict(bar) | {"met": bar.met} for bar in result.bars],
+        "pictures": {name: dataclasses.asdict(p) for name, p in result.pictures.items()},
+    }
+    (options.directory / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    with (options.directory / "table.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    text = markdown_table(rows)
+    if bars:
+        text += "\n\n" + markdown_table(bars)
+    (options.directory / "table.md").write_text(text + "\n")
+    for name, picture in result.pictures.items():
+        # A scale or a selection of parts may leave nothing to draw.
+        if not picture.panels:
+            continue
+        text += f"\nplot: {figures.draw(options.directory / f'{name}.png', picture)}"
+    return text
+
+
+def names(package: types.ModuleType) -> list[str]:
+    """The benchmarks of a package: its public modules."""
+    modules = pkgutil.iter_modules(package.__path__)
+    return sorted(module.name for module in modules if not module.name.startswith("_"))
+
+
+def load(package: types.ModuleType, name: str) -> tuple[Any, str]:
+    """A benchmark and the line that says what it asks."""
+    module = importlib.import_module(f"{package.__name__}.{name}")
+    return module, (module.__doc__ or "").strip().splitlines()[0]
+
+
+def page(package: types.ModuleType, workdir: Path) -> str:
+    """Finished full-scale results, a section each: what, command, versions, tables."""
+    sections = []
+    for name in names(package):
+        path = workdir / name / "results.json"
+        record = json.loads(path.read_text()) if path.exists() else {}
+        if record.get("scale") != "full":
+            continue
+        machine = record["environment"]
+        bars = [Bar(**{k: v for k, v in b.items() if k != "met"}) for b in record["bars"]]
+        sections += [
+            f"## {name}\n\n{load(package, name)[1]}\n",
+            f"`{record['command']}`, Python {machine['python']}, "
+            f"jax {machine['jax']}, {machine['device']}.\n",
+            markdown_table(record["rows"]) + "\n",
+        ]
+        sections += [markdown_table([bar.as_row() for bar in bars]) + "\n"] if bars else []
+    return "\n".join(sections)
+
+
+def main(package: types.ModuleType, workdir: str) -> None:
+    """The command of a package of benchmarks; `workdir` is where results go by default."""
+    flags.DEFINE_bool("list", False, "Name all and stop.")
+    flags.DEFINE_enum("scale", "full", ["smoke", "full"], "smoke: seconds; full: as reported.")
+    flags.DEFINE_integer("repeats", 5, "Timed calls of each peer, in turns.", lower_bound=1)
+    flags.DEFINE_string("only", "", "Parts of what has some, with commas between them.")
+    flags.DEFINE_string("templates", None, "Archives with chat templates, for compatibility.")
+    flags.DEFINE_string("workdir", workdir, "Results go to WORKDIR/NAME.")
+    flags.DEFINE_bool("page", False, "Print what WORKDIR holds as sections of a page, and stop.")
+    app.run(lambda argv: _run(package, argv, flags.FLAGS))
+
+
+def _run(package: types.ModuleType, argv: Sequence[str], values: flags.FlagValues) -> None:
+    known, home = names(package), Path(values.workdir)
+    if values.page or values.list:
+        lines = (f"{name:24s} {load(package, name)[1]}" for name in known)
+        print(page(package, home) if values.page else "\n".join(lines))
+        return
+    wanted = list(argv[1:]) or ["all"]
+    if unknown := sorted(set(wanted) - {*known, "all"}):
+        raise app.UsageError(f"name: expected one of {', '.join(known)}, got {unknown[0]!r}")
+    for name in known if "all" in wanted else wanted:
+        module, _ = load(package, name)
+        options = Options(
+            directory=home / name,
+            scale=values.scale,
+            repeats=values.repeats,
+            only=values.only,
+            templates=values.templates and Path(values.templates),
+        )
+        print(f"\n## {name}\n\n{write(name, module.run(options), options)}", flush=True)

@@ -1,0 +1,240 @@
+"""Configurations in which every two values of every two keys meet, against transformers' models."""
+
+import itertools
+import json
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.rigs import _tables
+
+# A key that is left out; None is a value of its own.
+OUT = "(left out)"
+
+_LOCAL = ("sliding_attention", "full_attention")
+_TABLE = _tables.read("config_values")
+
+
+def _values(name: str) -> dict[str, Sequence[Any]]:
+    """By key what a group of the table tries, after the groups that it builds on."""
+    own, inherited = dict(_TABLE[name]), {}
+    for base in own.pop("of", ()):
+        inherited |= _values(base)
+    return inherited | own
+
+
+# Of each family every key that is read, and some that change nothing. Whole heads rotate here; the
+# lists of longrope are filled in for the head.
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "gpt2")
+VALUES = {family: _values(family) for family in FAMILIES}
+
+
+def covering(values: Mapping[str, Sequence[Any]], count: int, seed: int) -> list[dict[str, Any]]:
+    """`count` assignments in which every two values of every two keys meet, as far as that goes.
+
+    Greedy: the next one is grown from a pair that is still missing, key by key by what each value
+    adds.
+    """
+    draw = random.Random(seed)
+    keys = list(values)
+    missing = set(_pairs(values))
+    out = []
+    for _ in range(count):
+        best: dict[str, int] = {}
+        gain = -1
+        for _ in range(16):
+            row: dict[str, int] = {}
+            if missing:
+                (a, i), (b, j) = draw.choice(sorted(missing))
+                row = {a: i, b: j}
+            for key in draw.sample(keys, len(keys)):
+                if key in row:
+                    continue
+                places = draw.sample(range(len(values[key])), len(values[key]))
+                row[key] = max(
+                    places,
+                    key=lambda place: sum(_pair((key, place), o) in missing for o in row.items()),
+                )
+            new = sum(pair in missing for pair in itertools.combinations(sorted(row.items()), 2))
+            if new > gain:
+                best, gain = row, new
+        missing -= set(itertools.combinations(sorted(best.items()), 2))
+        out.append({key: values[key][place] for key, place in best.items()})
+    return out
+
+
+def _pair(a: tuple[str, int], b: tuple[str, int]) -> tuple:
+    return (a, b) if a < b else (b, a)
+
+
+def _pairs(values: Mapping[str, Sequence[Any]]) -> list[tuple]:
+    out = []
+    for a, b in itertools.combinations(sorted(values), 2):
+        out += [((a, i), (b, j)) for i in range(len(values[a])) for j in range(len(values[b]))]
+    return out
+
+
+def pairs_of(values: Mapping[str, Sequence[Any]], rows: Sequence[Mapping[str, Any]]) -> float:
+    """Share of all pairs of values that meet in some row."""
+    texts = {key: [json.dumps(v) for v in options] for key, options in values.items()}
+    seen = set()
+    for row in rows:
+        places = sorted((key, texts[key].index(json.dumps(v))) for key, v in row.items())
+        seen |= set(itertools.combinations(places, 2))
+    return len(seen) / len(_pairs(values))
+
+
+def raw_config(family: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of an assignment."""
+    raw: dict[str, Any] = {"model_type": family}
+    raw |= {k: v for k, v in row.items() if v != OUT}
+    layers = raw.get("num_hidden_layers", 2)
+    kinds = raw.get("layer_types")
+    if kinds == "all full":
+        raw["layer_types"] = ["full_attention"] * layers
+    elif kinds == "mixed":
+        raw["layer_types"] = [_LOCAL[(i // 2 + i) % 2] for i in range(layers)]
+        if family.startswith("qwen"):
+            # Windows that no layer may have: transformers cannot run them either.
+            windowed = raw.get("use_sliding_window") and raw.get("sliding_window", 1)
+            raw["layer_types"] = raw["layer_types"] if windowed else ["full_attention"] * layers
+    scaling = raw.get("rope_scaling")
+    if scaling and scaling.get("type", scaling.get("rope_type")) in ("longrope", "su", "yarn"):
+        heads = raw.get("num_attention_heads", 8)
+        default = {"qwen3": 128, "gemma2": 256, "gemma3_text": 256}.get(family)
+        head_dim = raw.get("head_dim") or default or raw["hidden_size"] // heads
+        half = int(head_dim * raw.get("partial_rotary_factor", 1.0)) // 2
+        if family == "phi3" or scaling.get("rope_type") == "longrope":
+            # What stands in the scaling is overruled by what stands beside it.
+            raw["rope_scaling"] = scaling | {
+                "short_factor": [1.0 + 0.05 * i for i in range(half)],
+                "long_factor": [1.5 + 0.3 * i for i in range(half)],
+            }
+    return raw
+
+
+def torch_models(raws: Sequence[dict[str, Any]], directory: Path) -> list[str | None]:
+    """Writes a model of transformers for each configuration, with logits of whole and of steps.
+
+    Returns:
+        For each what transformers said where it refused.
+    """
+    import numpy as np
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    out: list[str | None] = []
+    for number, raw in enumerate(raws):
+        place = directory / str(number)
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "raw.json").write_text(json.dumps(raw))
+        torch.manual_seed(number)
+        try:
+            options = json.loads(json.dumps(raw))
+            config = transformers.AutoConfig.for_model(options.pop("model_type"), **options)
+            config._attn_implementation = "eager"
+            model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+            with torch.no_grad():
+                for name, values in model.named_parameters():
+                    scale = 0.3 if values.ndim == 1 else 0.15
+                    # Norms of Gemma count from zero, others from one.
+                    values.copy_(torch.randn_like(values) * scale)
+                    if "norm" in name or "ln_" in name:
+                        values.add_(0.0 if raw["model_type"].startswith("gemma") else 1.0)
+            tokens = torch.randint(0, raw["vocab_size"], (2, LENGTH))
+            np.savez(place / "logits.npz", tokens=tokens.numpy(), **_logits(model, tokens))
+            model.save_pretrained(str(place / "model"))
+        except Exception as error:
+            out.append(" ".join(str(error).split())[:200])
+            continue
+        out.append(None)
+    return out
+
+
+# Beyond the original length 16 of the scaled ones, and beyond their windows.
+LENGTH, PROMPT = 20, 17
+
+
+def _logits(model: Any, tokens: Any) -> dict[str, Any]:
+    import torch
+
+    with torch.no_grad():
+        whole = model(tokens).logits
+        seen = model(tokens[:, :PROMPT], use_cache=True)
+        steps, cache = [seen.logits[:, -1]], seen.past_key_values
+        for i in range(PROMPT, LENGTH):
+            seen = model(tokens[:, i : i + 1], past_key_values=cache, use_cache=True)
+            steps.append(seen.logits[:, -1])
+            cache = seen.past_key_values
+    return {"whole": whole.numpy(), "steps": torch.stack(steps, 1).numpy()}
+
+
+def exported_logits(place: Path) -> Any:
+    """Logits of transformers' model from our export."""
+    import numpy as np
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        str(place / "export"), attn_implementation="eager", dtype=torch.float32
+    ).eval()
+    tokens = torch.from_numpy(np.load(place / "logits.npz")["tokens"])
+    with torch.no_grad():
+        return model(tokens).logits.numpy()
+
+
+def compared(place: Path) -> dict[str, float]:
+    """Largest differences of a configuration, as shares of the largest logit (at least 1)."""
+    import functools
+
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from flax import nnx
+
+    from logitjax import models
+
+    expected = np.load(place / "logits.npz")
+    target = place / "model"
+    (target / "config.json").rename(place / "theirs.json")
+    (target / "config.json").write_text((place / "raw.json").read_text())
+    (target / "generation_config.json").unlink(missing_ok=True)
+    model = models.load_model(str(target), layout="listed")
+    # What transformers makes of the configuration says the same to us.
+    theirs = models.config_from_hf(json.loads((place / "theirs.json").read_text()))
+    if theirs != model.config:
+        wrong = [f for f in vars(theirs) if getattr(theirs, f) != getattr(model.config, f)]
+        raise ValueError(f"transformers' own form differs in {', '.join(wrong)}")
+    graphdef, state = nnx.split(model)
+    fast = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+    @fast
+    def whole(state: Any, tokens: Any) -> Any:
+        return nnx.merge(graphdef, state)(tokens)
+
+    @fast
+    def steps(state: Any, tokens: Any) -> Any:
+        model = nnx.merge(graphdef, state)
+        # Room beyond what is used: what is held must not decide.
+        cache = model.init_cache(2, 2 * LENGTH)
+        hidden, cache = model.hidden_states(tokens[:, :PROMPT], cache=cache)
+
+        def step(cache: Any, token: Any) -> Any:
+            hidden, cache = model.hidden_states(token[:, None], cache=cache)
+            return cache, hidden[:, 0]
+
+        _, rest = jax.lax.scan(step, cache, tokens[:, PROMPT:].T)
+        return model.logits(jnp.concatenate([hidden[:, -1:], rest.swapaxes(0, 1)], axis=1))
+
+    tokens = expected["tokens"].astype(np.int32)
+    models.save_pretrained(model, None, place / "export")
+    found = {
+        "whole": np.asarray(whole(state, tokens)) - expected["whole"],
+        "steps": np.asarray(steps(state, tokens)) - expected["steps"],
+        "export": exported_logits(place) - expected["whole"],
+    }
+    largest = max(1.0, float(np.abs(expected["whole"]).max()))
+    return {name: float(np.abs(values).max()) / largest for name, values in found.items()}
