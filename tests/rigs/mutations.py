@@ -85,7 +85,8 @@ def paths(root: Path, folder: str, name: str) -> list[str]:
     """
     *inside, last = name.split("/")
     pattern = "/**/".join([folder, *inside, "*.py"])
-    found = [p for p in root.glob(pattern) if fnmatch.fnmatch(p.stem.lstrip("_"), last)]
+    files = (path for path in root.glob(pattern) if path.stem != "__init__")
+    found = [path for path in files if fnmatch.fnmatch(path.stem.lstrip("_"), last)]
     if len(found) != 1 and not (found and "*" in last):
         raise ValueError(f"{name}: expected one file below {folder}, got {len(found)}")
     return sorted(str(path.relative_to(root)) for path in found)
