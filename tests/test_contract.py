@@ -185,6 +185,11 @@ def test_half_precision_gives_float32_and_float64_stays():
     complain(wrong)
 
 
+@pytest.mark.parametrize("name", [name for name, case in TABLE.items() if case.loss is not None])
+def test_a_loss_keeps_what_losses_promise(name):
+    TABLE[name].check_loss()
+
+
 @pytest.mark.many_programs("each function is compiled once, for this test and those below")
 def test_a_number_that_is_none_is_seen():
     wrong = []
