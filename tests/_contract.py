@@ -53,8 +53,9 @@ class Case:
         looks: Arrays whose numbers are looked at outside of `jit`.
         host: Whether it is called outside of `jit` only.
         rows: Whether positions are on their own, so that one is what it is among others.
-        swept: Whether numbers are spoilt in tests/test_zero_weights.py, with a program that is
-            there anyway: a sweep over a head's blocks takes long to compile.
+        swept: Whether it takes long to compile, as a sweep over a head's blocks does. In `make
+            test` numbers are then spoilt in tests/test_zero_weights.py, with a program that is
+            there anyway.
         where: A mask that may leave out everything.
         loss: Options of `logitjax.testing.check_loss`, of what is a loss. It takes the place of the
             tests of numbers, ids and masks.
@@ -546,6 +547,7 @@ TABLE: dict[str, Case] = {
         call=lambda student, teacher: distillation.graph_on_logits(
             student, teacher, config=distillation.GraphConfig(k=3)
         )[0],
+        swept=True,
         loss={"constant": ("teacher",)},
         arrays={"student": LOGITS, "teacher": THEIRS},
         logits=("student", "teacher"),
@@ -553,6 +555,7 @@ TABLE: dict[str, Case] = {
     ),
     "distillation.graph_fusion_objective": Case(
         call=_objective,
+        swept=True,
         loss={"constant": ("teacher",), "skip": ("where", "rows")},
         arrays={"student": LOGITS, "labels": LABELS, "teacher": THEIRS, "where": WHERE},
         logits=("student", "teacher"),
@@ -850,7 +853,8 @@ ELSEWHERE = {
         distillation.FusionTeacher distillation.GraphConfig distillation.GraphFusionConfig
         few_shot.FeatureIdentity heads.AdaptiveConfig heads.HeadCost heads.Assignment
         vq.ConvertConfig vq.Pages vq.Screen vq.Shortlist vq.Tuning distillation.LayerPruning
-        distillation.Objective distillation.Reading distillation.Course distillation.Distilled
+        distillation.Objective distillation.StudentNeeds distillation.Teacher
+        distillation.TeacherNeeds distillation.Reading distillation.Course distillation.Distilled
         distillation.Trained distillation.Student distillation.Scorer distillation.Corpus
         distillation.TeacherIdentity unlearning.Assistant unlearning.Deployed
         unlearning.Questions unlearning.Row unlearning.UnlearnConfig evaluation.RowScores
@@ -866,7 +870,7 @@ ELSEWHERE = {
         leakage.BudgetExhaustedError leakage.LogitPolicy""",
     "tests/distillation/test_cross_tokenizer.py": """
         distillation.Chunks distillation.ChunkScores distillation.Matches
-        distillation.TeacherView distillation.TokenProjection distillation.TokenSet
+        distillation.TokenProjection distillation.TokenSet
         distillation.Vocabularies distillation.align_chunks distillation.binarized_divergence
         distillation.boundary_tokens
         distillation.chunk_log_likelihood
@@ -884,8 +888,9 @@ ELSEWHERE = {
     "functions of functions, models, texts or files": """
         distillation.aligned_value_and_grad
         distillation.check_vocabularies distillation.distill distillation.hidden_states
-        distillation.load_corpus distillation.loss_function distillation.make_student
-        distillation.make_update distillation.pack_corpus distillation.parse_gld
+        distillation.load_corpus distillation.make_student distillation.LossFunction
+        distillation.Term losses.readout_statistic
+        distillation.make_update distillation.pack_corpus
         distillation.parse_terms distillation.prune_layers distillation.prune_width
         distillation.score_function distillation.targets distillation.teacher_record
         distillation.train_student distillation.update_program distillation.visited_rows

@@ -164,8 +164,10 @@ def check(fn, arrays, **options):
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_loss_is_caught_by_what_is_wrong_with_it(name):
     fn, arrays, message = WRONG[name]
+    # Operation by operation each has programs of its own.
+    skip = ("infinity",) if message.startswith("jit") else ("infinity", "jit")
     with pytest.raises(AssertionError) as caught:
-        check(fn, arrays, **{"skip": ("infinity",), **OPTIONS.get(name, {})})
+        check(fn, arrays, skip=skip, **OPTIONS.get(name, {}))
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
 
