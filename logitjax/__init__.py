@@ -26,6 +26,7 @@ _PACKAGES = (
     "processes",
     "serving",
     "storage",
+    "testing",
     "training",
     "transport",
     "unlearning",

@@ -19,6 +19,7 @@ from logitjax import (
     leakage,
     losses,
     ops,
+    testing,
     transport,
     unlearning,
     vq,
@@ -52,9 +53,12 @@ class Case:
         looks: Arrays whose numbers are looked at outside of `jit`.
         host: Whether it is called outside of `jit` only.
         rows: Whether positions are on their own, so that one is what it is among others.
-        swept: Whether numbers are spoilt in tests/test_zero_weights.py, with a program that is
-            there anyway: a sweep over a head's blocks takes long to compile.
+        swept: Whether it takes long to compile, as a sweep over a head's blocks does. In `make
+            test` numbers are then spoilt in tests/test_zero_weights.py, with a program that is
+            there anyway.
         where: A mask that may leave out everything.
+        loss: Options of `logitjax.testing.check_loss`, of what is a loss. It takes the place of the
+            tests of numbers, ids and masks.
     """
 
     call: Callable[..., Any]
@@ -74,6 +78,24 @@ class Case:
     rows: bool = True
     swept: bool = False
     where: str | None = None
+    loss: Mapping[str, Any] | None = None
+
+    def check_loss(self, *skip: str) -> None:
+        """All that losses promise, without the properties that are skipped."""
+        options = {"constant": (), "skip": (), **(self.loss or {})}
+        testing.check_loss(
+            self.call,
+            self.arrays,
+            logits=[
+                n for n in self.logits if self.arrays[n].shape[-1] in (VOCAB, OTHER) and n != "bias"
+            ],
+            labels={n: count for n, (count, outside) in self.counts.items() if outside != "error"},
+            where=self.where,
+            shared=[n for n, x in self.arrays.items() if x.shape[:1] != (BATCH,)],
+            constant=options["constant"],
+            # Doctests call each one operation by operation.
+            skip={"jit", *skip, *options["skip"], *({"infinity"} if self.limits else ())},
+        )
 
 
 def _normal(seed: int, *shape: int) -> np.ndarray:
@@ -113,11 +135,12 @@ TOP = {
 }
 
 
-def _pair(function: Callable[..., Any], **options: Any) -> Case:
+def _pair(function: Callable[..., Any], constant: Any = (), **options: Any) -> Case:
     return Case(
         call=lambda student, teacher: function(student, teacher, **options),
         arrays=PAIR,
         logits=("student", "teacher"),
+        loss={"constant": constant},
     )
 
 
@@ -128,6 +151,7 @@ def _heads(function: Callable[..., Any], **options: Any) -> Case:
         ),
         arrays=BOTH,
         swept=True,
+        loss={"constant": ("before", "its_head")},
     )
 
 
@@ -137,7 +161,8 @@ def _top(values: Any, indices: Any, log_z: Any) -> TopK:
 
 def _answers(names: str, function: Callable[..., Any], **options: Any) -> Case:
     arrays = {name: NLL + i for i, name in enumerate(names.split())}
-    return Case(call=lambda **x: function(*x.values(), **options), arrays=arrays)
+    # By name: under `jit` they come in the order of the alphabet.
+    return Case(call=lambda **x: function(*(x[n] for n in arrays), **options), arrays=arrays)
 
 
 def _graphs(function: Callable[..., Any]) -> Case:
@@ -262,6 +287,7 @@ TABLE: dict[str, Case] = {
         call=lambda logits, labels: losses.cross_entropy(
             logits, labels, label_smoothing=0.1, z_loss=0.1
         ),
+        loss={},
         arrays={"logits": LOGITS, "labels": LABELS},
         logits=("logits",),
         free=(("logits", VOCAB),),
@@ -269,6 +295,7 @@ TABLE: dict[str, Case] = {
     ),
     "losses.cross_entropy, plain": Case(
         call=lambda logits, labels: losses.cross_entropy(logits, labels),
+        loss={},
         arrays={"logits": LOGITS, "labels": LABELS},
         logits=("logits",),
         free=(("logits", VOCAB),),
@@ -285,6 +312,7 @@ TABLE: dict[str, Case] = {
     ),
     "losses.sparse_kl_divergence": Case(
         call=lambda student, **top: losses.sparse_kl_divergence(student, _top(**top)),
+        loss={"constant": ("values", "log_z"), "skip": ("infinity",)},
         arrays={"student": LOGITS, **TOP},
         counts={"indices": (VOCAB, "both")},
         logits=("student", "values"),
@@ -303,6 +331,7 @@ TABLE: dict[str, Case] = {
             hidden, Head(head, soft_cap=3.0), labels, blocks=BLOCKS
         ),
         swept=True,
+        loss={},
         arrays={"hidden": STATES, "head": HEAD, "labels": LABELS},
         free=(("head", VOCAB),),
         limits=("hidden", "head"),
@@ -315,6 +344,7 @@ TABLE: dict[str, Case] = {
         call=lambda hidden, head, **top: losses.linear_sparse_kl_divergence(
             hidden, head, _top(**top), blocks=BLOCKS
         ),
+        loss={"constant": ("values", "log_z"), "skip": ("infinity",)},
         swept=True,
         arrays={"hidden": STATES, "head": HEAD, **TOP},
         counts={"indices": (VOCAB, "both")},
@@ -326,6 +356,7 @@ TABLE: dict[str, Case] = {
             losses.linear_readout(hidden, head, labels=labels, top_k=2, blocks=BLOCKS).cross_entropy
         ),
         swept=True,
+        loss={},
         arrays={"hidden": STATES, "head": HEAD, "labels": LABELS},
         free=(("head", VOCAB),),
         counts=LABELLED,
@@ -370,6 +401,7 @@ TABLE: dict[str, Case] = {
         ),
     ),
     "vq.vq_nll": Case(
+        loss={"skip": ("infinity", "rows")},
         call=lambda hidden, codebook, bias, assignment, labels: vq.vq_nll(
             hidden, codebook, bias, assignment, labels
         ),
@@ -456,13 +488,14 @@ TABLE: dict[str, Case] = {
         logits=("bias",),
     ),
     # distillation
-    "distillation.knowledge_distillation": _pair(distillation.knowledge_distillation),
-    "distillation.binary_kl": _pair(distillation.binary_kl),
-    "distillation.binary_kl_norm": _pair(distillation.binary_kl_norm),
+    "distillation.knowledge_distillation": _pair(distillation.knowledge_distillation, ("teacher",)),
+    "distillation.binary_kl": _pair(distillation.binary_kl, ("teacher",)),
+    "distillation.binary_kl_norm": _pair(distillation.binary_kl_norm, ("teacher",)),
     "distillation.dist": dataclasses.replace(
         _pair(distillation.dist),
         arrays={name: x[:, 0] for name, x in PAIR.items()},
         rows=False,
+        loss={"constant": ("teacher",), "skip": ("rows", "shard_map")},
     ),
     "distillation.standardize_logits": Case(
         call=lambda x: distillation.standardize_logits(x), arrays={"x": LOGITS}, logits=("x",)
@@ -471,6 +504,7 @@ TABLE: dict[str, Case] = {
         call=lambda student, teacher, labels: distillation.decoupled_knowledge_distillation(
             student, teacher, labels
         ),
+        loss={"constant": ("teacher",)},
         arrays={**PAIR, "labels": LABELS},
         counts={"labels": (VOCAB, "both")},
         logits=("student", "teacher"),
@@ -486,6 +520,7 @@ TABLE: dict[str, Case] = {
         call=lambda student, teacher: distillation.universal_logit_distance(
             student, teacher, top_k=3
         ),
+        loss={},
         arrays={"student": LOGITS, "teacher": THEIRS},
         logits=("student", "teacher"),
         free=(("student", VOCAB), ("teacher", OTHER)),
@@ -494,12 +529,16 @@ TABLE: dict[str, Case] = {
         call=lambda student, teacher: distillation.graph_on_logits(
             student, teacher, config=distillation.GraphConfig(k=3)
         )[0],
+        swept=True,
+        loss={"constant": ("teacher",)},
         arrays={"student": LOGITS, "teacher": THEIRS},
         logits=("student", "teacher"),
         free=(("student", VOCAB), ("teacher", OTHER), ("student", LENGTH), ("teacher", LENGTH)),
     ),
     "distillation.graph_fusion_objective": Case(
         call=_objective,
+        swept=True,
+        loss={"constant": ("teacher",), "skip": ("where", "rows")},
         arrays={"student": LOGITS, "labels": LABELS, "teacher": THEIRS, "where": WHERE},
         logits=("student", "teacher"),
         free=(("student", VOCAB), ("teacher", OTHER), ("teacher", LENGTH)),
@@ -508,6 +547,7 @@ TABLE: dict[str, Case] = {
     ),
     "distillation.linear_graph_fusion": Case(
         call=_linear_objective,
+        loss={"constant": ("teacher",), "skip": ("where", "rows")},
         swept=True,
         arrays={
             "hidden": STATES,
@@ -639,20 +679,27 @@ TABLE: dict[str, Case] = {
     ),
     # unlearning
     "unlearning.gradient_ascent": dataclasses.replace(
-        _answers("nll", unlearning.gradient_ascent), loose=("nll",)
+        _answers("nll", unlearning.gradient_ascent), loose=("nll",), loss={}
     ),
     "unlearning.satimp": dataclasses.replace(
-        _answers("nll", unlearning.satimp), loose=("nll",), limits=("nll",)
+        _answers("nll", unlearning.satimp),
+        loose=("nll",),
+        limits=("nll",),
+        loss={"skip": ("differences",)},
     ),
     "unlearning.npo": dataclasses.replace(
-        _answers("nll reference", unlearning.npo), limits=("nll", "reference")
+        _answers("nll reference", unlearning.npo),
+        limits=("nll", "reference"),
+        loss={"constant": ("reference",)},
     ),
     "unlearning.dpo": dataclasses.replace(
         _answers("chosen rejected reference_chosen reference_rejected", unlearning.dpo),
         limits=("chosen", "rejected", "reference_chosen", "reference_rejected"),
+        loss={"constant": ("reference_chosen", "reference_rejected")},
     ),
     "unlearning.simnpo": Case(
         call=lambda nll, lengths: unlearning.simnpo(nll, lengths),
+        loss={},
         arrays={"nll": NLL, "lengths": np.arange(1, BATCH + 1, dtype=np.int32)},
         limits=("nll",),
     ),
@@ -664,12 +711,14 @@ TABLE: dict[str, Case] = {
     ),
     "unlearning.undial": Case(
         call=lambda student, teacher, labels: unlearning.undial(student, teacher, labels),
+        loss={"constant": ("teacher",)},
         arrays={**PAIR, "labels": LABELS},
         logits=("student", "teacher"),
         counts=LABELLED,
     ),
     "unlearning.ce_u": Case(
         call=lambda logits, labels: unlearning.ce_u(logits, labels),
+        loss={"skip": ("differences",)},
         arrays={"logits": LOGITS, "labels": LABELS},
         logits=("logits",),
         counts=LABELLED,
@@ -680,14 +729,16 @@ TABLE: dict[str, Case] = {
             hidden, head, before, its_head, labels, blocks=BLOCKS
         ),
         swept=True,
+        loss={"constant": ("before", "its_head")},
         arrays={**BOTH, "labels": LABELS},
         counts=LABELLED,
     ),
     "unlearning.uniform_kl": Case(
-        call=lambda x: unlearning.uniform_kl(x), arrays={"x": LOGITS}, logits=("x",)
+        call=lambda x: unlearning.uniform_kl(x), arrays={"x": LOGITS}, logits=("x",), loss={}
     ),
     "unlearning.linear_uniform_kl": Case(
         call=lambda hidden, head: unlearning.linear_uniform_kl(hidden, head, blocks=BLOCKS),
+        loss={},
         swept=True,
         arrays={"hidden": STATES, "head": HEAD},
         free=(
@@ -696,9 +747,12 @@ TABLE: dict[str, Case] = {
             ("head", VOCAB),
         ),
     ),
-    "unlearning.pdu": Case(call=lambda x: unlearning.pdu(x), arrays={"x": LOGITS}, logits=("x",)),
+    "unlearning.pdu": Case(
+        call=lambda x: unlearning.pdu(x), arrays={"x": LOGITS}, logits=("x",), loss={}
+    ),
     "unlearning.rmu": Case(
         call=lambda hidden, target: unlearning.rmu(hidden, target),
+        loss={"constant": ("target",)},
         arrays={"hidden": STATES, "target": BEFORE[..., :HIDDEN]},
     ),
     "unlearning.unlearning_objective": Case(
@@ -750,7 +804,8 @@ ELSEWHERE = {
         distillation.FusionTeacher distillation.GraphConfig distillation.GraphFusionConfig
         few_shot.FeatureIdentity heads.HeadCost heads.Assignment
         vq.ConvertConfig vq.Pages vq.Screen vq.Shortlist vq.Tuning distillation.LayerPruning
-        distillation.Objective distillation.Reading distillation.Course distillation.Distilled
+        distillation.Objective
+        distillation.Reading distillation.Course distillation.Distilled
         distillation.Trained distillation.Student distillation.Scorer distillation.Corpus
         distillation.TeacherIdentity unlearning.Assistant unlearning.Deployed
         unlearning.Questions unlearning.Row unlearning.UnlearnConfig evaluation.RowScores

@@ -2,7 +2,8 @@
 
 `tests/_contract.py` has the functions with valid arguments. Here these are spoilt one at a time. A
 function refuses, in one line that names the argument, or gives a number that is seen to be none, or
-the right one. `tests/test_zero_weights.py` is the column of zero weights of all losses,
+the right one. What else a loss promises `logitjax.testing.check_loss` checks, as it does of losses
+from elsewhere. `tests/test_zero_weights.py` is the column of zero weights of all losses,
 `tests/test_classifier_inputs.py` has what is particular to classifiers.
 """
 
@@ -185,10 +186,25 @@ def test_half_precision_gives_float32_and_float64_stays():
     complain(wrong)
 
 
+LOSSES = [name for name, case in TABLE.items() if case.loss is not None]
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if not TABLE[name].swept])
+def test_a_loss_keeps_what_losses_promise(name):
+    TABLE[name].check_loss("mesh", "explicit", "shard_map")
+
+
+@pytest.mark.every_change
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_keeps_it_with_its_batch_split_over_devices(name):
+    TABLE[name].check_loss()
+
+
 @pytest.mark.many_programs("each function is compiled once, for this test and those below")
 def test_a_number_that_is_none_is_seen():
     wrong = []
-    for name, case, key, x in spoilt(lambda case: not case.swept):
+    for name, case, key, x in spoilt(lambda case: not case.swept and case.loss is None):
         assert not any(np.isnan(x).any() for x in unspoilt(name)), name
         for number in (np.nan, np.inf, -np.inf) if x.dtype == np.float32 else ():
             absent = key in case.logits and number == -np.inf
@@ -239,7 +255,7 @@ def test_an_id_that_is_none_is_refused_or_nan():
                 said = refusal(case.call, arrays)
                 if unlike(said, f"got {number} at"):
                     wrong.append(f"{name}, {key} {number}: {said}")
-            if outside == "error" or case.swept:
+            if outside == "error" or case.swept or case.loss is not None:
                 continue
             if not any(np.isnan(x).any() for x in run(name, arrays)):
                 wrong.append(f"{name}, {key} {number} under jit: no nan")
@@ -249,7 +265,7 @@ def test_an_id_that_is_none_is_refused_or_nan():
 @pytest.mark.many_programs("runs after the tests above without compiling")
 def test_a_mask_may_leave_out_everything():
     for name, case in TABLE.items():
-        if case.where and not case.swept:
+        if case.where and not case.swept and case.loss is None:
             nothing = np.zeros_like(case.arrays[case.where])
             found = run(name, {**case.arrays, case.where: nothing})
             assert all(np.isfinite(x).all() for x in found), name

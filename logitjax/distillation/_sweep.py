@@ -1,12 +1,14 @@
 """As few sweeps over the vocabulary as the parts of an objective need."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from logitjax import losses
+from logitjax import losses, ops
 from logitjax.distillation._part import Part
 from logitjax.losses import Head, sweep
 
@@ -39,7 +41,11 @@ def swept(
     )
     if not all(part.is_pointwise for part in parts):
         # Every logit is formed once more in the backward pass.
+        # A nan where nothing counts, of the student or of a teacher, would have a gradient of nan,
+        # whatever it weighs.
+        hidden = jnp.where(where[..., None], hidden, 0.0)
         results = sweep.run(reading.statistic, hidden, head, tokens=reading.tokens, **options)
+        results = jax.tree.map(functools.partial(_gradient_where, where), results)
         sums = [_summed(*pair, where) for pair in zip(parts, reading.values(results, local))]
         return sum(part.weight * total for part, total in zip(parts, sums, strict=True)), sums
 
@@ -62,6 +68,10 @@ def swept(
     results = reading.statistic.losses(outputs, reading.tokens)
     values = reading.values(results, local)
     return total, [_summed(*pair, where) for pair in zip(parts, values, strict=True)]
+
+
+def _gradient_where(where: Any, x: Any) -> Any:
+    return ops.gradient_where(x, where) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 def _summed(part: Part, value: Any, where: Any) -> Any:

@@ -204,22 +204,17 @@ def with_gradient(s, t, labels, where=None):
     )(s, t)
 
 
-def test_absent_classes_change_nothing():
+def test_classes_that_a_mask_leaves_out_change_nothing():
     s, t = logits(7).astype(np.float32), logits(8).astype(np.float32)
     labels = np.arange(BATCH)
     (_, values), (gradient, teacher_gradient) = jax.device_get(with_gradient(s, t, labels))
     assert not np.any(teacher_gradient)
-    padding = np.full((BATCH, 4), -np.inf, np.float32)
-    wide = [np.concatenate([x, padding], 1) for x in (s, t)]
     where = np.arange(CLASSES + 4) < CLASSES
-    masked = [
-        np.concatenate([x, 5 + 0 * padding[:, :1].repeat(4, 1).clip(0, 0)], 1) for x in (s, t)
-    ]
-    for args in ((*wide, labels, None), (*masked, labels, where[None, :])):
-        (_, padded), (padded_gradient, _) = jax.device_get(with_gradient(*args))
-        np.testing.assert_allclose(padded, values, rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(padded_gradient[:, :CLASSES], gradient, rtol=1e-4, atol=1e-5)
-        assert not np.any(padded_gradient[:, CLASSES:])
+    wide = [np.pad(x, ((0, 0), (0, 4)), constant_values=5) for x in (s, t)]
+    (_, masked), (masked_gradient, _) = jax.device_get(with_gradient(*wide, labels, where[None, :]))
+    np.testing.assert_allclose(masked, values, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(masked_gradient[:, :CLASSES], gradient, rtol=1e-4, atol=1e-5)
+    assert not np.any(masked_gradient[:, CLASSES:])
 
 
 def test_split_vocabulary_equals_whole():
@@ -266,11 +261,3 @@ def test_wrong_arguments_are_named():
         distillation.binary_kl_norm(s, s, reduction="max")
     with pytest.raises(ValueError, match="temperature"):
         distillation.knowledge_distillation(s, s, temperature=0.0)
-
-
-def test_the_teacher_gets_no_gradient():
-    student, teacher = np.random.default_rng(8).normal(size=(2, 3, 5)).astype(np.float32)
-    gradient = jax.jit(jax.grad(lambda t: distillation.knowledge_distillation(student, t).sum()))(
-        teacher
-    )
-    assert not gradient.any()

@@ -124,15 +124,11 @@ def test_never_nan(divergence, logits):
 
 
 @every_divergence
-def test_padded_vocabulary_counts_for_nothing(divergence):
+def test_tokens_that_a_mask_leaves_out_count_for_nothing(divergence):
     student, teacher = pair()
-    padding = ((0, 0), (0, 5))
-    padded = [np.pad(x, padding, constant_values=-np.inf) for x in (student, teacher)]
-    expected = divergence(student, teacher)
-    np.testing.assert_allclose(divergence(*padded), expected, rtol=1e-5)
-    garbage = [np.pad(x, padding, constant_values=5.0) for x in (student, teacher)]
+    garbage = [np.pad(x, ((0, 0), (0, 5)), constant_values=5.0) for x in (student, teacher)]
     masked = divergence(*garbage, vocab_where=np.arange(16) < 11)
-    np.testing.assert_allclose(masked, expected, rtol=1e-5)
+    np.testing.assert_allclose(masked, divergence(student, teacher), rtol=1e-5)
 
 
 def test_infinite_where_the_support_is_missing():

@@ -113,24 +113,6 @@ def test_value_and_gradient_equal_float64_oracles(name):
     np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_what_a_loss_refers_to_gets_no_gradient():
-    nll, hidden = REFERENCE_NLL, normal(3, BATCH, HIDDEN)
-
-    @jax.jit
-    @functools.partial(jax.grad, argnums=range(5))
-    def gradients(reference, chosen, rejected, logits, target):
-        return (
-            unlearning.npo(nll, reference).sum()
-            + unlearning.dpo(nll, OTHER_NLL, chosen, rejected).sum()
-            + unlearning.undial(REFERENCE, logits, LABELS).sum()
-            + unlearning.rmu(hidden, target).sum()
-        )
-
-    # None of them lies where the loss is flat.
-    for gradient in gradients(nll + 1, nll + 2, nll - 1, REFERENCE + LABELS[..., None], hidden + 1):
-        assert not gradient.any()
-
-
 def test_satimp_holds_its_weight_constant_and_counts_a_token_that_is_nearly_certain():
     nll = np.r_[np.abs(normal(4, 8, scale=1.0)), np.float32([1e-8, np.inf])]
     value, gradient = values_and_gradient(unlearning.satimp)(nll, beta1=5.0, beta2=1.0)

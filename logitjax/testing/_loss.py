@@ -1,0 +1,365 @@
+"""What a loss promises: the same numbers under every transformation, and none where none counts."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partialmethod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from logitjax.testing._properties import (
+    Arrays,
+    attempt,
+    batch_mesh,
+    equal,
+    fail,
+    is_float,
+    on_mesh,
+    rounded,
+    selected,
+)
+
+# Columns of logits that do not exist.
+_PADDING = 3
+# Of finite differences: short, so that it crosses few kinks.
+_STEP = 2.0**-10
+
+
+def check_loss(
+    fn: Callable[..., Any],
+    arrays: Arrays,
+    *,
+    logits: Sequence[str] = ("student", "teacher"),
+    labels: Mapping[str, int] | None = None,
+    where: str | None = None,
+    shared: Sequence[str] = (),
+    constant: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    seed: int = 0,
+) -> None:
+    """Checks what a loss on logits, or on hidden states and a head, promises its callers.
+
+    The properties, by the names that `skip` takes:
+
+    - `shape`: The result is one float32 array `[*batch]`: unreduced, the vocabulary's axis gone.
+    - `jit`: Compiled it gives what it gives operation by operation.
+    - `bfloat16`: Of inputs in bfloat16 it gives the float32 result of the same numbers.
+    - `padding`: Columns of logits at -inf change no value and no gradient.
+    - `vmap`: Mapped over a new axis it gives what it gives one by one.
+    - `nan`: A nan in an input is seen in the value.
+    - `infinity`: So is an infinity in an input.
+    - `labels`: Under `jit` a label outside of the vocabulary gives nan.
+    - `where`: What the mask leaves out changes no value and no gradient, be it nan or infinite.
+    - `rows`: A position sees no other one, and a nan under a cotangent of zero does not reach the
+      gradient of a shared array.
+    - `cotangent`: The gradient is linear in the cotangent.
+    - `differences`: The gradient is that of finite differences.
+    - `mesh`, `explicit`, `shard_map`: With the batch split over devices (axes that are Auto,
+      axes that are Explicit, inside `shard_map`) it gives what it gives on one.
+
+    The function is compiled three times. Small arrays do: four rows, seven tokens.
+
+    Args:
+        fn: Takes the arrays by name and returns the unreduced loss.
+        arrays: Valid arguments. Floats are rounded to what bfloat16 can hold.
+        logits: Arrays whose last axis is a vocabulary, in which an entry at -inf does not exist.
+        labels: Arrays of integers, and how many values each may take.
+        where: The mask of positions, boolean or weights, if the function takes one.
+        shared: Arrays without a batch axis, such as a head. All others begin with it.
+        constant: Arrays that get no gradient, such as a teacher's.
+        skip: Properties that the loss does not promise.
+        seed: Seed of cotangents and directions.
+
+    Raises:
+        AssertionError: The first property that does not hold, in one line with the argument and the
+            numbers.
+        ValueError: `skip` or an argument's name is unknown.
+
+    >>> def squared_distance(student, teacher):
+    ...     exists = teacher > -jnp.inf
+    ...     gap = jnp.where(exists, student, 0.0) - jnp.where(exists, teacher, 0.0)
+    ...     return jnp.square(gap.astype(jnp.float32)).mean(-1)
+    >>> rows = np.random.default_rng(0).normal(size=(2, 4, 7)).astype(np.float32)
+    >>> check_loss(squared_distance, {"student": rows[0], "teacher": rows[1]})
+    Traceback (most recent call last):
+    AssertionError: padding: value: expected 0.662875, got 0.464012 at (0,)
+    """
+    names = (*logits, *(labels or ()), *shared, *constant, where)
+    unknown = [name for name in names if name is not None and name not in arrays]
+    if unknown:
+        raise ValueError(f"arrays: expected {unknown[0]} among them, got {', '.join(arrays)}")
+    # What fails first explains what would fail behind it.
+    every = [name.removeprefix("check_") for name in vars(_Loss) if name.startswith("check_")]
+    loss = _Loss(
+        properties=selected(every, skip),
+        fn=fn,
+        arrays={name: rounded(x) for name, x in arrays.items()},
+        logits=tuple(logits),
+        labels=dict(labels or {}),
+        where=where,
+        shared=tuple(shared),
+        constant=tuple(constant),
+        rng=np.random.default_rng(seed),
+    )
+    for name in loss.properties:
+        getattr(loss, f"check_{name}")()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Loss:
+    fn: Callable[..., Any]
+    arrays: Arrays
+    logits: tuple[str, ...]
+    labels: Mapping[str, int]
+    where: str | None
+    shared: tuple[str, ...]
+    constant: tuple[str, ...]
+    properties: tuple[str, ...]
+    rng: np.random.Generator
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """Of the result, which is traced here for the first time."""
+        result = attempt("jit", lambda: jax.eval_shape(lambda x: self.fn(**x), dict(self.arrays)))
+        if not hasattr(result, "shape"):
+            fail("shape", "result", f"expected one array, got {type(result).__name__}")
+        if result.dtype != jnp.float32:
+            fail("shape", "result", f"expected float32, got {result.dtype}")
+        return result.shape
+
+    @cached_property
+    def cotangent(self) -> np.ndarray:
+        return self.rng.normal(size=self.shape).astype(np.float32)
+
+    @cached_property
+    def floats(self) -> list[str]:
+        return [name for name, x in self.arrays.items() if is_float(x)]
+
+    def value_and_gradients(self, fn: Callable[..., Any], arrays: Any, cotangent: Any) -> Any:
+        rest = {name: x for name, x in arrays.items() if name not in self.floats}
+        value, pull = jax.vjp(
+            lambda floats: fn(**floats, **rest), {name: arrays[name] for name in self.floats}
+        )
+        return value, pull(cotangent.astype(value.dtype))[0]
+
+    # One program holds all that runs on one device.
+    @cached_property
+    def program(self) -> Callable[..., Any]:
+        views = {"jit": lambda *x: x, "bfloat16": self.halved, "padding": self.padded}
+
+        def run(arrays: Any, cotangent: Any) -> Any:
+            results = {
+                name: attempt(name, self.value_and_gradients, self.fn, *view(arrays, cotangent))
+                for name, view in views.items()
+                if name == "jit" or name in self.properties
+            }
+            if "vmap" in self.properties:
+                axes = {name: None if name in self.shared else 0 for name in arrays}
+                several = {
+                    name: x if name in self.shared else jnp.stack([x, x[::-1]])
+                    for name, x in arrays.items()
+                }
+                mapped = jax.vmap(lambda *x: self.value_and_gradients(self.fn, *x), (axes, 0))
+                cotangents = jnp.stack([cotangent, cotangent[::-1]])
+                results["vmap"] = attempt("vmap", mapped, several, cotangents)
+            return results
+
+        return jax.jit(run)
+
+    def run(self, changes: Arrays, cotangent: Any = None, view: str = "jit") -> Any:
+        """Value and gradients with some arrays changed."""
+        cotangent = self.cotangent if cotangent is None else cotangent
+        return jax.device_get(self.program({**self.arrays, **changes}, cotangent)[view])
+
+    @cached_property
+    def expected(self) -> Any:
+        return self.run({})
+
+    def halved(self, arrays: Any, cotangent: Any) -> Any:
+        cast = {n: x.astype(jnp.bfloat16) if n in self.floats else x for n, x in arrays.items()}
+        return cast, cotangent
+
+    def padded(self, arrays: Any, cotangent: Any) -> Any:
+        """With columns of logits that do not exist."""
+
+        def pad(x: Any) -> Any:
+            widths = ((0, 0),) * (x.ndim - 1) + ((0, _PADDING),)
+            return jnp.pad(x, widths, constant_values=-jnp.inf)
+
+        return {n: pad(x) if n in self.logits else x for n, x in arrays.items()}, cotangent
+
+    def compare(self, name: str, result: Any, expected: Any, **tolerance: float) -> None:
+        equal(name, "value", result[0], expected[0], **tolerance)
+        for array, gradient in expected[1].items():
+            # Rounding of a sum is that of its largest terms.
+            scale = float(np.abs(gradient).max(initial=0.0, where=np.isfinite(gradient)))
+            wanted = {"atol": 1e-5 + 1e-5 * scale, **tolerance}
+            equal(name, f"gradient of {array}", result[1][array], gradient, **wanted)
+
+    def check_shape(self) -> None:
+        for name in self.logits:
+            axes = self.arrays[name].shape[:-1]
+            if not self.shape or self.shape != axes[: len(self.shape)]:
+                wanted = f"expected one number a row of {axes}, got shape {self.shape}"
+                fail("shape", f"result beside {name}", wanted)
+
+    def check_jit(self) -> None:
+        value = attempt("jit", lambda: self.fn(**self.arrays))
+        equal("jit", "value", self.expected[0], value)
+
+    def check_bfloat16(self) -> None:
+        value, gradients = self.run({}, view="bfloat16")
+        if value.dtype != np.float32:
+            fail("bfloat16", "result", f"expected float32, got {value.dtype}")
+        equal("bfloat16", "value", value, self.expected[0], rtol=1e-3, atol=1e-3)
+        for name, gradient in gradients.items():
+            wanted = self.expected[1][name]
+            scale = float(np.abs(wanted).max(initial=0.0))
+            equal("bfloat16", f"gradient of {name}", gradient, wanted, rtol=0.02, atol=0.02 * scale)
+
+    def check_padding(self) -> None:
+        value, gradients = self.run({}, view="padding")
+        there = {n: g[..., :-_PADDING] if n in self.logits else g for n, g in gradients.items()}
+        self.compare("padding", (value, there), self.expected)
+        taken = {int(self.arrays[name].flat[0]) for name in self.labels}
+        other = next(token for token in range(len(taken) + 1) if token not in taken)
+        for name in self.logits:
+            beyond = gradients[name][..., -_PADDING:]
+            equal("padding", f"gradient of {name} at -inf", beyond, np.zeros_like(beyond), atol=0.0)
+            if np.isnan(self.changed(name, -np.inf, other)).any():
+                fail("padding", name, "expected no nan for an entry at -inf, got nan")
+
+    def check_vmap(self) -> None:
+        values, gradients = self.run({}, view="vmap")
+        reverse = {n: x[::-1] for n, x in self.arrays.items() if n not in self.shared}
+        singles = self.expected, self.run(reverse, self.cotangent[::-1])
+        for i, single in enumerate(singles):
+            mapped = values[i], {name: gradient[i] for name, gradient in gradients.items()}
+            self.compare("vmap", mapped, single)
+
+    def changed(self, name: str, number: float, entry: int = 0) -> Any:
+        """The value with another number in the first row."""
+        changed = self.arrays[name].copy()
+        changed.flat[entry] = number
+        return self.run({name: changed})[0]
+
+    def check_nan(self) -> None:
+        for name in self.floats:
+            if not np.isnan(self.changed(name, np.nan)).any():
+                fail("nan", name, "expected nan in the value for a nan, got none")
+
+    def check_infinity(self) -> None:
+        for name in self.floats:
+            for number in (np.inf,) if name in self.logits else (np.inf, -np.inf):
+                value = self.changed(name, number)
+                if np.isfinite(value).all():
+                    fail("infinity", name, f"expected no finite value for {number}, got {value}")
+
+    def check_labels(self) -> None:
+        for name, count in self.labels.items():
+            for number in (count, 2**31 - 1, -1, -(2**31)):
+                value = self.changed(name, number).flat[0]
+                if not np.isnan(value):
+                    fail("labels", name, f"expected nan for {number} of {count}, got {value:.6g}")
+
+    def spoilt(self, where: np.ndarray, number: float) -> dict[str, np.ndarray]:
+        """All arrays that have these positions, with a number there, or a label that is none."""
+        changes = {}
+        for name, x in self.arrays.items():
+            fits = x.shape[: where.ndim] == where.shape and x.dtype != bool
+            if fits and name not in (self.where, *self.shared):
+                changes[name] = x.copy()
+                wrong = -100 if number < 0 else 10**6
+                changes[name][where] = number if name in self.floats else wrong
+        return changes
+
+    def check_where(self) -> None:
+        # Without a mask of its own the loss is the caller's to mask.
+        if self.where is None:
+            return
+        mask = self.arrays[self.where]
+        silent = mask == 0
+        if silent.all() or not silent.any():
+            raise ValueError(f"{self.where}: expected positions that count and some that do not")
+        value, gradients = self.expected
+        # What a weight of zero would do more is no matter of what it hides.
+        kept = value, {name: g for name, g in gradients.items() if name != self.where}
+        for number in (np.nan, np.inf, -np.inf):
+            self.compare("where", self.run(self.spoilt(silent, number)), kept)
+        value, gradients = self.run({self.where: np.zeros_like(mask)})
+        for subject, x in {"value": value, **gradients}.items():
+            if not np.isfinite(x).all():
+                fail("where", f"{subject} with nothing left", "expected finite numbers, got others")
+
+    def check_rows(self) -> None:
+        first = np.zeros(self.shape, bool)
+        first[(0,) * first.ndim] = True
+        cotangent = np.where(first, np.float32(0), self.cotangent)
+        wanted = self.run({}, cotangent)
+        spoilt = self.spoilt(first, np.nan)
+        other = {name: self.arrays[name].copy() for name in spoilt}
+        for x in other.values():
+            x[first] = x[..., ::-1][first]
+        for changes in (other, spoilt):
+            value, gradients = self.run(changes, cotangent)
+            equal("rows", "value of another", value[~first], wanted[0][~first])
+            for name, gradient in gradients.items():
+                others = ~first if name in changes else slice(None)
+                expected = wanted[1][name][others]
+                equal("rows", f"gradient of {name}", gradient[others], expected)
+
+    def check_cotangent(self) -> None:
+        other = self.rng.normal(size=self.shape).astype(np.float32)
+        _, second = self.run({}, other)
+        _, both = self.run({}, self.cotangent - 2 * other)
+        wanted = {name: g - 2 * second[name] for name, g in self.expected[1].items()}
+        self.compare("cotangent", (0.0, both), (0.0, wanted), rtol=1e-3)
+
+    def check_differences(self) -> None:
+        for name in self.floats:
+            gradient = np.asarray(self.expected[1][name], np.float64)
+            of = f"gradient of {name}"
+            if name in self.constant:
+                equal("differences", of, gradient, np.zeros_like(gradient), atol=0.0)
+                continue
+            pairs = [self.slopes(name, gradient) for _ in range(3)]
+            # Of the value's rounding, and of what a step of this length bends.
+            size = float(np.abs(self.expected[0] * self.cotangent).sum())
+            bound = 4 * size * np.finfo(np.float32).eps / _STEP
+            bound += 1e-3 + 0.01 * np.sqrt(np.square(gradient).sum())
+            wrong = [pair for pair in pairs if not abs(pair[0] - pair[1]) <= bound]
+            # One direction may cross a kink, at which there is no derivative.
+            if len(wrong) > 1:
+                got, expected = wrong[0]
+                fail("differences", of, f"expected a slope of {expected:.6g}, got {got:.6g}")
+
+    def slopes(self, name: str, gradient: np.ndarray) -> tuple[float, float]:
+        """Along a random direction: by the gradient, and by values."""
+        x = self.arrays[name]
+        along = self.rng.normal(size=x.shape).astype(np.float32)
+        up, down = (self.run({name: x + s * along})[0] for s in (_STEP, -_STEP))
+        difference = ((up.astype(np.float64) - down) * self.cotangent).sum()
+        return float((gradient * along).sum()), float(difference) / (2 * _STEP)
+
+    def on_devices(self, name: str, kind: AxisType, inside: bool = False) -> None:
+        batch = next(x.shape[0] for n, x in self.arrays.items() if n not in self.shared)
+        mesh = batch_mesh(batch, kind)
+        arrays = {**self.arrays, "": self.cotangent}
+        split = on_mesh(mesh, arrays, self.shared)
+        specs = {n: P() if n in self.shared else P("data") for n in self.arrays}
+        mapped = jax.shard_map(
+            lambda x: self.fn(**x), mesh=mesh, in_specs=(specs,), out_specs=P("data")
+        )
+        fn = (lambda **x: mapped(x)) if inside else self.fn
+        run = jax.jit(lambda x, cotangent: self.value_and_gradients(fn, x, cotangent))
+        cotangent = split.pop("")
+        result = jax.device_get(attempt(name, run, split, cotangent))
+        self.compare(name, result, self.expected)
+
+    check_mesh = partialmethod(on_devices, "mesh", AxisType.Auto)
+    check_explicit = partialmethod(on_devices, "explicit", AxisType.Explicit)
+    check_shard_map = partialmethod(on_devices, "shard_map", AxisType.Auto, inside=True)

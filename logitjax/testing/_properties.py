@@ -1,0 +1,77 @@
+"""Comparisons and calls whose failure says the property, the argument and the numbers."""
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+#: Arrays by the name of their argument.
+Arrays = Mapping[str, Any]
+
+
+def fail(name: str, subject: str, message: str) -> NoReturn:
+    """Raises an `AssertionError` of one line."""
+    raise AssertionError(f"{name}: {subject}: {' '.join(message.split())}")
+
+
+def equal(
+    name: str, subject: str, result: Any, expected: Any, *, rtol: float = 1e-4, atol: float = 1e-5
+) -> None:
+    """Fails at the first entry that is off; infinities and nans equal themselves."""
+    result, expected = (np.asarray(x, np.float64) for x in (result, expected))
+    if result.shape != expected.shape:
+        fail(name, subject, f"expected shape {expected.shape}, got {result.shape}")
+    wrong = ~np.isclose(result, expected, rtol=rtol, atol=atol, equal_nan=True)
+    if wrong.any():
+        at = tuple(int(axis[0]) for axis in np.nonzero(wrong))
+        numbers = f"expected {expected[at]:.6g}, got {result[at]:.6g}"
+        fail(name, subject, f"{numbers} at {at}" if at else numbers)
+
+
+def attempt(name: str, call: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls, and fails with what went wrong."""
+    try:
+        return call(*arguments)
+    except AssertionError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise AssertionError(f"{name}: {type(error).__name__}: {reason}") from error
+
+
+def selected(properties: Sequence[str], skip: Collection[str]) -> tuple[str, ...]:
+    """The properties that are left."""
+    unknown = sorted(set(skip) - set(properties))
+    if unknown:
+        raise ValueError(f"skip: expected some of {', '.join(properties)}, got {unknown[0]}")
+    return tuple(name for name in properties if name not in skip)
+
+
+def is_float(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def rounded(x: Any) -> np.ndarray:
+    """A copy on the host, floats in float32 rounded to what bfloat16 can hold."""
+    x = np.array(x)
+    return x.astype(jnp.bfloat16).astype(np.float32) if is_float(x) else x
+
+
+def batch_mesh(size: int, kind: AxisType) -> Mesh:
+    """As many devices as divide a batch of this size, on an axis `data`."""
+    devices = jax.devices()
+    count = max(n for n in range(1, len(devices) + 1) if math.gcd(n, size) == n)
+    return jax.make_mesh((count,), ("data",), (kind,), devices=devices[:count])
+
+
+def on_mesh(mesh: Mesh, arrays: Arrays, shared: Collection[str]) -> dict[str, jax.Array]:
+    """The arrays, all but the shared ones split along their first axis."""
+    return {
+        name: jax.device_put(x, NamedSharding(mesh, P() if name in shared else P("data")))
+        for name, x in arrays.items()
+    }
