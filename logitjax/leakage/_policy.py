@@ -2,9 +2,7 @@
 
 import dataclasses
 import hashlib
-import typing
 from collections.abc import Sequence
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +10,13 @@ import numpy as np
 from jaxtyping import Float, Int, Key
 
 from logitjax.ops import Array, Number, checks, top_k
+from logitjax.storage import option
 
-_RETURNS = Literal["logits", "logprobs", "token"]
-_BIAS = Literal["none", "sampling", "reported"]
-_NOISE_PER = Literal["prompt", "query"]
+_CHOICES = {
+    "returns": ("logits", "logprobs", "token"),
+    "bias": ("none", "sampling", "reported"),
+    "noise_per": ("prompt", "query"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,28 +71,23 @@ class LogitPolicy:
         kinds of API and for the defences.
     """
 
-    returns: _RETURNS = "logprobs"
+    returns: str = option("logprobs", choices=_CHOICES["returns"])
     top_k: int | None = None
     sampled: bool = False
-    bias: _BIAS = "none"
+    bias: str = option("none", choices=_CHOICES["bias"])
     max_biased: int = 300
     bias_limit: float = 100.0
     decimals: int | None = None
     noise: float = 0.0
-    noise_per: _NOISE_PER = "prompt"
+    noise_per: str = option("prompt", choices=_CHOICES["noise_per"])
     floor: float | None = None
     dummy_dims: int = 0
     dummy_scale: float = 0.1
     soft_cap: float | None = None
 
     def __post_init__(self) -> None:
-        for name, values in (
-            ("returns", _RETURNS),
-            ("bias", _BIAS),
-            ("noise_per", _NOISE_PER),
-        ):
-            known, value = typing.get_args(values), getattr(self, name)
-            if value not in known:
+        for name, known in _CHOICES.items():
+            if (value := getattr(self, name)) not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
         for name, value in (
             ("top_k", self.top_k if self.top_k or not self.sampled else None),
