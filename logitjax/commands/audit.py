@@ -118,6 +118,7 @@ def _run(config: Config, out: epath.Path) -> None:
     for name in names:
         path = out / "policies" / f"{name}.json"
         if not path.exists():
+            storage.progress.mark(f"asking {name}", log=True)
             record = _audit(config, name, prompts, vocab, truth, out)
             storage.write_atomic(path, json.dumps(record, indent=1) + "\n")
         records.append(json.loads(path.read_text()))

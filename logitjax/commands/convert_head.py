@@ -64,6 +64,7 @@ def run(config: Config, out: epath.Path) -> None:
         source=_source(packed["train"], config),
         mesh=mesh,
     )
+    storage.progress.mark("comparing both heads on held-out text", log=True)
     with processes.first_before_others("held-out hidden states"):
         held_out = vq.HiddenCache.of(
             model,

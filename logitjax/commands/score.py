@@ -85,12 +85,14 @@ def run(config: Config, out: epath.Path) -> None:
 def _run(config: Config, out: epath.Path) -> None:
     _check_fusion(strategy(config.line_up.fusion))
     # Before any weights are read: it says what is wrong with the data.
+    storage.progress.mark("reading what is scored", log=True)
     sources = _sources(config)
     ensemble, tokenizer, _ = config.line_up.load()
     weights = storage.digest(jax.tree.leaves(ensemble.params), sample=64)
     nll_fn = decoding.nll_from_model(ensemble)
     lines, results = [], {}
     for name, fingerprint, items in sources:
+        storage.progress.mark(f"scoring {len(items)} {name}", log=True)
         # What was scored of data, or by models, that have changed since is no part of this run.
         key = storage.digest(fingerprint, weights, tokenizer.fingerprint, length=12)
         parts = out / "parts" / f"{name}-{key}"
