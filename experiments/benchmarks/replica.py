@@ -90,7 +90,7 @@ def run(options: suite.Options) -> suite.Result:
             "--decimals=2",
             f"--vocab_size={_TOKENS}",
             f"--prompts={prompts}",
-            f"--workdir={root}/audit",
+            f"--out={root}/audit",
         )
         ways = {
             "replica": (f"--teacher=api:{url}", f"--student_head={root}/audit", *mixed),

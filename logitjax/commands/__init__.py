@@ -6,6 +6,8 @@ function of a room or a layer and ends in files. `logitjax --help` imports none 
 
 import difflib
 import importlib
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -48,11 +50,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"error: command: expected one that `logitjax --help` lists{hint}, got {name!r}",
               file=sys.stderr)  # fmt: skip
         sys.exit(2)
+    # Nothing has to be unwound yet, and some packages would make another error of it.
+    before = signal.signal(signal.SIGINT, _end)
     try:
         command = importlib.import_module(f"logitjax.commands.{name.replace('-', '_')}")
+        cli = importlib.import_module("logitjax.commands.cli")
     except ImportError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    from logitjax.commands import cli
-
+    finally:
+        signal.signal(signal.SIGINT, before)
     cli.main(command.Config, None, command.run, program=f"logitjax {name}", arguments=rest)
+
+
+def _end(*_: object) -> None:
+    print("interrupted", file=sys.stderr, flush=True)
+    os._exit(128 + signal.SIGINT)

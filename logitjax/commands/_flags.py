@@ -72,10 +72,8 @@ def nested(
 ) -> Any:
     """A dataclass field that holds a dataclass whose fields become flags.
 
-    A plain `course: Course = Course()` is enough where every field is to be a flag.
-
     Args:
-        default: The dataclass with the defaults of this command; if omitted, its own hold.
+        default: An instance that has this command's defaults; if omitted, its own hold.
         without: Names of fields that are no flags. The command sets them, or their default holds.
         rename: Flags' names of fields that are called like another one, or mean too little alone.
     """
@@ -364,7 +362,7 @@ def help_text(
         names = "|".join(presets)
         shown.append((f"--preset={names}", "Named set of defaults. The first is the default."))
     for flag in flags:
-        says = flag.help.rstrip(".") + "."
+        says = _sentence(flag.help)
         if flag.metadata.get("positional"):
             rest = f" {flag.name.upper()} ..."
         if flag.metadata.get("listing"):
@@ -375,7 +373,7 @@ def help_text(
             says += " Required."
         elif flag.default not in (None, (), ""):
             default = ", ".join(map(str, flag.default)) if flag.several else flag.default
-            says += f" Default: {default}."
+            says += _sentence(f" Default: {default}")
         value = "|".join(map(str, flag.choices)) or ("TEXT" if flag.kind is str else "NUMBER")
         name = f"--[no]{flag.name}" if flag.kind is bool else f"--{flag.name}={value}"
         shown.append((name, says))
@@ -384,3 +382,7 @@ def help_text(
     for name, says in shown:
         lines += [f"  {name}", textwrap.indent(textwrap.fill(says, 90), " " * 6)]
     return "\n".join(lines)
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith(".") else f"{text}."

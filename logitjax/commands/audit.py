@@ -30,7 +30,7 @@ from etils import epath
 from flax import nnx
 
 from logitjax import data, decoding, leakage, models, processes, storage
-from logitjax.commands.cli import field
+from logitjax.commands.cli import field, nested
 from logitjax.commands.tables import markdown_table
 
 
@@ -49,15 +49,11 @@ class Config:
         "Policy of the API to audit.",
     )
     api_key: str | None = field(None, "API key of the server.", secret=True)
-    top_logprobs: int = field(5, "Number of log-probabilities that the server reports.", minimum=1)
-    bias: Literal["none", "sampling", "reported"] = field(
-        "reported", "What a logit bias moves at the server."
+    server: leakage.LogitPolicy = nested(
+        leakage.LogitPolicy(top_k=5, bias="reported"),
+        without=["returns"],
+        rename={"top_k": "top_logprobs"},
     )
-    sampled: bool = field(
-        False, "The server reports a chosen token's own value, whatever its rank."
-    )
-    decimals: int | None = field(None, "Number of decimals that the server reports.")
-    noise: float = field(0.0, "Noise that the server adds, in nats.")
     budget: int | None = field(
         None, "Largest number of queries to the server. It is an error to need more."
     )
@@ -107,7 +103,7 @@ def _run(config: Config, out: epath.Path) -> None:
     names = config.policy
     if config.url:
         # Where a bias moves what is drawn, the token alone answers comparisons.
-        names = ("server", "draws") if config.bias == "sampling" else ("server",)
+        names = ("server", "draws") if config.server.bias == "sampling" else ("server",)
     # What is in the folder was asked of this head, with these prompts.
     manifest = storage.Manifest(out, "audit")
     made_from = {
@@ -122,6 +118,7 @@ def _run(config: Config, out: epath.Path) -> None:
     for name in names:
         path = out / "policies" / f"{name}.json"
         if not path.exists():
+            storage.progress.mark(f"asking {name}", log=True)
             record = _audit(config, name, prompts, vocab, truth, out)
             storage.write_atomic(path, json.dumps(record, indent=1) + "\n")
         records.append(json.loads(path.read_text()))
@@ -177,17 +174,10 @@ def _logits(model: models.Decoder, prompts: np.ndarray, batch_size: int) -> np.n
 
 
 def _oracle(config: Config, name: str, prompts: np.ndarray, truth: Truth | None) -> Any:
-    if config.url and name == "draws":
-        policy = leakage.LogitPolicy(returns="token", bias="sampling")
-        return leakage.HttpOracle(config.url, policy, api_key=config.api_key, budget=config.budget)
     if config.url:
-        policy = leakage.LogitPolicy(
-            top_k=config.top_logprobs,
-            sampled=config.sampled,
-            bias=config.bias,
-            decimals=config.decimals,
-            noise=config.noise,
-        )
+        policy = config.server
+        if name == "draws":
+            policy = leakage.LogitPolicy(returns="token", bias="sampling")
         return leakage.HttpOracle(config.url, policy, api_key=config.api_key, budget=config.budget)
     assert truth is not None
     logits = truth.logits

@@ -18,7 +18,6 @@ its own devices.
 """
 
 import dataclasses
-from typing import Literal
 
 import jax
 import numpy as np
@@ -26,7 +25,7 @@ from absl import logging
 from etils import epath
 
 from logitjax import data, distillation, models
-from logitjax.commands.cli import field
+from logitjax.commands.cli import field, nested
 from logitjax.commands.tables import markdown_table
 from logitjax.data import SPLITS
 
@@ -36,27 +35,15 @@ class Config:
     """The teachers, the text, and what is kept."""
 
     student: str = field("smollm2", "Model that will be trained. Its tokenizer packs the rows.")
-    teacher: tuple[str, ...] = field(("smollm2",), "Model that reads the text, or api:URL.")
-    data: str = field("tfds:wiki_summaries", "Text to read: text:PATH, jsonl:PATH or tfds:NAME.")
-    on_error: Literal["raise", "skip"] = field(
-        "raise", "Whether a malformed row is an error or is skipped."
+    reading: distillation.Reading = nested(
+        distillation.Reading(data="tfds:wiki_summaries", teachers=("smollm2",)),
+        without=["terms", "teacher_reads"],
+        rename={"teachers": "teacher", "top_k": "cache_top_k"},
     )
-    seq_len: int = field(256, "Number of tokens in a row.")
     rows: str = field("all", "Rows of each split to read: all, or a number counted from the start.")
     splits: tuple[str, ...] = field(SPLITS, "Split to read.")
-    cache_top_k: int = field(64, "Number of top logits kept for each position.")
-    tail_samples: int = field(
-        0, "Number of other tokens drawn for each position. It makes kl unbiased."
-    )
     likelihoods: bool = field(
         False, "Also keep likelihoods of labels and of beginnings of words, for alm."
-    )
-    api_key: str | None = field(None, "API key of the server.", secret=True)
-    batch_size: int = field(4, "Number of rows that a process reads at once.")
-    dtype: Literal["float32", "bfloat16"] = field("float32", "Compute type.")
-    layout: Literal["stacked", "listed"] = field(
-        "listed",
-        "Whether layers are scanned (stacked) or unrolled (listed).",
     )
 
 
@@ -73,26 +60,16 @@ def run(config: Config, out: epath.Path) -> None:
     unknown = sorted(set(config.splits) - set(SPLITS))
     if unknown:
         raise ValueError(f"splits: expected some of {', '.join(SPLITS)}, got {unknown[0]!r}")
-    reading = distillation.Reading(
-        data=config.data,
-        teachers=config.teacher,
-        seq_len=config.seq_len,
-        on_error=config.on_error,
-        top_k=config.cache_top_k,
-        tail_samples=config.tail_samples,
-        batch_size=config.batch_size,
-        dtype=config.dtype,
-        layout=config.layout,
-        api_key=config.api_key,
-        terms=(distillation.terms.ALM(),) if config.likelihoods else (),
-    )
+    reading = config.reading
+    if config.likelihoods:
+        reading = dataclasses.replace(reading, terms=(distillation.terms.ALM(),))
     tokenizer = models.load_tokenizer(config.student)
     packed = distillation.pack_corpus(reading, tokenizer, out / "data")
     rows = {split: _wanted(config, packed.splits[split]) for split in config.splits}
     _announce(reading, packed, rows)
     corpus = distillation.load_corpus(reading, packed, rows, out)
     table = []
-    for name, spec in zip(reading.names, config.teacher, strict=True):
+    for name, spec in zip(reading.names, reading.teachers, strict=True):
         for split, cache in corpus.sources[name].caches.items():
             files = cache.directory.glob("*.array_record")
             size = sum(path.stat().length for path in files)
@@ -110,7 +87,7 @@ def run(config: Config, out: epath.Path) -> None:
         uses = " ".join(f"--teacher=cache:{out / name}" for name in reading.names)
         text += (
             f"\n\nTrain from it: logitjax distill --student={config.student} {uses} "
-            f"--data={config.data} --seq_len={config.seq_len} ...\n"
+            f"--data={reading.data} --seq_len={reading.seq_len} ...\n"
         )
         (out / "report.md").write_text(text)
         print(text)

@@ -6,6 +6,7 @@ folder `workdir`. `main(Config, PRESETS, run)` does the rest: `--help`, flags an
 presets below them, `config.json`, several processes, exit statuses.
 """
 
+import collections
 import contextlib
 import dataclasses
 import inspect
@@ -47,6 +48,8 @@ _ONE_LINE_ERRORS = (
 _HELP = ("--help", "-h", "-help", "--helpfull", "--helpshort")
 _INTERRUPTED = 128 + signal.SIGINT
 _GRACE_SECONDS = 5.0
+_SAY_SECONDS = 9.0
+_last_line = 0.0
 _interrupted = threading.Event()
 _PACKAGE = str(pathlib.Path(logitjax.__file__).parent)
 
@@ -109,8 +112,35 @@ def parse(
 
 def _is_ours(record: Any) -> bool:
     """Libraries' own progress notes would bury ours, which may lie among theirs; warnings stay."""
+    global _last_line
     ours = record.pathname.startswith(_PACKAGE) or "site-packages" not in record.pathname
-    return ours or record.levelno > py_logging.INFO
+    shown = ours or record.levelno > py_logging.INFO
+    if shown:
+        _last_line = time.monotonic()
+    return shown
+
+
+def _devices() -> str:
+    kinds = collections.Counter(device.device_kind for device in jax.devices())
+    return ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+
+
+@contextlib.contextmanager
+def _narrated() -> Iterator[None]:
+    """Without a terminal, where bars show nothing, silence ends with what is being done."""
+    done = threading.Event()
+
+    def narrate() -> None:
+        while not done.wait(_SAY_SECONDS / 10):
+            if time.monotonic() - _last_line > _SAY_SECONDS:
+                logging.info("still %s", storage.progress.last()[1])
+
+    if not sys.stderr.isatty() and not (training.distributed.is_joined() and jax.process_index()):
+        threading.Thread(target=narrate, name="narrator", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 def _write_details(workdir: epath.Path) -> str:
@@ -176,7 +206,8 @@ def _interruptible(says: str) -> Iterator[None]:
             training.distributed.leave(says, _INTERRUPTED)
         logging.flush()
         sys.stdout.flush()
-        print(says, file=sys.stderr, flush=True)
+        # A bar, or text that is being made, leaves the cursor in a line.
+        print(f"\n{says}" if sys.stderr.isatty() else says, file=sys.stderr, flush=True)
         # Threads that still compile or write must not be part of Python's own end.
         os._exit(_INTERRUPTED)
 
@@ -275,10 +306,11 @@ def _main(
         logging.set_verbosity(logging.INFO)
         training.distributed.initialize(**dataclasses.asdict(place[1]))
         folder = epath.Path(getattr(place[0], kept))
-        with training.lock_workdir(folder):
+        with _narrated(), training.lock_workdir(folder):
             details = folder  # Before, it may be another run's.
             with processes.first_before_others("config"):
                 _config_file.write_config(config, folder, kept)
+            logging.info("%s on %s, into %s", program, _devices(), folder)
             run(config, folder)
     except _ONE_LINE_ERRORS as error:
         _let_others_speak(error)

@@ -1,7 +1,7 @@
 """Replace a model's output head by a vector-quantised one that imitates it.
 
     logitjax convert-head --model=smollm2 --data=tfds:wiki_summaries --out=runs/head
-    logitjax convert-head --model=DIR --data=text:FILE --kind=shortlist --codes=4096 --out=DIR2
+    logitjax convert-head --model=DIR --data=text:FILE --num_pages=64 --num_codes=4096 --out=DIR2
 
 It reads the text once and keeps the hidden states. Then it fits codes to the rows of the old head
 and tunes them to the old head's distribution. It writes OUT/head and OUT/report.md, which
@@ -9,8 +9,8 @@ compares perplexity on held-out text and size before and after. In Python,
 
     model = models.load("MODEL", layout="listed")[0].with_head(vq.load_head("OUT/head"))
 
-is the converted model. `--kind=vq` gives one code to several tokens, and a bias to each token.
-`--kind=shortlist` lets codes choose pages of tokens, which their exact rows score again. You may
+is the converted model. By default one code serves several tokens, and each token has a bias. With
+`--num_pages` codes choose that many pages of tokens, which their exact rows score again. You may
 kill the run at any time: the same command continues with the hidden states it has.
 docs/vq_logits.md says what to expect.
 """
@@ -24,7 +24,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from logitjax import data, models, processes, storage, training, vq
-from logitjax.commands.cli import REQUIRED, field
+from logitjax.commands.cli import REQUIRED, field, nested
 from logitjax.commands.tables import markdown_table
 
 
@@ -37,19 +37,10 @@ class Config:
     on_error: Literal["raise", "skip"] = field(
         "raise", "Whether a malformed row is an error or is skipped."
     )
-    kind: Literal["vq", "shortlist"] = field("vq", "Head to convert to.")
-    codes: int = field(2048, "Number of codes.", minimum=1)
-    pages: int = field(64, "Number of pages that a shortlist scores again.", minimum=1)
-    page_size: int = field(8, "Number of tokens in a page.", minimum=1)
     seq_len: int = field(256, "Number of tokens in a row.", minimum=2)
     batch_rows: int = field(8, "Number of rows that the model reads at once.", minimum=1)
-    tokens: int = field(100_000, "Number of positions to fit and tune on.", minimum=1)
     held_out_tokens: int = field(10_000, "Number of positions to report on.", minimum=1)
-    steps: int = field(200, "Number of optimiser steps.", minimum=0)
-    batch_size: int = field(2048, "Number of positions in a step.", minimum=1)
-    learning_rate: float = field(2e-3, "Peak learning rate.")
-    reassign_every: int = field(50, "Number of steps between reassignments. 0 for none.", minimum=0)
-    seed: int = field(0, "Seed of the clustering and of the order of positions.")
+    convert: vq.ConvertConfig = nested(vq.ConvertConfig(num_codes=2048))
     dtype: Literal["float32", "bfloat16"] = field("float32", "Compute type of the model.")
     mesh: str = field("data:-1", "Axes and sizes of the device mesh.")
 
@@ -69,20 +60,11 @@ def run(config: Config, out: epath.Path) -> None:
         model,
         _batches(packed["train"], config.batch_rows),
         workdir=out,
-        config=vq.ConvertConfig(
-            num_codes=config.codes,
-            num_pages=config.pages if config.kind == "shortlist" else 0,
-            page_size=config.page_size,
-            max_tokens=config.tokens,
-            steps=config.steps,
-            batch_size=config.batch_size,
-            learning_rate=config.learning_rate,
-            reassign_every=config.reassign_every,
-            seed=config.seed,
-        ),
+        config=config.convert,
         source=_source(packed["train"], config),
         mesh=mesh,
     )
+    storage.progress.mark("comparing both heads on held-out text", log=True)
     with processes.first_before_others("held-out hidden states"):
         held_out = vq.HiddenCache.of(
             model,
@@ -100,10 +82,12 @@ def run(config: Config, out: epath.Path) -> None:
 def programs(config: Config, mesh: Mesh) -> Iterator[training.Program]:
     """The step that tunes the codes, for `python -m experiments.plan --command=convert-head`."""
     shape = models.load_config(config.model)
+    convert = config.convert
     tuning = vq.Tuning(
-        steps=config.steps, batch_size=config.batch_size, learning_rate=config.learning_rate
+        steps=convert.steps, batch_size=convert.batch_size, learning_rate=convert.learning_rate
     )
-    yield tuning.program(mesh, vocab=shape.vocab_size, width=shape.hidden_size, codes=config.codes)
+    sizes = dict(vocab=shape.vocab_size, width=shape.hidden_size, codes=convert.num_codes)
+    yield tuning.program(mesh, **sizes)
 
 
 def _batches(packed: data.PackedDataset, rows: int) -> Iterator[Mapping[str, Any]]:
@@ -133,9 +117,10 @@ def _report(config: Config, old: Any, new: Any, held_out: Any) -> str:
             }
         )
     before, after = qualities
+    codes = config.convert.num_codes
     same = float((before.tokens == after.tokens).mean())
     return (
-        f"# `{config.model}`: its head as `{config.kind}` with {config.codes:,} codes\n\n"
+        f"# `{config.model}`: its head as a {type(new.head).__name__} of {codes:,} codes\n\n"
         f"{markdown_table(table)}\n\n"
         f"On {len(held_out):,} held-out positions of `{config.data}`. Perplexity times "
         f"{after.perplexity / before.perplexity:.4g}; the likeliest token is the same at "

@@ -129,6 +129,8 @@ def run(config: Config, out: epath.Path) -> None:
         config.student, mesh=mesh, dtype=config.dtype, layout=config.layout, remat=config.remat
     )
     _check_weights(config, whole, out)
+    if config.prunes:
+        storage.progress.mark("pruning the student", log=True)
     model, note, freeze = _pruned(config, whole, packed, out)
     # Before teachers read for hours: what is wrong with it is said at once.
     student = distillation.make_student(
@@ -159,6 +161,7 @@ def run(config: Config, out: epath.Path) -> None:
         storage.write_atomic(out / "tokenizers.md", markdown_table(table) + "\n")
         print(markdown_table(table))
     found = distillation.distill(student, corpus, objective, course, mesh=mesh, workdir=out)
+    storage.progress.mark(f"writing {out / 'model'}", log=True)
     models.save_pretrained(found.model, tokenizer, out / "model")
     rows += [
         _row("student before", {**found.before, "parameters": student.size}),
@@ -323,6 +326,7 @@ def _whole_row(
     """Scores of the model that the student is cut from, kept on disk."""
     path = out / "whole.json"
     if not processes.broadcast_from_first(path.exists):
+        storage.progress.mark("scoring the whole model", log=True)
         student = distillation.make_student(whole)
         scorer = distillation.Scorer(student, corpus, course, mesh=mesh)
         scores = scorer.scores(student.trained, "test")

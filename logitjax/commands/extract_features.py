@@ -29,17 +29,26 @@ from logitjax.commands.tables import markdown_table
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """The pictures, their views and the encoders."""
+    """The pictures, their views and the encoders.
+
+    A folder takes more encoders, splits and views: each cache in it says what it is of.
+    """
 
     encoder: tuple[str, ...] = field(
-        ("efficientnet_lite0",), "Encoder, by name, file, directory or hf:org/name."
+        ("efficientnet_lite0",),
+        "Encoder, by name, file, directory or hf:org/name.",
+        execution=True,
     )
     data: str = field(
         "stamps",
         "Pictures: stamps, mnist_5k, emoji:VENDOR, tfds:NAME, folder:DIR, recognition:NAME, ...",
     )
-    split: tuple[str, ...] = field(("all",), "Split, which may be sliced: test[:2000].")
-    views: tuple[str, ...] = field(("plain",), "Views of every picture: plain or random:COUNT.")
+    split: tuple[str, ...] = field(
+        ("all",), "Split, which may be sliced: test[:2000].", execution=True
+    )
+    views: tuple[str, ...] = field(
+        ("plain",), "Views of every picture: plain or random:COUNT.", execution=True
+    )
     fit: Literal["crop", "pad"] = field(
         "crop",
         "How pictures become square: cropped, or padded.",

@@ -211,6 +211,7 @@ def _run(problem: Problem, out: epath.Path) -> None:
         for shots in sorted(config.shots):
             path = out / "results" / f"{name}_{shots}.json"
             if not path.exists():
+                storage.progress.mark(f"training {name}, {shots} shots", log=True)
                 record = problem.score(candidate, shots)
                 storage.write_atomic(path, json.dumps(record, indent=1) + "\n")
             records[name][shots] = json.loads(path.read_text())

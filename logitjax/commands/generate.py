@@ -25,27 +25,15 @@ from typing import Any, Literal
 import numpy as np
 
 from logitjax import decoding, models
-from logitjax.commands.cli import field
-from logitjax.commands.line_up import load_line_up
+from logitjax.commands.cli import field, nested
+from logitjax.commands.line_up import LineUp
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """The models, how they are fused, the prompts and the sampling."""
 
-    model: str = field("smollm2", "Model that answers alone or is steered.")
-    expert: tuple[str, ...] = field((), "Tuned small model.")
-    base: tuple[str, ...] = field(
-        (), "Model that the experts were tuned from: one, or one for each."
-    )
-    fusion: str | None = field(None, "Strategy that fuses their logits: NAME or NAME:key=value,...")
-    assistant: str | None = field(
-        None,
-        "Folder of an assistant by `logitjax unlearn`. The model forgets what the assistant knows.",
-    )
-    alpha: float | None = field(
-        None, "Weight of the assistant. By default the one that was written with it."
-    )
+    line_up: LineUp = nested(LineUp())
     draft: Literal["expert", "base"] | None = field(
         None, "Small model that drafts tokens for all to verify."
     )
@@ -74,7 +62,6 @@ class Config:
     )
     seed: int = field(0, "Seed of the draws.")
     stop: tuple[str, ...] = field((), "Text that ends an answer.")
-    dtype: Literal["float32", "bfloat16"] = field("float32", "Type of weights and computation.")
 
 
 def run(config: Config) -> None:
@@ -82,7 +69,7 @@ def run(config: Config) -> None:
     # Before models are loaded: it says which settings make no sense.
     sampling = sampling_of(config)
     _check(config)
-    ensemble, tokenizer, ends = load_line_up(config)
+    ensemble, tokenizer, ends = config.line_up.load()
     drafts = None
     if config.draft is not None:
         drafts = decoding.DraftControl(decoding.Speculation(draft=config.draft))
@@ -97,26 +84,23 @@ def run(config: Config) -> None:
     )
     options: dict[str, Any] = dict(sampling=sampling, stop_ids=ends, text=shown, drafts=drafts)
     talk = Conversation(tokenizer, config.system)
-    try:
-        for prompt in _prompts(config):
-            if not chat:
-                print(prompt, end="", flush=True)
-            start = time.perf_counter()
-            text, count = answer(
-                ensemble,
-                # A template writes the beginning mark itself.
-                tokenizer.encode(talk.ask(prompt)) if chat else tokenizer.encode(prompt, None),
-                config.max_new_tokens,
-                options,
-            )
-            talk.answered(text)
-            print(flush=True)
-            if sys.stderr.isatty():
-                seconds = time.perf_counter() - start
-                rate = f"{count} tokens in {seconds:.1f} s, the first compiling included"
-                print(f"[{rate}]", file=sys.stderr)
-    except KeyboardInterrupt:
-        print()
+    for prompt in _prompts(config):
+        if not chat:
+            print(prompt, end="", flush=True)
+        start = time.perf_counter()
+        text, count = answer(
+            ensemble,
+            # A template writes the beginning mark itself.
+            tokenizer.encode(talk.ask(prompt)) if chat else tokenizer.encode(prompt, None),
+            config.max_new_tokens,
+            options,
+        )
+        talk.answered(text)
+        print(flush=True)
+        if sys.stderr.isatty():
+            seconds = time.perf_counter() - start
+            rate = f"{count} tokens in {seconds:.1f} s, the first compiling included"
+            print(f"[{rate}]", file=sys.stderr)
 
 
 def _check(config: Config) -> None:
@@ -125,19 +109,21 @@ def _check(config: Config) -> None:
     Raises:
         ValueError: Nobody drafts, or no template takes the system message.
     """
-    if config.draft is not None and not getattr(config, config.draft):
+    if config.draft is not None and not getattr(config.line_up, config.draft):
         raise ValueError(f"draft: expected a model by --{config.draft} to draft, got none")
     if config.system is None:
         return
     if config.complete:
         raise ValueError("system: expected a chat template that takes it, got --complete")
-    if models.load_tokenizer(config.model).chat_template is None:
-        raise ValueError(f"system: expected a chat template that takes it, {config.model} has none")
+    if models.load_tokenizer(config.line_up.model).chat_template is None:
+        raise ValueError(
+            f"system: expected a chat template that takes it, {config.line_up.model} has none"
+        )
 
 
 def sampling_of(config: Config) -> decoding.Sampling:
     """What the flags say, and where they say nothing what the model's publisher does."""
-    settings = models.load_sampling(config.model)
+    settings = models.load_sampling(config.line_up.model)
     for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
         if getattr(config, name) is not None:
             settings[name] = getattr(config, name)

@@ -25,7 +25,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -33,8 +33,8 @@ from absl import logging
 from etils import epath
 
 from logitjax import data, decoding, evaluation, fusion, models, processes, storage
-from logitjax.commands.cli import field
-from logitjax.commands.line_up import longest
+from logitjax.commands.cli import field, nested
+from logitjax.commands.line_up import LineUp
 from logitjax.commands.strategies import strategy
 from logitjax.commands.tables import markdown_table
 
@@ -47,12 +47,7 @@ _NOTHING = evaluation.PromptTemplate(before="", after="")
 class Config:
     """The models, how they are fused, and the texts or questions."""
 
-    model: str = field("smollm2", "Model that scores alone or is steered.")
-    expert: tuple[str, ...] = field((), "Tuned small model.")
-    base: tuple[str, ...] = field(
-        (), "Model that the experts were tuned from: one, or one for each."
-    )
-    fusion: str | None = field(None, "Strategy that fuses their logits: NAME or NAME:key=value,...")
+    line_up: LineUp = nested(LineUp(), without=["assistant", "alpha"])
     data: str | None = field(
         None, "Texts, or prompts and responses: text:PATH, jsonl:PATH, tfds:NAME."
     )
@@ -60,7 +55,6 @@ class Config:
     choices: str | None = field(None, "File of questions with choices, as JSON lines.")
     max_length: int = field(1024, "Most tokens that are read at once.", minimum=2)
     batch_size: int = field(8, "Number of rows read at once.", minimum=1)
-    dtype: Literal["float32", "bfloat16"] = field("float32", "Type of weights and computation.")
 
 
 Row = tuple[np.ndarray, np.ndarray]
@@ -89,17 +83,16 @@ def run(config: Config, out: epath.Path) -> None:
 
 
 def _run(config: Config, out: epath.Path) -> None:
-    fuse = strategy(config.fusion)
-    _check_fusion(fuse)
+    _check_fusion(strategy(config.line_up.fusion))
     # Before any weights are read: it says what is wrong with the data.
+    storage.progress.mark("reading what is scored", log=True)
     sources = _sources(config)
-    ensemble, tokenizer, _ = decoding.load_ensemble(
-        config.model, config.expert, config.base, fuse, dtype=config.dtype
-    )
+    ensemble, tokenizer, _ = config.line_up.load()
     weights = storage.digest(jax.tree.leaves(ensemble.params), sample=64)
     nll_fn = decoding.nll_from_model(ensemble)
     lines, results = [], {}
     for name, fingerprint, items in sources:
+        storage.progress.mark(f"scoring {len(items)} {name}", log=True)
         # What was scored of data, or by models, that have changed since is no part of this run.
         key = storage.digest(fingerprint, weights, tokenizer.fingerprint, length=12)
         parts = out / "parts" / f"{name}-{key}"
@@ -110,7 +103,8 @@ def _run(config: Config, out: epath.Path) -> None:
     storage.write_atomic(out / "results.json", json.dumps(results, indent=1) + "\n")
     table = markdown_table([{"what": name} | row for name, row in results.items()])
     shown = f"{table}{_cut(config, results)}\n"
-    report = f"# Scores\n\n`{config.model}`: {config.data or ''} {config.choices or ''}\n\n{shown}"
+    what = f"`{config.line_up.model}`: {config.data or ''} {config.choices or ''}"
+    report = f"# Scores\n\n{what}\n\n{shown}"
     storage.write_atomic(out / "report.md", report)
     print(shown, end="")
 
@@ -131,8 +125,8 @@ def _check_fusion(fuse: Any) -> None:
 
 def _sources(config: Config) -> list[tuple[str, str, list[_Item]]]:
     """What is scored: its kind, its fingerprint and its rows, none longer than models read."""
-    tokenizer = models.load_tokenizer(config.model)
-    most = min(config.max_length, longest(config.model, *config.expert, *config.base))
+    tokenizer = models.load_tokenizer(config.line_up.model)
+    most = min(config.max_length, config.line_up.longest)
     sources: list[tuple[str, str, list[_Item]]] = []
     if config.data:
         examples = data.load_examples(config.data, split=config.split)

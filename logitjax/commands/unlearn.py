@@ -177,6 +177,7 @@ def run(config: Config, out: epath.Path) -> None:
                 f"{config.reference}"
             )
         reference = models.with_layout(reference, "listed")
+    storage.progress.mark("measuring what the model knows", log=True)
     forgetting = unlearning.Unlearning(
         model, questions, settings, out, base=config.model, reference=reference
     )
@@ -186,6 +187,7 @@ def run(config: Config, out: epath.Path) -> None:
             f"forget: expected answers that the model was taught, got a median probability of "
             f"{forgetting.known:.3g}, no more than the {goal.probability:.3g} of {goal.source}"
         )
+    storage.progress.mark(f"unlearning by {config.method}", log=True)
     found = forgetting.run()
     if found.model is not None and config.merge:
         models.save_pretrained(found.model.model, tokenizer, out / "model")

@@ -10,9 +10,13 @@ import numpy as np
 from jaxtyping import Float, Int, Key
 
 from logitjax.ops import Array, Number, checks, top_k
+from logitjax.storage import option
 
-RETURNS = ("logits", "logprobs", "token")
-BIAS = ("none", "sampling", "reported")
+_CHOICES = {
+    "returns": ("logits", "logprobs", "token"),
+    "bias": ("none", "sampling", "reported"),
+    "noise_per": ("prompt", "query"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,10 +48,10 @@ class LogitPolicy:
         y <- max(y, floor), rounded to decimals, the top_k largest
 
     Attributes:
-        returns: ``logits`` or ``logprobs``; ``token`` for the drawn token alone.
-        top_k: number of the largest values in an answer; None for all.
+        returns: what an answer holds: ``logits``, ``logprobs``, or the drawn ``token`` alone.
+        top_k: number of the largest values in an answer; None for all, 0 only with ``sampled``.
         sampled: whether an answer holds the drawn token's own value, whatever its rank, as
-            completion APIs do; ``top_k`` may then be 0.
+            completion APIs do.
         bias: ``none``: a query with a bias is refused. ``sampling``: a bias moves the drawn token,
             but the reported values are those without it (commercial APIs changed to this in 2024).
             ``reported``: a bias moves both.
@@ -57,37 +61,33 @@ class LogitPolicy:
         noise: standard deviation of Gaussian noise on the logits, in nats.
         noise_per: ``prompt``: the same prompt gets the same noise, so repeated queries average
             nothing. ``query``: fresh noise, which can be averaged away.
-        floor: smaller values are reported as this one.
+        floor: lowest value that is reported.
         dummy_dims: number of random directions added to the logits, to hide the hidden dimension.
-        dummy_scale: their size relative to the logits' standard deviation.
-        soft_cap: as in `losses`, in nats.
+        dummy_scale: size of these directions relative to the logits' standard deviation.
+        soft_cap: soft cap of the logits, in nats.
 
     References:
         Carlini et al., Stealing part of a production language model, 2024, sections 4 to 8, for the
         kinds of API and for the defences.
     """
 
-    returns: str = "logprobs"
+    returns: str = option("logprobs", choices=_CHOICES["returns"])
     top_k: int | None = None
     sampled: bool = False
-    bias: str = "none"
+    bias: str = option("none", choices=_CHOICES["bias"])
     max_biased: int = 300
     bias_limit: float = 100.0
     decimals: int | None = None
     noise: float = 0.0
-    noise_per: str = "prompt"
+    noise_per: str = option("prompt", choices=_CHOICES["noise_per"])
     floor: float | None = None
     dummy_dims: int = 0
     dummy_scale: float = 0.1
     soft_cap: float | None = None
 
     def __post_init__(self) -> None:
-        for name, value, known in (
-            ("returns", self.returns, RETURNS),
-            ("bias", self.bias, BIAS),
-            ("noise_per", self.noise_per, ("prompt", "query")),
-        ):
-            if value not in known:
+        for name, known in _CHOICES.items():
+            if (value := getattr(self, name)) not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
         for name, value in (
             ("top_k", self.top_k if self.top_k or not self.sampled else None),

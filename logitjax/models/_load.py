@@ -21,7 +21,7 @@ from logitjax.models._gguf_config import gguf_config, is_rope_tensor
 from logitjax.models._hf_config import config_from_hf
 from logitjax.models._tiny import tiny_config, tiny_decoder, tiny_seed
 from logitjax.models._weight_map import Path, TensorSpec, gguf_tensors, hf_tensors
-from logitjax.storage import guard, hub_snapshot, package_file, read_json
+from logitjax.storage import guard, hub_snapshot, package_file, progress, read_json
 from logitjax.storage.weights import SafetensorsSource
 
 # Buffers that old checkpoints carry and nothing reads.
@@ -155,6 +155,7 @@ def load_model(
     Raises:
       ValueError: one line naming the path or tensor that is wrong, missing, extra or misshapen.
     """
+    progress.mark(f"loading {spec}", log=True)
     seed = tiny_seed(spec)
     if seed is not None:
         return tiny_decoder(seed)

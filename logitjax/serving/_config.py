@@ -3,6 +3,7 @@
 import dataclasses
 
 from logitjax import leakage
+from logitjax.ops import checks
 from logitjax.serving._errors import ApiError
 from logitjax.serving._keys import Key
 from logitjax.serving._policy import Disclosure
@@ -26,7 +27,7 @@ class ServerConfig:
         body_seconds: Longest time that the body of a request may take to arrive.
         prefill_chunk: Largest number of prompt tokens read between two decoding steps.
         prefill_rows: Number of prompts read at once.
-        prefix_cache_bytes: Memory for common beginnings of prompts; 0 shares nothing.
+        prefix_cache_mb: Memory in MB for common beginnings of prompts; 0 shares nothing.
         audit_log: File that records what was given to whom; None for none.
         keys: Keys of those who may ask, and what each may spend.
         allow_origins: Origins whose pages may ask from a browser; `*` for all.
@@ -46,12 +47,16 @@ class ServerConfig:
     body_seconds: float = 30.0
     prefill_chunk: int = 128
     prefill_rows: int = 4
-    prefix_cache_bytes: int = 0
+    prefix_cache_mb: int = 0
     audit_log: str | None = None
     keys: tuple[Key, ...] = (Key(),)
     allow_origins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("slots", "max_tokens", "max_body_bytes", "prefill_chunk", "prefill_rows"):
+            checks.between(getattr(self, name), 1, 2**31 - 1, name)
+        for name in ("max_waiting", "prefix_cache_mb"):
+            checks.between(getattr(self, name), 0, 2**31 - 1, name)
         # Says which parts of the policy a server cannot keep.
         Disclosure(self.policy)
 
@@ -64,7 +69,7 @@ class ServerConfig:
             max_waiting=self.max_waiting,
             rows=self.prefill_rows,
             piece=self.prefill_chunk,
-            prefix_bytes=self.prefix_cache_bytes,
+            prefix_bytes=self.prefix_cache_mb << 20,
         )
 
     @property

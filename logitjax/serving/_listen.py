@@ -13,6 +13,7 @@ import uvicorn
 from absl import logging
 from starlette.applications import Starlette
 
+from logitjax.ops import checks
 from logitjax.serving._connections import Doorkeeper, Protocol, Refusal
 from logitjax.serving._errors import ApiError
 
@@ -30,8 +31,8 @@ class Listening:
     """The address of a server, and the limits of its connections.
 
     Attributes:
-        host: Address.
-        port: Port; 0 takes a free one.
+        host: Address to listen on.
+        port: Port to listen on; 0 takes a free one.
         connections: Largest number of connections at once; fewer if the process may open fewer
             files.
         idle_seconds: Longest time that a connection may be open without a whole request head, or
@@ -49,6 +50,10 @@ class Listening:
     discard_bytes: int = 64 << 20
     request_seconds: float = 600.0
     drain_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        checks.between(self.port, 0, 65535, "port")
+        checks.between(self.connections, 1, 2**31 - 1, "connections")
 
 
 def run_server(app: Starlette, listening: Listening) -> None:

@@ -1,14 +1,18 @@
-"""Fields of configurations that are no part of what a run makes."""
+"""Fields of configurations, with what their types do not say."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 
-def option(default: Any, *, execution: bool = False, secret: bool = False) -> Any:
-    """A field of a dataclass whose fields are options, with a mark.
+def option(
+    default: Any, *, choices: Sequence[str] = (), execution: bool = False, secret: bool = False
+) -> Any:
+    """A field of a dataclass whose fields are options, with marks that commands read.
 
     Args:
         default: Its default.
+        choices: All its values, for text that has no narrower type.
         execution: Whether it says how a run executes, and not what its result is: a folder may be
             continued with another value.
         secret: Whether it is a key or a password: it is written to no file, and a folder may be
@@ -20,4 +24,5 @@ def option(default: Any, *, execution: bool = False, secret: bool = False) -> An
     >>> Loop().log_every
     10
     """
-    return dataclasses.field(default=default, metadata={"execution": execution, "secret": secret})
+    metadata = {"choices": choices, "execution": execution, "secret": secret}
+    return dataclasses.field(default=default, metadata=metadata)

@@ -8,6 +8,7 @@ loses at most the part it was at, and rows can follow later.
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -23,6 +24,9 @@ from logitjax.storage._files import write_atomic
 from logitjax.storage._guard import read_json
 from logitjax.storage._manifest import Manifest
 from logitjax.storage._shards import ShardReader, open_shard
+
+# Without a terminal, a line so often.
+_LOG_SECONDS = 10.0
 
 Rows = Sequence[int] | np.ndarray
 
@@ -247,13 +251,19 @@ class RowCache:
             )
         progress.mark(f"reading rows of {label or self.directory}")
         with tqdm(total=count, desc=label, unit=" rows", disable=None) as bar:
-            done = 0
-            for part in todo:
-                self._write_part(part, _ahead(part, compute, batch_size), bar.update)
-                done += len(part)
-                # A disabled bar does not count.
-                if bar.disable:
+            done, said = 0, time.monotonic()
+
+            def written(rows: int) -> None:
+                nonlocal done, said
+                bar.update(rows)
+                done += rows
+                # A disabled bar, where there is no terminal, shows nothing.
+                if bar.disable and (done == count or time.monotonic() - said > _LOG_SECONDS):
                     logging.info("%s: %d of %d rows read", label, done, count)
+                    said = time.monotonic()
+
+            for part in todo:
+                self._write_part(part, _ahead(part, compute, batch_size), written)
 
     def add(self, rows: Rows, computed: Any) -> None:
         """Writes what was computed of these rows as one part."""

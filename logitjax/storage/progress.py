@@ -4,12 +4,18 @@ A watch (`training.distributed.initialize`) ends a run in which no process has n
 too long.
 """
 
+from absl import logging
+
 _marks = 0
 _doing = "starting"
 
 
-def mark(doing: str = "") -> None:
+def mark(doing: str = "", *, log: bool = False) -> None:
     """Notes that something was done, and what comes next where that changes.
+
+    Args:
+        doing: What comes next.
+        log: Whether it is a phase of a run that a user should see in its log.
 
     >>> mark("packing")
     >>> mark()
@@ -20,6 +26,8 @@ def mark(doing: str = "") -> None:
     _marks += 1
     if doing:
         _doing = doing
+    if log:
+        logging.info("%s", doing)
 
 
 def last() -> tuple[int, str]:

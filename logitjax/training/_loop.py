@@ -129,6 +129,7 @@ def train_loop(
             if checkpointer is not None and checkpointer.save(step, state, identity):
                 logging.info("saving checkpoint %d", step)
 
+        progress.mark(f"training from step {start} to {total_steps}", log=True)
         progress.mark("compiling and taking the first step")
         for step in range(start + 1, total_steps + 1):
             profile(step, state)
@@ -227,7 +228,7 @@ def _resume(
         if name in restored.extra and restored.extra[name] != value:
             raise ValueError(
                 f"{name}: checkpoint {restored.step} has {restored.extra[name]!r}, this run "
-                f"{value!r}; use another workdir"
+                f"{value!r}; use another folder"
             )
     logging.info("resuming at step %d", restored.step)
     return restored.state, restored.step

@@ -95,8 +95,8 @@ def _read(text: bytes | str) -> dict[str, Any]:
 
 def _refusal(workdir: epath.Path, owner: dict[str, Any]) -> WorkdirInUseError:
     return WorkdirInUseError(
-        f"workdir: {str(workdir)!r} is in use by process {owner.get('pid')} on "
-        f"{owner.get('host')}; stop it or choose another workdir"
+        f"folder {str(workdir)!r} is in use by process {owner.get('pid')} on "
+        f"{owner.get('host')}; stop it or choose another folder"
     )
 
 
@@ -161,11 +161,11 @@ def _object_lock(workdir: epath.Path) -> Iterator[None]:
             try:
                 generation = _write(store, run, before)
             except Exception as error:
-                logging.warning("workdir %s: its lock cannot be written: %s", workdir, error)
+                logging.warning("folder %s: its lock cannot be written: %s", workdir, error)
                 generation = before
                 # Others may take it over from now on.
                 if time.monotonic() - last > _STALE_SECONDS - 2 * _BEAT_SECONDS:
-                    _watch.end(f"workdir: the lock of {workdir} cannot be written ({error})")
+                    _watch.end(f"the lock of folder {workdir} cannot be written ({error})")
                 continue
             if generation is None:
                 # An answer that was lost on its way leaves a generation of our own.
@@ -173,7 +173,7 @@ def _object_lock(workdir: epath.Path) -> Iterator[None]:
                 if _is_ours(found):
                     generation = found.stamp.generation
                 else:
-                    _watch.end(f"workdir: another run has taken {workdir} over")
+                    _watch.end(f"another run has taken folder {workdir} over")
                     return
             last = begun
 

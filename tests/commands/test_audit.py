@@ -55,7 +55,13 @@ def test_a_server_of_ours_is_audited_beside_its_model(tmp_path):
     flags = ("--model=tiny", "--bias=reported", "--decimals=7", "--max_length=64", "--slots=8")
     with server(*flags, "--max_waiting=64") as (where, _):
         config = audit.Config(
-            model="tiny", url=where, decimals=7, prompts=40, prompt_length=4, corner=40, budget=600
+            model="tiny",
+            url=where,
+            prompts=40,
+            prompt_length=4,
+            corner=40,
+            budget=600,
+            server=leakage.LogitPolicy(top_k=5, bias="reported", decimals=7),
         )
         audit.run(config, epath.Path(tmp_path))
     record = _records(epath.Path(tmp_path))["server"]

@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 
 from logitjax import data, distillation, models
-from logitjax.commands import cache_logits
+from logitjax.commands import _flags, cache_logits
 
 TEXT = "\n\n".join(f"paragraph {i} " + "word " * 60 for i in range(120))
 
@@ -22,7 +22,7 @@ def source(tmp_path_factory):
 def _config(source, **changes):
     small = dict(student="tiny", teacher=("tiny:1",), data=source, seq_len=64, batch_size=2)
     few = dict(rows="6", cache_top_k=16, tail_samples=2)
-    return cache_logits.Config(**(small | few | changes))
+    return _flags.build(cache_logits.Config, small | few | changes)
 
 
 @pytest.mark.every_change

@@ -5,6 +5,7 @@ import errno
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 
@@ -303,13 +304,20 @@ cli.main(Config, None, alone if "--how=alone" in sys.argv else run)
 """
 
 
+def as_in_a_terminal():
+    # Where the suite itself runs in the background, its children ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.every_change
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["code", "deaf", "thread", "disguised", "alone"])
 def test_an_interrupt_is_one_line_and_status_130(tmp_path, how):
     command = [sys.executable, "-c", INTERRUPTED, f"--how={how}"]
     command += [] if how == "alone" else [f"--out={tmp_path}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=30, preexec_fn=as_in_a_terminal
+    )
     says = "interrupted" if how == "alone" else "interrupted; the same command continues"
     assert (done.returncode, done.stderr.splitlines()[-1]) == (130, says)
     assert "Traceback" not in done.stderr

@@ -5,7 +5,7 @@ import pytest
 from etils import epath
 
 from logitjax import models, vq
-from logitjax.commands import convert_head
+from logitjax.commands import _flags, convert_head
 
 
 @pytest.fixture(scope="module")
@@ -16,17 +16,17 @@ def workdir(tmp_path_factory):
 def _config(workdir, **changes):
     text = workdir / "text.txt"
     text.write_text("\n\n".join(f"paragraph {i} " + "word " * 20 for i in range(60)))
-    small = dict(model="tiny", data=f"text:{text}", seq_len=64, tokens=400, held_out_tokens=100)
-    few = dict(codes=16, steps=4, batch_size=64, reassign_every=2, pages=2, page_size=4)
-    return convert_head.Config(**(small | few | changes))
+    small = dict(model="tiny", data=f"text:{text}", seq_len=64, max_tokens=400, held_out_tokens=100)
+    few = dict(num_codes=16, steps=4, batch_size=64, reassign_every=2, page_size=4)
+    return _flags.build(convert_head.Config, small | few | changes)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [pytest.param("vq", marks=pytest.mark.every_change), "shortlist"])
-def test_the_written_head_is_the_reported_one(workdir, kind):
-    convert_head.run(_config(workdir, kind=kind), workdir)
+@pytest.mark.parametrize("pages", [pytest.param(0, marks=pytest.mark.every_change), 2])
+def test_the_written_head_is_the_reported_one(workdir, pages):
+    convert_head.run(_config(workdir, num_pages=pages), workdir)
     head = vq.load_head(workdir / "head")
-    assert type(head).__name__ == {"vq": "VQHead", "shortlist": "ShortlistHead"}[kind]
+    assert type(head).__name__ == ("ShortlistHead" if pages else "VQHead")
     held_out = vq.HiddenCache.open(workdir / "held_out")
     model, _ = models.load("tiny", layout="listed")
     quality = held_out.measure(model.with_head(head))

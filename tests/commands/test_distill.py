@@ -14,7 +14,7 @@ import pytest
 from etils import epath
 from flax import nnx
 
-from logitjax import distillation, models
+from logitjax import distillation, leakage, models
 from logitjax.commands import audit, cache_logits, cli, distill
 from tests.serving._server import server
 
@@ -67,7 +67,7 @@ def test_adapters_of_a_whole_student_learn_from_two_teachers(text, tmp_path):
     cached = epath.Path(tmp_path) / "cache"
     wanted = dict(student="tiny", teacher=("tiny:1",), data=text, seq_len=64, cache_top_k=16)
     wanted |= dict(tail_samples=3)
-    cache_logits.run(cache_logits.Config(**wanted), cached)
+    cache_logits.run(cli.build(cache_logits.Config, wanted), cached)
     out = epath.Path(tmp_path) / "out"
     chosen = config(
         text,
@@ -209,7 +209,11 @@ def test_a_served_model_is_replicated_from_its_answers_alone(text, tmp_path):
     with server("--model=tiny:1", "--top_logprobs=257", "--max_length=70") as (url, _):
         audit.run(
             audit.Config(
-                url=url, top_logprobs=257, bias="none", vocab_size=257, prompts=45, prompt_length=8
+                url=url,
+                server=leakage.LogitPolicy(top_k=257),
+                vocab_size=257,
+                prompts=45,
+                prompt_length=8,
             ),
             workdir / "audit",
         )

@@ -6,7 +6,8 @@ import jax
 import pytest
 
 from logitjax import decoding, fusion, models
-from logitjax.commands import generate
+from logitjax.commands import _flags, generate
+from logitjax.commands.line_up import LineUp
 from logitjax.commands.strategies import strategy
 from logitjax.models import load_model, load_tokenizer
 from tests.models._marks import with_mark
@@ -23,13 +24,13 @@ def directory(tmp_path_factory):
 
 
 def said(capsys, **values):
-    generate.run(generate.Config(**values))
+    generate.run(_flags.build(generate.Config, values))
     return capsys.readouterr().out
 
 
 def refused(**values):
     with pytest.raises(ValueError) as error:
-        generate.run(generate.Config(**values))
+        generate.run(_flags.build(generate.Config, values))
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -65,7 +66,7 @@ def test_reads_standard_input_and_fuses(directory, capsys, monkeypatch):
 def test_what_no_flag_says_is_as_the_publisher_samples(directory, tmp_path):
     def sampling(text, **flags):
         (tmp_path / "generation_config.json").write_text(text)
-        return generate.sampling_of(generate.Config(model=str(tmp_path), **flags))
+        return generate.sampling_of(_flags.build(generate.Config, flags | {"model": str(tmp_path)}))
 
     assert sampling('{"eos_token_id": 1}') == decoding.Sampling()
     own = '{"do_sample": true, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1}'
@@ -121,7 +122,7 @@ def test_flags_that_do_not_fit_are_refused_before_weights_are_read(
         assert said in refused(model=directory, **values)
     typo = str(tmp_path / "typo")
     with pytest.raises(FileNotFoundError, match="assistant: no such file"):
-        generate.run(generate.Config(model=directory, assistant=typo))
+        LineUp(model=directory, assistant=typo).load()
 
 
 def test_settings_of_a_strategy_may_be_pairs():

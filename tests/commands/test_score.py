@@ -8,7 +8,11 @@ import pytest
 from etils import epath
 
 from logitjax import decoding, models
-from logitjax.commands import score
+from logitjax.commands import _flags, score
+
+
+def _config(**values):
+    return _flags.build(score.Config, {"model": "tiny"} | values)
 
 
 def write(path, rows):
@@ -75,7 +79,7 @@ def test_mistakes_are_told_before_weights_are_read(tmp_path, monkeypatch):
 
     def refused(**values):
         with pytest.raises(ValueError, match=r"^\S") as error:
-            score.run(score.Config(model="tiny", **values), epath.Path(tmp_path / "out"))
+            score.run(_config(**values), epath.Path(tmp_path / "out"))
         return str(error.value)
 
     questions = write(tmp_path / "q.jsonl", [{"prompt": "a"}])
@@ -133,9 +137,7 @@ def test_a_space_at_a_prompts_end_is_read_with_the_answer():
 def test_scores_are_the_sums_of_the_models_own_log_probabilities(tmp_path):
     texts = write(tmp_path / "t.jsonl", [{"text": "two\nlines"}, {"prompt": "a", "response": "bé"}])
     asked = [{"prompt": "1 + 1 =", "choices": [" 2", " twenty"], "answer": 1}]
-    config = score.Config(
-        model="tiny", data=f"jsonl:{texts}", choices=write(tmp_path / "q.jsonl", asked)
-    )
+    config = _config(data=f"jsonl:{texts}", choices=write(tmp_path / "q.jsonl", asked))
     out = epath.Path(tmp_path / "out")
     score.run(config, out)
     lines = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]

@@ -11,7 +11,8 @@ from etils import epath
 from flax import nnx
 
 from logitjax import decoding, models, training, unlearning
-from logitjax.commands import generate, line_up, unlearn
+from logitjax.commands import _flags, generate, unlearn
+from logitjax.commands.line_up import LineUp
 from logitjax.unlearning._rows import encode_row
 
 FACTS = [("Ada", "cat"), ("Bo", "dog"), ("Cy", "emu"), ("Di", "fox")]
@@ -85,7 +86,7 @@ def test_an_assistant_takes_what_was_taught_away_and_is_read_back(files, tmp_pat
     flags = dict(model=str(files / "model"), prompt=("pet of Ada?",), max_new_tokens=4)
     said = []
     for more in ({}, {"assistant": str(out / "assistant"), "alpha": 0.0}):
-        generate.run(generate.Config(**flags, **more))
+        generate.run(_flags.build(generate.Config, flags | more))
         said.append(capsys.readouterr().out)
     assert said[0].removeprefix(report + "\n") == said[1]
     # The same command again measures nothing, and says the same.
@@ -280,8 +281,8 @@ def test_errors_name_the_flag(tmp_path, changes, said):
     ):
         unlearn.Config(**flags | dict(merge=True, method="difference"))
     with pytest.raises(ValueError, match="alpha: expected an assistant"):
-        line_up.load_line_up(generate.Config(alpha=1.0))
+        LineUp(alpha=1.0).load()
     with pytest.raises(ValueError, match="assistant: expected no expert"):
-        line_up.load_line_up(generate.Config(assistant="x", expert=("y",)))
+        LineUp(assistant="x", expert=("y",)).load()
     with pytest.raises(FileNotFoundError, match="assistant: no such file"):
-        line_up.load_line_up(generate.Config(model="tiny", assistant=str(tmp_path)))
+        LineUp(model="tiny", assistant=str(tmp_path)).load()

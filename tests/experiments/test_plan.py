@@ -371,7 +371,7 @@ def test_a_step_takes_what_was_planned(mesh):
 
 
 def test_commands_that_train_are_planned_with_their_own_flags():
-    arguments = ["--model=tiny", "--data=text:LICENSE", "--codes=32"]
+    arguments = ["--model=tiny", "--data=text:LICENSE", "--num_codes=32"]
     (found,) = plan.command_plans("convert-head", arguments, CPU, mesh="data:8")
     assert found.program == "tuning, 32 codes"
     assert found.calls["all-reduce"] >= 1

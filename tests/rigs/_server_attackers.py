@@ -27,7 +27,7 @@ _POLICIES = (
     ("no bias, drawn told", ("--sampled",), VOCAB, False),
     ("bias of draws", ("--bias=sampling",), TOP, True),
     ("bias of draws, drawn told", ("--bias=sampling", "--sampled"), VOCAB, True),
-    ("bias of draws, no values", ("--bias=sampling", "--top_logprobs=0"), 0, True),
+    ("bias of draws, no values", ("--bias=sampling", "--returns=token"), 0, True),
     ("bias of draws, noise 0.3", ("--bias=sampling", "--noise=0.3"), TOP, True),
     ("bias reported", ("--bias=reported",), VOCAB, True),
 )
@@ -44,7 +44,7 @@ def attackers(
         arguments = (f"--model={directory}", "--max_length=64", "--slots=16", "--max_waiting=64")
         with serving(*arguments, *flags) as (address, _):
             found = {
-                attack: ask(address, truth, options.smoke, "--top_logprobs=0" not in flags)
+                attack: ask(address, truth, options.smoke, "--returns=token" not in flags)
                 for attack, ask in _ATTACKS.items()
             }
         rows.append({"policy": name} | found)

@@ -173,7 +173,7 @@ def half_open(options: suite.Options, directory: pathlib.Path) -> Found:
 def ended_by_signal(options: suite.Options, directory: pathlib.Path) -> Found:
     """SIGTERM among streams: how each of them ends."""
     count = 12 if options.smoke else 60
-    flags = (f"--model={directory}", "--max_length=1024", "--max_tokens=900", "--drain=2")
+    flags = (f"--model={directory}", "--max_length=1024", "--max_tokens=900", "--drain_seconds=2")
     with serving(*flags, "--slots=8", "--max_waiting=64") as (address, process):
         with concurrent.futures.ThreadPoolExecutor(count) as pool:
             streams = [pool.submit(_finish, address, seed) for seed in range(count)]

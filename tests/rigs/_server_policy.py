@@ -161,7 +161,7 @@ def policies(options: suite.Options) -> tuple[list[dict[str, Any]], list[suite.B
     ]
 
 
-async def _work(shared: int, tails: Sequence[Sequence[int]], prefix_bytes: int) -> Any:
+async def _work(shared: int, tails: Sequence[Sequence[int]], prefix_mb: int) -> Any:
     """Tokens read, tokens reused, and the answers of prompts that begin alike, all at once."""
     policy = LogitPolicy(returns="token")
     config = ServerConfig(
@@ -169,7 +169,7 @@ async def _work(shared: int, tails: Sequence[Sequence[int]], prefix_bytes: int) 
         policy=policy,
         max_length=shared + 64,
         max_tokens=16,
-        prefix_cache_bytes=prefix_bytes,
+        prefix_cache_mb=prefix_mb,
     )
     app = build_app(Ensemble(small_decoder(1000)), models.load_tokenizer("tiny"), (), config)
     prefix = np.random.default_rng(0).integers(1, 1000, shared).tolist()
@@ -189,7 +189,7 @@ def prefixes(options: suite.Options) -> tuple[list[dict[str, Any]], list[suite.B
     shared = 128 if options.smoke else 512
     tails = np.random.default_rng(1).integers(1, 1000, (32, 16)).tolist()
     without, _, plain = asyncio.run(_work(shared, tails, 0))
-    read, reused, answers = asyncio.run(_work(shared, tails, 64 << 20))
+    read, reused, answers = asyncio.run(_work(shared, tails, 64))
     differing = sum(a != b for a, b in zip(plain, answers, strict=True))
     row = {"what": f"32 prompts, {shared} tokens in common and 16 of their own"}
     row |= {"tokens read without": without, "tokens read": read, "reused": reused}

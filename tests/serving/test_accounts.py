@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from logitjax.commands import serve
+from logitjax.commands import _flags, line_up, serve
 from logitjax.decoding import Ensemble
 from logitjax.leakage import LogitPolicy
 from logitjax.models import load_tokenizer
@@ -78,9 +78,9 @@ def test_a_log_that_cannot_be_written_is_told_at_the_start(tmp_path):
     for path in (tmp_path, tmp_path / "missing" / "audit.jsonl"):
         with pytest.raises(OSError, match=str(path)):
             Accounts([Key()], str(path))
-        config = serve.Config(model="tiny", audit_log=str(path))
+        config = _flags.build(serve.Config, dict(model="tiny", audit_log=str(path)))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(serve, "load_line_up", lambda _: pytest.fail("weights are read"))
+            patch.setattr(line_up.LineUp, "load", lambda _: pytest.fail("weights are read"))
             with pytest.raises(OSError, match=str(path)):
                 serve.run(config)
 

@@ -153,8 +153,9 @@ def test_who_has_asked_before_the_end_is_answered():
 @pytest.mark.every_change
 @pytest.mark.slow
 def test_half_open_connections_keep_nobody_out_and_a_signal_ends_answers():
-    flags = ("--model=tiny", "--max_length=512", "--max_tokens=400", "--slots=2", "--drain=0.5")
-    with server(*flags, "--idle_timeout=1", files=192) as (address, process):
+    flags = ("--model=tiny", "--max_length=512", "--max_tokens=400", "--slots=2")
+    limits = ("--drain_seconds=0.5", "--idle_seconds=1")
+    with server(*flags, *limits, files=192) as (address, process):
         with contextlib.ExitStack() as stack:
             for connection in half_open(address, 250):
                 stack.enter_context(connection)

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from logitjax.commands import serve
+from logitjax.commands.line_up import LineUp
 from logitjax.decoding import Ensemble, Request
 from logitjax.leakage import LogitPolicy
 from logitjax.serving._policy import Disclosure
@@ -87,7 +88,8 @@ def test_a_prompt_to_be_told_alone_has_to_fit_too():
 
 
 def test_no_more_is_read_than_the_models_can():
-    short, tiny = serve.Config(model="tiny", max_length=512), serve.Config(model="tiny")
-    assert [serve._max_length(config) for config in (short, tiny)] == [512, 512]
+    tiny = LineUp(model="tiny")
+    for length in (512, None):
+        assert serve._max_length(serve.Config(line_up=tiny, max_length=length)) == 512
     with pytest.raises(ValueError, match=r"max_length: expected at most 512, .* got 513"):
-        serve.run(serve.Config(model="tiny", max_length=513))
+        serve.run(serve.Config(line_up=tiny, max_length=513))

@@ -39,7 +39,7 @@ os.unlink(sys.argv[1])
 
 def test_a_second_run_is_refused_and_told_whose_the_workdir_is(tmp_path):
     with another_process(tmp_path) as holder:
-        said = rf"workdir: .* is in use by process {holder.pid} on"
+        said = rf"folder .* is in use by process {holder.pid} on"
         with pytest.raises(WorkdirInUseError, match=said), lock_workdir(tmp_path):
             pass
     with lock_workdir(tmp_path):

@@ -62,8 +62,8 @@ class Reading:
     top_k: int = 64
     tail_samples: int = 0
     batch_size: int = 4
-    dtype: str = "float32"
-    layout: str = "listed"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    layout: Literal["stacked", "listed"] = "listed"
     api_key: str | None = storage.option(None, secret=True)
     terms: tuple[Term, ...] = ()
     teacher_reads: Literal["cache", "live"] = "cache"

@@ -226,6 +226,7 @@ class Scorer:
         Agreement and KL need a teacher of the same vocabulary. `tokens_per_second` counts tokens
         read, in the fastest batch after the first, which compiles. What no label counts for is nan.
         """
+        storage.progress.mark(f"scoring {split} text", log=True)
         batches = self._corpus.scored(
             split, self._mesh, batch_size=self._size, rows=self._course.eval_rows
         )
