@@ -55,9 +55,6 @@ def align_head(
         centre: compare with ``W`` less its mean over the vocabulary, which is all that
             log-probabilities hold.
 
-    Returns:
-        `HeadAlignment`.
-
     Raises:
         ValueError: vocabularies differ.
 

@@ -133,9 +133,6 @@ def estimate_output_subspace(
         key: for these two.
         block_size: tokens at a time for the Gram matrix, on the host by BLAS.
 
-    Returns:
-        `OutputSubspace`.
-
     Raises:
         TypeError: rows are not floating point.
         ValueError: an unknown method, rows of another rank, a dimension that n rows cannot show, or

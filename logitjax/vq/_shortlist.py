@@ -73,9 +73,6 @@ class Pages:
             margin: ``[vocab]``, by how much the better logit of a token may plausibly exceed its VQ
                 logit, e.g. one standard deviation (`spread`).
 
-        Returns:
-            `Pages`.
-
         Raises:
             ValueError: ``size`` is not positive.
 
