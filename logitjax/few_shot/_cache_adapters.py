@@ -90,9 +90,6 @@ def cafo_bias(
 
         sum_m p_m z(c_m),    p = softmax_m(<z(s0), z(c_m)>)
 
-    Args:
-        zero_shot: `s0`, `[*batch, classes]`.
-
     Returns:
         float32 `[*batch, classes]`.
 

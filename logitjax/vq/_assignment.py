@@ -241,10 +241,6 @@ def matched_bias(
 
         b_v <- log counts_v - A_{m(v)},      A_k = log sum_n exp(z_nk - log Z_n)
 
-    Args:
-        bias: ``[vocab]``, from which ``log Z`` is computed.
-        counts: ``[vocab]``, how often a token is the target.
-
     >>> codebook, bias, assignment = np.zeros((1, 2)), np.zeros(2), np.zeros(2, int)
     >>> bias = matched_bias(codebook, bias, assignment, np.array([3.0, 1.0]), np.zeros((4, 2)))
     >>> [f"{b:.3f}" for b in np.asarray(bias)]

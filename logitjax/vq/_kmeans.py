@@ -50,15 +50,6 @@ def fit_kmeans(
     the centres so far (k-means|| without oversampling): one at a time would read all points
     ``num_centres`` times. A centre that loses its points moves to one of the worst served points.
 
-    Args:
-        points: ``[points, dim]``, any float type.
-        weights: ``[points]``, not negative.
-        metric: ``[dim, dim]``, positive semidefinite; None for the Euclidean one.
-        num_centres: at most the number of points.
-        key: key of the start.
-        iterations: updates of the centres.
-        block_size: points at a time; memory beyond the points is block_size x num_centres.
-
     References:
         Arthur and Vassilvitskii, k-means++, 2007. Bahmani et al., Scalable k-means++, 2012.
     """

@@ -22,11 +22,6 @@ def cluster_log_mass(
 
         log B_k = log sum_{v: m(v) = k} exp(b_v)
 
-    Args:
-        bias: ``[vocab]``; ``-inf`` for entries that do not exist.
-        assignment: ``[vocab]``, the cluster ``m(v)`` of each entry.
-        num_codes: number of clusters K.
-
     Returns:
         ``[codes]``, float32; ``-inf`` where a cluster is empty.
     """
