@@ -73,10 +73,13 @@ def fit_low_rank(
     if not 1 <= rank <= rows.shape[1]:
         raise ValueError(f"rank: expected 1 to hidden, {rows.shape[1]}, got {rank}")
     weights = jnp.asarray(unigram, jnp.float32)
+    # A token that was never counted still weighs a hundredth of a mean one.
     weights = jnp.maximum(weights / weights.sum(), 0.01 / rows.shape[0]) ** 0.5
     root, inverse = metric_roots(hidden_cov)
     mapped = rows @ root
     _, vectors = jnp.linalg.eigh(jnp.einsum("vi,v,vj->ij", mapped, weights, mapped))
+    # In the metric's coordinates the best of a rank is a projection (Eckart and Young). `eigh`
+    # sorts upwards.
     best = vectors[:, ::-1][:, :rank]
     down, kernel = inverse @ best, mapped @ best
     mean = jnp.asarray(hidden_mean, jnp.float32)

@@ -161,6 +161,8 @@ def estimate_output_subspace(
     if decimals is not None:
         noise = math.hypot(noise or 0.0, rounding_noise(decimals))
     if method == "auto":
+        # Beyond it the Gram matrix outgrows the rows. Noise asks for a power iteration, which needs
+        # a second pass.
         small = count <= GRAM_ROWS
         method = "gram" if small else ("randomised" if noise else "sketch")
     rank = min(max(dimension or 0, max_rank or (count + 1) // 2), count, vocab)

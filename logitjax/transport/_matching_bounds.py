@@ -219,6 +219,7 @@ def _apart(graph: Graph) -> tuple[jax.Array, ...]:
     else:
         s = row_statistics(graph, None)
         own_error = gamma(len(graph.values)) * own
+        # The statistics are of all n entries of a row: less its diagonal one.
         mean = (n * s.mean - own) / others
         small = gamma(0) * (n * jnp.abs(s.mean) + own)
         mean_error = (n * s.mean_error + own_error + small) / others

@@ -216,6 +216,7 @@ def _best_codes(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     def block(inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
         rows, weight = inputs[:, :-1], jnp.maximum(inputs[:, -1:], 1e-9)
+        # hbar_v . C_k - A_k, with hbar_v the mean hidden state where v is the target.
         score = (rows / weight) @ codebook.T - mass
         return score.argmax(-1).astype(jnp.int32), score.max(-1)
 
@@ -338,6 +339,7 @@ def perplexity_floor(
     mass = np.bincount(assignment, prob)
     log_size = np.log(sizes[assignment])
     known = prob > 0
+    # log u(v | k) + log n_k: the KL divergence of a cluster from a uniform one, token by token.
     within = np.log(prob[known] / mass[assignment[known]])
     excess = float((prob[known] * (within + log_size[known])).sum())
     return PerplexityFloor(
