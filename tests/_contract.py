@@ -855,7 +855,7 @@ ELSEWHERE = {
         few_shot.encoder_views few_shot.sweep_program decoding.Engine decoding.generate
         decoding.PromptReader
         decoding.load_ensemble decoding.next_token_program decoding.nll_from_model decoding.score
-        evaluation.encode_answer evaluation.encode_prompt evaluation.nll_from_apply
+        evaluation.encode_answer evaluation.encode_prompt
         evaluation.ngram_entropy evaluation.rouge_l_f1
         evaluation.rouge_recall evaluation.score_rows training.Checkpointer training.EvalStep
         training.TrainStep training.lock_workdir training.make_mesh training.make_writer

@@ -16,6 +16,8 @@ Render = Callable[[Mapping[str, Any]], Segments]
 
 # More characters a token than any tokenizer reaches on prose; longer texts are first cut to this.
 _CHARACTERS_PER_TOKEN = 8
+# Tokens a character vary little, so interpolation finds a good end in a few probes, and a row that
+# is nearly full is good enough.
 _MAX_PROBES = 12
 _GOOD_FILL = 0.98
 
@@ -68,6 +70,7 @@ class Encoder:
             ids.append(self.tokenizer.eos_id)
             learnt.append(segments[-1][1])
         mask = np.asarray(learnt, bool)
+        # Nothing predicts the first token.
         mask[:1] = False
         return np.asarray(ids, np.int32), mask
 
@@ -126,6 +129,7 @@ def _longest_prefix(
     total = int(bounds[-1])
     stop = min(total, begin + seq_len * _CHARACTERS_PER_TOKEN)
     candidates = bounds[slice(*np.searchsorted(bounds, [begin, stop], side="right"))]
+    # Before white space; a run without any is cut between characters.
     for ends in (candidates, np.arange(begin + 1, min(total, begin + seq_len) + 1)):
         best: tuple[int, Piece] | None = None
         low, high = -1, len(ends)

@@ -39,6 +39,7 @@ def permute(
     A Feistel network over the next even power of two, repeated for what falls outside (cycle
     walking). NumPy's own ``permutation`` may change between releases and holds all indices.
     """
+    # Two halves of as many bits: at most four times the rows, so that few values walk on.
     half = np.uint64(max(1, -(-(length - 1).bit_length() // 2)))
     low = np.uint64((1 << int(half)) - 1)
     keys = _round_keys(seed, epoch)

@@ -306,11 +306,13 @@ def best_fit(
         room = room.reshape(len(rows), len(need))
         fits = np.flatnonzero((room >= need).all(axis=1))
         if len(fits):
+            # By the tokenizer with the least room left: a row is full when it is full for any.
             place = int(fits[np.argmin((room[fits] - need).min(axis=1))])
             rows[place].append(piece)
             room[place] -= need
         else:
             if len(rows) == open_rows:
+                # The fullest row has the least to gain from waiting.
                 fullest = int(np.argmin(room.min(axis=1)))
                 yield rows.pop(fullest)
                 room = np.delete(room, fullest, axis=0)

@@ -180,7 +180,6 @@ class PackedDataset:
         process_index: int = 0,
         process_count: int = 1,
         max_rows: int | None = None,
-        prefetch: int = _PREFETCH,
     ) -> Iterator[Batch]:
         """All rows (or the first `max_rows`) in order, for evaluation.
 
@@ -195,14 +194,11 @@ class PackedDataset:
                 places = np.arange(begin, begin + batch_size)
                 yield self.rows(np.where(places < count, places, -1)[mine])
 
-        return read_ahead(produce(), prefetch)
+        return read_ahead(produce(), _PREFETCH)
 
 
 def read_ahead(batches: Iterator[Batch], depth: int) -> Iterator[Batch]:
     """Draw from `batches` in a thread, at most `depth` in advance; errors come out here."""
-    if depth < 1:
-        yield from batches
-        return
     ready: queue.Queue[tuple[bool, Any]] = queue.Queue(depth)
     stopped = threading.Event()
 

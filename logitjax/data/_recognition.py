@@ -236,13 +236,7 @@ def tfds_source(name: str, split: str, manual: epath.Path) -> tuple[str, str]:
 def files_of(
     name: str, root: epath.Path, split: str
 ) -> tuple[list[tuple[epath.Path, int]], list[str]]:
-    """Pictures with their classes' numbers, and the classes' names, in the layout of CoOp.
-
-    Args:
-        name: one of `RECOGNITION_SETS`.
-        root: the directory of all data sets.
-        split: train, val or test.
-    """
+    """Pictures with their classes' numbers, and the classes' names, in the layout of CoOp."""
     which = recognition_set(name)
     known = tuple(which.folders) or _SPLITS
     if split not in known:

@@ -104,9 +104,6 @@ def pack_splits(
         on_error: What a malformed row does, as for `load_examples`, or one that a tokenizer or its
             chat template refuses, as for `pack`.
 
-    Returns:
-        The `PackedSplits`.
-
     Raises:
         ValueError: Conversations, and a tokenizer without a chat template; or conversations beside
             other text, and several tokenizers.

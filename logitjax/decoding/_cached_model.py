@@ -61,9 +61,6 @@ class CachedModel:
                 together; or a `CachedModel`, which is returned as it is.
             ring_slack: extra slots of windowed layers' rings, as many as drafts may be taken back.
 
-        Returns:
-            The `CachedModel`.
-
         Raises:
             TypeError: for anything else.
             ValueError: for a triple whose cache has no leaf, or leaves that disagree about the

@@ -79,9 +79,6 @@ def generate(
             their own. A control's estimates serve later calls of the same kind.
         options: what else to report; room for penalties, biases and stop tokens is made as needed.
 
-    Returns:
-        `Generated`.
-
     Raises:
         ValueError: for empty prompts, arguments that do not fit together, or a drafting member that
             is not there.

@@ -136,6 +136,7 @@ def penalize_repetition(
         Keskar et al., CTRL, 2019, arXiv:1909.05858; negative logits as in transformers.
     """
     logits, factor = checks.as_float(logits, "logits"), jnp.asarray(penalty)[:, None]
+    # Towards less probable on either side of zero.
     return jnp.where(seen, jnp.where(logits > 0, logits / factor, logits * factor), logits)
 
 
@@ -196,6 +197,7 @@ def allow_only(
 
 def _sortable(values: jax.Array) -> jax.Array:
     """float32 as uint32 in the same order."""
+    # Floats of one sign are ordered as their bits are; those of negative ones backwards.
     bits = lax.bitcast_convert_type(values, jnp.uint32)
     # Both zeros are one value.
     bits = jnp.where(values == 0, jnp.uint32(0), bits)
@@ -210,6 +212,7 @@ def _largest_threshold(keys: jax.Array, weights: jax.Array, wanted: jax.Array) -
         reached = jnp.where(keys >= candidate[:, None], weights, 0).sum(axis=-1)
         return jnp.where(reached >= wanted, candidate, threshold)
 
+    # A bit at a time from above: 32 sums in place of a sort of the vocabulary.
     return lax.fori_loop(0, 32, bit, jnp.zeros_like(keys, shape=keys.shape[:1]))
 
 
@@ -251,6 +254,7 @@ def truncate(
             keep &= (keys >= threshold[:, None]) | (jnp.asarray(top_p) >= 1)[:, None]
     if min_p is not None:
         keep &= logits >= peak + jnp.log(jnp.asarray(min_p))[:, None]
+    # The most likely token always stays, whatever the settings leave.
     return jnp.where(keep | (logits == peak), logits, -jnp.inf)
 
 
@@ -305,6 +309,8 @@ def sample(
     def draw() -> jax.Array:
         warm = sampling_logits(logits, rows)
         keys = row_keys(rows.seed, counts)
+        # The largest of logits plus Gumbel noise is a draw from their softmax; a row needs no
+        # other.
         noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:]))(keys)
         drawn = (warm + noise).argmax(axis=-1).astype(jnp.int32)
         return jnp.where(rows.temperature == 0, greedy, drawn)

@@ -75,9 +75,6 @@ def score(
         info: report the fusion's ``info`` of every position.
         block: positions at a time.
 
-    Returns:
-        `Scores`.
-
     Raises:
         ValueError: for empty prompts or continuations, or unequal numbers of them.
 

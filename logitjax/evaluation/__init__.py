@@ -1,8 +1,8 @@
 """Measures of what a model says about given text, for any model.
 
 Everything here takes a function, not a model: one for the negative log-likelihood of given tokens
-(`nll_from_apply` makes it from any ``tokens -> logits``). It may stand for a single model, for two
-models whose logits are subtracted while decoding, or for an API.
+(`NllFn`). It may stand for a single model, for two models whose logits are subtracted while
+decoding, or for an API.
 
 - `score_rows`: nats of given tokens, row by row.
 - `PromptTemplate`, `encode_prompt`, `encode_answer`: questions and answers as rows, the same for
@@ -15,9 +15,8 @@ from logitjax.evaluation._encode import PromptTemplate as PromptTemplate
 from logitjax.evaluation._encode import encode_answer as encode_answer
 from logitjax.evaluation._encode import encode_prompt as encode_prompt
 from logitjax.evaluation._fluency import ngram_entropy as ngram_entropy
-from logitjax.evaluation._nll import NllFn as NllFn
-from logitjax.evaluation._nll import nll_from_apply as nll_from_apply
 from logitjax.evaluation._rouge import rouge_l_f1 as rouge_l_f1
 from logitjax.evaluation._rouge import rouge_recall as rouge_recall
+from logitjax.evaluation._rows import NllFn as NllFn
 from logitjax.evaluation._rows import RowScores as RowScores
 from logitjax.evaluation._rows import score_rows as score_rows

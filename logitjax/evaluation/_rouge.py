@@ -58,9 +58,6 @@ def rouge_recall(references: Sequence[str], predictions: Sequence[str]) -> Rouge
         references: the right answers.
         predictions: as many texts.
 
-    Returns:
-        `RougeRecall`.
-
     Raises:
         ValueError: unequal numbers.
 

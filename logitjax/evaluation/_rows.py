@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from logitjax.evaluation._nll import NllFn
+# (tokens int32 [batch, time], targets bool [batch, time]) -> nll float32 [batch, time], or that and
+# whether each token was the most likely one, bool [batch, time].
+NllFn = Callable[[Any, Any], Any]
 
 LENGTH_STEP = 32
 
@@ -48,7 +50,7 @@ def score_rows(
     ``length_step``; the last one is filled up with empty rows.
 
     Args:
-        nll_fn: see `nll_from_apply`.
+        nll_fn: an `NllFn`.
         rows: token ids and which of them are targets, as from `encode_answer`.
         batch_size: size of every batch.
         pad_id: any id the model has.

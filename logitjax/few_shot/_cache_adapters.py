@@ -90,9 +90,6 @@ def cafo_bias(
 
         sum_m p_m z(c_m),    p = softmax_m(<z(s0), z(c_m)>)
 
-    Args:
-        zero_shot: `s0`, `[*batch, classes]`.
-
     Returns:
         float32 `[*batch, classes]`.
 
@@ -101,6 +98,7 @@ def cafo_bias(
         normalisation.
     """
     scores = z_score(candidates)
+    # A cache weighs as much as it agrees with the zero-shot logits of the same picture.
     agreement = (z_score(zero_shot) * scores).sum(-1, keepdims=True)
     return (jax.nn.softmax(agreement, axis=0) * scores).sum(0)
 
@@ -175,6 +173,7 @@ class TipX(TipAdapter):
 
         low, high = bounds(self._divergence(log_p, log_p))
         near, far = bounds(keys @ keys.T)
+        # Divergences are mapped to the range of the cosines, as in the paper.
         slope = (far - near) / jnp.where(high > low, high - low, 1.0)
         # u' = slope u + shift
         return State(keys, (values, log_p, weights, slope, near - slope * low))

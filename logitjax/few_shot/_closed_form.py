@@ -74,6 +74,7 @@ def gaussian_classifier(
         return jnp.where((own >= 0)[:, None], rows - means.T[jnp.maximum(own, 0)], 0.0)
 
     freedom = there.sum() - (1 if ddof == "one" else num_classes)
+    # Fewer images than channels: by Woodbury's identity an n x n system takes the place of d x d.
     if count < width:
         small = centred(features, labels)
         trace = jnp.square(small).sum() / jnp.maximum(freedom, 1)
@@ -93,6 +94,7 @@ def gaussian_classifier(
         rest = means - jnp.matmul(shrunk, weights, precision=_HIGHEST)
         weights = width * (weights + cho_solve(factor, rest))
     known = one_hot(labels, num_classes).any(0)
+    # Equal priors: log p(k) - mu_k^T Sigma^-1 mu_k / 2.
     bias = -jnp.log(float(num_classes)) - (means * weights).sum(0) / 2
     bias = jnp.where(known, bias, bias.mean(where=known))
     return jnp.where(flat, 0.0, weights), jnp.where(flat, 0.0, bias)

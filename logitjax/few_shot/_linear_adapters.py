@@ -69,6 +69,7 @@ class ClipAdapter(Method):
     def bias(self, state: State, inputs: Inputs) -> jax.Array:
         features = needed(inputs.features, "features", self)
         moved = self._moved(state, features)
+        # beta A(f) + (1 - beta) f = f + beta (A(f) - f): the first term gives the zero-shot logits.
         return self.scale * (moved - features) @ state.fixed
 
     def logits(self, state: State, inputs: Inputs) -> jax.Array:
@@ -278,6 +279,7 @@ class LPPlusPlus(Method):
         # The squared singular values are the eigenvalues of either Gram matrix.
         wide = features.shape[0] < features.shape[1]
         gram = features @ features.T if wide else features.T @ features
+        # Step sizes of the paper: one over a bound of the gradient's Lipschitz constant by block.
         rate = 4.0 * count / jnp.linalg.eigvalsh(gram)[-1]
         text = features @ weights
         blend_rate = count / (4.0 * jnp.square(text).sum(0).max())

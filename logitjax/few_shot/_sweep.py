@@ -263,18 +263,7 @@ def _compiled(
     sequential: bool,
     mesh: Mesh | None = None,
 ) -> Any:
-    """The compiled part of :func:`sweep`: every run with every setting, trained and scored.
-
-    Args:
-        runs: The samples; a multiple of the mesh's first axis.
-        settings: Columns of the grid, and one named `""` that is as long where the grid is empty.
-        steps: Steps of training.
-        seed: Seed of random starts.
-        method: The method.
-        training: The optimizer's settings.
-        sequential: Whether runs and settings take turns on a device.
-        mesh: Mesh whose first axis splits the runs.
-    """
+    """The compiled part of :func:`sweep`: every run with every setting, trained and scored."""
     bare, shared = _apart(runs)
     arguments = (bare, settings, shared, steps, jax.random.key(seed))
     run = functools.partial(_sweep, method, training, sequential)

@@ -75,10 +75,6 @@ def uncertainty_weight(
 
         s = s0 + beta * uncertainty_weight(s0) * s_bias
 
-    Args:
-        zero_shot: `[*batch, classes]` logits `s0`.
-        config: The measure.
-
     Returns:
         float32 `[*batch, 1]`.
 

@@ -136,6 +136,7 @@ def _cumulants(sums: jax.Array, centre: jax.Array | None, axis_name: AxisName | 
         peaks, sums = jnp.split(psum(jnp.where(mine, sums, 0.0), axis_name), [1], axis=1)
         peak = peaks.max(0)[0]
         total, *powers = (sums * jnp.exp(peaks - peak)).sum(0)
+    # log Z generates the cumulants of h under P_a: its derivatives are their mean and variance.
     raw: list[Any] = [power / total for power in powers]
     mean = raw[0] if centre is None else centre + raw[0]
     variance = [jnp.maximum(raw[1] - raw[0] ** 2, 0.0)] if len(raw) > 1 else []

@@ -205,9 +205,6 @@ def vocabulary_map(
         probes: texts that both have to cut alike.
         least_overlap: share of the small vocabulary that has to be in the large one.
 
-    Returns:
-        `TokenMap`.
-
     Raises:
         ValueError: the two are different tokenizers; the message gives the evidence.
 

@@ -34,12 +34,11 @@ def fit_low_rank(
     rank: int,
     *,
     row_bias: Float[Array, " vocab"] | None = None,
-    weight_power: float = 0.5,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The low-rank head nearest to a full one, in the metric of the hidden states.
 
-    Minimises ``sum_v u_v^p (w_v - w'_v)^T Cov(h) (w_v - w'_v)``, by an eigendecomposition; what is
-    lost at the mean hidden state goes into the bias.
+    Minimises ``sum_v sqrt(u_v) (w_v - w'_v)^T Cov(h) (w_v - w'_v)``, by an eigendecomposition;
+    what is lost at the mean hidden state goes into the bias.
 
     Args:
         rows: ``[vocab, hidden]``.
@@ -48,7 +47,6 @@ def fit_low_rank(
         hidden_cov: ``[hidden, hidden]``.
         rank: at most hidden.
         row_bias: ``[vocab]``, bias of the full head.
-        weight_power: the power p.
 
     Returns:
         ``(down [hidden, rank], kernel [vocab, rank], bias [vocab])``, float32.
@@ -75,10 +73,13 @@ def fit_low_rank(
     if not 1 <= rank <= rows.shape[1]:
         raise ValueError(f"rank: expected 1 to hidden, {rows.shape[1]}, got {rank}")
     weights = jnp.asarray(unigram, jnp.float32)
-    weights = jnp.maximum(weights / weights.sum(), 0.01 / rows.shape[0]) ** weight_power
+    # A token that was never counted still weighs a hundredth of a mean one.
+    weights = jnp.maximum(weights / weights.sum(), 0.01 / rows.shape[0]) ** 0.5
     root, inverse = metric_roots(hidden_cov)
     mapped = rows @ root
     _, vectors = jnp.linalg.eigh(jnp.einsum("vi,v,vj->ij", mapped, weights, mapped))
+    # In the metric's coordinates the best of a rank is a projection (Eckart and Young). `eigh`
+    # sorts upwards.
     best = vectors[:, ::-1][:, :rank]
     down, kernel = inverse @ best, mapped @ best
     mean = jnp.asarray(hidden_mean, jnp.float32)

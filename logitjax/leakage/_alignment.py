@@ -55,9 +55,6 @@ def align_head(
         centre: compare with ``W`` less its mean over the vocabulary, which is all that
             log-probabilities hold.
 
-    Returns:
-        `HeadAlignment`.
-
     Raises:
         ValueError: vocabularies differ.
 
@@ -83,11 +80,13 @@ def align_head(
     norm = np.linalg.norm(head)
     # |W|^2 - |Q^T W|^2 would lose the digits that matter when the fit is good.
     error = np.linalg.norm(head - q @ inside)
+    # Singular values of the product of two orthonormal bases: cosines of the principal angles.
     cosines = np.clip(
         np.linalg.svd(q.T @ _orthonormal(np.asarray(head)), compute_uv=False), 0.0, 1.0
     )
     width = head.shape[1]
     overlap = float((cosines**2).sum() / width)
+    # A random subspace holds this share of any direction, on average.
     chance = dimension / vocab
     smallest = cosines.min() if dimension >= width else 0.0
     return HeadAlignment(

@@ -1,10 +1,8 @@
 """Log-probabilities of whatever tokens an API draws, where it takes no bias."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
 from logitjax.leakage._recover_row import Asked, RecoveredRow
 from logitjax.ops import Array
@@ -32,9 +30,6 @@ def harvest_log_probs(
         vocab_size: V.
         queries: Number of draws.
         temperature: Temperature of the draws.
-
-    Returns:
-        `RecoveredRow`.
 
     Raises:
         ValueError: The API does not report the drawn token's value.
@@ -69,12 +64,3 @@ def harvest_log_probs(
         queries=queries,
         method="harvested",
     )
-
-
-def expected_distinct(
-    log_probs: Float[Array, " vocab"], queries: int, temperature: Any = 1.0
-) -> float:
-    """Number of distinct tokens in so many draws: ``sum_i 1 - (1 - q_i)^n``, q at a temperature."""
-    scaled = np.asarray(log_probs, np.float64) / temperature
-    q = np.exp(scaled - scaled.max())
-    return float(-np.expm1(queries * np.log1p(-np.minimum(q / q.sum(), 1 - 1e-16))).sum())

@@ -91,9 +91,6 @@ def recover_log_probs(
             to the most likely token, because the normaliser is a sum over all.
         largest_error: in nats; a setting whose answers cannot be undone to this error is refused.
 
-    Returns:
-        `RecoveredRow`.
-
     Raises:
         ValueError: the API's answers do not depend on a bias, have too few decimals, or the setting
             is too ill-conditioned; the message says which.

@@ -56,12 +56,6 @@ def holds_vector(
 
     Noise of singular value `noise` turns the i-th vector by about `noise / s_i`; a vector that lies
     in the span without noise then sticks out of it by no more than twice that.
-
-    Args:
-        inside: The vector's products with the singular vectors.
-        squared_norm: Squared norm of the vector.
-        values: Their singular values.
-        noise: See above.
     """
     outside = squared_norm - float(inside @ inside)
     turned = noise**2 * float(((inside / values) ** 2).sum())

@@ -141,9 +141,6 @@ def search_logits(
         tolerance: Distance of the bounds, in nats, at which to stop. Some 1e-5 nats, which float32
             rounds away, come on top.
 
-    Returns:
-        `SearchedLogits`.
-
     Raises:
         ValueError: The API takes no bias, or less than the span; an unknown asker.
         BudgetExhaustedError: The oracle's budget is spent.

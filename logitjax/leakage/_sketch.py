@@ -45,11 +45,6 @@ def update_sketch(
 ) -> RowSketch:
     """Adds rows; they need not be kept. Every process of a sharded vocabulary draws the same Psi.
 
-    Args:
-        sketch: so far.
-        centre: subtract each row's mean first.
-        axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis.
-
     Returns:
         The new sketch.
     """

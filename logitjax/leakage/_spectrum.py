@@ -68,6 +68,7 @@ def rounding_noise(decimals: int) -> float:
     >>> round(rounding_noise(2), 5)
     0.00289
     """
+    # The deviation of a uniform error of one unit in the last decimal.
     return 10.0**-decimals / math.sqrt(12)
 
 
@@ -122,6 +123,7 @@ def fit_white_noise(values: Float[np.ndarray, " n"], rows: int, columns: int) ->
         return None
     k = np.arange(len(values) - _FEWEST + 1)
     squares = values.astype(np.float64) ** 2
+    # What is left beyond the first k directions is spread over (rows - k) (columns - k) numbers.
     left = np.cumsum(squares[::-1])[::-1][k]
     r, c = rows - k, columns - k
     sigma = np.sqrt(left / (r * c))

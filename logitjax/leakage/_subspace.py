@@ -133,9 +133,6 @@ def estimate_output_subspace(
         key: for these two.
         block_size: tokens at a time for the Gram matrix, on the host by BLAS.
 
-    Returns:
-        `OutputSubspace`.
-
     Raises:
         TypeError: rows are not floating point.
         ValueError: an unknown method, rows of another rank, a dimension that n rows cannot show, or
@@ -164,6 +161,8 @@ def estimate_output_subspace(
     if decimals is not None:
         noise = math.hypot(noise or 0.0, rounding_noise(decimals))
     if method == "auto":
+        # Beyond it the Gram matrix outgrows the rows. Noise asks for a power iteration, which needs
+        # a second pass.
         small = count <= GRAM_ROWS
         method = "gram" if small else ("randomised" if noise else "sketch")
     rank = min(max(dimension or 0, max_rank or (count + 1) // 2), count, vocab)

@@ -92,6 +92,7 @@ def cross_entropy(
         size = lax.axis_size(axis_name) * vocab
 
     log_z = neginf_to_zero(logsumexp(logits, axis=axis, axis_name=axis_name))
+    # Not a gather: along a vocabulary that a mesh splits it would move the logits.
     ids = jnp.arange(vocab).reshape((vocab,) + (1,) * (logits.ndim - axis - 1)) + first
     is_label = ids == jnp.expand_dims(labels, axis)
     label_logit = psum(jnp.where(is_label, logits, 0.0).sum(axis), axis_name)

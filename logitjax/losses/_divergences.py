@@ -202,6 +202,7 @@ def _log_probs(
 def _kl_terms(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
     """`p (log p - log q)` entry by entry."""
     p = jnp.exp(log_p)
+    # Masked before they are subtracted: -inf less -inf is nan, and so is nought times it.
     both = (log_p != -jnp.inf) & (log_q != -jnp.inf)
     ratio = jnp.where(both, log_p, 0.0) - jnp.where(both, log_q, 0.0)
     return jnp.where(both, p * ratio, jnp.where(p > 0, jnp.inf, 0.0))

@@ -69,6 +69,7 @@ def linear_kl_divergence(
         axis_name=axis_name,
     )
     loss = loss if weights is None else loss[0]
+    # Gradients through softmax(logits / T) shrink as 1 / T^2 (Hinton et al., 2015, section 2).
     return loss * jnp.square(jnp.asarray(temperature, loss.dtype))
 
 
@@ -111,6 +112,7 @@ def linear_generalized_jensen_shannon(
     """
     checks.between(beta, 0, 1, "beta")
     states, known = _states(teacher_hidden)
+    # At both ends it is a KL divergence, which takes one sweep.
     statistic = KLStatistic(reverse=beta == 1)
     if beta not in (0, 1):
         statistic = _JensenShannon(beta=float(beta), known=bool(known))
@@ -238,6 +240,7 @@ class _Normalised(Statistic):
     def gradient(self, residuals: Any, cotangents: Any, block: LogitBlock) -> jax.Array:
         *log_zs, slope_sum = residuals
         log_q, log_p = self._log_probabilities(block, log_zs)
+        # log q = s - log Z: a logit moves its own term, and by Z all others, each by q.
         slope = self.terms(log_q, log_p)[1]
         return cotangents[..., None] * (slope - jnp.exp(log_q) * slope_sum[..., None])
 

@@ -63,9 +63,6 @@ def linear_readout(
         ids: `[*batch, n]` vocabulary ids; asks for `gathered`.
         top_k: asks for `statistics` with so many entries, exact, ties lowest id first.
 
-    Returns:
-        `Readout`.
-
     Raises:
         ValueError: shapes do not fit, or `top_k` is not within the vocabulary.
 

@@ -251,7 +251,9 @@ def _sparse_kl(
         rest = jnp.maximum(1.0 - jnp.exp(log_p).sum(-1), 0.0)
         there = log_drawn != -jnp.inf
         gap = jnp.where(there, log_drawn - log_q[..., k:], 0.0).mean(-1)
+        # Draws are in proportion to p: their mean log-ratio times the mass of the tail is unbiased.
         return _kl(log_p, log_q[..., :k], direction) + rest * gap
+    # All that is left is one bucket; merging entries can only lower a divergence.
     log_p, log_q = _with_tail(log_p), _with_tail(log_q)
     return _kl(log_p, log_q, direction)
 

@@ -218,6 +218,7 @@ def _grouped_ids(values: jax.Array, k: int, group_size: int) -> jax.Array:
         window = (1,) * len(batch) + (group_size,)
         lowest = _lowest(values.dtype)
         maxima = lax.reduce_window(values, lowest, lax.max, window, window, "VALID")
+    # Exact: an entry outside of these k groups has k others, the maxima, at least as large.
     _, chosen = lax.top_k(maxima, k)
     # In the order of the vocabulary, so that equal values keep it.
     first = jnp.sort(chosen, axis=-1) * group_size

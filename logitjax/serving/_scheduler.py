@@ -145,6 +145,7 @@ class Scheduler:
         self._expired = False
         self._seconds = 1.0  # A running mean of how long a slot is taken.
         self._started = [0.0] * pace.slots
+        # A bit a token: what a row may say.
         words = -(-self.engine.plan.vocab_size // 32)
         self._allowed = np.full((pace.slots, words), 0xFFFFFFFF, np.uint32)
         self._held = False
@@ -202,6 +203,7 @@ class Scheduler:
                 return
             free, queued = self._jobs.count(None), self._queued()
             if queued + len(jobs) > self._pace.max_waiting + free:
+                # Those before take turns in all slots: when a client may come back.
                 turns = 1 + queued / max(1, len(self._jobs))
                 raise OverloadedError(max(1, round(turns * self._seconds)))
             groups: dict[int, list[Job]] = {}

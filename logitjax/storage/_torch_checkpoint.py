@@ -240,9 +240,6 @@ def read_torch_checkpoint(path: epath.PathLike) -> Any:
     the pickle is refused before it is called. A zip archive has checksums, so that damage is an
     error; the older form has none, and a number or a name that was changed comes back changed.
 
-    Args:
-        path: a file that ``torch.save`` wrote, of any version.
-
     Returns:
         The object, usually a dictionary.
     """

@@ -83,9 +83,6 @@ class JsonlWriter(NullWriter):
     """One JSON object per line, ``{"step": 10, "loss": 1.5}``; nan and infinity become null.
 
     Object stores cannot append: there the file is written anew at every flush.
-
-    Args:
-        path: path of the file.
     """
 
     def __init__(self, path: epath.PathLike):
@@ -135,11 +132,7 @@ class LogWriter(NullWriter):
 
 
 class TensorBoardWriter(NullWriter):
-    """TensorBoard event files, through tensorboardX (the extra ``tensorboard``).
-
-    Args:
-        directory: directory of the event files.
-    """
+    """TensorBoard event files, through tensorboardX (the extra ``tensorboard``)."""
 
     def __init__(self, directory: epath.PathLike):
         self._make = require("tensorboardX", extra="tensorboard").SummaryWriter
@@ -168,11 +161,7 @@ class TensorBoardWriter(NullWriter):
 
 
 class MultiWriter(NullWriter):
-    """Hands everything to several writers.
-
-    Args:
-        writers: these.
-    """
+    """Hands everything to several writers."""
 
     def __init__(self, writers: Iterable[MetricWriter]):
         self._writers = tuple(writers)

@@ -134,6 +134,7 @@ class TrainStep:
 
     def _step(self, state: TrainState, batch: Any, constants: Any) -> tuple[TrainState, StepOutput]:
         self.traces += 1
+        # Of the step alone: a run that is resumed draws what it would have drawn.
         key = jax.random.fold_in(state.rng, state.step)
         mask = None if self._trainable is None else path_mask(state.params, self._trainable)
 
@@ -159,6 +160,8 @@ class TrainStep:
         else:
             self._check_rows(batch)
             grads, sums = self._over_copies(grad_fn, mask, state.params, batch, key)
+        # Sums over all micro-batches and devices first, then one division: the mean of the whole
+        # batch.
         count = jnp.maximum(sums["loss"][1], 1e-9)
         grads = jax.tree.map(lambda g, p: (g / count).astype(p.dtype), grads, state.params)
         norm = optax.tree.norm(jax.tree.map(_float32, grads))

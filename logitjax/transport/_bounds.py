@@ -280,6 +280,7 @@ def _dual_value(
         v = -temperature * jax.nn.logsumexp((u[:, None] - fixed) / temperature + log_a, axis=0)
         return v, None
 
+    # Annealed towards the hard minimum. A poor end makes the bound loose, never wrong.
     temperatures = scale * jnp.geomspace(1.0, 1e-3, steps)
     v, _ = jax.lax.scan(step, jnp.zeros_like(b), temperatures)
     # At the best u the value depends on the costs through the second term alone.

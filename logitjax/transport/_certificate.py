@@ -368,14 +368,6 @@ def best_sorted_coupling(
 ) -> tuple[Coupling, Float[Array, "plans"]]:
     """The cheapest coupling among those that sort by row mean, row RMS and row deviation.
 
-    Args:
-        c: matrix ``[n, n]`` or `FactoredGraph`.
-        d: matrix ``[m, m]`` or `FactoredGraph`.
-        c_weights: node weights that sum to one; uniform if left out.
-        d_weights: the same for d.
-        p: power of the cost.
-        candidates: further couplings to choose from.
-
     Returns:
         The coupling, without gradient, and what each costs at most, the three sorted ones first.
 

@@ -113,6 +113,7 @@ def coupling_cost(
     mass = real(coupling.mass)
     taken = jnp.zeros(n, mass.dtype).at[rows].add(mass)
     given = jnp.zeros(m, mass.dtype).at[columns].add(mass)
+    # What has to be moved before the masses have the marginals of a coupling.
     surplus = (
         jnp.maximum(1 - mass.sum(), 0.0)
         + jnp.maximum(taken - node_weights(c, c_weights), 0.0).sum()
@@ -146,6 +147,7 @@ def coupling_cost(
             most = jnp.where(same, 0.0, most)
             root = jnp.where(same, 0.0, root)
         most = (most + root) if p == 1 else jnp.square(jnp.sqrt(most) + root)
+    # No two entries are further apart, wherever the surplus goes.
     reach = (largest(c) + largest(d)) ** p
     most = (most + 2 * surplus * reach) * (1 + gamma(8))
     return Cost(value, jax.lax.stop_gradient(most))

@@ -293,6 +293,7 @@ def moments(graph: Graph, weights: Weights) -> tuple[Vector, Vector]:
     z = real(graph.values)
     if graph.ids is None:
         mean = z.T @ (z @ a)
+        # By the smaller square: sum_w a_w C_uw^2 = z_u^T (Z A Z^T) z_u, n x n numbers or T x T.
         if n <= z.shape[0]:
             return mean, jnp.square(z.T @ z) @ a
         gram = (z * a) @ z.T

@@ -43,11 +43,6 @@ def diagonal_lower_bound(c: Graph, d: Graph) -> Float[jax.Array, ""]:
 
         (|c - d|^2 + (n - 1) max(|mu - mu'|^2 + |s - s'|^2, |r - r'|^2)) / n^2 <= GW_2^2(C, D)
 
-    Args:
-        c: symmetric positive semi-definite matrix ``[n, n]``, or `FactoredGraph`. (The bound holds
-            for permutations of any matrices.)
-        d: the same, with as many nodes; uniform weights.
-
     Returns:
         A scalar.
 
@@ -224,6 +219,7 @@ def _apart(graph: Graph) -> tuple[jax.Array, ...]:
     else:
         s = row_statistics(graph, None)
         own_error = gamma(len(graph.values)) * own
+        # The statistics are of all n entries of a row: less its diagonal one.
         mean = (n * s.mean - own) / others
         small = gamma(0) * (n * jnp.abs(s.mean) + own)
         mean_error = (n * s.mean_error + own_error + small) / others

@@ -89,6 +89,7 @@ def _objective(c: Square, d: Square, q: Order) -> Scalar:
 def _climb(
     move: Callable[..., jax.Array], c: Square, d: Square, start: _Found, steps: int
 ) -> _Found:
+    # Moves draw nothing: after one that gains nothing the next would be the same.
     def unfinished(state: tuple[jax.Array, ...]) -> jax.Array:
         _, _, step, improved = state
         return improved & (step < steps)

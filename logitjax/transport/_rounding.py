@@ -62,6 +62,7 @@ def lowered(raw: Any, *, p: int, relative: Any = 0.0, absolute: Any = 0.0, root:
     else:
         least = jnp.square(jnp.maximum(jnp.sqrt(least) - root, 0.0))
     least = jnp.maximum(least * (1 - gamma(0)) - UNDERFLOW, 0.0)
+    # The value of the bound, the gradient of what was computed.
     return (raw - jax.lax.stop_gradient(raw)) + jax.lax.stop_gradient(least)
 
 

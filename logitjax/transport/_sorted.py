@@ -149,6 +149,7 @@ def sorted_coupling(
     upper_g = _cumulative(g_weights, columns, g.shape)
     ends = jnp.sort(jnp.concatenate([upper_f, upper_g], axis=-1), axis=-1)
     starts = jnp.concatenate([jnp.zeros_like(ends[..., :1]), ends[..., :-1]], axis=-1)
+    # Between two ends both quantile functions are constant: the middle says whose nodes meet.
     middles = 0.5 * (starts + ends)
     at_f = jnp.clip(_search(upper_f, middles), 0, n - 1)
     at_g = jnp.clip(_search(upper_g, middles), 0, m - 1)

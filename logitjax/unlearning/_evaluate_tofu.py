@@ -103,7 +103,7 @@ def evaluate(
 
     Args:
       nll_fn: ``(tokens, targets)``, int32 and bool ``[batch, time]``, to the negative
-        log-likelihood of every target, float32 ``[batch, time]``; from logits by `nll_from_apply`.
+        log-likelihood of every target, float32 ``[batch, time]``.
         With its ``with_greedy`` extraction strength and exact memorisation are reported too, over
         the answers' tokens without the end mark.
       generate_fn: ``(prompts, max_new_tokens)``, a list of int32 arrays and a number, to what

@@ -91,9 +91,6 @@ class _Transformer(nnx.Module):
 class VisionTransformer(nnx.Module):
     """CLIP's ViT: a norm before the blocks, the class token's output projected.
 
-    Args:
-        config: sizes.
-
     References:
         Radford et al. (arXiv 2103.00020); names as in OpenAI's code.
     """
@@ -190,9 +187,6 @@ class ModifiedResNet(nnx.Module):
     """CLIP's ResNet: three convolutions in the stem, pooling before strides, an attention pool.
 
     Batch statistics are always the running ones: this is for frozen features.
-
-    Args:
-        config: sizes.
 
     References:
         Radford et al. (arXiv 2103.00020); names as in OpenAI's code.

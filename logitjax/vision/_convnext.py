@@ -100,11 +100,6 @@ class _Stage(nnx.Module):
 class ConvNeXt(nnx.Module):
     """ConvNeXt: a stem of patches, four stages of depthwise convolutions, the mean, a norm.
 
-    Args:
-        config: Sizes.
-        dtype: Type of the computation; parameters stay float32.
-        rngs: Needs `params`.
-
     References:
         Liu et al. (arXiv 2201.03545), Woo et al. (2301.00808); names are ours.
     """

@@ -95,13 +95,7 @@ def fill_weights(
     weights: Mapping[str, np.ndarray],
     names: Mapping[str, tuple[Any, ...]],
 ) -> None:
-    """Put torch's arrays, turned into our layout, where ``names`` says; all of them must fit.
-
-    Args:
-        model: updated in place; its leaves may be shapes alone.
-        weights: by torch name.
-        names: the path in ``model`` of every torch name.
-    """
+    """Put torch's arrays, turned into our layout, where ``names`` says; all of them must fit."""
     weights = {k: v for k, v in weights.items() if not _IGNORED.search(k)}
     if missing := sorted(set(names) - set(weights)):
         raise ValueError(f"weights lack {len(missing)} entries, the first is {missing[0]!r}")

@@ -229,12 +229,7 @@ _VIT = dataclasses.replace(_CLIP, activation="gelu", epsilon=1e-12)
 
 
 def vit_config(named: Weights, settings: Mapping[str, Any]) -> ViTConfig:
-    """Sizes of a tower in our names.
-
-    Args:
-        named: As of `transformer_names`.
-        settings: The tower's part of a ``config.json``.
-    """
+    """Sizes of a tower in our names."""
     try:
         patch, class_token = named["patch.weight"], "class_token" in named
         pooling: Pooling = "probe" if "pool.probe" in named else "class"

@@ -210,11 +210,6 @@ class _Probe(nnx.Module):
 class ViT(nnx.Module):
     """A vision transformer: CLIP's tower, ViT, DINOv2 and DINOv3, SigLIP's tower.
 
-    Args:
-        config: Sizes and what the families differ in.
-        dtype: Type of the computation; parameters stay float32.
-        rngs: Needs `params`.
-
     >>> blocks = BlockConfig(width=8, layers=1, heads=2, hidden=16)
     >>> config = ViTConfig(blocks=blocks, patch_size=4, grid=2)
     >>> def features(images):
@@ -390,11 +385,6 @@ class SigLIP(nnx.Module):
     """Both towers of SigLIP. Called with pictures it is the vision tower.
 
     The probability that a text is of a picture is `sigmoid(exp(logit_scale) cosine + logit_bias)`.
-
-    Args:
-        config: Sizes.
-        dtype: Type of the computation; parameters stay float32.
-        rngs: Needs `params`.
 
     References:
         Zhai et al. (arXiv 2303.15343), Tschannen et al. (2502.14786).

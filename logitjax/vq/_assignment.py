@@ -12,6 +12,9 @@ from logitjax.ops import Array, checks, logsumexp
 from logitjax.vq._kmeans import fit_kmeans, over_rows, weighted_means
 from logitjax.vq._loss import cluster_log_mass
 
+# Rows, or hidden states, at a time: a block of scores is this many times the codes.
+_BLOCK = 2048
+
 Method = Literal["random", "frequency", "kmeans", "weighted_kmeans"]
 
 
@@ -71,9 +74,6 @@ def fit_assignment(
         key: key of random choices.
         weight_power: the power p; 0.5 to 1 are sensible.
         iterations: number of iterations of Lloyd's algorithm.
-
-    Returns:
-        `VQFit`.
 
     Raises:
         TypeError: arrays of another kind.
@@ -159,63 +159,12 @@ def centred_bias(
     assignment: Array,
     hidden_mean: Array,
     row_bias: Array | None = None,
-    *,
-    block_size: int = 2048,
 ) -> jax.Array:
     """Biases that make VQ logits equal the full head's at the mean hidden state."""
     mean = jnp.asarray(hidden_mean, jnp.float32)
-    full = over_rows(lambda block: block.astype(jnp.float32) @ mean, jnp.asarray(rows), block_size)
+    full = over_rows(lambda block: block.astype(jnp.float32) @ mean, jnp.asarray(rows), _BLOCK)
     bias = full - (codebook @ mean)[assignment]
     return bias if row_bias is None else bias + jnp.asarray(row_bias, jnp.float32)
-
-
-def expected_targets(
-    hidden: Float[Array, "count hidden"],
-    rows: Float[Array, "vocab hidden"],
-    row_bias: Float[Array, " vocab"] | None = None,
-    *,
-    soft_cap: float | None = None,
-    block_size: int = 512,
-) -> tuple[Float[jax.Array, "vocab hidden"], Float[jax.Array, " vocab"]]:
-    """How often the full head expects each token, and the summed hidden states where it does.
-
-    With them the loss of any VQ head against the full one is linear in codebook and biases but for
-    its normaliser. Probabilities in place of counted labels give every token some evidence. ::
-
-        counts_v = sum_n p(v | h_n),    sums_v = sum_n p(v | h_n) h_n
-
-    Args:
-        rows: ``[vocab, hidden]`` of the full head.
-        row_bias: ``[vocab]``, its bias.
-        soft_cap: soft cap of its logits.
-        block_size: hidden states at a time; memory is block_size x vocab.
-
-    Returns:
-        ``(sums [vocab, hidden], counts [vocab])``, float32.
-    """
-    rows = jnp.asarray(rows, jnp.float32)
-    added = jnp.zeros(rows.shape[0]) if row_bias is None else jnp.asarray(row_bias, jnp.float32)
-    sums, counts = jnp.zeros(rows.shape, jnp.float32), jnp.zeros(rows.shape[0], jnp.float32)
-    for start in range(0, len(hidden), block_size):
-        block = np.asarray(hidden[start : start + block_size], np.float32)
-        sums, counts = _add_expected(sums, counts, block, rows, added, soft_cap)
-    return sums, counts
-
-
-@jax.jit(static_argnames="soft_cap", donate_argnums=(0, 1))
-def _add_expected(
-    sums: jax.Array,
-    counts: jax.Array,
-    hidden: jax.Array,
-    rows: jax.Array,
-    bias: jax.Array,
-    soft_cap: float | None,
-) -> tuple[jax.Array, jax.Array]:
-    logits = hidden @ rows.T + bias
-    if soft_cap is not None:
-        logits = soft_cap * jnp.tanh(logits / soft_cap)
-    probs = jax.nn.softmax(logits)
-    return sums + probs.T @ hidden, counts + probs.sum(0)
 
 
 def reassign(
@@ -227,8 +176,6 @@ def reassign(
     hidden: Float[Array, "count hidden"],
     *,
     min_count: float = 1.0,
-    soft_cap: float | None = None,
-    block_size: int = 2048,
 ) -> tuple[Int[jax.Array, " vocab"], Float[jax.Array, " vocab"], Int[jax.Array, ""]]:
     """Moves each token to the code under which its targets are most likely.
 
@@ -239,12 +186,10 @@ def reassign(
 
     Args:
         sums: ``[vocab, hidden]``, summed hidden states where the token is the target: of
-            `expected_targets`, or of labels.
+            `head_targets`, or of labels.
         counts: ``[vocab]``, how often it is.
         hidden: ``[count, hidden]``, the hidden states these came from.
         min_count: tokens with less evidence keep code and bias.
-        soft_cap: soft cap of the scores; ranking by ``hbar . C`` then is an approximation.
-        block_size: rows at a time.
 
     Returns:
         ``(assignment, bias, moved)``: the new ones, and how many tokens moved.
@@ -254,12 +199,12 @@ def reassign(
         target tokens if counted from labels.
     """
     codebook = jnp.asarray(codebook, jnp.float32)
-    mass = code_mass(codebook, bias, assignment, hidden, soft_cap=soft_cap, block_size=block_size)
+    mass = code_mass(codebook, bias, assignment, hidden)
     counts = jnp.asarray(counts, jnp.float32)
-    return _best_codes(codebook, bias, assignment, sums, counts, mass, min_count, block_size)
+    return _best_codes(codebook, bias, assignment, sums, counts, mass, min_count)
 
 
-@jax.jit(static_argnames="block_size")
+@jax.jit
 def _best_codes(
     codebook: Array,
     bias: Array,
@@ -268,15 +213,15 @@ def _best_codes(
     counts: Array,
     mass: Array,
     min_count: float | Array,
-    block_size: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     def block(inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
         rows, weight = inputs[:, :-1], jnp.maximum(inputs[:, -1:], 1e-9)
+        # hbar_v . C_k - A_k, with hbar_v the mean hidden state where v is the target.
         score = (rows / weight) @ codebook.T - mass
         return score.argmax(-1).astype(jnp.int32), score.max(-1)
 
     stacked = jnp.concatenate([jnp.asarray(sums), counts[:, None]], axis=1)
-    best, _ = over_rows(block, stacked, block_size)
+    best, _ = over_rows(block, stacked, _BLOCK)
     enough = counts >= min_count
     new = jnp.where(enough, best, assignment)
     # b_v = log counts_v - A: the mass that the head gives the token is then what was counted.
@@ -290,9 +235,6 @@ def matched_bias(
     assignment: Int[Array, " vocab"],
     counts: Float[Array, " vocab"],
     hidden: Float[Array, "count hidden"],
-    *,
-    min_count: float = 1e-6,
-    block_size: int = 2048,
 ) -> Float[jax.Array, " vocab"]:
     """Biases under which every token gets the mass that it should, to first order.
 
@@ -300,55 +242,38 @@ def matched_bias(
 
         b_v <- log counts_v - A_{m(v)},      A_k = log sum_n exp(z_nk - log Z_n)
 
-    Args:
-        bias: ``[vocab]``, from which ``log Z`` is computed.
-        counts: ``[vocab]``, how often a token is the target.
-        min_count: tokens with less evidence count as having so much.
-        block_size: hidden states at a time.
-
     >>> codebook, bias, assignment = np.zeros((1, 2)), np.zeros(2), np.zeros(2, int)
     >>> bias = matched_bias(codebook, bias, assignment, np.array([3.0, 1.0]), np.zeros((4, 2)))
     >>> [f"{b:.3f}" for b in np.asarray(bias)]
     ['0.405', '-0.693']
     """
     codebook = jnp.asarray(codebook, jnp.float32)
-    mass = code_mass(codebook, bias, assignment, hidden, block_size=block_size)
-    return _matched(jnp.asarray(counts, jnp.float32), mass, assignment, min_count)
+    mass = code_mass(codebook, bias, assignment, hidden)
+    return _matched(jnp.asarray(counts, jnp.float32), mass, assignment)
 
 
 @jax.jit
-def _matched(counts: Array, mass: Array, assignment: Array, least: float | Array) -> jax.Array:
-    return jnp.log(jnp.maximum(counts, least)) - mass[assignment]
+def _matched(counts: Array, mass: Array, assignment: Array) -> jax.Array:
+    # A token that was never seen counts as one of a million.
+    return jnp.log(jnp.maximum(counts, 1e-6)) - mass[assignment]
 
 
-def code_mass(
-    codebook: Array,
-    bias: Array,
-    assignment: Array,
-    hidden: Array,
-    *,
-    soft_cap: float | None = None,
-    block_size: int = 2048,
-) -> jax.Array:
+def code_mass(codebook: Array, bias: Array, assignment: Array, hidden: Array) -> jax.Array:
     """``A_k = log sum_n exp(z_nk - log Z_n)``, the log mass of a token of bias 0 in each code."""
     log_mass = _log_mass(bias, assignment, codebook.shape[0])
     total: Array = np.full((codebook.shape[0],), -np.inf, np.float32)
-    for start in range(0, len(hidden), block_size):
-        block = np.asarray(hidden[start : start + block_size], np.float32)
-        total = _add_mass(total, codebook, log_mass, block, soft_cap)
+    for start in range(0, len(hidden), _BLOCK):
+        block = np.asarray(hidden[start : start + _BLOCK], np.float32)
+        total = _add_mass(total, codebook, log_mass, block)
     return jnp.asarray(total)
 
 
 _log_mass = jax.jit(cluster_log_mass, static_argnums=2)
 
 
-@jax.jit(static_argnames="soft_cap")
-def _add_mass(
-    total: Array, codebook: Array, log_mass: Array, hidden: Array, soft_cap: float | None
-) -> jax.Array:
+@jax.jit
+def _add_mass(total: Array, codebook: Array, log_mass: Array, hidden: Array) -> jax.Array:
     scores = hidden @ codebook.T
-    if soft_cap is not None:
-        scores = soft_cap * jnp.tanh(scores / soft_cap)
     log_z = logsumexp(scores + log_mass)
     return jnp.logaddexp(total, logsumexp(scores - log_z[:, None], axis=0))
 
@@ -414,6 +339,7 @@ def perplexity_floor(
     mass = np.bincount(assignment, prob)
     log_size = np.log(sizes[assignment])
     known = prob > 0
+    # log u(v | k) + log n_k: the KL divergence of a cluster from a uniform one, token by token.
     within = np.log(prob[known] / mass[assignment[known]])
     excess = float((prob[known] * (within + log_size[known])).sum())
     return PerplexityFloor(

@@ -63,9 +63,6 @@ def vq_tables(
         temperature: divides the logits.
         vocab_where: ``[vocab]``, True for the entries that exist.
 
-    Returns:
-        `VQTables`.
-
     Raises:
         TypeError: arrays of another kind.
         ValueError: ``width`` is not positive, shapes do not fit, or (outside of ``jit``) a token is

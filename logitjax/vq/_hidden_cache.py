@@ -204,9 +204,6 @@ class HiddenCache:
             top: probabilities kept per position.
             block_size: positions at a time.
 
-        Returns:
-            `HeadTargets`.
-
         Raises:
             ValueError: the directory holds those of other positions, another head or other options;
                 names all that differs.

@@ -12,6 +12,9 @@ from jaxtyping import Float, Key
 
 from logitjax.ops import Array
 
+# Batches of centres that the start draws; more read the points more often for little.
+_SEEDING_ROUNDS = 16
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -39,24 +42,13 @@ def fit_kmeans(
     key: Key[jax.Array, ""],
     iterations: int = 20,
     block_size: int = 2048,
-    seeding_rounds: int = 16,
 ) -> KMeans:
     """Lloyd's algorithm for ``sum_i w_i |x_i - c|^2_M`` from a blocked k-means++ start.
 
     Points keep their coordinates: only the centres are multiplied by the metric. The start draws
-    centres in ``seeding_rounds`` batches, each point with odds of weight times squared distance to
+    centres in 16 batches, each point with odds of weight times squared distance to
     the centres so far (k-means|| without oversampling): one at a time would read all points
     ``num_centres`` times. A centre that loses its points moves to one of the worst served points.
-
-    Args:
-        points: ``[points, dim]``, any float type.
-        weights: ``[points]``, not negative.
-        metric: ``[dim, dim]``, positive semidefinite; None for the Euclidean one.
-        num_centres: at most the number of points.
-        key: key of the start.
-        iterations: updates of the centres.
-        block_size: points at a time; memory beyond the points is block_size x num_centres.
-        seeding_rounds: batches of the start.
 
     References:
         Arthur and Vassilvitskii, k-means++, 2007. Bahmani et al., Scalable k-means++, 2012.
@@ -78,7 +70,7 @@ def fit_kmeans(
         metric,
         squares,
         num_centres,
-        rounds=min(seeding_rounds, num_centres),
+        rounds=min(_SEEDING_ROUNDS, num_centres),
         block_size=block_size,
     )
     return _lloyd(

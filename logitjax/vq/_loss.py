@@ -22,15 +22,12 @@ def cluster_log_mass(
 
         log B_k = log sum_{v: m(v) = k} exp(b_v)
 
-    Args:
-        bias: ``[vocab]``; ``-inf`` for entries that do not exist.
-        assignment: ``[vocab]``, the cluster ``m(v)`` of each entry.
-        num_codes: number of clusters K.
-
     Returns:
         ``[codes]``, float32; ``-inf`` where a cluster is empty.
     """
     bias = _float32(bias)
+    # A log-sum-exp by cluster. Less its largest bias nothing overflows, and the peak cancels in the
+    # gradient.
     peak = lax.stop_gradient(jax.ops.segment_max(bias, assignment, num_segments=num_codes))
     peak = neginf_to_zero(peak)
     total = jax.ops.segment_sum(
@@ -201,9 +198,11 @@ def vq_nll(
         mass = cluster_log_mass(added, assignment, local * shards)
         code = assignment[labels]
         if axis_name is None:
+            # K terms stand for V: sum_v exp(s_m(v) + b_v) = sum_k exp(s_k) sum_{v in k} exp(b_v).
             log_z = logsumexp(scores + mass)
             chosen = jnp.take_along_axis(scores, code[..., None], axis=-1)[..., 0]
         else:
+            # A shard has the scores of its own codes alone, but the biases of all tokens.
             first = lax.axis_index(axis_name) * local
             mass = lax.dynamic_slice_in_dim(mass, first, local)
             log_z = logsumexp(scores + mass, axis_name=axis_name)

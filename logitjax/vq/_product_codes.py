@@ -301,11 +301,6 @@ def unpack_codes(
 ) -> UInt8[jax.Array, "vocab groups"]:
     """What `pack_codes` packed.
 
-    Args:
-        packed: ``[ceil(vocab / 32), ceil(groups / 2), 32]``.
-        vocab: tokens that were packed.
-        groups: groups that were packed.
-
     Returns:
         ``[vocab, groups]``, uint8, 0..15.
     """

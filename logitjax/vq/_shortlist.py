@@ -73,9 +73,6 @@ class Pages:
             margin: ``[vocab]``, by how much the better logit of a token may plausibly exceed its VQ
                 logit, e.g. one standard deviation (`spread`).
 
-        Returns:
-            `Pages`.
-
         Raises:
             ValueError: ``size`` is not positive.
 
@@ -87,6 +84,7 @@ class Pages:
             raise ValueError(f"size: expected a positive number, got {size}")
         bias_, assignment_ = np.asarray(bias, np.float64), np.asarray(assignment)
         reach = bias_ if margin is None else bias_ + np.asarray(margin)
+        # By cluster, then by what a token can reach: those of a page are wanted together.
         order = np.lexsort((-reach, assignment_))
         order = order[np.isfinite(bias_[order])]
         codes = assignment_[order]
@@ -373,6 +371,7 @@ class Shortlist:
         chosen = _choose(scores, pages, self.num_pages)
         tokens, logits, _ = self._split(flat, scores, chosen, pages, soft_cap)
         coarse = jnp.take(scores, assignment, axis=-1) + jnp.asarray(bias)
+        # Empty places of a page point behind the vocabulary, where a scatter drops them.
         tokens = jnp.where(tokens < 0, coarse.shape[-1], tokens)
         rows = jnp.arange(len(flat))[:, None]
         full = coarse.at[rows, tokens].set(logits, mode="drop")
@@ -395,6 +394,8 @@ class Shortlist:
         masses = _page_scores(scores, pages)
         rest = masses.at[jnp.arange(len(hidden))[:, None], chosen].set(-jnp.inf)
         others = logsumexp(rest)
+        # Exact logits are shifted so that the shortlist keeps the odds that its codes have against
+        # the rest.
         odds = logsumexp(jnp.take_along_axis(masses, chosen, axis=-1)) - neginf_to_zero(others)
         if self.calibration is not None:
             scale, offset = self.calibration
@@ -407,6 +408,7 @@ class Shortlist:
 
 
 def _choose(scores: jax.Array, pages: Pages, num_pages: int) -> jax.Array:
+    # `lift` is the most that a token of the page may have beyond the score of its code.
     ranked = lax.stop_gradient(jnp.take(scores, pages.code, axis=-1) + pages.lift)
     return top_k(ranked, num_pages)[1]
 

@@ -12,10 +12,10 @@ from logitjax.evaluation import (
     PromptTemplate,
     encode_answer,
     encode_prompt,
-    nll_from_apply,
     score_rows,
 )
 from logitjax.unlearning import tofu
+from tests._nll import nll_from_apply
 from tests.data._tokenizers import ByteTokenizer
 from tests.unlearning.test_tofu_data import FILES
 
@@ -345,17 +345,3 @@ def test_scores_do_not_depend_on_batches():
     with pytest.raises(ValueError, match="row 0: its first token is a target"):
         score_rows(bigram(), [(np.array([1, 2]), np.array([True, True]))])
     assert score_rows(lambda tokens, targets: tokens * 0.0, rows).greedy is None
-
-
-def test_unlikely_tokens_and_padded_vocabularies_stay_finite():
-    table = np.full((4, 4), -np.inf, np.float32)
-    table[:, 0], table[:, 1] = 200.0, 0.0
-    nll_fn = nll_from_apply(lambda tokens: jnp.asarray(table)[tokens], with_greedy=True)
-    tokens, targets = np.array([[2, 0, 1]]), np.array([[False, True, True]])
-    nll, greedy = nll_fn(tokens, targets)
-    np.testing.assert_allclose(nll, [[0.0, 0.0, 200.0]], atol=1e-6)
-    assert greedy.tolist() == [[False, True, False]]
-    with pytest.raises(ValueError, match="apply_fn: expected logits"):
-        nll_from_apply(lambda tokens: tokens)(tokens, targets)
-    with pytest.raises(ValueError, match="expected \\[batch, time\\] both"):
-        nll_fn(tokens[0], targets[0])

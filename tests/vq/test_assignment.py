@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from logitjax.vq import fit_assignment, perplexity_floor, vq_logits, vq_nll
-from logitjax.vq._assignment import code_mass, expected_targets, reassign
+from logitjax.vq._assignment import code_mass, reassign
 from logitjax.vq._kmeans import fit_kmeans
 from tests._compiled import compiled
 
@@ -65,16 +65,13 @@ def test_the_metric_ignores_what_hidden_states_never_show(head):
 
 def test_reassignment_puts_a_misplaced_token_back(head):
     fit = _fit(head, "weighted_kmeans")
-    sums, counts = expected_targets(head["hidden"], head["rows"])
-    np.testing.assert_allclose(counts, head["probs"].sum(0), rtol=1e-3)
-    np.testing.assert_allclose(sums, head["probs"].T @ head["hidden"], rtol=1e-3, atol=1e-2)
+    counts = head["probs"].sum(0).astype(np.float32)
+    sums = (head["probs"].T @ head["hidden"]).astype(np.float32)
     token = int(np.argmax(head["unigram"]))
     home = int(fit.assignment[token])
     moved = np.array(fit.assignment)
     moved[token] = (home + 1) % CODES
-    new, bias, count = reassign(
-        fit.codebook, fit.bias, moved, sums, counts, head["hidden"], block_size=32
-    )
+    new, bias, count = reassign(fit.codebook, fit.bias, moved, sums, counts, head["hidden"])
     assert int(new[token]) == home
     assert int(count) >= 1
     kept, same_bias, none = reassign(
@@ -165,5 +162,5 @@ def test_the_mass_of_codes_is_what_hidden_states_give_a_token_without_bias():
     total = np.exp(z[:, assignment] + bias).sum(-1)
     expected = np.log((np.exp(z) / total[:, None]).sum(0))
     rest = (bias.astype(np.float32), assignment, hidden.astype(np.float32))
-    got = code_mass(codebook.astype(np.float32), *rest, block_size=2)
+    got = code_mass(codebook.astype(np.float32), *rest)
     np.testing.assert_allclose(got, expected, rtol=1e-5)

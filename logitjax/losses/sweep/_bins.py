@@ -96,14 +96,7 @@ class Binned(Statistic):
 
 
 def settle(sweep: Sweep, operands: Operands, binned: Binned, state: _State) -> Any:
-    """The statistic's own state of these columns, its k largest proven or read again.
-
-    Args:
-        sweep: with the statistic itself.
-        operands: operands of `[T]` positions.
-        binned: what stood for it.
-        state: what came of that.
-    """
+    """The statistic's own state of these columns, its k largest proven or read again."""
     statistic = sweep.statistic
     assert isinstance(statistic, ReadoutStatistic)
     k = statistic.k
