@@ -1,0 +1,77 @@
+"""Open sets are values: no name of a member stands in a conditional outside the member's own file."""
+
+import ast
+import pathlib
+
+import pytest
+
+from logitjax.distillation.terms import TERMS
+
+ROOT = pathlib.Path(__file__).parents[1] / "logitjax"
+
+# Words that mean something else where they stand: the direction of a divergence between two
+# numbers, and a rule that cuts tokens into those of another vocabulary.
+OTHER_MEANINGS = {
+    "distillation/tokenizers/_likelihood_matching.py": {"kl"},
+    "distillation/tokenizers/_matched_tokens.py": {"kl"},
+    "distillation/tokenizers/_token_pieces.py": {"first_piece"},
+}
+
+
+def members(registry):
+    """By the file that makes it, the names of each member: that of flags and that of its class."""
+    for name, member in registry.members.items():
+        kind = member if isinstance(member, type) else type(member)
+        yield f"{kind.__module__.removeprefix('logitjax.').replace('.', '/')}.py", name, kind
+
+
+def conditions(tree):
+    """What decides something: tests, comparisons, cases, and the keys that a dictionary has."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If | ast.IfExp | ast.While | ast.Assert):
+            yield node.test
+        elif isinstance(node, ast.comprehension):
+            yield from node.ifs
+        elif isinstance(node, ast.Compare | ast.match_case):
+            yield node
+
+
+def named(condition):
+    for node in ast.walk(condition):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+        elif isinstance(node, ast.Name):
+            yield node.id
+        elif isinstance(node, ast.Attribute):
+            yield node.attr
+
+
+@pytest.mark.parametrize("registry", [TERMS], ids=lambda registry: registry.kind)
+def test_no_member_is_asked_for_by_name_outside_its_own_file(registry):
+    homes = {}
+    for file, name, kind in members(registry):
+        homes.setdefault(name, file)
+        homes.setdefault(kind.__name__, file)
+    wrong = []
+    for path in sorted(ROOT.rglob("*.py")):
+        file = str(path.relative_to(ROOT))
+        for condition in conditions(ast.parse(path.read_text())):
+            wrong += [
+                f"{file}:{getattr(condition, 'lineno', 0)} {word}"
+                for word in named(condition)
+                if word in homes and homes[word] != file
+                if word not in OTHER_MEANINGS.get(file, ())
+            ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_name_in_a_conditional_is_found():
+    """The test itself: what it looks for, in each form that it may have."""
+    for text in (
+        "x = 1 if term == 'kl' else 2",
+        "if 'alm' in names: pass",
+        "if isinstance(term, terms.KL): pass",
+        "y = [t for t in terms if t.name in ('sft', 'kl')]",
+    ):
+        words = {word for condition in conditions(ast.parse(text)) for word in named(condition)}
+        assert words & {"kl", "alm", "KL"}
