@@ -215,13 +215,6 @@ def _objective(student: Any, labels: Any, teacher: Any, where: Any) -> Any:
     )[0]
 
 
-def _linear_objective(hidden: Any, head: Any, labels: Any, teacher: Any, where: Any) -> Any:
-    teachers = [distillation.FusionTeacher(outputs=teacher)]
-    config = distillation.GraphFusionConfig(graph=distillation.GraphConfig(k=3))
-    options = {"where": where, "config": config, "blocks": BLOCKS}
-    return distillation.linear_graph_fusion(hidden, head, labels, teachers, **options)[0]
-
-
 def _subspace(rows: Any) -> Any:
     """The basis, nan for tokens that were left out."""
     found = leakage.estimate_output_subspace(rows, centre=False)
@@ -542,22 +535,6 @@ TABLE: dict[str, Case] = {
         arrays={"student": LOGITS, "labels": LABELS, "teacher": THEIRS, "where": WHERE},
         logits=("student", "teacher"),
         free=(("student", VOCAB), ("teacher", OTHER), ("teacher", LENGTH)),
-        where="where",
-        counts=LABELLED,
-    ),
-    "distillation.linear_graph_fusion": Case(
-        call=_linear_objective,
-        loss={"constant": ("teacher",), "skip": ("where", "rows")},
-        swept=True,
-        arrays={
-            "hidden": STATES,
-            "head": HEAD,
-            "labels": LABELS,
-            "teacher": THEIRS,
-            "where": WHERE,
-        },
-        logits=("teacher",),
-        free=(("head", VOCAB), ("teacher", OTHER), ("teacher", LENGTH)),
         where="where",
         counts=LABELLED,
     ),

@@ -1,4 +1,4 @@
-"""Open sets are values: no name of a member stands in a conditional outside the member's own file."""
+"""Open sets are values: no member's name stands in a conditional outside the member's own file."""
 
 import ast
 import pathlib

@@ -132,14 +132,11 @@ def _graph(**settings: Any) -> Callable[..., Any]:
     return loss
 
 
-def _fusion(blocked: bool, aligned: bool) -> Callable[..., Any]:
+def _fusion(aligned: bool) -> Callable[..., Any]:
     def loss(x: Any, hidden: Any, head: Any, where: Any) -> Any:
         outputs = x["teacher_logits"]
         teachers = [distillation.FusionTeacher(outputs=outputs, where=where, aligned=aligned)]
         arrays = (x["labels"], teachers)
-        if blocked:
-            options = {"where": where, "blocks": BLOCKS}
-            return distillation.linear_graph_fusion(hidden, head, *arrays, **options)[0].sum()
         return distillation.graph_fusion_objective(hidden, *arrays, where=where)[0].sum()
 
     return loss
@@ -168,10 +165,9 @@ LOSSES: dict[str, Callable[..., Any]] = {
 OF_LOGITS: dict[str, Callable[..., Any]] = {
     "graph_on_logits, where": _graph(),
     "graph_on_logits, token nodes, where": _graph(node="token", value="sorted_coupling"),
-    "graph_fusion_objective, where": _fusion(blocked=False, aligned=False),
-    "graph_fusion_objective, aligned, where": _fusion(blocked=False, aligned=True),
+    "graph_fusion_objective, where": _fusion(aligned=False),
+    "graph_fusion_objective, aligned, where": _fusion(aligned=True),
 }
-LOSSES["linear_graph_fusion, where"] = _fusion(blocked=True, aligned=True)
 
 
 def _poisoned(inputs: dict[str, Any], number: float) -> dict[str, Any]:

@@ -39,6 +39,8 @@ def run(options: suite.Options) -> suite.Result:
     teacher = jnp.asarray(rng.gumbel(size=(1, length, vocab)), jnp.float32)
     statistics = jax.jit(lambda x: losses.graph_statistics(x, 10))(teacher)
     config = distillation.GraphFusionConfig()
+    names = ["sft:0.5", "uld:0.5", "gld:0.5"]
+    objective = distillation.Objective(terms=distillation.parse_terms(names))
 
     def dense(objective: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         def loss(params: Any, given: Any) -> Any:
@@ -59,11 +61,11 @@ def run(options: suite.Options) -> suite.Result:
     def blocked(params: Any, given: Any) -> Any:
         model = nnx.merge(apply_fn.graphdef, params)
         hidden, _ = model.hidden_states(tokens)
-        teachers = [distillation.FusionTeacher(outputs=given)]
-        value, _ = distillation.linear_graph_fusion(
-            hidden, model.head_of(), labels, teachers, config=config
+        teachers = [distillation.Teacher(statistics=given)]
+        value, count, _ = objective.value(
+            hidden, model.head_of(), {"labels": labels}, teachers, where=np.ones(labels.shape, bool)
         )
-        return value.mean()
+        return value / count
 
     steps = {
         "SFT + KL, teacher logits": (dense(kl), teacher),

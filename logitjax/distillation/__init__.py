@@ -32,7 +32,6 @@ from logitjax.distillation._knowledge_distillation import (
     knowledge_distillation as knowledge_distillation,
 )
 from logitjax.distillation._knowledge_distillation import standardize_logits as standardize_logits
-from logitjax.distillation._linear_graph_fusion import linear_graph_fusion as linear_graph_fusion
 from logitjax.distillation._objective import Objective as Objective
 from logitjax.distillation._objective import parse_terms as parse_terms
 from logitjax.distillation._teacher import Teacher as Teacher

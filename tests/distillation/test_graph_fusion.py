@@ -200,16 +200,3 @@ def test_aligned_teacher_has_the_students_length():
     teacher = distillation.FusionTeacher(outputs=outputs, aligned=True)
     with pytest.raises(ValueError, match=r"teachers\[0\]: aligned outputs"):
         objective(student, labels, [teacher])
-
-
-def test_tokens_that_do_not_exist_are_left_out_of_the_linear_form():
-    _, labels, teachers, _ = data()
-    rng = np.random.default_rng(1)
-    hidden, kernel = (rng.normal(size=size).astype(np.float32) for size in ((2, 8, 5), (5, 40)))
-    exists = (np.arange(40) % 3 > 0) | np.isin(np.arange(40), labels)
-    bias = np.where(exists, 0.0, -np.inf).astype(np.float32)
-    linear = functools.partial(compiled(distillation.linear_graph_fusion), config=CONFIG)
-    packed = [FusionTeacher(outputs=graph_statistics(teachers[0], 6))]
-    masked, _ = linear(hidden, kernel, labels, packed, vocab_where=exists)
-    absent, _ = linear(hidden, losses.Head(kernel, bias), labels, packed)
-    np.testing.assert_allclose(masked, absent, rtol=1e-5)
