@@ -143,7 +143,10 @@ def measure(pair: Pair, options: suite.Options) -> list[dict[str, Any]]:
         "closed form": lambda c, d: jnp.square(transport.first_lower_bound(c, d, p=1)),
         "certificate": functools.partial(transport.certificate, scale="none"),
     }
-    refinements = {"exchanged": ("exchange", "cheap"), "refined": ("search", "third")}
+    refinements: dict[str, Any] = {
+        "exchanged": ("exchange", "cheap"),
+        "refined": ("search", "third"),
+    }
     for name, (kind, bounds) in refinements.items() if n <= _LARGEST else ():
         refine: Any = transport.Refinement(kind)
         ours[f"certificate, {name}"] = functools.partial(

@@ -191,7 +191,8 @@ def prefixes(options: suite.Options) -> tuple[list[dict[str, Any]], list[suite.B
     without, _, plain = asyncio.run(_work(shared, tails, 0))
     read, reused, answers = asyncio.run(_work(shared, tails, 64))
     differing = sum(a != b for a, b in zip(plain, answers, strict=True))
-    row = {"what": f"32 prompts, {shared} tokens in common and 16 of their own"}
+    what = f"32 prompts, {shared} tokens in common and 16 of their own"
+    row: dict[str, Any] = {"what": what}
     row |= {"tokens read without": without, "tokens read": read, "reused": reused}
     row["answers that differ"] = differing
     return [row], [
