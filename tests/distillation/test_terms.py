@@ -11,6 +11,7 @@ import pytest
 from logitjax import losses
 from logitjax.distillation import Objective, StudentNeeds, Teacher, TeacherNeeds, Term, parse_terms
 from logitjax.distillation.terms import KL, SFT, TERMS, ULD, FullKL
+from logitjax.losses import _linear_divergences
 from tests._compiled import compiled
 
 RNG = np.random.default_rng(0)
@@ -65,6 +66,19 @@ class Rewarded(Unnamed):
     batch = ("rewards",)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TwoPasses(FullKL):
+    """Total variation, whose statistic cannot share a sweep."""
+
+    name = "tv"
+
+    def student(self, teacher):
+        return StudentNeeds(statistic=_linear_divergences._TotalVariation())
+
+    def value(self, read, teacher, batch, params):
+        return read.statistic
+
+
 def value_and_grad(*terms, teachers=None, hidden=HIDDEN, **options):
     teachers = [Teacher(statistics=statistics())] if teachers is None else teachers
     objective = Objective(terms=tuple((term, 1 / (i + 1)) for i, term in enumerate(terms)))
@@ -113,7 +127,7 @@ def test_a_need_that_nobody_provides_or_declares_is_an_error_and_never_a_zero(te
 
 def test_the_divergence_of_a_live_teacher_is_that_of_whole_rows():
     live = Teacher(hidden=OTHER[0], head=losses.Head(OTHER_HEAD))
-    terms = (SFT(), FullKL(temperature=2.0), FullKL(direction="reverse"))
+    terms = (SFT(), FullKL(temperature=2.0), FullKL(direction="reverse"), TwoPasses())
     (value, metrics), gradient = value_and_grad(*terms, teachers=[live])
 
     @jax.jit
@@ -123,13 +137,14 @@ def test_the_divergence_of_a_live_teacher_is_that_of_whole_rows():
             losses.cross_entropy(student, BATCH["labels"]),
             losses.kl_divergence(student, teacher, temperature=2.0),
             losses.kl_divergence(student, teacher, direction="reverse"),
+            losses.total_variation(student, teacher),
         )
         return sum(np.where(WHERE, 1 / (i + 1), 0) * p for i, p in enumerate(parts)).sum()
 
     expected, slope = jax.value_and_grad(dense)(jnp.asarray(HIDDEN))
     np.testing.assert_allclose(value * WHERE.sum(), expected, rtol=1e-5)
     np.testing.assert_allclose(gradient[0] * WHERE.sum(), slope, rtol=1e-4, atol=1e-6)
-    assert set(metrics) == {"sft", *(str(term) for term in terms[1:])}
+    assert set(metrics) == {"sft", "tv", *(str(term) for term in terms[1:3])}
 
 
 def test_a_live_teacher_and_its_cache_say_the_same():
