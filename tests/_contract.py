@@ -798,7 +798,7 @@ ELSEWHERE = {
         leakage.LogitPolicy""",
     "tests/distillation/test_cross_tokenizer.py": """
         distillation.Chunks
-        distillation.Teacher distillation.TokenProjection distillation.TokenSet
+        distillation.Teacher distillation.TokenProjection distillation.ChunkScores distillation.TokenSet
         distillation.Vocabularies distillation.align_chunks distillation.binarized_divergence
         distillation.linear_likelihood distillation.linear_projected_kl_divergence
         distillation.token_projection""",
