@@ -797,7 +797,7 @@ ELSEWHERE = {
         leakage.Audit
         leakage.LogitPolicy""",
     "tests/distillation/test_cross_tokenizer.py": """
-        distillation.Chunks
+        distillation.Chunks distillation.ChunkScores
         distillation.Teacher distillation.TokenProjection distillation.TokenSet
         distillation.Vocabularies distillation.align_chunks distillation.binarized_divergence
         distillation.linear_likelihood distillation.linear_projected_kl_divergence

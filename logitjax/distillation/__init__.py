@@ -44,6 +44,7 @@ from logitjax.distillation._universal_logit_distance import (
 )
 from logitjax.distillation.tokenizers._alignment import Chunks as Chunks
 from logitjax.distillation.tokenizers._alignment import align_chunks as align_chunks
+from logitjax.distillation.tokenizers._likelihood_matching import ChunkScores as ChunkScores
 from logitjax.distillation.tokenizers._likelihood_matching import TokenSet as TokenSet
 from logitjax.distillation.tokenizers._likelihood_matching import (
     binarized_divergence as binarized_divergence,

@@ -5,3 +5,4 @@ numbers. It needs no test framework.
 """
 
 from logitjax.testing._loss import check_loss as check_loss
+from logitjax.testing._term import check_term as check_term

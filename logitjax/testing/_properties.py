@@ -28,7 +28,7 @@ def equal(
         fail(name, subject, f"expected shape {expected.shape}, got {result.shape}")
     wrong = ~np.isclose(result, expected, rtol=rtol, atol=atol, equal_nan=True)
     if wrong.any():
-        at = tuple(int(axis[0]) for axis in np.nonzero(wrong))
+        at = tuple(int(axis[0]) for axis in np.nonzero(wrong)) if wrong.ndim else ()
         numbers = f"expected {expected[at]:.6g}, got {result[at]:.6g}"
         fail(name, subject, f"{numbers} at {at}" if at else numbers)
 
@@ -72,6 +72,7 @@ def batch_mesh(size: int, kind: AxisType) -> Mesh:
 def on_mesh(mesh: Mesh, arrays: Arrays, shared: Collection[str]) -> dict[str, jax.Array]:
     """The arrays, all but the shared ones split along their first axis."""
     return {
-        name: jax.device_put(x, NamedSharding(mesh, P() if name in shared else P("data")))
+        name: jax.device_put(x, NamedSharding(mesh, P("data") if splits else P()))
         for name, x in arrays.items()
+        for splits in [name not in shared and x.ndim > 0]
     }
