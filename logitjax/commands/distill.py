@@ -129,7 +129,7 @@ def run(config: Config, out: epath.Path) -> None:
         config.student, mesh=mesh, dtype=config.dtype, layout=config.layout, remat=config.remat
     )
     _check_weights(config, whole, out)
-    if config.prunes:
+    if config.pruning.prunes:
         storage.progress.mark("pruning the student", log=True)
     model, note, freeze = _pruned(config, whole, packed, out)
     # Before teachers read for hours: what is wrong with it is said at once.
