@@ -88,8 +88,8 @@ class Config:
     diagnose_every: int = field(
         2, "Number of epochs between measures of neural collapse, with the first seed."
     )
-    checkpoint_every: int = field(10, "Number of epochs between checkpoints.")
-    mesh: str = field("data:-1", "Axes and sizes of the device mesh.")
+    checkpoint_every: int = field(10, "Number of epochs between checkpoints.", execution=True)
+    mesh: str = field("data:-1", "Axes and sizes of the device mesh.", execution=True)
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.arm) - set(ARMS))

@@ -54,15 +54,15 @@ class Config:
     trace_tokens: int = field(96, "Number of positions in the plot of alpha.")
     decode_tokens: int = field(32, "Number of tokens to generate to measure speeds. 0 for none.")
     prompt: str = field("Enter the King", "Beginning of the generated text.")
-    checkpoint_every: int = field(20, "Number of steps between checkpoints.")
-    log_every: int = field(8, "Number of steps between log lines.")
+    checkpoint_every: int = field(20, "Number of steps between checkpoints.", execution=True)
+    log_every: int = field(8, "Number of steps between log lines.", execution=True)
     dtype: str = field("float32", "Type that models compute in.", choices=("float32", "bfloat16"))
     layout: str = field(
         "listed",
         "Whether layers are scanned (stacked) or unrolled (listed) in training.",
         choices=("stacked", "listed"),
     )
-    mesh: str = field("data:-1", "Axes and sizes of the device mesh.")
+    mesh: str = field("data:-1", "Axes and sizes of the device mesh.", execution=True)
 
     def __post_init__(self) -> None:
         for name in ("seeds", "heal_steps", "tune_steps", "task_steps", "block_size"):

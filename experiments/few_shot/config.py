@@ -74,7 +74,9 @@ class Config:
     batch_size: int = field(8, "Number of pictures in a step of AMU.")
     steps: int = field(60, "Number of steps of 32 pictures, for arms without a published recipe.")
     seed: int = field(0, "Seed of samples and of the order of pictures.")
-    mesh: str = field("data:-1", "Axes and sizes of the device mesh; `data` splits the samples.")
+    mesh: str = field(
+        "data:-1", "Axes and sizes of the device mesh; `data` splits the samples.", execution=True
+    )
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.arm) - set(ARMS))

@@ -63,12 +63,14 @@ class Config:
     trials: int = field(9, "Number of runs in which each arm chooses among several settings.")
     seeds: int = field(1, "Number of runs of each arm at its best settings.")
     dtype: Literal["float32", "bfloat16"] = field("float32", "Type that models compute in.")
-    mesh: str = field("data:-1,fsdp:1,tensor:1", "Axes and sizes of the device mesh.")
+    mesh: str = field(
+        "data:-1,fsdp:1,tensor:1", "Axes and sizes of the device mesh.", execution=True
+    )
     layout: Literal["stacked", "listed"] = field(
         "listed", "Whether layers are stacked and scanned, or listed and unrolled."
     )
     remat: Literal["none", "dots", "full"] = field(
-        "none", "What the backward pass recomputes to save memory."
+        "none", "What the backward pass recomputes to save memory.", execution=True
     )
     topic_rows: int = field(
         0,

@@ -42,8 +42,8 @@ class Config:
     prompts: int = field(320, "Number of prompts that the head is recovered from.")
     decimals: int = field(2, "Number of decimals of the reported log-probabilities.")
     timing_repeats: int = field(10, "Number of timed forward passes of each model.")
-    checkpoint_every: int = field(200, "Number of steps between checkpoints.")
-    mesh: str = field("data:-1", "Axes and sizes of the device mesh.")
+    checkpoint_every: int = field(200, "Number of steps between checkpoints.", execution=True)
+    mesh: str = field("data:-1", "Axes and sizes of the device mesh.", execution=True)
     cache_dir: str | None = field(None, "Folder of the packed text. By default WORKDIR/cache.")
 
     def __post_init__(self) -> None:

@@ -99,13 +99,13 @@ class Config:
     merge_learning_rate: float = field(1e-4, "Peak learning rate of that distillation.")
     models_dir: str = field(".cache/unlearning", "Folder of the models. If empty, the workdir.")
     checkpoint_every: int = field(
-        40, "Number of steps between checkpoints of finetuning and merging."
+        40, "Number of steps between checkpoints of finetuning and merging.", execution=True
     )
     resume_arms: bool = field(False, "Also write checkpoints within an arm, after every epoch.")
     keep_weights: bool = field(False, "Keep the weights of arms that are measured.")
-    log_every: int = field(10, "Number of steps between log lines.")
+    log_every: int = field(10, "Number of steps between log lines.", execution=True)
     dtype: str = field("float32", "Type that models compute in.", choices=("float32", "bfloat16"))
-    mesh: str = field("data:1", "Axes and sizes of the device mesh.")
+    mesh: str = field("data:1", "Axes and sizes of the device mesh.", execution=True)
 
     @property
     def validated(self) -> list[Any]:

@@ -77,7 +77,7 @@ class Config:
     )
     scratch_reassign_batches: int = field(40, "Number of batches that a reassignment uses.")
     timing_repeats: int = field(20, "Number of timed decoding steps.")
-    mesh: str = field("data:-1", "Axes and sizes of the device mesh.")
+    mesh: str = field("data:-1", "Axes and sizes of the device mesh.", execution=True)
 
     def __post_init__(self) -> None:
         if len(self.splits) != 3:

@@ -42,7 +42,7 @@ class Config:
     held_out_tokens: int = field(10_000, "Number of positions to report on.", minimum=1)
     convert: vq.ConvertConfig = nested(vq.ConvertConfig(num_codes=2048))
     dtype: Literal["float32", "bfloat16"] = field("float32", "Compute type of the model.")
-    mesh: str = field("data:-1", "Axes and sizes of the device mesh.")
+    mesh: str = field("data:-1", "Axes and sizes of the device mesh.", execution=True)
 
 
 def run(config: Config, out: epath.Path) -> None:
