@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from logitjax.models._config import DecoderConfig, Window
-from logitjax.models._hf_keys import FAMILIES, Fields, check_keys
+from logitjax.models._hf_fields import FAMILIES, Fields, check_keys
 from logitjax.models._hf_rope import rope_settings, scaling_fields
 
 _ACTIVATIONS = {

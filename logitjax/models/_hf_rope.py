@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from logitjax.models._config import DecoderConfig, RopeScaling
-from logitjax.models._hf_keys import Fields
+from logitjax.models._hf_fields import Fields
 
 # Keys of every kind of scaling, and what each adds. `finetuned` is a note of some publishers.
 _ANY = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"}
