@@ -5,6 +5,8 @@ import itertools
 from collections.abc import Sequence
 from typing import Literal
 
+from logitjax.models._family import Family
+
 Window = int | None
 
 
@@ -124,7 +126,15 @@ class DecoderConfig:
     @property
     def fused_maps(self) -> bool:
         """Whether the family's checkpoints keep several of our maps in one tensor."""
-        return self.family in ("gpt2", "phi3")
+        names = self.traits.weights.values()
+        return len(set(names)) < len(names)
+
+    @property
+    def traits(self) -> Family:
+        """The family itself, which says what its checkpoints look like."""
+        from logitjax.models._families import find_family  # which reads configurations
+
+        return find_family(self.family, "config: family")
 
     @property
     def rope_dim(self) -> int:

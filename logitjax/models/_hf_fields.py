@@ -1,144 +1,16 @@
-"""Keys of a config.json: what each family reads, transformers' defaults, and what changes nothing.
+"""Values of a config.json by key, and the keys that change nothing.
 
-A key that is in neither table is refused where its value says anything: a model that computes
-something else than its configuration asks for is worse than none.
+A key that neither the family nor the list below knows is refused where its value says anything: a
+model that computes something else than its configuration asks for is worse than none.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from logitjax.models._config import DecoderConfig
+from logitjax.models._family import Family
 from logitjax.storage import guard
-
-_COMMON: dict[str, Any] = {
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10_000.0,
-    "rope_scaling": None,
-    "rope_parameters": None,
-    "partial_rotary_factor": None,
-    "original_max_position_embeddings": None,
-    "tie_word_embeddings": False,
-    "layer_types": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
-_LLAMA = _COMMON | {
-    "vocab_size": 32_000,
-    "hidden_size": 4096,
-    "intermediate_size": 11_008,
-    "hidden_act": "silu",
-    "max_position_embeddings": 2048,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-_QWEN2 = _COMMON | {
-    "vocab_size": 151_936,
-    "hidden_size": 4096,
-    "intermediate_size": 22_016,
-    "num_key_value_heads": 32,
-    "hidden_act": "silu",
-    "max_position_embeddings": 32_768,
-    "use_sliding_window": False,
-    "sliding_window": 4096,
-    "max_window_layers": 28,
-}
-_GEMMA2 = _COMMON | {
-    "vocab_size": 256_000,
-    "hidden_size": 2304,
-    "intermediate_size": 9216,
-    "num_hidden_layers": 26,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": True,
-    "attention_bias": False,
-    "query_pre_attn_scalar": 256,
-    "sliding_window": 4096,
-    "final_logit_softcapping": 30.0,
-    "attn_logit_softcapping": 50.0,
-    "bos_token_id": 2,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
-
-# What a family reads, and transformers' default where a file leaves it out.
-READ: dict[str, dict[str, Any]] = {
-    "llama": _LLAMA,
-    "mistral": _COMMON
-    | {
-        "vocab_size": 32_000,
-        "hidden_size": 4096,
-        "intermediate_size": 14_336,
-        "num_key_value_heads": 8,
-        "hidden_act": "silu",
-        "max_position_embeddings": 131_072,
-        "sliding_window": 4096,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    },
-    "qwen2": _QWEN2,
-    "qwen3": _QWEN2 | {"head_dim": 128, "attention_bias": False},
-    "phi3": _COMMON
-    | {
-        "vocab_size": 32_064,
-        "hidden_size": 3072,
-        "intermediate_size": 8192,
-        "hidden_act": "silu",
-        "max_position_embeddings": 4096,
-        "original_max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-        "sliding_window": None,
-        "bos_token_id": 1,
-        "eos_token_id": 32_000,
-        "pad_token_id": 32_000,
-    },
-    "gemma2": _GEMMA2,
-    # transformers heeds no attn_logit_softcapping here.
-    "gemma3_text": {k: v for k, v in _GEMMA2.items() if k != "attn_logit_softcapping"}
-    | {
-        "vocab_size": 262_208,
-        "max_position_embeddings": 131_072,
-        "rope_theta": 1_000_000.0,
-        "rope_local_base_freq": 10_000.0,
-        "sliding_window_pattern": 6,
-        "final_logit_softcapping": None,
-    },
-    "gpt2": {
-        "vocab_size": 50_257,
-        "n_positions": 1024,
-        "n_embd": 768,
-        "n_layer": 12,
-        "n_head": 12,
-        "n_inner": None,
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": 1e-5,
-        "scale_attn_weights": True,
-        "tie_word_embeddings": True,
-        "bos_token_id": 50_256,
-        "eos_token_id": 50_256,
-        "pad_token_id": None,
-    },
-}
-
-FAMILIES = tuple(READ)
-
-# Other names of the same, which transformers takes too.
-ALIASES: dict[str, dict[str, str]] = {
-    "gpt2": {
-        "hidden_size": "n_embd",
-        "max_position_embeddings": "n_positions",
-        "num_attention_heads": "n_head",
-        "num_hidden_layers": "n_layer",
-    }
-}
 
 # Training, generation, tasks, precision, bookkeeping: none of it changes a logit.
 _HARMLESS = {
@@ -160,32 +32,31 @@ _HARMLESS = {
     "num_beam_groups", "num_beams", "num_return_sequences", "output_scores",
     "remove_invalid_values", "repetition_penalty", "return_dict_in_generate", "suppress_tokens",
     "temperature", "tf_legacy_loss", "top_k", "top_p", "typical_p", "is_decoder",
-    "is_llama_config", "model_max_length", "n_ctx", "tie_last_hidden_states",
+    "is_llama_config", "model_max_length", "tie_last_hidden_states",
 }  # fmt: skip
-_HARMLESS_OF: dict[str, set[str]] = {
-    # Parameters decide: a bias too many or too few is an error when tensors are read.
-    "mistral": {"attention_bias"},
-    "qwen2": {"attention_bias"},
-    "phi3": {"attention_bias"},
-    # Read under the name hidden_activation.
-    "gemma2": {"hidden_act", "sliding_window_size"},
-    "gemma3_text": {"hidden_act"},
-    # Windows are read where there are any.
-    "llama": {"max_window_layers", "use_sliding_window"},
-    "gpt2": {"n_special", "output_past", "predict_special_tokens"},
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
 }
-# What changes nothing at these values.
-_HARMLESS_AT: dict[str, dict[str, Any]] = {
-    "phi3": {"full_attn_mod": 1, "interpolate_factor": 1},
-}
-# Of the vision half, which is not read.
-_MULTIMODAL = {
-    "boi_token_id", "boi_token_index", "eoi_token_id", "eoi_token_index", "image_token_id",
-    "image_token_index", "mm_tokens_per_image", "text_config", "vision_config",
-}  # fmt: skip
+_TYPES = {field.name: field.type for field in dataclasses.fields(DecoderConfig)}
 
 
-def check_keys(raw: Mapping[str, Any], family: str, where: str) -> None:
+def key_value(config: DecoderConfig, key: str) -> Any:
+    """What a configuration has at a key that is one of its fields."""
+    name, family = config.traits.fields[key], config.traits
+    value = getattr(config, name)
+    if name != "activation":
+        return value
+    # Of several names of one function the family's own, else that of most.
+    spellings = [family.keys[key], "silu", "gelu", "gelu_pytorch_tanh"]
+    return next(spelling for spelling in spellings if _ACTIVATIONS[spelling] == value)
+
+
+def check_keys(raw: Mapping[str, Any], family: Family, where: str) -> None:
     """Refuse what might change the mathematics and is not known.
 
     Raises:
@@ -197,19 +68,19 @@ def check_keys(raw: Mapping[str, Any], family: str, where: str) -> None:
                 f"{where}: {key}: quantized weights are not read, "
                 "use the unquantized checkpoint or a GGUF file"
             )
-    known = {*READ[family], *ALIASES.get(family, {}), *_HARMLESS, *_HARMLESS_OF.get(family, ())}
+    known = {*family.keys, *family.aliases, *family.ignored, *_HARMLESS}
     for key, value in raw.items():
-        if key in known or key in _MULTIMODAL or key.startswith("_"):
+        if key in known or key.startswith("_"):
             continue
         # A switch that is off, or nothing at all.
         if value in (None, False, 0, "", [], {}):
             continue
-        if key in (at := _HARMLESS_AT.get(family, {})) and value == at[key]:
+        if key in family.ignored_at and value == family.ignored_at[key]:
             continue
         shown = repr(value)
         shown = shown if len(shown) <= 60 else shown[:57] + "..."
         raise ValueError(
-            f"{where}: {key}={shown} is not known of {family} and may change its logits; "
+            f"{where}: {key}={shown} is not known of {family.name} and may change its logits; "
             "take the key out if it does not"
         )
 
@@ -217,11 +88,10 @@ def check_keys(raw: Mapping[str, Any], family: str, where: str) -> None:
 class Fields:
     """Values of a config.json by key, or transformers' default; of the right type, or an error."""
 
-    def __init__(self, raw: Mapping[str, Any], family: str, where: str):
-        names = ALIASES.get(family, {})
-        self.raw = {names.get(key, key): value for key, value in raw.items()}
-        self.where = where
-        self._defaults = READ[family]
+    def __init__(self, raw: Mapping[str, Any], family: Family, where: str):
+        self.raw = {family.aliases.get(key, key): value for key, value in raw.items()}
+        self.family, self.where = family.name, where
+        self._defaults = family.keys
 
     def __getitem__(self, key: str) -> Any:
         return self.raw.get(key, self._defaults[key]) if key in self._defaults else None
@@ -260,3 +130,28 @@ class Fields:
         if value is not None and not isinstance(value, Mapping):
             raise self.wrong(key, "an object")
         return dict(value or {})
+
+    def value(self, key: str, name: str) -> Any:
+        """A value for the field `name` of a configuration, by its type."""
+        optional = name in ("num_kv_heads", "head_dim")
+        readers = {
+            int: self.maybe_integer if optional else self.integer,
+            bool: self.flag,
+            float: lambda key: float(self.number(key)),
+            float | None: self.maybe_number,
+        }
+        return readers.get(_TYPES[name], self.activation)(key)
+
+    def activation(self, key: str) -> str:
+        name = self[key]
+        if not isinstance(name, str) or name not in _ACTIVATIONS:
+            raise self.wrong(key, f"one of {', '.join(_ACTIVATIONS)}")
+        return _ACTIVATIONS[name]
+
+    def tokens(self, key: str) -> tuple[int, ...]:
+        ids, size = self[key], self.integer("vocab_size")
+        ids = [] if ids is None else ids if isinstance(ids, list | tuple) else [ids]
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+            raise self.wrong(key, "ids of tokens")
+        # -1 is a habit of old files, and defaults may lie outside of a small vocabulary.
+        return tuple(i for i in ids if 0 <= i < size)

@@ -1,6 +1,7 @@
 """Checkpoints into decoders, one tensor at a time, straight to where it shall live."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -23,15 +24,6 @@ from logitjax.models._tiny import tiny_config, tiny_decoder, tiny_seed
 from logitjax.models._weight_map import Path, TensorSpec, gguf_tensors, hf_tensors
 from logitjax.storage import guard, hub_snapshot, package_file, progress, read_json
 from logitjax.storage.weights import SafetensorsSource
-
-# Buffers that old checkpoints carry and nothing reads.
-_IGNORED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
-# The half of Gemma 3 that sees, by the names of both generations of transformers.
-_VISION = tuple(
-    f"{prefix}{part}."
-    for prefix in ("", "model.")
-    for part in ("vision_tower", "multi_modal_projector")
-)
 
 
 @runtime_checkable
@@ -68,7 +60,7 @@ def load_config(spec: str) -> DecoderConfig:
     if tiny_seed(spec) is not None:
         return tiny_config()
     path = find_checkpoint(spec)
-    return _directory_config(path) if path.is_dir() else _gguf_config(GgufSource(path))[0]
+    return _directory_config(path) if path.is_dir() else _gguf_config(GgufSource(path))
 
 
 def _directory_config(path: epath.Path) -> DecoderConfig:
@@ -79,7 +71,7 @@ def _directory_config(path: epath.Path) -> DecoderConfig:
     return config if ends is None else dataclasses.replace(config, eos_ids=ends)
 
 
-def _gguf_config(source: GgufSource) -> tuple[DecoderConfig, str]:
+def _gguf_config(source: GgufSource) -> DecoderConfig:
     with guard.naming(source.path):
         return gguf_config(source)
 
@@ -167,8 +159,8 @@ def load_model(
         tensors = hf_tensors(config)
     else:
         source = GgufSource(path)
-        config, architecture = _gguf_config(source)
-        tensors = gguf_tensors(config, architecture)
+        config = _gguf_config(source)
+        tensors = gguf_tensors(config)
     model = build_decoder(
         config,
         source,
@@ -291,31 +283,25 @@ def _resolve_names(
     """Match the map's names with the source's; report what is missing or extra."""
     names = source.names()
     known = {t.name for t in tensors}
-    prefixes = {
-        "": "",
-        "language_model.": "",
-        "model.language_model.": "model.",
-        "transformer.": None,
-    }
-    rename = {name: name for name in known}
-    if not known & names:
-        for prefix, ours in prefixes.items():
-            if ours is None:
-                renamed = {n: n.removeprefix(prefix) for n in known}
-            else:
-                renamed = {n: prefix + n.removeprefix(ours) for n in known}
-            if set(renamed.values()) & names:
-                rename = renamed
-                break
+    base = config.traits.weights["embedding"].partition(".")[0] + "."
+    # As they are, inside another model by the names of both generations, or of the body alone.
+    inside = "language_model."
+    for old, new in (("", ""), ("", inside), (base, base + inside), (base, "")):
+        rename = {name: new + name.removeprefix(old) for name in known}
+        if names & set(rename.values()):
+            break
+    else:
+        rename = {name: name for name in known}
     missing = sorted(n for n in rename.values() if n not in names)
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(f"{where}: tensor {missing[0]!r} is missing{more}")
     tied = {"lm_head.weight", "language_model.lm_head.weight"} if config.tie_embeddings else set()
+    unread = re.compile(config.traits.unread)
     extra = sorted(
         n
         for n in names - set(rename.values()) - tied
-        if not n.endswith(_IGNORED) and not n.startswith(_VISION) and not is_rope_tensor(n)
+        if not unread.fullmatch(n) and not is_rope_tensor(n)
     )
     if extra:
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
