@@ -4,4 +4,5 @@ A check raises an `AssertionError` of one line, which says the property, the arg
 numbers. It needs no test framework.
 """
 
+from logitjax.testing._family import check_family as check_family
 from logitjax.testing._loss import check_loss as check_loss
