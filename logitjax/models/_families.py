@@ -14,6 +14,7 @@ from logitjax.models.families.phi3 import PHI3
 from logitjax.models.families.qwen2 import QWEN2
 from logitjax.models.families.qwen3 import QWEN3
 from logitjax.registry import Registry
+from logitjax.storage import guard
 
 _OWN = {f.name: f for f in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA2, GEMMA3, GPT2)}
 _MEMBERS = dict(_OWN)
@@ -80,8 +81,8 @@ def find_family(
             return family
         expected += [known for known in names(family) if known]
         nearest |= dict.fromkeys((*filter(None, names(family)), family.architecture), family.name)
-    (near,) = difflib.get_close_matches(str(name), nearest, n=1, cutoff=0.0)
+    (near,) = difflib.get_close_matches(str(name)[:80], nearest, n=1, cutoff=0.0)
     raise ValueError(
-        f"{where}: expected one of {', '.join(expected)}, got {name!r}; {nearest[near]} is the "
-        "nearest, and --family or models.register_family bring another"
+        f"{where}: expected one of {', '.join(expected)}, got {guard.short(name)}; "
+        f"{nearest[near]} is the nearest, and --family or models.register_family bring another"
     )

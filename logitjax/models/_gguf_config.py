@@ -108,8 +108,3 @@ def _rope_scaling(source: GgufSource, get: Any) -> RopeScaling | None:
         factor=float(get("rope.scaling.factor", 1.0)),
         original_max_length=int(get("rope.scaling.original_context_length", 8192)),
     )
-
-
-def is_rope_tensor(name: str) -> bool:
-    """Tensors that the configuration absorbs."""
-    return name.startswith(("rope_freqs", "rope_factors_"))

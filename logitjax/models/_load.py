@@ -18,7 +18,7 @@ from logitjax.models._config import DecoderConfig
 from logitjax.models._decoder import Decoder
 from logitjax.models._generation_config import end_ids, read_generation
 from logitjax.models._gguf import GgufSource
-from logitjax.models._gguf_config import gguf_config, is_rope_tensor
+from logitjax.models._gguf_config import gguf_config
 from logitjax.models._hf_config import config_from_hf
 from logitjax.models._tiny import tiny_config, tiny_decoder, tiny_seed
 from logitjax.models._weight_map import Path, TensorSpec, gguf_tensors, hf_tensors
@@ -296,13 +296,11 @@ def _resolve_names(
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(f"{where}: tensor {missing[0]!r} is missing{more}")
-    tied = {"lm_head.weight", "language_model.lm_head.weight"} if config.tie_embeddings else set()
-    unread = re.compile(config.traits.unread)
-    extra = sorted(
-        n
-        for n in names - set(rename.values()) - tied
-        if not unread.fullmatch(n) and not is_rope_tensor(n)
-    )
+    head = f"{config.traits.weights.get('head')}.weight"
+    tied = {head, inside + head} if config.tie_embeddings else set()
+    # The configuration absorbs the rope of a GGUF file.
+    unread = re.compile(rf"{config.traits.unread}|rope_(freqs|factors_).*")
+    extra = sorted(n for n in names - set(rename.values()) - tied if not unread.fullmatch(n))
     if extra:
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
         raise ValueError(
