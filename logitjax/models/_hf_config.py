@@ -10,20 +10,20 @@ from logitjax.models._hf_fields import Fields, check_keys, key_value
 
 
 def config_from_hf(raw: Mapping[str, Any], *, where: str = "config.json") -> DecoderConfig:
-    """The configuration that a Hugging Face ``config.json`` describes.
+    """The configuration that a Hugging Face `config.json` describes.
 
     Keys that are left out have transformers' defaults. A key that is neither read nor known to
     change nothing is refused, unless it is off.
 
     Args:
-      raw: the parsed file. Of a multimodal one, such as Gemma 3's, the text part is taken.
-      where: named in errors.
+        raw: the parsed file. Of a multimodal one, such as Gemma 3's, the text part is taken.
+        where: named in errors.
 
     Returns:
-      A `DecoderConfig`.
+        A `DecoderConfig`.
 
     Raises:
-      ValueError: for an unknown family, key or setting, or a value of the wrong type.
+        ValueError: for an unknown family, key or setting, or a value of the wrong type.
 
     >>> config_from_hf({"model_type": "gpt2", "vocab_size": 10, "n_embd": 8, "n_layer": 1,
     ...                 "n_head": 2, "n_positions": 16}).position
@@ -55,17 +55,17 @@ def config_from_hf(raw: Mapping[str, Any], *, where: str = "config.json") -> Dec
 
 
 def config_to_hf(config: DecoderConfig, *, dtype: str = "float32") -> dict[str, Any]:
-    """The ``config.json`` of a configuration; `config_from_hf` gives the same one back.
+    """The `config.json` of a configuration; `config_from_hf` gives the same one back.
 
     Args:
-      config: the configuration.
-      dtype: type of the stored tensors.
+        config: the configuration.
+        dtype: type of the stored tensors.
 
     Returns:
-      A dict for JSON, in the field names that transformers and vLLM read.
+        A dict for JSON, in the field names that transformers and vLLM read.
 
     Raises:
-      ValueError: for what Hugging Face's format of this family cannot say.
+        ValueError: for what Hugging Face's format of this family cannot say.
 
     >>> raw = {"model_type": "gpt2", "vocab_size": 10, "n_embd": 8, "n_layer": 1, "n_head": 2}
     >>> config = config_from_hf(raw)

