@@ -814,9 +814,9 @@ ELSEWHERE = {
         decoding.Speculation decoding.TextOptions decoding.TextStream decoding.Ensemble
         decoding.CachedModel training.BatchLayout training.LoopOptions training.Preempted
         training.Program training.Schedule training.StepOutput training.TrainState models.Cache
-        models.DecoderConfig models.Family models.Lora vision.CLIPConfig data.Examples data.ImageViews
-        data.PackedDataset data.PackedSplits data.TokenizerLike evaluation.PromptTemplate
-        storage.ArrayCodec transport.Refinement
+        models.DecoderConfig models.Family models.Lora vision.CLIPConfig data.Examples
+        data.ImageViews data.PackedDataset data.PackedSplits data.TokenizerLike
+        evaluation.PromptTemplate storage.ArrayCodec transport.Refinement
         leakage.Audit
         leakage.LogitPolicy""",
     "tests/distillation/test_cross_tokenizer.py": """
