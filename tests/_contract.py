@@ -791,9 +791,9 @@ ELSEWHERE = {
         decoding.Speculation decoding.TextOptions decoding.TextStream decoding.Ensemble
         decoding.CachedModel training.BatchLayout training.LoopOptions training.Preempted
         training.Program training.Schedule training.StepOutput training.TrainState models.Cache
-        models.DecoderConfig models.Lora vision.CLIPConfig data.Examples data.ImageViews
-        data.PackedDataset data.PackedSplits data.TokenizerLike evaluation.PromptTemplate
-        storage.ArrayCodec transport.Refinement
+        models.DecoderConfig models.Family models.Lora vision.CLIPConfig data.Examples
+        data.ImageViews data.PackedDataset data.PackedSplits data.TokenizerLike
+        evaluation.PromptTemplate storage.ArrayCodec transport.Refinement
         leakage.Audit
         leakage.LogitPolicy""",
     "tests/distillation/test_cross_tokenizer.py": """
@@ -839,7 +839,7 @@ ELSEWHERE = {
         training.train_loop training.watch_for_preemption models.Tokenizer models.config_from_hf
         models.first_layers models.from_linen models.from_nnx models.keep_layers models.load
         models.load_config models.load_model models.load_sampling models.load_tokenizer
-        models.load_peft models.save_peft models.save_pretrained
+        models.load_peft models.register_family models.save_peft models.save_pretrained
         models.with_layout vision.load_encoder vision.load_torch_weights
         vision.zero_shot_classifier data.load_examples data.load_image_set data.load_splits
         data.pack data.pack_splits data.prepare data.token_windows storage.Manifest

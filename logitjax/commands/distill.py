@@ -250,11 +250,11 @@ def _pruned(
             f"{list(config.pruning.keep_layers)}"
         )
     heads = whole.config.num_kv_heads
-    if whole.config.family == "gpt2" and 0 < config.pruning.kv_heads < heads:
-        # Of all families and ways to prune, only this could not be written in the end.
+    if not whole.config.traits.free_head_dim and 0 < config.pruning.kv_heads < heads:
+        # Of all ways to prune, only this could not be written in the end.
         raise ValueError(
-            f"kv_heads: expected {heads} for GPT-2, whose Hugging Face form knows no width of a "
-            f"head, got {config.pruning.kv_heads}"
+            f"kv_heads: expected {heads} for {whole.config.family}, whose Hugging Face form knows "
+            f"no width of a head, got {config.pruning.kv_heads}"
         )
     split = packed.splits["train"]
     count = min(config.pruning.calibration_rows, len(split))

@@ -6,6 +6,8 @@ from logitjax.models._cache import Cache as Cache
 from logitjax.models._config import DecoderConfig as DecoderConfig
 from logitjax.models._decoder import Decoder as Decoder
 from logitjax.models._export import save_pretrained as save_pretrained
+from logitjax.models._families import register_family as register_family
+from logitjax.models._family import Family as Family
 from logitjax.models._hf_config import config_from_hf as config_from_hf
 from logitjax.models._layout import first_layers as first_layers
 from logitjax.models._layout import keep_layers as keep_layers
@@ -13,7 +15,7 @@ from logitjax.models._layout import with_layout as with_layout
 from logitjax.models._load import load_config as load_config
 from logitjax.models._load import load_model as load_model
 from logitjax.models._load import load_sampling as load_sampling
-from logitjax.models._load_pair import load as load
+from logitjax.models._load_tokenizer import load as load
 from logitjax.models._load_tokenizer import load_tokenizer as load_tokenizer
 from logitjax.models._lora import Lora as Lora
 from logitjax.models._peft import load_peft as load_peft

@@ -7,21 +7,21 @@ from flax import linen, nnx
 
 
 def from_nnx(module: Any, *, method: str | None = None) -> tuple[Callable, dict]:
-    """Turn an nnx module into ``(apply_fn, params)``.
+    """Turn an nnx module into `(apply_fn, params)`.
 
-    ``params`` is a pure dict of the `nnx.Param` arrays; everything else the module holds (PRNG
-    streams, statistics) stays fixed inside ``apply_fn``. To call several methods, write
-    ``nnx.merge(apply_fn.graphdef, params, apply_fn.rest)`` yourself.
+    `params` is a pure dict of the `nnx.Param` arrays; everything else the module holds (PRNG
+    streams, statistics) stays fixed inside `apply_fn`. To call several methods, write
+    `nnx.merge(apply_fn.graphdef, params, apply_fn.rest)` yourself.
 
     Args:
-      module: any nnx module.
-      method: the method to call; ``__call__`` when omitted.
+        module: any nnx module.
+        method: the method to call; `__call__` when omitted.
 
     Returns:
-      ``apply_fn(params, *args, **kwargs)`` and the parameters.
+        `apply_fn(params, *args, **kwargs)` and the parameters.
 
     Raises:
-      TypeError: for something else, such as a Linen module.
+        TypeError: for something else, such as a Linen module.
 
     >>> import numpy as np
     >>> module = nnx.jit(lambda: nnx.Linear(2, 3, rngs=nnx.Rngs(0)))()
@@ -48,23 +48,23 @@ def from_nnx(module: Any, *, method: str | None = None) -> tuple[Callable, dict]
 def from_linen(
     module: Any, variables: Any, *, method: Any = None, mutable: Any = False
 ) -> tuple[Callable, Any]:
-    """Turn a Linen module and its variables into ``(apply_fn, params)``.
+    """Turn a Linen module and its variables into `(apply_fn, params)`.
 
-    Collections other than ``params`` (batch statistics and the like) stay fixed inside
-    ``apply_fn``; with ``mutable`` it returns ``(output, updates)`` as ``module.apply`` does.
+    Collections other than `params` (batch statistics and the like) stay fixed inside
+    `apply_fn`; with `mutable` it returns `(output, updates)` as `module.apply` does.
 
     Args:
-      module: a ``flax.linen`` module.
-      variables: what ``module.init`` returned.
-      method: the method to apply; ``__call__`` when omitted.
-      mutable: as for ``module.apply``.
+        module: a `flax.linen` module.
+        variables: what `module.init` returned.
+        method: the method to apply; `__call__` when omitted.
+        mutable: as for `module.apply`.
 
     Returns:
-      ``apply_fn(params, *args, rngs=None, **kwargs)`` and the parameters.
+        `apply_fn(params, *args, rngs=None, **kwargs)` and the parameters.
 
     Raises:
-      TypeError: for something else, such as an nnx module.
-      ValueError: where ``variables`` has no ``params`` collection.
+        TypeError: for something else, such as an nnx module.
+        ValueError: where `variables` has no `params` collection.
 
     >>> import jax, numpy as np
     >>> from flax import linen

@@ -27,7 +27,7 @@ from logitjax.ops import Array
 class AttentionContext:
     """Rotations, mask and cache slots shared by all layers with the same window.
 
-    ``key_tables`` are there where a cache keeps keys unrotated, as their rotation will change when
+    `key_tables` are there where a cache keeps keys unrotated, as their rotation will change when
     the sequence grows beyond the length that a model was first trained on.
     """
 

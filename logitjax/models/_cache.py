@@ -15,12 +15,12 @@ from logitjax.ops import Array
 class Cache:
     """A decoder's keys and values of the tokens before.
 
-    ``keys`` and ``values`` follow the model's segments: per segment, one array a pattern entry
-    ``[repeats, batch, kv_heads, slots, head_dim]`` when stacked, one a layer without ``repeats``
+    `keys` and `values` follow the model's segments: per segment, one array a pattern entry
+    `[repeats, batch, kv_heads, slots, head_dim]` when stacked, one a layer without `repeats`
     when listed; heads come before slots because a step then multiplies without transposing.
-    ``positions[kind]`` is the position held by each slot, -1 for none, for all layers of one
-    attention window. ``length`` is each row's next position. A token of position ``p`` lives in
-    slot ``p % slots``: windowed layers keep a ring of their window's size. Going back to an earlier
+    `positions[kind]` is the position held by each slot, -1 for none, for all layers of one
+    attention window. `length` is each row's next position. A token of position `p` lives in
+    slot `p % slots`: windowed layers keep a ring of their window's size. Going back to an earlier
     position forgets what came after. On windowed layers one may go back by as many positions as
     the ring has spare slots.
     """
@@ -41,22 +41,22 @@ class Cache:
         layout: str = "listed",
         ring_slack: int = 0,
     ) -> "Cache":
-        """An empty cache for ``batch`` rows of at most ``max_length`` tokens.
+        """An empty cache for `batch` rows of at most `max_length` tokens.
 
-        Windowed layers keep only their window. Past ``max_length`` the oldest tokens are
+        Windowed layers keep only their window. Past `max_length` the oldest tokens are
         overwritten.
 
         Args:
-          config: the decoder's configuration.
-          batch: number of rows.
-          max_length: slots of layers without a window.
-          dtype: type of keys and values.
-          layout: ``'listed'`` or ``'stacked'``, as the model's.
-          ring_slack: slots of windowed layers beyond their window: the number of tokens by which
-            one may go back without losing what the window still needs.
+            config: the decoder's configuration.
+            batch: number of rows.
+            max_length: slots of layers without a window.
+            dtype: type of keys and values.
+            layout: `'listed'` or `'stacked'`, as the model's.
+            ring_slack: slots of windowed layers beyond their window: the number of tokens by which
+                one may go back without losing what the window still needs.
 
         Returns:
-          A `Cache`.
+            A `Cache`.
 
         >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=2,
         ...                        num_heads=2, num_kv_heads=1, head_dim=4)
@@ -113,7 +113,7 @@ def cache_slots(window: Window, max_length: int, ring_slack: int = 0) -> int:
 def write_slots(
     positions: Int[Array, "batch time"], slots: int, window: Window
 ) -> Int[jax.Array, "batch time"]:
-    """The slot each new token goes to; ``slots`` (out of range, so dropped) for padding.
+    """The slot each new token goes to; `slots` (out of range, so dropped) for padding.
 
     Of more new tokens than a ring holds only the last of each row are kept.
     """

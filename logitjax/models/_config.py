@@ -5,6 +5,8 @@ import itertools
 from collections.abc import Sequence
 from typing import Literal
 
+from logitjax.models._family import Family
+
 Window = int | None
 
 
@@ -12,11 +14,11 @@ Window = int | None
 class RopeScaling:
     """How rotary frequencies are stretched beyond the length a model was first trained on.
 
-    ``kind``: ``'linear'`` divides all frequencies by ``factor``; ``'llama3'`` only the slow ones;
-    ``'yarn'`` ramps between both by the number of turns (between whole
-    pairs where ``truncate``); ``'longrope'`` divides each frequency by
-    its own number (``short_factors`` up to ``original_max_length``, else ``long_factors``);
-    ``'factors'`` divides by ``short_factors`` always (the ``rope_freqs`` tensor of a GGUF file).
+    `kind`: `'linear'` divides all frequencies by `factor`; `'llama3'` only the slow ones;
+    `'yarn'` ramps between both by the number of turns (between whole
+    pairs where `truncate`); `'longrope'` divides each frequency by
+    its own number (`short_factors` up to `original_max_length`, else `long_factors`);
+    `'factors'` divides by `short_factors` always (the `rope_freqs` tensor of a GGUF file).
     """
 
     kind: Literal["linear", "llama3", "yarn", "longrope", "factors"]
@@ -34,7 +36,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SegmentSpec:
-    """``repeats`` copies of a pattern of layers, each given by its attention window."""
+    """`repeats` copies of a pattern of layers, each given by its attention window."""
 
     pattern: tuple[Window, ...]
     repeats: int
@@ -48,9 +50,9 @@ class SegmentSpec:
 class DecoderConfig:
     """Sizes and switches of a decoder-only transformer.
 
-    ``windows`` holds one entry a layer: ``None`` attends to all earlier positions, an int to that
-    many last positions, itself included. Empty means ``None`` everywhere. Layers with a window use
-    ``rope_local_theta`` (unscaled) if it is set. ``segment_boundaries`` are layer indices at which
+    `windows` holds one entry a layer: `None` attends to all earlier positions, an int to that
+    many last positions, itself included. Empty means `None` everywhere. Layers with a window use
+    `rope_local_theta` (unscaled) if it is set. `segment_boundaries` are layer indices at which
     a segment must end, for edits that treat the layers before and after differently.
 
     >>> config = DecoderConfig(vocab_size=256, hidden_size=32, intermediate_size=64, num_layers=3,
@@ -124,7 +126,15 @@ class DecoderConfig:
     @property
     def fused_maps(self) -> bool:
         """Whether the family's checkpoints keep several of our maps in one tensor."""
-        return self.family in ("gpt2", "phi3")
+        names = self.traits.weights.values()
+        return len(set(names)) < len(names)
+
+    @property
+    def traits(self) -> Family:
+        """The family itself, which says what its checkpoints look like."""
+        from logitjax.models._families import find_family  # which reads configurations
+
+        return find_family(self.family, "config: family")
 
     @property
     def rope_dim(self) -> int:

@@ -125,7 +125,7 @@ def _look_up(table: jax.Array, ids: Array, mode: str | None = None) -> jax.Array
 
 
 class Segment(nnx.Module):
-    """Layers that repeat one pattern; ``layers`` is one stacked block a pattern entry, or all."""
+    """Layers that repeat one pattern; `layers` is one stacked block a pattern entry, or all."""
 
     def __init__(
         self,
@@ -154,7 +154,7 @@ class Segment(nnx.Module):
     def __call__(
         self, x: jax.Array, contexts: dict, caches: Any, loras: Any, *, layout: str, remat: str
     ) -> tuple[jax.Array, tuple | None]:
-        """``caches``: one (keys, values) pair a member of ``layers``, or None."""
+        """`caches`: one (keys, values) pair a member of `layers`, or None."""
         pattern = self.spec.pattern
         count = len(self.layers)
         split = [nnx.split(layer) for layer in self.layers]
@@ -187,20 +187,20 @@ class Segment(nnx.Module):
 class Decoder(nnx.Module):
     """A decoder whose hidden states and logits are separate calls.
 
-    Parameters (and caches) of the layers are stacked per segment and scanned (``'stacked'``, for
-    training) or listed and unrolled (``'listed'``, for decoding); `with_layout` converts.
+    Parameters (and caches) of the layers are stacked per segment and scanned (`'stacked'`, for
+    training) or listed and unrolled (`'listed'`, for decoding); `with_layout` converts.
 
     Args:
-      config: sizes and switches.
-      rngs: source of the initial parameters.
-      dtype: compute dtype. Norms, softmax and logits are float32 always.
-      param_dtype: dtype of the parameters.
-      layout: ``'stacked'`` or ``'listed'``.
-      remat: what the backward pass keeps of a layer: ``'none'`` recomputes nothing, ``'dots'``
-        keeps matmul results, ``'full'`` keeps the layer's input only.
-      head: a module ``head(hidden, embedding) -> logits`` with ``as_linear(embedding)``;
-        a `TiedHead` or `LinearHead` by ``config.tie_embeddings`` when omitted.
-      attention: ``implementation`` of `jax.nn.dot_product_attention`.
+        config: sizes and switches.
+        rngs: source of the initial parameters.
+        dtype: compute dtype. Norms, softmax and logits are float32 always.
+        param_dtype: dtype of the parameters.
+        layout: `'stacked'` or `'listed'`.
+        remat: what the backward pass keeps of a layer: `'none'` recomputes nothing, `'dots'`
+            keeps matmul results, `'full'` keeps the layer's input only.
+        head: a module `head(hidden, embedding) -> logits` with `as_linear(embedding)`;
+            a `TiedHead` or `LinearHead` by `config.tie_embeddings` when omitted.
+        attention: `implementation` of `jax.nn.dot_product_attention`.
 
     >>> config = DecoderConfig(vocab_size=11, hidden_size=8, intermediate_size=16, num_layers=2,
     ...                        num_heads=2, num_kv_heads=1, head_dim=4)
@@ -291,19 +291,19 @@ class Decoder(nnx.Module):
         """Normed hidden states before the head, and the cache after these tokens.
 
         Args:
-          tokens: token ids.
-          positions: position of each token, -1 for padding, which is never attended. Counted
-            from 0 (within each segment) or on from ``cache.length`` when omitted.
-          segment_ids: packed documents; tokens attend within equal ids only. Not with a cache.
-          cache: cache from `init_cache`, in the model's layout.
-          lora: adapters in the model's layout.
-          lora_rows: bool ``[batch]``, the rows that use the adapters; all when omitted.
+            tokens: token ids.
+            positions: position of each token, -1 for padding, which is never attended. Counted
+                from 0 (within each segment) or on from `cache.length` when omitted.
+            segment_ids: packed documents; tokens attend within equal ids only. Not with a cache.
+            cache: cache from `init_cache`, in the model's layout.
+            lora: adapters in the model's layout.
+            lora_rows: bool `[batch]`, the rows that use the adapters; all when omitted.
 
         Returns:
-          Hidden states in the compute dtype, and the new cache (None without one).
+            Hidden states in the compute dtype, and the new cache (None without one).
 
         Raises:
-          ValueError: for ``segment_ids`` together with a cache, or more new tokens than slots.
+            ValueError: for `segment_ids` together with a cache, or more new tokens than slots.
         """
         if cache is not None and segment_ids is not None:
             raise ValueError("segment_ids: packed documents cannot be used with a cache")
@@ -346,21 +346,21 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[jax.Array, "batch time hidden"], Cache]:
         """Activations after some of the layers, for steps that regroup rows between layers.
 
-        After all layers, ``final_norm(x)`` gives the hidden states of `hidden_states`.
+        After all layers, `final_norm(x)` gives the hidden states of `hidden_states`.
 
         Args:
-          x: activations before these layers, from `embed` before the first.
-          positions: position of each token, -1 for padding.
-          layers: which layers; those of a listed model only.
-          cache: keys and values of these layers alone, as one segment; positions of all windows.
-          lora: adapters of these layers, listed.
-          lora_rows: bool ``[batch]``, the rows that use the adapters; all when omitted.
+            x: activations before these layers, from `embed` before the first.
+            positions: position of each token, -1 for padding.
+            layers: which layers; those of a listed model only.
+            cache: keys and values of these layers alone, as one segment; positions of all windows.
+            lora: adapters of these layers, listed.
+            lora_rows: bool `[batch]`, the rows that use the adapters; all when omitted.
 
         Returns:
-          The activations and the new cache.
+            The activations and the new cache.
 
         Raises:
-          ValueError: for a stacked model.
+            ValueError: for a stacked model.
         """
         if self.layout != "listed":
             raise ValueError("model: expected listed layers, use with_layout(model, 'listed')")
@@ -424,7 +424,7 @@ class Decoder(nnx.Module):
         """The output head with the model's soft cap, for the losses that start at hidden states.
 
         Raises:
-          ValueError: the logits are not linear in the hidden states but for that cap.
+            ValueError: the logits are not linear in the hidden states but for that cap.
 
         >>> config = DecoderConfig(vocab_size=11, hidden_size=8, intermediate_size=16, num_layers=2,
         ...                        num_heads=2, num_kv_heads=1, head_dim=4)

@@ -79,14 +79,14 @@ def save_pretrained(
     model's parameter dtype. With several processes all must call; process 0 writes.
 
     Args:
-      model: a decoder with a full or tied head.
-      tokenizer: written along, unless None.
-      directory: folder, made if it does not exist.
-      max_shard_bytes: largest size of a shard.
+        model: a decoder with a full or tied head.
+        tokenizer: written along, unless None.
+        directory: folder, made if it does not exist.
+        max_shard_bytes: largest size of a shard.
 
     Raises:
-      ValueError: for a setting that the format of the model's family lacks, or a head of another
-        kind.
+        ValueError: for a setting that the format of the model's family lacks, or a head of another
+            kind.
     """
     directory = epath.Path(directory)
     _check_head(model)

@@ -3,23 +3,20 @@
 from typing import Any
 
 from logitjax.models._config import DecoderConfig, RopeScaling
+from logitjax.models._families import find_family
 from logitjax.models._gguf import GgufSource
+from logitjax.models._hf_fields import Fields
 from logitjax.storage import guard
 
 # Tokens that end a turn, as chat models of several families spell them.
 _TURN_ENDS = frozenset({"<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>"})
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "gpt2")
 
-
-def gguf_config(source: GgufSource) -> tuple[DecoderConfig, str]:
-    """The decoder that a GGUF file describes, and its architecture's name."""
+def gguf_config(source: GgufSource) -> DecoderConfig:
+    """The decoder that a GGUF file describes."""
     architecture = source.metadata("general.architecture")
-    if architecture not in ARCHITECTURES:
-        raise ValueError(
-            f"{source.path}: unknown architecture {architecture!r}, "
-            f"expected one of {', '.join(ARCHITECTURES)}"
-        )
+    where = f"{source.path}: general.architecture"
+    family = find_family(architecture, where, lambda f: (f.gguf,))
 
     def get(key: str, default: Any = None) -> Any:
         return source.metadata(f"{architecture}.{key}", default)
@@ -38,81 +35,49 @@ def gguf_config(source: GgufSource) -> tuple[DecoderConfig, str]:
         )
 
     names = source.names()
-    if "token_embd.weight" not in names:
-        raise ValueError(f"{source.path}: tensor 'token_embd.weight' is missing")
-    vocab_size = source.shape("token_embd.weight")[0]
+    embedding = f"{family.gguf_weights['embedding']}.weight"
+    if embedding not in names:
+        raise ValueError(f"{source.path}: tensor {embedding!r} is missing")
+
+    def there(module: str, leaf: str = "bias") -> bool:
+        return f"{family.gguf_weights[module]}.{leaf}".replace("*", "0") in names
+
     hidden, heads, layers = map(size, ("embedding_length", "attention.head_count", "block_count"))
-    epsilon = "layer_norm_epsilon" if architecture == "gpt2" else "layer_norm_rms_epsilon"
     ends = [source.metadata(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     # As llama.cpp does: files of chat models often name the end of a text alone.
     tokens = source.metadata("tokenizer.ggml.tokens") or ()
     types = source.metadata("tokenizer.ggml.token_type") or ()
     ends += [i for i, (t, kind) in enumerate(zip(tokens, types)) if kind == 3 and t in _TURN_ENDS]
     head_dim = size("attention.key_length", hidden // heads)
+    activation = next(key for key, name in family.fields.items() if name == "activation")
     common: dict[str, Any] = {
-        "vocab_size": vocab_size,
+        "vocab_size": source.shape(embedding)[0],
         "hidden_size": hidden,
         "intermediate_size": size("feed_forward_length"),
         "num_layers": layers,
         "num_heads": heads,
         "num_kv_heads": size("attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "family": "gemma3_text" if architecture == "gemma3" else architecture,
+        "family": family.name,
         "max_length": size("context_length"),
-        "norm_eps": float(need(f"attention.{epsilon}")),
         "rope_theta": float(get("rope.freq_base", 10_000.0)),
         "rope_scaling": _rope_scaling(source, get),
-        "tie_embeddings": "output.weight" not in names,
+        "tie_embeddings": not there("head", "weight"),
         "bos_id": source.metadata("tokenizer.ggml.bos_token_id"),
         "eos_ids": tuple(dict.fromkeys(int(id) for id in ends if id is not None)),
         "pad_id": source.metadata("tokenizer.ggml.padding_token_id"),
-        "qkv_bias": "blk.0.attn_q.bias" in names or "blk.0.attn_qkv.bias" in names,
-        "output_bias": "blk.0.attn_output.bias" in names,
-        "mlp_bias": "blk.0.ffn_up.bias" in names,
-        "qk_norm": "blk.0.attn_q_norm.weight" in names,
+        "qkv_bias": there("attention.query"),
+        "output_bias": there("attention.output"),
+        "mlp_bias": there("mlp.up"),
+        # No metadata say it: what is usual where a config.json says nothing.
+        "activation": Fields({}, family, where).activation(activation),
     }
     rotary = size("rope.dimension_count", head_dim)
     if rotary != head_dim:
         common["rotary_dim"] = rotary
-    window = get("attention.sliding_window")
-    return DecoderConfig(**common | _family_settings(common, get, window)), architecture
-
-
-def _family_settings(common: dict, get: Any, window: int | None) -> dict[str, Any]:
-    layers, hidden = common["num_layers"], common["hidden_size"]
-    family = common["family"]
-    if family in ("gemma2", "gemma3_text"):
-        period = 2 if family == "gemma2" else 6
-        window = int(window or (4096 if family == "gemma2" else 1024))
-        out: dict[str, Any] = {
-            "activation": "gelu_tanh",
-            "norm_offset": 1.0,
-            "post_norms": True,
-            "embedding_scale": hidden**0.5,
-            "query_scale": common["head_dim"] ** -0.5,
-            "windows": tuple(None if (i + 1) % period == 0 else window for i in range(layers)),
-        }
-        if family == "gemma2":
-            out["attention_softcap"] = float(get("attn_logit_softcapping", 50.0))
-            out["logits_softcap"] = float(get("final_logit_softcapping", 30.0))
-            # The 27B model alone scales queries by hidden_size / num_heads, as llama.cpp does.
-            if layers == 46:
-                out["query_scale"] = (hidden / common["num_heads"]) ** -0.5
-        else:
-            out["rope_local_theta"] = float(get("rope.freq_base_swa", 10_000.0))
-            if layers == 62:
-                out["query_scale"] = (hidden / common["num_heads"]) ** -0.5
-        return out
-    if family == "gpt2":
-        return {
-            "activation": "gelu_tanh",
-            "gated_mlp": False,
-            "norm": "layer",
-            "position": "learned",
-        }
-    if window:
-        return {"windows": (int(window),) * layers}
-    return {}
+    common |= family.gguf_read(get, common) | family.settings
+    epsilon = "layer_norm_epsilon" if common.get("norm") == "layer" else "layer_norm_rms_epsilon"
+    return DecoderConfig(norm_eps=float(need(f"attention.{epsilon}")), **common)
 
 
 def _rope_scaling(source: GgufSource, get: Any) -> RopeScaling | None:
@@ -143,8 +108,3 @@ def _rope_scaling(source: GgufSource, get: Any) -> RopeScaling | None:
         factor=float(get("rope.scaling.factor", 1.0)),
         original_max_length=int(get("rope.scaling.original_context_length", 8192)),
     )
-
-
-def is_rope_tensor(name: str) -> bool:
-    """Tensors that the configuration absorbs."""
-    return name.startswith(("rope_freqs", "rope_factors_"))

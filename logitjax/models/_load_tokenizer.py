@@ -1,26 +1,23 @@
-"""Tokenizers from tokenizer.json or rebuilt from GGUF metadata."""
+"""Tokenizers from tokenizer.json or rebuilt from GGUF metadata, alone and with their models."""
 
 import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from etils import epath
 
 from logitjax.models._config import DecoderConfig
+from logitjax.models._decoder import Decoder
+from logitjax.models._families import all_families
 from logitjax.models._gguf import GgufSource
-from logitjax.models._load import find_checkpoint
+from logitjax.models._load import find_checkpoint, load_config, load_model
+from logitjax.models._rules import DECODER_RULES
 from logitjax.models._tiny import tiny_seed
 from logitjax.models._tokenizer import Tokenizer
 from logitjax.storage import guard, read_json, require
-
-_LLAMA3_NAMES = ("llama-bpe", "llama3")
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-
 
 _LARGE_ID = re.compile(r":\s*(\d{8,})")
 # Every way to split a token is tried.
@@ -28,10 +25,10 @@ _LONGEST_TOKEN = 256
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
-    """The tokenizer of a model; ``spec`` as for `load_model`.
+    """The tokenizer of a model; `spec` as for `load_model`.
 
     Raises:
-      ValueError: one line naming the file or metadata that is missing or unknown.
+        ValueError: one line naming the file or metadata that is missing or unknown.
     """
     if tiny_seed(spec) is not None:
         return byte_tokenizer()
@@ -42,6 +39,48 @@ def load_tokenizer(spec: str) -> Tokenizer:
             return _from_gguf(source)
     with guard.naming(path, "a tokenizer"):
         return _from_directory(path)
+
+
+def load(
+    spec: str,
+    *,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = jnp.float32,
+    layout: str = "stacked",
+    remat: str = "none",
+    mesh: jax.sharding.Mesh | None = None,
+) -> tuple[Decoder, Tokenizer]:
+    """Load a decoder and the tokenizer that belongs to it.
+
+    Args:
+        spec: As for `load_model`.
+        dtype: Compute dtype, also by its name.
+        param_dtype: Dtype of the parameters, also by its name. Take float32 to train.
+        layout: `'stacked'` for training, `'listed'` for decoding.
+        remat: See `Decoder`.
+        mesh: Devices over which `DECODER_RULES` split the parameters; each process reads only its
+            own part.
+
+    Raises:
+        ValueError: One line naming the file or tensor that is wrong, or a tokenizer that makes
+            tokens which the model does not know.
+
+    >>> model, tokenizer = load("tiny")
+    >>> model.config.vocab_size == tokenizer.vocab_size
+    True
+    """
+    tokenizer = load_tokenizer(spec)
+    check_tokenizer(load_config(spec), tokenizer)
+    model = load_model(
+        spec,
+        dtype=jnp.dtype(dtype),
+        param_dtype=jnp.dtype(param_dtype),
+        layout=layout,
+        remat=remat,
+        mesh=mesh,
+        rules=DECODER_RULES,
+    )
+    return model, tokenizer
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -60,7 +99,7 @@ def check_tokenizer(config: DecoderConfig, tokenizer: Tokenizer) -> None:
     """Raise where a tokenizer makes ids that the model has no embedding for.
 
     Raises:
-      ValueError: naming both sizes.
+        ValueError: naming both sizes.
     """
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
@@ -161,12 +200,9 @@ def _from_gguf(source: GgufSource) -> Tokenizer:
     if tokens is None:
         raise ValueError(f"{source.path}: holds no tokenizer")
     types = source.metadata("tokenizer.ggml.token_type") or [1] * len(tokens)
-    if kind == "gpt2":
-        backend = _byte_level(source, tokens)
-    elif kind == "llama":
-        backend = _sentencepiece(source, tokens, types)
-    else:
+    if kind not in _KINDS:
         raise ValueError(f"{source.path}: unknown tokenizer model {kind!r}")
+    backend, add_bos = _KINDS[kind](source, tokens, types)
     tokenizers = require("tokenizers", extra="models")
     # 3 marks control tokens, 4 tokens the user defined.
     marked = [
@@ -177,10 +213,8 @@ def _from_gguf(source: GgufSource) -> Tokenizer:
     backend.add_special_tokens([t for t in marked if t.special])
     backend.add_tokens([t for t in marked if not t.special])
     ids = {n: source.metadata(f"tokenizer.ggml.{n}_token_id") for n in ("bos", "eos", "padding")}
-    # llama.cpp's default, where a file does not say.
-    usual = kind == "llama" or source.metadata("tokenizer.ggml.pre") in _LLAMA3_NAMES
     mark = None if ids["bos"] is None else backend.id_to_token(ids["bos"])
-    if mark is not None and source.metadata("tokenizer.ggml.add_bos_token", usual):
+    if mark is not None and source.metadata("tokenizer.ggml.add_bos_token", add_bos):
         # Part of the backend, so that it is written with it.
         backend.post_processor = tokenizers.processors.TemplateProcessing(
             single=[mark, "$A"], pair=[mark, "$A", mark, "$B"], special_tokens=[(mark, ids["bos"])]
@@ -194,44 +228,37 @@ def _from_gguf(source: GgufSource) -> Tokenizer:
     )
 
 
-def _byte_level(source: GgufSource, tokens: list[str]) -> Any:
+def _byte_level(source: GgufSource, tokens: list[str], types: list[int]) -> tuple[Any, bool]:
+    """BPE over the bytes of a text, split as the file's pre-tokenizer says."""
     merges = source.metadata("tokenizer.ggml.merges")
     if merges is None:
         raise ValueError(f"{source.path}: metadata tokenizer.ggml.merges is missing")
+    name = source.metadata("tokenizer.ggml.pre", "default")
+    found = [f.pre_tokenizers[name] for f in all_families() if name in f.pre_tokenizers]
+    if not found:
+        raise ValueError(f"{source.path}: unknown pre-tokenizer {name!r}")
+    pre = found[0]
     tokenizers = require("tokenizers", extra="models")
-    pre = tokenizers.pre_tokenizers
-    pairs = [tuple(m.split(" ")) for m in merges]
-    byte_level = pre.ByteLevel(add_prefix_space=False, use_regex=True)
-    plain = pre.ByteLevel(add_prefix_space=False, use_regex=False)
-
-    def regex(pattern: str) -> Any:
-        split = pre.Split(tokenizers.Regex(pattern), "isolated")
-        return pre.Sequence([split, plain])
-
-    kind = source.metadata("tokenizer.ggml.pre", "default")
-    known = {
-        "default": lambda: byte_level,
-        "gpt-2": lambda: byte_level,
-        "smollm": lambda: pre.Sequence([pre.Digits(individual_digits=True), byte_level]),
-        "llama-bpe": lambda: regex(_LLAMA3),
-        "llama3": lambda: regex(_LLAMA3),
-        "qwen2": lambda: regex(_QWEN2),
-        "dbrx": lambda: regex(_LLAMA3),
-    }
-    if kind not in known:
-        raise ValueError(f"{source.path}: unknown pre-tokenizer {kind!r}")
+    splits = tokenizers.pre_tokenizers
+    steps = [splits.ByteLevel(add_prefix_space=False, use_regex=not pre.pattern)]
+    if pre.pattern:
+        steps.insert(0, splits.Split(tokenizers.Regex(pre.pattern), "isolated"))
+    if pre.digits:
+        steps.insert(0, splits.Digits(individual_digits=True))
     vocab = {t: i for i, t in enumerate(tokens)}
-    ignore = kind in _LLAMA3_NAMES
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, pairs, ignore_merges=ignore))
-    backend.pre_tokenizer = known[kind]()
+    pairs = [tuple(m.split(" ")) for m in merges]
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab, pairs, ignore_merges=pre.ignore_merges)
+    )
+    backend.pre_tokenizer = splits.Sequence(steps) if len(steps) > 1 else steps[0]
     backend.decoder = tokenizers.decoders.ByteLevel()
-    if kind == "qwen2":
+    if pre.nfc:
         backend.normalizer = tokenizers.normalizers.NFC()
-    return backend
+    return backend, pre.add_bos
 
 
-def _sentencepiece(source: GgufSource, tokens: list[str], types: list[int]) -> Any:
-    """Byte-fallback BPE whose merges follow from the pieces' scores."""
+def _sentencepiece(source: GgufSource, tokens: list[str], types: list[int]) -> tuple[Any, bool]:
+    """Byte-fallback BPE whose merges follow from the pieces' scores; texts begin with a mark."""
     scores = source.metadata("tokenizer.ggml.scores")
     if scores is None:
         raise ValueError(f"{source.path}: metadata tokenizer.ggml.scores is missing")
@@ -271,4 +298,9 @@ def _sentencepiece(source: GgufSource, tokens: list[str], types: list[int]) -> A
     if prefix:
         after.append(tokenizers.decoders.Strip(" ", 1, 0))
     backend.decoder = tokenizers.decoders.Sequence(after)
-    return backend
+    return backend, True
+
+
+# By the model of a GGUF file's tokenizer, what makes it and says whether texts begin with a mark
+# where the file does not, as llama.cpp does.
+_KINDS = {"gpt2": _byte_level, "llama": _sentencepiece}

@@ -21,7 +21,7 @@ _TARGETS = ("query", "key", "value", "output", "gate", "up", "down")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """Adapters ``x @ down @ up * scale``; ``layers`` follows the model's segments and layout."""
+    """Adapters `x @ down @ up * scale`; `layers` follows the model's segments and layout."""
 
     layers: tuple
     scale: float = dataclasses.field(default=1.0, metadata={"static": True})
@@ -38,23 +38,23 @@ class Lora:
         dtype: jax.typing.DTypeLike = jnp.float32,
         layout: str = "stacked",
     ) -> "Lora":
-        """Adapters that change nothing before training: random ``a``, zero ``b``.
+        """Adapters that change nothing before training: random `a`, zero `b`.
 
         Args:
-          config: the decoder's configuration.
-          rank: inner size.
-          key: PRNG key.
-          alpha: the update is scaled by ``alpha / rank``; ``rank`` when omitted.
-          targets: linear maps to adapt, of ``query key value output gate up down``; all when
-            omitted.
-          dtype: type of the adapters.
-          layout: ``'stacked'`` or ``'listed'``, as the model's.
+            config: the decoder's configuration.
+            rank: inner size.
+            key: PRNG key.
+            alpha: the update is scaled by `alpha / rank`; `rank` when omitted.
+            targets: linear maps to adapt, of `query key value output gate up down`; all when
+                omitted.
+            dtype: type of the adapters.
+            layout: `'stacked'` or `'listed'`, as the model's.
 
         Returns:
-          A `Lora` for ``hidden_states(..., lora=)``.
+            A `Lora` for `hidden_states(..., lora=)`.
 
         Raises:
-          ValueError: for an unknown target.
+            ValueError: for an unknown target.
 
         >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=16, num_layers=2,
         ...                        num_heads=2, num_kv_heads=1, head_dim=4)
@@ -64,7 +64,7 @@ class Lora:
         (2, 8, 2)
 
         References:
-          Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
+            Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
         """
         sizes = _sizes(config)
         targets = _TARGETS if targets is None else targets
@@ -101,15 +101,15 @@ class Lora:
         return dataclasses.replace(self, layers=tuple(layers))
 
     def merged_into(self, model: "Decoder") -> "Decoder":
-        """The model with the adapters in its kernels, ``kernel + a @ b * scale``.
+        """The model with the adapters in its kernels, `kernel + a @ b * scale`.
 
         The adapted kernels are new arrays; all others are shared with the given model.
 
         Args:
-          model: the decoder under the adapters, in their layout.
+            model: the decoder under the adapters, in their layout.
 
         Returns:
-          A decoder that needs no adapters.
+            A decoder that needs no adapters.
 
         >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=1,
         ...                        num_heads=2, num_kv_heads=1, head_dim=4)
@@ -153,7 +153,7 @@ def _sizes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
 
 
 def scaled_layers(lora: Lora) -> tuple:
-    """The adapters with the scale folded into ``a``."""
+    """The adapters with the scale folded into `a`."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf * lora.scale if path[-1].key == "a" else leaf, lora.layers
     )
@@ -162,7 +162,7 @@ def scaled_layers(lora: Lora) -> tuple:
 def project(
     linear: nnx.Linear, x: jax.Array, lora: Any, name: str, rows: jax.Array | None
 ) -> jax.Array:
-    """``linear(x)`` plus its adapter, on the batch rows where ``rows`` is true (None: on all)."""
+    """`linear(x)` plus its adapter, on the batch rows where `rows` is true (None: on all)."""
     y = linear(x)
     if lora is None or name not in lora:
         return y

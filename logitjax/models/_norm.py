@@ -10,7 +10,7 @@ from logitjax.models._config import DecoderConfig
 
 
 class Norm(nnx.Module):
-    """``x / rms(x) * (offset + scale)`` or the usual layer norm, in float32."""
+    """`x / rms(x) * (offset + scale)` or the usual layer norm, in float32."""
 
     def __init__(
         self, config: DecoderConfig, size: int, *, param_dtype: Any, rms: bool | None = None

@@ -1,6 +1,7 @@
 """Adapters out and in again: a PEFT directory, which transformers loads on its own base model."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,15 +14,6 @@ from logitjax.models._lora import Lora
 from logitjax.storage import guard, read_json, require, write_atomic
 from logitjax.storage.weights import SafetensorsSource
 
-_MODULES = {
-    "query": "self_attn.q_proj",
-    "key": "self_attn.k_proj",
-    "value": "self_attn.v_proj",
-    "output": "self_attn.o_proj",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # Settings of PEFT that change what an adapter does, and are not read.
 _UNKNOWN = ("alora_invocation_tokens", "alpha_pattern", "layer_replication", "rank_pattern")
@@ -45,19 +37,13 @@ def save_peft(
     Raises:
         ValueError: The family's checkpoints keep several of our maps in one tensor.
     """
-    if config.fused_maps:
-        raise ValueError(
-            f"lora: adapters of the family {config.family!r} cannot be written for PEFT, whose "
-            "maps of queries, keys and values are one there"
-        )
-    layers = _listed(lora, config)
+    modules, layers = _modules(config), _listed(lora, config)
     tensors: dict[str, np.ndarray] = {}
     for i, layer in enumerate(layers):
         for name, adapter in layer.items():
-            place = f"base_model.model.model.layers.{i}.{_MODULES[name]}"
-            for side, letter in (("a", "A"), ("b", "B")):
+            for side in "ab":
                 values = np.asarray(jax.device_get(adapter[side]), np.float32)
-                tensors[f"{place}.lora_{letter}.weight"] = np.ascontiguousarray(values.T)
+                tensors[_tensor(modules[name], i, side.upper())] = np.ascontiguousarray(values.T)
     first = next(iter(layers[0].values()))
     rank = int(np.shape(first["a"])[-1])
     settings = {
@@ -67,9 +53,9 @@ def save_peft(
         "r": rank,
         "lora_alpha": lora.scale * rank,
         "lora_dropout": 0.0,
-        "target_modules": sorted(_MODULES[name].rpartition(".")[2] for name in layers[0]),
+        "target_modules": sorted(modules[name].rpartition(".")[2] for name in layers[0]),
         "layers_to_transform": list(range(len(layers))),
-        "layers_pattern": "layers",
+        "layers_pattern": modules["query"].partition(".*")[0].rpartition(".")[2],
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -121,11 +107,12 @@ def load_peft(directory: epath.PathLike, config: DecoderConfig, *, layout: str =
     source = SafetensorsSource(directory / _WEIGHTS)
     tensors = {name: source.read(name) for name in source.names()}
     like = jax.eval_shape(lambda: Lora.init(config, rank, key=jax.random.key(0), layout="listed"))
+    modules = _modules(config)
     segments, i = [], 0
     for segment in like.layers:
         members = []
         for layer in segment:
-            members.append(_layer(tensors, i, layer, directory))
+            members.append(_layer(tensors, i, layer, modules, directory))
             i += 1
         segments.append(tuple(members))
     if tensors:
@@ -139,16 +126,36 @@ def load_peft(directory: epath.PathLike, config: DecoderConfig, *, layout: str =
     return lora if layout == "listed" else lora.with_layout(config, layout)
 
 
-def _layer(tensors: dict[str, np.ndarray], i: int, like: Any, directory: epath.Path) -> dict:
+def _modules(config: DecoderConfig) -> dict[str, str]:
+    """By target of an adapter its module's name in a checkpoint, with `*` for the layer."""
+    if config.fused_maps:
+        raise ValueError(
+            f"lora: adapters of the family {config.family!r} have no form in PEFT, for which its "
+            "maps of queries, keys and values are one"
+        )
+    return {path.rpartition(".")[2]: name for path, name in config.traits.weights.items()}
+
+
+def _tensor(module: str, layer: int, letter: str) -> str:
+    return f"base_model.model.{module.replace('*', str(layer))}.lora_{letter}.weight"
+
+
+def _layer(
+    tensors: dict[str, np.ndarray],
+    i: int,
+    like: Any,
+    modules: Mapping[str, str],
+    directory: epath.Path,
+) -> dict:
     """The adapters of one layer, which are taken out of the tensors."""
     found = {}
     for name, shapes in like.items():
-        place = f"base_model.model.model.layers.{i}.{_MODULES[name]}.lora_"
-        if f"{place}A.weight" not in tensors:
+        names = {side: _tensor(modules[name], i, side.upper()) for side in "ab"}
+        if names["a"] not in tensors:
             continue
-        if f"{place}B.weight" not in tensors:
-            raise ValueError(f"adapter: {directory / _WEIGHTS}: no tensor {place}B.weight")
-        pair = {s: tensors.pop(f"{place}{c}.weight").T for s, c in (("a", "A"), ("b", "B"))}
+        if names["b"] not in tensors:
+            raise ValueError(f"adapter: {directory / _WEIGHTS}: no tensor {names['b']}")
+        pair = {side: tensors.pop(tensor).T for side, tensor in names.items()}
         for side, values in pair.items():
             if values.shape != shapes[side].shape:
                 raise ValueError(

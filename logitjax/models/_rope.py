@@ -38,7 +38,7 @@ def _scaling(config: DecoderConfig, window: Window) -> RopeScaling | None:
 
 
 def changes_with_length(config: DecoderConfig, window: Window, bound: int | None) -> bool:
-    """Whether frequencies depend on how long a sequence is; ``bound``: the longest it gets."""
+    """Whether frequencies depend on how long a sequence is; `bound`: the longest it gets."""
     scaling = _scaling(config, window)
     if scaling is None or scaling.kind != "longrope":
         return False
@@ -50,7 +50,7 @@ def rope_frequencies(
 ) -> tuple[np.ndarray, float]:
     """Angular frequency of each rotated pair, and the factor on cos and sin.
 
-    ``long``: those of a sequence beyond the original length; only ``'longrope'`` has others there.
+    `long`: those of a sequence beyond the original length; only `'longrope'` has others there.
     """
     scaling = _scaling(config, window)
     base = config.rope_theta
@@ -87,7 +87,7 @@ def rope_tables(
 ) -> tuple[Float[Array, "batch time half"], Float[Array, "batch time half"]]:
     """cos and sin of position times frequency, float32.
 
-    ``lengths``: how long each row's sequence is by now, where that decides (`changes_with_length`).
+    `lengths`: how long each row's sequence is by now, where that decides (`changes_with_length`).
     """
     inverse, amplitude = rope_frequencies(config, window)
     inverse = jnp.asarray(inverse, jnp.float32)
@@ -106,7 +106,7 @@ def apply_rope(
     *,
     heads_axis: int = 2,
 ) -> Float[jax.Array, "batch time_or_heads heads_or_time dim"]:
-    """Rotate pairs ``(i, i + half)`` of the first ``2 half`` entries; the rest passes through."""
+    """Rotate pairs `(i, i + half)` of the first `2 half` entries; the rest passes through."""
     cos, sin = (jnp.expand_dims(t, heads_axis) for t in tables)
     half = cos.shape[-1]
     wide = x.astype(jnp.float32)

@@ -24,10 +24,10 @@ _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 class Tokenizer:
     """Text to token ids and back, with the ids a decoder needs to know.
 
-    ``fingerprint`` is a sha256 of everything that decides the ids: tokenizers with the same one
-    encode alike. ``chat_template`` is one template, or several by name (``default`` and
-    ``tool_use``). ``special_tokens`` are the texts that templates know as ``bos_token`` and so on.
-    ``add_bos`` says whether the model expects every text to begin with ``bos_id`` (Gemma, Llama,
+    `fingerprint` is a sha256 of everything that decides the ids: tokenizers with the same one
+    encode alike. `chat_template` is one template, or several by name (`default` and
+    `tool_use`). `special_tokens` are the texts that templates know as `bos_token` and so on.
+    `add_bos` says whether the model expects every text to begin with `bos_id` (Gemma, Llama,
     Mistral): the backend's post-processor does, as transformers 5 has it. A Gemma that does not
     read the mark predicts nothing of use.
     """
@@ -62,16 +62,16 @@ class Tokenizer:
 
     @property
     def start(self) -> list[int]:
-        """The ids that a text begins with: ``bos_id`` where the model expects it, else none."""
+        """The ids that a text begins with: `bos_id` where the model expects it, else none."""
         return [self.bos_id] if self.add_bos and self.bos_id is not None else []
 
     def encode(self, text: str, add_bos: bool | None = False) -> list[int]:
-        """Token ids of ``text``; special tokens written out in it are recognised.
+        """Token ids of `text`; special tokens written out in it are recognised.
 
         Args:
-          text: a text, or a part of one.
-          add_bos: whether to begin with the beginning mark (once, also where the text spells it
-            out); None for a text from its beginning, as the model expects it.
+            text: a text, or a part of one.
+            add_bos: whether to begin with the beginning mark (once, also where the text spells it
+                out); None for a text from its beginning, as the model expects it.
         """
         ids = self.backend.encode(text, add_special_tokens=False).ids
         if add_bos is None:
@@ -106,20 +106,20 @@ class Tokenizer:
         The template runs in jinja2's sandbox, as it comes with a downloaded model.
 
         Args:
-          messages: dicts with `role` and `content`, and what else a template reads
-            (`tool_calls`, `reasoning_content`...); fields that are None do not count.
-          tools: JSON schemas of functions. A template of the name `tool_use` is taken for them
-            where the tokenizer has several.
-          documents: dicts with `title` and `text`.
-          add_generation_prompt: end where the assistant's next answer begins.
-          **variables: more names the template may use (`enable_thinking`...).
+            messages: dicts with `role` and `content`, and what else a template reads
+                (`tool_calls`, `reasoning_content`...); fields that are None do not count.
+            tools: JSON schemas of functions. A template of the name `tool_use` is taken for them
+                where the tokenizer has several.
+            documents: dicts with `title` and `text`.
+            add_generation_prompt: end where the assistant's next answer begins.
+            **variables: more names the template may use (`enable_thinking`...).
 
         Returns:
-          The text, special tokens written out.
+            The text, special tokens written out.
 
         Raises:
-          ValueError: without a template, or where the template refuses the messages.
-          TypeError: where something is not of JSON's types.
+            ValueError: without a template, or where the template refuses the messages.
+            TypeError: where something is not of JSON's types.
         """
         template = self._template(tools)
         return self._rendered(
@@ -178,16 +178,16 @@ class Tokenizer:
         at once, so no token boundary is invented.
 
         Args:
-          messages: as for `render_chat`.
-          learn: the role to learn from.
-          tools: as for `render_chat`.
-          **variables: more names the template may use.
+            messages: as for `render_chat`.
+            learn: the role to learn from.
+            tools: as for `render_chat`.
+            **variables: more names the template may use.
 
         Returns:
-          `(tokens, loss_mask)`, equally long; `loss_mask[t]` says that `tokens[t]` is a target.
+            `(tokens, loss_mask)`, equally long; `loss_mask[t]` says that `tokens[t]` is a target.
 
         Raises:
-          ValueError: as `render_chat`, and where the template shows a message in several parts.
+            ValueError: as `render_chat`, and where the template shows a message in several parts.
         """
         template, documents = self._template(tools), variables.pop("documents", None)
 
@@ -211,7 +211,7 @@ class Tokenizer:
         """Number of UTF-8 bytes of each token's text, by which two tokenizations are aligned.
 
         Returns:
-          int64 ``[vocab_size]``; 0 for special tokens and unused ids.
+            int64 `[vocab_size]`; 0 for special tokens and unused ids.
         """
         return np.array([len(text) for text in self.token_bytes()], np.int64)
 
@@ -220,7 +220,7 @@ class Tokenizer:
 
         Byte-level vocabularies (GPT-2, Llama 3, Qwen, SmolLM2) spell every byte as one character;
         SentencePiece vocabularies (Llama 2, Mistral, Gemma) spell text as it is, a space as one
-        lower block and stray bytes as ``<0xNN>``.
+        lower block and stray bytes as `<0xNN>`.
 
         >>> from tokenizers import Tokenizer as Backend, models
         >>> backend = Backend(models.BPE({"a": 0, "▁the": 1, "<0x0A>": 2}, [], byte_fallback=True))

@@ -4,5 +4,6 @@ A check raises an `AssertionError` of one line, which says the property, the arg
 numbers. It needs no test framework.
 """
 
+from logitjax.testing._family import check_family as check_family
 from logitjax.testing._loss import check_loss as check_loss
 from logitjax.testing._term import check_term as check_term

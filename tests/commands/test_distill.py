@@ -308,7 +308,7 @@ def test_heads_that_no_file_can_hold_are_refused_before_anything_is_read(text, t
     chosen, folder = config(text, kv_heads=2), epath.Path(tmp_path)
     reading = distillation.Reading(data=text, seq_len=64)
     packed = distillation.pack_corpus(reading, models.load_tokenizer("tiny"), folder)
-    with pytest.raises(ValueError, match=r"kv_heads: expected 4 for GPT-2, .* got 2"):
+    with pytest.raises(ValueError, match=r"kv_heads: expected 4 for gpt2, .* got 2"):
         distill._pruned(chosen, whole, packed, folder)
 
 

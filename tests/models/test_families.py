@@ -1,16 +1,18 @@
-"""Every family against transformers' logits, cached steps, and the way out and in again."""
+"""Every family against transformers' logits, its files out and in again, and one from outside."""
 
-import functools
+import dataclasses
+import importlib.metadata
+import json
 import pathlib
 
-import chex
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from logitjax.models import load_model, save_pretrained
+from logitjax import models
+from logitjax.models import _families
+from logitjax.storage.weights import SafetensorsSource
+from logitjax.testing import check_family
+from logitjax.testing._family import random_decoder
 from tests._marks import EVERY_CHANGE
 from tests.models._checkpoints import write_checkpoint
 from tests.models._configs import GOLDEN_POSITIONS, HF_CONFIGS, TOKENS
@@ -23,51 +25,107 @@ SOME = ("smollm2", "mistral", "qwen3", "gemma3", "gpt2")
 FAMILIES = [pytest.param(f, marks=[] if f in SOME else EVERY_CHANGE) for f in HF_CONFIGS]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request, tmp_path_factory):
-    directory = write_checkpoint(request.param, tmp_path_factory.mktemp("hf") / request.param, 2)
-    return request.param, load_model(str(directory))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def whole(graphdef, state):
-    return nnx.merge(graphdef, state)(TOKENS)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def in_steps(graphdef, state, tokens):
-    """A prompt in two pieces, then single steps, through the cache."""
-    model = nnx.merge(graphdef, state)
-    cache = model.init_cache(2, 32)
-    first, cache = model.hidden_states(tokens[:, :10], cache=cache)
-    second, cache = model.hidden_states(tokens[:, 10:13], cache=cache)
-
-    def step(cache, token):
-        hidden, cache = model.hidden_states(token[:, None], cache=cache)
-        return cache, hidden[:, 0]
-
-    cache, rest = jax.lax.scan(step, cache, tokens[:, 13:].T)
-    hidden = jnp.concatenate([first, second, rest.swapaxes(0, 1)], axis=1)
-    return model.logits(hidden), cache.length
-
-
-def test_family(family, tmp_path):
-    name, model = family
-    graphdef, state = nnx.split(model)
-    logits = np.asarray(whole(graphdef, state))
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_keeps_its_promises_and_gives_the_logits_of_transformers(name, tmp_path):
+    directory = write_checkpoint(name, tmp_path / "hf", 2)
+    family = models.load_config(str(directory)).traits
+    logits = check_family(family, directory, tokens=TOKENS)[:, GOLDEN_POSITIONS]
     expected = GOLDENS[name]
-    scale = np.abs(expected).max()
-    np.testing.assert_allclose(logits[:, GOLDEN_POSITIONS], expected, atol=1e-5 * scale)
+    np.testing.assert_allclose(logits, expected, atol=1e-5 * np.abs(expected).max())
 
-    # longrope turns by the length so far: steps from below the original length are others.
-    if name != "phi4_mini_long":
-        stepped, length = in_steps(graphdef, state, TOKENS)
-        np.testing.assert_allclose(stepped, logits, atol=1e-5 * scale)
-        np.testing.assert_array_equal(length, [20, 20])
 
-    on_host = nnx.merge(graphdef, jax.device_get(state))
-    save_pretrained(on_host, None, tmp_path / "out", max_shard_bytes=20_000)
-    again = load_model(str(tmp_path / "out"))
-    assert again.config == model.config
-    ours, theirs = (nnx.to_pure_dict(nnx.state(m)) for m in (model, again))
-    chex.assert_trees_all_equal(ours, theirs)
+# Llama under another model_type, with a tensor and a key of another name, in a file of its own.
+STRANGER = """
+import dataclasses
+
+from logitjax.models.families.llama import LLAMA
+
+OURS = dataclasses.replace(
+    LLAMA,
+    name="stranger",
+    architecture="StrangerForCausalLM",
+    fields={("act" if k == "hidden_act" else k): name for k, name in LLAMA.fields.items()},
+    keys=LLAMA.keys | {"act": "silu"},
+    weights=LLAMA.weights | {"mlp.up": "model.layers.*.mlp.lift"},
+    gguf="stranger",
+)
+"""
+
+
+@pytest.fixture
+def stranger(tmp_path, monkeypatch):
+    (tmp_path / "a_strangers_package.py").write_text(STRANGER)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(_families, "_MEMBERS", members := dict(_families._MEMBERS))
+    monkeypatch.setattr(
+        _families, "_REGISTRY", dataclasses.replace(_families._REGISTRY, members=members)
+    )
+    return "a_strangers_package:OURS"
+
+
+def test_a_family_in_a_file_elsewhere_loads_exports_and_reads_gguf(stranger, tmp_path):
+    family = models.register_family(stranger)
+    raw = HF_CONFIGS["smollm2"] | {"model_type": "stranger", "act": "swish"}
+    logits = check_family(family, raw, tokens=TOKENS)
+    model = random_decoder(models.config_from_hf(raw), np.random.default_rng(0))
+    models.save_pretrained(model, models.load_tokenizer("tiny"), tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (written["model_type"], written["act"]) == ("stranger", "silu")
+    assert written["architectures"] == ["StrangerForCausalLM"]
+    source = SafetensorsSource(tmp_path / "out")
+    assert "model.layers.0.mlp.lift.weight" in source.names()
+    assert np.isfinite(logits).all()
+
+
+def test_an_entry_point_brings_a_family(stranger, monkeypatch):
+    point = importlib.metadata.EntryPoint("stranger", stranger, "logitjax.families")
+    with pytest.raises(ValueError, match=r"got 'stranger'; .*register_family bring another"):
+        models.config_from_hf({"model_type": "stranger"})
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [point])
+    assert models.config_from_hf({"model_type": "stranger"}).family == "stranger"
+
+
+@pytest.mark.parametrize(
+    ("said", "nearest"),
+    [
+        ({"model_type": "qwen2_moe"}, "'qwen2_moe'; qwen2 is the nearest"),
+        ({"architectures": ["GPT2Model"]}, r"\['GPT2Model'\]; gpt2 is the nearest"),
+        ({}, "got None; "),
+    ],
+)
+def test_a_model_that_is_not_known_is_refused_with_the_nearest_family(said, nearest):
+    with pytest.raises(ValueError, match=nearest) as error:
+        models.config_from_hf(said, where="there")
+    assert str(error.value).startswith("there: model_type: expected one of llama, ")
+
+
+def test_a_name_belongs_to_one_family(stranger):
+    llama = models.register_family("llama")
+    with pytest.raises(ValueError, match="family llama: expected a name that the library does"):
+        models.register_family(dataclasses.replace(llama, gguf=None))
+    with pytest.raises(ValueError, match="gguf: expected a name of its own or none, got 'llama'"):
+        models.register_family(dataclasses.replace(llama, name="other"))
+    # One's own may change, as in a notebook.
+    other = models.register_family(dataclasses.replace(llama, name="other", gguf=None))
+    assert models.register_family(dataclasses.replace(other, free_head_dim=False)) != other
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weights": ("mlp.up", "model.layers.*.mlp.down_proj")}, "export: .*"),
+        ({"gguf_weights": ("mlp.up", "blk.*.ffn_lift")}, r"gguf_weights\['mlp.up'\]: expected b"),
+        ({"free_head_dim": False}, "free_head_dim: expected False to be a ValueError"),
+    ],
+)
+def test_a_broken_family_is_seen(stranger, monkeypatch, change, message):
+    llama = models.register_family("llama")
+    changed = {
+        name: getattr(llama, name) | dict([value]) if isinstance(value, tuple) else value
+        for name, value in change.items()
+    }
+    broken = dataclasses.replace(llama, **changed)
+    monkeypatch.setitem(_families._OWN, "llama", broken)
+    monkeypatch.setitem(_families._MEMBERS, "llama", broken)
+    with pytest.raises(AssertionError, match=message):
+        check_family(broken, HF_CONFIGS["smollm2"])

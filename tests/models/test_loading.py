@@ -98,8 +98,8 @@ def test_wrong_files_are_named(llama, tmp_path):
     (cut / "config.json").write_text("{")
     fails(cut, "config.json: not valid JSON")
     (cut / "config.json").write_text(json.dumps({"model_type": "mamba"}))
-    fails(cut, "unknown model_type 'mamba', expected one of llama, mistral")
-    with pytest.raises(ValueError, match=rf"^{re.escape(str(cut))}/config\.json: unknown"):
+    fails(cut, "model_type: expected one of llama, .* got 'mamba'; .* bring another")
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(cut))}/config\.json: model_type"):
         load_config(str(cut))
     (cut / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": "big"}))
     fails(cut, "hidden_size: expected a number, got 'big'")
@@ -218,15 +218,17 @@ def test_a_cut_student_goes_out_and_in(tmp_path):
     assert [f.name for f in (tmp_path / "out").glob("*.safetensors*")] == ["model.safetensors"]
 
 
-def test_the_half_that_sees_is_left_out_by_both_of_its_names(llama, tmp_path):
+def test_the_half_that_sees_is_left_out_by_both_of_its_names(tmp_path):
+    plain = write_checkpoint("gemma3", tmp_path / "plain")
+
     def inside(values):
         for name in list(values):
             values[name.replace("model.", "model.language_model.")] = values.pop(name)
         for part in ("vision_tower.patch.weight", "multi_modal_projector.norm.weight"):
             values["model." + part] = np.zeros(2, np.float32)
 
-    whole = load_model(str(rewritten(llama, tmp_path / "inside", inside)))
-    assert_equal(params(whole), params(load_model(str(llama))))
+    whole = load_model(str(rewritten(plain, tmp_path / "inside", inside)))
+    assert_equal(params(whole), params(load_model(str(plain))))
 
 
 def test_what_a_format_cannot_say_is_refused(tmp_path):
@@ -237,12 +239,6 @@ def test_what_a_format_cannot_say_is_refused(tmp_path):
     mixed = dataclasses.replace(mistral.config, family="mistral")
     with pytest.raises(ValueError, match="form of mistral cannot say"):
         config_to_hf(mixed)
-
-
-def test_configurations_come_back_the_same():
-    for raw in HF_CONFIGS.values():
-        config = models.config_from_hf(raw)
-        assert models.config_from_hf(config_to_hf(config)) == config
 
 
 def test_both_generations_of_rope_settings_mean_the_same():

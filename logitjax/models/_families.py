@@ -1,0 +1,88 @@
+"""The families that are known: those of the library, of entry points, and those brought."""
+
+import difflib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from logitjax.models._family import Family
+from logitjax.models.families.gemma2 import GEMMA2
+from logitjax.models.families.gemma3 import GEMMA3
+from logitjax.models.families.gpt2 import GPT2
+from logitjax.models.families.llama import LLAMA
+from logitjax.models.families.mistral import MISTRAL
+from logitjax.models.families.phi3 import PHI3
+from logitjax.models.families.qwen2 import QWEN2
+from logitjax.models.families.qwen3 import QWEN3
+from logitjax.registry import Registry
+from logitjax.storage import guard
+
+_OWN = {f.name: f for f in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA2, GEMMA3, GPT2)}
+_MEMBERS = dict(_OWN)
+_REGISTRY = Registry(kind="family", group="logitjax.families", members=_MEMBERS, base=Family)
+
+
+def register_family(family: Family | str) -> Family:
+    """Make a family of decoders known to every reader and writer of models in this process.
+
+    A configuration names its family, and so does a `config.json`: loading, exporting, adapters and
+    loading again find the value by that name.
+
+    Args:
+        family: The value, or the text of `--family`: `package.module:NAME`, or the name of an entry
+            point of the group `logitjax.families`. Entry points are also found without this call.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: Its name, wrapper or GGUF architecture is that of another family; a value of
+            one's own under the same name is replaced.
+
+    >>> register_family("llama").architecture
+    'LlamaForCausalLM'
+    """
+    value = _REGISTRY.parse(family) if isinstance(family, str) else family
+    for other in _MEMBERS.values():
+        same = other.name == value.name
+        if same and value.name in _OWN and other != value:
+            raise ValueError(f"family {value.name}: expected a name that the library does not have")
+        for field in ("wrapper", "gguf"):
+            name = getattr(value, field)
+            if not same and name and name == getattr(other, field):
+                raise ValueError(
+                    f"family {value.name}: {field}: expected a name of its own or none, got "
+                    f"{name!r}, which is of {other.name}"
+                )
+    _MEMBERS[value.name] = value
+    return value
+
+
+def all_families() -> Iterator[Family]:
+    """Each family, those of entry points last: they are imported when it comes to them."""
+    yield from list(_MEMBERS.values())
+    for name in _REGISTRY.names():
+        if name not in _MEMBERS:
+            yield register_family(name)
+
+
+def find_family(
+    name: Any,
+    where: str,
+    names: Callable[[Family], tuple[str | None, ...]] = lambda family: (family.name,),
+) -> Family:
+    """The family of which one of the `names` is this one.
+
+    Raises:
+        ValueError: There is none; says which family is nearest and how to bring one.
+    """
+    nearest, expected = {}, []
+    for family in all_families():
+        if name is not None and name in names(family):
+            return family
+        expected += [known for known in names(family) if known]
+        nearest |= dict.fromkeys((*filter(None, names(family)), family.architecture), family.name)
+    (near,) = difflib.get_close_matches(str(name)[:80], nearest, n=1, cutoff=0.0)
+    raise ValueError(
+        f"{where}: expected one of {', '.join(expected)}, got {guard.short(name)}; "
+        f"{nearest[near]} is the nearest, and --family or models.register_family bring another"
+    )

@@ -1,0 +1,157 @@
+"""Values of a config.json by key, and the keys that change nothing.
+
+A key that neither the family nor the list below knows is refused where its value says anything: a
+model that computes something else than its configuration asks for is worse than none.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from logitjax.models._config import DecoderConfig
+from logitjax.models._family import Family
+from logitjax.storage import guard
+
+# Training, generation, tasks, precision, bookkeeping: none of it changes a logit.
+_HARMLESS = {
+    "architectures", "auto_map", "dtype", "finetuning_task", "model_type", "name_or_path",
+    "prefix", "tokenizer_class", "torch_dtype", "transformers_version", "transformers.js_config",
+    "unsloth_fixed", "unsloth_version", "attention_dropout", "attn_dropout", "attn_pdrop",
+    "classifier_dropout", "embd_pdrop", "embed_pdrop", "hidden_dropout", "hidden_dropout_prob",
+    "resid_pdrop", "gradient_checkpointing", "initializer_range", "neftune_noise_alpha",
+    "router_aux_loss_coef", "attn_implementation", "cache_implementation",
+    "chunk_size_feed_forward", "output_attentions", "output_hidden_states", "pretraining_tp",
+    "reorder_and_upcast_attn", "return_dict", "torchscript", "use_bfloat16", "use_cache",
+    "use_flash_attn", "use_return_dict", "use_reentrant", "id2label", "label2id", "num_labels",
+    "problem_type", "task_specific_params", "summary_activation", "summary_first_dropout",
+    "summary_last_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
+    "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "sep_token_id",
+    "unk_token_id", "bad_words_ids", "begin_suppress_tokens", "diversity_penalty", "do_sample",
+    "early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty",
+    "length_penalty", "max_length", "max_new_tokens", "min_length", "no_repeat_ngram_size",
+    "num_beam_groups", "num_beams", "num_return_sequences", "output_scores",
+    "remove_invalid_values", "repetition_penalty", "return_dict_in_generate", "suppress_tokens",
+    "temperature", "tf_legacy_loss", "top_k", "top_p", "typical_p", "is_decoder",
+    "is_llama_config", "model_max_length", "tie_last_hidden_states",
+}  # fmt: skip
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+}
+_TYPES = {field.name: field.type for field in dataclasses.fields(DecoderConfig)}
+
+
+def key_value(config: DecoderConfig, key: str) -> Any:
+    """What a configuration has at a key that is one of its fields."""
+    name, family = config.traits.fields[key], config.traits
+    value = getattr(config, name)
+    if name != "activation":
+        return value
+    # Of several names of one function the family's own, else that of most.
+    spellings = [family.keys[key], "silu", "gelu", "gelu_pytorch_tanh"]
+    return next(spelling for spelling in spellings if _ACTIVATIONS[spelling] == value)
+
+
+def check_keys(raw: Mapping[str, Any], family: Family, where: str) -> None:
+    """Refuse what might change the mathematics and is not known.
+
+    Raises:
+        ValueError: Names the key.
+    """
+    for key in ("quantization_config", "compression_config"):
+        if raw.get(key):
+            raise ValueError(
+                f"{where}: {key}: quantized weights are not read, "
+                "use the unquantized checkpoint or a GGUF file"
+            )
+    known = {*family.keys, *family.aliases, *family.ignored, *_HARMLESS}
+    for key, value in raw.items():
+        if key in known or key.startswith("_"):
+            continue
+        # A switch that is off, or nothing at all.
+        if value in (None, False, 0, "", [], {}):
+            continue
+        if key in family.ignored_at and value == family.ignored_at[key]:
+            continue
+        shown = repr(value)
+        shown = shown if len(shown) <= 60 else shown[:57] + "..."
+        raise ValueError(
+            f"{where}: {key}={shown} is not known of {family.name} and may change its logits; "
+            "take the key out if it does not"
+        )
+
+
+class Fields:
+    """Values of a config.json by key, or transformers' default; of the right type, or an error."""
+
+    def __init__(self, raw: Mapping[str, Any], family: Family, where: str):
+        self.raw = {family.aliases.get(key, key): value for key, value in raw.items()}
+        self.family, self.where = family.name, where
+        self._defaults = family.keys
+
+    def __getitem__(self, key: str) -> Any:
+        return self.raw.get(key, self._defaults[key]) if key in self._defaults else None
+
+    def wrong(self, key: str, expected: str) -> ValueError:
+        return ValueError(f"{self.where}: {key}: expected {expected}, got {guard.short(self[key])}")
+
+    def integer(self, key: str, least: int = 1) -> int:
+        value = self.number(key)
+        # A billion of layers is a list of a billion before any weight is missed.
+        most = guard.LIMITS.layers if "layer" in key else guard.LIMITS.width
+        if not least <= value <= most or value != int(value):
+            raise self.wrong(key, f"an integer from {least} to {most}")
+        return int(value)
+
+    def number(self, key: str) -> float:
+        value = self[key]
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.wrong(key, "a number")
+        return value
+
+    def maybe_integer(self, key: str) -> int | None:
+        return None if self[key] is None else self.integer(key)
+
+    def maybe_number(self, key: str) -> float | None:
+        return None if self[key] is None else float(self.number(key))
+
+    def flag(self, key: str) -> bool:
+        # transformers takes None and 0 for false.
+        if self[key] not in (True, False, None):
+            raise self.wrong(key, "true or false")
+        return bool(self[key])
+
+    def mapping(self, key: str) -> dict[str, Any]:
+        value = self[key]
+        if value is not None and not isinstance(value, Mapping):
+            raise self.wrong(key, "an object")
+        return dict(value or {})
+
+    def value(self, key: str, name: str) -> Any:
+        """A value for the field `name` of a configuration, by its type."""
+        optional = name in ("num_kv_heads", "head_dim")
+        readers = {
+            int: self.maybe_integer if optional else self.integer,
+            bool: self.flag,
+            float: lambda key: float(self.number(key)),
+            float | None: self.maybe_number,
+        }
+        return readers.get(_TYPES[name], self.activation)(key)
+
+    def activation(self, key: str) -> str:
+        name = self[key]
+        if not isinstance(name, str) or name not in _ACTIVATIONS:
+            raise self.wrong(key, f"one of {', '.join(_ACTIVATIONS)}")
+        return _ACTIVATIONS[name]
+
+    def tokens(self, key: str) -> tuple[int, ...]:
+        ids, size = self[key], self.integer("vocab_size")
+        ids = [] if ids is None else ids if isinstance(ids, list | tuple) else [ids]
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+            raise self.wrong(key, "ids of tokens")
+        # -1 is a habit of old files, and defaults may lie outside of a small vocabulary.
+        return tuple(i for i in ids if 0 <= i < size)

@@ -1,0 +1,1 @@
+"""The families of decoders that come with the library, one value each."""

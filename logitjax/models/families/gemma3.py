@@ -1,0 +1,71 @@
+"""Gemma 3, its text: Gemma 2 with norms of queries and keys, two rope bases and other windows."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from logitjax.models._config import DecoderConfig
+from logitjax.models._hf_fields import Fields
+from logitjax.models._hf_rope import check_scaling, rope_number, rope_settings, scaling_kind
+from logitjax.models.families import llama
+from logitjax.models.families.gemma2 import GEMMA2, gguf_gemma, scales
+
+
+def read(fields: Fields, settings: Mapping[str, Any]) -> dict[str, Any]:
+    given, parameters = fields.mapping("rope_scaling"), fields.mapping("rope_parameters")
+    if parameters and not {"full_attention", "sliding_attention"} & set(parameters):
+        raise fields.wrong("rope_parameters", "an object for each kind of layer")
+    inner = dict(parameters.get("sliding_attention") or {})
+    if scaling_kind(inner) != "default":
+        raise fields.wrong("rope_parameters", "no scaling of layers with a window")
+    if "type" in given and "rope_type" not in given:
+        # transformers takes it for no scaling at all.
+        raise fields.wrong("rope_scaling", "its kind under the name rope_type")
+    check_scaling(inner, "default", fields)
+    given = dict(parameters.get("full_attention") or {}) | given
+    period = fields.integer("sliding_window_pattern")
+    return {
+        "windows": llama.windows(fields, lambda i: (i + 1) % period != 0),
+        **rope_settings(fields, settings, given),
+        **scales(fields, settings),
+        # Layers with a window turn by a base of their own, unscaled.
+        "rope_local_theta": rope_number(
+            inner, "rope_theta", fields, fields["rope_local_base_freq"]
+        ),
+    }
+
+
+def write(config: DecoderConfig) -> dict[str, Any]:
+    return GEMMA2.write(config) | {"rope_local_base_freq": config.rope_local_theta}
+
+
+def gguf_read(get: Callable[..., Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    local = float(get("rope.freq_base_swa", 10_000.0))
+    shared = gguf_gemma(get, settings, period=6, window=1024, largest=62)
+    return shared | {"rope_local_theta": local}
+
+
+GEMMA3 = dataclasses.replace(
+    GEMMA2,
+    name="gemma3_text",
+    architecture="Gemma3ForCausalLM",
+    # transformers heeds no attn_logit_softcapping here.
+    keys={k: v for k, v in GEMMA2.keys.items() if k != "attn_logit_softcapping"} | dict(
+        vocab_size=262_208, max_position_embeddings=131_072, rope_theta=1_000_000.0,
+        rope_local_base_freq=10_000.0, sliding_window_pattern=6, final_logit_softcapping=None,
+    ),
+    settings=GEMMA2.settings | {"qk_norm": True},
+    read=read,
+    write=write,
+    wrapper="gemma3",
+    ignored=frozenset({
+        "hidden_act",
+        # Of the half that sees, which is not read.
+        "boi_token_id", "boi_token_index", "eoi_token_id", "eoi_token_index", "image_token_id",
+        "image_token_index", "mm_tokens_per_image", "text_config", "vision_config",
+    }),
+    # The half that sees, by the names of both generations of transformers.
+    unread=rf"{GEMMA2.unread}|(model\.)?(vision_tower|multi_modal_projector)\..*",
+    gguf="gemma3",
+    gguf_read=gguf_read,
+)  # fmt: skip
