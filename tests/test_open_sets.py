@@ -6,6 +6,7 @@ import pathlib
 import pytest
 
 from logitjax.distillation.terms import TERMS
+from logitjax.models import _families
 
 ROOT = pathlib.Path(__file__).parents[1] / "logitjax"
 
@@ -21,8 +22,11 @@ OTHER_MEANINGS = {
 def members(registry):
     """By the file that makes it, the names of each member: that of flags and that of its class."""
     for name, member in registry.members.items():
-        kind = member if isinstance(member, type) else type(member)
-        yield f"{kind.__module__.removeprefix('logitjax.').replace('.', '/')}.py", name, kind
+        if isinstance(member, type):
+            file = f"{member.__module__.removeprefix('logitjax.').replace('.', '/')}.py"
+            yield file, (name, member.__name__)
+        else:
+            yield f"models/families/{name}.py", (name, name.upper())
 
 
 def conditions(tree):
@@ -46,12 +50,14 @@ def named(condition):
             yield node.attr
 
 
-@pytest.mark.parametrize("registry", [TERMS], ids=lambda registry: registry.kind)
+@pytest.mark.parametrize(
+    "registry", [TERMS, _families._REGISTRY], ids=lambda registry: registry.kind
+)
 def test_no_member_is_asked_for_by_name_outside_its_own_file(registry):
     homes = {}
-    for file, name, kind in members(registry):
-        homes.setdefault(name, file)
-        homes.setdefault(kind.__name__, file)
+    for file, words in members(registry):
+        for word in words:
+            homes.setdefault(word, file)
     wrong = []
     for path in sorted(ROOT.rglob("*.py")):
         file = str(path.relative_to(ROOT))

@@ -9,6 +9,7 @@ presets below them, `config.json`, several processes, exit statuses.
 import collections
 import contextlib
 import dataclasses
+import importlib
 import inspect
 import logging as py_logging
 import os
@@ -63,6 +64,15 @@ class _Processes:
     )
     num_processes: int | None = field(None, "Number of processes, if no cluster says it.")
     process_id: int | None = field(None, "Number of this process, from 0.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Families:
+    """What models may be beside those that the library knows."""
+
+    family: tuple[str, ...] = field(
+        (), "Family of decoders of your own, as package.module:VALUE (docs/add_a_family.md)."
+    )
 
 
 def _folder_class(name: str) -> type:
@@ -266,7 +276,8 @@ def main(
         program = f"python -m {spec.name.removesuffix('.__main__')}" if spec else sys.argv[0]
     parameters = inspect.signature(run).parameters
     kept = next((name for name in ("out", "workdir") if name in parameters), "")
-    classes = [_folder_class(kept), _Processes, config_class] if kept else [config_class]
+    place = [_folder_class(kept), _Processes] if kept else []
+    classes = [*place, _Families, config_class]
     if set(arguments) & set(_HELP):
         print(_flags.help_text(program, module.__doc__, _flags.flags_of(*classes), presets))
         return
@@ -293,7 +304,10 @@ def _main(
     absl_flags.FLAGS.mark_as_parsed()  # absl's logging waits for it
     details = None
     try:
-        *place, config = parse(classes, presets, arguments, program=program)
+        *place, brought, config = parse(classes, presets, arguments, program=program)
+        for text in brought.family:
+            # Only here: a command without models starts without them.
+            importlib.import_module("logitjax.models").register_family(text)
     except (absl_flags.Error, ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

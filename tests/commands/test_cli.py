@@ -13,7 +13,7 @@ import pytest
 from absl import flags
 from etils import epath
 
-from logitjax import training
+from logitjax import models, training
 from logitjax.commands import _config_file, _flags, audit, cache_logits, cli, distill
 
 
@@ -396,3 +396,22 @@ def test_a_disk_that_takes_no_details_does_not_hide_the_first_error(tmp_path, ca
     assert stop.value.code == 75
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: [Errno 5] Input/output error; this may pass")
+
+
+@pytest.mark.usefixtures("ended")
+def test_a_family_of_ones_own_is_known_before_the_command_runs(monkeypatch, capsys):
+    brought = []
+    monkeypatch.setattr(models, "register_family", brought.append)
+    ran = []
+
+    def run(config):
+        ran.append(list(brought))
+
+    run.__module__ = __name__
+    cli.main(Config, PRESETS, run, program="toy", arguments=["--family=package.module:VALUE"])
+    assert ran == [["package.module:VALUE"]]
+    monkeypatch.undo()
+    with pytest.raises(SystemExit) as stop:
+        cli.main(Config, PRESETS, run, program="toy", arguments=["--family=nowhere:VALUE"])
+    assert stop.value.code == 2
+    assert "error: family nowhere:VALUE: expected what can be imported" in capsys.readouterr().err
