@@ -26,9 +26,6 @@ from logitjax.models import (
     with_layout,
 )
 from logitjax.storage import Manifest, digest, write_atomic
-from logitjax.unlearning._attacks import relearned
-from logitjax.unlearning._deployed import Deployed, merged
-from logitjax.unlearning._examine import examine
 from logitjax.unlearning._instead import invented, refusals
 from logitjax.unlearning._objective import UNLEARNING_METHODS
 from logitjax.unlearning._questions import Questions, fluency
@@ -41,6 +38,9 @@ from logitjax.unlearning._selection import (
 )
 from logitjax.unlearning._unlearn_config import UnlearnConfig
 from logitjax.unlearning._unlearn_update import make_update
+from logitjax.unlearning.assistant._deployed import Deployed, merged
+from logitjax.unlearning.measures._attacks import relearned
+from logitjax.unlearning.measures._examine import examine
 
 _ALPHAS = 31
 # Settings are chosen by half of the questions that have other words; fewer than this share of all

@@ -12,8 +12,6 @@ from flax import nnx
 
 from logitjax.evaluation import score_rows
 from logitjax.models import Decoder, first_layers
-from logitjax.unlearning._assistant_loss import make_assistant_loss
-from logitjax.unlearning._deployed import Deployed
 from logitjax.unlearning._dual import dual_optimizer
 from logitjax.unlearning._method_loss import make_unlearning_loss
 from logitjax.unlearning._objective import UNLEARNING_METHODS, UnlearningMethod
@@ -21,6 +19,8 @@ from logitjax.unlearning._questions import Questions
 from logitjax.unlearning._rows import padded_rows
 from logitjax.unlearning._targets import rmu_direction
 from logitjax.unlearning._unlearn_config import UnlearnConfig
+from logitjax.unlearning.assistant._assistant_loss import make_assistant_loss
+from logitjax.unlearning.assistant._deployed import Deployed
 
 _MULTIPLE = 8
 # Of the rows to keep in a batch, where there is other text.

@@ -16,7 +16,7 @@ from flax import nnx
 from logitjax import fusion, losses, models, training, unlearning
 from logitjax.models import Decoder, DecoderConfig
 from logitjax.unlearning import Assistant
-from logitjax.unlearning._merge import make_merge_loss
+from logitjax.unlearning.assistant._merge import make_merge_loss
 from tests._compiled import compiled
 from tests._modules import with_weights
 

@@ -11,8 +11,8 @@ from scipy import stats
 
 from logitjax.models import load_model, with_layout
 from logitjax.unlearning import Deployed, make_answer_loss, tofu
-from logitjax.unlearning._forget_quality import forget_quality
-from logitjax.unlearning._membership import (
+from logitjax.unlearning.measures._forget_quality import forget_quality
+from logitjax.unlearning.measures._membership import (
     detection_rate,
     membership_auc,
     min_k,
@@ -20,8 +20,8 @@ from logitjax.unlearning._membership import (
     relative_difference,
     zlib_loss,
 )
-from logitjax.unlearning._memorisation import exact_memorisation, extraction_strength
-from logitjax.unlearning._truth_ratio import (
+from logitjax.unlearning.measures._memorisation import exact_memorisation, extraction_strength
+from logitjax.unlearning.measures._truth_ratio import (
     answer_probability,
     log_truth_ratio,
     normalised_probability,

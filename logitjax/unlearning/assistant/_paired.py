@@ -17,7 +17,7 @@ from logitjax.models import (
     with_layout,
 )
 from logitjax.ops import Array, Static
-from logitjax.unlearning._assistant import Assistant, added
+from logitjax.unlearning.assistant._assistant import Assistant, added
 
 
 @jax.tree_util.register_dataclass

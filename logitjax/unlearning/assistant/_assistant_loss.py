@@ -10,8 +10,8 @@ from flax import nnx
 from logitjax.models import Decoder
 from logitjax.ops import Positions
 from logitjax.training import LossFn
-from logitjax.unlearning._assistant import relative_states
 from logitjax.unlearning._linear_losses import linear_assistant_objective
+from logitjax.unlearning.assistant._assistant import relative_states
 
 
 def make_assistant_loss(
