@@ -6,15 +6,17 @@ import pathlib
 import pytest
 
 from logitjax.distillation.terms import TERMS
+from logitjax.unlearning import METHODS
 
 ROOT = pathlib.Path(__file__).parents[1] / "logitjax"
 
 # Words that mean something else where they stand: the direction of a divergence between two
-# numbers, and a rule that cuts tokens into those of another vocabulary.
+# numbers, a rule that cuts tokens into those of another vocabulary, and how far two bounds differ.
 OTHER_MEANINGS = {
     "distillation/tokenizers/_likelihood_matching.py": {"kl"},
     "distillation/tokenizers/_matched_tokens.py": {"kl"},
     "distillation/tokenizers/_token_pieces.py": {"first_piece"},
+    "transport/_coupling.py": {"difference"},
 }
 
 
@@ -46,7 +48,7 @@ def named(condition):
             yield node.attr
 
 
-@pytest.mark.parametrize("registry", [TERMS], ids=lambda registry: registry.kind)
+@pytest.mark.parametrize("registry", [TERMS, METHODS], ids=lambda registry: registry.kind)
 def test_no_member_is_asked_for_by_name_outside_its_own_file(registry):
     homes = {}
     for file, name, kind in members(registry):

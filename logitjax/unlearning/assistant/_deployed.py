@@ -261,3 +261,10 @@ class _WeightedApply:
         logits, cache = self.apply(params["pair"], tokens, positions, cache, last_only=last_only)
         weights = jnp.stack([jnp.float32(1), params["alpha"]])
         return logits * weights[:, None, None, None], cache
+
+
+def scaled(lora: Lora, strength: float) -> Lora:
+    """Adapters whose update is multiplied by a number, which no program depends on."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf * strength if path[-1].key == "b" else leaf, lora
+    )

@@ -25,7 +25,7 @@ from logitjax.training import (
     train_loop,
 )
 from logitjax.unlearning.assistant._assistant import Assistant
-from logitjax.unlearning.assistant._assistant_loss import next_tokens
+from logitjax.unlearning.assistant._objective import next_tokens
 
 
 def make_merge_loss(
