@@ -43,7 +43,7 @@ graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 taught = train(unlearning.make_answer_loss(model), nnx.to_pure_dict(params), rows(range(16)), 150)
 model = nnx.merge(graphdef, taught, rest)
 start = unlearning.Assistant.init(model, 1, rank=8, key=jax.random.key(0))
-loss_fn, frozen = unlearning.make_assistant_loss(start.base)
+loss_fn, frozen = unlearning.METHODS.parse("difference(layers=1, relative=False)").make_loss(model)
 batch = {"forget": rows(range(8)), "retain": rows(range(8, 16))}
 lora = train(loss_fn, start.lora, batch, 150, frozen)
 assistant = unlearning.Assistant(base=start.base, lora=lora)

@@ -693,14 +693,6 @@ TABLE: dict[str, Case] = {
         logits=("student", "teacher"),
         counts=LABELLED,
     ),
-    "unlearning.ce_u": Case(
-        call=lambda logits, labels: unlearning.ce_u(logits, labels),
-        loss={"skip": ("differences",)},
-        arrays={"logits": LOGITS, "labels": LABELS},
-        logits=("logits",),
-        counts=LABELLED,
-        free=(("logits", VOCAB),),
-    ),
     "unlearning.linear_undial": Case(
         call=lambda hidden, head, before, its_head, labels: unlearning.linear_undial(
             hidden, head, before, its_head, labels, blocks=BLOCKS
@@ -723,9 +715,6 @@ TABLE: dict[str, Case] = {
             ("hidden", LENGTH),
             ("head", VOCAB),
         ),
-    ),
-    "unlearning.pdu": Case(
-        call=lambda x: unlearning.pdu(x), arrays={"x": LOGITS}, logits=("x",), loss={}
     ),
     "unlearning.rmu": Case(
         call=lambda hidden, target: unlearning.rmu(hidden, target),
@@ -785,8 +774,8 @@ ELSEWHERE = {
         distillation.Reading distillation.Course distillation.Distilled
         distillation.Trained distillation.Student distillation.Scorer distillation.Corpus
         distillation.TeacherIdentity unlearning.Assistant unlearning.Deployed
-        unlearning.Questions unlearning.Row unlearning.UnlearnConfig evaluation.RowScores
-        decoding.DecodeOptions
+        unlearning.Method unlearning.Need unlearning.Questions unlearning.Row unlearning.TwoSided
+        unlearning.UnlearnConfig evaluation.RowScores decoding.DecodeOptions
         decoding.DraftControl decoding.Emitted decoding.Request decoding.Sampling
         decoding.Speculation decoding.TextOptions decoding.TextStream decoding.Ensemble
         decoding.CachedModel training.BatchLayout training.LoopOptions training.Preempted
@@ -820,10 +809,10 @@ ELSEWHERE = {
         distillation.parse_terms distillation.prune_layers distillation.prune_width
         distillation.score_function distillation.targets distillation.teacher_record
         distillation.train_student distillation.update_program distillation.visited_rows
-        distillation.TeacherCache unlearning.make_answer_loss unlearning.make_assistant_loss
-        unlearning.make_unlearning_loss unlearning.merge_by_distillation unlearning.paired_model
+        distillation.TeacherCache unlearning.make_answer_loss
+        unlearning.merge_by_distillation unlearning.paired_model
         unlearning.Unlearning unlearning.examine unlearning.padded_rows
-        unlearning.dual_optimizer unlearning.refusals unlearning.relearning
+        unlearning.relearning
         unlearning.read_rows unlearning.share_interval unlearning.split_rows
         serving.Key serving.Listening serving.ServerConfig serving.build_app serving.read_keys
         serving.run_server
@@ -850,5 +839,5 @@ ELSEWHERE = {
         leakage.verdict leakage.recover_log_probs leakage.harvest_log_probs leakage.search_logits
         fusion.vocabulary_map""",
     "numbers alone, or draws": """
-        unlearning.rmu_direction vq.vq_sample leakage.row_queries""",
+        vq.vq_sample leakage.row_queries""",
 }

@@ -6,27 +6,30 @@ import pathlib
 import pytest
 
 from logitjax.distillation.terms import TERMS
-from logitjax.models import _families
+from logitjax.models import Family, _families
+from logitjax.unlearning import METHODS
 
 ROOT = pathlib.Path(__file__).parents[1] / "logitjax"
 
 # Words that mean something else where they stand: the direction of a divergence between two
-# numbers, and a rule that cuts tokens into those of another vocabulary.
+# numbers, a rule that cuts tokens into those of another vocabulary, and how far two bounds differ.
 OTHER_MEANINGS = {
     "distillation/tokenizers/_likelihood_matching.py": {"kl"},
     "distillation/tokenizers/_matched_tokens.py": {"kl"},
     "distillation/tokenizers/_token_pieces.py": {"first_piece"},
+    "transport/_coupling.py": {"difference"},
 }
 
 
 def members(registry):
     """By the file that makes it, the names of each member: that of flags and that of its class."""
     for name, member in registry.members.items():
-        if isinstance(member, type):
-            file = f"{member.__module__.removeprefix('logitjax.').replace('.', '/')}.py"
-            yield file, (name, member.__name__)
-        else:
+        kind = member if isinstance(member, type) else type(member)
+        if kind is Family:
             yield f"models/families/{name}.py", (name, name.upper())
+        else:
+            file = f"{kind.__module__.removeprefix('logitjax.').replace('.', '/')}.py"
+            yield file, (name, kind.__name__)
 
 
 def conditions(tree):
@@ -51,7 +54,7 @@ def named(condition):
 
 
 @pytest.mark.parametrize(
-    "registry", [TERMS, _families._REGISTRY], ids=lambda registry: registry.kind
+    "registry", [TERMS, METHODS, _families._REGISTRY], ids=lambda registry: registry.kind
 )
 def test_no_member_is_asked_for_by_name_outside_its_own_file(registry):
     homes = {}

@@ -10,7 +10,7 @@ import pytest
 
 from logitjax import distillation, losses, ops, unlearning
 from logitjax.losses import Blocks, Head
-from logitjax.unlearning._linear_losses import linear_assistant_objective
+from logitjax.unlearning.assistant._objective import linear_assistant_objective
 
 BATCH, LENGTH, WIDTH, VOCAB = 2, 5, 4, 24
 # The last block of columns slides back, and the last one of positions is padded.

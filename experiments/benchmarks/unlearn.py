@@ -11,7 +11,6 @@ interpreter in ``LOGITJAX_TORCH_PYTHON`` has torch, transformers and peft, log-p
 was written are compared. Sets that are done are kept.
 """
 
-import dataclasses
 import json
 import os
 import resource
@@ -23,7 +22,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from experiments.forgetting.facts import facts
 from experiments.shared import suite as _suite
@@ -84,7 +82,12 @@ def _one(folder: Path, number: int, smoke: bool) -> dict[str, Any]:
     out = folder / "out"
     flags = [f"--{name}={folder / name}.jsonl" for name in ("forget", "retain", "holdout")]
     if smoke:
-        flags += ["--text=text:LICENSE", "--layers=1", "--steps=2", "--check_every=1"]
+        flags += [
+            "--text=text:LICENSE",
+            "--method=difference(layers=1)",
+            "--steps=2",
+            "--check_every=1",
+        ]
         flags += ["--text_length=32", "--least_probability=0", "--least_rouge=0"]
         flags += ["--least_fluency=0", "--most_perplexity=9", "--new_tokens=4"]
     else:
@@ -116,10 +119,8 @@ def _teach(spec: str, folder: Path, target: Path, *, steps: int) -> None:
     model = models.with_layout(model, "listed")
     questions = _questions(folder, tokenizer)
     # Gradient descent on both sides, as the losses of unlearning have it.
-    learn = dataclasses.replace(
-        unlearning.UNLEARNING_METHODS["gradient_difference"], forget_weight=-1.0
-    )
-    loss_fn = unlearning.make_unlearning_loss(learn, model, adapters=True)
+    learn = unlearning.METHODS.parse("gradient_difference(forget_weight=-1)")
+    loss_fn, params = learn.make_loss(model, adapters=True)
     sides = {"forget": questions.encoded["forget"], "retain": questions.encoded["train"]}
     longest = max(len(ids) for side in sides.values() for ids, _ in side)
     rows = {n: unlearning.padded_rows(side, longest) for n, side in sides.items()}
@@ -128,7 +129,6 @@ def _teach(spec: str, folder: Path, target: Path, *, steps: int) -> None:
     step = training.TrainStep(loss_fn, tx, mesh=mesh)
     lora = models.Lora.init(model.config, 16, key=jax.random.key(0), layout="listed")
     state = training.TrainState.create(lora, tx, mesh=mesh)
-    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     rng = np.random.default_rng(0)
     merged = model
     for number in range(1, (steps or _TEACHING_STEPS) + 1):

@@ -92,12 +92,13 @@ def _steps(
     batch = training.BatchLayout(mesh).place(_batch(model, rows, length))
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     assistant = unlearning.Assistant.init(model, layers, key=jax.random.key(0))
-    silent, base = unlearning.make_assistant_loss(assistant.base)
-    npo_kl = unlearning.make_unlearning_loss(unlearning.UNLEARNING_METHODS["npo_kl"], model)
+    methods = unlearning.METHODS
+    silent, base = methods.parse(f"difference(layers={layers}, relative=False)").make_loss(model)
+    npo_kl, before = methods.parse("npo_kl").make_loss(model)
     calls: dict[str, Callable[[], Any]] = {}
     sizes: dict[str, int] = {}
     for name, loss_fn, start, constants in (
-        ("npo_kl", npo_kl, params, params),
+        ("npo_kl", npo_kl, params, before),
         ("assistant", silent, assistant.lora, base),
     ):
         tx = training.Schedule(1e-5, "constant").optimizer(weight_decay=0.01)

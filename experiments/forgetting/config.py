@@ -83,9 +83,8 @@ class Config:
     dtype: str = field("float32", "Type that models compute in.", choices=("float32", "bfloat16"))
 
     def __post_init__(self) -> None:
-        known = ("difference", *unlearning.UNLEARNING_METHODS)
-        if unknown := sorted({name.removesuffix(ALL) for name in self.method} - set(known)):
-            raise ValueError(f"method: expected some of {', '.join(known)}, got {unknown[0]!r}")
+        for name in self.method:
+            unlearning.METHODS.parse(name.removesuffix(ALL))
         if not self.rates or min(self.rates) <= 0:
             raise ValueError(f"rates: expected positive numbers, got {list(self.rates)}")
         if self.seeds < 1:
@@ -98,12 +97,14 @@ class Config:
 
     def of(self, method: str, rate: float, seed: int) -> unlearning.UnlearnConfig:
         """The settings of a trial: the same steps, rows, rank and limits for all methods."""
+        value = unlearning.METHODS.parse(method.removesuffix(ALL))
+        if value.assistant:
+            value = dataclasses.replace(value, layers=self.layers)
         return unlearning.UnlearnConfig(
-            method=method.removesuffix(ALL),
+            method=value,
             adapters=not method.endswith(ALL),
             learning_rate=rate,
             seed=seed,
-            layers=self.layers,
             lora_rank=self.lora_rank,
             steps=self.steps,
             check_every=self.check_every,

@@ -66,10 +66,10 @@ def teach(
         return {"forget": unlearning.padded_rows(picked, longest, pad_id=pad_id)}
 
     lengths = np.asarray([len(ids) for ids, _ in rows])
-    most = max(int(batches(step)["forget"]["mask"].sum()) for step in range(steps))
+    counts = [{"forget": int(batches(step)["forget"]["mask"].sum())} for step in range(steps)]
     # What a task vector learns is what is to be forgotten.
-    loss_fn = unlearning.make_unlearning_loss(
-        unlearning.UNLEARNING_METHODS["task_vector"], model, adapters=True, most={"forget": most}
+    loss_fn, constants = unlearning.METHODS.parse("task_vector").make_loss(
+        model, adapters=True, counts=counts
     )
     schedule = training.Schedule(rate, "linear", warmup=max(1, steps // 10), total_steps=steps)
     update = fit.make_update(
@@ -85,7 +85,7 @@ def teach(
         batches,
         steps=steps,
         directory=directory,
-        constants=nnx.to_pure_dict(nnx.state(model, nnx.Param)),
+        constants=constants,
         checkpoint_every=50,
     )
     # Off the mesh of the training: else every program is compiled for models on it and off it.

@@ -1,28 +1,10 @@
 """The arms of unlearning: methods that train weights, and logit differences, which do not."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 from experiments.unlearning.config import Config
 from logitjax import fusion, models, unlearning
-
-#: Arms that train the model's own weights, by the names of `unlearning.UNLEARNING_METHODS`.
-METHODS: Mapping[str, str] = {
-    "ga": "gradient_ascent",
-    "ga_kl": "gradient_ascent_kl",
-    "grad_diff": "gradient_difference",
-    "npo": "npo",
-    "npo_gd": "npo_gradient_difference",
-    "npo_kl": "npo_kl",
-    "simnpo": "simnpo",
-    "idk_dpo": "idk_dpo",
-    "wga": "wga",
-    "satimp": "satimp",
-    "ce_u": "ce_u",
-    "rmu": "rmu",
-    "undial": "undial",
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +29,13 @@ class Difference:
     silent: str
     fuse: fusion.LogitDifference
     generating: fusion.LogitDifference
+
+    def method(self, layers: int) -> unlearning.Method:
+        """The method that trains its assistant."""
+        return unlearning.METHODS.parse(
+            f"difference(layers={layers}, relative=False, retain_weight={self.retain_weight}, "
+            f"uniform={self.uniform})"
+        )
 
 
 def differences(config: Config) -> dict[str, Difference]:

@@ -3,22 +3,23 @@
 import dataclasses
 from typing import Any
 
+from logitjax import unlearning
 from logitjax.commands.cli import field
 
-# What the presets compare; `_OTHERS` are run by name.
+# Arms that leave the weights, see `arms.differences`.
+_DIFFERENCES = ("difference_official", "difference_clean")
+# What the presets compare; the other methods are run by name.
 _ARMS = (
-    "ga",
-    "grad_diff",
+    "gradient_ascent",
+    "gradient_difference",
     "npo",
-    "npo_gd",
+    "npo_gradient_difference",
     "npo_kl",
     "simnpo",
     "rmu",
     "undial",
-    "difference_official",
-    "difference_clean",
+    *_DIFFERENCES,
 )
-_OTHERS = ("ga_kl", "idk_dpo", "wga", "satimp", "ce_u")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,11 @@ class Config:
     finetune_epochs: int = field(15, "Number of epochs of training target and retrained model.")
     finetune_batch: int = field(4, "Number of rows in a step of finetuning.")
     finetune_learning_rate: float = field(1e-3, "Peak learning rate of finetuning.")
-    arm: tuple[str, ...] = field(_ARMS, "Arm to run.")
+    arm: tuple[str, ...] = field(
+        _ARMS,
+        "Arm to run: a --method of `logitjax unlearn` that trains weights, difference_official or "
+        "difference_clean.",
+    )
     seeds: int = field(1, "Number of runs of every arm.")
     epochs: int = field(
         3, "Number of epochs over the data to forget, for arms that train the model."
@@ -57,9 +62,6 @@ class Config:
     learning_rate: float = field(3e-4, "Peak learning rate of arms that train the model.")
     rates: tuple[float, ...] = field(
         (1.0,), "Multiples of --learning_rate to choose from, on validation with the first seed."
-    )
-    rmu_scale: float = field(
-        0.0, "Length of the vector that RMU moves states to. 0 takes its default."
     )
     assistant_layers: int = field(1, "Number of the target's layers in an assistant.")
     rank: int = field(32, "Rank of an assistant's adapters. The official arm has half.")
@@ -113,10 +115,9 @@ class Config:
         return [self.validation_items, self.validation_wrong, self.utility, self.alpha]
 
     def __post_init__(self) -> None:
-        known = (*_ARMS, *_OTHERS)
-        unknown = sorted(set(self.arm) - set(known))
-        if unknown:
-            raise ValueError(f"arm: expected some of {', '.join(known)}, got {unknown[0]!r}")
+        for arm in self.arm:
+            if arm not in _DIFFERENCES and unlearning.METHODS.parse(arm).assistant:
+                raise ValueError(f"arm: expected {' or '.join(_DIFFERENCES)}, got {arm!r}")
         positive = ("seeds", "epochs", "assistant_epochs", "batch_size", "retain_items")
         for name in (*positive, "validation_items", "validation_wrong"):
             if getattr(self, name) < 1:
@@ -200,7 +201,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         merge_steps=3,
     ),
     "demo": dict(
-        arm=("ga", "npo_kl", "difference_clean"),
+        arm=("gradient_ascent", "npo_kl", "difference_clean"),
         finetune_epochs=10,
         # What validation chooses in `report`.
         betas=(0.5,),

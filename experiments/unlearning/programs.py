@@ -25,8 +25,7 @@ def programs(config: Config, mesh: Any) -> Iterator[Program]:
     batch = {"forget": side, "retain": side}
     epochs: Any = dict(per_epoch=1, epochs=config.epochs)
 
-    method = unlearning.UNLEARNING_METHODS[arms.METHODS["npo_kl"]]
-    loss_fn = unlearning.make_unlearning_loss(method, target)
+    loss_fn, _ = unlearning.METHODS.parse("npo_kl").make_loss(target)
     update = train.epochs_update(loss_fn, config.learning_rate, mesh, **epochs, b2=0.999)
     yield update.program("update of npo_kl", params, batch, params)
 
@@ -35,8 +34,8 @@ def programs(config: Config, mesh: Any) -> Iterator[Program]:
         options: Any = dict(rank=config.rank, alpha=float(config.rank), key=jax.random.key(0))
         return unlearning.Assistant.init(model, config.assistant_layers, **options).lora
 
-    base = models.first_layers(target, config.assistant_layers)
-    loss_fn, constants = unlearning.make_assistant_loss(base, retain_weight=config.betas[0])
+    method = arms.differences(config)["difference_clean"].method(config.assistant_layers)
+    loss_fn, constants = method.make_loss(target)
     rate = config.assistant_learning_rate
     update = train.epochs_update(loss_fn, rate, mesh, **epochs, b2=0.99)
     lora = jax.eval_shape(adapters, params)

@@ -50,7 +50,7 @@ class Run:
         }
         if len(config.rates) > 1:
             found["rates"] = {
-                arm: self._scores_by_rate(arm) for arm in config.arm if arm in arms.METHODS
+                arm: self._scores_by_rate(arm) for arm in config.arm if arm not in self.differences
             }
         clean = "difference_clean"
         if clean in config.arm:
@@ -82,7 +82,7 @@ class Run:
         return {"test": test, "probe": self.exam.probe(asked, weights=True)}
 
     def _arm(self, arm: str, seed: int) -> dict[str, Any]:
-        if arm in arms.METHODS:
+        if arm not in self.differences:
             rate = self._rate(arm)
             trained = self.models.unlearn(arm, seed, self.exam.validate, rate=rate)
             asked = self._own_weights(trained)
@@ -91,8 +91,8 @@ class Run:
             asked, record = self._assisted(arm, seed)[1:]
         record["test"] = self.exam.test(asked)
         if seed == 0:
-            record["probe"] = self.exam.probe(asked, weights=arm in arms.METHODS)
-        if arm in arms.METHODS and not self.config.keep_weights:
+            record["probe"] = self.exam.probe(asked, weights=arm not in self.differences)
+        if arm not in self.differences and not self.config.keep_weights:
             self.models.forget_weights(arm, seed, rate=record["rate"])
         return record
 

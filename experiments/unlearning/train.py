@@ -135,42 +135,35 @@ class Models:
           rate: what the learning rate is multiplied by.
         """
         config = self.config
-        method = unlearning.UNLEARNING_METHODS[arms.METHODS[arm]]
-        target, forget, keep = self.target, *map(self.rows, (self.scene.forget, self.scene.retain))
-        depth = target.config.num_layers
-        direction = unlearning.rmu_direction(
-            target.config.hidden_size,
-            key=jax.random.key(seed),
-            scale=config.rmu_scale or method.options.get("scale", 1.0),
-        )
+        method, target = unlearning.METHODS.parse(arm), self.target
+        pairs = [(item, item) for item in self.scene.forget]
+        if "instead" in method.sides:
+            texts = method.instead(target, self._questions, seed=seed)
+            pairs = [
+                (item, dataclasses.replace(item, answer=answer))
+                for (item, _), answers in zip(pairs, texts, strict=True)
+                for answer in answers
+            ]
+        forget, instead = map(self.rows, zip(*pairs))
+        keep = self.rows(self.scene.retain)
         graphdef, params, rest = nnx.split(target, nnx.Param, ...)
         params = nnx.to_pure_dict(params)
         size = config.batch_size
-        instead = None
-        if method.instead == "refusal":
-            answers = unlearning.refusals(len(self.scene.forget), seed=seed)
-            refused = [
-                dataclasses.replace(item, answer=answer)
-                for item, answer in zip(self.scene.forget, answers)
-            ]
-            instead = self.rows(refused)
 
         def batches(step: int) -> dict[str, Rows]:
-            batch = {"forget": rows_of.picked(forget, step, size=size, seed=seed)}
-            if instead is not None:
-                batch["instead"] = rows_of.picked(instead, step, size=size, seed=seed)
-            if method.retain != "none":
-                batch["retain"] = rows_of.drawn(keep, step, size=size, seed=seed)
-            return batch
+            at: Any = dict(size=size, seed=seed)
+            batch = {
+                "forget": rows_of.picked(forget, step, **at),
+                "instead": rows_of.picked(instead, step, **at),
+                "retain": rows_of.drawn(keep, step, **at),
+            }
+            return {side: batch[side] for side in method.sides}
 
         per_epoch = rows_of.steps_an_epoch(forget, size)
-        loss_fn = unlearning.make_unlearning_loss(
-            method,
+        loss_fn, constants = method.make_loss(
             target,
-            # OpenUnlearning hooks the output of layer 7 of 32, counted from 0.
-            after_layers=max(1, min(depth - 1, round(8 / 32 * depth))),
-            direction=direction,
-            most=self._most(batches, per_epoch * config.epochs),
+            counts=self._counts(batches, per_epoch * config.epochs),
+            key=jax.random.key(seed),
         )
         rate_, epochs = rate * config.learning_rate, config.epochs
         return self._best_epoch(
@@ -181,7 +174,7 @@ class Models:
             per_epoch=per_epoch,
             epochs=epochs,
             seed=seed,
-            constants=params if method.needs_reference else None,
+            constants=constants,
             validate=lambda params: validate(Deployed(model=nnx.merge(graphdef, params, rest))),
         )
 
@@ -207,12 +200,8 @@ class Models:
 
         batches = functools.partial(rows_of.forget_and_keep, forget, keep, size=size, seed=seed)
         epochs, per_epoch = config.assistant_epochs, rows_of.steps_an_epoch(forget, size)
-        most = self._most(batches, epochs * per_epoch) if difference.uniform == "answers" else None
-        loss_fn, constants = unlearning.make_assistant_loss(
-            fresh.base,
-            retain_weight=difference.retain_weight,
-            uniform=difference.uniform,
-            max_positions=None if most is None else sum(most.values()),
+        loss_fn, constants = difference.method(config.assistant_layers).make_loss(
+            target, counts=self._counts(batches, epochs * per_epoch)
         )
         rate = config.assistant_learning_rate
         settings = [dataclasses.asdict(difference), config.assistant_layers, epochs, rate]
@@ -229,16 +218,26 @@ class Models:
         )
         return unlearning.Assistant(base=fresh.base, lora=found.params), found
 
-    def _most(self, batches: Callable[[int], Any], steps: int) -> dict[str, int] | None:
-        """The most answers' tokens on each side of a step; of no use where rows are split."""
+    @functools.cached_property
+    def _questions(self) -> unlearning.Questions:
+        """The rows to forget as a method asks them."""
+        rows = [
+            unlearning.Row(prompt=self.template.render(item.question), answer=item.answer)
+            for item in self.scene.forget
+        ]
+        return unlearning.Questions.of(
+            {"forget": rows}, self.tokenizer, max_length=self.config.max_length
+        )
+
+    def _counts(self, batches: Callable[[int], Any], steps: int) -> list[dict[str, int]] | None:
+        """The answers' tokens on each side of every step; of no use where rows are split."""
         if self.mesh.size > 1:
             return None
         # Token 0 of a row is predicted by nobody.
-        seen = [
+        return [
             {side: int(rows["mask"][:, 1:].sum()) for side, rows in batches(step).items()}
             for step in range(steps)
         ]
-        return {side: max(1, *(counts[side] for counts in seen)) for side in seen[0]}
 
     def taught_again(self, model: models.Decoder, seed: int = 0) -> models.Decoder:
         """A model after a few steps on some of the questions that it was to forget."""
@@ -414,7 +413,7 @@ class Models:
 
     def _unlearned_at(self, arm: str, seed: int, rate: float) -> epath.Path:
         config = self.config
-        settings = (config.epochs, rate * config.learning_rate, config.rmu_scale)
+        settings = (config.epochs, rate * config.learning_rate)
         return self.directory(arm, seed, *settings)
 
 

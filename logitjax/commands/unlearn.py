@@ -10,10 +10,11 @@ template, `{"prompt", "completion"}` or `{"text"}`. It may have a `group`, such 
 `paraphrases`, a list. `--holdout` has rows like those to forget that the model was never taught.
 How likely the model finds them is the goal for forgotten answers, no less and no more.
 
-`difference` trains an assistant of the model's first layers that knows what to forget and nothing
-else. Its logits are subtracted while the model answers. The model's weights stay as they are:
-whoever leaves the assistant out has everything back. All other methods train adapters of the
-weights, or with `--noadapters` all weights.
+`--method` is a name with options, as `'npo_kl(beta=0.2)'`, or `package.module:Name`. `difference`
+trains an assistant of the model's first layers that knows what to forget and nothing else. Its
+logits are subtracted while the model answers. The model's weights stay as they are: whoever leaves
+the assistant out has everything back. All other methods train adapters of the weights, or with
+`--noadapters` all weights.
 
 Every few steps the command finds the strength at which the goal is met, and measures there what is
 left of the rows to keep. Generated answers decide in the end. OUT/assistant or OUT/adapter is then
@@ -39,10 +40,9 @@ from absl import logging
 from etils import epath
 
 from logitjax import data, fusion, models, storage, unlearning
-from logitjax.commands.cli import REQUIRED, field
+from logitjax.commands.cli import REQUIRED, field, nested
 from logitjax.commands.tables import markdown_table, text_cell
 
-_METHODS = ("difference", *unlearning.UNLEARNING_METHODS)
 _NOTHING_FEASIBLE = 3
 _FEW_GROUPS = 20
 _DAMAGED = 2.0
@@ -73,77 +73,43 @@ class Config:
     )
     method: str = field(
         "difference",
-        "Method: an assistant (difference), or the loss that trains adapters.",
-        choices=_METHODS,
+        "Method with its options, as npo_kl(beta=0.2), or one of your own as package.module:Name.",
+        listing=unlearning.METHODS.help,
     )
-    layers: int = field(8, "Number of the model's first layers in an assistant.", minimum=1)
-    relative: bool = field(
-        True,
-        "Subtract what the assistant's adapters add. Without, all that its layers say, as in the "
-        "paper.",
-    )
-    adapters: bool = field(
-        True,
-        "Train adapters. Without, train all weights, which takes memory for four copies of them.",
-    )
-    lora_rank: int = field(16, "Rank of the adapters.", minimum=1)
-    steps: int = field(40, "Largest number of optimiser steps.", minimum=1)
-    check_every: int = field(10, "Number of steps between measurements of what is left.", minimum=1)
-    batch_size: int = field(8, "Number of rows to forget in a step, and to keep.", minimum=1)
-    learning_rate: float = field(
-        0.0,
-        "Peak learning rate. 0 takes the method's: 5e-3 for an assistant, 1e-3 to 3e-2 for other "
-        "adapters, and 3e-4 for all weights.",
-    )
-    retain_weight: float | None = field(
-        None, "Weight of the loss on rows to keep. By default the method's own, 1 for an assistant."
-    )
-    least_probability: float = field(
-        0.98, "Least share of their probability that rows to keep may have left."
-    )
-    least_rouge: float = field(
-        0.98, "Least share of ROUGE-L F1 that answers generated for them may have left."
-    )
-    least_fluency: float = field(
-        0.98, "Least share of word entropy that these answers may have left."
-    )
-    most_perplexity: float = field(
-        1.02, "Largest factor by which the perplexity of other text may rise."
-    )
+    training: unlearning.UnlearnConfig = nested(without=("method", "thorough"))
     merge: bool = field(False, "Also write the model with the adapter in its weights.")
     max_length: int = field(256, "Largest number of tokens of a row.", minimum=8)
     new_tokens: int = field(48, "Largest number of tokens of a generated answer.", minimum=1)
     text_windows: int = field(8, "Number of pieces of other text to score.", minimum=1)
     text_length: int = field(128, "Number of tokens in each piece of other text.", minimum=8)
     eval_batch: int = field(4, "Number of rows that are scored at once.", minimum=1)
-    seed: int = field(0, "Seed of the split, of batches and of adapters.")
     dtype: Literal["float32", "bfloat16"] = field("float32", "Compute type.")
 
     def __post_init__(self) -> None:
-        if self.merge and (self.method == "difference" or not self.adapters):
+        settings = self.settings
+        if self.merge and (settings.method.assistant or not settings.adapters):
             raise ValueError(
                 f"merge: expected a method that trains adapters of the weights, got {self.method}"
-                f"{'' if self.adapters else ' without adapters'}"
+                f"{'' if settings.adapters else ' without adapters'}"
             )
 
     @property
-    def unlearn(self) -> unlearning.UnlearnConfig:
+    def settings(self) -> unlearning.UnlearnConfig:
         """The settings that the room has."""
-        names = {f.name for f in dataclasses.fields(unlearning.UnlearnConfig)} - {"thorough"}
-        given = {name: getattr(self, name) for name in names}
-        return unlearning.UnlearnConfig(**given, thorough=self.attacks == "all")
+        method = unlearning.METHODS.parse(self.method)
+        return dataclasses.replace(self.training, method=method, thorough=self.attacks == "all")
 
 
 def run(config: Config, out: epath.Path) -> None:
     """Splits, trains, chooses, writes, measures what was written, reports."""
     if jax.process_count() > 1:
         raise ValueError("num_processes: expected 1, unlearn runs in one process")
-    settings = config.unlearn
+    settings = config.settings
     files = {name: getattr(config, name) for name in ("forget", "retain", "holdout")}
     files = {name: epath.Path(path) for name, path in files.items() if path is not None}
     rows = {name: unlearning.read_rows(path) for name, path in files.items()}
     split = unlearning.split_rows(
-        rows["forget"], rows["retain"], rows.get("holdout", ()), seed=config.seed
+        rows["forget"], rows["retain"], rows.get("holdout", ()), seed=settings.seed
     )
     if min(split.groups) < _FEW_GROUPS:
         logging.warning(
@@ -272,7 +238,7 @@ def _verdict(config: Config, sizes: tuple[int, int], found: Any) -> str:
         if measured["share"] > control[name]["share"]
     ]
     told = _told_apart(sizes, after["attacks"], control)
-    if config.method == "difference":
+    if config.settings.method.assistant:
         ways = ["leaving the assistant out", *ways]
     if before["perplexity"] and after["perplexity"] > _DAMAGED * before["perplexity"]:
         return "**Model damaged**: the perplexity of other text doubled."
@@ -318,11 +284,11 @@ def _what(config: Config, found: Any) -> str:
     )
     if found.chosen is None:
         return goal
-    filters = config.method == "difference"
+    filters = config.settings.method.assistant
     kind = "other weights"
     if filters:
         kind = "a filter: an assistant whose logits are subtracted; the weights are as they were"
-    elif config.adapters:
+    elif config.settings.adapters:
         kind = "an adapter that changes the weights"
     step, strength = found.chosen["step"], found.chosen["strength"]
     name = "alpha" if filters else "factor of what was trained"
@@ -341,7 +307,7 @@ def _measures(config: Config, questions: unlearning.Questions, found: Any) -> li
         for name, measured in after["attacks"].items()
         for kind in measured
     ]
-    if config.method == "difference":
+    if config.settings.method.assistant:
         asked = before["attacks"]["asked"]["probability"]
         left_out = {"attack": "assistant left out", "measured": "probability"}
         attacks.append(left_out | {"before": asked, "after": asked})

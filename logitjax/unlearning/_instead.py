@@ -1,13 +1,12 @@
 """What a model is to say in place of an answer that it forgets."""
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from logitjax import decoding
 from logitjax.evaluation import rouge_l_f1
-from logitjax.models import Decoder, Tokenizer
-from logitjax.unlearning._rows import Row, encode_question
+from logitjax.models import Decoder
+from logitjax.unlearning._questions import Questions
+from logitjax.unlearning._rows import encode_question
 
 _REFUSALS = (
     "I don't know.",
@@ -38,13 +37,7 @@ def refusals(count: int, *, seed: int = 0) -> list[str]:
 
 
 def invented(
-    model: Decoder,
-    tokenizer: Tokenizer,
-    rows: Sequence[Row],
-    *,
-    samples: int = 5,
-    new_tokens: int = 200,
-    seed: int = 0,
+    model: Decoder, questions: Questions, *, samples: int = 5, seed: int = 0
 ) -> list[list[str]]:
     """Other answers to the questions, made up by the model that is to forget.
 
@@ -53,10 +46,8 @@ def invented(
 
     Args:
       model: Whose layers are listed.
-      tokenizer: Tokenizer of the model.
-      rows: To forget, each with a question.
+      questions: Of which the rows to forget are answered.
       samples: How many are drawn for each, at temperature 1.
-      new_tokens: Most tokens of one.
       seed: Seed of the draws.
 
     Returns:
@@ -65,14 +56,14 @@ def invented(
     References:
       Mekala et al., Alternate preference optimization, 2024 (arXiv 2409.13474).
     """
-    end = tokenizer.eos_id
+    tokenizer, end = questions.tokenizer, questions.tokenizer.eos_id
     found: list[list[str]] = []
-    for number, row in enumerate(rows):
+    for number, row in enumerate(questions.rows["forget"]):
         told = row.asked(_ASK.format(question=row.question, answer=row.answer))
         out = decoding.generate(
             model,
             [encode_question(told, tokenizer)] * samples,
-            max_new_tokens=new_tokens,
+            max_new_tokens=questions.new_tokens,
             sampling=decoding.Sampling(temperature=1.0, seed=seed + number * samples),
             stop_ids=() if end is None else (end,),
         )

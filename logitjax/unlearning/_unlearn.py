@@ -18,7 +18,6 @@ from logitjax.models import (
     Decoder,
     DecoderConfig,
     Lora,
-    first_layers,
     load_model,
     load_peft,
     save_peft,
@@ -26,11 +25,6 @@ from logitjax.models import (
     with_layout,
 )
 from logitjax.storage import Manifest, digest, write_atomic
-from logitjax.unlearning._attacks import relearned
-from logitjax.unlearning._deployed import Deployed, merged
-from logitjax.unlearning._examine import examine
-from logitjax.unlearning._instead import invented, refusals
-from logitjax.unlearning._objective import UNLEARNING_METHODS
 from logitjax.unlearning._questions import Questions, fluency
 from logitjax.unlearning._selection import (
     Goal,
@@ -41,6 +35,9 @@ from logitjax.unlearning._selection import (
 )
 from logitjax.unlearning._unlearn_config import UnlearnConfig
 from logitjax.unlearning._unlearn_update import make_update
+from logitjax.unlearning.assistant._deployed import Deployed, merged, scaled
+from logitjax.unlearning.measures._attacks import relearned
+from logitjax.unlearning.measures._examine import examine
 
 _ALPHAS = 31
 # Settings are chosen by half of the questions that have other words; fewer than this share of all
@@ -109,19 +106,12 @@ class Unlearning:
         before: epath.Path | None = None,
         identity: str | None = None,
     ):
-        layers = model.config.num_layers
-        if config.method == "difference" and config.layers >= layers:
-            raise ValueError(
-                f"layers: expected fewer than the model's {layers} for an assistant, got "
-                f"{config.layers}"
-            )
         for part in ("forget", "train", "validation"):
             if not questions.rows[part]:
                 raise ValueError(f"questions: expected rows of the part {part!r}, got none")
-        method = UNLEARNING_METHODS.get(config.method)
-        says = method is not None and method.instead != "nothing"
-        if says and not all(row.asks for row in questions.rows["forget"]):
-            raise ValueError(f"forget: {config.method} expects questions, got plain text")
+        config.method.check(model, questions)
+        if config.method.assistant and not config.adapters:
+            raise ValueError("adapters: expected True for an assistant, which is made of them")
         if config.adapters and model.config.fused_maps:
             raise ValueError(
                 f"adapters: PEFT can hold none of the family {model.config.family!r}; expected "
@@ -260,19 +250,15 @@ class Unlearning:
     @property
     def _adapted(self) -> DecoderConfig:
         """Of the layers that are adapted."""
-        if self.config.method != "difference":
-            return self.model.config
-        return first_layers(self.model, self.config.layers).config
+        return self.config.method.adapted(self.model).config
 
     def _deployed(self, trained: Lora | Decoder, strength: float) -> Deployed:
         """The model with so much of what was trained."""
-        strength *= self.config.sign
+        method = self.config.method
+        strength *= method.sign
         if isinstance(trained, Decoder):
             return Deployed(model=_towards(self.model, trained, strength))
-        if self.config.method == "difference":
-            relative = self.config.relative
-            return Deployed.less(self.model, trained, strength, relative=relative)
-        return Deployed(model=merged(_scaled(trained, strength), self.model))
+        return method.deployed(self.model, trained, strength)
 
     def _train(self) -> list[dict[str, Any]]:
         """A candidate at every look, until the goal is met twice in a row or steps are spent."""
@@ -285,17 +271,18 @@ class Unlearning:
             warmup=min(config.steps - 1, max(1, config.steps // 10)),
             total_steps=config.steps,
         )
-        tx = update.optimizer(schedule.optimizer(b2=0.99), config.steps // 4)
+        method = update.method
+        tx = method.optimizer(schedule.optimizer(b2=0.99), warmup=config.steps // 4)
         weights: Any = nnx.to_pure_dict(nnx.state(self.model, nnx.Param))
         if config.adapters:
             key, layout = jax.random.key(config.seed), self.model.layout
             weights = Lora.init(self._adapted, config.lora_rank, key=key, layout=layout)
         step = training.TrainStep(update.loss_fn, tx, mesh=mesh, schedule=schedule)
         state = training.TrainState.create(
-            update.params(weights), tx, mesh=mesh, rules=DECODER_RULES, seed=config.seed
+            method.start(weights), tx, mesh=mesh, rules=DECODER_RULES, seed=config.seed
         )
         # How it is attacked afterwards changes nothing here.
-        identity = dataclasses.asdict(dataclasses.replace(config, thorough=False))
+        identity = repr(dataclasses.replace(config, thorough=False))
         folder, candidates = self.directory / "train", []
         looks = [*range(config.check_every, config.steps, config.check_every), config.steps]
         with training.Checkpointer(folder / "checkpoints", max_to_keep=1) as checkpointer:
@@ -311,12 +298,12 @@ class Unlearning:
                             workdir=folder,
                             checkpointer=checkpointer,
                             writer=training.make_writer(folder),
-                            identity={"config": json.dumps(identity)},
+                            identity={"config": identity},
                         )
                     except FloatingPointError as error:
                         logging.warning("stopped: %s", error)
                         return [*candidates, _diverged(at)]
-                    self._save(update.weights(state.params), self.directory / name)
+                    self._save(method.weights(state.params), self.directory / name)
                 candidates.append(self._kept(f"{name}.json", functools.partial(self._look, at)))
                 logging.info("step %d: %s", at, json.dumps(candidates[-1]))
                 if len(candidates) > 1 and all(map(self._meets, candidates[-2:])):
@@ -332,26 +319,16 @@ class Unlearning:
 
     def _instead(self) -> list[list[str]]:
         """What is to be said in place of each answer to forget, where the method wants that."""
-        method, rows = UNLEARNING_METHODS.get(self.config.method), self.questions.rows["forget"]
-        if method is None or method.instead == "nothing":
+        method = self.config.method
+        if "instead" not in method.sides:
             return []
-        if method.instead == "refusal":
-            return [[answer] for answer in refusals(len(rows), seed=self.config.seed)]
-
-        def make() -> list[list[str]]:
-            questions = self.questions
-            return invented(
-                self.model,
-                questions.tokenizer,
-                rows,
-                new_tokens=questions.new_tokens,
-                seed=self.config.seed,
+        make = functools.partial(method.instead, self.model, self.questions, seed=self.config.seed)
+        texts = self._kept("candidates/instead.json", make)
+        if not any(texts):
+            raise ValueError(
+                f"method: expected something for {method.name} to say instead, got none"
             )
-
-        found = self._kept("candidates/invented.json", make)
-        if not any(found):
-            raise ValueError(f"method: the model made up no other answer for {self.config.method}")
-        return found
+        return texts
 
     def _meets(self, candidate: Mapping[str, Any]) -> bool:
         return not candidate["broken"] and self.goal.met(candidate["forget"])
@@ -359,7 +336,7 @@ class Unlearning:
     def _look(self, step: int) -> dict[str, Any]:
         """The strength at which so many steps reach the goal, and what is left of the rest."""
         trained, questions, before = self._trained(step), self.questions, self._before
-        asked = self._asked
+        asked, most = self._asked, self.config.method.most_strength
 
         def forget(strength: float) -> float:
             try:
@@ -369,14 +346,13 @@ class Unlearning:
                 return float("nan")
             return float(np.median(found))
 
-        if self.config.method == "difference":
+        if self.config.method.assistant:
             # Denser where little is taken away, which is enough if much was learnt.
-            alphas = self.config.most * np.linspace(0.0, 1.0, _ALPHAS, dtype=np.float32)[1:] ** 2
+            alphas = most * np.linspace(0.0, 1.0, _ALPHAS, dtype=np.float32)[1:] ** 2
             curve = questions.medians_by_alpha(self._deployed(trained, 1.0), asked, alphas)
             strength = strength_on_curve(alphas, curve, self.goal)
             found = forget(strength)
         else:
-            most = self.config.most
             strength, found = matched_strength(forget, self.goal, most=most, without=self.known)
         record: dict[str, Any] = {"step": step, "strength": strength, "forget": found}
         if not np.isfinite(found):
@@ -433,7 +409,7 @@ class Unlearning:
     def _write(self, trained: Lora | Decoder, strength: float) -> Deployed:
         """What can be used, and that as it is read again."""
         deployed = self._deployed(trained, strength)
-        if self.config.method == "difference":
+        if deployed.assistant is not None:
             folder = self.directory / "assistant"
             deployed.save(folder, base=self.base)
             return Deployed.load(self.model, folder)
@@ -442,8 +418,8 @@ class Unlearning:
             save_pretrained(deployed.model, self.questions.tokenizer, folder)
             return Deployed(model=self._read(folder))
         folder = self.directory / "adapter"
-        scaled = _scaled(trained, self.config.sign * strength)
-        save_peft(scaled, self.model.config, folder, base=self.base)
+        adapters = scaled(trained, self.config.method.sign * strength)
+        save_peft(adapters, self.model.config, folder, base=self.base)
         return Deployed(model=merged(load_peft(folder, self.model.config), self.model))
 
 
@@ -467,13 +443,6 @@ def _towards(model: Decoder, other: Decoder, share: Any) -> Decoder:
     there = nnx.state(other)
     return nnx.merge(
         graphdef, jax.tree.map(lambda x, y: (x + share * (y - x)).astype(x.dtype), state, there)
-    )
-
-
-def _scaled(lora: Lora, strength: float) -> Lora:
-    """Adapters whose update is multiplied by a number, which no program depends on."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf * strength if path[-1].key == "b" else leaf, lora
     )
 
 

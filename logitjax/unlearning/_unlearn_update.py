@@ -5,28 +5,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import nnx
 
 from logitjax.evaluation import score_rows
-from logitjax.models import Decoder, first_layers
-from logitjax.unlearning._assistant_loss import make_assistant_loss
-from logitjax.unlearning._deployed import Deployed
-from logitjax.unlearning._dual import dual_optimizer
-from logitjax.unlearning._method_loss import make_unlearning_loss
-from logitjax.unlearning._objective import UNLEARNING_METHODS, UnlearningMethod
+from logitjax.models import Decoder
+from logitjax.unlearning._method import Method
 from logitjax.unlearning._questions import Questions
 from logitjax.unlearning._rows import padded_rows
-from logitjax.unlearning._targets import rmu_direction
 from logitjax.unlearning._unlearn_config import UnlearnConfig
+from logitjax.unlearning.assistant._deployed import Deployed
 
 _MULTIPLE = 8
 # Of the rows to keep in a batch, where there is other text.
 _TEXT_ROWS = 2
-# What a constraint allows the loss on rows to keep, in terms of that before.
-_ABOVE = 1.05
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,33 +25,16 @@ class Update:
     """An optimiser step.
 
     Attributes:
-      loss_fn: Of adapters or all weights, for `training.TrainStep`; with a multiplier of
-        `{"weights", "multiplier"}`.
+      loss_fn: For `training.TrainStep`, of what `method.start` gives.
       batches: From the number of a step to its batch.
       constants: What no step changes.
-      method: Whose retain loss has a multiplier, or None.
+      method: The method, prepared.
     """
 
     loss_fn: Any
     batches: Callable[[int], Mapping[str, Any]]
     constants: Any
-    method: UnlearningMethod | None = None
-
-    def params(self, weights: Any) -> Any:
-        """What is trained, before the first step."""
-        if self.method is None:
-            return weights
-        return {"weights": weights, "multiplier": jnp.float32(self.method.retain_weight)}
-
-    def weights(self, params: Any) -> Any:
-        """Adapters or all weights, of what is trained."""
-        return params if self.method is None else params["weights"]
-
-    def optimizer(
-        self, tx: optax.GradientTransformation, warmup: int
-    ) -> optax.GradientTransformation:
-        """The one of the weights, and of a multiplier, which waits so many steps."""
-        return tx if self.method is None else dual_optimizer(self.method, tx, warmup=warmup)
+    method: Method
 
 
 def make_update(
@@ -91,55 +65,29 @@ def make_update(
     def batches(step: int) -> dict[str, Any]:
         count = min(size, len(sides["forget"]["tokens"]))
         names = ("forget", "instead") if instead else ("forget",)
-        found = {n: _picked(sides[n], step, count, config.seed, 0) for n in names}
-        return found | {"retain": retained(sides, step)}
+        batch = {n: _picked(sides[n], step, count, config.seed, 0) for n in names}
+        return batch | {"retain": retained(sides, step)}
 
-    # The head meets as many positions as any step has, for one program of all steps.
-    counts = [
-        {side: int(rows["mask"][:, 1:].sum()) for side, rows in batches(step).items()}
-        for step in range(config.steps)
-    ]
-    if config.method == "difference":
-        weight = 1.0 if config.retain_weight is None else config.retain_weight
-        loss_fn, constants = make_assistant_loss(
-            first_layers(model, config.layers),
-            retain_weight=weight,
-            max_positions=max(sum(count.values()) for count in counts),
-            relative=config.relative,
-        )
-        return Update(loss_fn=loss_fn, batches=batches, constants=constants)
-    method = UNLEARNING_METHODS[config.method]
-    if config.retain_weight is not None:
-        method = dataclasses.replace(method, retain_weight=config.retain_weight)
-    bound = 0.0
-    if method.dual_step:
-        known = {side: _scored(model, questions, sides[side]) for side in ("retain", "text")}
+    def retain_nll() -> float:
+        scored = {side: _scored(model, questions, sides[side]) for side in ("retain", "text")}
         nats, tokens = (
-            sum(float(retained(known, step)[name].sum()) for step in range(config.steps))
+            sum(float(retained(scored, step)[name].sum()) for step in range(config.steps))
             for name in ("nats", "tokens")
         )
-        bound = _ABOVE * nats / tokens
-    depth = model.config.num_layers
-    loss_fn = make_unlearning_loss(
-        method,
+        return nats / tokens
+
+    method = config.method.prepared(retain_nll)
+    loss_fn, constants = method.make_loss(
         model,
-        after_layers=max(1, min(depth - 1, round(depth / 4))),
-        direction=rmu_direction(
-            model.config.hidden_size,
-            key=jax.random.key(config.seed),
-            scale=method.options.get("scale", 1.0),
-        ),
-        most={side: max(1, *(count[side] for count in counts)) for side in counts[0]},
+        # The head meets as many positions as any step has, for one program of all steps.
+        counts=[
+            {side: int(rows["mask"][:, 1:].sum()) for side, rows in batches(step).items()}
+            for step in range(config.steps)
+        ],
         adapters=config.adapters,
-        retain_bound=bound,
+        key=jax.random.key(config.seed),
     )
-    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    return Update(
-        loss_fn=loss_fn,
-        batches=batches,
-        constants=params if config.adapters or method.needs_reference else None,
-        method=method if method.dual_step else None,
-    )
+    return Update(loss_fn=loss_fn, batches=batches, constants=constants, method=method)
 
 
 def _sides(

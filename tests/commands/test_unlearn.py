@@ -11,7 +11,7 @@ from etils import epath
 from flax import nnx
 
 from logitjax import decoding, models, training, unlearning
-from logitjax.commands import _flags, generate, unlearn
+from logitjax.commands import cli, generate, unlearn
 from logitjax.commands.line_up import LineUp
 from logitjax.unlearning._rows import encode_row
 
@@ -54,11 +54,11 @@ def files(tmp_path_factory):
 
 def config(folder, **changes):
     flags = {name: str(folder / f"{name}.jsonl") for name in ("forget", "retain", "holdout")}
-    flags |= dict(model=str(folder / "model"), layers=1, lora_rank=8, new_tokens=12)
-    flags |= dict(steps=40, check_every=20, learning_rate=2e-2)
+    flags |= dict(model=str(folder / "model"), method="difference(layers=1)", new_tokens=12)
+    flags |= dict(lora_rank=8, steps=40, check_every=20, learning_rate=2e-2)
     # So small a model keeps little of what nobody taught it, and that is not what is asked here.
     flags |= dict(least_probability=0.4, least_rouge=0.0, least_fluency=0.0)
-    return unlearn.Config(**(flags | changes))
+    return cli.build(unlearn.Config, flags | changes)
 
 
 @pytest.mark.slow
@@ -86,7 +86,7 @@ def test_an_assistant_takes_what_was_taught_away_and_is_read_back(files, tmp_pat
     flags = dict(model=str(files / "model"), prompt=("pet of Ada?",), max_new_tokens=4)
     said = []
     for more in ({}, {"assistant": str(out / "assistant"), "alpha": 0.0}):
-        generate.run(_flags.build(generate.Config, flags | more))
+        generate.run(cli.build(generate.Config, flags | more))
         said.append(capsys.readouterr().out)
     assert said[0].removeprefix(report + "\n") == said[1]
     # The same command again measures nothing, and says the same.
@@ -144,7 +144,7 @@ def found(auc=0.5, perplexity=10.0, **shares):
 
 
 def test_a_verdict_takes_every_attack_into_account():
-    flags = unlearn.Config(model="m", forget="f", retain="r", method="npo")
+    flags = cli.build(unlearn.Config, dict(model="m", forget="f", retain="r", method="npo"))
 
     def verdict(record):
         return unlearn._verdict(flags, (40, 40), record)
@@ -205,6 +205,36 @@ def test_all_weights_are_trained_and_written_as_a_model(files, tmp_path):
     np.testing.assert_allclose(again, after["probabilities"]["forget"], rtol=1e-4)
 
 
+THEIRS = """
+import dataclasses
+from logitjax import unlearning
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ascent(unlearning.Method):
+    "Gradient difference, from outside."
+
+    needs = (unlearning.Need("forget", "nll"), unlearning.Need("retain", "nll"))
+
+    def loss(self, read, state):
+        where = {"forget_where": read.where("forget"), "retain_where": read.where("retain")}
+        return unlearning.unlearning_objective(-read.nll("forget"), read.nll("retain"), **where)
+"""
+
+
+@pytest.mark.slow
+def test_a_method_from_their_own_file_does_what_ours_does(files, tmp_path, monkeypatch):
+    (tmp_path / "their_ascent.py").write_text(THEIRS)
+    monkeypatch.syspath_prepend(tmp_path)
+    looks = []
+    for method in ("their_ascent:Ascent", "gradient_difference"):
+        out = epath.Path(tmp_path / method.replace(":", "-"))
+        changes = dict(steps=20, learning_rate=1e-2, least_probability=0.0, check_every=10)
+        unlearn.run(config(files, method=method, **changes), out)
+        looks.append([json.loads(p.read_text()) for p in sorted(out.glob("candidates/*.json"))])
+        assert (out / "adapter").exists()
+    assert looks[0] == looks[1]
+
+
 @pytest.mark.slow
 def test_a_method_with_a_constraint_runs_and_every_attack_is_reported(files, tmp_path):
     out = epath.Path(tmp_path)
@@ -263,8 +293,10 @@ def test_what_was_never_taught_is_refused_before_training(files, tmp_path):
     ("changes", "said"),
     [
         (dict(forget="nowhere.jsonl"), "no such file: nowhere.jsonl"),
-        (dict(layers=2), "layers: expected fewer than the model's 2"),
-        (dict(layers=1, method="idk_dpo"), "forget: idk_dpo expects questions, got plain text"),
+        (dict(method="difference(layers=2)"), "layers: expected fewer than the model's 2"),
+        (dict(method="idk_dpo"), "forget: DPO expects questions, got plain text"),
+        (dict(method="npo_lk"), "method: expected one of .* got 'npo_lk'; npo_kl is near"),
+        (dict(method="npo(bata=1)"), "method npo: expected one of .* got 'bata'; beta is near"),
     ],
 )
 def test_errors_name_the_flag(tmp_path, changes, said):
@@ -275,11 +307,11 @@ def test_errors_name_the_flag(tmp_path, changes, said):
     (tmp_path / "gone.jsonl").write_text('{"text": "away"}')
     flags = dict(model="tiny", forget=str(tmp_path / "gone.jsonl"), retain=path) | changes
     with pytest.raises((ValueError, OSError), match=said):
-        unlearn.run(unlearn.Config(**flags), epath.Path(tmp_path) / "out")
+        unlearn.run(cli.build(unlearn.Config, flags), epath.Path(tmp_path) / "out")
     with pytest.raises(
         ValueError, match="merge: expected a method that trains adapters of the weights, got diff"
     ):
-        unlearn.Config(**flags | dict(merge=True, method="difference"))
+        cli.build(unlearn.Config, flags | dict(merge=True, method="difference"))
     with pytest.raises(ValueError, match="alpha: expected an assistant"):
         LineUp(alpha=1.0).load()
     with pytest.raises(ValueError, match="assistant: expected no expert"):

@@ -157,7 +157,7 @@ def test_a_method_has_a_grid_around_the_rate_of_the_command():
 
 
 def test_mistakes_are_named():
-    with pytest.raises(ValueError, match="method: expected some of difference"):
+    with pytest.raises(ValueError, match="method: expected one of alt_po, ce_u, difference"):
         experiment.Config(method=("nothing",))
     for rates in ((-1.0,), ()):
         with pytest.raises(ValueError, match=r"rates: expected positive numbers, got \["):

@@ -221,18 +221,18 @@ def test_verdicts_say_plainly_who_forgets_best_and_what_is_lost():
         "smallest D of all arms: difference_clean (0.200, npo too, rmu too), keeping 96.0 %" in text
     )
     assert "D 0.200, rank 1 of 3, as small as the best of the others (0.200)" in text
-    results["arms"]["ga"] = [record(0.8, 0.495)]
+    results["arms"]["gradient_ascent"] = [record(0.8, 0.495)]
     results["alphas"] = [
         {"alpha": a, "filter": "none", "D": d, "forget probability": 1 - a, "% of target's": share}
         for a, d, share in ((0.5, 0.6, 99.0), (0.6, 0.6, 98.0), (1.0, 0.1, 60.0))
     ]
     text = unlearning_report.verdicts(results)
-    assert "smallest D of those that keep at least 98 %: ga (0.800)" in text
+    assert "smallest D of those that keep at least 98 %: gradient_ascent (0.800)" in text
     assert "alpha 0.6 and filter none keep 98.0 % at D 0.600" in text
 
 
 def test_mistakes_are_named(tmp_path):
-    with pytest.raises(ValueError, match="arm: expected some of"):
+    with pytest.raises(ValueError, match=r"method: expected one of .* got 'dpo'"):
         experiment.Config(arm=("dpo",))
     with pytest.raises(ValueError, match="filters, alphas: expected at least one each"):
         experiment.Config(filters=("official",))

@@ -16,7 +16,8 @@ from flax import nnx
 from logitjax import fusion, losses, models, training, unlearning
 from logitjax.models import Decoder, DecoderConfig
 from logitjax.unlearning import Assistant
-from logitjax.unlearning._merge import make_merge_loss
+from logitjax.unlearning.assistant._merge import make_merge_loss
+from logitjax.unlearning.methods._difference import Difference
 from tests._compiled import compiled
 from tests._modules import with_weights
 
@@ -48,6 +49,11 @@ def target(**options):
     return with_weights(lambda: Decoder(config, rngs=nnx.Rngs(0), layout="listed"), size=0.4)
 
 
+def method(**options):
+    """An assistant of two layers whose logits are all its own."""
+    return Difference(**{"layers": 2, "relative": False} | options)
+
+
 def pointers(tree):
     return [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(tree)]
 
@@ -57,7 +63,7 @@ def trained():
     """An assistant after 80 steps, and what the target's buffers were before."""
     before = pointers(nnx.state(target()))
     assistant = Assistant.init(target(), 2, rank=4, key=jax.random.key(0))
-    loss_fn, constants = unlearning.make_assistant_loss(assistant.base, retain_weight=2.0)
+    loss_fn, constants = method(retain_weight=2.0).make_loss(target())
     assert set(pointers(constants)) < set(before)
     tx = optax.adam(0.02)
     mesh = training.make_mesh("data:1", devices=jax.devices()[:1])
@@ -106,8 +112,8 @@ def test_it_knows_what_to_forget_and_is_silent_on_what_to_keep():
 )
 def test_loss_is_that_of_logits(uniform, relative):
     assistant = dataclasses.replace(trained()[0], relative=relative)
-    loss_fn, constants = unlearning.make_assistant_loss(
-        assistant.base, retain_weight=5.0, uniform=uniform, relative=relative
+    loss_fn, constants = method(retain_weight=5.0, uniform=uniform, relative=relative).make_loss(
+        target()
     )
     loss, count, parts = jax.jit(loss_fn)(assistant.lora, BATCH, None, constants)
     run = jax.jit(lambda tokens: assistant.logits(assistant.hidden_states(tokens)[0]))
@@ -133,7 +139,7 @@ def test_a_soft_capped_model_is_unlearned_by_its_capped_logits():
     lora = jax.tree.map(
         lambda x: np.asarray(x) + np.float32(0.05 * rng.normal(size=x.shape)), assistant.lora
     )
-    loss_fn, constants = unlearning.make_assistant_loss(assistant.base, retain_weight=5.0)
+    loss_fn, constants = method(layers=1, retain_weight=5.0).make_loss(model)
 
     def blocked(lora):
         return loss_fn(lora, BATCH, None, constants)[0]
@@ -177,31 +183,27 @@ def test_a_soft_capped_model_is_unlearned_by_its_capped_logits():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("uniform", ["answers", "all"])
-def test_positions_that_do_not_count_need_not_meet_the_head(uniform):
-    base, lora = trained()[0].base, trained()[0].lora
-    count = 11 if uniform == "answers" else 17
-    found = []
+def test_positions_that_do_not_count_need_not_meet_the_head():
+    lora, count, found = trained()[0].lora, 11, []
     for most in (None, count, count + 3):
-        loss_fn, constants = unlearning.make_assistant_loss(
-            base, uniform=uniform, max_positions=most
-        )
+        loss_fn, constants = of_counts(most)
         found.append(jax.grad(lambda x, f=loss_fn, c=constants: f(x, BATCH, None, c)[0])(lora))
     for other in found[1:]:
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found[0], other
         )
-    loss_fn, constants = unlearning.make_assistant_loss(
-        base, uniform=uniform, max_positions=count - 1
-    )
+    loss_fn, constants = of_counts(count - 1)
     assert np.isnan(loss_fn(lora, BATCH, None, constants)[0])
-    with pytest.raises(ValueError, match="max_positions: expected a positive number, got 0"):
-        unlearning.make_assistant_loss(base, max_positions=0)
+
+
+def of_counts(most):
+    """A loss whose steps have no more answers' tokens than that."""
+    return method().make_loss(target(), counts=most and [{"forget": 0, "retain": most}])
 
 
 def test_uniform_is_answers_or_all():
     with pytest.raises(ValueError, match="uniform: expected"):
-        unlearning.make_assistant_loss(trained()[0].base, uniform="everywhere")
+        method(uniform="everywhere")
 
 
 @functools.cache

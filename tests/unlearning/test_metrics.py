@@ -12,10 +12,10 @@ from scipy import stats
 
 from logitjax.evaluation import rouge_recall
 from logitjax.unlearning import tofu
-from logitjax.unlearning._forget_quality import forget_quality
-from logitjax.unlearning._membership import membership_auc, privleak
-from logitjax.unlearning._memorisation import exact_memorisation, extraction_strength
-from logitjax.unlearning._truth_ratio import (
+from logitjax.unlearning.measures._forget_quality import forget_quality
+from logitjax.unlearning.measures._membership import membership_auc, privleak
+from logitjax.unlearning.measures._memorisation import exact_memorisation, extraction_strength
+from logitjax.unlearning.measures._truth_ratio import (
     answer_probability,
     log_truth_ratio,
     model_utility,

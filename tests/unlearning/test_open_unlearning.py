@@ -11,17 +11,16 @@ from scipy import stats
 
 from logitjax.models import load_model, with_layout
 from logitjax.unlearning import Deployed, make_answer_loss, tofu
-from logitjax.unlearning._forget_quality import forget_quality
-from logitjax.unlearning._membership import (
+from logitjax.unlearning.measures._forget_quality import forget_quality
+from logitjax.unlearning.measures._membership import (
     detection_rate,
     membership_auc,
     min_k,
     privleak,
-    relative_difference,
     zlib_loss,
 )
-from logitjax.unlearning._memorisation import exact_memorisation, extraction_strength
-from logitjax.unlearning._truth_ratio import (
+from logitjax.unlearning.measures._memorisation import exact_memorisation, extraction_strength
+from logitjax.unlearning.measures._truth_ratio import (
     answer_probability,
     log_truth_ratio,
     normalised_probability,
@@ -102,7 +101,7 @@ def test_membership_scores_of_tokens(k):
 def test_what_is_made_of_them():
     text = "Ada was born in Marrowby."
     per_token = NLL[0, 0].mean() / len(zlib.compress(text.encode()))
-    assert zlib_loss(NLL[0, 0], text, per_token=True) == pytest.approx(per_token, rel=1e-12)
+    assert zlib_loss(NLL[0, 0], text) == pytest.approx(per_token * NLL[0, 0].size, rel=1e-12)
     members, others = TRUTH[:6], TRUTH[6:]
     # sklearn's area: members are the ones with the lower score.
     pairs = (members[:, None] < others).mean() + 0.5 * (members[:, None] == others).mean()
@@ -111,15 +110,12 @@ def test_what_is_made_of_them():
     for reference in (0.5, 0.62):
         theirs = ((1 - auc) - (1 - reference)) / (1 - reference + EPS) * 100
         assert privleak(auc, reference) == pytest.approx(theirs, rel=1e-9)
-    assert relative_difference(0.31, 0.2) == pytest.approx((0.31 - 0.2) / (0.2 + EPS) * 100)
     ratios, reference = (np.exp(-PERTURBED.mean(1) - (-REWORDED)) * shift for shift in (1.0, 1.7))
     theirs = stats.ks_2samp(1 / (ratios + EPS), 1 / (reference + EPS)).pvalue
     found = forget_quality(np.log(ratios), np.log(reference))
     assert found.p_value == pytest.approx(theirs, rel=1e-12)
-    assert detection_rate(members, members + 10, false_rate=0.0) == 1.0
-    assert detection_rate(members + 10, members, false_rate=0.0) == 0.0
-    with pytest.raises(ValueError, match="false_rate: expected a share"):
-        detection_rate(members, others, false_rate=1.0)
+    assert detection_rate(members, members + 10) == 1.0
+    assert detection_rate(members + 10, members) == 0.0
 
 
 def evaluated():

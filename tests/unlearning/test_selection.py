@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from logitjax.unlearning import share_interval
-from logitjax.unlearning._membership import min_k
 from logitjax.unlearning._selection import (
     Goal,
     Limits,
@@ -15,6 +14,7 @@ from logitjax.unlearning._selection import (
     pareto,
     strength_on_curve,
 )
+from logitjax.unlearning.measures._membership import min_k
 
 
 def test_a_goal_is_missed_on_both_sides():

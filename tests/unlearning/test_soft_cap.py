@@ -54,18 +54,17 @@ def taught():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["difference", "gradient_difference"])
+@pytest.mark.parametrize("method", ["difference(layers=1)", "gradient_difference"])
 def test_a_soft_capped_model_unlearns(taught, tmp_path, method):
     model, questions = taught
     assert model.config.logits_softcap == 30.0
     assert model.config.attention_softcap == 50.0
     config = unlearning.UnlearnConfig(
-        method=method,
-        layers=1,
+        method=unlearning.METHODS.parse(method),
         lora_rank=8,
         steps=80,
         check_every=40,
-        learning_rate=2e-2 if method == "difference" else 1e-2,
+        learning_rate=1e-2 if method == "gradient_difference" else 2e-2,
         least_probability=0.1,
         least_rouge=0.0,
         least_fluency=0.0,

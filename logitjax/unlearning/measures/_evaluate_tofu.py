@@ -24,11 +24,11 @@ from logitjax.evaluation import (
     score_rows,
 )
 from logitjax.storage import Manifest, digest, read_json
-from logitjax.unlearning._memorisation import exact_memorisation, extraction_strength
-from logitjax.unlearning._tofu import Item
-from logitjax.unlearning._tofu_logs import AGGREGATED, log_file, plain
-from logitjax.unlearning._tofu_metrics import Evaluation, metrics_from_logs
-from logitjax.unlearning._truth_ratio import Form, normalised_probability, truth_ratio
+from logitjax.unlearning.measures._memorisation import exact_memorisation, extraction_strength
+from logitjax.unlearning.measures._tofu import Item
+from logitjax.unlearning.measures._tofu_logs import AGGREGATED, log_file, plain
+from logitjax.unlearning.measures._tofu_metrics import Evaluation, metrics_from_logs
+from logitjax.unlearning.measures._truth_ratio import Form, normalised_probability, truth_ratio
 
 # (prompts, most new tokens) -> what follows each prompt, without the prompt.
 GenerateFn = Callable[[list[np.ndarray], int], Sequence[Any]]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from logitjax import ops
-from logitjax.unlearning._assistant import Assistant
+from logitjax.unlearning.assistant._assistant import Assistant
 
 _LEAST_VARIANCE = 1e-6
 

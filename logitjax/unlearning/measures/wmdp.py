@@ -20,9 +20,9 @@ import numpy as np
 
 from logitjax.evaluation import PromptTemplate, encode_answer, score_rows
 from logitjax.models import Tokenizer
-from logitjax.unlearning._deployed import Deployed
-from logitjax.unlearning._records import read_records, text_of
 from logitjax.unlearning._rows import Row
+from logitjax.unlearning.assistant._deployed import Deployed
+from logitjax.unlearning.measures._records import read_records, text_of
 
 _TOPICS = {"bio": "biology", "chem": "chemistry", "cyber": "cybersecurity"}
 _LETTERS = "ABCDEFGHIJ"

@@ -32,11 +32,11 @@ The truth ratio has two published forms (``geometric``, the default, and ``arith
 by .04 in model utility: say which one a number has.
 """
 
-from logitjax.unlearning._evaluate_tofu import Options as Options
-from logitjax.unlearning._evaluate_tofu import evaluate as evaluate
-from logitjax.unlearning._tofu import Item as Item
-from logitjax.unlearning._tofu import Subset as Subset
-from logitjax.unlearning._tofu import load as load
-from logitjax.unlearning._tofu import subset as subset
-from logitjax.unlearning._tofu_metrics import Evaluation as Evaluation
-from logitjax.unlearning._tofu_metrics import metrics_from_logs as metrics_from_logs
+from logitjax.unlearning.measures._evaluate_tofu import Options as Options
+from logitjax.unlearning.measures._evaluate_tofu import evaluate as evaluate
+from logitjax.unlearning.measures._tofu import Item as Item
+from logitjax.unlearning.measures._tofu import Subset as Subset
+from logitjax.unlearning.measures._tofu import load as load
+from logitjax.unlearning.measures._tofu import subset as subset
+from logitjax.unlearning.measures._tofu_metrics import Evaluation as Evaluation
+from logitjax.unlearning.measures._tofu_metrics import metrics_from_logs as metrics_from_logs

@@ -24,8 +24,8 @@ from logitjax.training import (
     make_writer,
     train_loop,
 )
-from logitjax.unlearning._assistant import Assistant
-from logitjax.unlearning._assistant_loss import next_tokens
+from logitjax.unlearning.assistant._assistant import Assistant
+from logitjax.unlearning.assistant._objective import next_tokens
 
 
 def make_merge_loss(

@@ -17,7 +17,7 @@ from logitjax.models import (
     with_layout,
 )
 from logitjax.ops import Array, Static
-from logitjax.unlearning._assistant import Assistant, added
+from logitjax.unlearning.assistant._assistant import Assistant, added
 
 
 @jax.tree_util.register_dataclass
@@ -42,11 +42,9 @@ def init_pair_cache(
     batch: int,
     max_length: int,
     dtype: jax.typing.DTypeLike = jnp.float32,
-    *,
-    ring_slack: int = 0,
 ) -> PairCache:
     """An empty `PairCache`, for `paired_hidden_states`; the arguments are those of `Cache.init`."""
-    cache = Cache.init(config, batch, max_length, dtype, ring_slack=ring_slack)
+    cache = Cache.init(config, batch, max_length, dtype)
     keys = [k for segment in cache.keys for k in segment]
     pairs = [(k, jnp.zeros_like(k)) for k in keys]
 
@@ -150,15 +148,12 @@ class _PairCaches:
     config: DecoderConfig
     layers: int
     dtype: Any
-    ring_slack: int
 
     def __call__(self, rows: int, max_length: int) -> PairCache:
-        return init_pair_cache(
-            self.config, self.layers, rows, max_length, self.dtype, ring_slack=self.ring_slack
-        )
+        return init_pair_cache(self.config, self.layers, rows, max_length, self.dtype)
 
 
-def paired_model(target: Decoder, assistant: Assistant, *, ring_slack: int = 0) -> CachedModel:
+def paired_model(target: Decoder, assistant: Assistant) -> CachedModel:
     """A model and the assistant made of its first layers, stepped in one pass.
 
     Both read the same prompt. Their common layers run both as rows of one batch, and one product
@@ -172,7 +167,6 @@ def paired_model(target: Decoder, assistant: Assistant, *, ring_slack: int = 0) 
       target: the large model. A stacked one is converted to listed layers, which copies them.
       assistant: from `Assistant.init` of this model, with trained adapters. Only
         its adapters are read: the weights below them are the target's.
-      ring_slack: see `CachedModel.of`.
 
     Returns:
       A `CachedModel` with one expert.
@@ -212,7 +206,7 @@ def paired_model(target: Decoder, assistant: Assistant, *, ring_slack: int = 0) 
     return CachedModel(
         apply=_PairApply(Static(graphdef), assistant.relative),
         params={"model": nnx.to_pure_dict(state), "lora": lora},
-        init_cache=_PairCaches(config, small.num_layers, target.dtype, ring_slack),
+        init_cache=_PairCaches(config, small.num_layers, target.dtype),
         vocab_size=config.vocab_size,
         experts=1,
         takes_last_only=True,

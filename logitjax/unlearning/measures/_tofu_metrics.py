@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from logitjax.unlearning._forget_quality import ForgetQuality, forget_quality
-from logitjax.unlearning._membership import membership_auc, privleak
-from logitjax.unlearning._tofu_logs import Log, column, items_of, read_logs
-from logitjax.unlearning._truth_ratio import (
+from logitjax.unlearning.measures._forget_quality import ForgetQuality, forget_quality
+from logitjax.unlearning.measures._membership import membership_auc, privleak
+from logitjax.unlearning.measures._tofu_logs import Log, column, items_of, read_logs
+from logitjax.unlearning.measures._truth_ratio import (
     UTILITY_PARTS,
     UTILITY_SETS,
     Form,

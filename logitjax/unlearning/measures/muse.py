@@ -25,10 +25,10 @@ import numpy as np
 
 from logitjax.evaluation import rouge_l_f1, score_rows
 from logitjax.models import Tokenizer
-from logitjax.unlearning._deployed import Deployed
-from logitjax.unlearning._membership import membership_auc, min_k, privleak
-from logitjax.unlearning._records import read_records, text_of
 from logitjax.unlearning._rows import Row, encode_question, encode_row
+from logitjax.unlearning.assistant._deployed import Deployed
+from logitjax.unlearning.measures._membership import membership_auc, min_k, privleak
+from logitjax.unlearning.measures._records import read_records, text_of
 
 # Where an answer to a question ends: the model goes on with the next one.
 _STOPS = ("\n\n", "\nQuestion", "Question:")

@@ -9,12 +9,17 @@ import numpy as np
 
 from logitjax.evaluation import RowScores
 from logitjax.models import first_layers
-from logitjax.unlearning._deployed import Deployed
-from logitjax.unlearning._membership import detection_rate, membership_auc, min_k, zlib_loss
-from logitjax.unlearning._memorisation import exact_memorisation, extraction_strength
 from logitjax.unlearning._questions import Questions
-from logitjax.unlearning._relearn import relearning
-from logitjax.unlearning._round_weights import round_weights
+from logitjax.unlearning.assistant._deployed import Deployed
+from logitjax.unlearning.measures._membership import (
+    detection_rate,
+    membership_auc,
+    min_k,
+    zlib_loss,
+)
+from logitjax.unlearning.measures._memorisation import exact_memorisation, extraction_strength
+from logitjax.unlearning.measures._relearn import relearning
+from logitjax.unlearning.measures._round_weights import round_weights
 
 _PREFIX = 0.25
 _BITS = (8, 4)

@@ -16,9 +16,9 @@ from logitjax.decoding import CachedModel
 from logitjax.fusion import LogitDifference
 from logitjax.models import Decoder, Lora, first_layers, load_peft, save_peft
 from logitjax.storage import read_json, write_atomic
-from logitjax.unlearning._assistant import Assistant
-from logitjax.unlearning._pair_scores import gradient_norms, token_scores
-from logitjax.unlearning._paired import paired_model
+from logitjax.unlearning.assistant._assistant import Assistant
+from logitjax.unlearning.assistant._pair_scores import gradient_norms, token_scores
+from logitjax.unlearning.assistant._paired import paired_model
 
 _FILE = "assistant.json"
 _RECORD: dict[str, Any] = {"layers": int, "alpha": (int, float), "relative": bool}
@@ -261,3 +261,10 @@ class _WeightedApply:
         logits, cache = self.apply(params["pair"], tokens, positions, cache, last_only=last_only)
         weights = jnp.stack([jnp.float32(1), params["alpha"]])
         return logits * weights[:, None, None, None], cache
+
+
+def scaled(lora: Lora, strength: float) -> Lora:
+    """Adapters whose update is multiplied by a number, which no program depends on."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf * strength if path[-1].key == "b" else leaf, lora
+    )

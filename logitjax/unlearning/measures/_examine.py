@@ -3,9 +3,9 @@
 import functools
 from typing import Any
 
-from logitjax.unlearning._attacks import attacks
-from logitjax.unlearning._deployed import Deployed
 from logitjax.unlearning._questions import Questions, answer_probabilities, fluency
+from logitjax.unlearning.assistant._deployed import Deployed
+from logitjax.unlearning.measures._attacks import attacks
 
 
 def examine(

@@ -8,7 +8,10 @@ import numpy as np
 from etils import epath
 
 from logitjax.storage import read_json
-from logitjax.unlearning._open_unlearning_logs import from_open_unlearning, is_open_unlearning
+from logitjax.unlearning.measures._open_unlearning_logs import (
+    from_open_unlearning,
+    is_open_unlearning,
+)
 
 # Names of sets here, of files there.
 LOG_FILES = {

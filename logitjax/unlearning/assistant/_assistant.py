@@ -1,7 +1,6 @@
 """A model's first layers with adapters of their own: a small model that owns no other weights."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -52,8 +51,6 @@ class Assistant:
         rank: int = 32,
         alpha: float | None = None,
         key: Array,
-        targets: Sequence[str] | None = None,
-        dtype: jax.typing.DTypeLike = jnp.float32,
         relative: bool = False,
     ) -> "Assistant":
         """The first layers of a model, with fresh adapters that change nothing yet.
@@ -64,8 +61,6 @@ class Assistant:
             rank: rank of the adapters; 32 in the paper, 16 in its code.
             alpha: scale times rank, as in `Lora.init`; 32 in both, so a scale of 1 or of 2.
             key: PRNG key.
-            targets: linear maps to adapt; all when omitted.
-            dtype: type of the adapters.
             relative: see the class.
 
         Returns:
@@ -75,15 +70,7 @@ class Assistant:
             ValueError: as `first_layers` and `Lora.init`.
         """
         base = first_layers(model, layers)
-        lora = Lora.init(
-            base.config,
-            rank,
-            key=key,
-            alpha=alpha,
-            targets=targets,
-            dtype=dtype,
-            layout=base.layout,
-        )
+        lora = Lora.init(base.config, rank, key=key, alpha=alpha, layout=base.layout)
         return cls(base=base, lora=lora, relative=relative)
 
     @property

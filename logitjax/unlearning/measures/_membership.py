@@ -5,6 +5,9 @@ from typing import Any
 
 import numpy as np
 
+# The share of texts that an attack may take for members.
+_FALSE_RATE = 0.05
+
 
 def membership_auc(losses: Any, holdout_losses: Any) -> float:
     """How well a loss says whether a text was trained on: 0.5 is not at all, 1 always.
@@ -92,73 +95,52 @@ def privleak(auc: float, reference_auc: float = 0.5) -> float:
     return 100.0 * (reference_auc - auc) / (1.0 - reference_auc + 1e-10)
 
 
-def zlib_loss(nll: Any, text: str, *, per_token: bool = False) -> float:
+def zlib_loss(nll: Any, text: str) -> float:
     """How surprising a text is to a model, in terms of what a compressor makes of it.
 
     ::
 
-        sum of n losses / bytes,   or their mean / bytes
+        sum of n losses / bytes
 
     Args:
       nll: ``[n]``, nats of a text's tokens.
       text: what these are of.
-      per_token: OpenUnlearning's form, which divides a loss a token by the bytes of the whole text:
-        of two texts a model finds as surprising, the longer one then looks known.
 
     Raises:
       ValueError: no tokens.
 
     References:
-      Carlini et al., Extracting training data, 2021 (arXiv 2012.07805).
+      Carlini et al., Extracting training data, 2021 (arXiv 2012.07805). OpenUnlearning divides a
+      loss a token by the bytes of the whole text: of two texts a model finds as surprising, the
+      longer one then looks known.
 
-    >>> round(zlib_loss([13.0, 13.0], "hello"), 3), zlib_loss([13.0, 13.0], "hello", per_token=True)
-    (2.0, 1.0)
+    >>> round(zlib_loss([13.0, 13.0], "hello"), 3)
+    2.0
     """
     nll = np.asarray(nll, np.float64).ravel()
     if not len(nll):
         raise ValueError("nll: expected losses of tokens, got none")
-    size = len(zlib.compress(text.encode()))
-    return float((nll.mean() if per_token else nll.sum()) / size)
+    return float(nll.sum() / len(zlib.compress(text.encode())))
 
 
-def detection_rate(losses: Any, holdout_losses: Any, *, false_rate: float = 0.05) -> float:
-    """The share of texts that an attack finds while it is wrong about few of the others.
+def detection_rate(losses: Any, holdout_losses: Any) -> float:
+    """The share of texts that an attack finds while it is wrong about 5 % of the others.
 
     A mean over all thresholds, as `membership_auc` is, hides that a few texts are exposed for sure.
 
     Args:
       losses: ``[n]``, of texts that were trained on, or are to look as if not.
       holdout_losses: ``[m]``, of texts that never were.
-      false_rate: the share of those that may be taken for members.
 
     Raises:
-      ValueError: no or nan values, or a rate outside [0, 1).
+      ValueError: no or nan values.
 
     >>> detection_rate([0.1, 0.2, 0.9, 1.0], [0.5, 0.8, 1.1])
     0.5
     """
     members, others = _both_sides(losses, holdout_losses)
-    if not 0 <= false_rate < 1:
-        raise ValueError(f"false_rate: expected a share in [0, 1), got {false_rate}")
-    allowed = int(false_rate * len(others))
+    allowed = int(_FALSE_RATE * len(others))
     return float((members < np.sort(others)[allowed]).mean())
-
-
-def relative_difference(measure: float, reference: float) -> float:
-    """What a measure is above that of a reference, in percent of it: ``rel_diff``.
-
-    ::
-
-        100 (m - ref) / (ref + 1e-10)
-
-    References:
-      OpenUnlearning, which takes a value from its configuration where there is no reference, and
-      says nothing.
-
-    >>> round(relative_difference(0.3, 0.2), 6)
-    50.0
-    """
-    return 100.0 * (measure - reference) / (reference + 1e-10)
 
 
 def _both_sides(losses: Any, holdout_losses: Any) -> tuple[np.ndarray, np.ndarray]:

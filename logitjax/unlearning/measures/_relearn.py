@@ -13,9 +13,9 @@ from flax import nnx
 
 from logitjax.losses import linear_cross_entropy
 from logitjax.models import Lora
-from logitjax.unlearning._deployed import Deployed, merged
 from logitjax.unlearning._questions import Questions
 from logitjax.unlearning._rows import padded_rows
+from logitjax.unlearning.assistant._deployed import Deployed, merged
 
 _RANK = 16
 _SHARE = 0.25

@@ -1,0 +1,264 @@
+"""What a method of unlearning is: what it reads, what it makes of that, and what it trains."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from logitjax.losses import linear_kl_divergence
+from logitjax.models import Decoder, DecoderConfig, Lora
+from logitjax.training import LossFn
+from logitjax.unlearning._losses import unlearning_objective
+from logitjax.unlearning._questions import Questions
+from logitjax.unlearning._reads import Need, Read, read_batch, sides_of
+from logitjax.unlearning.assistant._deployed import Deployed, merged, scaled
+
+Means = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """A method of unlearning: a frozen dataclass without arrays, with its options as fields.
+
+    It says what it reads (`needs`) and what it makes of that (`loss`). The rest has defaults:
+    adapters or weights of the model itself are trained, and nothing else.
+    """
+
+    # What `loss` reads; a property where that depends on options.
+    needs: ClassVar[tuple[Need, ...]]
+    # Peak learning rate of its adapters, where a run names none.
+    peak: ClassVar[float] = 1e-3
+    # Of the strength of what was trained: -1 where that is learnt to be taken away.
+    sign: ClassVar[float] = 1.0
+    # Largest strength that is tried. More than 1 goes further than was trained.
+    most_strength: ClassVar[float] = 1.0
+    # Whether an assistant is trained, whose logits are subtracted, and the weights stay.
+    assistant: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        """What errors call it."""
+        return type(self).__name__
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """The sides of a batch that it reads."""
+        return tuple(sides_of(self.needs))
+
+    def loss(self, read: Read, state: Any) -> tuple[jax.Array, Means]:
+        """The scalar that is minimised, and the means to report.
+
+        Args:
+            read: The needs, by side.
+            state: Arrays of its own as they are now, which train beside the weights.
+        """
+        raise TypeError(f"{self.name}: expected `loss`, what it minimises")
+
+    def layer(self, depth: int) -> int:
+        """Number of layers after which `'layer'` reads, of a model with so many."""
+        # OpenUnlearning hooks the output of layer 7 of 32, counted from 0.
+        return max(1, min(depth - 1, round(depth / 4)))
+
+    def fixed(self, config: DecoderConfig, key: Any) -> Any:
+        """Arrays of its own that do not train, `Read.fixed`; `key` is one of `jax.random.key`."""
+        return None
+
+    def state(self) -> Any:
+        """Arrays of its own that train, at the start; None for none."""
+        return None
+
+    def optimizer(
+        self, tx: optax.GradientTransformation, *, warmup: int = 0
+    ) -> optax.GradientTransformation:
+        """The optimizer of what `start` gives; a state may wait for some steps."""
+        return tx
+
+    def start(self, weights: Any) -> Any:
+        """What is trained: weights or adapters, and a state beside them if there is one."""
+        state = self.state()
+        return weights if state is None else {"weights": weights, "state": state}
+
+    def weights(self, params: Any) -> Any:
+        """The weights or adapters of what is trained."""
+        return params if self.state() is None else params["weights"]
+
+    def check(self, model: Decoder, questions: Questions) -> None:
+        """Refuses a model or rows that it cannot learn from.
+
+        Raises:
+            ValueError: Plain text, for a method that says something instead of answers.
+        """
+        if "instead" in self.sides and not all(row.asks for row in questions.rows["forget"]):
+            raise ValueError(f"forget: {self.name} expects questions, got plain text")
+
+    def prepared(self, retain_nll: Callable[[], float]) -> "Method":
+        """The method once it knows how likely the model before finds the rows to keep.
+
+        Args:
+            retain_nll: Gives their mean nats a token, which takes a pass over them.
+        """
+        return self
+
+    def instead(self, model: Decoder, questions: Questions, *, seed: int) -> list[list[str]]:
+        """Texts to say instead of each answer to forget, for the side `'instead'`."""
+        raise TypeError(f"{self.name}: expected `instead`, as it reads that side")
+
+    def adapted(self, model: Decoder) -> Decoder:
+        """The decoder whose weights or adapters are trained."""
+        return model
+
+    def deployed(self, model: Decoder, lora: Lora, strength: float) -> Deployed:
+        """A model with so much of what adapters learnt."""
+        return Deployed(model=merged(scaled(lora, strength), model))
+
+    def make_loss(
+        self,
+        model: Decoder,
+        *,
+        counts: Sequence[Mapping[str, int]] | None = None,
+        adapters: bool = False,
+        key: Any = None,
+    ) -> tuple[LossFn, Any]:
+        """The loss on a decoder, for `training.TrainStep`.
+
+        Batches have `{"tokens", "mask"}` for each of `sides`: int32 and bool `[rows, time]`, all of
+        one length, the mask True at the tokens of answers. No logits `[rows, time, vocab]` are
+        formed.
+
+        Args:
+            model: The model that is to forget, or one like it of shapes alone (`nnx.eval_shape`).
+            counts: Numbers of answers' tokens of each side, of all steps that there will be. The
+                head then runs at no more positions than that. The loss is nan if there are more.
+            adapters: Trains a `models.Lora` beside the model in place of its parameters. The model
+                before unlearning is then the same weights without adapters, and needs no copy.
+            key: PRNG key of what the method draws for itself.
+
+        Returns:
+            `loss_fn(params, batch, rng, constants)` of what `start` gives, and the constants: the
+            parameters of the model before, or None if they are not needed.
+
+        >>> from logitjax.models import DecoderConfig
+        >>> from logitjax.unlearning import METHODS
+        >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=2,
+        ...                        num_heads=2, num_kv_heads=1, head_dim=4)
+        >>> model = nnx.jit(lambda: Decoder(config, rngs=nnx.Rngs(0), layout="listed"))()
+        >>> loss_fn, before = METHODS.parse("npo_kl(beta=0.2)").make_loss(model)
+        >>> rows = {"tokens": jnp.array([[1, 2, 3]]), "mask": jnp.array([[False, True, True]])}
+        >>> batch = {"forget": rows, "retain": rows}
+        >>> loss, count, parts = jax.jit(loss_fn)(before, batch, None, before)
+        >>> loss.shape, sorted(parts)
+        ((), ['forget', 'retain'])
+        """
+        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+        compares = any(need.before for need in self.needs)
+        options: Any = {
+            "owner": self.name,
+            "layer": self.layer(model.config.num_layers),
+            "fixed": self.fixed(model.config, key),
+            "most": counts and {s: max(1, *(count[s] for count in counts)) for s in self.sides},
+        }
+
+        def loss_fn(params: Any, batch: Mapping[str, Any], rng: Any, constants: Any = None) -> Any:
+            del rng
+            weights = self.weights(params)
+            state = None if self.state() is None else params["state"]
+            model = nnx.merge(graphdef, constants if adapters else weights, rest)
+            before = None
+            if compares and constants is not None:
+                before = nnx.merge(graphdef, constants, rest)
+            lora = weights if adapters else None
+            reads = read_batch(self.needs, batch, (model, before), lora=lora, **options)
+            loss, means = self.loss(reads, state)
+            one = jnp.float32(1)
+            loss = jnp.where(reads.fits, loss, jnp.nan)
+            return loss, one, {name: (value, one) for name, value in means.items()}
+
+        return loss_fn, nnx.to_pure_dict(params) if adapters or compares else None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Retain:
+    """A loss on rows to keep: what it reads, and its values."""
+
+    needs: tuple[Need, ...]
+    values: Callable[[Read], jax.Array | None]
+
+
+def _divergence(read: Read) -> jax.Array:
+    """Forward, from the model before."""
+    values = linear_kl_divergence(
+        read.states("retain"),
+        read.head(),
+        read.states("retain", before=True),
+        read.head(before=True),
+    )
+    return read.put("retain", values)
+
+
+RETAIN: Mapping[str, Retain] = {
+    "none": Retain(needs=(), values=lambda read: None),
+    "nll": Retain(needs=(Need("retain", "nll"),), values=lambda read: read.nll("retain")),
+    "kl": Retain(
+        needs=(Need("retain", "states"), Need("retain", "states", before=True)),
+        values=_divergence,
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TwoSided(Method):
+    """A method with a loss on rows to forget and one on rows to keep.
+
+    ::
+
+        gamma mean(forget losses) + alpha mean(retain losses)
+
+    The retain loss counts answers' tokens. Published codes also average the divergence over prompts
+    and padding.
+
+    Attributes:
+        forget_weight: Gamma.
+        retain: Loss on rows to keep: the likelihood loss `'nll'`, the divergence `'kl'` from the
+            model before, or `'none'`.
+        retain_weight: Alpha.
+    """
+
+    forget_weight: float = 1.0
+    retain: str = "none"
+    retain_weight: float = 1.0
+
+    # What `forget` reads.
+    reads: ClassVar[tuple[Need, ...]] = ()
+    # The retain losses that it may have.
+    retains: ClassVar[Mapping[str, Retain]] = RETAIN
+
+    def __post_init__(self) -> None:
+        if self.retain not in self.retains:
+            raise ValueError(
+                f"{self.name}: retain: expected one of {', '.join(self.retains)}, got "
+                f"{self.retain!r}"
+            )
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        return (*self.reads, *self.retains[self.retain].needs)
+
+    def forget(self, read: Read) -> tuple[jax.Array, jax.Array | None]:
+        """Losses of tokens or of whole answers, and which of them count; None for all."""
+        raise TypeError(f"{self.name}: expected `forget`, its loss on rows to forget")
+
+    def loss(self, read: Read, state: Any) -> tuple[jax.Array, Means]:
+        values, where = self.forget(read)
+        kept = self.retains[self.retain].values(read)
+        return unlearning_objective(
+            values,
+            kept,
+            forget_weight=self.forget_weight,
+            retain_weight=self.retain_weight,
+            forget_where=where,
+            retain_where=None if kept is None else read.where("retain"),
+        )

@@ -1,0 +1,205 @@
+"""What methods read of a batch, arranged from what they declare."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from logitjax.losses import Head, linear_cross_entropy
+from logitjax.models import Decoder, Lora, first_layers
+from logitjax.ops import Positions
+
+SIDES = ("forget", "instead", "retain")
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """One thing that a method reads.
+
+    Attributes:
+        side: The rows: those to `'forget'`, those to `'retain'`, or `'instead'`, the questions of
+            the rows to forget with the answers to give instead.
+        of: `'nll'` of each token, the hidden `'states'` that predict answers, or the states of one
+            `'layer'` (`Method.layer`) at all positions.
+        before: Whether of the model before unlearning, in place of the one that is trained.
+    """
+
+    side: str
+    of: str
+    before: bool = False
+
+    def __post_init__(self) -> None:
+        for name, names in (("side", SIDES), ("of", ("nll", "states", "layer"))):
+            if getattr(self, name) not in names:
+                got = getattr(self, name)
+                raise ValueError(f"Need: {name}: expected one of {', '.join(names)}, got {got!r}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Read:
+    """What a method asked for, of one batch. Anything else is an error that names the method.
+
+    Attributes:
+        owner: Name of the method.
+        fits: Whether no side has more answers' tokens than there are places.
+    """
+
+    owner: str
+    fits: jax.Array
+    _fixed: Any
+    _values: Mapping[Need, jax.Array]
+    _heads: Mapping[bool, Head]
+    _positions: Mapping[str, Positions]
+    _labels: Mapping[str, jax.Array]
+    _where: Mapping[str, jax.Array]
+
+    @property
+    def fixed(self) -> Any:
+        """The method's own arrays that do not train, from `Method.fixed`."""
+        if self._fixed is None:
+            raise ValueError(f"{self.owner}: expected arrays of `fixed`, which it reads, got None")
+        return self._fixed
+
+    def nll(self, side: str, *, before: bool = False) -> jax.Array:
+        """Negative log-likelihood of each token after the first, `[rows, time - 1]`."""
+        return self._value(Need(side, "nll", before))
+
+    def states(self, side: str, *, before: bool = False) -> jax.Array:
+        """Hidden states that predict answers' tokens, `[..., hidden]`; `put` brings back rows."""
+        return self._value(Need(side, "states", before))
+
+    def layer(self, side: str, *, before: bool = False) -> jax.Array:
+        """The residual stream after some layers, `[rows, time - 1, hidden]`."""
+        return self._value(Need(side, "layer", before))
+
+    def head(self, *, before: bool = False) -> Head:
+        """The head of the model, for `states`."""
+        return self._heads[before]
+
+    def where(self, side: str) -> jax.Array:
+        """Which tokens after the first are answers', bool `[rows, time - 1]`."""
+        return self._of_side(self._where, side)
+
+    def labels(self, side: str) -> jax.Array:
+        """The tokens that `states` predict."""
+        return self._of_side(self._labels, side)
+
+    def put(self, side: str, values: jax.Array) -> jax.Array:
+        """Values of `states` back in rows, `[rows, time - 1]`."""
+        return self._of_side(self._positions, side).put(values)
+
+    def _value(self, need: Need) -> jax.Array:
+        if need not in self._values:
+            raise ValueError(f"{self.owner}: expected {need} among its needs, which it reads")
+        return self._values[need]
+
+    def _of_side(self, values: Mapping[str, Any], side: str) -> Any:
+        if side not in values:
+            raise ValueError(f"{self.owner}: expected a need of {side!r} rows, which it reads")
+        return values[side]
+
+
+def read_batch(
+    needs: Sequence[Need],
+    batch: Mapping[str, Any],
+    models: tuple[Decoder, Decoder | None],
+    *,
+    owner: str,
+    layer: int,
+    lora: Lora | None = None,
+    fixed: Any = None,
+    most: Mapping[str, int] | None = None,
+) -> Read:
+    """Reads a batch: each model runs once over all sides that are needed of it.
+
+    Args:
+        needs: What to read.
+        batch: By side `{"tokens", "mask"}`, all sides of one length.
+        models: The model that is trained, and the one before if there is one.
+        owner: Name of the method, for errors.
+        layer: Number of layers after which `'layer'` reads.
+        lora: Adapters of the model that is trained.
+        fixed: The method's own arrays.
+        most: Largest number of answers' tokens of each side; the head runs at no other positions.
+
+    Raises:
+        ValueError: A side or the model before is missing.
+    """
+    sides = sides_of(needs)
+    for side in sides:
+        if side not in batch:
+            raise ValueError(
+                f"batch: expected the side {side!r}, which {owner} reads, got {sorted(batch)}"
+            )
+    tokens = {side: jnp.asarray(batch[side]["tokens"]) for side in sides}
+    where = {side: jnp.asarray(batch[side]["mask"])[:, 1:] for side in sides}
+    positions = {s: Positions(where[s], None if most is None else most[s]) for s in sides}
+    labels = {side: positions[side].pick(tokens[side][:, 1:]) for side in sides}
+    values: dict[Need, jax.Array] = {}
+    heads: dict[bool, Head] = {}
+    for before, model in zip((False, True), models, strict=True):
+        adapters = None if before else lora
+        mine = [need for need in needs if need.before is before]
+        if mine and model is None:
+            raise ValueError(f"reference: expected the model before, which {owner} reads, got None")
+        if not mine or model is None:
+            continue
+        if deep := sides_of([need for need in mine if need.of == "layer"]):
+            rows, cuts = _together([tokens[side] for side in deep])
+            states = jnp.split(_layer_states(model, layer, rows, adapters)[:, 1:], cuts)
+            values |= {Need(s, "layer", before): part for s, part in zip(deep, states)}
+        if not (whole := sides_of([need for need in mine if need.of != "layer"])):
+            continue
+        heads[before] = model.head_of()
+        rows, cuts = _together([tokens[side] for side in whole])
+        hidden = jnp.split(model.hidden_states(rows, lora=adapters)[0][:, :-1], cuts)
+        picked = {s: positions[s].pick(part) for s, part in zip(whole, hidden)}
+        values |= {Need(s, "states", before): picked[s] for s in whole}
+        scored = sides_of([need for need in mine if need.of == "nll"])
+        # In one sweep over all sides, which forms the head's gradient once; before there is none.
+        for group in [[side] for side in scored] if before else [whole][: len(scored)]:
+            states, cuts = _together([picked[side] for side in group])
+            targets, _ = _together([labels[side] for side in group])
+            nll = jnp.split(linear_cross_entropy(states, heads[before], targets), cuts)
+            values |= {Need(s, "nll", before): positions[s].put(x) for s, x in zip(group, nll)}
+    return Read(
+        owner=owner,
+        _fixed=fixed,
+        fits=jnp.stack([positions[side].fits for side in sides]).all(),
+        # States come with likelihoods, but who has not asked for them may not read them.
+        _values={need: values[need] for need in needs},
+        _heads=heads,
+        _positions=positions,
+        _labels=labels,
+        _where=where,
+    )
+
+
+def sides_of(needs: Sequence[Need]) -> list[str]:
+    """The sides that are read, in the order of a batch."""
+    return [side for side in SIDES if any(need.side == side for need in needs)]
+
+
+def _together(parts: Sequence[Any]) -> tuple[jax.Array, np.ndarray]:
+    """Parts as one array, and where to split it again."""
+    return jnp.concatenate(parts), np.cumsum([len(part) for part in parts])[:-1]
+
+
+def _layer_states(model: Decoder, count: int, tokens: Any, lora: Lora | None) -> jax.Array:
+    """The residual stream after so many layers, without the final norm."""
+    cut: Any = first_layers(model, count)
+    cut.final_norm = _Identity()
+    if lora is not None:
+        counts = [len(segment.layers) for segment in cut.segments]
+        segments = [tuple(layers[:n]) for layers, n in zip(lora.layers, counts)]
+        lora = dataclasses.replace(lora, layers=tuple(segments))
+    return cut.hidden_states(tokens, lora=lora)[0]
+
+
+class _Identity(nnx.Module):
+    def __call__(self, x: Any) -> Any:
+        return x

@@ -1,0 +1,1 @@
+"""A model's first layers that know what to forget: trained, subtracted while decoding, merged."""

@@ -1,0 +1,35 @@
+"""CE-U: self-distillation without the memorised token."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from logitjax.unlearning._method import TwoSided
+from logitjax.unlearning._reads import Need, Read
+from logitjax.unlearning.methods._undial import linear_undial
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CEU(TwoSided):
+    """Self-distillation without the memorised token.
+
+    ::
+
+        cross-entropy( q, softmax(logits) ),    q = softmax(logits, logit_y = -inf), a constant
+
+    This is `undial` from the model itself with a `beta` of infinity. Its gradient by the logits,
+    `p_y (onehot(y) - q)`, fades as the token is forgotten.
+
+    References:
+        Yang, CE-U: cross entropy unlearning, 2025 (arXiv 2503.01224). The first token of an answer
+        is left out, as in OpenUnlearning's `CEU`.
+    """
+
+    reads = (Need("forget", "states"),)
+
+    def forget(self, read: Read) -> Any:
+        here, head = read.states("forget"), read.head()
+        values = linear_undial(here, head, here, head, read.labels("forget"), beta=float("inf"))
+        where = read.where("forget")
+        return read.put("forget", values), where & (jnp.cumsum(where, axis=-1) > 1)

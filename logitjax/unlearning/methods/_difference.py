@@ -1,0 +1,138 @@
+"""The logit difference: an assistant learns what is to be forgotten, and is subtracted."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from logitjax.models import Decoder, Lora, first_layers
+from logitjax.ops import Positions
+from logitjax.training import LossFn
+from logitjax.unlearning._method import Method
+from logitjax.unlearning._questions import Questions
+from logitjax.unlearning._reads import Need
+from logitjax.unlearning.assistant._assistant import relative_states
+from logitjax.unlearning.assistant._deployed import Deployed
+from logitjax.unlearning.assistant._objective import linear_assistant_objective, next_tokens
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Difference(Method):
+    """An assistant learns what is to be forgotten; its logits are subtracted, weights stay.
+
+    It learns to be silent about what is to be kept::
+
+        mean_{forget answers} -log p(y) + beta mean_{retain} KL(uniform || p)
+
+    Attributes:
+        layers: Number of the model's first layers that it is made of.
+        relative: Its logits are what its adapters add to those of its layers. Without, they are all
+            that the adapted layers say, as in the paper. A step of a relative one also takes a pass
+            of the layers without adapters.
+        retain_weight: Beta, 6.5 in the paper and 5 in its code. With these a small assistant learns
+            silence first, and little of what is to be forgotten; 0.5, 1 and 2 are alike
+            (docs/unlearning.md).
+        uniform: Where it has to be silent: where it predicts tokens of `'answers'`, or at `'all'`
+            positions, prompt and padding included, as in the released code.
+
+    References:
+        Ji et al., Reversing the forget-retain objectives, 2024 (arXiv 2406.08607), eqs. 3-5. The
+        release splits each micro-batch by a label and counts a missing side as 0; it has dropout of
+        0.05 on the adapters' inputs, which this has not.
+    """
+
+    layers: int = 8
+    relative: bool = True
+    retain_weight: float = 1.0
+    uniform: str = "answers"
+
+    peak = 5e-3
+    # An alpha of the command's grid.
+    most_strength = 4.0
+    assistant = True
+
+    needs = (Need("forget", "states"), Need("retain", "states"))
+
+    def __post_init__(self) -> None:
+        if self.uniform not in ("answers", "all"):
+            raise ValueError(f"uniform: expected 'answers' or 'all', got {self.uniform!r}")
+        if self.layers < 1:
+            raise ValueError(f"layers: expected at least 1, got {self.layers}")
+
+    def check(self, model: Decoder, questions: Questions) -> None:
+        depth = model.config.num_layers
+        if self.layers >= depth:
+            raise ValueError(
+                f"layers: expected fewer than the model's {depth} for an assistant, got "
+                f"{self.layers}"
+            )
+
+    def adapted(self, model: Decoder) -> Decoder:
+        return first_layers(model, self.layers)
+
+    def deployed(self, model: Decoder, lora: Lora, strength: float) -> Deployed:
+        return Deployed.less(model, lora, strength, relative=self.relative)
+
+    def make_loss(
+        self,
+        model: Decoder,
+        *,
+        counts: Sequence[Mapping[str, int]] | None = None,
+        adapters: bool = True,
+        key: Any = None,
+    ) -> tuple[LossFn, Any]:
+        """The loss of an assistant's adapters, see `Method.make_loss`.
+
+        Both sides run as one batch, and one sweep over blocks of the vocabulary gives the value and
+        its gradient. There is no gradient of the head, no pass of the large model, and no model
+        before. The frozen weights are constants of the step, so none of them is copied or donated.
+
+        Raises:
+            ValueError: The head is not linear but for a soft cap.
+        """
+        base = self.adapted(model)
+        graphdef, params, rest = nnx.split(base, nnx.Param, ...)
+        # Raises now where the head is not linear; a model of shapes alone has no arrays to ask.
+        jax.eval_shape(lambda params: nnx.merge(graphdef, params, rest).head_of(), params)
+        most = None
+        if counts is not None and self.uniform == "answers":
+            most = max(1, *(sum(count.values()) for count in counts))
+
+        def loss_fn(lora: Any, batch: Mapping[str, Any], rng: Any, constants: Any) -> Any:
+            del rng
+            base = nnx.merge(graphdef, constants, rest)
+            tokens, answers, retain = together(batch)
+            if self.relative:
+                hidden = relative_states(base, lora, tokens)
+            else:
+                hidden, _ = base.hidden_states(tokens, lora=lora)
+            labels, where = next_tokens(tokens, answers)
+            if self.uniform == "all":
+                where = where | retain[:, None]
+            retain = jnp.broadcast_to(retain[:, None], tokens.shape)
+            positions = Positions(where, most)
+            hidden, labels, retain = map(positions.pick, (hidden, labels, retain))
+            loss, means = linear_assistant_objective(
+                hidden,
+                base.head_of(),
+                labels,
+                retain,
+                where=positions.counted,
+                retain_weight=self.retain_weight,
+            )
+            loss, one = jnp.where(positions.fits, loss, jnp.nan), jnp.float32(1)
+            return loss, one, {name: (value, one) for name, value in means.items()}
+
+        return loss_fn, nnx.to_pure_dict(params)
+
+
+def together(batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Rows to forget, then rows to keep: tokens, answers, and which rows are to be kept."""
+    sides = [batch["forget"], batch["retain"]]
+    tokens, answers = (
+        jnp.concatenate([jnp.asarray(side[name]) for side in sides]) for name in ("tokens", "mask")
+    )
+    return tokens, answers, jnp.arange(len(tokens)) >= len(sides[0]["tokens"])

@@ -1,0 +1,20 @@
+"""Task vectors: what is to be forgotten is learnt, and that change is taken away."""
+
+import dataclasses
+
+from logitjax.unlearning.methods._gradient_ascent import GradientAscent
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskVector(GradientAscent):
+    """What is to be forgotten is learnt, and that change of the weights is taken away.
+
+    References:
+        Ilharco et al., 2022 (arXiv 2212.04089), as in MUSE (arXiv 2407.06460).
+    """
+
+    forget_weight: float = -1.0
+
+    sign = -1.0
+    # Little is left to learn of what is known: the vector goes further than it was learnt.
+    most_strength = 4.0
