@@ -66,9 +66,9 @@ def open_session(config: Config, workdir: epath.Path) -> Session:
     """Loads the student whole, packs the text and lets the sources read."""
     mesh, reading = training.make_mesh(config.mesh), make_reading(config)
     tokenizer = models.load_tokenizer(config.student)
-    packed = distillation.pack_corpus(reading, tokenizer, workdir / "data")
     objectives = [arms.first_settings(config, arm).objective(config) for arm in config.loss]
-    distillation.check_vocabularies(reading, packed, objectives)
+    distillation.check_vocabularies(reading, tokenizer, objectives)
+    packed = distillation.pack_corpus(reading, tokenizer, workdir / "data")
     whole, _ = models.load(config.student, mesh=mesh, **decoder_options(config))
     if config.freeze:  # What is wrong with it is said before sources read for hours.
         distillation.make_student(whole, freeze=config.freeze)

@@ -123,8 +123,8 @@ def run(config: Config, out: epath.Path) -> None:
             f"{config.reading.seq_len}"
         )
     tokenizer = models.load_tokenizer(config.student)
+    distillation.check_vocabularies(reading, tokenizer, [objective])
     packed = distillation.pack_corpus(reading, tokenizer, out / "data")
-    distillation.check_vocabularies(reading, packed, [objective])
     whole, _ = models.load(
         config.student, mesh=mesh, dtype=config.dtype, layout=config.layout, remat=config.remat
     )

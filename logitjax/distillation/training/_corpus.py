@@ -295,19 +295,22 @@ def pack_corpus(
 
 
 def check_vocabularies(
-    reading: Reading, packed: data.PackedSplits, objectives: Sequence[Objective]
+    reading: Reading, tokenizer: models.Tokenizer, objectives: Sequence[Objective]
 ) -> None:
-    """Refuse losses that a teacher cannot serve.
+    """Refuse losses that a teacher cannot serve, before anything is packed or read.
 
     Raises:
         ValueError: Names the loss and the teacher.
     """
+    specs = reading.teachers
+    prints = [_tokenizer_of(spec, tokenizer).fingerprint for spec in specs]
     for objective in objectives:
-        terms = zip(objective.names, (term for term, _ in objective.terms), strict=True)
-        for loss, needs in [(loss, term.teacher) for loss, term in terms if term.teacher]:
-            for name, spec in zip(reading.names, reading.teachers, strict=True):
-                other = packed.names[name] != packed.names["pivot"]
-                _check_needs(reading, loss, needs, spec, other_tokenizer=other)
+        for loss, (term, _) in zip(objective.names, objective.terms, strict=True):
+            if term.teacher is None:
+                continue
+            for spec, fingerprint in zip(specs, prints, strict=True):
+                other = fingerprint != tokenizer.fingerprint
+                _check_needs(reading, loss, term.teacher, spec, other_tokenizer=other)
 
 
 def _check_needs(
