@@ -109,6 +109,9 @@ class Part:
         read = {"statistic": statistic, "beside": tokens.get("beside")}
         if readout is not None:
             read |= readout._asdict()
+            if self.needs.top_k:
+                # Another term of the sweep may have asked for more.
+                read["statistics"] = readout.statistics.truncate(self.needs.top_k)
             if "ids" in tokens:
                 # With the student's own normaliser, over its whole vocabulary.
                 read["top"] = readout.gathered_top_k(tokens["ids"])
