@@ -160,9 +160,9 @@ class ObjectiveStrategy(base_strategy.BaseStrategy):
         return total / jnp.maximum(count, 1), means
 
     def _student(self, model: Any, input_tokens: Any, input_mask: Any, **_: Any) -> Any:
-        teacher_head = self._teacher_head
-        if teacher_head is not None:
-            teacher_head = dataclasses.replace(teacher_head, kernel=model.teacher_head[...])
+        teacher_head = None
+        if self._teacher_head is not None and hasattr(model, "teacher_head"):
+            teacher_head = dataclasses.replace(self._teacher_head, kernel=model.teacher_head[...])
         return self._hidden(model, input_tokens, input_mask), head_of(model), teacher_head
 
     def _hidden(self, model: Any, input_tokens: Any, input_mask: Any, **_: Any) -> jax.Array:
