@@ -45,16 +45,20 @@ def _gemma3(seed):
         sliding_window_size=8,
         param_dtype=jnp.float32,
     )
-    return gemma3.Gemma3(config, rngs=nnx.Rngs(seed))
+    model = gemma3.Gemma3(config, rngs=nnx.Rngs(seed))
+    # From nearly equal logits there is nothing to learn.
+    embedding = model.embedder.input_embedding
+    embedding[...] = 20.0 * embedding[...]
+    return model
 
 
 def _batches(padded=False):
     rng = np.random.default_rng(0)
-    for _ in range(STEPS):
-        tokens = rng.integers(1, VOCAB, (BATCH, LENGTH)).astype(np.int32)
+    all_tokens = rng.integers(1, VOCAB, (STEPS, BATCH, LENGTH)).astype(np.int32)
+    for tokens in all_tokens[:1].repeat(STEPS, 0) if padded else all_tokens:
         mask = np.ones((BATCH, LENGTH), bool)
         if padded:
-            mask[:, -4:] = np.arange(BATCH)[:, None] < np.arange(4)
+            mask[:, -4:] = np.arange(BATCH)[:, None] > np.arange(4)
         yield trainers.TrainingInput(input_tokens=tokens, input_mask=mask)
 
 
@@ -106,14 +110,12 @@ def test_ten_steps_with_our_strategy_are_ten_steps_with_theirs():
     assert max(jax.tree.leaves(gaps)) < 1e-5
 
 
-@pytest.mark.parametrize("cached", [False, True], ids=["live", "cached"])
-def test_a_divergence_with_the_mass_of_the_rest_trains_live_and_from_a_cache(cached):
+def test_a_divergence_with_the_mass_of_the_rest_trains_live_and_from_a_cache():
     """Of the same teacher and top k both are the same; positions of padding count for nothing."""
     strategy = tunix.ObjectiveStrategy(Objective(terms=((terms.KL(), 1.0),)))
     live, values = _trained(strategy, list(_batches(padded=True)))
-    assert values[-1] < values[0]
-    if not cached:
-        return
+    print("divergence:", values[0], values[-1])
+    assert values[-1] < 0.9 * values[0]
 
     teacher = _gemma3(1)
 
@@ -218,8 +220,11 @@ def test_a_grpo_step_is_theirs_and_holds_no_logits(monkeypatch):
     np.testing.assert_allclose(got[0], wanted[0], rtol=1e-5)
     for name, value in wanted[1].items():
         np.testing.assert_allclose(got[1][name], value, rtol=1e-5, atol=1e-6, err_msg=name)
-    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(wanted_gradient), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
+    gaps = jax.tree.map(
+        lambda a, b: np.abs(a - b).max() / np.abs(b).max(), gradient, wanted_gradient
+    )
+    print("largest gap of a gradient, of its largest entry:", max(jax.tree.leaves(gaps)))
+    assert max(jax.tree.leaves(gaps)) < 1e-5
 
     def whole(text):
         return set(re.findall(rf"\w+\[{BATCH},\d+,{VOCAB}\]", text))
