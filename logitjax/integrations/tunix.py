@@ -37,14 +37,9 @@ from tunix.sft import utils  # noqa: E402
 def hidden_states(
     model: nnx.Module, tokens: Any, positions: Any, attention_mask: Any, **more: Any
 ) -> jax.Array:
-    """Read the hidden states of a tunix model, `[B, T, D]`, after its final norm.
+    """Read the hidden states of a model of `tunix.models`, `[B, T, D]`, after its final norm.
 
-    Args:
-        model: A model of `tunix.models`.
-        tokens: `[B, T]` ids.
-        positions: `[B, T]`.
-        attention_mask: `[B, T, T]` boolean, True where a position may look.
-        **more: What else the model's call takes, such as `segment_ids`.
+    The arguments are those of the model's call, without a cache.
 
     Raises:
         ValueError: This version of the model gives nothing but logits.
@@ -195,8 +190,7 @@ def compute_per_token_logps(
 ) -> Any:
     """Compute what tunix's function of this name does, from hidden states and a head.
 
-    With `return_logits` it returns entropies, `[B, T]`, in the place of the logits, which tunix's
-    losses make nothing else of. See `blocked_log_probs`.
+    `return_logits` gives entropies, `[B, T]`, in the place of logits: see `blocked_log_probs`.
     """
     model = nnx.merge(graphdef, state)
     tokens, positions, mask, segments = common.process_ids(

@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Bool, Float, Int
 
-from logitjax.losses.sweep import Blocks, Head, LogitBlock, OnlineSums, Statistic, run
+from logitjax.losses.sweep import Blocks, Head, LogitBlock, ReadoutStatistic, run
 from logitjax.ops import Array, AxisName, Number, checks, neginf_to_zero
 
 
@@ -95,19 +95,17 @@ def linear_log_probs(
     checks.shapes(hidden=(hidden, "float *batch hidden"), tokens=(tokens, "int *batch"))
     hidden, tokens = jnp.asarray(hidden), jnp.asarray(tokens)
     head = Head.of(head).resolve(hidden.shape[-1])
-    columns = {"tokens": tokens}
+    ids = jnp.zeros((*tokens.shape, 0), jnp.int32)
     if support is not None:
-        columns["support"] = _whole_support(support, tokens)
+        ids = _with_tokens(support, tokens)
     statistic = _LogProbs(
-        vocab=head.vocab_size(axis_name),
-        entropy=entropy,
-        support=columns["support"].shape[-1] if support is not None else 0,
+        labels=True, ids=ids.shape[-1], vocab=head.vocab_size(axis_name), entropy=entropy
     )
     return run(
         statistic,
         hidden,
         head,
-        tokens=columns,
+        tokens={"labels": tokens, "ids": ids},
         temperature=temperature,
         vocab_where=vocab_where,
         blocks=blocks,
@@ -125,7 +123,7 @@ def pad_support(ids: Array, row_splits: Array, batch: tuple[int, ...]) -> np.nda
         batch: Shape of the positions.
 
     Raises:
-        ValueError: The splits are no `positions + 1` rising numbers from 0 to `total`.
+        ValueError: The splits are none of these positions and ids.
 
     >>> pad_support(np.array([5, 7, 2]), np.array([0, 2, 2, 3]), (3,)).tolist()
     [[5, 7], [-1, -1], [2, -1]]
@@ -133,19 +131,18 @@ def pad_support(ids: Array, row_splits: Array, batch: tuple[int, ...]) -> np.nda
     if isinstance(row_splits, jax.core.Tracer):
         raise ValueError("support: expected row_splits outside of jit, got a tracer: pad_support")
     ids, splits = np.asarray(ids), np.asarray(row_splits)
-    counts = np.diff(splits)
-    ends = (splits[0], splits[-1]) if splits.size else ()
-    if splits.shape != (np.prod(batch, dtype=int) + 1,) or (counts < 0).any():
-        raise ValueError(f"row_splits: expected rising ones for {batch}, got {splits.shape}")
-    if ends != (0, ids.size):
-        raise ValueError(f"row_splits: expected them from 0 to {ids.size}, got {ends}")
+    counts, size = np.diff(splits), int(np.prod(batch)) + 1
+    whole = splits.shape == (size,) and (splits[0], splits[-1]) == (0, ids.size)
+    if not whole or (counts < 0).any():
+        wanted = f"{size} rising numbers from 0 to {ids.size}"
+        raise ValueError(f"row_splits: expected {wanted}, got {splits}")
     there = np.arange(max(counts.max(initial=0), 1)) < counts[:, None]
     padded = np.full(there.shape, -1, np.int32)
     padded[there] = ids
     return padded.reshape(*batch, -1)
 
 
-def _whole_support(support: Any, tokens: jax.Array) -> jax.Array:
+def _with_tokens(support: Any, tokens: jax.Array) -> jax.Array:
     """The sets with their tokens, each id once and the others -1; empty ones stay empty."""
     if isinstance(support, tuple):
         support = pad_support(*support, tokens.shape)
@@ -157,108 +154,63 @@ def _whole_support(support: Any, tokens: jax.Array) -> jax.Array:
     return jnp.where(repeated, -1, ids)
 
 
-class _Sums(NamedTuple):
-    sums: OnlineSums
-    spread: Any  # of exp(z - peak) (z - peak)
-    token: jax.Array
-    gathered: Any
-
-
-class _Outputs(NamedTuple):
-    """Over the whole vocabulary, and the logits of a support."""
-
-    values: jax.Array
-    entropy: Any
-    token: Any
-    gathered: Any
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _LogProbs(Statistic):
-    """The `LogProbs` of `tokens["tokens"]`, over `tokens["support"]` if there is one.
-
-    Attributes:
-        vocab: Entries of the whole vocabulary.
-        entropy: Whether it is asked for.
-        support: Ids a position; 0 for none.
-    """
+class _LogProbs(ReadoutStatistic):
+    """Gives a `LogProbs` of what is read at the token and its set, and of a sum of its own."""
 
     vocab: int
-    entropy: bool = False
-    support: int = 0
+    entropy: bool
 
-    @property
-    def in_tiles(self) -> bool:
-        return True
+    def start(self, batch: tuple[int, ...], dtype: Any, passed: Any) -> Any:
+        return super().start(batch, dtype, passed), jnp.zeros(batch, dtype)
 
-    def start(self, batch: tuple[int, ...], dtype: Any, passed: Any) -> _Sums:
-        zeros = jnp.zeros(batch, dtype)
-        gathered = jnp.zeros((*batch, self.support), dtype) if self.support else None
-        sums = OnlineSums.start(batch, dtype)
-        return _Sums(sums, zeros if self.entropy else None, zeros, gathered)
+    def absorb(self, state: Any, block: LogitBlock, passed: Any) -> Any:
+        read, z = super().absorb(state[0], block, passed), block.student
+        if not self.entropy:
+            return read, state[1]
+        # The sum of exp(z - peak) (z - peak): of logits far from zero nothing cancels.
+        off = z - read.sums.peak[..., None]
+        more = jnp.exp(off) * jnp.where(z != -jnp.inf, off, 0.0)
+        return read, _about(read.sums.peak, state) + more.sum(-1)
 
-    def absorb(self, state: _Sums, block: LogitBlock, passed: Any) -> _Sums:
-        z = block.student
-        sums, spread, token, gathered = state.sums.add(z), *state[1:]
-        if self.entropy:
-            # About the peak, so that logits far from zero cancel nothing.
-            off = z - sums.peak[..., None]
-            more = jnp.exp(off) * jnp.where(z != -jnp.inf, off, 0.0)
-            spread = _about(sums.peak, state) + more.sum(-1)
-        token = token + jnp.where(block.is_at(block.tokens["tokens"]), z, 0.0).sum(-1)
-        if self.support:
-            gathered = gathered + block.gather(block.tokens["support"])
-        return _Sums(sums, spread, token, gathered)
+    def reduce(self, state: Any, axis_name: AxisName, passed: Any) -> Any:
+        read = super().reduce(state[0], axis_name, passed)
+        return read, lax.psum(_about(read.sums.peak, state), axis_name)
 
-    def reduce(self, state: _Sums, axis_name: AxisName, passed: Any) -> _Sums:
-        sums = state.sums.reduce(axis_name)
-        spread = _about(sums.peak, state) if self.entropy else None
-        others = lax.psum((spread, state.token, state.gathered), axis_name)
-        return _Sums(sums, *others)
+    def finish(self, state: Any, passed: Any) -> tuple[Any, Any]:
+        outputs, residuals = super().finish(state[0], passed)
+        total = jnp.maximum(state[0].sums.sums[0], 1e-30)
+        entropy = jnp.log(total) - state[1] / total
+        return (outputs, entropy), (residuals, entropy)
 
-    def finish(self, state: _Sums, passed: Any) -> tuple[_Outputs, Any]:
-        peak, (total,) = state.sums
-        least = jnp.maximum(total, 1e-30)
-        entropy = jnp.log(least) - state.spread / least if self.entropy else None
-        token = state.token if self.support else None
-        values = state.token - peak - jnp.log(least)
-        return _Outputs(values, entropy, token, state.gathered), (state.sums.log_z, entropy)
+    def gradient(self, residuals: Any, cotangents: Any, block: LogitBlock) -> jax.Array:
+        read, entropy = residuals
+        total = super().gradient(read, cotangents[0], block)
+        if not self.entropy:
+            return total
+        log_p = block.student - neginf_to_zero(read[0].log_z)[..., None]
+        slope = jnp.where(block.student != -jnp.inf, log_p, 0.0) + entropy[..., None]
+        return total - cotangents[1][..., None] * jnp.exp(log_p) * slope
 
-    def gradient(self, residuals: Any, cotangents: _Outputs, block: LogitBlock) -> jax.Array:
-        log_z, entropy = residuals
-        ct, log_p = cotangents, block.student - log_z[..., None]
-        slope = ct.values[..., None]
-        if self.entropy:
-            log_p = jnp.where(block.student != -jnp.inf, log_p, 0.0)
-            slope = slope + ct.entropy[..., None] * (log_p + entropy[..., None])
-        total = -slope * jnp.exp(block.student - log_z[..., None])
-        at_token = ct.values if ct.token is None else ct.values + ct.token
-        hit = block.is_at(block.tokens["tokens"])
-        total = total + jnp.where(hit, at_token[..., None], 0.0)
-        if self.support:
-            total = block.scatter(total, block.tokens["support"], ct.gathered)
-        return total
-
-    def losses(self, outputs: _Outputs, tokens: Any) -> LogProbs:
-        labels, (values, entropy) = tokens["tokens"], outputs[:2]
-        if self.support:
-            ids = tokens["support"]
+    def losses(self, outputs: Any, tokens: Any) -> LogProbs:
+        read, entropy = outputs
+        values = read.label - neginf_to_zero(read.log_z)
+        if self.ids:
+            ids = tokens["ids"]
             recorded = (ids >= 0).any(-1)
-            z = jnp.where(ids < 0, -jnp.inf, jnp.where(ids < self.vocab, outputs.gathered, jnp.nan))
+            z = jnp.where(ids < 0, -jnp.inf, jnp.where(ids < self.vocab, read.gathered, jnp.nan))
             z = jnp.where(recorded[..., None], z, 0.0)
-            peak = lax.stop_gradient(neginf_to_zero(z.max(-1)))
-            z = z - peak[..., None]
             log_z = neginf_to_zero(jax.nn.logsumexp(z, -1))
-            values = jnp.where(recorded, outputs.token - peak - log_z, values)
-            if self.entropy:
-                log_p = z - log_z[..., None]
-                terms = jnp.exp(log_p) * jnp.where(log_p != -jnp.inf, log_p, 0.0)
-                entropy = jnp.where(recorded, -terms.sum(-1), entropy)
-        known = (labels >= 0) & (labels < self.vocab)
-        return LogProbs(jnp.where(known, values, jnp.nan), entropy)
+            values = jnp.where(recorded, read.label - log_z, values)
+            log_p = z - log_z[..., None]
+            terms = jnp.exp(log_p) * jnp.where(log_p != -jnp.inf, log_p, 0.0)
+            entropy = jnp.where(recorded, -terms.sum(-1), entropy)
+        known = (tokens["labels"] >= 0) & (tokens["labels"] < self.vocab)
+        return LogProbs(jnp.where(known, values, jnp.nan), entropy if self.entropy else None)
 
 
-def _about(peak: jax.Array, state: _Sums) -> jax.Array:
-    """`state.spread` about another peak."""
-    apart = state.sums.peak - peak
-    return jnp.exp(apart) * (state.spread + apart * state.sums.sums[0])
+def _about(peak: jax.Array, state: Any) -> jax.Array:
+    """The state's sum for the entropy, about another peak."""
+    (sums, *_), spread = state
+    apart = sums.peak - peak
+    return jnp.exp(apart) * (spread + apart * sums.sums[0])
