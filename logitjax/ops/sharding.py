@@ -17,10 +17,9 @@ from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-#: Mesh axes over which a batch is split, and a vocabulary: `logitjax.training.make_mesh`'s names,
-#: and `tp` of tunix.
+#: Mesh axes over which a batch is split, and a vocabulary: `logitjax.training.make_mesh`'s names.
 BATCH_AXES = ("dcn_data", "data", "fsdp")
-VOCABULARY_AXES = ("tensor", "tp")
+VOCABULARY_AXES = ("tensor",)
 
 
 def auto_axes(names: Sequence[str], size: int) -> tuple[str, ...]:
