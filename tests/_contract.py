@@ -354,6 +354,15 @@ TABLE: dict[str, Case] = {
         free=(("head", VOCAB),),
         counts=LABELLED,
     ),
+    "losses.linear_log_probs": Case(
+        call=lambda hidden, head, labels: tuple(
+            losses.linear_log_probs(hidden, head, labels, blocks=BLOCKS)[:1]
+        ),
+        swept=True,
+        arrays={"hidden": STATES, "head": HEAD, "labels": LABELS},
+        free=(("head", VOCAB),),
+        counts=LABELLED,
+    ),
     "losses.linear_fused_loss": Case(
         call=_fused,
         swept=True,
@@ -756,6 +765,7 @@ PACKAGES = [
 
 # What takes no array of numbers that could be spoilt, or is spoilt elsewhere.
 ELSEWHERE = {
+    "tests/losses/test_log_probs.py": "losses.pad_support",
     "fuzzed against XLA, by `benchmark kernels` and tests/kernels": """
         kernels.build kernels.in_use kernels.on_cpu kernels.lookup_sums kernels.row_products
         kernels.largest_ids""",
@@ -766,7 +776,7 @@ ELSEWHERE = {
     "tests/commands/test_few_shot.py": """
         few_shot.Candidate few_shot.FittedHead few_shot.Pictures few_shot.fit""",
     "values that functions above take or give; what they refuse is tested beside them": """
-        ops.Static losses.Blocks losses.Head losses.Readout losses.GraphStatistics
+        ops.Static losses.Blocks losses.Head losses.Readout losses.GraphStatistics losses.LogProbs
         distillation.FusionTeacher distillation.GraphConfig distillation.GraphFusionConfig
         few_shot.FeatureIdentity heads.HeadCost heads.Assignment
         vq.ConvertConfig vq.Pages vq.Screen vq.Shortlist vq.Tuning distillation.LayerPruning

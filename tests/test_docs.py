@@ -46,6 +46,7 @@ def test_the_train_step_of_ones_own_loop_trains():
     params = {"body": jnp.eye(8), "head": jnp.zeros((8, 32))}
     teacher = {"head": jnp.sin(jnp.arange(256.0)).reshape(8, 32)}
     batch = {"features": jnp.ones((2, 4, 8)), "mask": jnp.ones((2, 4), bool)}
+    batch["labels"] = (batch["features"][0] @ teacher["head"]).argmax(-1)[None].repeat(2, 0)
     opt_state = optax.adamw(1e-3).init(params)
     seen = []
     for _ in range(3):

@@ -107,6 +107,13 @@ def _readout(x: Any, hidden: Any, head: Any, *, blocks: Any) -> Any:
     return readout.cross_entropy + readout.statistics.std + readout.statistics.values.sum(-1)
 
 
+def _log_probs(x: Any, hidden: Any, head: Any, *, blocks: Any) -> Any:
+    support = jnp.stack([x["labels"], (x["labels"] + 5) % VOCAB], -1).at[:, 0].set(-1)
+    options = {"support": support, "entropy": True, "blocks": blocks}
+    log_probs = losses.linear_log_probs(hidden, head, x["labels"], **options)
+    return log_probs.values - 0.1 * log_probs.entropy
+
+
 def _assistant(x: Any, hidden: Any, head: Any, where: Any) -> Any:
     retain = jnp.arange(LENGTH) % 2 == jnp.zeros((BATCH, 1), jnp.int32)
     options = {"where": where, "blocks": BLOCKS}
@@ -157,6 +164,7 @@ LOSSES: dict[str, Callable[..., Any]] = {
     **{name: _weighted(loss) for name, loss in POSITIONED.items()},
     "linear_uniform_kl, masked_mean": _masked(_uniform),
     "linear_readout, masked_mean": _masked(_readout),
+    "linear_log_probs, masked_mean": _masked(_log_probs),
     "linear_fused_loss, weights": _fused,
     "linear_assistant_objective, where": _assistant,
     "sequence_nll, where": _sequence,

@@ -41,6 +41,9 @@ from logitjax.losses._linear_divergences import (
 )
 from logitjax.losses._linear_divergences import linear_kl_divergence as linear_kl_divergence
 from logitjax.losses._linear_divergences import linear_total_variation as linear_total_variation
+from logitjax.losses._linear_log_probs import LogProbs as LogProbs
+from logitjax.losses._linear_log_probs import linear_log_probs as linear_log_probs
+from logitjax.losses._linear_log_probs import pad_support as pad_support
 from logitjax.losses._linear_readout import Readout as Readout
 from logitjax.losses._linear_readout import linear_fused_loss as linear_fused_loss
 from logitjax.losses._linear_readout import linear_readout as linear_readout

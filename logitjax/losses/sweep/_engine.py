@@ -71,7 +71,7 @@ def contract(a, a_dims, b, b_dims):
 
 
 def compute_dtype(projection: Projection):
-    return jnp.result_type(projection.hidden.dtype, projection.head.kernel.dtype)
+    return projection.head.product_dtype(projection.hidden.dtype, projection.head.kernel.dtype)
 
 
 def sum_dtype(projection: Projection):

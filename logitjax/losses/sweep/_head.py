@@ -29,8 +29,12 @@ class Head:
         vocab_axis: the kernel's vocabulary axis, 0 or 1. None leaves it to the width of the hidden
             states, which says nothing of a square kernel.
         soft_cap: `cap`, as Gemma 2 has on its logits; none by default.
+        compute_dtype: type that hidden states and kernel are multiplied in, block by block; their
+            common type if None. With float32 master weights `jnp.bfloat16` keeps accelerators at
+            full speed: sums are float32, and the head's gradient has the head's own type.
 
     Raises:
+        TypeError: `compute_dtype` is not floating point.
         ValueError: `vocab_axis` is no axis of a matrix or `soft_cap` is not positive.
 
     >>> import jax, jax.numpy as jnp
@@ -46,6 +50,7 @@ class Head:
     bias: Any = None
     vocab_axis: int | None = dataclasses.field(default=None, metadata={"static": True})
     soft_cap: float | None = dataclasses.field(default=None, metadata={"static": True})
+    compute_dtype: Any = dataclasses.field(default=None, metadata={"static": True})
 
     def __post_init__(self) -> None:
         # Only of what no transformation changes: under vmap and tree.map leaves are anything.
@@ -53,6 +58,8 @@ class Head:
             raise ValueError(f"vocab_axis: expected 0, 1 or None, got {self.vocab_axis}")
         if self.soft_cap is not None:
             ops.checks.positive(self.soft_cap, "soft_cap")
+        if not jnp.issubdtype(self.product_dtype(jnp.float32, jnp.float32), jnp.floating):
+            raise TypeError(f"compute_dtype: expected floating point, got {self.compute_dtype}")
 
     @classmethod
     def of(cls, head: "Head | Array") -> "Head":
@@ -119,6 +126,11 @@ class Head:
         size = jnp.shape(self.kernel)[self.axis]
         return size if axis_name is None else size * lax.axis_size(axis_name)
 
+    def product_dtype(self, *dtypes: Any) -> Any:
+        """`compute_dtype`, or the common type of those given."""
+        given = dtypes if self.compute_dtype is None else (self.compute_dtype,)
+        return jnp.dtype(jnp.result_type(*map(jnp.dtype, given)))
+
     @property
     def rows(self) -> jax.Array:
         """The kernel as `[vocab, hidden]`.
@@ -133,8 +145,7 @@ class Head:
         """The logits that the blocked functions never hold, `[*batch, vocab]`, in float32.
 
         Args:
-            hidden: `[*batch, hidden]`; the product runs in the common type of hidden states and
-                kernel.
+            hidden: `[*batch, hidden]`.
 
         Raises:
             TypeError: an array is not floating point.
@@ -142,7 +153,7 @@ class Head:
         """
         hidden = jnp.asarray(hidden)
         head = self.resolve(hidden.shape[-1])
-        dtype = jnp.result_type(hidden.dtype, head.kernel.dtype)
+        dtype = head.product_dtype(hidden.dtype, jnp.result_type(head.kernel))
         logits = lax.dot_general(
             hidden.astype(dtype),
             jnp.asarray(head.kernel, dtype),

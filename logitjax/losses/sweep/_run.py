@@ -31,6 +31,8 @@ from logitjax.ops import Array, AxisName, Number
 # A TPU reads single numbers one after the other. Each id costs three operations a logit; with these
 # the logits wait for memory no longer.
 _IDS_TOGETHER = 4
+# Ours, and what tunix calls its own.
+_VOCABULARY_AXES = (*ops.sharding.VOCABULARY_AXES, "tp")
 
 
 def run(
@@ -264,7 +266,7 @@ def _on_auto_mesh(local: Callable[..., Any], operands: Operands, weights: Array 
         return tuple(name for name in ops.sharding.auto_axes(names, size) if mesh.shape[name] > 1)
 
     rows = dividing(ops.sharding.BATCH_AXES, hidden.shape[0]) if hidden.ndim > 1 else ()
-    columns = dividing(ops.sharding.VOCABULARY_AXES, head.vocab_size())
+    columns = dividing(_VOCABULARY_AXES, head.vocab_size())
     if not rows + columns:
         return local(operands, weights, None)
     # Where arrays lie, in the place of arrays.

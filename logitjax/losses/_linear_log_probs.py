@@ -1,0 +1,216 @@
+"""Log-probabilities of given tokens, and entropies, from hidden states."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Bool, Float, Int
+
+from logitjax.losses.sweep import Blocks, Head, LogitBlock, ReadoutStatistic, run
+from logitjax.ops import Array, AxisName, Number, checks, neginf_to_zero
+
+
+class LogProbs(NamedTuple):
+    """The numbers that `linear_log_probs` returns, both `[*batch]`, float32 and differentiable.
+
+    Attributes:
+        values: Log-probabilities of the tokens, in nats.
+        entropy: Entropies of the distributions that they are drawn from; None if not asked for.
+    """
+
+    values: jax.Array
+    entropy: Any = None
+
+
+def linear_log_probs(
+    hidden: Float[Array, "*batch hidden"],
+    head: Head | Float[Array, "rows columns"],
+    tokens: Int[Array, "*batch"],
+    *,
+    temperature: Number = 1.0,
+    support: Any = None,
+    entropy: bool = False,
+    vocab_where: Bool[Array, " vocab"] | None = None,
+    blocks: Blocks | None = None,
+    axis_name: AxisName | None = None,
+) -> LogProbs:
+    """Compute the log-probabilities that policy-gradient losses are made of, without the logits.
+
+    One sweep over the vocabulary gives both numbers and one more their gradient. The distribution
+    has to be that of the sampler's number which it is compared with:
+
+    | vLLM's `logprobs_mode`  | here                                                              |
+    |-------------------------|-------------------------------------------------------------------|
+    | `raw_logprobs`          | temperature 1 and no support, however the token was drawn         |
+    | `processed_logprobs`    | the temperature, and the ids that top-k, top-p and min-p have left|
+    | `raw_logits`,           | no log-probabilities: `linear_readout` has `label_logit`          |
+    | `processed_logits`      |                                                                   |
+
+    The sampler of tunix divides by the temperature and normalises over the whole vocabulary, even
+    where it has cut the vocabulary. Penalties and biases that differ from token to token cannot be
+    given here.
+
+    ::
+
+        log p_y = z_y - log sum_{v in S} exp z_v,    H = -sum_{v in S} p_v log p_v,
+        d z_v   = g (1[v = y] - p_v) - e p_v (log p_v + H)    for cotangents g, e
+
+    Args:
+        hidden: `[*batch, hidden]`, at positions that predict the tokens.
+        head: A `Head`, or a kernel `[hidden, vocab]` or `[vocab, hidden]` alone.
+        tokens: `[*batch]` ids.
+        temperature: Divides the logits; positive; may be traced, but gets no gradient.
+        support: The sets `S` as the sampler has recorded them: `[*batch, n]` ids, padded with -1,
+            or `(ids, row_splits)`, see `pad_support`. A token that its set lacks is added, an id
+            counts once, and an empty set stands for the whole vocabulary. Sets found anew from the
+            trained model's own logits would differ from those by rounding, and later by training.
+        entropy: Whether to return it.
+        vocab_where: `[vocab]` boolean: True for the entries that exist, as in a padded vocabulary.
+        blocks: What may be held at a time; chosen from shapes and device when None.
+        axis_name: Inside `jax.shard_map` with the head's vocabulary split over this mesh axis: that
+            axis. Ids count over the whole vocabulary.
+
+    Returns:
+        `LogProbs`; `-inf` where the token's entry does not exist, nan where an id is past the
+        vocabulary.
+
+    Raises:
+        TypeError: Arrays have the wrong type.
+        ValueError: Shapes do not fit, or a kernel is square and its `vocab_axis` is not given.
+
+    >>> import jax, numpy as np
+    >>> hidden, head = np.ones((2, 1)), np.array([[1.0, 2.0, 3.0, 0.0]])
+    >>> support = np.array([[0, 1, 2], [-1, -1, -1]])
+    >>> read = jax.jit(linear_log_probs, static_argnames="entropy")
+    >>> read(hidden, head, np.array([2, 2]), support=support, entropy=True)
+    LogProbs(values=Array([-0.4076..., -0.4401...], dtype=float32),
+             entropy=Array([0.8323..., 0.9475...], dtype=float32))
+
+    References:
+        DeepSeek-V3.2, 2025 (arXiv 2512.02556), section 3.1, for the sampler's sets.
+    """
+    checks.shapes(hidden=(hidden, "float *batch hidden"), tokens=(tokens, "int *batch"))
+    hidden, tokens = jnp.asarray(hidden), jnp.asarray(tokens)
+    head = Head.of(head).resolve(hidden.shape[-1])
+    ids = jnp.zeros((*tokens.shape, 0), jnp.int32)
+    if support is not None:
+        ids = _with_tokens(support, tokens)
+    statistic = _LogProbs(
+        labels=True, ids=ids.shape[-1], vocab=head.vocab_size(axis_name), entropy=entropy
+    )
+    return run(
+        statistic,
+        hidden,
+        head,
+        tokens={"labels": tokens, "ids": ids},
+        temperature=temperature,
+        vocab_where=vocab_where,
+        blocks=blocks,
+        axis_name=axis_name,
+    )
+
+
+def pad_support(ids: Array, row_splits: Array, batch: tuple[int, ...]) -> np.ndarray:
+    """Lay out sets of ids as `[*batch, n]`, padded with -1, from one list of all of them.
+
+    Args:
+        ids: `[total]`, the sets one after the other.
+        row_splits: `[positions + 1]`, where each begins, and the end. No tracer: the largest set
+            tells `n`, so this is done outside of `jit`.
+        batch: Shape of the positions.
+
+    Raises:
+        ValueError: The splits are none of these positions and ids.
+
+    >>> pad_support(np.array([5, 7, 2]), np.array([0, 2, 2, 3]), (3,)).tolist()
+    [[5, 7], [-1, -1], [2, -1]]
+    """
+    if isinstance(row_splits, jax.core.Tracer):
+        raise ValueError("support: expected row_splits outside of jit, got a tracer: pad_support")
+    ids, splits = np.asarray(ids), np.asarray(row_splits)
+    counts, size = np.diff(splits), int(np.prod(batch)) + 1
+    whole = splits.shape == (size,) and (splits[0], splits[-1]) == (0, ids.size)
+    if not whole or (counts < 0).any():
+        wanted = f"{size} rising numbers from 0 to {ids.size}"
+        raise ValueError(f"row_splits: expected {wanted}, got {splits}")
+    there = np.arange(max(counts.max(initial=0), 1)) < counts[:, None]
+    padded = np.full(there.shape, -1, np.int32)
+    padded[there] = ids
+    return padded.reshape(*batch, -1)
+
+
+def _with_tokens(support: Any, tokens: jax.Array) -> jax.Array:
+    """The sets with their tokens, each id once and the others -1; empty ones stay empty."""
+    if isinstance(support, tuple):
+        support = pad_support(*support, tokens.shape)
+    checks.shapes(tokens=(tokens, "int *batch"), support=(support, "int *batch n"))
+    ids = jnp.asarray(support).astype(jnp.int32)
+    tokens = jnp.where((ids >= 0).any(-1), tokens.astype(jnp.int32), -1)
+    ids = jnp.sort(jnp.concatenate([ids, tokens[..., None]], -1), -1)
+    repeated = jnp.concatenate([ids[..., :1] < 0, ids[..., 1:] == ids[..., :-1]], -1)
+    return jnp.where(repeated, -1, ids)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _LogProbs(ReadoutStatistic):
+    """Gives a `LogProbs` of what is read at the token and its set, and of a sum of its own."""
+
+    vocab: int
+    entropy: bool
+
+    def start(self, batch: tuple[int, ...], dtype: Any, passed: Any) -> Any:
+        return super().start(batch, dtype, passed), jnp.zeros(batch, dtype)
+
+    def absorb(self, state: Any, block: LogitBlock, passed: Any) -> Any:
+        read, z = super().absorb(state[0], block, passed), block.student
+        if not self.entropy:
+            return read, state[1]
+        # The sum of exp(z - peak) (z - peak): of logits far from zero nothing cancels.
+        off = z - read.sums.peak[..., None]
+        more = jnp.exp(off) * jnp.where(z != -jnp.inf, off, 0.0)
+        return read, _about(read.sums.peak, state) + more.sum(-1)
+
+    def reduce(self, state: Any, axis_name: AxisName, passed: Any) -> Any:
+        read = super().reduce(state[0], axis_name, passed)
+        return read, lax.psum(_about(read.sums.peak, state), axis_name)
+
+    def finish(self, state: Any, passed: Any) -> tuple[Any, Any]:
+        outputs, residuals = super().finish(state[0], passed)
+        total = jnp.maximum(state[0].sums.sums[0], 1e-30)
+        entropy = jnp.log(total) - state[1] / total
+        return (outputs, entropy), (residuals, entropy)
+
+    def gradient(self, residuals: Any, cotangents: Any, block: LogitBlock) -> jax.Array:
+        read, entropy = residuals
+        total = super().gradient(read, cotangents[0], block)
+        if not self.entropy:
+            return total
+        log_p = block.student - neginf_to_zero(read[0].log_z)[..., None]
+        slope = jnp.where(block.student != -jnp.inf, log_p, 0.0) + entropy[..., None]
+        return total - cotangents[1][..., None] * jnp.exp(log_p) * slope
+
+    def losses(self, outputs: Any, tokens: Any) -> LogProbs:
+        read, entropy = outputs
+        values = read.label - neginf_to_zero(read.log_z)
+        if self.ids:
+            ids = tokens["ids"]
+            recorded = (ids >= 0).any(-1)
+            z = jnp.where(ids < 0, -jnp.inf, jnp.where(ids < self.vocab, read.gathered, jnp.nan))
+            z = jnp.where(recorded[..., None], z, 0.0)
+            log_z = neginf_to_zero(jax.nn.logsumexp(z, -1))
+            values = jnp.where(recorded, read.label - log_z, values)
+            log_p = z - log_z[..., None]
+            terms = jnp.exp(log_p) * jnp.where(log_p != -jnp.inf, log_p, 0.0)
+            entropy = jnp.where(recorded, -terms.sum(-1), entropy)
+        known = (tokens["labels"] >= 0) & (tokens["labels"] < self.vocab)
+        return LogProbs(jnp.where(known, values, jnp.nan), entropy if self.entropy else None)
+
+
+def _about(peak: jax.Array, state: Any) -> jax.Array:
+    """The state's sum for the entropy, about another peak."""
+    (sums, *_), spread = state
+    apart = sums.peak - peak
+    return jnp.exp(apart) * (spread + apart * sums.sums[0])
