@@ -1,14 +1,13 @@
 """Our losses inside MaxText: its distillation trainer, and its pre-training step.
 
 With `num_vocab_tiling` of 2 or more MaxText's decoder forms no logits and shows its last hidden
-states, before the final norm. From these and the head our losses are formed, block by block of the
-vocabulary. See docs/maxtext.md.
+states, from which our losses are formed. See docs/maxtext.md. It needs
+`pip install 'logitjax[maxtext]'` and Python 3.12, and was run with maxtext 0.2.5 and tunix 0.1.7.
 
-It needs `pip install 'logitjax[maxtext]'` and Python 3.12; it was tried with maxtext 0.2.5 and
-google-tunix 0.1.7. That pair does not run as it is: `MaxTextCheckpointManager` reads
-`_checkpointer`, which tunix has on its main branch and in no release up to 0.1.7, and a training
-ends with an AttributeError. `distillation_trainer` gives its trainer tunix's own manager instead:
-student and optimizer are saved and restored, the position in the data is not.
+That pair does not run as it is: `MaxTextCheckpointManager` reads `_checkpointer`, which tunix has
+on its main branch and in no release up to 0.1.7, and a training ends with an AttributeError.
+`distillation_trainer` gives its trainer tunix's own manager instead: student and optimizer are
+saved and restored, the position in the data is not.
 """
 
 import math
@@ -32,26 +31,20 @@ from tunix.sft import checkpoint_manager  # noqa: E402
 Output = distillation_utils.DistillationForwardOutput
 
 
-def states_and_head(
-    model: Any, hidden: jax.Array, *, deterministic: bool = True
-) -> tuple[jax.Array, losses.Head]:
-    """What a MaxText model's head multiplies, and the head.
+def states_and_head(model: Any, hidden: Any, *, dropout: bool = False) -> tuple[Any, losses.Head]:
+    """A MaxText model's hidden states after its final norm, and its head.
 
     Args:
         model: A MaxText decoder model.
-        hidden: `[batch, positions, width]`, as vocabulary tiling shows them: before the final norm.
-        deterministic: Whether to leave out dropout.
-
-    Returns:
-        Hidden states after the norm, and a `losses.Head` with the model's soft cap. Logits of the
-        two are the model's.
+        hidden: `[batch, positions, width]`, as vocabulary tiling shows them: before the norm.
+        dropout: Whether there is dropout before the head.
     """
     config, decoder = model.config, model.decoder
-    hidden = decoder.dropout(decoder.decoder_norm(hidden), deterministic=deterministic)
+    hidden = decoder.dropout(decoder.decoder_norm(hidden), deterministic=not dropout)
     if not config.logits_via_embedding:
         dtype = jnp.float32 if config.logits_dot_in_fp32 else config.dtype
-        kernel = decoder.logits_dense.kernel[...]
-        return hidden.astype(dtype), losses.Head(kernel.astype(dtype), vocab_axis=1)
+        kernel = decoder.logits_dense.kernel[...].astype(dtype)
+        return hidden.astype(dtype), losses.Head(kernel, vocab_axis=1)
     # MaxText rounds a tied table to bfloat16, whatever types its configuration names.
     table = model.token_embedder.embedding[...].astype(jnp.bfloat16)
     if config.normalize_embedding_logits:
@@ -59,43 +52,21 @@ def states_and_head(
     return hidden, losses.Head(table, vocab_axis=0, soft_cap=config.final_logits_soft_cap or None)
 
 
-def forward(
-    model: Any,
-    input_tokens: jax.Array,
-    positions: jax.Array,
-    attention_mask: Any = None,
-    decoder_segment_ids: Any = None,
-    cache: Any = None,
-    **targets: Any,
+def _forward(
+    model: Any, input_tokens: Any, positions: Any, decoder_segment_ids: Any = None, **other: Any
 ) -> Output | None:
-    """A forward function of MaxText's trainer whose `logits` are `states_and_head`.
-
-    A teacher's head is returned too: its forward pass is a part of the jitted step, where returning
-    it copies nothing.
-
-    Raises:
-        ValueError: The model's configuration has no vocabulary tiling.
-    """
-    del attention_mask, cache  # As in MaxText's own.
+    """A forward function of MaxText's trainer, with `states_and_head` as its `logits`."""
     if model is None:
         return None  # No teacher: the objective says whether it needs one.
-    config = model.config
-    logits = model(
-        decoder_input_tokens=input_tokens,
-        decoder_positions=positions,
-        decoder_segment_ids=decoder_segment_ids,
-        enable_dropout=config.enable_dropout,
-        **targets,
-    )
+    targets = {name: array for name, array in other.items() if name.startswith("decoder_target")}
+    dropout = model.config.enable_dropout
+    logits = model(input_tokens, positions, decoder_segment_ids, enable_dropout=dropout, **targets)
     if logits is not None:
-        raise ValueError(
-            f"num_vocab_tiling: expected at least 2, which shows hidden states, got "
-            f"{config.num_vocab_tiling}"
-        )
+        tiles = model.config.num_vocab_tiling
+        raise ValueError(f"num_vocab_tiling: expected at least 2, for hidden states, got {tiles}")
     sown = nnx.pop(model, nnx.Intermediate).to_pure_dict()
-    pair = states_and_head(
-        model, sown["decoder"]["hidden_states"][0], deterministic=not config.enable_dropout
-    )
+    # A teacher's head too: all this is inside the jitted step, where to return it copies nothing.
+    pair = states_and_head(model, sown["decoder"]["hidden_states"][0], dropout=dropout)
     balance = maxtext_utils.collect_intermediates_by_suffix(sown, "moe_lb_loss")
     return Output(pair, moe_lb_loss=jnp.mean(jnp.concatenate(balance)) if balance else None)
 
@@ -103,10 +74,9 @@ def forward(
 class ObjectiveStrategy(distillation_utils.DistillationStrategy):
     """A `distillation.Objective` as a strategy of MaxText's distillation trainer.
 
-    The teacher is the trainer's own model; or the batch's `top_k_logits` and `top_k_indices`, as
-    MaxText stores them, whose rest is unknown; or, as `top_k_logits`, a `distillation.Teacher` or
-    several, made of a `TeacherCache` for instance. Loss and metrics are means over the targets that
-    count.
+    The teacher is the trainer's model; or the batch's `top_k_logits` and `top_k_indices`, as
+    MaxText stores them; or, as `top_k_logits`, a `distillation.Teacher` or a list of several, made
+    of a `TeacherCache` for instance. Loss and metrics are means over the targets that count.
 
     Args:
         objective: What is minimised.
@@ -121,23 +91,20 @@ class ObjectiveStrategy(distillation_utils.DistillationStrategy):
         for term, _ in objective.terms:
             if type(term).init is not Term.init:
                 raise ValueError(f"objective: expected terms without arrays to train, got {term}")
-        super().__init__(forward, forward, vocab_size=0, pad_id=pad_id)  # type: ignore[arg-type]
+        super().__init__(_forward, _forward, vocab_size=0, pad_id=pad_id)  # type: ignore[arg-type]
         self.objective = objective
 
-    def create_labels(
-        self, targets: jax.Array, targets_segmentation: Any = None, **_: Any
-    ) -> tuple[jax.Array, jax.Array]:
+    def create_labels(self, targets: Any, targets_segmentation: Any = None, **_: Any) -> Any:
         """The targets, and where they count."""
         where = jnp.ones(targets.shape, bool) if self.pad_id is None else targets != self.pad_id
-        return targets, where if targets_segmentation is None else where & (
-            targets_segmentation != 0
-        )
+        if targets_segmentation is not None:
+            where &= targets_segmentation != 0
+        return targets, where
 
     def compute_loss(
         self, student_output: Output, teacher_output: Any, labels: Any, step: Any = None
     ) -> tuple[jax.Array, dict[str, Any]]:
         """The objective's mean, and a pair of sum and count for each term."""
-        del step
         targets, where = labels
         total, count, metrics = self.objective.value(
             *student_output.logits, {"labels": targets}, _teachers(teacher_output), where=where
@@ -148,9 +115,7 @@ class ObjectiveStrategy(distillation_utils.DistillationStrategy):
         pairs = {f"distill/{name}": pair for name, pair in metrics.items()}
         return loss, pairs | {distillation_utils.METRIC_TOTAL_LOSS: (loss, jnp.float32(1))}
 
-    def compute_eval_loss(
-        self, student_output: Output, labels: Any
-    ) -> tuple[jax.Array, dict[str, Any]]:
+    def compute_eval_loss(self, student_output: Output, labels: Any) -> tuple[Any, dict[str, Any]]:
         """The mean cross-entropy of the targets."""
         targets, where = labels
         weights = where.astype(jnp.float32)
@@ -159,10 +124,8 @@ class ObjectiveStrategy(distillation_utils.DistillationStrategy):
 
 
 def _teachers(output: Any) -> list[Teacher]:
-    if output is None or isinstance(output, Teacher):
-        return [] if output is None else [output]
     if not isinstance(output, Output):
-        return list(output)
+        return [output] if isinstance(output, Teacher) else list(output or ())
     if output.top_k_indices is not None:
         top = losses.GraphStatistics(values=output.logits, indices=output.top_k_indices)
         return [Teacher(statistics=top)]
@@ -188,28 +151,23 @@ def distillation_trainer(
         teacher: A MaxText model of the same vocabulary; None where batches bring the teacher.
         strategy: An `ObjectiveStrategy`, or one of MaxText's.
         optimizer: From `optax.inject_hyperparams`, as MaxText asks.
-        training_config: A `tunix.sft.peft_trainer.TrainingConfig`, without a directory of
-            checkpoints.
+        training_config: tunix's `TrainingConfig`.
         student_config: MaxText's configuration of the student.
-        teacher_config: That of the teacher.
-        checkpoint_directory: Where the student and the optimizer are saved; a run that was stopped
-            goes on from there, but begins the data anew. None saves nothing.
+        teacher_config: That of the teacher; the student's if there is none.
+        checkpoint_directory: Where student and optimizer are saved, and taken up again; the data
+            begins anew. None saves nothing.
     """
+    bundle = train_distill.ModelBundle(teacher, student)
+    configs = (training_config, student_config, teacher_config)
     trainer = train_distill.MaxTextDistillationTrainer(
-        train_distill.ModelBundle(teacher, student),
-        strategy,
-        optimizer,
-        training_config,
-        student_config,
-        teacher_config,
-        is_offline=teacher is None,
+        bundle, strategy, optimizer, *configs, is_offline=teacher is None
     )
     folder = None if checkpoint_directory is None else os.path.abspath(checkpoint_directory)
     trainer.checkpoint_manager = _StudentCheckpoints(folder, training_config.checkpointing_options)
-    step, _ = trainer.checkpoint_manager.maybe_restore(trainer.model, trainer.optimizer)
+    step, _ = trainer.checkpoint_manager.maybe_restore(bundle, trainer.optimizer)
     trainer._train_steps = step
     trainer._iter_steps = step * (training_config.gradient_accumulation_steps or 1)
-    trainer.model.training_step.set_value(jnp.int32(step))
+    bundle.training_step.set_value(jnp.int32(step))
     trainer.is_managed_externally = trainer._has_aux = True
     return trainer.with_gen_model_input_fn(_inputs)
 
@@ -225,14 +183,13 @@ class _StudentCheckpoints(checkpoint_manager.CheckpointManager):
 
 
 def _inputs(batch: distillation_utils.MaxTextTrainingInput) -> dict[str, Any]:
-    """Arguments of a forward pass, as MaxText's own `custom_gen_model_input_fn` has them."""
+    """What the trainer's step reads of a batch, as MaxText's `custom_gen_model_input_fn` has it."""
     names = ("input_tokens", "positions", "decoder_segment_ids", "targets", "targets_segmentation")
     inputs = {name: getattr(batch, name) for name in names} | {"attention_mask": batch.input_mask}
+    teacher = batch.top_k_logits
     if batch.top_k_indices is not None:
-        teacher = Output(batch.top_k_logits, top_k_indices=batch.top_k_indices)
-        return inputs | {"teacher_output": teacher}
-    taught = batch.top_k_logits is not None
-    return inputs | ({"teacher_output": batch.top_k_logits} if taught else {})
+        teacher = Output(teacher, top_k_indices=batch.top_k_indices)
+    return inputs if teacher is None else inputs | {"teacher_output": teacher}
 
 
 def tiling_loss(
@@ -240,32 +197,16 @@ def tiling_loss(
 ) -> tuple[jax.Array, jax.Array]:
     """Cross-entropy of pre-training, in place of `vocab_tiling_nnx_loss`.
 
-    MaxText tiles tokens and forms whole rows of logits of each tile, with one-hot targets; this
-    visits the vocabulary in blocks, and forms the gradients in the same sweep.
-
-    ::
-
-        from maxtext.trainers.pre_train import train
-        train.vocab_tiling_nnx_loss = logitjax.integrations.maxtext.tiling_loss
-
-    Args:
-        model: A MaxText model.
-        hidden_states: `[batch, positions, width]`, before the final norm.
-        data: `targets` and `targets_segmentation`, `[batch, positions]`.
-        config: MaxText's configuration.
-        is_train: Whether dropout may be on.
-
-    Returns:
-        The sum of the cross-entropy, with its z-loss, over targets whose segment is not 0; and that
-        of the z-loss.
+    MaxText tiles tokens, with whole rows of logits and one-hot targets; this visits the vocabulary
+    in blocks. Set `maxtext.trainers.pre_train.train.vocab_tiling_nnx_loss` to it. It takes and
+    returns the same: sums over targets whose segment is not 0, of the cross-entropy with its z-loss
+    and of the z-loss.
     """
-    deterministic = not (is_train and config.enable_dropout)
-    hidden, head = states_and_head(model, hidden_states, deterministic=deterministic)
-    labels, weights = data["targets"], (data["targets_segmentation"] != 0).astype(jnp.float32)
+    pair = states_and_head(model, hidden_states, dropout=is_train and config.enable_dropout)
+    labels, where = data["targets"], data["targets_segmentation"] != 0
     if not config.z_loss_multiplier:
-        total = losses.linear_cross_entropy(hidden, head, labels, weights=weights)
+        total = losses.linear_cross_entropy(*pair, labels, weights=where.astype(jnp.float32))
         return total, jnp.zeros_like(total)
-    read = losses.linear_readout(hidden, head, labels=labels)
-    z_loss = config.z_loss_multiplier * jnp.square(read.log_z)
-    total = jnp.where(weights > 0, read.cross_entropy + z_loss, 0.0).sum()
-    return total, (weights * z_loss).sum()
+    read = losses.linear_readout(*pair, labels=labels)
+    z_loss = jnp.where(where, config.z_loss_multiplier * jnp.square(read.log_z), 0.0)
+    return (jnp.where(where, read.cross_entropy, 0.0) + z_loss).sum(), z_loss.sum()

@@ -28,7 +28,7 @@ def stored_rows(count):
     }
 
 
-def write(folder, count=5, rows_per_file=2):
+def write(folder, count=5):
     """A cache without the rest, the columns of its rows, and MaxText's files of both."""
     rows = stored_rows(count)
     identity = distillation.TeacherIdentity(
@@ -45,24 +45,25 @@ def write(folder, count=5, rows_per_file=2):
     cache.fill(range(count), lambda n: {name: a[n] for name, a in rows.items()}, batch_size=2)
     inputs = np.arange(count * POSITIONS, dtype=np.int32).reshape(count, POSITIONS)
     columns = {"inputs": inputs, "targets": inputs + 1, "targets_segmentation": inputs % 2}
-    files = maxtext_files.store_top_k(
-        cache, range(count), columns, folder / "files", rows_per_file=rows_per_file
-    )
-    return rows, columns, files
+    return rows, columns, maxtext_files.store_top_k(cache, range(count), columns, folder / "files")
 
 
-def test_a_cache_goes_to_maxtexts_files_and_comes_back_with_equal_ids_and_values(tmp_path):
+def test_a_cache_goes_to_maxtexts_files_and_comes_back_with_equal_ids_and_values(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(maxtext_files, "_PART", 2)
     rows, columns, files = write(tmp_path)
     assert [file.name for file in files] == [
         f"teacher_top_k_part_{number:05d}_host_000.array_record" for number in range(3)
     ]
-    stored = maxtext_files.StoredTopK(files)
-    read = stored.read([4, 0])
+    stored = list(maxtext_files.stored_rows(files))
     for name, column in columns.items():
-        np.testing.assert_array_equal(read[name], column[[4, 0]])
-    back = maxtext_files.cache_stored_top_k(
-        stored, tmp_path / "back", model="t", tokenizer="t", vocab_size=VOCAB, batch_size=4
-    )
+        np.testing.assert_array_equal([row[name] for row in stored], column)
+    for _ in range(2):
+        back = maxtext_files.cache_stored_top_k(
+            files, tmp_path / "back", model="t", tokenizer="t", vocab_size=VOCAB
+        )
+    assert len(list((tmp_path / "back").glob("*.array_record"))) == 3
     assert not back.identity.rest
     said = back.read([3, -1, 0])
     assert sorted(said) == ["indices", "values"]
@@ -77,39 +78,38 @@ def test_a_record_that_maxtext_wrote_is_read(tmp_path):
     writer = ArrayRecordWriter(str(tmp_path / "one"), "group_size:1")
     writer.write(EXAMPLE)
     writer.close()
-    stored = maxtext_files.StoredTopK([tmp_path / "one"])
-    read = {name: array.tolist() for name, array in stored.read([0]).items()}
-    assert (stored.positions, stored.k) == (2, 2)
-    assert read == {
-        "inputs": [[1, 200]],
-        "top_k_logits": [[[1.5, -2.0], [0.25, 0.0]]],
-        "top_k_indices": [[[7, 300], [0, 1]]],
+    (row,) = maxtext_files.stored_rows([tmp_path / "one"])
+    assert {name: array.tolist() for name, array in row.items()} == {
+        "inputs": [1, 200],
+        "top_k_logits": [[1.5, -2.0], [0.25, 0.0]],
+        "top_k_indices": [[7, 300], [0, 1]],
     }
 
 
 def test_a_file_that_is_cut_off_is_refused_by_its_name(tmp_path):
-    *_, files = write(tmp_path)
-    whole = files[1].read_bytes()
+    *_, (file,) = write(tmp_path)
+    whole = file.read_bytes()
     for size in (len(whole) - 1, len(whole) // 2, 0):
-        files[1].write_bytes(whole[:size])
+        file.write_bytes(whole[:size])
         with pytest.raises(ValueError) as error:
-            maxtext_files.StoredTopK(files)
-        assert str(error.value).startswith(f"{files[1]}: expected a whole array_record file")
+            list(maxtext_files.stored_rows([file]))
+        assert str(error.value).startswith(f"{file}: expected a whole array_record file")
         assert "\n" not in str(error.value)
 
 
 def test_other_records_and_ids_outside_of_the_vocabulary_are_refused(tmp_path):
     rows, _, files = write(tmp_path, count=2)
-    stored = maxtext_files.StoredTopK(files)
     options = dict(model="t", tokenizer="t", vocab_size=int(rows["indices"].max()))
     with pytest.raises(ValueError, match="top_k_indices: expected ids in 0"):
-        maxtext_files.cache_stored_top_k(stored, tmp_path / "small", **options)
+        maxtext_files.cache_stored_top_k(files, tmp_path / "small", **options)
+    with pytest.raises(ValueError, match="files: expected rows, got none in 0 files"):
+        maxtext_files.cache_stored_top_k([], tmp_path / "none", **options)
     cache = distillation.TeacherCache(tmp_path / "cache")
-    with pytest.raises(ValueError, match=r"columns: expected .* got inputs None"):
+    with pytest.raises(ValueError, match=r"columns\['inputs'\]: expected \(1, 5\), got None"):
         maxtext_files.store_top_k(cache, [0], {}, tmp_path / "more")
-    (part,) = sorted((tmp_path / "cache").glob("*.array_record"))
-    with pytest.raises(ValueError, match=f"{part}: expected stored top logits, got another row 0"):
-        maxtext_files.StoredTopK([part])
+    (part,) = (tmp_path / "cache").glob("*.array_record")
+    with pytest.raises(ValueError, match=f"{part}: expected stored top logits, got something"):
+        list(maxtext_files.stored_rows([part]))
 
 
 def statistics(**changes):
