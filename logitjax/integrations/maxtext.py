@@ -7,7 +7,7 @@ states, from which our losses are formed. See docs/maxtext.md. It needs
 That pair does not run as it is: `MaxTextCheckpointManager` reads `_checkpointer`, which tunix has
 on its main branch and in no release up to 0.1.7, and a training ends with an AttributeError.
 `distillation_trainer` gives its trainer tunix's own manager instead: student and optimizer are
-saved and restored, the position in the data is not.
+saved and restored, and batches that were seen are skipped, where MaxText restores its iterator.
 """
 
 import math
@@ -141,7 +141,7 @@ def distillation_trainer(
     training_config: Any,
     *,
     student_config: Any,
-    teacher_config: Any,
+    teacher_config: Any = None,
     checkpoint_directory: str | os.PathLike[str] | None = None,
 ) -> train_distill.MaxTextDistillationTrainer:
     """MaxText's distillation trainer, ready for `train(MaxTextToTunixIterator(batches))`.
@@ -153,9 +153,9 @@ def distillation_trainer(
         optimizer: From `optax.inject_hyperparams`, as MaxText asks.
         training_config: tunix's `TrainingConfig`.
         student_config: MaxText's configuration of the student.
-        teacher_config: That of the teacher; the student's if there is none.
-        checkpoint_directory: Where student and optimizer are saved, and taken up again; the data
-            begins anew. None saves nothing.
+        teacher_config: That of the teacher; None where there is none.
+        checkpoint_directory: Where student and optimizer are saved, and taken up again; give the
+            batches from the first one. None saves nothing.
     """
     bundle = train_distill.ModelBundle(teacher, student)
     configs = (training_config, student_config, teacher_config)
@@ -168,7 +168,7 @@ def distillation_trainer(
     trainer._train_steps = step
     trainer._iter_steps = step * (training_config.gradient_accumulation_steps or 1)
     bundle.training_step.set_value(jnp.int32(step))
-    trainer.is_managed_externally = trainer._has_aux = True
+    trainer._has_aux = True
     return trainer.with_gen_model_input_fn(_inputs)
 
 

@@ -86,4 +86,4 @@ def test_an_objective_trains_in_a_loop_of_ones_own(make):
         seen.append(float(value))
     (kl, count), (sft, _) = metrics["full_kl"], metrics["sft"]
     np.testing.assert_allclose(value, 0.5 * (kl + sft) / count, rtol=1e-5)
-    assert seen[-1] < 0.7 * seen[0]
+    assert seen[-1] < 0.8 * seen[0]
