@@ -160,6 +160,11 @@ def declared_attributes(
         raise ValueError(
             f"loss {name!r}: expected at least {needs.top_k} top logits of a teacher, got {kept}"
         )
+    if needs.top_k and needs.rest and statistics.log_z is None:  # type: ignore[union-attr]
+        raise ValueError(
+            f"loss {name!r}: expected a teacher that tells the mass of what its top logits leave "
+            "out, got top logits alone"
+        )
     if needs.hidden and (teacher.hidden is None or teacher.head is None):
         raise ValueError(
             f"loss {name!r}: expected a teacher's hidden states and head, got what a cache keeps; "

@@ -26,7 +26,8 @@ class GraphStatistics:
     Attributes:
         values: the k largest raw logits, descending, `[*batch, positions, k]`.
         indices: their vocabulary ids, int32, `[*batch, positions, k]`.
-        log_z: log-sum-exp of the logits, `[*batch, positions]`.
+        log_z: log-sum-exp of the logits, `[*batch, positions]`; None where nobody kept more than
+            the top logits, and then so are the next two.
         mean: mean of the finite logits, `[*batch, positions]`.
         std: their population standard deviation, `[*batch, positions]`.
         tail: draws from outside the top k, where a cache keeps some.
@@ -35,17 +36,17 @@ class GraphStatistics:
 
     values: Any
     indices: Any
-    log_z: Any
-    mean: Any
-    std: Any
+    log_z: Any = None
+    mean: Any = None
+    std: Any = None
     tail: TailSample | None = None
     vocab_size: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def top_k(self) -> ops.TopK:
         """The part that other losses take: values, ids and log-sum-exp."""
-        values, indices, log_z = map(jnp.asarray, (self.values, self.indices, self.log_z))
-        return ops.TopK(values=values, indices=indices, log_z=log_z)
+        log_z = None if self.log_z is None else jnp.asarray(self.log_z)
+        return ops.TopK(jnp.asarray(self.values), jnp.asarray(self.indices), log_z)
 
     def truncate(self, k: int) -> "GraphStatistics":
         """Keep the first k of each position; ValueError if there are fewer."""

@@ -50,7 +50,8 @@ def sparse_kl_divergence(
     Args:
         student: logits `[*batch, vocab]`, or the student's `TopK` at the *teacher's* indices (from
             `linear_readout`), followed by those of the sample.
-        teacher: `TopK` with k entries. Gets no gradient.
+        teacher: `TopK` with k entries. Gets no gradient. One without a `log_z` is compared by
+            'renormalize' alone.
         tail: 'bucket'; 'renormalize', which ignores the tail; or a `TailSample` `[*batch, m]`,
             forward only, which gets no gradient.
         temperature: with 'renormalize' only: the mass of the tail is known at temperature 1.
@@ -71,8 +72,8 @@ def sparse_kl_divergence(
     0.1733
 
     References:
-        MaxText and DistillKit keep top logits with the same log-normaliser; those that drop the
-        tail correspond to 'renormalize'.
+        DistillKit keeps top logits with the same log-normaliser. MaxText keeps none, and its loss,
+        like others that drop the tail, is 'renormalize'.
     """
     _check(direction, tail, temperature)
     _check_teacher(teacher, tail)
@@ -138,12 +139,13 @@ def linear_sparse_kl_divergence(
     head = Head.of(head).resolve(jnp.shape(hidden)[-1])
     vocab = head.vocab_size(axis_name)
     checks.ids(_ids(teacher, tail), vocab, "teacher.indices")
-    tokens = {
-        "ids": _ids(teacher, tail),
-        "values": jnp.asarray(teacher.values),
-        "log_z": jnp.asarray(teacher.log_z),
-    }
-    tokens["temperature"] = _per_token(temperature, tokens["log_z"])
+    tokens = {"ids": _ids(teacher, tail), "values": jnp.asarray(teacher.values)}
+    if tail == "renormalize":
+        dtype = jnp.promote_types(tokens["values"].dtype, jnp.float32)
+        scale = jnp.asarray(temperature, dtype)
+        tokens["temperature"] = jnp.broadcast_to(scale, tokens["values"].shape[:-1])
+    else:
+        tokens["log_z"] = jnp.asarray(teacher.log_z)
     if isinstance(tail, TailSample):
         tokens["drawn"] = jnp.asarray(tail.values)
     loss = run(
@@ -163,10 +165,6 @@ def linear_sparse_kl_divergence(
         axis_name=axis_name,
     )
     return loss if weights is None else loss[0]
-
-
-def _per_token(value: Number, like: jax.Array) -> jax.Array:
-    return jnp.broadcast_to(jnp.asarray(value, like.dtype), like.shape)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -198,8 +196,13 @@ def _check_teacher(teacher: TopK, tail: Tail) -> None:
     arrays: dict[str, tuple[Any, str]] = {
         "teacher.values": (teacher.values, "float *batch k"),
         "teacher.indices": (teacher.indices, "int *batch k"),
-        "teacher.log_z": (teacher.log_z, "float *batch"),
     }
+    if teacher.log_z is not None:
+        arrays["teacher.log_z"] = (teacher.log_z, "float *batch")
+    elif tail != "renormalize":
+        raise ValueError(
+            "teacher.log_z: expected the log-normaliser, or tail='renormalize' without it, got None"
+        )
     if isinstance(tail, TailSample):
         arrays["tail.values"] = (tail.values, "float *batch samples")
         arrays["tail.indices"] = (tail.indices, "int *batch samples")

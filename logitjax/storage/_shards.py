@@ -60,13 +60,14 @@ class ShardWriter:
     Args:
         directory: Where the shards go; made if needed.
         rows_per_shard: Records a shard.
+        name: Of a shard, with a place for its number.
 
     Attributes:
         shards: Of each complete shard its file's name, rows and bytes, for a manifest.
     """
 
-    def __init__(self, directory: epath.Path, rows_per_shard: int):
-        self._directory = directory
+    def __init__(self, directory: epath.Path, rows_per_shard: int, name: str = "rows-{:05d}"):
+        self._directory, self._name = directory, name
         self._rows_per_shard = rows_per_shard
         self._open = contextlib.ExitStack()
         self._write: Callable[[bytes], None] | None = None
@@ -76,7 +77,7 @@ class ShardWriter:
     def write(self, record: bytes) -> None:
         """Adds a record."""
         if self._write is None:
-            name = f"rows-{len(self.shards):05d}"
+            name = self._name.format(len(self.shards))
             self._write, self._shard = self._open.enter_context(open_shard(self._directory, name))
         self._write(record)
         if self._shard["rows"] == self._rows_per_shard:

@@ -17,7 +17,7 @@ class Dual(Term):
     """Binary KL norm of dual-head distillation, on a second head that starts as a copy."""
 
     name = "dual"
-    teacher = TeacherNeeds(top_k=1, same_vocabulary=True)
+    teacher = TeacherNeeds(top_k=1, rest=False, same_vocabulary=True)
     pointwise = False
 
     def init(self, key: jax.Array, head: Head) -> Any:

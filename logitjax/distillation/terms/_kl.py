@@ -17,7 +17,7 @@ class KL(SparseDivergence):
     """KL(teacher || student); with draws of the tail its estimate is unbiased."""
 
     name = "kl"
-    teacher = TeacherNeeds(top_k=1, tail=True, same_vocabulary=True)
+    teacher = TeacherNeeds(top_k=1, rest=False, tail=True, same_vocabulary=True)
 
     def student(self, teacher: Any) -> StudentNeeds:
         ids = teacher.top.indices

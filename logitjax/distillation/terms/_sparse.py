@@ -15,8 +15,9 @@ from logitjax.distillation._term import StudentNeeds, TeacherNeeds, Term
 class SparseDivergence(Term):
     """A divergence over a teacher's top logits, with all others as one bucket.
 
-    At a temperature other than 1 the mass of the others is not known, and the top logits alone are
-    compared; the value is multiplied by the square of the student's temperature.
+    At a temperature other than 1, or of a teacher that keeps no normaliser, the mass of the others
+    is not known. The top logits alone are then compared, both sides renormalised; the value is
+    multiplied by the square of the student's temperature.
 
     Attributes:
         temperature: Divides the student's logits.
@@ -25,7 +26,7 @@ class SparseDivergence(Term):
 
     temperature: float = 1.0
     teacher_temperature: float | None = None
-    teacher = TeacherNeeds(top_k=1, same_vocabulary=True)
+    teacher = TeacherNeeds(top_k=1, rest=False, same_vocabulary=True)
 
     def __post_init__(self) -> None:
         for name in ("temperature", "teacher_temperature"):
@@ -40,7 +41,7 @@ class SparseDivergence(Term):
         warm, theirs = self.temperature, self.teacher_temperature or self.temperature
         top = teacher.top
         k = top.values.shape[-1]
-        if (warm, theirs) == (1.0, 1.0):
+        if (warm, theirs) == (1.0, 1.0) and top.log_z is not None:
             return self.whole(ops.TopK(read.gathered[..., :k], top.indices, read.log_z), teacher)
         pair = (read.gathered[..., :k] / warm, top.values / theirs)
         return warm**2 * self.renormalised(*pair)

@@ -88,7 +88,8 @@ def score_function(
     The sum is of negative log-likelihoods. The metrics have `accuracy`. With `batch["bytes"]`, the
     number of bytes of each label, they have `bits_per_byte`. With `batch["teacher"]`, the output of
     a teacher of the same vocabulary, they have `agreement` of the likeliest tokens and
-    `teacher_kl`, the divergence from the teacher by its top logits and the mass of all others.
+    `teacher_kl`, the divergence from the teacher by its top logits and, if it is known, the mass of
+    all others.
     """
 
     def score(trained: Any, batch: Mapping[str, Any], rng: Any, frozen: Any) -> Any:
@@ -112,7 +113,11 @@ def score_function(
             metrics["bits_per_byte"] = (nll / math.log(2.0), size)
         if teacher is not None:
             same = best == teacher.indices[..., 0]
-            kl = losses.sparse_kl_divergence(readout.gathered_top_k(teacher.indices), teacher.top_k)
+            kl = losses.sparse_kl_divergence(
+                readout.gathered_top_k(teacher.indices),
+                teacher.top_k,
+                tail="bucket" if teacher.log_z is not None else "renormalize",
+            )
             metrics["agreement"] = ((where & same).sum(), count)
             metrics["teacher_kl"] = (jnp.where(where, kl, 0.0).sum(), count)
         return nll, count, metrics

@@ -35,6 +35,8 @@ class TeacherIdentity:
         divergences; 0 for none.
       likelihoods: whether it keeps the log-probability of each label and that of a word's beginning
         in its place, 8 bytes a position, for `alm`.
+      rest: whether it keeps the log-normaliser, mean and deviation of all logits. Without, only
+        losses that compare the top logits alone may use it.
       weights: digest of the teacher's weights, which its name does not tell; empty if not known.
     """
 
@@ -47,6 +49,7 @@ class TeacherIdentity:
     dtype: str = "float16"
     tail_samples: int = 0
     likelihoods: bool = False
+    rest: bool = True
     weights: str = ""
 
     def __post_init__(self) -> None:
@@ -58,6 +61,8 @@ class TeacherIdentity:
             )
         if self.tail_samples < 0:
             raise ValueError(f"tail_samples: expected at least 0, got {self.tail_samples}")
+        if self.tail_samples and not self.rest:
+            raise ValueError(f"tail_samples: expected 0 without rest, got {self.tail_samples}")
 
     @property
     def bytes_per_row(self) -> int:
@@ -66,7 +71,7 @@ class TeacherIdentity:
 
 
 class _Codec:
-    """Log-probabilities in a short type, ids in the shortest that holds them."""
+    """Log-probabilities (logits without the rest) in a short type, ids in the shortest."""
 
     def __init__(self, identity: TeacherIdentity):
         id_type = np.uint16 if identity.vocab_size <= 1 << 16 else np.int32
@@ -85,7 +90,11 @@ class _Codec:
             )
             for name, size in self.entries.items()
         }
-        names = (*_MOMENTS, *(_LIKELIHOODS if identity.likelihoods else ()))
+        self.normalised = identity.rest
+        names = (
+            *(_MOMENTS if identity.rest else ()),
+            *(_LIKELIHOODS if identity.likelihoods else ()),
+        )
         moments = dict.fromkeys(names, (np.float32, (identity.positions,)))
         self._arrays = ArrayCodec({**lists, **moments})
         self.bytes_per_row = self._arrays.bytes_per_row
@@ -96,7 +105,7 @@ class _Codec:
             for n in self._arrays.fields
         }
         for name, array in arrays.items():
-            if name.endswith("values") and array.ndim == 3:
+            if name.endswith("values") and array.ndim == 3 and self.normalised:
                 # Log-probabilities need less of a short type's range than logits do.
                 arrays[name] = array.astype(np.float32) - arrays["log_z"][..., None]
         return self._arrays.encode(arrays, count)
@@ -105,7 +114,9 @@ class _Codec:
         out = self._arrays.decode(records)
         for name in self.entries:
             if name.endswith("values"):
-                out[name] = out[name].astype(np.float32) + out["log_z"][..., None]
+                out[name] = out[name].astype(np.float32)
+                if self.normalised:
+                    out[name] += out["log_z"][..., None]
             else:
                 out[name] = out[name].astype(np.int32)
         return out
@@ -147,7 +158,7 @@ class TeacherCache(RowCache):
     """
 
     # A loss may use fewer logits than there are.
-    _at_least = ("k", "tail_samples", "likelihoods")
+    _at_least = ("k", "tail_samples", "likelihoods", "rest")
 
     def __init__(self, directory: str | os.PathLike[str], identity: TeacherIdentity | None = None):
         if identity is None:
@@ -178,10 +189,10 @@ class TeacherCache(RowCache):
                 zeros.
 
         Returns:
-            `values` (float32) and `indices` (int32), both `[batch, positions, k]`; `log_z`, `mean`
-            and `std`, float32 `[batch, positions]`; with `tail_samples` also `tail_values` and
-            `tail_indices`, the fields of `losses.TailSample`; with `likelihoods` `label` and
-            `boundary`, float32 `[batch, positions]`.
+            `values` (float32) and `indices` (int32), both `[batch, positions, k]`; with `rest`
+            `log_z`, `mean` and `std`, float32 `[batch, positions]`; with `tail_samples` also
+            `tail_values` and `tail_indices`, the fields of `losses.TailSample`; with `likelihoods`
+            `label` and `boundary`, float32 `[batch, positions]`.
 
         Raises:
             ValueError: The cache lacks a row.
