@@ -2,8 +2,7 @@
 
 A toy teacher with pieces of a byte-level BPE learns some text. Where both models have read the same
 text, the student's next byte is compared with the first byte of the teacher's next piece. The
-student never sees the labels. `logitjax distill --loss=first_piece:1` is this with flags, and
-docs/any_tokenizer.md has the other losses.
+student never sees the labels. `logitjax distill --loss=first_piece` is this with flags.
 
     python examples/another_tokenizer.py     # offline, half a minute on a CPU
 """
@@ -27,15 +26,14 @@ course = distillation.Course(steps=80, batch_size=8, learning_rate=1e-2, eval_ro
 
 def learn(model, tokenizer, loss, *teachers):
     source = f"text:{folder / 'text.txt'}"
-    objective = distillation.Objective(terms=distillation.parse_terms([loss]))
-    terms = tuple(term for term, _ in objective.terms)
-    reading = distillation.Reading(data=source, teachers=teachers, terms=terms, seq_len=64)
+    terms = distillation.parse_terms([loss])
+    reading = distillation.Reading(data=source, teachers=teachers, terms=(terms[0][0],), seq_len=64)
     packed = distillation.pack_corpus(reading, tokenizer, folder / loss / "data")
     rows = distillation.visited_rows(packed, steps=80, batch_size=8, seeds=(0,), eval_rows=8)
     return distillation.distill(
         distillation.make_student(model),
         distillation.load_corpus(reading, packed, rows, folder / loss / "teachers"),
-        objective,
+        distillation.Objective(terms=terms),
         course,
         mesh=training.make_mesh("data:1", devices=jax.devices()[:1]),
         workdir=folder / loss,

@@ -24,6 +24,7 @@ _PACKAGES = (
     "models",
     "ops",
     "processes",
+    "registry",
     "serving",
     "storage",
     "testing",
