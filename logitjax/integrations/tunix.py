@@ -35,7 +35,7 @@ from tunix.sft import utils  # noqa: E402
 
 
 def hidden_states(
-    model: nnx.Module, tokens: Any, positions: Any, attention_mask: Any, **more: Any
+    model: Any, tokens: Any, positions: Any, attention_mask: Any, **more: Any
 ) -> jax.Array:
     """Read the hidden states of a model of `tunix.models`, `[B, T, D]`, after its final norm.
 
@@ -50,7 +50,8 @@ def hidden_states(
         return call(skip_lm_head=True)[0]
     if "output_hidden_states" in options:
         call(output_hidden_states=True)
-        return nnx.pop(model, nnx.Intermediate)["all_hidden_states"].get_value()[0]
+        sown: Any = nnx.pop(model, nnx.Intermediate)
+        return sown["all_hidden_states"].get_value()[0]
     if isinstance(model, llama3.Llama3):
         states = model.embedder.encode(tokens)
         for layer in model.layers:
@@ -62,7 +63,7 @@ def hidden_states(
     )
 
 
-def head_of(model: nnx.Module) -> Head:
+def head_of(model: Any) -> Head:
     """The output head of a tunix model, tied to the embedding or not, with its soft cap.
 
     Raises:
@@ -192,7 +193,7 @@ def compute_per_token_logps(
 
     `return_logits` gives entropies, `[B, T]`, in the place of logits: see `blocked_log_probs`.
     """
-    model = nnx.merge(graphdef, state)
+    model: Any = nnx.merge(graphdef, state)
     tokens, positions, mask, segments = common.process_ids(
         prompt_tokens, completion_tokens, pad_id, eos_id, segment_ids, segment_positions
     )

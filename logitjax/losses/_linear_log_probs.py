@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Bool, Float, Int
 
 from logitjax.losses.sweep import Blocks, Head, LogitBlock, ReadoutStatistic, run
@@ -128,7 +129,7 @@ def pad_support(ids: Array, row_splits: Array, batch: tuple[int, ...]) -> np.nda
     >>> pad_support(np.array([5, 7, 2]), np.array([0, 2, 2, 3]), (3,)).tolist()
     [[5, 7], [-1, -1], [2, -1]]
     """
-    if isinstance(row_splits, jax.core.Tracer):
+    if isinstance(row_splits, Tracer):
         raise ValueError("support: expected row_splits outside of jit, got a tracer: pad_support")
     ids, splits = np.asarray(ids), np.asarray(row_splits)
     counts, size = np.diff(splits), int(np.prod(batch)) + 1
@@ -145,7 +146,8 @@ def pad_support(ids: Array, row_splits: Array, batch: tuple[int, ...]) -> np.nda
 def _with_tokens(support: Any, tokens: jax.Array) -> jax.Array:
     """The sets with their tokens, each id once and the others -1; empty ones stay empty."""
     if isinstance(support, tuple):
-        support = pad_support(*support, tokens.shape)
+        ids, row_splits = support
+        support = pad_support(ids, row_splits, tokens.shape)
     checks.shapes(tokens=(tokens, "int *batch"), support=(support, "int *batch n"))
     ids = jnp.asarray(support).astype(jnp.int32)
     tokens = jnp.where((ids >= 0).any(-1), tokens.astype(jnp.int32), -1)
