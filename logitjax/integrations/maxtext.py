@@ -102,7 +102,7 @@ class ObjectiveStrategy(distillation_utils.DistillationStrategy):
         return targets, where
 
     def compute_loss(
-        self, student_output: Output, teacher_output: Any, labels: Any, step: Any = None
+        self, student_output: Any, teacher_output: Any, labels: Any, step: Any = None
     ) -> tuple[jax.Array, dict[str, Any]]:
         """The objective's mean, and a pair of sum and count for each term."""
         targets, where = labels
@@ -115,7 +115,7 @@ class ObjectiveStrategy(distillation_utils.DistillationStrategy):
         pairs = {f"distill/{name}": pair for name, pair in metrics.items()}
         return loss, pairs | {distillation_utils.METRIC_TOTAL_LOSS: (loss, jnp.float32(1))}
 
-    def compute_eval_loss(self, student_output: Output, labels: Any) -> tuple[Any, dict[str, Any]]:
+    def compute_eval_loss(self, student_output: Any, labels: Any) -> tuple[Any, dict[str, Any]]:
         """The mean cross-entropy of the targets."""
         targets, where = labels
         weights = where.astype(jnp.float32)
