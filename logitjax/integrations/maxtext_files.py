@@ -85,7 +85,9 @@ def _row(record: bytes) -> dict[str, np.ndarray]:
     values = {e.key: e.value for e in _example().FromString(record).features.feature}
     positions = len(values["inputs"].ints.value)
     values.pop("sequence_hash", None)  # The only number beyond 32 bits.
-    columns = {name: np.array(value.ints.value, np.int32) for name, value in values.items()}
+    columns: dict[str, np.ndarray] = {
+        n: np.array(v.ints.value, np.int32) for n, v in values.items()
+    }
     columns[_LOGITS] = np.array(values[_LOGITS].floats.value, np.float32)
     for name in (_LOGITS, _IDS):
         columns[name] = columns[name].reshape(positions, -1)
