@@ -102,12 +102,12 @@ class ObjectiveStrategy(distillation_utils.DistillationStrategy):
         return targets, where
 
     def compute_loss(
-        self, student_output: Output, teacher_output: Any, labels: Any, step: Any = None
+        self, student_output: Any, teacher_output: Any, labels: Any, step: Any = None
     ) -> tuple[jax.Array, dict[str, Any]]:
         """The objective's mean, and a pair of sum and count for each term."""
-        targets, where = labels
+        (hidden, head), (targets, where) = student_output.logits, labels
         total, count, metrics = self.objective.value(
-            *student_output.logits, {"labels": targets}, _teachers(teacher_output), where=where
+            hidden, head, {"labels": targets}, _teachers(teacher_output), where=where
         )
         loss = total / jnp.maximum(count, 1)
         if student_output.moe_lb_loss is not None:
@@ -115,11 +115,11 @@ class ObjectiveStrategy(distillation_utils.DistillationStrategy):
         pairs = {f"distill/{name}": pair for name, pair in metrics.items()}
         return loss, pairs | {distillation_utils.METRIC_TOTAL_LOSS: (loss, jnp.float32(1))}
 
-    def compute_eval_loss(self, student_output: Output, labels: Any) -> tuple[Any, dict[str, Any]]:
+    def compute_eval_loss(self, student_output: Any, labels: Any) -> tuple[Any, dict[str, Any]]:
         """The mean cross-entropy of the targets."""
-        targets, where = labels
+        (hidden, head), (targets, where) = student_output.logits, labels
         weights = where.astype(jnp.float32)
-        total = losses.linear_cross_entropy(*student_output.logits, targets, weights=weights)
+        total = losses.linear_cross_entropy(hidden, head, targets, weights=weights)
         return total / jnp.maximum(where.sum(), 1), {"eval/hard_loss": (total, where.sum())}
 
 

@@ -84,8 +84,11 @@ def stored_rows(files: Iterable[str | os.PathLike[str]]) -> Iterator[dict[str, n
 def _row(record: bytes) -> dict[str, np.ndarray]:
     values = {e.key: e.value for e in _example().FromString(record).features.feature}
     positions = len(values["inputs"].ints.value)
-    columns = {n: np.int32(v.ints.value) for n, v in values.items() if n != "sequence_hash"}
-    columns |= {_LOGITS: np.float32(values[_LOGITS].floats.value)}
+    values.pop("sequence_hash", None)  # The only number beyond 32 bits.
+    columns: dict[str, np.ndarray] = {
+        n: np.array(v.ints.value, np.int32) for n, v in values.items()
+    }
+    columns[_LOGITS] = np.array(values[_LOGITS].floats.value, np.float32)
     for name in (_LOGITS, _IDS):
         columns[name] = columns[name].reshape(positions, -1)
     if not 0 < columns[_IDS].size == columns[_LOGITS].size:

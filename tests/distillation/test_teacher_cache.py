@@ -1,12 +1,14 @@
 """Writing, resuming, extending and checking what a teacher says."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
 from etils import epath
 
 from logitjax import data, distillation
+from logitjax.distillation import terms
 from logitjax.distillation.training import _corpus
 from logitjax.distillation.training._teachers import Reader, cache_teacher
 from logitjax.storage import Manifest
@@ -279,3 +281,14 @@ def test_identity_tells_its_size():
     assert identity().bytes_per_row == POSITIONS * (K * (4 + 2) + 12)
     big = dataclasses.replace(identity(), vocab_size=100_000, dtype="float16")
     assert big.bytes_per_row == POSITIONS * (K * (2 + 4) + 12)
+
+
+def test_a_loss_that_needs_the_rest_is_refused_before_the_text_is_packed(tmp_path):
+    top = {name: say(np.arange(1))[name] for name in ("values", "indices")}
+    write(tmp_path / "train", identity(rest=False), [0], lambda _: top, batch_size=1)
+    spec = f"cache:{tmp_path}"
+    reading = distillation.Reading(data="text:FILE", teachers=(spec,))
+    check = functools.partial(_corpus._check_needs, reading, spec=spec, other_tokenizer=False)
+    check("kl", terms.KL().teacher)
+    with pytest.raises(ValueError, match="loss 'uld' needs the mass of all but the top logits"):
+        check("uld", terms.ULD(k=2).teacher)

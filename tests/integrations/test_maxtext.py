@@ -252,6 +252,19 @@ def test_a_model_without_vocabulary_tiling_is_refused(make):
         objective((terms.Dual(), 1.0))
 
 
+def test_the_evaluation_loss_is_the_mean_cross_entropy_of_what_counts():
+    rng = np.random.default_rng(0)
+    hidden, kernel = np.float32(rng.normal(size=(1, 4, 3))), np.float32(rng.normal(size=(3, 5)))
+    strategy = objective((terms.SFT(), 1.0))
+    labels = strategy.create_labels(np.array([[0, 1, 2, 3]]), np.array([[1, 1, 1, 0]]))
+    output = maxtext.Output((hidden, losses.Head(kernel, vocab_axis=1)))
+    loss, metrics = strategy.compute_eval_loss(output, labels)
+    log_q = jax.nn.log_softmax(hidden @ kernel)
+    # The first is the padding token, the last is no target.
+    np.testing.assert_allclose(loss, -(log_q[0, 1, 1] + log_q[0, 2, 2]) / 2, rtol=1e-5)
+    assert metrics["eval/hard_loss"][1] == 2
+
+
 def test_maxtext_parses_what_we_store(tmp_path):
     (batch,) = batches(1)
     top = jax.tree.map(np.asarray, top_logits(batch))

@@ -17,7 +17,7 @@ from logitjax.distillation._term import TeacherNeeds, Term
 from logitjax.distillation.tokenizers._alignment import Chunks, align_chunks
 from logitjax.distillation.tokenizers._likelihood_matching import boundary_tokens, chunk_scores
 from logitjax.distillation.tokenizers._token_pieces import prefix_bytes, token_projection
-from logitjax.distillation.training._teacher_cache import TeacherCache
+from logitjax.distillation.training._teacher_cache import TeacherCache, TeacherIdentity
 from logitjax.distillation.training._teachers import (
     Reader,
     cache_teacher,
@@ -321,6 +321,11 @@ def _check_needs(
             f"loss {loss!r} compares the top {needs.top_k} logits, but of teacher {spec!r} {kept} "
             "are kept"
         )
+    if needs.top_k and needs.rest and spec.startswith("cache:") and not _identity(spec).rest:
+        raise ValueError(
+            f"loss {loss!r} needs the mass of all but the top logits, which teacher {spec!r} does "
+            "not keep; use kl"
+        )
     if needs.same_vocabulary and other_tokenizer:
         raise ValueError(
             f"loss {loss!r} needs one vocabulary, but teacher {spec!r} has another tokenizer than "
@@ -476,10 +481,11 @@ def visited_rows(
 
 def _kept(reading: Reading, spec: str) -> int:
     """Logits of each position that a teacher's cache holds."""
-    kind, _, place = spec.partition(":")
-    if kind != "cache":
-        return reading.top_k
-    return TeacherCache(epath.Path(place) / data.SPLITS[0]).identity.k
+    return _identity(spec).k if spec.startswith("cache:") else reading.top_k
+
+
+def _identity(spec: str) -> TeacherIdentity:
+    return TeacherCache(epath.Path(spec.partition(":")[2]) / data.SPLITS[0]).identity
 
 
 def _tokenizer_of(spec: str, students: models.Tokenizer) -> models.Tokenizer:
@@ -489,8 +495,7 @@ def _tokenizer_of(spec: str, students: models.Tokenizer) -> models.Tokenizer:
     if kind == "cache":
         if not place:
             raise ValueError(f"teacher: expected cache:DIR, got {spec!r}")
-        spec = TeacherCache(epath.Path(place) / data.SPLITS[0]).identity.model
-        return _tokenizer_of(spec, students)
+        return _tokenizer_of(_identity(spec).model, students)
     return models.load_tokenizer(spec)
 
 
