@@ -174,7 +174,7 @@ def declared_attributes(
         raise ValueError(f"loss {name!r}: expected the projection {needs.projection!r}, got none")
     if needs.chunks and (teacher.chunks is None or known.boundary is None):
         raise ValueError(f"loss {name!r}: expected chunks and boundary tokens, got none")
-    seen = jnp.ones(where.shape, bool) if teacher.where is None else jnp.asarray(teacher.where)
+    seen = jnp.ones_like(where, bool) if teacher.where is None else jnp.asarray(teacher.where)
     values = {
         "where": seen,
         "single": seen if teacher.single is None else jnp.asarray(teacher.single),

@@ -130,11 +130,7 @@ def read_batch(
         ValueError: A side or the model before is missing.
     """
     sides = sides_of(needs)
-    for side in sides:
-        if side not in batch:
-            raise ValueError(
-                f"batch: expected the side {side!r}, which {owner} reads, got {sorted(batch)}"
-            )
+    check_sides(sides, batch, owner)
     tokens = {side: jnp.asarray(batch[side]["tokens"]) for side in sides}
     where = {side: jnp.asarray(batch[side]["mask"])[:, 1:] for side in sides}
     positions = {s: Positions(where[s], None if most is None else most[s]) for s in sides}
@@ -182,6 +178,15 @@ def read_batch(
 def sides_of(needs: Sequence[Need]) -> list[str]:
     """The sides that are read, in the order of a batch."""
     return [side for side in SIDES if any(need.side == side for need in needs)]
+
+
+def check_sides(sides: Sequence[str], batch: Mapping[str, Any], owner: str) -> None:
+    """Refuses a batch without a side that is read."""
+    for side in sides:
+        if side not in batch:
+            raise ValueError(
+                f"batch: expected the side {side!r}, which {owner} reads, got {sorted(batch)}"
+            )
 
 
 def _together(parts: Sequence[Any]) -> tuple[jax.Array, np.ndarray]:

@@ -11,8 +11,6 @@ from logitjax.distillation.terms import TERMS
 from logitjax.testing import check_term
 from tests._marks import EVERY_CHANGE
 
-# Their projections scatter, and say not how the result is split.
-NOT_EXPLICIT = ("alm", "first_piece", "hkl", "hybrid", "mined", "pkl")
 # It has all that there is: a teacher, arrays of its own, a second head.
 OFTEN = ("dual",)
 
@@ -21,8 +19,7 @@ OFTEN = ("dual",)
     "name", [pytest.param(n, marks=() if n in OFTEN else EVERY_CHANGE) for n in TERMS.names()]
 )
 def test_a_term_keeps_what_terms_promise(name):
-    skip = ("explicit",) if name in NOT_EXPLICIT else ()
-    check_term(TERMS.parse(name), skip=("jit", *skip))
+    check_term(TERMS.parse(name), skip=("jit",))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,7 @@ def _nearest(student: ops.TopK, teacher: ops.TopK, members: Members) -> tuple[op
     # Empty slots hold our token 0, whose mass would be taken from our rest once for each of them.
     ours = dataclasses.replace(student, values=jnp.where(there, student.values, -jnp.inf))
     at = jnp.minimum(members.slots, teacher.values.shape[-1] - 1)
-    values = jnp.where(there, jnp.take_along_axis(teacher.values, at, axis=-1), -jnp.inf)
+    values = jnp.where(there, ops.gather_at(teacher.values, at), -jnp.inf)
     log_p = values - teacher.log_z[..., None]
     top = jnp.exp(teacher.values - teacher.log_z[..., None]).sum(-1)
     # A token that several of ours share counts for each of them.

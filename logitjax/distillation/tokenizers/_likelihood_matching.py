@@ -14,7 +14,8 @@ from jaxtyping import Float, Int
 from logitjax.distillation.tokenizers._alignment import Chunks
 from logitjax.losses import Blocks, Head, sweep
 from logitjax.models import Tokenizer
-from logitjax.ops import Array, AxisName, Number, checks
+from logitjax.ops import Array, AxisName, Number, checks, gather_at
+from logitjax.ops.sharding import over_batch
 
 _LEAST = 1e-30
 # So that no chunk is certain: the gradient of the divergence has 1 - q below the line.
@@ -155,11 +156,15 @@ def chunk_log_likelihood(
     [-3.0, -4.0, 0.0]
     """
     logprobs, ids = jnp.asarray(logprobs), jnp.asarray(chunk_ids)
-    rows = tuple(lax.broadcasted_iota(jnp.int32, ids.shape, a) for a in range(ids.ndim))
-    out = jnp.zeros((*ids.shape[:-1], num_chunks + 1), logprobs.dtype)
-    held = ids >= 0
-    place = jnp.where(held, ids, num_chunks)
-    return out.at[(*rows[:-1], place)].add(jnp.where(held, logprobs, 0.0))[..., :-1]
+
+    def sums(logprobs: jax.Array, ids: jax.Array) -> tuple[jax.Array]:
+        rows = tuple(lax.broadcasted_iota(jnp.int32, ids.shape, a) for a in range(ids.ndim))
+        out = jnp.zeros((*ids.shape[:-1], num_chunks + 1), logprobs.dtype)
+        held = ids >= 0
+        place = jnp.where(held, ids, num_chunks)
+        return (out.at[(*rows[:-1], place)].add(jnp.where(held, logprobs, 0.0))[..., :-1],)
+
+    return over_batch(sums, (ids.ndim,), logprobs, ids)[0]
 
 
 def binarized_divergence(
@@ -358,7 +363,7 @@ def likelihood_matching(
     shape = chunks.ids.shape
     ours = chunk_log_likelihood(student.label, chunks.ids, shape[-1])
     ends = jnp.asarray(chunks.ends)
-    after = jnp.take_along_axis(student.boundary, jnp.maximum(ends, 0), axis=-1)
+    after = gather_at(student.boundary, jnp.maximum(ends, 0))
     ours = ours + jnp.where(ends >= 0, after, 0.0)
     value = binarized_divergence(ours, chunks.scores, kind=kind, temperature=temperature)
     return jnp.where(chunks.where, value, 0.0)

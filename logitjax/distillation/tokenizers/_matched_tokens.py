@@ -11,6 +11,7 @@ from jaxtyping import Float
 from logitjax import losses
 from logitjax.distillation.tokenizers._projection import TokenProjection
 from logitjax.ops import TopK
+from logitjax.ops.sharding import over_batch
 
 _LEAST_MASS = 2.0**-24
 
@@ -40,9 +41,7 @@ class Matches:
 
     def ids(self, theirs: Any) -> tuple[jax.Array, jax.Array]:
         """Our ids of theirs, and which of them there are."""
-        theirs = jnp.asarray(theirs)
-        size = len(self.ours)
-        found = jnp.where(theirs < size, jnp.asarray(self.ours)[jnp.minimum(theirs, size - 1)], -1)
+        found = _entries(self.ours, theirs, -1)
         return jnp.maximum(found, 0), found >= 0
 
 
@@ -90,10 +89,7 @@ def hybrid_logit_distance(
     else:
         matched = losses.generalized_jensen_shannon(with_rest(ours), with_rest(theirs), beta=beta)
     p = jnp.where(there, 0.0, jnp.exp(teacher.values - teacher.log_z[..., None]))
-    known = jnp.asarray(matches.matched)
-    # The head may have more columns than the tokenizer has tokens.
-    at = jnp.minimum(own.indices, len(matches.matched) - 1)
-    mine = (own.indices < len(matches.matched)) & known[at]
+    mine = _entries(matches.matched, own.indices, False)
     q = jnp.where(mine, 0.0, jnp.exp(own.values - own.log_z[..., None]))
     size = max(p.shape[-1], q.shape[-1])
     p, q = (
@@ -104,6 +100,17 @@ def hybrid_logit_distance(
         for x in (p, q)
     )
     return matched, jnp.abs(p - q).sum(-1)
+
+
+def _entries(table: np.ndarray, ids: Any, beyond: Any) -> jax.Array:
+    """Entries of a table at ids. A head may have more columns than its tokenizer has tokens."""
+
+    def entries(ids: jax.Array) -> tuple[jax.Array]:
+        found = jnp.asarray(table)[jnp.minimum(ids, len(table) - 1)]
+        return (jnp.where(ids < len(table), found, beyond),)
+
+    ids = jnp.asarray(ids)
+    return over_batch(entries, (ids.ndim,), ids)[0]
 
 
 def with_rest(top: TopK) -> jax.Array:

@@ -12,6 +12,7 @@ from logitjax import losses
 from logitjax.distillation.tokenizers._projection import Members, TokenProjection
 from logitjax.losses import Blocks, Head, sweep
 from logitjax.ops import Array, AxisName, TopK, checks, gather_at, logsumexp
+from logitjax.ops.sharding import over_batch
 
 # Logits of so many of our tokens a position are gathered; where there may be more, sums over the
 # whole vocabulary are cheaper.
@@ -37,14 +38,17 @@ def project_top_k(student: TopK, teacher: TopK, members: Members) -> tuple[TopK,
     Returns:
         Both as `TopK` `[*batch, k]`: the student's `log q'` with a `log_z` of 0, the teacher's.
     """
-    there = members.slots < teacher.values.shape[-1]
-    log_q = jnp.where(there, student.values - student.log_z[..., None], -jnp.inf)
-    shape = (*members.slots.shape[:-1], teacher.values.shape[-1] + 1)
-    rows = tuple(lax.broadcasted_iota(jnp.int32, members.slots.shape, a) for a in range(len(shape)))
-    at = (*rows[:-1], members.slots)
-    masses = jnp.zeros(shape, log_q.dtype).at[at].add(members.weights * jnp.exp(log_q))
-    held = jnp.zeros(shape, log_q.dtype).at[at].add(members.weights)
-    return _in_theirs(masses[..., :-1], held[..., :-1] > 0, teacher)
+    k = teacher.values.shape[-1]
+    log_q = jnp.where(members.slots < k, student.values - student.log_z[..., None], -jnp.inf)
+
+    def sums(log_q: jax.Array, slots: jax.Array, weights: jax.Array) -> tuple[jax.Array, ...]:
+        zeros = jnp.zeros((*slots.shape[:-1], k + 1), log_q.dtype)
+        masses = (weights * jnp.exp(log_q), weights)
+        return tuple(zeros.at[_rows(slots)].add(mass)[..., :-1] for mass in masses)
+
+    parts = log_q, members.slots, members.weights
+    masses, held = over_batch(sums, (log_q.ndim,) * 2, *parts)
+    return _in_theirs(masses, held > 0, teacher)
 
 
 def _in_theirs(masses: jax.Array, held: jax.Array, teacher: TopK) -> tuple[TopK, TopK]:

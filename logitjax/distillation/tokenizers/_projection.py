@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Int
 
 from logitjax.ops import Array, TopK
+from logitjax.ops.sharding import over_batch
 from logitjax.storage import guard, write_atomic
 from logitjax.storage.weights import read_npz
 
@@ -85,8 +86,13 @@ class TokenProjection:
         >>> found.ids.tolist(), found.slots.tolist()
         ([1, 2, 0], [0, 0, 2])
         """
+        ids = jnp.asarray(ids)
+        found = over_batch(self._members, (ids.ndim,) * 3, ids)
+        return Members(**dict(zip(("ids", "slots", "weights"), found)))
+
+    def _members(self, ids: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         starts, ours, weights = self._by_theirs
-        ids = jnp.minimum(jnp.asarray(ids), self.size)
+        ids = jnp.minimum(ids, self.size)
         k, size = ids.shape[-1], self.capacity(ids.shape[-1])
         first = jnp.asarray(starts)[ids]
         counts = jnp.asarray(starts)[jnp.minimum(ids + 1, self.size)] - first
@@ -101,10 +107,10 @@ class TokenProjection:
         there = slots < k
         at = jnp.where(there, offset + places, 0)
         empty = not len(ours)
-        return Members(
-            ids=jnp.where(there, 0 if empty else jnp.asarray(ours)[at], 0),
-            slots=jnp.where(there, slots, k).astype(jnp.int32),
-            weights=jnp.where(there, 0.0 if empty else jnp.asarray(weights)[at], 0.0),
+        return (
+            jnp.where(there, 0 if empty else jnp.asarray(ours)[at], 0),
+            jnp.where(there, slots, k).astype(jnp.int32),
+            jnp.where(there, 0.0 if empty else jnp.asarray(weights)[at], 0.0),
         )
 
     def merged(self, teacher: TopK) -> TopK:
@@ -119,9 +125,15 @@ class TokenProjection:
         """
         if self.merges is None:
             return teacher
+        ndim = teacher.values.ndim
+        values, ids = over_batch(self._merged, (ndim, ndim), teacher.values, teacher.indices)
+        return TopK(values, ids, teacher.log_z)
+
+    def _merged(self, values: jax.Array, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
+        assert self.merges is not None
         known = np.append(np.where(self.merges < 0, self.size, self.merges), self.size)
-        ids = jnp.asarray(known, jnp.int32)[jnp.minimum(teacher.indices, self.size)]
-        values = jnp.where(ids < self.size, teacher.values, -jnp.inf)
+        ids = jnp.asarray(known, jnp.int32)[jnp.minimum(indices, self.size)]
+        values = jnp.where(ids < self.size, values, -jnp.inf)
         ids, values = lax.sort((ids, values), dimension=-1, num_keys=1)
         new = jnp.concatenate(
             [jnp.ones_like(ids[..., :1], bool), ids[..., 1:] != ids[..., :-1]], axis=-1
@@ -130,10 +142,9 @@ class TokenProjection:
         mass = jnp.exp(values - jnp.where(peak == -jnp.inf, 0.0, peak))
         rows = (lax.broadcasted_iota(jnp.int32, ids.shape, a) for a in range(ids.ndim - 1))
         at = (*rows, jnp.cumsum(new, axis=-1) - 1)
-        return TopK(
+        return (
             jnp.log(jnp.zeros_like(mass).at[at].add(mass)) + peak,
             jnp.full_like(ids, self.size).at[at].set(ids),
-            teacher.log_z,
         )
 
     def dense(self) -> np.ndarray:

@@ -13,7 +13,7 @@ from logitjax.ops import Positions
 from logitjax.training import LossFn
 from logitjax.unlearning._method import Method
 from logitjax.unlearning._questions import Questions
-from logitjax.unlearning._reads import Need
+from logitjax.unlearning._reads import Need, check_sides
 from logitjax.unlearning.assistant._assistant import relative_states
 from logitjax.unlearning.assistant._deployed import Deployed
 from logitjax.unlearning.assistant._objective import linear_assistant_objective, next_tokens
@@ -103,6 +103,7 @@ class Difference(Method):
 
         def loss_fn(lora: Any, batch: Mapping[str, Any], rng: Any, constants: Any) -> Any:
             del rng
+            check_sides(self.sides, batch, self.name)
             base = nnx.merge(graphdef, constants, rest)
             tokens, answers, retain = together(batch)
             if self.relative:
