@@ -648,7 +648,6 @@ TABLE: dict[str, Case] = {
     ),
     "fusion.DExperts": _fused_by(fusion.DExperts()),
     "fusion.ProxyTuning": _fused_by(fusion.ProxyTuning()),
-    "fusion.EmulatedFineTuning": _fused_by(fusion.EmulatedFineTuning()),
     "fusion.ContrastiveDecoding": _fused_by(fusion.ContrastiveDecoding()),
     "fusion.LogitDifference": _fused_by(fusion.LogitDifference(filter="clean")),
     "fusion.DynamicFusion": _fused_by(fusion.DynamicFusion()),
