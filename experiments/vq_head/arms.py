@@ -16,6 +16,7 @@ from experiments.vq_head.adaptive import (
     adaptive_topk,
 )
 from experiments.vq_head.data import Context
+from experiments.vq_head.low_rank import fit_low_rank, low_rank_cost
 from logitjax import heads, losses, ops, vq
 
 #: Mapping and bias of the VQ arms.
@@ -258,13 +259,10 @@ def _low_rank(ctx: Context, trial: Trial) -> Converted:
     # As many numbers as a codebook of that size has, or as many as may be read.
     rank = max(1, round(trial.codes * ctx.width / (ctx.vocab + ctx.width)))
     rank = rank if trial.arm == "low_rank" else ctx.config.screen_rank
-    down, kernel, bias = heads.fit_low_rank(
-        ctx.rows, ctx.unigram, ctx.statistics.mean, ctx.statistics.cov, rank, row_bias=ctx.row_bias
-    )
-    start = {"down": down, "kernel": kernel, "bias": bias}
+    start = fit_low_rank(ctx.rows, ctx.unigram, ctx.statistics.mean, ctx.statistics.cov, rank)
+    start["bias"] += 0.0 if ctx.row_bias is None else ctx.row_bias
     params, curve = _imitating(ctx, trial, lambda params, constants: params, start, {})
-    cost = cost_of(heads.LowRankHead, ctx.width, ctx.vocab, rank)
-    return _linear(params, {}, cost, curve=curve)
+    return _linear(params, {}, low_rank_cost(ctx.width, ctx.vocab, rank), curve=curve)
 
 
 def _product(ctx: Context, trial: Trial) -> Converted:

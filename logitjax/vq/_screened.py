@@ -168,13 +168,13 @@ class ScreenedHead(VocabularyHead):
     a tenth of the rows.
 
     Args:
-        screen: any head that makes V cheap logits: a `ProductHead`, a `LowRankHead`, a `VQHead`.
+        screen: any head that makes V cheap logits: a `ProductHead`, a `VQHead`.
         num_candidates: tokens that are re-scored.
         rows: ``[vocab, hidden]``, the head's own rows; None takes the embedding.
         row_bias: ``[vocab]``, their biases.
 
-    >>> from logitjax.heads import LowRankHead
-    >>> make = lambda: ScreenedHead(LowRankHead(8, 20, 2, rngs=nnx.Rngs(0)), num_candidates=4)
+    >>> from logitjax.vq import VQHead
+    >>> make = lambda: ScreenedHead(VQHead(8, 20, 5, rngs=nnx.Rngs(0)), num_candidates=4)
     >>> nnx.jit(lambda *arrays: make()(*arrays))(jnp.ones((3, 8)), jnp.ones((20, 8))).shape
     (3, 20)
     """
