@@ -140,15 +140,14 @@ def product_codes(ctx: Context, groups: int, num_codes: int, seed: int) -> vq.Pr
 
 def _vq(ctx: Context, trial: Trial) -> Converted:
     config, train, codes = ctx.config, ctx.splits["train"], trial.codes
-    labels_too = trial.arm.endswith("_labels")
-    method, use_bias = VQ_ARMS[trial.arm.removesuffix("_labels")]
+    method, use_bias = VQ_ARMS[trial.arm]
     options = vq.ConvertConfig(
         num_codes=codes,
         method=method,
         use_bias=use_bias,
         steps=config.steps,
         batch_size=config.batch_size,
-        learning_rate=config.learning_rate[0] if labels_too else trial.rate,
+        learning_rate=trial.rate,
         reassign_every=config.reassign_every,
         seed=trial.seed,
     )
@@ -163,11 +162,6 @@ def _vq(ctx: Context, trial: Trial) -> Converted:
     bias = jnp.zeros(ctx.vocab) if head.bias is None else head.bias[...]
     params = {"codebook": head.codebook[...], "bias": bias}
     assignment = head.assignment[...]
-    curve = tuple(history["loss"])
-    if labels_too:
-        labelled, constants = [train.hidden, train.labels], {"assignment": assignment}
-        params, curve = tune(ctx, trial, label_loss, params, labelled, constants)
-        head.load(params["codebook"], params["bias"], assignment)
     tables = vq.vq_tables(params["bias"], assignment, codes, width=5)
 
     def top_k(arrays: Any, hidden: Any) -> Any:
@@ -180,7 +174,7 @@ def _vq(ctx: Context, trial: Trial) -> Converted:
         given={"assignment": assignment, "tables": tables},
         cost=cost_of(vq.VQHead, ctx.width, ctx.vocab, codes, use_bias=use_bias),
         floor=vq.perplexity_floor(assignment, np.asarray(ctx.unigram)).perplexity,
-        curve=curve,
+        curve=tuple(history["loss"]),
         moved=tuple(history["moved"]),
         head=head,
     )
@@ -369,7 +363,7 @@ def _full(ctx: Context, trial: Trial) -> Converted:
 
 #: How each arm is fitted.
 FITS: Mapping[str, Callable[[Context, Trial], Converted]] = {
-    **dict.fromkeys((*VQ_ARMS, "vq_likelihood_labels"), _vq),
+    **dict.fromkeys(VQ_ARMS, _vq),
     **dict.fromkeys(("low_rank", "wide_low_rank"), _low_rank),
     **dict.fromkeys(("product", "packed_product"), _product),
     "adaptive": _adaptive,

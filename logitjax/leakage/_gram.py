@@ -27,9 +27,6 @@ def gram_matrix(
     Args:
         centre: subtract each row's mean first, which removes the normaliser of log-probabilities.
         block_size: columns at a time; memory is n x block_size.
-
-    Returns:
-        ``[n, n]``, float32 or float64.
     """
     checks.positive(block_size, "block_size")
     rows = jnp.asarray(rows)

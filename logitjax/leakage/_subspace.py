@@ -57,11 +57,7 @@ class OutputSubspace:
         return max_gap_dimension(self.singular_values)
 
     def choose_tokens(self, count: int) -> Int[np.ndarray, " count"]:
-        """Tokens at which to ask, so that `complete` is well-conditioned.
-
-        Args:
-            count: how many, at least the dimension; twice the dimension is a good number.
-        """
+        """Tokens at which to ask, so that `complete` is well-conditioned."""
         return choose_tokens(np.asarray(self.basis), count)
 
     def complete(

@@ -13,7 +13,7 @@ from logitjax.heads import HeadCost, VocabularyHead
 from logitjax.losses import Head
 from logitjax.ops import Array, TopK, checks, gather_at, logsumexp, neginf_to_zero, top_k
 from logitjax.ops.sharding import over_batch
-from logitjax.vq._shortlist import Rescore, in_blocks, rescoring
+from logitjax.vq._shortlist import in_blocks, rescored
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,12 +23,12 @@ class Screen:
     Attributes:
         cheap: approximate logits, ``hidden [n, hidden] -> [n, vocab]`` float32: a head, or e.g.
             `ProductCodes.logits`.
-        rescore: a `Head` with better rows, its kernel alone, or `ProductCodes.logits_at`.
+        rescore: a `Head` with better rows, or its kernel alone.
         num_candidates: tokens that are re-scored.
     """
 
     cheap: Callable[[jax.Array], jax.Array]
-    rescore: Rescore | Head | Array
+    rescore: Head | Array
     num_candidates: int
 
     def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[jax.Array, "*batch vocab"]:
@@ -158,7 +158,7 @@ class Screen:
                 f"got {self.num_candidates}"
             )
         _, tokens = top_k(jax.lax.stop_gradient(scores), self.num_candidates, group_size=8)
-        return scores, tokens, rescoring(self.rescore)(hidden, tokens)
+        return scores, tokens, rescored(self.rescore, hidden, tokens)
 
 
 class ScreenedHead(VocabularyHead):

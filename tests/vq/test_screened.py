@@ -10,7 +10,6 @@ from flax import nnx
 
 from logitjax.models import Decoder, DecoderConfig
 from logitjax.vq import ProductHead, Screen, ScreenedHead, VQHead
-from logitjax.vq._shortlist import rescoring
 from tests._compiled import compiled
 from tests._modules import with_weights
 
@@ -27,7 +26,7 @@ def case():
     low = down, rows @ down
     labels = rng.integers(0, VOCAB, COUNT).astype(np.int32)
     screen = functools.partial(low_rank_logits, down=low[0], kernel=low[1])
-    functions = dict(screen=screen, rescore=rescoring(rows))
+    functions = dict(screen=screen, rescore=rows)
     return dict(rows=rows, hidden=hidden, low=low, labels=labels, full=hidden @ rows.T, **functions)
 
 
