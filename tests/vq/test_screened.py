@@ -39,12 +39,22 @@ def log_softmax(logits):
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-screened_logits, screened_nll = compiled(Screen.logits), compiled(Screen.nll)
-screened_topk, low_rank_logits_of = compiled(Screen.top_k), compiled(low_rank_logits)
+low_rank_logits_of = compiled(low_rank_logits)
+
+
+def screened_logits(screen, hidden):
+    return jax.jit(screen.logits)(hidden)
+
+
+def screened_nll(screen, hidden, labels):
+    return jax.jit(screen.nll)(hidden, labels)
+
+
+def screened_topk(screen, hidden, k, **options):
+    return jax.jit(functools.partial(screen.top_k, k=k, **options))(hidden)
 
 
 def _screen(case, count):
-    """Of the same functions for every count, which programs are kept for."""
     return Screen(cheap=case["screen"], rescore=case["rescore"], num_candidates=count)
 
 
