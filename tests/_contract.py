@@ -773,7 +773,7 @@ ELSEWHERE = {
         decoding.DraftControl decoding.Emitted decoding.Request decoding.Sampling
         decoding.Speculation decoding.TextOptions decoding.TextStream decoding.Ensemble
         decoding.CachedModel training.BatchLayout training.LoopOptions training.Preempted
-        training.Program training.Schedule training.TrainState models.Cache
+        training.Program training.Schedule training.StepOutput training.TrainState models.Cache
         models.DecoderConfig models.Family models.Lora vision.CLIPConfig data.Examples
         data.ImageViews data.PackedDataset data.PackedSplits data.TokenizerLike
         evaluation.PromptTemplate storage.ArrayCodec transport.Refinement
@@ -819,7 +819,7 @@ ELSEWHERE = {
         evaluation.ngram_entropy evaluation.rouge_l_f1
         evaluation.rouge_recall evaluation.score_rows training.Checkpointer training.EvalStep
         training.TrainStep training.lock_workdir training.make_mesh training.make_writer
-        training.train_loop models.Tokenizer models.config_from_hf
+        training.train_loop training.watch_for_preemption models.Tokenizer models.config_from_hf
         models.first_layers models.from_linen models.from_nnx models.keep_layers models.load
         models.load_config models.load_model models.load_sampling models.load_tokenizer
         models.load_peft models.register_family models.save_peft models.save_pretrained

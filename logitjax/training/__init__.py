@@ -13,9 +13,11 @@ from logitjax.training._mesh import make_mesh as make_mesh
 from logitjax.training._metrics import make_writer as make_writer
 from logitjax.training._optimizers import Schedule as Schedule
 from logitjax.training._preemption import Preempted as Preempted
+from logitjax.training._preemption import watch_for_preemption as watch_for_preemption
 from logitjax.training._program import Program as Program
 from logitjax.training._state import TrainState as TrainState
 from logitjax.training._step import EvalStep as EvalStep
 from logitjax.training._step import LossFn as LossFn
+from logitjax.training._step import StepOutput as StepOutput
 from logitjax.training._step import TrainStep as TrainStep
 from logitjax.training._workdir import lock_workdir as lock_workdir
