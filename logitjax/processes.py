@@ -6,8 +6,8 @@ code runs everywhere.
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,8 +15,6 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from logitjax.storage import may_pass, progress, write_atomic
-
-Task = TypeVar("Task")
 
 
 def broadcast_from_first(make: Callable[[], Any]) -> Any:
@@ -103,11 +101,6 @@ def barrier(name: str) -> None:
     """All processes wait here for each other; `name` tells one barrier from the next."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
-
-
-def local_share(tasks: Sequence[Task]) -> Sequence[Task]:
-    """This process's share of independent tasks: every `process_count`-th one."""
-    return tasks[jax.process_index() :: jax.process_count()]
 
 
 def local_copy(tree: Any) -> Any:

@@ -15,7 +15,6 @@ from logitjax import (
     distillation,
     few_shot,
     fusion,
-    heads,
     leakage,
     losses,
     ops,
@@ -376,21 +375,7 @@ TABLE: dict[str, Case] = {
         rows=False,
         counts=LABELLED,
     ),
-    # heads and vq
-    "heads.fit_low_rank": Case(
-        single=True,
-        integers=("unigram",),
-        call=lambda rows, unigram, mean, covariance: heads.fit_low_rank(
-            rows, unigram, mean, covariance, 2
-        ),
-        arrays={
-            "rows": HEAD.T,
-            "unigram": UNIGRAM,
-            "mean": BEFORE[0, 0, :HIDDEN],
-            "covariance": COVARIANCE,
-        },
-        rows=False,
-    ),
+    # vq
     "vq.vq_logits": Case(
         call=vq.vq_logits,
         arrays={"hidden": STATES, "codebook": CODEBOOK, "bias": BIAS, "assignment": MAP},
@@ -648,7 +633,6 @@ TABLE: dict[str, Case] = {
     ),
     "fusion.DExperts": _fused_by(fusion.DExperts()),
     "fusion.ProxyTuning": _fused_by(fusion.ProxyTuning()),
-    "fusion.EmulatedFineTuning": _fused_by(fusion.EmulatedFineTuning()),
     "fusion.ContrastiveDecoding": _fused_by(fusion.ContrastiveDecoding()),
     "fusion.LogitDifference": _fused_by(fusion.LogitDifference(filter="clean")),
     "fusion.DynamicFusion": _fused_by(fusion.DynamicFusion()),
@@ -806,7 +790,7 @@ ELSEWHERE = {
     "a switch for a mesh or for nothing": """
         ops.neginf_to_zero ops.psum""",
     "modules, whose arrays go through the functions above": """
-        heads.LinearHead heads.LowRankHead heads.TiedHead heads.VocabularyHead
+        heads.LinearHead heads.TiedHead heads.VocabularyHead
         heads.torch_linear vq.VQHead vq.ProductHead vq.ScreenedHead vq.ShortlistHead
         distillation.DualHead models.Decoder vision.CLIP vision.ImageClassifier
         vision.create_classifier""",

@@ -16,6 +16,7 @@ from experiments.vq_head.adaptive import (
     adaptive_topk,
 )
 from experiments.vq_head.data import Context
+from experiments.vq_head.low_rank import fit_low_rank, low_rank_cost
 from logitjax import heads, losses, ops, vq
 
 #: Mapping and bias of the VQ arms.
@@ -139,15 +140,14 @@ def product_codes(ctx: Context, groups: int, num_codes: int, seed: int) -> vq.Pr
 
 def _vq(ctx: Context, trial: Trial) -> Converted:
     config, train, codes = ctx.config, ctx.splits["train"], trial.codes
-    labels_too = trial.arm.endswith("_labels")
-    method, use_bias = VQ_ARMS[trial.arm.removesuffix("_labels")]
+    method, use_bias = VQ_ARMS[trial.arm]
     options = vq.ConvertConfig(
         num_codes=codes,
         method=method,
         use_bias=use_bias,
         steps=config.steps,
         batch_size=config.batch_size,
-        learning_rate=config.learning_rate[0] if labels_too else trial.rate,
+        learning_rate=trial.rate,
         reassign_every=config.reassign_every,
         seed=trial.seed,
     )
@@ -162,11 +162,6 @@ def _vq(ctx: Context, trial: Trial) -> Converted:
     bias = jnp.zeros(ctx.vocab) if head.bias is None else head.bias[...]
     params = {"codebook": head.codebook[...], "bias": bias}
     assignment = head.assignment[...]
-    curve = tuple(history["loss"])
-    if labels_too:
-        labelled, constants = [train.hidden, train.labels], {"assignment": assignment}
-        params, curve = tune(ctx, trial, label_loss, params, labelled, constants)
-        head.load(params["codebook"], params["bias"], assignment)
     tables = vq.vq_tables(params["bias"], assignment, codes, width=5)
 
     def top_k(arrays: Any, hidden: Any) -> Any:
@@ -179,7 +174,7 @@ def _vq(ctx: Context, trial: Trial) -> Converted:
         given={"assignment": assignment, "tables": tables},
         cost=cost_of(vq.VQHead, ctx.width, ctx.vocab, codes, use_bias=use_bias),
         floor=vq.perplexity_floor(assignment, np.asarray(ctx.unigram)).perplexity,
-        curve=curve,
+        curve=tuple(history["loss"]),
         moved=tuple(history["moved"]),
         head=head,
     )
@@ -258,13 +253,10 @@ def _low_rank(ctx: Context, trial: Trial) -> Converted:
     # As many numbers as a codebook of that size has, or as many as may be read.
     rank = max(1, round(trial.codes * ctx.width / (ctx.vocab + ctx.width)))
     rank = rank if trial.arm == "low_rank" else ctx.config.screen_rank
-    down, kernel, bias = heads.fit_low_rank(
-        ctx.rows, ctx.unigram, ctx.statistics.mean, ctx.statistics.cov, rank, row_bias=ctx.row_bias
-    )
-    start = {"down": down, "kernel": kernel, "bias": bias}
+    start = fit_low_rank(ctx.rows, ctx.unigram, ctx.statistics.mean, ctx.statistics.cov, rank)
+    start["bias"] += 0.0 if ctx.row_bias is None else ctx.row_bias
     params, curve = _imitating(ctx, trial, lambda params, constants: params, start, {})
-    cost = cost_of(heads.LowRankHead, ctx.width, ctx.vocab, rank)
-    return _linear(params, {}, cost, curve=curve)
+    return _linear(params, {}, low_rank_cost(ctx.width, ctx.vocab, rank), curve=curve)
 
 
 def _product(ctx: Context, trial: Trial) -> Converted:
@@ -371,7 +363,7 @@ def _full(ctx: Context, trial: Trial) -> Converted:
 
 #: How each arm is fitted.
 FITS: Mapping[str, Callable[[Context, Trial], Converted]] = {
-    **dict.fromkeys((*VQ_ARMS, "vq_likelihood_labels"), _vq),
+    **dict.fromkeys(VQ_ARMS, _vq),
     **dict.fromkeys(("low_rank", "wide_low_rank"), _low_rank),
     **dict.fromkeys(("product", "packed_product"), _product),
     "adaptive": _adaptive,

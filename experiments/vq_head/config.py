@@ -11,7 +11,6 @@ ARMS = (
     "vq_random",
     "vq_bias",
     "vq_likelihood",
-    "vq_likelihood_labels",
     "low_rank",
     "product",
     "packed_product",
@@ -57,8 +56,7 @@ class Config:
     kmeans_iterations: int = field(8, "Number of iterations of k-means.")
     pages: tuple[int, ...] = field((64, 128, 256), "Lengths of shortlists, in pages.")
     page_size: int = field(8, "Number of tokens in a page.")
-    shortlist_steps: int = field(0, "Number of tuning steps of a shortlist's own loss.")
-    shortlist_batch: int = field(256, "Number of positions in a step of a shortlist's own loss.")
+    timing_batch: int = field(256, "Number of positions of a timed training step.")
     product_groups: int = field(96, "Number of groups of product quantisation.")
     product_codes: int = field(256, "Number of codes in a group of product quantisation.")
     packed_groups: int = field(
@@ -103,8 +101,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         kmeans_iterations=3,
         pages=(4,),
         page_size=4,
-        shortlist_steps=2,
-        shortlist_batch=32,
+        timing_batch=32,
         product_groups=4,
         product_codes=16,
         packed_groups=8,
@@ -116,7 +113,6 @@ PRESETS: dict[str, dict[str, Any]] = {
             "vq_random",
             "vq_bias",
             "vq_likelihood",
-            "vq_likelihood_labels",
             "packed_product",
             "wide_low_rank",
             "adaptive",
@@ -150,7 +146,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         batch_size=512,
         reassign_every=20,
         kmeans_iterations=5,
-        shortlist_steps=20,
         scratch_arm=SCRATCH_ARMS,
         scratch_steps=150,
         scratch_learning_rate=(2e-3, 6e-3),
@@ -170,8 +165,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         batch_size=8192,
         reassign_every=400,
         kmeans_iterations=20,
-        shortlist_steps=500,
-        shortlist_batch=4096,
+        timing_batch=4096,
         scratch_arm=SCRATCH_ARMS,
         scratch_vocab=49_152,
         scratch_width=576,

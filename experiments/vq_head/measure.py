@@ -37,7 +37,8 @@ def run_arm(
     record = functools.partial(converted_record, ctx, trial)
     records = [record(arm, head)]
     if arm == "vq_likelihood":
-        records += [record(name, one) for name, one in _shortlists(ctx, head, trial)]
+        for pages in config.pages:
+            records.append(record(f"shortlist_{pages}", rescored.shortlist(ctx, head, pages)))
         if seed == 0 and jax.process_index() == 0:
             vq.save_head(head.head, workdir / "heads" / f"{arm}_{codes}")
     if arm in SCREENS:
@@ -45,20 +46,6 @@ def run_arm(
             name = f"screened_{arm}_{count}"
             records.append(record(name, rescored.screened(ctx, head, count)))
     return {"lr": trial.rate, "records": records}
-
-
-def _shortlists(
-    ctx: Context, base: arms.Converted, trial: arms.Trial
-) -> list[tuple[str, arms.Converted]]:
-    config, made = ctx.config, []
-    for pages in config.pages:
-        head = rescored.shortlist(ctx, base, pages)
-        made.append((f"shortlist_{pages}", head))
-        if config.shortlist_steps and pages == config.pages[0]:
-            made.append((f"shortlist_{pages}_tuned", rescored.tune_tail(ctx, head, trial)))
-    groups, longest = config.product_groups, config.pages[-1]
-    head = rescored.shortlist(ctx, base, longest, groups=groups, seed=trial.seed)
-    return [*made, (f"shortlist_product_{longest}", head)]
 
 
 def scores(converted: arms.Converted, split: Split) -> dict[str, float]:
@@ -109,7 +96,7 @@ def _training_speedup(ctx: Context, converted: arms.Converted) -> float | None:
     """Loss and gradients of the full head, blocked as all linear losses, over those of this one."""
     if not converted.trains:
         return None
-    train, count = ctx.splits["train"], ctx.config.shortlist_batch
+    train, count = ctx.splits["train"], ctx.config.timing_batch
     batch = (jnp.asarray(np.asarray(train.hidden[:count])), jnp.asarray(train.labels[:count]))
     steps = {"full": _training_step(arms.full(ctx)), "new": _training_step(converted)}
     functions = {name: functools.partial(step, *batch) for name, step in steps.items()}

@@ -29,7 +29,6 @@ NAMES = {
     "vq_random": "VQ + bias, random mapping",
     "vq_bias": "VQ + bias, weighted k-means",
     "vq_likelihood": "VQ + bias, likelihood reassignment",
-    "vq_likelihood_labels": "VQ + bias, reassigned, then tuned on labels",
     "low_rank": "low rank of equal size + bias",
     "wide_low_rank": "low rank, wider, + bias",
     "product": "product quantisation + bias",
@@ -45,7 +44,6 @@ _LINES = {
     "vq_random": "VQ + bias, random",
     "vq_bias": "VQ + bias",
     "vq_likelihood": "VQ + bias, reassigned",
-    "vq_likelihood_labels": "VQ + bias, on labels",
     "low_rank": "low rank",
     "wide_low_rank": "wider low rank",
     "product": "product codes",
@@ -128,9 +126,7 @@ def _row(
 def _own(record: Mapping[str, Any], ctx: Context) -> int:
     """Numbers an untied head of this kind holds, assignments counted as numbers."""
     stored = record["cost"]["stored_bytes"] // 4
-    arm = record["arm"]
-    product = arm.startswith("shortlist_product")
-    exact_rows = arm.startswith(("full", "shortlist", "screened")) and not product
+    exact_rows = record["arm"].startswith(("full", "shortlist", "screened"))
     return stored + (ctx.vocab * ctx.width if ctx.tied and exact_rows else 0)
 
 
@@ -143,13 +139,10 @@ def _added(record: Mapping[str, Any], ctx: Context) -> int:
 def _name(arm: str) -> str:
     if arm in NAMES:
         return NAMES[arm]
-    kind, _, rest = arm.rpartition("_") if not arm.endswith("_tuned") else (arm, "", "")
+    kind, _, rest = arm.rpartition("_")
     if arm.startswith("screened"):
         return f"{NAMES[kind.removeprefix('screened_')]}, best {rest} by exact rows"
-    if arm.endswith("_tuned"):
-        return f"shortlist of {arm.split('_')[1]} pages, tail tuned on labels"
-    rows = "product-quantised" if "product" in kind else "exact"
-    return f"shortlist of {rest} pages, {rows} rows"
+    return f"shortlist of {rest} pages, exact rows"
 
 
 def _scratch_rows(by_arm: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
@@ -255,8 +248,7 @@ def _line(arm: str, codes: int) -> str:
         return f"{_LINES[arm.removeprefix('screened_').rpartition('_')[0]]} + exact rows"
     if arm in _LINES:
         return _LINES[arm]
-    rows = "product rows, " if "product" in arm else "tuned, " if arm.endswith("_tuned") else ""
-    return f"shortlist, {rows}K = {codes}"
+    return f"shortlist, K = {codes}"
 
 
 def curves(
@@ -307,7 +299,7 @@ def _text(ctx: Context, tables: Sequence[str], bars: Sequence[Mapping[str, Any]]
         " of an untied full head. Bytes read are counted for greedy decoding of one sequence,"
         " adaptive softmax as if every tail were needed. `training x faster`: loss and gradients"
         " for head and trunk beside the full head's, both blocked, on"
-        f" {config.shortlist_batch} positions.",
+        f" {config.timing_batch} positions.",
     ]
     if bars:
         lines += ["", "## Promised", "", markdown_table(bars)]

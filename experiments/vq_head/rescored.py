@@ -1,36 +1,25 @@
 """What re-scores the best tokens of a converted head by better rows: shortlists and screens."""
 
-import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 
 from experiments.vq_head import arms
 from experiments.vq_head.data import Context
-from logitjax import heads, losses, vq
+from logitjax import losses, vq
 
 
-def shortlist(
-    ctx: Context, base: arms.Converted, num_pages: int, *, groups: int = 0, seed: int = 0
-) -> arms.Converted:
-    """Re-scores a shortlist of a converted head with the old rows, or product-quantised ones."""
+def shortlist(ctx: Context, base: arms.Converted, num_pages: int) -> arms.Converted:
+    """Re-scores a shortlist of a converted head with the old rows."""
     config = ctx.config
     codebook, bias, assignment = (base.arrays[k] for k in ("codebook", "bias", "assignment"))
     margin = vq.Pages.spread(ctx.rows, codebook, assignment, ctx.statistics.cov)
     pages = vq.Pages.cut(bias, assignment, size=config.page_size, margin=margin)
     num_pages = min(num_pages, pages.tokens.shape[0])
-    rows: Any = losses.Head(ctx.rows, ctx.row_bias, vocab_axis=0)
-    if groups:
-        rows = arms.product_codes(ctx, groups, config.product_codes, seed)
+    rows = losses.Head(ctx.rows, ctx.row_bias, vocab_axis=0)
 
     def chosen(arrays: Any) -> vq.Shortlist:
-        return vq.Shortlist(
-            pages=arrays["pages"],
-            rescore=arrays["rows"].logits_at if groups else arrays["rows"],
-            num_pages=num_pages,
-            calibration=arrays["calibration"],
-        )
+        return vq.Shortlist(pages=arrays["pages"], rescore=arrays["rows"], num_pages=num_pages)
 
     def nll(arrays: Any, hidden: Any, labels: Any) -> Any:
         codes = (arrays["codebook"], arrays["bias"], arrays["assignment"])
@@ -46,36 +35,17 @@ def shortlist(
         len(codebook),
         num_pages=num_pages,
         page_size=config.page_size,
-        rows=None if ctx.tied or groups else ctx.rows,
+        rows=None if ctx.tied else ctx.rows,
         assignment=assignment,
         rngs=nnx.Rngs(0),
     )
-    cost = head.cost(ctx.rows)
-    if groups:
-        cost = _with_product_rows(cost, ctx, num_pages * config.page_size, groups)
     return arms.Converted(
         nll=nll,
         top_k=top_k,
-        params={"codebook": codebook, "bias": bias, "calibration": jnp.array([1.0, 0.0])},
+        params={"codebook": codebook, "bias": bias},
         given={"assignment": assignment, "pages": pages, "rows": rows},
-        cost=cost,
+        cost=head.cost(ctx.rows),
         floor=base.floor,
-    )
-
-
-def _with_product_rows(
-    cost: heads.HeadCost, ctx: Context, listed: int, groups: int
-) -> heads.HeadCost:
-    """The cost of a shortlist whose rows are product-quantised rather than the embedding's."""
-    numbers = ctx.config.product_codes * ctx.width
-    fewer = 2 * numbers + listed * groups - 2 * listed * ctx.width
-    return dataclasses.replace(
-        cost,
-        parameters=cost.parameters + numbers,
-        stored_bytes=cost.stored_bytes + numbers * 4 + ctx.vocab * groups,
-        read_bytes=cost.read_bytes + numbers * 4 + listed * (groups + 4 - ctx.width * 4),
-        decode_flops=cost.decode_flops + fewer,
-        train_flops=cost.train_flops + 3 * fewer,
     )
 
 
@@ -109,21 +79,3 @@ def screened(ctx: Context, base: arms.Converted, candidates: int) -> arms.Conver
         trains=False,
         decode=top_k(base.lookup) if base.lookup else None,
     )
-
-
-def tune_tail(ctx: Context, converted: arms.Converted, trial: arms.Trial) -> arms.Converted:
-    """A few steps of a shortlist's own normalised loss for the codebook and biases."""
-    train, config = ctx.splits["train"], ctx.config
-    params, curve = arms.tune(
-        ctx,
-        trial,
-        lambda params, given, h, y: converted.nll(params | given, h, y),
-        converted.params,
-        [train.hidden, train.labels],
-        converted.given,
-        steps=config.shortlist_steps,
-        batch_size=config.shortlist_batch,
-    )
-    pages = converted.given["pages"].with_biases(params["bias"])
-    given = {**converted.given, "pages": pages}
-    return dataclasses.replace(converted, params=params, given=given, curve=curve)

@@ -28,11 +28,7 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The console script: runs the command that comes first, with the flags that follow.
-
-    Args:
-        arguments: What follows `logitjax` on the command line; `sys.argv`'s if omitted.
-    """
+    """The console script: runs the command that comes first, with the flags that follow."""
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("--help", "-h", "help"):
         width = max(map(len, COMMANDS))

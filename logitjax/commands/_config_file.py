@@ -12,16 +12,7 @@ from logitjax.commands import _flags
 
 
 def read_config(path: str, sections: Collection[str], known: Collection[str]) -> dict[str, Any]:
-    """Values by flags' names from a YAML file, of which `config.json` beside a result is one.
-
-    Args:
-        path: The file.
-        sections: Names of nested dataclasses, under which a file may gather values.
-        known: Names of flags.
-
-    Raises:
-        ValueError: It is no YAML, or holds a name that no flag has.
-    """
+    """Values by flags' names from a YAML file, of which `config.json` beside a result is one."""
     import yaml
 
     place = epath.Path(path)
@@ -54,14 +45,6 @@ def write_config(config: _flags.Dataclass, folder: epath.Path, flag: str) -> Non
     but the record of a run belongs to nobody: the run failed, or was killed, before it made
     anything, and the next one may be another. This asks what is there and not how the last run
     ended, so it holds after a kill too, and no process has to take anything back.
-
-    Args:
-        config: The configuration.
-        folder: Where it is written.
-        flag: Name of the flag of the folder.
-
-    Raises:
-        ValueError: The folder has results of another configuration.
     """
     values = _flags.flatten(config)
     text = json.dumps(values, indent=1, sort_keys=True) + "\n"

@@ -110,11 +110,7 @@ class Flag:
     metadata: Mapping[str, Any]
 
     def read(self, value: Any) -> Any:
-        """The value that a flag's text, a file or a preset gives.
-
-        Raises:
-            ValueError: It is of another type, or none of the choices.
-        """
+        """The value that a flag's text, a file or a preset gives."""
         if value is None and self.optional:
             return None
         if not self.several:
@@ -150,11 +146,7 @@ class Flag:
 
 
 def flags_of(*classes: type) -> list[Flag]:
-    """The flags of configurations, in the order of their fields.
-
-    Raises:
-        TypeError: Two fields have one name, or a field has a type that no flag can have.
-    """
+    """The flags of configurations, in the order of their fields."""
     flags = [flag for one in classes for flag in _leaves(one)]
     owners: dict[str, type] = {}
     for flag in flags:
@@ -294,18 +286,7 @@ def read_command_line(
     others: Mapping[str, Sequence[str]],
     arguments: Sequence[str],
 ) -> dict[str, Any]:
-    """What a command line gives, by names.
-
-    Args:
-        program: What is called.
-        flags: Its flags.
-        others: Names of text flags besides, with their values; none for any.
-        arguments: What follows the program.
-
-    Raises:
-        absl.flags.Error: A flag does not exist, or has no value.
-        ValueError: There is an argument that nothing takes.
-    """
+    """What a command line gives, by names."""
     defined = absl_flags.FlagValues()
     for name, choices in others.items():
         if choices:
@@ -331,11 +312,7 @@ def read_command_line(
 
 
 def check_names(source: str, names: Iterable[str], known: Collection[str]) -> None:
-    """Refuses names that are no flags'.
-
-    Raises:
-        ValueError: With the name that is nearest.
-    """
+    """Refuses names that are no flags'."""
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
@@ -349,14 +326,7 @@ def help_text(
     flags: Sequence[Flag],
     presets: Mapping[str, Any] | None = None,
 ) -> str:
-    """What `--help` prints: the docstring, then each flag with its help.
-
-    Args:
-        program: What was called.
-        doc: Its docstring.
-        flags: Its flags.
-        presets: Named sets of defaults.
-    """
+    """What `--help` prints: the docstring, then each flag with its help."""
     shown, rest = [], ""
     if presets:
         names = "|".join(presets)

@@ -10,7 +10,7 @@ A model is a directory, a `.gguf` file, `hf:org/name` or `smollm2`. If it has a 
 prompts are turns of a conversation; with `--complete` the model continues the text itself. Without
 `--prompt`, prompts are read from standard input, one a line.
 
-`--fusion` is contrastive, dexperts, dynamic, eft, logit_difference or proxy, with settings after a
+`--fusion` is contrastive, dexperts, dynamic, logit_difference or proxy, with settings after a
 colon: `--fusion=dynamic:method=grid,num=21`. With `--draft=expert` the expert drafts tokens and all
 models verify them. The text follows the same distribution, and comes faster if the expert often
 guesses right.

@@ -102,7 +102,7 @@ def _solve(solver: str, c: np.ndarray, d: np.ndarray) -> tuple[dict[str, Any], A
     if solver == "ott":
         solution = reference.entropic_gw(c.astype(np.float32), d.astype(np.float32))
         row: dict[str, Any] = {"method": "ott, entropic", "seconds": time.perf_counter() - start}
-        if not isinstance(solution, reference.Converged):
+        if not solution.converged:
             return row | {"note": solution.reason}, None
         return row, solution.plan
     ot = _pot()

@@ -11,7 +11,6 @@ STRATEGIES: dict[str, type] = {
     "contrastive": fusion.ContrastiveDecoding,
     "dexperts": fusion.DExperts,
     "dynamic": fusion.DynamicFusion,
-    "eft": fusion.EmulatedFineTuning,
     "logit_difference": fusion.LogitDifference,
     "proxy": fusion.ProxyTuning,
 }

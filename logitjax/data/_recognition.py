@@ -280,11 +280,6 @@ def class_names_of(name: str, classes: Sequence[str], directory: epath.Path) -> 
     ImageNet and its variants number their classes. Names are those of CoOp's ``classnames.txt`` in
     ``directory``, else those of the package open_clip_torch, if it is installed; without either
     the numbers stay.
-
-    Args:
-        name: one of `RECOGNITION_SETS`.
-        classes: names in the data set, or numbers of WordNet, or 0 to 999 in the order of those.
-        directory: where ``classnames.txt`` may be.
     """
     which = recognition_set(name)
     if which.num_classes != 1000:

@@ -120,14 +120,6 @@ def penalize_repetition(
 ) -> Float[jax.Array, "rows vocab"]:
     """Logits of seen tokens divided by the penalty where positive, multiplied where negative.
 
-    Args:
-        logits: next-token logits.
-        seen: the tokens that occurred before.
-        penalty: one factor a row; 1 changes nothing.
-
-    Returns:
-        float32 logits.
-
     >>> row, seen = np.array([[2.0, -2.0, 1.0]]), np.array([[True, True, False]])
     >>> jax.jit(penalize_repetition)(row, seen, np.array([2.0]))
     Array([[ 1., -4.,  1.]], dtype=float32)
@@ -152,15 +144,6 @@ def penalize_counts(
 
         z[v] - presence [counts[v] > 0] - frequency counts[v]
 
-    Args:
-        logits: next-token logits.
-        counts: how often each token was generated.
-        presence: one penalty a row, in nats; 0 changes nothing.
-        frequency: the same.
-
-    Returns:
-        float32 logits.
-
     >>> one = np.ones(1, np.float32)
     >>> jax.jit(penalize_counts)(np.zeros((1, 3)), np.array([[0, 1, 2]]), one, 2 * one)
     Array([[ 0., -3., -5.]], dtype=float32)
@@ -182,9 +165,6 @@ def allow_only(
         logits: next-token logits.
         allowed: uint32, bit ``v % 32`` of word ``v // 32`` for token v, as libraries of constrained
             decoding write it.
-
-    Returns:
-        float32 logits.
 
     >>> jax.jit(allow_only)(np.zeros((1, 3)), np.array([[0b101]], np.uint32))
     Array([[  0., -inf,   0.]], dtype=float32)
@@ -233,9 +213,6 @@ def truncate(
         top_k: how many to keep; 0 keeps all.
         top_p: probability that the kept ones must reach, within what ``top_k`` left.
         min_p: least probability as a fraction of the largest.
-
-    Returns:
-        float32 logits.
     """
     logits = checks.as_float(logits, "logits")
     peak = logits.max(axis=-1, keepdims=True)
@@ -299,9 +276,6 @@ def sample(
         logits: next-token logits after penalties and biases.
         rows: each row's settings.
         counts: how many tokens each row has drawn before.
-
-    Returns:
-        int32 tokens.
     """
     logits = checks.as_float(logits, "logits")
     greedy = logits.argmax(axis=-1).astype(jnp.int32)

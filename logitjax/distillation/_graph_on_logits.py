@@ -38,7 +38,6 @@ class GraphConfig:
             token graphs that differ by noise of .001 it is about 200 times what matching each
             token with itself costs. Where both models share a vocabulary, `transport.certificate`
             takes that matching among its candidates.
-        probes: random probes for `row_rms`; None is exact.
         certificate: add bounds of the Gromov-Wasserstein cost to the metrics (with token nodes
             it takes O(T^2 k)).
     """
@@ -48,7 +47,6 @@ class GraphConfig:
     feature: transport.Feature = "row_sum"
     logits: Logits = "standardized"
     value: Value = "closed_form"
-    probes: int | None = None
     certificate: bool = False
 
     def __post_init__(self):
@@ -63,11 +61,6 @@ class GraphConfig:
                 raise ValueError(f"{name}: expected one of {get_args(choices)}, got {chosen!r}")
         if self.k < 1:
             raise ValueError(f"k: expected at least 1, got {self.k}")
-        if self.probes is not None and (self.probes < 1 or self.feature != "row_rms"):
-            raise ValueError(
-                f"probes: expected None, or at least 1 with feature='row_rms'; got {self.probes} "
-                f"with feature={self.feature!r}"
-            )
         if (
             self.logits == "standardized_top_k"
             and self.k > 2
@@ -243,7 +236,7 @@ def _compare(ours, theirs):
     config = ours.config
     if config.node == "token":
         ours.nodes = theirs.nodes = max(ours.nodes, theirs.nodes)
-    f, g = (graph.features(config.feature, config.probes) for graph in (ours, theirs))
+    f, g = (graph.features(config.feature) for graph in (ours, theirs))
     closed_form = jnp.sum(jnp.abs(jnp.sort(f, axis=-1) - jnp.sort(g, axis=-1)), axis=-1) / config.k
     loss = closed_form
     metrics = _metrics(ours, theirs, f, g) | {"closed_form": closed_form}
@@ -298,14 +291,13 @@ class _Graph:
         if config.node == "token":
             self.ids, self.nodes = _token_nodes(indices, vocab_size, self.axis)
 
-    def features(self, feature, probes):
+    def features(self, feature):
         """Features per k: sums over all nodes are divided by k, not by the count of nodes."""
         f = transport.graph_features(
             self.z,
             self.ids,
             feature="row_sum" if feature == "row_mean" else feature,
             num_nodes=self.nodes,
-            probes=probes,
             sequence_axis_name=self.axis,
         )
         if feature == "row_mean":

@@ -35,14 +35,6 @@ def auxiliary_logits(
 
         z(x @ W)
 
-    Args:
-        auxiliary: `[*batch, features]`, rows of length one.
-        kernel: `[features, classes]`, at first :func:`class_means` of the labelled images.
-        standardize: `z_score`, as in the released code; the paper's figure has none.
-
-    Returns:
-        float32 `[*batch, classes]`.
-
     >>> auxiliary_logits(jnp.eye(2), jnp.eye(2), standardize=False)
     Array([[1., 0.],
            [0., 1.]], dtype=float32)
@@ -85,9 +77,6 @@ def multi_branch_loss(
     Args:
         auxiliary: `[*batch, classes]`, the bias as it is fused, before beta.
         fusion_share: lambda; 1 trains the fused logits alone.
-
-    Returns:
-        float32 `[*batch]`.
 
     >>> even = jnp.zeros((1, 2))
     >>> print(f"{jax.jit(multi_branch_loss)(even, even, jnp.array([0]))[0]:.4f}")

@@ -29,13 +29,6 @@ def channel_criterion(
     A is W plus the sum of each class's s keys (the mean number where classes differ), or W alone
     without keys and s 0; the released code takes the keys.
 
-    Args:
-        class_weights: `W`, `[features, classes]`, columns of length one.
-        keys: `[n, features]` of the labelled images.
-        labels: `[n]` classes of the keys; -1 is none.
-        similarity_weight: w0; .7 on ImageNet.
-        variance_weight: w1; .3 on ImageNet.
-
     References:
         Zhu et al., Not All Features Matter (arXiv 2304.01195), prior refinement.
     """

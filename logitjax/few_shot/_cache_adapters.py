@@ -32,15 +32,6 @@ def cache_logits(
 
         exp(-b (1 - f @ F.T)) @ L
 
-    Args:
-        features: `[*batch, features]`, rows of length one.
-        keys: `F`, `[n, features]` of the labelled images.
-        values: `L`, `[n, classes]`: one-hot labels, perhaps weighted.
-        sharpness: b.
-
-    Returns:
-        float32 `[*batch, classes]`.
-
     References:
         Zhang et al., Tip-Adapter (arXiv 2207.09519), eq. 4.
     """
@@ -89,9 +80,6 @@ def cafo_bias(
     ::
 
         sum_m p_m z(c_m),    p = softmax_m(<z(s0), z(c_m)>)
-
-    Returns:
-        float32 `[*batch, classes]`.
 
     References:
         Zhang et al., Prompt, Generate, then Cache (arXiv 2303.02151); the released code's `mean`

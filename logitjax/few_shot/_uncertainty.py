@@ -75,9 +75,6 @@ def uncertainty_weight(
 
         s = s0 + beta * uncertainty_weight(s0) * s_bias
 
-    Returns:
-        float32 `[*batch, 1]`.
-
     References:
         Tang et al., AMU-Tuning (arXiv 2404.08958); measures and constants from `clip/amu.py` of its
         repository (its energy adds the maximum after the division by the temperature 2 and before

@@ -8,7 +8,6 @@ from logitjax.fusion._dynamic import DynamicFusion as DynamicFusion
 from logitjax.fusion._logit_difference import LogitDifference as LogitDifference
 from logitjax.fusion._static import ContrastiveDecoding as ContrastiveDecoding
 from logitjax.fusion._static import DExperts as DExperts
-from logitjax.fusion._static import EmulatedFineTuning as EmulatedFineTuning
 from logitjax.fusion._static import ProxyTuning as ProxyTuning
 from logitjax.fusion._token_map import OverlapFusion as OverlapFusion
 from logitjax.fusion._token_map import vocabulary_map as vocabulary_map

@@ -29,7 +29,8 @@ class ProxyTuning(Strategy):
     Array([ 0.5, -0.5], dtype=float32)
 
     References:
-        Liu et al., Tuning language models by proxy, 2024 (arXiv 2401.08565).
+        Liu et al., Tuning language models by proxy, 2024 (arXiv 2401.08565). Emulated fine-tuning
+        (Mitchell et al., 2023, arXiv 2310.12962) is the same distribution, normalised.
     """
 
     alpha: float = 1.0
@@ -86,36 +87,6 @@ class DExperts(Strategy):
             # Not `probs >= least`: what is nan would be excluded, and the row an argmax of nothing.
             fused = jnp.where(probs < least, -jnp.inf, fused)
         return fused, {}
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EmulatedFineTuning(Strategy):
-    """Tilts a large pre-trained model by the reward that tuning a small one implies.
-
-    ::
-
-        log pi = log pi_large + beta * (log pi_tuned - log pi_base) - log Z
-
-    The distribution is that of `ProxyTuning` with alpha = beta; the result is normalised.
-
-    Attributes:
-        beta: weight of the implied reward.
-
-    >>> fused, _ = jax.jit(EmulatedFineTuning())(jnp.zeros(2), jnp.array([1.0, 1.0]), jnp.zeros(2))
-    >>> [f"{x:.3f}" for x in fused.tolist()]
-    ['-0.693', '-0.693']
-
-    References:
-        Mitchell et al., An emulator for fine-tuning large language models using small language
-        models, 2023 (arXiv 2310.12962).
-    """
-
-    beta: float = 1.0
-
-    def fuse(self, inputs: Inputs, axis_name: AxisName | None) -> tuple[jax.Array, dict[str, Any]]:
-        fused, info = ProxyTuning(alpha=self.beta).fuse(inputs, axis_name)
-        return log_softmax(fused, axis_name=axis_name), info
 
 
 @jax.tree_util.register_static

@@ -4,7 +4,5 @@ from logitjax.heads._head_cost import HeadCost as HeadCost
 from logitjax.heads._linear import LinearHead as LinearHead
 from logitjax.heads._linear import TiedHead as TiedHead
 from logitjax.heads._linear import torch_linear as torch_linear
-from logitjax.heads._low_rank import LowRankHead as LowRankHead
-from logitjax.heads._low_rank import fit_low_rank as fit_low_rank
 from logitjax.heads._vocabulary_head import Assignment as Assignment
 from logitjax.heads._vocabulary_head import VocabularyHead as VocabularyHead

@@ -120,9 +120,6 @@ def utility_loss(
 ) -> dict[str, float]:
     """What a defence costs the honest user.
 
-    Args:
-        served_log_probs: ``[n, vocab]`` as an API reports them; renormalised here.
-
     Returns:
         ``kl`` in nats, mean; ``top1``, share of equal first tokens; ``top5``, mean overlap of five.
     """

@@ -31,12 +31,6 @@ def choose_tokens(basis: Float[Array, "vocab rank"], count: int) -> Int[np.ndarr
     """Tokens at which to ask, so that `rows_from_basis` is well-conditioned.
 
     Pivoted QR picks the first ``rank``; the rest have the largest rows of the basis that remain.
-
-    Args:
-        count: how many, at least the rank; twice the rank is a good number.
-
-    Returns:
-        ``[count]`` token ids.
     """
     basis = np.asarray(basis, np.float64)
     vocab, rank = basis.shape

@@ -12,13 +12,7 @@ _SAMPLE = 2048
 def white_residual(
     rows: Float[Array, "n vocab"], means: Float[np.ndarray, " n"], left: Float[np.ndarray, "n k"]
 ) -> bool:
-    """Whether what `left` leaves of the rows has one variance in all tokens and in all rows.
-
-    Args:
-        rows: `[n, vocab]`, of which some columns are looked at.
-        means: To be taken out of the rows.
-        left: Orthonormal: the first left singular vectors.
-    """
+    """Whether what `left` leaves of the rows has one variance in all tokens and in all rows."""
     count, vocab = rows.shape
     size = min(vocab, _SAMPLE)
     columns = np.sort(np.random.default_rng(0).choice(vocab, size, replace=False))

@@ -1,7 +1,6 @@
 """The column space of an output head, and its width, from rows of logits."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,9 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int, Key
+from jaxtyping import Bool, Float, Int
 
-from logitjax.leakage._gram import cholesky_qr, gram_matrix, row_means
+from logitjax.leakage._gram import gram_matrix, row_means
 from logitjax.leakage._host import host_gram, host_project, on_host
 from logitjax.leakage._known_basis import BasisFit, choose_tokens, rows_from_basis
 from logitjax.leakage._precision import in_float64
@@ -23,14 +22,9 @@ from logitjax.leakage._residual import (
     rows_apart,
     white_residual,
 )
-from logitjax.leakage._sketch import init_sketch, randomised_svd, sketch_basis, update_sketch
 from logitjax.leakage._spectrum import clip_spectrum, max_gap_dimension, rounding_noise
 from logitjax.leakage._width import Evidence, OutputWidth, judge_width
 from logitjax.ops import Array, checks
-
-METHODS = ("auto", "gram", "sketch", "randomised")
-#: Rows up to which the n x n eigenproblem is the cheapest of all.
-GRAM_ROWS = 4096
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,10 +35,9 @@ class OutputSubspace:
         basis: ``[vocab, dimension]`` float32, orthonormal: the head is ``basis @ G``, G unknown.
             Zero for tokens that ``vocab_where`` leaves out.
         width: the hidden dimension as an interval with its reason, or a refusal.
-        singular_values: singular values of the rows, falling; as many as the method finds.
+        singular_values: singular values of the rows, falling.
         vocab_where: ``[vocab]``, tokens whose values were finite in all rows.
         count: number of rows.
-        method: what was computed.
     """
 
     basis: jax.Array
@@ -52,7 +45,6 @@ class OutputSubspace:
     singular_values: np.ndarray
     vocab_where: Bool[np.ndarray, " vocab"]
     count: int
-    method: str
 
     @property
     def dimension(self) -> int:
@@ -65,11 +57,7 @@ class OutputSubspace:
         return max_gap_dimension(self.singular_values)
 
     def choose_tokens(self, count: int) -> Int[np.ndarray, " count"]:
-        """Tokens at which to ask, so that `complete` is well-conditioned.
-
-        Args:
-            count: how many, at least the dimension; twice the dimension is a good number.
-        """
+        """Tokens at which to ask, so that `complete` is well-conditioned."""
         return choose_tokens(np.asarray(self.basis), count)
 
     def complete(
@@ -98,25 +86,14 @@ def estimate_output_subspace(
     noise: float | None = None,
     decimals: int | None = None,
     centre: bool = True,
-    method: str = "auto",
-    max_rank: int | None = None,
-    key: Key[jax.Array, ""] | None = None,
     block_size: int = 8192,
 ) -> OutputSubspace:
     """Estimate hidden dimension and column space from rows of logits or log-probabilities.
 
     Rows are W h_i (- c_i 1), so they span at most h dimensions, h + 1 with the normalisers.
     Centring each row removes the normalisers and leaves the head modulo multiples of the ones
-    vector. There are three methods:
-
-    - ``gram``: float64 n x n Gram matrix by blocks of the vocabulary, then its eigenvectors: exact
-      to half of float64's digits, cheapest up to about twice h rows, n^2 + V h numbers.
-    - ``sketch``: one pass, ``max_rank`` columns, exact without noise; V x max_rank numbers.
-    - ``randomised``: SVD of rank ``max_rank`` with a power iteration, for noise and many rows.
-
-    ``auto`` takes the Gram matrix up to 4,096 rows, else the sketch without noise and the
-    randomised SVD with it. Only the Gram matrix shows a whole spectrum, from which noise can be
-    fitted; the others give the width of exact rows.
+    vector. The float64 n x n Gram matrix of the rows and its eigenvectors are exact to half of
+    float64's digits, and show the whole spectrum.
 
     The width is tested: everything beyond k directions has to be rounding, or white noise of a
     fitted size (`OutputWidth`). A token with a NaN or an infinity in some row is left out.
@@ -128,14 +105,11 @@ def estimate_output_subspace(
             is compared with the rows, and sharpens the result of few rows.
         decimals: number of decimals to which the API rounds, which is more noise.
         centre: see above; False for logits.
-        method: as above.
-        max_rank: an upper bound of h, for ``sketch`` and ``randomised``; by default half the rows.
-        key: for these two.
         block_size: tokens at a time for the Gram matrix, on the host by BLAS.
 
     Raises:
         TypeError: rows are not floating point.
-        ValueError: an unknown method, rows of another rank, a dimension that n rows cannot show, or
+        ValueError: rows of another rank, a dimension that n rows cannot show, or
             values that are not finite in most tokens.
 
     References:
@@ -148,8 +122,6 @@ def estimate_output_subspace(
     >>> print(found.width, "|", found.width.reason)
     3 | the rest is rounding
     """
-    if method not in METHODS:
-        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     checks.shapes(rows=(rows, "float n vocab"))
     count, vocab = rows.shape
     if dimension is not None and not 1 <= dimension <= min(count, vocab):
@@ -160,19 +132,7 @@ def estimate_output_subspace(
         raise ValueError(f"noise: expected a number that is not negative, got {noise}")
     if decimals is not None:
         noise = math.hypot(noise or 0.0, rounding_noise(decimals))
-    if method == "auto":
-        # Beyond it the Gram matrix outgrows the rows. Noise asks for a power iteration, which needs
-        # a second pass.
-        small = count <= GRAM_ROWS
-        method = "gram" if small else ("randomised" if noise else "sketch")
-    rank = min(max(dimension or 0, max_rank or (count + 1) // 2), count, vocab)
-    key = jax.random.key(0) if key is None else key
-    spectrum_of = {
-        "gram": lambda rows: _by_gram(rows, centre, block_size),
-        "randomised": lambda rows: _randomised(rows, rank, key, centre),
-        "sketch": lambda rows: _by_sketch(rows, rank, key, centre),
-    }[method]
-    found = spectrum_of(rows)
+    found = _by_gram(rows, centre, block_size)
     where = np.ones(vocab, bool)
     if not np.isfinite(found.values).all():
         # NaN and infinities reach every singular value, so finite rows never pay for the search.
@@ -183,7 +143,7 @@ def estimate_output_subspace(
                 f"{vocab} with a NaN or an infinity"
             )
         rows = rows[:, where]
-        found = spectrum_of(rows)
+        found = _by_gram(rows, centre, block_size)
     evidence = _evidence(rows, found, centre=centre, noise=noise, block_size=block_size)
     width = judge_width(evidence)
     basis = found.basis(dimension or width.estimate or width.lower)
@@ -195,7 +155,6 @@ def estimate_output_subspace(
         singular_values=clip_spectrum(found.values),
         vocab_where=where,
         count=count,
-        method=method,
     )
 
 
@@ -209,8 +168,8 @@ class _Spectrum:
     values: np.ndarray
     floor: float
     basis: Callable[[int], jax.Array]
-    gram: np.ndarray | None = None
-    left: np.ndarray | None = None
+    gram: np.ndarray
+    left: np.ndarray
 
 
 def _evidence(
@@ -231,34 +190,17 @@ def _evidence(
     step = float(jnp.finfo(dtype).eps) if half else 16 * float(jnp.finfo(jnp.float32).eps)
     exact = max(step * size * (math.sqrt(count) + math.sqrt(vocab)), found.floor)
 
-    @functools.cache
-    def left(k: int) -> np.ndarray:
-        if found.left is not None:
-            return found.left[:, :k]
-        # Some rows tell as well as all whether their vectors hold an offset.
-        some = np.asarray(rows[: 2 * k + 64], np.float64)
-        some = some - centre * some.mean(axis=1, keepdims=True)
-        return np.linalg.svd(some @ np.asarray(found.basis(k), np.float64), full_matrices=False)[0]
-
     def offset(k: int, sigma: float) -> bool:
-        inside = left(k).sum(axis=0)
+        inside = found.left[:, :k].sum(axis=0)
         turned = math.hypot(sigma * math.sqrt(count - k), exact)
-        return holds_vector(inside, float(len(left(k))), values[:k], turned)
+        return holds_vector(inside, float(count), values[:k], turned)
 
     def normaliser(k: int, sigma: float) -> bool:
         if centre:
             return False
-        if found.left is None:
-            inside = np.asarray(found.basis(k), np.float64).sum(axis=0)
-        else:
-            inside = found.left[:, :k].T @ (vocab * means) / values[:k]
+        inside = found.left[:, :k].T @ (vocab * means) / values[:k]
         turned = math.hypot(sigma * math.sqrt(vocab - k), exact)
         return holds_vector(inside, float(vocab), values[:k], turned)
-
-    def distinct(distance: float) -> int:
-        if found.gram is not None:
-            return rows_apart(found.gram, distance * math.sqrt(vocab))
-        return len(np.unique(np.asarray(rows[:, :64], np.float32), axis=0))
 
     return Evidence(
         values=values,
@@ -266,11 +208,10 @@ def _evidence(
         columns=columns,
         exact=exact,
         named=noise,
-        complete=found.left is not None,
         cut_off=lambda: are_cut_off(rows),
         diffuse=lambda: diffuse_edge(np.asarray(rows), centre * means, block_size=block_size),
-        distinct=distinct,
-        white=lambda k: white_residual(rows, centre * means, left(k)),
+        distinct=lambda distance: rows_apart(found.gram, distance * math.sqrt(vocab)),
+        white=lambda k: white_residual(rows, centre * means, found.left[:, :k]),
         offset=offset,
         normaliser=normaliser,
     )
@@ -283,7 +224,8 @@ def _by_gram(rows: Array, centre: bool, block_size: int) -> _Spectrum:
     else:
         gram = host_gram(held, centre=centre, block_size=block_size)
     if not np.isfinite(gram).all():
-        return _Spectrum(values=np.full(len(gram), np.nan), floor=np.nan, basis=_no_basis)
+        unknown = np.full(len(gram), np.nan)
+        return _Spectrum(values=unknown, floor=np.nan, basis=_no_basis, gram=gram, left=gram)
     squares, left = (part[..., ::-1] for part in np.linalg.eigh(gram))
     values = np.sqrt(np.maximum(squares, 0.0))
     # float64 squared: what lies under the root of its precision is rounding.
@@ -309,40 +251,3 @@ def _project(rows: jax.Array, left: jax.Array, mean: jax.Array) -> jax.Array:
     left = left.astype(jnp.float32)
     product = jnp.matmul(rows.T.astype(jnp.float32), left, precision="highest")
     return product - (mean.astype(jnp.float32) @ left)[None, :]
-
-
-def _randomised(rows: Array, rank: int, key: jax.Array, centre: bool) -> _Spectrum:
-    values, vectors = randomised_svd(rows, rank, key, centre=centre)
-    return _Spectrum(
-        values=np.asarray(values, np.float64),
-        floor=_float32_floor(values),
-        basis=lambda size: vectors[:, :size],
-    )
-
-
-def _by_sketch(rows: Array, rank: int, key: jax.Array, centre: bool) -> _Spectrum:
-    # The sketch is given away step by step, and the caller's key must not go with it.
-    sketch = init_sketch(rows.shape[1], rank, jax.random.fold_in(key, 0))
-    step = jax.jit(update_sketch, static_argnames="centre", donate_argnums=0)
-    size = 256
-    for start in range(0, rows.shape[0], size):
-        sketch = step(sketch, rows[start : start + size], centre=centre)
-    # Singular values of the sketch, over sqrt(k): those of the rows up to a factor near one.
-    gram = np.asarray(gram_matrix(sketch.columns.T))
-    if not np.isfinite(gram).all():
-        return _Spectrum(values=np.full(rank, np.nan), floor=np.nan, basis=_no_basis)
-    squares, inner = np.linalg.eigh(gram)
-    values = np.sqrt(np.maximum(squares[::-1], 0.0) / rank)
-
-    def basis(size: int) -> jax.Array:
-        if size == rank:
-            return sketch_basis(sketch)
-        few = sketch.columns @ inner[:, ::-1][:, :size].astype(np.float32)
-        return cholesky_qr(few)
-
-    return _Spectrum(values=values, floor=_float32_floor(values), basis=basis)
-
-
-def _float32_floor(values: Any) -> float:
-    """What sums of float32 leave of a singular value that is zero."""
-    return 64 * float(jnp.finfo(jnp.float32).eps) * float(values[0])

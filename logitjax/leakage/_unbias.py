@@ -23,9 +23,6 @@ def unbias_by_reference(
         values: ``[*batch, k]`` reported under the bias.
         reference: ``[*batch]``, reported for the reference token in the same answers.
         reference_log_prob: its log-probability without a bias, from one more query.
-
-    Returns:
-        ``[*batch, k]``, nats.
     """
     values = checks.as_float(values, "values")
     return (
@@ -53,9 +50,6 @@ def unbias_by_visible(
         visible: ``[*batch]`` reported for a token without a bias, in the same answers.
         visible_log_prob: its log-probability without any bias.
         bias: nats.
-
-    Returns:
-        ``[*batch, k]``, nats.
     """
     return unbias_by_reference(values, visible, visible_log_prob) - bias
 

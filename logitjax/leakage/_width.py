@@ -67,7 +67,6 @@ class Evidence:
         exact: Singular value that rounding of the rows' number format and of the method explains.
         diffuse: Gives a singular value that independent noise of any variances stays below.
         named: Standard deviation of the noise, if it was named.
-        complete: Whether `values` are all there are.
         cut_off: Whether many values of a row are its smallest one.
         distinct: Given a distance, root mean square over tokens, how many rows have no earlier one
             as near.
@@ -83,7 +82,6 @@ class Evidence:
     exact: float
     diffuse: Callable[[], float]
     named: float | None
-    complete: bool
     cut_off: Callable[[], bool]
     distinct: Callable[[float], int]
     white: Callable[[int], bool]
@@ -110,8 +108,6 @@ def judge_width(seen: Evidence) -> OutputWidth:
     above = int((values > seen.exact).sum())
     if above < len(values):
         return _of_exact_rows(seen, above)
-    if not seen.complete:
-        return _refused(seen, "more directions than the method was asked for")
     noise = fit_white_noise(values, seen.rows, seen.columns)
     if noise is None:
         said = (

@@ -14,11 +14,7 @@ _LONG_NUMBER = re.compile(rb"[0-9]{25}")
 
 
 async def read_body(http: HttpRequest, *, most: int, seconds: float) -> bytes:
-    """The bytes that a request brings.
-
-    Raises:
-        ApiError: They are said not to be JSON, are too many, or take too long.
-    """
+    """The bytes that a request brings."""
     kind = http.headers.get("content-type", "application/json").split(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, f"content-type must be application/json, got {kind[:60]!r}")

@@ -38,12 +38,7 @@ class TokenNames:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in held), held
 
     def by_name(self, top: Sequence[tuple[int, float]], *, as_ids: bool) -> dict[str, float]:
-        """Values by the tokens' names; a second one of a name is called by its number.
-
-        Args:
-            top: Tokens and their values, the likeliest first.
-            as_ids: Call all of them so.
-        """
+        """Values by the tokens' names; a second one of a name is called by its number."""
         named: dict[str, float] = {}
         for token, value in top:
             number = f"token_id:{token}"

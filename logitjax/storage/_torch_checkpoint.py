@@ -239,9 +239,6 @@ def read_torch_checkpoint(path: epath.PathLike) -> Any:
     the attributes of an ``argparse.Namespace`` (which come back as a dictionary). Anything else in
     the pickle is refused before it is called. A zip archive has checksums, so that damage is an
     error; the older form has none, and a number or a name that was changed comes back changed.
-
-    Returns:
-        The object, usually a dictionary.
     """
     path = epath.Path(path)
     with guard.naming(path, "a torch checkpoint"):

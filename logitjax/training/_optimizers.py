@@ -1,30 +1,26 @@
-"""Optimizers and schedules by name, from optax."""
+"""Learning rates and the optimizer of all recipes, from optax."""
 
 import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from logitjax.ops.sharding import path_mask
 
-Course = Literal["constant", "linear", "cosine", "wsd", "rsqrt"]
-Optimizer = Literal["adamw", "lion", "adafactor", "sgd"]
+Course = Literal["constant", "linear", "cosine"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """The learning rate as a function of the step: linear warm-up, then one of five courses.
+    """The learning rate as a function of the step: linear warm-up, then one of three courses.
 
     Attributes:
         peak: the learning rate after the warm-up.
-        course: what follows: ``constant``; ``linear`` or ``cosine`` down to ``final``; ``wsd``,
-            constant until the last fifth, then linear to ``final``; ``rsqrt``, with the inverse
-            root of the step.
+        course: what follows: ``constant``; ``linear`` or ``cosine`` down to ``final``.
         warmup: steps from 0 to the peak.
-        total_steps: steps of the run; needed by all but ``constant`` and ``rsqrt``.
+        total_steps: steps of the run; needed by all but ``constant``.
         final: fraction of the peak that is left at the end.
 
     Raises:
@@ -46,7 +42,7 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.course not in get_args(Course):
             raise ValueError(f"course: expected one of {get_args(Course)}, got {self.course!r}")
-        if self.course in ("constant", "rsqrt"):
+        if self.course == "constant":
             return
         if self.total_steps is None or self.total_steps <= self.warmup:
             raise ValueError(
@@ -70,39 +66,29 @@ class Schedule:
             return optax.constant_schedule(peak)
         if self.course == "linear":
             return optax.linear_schedule(peak, end, remaining)
-        if self.course == "cosine":
-            return optax.cosine_decay_schedule(peak, remaining, self.final)
-        if self.course == "wsd":
-            decay = max(1, remaining // 5)
-            return optax.linear_schedule(peak, end, decay, transition_begin=remaining - decay)
-        knee = max(self.warmup, 1)
-        return lambda step: peak * jnp.sqrt(knee / (knee + jnp.maximum(step, 0)))
+        return optax.cosine_decay_schedule(peak, remaining, self.final)
 
     def optimizer(
         self,
         *,
-        kind: Optimizer = "adamw",
         weight_decay: float = 0.0,
         no_decay: str = r"(bias|scale|norm)",
         clip: float | None = 1.0,
         b1: float = 0.9,
         b2: float = 0.95,
         eps: float = 1e-8,
-        moment_dtype: Any = None,
         trainable: str | None = None,
     ) -> optax.GradientTransformation:
-        """An optimizer with this learning rate, decay, clipping and frozen parameters.
+        """AdamW with this learning rate, decay, clipping and frozen parameters.
 
         Args:
-            kind: ``adamw``, ``lion``, ``adafactor`` or ``sgd`` (with momentum ``b1``).
             weight_decay: decoupled weight decay.
             no_decay: parameters whose path matches this regular expression do not decay. The number
                 of dimensions cannot decide this: the norms of a stack of layers are matrices.
             clip: bound on the global norm of the gradient, or None.
             b1: decay of the first moment.
             b2: decay of the second.
-            eps: epsilon of ``adamw``.
-            moment_dtype: dtype of the first moment, by default the parameters'.
+            eps: epsilon beside the root of the second.
             trainable: if given, parameters whose path it does not match are frozen, without any
                 state.
 
@@ -120,34 +106,7 @@ class Schedule:
         def decays(params: Any) -> Any:
             return jax.tree.map(lambda matched: not matched, path_mask(params, no_decay))
 
-        if kind == "adamw":
-            tx = optax.adamw(
-                self,
-                b1=b1,
-                b2=b2,
-                eps=eps,
-                mu_dtype=moment_dtype,
-                weight_decay=weight_decay,
-                mask=decays,
-            )
-        elif kind == "lion":
-            tx = optax.lion(
-                self, b1=b1, b2=b2, mu_dtype=moment_dtype, weight_decay=weight_decay, mask=decays
-            )
-        elif kind == "adafactor":
-            tx = optax.chain(
-                optax.scale_by_factored_rms(),
-                optax.clip_by_block_rms(1.0),
-                optax.add_decayed_weights(weight_decay, decays),
-                optax.scale_by_learning_rate(self),
-            )
-        elif kind == "sgd":
-            tx = optax.chain(
-                optax.add_decayed_weights(weight_decay, decays),
-                optax.sgd(self, momentum=b1 or None, accumulator_dtype=moment_dtype),
-            )
-        else:
-            raise ValueError(f"kind: expected adamw, lion, adafactor or sgd, got {kind!r}")
+        tx = optax.adamw(self, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decays)
         if clip is not None:
             tx = optax.chain(optax.clip_by_global_norm(clip), tx)
         if trainable is None:

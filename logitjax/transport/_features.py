@@ -25,8 +25,6 @@ def graph_features(
     *,
     feature: Feature = "row_sum",
     num_nodes: int | None = None,
-    probes: int | None = None,
-    key: jax.Array | None = None,
     sequence_axis_name: str | None = None,
 ) -> Float[Array, "*batch nodes"]:
     """One number for each node of the co-activation graph C = Z^T Z, without forming C.
@@ -37,10 +35,9 @@ def graph_features(
         row_sum       f = C 1 = Z^T (Z 1)                O(T k)
         row_mean      f / n
         off_diagonal  (C - diag C) 1                     O(T k)
-        row_rms       f_u^2 = mean_w C_uw^2              O(T^2 k), or O(T k) a probe
+        row_rms       f_u^2 = mean_w C_uw^2              O(T^2 k)
 
-    ``row_rms`` is exact through blocks of positions, or with ``probes`` the unbiased Hutchinson
-    estimate E[(C e)_u^2] / n over random signs e, whose relative error falls as probes^-1/2.
+    ``row_rms`` goes through blocks of positions.
 
     Args:
         values: rows of Z, ``[*batch, positions, width]``.
@@ -48,8 +45,6 @@ def graph_features(
         where: positions that count.
         feature: which feature.
         num_nodes: number of nodes; needed with ``ids``, otherwise it is the width.
-        probes: random probes for ``row_rms``; None computes it exactly.
-        key: ``jax.random.key`` of the probes; ``jax.random.key(0)`` if left out.
         sequence_axis_name: mesh axis that shards the positions, inside ``shard_map``; the
             features come back complete on every shard.
 
@@ -74,8 +69,6 @@ def graph_features(
         raise ValueError(f"feature: expected one of {get_args(Feature)}, got {feature!r}")
     if ids is not None and num_nodes is None:
         raise ValueError("num_nodes: expected the number of nodes beside ids, got None")
-    if probes is not None and feature != "row_rms":
-        raise ValueError(f"probes: only feature='row_rms' is estimated, got feature={feature!r}")
     ops.checks.shapes(
         values=(values, "number *batch positions width"),
         ids=(ids, "int *batch positions width"),
@@ -93,11 +86,7 @@ def graph_features(
         z = jnp.where(ids < nodes, z, 0.0)
 
     if feature == "row_rms":
-        if probes is not None:
-            key = jax.random.key(0) if key is None else key
-            squares = _hutchinson(z, ids, nodes, probes, key, sequence_axis_name)
-        else:
-            squares = _row_squares(z, ids, nodes, sequence_axis_name)
+        squares = _row_squares(z, ids, nodes, sequence_axis_name)
         return safe_sqrt(squares / max(nodes, 1))
 
     sums = z.sum(-1, keepdims=True)
@@ -321,30 +310,3 @@ def sparse_difference(
     zero = jnp.sum(a * 0.0) + jnp.sum(every_a * 0.0)
     pieces = (split(every_a, 0.0), split(every_b, 0.0), split(every_ids, num_nodes))
     return 0.5 * jax.lax.scan(step, zero, pieces)[0]
-
-
-def _hutchinson(
-    z: Float[jax.Array, "*batch positions width"],
-    ids: Array | None,
-    num_nodes: int,
-    probes: int,
-    key: jax.Array,
-    axis_name: str | None,
-) -> Float[jax.Array, "*batch nodes"]:
-    """Mean over random signs e of (C e)^2, one probe at a time."""
-
-    @jax.checkpoint
-    def step(total: jax.Array, probe_key: jax.Array) -> tuple[jax.Array, None]:
-        signs = jax.random.rademacher(probe_key, (num_nodes,), jnp.float32)
-        if ids is None:
-            at_ids = signs
-        else:
-            at_ids = signs.at[jnp.asarray(ids)].get(mode="fill", fill_value=0.0)
-        along = jnp.sum(z * at_ids, axis=-1, keepdims=True)
-        product = ops.psum(scatter_columns(z * along, ids, num_nodes), axis_name)
-        return total + jnp.square(product), None
-
-    keys = jax.random.split(key, probes)
-    zero = ops.psum(scatter_columns(z * 0.0, ids, num_nodes), axis_name)
-    total, _ = jax.lax.scan(step, zero, keys)
-    return total / probes

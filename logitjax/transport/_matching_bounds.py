@@ -43,9 +43,6 @@ def diagonal_lower_bound(c: Graph, d: Graph) -> Float[jax.Array, ""]:
 
         (|c - d|^2 + (n - 1) max(|mu - mu'|^2 + |s - s'|^2, |r - r'|^2)) / n^2 <= GW_2^2(C, D)
 
-    Returns:
-        A scalar.
-
     References:
         A relaxation of the bound of Gilmore (1962) and Lawler (1963) by Gelbrich's moments; its use
         for Gromov-Wasserstein is ours.

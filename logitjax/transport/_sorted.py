@@ -78,16 +78,7 @@ def sorted_gw_lower_bound(
 def least_transport(
     f: Vector, g: Float[jax.Array, "m"], a: Weights, b: Weights, *, p: int, root: Any = 0.0
 ) -> Scalar:
-    """`sorted_gw_lower_bound` less what rounding, also of f and g, may have added to it.
-
-    Args:
-        f: features ``[n]`` whose errors, and those of g, have the norm ``root`` together.
-        g: features ``[m]``.
-        a: weights of the first nodes, or None.
-        b: weights of the second nodes.
-        p: 1 or 2.
-        root: how far the p-th root may be off by the features alone.
-    """
+    """`sorted_gw_lower_bound` less what rounding, also of f and g, may have added to it."""
     raw = sorted_gw_lower_bound(f, g, f_weights=a, g_weights=b, p=p)
     n, m = f.shape[-1], g.shape[-1]
     absolute = 0.0

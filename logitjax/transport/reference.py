@@ -2,7 +2,7 @@
 
 ott takes seconds to import and is loaded on the first call. Its solvers return a number whether
 or not they converged, and an unconverged plan breaks its marginals, so that its cost may lie below
-the true optimum. Here such a result is an `Unconverged`, which has no ``value``.
+the true optimum. Here such a `Solution` has no ``value``.
 """
 
 import dataclasses
@@ -28,55 +28,40 @@ from logitjax.transport._graph import (
 )
 from logitjax.transport._rounding import Weights
 
-__all__ = ("Converged", "Unconverged", "entropic_gw", "low_rank_gw")
+__all__ = ("Solution", "entropic_gw", "low_rank_gw")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Converged:
-    """A solve to be trusted.
+class Solution:
+    """What a solver found, and whether it is to be trusted.
 
     Attributes:
-        value: the cost GW_2^2 of ``plan``, entropy not counted, in the units of the input.
+        cost: the cost GW_2^2 of ``plan``, entropy not counted, in the units of the input. It bounds
+            nothing where the solve did not finish: read ``value``.
         plan: the coupling ``[n, m]``.
         epsilon: entropic regularisation reached, relative to the mean squared cost.
         marginal_error: largest L1 distance of a marginal of the plan from the weights.
         iterations: outer iterations in all.
+        reason: what failed; empty where nothing did.
     """
 
-    value: float
-    plan: jax.Array
-    epsilon: float
-    marginal_error: float
-    iterations: int
-
-    @property
-    def converged(self) -> bool:
-        return True
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Unconverged:
-    """A solve that did not finish: there is deliberately no ``value``.
-
-    Attributes:
-        reason: what failed.
-        cost: the number that the solver stopped at. It bounds nothing.
-        plan: the plan it stopped at.
-        epsilon: the regularisation at which it stopped.
-        marginal_error: largest L1 distance of a marginal of the plan from the weights.
-        iterations: outer iterations in all.
-    """
-
-    reason: str
     cost: float
     plan: jax.Array
     epsilon: float
     marginal_error: float
     iterations: int
+    reason: str = ""
 
     @property
     def converged(self) -> bool:
-        return False
+        return not self.reason
+
+    @property
+    def value(self) -> float:
+        """The cost of a solve that finished; of another, a ValueError with the reason."""
+        if self.reason:
+            raise ValueError(f"value: expected a solve that finished, got: {self.reason}")
+        return self.cost
 
 
 def entropic_gw(
@@ -89,7 +74,7 @@ def entropic_gw(
     start: Float[Array, "n m"] | None = None,
     marginal_tolerance: float = 1e-3,
     max_iterations: int = 100,
-) -> Converged | Unconverged:
+) -> Solution:
     """Entropic Gromov-Wasserstein (squared loss), with epsilon annealed and the result checked.
 
     Both graphs are divided by the RMS entry of the second one before ott sees them, and each
@@ -106,7 +91,7 @@ def entropic_gw(
         max_iterations: outer iterations at each epsilon.
 
     Returns:
-        `Converged` or `Unconverged`. The value is an upper bound up to the marginal error; its
+        `Solution`. The value is an upper bound up to the marginal error; its
         entropic bias does not vanish: two equal graphs cost about 0.005 at epsilon 0.01.
 
     Raises:
@@ -148,7 +133,7 @@ def low_rank_gw(
     d_weights: Float[Array, "m"] | None = None,
     marginal_tolerance: float = 1e-3,
     max_iterations: int = 2000,
-) -> Converged | Unconverged:
+) -> Solution:
     """Low-rank Gromov-Wasserstein of ott-jax: plans of small rank, linear in the nodes.
 
     Args:
@@ -159,9 +144,6 @@ def low_rank_gw(
         d_weights: the same for d.
         marginal_tolerance: L1 error of the marginals above which a plan is refused.
         max_iterations: largest number of iterations of the mirror descent.
-
-    Returns:
-        `Converged` or `Unconverged`.
 
     >>> import jax, jax.numpy as jnp
     >>> z = jax.random.normal(jax.random.key(0), (8, 4))
@@ -275,21 +257,19 @@ def _judge(
     epsilon: float,
     iterations: int,
     tolerance: float,
-) -> Converged | Unconverged:
+) -> Solution:
     rows, columns = output.plan.sum(1), output.plan.sum(0)
     error = float(jnp.maximum(jnp.abs(rows - a).sum(), jnp.abs(columns - b).sum()))
-    found = {
-        "plan": output.plan,
-        "epsilon": epsilon,
-        "marginal_error": error,
-        "iterations": iterations,
-    }
     reason = ""
     if not error <= tolerance:  # also where it is nan
         reason = f"marginals are off by {error:.2e}, more than {tolerance:g}"
     elif not bool(output.converged):
         reason = f"not converged after {iterations} iterations, at epsilon {epsilon:g}"
-    cost = float(output.cost) * unit
-    if reason:
-        return Unconverged(reason=reason, cost=cost, **found)
-    return Converged(value=cost, **found)
+    return Solution(
+        cost=float(output.cost) * unit,
+        plan=output.plan,
+        epsilon=epsilon,
+        marginal_error=error,
+        iterations=iterations,
+        reason=reason,
+    )

@@ -15,7 +15,7 @@ from logitjax.vq._loss import cluster_log_mass
 # Rows, or hidden states, at a time: a block of scores is this many times the codes.
 _BLOCK = 2048
 
-Method = Literal["random", "frequency", "kmeans", "weighted_kmeans"]
+Method = Literal["random", "kmeans", "weighted_kmeans"]
 
 
 @jax.tree_util.register_dataclass
@@ -57,9 +57,9 @@ def fit_assignment(
 
         sum_v u_v^p (w_v - C_{m(v)})^T Cov(h) (w_v - C_{m(v)})
 
-    The other methods are ``'random'``, clusters of equal size; ``'frequency'``, neighbours in
-    frequency, of equal size; and ``'kmeans'``, plain rows, unweighted (the paper's). `reassign`
-    improves the mapping by the full head's distribution on hidden states.
+    The other methods are ``'random'``, clusters of equal size, and ``'kmeans'``, plain rows,
+    unweighted (the paper's). `reassign` improves the mapping by the full head's distribution on
+    hidden states.
 
     Blocks keep memory at the rows themselves plus 2,048 x codes, whatever the vocabulary.
 
@@ -127,8 +127,8 @@ def _fitted(
     weights = unigram / jnp.maximum(unigram.sum(), 1e-30)
     weights = jnp.maximum(weights, 0.01 / vocab)
     history = jnp.zeros(0)
-    if method in ("random", "frequency"):
-        order = jax.random.permutation(key, vocab) if method == "random" else jnp.argsort(-unigram)
+    if method == "random":
+        order = jax.random.permutation(key, vocab)
         code = (jnp.arange(vocab) * num_codes // vocab).astype(jnp.int32)
         assignment = jnp.zeros(vocab, jnp.int32).at[order].set(code)
     else:

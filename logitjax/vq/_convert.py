@@ -54,7 +54,7 @@ class ConvertConfig:
     """
 
     num_codes: int = 4096
-    method: Literal["random", "frequency", "kmeans", "weighted_kmeans", "likelihood"] = "likelihood"
+    method: Literal["random", "kmeans", "weighted_kmeans", "likelihood"] = "likelihood"
     weight_power: float = 0.5
     kmeans_iterations: int = 10
     use_bias: bool = True
@@ -273,7 +273,6 @@ def save_head(head: VQHead, directory: str | os.PathLike[str]) -> None:
         fields = dataclasses.fields(pages)
         tensors |= {f"pages.{f.name}": np.asarray(getattr(pages, f.name)) for f in fields}
         options |= {"num_pages": head.num_pages, "page_size": head.page_size}
-        tensors["calibration"] = np.asarray(head.calibration[...])
         if head.rows is not None:
             tensors["rows"] = np.asarray(head.rows[...])
     write_head(directory, {"kind": type(head).__name__, "options": options}, tensors)
@@ -302,6 +301,5 @@ def _head_of(record: Mapping[str, Any], tensors: Mapping[str, np.ndarray], dtype
     head = kind.from_fit(fit, dtype=dtype, param_dtype=fit.codebook.dtype, **options)
     if isinstance(head, ShortlistHead):
         names = [f.name for f in dataclasses.fields(head.pages)]
-        head.calibration[...] = jnp.asarray(tensors["calibration"])
         head.set_pages(Pages(**{name: jnp.asarray(tensors[f"pages.{name}"]) for name in names}))
     return head

@@ -249,8 +249,6 @@ class ShortlistHead(VQHead):
         self.num_pages = num_pages
         self.page_size = page_size
         self.rows = None if rows is None else nnx.Param(jnp.asarray(rows))
-        # Scale and offset of the log-odds that a token lies in the shortlist.
-        self.calibration = nnx.Param(jnp.array([1.0, 0.0]))
         self.make_pages()
 
     def load(self, codebook: Array, bias: Array | None, assignment: Array) -> None:
@@ -287,7 +285,6 @@ class ShortlistHead(VQHead):
             pages=self.pages,
             rescore=Head(rows, vocab_axis=0),
             num_pages=self.num_pages,
-            calibration=self.calibration[...],
         )
 
     def _biased(self) -> tuple[Array, Array, Array]:

@@ -157,25 +157,6 @@ class ProductCodes:
         (total,) = over_batch(look_up, (hidden.ndim,), hidden, codebooks, jnp.asarray(self.codes))
         return total if self.bias is None else total + jnp.asarray(self.bias)
 
-    def logits_at(
-        self, hidden: Float[Array, "n hidden"], tokens: Integer[Array, "n chosen"]
-    ) -> Float[jax.Array, "n chosen"]:
-        """The logits of some tokens, by ``groups`` look-ups each, to re-score a shortlist.
-
-        >>> rows = ProductCodes(np.arange(4.0).reshape(2, 2, 1), np.array([[0, 1], [1, 0]]))
-        >>> jax.jit(ProductCodes.logits_at)(rows, np.ones((1, 2)), np.array([[1, 0]]))
-        Array([[3., 3.]], dtype=float32)
-        """
-        self._check(hidden)
-        checks.shapes(hidden=(hidden, "float n hidden"), tokens=(tokens, "int n chosen"))
-        checks.ids(tokens, self.codes.shape[0], "tokens")
-        tables = product_tables(jnp.asarray(hidden), jnp.asarray(self.codebooks))
-        chosen = jnp.asarray(self.codes)[tokens].astype(jnp.int32)
-        groups = jnp.arange(self.codebooks.shape[0])
-        rows = jnp.arange(hidden.shape[0])[:, None, None]
-        scores = tables[rows, groups, chosen].sum(-1)
-        return scores if self.bias is None else scores + jnp.asarray(self.bias)[tokens]
-
     def _check(self, hidden: Any) -> None:
         """Refuses parts that do not fit one another or hidden states, and codes there are not."""
         checks.shapes(
@@ -299,11 +280,7 @@ def _packed(codes: jax.Array) -> jax.Array:
 def unpack_codes(
     packed: UInt8[Array, "blocks pairs 32"], vocab: int, groups: int
 ) -> UInt8[jax.Array, "vocab groups"]:
-    """What `pack_codes` packed.
-
-    Returns:
-        ``[vocab, groups]``, uint8, 0..15.
-    """
+    """What `pack_codes` packed."""
     packed = jnp.asarray(packed)
     blocks, pairs, _ = packed.shape
     by_token = packed.reshape(blocks, pairs, 2, _BLOCK // 2).transpose(0, 3, 1, 2)

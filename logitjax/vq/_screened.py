@@ -13,7 +13,7 @@ from logitjax.heads import HeadCost, VocabularyHead
 from logitjax.losses import Head
 from logitjax.ops import Array, TopK, checks, gather_at, logsumexp, neginf_to_zero, top_k
 from logitjax.ops.sharding import over_batch
-from logitjax.vq._shortlist import Rescore, in_blocks, rescoring
+from logitjax.vq._shortlist import in_blocks, rescored
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,12 +23,12 @@ class Screen:
     Attributes:
         cheap: approximate logits, ``hidden [n, hidden] -> [n, vocab]`` float32: a head, or e.g.
             `ProductCodes.logits`.
-        rescore: a `Head` with better rows, its kernel alone, or `ProductCodes.logits_at`.
+        rescore: a `Head` with better rows, or its kernel alone.
         num_candidates: tokens that are re-scored.
     """
 
     cheap: Callable[[jax.Array], jax.Array]
-    rescore: Rescore | Head | Array
+    rescore: Head | Array
     num_candidates: int
 
     def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[jax.Array, "*batch vocab"]:
@@ -158,7 +158,7 @@ class Screen:
                 f"got {self.num_candidates}"
             )
         _, tokens = top_k(jax.lax.stop_gradient(scores), self.num_candidates, group_size=8)
-        return scores, tokens, rescoring(self.rescore)(hidden, tokens)
+        return scores, tokens, rescored(self.rescore, hidden, tokens)
 
 
 class ScreenedHead(VocabularyHead):
@@ -168,13 +168,13 @@ class ScreenedHead(VocabularyHead):
     a tenth of the rows.
 
     Args:
-        screen: any head that makes V cheap logits: a `ProductHead`, a `LowRankHead`, a `VQHead`.
+        screen: any head that makes V cheap logits: a `ProductHead`, a `VQHead`.
         num_candidates: tokens that are re-scored.
         rows: ``[vocab, hidden]``, the head's own rows; None takes the embedding.
         row_bias: ``[vocab]``, their biases.
 
-    >>> from logitjax.heads import LowRankHead
-    >>> make = lambda: ScreenedHead(LowRankHead(8, 20, 2, rngs=nnx.Rngs(0)), num_candidates=4)
+    >>> from logitjax.vq import VQHead
+    >>> make = lambda: ScreenedHead(VQHead(8, 20, 5, rngs=nnx.Rngs(0)), num_candidates=4)
     >>> nnx.jit(lambda *arrays: make()(*arrays))(jnp.ones((3, 8)), jnp.ones((20, 8))).shape
     (3, 20)
     """

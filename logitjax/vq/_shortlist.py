@@ -17,9 +17,6 @@ from logitjax.ops import Array, TopK, checks, logsumexp, neginf_to_zero, top_k
 from logitjax.vq._loss import code_scores
 from logitjax.vq._row_products import row_products
 
-#: Better logits of some tokens: ``(hidden [n, hidden], tokens [n, c]) -> [n, c]`` float32.
-Rescore = Callable[[jax.Array, jax.Array], jax.Array]
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -136,26 +133,16 @@ class Pages:
         return jnp.sqrt(jnp.maximum(((apart @ hidden_cov) * apart).sum(-1), 0.0))
 
 
-def rescoring(rows: Rescore | Head | Array) -> Rescore:
-    """What re-scores as it is, and of a full head ``w_v . h + a_v``.
+def rescored(rows: Head | Array, hidden: jax.Array, tokens: jax.Array) -> jax.Array:
+    """``w_v . h + a_v`` of a full head, or its kernel alone, for tokens `[n, chosen]`.
 
-    Args:
-        rows: a `Rescore`, a `Head`, or its kernel alone.
-
-    Returns:
-        A `Rescore`: inputs in the dtype of ``hidden``, sums and result in float32. Tokens outside
-        of the vocabulary are taken for its nearest end.
+    Inputs in the dtype of ``hidden``, sums and result in float32. Tokens outside of the vocabulary
+    are taken for its nearest end.
     """
-    if callable(rows):
-        return rows
-
-    def rescore(hidden: jax.Array, tokens: jax.Array) -> jax.Array:
-        head = Head.of(rows).resolve(hidden.shape[-1])
-        scores = row_products(hidden, head.rows, tokens)
-        scores = scores if head.bias is None else scores + jnp.asarray(head.bias)[tokens]
-        return scores if head.soft_cap is None else ops.soft_cap(scores, head.soft_cap)
-
-    return rescore
+    head = Head.of(rows).resolve(hidden.shape[-1])
+    scores = row_products(hidden, head.rows, tokens)
+    scores = scores if head.bias is None else scores + jnp.asarray(head.bias)[tokens]
+    return scores if head.soft_cap is None else ops.soft_cap(scores, head.soft_cap)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,18 +151,16 @@ class Shortlist:
 
     Attributes:
         pages: pages from `Pages.cut`.
-        rescore: a `Head` with better rows, or `ProductCodes.logits_at`.
+        rescore: a `Head` with better rows, or its kernel alone.
         num_pages: pages that are re-scored.
-        calibration: ``[scale, offset]`` of the log-odds of the shortlist; (1, 0) when omitted.
 
     Raises:
         ValueError: ``num_pages`` is not in 1..pages.
     """
 
     pages: Pages
-    rescore: Rescore | Head | Array
+    rescore: Head | Array
     num_pages: int
-    calibration: Array | None = None
 
     def __post_init__(self) -> None:
         most = self.pages.tokens.shape[0]
@@ -208,7 +193,7 @@ class Shortlist:
             g = logsumexp_{chosen pages} s - logsumexp_{other pages} s,    s = z_code + log mass
             l_v = rescore(h, v) + shift(h)      v in a chosen page
                   z_{m(v)} + b_v                otherwise
-            shift such that  logsumexp_chosen l - logsumexp_{other pages} s = scale g + offset
+            shift such that  logsumexp_chosen l - logsumexp_{other pages} s = g
 
         The choice of pages has no gradient; the codes learn how much of the mass it catches.
 
@@ -387,7 +372,7 @@ class Shortlist:
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Tokens of the chosen pages, their shifted logits, and scores plus masses of the rest."""
         tokens = pages.tokens[chosen].reshape(len(hidden), -1)
-        logits = rescoring(self.rescore)(hidden, jnp.maximum(tokens, 0))
+        logits = rescored(self.rescore, hidden, jnp.maximum(tokens, 0))
         if soft_cap is not None:
             logits = soft_cap * jnp.tanh(logits / soft_cap)
         logits = jnp.where(tokens >= 0, logits, -jnp.inf)
@@ -397,9 +382,6 @@ class Shortlist:
         # Exact logits are shifted so that the shortlist keeps the odds that its codes have against
         # the rest.
         odds = logsumexp(jnp.take_along_axis(masses, chosen, axis=-1)) - neginf_to_zero(others)
-        if self.calibration is not None:
-            scale, offset = self.calibration
-            odds = scale * odds + offset
         # Where nothing else is left there is nothing to weigh the shortlist against.
         shift = jnp.where(
             jnp.isneginf(others), 0.0, neginf_to_zero(others) + odds - logsumexp(logits)

@@ -43,12 +43,7 @@ class HeadTargets:
     nll: np.ndarray
 
     def with_top(self, top: int, hidden: Float[Array, "count hidden"]) -> "HeadTargets":
-        """The same expectations with fewer top tokens a position.
-
-        Args:
-            top: Tokens kept of each position.
-            hidden: `[count, hidden]`, the positions.
-        """
+        """The same expectations with fewer top tokens a position."""
         probs, tokens = self.top_probs[:, :top], self.top_tokens[:, :top]
         sums, counts = _rest(self.sums, self.counts, probs, tokens, hidden)
         return dataclasses.replace(
@@ -71,9 +66,6 @@ def head_targets(
         labels: ``[count]``; its loss on them is kept too.
         top: probabilities kept per position.
         block_size: positions at a time; memory is block_size x vocab.
-
-    Returns:
-        `HeadTargets`, on the host.
     """
     rows = jnp.asarray(head.rows, jnp.float32)
     vocab, width = rows.shape

@@ -171,14 +171,6 @@ def vq_distillation_loss(
 
     ``R`` and ``r`` hold what lies outside the top tokens, summed over all N positions. Its mean
     over positions is exact, and less the teacher's entropy it is the KL divergence.
-
-    Args:
-        params: ``codebook [codes, hidden]``, and ``bias [vocab]`` unless it is fixed at zero.
-        constants: ``assignment [vocab]``, ``rest [codes, hidden]`` and ``rest_counts [vocab]``,
-            both over N.
-        hidden: ``[n, hidden]``.
-        top_probs: ``[n, k]``.
-        top_tokens: ``[n, k]``.
     """
     codebook, assignment = params["codebook"], constants["assignment"]
     bias = params.get("bias")
@@ -207,17 +199,6 @@ def tune_vq_head(
     The expected divergence, over all positions and the whole vocabulary, is minimised at the cost
     of K scores a position. With `reassign_every`, tokens move to the code under which they are
     most likely (`logitjax.vq.reassign`); the last moves come well before the end.
-
-    Args:
-        codebook: `[codes, hidden]`.
-        bias: `[vocab]`; None tunes the head as published, without one.
-        assignment: `[vocab]`.
-        hidden: `[count, hidden]`, cached.
-        targets: What `HiddenCache.head_targets` makes of the same positions.
-        tuning: Budget.
-        reassign_every: Steps between reassignments; None keeps the mapping. Needs biases.
-        min_count: Expected targets below which a token stays where it is.
-        mesh: Mesh, as of `Tuning.run`.
 
     Returns:
         `(codebook, bias, assignment, history)`; history holds `loss` and `moved`.

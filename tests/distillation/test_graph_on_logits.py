@@ -225,7 +225,6 @@ def test_a_student_near_its_teacher_keeps_the_digits_of_the_cost(config):
         ({"logits": "standardized_top_k", "k": 2, "feature": "off_diagonal"}, "same values"),
         ({"logits": "softmax_top_k", "k": 1}, "1 everywhere"),
         ({"feature": "off_diagonal", "k": 1}, "off the diagonal"),
-        ({"probes": 4}, "probes"),
         ({"k": 0}, "k: expected at least 1"),
     ],
 )

@@ -13,7 +13,6 @@ from logitjax.fusion import (
     ContrastiveDecoding,
     DExperts,
     DynamicFusion,
-    EmulatedFineTuning,
     LogitDifference,
     ProxyTuning,
     _rows,
@@ -24,7 +23,6 @@ from tests.fusion.test_several_experts import EXPERTS
 STRATEGIES = {
     "proxy": ProxyTuning(),
     "dexperts": DExperts(top_p=1.0),
-    "emulated": EmulatedFineTuning(),
     "contrastive": ContrastiveDecoding(),
     "clean": LogitDifference(filter="clean"),
     "official": LogitDifference(filter="official", form="raw"),

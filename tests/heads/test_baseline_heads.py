@@ -4,20 +4,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from logitjax.heads import (
-    LinearHead,
-    LowRankHead,
-    TiedHead,
-    fit_low_rank,
-)
-from logitjax.heads._low_rank import low_rank_logits
+from logitjax.heads import LinearHead, TiedHead
 from logitjax.models import Decoder, DecoderConfig
 from logitjax.vq import ProductCodes, ProductHead, ShortlistHead, VQHead
 from tests._compiled import compiled
-from tests._modules import call, with_weights
-
-low_rank_logits_of = compiled(low_rank_logits)
-fit = compiled(fit_low_rank)
+from tests._modules import with_weights
 
 
 def log_normalizer(logits):
@@ -43,37 +34,11 @@ def case():
     return dict(unigram=unigram, hidden=hidden, labels=labels, rows=rows)
 
 
-def test_low_rank_of_full_rank_is_the_full_head(case):
-    mean, cov = case["hidden"].mean(0), np.cov(case["hidden"].T)
-    down, kernel, bias = fit(case["rows"], case["unigram"], mean, cov, WIDTH)
-    full = case["hidden"] @ case["rows"].T
-    np.testing.assert_allclose(
-        low_rank_logits_of(case["hidden"], down, kernel, bias), full, rtol=1e-2, atol=1e-2
-    )
-    nll = call(
-        LowRankHead.from_fit(down, kernel, bias), case["hidden"], case["labels"], method="nll"
-    )
-    want = log_normalizer(full) - np.take_along_axis(full, case["labels"][:, None], 1)[:, 0]
-    np.testing.assert_allclose(nll, want, rtol=1e-2, atol=1e-2)
-
-
-def test_low_rank_keeps_what_hidden_states_use(case):
-    hidden = case["hidden"] * np.array([3.0, 2.0] + [0.05] * (WIDTH - 2), np.float32)
-    down, kernel, bias = fit(case["rows"], case["unigram"], hidden.mean(0), np.cov(hidden.T), 2)
-    wrong = np.asarray(low_rank_logits_of(hidden, down, kernel, bias)) - hidden @ case["rows"].T
-    assert np.abs(wrong).mean() < 0.15
-
-
 def test_costs_of_the_same_head_agree():
     full = nnx.eval_shape(lambda: LinearHead(WIDTH, VOCAB, use_bias=True, rngs=nnx.Rngs(0))).cost()
     assert full.parameters == VOCAB * (WIDTH + 1)
     tied = TiedHead().cost(np.zeros((VOCAB, WIDTH), np.float32))
     assert (tied.parameters, tied.read_bytes) == (0, VOCAB * WIDTH * 4)
-
-
-def test_errors_name_the_argument(case):
-    with pytest.raises(ValueError, match="rank: expected 1 to"):
-        fit_low_rank(case["rows"], case["unigram"], np.zeros(WIDTH), np.eye(WIDTH), 9)
 
 
 # As modules.
@@ -106,12 +71,9 @@ def _modules(case, name):
         cov = np.eye(WIDTH, dtype=np.float32)
         return fit(rows, unigram, cov, groups=4, num_codes=32, iterations=3)
 
-    fits = (case["hidden"].mean(0), np.cov(case["hidden"].T).astype(np.float32))
     return {
         "full": lambda: made(LinearHead, WIDTH, VOCAB, use_bias=True),
         "tied": lambda: TiedHead(bias=np.log(unigram)),
-        "low rank": lambda: made(LowRankHead, WIDTH, VOCAB, 3),
-        "low rank, fitted": lambda: LowRankHead.from_fit(*fit(rows, unigram, *fits, 5)),
         "product": lambda: ProductHead.from_fit(product()),
         "VQ": lambda: made(VQHead, WIDTH, VOCAB, 20),
         "shortlist": lambda: ShortlistHead(
@@ -120,7 +82,7 @@ def _modules(case, name):
     }[name]()
 
 
-HEADS = ("full", "tied", "low rank", "low rank, fitted", "product", "VQ", "shortlist")
+HEADS = ("full", "tied", "product", "VQ", "shortlist")
 
 
 @pytest.mark.parametrize(
@@ -156,7 +118,7 @@ def test_heads_share_an_interface_inside_a_decoder(case, name):
     assert ((token >= 0) & (token < VOCAB)).all()
     cost = head.cost(embedding)
     trained = sum(x.size for x in jax.tree.leaves(nnx.state(head, nnx.Param)))
-    assert cost.parameters == trained - (2 if name == "shortlist" else 0)
+    assert cost.parameters == trained
     if name == "shortlist":
         with pytest.raises(ValueError, match="head: expected one with a kernel"):
             model.head_of()
@@ -167,7 +129,7 @@ def test_heads_share_an_interface_inside_a_decoder(case, name):
 
 @pytest.mark.every_change
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["low rank", "VQ", "product"])
+@pytest.mark.parametrize("name", ["VQ", "product"])
 def test_a_decoder_decodes_and_trains_through_the_head_alone(case, name):
     model = decoder(_modules(case, name))
     model.head.prepare(1)
@@ -204,9 +166,7 @@ def test_modules_name_the_wrong_argument():
     rngs = nnx.Rngs(0)  # nothing is drawn
     with pytest.raises(ValueError, match="groups: expected a divisor of hidden_size=8"):
         ProductHead(8, 20, groups=3, rngs=rngs)
-    with pytest.raises(ValueError, match="rank: expected a number between 1 and hidden_size=8"):
-        LowRankHead(8, 20, 9, rngs=rngs)
     with pytest.raises(ValueError, match="unigram: expected shape"):
-        LowRankHead(8, 20, 2, unigram=np.ones(19), rngs=rngs)
+        LinearHead(8, 20, use_bias=True, unigram=np.ones(19), rngs=rngs)
     with pytest.raises(ValueError, match="embedding: expected the rows of a TiedHead"):
         TiedHead()(np.ones((1, 8), np.float32))

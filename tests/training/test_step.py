@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -238,13 +237,13 @@ def test_compiles_ahead_of_time():
     assert step.lower(state, batch).compile().memory_analysis() is not None
 
 
-@pytest.mark.parametrize("course", ["constant", "linear", "cosine", "wsd", "rsqrt"])
+@pytest.mark.parametrize("course", ["constant", "linear", "cosine"])
 def test_schedules_warm_up_and_end(course):
     rate = training.Schedule(2.0, course, warmup=4, total_steps=24, final=0.25)
     start, middle, top, last = jax.jit(rate)(np.array([0, 2, 4, 24])).tolist()
     assert (start, middle) == (0, 1)
     np.testing.assert_allclose(top, 2.0)
-    end = {"constant": 2.0, "rsqrt": 2.0 * (4 / 24) ** 0.5}.get(course, 0.5)
+    end = 2.0 if course == "constant" else 0.5
     np.testing.assert_allclose(last, end, rtol=1e-6)
 
 
@@ -253,22 +252,6 @@ def test_schedule_errors():
         training.Schedule(1.0)
     with pytest.raises(Exception, match="cosin"):  # or the type checker's, where it is on
         training.Schedule(1.0, "cosin")
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "lion", "adafactor", "sgd"])
-def test_optimizers_learn(optimizer):
-    tx = training.Schedule(0.02, "constant").optimizer(kind=optimizer, moment_dtype=jnp.float32)
-    params = {"w": np.full((3, 2), 2.0, np.float32)}
-    state = jax.jit(tx.init)(params)
-
-    @jax.jit
-    def update(params, state):
-        updates, state = tx.update(jax.tree.map(lambda w: 2 * w, params), state, params)
-        return optax.apply_updates(params, updates), state
-
-    for _ in range(5):
-        params, state = update(params, state)
-    assert np.abs(params["w"]).max() < 2.0
 
 
 def test_the_norm_is_of_gradients_that_are_used():

@@ -74,21 +74,6 @@ def test_gradient_equals_finite_differences(feature):
     np.testing.assert_allclose((gradient * direction).sum(), slope, rtol=1e-3)
 
 
-def test_probes_estimate_row_rms():
-    values, ids, where = sparse_data()
-    exact = oracle(dense(values, ids), where, "row_rms")
-    key = jax.random.key(3)
-    estimate = functools.partial(
-        graph_features, values, ids, where, feature="row_rms", num_nodes=NODES
-    )
-    few, many = (
-        np.abs(np.square(np.asarray(estimate(probes=n, key=key))) - exact**2).mean()
-        for n in (16, 4096)
-    )
-    assert many < 0.05 * np.square(exact).mean()
-    assert many < few
-
-
 @pytest.mark.parametrize("feature", ["off_diagonal", "row_rms"])
 @pytest.mark.parametrize("with_ids", [True, False])
 def test_sharded_positions_equal_local(feature, with_ids):
@@ -135,8 +120,6 @@ def test_bad_inputs_name_the_culprit():
     values, ids, _ = sparse_data()
     with pytest.raises(ValueError, match="num_nodes: expected the number of nodes beside ids"):
         transport.graph_features(values, ids)
-    with pytest.raises(ValueError, match="probes: only feature='row_rms'"):
-        transport.graph_features(values, probes=3)
 
 
 def test_a_value_whose_node_does_not_exist_counts_nowhere():

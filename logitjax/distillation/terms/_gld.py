@@ -26,7 +26,6 @@ class GLD(Term):
         feature: The number that stands for a node.
         logits: How logits are scaled.
         compare: How two graphs are compared, `GraphConfig.value`.
-        probes: Random probes of the feature `row_rms`; None is exact.
     """
 
     k: int = 10
@@ -34,7 +33,6 @@ class GLD(Term):
     feature: transport.Feature = "row_sum"
     logits: Logits = "standardized"
     compare: Value = "closed_form"
-    probes: int | None = None
     name = "gld"
     pointwise = False
 
@@ -50,7 +48,6 @@ class GLD(Term):
             feature=self.feature,
             logits=self.logits,
             value=self.compare,
-            probes=self.probes,
         )
 
     @property
