@@ -62,7 +62,7 @@ def check_loss(
     - `mesh`, `explicit`, `shard_map`: With the batch split over devices (axes that are Auto,
       axes that are Explicit, inside `shard_map`) it gives what it gives on one.
 
-    The function is compiled three times. Small arrays do: four rows, seven tokens.
+    The function is compiled four times. Small arrays do: four rows, seven tokens.
 
     Args:
         fn: Takes the arrays by name and returns the unreduced loss.

@@ -1,5 +1,6 @@
 """Comparisons and calls whose failure says the property, the argument and the numbers."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NoReturn
@@ -9,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from logitjax.registry import Registry
 
 #: Arrays by the name of their argument.
 Arrays = Mapping[str, Any]
@@ -50,6 +53,21 @@ def selected(properties: Sequence[str], skip: Collection[str]) -> tuple[str, ...
     if unknown:
         raise ValueError(f"skip: expected some of {', '.join(properties)}, got {unknown[0]}")
     return tuple(name for name in properties if name not in skip)
+
+
+def frozen_value(name: str, value: Any, base: type) -> None:
+    """Fails unless it is a frozen dataclass that flags can read of its repr."""
+    kind, subject = type(value), type(value).__name__
+    if not dataclasses.is_dataclass(kind) or not kind.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+        fail(name, subject, "expected a frozen dataclass, got another class")
+    copy = dataclasses.replace(value)
+    if (attempt(name, hash, copy), copy) != (hash(value), value):
+        fail(name, subject, "expected to equal its copy, got another value")
+    # As a flag names it, whether or not its class can be imported.
+    text = repr(value).replace(kind.__qualname__, subject, 1)
+    names = Registry(kind=base.__name__, group="logitjax", members={subject: kind}, base=base)
+    if attempt(name, names.parse, text) != value:
+        fail(name, subject, f"expected {text} to be read as the same value, got another")
 
 
 def is_float(x: Any) -> bool:

@@ -21,9 +21,16 @@ from logitjax.distillation import (
     TokenSet,
     Vocabularies,
 )
-from logitjax.registry import Registry
 from logitjax.testing._loss import check_loss
-from logitjax.testing._properties import attempt, batch_mesh, equal, fail, is_float, selected
+from logitjax.testing._properties import (
+    attempt,
+    batch_mesh,
+    equal,
+    fail,
+    frozen_value,
+    is_float,
+    selected,
+)
 
 _ROWS, _LENGTH, _WIDTH, _TEACHER_WIDTH, _VOCAB = 4, 3, 5, 6, 11
 _SHARED = ("head", "bias", "teacher_head", "teacher_bias")
@@ -210,18 +217,7 @@ class _Setting:
         )[0]
 
     def check_value(self) -> None:
-        term, kind = self.term, type(self.term)
-        subject = kind.__name__
-        if not dataclasses.is_dataclass(kind) or not kind.__dataclass_params__.frozen:  # type: ignore[attr-defined]
-            fail("value", subject, "expected a frozen dataclass, got another class")
-        copy = dataclasses.replace(term)  # type: ignore[type-var]
-        if (hash(copy), copy) != (attempt("value", hash, term), term):
-            fail("value", subject, "expected to equal its copy, got another value")
-        # As a flag names it, whether or not its class can be imported.
-        text = repr(term).replace(kind.__qualname__, subject, 1)
-        names = Registry(kind="loss", group="logitjax.terms", members={subject: kind}, base=Term)
-        if attempt("value", names.parse, text) != term:
-            fail("value", subject, f"expected {text} to be read as the same value, got another")
+        frozen_value("value", self.term, Term)
 
     def check_needs(self) -> None:
         def without(**changes: Any) -> None:
