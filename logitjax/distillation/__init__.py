@@ -3,7 +3,7 @@
 - `distill` trains a `Student` (`make_student`) on a `Corpus` that teachers have read
   (`pack_corpus`, `visited_rows`, `load_corpus`), by the terms of an `Objective`.
 - A `Term` is a loss as a value that declares what it needs; `distillation.terms` has ours. An
-  objective runs in any trainer: `Objective.value` takes hidden states, a head and `Teacher`s.
+  objective runs in any trainer: `Objective.value` takes hidden states, a head and teachers.
 - `prune_layers` and `prune_width` choose what a smaller student keeps.
 - Losses on arrays: `knowledge_distillation` and its relatives, `graph_on_logits` and
   `graph_fusion_objective` (InfiGFusion), `dual_head_loss`, `universal_logit_distance`.

@@ -89,7 +89,9 @@ def linear_undial(
 ) -> Float[jax.Array, "*losses"]:
     """`undial` of two linear heads' logits, neither of which exist as a whole.
 
-    Args, Raises as of `losses.linear_kl_divergence`, and:
+    The other arguments and errors are those of `losses.linear_kl_divergence`.
+
+    Args:
         labels: `[*batch]`, the tokens to forget.
         beta: how far their logit is lowered.
         weights: `[*batch]`; gives the scalar `sum(weights * loss)`, with gradients in the same
