@@ -93,7 +93,7 @@ class _Setting:
     @classmethod
     def of(cls, method: Method, properties: tuple[str, ...], seed: int) -> "_Setting":
         rng, key = np.random.default_rng(seed), jax.random.key(seed)
-        sizes = dict(vocab_size=_VOCAB, hidden_size=8, intermediate_size=8, num_layers=2)
+        sizes: Any = dict(vocab_size=_VOCAB, hidden_size=8, intermediate_size=8, num_layers=2)
         config = models.DecoderConfig(**sizes, num_heads=2, num_kv_heads=1, head_dim=4)
         pair = [models.with_layout(random_decoder(config, rng), "listed") for _ in range(2)]
         weights, before = (nnx.to_pure_dict(nnx.state(model, nnx.Param)) for model in pair)
