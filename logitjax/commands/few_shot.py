@@ -325,11 +325,23 @@ def _encode(config: Config, out: epath.Path) -> Problem:
         )
 
     # What can be refused is refused before hours of encoding.
+    _check_pictures(config, first, split, test_split)
+    pictures = encode(split, config.rows, list(dict.fromkeys(("plain", config.views))))
+    test = None
+    if test_split is not None:
+        test = encode(test_split, "all", ("plain",), pictures.class_weights)
+    return Problem(config=config, pictures=pictures, test=test, made_of=made_of)
+
+
+def _check_pictures(
+    config: Config, encoder: vision.Encoder, split: str, test_split: str | None
+) -> None:
+    """Refuses methods and pictures that no head can be trained with."""
     known = few_shot.candidates(config.grid, steps=config.steps)
     for name in config.method:
         if name != "all" and "auxiliary" in known[name].needs and config.auxiliary is None:
             raise ValueError(f"method: expected auxiliary, which {name} needs, got none")
-    few_shot.encoder_views(first, config.views, fit=config.fit, seed=config.seed)
+    few_shot.encoder_views(encoder, config.views, fit=config.fit, seed=config.seed)
     images = data.load_image_set(str(config.data), split=split)
     if test_split is not None:
         others = data.load_image_set(str(config.data), split=test_split)
@@ -346,11 +358,6 @@ def _encode(config: Config, out: epath.Path) -> Problem:
             f"data: expected at least {least} pictures of each class, got {counts.min()} of "
             f"{scarce!r}"
         )
-    pictures = encode(split, config.rows, list(dict.fromkeys(("plain", config.views))))
-    test = None
-    if test_split is not None:
-        test = encode(test_split, "all", ("plain",), pictures.class_weights)
-    return Problem(config=config, pictures=pictures, test=test, made_of=made_of)
 
 
 def _splits(config: Config) -> tuple[str, str | None]:
