@@ -52,6 +52,7 @@ OF_TEMPERATURE = {
             losses.linear_generalized_jensen_shannon, *HEADS
         ),
         "linear_kl_divergence": with_temperature(losses.linear_kl_divergence, *HEADS),
+        "linear_log_probs": with_temperature(losses.linear_log_probs, *HEAD, LABELS),
         "linear_readout": with_temperature(losses.linear_readout, *HEAD, labels=LABELS),
         "linear_sparse_kl_divergence": with_temperature(
             losses.linear_sparse_kl_divergence, *HEAD, TOP, tail="renormalize"
