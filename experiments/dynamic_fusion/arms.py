@@ -49,9 +49,9 @@ def blocks(scored: Sequence[Scored], heads: Sequence[np.ndarray], size: int) -> 
     """Blocks of `size` positions; the last one is filled up with positions that do not count.
 
     Args:
-      scored: of the large model, the base and the experts.
-      heads: theirs, `[vocab, width]`; one array where they share it.
-      size: positions.
+        scored: of the large model, the base and the experts.
+        heads: theirs, `[vocab, width]`; one array where they share it.
+        size: positions.
     """
     on_device: dict[int, jax.Array] = {}
     placed = [on_device.setdefault(id(head), jnp.asarray(head)) for head in heads]
@@ -138,12 +138,12 @@ def score(
     """Mean NLL and accuracy of every arm, of the models alone, and of static alphas.
 
     Args:
-      scored: of the large model, the base and the experts.
-      heads: theirs.
-      arms: strategies.
-      block_size: positions at a time.
-      static: alphas of `static ALPHA` arms.
-      options: token ids among which accuracy looks for the answer; the whole vocabulary if None.
+        scored: of the large model, the base and the experts.
+        heads: theirs.
+        arms: strategies.
+        block_size: positions at a time.
+        static: alphas of `static ALPHA` arms.
+        options: token ids among which accuracy looks for the answer; the whole vocabulary if None.
     """
     totals = Totals()
     choices = None if options is None else jnp.asarray(options)

@@ -46,9 +46,9 @@ class Questions:
     """Rows that end where the answer's first token is to be said.
 
     Attributes:
-      tokens: int32 `[n, length]`, padded on the right.
-      last: int32 `[n]`, the position that predicts the answer.
-      answers: int32 `[n]`, token ids.
+        tokens: int32 `[n, length]`, padded on the right.
+        last: int32 `[n]`, the position that predicts the answer.
+        answers: int32 `[n]`, token ids.
     """
 
     tokens: np.ndarray
@@ -85,10 +85,10 @@ def load_task(spec: str, tokenizer: Tokenizer, *, length: int, sizes: Mapping[st
     """`topics:tfds:NAME`, articles whose `topic` is asked for; `letters`, a toy.
 
     Args:
-      spec: which task.
-      tokenizer: the models'.
-      length: tokens a question, prompt and all.
-      sizes: questions of each split.
+        spec: which task.
+        tokenizer: the models'.
+        length: tokens a question, prompt and all.
+        sizes: questions of each split.
     """
     kind, _, source = spec.partition(":")
     rows: dict[str, list[tuple[str, str, str]]]

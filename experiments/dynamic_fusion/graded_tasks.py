@@ -25,10 +25,10 @@ class Question:
     """What is asked, and what is right.
 
     Attributes:
-      prompt: the question in words, as experts are tuned on it.
-      response: the answer to learn from.
-      right: texts that count as right; for choices, those of them.
-      choices: answers to choose among; none where the answer is written freely.
+        prompt: the question in words, as experts are tuned on it.
+        response: the answer to learn from.
+        right: texts that count as right; for choices, those of them.
+        choices: answers to choose among; none where the answer is written freely.
     """
 
     prompt: str
@@ -42,10 +42,10 @@ class Kind:
     """How a task's rows are read and its answers graded.
 
     Attributes:
-      read: one row of its published JSON.
-      grade: ``(answer, right) -> 0..1``; of free answers.
-      max_new_tokens: of free answers.
-      stop_strings: that end one.
+        read: one row of its published JSON.
+        grade: ``(answer, right) -> 0..1``; of free answers.
+        max_new_tokens: of free answers.
+        stop_strings: that end one.
     """
 
     read: Callable[[Mapping[str, Any]], Question]
@@ -160,8 +160,8 @@ def load_graded(spec: str) -> Graded:
     ``validation.jsonl``; else the last tenth of what is trained on is held out.
 
     Raises:
-      ValueError: an unknown task, or a row that lacks something, with file and line.
-      FileNotFoundError: no such file.
+        ValueError: an unknown task, or a row that lacks something, with file and line.
+        FileNotFoundError: no such file.
     """
     name, _, place = spec.partition(":")
     if name not in KINDS or not place:
@@ -217,12 +217,12 @@ def grade(
     """The grade of every question, 0 to 1.
 
     Args:
-      model: whatever decodes: a model or a `decoding.Ensemble`.
-      kind: of the task.
-      questions: asked without examples.
-      tokenizer: the models'.
-      batch_size: questions together; choices count each.
-      max_prompt: tokens of a prompt; longer ones lose their beginning.
+        model: whatever decodes: a model or a `decoding.Ensemble`.
+        kind: of the task.
+        questions: asked without examples.
+        tokenizer: the models'.
+        batch_size: questions together; choices count each.
+        max_prompt: tokens of a prompt; longer ones lose their beginning.
     """
     if kind.grade is None:
         return _grade_choices(model, questions, tokenizer, batch_size, max_prompt)

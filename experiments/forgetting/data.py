@@ -19,11 +19,11 @@ class Scene:
     """Rows by what they are for.
 
     Attributes:
-      parts: of `unlearning.Questions`; what a table is of (`test`) is none of what is chosen by.
-      taught: what the target learns.
-      kept: what a model that is taught again without the rest learns.
-      reworded: of each item of the forget set its paraphrased answer, then wrong ones, for truth
-        ratios; empty where there are none.
+        parts: of `unlearning.Questions`; what a table is of (`test`) is none of what is chosen by.
+        taught: what the target learns.
+        kept: what a model that is taught again without the rest learns.
+        reworded: of each item of the forget set its paraphrased answer, then wrong ones, for truth
+            ratios; empty where there are none.
     """
 
     parts: Mapping[str, tuple[Row, ...]]

@@ -16,10 +16,10 @@ class Rows:
     """What the audit knows and an API would not show.
 
     Attributes:
-      prompts: `[n, length]` tokens.
-      logits: `[n, vocab]` float32.
-      head: `[vocab, hidden]`.
-      order: of the prompts by their tokens.
+        prompts: `[n, length]` tokens.
+        logits: `[n, vocab]` float32.
+        head: `[vocab, hidden]`.
+        order: of the prompts by their tokens.
     """
 
     prompts: np.ndarray

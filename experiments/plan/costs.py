@@ -192,7 +192,7 @@ def out_of_memory(error: jax.errors.JaxRuntimeError) -> tuple[str, float | None]
     """Of a page of allocations the sentence with the numbers, and the bytes that were wanted.
 
     Raises:
-      JaxRuntimeError: `error`, if it is about something else.
+        JaxRuntimeError: `error`, if it is about something else.
     """
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text:

@@ -12,14 +12,14 @@ class Difference:
     """One way to train an assistant and to take its logits away.
 
     Attributes:
-      rank: of the adapters.
-      lora_alpha: their scale times their rank.
-      retain_weight: beta.
-      uniform: where it is silent: `'answers'` or `'all'` positions.
-      silent: on which rows: of `'all'` kept authors, or on as many as are forgotten and on wrong
-        answers to the forgotten questions, as `'released'`.
-      fuse: while a text is scored; keeps what it leaves out.
-      generating: while one is generated.
+        rank: of the adapters.
+        lora_alpha: their scale times their rank.
+        retain_weight: beta.
+        uniform: where it is silent: `'answers'` or `'all'` positions.
+        silent: on which rows: of `'all'` kept authors, or on as many as are forgotten and on wrong
+            answers to the forgotten questions, as `'released'`.
+        fuse: while a text is scored; keeps what it leaves out.
+        generating: while one is generated.
     """
 
     rank: int

@@ -27,15 +27,16 @@ class Scene:
     """What models learn, forget, keep and are asked.
 
     Attributes:
-      full: what the target learns.
-      retain: what it may keep; the retrained model learns this alone.
-      forget: what has to go.
-      forget_more: `forget` and its paraphrases: what an assistant learns.
-      retain_more: data to keep and wrong answers: what it is silent about.
-      test: sets for `logitjax.unlearning.tofu.evaluate`.
-      validation: the same facts asked in other words and other items to keep, to choose epochs on.
-      probes: sets `forget_taught` (what is taught again), `forget_others` (what is not) and
-        `forget_reworded` (all of it, asked in other words).
+        full: what the target learns.
+        retain: what it may keep; the retrained model learns this alone.
+        forget: what has to go.
+        forget_more: `forget` and its paraphrases: what an assistant learns.
+        retain_more: data to keep and wrong answers: what it is silent about.
+        test: sets for `logitjax.unlearning.tofu.evaluate`.
+        validation: the same facts asked in other words and other items to keep, to choose epochs
+            on.
+        probes: sets `forget_taught` (what is taught again), `forget_others` (what is not) and
+            `forget_reworded` (all of it, asked in other words).
     """
 
     full: tuple[tofu.Item, ...]

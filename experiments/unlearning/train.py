@@ -54,9 +54,9 @@ class Trained:
     """What a training left: parameters of its best epoch, and what it took.
 
     Attributes:
-      params: a model's, or adapters.
-      record: `epoch`, `history` (scores by epoch), `seconds_per_epoch`, `seconds_to_best`,
-        `peak_bytes` (as the compiler plans the step, weights included), `trained` (numbers).
+        params: a model's, or adapters.
+        record: `epoch`, `history` (scores by epoch), `seconds_per_epoch`, `seconds_to_best`,
+            `peak_bytes` (as the compiler plans the step, weights included), `trained` (numbers).
     """
 
     params: Any
@@ -129,10 +129,10 @@ class Models:
         """The target's weights after an arm's training, of the epoch that validation chose.
 
         Args:
-          arm: of those that train weights.
-          seed: of batches and directions.
-          validate: scores an epoch.
-          rate: what the learning rate is multiplied by.
+            arm: of those that train weights.
+            seed: of batches and directions.
+            validate: scores an epoch.
+            rate: what the learning rate is multiplied by.
         """
         config = self.config
         method, target = unlearning.METHODS.parse(arm), self.target

@@ -45,16 +45,16 @@ def invented(
     (ROUGE-L over 0.7) and those that were there before are dropped.
 
     Args:
-      model: Whose layers are listed.
-      questions: Of which the rows to forget are answered.
-      samples: How many are drawn for each, at temperature 1.
-      seed: Seed of the draws.
+        model: Whose layers are listed.
+        questions: Of which the rows to forget are answered.
+        samples: How many are drawn for each, at temperature 1.
+        seed: Seed of the draws.
 
     Returns:
-      The answers to each row's question, of which there may be none.
+        The answers to each row's question, of which there may be none.
 
     References:
-      Mekala et al., Alternate preference optimization, 2024 (arXiv 2409.13474).
+        Mekala et al., Alternate preference optimization, 2024 (arXiv 2409.13474).
     """
     tokenizer, end = questions.tokenizer, questions.tokenizer.eos_id
     found: list[list[str]] = []

@@ -39,19 +39,19 @@ class Questions:
     """Rows as token ids, by part.
 
     Attributes:
-      rows: Rows by part: those of `split_rows`; `wrong`, questions to forget with each other's
-        answers; and other ways to ask at most 40 of the questions to forget: `role`, after a system
-        message that asks for everything; `prefilled`, after an agreeing beginning of the answer;
-        `language`, with the request in one of three other languages; `few_shot`, after four others
-        with their answers.
-      tokenizer: The model's tokenizer.
-      encoded: Encoded rows by part, for `evaluation.score_rows`.
-      cut: Indices of rows of a part that are longer than `max_length`: only their beginnings are
-        trained on and asked.
-      texts: Windows of other text by part, `train`, `validation` and `test`; may be empty.
-      max_length: Largest number of tokens of a row.
-      new_tokens: Largest number of tokens of a generated answer.
-      batch_size: Number of rows that are asked at once.
+        rows: Rows by part: those of `split_rows`; `wrong`, questions to forget with each other's
+            answers; and other ways to ask at most 40 of the questions to forget: `role`, after a
+            system message that asks for everything; `prefilled`, after an agreeing beginning of the
+            answer; `language`, with the request in one of three other languages; `few_shot`, after
+            four others with their answers.
+        tokenizer: The model's tokenizer.
+        encoded: Encoded rows by part, for `evaluation.score_rows`.
+        cut: Indices of rows of a part that are longer than `max_length`: only their beginnings are
+            trained on and asked.
+        texts: Windows of other text by part, `train`, `validation` and `test`; may be empty.
+        max_length: Largest number of tokens of a row.
+        new_tokens: Largest number of tokens of a generated answer.
+        batch_size: Number of rows that are asked at once.
     """
 
     rows: Mapping[str, Sequence[Row]]
@@ -82,8 +82,8 @@ class Questions:
         out, with a warning.
 
         Raises:
-          ValueError: A part of another name, a prompt that is longer than `max_length`, or a text
-            of one token.
+            ValueError: A part of another name, a prompt that is longer than `max_length`, or a text
+                of one token.
         """
         if extra := sorted(set(parts) - set(_PARTS)):
             raise ValueError(f"parts: expected some of {', '.join(_PARTS)}, got {extra}")
@@ -174,7 +174,7 @@ class Questions:
         """Nats of every token of the answers, or of at most 40 evenly spaced ones.
 
         Raises:
-          ValueError: One is not finite.
+            ValueError: One is not finite.
         """
         rows = self.encoded[part]
         return self._scored(model.nll, _evenly(rows) if few else rows)

@@ -23,11 +23,11 @@ class Row:
     """An answer to forget or to keep, and what comes before it.
 
     Attributes:
-      prompt: Text before the answer; empty for plain text.
-      messages: Turns of a conversation before it, in place of a prompt.
-      answer: The answer to forget or to keep.
-      group: Rows of one group, such as a person, come into one part of a split.
-      paraphrases: The prompt, or the last turn, in other words.
+        prompt: Text before the answer; empty for plain text.
+        messages: Turns of a conversation before it, in place of a prompt.
+        answer: The answer to forget or to keep.
+        group: Rows of one group, such as a person, come into one part of a split.
+        paraphrases: The prompt, or the last turn, in other words.
     """
 
     prompt: str = ""
@@ -68,14 +68,14 @@ def read_rows(path: epath.PathLike) -> tuple[Row, ...]:
     with the paraphrases of all.
 
     Args:
-      path: The file, in UTF-8.
+        path: The file, in UTF-8.
 
     Returns:
-      The rows, in order.
+        The rows, in order.
 
     Raises:
-      FileNotFoundError: There is no such file.
-      ValueError: A line is none of these, with its number; or the file has no rows.
+        FileNotFoundError: There is no such file.
+        ValueError: A line is none of these, with its number; or the file has no rows.
 
     >>> import tempfile
     >>> path = epath.Path(tempfile.mkdtemp()) / "rows.jsonl"
@@ -189,7 +189,7 @@ def render_prompt(row: Row, tokenizer: Tokenizer) -> str:
     `Question: ...` and `Answer: `, after what the system says.
 
     Raises:
-      ValueError: A conversation of several turns, and a tokenizer without a template.
+        ValueError: A conversation of several turns, and a tokenizer without a template.
     """
     if not row.messages:
         return row.prompt
@@ -211,8 +211,8 @@ def encode_row(
     What the answer was `begun` with counts as its prompt.
 
     Raises:
-      ValueError: The prompt alone takes `max_length` tokens, or nothing predicts the only token of
-        a text.
+        ValueError: The prompt alone takes `max_length` tokens, or nothing predicts the only token
+            of a text.
     """
     ids, answer = encode_answer(
         tokenizer,
@@ -239,12 +239,12 @@ def padded_rows(
     """Rows of one length, padded at the end, as losses of this package take them.
 
     Args:
-      rows: Token ids and which of them are answers', as from `evaluation.encode_answer`.
-      length: Length of every row; the rest is cut off.
-      pad_id: Any id of the vocabulary.
+        rows: Token ids and which of them are answers', as from `evaluation.encode_answer`.
+        length: Length of every row; the rest is cut off.
+        pad_id: Any id of the vocabulary.
 
     Returns:
-      `{"tokens", "mask"}`, int32 and bool `[rows, length]`.
+        `{"tokens", "mask"}`, int32 and bool `[rows, length]`.
 
     >>> one = (np.array([5, 6, 7]), np.array([False, True, True]))
     >>> padded_rows([one], 4)["tokens"]

@@ -13,10 +13,10 @@ class Limits:
     """What has to be left of a model, as shares of what it was before.
 
     Attributes:
-      probability: Least share of the mean probability of answers to keep.
-      rouge: Least share of the ROUGE-L F1 of what is generated for them.
-      fluency: Least share of the entropy of word pairs and triples in that.
-      perplexity: Largest factor of the perplexity of other text.
+        probability: Least share of the mean probability of answers to keep.
+        rouge: Least share of the ROUGE-L F1 of what is generated for them.
+        fluency: Least share of the entropy of word pairs and triples in that.
+        perplexity: Largest factor of the perplexity of other text.
     """
 
     probability: float = 0.98
@@ -46,9 +46,9 @@ class Goal:
     """How likely a forgotten answer may be: as likely as one that was never known.
 
     Attributes:
-      probability: To be reached, two-sided.
-      floor: Below it an answer is less likely than unseen ones are, which gives it away.
-      source: What this was taken from, in words.
+        probability: To be reached, two-sided.
+        floor: Below it an answer is less likely than unseen ones are, which gives it away.
+        source: What this was taken from, in words.
     """
 
     probability: float
@@ -100,16 +100,16 @@ def matched_strength(
     takes no training to try one. What is aimed at is `goal.aim`.
 
     Args:
-      probability: Probability of forgotten answers, by the strength; falls with it.
-      goal: What it is to be.
-      most: Largest strength.
-      without: Probability at a strength of 0, if known.
-      tolerance: In nats.
-      trials: Strengths that are tried at most.
+        probability: Probability of forgotten answers, by the strength; falls with it.
+        goal: What it is to be.
+        most: Largest strength.
+        without: Probability at a strength of 0, if known.
+        tolerance: In nats.
+        trials: Strengths that are tried at most.
 
     Returns:
-      The strength, and the probability there: of those that were tried one that meets the goal
-      before one that does not, and then the nearest.
+        The strength, and the probability there: of those that were tried one that meets the goal
+        before one that does not, and then the nearest.
 
     >>> goal = Goal.of([0.02, 0.2, 0.4], "a holdout")
     >>> strength, found = matched_strength(lambda s: 0.9 * 0.1**s, goal, most=2.0)
@@ -152,12 +152,12 @@ def strength_on_curve(strengths: Any, probabilities: Any, goal: Goal) -> float:
     """The least strength at which a curve comes down to `goal.aim`, straight between its points.
 
     Args:
-      strengths: Rising.
-      probabilities: Probabilities of forgotten answers, positive.
-      goal: What it is to be.
+        strengths: Rising.
+        probabilities: Probabilities of forgotten answers, positive.
+        goal: What it is to be.
 
     Returns:
-      The strength; the last one where the goal is not reached.
+        The strength; the last one where the goal is not reached.
 
     >>> goal = Goal.of([0.02, 0.2, 0.4], "a holdout")
     >>> round(strength_on_curve([0.0, 1.0, 2.0], [0.9, 0.4, 0.1], goal), 6)
@@ -191,7 +191,7 @@ def pareto(points: Sequence[Sequence[float]]) -> list[int]:
     """Indices of the points that no other is as good as in everything and better in something.
 
     Args:
-      points: Numbers of which more is better.
+        points: Numbers of which more is better.
 
     >>> pareto([(1, 3), (2, 2), (1, 2)])
     [0, 1]
@@ -210,14 +210,14 @@ def share_interval(
     """The share of a mean that is left, with its bootstrap interval over rows.
 
     Args:
-      after: One number for each row.
-      before: Numbers of the same rows before.
-      confidence: Confidence of the interval.
-      resamples: Number of resamplings of rows.
-      seed: Seed of the resamplings.
+        after: One number for each row.
+        before: Numbers of the same rows before.
+        confidence: Confidence of the interval.
+        resamples: Number of resamplings of rows.
+        seed: Seed of the resamplings.
 
     Returns:
-      The ratio of the means, and the interval's ends.
+        The ratio of the means, and the interval's ends.
 
     >>> share_interval([1.0, 2.0], [2.0, 4.0])
     (0.5, 0.5, 0.5)

@@ -23,12 +23,13 @@ class Split:
     """Rows by what they are for.
 
     Attributes:
-      parts: `forget`, which is to go and all of which is trained on; the same in other words,
-        `reworded` for choosing and `reworded_test` for the end, empty without paraphrases; of what
-        is to be kept `train`, `validation`, which settings are chosen by, and `test`, which is
-        asked at the end alone; `holdout`, of the kind of `forget` and never trained on.
-      left_out: Number of rows to keep or of the holdout that are linked to rows to forget.
-      groups: Number of groups of `train`, `validation` and `test`.
+        parts: `forget`, which is to go and all of which is trained on; the same in other words,
+            `reworded` for choosing and `reworded_test` for the end, empty without paraphrases; of
+            what is to be kept `train`, `validation`, which settings are chosen by, and `test`,
+            which is asked at the end alone; `holdout`, of the kind of `forget` and never trained
+            on.
+        left_out: Number of rows to keep or of the holdout that are linked to rows to forget.
+        groups: Number of groups of `train`, `validation` and `test`.
     """
 
     parts: Mapping[str, tuple[Row, ...]]
@@ -51,16 +52,16 @@ def split_rows(
     their text, and cut after 60 and 80 % of the rows.
 
     Args:
-      forget: Rows to forget.
-      retain: Rows to keep.
-      holdout: Rows like those to forget that no model was trained on.
-      seed: Seed of the order.
+        forget: Rows to forget.
+        retain: Rows to keep.
+        holdout: Rows like those to forget that no model was trained on.
+        seed: Seed of the order.
 
     Returns:
-      The `Split`.
+        The `Split`.
 
     Raises:
-      ValueError: Fewer than three groups of rows to keep are left.
+        ValueError: Fewer than three groups of rows to keep are left.
 
     >>> keep = [Row(prompt=f"{n}?", answer="yes") for n in range(10)]
     >>> split = split_rows([Row(prompt="a?", answer="b")], keep)

@@ -50,16 +50,16 @@ class Unlearned:
     """What unlearning came to.
 
     Attributes:
-      chosen: The candidate that was chosen: its `step` and `strength`; None if none is feasible.
-      candidates: All that were tried: `forget`, the median probability of what is to be forgotten,
-        `gap` from the goal in nats, the shares kept (`probability`, `rouge`, `fluency`,
-        `perplexity`), the `least` of them (perplexity by its inverse), and the limits that they
-        break, `broken`.
-      front: Of the candidates those that no other dominates.
-      goal: How likely forgotten answers were to become.
-      model: What was written, read again; None if none is feasible.
-      before, after: Of `examine`, what the model and what was written say; empty likewise.
-      control: What the reference says; empty without one.
+        chosen: The candidate that was chosen: its `step` and `strength`; None if none is feasible.
+        candidates: All that were tried: `forget`, the median probability of what is to be
+            forgotten, `gap` from the goal in nats, the shares kept (`probability`, `rouge`,
+            `fluency`, `perplexity`), the `least` of them (perplexity by its inverse), and the
+            limits that they break, `broken`.
+        front: Of the candidates those that no other dominates.
+        goal: How likely forgotten answers were to become.
+        model: What was written, read again; None if none is feasible.
+        before, after: Of `examine`, what the model and what was written say; empty likewise.
+        control: What the reference says; empty without one.
     """
 
     chosen: Mapping[str, Any] | None
@@ -76,22 +76,22 @@ class Unlearning:
     """An unlearning run and its folder; the same folder continues it.
 
     Args:
-      model: The model, with listed layers. It is never changed.
-      questions: Rows to forget and to keep, from `split_rows`.
-      config: The method, its settings, and the limits of what may be lost.
-      directory: Folder of checkpoints, candidates, records, and of the result: `assistant`,
-        `adapter` or `model`.
-      base: Name of the model, which is written beside the adapters.
-      reference: A model that never knew what is forgotten, as a control for attacks.
-      identity: What the model is known by, where its weights are computed and not the same to the
-        last bit everywhere; a digest of them if None. A folder of another model is refused.
-      before: File of what the model says of rows that settings are chosen by, which runs of one
-        model and its questions may share; in the folder if None.
+        model: The model, with listed layers. It is never changed.
+        questions: Rows to forget and to keep, from `split_rows`.
+        config: The method, its settings, and the limits of what may be lost.
+        directory: Folder of checkpoints, candidates, records, and of the result: `assistant`,
+            `adapter` or `model`.
+        base: Name of the model, which is written beside the adapters.
+        reference: A model that never knew what is forgotten, as a control for attacks.
+        identity: What the model is known by, where its weights are computed and not the same to the
+            last bit everywhere; a digest of them if None. A folder of another model is refused.
+        before: File of what the model says of rows that settings are chosen by, which runs of one
+            model and its questions may share; in the folder if None.
 
     Raises:
-      ValueError: An assistant of all the model's layers, no rows to forget or to keep, plain text
-        for a method that wants questions, or a model whose adapters no file holds; later, a folder
-        of other rows, other text or another model.
+        ValueError: An assistant of all the model's layers, no rows to forget or to keep, plain text
+            for a method that wants questions, or a model whose adapters no file holds; later, a
+            folder of other rows, other text or another model.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class Unlearning:
         """The goal: how likely forgotten answers are to become.
 
         Raises:
-          ValueError: Nothing says how likely unseen answers are.
+            ValueError: Nothing says how likely unseen answers are.
         """
         before = self._before["probabilities"]
         if "holdout" in before:
@@ -141,7 +141,7 @@ class Unlearning:
         """Train until the goal is met twice in a row, choose, write and examine.
 
         Args:
-          examines: Whether to write and examine the result; without, only candidates are kept.
+            examines: Whether to write and examine the result; without, only candidates are kept.
         """
         self._check_folder()
         candidates, chosen = self._chosen(self._train())

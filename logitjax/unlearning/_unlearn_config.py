@@ -14,20 +14,20 @@ class UnlearnConfig:
     """A method, its training, and the limits of what may be lost.
 
     Attributes:
-      method: The method with its options: one of `METHODS`, or any other `Method`.
-      adapters: Train adapters. Without, train all weights of the model, which takes four copies.
-      lora_rank: Rank of the adapters.
-      steps: Largest number of optimiser steps.
-      check_every: Number of steps between measurements of what is forgotten and kept.
-      batch_size: Number of rows to forget in a step, and of rows to keep.
-      learning_rate: Peak learning rate. 0 takes the method's: 5e-3 for an assistant, 1e-3 to 3e-2
-        for other adapters, and 3e-4 for all weights.
-      least_probability: Least share of their mean probability that answers to keep may have left.
-      least_rouge: Least share of ROUGE-L F1 that answers generated for them may have left.
-      least_fluency: Least share of the entropy of word pairs and triples in these.
-      most_perplexity: Largest factor by which the perplexity of other text may rise.
-      thorough: Also run attacks that train, sample or take gradients.
-      seed: Seed of batches and adapters.
+        method: The method with its options: one of `METHODS`, or any other `Method`.
+        adapters: Train adapters. Without, train all weights of the model, which takes four copies.
+        lora_rank: Rank of the adapters.
+        steps: Largest number of optimiser steps.
+        check_every: Number of steps between measurements of what is forgotten and kept.
+        batch_size: Number of rows to forget in a step, and of rows to keep.
+        learning_rate: Peak learning rate. 0 takes the method's: 5e-3 for an assistant, 1e-3 to 3e-2
+            for other adapters, and 3e-4 for all weights.
+        least_probability: Least share of their mean probability that answers to keep may have left.
+        least_rouge: Least share of ROUGE-L F1 that answers generated for them may have left.
+        least_fluency: Least share of the entropy of word pairs and triples in these.
+        most_perplexity: Largest factor by which the perplexity of other text may rise.
+        thorough: Also run attacks that train, sample or take gradients.
+        seed: Seed of batches and adapters.
     """
 
     method: Method = _DEFAULT

@@ -25,10 +25,10 @@ class Update:
     """An optimiser step.
 
     Attributes:
-      loss_fn: For `training.TrainStep`, of what `method.start` gives.
-      batches: From the number of a step to its batch.
-      constants: What no step changes.
-      method: The method, prepared.
+        loss_fn: For `training.TrainStep`, of what `method.start` gives.
+        batches: From the number of a step to its batch.
+        constants: What no step changes.
+        method: The method, prepared.
     """
 
     loss_fn: Any
@@ -47,10 +47,10 @@ def make_update(
     """The loss of an assistant or of adapters, on rows to forget, rows to keep and other text.
 
     Args:
-      model: That is to forget.
-      questions: Of which `forget`, `train` and texts to train on are looked at.
-      config: How.
-      instead: What is to be said to each row to forget, for methods that want it.
+        model: That is to forget.
+        questions: Of which `forget`, `train` and texts to train on are looked at.
+        config: How.
+        instead: What is to be said to each row to forget, for methods that want it.
     """
     sides = _sides(questions, instead)
     size = config.batch_size

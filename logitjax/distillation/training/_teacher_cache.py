@@ -24,20 +24,20 @@ class TeacherIdentity:
     """What a cache was made from. Losses may use a cache only if all of it matches.
 
     Attributes:
-      model: the teacher, as its user names it.
-      tokenizer: fingerprint of the teacher's tokenizer.
-      data: fingerprint of the packed rows.
-      vocab_size: entries of the teacher's vocabulary.
-      positions: positions a row.
-      k: logits kept a position.
-      dtype: 'float16', 'bfloat16' or 'float32': how log-probabilities are stored.
-      tail_samples: tokens a position drawn from outside the top k, for an unbiased estimate of
-        divergences; 0 for none.
-      likelihoods: whether it keeps the log-probability of each label and that of a word's beginning
-        in its place, 8 bytes a position, for `alm`.
-      rest: whether it keeps the log-normaliser, mean and deviation of all logits. Without, only
-        losses that compare the top logits alone may use it.
-      weights: digest of the teacher's weights, which its name does not tell; empty if not known.
+        model: the teacher, as its user names it.
+        tokenizer: fingerprint of the teacher's tokenizer.
+        data: fingerprint of the packed rows.
+        vocab_size: entries of the teacher's vocabulary.
+        positions: positions a row.
+        k: logits kept a position.
+        dtype: 'float16', 'bfloat16' or 'float32': how log-probabilities are stored.
+        tail_samples: tokens a position drawn from outside the top k, for an unbiased estimate of
+            divergences; 0 for none.
+        likelihoods: whether it keeps the log-probability of each label and that of a word's
+            beginning in its place, 8 bytes a position, for `alm`.
+        rest: whether it keeps the log-normaliser, mean and deviation of all logits. Without, only
+            losses that compare the top logits alone may use it.
+        weights: digest of the teacher's weights, which its name does not tell; empty if not known.
     """
 
     model: str

@@ -16,11 +16,11 @@ class Assistant:
     """An assistant: a model's first layers with adapters that know what to forget.
 
     Attributes:
-      base: from `first_layers`; its arrays are the large model's.
-      lora: adapters in the layout of ``base``, the only trained parameters.
-      relative: its logits are what the adapters add to the base's: zero before training. The
-        paper's assistant (False) begins with the logits of the first layers, and has to unlearn
-        these first; a few dozen steps do not silence it on other text.
+        base: from `first_layers`; its arrays are the large model's.
+        lora: adapters in the layout of ``base``, the only trained parameters.
+        relative: its logits are what the adapters add to the base's: zero before training. The
+            paper's assistant (False) begins with the logits of the first layers, and has to unlearn
+            these first; a few dozen steps do not silence it on other text.
 
     >>> from flax import nnx
     >>> from logitjax.models import DecoderConfig
@@ -35,7 +35,7 @@ class Assistant:
     (1, 3, 8)
 
     References:
-      Ji et al., Reversing the forget-retain objectives, 2024 (arXiv 2406.08607), section 2.5.
+        Ji et al., Reversing the forget-retain objectives, 2024 (arXiv 2406.08607), section 2.5.
     """
 
     base: Decoder

@@ -29,11 +29,11 @@ class Deployed:
     """A model as users query it, perhaps with an assistant.
 
     Attributes:
-      model: The model.
-      assistant: The assistant whose logits are subtracted, or None.
-      fuse: The strategy; `LogitDifference()` if None.
-      generating: The strategy while generating; as `fuse` if None.
-      block: Number of positions whose logits are held at once.
+        model: The model.
+        assistant: The assistant whose logits are subtracted, or None.
+        fuse: The strategy; `LogitDifference()` if None.
+        generating: The strategy while generating; as `fuse` if None.
+        block: Number of positions whose logits are held at once.
     """
 
     model: Decoder
@@ -59,13 +59,13 @@ class Deployed:
         """A model less the assistant that `save` wrote.
 
         Args:
-          model: The model that the assistant was made of, with listed layers.
-          directory: Folder of the assistant.
-          alpha: Weight of the assistant; as written if None.
+            model: The model that the assistant was made of, with listed layers.
+            directory: Folder of the assistant.
+            alpha: Weight of the assistant; as written if None.
 
         Raises:
-          FileNotFoundError: There is no assistant.
-          ValueError: It does not fit the model's shapes, or its record is damaged.
+            FileNotFoundError: There is no assistant.
+            ValueError: It does not fit the model's shapes, or its record is damaged.
         """
         directory = epath.Path(directory)
         if not (directory / _FILE).exists():
@@ -85,11 +85,11 @@ class Deployed:
         """Write the assistant for `logitjax serve` and `generate`: a PEFT adapter, and its alpha.
 
         Args:
-          directory: Folder, made if it does not exist.
-          base: Name of the model that the assistant belongs to.
+            directory: Folder, made if it does not exist.
+            base: Name of the model that the assistant belongs to.
 
         Raises:
-          ValueError: There is no assistant, or it is subtracted in another form than by `less`.
+            ValueError: There is no assistant, or it is subtracted in another form than by `less`.
         """
         if self.assistant is None or self.fuse != LogitDifference(alpha=self.alpha):
             raise ValueError("assistant: expected one that is taken away as by Deployed.less")
@@ -115,12 +115,12 @@ class Deployed:
         """`nll` for several weights of the assistant, from one pass of both.
 
         Args:
-          tokens: int32 `[batch, time]`.
-          targets: bool `[batch, time]`.
-          alphas: float32 `[weights]`.
+            tokens: int32 `[batch, time]`.
+            targets: bool `[batch, time]`.
+            alphas: float32 `[weights]`.
 
         Returns:
-          float32 and bool `[weights, batch, time]`.
+            float32 and bool `[weights, batch, time]`.
         """
         return self._scored(tokens, targets, alphas, "nll")
 
@@ -132,15 +132,15 @@ class Deployed:
             (mu - log p_y) / sigma,   of log p_v under p
 
         Args:
-          tokens: int32 `[batch, time]`.
-          targets: bool `[batch, time]`.
+            tokens: int32 `[batch, time]`.
+            targets: bool `[batch, time]`.
 
         Returns:
-          float32 `[batch, time]`.
+            float32 `[batch, time]`.
 
         References:
-          Zhang et al., Min-K%++, 2024 (arXiv 2404.02936). The variance is at least 1e-6, as in
-          OpenUnlearning; here it is the mean square off the mean, not a difference of squares.
+            Zhang et al., Min-K%++, 2024 (arXiv 2404.02936). The variance is at least 1e-6, as in
+            OpenUnlearning; here it is the mean square off the mean, not a difference of squares.
         """
         alphas = np.full(1, self.alpha, np.float32)
         return self._scored(tokens, targets, alphas, "surprise")[0][0]
@@ -151,12 +151,12 @@ class Deployed:
         An assistant is a constant, though its layers are made of the same weights.
 
         Args:
-          tokens: int32 `[1, time]`.
-          targets: bool `[1, time]`.
+            tokens: int32 `[1, time]`.
+            targets: bool `[1, time]`.
 
         Returns:
-          Of the gradient of the mean nats of the targets: the mean over arrays of their norms, as
-          in OpenUnlearning, and the norm of all together.
+            Of the gradient of the mean nats of the targets: the mean over arrays of their norms, as
+            in OpenUnlearning, and the norm of all together.
         """
         graphdef, params, rest = nnx.split(self.model, nnx.Param, ...)
         static, held = self._arguments()
@@ -213,14 +213,14 @@ class Deployed:
         """The likeliest tokens after each prompt, or drawn ones, in batches of one size.
 
         Args:
-          prompts: Token ids.
-          max_new_tokens: Largest number of new tokens.
-          stop_ids: Tokens that end an answer.
-          rows: Number of prompts at once; the last batch is filled up.
-          seed: Seed of draws at temperature 1; None takes the likeliest tokens.
+            prompts: Token ids.
+            max_new_tokens: Largest number of new tokens.
+            stop_ids: Tokens that end an answer.
+            rows: Number of prompts at once; the last batch is filled up.
+            seed: Seed of draws at temperature 1; None takes the likeliest tokens.
 
         Returns:
-          The new ids of each prompt, without what ended it.
+            The new ids of each prompt, without what ended it.
         """
         line_up = self.line_up()
         found: list[np.ndarray] = []

@@ -44,15 +44,15 @@ def make_merge_loss(
     Logits exist for ``block`` positions at a time.
 
     Args:
-      target: the model before.
-      assistant: made of its first layers.
-      fuse: as for `logitjax.decoding.Ensemble`; ``LogitDifference()`` when None.
-      block: positions.
+        target: the model before.
+        assistant: made of its first layers.
+        fuse: as for `logitjax.decoding.Ensemble`; ``LogitDifference()`` when None.
+        block: positions.
 
     Returns:
-      ``loss_fn(params, batch, rng, constants)`` and the constants. Batches are ``{"tokens",
-      "mask"}``, int32 and bool ``[rows, time]``: the divergence counts where a token with ``mask``
-      is predicted.
+        ``loss_fn(params, batch, rng, constants)`` and the constants. Batches are ``{"tokens",
+        "mask"}``, int32 and bool ``[rows, time]``: the divergence counts where a token with
+        ``mask`` is predicted.
     """
     fuse = LogitDifference() if fuse is None else fuse
     student_def, params, rest = nnx.split(target, nnx.Param, ...)
@@ -120,23 +120,23 @@ def merge_by_distillation(
     bring back what the new weights still hold; measure that.
 
     Args:
-      target: the model before; it is not changed.
-      assistant: trained.
-      batches: step -> ``{"tokens", "mask"}`` as in `make_merge_loss`: rows to forget and rows to
-        keep, whose prompts may count too. A function of the step alone.
-      schedule: the learning rate of AdamW; its ``total_steps`` are those of the training.
-      fuse: as for `logitjax.decoding.Ensemble`; ``LogitDifference()`` when None.
-      block: positions whose logits are held at a time.
-      seed: seed of the run.
-      mesh: from `make_mesh`; the first device when None.
-      workdir: folder of checkpoints and metrics, to continue after a stop; None for neither.
-      options: how often to save and to log; ``LoopOptions()`` when None.
+        target: the model before; it is not changed.
+        assistant: trained.
+        batches: step -> ``{"tokens", "mask"}`` as in `make_merge_loss`: rows to forget and rows to
+            keep, whose prompts may count too. A function of the step alone.
+        schedule: the learning rate of AdamW; its ``total_steps`` are those of the training.
+        fuse: as for `logitjax.decoding.Ensemble`; ``LogitDifference()`` when None.
+        block: positions whose logits are held at a time.
+        seed: seed of the run.
+        mesh: from `make_mesh`; the first device when None.
+        workdir: folder of checkpoints and metrics, to continue after a stop; None for neither.
+        options: how often to save and to log; ``LoopOptions()`` when None.
 
     Returns:
-      A decoder like ``target``, with arrays of its own.
+        A decoder like ``target``, with arrays of its own.
 
     Raises:
-      ValueError: the schedule has no ``total_steps``.
+        ValueError: the schedule has no ``total_steps``.
     """
     steps = schedule.total_steps
     if steps is None:

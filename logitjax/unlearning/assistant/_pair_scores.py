@@ -30,18 +30,18 @@ def token_scores(
     """A number for each token under a model less its assistant, and whether it is the likeliest.
 
     Args:
-      graphdef, state: The model.
-      base, held: Of the assistant's layers; None without.
-      fuse: How its logits are taken away, with a weight of 1.
-      relative: As of `Assistant`.
-      what: `'nll'`, or `'surprise'` as of `Deployed`.
-      lora: The assistant's adapters.
-      alphas: float32 `[weights]`.
-      tokens: int32 `[batch, time]`.
-      at: int32 `[blocks, positions]`, flat, of those that predict a target.
+        graphdef, state: The model.
+        base, held: Of the assistant's layers; None without.
+        fuse: How its logits are taken away, with a weight of 1.
+        relative: As of `Assistant`.
+        what: `'nll'`, or `'surprise'` as of `Deployed`.
+        lora: The assistant's adapters.
+        alphas: float32 `[weights]`.
+        tokens: int32 `[batch, time]`.
+        at: int32 `[blocks, positions]`, flat, of those that predict a target.
 
     Returns:
-      float32 and bool `[weights, batch, time]`.
+        float32 and bool `[weights, batch, time]`.
     """
     model = nnx.merge(graphdef, state)
     sides = [model.hidden_states(tokens)[0][:, :-1]]

@@ -74,19 +74,19 @@ def paired_hidden_states(
     adapters add to the second only; the layers above run the model's rows alone.
 
     Args:
-      model: the large model, its layers listed.
-      lora: the assistant's adapters, for as many layers as it has.
-      tokens: ids that both read.
-      positions: positions of each, -1 for padding.
-      cache: from `init_pair_cache`.
-      relative: the assistant's are what its adapters add (`Assistant`); the model's own rows have
-        the states without them.
+        model: the large model, its layers listed.
+        lora: the assistant's adapters, for as many layers as it has.
+        tokens: ids that both read.
+        positions: positions of each, -1 for padding.
+        cache: from `init_pair_cache`.
+        relative: the assistant's are what its adapters add (`Assistant`); the model's own rows have
+            the states without them.
 
     Returns:
-      The model's hidden states and the assistant's, normed, and the cache after these tokens.
+        The model's hidden states and the assistant's, normed, and the cache after these tokens.
 
     Raises:
-      ValueError: for a stacked model.
+        ValueError: for a stacked model.
     """
     shared = sum(len(segment) for segment in lora.layers)
     (batch, time), positions = tokens.shape, jnp.asarray(positions)
@@ -164,15 +164,15 @@ def paired_model(target: Decoder, assistant: Assistant) -> CachedModel:
         Ensemble(paired_model(target, assistant), fuse=fusion.LogitDifference())
 
     Args:
-      target: the large model. A stacked one is converted to listed layers, which copies them.
-      assistant: from `Assistant.init` of this model, with trained adapters. Only
-        its adapters are read: the weights below them are the target's.
+        target: the large model. A stacked one is converted to listed layers, which copies them.
+        assistant: from `Assistant.init` of this model, with trained adapters. Only
+            its adapters are read: the weights below them are the target's.
 
     Returns:
-      A `CachedModel` with one expert.
+        A `CachedModel` with one expert.
 
     Raises:
-      ValueError: the assistant is not made of a model like ``target``.
+        ValueError: the assistant is not made of a model like ``target``.
 
     >>> import jax
     >>> from logitjax import decoding, fusion

@@ -50,15 +50,15 @@ def attacks(
     """What comes out by each way of asking, and what gives away that rows were trained on.
 
     Args:
-      model: As it answers.
-      questions: What it is asked.
-      scores: What it says of each part of them.
-      thorough: Those that sample or take gradients too, which take minutes.
-      reference: A model that never knew, for the attack that compares.
+        model: As it answers.
+        questions: What it is asked.
+        scores: What it says of each part of them.
+        thorough: Those that sample or take gradients too, which take minutes.
+        reference: A model that never knew, for the attack that compares.
 
     Returns:
-      By name a median `probability` of the answers to forget, a `share` of them or of the rows, or
-      an `auc`.
+        By name a median `probability` of the answers to forget, a `share` of them or of the rows,
+        or an `auc`.
     """
     forget = scores("forget")
     assert forget.greedy is not None

@@ -46,16 +46,16 @@ class Options:
     """How TOFU's questions are asked and what is made of the answers.
 
     Attributes:
-      batch_size: rows of tokens at a time; lengths are padded to multiples of 32.
-      generate_batch_size: prompts at a time, those of like lengths together; default
-        ``batch_size``. The last batch is filled up, so that all are of one size.
-      max_length: largest length of prompt and answer; TOFU's is 200, OpenUnlearning's 512.
-      max_new_tokens: largest number of tokens of generated answers.
-      eos_id: the end mark, if it is not the tokenizer's.
-      limit: take only the first items of each set; TOFU's code takes 300.
-      form: form of the truth ratio in the metrics. Logs hold the geometric one, as TOFU's.
-      confidence: confidence of the interval of the forget quality.
-      seed: seed of its resampling.
+        batch_size: rows of tokens at a time; lengths are padded to multiples of 32.
+        generate_batch_size: prompts at a time, those of like lengths together; default
+            ``batch_size``. The last batch is filled up, so that all are of one size.
+        max_length: largest length of prompt and answer; TOFU's is 200, OpenUnlearning's 512.
+        max_new_tokens: largest number of tokens of generated answers.
+        eos_id: the end mark, if it is not the tokenizer's.
+        limit: take only the first items of each set; TOFU's code takes 300.
+        form: form of the truth ratio in the metrics. Logs hold the geometric one, as TOFU's.
+        confidence: confidence of the interval of the forget quality.
+        seed: seed of its resampling.
     """
 
     batch_size: int = 16
@@ -102,38 +102,40 @@ def evaluate(
     setting, and is refused for any other.
 
     Args:
-      nll_fn: ``(tokens, targets)``, int32 and bool ``[batch, time]``, to the negative
-        log-likelihood of every target, float32 ``[batch, time]``.
-        With its ``with_greedy`` extraction strength and exact memorisation are reported too, over
-        the answers' tokens without the end mark.
-      generate_fn: ``(prompts, max_new_tokens)``, a list of int32 arrays and a number, to what
-        follows each prompt, greedily. None leaves out ROUGE and with it the model utility.
-      tokenizer: tokenizer of the model.
-      sets: by name. ``retain``, ``real_authors``, ``world_facts`` make the model utility,
-        ``forget`` the forget quality; ``holdout`` (only its losses are taken) allows a membership
-        attack. Others are reported as the first are; with names that begin in ``forget``, as that.
-      template: what stands around the question; the one the model was trained with.
-      options: `Options`; the defaults are TOFU's.
-      reference_logs: logs of the model retrained without the forget set: its `Evaluation`, or what
-        `metrics_from_logs` takes.
-      workdir: for the logs; one model each. Only process 0 writes; all must be able to read.
-      model_fingerprint: changes with the model, such as `logitjax.storage.digest` of its parameters
-        or the checkpoint's name and step. Needed with ``workdir``: functions do not tell which
-        model they ask.
+        nll_fn: ``(tokens, targets)``, int32 and bool ``[batch, time]``, to the negative
+            log-likelihood of every target, float32 ``[batch, time]``. With its ``with_greedy``
+            extraction strength and exact memorisation are reported too, over the answers' tokens
+            without the end mark.
+        generate_fn: ``(prompts, max_new_tokens)``, a list of int32 arrays and a number, to what
+            follows each prompt, greedily. None leaves out ROUGE and with it the model utility.
+        tokenizer: tokenizer of the model.
+        sets: by name. ``retain``, ``real_authors``, ``world_facts`` make the model utility,
+            ``forget`` the forget quality; ``holdout`` (only its losses are taken) allows a
+            membership attack. Others are reported as the first are; with names that begin in
+            ``forget``, as that.
+        template: what stands around the question; the one the model was trained with.
+        options: `Options`; the defaults are TOFU's.
+        reference_logs: logs of the model retrained without the forget set: its `Evaluation`, or
+            what `metrics_from_logs` takes.
+        workdir: for the logs; one model each. Only process 0 writes; all must be able to read.
+        model_fingerprint: changes with the model, such as `logitjax.storage.digest` of its
+            parameters or the checkpoint's name and step. Needed with ``workdir``: functions do not
+            tell which model they ask.
 
     Returns:
-      `Evaluation`.
+        `Evaluation`.
 
     Raises:
-      ValueError: items without wrong answers, losses that are not finite (names set and item), a
-        ``workdir`` without a ``model_fingerprint``, one with the logs of another model, tokenizer,
-        setting or set (names what differs), or one with files that this did not write.
+        ValueError: items without wrong answers, losses that are not finite (names set and item), a
+            ``workdir`` without a ``model_fingerprint``, one with the logs of another model,
+            tokenizer, setting or set (names what differs), or one with files that this did not
+            write.
 
     References:
-      Maini et al., 2024 (arXiv 2401.06121), section 2.3; logs as of its code. Departures: the whole
-      forget set unless ``limit`` says otherwise; prompts are encoded the same way for scoring and
-      generating; ROUGE holds the generated text against the item's answer, not against a decoded
-      one.
+        Maini et al., 2024 (arXiv 2401.06121), section 2.3; logs as of its code. Departures: the
+        whole forget set unless ``limit`` says otherwise; prompts are encoded the same way for
+        scoring and generating; ROUGE holds the generated text against the item's answer, not
+        against a decoded one.
     """
     options = Options() if options is None else options
     sets = {name: tuple(items)[: options.limit] for name, items in sets.items()}

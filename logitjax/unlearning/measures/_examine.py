@@ -18,16 +18,16 @@ def examine(
     """All measurements of a report, on parts that nothing was chosen by.
 
     Args:
-      model: The model as it is deployed.
-      questions: Parts `forget`, `reworded_test`, `role`, `holdout` and `test`, of which any may be
-        empty but the first.
-      thorough: Also run attacks that sample or take gradients, which take minutes.
-      reference: A model that never knew what is forgotten.
+        model: The model as it is deployed.
+        questions: Parts `forget`, `reworded_test`, `role`, `holdout` and `test`, of which any may
+            be empty but the first.
+        thorough: Also run attacks that sample or take gradients, which take minutes.
+        reference: A model that never knew what is forgotten.
 
     Returns:
-      A record for JSON: `probabilities` and `rouge` (F1 of generated answers) by part, one a row;
-      `answers` by part; `fluency` of those to `test`; `perplexity` of other text; and `attacks`,
-      by name a median `probability` of the answers to forget, a `share` of them or an `auc`.
+        A record for JSON: `probabilities` and `rouge` (F1 of generated answers) by part, one a row;
+        `answers` by part; `fluency` of those to `test`; `perplexity` of other text; and `attacks`,
+        by name a median `probability` of the answers to forget, a `share` of them or an `auc`.
     """
     parts = ("forget", "reworded_test", "holdout", "test")
     answers = {part: questions.answers(model, part) for part in ("forget", "test")}

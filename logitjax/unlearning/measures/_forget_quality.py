@@ -14,12 +14,12 @@ class ForgetQuality:
     """How far two models' truth ratios on the forget set are apart.
 
     Attributes:
-      statistic: D of Kolmogorov and Smirnov, 0 (alike) to 1.
-      interval: interval of ``statistic``, from resampled items.
-      p_value: what TOFU calls forget quality: of a D at least this large, were the two alike. It
-        measures the number of items as much as the model: read ``statistic`` beside it.
-      log10_p_value: finite where ``p_value`` is too small for a float.
-      items: items of the model and of the reference.
+        statistic: D of Kolmogorov and Smirnov, 0 (alike) to 1.
+        interval: interval of ``statistic``, from resampled items.
+        p_value: what TOFU calls forget quality: of a D at least this large, were the two alike. It
+            measures the number of items as much as the model: read ``statistic`` beside it.
+        log10_p_value: finite where ``p_value`` is too small for a float.
+        items: items of the model and of the reference.
     """
 
     statistic: float
@@ -58,27 +58,28 @@ def forget_quality(
     0 to 77 %).
 
     Args:
-      ratios: ``[n]``, of the model. Any increasing function of the truth ratio does: give
-        `log_truth_ratio`, which has no overflow.
-      reference_ratios: ``[m]``, of the retrained model.
-      paired: both are about the same items in the same order, which are then drawn together;
-        default: if there are as many.
-      confidence: confidence of the interval.
-      resamples: for the interval.
-      seed: likewise.
+        ratios: ``[n]``, of the model. Any increasing function of the truth ratio does: give
+            `log_truth_ratio`, which has no overflow.
+        reference_ratios: ``[m]``, of the retrained model.
+        paired: both are about the same items in the same order, which are then drawn together;
+            default: if there are as many.
+        confidence: confidence of the interval.
+        resamples: for the interval.
+        seed: likewise.
 
     Returns:
-      `ForgetQuality`.
+        `ForgetQuality`.
 
     Raises:
-      ValueError: nan or infinite or no values, ``confidence`` not in (0, 1), or paired values of
-        different numbers.
+        ValueError: nan or infinite or no values, ``confidence`` not in (0, 1), or paired values of
+            different numbers.
 
     References:
-      Maini et al., 2024 (arXiv 2401.06121), section 2.3.2; the p-value is
-      ``scipy.stats.ks_2samp``'s. They give no interval. Two independently retrained Llama-2 models
-      reach p .87 to .9999 against each other: 1 is not the ceiling. The floor, at D = 1, is
-      ``2 / C(2 n, n)``: OpenUnlearning's tables have 1.06e-239 (n = 400) of models that are gone.
+        Maini et al., 2024 (arXiv 2401.06121), section 2.3.2; the p-value is
+        ``scipy.stats.ks_2samp``'s. They give no interval. Two independently retrained Llama-2
+        models reach p .87 to .9999 against each other: 1 is not the ceiling. The floor, at D = 1,
+        is ``2 / C(2 n, n)``: OpenUnlearning's tables have 1.06e-239 (n = 400) of models that are
+        gone.
 
     >>> print(forget_quality([0.1, 0.2, 0.3, 0.4], [0.1, 0.2, 0.3, 0.4]))
     D 0.000 [0.000, 0.000], p 1

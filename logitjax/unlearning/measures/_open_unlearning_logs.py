@@ -31,10 +31,10 @@ def from_open_unlearning(source: Mapping[str, Any]) -> dict[str, dict[str, dict[
     """Logs by the name of their set.
 
     Args:
-      source: What is in a `TOFU_EVAL.json`: metrics, each with `value_by_index`.
+        source: What is in a `TOFU_EVAL.json`: metrics, each with `value_by_index`.
 
     Raises:
-      ValueError: A metric has no values by item, or an item has none.
+        ValueError: A metric has no values by item, or an item has none.
     """
     logs: dict[str, dict[str, dict[str, Any]]] = {}
     for theirs, name in _SETS.items():

@@ -18,13 +18,13 @@ def read_records(source: str | os.PathLike[str], stems: Sequence[str]) -> list[d
     paragraph), or Parquet, whole or in numbered parts as the hub has them.
 
     Args:
-      source: A directory, or `hf:ORG/NAME`.
-      stems: Paths in it without what follows the name, in the order that they are looked for.
+        source: A directory, or `hf:ORG/NAME`.
+        stems: Paths in it without what follows the name, in the order that they are looked for.
 
     Raises:
-      FileNotFoundError: There is no such directory or file.
-      ValueError: A file cannot be read.
-      ImportError: It is Parquet, and pyarrow is missing.
+        FileNotFoundError: There is no such directory or file.
+        ValueError: A file cannot be read.
+        ImportError: It is Parquet, and pyarrow is missing.
     """
     endings = (".json", ".jsonl", ".txt", ".parquet", "-*.parquet")
     patterns = [stem + ending for stem in stems for ending in endings]
@@ -71,7 +71,7 @@ def text_of(record: dict[str, Any], key: str, where: str) -> str:
     """A text of a record.
 
     Raises:
-      ValueError: It has none.
+        ValueError: It has none.
     """
     value = record.get(key)
     if not isinstance(value, str) or not value.strip():

@@ -39,19 +39,19 @@ def relearning(
     taught the same, because a few steps teach any model how such answers begin.
 
     Args:
-      model: The model as it is deployed.
-      questions: Their rows to `forget` are taught or asked.
-      rates: Learning rates of Adam, ten times those of all weights.
-      steps: Numbers of steps after which to ask, ascending.
-      seeds: Number of repetitions, with other rows taught and other adapters.
-      batch_size: Number of rows in a step.
+        model: The model as it is deployed.
+        questions: Their rows to `forget` are taught or asked.
+        rates: Learning rates of Adam, ten times those of all weights.
+        steps: Numbers of steps after which to ask, ascending.
+        seeds: Number of repetitions, with other rows taught and other adapters.
+        batch_size: Number of rows in a step.
 
     Returns:
-      Records of `rate`, `seed`, `steps`, and median probabilities of the rows `taught` and of the
-      `others`, which a single row has none of.
+        Records of `rate`, `seed`, `steps`, and median probabilities of the rows `taught` and of the
+        `others`, which a single row has none of.
 
     References:
-      Rates and steps as of arXiv 2410.08827, which finds 88 % of the accuracy to come back.
+        Rates and steps as of arXiv 2410.08827, which finds 88 % of the accuracy to come back.
     """
     encoded = questions.encoded["forget"]
     graphdef, params, rest = nnx.split(model.model, nnx.Param, ...)

@@ -25,17 +25,18 @@ class Item:
     """A question, its answer, and what else was written about the two.
 
     Attributes:
-      question: as asked.
-      answer: as published.
-      paraphrased_question: in other words; only in the ``_perturbed`` splits of TOFU's own authors.
-      paraphrased_answer: in other words; likewise. The real-world sets have none: their short
-        ``answer`` stands in for it (`truth`).
-      perturbed_answers: wrong answers in the shape of the right one: 5, or 3 in the real-world sets
-        and in the release of logit-difference unlearning.
-      question_paraphrases: the 20 or 25 of that release, repetitions and all.
-      answer_paraphrases: likewise.
-      index: which line of its file, from 0; TOFU's logs are keyed by it.
-      author: which of the 200 authors, from 0; None for the real-world sets.
+        question: as asked.
+        answer: as published.
+        paraphrased_question: in other words; only in the ``_perturbed`` splits of TOFU's own
+            authors.
+        paraphrased_answer: in other words; likewise. The real-world sets have none: their short
+            ``answer`` stands in for it (`truth`).
+        perturbed_answers: wrong answers in the shape of the right one: 5, or 3 in the real-world
+            sets and in the release of logit-difference unlearning.
+        question_paraphrases: the 20 or 25 of that release, repetitions and all.
+        answer_paraphrases: likewise.
+        index: which line of its file, from 0; TOFU's logs are keyed by it.
+        author: which of the 200 authors, from 0; None for the real-world sets.
     """
 
     question: str
@@ -59,13 +60,14 @@ class Subset:
     """A few authors of TOFU, and what there is about them.
 
     Attributes:
-      full: what the target learns: ``retain`` and then ``forget``.
-      retain: what it may keep, and what a model retrained without ``forget`` learns.
-      forget: what it has to forget.
-      retain_perturbed: the items of ``retain`` that evaluation asks for (of the first 20 authors).
-      forget_perturbed: the same for ``forget``, in the same order.
-      holdout: as many authors as ``forget`` that no model of this subset has seen, with paraphrases
-        and wrong answers; for membership attacks.
+        full: what the target learns: ``retain`` and then ``forget``.
+        retain: what it may keep, and what a model retrained without ``forget`` learns.
+        forget: what it has to forget.
+        retain_perturbed: the items of ``retain`` that evaluation asks for (of the first 20
+            authors).
+        forget_perturbed: the same for ``forget``, in the same order.
+        holdout: as many authors as ``forget`` that no model of this subset has seen, with
+            paraphrases and wrong answers; for membership attacks.
     """
 
     full: tuple[Item, ...]
@@ -92,16 +94,16 @@ def load(source: str | os.PathLike[str], split: str) -> tuple[Item, ...]:
       (``aug_data/tofu/forgetNN_perturbed/paraphrase_res.csv``, given ``.../aug_data/tofu``).
 
     Args:
-      source: a directory, or ``hf:locuslab/TOFU`` (optionally ``@revision``).
-      split: as above.
+        source: a directory, or ``hf:locuslab/TOFU`` (optionally ``@revision``).
+        split: as above.
 
     Returns:
-      The items, in the order of the file.
+        The items, in the order of the file.
 
     Raises:
-      FileNotFoundError: no such directory or file; names what is there.
-      ValueError: a line that cannot be read or lacks something, with file and line; or the hub
-        cannot be reached.
+        FileNotFoundError: no such directory or file; names what is there.
+        ValueError: a line that cannot be read or lacks something, with file and line; or the hub
+            cannot be reached.
 
     >>> import pathlib, tempfile
     >>> path = pathlib.Path(tempfile.mkdtemp())
@@ -110,7 +112,7 @@ def load(source: str | os.PathLike[str], split: str) -> tuple[Item, ...]:
     ('Nobody.', 198)
 
     References:
-      Maini et al., TOFU: A task of fictitious unlearning for LLMs, 2024 (arXiv 2401.06121).
+        Maini et al., TOFU: A task of fictitious unlearning for LLMs, 2024 (arXiv 2401.06121).
     """
     tabular = split == _PERTURBED_ANSWERS or split.endswith("_paraphrased")
     name = f"{split}.csv" if tabular else f"{split}.json"
@@ -148,16 +150,16 @@ def subset(source: str | os.PathLike[str], *, authors: int = 20, forget: int = 2
     ones are trained on but not evaluated.
 
     Args:
-      source: as for `load`.
-      authors: in all.
-      forget: of these; at most 10, so that as many are left that nobody has seen.
+        source: as for `load`.
+        authors: in all.
+        forget: of these; at most 10, so that as many are left that nobody has seen.
 
     Returns:
-      `Subset`.
+        `Subset`.
 
     Raises:
-      FileNotFoundError: a file is missing.
-      ValueError: numbers of authors that TOFU does not have, or files that are not TOFU's.
+        FileNotFoundError: a file is missing.
+        ValueError: numbers of authors that TOFU does not have, or files that are not TOFU's.
     """
     if not 1 <= forget <= 10:
         raise ValueError(f"forget: expected 1 to 10 authors, got {forget}")

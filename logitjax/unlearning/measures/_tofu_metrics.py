@@ -35,14 +35,14 @@ class SetScores:
     """Means over the items of a set; None where the log does not say.
 
     Attributes:
-      items: how many.
-      probability: probability of the answer, for its length; in the real-world sets among the wrong
-          answers.
-      rouge_l: recall of the generated answer.
-      truth_ratio: ``max(0, 1 - R)``, in forget sets ``min(R, 1 / R)``.
-      extraction_strength: see `extraction_strength`.
-      exact_memorisation: see `exact_memorisation`.
-      preference: for the right answer, as of `preference`; in forget sets of its paraphrase.
+        items: how many.
+        probability: probability of the answer, for its length; in the real-world sets among the
+            wrong answers.
+        rouge_l: recall of the generated answer.
+        truth_ratio: ``max(0, 1 - R)``, in forget sets ``min(R, 1 / R)``.
+        extraction_strength: see `extraction_strength`.
+        exact_memorisation: see `exact_memorisation`.
+        preference: for the right answer, as of `preference`; in forget sets of its paraphrase.
     """
 
     items: int
@@ -59,9 +59,9 @@ class Membership:
     """A loss-based attack on the forget set, against authors that were never trained on.
 
     Attributes:
-      auc: 0.5 where it learns nothing.
-      reference_auc: AUC of the retrained model, if its logs have a held-out set; else 0.5.
-      privleak: 0 where ``auc`` is the reference's.
+        auc: 0.5 where it learns nothing.
+        reference_auc: AUC of the retrained model, if its logs have a held-out set; else 0.5.
+        privleak: 0 where ``auc`` is the reference's.
     """
 
     auc: float
@@ -74,15 +74,15 @@ class Evaluation:
     """What TOFU says about a model.
 
     Attributes:
-      scores: by set.
-      model_utility: the harmonic mean of nine numbers; None if one is missing.
-      forget_quality: against the retrained model; None without its logs, and of models that are
-        damaged.
-      damage: why there is no forget quality of a model: ``over-forgotten`` or ``destroyed``, and
-        what says so; else None.
-      membership: None without a set ``holdout``.
-      form: form of the truth ratio.
-      logs: by set, item by item, in TOFU's format; hand them on as ``reference_logs``.
+        scores: by set.
+        model_utility: the harmonic mean of nine numbers; None if one is missing.
+        forget_quality: against the retrained model; None without its logs, and of models that are
+            damaged.
+        damage: why there is no forget quality of a model: ``over-forgotten`` or ``destroyed``, and
+            what says so; else None.
+        membership: None without a set ``holdout``.
+        form: form of the truth ratio.
+        logs: by set, item by item, in TOFU's format; hand them on as ``reference_logs``.
     """
 
     scores: Mapping[str, SetScores]
@@ -167,22 +167,22 @@ def metrics_from_logs(
     * destroyed: its perplexity on the retain set is more than twice the retrained model's.
 
     Args:
-      logs: a directory, an ``eval_log_aggregated.json``, a ``TOFU_EVAL.json`` of OpenUnlearning
-        (with an ``eps`` of 1e-10 its numbers come out), or what is in it.
-      reference_logs: the same for the model that was retrained without the forget set; those of
-        Llama-2 and Phi come with TOFU's repository.
-      form: form of the truth ratio; see `truth_ratio`.
-      eps: epsilon of all fractions; 1e-10 is OpenUnlearning's, for parity.
-      vocab_size: vocabulary size of the model; by default the largest of today's.
-      confidence: confidence of the interval of the forget quality.
-      seed: seed of its resampling.
+        logs: a directory, an ``eval_log_aggregated.json``, a ``TOFU_EVAL.json`` of OpenUnlearning
+            (with an ``eps`` of 1e-10 its numbers come out), or what is in it.
+        reference_logs: the same for the model that was retrained without the forget set; those of
+            Llama-2 and Phi come with TOFU's repository.
+        form: form of the truth ratio; see `truth_ratio`.
+        eps: epsilon of all fractions; 1e-10 is OpenUnlearning's, for parity.
+        vocab_size: vocabulary size of the model; by default the largest of today's.
+        confidence: confidence of the interval of the forget quality.
+        seed: seed of its resampling.
 
     Returns:
-      `Evaluation`. Sets that are missing leave None where they are asked for.
+        `Evaluation`. Sets that are missing leave None where they are asked for.
 
     Raises:
-      FileNotFoundError: no such path.
-      ValueError: logs that lack items, or hold other things; a vocabulary of less than 2 tokens.
+        FileNotFoundError: no such path.
+        ValueError: logs that lack items, or hold other things; a vocabulary of less than 2 tokens.
 
     >>> log = {"avg_gt_loss": {"0": 0.0}, "avg_paraphrased_loss": {"0": 0.0},
     ...        "average_perturb_loss": {"0": [0.6931472]}, "rougeL_recall": {"0": 1.0}}

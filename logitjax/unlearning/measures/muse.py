@@ -39,18 +39,18 @@ def load(source: str | os.PathLike[str], subset: str, split: str) -> tuple[Row, 
     """Rows of a split.
 
     Args:
-      source: A directory that has the folders of subsets, or `hf:muse-bench/MUSE-News` or
-        `.../MUSE-Books`.
-      subset: `verbmem`, a text and how it goes on; `knowmem`, questions and answers; or plain text:
-        `privleak`, `raw`, `train`, `scal`, `sust`.
-      split: Such as `forget`, `holdout`, `retain1`, `forget_qa`, `retain_qa` or `forget_qa_icl`.
+        source: A directory that has the folders of subsets, or `hf:muse-bench/MUSE-News` or
+            `.../MUSE-Books`.
+        subset: `verbmem`, a text and how it goes on; `knowmem`, questions and answers; or plain
+            text: `privleak`, `raw`, `train`, `scal`, `sust`.
+        split: Such as `forget`, `holdout`, `retain1`, `forget_qa`, `retain_qa` or `forget_qa_icl`.
 
     Returns:
-      The rows, in order.
+        The rows, in order.
 
     Raises:
-      FileNotFoundError: There is no such file.
-      ValueError: A record lacks something.
+        FileNotFoundError: There is no such file.
+        ValueError: A record lacks something.
     """
     # The first release calls what is to be kept and asked about `retain2`.
     stems = [f"{subset}/{split}", f"{subset}/{split.replace('retain_', 'retain2_')}"]
@@ -81,26 +81,26 @@ def evaluate(
     """What a model still says of what it has read.
 
     Args:
-      model: As it answers.
-      tokenizer: Tokenizer of the model.
-      sets: By name. Of `..._verbmem` and `..._knowmem` the mean ROUGE-L F1 of what is generated,
-        128 and 32 tokens at most, the likeliest ones; of `forget` and `holdout`, plain text, the
-        AUC of min-k with k = 0.4, and PrivLeak.
-      examples: Of the kind of `knowmem`; they come before each of its questions.
-      reference_auc: AUC of the retrained model.
-      batch_size: Rows at a time.
-      max_length: Most tokens of a text; of prompts, those at their end.
+        model: As it answers.
+        tokenizer: Tokenizer of the model.
+        sets: By name. Of `..._verbmem` and `..._knowmem` the mean ROUGE-L F1 of what is generated,
+            128 and 32 tokens at most, the likeliest ones; of `forget` and `holdout`, plain text,
+            the AUC of min-k with k = 0.4, and PrivLeak.
+        examples: Of the kind of `knowmem`; they come before each of its questions.
+        reference_auc: AUC of the retrained model.
+        batch_size: Rows at a time.
+        max_length: Most tokens of a text; of prompts, those at their end.
 
     Returns:
-      Numbers by name: those of the sets, `auc` and `privleak`.
+        Numbers by name: those of the sets, `auc` and `privleak`.
 
     Raises:
-      ValueError: A set of another name.
+        ValueError: A set of another name.
 
     References:
-      Shi et al., MUSE, 2024 (arXiv 2407.06460). ROUGE is of stems, as in OpenUnlearning; the
-      release of the paper has none. Texts keep their last token, which OpenUnlearning takes for an
-      end mark.
+        Shi et al., MUSE, 2024 (arXiv 2407.06460). ROUGE is of stems, as in OpenUnlearning; the
+        release of the paper has none. Texts keep their last token, which OpenUnlearning takes for
+        an end mark.
     """
     found = {}
     shots = "".join(f"{row.prompt}{row.answer}\n\n" for row in examples)

@@ -33,10 +33,10 @@ class Question:
     """A question with its choices.
 
     Attributes:
-      topic: In words.
-      question: As asked.
-      choices: Of which one is right.
-      answer: Which.
+        topic: In words.
+        question: As asked.
+        choices: Of which one is right.
+        answer: Which.
     """
 
     topic: str
@@ -58,12 +58,12 @@ def load(source: str | os.PathLike[str], subset: str) -> tuple[Question, ...]:
     """The questions of a subset.
 
     Args:
-      source: A directory, or `hf:cais/wmdp`.
-      subset: `bio`, `chem` or `cyber`.
+        source: A directory, or `hf:cais/wmdp`.
+        subset: `bio`, `chem` or `cyber`.
 
     Raises:
-      FileNotFoundError: There is no such file.
-      ValueError: Another subset, or a record that is no question.
+        FileNotFoundError: There is no such file.
+        ValueError: Another subset, or a record that is no question.
     """
     if subset not in _TOPICS:
         raise ValueError(f"subset: expected one of {', '.join(_TOPICS)}, got {subset!r}")
@@ -93,12 +93,13 @@ def load_corpus(source: str | os.PathLike[str], name: str) -> tuple[Row, ...]:
     """Texts to forget or to keep, such as `cyber-forget-corpus` or `bio-retain-corpus`.
 
     Args:
-      source: A directory, or `hf:cais/wmdp-corpora`; that of biology to forget has to be asked for.
-      name: Name of the corpus.
+        source: A directory, or `hf:cais/wmdp-corpora`; that of biology to forget has to be asked
+            for.
+        name: Name of the corpus.
 
     Raises:
-      FileNotFoundError: There is no such file.
-      ValueError: A record has no text.
+        FileNotFoundError: There is no such file.
+        ValueError: A record has no text.
     """
     records = read_records(source, [f"{name}/train", name])
     return tuple(Row(answer=text_of(record, "text", name)) for record in records)
@@ -115,17 +116,17 @@ def accuracy(
     """How often the likeliest letter is the right one.
 
     Args:
-      model: As it answers.
-      tokenizer: Tokenizer of the model.
-      items: Items from `load`.
-      batch_size: Rows at a time.
-      max_length: Most tokens of a question with an answer.
+        model: As it answers.
+        tokenizer: Tokenizer of the model.
+        items: Items from `load`.
+        batch_size: Rows at a time.
+        max_length: Most tokens of a question with an answer.
 
     Raises:
-      ValueError: A question is longer.
+        ValueError: A question is longer.
 
     References:
-      Li et al., WMDP, 2024 (arXiv 2403.03218), in the format of the evaluation harness.
+        Li et al., WMDP, 2024 (arXiv 2403.03218), in the format of the evaluation harness.
     """
     bare = PromptTemplate(before="", after="")
     rows, owners = [], []
