@@ -20,7 +20,7 @@ from logitjax.distillation import (
 )
 from logitjax.distillation.terms import MinED
 from logitjax.distillation.training import _distill
-from logitjax.distillation.training._corpus import Source
+from logitjax.distillation.training._source import Source
 from tests._compiled import compiled
 from tests._modules import call
 from tests.data._tokenizers import ByteTokenizer

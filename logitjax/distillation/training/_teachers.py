@@ -33,6 +33,7 @@ class Reader:
         read: Columns `[rows, length]` and the rows' numbers to a record of a `TeacherCache`.
         weights: Digest of its weights; empty for a server, which does not show them.
         head: Its `losses.Head`, if hidden states are among what it reads.
+        kept: Numbers of top logits and of draws from the rest.
     """
 
     tokenizer: str
@@ -40,6 +41,7 @@ class Reader:
     read: Callable[[Mapping[str, Any], np.ndarray], Mapping[str, Any]]
     weights: str = ""
     head: Any = None
+    kept: tuple[int, int] = (0, 0)
 
 
 def model_reader(
@@ -69,6 +71,7 @@ def model_reader(
         read=lambda columns, rows: jax.device_get(read(params, columns, rows)),
         weights=weights_digest(params),
         head=jax.device_get(decoder.head_of()) if hidden else None,
+        kept=(k, tail_samples),
     )
 
 

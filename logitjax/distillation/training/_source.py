@@ -1,0 +1,98 @@
+"""What one teacher says about a batch of packed rows, at the student's positions."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from logitjax import data, losses
+from logitjax.distillation._teacher import Teacher, Vocabularies
+from logitjax.distillation.tokenizers._alignment import Chunks, align_chunks
+from logitjax.distillation.tokenizers._likelihood_matching import chunk_scores
+from logitjax.distillation.tokenizers._token_pieces import prefix_bytes
+from logitjax.distillation.training._teacher_cache import TeacherCache
+from logitjax.distillation.training._teachers import Reader
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What one teacher says about the rows that matter, from its caches on disk or read live.
+
+    Attributes:
+        columns: Which tokenizer's columns of a batch it reads.
+        packed: The rows.
+        caches: By split; empty for a live teacher.
+        vocabularies: How its vocabulary lies over the student's.
+        reader: A live teacher; None for one whose output is cached.
+    """
+
+    columns: str
+    packed: data.PackedSplits
+    caches: Mapping[str, TeacherCache]
+    vocabularies: Vocabularies = Vocabularies()  # noqa: RUF009
+    reader: Reader | None = None
+
+    @property
+    def identity(self) -> Any:
+        """What its output is made from."""
+        if self.reader is not None:
+            return {"live": (self.reader.tokenizer, self.reader.weights, self.reader.kept)}
+        return {split: cache.identity for split, cache in self.caches.items()}
+
+    @functools.cached_property
+    def _spelling(self) -> Mapping[str, tuple[np.ndarray, int]]:
+        """Bytes of text that each token stands for, and those before a text, by columns."""
+        tokenizers = self.packed.tokenizers
+        return {n: (t.byte_lengths(), prefix_bytes(t)) for n, t in tokenizers.items()}
+
+    def chunks(self, batch: Mapping[str, Any]) -> Chunks:
+        """How the student's tokens of a batch lie over the teacher's."""
+        ours, theirs = self.packed.names["pivot"], self.columns
+        (our_lengths, our_prefix), (their_lengths, their_prefix) = (
+            self._spelling[name] for name in (ours, theirs)
+        )
+        return align_chunks(
+            batch[ours],
+            batch[theirs],
+            our_lengths=our_lengths,
+            their_lengths=their_lengths,
+            our_prefix=our_prefix,
+            their_prefix=their_prefix,
+            by="turn" if self.packed.chat else "document",
+        )
+
+    def view(self, split: str, batch: Mapping[str, Any]) -> Teacher:
+        """What the teacher says at the student's positions, and at which."""
+        if self.reader is None:
+            record, vocab_size = (
+                self.caches[split].read(batch["row"]),
+                self.caches[split].vocab_size,
+            )
+        else:
+            record = dict(self.reader.read(batch[self.columns], batch["row"]))
+            vocab_size = self.reader.vocab_size
+        where = single = batch[self.columns]["loss_mask"][:, 1:]
+        likelihoods = {n: record.pop(n) for n in ("label", "boundary") if n in record}
+        chunks = None
+        if self.columns != self.packed.names["pivot"] or self.vocabularies.boundary is not None:
+            chunks = self.chunks(batch)
+        if self.columns != self.packed.names["pivot"]:
+            assert chunks is not None
+            where, single = chunks.starts, chunks.one_to_one
+            rows = np.arange(len(where))[:, None]
+            record = {name: array[rows, chunks.places] for name, array in record.items()}
+        drawn = {n: record.pop(f"tail_{n}") for n in ("values", "indices") if f"tail_{n}" in record}
+        tail = losses.TailSample(**drawn) if drawn else None
+        scores = None
+        if likelihoods and chunks is not None and self.vocabularies.boundary is not None:
+            labels = batch[self.columns]["tokens"][:, 1:]
+            lengths, _ = self._spelling[self.columns]
+            special = lengths[np.minimum(labels, len(lengths) - 1)] == 0
+            scores = chunk_scores(chunks, likelihoods, special=special)
+        hidden = record.pop("hidden", None)
+        statistics = losses.GraphStatistics(**record, tail=tail, vocab_size=vocab_size)
+        return Teacher(
+            statistics=statistics, hidden=hidden, where=where, single=single, chunks=scores
+        )
