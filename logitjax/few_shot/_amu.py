@@ -74,10 +74,6 @@ def multi_branch_loss(
 
         (1 - lambda) * CE(auxiliary, y) + lambda * CE(fused, y)
 
-    Args:
-        auxiliary: `[*batch, classes]`, the bias as it is fused, before beta.
-        fusion_share: lambda; 1 trains the fused logits alone.
-
     >>> even = jnp.zeros((1, 2))
     >>> print(f"{jax.jit(multi_branch_loss)(even, even, jnp.array([0]))[0]:.4f}")
     0.6931

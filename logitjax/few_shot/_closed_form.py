@@ -43,17 +43,6 @@ def gaussian_classifier(
     The condition of `C'C + t I` is at most n, so a Cholesky factor serves where the released code
     takes a pseudo-inverse; with fewer examples than features it is that of `C C' + t I`.
 
-    Args:
-        features: `[n, features]`, rows of length one.
-        labels: `[n]` classes; a row with the label -1 is not there.
-        num_classes: K.
-        ddof: What is subtracted from n: `'one'` as in the released code, or the number of
-            `'classes'`, whose means were estimated.
-
-    Returns:
-        Weights `[features, classes]` and biases `[classes]`. A class without an example has zero
-        weights and the mean bias of the others. Where no class has two examples, all are zero.
-
     >>> f = jnp.array([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0], [0.6, 0.8]])
     >>> y = jnp.array([0, 0, 1, 1])
     >>> weights, bias = jax.jit(gaussian_classifier, static_argnums=2)(f, y, 2)

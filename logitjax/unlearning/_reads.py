@@ -114,21 +114,7 @@ def read_batch(
     fixed: Any = None,
     most: Mapping[str, int] | None = None,
 ) -> Read:
-    """Reads a batch: each model runs once over all sides that are needed of it.
-
-    Args:
-        needs: What to read.
-        batch: By side `{"tokens", "mask"}`, all sides of one length.
-        models: The model that is trained, and the one before if there is one.
-        owner: Name of the method, for errors.
-        layer: Number of layers after which `'layer'` reads.
-        lora: Adapters of the model that is trained.
-        fixed: The method's own arrays.
-        most: Largest number of answers' tokens of each side; the head runs at no other positions.
-
-    Raises:
-        ValueError: A side or the model before is missing.
-    """
+    """Reads a batch: each model runs once over all sides that are needed of it."""
     sides = sides_of(needs)
     check_sides(sides, batch, owner)
     tokens = {side: jnp.asarray(batch[side]["tokens"]) for side in sides}

@@ -199,9 +199,6 @@ def tune_vq_head(
     The expected divergence, over all positions and the whole vocabulary, is minimised at the cost
     of K scores a position. With `reassign_every`, tokens move to the code under which they are
     most likely (`logitjax.vq.reassign`); the last moves come well before the end.
-
-    Returns:
-        `(codebook, bias, assignment, history)`; history holds `loss` and `moved`.
     """
     if reassign_every is not None and bias is None:
         raise ValueError("reassign_every: expected biases beside it, got bias=None")

@@ -42,17 +42,6 @@ def make_merge_loss(
         mean_{positions} KL( softmax(fuse(target, assistant)) || softmax(student) )
 
     Logits exist for ``block`` positions at a time.
-
-    Args:
-        target: the model before.
-        assistant: made of its first layers.
-        fuse: as for `logitjax.decoding.Ensemble`; ``LogitDifference()`` when None.
-        block: positions.
-
-    Returns:
-        ``loss_fn(params, batch, rng, constants)`` and the constants. Batches are ``{"tokens",
-        "mask"}``, int32 and bool ``[rows, time]``: the divergence counts where a token with
-        ``mask`` is predicted.
     """
     fuse = LogitDifference() if fuse is None else fuse
     student_def, params, rest = nnx.split(target, nnx.Param, ...)

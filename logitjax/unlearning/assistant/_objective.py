@@ -127,15 +127,6 @@ def linear_assistant_objective(
 
         mean_{forget} (log Z - logit_y) + beta mean_{retain} (log Z - mean_v logit_v - log V)
 
-    Args, beside those of `losses.linear_cross_entropy`:
-        retain: `[*batch]`, True for positions of the data to keep, whose labels are not looked at.
-        where: `[*batch]`, positions that count; all when None. The release counts all of the data
-            to keep, and the answers of the data to forget.
-        retain_weight: beta: 6.5 in the paper, 5 in the released code.
-
-    Returns:
-        The float32 scalar, and both means: `{"forget", "retain"}`, without a gradient.
-
     >>> hidden, head = jnp.ones((4, 1)), jnp.array([[2.0, 0.0, 0.0]])
     >>> retain = jnp.array([False, False, True, True])
     >>> labels = jnp.array([0, 0, -100, -100])
