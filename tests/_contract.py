@@ -20,7 +20,6 @@ from logitjax import (
     ops,
     testing,
     transport,
-    unlearning,
     vq,
 )
 from logitjax.losses import Blocks, Head, TailSample
@@ -111,7 +110,6 @@ STATES, HEAD = _normal(3, BATCH, LENGTH, HIDDEN), _normal(4, HIDDEN, VOCAB)
 BEFORE, ITS_HEAD = _normal(5, BATCH, LENGTH, CODES), _normal(6, CODES, VOCAB)
 LABELS = _ids(7, VOCAB, BATCH, LENGTH)
 WHERE = np.array([[True, True, False], [False, True, True]])
-NLL = np.abs(_normal(8, BATCH)) + 1
 CODEBOOK = _normal(9, CODES, HIDDEN)
 BIAS, MAP = _normal(10, VOCAB), np.arange(VOCAB, dtype=np.int32) % CODES
 UNIGRAM = np.arange(1, VOCAB + 1, dtype=np.float32)
@@ -156,12 +154,6 @@ def _heads(function: Callable[..., Any], **options: Any) -> Case:
 
 def _top(values: Any, indices: Any, log_z: Any) -> TopK:
     return TopK(values=values, indices=indices, log_z=log_z)
-
-
-def _answers(names: str, function: Callable[..., Any], **options: Any) -> Case:
-    arrays = {name: NLL + i for i, name in enumerate(names.split())}
-    # By name: under `jit` they come in the order of the alphabet.
-    return Case(call=lambda **x: function(*(x[n] for n in arrays), **options), arrays=arrays)
 
 
 def _graphs(function: Callable[..., Any]) -> Case:
@@ -647,82 +639,6 @@ TABLE: dict[str, Case] = {
     "leakage.estimate_output_subspace": Case(
         call=_subspace, arrays={"rows": OBSERVED}, host=True, rows=False
     ),
-    # unlearning
-    "unlearning.gradient_ascent": dataclasses.replace(
-        _answers("nll", unlearning.gradient_ascent), loose=("nll",), loss={}
-    ),
-    "unlearning.satimp": dataclasses.replace(
-        _answers("nll", unlearning.satimp),
-        loose=("nll",),
-        limits=("nll",),
-        loss={"skip": ("differences",)},
-    ),
-    "unlearning.npo": dataclasses.replace(
-        _answers("nll reference", unlearning.npo),
-        limits=("nll", "reference"),
-        loss={"constant": ("reference",)},
-    ),
-    "unlearning.dpo": dataclasses.replace(
-        _answers("chosen rejected reference_chosen reference_rejected", unlearning.dpo),
-        limits=("chosen", "rejected", "reference_chosen", "reference_rejected"),
-        loss={"constant": ("reference_chosen", "reference_rejected")},
-    ),
-    "unlearning.simnpo": Case(
-        call=lambda nll, lengths: unlearning.simnpo(nll, lengths),
-        loss={},
-        arrays={"nll": NLL, "lengths": np.arange(1, BATCH + 1, dtype=np.int32)},
-        limits=("nll",),
-    ),
-    "unlearning.sequence_nll": Case(
-        loose=("nll", "where"),
-        call=lambda nll, where: unlearning.sequence_nll(nll, where),
-        arrays={"nll": LOGITS[..., 0], "where": WHERE},
-        where="where",
-    ),
-    "unlearning.undial": Case(
-        call=lambda student, teacher, labels: unlearning.undial(student, teacher, labels),
-        loss={"constant": ("teacher",)},
-        arrays={**PAIR, "labels": LABELS},
-        logits=("student", "teacher"),
-        counts=LABELLED,
-    ),
-    "unlearning.linear_undial": Case(
-        call=lambda hidden, head, before, its_head, labels: unlearning.linear_undial(
-            hidden, head, before, its_head, labels, blocks=BLOCKS
-        ),
-        swept=True,
-        loss={"constant": ("before", "its_head")},
-        arrays={**BOTH, "labels": LABELS},
-        counts=LABELLED,
-    ),
-    "unlearning.uniform_kl": Case(
-        call=lambda x: unlearning.uniform_kl(x), arrays={"x": LOGITS}, logits=("x",), loss={}
-    ),
-    "unlearning.linear_uniform_kl": Case(
-        call=lambda hidden, head: unlearning.linear_uniform_kl(hidden, head, blocks=BLOCKS),
-        loss={},
-        swept=True,
-        arrays={"hidden": STATES, "head": HEAD},
-        free=(
-            ("hidden", BATCH),
-            ("hidden", LENGTH),
-            ("head", VOCAB),
-        ),
-    ),
-    "unlearning.rmu": Case(
-        call=lambda hidden, target: unlearning.rmu(hidden, target),
-        loss={"constant": ("target",)},
-        arrays={"hidden": STATES, "target": BEFORE[..., :HIDDEN]},
-    ),
-    "unlearning.unlearning_objective": Case(
-        loose=("forget", "retain", "where"),
-        call=lambda forget, retain, where: unlearning.unlearning_objective(
-            forget, retain, forget_where=where, retain_where=where
-        ),
-        arrays={"forget": LOGITS[..., 0], "retain": TEACHER[..., 0], "where": WHERE},
-        rows=False,
-        where="where",
-    ),
 }
 
 PACKAGES = [
@@ -804,7 +720,7 @@ ELSEWHERE = {
         distillation.score_function distillation.targets distillation.teacher_record
         distillation.train_student distillation.update_program distillation.visited_rows
         distillation.TeacherCache unlearning.make_answer_loss
-        unlearning.merge_by_distillation unlearning.paired_model
+        unlearning.paired_model
         unlearning.Unlearning unlearning.examine unlearning.padded_rows
         unlearning.relearning
         unlearning.read_rows unlearning.share_interval unlearning.split_rows

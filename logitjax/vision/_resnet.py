@@ -144,8 +144,8 @@ class ResNet(nnx.Module):
     """torchvision's ResNet: 7x7 stem of stride 2, max-pooling, four stages.
 
     (2, 2, 2, 2) blocks are ResNet-18, (3, 4, 6, 3) ResNet-34 or, of bottlenecks, ResNet-50; with
-    `widen` 2 and 32 `groups` ResNeXt-50 32x4d. The small stem, 3x3 without a stride or a pooling, is
-    what the released dual-head code trains as its ImageNet student.
+    `widen` 2 and 32 `groups` ResNeXt-50 32x4d. The small stem, 3x3 without a stride or a pooling,
+    is what the released dual-head code trains as its ImageNet student.
     """
 
     classifier_name = "fc"
