@@ -186,10 +186,6 @@ def _at_coupling(c: Any, d: Any, **coupling: Any) -> Any:
     return transport.gw_at_coupling(c, d, dataclasses.replace(some, **coupling))
 
 
-def _tables(bias: Any, assignment: Any) -> Any:
-    return vq.vq_tables(bias, assignment, CODES, width=4)
-
-
 def _fused(hidden: Any, head: Any, labels: Any, weights: Any) -> Any:
     def loss(readout: Any, extra: Any) -> Any:
         return readout.cross_entropy + extra
@@ -395,16 +391,13 @@ TABLE: dict[str, Case] = {
         logits=("bias",),
         free=(("codebook", CODES),),
     ),
-    "vq.vq_tables": Case(
-        call=lambda bias, assignment: _tables(bias, assignment).log_mass,
-        arrays={"bias": BIAS, "assignment": MAP},
+    "vq.VQTables": Case(
+        call=lambda bias, assignment, hidden, codebook: vq.VQTables.of(
+            bias, assignment, CODES, width=4
+        ).top_k(hidden, codebook, 2),
+        arrays={"bias": BIAS, "assignment": MAP, "hidden": STATES, "codebook": CODEBOOK},
         counts={"assignment": (CODES, "error")},
         logits=("bias",),
-        rows=False,
-    ),
-    "vq.vq_topk": Case(
-        call=lambda hidden, codebook: vq.vq_topk(hidden, codebook, _tables(BIAS, MAP), 2),
-        arrays={"hidden": STATES, "codebook": CODEBOOK},
         free=(("hidden", BATCH), ("hidden", LENGTH)),
     ),
     "vq.perplexity_floor": Case(
@@ -726,7 +719,7 @@ ELSEWHERE = {
         unlearning.read_rows unlearning.share_interval unlearning.split_rows
         serving.Key serving.Listening serving.ServerConfig serving.build_app serving.read_keys
         serving.run_server
-        vq.HiddenCache vq.convert_head vq.load_head vq.save_head few_shot.choose_rows
+        vq.HiddenCache vq.load_head few_shot.choose_rows
         few_shot.candidates few_shot.load few_shot.read_pictures
         few_shot.encoder_views few_shot.sweep_program decoding.Engine decoding.generate
         decoding.PromptReader
@@ -749,5 +742,5 @@ ELSEWHERE = {
         leakage.verdict leakage.recover_log_probs leakage.harvest_log_probs leakage.search_logits
         fusion.vocabulary_map""",
     "numbers alone, or draws": """
-        vq.vq_sample leakage.row_queries""",
+        leakage.row_queries""",
 }

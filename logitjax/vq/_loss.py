@@ -86,7 +86,7 @@ def vq_logits(
 ) -> Float[jax.Array, "*batch vocab"]:
     """All V logits of the head, for checks and for code that needs logits.
 
-    Training with it costs the memory of a full head; `vq_nll` and `vq_topk` give the same
+    Training with it costs the memory of a full head; `vq_nll` and `VQTables` give the same
     numbers without it. ::
 
         logit_v = (h . C_{m(v)} + b_v) / T

@@ -50,8 +50,8 @@ class Tuning:
 
         Args:
             mesh: Mesh of the step.
-            loss_fn: As of `run`; the one by which `convert_head` tunes when omitted. Batches of the
-                step are tuples of arrays, as it takes them after `constants`.
+            loss_fn: As of `run`; that of `ConvertConfig` when omitted. Batches of the step are
+                tuples of arrays, as it takes them after `constants`.
         """
         of_position = vq_distillation_loss if loss_fn is None else loss_fn
         # The larger epsilon keeps codes and tokens that hardly occur from drifting with the noise.
