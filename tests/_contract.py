@@ -663,8 +663,8 @@ ELSEWHERE = {
         kernels.build kernels.in_use kernels.on_cpu kernels.lookup_sums kernels.row_products
         kernels.largest_ids""",
     "tests/test_classifier_inputs.py": """
-        few_shot.FewShotTask few_shot.Inputs few_shot.Method few_shot.Recipe few_shot.batch_order
-        few_shot.best_setting few_shot.train few_shot.sweep few_shot.FeatureCache few_shot.Features
+        few_shot.FewShotTask few_shot.Inputs few_shot.Method few_shot.Recipe
+        few_shot.best_setting few_shot.sweep few_shot.FeatureCache few_shot.Features
         few_shot.extract_features vision.Encoder data.ImageSet data.load_images""",
     "tests/commands/test_few_shot.py": """
         few_shot.Candidate few_shot.FittedHead few_shot.Pictures few_shot.fit""",
@@ -721,7 +721,7 @@ ELSEWHERE = {
         serving.run_server
         vq.HiddenCache vq.load_head few_shot.choose_rows
         few_shot.candidates few_shot.load few_shot.read_pictures
-        few_shot.encoder_views few_shot.sweep_program decoding.Engine decoding.generate
+        few_shot.encoder_views decoding.Engine decoding.generate
         decoding.PromptReader
         decoding.load_ensemble decoding.next_token_program decoding.nll_from_model decoding.score
         evaluation.encode_answer evaluation.encode_prompt
