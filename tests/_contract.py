@@ -194,25 +194,10 @@ def _fused(hidden: Any, head: Any, labels: Any, weights: Any) -> Any:
     return losses.linear_fused_loss(hidden, head, loss, weights, weights, **options)
 
 
-def _objective(student: Any, labels: Any, teacher: Any, where: Any) -> Any:
-    teachers = [distillation.FusionTeacher(outputs=teacher)]
-    config = distillation.GraphFusionConfig(graph=distillation.GraphConfig(k=3))
-    return distillation.graph_fusion_objective(
-        student, labels, teachers, where=where, config=config
-    )[0]
-
-
 def _subspace(rows: Any) -> Any:
     """The basis, nan for tokens that were left out."""
     found = leakage.estimate_output_subspace(rows, centre=False)
     return np.where(found.vocab_where[:, None], np.asarray(found.basis), np.nan)
-
-
-def _dual(features: Any, labels: Any, teacher: Any) -> Any:
-    def head(x: Any) -> Any:
-        return x @ HEAD
-
-    return distillation.dual_head_loss(features, head, head, labels, teacher)
 
 
 TABLE: dict[str, Case] = {
@@ -481,13 +466,6 @@ TABLE: dict[str, Case] = {
         counts={"labels": (VOCAB, "both")},
         logits=("student", "teacher"),
     ),
-    "distillation.dual_head_loss": Case(
-        call=_dual,
-        arrays={"features": STATES, "labels": LABELS, "teacher": TEACHER},
-        counts={"labels": (VOCAB, "nan above")},
-        logits=("teacher",),
-        free=(("features", HIDDEN),),
-    ),
     "distillation.universal_logit_distance": Case(
         call=lambda student, teacher: distillation.universal_logit_distance(
             student, teacher, top_k=3
@@ -506,16 +484,6 @@ TABLE: dict[str, Case] = {
         arrays={"student": LOGITS, "teacher": THEIRS},
         logits=("student", "teacher"),
         free=(("student", VOCAB), ("teacher", OTHER), ("student", LENGTH), ("teacher", LENGTH)),
-    ),
-    "distillation.graph_fusion_objective": Case(
-        call=_objective,
-        swept=True,
-        loss={"constant": ("teacher",), "skip": ("where", "rows")},
-        arrays={"student": LOGITS, "labels": LABELS, "teacher": THEIRS, "where": WHERE},
-        logits=("student", "teacher"),
-        free=(("student", VOCAB), ("teacher", OTHER), ("teacher", LENGTH)),
-        where="where",
-        counts=LABELLED,
     ),
     "distillation.align_gradients": Case(
         call=lambda task, auxiliary: distillation.align_gradients({"w": task}, {"w": auxiliary}),
@@ -670,7 +638,7 @@ ELSEWHERE = {
         few_shot.Candidate few_shot.FittedHead few_shot.Pictures few_shot.fit""",
     "values that functions above take or give; what they refuse is tested beside them": """
         ops.Static losses.Blocks losses.Head losses.Readout losses.GraphStatistics losses.LogProbs
-        distillation.FusionTeacher distillation.GraphConfig distillation.GraphFusionConfig
+        distillation.GraphConfig
         few_shot.FeatureIdentity heads.HeadCost heads.Assignment
         vq.ConvertConfig vq.Pages vq.Screen vq.Shortlist vq.Tuning distillation.LayerPruning
         distillation.Objective
@@ -691,8 +659,7 @@ ELSEWHERE = {
     "tests/distillation/test_cross_tokenizer.py": """
         distillation.Chunks distillation.ChunkScores
         distillation.Teacher distillation.TokenProjection distillation.TokenSet
-        distillation.Vocabularies distillation.align_chunks distillation.binarized_divergence
-        distillation.linear_likelihood distillation.linear_projected_kl_divergence
+        distillation.Vocabularies distillation.align_chunks
         distillation.token_projection""",
     "tests/distillation/test_terms.py": """
         losses.readout_statistic""",
