@@ -29,7 +29,7 @@ class Course:
         epochs: Number of epochs.
         learning_rate: The rate that the multiples of lanes refer to.
         alphas: Weight of the distillation loss by lane.
-        rates: Multiple of the learning rate by lane; 1 everywhere by default.
+        rates: Multiple of the learning rate by lane; 1 everywhere if there are none.
     """
 
     network: str
@@ -38,8 +38,10 @@ class Course:
     alphas: tuple[float, ...]
     rates: tuple[float, ...] = ()
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "rates", self.rates or (1.0,) * len(self.alphas))
+    @property
+    def multiples(self) -> tuple[float, ...]:
+        """`rates`, or 1 for every lane."""
+        return self.rates or (1.0,) * len(self.alphas)
 
     @classmethod
     def of_teacher(cls, config: Config) -> "Course":
@@ -74,7 +76,7 @@ class Course:
 
     def best(self, validation: Sequence[float]) -> "Course":
         """The lanes whose rate was best for their alpha; no number is worse than any."""
-        lanes = zip(self.alphas, self.rates, np.nan_to_num(validation, nan=-1.0))
+        lanes = zip(self.alphas, self.multiples, np.nan_to_num(validation, nan=-1.0))
         best: dict[float, tuple[float, float]] = {}
         for alpha, rate, accuracy in lanes:
             best[alpha] = max(best.get(alpha, (-2.0, 0.0)), (float(accuracy), rate))
@@ -184,7 +186,7 @@ class Trainer:
         variables, opt_state = jax.tree.map(lambda x: jnp.repeat(x[None], len(alphas), 0), lane)
         return training.TrainState(
             step=jnp.zeros((), jnp.int32),
-            params=variables | {"alpha": alphas, "rate": jnp.array(self.course.rates, jnp.float32)},
+            params=variables | {"alpha": alphas, "rate": jnp.array(self.course.multiples, jnp.float32)},
             opt_state=opt_state,
             rng=rng,
         )
