@@ -186,7 +186,8 @@ class Trainer:
         variables, opt_state = jax.tree.map(lambda x: jnp.repeat(x[None], len(alphas), 0), lane)
         return training.TrainState(
             step=jnp.zeros((), jnp.int32),
-            params=variables | {"alpha": alphas, "rate": jnp.array(self.course.multiples, jnp.float32)},
+            params=variables
+            | {"alpha": alphas, "rate": jnp.array(self.course.multiples, jnp.float32)},
             opt_state=opt_state,
             rng=rng,
         )
