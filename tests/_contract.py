@@ -701,8 +701,7 @@ ELSEWHERE = {
     "modules, whose arrays go through the functions above": """
         heads.LinearHead heads.TiedHead heads.VocabularyHead
         heads.torch_linear vq.VQHead vq.ProductHead vq.ScreenedHead vq.ShortlistHead
-        distillation.DualHead models.Decoder vision.CLIP vision.ImageClassifier
-        vision.create_classifier""",
+        distillation.DualHead models.Decoder vision.CLIP vision.ImageClassifier""",
     "functions of functions, models, texts or files": """
         distillation.aligned_value_and_grad
         distillation.check_vocabularies distillation.distill distillation.hidden_states
@@ -732,8 +731,8 @@ ELSEWHERE = {
         models.first_layers models.from_linen models.from_nnx models.keep_layers models.load
         models.load_config models.load_model models.load_sampling models.load_tokenizer
         models.load_peft models.register_family models.save_peft models.save_pretrained
-        models.with_layout vision.load_encoder vision.load_torch_weights
-        vision.zero_shot_classifier data.load_examples data.load_image_set data.load_splits
+        models.with_layout vision.load_encoder
+        data.load_examples data.load_image_set data.load_splits
         data.pack data.pack_splits data.prepare data.token_windows storage.Manifest
         storage.RowCache storage.ShardReader storage.ShardWriter storage.digest
         storage.hub_snapshot storage.may_pass storage.package_file storage.read_json storage.require

@@ -129,7 +129,7 @@ def _class_weights(
         if which is not None:
             which.prompts(class_names)  # raises where they are numbers
         words = [one.replace("_", " ") for one in class_names]
-        return np.asarray(vision.zero_shot_classifier(encoder, words, source.prompts), np.float32)
+        return np.asarray(encoder.zero_shot(words, source.prompts), np.float32)
     if source.synsets is None or encoder.num_classes != 1000:
         raise ValueError(
             f"encoder: {encoder.name} has neither text nor an ImageNet head to name {name} with"

@@ -382,7 +382,7 @@ def _class_weights(config: Config, encoder: vision.Encoder, class_names: Sequenc
             "classes with, got none"
         )
     words = [name.replace("_", " ") for name in class_names]
-    return np.asarray(vision.zero_shot_classifier(encoder, words, config.prompts))
+    return np.asarray(encoder.zero_shot(words, config.prompts))
 
 
 def _methods(problem: Problem) -> tuple[dict[str, few_shot.Candidate], dict[str, str]]:

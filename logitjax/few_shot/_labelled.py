@@ -33,7 +33,7 @@ class Pictures:
         features: `[n, features]` of the encoder that names classes.
         labels: `[n]` classes.
         class_weights: `[features, classes]` of the zero-shot classifier, such as those of
-            `vision.zero_shot_classifier`.
+            `vision.Encoder.zero_shot`.
         auxiliary: `[n, auxiliary]` of another encoder, for methods that read it.
         hidden: `[n, hidden]` of the first encoder before its last projection, for `methods.ProLIP`,
             which also needs the next two.
