@@ -723,9 +723,8 @@ ELSEWHERE = {
         few_shot.encoder_views decoding.Engine decoding.generate
         decoding.PromptReader
         decoding.load_ensemble decoding.next_token_program decoding.nll_from_model decoding.score
-        evaluation.encode_answer evaluation.encode_prompt
-        evaluation.ngram_entropy evaluation.rouge_l_f1
-        evaluation.rouge_recall evaluation.score_rows training.Checkpointer training.EvalStep
+        evaluation.fluency evaluation.rouge evaluation.score_rows training.Checkpointer
+        training.EvalStep
         training.TrainStep training.lock_workdir training.make_mesh training.make_writer
         training.train_loop training.watch_for_preemption models.Tokenizer models.config_from_hf
         models.first_layers models.from_linen models.from_nnx models.keep_layers models.load

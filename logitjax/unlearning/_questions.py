@@ -7,14 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 from absl import logging
 
-from logitjax.evaluation import (
-    NllFn,
-    RowScores,
-    ngram_entropy,
-    rouge_l_f1,
-    rouge_recall,
-    score_rows,
-)
+from logitjax.evaluation import NllFn, RowScores, rouge, score_rows
 from logitjax.models import Tokenizer
 from logitjax.storage import guard
 from logitjax.unlearning._rows import Row, encode_question, encode_row, padded_rows
@@ -232,7 +225,7 @@ class Questions:
         """ROUGE-L recall of answers drawn at temperature 1, `[rows, samples]`."""
         rows = _evenly([row for row in self.rows[part] if row.asks])
         draws = [
-            rouge_recall([row.answer for row in rows], self._said(model, rows, seed)).rouge_l
+            rouge([row.answer for row in rows], self._said(model, rows, seed)).rouge_l
             for seed in range(samples)
         ]
         return np.stack(draws, axis=1) if rows else np.zeros((0, samples))
@@ -267,8 +260,7 @@ class Questions:
 
     def likeness(self, answers: Sequence[str], part: str) -> np.ndarray:
         """ROUGE-L F1 of generated answers against the rows'."""
-        rows = [row.answer for row in self.rows[part] if row.asks]
-        return rouge_l_f1(rows, answers)
+        return rouge([row.answer for row in self.rows[part] if row.asks], answers).f1
 
 
 def _evenly(rows: Sequence[Any]) -> Sequence[Any]:
@@ -308,9 +300,3 @@ def _after_others(rows: Sequence[Row]) -> tuple[Row, ...]:
         if before:
             found.append(dataclasses.replace(row, messages=(*before, *row.messages)))
     return tuple(found)
-
-
-def fluency(texts: Sequence[str]) -> float | None:
-    """Mean entropy of word pairs and triples; None where no text has three words."""
-    values = [value for value in map(ngram_entropy, texts) if value is not None]
-    return float(np.mean(values)) if values else None

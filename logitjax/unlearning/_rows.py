@@ -10,7 +10,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from logitjax.evaluation import PromptTemplate, encode_answer, encode_prompt
+from logitjax.evaluation import PromptTemplate
 from logitjax.models import Tokenizer
 from logitjax.storage import guard
 
@@ -207,9 +207,8 @@ def encode_row(
 
     What the answer was `begun` with counts as its prompt.
     """
-    ids, answer = encode_answer(
+    ids, answer = _BARE.encode_answer(
         tokenizer,
-        _BARE,
         render_prompt(row, tokenizer) + begun,
         row.answer,
         max_length=max_length,
@@ -223,7 +222,7 @@ def encode_row(
 
 def encode_question(row: Row, tokenizer: Tokenizer) -> np.ndarray:
     """Token ids that a row's answer continues."""
-    return encode_prompt(tokenizer, _BARE, render_prompt(row, tokenizer))
+    return _BARE.encode(tokenizer, render_prompt(row, tokenizer))
 
 
 def padded_rows(
@@ -232,7 +231,7 @@ def padded_rows(
     """Rows of one length, padded at the end, as losses of this package take them.
 
     Args:
-        rows: Token ids and which of them are answers', as from `evaluation.encode_answer`.
+        rows: Token ids and which of them are answers', as of `PromptTemplate.encode_answer`.
         length: Length of every row; the rest is cut off.
         pad_id: Any id of the vocabulary.
 

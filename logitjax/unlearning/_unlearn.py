@@ -13,6 +13,7 @@ from etils import epath
 from flax import nnx
 
 from logitjax import training
+from logitjax.evaluation import fluency
 from logitjax.models import (
     DECODER_RULES,
     Decoder,
@@ -25,7 +26,7 @@ from logitjax.models import (
     with_layout,
 )
 from logitjax.storage import Manifest, digest, write_atomic
-from logitjax.unlearning._questions import Questions, fluency
+from logitjax.unlearning._questions import Questions
 from logitjax.unlearning._selection import (
     Goal,
     least_share,

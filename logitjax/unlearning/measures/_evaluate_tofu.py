@@ -15,14 +15,7 @@ from tqdm import tqdm
 
 from logitjax import processes
 from logitjax.data import TokenizerLike
-from logitjax.evaluation import (
-    NllFn,
-    PromptTemplate,
-    encode_answer,
-    encode_prompt,
-    rouge_recall,
-    score_rows,
-)
+from logitjax.evaluation import NllFn, PromptTemplate, rouge, score_rows
 from logitjax.storage import Manifest, digest, read_json
 from logitjax.unlearning.measures._memorisation import exact_memorisation, extraction_strength
 from logitjax.unlearning.measures._tofu import Item
@@ -287,7 +280,7 @@ def _log_set(
         answers = [item.answer for item in items]
         prompts = [setting.template.render(item.question) for item in items]
         put("generated_text", [list(row) for row in zip(prompts, said, answers, strict=True)])
-        recall = rouge_recall(answers, said)
+        recall = rouge(answers, said)
         put("rouge1_recall", recall.rouge_1)
         put("rougeL_recall", recall.rouge_l)
     put("average_perturb_loss", [average[row] for row in wrong])
@@ -332,9 +325,8 @@ def _score_answers(
     owners: list[Item] = []
 
     def add(item: Item, answer: str) -> int:
-        row = encode_answer(
+        row = setting.template.encode_answer(
             tokenizer,
-            setting.template,
             item.question,
             answer,
             max_length=setting.max_length,
@@ -389,7 +381,7 @@ def _generate(
     batch_size: int,
 ) -> list[str]:
     """What the model answers, in the order of the items."""
-    prompts = [encode_prompt(tokenizer, setting.template, item.question) for item in items]
+    prompts = [setting.template.encode(tokenizer, item.question) for item in items]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     said = [""] * len(prompts)
     progress = _Progress(f"{name}: answers", len(prompts))

@@ -3,7 +3,8 @@
 import functools
 from typing import Any
 
-from logitjax.unlearning._questions import Questions, answer_probabilities, fluency
+from logitjax.evaluation import fluency
+from logitjax.unlearning._questions import Questions, answer_probabilities
 from logitjax.unlearning.assistant._deployed import Deployed
 from logitjax.unlearning.measures._attacks import attacks
 

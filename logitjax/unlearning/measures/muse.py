@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from logitjax.evaluation import rouge_l_f1, score_rows
+from logitjax.evaluation import rouge, score_rows
 from logitjax.models import Tokenizer
 from logitjax.unlearning._rows import Row, encode_question, encode_row
 from logitjax.unlearning.assistant._deployed import Deployed
@@ -111,7 +111,7 @@ def evaluate(
             said = _said(model, tokenizer, rows, before, _TOKENS[kind], batch_size, max_length)
             if kind == "knowmem":
                 said = [_first_answer(text) for text in said]
-            found[name] = float(rouge_l_f1([row.answer for row in rows], said).mean())
+            found[name] = float(rouge([row.answer for row in rows], said).f1.mean())
         elif name not in ("forget", "holdout"):
             raise ValueError(
                 f"sets: expected names that end in _verbmem or _knowmem, forget and holdout, got "
