@@ -526,8 +526,8 @@ TABLE: dict[str, Case] = {
     ),
     # few_shot
     "few_shot.unit_rows": Case(call=lambda x: few_shot.unit_rows(x), arrays={"x": LOGITS}),
-    "few_shot.zero_shot_logits": Case(
-        call=lambda features, weights: few_shot.zero_shot_logits(features, weights),
+    "few_shot.Inputs": Case(
+        call=lambda features, weights: few_shot.Inputs.of(features, weights).zero_shot,
         arrays={"features": STATES, "weights": HEAD},
         free=(
             ("features", BATCH),
@@ -663,11 +663,11 @@ ELSEWHERE = {
         kernels.build kernels.in_use kernels.on_cpu kernels.lookup_sums kernels.row_products
         kernels.largest_ids""",
     "tests/test_classifier_inputs.py": """
-        few_shot.FewShotTask few_shot.Inputs few_shot.Method few_shot.Recipe
+        few_shot.FewShotTask few_shot.Method few_shot.Recipe
         few_shot.best_setting few_shot.sweep few_shot.FeatureCache few_shot.Features
         few_shot.extract_features vision.Encoder data.ImageSet data.load_images""",
     "tests/commands/test_few_shot.py": """
-        few_shot.Candidate few_shot.FittedHead few_shot.Pictures few_shot.fit""",
+        few_shot.Candidate few_shot.Pictures few_shot.fit""",
     "values that functions above take or give; what they refuse is tested beside them": """
         ops.Static losses.Blocks losses.Head losses.Readout losses.GraphStatistics losses.LogProbs
         distillation.FusionTeacher distillation.GraphConfig distillation.GraphFusionConfig

@@ -14,14 +14,7 @@ from jaxtyping import Float, Int
 from logitjax.few_shot import methods
 from logitjax.few_shot._candidates import Candidate, candidates
 from logitjax.few_shot._labelled import Pictures
-from logitjax.few_shot._method import (
-    FewShotTask,
-    Inputs,
-    Method,
-    State,
-    unit_rows,
-    zero_shot_logits,
-)
+from logitjax.few_shot._method import FewShotTask, Inputs, Method, State
 from logitjax.few_shot._sweep import best_setting, sweep
 from logitjax.ops import Array
 from logitjax.storage import guard, read_head, write_head
@@ -105,12 +98,7 @@ def _fused(
     learnt: Any, features: Any, auxiliary: Any, hidden: Any, *, method: Method, scale: float
 ) -> jax.Array:
     state, class_weights = learnt
-    inputs = Inputs(
-        zero_shot=zero_shot_logits(features, class_weights, scale=scale),
-        features=unit_rows(features),
-        auxiliary=None if auxiliary is None else unit_rows(auxiliary),
-        hidden=hidden,
-    )
+    inputs = Inputs.of(features, class_weights, scale=scale, auxiliary=auxiliary, hidden=hidden)
     return method.logits(state, method.prepare(inputs))
 
 

@@ -114,7 +114,7 @@ class Pictures:
     def inputs(self) -> Inputs:
         """The pictures as methods take them, with the zero-shot classifier's logits."""
         held = {name: getattr(self, name) for name in _FEATURES}
-        # `zero_shot_logits` of rows of length one, without a program for each number of rows.
+        # As of `Inputs.of`, whose program would be another one for each number of rows.
         zero_shot = np.float32(self.scale) * (self.features @ self.class_weights)
         return Inputs(zero_shot=zero_shot, **held)
 
