@@ -712,7 +712,6 @@ ELSEWHERE = {
         distillation.score_function distillation.targets distillation.teacher_record
         distillation.train_student distillation.update_program distillation.visited_rows
         distillation.TeacherCache unlearning.make_answer_loss
-        unlearning.paired_model
         unlearning.Unlearning unlearning.examine unlearning.padded_rows
         unlearning.relearning
         unlearning.read_rows unlearning.share_interval unlearning.split_rows

@@ -18,7 +18,6 @@ from logitjax.models import Decoder, Lora, first_layers, load_peft, save_peft
 from logitjax.storage import read_json, write_atomic
 from logitjax.unlearning.assistant._assistant import Assistant
 from logitjax.unlearning.assistant._pair_scores import gradient_norms, token_scores
-from logitjax.unlearning.assistant._paired import paired_model
 
 _FILE = "assistant.json"
 _RECORD: dict[str, Any] = {"layers": int, "alpha": (int, float), "relative": bool}
@@ -194,7 +193,7 @@ class Deployed:
         if self.assistant is None or self.alpha == 0:
             return decoding.Ensemble(self.model)
         fuse = self.generating or self.fuse or LogitDifference()
-        pair = paired_model(self.model, self.assistant)
+        pair = self.assistant.beside(self.model)
         if fuse.filter == "none":
             # The form is a constant for each token then: one program for all alphas.
             pair = _weighted(pair, fuse.alpha)
