@@ -678,7 +678,7 @@ ELSEWHERE = {
         distillation.Trained distillation.Student distillation.Scorer distillation.Corpus
         distillation.TeacherIdentity unlearning.Assistant unlearning.Deployed
         unlearning.Method unlearning.Need unlearning.Questions unlearning.Row unlearning.TwoSided
-        unlearning.UnlearnConfig evaluation.RowScores decoding.DecodeOptions
+        unlearning.UnlearnConfig decoding.DecodeOptions
         decoding.DraftControl decoding.Emitted decoding.Request decoding.Sampling
         decoding.Speculation decoding.TextOptions decoding.TextStream decoding.Ensemble
         decoding.CachedModel training.BatchLayout training.LoopOptions training.Preempted

@@ -14,5 +14,4 @@ from logitjax.evaluation._encode import PromptTemplate as PromptTemplate
 from logitjax.evaluation._generated import fluency as fluency
 from logitjax.evaluation._generated import rouge as rouge
 from logitjax.evaluation._rows import NllFn as NllFn
-from logitjax.evaluation._rows import RowScores as RowScores
 from logitjax.evaluation._rows import score_rows as score_rows

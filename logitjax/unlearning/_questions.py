@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 from absl import logging
 
-from logitjax.evaluation import NllFn, RowScores, rouge, score_rows
+from logitjax.evaluation import NllFn, rouge, score_rows
 from logitjax.models import Tokenizer
 from logitjax.storage import guard
 from logitjax.unlearning._rows import Row, encode_question, encode_row, padded_rows
@@ -163,8 +163,8 @@ class Questions:
         """Encode any other row in the same way."""
         return encode_row(row, self.tokenizer, max_length=self.max_length)
 
-    def scores(self, model: Deployed, part: str, *, few: bool = False) -> RowScores:
-        """Nats of every token of the answers, or of at most 40 evenly spaced ones.
+    def scores(self, model: Deployed, part: str, *, few: bool = False) -> Any:
+        """`score_rows` of the answers, or of at most 40 evenly spaced ones.
 
         Raises:
             ValueError: One is not finite.
@@ -179,7 +179,7 @@ class Questions:
         scores = self._scored(model.nll, rows)
         return scores.totals() / scores.counts()
 
-    def _scored(self, nll: NllFn, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> RowScores:
+    def _scored(self, nll: NllFn, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> Any:
         """In batches that are no larger than there are rows."""
         size = max(1, min(self.batch_size, len(rows)))
         return score_rows(nll, rows, batch_size=size, pad_id=self.pad_id)
@@ -281,7 +281,7 @@ def _cut(
     return frozenset(i for i, ids in zip(full, longer) if len(ids) > max_length)
 
 
-def answer_probabilities(scores: RowScores) -> np.ndarray:
+def answer_probabilities(scores: Any) -> np.ndarray:
     """`exp(-mean nats)` of each row."""
     return np.asarray([np.exp(-nll.mean()) for nll in scores.nll])
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from logitjax.evaluation import RowScores
 from logitjax.models import first_layers
 from logitjax.unlearning._questions import Questions
 from logitjax.unlearning.assistant._deployed import Deployed
@@ -36,7 +35,7 @@ _MORE_WAYS = {
 }
 
 Attacks = dict[str, dict[str, float]]
-Scores = Callable[[str], RowScores]
+Scores = Callable[[str], Any]  # what `score_rows` gives for a part of the questions
 
 
 def attacks(
