@@ -37,8 +37,7 @@ from logitjax.unlearning._selection import (
 from logitjax.unlearning._unlearn_config import UnlearnConfig
 from logitjax.unlearning._unlearn_update import make_update
 from logitjax.unlearning.assistant._deployed import Deployed, merged, scaled
-from logitjax.unlearning.measures._attacks import relearned
-from logitjax.unlearning.measures._examine import examine
+from logitjax.unlearning.measures._examine import examine, relearned
 
 _ALPHAS = 31
 # Settings are chosen by half of the questions that have other words; fewer than this share of all

@@ -14,7 +14,7 @@ from flax import nnx
 from logitjax import decoding
 from logitjax.decoding import CachedModel
 from logitjax.fusion import LogitDifference
-from logitjax.models import Decoder, Lora, first_layers, load_peft, save_peft
+from logitjax.models import Decoder, Lora, Tokenizer, first_layers, load_peft, save_peft
 from logitjax.storage import read_json, write_atomic
 from logitjax.unlearning.assistant._assistant import Assistant
 from logitjax.unlearning.assistant._pair_scores import gradient_norms, token_scores
@@ -162,19 +162,19 @@ class Deployed:
         at = self._positions(targets)
         count = np.float32(np.asarray(targets)[:, 1:].sum())
         alphas = np.full(1, self.alpha, np.float32)
-        found = gradient_norms(graphdef, *static, params, rest, *held, alphas, tokens, at, count)
+        found = gradient_norms(graphdef, static, params, rest, held, alphas, tokens, at, count)
         return float(found[0]), float(found[1])
 
     def _scored(self, tokens: Any, targets: Any, alphas: Any, what: str) -> Any:
         graphdef, state = nnx.split(self.model)
         static, held = self._arguments()
         at = self._positions(targets)
-        return token_scores(graphdef, *static, what, state, *held, alphas, tokens, at)
+        return token_scores(graphdef, static, what, state, held, alphas, tokens, at)
 
-    def _arguments(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    def _arguments(self) -> tuple[tuple[Any, ...], Any]:
         """Of the assistant: what programs depend on, and arrays."""
         if self.assistant is None:
-            return (None, None, False), (None, None)
+            return (None, None, False), None
         base, held = nnx.split(self.assistant.base)
         # One program for all alphas, which the shift of the logits is proportional to.
         fuse = dataclasses.replace(self.fuse or LogitDifference(), alpha=1.0)
@@ -238,6 +238,15 @@ class Deployed:
             new = [np.asarray(ids) for ids in out.rows()[: len(batch)]]
             found += [ids[:-1] if len(ids) and ids[-1] in stop_ids else ids for ids in new]
         return found
+
+
+def answers(
+    model: Deployed, tokenizer: Tokenizer, prompts: Sequence[np.ndarray], length: int, **how: Any
+) -> list[str]:
+    """What a model answers to prompts, up to the end mark, as text."""
+    stop_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    found = model.generate(prompts, length, stop_ids=stop_ids, **how)
+    return [tokenizer.decode(ids.tolist(), skip_special=True) for ids in found]
 
 
 @nnx.jit

@@ -13,26 +13,18 @@ from logitjax.unlearning.assistant._assistant import Assistant
 _LEAST_VARIANCE = 1e-6
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def token_scores(
-    graphdef: Any,
-    base: Any,
-    fuse: Any,
-    relative: bool,
-    what: str,
-    state: Any,
-    held: Any,
-    lora: Any,
-    alphas: Any,
-    tokens: Any,
-    at: Any,
+    graphdef: Any, static: Any, what: str, state: Any, held: Any, alphas: Any, tokens: Any, at: Any
 ) -> tuple[jax.Array, jax.Array]:
     """A number for each token under a model less its assistant, and whether it is the likeliest."""
+    base, fuse, relative = static  # of the assistant; base is None without one
     model = nnx.merge(graphdef, state)
     sides = [model.hidden_states(tokens)[0][:, :-1]]
     assistant = None
     if base is not None:
-        assistant = Assistant(base=nnx.merge(base, held), lora=lora, relative=relative)
+        weights, lora = held
+        assistant = Assistant(base=nnx.merge(base, weights), lora=lora, relative=relative)
         sides.append(assistant.hidden_states(tokens)[0][:, :-1])
     labels = jnp.asarray(tokens)[:, 1:]
     sides = [side.reshape(labels.size, -1) for side in sides]
@@ -70,16 +62,13 @@ def token_scores(
     return nll, greedy
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def gradient_norms(
     graphdef: Any,
-    base: Any,
-    fuse: Any,
-    relative: bool,
+    static: Any,
     params: Any,
     rest: Any,
     held: Any,
-    lora: Any,
     alphas: Any,
     tokens: Any,
     at: Any,
@@ -89,10 +78,8 @@ def gradient_norms(
 
     def mean(params: Any) -> jax.Array:
         graph, state = nnx.split(nnx.merge(graphdef, params, rest))
-        scores = token_scores(
-            graph, base, fuse, relative, "nll", state, held, lora, alphas, tokens, at
-        )
-        return scores[0].sum() / count
+        nll, _ = token_scores(graph, static, "nll", state, held, alphas, tokens, at)
+        return nll.sum() / count
 
     squares = [jnp.square(leaf).sum() for leaf in jax.tree.leaves(jax.grad(mean)(params))]
     norms = jnp.sqrt(jnp.stack(squares))
