@@ -76,11 +76,12 @@ class FittedHead:
 
     def accuracy(self, pictures: Pictures) -> float:
         """Share of the pictures whose class is predicted."""
-        given = (pictures.features, pictures.auxiliary)
+        given = (pictures.features, pictures.auxiliary)  # None without a second encoder
         return float((self.predict(*given, hidden=pictures.hidden) == pictures.labels).mean())
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes the head as ``head.safetensors`` and ``head.json``, which names the method."""
+        # The file takes no strides.
         tensors = {"class_weights": np.ascontiguousarray(self.class_weights)}
         state = _form(tuple(self.state), "state", tensors)
         record = {

@@ -75,6 +75,7 @@ class Pictures:
                     f"labels: expected one for each of {len(found)} rows of {name}, got shape "
                     f"{labels.shape}"
                 )
+            # Its projection needs the length.
             made[name] = found if name == "hidden" else _unit(found, name)
         width, classes = weights.shape
         if made["features"].shape[1] != width:
@@ -98,7 +99,7 @@ class Pictures:
             if not np.array_equal(view.labels, labels):
                 raise ValueError("views: expected the labels of the pictures, got others")
         for name, value in (made | {"class_names": tuple(names)}).items():
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, name, value)  # the class is frozen
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -195,7 +196,7 @@ class Pictures:
         views = [view.inputs for view in self.views] or plain
 
         def part(name: str, seen: Sequence[Inputs] = plain) -> tuple[Inputs, np.ndarray]:
-            rows = np.full((len(samples), len(getattr(room, name))), -1)
+            rows = np.full((len(samples), len(getattr(room, name))), -1)  # padding
             for run, sample in enumerate(samples):
                 own = getattr(sample, name)
                 rows[run, : len(own)] = own

@@ -84,7 +84,7 @@ class Inputs:
         return len(self.zero_shot)
 
     def __getitem__(self, rows: Any) -> "Inputs":
-        return jax.tree.map(lambda x: x[rows], self)
+        return jax.tree.map(lambda x: x[rows], self)  # what is absent is no leaf
 
 
 @jax.tree_util.register_dataclass
@@ -262,6 +262,7 @@ def z_score(logits: Float[Array, "*batch classes"]) -> Float[jax.Array, "*batch 
     deviation, count = centred(logits, logits != -jnp.inf)
     variance = jnp.square(deviation).sum(-1, keepdims=True) / jnp.maximum(count - 1, 1)
     flat = variance == 0
+    # The inner one keeps nan out of gradients.
     return deviation * jnp.where(flat, 0.0, jax.lax.rsqrt(jnp.where(flat, 1.0, variance)))
 
 

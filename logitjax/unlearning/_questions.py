@@ -84,7 +84,7 @@ class Questions:
         forget = rows["forget"]
         # A text has no question that another's answer could be given to.
         asked = [row for row in forget if row.asks]
-        shifted = [row.answer for row in (*asked[1:], *asked[:1])]
+        shifted = [row.answer for row in (*asked[1:], *asked[:1])]  # each gets the next one's
         wrong = [dataclasses.replace(row, answer=a) for row, a in zip(asked, shifted)]
         rows["wrong"] = tuple(wrong) if len(asked) > 1 else ()
         few = _evenly(forget)
@@ -195,7 +195,7 @@ class Questions:
         for start in range(0, len(rows), self.batch_size):
             batch = list(rows[start : start + self.batch_size])
             empty = (batch[-1][0], np.zeros_like(batch[-1][1]))
-            longest = -(-max(len(ids) for ids, _ in batch) // 32) * 32
+            longest = -(-max(len(ids) for ids, _ in batch) // 32) * 32  # few shapes are compiled
             filled = padded_rows(
                 batch + [empty] * (self.batch_size - len(batch)), longest, pad_id=self.pad_id
             )
@@ -203,7 +203,7 @@ class Questions:
             where = filled["mask"][: len(batch)]
             sums = np.where(where, np.asarray(nll)[:, : len(batch)], 0.0).sum(-1)
             found.append(np.exp(-sums / where.sum(-1)))
-        return np.median(np.concatenate(found, axis=1), axis=1)
+        return np.median(np.concatenate(found, axis=1), axis=1)  # [alphas]
 
     def surprise(self, model: Deployed, part: str) -> list[np.ndarray]:
         """Surprise of every token of the answers, see `Deployed.surprise`."""
@@ -216,7 +216,7 @@ class Questions:
         """
         found = []
         for ids, answer in _evenly(self.encoded[part]):
-            length = -(-len(ids) // 32) * 32
+            length = -(-len(ids) // 32) * 32  # few shapes are compiled
             row = padded_rows([(ids, answer)], length, pad_id=self.pad_id)
             found.append(model.gradient_norms(row["tokens"], row["mask"]))
         return np.asarray(found, np.float64).reshape(-1, 2)
@@ -235,7 +235,7 @@ class Questions:
         windows = self.texts.get(part)
         if windows is None or not len(windows):
             return None
-        where = np.arange(windows.shape[1]) > 0
+        where = np.arange(windows.shape[1]) > 0  # nothing predicts the first token
         rows = [(window, where) for window in windows]
         scores = self._scored(model.nll, rows)
         return float(np.exp(scores.totals().sum() / scores.counts().sum()))
@@ -273,6 +273,7 @@ def _cut(
 ) -> frozenset[int]:
     """Which rows had to be cut."""
     full = [i for i, (ids, _) in enumerate(encoded) if len(ids) == max_length]
+    # Tells a cut row from one that just fits.
     longer = [encode_row(rows[i], tokenizer, max_length=max_length + 1)[0] for i in full]
     return frozenset(i for i, ids in zip(full, longer) if len(ids) > max_length)
 
@@ -287,6 +288,7 @@ def _after_others(rows: Sequence[Row]) -> tuple[Row, ...]:
     found = []
     asked = [row for row in rows if len(row.messages) == 1]
     for i, row in enumerate(asked):
+        # Negative places wrap around.
         others = [asked[i - n] for n in range(min(_SHOTS, len(asked) - 1), 0, -1)]
         before = [
             turn

@@ -88,6 +88,7 @@ def read_rows(path: epath.PathLike) -> tuple[Row, ...]:
         raise FileNotFoundError(f"no such file: {path}")
     rows: dict[tuple[str, str], Row] = {}
     count = 0
+    # Some editors write a mark first.
     lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     for number, line in enumerate(lines, start=1):
         if line.strip():
@@ -126,7 +127,7 @@ def _row(raw: Any) -> Row:
 
     more: dict[str, Any] = {}
     if raw.get("group") is not None:
-        more["group"] = str(raw["group"])
+        more["group"] = str(raw["group"])  # numbers name groups too
     paraphrases = raw.get("paraphrases")
     if paraphrases not in (None, ""):
         if not isinstance(paraphrases, list):
@@ -179,6 +180,7 @@ def own_words(row: Row) -> str:
 
 
 def _words(text: str) -> str:
+    # Full-width letters are letters.
     return " ".join(unicodedata.normalize("NFKC", text).lower().split())
 
 

@@ -133,6 +133,7 @@ class Assistant:
                 f"{small.num_layers} layers of width {small.hidden_size} and vocabulary "
                 f"{small.vocab_size}"
             )
+        # A stack has no span to run alone.
         graphdef, state = nnx.split(with_layout(target, "listed"))
         lora = self.lora
         if self.base.layout == "stacked":
@@ -152,6 +153,7 @@ def relative_states(
     base: Decoder, lora: Lora, tokens: Int[Array, "batch time"]
 ) -> Float[jax.Array, "batch time hidden"]:
     """What adapters add to normed hidden states, and by the head, which is linear, to logits."""
+    # Only the adapters' pass has a gradient.
     before = jax.lax.stop_gradient(base.hidden_states(tokens)[0])
     return added(base.hidden_states(tokens, lora=lora)[0], before)
 
@@ -197,7 +199,7 @@ def _hidden_states(
     (batch, time), positions = tokens.shape, jnp.asarray(positions)
 
     def doubled(leaf: jax.Array) -> jax.Array:
-        return jnp.repeat(leaf, 2, axis=0)
+        return jnp.repeat(leaf, 2, axis=0)  # model and assistant take turns
 
     def span(pairs: Any, positions: Any, length: jax.Array) -> Cache:
         keys, values = (tuple(pair[i] for pair in pairs) for i in (0, 1))
@@ -215,7 +217,7 @@ def _hidden_states(
         lora=lora,
         lora_rows=jnp.tile(jnp.array([False, True]), batch),
     )
-    both = x.reshape(batch, 2, time, -1)
+    both = x.reshape(batch, 2, time, -1)  # [batch, model or assistant, time, hidden]
     x, above = model.run_layers(
         both[:, 0],
         positions,
@@ -244,7 +246,7 @@ class _PairApply:
         *hidden, cache = _hidden_states(
             model, params["lora"], tokens, positions, cache, relative=self.relative
         )
-        both = jnp.stack(hidden)
+        both = jnp.stack(hidden)  # [model or assistant, batch, time, hidden]
         return model.logits(both[:, :, -1:] if last_only else both), cache
 
 
@@ -257,7 +259,7 @@ class _PairCaches:
     def __call__(self, rows: int, max_length: int) -> _PairCache:
         cache = Cache.init(self.config, rows, max_length, self.dtype)
         keys = [k for segment in cache.keys for k in segment]
-        pairs = [(k, jnp.zeros_like(k)) for k in keys]
+        pairs = [(k, jnp.zeros_like(k)) for k in keys]  # values have the keys' shape
 
         def doubled(leaf: jax.Array) -> jax.Array:
             return jnp.zeros((leaf.shape[0], 2, *leaf.shape[1:]), leaf.dtype)

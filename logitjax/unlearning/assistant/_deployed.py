@@ -160,7 +160,7 @@ class Deployed:
         graphdef, params, rest = nnx.split(self.model, nnx.Param, ...)
         static, held = self._arguments()
         at = self._positions(targets)
-        count = np.float32(np.asarray(targets)[:, 1:].sum())
+        count = np.float32(np.asarray(targets)[:, 1:].sum())  # traced: one program for all
         alphas = np.full(1, self.alpha, np.float32)
         found = gradient_norms(graphdef, static, params, rest, held, alphas, tokens, at, count)
         return float(found[0]), float(found[1])
@@ -190,7 +190,7 @@ class Deployed:
 
     def line_up(self) -> decoding.Ensemble:
         """For `decoding.generate`."""
-        if self.assistant is None or self.alpha == 0:
+        if self.assistant is None or self.alpha == 0:  # saves a pass
             return decoding.Ensemble(self.model)
         fuse = self.generating or self.fuse or LogitDifference()
         pair = self.assistant.beside(self.model)
@@ -227,10 +227,11 @@ class Deployed:
             batch = list(prompts[start : start + rows])
             drawn = decoding.Sampling()
             if seed is not None:
+                # No two batches share draws.
                 drawn = decoding.Sampling(temperature=1.0, seed=seed * len(prompts) + start)
             out = decoding.generate(
                 line_up,
-                batch + batch[-1:] * (rows - len(batch)),
+                batch + batch[-1:] * (rows - len(batch)),  # one shape of batch, one program
                 max_new_tokens=max_new_tokens,
                 sampling=drawn,
                 stop_ids=stop_ids,
@@ -267,12 +268,14 @@ class _WeightedApply:
 
     def __call__(self, params: Any, tokens: Any, positions: Any, cache: Any, *, last_only=False):
         logits, cache = self.apply(params["pair"], tokens, positions, cache, last_only=last_only)
-        weights = jnp.stack([jnp.float32(1), params["alpha"]])
+        weights = jnp.stack([jnp.float32(1), params["alpha"]])  # [model or assistant]
         return logits * weights[:, None, None, None], cache
 
 
 def scaled(lora: Lora, strength: float) -> Lora:
     """Adapters whose update is multiplied by a number, which no program depends on."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf * strength if path[-1].key == "b" else leaf, lora
+        # One of the two factors is enough.
+        lambda path, leaf: leaf * strength if path[-1].key == "b" else leaf,
+        lora,
     )

@@ -20,7 +20,7 @@ def token_scores(
     """A number for each token under a model less its assistant, and whether it is the likeliest."""
     base, fuse, relative = static  # of the assistant; base is None without one
     model = nnx.merge(graphdef, state)
-    sides = [model.hidden_states(tokens)[0][:, :-1]]
+    sides = [model.hidden_states(tokens)[0][:, :-1]]  # the last predicts nothing
     assistant = None
     if base is not None:
         weights, lora = held
@@ -30,11 +30,11 @@ def token_scores(
     sides = [side.reshape(labels.size, -1) for side in sides]
 
     def one(at: jax.Array) -> tuple[jax.Array, jax.Array]:
-        hidden = [side.at[at].get(mode="clip") for side in sides]
+        hidden = [side.at[at].get(mode="clip") for side in sides]  # padding lies past the end
         logits, shift = model.logits(hidden[0]), None
         if assistant is not None:
             fused, _ = fuse(logits, assistant.logits(hidden[1])[None], None)
-            shift = fused - logits
+            shift = fused - logits  # linear in alpha: one fusion for all
         wanted = labels.ravel().at[at].get(mode="clip")
 
         def weighed(alpha: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -46,16 +46,16 @@ def token_scores(
                 return nll, greedy
             log_p = z - log_z[:, None]
             p = jnp.exp(log_p)
-            mean = jnp.where(p > 0, p * log_p, 0.0).sum(-1)
+            mean = jnp.where(p > 0, p * log_p, 0.0).sum(-1)  # 0 log 0 is 0
             off = jnp.where(p > 0, p * jnp.square(log_p - mean[:, None]), 0.0).sum(-1)
             return (mean + nll) / jnp.sqrt(jnp.maximum(off, _LEAST_VARIANCE)), greedy
 
-        return jax.lax.map(weighed, alphas)
+        return jax.lax.map(weighed, alphas)  # not vmap: logits of one alpha at a time
 
     def back(values: jax.Array) -> jax.Array:
         values = jnp.moveaxis(values, 1, 0).reshape(len(alphas), -1)
         rows = jnp.zeros((len(alphas), labels.size), values.dtype)
-        rows = rows.at[:, at.ravel()].set(values, mode="drop")
+        rows = rows.at[:, at.ravel()].set(values, mode="drop")  # padding goes nowhere
         return jnp.pad(rows.reshape(-1, *labels.shape), ((0, 0), (0, 0), (1, 0)))
 
     nll, greedy = map(back, jax.lax.map(one, at))

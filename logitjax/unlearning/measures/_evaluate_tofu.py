@@ -354,6 +354,7 @@ def _generate(name: str, items: Sequence[Item], asking: _Asking) -> list[str]:
     assert generate_fn is not None
     batch_size = options.generate_batch_size or options.batch_size
     prompts = [asking.template.encode(asking.tokenizer, item.question) for item in items]
+    # Longest first: memory fails at once or never.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     said = [""] * len(prompts)
     with _progress(f"{name}: answers", len(prompts)) as bar:

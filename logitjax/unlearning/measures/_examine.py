@@ -142,11 +142,14 @@ def _round_weights(model: Decoder, bits: int) -> Decoder:
 
     def one(path: Any, leaf: Any) -> Any:
         names = [str(getattr(key, "key", key)) for key in path]
+        # Embedding, norms and head stay, as in use.
         if "segments" not in names or "kernel" not in names:
             return leaf
         inputs, outputs = leaf.shape[-2:]
+        # The last group may be short.
         padded = jnp.pad(leaf, [(0, 0)] * (leaf.ndim - 2) + [(0, -inputs % _GROUP), (0, 0)])
         blocks = padded.reshape(*leaf.shape[:-2], -1, _GROUP, outputs)
+        # Zeros stay 0, not nan.
         scale = jnp.maximum(jnp.abs(blocks).max(-2, keepdims=True), 1e-30) / levels
         blocks = jnp.round(blocks / scale) * scale
         return blocks.reshape(padded.shape)[..., :inputs, :].astype(leaf.dtype)
@@ -188,7 +191,7 @@ def leak_at(values: Any, k: int) -> float:
     """
     ordered = sorted(values)
     n = len(ordered)
-    shares = [math.comb(i, k - 1) / math.comb(n, k) for i in range(n)]
+    shares = [math.comb(i, k - 1) / math.comb(n, k) for i in range(n)]  # i others are smaller
     return float(np.dot(shares, ordered))
 
 

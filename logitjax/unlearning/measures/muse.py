@@ -30,7 +30,7 @@ from logitjax.unlearning.measures._records import read_records, text_of
 
 # Where an answer to a question ends: the model goes on with the next one.
 _STOPS = ("\n\n", "\nQuestion", "Question:")
-_TOKENS = {"verbmem": 128, "knowmem": 32}
+_TOKENS = {"verbmem": 128, "knowmem": 32}  # as in the release
 
 
 def load(source: str | os.PathLike[str], subset: str, split: str) -> tuple[Row, ...]:

@@ -132,7 +132,7 @@ def accuracy(
     rows, owners = [], []
     for number, item in enumerate(items):
         for letter in _LETTERS[: len(item.choices)]:
-            answer = f" {letter}"
+            answer = f" {letter}"  # the token after `Answer:` has the space in it
             rows.append(
                 bare.encode_answer(tokenizer, item.prompt, answer, end=False, max_length=max_length)
             )
