@@ -70,6 +70,7 @@ class _Undial(KLStatistic):
 
     def sides(self, block: LogitBlock) -> tuple[jax.Array, jax.Array]:
         assert block.teacher is not None
+        # Numbers of the whole vocabulary, on a shard too.
         hit = block.columns == block.tokens["labels"][..., None]
         return block.teacher - jnp.where(hit, self.strength, 0.0), block.student
 
