@@ -701,7 +701,7 @@ ELSEWHERE = {
         data.pack data.pack_splits data.prepare data.token_windows storage.Manifest
         storage.RowCache storage.ShardReader storage.ShardWriter storage.digest
         storage.hub_snapshot storage.may_pass storage.package_file storage.read_json storage.require
-        storage.option storage.read_head storage.write_atomic storage.write_head
+        storage.option storage.progress storage.read_head storage.write_atomic storage.write_head
         leakage.HttpOracle leakage.LogitOracle leakage.audit
         leakage.verdict leakage.recover_log_probs leakage.harvest_log_probs leakage.search_logits
         fusion.vocabulary_map""",
