@@ -56,13 +56,8 @@ def rows_from_basis(
     """Least squares for each row's place in a known basis.
 
     ``values = basis[tokens] c + shift``, then ``row = basis c + shift``: h + 1 values say all V.
-
-    Args:
-        basis: ``[vocab, rank]``, orthonormal or not.
-        tokens: ``[m]`` where the values were taken, distinct.
-        unknown_shift: whether rows are log-probabilities, of which each has its own normaliser,
-            while the basis is of centred rows.
-        largest_condition: beyond it the setting is refused.
+    The shift is each row's normaliser, where they are log-probabilities and the basis is of centred
+    rows. A condition beyond the largest is refused.
     """
     basis = np.asarray(basis, np.float64)
     tokens = np.asarray(tokens)

@@ -136,7 +136,7 @@ def certificate(
         key: ``jax.random.key`` of the restarts; ``jax.random.key(0)`` if left out.
         candidates: more couplings to start from, for example the identity where nodes are the
             tokens of one vocabulary, and plans ``[n, m]`` of other solvers (POT's arrays, ott's
-            outputs, those of `transport.reference`) to be judged; the latter need p = 2.
+            outputs) to be judged; the latter need p = 2.
 
     Returns:
         A `Certificate`. Gradients of ``upper`` are taken at the fixed coupling (envelope).
