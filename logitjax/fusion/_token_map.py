@@ -26,14 +26,7 @@ _NOWHERE = -1e30
 
 @dataclasses.dataclass(frozen=True)
 class TokenMap:
-    """The token of a small vocabulary for each token of a large one.
-
-    Hashable by what it maps, so that it may be a static argument.
-
-    Attributes:
-        small_ids: int32 `[large]`, the small model's id of each token, -1 where it has none.
-        small_size: logits of the small model.
-    """
+    """The token of a small vocabulary for each of a large one, -1 where it has none; hashable."""
 
     small_ids: np.ndarray
     small_size: int

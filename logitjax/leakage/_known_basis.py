@@ -11,11 +11,9 @@ from logitjax.ops import Array
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BasisFit:
-    """Rows found from a basis.
+    """Rows ``[n, vocab]`` found from a basis, and their coefficients.
 
     Attributes:
-        rows: ``[n, vocab]``, float64.
-        coefficients: ``[n, rank]``.
         residual: root mean square of what the given values leave unexplained, in their units.
         condition: condition number of the basis at the chosen tokens: by it errors of the values
             are multiplied at most.

@@ -48,18 +48,8 @@ class Boxes:
     """What answers say of u, the logits scaled to [0, 1] with the winner at 1.
 
     `apart[i, j]` is an upper bound of `u_j - u_i`. An answer gives some out of one token, and the
-    matrix is kept closed under the triangle inequality, in O(N^2) an answer.
-
-    Args:
-        count: Number of tokens, N.
-        winner: Place of the token that is drawn without a bias.
-        slack: How far a drawn token may have been below another all the same, by rounding.
-
-    >>> boxes = Boxes(3, 0)
-    >>> boxes.learn(1, np.array([0.0, 0.5, 0.5]))
-    True
-    >>> print(boxes.lower, boxes.upper)
-    [1.  0.5 0. ] [1. 1. 1.]
+    matrix is kept closed under the triangle inequality, in O(N^2) an answer. A drawn token may have
+    been below another by `slack` all the same, by rounding.
     """
 
     def __init__(self, count: int, winner: int, slack: float = 0.0):

@@ -159,10 +159,7 @@ def estimate_output_subspace(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Spectrum:
-    """Singular values, falling, and how to get vectors.
-
-    `floor` is what the method itself leaves of a zero; `gram` and `left` come of the Gram matrix.
-    """
+    """Singular values, falling; what the method leaves of a zero; and how to get vectors."""
 
     values: np.ndarray
     floor: float

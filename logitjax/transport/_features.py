@@ -215,9 +215,8 @@ def sparse_products(
 ) -> tuple[jax.Array, jax.Array]:
     """For sparse Z (values, ids) and W (others), blockwise: ``(||Z W^T||_F^2, Z W^T W at ids)``.
 
-    With G = Z W^T the second result is (G W)_{t, ids[t, j]}, ``[T, k]``. ``left`` stands in for
-    the values of Z within G (where nodes have weights). A block of W's rows is
-    laid out densely and read at ``ids``, so the work is O(T_z T_w k) and the memory one block's.
+    ``left`` stands in for the values of Z within Z W^T (where nodes have weights). A block of W's
+    rows is laid out densely and read at ``ids``: the work is O(T_z T_w k), the memory one block's.
     """
     positions, width = others.shape
     block = _block(positions, max(num_nodes, values.size))
