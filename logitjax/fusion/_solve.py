@@ -16,11 +16,7 @@ _TRUSTED_STEPS = 8
 
 
 class Solution(NamedTuple):
-    """Where a search ended.
-
-    `alpha` was evaluated, `at` is what its evaluation gave beside the value; the wanted point
-    lies between `lower` and `upper`.
-    """
+    """Where a search ended: `alpha`, what its evaluation gave, a bracket of the wanted point."""
 
     alpha: jax.Array
     at: Any

@@ -82,13 +82,8 @@ class TokenMap:
         """Log-probabilities of the small model at the large model's ids.
 
         Logits of different vocabularies differ by an unknown constant; log-probabilities do not.
-        Off the overlap all models get the same vanishing value, so that the difference of two of
-        them is 0 there and divergences are those on the overlap.
-
-        Args:
-            logits_small: `[*batch, small]`; more entries than the vocabulary has are padding.
-            vocab_where: boolean, broadcastable to them: True for the entries that exist.
-            name: what errors call them.
+        Off the overlap all models get the same vanishing value: there the difference of two of them
+        is 0, and divergences are those on the overlap. Entries beyond the vocabulary are padding.
         """
         logits = checks.as_float(logits_small, name)
         if logits.shape[-1] < self.small_size:
