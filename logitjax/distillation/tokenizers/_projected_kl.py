@@ -92,11 +92,7 @@ class _Masses(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _BucketSums(sweep.Statistic):
-    """The student's mass at each of the teacher's top k, from sums over all of its tokens.
-
-    A scatter of single numbers is slow everywhere. So whole columns of a block are added up, all
-    positions at once: those whose tokens stand for the same one of theirs.
-    """
+    """The student's mass at each of the teacher's top k, from sums over all of its tokens."""
 
     projection: TokenProjection
     k: int
