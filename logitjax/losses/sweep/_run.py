@@ -324,8 +324,12 @@ def _axes_of(x: jax.Array) -> tuple[tuple[str, ...], ...]:
     told = jax.typeof(x).sharding
     if not isinstance(x, jax.core.Tracer) and isinstance(x.sharding, NamedSharding):
         told = x.sharding
-    entries = (*told.spec, *(None,) * x.ndim)[: x.ndim]
-    return tuple(() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in entries)
+    return tuple(map(_names, (*told.spec, *(None,) * x.ndim)[: x.ndim]))
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    """Mesh axes of one entry of a `PartitionSpec`."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def _split(mesh: Any, hidden: jax.Array, head: Head, axis_name: AxisName | None) -> Any:
@@ -374,7 +378,7 @@ def _warn_of_unnamed(axes: set[str], head: Head) -> None:
 def _padded(
     mesh: Any, rows: Any, columns: tuple[str, ...], operands: Operands, weights: Array | None
 ) -> tuple[Operands, Array | None]:
-    """With zeros where the mesh does not divide rows; with entries that do not exist for columns."""
+    """Padded to what the mesh divides: by rows of zeros, and entries that do not exist."""
 
     def missing(size: int, axes: tuple[str, ...]) -> int:
         return -size % math.prod(mesh.shape[name] for name in axes)
@@ -407,7 +411,7 @@ def _resharded(mesh: Any, explicit: set[str], specs: Any, arrays: Any) -> Any:
     """Laid out as `shard_map` asks of Explicit axes: a head is gathered here, once."""
 
     def reshard(spec: Any, tree: Any) -> Any:
-        entries = [tuple(n for n in axes or () if n in explicit) for axes in spec]
+        entries = [tuple(n for n in _names(entry) if n in explicit) for entry in spec]
 
         def one(x: jax.Array) -> jax.Array:
             layout = NamedSharding(mesh, PartitionSpec(*entries[: x.ndim]))
@@ -415,8 +419,7 @@ def _resharded(mesh: Any, explicit: set[str], specs: Any, arrays: Any) -> Any:
 
         return jax.tree.map(one, tree)
 
-    is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
-    return jax.tree.map(reshard, specs, arrays, is_leaf=is_spec)
+    return jax.tree.map(reshard, specs, arrays)
 
 
 def _sweep(config: Sweep, operands: Operands, weights: Array | None) -> Any:
