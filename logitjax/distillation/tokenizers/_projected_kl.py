@@ -20,7 +20,9 @@ MOST_MEMBERS = 4096
 _LEAST = 1e-37
 
 
-def project_top_k(student: TopK, teacher: TopK, members: Members) -> tuple[TopK, TopK]:
+def project_top_k(
+    student: losses.Readout, teacher: TopK, members: Members
+) -> tuple[losses.Readout, TopK]:
     """Student and teacher over the teacher's top k, whatever the student's vocabulary.
 
     ::
@@ -31,15 +33,15 @@ def project_top_k(student: TopK, teacher: TopK, members: Members) -> tuple[TopK,
     What comes out goes into `losses.sparse_kl_divergence` of either direction.
 
     Args:
-        student: the student's `TopK` at `members.ids`, `[*batch, m]`.
+        student: the student's readout at `members.ids`, `[*batch, m]`.
         teacher: `TopK`, `[*batch, k]`, of `TokenProjection.merged`.
         members: members from `TokenProjection.members(teacher.indices)`.
 
     Returns:
-        Both as `TopK` `[*batch, k]`: the student's `log q'` with a `log_z` of 0, the teacher's.
+        The student's `log q'` `[*batch, k]` with a `log_z` of 0, and the teacher's `TopK`.
     """
     k = teacher.values.shape[-1]
-    log_q = jnp.where(members.slots < k, student.values - student.log_z[..., None], -jnp.inf)
+    log_q = jnp.where(members.slots < k, student.gathered - student.log_z[..., None], -jnp.inf)
 
     def sums(log_q: jax.Array, slots: jax.Array, weights: jax.Array) -> tuple[jax.Array, ...]:
         zeros = jnp.zeros((*slots.shape[:-1], k + 1), log_q.dtype)
@@ -51,11 +53,11 @@ def project_top_k(student: TopK, teacher: TopK, members: Members) -> tuple[TopK,
     return _in_theirs(masses, held > 0, teacher)
 
 
-def _in_theirs(masses: jax.Array, held: jax.Array, teacher: TopK) -> tuple[TopK, TopK]:
+def _in_theirs(masses: jax.Array, held: jax.Array, teacher: TopK) -> tuple[losses.Readout, TopK]:
     log_q = jnp.where(held, jnp.log(jnp.maximum(masses, _LEAST)), -jnp.inf)
     values = jnp.where(held, teacher.values, -jnp.inf)
     return (
-        TopK(log_q, teacher.indices, jnp.zeros_like(teacher.log_z)),
+        losses.Readout(jnp.zeros_like(teacher.log_z), gathered=log_q),
         TopK(values, teacher.indices, teacher.log_z),
     )
 
@@ -109,7 +111,7 @@ def projected_kl_divergence(
     _check(logits.shape[-1], projection)
     teacher = projection.merged(lax.stop_gradient(teacher))
     members = projection.members(teacher.indices)
-    held = TopK(gather_at(logits, members.ids), members.ids, logsumexp(logits))
+    held = losses.Readout(logsumexp(logits), gathered=gather_at(logits, members.ids))
     return _divergence(*project_top_k(held, teacher, members), direction)
 
 
@@ -186,16 +188,14 @@ def bucket_sums(
 
 
 def _forward(readout: losses.Readout, told: Any, direction: str = "forward") -> jax.Array:
-    members = told["members"]
-    student = readout.gathered_top_k(members.ids)
-    return _divergence(*project_top_k(student, told["teacher"], members), direction)
+    return _divergence(*project_top_k(readout, told["teacher"], told["members"]), direction)
 
 
 def _reverse(readout: losses.Readout, told: Any) -> jax.Array:
     return _forward(readout, told, "reverse")
 
 
-def _divergence(student: TopK, teacher: TopK, direction: Any) -> jax.Array:
+def _divergence(student: losses.Readout, teacher: TopK, direction: Any) -> jax.Array:
     return losses.sparse_kl_divergence(student, teacher, direction=direction)
 
 
