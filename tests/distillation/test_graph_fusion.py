@@ -119,6 +119,13 @@ def test_parts_of_weight_zero_are_left_out_and_no_teacher_is_plain_sft():
     assert (metrics["uld"] > 0).all()
 
 
+def test_large_logits_have_a_finite_objective():
+    student, labels, teachers, wheres = data()
+    packed = pack([1e30 * t for t in teachers], wheres[1:])
+    loss, _ = objective(1e30 * student, labels, packed, where=wheres[0], config=CONFIG)
+    assert np.isfinite(loss).all()
+
+
 def test_sharded_vocabulary_and_positions_equal_local():
     student, labels, teachers, wheres = data()
     teacher, where = teachers[1], wheres[0]
