@@ -277,7 +277,7 @@ TABLE: dict[str, Case] = {
     ),
     "losses.sparse_kl_divergence": Case(
         call=lambda student, **top: losses.sparse_kl_divergence(student, _top(**top)),
-        loss={"constant": ("values", "log_z"), "skip": ("infinity",)},
+        loss={"constant": ("values", "log_z")},
         arrays={"student": LOGITS, **TOP},
         counts={"indices": (VOCAB, "both")},
         logits=("student", "values"),
@@ -309,7 +309,7 @@ TABLE: dict[str, Case] = {
         call=lambda hidden, head, **top: losses.linear_sparse_kl_divergence(
             hidden, head, _top(**top), blocks=BLOCKS
         ),
-        loss={"constant": ("values", "log_z"), "skip": ("infinity",)},
+        loss={"constant": ("values", "log_z")},
         swept=True,
         arrays={"hidden": STATES, "head": HEAD, **TOP},
         counts={"indices": (VOCAB, "both")},

@@ -148,9 +148,13 @@ class OnlineSums(NamedTuple):
         peak = jnp.full(batch, jnp.finfo(dtype).min, dtype)
         return cls(peak, tuple(jnp.zeros(batch, dtype) for _ in range(1 + terms)))
 
+    def raised(self, logits: jax.Array) -> jax.Array:
+        """The peak with one block more."""
+        return jnp.maximum(self.peak, logits.max(-1))
+
     def add(self, logits: jax.Array, *terms: jax.Array) -> "OnlineSums":
         """With one block more; `terms` have the shape of its logits and must be finite."""
-        peak = jnp.maximum(self.peak, logits.max(-1))
+        peak = self.raised(logits)
         weights = jnp.exp(logits - peak[..., None])
         news = [weights, *(weights * term for term in terms)]
         old = self._rescaled(peak)
