@@ -51,8 +51,9 @@ class LogitBlock(NamedTuple):
     def scatter(self, total: jax.Array, ids: Array, values: jax.Array) -> jax.Array:
         """`total`, `[*batch, block]`, with `values` added at `ids`, both `[*batch, n]`."""
         if self.together:
-            columns = self._new_columns()
-            return _ids.place(self.together, total, columns, _as_int32(ids), values)
+            # Into zeros: the total itself would have to be written for it.
+            empty, columns = jnp.zeros_like(total), self._new_columns()
+            return total + _ids.place(self.together, empty, columns, _as_int32(ids), values)
         places, inside = self._places(ids)
         rows = tuple(
             lax.broadcasted_iota(jnp.int32, places.shape, axis) for axis in range(places.ndim - 1)
