@@ -102,6 +102,14 @@ class Statistic(abc.ABC):
         """
         return False
 
+    @property
+    def gradient_in_tiles(self) -> bool:
+        """Whether a kernel can run `gradient` as well, made of the same and of `scatter`.
+
+        Where it cannot, the kernel's gradients are formed by the blocks of `scan`.
+        """
+        return False
+
     def reads_teacher(self, number: int) -> bool:
         """Whether this pass looks at the teacher's logits, which are not formed for another."""
         return True
