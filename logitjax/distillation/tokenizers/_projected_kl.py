@@ -28,7 +28,7 @@ def project_top_k(
 
         q'_i = sum_{s: slot(s) = i} w_s q_s,   p'_i of `TokenProjection.merged`
 
-    The student's read-out is at `members.ids`, `[*batch, m]`. One bucket holds what is outside of the
+    The student's read-out is at `members.ids`, `[*batch, m]`. One bucket holds what is outside the
     top k and what stands for no token: there both are `-inf`. With the rule `first_piece` that is
     sound wherever both models have read the same text: `q'_j` and `p'_j` are the probabilities that
     the next text begins with the token j of both.
