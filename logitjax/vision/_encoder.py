@@ -95,7 +95,7 @@ class Encoder:
         """The trained scale of cosines of pictures and texts; None without texts."""
         if not self.has_text:
             return None
-        return float(np.exp(np.asarray(self.model.logit_scale[...]).reshape(())))
+        return float(np.exp(np.asarray(self.model.logit_scale[...]).reshape(())))  # SigLIP's is [1]
 
     def placed(self, sharding: jax.sharding.Sharding) -> "Encoder":
         """The same encoder with its weights placed in this sharding, once and not on every call.
@@ -103,7 +103,7 @@ class Encoder:
         It shares what was compiled. For pictures that are spread over devices weights should be
         replicated on these: ``NamedSharding(mesh, PartitionSpec())``.
         """
-        other = copy.copy(self)
+        other = copy.copy(self)  # what is compiled goes along
         other._state = jax.device_put(self._state, sharding)
         return other
 
@@ -222,6 +222,7 @@ class Encoder:
         parts = []
         for start in range(0, len(prompts), batch_size):
             tokens = self.tokenize(prompts[start : start + batch_size])
+            # Repeats rows: one shape is compiled.
             padded = np.resize(tokens, (min(batch_size, len(prompts)), tokens.shape[1]))
             parts.append(self.text_features(padded)[: len(tokens)])
         found = jnp.concatenate(parts)
