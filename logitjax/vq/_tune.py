@@ -138,6 +138,7 @@ class Tuning:
         for index in range(self.steps):
             epoch, place = divmod(index, per_epoch)
             order = np.random.default_rng([self.seed, epoch]).permutation(count)
+            # Sorted, because memory-mapped rows are read in order.
             chosen = np.sort(order[place * batch_size : (place + 1) * batch_size])[share]
             batch = tuple(np.asarray(array[chosen]) for array in arrays)
             state, output = step(state, batch, constants)
