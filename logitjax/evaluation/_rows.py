@@ -56,9 +56,6 @@ def score_rows(
         progress: told how many rows were done.
         describe: a row's name, for errors.
 
-    Returns:
-        `RowScores`, in the order of ``rows``.
-
     Raises:
         ValueError: a row whose first token is a target, answers of a wrong shape, or a loss that is
             not finite, with the row.

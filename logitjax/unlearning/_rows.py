@@ -70,9 +70,6 @@ def read_rows(path: epath.PathLike) -> tuple[Row, ...]:
     Args:
         path: The file, in UTF-8.
 
-    Returns:
-        The rows, in order.
-
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: A line is none of these, with its number; or the file has no rows.

@@ -57,9 +57,6 @@ def split_rows(
         holdout: Rows like those to forget that no model was trained on.
         seed: Seed of the order.
 
-    Returns:
-        The `Split`.
-
     Raises:
         ValueError: Fewer than three groups of rows to keep are left.
 

@@ -175,11 +175,7 @@ class Encoder:
     ) -> Float[jax.Array, "batch features"]:
         """Features of texts, in the space of the pictures' and not normalised either.
 
-        Args:
-            tokens: as `tokenize` makes them.
-
-        Returns:
-            float32 ``[batch, num_features]``.
+        Tokens are as `tokenize` makes them, the result is float32.
 
         Raises:
             ValueError: there is no text tower.
@@ -205,9 +201,6 @@ class Encoder:
             class_names: as they shall stand in a sentence.
             templates: with ``{}`` where the name goes.
             batch_size: prompts at once.
-
-        Returns:
-            float32 ``[num_features, classes]``, columns of length one.
 
         Raises:
             ValueError: ImageNet's classes are given by their numbers.

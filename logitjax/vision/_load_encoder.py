@@ -112,9 +112,6 @@ def load_encoder(
             where the checkpoint brings none; of SigLIP a directory with ``tokenizer.json``.
         dtype: type of the computation; weights stay float32.
 
-    Returns:
-        The encoder.
-
     Raises:
         ValueError: nothing is there, or what is there is not an encoder's weights.
     """

@@ -66,8 +66,7 @@ def fit_assignment(
     Args:
         rows: ``[vocab, hidden]``, rows of the full head, also in bfloat16.
         unigram: ``[vocab]``, probabilities or counts.
-        hidden_mean: ``[hidden]``, mean of the hidden states.
-        hidden_cov: ``[hidden, hidden]``, their covariance.
+        hidden_mean, hidden_cov: mean and covariance of the hidden states.
         num_codes: clusters K, at most vocab.
         method: see above.
         row_bias: ``[vocab]``, bias of the full head.
@@ -301,13 +300,6 @@ def perplexity_floor(
 
     A bias per token removes both. What is then still lost is what the context says about the token
     within its cluster.
-
-    Args:
-        assignment: ``[vocab]``.
-        unigram: ``[vocab]``, probabilities or counts.
-
-    Returns:
-        `PerplexityFloor`, on the host.
 
     Raises:
         TypeError: arrays of another kind.

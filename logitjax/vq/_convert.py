@@ -114,7 +114,6 @@ class ConvertConfig:
 
         Args:
             head: the old head.
-            hidden: ``[count, hidden]``.
             targets: from `HiddenCache.head_targets`, for the same positions.
             statistics: statistics of ``hidden``.
             unigram: ``[vocab]`` counts; by default the counts that the old head expects.

@@ -95,7 +95,6 @@ class VQTables:
         `jax.lax.top_k`.
 
         Args:
-            hidden: ``[*batch, hidden]``.
             codebook: ``[codes, hidden]``; inside `jax.shard_map` this shard's codes.
             k: how many, at most the width of the tables.
             soft_cap: bounds the scores, as in `vq_logits`.

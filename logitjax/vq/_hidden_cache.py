@@ -119,9 +119,6 @@ class HiddenCache:
                 refused.
             log_every: batches between log lines.
 
-        Returns:
-            `HiddenCache` of at most ``max_tokens`` positions.
-
         Raises:
             ValueError: the directory holds, in full or in part, the cache of another
                 ``max_tokens``, model or ``source``.

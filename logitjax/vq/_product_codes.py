@@ -60,12 +60,9 @@ class ProductCodes:
         Each group uses its own block of the covariance: correlations between groups are left out.
 
         Args:
-            rows: ``[vocab, hidden]``.
-            unigram: ``[vocab]`` probabilities or counts; rows are weighted by a power of it.
-            hidden_cov: ``[hidden, hidden]``.
+            rows, unigram, hidden_cov, key: as of `fit_assignment`.
             groups: number of parts into which the hidden dimensions are cut.
             num_codes: number of codes in a group; with at most 256 a code is one byte.
-            key: key of the initial centres.
             iterations: number of iterations of Lloyd's algorithm.
             weight_power: rows are weighted by ``unigram ** weight_power``.
 

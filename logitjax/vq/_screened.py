@@ -104,7 +104,6 @@ class Screen:
         They are the full head's wherever its k best tokens are among the candidates.
 
         Args:
-            hidden: ``[*batch, hidden]``.
             k: how many, at most ``num_candidates``.
             with_log_z: False leaves ``log_z`` zero, which greedy decoding does not need.
 

@@ -246,9 +246,6 @@ class Shortlist:
         tokens lie in the chosen pages.
 
         Args:
-            hidden: ``[*batch, hidden]``.
-            codebook: ``[codes, hidden]``.
-            k: how many.
             temperature: divides the logits. Other than 1 it costs O(V) a call.
             soft_cap: as of `nll`.
             with_tail: False uses the chosen pages alone, which is cheaper, and right if you trust

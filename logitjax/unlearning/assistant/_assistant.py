@@ -103,9 +103,6 @@ class Assistant:
         Args:
             target: the large model. A stacked one is converted to listed layers, which copies them.
 
-        Returns:
-            A `CachedModel` with one expert.
-
         Raises:
             ValueError: the assistant is not made of a model like ``target``.
 

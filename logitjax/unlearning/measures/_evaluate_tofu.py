@@ -130,9 +130,6 @@ def evaluate(
             parameters or the checkpoint's name and step. Needed with ``workdir``: functions do not
             tell which model they ask.
 
-    Returns:
-        `Evaluation`.
-
     Raises:
         ValueError: items without wrong answers, losses that are not finite (names set and item), a
             ``workdir`` without a ``model_fingerprint``, one with the logs of another model,
