@@ -74,7 +74,8 @@ def run(options: _suite.Options) -> _suite.Result:
 def _one(folder: Path, number: int, smoke: bool) -> dict[str, Any]:
     made = facts(number)
     for name, side in made.items():
-        text = "".join(json.dumps(row) + "\n" for row in side)
+        rows = [dict(question=question, answer=answer) for question, answer in side]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
         storage.write_atomic(folder / f"{name}.jsonl", text)
     target = folder / "target"
     if not (target / "config.json").exists():
