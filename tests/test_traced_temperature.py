@@ -60,9 +60,6 @@ OF_TEMPERATURE = {
         "linear_total_variation": with_temperature(losses.linear_total_variation, *HEADS),
     },
     distillation: {
-        "binarized_divergence": with_temperature(
-            distillation.binarized_divergence, np.float32([-1.0]), np.float32([-2.0])
-        ),
         "binary_kl": with_temperature(distillation.binary_kl, *PAIR),
         "binary_kl_norm": with_temperature(distillation.binary_kl_norm, *PAIR),
         "decoupled_knowledge_distillation": with_temperature(

@@ -121,13 +121,9 @@ class Config:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
-    """Encoded pictures, and how samples of them are drawn.
+    """Encoded pictures to sample from and to test on, and digests of what they are made of.
 
-    Attributes:
-        config: What was asked for.
-        pictures: What samples are drawn from.
-        test: Pictures to test on; what a sample leaves if None.
-        made_of: Digests of what the pictures and the classifier are read from.
+    Without pictures to test on, what a sample leaves is tested.
     """
 
     config: Config
