@@ -808,8 +808,7 @@ ELSEWHERE = {
         unlearning.Unlearning unlearning.examine unlearning.padded_rows
         unlearning.relearning
         unlearning.read_rows unlearning.share_interval unlearning.split_rows
-        serving.Key serving.Listening serving.ServerConfig serving.build_app serving.read_keys
-        serving.run_server
+        serving.Key serving.Listening serving.ServerConfig serving.build_app
         vq.HiddenCache vq.convert_head vq.load_head vq.save_head few_shot.choose_rows
         few_shot.candidates few_shot.load few_shot.read_pictures
         few_shot.encoder_views few_shot.sweep_program decoding.Engine decoding.generate
@@ -820,7 +819,7 @@ ELSEWHERE = {
         evaluation.rouge_recall evaluation.score_rows training.Checkpointer training.EvalStep
         training.TrainStep training.lock_workdir training.make_mesh training.make_writer
         training.train_loop training.watch_for_preemption models.Tokenizer models.config_from_hf
-        models.first_layers models.from_linen models.from_nnx models.keep_layers models.load
+        models.first_layers models.from_nnx models.keep_layers models.load
         models.load_config models.load_model models.load_sampling models.load_tokenizer
         models.load_peft models.register_family models.save_peft models.save_pretrained
         models.with_layout vision.load_encoder vision.load_torch_weights

@@ -55,30 +55,25 @@ class Listening:
         checks.between(self.port, 0, 65535, "port")
         checks.between(self.connections, 1, 2**31 - 1, "connections")
 
+    def serve(self, app: Starlette) -> None:
+        """Serve an application of `build_app` until a signal; prints one line with the address.
 
-def run_server(app: Starlette, listening: Listening) -> None:
-    """Serve until a signal ends it; prints one line with the address.
+        After SIGTERM and SIGINT running answers may go on for `drain_seconds`; they then end with
+        the reason `length`.
 
-    After SIGTERM and SIGINT running answers may go on for `drain_seconds`; they then end with the
-    reason `length`.
-
-    Args:
-        app: The application, from `build_app`.
-        listening: The address and the limits.
-
-    Raises:
-        OSError: The address is not available.
-        RuntimeError: The engine died before it could answer anything.
-    """
-    with contextlib.closing(_listener(listening)) as listener:
-        doorkeeper = Doorkeeper(_most_connections(listening), listening.idle_seconds)
-        server = _Server(app, listening, listener, doorkeeper)
-        host = f"[{listening.host}]" if ":" in listening.host else listening.host
-        print(f"listening on http://{host}:{listener.getsockname()[1]}", flush=True)
-        server.run()
-    scheduler = app.state.service.scheduler
-    if scheduler.failed is not None and not scheduler.ready.is_set():
-        raise RuntimeError("the engine stopped before it was ready") from scheduler.failed
+        Raises:
+            OSError: The address is not available.
+            RuntimeError: The engine died before it could answer anything.
+        """
+        with contextlib.closing(_listener(self)) as listener:
+            doorkeeper = Doorkeeper(_most_connections(self), self.idle_seconds)
+            server = _Server(app, self, listener, doorkeeper)
+            host = f"[{self.host}]" if ":" in self.host else self.host
+            print(f"listening on http://{host}:{listener.getsockname()[1]}", flush=True)
+            server.run()
+        scheduler = app.state.service.scheduler
+        if scheduler.failed is not None and not scheduler.ready.is_set():
+            raise RuntimeError("the engine stopped before it was ready") from scheduler.failed
 
 
 def _listener(listening: Listening) -> socket.socket:

@@ -16,7 +16,7 @@ from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from logitjax.serving import Listening, run_server
+from logitjax.serving import Listening
 from logitjax.serving._connections import Doorkeeper
 from logitjax.serving._listen import _Server
 from tests.serving._server import post, server
@@ -202,5 +202,5 @@ def test_the_end_of_such_a_server_is_an_error(monkeypatch):
     app = Starlette()
     app.state.service = SimpleNamespace(scheduler=scheduler)
     with pytest.raises(RuntimeError, match="stopped before it was ready") as error:
-        run_server(app, Listening(port=0))
+        Listening(port=0).serve(app)
     assert error.value.__cause__ is scheduler.failed
