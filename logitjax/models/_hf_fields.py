@@ -164,15 +164,11 @@ def windows(
     off: bool = False,
     heeds_types: bool = True,
 ) -> tuple[Window, ...]:
-    """The window of each layer: by `layer_types` where they are given, else by a rule.
+    """The window of each layer: by `layer_types` where they are given, else by `is_local`.
 
-    Args:
-        fields: Values of the config.json.
-        is_local: Whether a layer has a window. When omitted all have `sliding_window`, if there
-            is one.
-        off: Whether a switch says that `sliding_window` means nothing.
-        heeds_types: transformers heeds no `layer_types` in some families, where other programs do:
-            there they are to say what the rule says.
+    When that is omitted all have `sliding_window`, if there is one; `off` says that it means
+    nothing. transformers heeds no `layer_types` in some families, where other programs do: there
+    they are to say what the rule says.
     """
     layers, kinds = fields.integer("num_hidden_layers"), fields["layer_types"]
     if kinds is not None and (

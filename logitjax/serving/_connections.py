@@ -56,14 +56,10 @@ class Doorkeeper:
 
 
 class _HalfClosing:
-    """A transport that, closed while the client still sends, only says that its answer is whole.
+    """A transport that, closed while the client is `sending`, only says that its answer is whole.
 
     To close a socket that holds unread bytes resets the connection, and many clients send all of a
     body before they read: they would see a broken pipe in place of the reason for it.
-
-    Args:
-        transport: Transport of a connection.
-        sending: Whether more is to come from the client.
     """
 
     def __init__(self, transport: Any, sending: Callable[[], bool]):
