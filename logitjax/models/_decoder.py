@@ -90,7 +90,7 @@ def _over_batch(x: jax.Array) -> jax.Array:
     Left alone the compiler may follow the embedding, which is split along the model dimension over
     the same axis, and then sums every matmul over all devices.
     """
-    axes = ops.sharding.auto_axes(ops.sharding.BATCH_AXES, x.shape[0])
+    axes = ops.sharding.auto_axes(ops.sharding.MeshAxes.current().rows, x.shape[0])
     return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
 
 

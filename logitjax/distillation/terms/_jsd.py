@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from logitjax import losses, ops
+from logitjax import losses
 from logitjax.distillation.terms._sparse import SparseDivergence
 from logitjax.distillation.tokenizers._matched_tokens import with_rest
 
@@ -21,10 +21,10 @@ class JSD(SparseDivergence):
     beta: float = 0.5
     name = "jsd"
 
-    def whole(self, student: ops.TopK, teacher: Any) -> jax.Array:
-        return losses.generalized_jensen_shannon(
-            with_rest(student), with_rest(teacher.top), beta=self.beta
-        )
+    def whole(self, student: losses.Readout, teacher: Any) -> jax.Array:
+        ours = with_rest(student.gathered, student.log_z)
+        theirs = with_rest(teacher.top.values, teacher.top.log_z)
+        return losses.generalized_jensen_shannon(ours, theirs, beta=self.beta)
 
     def renormalised(self, student: jax.Array, teacher: jax.Array) -> jax.Array:
         return losses.generalized_jensen_shannon(student, teacher, beta=self.beta)

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from logitjax import losses, ops
+from logitjax import losses
 from logitjax.distillation.terms._sparse import SparseDivergence
 
 
@@ -15,7 +15,7 @@ class ReverseKL(SparseDivergence):
 
     name = "rkl"
 
-    def whole(self, student: ops.TopK, teacher: Any) -> jax.Array:
+    def whole(self, student: losses.Readout, teacher: Any) -> jax.Array:
         return losses.sparse_kl_divergence(student, teacher.top, direction="reverse")
 
     def renormalised(self, student: jax.Array, teacher: jax.Array) -> jax.Array:
