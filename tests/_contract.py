@@ -681,6 +681,8 @@ ELSEWHERE = {
         unlearning.Unlearning unlearning.examine unlearning.padded_rows
         unlearning.relearning
         unlearning.read_rows unlearning.share_interval unlearning.split_rows
+        serving.Key serving.Listening serving.ServerConfig serving.build_app
+        vq.HiddenCache vq.convert_head vq.load_head vq.save_head few_shot.choose_rows
         serving.Key serving.Listening serving.ServerConfig serving.build_app serving.read_keys
         serving.run_server
         vq.HiddenCache vq.load_head few_shot.choose_rows
@@ -692,7 +694,7 @@ ELSEWHERE = {
         training.EvalStep
         training.TrainStep training.lock_workdir training.make_mesh training.make_writer
         training.train_loop training.watch_for_preemption models.Tokenizer models.config_from_hf
-        models.first_layers models.from_linen models.from_nnx models.keep_layers models.load
+        models.first_layers models.from_nnx models.keep_layers models.load
         models.load_config models.load_model models.load_sampling models.load_tokenizer
         models.load_peft models.register_family models.save_peft models.save_pretrained
         models.with_layout vision.load_encoder

@@ -51,7 +51,7 @@ class CachedModel:
     max_length: int | None = None
 
     @classmethod
-    def of(cls, model: Any, *, ring_slack: int = 0) -> "CachedModel":
+    def of(cls, model: Any) -> "CachedModel":
         """A `CachedModel` from anything that decodes.
 
         Args:
@@ -59,7 +59,6 @@ class CachedModel:
                 decode faster); a triple ``(apply_fn, params, cache)`` whose function keeps the
                 contract of `CachedModel` and whose cache is empty, with as many rows as are decoded
                 together; or a `CachedModel`, which is returned as it is.
-            ring_slack: extra slots of windowed layers' rings, as many as drafts may be taken back.
 
         Raises:
             TypeError: for anything else.
@@ -69,7 +68,7 @@ class CachedModel:
         if isinstance(model, cls):
             return model
         if isinstance(model, Decoder):
-            return _of_decoder(model, ring_slack)
+            return _of_decoder(model)
         if isinstance(model, tuple) and len(model) == 3 and callable(model[0]):
             return _of_triple(*model)
         raise TypeError(
@@ -94,11 +93,11 @@ class _DecoderApply:
 
 @dataclasses.dataclass(frozen=True)
 class _DecoderCache:
-    """Makes empty caches of a decoder."""
+    """Makes empty caches of a decoder; a plan whose drafts may be taken back raises the slack."""
 
     config: DecoderConfig
     dtype: Any
-    ring_slack: int
+    ring_slack: int = 0
 
     def __call__(self, rows: int, max_length: int) -> Cache:
         return Cache.init(
@@ -126,12 +125,12 @@ class _GivenCache:
         raise ValueError(f"model: the given cache has {self.rows} rows, {rows} are needed")
 
 
-def _of_decoder(model: Decoder, ring_slack: int) -> CachedModel:
+def _of_decoder(model: Decoder) -> CachedModel:
     graphdef, state = nnx.split(with_layout(model, "listed"))
     return CachedModel(
         apply=_DecoderApply(Static(graphdef)),
         params=nnx.to_pure_dict(state),
-        init_cache=_DecoderCache(model.config, model.dtype, ring_slack),
+        init_cache=_DecoderCache(model.config, model.dtype),
         vocab_size=model.config.vocab_size,
         takes_last_only=True,
         max_length=model.config.max_length,

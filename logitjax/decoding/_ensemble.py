@@ -201,7 +201,6 @@ class Ensemble:
             ``info`` is a pytree of arrays for the caller. A strategy with a
             ``token_map`` gets the small models' logits as they are, and they read mapped tokens.
         stack: run small models of one architecture as one call. This copies their parameters.
-        ring_slack: see `cached_model`.
 
     Raises:
         ValueError: for several models without ``fuse``, or bases that are neither one nor as many
@@ -224,9 +223,8 @@ class Ensemble:
         bases: Sequence[Any] = (),
         fuse: Callable[..., Any] | None = None,
         stack: bool = True,
-        ring_slack: int = 0,
     ):
-        members = [CachedModel.of(m, ring_slack=ring_slack) for m in (large, *experts, *bases)]
+        members = [CachedModel.of(m) for m in (large, *experts, *bases)]
         several = len(members) > 1 or members[0].outputs > 1
         if several and fuse is None:
             raise ValueError("fuse: several models need a function that makes one of their logits")

