@@ -196,7 +196,7 @@ def _mesh_rows(shape: Shape, chip: chips.Chip, kinds: Sequence[str]) -> list[dic
             row["temp MiB"] = compiled.memory_analysis().temp_size_in_bytes / 2**20
             for collective in ("all-gather", "reduce-scatter", "all-reduce"):
                 row[f"{collective}s"] = sent.calls.get(collective, 0)
-                row[f"{collective} MiB"] = sent.bytes.get(collective, 0.0) / 2**20
+                row[f"{collective} MiB"] = sent.collective_bytes.get(collective, 0.0) / 2**20
             rows.append(row)
             logging.info("%s, %s over 2 x 2: done", kind, name)
     return rows

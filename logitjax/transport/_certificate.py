@@ -184,6 +184,7 @@ def certificate(
     for name, graph in (("c", c), ("d", d)):
         values = graph.values if isinstance(graph, FactoredGraph) else graph
         checks.values(np.asarray(values), np.isfinite, name, "finite entries")
+    # Of nearly equal graphs float32 would certify little. TPUs have no fast float64.
     with jax.enable_x64(jax.default_backend() != "tpu"):
         answer = _compiled()(*arrays, p=p, scale=scale, bounds=bounds, refine=refine)
     return _float32(jax.device_get(answer), scale)
