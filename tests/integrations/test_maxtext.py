@@ -1,6 +1,5 @@
 """A tiny Llama in MaxText's own trainers, with our losses in place of theirs."""
 
-import dataclasses
 import functools
 import os
 
@@ -26,8 +25,10 @@ from tunix.sft import peft_trainer  # noqa: E402
 from logitjax import distillation, losses, ops  # noqa: E402
 from logitjax.distillation import terms  # noqa: E402
 from logitjax.integrations import maxtext, maxtext_files  # noqa: E402
+from tests.integrations._teachers import lacking  # noqa: E402
 
 VOCAB, POSITIONS, STEPS = 128, 16, 10
+LACKING = lacking(VOCAB)
 BASE = next(iter(maxtext_package.__path__)) + "/configs/base.yml"
 
 
@@ -167,37 +168,10 @@ def test_stored_top_logits_train_as_in_their_offline_mode(make, tmp_path):
     assert gap < 1e-5
 
 
-def cached_teacher(batch, vocab=VOCAB, vocabularies=None):
-    """A function of the token that was read last, with its normaliser and draws from the tail."""
-    rng = np.random.default_rng(3)
-    table = rng.normal(size=(VOCAB, vocab)).astype(np.float32) * 2
-    logits = table[batch["inputs"]]
-    statistics = jax.jit(losses.graph_statistics, static_argnums=1)(logits, 8)
-    tail = losses.TailSample.draw(jax.random.key(0), logits, statistics.indices, 4)
-    statistics = dataclasses.replace(statistics, tail=tail if vocabularies is None else None)
-    return distillation.Teacher(
-        statistics=jax.tree.map(np.asarray, statistics),
-        vocabularies=vocabularies or distillation.Teacher().vocabularies,
-    )
-
-
-# Two of the student's tokens for each of the teacher's; one object, so that a step compiles once.
-PIECES = distillation.TokenProjection(
-    ids=np.arange(VOCAB, dtype=np.int32)[:, None] // 2,
-    weights=np.ones((VOCAB, 1), np.float32),
-    size=VOCAB // 2,
-)
-PAIRS = distillation.Vocabularies(projections={"first_piece": PIECES})
-
-
-@pytest.mark.parametrize(
-    ("term", "options"),
-    [(terms.KL(), {}), (terms.FirstPiece(), dict(vocab=VOCAB // 2, vocabularies=PAIRS))],
-    ids=["kl with the tail", "first_piece"],
-)
-def test_a_loss_that_they_lack_trains(make, term, options):
-    teacher = functools.partial(cached_teacher, **options)
-    _, seen = trained(objective((term, 1.0)), make(), steps=30, top_k_logits=teacher)
+@pytest.mark.parametrize(("term", "teacher"), LACKING.values(), ids=LACKING)
+def test_a_loss_that_they_lack_trains(make, term, teacher):
+    strategy = objective((term, 1.0))
+    _, seen = trained(strategy, make(), steps=30, top_k_logits=lambda b: teacher(b["inputs"]))
     print(f"{term}: {seen[0]:.3f} to {seen[-1]:.3f} in {len(seen)} steps")
     assert np.mean(seen[-5:]) < 0.9 * np.mean(seen[:5])
 
