@@ -112,15 +112,11 @@ def decoupled_knowledge_distillation(
               + other_weight  * KL(p_t without y || p_s without y) )
 
     Args:
-        student_logits: `[*batch, classes]`.
+        student_logits: `[*batch, classes]`, as all that follows those of `knowledge_distillation`.
         teacher_logits: the same shape.
-        labels: the true classes.
+        labels: the true classes, numbers of the whole where classes are split.
         target_weight: alpha of the paper.
         other_weight: beta of the paper: 8 by default, 2 or 6 for some published pairs.
-        temperature: `T`.
-        vocab_where: the classes that exist, broadcastable to the logits.
-        axis_name: mesh axis over which the classes are split, inside `shard_map`; labels are
-            class numbers of the whole.
 
     Returns:
         float32 `[*batch]`. Under `jit`, nan where the label is none of the classes.

@@ -18,12 +18,7 @@ _LEAST_MASS = 2.0**-24
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Matches:
-    """One-to-one matches between our tokens and theirs.
-
-    Attributes:
-        ours: int32 `[theirs]`, our token of each of theirs; -1 for none.
-        matched: bool `[ours]`, those of ours that are some token of theirs.
-    """
+    """One-to-one matches: our token of each of theirs (-1: none), and which of ours have one."""
 
     ours: Any
     matched: Any
@@ -64,17 +59,7 @@ def hybrid_logit_distance(
 
     The bucket makes the first part a divergence: it is 0 where both models agree, and its gradient
     does not push unmatched tokens down. No mass is renormalised, so the parts need no weights.
-
-    Args:
-        student: the student's readout at `matches.ids(teacher.indices)`, `[*batch, k]`.
-        own: the student's own top logits, `[*batch, n]`.
-        teacher: `TopK`, `[*batch, k]`. Gets no gradient.
-        matches: which tokens are the same.
-        kind: the divergence of the matched part.
-        beta: share of the teacher in the mixture of 'jsd'.
-
-    Returns:
-        Both parts, `[*batch]` float32.
+    `student` is at `matches.ids(teacher.indices)`, and `own` the student's own top logits.
 
     References:
         TRL, GOLD trainer; X-Token (arXiv 2605.21699), H-KL.

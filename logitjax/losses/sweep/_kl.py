@@ -26,6 +26,10 @@ class KLStatistic(Statistic):
     def in_tiles(self) -> bool:
         return True
 
+    @property
+    def gradient_in_tiles(self) -> bool:
+        return True
+
     def start(self, batch: tuple[int, ...], dtype: Any, passed: Any) -> Any:
         return OnlineSums.start(batch, dtype, terms=2), OnlineSums.start(batch, dtype)
 

@@ -176,8 +176,8 @@ def _local(
         token_block=layout.tokens,
         axis_name=axis_name,
         varying=varying,
-        forward=_kernel_for(platform) if layout.engine == "pallas" else None,
-        write_gradients=platform != "cpu",
+        **(_kernels_for(platform, statistic) if layout.engine == "pallas" else {}),
+        on_accelerator=platform != "cpu",
         together=_IDS_TOGETHER if platform == "tpu" else 0,
     )
     known = weights if layout.engine == "rows" else None
@@ -192,11 +192,11 @@ def _local(
     return weighted_sum(_losses(statistic, len(batch), outputs, tokens), weights), outputs
 
 
-def _kernel_for(platform: str) -> Callable[..., Any]:
+def _kernels_for(platform: str, statistic: Statistic) -> dict[str, Callable[..., Any] | None]:
     # Pallas takes longer to import than all of this library.
     from logitjax.losses.sweep import _pallas
 
-    return _pallas.FORWARD[platform]
+    return _pallas.kernels(platform, statistic)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
