@@ -68,6 +68,8 @@ def _by_class(
     if vocab_where is not None:
         keep = keep & vocab_where
     # Zeros in place of -inf, whose difference would be nan and so would its gradient.
+    # An infinite answer of the teacher is an error of its own, not certainty.
+    teacher = jnp.where(teacher == jnp.inf, jnp.nan, teacher)
     student, teacher = jnp.where(keep, student, 0.0), jnp.where(keep, teacher, 0.0)
     if centre:
         count = jnp.maximum(psum(keep.sum(axis, keepdims=True), axis_name), 1)

@@ -152,6 +152,7 @@ def decoupled_knowledge_distillation(
     def sides(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The label's logit and the evidence for all others; -inf where there is none."""
         own = psum(jnp.sum(jnp.where(target, logits, 0.0), -1), axis_name)
+        own = jnp.where(own == jnp.inf, jnp.nan, own)
         return own, logsumexp(logits, vocab_where=others, axis_name=axis_name)
 
     def log_odds(own: jax.Array, rest: jax.Array) -> jax.Array:
