@@ -30,7 +30,7 @@ def kl(log_p, log_q):
 
 
 def trl(log_p, log_q, beta):
-    """The generalised divergence of TRL's GKD, in float64: the mixture weighs the teacher by beta."""
+    """The generalised divergence of TRL's GKD, in float64: beta is the teacher's share."""
     if beta in (0, 1):
         return kl(log_p, log_q) if beta == 0 else kl(log_q, log_p)
     log_m = np.logaddexp(np.log(beta) + log_p, np.log1p(-beta) + log_q)
