@@ -44,7 +44,7 @@ def build_app(
         config: Limits, slots and the policy of what is reported.
     """
     disclosure = Disclosure(config.policy, config.policy_seed)
-    scheduler = Scheduler(model, disclosure, end_ids, config.pace)
+    scheduler = Scheduler(model, disclosure, end_ids, config)
     metrics = Metrics(lambda: scheduler.load)
     service = Service(
         scheduler=scheduler,
@@ -157,6 +157,6 @@ def _ready(service: Service) -> Any:
 
 def _description(service: Service) -> Any:
     async def endpoint(_: HttpRequest) -> Response:
-        return json_response(openapi(service.limits))
+        return json_response(openapi(service.config))
 
     return endpoint
