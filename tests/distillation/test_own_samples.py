@@ -10,6 +10,7 @@ import pytest
 from logitjax import losses
 from logitjax.distillation import ChunkScores, Objective, Teacher, TokenSet, Vocabularies
 from logitjax.distillation.terms import SFT, TERMS, ChunkReward, ReverseKL, SampledKL
+from logitjax.ops import TopK
 
 # The worked example: teacher and student, and the logits of more of them.
 P, Q = np.array([0.7, 0.2, 0.1]), np.array([0.5, 0.3, 0.2])
@@ -84,12 +85,21 @@ def test_whole_divergences_equal_trl_and_the_example_value_and_gradient():
             teacher = dataclasses.replace(LIVE, hidden=jnp.asarray(TEACHER)[:, row][:, None])
             return value_of(TERMS.parse(name), logits[None, None], labels[:, :1], teacher)
 
-        return {
+        found = {
             name: jax.vmap(jax.value_and_grad(row), (0, 0, None))(logits, rows, name)
             for name in EXACT
         }
+        top = TopK.of(jnp.asarray(TEACHER[0, 0]), 1)
+        buckets = [
+            losses.sparse_kl_divergence(logits[0], top, direction=direction)
+            for direction in ("forward", "reverse")
+        ]
+        return found, buckets
 
-    for name, (value, gradient) in jax.device_get(run(LOGITS[0])).items():
+    found, buckets = jax.device_get(run(LOGITS[0]))
+    # What docs/distil.md says of one bucket.
+    np.testing.assert_allclose(buckets, [0.08228, 0.08718], atol=1e-5)
+    for name, (value, gradient) in found.items():
         formula, by_hand = EXACT[name]
 
         def exact(logits, formula=formula):

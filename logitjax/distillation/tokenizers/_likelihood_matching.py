@@ -278,7 +278,7 @@ def likelihood_matching(
 
 
 def chunk_likelihood(student: Likelihood, chunks: ChunkScores) -> Float[jax.Array, "*batch chunks"]:
-    """The student's log-probability of each chunk, and of the end of a word where scores have it."""
+    """The student's log-probability of each chunk, with the end of a word where scores have it."""
     ours = chunk_log_likelihood(student.label, chunks.ids, chunks.ids.shape[-1])
     ends = jnp.asarray(chunks.ends)
     after = gather_at(student.boundary, jnp.maximum(ends, 0))
