@@ -285,15 +285,16 @@ def _estimate(
     there, both = log_law != -jnp.inf, (over != -jnp.inf) & (under != -jnp.inf)
     weight = jnp.exp(jnp.where(there & (over != -jnp.inf), over - log_law, -jnp.inf))
     gap = jnp.where(both, over, 0.0) - jnp.where(both, under, 0.0)
-    gap = gap if direction == "forward" else gap - 1.0
+    if direction == "reverse":
+        gap = gap - 1.0
     lost = jnp.where(weight > 0, jnp.inf, 0.0)
     tail = jnp.where(both, weight * gap, lost).mean(-1)
-    if direction == "forward":
-        return _kl(log_p, log_q, direction) + tail
-    rest = jnp.maximum(1.0 - jnp.exp(log_q).sum(-1), 0.0)
-    # What the other never draws is compared as a bucket, so that it has a price.
+    if direction == "reverse":
+        # Taken off by the draws and added exactly, which leaves less noise.
+        tail = tail + jnp.maximum(1.0 - jnp.exp(log_q).sum(-1), 0.0)
+    # Where nothing was left to draw the other's mass still has a price.
     bucket = _kl(_with_tail(log_p)[..., -1:], _with_tail(log_q)[..., -1:], direction)
-    return _kl(log_p, log_q, direction) + jnp.where(there.any(-1), tail + rest, bucket)
+    return _kl(log_p, log_q, direction) + jnp.where(there.any(-1), tail, bucket)
 
 
 def _with_tail(log_probs: jax.Array) -> jax.Array:
