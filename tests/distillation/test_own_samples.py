@@ -172,9 +172,9 @@ def test_estimates_with_a_wrong_gradient_are_reported_and_not_trained_on():
     with pytest.raises(ValueError, match="loss: expected a weight above 0, got none"):
         Objective(terms=((SampledKL(kind="k1"), 0.0),))
     reported = tuple((SampledKL(kind=kind), 0.0) for kind in ("k1", "k3"))
-    # Of the last token the teacher says nothing: what is reported is infinite.
-    teacher = dataclasses.replace(LIVE, hidden=np.log(np.array([[P, P, [0.9, 0.1, 0.0]]])))
-    teacher = dataclasses.replace(teacher, head=losses.Head(np.eye(3), np.array([0, 0, -np.inf])))
+    # The teacher lacks the last token: what is reported is infinite.
+    head = dataclasses.replace(HEAD, bias=np.float32([0, 0, -np.inf]))
+    teacher = Teacher(hidden=np.tile(TEACHER[:, :1], (1, 3, 1)), head=head)
     labels = np.arange(3)[None]
 
     @jax.jit
