@@ -24,9 +24,7 @@ class _Mixture(Strategy):
         )
         return inputs.fused(jnp.logaddexp(*self.shares(log_q, log_p, axis_name))), {}
 
-    def shares(
-        self, log_q: jax.Array, log_p: jax.Array, axis_name: AxisName | None
-    ) -> tuple[jax.Array, jax.Array]:
+    def shares(self, log_q: Any, log_p: Any, axis_name: AxisName | None) -> tuple[Any, Any]:
         """Logarithms of what student and teacher add to the mixture."""
         raise NotImplementedError
 
@@ -56,9 +54,7 @@ class TeacherMixture(_Mixture):
     def __post_init__(self) -> None:
         checks.between(self.share, 0.0, 1.0, "share")
 
-    def shares(
-        self, log_q: jax.Array, log_p: jax.Array, axis_name: AxisName | None
-    ) -> tuple[jax.Array, jax.Array]:
+    def shares(self, log_q: Any, log_p: Any, axis_name: AxisName | None) -> tuple[Any, Any]:
         return jnp.log(1 - self.share) + log_q, jnp.log(self.share) + log_p
 
 
@@ -91,9 +87,7 @@ class TeacherRedraw(_Mixture):
         if self.top_k < 1:
             raise ValueError(f"top_k: expected at least 1, got {self.top_k}")
 
-    def shares(
-        self, log_q: jax.Array, log_p: jax.Array, axis_name: AxisName | None
-    ) -> tuple[jax.Array, jax.Array]:
+    def shares(self, log_q: Any, log_p: Any, axis_name: AxisName | None) -> tuple[Any, Any]:
         k = min(self.top_k, vocabulary_size(log_p, axis_name))
         accepted = log_p >= kth_largest(log_p, k, axis_name=axis_name)[..., None]
         # Summed over what is refused: less the accepted from 1 would leave rounding.

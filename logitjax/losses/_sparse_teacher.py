@@ -43,12 +43,10 @@ def sparse_kl_divergence(
                       reverse: sum_{i<=k} q_i log(q_i / p_i) + q_rest
                                + mean_s q_s / d_s (log(q_s / p_s) - 1)
 
-    With `m` tokens drawn from the tail by a law `d` (`TailSample.draw`), which may be that of the
-    teacher, of the student, or of a student some steps ago, the last is an unbiased estimate of the
-    whole divergence, and so is its gradient; a single position's value may be negative. The reverse
-    has the exact `q_rest` in the place of the mean of `q_s / d_s`, which cancels much of the noise.
-    For the reverse draw with the student, at the student's own top k: its few draws then land where
-    `q` is, while draws of the teacher's have weights `q_s / p_s` without a bound.
+    With `m` tokens drawn from the tail by a law `d` (`TailSample.draw`), of the teacher or of the
+    student, now or some steps ago, the last is an unbiased estimate of the whole divergence, and so
+    is its gradient; a single position's value may be negative. For the reverse let the student
+    draw, at its own top k: of a teacher's draws the weights have no bound.
 
     What all losses take, return and raise is written in `logitjax.losses`.
 
@@ -245,7 +243,7 @@ def _renormalised_kl(
 def _sparse_kl(
     gathered: jax.Array, log_z: jax.Array, teacher: TopK, drawn: Any, direction: str
 ) -> jax.Array:
-    """`gathered`: the student's logits at the teacher's ids, then at those of the `drawn`.
+    """`gathered`: the student's logits at the teacher's ids, then at those that were drawn.
 
     `drawn`: None, or the teacher's logits there, and log-probabilities of the law that drew them.
     """
@@ -258,24 +256,15 @@ def _sparse_kl(
     log_q = gathered - neginf_to_zero(log_z)[..., None]
     if drawn is not None:
         k, (values, log_law) = log_p.shape[-1], jax.lax.stop_gradient(drawn)
-        return _estimate(
-            (log_p, values - neginf_to_zero(teacher_log_z)[..., None]),
-            (log_q[..., :k], log_q[..., k:]),
-            log_law,
-            direction,
-        )
+        teachers = log_p, values - neginf_to_zero(teacher_log_z)[..., None]
+        return _estimate(teachers, (log_q[..., :k], log_q[..., k:]), log_law, direction)
     # All that is left is one bucket; merging entries can only lower a divergence.
     log_p, log_q = _with_tail(log_p), _with_tail(log_q)
     return _kl(log_p, log_q, direction)
 
 
-def _estimate(
-    teacher: tuple[jax.Array, jax.Array],
-    student: tuple[jax.Array, jax.Array],
-    log_law: jax.Array | None,
-    direction: str,
-) -> jax.Array:
-    """The divergence by log-probabilities of the top k and of draws, weighed by importance."""
+def _estimate(teacher: Any, student: Any, log_law: Any, direction: str) -> jax.Array:
+    """The divergence by log-probabilities at the top k and at draws, weighed by importance."""
     (log_p, drawn_p), (log_q, drawn_q) = teacher, student
     if log_law is None:  # The teacher drew.
         rest = jnp.maximum(1.0 - jnp.exp(log_p).sum(-1, keepdims=True), 0.0)
