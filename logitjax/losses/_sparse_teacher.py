@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
+from logitjax.losses._linear_readout import Readout
 from logitjax.losses._tail_sample import TailSample
 from logitjax.losses.sweep import Blocks, Head, ReadoutStatistic, run
 from logitjax.ops import Array, AxisName, Number, TopK, checks, gather_at, logsumexp, neginf_to_zero
@@ -18,7 +19,7 @@ _LEAST_MASS = 2.0**-24
 
 
 def sparse_kl_divergence(
-    student: Float[Array, "*batch vocab"] | TopK,
+    student: Float[Array, "*batch vocab"] | Readout,
     teacher: TopK,
     *,
     direction: Literal["forward", "reverse"] = "forward",
@@ -51,8 +52,8 @@ def sparse_kl_divergence(
     What all losses take, return and raise is written in `logitjax.losses`.
 
     Args:
-        student: logits `[*batch, vocab]`, or the student's `TopK` at the *teacher's* indices (from
-            `linear_readout`), followed by those of the sample.
+        student: logits `[*batch, vocab]`, or the student's `Readout` at the *teacher's* indices,
+            followed by those of the sample.
         teacher: `TopK` with k entries, its largest or any others, such as the student's. Gets no
             gradient. One without a `log_z` is compared by 'renormalize' alone.
         tail: 'bucket'; 'renormalize', which ignores the tail; or a `TailSample` `[*batch, m]`,
@@ -64,6 +65,7 @@ def sparse_kl_divergence(
         Under `jit`, nan where one of the teacher's ids is outside of the student's vocabulary.
 
     Raises:
+        TypeError: the student is a `TopK`, whose tokens are its own and not the teacher's.
         ValueError: unknown `direction` or `tail`, shapes that do not fit, or a temperature without
             'renormalize'.
 
@@ -82,7 +84,12 @@ def sparse_kl_divergence(
     _check_teacher(teacher, tail)
     wanted = _ids(teacher, tail)
     if isinstance(student, TopK):
-        gathered, log_z = student.values, student.log_z
+        # By rank a student would be compared with other tokens than its own.
+        raise TypeError("student: expected logits, or a Readout at the teacher's ids, got a TopK")
+    if isinstance(student, Readout):
+        if student.gathered is None:
+            raise ValueError("student.gathered: expected logits at the teacher's ids, got None")
+        gathered, log_z = student.gathered, student.log_z
     else:
         logits = checks.as_float(student, "student", vocab_where)
         log_z = logsumexp(logits, axis_name=axis_name)
@@ -253,7 +260,9 @@ def _sparse_kl(
     # A normaliser that overflowed, or is of nothing, beside a logit that exists.
     wrong = jnp.isinf(teacher_log_z)[..., None] & (values != -jnp.inf)
     log_p = jnp.where(wrong, jnp.nan, log_p)
-    log_q = gathered - neginf_to_zero(log_z)[..., None]
+    # Of a student's as well: beside an infinite logit all others would have no mass at all.
+    log_z = jnp.where(log_z == jnp.inf, jnp.nan, neginf_to_zero(log_z))
+    log_q = gathered - log_z[..., None]
     if drawn is not None:
         k, (values, log_law) = log_p.shape[-1], jax.lax.stop_gradient(drawn)
         teachers = log_p, values - neginf_to_zero(teacher_log_z)[..., None]

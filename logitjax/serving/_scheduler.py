@@ -13,7 +13,7 @@ from absl import logging
 
 from logitjax.decoding import Emitted, Engine, PromptReader, Request
 from logitjax.serving._config import ServerConfig
-from logitjax.serving._errors import ApiError, BadRequestError, OverloadedError
+from logitjax.serving._errors import ApiError, BadRequestError
 from logitjax.serving._formats import Follower
 from logitjax.serving._policy import Disclosure
 
@@ -187,7 +187,13 @@ class Scheduler:
             if queued + len(jobs) > self._max_waiting + free:
                 # Those before take turns in all slots: when a client may come back.
                 turns = 1 + queued / max(1, len(self._jobs))
-                raise OverloadedError(max(1, round(turns * self._seconds)))
+                after = str(max(1, round(turns * self._seconds)))
+                raise ApiError(
+                    429,
+                    "too many requests are waiting",
+                    code="overloaded",
+                    headers={"Retry-After": after},
+                )
             groups: dict[int, list[Job]] = {}
             for job in jobs:
                 groups.setdefault(id(job.prompt), []).append(job)

@@ -132,8 +132,7 @@ def _scalar(x, w, b):
 
 def _fused(x, w, b):
     def loss(readout, teacher):
-        student = readout.gathered_top_k(teacher.indices)
-        return losses.sparse_kl_divergence(student, teacher) + 0.3 * readout.cross_entropy
+        return losses.sparse_kl_divergence(readout, teacher) + 0.3 * readout.cross_entropy
 
     return losses.linear_fused_loss(
         x,
@@ -288,6 +287,25 @@ def test_a_token_of_no_mass_may_be_missing_in_the_student():
     student, exists = np.zeros(3, np.float32), np.array([True, False, True])
     value = sparse_kl(student, teacher, tail="renormalize", vocab_where=exists)
     np.testing.assert_allclose(value, 0.0, atol=1e-6)
+
+
+def test_the_student_s_own_top_k_is_refused_and_its_readout_at_the_teacher_s_ids_is_right():
+    logits = X @ W.T
+    with pytest.raises(TypeError, match="TopK"):
+        losses.sparse_kl_divergence(top_k_of(logits, K), TEACHER)
+    readout = losses.Readout(
+        ops.logsumexp(logits), gathered=np.take_along_axis(logits, TEACHER.indices, -1)
+    )
+    np.testing.assert_allclose(sparse_kl(readout, TEACHER), sparse_kl(logits, TEACHER), rtol=1e-5)
+
+
+def test_an_infinite_logit_outside_the_teacher_s_top_k_has_no_finite_divergence():
+    logits = X @ W.T
+    logits[0, 0, np.setdiff1d(np.arange(VOCAB), TEACHER.indices[0, 0])[0]] = np.inf
+    for direction in ("forward", "reverse"):
+        finite = np.isfinite(sparse_kl(logits, TEACHER, direction=direction))
+        assert not finite[0, 0]
+        assert finite.ravel()[1:].all()
 
 
 @pytest.mark.parametrize("engine", ["scan", "rows"])

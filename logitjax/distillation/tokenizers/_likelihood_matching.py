@@ -41,12 +41,7 @@ def boundary_tokens(tokenizer: Tokenizer) -> TokenSet:
 
 
 class Likelihood(NamedTuple):
-    """What a model says of its labels and of what follows them, `[*batch]` each.
-
-    Attributes:
-        label: log-probability of the label.
-        boundary: log-probability that a boundary token comes at the label's place.
-    """
+    """Log-probabilities `[*batch]` of the label, and that a boundary token comes at its place."""
 
     label: Any
     boundary: Any
