@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from logitjax.fusion._inputs import Inputs, Strategy, vocabulary_size
-from logitjax.fusion._kth_largest import kth_largest
-from logitjax.ops import AxisName, checks, log_softmax, psum
+from logitjax.ops import AxisName, checks, log_softmax, psum, top_k
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,7 +88,7 @@ class TeacherRedraw(_Mixture):
 
     def shares(self, log_q: Any, log_p: Any, axis_name: AxisName | None) -> tuple[Any, Any]:
         k = min(self.top_k, vocabulary_size(log_p, axis_name))
-        accepted = log_p >= kth_largest(log_p, k, axis_name=axis_name)[..., None]
+        accepted = log_p >= top_k(log_p, k, axis_name=axis_name)[0][..., -1:]
         # Summed over what is refused: less the accepted from 1 would leave rounding.
         refused = psum(jnp.where(accepted, 0.0, jnp.exp(log_q)).sum(-1, keepdims=True), axis_name)
         return jnp.where(accepted, log_q, -jnp.inf), jnp.log(refused) + log_p
