@@ -587,6 +587,8 @@ TABLE: dict[str, Case] = {
     "fusion.ProxyTuning": _fused_by(fusion.ProxyTuning()),
     "fusion.ContrastiveDecoding": _fused_by(fusion.ContrastiveDecoding()),
     "fusion.LogitDifference": _fused_by(fusion.LogitDifference(filter="clean")),
+    "fusion.TeacherMixture": _fused_by(fusion.TeacherMixture()),
+    "fusion.TeacherRedraw": _fused_by(fusion.TeacherRedraw(top_k=2)),
     "fusion.DynamicFusion": _fused_by(fusion.DynamicFusion()),
     "leakage.align_head": Case(
         call=lambda basis, head: leakage.align_head(basis, head),
