@@ -55,6 +55,9 @@ class Config:
         "package.module:Name:0.5.",
         listing=distillation.terms.TERMS.help,
     )
+    on_policy: distillation.on_policy.OnPolicy = nested(
+        distillation.on_policy.OnPolicy(), rename={"share": "on_policy"}
+    )
     pruning: distillation.Pruning = distillation.Pruning()  # noqa: RUF009
     lora_rank: int = field(
         0, "Rank of adapters to train in place of the model. 0 trains the model."
@@ -91,6 +94,10 @@ class Config:
         if self.freeze == "below" and (not self.pruning.drop_layers or self.layout != "listed"):
             raise ValueError("freeze: expected drop_layers and listed layers with below")
         named = self.reading.teachers
+        if self.on_policy.share and self.reading.teacher_reads != "live":
+            raise ValueError(
+                "on_policy: expected --teacher_reads=live, as no cache has what a student writes"
+            )
         if self.teacher_weight and len(self.teacher_weight) != len(named):
             raise ValueError(
                 f"teacher_weight: expected {len(named)}, one a teacher, got "
@@ -160,7 +167,15 @@ def run(config: Config, out: epath.Path) -> None:
     if jax.process_index() == 0 and (table := corpus.tokenizer_table()):
         storage.write_atomic(out / "tokenizers.md", markdown_table(table) + "\n")
         print(markdown_table(table))
-    found = distillation.distill(student, corpus, objective, course, mesh=mesh, workdir=out)
+    found = distillation.distill(
+        student,
+        corpus,
+        objective,
+        course,
+        mesh=mesh,
+        workdir=out,
+        on_policy=config.on_policy,
+    )
     storage.progress.mark(f"writing {out / 'model'}", log=True)
     models.save_pretrained(found.model, tokenizer, out / "model")
     rows += [

@@ -9,9 +9,11 @@
   `graph_fusion_objective` (InfiGFusion), `dual_head_loss`, `universal_logit_distance`.
 - Across tokenizers: `align_chunks`, `token_projection`, `linear_projected_kl_divergence`,
   `linear_likelihood`.
+- `distillation.on_policy`: a student learns on what it writes itself.
 - `TeacherCache` keeps a teacher's top logits on disk.
 """
 
+from logitjax.distillation import on_policy as on_policy
 from logitjax.distillation import terms as terms
 from logitjax.distillation._align_gradients import align_gradients as align_gradients
 from logitjax.distillation._align_gradients import aligned_value_and_grad as aligned_value_and_grad

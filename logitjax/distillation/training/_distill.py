@@ -18,6 +18,9 @@ from jax.sharding import Mesh
 from logitjax import decoding, losses, models, processes, storage, training
 from logitjax.distillation._objective import Objective
 from logitjax.distillation._teacher import Teacher, Vocabularies
+from logitjax.distillation.on_policy._options import OnPolicy
+from logitjax.distillation.on_policy._rollouts import Rollouts
+from logitjax.distillation.on_policy._update import OnPolicyUpdate
 from logitjax.distillation.tokenizers._likelihood_matching import ChunkScores, TokenSet
 from logitjax.distillation.tokenizers._projection import TokenProjection
 from logitjax.distillation.training._corpus import Corpus, Reading
@@ -275,6 +278,7 @@ def train_student(
     mesh: Mesh,
     directory: epath.Path,
     scorer: Scorer | None = None,
+    on_policy: OnPolicy = OnPolicy(),  # noqa: B008
 ) -> Trained:
     """Train a student; continue bit for bit from the newest checkpoint, or read a finished run.
 
@@ -286,6 +290,7 @@ def train_student(
         mesh: Mesh of the state.
         directory: Folder of checkpoints and of `metrics.jsonl`.
         scorer: Scores validation rows during training.
+        on_policy: How much of each batch the student writes; its teachers have to read live.
 
     Returns:
         The `Trained`.
@@ -300,15 +305,20 @@ def train_student(
     rows = corpus.packed.splits["train"]
     index, count = training.BatchLayout(mesh).share
 
-    def batch(number: int) -> dict[str, Any]:
-        here = rows.batch(
+    def text(number: int) -> dict[str, Any]:
+        return rows.batch(
             number,
             seed=course.seed,
             batch_size=course.batch_size,
             process_index=index,
             process_count=count,
         )
-        return corpus.batch("train", here, taught=bool(sources))
+
+    def taught(rows: Mapping[str, Any]) -> dict[str, Any]:
+        return corpus.batch("train", rows, taught=bool(sources))
+
+    def batch(number: int) -> dict[str, Any]:
+        return taught(text(number))
 
     _check_seen(LossFunction(objective, student, sources), batch, frozen, course, mesh=mesh)
 
@@ -316,16 +326,37 @@ def train_student(
         return scorer.scores(state.params, "validation")
 
     with training.Checkpointer(directory / "checkpoints", max_to_keep=1) as checkpointer:
+        update: Any = functools.partial(step, constants=frozen)
+        if on_policy.share:
+            update = OnPolicyUpdate(
+                rollouts=Rollouts(
+                    student,
+                    on_policy,
+                    corpus.packed,
+                    batch_size=course.batch_size,
+                    seed=course.seed,
+                    mesh=mesh,
+                    directory=directory / "rollouts",
+                ),
+                taught=taught,
+                step=step,
+                frozen=frozen,
+                oldest=lambda: min(checkpointer.steps(), default=0),
+            )
         state = training.train_loop(
             state,
-            functools.partial(step, constants=frozen),
-            batch,
+            update,
+            text if on_policy.share else batch,
             total_steps=course.steps,
             workdir=directory,
             checkpointer=checkpointer,
             eval_fn=validate if course.loop.eval_every else None,
             writer=training.make_writer(directory, tensorboard=course.tensorboard),
-            identity={"data": rows.fingerprint, "loss": _identity(objective, course)},
+            identity={
+                "data": rows.fingerprint,
+                "loss": _identity(objective, course),
+                **({"on_policy": repr(on_policy)} if on_policy.share else {}),
+            },
             options=course.loop,
         )
     lines = processes.broadcast_from_first(lambda: _lines(directory / "metrics.jsonl"))
@@ -422,6 +453,7 @@ def distill(
     *,
     mesh: Mesh,
     workdir: epath.Path,
+    on_policy: OnPolicy = OnPolicy(),  # noqa: B008
 ) -> Distilled:
     """Train a student on text and on its teachers' output, and score it before and after.
 
@@ -435,6 +467,7 @@ def distill(
         course: How long and how fast.
         mesh: Mesh of training.
         workdir: Folder of everything that is kept.
+        on_policy: How much of each batch the student writes; its teachers have to read live.
 
     Returns:
         The `Distilled`.
@@ -444,7 +477,10 @@ def distill(
             devices cannot share a batch.
     """
     course.check(mesh)
-    _check_folder(_made_from(student, corpus, objective, course), workdir)
+    made_from = _made_from(student, corpus, objective, course)
+    if on_policy.share:
+        made_from["on_policy"] = dataclasses.asdict(on_policy)
+    _check_folder(made_from, workdir)
     scorer = Scorer(student, corpus, course, mesh=mesh)
     first = workdir / "before.json"
     if not processes.broadcast_from_first(first.exists):
@@ -453,7 +489,14 @@ def distill(
         processes.write_json(first, record)
     before = processes.broadcast_from_first(lambda: json.loads(first.read_text()))
     trained = train_student(
-        student, corpus, objective, course, mesh=mesh, directory=workdir / "train", scorer=scorer
+        student,
+        corpus,
+        objective,
+        course,
+        mesh=mesh,
+        directory=workdir / "train",
+        scorer=scorer,
+        on_policy=on_policy,
     )
     after = scorer.scores(trained.params, "test")
     prompt, said = scorer.sample(trained.params)
