@@ -22,6 +22,7 @@ class OnPolicyUpdate:
         step: The update.
         frozen: Its constants.
         oldest: Step of the oldest checkpoint.
+        reported: What teachers have to report of the last reading.
     """
 
     rollouts: Rollouts
@@ -29,6 +30,7 @@ class OnPolicyUpdate:
     step: training.TrainStep
     frozen: Any
     oldest: Callable[[], int]
+    reported: Callable[[], dict[str, tuple[float, float]]] = dict
 
     def __call__(
         self, state: training.TrainState, rows: Mapping[str, Any]
@@ -49,4 +51,5 @@ class OnPolicyUpdate:
         tokens = float(np.size(batch["pivot"]["tokens"]))
         for name, seconds in zip(("teacher", "update"), np.diff(clocks), strict=True):
             metrics[f"{name}/tokens_per_second"] = (tokens, float(seconds))
+        metrics |= self.reported()
         return state, dataclasses.replace(output, metrics={**output.metrics, **metrics})

@@ -342,6 +342,7 @@ def train_student(
                 step=step,
                 frozen=frozen,
                 oldest=lambda: min(checkpointer.steps(), default=0),
+                reported=corpus.metrics,
             )
         state = training.train_loop(
             state,
