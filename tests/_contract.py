@@ -802,7 +802,7 @@ ELSEWHERE = {
         distillation.StudentNeeds distillation.TeacherNeeds distillation.Term
         distillation.parse_terms distillation.prune_layers distillation.prune_width
         distillation.score_function distillation.targets distillation.teacher_record
-        distillation.train_student distillation.update_program distillation.visited_rows
+        distillation.train_student distillation.update_programs distillation.visited_rows
         distillation.TeacherCache unlearning.make_answer_loss
         unlearning.merge_by_distillation unlearning.paired_model
         unlearning.Unlearning unlearning.examine unlearning.padded_rows

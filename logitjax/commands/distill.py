@@ -192,7 +192,7 @@ def run(config: Config, out: epath.Path) -> None:
 
 
 def programs(config: Config, mesh: jax.sharding.Mesh) -> Iterator[training.Program]:
-    """The update of the student, for `python -m experiments.plan --command=distill`."""
+    """What the run compiles, for `python -m experiments.plan --command=distill`."""
     shape = models.load_config(config.student)
     layers = len(config.pruning.keep_layers) or shape.num_layers - config.pruning.drop_layers
     shape = dataclasses.replace(
@@ -204,12 +204,13 @@ def programs(config: Config, mesh: jax.sharding.Mesh) -> Iterator[training.Progr
             shape, rngs=nnx.Rngs(0), dtype=config.dtype, layout=config.layout, remat=config.remat
         )
 
-    yield distillation.update_program(
+    yield from distillation.update_programs(
         model,
         _objective(config),
         _course(config),
         _reading(config),
         mesh=mesh,
+        on_policy=config.on_policy,
         freeze="embedding" if config.freeze == "below" else config.freeze,
         lora_rank=config.lora_rank,
     )

@@ -72,10 +72,10 @@ from logitjax.distillation.training._distill import Trained as Trained
 from logitjax.distillation.training._distill import distill as distill
 from logitjax.distillation.training._distill import make_update as make_update
 from logitjax.distillation.training._distill import train_student as train_student
-from logitjax.distillation.training._distill import update_program as update_program
 from logitjax.distillation.training._loss_function import LossFunction as LossFunction
 from logitjax.distillation.training._loss_function import score_function as score_function
 from logitjax.distillation.training._loss_function import targets as targets
+from logitjax.distillation.training._programs import update_programs as update_programs
 from logitjax.distillation.training._prune import LayerPruning as LayerPruning
 from logitjax.distillation.training._prune import Pruning as Pruning
 from logitjax.distillation.training._prune import prune_layers as prune_layers

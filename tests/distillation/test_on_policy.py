@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import http.server
+import json
 import threading
 
 import jax
@@ -225,6 +226,42 @@ def test_a_run_killed_between_two_updates_that_share_rollouts_goes_on_bit_for_bi
     # What no checkpoint needs any more is gone.
     kept = [path.name for path in (tmp_path / "whole" / "rollouts").iterdir()]
     assert kept == ["2.npz"]
+
+
+@pytest.mark.every_change
+def test_a_column_of_the_data_sends_each_row_to_its_teacher(tmp_path):
+    """Rows for one teacher hold no text for another, and only its hidden states count there."""
+    path = tmp_path / "rows.jsonl"
+    names = ["tiny:1", "tiny:2"]
+    lines = [{"text": f"{i} " + "word " * 9, "teacher": names[i % 2]} for i in range(40)]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    reading = distillation.Reading(
+        data=f"jsonl:{path}",
+        seq_len=LENGTH,
+        teachers=tuple(names),
+        teacher_reads="live",
+        terms=(distillation.terms.FullKL(),),
+    )
+    out = epath.Path(tmp_path)
+    tokenizer = models.load_tokenizer("tiny")
+    packed = distillation.pack_corpus(reading, tokenizer, out / "packed")
+    corpus = distillation.load_corpus(reading, packed, {}, out / "teachers")
+    rows = packed.splits["train"].batch(0, seed=0, batch_size=ROWS)
+    texts = [tokenizer.decode(row) for row in rows["pivot"]["tokens"].tolist()]
+    odd = [any(word.isdigit() and int(word) % 2 for word in text.split()) for text in texts]
+    batch = corpus.batch("train", rows, taught=True)
+    np.testing.assert_array_equal(batch["teacher_weights"].argmax(1), odd)
+    assert 0 < sum(odd) < ROWS
+    objective = distillation.Objective(terms=((distillation.terms.FullKL(), 1.0),))
+    loss = distillation.LossFunction(objective, taught := student(), reading.names)
+    value = jax.jit(lambda batch, frozen: loss(taught.trained, batch, None, frozen)[0])
+    frozen = {**taught.frozen, **corpus.constants}
+    before = value(batch, frozen)
+    # The first teacher's states of the second's rows may be anything.
+    sources = dict(batch["sources"])
+    states = np.where(np.array(odd)[:, None, None], np.nan, sources["source0"].hidden)
+    sources["source0"] = dataclasses.replace(sources["source0"], hidden=states)
+    np.testing.assert_array_equal(value(batch | {"sources": sources}, frozen), before)
 
 
 @contextlib.contextmanager

@@ -113,10 +113,12 @@ class Corpus:
     Attributes:
         packed: The rows, under every model's tokenizer; the student's is called `pivot`.
         sources: Each teacher's output, by its name.
+        specs: What users call the teachers, in the same order.
     """
 
     packed: data.PackedSplits
     sources: Mapping[str, Source]
+    specs: tuple[str, ...] = ()
 
     def metrics(self) -> dict[str, tuple[float, float]]:
         """What live teachers have to report since they were asked last."""
@@ -173,7 +175,19 @@ class Corpus:
             batch["sources"] = {
                 name: source.view(split, rows) for name, source in self.sources.items()
             }
+            if "teacher" in rows:
+                batch["teacher_weights"] = self._routes(split)[rows["teacher"]]
         return batch
+
+    def _routes(self, split: str) -> np.ndarray:
+        """`[teachers of the data, sources]`: which source a row's teacher is."""
+        named = list(self.packed.splits[split].routes)
+        unknown = [name for name in named if name not in self.specs]
+        if unknown:
+            raise ValueError(
+                f"teacher: expected one of {list(self.specs)}, got {unknown[0]!r} in the data"
+            )
+        return np.array([[spec == name for spec in self.specs] for name in named], np.float32)
 
     def scored(
         self, split: str, mesh: Mesh, *, batch_size: int, rows: int
@@ -306,7 +320,8 @@ def load_corpus(
     """
     named = dict(zip(reading.names, reading.teachers, strict=True))
     if reading.teacher_reads == "live":
-        return Corpus(packed=packed, sources=_live_sources(reading, packed, directory, known or {}))
+        live = _live_sources(reading, packed, directory, known or {})
+        return Corpus(packed=packed, sources=live, specs=reading.teachers)
     # What is refused, or does not answer, is said before models read for hours.
     order = {"cache": 0, "api": 1}
     soonest = sorted(named, key=lambda name: order.get(named[name].partition(":")[0], 2))
@@ -318,7 +333,7 @@ def load_corpus(
         columns = packed.names[name]
         vocabularies = _vocabularies(reading, packed, columns, directory)
         sources[name] = Source(columns, packed, caches[name], vocabularies)
-    return Corpus(packed=packed, sources=sources)
+    return Corpus(packed=packed, sources=sources, specs=reading.teachers)
 
 
 def _live_sources(

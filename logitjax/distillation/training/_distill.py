@@ -5,27 +5,24 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from logitjax import decoding, losses, models, processes, storage, training
+from logitjax import decoding, models, processes, storage, training
 from logitjax.distillation._objective import Objective
-from logitjax.distillation._teacher import Teacher, Vocabularies
+from logitjax.distillation._teacher import Vocabularies
 from logitjax.distillation.on_policy._options import OnPolicy
 from logitjax.distillation.on_policy._rollouts import Rollouts
 from logitjax.distillation.on_policy._update import OnPolicyUpdate
-from logitjax.distillation.tokenizers._likelihood_matching import ChunkScores, TokenSet
-from logitjax.distillation.tokenizers._projection import TokenProjection
-from logitjax.distillation.training._corpus import Corpus, Reading
+from logitjax.distillation.training._corpus import Corpus
 from logitjax.distillation.training._loss_function import LossFunction, score_function
-from logitjax.distillation.training._student import Student, make_student
+from logitjax.distillation.training._student import Student
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,85 +123,6 @@ def make_update(
         counts=loss.counts if course.accumulate > 1 else None,
     )
     return tx, step
-
-
-def update_program(
-    model: Callable[[], models.Decoder],
-    objective: Objective,
-    course: Course,
-    reading: Reading,
-    *,
-    mesh: Mesh,
-    name: str = "update of the student",
-    **options: Any,
-) -> training.Program:
-    """The update of a student, for a plan: no weights are loaded or initialised.
-
-    Args:
-        model: Makes the decoder; it is only traced.
-        objective: What is minimised.
-        course: How long and how fast.
-        reading: Sizes of rows and of the teachers' output.
-        mesh: Mesh of the state.
-        name: What the program does, in words.
-        **options: For `make_student`.
-    """
-    made: list[Student] = []
-    sizes: list[int] = []
-
-    def build() -> tuple[Any, Any]:
-        decoder = model()
-        sizes.append(decoder.config.vocab_size)
-        made.append(make_student(decoder, objective=objective, **options))
-        return made[0].trained, made[0].frozen
-
-    trained, frozen = jax.eval_shape(build)
-    student = Student(graphdef=made[0].graphdef, trained=trained, frozen=frozen)
-    names = reading.names if objective.taught else ()
-    needs = [term.teacher for term, _ in objective.terms if term.teacher is not None]
-    # Of another vocabulary nothing is known here: as large as the student's, token by token.
-    rules_needed = {n.projection for n in needs if n.projection}
-    sources = dict.fromkeys(names, _same_vocabulary(sizes[0], rules_needed))
-    tx, step = make_update(student, objective, course, sources, mesh=mesh)
-    rules, sharding = models.DECODER_RULES, training.BatchLayout(mesh).sharding
-
-    def rows(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((course.batch_size, *shape), dtype, sharding=sharding)
-
-    length, k = reading.seq_len, reading.top_k
-    columns = {n: rows(jnp.int32, length) for n in ("tokens", "segment_ids", "positions")}
-    batch: dict[str, Any] = {"pivot": columns | {"loss_mask": rows(jnp.bool_, length)}}
-    if names:
-        log_z, mean, std = (rows(jnp.float32, length - 1) for _ in range(3))
-        said = losses.GraphStatistics(
-            values=rows(jnp.float32, length - 1, k),
-            indices=rows(jnp.int32, length - 1, k),
-            log_z=log_z,
-            mean=mean,
-            std=std,
-        )
-        places, ids = rows(jnp.bool_, length - 1), rows(jnp.int32, length - 1)
-        chunks = None
-        if any(n.chunks for n in needs):
-            chunks = ChunkScores(ids=ids, ends=ids, scores=log_z, where=places)
-        teacher = Teacher(statistics=said, where=places, single=places, chunks=chunks)
-        batch["sources"] = dict.fromkeys(names, teacher)
-    state = training.TrainState.abstract(trained, tx, mesh=mesh, rules=rules)
-    placed = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        frozen,
-        rules.shardings(frozen, mesh),
-    )
-    return training.Program(name=name, jitted=step, arguments=(state, batch, placed))
-
-
-def _same_vocabulary(size: int, rules: Iterable[str]) -> Vocabularies:
-    ids = np.arange(size, dtype=np.int32)[:, None]
-    one = TokenProjection(ids=ids, weights=np.ones(ids.shape, np.float32), size=size)
-    return Vocabularies(
-        projections=dict.fromkeys(rules, one),
-        boundary=TokenSet(np.ones(size, bool)),
-    )
 
 
 class Scorer:
