@@ -20,7 +20,6 @@ from logitjax import (
     ops,
     testing,
     transport,
-    unlearning,
     vq,
 )
 from logitjax.losses import Blocks, Head, TailSample
@@ -111,7 +110,6 @@ STATES, HEAD = _normal(3, BATCH, LENGTH, HIDDEN), _normal(4, HIDDEN, VOCAB)
 BEFORE, ITS_HEAD = _normal(5, BATCH, LENGTH, CODES), _normal(6, CODES, VOCAB)
 LABELS = _ids(7, VOCAB, BATCH, LENGTH)
 WHERE = np.array([[True, True, False], [False, True, True]])
-NLL = np.abs(_normal(8, BATCH)) + 1
 CODEBOOK = _normal(9, CODES, HIDDEN)
 BIAS, MAP = _normal(10, VOCAB), np.arange(VOCAB, dtype=np.int32) % CODES
 UNIGRAM = np.arange(1, VOCAB + 1, dtype=np.float32)
@@ -158,12 +156,6 @@ def _top(values: Any, indices: Any, log_z: Any) -> TopK:
     return TopK(values=values, indices=indices, log_z=log_z)
 
 
-def _answers(names: str, function: Callable[..., Any], **options: Any) -> Case:
-    arrays = {name: NLL + i for i, name in enumerate(names.split())}
-    # By name: under `jit` they come in the order of the alphabet.
-    return Case(call=lambda **x: function(*(x[n] for n in arrays), **options), arrays=arrays)
-
-
 def _graphs(function: Callable[..., Any]) -> Case:
     """Of symmetric matrices of different sizes."""
     sides = (LOGITS[0].T @ LOGITS[0], THEIRS[0].T @ THEIRS[0])
@@ -192,10 +184,6 @@ def _fused_by(strategy: Any) -> Case:
 def _at_coupling(c: Any, d: Any, **coupling: Any) -> Any:
     some = jax.eval_shape(transport.sorted_coupling, LOGITS[0, 0], THEIRS[0, 0])
     return transport.gw_at_coupling(c, d, dataclasses.replace(some, **coupling))
-
-
-def _tables(bias: Any, assignment: Any) -> Any:
-    return vq.vq_tables(bias, assignment, CODES, width=4)
 
 
 def _fused(hidden: Any, head: Any, labels: Any, weights: Any) -> Any:
@@ -403,16 +391,13 @@ TABLE: dict[str, Case] = {
         logits=("bias",),
         free=(("codebook", CODES),),
     ),
-    "vq.vq_tables": Case(
-        call=lambda bias, assignment: _tables(bias, assignment).log_mass,
-        arrays={"bias": BIAS, "assignment": MAP},
+    "vq.VQTables": Case(
+        call=lambda bias, assignment, hidden, codebook: vq.VQTables.of(
+            bias, assignment, CODES, width=4
+        ).top_k(hidden, codebook, 2),
+        arrays={"bias": BIAS, "assignment": MAP, "hidden": STATES, "codebook": CODEBOOK},
         counts={"assignment": (CODES, "error")},
         logits=("bias",),
-        rows=False,
-    ),
-    "vq.vq_topk": Case(
-        call=lambda hidden, codebook: vq.vq_topk(hidden, codebook, _tables(BIAS, MAP), 2),
-        arrays={"hidden": STATES, "codebook": CODEBOOK},
         free=(("hidden", BATCH), ("hidden", LENGTH)),
     ),
     "vq.perplexity_floor": Case(
@@ -647,82 +632,6 @@ TABLE: dict[str, Case] = {
     "leakage.estimate_output_subspace": Case(
         call=_subspace, arrays={"rows": OBSERVED}, host=True, rows=False
     ),
-    # unlearning
-    "unlearning.gradient_ascent": dataclasses.replace(
-        _answers("nll", unlearning.gradient_ascent), loose=("nll",), loss={}
-    ),
-    "unlearning.satimp": dataclasses.replace(
-        _answers("nll", unlearning.satimp),
-        loose=("nll",),
-        limits=("nll",),
-        loss={"skip": ("differences",)},
-    ),
-    "unlearning.npo": dataclasses.replace(
-        _answers("nll reference", unlearning.npo),
-        limits=("nll", "reference"),
-        loss={"constant": ("reference",)},
-    ),
-    "unlearning.dpo": dataclasses.replace(
-        _answers("chosen rejected reference_chosen reference_rejected", unlearning.dpo),
-        limits=("chosen", "rejected", "reference_chosen", "reference_rejected"),
-        loss={"constant": ("reference_chosen", "reference_rejected")},
-    ),
-    "unlearning.simnpo": Case(
-        call=lambda nll, lengths: unlearning.simnpo(nll, lengths),
-        loss={},
-        arrays={"nll": NLL, "lengths": np.arange(1, BATCH + 1, dtype=np.int32)},
-        limits=("nll",),
-    ),
-    "unlearning.sequence_nll": Case(
-        loose=("nll", "where"),
-        call=lambda nll, where: unlearning.sequence_nll(nll, where),
-        arrays={"nll": LOGITS[..., 0], "where": WHERE},
-        where="where",
-    ),
-    "unlearning.undial": Case(
-        call=lambda student, teacher, labels: unlearning.undial(student, teacher, labels),
-        loss={"constant": ("teacher",)},
-        arrays={**PAIR, "labels": LABELS},
-        logits=("student", "teacher"),
-        counts=LABELLED,
-    ),
-    "unlearning.linear_undial": Case(
-        call=lambda hidden, head, before, its_head, labels: unlearning.linear_undial(
-            hidden, head, before, its_head, labels, blocks=BLOCKS
-        ),
-        swept=True,
-        loss={"constant": ("before", "its_head")},
-        arrays={**BOTH, "labels": LABELS},
-        counts=LABELLED,
-    ),
-    "unlearning.uniform_kl": Case(
-        call=lambda x: unlearning.uniform_kl(x), arrays={"x": LOGITS}, logits=("x",), loss={}
-    ),
-    "unlearning.linear_uniform_kl": Case(
-        call=lambda hidden, head: unlearning.linear_uniform_kl(hidden, head, blocks=BLOCKS),
-        loss={},
-        swept=True,
-        arrays={"hidden": STATES, "head": HEAD},
-        free=(
-            ("hidden", BATCH),
-            ("hidden", LENGTH),
-            ("head", VOCAB),
-        ),
-    ),
-    "unlearning.rmu": Case(
-        call=lambda hidden, target: unlearning.rmu(hidden, target),
-        loss={"constant": ("target",)},
-        arrays={"hidden": STATES, "target": BEFORE[..., :HIDDEN]},
-    ),
-    "unlearning.unlearning_objective": Case(
-        loose=("forget", "retain", "where"),
-        call=lambda forget, retain, where: unlearning.unlearning_objective(
-            forget, retain, forget_where=where, retain_where=where
-        ),
-        arrays={"forget": LOGITS[..., 0], "retain": TEACHER[..., 0], "where": WHERE},
-        rows=False,
-        where="where",
-    ),
 }
 
 PACKAGES = [
@@ -754,8 +663,8 @@ ELSEWHERE = {
         kernels.build kernels.in_use kernels.on_cpu kernels.lookup_sums kernels.row_products
         kernels.largest_ids""",
     "tests/test_classifier_inputs.py": """
-        few_shot.FewShotTask few_shot.Inputs few_shot.Method few_shot.Recipe few_shot.batch_order
-        few_shot.best_setting few_shot.train few_shot.sweep few_shot.FeatureCache few_shot.Features
+        few_shot.FewShotTask few_shot.Inputs few_shot.Method few_shot.Recipe
+        few_shot.best_setting few_shot.sweep few_shot.FeatureCache few_shot.Features
         few_shot.extract_features vision.Encoder data.ImageSet data.load_images""",
     "tests/commands/test_few_shot.py": """
         few_shot.Candidate few_shot.FittedHead few_shot.Pictures few_shot.fit""",
@@ -804,15 +713,15 @@ ELSEWHERE = {
         distillation.score_function distillation.targets distillation.teacher_record
         distillation.train_student distillation.update_programs distillation.visited_rows
         distillation.TeacherCache unlearning.make_answer_loss
-        unlearning.merge_by_distillation unlearning.paired_model
+        unlearning.paired_model
         unlearning.Unlearning unlearning.examine unlearning.padded_rows
         unlearning.relearning
         unlearning.read_rows unlearning.share_interval unlearning.split_rows
         serving.Key serving.Listening serving.ServerConfig serving.build_app serving.read_keys
         serving.run_server
-        vq.HiddenCache vq.convert_head vq.load_head vq.save_head few_shot.choose_rows
+        vq.HiddenCache vq.load_head few_shot.choose_rows
         few_shot.candidates few_shot.load few_shot.read_pictures
-        few_shot.encoder_views few_shot.sweep_program decoding.Engine decoding.generate
+        few_shot.encoder_views decoding.Engine decoding.generate
         decoding.PromptReader
         decoding.load_ensemble decoding.next_token_program decoding.nll_from_model decoding.score
         evaluation.encode_answer evaluation.encode_prompt
@@ -833,5 +742,5 @@ ELSEWHERE = {
         leakage.verdict leakage.recover_log_probs leakage.harvest_log_probs leakage.search_logits
         fusion.vocabulary_map""",
     "numbers alone, or draws": """
-        vq.vq_sample leakage.row_queries""",
+        leakage.row_queries""",
 }

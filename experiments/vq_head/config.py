@@ -11,13 +11,11 @@ ARMS = (
     "vq_random",
     "vq_bias",
     "vq_likelihood",
-    "low_rank",
     "product",
     "packed_product",
     "wide_low_rank",
     "adaptive",
     "full_bias_labels",
-    "full_labels",
 )
 SCRATCH_ARMS = (
     "full_bias",
@@ -26,7 +24,6 @@ SCRATCH_ARMS = (
     "vq_reassigned",
     "vq_random",
     "vq_plain",
-    "low_rank",
     "adaptive",
 )
 
@@ -138,7 +135,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         kmeans_iterations=5,
     ),
     "report": dict(
-        arm=tuple(arm for arm in ARMS if arm != "full_labels"),
         codes=(2048, 512),
         seeds=3,
         learning_rate=(1e-3, 3e-3),

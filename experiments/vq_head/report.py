@@ -20,35 +20,22 @@ from experiments.shared.report import (
 from experiments.vq_head.data import Context
 from logitjax.commands import figures
 
-NAMES = {
-    "full": "full head, untouched",
-    "full_bias_labels": "full head, biases tuned on labels (control)",
-    "full_labels": "full head, rows and biases tuned on labels (control)",
-    "vq_paper": "VQ as published: k-means over rows, no bias",
-    "vq_plain": "VQ, weighted k-means, no bias",
-    "vq_random": "VQ + bias, random mapping",
-    "vq_bias": "VQ + bias, weighted k-means",
-    "vq_likelihood": "VQ + bias, likelihood reassignment",
-    "low_rank": "low rank of equal size + bias",
-    "wide_low_rank": "low rank, wider, + bias",
-    "product": "product quantisation + bias",
-    "packed_product": "product quantisation, 16 codes a group, + bias",
-    "adaptive": "adaptive softmax, tuned on labels",
-}
-# The same beside lines of a picture, where there is less room.
-_LINES = {
-    "full_bias_labels": "tuned biases",
-    "full_labels": "tuned rows and biases",
-    "vq_paper": "VQ as published",
-    "vq_plain": "VQ, weighted",
-    "vq_random": "VQ + bias, random",
-    "vq_bias": "VQ + bias",
-    "vq_likelihood": "VQ + bias, reassigned",
-    "low_rank": "low rank",
-    "wide_low_rank": "wider low rank",
-    "product": "product codes",
-    "packed_product": "packed product codes",
-    "adaptive": "adaptive softmax",
+# Of each arm its name in tables, and beside lines of a picture, where there is less room.
+_NAMES = {
+    "full": ("full head, untouched", ""),
+    "full_bias_labels": ("full head, biases tuned on labels (control)", "tuned biases"),
+    "vq_paper": ("VQ as published: k-means over rows, no bias", "VQ as published"),
+    "vq_plain": ("VQ, weighted k-means, no bias", "VQ, weighted"),
+    "vq_random": ("VQ + bias, random mapping", "VQ + bias, random"),
+    "vq_bias": ("VQ + bias, weighted k-means", "VQ + bias"),
+    "vq_likelihood": ("VQ + bias, likelihood reassignment", "VQ + bias, reassigned"),
+    "wide_low_rank": ("low rank, wider, + bias", "wider low rank"),
+    "product": ("product quantisation + bias", "product codes"),
+    "packed_product": (
+        "product quantisation, 16 codes a group, + bias",
+        "packed product codes",
+    ),
+    "adaptive": ("adaptive softmax, tuned on labels", "adaptive softmax"),
 }
 SCRATCH_NAMES = {
     "full_bias": "full softmax + bias (control)",
@@ -57,7 +44,6 @@ SCRATCH_NAMES = {
     "vq_reassigned": "the same, tokens reassigned twice *",
     "vq_random": "VQ + bias, random mapping",
     "vq_plain": "VQ without bias, mapping from pretrained rows *",
-    "low_rank": "low rank of equal size + bias",
     "adaptive": "adaptive softmax",
 }
 # The only figures that could be read: the abstract of arXiv:2505.10202.
@@ -99,7 +85,7 @@ def _row(
 ) -> dict[str, Any]:
     first = group[0]
     cost, whole = first["cost"], full["cost"]
-    codes = first["codes"] if first["arm"].startswith(("vq", "short", "low_rank")) else None
+    codes = first["codes"] if first["arm"].startswith(("vq", "short")) else None
     rows_size = ctx.vocab * ctx.width
     row = {
         "head": _name(first["arm"]),
@@ -137,11 +123,11 @@ def _added(record: Mapping[str, Any], ctx: Context) -> int:
 
 
 def _name(arm: str) -> str:
-    if arm in NAMES:
-        return NAMES[arm]
+    if arm in _NAMES:
+        return _NAMES[arm][0]
     kind, _, rest = arm.rpartition("_")
     if arm.startswith("screened"):
-        return f"{NAMES[kind.removeprefix('screened_')]}, best {rest} by exact rows"
+        return f"{_NAMES[kind.removeprefix('screened_')][0]}, best {rest} by exact rows"
     return f"shortlist of {rest} pages, exact rows"
 
 
@@ -245,9 +231,9 @@ def frontier(
 def _line(arm: str, codes: int) -> str:
     """What a point of the frontier belongs to: shortlists by codebook, others by kind."""
     if arm.startswith("screened"):
-        return f"{_LINES[arm.removeprefix('screened_').rpartition('_')[0]]} + exact rows"
-    if arm in _LINES:
-        return _LINES[arm]
+        return f"{_NAMES[arm.removeprefix('screened_').rpartition('_')[0]][1]} + exact rows"
+    if arm in _NAMES:
+        return _NAMES[arm][1]
     return f"shortlist, K = {codes}"
 
 
@@ -261,7 +247,7 @@ def curves(
             name=f"{arm} {codes}", runs=[list(enumerate(record["curve"])) for record in group]
         )
         for (arm, codes), group in groups.items()
-        if group[0]["curve"] and arm in NAMES and "labels" not in arm and arm != "adaptive"
+        if group[0]["curve"] and arm in _NAMES and "labels" not in arm and arm != "adaptive"
     ]
     scratch = [
         figures.Series(name=arm, runs=[record["curve"] for record in group])

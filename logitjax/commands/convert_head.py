@@ -56,11 +56,10 @@ def run(config: Config, out: epath.Path) -> None:
         on_error=config.on_error,
         directory=out / "data",
     ).splits
-    conversion = vq.convert_head(
+    conversion = config.convert.convert(
         model,
         _batches(packed["train"], config.batch_rows),
-        workdir=out,
-        config=config.convert,
+        out,
         source=_source(packed["train"], config),
         mesh=mesh,
     )

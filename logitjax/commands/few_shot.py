@@ -339,7 +339,7 @@ def _check_pictures(
     """Refuses methods and pictures that no head can be trained with."""
     known = few_shot.candidates(config.grid, steps=config.steps)
     for name in config.method:
-        if name != "all" and "auxiliary" in known[name].needs and config.auxiliary is None:
+        if name != "all" and "auxiliary" in known[name].method.needs and config.auxiliary is None:
             raise ValueError(f"method: expected auxiliary, which {name} needs, got none")
     few_shot.encoder_views(encoder, config.views, fit=config.fit, seed=config.seed)
     images = data.load_image_set(str(config.data), split=split)
@@ -394,12 +394,14 @@ def _methods(problem: Problem) -> tuple[dict[str, few_shot.Candidate], dict[str,
             continue
         sides = [pictures] if problem.test is None else [pictures, problem.test]
         missing = [
-            part for part in candidate.needs if any(getattr(side, part) is None for side in sides)
+            part
+            for part in candidate.method.needs
+            if any(getattr(side, part) is None for side in sides)
         ]
         learnt = problem.sample(max(config.shots), 0).train
         if name == "gda" and len(learnt) == len(pictures.class_names) and not pictures.views:
             missing = ["a second picture of a class"]
-        if candidate.stops and config.validation == "none":
+        if candidate.method.stops and config.validation == "none":
             missing = ["validation pictures"]
         if not missing:
             grid = None if config.validation == "none" else candidate.grid

@@ -4,8 +4,8 @@
   and saves itself; `load` reads it.
 - `methods` has the methods: `methods.AMU` and those it is compared with. `candidates` adds a
   recipe and the settings to choose among.
-- Methods learn from `Inputs` and a `FewShotTask`. `train` trains one by a `Recipe`, `sweep` trains
-  and scores one on many samples with a grid of settings.
+- Methods learn from `Inputs` and a `FewShotTask`. A `Recipe` trains one, `sweep` trains and scores
+  one on many samples with a grid of settings.
 - `extract_features` fills the `FeatureCache` of a frozen encoder.
 """
 
@@ -30,7 +30,4 @@ from logitjax.few_shot._method import unit_rows as unit_rows
 from logitjax.few_shot._method import zero_shot_logits as zero_shot_logits
 from logitjax.few_shot._sweep import best_setting as best_setting
 from logitjax.few_shot._sweep import sweep as sweep
-from logitjax.few_shot._sweep import sweep_program as sweep_program
 from logitjax.few_shot._train import Recipe as Recipe
-from logitjax.few_shot._train import batch_order as batch_order
-from logitjax.few_shot._train import train as train

@@ -23,7 +23,6 @@ from logitjax.few_shot._method import (
     zero_shot_logits,
 )
 from logitjax.few_shot._sweep import best_setting, sweep
-from logitjax.few_shot._train import batch_order, train
 from logitjax.ops import Array
 from logitjax.storage import guard, read_head, write_head
 
@@ -149,11 +148,11 @@ def fit(
             raise ValueError(f"method: expected one of {', '.join(known)}, got {candidate!r}")
         candidate = known[candidate]
     candidate = candidate.at_scale(pictures.scale)
-    for name in candidate.needs:
+    for name in candidate.method.needs:
         if getattr(pictures, name) is None:
             raise ValueError(f"{name}: expected features, which the method reads, got none")
     task = pictures.task
-    if validation is not None and candidate.stops:
+    if validation is not None and candidate.method.stops:
         seen, known = validation.inputs, validation.labels
         task = dataclasses.replace(task, validation=seen, validation_labels=known)
     if validation is not None and candidate.grid:
@@ -185,12 +184,12 @@ def _learnt(candidate: Candidate, task: FewShotTask, seed: int) -> State:
     method.check(task)
     order = None
     if method.trains:
-        order = batch_order((seed, 0), len(task.labels), recipe, views=task.views)
+        order = recipe.order((seed, 0), len(task.labels), views=task.views)
 
     @jax.jit
     def run(task: FewShotTask, order: Any) -> State:
         state = method.init(task, key=jax.random.fold_in(jax.random.key(seed), 0))
-        return state if order is None else train(method, task, state, order, training=recipe)[0]
+        return state if order is None else recipe.train(method, task, state, order)[0]
 
     return run(task, order)
 

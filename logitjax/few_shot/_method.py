@@ -145,6 +145,15 @@ class Method:
 
     # Whether gradient steps are to follow `init`.
     trains: ClassVar[bool] = True
+    # What it reads beside the features of the zero-shot encoder, by the names of `Pictures`.
+    needs: ClassVar[tuple[str, ...]] = ()
+    # Whether it needs validation images to train at all.
+    stops: ClassVar[bool] = False
+
+    def at_scale(self, scale: float) -> "Method":
+        """The same for zero-shot logits that are cosines of this scale."""
+        named = {field.name for field in dataclasses.fields(self)}
+        return dataclasses.replace(self, scale=scale) if "scale" in named else self
 
     def check(self, task: FewShotTask) -> None:
         """Refuses, outside of `jit`, images that it cannot learn from; by default as the task does.

@@ -6,40 +6,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Float, Int
 
 from logitjax.heads._head_cost import HeadCost
 from logitjax.heads._vocabulary_head import VocabularyHead
-from logitjax.losses import Head, linear_cross_entropy
+from logitjax.losses import Head
 from logitjax.ops import Array
 
 
 class FullHead(VocabularyHead):
     """What `LinearHead` and `TiedHead` share: a kernel over the whole vocabulary."""
 
-    dtype: Any
-
-    def as_linear(self, embedding: Any = None) -> Head:
-        """The head as a value, for the losses that start at hidden states."""
-        raise NotImplementedError
-
-    def __call__(
-        self, hidden: Float[Array, "*batch hidden"], embedding: Array | None = None
-    ) -> Float[jax.Array, "*batch vocab"]:
+    def __call__(self, hidden: Array, embedding: Array | None = None) -> jax.Array:
         head = self.as_linear(embedding)
         kernel = jnp.asarray(head.kernel, self.dtype)
         return dataclasses.replace(head, kernel=kernel).logits(jnp.asarray(hidden, self.dtype))
-
-    def nll(
-        self,
-        hidden: Float[Array, "*batch hidden"],
-        labels: Int[Array, "*batch"],
-        embedding: Array | None = None,
-        **options: Any,
-    ) -> Float[jax.Array, "*batch"]:
-        """Cross-entropy, not reduced, by blocks of the vocabulary; see `linear_cross_entropy`."""
-        hidden = jnp.asarray(hidden, self.dtype)
-        return linear_cross_entropy(hidden, self.as_linear(embedding), labels, **options)
 
 
 def _full_cost(kernel: Any, bias: Any, *, tied: bool) -> HeadCost:

@@ -44,15 +44,6 @@ def invented(
     It is told to change every fact. Empty samples, those that say almost what the answer says
     (ROUGE-L over 0.7) and those that were there before are dropped.
 
-    Args:
-        model: Whose layers are listed.
-        questions: Of which the rows to forget are answered.
-        samples: How many are drawn for each, at temperature 1.
-        seed: Seed of the draws.
-
-    Returns:
-        The answers to each row's question, of which there may be none.
-
     References:
         Mekala et al., Alternate preference optimization, 2024 (arXiv 2409.13474).
     """

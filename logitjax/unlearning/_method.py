@@ -11,8 +11,8 @@ from flax import nnx
 
 from logitjax.losses import linear_kl_divergence
 from logitjax.models import Decoder, DecoderConfig, Lora
+from logitjax.ops import masked_mean
 from logitjax.training import LossFn
-from logitjax.unlearning._losses import unlearning_objective
 from logitjax.unlearning._questions import Questions
 from logitjax.unlearning._reads import Need, Read, read_batch, sides_of
 from logitjax.unlearning.assistant._deployed import Deployed, merged, scaled
@@ -253,12 +253,10 @@ class TwoSided(Method):
 
     def loss(self, read: Read, state: Any) -> tuple[jax.Array, Means]:
         values, where = self.forget(read)
+        means = {"forget": masked_mean(values, where)}
+        loss = self.forget_weight * means["forget"]
         kept = self.retains[self.retain].values(read)
-        return unlearning_objective(
-            values,
-            kept,
-            forget_weight=self.forget_weight,
-            retain_weight=self.retain_weight,
-            forget_where=where,
-            retain_where=None if kept is None else read.where("retain"),
-        )
+        if kept is not None:
+            means["retain"] = masked_mean(kept, read.where("retain"))
+            loss += self.retain_weight * means["retain"]
+        return loss, means

@@ -187,9 +187,6 @@ def render_prompt(row: Row, tokenizer: Tokenizer) -> str:
 
     Conversations are rendered by the tokenizer's chat template. Without one, a question becomes
     `Question: ...` and `Answer: `, after what the system says.
-
-    Raises:
-        ValueError: A conversation of several turns, and a tokenizer without a template.
     """
     if not row.messages:
         return row.prompt
@@ -209,10 +206,6 @@ def encode_row(
     """Token ids of a row and which of them are the answer's, with an end mark if it has a prompt.
 
     What the answer was `begun` with counts as its prompt.
-
-    Raises:
-        ValueError: The prompt alone takes `max_length` tokens, or nothing predicts the only token
-            of a text.
     """
     ids, answer = encode_answer(
         tokenizer,

@@ -44,14 +44,7 @@ def make_update(
     *,
     instead: Sequence[Sequence[str]] = (),
 ) -> Update:
-    """The loss of an assistant or of adapters, on rows to forget, rows to keep and other text.
-
-    Args:
-        model: That is to forget.
-        questions: Of which `forget`, `train` and texts to train on are looked at.
-        config: How.
-        instead: What is to be said to each row to forget, for methods that want it.
-    """
+    """The loss of an assistant or of adapters, on rows to forget, rows to keep and other text."""
     sides = _sides(questions, instead)
     size = config.batch_size
     few = min(_TEXT_ROWS, size - 1) if len(sides["text"]["tokens"]) else 0

@@ -62,13 +62,7 @@ def _count(names: Any, prefix: str) -> int:
 
 
 def clip_config(weights: Weights, settings: Mapping[str, Any] | None = None) -> CLIPConfig:
-    """The sizes of a checkpoint in OpenAI's names.
-
-    Args:
-        weights: as `openai_names` gives them.
-        settings: a ``config.json`` of transformers or an ``open_clip_config.json``, for what shapes
-            do not tell: heads (64 channels each otherwise) and the activation (``quick_gelu``).
-    """
+    """The sizes of a checkpoint in OpenAI's names."""
     try:
         return _config(weights, dict(settings or {}))
     except KeyError as error:

@@ -25,10 +25,6 @@ class ConvFeatures(nnx.Module):
 
     ``features`` is numbered as torchvision's ``features`` are. Pictures of any size will do that
     leave something to pool: 63 pixels for AlexNet, 32 for VGG-16.
-
-    Args:
-        layers: ``(channels, kernel, stride, padding)`` of a convolution, or the kernel of a
-            max-pooling.
     """
 
     def __init__(

@@ -98,11 +98,6 @@ def _stage(
 class CifarResNet(nnx.Module):
     """ResNet of depth 6n + 2 for images of about 32 pixels: three stages of n basic blocks.
 
-    Args:
-        depth: 8, 14, 20, 32, 44, 56, 110, ...
-        widths: channels of the stem and of the three stages; the ``x4`` models quadruple the stages
-            and double the stem.
-
     >>> def features(images):
     ...     return CifarResNet(8, rngs=nnx.Rngs(0))(images)
     >>> jax.eval_shape(features, jax.ShapeDtypeStruct((2, 32, 32, 3), "float32")).shape
@@ -148,15 +143,9 @@ class CifarResNet(nnx.Module):
 class ResNet(nnx.Module):
     """torchvision's ResNet: 7x7 stem of stride 2, max-pooling, four stages.
 
-    Args:
-        blocks: blocks of the four stages: (2, 2, 2, 2) is ResNet-18, (3, 4, 6, 3) ResNet-34 or, of
-            bottlenecks, ResNet-50.
-        bottleneck: blocks of three convolutions and four times the features, 2048 in the end.
-        widen: factor of the channels of bottlenecks' 3x3 convolutions: 2 in wide ResNets and in
-            ResNeXt-50 32x4d.
-        groups: number of groups of these convolutions: 32 in ResNeXt-50 32x4d.
-        small_stem: a 3x3 stem of stride 1 and no pooling, for small images. The released dual-head
-            code trains this as its ImageNet student, which is not the usual one.
+    (2, 2, 2, 2) blocks are ResNet-18, (3, 4, 6, 3) ResNet-34 or, of bottlenecks, ResNet-50; with
+    `widen` 2 and 32 `groups` ResNeXt-50 32x4d. The small stem, 3x3 without a stride or a pooling,
+    is what the released dual-head code trains as its ImageNet student.
     """
 
     classifier_name = "fc"

@@ -404,11 +404,7 @@ class SigLIP(nnx.Module):
     def text_features(
         self, tokens: Int[Array, "batch length"]
     ) -> Float[jax.Array, "batch features"]:
-        """float32 `[batch, embed_dim]` of texts; not of length one.
-
-        Args:
-            tokens: `[batch, context_length]`, padded: the tower was trained to see the padding.
-        """
+        """float32 `[batch, embed_dim]` of texts; not of length one."""
         tokens = jnp.asarray(tokens)
         if tokens.shape[1] != self.config.context_length:
             raise ValueError(

@@ -184,16 +184,6 @@ def reassign(
         m(v) <- argmax_k  hbar_v . C_k - A_k,      A_k = log sum_n exp(z_nk - log Z_n)
         b_v  <- log counts_v - A_{m(v)}
 
-    Args:
-        sums: ``[vocab, hidden]``, summed hidden states where the token is the target: of
-            `head_targets`, or of labels.
-        counts: ``[vocab]``, how often it is.
-        hidden: ``[count, hidden]``, the hidden states these came from.
-        min_count: tokens with less evidence keep code and bias.
-
-    Returns:
-        ``(assignment, bias, moved)``: the new ones, and how many tokens moved.
-
     References:
         Our derivation: hard EM on the mapping with the codebook fixed. It wants about a million
         target tokens if counted from labels.

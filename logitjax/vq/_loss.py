@@ -21,9 +21,6 @@ def cluster_log_mass(
     step, not per token. ::
 
         log B_k = log sum_{v: m(v) = k} exp(b_v)
-
-    Returns:
-        ``[codes]``, float32; ``-inf`` where a cluster is empty.
     """
     bias = _float32(bias)
     # A log-sum-exp by cluster. Less its largest bias nothing overflows, and the peak cancels in the
@@ -44,12 +41,7 @@ def code_scores(
     *,
     soft_cap: float | None = None,
 ) -> Float[jax.Array, "*batch codes"]:
-    """Scores of the clusters: inputs in the dtype of ``hidden``, sums and result in float32.
-
-    Args:
-        soft_cap: bounds the scores smoothly, ``cap * tanh(score / cap)``. It acts before the bias
-            of a token is added: that keeps the loss O(K).
-    """
+    """Scores of the clusters: inputs in the dtype of ``hidden``, sums and result in float32."""
     hidden = jnp.asarray(hidden)
     codebook = jnp.asarray(codebook, hidden.dtype)
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
@@ -94,7 +86,7 @@ def vq_logits(
 ) -> Float[jax.Array, "*batch vocab"]:
     """All V logits of the head, for checks and for code that needs logits.
 
-    Training with it costs the memory of a full head; `vq_nll` and `vq_topk` give the same
+    Training with it costs the memory of a full head; `vq_nll` and `VQTables` give the same
     numbers without it. ::
 
         logit_v = (h . C_{m(v)} + b_v) / T

@@ -206,10 +206,6 @@ class PackedCodes:
         The integers are the same on all platforms. A logit is at most ``groups * s / 2`` from that
         of `ProductCodes`, and of the order of ``s sqrt(groups / 12)``: enough to screen.
 
-        Returns:
-            ``[*batch, vocab]``, float32. Gradients are those of `ProductCodes`: of what was
-            rounded.
-
         >>> codes = ProductCodes(np.arange(4.0).reshape(2, 2, 1), np.array([[0, 1]]))
         >>> jax.jit(lambda hidden: codes.packed().logits(hidden))(np.ones((1, 2)))
         Array([[3.]], dtype=float32)
@@ -242,14 +238,6 @@ def pack_codes(codes: Integer[Array, "vocab groups"]) -> UInt8[jax.Array, "block
     A block is 32 tokens, a pair two groups. Byte ``16 s + j`` of block b and pair p holds the codes
     of group ``2 p + s`` for the tokens ``32 b + j`` (low half) and ``32 b + 16 + j`` (high half).
     Tokens and groups that complete a block or a pair have code 0.
-
-    Args:
-        codes: ``[vocab, groups]`` integers, 0..15, e.g. of ``ProductCodes.fit(..., num_codes=16)``.
-            While it is traced nobody can look at a code: one outside is taken for the nearest end,
-            so that it cannot change the code of another token in the same byte.
-
-    Returns:
-        ``[ceil(vocab / 32), ceil(groups / 2), 32]``, uint8.
 
     References:
         Andre et al., Cache locality is not enough: high-performance nearest neighbor search with

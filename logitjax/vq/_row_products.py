@@ -23,13 +23,6 @@ def row_products(
     """Each vector times rows of its own, ``out[n, m] = vectors[n] . rows[ids[n, m]]``.
 
     On a CPU the rows are read where they lie (`logitjax.kernels`), elsewhere gathered first.
-
-    Args:
-        ids: ``[n, chosen]``; what lies outside of the vocabulary is taken for its nearest end.
-
-    Returns:
-        ``[n, chosen]``: inputs in the dtype of ``vectors``, sums and result in float32 at least.
-        Differentiable in vectors and rows.
     """
     vectors, rows = jnp.asarray(vectors), jnp.asarray(rows)
     ids = jnp.asarray(ids)

@@ -202,34 +202,18 @@ class ScreenedHead(VocabularyHead):
         exact = Head(rows, bias, vocab_axis=0)
         return Screen(cheap=self.screen, rescore=exact, num_candidates=self.num_candidates)
 
-    def __call__(
-        self, hidden: Float[Array, "*batch hidden"], embedding: Array | None = None
-    ) -> Float[jax.Array, "*batch vocab"]:
+    def __call__(self, hidden: Array, embedding: Array | None = None) -> jax.Array:
         return self._screen(embedding).logits(hidden)
 
     def nll(
-        self,
-        hidden: Float[Array, "*batch hidden"],
-        labels: Int[Array, "*batch"],
-        embedding: Array | None = None,
-        **options: Any,
-    ) -> Float[jax.Array, "*batch"]:
+        self, hidden: Array, labels: Array, embedding: Array | None = None, **options: Any
+    ) -> jax.Array:
         """Cross-entropy over the whole vocabulary; options as of `Screen.nll`."""
         return self._screen(embedding).nll(hidden, labels, **options)
 
-    def top_k(
-        self,
-        hidden: Float[Array, "*batch hidden"],
-        k: int,
-        embedding: Array | None = None,
-        **options: Any,
-    ) -> TopK:
+    def top_k(self, hidden: Array, k: int, embedding: Array | None = None, **options: Any) -> TopK:
         """The k best candidates; options as of `Screen.top_k`."""
         return self._screen(embedding).top_k(hidden, k, **options)
-
-    def as_linear(self, embedding: Array | None = None) -> Head:
-        """Raises: the logits of a screened head are not linear in the hidden state."""
-        raise ValueError("head: expected one with a kernel, got a ScreenedHead: use nll()")
 
     def cost(self, embedding: Array | None = None) -> HeadCost:
         """What it costs, on top of its screen; see `HeadCost`."""

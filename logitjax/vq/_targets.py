@@ -59,14 +59,7 @@ def head_targets(
     top: int = 64,
     block_size: int = 512,
 ) -> HeadTargets:
-    """Run the full head once over cached hidden states; O(N V d), the only time it is needed.
-
-    Args:
-        head: the full head.
-        labels: ``[count]``; its loss on them is kept too.
-        top: probabilities kept per position.
-        block_size: positions at a time; memory is block_size x vocab.
-    """
+    """Run the full head once over cached hidden states; O(N V d), the only time it is needed."""
     rows = jnp.asarray(head.rows, jnp.float32)
     vocab, width = rows.shape
     top = min(top, vocab)

@@ -50,8 +50,8 @@ class Tuning:
 
         Args:
             mesh: Mesh of the step.
-            loss_fn: As of `run`; the one by which `convert_head` tunes when omitted. Batches of the
-                step are tuples of arrays, as it takes them after `constants`.
+            loss_fn: As of `run`; that of `ConvertConfig` when omitted. Batches of the step are
+                tuples of arrays, as it takes them after `constants`.
         """
         of_position = vq_distillation_loss if loss_fn is None else loss_fn
         # The larger epsilon keeps codes and tokens that hardly occur from drifting with the noise.
@@ -199,9 +199,6 @@ def tune_vq_head(
     The expected divergence, over all positions and the whole vocabulary, is minimised at the cost
     of K scores a position. With `reassign_every`, tokens move to the code under which they are
     most likely (`logitjax.vq.reassign`); the last moves come well before the end.
-
-    Returns:
-        `(codebook, bias, assignment, history)`; history holds `loss` and `moved`.
     """
     if reassign_every is not None and bias is None:
         raise ValueError("reassign_every: expected biases beside it, got bias=None")

@@ -27,22 +27,7 @@ def token_scores(
     tokens: Any,
     at: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    """A number for each token under a model less its assistant, and whether it is the likeliest.
-
-    Args:
-        graphdef, state: The model.
-        base, held: Of the assistant's layers; None without.
-        fuse: How its logits are taken away, with a weight of 1.
-        relative: As of `Assistant`.
-        what: `'nll'`, or `'surprise'` as of `Deployed`.
-        lora: The assistant's adapters.
-        alphas: float32 `[weights]`.
-        tokens: int32 `[batch, time]`.
-        at: int32 `[blocks, positions]`, flat, of those that predict a target.
-
-    Returns:
-        float32 and bool `[weights, batch, time]`.
-    """
+    """A number for each token under a model less its assistant, and whether it is the likeliest."""
     model = nnx.merge(graphdef, state)
     sides = [model.hidden_states(tokens)[0][:, :-1]]
     assistant = None

@@ -72,21 +72,6 @@ def paired_hidden_states(
 
     The layers that both have run two rows a prompt, the model's and the assistant's, and the
     adapters add to the second only; the layers above run the model's rows alone.
-
-    Args:
-        model: the large model, its layers listed.
-        lora: the assistant's adapters, for as many layers as it has.
-        tokens: ids that both read.
-        positions: positions of each, -1 for padding.
-        cache: from `init_pair_cache`.
-        relative: the assistant's are what its adapters add (`Assistant`); the model's own rows have
-            the states without them.
-
-    Returns:
-        The model's hidden states and the assistant's, normed, and the cache after these tokens.
-
-    Raises:
-        ValueError: for a stacked model.
     """
     shared = sum(len(segment) for segment in lora.layers)
     (batch, time), positions = tokens.shape, jnp.asarray(positions)

@@ -47,19 +47,7 @@ def attacks(
     thorough: bool = False,
     reference: Deployed | None = None,
 ) -> Attacks:
-    """What comes out by each way of asking, and what gives away that rows were trained on.
-
-    Args:
-        model: As it answers.
-        questions: What it is asked.
-        scores: What it says of each part of them.
-        thorough: Those that sample or take gradients too, which take minutes.
-        reference: A model that never knew, for the attack that compares.
-
-    Returns:
-        By name a median `probability` of the answers to forget, a `share` of them or of the rows,
-        or an `auc`.
-    """
+    """What comes out by each way of asking, and what gives away that rows were trained on."""
     forget = scores("forget")
     assert forget.greedy is not None
     rest = [nll[max(1, round(_PREFIX * len(nll))) :] for nll in forget.nll]

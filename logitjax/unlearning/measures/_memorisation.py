@@ -14,18 +14,6 @@ def extraction_strength(
 
         1 - k / n,   k the shortest beginning after which every token is the most likely one
 
-    Args:
-        greedy: bool ``[*batch, time]``: the token is the most likely one after all before it.
-        where: bool, of that shape: the tokens that count; OpenUnlearning leaves out the end mark.
-        as_open_unlearning: a text whose last token is not the most likely one scores ``1 / n``
-            there, for their loop stops one short; without this it scores 0.
-
-    Returns:
-        float64 ``[*batch]``; 0 where nothing counts.
-
-    Raises:
-        ValueError: unequal shapes.
-
     References:
         Carlini et al., 2021; OpenUnlearning's ``extraction_strength``.
 
@@ -44,16 +32,6 @@ def extraction_strength(
 
 def exact_memorisation(greedy: Any, where: Any = None) -> np.ndarray:
     """The share of a text's tokens that are the most likely ones after all before them.
-
-    Args:
-        greedy: bool ``[*batch, time]``.
-        where: bool, of that shape: the tokens that count.
-
-    Returns:
-        float64 ``[*batch]``; 0 where nothing counts.
-
-    Raises:
-        ValueError: unequal shapes.
 
     References:
         Tirumala et al., 2022; OpenUnlearning's ``exact_memorization``.

@@ -28,14 +28,7 @@ def is_open_unlearning(source: Mapping[str, Any]) -> bool:
 
 
 def from_open_unlearning(source: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Logs by the name of their set.
-
-    Args:
-        source: What is in a `TOFU_EVAL.json`: metrics, each with `value_by_index`.
-
-    Raises:
-        ValueError: A metric has no values by item, or an item has none.
-    """
+    """Logs by the name of their set."""
     logs: dict[str, dict[str, dict[str, Any]]] = {}
     for theirs, name in _SETS.items():
         if f"{theirs}{_MARK}" not in source:

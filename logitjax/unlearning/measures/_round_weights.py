@@ -19,17 +19,6 @@ def round_weights(model: Decoder, bits: int, *, group: int = 64) -> Decoder:
 
         w' = round(w m / s) s / m,   s = max |w| of a group of inputs,   m = 2^(bits - 1) - 1
 
-    Args:
-        model: A decoder.
-        bits: 8 or 4, or anything from 2 to 8.
-        group: Inputs that share a scale.
-
-    Returns:
-        A decoder whose other arrays are the model's own.
-
-    Raises:
-        ValueError: `bits` or `group` out of range.
-
     References:
         Zhang et al., Catastrophic failure of LLM unlearning via quantization, 2024 (arXiv
         2410.16454), which finds 21 % of the knowledge before and 83 % after rounding to 4 bits.

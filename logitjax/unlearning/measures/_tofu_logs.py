@@ -42,18 +42,7 @@ def set_name(file: str) -> str | None:
 
 
 def read_logs(source: Any) -> dict[str, Log]:
-    """Logs by the name of their set.
-
-    Args:
-        source: a directory of logs, an ``eval_log_aggregated.json``, OpenUnlearning's
-            ``TOFU_EVAL.json``, what `json.load` makes of one, or a mapping by the names of sets
-            (``retain``, ``real_authors``, ``world_facts``, ``forget``). Whatever carries such a
-            mapping as ``.logs`` will do as well.
-
-    Raises:
-        FileNotFoundError: no such path.
-        ValueError: not JSON, or no logs in it; names the file.
-    """
+    """Logs by the name of their set."""
     source = getattr(source, "logs", source)
     if isinstance(source, Mapping):
         if is_open_unlearning(source):
@@ -81,22 +70,14 @@ def read_logs(source: Any) -> dict[str, Log]:
 
 
 def check_log(log: Any, where: str) -> Log:
-    """The log itself, if it has what every metric starts from.
-
-    Raises:
-        ValueError: it is not a log.
-    """
+    """The log itself, if it has what every metric starts from."""
     if not isinstance(log, Mapping) or not isinstance(log.get("avg_gt_loss"), Mapping | list):
         raise ValueError(f"{where}: not a log of TOFU's ('avg_gt_loss' is missing)")
     return log
 
 
 def column(log: Log, field: str, where: str) -> list[Any] | None:
-    """A field's values in the order of ``avg_gt_loss``; None if the log has no such field.
-
-    Raises:
-        ValueError: the field lacks some items.
-    """
+    """A field's values in the order of ``avg_gt_loss``; None if the log has no such field."""
     if field not in log:
         return None
     values, first = log[field], log["avg_gt_loss"]

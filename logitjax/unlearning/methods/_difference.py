@@ -89,9 +89,6 @@ class Difference(Method):
         Both sides run as one batch, and one sweep over blocks of the vocabulary gives the value and
         its gradient. There is no gradient of the head, no pass of the large model, and no model
         before. The frozen weights are constants of the step, so none of them is copied or donated.
-
-        Raises:
-            ValueError: The head is not linear but for a soft cap.
         """
         base = self.adapted(model)
         graphdef, params, rest = nnx.split(base, nnx.Param, ...)
