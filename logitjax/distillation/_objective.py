@@ -35,11 +35,12 @@ class Objective:
     learns from.
 
     Attributes:
-        terms: Terms and their weights.
+        terms: Terms and their weights. One of weight 0 is only reported.
         teachers: Weights of the teachers, divided by their sum; equal if empty.
 
     Raises:
-        ValueError: No terms, the same one twice, or weights that are not positive.
+        ValueError: No terms, the same one twice, negative weights or none above 0, or a weight of a
+            term whose gradient is wrong.
 
     >>> from logitjax.distillation.terms import KL, SFT
     >>> objective = Objective(terms=((SFT(), 0.5), (KL(temperature=2.0), 0.5)), teachers=(1.0, 3.0))
@@ -63,8 +64,15 @@ class Objective:
             listed = ", ".join(map(str, values)) or "none"
             raise ValueError(f"loss: expected each loss once, got {listed}")
         for term, weight in self.terms:
-            if not 0 < weight < math.inf:
-                raise ValueError(f"loss: expected positive weights, got {term}:{weight}")
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"loss: expected no negative weights, got {term}:{weight}")
+            if weight and not term.trains:
+                raise ValueError(
+                    f"loss {str(term)!r}: expected weight 0, which reports it, got {weight}: its "
+                    "gradient is not that of what it measures"
+                )
+        if not any(weight for _, weight in self.terms):
+            raise ValueError("loss: expected a weight above 0, got none")
         if any(weight <= 0 for weight in self.teachers):
             raise ValueError(f"teacher_weight: expected positive ones, got {self.teachers}")
 

@@ -15,16 +15,18 @@ class JSD(SparseDivergence):
     """Generalised Jensen-Shannon divergence.
 
     Attributes:
-        beta: Share of the teacher in the mixture.
+        beta: Share of the teacher in the mixture; 0 for KL(teacher || student), 1 for the reverse.
+        normalize: Divide by `beta (1 - beta)` between the ends, see `FullJSD`.
     """
 
     beta: float = 0.5
+    normalize: bool = False
     name = "jsd"
 
     def whole(self, student: ops.TopK, teacher: Any) -> jax.Array:
-        return losses.generalized_jensen_shannon(
-            with_rest(student), with_rest(teacher.top), beta=self.beta
-        )
+        return self.renormalised(with_rest(student), with_rest(teacher.top))
 
     def renormalised(self, student: jax.Array, teacher: jax.Array) -> jax.Array:
-        return losses.generalized_jensen_shannon(student, teacher, beta=self.beta)
+        scale = self.beta * (1 - self.beta) if self.normalize else 0.0
+        value = losses.generalized_jensen_shannon(student, teacher, beta=self.beta)
+        return value / scale if scale else value

@@ -360,10 +360,19 @@ def likelihood_matching(
         kind: as in `binarized_divergence`.
         temperature: likewise.
     """
-    shape = chunks.ids.shape
-    ours = chunk_log_likelihood(student.label, chunks.ids, shape[-1])
-    ends = jnp.asarray(chunks.ends)
-    after = gather_at(student.boundary, jnp.maximum(ends, 0))
-    ours = ours + jnp.where(ends >= 0, after, 0.0)
+    ours = chunk_likelihood(student, chunks)
     value = binarized_divergence(ours, chunks.scores, kind=kind, temperature=temperature)
     return jnp.where(chunks.where, value, 0.0)
+
+
+def chunk_likelihood(student: Likelihood, chunks: ChunkScores) -> Float[jax.Array, "*batch chunks"]:
+    """The student's log-probability of each chunk, and of the end of a word where the scores ask.
+
+    Args:
+        student: likelihoods from `linear_likelihood`, `[*batch, positions]`.
+        chunks: chunks from `chunk_scores`.
+    """
+    ours = chunk_log_likelihood(student.label, chunks.ids, chunks.ids.shape[-1])
+    ends = jnp.asarray(chunks.ends)
+    after = gather_at(student.boundary, jnp.maximum(ends, 0))
+    return ours + jnp.where(ends >= 0, after, 0.0)
