@@ -29,7 +29,7 @@ _DROPPED, _RATE = 6, 1e-4
 _T = 2.776
 ARMS = {
     "off-policy": (("full_kl:1",), 0.0),
-    "on-policy": (('full_kl(direction="forward"):0.5', 'full_kl(direction="reverse"):0.5'), 0.5),
+    "on-policy": (("mixed_kl:1",), 0.5),
 }
 
 

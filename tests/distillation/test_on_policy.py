@@ -87,12 +87,12 @@ def test_the_engines_log_probabilities_are_the_trainers_and_stale_weights_show(p
     }
     now = dataclasses.replace(taught, trained=moved)
     writer = rollouts(packed, LAW, taught)
-    batch, columns, _ = mixed(packed, writer, now)
-    where = columns["written"]
+    batch, log_probs, _ = mixed(packed, writer, now)
+    where = ~np.isnan(log_probs)
     assert where[[1, 3]].any(1).all()
     assert not where[[0, 2]].any()
     expected = np.asarray(trainers_log_probs(now, batch["pivot"], LAW))
-    np.testing.assert_allclose(columns["log_probs"][where], expected[where], atol=1e-4)
+    np.testing.assert_allclose(log_probs[where], expected[where], atol=1e-4)
     stale = np.asarray(trainers_log_probs(taught, batch["pivot"], LAW))[where]
     likely = np.isfinite(stale)
     assert np.abs(stale - expected[where])[likely].mean() > 1e-2
@@ -150,6 +150,9 @@ def test_the_students_own_text_is_not_learned_as_text_and_only_it_has_log_probs(
     class Sampled(distillation.Term):
         name, batch = "sampled", ("log_probs",)
 
+        def seen(self, teacher, batch):
+            return ~jnp.isnan(batch["log_probs"])
+
         def student(self, teacher):
             return distillation.StudentNeeds(label=True)
 
@@ -159,8 +162,7 @@ def test_the_students_own_text_is_not_learned_as_text_and_only_it_has_log_probs(
     rng = np.random.default_rng(0)
     hidden, head = rng.normal(size=(2, 3, 4)), rng.normal(size=(4, 7))
     labels, where = rng.integers(0, 7, (2, 3)), np.array([[True, True, False]] * 2)
-    columns = {"labels": labels, "written": np.array([[False] * 3, [True] * 3])}
-    columns["log_probs"] = np.full((2, 3), 0.25, np.float32)
+    columns = {"labels": labels, "log_probs": np.array([[np.nan] * 3, [0.25] * 3], np.float32)}
     terms = ((distillation.terms.SFT(), 1.0), (Sampled(), 1.0))
     _, count, parts = jax.jit(
         lambda h: distillation.Objective(terms=terms).value(h, head, columns, where=where)

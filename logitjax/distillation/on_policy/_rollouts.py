@@ -156,7 +156,7 @@ class Rollouts:
 
     def mix(
         self, step: int, batch: Mapping[str, Any], trained: Any, frozen: Any, *, oldest: int
-    ) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, tuple[float, float]]]:
+    ) -> tuple[dict[str, Any], np.ndarray, dict[str, tuple[float, float]]]:
         """This process's rows of a batch with those that the student writes in their places.
 
         Args:
@@ -167,9 +167,8 @@ class Rollouts:
             oldest: Step of the oldest checkpoint from which the run may go on.
 
         Returns:
-            The batch; columns `[rows, seq_len - 1]` for terms, `written` where a label was
-            written by the student and `log_probs` of it under the law that drew it; metrics as
-            pairs of a sum and a count.
+            The batch; `log_probs` `[rows, seq_len - 1]` of labels under the law that drew them,
+            nan where the student wrote none; metrics as pairs of a sum and a count.
         """
         every, count = self._options.generate_every, len(self._chosen)
         first = step - step % every
@@ -180,15 +179,16 @@ class Rollouts:
         share = training.BatchLayout(self._mesh).rows(self._batch_size)
         columns = {name: array.copy() for name, array in batch[self._name].items()}
         shape = (len(columns["tokens"]), self._rows.seq_len - 1)
-        added = {"log_probs": np.zeros(shape, np.float32), "written": np.zeros(shape, bool)}
+        log_probs = np.full(shape, np.nan, np.float32)
         for number, place in enumerate(self._chosen - share.start):
             if not 0 <= place < shape[0] or not rows["usable"][number]:
                 continue
             for name, array in columns.items():
                 array[place] = rows[name][number]
-            added["log_probs"][place] = rows["log_probs"][number]
-            added["written"][place] = rows["loss_mask"][number, 1:]
-        return {**batch, self._name: columns}, added, _metrics(rows, self._buffer.seconds / every)
+            where = rows["loss_mask"][number, 1:]
+            log_probs[place, where] = rows["log_probs"][number, where]
+        metrics = _metrics(rows, self._buffer.seconds / every)
+        return {**batch, self._name: columns}, log_probs, metrics
 
     def _written(self, first: int, step: int, trained: Any, frozen: Any, oldest: int) -> _Buffer:
         path = self._directory / f"{first}.npz"

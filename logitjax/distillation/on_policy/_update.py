@@ -37,12 +37,12 @@ class OnPolicyUpdate:
     ) -> tuple[training.TrainState, training.StepOutput]:
         number = int(state.step)
         storage.progress.mark(f"step {number + 1}: the student writes")
-        mixed, columns, metrics = self.rollouts.mix(
+        mixed, log_probs, metrics = self.rollouts.mix(
             number, rows, state.params, self.frozen, oldest=self.oldest()
         )
         storage.progress.mark(f"step {number + 1}: the teachers read")
         clocks = [time.perf_counter()]
-        batch = self.taught(mixed) | {"columns": columns}
+        batch = self.taught(mixed) | {"columns": {"log_probs": log_probs}}
         clocks.append(time.perf_counter())
         state, output = self.step(state, batch, constants=self.frozen)
         # Each part is waited for: the next one works on the same devices.

@@ -98,8 +98,7 @@ def update_programs(
                 states = rows(decoder.dtype, length - 1, decoder.config.hidden_size)
                 batch["sources"][n] = dataclasses.replace(teacher, hidden=states)
     if on_policy.share:
-        flags = {"log_probs": rows(jnp.float32, length - 1), "written": rows(bool, length - 1)}
-        batch["columns"] = flags
+        batch["columns"] = {"log_probs": rows(jnp.float32, length - 1)}
     state = training.TrainState.abstract(trained, tx, mesh=mesh, rules=models.DECODER_RULES)
     placed = _placed(frozen | ({"teachers": heads} if heads else {}), mesh)
     yield training.Program(name=name, jitted=step, arguments=(state, batch, placed))
