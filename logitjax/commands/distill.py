@@ -13,11 +13,15 @@ one vocabulary. `first_piece`, `pkl`, `hybrid`, `hkl`, `alm`, `mined`, `uld` and
 another tokenizer (docs/any_tokenizer.md). A pruned student without a `--teacher` learns from the
 model that it was cut from.
 
+With `--on_policy=0.5` it writes half of each batch itself, and teachers that read live teach it there
+(docs/on_policy.md).
+
 OUT/model is the result: a Hugging Face directory, which transformers, vLLM and every other command
 here read. OUT/report.md compares the student before and after, with curves and samples.
 
 A teacher is a model, `cache:DIR` as `logitjax cache-logits` writes it, or `api:URL`, a server on
-this machine that reports log-probabilities with token ids. `--student_head` gives the student the
+this machine that reports log-probabilities with token ids, or, read live, one anywhere that gives
+hidden states (`logitjax serve --hidden_states`). `--student_head` gives the student the
 head that `logitjax audit` recovered from that server. You may kill the run at any time: the same
 command continues it, bit for bit. See docs/distil.md.
 """
