@@ -52,7 +52,8 @@ def learn(spec, loss, *teachers, share=0.0):
 
 learn("tiny:1", "sft")
 student = learn("tiny", "mixed_kl", str(folder / "sft" / "model"), share=0.5)
-lines = [json.loads(line) for line in open(folder / "mixed_kl" / "train" / "metrics.jsonl")]
+text = (folder / "mixed_kl" / "train" / "metrics.jsonl").read_text()
+lines = [json.loads(line) for line in text.splitlines()]
 first, last = (line["mixed_kl"] for line in (lines[0], lines[-1]))
 assert last < 0.3 * first
 assert student.after["teacher_kl"] < 0.3 * student.before["teacher_kl"]

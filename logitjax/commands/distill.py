@@ -13,8 +13,8 @@ one vocabulary. `first_piece`, `pkl`, `hybrid`, `hkl`, `alm`, `mined`, `uld` and
 another tokenizer (docs/any_tokenizer.md). A pruned student without a `--teacher` learns from the
 model that it was cut from.
 
-With `--on_policy=0.5` it writes half of each batch itself, and teachers that read live teach it there
-(docs/on_policy.md).
+With `--on_policy=0.5` it writes half of each batch itself, and teachers that read live teach it
+there (docs/on_policy.md).
 
 OUT/model is the result: a Hugging Face directory, which transformers, vLLM and every other command
 here read. OUT/report.md compares the student before and after, with curves and samples.

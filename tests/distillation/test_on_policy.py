@@ -320,14 +320,14 @@ def test_a_served_teacher_says_what_it_would_say_here_for_a_small_part_of_the_by
         where = columns["loss_mask"][:, 1:]
         np.testing.assert_allclose(states[where], exact[where], atol=0.02)
         np.testing.assert_array_equal(far.head.rows, model.head_of().rows)
-        size, positions = far._metrics()["bytes_a_position"]
+        size, positions = far.metrics()["bytes_a_position"]
         # Logits in bfloat16 would be two bytes an entry of the vocabulary.
         assert size / positions <= 2 * (model.config.hidden_size + 2)
         short = _served_teacher.ServedTeacher(
             f"http://127.0.0.1:{port}", tokenizer=tokenizer.fingerprint, rank=4
         )
         gap = np.linalg.norm((short.hidden_states(columns) - exact)[where].astype(np.float32))
-        error, _ = (told := short._metrics())["rank_error"]
+        error, _ = (told := short.metrics())["rank_error"]
         assert error == pytest.approx(gap / np.linalg.norm(exact[where]), rel=0.05)
         assert told["bytes_a_position"][0] < 0.5 * size
         with pytest.raises(ValueError, match="expected the tokenizer of the rows, got another"):

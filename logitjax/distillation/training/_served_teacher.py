@@ -19,14 +19,15 @@ from logitjax.distillation.training._teachers import Reader, head_record, packed
 # Seconds between two attempts to reach a server that went away, at first and at most.
 _PAUSES = (1.0, 30.0)
 _TIMEOUT = 600.0
+_AWAY = (OSError, http.client.HTTPException)
 
 
 class ServedTeacher:
     """`logitjax serve --hidden_states` as a teacher that reads beside the student.
 
-    One binary answer a batch has the hidden states of the positions that are learned, in bfloat16,
-    and with the head that came once the student knows the whole distribution. A server that goes
-    away is waited for; if it comes back with other weights, that is an error.
+    One binary answer a batch has the hidden states of the positions that are learned, in bfloat16;
+    with the head that came once they are the whole distribution. A server that goes away is waited
+    for; if it comes back with other weights, that is an error.
 
     Args:
         url: Its address, on this or another host.
@@ -35,8 +36,8 @@ class ServedTeacher:
         api_key: Key of the server.
 
     Raises:
-        ValueError: Nobody answers there, or a server that does not give hidden states, or one of
-            another tokenizer.
+        ValueError: Nobody answers, or a server that gives no hidden states or has another
+            tokenizer.
     """
 
     def __init__(self, url: str, *, tokenizer: str, rank: int = 0, api_key: str | None = None):
@@ -47,8 +48,8 @@ class ServedTeacher:
         self._connection: http.client.HTTPConnection | None = None
         self._totals: dict[str, tuple[float, float]] = {}
         try:
-            tensors, self.about = self._attempt("GET", b"")
-        except (OSError, http.client.HTTPException) as error:
+            tensors, self.about = self._attempt("GET", None)
+        except _AWAY as error:
             raise ValueError(f"{self}: no server answers ({error})") from None
         if self.about["tokenizer"] != tokenizer:
             raise ValueError(f"{self}: expected the tokenizer of the rows, got another")
@@ -63,9 +64,10 @@ class ServedTeacher:
         return f"teacher api:{self._url.geturl()}"
 
     def reader(self, *, k: int, tail_samples: int, boundary: Any, hidden: bool) -> Reader:
-        """As `model_reader` gives it; all but the hidden states is worked out here."""
-        work_out = functools.partial(head_record, k=k, tail_samples=tail_samples, boundary=boundary)
-        derived = jax.jit(work_out)
+        """As `model_reader`; all but the hidden states is worked out here."""
+        derived = jax.jit(
+            functools.partial(head_record, k=k, tail_samples=tail_samples, boundary=boundary)
+        )
 
         def read(columns: Mapping[str, Any], rows: np.ndarray) -> Mapping[str, Any]:
             states = self.hidden_states(columns)
@@ -79,8 +81,13 @@ class ServedTeacher:
             weights=self.about["weights"],
             head=self.head if hidden else None,
             kept=(k, tail_samples),
-            metrics=self._metrics,
+            metrics=self.metrics,
         )
+
+    def metrics(self) -> dict[str, tuple[float, float]]:
+        """Bytes of a position, and the relative error of a code, since they were asked for last."""
+        totals, self._totals = self._totals, {}
+        return totals
 
     def hidden_states(self, columns: Mapping[str, Any]) -> np.ndarray:
         """bfloat16 `[rows, length - 1, width]` where something is learned, zeros elsewhere.
@@ -89,83 +96,72 @@ class ServedTeacher:
             columns: Packed columns `[rows, length]`.
         """
         tokens, segments = np.asarray(columns["tokens"]), np.asarray(columns["segment_ids"])
-        learnt = np.asarray(columns["loss_mask"])
-        documents = packed_documents(segments, np.argwhere(learnt[:, 1:]))
-        starts = [1 + int(np.argmax(learnt[row, a + 1 : b])) for row, a, b in documents]
-        width = self.head.kernel.shape[1 - self.head.axis]
-        out = np.zeros((*learnt[:, 1:].shape, width), jnp.bfloat16)
+        learnt = np.asarray(columns["loss_mask"])[:, 1:]
+        out = np.zeros((*learnt.shape, self.head.kernel.shape[1 - self.head.axis]), jnp.bfloat16)
+        documents = packed_documents(segments, np.argwhere(learnt))
         if not documents:
             return out
-        body = {
-            "documents": [tokens[row, a:b].tolist() for row, a, b in documents],
-            "starts": starts,
-            "rank": self._rank,
-        }
-        tensors, about = self._ask(json.dumps(body).encode())
-        if "code" in tensors:
-            code, basis = (
-                tensors[n].view(jnp.bfloat16).astype(np.float32) for n in ("code", "basis")
-            )
-            states = (code @ basis).astype(jnp.bfloat16)
-        else:
-            states = tensors["hidden"].view(jnp.bfloat16)
-        places = [
-            (row, place)
-            for (row, a, b), start in zip(documents, starts, strict=True)
-            for place in range(a + start - 1, b - 1)
+        starts = [1 + int(np.argmax(learnt[row, a:b])) for row, a, b in documents]
+        texts = [tokens[row, a:b].tolist() for row, a, b in documents]
+        body = {"documents": texts, "starts": starts, "rank": self._rank}
+        tensors, about = self._ask(json.dumps(body))
+        floats = [
+            tensors[n].view(jnp.bfloat16) for n in ("hidden", "code", "basis") if n in tensors
         ]
-        if len(places) != len(states):
-            raise ValueError(f"{self}: expected {len(places)} states, got {len(states)}")
-        out[tuple(np.array(places).T)] = states
-        size = float(sum(array.nbytes for array in tensors.values()))
-        self._add(bytes_a_position=(size, len(places)), rank_error=(float(about["error"]), 1.0))
+        states = floats[0]
+        if len(floats) > 1:
+            states = (floats[0].astype(np.float32) @ floats[1].astype(np.float32)).astype(out.dtype)
+        place = 0
+        for (row, a, b), start in zip(documents, starts, strict=True):
+            size = b - a - start
+            out[row, a + start - 1 : b - 1] = states[place : place + size]
+            place += size
+        said = {"bytes_a_position": (sum(x.nbytes for x in floats), place)}
+        said["rank_error"] = float(about["error"]), 1
+        for name, pair in said.items():
+            self._totals[name] = tuple(map(sum, zip(pair, self._totals.get(name, (0.0, 0.0)))))
         return out
 
-    def _ask(self, body: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    def _ask(self, body: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         """The answer, however long its server is away."""
         pause, begin = _PAUSES[0], None
         while True:
             try:
                 answer = self._attempt("POST", body)
-                if begin is not None:
-                    self._came_back(time.monotonic() - begin)
-                return answer
-            except (OSError, http.client.HTTPException) as error:
+                if begin is None:
+                    return answer
+                about = self._attempt("GET", None)[1]
+            except _AWAY as error:
                 if begin is None:
                     begin = time.monotonic()
                     logging.warning("%s: does not answer (%s); the run waits for it", self, error)
                 storage.progress.mark(f"waiting for {self}")
                 time.sleep(pause)
                 pause = min(2 * pause, _PAUSES[1])
+                continue
+            if about != self.about:
+                raise ValueError(
+                    f"{self}: expected the weights {self.about['weights']} that it had before it "
+                    f"went away, got {about['weights']}"
+                )
+            logging.warning("%s: answers again after %.0f s", self, time.monotonic() - begin)
+            return answer
 
-    def _came_back(self, seconds: float) -> None:
-        _, about = self._attempt("GET", b"")
-        if about != self.about:
-            raise ValueError(
-                f"{self}: expected the weights {self.about['weights']} that it had before it went "
-                f"away, got {about['weights']}"
-            )
-        self._add(away_seconds=(seconds, 1.0))
-        logging.warning("%s: answers again after %.0f s", self, seconds)
-
-    def _attempt(self, method: str, body: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-        """One answer.
-
-        Raises:
-            OSError, http.client.HTTPException: Nobody answers, or a server that is busy.
-            ValueError: The server refuses.
-        """
+    def _attempt(
+        self, method: str, body: str | None
+    ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+        """One answer; an error of `_AWAY` where there is none for now."""
         fresh = self._connection is None
+        if self._connection is None:
+            secure = self._url.scheme == "https"
+            kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+            self._connection = kind(self._url.netloc, timeout=_TIMEOUT)
         try:
-            if self._connection is None:
-                secure = self._url.scheme == "https"
-                kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-                self._connection = kind(self._url.netloc, timeout=_TIMEOUT)
             path = f"{self._url.path.rstrip('/')}/v1/hidden_states"
-            self._connection.request(method, path, body or None, self._headers)
+            self._connection.request(method, path, body, self._headers)
             answer = self._connection.getresponse()
             content = answer.read()
-        except (OSError, http.client.HTTPException):
+        except _AWAY:
             self._connection = None
             if fresh:
                 raise
@@ -180,18 +176,4 @@ class ServedTeacher:
             )
         size = int.from_bytes(content[:8], "little")
         about = json.loads(content[8 : 8 + size])["__metadata__"]
-        load = storage.require("safetensors.numpy", extra="models").load
-        return load(content), about
-
-    def _add(self, **pairs: tuple[float, float]) -> None:
-        for name, pair in pairs.items():
-            before = self._totals.get(name, (0.0, 0.0))
-            self._totals[name] = (before[0] + pair[0], before[1] + pair[1])
-
-    def _metrics(self) -> dict[str, tuple[float, float]]:
-        totals, self._totals = self._totals, {}
-        return totals
-
-
-def _floats(bits: np.ndarray) -> np.ndarray:
-    return bits.view(jnp.bfloat16).astype(np.float32)
+        return storage.require("safetensors.numpy", extra="models").load(content), about
