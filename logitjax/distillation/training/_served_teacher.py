@@ -105,9 +105,7 @@ class ServedTeacher:
         texts = [tokens[row, a:b].tolist() for row, a, b in documents]
         body = {"documents": texts, "starts": starts, "rank": self._rank}
         tensors, about = self._ask(json.dumps(body))
-        floats = [
-            tensors[n].view(jnp.bfloat16) for n in ("hidden", "code", "basis") if n in tensors
-        ]
+        floats = [tensors[name] for name in ("hidden", "code", "basis") if name in tensors]
         states = floats[0]
         if len(floats) > 1:
             states = (floats[0].astype(np.float32) @ floats[1].astype(np.float32)).astype(out.dtype)
@@ -176,4 +174,6 @@ class ServedTeacher:
             )
         size = int.from_bytes(content[:8], "little")
         about = json.loads(content[8 : 8 + size])["__metadata__"]
-        return storage.require("safetensors.numpy", extra="models").load(content), about
+        tensors = storage.require("safetensors.numpy", extra="models").load(content)
+        bits = {n: x.view(jnp.bfloat16) for n, x in tensors.items() if x.dtype == np.uint16}
+        return tensors | bits, about
