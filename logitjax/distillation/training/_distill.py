@@ -223,17 +223,9 @@ def train_student(
     rows = corpus.packed.splits["train"]
     index, count = training.BatchLayout(mesh).share
 
-    def text(number: int) -> dict[str, Any]:
-        return rows.batch(
-            number,
-            seed=course.seed,
-            batch_size=course.batch_size,
-            process_index=index,
-            process_count=count,
-        )
-
-    def taught(rows: Mapping[str, Any]) -> dict[str, Any]:
-        return corpus.batch("train", rows, taught=bool(sources))
+    order: Any = {"seed": course.seed, "batch_size": course.batch_size}
+    text = functools.partial(rows.batch, process_index=index, process_count=count, **order)
+    taught = functools.partial(corpus.batch, "train", taught=bool(sources))
 
     def batch(number: int) -> dict[str, Any]:
         return taught(text(number))
@@ -246,16 +238,11 @@ def train_student(
     with training.Checkpointer(directory / "checkpoints", max_to_keep=1) as checkpointer:
         update: Any = functools.partial(step, constants=frozen)
         if on_policy.share:
+            sizes: Any = {"batch_size": course.batch_size, "seed": course.seed, "mesh": mesh}
+            place = directory / "rollouts"
+            rollouts = Rollouts(student, on_policy, corpus.packed, directory=place, **sizes)
             update = OnPolicyUpdate(
-                rollouts=Rollouts(
-                    student,
-                    on_policy,
-                    corpus.packed,
-                    batch_size=course.batch_size,
-                    seed=course.seed,
-                    mesh=mesh,
-                    directory=directory / "rollouts",
-                ),
+                rollouts=rollouts,
                 taught=taught,
                 step=step,
                 frozen=frozen,

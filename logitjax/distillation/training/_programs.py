@@ -103,23 +103,35 @@ def update_programs(
     placed = _placed(frozen | ({"teachers": heads} if heads else {}), mesh)
     yield training.Program(name=name, jitted=step, arguments=(state, batch, placed))
     if on_policy.share:
-        prompt, new = on_policy.lengths(length)
-        count, pieces = len(on_policy.rows(course.batch_size)), training.BatchLayout(mesh).pieces
-        total = -(-count * on_policy.generate_every // pieces) * pieces
-        written = [(jnp.int32, prompt), (jnp.int32, prompt), (jnp.uint32,)]
-        yield training.Program(
-            name="rollouts of the student",
-            jitted=rollout_program(student, on_policy, new_tokens=new, stop_ids=(0,), mesh=mesh),
-            arguments=(
-                state.params,
-                placed,
-                *(
-                    jax.ShapeDtypeStruct((total, *shape), dtype, sharding=sharding)
-                    for dtype, *shape in written
-                ),
-            ),
-        )
+        yield _writing(student, on_policy, state.params, placed, course, reading, mesh)
     yield from live
+
+
+def _writing(
+    student: Student,
+    on_policy: OnPolicy,
+    params: Any,
+    frozen: Any,
+    course: Course,
+    reading: Reading,
+    mesh: Mesh,
+) -> training.Program:
+    layout, (prompt, new) = training.BatchLayout(mesh), on_policy.lengths(reading.seq_len)
+    count = len(on_policy.rows(course.batch_size)) * on_policy.generate_every
+    total = -(-count // layout.pieces) * layout.pieces
+    inputs = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding)
+        for shape, dtype in (
+            ((total, prompt), jnp.int32),
+            ((total, prompt), jnp.int32),
+            ((total,), jnp.uint32),
+        )
+    ]
+    return training.Program(
+        name="rollouts of the student",
+        jitted=rollout_program(student, on_policy, new_tokens=new, stop_ids=(0,), mesh=mesh),
+        arguments=(params, frozen, *inputs),
+    )
 
 
 def _decoder(spec: str, student: Callable[[], models.Decoder]) -> models.Decoder:
