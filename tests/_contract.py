@@ -723,7 +723,8 @@ ELSEWHERE = {
         few_shot.candidates few_shot.load few_shot.read_pictures
         few_shot.encoder_views decoding.Engine decoding.generate
         decoding.PromptReader
-        decoding.load_ensemble decoding.next_token_program decoding.nll_from_model decoding.score
+        decoding.load_ensemble decoding.next_token_program decoding.nll_from_model decoding.rollout
+        decoding.score
         evaluation.encode_answer evaluation.encode_prompt
         evaluation.ngram_entropy evaluation.rouge_l_f1
         evaluation.rouge_recall evaluation.score_rows training.Checkpointer training.EvalStep

@@ -98,10 +98,13 @@ class Config:
         if self.freeze == "below" and (not self.pruning.drop_layers or self.layout != "listed"):
             raise ValueError("freeze: expected drop_layers and listed layers with below")
         named = self.reading.teachers
-        if self.on_policy.share and self.reading.teacher_reads != "live":
-            raise ValueError(
-                "on_policy: expected --teacher_reads=live, as no cache has what a student writes"
-            )
+        if self.on_policy.share:
+            if self.reading.teacher_reads != "live":
+                raise ValueError(
+                    "on_policy: expected --teacher_reads=live: no cache has what a student writes"
+                )
+            self.on_policy.rows(self.course.batch_size)
+            self.on_policy.lengths(self.reading.seq_len)
         if self.teacher_weight and len(self.teacher_weight) != len(named):
             raise ValueError(
                 f"teacher_weight: expected {len(named)}, one a teacher, got "
@@ -124,6 +127,8 @@ class Config:
 def run(config: Config, out: epath.Path) -> None:
     """Prunes, lets the teachers read, trains, writes the model and the report."""
     objective, course, reading = _objective(config), _course(config), _reading(config)
+    if config.on_policy.share and objective.taught is None:
+        raise ValueError("on_policy: expected a loss that a teacher gives, got those of text alone")
     basis = _recovered(config.student_head) if config.student_head else None
     mesh = training.make_mesh(config.mesh)
     course.check(mesh)
@@ -389,13 +394,15 @@ def _report(
         else ""
     )
     long += f" {unlearnt} pieces hold nothing to learn and were left out." if unlearnt else ""
+    share = config.on_policy.share
+    own = f", {share:.0%} of the rows written by the student" if share else ""
     teachers = ", ".join(f"`{spec}`" for spec in config.teachers) or "no teacher"
     names = ("prompt", "before", "after")
     samples = [{"": n, "text": text_cell(found.samples[n])} for n in names]
     return (
         f"# `{config.student}`{', ' + note if note else ''}, taught\n\n"
         f"{' + '.join(config.loss)} with {teachers} on `{reading.data}`: {course.steps} steps of "
-        f"{course.batch_size} x {reading.seq_len} tokens, learning rate {config.peak:g}, "
+        f"{course.batch_size} x {reading.seq_len} tokens{own}, learning rate {config.peak:g}, "
         f"{found.trained.tokens_per_second:.4g} predicted tokens a second.{long}\n\n"
         f"{markdown_table(rows)}\n\n"
         f"Scores are on {min(course.eval_rows, len(packed.splits['test']))} rows of test text. "
