@@ -48,7 +48,7 @@ class _Lab:
     @property
     def steps(self) -> tuple[int, int]:
         """Of the warm start, and of the on-policy arm."""
-        full = {"bytes": (300, 200), "smollm2": (40, 16)}
+        full = {"bytes": (120, 60), "smollm2": (40, 16)}
         return (2, 2) if self.options.smoke else full[self.part]
 
     @property
@@ -92,7 +92,7 @@ class _Lab:
             student,
             distillation.load_corpus(reading, packed, {}, self.directory),
             distillation.Objective(terms=distillation.parse_terms(["sft"])),
-            distillation.Course(steps=1500, batch_size=8, learning_rate=3e-3, loop=_LOOP),
+            distillation.Course(steps=600, batch_size=8, learning_rate=3e-3, loop=_LOOP),
             mesh=self.mesh,
             directory=self.directory / "taught",
         ).params
