@@ -91,7 +91,7 @@ def _undial(x: Any, hidden: Any, head: Any, **options: Any) -> Any:
 
 def _fused(x: Any, hidden: Any, head: Any, where: Any) -> Any:
     def loss(readout: Any, teacher: Any) -> Any:
-        sparse = losses.sparse_kl_divergence(readout.gathered_top_k(teacher.indices), teacher)
+        sparse = losses.sparse_kl_divergence(readout, teacher)
         return readout.cross_entropy + sparse + jnp.log(readout.statistics.std)
 
     top = ops.TopK.of(x["teacher_logits"], 3)
@@ -130,16 +130,6 @@ def _graph(**settings: Any) -> Callable[..., Any]:
     return loss
 
 
-def _fusion(aligned: bool) -> Callable[..., Any]:
-    def loss(x: Any, hidden: Any, head: Any, where: Any) -> Any:
-        outputs = x["teacher_logits"]
-        teachers = [distillation.FusionTeacher(outputs=outputs, where=where, aligned=aligned)]
-        arrays = (x["labels"], teachers)
-        return distillation.graph_fusion_objective(hidden, *arrays, where=where)[0].sum()
-
-    return loss
-
-
 POSITIONED: dict[str, Callable[..., Any]] = {
     "linear_cross_entropy": _cross_entropy,
     "linear_cross_entropy, soft cap": _capped,
@@ -162,8 +152,6 @@ LOSSES: dict[str, Callable[..., Any]] = {
 OF_LOGITS: dict[str, Callable[..., Any]] = {
     "graph_on_logits, where": _graph(),
     "graph_on_logits, token nodes, where": _graph(node="token", value="sorted_coupling"),
-    "graph_fusion_objective, where": _fusion(aligned=False),
-    "graph_fusion_objective, aligned, where": _fusion(aligned=True),
 }
 
 
@@ -189,7 +177,6 @@ LIKE_OTHERS = {
     "linear_sparse_kl_divergence, renormalize",
     "linear_cross_entropy, soft cap",
     "linear_undial",
-    "graph_fusion_objective, where",
 }
 
 

@@ -169,7 +169,7 @@ def _measured(folder: Path, target: Path, out: Path) -> dict[str, Any]:
     kept = {
         "probability": [questions.probabilities(side, "test").mean() for side in (before, after)],
         "ROUGE-L": [questions.likeness(answers, "test").mean() for answers in said],
-        "fluency": [_fluency(answers) for answers in said],
+        "fluency": [evaluation.fluency(answers) or 0.0 for answers in said],
     }
     perplexity = float("nan")
     if written is not bare:
@@ -185,11 +185,6 @@ def _measured(folder: Path, target: Path, out: Path) -> dict[str, Any]:
         "perplexity %": perplexity,
         **_gaps(written, target, out, questions),
     }
-
-
-def _fluency(answers: Sequence[str]) -> float:
-    known = [value for value in map(evaluation.ngram_entropy, answers) if value is not None]
-    return float(np.mean(known)) if known else 0.0
 
 
 def _gaps(

@@ -41,7 +41,7 @@ class MLP(nnx.Module):
 def create_network(
     name: str, num_classes: int, shape: tuple[int, ...], auxiliary: Auxiliary | None, *, key: Any
 ) -> vision.ImageClassifier:
-    """An MLP, `mlp-512-128`, ShuffleNetV2, or what `create_classifier` knows.
+    """An MLP, `mlp-512-128`, ShuffleNetV2, or what `ImageClassifier.create` knows.
 
     A seed's arms share a trunk.
     """
@@ -55,7 +55,9 @@ def create_network(
     elif name == "shufflenet_v2":
         backbone = ShuffleNetV2(shape[-1], rngs=rngs)
     else:
-        return vision.create_classifier(name, num_classes, channels=shape[-1], head=head, rngs=rngs)
+        return vision.ImageClassifier.create(
+            name, num_classes, channels=shape[-1], head=head, rngs=rngs
+        )
     return vision.ImageClassifier(backbone, head(backbone.num_features, num_classes, rngs=rngs))
 
 
@@ -68,6 +70,8 @@ class Arm:
         logit_loss: `(student, teacher, labels) -> [batch]`, weighted by alpha; None without one.
         auxiliary: The second head, which then gets the logit loss.
         align: Project the logit loss's gradient: over the `trunk` or over `all` parameters.
+        only: The logit loss is all there is: no cross-entropy, and no alpha.
+        task: `(student, teacher, labels) -> [batch]` in place of the cross-entropy.
         smooths: Alpha is label smoothing instead, alpha / (1 + alpha) of it.
         warms: Alpha grows to its value over the first `config.warmup_epochs`.
     """
@@ -76,12 +80,14 @@ class Arm:
     logit_loss: Callable[..., Any] | None = None
     auxiliary: Auxiliary | None = None
     align: str | None = None
+    only: bool = False
+    task: Callable[..., Any] | None = None
     smooths: bool = False
     warms: bool = False
 
     @property
     def has_alpha(self) -> bool:
-        return self.smooths or self.logit_loss is not None
+        return self.smooths or (self.logit_loss is not None and not self.only)
 
 
 def arms(config: Config) -> dict[str, Arm]:
@@ -97,6 +103,11 @@ def arms(config: Config) -> dict[str, Arm]:
     def kd(student: Any, teacher: Any, labels: Any, *, temperature: float) -> Any:
         del labels
         return distillation.knowledge_distillation(student, teacher, temperature=temperature)
+
+    def kd_and_labels(student: Any, teacher: Any, labels: Any) -> Any:
+        # The weights of mdistiller, which the papers on CIFAR-100 share.
+        soft = kd(student, teacher, labels, temperature=config.temperature)
+        return 0.1 * losses.cross_entropy(student, labels) + 0.9 * soft
 
     def dkd(student: Any, teacher: Any, labels: Any) -> Any:
         return distillation.decoupled_knowledge_distillation(
@@ -123,7 +134,9 @@ def arms(config: Config) -> dict[str, Arm]:
         Arm(name="dkd_warm", logit_loss=dkd, warms=True),
         Arm(name="kd_standardized", logit_loss=standardized),
         Arm(name="dist", logit_loss=dist),
+        Arm(name="logit_only", logit_loss=logit_loss, only=True),
         Arm(name="single", logit_loss=logit_loss),
+        Arm(name="kd_and_logit", logit_loss=logit_loss, task=kd_and_labels),
         Arm(name="single_aligned", logit_loss=logit_loss, align="trunk"),
     ]
     kinds: tuple[Auxiliary, ...] = ("linear", "mlp")
@@ -167,8 +180,15 @@ def loss_function(
         model = nnx.merge(graphdef, params, stats, copy=True)
         _, logits, other = outputs(model, inputs, train=train, key=key)
         smoothing = alpha / (1.0 + alpha) if arm.smooths else 0.0
-        task = losses.cross_entropy(logits, labels, label_smoothing=smoothing).mean()
+        if arm.task is not None:
+            task = arm.task(logits, teacher, labels).mean()
+        else:
+            task = losses.cross_entropy(logits, labels, label_smoothing=smoothing).mean()
         logit = jnp.zeros(())
+        if arm.only and arm.logit_loss is not None:
+            return (0.0 * task, arm.logit_loss(other, teacher, labels).mean()), nnx.state(
+                model, nnx.BatchStat
+            )
         if arm.logit_loss is not None:
             share = 1.0 / (1.0 + alpha) if convex else 1.0
             task = share * task

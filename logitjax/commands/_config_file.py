@@ -42,9 +42,7 @@ def write_config(config: _flags.Dataclass, folder: epath.Path, flag: str) -> Non
     """Write `config.json` without secrets; a folder of another configuration is refused.
 
     Fields that say how a run executes are written and not compared. A folder that holds nothing
-    but the record of a run belongs to nobody: the run failed, or was killed, before it made
-    anything, and the next one may be another. This asks what is there and not how the last run
-    ended, so it holds after a kill too, and no process has to take anything back.
+    but the record of a run belongs to nobody, whether its run failed or was killed.
     """
     values = _flags.flatten(config)
     text = json.dumps(values, indent=1, sort_keys=True) + "\n"

@@ -86,16 +86,11 @@ class Flag:
     """A field of a configuration, or of what it nests, as a flag.
 
     Attributes:
-        name: Name of the flag.
         path: Names of the fields that lead to it.
         owner: Dataclass that has the field.
         kind: Type of its value, or of each of its values.
-        several: Whether it is a tuple.
-        optional: Whether it may be None.
-        choices: All its values, where they are named.
         default: Its default, or `REQUIRED`.
         help: What it is, or nothing where its owner does not say.
-        metadata: That of the field.
     """
 
     name: str

@@ -88,13 +88,7 @@ def parse(
     *,
     program: str = "",
 ) -> list[Any]:
-    """Configurations from a preset, below a file, below flags.
-
-    Args:
-        classes: Dataclasses whose fields are the flags.
-        presets: Defaults by name; the first ones hold if none is named.
-        arguments: The command line after the program.
-        program: What was called.
+    """Configurations from a preset (the first if none is named), below a file, below flags.
 
     Raises:
         absl.flags.Error: A flag does not exist.
@@ -145,7 +139,7 @@ def _narrated() -> Iterator[None]:
             if time.monotonic() - _last_line > _SAY_SECONDS:
                 logging.info("still %s", storage.progress.last()[1])
 
-    if not sys.stderr.isatty() and not (training.distributed.is_joined() and jax.process_index()):
+    if not sys.stderr.isatty() and not (jax.distributed.is_initialized() and jax.process_index()):
         threading.Thread(target=narrate, name="narrator", daemon=True).start()
     try:
         yield
@@ -155,7 +149,7 @@ def _narrated() -> Iterator[None]:
 
 def _write_details(workdir: epath.Path) -> str:
     """Leaves the traceback as `error.txt`, if it can within five seconds; where it is, in words."""
-    index = jax.process_index() if training.distributed.is_joined() else 0
+    index = jax.process_index() if jax.distributed.is_initialized() else 0
     path = workdir / (f"error.{index}.txt" if index else "error.txt")
     text, written = traceback.format_exc(), threading.Event()
 
@@ -182,19 +176,16 @@ def _fail(
     details = _write_details(workdir) if workdir else ""
     if status == os.EX_TEMPFAIL:
         note = note or "; this may pass, and the same command goes on"
-    if training.distributed.is_joined() or status == os.EX_TEMPFAIL:
+    if jax.distributed.is_initialized() or status == os.EX_TEMPFAIL:
         training.distributed.leave(f"{said}{details}{note}", status)
     print(f"error: {said}{details}{note}", file=sys.stderr)
     sys.exit(status)
 
 
 def _let_others_speak(error: BaseException) -> None:
-    """What fails in a collective fails because another process is gone, which may yet say why.
-
-    The watch then ends this process with the other's words.
-    """
+    """Waits where a collective failed: another process is gone, which may yet say why."""
     failed = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
-    if failed and training.distributed.is_joined():
+    if failed and jax.distributed.is_initialized():
         time.sleep(3.0)
 
 
@@ -212,7 +203,7 @@ def _interruptible(says: str) -> Iterator[None]:
 
     def end() -> None:
         ending.acquire()  # By whoever comes first, for ever.
-        if training.distributed.is_joined():
+        if jax.distributed.is_initialized():
             training.distributed.leave(says, _INTERRUPTED)
         logging.flush()
         sys.stdout.flush()
@@ -334,14 +325,14 @@ def _main(
         first = RuntimeError(str(error).splitlines()[0][:300])
         if "RESOURCE_EXHAUSTED" in str(error):
             _fail(first, 2, details, "; a device's memory is too small for this")
-        if not training.distributed.is_joined() and not storage.may_pass(error):
+        if not jax.distributed.is_initialized() and not storage.may_pass(error):
             raise
         _let_others_speak(error)
         _fail(first, os.EX_TEMPFAIL, None, "; another process is gone, the same command goes on")
     except Exception as error:
         if storage.may_pass(error):
             _fail(error, os.EX_TEMPFAIL, details)
-        if not training.distributed.is_joined():
+        if not jax.distributed.is_initialized():
             raise
         traceback.print_exc()
         _fail(error, 1, None)

@@ -29,10 +29,7 @@ from logitjax.commands.tables import markdown_table
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """The pictures, their views and the encoders.
-
-    A folder takes more encoders, splits and views: each cache in it says what it is of.
-    """
+    """The pictures, their views and the encoders; a folder takes more of all of them."""
 
     encoder: tuple[str, ...] = field(
         ("efficientnet_lite0",),

@@ -119,14 +119,7 @@ class Picture:
 
 
 def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Means over the first axis, and how far their 95 % intervals reach to either side.
-
-    The interval is Student's; of one value it is nan.
-
-    >>> mean, reach = interval(np.array([1.0, 2.0, 3.0]))
-    >>> print(f"{mean:.3f} +- {reach:.3f}")  # t of two degrees of freedom is 4.303
-    2.000 +- 2.484
-    """
+    """Means over the first axis, and how far their 95 % intervals (Student's) reach; nan of one."""
     n = len(values)
     mean = np.asarray(values.mean(0))
     if n < 2:
@@ -136,11 +129,7 @@ def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def look(number: int) -> dict[str, Any]:
-    """How the series of a number is drawn: colour, marker and dashes.
-
-    Of the first eleven no two have the same marker, and of the first 55 no two have the same marker
-    and dashes.
-    """
+    """Colour, marker and dashes of the series of a number; the first 55 differ in the last two."""
     return {
         "color": _COLOURS[number % len(_COLOURS)],
         "marker": _MARKERS[number % len(_MARKERS)],
@@ -152,12 +141,6 @@ def draw(path: str | os.PathLike[str], picture: Picture) -> epath.Path:
     """Draws a picture into a PNG file, which appears whole or not at all.
 
     The file says what it was drawn of: its text `Source` is the picture's `source`.
-
-    Returns:
-        The path, local or remote.
-
-    Raises:
-        ImportError: matplotlib is not installed.
     """
     with _styled():
         _save(compose(picture), path, picture.source)

@@ -104,11 +104,7 @@ def run(config: Config) -> None:
 
 
 def _check(config: Config) -> None:
-    """Refuses flags that do not fit together.
-
-    Raises:
-        ValueError: Nobody drafts, or no template takes the system message.
-    """
+    """Refuses flags that do not fit together: nobody drafts, or no template takes the system."""
     if config.draft is not None and not getattr(config.line_up, config.draft):
         raise ValueError(f"draft: expected a model by --{config.draft} to draft, got none")
     if config.system is None:
@@ -150,11 +146,7 @@ def answer(
     max_new_tokens: int,
     options: dict[str, Any],
 ) -> tuple[str, int]:
-    """The text that continues a prompt, and its number of tokens; `generate` takes the options.
-
-    Raises:
-        ValueError: The prompt leaves no room in what the models can read.
-    """
+    """The text that continues a prompt, and its number of tokens; `generate` takes the options."""
     tokenizer = options["text"].tokenizer
     if not tokens and tokenizer.bos_id is not None:
         # Something has to be read.

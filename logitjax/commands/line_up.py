@@ -38,15 +38,7 @@ class LineUp:
         return min(models.load_config(spec).max_length for spec in specs)
 
     def load(self) -> tuple[decoding.Ensemble, models.Tokenizer, tuple[int, ...]]:
-        """Loads the models.
-
-        Returns:
-            As `decoding.load_ensemble`.
-
-        Raises:
-            FileNotFoundError: There is no such assistant.
-            ValueError: Flags that do not fit together, or models that do not.
-        """
+        """Loads the models, as `decoding.load_ensemble` returns them."""
         if self.assistant is None:
             if self.alpha is not None:
                 raise ValueError("alpha: expected an assistant to weigh, got none")

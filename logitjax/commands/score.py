@@ -62,12 +62,9 @@ Row = tuple[np.ndarray, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class _Item:
-    """One line of the result: rows to read, of which group g is one text.
+    """One line of the result: its texts, each with its rows to read and its bytes.
 
-    Attributes:
-        record: What the line says beside its numbers.
-        groups: The rows of every text: windows of a long one, one for a choice.
-        sizes: Bytes of each text that are scored.
+    A text has several rows if it is long, a question a text for each choice.
     """
 
     record: dict[str, Any]
@@ -246,17 +243,11 @@ def _answer_row(tokenizer: models.Tokenizer, prompt: str, answer: str) -> Row:
     if not prompt:
         ids = np.asarray([_first_id(tokenizer), *tokenizer.encode(answer)], np.int32)
         return ids, np.arange(len(ids)) > 0
-    return evaluation.encode_answer(
-        tokenizer, _NOTHING, prompt, answer, max_length=1 << 30, end=False
-    )
+    return _NOTHING.encode_answer(tokenizer, prompt, answer, max_length=1 << 30, end=False)
 
 
 def _fitted(row: Row, most: int, mark: Sequence[int], name: str) -> Row:
-    """A row without what is too long of its prompt's beginning, after the mark in front of it.
-
-    Raises:
-        ValueError: The answer alone does not fit.
-    """
+    """A row without what is too long of its prompt's beginning, after the mark in front of it."""
     ids, where = row
     if where.sum() >= most:
         raise ValueError(f"{name}: {where.sum()} tokens of an answer, max_length is {most}")

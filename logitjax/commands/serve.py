@@ -84,11 +84,7 @@ def run(config: Config) -> None:
 
 
 def _max_length(config: Config) -> int:
-    """Most tokens of a request.
-
-    Raises:
-        ValueError: More are asked for than one of the models can read.
-    """
+    """Most tokens of a request; more than one of the models can read is a ValueError."""
     most = config.line_up.longest
     if config.max_length is None:
         return min(_USUAL_LENGTH, most)

@@ -1,8 +1,8 @@
 """Packed rows on disk: batches that are a pure function of the seed and the step."""
 
+import collections
+import concurrent.futures
 import os
-import queue
-import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -205,35 +205,12 @@ class PackedDataset:
 
 def read_ahead(batches: Iterator[Batch], depth: int) -> Iterator[Batch]:
     """Draw from `batches` in a thread, at most `depth` in advance; errors come out here."""
-    ready: queue.Queue[tuple[bool, Any]] = queue.Queue(depth)
-    stopped = threading.Event()
-
-    def put(item: tuple[bool, Any]) -> bool:
-        while not stopped.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def work() -> None:
-        try:
-            for batch in batches:
-                if not put((True, batch)):
-                    return
-            put((False, None))
-        except BaseException as error:
-            put((False, error))
-
-    threading.Thread(target=work, name="logitjax-data", daemon=True).start()
-    try:
+    waiting: collections.deque[concurrent.futures.Future] = collections.deque()
+    with concurrent.futures.ThreadPoolExecutor(1, "logitjax-data") as thread:
         while True:
-            more, item = ready.get()
-            if not more:
-                if item is not None:
-                    raise item
+            while len(waiting) < depth:
+                waiting.append(thread.submit(next, batches, None))
+            batch = waiting.popleft().result()
+            if batch is None:
                 return
-            yield item
-    finally:
-        stopped.set()
+            yield batch

@@ -39,7 +39,7 @@ def _decode_chunk(plan: Plan, options: DecodeOptions, params, state, steps: int)
 
 @functools.partial(
     jax.jit,
-    static_argnames=("plan", "drafter", "options", "rounds", "length", "coupled"),
+    static_argnames=("plan", "drafter", "options", "rounds", "length"),
     donate_argnames="state",
 )
 def _speculate(
@@ -83,12 +83,8 @@ class Engine:
     Raises:
         ValueError: for a drafting member that the model does not have.
 
-    >>> from flax import nnx
-    >>> from logitjax.models import Decoder, DecoderConfig
-    >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=1,
-    ...                        num_heads=2, num_kv_heads=1, head_dim=4)
-    >>> model = nnx.jit(lambda: Decoder(config, rngs=nnx.Rngs(0), layout="listed"))()
-    >>> engine = Engine(model, slots=2, max_length=32)
+    >>> from logitjax.models import load_model
+    >>> engine = Engine(load_model("tiny"), slots=2, max_length=32)
     >>> first = engine.prefill(0, Request(prompt=[1, 2, 3], max_new_tokens=4))
     >>> engine.decode_chunk(2).tokens.shape, engine.active.tolist()
     ((2, 2), [True, False])
@@ -256,7 +252,6 @@ class Engine:
             self.state,
             rounds=rounds,
             length=length,
-            coupled=self.speculation.acceptance == "coupled",
         )
         return emitted, drafted
 

@@ -208,12 +208,8 @@ class Ensemble:
         ValueError: for several models without ``fuse``, or bases that are neither one nor as many
             as the experts.
 
-    >>> from flax import nnx
-    >>> from logitjax.models import Decoder, DecoderConfig
-    >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=1,
-    ...                        num_heads=2, num_kv_heads=1, head_dim=4)
-    >>> make = nnx.jit(lambda key: Decoder(config, rngs=nnx.Rngs(key), layout="listed"))
-    >>> models = [make(jax.random.key(seed)) for seed in range(3)]
+    >>> from logitjax.models import load_model
+    >>> models = [load_model(f"tiny:{seed}") for seed in range(3)]
     >>> def proxy(large, experts, bases, vocab_where=None):
     ...     return large + experts[0] - bases[0], {}
     >>> both = Ensemble(models[0], experts=models[1:2], bases=models[2:], fuse=proxy)

@@ -127,7 +127,7 @@ def fresh_rows(
         stopped=np.zeros(count, bool),
         left=np.array([r.max_new_tokens for r in requests], np.int32),
         count=np.zeros(count, np.int32),
-        sampling=sampling_rows([r.sampling for r in requests], count),
+        sampling=sampling_rows([r.sampling for r in requests]),
         stop_ids=stop_ids,
         bias_ids=bias_ids,
         bias_values=values,

@@ -119,7 +119,7 @@ class Part:
                 read["statistics"] = readout.statistics.truncate(self.needs.top_k)
             if "ids" in tokens:
                 # With the student's own normaliser, over its whole vocabulary.
-                read["top"] = readout.gathered_top_k(tokens["ids"])
+                read["top"] = readout
         read = Declared(self.term, "read", {n: read[n] for n in self.needs.names})
         params = None if self.head is not None else self.params
         value = self.term.value(read, teacher, batch, params)

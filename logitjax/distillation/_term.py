@@ -18,7 +18,7 @@ class StudentNeeds:
     Attributes:
         label: `read.label_logit` and `read.cross_entropy` of the labels.
         ids: `[*batch, n]` tokens whose logits are `read.gathered`, and with the normaliser
-            `read.top`, a `TopK`.
+            `read.top`, the `losses.Readout` that sparse divergences take.
         top_k: Number of the student's own largest logits, `read.statistics`.
         statistic: A `sweep.Statistic` of the term's own, whose results are `read.statistic`. It may
             look at the logits of a teacher that gives hidden states and a head.

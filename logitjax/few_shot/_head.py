@@ -14,14 +14,7 @@ from jaxtyping import Float, Int
 from logitjax.few_shot import methods
 from logitjax.few_shot._candidates import Candidate, candidates
 from logitjax.few_shot._labelled import Pictures
-from logitjax.few_shot._method import (
-    FewShotTask,
-    Inputs,
-    Method,
-    State,
-    unit_rows,
-    zero_shot_logits,
-)
+from logitjax.few_shot._method import FewShotTask, Inputs, Method, State
 from logitjax.few_shot._sweep import best_setting, sweep
 from logitjax.ops import Array
 from logitjax.storage import guard, read_head, write_head
@@ -83,11 +76,12 @@ class FittedHead:
 
     def accuracy(self, pictures: Pictures) -> float:
         """Share of the pictures whose class is predicted."""
-        given = (pictures.features, pictures.auxiliary)
+        given = (pictures.features, pictures.auxiliary)  # None without a second encoder
         return float((self.predict(*given, hidden=pictures.hidden) == pictures.labels).mean())
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes the head as ``head.safetensors`` and ``head.json``, which names the method."""
+        # The file takes no strides.
         tensors = {"class_weights": np.ascontiguousarray(self.class_weights)}
         state = _form(tuple(self.state), "state", tensors)
         record = {
@@ -105,12 +99,7 @@ def _fused(
     learnt: Any, features: Any, auxiliary: Any, hidden: Any, *, method: Method, scale: float
 ) -> jax.Array:
     state, class_weights = learnt
-    inputs = Inputs(
-        zero_shot=zero_shot_logits(features, class_weights, scale=scale),
-        features=unit_rows(features),
-        auxiliary=None if auxiliary is None else unit_rows(auxiliary),
-        hidden=hidden,
-    )
+    inputs = Inputs.of(features, class_weights, scale=scale, auxiliary=auxiliary, hidden=hidden)
     return method.logits(state, method.prepare(inputs))
 
 

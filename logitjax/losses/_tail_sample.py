@@ -19,9 +19,8 @@ class TailSample:
     Attributes:
         values: the teacher's logits of them, on the scale of the top k's, `[*batch, m]`.
         indices: their vocabulary ids, int32, `[*batch, m]`.
-        log_probs: log-probabilities of the law that drew them, which adds up to 1 outside of the
-            top k, `[*batch, m]`; None where it is the teacher's. Of a student's draws `values` are
-            to be replaced by the teacher's.
+        log_probs: log-probabilities of the law that drew them, outside of the top k, `[*batch, m]`;
+            None for the teacher's. Of a student's draws, replace `values` by the teacher's.
     """
 
     values: Any

@@ -1,6 +1,7 @@
 """Attention of one layer, with everything that layers of one kind share computed once."""
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import jax
@@ -17,7 +18,7 @@ from logitjax.models._cache import (
     write_vectors,
 )
 from logitjax.models._config import DecoderConfig, Window
-from logitjax.models._lora import project
+from logitjax.models._lora import linear_map, project
 from logitjax.models._norm import Norm
 from logitjax.models._rope import apply_rope, changes_with_length, rope_tables
 from logitjax.ops import Array
@@ -175,24 +176,14 @@ class Attention(nnx.Module):
     """Grouped-query attention with optional biases and query/key norms."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any):
-        def linear(inner: int, outer: int, bias: bool) -> nnx.Linear:
-            return nnx.Linear(
-                inner,
-                outer,
-                use_bias=bias,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                kernel_init=nnx.initializers.normal(0.02),
-                rngs=rngs,
-            )
-
+        linear = functools.partial(linear_map, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         self.config = config
         inner = config.num_heads * config.head_dim
         narrow = config.num_kv_heads * config.head_dim
-        self.query = linear(config.hidden_size, inner, config.qkv_bias)
-        self.key = linear(config.hidden_size, narrow, config.qkv_bias)
-        self.value = linear(config.hidden_size, narrow, config.qkv_bias)
-        self.output = linear(inner, config.hidden_size, config.output_bias)
+        self.query = linear(config.hidden_size, inner, use_bias=config.qkv_bias)
+        self.key = linear(config.hidden_size, narrow, use_bias=config.qkv_bias)
+        self.value = linear(config.hidden_size, narrow, use_bias=config.qkv_bias)
+        self.output = linear(inner, config.hidden_size, use_bias=config.output_bias)
         if config.qk_norm:
             self.query_norm = Norm(config, config.head_dim, param_dtype=param_dtype, rms=True)
             self.key_norm = Norm(config, config.head_dim, param_dtype=param_dtype, rms=True)

@@ -16,7 +16,6 @@ from logitjax import ops
 from logitjax.models._bfloat16 import use_cpu_products
 from logitjax.models._config import DecoderConfig
 from logitjax.models._decoder import Decoder
-from logitjax.models._generation_config import end_ids, read_generation
 from logitjax.models._gguf import GgufSource
 from logitjax.models._gguf_config import gguf_config
 from logitjax.models._hf_config import config_from_hf
@@ -63,11 +62,29 @@ def load_config(spec: str) -> DecoderConfig:
     return _directory_config(path) if path.is_dir() else _gguf_config(GgufSource(path))
 
 
+def _read_generation(path: epath.Path) -> dict[str, Any]:
+    """The `generation_config.json` of a directory; nothing where there is none."""
+    file = path / "generation_config.json"
+    return read_json(file, form=dict) if file.exists() else {}
+
+
+def _end_ids(path: epath.Path) -> tuple[int, ...] | None:
+    """Tokens that end an answer; None where the directory leaves that to config.json."""
+    ids = _read_generation(path).get("eos_token_id")
+    if ids is None:
+        return None
+    ids = ids if isinstance(ids, list) else [ids]
+    if not all(type(i) is int and i >= 0 for i in ids):
+        file = path / "generation_config.json"
+        raise ValueError(f"{file}: eos_token_id: expected ids of tokens, got {ids!r}")
+    return tuple(ids)
+
+
 def _directory_config(path: epath.Path) -> DecoderConfig:
     file = path / "config.json"
     with guard.naming(file):
         config = config_from_hf(read_json(file, form=dict), where=str(file))
-    ends = end_ids(path)
+    ends = _end_ids(path)
     return config if ends is None else dataclasses.replace(config, eos_ids=ends)
 
 
@@ -97,7 +114,7 @@ def load_sampling(spec: str) -> dict[str, float]:
     path = None if tiny_seed(spec) is not None else find_checkpoint(spec)
     if path is None or not path.is_dir():
         return {}
-    raw = read_generation(path)
+    raw = _read_generation(path)
     defaults = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}
     settings = {**(defaults if raw.get("do_sample") else {}), "repetition_penalty": 1.0}
     for name in settings:

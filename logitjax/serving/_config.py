@@ -7,8 +7,6 @@ from logitjax.ops import checks
 from logitjax.serving._errors import ApiError
 from logitjax.serving._keys import Key
 from logitjax.serving._policy import Disclosure
-from logitjax.serving._scheduler import Pace
-from logitjax.serving._schema import ServerLimits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,31 +60,6 @@ class ServerConfig:
             checks.between(getattr(self, name), 0, 2**31 - 1, name)
         # Says which parts of the policy a server cannot keep.
         Disclosure(self.policy)
-
-    @property
-    def pace(self) -> Pace:
-        """Limits of how many requests are handled at once."""
-        return Pace(
-            slots=self.slots,
-            max_length=self.max_length,
-            max_waiting=self.max_waiting,
-            rows=self.prefill_rows,
-            piece=self.prefill_chunk,
-            prefix_bytes=self.prefix_cache_mb << 20,
-        )
-
-    @property
-    def limits(self) -> ServerLimits:
-        """Limits of one request."""
-        return ServerLimits(
-            max_tokens=self.max_tokens,
-            max_length=self.max_length,
-            max_logprobs=Disclosure(self.policy).top_k,
-            max_logit_bias=self.policy.max_biased,
-            bias_limit=self.policy.bias_limit,
-            max_body_bytes=self.max_body_bytes,
-            logit_bias=self.policy.bias != "none",
-        )
 
 
 def check_model(config: ServerConfig, name: str | None) -> None:

@@ -12,6 +12,8 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 _HEADER = "x-request-id"
+# From the first token of a toy to the last one of a long answer on a CPU.
+_SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
 # An id goes into logs and headers as it is.
 _ID = re.compile(rb"[\w.:/+=-]{1,128}")
 
@@ -27,26 +29,16 @@ class Metrics:
         self.registry = CollectorRegistry()
         made: dict[str, Any] = {"registry": self.registry, "namespace": "logitjax"}
         self.requests = Counter("requests", "Requests.", ["path", "status"], **made)
-        self.seconds = Histogram(
-            "request_seconds",
-            "Time until the last byte of an answer.",
-            ["path"],
-            buckets=(0.01, 0.05, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300),
-            **made,
-        )
-        self.first_token = Histogram(
-            "first_token_seconds",
-            "Time from a checked request to its first token.",
-            buckets=(0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60),
-            **made,
-        )
+        until = "Time until the last byte of an answer."
+        self.seconds = Histogram("request_seconds", until, ["path"], buckets=_SECONDS, **made)
+        until = "Time from a checked request to its first token."
+        self.first_token = Histogram("first_token_seconds", until, buckets=_SECONDS, **made)
         self.prompt_tokens = Counter("prompt_tokens", "Tokens of prompts.", **made)
         self.new_tokens = Counter("completion_tokens", "Tokens of answers.", **made)
         self.open = Gauge("requests_open", "Requests that are being answered.", **made)
         Gauge("slots_busy", "Slots taken.", **made).set_function(lambda: load()[0])
-        Gauge("requests_waiting", "Requests without a slot.", **made).set_function(
-            lambda: load()[1]
-        )
+        waiting = Gauge("requests_waiting", "Requests without a slot.", **made)
+        waiting.set_function(lambda: load()[1])
 
     async def endpoint(self, _: HttpRequest) -> Response:
         text = prometheus_client.generate_latest(self.registry)

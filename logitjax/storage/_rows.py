@@ -18,11 +18,11 @@ from etils import epath
 from tqdm import tqdm
 
 from logitjax.storage import _guard as guard
-from logitjax.storage import progress
 from logitjax.storage._digest import digest
 from logitjax.storage._files import write_atomic
 from logitjax.storage._guard import read_json
 from logitjax.storage._manifest import Manifest
+from logitjax.storage._progress import progress
 from logitjax.storage._shards import ShardReader, open_shard
 
 # Without a terminal, a line so often.

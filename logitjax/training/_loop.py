@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from logitjax.ops.sharding import path_string
 from logitjax.storage import option, progress, write_atomic
 from logitjax.training._checkpoints import Checkpointer
-from logitjax.training._metrics import MetricAccumulator, MetricWriter, NullWriter
+from logitjax.training._metrics import MetricAccumulator, MetricWriter
 from logitjax.training._preemption import Preempted, watch_for_preemption
 from logitjax.training._state import TrainState
 from logitjax.training._step import StepOutput
@@ -25,12 +25,7 @@ from logitjax.training._workdir import lock_workdir
 
 
 class NonFiniteError(FloatingPointError):
-    """The loss or its gradient stopped being finite.
-
-    Attributes:
-        step: the update that failed, counted from 1.
-        path: the file with its batch, if a workdir was given.
-    """
+    """The loss or its gradient stopped being finite at `step`; its batch is in the file `path`."""
 
     def __init__(self, message: str, step: int, path: str | None):
         super().__init__(message)
@@ -104,7 +99,7 @@ def train_loop(
     options = LoopOptions() if options is None else options
     if options.profile_steps and workdir is None:
         raise ValueError("profile_steps: a trace needs a workdir to lie in")
-    writer = NullWriter() if writer is None else writer
+    writer = MetricWriter() if writer is None else writer
     with contextlib.ExitStack() as stack:
         if workdir is not None:
             stack.enter_context(lock_workdir(workdir))

@@ -136,7 +136,7 @@ def certificate(
         key: ``jax.random.key`` of the restarts; ``jax.random.key(0)`` if left out.
         candidates: more couplings to start from, for example the identity where nodes are the
             tokens of one vocabulary, and plans ``[n, m]`` of other solvers (POT's arrays, ott's
-            outputs, those of `transport.reference`) to be judged; the latter need p = 2.
+            outputs) to be judged; the latter need p = 2.
 
     Returns:
         A `Certificate`. Gradients of ``upper`` are taken at the fixed coupling (envelope).
@@ -368,14 +368,7 @@ def best_sorted_coupling(
 ) -> tuple[Coupling, Float[Array, "plans"]]:
     """The cheapest coupling among those that sort by row mean, row RMS and row deviation.
 
-    Returns:
-        The coupling, without gradient, and what each costs at most, the three sorted ones first.
-
-    >>> import jax, numpy as np
-    >>> c = np.array([[2.0, 0.0], [0.0, 1.0]])
-    >>> plan, costs = jax.jit(best_sorted_coupling)(c, c[::-1, ::-1])
-    >>> plan.columns, costs.min()
-    (Array([1, 0], dtype=int32), Array(0., dtype=float32))
+    It has no gradient. With what each costs at most, the three sorted ones first.
     """
     c, d = jax.lax.stop_gradient((c, d))
     weights = {"c_weights": c_weights, "d_weights": d_weights}

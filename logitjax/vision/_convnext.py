@@ -6,10 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Float
 
-from logitjax.ops import Array
-from logitjax.vision._layers import DepthwiseConv, conv, global_mean
+from logitjax.vision._layers import DepthwiseConv, Features, Images, conv, global_mean
 
 # Of V2's normalisation of responses.
 _EPSILON = 1e-6
@@ -123,9 +121,7 @@ class ConvNeXt(nnx.Module):
         last = config.epsilon if config.last_epsilon is None else config.last_epsilon
         self.norm = _norm(config.widths[-1], last, rngs)
 
-    def __call__(
-        self, images: Float[Array, "batch height width channels"], *, train: bool = False
-    ) -> Float[jax.Array, "batch features"]:
+    def __call__(self, images: Images, *, train: bool = False) -> Features:
         del train  # nothing here depends on the batch
         x = self.patch(jnp.asarray(images, self.dtype))
         x = self.patch_norm(x).astype(x.dtype)

@@ -5,10 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Float
 
-from logitjax.ops import Array
-from logitjax.vision._layers import DepthwiseConv, batch_norm, conv, global_mean
+from logitjax.vision._layers import DepthwiseConv, Features, Images, batch_norm, conv, global_mean
 
 # Channels, blocks, kernel, stride of the first block, expansion.
 _STAGES = (
@@ -90,9 +88,7 @@ class EfficientNetLite0(nnx.Module):
         self.conv_head = conv(previous, self.num_features, 1, dtype=dtype, rngs=rngs)
         self.bn1 = batch_norm(self.num_features, **options)
 
-    def __call__(
-        self, images: Float[Array, "batch height width channels"], *, train: bool = False
-    ) -> Float[jax.Array, "batch features"]:
+    def __call__(self, images: Images, *, train: bool = False) -> Features:
         running = not train
         x = self.conv_stem(jnp.asarray(images))
         x = nnx.relu6(self.bn0(x, use_running_average=running))

@@ -11,6 +11,9 @@ from jaxtyping import Float
 from logitjax.ops import Array
 from logitjax.ops.sharding import over_batch
 
+Images = Float[Array, "batch height width channels"]
+Features = Float[jax.Array, "batch features"]
+
 # He's initialisation over the outputs, as all these networks use it.
 _he_fan_out = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 

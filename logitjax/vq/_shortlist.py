@@ -116,15 +116,6 @@ class Pages:
 
             sqrt((w_v - C_{m(v)})^T Cov(h) (w_v - C_{m(v)}))
 
-        Args:
-            rows: ``[vocab, hidden]``, rows of the full head.
-            codebook: ``[codes, hidden]``.
-            assignment: ``[vocab]``, cluster of each entry.
-            hidden_cov: ``[hidden, hidden]``, covariance of the hidden states.
-
-        Returns:
-            ``[vocab]``, float32.
-
         >>> arrays = np.array([[3.0], [1.0]]), np.ones((1, 1)), np.zeros(2, int), 4.0 * np.eye(1)
         >>> print(jax.jit(Pages.spread)(*arrays))
         [4. 0.]
@@ -197,15 +188,10 @@ class Shortlist:
 
         The choice of pages has no gradient; the codes learn how much of the mass it catches.
 
+        Arguments are those of `vq_nll`, beside:
+
         Args:
-            hidden: ``[*batch, hidden]``.
-            codebook: ``[codes, hidden]``.
-            bias: ``[vocab]``.
-            assignment: ``[vocab]``, cluster of each entry.
-            labels: ``[*batch]``.
-            temperature: divides the logits.
             soft_cap: bounds the VQ scores and, with it, the better logits.
-            z_loss: weight of the squared log-normaliser.
             block_size: positions at a time; their rows are gathered anew in the backward pass.
 
         Returns:
@@ -214,22 +200,11 @@ class Shortlist:
         Raises:
             ValueError: ``labels`` do not fit ``hidden``.
 
-        >>> rows = Head(np.eye(3), vocab_axis=0)
-        >>> bias, assignment = np.zeros(3), np.array([0, 0, 1])
-        >>> pages = Pages.cut(bias, assignment, size=2)
-        >>> nll = jax.jit(Shortlist(pages=pages, rescore=rows, num_pages=2).nll)
-        >>> print(nll(np.ones((1, 3)), np.zeros((2, 3)), bias, assignment, np.array([2])))
-        [1.0986123]
-
         References:
             The tail of the paper's head, arXiv:2505.10202, under rows of the head it replaces:
             ours.
         """
-        hidden, labels, assignment = (
-            jnp.asarray(hidden),
-            jnp.asarray(labels),
-            jnp.asarray(assignment),
-        )
+        hidden, labels, assignment = map(jnp.asarray, (hidden, labels, assignment))
         if labels.shape != hidden.shape[:-1]:
             raise ValueError(f"labels: expected shape {hidden.shape[:-1]}, got {labels.shape}")
         checks.positive(temperature, "temperature")
@@ -275,7 +250,7 @@ class Shortlist:
             codebook: ``[codes, hidden]``.
             k: how many.
             temperature: divides the logits. Other than 1 it costs O(V) a call.
-            soft_cap: as `nll`.
+            soft_cap: as of `nll`.
             with_tail: False uses the chosen pages alone, which is cheaper, and right if you trust
                 only the better logits.
             block_size: positions at a time.
@@ -334,12 +309,7 @@ class Shortlist:
         *,
         soft_cap: float | None = None,
     ) -> Float[jax.Array, "*batch vocab"]:
-        """All V logits of a shortlist head, those that `nll` and `top_k` use.
-
-        Args: as there.
-
-        Returns:
-            ``[*batch, vocab]``, float32.
+        """All V logits of a shortlist head, float32 ``[*batch, vocab]``; arguments as of `nll`.
 
         >>> rows = Head(np.eye(3), vocab_axis=0)
         >>> bias, assignment = np.zeros(3), np.array([0, 0, 1])

@@ -265,9 +265,7 @@ def reassign_from_labels(
     few hundred recent batches, call this, and continue with the new mapping and biases.
 
     Args:
-        codebook: ``[codes, hidden]``.
-        bias: ``[vocab]``.
-        assignment: ``[vocab]``.
+        codebook, bias, assignment: the head, ``[codes, hidden]``, ``[vocab]`` and ``[vocab]``.
         hidden: ``[count, hidden]``, hidden states.
         labels: ``[count]``, the tokens that followed.
         min_count: tokens seen less often stay: few labels overfit.

@@ -26,7 +26,7 @@ KINDS = {
     "offsets": (1, 8),
     "nearly equal": (1, 8),
 }
-METHODS = ("newton", "jeffreys", "budget", "project")
+METHODS = ("newton", "jeffreys", "project")
 ROWS = 1000
 _HIGH, _GRID = 2.0, 21
 _FAILURES = ("unconverged", "worse", "false", "NaN")
@@ -119,7 +119,6 @@ class Path64(NamedTuple):
         forward, reverse, mean = self.at(alpha)
         return {
             "jeffreys": forward + reverse - self.forward - self.reverse,
-            "budget": forward - self.forward,
             "project": mean + self.gain - self.forward,
         }[method]
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import strategies as st
 from scipy import stats
 
-from logitjax.evaluation import rouge_recall
+from logitjax.evaluation import rouge
 from logitjax.unlearning import tofu
 from logitjax.unlearning.measures._forget_quality import forget_quality
 from logitjax.unlearning.measures._membership import membership_auc, privleak
@@ -41,7 +41,7 @@ def test_a_log_of_tofus_own_code_says_the_same():
     likely = normalised_probability(golden("avg_gt_loss"), wrong)
     np.testing.assert_allclose(-np.log(likely), golden("normalized_gt_loss"), rtol=1e-12)
     _, said, answers = zip(*golden("generated_text"))
-    assert rouge_recall(answers, said).rouge_l.tolist() == golden("rougeL_recall")
+    assert rouge(answers, said).rouge_l.tolist() == golden("rougeL_recall")
 
 
 def test_metrics_of_that_log():
@@ -293,7 +293,7 @@ def test_privleak():
 
 
 def test_rouge_is_stemmed_recall_in_order():
-    found = rouge_recall(
+    found = rouge(
         ["The cats were running home", "a b c d", "", "Zoë’s"],
         ["home ran a cat, the running cat", "d c b a", "x", "zo"],
     )
@@ -301,7 +301,7 @@ def test_rouge_is_stemmed_recall_in_order():
     np.testing.assert_allclose(found.rouge_1, [4 / 5, 1.0, 0.0, 0.5])
     np.testing.assert_allclose(found.rouge_l, [2 / 5, 1 / 4, 0.0, 0.5])
     with pytest.raises(ValueError, match=r"as many predictions"):
-        rouge_recall(["a"], [])
+        rouge(["a"], [])
 
 
 def test_probability():

@@ -45,8 +45,8 @@ class FullKL(_Full):
     Attributes:
         forward: Share of KL(teacher || student); 1 for it alone, 0 for the reverse.
         entropy_above: The forward part counts only where the teacher's entropy, in nats, is above
-            this. There the reverse would lose modes (EOPD, arXiv 2603.07079, which is twice this
-            with halves).
+            this, where the reverse would lose modes. Twice this with halves is EOPD (arXiv
+            2603.07079).
         temperature: Divides the logits of both; its square multiplies the value.
     """
 
@@ -100,8 +100,8 @@ class FullJSD(_Full):
     Attributes:
         beta: Share of the teacher in the mixture; 0 for KL(teacher || student), 1 for the reverse,
             as in TRL.
-        normalize: Divide by `beta (1 - beta)`, so that the value goes over to these two ends. As it
-            is defined it falls to 0 towards either and jumps there.
+        normalize: Divide by `beta (1 - beta)`, so that the value goes over to these two ends; as
+            defined it falls to 0 towards either.
         temperature: Divides the logits of both; its square multiplies the value.
     """
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from logitjax import losses, ops
+from logitjax import losses
 from logitjax.distillation.terms._sparse import SparseDivergence
 from logitjax.distillation.tokenizers._matched_tokens import with_rest
 
@@ -23,8 +23,9 @@ class JSD(SparseDivergence):
     normalize: bool = False
     name = "jsd"
 
-    def whole(self, student: ops.TopK, teacher: Any) -> jax.Array:
-        return self.renormalised(with_rest(student), with_rest(teacher.top))
+    def whole(self, student: losses.Readout, teacher: Any) -> jax.Array:
+        ours = with_rest(student.gathered, student.log_z)
+        return self.renormalised(ours, with_rest(teacher.top.values, teacher.top.log_z))
 
     def renormalised(self, student: jax.Array, teacher: jax.Array) -> jax.Array:
         scale = self.beta * (1 - self.beta) if self.normalize else 0.0

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from logitjax import losses, ops
+from logitjax import losses
 from logitjax.distillation._term import StudentNeeds, TeacherNeeds
 from logitjax.distillation.terms._sparse import SparseDivergence
 
@@ -29,12 +29,11 @@ class KL(SparseDivergence):
     def value(self, read: Any, teacher: Any, batch: Mapping[str, Any], params: Any) -> Any:
         at_one = self.temperature == 1.0 == (self.teacher_temperature or 1.0)
         if teacher.tail is not None and at_one:
-            student = dataclasses.replace(read.top, indices=teacher.top.indices)
             options: dict[str, Any] = dict(direction=self.direction, tail=teacher.tail)
-            return losses.sparse_kl_divergence(student, teacher.top, **options)
+            return losses.sparse_kl_divergence(read.top, teacher.top, **options)
         return super().value(read, teacher, batch, params)
 
-    def whole(self, student: ops.TopK, teacher: Any) -> jax.Array:
+    def whole(self, student: losses.Readout, teacher: Any) -> jax.Array:
         return losses.sparse_kl_divergence(student, teacher.top, direction=self.direction)
 
     def renormalised(self, student: jax.Array, teacher: jax.Array) -> jax.Array:

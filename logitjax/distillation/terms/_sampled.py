@@ -37,8 +37,9 @@ class _Sampled(Term):
 
 
 def _policy(value: jax.Array, advantage: jax.Array, log_q: jax.Array) -> jax.Array:
-    """`value`, with the gradient of `-advantage log_q`."""
+    """`value`, with the gradient of `-advantage log_q`; none where either model lacks a token."""
     moved = jnp.where(jnp.isfinite(log_q), log_q - lax.stop_gradient(log_q), 0.0)
+    advantage = jnp.where(jnp.isfinite(advantage), advantage, 0.0)
     return lax.stop_gradient(value) - lax.stop_gradient(advantage) * moved
 
 
@@ -86,9 +87,8 @@ class SampledKL(_Sampled):
         if self.kind == "policy":
             kl = read.statistic[1]
             # Where the teacher lacks a token of the student's, the KL is infinite.
-            excess = apart - jnp.where(jnp.isfinite(kl), kl, 0.0)
-            excess = jnp.where(jnp.isfinite(excess), excess, 0.0)
-            return _policy(kl, -weight * excess, log_q)
+            baseline = jnp.where(jnp.isfinite(kl), kl, 0.0)
+            return _policy(kl, -weight * (apart - baseline), log_q)
         kinds = {"k1": lambda d: d, "k2": lambda d: d**2 / 2, "k3": lambda d: jnp.expm1(-d) + d}
         return weight * kinds[self.kind](apart)
 

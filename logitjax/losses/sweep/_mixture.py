@@ -29,6 +29,10 @@ class NormalisedStatistic(Statistic):
     def in_tiles(self) -> bool:
         return True
 
+    @property
+    def gradient_in_tiles(self) -> bool:
+        return True
+
     def terms(self, log_q: jax.Array, log_p: jax.Array) -> tuple[jax.Array, jax.Array]:
         raise NotImplementedError
 

@@ -36,6 +36,10 @@ class Several(Statistic):
     def in_tiles(self) -> bool:
         return all(statistic.in_tiles for statistic in self.statistics)
 
+    @property
+    def gradient_in_tiles(self) -> bool:
+        return all(statistic.gradient_in_tiles for statistic in self.statistics)
+
     def reads_teacher(self, number: int) -> bool:
         return any(statistic.reads_teacher(number) for statistic in self.statistics)
 
@@ -87,6 +91,10 @@ class _Wrapped(Statistic):
     @property
     def in_tiles(self) -> bool:
         return self.statistic.in_tiles
+
+    @property
+    def gradient_in_tiles(self) -> bool:
+        return self.statistic.gradient_in_tiles
 
     def reads_teacher(self, number: int) -> bool:
         return self.statistic.reads_teacher(number)

@@ -125,7 +125,7 @@ def load(source: str | os.PathLike[str], split: str) -> tuple[Item, ...]:
             f"no {name} under {root}{hint}; there are {', '.join(there) or 'no such files'}"
         )
     try:
-        text = path.read_bytes().decode()
+        text = path.read_bytes().decode()  # read_text would change line breaks in cells
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from None
     rows = _read_table(path, text, split) if tabular else _read_lines(path, text)
@@ -226,11 +226,12 @@ def _first_author(split: str) -> int | None:
     match = _SPLIT.fullmatch(split)
     if match is None:
         return None
-    return 0 if match[1] == "retain" else _AUTHORS - 2 * int(match[2])
+    return 0 if match[1] == "retain" else _AUTHORS - 2 * int(match[2])  # 2 authors are 1 %
 
 
 def _read_lines(path: epath.Path, text: str) -> list[Item]:
     items = []
+    # JSON may hold U+2028, a line to splitlines.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
