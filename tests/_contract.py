@@ -678,7 +678,7 @@ ELSEWHERE = {
         distillation.StudentNeeds distillation.TeacherNeeds distillation.Term
         distillation.parse_terms distillation.prune_layers distillation.prune_width
         distillation.score_function distillation.targets distillation.teacher_record
-        distillation.train_student distillation.update_program distillation.visited_rows
+        distillation.train_student distillation.update_programs distillation.visited_rows
         distillation.TeacherCache unlearning.make_answer_loss
         unlearning.Unlearning unlearning.examine unlearning.padded_rows
         unlearning.relearning
@@ -691,6 +691,11 @@ ELSEWHERE = {
         few_shot.candidates few_shot.load few_shot.read_pictures
         few_shot.encoder_views decoding.Engine decoding.generate
         decoding.PromptReader
+        decoding.load_ensemble decoding.next_token_program decoding.nll_from_model decoding.rollout
+        decoding.score
+        evaluation.encode_answer evaluation.encode_prompt
+        evaluation.ngram_entropy evaluation.rouge_l_f1
+        evaluation.rouge_recall evaluation.score_rows training.Checkpointer training.EvalStep
         decoding.load_ensemble decoding.next_token_program decoding.nll_from_model decoding.score
         evaluation.fluency evaluation.rouge evaluation.score_rows training.Checkpointer
         training.EvalStep

@@ -85,8 +85,11 @@ class CachedModel:
 class _DecoderApply:
     graphdef: Static
 
+    def model(self, params: Any) -> Decoder:
+        return nnx.merge(self.graphdef.value, params)
+
     def __call__(self, params: Any, tokens: Any, positions: Any, cache: Any, *, last_only=False):
-        model = nnx.merge(self.graphdef.value, params)
+        model = self.model(params)
         hidden, cache = model.hidden_states(tokens, positions=positions, cache=cache)
         return model.logits(hidden[:, -1:] if last_only else hidden), cache
 

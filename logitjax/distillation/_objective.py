@@ -147,7 +147,8 @@ class Objective:
             hidden: `[*batch, hidden]`, the student's, at positions that predict `labels`.
             head: Its `losses.Head`, or a kernel alone. Entries that do not exist have a bias of
                 `-inf`.
-            batch: `labels`, `[*batch]`, and what terms declare in `Term.batch`.
+            batch: `labels`, `[*batch]`, and what terms declare in `Term.batch`. Of labels that
+                have `log_probs`, which the student wrote, terms of the text alone learn nothing.
             teachers: A `Teacher` each, if a term needs them.
             params: The arrays of `init`.
             where: `[*batch]` boolean: positions whose labels count. At others nothing is looked at,
@@ -207,6 +208,10 @@ class Objective:
             if term.teacher is not None and not teachers:
                 raise ValueError(f"loss {name!r}: expected a teacher, got none")
             of_text = term.teacher is None
+            own = None
+            if of_text and "log_probs" in batch and "log_probs" not in term.batch:
+                # To maximise the likelihood of one's own text would only sharpen it.
+                own = jnp.isnan(batch["log_probs"])
             for number, teacher in enumerate([None] if of_text else teachers):
                 parts.append(
                     Part(
@@ -220,6 +225,7 @@ class Objective:
                         columns=columns,
                         params=params.get(name),
                         mean_share=1.0 if of_text else default[number],
+                        own=own,
                     )
                 )
         return parts
