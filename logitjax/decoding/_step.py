@@ -21,7 +21,7 @@ from logitjax.decoding._sampling import (
     sampling_logits,
 )
 from logitjax.ops import log_softmax, top_k
-from logitjax.ops.sharding import BATCH_AXES, VOCABULARY_AXES
+from logitjax.ops.sharding import MeshAxes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -308,9 +308,9 @@ def constrain(plan: Plan, options: DecodeOptions, state: DecodeState) -> DecodeS
     def pin(leaf: jax.Array, rows: int, heads: int | None = None) -> jax.Array:
         entries: list[Any] = [None] * leaf.ndim
         if leaf.ndim > rows:
-            entries[rows] = axes(BATCH_AXES, leaf.shape[rows])
+            entries[rows] = axes(MeshAxes.current().rows, leaf.shape[rows])
         if heads is not None and leaf.ndim == heads + 3:
-            entries[heads] = axes(VOCABULARY_AXES, leaf.shape[heads])
+            entries[heads] = axes(MeshAxes.current().columns, leaf.shape[heads])
         return lax.with_sharding_constraint(leaf, NamedSharding(mesh, PartitionSpec(*entries)))
 
     def pin_cache(leaf: jax.Array, axis: int) -> jax.Array:
