@@ -83,6 +83,7 @@ class CachedModel:
 
 @dataclasses.dataclass(frozen=True)
 class _DecoderApply:
+    # Hashable and equal for models of one architecture, which can then be stacked.
     graphdef: Static
 
     def model(self, params: Any) -> Decoder:
@@ -109,6 +110,7 @@ class _DecoderCache:
 
     def slot_axes(self, cache: Cache) -> list[int]:
         """The axis of each leaf along which positions lie; -1 for none."""
+        # Keys and values are [rows, heads, slots, dim], positions [rows, slots].
         vectors, positions = jax.tree.leaves((cache.keys, cache.values)), cache.positions
         return [2] * len(vectors) + [1] * len(positions) + [-1]
 
@@ -123,6 +125,7 @@ class _GivenCache:
     def __call__(self, rows: int, max_length: int) -> Any:
         if rows == self.rows:
             return jax.tree.map(jnp.array, self.cache)
+        # A prompt that is read for one slot of several.
         if rows == 1:
             return jax.tree.map(lambda leaf: jnp.array(leaf[:1]), self.cache)
         raise ValueError(f"model: the given cache has {self.rows} rows, {rows} are needed")
@@ -146,6 +149,7 @@ def _of_triple(apply_fn: Callable[..., Any], params: Any, cache: Any) -> CachedM
         raise ValueError(f"model: axis 0 of every leaf of the cache is its rows, got {rows}")
     count = next(iter(rows))[0]
     ids = jax.ShapeDtypeStruct((count, 1), jnp.int32)
+    # Nothing is computed: only the vocabulary's size is asked for.
     logits, _ = jax.eval_shape(apply_fn, params, ids, ids, cache)
     return CachedModel(
         apply=apply_fn,
