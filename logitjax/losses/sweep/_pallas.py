@@ -412,7 +412,7 @@ def _grid(
     """A kernel's inputs and tiles; `held` gives the bytes of what it sums up and writes.
 
     Tiles are looked up in `tiles.json`, by chip, kernel and bytes of a hidden state, then follow
-    from the sizes. No tiles there are what the compiler refused.
+    from the sizes. An empty list there is what the compiler refused.
     """
     packed = Packed(tree)
     positions, vocab = operands.student.hidden.shape[0], operands.student.head.vocab_size()
@@ -428,15 +428,16 @@ def _grid(
         copied = (rows + columns) * max(min(width, 4 * _STEP) for width in widths)
         return moved + logits + copied + 2 * rows * row_bytes + held(rows, columns)
 
-    multiple, sizes = _LANES, _known_tiles(name, widths)
-    if isinstance(sweep.statistic, Binned):
-        multiple, sizes = sweep.statistic.bins, None
-    if sizes is None:
-        columns = [-(-size // multiple) * multiple for size in _COLUMNS]
-        sizes = [(r, c) for r in _ROWS for c in columns]
-        if rows_axis == 1:
-            # More columns than that save no more time, and leave none for the rows.
-            sizes = [(r, c) for c in columns for r in _ROWS if c <= 1024]
+    multiple = sweep.statistic.bins if isinstance(sweep.statistic, Binned) else _LANES
+    columns = [-(-size // multiple) * multiple for size in _COLUMNS]
+    sizes = [(r, c) for r in _ROWS for c in columns]
+    if rows_axis == 1:
+        # More columns than that save no more time, and leave none for the rows.
+        sizes = [(r, c) for c in columns for r in _ROWS if c <= 1024]
+    # A product that narrow fills no matrix unit.
+    sizes.sort(key=lambda size: min(size) < 256)
+    if multiple == _LANES and (known := _known_tiles(name, widths)) is not None:
+        sizes = [*known, *sizes] if known else []
     tiles = choose_tiles(positions, vocab, on_chip, sizes, multiple=multiple)
     length = -(-positions // tiles.rows) * tiles.rows
     inputs = make_inputs(sweep, operands, packed, tree, length)
