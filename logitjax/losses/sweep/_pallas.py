@@ -452,7 +452,8 @@ def _known_tiles(name: str, widths: list[int]) -> list[tuple[int, int]] | None:
 
 @functools.cache
 def _table() -> dict[str, list[tuple[int, int]]]:
-    return json.loads((resources.files(__package__) / "tiles.json").read_text())
+    table = json.loads((resources.files(__package__) / "tiles.json").read_text())
+    return {key: [(rows, columns) for rows, columns in sizes] for key, sizes in table.items()}
 
 
 def tpu_state(interpret: Any, sweep: Sweep, operands: Operands, passed: Any) -> Any:
