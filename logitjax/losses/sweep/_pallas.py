@@ -496,6 +496,7 @@ def tpu_state(interpret: Any, sweep: Sweep, operands: Operands, passed: Any) -> 
             for kind, count, ref in zip(state.kinds, state.counts, out):
                 some = [x[...] for x in narrow if x.dtype == kind]
                 empty = jnp.zeros((rows, count - len(some)), kind)
+                # No array has a side of zero on chip, so of a full one the last is left out.
                 ref[...] = jnp.concatenate([*some, empty][:count], 1).T
 
     out = [
