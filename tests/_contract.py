@@ -277,7 +277,7 @@ TABLE: dict[str, Case] = {
     ),
     "losses.sparse_kl_divergence": Case(
         call=lambda student, **top: losses.sparse_kl_divergence(student, _top(**top)),
-        loss={"constant": ("values", "log_z"), "skip": ("infinity",)},
+        loss={"constant": ("values", "log_z")},
         arrays={"student": LOGITS, **TOP},
         counts={"indices": (VOCAB, "both")},
         logits=("student", "values"),
@@ -309,7 +309,7 @@ TABLE: dict[str, Case] = {
         call=lambda hidden, head, **top: losses.linear_sparse_kl_divergence(
             hidden, head, _top(**top), blocks=BLOCKS
         ),
-        loss={"constant": ("values", "log_z"), "skip": ("infinity",)},
+        loss={"constant": ("values", "log_z")},
         swept=True,
         arrays={"hidden": STATES, "head": HEAD, **TOP},
         counts={"indices": (VOCAB, "both")},
@@ -493,9 +493,8 @@ TABLE: dict[str, Case] = {
         beside=("float32",),
     ),
     # few_shot
-    "few_shot.unit_rows": Case(call=lambda x: few_shot.unit_rows(x), arrays={"x": LOGITS}),
-    "few_shot.zero_shot_logits": Case(
-        call=lambda features, weights: few_shot.zero_shot_logits(features, weights),
+    "few_shot.Inputs": Case(
+        call=lambda features, weights: few_shot.Inputs.of(features, weights).zero_shot,
         arrays={"features": STATES, "weights": HEAD},
         free=(
             ("features", BATCH),
@@ -588,6 +587,8 @@ TABLE: dict[str, Case] = {
     "fusion.ProxyTuning": _fused_by(fusion.ProxyTuning()),
     "fusion.ContrastiveDecoding": _fused_by(fusion.ContrastiveDecoding()),
     "fusion.LogitDifference": _fused_by(fusion.LogitDifference(filter="clean")),
+    "fusion.TeacherMixture": _fused_by(fusion.TeacherMixture()),
+    "fusion.TeacherRedraw": _fused_by(fusion.TeacherRedraw(top_k=2)),
     "fusion.DynamicFusion": _fused_by(fusion.DynamicFusion()),
     "leakage.align_head": Case(
         call=lambda basis, head: leakage.align_head(basis, head),
@@ -631,14 +632,14 @@ ELSEWHERE = {
         kernels.build kernels.in_use kernels.on_cpu kernels.lookup_sums kernels.row_products
         kernels.largest_ids""",
     "tests/test_classifier_inputs.py": """
-        few_shot.FewShotTask few_shot.Inputs few_shot.Method few_shot.Recipe
+        few_shot.FewShotTask few_shot.Method few_shot.Recipe
         few_shot.best_setting few_shot.sweep few_shot.FeatureCache few_shot.Features
         few_shot.extract_features vision.Encoder data.ImageSet data.load_images""",
     "tests/commands/test_few_shot.py": """
-        few_shot.Candidate few_shot.FittedHead few_shot.Pictures few_shot.fit""",
+        few_shot.Candidate few_shot.Pictures few_shot.fit""",
     "values that functions above take or give; what they refuse is tested beside them": """
-        ops.Static losses.Blocks losses.Head losses.Readout losses.GraphStatistics losses.LogProbs
-        distillation.GraphConfig
+        ops.Static losses.Blocks losses.Head losses.MeshAxes losses.Readout
+        losses.GraphStatistics losses.LogProbs distillation.GraphConfig
         few_shot.FeatureIdentity heads.HeadCost heads.Assignment
         vq.ConvertConfig vq.Pages vq.Screen vq.Shortlist vq.Tuning distillation.LayerPruning
         distillation.Objective
@@ -646,7 +647,7 @@ ELSEWHERE = {
         distillation.Trained distillation.Student distillation.Scorer distillation.Corpus
         distillation.TeacherIdentity unlearning.Assistant unlearning.Deployed
         unlearning.Method unlearning.Need unlearning.Questions unlearning.Row unlearning.TwoSided
-        unlearning.UnlearnConfig evaluation.RowScores decoding.DecodeOptions
+        unlearning.UnlearnConfig decoding.DecodeOptions
         decoding.DraftControl decoding.Emitted decoding.Request decoding.Sampling
         decoding.Speculation decoding.TextOptions decoding.TextStream decoding.Ensemble
         decoding.CachedModel training.BatchLayout training.LoopOptions training.Preempted
@@ -668,8 +669,7 @@ ELSEWHERE = {
     "modules, whose arrays go through the functions above": """
         heads.LinearHead heads.TiedHead heads.VocabularyHead
         heads.torch_linear vq.VQHead vq.ProductHead vq.ScreenedHead vq.ShortlistHead
-        distillation.DualHead models.Decoder vision.CLIP vision.ImageClassifier
-        vision.create_classifier""",
+        distillation.DualHead models.Decoder vision.CLIP vision.ImageClassifier""",
     "functions of functions, models, texts or files": """
         distillation.aligned_value_and_grad
         distillation.check_vocabularies distillation.distill distillation.hidden_states
@@ -678,33 +678,38 @@ ELSEWHERE = {
         distillation.StudentNeeds distillation.TeacherNeeds distillation.Term
         distillation.parse_terms distillation.prune_layers distillation.prune_width
         distillation.score_function distillation.targets distillation.teacher_record
-        distillation.train_student distillation.update_program distillation.visited_rows
+        distillation.train_student distillation.update_programs distillation.visited_rows
         distillation.TeacherCache unlearning.make_answer_loss
-        unlearning.paired_model
         unlearning.Unlearning unlearning.examine unlearning.padded_rows
         unlearning.relearning
         unlearning.read_rows unlearning.share_interval unlearning.split_rows
+        serving.Key serving.Listening serving.ServerConfig serving.build_app
+        vq.HiddenCache vq.convert_head vq.load_head vq.save_head few_shot.choose_rows
         serving.Key serving.Listening serving.ServerConfig serving.build_app serving.read_keys
         serving.run_server
         vq.HiddenCache vq.load_head few_shot.choose_rows
         few_shot.candidates few_shot.load few_shot.read_pictures
         few_shot.encoder_views decoding.Engine decoding.generate
         decoding.PromptReader
-        decoding.load_ensemble decoding.next_token_program decoding.nll_from_model decoding.score
+        decoding.load_ensemble decoding.next_token_program decoding.nll_from_model decoding.rollout
+        decoding.score
         evaluation.encode_answer evaluation.encode_prompt
         evaluation.ngram_entropy evaluation.rouge_l_f1
         evaluation.rouge_recall evaluation.score_rows training.Checkpointer training.EvalStep
+        decoding.load_ensemble decoding.next_token_program decoding.nll_from_model decoding.score
+        evaluation.fluency evaluation.rouge evaluation.score_rows training.Checkpointer
+        training.EvalStep
         training.TrainStep training.lock_workdir training.make_mesh training.make_writer
         training.train_loop training.watch_for_preemption models.Tokenizer models.config_from_hf
-        models.first_layers models.from_linen models.from_nnx models.keep_layers models.load
+        models.first_layers models.from_nnx models.keep_layers models.load
         models.load_config models.load_model models.load_sampling models.load_tokenizer
         models.load_peft models.register_family models.save_peft models.save_pretrained
-        models.with_layout vision.load_encoder vision.load_torch_weights
-        vision.zero_shot_classifier data.load_examples data.load_image_set data.load_splits
+        models.with_layout vision.load_encoder
+        data.load_examples data.load_image_set data.load_splits
         data.pack data.pack_splits data.prepare data.token_windows storage.Manifest
         storage.RowCache storage.ShardReader storage.ShardWriter storage.digest
         storage.hub_snapshot storage.may_pass storage.package_file storage.read_json storage.require
-        storage.option storage.read_head storage.write_atomic storage.write_head
+        storage.option storage.progress storage.read_head storage.write_atomic storage.write_head
         leakage.HttpOracle leakage.LogitOracle leakage.audit
         leakage.verdict leakage.recover_log_probs leakage.harvest_log_probs leakage.search_logits
         fusion.vocabulary_map""",

@@ -75,7 +75,7 @@ OF_TEMPERATURE = {
         "Shortlist.top_k": with_temperature(SHORTLIST.top_k, *VQ[:2], 2),
         "vq_logits": with_temperature(vq.vq_logits, *VQ),
         "vq_nll": with_temperature(vq.vq_nll, *VQ, LABELS),
-        "VQTables": with_temperature(vq.VQTables.of, BIAS, ASSIGNMENT, CODES),
+        "VQTables.of": with_temperature(vq.VQTables.of, BIAS, ASSIGNMENT, CODES),
     },
 }
 CASES = [(module, name) for module, functions in OF_TEMPERATURE.items() for name in functions]

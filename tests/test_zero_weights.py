@@ -91,7 +91,7 @@ def _undial(x: Any, hidden: Any, head: Any, **options: Any) -> Any:
 
 def _fused(x: Any, hidden: Any, head: Any, where: Any) -> Any:
     def loss(readout: Any, teacher: Any) -> Any:
-        sparse = losses.sparse_kl_divergence(readout.gathered_top_k(teacher.indices), teacher)
+        sparse = losses.sparse_kl_divergence(readout, teacher)
         return readout.cross_entropy + sparse + jnp.log(readout.statistics.std)
 
     top = ops.TopK.of(x["teacher_logits"], 3)

@@ -8,15 +8,18 @@ collectives are counted. Nothing runs: a TPU's compiler, which the extra ``plan`
 3.12 or newer, says what a program would hold and take. The smoke scale compiles for the CPU.
 
 ``--only=v5p,kl,small`` compiles for one chip, one loss, one shape: names of `CHIPS`, `KINDS` and
-`SHAPES`, ``mesh`` and ``padded``. Columns: F is the work of one product of positions, hidden and
-vocabulary; the roofline's time is the longer of all products at the chip's peak and of reading
-arguments and writing results once; cycles are the TPU compiler's own, loops as often as they run,
-and estimated time is these over the chip's clock, where that is known. ``padded`` runs on this
-machine: losses over a vocabulary that tokamax's blocks do not divide.
+`SHAPES`, ``mesh`` and ``padded``. ``--only=axes`` counts, on eight CPU devices, how often heads are
+gathered on the meshes of other trainers (`MESHES`). Columns: F is the work of one product of
+positions, hidden and vocabulary; the roofline's time is the longer of all products at the chip's
+peak and of reading arguments and writing results once; cycles are the TPU compiler's own, loops as
+often as they run, and estimated time is these over the chip's clock, where that is known.
+``padded`` runs on this machine: losses over a vocabulary that tokamax's blocks do not divide.
 """
 
+import contextlib
 import functools
 import importlib.util
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,6 +42,15 @@ SMOKE_SHAPES = {"smoke": (2048, 32, 8192)}
 PADDED_SHAPE = (1024, 64, 1000)
 CHIPS = {"v5e": "v5e:1x1", "v5p": "v5p:1x1x1", "v6e": "v6e:1x1", "tpu7x": "tpu7x:2x2x1"}
 MESH = "v5p:2x2x1"
+# Meshes of 2 x 4: axes, their kind, how hidden states and heads lie.
+MESHES = {
+    "ours": ("fsdp tensor", AxisType.Auto, ("fsdp",), ("fsdp", "tensor")),
+    "ours, no set_mesh": ("fsdp tensor", AxisType.Auto, ("fsdp",), ("fsdp", "tensor")),
+    "tunix": ("fsdp tp", AxisType.Auto, ("fsdp",), ("fsdp", "tp")),
+    "t5x, levanter": ("data model", AxisType.Auto, ("data",), (None, "model")),
+    "sequence": ("fsdp context", AxisType.Auto, ("fsdp", "context"), ("fsdp",)),
+    "Explicit": ("fsdp tensor", AxisType.Explicit, ("fsdp",), ("fsdp",)),
+}
 _CHUNK = 1024
 # Bars of the issue are about this chip.
 _BARS = "v5p"
@@ -213,11 +225,60 @@ def _mesh_bars(rows: Sequence[Mapping[str, Any]]) -> list[suite.Bar]:
     return bars
 
 
+def _axes_rows(names: Sequence[str], kinds: Sequence[str]) -> list[dict[str, Any]]:
+    """All-gathers of a step on eight devices, those in loops as often as they run."""
+    rows = []
+    sizes = {"hidden": (8, 512, 64), "labels": (8, 512), "weights": (8, 512), "head": (64, 8192)}
+    for name, kind, weighted in itertools.product(names, kinds, (True, False)):
+        axes, axis_type, positions, head = MESHES[name]
+        mesh = jax.make_mesh((2, 4), tuple(axes.split()), (axis_type,) * 2)
+        layouts = {n: head if n == "head" else positions for n in sizes}
+        placed = {n: NamedSharding(mesh, PartitionSpec(*layout)) for n, layout in layouts.items()}
+        inputs = {
+            n: jax.ShapeDtypeStruct(
+                shape, jnp.int32 if n == "labels" else jnp.float32, sharding=placed[n]
+            )
+            for n, shape in sizes.items()
+        }
+
+        def loss(x: Any, kind: str = kind, weighted: bool = weighted) -> jax.Array:
+            given = {"weights": x["weights"]} if weighted else {}
+            if kind == "cross-entropy":
+                value = losses.linear_cross_entropy(x["hidden"], x["head"], x["labels"], **given)
+            else:
+                sides = (x["hidden"], x["head"], 2.0 * x["hidden"], jnp.cos(x["head"]))
+                value = losses.linear_kl_divergence(*sides, **given)
+            return value if weighted else value * x["weights"]
+
+        layout = (None, (placed["hidden"], placed["head"]))
+        step = jax.jit(vocabulary.step(loss), out_shardings=layout)
+        known = contextlib.nullcontext() if "no set_mesh" in name else jax.set_mesh(mesh)
+        with known:
+            sent = costs.collectives(step.lower(inputs).compile().as_text())
+        row = {"mesh": name, "axes": axes, "loss": kind}
+        row["form"] = "weights" if weighted else "unreduced"
+        row["all-gathers"] = sent.calls.get("all-gather", 0)
+        row["all-gather MiB"] = sent.bytes.get("all-gather", 0.0) / 2**20
+        rows.append(row)
+    return rows
+
+
+def _axes_bars(rows: Sequence[Mapping[str, Any]]) -> list[suite.Bar]:
+    return [
+        suite.at_most(
+            f"{row['mesh']}, {row['loss']}, {row['form']}: all-gathers",
+            row["all-gathers"],
+            2 if row["loss"] == "kl" else 1,
+        )
+        for row in rows
+    ]
+
+
 def run(options: suite.Options) -> suite.Result:
     shapes: Mapping[str, Shape] = SMOKE_SHAPES if options.smoke else SHAPES
     named = {"cpu": "cpu:1"} if options.smoke else CHIPS
     parts = set(filter(None, options.only.split(",")))
-    groups = ({*CHIPS, "cpu", "mesh", "padded"}, set(KINDS), {*SHAPES, *SMOKE_SHAPES})
+    groups = ({*CHIPS, "cpu", "mesh", "padded", "axes"}, set(KINDS), {*SHAPES, *SMOKE_SHAPES})
     if unknown := parts - set().union(*groups):
         raise ValueError(f"only: expected parts as in its help, got {', '.join(sorted(unknown))}")
 
@@ -227,6 +288,10 @@ def run(options: suite.Options) -> suite.Result:
         return name in parts or not parts & group
 
     kinds = [kind for kind in KINDS if chosen(kind)]
+    if "axes" in parts:
+        chips.prepare(chips.parse_chip("cpu:8"), "")
+        gathers = _axes_rows(list(MESHES), kinds)
+        return suite.Result(rows=gathers, bars=_axes_bars(gathers), pictures={})
     rows: list[dict[str, Any]] = []
     for chip_name in filter(chosen, named):
         chip = chips.parse_chip(named[chip_name])

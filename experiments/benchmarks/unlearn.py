@@ -67,7 +67,8 @@ def run(options: suite.Options) -> suite.Result:
 def _one(folder: Path, number: int, smoke: bool) -> dict[str, Any]:
     made = facts(number)
     for name, side in made.items():
-        text = "".join(json.dumps(row) + "\n" for row in side)
+        rows = [dict(question=question, answer=answer) for question, answer in side]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
         storage.write_atomic(folder / f"{name}.jsonl", text)
     target = folder / "target"
     if not (target / "config.json").exists():
@@ -157,7 +158,7 @@ def _measured(folder: Path, target: Path, out: Path) -> dict[str, Any]:
     kept = {
         "probability": [questions.probabilities(side, "test").mean() for side in (before, after)],
         "ROUGE-L": [questions.likeness(answers, "test").mean() for answers in said],
-        "fluency": [_fluency(answers) for answers in said],
+        "fluency": [evaluation.fluency(answers) or 0.0 for answers in said],
     }
     perplexity = float("nan")
     if written is not bare:
@@ -173,11 +174,6 @@ def _measured(folder: Path, target: Path, out: Path) -> dict[str, Any]:
         "perplexity %": perplexity,
         **_gaps(written, target, out, questions),
     }
-
-
-def _fluency(answers: Sequence[str]) -> float:
-    known = [value for value in map(evaluation.ngram_entropy, answers) if value is not None]
-    return float(np.mean(known)) if known else 0.0
 
 
 def _gaps(

@@ -7,7 +7,7 @@ keep. A step is forward, backward and AdamW: ``npo_kl`` trains all weights and r
 reference; ``assistant`` trains adapters of rank 32 on frozen weights. MiB: arguments, new results
 and scratch of the compiled step, so weights, optimizer and reference model count. Decoding is
 greedy, prefill included, one row and eight: the target alone, target and assistant in one pass
-(`unlearning.paired_model`), and the two as separate models. ``over alone / (M + K) / M`` is the
+(`unlearning.Assistant.beside`), and the two as separate models. ``over alone / (M + K) / M`` is the
 cost over the target alone as a share of what layer counts predict. Parts that are done are kept.
 """
 
@@ -115,9 +115,7 @@ def _decode(
     apart = assistant.lora.merged_into(assistant.base)
     line_ups: Mapping[str, Any] = {
         "target alone": decoding.Ensemble(model),
-        "with its assistant, one pass": decoding.Ensemble(
-            unlearning.paired_model(model, assistant), fuse=fuse
-        ),
+        "with its assistant, one pass": decoding.Ensemble(assistant.beside(model), fuse=fuse),
         "with its assistant, two models": decoding.Ensemble(model, experts=[apart], fuse=fuse),
     }
     rng = np.random.default_rng(0)

@@ -118,7 +118,7 @@ def _tower(sizes: dict[str, Any], pixels: np.ndarray) -> Any:
     config = vision.CLIPConfig(image_size=224, **text, **sizes)
 
     # Initial weights take longer to compile than the network, and any will do.
-    graph, shapes = nnx.split(nnx.eval_shape(lambda: vision.CLIP(config, rngs=nnx.Rngs(0)).visual))
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: vision.CLIP(config, rngs=nnx.Rngs(0)).vision))
     rng = np.random.default_rng(0)
     state = jax.tree.map(
         lambda leaf: jnp.asarray(rng.uniform(0, 0.02, leaf.shape), leaf.dtype), shapes

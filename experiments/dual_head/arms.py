@@ -41,7 +41,7 @@ class MLP(nnx.Module):
 def create_network(
     name: str, num_classes: int, shape: tuple[int, ...], auxiliary: Auxiliary | None, *, key: Any
 ) -> vision.ImageClassifier:
-    """An MLP, `mlp-512-128`, ShuffleNetV2, or what `create_classifier` knows.
+    """An MLP, `mlp-512-128`, ShuffleNetV2, or what `ImageClassifier.create` knows.
 
     A seed's arms share a trunk.
     """
@@ -55,7 +55,9 @@ def create_network(
     elif name == "shufflenet_v2":
         backbone = ShuffleNetV2(shape[-1], rngs=rngs)
     else:
-        return vision.create_classifier(name, num_classes, channels=shape[-1], head=head, rngs=rngs)
+        return vision.ImageClassifier.create(
+            name, num_classes, channels=shape[-1], head=head, rngs=rngs
+        )
     return vision.ImageClassifier(backbone, head(backbone.num_features, num_classes, rngs=rngs))
 
 

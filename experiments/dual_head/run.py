@@ -20,7 +20,7 @@ from experiments.dual_head.data import Placed, load_task, place
 from experiments.dual_head.score import Scorer
 from experiments.dual_head.train import Course, Teacher, Trainer, by_lane
 from experiments.shared.records import Record, kept
-from logitjax import processes, training, vision
+from logitjax import processes, training
 
 
 def train_all(config: Config, workdir: epath.Path) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def _load(scorer: Scorer, path: str) -> tuple[Any, Record]:
     """The variables of a torch checkpoint, and their scores."""
     trainer = scorer.trainer
     model = trainer.make(key=jax.random.key(0))
-    vision.load_torch_weights(model, path)
+    model.load(path)
     _, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
     variables = jax.tree.map(lambda x: x[None], {"params": params, "stats": stats})
     lanes = jax.device_put(variables, trainer.placed.replicated)

@@ -25,7 +25,6 @@ from experiments.unlearning.arms import Difference
 from experiments.unlearning.config import Config
 from experiments.unlearning.data import Rows
 from logitjax import models, processes, training, unlearning
-from logitjax.evaluation import encode_answer
 from logitjax.storage import digest
 from logitjax.unlearning import Deployed
 
@@ -110,7 +109,7 @@ class Models:
         length, tokenizer = self.config.max_length, self.tokenizer
         pad = next((i for i in (tokenizer.pad_id, tokenizer.eos_id) if i is not None), 0)
         rows = [
-            encode_answer(tokenizer, self.template, i.question, i.answer, max_length=length)
+            self.template.encode_answer(tokenizer, i.question, i.answer, max_length=length)
             for i in items
         ]
         return unlearning.padded_rows(rows, length, pad_id=pad)

@@ -171,14 +171,14 @@ class Problem:
         record["updates"] = candidate.updates(len(samples[0].train))
         return record
 
-    def head(self, candidate: few_shot.Candidate, setting: int) -> few_shot.FittedHead:
+    def head(self, candidate: few_shot.Candidate, setting: int) -> Any:
         """The first sample's at the most shots: `few_shot.fit` on its parts makes the same."""
         sample = self.sample(max(self.config.shots), 0)
         chosen = candidate.chosen(setting)
         validation = self.pictures[sample.validation] if len(sample.validation) else None
         return few_shot.fit(chosen, self.pictures[sample.train], validation, seed=self.config.seed)
 
-    def confusion(self, head: few_shot.FittedHead) -> np.ndarray:
+    def confusion(self, head: Any) -> np.ndarray:
         """`[classes, predicted]` counts of the pictures that `head` did not learn from."""
         test = self.test
         if test is None:
@@ -382,7 +382,7 @@ def _class_weights(config: Config, encoder: vision.Encoder, class_names: Sequenc
             "classes with, got none"
         )
     words = [name.replace("_", " ") for name in class_names]
-    return np.asarray(vision.zero_shot_classifier(encoder, words, config.prompts))
+    return np.asarray(encoder.zero_shot(words, config.prompts))
 
 
 def _methods(problem: Problem) -> tuple[dict[str, few_shot.Candidate], dict[str, str]]:

@@ -247,9 +247,7 @@ def _answer_row(tokenizer: models.Tokenizer, prompt: str, answer: str) -> Row:
     if not prompt:
         ids = np.asarray([_first_id(tokenizer), *tokenizer.encode(answer)], np.int32)
         return ids, np.arange(len(ids)) > 0
-    return evaluation.encode_answer(
-        tokenizer, _NOTHING, prompt, answer, max_length=1 << 30, end=False
-    )
+    return _NOTHING.encode_answer(tokenizer, prompt, answer, max_length=1 << 30, end=False)
 
 
 def _fitted(row: Row, most: int, mark: Sequence[int], name: str) -> Row:

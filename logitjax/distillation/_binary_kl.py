@@ -32,12 +32,14 @@ def _log_cosh_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array
 
 def bernoulli_kl(student_logit: jax.Array, teacher_logit: jax.Array) -> jax.Array:
     """`KL(Bern(sigmoid(teacher)) || Bern(sigmoid(student)))` elementwise, finite at any gap."""
-    log_sigmoid = jax.nn.log_sigmoid
-    # Never the log of a sigmoid, which is 0 from a logit of -104 on.
-    positive = log_sigmoid(teacher_logit) - log_sigmoid(student_logit)
-    negative = log_sigmoid(-teacher_logit) - log_sigmoid(-student_logit)
-    p = jax.nn.sigmoid(teacher_logit)
-    return p * positive + jax.nn.sigmoid(-teacher_logit) * negative
+
+    def answer(student: jax.Array, teacher: jax.Array) -> jax.Array:
+        p = jax.nn.sigmoid(teacher)
+        gap = jax.nn.log_sigmoid(teacher) - jax.nn.log_sigmoid(student)
+        # What the teacher rules out weighs nothing, also where it is infinitely far.
+        return jnp.where(p == 0, 0.0, p * gap)
+
+    return answer(student_logit, teacher_logit) + answer(-student_logit, -teacher_logit)
 
 
 def _by_class(
@@ -66,6 +68,8 @@ def _by_class(
     if vocab_where is not None:
         keep = keep & vocab_where
     # Zeros in place of -inf, whose difference would be nan and so would its gradient.
+    # An infinite answer of the teacher is an error of its own, not certainty.
+    teacher = jnp.where(teacher == jnp.inf, jnp.nan, teacher)
     student, teacher = jnp.where(keep, student, 0.0), jnp.where(keep, teacher, 0.0)
     if centre:
         count = jnp.maximum(psum(keep.sum(axis, keepdims=True), axis_name), 1)

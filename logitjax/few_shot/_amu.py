@@ -86,7 +86,7 @@ class Uncertainty:
             log_p = jax.nn.log_softmax(logits)
             # A class without mass has no part in the entropy.
             terms = jnp.where(there, jnp.exp(log_p) * jnp.where(there, log_p, 0.0), 0.0)
-            most = jnp.log(jnp.maximum(count, 2))
+            most = jnp.log(jnp.maximum(count, 2))  # of one class it would be 0
             return jnp.exp(-rho * terms.sum(-1, keepdims=True) / most)
         x = jax.nn.softmax(logits) if self.of == "probabilities" else logits
         if measure == "kurtosis":
@@ -174,7 +174,7 @@ class AMU(Method):
             kernel = class_means(features, task.labels, shape[1])
         else:
             key = jax.random.key(0) if key is None else key
-            limit = shape[0] ** -0.5
+            limit = shape[0] ** -0.5  # as torch's Linear begins
             kernel = jax.random.uniform(key, shape, features.dtype, -limit, limit)
         return State(kernel, None)
 
@@ -205,4 +205,5 @@ class AMU(Method):
         weighted = bias if inputs.weight is None else inputs.weight * bias
         fused = checks.as_float(inputs.zero_shot, "zero_shot") + self.beta * weighted
         alone, both = cross_entropy(bias, labels), cross_entropy(fused, labels)
-        return (1.0 - self.fusion_share) * alone + self.fusion_share * both
+        share: Any = self.fusion_share
+        return (1.0 - share) * alone + share * both

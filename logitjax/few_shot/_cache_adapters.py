@@ -131,7 +131,7 @@ class TipX(TipAdapter):
         weights = needed(task.class_weights, "class_weights", self)
         keys, values = super().init(task, key=key)
         log_p = jax.nn.log_softmax(keys @ weights / self.temperature)
-        there = values.any(-1)
+        there = values.any(-1)  # padding has no label
         pairs = there[:, None] & there
 
         def bounds(of: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -149,7 +149,7 @@ class TipX(TipAdapter):
     def _divergence(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
         """`KL(p || q_i)` for every row of q."""
         p = jnp.exp(log_p)
-        return (p * log_p).sum(-1, keepdims=True) - p @ log_q.T
+        return (p * log_p).sum(-1, keepdims=True) - p @ log_q.T  # [*batch, rows of q]
 
     def bias(self, state: State, inputs: Inputs) -> jax.Array:
         values, log_q, weights, slope, shift = state.fixed
@@ -197,6 +197,7 @@ class DMN(Method):
         place = (jnp.cumsum(hit, 0) * hit).sum(-1)
         fits = (place > 0) & (place <= self.shots)
         where = jnp.where(fits, labels, classes), jnp.where(fits, place, 0)
+        # Place 0 is the text's.
         memory = jnp.zeros((classes, self.shots + 1, keys.shape[-1]), keys.dtype)
         memory = memory.at[:, 0].set(weights.T).at[where].set(keys, mode="drop")
         there = jnp.zeros(memory.shape[:2], bool).at[:, 0].set(True)
@@ -205,7 +206,7 @@ class DMN(Method):
     def bias(self, state: State, inputs: Inputs) -> jax.Array:
         features = needed(inputs.features, "features", self)
         memory = state.trained
-        cosines = jnp.einsum("kld,...d->...kl", memory, features)
+        cosines = jnp.einsum("kld,...d->...kl", memory, features)  # [*batch, classes, places]
         recalled = jnp.where(state.fixed, jnp.exp(-self.sharpness * (1.0 - cosines)), 0.0)
         # The length of sum_l a_l M_l without an array of features for each image and class.
         gram = jnp.einsum("kld,kmd->klm", memory, memory)
@@ -255,7 +256,7 @@ class APE(Method):
         # The products of all pairs of classes are the square of their sum less their own squares.
         pairs = jnp.square(seen.sum(-1)) - jnp.square(seen).sum(-1)
         similarity = pairs / (max(classes * (classes - 1), 1) * parts**2)
-        variance = jnp.var(weights, axis=-1, ddof=1)
+        variance = jnp.var(weights, axis=-1, ddof=1)  # as torch's in the release
         criterion = self.variance_weight * variance - self.similarity_weight * similarity
         return jax.lax.top_k(criterion, min(self.channels, len(criterion)))[1]
 
@@ -306,7 +307,7 @@ class APET(APE):
         keys = task.mean_view("features", self)
         chosen = self._chosen(task, keys, weights)
         values = one_hot(task.labels, task.num_classes, keys.dtype)
-        residual = jnp.zeros((task.num_classes, len(chosen)), keys.dtype)
+        residual = jnp.zeros((task.num_classes, len(chosen)), keys.dtype)  # zero-shot at first
         trained = {"residual": residual, "weights": jnp.ones(len(keys), keys.dtype)}
         return State(trained, (keys, values, chosen))
 

@@ -50,7 +50,7 @@ def gaussian_classifier(
     def centred(rows: jax.Array, own: jax.Array) -> jax.Array:
         return jnp.where((own >= 0)[:, None], rows - means.T[jnp.maximum(own, 0)], 0.0)
 
-    freedom = there.sum() - 1
+    freedom = there.sum() - 1  # n - 1 of the released code
     # Fewer images than channels: by Woodbury's identity an n x n system takes the place of d x d.
     if count < width:
         small = centred(features, labels)
@@ -186,6 +186,7 @@ class ProKeR(Method):
         there = labels >= 0
         rest = one_hot(labels, task.num_classes, features.dtype) - features @ weights
         rest = jnp.where(there[:, None], rest, 0.0)
+        # Padding sees only the identity.
         kernel = jnp.where(there[:, None] & there, self._kernel(features, features), 0.0)
         eye = jnp.eye(len(features), dtype=features.dtype)
         # The same system for every penalty, of which 0 is the limit.

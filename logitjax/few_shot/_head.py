@@ -14,14 +14,7 @@ from jaxtyping import Float, Int
 from logitjax.few_shot import methods
 from logitjax.few_shot._candidates import Candidate, candidates
 from logitjax.few_shot._labelled import Pictures
-from logitjax.few_shot._method import (
-    FewShotTask,
-    Inputs,
-    Method,
-    State,
-    unit_rows,
-    zero_shot_logits,
-)
+from logitjax.few_shot._method import FewShotTask, Inputs, Method, State
 from logitjax.few_shot._sweep import best_setting, sweep
 from logitjax.ops import Array
 from logitjax.storage import guard, read_head, write_head
@@ -71,23 +64,18 @@ class FittedHead:
         learnt = (self.state, self.class_weights)
         return _fused(learnt, features, auxiliary, hidden, method=self.method, scale=self.scale)
 
-    def predict(
-        self,
-        features: Float[Array, "batch features"],
-        auxiliary: Float[Array, "batch auxiliary"] | None = None,
-        *,
-        hidden: Float[Array, "batch hidden"] | None = None,
-    ) -> Int[np.ndarray, " batch"]:
-        """`[batch]` numbers of classes; see `logits`."""
-        return np.asarray(self.logits(features, auxiliary, hidden=hidden)).argmax(-1)
+    def predict(self, *features: Any, **hidden: Any) -> Int[np.ndarray, " batch"]:
+        """`[batch]` numbers of classes; arguments as of `logits`."""
+        return np.asarray(self.logits(*features, **hidden)).argmax(-1)
 
     def accuracy(self, pictures: Pictures) -> float:
         """Share of the pictures whose class is predicted."""
-        given = (pictures.features, pictures.auxiliary)
+        given = (pictures.features, pictures.auxiliary)  # None without a second encoder
         return float((self.predict(*given, hidden=pictures.hidden) == pictures.labels).mean())
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes the head as ``head.safetensors`` and ``head.json``, which names the method."""
+        # The file takes no strides.
         tensors = {"class_weights": np.ascontiguousarray(self.class_weights)}
         state = _form(tuple(self.state), "state", tensors)
         record = {
@@ -105,12 +93,7 @@ def _fused(
     learnt: Any, features: Any, auxiliary: Any, hidden: Any, *, method: Method, scale: float
 ) -> jax.Array:
     state, class_weights = learnt
-    inputs = Inputs(
-        zero_shot=zero_shot_logits(features, class_weights, scale=scale),
-        features=unit_rows(features),
-        auxiliary=None if auxiliary is None else unit_rows(auxiliary),
-        hidden=hidden,
-    )
+    inputs = Inputs.of(features, class_weights, scale=scale, auxiliary=auxiliary, hidden=hidden)
     return method.logits(state, method.prepare(inputs))
 
 

@@ -52,7 +52,7 @@ class ClipAdapter(Method):
         key = jax.random.key(0) if key is None else key
 
         def uniform(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
-            limit = shape[0] ** -0.5
+            limit = shape[0] ** -0.5  # as torch's Linear begins
             return jax.random.uniform(key, shape, weights.dtype, -limit, limit)
 
         down, up = jax.random.split(key)
@@ -161,9 +161,9 @@ class CrossModal(Method):
 
     def loss(self, state: State, inputs: Inputs, labels: Any) -> jax.Array:
         text = self.scale * state.fixed.T @ state.trained
-        of_text = cross_entropy(text, jnp.arange(len(text))).mean()
+        of_text = cross_entropy(text, jnp.arange(len(text))).mean()  # weight k is of class k
         of_images = cross_entropy(self.logits(state, inputs), labels)
-        image_share = jnp.subtract(1.0, self.text_share)
+        image_share = jnp.subtract(1.0, self.text_share)  # the grid may trace it
         return image_share * of_images + self.text_share * of_text
 
 
@@ -256,7 +256,7 @@ class LPPlusPlus(Method):
             return (logits.argmax(-1) == known).sum()
 
         def loss(logits: jax.Array) -> jax.Array:
-            values = cross_entropy(logits, jnp.maximum(labels, 0))
+            values = cross_entropy(logits, jnp.maximum(labels, 0))  # padding is -1
             return jnp.where(there, values, 0.0).sum() / count
 
         def step(carry: Any, index: Any) -> tuple[Any, None]:
@@ -265,10 +265,10 @@ class LPPlusPlus(Method):
             down = (slope if wide else features.T @ slope, slope.sum(0))
             velocity = jax.tree.map(lambda v, g: self.momentum * v + g, velocity, down)
             moving, bias = jax.tree.map(lambda x, v: x - rate * v, (moving, bias), velocity)
-            due = index % self.blend_every == self.blend_every - 1
+            due = index % self.blend_every == self.blend_every - 1  # the tenth, not the first
             slope_of_blend = (slope * text).sum(0) + before
             blended = blend - blend_rate * slope_of_blend
-            kept = slope_of_blend if self.released else before
+            kept = slope_of_blend if self.released else before  # never set to zero there
             blend = jnp.where(due, blended, blend)
             if best is not None:
                 found = ((moving, bias), blend)
@@ -337,7 +337,7 @@ class CLAP(Method):
 
     def loss(self, state: State, inputs: Inputs, labels: Any) -> jax.Array:
         start, known = state.fixed
-        moved = jnp.square(state.trained - start).sum(0)
+        moved = jnp.square(state.trained - start).sum(0)  # columns are classes
         return super().loss(state, inputs, labels) + self.penalty * (known * moved).mean()
 
 

@@ -160,7 +160,7 @@ def sweep(
         runs = jax.device_put(runs, runs.shardings(mesh))
     scores = compiled_sweep(
         runs,
-        columns | {"": np.zeros(lengths.pop(), np.float32)},
+        columns | {"": np.zeros(lengths.pop(), np.float32)},  # the axis, where no field is searched
         steps if method.trains else 0,
         seed,
         method=method,
@@ -244,7 +244,7 @@ def _sweep(
     def one(run: Runs, setting: dict[str, jax.Array], batch_size: int = _SCORED) -> Any:
         given = {name: value for name, value in setting.items() if name}
         config, recipe = with_settings(method, training, given)
-        task = _with(run, shared).task
+        task = _with(run, shared).task  # shared arrays are not copied for each run
         state = config.init(task, key=jax.random.fold_in(key, run.numbers))
         if config.trains:
             state, _ = recipe.train(config, task, state, run.orders, steps=steps)
@@ -299,9 +299,6 @@ def best_setting(scores: Mapping[str, np.ndarray]) -> np.ndarray:
 
     Args:
         scores: Scores of validation images, as :func:`sweep` returns them; never of test images.
-
-    Returns:
-        `[runs]` numbers of settings.
 
     Raises:
         ValueError: A run without a setting of which both scores are numbers.

@@ -13,7 +13,7 @@ from absl import logging
 
 from logitjax.decoding import Emitted, Engine, PromptReader, Request
 from logitjax.serving._config import ServerConfig
-from logitjax.serving._errors import ApiError, BadRequestError, OverloadedError
+from logitjax.serving._errors import ApiError, BadRequestError
 from logitjax.serving._formats import Follower
 from logitjax.serving._policy import Disclosure
 
@@ -36,15 +36,10 @@ class Token:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prompt:
-    """What the copies of one prompt share.
+    """What the copies of one prompt share."""
 
-    Attributes:
-        salt: Prompts of the same one share what was read of them.
-        report: Whether log-probabilities of its own tokens are wanted.
-    """
-
-    salt: str = ""
-    report: bool = False
+    salt: str = ""  # prompts of the same one share what was read of them
+    report: bool = False  # whether log-probabilities of its own tokens are wanted
 
 
 class Job:
@@ -88,12 +83,6 @@ class Scheduler:
 
     Between two looks at the queue it reads one piece of a prompt and decodes a few steps, so that
     nobody waits for somebody else's prompt for longer than a piece takes.
-
-    Args:
-        model: Whatever `Engine` takes.
-        disclosure: What is reported of it.
-        end_ids: Tokens that end an answer.
-        config: How many at once.
     """
 
     def __init__(
@@ -187,7 +176,13 @@ class Scheduler:
             if queued + len(jobs) > self._max_waiting + free:
                 # Those before take turns in all slots: when a client may come back.
                 turns = 1 + queued / max(1, len(self._jobs))
-                raise OverloadedError(max(1, round(turns * self._seconds)))
+                after = str(max(1, round(turns * self._seconds)))
+                raise ApiError(
+                    429,
+                    "too many requests are waiting",
+                    code="overloaded",
+                    headers={"Retry-After": after},
+                )
             groups: dict[int, list[Job]] = {}
             for job in jobs:
                 groups.setdefault(id(job.prompt), []).append(job)

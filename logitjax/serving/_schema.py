@@ -161,18 +161,14 @@ def request_model(config: ServerConfig, *, chat: bool) -> type[BaseModel]:
 
 
 # Where the neutral value is not given, an answer would not be what was asked for.
-_UNSUPPORTED: tuple[tuple[str, Sequence[Any]], ...] = (
-    ("suffix", ()),
-    ("tools", ([],)),
-    ("best_of", (1,)),
-)
+_UNSUPPORTED: dict[str, Sequence[Any]] = {"suffix": (), "tools": ([],), "best_of": (1,)}
 
 
 def parse(body: Any, config: ServerConfig, *, chat: bool) -> CompletionRequest:
     """A request from JSON."""
     if not isinstance(body, dict):
         raise BadRequestError(f"the body must be a JSON object, got {type(body).__name__}")
-    for name, neutral in _UNSUPPORTED:
+    for name, neutral in _UNSUPPORTED.items():
         if body.get(name) is not None and body[name] not in neutral:
             raise BadRequestError(f"{name} is not supported", name)
     if body.get("logit_bias") and config.policy.bias == "none":

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from logitjax.ops.sharding import BATCH_AXES, auto_axes, path_mask
+from logitjax.ops.sharding import MeshAxes, auto_axes, path_mask
 from logitjax.training._mesh import BatchLayout
 from logitjax.training._metrics import MetricAccumulator
 from logitjax.training._state import TrainState
@@ -234,7 +234,7 @@ class TrainStep:
         def split(leaf: Any) -> Any:
             # Microbatch i takes rows i, i + parts, ...: each device splits the rows it has.
             leaf = leaf.reshape(leaf.shape[0] // parts, parts, *leaf.shape[1:]).swapaxes(0, 1)
-            axes = auto_axes(BATCH_AXES, leaf.shape[1])
+            axes = auto_axes(MeshAxes.current().rows, leaf.shape[1])
             return jax.lax.with_sharding_constraint(leaf, P(None, axes)) if axes else leaf
 
         micros = jax.tree.map(split, batch)

@@ -2,9 +2,9 @@
 
 `METHODS` are the methods by name, each a `Method`: a frozen dataclass that says what it reads and
 what it minimises. Most train a model's own weights. The default trains an `Assistant`, whose logits
-are subtracted while decoding (`paired_model`). `Unlearning` does either on rows of your own, and
-chooses without a retrained model. ``unlearning.tofu`` is the benchmark: its items, its measures and
-its logs.
+are subtracted while decoding (`Assistant.beside`). `Unlearning` does either on rows of your own,
+and chooses without a retrained model. ``unlearning.tofu`` is the benchmark: its items, its measures
+and its logs.
 """
 
 from logitjax.unlearning._answer_loss import make_answer_loss as make_answer_loss
@@ -21,7 +21,6 @@ from logitjax.unlearning._unlearn import Unlearning as Unlearning
 from logitjax.unlearning._unlearn_config import UnlearnConfig as UnlearnConfig
 from logitjax.unlearning.assistant._assistant import Assistant as Assistant
 from logitjax.unlearning.assistant._deployed import Deployed as Deployed
-from logitjax.unlearning.assistant._paired import paired_model as paired_model
 from logitjax.unlearning.measures import muse as muse
 from logitjax.unlearning.measures import tofu as tofu
 from logitjax.unlearning.measures import wmdp as wmdp

@@ -3,7 +3,7 @@
 import numpy as np
 
 from logitjax import decoding
-from logitjax.evaluation import rouge_l_f1
+from logitjax.evaluation import rouge
 from logitjax.models import Decoder
 from logitjax.unlearning._questions import Questions
 from logitjax.unlearning._rows import encode_question
@@ -55,13 +55,14 @@ def invented(
             model,
             [encode_question(told, tokenizer)] * samples,
             max_new_tokens=questions.new_tokens,
+            # No two questions share draws.
             sampling=decoding.Sampling(temperature=1.0, seed=seed + number * samples),
             stop_ids=() if end is None else (end,),
         )
         texts = [
             tokenizer.decode(list(map(int, ids)), skip_special=True).strip() for ids in out.rows()
         ]
-        texts = [text for text in dict.fromkeys(texts) if text]
-        alike = rouge_l_f1([row.answer] * len(texts), texts) if texts else []
+        texts = [text for text in dict.fromkeys(texts) if text]  # each once, in order
+        alike = rouge([row.answer] * len(texts), texts).f1 if texts else []
         found.append([text for text, score in zip(texts, alike) if score <= _ALIKE])
     return found

@@ -166,6 +166,7 @@ class Method:
             del rng
             weights = self.weights(params)
             state = None if self.state() is None else params["state"]
+            # Adapters lie on the weights of before, which are the constants then.
             model = nnx.merge(graphdef, constants if adapters else weights, rest)
             before = None
             if compares and constants is not None:
@@ -173,8 +174,8 @@ class Method:
             lora = weights if adapters else None
             reads = read_batch(self.needs, batch, (model, before), lora=lora, **options)
             loss, means = self.loss(reads, state)
-            one = jnp.float32(1)
-            loss = jnp.where(reads.fits, loss, jnp.nan)
+            one = jnp.float32(1)  # the means are means already: a weight of one
+            loss = jnp.where(reads.fits, loss, jnp.nan)  # tokens left out must not go unnoticed
             return loss, one, {name: (value, one) for name, value in means.items()}
 
         return loss_fn, nnx.to_pure_dict(params) if adapters or compares else None

@@ -122,6 +122,7 @@ def read_batch(
     sides = sides_of(needs)
     check_sides(sides, batch, owner)
     tokens = {side: jnp.asarray(batch[side]["tokens"]) for side in sides}
+    # Nothing predicts the first.
     where = {side: jnp.asarray(batch[side]["mask"])[:, 1:] for side in sides}
     positions = {s: Positions(where[s], None if most is None else most[s]) for s in sides}
     labels = {side: positions[side].pick(tokens[side][:, 1:]) for side in sides}
@@ -181,13 +182,14 @@ def check_sides(sides: Sequence[str], batch: Mapping[str, Any], owner: str) -> N
 
 def _together(parts: Sequence[Any]) -> tuple[jax.Array, np.ndarray]:
     """Parts as one array, and where to split it again."""
+    # `jnp.split` wants inner ends only.
     return jnp.concatenate(parts), np.cumsum([len(part) for part in parts])[:-1]
 
 
 def _layer_states(model: Decoder, count: int, tokens: Any, lora: Lora | None) -> jax.Array:
     """The residual stream after so many layers, without the final norm."""
     cut: Any = first_layers(model, count)
-    cut.final_norm = _Identity()
+    cut.final_norm = _Identity()  # the last layer kept is not the model's last
     if lora is not None:
         counts = [len(segment.layers) for segment in cut.segments]
         segments = [tuple(layers[:n]) for layers, n in zip(lora.layers, counts)]

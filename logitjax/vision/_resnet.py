@@ -7,10 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Float
 
-from logitjax.ops import Array
-from logitjax.vision._layers import batch_norm, conv, global_mean, max_pool
+from logitjax.vision._layers import Features, Images, batch_norm, conv, global_mean, max_pool
 
 
 class BasicBlock(nnx.Module):
@@ -130,9 +128,7 @@ class CifarResNet(nnx.Module):
         self.layer2 = _stage(widths[1], widths[2], blocks, 2, options)
         self.layer3 = _stage(widths[2], widths[3], blocks, 2, options)
 
-    def __call__(
-        self, images: Float[Array, "batch height width channels"], *, train: bool = False
-    ) -> Float[jax.Array, "batch features"]:
+    def __call__(self, images: Images, *, train: bool = False) -> Features:
         x = nnx.relu(self.bn1(self.conv1(jnp.asarray(images)), use_running_average=not train))
         for stage in (self.layer1, self.layer2, self.layer3):
             for block in stage:
@@ -167,7 +163,7 @@ class ResNet(nnx.Module):
         block: Any = BasicBlock
         if bottleneck:
             block = functools.partial(Bottleneck, widen=widen, groups=groups)
-        more = 4 if bottleneck else 1
+        more = 4 if bottleneck else 1  # what a bottleneck widens its output by
         self.num_features, self.small_stem = 512 * more, small_stem
         kernel, stride = (3, 1) if small_stem else (7, 2)
         self.conv1 = conv(channels, 64, kernel, stride=stride, dtype=dtype, rngs=rngs)
@@ -177,9 +173,7 @@ class ResNet(nnx.Module):
         self.layer3 = _stage(128 * more, 256 * more, blocks[2], 2, options, block)
         self.layer4 = _stage(256 * more, 512 * more, blocks[3], 2, options, block)
 
-    def __call__(
-        self, images: Float[Array, "batch height width channels"], *, train: bool = False
-    ) -> Float[jax.Array, "batch features"]:
+    def __call__(self, images: Images, *, train: bool = False) -> Features:
         x = nnx.relu(self.bn1(self.conv1(jnp.asarray(images)), use_running_average=not train))
         if not self.small_stem:
             x = max_pool(x, 3, 2, pad=1)

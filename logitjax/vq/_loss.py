@@ -91,22 +91,10 @@ def vq_logits(
 
         logit_v = (h . C_{m(v)} + b_v) / T
 
-    Args:
-        hidden: ``[*batch, hidden]``.
-        codebook: ``[codes, hidden]``; inside `jax.shard_map` this shard's codes.
-        bias: ``[vocab]``, or None for the head as published: equal logits within a cluster.
-        assignment: ``[vocab]``, cluster of each entry.
-        temperature: divides the logits.
-        soft_cap: as `code_scores`.
-        vocab_where: ``[vocab]``, True for the entries that exist.
-        axis_name: inside `jax.shard_map` with the codebook split over this mesh axis: that axis.
+    Arguments and errors are those of `vq_nll`. Without a bias logits within a cluster are equal.
 
     Returns:
         ``[*batch, vocab]``, float32.
-
-    Raises:
-        TypeError: arrays of another kind.
-        ValueError: shapes that do not fit, or (outside of ``jit``) a cluster that there is not.
 
     >>> codebook, assignment = jnp.array([[1.0], [5.0]]), jnp.array([0, 1, 1, 0])
     >>> jax.jit(vq_logits)(jnp.ones((1, 1)), codebook, None, assignment)
@@ -155,7 +143,8 @@ def vq_nll(
         assignment: ``[vocab]``, cluster of each entry, 0 to codes - 1.
         labels: ``[*batch]``, each in 0 to vocab - 1.
         temperature: divides the logits.
-        soft_cap: as `code_scores`.
+        soft_cap: ``cap * tanh(score / cap)`` bounds the scores before a token's bias is added,
+            which keeps the loss O(K).
         z_loss: weight of the squared log-normaliser.
         vocab_where: ``[vocab]``, True for the entries that exist.
         axis_name: inside `jax.shard_map` with the codebook split over this mesh axis: that axis.
@@ -202,7 +191,7 @@ def vq_nll(
             here = (code >= 0) & (code < local)
             chosen = jnp.take_along_axis(scores, jnp.where(here, code, 0)[..., None], axis=-1)
             chosen = lax.psum(jnp.where(here, chosen[..., 0], 0.0), axis_name)
-        nll = log_z - chosen - added[labels]
+        nll = log_z - chosen - added[labels]  # the label's score is its code's and its bias
         nll = nll + z_loss * log_z**2 if z_loss else nll
         return (jnp.where((labels >= 0) & (labels < len(added)), nll, jnp.nan),)
 

@@ -43,9 +43,6 @@ class Screen:
                   s_v + shift(h)      otherwise
             shift = logsumexp_{v in c} rescore(h, v) - logsumexp_{v in c} s_v
 
-        Args:
-            hidden: ``[*batch, hidden]``.
-
         Returns:
             ``[*batch, vocab]``, float32.
 
@@ -76,25 +73,14 @@ class Screen:
     ) -> Float[jax.Array, "*batch"]:
         """Cross-entropy of `logits`, by blocks of positions.
 
-        The choice of candidates has no gradient.
-
-        Args:
-            hidden: ``[*batch, hidden]``.
-            labels: ``[*batch]``.
-            temperature: divides the logits.
-            z_loss: weight of the squared log-normaliser.
-            block_size: positions at a time; memory is block_size x vocab.
+        The choice of candidates has no gradient. Memory is block_size x vocab; other options are
+        those of `vq_nll`.
 
         Returns:
             ``[*batch]``, float32, not reduced.
 
         Raises:
             ValueError: ``num_candidates`` is not in 1..vocab, or ``labels`` do not fit ``hidden``.
-
-        >>> cheap = lambda h: jnp.zeros((1, 4))
-        >>> screen = Screen(cheap=cheap, rescore=jnp.zeros((4, 2)), num_candidates=2)
-        >>> print(jax.jit(screen.nll)(jnp.ones((1, 2)), jnp.array([1])))
-        [1.386294...]
         """
         hidden, labels = jnp.asarray(hidden), jnp.asarray(labels)
         if labels.shape != hidden.shape[:-1]:
@@ -118,7 +104,6 @@ class Screen:
         They are the full head's wherever its k best tokens are among the candidates.
 
         Args:
-            hidden: ``[*batch, hidden]``.
             k: how many, at most ``num_candidates``.
             with_log_z: False leaves ``log_z`` zero, which greedy decoding does not need.
 
@@ -143,7 +128,7 @@ class Screen:
         scores, tokens, better = self._look(flat)
         values, places = top_k(better, k)
         chosen = gather_at(tokens, places)
-        log_z = jnp.zeros(len(flat), jnp.float32)
+        log_z = jnp.zeros(len(flat), jnp.float32)  # it would take a pass over V
         if with_log_z:
             log_z = logsumexp(_joined(scores, tokens, better))
         return TopK(values.reshape(*batch, k), chosen.reshape(*batch, k), log_z.reshape(batch))
@@ -230,6 +215,7 @@ def _joined(scores: jax.Array, tokens: jax.Array, better: jax.Array) -> jax.Arra
 
     def join(scores: jax.Array, tokens: jax.Array, better: jax.Array) -> tuple[jax.Array]:
         rows = jnp.arange(scores.shape[0])[:, None]
+        # The candidates keep their mass.
         shift = neginf_to_zero(logsumexp(better)) - neginf_to_zero(logsumexp(scores[rows, tokens]))
         return ((scores + shift[:, None]).at[rows, tokens].set(better),)
 

@@ -320,7 +320,7 @@ def test_the_hybrid_of_top_logits_is_its_definition_and_zero_where_both_say_the_
     def both(student, teacher):
         top = ops.TopK.of(teacher, 2)
         ids, _ = match.ids(top.indices)
-        at = ops.TopK(student[ids], ids, ops.logsumexp(student))
+        at = losses.Readout(ops.logsumexp(student), gathered=student[ids])
         own = ops.TopK.of(student, 2)
         return [
             _matched_tokens.hybrid_logit_distance(at, own, top, match, kind=kind)

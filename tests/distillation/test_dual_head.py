@@ -17,7 +17,7 @@ from tests._modules import call, num_params, with_weights
 def test_inference_uses_and_keeps_the_first_head_only(auxiliary):
     make = functools.partial(DualHead, auxiliary=auxiliary)
     model = with_weights(
-        lambda: vision.create_classifier("resnet8", 10, head=make, rngs=nnx.Rngs(0)), size=0.3
+        lambda: vision.ImageClassifier.create("resnet8", 10, head=make, rngs=nnx.Rngs(0)), size=0.3
     )
     extra = {"linear": 64 * 10 + 10, "mlp": 64 * 200 + 200 + 2 * 200 + 200 * 10 + 10}[auxiliary]
     counted = num_params(model)

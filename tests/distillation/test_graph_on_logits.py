@@ -158,6 +158,23 @@ def test_moments_survive_an_offset(offset):
     np.testing.assert_allclose(got.std, exact.std(-1), rtol=1e-4)
 
 
+def test_logits_up_to_the_largest_of_float32_have_their_graph_and_its_gradient():
+    student, teacher, *_ = data()
+    loss = values_and_gradient(graph_on_logits_of_k4)
+    value, gradient = jax.device_get(loss(student, teacher))
+    for power in (64, 100):
+        large, small = jax.device_get(loss(student * 2.0**power, teacher * 2.0**power))
+        np.testing.assert_allclose(large, value, rtol=1e-5)
+        np.testing.assert_allclose(small * 2.0**power, gradient, rtol=1e-4, atol=1e-5)
+    limit = np.float32(3e38)
+    _, gradient = loss(np.clip(student, -1, 1) * limit, teacher)
+    assert np.isfinite(gradient).all()
+
+
+def graph_on_logits_of_k4(student, teacher):
+    return graph_on_logits(student, teacher, config=CONFIGS[0])[0]
+
+
 def test_teacher_gets_no_gradient_and_empty_samples_are_zero():
     student, teacher, _, _ = data()
     nothing = np.zeros((2, 8), bool)

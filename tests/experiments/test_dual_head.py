@@ -26,7 +26,7 @@ from experiments.dual_head import run as dual_head_run
 from experiments.dual_head import train as dual_head_train
 from experiments.dual_head.score import Scorer
 from experiments.shared.report import paired
-from logitjax import training, vision
+from logitjax import training
 from logitjax.vision._torch_layout import blank, torch_names
 from tests._modules import num_params
 from tests.vision.goldens import make_vision_goldens as goldens
@@ -363,7 +363,7 @@ def test_the_student_of_the_paper_computes_what_torch_does():
     assert num_params(model) == 1_355_528
     shapes = blank(model, torch_names(model))
     weights = {name: goldens.weight(name, value.shape) for name, value in shapes.items()}
-    vision.load_torch_weights(model, weights)
+    model.load(weights)
     logits = nnx.jit(lambda model, x: model(x))(model, goldens.images(32))
     expected = np.load(GOLDENS / "vision.npz")["shufflenet_v2"]
     np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())

@@ -176,7 +176,10 @@ def test_the_tpu_compilers_way_to_write_them():
     found = costs.collectives(TPU_TEXT)
     assert found.calls == {"all-gather": 40, "reduce-scatter": 80}
     gathered, cut, scattered = 32 * 128 * 2, 64 * 128 * 2, 4 * 4 * 128 * 4
-    assert found.collective_bytes == {"all-gather": 40 * gathered, "reduce-scatter": 40 * (cut + scattered)}
+    assert found.collective_bytes == {
+        "all-gather": 40 * gathered,
+        "reduce-scatter": 40 * (cut + scattered),
+    }
     assert found.unknown_loops == 0
     assert costs.collectives(TPU_TEXT.replace("constant(40)", "parameter(1)")).calls == {
         "all-gather": 1,

@@ -15,7 +15,7 @@ from experiments.unlearning import arms, train
 from experiments.unlearning import data as unlearning_data
 from experiments.unlearning import report as unlearning_report
 from logitjax import unlearning
-from logitjax.evaluation import PromptTemplate, encode_answer
+from logitjax.evaluation import PromptTemplate
 from logitjax.models import load_model, load_tokenizer, with_layout
 from logitjax.unlearning import tofu
 
@@ -120,7 +120,7 @@ def test_the_tables_of_the_release_are_read_from_their_first_row():
 def test_rows_of_several_questions_hold_each_once_and_predict_the_same():
     tokenizer, template = load_tokenizer("tiny"), PromptTemplate(before="", after=" ")
     items = [item(n) for n in range(5)]
-    pairs = [encode_answer(tokenizer, template, i.question, i.answer, max_length=12) for i in items]
+    pairs = [template.encode_answer(tokenizer, i.question, i.answer, max_length=12) for i in items]
     single = unlearning.padded_rows(pairs, 12)
     together = unlearning_data.packed(items, tokenizer, template, 12, 24)
     assert len(together["tokens"]) < len(items)

@@ -147,8 +147,8 @@ def test_both_numbers_take_one_product_a_logit():
 @pytest.mark.slow
 @pytest.mark.every_change
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra `plan`")
-@pytest.mark.parametrize(("ids", "share"), [(0, 0.1), (64, 0.125)], ids=["whole", "support"])
-def test_compiled_for_a_tpu_it_holds_a_tenth_of_what_dense_holds(ids, share):
+@pytest.mark.parametrize("ids", [0, 64], ids=["whole", "support"])
+def test_compiled_for_a_tpu_it_holds_a_tenth_of_what_dense_holds(ids):
     positions, width, vocab = 8192, 1024, 151936
     mesh = _tpu_mesh("v5p:1x1x1", (1,), ("data",))
 
@@ -181,5 +181,4 @@ def test_compiled_for_a_tpu_it_holds_a_tenth_of_what_dense_holds(ids, share):
             program = traced.lower(lowering_platforms=("tpu",)).compile()
         return program.memory_analysis().temp_size_in_bytes
 
-    # Ids are looked for in logits, and added to a gradient, that are written for it.
-    assert scratch(blocked) <= share * scratch(dense)
+    assert scratch(blocked) <= 0.1 * scratch(dense)

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from logitjax import losses, ops
 from logitjax.losses import Blocks, Head, sweep
-from logitjax.losses.sweep import _bins, _pallas
+from logitjax.losses.sweep import _bins, _pallas, _triton
 from tests._marks import EVERY_CHANGE
 
 HIDDEN = 16
@@ -159,9 +159,10 @@ def small_tiles(monkeypatch):
 
 
 # On a GPU all is of a tile; the sums over tiles are what is its own.
-def _triton(monkeypatch):
-    state = functools.partial(_pallas._gpu_state, interpret=True)
-    monkeypatch.setitem(_pallas.FORWARD, "cpu", functools.partial(_pallas._flat, state))
+def _on_gpu(monkeypatch):
+    state = functools.partial(_triton.gpu_state, interpret=True)
+    halves = {"forward": functools.partial(_pallas.forward, state)}
+    monkeypatch.setattr(_pallas, "kernels", lambda *_: halves)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -171,7 +172,7 @@ def _triton(monkeypatch):
 def test_kernels_give_what_blocks_give(monkeypatch, kind, names):
     case = _case(300)
     if kind == "triton":
-        _triton(monkeypatch)
+        _on_gpu(monkeypatch)
     # The gradients are formed by the blocks of `scan`, from what the kernels give.
     got, want = (_by(engine, case, names, gradients=False) for engine in ("pallas", "scan"))
     _assert_close(got, want)
@@ -195,7 +196,7 @@ def test_all_engines_give_what_float64_gives_at_every_edge(monkeypatch, vocab):
     _assert_close(_by("pallas", case, names), want)
     got = {name: (value[0], slopes) for name, (value, slopes) in _by("rows", case, names).items()}
     _assert_close(got, {name: totals[name] for name in got})
-    _triton(monkeypatch)
+    _on_gpu(monkeypatch)
     # Triton has one number a position.
     names = [name for name in names if name != "sparse_kl"]
     _assert_close(_by("pallas", case, names), {name: want[name] for name in names})

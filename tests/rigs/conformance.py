@@ -1,38 +1,44 @@
-"""Cross-entropy of hidden states and a head, by us and by others, against one float64 oracle.
+"""Cross-entropy and KL of hidden states and a head, ours and others, against one float64 oracle.
 
     python -m tests.rigs conformance
     python -m tests.rigs conformance --only=ours,tokamax_chunked
 
-Who is not installed is left out; `pip install tokamax==0.0.17` and docs/maxtext.md bring those of
-JAX. A cell is the largest error of a value in nats, or, where values are right, the largest
-relative error of a gradient; `-` where a package does not offer the case. What is known to be wrong
-stands in `KNOWN` with its version: the rig fails if that is no longer so, or if something else is.
+Each package answers in an interpreter that has it: this one, or one of those that
+``LOGITJAX_PEER_PYTHONS`` names, with ``:`` between them (packages of JAX and of torch rarely live
+together). Those that no interpreter has are named and left out. A cell is the largest error of a
+value in nats, or, where values are right, the largest relative error of a gradient; `-` where a
+package does not offer the case. What is known to be wrong stands in `KNOWN` with its version: the
+rig fails if that is no longer so, or if something else is.
 """
 
 import dataclasses
-import importlib.metadata
-import importlib.util
-import types
-from collections.abc import Callable
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+from absl import logging
 
-import logitjax
 from experiments.shared import suite
-from logitjax import losses
+from tests.rigs import _conformance_peers as peers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """What is asked: sizes, types and options; `weights` multiply the tokens' losses."""
+    """What is asked: sizes, types and options; `weights` multiply the tokens' losses.
+
+    With a `teacher` the loss is KL(teacher || student). `masked` takes every seventh entry from the
+    vocabulary, a logit of -inf. Over several `devices` the vocabulary is split.
+    """
 
     name: str
     vocab: int = 2048
-    tokens: int = 256
+    tokens: int = 1024
     hidden_type: str = "float32"
     head_type: str = "float32"
     weights: str = "ones"
@@ -40,6 +46,9 @@ class Case:
     soft_cap: float | None = None
     temperature: float = 1.0
     ignored: int = 0
+    teacher: bool = False
+    masked: bool = False
+    devices: int = 1
 
     @property
     def tolerance(self) -> float:
@@ -49,20 +58,29 @@ class Case:
         # Logits are some times as large as hidden states, and float32 has 24 bits.
         return 2e-5 * max(1.0, self.scale / 4)
 
-    def arrays(self) -> tuple[Any, Any, np.ndarray, np.ndarray]:
-        """Hidden states `[tokens, 128]`, head `[128, vocab]`, labels and weights `[tokens]`."""
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Hidden states `[tokens, 128]`, kernels `[128, vocab]`, labels and factors `[tokens]`."""
         rng = np.random.default_rng(0)
-        hidden = jnp.asarray(rng.normal(size=(self.tokens, 128)) * self.scale, self.hidden_type)
-        head = jnp.asarray(rng.normal(size=(128, self.vocab)) / 128**0.5, self.head_type)
-        labels = rng.integers(0, self.vocab, self.tokens).astype(np.int32)
-        weights = np.ones(self.tokens, np.float32)
+
+        def drawn(size: tuple[int, ...], scale: float, dtype: str) -> np.ndarray:
+            # Numbers that the type has.
+            return np.asarray(jnp.asarray(rng.normal(size=size) * scale, dtype), np.float32)
+
+        found = {}
+        for side in ("", "teacher_"):
+            head = "teacher_head" if side else "kernel"
+            found[f"{side}hidden"] = drawn((self.tokens, 128), self.scale, self.hidden_type)
+            found[head] = drawn((128, self.vocab), 128**-0.5, self.head_type)
+        where = np.arange(self.vocab) % 7 != 3 if self.masked else np.ones(self.vocab, bool)
+        labels = rng.choice(np.flatnonzero(where), self.tokens).astype(np.int32)
+        factors = np.ones(self.tokens, np.float32)
         if self.weights == "any":
-            weights = rng.normal(size=self.tokens).astype(np.float32)
+            factors = rng.normal(size=self.tokens).astype(np.float32)
         if self.weights == "some 0":
-            weights[::3] = 0.0
+            factors[::3] = 0.0
         # What ignored labels are called, where weights say so too.
-        labels[weights == 0.0] += self.ignored
-        return hidden, head, labels, weights
+        labels[factors == 0.0] += self.ignored
+        return found | {"labels": labels, "factors": factors, "where": where}
 
 
 CASES = (
@@ -70,7 +88,9 @@ CASES = (
     Case(name="vocabulary 1,024", vocab=1024),
     Case(name="vocabulary 1,000", vocab=1000),
     Case(name="vocabulary 2,049", vocab=2049),
-    Case(name="251 tokens", tokens=251),
+    Case(name="vocabulary over 8 devices", devices=8),
+    Case(name="entries of -inf", masked=True),
+    Case(name="1,019 tokens", tokens=1019),
     Case(name="cotangents other than 1", weights="any"),
     Case(name="weights of 0", weights="some 0"),
     Case(name="ignored labels out of range", weights="some 0", ignored=-(1 << 20)),
@@ -79,186 +99,123 @@ CASES = (
     Case(name="bfloat16 states, float32 head", hidden_type="bfloat16"),
     Case(name="soft cap", scale=20.0, soft_cap=5.0),
     Case(name="temperature", temperature=0.7),
+    Case(name="KL", teacher=True),
+    Case(name="KL, temperature", teacher=True, temperature=2.0),
+    Case(name="KL, weights of 0", teacher=True, weights="some 0"),
+    Case(name="KL, entries of -inf", teacher=True, masked=True),
+    Case(name="KL over 8 devices", teacher=True, devices=8),
 )
 
-# Of tokamax: the default block of 2,048 is filled up with zeros that count as logits, and logits of
-# bfloat16 operands are rounded to it.
-KNOWN = {
-    ("tokamax_xla", "0.0.17"): {"bfloat16"},
-    ("tokamax_chunked", "0.0.17"): {
-        "vocabulary 1,024",
-        "vocabulary 1,000",
-        "vocabulary 2,049",
-        "bfloat16",
-        "bfloat16 states, float32 head",
-    },
-}
+KNOWN: dict[tuple[str, str], set[str]] = {}
 
 
-def oracle(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def oracle(case: Case) -> dict[str, np.ndarray]:
     """Values `[tokens]` and both gradients of their weighted sum, in float64."""
-    hidden, head, labels, weights = case.arrays()
-    hidden, head = np.asarray(hidden, np.float64), np.asarray(head, np.float64)
-    raw = hidden @ head
-    bent = case.soft_cap * np.tanh(raw / case.soft_cap) if case.soft_cap else raw
-    slope = 1 - (bent / case.soft_cap) ** 2 if case.soft_cap else 1.0
-    logits = bent / case.temperature
-    exp = np.exp(logits - logits.max(-1, keepdims=True))
-    log_z = np.log(exp.sum(-1)) + logits.max(-1)
-    there = np.where(weights == 0, 0, labels)
-    onehot = np.arange(case.vocab) == there[:, None]
-    cotangent = weights[:, None] * (exp / exp.sum(-1, keepdims=True) - onehot) * slope
-    cotangent = cotangent / case.temperature
-    values = np.where(weights == 0, 0.0, log_z - logits[np.arange(len(labels)), there])
-    return values, cotangent @ head.T, hidden.T @ cotangent
+    given = case.arrays()
+    factors, where = given["factors"].astype(np.float64), given["where"]
+    there = np.where(factors == 0, 0, given["labels"])
 
+    def read(hidden: str, kernel: str, cap: float | None) -> tuple[np.ndarray, Any]:
+        logits = given[hidden].astype(np.float64) @ given[kernel].astype(np.float64)
+        slope = 1.0
+        if cap is not None:
+            logits = cap * np.tanh(logits / cap)
+            slope = 1 - (logits / cap) ** 2
+        logits = np.where(where, logits / case.temperature, -np.inf)
+        peak = logits.max(-1, keepdims=True)
+        return logits - peak - np.log(np.exp(logits - peak).sum(-1, keepdims=True)), slope
 
-class NotOffered(Exception):
-    """A package has no such option."""
-
-
-def _plain(case: Case) -> None:
-    if case.soft_cap or case.temperature != 1.0:
-        raise NotOffered
-
-
-def _ours(case: Case) -> Callable[..., Any]:
-    def loss(hidden: Any, kernel: Any, labels: Any) -> Any:
-        head = losses.Head(kernel, vocab_axis=1, soft_cap=case.soft_cap)
-        return losses.linear_cross_entropy(hidden, head, labels, temperature=case.temperature)
-
-    return loss
-
-
-def _ours_dense(case: Case) -> Callable[..., Any]:
-    def loss(hidden: Any, kernel: Any, labels: Any) -> Any:
-        logits = losses.Head(kernel, vocab_axis=1, soft_cap=case.soft_cap).logits(hidden)
-        return losses.cross_entropy(logits / case.temperature, labels)
-
-    return loss
-
-
-def _optax(case: Case) -> Callable[..., Any]:
-    _plain(case)
-
-    def loss(hidden: Any, kernel: Any, labels: Any) -> Any:
-        logits = jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-
-    return loss
-
-
-def _tokamax(case: Case, implementation: str) -> Callable[..., Any]:
-    import tokamax
-
-    _plain(case)
-
-    def loss(hidden: Any, kernel: Any, labels: Any) -> Any:
-        return tokamax.linear_softmax_cross_entropy_loss(
-            hidden, labels, kernel, reduction="none", implementation=implementation
+    log_q, slope = read("hidden", "kernel", case.soft_cap)
+    if case.teacher:
+        log_p, _ = read("teacher_hidden", "teacher_head", None)
+        target = np.exp(log_p)
+        values = np.where(
+            where, target * (np.where(where, log_p, 0) - np.where(where, log_q, 0)), 0
         )
-
-    return loss
-
-
-def _tokamax_xla(case: Case) -> Callable[..., Any]:
-    return _tokamax(case, "xla")
-
-
-def _tokamax_chunked(case: Case) -> Callable[..., Any]:
-    return _tokamax(case, "chunked_xla")
-
-
-def _maxtext(case: Case) -> Callable[..., Any]:
-    from flax import nnx
-    from maxtext.utils.vocabulary_tiling import vocab_tiling_nnx_loss
-
-    _plain(case)
-    if case.weights == "any" or case.tokens % 2:
-        raise NotOffered  # A sum over tokens, whose number the tiles divide.
-    options = dict(num_vocab_tiling=2, vocab_size=case.vocab, z_loss_multiplier=0.0)
-    options |= dict(enable_dropout=False, shard_mode="auto", debug_sharding=False)
-    config = types.SimpleNamespace(**options, vocab_tiling_ag_once=False)
-
-    class Model(nnx.Module):
-        mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
-
-        def __init__(self, kernel: Any):
-            self.logits_dense = nnx.Param(kernel)
-
-        def logits_from_hidden_states_for_vocab_tiling(self, hidden: Any, *_: Any) -> Any:
-            return jnp.dot(hidden, self.logits_dense[...], preferred_element_type=jnp.float32)
-
-    def loss(hidden: Any, kernel: Any, labels: Any, weights: Any) -> Any:
-        data = {"targets": labels[None], "targets_segmentation": jnp.int32(weights != 0)[None]}
-        return vocab_tiling_nnx_loss(Model(kernel), hidden[None], data, config, True)[0]
-
-    return loss
-
-
-PEERS: dict[str, tuple[str, Callable[[Case], Callable[..., Any]]]] = {
-    "ours": ("logitjax", _ours),
-    "ours_dense": ("logitjax", _ours_dense),
-    "optax": ("optax", _optax),
-    "tokamax_xla": ("tokamax", _tokamax_xla),
-    "tokamax_chunked": ("tokamax", _tokamax_chunked),
-    "maxtext": ("maxtext", _maxtext),
-}
-
-
-def error(case: Case, peer: str) -> float:
-    """The largest error that matters, as the module says."""
-    hidden, head, labels, weights = case.arrays()
-    loss = PEERS[peer][1](case)
-
-    def weighted(hidden: Any, head: Any) -> tuple[Any, Any]:
-        if peer == "maxtext":
-            return (total := loss(hidden, head, labels, weights)), total
-        values = loss(hidden, head, labels)
-        return jnp.where(weights == 0, 0.0, values * weights).sum(), values
-
-    step = jax.jit(jax.value_and_grad(weighted, argnums=(0, 1), has_aux=True))
-    (_, values), gradients = jax.device_get(step(hidden, head))
-    expected, *wanted = oracle(case)
-    if peer == "maxtext":
-        gap = abs(values - expected.sum()) / case.tokens
+        values = values.sum(-1)
     else:
-        gap = np.abs(np.where(weights == 0, 0.0, values - expected)).max()
+        target = np.arange(case.vocab) == there[:, None]
+        values = -log_q[np.arange(case.tokens), there]
+    cotangent = factors[:, None] * (np.exp(log_q) - target) * slope / case.temperature
+    return {
+        "values": np.where(factors == 0, 0.0, values),
+        "hidden": cotangent @ given["kernel"].astype(np.float64).T,
+        "kernel": given["hidden"].astype(np.float64).T @ cotangent,
+    }
+
+
+def error(case: Case, expected: dict[str, np.ndarray], answer: Any) -> float:
+    """The largest error that matters, as the module says."""
+    values, factors = answer["values"], case.arrays()["factors"]
+    if values.ndim:
+        gap = np.abs(np.where(factors == 0, 0.0, values - expected["values"])).max()
+    else:  # Their sum.
+        gap = abs(values - (factors * expected["values"]).sum()) / case.tokens
     if not gap <= case.tolerance:
         return float(gap)
     return max(
-        float(np.linalg.norm(np.float64(got) - want) / np.linalg.norm(want))
-        for got, want in zip(gradients, wanted, strict=True)
+        float(np.linalg.norm(answer[name] - expected[name]) / np.linalg.norm(expected[name]))
+        for name in ("hidden", "kernel")
     )
+
+
+def _interpreter(peer: str) -> str | None:
+    """The first interpreter that has the package of a peer."""
+    if peer.startswith("ours"):
+        return sys.executable
+    named = os.environ.get("LOGITJAX_PEER_PYTHONS", "").split(":")
+    ask = f"import importlib.metadata as m; m.version({peers.PACKAGES[peer]!r})"
+    for python in (sys.executable, *filter(None, named)):
+        if subprocess.run([python, "-c", ask], capture_output=True).returncode == 0:
+            return python
+    return None
 
 
 def run(options: suite.Options) -> suite.Result:
     """Asks everybody everything; the smoke scale asks those that the library stands on."""
-    names = options.parts(tuple(PEERS))
+    names = options.parts(tuple(peers.PEERS))
     if options.smoke and not options.only:
         names = ["ours", "ours_dense", "optax"]
+    expected = [oracle(case) for case in CASES]
     columns, ours, surprises = {}, 0, 0
-    for name in names:
-        package = PEERS[name][0]
-        if importlib.util.find_spec(package) is None:
-            continue
-        is_ours = package == "logitjax"
-        version = logitjax.__version__ if is_ours else importlib.metadata.version(package)
-        cells, wrong = [], set()
-        for case in CASES:
-            try:
-                gap = error(case, name)
-            except NotOffered:
-                cells.append("-")
+    with tempfile.TemporaryDirectory() as folder:
+        for number, case in enumerate(CASES):
+            path = Path(folder) / f"{number:02d}"
+            path.with_suffix(".json").write_text(json.dumps(dataclasses.asdict(case)))
+            np.savez(path.with_suffix(".npz"), **case.arrays())
+        for name in names:
+            python = _interpreter(name)
+            if python is None:
+                package = peers.PACKAGES[name]
+                logging.warning("%s: left out, for %s is in no interpreter here", name, package)
                 continue
-            cells.append(f"{gap:.1e}")
-            # A NaN is wrong too.
-            if not gap <= case.tolerance:
-                cells[-1] = f"**{gap:.2g}**"
-                wrong.add(case.name)
-        columns[f"{name} {version}"] = cells
-        ours += len(wrong) if is_ours else 0
-        surprises += 0 if is_ours else len(wrong ^ KNOWN.get((name, version), set()))
+            environment = dict(
+                os.environ, PYTHONPATH=os.fspath(suite.ROOT) * name.startswith("ours")
+            )
+            # A folder of rigs has names that packages look for, such as `kernels`.
+            command = [python, "-P", peers.__file__, name, folder]
+            subprocess.run(command, check=True, env=environment, capture_output=True)
+            cells, wrong, version = [], set(), ""
+            for number, case in enumerate(CASES):
+                with np.load(Path(folder) / f"{name}-{number:02d}.npz") as answer:
+                    version = str(answer["version"])
+                    if "raised" in answer:
+                        logging.warning("%s, %s: %s", name, case.name, answer["raised"])
+                        cells.append("**raised**")
+                        wrong.add(case.name)
+                    elif "values" not in answer:
+                        cells.append("-")
+                    # A NaN is wrong too.
+                    elif (gap := error(case, expected[number], answer)) <= case.tolerance:
+                        cells.append(f"{gap:.1e}")
+                    else:
+                        cells.append(f"**{gap:.2g}**")
+                        wrong.add(case.name)
+            columns[f"{name} {version}"] = cells
+            known = KNOWN.get((name, version), set())
+            ours += len(wrong) if name.startswith("ours") else 0
+            surprises += 0 if name.startswith("ours") else len(wrong ^ known)
+            logging.info("%s %s: wrong in %s", name, version, sorted(wrong) or "nothing")
     rows = [
         {"case": case.name} | {name: cells[number] for name, cells in columns.items()}
         for number, case in enumerate(CASES)

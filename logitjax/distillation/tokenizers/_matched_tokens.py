@@ -41,7 +41,7 @@ class Matches:
 
 
 def hybrid_logit_distance(
-    student: TopK,
+    student: losses.Readout,
     own: TopK,
     teacher: TopK,
     matches: Matches,
@@ -66,13 +66,15 @@ def hybrid_logit_distance(
     """
     teacher = jax.lax.stop_gradient(teacher)
     _, there = matches.ids(teacher.indices)
-    log_q = jnp.where(there, student.values - student.log_z[..., None], -jnp.inf)
-    ours = TopK(log_q, teacher.indices, jnp.zeros_like(teacher.log_z))
+    log_q = jnp.where(there, student.gathered - student.log_z[..., None], -jnp.inf)
+    log_z = jnp.zeros_like(teacher.log_z)
     theirs = TopK(jnp.where(there, teacher.values, -jnp.inf), teacher.indices, teacher.log_z)
     if kind == "kl":
-        matched = losses.sparse_kl_divergence(ours, theirs)
+        matched = losses.sparse_kl_divergence(losses.Readout(log_z, gathered=log_q), theirs)
     else:
-        matched = losses.generalized_jensen_shannon(with_rest(ours), with_rest(theirs), beta=beta)
+        matched = losses.generalized_jensen_shannon(
+            with_rest(log_q, log_z), with_rest(theirs.values, theirs.log_z), beta=beta
+        )
     p = jnp.where(there, 0.0, jnp.exp(teacher.values - teacher.log_z[..., None]))
     mine = _entries(matches.matched, own.indices, False)
     q = jnp.where(mine, 0.0, jnp.exp(own.values - own.log_z[..., None]))
@@ -98,9 +100,9 @@ def _entries(table: np.ndarray, ids: Any, beyond: Any) -> jax.Array:
     return over_batch(entries, (ids.ndim,), ids)[0]
 
 
-def with_rest(top: TopK) -> jax.Array:
+def with_rest(logits: jax.Array, log_z: jax.Array) -> jax.Array:
     """Log-probabilities of the kept tokens and, last, of all others together."""
-    known = top.values - top.log_z[..., None]
+    known = logits - log_z[..., None]
     # The smallest mass that 1 - sum(p) resolves in float32.
     rest = jnp.maximum(1.0 - jnp.exp(known).sum(-1, keepdims=True), _LEAST_MASS)
     return jnp.concatenate([known, jnp.log(rest)], axis=-1)

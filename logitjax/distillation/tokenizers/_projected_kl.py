@@ -19,14 +19,16 @@ MOST_MEMBERS = 4096
 _LEAST = 1e-37
 
 
-def project_top_k(student: TopK, teacher: TopK, members: Members) -> tuple[TopK, TopK]:
+def project_top_k(
+    student: losses.Readout, teacher: TopK, members: Members
+) -> tuple[losses.Readout, TopK]:
     """Student and teacher over the teacher's top k, `[*batch, k]`, for `sparse_kl_divergence`.
 
     ::
 
         q'_i = sum_{s: slot(s) = i} w_s q_s,   p'_i of `TokenProjection.merged`
 
-    The student's `TopK` is at `members.ids`, `[*batch, m]`. One bucket holds what is outside of the
+    The student's read-out is at `members.ids`, `[*batch, m]`. One bucket holds what is outside the
     top k and what stands for no token: there both are `-inf`. With the rule `first_piece` that is
     sound wherever both models have read the same text: `q'_j` and `p'_j` are the probabilities that
     the next text begins with the token j of both.
@@ -36,7 +38,7 @@ def project_top_k(student: TopK, teacher: TopK, members: Members) -> tuple[TopK,
         teacher is a mean of logarithms, and both are renormalised over 8192 columns.
     """
     k = teacher.values.shape[-1]
-    log_q = jnp.where(members.slots < k, student.values - student.log_z[..., None], -jnp.inf)
+    log_q = jnp.where(members.slots < k, student.gathered - student.log_z[..., None], -jnp.inf)
 
     def sums(log_q: jax.Array, slots: jax.Array, weights: jax.Array) -> tuple[jax.Array, ...]:
         zeros = jnp.zeros((*slots.shape[:-1], k + 1), log_q.dtype)
@@ -48,11 +50,11 @@ def project_top_k(student: TopK, teacher: TopK, members: Members) -> tuple[TopK,
     return _in_theirs(masses, held > 0, teacher)
 
 
-def _in_theirs(masses: jax.Array, held: jax.Array, teacher: TopK) -> tuple[TopK, TopK]:
+def _in_theirs(masses: jax.Array, held: jax.Array, teacher: TopK) -> tuple[losses.Readout, TopK]:
     log_q = jnp.where(held, jnp.log(jnp.maximum(masses, _LEAST)), -jnp.inf)
     values = jnp.where(held, teacher.values, -jnp.inf)
     return (
-        TopK(log_q, teacher.indices, jnp.zeros_like(teacher.log_z)),
+        losses.Readout(jnp.zeros_like(teacher.log_z), gathered=log_q),
         TopK(values, teacher.indices, teacher.log_z),
     )
 

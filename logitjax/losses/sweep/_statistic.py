@@ -51,8 +51,9 @@ class LogitBlock(NamedTuple):
     def scatter(self, total: jax.Array, ids: Array, values: jax.Array) -> jax.Array:
         """`total`, `[*batch, block]`, with `values` added at `ids`, both `[*batch, n]`."""
         if self.together:
-            columns = self._new_columns()
-            return _ids.place(self.together, total, columns, _as_int32(ids), values)
+            # Into zeros: the total itself would have to be written for it.
+            empty, columns = jnp.zeros_like(total), self._new_columns()
+            return total + _ids.place(self.together, empty, columns, _as_int32(ids), values)
         places, inside = self._places(ids)
         rows = tuple(
             lax.broadcasted_iota(jnp.int32, places.shape, axis) for axis in range(places.ndim - 1)
@@ -98,6 +99,14 @@ class Statistic(abc.ABC):
         They have to be made of elementwise operations, comparisons, `LogitBlock.gather`, and sums
         and maxima over the last axis (no sort, no other gather); on a GPU with one number a
         position in each array of the state and of what they read.
+        """
+        return False
+
+    @property
+    def gradient_in_tiles(self) -> bool:
+        """Whether a kernel can run `gradient` as well, made of the same and of `scatter`.
+
+        Where it cannot, the kernel's gradients are formed by the blocks of `scan`.
         """
         return False
 
@@ -148,9 +157,13 @@ class OnlineSums(NamedTuple):
         peak = jnp.full(batch, jnp.finfo(dtype).min, dtype)
         return cls(peak, tuple(jnp.zeros(batch, dtype) for _ in range(1 + terms)))
 
+    def raised(self, logits: jax.Array) -> jax.Array:
+        """The peak with one block more."""
+        return jnp.maximum(self.peak, logits.max(-1))
+
     def add(self, logits: jax.Array, *terms: jax.Array) -> "OnlineSums":
         """With one block more; `terms` have the shape of its logits and must be finite."""
-        peak = jnp.maximum(self.peak, logits.max(-1))
+        peak = self.raised(logits)
         weights = jnp.exp(logits - peak[..., None])
         news = [weights, *(weights * term for term in terms)]
         old = self._rescaled(peak)

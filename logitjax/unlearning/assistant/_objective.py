@@ -71,8 +71,9 @@ def linear_assistant_objective(
         axis_name=axis_name,
     )
     floor = jnp.log(_entries(head, vocab_where, axis_name))
+    # The term log V of eqs. 3-5, which the sweep does not know.
     loss = total - floor * jnp.where(sides["retain"], weights, 0.0).sum()
-    silent = neginf_to_zero(outputs.log_z) - outputs.mean - floor
+    silent = neginf_to_zero(outputs.log_z) - outputs.mean - floor  # KL(uniform || p)
     means = {
         "forget": masked_mean(statistic.known(outputs, labels), sides["forget"]),
         "retain": masked_mean(silent, sides["retain"]),
@@ -108,5 +109,5 @@ class _Assistant(ReadoutStatistic):
 
 def next_tokens(tokens: Any, answers: Any) -> tuple[jax.Array, jax.Array]:
     """What each position predicts, and where that is a token of the answer."""
-    labels = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+    labels = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))  # the last position predicts nothing
     return labels, jnp.pad(jnp.asarray(answers)[:, 1:], ((0, 0), (0, 1)))

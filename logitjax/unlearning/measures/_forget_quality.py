@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-_CHUNK = 2**22
+_CHUNK = 2**22  # counts at once, 32 MiB
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -76,6 +76,7 @@ def log_truth_ratio(
     if form == "geometric":
         mean = [-others.mean() for others in wrong]
     else:
+        # The logarithm of the mean probability.
         mean = [np.logaddexp.reduce(-others) - np.log(len(others)) for others in wrong]
     below = np.logaddexp(-truth, np.log(eps)) if eps else -truth
     return np.asarray(mean, np.float64) - below
@@ -113,6 +114,7 @@ def truth_ratio_utility(log_ratio: Any) -> float:
     >>> truth_ratio_utility(np.log([0.25, 4.0]))
     0.375
     """
+    # max(0, 1 - R), without rounding near R = 1.
     return float(np.mean(np.maximum(0.0, -np.expm1(np.minimum(log_ratio, 0.0)))))
 
 

@@ -30,7 +30,7 @@ class NPO(TwoSided):
 
     beta: float = 0.1
 
-    reads = (Need("forget", "nll"), Need("forget", "nll", before=True))
+    reads = (Need("forget", "nll"), Need("forget", "nll", before=True))  # n and n_ref
 
     def values(
         self, nll: Float[Array, "*batch"], reference_nll: Float[Array, "*batch"]

@@ -57,19 +57,12 @@ class _Undial(KLStatistic):
     strength: float
     vocab: int
 
-    def absorb(self, state: Any, block: LogitBlock, passed: Any) -> Any:
-        over, under = self.sides(block)
-        both = (over != -jnp.inf) & (under != -jnp.inf)
-        logit = jnp.where(both, -under, 0.0)
-        return state[0].add(over, logit, jnp.where(both, 0.0, 1.0)), state[1].add(under)
-
-    def finish(self, state: Any, passed: Any) -> tuple[Any, Any]:
-        value, residuals = super().finish(state, passed)
-        # The divergence's terms hold no teacher logits here, so its normaliser has to go as well.
-        return value + residuals[3] * residuals[0], residuals
+    def term(self, over: jax.Array, under: jax.Array) -> jax.Array:
+        return -under
 
     def sides(self, block: LogitBlock) -> tuple[jax.Array, jax.Array]:
         assert block.teacher is not None
+        # Numbers of the whole vocabulary, on a shard too.
         hit = block.columns == block.tokens["labels"][..., None]
         return block.teacher - jnp.where(hit, self.strength, 0.0), block.student
 
