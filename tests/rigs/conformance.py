@@ -106,9 +106,9 @@ CASES = (
     Case(name="KL over 8 devices", teacher=True, devices=8),
 )
 
-# Of tokamax: the default block of 2,048 columns is filled up with zeros that count as logits, logits
-# of bfloat16 operands are rounded to it, and its kernels, interpreted, read past the end. Of tunix:
-# padding counts in its KL, and a label of zero times a log-probability of -inf is nan, as is the
+# tokamax fills its default block of 2,048 columns up with zeros that count as logits, and rounds
+# logits of bfloat16 operands to it; its kernels, interpreted, read past the end. tunix counts
+# padding in its KL, and a label of zero times a log-probability of -inf is nan there, as is the
 # difference of two logits of -inf in optax and Liger.
 KNOWN: dict[tuple[str, str], set[str]] = {
     ("optax", "0.2.8"): {"KL, entries of -inf"},
