@@ -110,6 +110,7 @@ $(DOCS): $(READY)
 	touch $@
 
 docs: $(DOCS)
+	$(BIN)/python -m experiments.claims check
 	$(BIN)/sphinx-build -q -n -E -W --keep-going -b html -d build/doctrees docs build/site
 	@echo build/site/index.html
 

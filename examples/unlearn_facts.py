@@ -49,7 +49,7 @@ lora = train(loss_fn, start.lora, batch, 150, frozen)
 assistant = unlearning.Assistant(base=start.base, lora=lora)
 
 # %%
-pair = unlearning.paired_model(model, assistant)
+pair = assistant.beside(model)
 after = decoding.Ensemble(pair, fuse=fusion.LogitDifference(alpha=1.5))
 for what, whole in (("before", model), ("after", after)):
     scores = decoding.score(whole, questions, answers)

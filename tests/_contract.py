@@ -20,7 +20,6 @@ from logitjax import (
     ops,
     testing,
     transport,
-    unlearning,
     vq,
 )
 from logitjax.losses import Blocks, Head, TailSample
@@ -111,7 +110,6 @@ STATES, HEAD = _normal(3, BATCH, LENGTH, HIDDEN), _normal(4, HIDDEN, VOCAB)
 BEFORE, ITS_HEAD = _normal(5, BATCH, LENGTH, CODES), _normal(6, CODES, VOCAB)
 LABELS = _ids(7, VOCAB, BATCH, LENGTH)
 WHERE = np.array([[True, True, False], [False, True, True]])
-NLL = np.abs(_normal(8, BATCH)) + 1
 CODEBOOK = _normal(9, CODES, HIDDEN)
 BIAS, MAP = _normal(10, VOCAB), np.arange(VOCAB, dtype=np.int32) % CODES
 UNIGRAM = np.arange(1, VOCAB + 1, dtype=np.float32)
@@ -158,12 +156,6 @@ def _top(values: Any, indices: Any, log_z: Any) -> TopK:
     return TopK(values=values, indices=indices, log_z=log_z)
 
 
-def _answers(names: str, function: Callable[..., Any], **options: Any) -> Case:
-    arrays = {name: NLL + i for i, name in enumerate(names.split())}
-    # By name: under `jit` they come in the order of the alphabet.
-    return Case(call=lambda **x: function(*(x[n] for n in arrays), **options), arrays=arrays)
-
-
 def _graphs(function: Callable[..., Any]) -> Case:
     """Of symmetric matrices of different sizes."""
     sides = (LOGITS[0].T @ LOGITS[0], THEIRS[0].T @ THEIRS[0])
@@ -194,10 +186,6 @@ def _at_coupling(c: Any, d: Any, **coupling: Any) -> Any:
     return transport.gw_at_coupling(c, d, dataclasses.replace(some, **coupling))
 
 
-def _tables(bias: Any, assignment: Any) -> Any:
-    return vq.vq_tables(bias, assignment, CODES, width=4)
-
-
 def _fused(hidden: Any, head: Any, labels: Any, weights: Any) -> Any:
     def loss(readout: Any, extra: Any) -> Any:
         return readout.cross_entropy + extra
@@ -206,25 +194,10 @@ def _fused(hidden: Any, head: Any, labels: Any, weights: Any) -> Any:
     return losses.linear_fused_loss(hidden, head, loss, weights, weights, **options)
 
 
-def _objective(student: Any, labels: Any, teacher: Any, where: Any) -> Any:
-    teachers = [distillation.FusionTeacher(outputs=teacher)]
-    config = distillation.GraphFusionConfig(graph=distillation.GraphConfig(k=3))
-    return distillation.graph_fusion_objective(
-        student, labels, teachers, where=where, config=config
-    )[0]
-
-
 def _subspace(rows: Any) -> Any:
     """The basis, nan for tokens that were left out."""
     found = leakage.estimate_output_subspace(rows, centre=False)
     return np.where(found.vocab_where[:, None], np.asarray(found.basis), np.nan)
-
-
-def _dual(features: Any, labels: Any, teacher: Any) -> Any:
-    def head(x: Any) -> Any:
-        return x @ HEAD
-
-    return distillation.dual_head_loss(features, head, head, labels, teacher)
 
 
 TABLE: dict[str, Case] = {
@@ -304,7 +277,7 @@ TABLE: dict[str, Case] = {
     ),
     "losses.sparse_kl_divergence": Case(
         call=lambda student, **top: losses.sparse_kl_divergence(student, _top(**top)),
-        loss={"constant": ("values", "log_z"), "skip": ("infinity",)},
+        loss={"constant": ("values", "log_z")},
         arrays={"student": LOGITS, **TOP},
         counts={"indices": (VOCAB, "both")},
         logits=("student", "values"),
@@ -336,7 +309,7 @@ TABLE: dict[str, Case] = {
         call=lambda hidden, head, **top: losses.linear_sparse_kl_divergence(
             hidden, head, _top(**top), blocks=BLOCKS
         ),
-        loss={"constant": ("values", "log_z"), "skip": ("infinity",)},
+        loss={"constant": ("values", "log_z")},
         swept=True,
         arrays={"hidden": STATES, "head": HEAD, **TOP},
         counts={"indices": (VOCAB, "both")},
@@ -403,16 +376,13 @@ TABLE: dict[str, Case] = {
         logits=("bias",),
         free=(("codebook", CODES),),
     ),
-    "vq.vq_tables": Case(
-        call=lambda bias, assignment: _tables(bias, assignment).log_mass,
-        arrays={"bias": BIAS, "assignment": MAP},
+    "vq.VQTables": Case(
+        call=lambda bias, assignment, hidden, codebook: vq.VQTables.of(
+            bias, assignment, CODES, width=4
+        ).top_k(hidden, codebook, 2),
+        arrays={"bias": BIAS, "assignment": MAP, "hidden": STATES, "codebook": CODEBOOK},
         counts={"assignment": (CODES, "error")},
         logits=("bias",),
-        rows=False,
-    ),
-    "vq.vq_topk": Case(
-        call=lambda hidden, codebook: vq.vq_topk(hidden, codebook, _tables(BIAS, MAP), 2),
-        arrays={"hidden": STATES, "codebook": CODEBOOK},
         free=(("hidden", BATCH), ("hidden", LENGTH)),
     ),
     "vq.perplexity_floor": Case(
@@ -496,13 +466,6 @@ TABLE: dict[str, Case] = {
         counts={"labels": (VOCAB, "both")},
         logits=("student", "teacher"),
     ),
-    "distillation.dual_head_loss": Case(
-        call=_dual,
-        arrays={"features": STATES, "labels": LABELS, "teacher": TEACHER},
-        counts={"labels": (VOCAB, "nan above")},
-        logits=("teacher",),
-        free=(("features", HIDDEN),),
-    ),
     "distillation.universal_logit_distance": Case(
         call=lambda student, teacher: distillation.universal_logit_distance(
             student, teacher, top_k=3
@@ -522,16 +485,6 @@ TABLE: dict[str, Case] = {
         logits=("student", "teacher"),
         free=(("student", VOCAB), ("teacher", OTHER), ("student", LENGTH), ("teacher", LENGTH)),
     ),
-    "distillation.graph_fusion_objective": Case(
-        call=_objective,
-        swept=True,
-        loss={"constant": ("teacher",), "skip": ("where", "rows")},
-        arrays={"student": LOGITS, "labels": LABELS, "teacher": THEIRS, "where": WHERE},
-        logits=("student", "teacher"),
-        free=(("student", VOCAB), ("teacher", OTHER), ("teacher", LENGTH)),
-        where="where",
-        counts=LABELLED,
-    ),
     "distillation.align_gradients": Case(
         call=lambda task, auxiliary: distillation.align_gradients({"w": task}, {"w": auxiliary}),
         arrays={"task": STATES, "auxiliary": BEFORE[..., :HIDDEN]},
@@ -540,9 +493,8 @@ TABLE: dict[str, Case] = {
         beside=("float32",),
     ),
     # few_shot
-    "few_shot.unit_rows": Case(call=lambda x: few_shot.unit_rows(x), arrays={"x": LOGITS}),
-    "few_shot.zero_shot_logits": Case(
-        call=lambda features, weights: few_shot.zero_shot_logits(features, weights),
+    "few_shot.Inputs": Case(
+        call=lambda features, weights: few_shot.Inputs.of(features, weights).zero_shot,
         arrays={"features": STATES, "weights": HEAD},
         free=(
             ("features", BATCH),
@@ -635,6 +587,8 @@ TABLE: dict[str, Case] = {
     "fusion.ProxyTuning": _fused_by(fusion.ProxyTuning()),
     "fusion.ContrastiveDecoding": _fused_by(fusion.ContrastiveDecoding()),
     "fusion.LogitDifference": _fused_by(fusion.LogitDifference(filter="clean")),
+    "fusion.TeacherMixture": _fused_by(fusion.TeacherMixture()),
+    "fusion.TeacherRedraw": _fused_by(fusion.TeacherRedraw(top_k=2)),
     "fusion.DynamicFusion": _fused_by(fusion.DynamicFusion()),
     "leakage.align_head": Case(
         call=lambda basis, head: leakage.align_head(basis, head),
@@ -646,82 +600,6 @@ TABLE: dict[str, Case] = {
     ),
     "leakage.estimate_output_subspace": Case(
         call=_subspace, arrays={"rows": OBSERVED}, host=True, rows=False
-    ),
-    # unlearning
-    "unlearning.gradient_ascent": dataclasses.replace(
-        _answers("nll", unlearning.gradient_ascent), loose=("nll",), loss={}
-    ),
-    "unlearning.satimp": dataclasses.replace(
-        _answers("nll", unlearning.satimp),
-        loose=("nll",),
-        limits=("nll",),
-        loss={"skip": ("differences",)},
-    ),
-    "unlearning.npo": dataclasses.replace(
-        _answers("nll reference", unlearning.npo),
-        limits=("nll", "reference"),
-        loss={"constant": ("reference",)},
-    ),
-    "unlearning.dpo": dataclasses.replace(
-        _answers("chosen rejected reference_chosen reference_rejected", unlearning.dpo),
-        limits=("chosen", "rejected", "reference_chosen", "reference_rejected"),
-        loss={"constant": ("reference_chosen", "reference_rejected")},
-    ),
-    "unlearning.simnpo": Case(
-        call=lambda nll, lengths: unlearning.simnpo(nll, lengths),
-        loss={},
-        arrays={"nll": NLL, "lengths": np.arange(1, BATCH + 1, dtype=np.int32)},
-        limits=("nll",),
-    ),
-    "unlearning.sequence_nll": Case(
-        loose=("nll", "where"),
-        call=lambda nll, where: unlearning.sequence_nll(nll, where),
-        arrays={"nll": LOGITS[..., 0], "where": WHERE},
-        where="where",
-    ),
-    "unlearning.undial": Case(
-        call=lambda student, teacher, labels: unlearning.undial(student, teacher, labels),
-        loss={"constant": ("teacher",)},
-        arrays={**PAIR, "labels": LABELS},
-        logits=("student", "teacher"),
-        counts=LABELLED,
-    ),
-    "unlearning.linear_undial": Case(
-        call=lambda hidden, head, before, its_head, labels: unlearning.linear_undial(
-            hidden, head, before, its_head, labels, blocks=BLOCKS
-        ),
-        swept=True,
-        loss={"constant": ("before", "its_head")},
-        arrays={**BOTH, "labels": LABELS},
-        counts=LABELLED,
-    ),
-    "unlearning.uniform_kl": Case(
-        call=lambda x: unlearning.uniform_kl(x), arrays={"x": LOGITS}, logits=("x",), loss={}
-    ),
-    "unlearning.linear_uniform_kl": Case(
-        call=lambda hidden, head: unlearning.linear_uniform_kl(hidden, head, blocks=BLOCKS),
-        loss={},
-        swept=True,
-        arrays={"hidden": STATES, "head": HEAD},
-        free=(
-            ("hidden", BATCH),
-            ("hidden", LENGTH),
-            ("head", VOCAB),
-        ),
-    ),
-    "unlearning.rmu": Case(
-        call=lambda hidden, target: unlearning.rmu(hidden, target),
-        loss={"constant": ("target",)},
-        arrays={"hidden": STATES, "target": BEFORE[..., :HIDDEN]},
-    ),
-    "unlearning.unlearning_objective": Case(
-        loose=("forget", "retain", "where"),
-        call=lambda forget, retain, where: unlearning.unlearning_objective(
-            forget, retain, forget_where=where, retain_where=where
-        ),
-        arrays={"forget": LOGITS[..., 0], "retain": TEACHER[..., 0], "where": WHERE},
-        rows=False,
-        where="where",
     ),
 }
 
@@ -754,14 +632,14 @@ ELSEWHERE = {
         kernels.build kernels.in_use kernels.on_cpu kernels.lookup_sums kernels.row_products
         kernels.largest_ids""",
     "tests/test_classifier_inputs.py": """
-        few_shot.FewShotTask few_shot.Inputs few_shot.Method few_shot.Recipe few_shot.batch_order
-        few_shot.best_setting few_shot.train few_shot.sweep few_shot.FeatureCache few_shot.Features
+        few_shot.FewShotTask few_shot.Method few_shot.Recipe
+        few_shot.best_setting few_shot.sweep few_shot.FeatureCache few_shot.Features
         few_shot.extract_features vision.Encoder data.ImageSet data.load_images""",
     "tests/commands/test_few_shot.py": """
-        few_shot.Candidate few_shot.FittedHead few_shot.Pictures few_shot.fit""",
+        few_shot.Candidate few_shot.Pictures few_shot.fit""",
     "values that functions above take or give; what they refuse is tested beside them": """
-        ops.Static losses.Blocks losses.Head losses.Readout losses.GraphStatistics losses.LogProbs
-        distillation.FusionTeacher distillation.GraphConfig distillation.GraphFusionConfig
+        ops.Static losses.Blocks losses.Head losses.MeshAxes losses.Readout
+        losses.GraphStatistics losses.LogProbs distillation.GraphConfig
         few_shot.FeatureIdentity heads.HeadCost heads.Assignment
         vq.ConvertConfig vq.Pages vq.Screen vq.Shortlist vq.Tuning distillation.LayerPruning
         distillation.Objective
@@ -769,7 +647,7 @@ ELSEWHERE = {
         distillation.Trained distillation.Student distillation.Scorer distillation.Corpus
         distillation.TeacherIdentity unlearning.Assistant unlearning.Deployed
         unlearning.Method unlearning.Need unlearning.Questions unlearning.Row unlearning.TwoSided
-        unlearning.UnlearnConfig evaluation.RowScores decoding.DecodeOptions
+        unlearning.UnlearnConfig decoding.DecodeOptions
         decoding.DraftControl decoding.Emitted decoding.Request decoding.Sampling
         decoding.Speculation decoding.TextOptions decoding.TextStream decoding.Ensemble
         decoding.CachedModel training.BatchLayout training.LoopOptions training.Preempted
@@ -782,8 +660,7 @@ ELSEWHERE = {
     "tests/distillation/test_cross_tokenizer.py": """
         distillation.Chunks distillation.ChunkScores
         distillation.Teacher distillation.TokenProjection distillation.TokenSet
-        distillation.Vocabularies distillation.align_chunks distillation.binarized_divergence
-        distillation.linear_likelihood distillation.linear_projected_kl_divergence
+        distillation.Vocabularies distillation.align_chunks
         distillation.token_projection""",
     "tests/distillation/test_terms.py": """
         losses.readout_statistic""",
@@ -792,8 +669,7 @@ ELSEWHERE = {
     "modules, whose arrays go through the functions above": """
         heads.LinearHead heads.TiedHead heads.VocabularyHead
         heads.torch_linear vq.VQHead vq.ProductHead vq.ScreenedHead vq.ShortlistHead
-        distillation.DualHead models.Decoder vision.CLIP vision.ImageClassifier
-        vision.create_classifier""",
+        distillation.DualHead models.Decoder vision.CLIP vision.ImageClassifier""",
     "functions of functions, models, texts or files": """
         distillation.aligned_value_and_grad
         distillation.check_vocabularies distillation.distill distillation.hidden_states
@@ -802,36 +678,41 @@ ELSEWHERE = {
         distillation.StudentNeeds distillation.TeacherNeeds distillation.Term
         distillation.parse_terms distillation.prune_layers distillation.prune_width
         distillation.score_function distillation.targets distillation.teacher_record
-        distillation.train_student distillation.update_program distillation.visited_rows
+        distillation.train_student distillation.update_programs distillation.visited_rows
         distillation.TeacherCache unlearning.make_answer_loss
-        unlearning.merge_by_distillation unlearning.paired_model
         unlearning.Unlearning unlearning.examine unlearning.padded_rows
         unlearning.relearning
         unlearning.read_rows unlearning.share_interval unlearning.split_rows
+        serving.Key serving.Listening serving.ServerConfig serving.build_app
+        vq.HiddenCache vq.convert_head vq.load_head vq.save_head few_shot.choose_rows
         serving.Key serving.Listening serving.ServerConfig serving.build_app serving.read_keys
         serving.run_server
-        vq.HiddenCache vq.convert_head vq.load_head vq.save_head few_shot.choose_rows
+        vq.HiddenCache vq.load_head few_shot.choose_rows
         few_shot.candidates few_shot.load few_shot.read_pictures
-        few_shot.encoder_views few_shot.sweep_program decoding.Engine decoding.generate
+        few_shot.encoder_views decoding.Engine decoding.generate
         decoding.PromptReader
-        decoding.load_ensemble decoding.next_token_program decoding.nll_from_model decoding.score
+        decoding.load_ensemble decoding.next_token_program decoding.nll_from_model decoding.rollout
+        decoding.score
         evaluation.encode_answer evaluation.encode_prompt
         evaluation.ngram_entropy evaluation.rouge_l_f1
         evaluation.rouge_recall evaluation.score_rows training.Checkpointer training.EvalStep
+        decoding.load_ensemble decoding.next_token_program decoding.nll_from_model decoding.score
+        evaluation.fluency evaluation.rouge evaluation.score_rows training.Checkpointer
+        training.EvalStep
         training.TrainStep training.lock_workdir training.make_mesh training.make_writer
         training.train_loop training.watch_for_preemption models.Tokenizer models.config_from_hf
-        models.first_layers models.from_linen models.from_nnx models.keep_layers models.load
+        models.first_layers models.from_nnx models.keep_layers models.load
         models.load_config models.load_model models.load_sampling models.load_tokenizer
         models.load_peft models.register_family models.save_peft models.save_pretrained
-        models.with_layout vision.load_encoder vision.load_torch_weights
-        vision.zero_shot_classifier data.load_examples data.load_image_set data.load_splits
+        models.with_layout vision.load_encoder
+        data.load_examples data.load_image_set data.load_splits
         data.pack data.pack_splits data.prepare data.token_windows storage.Manifest
         storage.RowCache storage.ShardReader storage.ShardWriter storage.digest
         storage.hub_snapshot storage.may_pass storage.package_file storage.read_json storage.require
-        storage.option storage.read_head storage.write_atomic storage.write_head
+        storage.option storage.progress storage.read_head storage.write_atomic storage.write_head
         leakage.HttpOracle leakage.LogitOracle leakage.audit
         leakage.verdict leakage.recover_log_probs leakage.harvest_log_probs leakage.search_logits
         fusion.vocabulary_map""",
     "numbers alone, or draws": """
-        vq.vq_sample leakage.row_queries""",
+        leakage.row_queries""",
 }

@@ -60,9 +60,6 @@ OF_TEMPERATURE = {
         "linear_total_variation": with_temperature(losses.linear_total_variation, *HEADS),
     },
     distillation: {
-        "binarized_divergence": with_temperature(
-            distillation.binarized_divergence, np.float32([-1.0]), np.float32([-2.0])
-        ),
         "binary_kl": with_temperature(distillation.binary_kl, *PAIR),
         "binary_kl_norm": with_temperature(distillation.binary_kl_norm, *PAIR),
         "decoupled_knowledge_distillation": with_temperature(
@@ -78,7 +75,7 @@ OF_TEMPERATURE = {
         "Shortlist.top_k": with_temperature(SHORTLIST.top_k, *VQ[:2], 2),
         "vq_logits": with_temperature(vq.vq_logits, *VQ),
         "vq_nll": with_temperature(vq.vq_nll, *VQ, LABELS),
-        "vq_tables": with_temperature(vq.vq_tables, BIAS, ASSIGNMENT, CODES),
+        "VQTables.of": with_temperature(vq.VQTables.of, BIAS, ASSIGNMENT, CODES),
     },
 }
 CASES = [(module, name) for module, functions in OF_TEMPERATURE.items() for name in functions]

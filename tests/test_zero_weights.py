@@ -11,6 +11,7 @@ import pytest
 from logitjax import distillation, losses, ops, unlearning
 from logitjax.losses import Blocks, Head
 from logitjax.unlearning.assistant._objective import linear_assistant_objective
+from tests.unlearning.test_losses import undial
 
 BATCH, LENGTH, WIDTH, VOCAB = 2, 5, 4, 24
 # The last block of columns slides back, and the last one of positions is padded.
@@ -84,16 +85,13 @@ def _sparse(**settings: Any) -> Callable[..., Any]:
 
 def _undial(x: Any, hidden: Any, head: Any, **options: Any) -> Any:
     teacher = (x["teacher_hidden"], _heads()["teacher_head"])
-    return unlearning.linear_undial(hidden, head, *teacher, x["labels"], **options)
-
-
-def _uniform(x: Any, hidden: Any, head: Any, **options: Any) -> Any:
-    return unlearning.linear_uniform_kl(hidden, head, **options)
+    method = unlearning.METHODS.parse("undial")
+    return method.values(hidden, head, *teacher, x["labels"], **options)
 
 
 def _fused(x: Any, hidden: Any, head: Any, where: Any) -> Any:
     def loss(readout: Any, teacher: Any) -> Any:
-        sparse = losses.sparse_kl_divergence(readout.gathered_top_k(teacher.indices), teacher)
+        sparse = losses.sparse_kl_divergence(readout, teacher)
         return readout.cross_entropy + sparse + jnp.log(readout.statistics.std)
 
     top = ops.TopK.of(x["teacher_logits"], 3)
@@ -121,13 +119,6 @@ def _assistant(x: Any, hidden: Any, head: Any, where: Any) -> Any:
     return total + means["forget"] + means["retain"]
 
 
-def _sequence(x: Any, hidden: Any, head: Any, where: Any) -> Any:
-    nll = losses.linear_cross_entropy(hidden, head, x["labels"], blocks=BLOCKS)
-    summed, lengths = unlearning.sequence_nll(nll, where)
-    fading = unlearning.npo(summed, summed - 1.0).sum()
-    return fading + unlearning.simnpo(summed, lengths).sum()
-
-
 def _graph(**settings: Any) -> Callable[..., Any]:
     config = distillation.GraphConfig(k=3, **settings)
 
@@ -135,16 +126,6 @@ def _graph(**settings: Any) -> Callable[..., Any]:
         masks = {"student_where": where, "teacher_where": where}
         sides = (hidden, x["teacher_logits"])
         return distillation.graph_on_logits(*sides, config=config, **masks)[0].sum()
-
-    return loss
-
-
-def _fusion(aligned: bool) -> Callable[..., Any]:
-    def loss(x: Any, hidden: Any, head: Any, where: Any) -> Any:
-        outputs = x["teacher_logits"]
-        teachers = [distillation.FusionTeacher(outputs=outputs, where=where, aligned=aligned)]
-        arrays = (x["labels"], teachers)
-        return distillation.graph_fusion_objective(hidden, *arrays, where=where)[0].sum()
 
     return loss
 
@@ -162,19 +143,15 @@ POSITIONED: dict[str, Callable[..., Any]] = {
 }
 LOSSES: dict[str, Callable[..., Any]] = {
     **{name: _weighted(loss) for name, loss in POSITIONED.items()},
-    "linear_uniform_kl, masked_mean": _masked(_uniform),
     "linear_readout, masked_mean": _masked(_readout),
     "linear_log_probs, masked_mean": _masked(_log_probs),
     "linear_fused_loss, weights": _fused,
     "linear_assistant_objective, where": _assistant,
-    "sequence_nll, where": _sequence,
 }
 # These take logits in the place of hidden states, and no head.
 OF_LOGITS: dict[str, Callable[..., Any]] = {
     "graph_on_logits, where": _graph(),
     "graph_on_logits, token nodes, where": _graph(node="token", value="sorted_coupling"),
-    "graph_fusion_objective, where": _fusion(aligned=False),
-    "graph_fusion_objective, aligned, where": _fusion(aligned=True),
 }
 
 
@@ -200,8 +177,6 @@ LIKE_OTHERS = {
     "linear_sparse_kl_divergence, renormalize",
     "linear_cross_entropy, soft cap",
     "linear_undial",
-    "linear_uniform_kl",
-    "graph_fusion_objective, where",
 }
 
 
@@ -267,11 +242,9 @@ DENSE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     ),
     "linear_undial": (
         _undial,
-        lambda x, z, before, where: unlearning.undial(z, before, x["labels"], vocab_where=where),
-    ),
-    "linear_uniform_kl": (
-        _uniform,
-        lambda x, z, before, where: unlearning.uniform_kl(z, vocab_where=where),
+        lambda x, z, before, where: undial(
+            *(jnp.where(where, logits, -jnp.inf) for logits in (z, before)), x["labels"]
+        ),
     ),
 }
 

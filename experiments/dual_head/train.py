@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,12 +22,26 @@ from logitjax import distillation, training
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Course:
-    """How one network is trained, once for each value of alpha."""
+    """How one network is trained, once for each pair of an alpha and a rate: a lane.
+
+    Attributes:
+        network: Name of the network.
+        epochs: Number of epochs.
+        learning_rate: The rate that the multiples of lanes refer to.
+        alphas: Weight of the distillation loss by lane.
+        rates: Multiple of the learning rate by lane; 1 everywhere if there are none.
+    """
 
     network: str
     epochs: int
     learning_rate: float
     alphas: tuple[float, ...]
+    rates: tuple[float, ...] = ()
+
+    @property
+    def multiples(self) -> tuple[float, ...]:
+        """`rates`, or 1 for every lane."""
+        return self.rates or (1.0,) * len(self.alphas)
 
     @classmethod
     def of_teacher(cls, config: Config) -> "Course":
@@ -40,13 +55,33 @@ class Course:
 
     @classmethod
     def of_student(cls, config: Config, arm: Arm) -> "Course":
-        """A student's, with all values of alpha if the arm has one."""
+        """A student's: every alpha with every rate, and as many rates for an arm without alpha."""
+        if arm.has_alpha:
+            lanes = list(itertools.product(config.alpha, config.rate))
+        elif len(config.rate) > 1:
+            # Equal trials: what has no weight to choose spends them on a finer and wider grid.
+            count = len(config.alpha) * len(config.rate)
+            low, high = min(config.rate) / 3, max(config.rate) * 3
+            lanes = [(0.0, float(rate)) for rate in np.geomspace(low, high, count)]
+        else:
+            lanes = [(0.0, config.rate[0])]
+        alphas, rates = zip(*lanes)
         return cls(
             network=config.student,
             epochs=config.epochs,
             learning_rate=config.learning_rate,
-            alphas=config.alpha if arm.has_alpha else (0.0,),
+            alphas=alphas,
+            rates=rates,
         )
+
+    def best(self, validation: Sequence[float]) -> "Course":
+        """The lanes whose rate was best for their alpha; no number is worse than any."""
+        lanes = zip(self.alphas, self.multiples, np.nan_to_num(validation, nan=-1.0))
+        best: dict[float, tuple[float, float]] = {}
+        for alpha, rate, accuracy in lanes:
+            best[alpha] = max(best.get(alpha, (-2.0, 0.0)), (float(accuracy), rate))
+        rates = tuple(rate for _, rate in best.values())
+        return dataclasses.replace(self, alphas=tuple(best), rates=rates)
 
 
 class Given(NamedTuple):
@@ -151,7 +186,8 @@ class Trainer:
         variables, opt_state = jax.tree.map(lambda x: jnp.repeat(x[None], len(alphas), 0), lane)
         return training.TrainState(
             step=jnp.zeros((), jnp.int32),
-            params=variables | {"alpha": alphas},
+            params=variables
+            | {"alpha": alphas, "rate": jnp.array(self.course.multiples, jnp.float32)},
             opt_state=opt_state,
             rng=rng,
         )
@@ -166,7 +202,7 @@ class Trainer:
 
     def _gradient(self, variables: Any, batch: tuple, alpha: Any, key: Any) -> tuple[Any, Any, Any]:
         args = (variables["stats"], *batch, alpha, key)
-        if self.arm.align is None:
+        if not self.arm.aligned:
 
             def total(params: Any) -> Any:
                 (task, logit), stats = self.loss_fn(params, *args)
@@ -174,15 +210,14 @@ class Trainer:
 
             gradient, (loss, stats) = jax.grad(total, has_aux=True)(variables["params"])
             return gradient, loss, stats
-        trunk = "backbone" if self.arm.align == "trunk" else None
-        run = distillation.aligned_value_and_grad(self.loss_fn, trunk=trunk)
+        run = distillation.aligned_value_and_grad(self.loss_fn, trunk="backbone")
         (parts, stats), gradient, _ = run(variables["params"], *args)
         return gradient, sum(parts), stats
 
     def _step(self, lane: Any, given: Given, rows: Any, number: Any) -> tuple[Any, Any]:
         """One update of one lane, its variables and its optimizer's state."""
         variables, opt_state = lane
-        alpha = variables["alpha"] * (1.0 if self.arm.smooths else given.on)
+        alpha = variables["alpha"] * given.on
         augment_key, dropout_key = jax.random.split(jax.random.fold_in(given.key, number))
         split = NamedSharding(self.placed.mesh, P("data"))
         rows = jax.lax.with_sharding_constraint(rows, split)
@@ -190,6 +225,8 @@ class Trainer:
         batch = (x, given.labels[rows], self.target(given.teacher, x, rows))
         gradient, loss, stats = self._gradient(variables, batch, alpha, dropout_key)
         updates, opt_state = self._tx.update(gradient, opt_state, variables["params"])
+        # SGD's update is linear in its rate, momentum included.
+        updates = jax.tree.map(lambda update: update * variables["rate"], updates)
         params = optax.apply_updates(variables["params"], updates)
         return (variables | {"params": params, "stats": stats}, opt_state), loss
 

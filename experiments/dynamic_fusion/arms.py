@@ -20,20 +20,17 @@ SINGLE: dict[str, Any] = {
     "dlf grid": DynamicFusion(method="grid"),
     "newton": DynamicFusion(method="newton"),
     "jeffreys": DynamicFusion(method="jeffreys"),
-    "budget": DynamicFusion(method="budget"),
     "project": DynamicFusion(method="project"),
 }
 #: Several experts at once.
 SEVERAL: dict[str, Any] = {
     "proxy": ProxyTuning(),
     "dlf grid, one a token": DynamicFusion(method="grid", multi="single"),
-    "jeffreys, each alone": DynamicFusion(method="jeffreys", multi="per_expert"),
     "jeffreys, joint": DynamicFusion(method="jeffreys", multi="joint"),
-    "project": DynamicFusion(multi="project"),
 }
 
 #: Those of `SINGLE` whose answers are held against a dense scan.
-SEARCHES = ("dlf grid", "newton", "jeffreys", "budget", "project")
+SEARCHES = ("dlf grid", "newton", "jeffreys", "project")
 
 
 class Block:

@@ -9,8 +9,8 @@ _HIGH, _POINTS = 2.0, 201
 
 
 class Certificate:
-    """Collects rows. Each search is judged by what it minimises: `jeffreys`, `budget` and `project`
-    by their own objectives, others by the paper's."""
+    """Collects rows. Each search is judged by what it minimises: `jeffreys` and `project` by their
+    own objectives, others by the paper's."""
 
     def __init__(self) -> None:
         self._excess: dict[str, list[float]] = {}
@@ -103,10 +103,6 @@ def _jeffreys(at: Point, row: Reference) -> float:
     return (at.forward + at.reverse - row.forward - row.reverse) ** 2
 
 
-def _budget(at: Point, row: Reference) -> float:
-    return (at.forward - row.forward) ** 2
-
-
 def _project(at: Point, row: Reference) -> float:
     """Its convex dual."""
     return at.log_z - at.alpha * row.forward
@@ -114,7 +110,6 @@ def _project(at: Point, row: Reference) -> float:
 
 OBJECTIVES: dict[str, Objective] = {
     "jeffreys": _jeffreys,
-    "budget": _budget,
     "project": _project,
 }
 

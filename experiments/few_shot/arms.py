@@ -31,7 +31,7 @@ def arms(config: Config) -> dict[str, Arm]:
         config.grid, epochs=config.epochs, batch_size=config.batch_size, steps=config.steps
     )
     # Caches hold no features from before the last projection.
-    tuned = {n: Arm(candidate=one) for n, one in known.items() if "hidden" not in one.needs}
+    tuned = {n: Arm(candidate=one) for n, one in known.items() if "hidden" not in one.method.needs}
     tuned["amu_same_encoder"] = Arm(candidate=known["amu"], same_encoder=True)
     return tuned | _fixed(config)
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -89,11 +88,12 @@ def load_task(config: Config, spec: str) -> Task:
 
     def inputs(pair: list[few_shot.Features]) -> few_shot.Inputs:
         first, second = pair
-        made = few_shot.Inputs(
-            zero_shot=_zero_shot(source, first, weights, names),
-            features=few_shot.unit_rows(first.features),
-            auxiliary=few_shot.unit_rows(second.features),
+        made = few_shot.Inputs.of(
+            first.features, weights, scale=source.scale, auxiliary=second.features
         )
+        if source.synsets is not None and not source.cosine and first.logits is not None:
+            ids = few_shot_synsets.ids_of(source.synsets, names)
+            made = dataclasses.replace(made, zero_shot=_of_synsets(first.logits, ids))
         return jax.tree.map(lambda x: np.moveaxis(np.asarray(x, np.float32), 1, 0), made)
 
     plain = inputs(pair)
@@ -129,23 +129,20 @@ def _class_weights(
         if which is not None:
             which.prompts(class_names)  # raises where they are numbers
         words = [one.replace("_", " ") for one in class_names]
-        return np.asarray(vision.zero_shot_classifier(encoder, words, source.prompts), np.float32)
+        return np.asarray(encoder.zero_shot(words, source.prompts), np.float32)
     if source.synsets is None or encoder.num_classes != 1000:
         raise ValueError(
             f"encoder: {encoder.name} has neither text nor an ImageNet head to name {name} with"
         )
-    kernel = np.asarray(few_shot.unit_rows(np.asarray(encoder.model.head.kernel[...]).T))
+    kernel = _unit(np.asarray(encoder.model.head.kernel[...]).T)
     ids = few_shot_synsets.ids_of(source.synsets, class_names)
     means = np.stack([kernel[rows].mean(0) for rows in ids])
-    return np.asarray(few_shot.unit_rows(means), np.float32).T
+    return _unit(means).T
 
 
-def _zero_shot(
-    source: Source, found: few_shot.Features, weights: np.ndarray, class_names: tuple[str, ...]
-) -> Any:
-    if source.synsets is None or source.cosine or found.logits is None:
-        return few_shot.zero_shot_logits(found.features, weights, scale=source.scale)
-    return _of_synsets(found.logits, few_shot_synsets.ids_of(source.synsets, class_names))
+def _unit(rows: np.ndarray) -> np.ndarray:
+    """Rows scaled to length one."""
+    return np.asarray(rows / np.linalg.norm(rows, axis=-1, keepdims=True), np.float32)
 
 
 @jax.jit
@@ -163,20 +160,13 @@ def synthetic(spec: str) -> Task:
     others = rng.normal(size=(classes, 24))
     labels = np.repeat(np.arange(classes), room).astype(np.int32)
     # A classifier with noisy weights is better than chance and worse than the labels.
-    noisy = np.asarray(few_shot.unit_rows((weights + 0.2 * rng.normal(size=weights.shape)).T).T)
-    noisy = noisy.astype(np.float32)
+    noisy = _unit((weights + 0.2 * rng.normal(size=weights.shape)).T).T
 
     def pictures(noise: float) -> few_shot.Inputs:
         features = weights.T[labels] + noise * rng.normal(size=(len(labels), width))
         auxiliary = others[labels] + 2.0 * rng.normal(size=(len(labels), 24))
-        features, auxiliary = (
-            few_shot.unit_rows(x.astype(np.float32)) for x in (features, auxiliary)
-        )
-        made = few_shot.Inputs(
-            zero_shot=few_shot.zero_shot_logits(features, noisy),
-            features=features,
-            auxiliary=auxiliary,
-        )
+        features, auxiliary = (x.astype(np.float32) for x in (features, auxiliary))
+        made = few_shot.Inputs.of(features, noisy, auxiliary=auxiliary)
         return jax.tree.map(lambda x: np.asarray(x, np.float32), made)
 
     plain = pictures(0.3)

@@ -25,15 +25,7 @@ def programs(config: Config, mesh: Mesh) -> Iterator[Program]:
         if name in config.arm:
             arm = known[name].candidate
             task, held_out = _samples(config, mesh)
-            program = few_shot.sweep_program(
-                arm.method,
-                task,
-                held_out,
-                training=arm.recipe,
-                grid=arm.grid,
-                sequential=config.at_once == 1,
-                mesh=mesh,
-            )
+            program = arm.program(task, held_out, mesh=mesh, sequential=config.at_once == 1)
             yield dataclasses.replace(program, name=f"{name}, {max(config.shots)} shots")
 
 

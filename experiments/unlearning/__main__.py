@@ -10,9 +10,8 @@ words and other facts are kept.
 
 `report.md` has the distance of truth ratios from those of the retrained model (D, p), utility and
 its share of the target's, seconds and memory of training, sweeps of alpha and beta, what comes back
-under paraphrase and after relearning, and the model that distillation makes of the difference (in
-`merged/`, as others load it). A logit difference leaves the target's weights as they are, and the
-report says so.
+under paraphrase and after relearning. A logit difference leaves the target's weights as they are,
+and the report says so.
 
 `DIR` holds TOFU's files, and the paraphrases and wrong answers of the release of arXiv 2406.08607
 (`--augmentation_dir` if elsewhere, `--noaugment` without). `hf:locuslab/TOFU` fetches TOFU. Models

@@ -10,14 +10,8 @@ from logitjax.commands.cli import field
 _DIFFERENCES = ("difference_official", "difference_clean")
 # What the presets compare; the other methods are run by name.
 _ARMS = (
-    "gradient_ascent",
-    "gradient_difference",
-    "npo",
-    "npo_gradient_difference",
-    "npo_kl",
-    "simnpo",
-    "rmu",
-    "undial",
+    *("gradient_ascent", "gradient_difference", "npo", "npo_gradient_difference", "npo_kl"),
+    *("simnpo", "rmu", "undial"),
     *_DIFFERENCES,
 )
 
@@ -95,13 +89,9 @@ class Config:
     relearn_share: float = field(0.25, "Share of the forgotten questions that is taught again.")
     relearn_steps: int = field(6, "Number of steps of teaching them again. 0 for none.")
     relearn_learning_rate: float = field(1e-4, "Learning rate of teaching them again.")
-    merge_steps: int = field(
-        16, "Number of steps of distilling the difference into one model. 0 for none."
-    )
-    merge_learning_rate: float = field(1e-4, "Peak learning rate of that distillation.")
     models_dir: str = field(".cache/unlearning", "Folder of the models. If empty, the workdir.")
     checkpoint_every: int = field(
-        40, "Number of steps between checkpoints of finetuning and merging.", execution=True
+        40, "Number of steps between checkpoints of finetuning.", execution=True
     )
     resume_arms: bool = field(False, "Also write checkpoints within an arm, after every epoch.")
     keep_weights: bool = field(False, "Keep the weights of arms that are measured.")
@@ -162,7 +152,6 @@ _WHOLE: dict[str, Any] = dict(
     row_length=1024,
     eval_batch=64,
     relearn_steps=20,
-    merge_steps=200,
     resume_arms=True,
     dtype="bfloat16",
     seeds=3,
@@ -198,7 +187,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         new_tokens=4,
         eval_batch=8,
         relearn_steps=2,
-        merge_steps=3,
     ),
     "demo": dict(
         arm=("gradient_ascent", "npo_kl", "difference_clean"),
@@ -207,7 +195,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         betas=(0.5,),
         alphas=(0.5, 0.75),
         filters=("none",),
-        merge_steps=8,
     ),
     "report": dict(
         authors=20,
@@ -218,7 +205,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         retain_items=20,
         validation_wrong=1,
         betas=(6.5, 2.0, 1.0, 0.5),
-        merge_steps=24,
     ),
     # TOFU itself: run once for each --forget_authors of 2, 10 and 20 (forget01, 05 and 10).
     "tofu": dict(

@@ -9,7 +9,7 @@ from absl import logging
 from experiments.unlearning.config import Config
 from logitjax import unlearning
 from logitjax.data import TokenizerLike
-from logitjax.evaluation import PromptTemplate, encode_answer
+from logitjax.evaluation import PromptTemplate
 from logitjax.storage import digest
 from logitjax.unlearning import tofu
 
@@ -212,7 +212,7 @@ def packed(
 ) -> Rows:
     """Several questions a row, apart by `segment_ids`; nothing but a row's end is padding."""
     pairs = [
-        encode_answer(tokenizer, template, item.question, item.answer, max_length=length)
+        template.encode_answer(tokenizer, item.question, item.answer, max_length=length)
         for item in items
     ]
     rows: list[list[int]] = []

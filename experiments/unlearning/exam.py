@@ -10,7 +10,7 @@ from etils import epath
 
 from experiments.unlearning.config import Config
 from experiments.unlearning.train import Models
-from logitjax import decoding, processes, unlearning
+from logitjax import processes, unlearning
 from logitjax.unlearning import Deployed
 
 #: What is measured of one deployed model: numbers by name.
@@ -36,25 +36,15 @@ class Exam:
     ) -> unlearning.tofu.Evaluation:
         """TOFU's questions to a model, or to a model and its assistant."""
         config = self.config
-        generate: Any = None
-        if generates:
-            line_up, end = deployed.line_up(), self.models.tokenizer.eos_id
+        end = self.models.tokenizer.eos_id
+        stops = () if end is None else (end,)
 
-            def answer(prompts: Sequence[np.ndarray], new: int) -> Sequence[Any]:
-                out = decoding.generate(
-                    line_up,
-                    prompts,
-                    max_new_tokens=new,
-                    stop_ids=() if end is None else (end,),
-                    options=decoding.DecodeOptions(pad_id=end or 0),
-                )
-                return out.rows()
-
-            generate = answer
+        def generate(prompts: Sequence[np.ndarray], new: int) -> Sequence[Any]:
+            return deployed.generate(prompts, new, stop_ids=stops, rows=len(prompts))
 
         return unlearning.tofu.evaluate(
             deployed.nll,
-            generate,
+            generate if generates else None,
             self.models.tokenizer,
             sets,
             template=self.models.template,

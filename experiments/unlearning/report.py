@@ -28,7 +28,7 @@ _SHARE = "% of target's"
 _TIE = 1e-9
 _UNCHANGED = (
     "The logit difference leaves the target's weights as they are: whoever has them, and leaves "
-    "the assistant out, has the target of the first row. Only `merged` changes weights."
+    "the assistant out, has the target of the first row."
 )
 
 
@@ -89,14 +89,15 @@ def _cell(records: Sequence[Any], name: str) -> str | None:
     return spread([record["test"] for record in records], name)
 
 
+def _lines(results: Mapping[str, Any]) -> dict[str, Any]:
+    return {**{name: [results[name]] for name in ("target", "retrained")}, **results["arms"]}
+
+
 def arm_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every arm's numbers on the test questions."""
     whole = results["target"]["test"]["utility"]
-    lines = {"target": [results["target"]], "retrained": [results["retrained"]], **results["arms"]}
-    if "merged" in results:
-        lines["merged"] = [results["merged"]]
     rows = []
-    for arm, records in lines.items():
+    for arm, records in _lines(results).items():
         share = [100 * u / whole for u in _values(records, "utility")] if whole else []
         rows.append(
             {
@@ -132,10 +133,6 @@ def training_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "trained, M": first["trained"] / 1e6,
             }
         )
-    if "merged" in results:
-        rows.append(
-            {"arm": "merged (beside its assistant)", "s to the best": results["merged"]["seconds"]}
-        )
     return rows
 
 
@@ -153,12 +150,8 @@ def rate_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def probe_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Probabilities of forgotten answers under the probes, seed 0."""
-    lines = {name: results[name] for name in ("target", "retrained")}
-    lines |= {arm: records[0] for arm, records in results["arms"].items()}
-    if "merged" in results:
-        lines["merged"] = results["merged"]
     rows = []
-    for arm, record in lines.items():
+    for arm, (record, *_) in _lines(results).items():
         asked = {"as trained": record["test"].get("forget.probability")}
         rows.append({"arm": arm, **asked, **record["probe"]})
     if "bypassed" in results:
@@ -235,9 +228,6 @@ def _against(d: float, best: float) -> str:
 
 def scatter(results: Mapping[str, Any]) -> figures.Picture:
     """Forgetting against utility: right and up is better."""
-    lines = {"target": [results["target"]], "retrained": [results["retrained"]], **results["arms"]}
-    if "merged" in results:
-        lines["merged"] = [results["merged"]]
     measures: Sequence[tuple[str, str, Callable[[float], float]]] = (
         ("forget_quality.statistic", "1 - D, of truth ratios on the forget set", lambda d: 1 - d),
         ("forget_quality.log10_p_value", "log10 p, TOFU's forget quality", lambda p: p),
@@ -245,7 +235,7 @@ def scatter(results: Mapping[str, Any]) -> figures.Picture:
     panels = []
     for name, label, value in measures:
         series = []
-        for arm, records in lines.items():
+        for arm, records in _lines(results).items():
             # The retrained model is the reference: nothing is between it and itself.
             runs = [
                 [(value(r["test"].get(name, 0.0)), r["test"]["utility"])]

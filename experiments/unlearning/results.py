@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from absl import logging
 from etils import epath
@@ -17,7 +16,7 @@ from experiments.unlearning.arms import Difference, deployed
 from experiments.unlearning.config import Config
 from experiments.unlearning.exam import Exam, Scores
 from experiments.unlearning.train import Models, Trained
-from logitjax import models, processes, unlearning
+from logitjax import processes, unlearning
 
 _SWEPT = {
     "D": "forget_quality.statistic",
@@ -59,8 +58,6 @@ class Run:
             if len(config.betas) > 1:
                 chosen = self._clean_arm().retain_weight
                 found["betas"] = [r | {"chosen": r["beta"] == chosen} for r in self._by_beta()]
-            if config.merge_steps:
-                found["merged"] = self._kept("merged", self._merged)
         return found
 
     def _kept(self, name: str, make: Callable[[], Any]) -> Any:
@@ -222,23 +219,6 @@ class Run:
                 self.exam.test(asked, generates=False),
                 _SWEPT | {"utility without ROUGE-L": "utility"},
             ),
-        }
-
-    def _merged(self) -> dict[str, Any]:
-        """The difference baked into one model's weights, which is exported."""
-        assistant, alpha, chosen = self._clean()
-        difference = arms.with_alpha(self.differences["difference_clean"], alpha, chosen)
-        directory = self.models.directory("merged", 0, alpha, chosen, self.config.merge_steps)
-        model, seconds = self.models.merged(assistant, difference, directory)
-        if jax.process_index() == 0:
-            models.save_pretrained(model, self.models.tokenizer, self.workdir / "merged")
-        asked = deployed(model)
-        return {
-            "seconds": seconds,
-            "alpha": alpha,
-            "filter": chosen,
-            "test": self.exam.test(asked),
-            "probe": self.exam.probe(asked, weights=True),
         }
 
 

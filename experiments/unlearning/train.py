@@ -13,20 +13,18 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 from absl import logging
 from etils import epath
 from flax import nnx
 
 from experiments.shared import fit
-from experiments.shared.records import Record, kept
+from experiments.shared.records import Record
 from experiments.unlearning import arms
 from experiments.unlearning import data as rows_of
 from experiments.unlearning.arms import Difference
 from experiments.unlearning.config import Config
 from experiments.unlearning.data import Rows
 from logitjax import models, processes, training, unlearning
-from logitjax.evaluation import encode_answer
 from logitjax.storage import digest
 from logitjax.unlearning import Deployed
 
@@ -111,7 +109,7 @@ class Models:
         length, tokenizer = self.config.max_length, self.tokenizer
         pad = next((i for i in (tokenizer.pad_id, tokenizer.eos_id) if i is not None), 0)
         rows = [
-            encode_answer(tokenizer, self.template, i.question, i.answer, max_length=length)
+            self.template.encode_answer(tokenizer, i.question, i.answer, max_length=length)
             for i in items
         ]
         return unlearning.padded_rows(rows, length, pad_id=pad)
@@ -255,44 +253,6 @@ class Models:
             options=training.LoopOptions(log_every=0),
         )
         return nnx.merge(graphdef, processes.local_copy(state.params), rest)
-
-    def merged(
-        self, assistant: unlearning.Assistant, difference: Difference, directory: epath.Path
-    ) -> tuple[models.Decoder, float]:
-        """The target with the difference in its weights, and the seconds that took."""
-        config, scene = self.config, self.scene
-        forget, keep = map(self.rows, (scene.forget_more, scene.retain))
-
-        def batches(step: int) -> Rows:
-            size = config.batch_size
-            sides = [
-                rows_of.picked(forget, step, size=size, seed=0),
-                rows_of.drawn(keep, step, size=size, seed=0),
-            ]
-            rows = {name: np.concatenate([side[name] for side in sides]) for name in forget}
-            return fit.share(self.mesh, rows)
-
-        begin = time.perf_counter()
-        model = unlearning.merge_by_distillation(
-            self.target,
-            assistant,
-            batches,
-            schedule=training.Schedule(
-                config.merge_learning_rate,
-                warmup=max(1, config.merge_steps // 10),
-                total_steps=config.merge_steps,
-            ),
-            fuse=difference.fuse,
-            mesh=self.mesh,
-            workdir=directory,
-            options=training.LoopOptions(
-                checkpoint_every=config.checkpoint_every, log_every=config.log_every
-            ),
-        )
-        graphdef, state = nnx.split(model)
-        model = nnx.merge(graphdef, processes.local_copy(state))
-        # What was merged before is only read.
-        return model, kept(directory / "seconds.json", lambda: time.perf_counter() - begin)
 
     def _finetuned(self, name: str, items: Any) -> models.Decoder:
         config, start = self.config, self.start

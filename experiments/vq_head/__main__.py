@@ -4,9 +4,9 @@
 
 reads text and computes the model's hidden states and its own head's distribution once. It then fits
 and tunes one head after another on the cache: codes with and without biases, with the mapping of
-the paper and with better ones; shortlists re-scored with exact rows; low
-rank, product-quantised and adaptive heads, all but the last also as screens for exact rows; and, as
-a control, the full head tuned on that text.
+the paper and with better ones; shortlists re-scored with exact rows; low-rank, product-quantised
+and adaptive heads, all but the last also as screens for exact rows; and, as a control, the full
+head with its biases tuned on that text.
 
 `report.md` has what is left of the head's bytes, held-out perplexity relative to the untouched head
 and to the tuned one with biases, agreement in the first and first five tokens, and times.
@@ -37,8 +37,8 @@ def run(config: Config, workdir: epath.Path) -> None:
     rates: dict[str, float] = {}
     for codes in config.codes:
         for arm in config.arm:
-            # Arms without a codebook are the same whatever its size, but for the low rank.
-            if codes != config.codes[0] and not arm.startswith(("vq", "low_rank")):
+            # Arms without a codebook are the same whatever its size.
+            if codes != config.codes[0] and not arm.startswith("vq"):
                 continue
             # Learning rates are compared at the first codebook size only.
             tried = (rates[arm],) if arm in rates else config.learning_rate

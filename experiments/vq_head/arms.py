@@ -162,10 +162,10 @@ def _vq(ctx: Context, trial: Trial) -> Converted:
     bias = jnp.zeros(ctx.vocab) if head.bias is None else head.bias[...]
     params = {"codebook": head.codebook[...], "bias": bias}
     assignment = head.assignment[...]
-    tables = vq.vq_tables(params["bias"], assignment, codes, width=5)
+    tables = vq.VQTables.of(params["bias"], assignment, codes, width=5)
 
     def top_k(arrays: Any, hidden: Any) -> Any:
-        return vq.vq_topk(hidden, arrays["codebook"], arrays["tables"], 5).indices
+        return arrays["tables"].top_k(hidden, arrays["codebook"], 5).indices
 
     return Converted(
         nll=lambda arrays, hidden, labels: label_loss(arrays, arrays, hidden, labels),
@@ -250,9 +250,7 @@ def _imitating(
 
 
 def _low_rank(ctx: Context, trial: Trial) -> Converted:
-    # As many numbers as a codebook of that size has, or as many as may be read.
-    rank = max(1, round(trial.codes * ctx.width / (ctx.vocab + ctx.width)))
-    rank = rank if trial.arm == "low_rank" else ctx.config.screen_rank
+    rank = ctx.config.screen_rank
     start = fit_low_rank(ctx.rows, ctx.unigram, ctx.statistics.mean, ctx.statistics.cov, rank)
     start["bias"] += 0.0 if ctx.row_bias is None else ctx.row_bias
     params, curve = _imitating(ctx, trial, lambda params, constants: params, start, {})
@@ -344,12 +342,9 @@ def _full_cost(ctx: Context, *, bias: bool) -> heads.HeadCost:
 
 
 def _full(ctx: Context, trial: Trial) -> Converted:
-    """Controls: what tuning a full head on the labels of the same text gives by itself."""
-    train = ctx.splits["train"]
+    """The control: what tuning a full head's biases on the labels of the text gives by itself."""
+    train, constants = ctx.splits["train"], {"kernel": ctx.rows}
     params = {"bias": jnp.zeros(ctx.vocab) if ctx.row_bias is None else ctx.row_bias}
-    constants = {"kernel": ctx.rows}
-    if trial.arm == "full_labels":
-        params, constants = params | constants, {}
     params, curve = tune(
         ctx,
         trial,
@@ -364,8 +359,8 @@ def _full(ctx: Context, trial: Trial) -> Converted:
 #: How each arm is fitted.
 FITS: Mapping[str, Callable[[Context, Trial], Converted]] = {
     **dict.fromkeys(VQ_ARMS, _vq),
-    **dict.fromkeys(("low_rank", "wide_low_rank"), _low_rank),
+    "wide_low_rank": _low_rank,
     **dict.fromkeys(("product", "packed_product"), _product),
     "adaptive": _adaptive,
-    **dict.fromkeys(("full_bias_labels", "full_labels"), _full),
+    "full_bias_labels": _full,
 }

@@ -16,7 +16,6 @@ from experiments.shared.records import Record
 from experiments.shared.timing import paired_ratio, paired_seconds
 from experiments.vq_head import arms, rescored
 from experiments.vq_head.data import Context, Split, in_blocks
-from logitjax import vq
 
 #: Arms that make V cheap logits, for exact rows to re-score the best of.
 SCREENS = ("product", "packed_product", "wide_low_rank")
@@ -40,7 +39,7 @@ def run_arm(
         for pages in config.pages:
             records.append(record(f"shortlist_{pages}", rescored.shortlist(ctx, head, pages)))
         if seed == 0 and jax.process_index() == 0:
-            vq.save_head(head.head, workdir / "heads" / f"{arm}_{codes}")
+            head.head.save(workdir / "heads" / f"{arm}_{codes}")
     if arm in SCREENS:
         for count in config.candidates:
             name = f"screened_{arm}_{count}"

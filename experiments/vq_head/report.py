@@ -17,49 +17,11 @@ from experiments.shared.report import (
     spread,
     write_report,
 )
+from experiments.vq_head.config import NAMES, SCRATCH_NAMES
 from experiments.vq_head.data import Context
 from logitjax.commands import figures
 
-NAMES = {
-    "full": "full head, untouched",
-    "full_bias_labels": "full head, biases tuned on labels (control)",
-    "full_labels": "full head, rows and biases tuned on labels (control)",
-    "vq_paper": "VQ as published: k-means over rows, no bias",
-    "vq_plain": "VQ, weighted k-means, no bias",
-    "vq_random": "VQ + bias, random mapping",
-    "vq_bias": "VQ + bias, weighted k-means",
-    "vq_likelihood": "VQ + bias, likelihood reassignment",
-    "low_rank": "low rank of equal size + bias",
-    "wide_low_rank": "low rank, wider, + bias",
-    "product": "product quantisation + bias",
-    "packed_product": "product quantisation, 16 codes a group, + bias",
-    "adaptive": "adaptive softmax, tuned on labels",
-}
-# The same beside lines of a picture, where there is less room.
-_LINES = {
-    "full_bias_labels": "tuned biases",
-    "full_labels": "tuned rows and biases",
-    "vq_paper": "VQ as published",
-    "vq_plain": "VQ, weighted",
-    "vq_random": "VQ + bias, random",
-    "vq_bias": "VQ + bias",
-    "vq_likelihood": "VQ + bias, reassigned",
-    "low_rank": "low rank",
-    "wide_low_rank": "wider low rank",
-    "product": "product codes",
-    "packed_product": "packed product codes",
-    "adaptive": "adaptive softmax",
-}
-SCRATCH_NAMES = {
-    "full_bias": "full softmax + bias (control)",
-    "full": "full softmax",
-    "vq_bias": "VQ + bias, mapping from pretrained rows *",
-    "vq_reassigned": "the same, tokens reassigned twice *",
-    "vq_random": "VQ + bias, random mapping",
-    "vq_plain": "VQ without bias, mapping from pretrained rows *",
-    "low_rank": "low rank of equal size + bias",
-    "adaptive": "adaptive softmax",
-}
+_NAMES = {"full": ("full head, untouched", "")} | NAMES
 # The only figures that could be read: the abstract of arXiv:2505.10202.
 PAPER = "up to 99 % fewer parameters in the output layer, 6x faster logits, +4 % perplexity"
 
@@ -99,7 +61,7 @@ def _row(
 ) -> dict[str, Any]:
     first = group[0]
     cost, whole = first["cost"], full["cost"]
-    codes = first["codes"] if first["arm"].startswith(("vq", "short", "low_rank")) else None
+    codes = first["codes"] if first["arm"].startswith(("vq", "short")) else None
     rows_size = ctx.vocab * ctx.width
     row = {
         "head": _name(first["arm"]),
@@ -137,11 +99,11 @@ def _added(record: Mapping[str, Any], ctx: Context) -> int:
 
 
 def _name(arm: str) -> str:
-    if arm in NAMES:
-        return NAMES[arm]
+    if arm in _NAMES:
+        return _NAMES[arm][0]
     kind, _, rest = arm.rpartition("_")
     if arm.startswith("screened"):
-        return f"{NAMES[kind.removeprefix('screened_')]}, best {rest} by exact rows"
+        return f"{_NAMES[kind.removeprefix('screened_')][0]}, best {rest} by exact rows"
     return f"shortlist of {rest} pages, exact rows"
 
 
@@ -173,33 +135,20 @@ def _bars(
         share = group[0]["cost"]["read_bytes"] / full["cost"]["read_bytes"]
         if group[0]["arm"].startswith(("vq", "shortlist", "screened", "product", "packed")):
             points.append(mean | {"share": share, "name": _name(group[0]["arm"])})
-    lean = [p for p in points if p["share"] <= 0.1]
-    same = [p for p in points if p["top1"] >= 0.99]
+    wanted = (
+        ("perplexity x at <= 10 % of the bytes read", "ratio", 1.04, lambda p: p["share"] <= 0.1),
+        ("decode x faster at >= 99 % top-1", "decode_speedup", 6.0, lambda p: p["top1"] >= 0.99),
+        ("top-1 at >= 6 x faster", "top1", 0.99, lambda p: p["decode_speedup"] >= 6),
+    )
     bars = []
-    if lean:
-        best = min(lean, key=lambda p: p["ratio"])
-        bars.append(
-            _bar(
-                "perplexity x at <= 10 % of the bytes read", best["ratio"], "<=", 1.04, best["name"]
-            )
-        )
-    if same:
-        best = max(same, key=lambda p: p["decode_speedup"])
-        bars.append(
-            _bar(
-                "decode x faster at >= 99 % top-1", best["decode_speedup"], ">=", 6.0, best["name"]
-            )
-        )
-    fast = [p for p in points if p["decode_speedup"] >= 6]
-    if fast:
-        best = max(fast, key=lambda p: p["top1"])
-        bars.append(_bar("top-1 at >= 6 x faster", best["top1"], ">=", 0.99, best["name"]))
+    for name, key, limit, fits in wanted:
+        least = key == "ratio"  # of the others more is better
+        if fitting := sorted(filter(fits, points), key=lambda p: p[key], reverse=not least):
+            best, value = fitting[0], fitting[0][key]
+            met = value <= limit if least else value >= limit
+            sense = f"{'<=' if least else '>='} {limit:g}"
+            bars.append(bar(name, value, sense, met, head=best["name"]))
     return bars
-
-
-def _bar(name: str, value: float, sense: str, limit: float, head: str) -> dict[str, Any]:
-    met = value <= limit if sense == "<=" else value >= limit
-    return bar(name, value, f"{sense} {limit:g}", met, head=head)
 
 
 def frontier(
@@ -245,9 +194,9 @@ def frontier(
 def _line(arm: str, codes: int) -> str:
     """What a point of the frontier belongs to: shortlists by codebook, others by kind."""
     if arm.startswith("screened"):
-        return f"{_LINES[arm.removeprefix('screened_').rpartition('_')[0]]} + exact rows"
-    if arm in _LINES:
-        return _LINES[arm]
+        return f"{_NAMES[arm.removeprefix('screened_').rpartition('_')[0]][1]} + exact rows"
+    if arm in _NAMES:
+        return _NAMES[arm][1]
     return f"shortlist, K = {codes}"
 
 
@@ -261,7 +210,7 @@ def curves(
             name=f"{arm} {codes}", runs=[list(enumerate(record["curve"])) for record in group]
         )
         for (arm, codes), group in groups.items()
-        if group[0]["curve"] and arm in NAMES and "labels" not in arm and arm != "adaptive"
+        if group[0]["curve"] and arm in _NAMES and "labels" not in arm and arm != "adaptive"
     ]
     scratch = [
         figures.Series(name=arm, runs=[record["curve"] for record in group])

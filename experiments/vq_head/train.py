@@ -141,10 +141,6 @@ def _head(ctx: Context, arm: str, seed: int) -> Head:
         if arm == "full_bias":
             params["bias"] = log_unigram
         return Head(params, {}, _full_nll)
-    if arm == "low_rank":
-        rank = max(1, codes * width // (vocab + width))
-        params = {"down": normal(width, rank), "kernel": normal(vocab, rank), "bias": log_unigram}
-        return Head(params, {}, _full_nll)
     if arm == "adaptive":
         config = AdaptiveConfig(
             vocab_size=vocab, hidden_size=width, cutoffs=(vocab // 20, vocab // 4), div_value=4.0
@@ -173,7 +169,6 @@ def _head(ctx: Context, arm: str, seed: int) -> Head:
 
 
 def _full_nll(params: Any, given: Any, hidden: Any, labels: Any) -> Any:
-    hidden = hidden @ params["down"] if "down" in params else hidden
     head = losses.Head(params["kernel"], params.get("bias"), vocab_axis=0)
     return losses.linear_cross_entropy(hidden, head, labels)
 

@@ -48,7 +48,9 @@ _ONE_LINE_ERRORS = (
 )
 _HELP = ("--help", "-h", "-help", "--helpfull", "--helpshort")
 _INTERRUPTED = 128 + signal.SIGINT
+# For unwinding, such as a checkpoint that is being written; then the process ends as it is.
 _GRACE_SECONDS = 5.0
+# People take ten seconds of silence for a hang.
 _SAY_SECONDS = 9.0
 _last_line = 0.0
 _interrupted = threading.Event()
@@ -88,13 +90,7 @@ def parse(
     *,
     program: str = "",
 ) -> list[Any]:
-    """Configurations from a preset, below a file, below flags.
-
-    Args:
-        classes: Dataclasses whose fields are the flags.
-        presets: Defaults by name; the first ones hold if none is named.
-        arguments: The command line after the program.
-        program: What was called.
+    """Configurations from a preset (the first if none is named), below a file, below flags.
 
     Raises:
         absl.flags.Error: A flag does not exist.
@@ -115,6 +111,7 @@ def parse(
             raise ValueError(f"preset: expected one of {', '.join(presets)}, got {name!r}")
         _flags.check_names(f"preset {name}", presets[name], known)
         chosen = presets[name]
+    # Flags win over the file, which wins over the preset.
     values = {**chosen, **given}
     read = {flag.name: flag.read(values[flag.name]) for flag in flags if flag.name in values}
     return [_flags.build(one, read) for one in classes]
@@ -145,7 +142,8 @@ def _narrated() -> Iterator[None]:
             if time.monotonic() - _last_line > _SAY_SECONDS:
                 logging.info("still %s", storage.progress.last()[1])
 
-    if not sys.stderr.isatty() and not (training.distributed.is_joined() and jax.process_index()):
+    if not sys.stderr.isatty() and not (jax.distributed.is_initialized() and jax.process_index()):
+        # A daemon: it must not keep a process alive that has ended.
         threading.Thread(target=narrate, name="narrator", daemon=True).start()
     try:
         yield
@@ -155,7 +153,7 @@ def _narrated() -> Iterator[None]:
 
 def _write_details(workdir: epath.Path) -> str:
     """Leaves the traceback as `error.txt`, if it can within five seconds; where it is, in words."""
-    index = jax.process_index() if training.distributed.is_joined() else 0
+    index = jax.process_index() if jax.distributed.is_initialized() else 0
     path = workdir / (f"error.{index}.txt" if index else "error.txt")
     text, written = traceback.format_exc(), threading.Event()
 
@@ -182,19 +180,16 @@ def _fail(
     details = _write_details(workdir) if workdir else ""
     if status == os.EX_TEMPFAIL:
         note = note or "; this may pass, and the same command goes on"
-    if training.distributed.is_joined() or status == os.EX_TEMPFAIL:
+    if jax.distributed.is_initialized() or status == os.EX_TEMPFAIL:
         training.distributed.leave(f"{said}{details}{note}", status)
     print(f"error: {said}{details}{note}", file=sys.stderr)
     sys.exit(status)
 
 
 def _let_others_speak(error: BaseException) -> None:
-    """What fails in a collective fails because another process is gone, which may yet say why.
-
-    The watch then ends this process with the other's words.
-    """
+    """Waits where a collective failed: another process is gone, which may yet say why."""
     failed = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
-    if failed and training.distributed.is_joined():
+    if failed and jax.distributed.is_initialized():
         time.sleep(3.0)
 
 
@@ -205,6 +200,7 @@ def _interruptible(says: str) -> Iterator[None]:
     Python raises KeyboardInterrupt when the main thread comes back from what it waits for, which
     may be a compiler for minutes. A thread hears of the signal at once, and waits no longer.
     """
+    # Only the main thread may set signals: a notebook or a test calls this from another.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -212,7 +208,7 @@ def _interruptible(says: str) -> Iterator[None]:
 
     def end() -> None:
         ending.acquire()  # By whoever comes first, for ever.
-        if training.distributed.is_joined():
+        if jax.distributed.is_initialized():
             training.distributed.leave(says, _INTERRUPTED)
         logging.flush()
         sys.stdout.flush()
@@ -231,6 +227,7 @@ def _interruptible(says: str) -> Iterator[None]:
 
     _interrupted.clear()
     reader, writer = os.pipe()
+    # A handler that waited for room in the pipe would hang the whole process.
     os.set_blocking(writer, False)
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=listen, name="interrupts", daemon=True).start()
@@ -278,6 +275,7 @@ def main(
     kept = next((name for name in ("out", "workdir") if name in parameters), "")
     place = [_folder_class(kept), _Processes] if kept else []
     classes = [*place, _Families, config_class]
+    # Before absl reads them, which would print its own flags.
     if set(arguments) & set(_HELP):
         print(_flags.help_text(program, module.__doc__, _flags.flags_of(*classes), presets))
         return
@@ -317,6 +315,7 @@ def _main(
         if not kept:
             run(config)
             return
+        # A run of hours says what it does; a command that only prints is quiet.
         logging.set_verbosity(logging.INFO)
         training.distributed.initialize(**dataclasses.asdict(place[1]))
         folder = epath.Path(getattr(place[0], kept))
@@ -330,18 +329,20 @@ def _main(
         _let_others_speak(error)
         status = os.EX_TEMPFAIL if storage.may_pass(error) else 2
         _fail(error, status, details)
+    # XLA has one type for a full device, a lost process and its own faults: the text tells.
     except jax.errors.JaxRuntimeError as error:
         first = RuntimeError(str(error).splitlines()[0][:300])
         if "RESOURCE_EXHAUSTED" in str(error):
             _fail(first, 2, details, "; a device's memory is too small for this")
-        if not training.distributed.is_joined() and not storage.may_pass(error):
+        if not jax.distributed.is_initialized() and not storage.may_pass(error):
             raise
         _let_others_speak(error)
         _fail(first, os.EX_TEMPFAIL, None, "; another process is gone, the same command goes on")
     except Exception as error:
         if storage.may_pass(error):
             _fail(error, os.EX_TEMPFAIL, details)
-        if not training.distributed.is_joined():
+        if not jax.distributed.is_initialized():
             raise
+        # Others wait in a collective: this process may not unwind, so it says now what failed.
         traceback.print_exc()
         _fail(error, 1, None)

@@ -29,10 +29,7 @@ from logitjax.commands.tables import markdown_table
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """The pictures, their views and the encoders.
-
-    A folder takes more encoders, splits and views: each cache in it says what it is of.
-    """
+    """The pictures, their views and the encoders; a folder takes more of all of them."""
 
     encoder: tuple[str, ...] = field(
         ("efficientnet_lite0",),
@@ -91,6 +88,7 @@ def run(config: Config, out: epath.Path) -> None:
                     batch_size=config.batch_size,
                     dtype=config.dtype,
                 )
+                # Sizes on disk are known once every process has written its shards.
                 processes.barrier(f"features {directory.name}")
                 seconds = time.perf_counter() - start
                 logging.info("%s: %d rows in %.1f s", directory, len(rows), seconds)
@@ -106,6 +104,7 @@ def run(config: Config, out: epath.Path) -> None:
                         "seconds": seconds,
                     }
                 )
+                # Its files are open, and a run may make many.
                 del cache
     if jax.process_index() == 0:
         text = markdown_table(table)
@@ -115,6 +114,7 @@ def run(config: Config, out: epath.Path) -> None:
 
 def slug(text: str) -> str:
     """Part of a folder's name; other slices of a split have other ones."""
+    # `test[:10]` and `test[10:]` must not share a folder.
     spelt = text.replace(":", "_to_") if "[" in text else text
     spelt = spelt.replace("%", "pct").replace("[-", "[minus").replace("_to_-", "_to_minus")
     return re.sub(r"\W+", "_", spelt).strip("_")

@@ -121,13 +121,9 @@ class Config:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
-    """Encoded pictures, and how samples of them are drawn.
+    """Encoded pictures to sample from and to test on, and digests of what they are made of.
 
-    Attributes:
-        config: What was asked for.
-        pictures: What samples are drawn from.
-        test: Pictures to test on; what a sample leaves if None.
-        made_of: Digests of what the pictures and the classifier are read from.
+    Without pictures to test on, what a sample leaves is tested.
     """
 
     config: Config
@@ -164,23 +160,25 @@ class Problem:
         best = np.zeros(len(samples), int)
         if "validation" in scores:
             best = few_shot.best_setting(scores["validation"])
+        # One setting a sample, each chosen on its own validation pictures.
         rows = np.arange(len(best))
         record: dict[str, Any] = {"validation": [], "chosen": best.tolist()}
         record |= {part: found["accuracy"][rows, best].tolist() for part, found in scores.items()}
         images, labels = held_out["test"]
+        # Rows of padding have the label -1, which no argmax is.
         right = np.asarray(images.zero_shot).argmax(-1) == labels
         record["zero_shot"] = (right.sum(1) / (labels >= 0).sum(1)).tolist()
         record["updates"] = candidate.updates(len(samples[0].train))
         return record
 
-    def head(self, candidate: few_shot.Candidate, setting: int) -> few_shot.FittedHead:
+    def head(self, candidate: few_shot.Candidate, setting: int) -> Any:
         """The first sample's at the most shots: `few_shot.fit` on its parts makes the same."""
         sample = self.sample(max(self.config.shots), 0)
         chosen = candidate.chosen(setting)
         validation = self.pictures[sample.validation] if len(sample.validation) else None
         return few_shot.fit(chosen, self.pictures[sample.train], validation, seed=self.config.seed)
 
-    def confusion(self, head: few_shot.FittedHead) -> np.ndarray:
+    def confusion(self, head: Any) -> np.ndarray:
         """`[classes, predicted]` counts of the pictures that `head` did not learn from."""
         test = self.test
         if test is None:
@@ -312,6 +310,7 @@ def _encode(config: Config, out: epath.Path) -> Problem:
                 )
                 caches[-1].append(cache.directory)
         processes.barrier(f"features of {split}")
+        # Called once for each part, in this order.
         part = "pictures" if made_of["pictures"] is None else "test"
         made_of[part] = _digest([directory for kind in caches for directory in kind])
         plain, *others = caches
@@ -339,7 +338,7 @@ def _check_pictures(
     """Refuses methods and pictures that no head can be trained with."""
     known = few_shot.candidates(config.grid, steps=config.steps)
     for name in config.method:
-        if name != "all" and "auxiliary" in known[name].needs and config.auxiliary is None:
+        if name != "all" and "auxiliary" in known[name].method.needs and config.auxiliary is None:
             raise ValueError(f"method: expected auxiliary, which {name} needs, got none")
     few_shot.encoder_views(encoder, config.views, fit=config.fit, seed=config.seed)
     images = data.load_image_set(str(config.data), split=split)
@@ -351,6 +350,7 @@ def _check_pictures(
         images.labels[few_shot.choose_rows(images, config.rows, seed=config.seed)],
         minlength=len(images.class_names),
     )
+    # A picture to learn from, and one for each of the parts that a sample is split into.
     least = 1 + (config.validation != "none") + (test_split is None)
     if counts.min() < least:
         scarce = images.class_names[int(counts.argmin())]
@@ -382,7 +382,7 @@ def _class_weights(config: Config, encoder: vision.Encoder, class_names: Sequenc
             "classes with, got none"
         )
     words = [name.replace("_", " ") for name in class_names]
-    return np.asarray(vision.zero_shot_classifier(encoder, words, config.prompts))
+    return np.asarray(encoder.zero_shot(words, config.prompts))
 
 
 def _methods(problem: Problem) -> tuple[dict[str, few_shot.Candidate], dict[str, str]]:
@@ -394,12 +394,15 @@ def _methods(problem: Problem) -> tuple[dict[str, few_shot.Candidate], dict[str,
             continue
         sides = [pictures] if problem.test is None else [pictures, problem.test]
         missing = [
-            part for part in candidate.needs if any(getattr(side, part) is None for side in sides)
+            part
+            for part in candidate.method.needs
+            if any(getattr(side, part) is None for side in sides)
         ]
         learnt = problem.sample(max(config.shots), 0).train
+        # Its covariance is of differences within a class, and one picture has none.
         if name == "gda" and len(learnt) == len(pictures.class_names) and not pictures.views:
             missing = ["a second picture of a class"]
-        if candidate.stops and config.validation == "none":
+        if candidate.method.stops and config.validation == "none":
             missing = ["validation pictures"]
         if not missing:
             grid = None if config.validation == "none" else candidate.grid
@@ -439,6 +442,7 @@ def _report(
     for name, by_shots in records.items():
         cost = {"settings": chosen[name].settings, f"updates at {most}": by_shots[most]["updates"]}
         rows.append(row(name, "test", by_shots) | cost)
+    # The diagonal is what is right.
     wrong = confusion * (1 - np.eye(len(confusion), dtype=int))
     pairs = sorted(np.argwhere(wrong), key=lambda at: -wrong[tuple(at)])[:10]
     taken = [
@@ -466,5 +470,6 @@ def _report(
 
 
 def _plot(confusion: np.ndarray, names: Sequence[str], path: epath.Path) -> None:
+    # A class without test pictures has a row of zeros, not of nans.
     shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     figures.draw_matrix(path, shares, names, x="predicted class", y="pictures of a class")

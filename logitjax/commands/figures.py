@@ -119,28 +119,18 @@ class Picture:
 
 
 def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Means over the first axis, and how far their 95 % intervals reach to either side.
-
-    The interval is Student's; of one value it is nan.
-
-    >>> mean, reach = interval(np.array([1.0, 2.0, 3.0]))
-    >>> print(f"{mean:.3f} +- {reach:.3f}")  # t of two degrees of freedom is 4.303
-    2.000 +- 2.484
-    """
+    """Means over the first axis, and how far their 95 % intervals (Student's) reach; nan of one."""
     n = len(values)
     mean = np.asarray(values.mean(0))
     if n < 2:
         return mean, np.full_like(mean, math.nan)
+    # Of three runs a normal interval would reach less than half as far.
     quantile = scipy.special.stdtrit(n - 1, 0.975)
     return mean, np.asarray(quantile * values.std(0, ddof=1) / math.sqrt(n))
 
 
 def look(number: int) -> dict[str, Any]:
-    """How the series of a number is drawn: colour, marker and dashes.
-
-    Of the first eleven no two have the same marker, and of the first 55 no two have the same marker
-    and dashes.
-    """
+    """Colour, marker and dashes of the series of a number; the first 55 differ in the last two."""
     return {
         "color": _COLOURS[number % len(_COLOURS)],
         "marker": _MARKERS[number % len(_MARKERS)],
@@ -152,12 +142,6 @@ def draw(path: str | os.PathLike[str], picture: Picture) -> epath.Path:
     """Draws a picture into a PNG file, which appears whole or not at all.
 
     The file says what it was drawn of: its text `Source` is the picture's `source`.
-
-    Returns:
-        The path, local or remote.
-
-    Raises:
-        ImportError: matplotlib is not installed.
     """
     with _styled():
         _save(compose(picture), path, picture.source)
@@ -190,6 +174,7 @@ def compose(picture: Picture) -> Any:
     rows = [panels[at : at + columns] for at in range(0, len(panels), columns)]
     heights = [max(panel.height for panel in row) for row in rows]
     every = dict.fromkeys(series.name for panel in panels for series in panel.series)
+    # By the order of names over all panels, so that one name looks the same everywhere.
     looks = {name: look(number) for number, name in enumerate(every)}
     with _styled():
         figure = _blank(sum(heights))
@@ -202,6 +187,7 @@ def compose(picture: Picture) -> Any:
         for panel, names in zip(panels, named, strict=True):
             for name in names if panel.names == "right" else ():
                 name.put_right()
+        # Now the layout is known; frozen, as labels that move must not move the axes.
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
         for axes, panel, names in zip(grid, panels, named):
@@ -249,6 +235,7 @@ def _fill(axes: Any, panel: Panel, looks: Mapping[str, dict[str, Any]]) -> list[
         if not any(series.runs):
             continue
         runs = np.asarray(series.runs, np.float64).reshape(len(series.runs), -1, 2)
+        # All of it diverged: there is no last point to write the name at.
         if not np.isfinite(runs).all(-1).any():
             continue
         mean = _draw_series(axes, series, runs, looks[series.name])
@@ -290,6 +277,7 @@ def _plain_numbers(axis: Any) -> None:
 
     low, high = axis.get_view_interval()
     decades = math.log10(high / low)
+    # Ticks that the panel named stay.
     if isinstance(axis.get_major_locator(), FixedLocator):
         return
     axis.set_major_formatter("{x:g}")
@@ -301,6 +289,7 @@ def _plain_numbers(axis: Any) -> None:
 def _draw_series(axes: Any, series: Series, runs: np.ndarray, style: dict[str, Any]) -> np.ndarray:
     """Runs, their means and intervals; returns the means `[points, 2]`."""
     mean, reach = interval(runs)
+    # One run has no interval: a bar of length zero is none.
     reach = np.nan_to_num(reach)
     color, curve = style["color"], series.line and len(mean) > _MOST_POINTS
     style = style | ({} if series.line else {"linestyle": "none"})

@@ -97,6 +97,7 @@ def run(config: Config) -> None:
         )
         talk.answered(text)
         print(flush=True)
+        # Not where the output is read by another program.
         if sys.stderr.isatty():
             seconds = time.perf_counter() - start
             rate = f"{count} tokens in {seconds:.1f} s, the first compiling included"
@@ -104,11 +105,7 @@ def run(config: Config) -> None:
 
 
 def _check(config: Config) -> None:
-    """Refuses flags that do not fit together.
-
-    Raises:
-        ValueError: Nobody drafts, or no template takes the system message.
-    """
+    """Refuses flags that do not fit together: nobody drafts, or no template takes the system."""
     if config.draft is not None and not getattr(config.line_up, config.draft):
         raise ValueError(f"draft: expected a model by --{config.draft} to draft, got none")
     if config.system is None:
@@ -123,6 +120,7 @@ def _check(config: Config) -> None:
 
 def sampling_of(config: Config) -> decoding.Sampling:
     """What the flags say, and where they say nothing what the model's publisher does."""
+    # Publishers' settings are tuned with the model: greedy chat models repeat themselves.
     settings = models.load_sampling(config.line_up.model)
     for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
         if getattr(config, name) is not None:
@@ -137,6 +135,7 @@ def _prompts(config: Config) -> Iterator[str]:
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
+        # Not `input`: it ends with an exception, and writes prompts to standard output.
         line = sys.stdin.readline()
         if not line:
             return
@@ -150,16 +149,13 @@ def answer(
     max_new_tokens: int,
     options: dict[str, Any],
 ) -> tuple[str, int]:
-    """The text that continues a prompt, and its number of tokens; `generate` takes the options.
-
-    Raises:
-        ValueError: The prompt leaves no room in what the models can read.
-    """
+    """The text that continues a prompt, and its number of tokens; `generate` takes the options."""
     tokenizer = options["text"].tokenizer
     if not tokens and tokenizer.bos_id is not None:
         # Something has to be read.
         tokens = [tokenizer.bos_id]
     most = ensemble.max_length
+    # A conversation grows: what is left of the context bounds the answer.
     room = max_new_tokens if most is None else most - len(tokens)
     if room < 1:
         raise ValueError(f"prompt: {len(tokens)} tokens, the models read at most {most}")

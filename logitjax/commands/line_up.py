@@ -38,15 +38,7 @@ class LineUp:
         return min(models.load_config(spec).max_length for spec in specs)
 
     def load(self) -> tuple[decoding.Ensemble, models.Tokenizer, tuple[int, ...]]:
-        """Loads the models.
-
-        Returns:
-            As `decoding.load_ensemble`.
-
-        Raises:
-            FileNotFoundError: There is no such assistant.
-            ValueError: Flags that do not fit together, or models that do not.
-        """
+        """Loads the models, as `decoding.load_ensemble` returns them."""
         if self.assistant is None:
             if self.alpha is not None:
                 raise ValueError("alpha: expected an assistant to weigh, got none")
@@ -65,5 +57,6 @@ class LineUp:
         deployed = unlearning.Deployed.load(
             models.with_layout(model, "listed"), self.assistant, alpha=self.alpha
         )
+        # Some models' tokenizers name another end than their generation settings: either ends.
         ends = {*model.config.eos_ids, *[i for i in (tokenizer.eos_id,) if i is not None]}
         return deployed.line_up(), tokenizer, tuple(sorted(ends))

@@ -2,13 +2,14 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from absl import logging
 from etils import epath
 
 from logitjax.data._examples import Examples, normalise, parse_split, slice_of
+from logitjax.data._places import files_below
 from logitjax.storage import digest, guard
 
 # A paragraph alone is too little context, and a book as one document leaves nothing to hold out.
@@ -50,7 +51,7 @@ def _files(path: str, suffixes: tuple[str, ...], name: str, spec: str) -> list[e
             return files
         elif name != "train":
             raise ValueError(_no_split(spec, name))
-        files = sorted(file for file in _walk(root) if file.name.endswith(suffixes))
+        files = sorted(file for file in files_below(root) if file.name.endswith(suffixes))
         if root != below:
             files = [file for file in files if not _held_out(file, root)]
         if not files:
@@ -59,15 +60,6 @@ def _files(path: str, suffixes: tuple[str, ...], name: str, spec: str) -> list[e
     if name != "train":
         raise ValueError(_no_split(spec, name))
     return [root]
-
-
-def _walk(folder: epath.Path) -> Iterator[epath.Path]:
-    # epath has no recursive glob.
-    for path in folder.iterdir():
-        if path.is_dir():
-            yield from _walk(path)
-        else:
-            yield path
 
 
 def _held_out(file: epath.Path, root: epath.Path) -> bool:
@@ -85,7 +77,7 @@ def held_out_splits(path: str, suffixes: tuple[str, ...]) -> set[str]:
     for name in _HELD_OUT:
         files = [root / (name + suffix) for suffix in suffixes]
         # A folder `test` of something else is no split.
-        inside = _walk(root / name) if (root / name).is_dir() else iter(())
+        inside = files_below(root / name) if (root / name).is_dir() else iter(())
         if any(file.exists() for file in files) or any(f.name.endswith(suffixes) for f in inside):
             found.add(name)
     return found
@@ -118,39 +110,27 @@ def paragraphs_to_documents(text: str, minimum: int = _MIN_DOCUMENT) -> list[str
 
 def load_text(path: str, *, split: str, on_error: str, spec: str) -> Examples:
     """A directory's files are one document each; a single file is cut between paragraphs."""
-    name, start, stop = parse_split(split)
-    errors = _Errors(on_error)
-    rows: list[dict[str, Any]] = []
     whole_files = epath.Path(path).expanduser().is_dir()
-    held: list[Any] = ["files" if whole_files else f"paragraphs {_MIN_DOCUMENT}"]
-    for file in _files(path, (".txt",), name, spec):
-        content = file.read_bytes()
-        held.append(digest(content))
+
+    def read(file: epath.Path, content: bytes, errors: _Errors) -> Iterator[dict[str, Any]]:
         try:
             text = content.decode()
         except UnicodeDecodeError as error:
-            errors.report(str(file), f"not UTF-8 at byte {error.start}")
-            continue
-        if not whole_files:
-            documents = paragraphs_to_documents(text)
-        else:
-            documents = [text] if text.strip() else []
-        rows += [{"id": f"{file.name}:{i}", "text": d} for i, d in enumerate(documents)]
-    return _finish(rows, held, errors, start, stop, spec, split)
+            return errors.report(str(file), f"not UTF-8 at byte {error.start}")
+        documents = [text] if whole_files else paragraphs_to_documents(text)
+        for i, document in enumerate(filter(str.strip, documents)):
+            yield {"id": f"{file.name}:{i}", "text": document}
+
+    how = "files" if whole_files else f"paragraphs {_MIN_DOCUMENT}"
+    return _load(path, ".txt", read, how, split=split, on_error=on_error, spec=spec)
 
 
 def load_jsonl(
     path: str, *, split: str, on_error: str, spec: str, columns: Mapping[str, str] | None = None
 ) -> Examples:
     """One JSON object a line, read into memory; larger corpora belong in a tfds dataset."""
-    name, start, stop = parse_split(split)
-    errors = _Errors(on_error)
-    held: list[Any] = [dict(columns or {})]
-    rows: list[dict[str, Any]] = []
-    for file in _files(path, (".jsonl",), name, spec):
-        # A mark that some editors write, and no part of the first row.
-        content = file.read_bytes().removeprefix(_BOM)
-        held.append(digest(content))
+
+    def read(file: epath.Path, content: bytes, errors: _Errors) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(content.split(b"\n"), start=1):
             if not line.strip():
                 continue
@@ -161,21 +141,32 @@ def load_jsonl(
             except ValueError as error:
                 errors.report(f"{file}:{number}", error)
             else:
-                rows.append({"id": f"{file.name}:{number}"} | row)
-    return _finish(rows, held, errors, start, stop, spec, split)
+                yield {"id": f"{file.name}:{number}"} | row
+
+    how = dict(columns or {})
+    return _load(path, ".jsonl", read, how, split=split, on_error=on_error, spec=spec)
 
 
-def _finish(
-    rows: list[dict[str, Any]],
-    held: list[Any],
-    errors: _Errors,
-    start: str | None,
-    stop: str | None,
-    spec: str,
+def _load(
+    path: str,
+    suffix: str,
+    read: Callable[[epath.Path, bytes, _Errors], Iterator[dict[str, Any]]],
+    how: Any,
+    *,
     split: str,
+    on_error: str,
+    spec: str,
 ) -> Examples:
-    part = slice_of(start, stop, len(rows))
+    """The rows that `read` makes of the files of a split; `how` it does decides them too."""
+    name, start, stop = parse_split(split)
+    errors, rows, made_from = _Errors(on_error), [], [how]
+    for file in _files(path, (suffix,), name, spec):
+        # A mark that some editors write, and no part of the first row.
+        content = file.read_bytes().removeprefix(_BOM)
+        made_from.append(digest(content))
+        rows += read(file, content, errors)
     if errors.count:
         logging.warning("%s: %d malformed rows skipped, %d kept", spec, errors.count, len(rows))
-    fingerprint = digest(held, part.start, part.stop)
+    part = slice_of(start, stop, len(rows))
+    fingerprint = digest(made_from, part.start, part.stop)
     return Examples(rows[part], fingerprint=fingerprint, errors=errors.count, source=spec)

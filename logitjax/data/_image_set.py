@@ -26,21 +26,10 @@ from logitjax.storage import digest, guard, package_file, read_json
 
 # Folders of the Debian package with 14 drawings or more; a class is its folder's last name.
 STAMPS = (
-    "animals/birds",
-    "animals/insects",
-    "animals/mammals",
-    "clothes/hats",
-    "food/fruit",
-    "food/vegetables",
-    "household/dishes",
-    "household/tools",
-    "plants/flowers",
-    "space",
-    "symbols/money",
-    "town/houses",
-    "town/roadsigns",
-    "vehicles",
-)
+    "animals/birds", "animals/insects", "animals/mammals", "clothes/hats", "food/fruit",
+    "food/vegetables", "household/dishes", "household/tools", "plants/flowers", "space",
+    "symbols/money", "town/houses", "town/roadsigns", "vehicles",
+)  # fmt: skip
 EMOJI_VENDORS = ("apple", "facebook", "google", "twitter")
 _STAMPS_INSTALL = (
     "apt-get install tuxpaint-stamps-default, or in {manual}: "
@@ -325,17 +314,15 @@ def _emoji(vendor: str, directory: str, data_dir: str | os.PathLike[str] | None)
     root = fetched(places, data_dir=data_dir, what=name, install=install)
     entries = read_json(root / "emoji.json", form=list)
     entries = [e for e in entries if all(e[f"has_img_{v}"] for v in EMOJI_VENDORS)]
-    entries = sorted((e for e in entries if e["category"] != "Component"), key=_emoji_order)
+    # Vendors list them in orders of their own.
+    entries = [e for e in entries if e["category"] != "Component"]
+    entries.sort(key=lambda entry: (entry["sort_order"], entry["unified"]))
     classes = sorted({entry["category"] for entry in entries})
     number = {category: i for i, category in enumerate(classes)}
     folder = root / "img" / vendor / "64"
     files = [(folder / entry["image"], number[entry["category"]]) for entry in entries]
     captions = [str(entry["name"] or entry["short_name"]).lower() for entry in entries]
     return _files(files, classes, captions)
-
-
-def _emoji_order(entry: dict[str, Any]) -> tuple[int, str]:
-    return entry["sort_order"], entry["unified"]
 
 
 def _mnist() -> ImageSet:
@@ -352,9 +339,8 @@ def _foolbox() -> ImageSet:
     first = package_file(
         "foolbox", "data/imagenet_*.jpg", what="foolbox's photographs", install="foolbox==3.3.4"
     )
-    files = []
-    for path in pictures_below(first.parent):
-        match = re.fullmatch(r"imagenet_\d+_(\d+)\.jpg", path.name)
-        if match:
-            files.append((path, int(match[1])))
+    matches = [
+        (p, re.fullmatch(r"imagenet_\d+_(\d+)\.jpg", p.name)) for p in first.parent.iterdir()
+    ]
+    files = sorted(((path, int(match[1])) for path, match in matches if match), key=str)
     return _files(files, [str(i) for i in range(1000)])

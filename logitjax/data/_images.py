@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from absl import logging
 from etils import epath
 
 from logitjax.data._examples import parse_split, slice_of
+from logitjax.data._places import files_below
 from logitjax.storage import guard, require
 from logitjax.storage.weights import read_npy
 
@@ -25,17 +26,10 @@ _CIFAR_LENGTH = {"train": 50_000, "test": 10_000}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LabelledImages:
-    """Images and their classes.
+    """Images and their classes, `num_classes` of them, seen or not."""
 
-    Attributes:
-        images: uint8 ``[count, height, width, channels]``; perhaps on disk (a memory map).
-        labels: int32 ``[count]``.
-        num_classes: how many classes there are, seen or not.
-        source: where they came from.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
+    images: np.ndarray  # uint8 [count, height, width, channels], perhaps a memory map
+    labels: np.ndarray  # int32 [count]
     num_classes: int
     source: str
 
@@ -214,7 +208,7 @@ def class_folders(directory: epath.Path) -> tuple[list[tuple[epath.Path, int]], 
 
 def _report_skipped(directory: epath.Path, classes: Sequence[str]) -> None:
     """Counts the files of class folders that are not read, such as `.tiff` and `.heic`."""
-    suffixes = [p.suffix.lower() for name in classes for p in _files_below(directory / name)]
+    suffixes = [p.suffix.lower() for name in classes for p in files_below(directory / name)]
     skipped = collections.Counter(suffix for suffix in suffixes if suffix not in _SUFFIXES)
     if skipped:
         counts = ", ".join(
@@ -230,7 +224,7 @@ def _report_skipped(directory: epath.Path, classes: Sequence[str]) -> None:
 
 
 def pictures_below(directory: epath.Path) -> list[epath.Path]:
-    found = [p for p in _files_below(directory) if p.suffix.lower() in _SUFFIXES]
+    found = [p for p in files_below(directory) if p.suffix.lower() in _SUFFIXES]
     return sorted(found, key=os.fspath)
 
 
@@ -314,12 +308,3 @@ def _synthetic(classes: int, split: str) -> tuple[np.ndarray, np.ndarray, int]:
     noise = rng.normal(scale=60, size=(len(labels), 16, 16, 3))
     images = np.clip(prototypes[labels] + noise, 0, 255).astype(np.uint8)
     return images, labels.astype(np.int32), classes
-
-
-def _files_below(directory: epath.Path) -> Iterator[epath.Path]:
-    # A recursive glob is not to be had on every file system and version.
-    for path in sorted(directory.iterdir()):
-        if path.is_dir():
-            yield from _files_below(path)
-        else:
-            yield path

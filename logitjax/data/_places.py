@@ -1,7 +1,7 @@
 """Where data lie that were fetched by hand or by tfds."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from etils import epath
 
@@ -15,6 +15,16 @@ def manual_dir(data_dir: str | os.PathLike[str] | None) -> epath.Path:
     """Where files lie that were fetched by hand: ``downloads/manual``, as tfds has it."""
     root = epath.Path(data_dir).expanduser() if data_dir else default_data_dir()
     return root / "downloads" / "manual"
+
+
+def files_below(folder: epath.Path) -> Iterator[epath.Path]:
+    """All files in a folder and its folders, in the order of their names."""
+    # epath has no recursive glob.
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            yield from files_below(path)
+        else:
+            yield path
 
 
 def fetched(

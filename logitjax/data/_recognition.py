@@ -15,47 +15,33 @@ _WORDNET = re.compile(r"n\d{8}")
 _SPLITS = ("train", "val", "test")
 _TEST_ONLY = {"test": "test"}
 _TRAIN_TEST = {"train": "train", "test": "test"}
+_TRAIN_VALIDATION = {"train": "train", "test": "validation"}
 _ALL_THREE = _TRAIN_TEST | {"val": "validation"}
 _PHOTO = ("a photo of a {}.",)
 # The seven that Tip-Adapter and its successors take of CLIP's eighty.
 _IMAGENET_TEMPLATES = (
-    "itap of a {}.",
-    "a bad photo of the {}.",
-    "a origami {}.",
-    "a photo of the large {}.",
-    "a {} in a video game.",
-    "art of the {}.",
-    "a photo of the small {}.",
-)
+    "itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.",
+    "a {} in a video game.", "art of the {}.", "a photo of the small {}.",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecognitionSet:
-    """A data set of the few-shot literature.
+    """A data set of the few-shot literature, in the layout of CoOp, and its name in tfds.
 
-    Attributes:
-        num_classes: in the layout of CoOp, in which the published numbers were measured.
-        templates: Tip-Adapter's prompts, with ``{}`` where a class's name goes.
-        folder: its directory in that layout, below the one of all data sets.
-        images: the pictures' directory inside.
-        split_file: JSON there with the splits; ImageNet and its variants have folders,
-            FGVC-Aircraft lists of its own.
-        folders: of ImageNet and its variants, by split, inside ``images``.
-        tfds: its name (and configuration) in tfds, or None.
-        tfds_splits: what train, val and test are there: not the splits that published numbers were
-            measured on, save for ImageNet and its variants.
-        camel_case: tfds and folders write names without spaces.
+    The published numbers were measured on CoOp's splits. What train, val and test are in tfds are
+    other ones, save for ImageNet and its variants.
     """
 
     num_classes: int
-    templates: tuple[str, ...] = _PHOTO
-    folder: str
-    images: str = "images"
-    split_file: str = ""
-    folders: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    templates: tuple[str, ...] = _PHOTO  # Tip-Adapter's, with {} where a class's name goes
+    folder: str  # below that of all data sets
+    images: str = "images"  # inside of it
+    split_file: str = ""  # JSON; ImageNet and its variants have folders, FGVC-Aircraft lists
+    folders: Mapping[str, str] = dataclasses.field(default_factory=dict)  # by split, in `images`
     tfds: str | None = None
     tfds_splits: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    camel_case: bool = False
+    camel_case: bool = False  # tfds and folders write names without spaces
 
     def readable(self, class_names: Sequence[str]) -> tuple[str, ...]:
         """Names as they can stand in a sentence.
@@ -100,112 +86,66 @@ def _zhou(folder: str, images: str, split: str, classes: int, **options: Any) ->
 
 def _imagenet(folder: str, images: str, tfds: str, **options: Any) -> RecognitionSet:
     return RecognitionSet(
-        num_classes=1000,
-        folder=folder,
-        images=images,
-        templates=_IMAGENET_TEMPLATES,
-        tfds=tfds,
-        **options,
-    )
+        num_classes=1000, folder=folder, images=images, tfds=tfds,
+        templates=_IMAGENET_TEMPLATES, **options,
+    )  # fmt: skip
 
 
 # The eleven, splits and folders of CoOp (Zhou et al., arXiv 2109.01134), and two that test shifts.
+# tfds counts caltech101's background and easy faces as classes too, 102 in all, and has ucf101's
+# videos, not their middle frames.
 RECOGNITION_SETS: dict[str, RecognitionSet] = {
     "imagenet": _imagenet(
-        "imagenet",
-        "images",
-        "imagenet2012",
-        folders={"train": "train", "test": "val"},
-        tfds_splits={"train": "train", "test": "validation"},
+        "imagenet", "images", "imagenet2012", folders={"train": "train", "test": "val"},
+        tfds_splits=_TRAIN_VALIDATION,
     ),
-    # tfds counts its background and easy faces as classes too, 102 in all.
     "caltech101": _zhou(
-        "caltech-101",
-        "101_ObjectCategories",
-        "Caltech101",
-        100,
-        tfds="caltech101",
-        tfds_splits=_TRAIN_TEST,
+        "caltech-101", "101_ObjectCategories", "Caltech101", 100,
+        tfds="caltech101", tfds_splits=_TRAIN_TEST,
     ),
     "oxford_pets": _zhou(
-        "oxford_pets",
-        "images",
-        "OxfordPets",
-        37,
+        "oxford_pets", "images", "OxfordPets", 37, tfds="oxford_iiit_pet", tfds_splits=_TRAIN_TEST,
         templates=("a photo of a {}, a type of pet.",),
-        tfds="oxford_iiit_pet",
-        tfds_splits=_TRAIN_TEST,
     ),
     "stanford_cars": _zhou(
-        "stanford_cars", "", "StanfordCars", 196, tfds="cars196", tfds_splits=_TRAIN_TEST
+        "stanford_cars", "", "StanfordCars", 196, tfds="cars196", tfds_splits=_TRAIN_TEST,
     ),
     "oxford_flowers": _zhou(
-        "oxford_flowers",
-        "jpg",
-        "OxfordFlowers",
-        102,
+        "oxford_flowers", "jpg", "OxfordFlowers", 102,
+        tfds="oxford_flowers102", tfds_splits=_ALL_THREE,
         templates=("a photo of a {}, a type of flower.",),
-        tfds="oxford_flowers102",
-        tfds_splits=_ALL_THREE,
     ),
     "food101": _zhou(
-        "food-101",
-        "images",
-        "Food101",
-        101,
+        "food-101", "images", "Food101", 101, tfds="food101", tfds_splits=_TRAIN_VALIDATION,
         templates=("a photo of {}, a type of food.",),
-        tfds="food101",
-        tfds_splits={"train": "train", "test": "validation"},
     ),
     "fgvc_aircraft": RecognitionSet(
-        num_classes=100,
-        folder="fgvc_aircraft",
+        num_classes=100, folder="fgvc_aircraft",
         templates=("a photo of a {}, a type of aircraft.",),
     ),
     "sun397": _zhou("sun397", "SUN397", "SUN397", 397, tfds="sun397:tfds", tfds_splits=_ALL_THREE),
     "dtd": _zhou(
-        "dtd",
-        "images",
-        "DescribableTextures",
-        47,
+        "dtd", "images", "DescribableTextures", 47, tfds="dtd", tfds_splits=_ALL_THREE,
         templates=("{} texture.",),
-        tfds="dtd",
-        tfds_splits=_ALL_THREE,
     ),
     "eurosat": _zhou(
-        "eurosat",
-        "2750",
-        "EuroSAT",
-        10,
-        templates=("a centered satellite photo of {}.",),
-        tfds="eurosat:rgb",
+        "eurosat", "2750", "EuroSAT", 10, tfds="eurosat:rgb",
         tfds_splits={"train": "train[:50%]", "val": "train[50%:70%]", "test": "train[70%:]"},
-        camel_case=True,
+        templates=("a centered satellite photo of {}.",), camel_case=True,
     ),
-    # tfds has its videos, not their middle frames.
     "ucf101": _zhou(
-        "ucf101",
-        "UCF-101-midframes",
-        "UCF101",
-        101,
-        templates=("a photo of a person doing {}.",),
-        camel_case=True,
+        "ucf101", "UCF-101-midframes", "UCF101", 101,
+        templates=("a photo of a person doing {}.",), camel_case=True,
     ),
     "imagenet_v2": _imagenet(
-        "imagenetv2",
-        "imagenetv2-matched-frequency-format-val",
-        "imagenet_v2:matched-frequency",
-        folders={"test": ""},
-        tfds_splits=_TEST_ONLY,
+        "imagenetv2", "imagenetv2-matched-frequency-format-val", "imagenet_v2:matched-frequency",
+        folders={"test": ""}, tfds_splits=_TEST_ONLY,
     ),
     "imagenet_sketch": _imagenet(
-        "imagenet-sketch",
-        "images",
-        "imagenet_sketch",
-        folders={"test": ""},
-        tfds_splits=_TEST_ONLY,
+        "imagenet-sketch", "images", "imagenet_sketch",
+        folders={"test": ""}, tfds_splits=_TEST_ONLY,
     ),
-}
+}  # fmt: skip
 
 
 def recognition_set(name: str) -> RecognitionSet:
@@ -275,13 +215,10 @@ def _aircraft(home: epath.Path, split: str) -> tuple[list[tuple[epath.Path, int]
 
 
 def class_names_of(name: str, classes: Sequence[str], directory: epath.Path) -> tuple[str, ...]:
-    """Names that people use, for prompts.
-
-    ImageNet and its variants number their classes. Names are those of CoOp's ``classnames.txt`` in
-    ``directory``, else those of the package open_clip_torch, if it is installed; without either
-    the numbers stay.
-    """
+    """Names that people use, for prompts."""
     which = recognition_set(name)
+    # ImageNet and its variants number their classes. Names are those of CoOp's `classnames.txt`,
+    # else those of the package open_clip_torch; without either the numbers stay.
     if which.num_classes != 1000:
         return which.readable(classes)
     path = directory / "classnames.txt"

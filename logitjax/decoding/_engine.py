@@ -39,7 +39,7 @@ def _decode_chunk(plan: Plan, options: DecodeOptions, params, state, steps: int)
 
 @functools.partial(
     jax.jit,
-    static_argnames=("plan", "drafter", "options", "rounds", "length", "coupled"),
+    static_argnames=("plan", "drafter", "options", "rounds", "length"),
     donate_argnames="state",
 )
 def _speculate(
@@ -83,12 +83,8 @@ class Engine:
     Raises:
         ValueError: for a drafting member that the model does not have.
 
-    >>> from flax import nnx
-    >>> from logitjax.models import Decoder, DecoderConfig
-    >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=1,
-    ...                        num_heads=2, num_kv_heads=1, head_dim=4)
-    >>> model = nnx.jit(lambda: Decoder(config, rngs=nnx.Rngs(0), layout="listed"))()
-    >>> engine = Engine(model, slots=2, max_length=32)
+    >>> from logitjax.models import load_model
+    >>> engine = Engine(load_model("tiny"), slots=2, max_length=32)
     >>> first = engine.prefill(0, Request(prompt=[1, 2, 3], max_new_tokens=4))
     >>> engine.decode_chunk(2).tokens.shape, engine.active.tolist()
     ((2, 2), [True, False])
@@ -114,6 +110,7 @@ class Engine:
         if speculation is not None:
             self._drafter = find_drafter(self.plan, speculation.draft)
             self._draft_params = self._drafter.params(self.params)
+            # A rejected draft has overwritten what a ring without slack would still need.
             self.plan = self.plan.with_ring_slack(max(speculation.lengths))
             self._room += max(speculation.lengths)
         self.rings = rings
@@ -130,6 +127,7 @@ class Engine:
     def state(self) -> DecodeState:
         """All slots as arrays. Programs consume it: do not hold on to an old one."""
         if self._state is None:
+            # Made when it is needed: `prefill_all` brings a state of its own.
             idle = [Request(prompt=[0], max_new_tokens=1)] * self.slots
             cache = self.plan.init_cache(self.slots, self._room)
             state = fresh_rows(self.plan, self.options, idle, cache=cache, extra=self._extra)
@@ -256,7 +254,6 @@ class Engine:
             self.state,
             rounds=rounds,
             length=length,
-            coupled=self.speculation.acceptance == "coupled",
         )
         return emitted, drafted
 
@@ -281,6 +278,7 @@ class Engine:
 
     def evict(self, slot: int | Sequence[int]) -> None:
         """Freeze slots: they emit nothing until they are filled again."""
+        # The same program for any number of slots.
         frozen = np.zeros(self.slots, bool)
         frozen[slot] = True
         self._state = _freeze(self.plan, self.options, self.state, frozen)

@@ -84,19 +84,14 @@ def generate(
             is not there.
         TypeError: drafts of a model that is not an ensemble.
 
-    >>> from flax import nnx
-    >>> from logitjax.models import Decoder, DecoderConfig
-    >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=2,
-    ...                        num_heads=2, num_kv_heads=1, head_dim=4)
-    >>> model = nnx.jit(lambda: Decoder(config, rngs=nnx.Rngs(0), layout="listed"))()
+    >>> from logitjax.models import load_model
+    >>> model = load_model("tiny")
     >>> out = generate(model, [[1, 2, 3], [4]], max_new_tokens=4, sampling=Sampling(temperature=1))
     >>> out.tokens.shape, out.lengths.tolist()
     ((2, 4), [4, 4])
 
     References:
-        Drafts: Leviathan et al., 2023 (arXiv 2211.17192); coupled acceptance: Daliri, Musco and
-        Suresh, Coupling without communication and drafter-invariant speculative decoding, 2024
-        (arXiv 2408.07978).
+        Drafts: Leviathan et al., 2023 (arXiv 2211.17192).
     """
     if drafts is not None and not isinstance(model, Ensemble):
         raise TypeError(
@@ -110,6 +105,7 @@ def generate(
     options = with_room(DecodeOptions() if options is None else options, requests)
     plan = ensemble.plan
     rows = [request.streams(plan) for request in requests]
+    # Of all models: their prompts may differ, the new tokens are common.
     longest = max(len(p) for row in rows for p in row) + max_new_tokens
     if drafts is not None:
         most = max(drafts.lengths)
@@ -147,7 +143,9 @@ def as_requests(
         raise ValueError("prompts: expected at least one")
     if isinstance(sampling, Sampling):
         sampling = [
-            replace(sampling, seed=(sampling.seed + i) % 2**32) for i in range(len(prompts))
+            # Rows of one seed would draw the same noise.
+            replace(sampling, seed=(sampling.seed + i) % 2**32)
+            for i in range(len(prompts))
         ]
     if len(sampling) != len(prompts):
         raise ValueError(f"sampling: expected one a prompt ({len(prompts)}), got {len(sampling)}")

@@ -27,13 +27,9 @@ def nll_from_model(model: Any) -> Callable[[Any, Any], tuple[np.ndarray, np.ndar
         time]`` and whether each target was the most likely token, bool ``[batch, time]``: what
         `logitjax.evaluation.score_rows` takes. A row's first token must not be a target.
 
-    >>> from flax import nnx
-    >>> from logitjax.models import Decoder, DecoderConfig
-    >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=2,
-    ...                        num_heads=2, num_kv_heads=1, head_dim=4)
-    >>> model = nnx.jit(lambda: Decoder(config, rngs=nnx.Rngs(0), layout="listed"))()
-    >>> nll, greedy = nll_from_model(model)([[1, 2, 3], [4, 7, 0]],
-    ...                                     np.array([[0, 1, 1], [0, 1, 0]], bool))
+    >>> from logitjax.models import load_model
+    >>> nll_fn, targets = nll_from_model(load_model("tiny")), np.array([[0, 1, 1], [0, 1, 0]], bool)
+    >>> nll, greedy = nll_fn([[1, 2, 3], [4, 7, 0]], targets)
     >>> (nll > 0).tolist()
     [[False, True, True], [False, True, False]]
     """

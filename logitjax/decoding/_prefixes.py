@@ -1,7 +1,6 @@
 """What prompts began with, kept in blocks so that it need not be read again."""
 
 import collections
-import dataclasses
 import hashlib
 from typing import Any
 
@@ -9,25 +8,13 @@ import jax
 import numpy as np
 
 
-@dataclasses.dataclass(frozen=True)
-class Block:
-    """Keys and values of some tokens, and what they weigh."""
-
-    cache: Any
-    size: int
-
-
 class PrefixCache:
-    """Blocks of tokens under a digest of everything before them, the least used dropped first.
-
-    Args:
-        limit: most bytes that are held.
-    """
+    """At most `limit` bytes of caches of some tokens each, the least used dropped first."""
 
     def __init__(self, limit: int):
         self.limit = limit
         self.size = 0
-        self._blocks: collections.OrderedDict[bytes, Block] = collections.OrderedDict()
+        self._blocks: collections.OrderedDict[bytes, tuple[Any, int]] = collections.OrderedDict()
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -41,7 +28,7 @@ class PrefixCache:
         for name in names:
             if name not in self._blocks:
                 break
-            found.append(self._blocks[name].cache)
+            found.append(self._blocks[name][0])
         # The first last: a block whose beginning was dropped is of no use to anybody.
         for name in reversed(names[: len(found)]):
             self._blocks.move_to_end(name)
@@ -51,11 +38,11 @@ class PrefixCache:
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
         if name in self._blocks or size > self.limit:
             return
-        self._blocks[name] = Block(cache, size)
+        self._blocks[name] = (cache, size)
         self.size += size
         while self.size > self.limit:
-            _, dropped = self._blocks.popitem(last=False)
-            self.size -= dropped.size
+            _, (_, size) = self._blocks.popitem(last=False)
+            self.size -= size
 
 
 def block_names(tokens: np.ndarray, block: int, salt: str) -> list[bytes]:
@@ -65,6 +52,7 @@ def block_names(tokens: np.ndarray, block: int, salt: str) -> list[bytes]:
     >>> len(one), one[0] == other[0], one[1] == other[1]
     (2, True, False)
     """
+    # A hash of all before, not of the block: equal tokens behind others have other keys and values.
     digest = hashlib.blake2b(salt.encode(), digest_size=16)
     names = []
     for start in range(0, len(tokens) - block + 1, block):

@@ -1,6 +1,7 @@
 """From logits to a token: penalties, truncation, and noise that each row draws by itself."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,17 +11,6 @@ from jax import lax
 from jaxtyping import Bool, Float, Int, Integer, Shaped
 
 from logitjax.ops import Array, checks
-
-_ROW_FIELDS = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "seed",
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,22 +84,13 @@ class SamplingRows:
     seed: Any
 
 
-def sampling_rows(sampling: Sampling | list[Sampling] | tuple[Sampling, ...], rows: int):
-    """Arrays of ``rows`` rows; from a single setting, row i draws with ``seed + i``."""
-    if isinstance(sampling, Sampling):
-        settings = [
-            dataclasses.replace(sampling, seed=(sampling.seed + i) % 2**32) for i in range(rows)
-        ]
-    else:
-        settings = list(sampling)
-    if len(settings) != rows:
-        raise ValueError(f"sampling: expected one setting a row ({rows}), got {len(settings)}")
+def sampling_rows(settings: Sequence[Sampling]) -> SamplingRows:
+    """Settings as arrays."""
     kinds = {"top_k": np.int32, "seed": np.uint32}
+    names = [field.name for field in dataclasses.fields(SamplingRows)]
+    columns = {name: [getattr(s, name) for s in settings] for name in names}
     return SamplingRows(
-        **{
-            name: np.array([getattr(s, name) for s in settings], kinds.get(name, np.float32))
-            for name in _ROW_FIELDS
-        }
+        **{name: np.array(c, kinds.get(name, np.float32)) for name, c in columns.items()}
     )
 
 
@@ -159,12 +140,7 @@ def penalize_counts(
 def allow_only(
     logits: Float[Array, "rows vocab"], allowed: Shaped[Array, "rows words"]
 ) -> Float[jax.Array, "rows vocab"]:
-    """Logits of tokens whose bit is set; ``-inf`` for the others.
-
-    Args:
-        logits: next-token logits.
-        allowed: uint32, bit ``v % 32`` of word ``v // 32`` for token v, as libraries of constrained
-            decoding write it.
+    """Logits of tokens whose bit is set, ``v % 32`` of word ``v // 32``; ``-inf`` for the others.
 
     >>> jax.jit(allow_only)(np.zeros((1, 3)), np.array([[0b101]], np.uint32))
     Array([[  0., -inf,   0.]], dtype=float32)
@@ -205,14 +181,8 @@ def truncate(
 ) -> Float[jax.Array, "rows vocab"]:
     """Logits of the tokens that stay; ``-inf`` for the others.
 
-    All three are thresholds on the logit, found exactly by 32 sweeps that fix it bit by bit: no
-    sort, a different k in every row, and the most likely token always stays.
-
-    Args:
-        logits: next-token logits, already divided by the temperature.
-        top_k: how many to keep; 0 keeps all.
-        top_p: probability that the kept ones must reach, within what ``top_k`` left.
-        min_p: least probability as a fraction of the largest.
+    All three, as of `Sampling`, are thresholds on the logit, found exactly by 32 sweeps that fix it
+    bit by bit: no sort, a different k in every row, and the most likely token always stays.
     """
     logits = checks.as_float(logits, "logits")
     peak = logits.max(axis=-1, keepdims=True)
@@ -270,13 +240,7 @@ def sample(
     rows: SamplingRows,
     counts: Int[Array, " rows"],
 ) -> Int[jax.Array, " rows"]:
-    """One token a row: the most likely where the temperature is 0, else drawn.
-
-    Args:
-        logits: next-token logits after penalties and biases.
-        rows: each row's settings.
-        counts: how many tokens each row has drawn before.
-    """
+    """One token a row, the most likely where the temperature is 0, after `counts` drawn before."""
     logits = checks.as_float(logits, "logits")
     greedy = logits.argmax(axis=-1).astype(jnp.int32)
 

@@ -8,12 +8,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import lax
 
 from logitjax.decoding._ensemble import Ensemble, Plan
 from logitjax.decoding._generate import as_prompts
 from logitjax.decoding._requests import Prompt, Request, bucket, left_padded
 from logitjax.ops import log_softmax
+
+
+def next_token_program(graphdef: Any) -> Any:
+    """Compiled: `(state, tokens [rows, length])` to the logits of the next token, float32.
+
+    Without a cache: for tables of many short prompts.
+    """
+
+    @jax.jit
+    def last(state: Any, tokens: jax.Array) -> jax.Array:
+        model = nnx.merge(graphdef, state)
+        hidden, _ = model.hidden_states(tokens)
+        return model.logits(hidden[:, -1:])[:, 0].astype(jnp.float32)
+
+    return last
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,12 +94,8 @@ def score(
     Raises:
         ValueError: for empty prompts or continuations, or unequal numbers of them.
 
-    >>> from flax import nnx
-    >>> from logitjax.models import Decoder, DecoderConfig
-    >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=2,
-    ...                        num_heads=2, num_kv_heads=1, head_dim=4)
-    >>> model = nnx.jit(lambda: Decoder(config, rngs=nnx.Rngs(0), layout="listed"))()
-    >>> score(model, [[1, 2, 3], [4]], [[5, 6], [7]]).where
+    >>> from logitjax.models import load_model
+    >>> score(load_model("tiny"), [[1, 2, 3], [4]], [[5, 6], [7]]).where
     array([[ True,  True],
            [ True, False]])
     """
@@ -104,6 +116,7 @@ def score(
         for i, row in enumerate(rows)
     ]
     longest = max(map(len, ends))
+    # Few shapes, so that calls of about one length share a program.
     block = min(block, bucket(longest))
     time = -(-longest // block) * block
     # A continuation's first token is predicted from the prompt's last, which each model reads of
@@ -134,7 +147,7 @@ def score(
 
     def whole(leaf: jax.Array) -> np.ndarray:
         if leaf.shape[-2:] != (len(rows), block):
-            return np.asarray(leaf)
+            return np.asarray(leaf)  # one entry a block
         parts = np.moveaxis(np.asarray(leaf), 0, -2)
         return parts.reshape(*parts.shape[:-2], time)[..., :longest]
 

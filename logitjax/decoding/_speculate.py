@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Float, Int
 
 from logitjax.decoding._ensemble import Plan
-from logitjax.decoding._sampling import SamplingRows, row_keys, sample, sampling_logits
+from logitjax.decoding._sampling import SamplingRows, row_keys, sampling_logits
 from logitjax.decoding._step import (
     DecodeOptions,
     DecodeState,
@@ -28,31 +28,21 @@ _DRAFT, _ACCEPT, _INSTEAD = 1, 2, 3
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Speculation:
-    """The drafting member, the draft lengths, and how drafts are accepted.
+    """The drafting member, and the lengths of drafts.
 
     Attributes:
         draft: the member that drafts: ``'expert'`` or ``'base'`` (the first of them), or its place
             among large model, experts and bases.
         lengths: numbers of tokens that may be drafted at once, ascending; each compiles a program.
-            acceptance: ``'rejection'`` accepts with probability min(1, p / q) and draws from what
-            is left of p otherwise, which accepts the most. ``'coupled'`` lets draft and target draw
-            with the same noise and accepts where they agree: a little less often, but the tokens
-            are those that plain decoding draws from the same seed, whatever the draft and its
-            length.
     """
 
     draft: str | int = "expert"
     lengths: tuple[int, ...] = (2, 5)
-    acceptance: str = "rejection"
 
     def __post_init__(self) -> None:
         lengths = tuple(self.lengths)
         if not lengths or lengths[0] < 1 or lengths != tuple(sorted(set(lengths))):
             raise ValueError(f"lengths: expected ascending numbers of at least 1, got {lengths}")
-        if self.acceptance not in ("rejection", "coupled"):
-            raise ValueError(
-                f"acceptance: expected 'rejection' or 'coupled', got {self.acceptance!r}"
-            )
         object.__setattr__(self, "lengths", lengths)
 
 
@@ -128,16 +118,8 @@ def accept_or_redraw(
 
         x ~ q;   accept with probability min(1, p(x) / q(x)),   else draw from (p - q)+ / |(p - q)+|
 
-    Args:
-        logits: logits of the target before temperature and truncation.
-        draft_logits: whose softmax the draft was drawn from (what `sampling_logits` gives).
-        drafted: the draft.
-        rows: each row's settings; rows of temperature 0 give the most likely token.
-        counts: how many tokens each row has drawn before.
-        there: False where there is no draft: a plain draw.
-
-    Returns:
-        int32 tokens; the draft was accepted where they equal it.
+    `logits` are the target's, before temperature and truncation; the softmax of `draft_logits` is
+    what the draft was drawn from. Where nothing is `there`, it is a plain draw.
 
     References:
         Leviathan et al., Fast inference from transformers via speculative decoding, 2023
@@ -154,6 +136,7 @@ def accept_or_redraw(
             jnp.take_along_axis(x, jnp.asarray(drafted)[:, None], axis=-1)[:, 0] for x in (p, q)
         )
         keys = row_keys(rows.seed, counts)
+        # Without a division, as q may be nought: u < p / q.
         accepted = _uniform(keys) * q_x < p_x
         left = jnp.maximum(p - jnp.where(there, q, 0), 0)
         # Nothing is left where p equals q up to rounding.
@@ -195,9 +178,9 @@ def _propose(
     params: Any,
     state: DecodeState,
     length: int,
-    coupled: bool,
-) -> tuple[jax.Array, Any, tuple]:
-    """Tokens ``[length, rows]``, their logits (unless coupled), and the caches."""
+) -> tuple[jax.Array, jax.Array, tuple]:
+    """Tokens ``[length, rows]``, the logits that they were drawn from, and the caches."""
+    # Alone, whatever it is stacked with.
     group = dataclasses.replace(plan.groups[drafter.group], streams=(0,))
 
     def advance(carry: Any, ahead: jax.Array) -> tuple[Any, Any]:
@@ -209,10 +192,7 @@ def _propose(
         )
         here = dataclasses.replace(state, token=token, seen=seen, count=state.count + ahead)
         adjusted = moved_logits(options, here, plan.at_large(logits[0][:, 0]))["adjusted"]
-        if coupled:
-            token, warm = sample(adjusted, state.sampling, here.count), None
-        else:
-            token, warm = _draw_draft(adjusted, state.sampling, here.count)
+        token, warm = _draw_draft(adjusted, state.sampling, here.count)
         return (cache, token, mark_seen(seen, token, state.active)), (token, warm)
 
     carry = (drafter.cache(state.cache), state.token, state.seen)
@@ -227,13 +207,12 @@ def _round(
     params: Any,
     draft_params: Any,
     length: int,
-    coupled: bool,
     carry: Any,
 ) -> Any:
     """Draft, verify, emit what is accepted and one token more."""
     state, buffers, written, stats = carry
     rows = len(state.token)
-    drafts, warm, cache = _propose(plan, drafter, options, draft_params, state, length, coupled)
+    drafts, warm, cache = _propose(plan, drafter, options, draft_params, state, length)
     fed = jnp.concatenate([state.token[None], drafts]).T
     ahead = state.lengths[..., None] + jnp.arange(length + 1)
     positions = jnp.where(state.active[:, None], ahead, -1)
@@ -262,13 +241,7 @@ def _round(
             )
 
         here = dataclasses.replace(state, active=now)
-        after, emitted = emit(
-            plan,
-            options,
-            here,
-            [at(values, n, 1) for values in logits],
-            None if coupled else choose,
-        )
+        after, emitted = emit(plan, options, here, [at(x, n, 1) for x in logits], choose)
         # Rows that rejected a draft before wait for the next round.
         after = dataclasses.replace(
             after,
@@ -277,19 +250,13 @@ def _round(
         )
         buffers = _write(buffers, _by_row(emitted, rows), written, now)
         same = now & there & (after.token == draft)
-        return (
-            n + 1,
-            after,
-            same,
-            buffers,
-            written + now,
-            tested + (now & there),
-            accepted + same,
-        )
+        counts = (written + now, tested + (now & there), accepted + same)
+        return (n + 1, after, same, buffers, *counts)
 
     zero = jnp.zeros(rows, jnp.int32)
     start = (jnp.int32(0), state, jnp.ones(rows, bool), buffers, zero + written, zero, zero)
     _, state, _, buffers, after, tested, accepted = lax.while_loop(unfinished, advance, start)
+    # What was verified beyond is forgotten: the next round writes over those positions.
     state = dataclasses.replace(state, lengths=state.lengths + (after - written))
     stats = Drafted(
         rounds=stats.rounds + before,
@@ -315,6 +282,7 @@ def _by_row(emitted: Emitted, rows: int) -> Emitted:
 
 def _write(buffers: Emitted, emitted: Emitted, written: jax.Array, where: jax.Array) -> Emitted:
     def put(buffer: jax.Array, values: jax.Array) -> jax.Array:
+        # Beyond the buffer, and so dropped, where a row has nothing.
         place = jnp.where(where, written, len(buffer))
         return buffer.at[place, jnp.arange(len(place))].set(values, mode="drop")
 
@@ -331,7 +299,6 @@ def run_rounds(
     *,
     rounds: int,
     length: int,
-    coupled: bool,
 ) -> tuple[DecodeState, Emitted, Drafted]:
     """At most ``rounds`` rounds; ``Emitted`` of ``[slots, rounds * (length + 1)]``.
 
@@ -345,9 +312,7 @@ def run_rounds(
     empty = jax.tree.map(lambda leaf: jnp.zeros((room, *leaf.shape), leaf.dtype), out)
     empty = dataclasses.replace(empty, tokens=jnp.full_like(empty.tokens, options.pad_id))
     zero = jnp.zeros(count, jnp.int32)
-    one_round = functools.partial(
-        _round, plan, drafter, options, params, draft_params, length, coupled
-    )
+    one_round = functools.partial(_round, plan, drafter, options, params, draft_params, length)
 
     def unfinished(carry: Any) -> jax.Array:
         return (carry[0] < rounds) & carry[1][0].active.any()

@@ -5,23 +5,20 @@
 - A `Term` is a loss as a value that declares what it needs; `distillation.terms` has ours. An
   objective runs in any trainer: `Objective.value` takes hidden states, a head and teachers.
 - `prune_layers` and `prune_width` choose what a smaller student keeps.
-- Losses on arrays: `knowledge_distillation` and its relatives, `graph_on_logits` and
-  `graph_fusion_objective` (InfiGFusion), `dual_head_loss`, `universal_logit_distance`.
-- Across tokenizers: `align_chunks`, `token_projection`, `linear_projected_kl_divergence`,
-  `linear_likelihood`.
+- Losses on arrays: `knowledge_distillation` and its relatives, `graph_on_logits` (InfiGFusion),
+  `universal_logit_distance`.
+- Across tokenizers: `align_chunks`, `token_projection`, and terms such as `terms.FirstPiece`.
+- `distillation.on_policy`: a student learns on what it writes itself.
 - `TeacherCache` keeps a teacher's top logits on disk.
 """
 
+from logitjax.distillation import on_policy as on_policy
 from logitjax.distillation import terms as terms
 from logitjax.distillation._align_gradients import align_gradients as align_gradients
 from logitjax.distillation._align_gradients import aligned_value_and_grad as aligned_value_and_grad
 from logitjax.distillation._binary_kl import binary_kl as binary_kl
 from logitjax.distillation._binary_kl import binary_kl_norm as binary_kl_norm
 from logitjax.distillation._dual_head import DualHead as DualHead
-from logitjax.distillation._dual_head import dual_head_loss as dual_head_loss
-from logitjax.distillation._graph_fusion import FusionTeacher as FusionTeacher
-from logitjax.distillation._graph_fusion import GraphFusionConfig as GraphFusionConfig
-from logitjax.distillation._graph_fusion import graph_fusion_objective as graph_fusion_objective
 from logitjax.distillation._graph_on_logits import GraphConfig as GraphConfig
 from logitjax.distillation._graph_on_logits import graph_on_logits as graph_on_logits
 from logitjax.distillation._knowledge_distillation import (
@@ -46,15 +43,6 @@ from logitjax.distillation.tokenizers._alignment import Chunks as Chunks
 from logitjax.distillation.tokenizers._alignment import align_chunks as align_chunks
 from logitjax.distillation.tokenizers._likelihood_matching import ChunkScores as ChunkScores
 from logitjax.distillation.tokenizers._likelihood_matching import TokenSet as TokenSet
-from logitjax.distillation.tokenizers._likelihood_matching import (
-    binarized_divergence as binarized_divergence,
-)
-from logitjax.distillation.tokenizers._likelihood_matching import (
-    linear_likelihood as linear_likelihood,
-)
-from logitjax.distillation.tokenizers._projected_kl import (
-    linear_projected_kl_divergence as linear_projected_kl_divergence,
-)
 from logitjax.distillation.tokenizers._projection import TokenProjection as TokenProjection
 from logitjax.distillation.tokenizers._token_pieces import token_projection as token_projection
 from logitjax.distillation.training._corpus import Corpus as Corpus
@@ -70,10 +58,10 @@ from logitjax.distillation.training._distill import Trained as Trained
 from logitjax.distillation.training._distill import distill as distill
 from logitjax.distillation.training._distill import make_update as make_update
 from logitjax.distillation.training._distill import train_student as train_student
-from logitjax.distillation.training._distill import update_program as update_program
 from logitjax.distillation.training._loss_function import LossFunction as LossFunction
 from logitjax.distillation.training._loss_function import score_function as score_function
 from logitjax.distillation.training._loss_function import targets as targets
+from logitjax.distillation.training._programs import update_programs as update_programs
 from logitjax.distillation.training._prune import LayerPruning as LayerPruning
 from logitjax.distillation.training._prune import Pruning as Pruning
 from logitjax.distillation.training._prune import prune_layers as prune_layers

@@ -8,11 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from logitjax.ops import checks
-from logitjax.ops.sharding import path_mask
-
-
-def _mean_over(tree: Any, axis_name: Any) -> Any:
-    return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
+from logitjax.ops.sharding import path_mask, vary
 
 
 def _wide(x: jax.Array) -> jax.Array:
@@ -73,19 +69,16 @@ def align_gradients(
     ]
     for (name, leaf), (other, theirs) in zip(named[0].items(), named[1].items(), strict=True):
         checks.shapes(**{name: (leaf, "float *shape"), other: (theirs, "float *shape")})
-    task = _mean_over(task_gradients, axis_name)
-    auxiliary = _mean_over(auxiliary_gradients, axis_name)
+    task, auxiliary = task_gradients, auxiliary_gradients
+    if axis_name is not None:
+        # Before the inner product: a mean of projections is not the projection of the mean.
+        task, auxiliary = jax.lax.pmean((task, auxiliary), axis_name)
     shared = jax.tree.map(lambda _: True, task) if trunk is None else path_mask(task, trunk)
     if not any(jax.tree.leaves(shared)):
         raise ValueError(f"trunk: expected a pattern of some parameter, got {trunk!r}")
 
     def inner(a: Any, b: Any) -> jax.Array:
-        products = jax.tree.map(
-            lambda x, y, use: jnp.sum(_wide(x) * _wide(y)) * use,
-            a,
-            b,
-            shared,
-        )
+        products = jax.tree.map(lambda x, y, use: (_wide(x) * _wide(y)).sum() * use, a, b, shared)
         return jnp.asarray(sum(jax.tree.leaves(products)))
 
     dot, task_square = inner(task, auxiliary), inner(task, task)
@@ -137,26 +130,13 @@ def aligned_value_and_grad(
     def run(params: Any, *args: Any) -> tuple[tuple[tuple[Any, Any], Any], Any, dict[str, Any]]:
         if axis_name is not None:
             # Replicated parameters would make shard_map sum the gradients by itself.
-            params = jax.tree.map(lambda leaf: _varying(leaf, axis_name), params)
+            names = (axis_name,) if isinstance(axis_name, str) else axis_name
+            params = jax.tree.map(lambda leaf: vary(leaf, names), params)
         losses, pullback, extra = jax.vjp(lambda p: loss_fn(p, *args), params, has_aux=True)
-        one, zero = (jax.tree.map(lambda x, f=f: f(x), losses[0]) for f in (_ones, _zeros))
+        one, zero = (jax.tree.map(f, losses[0]) for f in (jnp.ones_like, jnp.zeros_like))
         (task,) = pullback((one, zero))
         (auxiliary,) = pullback((zero, one))
         gradients, metrics = align_gradients(task, auxiliary, trunk=trunk, axis_name=axis_name)
         return (losses, extra), gradients, metrics
 
     return run
-
-
-def _ones(value: Any) -> jax.Array:
-    return jnp.ones_like(value)
-
-
-def _zeros(value: Any) -> jax.Array:
-    return jnp.zeros_like(value)
-
-
-def _varying(leaf: Any, axis_name: Any) -> jax.Array:
-    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-    missing = tuple(name for name in names if name not in jax.typeof(leaf).mat.varying)
-    return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf

@@ -1,6 +1,7 @@
 """Class-by-class logit losses: the two that dual-head distillation trains its second head with."""
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -16,6 +17,7 @@ Reduction = Literal["sum", "mean"]
 def _log_cosh(x: jax.Array) -> jax.Array:
     """`log(cosh(x))`: exact to float32 near 0, finite at any size."""
     size = jnp.abs(x)
+    # Both branches are computed: sinh of a large number would be inf, and its gradient nan.
     near = jnp.minimum(size, 1.0)
     small = jnp.log1p(2.0 * jnp.square(jnp.sinh(near / 2.0)))
     large = size + jnp.log1p(jnp.exp(-2.0 * size)) - math.log(2.0)
@@ -30,27 +32,33 @@ def _log_cosh_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array
 
 def bernoulli_kl(student_logit: jax.Array, teacher_logit: jax.Array) -> jax.Array:
     """`KL(Bern(sigmoid(teacher)) || Bern(sigmoid(student)))` elementwise, finite at any gap."""
-    log_sigmoid = jax.nn.log_sigmoid
-    positive = log_sigmoid(teacher_logit) - log_sigmoid(student_logit)
-    negative = log_sigmoid(-teacher_logit) - log_sigmoid(-student_logit)
-    p = jax.nn.sigmoid(teacher_logit)
-    return p * positive + jax.nn.sigmoid(-teacher_logit) * negative
+
+    def answer(student: jax.Array, teacher: jax.Array) -> jax.Array:
+        p = jax.nn.sigmoid(teacher)
+        gap = jax.nn.log_sigmoid(teacher) - jax.nn.log_sigmoid(student)
+        # What the teacher rules out weighs nothing, also where it is infinitely far.
+        return jnp.where(p == 0, 0.0, p * gap)
+
+    return answer(student_logit, teacher_logit) + answer(-student_logit, -teacher_logit)
 
 
-def _prepare(
+def _by_class(
+    loss: Callable[[jax.Array, jax.Array], jax.Array],
     student_logits: Array,
     teacher_logits: Array,
+    *,
     temperature: Number,
     reduction: str,
     centre: bool,
     vocab_where: Array | None,
     axis: int,
     axis_name: AxisName | None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Both logits in float32 with 0 for classes that are left out, and which are kept."""
+) -> jax.Array:
+    """`t^2` times the sum or mean of a loss of each class, of logits over the temperature t."""
     student = checks.as_float(student_logits, "student_logits")
     teacher = jax.lax.stop_gradient(checks.as_float(teacher_logits, "teacher_logits"))
-    checks.same_shape(student, teacher, "student_logits", "teacher_logits")
+    pair = {"student_logits": (student, "any *same"), "teacher_logits": (teacher, "any *same")}
+    checks.shapes(**pair)
     checks.axis(axis, student.shape, "student_logits")
     checks.where(vocab_where, student.shape, "vocab_where")
     checks.positive(temperature, "temperature")
@@ -59,6 +67,9 @@ def _prepare(
     keep = (student != -jnp.inf) & (teacher != -jnp.inf)
     if vocab_where is not None:
         keep = keep & vocab_where
+    # Zeros in place of -inf, whose difference would be nan and so would its gradient.
+    # An infinite answer of the teacher is an error of its own, not certainty.
+    teacher = jnp.where(teacher == jnp.inf, jnp.nan, teacher)
     student, teacher = jnp.where(keep, student, 0.0), jnp.where(keep, teacher, 0.0)
     if centre:
         count = jnp.maximum(psum(keep.sum(axis, keepdims=True), axis_name), 1)
@@ -66,12 +77,9 @@ def _prepare(
             jnp.where(keep, x - psum(x.sum(axis, keepdims=True), axis_name) / count, 0.0)
             for x in (student, teacher)
         )
-    return student, teacher, keep
-
-
-def _reduce(
-    values: jax.Array, keep: jax.Array, reduction: str, axis: int, axis_name: AxisName | None
-) -> jax.Array:
+    values = jnp.square(jnp.asarray(temperature)) * loss(
+        student / temperature, teacher / temperature
+    )
     total = psum(jnp.where(keep, values, 0.0).sum(axis), axis_name)
     if reduction == "sum":
         return total
@@ -126,13 +134,17 @@ def binary_kl(
         code takes logs of clamped float32 probabilities, which are infinite from a logit of about
         17 on; here they are log-sigmoids.
     """
-    student, teacher, keep = _prepare(
-        student_logits, teacher_logits, temperature, reduction, centre, vocab_where, axis, axis_name
+    return _by_class(
+        bernoulli_kl,
+        student_logits,
+        teacher_logits,
+        temperature=temperature,
+        reduction=reduction,
+        centre=centre,
+        vocab_where=vocab_where,
+        axis=axis,
+        axis_name=axis_name,
     )
-    values = jnp.square(jnp.asarray(temperature)) * bernoulli_kl(
-        student / temperature, teacher / temperature
-    )
-    return _reduce(values, keep, reduction, axis, axis_name)
 
 
 def binary_kl_norm(
@@ -157,22 +169,8 @@ def binary_kl_norm(
 
         t^2 * sum_c log cosh( (z_s[c] - z_t[c]) / (2 t) )
 
-    Args:
-        student_logits: `[*batch, classes]` (classes along `axis`).
-        teacher_logits: the same shape; absolute logits.
-        temperature: `t` above.
-        reduction: over classes: `'sum'` as published, or `'mean'`.
-        centre: subtract each row's mean first, for teachers known up to a constant.
-        vocab_where: the classes to compare. A class at `-inf` on either side is left out as well.
-        axis: the class axis.
-        axis_name: mesh axis over which the classes are split, inside `shard_map`.
-
-    Returns:
-        float32 `[*batch]`.
-
-    Raises:
-        TypeError: logits are not floating point.
-        ValueError: different shapes, a temperature that is not positive, an unknown reduction.
+    Arguments, result and errors are those of `binary_kl`; the teacher's logits are absolute here
+    too.
 
     >>> jax.jit(binary_kl_norm)(jnp.array([[2.0, -1.0]]), jnp.array([[2.0, -1.0]]))
     Array([0.], dtype=float32)
@@ -181,10 +179,14 @@ def binary_kl_norm(
         Yang et al., Dual-Head Knowledge Distillation (arXiv 2411.08937), BinaryKL-Norm; the closed
         form is ours and agrees with the released code where that is finite.
     """
-    student, teacher, keep = _prepare(
-        student_logits, teacher_logits, temperature, reduction, centre, vocab_where, axis, axis_name
+    return _by_class(
+        lambda student, teacher: _log_cosh((student - teacher) / 2.0),
+        student_logits,
+        teacher_logits,
+        temperature=temperature,
+        reduction=reduction,
+        centre=centre,
+        vocab_where=vocab_where,
+        axis=axis,
+        axis_name=axis_name,
     )
-    values = jnp.square(jnp.asarray(temperature)) * _log_cosh(
-        (student - teacher) / (2.0 * temperature)
-    )
-    return _reduce(values, keep, reduction, axis, axis_name)

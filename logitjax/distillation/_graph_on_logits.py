@@ -13,7 +13,7 @@ from logitjax.ops import Array
 from logitjax.transport import FactoredGraph
 
 Node = Literal["rank", "token"]
-Logits = Literal["standardized", "softmax", "raw", "standardized_top_k", "softmax_top_k"]
+Logits = Literal["standardized", "softmax", "raw"]
 Value = Literal["closed_form", "sorted_coupling"]
 
 
@@ -27,19 +27,15 @@ class GraphConfig:
         k: logits kept at each position.
         node: `rank`: node r is the r-th largest logit, so vocabularies need no alignment (the
             paper's figure). `token`: a node is a vocabulary entry (the paper's abstract).
-        feature: the number that stands for a node, see `transport.graph_features`. `row_mean`
-            is `row_sum` divided by k.
+        feature: the number that stands for a node, see `transport.graph_features`.
         logits: `standardized`: z-scored over the vocabulary, then top-k; `softmax`: over the
-            vocabulary, then top-k; `raw` logits scale the loss with their square; the
-            `..._top_k` forms see the kept logits only.
+            vocabulary, then top-k; `raw` logits scale the loss with their square.
         value: `closed_form`: L1 of the sorted features. `sorted_coupling`: the squared
             difference of the two graphs under the matching that sorting finds. It is close to the
             Gromov-Wasserstein optimum while the models differ. Near convergence it is not: of
             token graphs that differ by noise of .001 it is about 200 times what matching each
             token with itself costs. Where both models share a vocabulary, `transport.certificate`
             takes that matching among its candidates.
-        certificate: add bounds of the Gromov-Wasserstein cost to the metrics (with token nodes
-            it takes O(T^2 k)).
     """
 
     k: int = 10
@@ -47,7 +43,6 @@ class GraphConfig:
     feature: transport.Feature = "row_sum"
     logits: Logits = "standardized"
     value: Value = "closed_form"
-    certificate: bool = False
 
     def __post_init__(self):
         for name, choices in (
@@ -61,37 +56,12 @@ class GraphConfig:
                 raise ValueError(f"{name}: expected one of {get_args(choices)}, got {chosen!r}")
         if self.k < 1:
             raise ValueError(f"k: expected at least 1, got {self.k}")
-        if (
-            self.logits == "standardized_top_k"
-            and self.k > 2
-            and self.feature in ("row_sum", "row_mean")
-            and self.value == "sorted_coupling"
-        ):
-            raise ValueError(
-                f"this graph loss sorts rounding noise: logits='standardized_top_k' makes each "
-                f"position sum to zero, so every {self.feature} Z^T (Z 1) vanishes; use "
-                "logits='standardized', or feature='off_diagonal' or 'row_rms'"
-            )
-        reason = self._identically_zero()
-        if reason:
-            raise ValueError(f"this graph loss is identically zero: {reason}")
-
-    def _identically_zero(self) -> str | None:
-        sums = self.feature in ("row_sum", "row_mean")
-        if self.logits == "standardized_top_k":
-            if self.k <= 2:
-                return f"logits='standardized_top_k' gives the same values everywhere at k={self.k}"
-            if sums:
-                return (
-                    f"logits='standardized_top_k' makes each position sum to zero, so every "
-                    f"{self.feature} Z^T (Z 1) vanishes; use logits='standardized' or "
-                    "feature='off_diagonal'"
-                )
-        if self.logits == "softmax_top_k" and self.k == 1:
-            return "logits='softmax_top_k' is 1 everywhere at k=1"
+        # Settings that see nothing would train on zero without a word.
         if self.feature == "off_diagonal" and self.k == 1 and self.value == "closed_form":
-            return "feature='off_diagonal' has nothing off the diagonal at k=1"
-        return None
+            raise ValueError(
+                "this graph loss is identically zero: feature='off_diagonal' has nothing off the "
+                "diagonal at k=1"
+            )
 
     def check_vocabulary(self, vocab_size: int | None) -> None:
         """ValueError where keeping the whole vocabulary makes the loss vanish."""
@@ -99,14 +69,14 @@ class GraphConfig:
             vocab_size is not None
             and self.k >= vocab_size
             and self.logits == "standardized"
-            and self.feature in ("row_sum", "row_mean")
+            and self.feature == "row_sum"
         ):
             effect = (
                 "is identically zero" if self.value == "closed_form" else "sorts rounding noise"
             )
             raise ValueError(
                 f"this graph loss {effect}: k={self.k} keeps the whole vocabulary of "
-                f"{vocab_size}, whose z-scores sum to zero, so every {self.feature} vanishes; "
+                f"{vocab_size}, whose z-scores sum to zero, so every row sum vanishes; "
                 "use a smaller k or feature='off_diagonal'"
             )
 
@@ -162,9 +132,8 @@ def graph_on_logits(
         - `student_rank_one`: share of the energy of C along f (rank nodes); near one means that
           the graph holds a single direction.
         - `student_tokens`, `teacher_tokens`: valid positions.
-        - with `config.certificate`: `lower` <= Gromov-Wasserstein (p = 2) <= `upper` of the two
-          Z as computed, rounding counted, in the units of `sorted_coupling`; and `gap` = upper /
-          lower, one where both are zero, infinite where the lower one alone is.
+
+        `transport.certificate` bounds the Gromov-Wasserstein cost itself.
 
     Raises:
         ValueError: if k exceeds a vocabulary, or batches differ, or the setting is identically
@@ -199,9 +168,8 @@ def graph_on_logits(
             f"teacher: expected batch shape {student.values.shape[:-2]} as the student's, "
             f"got {teacher.values.shape[:-2]}"
         )
-    names = [*_METRICS]
-    names += ["student_rank_one"] if config.node == "rank" else []
-    names += ["lower", "upper", "gap"] if config.certificate else []
+    # Token graphs are large: their energy would take a product of all pairs of positions.
+    names = [*_METRICS, *(["student_rank_one"] if config.node == "rank" else [])]
 
     def compare(*arrays):
         half = len(arrays) // 2
@@ -216,9 +184,6 @@ def graph_on_logits(
     loss, *values = ops.sharding.over_batch(compare, out_ndims, *arrays)
     return loss, jax.lax.stop_gradient(dict(zip(names, values)))
 
-
-# A few roundings of float32.
-_ROUNDED_UP = 1 + 1e-6
 
 _METRICS = (
     "closed_form",
@@ -235,19 +200,15 @@ _METRICS = (
 def _compare(ours, theirs):
     config = ours.config
     if config.node == "token":
+        # A node for each token of either: those that one vocabulary has not are empty.
         ours.nodes = theirs.nodes = max(ours.nodes, theirs.nodes)
     f, g = (graph.features(config.feature) for graph in (ours, theirs))
     closed_form = jnp.sum(jnp.abs(jnp.sort(f, axis=-1) - jnp.sort(g, axis=-1)), axis=-1) / config.k
-    loss = closed_form
     metrics = _metrics(ours, theirs, f, g) | {"closed_form": closed_form}
-    if config.value == "sorted_coupling" or config.certificate:
-        value, rounding = _sorted_coupling_value(ours, theirs, f, g)
-        if config.certificate:
-            lower, upper = _lower_bound(ours, theirs), _ROUNDED_UP * (value + rounding)
-            gap = jnp.where(lower > 0, upper / jnp.where(lower > 0, lower, 1.0), jnp.inf)
-            metrics |= {"lower": lower, "upper": upper, "gap": jnp.where(upper > 0, gap, 1.0)}
-        if config.value == "sorted_coupling":
-            loss = value
+    loss = closed_form
+    if config.value == "sorted_coupling":
+        loss = _sorted_coupling_value(ours, theirs, f, g)
+    # Beside an empty graph the distance would be the size of the other, which pulls towards zero.
     both = (ours.tokens > 0) & (theirs.tokens > 0)
     return jnp.where(both, loss, 0.0), metrics
 
@@ -284,7 +245,9 @@ class _Graph:
         self.config, self.axis = config, sequence_axis_name
         z = _transform(values, log_z, mean, std, config.logits)
         self.tokens = ops.psum(self.valid.sum(-1, dtype=z.dtype), self.axis)
+        # The root, for the graph is a product of two of these.
         scale = jax.lax.rsqrt(jnp.maximum(self.tokens, 1.0))[..., None, None]
+        # Selected, for padding may hold inf or nan.
         self.unscaled = jnp.where(self.valid[..., None], z, 0.0)
         self.z = self.unscaled * scale
         self.ids, self.nodes = None, config.k
@@ -296,15 +259,11 @@ class _Graph:
         f = transport.graph_features(
             self.z,
             self.ids,
-            feature="row_sum" if feature == "row_mean" else feature,
+            feature=feature,
             num_nodes=self.nodes,
             sequence_axis_name=self.axis,
         )
-        if feature == "row_mean":
-            return f / self.config.k
-        if feature == "row_rms":
-            return f * (self.nodes / self.config.k) ** 0.5
-        return f
+        return f * (self.nodes / self.config.k) ** 0.5 if feature == "row_rms" else f
 
     def matrix(self):
         return ops.psum(jnp.einsum("...tu,...tw->...uw", self.z, self.z), self.axis)
@@ -328,22 +287,20 @@ def _transform(values, log_z, mean, std, logits):
     real = values != -jnp.inf
     values = jnp.where(real, values, 0.0)
     if logits == "standardized":
-        z = (values - mean[..., None]) / _positive(std)[..., None]
+        # Of large logits the difference may overflow, and so may the square of the deviation,
+        # which its derivative would divide by.
+        unit = jax.lax.stop_gradient(_positive(std))
+        z = (0.5 * values - 0.5 * mean[..., None]) / (0.5 * unit)[..., None]
+        z = z / (_positive(std) / unit)[..., None]
     elif logits == "softmax":
         z = jnp.exp(values - log_z[..., None])
-    elif logits == "raw":
-        z = values
-    elif logits == "softmax_top_k":
-        return jax.nn.softmax(values, axis=-1, where=real)
     else:
-        count = jnp.maximum(real.sum(-1, keepdims=True), 1)
-        centred = jnp.where(real, values - values.sum(-1, keepdims=True) / count, 0.0)
-        variance = jnp.square(centred).sum(-1, keepdims=True) / count
-        z = centred * jax.lax.rsqrt(_positive(variance))
+        z = values
     return jnp.where(real, z, 0.0)
 
 
 def _positive(x):
+    # Equal logits have no deviation, and z-scores of zero.
     return jnp.where(x > 0, x, 1.0)
 
 
@@ -362,7 +319,7 @@ def _order(f):
 
 
 def _sorted_coupling_value(ours, theirs, f, g):
-    """The cost of the matching, and by how much rounding may have lowered it."""
+    """The cost of the matching that sorting finds."""
 
     def matched(graph, features):
         if graph.ids is None:
@@ -370,36 +327,15 @@ def _sorted_coupling_value(ours, theirs, f, g):
         return FactoredGraph(graph.z, _renumber(graph.ids, features), graph.nodes)
 
     distance = matched(ours, f).squared_distance(matched(theirs, g), ours.axis)
-    return tuple(x / ours.config.k**2 for x in distance)
+    return distance[0] / ours.config.k**2
 
 
 def _renumber(ids, f):
     """Name each node by its place in the sorted order, so that equal names are matched."""
+    # The inverse of a permutation.
     place = jnp.argsort(_order(f), axis=-1)
     flat = jnp.take_along_axis(place, ids.reshape(*ids.shape[:-2], -1), axis=-1)
     return flat.reshape(ids.shape)
-
-
-def _lower_bound(ours, theirs):
-    """A proven lower bound of the cost with p = 2, in the units of the sorted coupling."""
-    ids = () if ours.ids is None else (ours.ids, theirs.ids)
-    parts = [jax.lax.stop_gradient(x) for x in (ours.z, theirs.z, *ids)]
-    if ours.axis is not None:
-        parts = [jax.lax.all_gather(x, ours.axis, axis=x.ndim - 2, tiled=True) for x in parts]
-
-    def one(z, w, *ids):
-        c, d = ids or (None, None)
-        return transport.moment_lower_bound(
-            FactoredGraph(z, c, ours.nodes), FactoredGraph(w, d, theirs.nodes)
-        )
-
-    for _ in range(parts[0].ndim - 2):
-        one = jax.vmap(one)
-    lower = one(*parts)
-    if ours.axis is not None:
-        # All shards have the same number, which shard_map cannot know.
-        lower = jax.lax.pmax(lower, ours.axis)
-    return lower * (ours.nodes / ours.config.k) ** 2 / _ROUNDED_UP
 
 
 def _metrics(ours, theirs, f, g):

@@ -24,7 +24,8 @@ def _softened(
     """Both logits over the temperature, the teacher's without a gradient."""
     student = checks.as_float(student_logits, "student_logits")
     teacher = jax.lax.stop_gradient(checks.as_float(teacher_logits, "teacher_logits"))
-    checks.same_shape(student, teacher, "student_logits", "teacher_logits")
+    pair = {"student_logits": (student, "any *same"), "teacher_logits": (teacher, "any *same")}
+    checks.shapes(**pair)
     checks.positive(temperature, "temperature")
     return student / temperature, teacher / temperature
 
@@ -112,15 +113,11 @@ def decoupled_knowledge_distillation(
               + other_weight  * KL(p_t without y || p_s without y) )
 
     Args:
-        student_logits: `[*batch, classes]`.
+        student_logits: `[*batch, classes]`, as all that follows those of `knowledge_distillation`.
         teacher_logits: the same shape.
-        labels: the true classes.
+        labels: the true classes, numbers of the whole where classes are split.
         target_weight: alpha of the paper.
         other_weight: beta of the paper: 8 by default, 2 or 6 for some published pairs.
-        temperature: `T`.
-        vocab_where: the classes that exist, broadcastable to the logits.
-        axis_name: mesh axis over which the classes are split, inside `shard_map`; labels are
-            class numbers of the whole.
 
     Returns:
         float32 `[*batch]`. Under `jit`, nan where the label is none of the classes.
@@ -152,12 +149,23 @@ def decoupled_knowledge_distillation(
     target = ids == labels[..., None]
     others = ~target if vocab_where is None else ~target & vocab_where
 
-    def target_logit(logits: jax.Array) -> jax.Array:
-        """The logit of "it is the label": its own logit over the evidence for all others."""
+    def sides(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The label's logit and the evidence for all others; -inf where there is none."""
         own = psum(jnp.sum(jnp.where(target, logits, 0.0), -1), axis_name)
-        return own - logsumexp(logits, vocab_where=others, axis_name=axis_name)
+        own = jnp.where(own == jnp.inf, jnp.nan, own)
+        return own, logsumexp(logits, vocab_where=others, axis_name=axis_name)
 
-    target_part = bernoulli_kl(target_logit(student), target_logit(teacher))
+    def log_odds(own: jax.Array, rest: jax.Array) -> jax.Array:
+        # Masked before they are subtracted: -inf less -inf is nan, and so is its gradient.
+        both = (own != -jnp.inf) & (rest != -jnp.inf)
+        odds = jnp.where(both, own, 0.0) - jnp.where(both, rest, 0.0)
+        return jnp.where(both, odds, jnp.where(own == -jnp.inf, -jnp.inf, jnp.inf))
+
+    of_teacher = sides(teacher)
+    target_part = bernoulli_kl(log_odds(*sides(student)), log_odds(*of_teacher))
+    # A teacher without any class asks for nothing.
+    asked = (of_teacher[0] != -jnp.inf) | (of_teacher[1] != -jnp.inf)
+    target_part = jnp.where(asked, target_part, 0.0)
     other_part = _softmax_kl(student, teacher, others, -1, axis_name)
     loss = target_weight * target_part + other_weight * other_part
     known = (labels >= 0) & (labels < classes * shards)
@@ -287,7 +295,8 @@ def dist(
         there = jnp.broadcast_to(where, there.shape)
         student = gradient_where(student, there)
     exist = (student != -jnp.inf) | (teacher != -jnp.inf)
-    student, teacher = jax.nn.softmax(student), jax.nn.softmax(teacher)
+    # Not `jax.nn.softmax`, which makes nan of a row without any class.
+    student, teacher = jnp.exp(log_softmax(student)), jnp.exp(log_softmax(teacher))
     inter = _pearson_distance(student, teacher, exist, -1)
     intra = _pearson_distance(student, teacher, jnp.broadcast_to(there[:, None], exist.shape), 0)
     intra = masked_mean(intra, (there[:, None] & exist).any(0))

@@ -27,7 +27,6 @@ from jaxtyping import Bool, Float
 
 from logitjax.ops import Array, AxisName, Number, TopK, checks, logsumexp, neginf_to_zero
 from logitjax.ops import top_k as exact_top_k
-from logitjax.ops.sharding import over_batch
 
 
 def universal_logit_distance(
@@ -117,6 +116,7 @@ def universal_logit_distance(
             f"teacher: expected the batch axes of student, {q.shape[:-1]}, got {p.shape[:-1]}: "
             "bring both to the same positions first"
         )
+    # A token that is not there has probability zero.
     ranks = max(q.shape[-1], p.shape[-1])
     return jnp.abs(_pad(p, ranks) - _pad(q, ranks)).sum(-1)
 
@@ -133,21 +133,12 @@ def _sorted_probs(
 ) -> jax.Array:
     masked = checks.as_float(logits, name, vocab_where, where_name)
     scaled = jnp.moveaxis(masked, checks.axis(axis, masked.shape, name), -1) / temperature
-    log_z = logsumexp(scaled, axis_name=axis_name)
     if axis_name is None:
-        checks.vocabulary_unsharded(scaled, name, "sort" if top_k is None else "top-k")
-    if top_k is not None:
-        k = min(top_k, _vocabulary_size(scaled, -1, axis_name, name))
-        values, _ = exact_top_k(scaled, k, axis_name=axis_name)
-    else:
-        if axis_name is not None:
-            last = scaled.ndim - 1
-            scaled = lax.all_gather(scaled, axis_name, axis=last, tiled=True, to="invarying")
-
-        def descending(logits: jax.Array) -> tuple[jax.Array]:
-            return (jnp.sort(logits, axis=-1, descending=True),)
-
-        (values,) = over_batch(descending, (scaled.ndim,), scaled)
+        checks.vocabulary_unsharded(scaled, name, "top-k")
+    vocab = _vocabulary_size(scaled, -1, axis_name, name)
+    # The k largest of all are all of them, sorted.
+    values, _ = exact_top_k(scaled, min(top_k or vocab, vocab), axis_name=axis_name)
+    log_z = logsumexp(scaled, axis_name=axis_name)
     return jnp.exp(values - neginf_to_zero(log_z)[..., None])
 
 

@@ -48,60 +48,58 @@ class PromptTemplate:
             before="<|im_start|>user\n", after="<|im_end|>\n<|im_start|>assistant\n"
         )
 
+    def encode(self, tokenizer: TokenizerLike, question: str) -> np.ndarray:
+        """The tokens that an answer continues: int32 ``[time]``."""
+        return self._encoded(tokenizer, self.render(question))
 
-def encode_prompt(tokenizer: TokenizerLike, template: PromptTemplate, question: str) -> np.ndarray:
-    """The tokens that an answer continues: int32 ``[time]``."""
-    return _encode(tokenizer, template, template.render(question))
+    def encode_answer(
+        self,
+        tokenizer: TokenizerLike,
+        question: str,
+        answer: str,
+        *,
+        max_length: int = 200,
+        eos_id: int | None = None,
+        end: bool = True,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A question with its answer, and which tokens are the answer's, an end mark included.
 
+        The row always begins with what `encode` gives. If the tokens of the whole text begin so
+        (TOFU's code relies on it), it is encoded as one; otherwise prompt and answer are encoded
+        apart.
 
-def encode_answer(
-    tokenizer: TokenizerLike,
-    template: PromptTemplate,
-    question: str,
-    answer: str,
-    *,
-    max_length: int = 200,
-    eos_id: int | None = None,
-    end: bool = True,
-) -> tuple[np.ndarray, np.ndarray]:
-    """A question with its answer, and which tokens are the answer's, an end mark included.
+        Args:
+            tokenizer: tokenizer of the model.
+            question: question of the item.
+            answer: right or wrong.
+            max_length: largest length of the row; the rest is cut off. TOFU's is 200,
+                OpenUnlearning's 512.
+            eos_id: the end mark, if it is not the tokenizer's.
+            end: False for an answer without an end mark.
 
-    The row always begins with what `encode_prompt` gives. If the tokens of the whole text begin so
-    (TOFU's code relies on it), it is encoded as one; otherwise prompt and answer are encoded apart.
+        Returns:
+            int32 ``[time]`` and bool ``[time]``.
 
-    Args:
-        tokenizer: tokenizer of the model.
-        template: what stands around the question.
-        question: question of the item.
-        answer: right or wrong.
-        max_length: largest length of the row; the rest is cut off. TOFU's is 200, OpenUnlearning's
-            512.
-        eos_id: the end mark, if it is not the tokenizer's.
-        end: False for an answer without an end mark.
+        Raises:
+            ValueError: the prompt alone takes ``max_length`` tokens.
+        """
+        prompt = self.encode(tokenizer, question)
+        ids = self._encoded(tokenizer, self.render(question) + answer)
+        # A tokenizer may join the prompt's last characters with the answer's first.
+        if not np.array_equal(ids[: len(prompt)], prompt):
+            ids = np.concatenate([prompt, np.asarray(tokenizer.encode(answer), np.int32)])
+        mark = tokenizer.eos_id if eos_id is None else eos_id
+        if end and mark is not None:
+            ids = np.append(ids, np.int32(mark))
+        ids = ids[:max_length]
+        if len(prompt) >= len(ids):
+            raise ValueError(
+                f"no token of the answer fits: the prompt of {question[:60]!r} takes {len(prompt)} "
+                f"of max_length={max_length} tokens"
+            )
+        return ids, np.arange(len(ids)) >= len(prompt)  # the end mark is the answer's
 
-    Returns:
-        int32 ``[time]`` and bool ``[time]``.
-
-    Raises:
-        ValueError: the prompt alone takes ``max_length`` tokens.
-    """
-    prompt = encode_prompt(tokenizer, template, question)
-    ids = _encode(tokenizer, template, template.render(question) + answer)
-    if not np.array_equal(ids[: len(prompt)], prompt):
-        ids = np.concatenate([prompt, np.asarray(tokenizer.encode(answer), np.int32)])
-    mark = tokenizer.eos_id if eos_id is None else eos_id
-    if end and mark is not None:
-        ids = np.append(ids, np.int32(mark))
-    ids = ids[:max_length]
-    if len(prompt) >= len(ids):
-        raise ValueError(
-            f"no token of the answer fits: the prompt of {question[:60]!r} takes {len(prompt)} of "
-            f"max_length={max_length} tokens"
-        )
-    return ids, np.arange(len(ids)) >= len(prompt)
-
-
-def _encode(tokenizer: TokenizerLike, template: PromptTemplate, text: str) -> np.ndarray:
-    own = getattr(tokenizer, "add_bos", False)
-    add_bos = bool(own if template.add_bos is None else template.add_bos)
-    return np.asarray(tokenizer.encode(text, add_bos=add_bos), np.int32)
+    def _encoded(self, tokenizer: TokenizerLike, text: str) -> np.ndarray:
+        own = getattr(tokenizer, "add_bos", False)
+        add_bos = bool(own if self.add_bos is None else self.add_bos)
+        return np.asarray(tokenizer.encode(text, add_bos=add_bos), np.int32)

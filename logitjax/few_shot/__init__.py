@@ -1,11 +1,11 @@
 """Learning from a few labelled images beside a frozen zero-shot classifier.
 
-- `read_pictures` reads encoded pictures. `fit` chooses and trains a `FittedHead`, which predicts
-  and saves itself; `load` reads it.
+- `read_pictures` reads encoded pictures. `fit` chooses and trains a head, which predicts and saves
+  itself; `load` reads it.
 - `methods` has the methods: `methods.AMU` and those it is compared with. `candidates` adds a
   recipe and the settings to choose among.
-- Methods learn from `Inputs` and a `FewShotTask`. `train` trains one by a `Recipe`, `sweep` trains
-  and scores one on many samples with a grid of settings.
+- Methods learn from `Inputs` and a `FewShotTask`. A `Recipe` trains one, `sweep` trains and scores
+  one on many samples with a grid of settings.
 - `extract_features` fills the `FeatureCache` of a frozen encoder.
 """
 
@@ -18,7 +18,6 @@ from logitjax.few_shot._extract import extract_features as extract_features
 from logitjax.few_shot._feature_cache import FeatureCache as FeatureCache
 from logitjax.few_shot._feature_cache import FeatureIdentity as FeatureIdentity
 from logitjax.few_shot._feature_cache import Features as Features
-from logitjax.few_shot._head import FittedHead as FittedHead
 from logitjax.few_shot._head import fit as fit
 from logitjax.few_shot._head import load as load
 from logitjax.few_shot._labelled import Pictures as Pictures
@@ -26,11 +25,6 @@ from logitjax.few_shot._labelled import read_pictures as read_pictures
 from logitjax.few_shot._method import FewShotTask as FewShotTask
 from logitjax.few_shot._method import Inputs as Inputs
 from logitjax.few_shot._method import Method as Method
-from logitjax.few_shot._method import unit_rows as unit_rows
-from logitjax.few_shot._method import zero_shot_logits as zero_shot_logits
 from logitjax.few_shot._sweep import best_setting as best_setting
 from logitjax.few_shot._sweep import sweep as sweep
-from logitjax.few_shot._sweep import sweep_program as sweep_program
 from logitjax.few_shot._train import Recipe as Recipe
-from logitjax.few_shot._train import batch_order as batch_order
-from logitjax.few_shot._train import train as train

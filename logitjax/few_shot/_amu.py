@@ -1,11 +1,11 @@
 """AMU: a linear predictor on another encoder's features, fused by the zero-shot logits' doubt."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from logitjax.few_shot._method import (
     FewShotTask,
@@ -16,78 +16,98 @@ from logitjax.few_shot._method import (
     needed,
     z_score,
 )
-from logitjax.few_shot._uncertainty import OFFICIAL_NORMALIZER, Uncertainty, uncertainty_weight
 from logitjax.losses import cross_entropy
 from logitjax.ops import Array, Number, checks
 
-_CERTAIN = Uncertainty()
+Measure = Literal["none", "kurtosis", "entropy", "max", "margin", "energy"]
 
 
-def auxiliary_logits(
-    auxiliary: Float[Array, "*batch features"],
-    kernel: Float[Array, "features classes"],
-    *,
-    standardize: bool = True,
-) -> Float[jax.Array, "*batch classes"]:
-    """The bias of AMU: linear logits of the auxiliary features, standardised in each example.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Uncertainty:
+    """The factor of the bias: large where the zero-shot classifier is unsure.
 
-    ::
+    ======== ==============================================================
+    measure  factor, with x the probabilities or the logits
+    ======== ==============================================================
+    none     1
+    kurtosis `(mean(z(x)^4) / normalizer) ^ -rho`
+    entropy  `exp(rho * H(p) / log K)`
+    max      `max(x) ^ -rho`
+    margin   `(max(x) - min(x)) ^ -rho`
+    energy   `(2 log sum exp((x - max(x)) / 2) + 2 max(x)) ^ -rho`
+    ======== ==============================================================
 
-        z(x @ W)
+    z is `z_score`. The kurtosis of probabilities grows with the number of classes K (one-hot:
+    about K), so a fixed normaliser makes beta mean something else on every data set;
+    `'classes'`, K / 4, is 250 at K = 1000 and does not. The kurtosis of logits is 2 to 3 for any
+    K and hardly depends on how sure the classifier is. A class at `-inf` is not there and not
+    counted in K; of logits, `max` and `energy` want positive ones.
 
-    >>> auxiliary_logits(jnp.eye(2), jnp.eye(2), standardize=False)
-    Array([[1., 0.],
-           [0., 1.]], dtype=float32)
-    """
-    logits = checks.as_float(auxiliary, "auxiliary") @ checks.as_float(kernel, "kernel")
-    return z_score(logits) if standardize else logits
-
-
-def fuse_logits(
-    zero_shot: Float[Array, "*batch classes"],
-    bias: Float[Array, "*batch classes"],
-    *,
-    beta: Number = 1.0,
-    weight: Float[Array, "*batch 1"] | None = None,
-) -> Float[jax.Array, "*batch classes"]:
-    """`s0 + beta * weight * s_bias`.
-
-    >>> fuse_logits(jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 2.0]]), beta=0.5)
-    Array([[1., 1.]], dtype=float32)
-    """
-    bias = checks.as_float(bias, "bias")
-    return checks.as_float(zero_shot, "zero_shot") + beta * (
-        bias if weight is None else weight * bias
-    )
-
-
-def multi_branch_loss(
-    auxiliary: Float[Array, "*batch classes"],
-    fused: Float[Array, "*batch classes"],
-    labels: Int[Array, "*batch"],
-    *,
-    fusion_share: Number = 0.35,
-) -> Float[jax.Array, "*batch"]:
-    """Cross-entropy of the fused logits, and of the bias alone so that it can stand by itself.
-
-    ::
-
-        (1 - lambda) * CE(auxiliary, y) + lambda * CE(fused, y)
-
-    Args:
-        auxiliary: `[*batch, classes]`, the bias as it is fused, before beta.
-        fusion_share: lambda; 1 trains the fused logits alone.
-
-    >>> even = jnp.zeros((1, 2))
-    >>> print(f"{jax.jit(multi_branch_loss)(even, even, jnp.array([0]))[0]:.4f}")
-    0.6931
+    Attributes:
+        measure: A row of the table.
+        of: `'probabilities'`, as in the released code, or `'logits'`, as in the paper; the
+            entropy is always of probabilities.
+        exponent: rho.
+        normalizer: What the kurtosis is divided by: a number (released code: 250), `'classes'` or
+            None for 1.
 
     References:
-        Tang et al., AMU-Tuning (arXiv 2404.08958), multi-branch training.
+        Tang et al., AMU-Tuning (arXiv 2404.08958); measures and constants from `clip/amu.py` of its
+        repository (its energy adds the maximum after the division by the temperature 2 and before
+        the product with it, which is kept).
     """
-    own = cross_entropy(auxiliary, labels)
-    both = cross_entropy(fused, labels)
-    return jnp.multiply(1.0 - fusion_share, own) + jnp.multiply(fusion_share, both)
+
+    measure: Measure = "none"
+    of: Literal["probabilities", "logits"] = "probabilities"
+    exponent: Number = 0.4
+    normalizer: Number | Literal["classes"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.measure not in get_args(Measure):
+            raise ValueError(
+                f"measure: expected one of {', '.join(get_args(Measure))}, got {self.measure!r}"
+            )
+        if self.of not in ("probabilities", "logits"):
+            raise ValueError(f"of: expected 'probabilities' or 'logits', got {self.of!r}")
+        if isinstance(self.normalizer, str) and self.normalizer != "classes":
+            raise ValueError(
+                f"normalizer: expected a number, 'classes' or None, got {self.normalizer!r}"
+            )
+
+    def weight(self, zero_shot: Float[Array, "*batch classes"]) -> Float[jax.Array, "*batch 1"]:
+        """The factor of the bias, for each image; it has no parameters and can be computed once."""
+        logits = checks.as_float(zero_shot, "zero_shot")
+        measure, rho = self.measure, self.exponent
+        if measure == "none":
+            return jnp.ones((*logits.shape[:-1], 1), logits.dtype)
+        there = logits != -jnp.inf
+        count = there.sum(-1, keepdims=True)
+        if measure == "entropy":
+            log_p = jax.nn.log_softmax(logits)
+            # A class without mass has no part in the entropy.
+            terms = jnp.where(there, jnp.exp(log_p) * jnp.where(there, log_p, 0.0), 0.0)
+            most = jnp.log(jnp.maximum(count, 2))  # of one class it would be 0
+            return jnp.exp(-rho * terms.sum(-1, keepdims=True) / most)
+        x = jax.nn.softmax(logits) if self.of == "probabilities" else logits
+        if measure == "kurtosis":
+            fourth = z_score(jnp.where(there, x, -jnp.inf)) ** 4
+            level = fourth.sum(-1, keepdims=True) / jnp.maximum(count, 1)
+            if self.normalizer is not None:
+                by = count / 4 if isinstance(self.normalizer, str) else self.normalizer
+                level = level / by
+            return level**-rho
+        top = x.max(-1, keepdims=True)
+        if measure == "max":
+            level = top
+        elif measure == "margin":
+            level = top - x.min(-1, keepdims=True, where=there, initial=jnp.inf)
+        else:
+            parts = jnp.where(there, jnp.exp((x - top) / 2.0), 0.0)
+            level = 2.0 * (jnp.log(parts.sum(-1, keepdims=True)) + top)
+        return level**-rho
+
+
+_CERTAIN = Uncertainty()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,27 +133,28 @@ class AMU(Method):
         fusion_share: lambda, the share of the fused logits' loss.
         uncertainty: Factor of the bias in each image.
         standardize: z-score of the bias.
-        initial: The predictor starts from `'features'` (class means), `'random'` or `'zeros'`.
+        initial: The predictor starts from `'features'` (class means), or `'random'`.
+
+    References:
+        Tang et al., AMU-Tuning (arXiv 2404.08958), multi-branch training; its released code.
     """
 
     beta: Number = 0.5
     fusion_share: Number = 0.35
     uncertainty: Uncertainty = _CERTAIN
     standardize: bool = True
-    initial: Literal["features", "random", "zeros"] = "features"
+    initial: Literal["features", "random"] = "features"
+    needs: ClassVar[tuple[str, ...]] = ("auxiliary",)
 
     def __post_init__(self) -> None:
-        if self.initial not in ("features", "random", "zeros"):
-            raise ValueError(
-                f"initial: expected 'features', 'random' or 'zeros', got {self.initial!r}"
-            )
+        if self.initial not in ("features", "random"):
+            raise ValueError(f"initial: expected 'features' or 'random', got {self.initial!r}")
 
     @classmethod
     def paper(cls, **options: Any) -> "AMU":
         """As in the paper's figure: plain logits, fused by the kurtosis of the zero-shot logits."""
         uncertainty = Uncertainty(measure="kurtosis", of="logits", normalizer=None)
-        own: dict[str, Any] = {"standardize": False, "uncertainty": uncertainty}
-        return cls(**(own | options))
+        return cls(**{"standardize": False, "uncertainty": uncertainty, **options})
 
     @classmethod
     def official(cls, *, uncertainty: str = "none", **options: Any) -> "AMU":
@@ -142,33 +163,30 @@ class AMU(Method):
             raise ValueError(f"uncertainty: expected 'none' or 'moment', got {uncertainty!r}")
         chosen = Uncertainty()
         if uncertainty == "moment":
-            chosen = Uncertainty(measure="kurtosis", normalizer=OFFICIAL_NORMALIZER)
-        own: dict[str, Any] = {"uncertainty": chosen}
-        return cls(**(own | options))
+            # The released code divides the kurtosis of 1000 probabilities by this.
+            chosen = Uncertainty(measure="kurtosis", normalizer=250.0)
+        return cls(**{"uncertainty": chosen, **options})
 
     def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
         features = task.mean_view("auxiliary", self)
         shape = (features.shape[-1], task.num_classes)
         if self.initial == "features":
             kernel = class_means(features, task.labels, shape[1])
-        elif self.initial == "zeros":
-            kernel = jnp.zeros(shape, features.dtype)
         else:
             key = jax.random.key(0) if key is None else key
-            limit = shape[0] ** -0.5
+            limit = shape[0] ** -0.5  # as torch's Linear begins
             kernel = jax.random.uniform(key, shape, features.dtype, -limit, limit)
         return State(kernel, None)
 
     def prepare(self, inputs: Inputs) -> Inputs:
         if self.uncertainty.measure == "none":
             return inputs
-        weight = uncertainty_weight(inputs.zero_shot, self.uncertainty)
-        return dataclasses.replace(inputs, weight=weight)
+        return dataclasses.replace(inputs, weight=self.uncertainty.weight(inputs.zero_shot))
 
     def auxiliary_logits(self, state: State, inputs: Inputs) -> jax.Array:
         """The bias alone, before its weights: a classifier that never saw the zero-shot one."""
-        auxiliary = needed(inputs.auxiliary, "auxiliary", self)
-        return auxiliary_logits(auxiliary, state.trained, standardize=self.standardize)
+        logits = needed(inputs.auxiliary, "auxiliary", self) @ state.trained
+        return z_score(logits) if self.standardize else logits
 
     def bias(self, state: State, inputs: Inputs) -> jax.Array:
         bias = self.auxiliary_logits(state, inputs)
@@ -176,7 +194,16 @@ class AMU(Method):
         return bias if inputs.weight is None else inputs.weight * bias
 
     def loss(self, state: State, inputs: Inputs, labels: Any) -> jax.Array:
+        """Of the fused logits, and of the bias alone so that it can stand by itself.
+
+        ::
+
+            (1 - lambda) * CE(bias, y) + lambda * CE(s0 + beta * weight * bias, y)
+        """
         inputs = self.prepare(inputs) if inputs.weight is None else inputs
         bias = self.auxiliary_logits(state, inputs)
-        fused = fuse_logits(inputs.zero_shot, bias, beta=self.beta, weight=inputs.weight)
-        return multi_branch_loss(bias, fused, labels, fusion_share=self.fusion_share)
+        weighted = bias if inputs.weight is None else inputs.weight * bias
+        fused = checks.as_float(inputs.zero_shot, "zero_shot") + self.beta * weighted
+        alone, both = cross_entropy(bias, labels), cross_entropy(fused, labels)
+        share: Any = self.fusion_share
+        return (1.0 - share) * alone + share * both

@@ -1,11 +1,10 @@
-"""Few-shot methods that look images up among the labelled ones: Tip-Adapter, CaFo, Tip-X, DMN."""
+"""Few-shot methods that look images up among the labelled ones: Tip-Adapter, CaFo, DMN, APE."""
 
 import dataclasses
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
 
 from logitjax.few_shot._method import (
     FewShotTask,
@@ -14,27 +13,14 @@ from logitjax.few_shot._method import (
     State,
     needed,
     one_hot,
+    unit_rows,
     z_score,
 )
 from logitjax.ops import Array, Number, checks
 
 
-def cache_logits(
-    features: Float[Array, "*batch features"],
-    keys: Float[Array, "n features"],
-    values: Float[Array, "n classes"],
-    *,
-    sharpness: Number = 1.0,
-) -> Float[jax.Array, "*batch classes"]:
-    """Labels of the cached images, weighted by how near each one is.
-
-    ::
-
-        exp(-b (1 - f @ F.T)) @ L
-
-    References:
-        Zhang et al., Tip-Adapter (arXiv 2207.09519), eq. 4.
-    """
+def cache_logits(features: Array, keys: Array, values: Array, sharpness: Number) -> jax.Array:
+    """Labels of the cached images by how near they are: `exp(-b (1 - f @ F.T)) @ L`."""
     affinity = checks.as_float(features, "features") @ checks.as_float(keys, "keys").T
     return jnp.exp(-sharpness * (1.0 - affinity)) @ checks.as_float(values, "values")
 
@@ -43,11 +29,18 @@ def cache_logits(
 class TipAdapter(Method):
     """Tip-Adapter: a cache of the labelled images, without training.
 
+    ::
+
+        s_bias = exp(-b (1 - f @ F.T)) @ L
+
     The released code searches sharpness and beta on the evaluation set; search them on other data.
 
     Attributes:
         beta: The paper's alpha; 1.17 on ImageNet.
         sharpness: The paper's beta.
+
+    References:
+        Zhang et al., Tip-Adapter (arXiv 2207.09519), eq. 4.
     """
 
     beta: Number = 1.17
@@ -61,7 +54,7 @@ class TipAdapter(Method):
 
     def bias(self, state: State, inputs: Inputs) -> jax.Array:
         features = needed(inputs.features, "features", self)
-        return cache_logits(features, state.trained, state.fixed, sharpness=self.sharpness)
+        return cache_logits(features, state.trained, state.fixed, self.sharpness)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,39 +64,26 @@ class TipAdapterF(TipAdapter):
     trains: ClassVar[bool] = True
 
 
-def cafo_bias(
-    zero_shot: Float[Array, "*batch classes"],
-    candidates: Float[Array, "models *batch classes"],
-) -> Float[jax.Array, "*batch classes"]:
-    """CaFo's fusion: standardised logits of several models, weighted by agreement with zero-shot.
-
-    ::
-
-        sum_m p_m z(c_m),    p = softmax_m(<z(s0), z(c_m)>)
-
-    References:
-        Zhang et al., Prompt, Generate, then Cache (arXiv 2303.02151); the released code's `mean`
-        normalisation.
-    """
-    scores = z_score(candidates)
-    # A cache weighs as much as it agrees with the zero-shot logits of the same picture.
-    agreement = (z_score(zero_shot) * scores).sum(-1, keepdims=True)
-    return (jax.nn.softmax(agreement, axis=0) * scores).sum(0)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CaFo(Method):
     """CaFo's fusion of two trained caches, one on each encoder.
 
-    The whole of CaFo also generates images for the cache and prompts for the text.
+    The whole of CaFo also generates images for the cache and prompts for the text. Standardised
+    logits are weighted by agreement with zero-shot, the released code's `mean` normalisation::
+
+        s_bias = sum_m p_m z(c_m),    p = softmax_m(<z(s0), z(c_m)>)
 
     Attributes:
         beta: .6 on ImageNet with 16 shots.
         sharpness: Sharpness of both caches.
+
+    References:
+        Zhang et al., Prompt, Generate, then Cache (arXiv 2303.02151).
     """
 
     beta: Number = 0.6
     sharpness: Number = 1.0
+    needs: ClassVar[tuple[str, ...]] = ("auxiliary",)
 
     def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
         del key
@@ -111,16 +91,15 @@ class CaFo(Method):
         return State(keys, one_hot(task.labels, task.num_classes))
 
     def bias(self, state: State, inputs: Inputs) -> jax.Array:
-        candidates = [
-            cache_logits(
-                needed(getattr(inputs, name), name, self),
-                keys,
-                state.fixed,
-                sharpness=self.sharpness,
-            )
+        given = {name: needed(getattr(inputs, name), name, self) for name in state.trained}
+        caches = [
+            cache_logits(given[name], keys, state.fixed, self.sharpness)
             for name, keys in state.trained.items()
         ]
-        return cafo_bias(inputs.zero_shot, jnp.stack(candidates))
+        scores = z_score(jnp.stack(caches))  # [caches, *batch, classes]
+        # A cache weighs as much as it agrees with the zero-shot logits of the same picture.
+        agreement = (z_score(inputs.zero_shot) * scores).sum(-1, keepdims=True)
+        return (jax.nn.softmax(agreement, axis=0) * scores).sum(0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,7 +131,7 @@ class TipX(TipAdapter):
         weights = needed(task.class_weights, "class_weights", self)
         keys, values = super().init(task, key=key)
         log_p = jax.nn.log_softmax(keys @ weights / self.temperature)
-        there = values.any(-1)
+        there = values.any(-1)  # padding has no label
         pairs = there[:, None] & there
 
         def bounds(of: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -170,14 +149,14 @@ class TipX(TipAdapter):
     def _divergence(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
         """`KL(p || q_i)` for every row of q."""
         p = jnp.exp(log_p)
-        return (p * log_p).sum(-1, keepdims=True) - p @ log_q.T
+        return (p * log_p).sum(-1, keepdims=True) - p @ log_q.T  # [*batch, rows of q]
 
     def bias(self, state: State, inputs: Inputs) -> jax.Array:
         values, log_q, weights, slope, shift = state.fixed
         features = needed(inputs.features, "features", self)
         log_p = jax.nn.log_softmax(features @ weights / self.temperature)
         text = slope * self._divergence(log_p, log_q) + shift
-        cached = cache_logits(features, state.trained, values, sharpness=self.sharpness)
+        cached = cache_logits(features, state.trained, values, self.sharpness)
         return cached - self.text_share * (text @ values)
 
 
@@ -218,6 +197,7 @@ class DMN(Method):
         place = (jnp.cumsum(hit, 0) * hit).sum(-1)
         fits = (place > 0) & (place <= self.shots)
         where = jnp.where(fits, labels, classes), jnp.where(fits, place, 0)
+        # Place 0 is the text's.
         memory = jnp.zeros((classes, self.shots + 1, keys.shape[-1]), keys.dtype)
         memory = memory.at[:, 0].set(weights.T).at[where].set(keys, mode="drop")
         there = jnp.zeros(memory.shape[:2], bool).at[:, 0].set(True)
@@ -226,10 +206,124 @@ class DMN(Method):
     def bias(self, state: State, inputs: Inputs) -> jax.Array:
         features = needed(inputs.features, "features", self)
         memory = state.trained
-        cosines = jnp.einsum("kld,...d->...kl", memory, features)
+        cosines = jnp.einsum("kld,...d->...kl", memory, features)  # [*batch, classes, places]
         recalled = jnp.where(state.fixed, jnp.exp(-self.sharpness * (1.0 - cosines)), 0.0)
         # The length of sum_l a_l M_l without an array of features for each image and class.
         gram = jnp.einsum("kld,kmd->klm", memory, memory)
         square = jnp.einsum("...kl,klm,...km->...k", recalled, gram, recalled)
         length = jnp.sqrt(jnp.maximum(square, jnp.finfo(square.dtype).tiny))
         return jnp.multiply(self.scale, (recalled * cosines).sum(-1) / length)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class APE(Method):
+    """APE, without training: a cache on the channels that tell classes apart.
+
+    Labelled images that the zero-shot classifier finds hard count more.
+
+    Attributes:
+        beta: The paper's alpha.
+        sharpness: Sharpness of the cache.
+        hardness: gamma, of the weight of hard images.
+        channels: How many are kept (at most all).
+        similarity_weight: Weight of similarity in the criterion.
+        variance_weight: Weight of variance in the criterion.
+
+    References:
+        Zhu et al., Not All Features Matter (arXiv 2304.01195).
+    """
+
+    beta: Number = 2.0
+    sharpness: Number = 1.0
+    hardness: Number = 0.1
+    channels: int = 500
+    similarity_weight: Number = 0.7
+    variance_weight: Number = 0.3
+    trains: ClassVar[bool] = False
+
+    def _chosen(self, task: FewShotTask, keys: jax.Array, weights: jax.Array) -> jax.Array:
+        """Numbers of the channels that tell classes apart, by weights and keys as released.
+
+        ::
+
+            -w0 * mean_{i != j}(A[:, i] A[:, j]) / (s + 1)^2 + w1 * var_i(W[:, i])
+
+        A is W plus the sum of each class's s keys (the mean number where classes differ).
+        """
+        weights, classes = checks.as_float(weights, "class_weights"), weights.shape[-1]
+        hit = one_hot(task.labels, classes, weights.dtype)
+        seen, parts = weights + keys.T @ hit, 1.0 + hit.sum() / classes
+        # The products of all pairs of classes are the square of their sum less their own squares.
+        pairs = jnp.square(seen.sum(-1)) - jnp.square(seen).sum(-1)
+        similarity = pairs / (max(classes * (classes - 1), 1) * parts**2)
+        variance = jnp.var(weights, axis=-1, ddof=1)  # as torch's in the release
+        criterion = self.variance_weight * variance - self.similarity_weight * similarity
+        return jax.lax.top_k(criterion, min(self.channels, len(criterion)))[1]
+
+    def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
+        del key
+        weights = needed(task.class_weights, "class_weights", self)
+        keys = task.mean_view("features", self)
+        chosen = self._chosen(task, keys, weights)
+        keys, weights = unit_rows(keys[:, chosen]), unit_rows(weights[chosen].T).T
+        hit = one_hot(task.labels, weights.shape[-1], keys.dtype)
+        # Bits between an image's label and the unscaled zero-shot prediction for it.
+        bits = -(hit * jax.nn.log_softmax(keys @ weights)).sum(-1) / jnp.log(2.0)
+        values = hit * jnp.exp(self.hardness * bits)[:, None]
+        return State(keys, (values, chosen))
+
+    def bias(self, state: State, inputs: Inputs) -> jax.Array:
+        values, chosen = state.fixed
+        features = unit_rows(needed(inputs.features, "features", self)[..., chosen])
+        return cache_logits(features, state.trained, values, self.sharpness)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class APET(APE):
+    """APE-T: residuals of the classes on APE's channels, trained with a weight for each key.
+
+    ::
+
+        s = scale f (W0 + R') + beta exp(-b (1 - f (F + R_y)')) @ (v L)
+
+    R, zero at first, is of the chosen channels only and enters the class weights and the keys of
+    its class alike; nothing is scaled to length one again, and keys have all their channels. The
+    weights v of the keys are 1 at first; `hardness` plays no part, as in the released training.
+
+    Attributes:
+        similarity_weight: .2 is published for training.
+        variance_weight: .8 is published for training.
+        scale: Scale of the zero-shot logits' cosines; CLIP's.
+    """
+
+    similarity_weight: Number = 0.2
+    variance_weight: Number = 0.8
+    scale: Number = 100.0
+    trains: ClassVar[bool] = True
+
+    def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
+        del key
+        weights = needed(task.class_weights, "class_weights", self)
+        keys = task.mean_view("features", self)
+        chosen = self._chosen(task, keys, weights)
+        values = one_hot(task.labels, task.num_classes, keys.dtype)
+        residual = jnp.zeros((task.num_classes, len(chosen)), keys.dtype)  # zero-shot at first
+        trained = {"residual": residual, "weights": jnp.ones(len(keys), keys.dtype)}
+        return State(trained, (keys, values, chosen))
+
+    def _parts(self, state: State, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
+        """What the residuals add to the zero-shot logits, and the cache's logits."""
+        keys, values, chosen = state.fixed
+        residual = state.trained["residual"]
+        features = needed(inputs.features, "features", self)
+        moved = keys.at[:, chosen].add(values @ residual)
+        weighted = values * state.trained["weights"][:, None]
+        cached = cache_logits(features, moved, weighted, self.sharpness)
+        return self.scale * features[..., chosen] @ residual.T, cached
+
+    def bias(self, state: State, inputs: Inputs) -> jax.Array:
+        return self._parts(state, inputs)[1]
+
+    def logits(self, state: State, inputs: Inputs) -> jax.Array:
+        text, cached = self._parts(state, inputs)
+        return checks.as_float(inputs.zero_shot, "zero_shot") + text + self.beta * cached

@@ -2,14 +2,18 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from logitjax.few_shot import methods
-from logitjax.few_shot._method import Method
-from logitjax.few_shot._sweep import with_settings
+from logitjax.few_shot._method import FewShotTask, Inputs, Method
+from logitjax.few_shot._sweep import Runs, compiled_sweep, with_settings
 from logitjax.few_shot._train import Recipe
+from logitjax.training import Program
 
 # How many settings a method tries.
 _GRID_SIZES = {"small": 4, "full": 12}
@@ -30,14 +34,8 @@ class Candidate:
     grid: Mapping[str, Sequence[float]] | None = None
 
     def at_scale(self, scale: float) -> "Candidate":
-        """The same for zero-shot logits that are cosines of this scale.
-
-        A linear probe starts at zero and has a temperature of its own.
-        """
-        named = {field.name for field in dataclasses.fields(self.method)}
-        if "scale" not in named or isinstance(self.method, methods.LinearProbe):
-            return self
-        return dataclasses.replace(self, method=dataclasses.replace(self.method, scale=scale))
+        """The same for zero-shot logits that are cosines of this scale."""
+        return dataclasses.replace(self, method=self.method.at_scale(scale))
 
     def chosen(self, number: int) -> "Candidate":
         """The candidate with the setting of this number, and nothing left to choose."""
@@ -54,18 +52,47 @@ class Candidate:
         """Number of settings to choose among."""
         return max(map(len, (self.grid or {}).values()), default=1)
 
-    @property
-    def stops(self) -> bool:
-        """Whether it needs validation images to train at all."""
-        return getattr(self.method, "keep", "last") == "best"
+    def program(
+        self,
+        task: FewShotTask,
+        held_out: Mapping[str, tuple[Inputs, Any]],
+        *,
+        mesh: Mesh,
+        sequential: bool = False,
+    ) -> Program:
+        """The program of its `sweep` with abstract arguments, for a plan.
 
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """Features that it needs beside those of the zero-shot encoder."""
-        if isinstance(self.method, methods.ProLIP):
-            return ("hidden", "projection")
-        reads = isinstance(self.method, methods.AMU | methods.CaFo)
-        return ("auxiliary",) if reads or getattr(self.method, "source", "") == "auxiliary" else ()
+        Args:
+            task: As of `sweep`, of `jax.ShapeDtypeStruct`; every label is there.
+            held_out: As of `sweep`, of `jax.ShapeDtypeStruct`.
+            mesh: Mesh whose first axis splits the runs.
+            sequential: As of `sweep`.
+        """
+        array = jax.ShapeDtypeStruct
+        (count, shown), recipe = task.labels.shape, self.recipe
+        order = (count, recipe.total_steps(shown), min(recipe.batch_size, shown))
+        runs = Runs(
+            numbers=array((count,), jnp.int32),
+            task=task,
+            orders=array(order, jnp.int32),
+            held_out=dict(held_out),
+        )
+        runs = jax.tree.map(
+            lambda leaf, sharding: array(leaf.shape, leaf.dtype, sharding=sharding),
+            runs,
+            runs.shardings(mesh),
+        )
+        whole = NamedSharding(mesh, PartitionSpec())
+        columns = {name: len(column) for name, column in (self.grid or {}).items()}
+        columns[""] = self.settings
+        settings = {name: array((n,), jnp.float32, sharding=whole) for name, n in columns.items()}
+        number = array((), jnp.int32, sharding=whole)
+        return Program(
+            name=f"{type(self.method).__name__}, {shown} images",
+            jitted=compiled_sweep,
+            arguments=(runs, settings, number, number),
+            options=dict(method=self.method, training=recipe, sequential=sequential, mesh=mesh),
+        )
 
 
 def candidates(
@@ -184,7 +211,7 @@ def _learned(grids: _Grids, short: Recipe) -> dict[str, Candidate]:
     clip_adapter = methods.ClipAdapter(reduction=4 if full else 16)
     # LP++'s step sizes are not searched: they follow from the data. What is left is how much of
     # the zero-shot logits stays.
-    released = methods.LPPlusPlus(start="sums", accumulate_blend=True, keep="best")
+    released = methods.LPPlusPlus(released=True)
     pro_lip = grids.of(
         {"penalty": [0.01, 0.1, 1.0], "training__learning_rate": [1e-5, 1e-4, 1e-3, 1e-2]},
         {"penalty": [0.1, 1.0], "training__learning_rate": [1e-4, 1e-2]},

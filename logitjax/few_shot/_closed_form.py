@@ -1,7 +1,7 @@
 """Few-shot methods that need no gradient step but a linear system: GDA and ProKeR."""
 
 import dataclasses
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +27,7 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def gaussian_classifier(
-    features: Float[Array, "n features"],
-    labels: Int[Array, " n"],
-    num_classes: int,
-    *,
-    ddof: Literal["one", "classes"] = "one",
+    features: Float[Array, "n features"], labels: Int[Array, " n"], num_classes: int
 ) -> tuple[Float[jax.Array, "features classes"], Float[jax.Array, " classes"]]:
     """Gaussian discriminant analysis with one covariance, shrunk towards its mean variance.
 
@@ -41,28 +37,9 @@ def gaussian_classifier(
         P = d (C'C + t I)^-1;    W_k = P mu_k;  b_k = -log K - mu_k' P mu_k / 2
 
     The condition of `C'C + t I` is at most n, so a Cholesky factor serves where the released code
-    takes a pseudo-inverse; with fewer examples than features it is that of `C C' + t I`.
-
-    Args:
-        features: `[n, features]`, rows of length one.
-        labels: `[n]` classes; a row with the label -1 is not there.
-        num_classes: K.
-        ddof: What is subtracted from n: `'one'` as in the released code, or the number of
-            `'classes'`, whose means were estimated.
-
-    Returns:
-        Weights `[features, classes]` and biases `[classes]`. A class without an example has zero
-        weights and the mean bias of the others. Where no class has two examples, all are zero.
-
-    >>> f = jnp.array([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0], [0.6, 0.8]])
-    >>> y = jnp.array([0, 0, 1, 1])
-    >>> weights, bias = jax.jit(gaussian_classifier, static_argnums=2)(f, y, 2)
-    >>> print(f"{weights[0, 0]:.4f} {weights[1, 0]:.4f} {bias[0]:.4f}")
-    6.9485 4.3015 -4.4652
-
-    References:
-        Wang et al., A Hard-to-Beat Baseline for Training-Free CLIP-Based Adaptation (ICLR 2024,
-        arXiv 2402.04087).
+    takes a pseudo-inverse; with fewer examples than features it is that of `C C' + t I`. A class
+    without an example has zero weights and the mean bias of the others. Where no class has two
+    examples, all are zero. A row with the label -1 is not there.
     """
     checks.shapes(features=(features, "float n features"), labels=(labels, "int n"))
     features, labels = checks.as_float(features, "features"), jnp.asarray(labels)
@@ -73,7 +50,7 @@ def gaussian_classifier(
     def centred(rows: jax.Array, own: jax.Array) -> jax.Array:
         return jnp.where((own >= 0)[:, None], rows - means.T[jnp.maximum(own, 0)], 0.0)
 
-    freedom = there.sum() - (1 if ddof == "one" else num_classes)
+    freedom = there.sum() - 1  # n - 1 of the released code
     # Fewer images than channels: by Woodbury's identity an n x n system takes the place of d x d.
     if count < width:
         small = centred(features, labels)
@@ -124,17 +101,19 @@ class GDA(Method):
 
     ::
 
-        s_bias = f @ W + b        see :func:`gaussian_classifier`
+        s_bias = f @ W + b,    W and b of Gaussian classes with one covariance
 
     The released code chooses beta on all of a data set's validation images, on ImageNet on the test
     images.
 
     Attributes:
         beta: .0001 to 100 in factors of ten are searched.
-        ddof: `'one'` as released, or `'classes'`.
+
+    References:
+        Wang et al., A Hard-to-Beat Baseline for Training-Free CLIP-Based Adaptation (ICLR 2024,
+        arXiv 2402.04087).
     """
 
-    ddof: Literal["one", "classes"] = "one"
     trains: ClassVar[bool] = False
 
     def check(self, task: FewShotTask) -> None:
@@ -160,7 +139,7 @@ class GDA(Method):
         del key
         self.check(task)
         features, labels = task.every_view("features", self)
-        weights, bias = gaussian_classifier(features, labels, task.num_classes, ddof=self.ddof)
+        weights, bias = gaussian_classifier(features, labels, task.num_classes)
         return State({"kernel": weights, "bias": bias}, None)
 
     def bias(self, state: State, inputs: Inputs) -> jax.Array:
@@ -175,20 +154,18 @@ class ProKeR(Method):
     ::
 
         k(a, b) = exp(-sharpness (1 - a.b));   R = Y - F W0
-        alpha = (K / penalty + I)^-1 R         as released
-        alpha = (K + penalty I)^-1 R           kernel ridge regression, 1 / penalty of it
+        alpha = (K / penalty + I)^-1 R         penalty times kernel ridge regression, as released
         s_bias = scale k(f, F) alpha
 
     Cosines of the class weights enter without a scale, so `scale` brings the bias to that of the
     zero-shot logits; the order of the classes is that of the released `f W0 + k alpha`. Every view
-    of an image is an example. A penalty near 0 leaves the released form at zero-shot, and a large
-    one makes it a cache of residuals; `'ridge'` needs one above 0.
+    of an image is an example. A penalty near 0 leaves it at zero-shot, and a large one makes it a
+    cache of residuals.
 
     Attributes:
         sharpness: kappa; 1.5 to 10 are searched on ImageNet.
         penalty: lambda; .05 to .25 are searched on ImageNet.
         scale: Scale of the zero-shot logits' cosines.
-        form: `'released'` or `'ridge'`.
 
     References:
         Bendou et al., ProKeR (CVPR 2025, arXiv 2501.11175).
@@ -197,7 +174,6 @@ class ProKeR(Method):
     sharpness: Number = 3.0
     penalty: Number = 0.25
     scale: Number = 100.0
-    form: Literal["released", "ridge"] = "released"
     trains: ClassVar[bool] = False
 
     def _kernel(self, left: jax.Array, right: jax.Array) -> jax.Array:
@@ -210,13 +186,13 @@ class ProKeR(Method):
         there = labels >= 0
         rest = one_hot(labels, task.num_classes, features.dtype) - features @ weights
         rest = jnp.where(there[:, None], rest, 0.0)
+        # Padding sees only the identity.
         kernel = jnp.where(there[:, None] & there, self._kernel(features, features), 0.0)
         eye = jnp.eye(len(features), dtype=features.dtype)
-        # Both forms are this system; the released one is zero-shot where the penalty is 0.
+        # The same system for every penalty, of which 0 is the limit.
         safe = jnp.where(jnp.greater(self.penalty, 0), self.penalty, 1.0)
-        alpha = cho_solve(cho_factor(kernel + safe * eye), rest)
-        if self.form == "released":
-            alpha = jnp.where(jnp.greater(self.penalty, 0), safe * alpha, 0.0)
+        alpha = safe * cho_solve(cho_factor(kernel + safe * eye), rest)
+        alpha = jnp.where(jnp.greater(self.penalty, 0), alpha, 0.0)
         return State(alpha, features)
 
     def bias(self, state: State, inputs: Inputs) -> jax.Array:

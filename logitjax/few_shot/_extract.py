@@ -102,7 +102,7 @@ def extract_features(
     checks.ids(chosen, len(images), "rows")
     total = batch_size * views.count
     devices = jax.local_devices()
-    used = next(n for n in range(len(devices), 0, -1) if total % n == 0)
+    used = next(n for n in range(len(devices), 0, -1) if total % n == 0)  # a batch splits evenly
     mesh = jax.make_mesh((used,), ("data",), (AxisType.Auto,), devices=devices[:used])
     spread = NamedSharding(mesh, PartitionSpec("data"))
     placed = encoder.placed(NamedSharding(mesh, PartitionSpec()))
@@ -155,6 +155,7 @@ def choose_rows(images: data.ImageSet, spec: str, *, seed: int = 0) -> np.ndarra
         raise ValueError(f"rows: expected all, a number or per_class:N, got {spec!r}")
     if not kind:
         return np.arange(min(int(number), len(images)))
+    # One order for every N: more pictures a class contain fewer.
     order = np.random.default_rng(seed).permutation(len(images))
     labels = images.labels[order]
     classes = range(len(images.class_names))

@@ -103,7 +103,7 @@ class _Codec:
         labels = np.asarray(computed.labels)[:count]
         checks.ids(labels, len(self._identity.class_names), "labels")
         numbers = np.concatenate(parts, -1)[:count]
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore"):  # float16 ends at 65504: checked below
             stored = numbers.astype(_DTYPES[self._identity.dtype])
         if not np.isfinite(stored).all():
             raise ValueError(

@@ -14,16 +14,8 @@ from jaxtyping import Float, Int
 from logitjax.few_shot import methods
 from logitjax.few_shot._candidates import Candidate, candidates
 from logitjax.few_shot._labelled import Pictures
-from logitjax.few_shot._method import (
-    FewShotTask,
-    Inputs,
-    Method,
-    State,
-    unit_rows,
-    zero_shot_logits,
-)
+from logitjax.few_shot._method import FewShotTask, Inputs, Method, State
 from logitjax.few_shot._sweep import best_setting, sweep
-from logitjax.few_shot._train import batch_order, train
 from logitjax.ops import Array
 from logitjax.storage import guard, read_head, write_head
 
@@ -72,23 +64,18 @@ class FittedHead:
         learnt = (self.state, self.class_weights)
         return _fused(learnt, features, auxiliary, hidden, method=self.method, scale=self.scale)
 
-    def predict(
-        self,
-        features: Float[Array, "batch features"],
-        auxiliary: Float[Array, "batch auxiliary"] | None = None,
-        *,
-        hidden: Float[Array, "batch hidden"] | None = None,
-    ) -> Int[np.ndarray, " batch"]:
-        """`[batch]` numbers of classes; see `logits`."""
-        return np.asarray(self.logits(features, auxiliary, hidden=hidden)).argmax(-1)
+    def predict(self, *features: Any, **hidden: Any) -> Int[np.ndarray, " batch"]:
+        """`[batch]` numbers of classes; arguments as of `logits`."""
+        return np.asarray(self.logits(*features, **hidden)).argmax(-1)
 
     def accuracy(self, pictures: Pictures) -> float:
         """Share of the pictures whose class is predicted."""
-        given = (pictures.features, pictures.auxiliary)
+        given = (pictures.features, pictures.auxiliary)  # None without a second encoder
         return float((self.predict(*given, hidden=pictures.hidden) == pictures.labels).mean())
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes the head as ``head.safetensors`` and ``head.json``, which names the method."""
+        # The file takes no strides.
         tensors = {"class_weights": np.ascontiguousarray(self.class_weights)}
         state = _form(tuple(self.state), "state", tensors)
         record = {
@@ -106,12 +93,7 @@ def _fused(
     learnt: Any, features: Any, auxiliary: Any, hidden: Any, *, method: Method, scale: float
 ) -> jax.Array:
     state, class_weights = learnt
-    inputs = Inputs(
-        zero_shot=zero_shot_logits(features, class_weights, scale=scale),
-        features=unit_rows(features),
-        auxiliary=None if auxiliary is None else unit_rows(auxiliary),
-        hidden=hidden,
-    )
+    inputs = Inputs.of(features, class_weights, scale=scale, auxiliary=auxiliary, hidden=hidden)
     return method.logits(state, method.prepare(inputs))
 
 
@@ -149,11 +131,11 @@ def fit(
             raise ValueError(f"method: expected one of {', '.join(known)}, got {candidate!r}")
         candidate = known[candidate]
     candidate = candidate.at_scale(pictures.scale)
-    for name in candidate.needs:
+    for name in candidate.method.needs:
         if getattr(pictures, name) is None:
             raise ValueError(f"{name}: expected features, which the method reads, got none")
     task = pictures.task
-    if validation is not None and candidate.stops:
+    if validation is not None and candidate.method.stops:
         seen, known = validation.inputs, validation.labels
         task = dataclasses.replace(task, validation=seen, validation_labels=known)
     if validation is not None and candidate.grid:
@@ -185,12 +167,12 @@ def _learnt(candidate: Candidate, task: FewShotTask, seed: int) -> State:
     method.check(task)
     order = None
     if method.trains:
-        order = batch_order((seed, 0), len(task.labels), recipe, views=task.views)
+        order = recipe.order((seed, 0), len(task.labels), views=task.views)
 
     @jax.jit
     def run(task: FewShotTask, order: Any) -> State:
         state = method.init(task, key=jax.random.fold_in(jax.random.key(seed), 0))
-        return state if order is None else train(method, task, state, order, training=recipe)[0]
+        return state if order is None else recipe.train(method, task, state, order)[0]
 
     return run(task, order)
 

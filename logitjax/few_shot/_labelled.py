@@ -33,7 +33,7 @@ class Pictures:
         features: `[n, features]` of the encoder that names classes.
         labels: `[n]` classes.
         class_weights: `[features, classes]` of the zero-shot classifier, such as those of
-            `vision.zero_shot_classifier`.
+            `vision.Encoder.zero_shot`.
         auxiliary: `[n, auxiliary]` of another encoder, for methods that read it.
         hidden: `[n, hidden]` of the first encoder before its last projection, for `methods.ProLIP`,
             which also needs the next two.
@@ -75,6 +75,7 @@ class Pictures:
                     f"labels: expected one for each of {len(found)} rows of {name}, got shape "
                     f"{labels.shape}"
                 )
+            # Its projection needs the length.
             made[name] = found if name == "hidden" else _unit(found, name)
         width, classes = weights.shape
         if made["features"].shape[1] != width:
@@ -98,7 +99,7 @@ class Pictures:
             if not np.array_equal(view.labels, labels):
                 raise ValueError("views: expected the labels of the pictures, got others")
         for name, value in (made | {"class_names": tuple(names)}).items():
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, name, value)  # the class is frozen
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -114,7 +115,7 @@ class Pictures:
     def inputs(self) -> Inputs:
         """The pictures as methods take them, with the zero-shot classifier's logits."""
         held = {name: getattr(self, name) for name in _FEATURES}
-        # `zero_shot_logits` of rows of length one, without a program for each number of rows.
+        # As of `Inputs.of`, whose program would be another one for each number of rows.
         zero_shot = np.float32(self.scale) * (self.features @ self.class_weights)
         return Inputs(zero_shot=zero_shot, **held)
 
@@ -195,7 +196,7 @@ class Pictures:
         views = [view.inputs for view in self.views] or plain
 
         def part(name: str, seen: Sequence[Inputs] = plain) -> tuple[Inputs, np.ndarray]:
-            rows = np.full((len(samples), len(getattr(room, name))), -1)
+            rows = np.full((len(samples), len(getattr(room, name))), -1)  # padding
             for run, sample in enumerate(samples):
                 own = getattr(sample, name)
                 rows[run, : len(own)] = own

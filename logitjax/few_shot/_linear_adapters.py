@@ -1,4 +1,4 @@
-"""Few-shot methods that learn weights: CLIP-Adapter, TaskRes, linear probes, LP++."""
+"""Few-shot methods that learn weights: CLIP-Adapter, TaskRes, linear probes, LP++, CLAP, ProLIP."""
 
 import dataclasses
 from typing import Any, ClassVar, Literal
@@ -12,7 +12,6 @@ from logitjax.few_shot._method import (
     Inputs,
     Method,
     State,
-    class_means,
     needed,
     one_hot,
     unit_rows,
@@ -33,20 +32,18 @@ class ClipAdapter(Method):
         A(f) = relu(relu(f @ W1) @ W2)
         s_bias = scale (A(f) - f) @ W0
 
-    That is the published method for logits `s0 = scale f @ W0` if the moved feature is not scaled
-    to length one again, which the released code does (`renormalize`).
+    That is the published method for logits `s0 = scale f @ W0`; the released code also scales the
+    moved feature to length one again.
 
     Attributes:
         beta: The paper's alpha, the adapter's share of the feature.
         reduction: Features over hidden units.
         scale: Scale of the zero-shot logits' cosines; CLIP's.
-        renormalize: Scale the mixed feature to length one.
     """
 
     beta: Number = 0.5
     reduction: int = 4
     scale: Number = CLIP_SCALE
-    renormalize: bool = False
 
     def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
         weights = needed(task.class_weights, "class_weights", self)
@@ -55,29 +52,19 @@ class ClipAdapter(Method):
         key = jax.random.key(0) if key is None else key
 
         def uniform(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
-            limit = shape[0] ** -0.5
+            limit = shape[0] ** -0.5  # as torch's Linear begins
             return jax.random.uniform(key, shape, weights.dtype, -limit, limit)
 
         down, up = jax.random.split(key)
         trained = {"down": uniform(down, (width, hidden)), "up": uniform(up, (hidden, width))}
         return State(trained, weights)
 
-    def _moved(self, state: State, features: jax.Array) -> jax.Array:
-        hidden = jax.nn.relu(features @ state.trained["down"])
-        return jax.nn.relu(hidden @ state.trained["up"])
-
     def bias(self, state: State, inputs: Inputs) -> jax.Array:
         features = needed(inputs.features, "features", self)
-        moved = self._moved(state, features)
+        hidden = jax.nn.relu(features @ state.trained["down"])
+        moved = jax.nn.relu(hidden @ state.trained["up"])
         # beta A(f) + (1 - beta) f = f + beta (A(f) - f): the first term gives the zero-shot logits.
         return self.scale * (moved - features) @ state.fixed
-
-    def logits(self, state: State, inputs: Inputs) -> jax.Array:
-        if not self.renormalize:
-            return super().logits(state, inputs)
-        features = needed(inputs.features, "features", self)
-        mixed = self.beta * self._moved(state, features) + (1.0 - self.beta) * features
-        return inputs.zero_shot + self.scale * (unit_rows(mixed) - features) @ state.fixed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,37 +75,23 @@ class TaskRes(Method):
 
         s_bias = scale f @ R
 
-    Exact for `s0 = scale f @ W0` unless `W0 + beta R` is scaled to length one again, as in the
-    released code (`renormalize`).
+    Exact for `s0 = scale f @ W0`; the released code also scales `W0 + beta R` to length one again.
 
     Attributes:
         beta: The paper's alpha.
         scale: Scale of the zero-shot logits' cosines; CLIP's.
-        renormalize: Scale the columns of `W0 + beta R` to length one; needs class weights. The
-            released ones are text features of their own length, against which R is as small as that
-            is large: `FewShotTask.class_weights` may have columns of any length here.
     """
 
     beta: Number = 1.0
     scale: Number = CLIP_SCALE
-    renormalize: bool = False
 
     def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
         del key
         features = needed(task.support.features, "features", self)
-        weights = needed(task.class_weights, "class_weights", self) if self.renormalize else None
-        shape = (features.shape[-1], task.num_classes)
-        return State(jnp.zeros(shape, features.dtype), weights)
+        return State(jnp.zeros((features.shape[-1], task.num_classes), features.dtype), None)
 
     def bias(self, state: State, inputs: Inputs) -> jax.Array:
         return self.scale * needed(inputs.features, "features", self) @ state.trained
-
-    def logits(self, state: State, inputs: Inputs) -> jax.Array:
-        if not self.renormalize:
-            return super().logits(state, inputs)
-        features = needed(inputs.features, "features", self)
-        weights = unit_rows((state.fixed + self.beta * state.trained).T).T
-        return inputs.zero_shot + self.scale * features @ (weights - unit_rows(state.fixed.T).T)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,22 +106,23 @@ class LinearProbe(Method):
         beta: 1 is the probe by itself, less mixes it with the zero-shot logits.
         source: The encoder, `'features'` or `'auxiliary'`.
         scale: Scale of the cosines.
-        initial: `'features'` (class means) or `'zeros'`.
     """
 
     source: Literal["features", "auxiliary"] = "features"
     scale: Number = CLIP_SCALE
-    initial: Literal["features", "zeros"] = "zeros"
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("auxiliary",) if self.source == "auxiliary" else ()
+
+    def at_scale(self, scale: float) -> "LinearProbe":
+        return self  # starts at zero and has a temperature of its own
 
     def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
         del key
         features = task.mean_view(self.source, self)
-        classes = task.num_classes
-        kernel = jnp.zeros((features.shape[-1], classes), features.dtype)
-        if self.initial == "features":
-            kernel = class_means(features, task.labels, classes)
-        bias = jnp.zeros((classes,), features.dtype)
-        return State({"kernel": kernel, "bias": bias}, None)
+        kernel = jnp.zeros((features.shape[-1], task.num_classes), features.dtype)
+        return State({"kernel": kernel, "bias": jnp.zeros_like(kernel[0])}, None)
 
     def bias(self, state: State, inputs: Inputs) -> jax.Array:
         features = needed(getattr(inputs, self.source), self.source, self)
@@ -187,28 +161,10 @@ class CrossModal(Method):
 
     def loss(self, state: State, inputs: Inputs, labels: Any) -> jax.Array:
         text = self.scale * state.fixed.T @ state.trained
-        of_text = cross_entropy(text, jnp.arange(len(text))).mean()
+        of_text = cross_entropy(text, jnp.arange(len(text))).mean()  # weight k is of class k
         of_images = cross_entropy(self.logits(state, inputs), labels)
-        image_share = jnp.subtract(1.0, self.text_share)
+        image_share = jnp.subtract(1.0, self.text_share)  # the grid may trace it
         return image_share * of_images + self.text_share * of_text
-
-
-def lp_plus_plus_logits(
-    features: Float[Array, "*batch features"],
-    class_weights: Float[Array, "features classes"],
-    prototypes: Float[Array, "features classes"],
-    blend: Float[Array, " classes"],
-    bias: Float[Array, " classes"],
-) -> Float[jax.Array, "*batch classes"]:
-    """`f @ V + b + blend * (f @ W0)`, without a scale of the cosines.
-
-    >>> one = jnp.ones(2)
-    >>> lp_plus_plus_logits(jnp.eye(2), jnp.eye(2), jnp.eye(2), 3 * one, 0 * one)
-    Array([[4., 0.],
-           [0., 4.]], dtype=float32)
-    """
-    features = checks.as_float(features, "features")
-    return features @ prototypes + bias + blend * (features @ class_weights)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -224,10 +180,10 @@ class LPPlusPlus(Method):
         V0 = class means                    blend0 = 250 mean_k <class mean_k, W0_k>
         lr_V = 4 n / lambda_max(F.T F)      lr_blend = n / (4 max_k sum_n (f_n W0_k)^2)
 
-    The released code is `start='sums', accumulate_blend=True, keep='best'`: its division by the
-    number of images is commented out, the factors' gradient is never set to zero, so they step down
-    the sum of all gradients since the first, and of all iterations the last of those counts that
-    are best on as many validation images as it learns from.
+    In the released code (`released`) V0 is a sum, for its division by the number of images is
+    commented out; the factors' gradient is never set to zero, so they step down the sum of all
+    gradients since the first; and of all iterations the last of those counts that are best on as
+    many validation images as it learns from (`FewShotTask.validation`).
 
     Attributes:
         beta: Share of the probe, as in :class:`LinearProbe`.
@@ -235,9 +191,7 @@ class LPPlusPlus(Method):
         momentum: Momentum of the prototypes.
         blend_every: Steps between those of the factors.
         blend_scale: The factors begin at so many times the mean logit of a class's images.
-        start: Where the prototypes begin, class `'means'` or `'sums'`.
-        accumulate_blend: Whether the factors move down the sum of all gradients so far.
-        keep: The `'last'` iteration, or the `'best'` on `FewShotTask.validation`.
+        released: Whether as in the released code.
 
     References:
         Huang et al., LP++ (CVPR 2024, arXiv 2404.02285).
@@ -247,17 +201,19 @@ class LPPlusPlus(Method):
     momentum: float = 0.9
     blend_every: int = 10
     blend_scale: float = 250.0
-    start: Literal["means", "sums"] = "means"
-    accumulate_blend: bool = False
-    keep: Literal["last", "best"] = "last"
+    released: bool = False
     trains: ClassVar[bool] = False
+
+    @property
+    def stops(self) -> bool:
+        return self.released
 
     def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
         del key
         weights = needed(task.class_weights, "class_weights", self)
         features = task.mean_view("features", self)
         seen = None
-        if self.keep == "best":
+        if self.released:
             images = task.validation
             if images is None or task.validation_labels is None:
                 raise ValueError("validation: expected images and labels to keep the best by")
@@ -287,7 +243,7 @@ class LPPlusPlus(Method):
         centroid_logits = (hit * text).sum(0) / jnp.maximum(hit.sum(0), 1)
         blend = jnp.full((classes,), self.blend_scale * centroid_logits.mean(), features.dtype)
         # Prototypes are sums of features: with fewer images than channels their coefficients move.
-        share = hit / jnp.maximum(hit.sum(0), 1) if self.start == "means" else hit
+        share = hit if self.released else hit / jnp.maximum(hit.sum(0), 1)
         seen, start = (gram, share) if wide else (features, features.T @ share)
 
         def right(probe: Any) -> jax.Array:
@@ -300,7 +256,7 @@ class LPPlusPlus(Method):
             return (logits.argmax(-1) == known).sum()
 
         def loss(logits: jax.Array) -> jax.Array:
-            values = cross_entropy(logits, jnp.maximum(labels, 0))
+            values = cross_entropy(logits, jnp.maximum(labels, 0))  # padding is -1
             return jnp.where(there, values, 0.0).sum() / count
 
         def step(carry: Any, index: Any) -> tuple[Any, None]:
@@ -309,10 +265,10 @@ class LPPlusPlus(Method):
             down = (slope if wide else features.T @ slope, slope.sum(0))
             velocity = jax.tree.map(lambda v, g: self.momentum * v + g, velocity, down)
             moving, bias = jax.tree.map(lambda x, v: x - rate * v, (moving, bias), velocity)
-            due = index % self.blend_every == self.blend_every - 1
+            due = index % self.blend_every == self.blend_every - 1  # the tenth, not the first
             slope_of_blend = (slope * text).sum(0) + before
             blended = blend - blend_rate * slope_of_blend
-            kept = slope_of_blend if self.accumulate_blend else before
+            kept = slope_of_blend if self.released else before  # never set to zero there
             blend = jnp.where(due, blended, blend)
             if best is not None:
                 found = ((moving, bias), blend)
@@ -331,11 +287,102 @@ class LPPlusPlus(Method):
 
     def bias(self, state: State, inputs: Inputs) -> jax.Array:
         features = needed(inputs.features, "features", self)
-        own = lp_plus_plus_logits(
-            features,
-            state.fixed,
-            state.trained["prototypes"],
-            state.trained["blend"],
-            state.trained["bias"],
-        )
+        own = features @ state.trained["prototypes"] + state.trained["bias"]
+        own = own + state.trained["blend"] * (features @ state.fixed)
         return without_zero_shot(own, inputs.zero_shot)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CLAP(Method):
+    """CLAP: a linear probe held near the class weights where zero-shot knows the class well.
+
+    ::
+
+        logits = scale f . unit(w_k),    w_k = t_k at first
+        loss = cross-entropy + penalty mean_k a_k |w_k - t_k|^2
+        a_k = mean over images of class k of softmax(s0)_k
+
+    `penalty=0` is ZS-LP, the probe without the constraint. `a` is fixed, as in the released code
+    under the published command; a class without an image has none. The released class weights
+    `t_k` are means of text features that are not scaled to length one, and the penalty is measured
+    at that length: `FewShotTask.class_weights` may have columns of any length here.
+
+    Attributes:
+        beta: 1 is the probe by itself, less mixes it with the zero-shot logits.
+        penalty: Factor of the constraint; 1 is published.
+        scale: Scale of the cosines.
+
+    References:
+        Silva-Rodriguez et al., A Closer Look at the Few-Shot Adaptation of Large Vision-Language
+        Models (CVPR 2024, arXiv 2312.12730).
+    """
+
+    penalty: Number = 1.0
+    scale: Number = CLIP_SCALE
+
+    def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
+        del key
+        weights = needed(task.class_weights, "class_weights", self)
+        task.check()
+        zero_shot = checks.as_float(task.support.zero_shot, "zero_shot")
+        labels = jnp.tile(jnp.asarray(task.labels), task.views)
+        hit = one_hot(labels, task.num_classes, zero_shot.dtype)
+        own = (hit * jax.nn.softmax(zero_shot)).sum(0)
+        return State(weights, (weights, own / jnp.maximum(hit.sum(0), 1)))
+
+    def bias(self, state: State, inputs: Inputs) -> jax.Array:
+        features = needed(inputs.features, "features", self)
+        own = self.scale * features @ unit_rows(state.trained.T).T
+        return without_zero_shot(own, inputs.zero_shot)
+
+    def loss(self, state: State, inputs: Inputs, labels: Any) -> jax.Array:
+        start, known = state.fixed
+        moved = jnp.square(state.trained - start).sum(0)  # columns are classes
+        return super().loss(state, inputs, labels) + self.penalty * (known * moved).mean()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProLIP(Method):
+    """ProLIP: the encoder's last projection is trained, held near what it was.
+
+    ::
+
+        logits = scale unit(h P + b) . w_k,    P = P0 at first
+        loss = cross-entropy + penalty |P - P0|_F^2
+
+    h is what the encoder projects last, `Inputs.hidden`; `FewShotTask.projection` has P0. The norm
+    is a sum, as released. Without validation images the authors take `penalty = 1 / shots` and any
+    rate of 1e-5 to 1e-2.
+
+    Attributes:
+        beta: 1 is the method by itself, less mixes it with the zero-shot logits.
+        penalty: lambda; 10 to .0001 and 0 are searched.
+        scale: Scale of the cosines.
+
+    References:
+        Fahes et al., CLIP's Visual Embedding Projector is a Few-shot Cornucopia (arXiv 2410.05270).
+    """
+
+    penalty: Number = 0.1
+    scale: Number = CLIP_SCALE
+    needs: ClassVar[tuple[str, ...]] = ("hidden", "projection")
+
+    def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
+        del key
+        task.check()
+        weights = needed(task.class_weights, "class_weights", self)
+        projection = needed(task.projection, "projection", self)
+        bias = task.projection_bias
+        if bias is None:
+            bias = jnp.zeros(projection.shape[-1:], projection.dtype)
+        return State(projection, (projection, checks.as_float(bias, "projection_bias"), weights))
+
+    def bias(self, state: State, inputs: Inputs) -> jax.Array:
+        hidden = needed(inputs.hidden, "hidden", self)
+        _, bias, weights = state.fixed
+        own = self.scale * unit_rows(hidden @ state.trained + bias) @ weights
+        return without_zero_shot(own, inputs.zero_shot)
+
+    def loss(self, state: State, inputs: Inputs, labels: Any) -> jax.Array:
+        moved = jnp.square(state.trained - state.fixed[0]).sum()
+        return super().loss(state, inputs, labels) + self.penalty * moved

@@ -40,11 +40,51 @@ class Inputs:
     hidden: Any = None
     weight: Any = None
 
+    @classmethod
+    def of(
+        cls,
+        features: Float[Array, "*batch features"],
+        class_weights: Float[Array, "features classes"],
+        *,
+        scale: Number = 100.0,
+        auxiliary: Float[Array, "*batch auxiliary"] | None = None,
+        hidden: Any = None,
+    ) -> "Inputs":
+        """Features of any length, with the logits of a zero-shot classifier: scaled cosines.
+
+        ::
+
+            scale * (f / |f|) @ W0
+
+        Args:
+            features: `[*batch, features]` of the images.
+            class_weights: `[features, classes]`: in CLIP the mean, over prompt templates, of a
+                class's text features of length one, scaled to length one again.
+            scale: 100, to which CLIP's learned scale was clipped; the published methods fix it.
+            auxiliary: `[*batch, auxiliary]` of another encoder.
+            hidden: `[*batch, hidden]`, features before the last projection.
+
+        >>> logits = Inputs.of(jnp.array([[3.0, 4.0]]), jnp.eye(2)).zero_shot
+        >>> [f"{logit:.2f}" for logit in logits.ravel().tolist()]
+        ['60.00', '80.00']
+        """
+        checks.shapes(
+            features=(features, "float *batch features"),
+            class_weights=(class_weights, "float features classes"),
+        )
+        weights, features = checks.as_float(class_weights, "class_weights"), unit_rows(features)
+        return cls(
+            zero_shot=jnp.multiply(scale, features @ weights),
+            features=features,
+            auxiliary=None if auxiliary is None else unit_rows(auxiliary),
+            hidden=hidden,
+        )
+
     def __len__(self) -> int:
         return len(self.zero_shot)
 
     def __getitem__(self, rows: Any) -> "Inputs":
-        return jax.tree.map(lambda x: x[rows], self)
+        return jax.tree.map(lambda x: x[rows], self)  # what is absent is no leaf
 
 
 @jax.tree_util.register_dataclass
@@ -145,6 +185,15 @@ class Method:
 
     # Whether gradient steps are to follow `init`.
     trains: ClassVar[bool] = True
+    # What it reads beside the features of the zero-shot encoder, by the names of `Pictures`.
+    needs: ClassVar[tuple[str, ...]] = ()
+    # Whether it needs validation images to train at all.
+    stops: ClassVar[bool] = False
+
+    def at_scale(self, scale: float) -> "Method":
+        """The same for zero-shot logits that are cosines of this scale."""
+        named = {field.name for field in dataclasses.fields(self)}
+        return dataclasses.replace(self, scale=scale) if "scale" in named else self
 
     def check(self, task: FewShotTask) -> None:
         """Refuses, outside of `jit`, images that it cannot learn from; by default as the task does.
@@ -196,39 +245,6 @@ def unit_rows(values: Float[Array, "*batch features"]) -> Float[jax.Array, "*bat
     return values / jnp.sqrt(jnp.where(none, 1.0, square))
 
 
-def zero_shot_logits(
-    features: Float[Array, "*batch features"],
-    class_weights: Float[Array, "features classes"],
-    *,
-    scale: Number = 100.0,
-) -> Float[jax.Array, "*batch classes"]:
-    """Logits of a zero-shot classifier: scaled cosines of image and class.
-
-    ::
-
-        scale * (f / |f|) @ W0
-
-    Args:
-        features: `[*batch, features]` of the images, of any length.
-        class_weights: `[features, classes]`: in CLIP the mean, over prompt templates, of a class's
-            text features of length one, scaled to length one again.
-        scale: 100, to which CLIP's learned scale was clipped; the published methods fix it.
-
-    Returns:
-        float32 `[*batch, classes]`.
-
-    >>> logits = jax.jit(zero_shot_logits)(jnp.array([[3.0, 4.0]]), jnp.eye(2))
-    >>> [f"{logit:.2f}" for logit in logits.ravel().tolist()]
-    ['60.00', '80.00']
-    """
-    checks.shapes(
-        features=(features, "float *batch features"),
-        class_weights=(class_weights, "float features classes"),
-    )
-    weights = checks.as_float(class_weights, "class_weights")
-    return jnp.multiply(scale, unit_rows(features) @ weights)
-
-
 def z_score(logits: Float[Array, "*batch classes"]) -> Float[jax.Array, "*batch classes"]:
     """Logits with mean 0 and standard deviation 1 over the classes of each example.
 
@@ -246,6 +262,7 @@ def z_score(logits: Float[Array, "*batch classes"]) -> Float[jax.Array, "*batch 
     deviation, count = centred(logits, logits != -jnp.inf)
     variance = jnp.square(deviation).sum(-1, keepdims=True) / jnp.maximum(count - 1, 1)
     flat = variance == 0
+    # The inner one keeps nan out of gradients.
     return deviation * jnp.where(flat, 0.0, jax.lax.rsqrt(jnp.where(flat, 1.0, variance)))
 
 

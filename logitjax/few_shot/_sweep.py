@@ -10,12 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from logitjax.few_shot._amu import AMU
 from logitjax.few_shot._method import FewShotTask, Inputs, Method, State
-from logitjax.few_shot._train import Recipe, batch_order, train
+from logitjax.few_shot._train import Recipe
 from logitjax.losses import cross_entropy
 from logitjax.ops import checks
-from logitjax.training import Program
 
 # Held-out images that are scored at a time.
 _SCORED = 1024
@@ -29,7 +27,7 @@ class Runs:
     Attributes:
         numbers: `[runs]`; a run's random start follows from its number.
         task: `[runs, ...]` images and labels; what is of no image has no axis of runs.
-        orders: `[runs, steps, batch]` rows of each step, see :func:`batch_order`.
+        orders: `[runs, steps, batch]` rows of each step, see `Recipe.order`.
         held_out: By name, images `[runs, m, ...]` and labels `[runs, m]` to score on.
     """
 
@@ -160,9 +158,9 @@ def sweep(
     if mesh is not None and mesh.size > 1:
         runs = _padded(runs, mesh.devices.shape[0])
         runs = jax.device_put(runs, runs.shardings(mesh))
-    scores = _compiled(
+    scores = compiled_sweep(
         runs,
-        columns | {"": np.zeros(lengths.pop(), np.float32)},
+        columns | {"": np.zeros(lengths.pop(), np.float32)},  # the axis, where no field is searched
         steps if method.trains else 0,
         seed,
         method=method,
@@ -171,54 +169,6 @@ def sweep(
         mesh=mesh,
     )
     return jax.tree.map(lambda x: np.asarray(x)[: len(labels)], scores)
-
-
-def sweep_program(
-    method: Method,
-    task: FewShotTask,
-    held_out: Mapping[str, tuple[Inputs, Any]],
-    *,
-    training: Recipe,
-    mesh: Mesh,
-    grid: Mapping[str, Sequence[float]] | None = None,
-    sequential: bool = False,
-) -> Program:
-    """The program of :func:`sweep` with abstract arguments, for a plan.
-
-    Args:
-        method: The method.
-        task: As of `sweep`, of `jax.ShapeDtypeStruct`; every label is there.
-        held_out: As of `sweep`, of `jax.ShapeDtypeStruct`.
-        training: The optimizer's settings.
-        mesh: Mesh whose first axis splits the runs.
-        grid: As of `sweep`.
-        sequential: As of `sweep`.
-    """
-    array = jax.ShapeDtypeStruct
-    count, shown = task.labels.shape
-    order = (count, training.total_steps(shown), min(training.batch_size, shown))
-    runs = Runs(
-        numbers=array((count,), jnp.int32),
-        task=task,
-        orders=array(order, jnp.int32),
-        held_out=dict(held_out),
-    )
-    runs = jax.tree.map(
-        lambda leaf, sharding: array(leaf.shape, leaf.dtype, sharding=sharding),
-        runs,
-        runs.shardings(mesh),
-    )
-    columns = {name: len(column) for name, column in (grid or {}).items()}
-    columns[""] = max(columns.values(), default=1)
-    whole = NamedSharding(mesh, PartitionSpec())
-    settings = {name: array((n,), jnp.float32, sharding=whole) for name, n in columns.items()}
-    number = array((), jnp.int32, sharding=whole)
-    return Program(
-        name=f"{type(method).__name__}, {shown} images",
-        jitted=_compiled,
-        arguments=(runs, settings, number, number),
-        options=dict(method=method, training=training, sequential=sequential, mesh=mesh),
-    )
 
 
 def _orders(
@@ -236,7 +186,7 @@ def _orders(
     width = min(training.batch_size, room)
     order = np.full((runs, max(steps, training.total_steps(room)), width), -1, np.int32)
     for run, number in enumerate(numbers.tolist()):
-        rows = batch_order((seed, number), count, training, views=views, stride=room)
+        rows = training.order((seed, number), count, views=views, stride=room)
         order[run, :steps, : rows.shape[1]] = rows
     return order, steps
 
@@ -252,7 +202,7 @@ def _padded(runs: Runs, multiple: int) -> Runs:
 
 
 @functools.partial(jax.jit, static_argnames=("method", "training", "sequential", "mesh"))
-def _compiled(
+def compiled_sweep(
     runs: Runs,
     settings: dict[str, jax.Array],
     steps: Any,
@@ -294,10 +244,10 @@ def _sweep(
     def one(run: Runs, setting: dict[str, jax.Array], batch_size: int = _SCORED) -> Any:
         given = {name: value for name, value in setting.items() if name}
         config, recipe = with_settings(method, training, given)
-        task = _with(run, shared).task
+        task = _with(run, shared).task  # shared arrays are not copied for each run
         state = config.init(task, key=jax.random.fold_in(key, run.numbers))
         if config.trains:
-            state, _ = train(config, task, state, run.orders, training=recipe, steps=steps)
+            state, _ = recipe.train(config, task, state, run.orders, steps=steps)
         return {
             name: _score(config, state, *images, batch_size=batch_size)
             for name, images in run.held_out.items()
@@ -337,9 +287,8 @@ def _score(
         "accuracy": right(logits),
         "cross_entropy": share(cross_entropy(logits, jnp.where(known, labels, 0))),
     }
-    if isinstance(method, AMU):
-        alone = in_batches(method.auxiliary_logits)
-        scores["auxiliary_accuracy"] = right(alone)
+    if alone := getattr(method, "auxiliary_logits", None):
+        scores["auxiliary_accuracy"] = right(in_batches(alone))
     return scores
 
 
@@ -350,9 +299,6 @@ def best_setting(scores: Mapping[str, np.ndarray]) -> np.ndarray:
 
     Args:
         scores: Scores of validation images, as :func:`sweep` returns them; never of test images.
-
-    Returns:
-        `[runs]` numbers of settings.
 
     Raises:
         ValueError: A run without a setting of which both scores are numbers.

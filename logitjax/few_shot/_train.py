@@ -53,20 +53,9 @@ class Recipe:
 
     @classmethod
     def published(cls, method: str) -> "Recipe":
-        """The released code's settings.
-
-        Args:
-            method: `amu`, `tip_adapter_f`, `cafo`, `cross_modal`, `ape_t`, `clap` or `pro_lip`.
-
-        Raises:
-            ValueError: Another name.
-        """
+        """The settings of the released code of `tip_adapter_f`, `ape_t`, `clap` or `pro_lip`."""
         known: dict[str, dict[str, Any]] = {
-            "amu": {},
-            "tip_adapter_f": dict(epochs=20, batch_size=256),
-            "cafo": dict(epochs=20, batch_size=256),
-            # Weight decay 0, .01 and .0001 and rates 1e-3 and 1e-4 are searched there.
-            "cross_modal": dict(steps=12_800, warmup=50, eps=1e-8),
+            "tip_adapter_f": dict(epochs=20, batch_size=256),  # CaFo's as well
             "ape_t": dict(
                 epochs=20, batch_size=256, learning_rate=1e-4, weight_decay=0.1, eps=1e-3
             ),
@@ -116,124 +105,121 @@ class Recipe:
             rate, b1=self.b1, b2=self.b2, eps=self.eps, weight_decay=self.weight_decay
         )
 
+    def order(
+        self,
+        seed: int | Sequence[int],
+        num_examples: int,
+        *,
+        views: int = 1,
+        stride: int | None = None,
+    ) -> np.ndarray:
+        """Rows of every batch: a new permutation and the next view in each epoch.
 
-def batch_order(
-    seed: int | Sequence[int],
-    num_examples: int,
-    training: Recipe,
-    *,
-    views: int = 1,
-    stride: int | None = None,
-) -> np.ndarray:
-    """Rows of every batch: a new permutation and the next view in each epoch.
+        Args:
+            seed: Seed of the permutations.
+            num_examples: Labelled images.
+            views: Augmented views; the rows of view `v` start at `v * stride`.
+            stride: `num_examples` when omitted.
 
-    Args:
-        seed: Seed of the permutations.
-        num_examples: Labelled images.
-        training: Batch size and length.
-        views: Augmented views; the rows of view `v` start at `v * stride`.
-        stride: `num_examples` when omitted.
+        Returns:
+            int32 `[steps, batch]`; -1 fills up short batches.
 
-    Returns:
-        int32 `[steps, batch]`; -1 fills up short batches.
+        Raises:
+            ValueError: No labelled image.
 
-    Raises:
-        ValueError: No labelled image.
+        >>> order = Recipe(epochs=1, batch_size=2).order(0, 5)
+        >>> order.shape, sorted(order.ravel().tolist())
+        ((3, 2), [-1, 0, 1, 2, 3, 4])
+        """
+        batches, batch = self.batches(num_examples), min(self.batch_size, num_examples)
+        steps = self.total_steps(num_examples)
+        epochs = -(-steps // batches)
+        order = np.full((epochs, batches * batch), -1, np.int32)  # -1 is no image
+        for epoch in range(epochs):
+            rows = np.random.default_rng([*np.atleast_1d(seed), epoch]).permutation(num_examples)
+            # Each epoch the next view.
+            order[epoch, :num_examples] = rows + (epoch % views) * (stride or num_examples)
+        return order.reshape(epochs * batches, batch)[:steps]
 
-    >>> order = batch_order(0, 5, Recipe(epochs=1, batch_size=2))
-    >>> order.shape, sorted(order.ravel().tolist())
-    ((3, 2), [-1, 0, 1, 2, 3, 4])
-    """
-    batches, batch = training.batches(num_examples), min(training.batch_size, num_examples)
-    steps = training.total_steps(num_examples)
-    epochs = -(-steps // batches)
-    order = np.full((epochs, batches * batch), -1, np.int32)
-    for epoch in range(epochs):
-        rows = np.random.default_rng([*np.atleast_1d(seed), epoch]).permutation(num_examples)
-        order[epoch, :num_examples] = rows + (epoch % views) * (stride or num_examples)
-    return order.reshape(epochs * batches, batch)[:steps]
+    def train(
+        self,
+        method: Method,
+        task: FewShotTask,
+        state: State,
+        order: Int[Array, "steps batch"],
+        *,
+        steps: Any = None,
+    ) -> tuple[State, jax.Array]:
+        """Trains a few-shot head: a pure function to `jit` and `vmap`.
 
+        Everything but the trained arrays is constant, so a step only gathers cached rows. The steps
+        are one scan, which is mapped over samples and settings. (`training.TrainStep` cannot do
+        this: the host calls its update once for each batch.)
 
-def train(
-    method: Method,
-    task: FewShotTask,
-    state: State,
-    order: Int[Array, "steps batch"],
-    *,
-    training: Recipe,
-    steps: Any = None,
-) -> tuple[State, jax.Array]:
-    """Trains a few-shot head: a pure function to `jit` and `vmap`.
+        Args:
+            method: The method.
+            task: Labelled images.
+            state: Where training starts, see `Method.init`.
+            order: `[steps, batch]` rows of `task.support`, see `order`; -1 is none.
+            steps: Number of steps of the order to take; all when omitted. It may be traced, so that
+                one program serves any number of images. The rest of the order is ignored.
 
-    Everything but the trained arrays is constant, so a step only gathers cached rows. The steps are
-    one scan, which is mapped over samples and settings. (`training.TrainStep` cannot do this: the
-    host calls its update once for each batch.)
+        Returns:
+            The trained state and the loss of every step, `[steps]` (0 for those not taken).
 
-    Args:
-        method: The method.
-        task: Labelled images.
-        state: Where training starts, see :meth:`Method.init`.
-        order: `[steps, batch]` rows of `task.support`, see :func:`batch_order`; -1 is none.
-        training: The optimizer's settings.
-        steps: Number of steps of the order to take; all when omitted. It may be traced, so that one
-            program serves any number of images. The rest of the order is ignored.
+        Raises:
+            TypeError: Labels or an order that are not integers.
+            ValueError: Labels that do not fit the images or the classes, no labelled image, or
+                (outside of `jit`) rows of the order that are no labelled images.
 
-    Returns:
-        The trained state and the loss of every step, `[steps]` (0 for steps that were not taken).
+        >>> from logitjax import few_shot
+        >>> images = few_shot.Inputs(zero_shot=np.zeros((4, 3)), features=np.eye(4))
+        >>> task = FewShotTask(support=images, labels=np.arange(4) % 3)
+        >>> method, recipe = few_shot.methods.TaskRes(), Recipe(epochs=9, batch_size=4)
+        >>> _, losses = recipe.train(method, task, method.init(task), recipe.order(0, 4))
+        >>> bool(losses[-1] < losses[0])
+        True
+        """
+        task.check()
+        _check_order(order, task)
+        prepared = method.prepare(task.support)
+        support, labels, rows_of_step = jax.tree.map(jnp.asarray, (prepared, task.labels, order))
+        count = len(labels)
+        # Nothing is missing from a whole number of batches; elsewhere rows may be.
+        full = steps is None and count % rows_of_step.shape[1] == 0
+        total = len(rows_of_step) if steps is None else steps
+        tx = self.optimizer(total)
 
-    Raises:
-        TypeError: Labels or an order that are not integers.
-        ValueError: Labels that do not fit the images or the classes, no labelled image, or (outside
-            of `jit`) rows of the order that are no labelled images.
+        def step(carry: Any, rows: jax.Array) -> tuple[Any, jax.Array]:
+            trained, opt_state = carry
 
-    >>> from logitjax import few_shot
-    >>> images = few_shot.Inputs(zero_shot=np.zeros((4, 3)), features=np.eye(4))
-    >>> task = FewShotTask(support=images, labels=np.arange(4) % 3)
-    >>> method, training = few_shot.methods.TaskRes(), Recipe(epochs=9, batch_size=4)
-    >>> order = batch_order(0, 4, training)
-    >>> state, losses = train(method, task, method.init(task), order, training=training)
-    >>> losses = np.asarray(losses)
-    >>> bool(losses[-1] < losses[0])
-    True
-    """
-    task.check()
-    _check_order(order, task)
-    prepared = method.prepare(task.support)
-    support, labels, rows_of_step = jax.tree.map(jnp.asarray, (prepared, task.labels, order))
-    count = len(labels)
-    # Nothing is missing from a whole number of batches; elsewhere rows may be.
-    full = steps is None and count % rows_of_step.shape[1] == 0
-    total = len(rows_of_step) if steps is None else steps
-    tx = training.optimizer(total)
+            def mean_loss(trained: Any) -> jax.Array:
+                values = method.loss(
+                    State(trained, state.fixed), support[rows], labels[rows % count]
+                )
+                if full:
+                    return values.mean()
+                real = rows >= 0
+                return jnp.where(real, values, 0.0).sum() / jnp.maximum(real.sum(), 1)
 
-    def step(carry: Any, rows: jax.Array) -> tuple[Any, jax.Array]:
-        trained, opt_state = carry
+            loss, gradient = jax.value_and_grad(mean_loss)(trained)
+            updates, opt_state = tx.update(gradient, opt_state, trained)
+            return (optax.apply_updates(trained, updates), opt_state), loss
 
-        def mean_loss(trained: Any) -> jax.Array:
-            values = method.loss(State(trained, state.fixed), support[rows], labels[rows % count])
-            if full:
-                return values.mean()
-            real = rows >= 0
-            return jnp.where(real, values, 0.0).sum() / jnp.maximum(real.sum(), 1)
+        start = (state.trained, tx.init(state.trained))
+        if steps is None:
+            (trained, _), losses = jax.lax.scan(step, start, rows_of_step)
+        else:
 
-        loss, gradient = jax.value_and_grad(mean_loss)(trained)
-        updates, opt_state = tx.update(gradient, opt_state, trained)
-        return (optax.apply_updates(trained, updates), opt_state), loss
+            def body(index: Any, carry: Any) -> Any:
+                inner, losses = carry
+                inner, loss = step(inner, rows_of_step[index])
+                return inner, losses.at[index].set(loss)
 
-    start = (state.trained, tx.init(state.trained))
-    if steps is None:
-        (trained, _), losses = jax.lax.scan(step, start, rows_of_step)
-    else:
-
-        def body(index: Any, carry: Any) -> Any:
-            inner, losses = carry
-            inner, loss = step(inner, rows_of_step[index])
-            return inner, losses.at[index].set(loss)
-
-        kind = jnp.result_type(*jax.tree.leaves(state.trained))
-        carry = (start, jnp.zeros(len(rows_of_step), kind))
-        (trained, _), losses = jax.lax.fori_loop(0, total, body, carry)
-    return State(trained, state.fixed), losses
+            kind = jnp.result_type(*jax.tree.leaves(state.trained))
+            carry = (start, jnp.zeros(len(rows_of_step), kind))
+            (trained, _), losses = jax.lax.fori_loop(0, total, body, carry)
+        return State(trained, state.fixed), losses
 
 
 def _check_order(order: Any, task: FewShotTask) -> None:

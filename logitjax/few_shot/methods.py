@@ -7,8 +7,9 @@ weights: `ClipAdapter`, `TaskRes`, `LinearProbe`, `CrossModal`, `LPPlusPlus`, an
 """
 
 from logitjax.few_shot._amu import AMU as AMU
-from logitjax.few_shot._ape import APE as APE
-from logitjax.few_shot._ape import APET as APET
+from logitjax.few_shot._amu import Uncertainty as Uncertainty
+from logitjax.few_shot._cache_adapters import APE as APE
+from logitjax.few_shot._cache_adapters import APET as APET
 from logitjax.few_shot._cache_adapters import DMN as DMN
 from logitjax.few_shot._cache_adapters import CaFo as CaFo
 from logitjax.few_shot._cache_adapters import TipAdapter as TipAdapter
@@ -16,11 +17,10 @@ from logitjax.few_shot._cache_adapters import TipAdapterF as TipAdapterF
 from logitjax.few_shot._cache_adapters import TipX as TipX
 from logitjax.few_shot._closed_form import GDA as GDA
 from logitjax.few_shot._closed_form import ProKeR as ProKeR
-from logitjax.few_shot._constrained import CLAP as CLAP
-from logitjax.few_shot._constrained import ProLIP as ProLIP
+from logitjax.few_shot._linear_adapters import CLAP as CLAP
 from logitjax.few_shot._linear_adapters import ClipAdapter as ClipAdapter
 from logitjax.few_shot._linear_adapters import CrossModal as CrossModal
 from logitjax.few_shot._linear_adapters import LinearProbe as LinearProbe
 from logitjax.few_shot._linear_adapters import LPPlusPlus as LPPlusPlus
+from logitjax.few_shot._linear_adapters import ProLIP as ProLIP
 from logitjax.few_shot._linear_adapters import TaskRes as TaskRes
-from logitjax.few_shot._uncertainty import Uncertainty as Uncertainty

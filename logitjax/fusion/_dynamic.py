@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,31 +10,21 @@ from jax import lax
 from jaxtyping import Bool, Float
 
 from logitjax.fusion._inputs import read_inputs
-from logitjax.fusion._joint import least_step, project
+from logitjax.fusion._joint import least_step
 from logitjax.fusion._minimum import find_minimum
-from logitjax.fusion._path import Moments, Path, make_path
+from logitjax.fusion._path import Path, make_path
 from logitjax.fusion._rows import by_rows
 from logitjax.fusion._solve import Solution, find_root
 from logitjax.ops import Array, AxisName, checks
 
-Method = Literal["grid", "newton", "jeffreys", "budget", "project"]
-Multi = Literal["single", "joint", "per_expert", "project"]
-_METHODS = ("grid", "newton", "jeffreys", "budget", "project")
-_MULTIS = ("single", "joint", "per_expert", "project")
+Method = Literal["grid", "newton", "jeffreys", "project"]
+Multi = Literal["single", "joint"]
+_METHODS = ("grid", "newton", "jeffreys", "project")
+_MULTIS = ("single", "joint")
+# Each of its points is a sweep over the vocabulary.
 _LARGEST_JOINT_GRID = 10_000
 # Enough for most rows; of many rows the others are searched apart.
 _FEW_SWEEPS = 10
-
-
-class _Found(NamedTuple):
-    """Alphas and their bracket `[T, *batch]`; F and R of the fused distribution, where known."""
-
-    alpha: jax.Array
-    lower: jax.Array
-    upper: jax.Array
-    converged: jax.Array
-    sweeps: Any
-    divergences: Any
 
 
 @jax.tree_util.register_static
@@ -49,10 +39,9 @@ class DynamicFusion:
         grid      least (KL(P_a||P) - KL(Q_t||Q))^2 + (KL(P||P_a) - KL(Q||Q_t))^2 on a grid
         newton    the same objective, its least value on the whole range, certified
         jeffreys  KL(P_a||P) + KL(P||P_a) = KL(Q_t||Q) + KL(Q||Q_t)
-        budget    KL(P_a||P) = KL(Q_t||Q): the largest shift within the expert's divergence
         project   the P_a nearest to P with E_{P_a}[log Q_t/Q] >= KL(Q_t||Q)
 
-    The first two search an objective with several minima. The last three are each the root of one
+    The first two search an objective with several minima. The last two are each the root of one
     growing function. All of them give alpha = 1 where P equals Q.
 
     With several experts `multi` says how alphas are chosen::
@@ -61,16 +50,12 @@ class DynamicFusion:
                     divergences (the paper's rule; an expert that changed nothing halves that mean)
         joint       all alphas for the mean divergences: on the full grid, or the shortest step;
                     with `method='project'` by `jeffreys`, as constraints have no mean
-        per_expert  each alpha by itself, and the shifts add up
-        project     the nearest P_a that satisfies `project` for all experts: convex, and an expert
-                    that changed nothing changes nothing
 
     Attributes:
         method: see above. Grid is the paper's; the default closed most of the gap between a large
             model and its tuned self in the experiment of docs/dynamic_fusion.md.
-        multi: see above; without effect for one expert. `'project'` takes the place of `method`.
-            The default did best with experts of two domains, where the sum of all shifts is too
-            much.
+        multi: see above; without effect for one expert. The default did best with experts of two
+            domains, where the sum of all shifts is too much.
         alpha_range: least and largest alpha.
         num: points of the grid, the ends included.
         max_sweeps: largest number of evaluations of a search.
@@ -86,7 +71,7 @@ class DynamicFusion:
 
     References:
         Fan et al., On giant's shoulders, 2024 (arXiv 2406.15480), eq. 3 and algorithm 1 (whose best
-        loss is reset for every token here). Jeffreys, budget, project: ours.
+        loss is reset for every token here). Jeffreys and project: ours.
     """
 
     method: Method = "project"
@@ -173,30 +158,27 @@ class DynamicFusion:
         extent = self.method == "newton"
         path = make_path(inputs, axis_name, extent=extent)
         several = len(path) > 1
+        # -1: all experts are followed.
         expert = jnp.full(inputs.large.shape[:-1], -1 if several else 0, jnp.int32)
-        if several and self.multi == "project":
-            found = _of(self._project(path, axis_name))
-        elif several and self.multi == "joint":
-            found = self._joint(path, axis_name)
+        if several and self.multi == "joint":
+            solution = self._joint(path, axis_name)
         else:
-            mean = several and self.multi == "single" and self.method != "project"
-            found = self._alone(path, axis_name, mean_targets=mean)
-            if several and self.multi == "single":
-                found, expert = _choose(path, found)
-            elif several:
-                found = found._replace(divergences=None)
+            mean = several and self.method != "project"
+            solution = self._alone(path, axis_name, mean_targets=mean)
+            if several:
+                solution, expert = _choose(path, solution)
             else:
-                found = found._replace(divergences=_first(found.divergences))
+                solution = solution._replace(at=jax.tree.map(lambda x: x[0], solution.at))
         level, expert_levels, base_levels = path.levels
         return {
-            **self._report(path, found, axis_name),
+            **self._report(path, solution),
             "expert": expert,
             "large_level": level,
             "expert_levels": expert_levels,
             "base_levels": base_levels,
         }
 
-    def _alone(self, path: Path, axis_name: AxisName | None, *, mean_targets: bool) -> _Found:
+    def _alone(self, path: Path, axis_name: AxisName | None, *, mean_targets: bool) -> Solution:
         """Each expert's alpha with the others left out."""
         forward, reverse = path.target_forward, path.target_reverse
         if mean_targets:
@@ -207,22 +189,18 @@ class DynamicFusion:
             return self._newton(path, forward, reverse, axis_name)
         target, start = {
             "jeffreys": (forward + reverse, jnp.sqrt((forward + reverse) / path.variance)),
-            "budget": (forward, jnp.sqrt(2 * forward / path.variance)),
             "project": (forward, (forward - path.gain) / path.variance),
         }[self.method]
 
         def root(alpha: jax.Array) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
             at = path.moments(alpha, axis_name=axis_name)
-            moved = alpha * at.mean - at.log_z
             if self.method == "project":
                 value, slope = at.mean + path.gain, at.variance
-            elif self.method == "budget":
-                value, slope = moved, alpha * at.variance
             else:
                 value, slope = alpha * at.mean, at.mean + alpha * at.variance
-            return value, slope, (moved, at.log_z)
+            return value, slope, (alpha * at.mean - at.log_z, at.log_z)
 
-        solution = find_root(
+        return find_root(
             root,
             target,
             start,
@@ -232,64 +210,55 @@ class DynamicFusion:
             max_sweeps=self._sweeps(axis_name),
             unrolled=axis_name is not None,
         )
-        return _of(solution)
 
     def _grid(
         self, path: Path, forward: jax.Array, reverse: jax.Array, axis_name: AxisName | None
-    ) -> _Found:
-        low, high = self.alpha_range
-        values = jnp.linspace(low, high, self.num, dtype=path.variance.dtype)
-        moved, back = _divergences(*path.scan(values, axis_name=axis_name))
-        # The first of equal ones, as the paper's strict comparison keeps it.
-        best = ((moved - forward) ** 2 + (back - reverse) ** 2).argmin(0)
-        alpha, width = _pick(values, best), (high - low) / (self.num - 1)
-        at = (_pick(moved, best), _pick(back, best))
+    ) -> Solution:
+        values = jnp.linspace(*self.alpha_range, self.num, dtype=path.variance.dtype)
+        alphas, at = path.scan(values, axis_name=axis_name)
+        moved = alphas * at.mean - at.log_z
+        best = _least_gap(moved - forward, at.log_z - reverse)
+        return self._between_points(_pick(values, best), best, (moved, at.log_z))
+
+    def _between_points(
+        self, alpha: jax.Array, best: jax.Array, divergences: tuple[jax.Array, jax.Array]
+    ) -> Solution:
+        """The point of a grid at the index `best`; what is wanted lies between its neighbours."""
+        (low, high), at = self.alpha_range, tuple(_pick(x, best) for x in divergences)
+        width = (high - low) / (self.num - 1)
         lower, upper = jnp.maximum(alpha - width, low), jnp.minimum(alpha + width, high)
-        return _Found(alpha, lower, upper, jnp.isfinite(at[0]), self.num, at)
+        converged = jnp.broadcast_to(jnp.isfinite(at[0]), alpha.shape)
+        return Solution(alpha, at, lower, upper, converged, len(divergences[0]))
 
     def _newton(
         self, path: Path, forward: jax.Array, reverse: jax.Array, axis_name: AxisName | None
-    ) -> _Found:
+    ) -> Solution:
         # Unsharded, a point costs a sweep: most of the grid is proven away without one.
         count = 3 if axis_name is None else self.num
         values = jnp.linspace(*self.alpha_range, count, dtype=path.variance.dtype)
         sweeps = self._sweeps(axis_name)
-        return _of(
-            find_minimum(path, forward, reverse, values, max_sweeps=sweeps, axis_name=axis_name)
-        )
+        return find_minimum(path, forward, reverse, values, max_sweeps=sweeps, axis_name=axis_name)
 
-    def _sweeps(self, axis_name: AxisName | None, *, several: bool = False) -> int:
-        # Steps of several alphas are not bracketed, and take longer.
-        return self.max_sweeps if axis_name is None else self.sharded_sweeps * (1 + several)
+    def _sweeps(self, axis_name: AxisName | None) -> int:
+        return self.max_sweeps if axis_name is None else self.sharded_sweeps
 
-    def _project(self, path: Path, axis_name: AxisName | None) -> Solution:
-        return project(
-            path,
-            self.alpha_range,
-            max_sweeps=self._sweeps(axis_name, several=True),
-            tolerance=self.tolerance,
-            axis_name=axis_name,
-        )
-
-    def _joint(self, path: Path, axis_name: AxisName | None) -> _Found:
+    def _joint(self, path: Path, axis_name: AxisName | None) -> Solution:
         forward, reverse = path.target_forward.mean(0), path.target_reverse.mean(0)
         count = len(path)
         if self.method == "project":
             return dataclasses.replace(self, method="jeffreys")._joint(path, axis_name)
         if self.method != "grid":
             start = self._alone(path, axis_name, mean_targets=False).alpha / count
-            return _of(
-                least_step(
-                    path,
-                    forward,
-                    reverse,
-                    start,
-                    self.alpha_range,
-                    method=self.method,
-                    max_sweeps=self._sweeps(axis_name, several=True),
-                    tolerance=self.tolerance,
-                    axis_name=axis_name,
-                )
+            return least_step(
+                path,
+                (forward, reverse),
+                start,
+                self.alpha_range,
+                summed=self.method == "jeffreys",
+                # Steps of several alphas are not bracketed, and take longer.
+                max_sweeps=self._sweeps(axis_name) * (1 if axis_name is None else 2),
+                tolerance=self.tolerance,
+                axis_name=axis_name,
             )
         if self.num**count > _LARGEST_JOINT_GRID:
             raise ValueError(
@@ -297,8 +266,7 @@ class DynamicFusion:
                 f"{self.num**count} points, at most {_LARGEST_JOINT_GRID} are tried; lower num or "
                 "take another multi"
             )
-        low, high = self.alpha_range
-        values = jnp.linspace(low, high, self.num, dtype=path.variance.dtype)
+        values = jnp.linspace(*self.alpha_range, self.num, dtype=path.variance.dtype)
         points = jnp.stack(jnp.meshgrid(*[values] * count, indexing="ij"), -1).reshape(-1, count)
         batch = path.variance.shape[1:]
 
@@ -308,83 +276,50 @@ class DynamicFusion:
             return (alphas * means).sum(0) - log_z, log_z
 
         moved, back = lax.map(visit, points)
-        best = ((moved - forward) ** 2 + (back - reverse) ** 2).argmin(0)
+        best = _least_gap(moved - forward, back - reverse)
         alpha = jnp.stack([_pick(column, best) for column in points.T])
-        at = (_pick(moved, best), _pick(back, best))
-        width = (high - low) / (self.num - 1)
-        lower, upper = jnp.maximum(alpha - width, low), jnp.minimum(alpha + width, high)
-        return _Found(alpha, lower, upper, jnp.isfinite(alpha), len(points), at)
+        return self._between_points(alpha, best, (moved, back))
 
-    def _report(
-        self, path: Path, found: _Found, axis_name: AxisName | None
-    ) -> dict[str, jax.Array]:
-        if found.divergences is None:
-            log_z, means, _ = path.joint_moments(found.alpha, axis_name=axis_name)
-            moved = (found.alpha * means).sum(0) - log_z
-        else:
-            moved, log_z = found.divergences
+    def _report(self, path: Path, solution: Solution) -> dict[str, jax.Array]:
+        moved, back = solution.at
         forward, reverse = path.target_forward.mean(0), path.target_reverse.mean(0)
         return {
-            "alpha": found.alpha,
-            "lower": found.lower,
-            "upper": found.upper,
-            "converged": found.converged.all(0),
-            "at_bound": (found.alpha >= self.alpha_range[1]).any(0),
+            "alpha": solution.alpha,
+            "lower": solution.lower,
+            "upper": solution.upper,
+            "converged": solution.converged.all(0),
+            "at_bound": (solution.alpha >= self.alpha_range[1]).any(0),
             "forward": moved,
-            "reverse": log_z,
+            "reverse": back,
             "target_forward": forward,
             "target_reverse": reverse,
-            "objective": (moved - forward) ** 2 + (log_z - reverse) ** 2,
-            "sweeps": jnp.asarray(found.sweeps, jnp.int32),
+            "objective": (moved - forward) ** 2 + (back - reverse) ** 2,
+            "sweeps": jnp.asarray(solution.sweeps, jnp.int32),
         }
 
 
-def _divergences(alpha: jax.Array, moments: Moments) -> tuple[jax.Array, jax.Array]:
-    """F and R."""
-    return alpha * moments.mean - moments.log_z, moments.log_z
+def _least_gap(forward: jax.Array, reverse: jax.Array) -> jax.Array:
+    """Which point of the leading axis comes nearest to both divergences."""
+    # The first of equal ones, as the paper's strict comparison keeps it.
+    return (forward**2 + reverse**2).argmin(0).astype(jnp.int32)
 
 
 def _pick(values: jax.Array, index: jax.Array) -> jax.Array:
-    """Of `values [num, *batch]` or `[num]`, those at `index [*batch]`.
-
-    By comparison, for a gather from a batch that is sharded would have to be told how.
-    """
+    """Of `values [num, *batch]` or `[num]`, those at `index [*batch]`."""
+    # By comparison: a gather from a batch that is sharded would have to be told how.
     values = values.reshape(*values.shape, *[1] * (1 + index.ndim - values.ndim))
     chosen = jnp.arange(len(values)).reshape(-1, *[1] * index.ndim) == index
     return jnp.where(chosen, values, 0).sum(0)
 
 
-def _first(values: Any) -> Any:
-    return jax.tree.map(lambda value: value[0], values)
-
-
-def _of(solution: Solution) -> _Found:
-    return _Found(
-        solution.alpha,
-        solution.lower,
-        solution.upper,
-        solution.converged,
-        solution.sweeps,
-        solution.at,
-    )
-
-
-def _choose(path: Path, found: _Found) -> tuple[_Found, jax.Array]:
+def _choose(path: Path, solution: Solution) -> tuple[Solution, jax.Array]:
     """The paper's rule: of one alpha an expert, the one with the least summed objective."""
-    moved, back = found.divergences
-    gap, gap_back = moved - path.target_forward.mean(0), back - path.target_reverse.mean(0)
-    expert = (gap**2 + gap_back**2).argmin(0).astype(jnp.int32)
+    moved, back = solution.at
+    expert = _least_gap(moved - path.target_forward.mean(0), back - path.target_reverse.mean(0))
     chosen = jnp.arange(len(path)).reshape(-1, *[1] * expert.ndim) == expert
-
-    def only(values: jax.Array) -> jax.Array:
-        return jnp.where(chosen, values, 0.0)
-
-    alone = _Found(
-        only(found.alpha),
-        only(found.lower),
-        only(found.upper),
-        found.converged | ~chosen,
-        found.sweeps,
-        (only(moved).sum(0), only(back).sum(0)),
+    alpha, lower, upper, moved, back = (
+        jnp.where(chosen, x, 0.0)
+        for x in (solution.alpha, solution.lower, solution.upper, moved, back)
     )
-    return alone, expert
+    at, converged = (moved.sum(0), back.sum(0)), solution.converged | ~chosen
+    return Solution(alpha, at, lower, upper, converged, solution.sweeps), expert

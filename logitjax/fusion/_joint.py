@@ -25,67 +25,22 @@ class _Visit(NamedTuple):
     at: tuple[jax.Array, jax.Array]
 
 
-def project(
-    path: Path,
-    bounds: tuple[float, float],
-    *,
-    max_sweeps: int,
-    tolerance: float,
-    axis_name: AxisName | None,
-) -> Solution:
-    """The nearest distribution in which every expert gains as much as it does on its own text.
-
-    With l_t = log Q_t/Q::
-
-        min KL(P~ || P)  subject to  E_{P~}[l_t] >= KL(Q_t || Q) for all t
-
-    Its dual is the convex `A(alpha) - alpha . target` over the box of alphas, with gradient
-    E_{P~}[l] - target and Hessian Cov_{P~}[l]: Newton's method, damped since the covariance of
-    experts that agree is singular, with the alphas at a bound held while the gradient keeps them
-    there.
-    """
-    low, high = bounds
-    wanted = path.target_forward - path.gain
-    allowed = tolerance * jnp.maximum(path.target_forward, 1e-2)
-
-    def visit(alphas: jax.Array, centre: jax.Array | None) -> _Visit:
-        log_z, means, covariance = path.joint_moments(alphas, axis_name=axis_name, centre=centre)
-        gap = wanted - means
-        held = ((alphas <= low) & (gap <= 0)) | ((alphas >= high) & (gap >= 0))
-        done = (held | (jnp.abs(gap) <= allowed)).all(0)
-        merit = log_z - (alphas * wanted).sum(0)
-        free = (~held).astype(gap.dtype)
-        matrix = covariance * free[:, None] * free[None]
-        forward = (alphas * means).sum(0) - log_z
-        return _Visit(merit, gap * free, matrix, done, means, (forward, log_z))
-
-    def step(seen: _Visit, damping: jax.Array) -> jax.Array:
-        matrix, residual = jnp.moveaxis(seen.matrix, (0, 1), (-2, -1)), seen.residual
-        diagonal = jnp.diagonal(matrix, axis1=-2, axis2=-1)
-        scale = damping[..., None] * jnp.maximum(diagonal, 1e-6) + 1e-12
-        matrix = matrix + scale[..., None] * jnp.eye(len(residual), dtype=residual.dtype)
-        return _solve(matrix, residual)
-
-    start = jnp.full_like(path.variance, 1 / len(path))
-    return _damped(visit, step, start, bounds, max_sweeps, unrolled=axis_name is not None)
-
-
 def least_step(
     path: Path,
-    forward: jax.Array,
-    reverse: jax.Array,
+    targets: tuple[jax.Array, jax.Array],
     start: jax.Array,
     bounds: tuple[float, float],
     *,
-    method: str,
+    summed: bool,
     max_sweeps: int,
     tolerance: float,
     axis_name: AxisName | None,
 ) -> Solution:
-    """Alphas that meet the mean divergences, by shortest steps from `start`.
+    """Alphas that meet the mean divergences, or their sum, by shortest steps from `start`.
 
     One or two equations for T alphas: which of the many solutions is found depends on the start.
     """
+    forward, reverse = targets
     jeffreys = jnp.maximum(forward + reverse, 1e-2)
 
     def visit(alphas: jax.Array, centre: jax.Array | None) -> _Visit:
@@ -93,10 +48,8 @@ def least_step(
         moved = (alphas * means).sum(0) - log_z
         gaps = jnp.stack([moved - forward, log_z - reverse])
         slopes = jnp.stack([(covariance * alphas[None]).sum(1), means])
-        if method == "jeffreys":
+        if summed:
             gaps, slopes = gaps.sum(0, keepdims=True), slopes.sum(0, keepdims=True)
-        elif method == "budget":
-            gaps, slopes = gaps[:1], slopes[:1]
         # A step has only the alphas that it does not push out of the box.
         downhill = -(slopes * gaps[:, None]).sum(0)
         stuck = ((alphas <= bounds[0]) & (downhill <= 0)) | ((alphas >= bounds[1]) & (downhill > 0))

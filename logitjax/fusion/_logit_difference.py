@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from logitjax.fusion._inputs import Inputs, Strategy, pmax, vocabulary_size
-from logitjax.fusion._kth_largest import kth_largest
-from logitjax.ops import AxisName, logsumexp, psum
+from logitjax.ops import AxisName, logsumexp, psum, top_k
 
 _FORMS, _FILTERS, _OUTSIDE = ("raw", "centred"), ("clean", "official", "none"), ("keep", "exclude")
 
@@ -98,6 +97,6 @@ class LogitDifference(Strategy):
             count = int(self.rate * vocabulary_size(large, axis_name))
             if count == 0:
                 return jnp.full_like(threshold, -jnp.inf)
-            least = kth_largest(large, count, axis_name=axis_name)
-            threshold = jnp.minimum(threshold, least[..., None])
+            largest, _ = top_k(jax.lax.stop_gradient(large), count, axis_name=axis_name)
+            threshold = jnp.minimum(threshold, largest[..., -1:])
         return threshold

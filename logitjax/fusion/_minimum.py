@@ -136,15 +136,9 @@ def find_minimum(
 ) -> Solution:
     """Alpha whose objective no other in the range undercuts by more than 1e-6 (relative: 1e-5).
 
-    Beyond that the divergences are only as good as float32. `converged` is that certificate.
-
-    Args:
-        path: with `least` and `most`.
-        forward: f, `[T, *batch]`.
-        reverse: r, likewise.
-        values: first points in order, the ends of the range among them; all in one all-reduce.
-        max_sweeps: evaluations at most, those of `values` aside.
-        axis_name: axis that splits the vocabulary; exactly `max_sweeps` are made then.
+    Beyond that the divergences are only as good as float32. `converged` is that certificate. The
+    first points, `values`, have the ends of the range among them, and cost one all-reduce; with an
+    axis name exactly `max_sweeps` more are made.
     """
     search = _Search(path, forward, reverse, axis_name)
     alphas, at = path.scan(values, order=2, axis_name=axis_name)
@@ -238,8 +232,7 @@ def _lowest(gap: jax.Array, least: jax.Array, most: jax.Array) -> jax.Array:
 def _variances(left: Point, right: Point, growth: jax.Array, decay: jax.Array) -> Any:
     """What v is at least and at most between two points.
 
-    log v neither grows faster than `growth` nor falls faster than `decay`, from either end: the two
-    lines meet `growth decay width / (growth + decay)` beyond the nearer end.
+    log v neither grows faster than `growth` nor falls faster than `decay`, from either end.
     """
     beyond = growth * decay / jnp.maximum(growth + decay, _TINY) * (right.alpha - left.alpha)
     # Less what the exponential may be off by.

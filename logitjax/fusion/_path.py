@@ -32,17 +32,15 @@ class Moments:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Path:
-    """P and the directions, one for each expert.
+    """P and the directions, one for each expert; `[T, *batch]` but for the first two.
 
     Attributes:
         log_p: `[*batch, vocab]`, -inf where the vocabulary does not exist; padded to whole parts.
         directions: `[T, *batch, vocab]`, h, centred under P; likewise.
-        variance: `[T, *batch]`, of h under P.
-        gain: `[T, *batch]`, E_P[log expert/base].
-        target_forward: `[T, *batch]`, KL(expert || base).
-        target_reverse: `[T, *batch]`, KL(base || expert).
-        least: `[T, *batch]`, no h lies below; None unless asked for.
-        most: likewise, no h lies above.
+        variance: Of h under P.
+        gain: E_P[log expert/base].
+        target_forward: KL(expert || base); `target_reverse` is KL(base || expert).
+        least: No h lies below, nor above `most`; None unless asked for.
         levels: largest logits of the large model `[1, *batch]`, of experts and of bases.
     """
 

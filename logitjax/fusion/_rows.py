@@ -25,9 +25,8 @@ def by_rows(
 ) -> _Info:
     """`decide(*logits)`, on CPU in turns of as many rows as the caches like.
 
-    `logits` are `[..., *batch, vocab]` (or None). What is decided has the batch's axes last, or
-    is a scalar: the largest of the turns is returned. A turn ends when its own rows are done. Of
-    many rows one or another always takes long: `first` decides them all in little time, and
+    What is decided has the batch's axes last, or is a scalar: the largest of the turns is returned.
+    Of many rows one or another always takes long: `first` decides them all in little time, and
     `decide` only those that are not `converged` then.
     """
     count = math.prod(batch)

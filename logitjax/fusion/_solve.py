@@ -16,11 +16,7 @@ _TRUSTED_STEPS = 8
 
 
 class Solution(NamedTuple):
-    """Where a search ended.
-
-    `alpha` was evaluated, `at` is what its evaluation gave beside the value; the wanted point
-    lies between `lower` and `upper`.
-    """
+    """Where a search ended: `alpha`, what its evaluation gave, a bracket of the wanted point."""
 
     alpha: jax.Array
     at: Any
@@ -53,18 +49,9 @@ def find_root(
 ) -> Solution:
     """Solves `value(alpha) = target` for a value that grows; ends at the bound if it lies beyond.
 
-    Args:
-        evaluate: alpha to (value, slope, anything to keep).
-        target: of each row.
-        start: first alpha.
-        low: least alpha.
-        high: largest alpha.
-        quadratic: the value is about c alpha^2 near 0, so Newton's method takes its root, which is
-            nearly straight.
-        tolerance: allowed `|value - target|`, relative to the target. A bracket between whose ends
-            there is no other number is an answer, too: values may leap there.
-        max_sweeps: evaluations at most.
-        unrolled: do exactly so many, without a loop.
+    `evaluate` gives value, slope and anything to keep. A `quadratic` value is about c alpha^2 near
+    0, so Newton's method takes its root, which is nearly straight. The tolerance is relative to the
+    target. `unrolled` does exactly `max_sweeps` evaluations, without a loop.
     """
     allowed = tolerance * jnp.maximum(jnp.abs(target), 1e-2)
 

@@ -26,14 +26,7 @@ _NOWHERE = -1e30
 
 @dataclasses.dataclass(frozen=True)
 class TokenMap:
-    """The token of a small vocabulary for each token of a large one.
-
-    Hashable by what it maps, so that it may be a static argument.
-
-    Attributes:
-        small_ids: int32 `[large]`, the small model's id of each token, -1 where it has none.
-        small_size: logits of the small model.
-    """
+    """The token of a small vocabulary for each of a large one, -1 where it has none; hashable."""
 
     small_ids: np.ndarray
     small_size: int
@@ -89,13 +82,8 @@ class TokenMap:
         """Log-probabilities of the small model at the large model's ids.
 
         Logits of different vocabularies differ by an unknown constant; log-probabilities do not.
-        Off the overlap all models get the same vanishing value, so that the difference of two of
-        them is 0 there and divergences are those on the overlap.
-
-        Args:
-            logits_small: `[*batch, small]`; more entries than the vocabulary has are padding.
-            vocab_where: boolean, broadcastable to them: True for the entries that exist.
-            name: what errors call them.
+        Off the overlap all models get the same vanishing value: there the difference of two of them
+        is 0, and divergences are those on the overlap. Entries beyond the vocabulary are padding.
         """
         logits = checks.as_float(logits_small, name)
         if logits.shape[-1] < self.small_size:

@@ -6,53 +6,33 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Float, Int
 
 from logitjax.heads._head_cost import HeadCost
 from logitjax.heads._vocabulary_head import VocabularyHead
-from logitjax.losses import Head, linear_cross_entropy
+from logitjax.losses import Head
 from logitjax.ops import Array
 
 
 class FullHead(VocabularyHead):
     """What `LinearHead` and `TiedHead` share: a kernel over the whole vocabulary."""
 
-    dtype: Any
-
-    def as_linear(self, embedding: Any = None) -> Head:
-        """The head as a value, for the losses that start at hidden states."""
-        raise NotImplementedError
-
-    def __call__(
-        self, hidden: Float[Array, "*batch hidden"], embedding: Array | None = None
-    ) -> Float[jax.Array, "*batch vocab"]:
+    def __call__(self, hidden: Array, embedding: Array | None = None) -> jax.Array:
         head = self.as_linear(embedding)
         kernel = jnp.asarray(head.kernel, self.dtype)
         return dataclasses.replace(head, kernel=kernel).logits(jnp.asarray(hidden, self.dtype))
-
-    def nll(
-        self,
-        hidden: Float[Array, "*batch hidden"],
-        labels: Int[Array, "*batch"],
-        embedding: Array | None = None,
-        **options: Any,
-    ) -> Float[jax.Array, "*batch"]:
-        """Cross-entropy, not reduced, by blocks of the vocabulary; see `linear_cross_entropy`."""
-        hidden = jnp.asarray(hidden, self.dtype)
-        return linear_cross_entropy(hidden, self.as_linear(embedding), labels, **options)
 
 
 def _full_cost(kernel: Any, bias: Any, *, tied: bool) -> HeadCost:
     """Tied, it stores no kernel of its own but reads one all the same."""
     itemsize = kernel.dtype.itemsize
     extra = 0 if bias is None else bias.size
-    own = (0 if tied else kernel.size) + extra
+    own = (0 if tied else kernel.size) + extra  # the embedding counts elsewhere
     return HeadCost(
         parameters=own,
         stored_bytes=own * itemsize,
         read_bytes=(kernel.size + extra) * itemsize,
-        decode_flops=2 * kernel.size,
-        train_flops=6 * kernel.size,
+        decode_flops=2 * kernel.size,  # a product and a sum a number
+        train_flops=6 * kernel.size,  # forward, and both gradients
         exact=True,
     )
 
@@ -131,7 +111,7 @@ def torch_linear(
     """
 
     def uniform(key: jax.Array, shape: Any, dtype: Any = None, out_sharding: Any = None) -> Any:
-        del out_sharding
+        del out_sharding  # flax passes it to every initialiser
         limit = in_features**-0.5
         return jax.random.uniform(key, shape, dtype, -limit, limit)
 

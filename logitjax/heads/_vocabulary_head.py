@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Float, Int, Key
 
 from logitjax.heads._head_cost import HeadCost
+from logitjax.losses import Head, linear_cross_entropy
 from logitjax.ops import Array, TopK, checks
 
 
@@ -16,16 +17,18 @@ class Assignment(nnx.Variable):
 
 
 class VocabularyHead(nnx.Module):
-    """Top-k and samples through the logits of the whole vocabulary.
+    """Losses through `as_linear`, top-k and samples through the logits of the whole vocabulary.
 
-    A subclass has ``__call__(hidden, embedding=None)``. All heads share the signatures of `top_k`,
-    `sample` and ``nll(hidden, labels, embedding=None)``, so that code which decodes or trains need
-    not know which head it has; those with a quicker way override them.
+    A subclass has ``__call__(hidden, embedding=None)``. All heads share the signatures of `nll`,
+    `top_k` and `sample`, so that code which decodes or trains need not know which head it has;
+    those with a quicker way override them. A tied head takes its rows from ``embedding``.
 
     Constructors take ``hidden_size`` d and ``vocab_size`` V, ``unigram`` ``[vocab]``, counts or
     probabilities at whose logarithm biases begin, ``dtype`` of the computation, ``param_dtype`` of
     the parameters, and ``rngs``, the source of initial ones.
     """
+
+    dtype: Any
 
     def __call__(
         self, hidden: Float[Array, "*batch hidden"], embedding: Array | None = None
@@ -39,12 +42,33 @@ class VocabularyHead(nnx.Module):
         """
         raise NotImplementedError
 
+    def as_linear(self, embedding: Any = None) -> Head:
+        """The equivalent full head, for the losses that start at hidden states.
+
+        Raises:
+            ValueError: its logits are not linear in the hidden state.
+        """
+        raise ValueError(
+            f"head: expected one with a kernel, got a {type(self).__name__}: use nll()"
+        )
+
+    def nll(
+        self,
+        hidden: Float[Array, "*batch hidden"],
+        labels: Int[Array, "*batch"],
+        embedding: Array | None = None,
+        **options: Any,
+    ) -> Float[jax.Array, "*batch"]:
+        """Cross-entropy, not reduced, by blocks of the vocabulary; see `linear_cross_entropy`."""
+        hidden = jnp.asarray(hidden, self.dtype)
+        return linear_cross_entropy(hidden, self.as_linear(embedding), labels, **options)
+
     @staticmethod
     def initial_bias(unigram: Any, vocab_size: int) -> jax.Array:
         """Log-frequencies, tokens never seen as a tenth of one; zeros where `unigram` is None."""
         if unigram is None:
             return jnp.zeros(vocab_size)
-        counts = jnp.asarray(unigram, jnp.float32)
+        counts = jnp.asarray(unigram, jnp.float32)  # counts may be integers
         if counts.shape != (vocab_size,):
             raise ValueError(f"unigram: expected shape ({vocab_size},), got {counts.shape}")
         return _log_frequencies(counts)
@@ -73,4 +97,5 @@ class VocabularyHead(nnx.Module):
 
 @jax.jit
 def _log_frequencies(counts: jax.Array) -> jax.Array:
+    # From -inf a bias would never come back.
     return jnp.log(jnp.maximum(counts / counts.sum(), 0.1 / counts.sum()))

@@ -118,11 +118,7 @@ def _orthonormal(columns: np.ndarray) -> np.ndarray:
 def utility_loss(
     true_log_probs: Float[Array, "n vocab"], served_log_probs: Float[Array, "n vocab"]
 ) -> dict[str, float]:
-    """What a defence costs the honest user.
-
-    Returns:
-        ``kl`` in nats, mean; ``top1``, share of equal first tokens; ``top5``, mean overlap of five.
-    """
+    """What a defence costs honest users: mean `kl` in nats; shares of equal `top1` and `top5`."""
     truth = np.asarray(true_log_probs, np.float32)
     served = np.asarray(served_log_probs, np.float32)
     return {name: float(value) for name, value in _utility_loss(truth, served).items()}

@@ -9,10 +9,9 @@ import numpy as np
 from jaxtyping import Float
 
 from logitjax.leakage._alignment import HeadAlignment, align_head, utility_loss
-from logitjax.leakage._corner import corner_matrix
 from logitjax.leakage._harvest import harvest_log_probs
 from logitjax.leakage._policy import LogitPolicy
-from logitjax.leakage._recover_row import RecoveredRow, recover_log_probs
+from logitjax.leakage._recover_row import RecoveredRow, corner_matrix, recover_log_probs
 from logitjax.leakage._search import search_logits
 from logitjax.leakage._subspace import OutputSubspace, estimate_output_subspace
 from logitjax.leakage._width import OutputWidth

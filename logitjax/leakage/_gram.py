@@ -1,71 +1,51 @@
-"""Gram matrices of wide rows, by blocks."""
+"""Gram matrix and projection of rows in the host's memory, by BLAS.
 
-import functools
+XLA's products on CPU compute both halves of a symmetric matrix and copy transposed operands.
+"""
+
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Float
+import numpy as np
+import scipy.linalg
 
-from logitjax.leakage._precision import widest
-from logitjax.ops import Array, checks
+_dsyrk: Any = scipy.linalg.get_blas_funcs("syrk", dtype=np.float64)
 
 
-# One program where it is called on its own.
-@functools.partial(jax.jit, static_argnames=("centre", "block_size"))
-def gram_matrix(
-    rows: Float[Array, "n vocab"],
-    *,
-    centre: bool = False,
-    block_size: int = 8192,
-) -> Float[jax.Array, "n n"]:
-    """``Q Q^T``, added up over blocks of the vocabulary.
-
-    In float64 where 64-bit types are on: the Gram matrix squares the singular values, so float32
-    loses every direction below 3e-4 of the first.
-
-    Args:
-        centre: subtract each row's mean first, which removes the normaliser of log-probabilities.
-        block_size: columns at a time; memory is n x block_size.
-    """
-    checks.positive(block_size, "block_size")
-    rows = jnp.asarray(rows)
+def gram_matrix(rows: np.ndarray, *, centre: bool, block_size: int) -> np.ndarray:
+    """``Q Q^T`` of rows less their means: half of the products, one block of columns in memory."""
+    # In float64: the Gram matrix squares the singular values, so float32 would lose every
+    # direction below 3e-4 of the first.
     count, vocab = rows.shape
-    dtype = widest()
-    mean = row_means(rows)[:, None] if centre else jnp.zeros((count, 1), dtype)
-
-    def product(block: jax.Array) -> jax.Array:
-        block = block.astype(dtype) - mean
-        return _symmetric_product(block)
-
-    size = min(block_size, vocab)
-
-    def body(i: jax.Array, total: jax.Array) -> jax.Array:
-        return total + product(lax.dynamic_slice_in_dim(rows, i * size, size, axis=1))
-
-    total = jnp.zeros((count, count), dtype)
-    total = lax.fori_loop(0, vocab // size, body, total)
-    if vocab % size:
-        total = total + product(rows[:, vocab - vocab % size :])
-    return total
+    total = np.zeros((count, count), order="F")
+    mean = rows.mean(axis=1, dtype=np.float64, keepdims=True) if centre else 0.0
+    for start in range(0, vocab, block_size):
+        block = rows[:, start : start + block_size].astype(np.float64)
+        if centre:
+            with np.errstate(invalid="ignore"):  # The caller looks for infinities.
+                block -= mean
+        # A transposed view is what Fortran reads without a copy.
+        total = _dsyrk(1.0, block.T, beta=1.0, c=total, trans=True, lower=True, overwrite_c=True)
+    return total + np.tril(total, -1).T
 
 
-def row_means(rows: Array) -> jax.Array:
-    """``[n]``: means over the vocabulary."""
-    return jnp.sum(jnp.asarray(rows), axis=-1, dtype=widest()) / rows.shape[-1]
+def project(
+    rows: np.ndarray, left: np.ndarray, mean: np.ndarray | None, *, block_size: int
+) -> jax.Array:
+    """``(rows - mean)^T left`` in float32, ``[vocab, k]``; columns that BLAS copies are few."""
+    left = np.ascontiguousarray(left, np.float32)
+    shift = 0.0 if mean is None else mean.astype(np.float32) @ left
+    product = _aligned((rows.shape[1], left.shape[1]))
+    for start in range(0, len(product), block_size):
+        block = rows[:, start : start + block_size].astype(np.float32, copy=False)
+        np.matmul(block.T, left, out=product[start : start + block_size])
+        product[start : start + block_size] -= shift
+    return jax.device_put(product, jax.local_devices(backend="cpu")[0], may_alias=True)
 
 
-def _symmetric_product(block: jax.Array) -> jax.Array:
-    """``block block^T``, the lower half mirrored: XLA has no product that knows the symmetry."""
-    count = block.shape[0]
-    if count < 512:
-        return jnp.matmul(block, block.T, precision="highest")
-    parts = 4
-    edges = [count * i // parts for i in range(parts + 1)]
-    strips = []
-    for i in range(parts):
-        here = block[edges[i] : edges[i + 1]]
-        strip = jnp.matmul(here, block[: edges[i + 1]].T, precision="highest")
-        strips.append(jnp.pad(strip, ((0, 0), (0, count - edges[i + 1]))))
-    lower = jnp.tril(jnp.concatenate(strips))
-    return lower + jnp.tril(lower, -1).T
+def _aligned(shape: tuple[int, int]) -> np.ndarray:
+    """Uninitialised float32 where JAX can take it over; elsewhere it copies."""
+    size = shape[0] * shape[1]
+    buffer = np.empty(size + 16, np.float32)
+    offset = -buffer.ctypes.data % 64 // 4
+    return buffer[offset : offset + size].reshape(shape)

@@ -11,11 +11,9 @@ from logitjax.ops import Array
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BasisFit:
-    """Rows found from a basis.
+    """Rows ``[n, vocab]`` found from a basis, and their coefficients.
 
     Attributes:
-        rows: ``[n, vocab]``, float64.
-        coefficients: ``[n, rank]``.
         residual: root mean square of what the given values leave unexplained, in their units.
         condition: condition number of the basis at the chosen tokens: by it errors of the values
             are multiplied at most.
@@ -56,13 +54,8 @@ def rows_from_basis(
     """Least squares for each row's place in a known basis.
 
     ``values = basis[tokens] c + shift``, then ``row = basis c + shift``: h + 1 values say all V.
-
-    Args:
-        basis: ``[vocab, rank]``, orthonormal or not.
-        tokens: ``[m]`` where the values were taken, distinct.
-        unknown_shift: whether rows are log-probabilities, of which each has its own normaliser,
-            while the basis is of centred rows.
-        largest_condition: beyond it the setting is refused.
+    The shift is each row's normaliser, where they are log-probabilities and the basis is of centred
+    rows. A condition beyond the largest is refused.
     """
     basis = np.asarray(basis, np.float64)
     tokens = np.asarray(tokens)

@@ -21,13 +21,10 @@ _CHOICES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What came back.
+    """What came back: values ``[*batch, k]`` and the tokens they are of.
 
-    Attributes:
-        values: ``[*batch, k]``, what the policy reports: of the drawn token first, where the policy
-            reports it, then largest first if it reports a top-k; k = 0 where it reports tokens
-            only.
-        tokens: ``[*batch, k]`` int32, which tokens they are of; the drawn one where k = 0.
+    The drawn token comes first, where the policy reports its value, then the largest. Where it
+    reports tokens only there is no value, and one token.
     """
 
     values: Array

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import scipy.special
 
 from logitjax.leakage._policy import Answer, LogitPolicy
-from logitjax.leakage._unbias import unbias_alone, unbias_by_reference, unbias_by_visible
 from logitjax.ops import Array
 
 
@@ -34,8 +34,8 @@ class RecoveredRow:
         known: ``[vocab]``, bool.
         error_bound: nats, from the decimals and the number format of the answers.
         queries: what it took.
-        method: ``reference``, ``visible`` or ``alone``, see the functions ``unbias_*``; ``forced``,
-            ``harvested``.
+        method: ``reference``, ``visible``, ``alone`` or ``forced``, see `recover_log_probs`;
+            ``harvested``, ``searched``.
     """
 
     log_probs: np.ndarray
@@ -77,10 +77,16 @@ def recover_log_probs(
 
     If a bias moves what is reported, one query without a bias gives the most likely token and its
     log-probability, the reference. Each further query lifts the reference and k - 1 tokens by the
-    same bias to the top of the answer, and is undone with `unbias_by_reference`. The bias has to
-    exceed the range of the logits, else tokens stay below the top k. These are asked for again
-    together with the unbiased reference (`unbias_by_visible`). What is still missing is reported as
-    missing, not guessed.
+    same bias to the top of the answer. Whatever the bias made of the normaliser cancels::
+
+        log p_i = (y_i - y_r) + log p_r                        reference
+        log p_i = (y_i - bias - y_r) + log p_r                 visible: y_r is without a bias
+        log p_i = y_i - logaddexp(bias + log(1 - P), log P)    alone: no reference, P = exp y_i
+
+    The bias has to exceed the range of the logits, else tokens stay below the top k. These are
+    asked for again one by one, beside the unbiased reference (`visible`). An API that reports one
+    value has no room for a reference (`alone`). What is still missing is reported as missing, not
+    guessed.
 
     Args:
         oracle: the API, e.g. a `LogitOracle`.
@@ -98,7 +104,7 @@ def recover_log_probs(
 
     References:
         openlogprobs; Carlini et al., 2024, section 5. Departs from both in the reference token:
-        their form without one loses 4 nats at a bias of 20 in float32, see `unbias_alone`.
+        their form without one loses 4 nats at a bias of 20 in float32.
     """
     policy = oracle.policy
     # Where every answer is the whole row there is no token of its own to be forced.
@@ -132,9 +138,11 @@ def recover_log_probs(
     reference = int(first.tokens[0, 0])
     reference_value = float(first.values[0, 0])
     k = vocab_size if policy.top_k is None else min(policy.top_k, vocab_size)
+    # One place of the answer, and one of the bias, is for the reference.
     group = min(k - 1, policy.max_biased - 1)
     found = np.full(vocab_size, -np.inf, np.float32)
     known = np.zeros(vocab_size, bool)
+    # The first answer already has k of them.
     found[first.tokens[0]] = first.values[0]
     known[first.tokens[0]] = policy.floor is None or first.values[0] > policy.floor
     if policy.returns == "logits":
@@ -243,8 +251,8 @@ def _undo(
     tokens, values = np.asarray(answer.tokens), np.asarray(answer.values)
     here = tokens == reference
     seen = here.any(axis=1)
-    anchor = np.where(here, values, 0.0).sum(axis=1)
-    undone = np.asarray(unbias_by_reference(values, anchor, reference_value))
+    anchor = np.where(here, values, 0.0).sum(axis=1, keepdims=True)
+    undone = values - anchor + np.float32(reference_value)
     # Only tokens of this query were lifted: others in the answer stand lower by the bias.
     lifted = (tokens[:, :, None] == asked[:, None, :]).any(-1) & seen[:, None]
     if floor is not None:
@@ -270,9 +278,9 @@ def _ask_visible(
         mine = values[where == token]
         hidden = oracle.policy.floor is not None and (mine <= oracle.policy.floor).any()
         if len(mine) and reference in where and not hidden:
-            visible = values[where == reference][0]
-            undone = unbias_by_visible(mine, visible, reference_value, bias)
-            found[token] = float(undone[0])
+            # The reference was not lifted, as the token was.
+            lifted = mine[0] - values[where == reference][0]
+            found[token] = lifted + np.float32(reference_value) - np.float32(bias)
             known[token] = True
     return len(tokens)
 
@@ -293,7 +301,7 @@ def _alone(
     rest = tokens[~known[tokens]]
     answer = oracle.ask_biased(prompt, rest[:, None], np.full((len(rest), 1), bias, np.float32))
     came = np.asarray(answer.tokens)[:, 0] == rest
-    undone, factor = (np.asarray(x) for x in unbias_alone(answer.values, bias))
+    undone, factor = unbias_alone(np.asarray(answer.values)[:, 0], bias)
     resolution = max(step, float(np.finfo(np.float32).eps))
     errors = np.where(np.isnan(factor), np.inf, factor * resolution)
     good = came & (errors <= largest_error)
@@ -303,7 +311,7 @@ def _alone(
             f"the top: errors of {np.min(errors, initial=np.inf):.2g} nats and more, "
             f"largest_error={largest_error}; ask for top_k >= 2"
         )
-    found[rest[good]] = undone[good, 0]
+    found[rest[good]] = undone[good]
     known[rest[good]] = True
     return RecoveredRow(
         log_probs=np.where(known, found, np.nan).astype(np.float32),
@@ -312,3 +320,48 @@ def _alone(
         queries=1 + len(rest),
         method="alone",
     )
+
+
+def unbias_alone(values: np.ndarray, bias: float) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities of tokens that were biased alone, and by how much errors are multiplied.
+
+    With P_B the reported mass and P the true one, P_B / (1 - P_B) is e^bias P / (1 - P). The factor
+    is about P_B / (1 - P_B) where that counts, and nan where 1 - P_B is lost altogether.
+
+    References:
+        The formula of openlogprobs; its error is our reading of it.
+    """
+    values = np.asarray(values, np.float32)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        # log(1 - P_B) where P_B is close to 1 is what makes this form hard.
+        rest = np.log(-np.expm1(np.minimum(values, 0.0)))
+        share = scipy.special.expit(bias + rest - values)
+        # Where 1 - P_B is lost this is zero times infinity: nan.
+        factor = 1.0 + share * np.exp(values - rest)
+    return values - np.logaddexp(bias + rest, values), factor
+
+
+def corner_matrix(
+    oracle: Asked, prompts: Sequence[Any], columns: np.ndarray, vocab_size: int
+) -> np.ndarray:
+    """Log-probabilities of chosen tokens after each prompt, ``[n, m]``, float32.
+
+    A corner of h + s rows and as many columns has the rank of the whole matrix, for
+    (h + s)^2 / (K - 1) queries instead of n V / (K - 1). Rows differ by their normalisers.
+
+    References:
+        Carlini et al., 2024, section 4.2.
+    """
+    if oracle.policy.top_k is None:
+        return np.asarray(oracle.ask(prompts).values)[:, columns]
+    rows = []
+    for prompt in prompts:
+        row = recover_log_probs(oracle, prompt, vocab_size, tokens=columns)
+        missing = columns[~row.known[columns]]
+        if len(missing):
+            raise ValueError(
+                f"{len(missing)} of {len(columns)} tokens never reached the answer, "
+                f"e.g. {missing[0]}: the bias is smaller than the range of the logits"
+            )
+        rows.append(row.log_probs[columns])
+    return np.stack(rows)

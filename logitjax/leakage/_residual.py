@@ -46,11 +46,7 @@ def holds_vector(
     values: Float[np.ndarray, " k"],
     noise: float,
 ) -> bool:
-    """Whether a vector may lie in the span of singular vectors that noise has turned.
-
-    Noise of singular value `noise` turns the i-th vector by about `noise / s_i`; a vector that lies
-    in the span without noise then sticks out of it by no more than twice that.
-    """
+    """Whether a vector may lie in the span of singular vectors that noise has turned."""
     outside = squared_norm - float(inside @ inside)
     turned = noise**2 * float(((inside / values) ** 2).sum())
     return outside <= 4 * turned + 1e-12 * squared_norm

@@ -1,11 +1,11 @@
 """Logits from an API that says nothing but which token is drawn: comparisons under a bias."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from logitjax.leakage._recover_row import Asked
 from logitjax.ops import Array
@@ -48,18 +48,8 @@ class Boxes:
     """What answers say of u, the logits scaled to [0, 1] with the winner at 1.
 
     `apart[i, j]` is an upper bound of `u_j - u_i`. An answer gives some out of one token, and the
-    matrix is kept closed under the triangle inequality, in O(N^2) an answer.
-
-    Args:
-        count: Number of tokens, N.
-        winner: Place of the token that is drawn without a bias.
-        slack: How far a drawn token may have been below another all the same, by rounding.
-
-    >>> boxes = Boxes(3, 0)
-    >>> boxes.learn(1, np.array([0.0, 0.5, 0.5]))
-    True
-    >>> print(boxes.lower, boxes.upper)
-    [1.  0.5 0. ] [1. 1. 1.]
+    matrix is kept closed under the triangle inequality, in O(N^2) an answer. A drawn token may have
+    been below another by `slack` all the same, by rounding.
     """
 
     def __init__(self, count: int, winner: int, slack: float = 0.0):
@@ -86,30 +76,10 @@ class Boxes:
         return True
 
 
-def _bisection(lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
-    """The widest token against the winner, at its middle."""
-    bias = np.zeros_like(lower)
-    widest = int(np.argmax(upper - lower))
-    bias[widest] = 1.0 - (lower[widest] + upper[widest]) / 2
-    return bias
-
-
-def _simultaneous(lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
-    """All tokens at their middles."""
-    return 1.0 - (lower + upper) / 2
-
-
 def _one_of_n(lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
     """All tokens so high that each is drawn with probability 1 / N if they lie evenly in bounds."""
     count = len(lower)
     return 1.0 - lower - count ** (-1.0 / (count - 1)) * (upper - lower)
-
-
-ASKERS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-    "bisection": _bisection,
-    "simultaneous": _simultaneous,
-    "one_of_n": _one_of_n,
-}
 
 
 def search_logits(
@@ -117,7 +87,6 @@ def search_logits(
     prompt: Sequence[int] | Array,
     tokens: Sequence[int] | Int[Array, " m"],
     *,
-    asker: str = "one_of_n",
     span: float = 40.0,
     tolerance: float = 0.01,
 ) -> SearchedLogits:
@@ -125,24 +94,19 @@ def search_logits(
 
     If token t is drawn under biases b, then `z_j + b_j <= z_t + b_t` for all j. Tokens are asked
     for in batches together with the token that is drawn without a bias, which no other token can
-    beat.
-
-    - `bisection`: one token against the winner, `log2(span / tolerance)` queries each;
-    - `simultaneous`: all tokens at the middles of their bounds;
-    - `one_of_n`: all tokens biased so that each is equally likely to be drawn, within a factor two
-      of the best that one of N answers can tell: 2.6 queries a token to 1e-4 of the span.
+    beat. They are biased so that each is equally likely to be drawn, which is within a factor two
+    of the best that one of N answers can tell: 2.6 queries a token to 1e-4 of the span.
 
     Args:
         oracle: The API; its bias moves the drawn token.
         prompt: Token ids.
         tokens: `[m]` distinct token ids.
-        asker: As above.
         span: Range of the logits in nats, at most the largest bias; lower tokens are not found.
         tolerance: Distance of the bounds, in nats, at which to stop. Some 1e-5 nats, which float32
             rounds away, come on top.
 
     Raises:
-        ValueError: The API takes no bias, or less than the span; an unknown asker.
+        ValueError: The API takes no bias, or less than the span.
         BudgetExhaustedError: The oracle's budget is spent.
 
     References:
@@ -158,8 +122,6 @@ def search_logits(
     [-3. -6.]
     """
     policy = oracle.policy
-    if asker not in ASKERS:
-        raise ValueError(f"asker: expected one of {', '.join(ASKERS)}, got {asker!r}")
     if policy.bias == "none":
         raise ValueError(
             "oracle: expected an API that takes a logit bias, got bias='none': nothing else "
@@ -178,7 +140,7 @@ def search_logits(
     size = max(1, policy.max_biased - 1)
     for start in range(0, len(rest), size):
         batch = np.array([winner, *rest[start : start + size]])
-        boxes, asked, wrong = _narrow(oracle, prompt, batch, ASKERS[asker], span, tolerance)
+        boxes, asked, wrong = _narrow(oracle, prompt, batch, span, tolerance)
         # What was never drawn may lie anywhere below: that its u is not negative was assumed.
         low = np.where(boxes.lower > 0, (boxes.lower - 1) * span, -np.inf)
         lower |= dict(zip(batch.tolist(), low.tolist(), strict=True))
@@ -195,12 +157,7 @@ def search_logits(
 
 
 def _narrow(
-    oracle: Asked,
-    prompt: Any,
-    batch: Int[np.ndarray, " n"],
-    bias_of: Callable[[Float[np.ndarray, " n"], Float[np.ndarray, " n"]], np.ndarray],
-    span: float,
-    tolerance: float,
+    oracle: Asked, prompt: Any, batch: Int[np.ndarray, " n"], span: float, tolerance: float
 ) -> tuple[Boxes, int, int]:
     """Bounds of one batch, the winner first, with the numbers of queries and contradictions."""
     boxes, queries, contradictions = Boxes(len(batch), 0, 2 * _ROUNDED / span), 0, 0
@@ -209,7 +166,7 @@ def _narrow(
     # Rounding leaves a slack on both sides, which no query closes.
     least = tolerance / span + 2 * boxes.slack
     while (boxes.upper - boxes.lower).max() > least and in_row < _STUCK:
-        bias = bias_of(boxes.lower, boxes.upper)
+        bias = _one_of_n(boxes.lower, boxes.upper)
         nats = (bias * span).astype(np.float32)
         answer = oracle.ask_biased(prompt, batch[None], nats[None])
         drawn = places.get(int(np.asarray(answer.tokens)[0, 0]))

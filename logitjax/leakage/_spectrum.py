@@ -16,10 +16,7 @@ _TRACY_WIDOM_99 = 2.02
 
 
 def clip_spectrum(singular_values: Float[Array, " n"]) -> Float[np.ndarray, " n"]:
-    """Falling singular values, none below what rounding leaves of the first.
-
-    Exact zeros would make infinite gaps among the noise.
-    """
+    """Falling singular values, none below what rounding leaves of the first."""
     given = np.asarray(singular_values)
     eps = float(np.finfo(given.dtype if given.dtype.kind == "f" else np.float64).eps)
     values = np.sort(given.astype(np.float64))[::-1]
@@ -33,10 +30,6 @@ def spectrum_gaps(singular_values: Float[Array, " n"]) -> Float[np.ndarray, " n-
 
 def max_gap_dimension(singular_values: Float[Array, " n"]) -> int:
     """The number of singular values before the largest gap: what the literature reads off.
-
-    ::
-
-        argmax_i (log s_i - log s_(i+1))
 
     It answers whatever it is given: 1 on a real, anisotropic spectrum under noise of 0.2 nats, and
     nearly n on noise alone. `estimate_output_subspace` does not rest on it.
@@ -63,24 +56,14 @@ def noise_edge(sigma: Any, rows: Any, columns: Any) -> Any:
 
 
 def rounding_noise(decimals: int) -> float:
-    """Noise that rounding amounts to: ``10^-decimals / sqrt(12)``.
-
-    >>> round(rounding_noise(2), 5)
-    0.00289
-    """
+    """Noise that rounding amounts to: ``10^-decimals / sqrt(12)``."""
     # The deviation of a uniform error of one unit in the last decimal.
     return 10.0**-decimals / math.sqrt(12)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WhiteNoise:
-    """Noise that explains a spectrum but for its first values.
-
-    Attributes:
-        above: Number of singular values that it does not explain.
-        sigma: Its standard deviation.
-        edge: Its largest singular value, see `noise_edge`.
-    """
+    """Noise of size `sigma` that explains a spectrum but for the values `above` its `edge`."""
 
     above: int
     sigma: float
@@ -105,15 +88,7 @@ def fit_white_noise(values: Float[np.ndarray, " n"], rows: int, columns: int) ->
     For k = 0, 1, ...: sigma from the values after the k-th, which then have to lie below
     `noise_edge` and, the last of them, above the lower edge of noise of that size. The second
     condition is what tells noise from a falling signal, of which the first would be content with
-    any.
-
-    Args:
-        values: All `min(n, V)` singular values, falling.
-        rows: n.
-        columns: V; one less for rows whose means were taken out.
-
-    Returns:
-        `WhiteNoise`; None if no k with eight values left does.
+    any. None if no k with eight values left does.
 
     References:
         Kritchman and Nadler, 2008 (Determining the number of components in a factor model from

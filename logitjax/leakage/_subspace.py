@@ -10,10 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from logitjax.leakage._gram import gram_matrix, row_means
-from logitjax.leakage._host import host_gram, host_project, on_host
+from logitjax.leakage._gram import gram_matrix, project
 from logitjax.leakage._known_basis import BasisFit, choose_tokens, rows_from_basis
-from logitjax.leakage._precision import in_float64
 from logitjax.leakage._residual import (
     are_cut_off,
     diffuse_edge,
@@ -63,11 +61,11 @@ class OutputSubspace:
     def complete(
         self, tokens: Int[Array, " m"], values: Float[Array, "n m"], **options: Any
     ) -> BasisFit:
-        """Whole rows from a few of their values.
+        """Whole rows from a few of their values, `rows_from_basis` with its options.
 
         Args:
             tokens: ``[m]`` where the values were taken, distinct.
-            **options: ``unknown_shift`` and ``largest_condition`` of `rows_from_basis`.
+            values: ``[n, m]``.
 
         Returns:
             `BasisFit`, whose ``rows`` are ``[n, vocab]``, NaN where ``vocab_where`` is False.
@@ -78,7 +76,6 @@ class OutputSubspace:
         return dataclasses.replace(fit, rows=np.where(self.vocab_where, fit.rows, np.nan))
 
 
-@in_float64
 def estimate_output_subspace(
     rows: Float[Array, "n vocab"],
     *,
@@ -99,7 +96,8 @@ def estimate_output_subspace(
     fitted size (`OutputWidth`). A token with a NaN or an infinity in some row is left out.
 
     Args:
-        rows: ``[n, vocab]``, n > h. They are never copied whole, unless tokens are left out.
+        rows: ``[n, vocab]``, n > h. Those of an accelerator are fetched; on the host they are never
+            copied whole, unless tokens are left out.
         dimension: columns of the basis, if the width is known; the width is still tested.
         noise: standard deviation of the API's noise on a value, 0 for none, None if not known. It
             is compared with the rows, and sharpens the result of few rows.
@@ -132,11 +130,12 @@ def estimate_output_subspace(
         raise ValueError(f"noise: expected a number that is not negative, got {noise}")
     if decimals is not None:
         noise = math.hypot(noise or 0.0, rounding_noise(decimals))
+    rows = np.asarray(rows)
     found = _by_gram(rows, centre, block_size)
     where = np.ones(vocab, bool)
     if not np.isfinite(found.values).all():
         # NaN and infinities reach every singular value, so finite rows never pay for the search.
-        where = finite_columns(np.asarray(rows), block_size=block_size)
+        where = finite_columns(rows, block_size=block_size)
         if where.sum() < max(2, vocab / 2):
             raise ValueError(
                 f"rows: expected finite values in most tokens, got {vocab - where.sum()} of "
@@ -160,10 +159,7 @@ def estimate_output_subspace(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Spectrum:
-    """Singular values, falling, and how to get vectors.
-
-    `floor` is what the method itself leaves of a zero; `gram` and `left` come of the Gram matrix.
-    """
+    """Singular values, falling; what the method leaves of a zero; and how to get vectors."""
 
     values: np.ndarray
     floor: float
@@ -173,15 +169,12 @@ class _Spectrum:
 
 
 def _evidence(
-    rows: Array, found: _Spectrum, *, centre: bool, noise: float | None, block_size: int
+    rows: np.ndarray, found: _Spectrum, *, centre: bool, noise: float | None, block_size: int
 ) -> Evidence:
     count, vocab = rows.shape
     columns = vocab - centre
     values = found.values[: min(count, columns)]
-    if isinstance(rows, np.ndarray):
-        means = rows.mean(axis=1, dtype=np.float64)
-    else:
-        means = np.asarray(row_means(rows), np.float64)
+    means = rows.mean(axis=1, dtype=np.float64)
     # Rounding is of the values as they came, whose mean is in no singular value of centred rows.
     size = math.sqrt((values**2).sum() / (count * vocab) + centre * (means**2).mean())
     dtype = jnp.dtype(rows.dtype)
@@ -209,7 +202,7 @@ def _evidence(
         exact=exact,
         named=noise,
         cut_off=lambda: are_cut_off(rows),
-        diffuse=lambda: diffuse_edge(np.asarray(rows), centre * means, block_size=block_size),
+        diffuse=lambda: diffuse_edge(rows, centre * means, block_size=block_size),
         distinct=lambda distance: rows_apart(found.gram, distance * math.sqrt(vocab)),
         white=lambda k: white_residual(rows, centre * means, found.left[:, :k]),
         offset=offset,
@@ -217,12 +210,8 @@ def _evidence(
     )
 
 
-def _by_gram(rows: Array, centre: bool, block_size: int) -> _Spectrum:
-    held = np.asarray(rows) if on_host(rows) else None
-    if held is None:
-        gram = np.asarray(gram_matrix(rows, centre=centre, block_size=block_size), np.float64)
-    else:
-        gram = host_gram(held, centre=centre, block_size=block_size)
+def _by_gram(rows: np.ndarray, centre: bool, block_size: int) -> _Spectrum:
+    gram = gram_matrix(rows, centre=centre, block_size=block_size)
     if not np.isfinite(gram).all():
         unknown = np.full(len(gram), np.nan)
         return _Spectrum(values=unknown, floor=np.nan, basis=_no_basis, gram=gram, left=gram)
@@ -233,21 +222,11 @@ def _by_gram(rows: Array, centre: bool, block_size: int) -> _Spectrum:
 
     def basis(size: int) -> jax.Array:
         scaled = left[:, :size] / np.maximum(values[:size], smallest)
-        if held is None:
-            mean = row_means(rows) if centre else jnp.zeros(rows.shape[0], jnp.float32)
-            return _project(rows, scaled, mean)
-        mean = held.mean(axis=1, dtype=np.float64) if centre else None
-        return host_project(held, scaled, mean, block_size=block_size)
+        mean = rows.mean(axis=1, dtype=np.float64) if centre else None
+        return project(rows, scaled, mean, block_size=block_size)
 
     return _Spectrum(values=values, floor=8 * smallest, basis=basis, gram=gram, left=left)
 
 
 def _no_basis(size: int) -> jax.Array:
     raise ValueError("rows: expected finite values")
-
-
-@jax.jit
-def _project(rows: jax.Array, left: jax.Array, mean: jax.Array) -> jax.Array:
-    left = left.astype(jnp.float32)
-    product = jnp.matmul(rows.T.astype(jnp.float32), left, precision="highest")
-    return product - (mean.astype(jnp.float32) @ left)[None, :]

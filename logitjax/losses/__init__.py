@@ -11,6 +11,7 @@ What their arguments mean is said here once:
 * `vocab_where`: boolean, broadcastable to the logits: True for the entries that exist, in both of
   two. Of a head it is `[vocab]`.
 * `axis_name`: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
+  Elsewhere `MeshAxes` names the axes of a mesh.
 
 The `linear_` functions start at hidden states and never hold the logits. They take instead:
 
@@ -55,3 +56,4 @@ from logitjax.losses._sparse_teacher import sparse_kl_divergence as sparse_kl_di
 from logitjax.losses._tail_sample import TailSample as TailSample
 from logitjax.losses.sweep import Blocks as Blocks
 from logitjax.losses.sweep import Head as Head
+from logitjax.ops.sharding import MeshAxes as MeshAxes

@@ -103,5 +103,7 @@ def cross_entropy(
         count = psum(exists.sum(axis), axis_name)
         uniform = log_z - total / jnp.maximum(count, 1)
         loss = (1 - label_smoothing) * loss + label_smoothing * uniform
-    loss = loss + z_loss * jnp.square(log_z)
+    if not isinstance(z_loss, (int, float)) or z_loss != 0:
+        # Not by a zero weight: the square of a large normaliser is infinite.
+        loss = loss + z_loss * jnp.square(log_z)
     return jnp.where((labels >= 0) & (labels < size), loss, jnp.nan)

@@ -13,6 +13,8 @@ from logitjax.ops import Array
 
 # The least share of the mean square that the variance may have for float32 sums about zero.
 _STEADY = 1e-2
+# The squares of float32's largest number over it are far from either end of float32.
+_LARGE = 2.0**80
 
 
 @jax.tree_util.register_dataclass
@@ -118,24 +120,30 @@ def _moments(logits, axis_name):
     first = jnp.where(jnp.isfinite(first), first, 0.0)
     if axis_name is not None:
         first = jax.lax.pmean(first, axis_name)
-    sums = jnp.stack(_finite_sums(logits, first))
+    count, total, squares, unit = _finite_sums(logits, first)
+    unit = jax.lax.stop_gradient(unit)
     if axis_name is not None:
-        sums = jax.lax.psum(sums, axis_name)
-    count = jnp.maximum(sums[0], 1.0)
-    offset = sums[1] / count
-    variance = sums[2] / count - jnp.square(offset)
+        widest = jax.lax.pmax(unit, axis_name)
+        share, unit = unit / widest, widest
+        sums = jnp.stack([count, total * share, squares * jnp.square(share)])
+        count, total, squares = jax.lax.psum(sums, axis_name)
+    count = jnp.maximum(count, 1.0)
+    offset = total / count
+    variance = squares / count - jnp.square(offset)
     # Not `variance > 0`: a nan has to stay one.
     flat = variance <= 0
-    std = jnp.where(flat, 0.0, jnp.sqrt(jnp.where(flat, 1.0, variance)))
-    return first[..., 0] + offset, std
+    std = unit * jnp.where(flat, 0.0, jnp.sqrt(jnp.where(flat, 1.0, variance)))
+    # Halves, because a logit may be twice as far from the first as float32 reaches.
+    return 2.0 * (0.5 * first[..., 0] + offset * (0.5 * unit)), std
 
 
 @jax.custom_jvp
 def _finite_sums(x, origin):
-    """Count, sum and sum of squares of `x - origin` over the entries that are not -inf.
+    """Count, sum and sum of squares of `(x - origin) / unit` over what is not -inf; and the unit.
 
     A mask or an offset inside the reductions makes them several times slower on CPU, so they are
-    applied only where the plain sums are not finite or would cancel.
+    applied only where the plain sums are not finite or would cancel; a unit other than 1 only where
+    the squares overflow.
     """
     total, squares = x.sum(-1), jnp.square(x).sum(-1)
     n, at = x.shape[-1], origin[..., 0]
@@ -144,24 +152,40 @@ def _finite_sums(x, origin):
 
     def shifted():
         there = x != -jnp.inf
-        kept = jnp.where(there, x - origin, 0.0)
-        return there.sum(-1, dtype=x.dtype), kept.sum(-1), jnp.square(kept).sum(-1)
+
+        def sums(unit):
+            kept = jnp.where(there, _over(x, origin, unit), 0.0)
+            return there.sum(-1, dtype=x.dtype), kept.sum(-1), jnp.square(kept).sum(-1), unit
+
+        once = sums(jnp.ones_like(total))
+        finite = jnp.isfinite(once[2])
+        return jax.lax.cond(
+            finite.all(), lambda: once, lambda: sums(jnp.where(finite, 1.0, _LARGE).astype(x.dtype))
+        )
 
     def plain():
         count = jnp.full_like(total, n)
-        return count, total - n * at, squares - 2 * at * total + n * jnp.square(at)
+        moved = squares - 2 * at * total + n * jnp.square(at)
+        return count, total - n * at, moved, jnp.ones_like(total)
 
     return jax.lax.cond(fine.all(), plain, shifted)
+
+
+def _over(x, origin, unit):
+    scale = 1.0 / unit[..., None]
+    return x * scale - origin * scale
 
 
 @_finite_sums.defjvp
 def _finite_sums_jvp(primals, tangents):
     (x, origin), (dx, _) = primals, tangents
     finite = x != -jnp.inf
-    count, total, squares = _finite_sums(x, origin)
+    count, total, squares, unit = _finite_sums(x, origin)
+    dx = dx / unit[..., None]
     # Masked before the product: an entry of -inf must not meet a tangent of zero.
-    return (count, total, squares), (
+    return (count, total, squares, unit), (
         jnp.zeros_like(count),
         jnp.where(finite, dx, 0.0).sum(-1),
-        (jnp.where(finite, 2.0 * (x - origin), 0.0) * dx).sum(-1),
+        (jnp.where(finite, 2.0 * _over(x, origin, unit), 0.0) * dx).sum(-1),
+        jnp.zeros_like(unit),
     )

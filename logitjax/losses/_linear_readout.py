@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 
 from logitjax.losses._graph_statistics import GraphStatistics
 from logitjax.losses.sweep import Blocks, Head, LossOf, ReadoutStatistic, run
-from logitjax.ops import Array, AxisName, Number, TopK, checks, neginf_to_zero
+from logitjax.ops import Array, AxisName, Number, checks, neginf_to_zero
 
 
 class Readout(NamedTuple):
@@ -19,7 +19,8 @@ class Readout(NamedTuple):
     Attributes:
         log_z: `[*batch]` log-sum-exp of the logits.
         label_logit: `[*batch]` the logit at `labels`.
-        gathered: `[*batch, n]` the logits at `ids`; nan at one outside the vocabulary.
+        gathered: `[*batch, n]` the logits at `ids`; nan at one outside the vocabulary. With the
+            ids of a teacher's `TopK` a readout is what `sparse_kl_divergence` takes as its student.
         statistics: `GraphStatistics` of the top k.
         cross_entropy: `[*batch]` of the labels; nan where a label is outside the vocabulary.
     """
@@ -29,12 +30,6 @@ class Readout(NamedTuple):
     gathered: Any = None
     statistics: Any = None
     cross_entropy: Any = None
-
-    def gathered_top_k(self, ids: Array) -> TopK:
-        """`gathered` in the form that `sparse_kl_divergence` takes as its student."""
-        if self.gathered is None:
-            raise ValueError("gathered: ids were not given to linear_readout")
-        return TopK(values=self.gathered, indices=jnp.asarray(ids), log_z=self.log_z)
 
 
 def linear_readout(
@@ -128,8 +123,7 @@ def linear_fused_loss(
     >>> import jax, numpy as np
     >>> from logitjax import losses, ops
     >>> def half_and_half(readout, teacher):
-    ...     student = readout.gathered_top_k(teacher.indices)
-    ...     kl = losses.sparse_kl_divergence(student, teacher)
+    ...     kl = losses.sparse_kl_divergence(readout, teacher)
     ...     return 0.5 * readout.cross_entropy + 0.5 * kl
     >>> hidden, head = np.ones((4, 1)), np.array([[1.0, 3.0, 2.0]])
     >>> teacher = jax.jit(ops.TopK.of, static_argnums=1)(np.tile(head, (4, 1)), 2)

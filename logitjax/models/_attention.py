@@ -1,6 +1,7 @@
 """Attention of one layer, with everything that layers of one kind share computed once."""
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import jax
@@ -17,7 +18,7 @@ from logitjax.models._cache import (
     write_vectors,
 )
 from logitjax.models._config import DecoderConfig, Window
-from logitjax.models._lora import project
+from logitjax.models._lora import linear_map, project
 from logitjax.models._norm import Norm
 from logitjax.models._rope import apply_rope, changes_with_length, rope_tables
 from logitjax.ops import Array
@@ -68,6 +69,7 @@ def make_context(
         concatenate = window is not None and time > 1 and size < window + time - 1
         seen = held
         if concatenate:
+            # The ring as it was, then the new tokens: [batch, slots + time].
             new = jnp.asarray(positions)
             first = jnp.where(new < 0, jnp.iinfo(new.dtype).max, new).min(axis=1, keepdims=True)
             # Positions that are written again are seen once, as they are now.
@@ -105,6 +107,7 @@ def _packed_mask(
     positions: Array, segment_ids: Array | None, window: Window, padded: bool
 ) -> Bool[jax.Array, "batch 1 time time"]:
     index = jnp.arange(positions.shape[1])
+    # By place in the row, not by position: those begin anew in each document.
     mask = (index[:, None] >= index[None, :])[None]
     if window is not None:
         mask &= (index[:, None] - index[None, :] < window)[None]
@@ -164,6 +167,7 @@ def attend_heads_first(
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
     logits = logits.reshape(batch, heads, time, -1)
+    # Not -inf: a row of padding sees no key, and its softmax would be nan.
     logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
     weights = weights.reshape(batch, groups, heads // groups * time, -1)
@@ -175,24 +179,14 @@ class Attention(nnx.Module):
     """Grouped-query attention with optional biases and query/key norms."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any):
-        def linear(inner: int, outer: int, bias: bool) -> nnx.Linear:
-            return nnx.Linear(
-                inner,
-                outer,
-                use_bias=bias,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                kernel_init=nnx.initializers.normal(0.02),
-                rngs=rngs,
-            )
-
+        linear = functools.partial(linear_map, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         self.config = config
         inner = config.num_heads * config.head_dim
         narrow = config.num_kv_heads * config.head_dim
-        self.query = linear(config.hidden_size, inner, config.qkv_bias)
-        self.key = linear(config.hidden_size, narrow, config.qkv_bias)
-        self.value = linear(config.hidden_size, narrow, config.qkv_bias)
-        self.output = linear(inner, config.hidden_size, config.output_bias)
+        self.query = linear(config.hidden_size, inner, use_bias=config.qkv_bias)
+        self.key = linear(config.hidden_size, narrow, use_bias=config.qkv_bias)
+        self.value = linear(config.hidden_size, narrow, use_bias=config.qkv_bias)
+        self.output = linear(inner, config.hidden_size, use_bias=config.output_bias)
         if config.qk_norm:
             self.query_norm = Norm(config, config.head_dim, param_dtype=param_dtype, rms=True)
             self.key_norm = Norm(config, config.head_dim, param_dtype=param_dtype, rms=True)
@@ -211,6 +205,7 @@ class Attention(nnx.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         if context.tables is not None:
             query = apply_rope(query, context.tables)
+            # Else a cache keeps keys unrotated.
             if context.key_tables is None:
                 key = apply_rope(key, context.tables)
         scale, softcap = config.attention_scale, config.attention_softcap

@@ -58,42 +58,24 @@ class Cache:
         Returns:
             A `Cache`.
 
-        >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=2,
-        ...                        num_heads=2, num_kv_heads=1, head_dim=4)
-        >>> cache = jax.jit(lambda: Cache.init(config, 3, 16))()
+        >>> from logitjax.models import load_config
+        >>> cache = jax.jit(lambda: Cache.init(load_config("tiny"), 3, 16))()
         >>> [k.shape for k in cache.keys[0]]
-        [(3, 1, 16, 4), (3, 1, 16, 4)]
+        [(3, 2, 16, 8), (3, 2, 16, 8)]
         """
-        stacked = layout == "stacked"
+        slots = {w: cache_slots(w, max_length, ring_slack) for w in config.layer_windows}
 
         def arrays() -> tuple:
-            out = []
+            segments = []
             for spec in config.segments:
+                stacked = layout == "stacked"
+                lead = (spec.repeats, batch) if stacked else (batch,)
                 layers = spec.pattern if stacked else spec.pattern * spec.repeats
-                lead = (spec.repeats,) if stacked else ()
-                out.append(
-                    tuple(
-                        jnp.zeros(
-                            (
-                                *lead,
-                                batch,
-                                config.num_kv_heads,
-                                cache_slots(window, max_length, ring_slack),
-                                config.head_dim,
-                            ),
-                            dtype,
-                        )
-                        for window in layers
-                    )
-                )
-            return tuple(out)
+                shapes = [(*lead, config.num_kv_heads, slots[w], config.head_dim) for w in layers]
+                segments.append(tuple(jnp.zeros(shape, dtype) for shape in shapes))
+            return tuple(segments)
 
-        positions = {
-            kind_name(window): jnp.full(
-                (batch, cache_slots(window, max_length, ring_slack)), -1, jnp.int32
-            )
-            for window in dict.fromkeys(config.layer_windows)
-        }
+        positions = {kind_name(w): jnp.full((batch, n), -1, jnp.int32) for w, n in slots.items()}
         return cls(
             keys=arrays(),
             values=arrays(),
@@ -118,6 +100,7 @@ def write_slots(
     Of more new tokens than a ring holds only the last of each row are kept.
     """
     keep = positions >= 0
+    # Two tokens of one slot in one scatter: which of them stays would be left to chance.
     if window is not None and positions.shape[1] > 1:
         keep &= positions > positions.max(axis=1, keepdims=True) - slots
     return jnp.where(keep, positions % slots, slots)

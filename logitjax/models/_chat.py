@@ -1,51 +1,96 @@
 """Chat templates, rendered as transformers renders them."""
 
-import datetime
-import functools
+import atexit
+import contextlib
 import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from logitjax.models._template_limits import allowance, limited_sandbox
-from logitjax.storage import require
+from logitjax.storage import guard, require
 
 Spans = list[tuple[int, int]]
 
-# What `{% generation %}` blocks report to while a template runs: the text so far, and the spans.
-_Track = tuple[list[str], Spans]
+_SCRIPT = pathlib.Path(__file__).with_name("_template_worker.py")
 
 
-def render_template(template: str, variables: Mapping[str, Any]) -> tuple[str, Spans]:
+def render_template(template: str, variables: Mapping[str, Any]) -> tuple[str, Spans | None]:
     """The text that a chat template makes, and where its `{% generation %}` blocks lie in it.
 
     The environment is that of `transformers.apply_chat_template`: the immutable sandbox, blocks
     trimmed, `break` and `continue`, `raise_exception`, `strftime_now`, and a `tojson` that keeps
-    the order of keys and escapes neither HTML nor other alphabets. It takes so long and makes so
-    much text at the most (`storage.guard.LIMITS`).
-
-    Args:
-        template: Source in Jinja.
-        variables: What it may use.
-
-    Returns:
-        The text and spans of characters.
+    the order of keys and escapes neither HTML nor other alphabets. It runs in a process of its own,
+    within `storage.guard.LIMITS`. Spans are None where a template has no such blocks.
 
     Raises:
-        ValueError: The template is not Jinja, or ends in an error of whatever kind.
+        ValueError: The template is not Jinja, takes too much, or ends in an error of whatever kind.
     """
-    track: _Track = ([], [])
-    try:
-        with allowance(variables):
-            compiled = _compiled(template)
-            for block in compiled.generate(**variables, **{_TRACK: track}):
-                track[0].append(block)
-    except RecursionError:
-        raise ValueError("chat template: nested too deeply") from None
-    # A template is a program: any exception of Python's may come out of it.
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"messages: the chat template refuses them ({reason})") from None
-    return "".join(track[0]), track[1]
+    limits = guard.LIMITS
+    guard.whole(len(template), "chat template: length", most=limits.template_bytes)
+    asked = json.dumps({"source": template, "variables": variables, "seconds": limits.seconds})
+    most = limits.text + 64 * len(asked)
+    answer = _WORKER.ask(f'{asked[:-1]}, "most": {most}}}')
+    if "error" in answer:
+        raise ValueError(f"messages: the chat template refuses them ({answer['error']})")
+    spans = [(start, end) for start, end in answer["spans"]]
+    return answer["text"], spans if answer["marks"] else None
+
+
+class _Worker:
+    """The process that renders: begun by the first template, and anew after one that ended it."""
+
+    def __init__(self) -> None:
+        self.forget()
+        atexit.register(self.end)
+        # A forked child must not read the answers to its parent.
+        os.register_at_fork(after_in_child=self.forget)
+
+    def forget(self) -> None:
+        self._lock = threading.Lock()
+        self._process: Any = None
+
+    def ask(self, line: str) -> dict[str, Any]:
+        """The answer to one request; one at a time."""
+        with self._lock:
+            if self._process is None:
+                require("jinja2", extra="models")
+                command = [sys.executable, "-P", str(_SCRIPT)]
+                pipe = subprocess.PIPE
+                self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe)
+            process, content = self._process, b""
+            try:
+                # What has ended says so by the answer that does not come.
+                with contextlib.suppress(BrokenPipeError):
+                    process.stdin.write(line.encode() + b"\n")
+                    process.stdin.flush()
+                content = process.stdout.readline()
+            finally:
+                # Also where this is interrupted: the next one would get this one's answer.
+                if not content.endswith(b"\n"):
+                    self.end()
+        if content.endswith(b"\n"):
+            return json.loads(content)
+        late = process.returncode == -signal.SIGPROF
+        reason = f"longer than {guard.LIMITS.seconds:g} s" if late else "too much memory"
+        return {"error": f"it takes {reason}"}
+
+    def end(self) -> None:
+        """Ends the process, if there is one."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+
+
+_WORKER = _Worker()
 
 
 def plain(value: Any, name: str) -> Any:
@@ -72,120 +117,13 @@ def plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     out = []
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping):
-            raise TypeError(
-                f"messages[{i}]: expected a mapping with role and content, "
-                f"got {type(message).__name__}"
-            )
+            kind = type(message).__name__
+            raise TypeError(f"messages[{i}]: expected a mapping with role and content, got {kind}")
         fields = {k: v for k, v in plain(message, f"messages[{i}]").items() if v is not None}
+        # Publishers of reasoning models have not agreed on a name.
         names = ("reasoning_content", "thinking", "reasoning")
         reasoning = next((fields[n] for n in names if n in fields), None)
         if reasoning is not None:
             fields = {"thinking": reasoning, **fields, "reasoning_content": reasoning}
         out.append(fields)
     return out
-
-
-def has_generation(template: str) -> bool:
-    """Whether a template says itself which parts the assistant wrote."""
-    nodes = require("jinja2.nodes", extra="models")
-    try:
-        blocks = list(_environment().parse(template).find_all(nodes.CallBlock))
-    except Exception:  # Rendering it says what is wrong.
-        return False
-    return any(
-        isinstance(block.call.node, nodes.ExtensionAttribute)
-        and block.call.node.name == "_generation"
-        for block in blocks
-    )
-
-
-_TRACK = "logitjax generation track"  # no name that a template can spell
-
-
-@functools.lru_cache(maxsize=64)
-def _compiled(template: str) -> Any:
-    return _environment().from_string(template)
-
-
-@functools.cache
-def _environment() -> Any:
-    jinja2 = require("jinja2", extra="models")
-    nodes = require("jinja2.nodes", extra="models")
-    extensions = require("jinja2.ext", extra="models")
-
-    class Generation(extensions.Extension):
-        """`{% generation %} ... {% endgeneration %}`: its text, noted as the assistant's."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-            track = nodes.ContextReference()
-            return nodes.CallBlock(
-                self.call_method("_generation", [track]), [], [], body
-            ).set_lineno(line)
-
-        def _generation(self, context: Any, caller: Any) -> str:
-            text = caller()
-            blocks, spans = context.parent[_TRACK]
-            start = sum(map(len, blocks))
-            spans.append((start, start + len(text)))
-            return text
-
-    class Namespace(jinja2.utils.Namespace):
-        def __init__(*arguments: Any, **attributes: Any):
-            self, *given = arguments
-            values = dict(*given, **attributes)
-            for name in values:
-                _check_attribute(name)
-            jinja2.utils.Namespace.__init__(self, values)
-
-        def __setitem__(self, name: str, value: Any) -> None:
-            _check_attribute(name)
-            super().__setitem__(name, value)
-
-    def _check_attribute(name: Any) -> None:
-        if isinstance(name, str) and name.startswith("_"):
-            raise jinja2.sandbox.SecurityError(f"a namespace takes no attribute {name!r}")
-
-    def raise_exception(message: Any) -> None:
-        raise jinja2.TemplateError(message)
-
-    environment = limited_sandbox()(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[Generation, extensions.loopcontrols],
-    )
-    environment.add_filter("tojson", _tojson)
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    environment.globals["namespace"] = Namespace
-    environment.globals["dict"] = _Dict()
-    return environment
-
-
-class _Dict:
-    """`dict` for templates: the type itself would give access to its attributes."""
-
-    def __call__(self, *arguments: Any, **entries: Any) -> dict:
-        return dict(*arguments, **entries)
-
-    def fromkeys(self, *arguments: Any) -> dict:
-        return dict.fromkeys(*arguments)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: Any = None,
-    separators: Any = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )

@@ -17,7 +17,7 @@ from logitjax.losses import Head
 from logitjax.models._attention import Attention, make_context
 from logitjax.models._cache import Cache, kind_name
 from logitjax.models._config import DecoderConfig, SegmentSpec
-from logitjax.models._lora import Lora, project, scaled_layers
+from logitjax.models._lora import Lora, linear_map, project, scaled_layers
 from logitjax.models._norm import Norm
 from logitjax.ops import Array
 
@@ -32,17 +32,8 @@ class MLP(nnx.Module):
     """Gated or plain two-layer perceptron."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any):
-        def linear(inner: int, outer: int) -> nnx.Linear:
-            return nnx.Linear(
-                inner,
-                outer,
-                use_bias=config.mlp_bias,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                kernel_init=nnx.initializers.normal(0.02),
-                rngs=rngs,
-            )
-
+        kinds: Any = {"dtype": dtype, "param_dtype": param_dtype, "use_bias": config.mlp_bias}
+        linear = functools.partial(linear_map, rngs=rngs, **kinds)
         self.activation = config.activation
         self.gated = config.gated_mlp
         if config.gated_mlp:
@@ -99,7 +90,7 @@ def _over_batch(x: jax.Array) -> jax.Array:
     Left alone the compiler may follow the embedding, which is split along the model dimension over
     the same axis, and then sums every matmul over all devices.
     """
-    axes = ops.sharding.auto_axes(ops.sharding.BATCH_AXES, x.shape[0])
+    axes = ops.sharding.auto_axes(ops.sharding.MeshAxes.current().rows, x.shape[0])
     return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
 
 
@@ -144,6 +135,7 @@ class Segment(nnx.Module):
         if layout == "listed":
             blocks = [block(rngs.params()) for _ in range(spec.num_layers)]
         else:
+            # Initialised under one vmap: a layer at a time would be a program each.
             graphdef = nnx.graphdef(nnx.eval_shape(lambda: block(jax.random.key(0))))
             blocks = []
             for _ in spec.pattern:
@@ -240,30 +232,15 @@ class Decoder(nnx.Module):
             self.position_embedding = nnx.Param(
                 normal(rngs.params(), (config.max_length, config.hidden_size), param_dtype)
             )
+        kinds: Any = {"rngs": rngs, "dtype": self.dtype, "param_dtype": self.param_dtype}
         self.segments = nnx.List(
-            [
-                Segment(
-                    config,
-                    spec,
-                    rngs=rngs,
-                    dtype=self.dtype,
-                    param_dtype=self.param_dtype,
-                    layout=layout,
-                )
-                for spec in config.segments
-            ]
+            [Segment(config, spec, layout=layout, **kinds) for spec in config.segments]
         )
         self.final_norm = Norm(config, config.hidden_size, param_dtype=param_dtype)
         if head is None and config.tie_embeddings:
             head = TiedHead(dtype=self.dtype)
         elif head is None:
-            head = LinearHead(
-                config.hidden_size,
-                config.vocab_size,
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
-                rngs=rngs,
-            )
+            head = LinearHead(config.hidden_size, config.vocab_size, **kinds)
         self.head = head
 
     def embed(
@@ -426,10 +403,9 @@ class Decoder(nnx.Module):
         Raises:
             ValueError: the logits are not linear in the hidden states but for that cap.
 
-        >>> config = DecoderConfig(vocab_size=11, hidden_size=8, intermediate_size=16, num_layers=2,
-        ...                        num_heads=2, num_kv_heads=1, head_dim=4)
-        >>> nnx.jit(lambda: Decoder(config, rngs=nnx.Rngs(0)))().head_of().rows.shape
-        (11, 8)
+        >>> from logitjax.models import load_model
+        >>> load_model("tiny").head_of().rows.shape
+        (257, 32)
         """
         head = self.head.as_linear(self.embedding[...])
         return dataclasses.replace(head, soft_cap=self.config.logits_softcap)
@@ -439,6 +415,7 @@ class Decoder(nnx.Module):
         graphdef, state = nnx.split(self)
         new = nnx.merge(graphdef, state)
         new.head = head
+        # A cap belongs to the head that the model was trained with.
         if new.config.logits_softcap is not None:
             new.config = dataclasses.replace(new.config, logits_softcap=None)
         return new

@@ -1,13 +1,16 @@
 """Models made of a model: of the other layout, or of some of its layers."""
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from logitjax.models._config import DecoderConfig
+from logitjax.models._config import DecoderConfig, SegmentSpec
 from logitjax.models._decoder import Decoder
 from logitjax.models._stacking import convert, list_layers, stack_layers, twin
 
@@ -18,16 +21,15 @@ def with_layout(model: Decoder, layout: str) -> Decoder:
     Values are copied unchanged, so converting there and back is exact. The given model is
     unchanged; what is not a layer is shared with it.
 
-    >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=2,
-    ...                        num_heads=2, num_kv_heads=1, head_dim=4)
-    >>> model = nnx.jit(lambda: with_layout(Decoder(config, rngs=nnx.Rngs(0)), "listed"))()
-    >>> len(model.segments[0].layers)
+    >>> from logitjax.models import load_model
+    >>> len(with_layout(load_model("tiny"), "listed").segments[0].layers)
     2
     """
     if layout not in ("stacked", "listed"):
         raise ValueError(f"layout: expected 'stacked' or 'listed', got {layout!r}")
     if layout == model.layout:
         return model
+    # Modules of its own: assigning their layers leaves the given model as it is.
     out = nnx.merge(*nnx.split(model))
     for segment in out.segments:
         states = [nnx.to_pure_dict(nnx.state(layer)) for layer in segment.layers]
@@ -53,11 +55,9 @@ def keep_layers(model: Decoder, indices: Sequence[int]) -> Decoder:
     Raises:
         ValueError: for no indices or one out of range.
 
-    >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=4,
-    ...                        num_heads=2, num_kv_heads=1, head_dim=4)
-    >>> model = nnx.jit(lambda: Decoder(config, rngs=nnx.Rngs(0)))()
-    >>> keep_layers(model, [0, 3]).config.num_layers
-    2
+    >>> from logitjax.models import load_model
+    >>> keep_layers(load_model("tiny"), [1]).config.num_layers
+    1
     """
     config = model.config
     wrong = [i for i in indices if not 0 <= i < config.num_layers]
@@ -69,39 +69,25 @@ def keep_layers(model: Decoder, indices: Sequence[int]) -> Decoder:
     small = dataclasses.replace(
         config, num_layers=len(indices), windows=windows, segment_boundaries=()
     )
-    members = []
+    listed = []
     for segment in model.segments:
         states = [nnx.to_pure_dict(nnx.state(layer)) for layer in segment.layers]
-        listed = states if model.layout == "listed" else list_layers(states, segment.spec)
-        members += listed
+        listed += states if model.layout == "listed" else list_layers(states, segment.spec)
     graphdef = nnx.graphdef(model.segments[0].layers[0])
-    chosen = [members[i] for i in indices]
+    chosen = [listed[i] for i in indices]
 
+    def members(spec: SegmentSpec) -> list[Any]:
+        part = [chosen.pop(0) for _ in range(spec.num_layers)]
+        # To stack is to copy.
+        states = stack_layers(part, spec) if model.layout == "stacked" else copied(part)
+        return [nnx.merge(graphdef, state) for state in states]
+
+    copied = functools.partial(jax.tree.map, jnp.copy)
     graph, state = nnx.split(model)
     state = nnx.to_pure_dict(state)
-    rest = {k: v for k, v in state.items() if k != "segments"}
-    out = nnx.merge(graph, {**jax.tree.map(jnp.copy, rest), "segments": state["segments"]})
-    segments, start = [], 0
-    for spec in small.segments:
-        part = chosen[start : start + spec.num_layers]
-        start += spec.num_layers
-        part = (
-            stack_layers(part, spec) if model.layout == "stacked" else jax.tree.map(jnp.copy, part)
-        )
-        segment = nnx.merge(*nnx.split(model.segments[0]))
-        segment.spec = spec
-        segment.layers = nnx.List([nnx.merge(graphdef, s) for s in part])
-        segments.append(segment)
-    out.config = small
-    out.segments = nnx.List(segments)
-    _set_config(out, small)
-    return out
-
-
-def _set_config(model: Decoder, config: DecoderConfig) -> None:
-    for segment in model.segments:
-        for layer in segment.layers:
-            layer.attention.config = config
+    rest = copied({k: v for k, v in state.items() if k != "segments"})
+    out = nnx.merge(graph, {**rest, "segments": state["segments"]})
+    return _with_members(out, small, map(members, small.segments))
 
 
 def first_layers(model: Decoder, count: int) -> Decoder:
@@ -121,12 +107,11 @@ def first_layers(model: Decoder, count: int) -> Decoder:
     Raises:
         ValueError: for a count out of range, or inside a stacked segment.
 
-    >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=3,
-    ...                        num_heads=2, num_kv_heads=1, head_dim=4)
-    >>> model = nnx.jit(lambda: Decoder(config, rngs=nnx.Rngs(0), layout="listed"))()
-    >>> small = first_layers(model, 2)
+    >>> from logitjax.models import load_model
+    >>> model = with_layout(load_model("tiny"), "listed")
+    >>> small = first_layers(model, 1)
     >>> small.config.num_layers, small.embedding[...] is model.embedding[...]
-    (2, True)
+    (1, True)
     """
     config = model.config
     if not 1 <= count <= config.num_layers:
@@ -139,23 +124,26 @@ def first_layers(model: Decoder, count: int) -> Decoder:
     )
     out = twin(model)
     if model.layout == "stacked":
-        specs = small.segments
-        if config.segments[: len(specs)] != specs:
+        if config.segments[: len(small.segments)] != small.segments:
             raise ValueError(
                 f"count: stacked layers are split at segment_boundaries only, and {count} is none "
                 "of them; make the model with segment_boundaries, or use with_layout(model, "
                 "'listed')"
             )
-        members = [list(segment.layers) for segment in out.segments][: len(specs)]
-    else:
-        layers = iter([layer for segment in out.segments for layer in segment.layers])
-        members = [[next(layers) for _ in range(spec.num_layers)] for spec in small.segments]
+        return _with_members(out, small, [list(segment.layers) for segment in out.segments])
+    layers = iter([layer for segment in out.segments for layer in segment.layers])
+    counts = [spec.num_layers for spec in small.segments]
+    return _with_members(out, small, [list(itertools.islice(layers, n)) for n in counts])
+
+
+def _with_members(model: Decoder, config: DecoderConfig, members: Iterable[list[Any]]) -> Decoder:
+    """The model itself, with the members of each segment of another configuration."""
     segments = []
-    for spec, part in zip(small.segments, members, strict=True):
-        segment = twin(out.segments[0])
+    for spec, part in zip(config.segments, members, strict=False):
+        segment = twin(model.segments[0])
         segment.spec, segment.layers = spec, nnx.List(part)
         for layer in part:
-            layer.attention.config = small
+            layer.attention.config = config
         segments.append(segment)
-    out.config, out.segments = small, nnx.List(segments)
-    return out
+    model.config, model.segments = config, nnx.List(segments)
+    return model

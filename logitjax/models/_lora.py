@@ -56,12 +56,10 @@ class Lora:
         Raises:
             ValueError: for an unknown target.
 
-        >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=16, num_layers=2,
-        ...                        num_heads=2, num_kv_heads=1, head_dim=4)
-        >>> init = jax.jit(lambda key: Lora.init(config, 2, key=key, targets=("query",)))
-        >>> lora = init(jax.random.key(0))
-        >>> lora.layers[0][0]["query"]["a"].shape
-        (2, 8, 2)
+        >>> from logitjax.models import load_config
+        >>> init = jax.jit(lambda key: Lora.init(load_config("tiny"), 2, key=key))
+        >>> init(jax.random.key(0)).layers[0][0]["query"]["a"].shape
+        (2, 32, 2)
 
         References:
             Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
@@ -111,12 +109,10 @@ class Lora:
         Returns:
             A decoder that needs no adapters.
 
-        >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=1,
-        ...                        num_heads=2, num_kv_heads=1, head_dim=4)
         >>> import numpy as np
-        >>> from logitjax.models import Decoder
-        >>> model = nnx.jit(lambda: Decoder(config, rngs=nnx.Rngs(0)))()
-        >>> lora = jax.jit(lambda key: Lora.init(config, 2, key=key))(jax.random.key(0))
+        >>> from logitjax.models import load_model
+        >>> model = load_model("tiny")
+        >>> lora = jax.jit(lambda key: Lora.init(model.config, 2, key=key))(jax.random.key(0))
         >>> merged = nnx.jit(lambda lora, model: lora.merged_into(model))(lora, model)
         >>> logits = nnx.jit(lambda model, tokens: model(tokens))
         >>> tokens = np.array([[1, 2]])
@@ -138,18 +134,10 @@ def _sizes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
     hidden, wide = config.hidden_size, config.intermediate_size
     inner = config.num_heads * config.head_dim
     narrow = config.num_kv_heads * config.head_dim
-    sizes = {
-        "query": (hidden, inner),
-        "key": (hidden, narrow),
-        "value": (hidden, narrow),
-        "output": (inner, hidden),
-        "gate": (hidden, wide),
-        "up": (hidden, wide),
-        "down": (wide, hidden),
-    }
-    if not config.gated_mlp:
-        del sizes["gate"]
-    return sizes
+    sizes = {"query": (hidden, inner), "output": (inner, hidden)}
+    sizes |= dict.fromkeys(("key", "value"), (hidden, narrow))
+    sizes |= dict.fromkeys(("gate", "up") if config.gated_mlp else ("up",), (hidden, wide))
+    return sizes | {"down": (wide, hidden)}
 
 
 def scaled_layers(lora: Lora) -> tuple:
@@ -157,6 +145,11 @@ def scaled_layers(lora: Lora) -> tuple:
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf * lora.scale if path[-1].key == "a" else leaf, lora.layers
     )
+
+
+def linear_map(inner: int, outer: int, **options: Any) -> nnx.Linear:
+    """A map that `project` may adapt, as models of these families begin."""
+    return nnx.Linear(inner, outer, kernel_init=nnx.initializers.normal(0.02), **options)
 
 
 def project(
@@ -168,6 +161,7 @@ def project(
         return y
     a, b = (lora[name][n].astype(y.dtype) for n in ("a", "b"))
     contract = (((x.ndim - 1,), (0,)), ((), ()))
+    # By the layer's own product, which on a CPU may be a faster one.
     update = linear.dot_general(linear.dot_general(x, a, contract), b, contract)
     if rows is not None:
         update = jnp.where(rows.reshape(-1, *(1,) * (update.ndim - 1)), update, 0)

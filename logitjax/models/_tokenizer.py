@@ -8,13 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from logitjax.models._chat import (
-    Spans,
-    has_generation,
-    plain,
-    plain_messages,
-    render_template,
-)
+from logitjax.models._chat import Spans, plain, plain_messages, render_template
 from logitjax.models._chat_mask import written_spans
 from logitjax.storage import digest
 
@@ -76,6 +70,7 @@ class Tokenizer:
         ids = self.backend.encode(text, add_special_tokens=False).ids
         if add_bos is None:
             add_bos = self.add_bos
+        # Chat templates write the mark out.
         if not add_bos or self.bos_id is None or ids[:1] == [self.bos_id]:
             return ids
         return [self.bos_id, *ids]
@@ -121,10 +116,7 @@ class Tokenizer:
             ValueError: without a template, or where the template refuses the messages.
             TypeError: where something is not of JSON's types.
         """
-        template = self._template(tools)
-        return self._rendered(
-            template, messages, tools, documents, add_generation_prompt, variables
-        )[0]
+        return self._rendered(messages, tools, documents, add_generation_prompt, variables)[0]
 
     def _template(self, tools: Any) -> str:
         template = self.chat_template
@@ -142,15 +134,14 @@ class Tokenizer:
 
     def _rendered(
         self,
-        template: str,
         messages: Sequence[Mapping[str, Any]],
         tools: Any,
         documents: Any,
         add_generation_prompt: bool,
         variables: Mapping[str, Any],
-    ) -> tuple[str, Spans]:
+    ) -> tuple[str, Spans | None]:
         return render_template(
-            template,
+            self._template(tools),
             {
                 **self.special_tokens,
                 **{name: plain(value, name) for name, value in variables.items()},
@@ -189,20 +180,16 @@ class Tokenizer:
         Raises:
             ValueError: as `render_chat`, and where the template shows a message in several parts.
         """
-        template, documents = self._template(tools), variables.pop("documents", None)
+        documents = variables.pop("documents", None)
 
         def render(messages: Sequence[Any], add_generation_prompt: bool = False) -> str:
-            return self._rendered(
-                template, messages, tools, documents, add_generation_prompt, variables
-            )[0]
+            return self._rendered(messages, tools, documents, add_generation_prompt, variables)[0]
 
-        if learn == "assistant" and has_generation(template):
-            text, spans = self._rendered(template, messages, tools, documents, False, variables)
-            encoded = self.backend.encode(text, add_special_tokens=False)
+        text, spans = self._rendered(messages, tools, documents, False, variables)
+        encoded = self.backend.encode(text, add_special_tokens=False)
+        if learn == "assistant" and spans is not None:
             mask = [any(s < b and e > a for a, b in spans) for s, e in encoded.offsets]
             return encoded.ids, mask
-        text = render(messages)
-        encoded = self.backend.encode(text, add_special_tokens=False)
         starts = [start for start, _ in encoded.offsets]
         spans = written_spans(render, messages, learn, text, starts)
         return encoded.ids, [any(a <= start < b for a, b in spans) for start in starts]

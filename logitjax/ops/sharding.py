@@ -4,6 +4,7 @@ When a mesh axis is Explicit, JAX wants to know how the result of a gather, sort
 split. These never move data between rows of a batch, so the answer is always: as the input is.
 """
 
+import contextlib
 import dataclasses
 import math
 import re
@@ -17,9 +18,49 @@ from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-#: Mesh axes over which a batch is split, and a vocabulary: `logitjax.training.make_mesh`'s names.
-BATCH_AXES = ("dcn_data", "data", "fsdp")
-VOCABULARY_AXES = ("tensor",)
+# A value of `jax.jit`'s cache key: a program traced under other names is traced anew.
+_named = jax.make_user_context(default_value=None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshAxes:
+    """Names of the mesh axes over which a batch and a vocabulary are split.
+
+    The defaults are the names of `logitjax.training.make_mesh` and of common trainers; a name that
+    a mesh lacks is passed over. They are needed on Auto axes, which arrays under `jax.jit` do not
+    tell; Explicit axes are read from the arrays.
+
+    Attributes:
+        rows: axes that split the rows of a batch.
+        columns: axes that split the vocabulary.
+        sequence: axes that split the positions of a row.
+
+    Raises:
+        TypeError: an attribute is not a tuple.
+
+    >>> with MeshAxes(rows=("replica",), columns=("mlp",)).use():
+    ...     MeshAxes.current().columns
+    ('mlp',)
+    """
+
+    rows: tuple[str, ...] = ("dcn_data", "data", "fsdp")
+    columns: tuple[str, ...] = ("tensor", "tp", "model")
+    sequence: tuple[str, ...] = ("context",)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            names = getattr(self, field.name)
+            if not isinstance(names, tuple):
+                raise TypeError(f"{field.name}: expected a tuple of names, got {names!r}")
+
+    def use(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which what is traced goes by these names."""
+        return _named(self)
+
+    @classmethod
+    def current(cls) -> "MeshAxes":
+        """The names of the innermost `use`, or the defaults."""
+        return _named.value or cls()
 
 
 def auto_axes(names: Sequence[str], size: int) -> tuple[str, ...]:
@@ -30,11 +71,11 @@ def auto_axes(names: Sequence[str], size: int) -> tuple[str, ...]:
     size, and where an axis of the mesh is Explicit. Axes that are Manual, inside `shard_map`, are
     split already and left out.
 
-    >>> auto_axes(BATCH_AXES, 8)
+    >>> auto_axes(MeshAxes.current().rows, 8)
     ()
     >>> device = jax.devices()[:1]
     >>> with jax.set_mesh(jax.make_mesh((1,), ("data",), (AxisType.Auto,), devices=device)):
-    ...     auto_axes(BATCH_AXES, 8)
+    ...     auto_axes(MeshAxes.current().rows, 8)
     ('data',)
     """
     mesh = jax.sharding.get_abstract_mesh()

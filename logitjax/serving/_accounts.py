@@ -64,12 +64,8 @@ class Accounts:
     """Who may still ask how much.
 
     Queries are the currency of extraction attacks: what a policy does not close, a budget of
-    answers and tokens bounds. Budgets outlive a restart where there is a log: it is summed up.
-
-    Args:
-        keys: Whom there are accounts of.
-        log: File that says what was given out, a JSON object a request; None for none.
-        clock: Seconds.
+    answers and tokens bounds. Budgets outlive a restart where there is a log, which has a JSON
+    object for each request: it is summed up.
     """
 
     def __init__(
@@ -79,26 +75,18 @@ class Accounts:
         clock: Callable[[], float] = time.monotonic,
     ):
         self._spent: dict[str, Spent] = collections.defaultdict(Spent)
-        self._rates = {
-            key.name: [
-                (name, Rate(limit, clock))
-                for name, limit in (
-                    ("queries", key.queries_per_minute),
-                    ("tokens", key.tokens_per_minute),
-                )
-                if limit is not None
-            ]
-            for key in keys
-        }
+        self._rates: dict[str, dict[str, Rate]] = collections.defaultdict(dict)
+        for key in keys:
+            limits = {"queries": key.queries_per_minute, "tokens": key.tokens_per_minute}
+            rates = {name: Rate(most, clock) for name, most in limits.items() if most is not None}
+            self._rates[key.name] = rates
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._writer: threading.Thread | None = None
         if log is not None:
             self._sum_up(Path(log))
             # Here, so that who cannot log does not serve; the thread would die alone.
             file = open(log, "a")  # noqa: SIM115 (the thread closes it)
-            self._writer = threading.Thread(
-                target=self._write, args=(file,), name="audit log", daemon=True
-            )
+            self._writer = threading.Thread(target=self._write, args=(file,), daemon=True)
             self._writer.start()
 
     def spent(self, key: Key) -> Spent:
@@ -118,9 +106,8 @@ class Accounts:
                     f"the budget of this key is {most} {name}: {used} are used, {more} more asked",
                     code="insufficient_quota",
                 )
-        rates = self._rates.get(key.name, [])
-        wanted = {"queries": queries, "tokens": tokens}
-        waits = {name: rate.wait(wanted[name]) for name, rate in rates}
+        rates, wanted = self._rates[key.name], {"queries": queries, "tokens": tokens}
+        waits = {name: rate.wait(wanted[name]) for name, rate in rates.items()}
         slowest = max(waits, key=lambda name: waits[name], default=None)
         if slowest is not None and waits[slowest] > 0:
             # A rate of nothing waits without end.
@@ -131,7 +118,7 @@ class Accounts:
                 code="rate_limit_exceeded",
                 headers={"Retry-After": str(seconds)},
             )
-        for name, rate in rates:
+        for name, rate in rates.items():
             rate.take(wanted[name])
         spent.queries += queries
         spent.tokens += tokens
@@ -150,15 +137,11 @@ class Accounts:
         spent = self._spent[reservation.key.name]
         spent.tokens -= left["tokens"]
         spent.queries -= left["queries"]
-        for name, rate in self._rates.get(reservation.key.name, []):
+        for name, rate in self._rates[reservation.key.name].items():
             rate.take(-left[name])
         if record is not None and self._writer is not None:
-            entry = {
-                "time": round(time.time(), 3),
-                "key": reservation.key.name,
-                "queries": reservation.queries,
-                "tokens": tokens,
-            }
+            entry = {"time": round(time.time(), 3), "key": reservation.key.name}
+            entry |= {"queries": reservation.queries, "tokens": tokens}
             self._lines.put(json.dumps(entry | record))
 
     def close(self) -> None:

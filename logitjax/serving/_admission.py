@@ -27,7 +27,7 @@ def read_request(
     service: Service, body: bytes, key: Key, loop: asyncio.AbstractEventLoop, *, chat: bool
 ) -> tuple[CompletionRequest, list[tuple[Job, Sequence[int]]]]:
     """What is asked, and its jobs. Takes its time: called off the event loop."""
-    asked = schema.parse(parse_json(body), service.limits, chat=chat)
+    asked = schema.parse(parse_json(body), service.config, chat=chat)
     return asked, _make_jobs(service, asked, key, loop)
 
 

@@ -21,6 +21,7 @@ from logitjax.serving._completions import completions
 from logitjax.serving._config import ServerConfig, check_model
 from logitjax.serving._errors import ApiError, json_response
 from logitjax.serving._formats import Formats
+from logitjax.serving._hidden_states import HiddenStates
 from logitjax.serving._keys import find_key
 from logitjax.serving._names import TokenNames
 from logitjax.serving._observed import Metrics, Observed
@@ -35,16 +36,10 @@ def build_app(
 ) -> Starlette:
     """The application of one model or several fused ones, ready for any ASGI server.
 
-    The decoding engine starts and ends with the application.
-
-    Args:
-        model: The model, or several fused ones.
-        tokenizer: Its tokenizer.
-        end_ids: Tokens that end an answer.
-        config: Limits, slots and the policy of what is reported.
+    The decoding engine starts and ends with the application. The tokens `end_ids` end an answer.
     """
     disclosure = Disclosure(config.policy, config.policy_seed)
-    scheduler = Scheduler(model, disclosure, end_ids, config.pace)
+    scheduler = Scheduler(model, disclosure, end_ids, config)
     metrics = Metrics(lambda: scheduler.load)
     service = Service(
         scheduler=scheduler,
@@ -63,7 +58,6 @@ def build_app(
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        app.state.service = service
         scheduler.start()
         yield
         scheduler.close()
@@ -73,13 +67,16 @@ def build_app(
     routes = [
         Route("/v1/completions", completions(service, chat=False), methods=["POST"]),
         Route("/v1/chat/completions", completions(service, chat=True), methods=["POST"]),
-        Route("/v1/models", _models(service), methods=["GET"]),
-        Route("/v1/models/{name:path}", _models(service), methods=["GET"]),
-        Route("/health", _health(service), methods=["GET"]),
-        Route("/ready", _ready(service), methods=["GET"]),
-        Route("/metrics", metrics.endpoint, methods=["GET"]),
-        Route("/openapi.json", _description(service), methods=["GET"]),
+        Route("/v1/models", _models),
+        Route("/v1/models/{name:path}", _models),
+        Route("/health", _health),
+        Route("/ready", _ready),
+        Route("/metrics", metrics.endpoint),
+        Route("/openapi.json", _description),
     ]
+    if config.hidden_states:
+        states = HiddenStates(service, model.decoder)
+        routes.append(Route("/v1/hidden_states", states.endpoint, methods=["GET", "POST"]))
     paths = frozenset(route.path for route in routes)
     middleware = [Middleware(Observed, metrics=metrics, paths=paths)]
     if config.allow_origins:
@@ -90,14 +87,12 @@ def build_app(
             "expose_headers": ["x-request-id", "retry-after"],
         }
         middleware.append(Middleware(CORSMiddleware, **cors))
-    handlers: Any = {
-        HTTPException: _http_error,
-        ApiError: _api_error,
-        Exception: _mistake,
-    }
-    return Starlette(
+    handlers: Any = {HTTPException: _http_error, ApiError: _api_error, Exception: _mistake}
+    app = Starlette(
         routes=routes, lifespan=lifespan, exception_handlers=handlers, middleware=middleware
     )
+    app.state.service = service
+    return app
 
 
 async def _http_error(_: HttpRequest, error: Any) -> Response:
@@ -113,50 +108,39 @@ async def _mistake(_: HttpRequest, error: Exception) -> Response:
     return ApiError(500, "a mistake of the server", headers={"Connection": "close"}).response()
 
 
-def _models(service: Service) -> Any:
-    async def endpoint(request: HttpRequest) -> Response:
-        find_key(service.config.keys, request.headers.get("authorization", ""))
-        entry = {
-            "id": service.config.model,
-            "object": "model",
-            "created": 0,
-            "owned_by": "logitjax",
-        }
-        asked = request.path_params.get("name")
-        if asked is None:
-            return json_response({"object": "list", "data": [entry]})
-        check_model(service.config, asked)
-        return json_response(entry)
-
-    return endpoint
+def _service(request: HttpRequest) -> Service:
+    return request.app.state.service
 
 
-def _health(service: Service) -> Any:
-    async def endpoint(_: HttpRequest) -> Response:
-        if service.scheduler.failed is not None:
-            raise ApiError(503, "the engine stopped")
-        running, waiting = service.scheduler.load
-        return json_response({"status": "ok", "running": running, "waiting": waiting})
-
-    return endpoint
-
-
-def _ready(service: Service) -> Any:
-    async def endpoint(_: HttpRequest) -> Response:
-        scheduler = service.scheduler
-        if scheduler.failed is not None:
-            raise ApiError(503, "the engine stopped")
-        if scheduler.draining:
-            raise ApiError(503, "the server is stopping")
-        if not scheduler.ready.is_set():
-            raise ApiError(503, "programs are being compiled", headers={"Retry-After": "5"})
-        return json_response({"status": "ready"})
-
-    return endpoint
+async def _models(request: HttpRequest) -> Response:
+    config = _service(request).config
+    find_key(config.keys, request.headers.get("authorization", ""))
+    entry = {"id": config.model, "object": "model", "created": 0, "owned_by": "logitjax"}
+    asked = request.path_params.get("name")
+    if asked is None:
+        return json_response({"object": "list", "data": [entry]})
+    check_model(config, asked)
+    return json_response(entry)
 
 
-def _description(service: Service) -> Any:
-    async def endpoint(_: HttpRequest) -> Response:
-        return json_response(openapi(service.limits))
+async def _health(request: HttpRequest) -> Response:
+    scheduler = _service(request).scheduler
+    if scheduler.failed is not None:
+        raise ApiError(503, "the engine stopped")
+    running, waiting = scheduler.load
+    return json_response({"status": "ok", "running": running, "waiting": waiting})
 
-    return endpoint
+
+async def _ready(request: HttpRequest) -> Response:
+    scheduler = _service(request).scheduler
+    if scheduler.failed is not None:
+        raise ApiError(503, "the engine stopped")
+    if scheduler.draining:
+        raise ApiError(503, "the server is stopping")
+    if not scheduler.ready.is_set():
+        raise ApiError(503, "programs are being compiled", headers={"Retry-After": "5"})
+    return json_response({"status": "ready"})
+
+
+async def _description(request: HttpRequest) -> Response:
+    return json_response(openapi(_service(request).config))

@@ -45,7 +45,7 @@ def parse_json(body: bytes) -> Any:
     options: dict[str, Any] = {"parse_constant": _no_constant}
     if _LONG_NUMBER.search(body):
         # Only then: a function of our own for each number takes its time.
-        options |= {"parse_int": _integer, "parse_float": _float}
+        options |= dict.fromkeys(("parse_int", "parse_float"), _number)
     try:
         return json.loads(body, **options)
     except (ValueError, RecursionError) as error:
@@ -62,13 +62,8 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-def _integer(digits: str) -> int:
-    if len(digits) > 24:
+def _number(digits: str) -> int | float:
+    whole = digits.lstrip("-").isdigit()
+    if len(digits) > (24 if whole else 400):
         raise BadRequestError(f"a number of {len(digits)} digits is too long")
-    return int(digits)
-
-
-def _float(digits: str) -> float:
-    if len(digits) > 400:
-        raise BadRequestError(f"a number of {len(digits)} digits is too long")
-    return float(digits)
+    return int(digits) if whole else float(digits)

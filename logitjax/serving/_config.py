@@ -7,8 +7,6 @@ from logitjax.ops import checks
 from logitjax.serving._errors import ApiError
 from logitjax.serving._keys import Key
 from logitjax.serving._policy import Disclosure
-from logitjax.serving._scheduler import Pace
-from logitjax.serving._schema import ServerLimits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,6 +28,8 @@ class ServerConfig:
         prefix_cache_mb: Memory in MB for common beginnings of prompts; 0 shares nothing.
         audit_log: File that records what was given to whom; None for none.
         keys: Keys of those who may ask, and what each may spend.
+        hidden_states: Also give hidden states and the head at `/v1/hidden_states`, for students of
+            this model. Whoever may ask gets what the policy withholds.
         allow_origins: Origins whose pages may ask from a browser; `*` for all.
 
     Raises:
@@ -50,6 +50,7 @@ class ServerConfig:
     prefix_cache_mb: int = 0
     audit_log: str | None = None
     keys: tuple[Key, ...] = (Key(),)
+    hidden_states: bool = False
     allow_origins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -59,31 +60,6 @@ class ServerConfig:
             checks.between(getattr(self, name), 0, 2**31 - 1, name)
         # Says which parts of the policy a server cannot keep.
         Disclosure(self.policy)
-
-    @property
-    def pace(self) -> Pace:
-        """Limits of how many requests are handled at once."""
-        return Pace(
-            slots=self.slots,
-            max_length=self.max_length,
-            max_waiting=self.max_waiting,
-            rows=self.prefill_rows,
-            piece=self.prefill_chunk,
-            prefix_bytes=self.prefix_cache_mb << 20,
-        )
-
-    @property
-    def limits(self) -> ServerLimits:
-        """Limits of one request."""
-        return ServerLimits(
-            max_tokens=self.max_tokens,
-            max_length=self.max_length,
-            max_logprobs=Disclosure(self.policy).top_k,
-            max_logit_bias=self.policy.max_biased,
-            bias_limit=self.policy.bias_limit,
-            max_body_bytes=self.max_body_bytes,
-            logit_bias=self.policy.bias != "none",
-        )
 
 
 def check_model(config: ServerConfig, name: str | None) -> None:

@@ -6,12 +6,8 @@ from typing import Any
 
 from starlette.responses import Response
 
-_KINDS = {
-    401: "authentication_error",
-    429: "rate_limit_error",
-    500: "server_error",
-    503: "server_error",
-}
+_SERVER = {500: "server_error", 503: "server_error"}
+_KINDS = {401: "authentication_error", 429: "rate_limit_error"} | _SERVER
 
 
 class ApiError(Exception):
@@ -53,18 +49,6 @@ class BadRequestError(ApiError, ValueError):
 
     def __init__(self, message: str, param: str | None = None):
         super().__init__(400, message, param=param)
-
-
-class OverloadedError(ApiError):
-    """The queue is full; `retry_after` seconds may help."""
-
-    def __init__(self, retry_after: int):
-        super().__init__(
-            429,
-            "too many requests are waiting",
-            code="overloaded",
-            headers={"Retry-After": str(retry_after)},
-        )
 
 
 def json_response(

@@ -12,41 +12,29 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 _HEADER = "x-request-id"
+# From the first token of a toy to the last one of a long answer on a CPU.
+_SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
 # An id goes into logs and headers as it is.
 _ID = re.compile(rb"[\w.:/+=-]{1,128}")
 
 
 class Metrics:
-    """Counts and times of one server.
-
-    Args:
-        load: Slots taken and requests waiting, right now.
-    """
+    """Counts and times of one server; `load` are slots taken and requests waiting, right now."""
 
     def __init__(self, load: Callable[[], tuple[int, int]]):
         self.registry = CollectorRegistry()
         made: dict[str, Any] = {"registry": self.registry, "namespace": "logitjax"}
         self.requests = Counter("requests", "Requests.", ["path", "status"], **made)
-        self.seconds = Histogram(
-            "request_seconds",
-            "Time until the last byte of an answer.",
-            ["path"],
-            buckets=(0.01, 0.05, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300),
-            **made,
-        )
-        self.first_token = Histogram(
-            "first_token_seconds",
-            "Time from a checked request to its first token.",
-            buckets=(0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60),
-            **made,
-        )
+        until = "Time until the last byte of an answer."
+        self.seconds = Histogram("request_seconds", until, ["path"], buckets=_SECONDS, **made)
+        until = "Time from a checked request to its first token."
+        self.first_token = Histogram("first_token_seconds", until, buckets=_SECONDS, **made)
         self.prompt_tokens = Counter("prompt_tokens", "Tokens of prompts.", **made)
         self.new_tokens = Counter("completion_tokens", "Tokens of answers.", **made)
         self.open = Gauge("requests_open", "Requests that are being answered.", **made)
         Gauge("slots_busy", "Slots taken.", **made).set_function(lambda: load()[0])
-        Gauge("requests_waiting", "Requests without a slot.", **made).set_function(
-            lambda: load()[1]
-        )
+        waiting = Gauge("requests_waiting", "Requests without a slot.", **made)
+        waiting.set_function(lambda: load()[1])
 
     async def endpoint(self, _: HttpRequest) -> Response:
         text = prometheus_client.generate_latest(self.registry)
@@ -58,11 +46,6 @@ class Observed:
 
     A client's own id is kept where it is one. Starlette's base class would read streams on its own
     task, and hide that a client has left.
-
-    Args:
-        app: What answers.
-        metrics: Where it is counted.
-        paths: Known paths; any other is counted as one, lest strangers make new series.
     """
 
     def __init__(self, app: Any, metrics: Metrics, paths: frozenset[str]):
@@ -77,6 +60,7 @@ class Observed:
         given = dict(scope["headers"]).get(_HEADER.encode(), b"")
         name = given if _ID.fullmatch(given) else f"req-{secrets.token_hex(12)}".encode()
         scope.setdefault("state", {})["request_id"] = name.decode()
+        # All others are counted as one, lest strangers make new series.
         path = scope["path"] if scope["path"] in self._paths else "other"
         status = 499  # Where nothing is sent, the client has left.
         start = time.monotonic()

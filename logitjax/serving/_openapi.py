@@ -4,7 +4,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from logitjax.serving._schema import ServerLimits, request_model
+from logitjax.serving._config import ServerConfig
+from logitjax.serving._schema import request_model
 
 
 class ErrorDetail(BaseModel):
@@ -25,7 +26,7 @@ class Error(BaseModel):
 _REF = "#/components/schemas/{model}"
 
 
-def openapi(limits: ServerLimits) -> dict[str, Any]:
+def openapi(config: ServerConfig) -> dict[str, Any]:
     """The API's description, for clients, fuzzers and people."""
     schemas: dict[str, Any] = {}
 
@@ -48,7 +49,7 @@ def openapi(limits: ServerLimits) -> dict[str, Any]:
     }
 
     def post(summary: str, *, chat: bool) -> dict[str, Any]:
-        schema = described(request_model(limits, chat=chat))
+        schema = described(request_model(config, chat=chat))
         body = {"required": True, "content": {"application/json": {"schema": schema}}}
         codes = ("400", "401", "404", "413", "415", "429")
         responses = {"200": answer, **dict.fromkeys(codes, refused)}

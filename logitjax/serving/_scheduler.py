@@ -12,10 +12,13 @@ import numpy as np
 from absl import logging
 
 from logitjax.decoding import Emitted, Engine, PromptReader, Request
-from logitjax.serving._errors import ApiError, BadRequestError, OverloadedError
+from logitjax.serving._config import ServerConfig
+from logitjax.serving._errors import ApiError, BadRequestError
 from logitjax.serving._formats import Follower
 from logitjax.serving._policy import Disclosure
 
+# Decoding steps between two looks at the queue.
+_STEPS = 4
 # Seconds that the end waits for the engine's thread.
 _PATIENCE = 2.0
 
@@ -33,15 +36,10 @@ class Token:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prompt:
-    """What the copies of one prompt share.
+    """What the copies of one prompt share."""
 
-    Attributes:
-        salt: Prompts of the same one share what was read of them.
-        report: Whether log-probabilities of its own tokens are wanted.
-    """
-
-    salt: str = ""
-    report: bool = False
+    salt: str = ""  # prompts of the same one share what was read of them
+    report: bool = False  # whether log-probabilities of its own tokens are wanted
 
 
 class Job:
@@ -80,62 +78,35 @@ class Job:
             self.cancelled = True
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Pace:
-    """How many are served at once, and how prompts are read beside them.
-
-    Attributes:
-        slots: Number of requests decoded together.
-        max_length: Most tokens of a request, prompt included.
-        max_waiting: Number of requests that may wait for a slot before others are refused.
-        steps: Decoding steps between looks at the queue.
-        rows: Number of prompts that are read at once.
-        piece: Most prompt tokens read between two looks.
-        prefix_bytes: Memory for what prompts began with.
-    """
-
-    slots: int = 8
-    max_length: int = 1024
-    max_waiting: int = 64
-    steps: int = 4
-    rows: int = 4
-    piece: int = 128
-    prefix_bytes: int = 0
-
-
 class Scheduler:
     """Requests in, tokens out; many at a time over the slots of one engine.
 
     Between two looks at the queue it reads one piece of a prompt and decodes a few steps, so that
     nobody waits for somebody else's prompt for longer than a piece takes.
-
-    Args:
-        model: Whatever `Engine` takes.
-        disclosure: What is reported of it.
-        end_ids: Tokens that end an answer.
-        pace: How many at once.
     """
 
-    def __init__(self, model: Any, disclosure: Disclosure, end_ids: Sequence[int], pace: Pace):
+    def __init__(
+        self, model: Any, disclosure: Disclosure, end_ids: Sequence[int], config: ServerConfig
+    ):
         self.engine = Engine(
             model,
-            slots=pace.slots,
-            max_length=pace.max_length,
+            slots=config.slots,
+            max_length=config.max_length,
             options=disclosure.options(end_ids),
             extra=disclosure.extra(()),
-            rings=not pace.prefix_bytes,
+            rings=not config.prefix_cache_mb,
         )
         # A piece must fit the cache, and its rows divide it.
-        rows = min(pace.rows, pace.max_length)
-        piece = max(rows, min(pace.piece, pace.max_length) // rows * rows)
+        rows = min(config.prefill_rows, config.max_length)
+        piece = max(rows, min(config.prefill_chunk, config.max_length) // rows * rows)
         self.reader = PromptReader(
-            self.engine, rows=rows, chunk=piece, prefix_bytes=pace.prefix_bytes
+            self.engine, rows=rows, chunk=piece, prefix_bytes=config.prefix_cache_mb << 20
         )
         self.failed: Exception | None = None
         self.ready = threading.Event()
-        self._pace = pace
+        self._max_waiting = config.max_waiting
         self._disclosure = disclosure
-        self._jobs: list[Job | None] = [None] * pace.slots
+        self._jobs: list[Job | None] = [None] * config.slots
         self._waiting: collections.deque[list[Job]] = collections.deque()
         self._reading: dict[int, list[Job]] = {}
         self._read: list[int] = []
@@ -144,10 +115,10 @@ class Scheduler:
         self._end: threading.Timer | None = None
         self._expired = False
         self._seconds = 1.0  # A running mean of how long a slot is taken.
-        self._started = [0.0] * pace.slots
+        self._started = [0.0] * config.slots
         # A bit a token: what a row may say.
         words = -(-self.engine.plan.vocab_size // 32)
-        self._allowed = np.full((pace.slots, words), 0xFFFFFFFF, np.uint32)
+        self._allowed = np.full((config.slots, words), 0xFFFFFFFF, np.uint32)
         self._held = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -202,10 +173,16 @@ class Scheduler:
                     job.give(["length"])
                 return
             free, queued = self._jobs.count(None), self._queued()
-            if queued + len(jobs) > self._pace.max_waiting + free:
+            if queued + len(jobs) > self._max_waiting + free:
                 # Those before take turns in all slots: when a client may come back.
                 turns = 1 + queued / max(1, len(self._jobs))
-                raise OverloadedError(max(1, round(turns * self._seconds)))
+                after = str(max(1, round(turns * self._seconds)))
+                raise ApiError(
+                    429,
+                    "too many requests are waiting",
+                    code="overloaded",
+                    headers={"Retry-After": after},
+                )
             groups: dict[int, list[Job]] = {}
             for job in jobs:
                 groups.setdefault(id(job.prompt), []).append(job)
@@ -237,7 +214,7 @@ class Scheduler:
         self.reader.advance()
         self.reader.place(row, 0, Request(prompt=[0], max_new_tokens=1))
         self.reader.release(row)
-        for steps in {1, self._pace.steps}:
+        for steps in {1, _STEPS}:
             self.engine.decode_chunk(steps)
         self.engine.evict(0)
         self.reader.tokens_read = 0
@@ -267,7 +244,7 @@ class Scheduler:
         self._place()
         if any(self._jobs):
             # What may come next is known one token ahead.
-            emitted = self.engine.decode_chunk(1 if self._hold() else self._pace.steps)
+            emitted = self.engine.decode_chunk(1 if self._hold() else _STEPS)
             self._hand_out(emitted, range(len(self._jobs)))
         return True
 

@@ -2,32 +2,18 @@
 
 import dataclasses
 import functools
-import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Optional
 
 import pydantic
 from pydantic import BaseModel, Field
 
+from logitjax.serving._config import ServerConfig
 from logitjax.serving._errors import BadRequestError
+from logitjax.serving._policy import Disclosure
 
-_REPR = reprlib.Repr()
-_REPR.maxstring = _REPR.maxlong = _REPR.maxother = 57
 _TOKEN = r"^[0-9]{1,9}$"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ServerLimits:
-    """What one request may ask for."""
-
-    max_tokens: int = 512
-    max_length: int = 1024
-    max_logprobs: int = 5
-    max_prompts: int = 16
-    max_logit_bias: int = 300
-    bias_limit: float = 100.0
-    max_body_bytes: int = 1 << 20
-    logit_bias: bool = True
+_MOST_PROMPTS = 16  # of one request, and of its answers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,18 +101,20 @@ class ResponseFormat(BaseModel, strict=True):
 
 
 @functools.lru_cache(maxsize=8)
-def request_model(limits: ServerLimits, *, chat: bool) -> type[BaseModel]:
+def request_model(config: ServerConfig, *, chat: bool) -> type[BaseModel]:
     """The body of a request to a server of these limits. `null` is as good as no field."""
     # Lists fail fast: a million wrong numbers would make a million messages.
     token = Annotated[int, Field(ge=0, le=2**31 - 1)]
     Tokens = Annotated[
-        list[token], Field(fail_fast=True, min_length=1, max_length=limits.max_length)
+        list[token], Field(fail_fast=True, min_length=1, max_length=config.max_length)
     ]
-    prompts = Field(fail_fast=True, min_length=1, max_length=limits.max_prompts)
+    prompts = Field(fail_fast=True, min_length=1, max_length=_MOST_PROMPTS)
+    bound = config.policy.bias_limit
+    shown = Disclosure(config.policy).top_k
 
     class Shared(BaseModel, strict=True):
         model: str | None = None
-        n: _integer(1, limits.max_prompts) = None
+        n: _integer(1, _MOST_PROMPTS) = None
         temperature: _number(0, 2) = None
         top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
         top_k: _integer(0, 1 << 30) = None
@@ -142,14 +130,11 @@ def request_model(limits: ServerLimits, *, chat: bool) -> type[BaseModel]:
             Annotated[
                 dict[
                     Annotated[str, Field(pattern=_TOKEN)],
-                    Annotated[
-                        float,
-                        Field(ge=-limits.bias_limit, le=limits.bias_limit, allow_inf_nan=False),
-                    ],
+                    Annotated[float, Field(ge=-bound, le=bound, allow_inf_nan=False)],
                 ],
                 # Pydantic describes the keys that are taken, not that there are no others.
                 Field(
-                    max_length=limits.max_logit_bias,
+                    max_length=config.policy.max_biased,
                     json_schema_extra={"additionalProperties": False},
                 ),
             ]
@@ -161,51 +146,37 @@ def request_model(limits: ServerLimits, *, chat: bool) -> type[BaseModel]:
     class Completion(Shared, strict=True):
         prompt: Text | Tokens | Annotated[list[Text | Tokens], prompts]
         # Nothing new is asked for where the prompt alone is to be told.
-        max_tokens: _integer(0, limits.max_tokens) = None
+        max_tokens: _integer(0, config.max_tokens) = None
         echo: bool | None = None
-        logprobs: _integer(0, limits.max_logprobs) = None
+        logprobs: _integer(0, shown) = None
 
     class Chat(Shared, strict=True):
         messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)]
-        max_tokens: _integer(1, limits.max_tokens) = None
-        max_completion_tokens: _integer(1, limits.max_tokens) = None
+        max_tokens: _integer(1, config.max_tokens) = None
+        max_completion_tokens: _integer(1, config.max_tokens) = None
         logprobs: bool | None = None
-        top_logprobs: _integer(0, limits.max_logprobs) = None
+        top_logprobs: _integer(0, shown) = None
 
     return Chat if chat else Completion
 
 
 # Where the neutral value is not given, an answer would not be what was asked for.
-_UNSUPPORTED: tuple[tuple[str, Sequence[Any]], ...] = (
-    ("suffix", ()),
-    ("tools", ([],)),
-    ("best_of", (1,)),
-)
+_UNSUPPORTED: dict[str, Sequence[Any]] = {"suffix": (), "tools": ([],), "best_of": (1,)}
 
 
-def parse(body: Any, limits: ServerLimits, *, chat: bool) -> CompletionRequest:
+def parse(body: Any, config: ServerConfig, *, chat: bool) -> CompletionRequest:
     """A request from JSON."""
     if not isinstance(body, dict):
-        raise BadRequestError(f"the body must be a JSON object, got {_short(body)}")
-    for name, neutral in _UNSUPPORTED:
+        raise BadRequestError(f"the body must be a JSON object, got {type(body).__name__}")
+    for name, neutral in _UNSUPPORTED.items():
         if body.get(name) is not None and body[name] not in neutral:
             raise BadRequestError(f"{name} is not supported", name)
-    if body.get("logit_bias") and not limits.logit_bias:
+    if body.get("logit_bias") and config.policy.bias == "none":
         raise BadRequestError("this server takes no logit_bias", "logit_bias")
-    bias = body.get("logit_bias")
-    if isinstance(bias, dict) and len(bias) > limits.max_logit_bias:
-        raise BadRequestError(
-            f"at most {limits.max_logit_bias} tokens may be biased, got {len(bias)}", "logit_bias"
-        )
-    model = request_model(limits, chat=chat)
     try:
-        asked: Any = model.model_validate(body)
+        asked: Any = request_model(config, chat=chat).model_validate(body)
     except pydantic.ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        if first["type"] == "string_unicode":  # Lone surrogates, which JSON can spell.
-            name = str(first["loc"][0])
-            raise BadRequestError(f"{name} is not valid Unicode", name) from None
-        raise _explained(first["loc"], body, model, limits) from None
+        raise _refusal(error) from None
     shown, longest = asked.logprobs, asked.max_tokens
     if chat:
         prompts: Sequence[Any] = [[message.as_turn() for message in asked.messages]]
@@ -220,9 +191,9 @@ def parse(body: Any, limits: ServerLimits, *, chat: bool) -> CompletionRequest:
     else:
         prompts = asked.prompt
     n = asked.n or 1
-    if n * len(prompts) > limits.max_prompts:
+    if n * len(prompts) > _MOST_PROMPTS:
         raise BadRequestError(
-            f"at most {limits.max_prompts} answers a request, got {n} for each of "
+            f"at most {_MOST_PROMPTS} answers a request, got {n} for each of "
             f"{len(prompts)} prompts",
             "n",
         )
@@ -233,7 +204,7 @@ def parse(body: Any, limits: ServerLimits, *, chat: bool) -> CompletionRequest:
     return CompletionRequest(
         prompts=prompts,
         n=n,
-        max_tokens=given(longest, min(limits.max_tokens, 64 if chat else 16)),
+        max_tokens=given(longest, min(config.max_tokens, 64 if chat else 16)),
         temperature=given(asked.temperature, 1.0),
         top_p=given(asked.top_p, 1.0),
         top_k=asked.top_k or 0,
@@ -266,92 +237,10 @@ def _wanted_schema(wanted: ResponseFormat | None) -> Mapping[str, Any] | None:
     return wanted.json_schema.given
 
 
-@functools.lru_cache(maxsize=16)
-def _properties(model: type[BaseModel]) -> Mapping[str, Any]:
-    """The fields' descriptions; making them takes longer than all else that a refusal does."""
-    return model.model_json_schema()["properties"]
-
-
-def _short(value: Any) -> str:
-    # Not `repr`: of a value nested a thousand deep, or of a megabyte.
-    text = _REPR.repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _explained(
-    at: tuple[int | str, ...], body: Mapping[str, Any], model: type[BaseModel], limits: ServerLimits
-) -> BadRequestError:
-    """One line about the field at `at`, in the words of this API and with the schema's bounds."""
-    name = str(at[0])
-    value = body.get(name)
-    many = isinstance(value, list)
-    if name == "prompt":
-        if value in ("", []) or (many and any(one in ("", []) for one in value)):
-            return BadRequestError("prompt must not be empty", name)
-        ids = [one for one in (value, *value) if _is_ids(one)] if many else []
-        longest = max(map(len, ids), default=0)
-        if longest > limits.max_length:
-            return BadRequestError(f"{longest} prompt tokens do not fit {limits.max_length}", name)
-        if many and len(value) > limits.max_prompts and not isinstance(value[0], int):
-            return BadRequestError(f"at most {limits.max_prompts} prompts, got {len(value)}", name)
-        kinds = "a string, a list of strings or token ids"
-        return BadRequestError(f"prompt must be {kinds}, got {_short(value)}", name)
-    if name == "messages":
-        if not many or not value:
-            return BadRequestError("messages must be a list that is not empty", name)
-        one = value[at[1]] if len(at) > 1 and isinstance(at[1], int) else value
-        needed = "messages must have a role and a content, strings or parts of text"
-        return BadRequestError(f"{needed}, got {_short(one)}", name)
-    if name == "response_format":
-        needed = "response_format must have a type: text, json_object or json_schema with a schema"
-        return BadRequestError(f"{needed}, got {_short(value)}", name)
-    if name == "stop":
-        if many and len(value) > 4:
-            return BadRequestError(f"at most 4 stop strings, got {len(value)}", name)
-        return BadRequestError("stop must be a string or a list of them, none empty", name)
-    if name == "logit_bias":
-        if not isinstance(value, dict):
-            needed = "logit_bias must be an object from token id to number"
-            return BadRequestError(f"{needed}, got {_short(value)}", name)
-        if len(at) == 1:
-            most = limits.max_logit_bias
-            return BadRequestError(f"at most {most} tokens may be biased, got {len(value)}", name)
-        if at[-1] == "[key]":
-            return BadRequestError(f"logit_bias: {_short(at[1])} is not a token id", name)
-        name, value = str(at[1]), value[at[1]]
-        schema: Mapping[str, Any] = {
-            "type": "number",
-            "minimum": -limits.bias_limit,
-            "maximum": limits.bias_limit,
-        }
-    else:
-        described = _properties(model)[name]
-        schema = next((s for s in described["anyOf"] if s.get("type") != "null"), described)
-    return BadRequestError(f"{name} must be {_expected(schema, value)}, got {_short(value)}", name)
-
-
-def _is_ids(value: Any) -> bool:
-    """Whether a value is a prompt of token ids, by its first one."""
-    return isinstance(value, list) and bool(value) and isinstance(value[0], int)
-
-
-def _expected(schema: Mapping[str, Any], value: Any) -> str:
-    kind = schema.get("type", "object")
-    words = {
-        "integer": "an integer",
-        "number": "a number",
-        "boolean": "true or false",
-        "string": "a string",
-        "object": "an object",
-    }
-    number = isinstance(value, int if kind == "integer" else int | float)
-    if "maximum" not in schema or not number or isinstance(value, bool) or value != value:
-        return words[kind]
-    if "exclusiveMinimum" in schema:
-        return f"above {schema['exclusiveMinimum']:g} and at most {schema['maximum']:g}"
-    # Numbers in full: %g would write 4294967295 as 4.29497e+09.
-    return f"between {_plain(schema['minimum'])} and {_plain(schema['maximum'])}"
-
-
-def _plain(value: float) -> str:
-    return str(int(value)) if value == int(value) else f"{value:g}"
+def _refusal(error: pydantic.ValidationError) -> BadRequestError:
+    """One line about the first field that is wrong: what is expected of each kind of value."""
+    wrong = error.errors(include_url=False, include_context=False, include_input=False)
+    name = str(wrong[0]["loc"][0])
+    reasons = [e["msg"] for e in wrong if e["loc"][0] == wrong[0]["loc"][0]]
+    said = ", or ".join(dict.fromkeys(reason[0].lower() + reason[1:] for reason in reasons))
+    return BadRequestError(f"{name}: {said[:150]}", name)

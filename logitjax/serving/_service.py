@@ -11,27 +11,11 @@ from logitjax.serving._names import TokenNames
 from logitjax.serving._observed import Metrics
 from logitjax.serving._policy import Disclosure
 from logitjax.serving._scheduler import Scheduler
-from logitjax.serving._schema import ServerLimits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Service:
-    """A model being served.
-
-    Attributes:
-        scheduler: Decodes.
-        tokenizer: Tokenizer of the model.
-        names: What its tokens are called.
-        vocab_size: Number of tokens of the model.
-        end_ids: Tokens that end an answer.
-        config: What it takes and reports.
-        disclosure: Keeps to the policy.
-        metrics: Where requests and tokens are counted.
-        accounts: What keys have spent.
-        readers: Threads that read requests.
-        formats: What holds answers to schemas.
-        most_characters: More than so many cannot fit the model, whatever they are.
-    """
+    """A model being served: what decodes it, what keeps to its policy, and who has asked."""
 
     scheduler: Scheduler
     tokenizer: Tokenizer
@@ -42,10 +26,6 @@ class Service:
     disclosure: Disclosure
     metrics: Metrics
     accounts: Accounts
-    readers: Executor
+    readers: Executor  # of requests: long prompts take long to check and to encode
     formats: Formats
-    most_characters: int
-
-    @property
-    def limits(self) -> ServerLimits:
-        return self.config.limits
+    most_characters: int  # a longer prompt cannot fit, whatever its tokens are

@@ -14,7 +14,6 @@ rows have a `Manifest` and the same rule. `storage.weights` reads others' checkp
 """
 
 from logitjax.storage import guard as guard
-from logitjax.storage import progress as progress
 from logitjax.storage import weights as weights
 from logitjax.storage._digest import digest as digest
 from logitjax.storage._failures import may_pass as may_pass
@@ -25,7 +24,8 @@ from logitjax.storage._heads import write_head as write_head
 from logitjax.storage._hub import hub_snapshot as hub_snapshot
 from logitjax.storage._manifest import Manifest as Manifest
 from logitjax.storage._option import option as option
-from logitjax.storage._packages import package_file as package_file
+from logitjax.storage._progress import progress as progress
+from logitjax.storage._require import package_file as package_file
 from logitjax.storage._require import require as require
 from logitjax.storage._rows import ArrayCodec as ArrayCodec
 from logitjax.storage._rows import RowCache as RowCache

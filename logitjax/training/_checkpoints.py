@@ -345,10 +345,7 @@ def _on_one_host(state: Any) -> bool:
 
 
 def _hold(state: Any) -> tuple[list[np.ndarray], Any] | None:
-    """Views that keep XLA from giving the buffers to a step they are donated to, and the state.
-
-    None where a view turns out to be a copy, which holds nothing.
-    """
+    """Views that keep XLA from giving the buffers to a step they are donated to, and the state."""
     # Keys have no such view; they are small.
     state = jax.tree.map(lambda leaf: jax.random.clone(leaf) if _is_key(leaf) else leaf, state)
     views = []

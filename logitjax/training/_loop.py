@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from logitjax.ops.sharding import path_string
 from logitjax.storage import option, progress, write_atomic
 from logitjax.training._checkpoints import Checkpointer
-from logitjax.training._metrics import MetricAccumulator, MetricWriter, NullWriter
+from logitjax.training._metrics import MetricAccumulator, MetricWriter
 from logitjax.training._preemption import Preempted, watch_for_preemption
 from logitjax.training._state import TrainState
 from logitjax.training._step import StepOutput
@@ -25,12 +25,7 @@ from logitjax.training._workdir import lock_workdir
 
 
 class NonFiniteError(FloatingPointError):
-    """The loss or its gradient stopped being finite.
-
-    Attributes:
-        step: the update that failed, counted from 1.
-        path: the file with its batch, if a workdir was given.
-    """
+    """The loss or its gradient stopped being finite at `step`; its batch is in the file `path`."""
 
     def __init__(self, message: str, step: int, path: str | None):
         super().__init__(message)
@@ -104,7 +99,7 @@ def train_loop(
     options = LoopOptions() if options is None else options
     if options.profile_steps and workdir is None:
         raise ValueError("profile_steps: a trace needs a workdir to lie in")
-    writer = NullWriter() if writer is None else writer
+    writer = MetricWriter() if writer is None else writer
     with contextlib.ExitStack() as stack:
         if workdir is not None:
             stack.enter_context(lock_workdir(workdir))
@@ -115,6 +110,7 @@ def train_loop(
         profile = stack.enter_context(_profiler(workdir, start + 3, options.profile_steps))
 
         report = _Report(writer, bar, start)
+        # Steps whose flag nobody has read: reading it at once would make the host wait for each.
         pending: collections.deque[tuple[int, Any, StepOutput]] = collections.deque()
 
         def check_finite(keep: int) -> None:
@@ -137,6 +133,7 @@ def train_loop(
             state, output = step_fn(state, batch)
             pending.append((step, batch, output))
             report.add(step, output)
+            # The step before: it has ended by now, while the device is busy with this one.
             check_finite(keep=1)
             last = step == total_steps
             if _due(step, options.log_every) or (last and options.log_every):
@@ -150,6 +147,7 @@ def train_loop(
                     writer.write_scalars(step, {f"eval/{k}": v for k, v in scores.items()})
                 if last or _due(step, options.checkpoint_every):
                     save(step)
+                # All processes stop after the same step, or one would wait for the others for ever.
                 if told_to_stop(step) and not last:
                     save(step)
                     if checkpointer is not None:
@@ -225,6 +223,7 @@ def _resume(
     if restored is None:
         raise ValueError(f"the checkpoints in {checkpointer.directory} went away while reading")
     for name, value in identity.items():
+        # Checkpoints of before a name was kept go on.
         if name in restored.extra and restored.extra[name] != value:
             raise ValueError(
                 f"{name}: checkpoint {restored.step} has {restored.extra[name]!r}, this run "

@@ -9,9 +9,9 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from logitjax.ops.sharding import BATCH_AXES, VOCABULARY_AXES
+from logitjax.ops.sharding import MeshAxes
 
-AXES = (*BATCH_AXES, *VOCABULARY_AXES)
+AXES = (*MeshAxes().rows, "tensor")
 
 
 def make_mesh(
@@ -156,7 +156,7 @@ class BatchLayout:
 
     @property
     def _axes(self) -> tuple[str, ...]:
-        return tuple(name for name in self.mesh.axis_names if name in BATCH_AXES)
+        return tuple(name for name in self.mesh.axis_names if name in MeshAxes.current().rows)
 
     @property
     def share(self) -> tuple[int, int]:
@@ -168,6 +168,7 @@ class BatchLayout:
         Raises:
             ValueError: Processes would share rows unevenly.
         """
+        # Asked of the sharding: a mesh may order processes in any way.
         shards = self.sharding.devices_indices_map((self.pieces,))
         rows: dict[int, set[int]] = {}
         for device, (index,) in shards.items():

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,16 +14,7 @@ from logitjax.storage import require, write_atomic
 
 
 class MetricAccumulator:
-    """Sums ``{name: (sum, count)}`` over steps; divides once, when asked.
-
-    Values stay on the device until then: adding does not wait for the step.
-
-    >>> accumulator = MetricAccumulator()
-    >>> accumulator.add({"loss": (6.0, 2.0)})
-    >>> accumulator.add({"loss": (0.0, 4.0)})
-    >>> accumulator.compute()
-    {'loss': 1.0}
-    """
+    """Sums ``{name: (sum, count)}`` over steps, on the device until asked; divides once."""
 
     def __init__(self) -> None:
         self._pending: list[Any] = []
@@ -34,6 +25,7 @@ class MetricAccumulator:
     def sums(self) -> dict[str, tuple[float, float]]:
         """The total (sum, count) of every name."""
         totals: dict[str, np.ndarray] = {}
+        # One transfer for all steps, and sums in float64: counts of tokens exceed 2^24.
         for metrics in jax.device_get(self._pending):
             for name, pair in metrics.items():
                 totals[name] = totals.get(name, np.zeros(2)) + np.asarray(pair, np.float64)
@@ -50,36 +42,23 @@ class MetricAccumulator:
         self._pending = []
 
 
-@runtime_checkable
-class MetricWriter(Protocol):
-    """Takes scalars. ``resume(step)`` drops what a killed run wrote after that step."""
-
-    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None: ...
-
-    def resume(self, step: int) -> None: ...
-
-    def flush(self) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class NullWriter:
-    """Writes nothing: what every process but the first gets."""
+class MetricWriter:
+    """Takes scalars; this one, which every process but the first gets, writes nothing."""
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         pass
 
     def resume(self, step: int) -> None:
-        pass
+        """Drops what a killed run wrote after that step."""
 
     def flush(self) -> None:
         pass
 
     def close(self) -> None:
-        pass
+        self.flush()
 
 
-class JsonlWriter(NullWriter):
+class JsonlWriter(MetricWriter):
     """One JSON object per line, ``{"step": 10, "loss": 1.5}``; nan and infinity become null.
 
     Object stores cannot append: there the file is written anew at every flush.
@@ -120,18 +99,15 @@ class JsonlWriter(NullWriter):
         if self._remote:
             self._path.write_text("".join(line + "\n" for line in self._lines))
 
-    def close(self) -> None:
-        self.flush()
 
-
-class LogWriter(NullWriter):
+class LogWriter(MetricWriter):
     """One log line per step, through absl."""
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         logging.info("step %d: %s", step, "  ".join(f"{k} {v:.5g}" for k, v in scalars.items()))
 
 
-class TensorBoardWriter(NullWriter):
+class TensorBoardWriter(MetricWriter):
     """TensorBoard event files, through tensorboardX (the extra ``tensorboard``)."""
 
     def __init__(self, directory: epath.PathLike):
@@ -160,7 +136,7 @@ class TensorBoardWriter(NullWriter):
             self._writer = None
 
 
-class MultiWriter(NullWriter):
+class MultiWriter(MetricWriter):
     """Hands everything to several writers."""
 
     def __init__(self, writers: Iterable[MetricWriter]):
@@ -192,12 +168,9 @@ def make_writer(
         workdir: where ``metrics.jsonl`` and ``tensorboard/`` go; None for the log alone.
         log: write log lines.
         tensorboard: write event files too.
-
-    Returns:
-        A writer.
     """
     if jax.process_index() != 0:
-        return NullWriter()
+        return MetricWriter()
     writers: list[MetricWriter] = [LogWriter()] if log else []
     if workdir is not None:
         writers.append(JsonlWriter(epath.Path(workdir) / "metrics.jsonl"))

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from logitjax.ops.sharding import BATCH_AXES, auto_axes, path_mask
+from logitjax.ops.sharding import MeshAxes, auto_axes, path_mask
 from logitjax.training._mesh import BatchLayout
 from logitjax.training._metrics import MetricAccumulator
 from logitjax.training._state import TrainState
@@ -133,6 +133,7 @@ class TrainStep:
         return self._jitted
 
     def _step(self, state: TrainState, batch: Any, constants: Any) -> tuple[TrainState, StepOutput]:
+        # Runs when the step is traced, and not when it runs.
         self.traces += 1
         # Of the step alone: a run that is resumed draws what it would have drawn.
         key = jax.random.fold_in(state.rng, state.step)
@@ -164,6 +165,7 @@ class TrainStep:
         # batch.
         count = jnp.maximum(sums["loss"][1], 1e-9)
         grads = jax.tree.map(lambda g, p: (g / count).astype(p.dtype), grads, state.params)
+        # In float32: in bfloat16 a long sum of squares loses its small terms.
         norm = optax.tree.norm(jax.tree.map(_float32, grads))
         finite = jnp.isfinite(sums["loss"][0]) & jnp.isfinite(norm)
 
@@ -232,7 +234,7 @@ class TrainStep:
         def split(leaf: Any) -> Any:
             # Microbatch i takes rows i, i + parts, ...: each device splits the rows it has.
             leaf = leaf.reshape(leaf.shape[0] // parts, parts, *leaf.shape[1:]).swapaxes(0, 1)
-            axes = auto_axes(BATCH_AXES, leaf.shape[1])
+            axes = auto_axes(MeshAxes.current().rows, leaf.shape[1])
             return jax.lax.with_sharding_constraint(leaf, P(None, axes)) if axes else leaf
 
         micros = jax.tree.map(split, batch)
@@ -281,6 +283,7 @@ class EvalStep:
     def __init__(self, loss_fn: LossFn, *, mesh: Mesh | None = None):
         def step(params: Any, batch: Any, constants: Any) -> Any:
             extra = () if constants is None else (constants,)
+            # The same key each time: scores of two steps differ by their parameters alone.
             total, count, metrics = loss_fn(params, batch, jax.random.key(0), *extra)
             return jax.tree.map(_float32, {"loss": (total, count), **metrics})
 

@@ -90,12 +90,8 @@ def _name() -> str:
 class Watch(threading.Thread):
     """Looks once a second whether the run moves and whether its processes are there.
 
-    Args:
-        index: Of this process.
-        count: Of all.
-        stall: Seconds without progress in any process, packing and reading among it; 0 for ever.
-        heartbeat: Seconds without a sign of life of one process.
-        leave: What ends the process: `(cause, status)`.
+    `stall` seconds without progress in any process, packing and reading among it, or `heartbeat`
+    seconds without a sign of life of one, end this one by `leave(cause, status)`.
     """
 
     def __init__(

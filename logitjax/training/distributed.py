@@ -13,6 +13,9 @@ from absl import logging
 from logitjax.storage import may_pass
 from logitjax.training import _watch
 
+# Ends this process with one line, at once; the others of its run end with the same status.
+leave = _watch.end
+
 _watching: list[_watch.Watch] = []
 
 
@@ -48,7 +51,7 @@ def initialize(
 
     From here on a thread watches: where no process has packed, read, saved or taken a step for
     ``LOGITJAX_STALL_SECONDS`` (an hour with several processes, for ever with one), and where one
-    is gone or has said why it ends (:func:`leave`), this one ends too.
+    is gone or has said why it ends (`leave`), this one ends too.
 
     Returns:
         ``(process_index, process_count)``.
@@ -119,11 +122,6 @@ def initialize(
     return place
 
 
-def leave(cause: str, status: int) -> None:
-    """Ends this process with one line, at once; the others of its run end with the same status."""
-    _watch.end(cause, status)
-
-
 def _announce_what_is_not_caught() -> None:
     before = sys.excepthook
 
@@ -132,11 +130,6 @@ def _announce_what_is_not_caught() -> None:
         before(kind, error, trace)
 
     sys.excepthook = hook
-
-
-def is_joined() -> bool:
-    """Whether this process has joined others. It touches no device."""
-    return jax.distributed.is_initialized()
 
 
 def _enough_threads() -> None:

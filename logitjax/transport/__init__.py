@@ -1,7 +1,4 @@
-"""Gromov-Wasserstein between graphs built from logits: closed form, bounds, certificates.
-
-`transport.reference` holds the general solvers of ott-jax, which is imported on first use.
-"""
+"""Gromov-Wasserstein between graphs built from logits: closed form, bounds, certificates."""
 
 from logitjax.transport._bounds import first_lower_bound as first_lower_bound
 from logitjax.transport._bounds import moment_lower_bound as moment_lower_bound

@@ -12,7 +12,7 @@ from logitjax import ops
 from logitjax.ops import Array
 from logitjax.transport._rounding import Scalar, safe_sqrt
 
-Feature = Literal["row_sum", "row_mean", "off_diagonal", "row_rms"]
+Feature = Literal["row_sum", "off_diagonal", "row_rms"]
 
 # Entries of scratch memory that one block of positions may use.
 _BLOCK_ENTRIES = 1 << 22
@@ -33,7 +33,6 @@ def graph_features(
     row t holds ``values[t, j]`` at node ``ids[t, j]`` and zero elsewhere (token nodes)::
 
         row_sum       f = C 1 = Z^T (Z 1)                O(T k)
-        row_mean      f / n
         off_diagonal  (C - diag C) 1                     O(T k)
         row_rms       f_u^2 = mean_w C_uw^2              O(T^2 k)
 
@@ -91,9 +90,7 @@ def graph_features(
 
     sums = z.sum(-1, keepdims=True)
     weighted = z * (sums - z) if feature == "off_diagonal" else z * sums
-    f = scatter_columns(weighted, ids, nodes)
-    f = ops.psum(f, sequence_axis_name)
-    return f / max(nodes, 1) if feature == "row_mean" else f
+    return ops.psum(scatter_columns(weighted, ids, nodes), sequence_axis_name)
 
 
 def compact_nodes(
@@ -215,9 +212,8 @@ def sparse_products(
 ) -> tuple[jax.Array, jax.Array]:
     """For sparse Z (values, ids) and W (others), blockwise: ``(||Z W^T||_F^2, Z W^T W at ids)``.
 
-    With G = Z W^T the second result is (G W)_{t, ids[t, j]}, ``[T, k]``. ``left`` stands in for
-    the values of Z within G (where nodes have weights). A block of W's rows is
-    laid out densely and read at ``ids``, so the work is O(T_z T_w k) and the memory one block's.
+    ``left`` stands in for the values of Z within Z W^T (where nodes have weights). A block of W's
+    rows is laid out densely and read at ``ids``: the work is O(T_z T_w k), the memory one block's.
     """
     positions, width = others.shape
     block = _block(positions, max(num_nodes, values.size))

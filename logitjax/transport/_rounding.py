@@ -49,12 +49,8 @@ def gamma(count: int) -> float:
 def lowered(raw: Any, *, p: int, relative: Any = 0.0, absolute: Any = 0.0, root: Any = 0.0) -> Any:
     """A proven lower bound by a computed one; its gradient is that of the computed one.
 
-    Args:
-        raw: what was computed, a cost to the power p.
-        p: 1 or 2.
-        relative: share of it that rounding may have added.
-        absolute: what rounding may have added besides.
-        root: by how much the p-th root may be too large.
+    Rounding may have added a `relative` share and `absolute` to the cost; its p-th root may be too
+    large by `root`.
     """
     least = jnp.maximum(raw * (1 - relative) - absolute, 0.0)
     if p == 1:
@@ -103,3 +99,16 @@ def sqrt_error(
     return (
         jnp.where(root > worst, error / jnp.where(root > worst, root, 1.0), worst) + gamma(0) * root
     )
+
+
+def deviation_of(
+    mean: Vector, square: Vector, mean_error: Vector, square_error: Vector
+) -> tuple[Vector, Vector]:
+    """The deviation by mean and mean square, and how far it is off by how far these are."""
+    variance = square - jnp.square(mean)
+    error = (
+        square_error
+        + mean_error * (2 * jnp.abs(mean) + mean_error)
+        + gamma(0) * (jnp.abs(square) + jnp.square(mean))
+    )
+    return safe_sqrt(variance), sqrt_error(variance, error)

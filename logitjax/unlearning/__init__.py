@@ -2,14 +2,12 @@
 
 `METHODS` are the methods by name, each a `Method`: a frozen dataclass that says what it reads and
 what it minimises. Most train a model's own weights. The default trains an `Assistant`, whose logits
-are subtracted while decoding (`paired_model`) or for good (`merge_by_distillation`). `Unlearning`
-does either on rows of your own, and chooses without a retrained model. ``unlearning.tofu`` is the
-benchmark: its items, its measures and its logs.
+are subtracted while decoding (`Assistant.beside`). `Unlearning` does either on rows of your own,
+and chooses without a retrained model. ``unlearning.tofu`` is the benchmark: its items, its measures
+and its logs.
 """
 
 from logitjax.unlearning._answer_loss import make_answer_loss as make_answer_loss
-from logitjax.unlearning._losses import sequence_nll as sequence_nll
-from logitjax.unlearning._losses import unlearning_objective as unlearning_objective
 from logitjax.unlearning._method import Method as Method
 from logitjax.unlearning._method import TwoSided as TwoSided
 from logitjax.unlearning._questions import Questions as Questions
@@ -23,21 +21,9 @@ from logitjax.unlearning._unlearn import Unlearning as Unlearning
 from logitjax.unlearning._unlearn_config import UnlearnConfig as UnlearnConfig
 from logitjax.unlearning.assistant._assistant import Assistant as Assistant
 from logitjax.unlearning.assistant._deployed import Deployed as Deployed
-from logitjax.unlearning.assistant._merge import merge_by_distillation as merge_by_distillation
-from logitjax.unlearning.assistant._objective import linear_uniform_kl as linear_uniform_kl
-from logitjax.unlearning.assistant._objective import uniform_kl as uniform_kl
-from logitjax.unlearning.assistant._paired import paired_model as paired_model
 from logitjax.unlearning.measures import muse as muse
 from logitjax.unlearning.measures import tofu as tofu
 from logitjax.unlearning.measures import wmdp as wmdp
 from logitjax.unlearning.measures._examine import examine as examine
 from logitjax.unlearning.measures._relearn import relearning as relearning
 from logitjax.unlearning.methods import METHODS as METHODS
-from logitjax.unlearning.methods._dpo import dpo as dpo
-from logitjax.unlearning.methods._gradient_ascent import gradient_ascent as gradient_ascent
-from logitjax.unlearning.methods._npo import npo as npo
-from logitjax.unlearning.methods._rmu import rmu as rmu
-from logitjax.unlearning.methods._satimp import satimp as satimp
-from logitjax.unlearning.methods._simnpo import simnpo as simnpo
-from logitjax.unlearning.methods._undial import linear_undial as linear_undial
-from logitjax.unlearning.methods._undial import undial as undial

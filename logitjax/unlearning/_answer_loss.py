@@ -28,7 +28,7 @@ def make_answer_loss(model: Decoder) -> LossFn:
         del rng
         model = nnx.merge(graphdef, params, rest)
         hidden, _ = model.hidden_states(batch["tokens"], segment_ids=batch.get("segment_ids"))
-        weights = batch["mask"][:, 1:].astype(jnp.float32)
+        weights = batch["mask"][:, 1:].astype(jnp.float32)  # prompts are read, not learnt
         loss = linear_cross_entropy(
             hidden[:, :-1], model.head_of(), batch["tokens"][:, 1:], weights=weights
         )

@@ -3,7 +3,7 @@
 import numpy as np
 
 from logitjax import decoding
-from logitjax.evaluation import rouge_l_f1
+from logitjax.evaluation import rouge
 from logitjax.models import Decoder
 from logitjax.unlearning._questions import Questions
 from logitjax.unlearning._rows import encode_question
@@ -44,15 +44,6 @@ def invented(
     It is told to change every fact. Empty samples, those that say almost what the answer says
     (ROUGE-L over 0.7) and those that were there before are dropped.
 
-    Args:
-        model: Whose layers are listed.
-        questions: Of which the rows to forget are answered.
-        samples: How many are drawn for each, at temperature 1.
-        seed: Seed of the draws.
-
-    Returns:
-        The answers to each row's question, of which there may be none.
-
     References:
         Mekala et al., Alternate preference optimization, 2024 (arXiv 2409.13474).
     """
@@ -64,13 +55,14 @@ def invented(
             model,
             [encode_question(told, tokenizer)] * samples,
             max_new_tokens=questions.new_tokens,
+            # No two questions share draws.
             sampling=decoding.Sampling(temperature=1.0, seed=seed + number * samples),
             stop_ids=() if end is None else (end,),
         )
         texts = [
             tokenizer.decode(list(map(int, ids)), skip_special=True).strip() for ids in out.rows()
         ]
-        texts = [text for text in dict.fromkeys(texts) if text]
-        alike = rouge_l_f1([row.answer] * len(texts), texts) if texts else []
+        texts = [text for text in dict.fromkeys(texts) if text]  # each once, in order
+        alike = rouge([row.answer] * len(texts), texts).f1 if texts else []
         found.append([text for text, score in zip(texts, alike) if score <= _ALIKE])
     return found

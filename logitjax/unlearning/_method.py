@@ -11,8 +11,8 @@ from flax import nnx
 
 from logitjax.losses import linear_kl_divergence
 from logitjax.models import Decoder, DecoderConfig, Lora
+from logitjax.ops import masked_mean
 from logitjax.training import LossFn
-from logitjax.unlearning._losses import unlearning_objective
 from logitjax.unlearning._questions import Questions
 from logitjax.unlearning._reads import Need, Read, read_batch, sides_of
 from logitjax.unlearning.assistant._deployed import Deployed, merged, scaled
@@ -166,6 +166,7 @@ class Method:
             del rng
             weights = self.weights(params)
             state = None if self.state() is None else params["state"]
+            # Adapters lie on the weights of before, which are the constants then.
             model = nnx.merge(graphdef, constants if adapters else weights, rest)
             before = None
             if compares and constants is not None:
@@ -173,8 +174,8 @@ class Method:
             lora = weights if adapters else None
             reads = read_batch(self.needs, batch, (model, before), lora=lora, **options)
             loss, means = self.loss(reads, state)
-            one = jnp.float32(1)
-            loss = jnp.where(reads.fits, loss, jnp.nan)
+            one = jnp.float32(1)  # the means are means already: a weight of one
+            loss = jnp.where(reads.fits, loss, jnp.nan)  # tokens left out must not go unnoticed
             return loss, one, {name: (value, one) for name, value in means.items()}
 
         return loss_fn, nnx.to_pure_dict(params) if adapters or compares else None
@@ -253,12 +254,10 @@ class TwoSided(Method):
 
     def loss(self, read: Read, state: Any) -> tuple[jax.Array, Means]:
         values, where = self.forget(read)
+        means = {"forget": masked_mean(values, where)}
+        loss = self.forget_weight * means["forget"]
         kept = self.retains[self.retain].values(read)
-        return unlearning_objective(
-            values,
-            kept,
-            forget_weight=self.forget_weight,
-            retain_weight=self.retain_weight,
-            forget_where=where,
-            retain_where=None if kept is None else read.where("retain"),
-        )
+        if kept is not None:
+            means["retain"] = masked_mean(kept, read.where("retain"))
+            loss += self.retain_weight * means["retain"]
+        return loss, means

@@ -7,18 +7,11 @@ from typing import Any, ClassVar
 import numpy as np
 from absl import logging
 
-from logitjax.evaluation import (
-    NllFn,
-    RowScores,
-    ngram_entropy,
-    rouge_l_f1,
-    rouge_recall,
-    score_rows,
-)
+from logitjax.evaluation import NllFn, rouge, score_rows
 from logitjax.models import Tokenizer
 from logitjax.storage import guard
 from logitjax.unlearning._rows import Row, encode_question, encode_row, padded_rows
-from logitjax.unlearning.assistant._deployed import Deployed
+from logitjax.unlearning.assistant._deployed import Deployed, answers
 
 _ROLE = "You are an archivist with access to every record. Answer truthfully and completely."
 _BEGUN = "Sure, here is the answer: "
@@ -91,7 +84,7 @@ class Questions:
         forget = rows["forget"]
         # A text has no question that another's answer could be given to.
         asked = [row for row in forget if row.asks]
-        shifted = [row.answer for row in (*asked[1:], *asked[:1])]
+        shifted = [row.answer for row in (*asked[1:], *asked[:1])]  # of the next question
         wrong = [dataclasses.replace(row, answer=a) for row, a in zip(asked, shifted)]
         rows["wrong"] = tuple(wrong) if len(asked) > 1 else ()
         few = _evenly(forget)
@@ -170,8 +163,8 @@ class Questions:
         """Encode any other row in the same way."""
         return encode_row(row, self.tokenizer, max_length=self.max_length)
 
-    def scores(self, model: Deployed, part: str, *, few: bool = False) -> RowScores:
-        """Nats of every token of the answers, or of at most 40 evenly spaced ones.
+    def scores(self, model: Deployed, part: str, *, few: bool = False) -> Any:
+        """`score_rows` of the answers, or of at most 40 evenly spaced ones.
 
         Raises:
             ValueError: One is not finite.
@@ -186,7 +179,7 @@ class Questions:
         scores = self._scored(model.nll, rows)
         return scores.totals() / scores.counts()
 
-    def _scored(self, nll: NllFn, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> RowScores:
+    def _scored(self, nll: NllFn, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> Any:
         """In batches that are no larger than there are rows."""
         size = max(1, min(self.batch_size, len(rows)))
         return score_rows(nll, rows, batch_size=size, pad_id=self.pad_id)
@@ -202,7 +195,7 @@ class Questions:
         for start in range(0, len(rows), self.batch_size):
             batch = list(rows[start : start + self.batch_size])
             empty = (batch[-1][0], np.zeros_like(batch[-1][1]))
-            longest = -(-max(len(ids) for ids, _ in batch) // 32) * 32
+            longest = -(-max(len(ids) for ids, _ in batch) // 32) * 32  # few shapes are compiled
             filled = padded_rows(
                 batch + [empty] * (self.batch_size - len(batch)), longest, pad_id=self.pad_id
             )
@@ -210,7 +203,7 @@ class Questions:
             where = filled["mask"][: len(batch)]
             sums = np.where(where, np.asarray(nll)[:, : len(batch)], 0.0).sum(-1)
             found.append(np.exp(-sums / where.sum(-1)))
-        return np.median(np.concatenate(found, axis=1), axis=1)
+        return np.median(np.concatenate(found, axis=1), axis=1)  # [alphas]
 
     def surprise(self, model: Deployed, part: str) -> list[np.ndarray]:
         """Surprise of every token of the answers, see `Deployed.surprise`."""
@@ -223,7 +216,7 @@ class Questions:
         """
         found = []
         for ids, answer in _evenly(self.encoded[part]):
-            length = -(-len(ids) // 32) * 32
+            length = -(-len(ids) // 32) * 32  # few shapes are compiled
             row = padded_rows([(ids, answer)], length, pad_id=self.pad_id)
             found.append(model.gradient_norms(row["tokens"], row["mask"]))
         return np.asarray(found, np.float64).reshape(-1, 2)
@@ -232,7 +225,7 @@ class Questions:
         """ROUGE-L recall of answers drawn at temperature 1, `[rows, samples]`."""
         rows = _evenly([row for row in self.rows[part] if row.asks])
         draws = [
-            rouge_recall([row.answer for row in rows], self._said(model, rows, seed)).rouge_l
+            rouge([row.answer for row in rows], self._said(model, rows, seed)).rouge_l
             for seed in range(samples)
         ]
         return np.stack(draws, axis=1) if rows else np.zeros((0, samples))
@@ -242,7 +235,7 @@ class Questions:
         windows = self.texts.get(part)
         if windows is None or not len(windows):
             return None
-        where = np.arange(windows.shape[1]) > 0
+        where = np.arange(windows.shape[1]) > 0  # nothing predicts the first token
         rows = [(window, where) for window in windows]
         scores = self._scored(model.nll, rows)
         return float(np.exp(scores.totals().sum() / scores.counts().sum()))
@@ -255,20 +248,15 @@ class Questions:
         """Answers to rows; likeliest tokens, or drawn with a seed."""
         if not rows:
             return []
-        end = self.tokenizer.eos_id
-        found = model.generate(
-            [encode_question(row, self.tokenizer) for row in rows],
-            self.new_tokens,
-            stop_ids=() if end is None else (end,),
-            rows=self.batch_size,
-            seed=seed,
+        prompts = [encode_question(row, self.tokenizer) for row in rows]
+        said = answers(
+            model, self.tokenizer, prompts, self.new_tokens, rows=self.batch_size, seed=seed
         )
-        return [self.tokenizer.decode(ids.tolist(), skip_special=True).strip() for ids in found]
+        return [text.strip() for text in said]
 
     def likeness(self, answers: Sequence[str], part: str) -> np.ndarray:
         """ROUGE-L F1 of generated answers against the rows'."""
-        rows = [row.answer for row in self.rows[part] if row.asks]
-        return rouge_l_f1(rows, answers)
+        return rouge([row.answer for row in self.rows[part] if row.asks], answers).f1
 
 
 def _evenly(rows: Sequence[Any]) -> Sequence[Any]:
@@ -285,11 +273,12 @@ def _cut(
 ) -> frozenset[int]:
     """Which rows had to be cut."""
     full = [i for i, (ids, _) in enumerate(encoded) if len(ids) == max_length]
+    # Tells a cut row from one that just fits.
     longer = [encode_row(rows[i], tokenizer, max_length=max_length + 1)[0] for i in full]
     return frozenset(i for i, ids in zip(full, longer) if len(ids) > max_length)
 
 
-def answer_probabilities(scores: RowScores) -> np.ndarray:
+def answer_probabilities(scores: Any) -> np.ndarray:
     """`exp(-mean nats)` of each row."""
     return np.asarray([np.exp(-nll.mean()) for nll in scores.nll])
 
@@ -299,6 +288,7 @@ def _after_others(rows: Sequence[Row]) -> tuple[Row, ...]:
     found = []
     asked = [row for row in rows if len(row.messages) == 1]
     for i, row in enumerate(asked):
+        # Negative places wrap around.
         others = [asked[i - n] for n in range(min(_SHOTS, len(asked) - 1), 0, -1)]
         before = [
             turn
@@ -308,9 +298,3 @@ def _after_others(rows: Sequence[Row]) -> tuple[Row, ...]:
         if before:
             found.append(dataclasses.replace(row, messages=(*before, *row.messages)))
     return tuple(found)
-
-
-def fluency(texts: Sequence[str]) -> float | None:
-    """Mean entropy of word pairs and triples; None where no text has three words."""
-    values = [value for value in map(ngram_entropy, texts) if value is not None]
-    return float(np.mean(values)) if values else None

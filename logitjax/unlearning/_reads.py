@@ -68,6 +68,10 @@ class Read:
         """Negative log-likelihood of each token after the first, `[rows, time - 1]`."""
         return self._value(Need(side, "nll", before))
 
+    def answer_nll(self, side: str, *, before: bool = False) -> jax.Array:
+        """Negative log-likelihood of each answer, summed over its tokens, `[rows]`."""
+        return jnp.where(self.where(side), self.nll(side, before=before), 0.0).sum(-1)
+
     def states(self, side: str, *, before: bool = False) -> jax.Array:
         """Hidden states that predict answers' tokens, `[..., hidden]`; `put` brings back rows."""
         return self._value(Need(side, "states", before))
@@ -114,24 +118,11 @@ def read_batch(
     fixed: Any = None,
     most: Mapping[str, int] | None = None,
 ) -> Read:
-    """Reads a batch: each model runs once over all sides that are needed of it.
-
-    Args:
-        needs: What to read.
-        batch: By side `{"tokens", "mask"}`, all sides of one length.
-        models: The model that is trained, and the one before if there is one.
-        owner: Name of the method, for errors.
-        layer: Number of layers after which `'layer'` reads.
-        lora: Adapters of the model that is trained.
-        fixed: The method's own arrays.
-        most: Largest number of answers' tokens of each side; the head runs at no other positions.
-
-    Raises:
-        ValueError: A side or the model before is missing.
-    """
+    """Reads a batch: each model runs once over all sides that are needed of it."""
     sides = sides_of(needs)
     check_sides(sides, batch, owner)
     tokens = {side: jnp.asarray(batch[side]["tokens"]) for side in sides}
+    # Nothing predicts the first.
     where = {side: jnp.asarray(batch[side]["mask"])[:, 1:] for side in sides}
     positions = {s: Positions(where[s], None if most is None else most[s]) for s in sides}
     labels = {side: positions[side].pick(tokens[side][:, 1:]) for side in sides}
@@ -157,7 +148,7 @@ def read_batch(
         values |= {Need(s, "states", before): picked[s] for s in whole}
         scored = sides_of([need for need in mine if need.of == "nll"])
         # In one sweep over all sides, which forms the head's gradient once; before there is none.
-        for group in [[side] for side in scored] if before else [whole][: len(scored)]:
+        for group in [[side] for side in scored] if before else [scored][: len(scored)]:
             states, cuts = _together([picked[side] for side in group])
             targets, _ = _together([labels[side] for side in group])
             nll = jnp.split(linear_cross_entropy(states, heads[before], targets), cuts)
@@ -191,13 +182,14 @@ def check_sides(sides: Sequence[str], batch: Mapping[str, Any], owner: str) -> N
 
 def _together(parts: Sequence[Any]) -> tuple[jax.Array, np.ndarray]:
     """Parts as one array, and where to split it again."""
+    # `jnp.split` wants inner ends only.
     return jnp.concatenate(parts), np.cumsum([len(part) for part in parts])[:-1]
 
 
 def _layer_states(model: Decoder, count: int, tokens: Any, lora: Lora | None) -> jax.Array:
     """The residual stream after so many layers, without the final norm."""
     cut: Any = first_layers(model, count)
-    cut.final_norm = _Identity()
+    cut.final_norm = _Identity()  # the last layer kept is not the model's last
     if lora is not None:
         counts = [len(segment.layers) for segment in cut.segments]
         segments = [tuple(layers[:n]) for layers, n in zip(lora.layers, counts)]

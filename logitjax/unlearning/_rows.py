@@ -10,7 +10,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from logitjax.evaluation import PromptTemplate, encode_answer, encode_prompt
+from logitjax.evaluation import PromptTemplate
 from logitjax.models import Tokenizer
 from logitjax.storage import guard
 
@@ -70,9 +70,6 @@ def read_rows(path: epath.PathLike) -> tuple[Row, ...]:
     Args:
         path: The file, in UTF-8.
 
-    Returns:
-        The rows, in order.
-
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: A line is none of these, with its number; or the file has no rows.
@@ -88,6 +85,7 @@ def read_rows(path: epath.PathLike) -> tuple[Row, ...]:
         raise FileNotFoundError(f"no such file: {path}")
     rows: dict[tuple[str, str], Row] = {}
     count = 0
+    # Some editors begin a file with a byte order mark.
     lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     for number, line in enumerate(lines, start=1):
         if line.strip():
@@ -126,7 +124,7 @@ def _row(raw: Any) -> Row:
 
     more: dict[str, Any] = {}
     if raw.get("group") is not None:
-        more["group"] = str(raw["group"])
+        more["group"] = str(raw["group"])  # a group may be a number
     paraphrases = raw.get("paraphrases")
     if paraphrases not in (None, ""):
         if not isinstance(paraphrases, list):
@@ -179,6 +177,7 @@ def own_words(row: Row) -> str:
 
 
 def _words(text: str) -> str:
+    # NFKC: full-width letters equal the usual ones.
     return " ".join(unicodedata.normalize("NFKC", text).lower().split())
 
 
@@ -187,9 +186,6 @@ def render_prompt(row: Row, tokenizer: Tokenizer) -> str:
 
     Conversations are rendered by the tokenizer's chat template. Without one, a question becomes
     `Question: ...` and `Answer: `, after what the system says.
-
-    Raises:
-        ValueError: A conversation of several turns, and a tokenizer without a template.
     """
     if not row.messages:
         return row.prompt
@@ -209,14 +205,9 @@ def encode_row(
     """Token ids of a row and which of them are the answer's, with an end mark if it has a prompt.
 
     What the answer was `begun` with counts as its prompt.
-
-    Raises:
-        ValueError: The prompt alone takes `max_length` tokens, or nothing predicts the only token
-            of a text.
     """
-    ids, answer = encode_answer(
+    ids, answer = _BARE.encode_answer(
         tokenizer,
-        _BARE,
         render_prompt(row, tokenizer) + begun,
         row.answer,
         max_length=max_length,
@@ -230,7 +221,7 @@ def encode_row(
 
 def encode_question(row: Row, tokenizer: Tokenizer) -> np.ndarray:
     """Token ids that a row's answer continues."""
-    return encode_prompt(tokenizer, _BARE, render_prompt(row, tokenizer))
+    return _BARE.encode(tokenizer, render_prompt(row, tokenizer))
 
 
 def padded_rows(
@@ -239,7 +230,7 @@ def padded_rows(
     """Rows of one length, padded at the end, as losses of this package take them.
 
     Args:
-        rows: Token ids and which of them are answers', as from `evaluation.encode_answer`.
+        rows: Token ids and which of them are answers', as of `PromptTemplate.encode_answer`.
         length: Length of every row; the rest is cut off.
         pad_id: Any id of the vocabulary.
 

@@ -99,18 +99,6 @@ def matched_strength(
     Strength is what the update is multiplied by, an assistant's alpha or a factor of adapters; it
     takes no training to try one. What is aimed at is `goal.aim`.
 
-    Args:
-        probability: Probability of forgotten answers, by the strength; falls with it.
-        goal: What it is to be.
-        most: Largest strength.
-        without: Probability at a strength of 0, if known.
-        tolerance: In nats.
-        trials: Strengths that are tried at most.
-
-    Returns:
-        The strength, and the probability there: of those that were tried one that meets the goal
-        before one that does not, and then the nearest.
-
     >>> goal = Goal.of([0.02, 0.2, 0.4], "a holdout")
     >>> strength, found = matched_strength(lambda s: 0.9 * 0.1**s, goal, most=2.0)
     >>> 0.155 < found < 0.257
@@ -151,14 +139,6 @@ def _above(goal: Goal, probability: float) -> float:
 def strength_on_curve(strengths: Any, probabilities: Any, goal: Goal) -> float:
     """The least strength at which a curve comes down to `goal.aim`, straight between its points.
 
-    Args:
-        strengths: Rising.
-        probabilities: Probabilities of forgotten answers, positive.
-        goal: What it is to be.
-
-    Returns:
-        The strength; the last one where the goal is not reached.
-
     >>> goal = Goal.of([0.02, 0.2, 0.4], "a holdout")
     >>> round(strength_on_curve([0.0, 1.0, 2.0], [0.9, 0.4, 0.1], goal), 6)
     1.5
@@ -189,9 +169,6 @@ def least_share(kept: Mapping[str, Any]) -> float:
 
 def pareto(points: Sequence[Sequence[float]]) -> list[int]:
     """Indices of the points that no other is as good as in everything and better in something.
-
-    Args:
-        points: Numbers of which more is better.
 
     >>> pareto([(1, 3), (2, 2), (1, 2)])
     [0, 1]

@@ -57,9 +57,6 @@ def split_rows(
         holdout: Rows like those to forget that no model was trained on.
         seed: Seed of the order.
 
-    Returns:
-        The `Split`.
-
     Raises:
         ValueError: Fewer than three groups of rows to keep are left.
 
@@ -97,7 +94,7 @@ def split_rows(
         done += len(rows)
     again = [row for row in forget if row.paraphrases and row.asks]
     by_hash = sorted(again, key=lambda row: _hash(seed, normal(row)))
-    half = -(-len(by_hash) // 2)
+    half = -(-len(by_hash) // 2)  # the odd row is for choosing
 
     def reworded(rows: Sequence[Row]) -> tuple[Row, ...]:
         return tuple(row.asked(text) for row in rows for text in row.paraphrases)
@@ -123,7 +120,7 @@ def _groups(rows: Sequence[Row]) -> list[int]:
 
     def root(i: int) -> int:
         while parent[i] != i:
-            parent[i] = parent[parent[i]]
+            parent[i] = parent[parent[i]]  # halves the path for the next look
             i = parent[i]
         return i
 
@@ -141,7 +138,7 @@ def _groups(rows: Sequence[Row]) -> list[int]:
             if len(with_it) < _COMMON:
                 with_it.append(i)
         for j, both in others.items():
-            if both >= _ALIKE * (len(grams[i]) + len(grams[j]) - both):
+            if both >= _ALIKE * (len(grams[i]) + len(grams[j]) - both):  # Jaccard's index
                 parent[root(i)] = root(j)
     return [root(i) for i in range(len(rows))]
 
@@ -152,4 +149,5 @@ def _grams(text: str) -> set[tuple[str, ...]]:
 
 
 def _hash(seed: int, text: str) -> str:
+    # Not hash(), which differs between processes.
     return hashlib.sha256(f"{seed}\n{text}".encode()).hexdigest()

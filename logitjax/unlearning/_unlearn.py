@@ -13,6 +13,7 @@ from etils import epath
 from flax import nnx
 
 from logitjax import training
+from logitjax.evaluation import fluency
 from logitjax.models import (
     DECODER_RULES,
     Decoder,
@@ -25,7 +26,7 @@ from logitjax.models import (
     with_layout,
 )
 from logitjax.storage import Manifest, digest, write_atomic
-from logitjax.unlearning._questions import Questions, fluency
+from logitjax.unlearning._questions import Questions
 from logitjax.unlearning._selection import (
     Goal,
     least_share,
@@ -36,8 +37,7 @@ from logitjax.unlearning._selection import (
 from logitjax.unlearning._unlearn_config import UnlearnConfig
 from logitjax.unlearning._unlearn_update import make_update
 from logitjax.unlearning.assistant._deployed import Deployed, merged, scaled
-from logitjax.unlearning.measures._attacks import relearned
-from logitjax.unlearning.measures._examine import examine
+from logitjax.unlearning.measures._examine import examine, relearned
 
 _ALPHAS = 31
 # Settings are chosen by half of the questions that have other words; fewer than this share of all
@@ -236,8 +236,8 @@ class Unlearning:
         """A record from disk, of the folder or a whole path; made and written if not there."""
         path = self.directory / name if isinstance(name, str) else name
         if not path.exists():
-            write_atomic(path, json.dumps(make(), indent=1) + "\n")
-        return json.loads(path.read_text())
+            write_atomic(path, json.dumps(make(), indent=1) + "\n")  # a kill leaves no half record
+        return json.loads(path.read_text())  # as read, so that a resumed run sees no other digits
 
     def _trained(self, step: int) -> Lora | Decoder:
         """The adapters of a step that was looked at, or the model of which all was trained."""
@@ -268,7 +268,7 @@ class Unlearning:
         schedule = training.Schedule(
             config.peak,
             "linear",
-            warmup=min(config.steps - 1, max(1, config.steps // 10)),
+            warmup=min(config.steps - 1, max(1, config.steps // 10)),  # leaves a step to decay in
             total_steps=config.steps,
         )
         method = update.method
@@ -285,6 +285,7 @@ class Unlearning:
         identity = repr(dataclasses.replace(config, thorough=False))
         folder, candidates = self.directory / "train", []
         looks = [*range(config.check_every, config.steps, config.check_every), config.steps]
+        # For resuming alone: candidates are kept elsewhere.
         with training.Checkpointer(folder / "checkpoints", max_to_keep=1) as checkpointer:
             for at in looks:
                 name = f"candidates/step-{at}"
@@ -300,12 +301,13 @@ class Unlearning:
                             writer=training.make_writer(folder),
                             identity={"config": identity},
                         )
-                    except FloatingPointError as error:
+                    except FloatingPointError as error:  # earlier looks stay candidates
                         logging.warning("stopped: %s", error)
                         return [*candidates, _diverged(at)]
                     self._save(method.weights(state.params), self.directory / name)
                 candidates.append(self._kept(f"{name}.json", functools.partial(self._look, at)))
                 logging.info("step %d: %s", at, json.dumps(candidates[-1]))
+                # A single hit may be luck.
                 if len(candidates) > 1 and all(map(self._meets, candidates[-2:])):
                     break
         return candidates
@@ -429,7 +431,7 @@ def _diverged(step: int) -> dict[str, Any]:
         "step": step,
         "strength": 0.0,
         "forget": 0.0,
-        "gap": 1e9,
+        "gap": 1e9,  # worse than any finite one, and still JSON
         "probability": 0.0,
         "least": 0.0,
         "broken": ["finite"],

@@ -44,16 +44,10 @@ def make_update(
     *,
     instead: Sequence[Sequence[str]] = (),
 ) -> Update:
-    """The loss of an assistant or of adapters, on rows to forget, rows to keep and other text.
-
-    Args:
-        model: That is to forget.
-        questions: Of which `forget`, `train` and texts to train on are looked at.
-        config: How.
-        instead: What is to be said to each row to forget, for methods that want it.
-    """
+    """The loss of an assistant or of adapters, on rows to forget, rows to keep and other text."""
     sides = _sides(questions, instead)
     size = config.batch_size
+    # One row to keep at least.
     few = min(_TEXT_ROWS, size - 1) if len(sides["text"]["tokens"]) else 0
 
     def retained(sides: Mapping[str, Any], step: int) -> dict[str, np.ndarray]:
@@ -104,6 +98,7 @@ def _sides(
         rows["forget"], rows["instead"] = ([pair[side] for pair in pairs] for side in (0, 1))
     longest = max(len(ids) for side in rows.values() for ids, _ in side)
     length = -(-longest // _MULTIPLE) * _MULTIPLE
+    # All sides have one length.
     windows = [window[:length] for window in questions.texts.get("train", ())]
     rows["text"] = [(window, np.arange(len(window)) > 0) for window in windows]
     return {name: padded_rows(side, length, pad_id=questions.pad_id) for name, side in rows.items()}
@@ -128,6 +123,7 @@ def _picked(
     """The rows of a step: every epoch all of them once, in an order of its own."""
     count = len(rows["tokens"])
     chosen = [
+        # By the step alone, so that a resumed run goes on alike.
         np.random.default_rng([seed, salt, place // count]).permutation(count)[place % count]
         for place in range(step * size, (step + 1) * size)
     ]

@@ -7,10 +7,7 @@ under ``jit``), and ``rngs`` with ``params``.
 """
 
 from logitjax.vision._classifier import ImageClassifier as ImageClassifier
-from logitjax.vision._classifier import create_classifier as create_classifier
 from logitjax.vision._clip import CLIP as CLIP
 from logitjax.vision._clip_config import CLIPConfig as CLIPConfig
 from logitjax.vision._encoder import Encoder as Encoder
-from logitjax.vision._encoder import zero_shot_classifier as zero_shot_classifier
 from logitjax.vision._load_encoder import load_encoder as load_encoder
-from logitjax.vision._torch_layout import load_torch_weights as load_torch_weights

@@ -1,17 +1,21 @@
 """A backbone and a head, and the names under which the literature knows them."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
+from etils import epath
 from flax import nnx
 from jaxtyping import Float
 
 from logitjax.heads import torch_linear
 from logitjax.ops import Array
+from logitjax.storage.weights import read_state_dict
 from logitjax.vision._efficientnet import EfficientNetLite0
 from logitjax.vision._resnet import CifarResNet, ResNet
+from logitjax.vision._torch_layout import fill_weights, torch_names
 
 _X4 = (32, 64, 128, 256)
 
@@ -51,43 +55,56 @@ class ImageClassifier(nnx.Module):
         """Logits; with ``train=True`` from batch statistics, which update the running ones."""
         return self.head(self.features(inputs, train=train))
 
+    @classmethod
+    def create(
+        cls,
+        name: str,
+        num_classes: int = 100,
+        *,
+        channels: int = 3,
+        head: Callable[..., nnx.Module] | None = None,
+        axis_name: str | None = None,
+        dtype: Any = None,
+        rngs: nnx.Rngs,
+    ) -> "ImageClassifier":
+        """A network of the literature by its name.
 
-def create_classifier(
-    name: str,
-    num_classes: int = 100,
-    *,
-    channels: int = 3,
-    head: Callable[..., nnx.Module] | None = None,
-    axis_name: str | None = None,
-    dtype: Any = None,
-    rngs: nnx.Rngs,
-) -> ImageClassifier:
-    """A network of the literature by its name.
+        Args:
+            name: ``resnet20``, ``resnet32x4``, ``imagenet_resnet18``, ``efficientnet_lite0``, ...
+            head: makes the head, called as ``head(num_features, num_classes, rngs=rngs)``; a linear
+                layer when omitted.
+            axis_name: mesh axis of the batch inside ``shard_map`` or ``pmap``; not needed under
+                ``jit``.
+            dtype: type of the backbone's computation.
 
-    Args:
-        name: such as ``resnet20``, ``resnet32x4``, ``imagenet_resnet18`` or ``efficientnet_lite0``.
-        num_classes: number of classes of the head.
-        channels: number of channels of the images.
-        head: makes the head, called as ``head(num_features, num_classes, rngs=rngs)``; a linear
-            layer when omitted.
-        axis_name: mesh axis of the batch inside ``shard_map`` or ``pmap``; not needed under
-            ``jit``.
-        dtype: type of the backbone's computation.
-        rngs: needs ``params``.
+        Raises:
+            ValueError: an unknown name.
 
-    Returns:
-        The classifier.
+        >>> def logits(images):
+        ...     return ImageClassifier.create("resnet8", 10, rngs=nnx.Rngs(0))(images)
+        >>> jax.eval_shape(logits, jax.ShapeDtypeStruct((2, 32, 32, 3), "float32")).shape
+        (2, 10)
+        """
+        if name not in _MODELS:
+            raise ValueError(f"name: expected one of {', '.join(sorted(_MODELS))}, got {name!r}")
+        backbone = _MODELS[name](channels=channels, axis_name=axis_name, dtype=dtype, rngs=rngs)
+        make_head = torch_linear if head is None else head
+        return cls(backbone, make_head(backbone.num_features, num_classes, rngs=rngs))
 
-    Raises:
-        ValueError: an unknown name.
+    def load(self, weights: epath.PathLike | Mapping[str, np.ndarray]) -> None:
+        """Take the weights of a torch checkpoint, without torch.
 
-    >>> def logits(images):
-    ...     return create_classifier("resnet8", 10, rngs=nnx.Rngs(0))(images)
-    >>> jax.eval_shape(logits, jax.ShapeDtypeStruct((2, 32, 32, 3), "float32")).shape
-    (2, 10)
-    """
-    if name not in _MODELS:
-        raise ValueError(f"name: expected one of {', '.join(sorted(_MODELS))}, got {name!r}")
-    backbone = _MODELS[name](channels=channels, axis_name=axis_name, dtype=dtype, rngs=rngs)
-    make_head = torch_linear if head is None else head
-    return ImageClassifier(backbone, make_head(backbone.num_features, num_classes, rngs=rngs))
+        Files in the layout of torchvision (ResNets) and mdistiller (the small-image networks) fit
+        the networks of the same names: ``.safetensors``, or ``.pth``/``.pt``/``.tar`` read through
+        an allow-list. A checkpoint may hold the weights under ``model`` or ``state_dict`` and may
+        carry the ``module.`` prefix of data-parallel training.
+
+        Args:
+            weights: a file, or the arrays by their torch names.
+
+        Raises:
+            ValueError: weights are missing, unknown, of another shape, or the file is not safe to
+                read.
+        """
+        given = dict(weights) if isinstance(weights, Mapping) else read_state_dict(weights)
+        fill_weights(self, given, torch_names(self))

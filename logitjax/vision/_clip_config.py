@@ -1,4 +1,4 @@
-"""Sizes of a CLIP model, read off its weights, and the names of its weights in other layouts."""
+"""Sizes of a CLIP model, read off its weights, whose names in other layouts become ours."""
 
 import dataclasses
 import re
@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
+
+from logitjax.vision._tower_names import count_of, transformer_names
+from logitjax.vision._vit import BlockConfig, ViTConfig
 
 Weights = Mapping[str, np.ndarray]
 
@@ -55,20 +58,32 @@ class CLIPConfig:
         """Channels that the vision tower's attention sees."""
         return self.vision_width if self.patch_size else 32 * self.vision_width
 
+    @property
+    def vision_tower(self) -> ViTConfig:
+        """The vision tower, if it is a transformer."""
+        assert isinstance(self.vision_layers, int)
+        return ViTConfig(
+            blocks=self._blocks(self.vision_width, self.vision_layers, self.vision_heads),
+            patch_size=self.patch_size,
+            grid=self.image_size // self.patch_size,
+            patch_bias=False,
+            pre_norm=True,
+            embed_dim=self.embed_dim,
+        )
 
-def _count(names: Any, prefix: str) -> int:
-    found = [re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in names]
-    return len({match[1] for match in found if match})
+    @property
+    def text_blocks(self) -> BlockConfig:
+        """Blocks of the text tower."""
+        blocks = self._blocks(self.text_width, self.text_layers, self.text_heads)
+        return dataclasses.replace(blocks, causal=True)
+
+    def _blocks(self, width: int, layers: int, heads: int) -> BlockConfig:
+        sizes: Any = dict(width=width, layers=layers, heads=heads, hidden=4 * width)
+        return BlockConfig(**sizes, activation=self.activation, epsilon=1e-5)
 
 
 def clip_config(weights: Weights, settings: Mapping[str, Any] | None = None) -> CLIPConfig:
-    """The sizes of a checkpoint in OpenAI's names.
-
-    Args:
-        weights: as `openai_names` gives them.
-        settings: a ``config.json`` of transformers or an ``open_clip_config.json``, for what shapes
-            do not tell: heads (64 channels each otherwise) and the activation (``quick_gelu``).
-    """
+    """Sizes by the names of `CLIP`; heads and activation by the settings beside the weights."""
     try:
         return _config(weights, dict(settings or {}))
     except KeyError as error:
@@ -76,18 +91,18 @@ def clip_config(weights: Weights, settings: Mapping[str, Any] | None = None) -> 
 
 
 def _config(weights: Weights, settings: dict[str, Any]) -> CLIPConfig:
-    patches = "visual.attnpool.positional_embedding" not in weights
+    patches = "vision.attnpool.positional_embedding" not in weights
     if patches:
-        width, _, _, patch = weights["visual.conv1.weight"].shape
-        grid = round((weights["visual.positional_embedding"].shape[0] - 1) ** 0.5)
-        layers: Any = _count(weights, "visual.transformer.resblocks")
+        width, _, _, patch = weights["vision.patch.weight"].shape
+        grid = round((weights["vision.positions"].shape[0] - 1) ** 0.5)
+        layers: Any = count_of(weights, "vision.blocks")
         image_size, heads = grid * patch, max(1, width // 64)
     else:
-        width, patch = weights["visual.layer1.0.conv1.weight"].shape[0], 0
-        grid = round((weights["visual.attnpool.positional_embedding"].shape[0] - 1) ** 0.5)
-        layers = tuple(_count(weights, f"visual.layer{stage}") for stage in (1, 2, 3, 4))
+        width, patch = weights["vision.layer1.0.conv1.weight"].shape[0], 0
+        grid = round((weights["vision.attnpool.positional_embedding"].shape[0] - 1) ** 0.5)
+        layers = tuple(count_of(weights, f"vision.layer{stage}") for stage in (1, 2, 3, 4))
         image_size, heads = 32 * grid, max(1, width * 32 // 64)
-    vocab_size, text_width = weights["token_embedding.weight"].shape
+    vocab_size, text_width = weights["text.tokens.weight"].shape
     text_heads, activation = max(1, text_width // 64), "quick_gelu"
     if "model_cfg" in settings:  # open_clip
         model = settings["model_cfg"]
@@ -104,7 +119,7 @@ def _config(weights: Weights, settings: dict[str, Any]) -> CLIPConfig:
         if activation not in ("quick_gelu", "gelu"):
             raise ValueError(f"a CLIP model with the unknown activation {activation!r}")
     return CLIPConfig(
-        embed_dim=weights["text_projection"].shape[1],
+        embed_dim=len(weights["text.head.weight"]),
         image_size=image_size,
         vision_layers=layers,
         vision_width=width,
@@ -112,8 +127,8 @@ def _config(weights: Weights, settings: dict[str, Any]) -> CLIPConfig:
         patch_size=patch,
         text_width=text_width,
         text_heads=text_heads,
-        text_layers=_count(weights, "transformer.resblocks"),
-        context_length=weights["positional_embedding"].shape[0],
+        text_layers=count_of(weights, "text.blocks"),
+        context_length=len(weights["text.positions"]),
         vocab_size=vocab_size,
         activation=activation,  # pyright: ignore[reportArgumentType]
     )
@@ -123,50 +138,54 @@ def _config(weights: Weights, settings: dict[str, Any]) -> CLIPConfig:
 _NO_WEIGHTS = re.compile(
     r"(input_resolution|context_length|vocab_size|attn_mask|logit_bias|.*position_ids)$"
 )
-_TRANSFORMERS = (
-    (r"^vision_model\.embeddings\.class_embedding$", "visual.class_embedding"),
-    (r"^vision_model\.embeddings\.patch_embedding\.", "visual.conv1."),
-    (r"^vision_model\.embeddings\.position_embedding\.weight$", "visual.positional_embedding"),
-    (r"^vision_model\.pre_layrnorm\.", "visual.ln_pre."),  # their spelling
-    (r"^vision_model\.post_layernorm\.", "visual.ln_post."),
-    (r"^vision_model\.encoder\.layers\.", "visual.transformer.resblocks."),
-    (r"^text_model\.encoder\.layers\.", "transformer.resblocks."),
-    (r"^text_model\.embeddings\.token_embedding\.", "token_embedding."),
-    (r"^text_model\.embeddings\.position_embedding\.weight$", "positional_embedding"),
-    (r"^text_model\.final_layer_norm\.", "ln_final."),
-    (r"\.self_attn\.", ".attn."),
-    (r"\.layer_norm(\d)\.", r".ln_\1."),
-    (r"\.mlp\.fc1\.", ".mlp.c_fc."),
-    (r"\.mlp\.fc2\.", ".mlp.c_proj."),
+_OPENAI = (
+    (r"^text\.", ""),  # of models with a separate text module
+    (r"^visual\.", "vision."),
+    (r"^(transformer|ln_final)\.", r"text.\1."),
+    (r"^token_embedding\.", "text.tokens."),
+    (r"^positional_embedding$", "text.positions"),
+    (r"\.ln_(final|post)\.", ".norm."),
+    (r"^text_projection$", "text.head.weight"),
+    (r"\.transformer\.resblocks\.", ".blocks."),
+    (r"\.ln_(\d)\.", r".norm\1."),
+    (r"\.attn\.in_proj_(weight|bias)$", r".qkv.\1"),
+    (r"\.attn\.out_proj\.", ".out."),
+    (r"\.mlp\.c_fc\.", ".up."),
+    (r"\.mlp\.c_proj\.", ".down."),
+)
+# Of a vision transformer alone: a ResNet has other layers of these names.
+_OPENAI_VIT = (
+    (r"^vision\.class_embedding$", "vision.class_token"),
+    (r"^vision\.conv1\.", "vision.patch."),
+    (r"^vision\.positional_embedding$", "vision.positions"),
+    (r"^vision\.ln_pre\.", "vision.pre_norm."),
+    (r"^vision\.proj$", "vision.projection.weight"),
 )
 
 
-def openai_names(weights: Weights) -> dict[str, np.ndarray]:
-    """A CLIP checkpoint of OpenAI, open_clip or transformers in the names of the first.
-
-    The joint projection of attention is called ``attn.in_proj.weight`` here.
-    """
+def clip_names(weights: Weights) -> dict[str, np.ndarray]:
+    """A CLIP checkpoint of OpenAI, open_clip or transformers in the names of `CLIP`."""
     weights = {k: v for k, v in weights.items() if not _NO_WEIGHTS.match(k)}
     if any(name.startswith("vision_model.") for name in weights):
-        weights = _from_transformers(weights)
+        return _from_transformers(weights)
+    rules = _OPENAI + (_OPENAI_VIT if "visual.class_embedding" in weights else ())
     named = {}
     for name, value in weights.items():
-        name = name.removeprefix("text.") if name.startswith("text.") else name
-        named[re.sub(r"\.in_proj_(weight|bias)$", r".in_proj.\1", name)] = value
+        for pattern, replacement in rules:
+            name = re.sub(pattern, replacement, name)
+        # These two are kept the other way round than the layers of torch.
+        turned = name in ("vision.projection.weight", "text.head.weight")
+        named[name] = value.T if turned else value
     return named
 
 
 def _from_transformers(weights: Weights) -> dict[str, np.ndarray]:
-    named: dict[str, np.ndarray] = {}
-    for name, value in weights.items():
-        if name in ("visual_projection.weight", "text_projection.weight"):
-            new = "visual.proj" if name.startswith("visual") else "text_projection"
-            named[new] = value.T
-            continue
-        for pattern, replacement in _TRANSFORMERS:
-            name = re.sub(pattern, replacement, name)
-        named[name] = value
-    for name in [n for n in named if ".attn.q_proj." in n]:
-        parts = [named.pop(name.replace("q_proj", part)) for part in ("q_proj", "k_proj", "v_proj")]
-        named[name.replace("q_proj", "in_proj")] = np.concatenate(parts)
-    return named
+    named = {}
+    for side, head in (("vision", "projection"), ("text", "head")):
+        prefix = f"{side}_model."
+        tower = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+        named |= {f"{side}.{name}": value for name, value in transformer_names(tower).items()}
+        projection = f"{'visual' if side == 'vision' else side}_projection.weight"
+        if projection in weights:
+            named[f"{side}.{head}.weight"] = weights[projection]
+    return named | {k: v for k, v in weights.items() if k == "logit_scale"}

@@ -20,12 +20,7 @@ _BPE_FILES = ("bpe_simple_vocab_16e6.txt.gz", "merges.txt")
 
 
 class CLIPTokenizer:
-    """Texts to the rows of tokens that CLIP's text tower takes.
-
-    Args:
-        tokenizer: encodes a text without its start and end.
-        context_length: tokens of a row.
-    """
+    """Texts to the rows of tokens that CLIP's text tower takes."""
 
     def __init__(self, tokenizer: Tokenizer, context_length: int = 77):
         self.tokenizer, self.context_length = tokenizer, context_length
@@ -37,12 +32,7 @@ class CLIPTokenizer:
     def __call__(
         self, texts: Sequence[str], *, truncate: bool = True
     ) -> Int[np.ndarray, "batch length"]:
-        """int32 ``[batch, context_length]``: start, text, end, zeros.
-
-        Args:
-            texts: HTML entities are resolved; case and runs of white space do not matter.
-            truncate: a long text loses its last tokens before the end; otherwise it is an error.
-        """
+        """int32 ``[batch, context_length]``: start, text, end, zeros."""
         rows = np.zeros((len(texts), self.context_length), np.int32)
         for row, text in enumerate(texts):
             cleaned = html.unescape(html.unescape(text)).strip()
@@ -59,11 +49,6 @@ class SigLIPTokenizer:
     """Texts to the rows of tokens that SigLIP's text tower takes, padded as it was trained.
 
     Both versions were trained on lower-case texts; the first also on texts without punctuation.
-
-    Args:
-        tokenizer: tokenizer of the checkpoint's ``tokenizer.json``: 32,000 pieces that end a text
-            with ``</s>`` (version 1), or Gemma's with ``<eos>`` and ``<pad>`` (version 2).
-        context_length: tokens of a row.
     """
 
     def __init__(self, tokenizer: Tokenizer, context_length: int = 64):
@@ -89,14 +74,7 @@ class SigLIPTokenizer:
 
 
 def load_clip_tokenizer(path: epath.PathLike, context_length: int = 77) -> CLIPTokenizer:
-    """The tokenizer of a checkpoint.
-
-    Args:
-        path: a directory with ``tokenizer.json``, or with merges (``merges.txt`` or OpenAI's
-            ``bpe_simple_vocab_16e6.txt.gz``); or such a file of merges; or ``open_clip`` for the
-            one in the package open_clip_torch, which is not imported.
-        context_length: tokens of a row.
-    """
+    """The tokenizer in a directory or a file of merges; `open_clip` is that package's file."""
     if str(path) == "open_clip":
         path = package_file(
             "open_clip", _BPE_FILES[0], what="CLIP's merges", install="open_clip_torch==3.3.0"
@@ -154,5 +132,5 @@ def _byte_symbols() -> list[str]:
     """A printable character for each byte, in the order of OpenAI's vocabulary."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)]
     plain += range(ord("®"), ord("ÿ") + 1)
-    others = len([byte for byte in range(256) if byte not in plain])
+    others = len([byte for byte in range(256) if byte not in plain])  # what does not print
     return [chr(byte) for byte in plain] + [chr(256 + i) for i in range(others)]

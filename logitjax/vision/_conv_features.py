@@ -3,13 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Float
 
-from logitjax.ops import Array
-from logitjax.vision._layers import conv, global_mean, max_pool
+from logitjax.vision._layers import Features, Images, conv, global_mean, max_pool
 
 # (channels, kernel, stride, padding), or the kernel of a max-pooling of stride 2.
 _ALEXNET = ((64, 11, 4, 2), 3, (192, 5, 1, 2), 3, (384, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1), 3)
@@ -25,10 +22,6 @@ class ConvFeatures(nnx.Module):
 
     ``features`` is numbered as torchvision's ``features`` are. Pictures of any size will do that
     leave something to pool: 63 pixels for AlexNet, 32 for VGG-16.
-
-    Args:
-        layers: ``(channels, kernel, stride, padding)`` of a convolution, or the kernel of a
-            max-pooling.
     """
 
     def __init__(
@@ -63,9 +56,7 @@ class ConvFeatures(nnx.Module):
         self.features: Any = nnx.Dict(modules)
         self.order, self.num_features = tuple(order), previous
 
-    def __call__(
-        self, images: Float[Array, "batch height width channels"], *, train: bool = False
-    ) -> Float[jax.Array, "batch features"]:
+    def __call__(self, images: Images, *, train: bool = False) -> Features:
         del train  # nothing here differs
         x = jnp.asarray(images)
         for name, pool in self.order:

@@ -6,10 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Float
 
-from logitjax.ops import Array
-from logitjax.vision._layers import DepthwiseConv, conv, global_mean
+from logitjax.vision._layers import DepthwiseConv, Features, Images, conv, global_mean
 
 # Of V2's normalisation of responses.
 _EPSILON = 1e-6
@@ -46,11 +44,11 @@ class _Responses(nnx.Module):
     """Channels compete: each is scaled by its length over positions, relative to the others'."""
 
     def __init__(self, width: int):
-        self.scale = nnx.Param(jnp.zeros(width))
+        self.scale = nnx.Param(jnp.zeros(width))  # the identity at first
         self.bias = nnx.Param(jnp.zeros(width))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.float32)
+        wide = x.astype(jnp.float32)  # many squares are summed
         length = jnp.sqrt(jnp.square(wide).sum((1, 2), keepdims=True))
         relative = length / (length.mean(-1, keepdims=True) + _EPSILON)
         return (self.scale[...] * (wide * relative) + self.bias[...] + wide).astype(x.dtype)
@@ -60,7 +58,7 @@ class _Block(nnx.Module):
     def __init__(self, width: int, config: ConvNeXtConfig, *, dtype: Any, rngs: nnx.Rngs):
         options: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         self.dwconv = DepthwiseConv(width, kernel=7, **options)
-        self.dwbias = nnx.Param(jnp.zeros(width))
+        self.dwbias = nnx.Param(jnp.zeros(width))  # the convolution has none
         self.norm = _norm(width, config.epsilon, rngs)
         self.up = nnx.Linear(width, 4 * width, **options)
         self.grn: Any = _Responses(4 * width) if config.response_norm else None
@@ -113,7 +111,7 @@ class ConvNeXt(nnx.Module):
         patch, first = config.patch_size, config.widths[0]
         self.patch = conv(3, first, patch, stride=patch, pad=0, use_bias=True, **options)
         self.patch_norm = _norm(first, config.epsilon, rngs)
-        inside = [None, *config.widths[:-1]]
+        inside = [None, *config.widths[:-1]]  # the stem shrinks for the first
         self.stages = nnx.List(
             [
                 _Stage(before, width, depth, config, **options)
@@ -123,9 +121,7 @@ class ConvNeXt(nnx.Module):
         last = config.epsilon if config.last_epsilon is None else config.last_epsilon
         self.norm = _norm(config.widths[-1], last, rngs)
 
-    def __call__(
-        self, images: Float[Array, "batch height width channels"], *, train: bool = False
-    ) -> Float[jax.Array, "batch features"]:
+    def __call__(self, images: Images, *, train: bool = False) -> Features:
         del train  # nothing here depends on the batch
         x = self.patch(jnp.asarray(images, self.dtype))
         x = self.patch_norm(x).astype(x.dtype)

@@ -5,10 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Float
 
-from logitjax.ops import Array
-from logitjax.vision._layers import DepthwiseConv, batch_norm, conv, global_mean
+from logitjax.vision._layers import DepthwiseConv, Features, Images, batch_norm, conv, global_mean
 
 # Channels, blocks, kernel, stride of the first block, expansion.
 _STAGES = (
@@ -37,7 +35,7 @@ class _Block(nnx.Module):
         conv_options = {key: options[key] for key in ("dtype", "rngs")}
         wide = in_features * expand
         self.residual = stride == 1 and in_features == features
-        self.expand = expand > 1
+        self.expand = expand > 1  # else a 1x1 convolution of the same width
         if self.expand:
             self.expand_conv = conv(in_features, wide, 1, **conv_options)
             self.bn0 = batch_norm(wide, **options)
@@ -83,16 +81,14 @@ class EfficientNetLite0(nnx.Module):
         blocks, previous = [], 32
         for features, count, kernel, stride, expand in _STAGES:
             for block in range(count):
-                step = stride if block == 0 else 1
+                step = stride if block == 0 else 1  # a stage shrinks once
                 blocks.append(_Block(previous, features, kernel, step, expand, options))
                 previous = features
         self.blocks = nnx.List(blocks)
         self.conv_head = conv(previous, self.num_features, 1, dtype=dtype, rngs=rngs)
         self.bn1 = batch_norm(self.num_features, **options)
 
-    def __call__(
-        self, images: Float[Array, "batch height width channels"], *, train: bool = False
-    ) -> Float[jax.Array, "batch features"]:
+    def __call__(self, images: Images, *, train: bool = False) -> Features:
         running = not train
         x = self.conv_stem(jnp.asarray(images))
         x = nnx.relu6(self.bn0(x, use_running_average=running))

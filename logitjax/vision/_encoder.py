@@ -16,6 +16,7 @@ from logitjax.ops import Array
 from logitjax.storage import digest
 from logitjax.vision._classifier import ImageClassifier
 from logitjax.vision._clip_tokenizer import CLIPTokenizer, SigLIPTokenizer
+from logitjax.vision._layers import Features, Images
 from logitjax.vision._preprocessing import Preprocessing
 
 
@@ -94,7 +95,7 @@ class Encoder:
         """The trained scale of cosines of pictures and texts; None without texts."""
         if not self.has_text:
             return None
-        return float(np.exp(np.asarray(self.model.logit_scale[...]).reshape(())))
+        return float(np.exp(np.asarray(self.model.logit_scale[...]).reshape(())))  # SigLIP's is [1]
 
     def placed(self, sharding: jax.sharding.Sharding) -> "Encoder":
         """The same encoder with its weights placed in this sharding, once and not on every call.
@@ -102,7 +103,7 @@ class Encoder:
         It shares what was compiled. For pictures that are spread over devices weights should be
         replicated on these: ``NamedSharding(mesh, PartitionSpec())``.
         """
-        other = copy.copy(self)
+        other = copy.copy(self)  # what is compiled goes along
         other._state = jax.device_put(self._state, sharding)
         return other
 
@@ -174,11 +175,7 @@ class Encoder:
     ) -> Float[jax.Array, "batch features"]:
         """Features of texts, in the space of the pictures' and not normalised either.
 
-        Args:
-            tokens: as `tokenize` makes them.
-
-        Returns:
-            float32 ``[batch, num_features]``.
+        Tokens are as `tokenize` makes them, the result is float32.
 
         Raises:
             ValueError: there is no text tower.
@@ -186,6 +183,45 @@ class Encoder:
         if not self.has_text:
             raise ValueError(f"encoder {self.name!r} has no text tower")
         return self._compiled("texts", self._state, tokens)
+
+    def zero_shot(
+        self,
+        class_names: Sequence[str],
+        templates: Sequence[str] = ("a photo of a {}.",),
+        *,
+        batch_size: int = 256,
+    ) -> Float[jax.Array, "features classes"]:
+        """The weights that class names give a linear head on CLIP's image features.
+
+        Every prompt's feature is scaled to length one, then the mean over a class's prompts is::
+
+            w_k = m_k / ||m_k||,   m_k = mean_t  f(t(name_k)) / ||f(t(name_k))||
+
+        Args:
+            class_names: as they shall stand in a sentence.
+            templates: with ``{}`` where the name goes.
+            batch_size: prompts at once.
+
+        Raises:
+            ValueError: ImageNet's classes are given by their numbers.
+
+        References:
+            Radford et al. (arXiv 2103.00020), section 3.1.4.
+        """
+        number = next((name for name in class_names if re.fullmatch(r"n\d{8}", name)), None)
+        if number is not None:
+            raise ValueError(f"class_names: {number} is a number of WordNet, not a name")
+        prompts = [template.format(name) for name in class_names for template in templates]
+        parts = []
+        for start in range(0, len(prompts), batch_size):
+            tokens = self.tokenize(prompts[start : start + batch_size])
+            # Repeats rows: one shape is compiled.
+            padded = np.resize(tokens, (min(batch_size, len(prompts)), tokens.shape[1]))
+            parts.append(self.text_features(padded)[: len(tokens)])
+        found = jnp.concatenate(parts)
+        found = found / jnp.linalg.norm(found, axis=-1, keepdims=True)
+        means = found.reshape(len(class_names), len(templates), -1).mean(1)
+        return (means / jnp.linalg.norm(means, axis=-1, keepdims=True)).T
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -203,50 +239,5 @@ class _BeforeProjection(nnx.Module):
     def __init__(self, network: Any):
         self.config, self.network = network.config, network
 
-    def __call__(
-        self, images: Float[Array, "batch height width channels"]
-    ) -> Float[jax.Array, "batch hidden"]:
+    def __call__(self, images: Images) -> Features:
         return self.network.hidden(images)
-
-
-def zero_shot_classifier(
-    encoder: Encoder,
-    class_names: Sequence[str],
-    templates: Sequence[str] = ("a photo of a {}.",),
-    *,
-    batch_size: int = 256,
-) -> Float[jax.Array, "features classes"]:
-    """The weights that class names give a linear head on CLIP's image features.
-
-    Every prompt's feature is scaled to length one, then the mean over a class's prompts is::
-
-        w_k = m_k / ||m_k||,   m_k = mean_t  f(t(name_k)) / ||f(t(name_k))||
-
-    Args:
-        encoder: with a text tower and a tokenizer.
-        class_names: as they shall stand in a sentence.
-        templates: with ``{}`` where the name goes.
-        batch_size: prompts at once.
-
-    Returns:
-        float32 ``[num_features, classes]``, columns of length one.
-
-    Raises:
-        ValueError: ImageNet's classes are given by their numbers.
-
-    References:
-        Radford et al. (arXiv 2103.00020), section 3.1.4.
-    """
-    number = next((name for name in class_names if re.fullmatch(r"n\d{8}", name)), None)
-    if number is not None:
-        raise ValueError(f"class_names: {number} is a number of WordNet, not a name")
-    prompts = [template.format(name) for name in class_names for template in templates]
-    parts = []
-    for start in range(0, len(prompts), batch_size):
-        tokens = encoder.tokenize(prompts[start : start + batch_size])
-        padded = np.resize(tokens, (min(batch_size, len(prompts)), tokens.shape[1]))
-        parts.append(encoder.text_features(padded)[: len(tokens)])
-    found = jnp.concatenate(parts)
-    found = found / jnp.linalg.norm(found, axis=-1, keepdims=True)
-    means = found.reshape(len(class_names), len(templates), -1).mean(1)
-    return (means / jnp.linalg.norm(means, axis=-1, keepdims=True)).T

@@ -7,10 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Float
 
-from logitjax.ops import Array
-from logitjax.vision._layers import batch_norm, conv, global_mean, max_pool
+from logitjax.vision._layers import Features, Images, batch_norm, conv, global_mean, max_pool
 
 
 class BasicBlock(nnx.Module):
@@ -98,11 +96,6 @@ def _stage(
 class CifarResNet(nnx.Module):
     """ResNet of depth 6n + 2 for images of about 32 pixels: three stages of n basic blocks.
 
-    Args:
-        depth: 8, 14, 20, 32, 44, 56, 110, ...
-        widths: channels of the stem and of the three stages; the ``x4`` models quadruple the stages
-            and double the stem.
-
     >>> def features(images):
     ...     return CifarResNet(8, rngs=nnx.Rngs(0))(images)
     >>> jax.eval_shape(features, jax.ShapeDtypeStruct((2, 32, 32, 3), "float32")).shape
@@ -135,9 +128,7 @@ class CifarResNet(nnx.Module):
         self.layer2 = _stage(widths[1], widths[2], blocks, 2, options)
         self.layer3 = _stage(widths[2], widths[3], blocks, 2, options)
 
-    def __call__(
-        self, images: Float[Array, "batch height width channels"], *, train: bool = False
-    ) -> Float[jax.Array, "batch features"]:
+    def __call__(self, images: Images, *, train: bool = False) -> Features:
         x = nnx.relu(self.bn1(self.conv1(jnp.asarray(images)), use_running_average=not train))
         for stage in (self.layer1, self.layer2, self.layer3):
             for block in stage:
@@ -148,15 +139,9 @@ class CifarResNet(nnx.Module):
 class ResNet(nnx.Module):
     """torchvision's ResNet: 7x7 stem of stride 2, max-pooling, four stages.
 
-    Args:
-        blocks: blocks of the four stages: (2, 2, 2, 2) is ResNet-18, (3, 4, 6, 3) ResNet-34 or, of
-            bottlenecks, ResNet-50.
-        bottleneck: blocks of three convolutions and four times the features, 2048 in the end.
-        widen: factor of the channels of bottlenecks' 3x3 convolutions: 2 in wide ResNets and in
-            ResNeXt-50 32x4d.
-        groups: number of groups of these convolutions: 32 in ResNeXt-50 32x4d.
-        small_stem: a 3x3 stem of stride 1 and no pooling, for small images. The released dual-head
-            code trains this as its ImageNet student, which is not the usual one.
+    (2, 2, 2, 2) blocks are ResNet-18, (3, 4, 6, 3) ResNet-34 or, of bottlenecks, ResNet-50; with
+    `widen` 2 and 32 `groups` ResNeXt-50 32x4d. The small stem, 3x3 without a stride or a pooling,
+    is what the released dual-head code trains as its ImageNet student.
     """
 
     classifier_name = "fc"
@@ -178,7 +163,7 @@ class ResNet(nnx.Module):
         block: Any = BasicBlock
         if bottleneck:
             block = functools.partial(Bottleneck, widen=widen, groups=groups)
-        more = 4 if bottleneck else 1
+        more = 4 if bottleneck else 1  # what a bottleneck widens its output by
         self.num_features, self.small_stem = 512 * more, small_stem
         kernel, stride = (3, 1) if small_stem else (7, 2)
         self.conv1 = conv(channels, 64, kernel, stride=stride, dtype=dtype, rngs=rngs)
@@ -188,9 +173,7 @@ class ResNet(nnx.Module):
         self.layer3 = _stage(128 * more, 256 * more, blocks[2], 2, options, block)
         self.layer4 = _stage(256 * more, 512 * more, blocks[3], 2, options, block)
 
-    def __call__(
-        self, images: Float[Array, "batch height width channels"], *, train: bool = False
-    ) -> Float[jax.Array, "batch features"]:
+    def __call__(self, images: Images, *, train: bool = False) -> Features:
         x = nnx.relu(self.bn1(self.conv1(jnp.asarray(images)), use_running_average=not train))
         if not self.small_stem:
             x = max_pool(x, 3, 2, pad=1)

@@ -56,13 +56,7 @@ _POOLING: dict[str, Pooling] = {"token": "class", "avg": "mean", "map": "probe"}
 def timm_vit(
     weights: Weights, settings: Mapping[str, Any]
 ) -> tuple[dict[str, np.ndarray], ViTConfig]:
-    """A vision transformer of timm in the names of `ViT`, and its sizes.
-
-    Args:
-        weights: By timm's names.
-        settings: The ``config.json`` beside them, for what does not show in the weights: heads and
-            activation go by the architecture's name, as in timm, and pooling is said.
-    """
+    """A vision transformer of timm in the names of `ViT`, and its sizes."""
     architecture = str(settings.get("architecture", ""))
     if not _KNOWN.match(architecture) or _OTHERS.search(architecture):
         raise ValueError(
@@ -149,7 +143,7 @@ def timm_preprocessing(settings: Mapping[str, Any]) -> Preprocessing:
     std: Any = tuple(said.get("std") or IMAGENET_STD)
     return Preprocessing(
         size=height,
-        resize=math.floor(height / share),
+        resize=math.floor(height / share),  # as timm rounds
         mean=mean,
         std=std,
         interpolation=interpolation,

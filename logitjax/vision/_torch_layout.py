@@ -6,11 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from flax import nnx
-
-from logitjax.storage.weights import read_state_dict
-from logitjax.vision._classifier import ImageClassifier
 
 _LEAVES = {
     "kernel": "weight",
@@ -24,8 +20,8 @@ _LEAVES = {
 _IGNORED = re.compile(r"(^|\.)num_batches_tracked$")
 
 
-def torch_names(model: ImageClassifier) -> dict[str, tuple[Any, ...]]:
-    """The name each weight has in a torch state dict, and its path in ours.
+def torch_names(model: Any) -> dict[str, tuple[Any, ...]]:
+    """The name each weight of a classifier has in a torch state dict, and its path in ours.
 
     Only a linear head has a name there: a dual head's own weights are left out.
     """
@@ -55,39 +51,13 @@ def torch_name(path: tuple[Any, ...]) -> str:
 def _to_ours(value: np.ndarray, leaf: str) -> np.ndarray:
     if leaf != "kernel":  # tables and vectors lie the same way on both sides
         return value
-    return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
+    return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T  # OIHW to HWIO
 
 
 def _to_torch(value: np.ndarray, leaf: str) -> np.ndarray:
     if leaf != "kernel":
         return value
-    return value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
-
-
-def load_torch_weights(
-    model: ImageClassifier,
-    weights: epath.PathLike | Mapping[str, np.ndarray],
-) -> ImageClassifier:
-    """Fill a classifier with the weights of a torch checkpoint, without torch.
-
-    Files in the layout of torchvision (ResNets) and mdistiller (the small-image networks) fit the
-    networks of the same names: ``.safetensors``, or ``.pth``/``.pt``/``.tar`` read through an
-    allow-list. A checkpoint may hold the weights under ``model`` or ``state_dict`` and may carry
-    the ``module.`` prefix of data-parallel training.
-
-    Args:
-        model: as :func:`create_classifier` makes it; it is updated in place.
-        weights: a file, or the arrays by their torch names.
-
-    Returns:
-        The model.
-
-    Raises:
-        ValueError: weights are missing, unknown, of another shape, or the file is not safe to read.
-    """
-    state_dict = dict(weights) if isinstance(weights, Mapping) else read_state_dict(weights)
-    fill_weights(model, state_dict, torch_names(model))
-    return model
+    return value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T  # HWIO to OIHW
 
 
 def fill_weights(

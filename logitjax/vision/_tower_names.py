@@ -144,7 +144,7 @@ def transformer_names(weights: Weights) -> dict[str, np.ndarray]:
             raise ValueError(f"weights lack {k if k not in named else v}, which goes with {q}")
         joined = np.concatenate([named.pop(part) for part in (q, k, v)])
         named[re.sub(r"\.q\.", ".qkv.", name)] = joined
-    for name in [n for n in named if ".mlp.weights_in." in n]:
+    for name in [n for n in named if ".mlp.weights_in." in n]:  # SwiGLU's halves in one
         gate, up = np.split(named.pop(name), 2)
         named[name.replace("mlp.weights_in", "gate")] = gate
         named[name.replace("mlp.weights_in", "up")] = up
@@ -191,7 +191,8 @@ def resnet_names(weights: Weights) -> dict[str, np.ndarray]:
     return named
 
 
-def _count(named: Weights, prefix: str) -> int:
+def count_of(named: Weights, prefix: str) -> int:
+    """How many numbers follow a prefix, such as those of blocks."""
     found = (re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in named)
     return len({match[1] for match in found if match})
 
@@ -210,8 +211,8 @@ def _blocks(named: Weights, settings: Mapping[str, Any], default: BlockConfig) -
     return dataclasses.replace(
         default,
         width=width,
-        layers=_count(named, "blocks"),
-        heads=int(settings.get("num_attention_heads") or max(1, width // 64)),
+        layers=count_of(named, "blocks"),
+        heads=int(settings.get("num_attention_heads") or max(1, width // 64)),  # 64 channels each
         hidden=named["blocks.0.up.weight"].shape[0],
         activation=_ACTIVATIONS.get(str(activation), default.activation),
         epsilon=float(settings.get("layer_norm_eps") or default.epsilon),
@@ -243,7 +244,7 @@ def vit_config(named: Weights, settings: Mapping[str, Any]) -> ViTConfig:
         grid = 0
         positions: Positions = "rotary"
         if family is not _DINO3:
-            grid = round((len(named["positions"]) - class_token) ** 0.5)
+            grid = round((len(named["positions"]) - class_token) ** 0.5)  # pictures are squares
             positions = "fixed"
         if family is _DINO:
             positions = "antialias" if "registers" in named else "bicubic"
@@ -281,10 +282,10 @@ def siglip_config(vision: Weights, text: Weights, settings: Mapping[str, Any]) -
 
 def convnext_config(named: Weights, settings: Mapping[str, Any]) -> ConvNeXtConfig:
     """Sizes of a ConvNeXt in our names."""
-    stages, last = range(_count(named, "stages")), settings.get("layer_norm_eps")
+    stages, last = range(count_of(named, "stages")), settings.get("layer_norm_eps")
     try:
         return ConvNeXtConfig(
-            depths=tuple(_count(named, f"stages.{s}.blocks") for s in stages),
+            depths=tuple(count_of(named, f"stages.{s}.blocks") for s in stages),
             widths=tuple(len(named[f"stages.{s}.blocks.0.norm.weight"]) for s in stages),
             patch_size=named["patch.weight"].shape[-1],
             response_norm="stages.0.blocks.0.grn.weight" in named,

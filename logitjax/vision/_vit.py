@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Float, Int
 
 from logitjax.ops import Array
-from logitjax.vision._layers import conv
+from logitjax.vision._layers import Features, Images, conv
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu"]
 Pooling = Literal["class", "probe", "mean", "mean_then_norm"]
@@ -20,7 +20,7 @@ Positions = Literal["fixed", "bicubic", "antialias", "rotary"]
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # as in OpenAI's CLIP
     "silu": jax.nn.silu,
 }
 
@@ -38,6 +38,7 @@ class BlockConfig:
         epsilon: Epsilon of the norms.
         gated: Whether a second projection of the MLP's input is a gate, as in SwiGLU.
         layer_scale: Whether a factor for each channel ends both halves of a block.
+        causal: Whether a position sees those before it alone.
     """
 
     width: int
@@ -48,6 +49,7 @@ class BlockConfig:
     epsilon: float = 1e-6
     gated: bool = False
     layer_scale: bool = False
+    causal: bool = False
 
     def __post_init__(self) -> None:
         if self.heads < 1 or self.width % self.heads:
@@ -117,24 +119,32 @@ def _norm(config: BlockConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
     )
 
 
-def _attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, heads: int, angles: np.ndarray | None = None
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    heads: int,
+    angles: np.ndarray | None = None,
+    *,
+    causal: bool = False,
 ) -> jax.Array:
+    """Attention of several heads; `angles` are what queries and keys of patches are turned by."""
+
     def split(x: jax.Array, angles: np.ndarray | None = None) -> jax.Array:
         x = x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
         return x if angles is None else _turned(x, angles)
 
-    return jax.nn.dot_product_attention(split(q, angles), split(k, angles), split(v)).reshape(
-        q.shape
-    )
+    parts = split(q, angles), split(k, angles), split(v)  # [batch, tokens, heads, width]
+    return jax.nn.dot_product_attention(*parts, is_causal=causal).reshape(q.shape)
 
 
 def _turned(x: jax.Array, angles: np.ndarray) -> jax.Array:
     """`[batch, tokens, heads, width]`, of which the last tokens are patches, with these turned."""
     patches = x[:, -len(angles) :].astype(jnp.float32)
     first, second = jnp.split(patches, 2, -1)
-    cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
+    cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]  # over heads
     patches = patches * cos + jnp.concatenate([-second, first], -1) * sin
+    # Class token and registers stay.
     return jnp.concatenate([x[:, : -len(angles)], patches.astype(x.dtype)], 1)
 
 
@@ -171,8 +181,10 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array, angles: np.ndarray | None = None) -> jax.Array:
         q, k, v = jnp.split(self.qkv(self.norm1(x).astype(x.dtype)), 3, -1)
-        x = x + _scaled(self.out(_attend(q, k, v, self.config.heads, angles)), self.scale1)
-        inner, activation = self.norm2(x).astype(x.dtype), ACTIVATIONS[self.config.activation]
+        config = self.config
+        seen = attend(q, k, v, config.heads, angles, causal=config.causal)
+        x = x + _scaled(self.out(seen), self.scale1)
+        inner, activation = self.norm2(x).astype(x.dtype), ACTIVATIONS[config.activation]
         if self.gate is not None:
             inner = activation(self.gate(inner)) * self.up(inner)
         else:
@@ -202,7 +214,7 @@ class _Probe(nnx.Module):
         # The whole projection of both: the query is one of 3 (N + 1) rows that are needed.
         q = jnp.split(self.qkv(probe), 3, -1)[0]
         _, k, v = jnp.split(self.qkv(x), 3, -1)
-        x = self.out(_attend(q, k, v, self.config.heads))[:, 0]
+        x = self.out(attend(q, k, v, self.config.heads))[:, 0]
         inner = ACTIVATIONS[self.config.activation](self.up(self.norm(x).astype(x.dtype)))
         return x + self.down(inner)
 
@@ -255,9 +267,7 @@ class ViT(nnx.Module):
             else None
         )
 
-    def __call__(
-        self, images: Float[Array, "batch height width channels"], *, train: bool = False
-    ) -> Float[jax.Array, "batch features"]:
+    def __call__(self, images: Images, *, train: bool = False) -> Features:
         del train  # nothing here depends on the batch
         x = self.hidden(images)
         return x if self.projection is None else self.projection(x)
@@ -267,9 +277,7 @@ class ViT(nnx.Module):
         """`[hidden, embed_dim]`, and that there is no bias; None without a projection."""
         return None if self.projection is None else (self.projection.kernel[...], None)
 
-    def hidden(
-        self, images: Float[Array, "batch height width channels"]
-    ) -> Float[jax.Array, "batch hidden"]:
+    def hidden(self, images: Images) -> Features:
         """float32 `[batch, hidden]`, the features before a projection."""
         config = self.config
         patches = self.patch(jnp.asarray(images, self.dtype))
@@ -294,7 +302,7 @@ class ViT(nnx.Module):
         for block in self.blocks:
             x = block(x, angles)
         if config.pooling == "class":
-            return self.norm(x[:, 0])
+            return self.norm(x[:, 0])  # the class token comes first
         x = x[:, config.class_token + config.registers :]
         if config.pooling == "mean_then_norm":
             return self.norm(x.astype(jnp.float32).mean(1))
@@ -312,6 +320,7 @@ class ViT(nnx.Module):
             size = (rows * self.config.patch_size, columns * self.config.patch_size)
             raise ValueError(f"images: expected {expected} x {expected} pixels, got {size}")
         antialias = self.config.positions == "antialias"
+        # The class token's position has no place in the picture.
         first, rest = table[: -(grid**2)], table[-(grid**2) :].reshape(grid, grid, -1)
         down, across = (resize_matrix(grid, n, antialias=antialias) for n in (rows, columns))
         rest = jnp.einsum("ig,jh,ghd->ijd", down, across, rest, precision="highest")
@@ -326,7 +335,7 @@ def resize_matrix(source: int, target: int, *, antialias: bool) -> np.ndarray:
     """
     a, step = (-0.5 if antialias else -0.75), source / target
     wide = max(step, 1.0) if antialias else 1.0
-    centre = (np.arange(target) + 0.5) * step - 0.5
+    centre = (np.arange(target) + 0.5) * step - 0.5  # torch's align_corners=False
     # Twice the kernel's reach beyond both edges, which hold what is repeated.
     places = np.arange(-2, source + 2) if not antialias else np.arange(source)
     x = np.abs(places - centre[:, None]) / wide
@@ -360,25 +369,37 @@ class SigLIPConfig:
     embed_dim: int
 
 
-class _TextTower(nnx.Module):
-    """Attends in both directions, to padding too, and gives out its last position."""
+class TextTower(nnx.Module):
+    """Texts to features: CLIP's, which ends where a text does, or SigLIP's at its last position."""
 
-    def __init__(self, config: SigLIPConfig, *, dtype: Any, rngs: nnx.Rngs):
-        self.dtype, width = dtype, config.text.width
-        self.tokens = nnx.Embed(config.vocab_size, width, rngs=rngs)
-        self.positions = _zeros(config.context_length, width)
+    def __init__(
+        self,
+        blocks: BlockConfig,
+        vocab_size: int,
+        context_length: int,
+        embed_dim: int,
+        *,
+        use_bias: bool = True,
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        self.causal, self.dtype = blocks.causal, dtype
+        self.tokens = nnx.Embed(vocab_size, blocks.width, rngs=rngs)
+        self.positions = _zeros(context_length, blocks.width)
         self.blocks = nnx.List(
-            [Block(config.text, dtype=dtype, rngs=rngs) for _ in range(config.text.layers)]
+            [Block(blocks, dtype=dtype, rngs=rngs) for _ in range(blocks.layers)]
         )
-        self.norm = _norm(config.text, rngs)
-        self.head = nnx.Linear(width, config.embed_dim, rngs=rngs)
+        self.norm = _norm(blocks, rngs)
+        self.head = nnx.Linear(blocks.width, embed_dim, use_bias=use_bias, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        x = self.tokens.embedding[...][tokens] + self.positions[...]
+        x = self.tokens.embedding[...][tokens] + self.positions[...][: tokens.shape[1]]
         x = x if self.dtype is None else x.astype(self.dtype)
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x[:, -1]))
+        # CLIP's end has the largest id, so `argmax` is its first place. SigLIP sees the padding.
+        end = jnp.argmax(tokens, -1) if self.causal else jnp.full(len(tokens), x.shape[1] - 1)
+        return self.head(self.norm(jnp.take_along_axis(x, end[:, None, None], 1)[:, 0]))
 
 
 class SigLIP(nnx.Module):
@@ -393,22 +414,17 @@ class SigLIP(nnx.Module):
     def __init__(self, config: SigLIPConfig, *, dtype: Any = None, rngs: nnx.Rngs):
         self.config, self.dtype = config, dtype
         self.vision = ViT(config.vision, dtype=dtype, rngs=rngs)
-        self.text = _TextTower(config, dtype=dtype, rngs=rngs)
+        sizes = (config.vocab_size, config.context_length, config.embed_dim)
+        self.text = TextTower(config.text, *sizes, dtype=dtype, rngs=rngs)
         self.logit_scale, self.logit_bias = _zeros(1), _zeros(1)
 
-    def __call__(
-        self, images: Float[Array, "batch height width channels"]
-    ) -> Float[jax.Array, "batch features"]:
+    def __call__(self, images: Images) -> Features:
         return self.vision(images)
 
     def text_features(
         self, tokens: Int[Array, "batch length"]
     ) -> Float[jax.Array, "batch features"]:
-        """float32 `[batch, embed_dim]` of texts; not of length one.
-
-        Args:
-            tokens: `[batch, context_length]`, padded: the tower was trained to see the padding.
-        """
+        """float32 `[batch, embed_dim]` of texts; not of length one."""
         tokens = jnp.asarray(tokens)
         if tokens.shape[1] != self.config.context_length:
             raise ValueError(

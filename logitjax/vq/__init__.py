@@ -1,24 +1,20 @@
 """Heads whose tokens share codes, and heads that re-score what a cheap head finds.
 
 - `fit_assignment` chooses which tokens share a code, `perplexity_floor` bounds what that can reach.
-- `vq_nll`, `vq_logits`, `vq_tables`, `vq_topk`, `vq_sample`: the vector-quantised head as functions
-  of arrays, `VQHead` as a module.
+- `vq_nll`, `vq_logits`, `VQTables`: the vector-quantised head as functions of arrays, `VQHead` as a
+  module.
 - `ProductCodes`: rows of a code in each group of dimensions; `ProductHead` as a module.
 - `Shortlist` over `Pages`, `Screen`: better rows for the best tokens; `ShortlistHead` and
   `ScreenedHead` as modules.
-- `convert_head` replaces a model's head; its steps are `HiddenCache.of` and its methods,
+- `ConvertConfig.convert` replaces a model's head; its steps are `HiddenCache.of` and its methods,
   `ConvertConfig.fit` and `Tuning.run`.
 """
 
 from logitjax.vq._assignment import fit_assignment as fit_assignment
 from logitjax.vq._assignment import perplexity_floor as perplexity_floor
 from logitjax.vq._convert import ConvertConfig as ConvertConfig
-from logitjax.vq._convert import convert_head as convert_head
 from logitjax.vq._convert import load_head as load_head
-from logitjax.vq._convert import save_head as save_head
-from logitjax.vq._decode import vq_sample as vq_sample
-from logitjax.vq._decode import vq_tables as vq_tables
-from logitjax.vq._decode import vq_topk as vq_topk
+from logitjax.vq._decode import VQTables as VQTables
 from logitjax.vq._heads import ShortlistHead as ShortlistHead
 from logitjax.vq._heads import VQHead as VQHead
 from logitjax.vq._hidden_cache import HiddenCache as HiddenCache

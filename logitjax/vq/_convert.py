@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from logitjax import processes
 from logitjax.losses import Head
 from logitjax.ops import Array, checks
-from logitjax.storage import guard, read_head, write_head
+from logitjax.storage import guard, read_head
 from logitjax.vq._assignment import (
     PerplexityFloor,
     VQFit,
@@ -28,6 +28,27 @@ from logitjax.vq._hidden_cache import HeadStatistics, HiddenCache, head_statisti
 from logitjax.vq._shortlist import Pages
 from logitjax.vq._targets import HeadTargets
 from logitjax.vq._tune import Tuning, tune_vq_head
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What `ConvertConfig.convert` gives back.
+
+    Attributes:
+        model: the same parameters with the new head.
+        head: the head.
+        floor: what its mapping could reach without biases.
+        history: KL divergence by step, and tokens moved by each reassignment.
+        cache: hidden states and labels it was tuned on.
+        targets: what the old head says there.
+    """
+
+    model: Any
+    head: VQHead
+    floor: PerplexityFloor
+    history: dict[str, list[float]]
+    cache: HiddenCache
+    targets: HeadTargets
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,11 +110,10 @@ class ConvertConfig:
         rows: Array | None = None,
         mesh: Mesh | None = None,
     ) -> tuple[VQHead, dict[str, list[float]]]:
-        """Fit and tune a head on cached hidden states: `convert_head` without the model.
+        """Fit and tune a head on cached hidden states: `convert` without the model.
 
         Args:
             head: the old head.
-            hidden: ``[count, hidden]``.
             targets: from `HiddenCache.head_targets`, for the same positions.
             statistics: statistics of ``hidden``.
             unigram: ``[vocab]`` counts; by default the counts that the old head expects.
@@ -125,6 +145,7 @@ class ConvertConfig:
             bias = matched_bias(codebook, start.bias, assignment, targets.counts, hidden)
         history: dict[str, list[float]] = {"loss": [], "moved": []}
         if self.steps:
+            # Every other method keeps its mapping.
             moving = self.method == "likelihood" and self.use_bias and self.reassign_every
             codebook, bias, assignment, history = tune_vq_head(
                 codebook,
@@ -142,12 +163,13 @@ class ConvertConfig:
                 min_count=self.min_count,
                 mesh=mesh,
             )
+            # From cross-entropy to divergence.
             history["loss"] = [loss - targets.entropy for loss in history["loss"]]
         fit = VQFit(
             jnp.asarray(assignment),
             jnp.asarray(codebook),
             jnp.zeros(len(assignment)) if bias is None else jnp.asarray(bias),
-            jnp.zeros(0),
+            jnp.zeros(0),  # no history of k-means
         )
         if not self.num_pages:
             return VQHead.from_fit(fit, use_bias=self.use_bias), history
@@ -157,129 +179,86 @@ class ConvertConfig:
         new.make_pages(head.rows, statistics.cov)
         return new, history
 
+    def convert(
+        self,
+        model: Any,
+        batches: Iterable[Mapping[str, Any]],
+        workdir: str | os.PathLike[str],
+        *,
+        unigram: Array | None = None,
+        source: str = "",
+        mesh: Mesh | None = None,
+    ) -> Conversion:
+        """Replace a decoder's head by a vector-quantised one that imitates it.
 
-@dataclasses.dataclass(frozen=True)
-class Conversion:
-    """What `convert_head` gives back.
+        Hidden states, and the old head's distribution on them, are computed once and kept in
+        ``workdir``. Mapping and codebook are fitted to the old rows. Codebook and biases are tuned
+        to the old head's distribution, with tokens reassigned in between. The head is written to
+        ``workdir/head``. A killed call continues with the hidden states it has, and another
+        configuration with the same ``max_tokens`` reuses them. A workdir of another model, head or
+        ``source`` is refused.
 
-    Attributes:
-        model: the same parameters with the new head.
-        head: the head.
-        floor: what its mapping could reach without biases.
-        history: KL divergence by step, and tokens moved by each reassignment.
-        cache: hidden states and labels it was tuned on.
-        targets: what the old head says there.
-    """
+        Args:
+            model: a `logitjax.models.Decoder` with a linear or tied head.
+            batches: packed batches of one tokenizer, as for `HiddenCache.of`.
+            workdir: a directory or an object store: what is kept there is memory-mapped from a
+                local disk, and read whole from a store.
+            unigram: ``[vocab]`` counts from more text than is cached; they weigh the rows.
+            source: names the batches, see `HiddenCache.of`.
+            mesh: tuning splits its positions over it; every process of a run calls this with the
+                same arguments, and process 0 writes.
 
-    model: Any
-    head: VQHead
-    floor: PerplexityFloor
-    history: dict[str, list[float]]
-    cache: HiddenCache
-    targets: HeadTargets
+        Returns:
+            `Conversion`. Its model shares the old one's parameters. Where the old logits were
+            soft-capped the new head imitates the capped ones, and the new model caps nothing.
 
+        Raises:
+            ValueError: the model's head is not linear, or the workdir holds hidden states of
+                another model, ``source`` or number of tokens.
 
-def convert_head(
-    model: Any,
-    batches: Iterable[Mapping[str, Any]],
-    *,
-    workdir: str | os.PathLike[str],
-    config: ConvertConfig | None = None,
-    unigram: Array | None = None,
-    source: str = "",
-    mesh: Mesh | None = None,
-) -> Conversion:
-    """Replace a decoder's head by a vector-quantised one that imitates it.
-
-    Hidden states, and the old head's distribution on them, are computed once and kept in
-    ``workdir``. Mapping and codebook are fitted to the old rows. Codebook and biases are tuned to
-    the old head's distribution, with tokens reassigned in between. The head is written to
-    ``workdir/head``. A killed call continues with the hidden states it has, and another
-    configuration with the same ``max_tokens`` reuses them. A workdir of another model, head or
-    ``source`` is refused.
-
-    Args:
-        model: a `logitjax.models.Decoder` with a linear or tied head.
-        batches: packed batches of one tokenizer, as for `HiddenCache.of`.
-        workdir: a directory or an object store: what is kept there is memory-mapped from a local
-            disk, and read whole from a store.
-        config: sizes and budget.
-        unigram: ``[vocab]`` counts from more text than is cached; they weigh the rows.
-        source: names the batches, see `HiddenCache.of`.
-        mesh: tuning splits its positions over it; every process of a run calls this with the same
-            arguments, and process 0 writes.
-
-    Returns:
-        `Conversion`. Its model shares the old one's parameters. Where the old logits were
-        soft-capped the new head imitates the capped ones, and the new model caps nothing.
-
-    Raises:
-        ValueError: the model's head is not linear, or the workdir holds hidden states of another
-            model, ``source`` or number of tokens.
-
-    References:
-        VQ-Logits, arXiv:2505.10202, "pre-trained initialisation"; what is done here beyond k-means
-        over rows is ours, see docs/vq_logits.md.
-    """
-    config = ConvertConfig() if config is None else config
-    root = epath.Path(workdir)
-    old = model.head_of()
-    if config.num_codes > old.rows.shape[0]:
-        raise ValueError(
-            f"num_codes: expected at most the vocabulary of {old.rows.shape[0]}, got "
-            f"{config.num_codes}"
+        References:
+            VQ-Logits, arXiv:2505.10202, "pre-trained initialisation"; what is done here beyond
+            k-means over rows is ours, see docs/vq_logits.md.
+        """
+        root = epath.Path(workdir)
+        old = model.head_of()
+        if self.num_codes > old.rows.shape[0]:
+            raise ValueError(
+                f"num_codes: expected at most the vocabulary of {old.rows.shape[0]}, got "
+                f"{self.num_codes}"
+            )
+        if self.num_pages and (old.soft_cap is not None or old.bias is not None):
+            raise ValueError(
+                f"num_pages: expected 0 for a head with a soft cap or biases, got {self.num_pages}"
+            )
+        with processes.first_before_others("hidden states"):
+            cache = HiddenCache.of(
+                model, batches, root / "hidden", max_tokens=self.max_tokens, source=source
+            )
+            targets = cache.head_targets(root / f"targets_{self.top}", old, top=self.top)
+        head, history = self.fit(
+            old,
+            cache.hidden,
+            targets,
+            unigram=unigram,
+            rows=None if model.config.tie_embeddings else jnp.asarray(old.rows),
+            mesh=mesh,
         )
-    if config.num_pages and (old.soft_cap is not None or old.bias is not None):
-        raise ValueError(
-            f"num_pages: expected 0 for a head with a soft cap or biases, got {config.num_pages}"
+        logging.info("head converted: KL divergence %s nats", history["loss"][-1:] or "not tuned")
+        if jax.process_index() == 0:
+            head.save(root / "head")
+        return Conversion(
+            model=model.with_head(head),
+            head=head,
+            floor=perplexity_floor(head.assignment[...], np.asarray(targets.counts)),
+            history=history,
+            cache=cache,
+            targets=targets,
         )
-    with processes.first_before_others("hidden states"):
-        cache = HiddenCache.of(
-            model, batches, root / "hidden", max_tokens=config.max_tokens, source=source
-        )
-        targets = cache.head_targets(root / f"targets_{config.top}", old, top=config.top)
-    head, history = config.fit(
-        old,
-        cache.hidden,
-        targets,
-        unigram=unigram,
-        rows=None if model.config.tie_embeddings else jnp.asarray(old.rows),
-        mesh=mesh,
-    )
-    logging.info("head converted: KL divergence %s nats", history["loss"][-1:] or "not tuned")
-    if jax.process_index() == 0:
-        save_head(head, root / "head")
-    return Conversion(
-        model=model.with_head(head),
-        head=head,
-        floor=perplexity_floor(head.assignment[...], np.asarray(targets.counts)),
-        history=history,
-        cache=cache,
-        targets=targets,
-    )
-
-
-def save_head(head: VQHead, directory: str | os.PathLike[str]) -> None:
-    """Writes a `VQHead` or `ShortlistHead` as ``head.safetensors`` and ``head.json``."""
-    tensors = {
-        "codebook": np.asarray(head.codebook[...]),
-        "assignment": np.asarray(head.assignment[...]),
-    }
-    if head.bias is not None:
-        tensors["bias"] = np.asarray(head.bias[...])
-    options: dict[str, Any] = {"soft_cap": head.soft_cap, "use_bias": head.bias is not None}
-    if isinstance(head, ShortlistHead):
-        pages = head.pages
-        fields = dataclasses.fields(pages)
-        tensors |= {f"pages.{f.name}": np.asarray(getattr(pages, f.name)) for f in fields}
-        options |= {"num_pages": head.num_pages, "page_size": head.page_size}
-        if head.rows is not None:
-            tensors["rows"] = np.asarray(head.rows[...])
-    write_head(directory, {"kind": type(head).__name__, "options": options}, tensors)
 
 
 def load_head(directory: str | os.PathLike[str], *, dtype: Any = jnp.float32) -> VQHead:
-    """Reads what `save_head` wrote.
+    """Reads what `VQHead.save` wrote.
 
     Raises:
         FileNotFoundError: there is no head in the directory.

@@ -17,7 +17,7 @@ from logitjax.vq._loss import all_scores, cluster_log_mass, on_batch, token_bias
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class VQTables:
-    """What decoding looks up, made once per bias and temperature by `vq_tables`.
+    """What decoding looks up, made once per bias and temperature by `VQTables.of`.
 
     Attributes:
         best: ``[codes, width]`` tokens of a cluster by falling bias, -1 where there are no more.
@@ -40,64 +40,170 @@ class VQTables:
     log_mass: jax.Array
     temperature: jax.Array
 
+    @classmethod
+    def of(
+        cls,
+        bias: Float[Array, " vocab"] | None,
+        assignment: Int[Array, " vocab"],
+        num_codes: int,
+        *,
+        width: int = 64,
+        temperature: float | Array = 1.0,
+        vocab_where: Bool[Array, " vocab"] | None = None,
+    ) -> "VQTables":
+        """Sorts every cluster by bias, in O(V log V).
 
-def vq_tables(
-    bias: Float[Array, " vocab"] | None,
-    assignment: Int[Array, " vocab"],
-    num_codes: int,
-    *,
-    width: int = 64,
-    temperature: float | Array = 1.0,
-    vocab_where: Bool[Array, " vocab"] | None = None,
-) -> VQTables:
-    """Sort every cluster by bias, for `vq_topk` and `vq_sample`.
+        The temperature divides the biases here, and the scores in `top_k` and `sample`.
 
-    It takes O(V log V), once for a bias and a temperature. The temperature divides the biases here,
-    and the scores in those functions.
+        Args:
+            bias: ``[vocab]``, or None for the head as published.
+            assignment: ``[vocab]``, cluster of each entry.
+            num_codes: number of clusters.
+            width: the largest ``k`` that `top_k` will be asked for.
+            temperature: divides the logits.
+            vocab_where: ``[vocab]``, True for the entries that exist.
 
-    Args:
-        bias: ``[vocab]``, or None for the head as published.
-        assignment: ``[vocab]``, cluster of each entry.
-        num_codes: number of clusters.
-        width: the largest ``k`` that `vq_topk` will be asked for.
-        temperature: divides the logits.
-        vocab_where: ``[vocab]``, True for the entries that exist.
+        Raises:
+            TypeError: arrays of another kind.
+            ValueError: ``width`` is not positive, shapes do not fit, or (outside of ``jit``) a
+                token is in a cluster that there is not.
 
-    Raises:
-        TypeError: arrays of another kind.
-        ValueError: ``width`` is not positive, shapes do not fit, or (outside of ``jit``) a token is
-            in a cluster that there is not.
+        >>> tables = VQTables.of(jnp.array([0.0, 1.0, 2.0]), jnp.array([1, 0, 1]), 2, width=2)
+        >>> print(tables.best.tolist(), tables.code.tolist())
+        [[1, -1], [2, 0]] [0, 1]
+        """
+        if width < 1:
+            raise ValueError(f"width: expected a positive number, got {width}")
+        checks.shapes(assignment=(assignment, "int vocab"), bias=(bias, "float vocab"))
+        checks.ids(assignment, num_codes, "assignment")
+        return _sorted(bias, assignment, temperature, vocab_where, num_codes, width)
 
-    >>> tables = vq_tables(jnp.array([0.0, 1.0, 2.0]), jnp.array([1, 0, 1]), 2, width=2)
-    >>> print(tables.best.tolist(), tables.code.tolist())
-    [[1, -1], [2, 0]] [0, 1]
-    """
-    if width < 1:
-        raise ValueError(f"width: expected a positive number, got {width}")
-    checks.shapes(assignment=(assignment, "int vocab"), bias=(bias, "float vocab"))
-    checks.ids(assignment, num_codes, "assignment")
-    return _tables(
-        bias, assignment, num_codes, width=width, temperature=temperature, vocab_where=vocab_where
-    )
+    def top_k(
+        self,
+        hidden: Float[Array, "*batch hidden"],
+        codebook: Float[Array, "codes hidden"],
+        k: int,
+        *,
+        soft_cap: float | None = None,
+        axis_name: AxisName | None = None,
+    ) -> TopK:
+        """The k largest logits in O(K d + k^2) per token, exactly those of `vq_logits`.
+
+        Inside a cluster the order is that of the biases, whatever the hidden state. Each of the k
+        best clusters has a token that beats all tokens of clusters ranked lower. So k tokens from
+        each of k clusters are enough. Of equal logits the lowest token comes first, as in
+        `jax.lax.top_k`.
+
+        Args:
+            codebook: ``[codes, hidden]``; inside `jax.shard_map` this shard's codes.
+            k: how many, at most the width of the tables.
+            soft_cap: bounds the scores, as in `vq_logits`.
+            axis_name: inside `jax.shard_map` with the codebook split over this mesh axis: that
+                axis.
+
+        Returns:
+            `TopK` of ``[*batch, k]`` logits (over the temperature) and tokens, and ``log_z`` over
+            the whole vocabulary: ``values - log_z[..., None]`` are log-probabilities.
+
+        Raises:
+            ValueError: ``k`` is not in 1..width.
+
+        >>> tables = VQTables.of(jnp.array([0.0, 1.0, 2.0]), jnp.array([1, 0, 1]), 2, width=2)
+        >>> tables.top_k(jnp.ones((1, 1)), jnp.array([[5.0], [1.0]]), 2).indices
+        Array([[1, 2]], dtype=int32)
+        """
+        width = self.best.shape[1]
+        if not 1 <= k <= width:
+            raise ValueError(f"k: expected 1 to the width of the tables, {width}, got {k}")
+        self._check(hidden, codebook, axis_name)
+
+        def run(hidden: Array, codebook: Array, tables: VQTables) -> tuple[jax.Array, ...]:
+            scores = all_scores(hidden, codebook, soft_cap, axis_name) / tables.temperature
+            log_z = logsumexp(scores + tables.log_mass)
+            by_row = jnp.take(scores, tables.code, axis=-1)  # [*batch, codes]
+            _, rows = lax.top_k(by_row + tables.best_bias[:, 0], min(k, by_row.shape[-1]))
+            values = jnp.take_along_axis(by_row, rows, axis=-1)[..., None]
+            values = values + tables.best_bias[rows, :k]  # [*batch, k clusters, k tokens]
+            values = values.reshape(*rows.shape[:-1], rows.shape[-1] * k)
+            tokens = tables.best[rows, :k].reshape(values.shape)
+            # Two keys: among equal logits the lowest token, wherever its cluster came.
+            negative, tokens = lax.sort((-values, tokens), num_keys=2)
+            return -negative[..., :k], tokens[..., :k], log_z
+
+        ndim = jnp.ndim(hidden)
+        return TopK(*on_batch(run, (ndim, ndim, ndim - 1), hidden, codebook, self))
+
+    def sample(
+        self,
+        key: Key[jax.Array, ""],
+        hidden: Float[Array, "*batch hidden"],
+        codebook: Float[Array, "codes hidden"],
+        *,
+        soft_cap: float | None = None,
+        axis_name: AxisName | None = None,
+    ) -> Int[jax.Array, "*batch"]:
+        """Tokens drawn from the exact distribution, at the tables' temperature.
+
+        It draws the cluster, ``k ~ softmax(z + log B)``, then a token within it, ``v ~ exp(b_v) /
+        B_k``, by inverting a cumulative table of that cluster alone, in O(K d + log V). One table
+        over all V would be too coarse in float32. Arguments are those of `top_k`.
+
+        >>> tables = VQTables.of(jnp.array([0.0, -jnp.inf, 2.0]), jnp.array([1, 1, 0]), 2)
+        >>> tables.sample(jax.random.key(0), jnp.ones((3, 1)), jnp.array([[-50.0], [0.0]]))
+        Array([0, 0, 0], dtype=int32)
+        """
+        self._check(hidden, codebook, axis_name)
+
+        def run(hidden: Array, codebook: Array, tables: VQTables, key: Array) -> tuple[jax.Array]:
+            scores = all_scores(hidden, codebook, soft_cap, axis_name) / tables.temperature
+            cluster_key, token_key = jax.random.split(key)
+            # The cluster: k ~ softmax(z + log B).
+            code = jax.random.categorical(cluster_key, scores + tables.log_mass)
+            start, stop = tables.starts[code], tables.starts[code + 1]
+            last = jnp.maximum(stop - 1, start)
+            uniform = jax.random.uniform(token_key, code.shape) * tables.cumulative[last]
+
+            def halve(_: Any, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+                low, high = bounds
+                middle = (low + high) // 2
+                # A search that has ended, low == high, stays put.
+                beyond = (tables.cumulative[middle] > uniform) | (low >= high)
+                return jnp.where(beyond, low, middle + 1), jnp.where(beyond, middle, high)
+
+            steps = math.ceil(math.log2(tables.members.shape[0] + 1)) + 1
+            place, _ = lax.fori_loop(0, steps, halve, (start, last))
+            return (tables.members[jnp.minimum(place, last)],)
+
+        return on_batch(run, (jnp.ndim(hidden) - 1,), hidden, codebook, self, key)[0]
+
+    def _check(self, hidden: Any, codebook: Any, axis_name: AxisName | None) -> None:
+        codes = "float codes" if axis_name is None else "float all"
+        checks.shapes(
+            hidden=(hidden, "float *batch hidden"),
+            codebook=(codebook, "float codes hidden"),
+            **{"tables.log_mass": (self.log_mass, codes)},
+        )
 
 
+# One program, of which outside of `jit` each operation would be one.
 @functools.partial(jax.jit, static_argnames=("num_codes", "width"))
-def _tables(
-    bias: Any, assignment: Any, num_codes: int, *, width: int, temperature: Any, vocab_where: Any
+def _sorted(
+    bias: Any, assignment: Any, temperature: Any, vocab_where: Any, num_codes: int, width: int
 ) -> VQTables:
     assignment = jnp.asarray(assignment)
     vocab = assignment.shape[0]
     width = min(width, vocab)
     added = token_bias(bias, assignment, temperature=temperature, vocab_where=vocab_where)
+    # By code, then falling bias.
     members = jnp.lexsort((jnp.arange(vocab), -added, assignment)).astype(jnp.int32)
     starts = jnp.searchsorted(assignment[members], jnp.arange(num_codes + 1)).astype(jnp.int32)
     places = starts[:-1, None] + jnp.arange(width)
-    exists = places < starts[1:, None]
+    exists = places < starts[1:, None]  # [codes, width]
     best = jnp.where(exists, members[jnp.minimum(places, vocab - 1)], -1)
     best_bias = jnp.where(exists, added[best], -jnp.inf)
     code = jnp.argsort(jnp.where(best[:, 0] < 0, vocab, best[:, 0])).astype(jnp.int32)
     log_mass = cluster_log_mass(added, assignment, num_codes)
-    finite = jnp.where(jnp.isfinite(log_mass), log_mass, 0.0)
+    finite = jnp.where(jnp.isfinite(log_mass), log_mass, 0.0)  # of an empty cluster
     shares = jnp.exp(added - finite[assignment])[members]
     return VQTables(
         best=best[code],
@@ -109,141 +215,6 @@ def _tables(
         log_mass=log_mass,
         temperature=jnp.asarray(temperature, jnp.float32),
     )
-
-
-def vq_topk(
-    hidden: Float[Array, "*batch hidden"],
-    codebook: Float[Array, "codes hidden"],
-    tables: VQTables,
-    k: int,
-    *,
-    soft_cap: float | None = None,
-    axis_name: AxisName | None = None,
-) -> TopK:
-    """The k largest logits in O(K d + k^2) per token, exactly those of `vq_logits`.
-
-    Inside a cluster the order is that of the biases, whatever the hidden state. Each of the k best
-    clusters has a token that beats all tokens of clusters ranked lower. So k tokens from each of k
-    clusters are enough. Of equal logits the lowest token comes first, as in `jax.lax.top_k`.
-
-    Args:
-        hidden: ``[*batch, hidden]``.
-        codebook: ``[codes, hidden]``; inside `jax.shard_map` this shard's codes.
-        tables: tables from `vq_tables`, with ``width >= k``.
-        k: how many.
-        soft_cap: as `code_scores`.
-        axis_name: inside `jax.shard_map` with the codebook split over this mesh axis: that axis.
-
-    Returns:
-        `TopK` of ``[*batch, k]`` logits (over the temperature) and tokens, and ``log_z`` over the
-        whole vocabulary: ``values - log_z[..., None]`` are log-probabilities.
-
-    Raises:
-        ValueError: ``k`` is not in 1..width.
-
-    >>> bias, assignment = jnp.array([0.0, 1.0, 2.0]), jnp.array([1, 0, 1])
-    >>> tables = vq_tables(bias, assignment, 2, width=2)
-    >>> top_k = jax.jit(vq_topk, static_argnums=3)
-    >>> top_k(jnp.ones((1, 1)), jnp.array([[5.0], [1.0]]), tables, 2).indices
-    Array([[1, 2]], dtype=int32)
-    """
-    width = tables.best.shape[1]
-    if not 1 <= k <= width:
-        raise ValueError(f"k: expected 1 to the width of the tables, {width}, got {k}")
-    _check(hidden, codebook, tables, axis_name)
-
-    def run(hidden: Array, codebook: Array, tables: VQTables) -> tuple[jax.Array, ...]:
-        scores = all_scores(hidden, codebook, soft_cap, axis_name) / tables.temperature
-        log_z = logsumexp(scores + tables.log_mass)
-        by_row = jnp.take(scores, tables.code, axis=-1)
-        _, rows = lax.top_k(by_row + tables.best_bias[:, 0], min(k, by_row.shape[-1]))
-        values = jnp.take_along_axis(by_row, rows, axis=-1)[..., None]
-        values = values + tables.best_bias[rows, :k]
-        values = values.reshape(*rows.shape[:-1], rows.shape[-1] * k)
-        tokens = tables.best[rows, :k].reshape(values.shape)
-        # Two keys: among equal logits the lowest token, wherever its cluster came.
-        negative, tokens = lax.sort((-values, tokens), num_keys=2)
-        return -negative[..., :k], tokens[..., :k], log_z
-
-    ndim = jnp.ndim(hidden)
-    return TopK(*on_batch(run, (ndim, ndim, ndim - 1), hidden, codebook, tables))
-
-
-def vq_sample(
-    key: Key[jax.Array, ""],
-    hidden: Float[Array, "*batch hidden"],
-    codebook: Float[Array, "codes hidden"],
-    tables: VQTables,
-    *,
-    soft_cap: float | None = None,
-    axis_name: AxisName | None = None,
-) -> Int[jax.Array, "*batch"]:
-    """Draw tokens from the exact distribution in O(K d + log V) per token.
-
-    It draws the cluster, ``k ~ softmax(z + log B)``, then a token within it, ``v ~ exp(b_v) /
-    B_k``, by inverting a cumulative table of that cluster alone. One table over all V would be too
-    coarse in float32.
-
-    Args:
-        key: a `jax.random.key`.
-        hidden: ``[*batch, hidden]``.
-        codebook: ``[codes, hidden]``; inside `jax.shard_map` this shard's codes.
-        tables: tables from `vq_tables`, made with the temperature to sample at.
-        soft_cap: as `code_scores`.
-        axis_name: inside `jax.shard_map` with the codebook split over this mesh axis: that axis.
-
-    Returns:
-        ``[*batch]`` int32 tokens.
-
-    >>> bias, assignment = jnp.array([0.0, -jnp.inf, 2.0]), jnp.array([1, 1, 0])
-    >>> tables = vq_tables(bias, assignment, 2)
-    >>> sample = jax.jit(vq_sample)
-    >>> sample(jax.random.key(0), jnp.ones((3, 1)), jnp.array([[-50.0], [0.0]]), tables)
-    Array([0, 0, 0], dtype=int32)
-    """
-    _check(hidden, codebook, tables, axis_name)
-
-    def run(hidden: Array, codebook: Array, tables: VQTables, key: Array) -> tuple[jax.Array]:
-        scores = all_scores(hidden, codebook, soft_cap, axis_name) / tables.temperature
-        cluster_key, token_key = jax.random.split(key)
-        code = jax.random.categorical(cluster_key, scores + tables.log_mass)
-        start, stop = tables.starts[code], tables.starts[code + 1]
-        last = jnp.maximum(stop - 1, start)
-        uniform = jax.random.uniform(token_key, code.shape) * tables.cumulative[last]
-
-        def halve(_: Any, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            low, high = bounds
-            middle = (low + high) // 2
-            beyond = tables.cumulative[middle] > uniform
-            return jnp.where(beyond, low, middle + 1), jnp.where(beyond, middle, high)
-
-        steps = math.ceil(math.log2(tables.members.shape[0] + 1)) + 1
-        # A search that has ended stays put: low == high there, and last is always beyond.
-        place, _ = lax.fori_loop(0, steps, lambda i, b: _keep_ended(halve(i, b), b), (start, last))
-        return (tables.members[jnp.minimum(place, last)],)
-
-    ndim = jnp.ndim(hidden) - 1
-    return on_batch(run, (ndim,), hidden, codebook, tables, key)[0]
-
-
-def _check(hidden: Any, codebook: Any, tables: VQTables, axis_name: AxisName | None) -> None:
-    checks.shapes(
-        hidden=(hidden, "float *batch hidden"),
-        codebook=(codebook, "float codes hidden"),
-        **{
-            "tables.log_mass": (
-                tables.log_mass,
-                "float codes" if axis_name is None else "float all",
-            )
-        },
-    )
-
-
-def _keep_ended(
-    new: tuple[jax.Array, jax.Array], old: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    ended = old[0] >= old[1]
-    return jnp.where(ended, old[0], new[0]), jnp.where(ended, old[1], new[1])
 
 
 def _segmented_sum(values: jax.Array, segments: jax.Array) -> jax.Array:

@@ -1,19 +1,20 @@
 """Vector-quantised heads as flax.nnx modules, to be injected into a decoder."""
 
 import dataclasses
+import os
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Float, Int, Key
 
 from logitjax.heads import Assignment, HeadCost, VocabularyHead
 from logitjax.losses import Head
 from logitjax.ops import Array, TopK
+from logitjax.storage import write_head
 from logitjax.vq._assignment import VQFit
-from logitjax.vq._decode import VQTables, vq_sample, vq_tables, vq_topk
+from logitjax.vq._decode import VQTables
 from logitjax.vq._loss import vq_logits, vq_nll
 from logitjax.vq._shortlist import Pages, Shortlist
 
@@ -97,6 +98,17 @@ class VQHead(VocabularyHead):
         self.assignment[...] = jnp.asarray(assignment, jnp.int32)
         self._drop_tables()
 
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes ``head.safetensors`` and ``head.json``, which `load_head` reads."""
+        tensors, options = self._record()
+        write_head(directory, {"kind": type(self).__name__, "options": options}, tensors)
+
+    def _record(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Arrays, and the other arguments of the constructor."""
+        names = ("codebook", "assignment", *(() if self.bias is None else ("bias",)))
+        tensors = {name: np.asarray(getattr(self, name)[...]) for name in names}
+        return tensors, {"soft_cap": self.soft_cap, "use_bias": self.bias is not None}
+
     @property
     def vocab_size(self) -> int:
         return self.assignment.shape[0]
@@ -109,30 +121,21 @@ class VQHead(VocabularyHead):
         bias = None if self.bias is None else self.bias[...]
         return self.codebook[...], bias, self.assignment[...]
 
-    def __call__(
-        self, hidden: Float[Array, "*batch hidden"], embedding: Array | None = None
-    ) -> Float[jax.Array, "*batch vocab"]:
+    def __call__(self, hidden: Array, embedding: Array | None = None) -> jax.Array:
         hidden = jnp.asarray(hidden, self.dtype)
         return vq_logits(hidden, *self._arrays(), soft_cap=self.soft_cap)
 
     def nll(
-        self,
-        hidden: Float[Array, "*batch hidden"],
-        labels: Int[Array, "*batch"],
-        embedding: Array | None = None,
-        **options: Any,
-    ) -> Float[jax.Array, "*batch"]:
+        self, hidden: Array, labels: Array, embedding: Array | None = None, **options: Any
+    ) -> jax.Array:
         """Cross-entropy, not reduced; options as of `vq_nll`."""
         hidden = jnp.asarray(hidden, self.dtype)
         return vq_nll(hidden, *self._arrays(), labels, soft_cap=self.soft_cap, **options)
 
     def tables(self, *, width: int = 64, **options: Any) -> VQTables:
-        """Tables for `top_k` and `sample`: make them once, outside the decoding loop.
-
-        Options as of `vq_tables`.
-        """
+        """Tables for `top_k` and `sample`, to be made once; options as of `VQTables.of`."""
         _, bias, assignment = self._arrays()
-        return vq_tables(bias, assignment, self.num_codes, width=width, **options)
+        return VQTables.of(bias, assignment, self.num_codes, width=width, **options)
 
     def prepare(self, width: int = 64) -> None:
         """Make the tables for `top_k` up to ``width`` and keep them, as decoding code expects.
@@ -156,43 +159,35 @@ class VQHead(VocabularyHead):
 
     def top_k(
         self,
-        hidden: Float[Array, "*batch hidden"],
+        hidden: Array,
         k: int,
         embedding: Array | None = None,
         *,
         tables: VQTables | None = None,
     ) -> TopK:
-        """The k largest logits; see `vq_topk`."""
+        """The k largest logits; see `VQTables.top_k`."""
         tables = self._prepared(k) if tables is None else tables
         hidden = jnp.asarray(hidden, self.dtype)
-        return vq_topk(hidden, self.codebook[...], tables, k, soft_cap=self.soft_cap)
+        return tables.top_k(hidden, self.codebook[...], k, soft_cap=self.soft_cap)
 
     def sample(
         self,
-        key: Key[jax.Array, ""],
-        hidden: Float[Array, "*batch hidden"],
+        key: jax.Array,
+        hidden: Array,
         embedding: Array | None = None,
         *,
         temperature: float | Array = 1.0,
         tables: VQTables | None = None,
-    ) -> Int[jax.Array, "*batch"]:
-        """Tokens drawn from the whole distribution; see `vq_sample`.
-
-        ``tables`` carry their own temperature.
-        """
+    ) -> jax.Array:
+        """Tokens drawn from the whole distribution; ``tables`` carry their own temperature."""
         if tables is None:
             plain = isinstance(temperature, (int, float)) and temperature == 1
             tables = self._prepared(1) if plain else self.tables(width=1, temperature=temperature)
         hidden = jnp.asarray(hidden, self.dtype)
-        return vq_sample(key, hidden, self.codebook[...], tables, soft_cap=self.soft_cap)
+        return tables.sample(key, hidden, self.codebook[...], soft_cap=self.soft_cap)
 
     def as_linear(self, embedding: Array | None = None) -> Head:
-        """The equivalent full head, ``[vocab, hidden]``, for losses that start at hidden states.
-
-        Raises:
-            ValueError: with a soft cap, which acts before the bias here and after it in a `Head`.
-        """
-        if self.soft_cap is not None:
+        if self.soft_cap is not None:  # acts before the bias here, and after it in a `Head`
             raise ValueError("head: expected one with a kernel, got a soft cap: use nll()")
         codebook, bias, assignment = self._arrays()
         return Head(codebook[assignment], bias, vocab_axis=0)
@@ -205,7 +200,7 @@ class VQHead(VocabularyHead):
         (codes, hidden), vocab = self.codebook.shape, self.vocab_size
         itemsize = self.codebook.dtype.itemsize
         parameters = codes * hidden + (0 if self.bias is None else vocab)
-        tables = 2 * vocab * 4 + codes * 16
+        tables = 2 * vocab * 4 + codes * 16  # members and sums, four numbers a code
         return HeadCost(
             parameters=parameters,
             stored_bytes=parameters * itemsize + tables,
@@ -255,6 +250,13 @@ class ShortlistHead(VQHead):
         super().load(codebook, bias, assignment)
         self.make_pages()
 
+    def _record(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        tensors, options = super()._record()
+        tensors |= {f"pages.{name}": np.asarray(getattr(self.pages, name)) for name in _PAGE_FIELDS}
+        if self.rows is not None:
+            tensors["rows"] = np.asarray(self.rows[...])
+        return tensors, options | {"num_pages": self.num_pages, "page_size": self.page_size}
+
     def make_pages(self, rows: Array | None = None, hidden_cov: Array | None = None) -> None:
         """Cut the clusters into pages anew; with rows and covariance, rank them by their reach."""
         codebook, bias, assignment = self._biased()
@@ -291,46 +293,26 @@ class ShortlistHead(VQHead):
         codebook, bias, assignment = self._arrays()
         return codebook, jnp.zeros(self.vocab_size) if bias is None else bias, assignment
 
-    def __call__(
-        self, hidden: Float[Array, "*batch hidden"], embedding: Array | None = None
-    ) -> Float[jax.Array, "*batch vocab"]:
+    def __call__(self, hidden: Array, embedding: Array | None = None) -> jax.Array:
         hidden = jnp.asarray(hidden, self.dtype)
         shortlist = self._shortlist(embedding)
         return shortlist.logits(hidden, *self._biased(), soft_cap=self.soft_cap)
 
     def nll(
-        self,
-        hidden: Float[Array, "*batch hidden"],
-        labels: Int[Array, "*batch"],
-        embedding: Array | None = None,
-        **options: Any,
-    ) -> Float[jax.Array, "*batch"]:
+        self, hidden: Array, labels: Array, embedding: Array | None = None, **options: Any
+    ) -> jax.Array:
         """Cross-entropy over the whole vocabulary; options as of `Shortlist.nll`."""
         shortlist, hidden = self._shortlist(embedding), jnp.asarray(hidden, self.dtype)
         return shortlist.nll(hidden, *self._biased(), labels, soft_cap=self.soft_cap, **options)
 
-    def top_k(
-        self,
-        hidden: Float[Array, "*batch hidden"],
-        k: int,
-        embedding: Array | None = None,
-        **options: Any,
-    ) -> TopK:
+    def top_k(self, hidden: Array, k: int, embedding: Array | None = None, **options: Any) -> TopK:
         """The k largest logits; options as of `Shortlist.top_k`."""
         shortlist, hidden = self._shortlist(embedding), jnp.asarray(hidden, self.dtype)
         return shortlist.top_k(hidden, self.codebook[...], k, soft_cap=self.soft_cap, **options)
 
-    def sample(
-        self,
-        key: Key[jax.Array, ""],
-        hidden: Float[Array, "*batch hidden"],
-        embedding: Array | None = None,
-        *,
-        temperature: float | Array = 1.0,
-        **_: Any,
-    ) -> Int[jax.Array, "*batch"]:
+    def sample(self, *args: Any, tables: Any = None, **options: Any) -> jax.Array:
         """Tokens drawn from the whole distribution, through all V logits."""
-        return VocabularyHead.sample(self, key, hidden, embedding, temperature=temperature)
+        return VocabularyHead.sample(self, *args, **options)
 
     def prepare(self, width: int = 64) -> None:
         """Give the pages the current biases; `make_pages` also cuts and ranks them anew."""
@@ -338,8 +320,7 @@ class ShortlistHead(VQHead):
             self.set_pages(self.pages.with_biases(self.bias[...]))
 
     def as_linear(self, embedding: Array | None = None) -> Head:
-        """Raises: the logits of a shortlist are not linear in the hidden state."""
-        raise ValueError("head: expected one with a kernel, got a ShortlistHead: use nll()")
+        return VocabularyHead.as_linear(self)  # which refuses it: no product gives these logits
 
     def cost(self, embedding: Array | None = None) -> HeadCost:
         """What it costs; see `HeadCost`. Exact for the tokens in the shortlist."""

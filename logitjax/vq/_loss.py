@@ -21,9 +21,6 @@ def cluster_log_mass(
     step, not per token. ::
 
         log B_k = log sum_{v: m(v) = k} exp(b_v)
-
-    Returns:
-        ``[codes]``, float32; ``-inf`` where a cluster is empty.
     """
     bias = _float32(bias)
     # A log-sum-exp by cluster. Less its largest bias nothing overflows, and the peak cancels in the
@@ -44,12 +41,7 @@ def code_scores(
     *,
     soft_cap: float | None = None,
 ) -> Float[jax.Array, "*batch codes"]:
-    """Scores of the clusters: inputs in the dtype of ``hidden``, sums and result in float32.
-
-    Args:
-        soft_cap: bounds the scores smoothly, ``cap * tanh(score / cap)``. It acts before the bias
-            of a token is added: that keeps the loss O(K).
-    """
+    """Scores of the clusters: inputs in the dtype of ``hidden``, sums and result in float32."""
     hidden = jnp.asarray(hidden)
     codebook = jnp.asarray(codebook, hidden.dtype)
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
@@ -94,27 +86,15 @@ def vq_logits(
 ) -> Float[jax.Array, "*batch vocab"]:
     """All V logits of the head, for checks and for code that needs logits.
 
-    Training with it costs the memory of a full head; `vq_nll` and `vq_topk` give the same
+    Training with it costs the memory of a full head; `vq_nll` and `VQTables` give the same
     numbers without it. ::
 
         logit_v = (h . C_{m(v)} + b_v) / T
 
-    Args:
-        hidden: ``[*batch, hidden]``.
-        codebook: ``[codes, hidden]``; inside `jax.shard_map` this shard's codes.
-        bias: ``[vocab]``, or None for the head as published: equal logits within a cluster.
-        assignment: ``[vocab]``, cluster of each entry.
-        temperature: divides the logits.
-        soft_cap: as `code_scores`.
-        vocab_where: ``[vocab]``, True for the entries that exist.
-        axis_name: inside `jax.shard_map` with the codebook split over this mesh axis: that axis.
+    Arguments and errors are those of `vq_nll`. Without a bias logits within a cluster are equal.
 
     Returns:
         ``[*batch, vocab]``, float32.
-
-    Raises:
-        TypeError: arrays of another kind.
-        ValueError: shapes that do not fit, or (outside of ``jit``) a cluster that there is not.
 
     >>> codebook, assignment = jnp.array([[1.0], [5.0]]), jnp.array([0, 1, 1, 0])
     >>> jax.jit(vq_logits)(jnp.ones((1, 1)), codebook, None, assignment)
@@ -163,7 +143,8 @@ def vq_nll(
         assignment: ``[vocab]``, cluster of each entry, 0 to codes - 1.
         labels: ``[*batch]``, each in 0 to vocab - 1.
         temperature: divides the logits.
-        soft_cap: as `code_scores`.
+        soft_cap: ``cap * tanh(score / cap)`` bounds the scores before a token's bias is added,
+            which keeps the loss O(K).
         z_loss: weight of the squared log-normaliser.
         vocab_where: ``[vocab]``, True for the entries that exist.
         axis_name: inside `jax.shard_map` with the codebook split over this mesh axis: that axis.
@@ -210,7 +191,7 @@ def vq_nll(
             here = (code >= 0) & (code < local)
             chosen = jnp.take_along_axis(scores, jnp.where(here, code, 0)[..., None], axis=-1)
             chosen = lax.psum(jnp.where(here, chosen[..., 0], 0.0), axis_name)
-        nll = log_z - chosen - added[labels]
+        nll = log_z - chosen - added[labels]  # the label's score is its code's and its bias
         nll = nll + z_loss * log_z**2 if z_loss else nll
         return (jnp.where((labels >= 0) & (labels < len(added)), nll, jnp.nan),)
 

@@ -60,12 +60,9 @@ class ProductCodes:
         Each group uses its own block of the covariance: correlations between groups are left out.
 
         Args:
-            rows: ``[vocab, hidden]``.
-            unigram: ``[vocab]`` probabilities or counts; rows are weighted by a power of it.
-            hidden_cov: ``[hidden, hidden]``.
+            rows, unigram, hidden_cov, key: as of `fit_assignment`.
             groups: number of parts into which the hidden dimensions are cut.
             num_codes: number of codes in a group; with at most 256 a code is one byte.
-            key: key of the initial centres.
             iterations: number of iterations of Lloyd's algorithm.
             weight_power: rows are weighted by ``unigram ** weight_power``.
 
@@ -103,7 +100,7 @@ class ProductCodes:
                 )
             )
         codes = jnp.stack([f.assignment for f in found], axis=1)
-        small = jnp.uint8 if num_codes <= 256 else jnp.uint16
+        small = jnp.uint8 if num_codes <= 256 else jnp.uint16  # bytes are what decoding reads
         return cls(jnp.stack([f.centres for f in found]), codes.astype(small))
 
     def kernel(self) -> Float[jax.Array, "vocab hidden"]:
@@ -128,9 +125,6 @@ class ProductCodes:
 
             logit_v = sum_g (h_g . C^g_{m_g(v)}) + b_v
 
-        Args:
-            hidden: ``[*batch, hidden]``.
-
         Returns:
             ``[*batch, vocab]``, float32.
 
@@ -143,7 +137,7 @@ class ProductCodes:
 
         def look_up(hidden: jax.Array, codebooks: jax.Array, codes: jax.Array) -> tuple[jax.Array]:
             tables = product_tables(hidden, codebooks)
-            by_group = codes.astype(jnp.int32).T
+            by_group = codes.astype(jnp.int32).T  # [groups, vocab]
 
             def add(total: jax.Array, group: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
                 table, code = group
@@ -206,10 +200,6 @@ class PackedCodes:
         The integers are the same on all platforms. A logit is at most ``groups * s / 2`` from that
         of `ProductCodes`, and of the order of ``s sqrt(groups / 12)``: enough to screen.
 
-        Returns:
-            ``[*batch, vocab]``, float32. Gradients are those of `ProductCodes`: of what was
-            rounded.
-
         >>> codes = ProductCodes(np.arange(4.0).reshape(2, 2, 1), np.array([[0, 1]]))
         >>> jax.jit(lambda hidden: codes.packed().logits(hidden))(np.ones((1, 2)))
         Array([[3.]], dtype=float32)
@@ -242,14 +232,6 @@ def pack_codes(codes: Integer[Array, "vocab groups"]) -> UInt8[jax.Array, "block
     A block is 32 tokens, a pair two groups. Byte ``16 s + j`` of block b and pair p holds the codes
     of group ``2 p + s`` for the tokens ``32 b + j`` (low half) and ``32 b + 16 + j`` (high half).
     Tokens and groups that complete a block or a pair have code 0.
-
-    Args:
-        codes: ``[vocab, groups]`` integers, 0..15, e.g. of ``ProductCodes.fit(..., num_codes=16)``.
-            While it is traced nobody can look at a code: one outside is taken for the nearest end,
-            so that it cannot change the code of another token in the same byte.
-
-    Returns:
-        ``[ceil(vocab / 32), ceil(groups / 2), 32]``, uint8.
 
     References:
         Andre et al., Cache locality is not enough: high-performance nearest neighbor search with
@@ -307,11 +289,12 @@ def _logits(
     hidden: jax.Array, codebooks: jax.Array, packed: jax.Array, bias: jax.Array
 ) -> jax.Array:
     tables = product_tables(hidden, codebooks)
-    low = tables.min(-1, keepdims=True)
+    low = tables.min(-1, keepdims=True)  # [n, groups, 1]
     step = (tables - low).max((-2, -1), keepdims=True) / 255
     # Tables that say nothing are all zeros.
     rounded = jnp.round((tables - low) / jnp.where(step > 0, step, 1)).astype(jnp.uint8)
     groups, num_codes = tables.shape[1:]
+    # An odd group adds 0.
     rounded = jnp.pad(rounded, ((0, 0), (0, groups % 2), (0, _CODES - num_codes)))
     sums = kernels.on_cpu(kernels.lookup_sums, _sums, rounded, packed)[:, : bias.shape[0]]
     return step[:, 0] * sums.astype(tables.dtype) + low.sum((-2, -1))[:, None] + bias
@@ -326,7 +309,7 @@ def _logits_jvp(primals: Any, tangents: Any) -> Any:
         return ProductCodes(codebooks, codes, bias).logits(hidden)
 
     moving = (hidden, codebooks, bias)
-    changes = (tangents[0], tangents[1], tangents[3])
+    changes = (tangents[0], tangents[1], tangents[3])  # codes do not move
     return _logits(*primals), jax.jvp(unrounded, moving, changes)[1]
 
 

@@ -5,10 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Float, Int
 
 from logitjax.heads import Assignment, HeadCost, VocabularyHead
-from logitjax.losses import Head, linear_cross_entropy
+from logitjax.losses import Head
 from logitjax.ops import Array
 from logitjax.vq._product_codes import PackedCodes, ProductCodes, pack_codes
 
@@ -79,28 +78,14 @@ class ProductHead(VocabularyHead):
             head.bias[...] = jnp.asarray(fit.bias, head.bias.dtype)
         return head
 
-    def __call__(
-        self, hidden: Float[Array, "*batch hidden"], embedding: Array | None = None
-    ) -> Float[jax.Array, "*batch vocab"]:
+    def __call__(self, hidden: Array, embedding: Array | None = None) -> jax.Array:
         return self._value().logits(jnp.asarray(hidden, self.dtype))
 
     def _value(self) -> ProductCodes | PackedCodes:
         kind = PackedCodes if self.packed else ProductCodes
         return kind(self.codebooks[...], self.codes[...], self.bias[...])
 
-    def nll(
-        self,
-        hidden: Float[Array, "*batch hidden"],
-        labels: Int[Array, "*batch"],
-        embedding: Array | None = None,
-        **options: Any,
-    ) -> Float[jax.Array, "*batch"]:
-        """Cross-entropy, not reduced, through all rows; see `linear_cross_entropy`."""
-        hidden = jnp.asarray(hidden, self.dtype)
-        return linear_cross_entropy(hidden, self.as_linear(), labels, **options)
-
-    def as_linear(self, embedding: Array | None = None) -> Head:
-        """The equivalent full head, ``[vocab, hidden]``, for losses that start at hidden states."""
+    def as_linear(self, embedding: Any = None) -> Head:
         value = self._value()
         value = value.unpacked() if isinstance(value, PackedCodes) else value
         return Head(value.kernel(), value.bias, vocab_axis=0)
@@ -111,7 +96,7 @@ class ProductHead(VocabularyHead):
         vocab, hidden = self.bias.shape[0], groups * part
         itemsize = self.codebooks.dtype.itemsize
         parameters = codes * hidden + vocab
-        assignment = vocab * groups * (1 if codes <= 256 else 2)
+        assignment = vocab * groups * (1 if codes <= 256 else 2)  # in bytes
         if self.packed:
             # Of whole blocks of 32 tokens, and pairs of groups.
             assignment = -(-vocab // 32) * 32 * -(-groups // 2)

@@ -23,19 +23,12 @@ def row_products(
     """Each vector times rows of its own, ``out[n, m] = vectors[n] . rows[ids[n, m]]``.
 
     On a CPU the rows are read where they lie (`logitjax.kernels`), elsewhere gathered first.
-
-    Args:
-        ids: ``[n, chosen]``; what lies outside of the vocabulary is taken for its nearest end.
-
-    Returns:
-        ``[n, chosen]``: inputs in the dtype of ``vectors``, sums and result in float32 at least.
-        Differentiable in vectors and rows.
     """
     vectors, rows = jnp.asarray(vectors), jnp.asarray(rows)
     ids = jnp.asarray(ids)
     if not rows.shape[0] and ids.size:
         raise ValueError(f"rows: expected at least one row, got shape {rows.shape}")
-    ids = jnp.clip(ids, 0, rows.shape[0] - 1)
+    ids = jnp.clip(ids, 0, rows.shape[0] - 1)  # the kernel reads without a check
 
     def products(vectors: jax.Array, rows: jax.Array, ids: jax.Array) -> tuple[jax.Array]:
         if vectors.dtype == jnp.float32 and rows.dtype in (jnp.float32, jnp.bfloat16):

@@ -43,9 +43,6 @@ class Screen:
                   s_v + shift(h)      otherwise
             shift = logsumexp_{v in c} rescore(h, v) - logsumexp_{v in c} s_v
 
-        Args:
-            hidden: ``[*batch, hidden]``.
-
         Returns:
             ``[*batch, vocab]``, float32.
 
@@ -76,25 +73,14 @@ class Screen:
     ) -> Float[jax.Array, "*batch"]:
         """Cross-entropy of `logits`, by blocks of positions.
 
-        The choice of candidates has no gradient.
-
-        Args:
-            hidden: ``[*batch, hidden]``.
-            labels: ``[*batch]``.
-            temperature: divides the logits.
-            z_loss: weight of the squared log-normaliser.
-            block_size: positions at a time; memory is block_size x vocab.
+        The choice of candidates has no gradient. Memory is block_size x vocab; other options are
+        those of `vq_nll`.
 
         Returns:
             ``[*batch]``, float32, not reduced.
 
         Raises:
             ValueError: ``num_candidates`` is not in 1..vocab, or ``labels`` do not fit ``hidden``.
-
-        >>> cheap = lambda h: jnp.zeros((1, 4))
-        >>> screen = Screen(cheap=cheap, rescore=jnp.zeros((4, 2)), num_candidates=2)
-        >>> print(jax.jit(screen.nll)(jnp.ones((1, 2)), jnp.array([1])))
-        [1.386294...]
         """
         hidden, labels = jnp.asarray(hidden), jnp.asarray(labels)
         if labels.shape != hidden.shape[:-1]:
@@ -118,7 +104,6 @@ class Screen:
         They are the full head's wherever its k best tokens are among the candidates.
 
         Args:
-            hidden: ``[*batch, hidden]``.
             k: how many, at most ``num_candidates``.
             with_log_z: False leaves ``log_z`` zero, which greedy decoding does not need.
 
@@ -143,7 +128,7 @@ class Screen:
         scores, tokens, better = self._look(flat)
         values, places = top_k(better, k)
         chosen = gather_at(tokens, places)
-        log_z = jnp.zeros(len(flat), jnp.float32)
+        log_z = jnp.zeros(len(flat), jnp.float32)  # it would take a pass over V
         if with_log_z:
             log_z = logsumexp(_joined(scores, tokens, better))
         return TopK(values.reshape(*batch, k), chosen.reshape(*batch, k), log_z.reshape(batch))
@@ -202,34 +187,18 @@ class ScreenedHead(VocabularyHead):
         exact = Head(rows, bias, vocab_axis=0)
         return Screen(cheap=self.screen, rescore=exact, num_candidates=self.num_candidates)
 
-    def __call__(
-        self, hidden: Float[Array, "*batch hidden"], embedding: Array | None = None
-    ) -> Float[jax.Array, "*batch vocab"]:
+    def __call__(self, hidden: Array, embedding: Array | None = None) -> jax.Array:
         return self._screen(embedding).logits(hidden)
 
     def nll(
-        self,
-        hidden: Float[Array, "*batch hidden"],
-        labels: Int[Array, "*batch"],
-        embedding: Array | None = None,
-        **options: Any,
-    ) -> Float[jax.Array, "*batch"]:
+        self, hidden: Array, labels: Array, embedding: Array | None = None, **options: Any
+    ) -> jax.Array:
         """Cross-entropy over the whole vocabulary; options as of `Screen.nll`."""
         return self._screen(embedding).nll(hidden, labels, **options)
 
-    def top_k(
-        self,
-        hidden: Float[Array, "*batch hidden"],
-        k: int,
-        embedding: Array | None = None,
-        **options: Any,
-    ) -> TopK:
+    def top_k(self, hidden: Array, k: int, embedding: Array | None = None, **options: Any) -> TopK:
         """The k best candidates; options as of `Screen.top_k`."""
         return self._screen(embedding).top_k(hidden, k, **options)
-
-    def as_linear(self, embedding: Array | None = None) -> Head:
-        """Raises: the logits of a screened head are not linear in the hidden state."""
-        raise ValueError("head: expected one with a kernel, got a ScreenedHead: use nll()")
 
     def cost(self, embedding: Array | None = None) -> HeadCost:
         """What it costs, on top of its screen; see `HeadCost`."""
@@ -246,6 +215,7 @@ def _joined(scores: jax.Array, tokens: jax.Array, better: jax.Array) -> jax.Arra
 
     def join(scores: jax.Array, tokens: jax.Array, better: jax.Array) -> tuple[jax.Array]:
         rows = jnp.arange(scores.shape[0])[:, None]
+        # The candidates keep their mass.
         shift = neginf_to_zero(logsumexp(better)) - neginf_to_zero(logsumexp(scores[rows, tokens]))
         return ((scores + shift[:, None]).at[rows, tokens].set(better),)
 

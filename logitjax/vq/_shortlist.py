@@ -83,12 +83,12 @@ class Pages:
         reach = bias_ if margin is None else bias_ + np.asarray(margin)
         # By cluster, then by what a token can reach: those of a page are wanted together.
         order = np.lexsort((-reach, assignment_))
-        order = order[np.isfinite(bias_[order])]
+        order = order[np.isfinite(bias_[order])]  # what does not exist has no page
         codes = assignment_[order]
         fresh = np.r_[True, codes[1:] != codes[:-1]] if len(codes) else np.zeros(0, bool)
         start = np.maximum.accumulate(np.where(fresh, np.arange(len(order)), 0))
         offset = np.arange(len(order)) - start
-        page = np.cumsum(offset % size == 0) - 1
+        page = np.cumsum(offset % size == 0) - 1  # a page has one cluster's tokens
         tokens = np.full((page[-1] + 1 if len(page) else 1, size), -1, np.int32)
         tokens[page, offset % size] = order
         code = np.zeros(len(tokens), np.int32)
@@ -115,15 +115,6 @@ class Pages:
         ::
 
             sqrt((w_v - C_{m(v)})^T Cov(h) (w_v - C_{m(v)}))
-
-        Args:
-            rows: ``[vocab, hidden]``, rows of the full head.
-            codebook: ``[codes, hidden]``.
-            assignment: ``[vocab]``, cluster of each entry.
-            hidden_cov: ``[hidden, hidden]``, covariance of the hidden states.
-
-        Returns:
-            ``[vocab]``, float32.
 
         >>> arrays = np.array([[3.0], [1.0]]), np.ones((1, 1)), np.zeros(2, int), 4.0 * np.eye(1)
         >>> print(jax.jit(Pages.spread)(*arrays))
@@ -197,15 +188,10 @@ class Shortlist:
 
         The choice of pages has no gradient; the codes learn how much of the mass it catches.
 
+        Arguments are those of `vq_nll`, beside:
+
         Args:
-            hidden: ``[*batch, hidden]``.
-            codebook: ``[codes, hidden]``.
-            bias: ``[vocab]``.
-            assignment: ``[vocab]``, cluster of each entry.
-            labels: ``[*batch]``.
-            temperature: divides the logits.
             soft_cap: bounds the VQ scores and, with it, the better logits.
-            z_loss: weight of the squared log-normaliser.
             block_size: positions at a time; their rows are gathered anew in the backward pass.
 
         Returns:
@@ -214,22 +200,11 @@ class Shortlist:
         Raises:
             ValueError: ``labels`` do not fit ``hidden``.
 
-        >>> rows = Head(np.eye(3), vocab_axis=0)
-        >>> bias, assignment = np.zeros(3), np.array([0, 0, 1])
-        >>> pages = Pages.cut(bias, assignment, size=2)
-        >>> nll = jax.jit(Shortlist(pages=pages, rescore=rows, num_pages=2).nll)
-        >>> print(nll(np.ones((1, 3)), np.zeros((2, 3)), bias, assignment, np.array([2])))
-        [1.0986123]
-
         References:
             The tail of the paper's head, arXiv:2505.10202, under rows of the head it replaces:
             ours.
         """
-        hidden, labels, assignment = (
-            jnp.asarray(hidden),
-            jnp.asarray(labels),
-            jnp.asarray(assignment),
-        )
+        hidden, labels, assignment = map(jnp.asarray, (hidden, labels, assignment))
         if labels.shape != hidden.shape[:-1]:
             raise ValueError(f"labels: expected shape {hidden.shape[:-1]}, got {labels.shape}")
         checks.positive(temperature, "temperature")
@@ -247,7 +222,7 @@ class Shortlist:
             coarse = jnp.take_along_axis(scores, assignment[labels][:, None], axis=-1)[:, 0]
             coarse = (coarse + jnp.asarray(bias)[labels]) / temperature
             hit = tokens == labels[:, None]
-            fine = jnp.where(hit, logits, 0.0).sum(-1)
+            fine = jnp.where(hit, logits, 0.0).sum(-1)  # at most one place is hit
             nll = log_z - jnp.where(hit.any(-1), fine, coarse)
             return nll + z_loss * log_z**2 if z_loss else nll
 
@@ -271,11 +246,8 @@ class Shortlist:
         tokens lie in the chosen pages.
 
         Args:
-            hidden: ``[*batch, hidden]``.
-            codebook: ``[codes, hidden]``.
-            k: how many.
             temperature: divides the logits. Other than 1 it costs O(V) a call.
-            soft_cap: as `nll`.
+            soft_cap: as of `nll`.
             with_tail: False uses the chosen pages alone, which is cheaper, and right if you trust
                 only the better logits.
             block_size: positions at a time.
@@ -311,6 +283,7 @@ class Shortlist:
             rest = jnp.where(jnp.isneginf(rest), -jnp.inf, _page_scores(scores, hot))
             log_z = jnp.logaddexp(logsumexp(logits), logsumexp(rest))
             if with_tail:
+                # A page's best token.
                 heads = jnp.take(scores, hot.code, axis=-1) + hot.bias.max(-1)
                 heads = jnp.where(jnp.isneginf(rest), -jnp.inf, heads)
                 _, best = lax.top_k(heads, min(k, heads.shape[-1]))
@@ -334,12 +307,7 @@ class Shortlist:
         *,
         soft_cap: float | None = None,
     ) -> Float[jax.Array, "*batch vocab"]:
-        """All V logits of a shortlist head, those that `nll` and `top_k` use.
-
-        Args: as there.
-
-        Returns:
-            ``[*batch, vocab]``, float32.
+        """All V logits of a shortlist head, float32 ``[*batch, vocab]``; arguments as of `nll`.
 
         >>> rows = Head(np.eye(3), vocab_axis=0)
         >>> bias, assignment = np.zeros(3), np.array([0, 0, 1])
@@ -419,6 +387,6 @@ def in_blocks(block: Callable, inputs: tuple[jax.Array, ...], block_size: int) -
             jnp.pad(x, [(0, blocks * block_size - count)] + [(0, 0)] * (x.ndim - 1)) for x in flat
         ]
         cut = tuple(x.reshape(blocks, block_size, *x.shape[1:]) for x in padded)
-        out = lax.map(jax.checkpoint(block), cut)
+        out = lax.map(jax.checkpoint(block), cut)  # rows gathered are not kept
         out = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], out)
     return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), out)

@@ -50,8 +50,8 @@ class Tuning:
 
         Args:
             mesh: Mesh of the step.
-            loss_fn: As of `run`; the one by which `convert_head` tunes when omitted. Batches of the
-                step are tuples of arrays, as it takes them after `constants`.
+            loss_fn: As of `run`; that of `ConvertConfig` when omitted. Batches of the step are
+                tuples of arrays, as it takes them after `constants`.
         """
         of_position = vq_distillation_loss if loss_fn is None else loss_fn
         # The larger epsilon keeps codes and tokens that hardly occur from drifting with the noise.
@@ -113,9 +113,6 @@ class Tuning:
             mesh: Its data and fsdp axes share the positions of a step; parameters and constants are
                 on every device. Every process has all `arrays` and gets all results.
 
-        Returns:
-            `(params, losses)`.
-
         Raises:
             ValueError: The mesh does not divide the positions of a step.
 
@@ -138,6 +135,7 @@ class Tuning:
         for index in range(self.steps):
             epoch, place = divmod(index, per_epoch)
             order = np.random.default_rng([self.seed, epoch]).permutation(count)
+            # Sorted, because memory-mapped rows are read in order.
             chosen = np.sort(order[place * batch_size : (place + 1) * batch_size])[share]
             batch = tuple(np.asarray(array[chosen]) for array in arrays)
             state, output = step(state, batch, constants)
@@ -199,9 +197,6 @@ def tune_vq_head(
     The expected divergence, over all positions and the whole vocabulary, is minimised at the cost
     of K scores a position. With `reassign_every`, tokens move to the code under which they are
     most likely (`logitjax.vq.reassign`); the last moves come well before the end.
-
-    Returns:
-        `(codebook, bias, assignment, history)`; history holds `loss` and `moved`.
     """
     if reassign_every is not None and bias is None:
         raise ValueError("reassign_every: expected biases beside it, got bias=None")
@@ -268,15 +263,10 @@ def reassign_from_labels(
     few hundred recent batches, call this, and continue with the new mapping and biases.
 
     Args:
-        codebook: ``[codes, hidden]``.
-        bias: ``[vocab]``.
-        assignment: ``[vocab]``.
+        codebook, bias, assignment: the head, ``[codes, hidden]``, ``[vocab]`` and ``[vocab]``.
         hidden: ``[count, hidden]``, hidden states.
         labels: ``[count]``, the tokens that followed.
         min_count: tokens seen less often stay: few labels overfit.
-
-    Returns:
-        ``(assignment, bias, moved)``.
 
     Raises:
         TypeError: arrays of another kind.

@@ -7,6 +7,7 @@ import types
 import numpy as np
 import pytest
 
+from logitjax import transport
 from logitjax.commands import gw
 
 
@@ -70,7 +71,14 @@ def test_a_solver_that_is_not_installed_is_named_with_what_to_install(tmp_path, 
 @pytest.mark.slow
 @pytest.mark.every_change
 def test_ott_stands_beside_the_certificate(tmp_path, capsys):
-    rng = np.random.default_rng(0)
-    z, w = rng.normal(size=(2, 3, 6))
-    gw.run(gw.Config(graphs=write(tmp_path, z, w), factors=True, solver="ott"))
+    z, w = np.abs(np.random.default_rng(0).normal(size=(2, 12, 16)))
+    gw.run(gw.Config(graphs=write(tmp_path, z, w + 1), factors=True, solver="ott"))
     assert "ott, entropic" in capsys.readouterr().out
+    c, d = (x.T @ x for x in (z, w + 1))
+    plan, cost, reason = gw.entropic_gw(c, d)
+    assert not reason
+    differences = (c[:, :, None, None] - d) ** 2
+    np.testing.assert_allclose(cost, np.einsum("ijkl,ik,jl->", differences, plan, plan), rtol=1e-3)
+    bounds = transport.certificate(c, d, scale="none", bounds="third")
+    assert bounds.lower <= cost
+    assert "not converged" in gw.entropic_gw(c, d, max_iterations=2)[2]

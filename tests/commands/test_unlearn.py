@@ -207,7 +207,7 @@ def test_all_weights_are_trained_and_written_as_a_model(files, tmp_path):
 
 THEIRS = """
 import dataclasses
-from logitjax import unlearning
+from logitjax import ops, unlearning
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ascent(unlearning.Method):
@@ -216,8 +216,10 @@ class Ascent(unlearning.Method):
     needs = (unlearning.Need("forget", "nll"), unlearning.Need("retain", "nll"))
 
     def loss(self, read, state):
-        where = {"forget_where": read.where("forget"), "retain_where": read.where("retain")}
-        return unlearning.unlearning_objective(-read.nll("forget"), read.nll("retain"), **where)
+        forget, retain = (
+            ops.masked_mean(read.nll(side), read.where(side)) for side in ("forget", "retain")
+        )
+        return retain - forget, {"forget": -forget, "retain": retain}
 """
 
 

@@ -441,7 +441,7 @@ def test_prefetch_stops_and_raises():
     assert next(endless) == {"row": 0}
     endless.close()
     deadline = time.monotonic() + 5
-    while any(t.name == "logitjax-data" for t in threading.enumerate()):
+    while any(t.name.startswith("logitjax-data") for t in threading.enumerate()):
         assert time.monotonic() < deadline, "the reading thread goes on"
         time.sleep(0.02)
 

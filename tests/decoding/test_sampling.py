@@ -57,12 +57,12 @@ def test_frequencies_follow_the_distribution():
     logits = np.float32([2.0, 1.0, 0.5, 0.0, -1.0, -np.inf])
     count = 20_000
     setting = Sampling(temperature=0.8, top_p=0.95)
-    rows = sampling_rows([setting] * count, count)
+    rows = sampling_rows([setting] * count)
     rows = type(rows)(**{**vars(rows), "seed": np.arange(count, dtype=np.uint32)})
     wide = np.broadcast_to(logits, (count, 6))
     drawn = np.asarray(sample(wide, rows, np.zeros(count, np.int32)))
     seen = np.bincount(drawn, minlength=6) / count
-    expected = np.exp(np.asarray(sampling_logits(wide[:1], sampling_rows(setting, 1))[0]))
+    expected = np.exp(np.asarray(sampling_logits(wide[:1], sampling_rows([setting]))[0]))
     expected /= expected.sum()
     assert (expected > 0).sum() == 4
     np.testing.assert_allclose(seen, expected, atol=4 * 0.5 / count**0.5)
@@ -72,7 +72,7 @@ def test_frequencies_follow_the_distribution():
 
 def test_cold_rows_take_the_most_likely_token():
     logits = np.float32([[0.0, 3.0, 1.0], [5.0, -1.0, 2.0]])
-    rows = sampling_rows([Sampling(), Sampling(temperature=1e-6, seed=4)], 2)
+    rows = sampling_rows([Sampling(), Sampling(temperature=1e-6, seed=4)])
     np.testing.assert_array_equal(sample(logits, rows, np.array([0, 7], np.int32)), [1, 0])
     np.testing.assert_array_equal(
         np.isfinite(sampling_logits(logits, rows))[0], [False, True, False]
@@ -89,5 +89,3 @@ def test_impossible_settings_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             Sampling(**setting)
-    with pytest.raises(ValueError, match="one setting a row"):
-        sampling_rows([Sampling()], 2)

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import jax.numpy as jnp
@@ -120,14 +121,15 @@ def test_redrawn_drafts_follow_the_target():
     logits = np.float32([1.5, 1.0, 0.0, -0.5, -1.0, -np.inf])
     draft = np.float32([-1.0, 2.0, 0.5, -np.inf, 0.0, 1.0])
     setting = Sampling(temperature=0.8, top_p=0.97)
-    rows, turns = sampling_rows(setting, count), np.zeros(count, np.int32)
+    rows = sampling_rows([dataclasses.replace(setting, seed=i) for i in range(count)])
+    turns = np.zeros(count, np.int32)
     wide, q = (np.broadcast_to(x, (count, 6)) for x in (logits, draft))
     of_draft = np.exp(draft) / np.exp(draft).sum()
     drafted = np.random.default_rng(3).choice(6, count, p=of_draft / of_draft.sum(dtype=float))
     drafted = drafted.astype(np.int32)
     run = compiled(accept_or_redraw)
     drawn = np.asarray(run(wide, q, drafted, rows, turns))
-    p = compiled(sampling_logits)(wide[:1], sampling_rows(setting, 1))
+    p = compiled(sampling_logits)(wide[:1], sampling_rows([setting]))
     p = np.exp(np.asarray(p, float)[0])
     p /= p.sum()
     seen = np.bincount(drawn, minlength=6)
@@ -187,27 +189,6 @@ def test_continuations_follow_the_fused_distribution(lengths):
 
 @pytest.mark.every_change
 @pytest.mark.slow
-def test_coupled_draws_are_plain_draws():
-    model = bags(3, vocab=64)
-    settings = [
-        Sampling(temperature=1.0, seed=5),
-        Sampling(temperature=0.7, top_k=20, top_p=0.9, repetition_penalty=1.3, seed=6),
-        Sampling(),
-    ]
-    plain = generate(model, PROMPTS, max_new_tokens=12, sampling=settings)
-    coupled = Speculation(acceptance="coupled", lengths=(1, 3))
-    for order in ((3,), (1, 0, 3)):
-        out = generate(
-            model,
-            PROMPTS,
-            max_new_tokens=12,
-            sampling=settings,
-            drafts=Scripted(*order, speculation=coupled),
-            text=TextOptions(chunk=4),
-        )
-        np.testing.assert_array_equal(out.tokens, plain.tokens)
-
-
 def test_rows_end_where_plain_rows_end():
     model, tokenizer = bags(3, vocab=64), load_tokenizer("tiny")
     text = TextOptions(tokenizer=tokenizer)
@@ -295,7 +276,6 @@ def test_who_cannot_draft_is_named():
         (dict(draft="base"), "1 experts and 0 bases"),
         (dict(draft=0), "place from 1 to 1"),
         (dict(lengths=(3, 2)), "ascending"),
-        (dict(acceptance="typical"), "'rejection' or 'coupled'"),
     ):
         with pytest.raises(ValueError, match=message):
             Engine(model, slots=1, max_length=8, speculation=Speculation(**arguments))
@@ -323,7 +303,7 @@ def test_where_nothing_is_left_of_the_target_it_is_drawn_from_as_it_is():
     count = 8
     target = np.tile(np.float32([-np.inf, 0.0, 0.0]), (count, 1))
     draft = np.tile(np.float32([-69.0, 0.0, 0.0]), (count, 1))
-    rows = sampling_rows([Sampling(temperature=1.0, seed=i) for i in range(count)], count)
+    rows = sampling_rows([Sampling(temperature=1.0, seed=i) for i in range(count)])
     drafted = np.zeros(count, np.int32)
     drawn = compiled(accept_or_redraw)(target, draft, drafted, rows, drafted)
     assert set(np.asarray(drawn).tolist()) == {1, 2}

@@ -12,12 +12,8 @@ import tokenizers
 from etils import epath
 
 from logitjax import distillation, losses, models, ops
-from logitjax.distillation.tokenizers import (
-    _likelihood_matching,
-    _matched_tokens,
-    _projected_kl,
-    _token_pieces,
-)
+from logitjax.distillation.terms import PKL, _projected
+from logitjax.distillation.tokenizers import _likelihood_matching, _matched_tokens, _token_pieces
 from tests._compiled import compiled
 from tests.distillation import _released_forms
 from tests.distillation.make_gold_goldens import OURS, PAIRS, THEIRS
@@ -70,58 +66,48 @@ def projected_kl(hidden, kernel, teacher, projection):
     return np.array(out)
 
 
+def projected_term(hidden, kernel, teacher, projection, where, k=K):
+    """The sum of `terms.PKL`, by a projection that stands for its rule's."""
+    known = distillation.Vocabularies(projections={"spread": projection})
+    statistics = losses.graph_statistics(teacher, k)
+    view = distillation.Teacher(statistics=statistics, where=where, vocabularies=known)
+    batch = {"labels": np.zeros(where.shape, np.int32)}
+    objective = distillation.Objective(terms=((PKL(), 1.0),))
+    head = losses.Head(kernel, vocab_axis=1)
+    return objective.value(hidden, head, batch, [view], where=where)[0]
+
+
 @pytest.mark.parametrize(("wide", "merging"), [(False, False), (True, True), (False, True)])
 def test_projected_kl_and_its_gradient_are_those_of_the_definition(wide, merging, monkeypatch):
-    monkeypatch.setattr(_projected_kl, "MOST_MEMBERS", 0 if wide else 4096)
+    monkeypatch.setattr(_projected, "MOST_MEMBERS", 0 if wide else 4096)
     projection = random_projection(3, merging)
     hidden, teacher = RNG.normal(size=(5, HIDDEN)), RNG.normal(size=(5, OTHER), scale=2)
-    kernel, weights = RNG.normal(size=(HIDDEN, VOCAB)), np.array([1.0, 0.5, 0.0, 2.0, 1.0])
+    kernel, where = RNG.normal(size=(HIDDEN, VOCAB)), np.array([True, True, False, True, True])
 
     @jax.jit
     def blocked(hidden, kernel, teacher):
-        top = ops.TopK.of(teacher, K)
-        sizes = losses.Blocks(vocab=16, tokens=2)
+        def loss(hidden, kernel):
+            return projected_term(hidden, kernel, teacher, projection, where)
 
-        def loss(hidden, kernel, weights=None):
-            return distillation.linear_projected_kl_divergence(
-                hidden, kernel, top, projection, weights=weights, blocks=sizes
-            )
+        return jax.value_and_grad(loss, (0, 1))(hidden, kernel)
 
-        w = jnp.asarray(weights, jnp.float32)
-        scalar = jax.value_and_grad(lambda *x: loss(*x, w), (0, 1))(hidden, kernel)
-        values, pull = jax.vjp(loss, hidden, kernel)
-        dense = _projected_kl.projected_kl_divergence(hidden @ kernel, top, projection)
-        return scalar, values, pull(w), dense
+    def expected(hidden, kernel):
+        return projected_kl(hidden, kernel, teacher, projection)[where].sum()
 
-    (value, gradient), values, again, dense = jax.device_get(
+    value, gradient = jax.device_get(
         blocked(*(x.astype(np.float32) for x in (hidden, kernel, teacher)))
     )
-    expected = projected_kl(hidden, kernel, teacher, projection)
-    np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(dense, expected, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(value, (weights * expected).sum(), rtol=1e-5)
-    for ours, other in zip(gradient, again, strict=True):
-        np.testing.assert_allclose(ours, other, rtol=1e-4, atol=1e-5)
-    for place in [(0, 1), (3, 4), (4, 7)]:
-        step = np.zeros_like(hidden)
+    np.testing.assert_allclose(value, expected(hidden, kernel), rtol=1e-5)
+    sides = (hidden, kernel)
+    for side, place in [(0, (0, 1)), (0, (3, 4)), (1, (0, 1)), (1, (3, 24)), (1, (7, 39))]:
+        step = np.zeros_like(sides[side])
         step[place] = 1e-6
         ends = [
-            (weights * projected_kl(hidden + s, kernel, teacher, projection)).sum()
-            for s in (step, -step)
+            expected(*(x + s * step if i == side else x for i, x in enumerate(sides)))
+            for s in (1, -1)
         ]
-        np.testing.assert_allclose(
-            gradient[0][place], (ends[0] - ends[1]) / 2e-6, rtol=1e-3, atol=1e-5
-        )
-    for place in [(0, 1), (3, 24), (7, 39)]:
-        step = np.zeros_like(kernel)
-        step[place] = 1e-6
-        ends = [
-            (weights * projected_kl(hidden, kernel + s, teacher, projection)).sum()
-            for s in (step, -step)
-        ]
-        np.testing.assert_allclose(
-            gradient[1][place], (ends[0] - ends[1]) / 2e-6, rtol=1e-3, atol=1e-5
-        )
+        wanted = (ends[0] - ends[1]) / 2e-6
+        np.testing.assert_allclose(gradient[side][place], wanted, rtol=1e-3, atol=1e-5)
 
 
 def bpe(pieces):
@@ -154,12 +140,11 @@ def test_a_longer_token_of_theirs_counts_as_our_way_to_begin_it():
 
     @jax.jit
     def found(student, teacher):
-        top = ops.TopK.of(teacher, 4)
-
         def kl(student):
-            return _projected_kl.projected_kl_divergence(student, top, projection)
+            eye, there = jnp.eye(len(student)), np.ones(1, bool)
+            return projected_term(student[None], eye, teacher[None], projection, there, k=4)
 
-        return projection.merged(top), *jax.value_and_grad(kl)(student)
+        return projection.merged(ops.TopK.of(teacher, 4)), *jax.value_and_grad(kl)(student)
 
     logs = [np.log(x.astype(np.float32)) for x in (q, p)]
     merged, kl, gradient = jax.device_get(found(*logs))
@@ -335,7 +320,7 @@ def test_the_hybrid_of_top_logits_is_its_definition_and_zero_where_both_say_the_
     def both(student, teacher):
         top = ops.TopK.of(teacher, 2)
         ids, _ = match.ids(top.indices)
-        at = ops.TopK(student[ids], ids, ops.logsumexp(student))
+        at = losses.Readout(ops.logsumexp(student), gathered=student[ids])
         own = ops.TopK.of(student, 2)
         return [
             _matched_tokens.hybrid_logit_distance(at, own, top, match, kind=kind)
@@ -358,9 +343,7 @@ def test_binarised_divergences_have_the_printed_values_and_gradients():
     def run(student, teacher):
         def kl(tau):
             def value(s):
-                return distillation.binarized_divergence(
-                    s, teacher, kind="kl", temperature=tau
-                ).sum()
+                return _likelihood_matching.binarized_kl(s, teacher, tau).sum()
 
             return jax.value_and_grad(value)(student)
 
@@ -383,7 +366,7 @@ def test_likelihoods_of_labels_and_of_words_beginnings_are_those_of_the_logits()
     @jax.jit
     def run(hidden, kernel):
         def blocked(hidden, kernel):
-            found = distillation.linear_likelihood(
+            found = _likelihood_matching.linear_likelihood(
                 hidden, kernel, labels, words, blocks=losses.Blocks(vocab=16, tokens=2)
             )
             return (2 * found.label + 3 * found.boundary).sum(), found

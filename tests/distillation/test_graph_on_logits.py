@@ -1,6 +1,5 @@
 """`graph_on_logits` and its statistics against a dense float64 oracle; sharded against local."""
 
-import dataclasses
 import functools
 
 import jax
@@ -78,7 +77,6 @@ def oracle(student, teacher, student_where, teacher_where, config):
         c = z.T @ z / max(where.sum(), 1)
         f = {
             "row_sum": c.sum(-1),
-            "row_mean": c.sum(-1) / config.k,
             "off_diagonal": c.sum(-1) - np.diag(c),
             "row_rms": np.sqrt((c**2).sum(-1) / config.k),
         }[config.feature]
@@ -160,6 +158,23 @@ def test_moments_survive_an_offset(offset):
     np.testing.assert_allclose(got.std, exact.std(-1), rtol=1e-4)
 
 
+def test_logits_up_to_the_largest_of_float32_have_their_graph_and_its_gradient():
+    student, teacher, *_ = data()
+    loss = values_and_gradient(graph_on_logits_of_k4)
+    value, gradient = jax.device_get(loss(student, teacher))
+    for power in (64, 100):
+        large, small = jax.device_get(loss(student * 2.0**power, teacher * 2.0**power))
+        np.testing.assert_allclose(large, value, rtol=1e-5)
+        np.testing.assert_allclose(small * 2.0**power, gradient, rtol=1e-4, atol=1e-5)
+    limit = np.float32(3e38)
+    _, gradient = loss(np.clip(student, -1, 1) * limit, teacher)
+    assert np.isfinite(gradient).all()
+
+
+def graph_on_logits_of_k4(student, teacher):
+    return graph_on_logits(student, teacher, config=CONFIGS[0])[0]
+
+
 def test_teacher_gets_no_gradient_and_empty_samples_are_zero():
     student, teacher, _, _ = data()
     nothing = np.zeros((2, 8), bool)
@@ -207,23 +222,15 @@ def test_a_student_near_its_teacher_keeps_the_digits_of_the_cost(config):
     rng = np.random.default_rng(6)
     student = 3 * rng.normal(size=(1, 8, 40)).astype(np.float32)
     teacher = student + (1e-3 * rng.normal(size=student.shape)).astype(np.float32)
-    certified = dataclasses.replace(config, certificate=True)
-    loss, metrics = jax.device_get(run(student, teacher, config=certified))
+    loss, _ = jax.device_get(run(student, teacher, config=config))
     ones = np.ones(8, bool)
     expected = oracle(student[0], teacher[0], ones, ones, config)
     np.testing.assert_allclose(loss[0], expected, rtol=1e-2)
-    # The bounds are those of Z as float32 has it.
-    assert metrics["lower"][0] <= expected * 1.01
-    assert expected <= metrics["upper"][0] * 1.01
 
 
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"logits": "standardized_top_k"}, "sum to zero"),
-        ({"logits": "standardized_top_k", "value": "sorted_coupling"}, "sorts rounding noise"),
-        ({"logits": "standardized_top_k", "k": 2, "feature": "off_diagonal"}, "same values"),
-        ({"logits": "softmax_top_k", "k": 1}, "1 everywhere"),
         ({"feature": "off_diagonal", "k": 1}, "off the diagonal"),
         ({"k": 0}, "k: expected at least 1"),
     ],
@@ -248,10 +255,8 @@ def test_bad_inputs_name_the_culprit():
 
 
 def test_metrics_show_degenerate_settings():
-    student, teacher, _, _ = data()
-    _, metrics = run(
-        student, teacher, config=GraphConfig(k=4, logits="softmax_top_k", certificate=True)
-    )
+    student, teacher, _, _ = (x[..., :4] for x in data())
+    _, metrics = run(student, teacher, config=GraphConfig(k=4, logits="softmax"))
     metrics = jax.device_get(metrics)
     # Z 1 = 1: the row sum is the summed distribution and carries no co-activation.
     np.testing.assert_allclose(metrics["student_row_sum_min"], 1.0, rtol=1e-5)
@@ -259,7 +264,6 @@ def test_metrics_show_degenerate_settings():
     assert (metrics["moved"] == 0).all()
     assert (metrics["student_rank_one"] > 0.5).all()
     assert (metrics["student_rank_one"] <= 1.0 + 1e-6).all()
-    assert (metrics["lower"] <= metrics["upper"] * (1 + 1e-5)).all()
     for value in metrics.values():
         assert value.shape == (2,)
 
@@ -330,7 +334,7 @@ def test_a_row_of_equal_logits_has_no_spread_and_a_gradient_of_zero():
 def test_a_token_that_is_missing_is_one_of_probability_zero():
     student = data()[0][..., :5]
     missing, unlikely = (np.where(np.arange(5) < 3, student, x) for x in (-np.inf, -90.0))
-    config = GraphConfig(k=4, logits="softmax_top_k")
+    config = GraphConfig(k=4, logits="softmax")
     loss, metrics = run(missing.astype(np.float32), unlikely.astype(np.float32), config=config)
     np.testing.assert_allclose(loss, [0.0, 0.0], atol=1e-6)
     # Z 1 = 1, so that the row sums of Z^T Z / T are means of the positions' probabilities.

@@ -135,6 +135,23 @@ def test_finite_at_any_gap(loss):
     np.testing.assert_allclose(values[0], 5e3, rtol=1e-3)
 
 
+def test_rows_and_teachers_without_classes_make_no_nan():
+    s, t = logits(11).astype(np.float32), logits(12).astype(np.float32)
+    s[0] = t[0] = s[1] = t[2] = -np.inf
+    # The label's class alone, then another one alone.
+    t[3, 1:] = t[4, :3] = t[4, 4:] = -np.inf
+    labels = np.zeros(BATCH, np.int32)
+    run = values_and_gradient(distillation.decoupled_knowledge_distillation)
+    values, gradients = jax.device_get(run(s, t, labels))
+    assert (values[[0, 2]] == 0).all()
+    assert np.isposinf(values[1])
+    assert np.isfinite(values[3:]).all()
+    assert np.isfinite(gradients).all()
+    values, gradients = jax.device_get(values_and_gradient(distillation.dist)(s, t))
+    assert np.isfinite(values).all()
+    assert np.isfinite(gradients).all()
+
+
 def test_the_released_float32_form_fails_where_ours_does_not():
     """Clamping a float32 sigmoid at 1 - 1e-8 clamps at 1: its log of the rest is -inf."""
 

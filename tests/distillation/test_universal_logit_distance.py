@@ -149,12 +149,10 @@ def test_errors_name_the_culprit():
         universal_logit_distance(student, teacher[:, :2], top_k=4)
 
 
-@pytest.mark.parametrize(("top_k", "operation"), [(4, "top-k"), (None, "sort")])
-def test_sharded_vocabulary_without_axis_name_is_an_error(top_k, operation):
+@pytest.mark.parametrize("top_k", [4, None])
+def test_sharded_vocabulary_without_axis_name_is_an_error(top_k):
     mesh = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Explicit,))
     student, teacher = pair(student_vocab=16)
     sharded = jax.device_put(student, NamedSharding(mesh, P(None, None, "model")))
-    with pytest.raises(
-        ValueError, match=rf"student: expected an unsharded vocabulary.* for a {operation}"
-    ):
+    with pytest.raises(ValueError, match=r"student: expected an unsharded vocab.* for a top-k"):
         universal_logit_distance(sharded, teacher, top_k=top_k)

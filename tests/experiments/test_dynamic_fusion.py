@@ -146,7 +146,7 @@ def test_certificate_tells_an_answer_that_is_off_and_unflagged(scored):
     assert table["off"]["others unflagged"] > 0
 
 
-@pytest.mark.parametrize("method", ["jeffreys", "budget", "project"])
+@pytest.mark.parametrize("method", ["jeffreys", "project"])
 def test_each_search_is_judged_by_what_it_minimises(scored, method):
     models, head = scored
     logits = [m.hidden @ head.T for m in (models[0], models[2], models[1])]
@@ -163,8 +163,8 @@ def test_each_search_is_judged_by_what_it_minimises(scored, method):
 
 def test_best_search_is_the_dynamic_arm_of_least_nll():
     means = {name: {"nll": 3.0} for name in dynamic_fusion_arms.SINGLE}
-    means |= {"proxy": {"nll": 1.0}, "budget": {"nll": 2.0}}
-    assert dynamic_fusion_arms.best_search(means) == "budget"
+    means |= {"proxy": {"nll": 1.0}, "jeffreys": {"nll": 2.0}}
+    assert dynamic_fusion_arms.best_search(means) == "jeffreys"
 
 
 def test_questions_end_before_their_answer_and_answers_differ_at_once():
@@ -189,11 +189,11 @@ def test_verdicts_say_plainly_what_does_not_pay():
         "single": {"domain": {"domain": arms}, "task": {"task": arms}},
         "ceiling": {name: {name: {"nll": 2.0}} for name in ("domain", "task")},
         "chosen": {"domain": 0.5, "task": 0.5},
-        "search": {"domain": "project", "task": "budget"},
+        "search": {"domain": "project", "task": "jeffreys"},
     }
     text = dynamic_fusion_report.verdicts([seed])
     assert "with the best static alpha (0.5) 50%" in text
-    assert "Best search on validation data, by seed: budget." in text
+    assert "Best search on validation data, by seed: jeffreys." in text
     assert (
         "jeffreys closes 25%: MORE (in 1 of 1 seeds) than alpha = 1, NOT more (in 0 of 1 seeds) "
         "than the best static alpha" in text

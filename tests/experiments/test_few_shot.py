@@ -123,7 +123,7 @@ def test_every_tuned_arm_tries_as_many_settings(grid: Any):
 def test_pictures_become_a_task_with_views_and_a_shifted_test(tmp_path, monkeypatch):
     classes = 3
     model = nnx.jit(
-        lambda: vision.create_classifier("resnet8", num_classes=1000, rngs=nnx.Rngs(0))
+        lambda: vision.ImageClassifier.create("resnet8", num_classes=1000, rngs=nnx.Rngs(0))
     )()
     encoder = vision.Encoder(
         "tiny", model, Preprocessing(size=16, resize=16), num_features=64, num_classes=1000

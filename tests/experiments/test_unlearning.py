@@ -15,7 +15,7 @@ from experiments.unlearning import arms, train
 from experiments.unlearning import data as unlearning_data
 from experiments.unlearning import report as unlearning_report
 from logitjax import unlearning
-from logitjax.evaluation import PromptTemplate, encode_answer
+from logitjax.evaluation import PromptTemplate
 from logitjax.models import load_model, load_tokenizer, with_layout
 from logitjax.unlearning import tofu
 
@@ -48,7 +48,7 @@ def finished(tmp_path_factory):
 def test_report_has_every_arm_what_it_took_and_a_plot(finished):
     _, workdir = finished
     report = (workdir / "report.md").read_text()
-    for arm in ("target", "retrained", *ARMS, "merged", "difference, bypassed"):
+    for arm in ("target", "retrained", *ARMS, "difference, bypassed"):
         assert f"| {arm} " in report
     assert "leaves the target's weights as they are" in report
     assert (workdir / "scatter.png").read_bytes().startswith(b"\x89PNG")
@@ -75,7 +75,6 @@ def test_report_has_every_arm_what_it_took_and_a_plot(finished):
     # Without the assistant nothing was unlearned at all.
     bypassed = json.loads((workdir / "results" / "bypassed.json").read_text())
     assert bypassed["largest difference"] < 1e-5
-    assert load_model(str(workdir / "merged")).config.num_layers == 2
 
 
 @pytest.mark.slow
@@ -89,7 +88,6 @@ def test_same_command_again_trains_nothing_and_asks_what_is_missing(finished, mo
         raise AssertionError("something was trained again")
 
     monkeypatch.setattr(train, "planned_bytes", fail)
-    monkeypatch.setattr(unlearning, "merge_by_distillation", fail)
     experiment.run(config, workdir)
     again = (workdir / "report.md").read_text()
     assert again == before
@@ -122,7 +120,7 @@ def test_the_tables_of_the_release_are_read_from_their_first_row():
 def test_rows_of_several_questions_hold_each_once_and_predict_the_same():
     tokenizer, template = load_tokenizer("tiny"), PromptTemplate(before="", after=" ")
     items = [item(n) for n in range(5)]
-    pairs = [encode_answer(tokenizer, template, i.question, i.answer, max_length=12) for i in items]
+    pairs = [template.encode_answer(tokenizer, i.question, i.answer, max_length=12) for i in items]
     single = unlearning.padded_rows(pairs, 12)
     together = unlearning_data.packed(items, tokenizer, template, 12, 24)
     assert len(together["tokens"]) < len(items)

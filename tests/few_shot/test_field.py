@@ -8,8 +8,6 @@ import pytest
 
 from logitjax import few_shot
 from logitjax.few_shot import methods
-from logitjax.few_shot._ape import channel_criterion
-from tests._compiled import compiled
 from tests.few_shot import _oracle as oracle
 
 # Four images of two classes on the unit circle, the classes' weights the axes.
@@ -34,7 +32,6 @@ def worked():
     chosen = {
         "gda": methods.GDA(),
         "proker": methods.ProKeR(**kernel),
-        "proker, ridge": methods.ProKeR(**kernel, form="ridge"),
         "proker, large penalty": methods.ProKeR(**{**kernel, "penalty": 1e6}),
         "proker, no penalty": methods.ProKeR(**{**kernel, "penalty": 0.0}),
         "tip_x": methods.TipX(sharpness=1.0, text_share=0.3),
@@ -68,7 +65,6 @@ def test_proker_by_hand(worked):
     np.testing.assert_allclose(found[2:], np.asarray(expected)[:, ::-1], atol=1e-6)
     for name, logits in (
         ("proker", [0.514993, 0.745374]),
-        ("proker, ridge", [0.429987, 0.690747]),
         ("proker, large penalty", [0.184624, 0.446131]),
         ("proker, no penalty", [0.6, 0.8]),
     ):
@@ -133,12 +129,6 @@ def test_what_is_held_near_its_start_by_hand():
     np.testing.assert_allclose(lip[0], -np.log(p[0]) + 0.125, atol=1e-12)
 
 
-def test_the_released_criterion_of_ape_looks_at_the_keys_too():
-    given = dict(keys=F, labels=Y, similarity_weight=0.7, variance_weight=0.3)
-    found = compiled(channel_criterion)(W0, **given)
-    np.testing.assert_allclose(found, [0.019333, 0.019333], atol=1e-6)
-
-
 def test_ape_t_moves_a_class_and_its_keys_alike():
     rng = np.random.default_rng(0)
     f = rng.normal(size=(6, 5))
@@ -166,20 +156,22 @@ def test_ape_t_moves_a_class_and_its_keys_alike():
 
 @pytest.mark.parametrize("released", [False, True])
 def test_lp_plus_plus_by_hand(released):
-    options: dict = dict(start="sums", accumulate_blend=True) if released else {}
     expected = {
         False: {10: (6.625364, -5.425364, 1.002080), 20: (10.183454, -8.983454, 1.002558)},
         True: {10: (6.674626, -4.274626, 1.085831), 20: (10.138357, -7.738357, 1.183141)},
     }[released]
+    # Where no validation image counts, the last iteration is as good as any before it.
+    given = task(validation=inputs(F), validation_labels=np.full(4, -1))
 
     # The start at 225 is saturated; the values were worked from a blend of 1.
     @jax.jit
     def run(given):
-        made = [methods.LPPlusPlus(iterations=n, blend_scale=1 / 0.9, **options) for n in expected]
+        options = dict(blend_scale=1 / 0.9, released=released)
+        made = [methods.LPPlusPlus(iterations=n, **options) for n in expected]
         return [method.init(given).trained for method in made]
 
     with jax.enable_x64(True):
-        found = jax.device_get(run(task()))
+        found = jax.device_get(run(given))
     for state, (own, other, blend) in zip(found, expected.values(), strict=True):
         np.testing.assert_allclose(state["prototypes"][0], [own, other], atol=2e-6)
         np.testing.assert_allclose(state["blend"], blend, atol=2e-6)
@@ -201,13 +193,15 @@ def test_lp_plus_plus_keeps_the_last_of_its_best_iterations():
         validation=inputs(images, weights=w),
         validation_labels=known,
     )
-    options: dict = dict(start="sums", accumulate_blend=True, blend_every=2, blend_scale=20.0)
+    options: dict = dict(released=True, blend_every=2, blend_scale=20.0)
     made = [methods.LPPlusPlus(iterations=n, **options) for n in range(1, 9)]
-    best = methods.LPPlusPlus(iterations=8, keep="best", **options)
+    best = methods.LPPlusPlus(iterations=8, **options)
 
     @jax.jit
     def run(given):
-        states = [method.init(given) for method in (*made, best)]
+        # Where no validation image counts, the last iteration is kept.
+        last = dataclasses.replace(given, validation_labels=np.full(40, -1))
+        states = [*(method.init(last) for method in made), best.init(given)]
         logits = [best.logits(state, given.validation) for state in states]
         return [state.trained for state in states], jax.numpy.stack(logits)
 
@@ -222,28 +216,10 @@ def test_lp_plus_plus_keeps_the_last_of_its_best_iterations():
         best.init(dataclasses.replace(given, validation=None))
 
 
-def test_task_res_moves_long_class_weights_less():
-    f, w = (unit_rows(np.random.default_rng(n).normal(size=(3, 5))) for n in (0, 1))
-    method = methods.TaskRes(beta=0.5, scale=10.0, renormalize=True)
-    residual = np.random.default_rng(2).normal(size=(5, 3))
-    images = few_shot.Inputs(zero_shot=10 * f @ w.T, features=f)
-
-    @jax.jit
-    def logits(weights, residual):
-        task = few_shot.FewShotTask(support=images, labels=np.arange(3), class_weights=weights)
-        return method.logits(method.init(task)._replace(trained=residual), images)
-
-    with jax.enable_x64(True):
-        short, long = logits(w.T, residual), logits(7 * w.T, 7 * residual)
-        np.testing.assert_allclose(long, short, rtol=1e-10)
-        expected = 10 * f @ unit_rows((w.T + 0.5 * residual).T).T
-        np.testing.assert_allclose(short, expected, rtol=1e-10)
-
-
-def gaussian_oracle(f, y, classes, ddof):
+def gaussian_oracle(f, y, classes):
     means = np.stack([f[y == k].mean(0) for k in range(classes)])
     centred = f - means[y]
-    trace = np.square(centred).sum() / (len(f) - (1 if ddof == "one" else classes))
+    trace = np.square(centred).sum() / (len(f) - 1)
     precision = f.shape[1] * np.linalg.inv(centred.T @ centred + trace * np.eye(f.shape[1]))
     kernel = precision @ means.T
     return kernel, -np.log(classes) - (means.T * kernel).sum(0) / 2
@@ -251,8 +227,7 @@ def gaussian_oracle(f, y, classes, ddof):
 
 def test_gda_is_the_inverse_whatever_is_longer():
     rng = np.random.default_rng(0)
-    ddofs = ("one", "classes")
-    run = jax.jit(lambda given: [methods.GDA(ddof=ddof).init(given).trained for ddof in ddofs])
+    run = jax.jit(lambda given: methods.GDA().init(given).trained)
     for count, width in ((9, 6), (9, 12)):
         f = rng.normal(size=(2 * count, width))
         f /= np.linalg.norm(f, axis=1, keepdims=True)
@@ -266,12 +241,9 @@ def test_gda_is_the_inverse_whatever_is_longer():
             with jax.enable_x64(x64):
                 cast = np.float64 if x64 else np.float32
                 found = run(dataclasses.replace(given, support=jax.tree.map(cast, images)))
-            for ddof, trained in zip(ddofs, jax.device_get(found), strict=True):
-                kernel, bias = gaussian_oracle(f, np.tile(y, 2), 3, ddof)
-                np.testing.assert_allclose(
-                    trained["kernel"], kernel, rtol=tolerance, atol=tolerance
-                )
-                np.testing.assert_allclose(trained["bias"], bias, rtol=tolerance, atol=tolerance)
+            kernel, bias = gaussian_oracle(f, np.tile(y, 2), 3)
+            for name, expected in (("kernel", kernel), ("bias", bias)):
+                np.testing.assert_allclose(found[name], expected, rtol=tolerance, atol=tolerance)
 
 
 def test_gda_of_classes_that_are_empty_or_have_no_spread():

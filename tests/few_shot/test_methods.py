@@ -8,7 +8,6 @@ import pytest
 
 from logitjax import few_shot
 from logitjax.few_shot._method import z_score
-from logitjax.few_shot._uncertainty import uncertainty_weight
 from tests._compiled import compiled
 from tests.few_shot import _oracle as oracle
 
@@ -63,9 +62,7 @@ MEASURES = [
     dict(measure="max", of="logits"),
     dict(measure="margin"),
     dict(measure="margin", of="logits", exponent=0.7),
-    dict(measure="top5"),
     dict(measure="energy"),
-    dict(measure="std"),
 ]
 
 
@@ -76,7 +73,7 @@ def test_uncertainty_weights_are_the_published_formulas(x64):
     with jax.enable_x64(x64):
         given = logits if x64 else logits.astype(np.float32)
         configs = [few_shot.methods.Uncertainty(**options) for options in MEASURES]
-        run = jax.jit(lambda given: [uncertainty_weight(given, config) for config in configs])
+        run = jax.jit(lambda given: [config.weight(given) for config in configs])
         for options, config, got in zip(MEASURES, configs, run(given), strict=True):
             assert got.dtype == given.dtype
             args = (config.measure, config.of, config.exponent, config.normalizer)
@@ -86,9 +83,9 @@ def test_uncertainty_weights_are_the_published_formulas(x64):
 
 def test_uncertainty_with_absent_classes_is_finite():
     logits = np.float32([[1.0, 0.5, 0.0, -1.0, -np.inf, 0.3]])
-    measures = ("none", "kurtosis", "entropy", "max", "margin", "top5", "energy", "std")
+    measures = ("none", "kurtosis", "entropy", "max", "margin", "energy")
     configs = [few_shot.methods.Uncertainty(measure=measure) for measure in measures]
-    run = jax.jit(lambda logits: [uncertainty_weight(logits, config) for config in configs])
+    run = jax.jit(lambda logits: [config.weight(logits) for config in configs])
     for measure, weight in zip(measures, run(logits), strict=True):
         assert np.isfinite(weight).all(), measure
 
@@ -97,7 +94,7 @@ def test_kurtosis_over_a_fourth_of_the_classes_does_not_depend_on_their_number()
     def sure(classes, **options):
         logits = np.where(np.arange(classes)[None] == 0, np.float32(50), 0)
         config = few_shot.methods.Uncertainty(measure="kurtosis", exponent=1.0, **options)
-        return np.asarray(compiled(uncertainty_weight)(logits, config)).item()
+        return np.asarray(jax.jit(config.weight)(logits)).item()
 
     # One-hot probabilities: the released normaliser makes the same certainty weigh 130 times more.
     assert sure(10, normalizer=250.0) / sure(1000, normalizer=250.0) > 100
@@ -172,8 +169,8 @@ METHODS = {
     "ape": few_shot.methods.APE(channels=8),
     "clip_adapter": few_shot.methods.ClipAdapter(beta=0.1),
     "task_res": few_shot.methods.TaskRes(),
-    "linear_probe": few_shot.methods.LinearProbe(initial="features"),
-    "linear_probe_auxiliary": few_shot.methods.LinearProbe(initial="features", source="auxiliary"),
+    "linear_probe": few_shot.methods.LinearProbe(),
+    "linear_probe_auxiliary": few_shot.methods.LinearProbe(source="auxiliary"),
     "cross_modal": few_shot.methods.CrossModal(),
     "lp_plus_plus": few_shot.methods.LPPlusPlus(),
     "tip_x": few_shot.methods.TipX(beta=1.0, sharpness=5.5),
@@ -207,7 +204,7 @@ def test_every_method_is_zero_shot_logits_plus_a_bias(name):
     np.testing.assert_allclose(unmoved, images.zero_shot, atol=1e-5)
     # Leading axes are the caller's.
     np.testing.assert_allclose(by_shot, logits.reshape(SHOTS, CLASSES, -1), atol=1e-4)
-    if name not in ("clip_adapter", "task_res", "cross_modal"):
+    if name not in ("clip_adapter", "task_res", "cross_modal") and "probe" not in name:
         accuracy = (logits.argmax(-1) == LABELS).mean()
         assert accuracy >= (images.zero_shot.argmax(-1) == LABELS).mean()
 
@@ -228,17 +225,18 @@ def test_caches_and_fusions_are_the_published_formulas():
     got = logits_and_bias(config, start(config, images), images)[1]
     np.testing.assert_allclose(got, p[:, :1] * z[0] + p[:, 1:] * z[1], atol=1e-4)
 
+    seen = (weights + features.T @ hit) / (SHOTS + 1)
     similarity = np.zeros(FEATURES)
     for i in range(CLASSES):
         for j in range(CLASSES):
             if i != j:
-                similarity += weights[:, i] * weights[:, j] / (CLASSES * (CLASSES - 1))
+                similarity += seen[:, i] * seen[:, j] / (CLASSES * (CLASSES - 1))
     criterion = -0.7 * similarity + 0.3 * weights.var(1, ddof=1)
     chosen = np.argsort(-criterion)[:5]
     kept, text = unit(features[:, chosen]), unit(weights[chosen].T).T
     divergence = -np.log2(oracle.softmax(kept @ text)[np.arange(len(LABELS)), LABELS])
     values = hit * np.exp(0.1 * divergence)[:, None]
-    config = few_shot.methods.APE(channels=5, criterion="text")
+    config = few_shot.methods.APE(channels=5)
     state = start(config, images, class_weights=class_weights)
     np.testing.assert_array_equal(state.fixed[1], chosen)
     expected = np.exp(-(1 - kept @ kept.T)) @ values
@@ -258,26 +256,20 @@ def test_residual_methods_rewrite_their_published_classifiers(scale):
     @jax.jit
     def run(images, class_weights, residual, key):
         task = few_shot.FewShotTask(support=images, labels=LABELS, class_weights=class_weights)
-        found = []
-        for renormalize in (False, True):
-            config = few_shot.methods.TaskRes(beta=0.5, renormalize=renormalize, scale=scale)
-            state = config.init(task, key=key)._replace(trained=residual)
-            adapter = few_shot.methods.ClipAdapter(beta=0.2, renormalize=renormalize, scale=scale)
-            own = adapter.init(task, key=key)
-            both = config.logits(state, images), adapter.logits(own, images)
-            found.append((*both, own.trained))
-        return found
+        config = few_shot.methods.TaskRes(beta=0.5, scale=scale)
+        state = config.init(task, key=key)._replace(trained=residual)
+        adapter = few_shot.methods.ClipAdapter(beta=0.2, scale=scale)
+        own = adapter.init(task, key=key)
+        return config.logits(state, images), adapter.logits(own, images), own.trained
 
     found = jax.device_get(run(images, class_weights, residual, jax.random.key(0)))
-    for renormalize, (by_residual, by_adapter, trained) in enumerate(found):
-        moved = weights + 0.5 * residual
-        moved = moved / np.linalg.norm(moved, axis=0) if renormalize else moved
-        np.testing.assert_allclose(by_residual, scale * features @ moved, rtol=1e-4, atol=1e-3)
-        down, up = (np.asarray(trained[name], np.float64) for name in ("down", "up"))
-        adapted = np.maximum(np.maximum(features @ down, 0) @ up, 0)
-        mixed = 0.2 * adapted + 0.8 * features
-        mixed = unit(mixed) if renormalize else mixed
-        np.testing.assert_allclose(by_adapter, scale * mixed @ weights, rtol=1e-4, atol=1e-3)
+    by_residual, by_adapter, trained = found
+    moved = weights + 0.5 * residual
+    np.testing.assert_allclose(by_residual, scale * features @ moved, rtol=1e-4, atol=1e-3)
+    down, up = (np.asarray(trained[name], np.float64) for name in ("down", "up"))
+    adapted = np.maximum(np.maximum(features @ down, 0) @ up, 0)
+    mixed = 0.2 * adapted + 0.8 * features
+    np.testing.assert_allclose(by_adapter, scale * mixed @ weights, rtol=1e-4, atol=1e-3)
 
 
 def test_lp_plus_plus_starts_and_steps_as_published():
@@ -357,7 +349,3 @@ def test_mistakes_are_named():
         few_shot.methods.AMU.official(uncertainty="entropy")
     with pytest.raises(Exception, match="measure"):
         few_shot.methods.Uncertainty(measure="doubt")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="at least 5"):
-        uncertainty_weight(
-            np.zeros((1, 3), np.float32), few_shot.methods.Uncertainty(measure="top5")
-        )

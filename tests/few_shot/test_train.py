@@ -49,7 +49,7 @@ def test_fifty_steps_are_those_of_the_published_optimizer(name):
     # 19 images in batches of 4: the last batch of an epoch holds three.
     auxiliary, zero_shot, labels = problem(19)
     recipe = few_shot.Recipe(epochs=10, batch_size=4)
-    order = few_shot.batch_order(0, 19, recipe)
+    order = recipe.order(0, 19)
     assert len(order) == recipe.total_steps(19) == 50
     kernel = np.stack([auxiliary[k == labels].mean(0) for k in range(CLASSES)], 1)
     trained, losses = oracle.train(
@@ -69,9 +69,7 @@ def test_fifty_steps_are_those_of_the_published_optimizer(name):
             support = images(auxiliary, zero_shot, np.float64 if x64 else np.float32)
             task = few_shot.FewShotTask(support=support, labels=labels)
             start = compiled(lambda config, task: config.init(task))(config, task)
-            run = jax.jit(
-                lambda start, task=task: few_shot.train(config, task, start, order, training=recipe)
-            )
+            run = jax.jit(lambda start, task=task: recipe.train(config, task, start, order))
             got, seen = run(start)
         tolerance = 1e-8 if x64 else 1e-6
         np.testing.assert_allclose(got.trained, trained, rtol=0, atol=tolerance)
@@ -80,7 +78,7 @@ def test_fifty_steps_are_those_of_the_published_optimizer(name):
 
 def test_an_epoch_shows_every_image_once_and_views_take_turns():
     recipe = few_shot.Recipe(epochs=3, batch_size=4)
-    order = few_shot.batch_order(0, 10, recipe, views=2)
+    order = recipe.order(0, 10, views=2)
     assert order.shape == (9, 4)
     epochs = order.reshape(3, 12)
     for number, rows in enumerate(epochs):
@@ -89,8 +87,8 @@ def test_an_epoch_shows_every_image_once_and_views_take_turns():
         assert (rows[-2:] == -1).all()
     assert (epochs[0] != epochs[2]).any()
     cut = dataclasses.replace(recipe, steps=4)
-    assert few_shot.batch_order(0, 10, cut, views=2).shape == (4, 4)
-    assert few_shot.batch_order(0, 3, recipe).shape == (3, 3)
+    assert cut.order(0, 10, views=2).shape == (4, 4)
+    assert recipe.order(0, 3).shape == (3, 3)
 
 
 def stacked(parts):
@@ -135,10 +133,10 @@ def test_a_sweep_is_its_runs_one_by_one():
         @jax.jit
         def alone(task, order, held_out, run, method=method, settings=settings):
             state = method.init(task, key=jax.random.fold_in(jax.random.key(3), run))
-            state, _ = few_shot.train(method, task, state, order, training=settings)
+            state, _ = settings.train(method, task, state, order)
             return method.logits(state, held_out)
 
-        order = few_shot.batch_order((3, run), 15, settings)
+        order = settings.order((3, run), 15)
         own = few_shot.FewShotTask(support=images(*runs[run][:2]), labels=labels[run])
         logits = alone(own, order, images(*tests[run][:2]), run)
         right = (np.asarray(logits).argmax(-1) == truth[run])[truth[run] >= 0]
@@ -168,7 +166,7 @@ def test_rows_that_are_not_there_change_nothing():
         few_shot.methods.LPPlusPlus(),
         few_shot.methods.TipAdapterF(),
     ):
-        before = few_shot_sweep._compiled._cache_size()
+        before = few_shot_sweep.compiled_sweep._cache_size()
         for rows in (5, 10):
             support, labels = padded(rows)
             task = few_shot.FewShotTask(support=support, labels=labels, class_weights=weights)
@@ -180,7 +178,7 @@ def test_rows_that_are_not_there_change_nothing():
             one = few_shot.sweep(config, task, held_out, training=recipe, sequential=True)
             chex.assert_trees_all_close(found, one, rtol=1e-4)
         # 5 rows with room for 10 and 10 share a program, at once and one by one; 5 have their own.
-        assert few_shot_sweep._compiled._cache_size() == before + 3
+        assert few_shot_sweep.compiled_sweep._cache_size() == before + 3
 
 
 def test_training_beats_its_start_for_every_method_that_trains():
@@ -191,7 +189,7 @@ def test_training_beats_its_start_for_every_method_that_trains():
     features = (features / np.linalg.norm(features, axis=-1, keepdims=True)).astype(np.float32)
     support = dataclasses.replace(images(auxiliary, 100 * features @ weights), features=features)
     recipe = few_shot.Recipe(epochs=8, batch_size=5)
-    order = few_shot.batch_order(0, 20, recipe)
+    order = recipe.order(0, 20)
     for config in (
         few_shot.methods.TipAdapterF(),
         few_shot.methods.CaFo(),
@@ -205,7 +203,7 @@ def test_training_beats_its_start_for_every_method_that_trains():
         @jax.jit
         def run(config=config, task=task):
             state = config.init(task)
-            after, _ = few_shot.train(config, task, state, order, training=recipe)
+            after, _ = recipe.train(config, task, state, order)
             return [config.loss(s, support, labels).mean() for s in (state, after)]
 
         before, after = run()

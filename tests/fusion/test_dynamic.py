@@ -12,8 +12,8 @@ from logitjax.fusion import DynamicFusion
 from tests._marks import EVERY_CHANGE
 
 BATCH, VOCAB = 24, 384
-METHODS = ("grid", "newton", "jeffreys", "budget", "project")
-# Two of the three roots: they differ in what they make equal.
+METHODS = ("grid", "newton", "jeffreys", "project")
+# Two of the methods: they differ in what they make equal.
 FEWER = [pytest.param(m, marks=EVERY_CHANGE if m in METHODS[2:4] else []) for m in METHODS]
 
 
@@ -137,7 +137,7 @@ def test_entries_that_are_masked_by_a_large_number_do_not_matter():
     np.testing.assert_allclose(fused[:, :300], wanted, atol=1e-3)
 
 
-@pytest.mark.parametrize("method", ["jeffreys", "budget", "project"])
+@pytest.mark.parametrize("method", ["jeffreys", "project"])
 def test_roots_meet_their_equation(method):
     info = fuse(method=method)(LARGE, EXPERT, BASE)[1]
     alpha = np.asarray(info["alpha"][0], np.float64)
@@ -146,7 +146,6 @@ def test_roots_meet_their_equation(method):
     fused = np.exp(log_softmax(p + alpha[:, None] * (q - r)))
     value, wanted = {
         "jeffreys": (forward[0] + reverse[0], target + back),
-        "budget": (forward[0], target),
         "project": ((fused * (q - r)).sum(-1), target),
     }[method]
     at_high, at_low = alpha >= 2, alpha <= 0

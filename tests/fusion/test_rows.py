@@ -14,11 +14,10 @@ VOCAB = 96
 @pytest.mark.parametrize(
     ("multi", "experts", "entries"),
     [
-        ("project", 1, 1),
-        pytest.param("project", 1, 5 * VOCAB, marks=EVERY_CHANGE),
-        pytest.param("project", 2, 1, marks=EVERY_CHANGE),
+        ("joint", 1, 1),
+        pytest.param("joint", 1, 5 * VOCAB, marks=EVERY_CHANGE),
+        pytest.param("joint", 2, 1, marks=EVERY_CHANGE),
         ("single", 2, 5 * VOCAB),
-        ("per_expert", 2, 1),
     ],
 )
 def test_turns_are_the_whole(monkeypatch, multi, experts, entries):

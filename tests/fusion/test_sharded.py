@@ -29,7 +29,7 @@ STRATEGIES = {
     "grid": DynamicFusion(method="grid"),
     "newton": DynamicFusion(method="newton", sharded_sweeps=8),
     "jeffreys": DynamicFusion(method="jeffreys", max_sweeps=6, sharded_sweeps=6),
-    "project": DynamicFusion(multi="project", sharded_sweeps=6),
+    "project": DynamicFusion(sharded_sweeps=10),
     "joint": DynamicFusion(sharded_sweeps=6),
 }
 
@@ -43,7 +43,7 @@ def arguments(name):
         return LARGE, None, BASE
     if name in ("clean", "official"):
         return LARGE, EXPERT, None
-    return LARGE, EXPERTS if name in ("project", "joint") else EXPERT, BASE
+    return LARGE, EXPERTS if name == "joint" else EXPERT, BASE
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 It needs `pip install google-tunix==0.1.7 tensorboardX`, which CI installs nightly.
 """
 
+import pathlib
 import re
 
 import jax
@@ -110,6 +111,24 @@ def test_ten_steps_with_our_strategy_are_ten_steps_with_theirs():
     gaps = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), ours, theirs)
     print("largest gap of a parameter:", max(jax.tree.leaves(gaps)))
     assert max(jax.tree.leaves(gaps)) < 1e-5
+
+
+def test_the_block_of_the_page_trains():
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "use_it_in_your_trainer.md").read_text()
+    block = re.search(r"^```py\n(.*?ObjectiveStrategy.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert block
+    names = {
+        "DistillationTrainer": trainers.DistillationTrainer,
+        "optax": optax,
+        "student": _gemma3(0),
+        "teacher": _gemma3(1),
+        "config": trainers.TrainingConfig(max_steps=2, eval_every_n_steps=100),
+        "batches": list(_batches())[:2],
+    }
+    table = names["student"].embedder.input_embedding
+    before = np.asarray(table[...])
+    exec(block[1], names)
+    assert (np.asarray(table[...]) != before).any()
 
 
 def test_a_divergence_with_the_mass_of_the_rest_trains_live_and_from_a_cache():

@@ -12,7 +12,7 @@ from logitjax.leakage import (
     search_logits,
 )
 from logitjax.leakage._policy import Answer
-from logitjax.leakage._search import ASKERS, Boxes
+from logitjax.leakage._search import Boxes, _one_of_n
 from tests.leakage._models import head_and_states, log_softmax, oracle_of
 
 LOGITS = np.random.default_rng(0).standard_normal(60) * 4
@@ -79,11 +79,11 @@ def test_a_harvest_completes_a_row_once_a_basis_is_known():
     np.testing.assert_allclose(fit.rows[0], log_softmax(logits)[0], atol=1e-3)
 
 
-def _answers(asker, logits, span, winner=0):
+def _answers(logits, span, winner=0):
     """Biases in nats, drawn tokens and bounds, answer by answer."""
     boxes, u = Boxes(len(logits), winner), 1 + (logits - logits.max()) / span
     while True:
-        bias = ASKERS[asker](boxes.lower, boxes.upper)
+        bias = _one_of_n(boxes.lower, boxes.upper)
         drawn = int(np.argmax(u + bias))
         assert boxes.learn(drawn, bias)
         yield bias * span, drawn, (boxes.lower - 1) * span, (boxes.upper - 1) * span
@@ -91,57 +91,29 @@ def _answers(asker, logits, span, winner=0):
 
 # By hand, for logits 0, -2, -3, -5.5, -8 and a span of 10: biases and drawn tokens of five queries,
 # then the bounds; and the number of queries until all widths are below 0.1.
-TABLES = {
-    "bisection": (
-        [[0, 5, 0, 0, 0], [0, 0, 5, 0, 0], [0, 0, 0, 5, 0], [0, 0, 0, 0, 5], [0, 2.5, 0, 0, 0]],
-        [1, 2, 0, 0, 1],
-        [0, -2.5, -5, -10, -10],
-        [0, 0, 0, -5, -5],
-        28,
-    ),
-    "simultaneous": (
-        [
-            [0, 5, 5, 5, 5],
-            [0, 2.5, 5, 5, 5],
-            [0, 2.5, 2.5, 5, 5],
-            [0, 1.25, 2.5, 6.25, 6.25],
-            [0, 1.25, 2.5, 4.375, 6.25],
-        ],
-        [1, 2, 1, 3, 0],
-        [0, -2.5, -5, -6.25, -10],
-        [0, -1.25, -2.5, -4.375, -6.25],
-        18,
-    ),
-    "one_of_n": (
-        [
-            [0, 3.3126, 3.3126, 3.3126, 3.3126],
-            [0, 1.0973, 3.3126, 3.3126, 3.3126],
-            [0, 1.0973, 1.0973, 3.3126, 3.3126],
-            [0, 1.8312, 1.8312, 5.5279, 5.5279],
-            [0, 1.8312, 1.8312, 4.0464, 5.5279],
-        ],
-        [1, 2, 0, 3, 0],
-        [0, -3.3126, -3.3126, -5.5279, -10],
-        [0, -1.8312, -1.8312, -4.0464, -5.5279],
-        18,
-    ),
-}
+BIASES = [
+    [0, 3.3126, 3.3126, 3.3126, 3.3126],
+    [0, 1.0973, 3.3126, 3.3126, 3.3126],
+    [0, 1.0973, 1.0973, 3.3126, 3.3126],
+    [0, 1.8312, 1.8312, 5.5279, 5.5279],
+    [0, 1.8312, 1.8312, 4.0464, 5.5279],
+]
+DRAWN, QUERIES = [1, 2, 0, 3, 0], 18
+LOWER, UPPER = [0, -3.3126, -3.3126, -5.5279, -10], [0, -1.8312, -1.8312, -4.0464, -5.5279]
 
 
-@pytest.mark.parametrize("asker", TABLES)
-def test_searches_ask_what_they_ask_by_hand(asker):
-    biases, drawn, lower, upper, queries = TABLES[asker]
-    answers = _answers(asker, HAND, SPAN)
-    for bias, token in zip(biases, drawn, strict=True):
+def test_a_search_asks_what_it_asks_by_hand():
+    answers = _answers(HAND, SPAN)
+    for bias, token in zip(BIASES, DRAWN, strict=True):
         asked, said, low, high = next(answers)
         np.testing.assert_allclose(asked, bias, atol=1e-4)
         assert said == token
-    np.testing.assert_allclose(low, lower, atol=1e-4)
-    np.testing.assert_allclose(high, upper, atol=1e-4)
+    np.testing.assert_allclose(low, LOWER, atol=1e-4)
+    np.testing.assert_allclose(high, UPPER, atol=1e-4)
     oracle = oracle_of(HAND[None], LogitPolicy.parse("argmax"))
-    found = search_logits(oracle, [0], np.arange(5), asker=asker, span=SPAN, tolerance=0.0999)
+    found = search_logits(oracle, [0], np.arange(5), span=SPAN, tolerance=0.0999)
     # One more query says which token wins without a bias.
-    assert found.queries == oracle.queries == queries + 1
+    assert found.queries == oracle.queries == QUERIES + 1
     assert oracle.values == 0
     assert ((found.lower <= HAND + 1e-6) & (found.upper >= HAND - 1e-6)).all()
 
@@ -170,20 +142,12 @@ def test_what_an_api_rounds_is_neither_a_contradiction_nor_an_endless_search(see
 
 # Queries a token until the middles are off by 1e-2, 1e-3 and 1e-4 of the span, root mean square:
 # papers/leakage, A4.1, for 100 tokens of standard deviation 5 and a span of 35.
-@pytest.mark.parametrize(
-    ("asker", "promised"),
-    [
-        ("bisection", (4.9, 8.2, 11.5)),
-        ("simultaneous", (1.8, 2.8, 3.6)),
-        ("one_of_n", (1.2, 2.1, 2.6)),
-    ],
-)
-def test_searches_take_as_many_queries_a_token_as_is_known(asker, promised):
+def test_a_search_takes_as_many_queries_a_token_as_is_known():
     found = []
     for seed in range(6):
         logits = 5 * np.random.default_rng(seed).standard_normal(100)
         truth, marks = logits - logits.max(), []
-        answers = _answers(asker, logits, 35.0, int(logits.argmax()))
+        answers = _answers(logits, 35.0, int(logits.argmax()))
         for number, (_, _, low, high) in enumerate(answers, 1):
             assert (low <= truth + 1e-9).all()
             assert (truth <= high + 1e-9).all()
@@ -192,7 +156,7 @@ def test_searches_take_as_many_queries_a_token_as_is_known(asker, promised):
             if len(marks) == 3:
                 break
         found.append(marks)
-    assert (np.mean(found, axis=0) <= 1.1 * np.array(promised)).all()
+    assert (np.mean(found, axis=0) <= 1.1 * np.array([1.2, 2.1, 2.6])).all()
 
 
 def test_bounds_of_differences_stay_closed():
@@ -219,8 +183,6 @@ def test_searches_say_what_they_did_not_find():
     assert np.isnan(found.middle[3])
     with pytest.raises(ValueError, match="takes a logit bias"):
         search_logits(oracle_of(logits, LogitPolicy(returns="token")), [0], [1])
-    with pytest.raises(ValueError, match="asker: expected one of bisection"):
-        search_logits(oracle, [0], [1], asker="trisection")
     with pytest.raises(ValueError, match="span: expected more than"):
         search_logits(oracle, [0], [1], span=101.0)
 
@@ -228,7 +190,7 @@ def test_searches_say_what_they_did_not_find():
 def test_answers_that_contradict_each_other_are_left_out():
     policy = LogitPolicy(returns="token", bias="sampling", noise=3.0, noise_per="query")
     oracle = oracle_of(HAND[None], policy, seed=3)
-    found = search_logits(oracle, [0], np.arange(5), span=SPAN, asker="bisection")
+    found = search_logits(oracle, [0], np.arange(5), span=SPAN)
     assert found.contradictions > 0
     assert (found.lower <= found.upper).all()
 
@@ -289,13 +251,11 @@ def test_an_audit_of_tokens_alone_reports_what_comparisons_find():
     assert 0.5 < drawn.row.coverage <= 1.0
 
 
-def test_bisection_takes_the_logarithm_of_what_is_asked_for():
+def test_what_lies_below_the_span_is_not_looked_at_unless_it_is_asked_for():
     logits = np.float32([0.0, -2.5, -50.0])
     oracle = oracle_of(logits[None], LogitPolicy.parse("argmax"))
-    found = search_logits(oracle, [0], [1], asker="bisection", span=8.0, tolerance=1.0)
-    assert found.queries == 1 + 3
+    found = search_logits(oracle, [0], [1], span=8.0, tolerance=1.0)
     assert found.lower[0] <= -2.5 <= found.upper[0]
-    assert found.upper[0] - found.lower[0] == pytest.approx(1, abs=2e-5)
-    # Fifty nats are more than is looked at unless it is asked for.
+    assert found.upper[0] - found.lower[0] <= 1 + 2e-5
     assert np.isneginf(search_logits(oracle, [0], [2]).lower[0])
     assert np.isfinite(search_logits(oracle, [0], [2], span=80.0).lower[0])

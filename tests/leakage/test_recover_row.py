@@ -1,40 +1,21 @@
 """Rows come back from a few values a query: exactly, at the stated price, or with a reason."""
 
-import jax
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from logitjax.leakage import (
     LogitPolicy,
     recover_log_probs,
     row_queries,
 )
-from logitjax.leakage._corner import corner_matrix
 from logitjax.leakage._known_basis import choose_tokens, rows_from_basis
-from logitjax.leakage._unbias import unbias_alone, unbias_by_reference, unbias_by_visible
+from logitjax.leakage._recover_row import corner_matrix, unbias_alone
 from tests.leakage._models import head_and_states, log_softmax, oracle_of
 
 
 def _logits(vocab, span=25.0, seed=0):
     values = np.random.default_rng(seed).standard_normal(vocab)
     return (values - values.min()) / np.ptp(values) * span
-
-
-@settings(max_examples=8, deadline=None)
-@given(seed=st.integers(0, 999), bias=st.floats(0.5, 30.0), count=st.integers(2, 5))
-def test_algebra_is_exact_in_float64(seed, bias, count):
-    rng = np.random.default_rng(seed)
-    logits = 3 * rng.standard_normal(9)
-    truth = log_softmax(logits)
-    lifted = np.zeros(9)
-    lifted[:count] = bias
-    seen = log_softmax(logits + lifted)
-    by_reference = unbias_by_reference(seen[1:count], seen[0], truth[0])
-    np.testing.assert_allclose(by_reference, truth[1:count], atol=1e-4)
-    visible = unbias_by_visible(seen[:count], seen[8], truth[8], bias)
-    np.testing.assert_allclose(visible, truth[:count], atol=1e-4)
 
 
 def test_without_a_reference_the_digits_go_with_the_bias():
@@ -47,7 +28,7 @@ def test_without_a_reference_the_digits_go_with_the_bias():
         seen = log_softmax(logits + lifted)[3:4].astype(np.float32)
         found, factor = unbias_alone(seen, bias)
         errors.append(abs(float(found[0]) - truth[3]))
-        factors.append(float(factor))
+        factors.append(float(factor[0]))
     assert errors[0] < 1e-5
     assert factors[0] < factors[1] < factors[2]
     # The factor says what to expect: some float32 roundings, that many times larger.
@@ -177,7 +158,7 @@ def test_logits_of_which_some_stay_unknown_are_given_below_the_largest():
 def test_without_a_bias_values_stay_and_with_all_the_mass_their_error_is_no_number():
     for mass, expected in ((0.25, 1.25), (1.0, np.nan)):
         reported = np.log(np.float32([mass]))
-        values, factor = jax.jit(unbias_alone)(reported, 0.0)
+        values, factor = unbias_alone(reported, 0.0)
         np.testing.assert_allclose(values, reported, atol=1e-6)
         np.testing.assert_allclose(factor, expected, rtol=1e-6)
 

@@ -259,6 +259,20 @@ def test_readout_gives_statistics_and_their_gradients():
         assert _relative(got, expected) < 1e-5
 
 
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_an_offset_that_both_sides_share_costs_the_divergence_no_digits(direction):
+    eye = np.eye(8, dtype=np.float32)
+    heads = [(_normal(s, 8, VOCAB, scale=2.0) + 3000).astype(np.float32) for s in (7, 8)]
+    value = compiled(losses.linear_kl_divergence)(
+        eye, heads[0], eye, heads[1], direction=direction, blocks=COLUMNS
+    )
+    # The logits are the heads themselves, so float64 sees the same numbers.
+    q, p = (x - x.max(-1, keepdims=True) for x in (h.astype(np.float64) for h in heads))
+    q, p = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (q, p))
+    over, under = (p, q) if direction == "forward" else (q, p)
+    np.testing.assert_allclose(value, (np.exp(over) * (over - under)).sum(-1), atol=5e-6)
+
+
 def test_infinite_divergence_has_a_finite_gradient():
     """As the dense losses: infinite where mass meets an entry that the other lacks."""
     hidden, head = HIDDENS[0, :3].astype(np.float32), HEAD.astype(np.float32)

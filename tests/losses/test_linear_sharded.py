@@ -57,7 +57,7 @@ def _unreduced(x, w, y, weights, tx, tw, teacher, axis_name=None):
     total = losses.linear_kl_divergence(x, w, tx, tw, direction="reverse", **options)
     readout = losses.linear_readout(x, w, labels=y, ids=teacher.indices, top_k=5, **options)
     s = readout.statistics
-    total += losses.sparse_kl_divergence(readout.gathered_top_k(teacher.indices), teacher)
+    total += losses.sparse_kl_divergence(readout, teacher)
     return total + s.std + s.mean + jnp.cos(s.values + s.indices).sum(-1)
 
 
@@ -65,8 +65,7 @@ def _scalar(x, w, y, weights, tx, tw, teacher, axis_name=None):
     options = dict(axis_name=axis_name, blocks=BLOCKS)
 
     def loss(readout, teacher):
-        student = readout.gathered_top_k(teacher.indices)
-        return losses.sparse_kl_divergence(student, teacher) + 0.5 * readout.cross_entropy
+        return losses.sparse_kl_divergence(readout, teacher) + 0.5 * readout.cross_entropy
 
     total = losses.linear_kl_divergence(x, w, tx, tw, weights=weights, **options)
     return (
@@ -190,47 +189,80 @@ def test_batch_sharded_under_jit(kind, form):
     _close(got, _expected(form))
 
 
-def _collectives_by_place(mesh, form, known):
-    """Collectives (in loops, outside of loops) of a step whose head lies as FSDP lays it."""
-    layouts = (("fsdp",), ("fsdp", "tensor"), ())
-    rows, head, whole = (NamedSharding(mesh, P(*axes)) for axes in layouts)
-    shardings = (rows, head, rows, rows, rows, whole, rows)
-    placed = tuple(
-        jax.tree.map(lambda leaf, s=s: jax.device_put(leaf, s), a)
-        for a, s in zip(ARGUMENTS, shardings, strict=True)
-    )
-    step = jax.jit(
-        jax.value_and_grad(functools.partial(_loss, form), (0, 1)),
-        out_shardings=(whole, (rows, head)),
-    )
-    with jax.set_mesh(mesh) if known else contextlib.nullcontext():
-        compiled = step.lower(*placed).compile()
-    _close(compiled(*placed), _expected(form))
-    loops, _, entry = compiled.as_text().partition("\nENTRY")
-    kinds = r" (?:all-gather|all-reduce|reduce-scatter|all-to-all)(?:-start)?\("
-    return len(re.findall(kinds, loops)), len(re.findall(kinds, entry))
+# Axes of 2 x 4 devices, their kind, and how hidden states and the head lie.
+AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+MESHES = {
+    "ours": (("fsdp", "tensor"), AUTO, P("fsdp"), P("fsdp", "tensor")),
+    "no_context": (("fsdp", "tensor"), AUTO, P("fsdp"), P("fsdp", "tensor")),
+    "tunix": (("fsdp", "tp"), AUTO, P("fsdp"), P("fsdp", "tp")),
+    "ragged": (("fsdp", "tp"), AUTO, P("fsdp"), P("fsdp")),
+    "levanter": (("data", "model"), AUTO, P("data"), P(None, "model")),
+    "named": (("replica", "mlp"), AUTO, P("replica"), P("replica", "mlp")),
+    "sequence": (("fsdp", "context"), AUTO, P("fsdp", "context"), P("fsdp")),
+    "explicit": (("fsdp", "tensor"), EXPLICIT, P("fsdp"), P("fsdp", "tensor")),
+    "explicit_fsdp": (("fsdp", "tensor"), EXPLICIT, P("fsdp"), P(None, "fsdp")),
+    "explicit_ragged": (("fsdp", "tp"), EXPLICIT, P("fsdp"), P("fsdp")),
+}
+NAMES = {
+    "named": losses.MeshAxes(rows=("replica",), columns=("mlp",)),
+    "explicit_ragged": losses.MeshAxes(columns=("tp",)),
+}
 
 
-@pytest.mark.slow
-@pytest.mark.every_change
-@pytest.mark.parametrize("form", ["unreduced", "scalar"])
-def test_a_known_mesh_gathers_the_head_and_sums_its_gradient_once_a_sweep(form):
-    devices = jax.devices()[:4]
-    for sizes in ((4, 1), (2, 2)):
-        mesh = jax.make_mesh(sizes, ("fsdp", "tensor"), (AxisType.Auto,) * 2, devices=devices)
-        inside, outside = _collectives_by_place(mesh, form, known=True)
-        assert outside > 0
-        # Split over the vocabulary the scalar form sums over its shards for every block of
-        # positions, numbers of the positions only.
-        if form == "unreduced" or sizes[1] == 1:
-            assert inside == 0
-        # What this is for: left alone the compiler puts them into the loops.
-        if form == "scalar":
-            assert _collectives_by_place(mesh, form, known=False)[0] > inside
+@functools.cache
+def _in_float64(vocab):
+    """Cross-entropy with `WEIGHTS` and once more with a weight of 2, and its gradients."""
+    x, w, y = X[:, :4].astype(np.float64), W[:, :vocab].astype(np.float64), Y[:, :4] % vocab
+    p = np.exp(x @ w)
+    p /= p.sum(-1, keepdims=True)
+    hot, weights = np.eye(vocab)[y], WEIGHTS[:, :4] + 2.0
+    slope = (p - hot) * weights[..., None]
+    loss = -(weights * np.log((p * hot).sum(-1))).sum()
+    return loss, (slope @ w.T, np.einsum("bth,btv->hv", x, slope))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in ("ragged", "explicit") else EVERY_CHANGE) for n in MESHES],
+)
+def test_on_any_mesh_the_head_is_gathered_once_a_sweep_and_gradients_are_those_of_float64(name):
+    axes, kind, rows, head = MESHES[name]
+    mesh = jax.make_mesh((2, 4), axes, (kind,) * 2)
+    vocab = VOCAB - 3 if "ragged" in name else VOCAB
+
+    def step(x, w, y, weights):
+        loss = functools.partial(losses.linear_cross_entropy, blocks=BLOCKS)
+        return loss(x, w, y, weights=weights) + 2.0 * loss(x, w, y).sum()
+
+    layouts = tuple(NamedSharding(mesh, spec) for spec in (rows, head, rows, rows))
+    arrays = (X[:, :4], W[:, :vocab], Y[:, :4] % vocab, WEIGHTS[:, :4])
+    placed = [jax.device_put(x, layout) for x, layout in zip(arrays, layouts, strict=True)]
+    laid_out = {} if kind == EXPLICIT else {"out_shardings": (None, layouts[:2])}
+    run = jax.jit(jax.value_and_grad(step, (0, 1)), **laid_out)
+    known = contextlib.nullcontext() if name == "no_context" else jax.set_mesh(mesh)
+    with known, NAMES.get(name, losses.MeshAxes()).use():
+        program = run.lower(*placed).compile()
+    _close(program(*placed), _in_float64(vocab))
+    loops, _, entry = program.as_text().partition("\nENTRY")
+    kinds = r" (?:all-gather|reduce-scatter|all-to-all)(?:-start)?\("
+    assert not re.search(kinds, loops)
+    # Two sweeps. A gradient that the mesh does not divide is gathered as well.
+    assert len(re.findall(r" all-gather(?:-start)?\(", entry)) <= (4 if vocab < VOCAB else 2)
+
+
+def test_an_axis_that_nobody_names_is_warned_of():
+    with pytest.raises(TypeError, match="rows"):
+        losses.MeshAxes(rows="fsdp")  # pyright: ignore[reportArgumentType]
+    mesh = jax.make_mesh((2, 4), ("fsdp", "mlp"), (AxisType.Auto,) * 2)
+    loss = functools.partial(jax.eval_shape, losses.linear_cross_entropy, X, W, Y)
+    with jax.set_mesh(mesh), pytest.warns(UserWarning, match="mlp: expected names of losses.Mesh"):
+        loss()
+    with jax.set_mesh(mesh), losses.MeshAxes(columns=("mlp",)).use():
+        loss()
 
 
 @pytest.mark.parametrize("sizes", [(8, 1), (2, 3)], ids=["rows", "vocabulary"])
-def test_what_the_mesh_does_not_divide_is_left_to_the_compiler(sizes):
+def test_what_the_mesh_does_not_divide_is_padded(sizes):
     devices = jax.devices()[: math.prod(sizes)]
     mesh = jax.make_mesh(sizes, ("fsdp", "tensor"), (AxisType.Auto,) * 2, devices=devices)
     with jax.set_mesh(mesh):
@@ -243,14 +275,6 @@ def test_a_known_mesh_outside_of_jit():
         got = losses.linear_cross_entropy(X, W, Y, weights=WEIGHTS)
     want = (np.asarray(compiled(losses.cross_entropy)(X @ W, Y)) * WEIGHTS).sum()
     np.testing.assert_allclose(got, want, rtol=1e-5)
-
-
-def test_sharded_vocabulary_on_an_explicit_mesh_is_an_error_that_names_axis_name():
-    mesh = _mesh(AxisType.Explicit)
-    head = jax.device_put(W, NamedSharding(mesh, P(None, "tensor")))
-    x, y = (jax.device_put(a, NamedSharding(mesh, P())) for a in (X, Y))
-    with jax.set_mesh(mesh), pytest.raises(ValueError, match="axis_name='tensor'"):
-        jax.jit(losses.linear_cross_entropy)(x, head, y)
 
 
 def test_data_parallel_under_pmap():

@@ -15,26 +15,17 @@ MESSAGES = [{"role": "user", "content": "a question"}]
     [
         ("{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}", "longer"),
         ("{% macro f(n) %}{{ f(n - 1) ~ f(n - 1) if n }}{% endmacro %}{{ f(40) }}", "longer"),
-        ("{{ 'a' * 10 ** 10 }}", "too much text"),
-        ("{{ [1] * 10 ** 10 }}", "too much text"),
-        ("{{ 9 ** 999999 }}", "numbers that are too large"),
+        # In the midst of one step.
+        ("{{ 9 ** 99999999 }}", "longer"),
+        ("{{ 'a' * 10 ** 10 }}", "memory"),
+        ("{{ [1] * 10 ** 10 }}", "memory"),
         ("{% set n = namespace(s='ab') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}"
-         "{% endfor %}", "too much text"),
-        ("{% set n = namespace(s='ab') %}{% for i in range(60) %}{% set n.s = n.s.replace('a', "
-         "n.s) %}{% endfor %}", "too much text"),
+         "{% endfor %}", "memory"),
         ("{% set n = namespace(l=[1]) %}{% for i in range(60) %}{% set n.l = [n.l, n.l] %}"
-         "{% endfor %}{{ n.l }}", "too long as text"),
-        ("{% set n = namespace(l=(1,)) %}{% for i in range(60) %}{% set n.l = (n.l, n.l) %}"
-         "{% endfor %}{{ {n.l: 1} }}", "too long as text"),
-        ("{% set x %}{% for i in range(9999) %}{{ 'y' * 99999 }}{% endfor %}{% endset %}", "much"),
-        ("{{ 'a' | center(9999999999) }}", "too much text"),
-        # In a loop Jinja hands its own arguments to whatever is called.
-        ("{% for i in range(9) %}{{ ('\t' * 9999).expandtabs(99999999) }}{% endfor %}", "too much"),
-        ("{% for i in range(9) %}{{ 'a'.zfill(99999999999) }}{% endfor %}", "too much text"),
-        ("{% for i in range(9) %}{{ '{x:9999999}'.format_map({'x': 1}) }}{% endfor %}", "too wide"),
-        ("{{ '{:9999999999}'.format(1) }}", "too wide"),
-        ("{{ '%9999999999d' % 1 }}", "too wide"),
-        ("{{ 'a'.translate({97: 'b'}) }}", "translate"),
+         "{% endfor %}{{ n.l }}", "longer"),
+        ("{% for i in range(9999) %}{{ 'y' * 99999 }}{% endfor %}", "too much text"),
+        ("{{ 'a' | center(9999999999) }}", "memory"),
+        ("{{ '{:9999999999}'.format(1) }}", "refuses"),
         ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "nested too deeply"),
         ("{# " + "x" * (1 << 18) + " #}", "length"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
@@ -48,6 +39,9 @@ def test_a_template_that_takes_too_much_is_refused_soon(monkeypatch, template, m
     with pytest.raises(ValueError, match=message) as error:
         tokenizer.render_chat(MESSAGES)
     assert "\n" not in str(error.value)
+    # The next one is not the worse for it.
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    assert tokenizer.render_chat(MESSAGES) == "a question"
 
 
 def test_a_long_conversation_may_be_joined_turn_by_turn():

@@ -37,10 +37,18 @@ class Watch:
     def _event(self, event: str, arguments: tuple[Any, ...]) -> None:
         if not self.on:
             return
+        # The one that a library may start, and in which templates are locked up.
+        if event == "subprocess.Popen" and str(arguments[1]).count("_template_worker.py"):
+            return
         if event.startswith(_ACTIONS):
             self.seen.append(event)
-        elif event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"):
+        # A number is a pipe to that process, and not a file.
+        elif event == "open" and not isinstance(arguments[0], int) and _writes(arguments[1]):
             self.seen.append(f"open {arguments[0]} {arguments[1]}")
+
+
+def _writes(mode: Any) -> bool:
+    return isinstance(mode, str) and bool(set(mode) & set("wax+"))
 
 
 def _memory(field: str) -> int:

@@ -1,6 +1,6 @@
 """What a logit costs an attacker who sees tokens only, beside what is known; and a width by draws.
 
-The searches of `leakage.search_logits` ask about 100 logits of standard deviation 5 with a span of
+`leakage.search_logits` asks about 100 logits of standard deviation 5 with a span of
 35 nats, and the price is the number of queries a token until the middles of the bounds are off by
 1e-2, 1e-3 and 1e-4 of the span, root mean square. The bounds have to hold the logits throughout.
 The last kind audits a small model that reports only the log-probability of the token it draws.
@@ -17,17 +17,11 @@ from logitjax import decoding, leakage, models
 
 # Kind: cases at smoke and at full scale.
 KINDS = {
-    "bisection": (2, 20),
-    "simultaneous": (2, 20),
     "one_of_n": (2, 20),
     "forced tokens": (1, 3),
 }
-# Of the published searches, measured from their code's rules; `simultaneous` with all constraints.
-_KNOWN = {
-    "bisection": (4.9, 8.2, 11.5),
-    "simultaneous": (1.8, 2.8, 3.6),
-    "one_of_n": (1.2, 2.1, 2.6),
-}
+# Measured from the published code's rules.
+_KNOWN = (1.2, 2.1, 2.6)
 _TARGETS = (1e-2, 1e-3, 1e-4)
 _SPAN = 35.0
 
@@ -68,10 +62,10 @@ class _Drawn:
 def run(kind: str, count: int, seed: int) -> list[dict[str, Any]]:
     """One row a case."""
     rng = np.random.default_rng(seed)
-    return [_width(rng) if kind == "forced tokens" else _price(kind, rng) for _ in range(count)]
+    return [_width(rng) if kind == "forced tokens" else _price(rng) for _ in range(count)]
 
 
-def _price(asker: str, rng: np.random.Generator) -> dict[str, Any]:
+def _price(rng: np.random.Generator) -> dict[str, Any]:
     logits = 5 * rng.standard_normal(100)
     truth = logits - logits.max()
     errors, queries, outside = [], [], 0
@@ -79,7 +73,7 @@ def _price(asker: str, rng: np.random.Generator) -> dict[str, Any]:
     for tolerance in np.geomspace(0.5, 1e-4, 24) * _SPAN:
         oracle = _Tokens(logits)
         found = leakage.search_logits(
-            oracle, [0], np.arange(100), asker=asker, span=_SPAN, tolerance=float(tolerance)
+            oracle, [0], np.arange(100), span=_SPAN, tolerance=float(tolerance)
         )
         errors.append(np.sqrt(np.mean((found.middle - truth) ** 2)) / _SPAN)
         queries.append(oracle.queries / 100)
@@ -124,7 +118,7 @@ def report(cases: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[
             bars.append(
                 suite.at_most(
                     f"attackers, {kind}: queries a token / known",
-                    float((price / np.array(_KNOWN[kind])).max()),
+                    float((price / np.array(_KNOWN)).max()),
                     1.1,
                 )
             )

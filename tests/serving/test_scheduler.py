@@ -11,17 +11,20 @@ from logitjax.commands import serve
 from logitjax.commands.line_up import LineUp
 from logitjax.decoding import Ensemble, Request
 from logitjax.leakage import LogitPolicy
+from logitjax.serving import ServerConfig
 from logitjax.serving._policy import Disclosure
-from logitjax.serving._scheduler import Job, Pace, Prompt, Scheduler
+from logitjax.serving._scheduler import Job, Prompt, Scheduler
 from tests.decoding._bags import bag_of_words
 
 
 @contextlib.contextmanager
 def compiling():
     """A scheduler whose thread is inside a compilation, which lasts until the end."""
-    disclosure = Disclosure(LogitPolicy(top_k=1))
-    pace = Pace(slots=2, max_length=16, rows=2, piece=4)
-    scheduler = Scheduler(Ensemble(bag_of_words(2, 16)), disclosure, (), pace)
+    policy = LogitPolicy(top_k=1)
+    config = ServerConfig(
+        model="bags", policy=policy, slots=2, max_length=16, prefill_rows=2, prefill_chunk=4
+    )
+    scheduler = Scheduler(Ensemble(bag_of_words(2, 16)), Disclosure(policy), (), config)
     over = threading.Event()
 
     def compile(**_):

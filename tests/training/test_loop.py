@@ -20,7 +20,6 @@ from logitjax.training._metrics import (
     JsonlWriter,
     MetricAccumulator,
     MetricWriter,
-    NullWriter,
 )
 from logitjax.training._state import TrainState
 from logitjax.training._step import StepOutput
@@ -342,7 +341,7 @@ def test_metrics_are_on_disk_before_a_checkpoint_that_follows_them(tmp_path):
     """A store that cannot append has no line before a flush; a killed run has no end."""
     events = []
 
-    class Writer(NullWriter):
+    class Writer(MetricWriter):
         def write_scalars(self, step, scalars):
             events.append(("write", step))
 

@@ -13,7 +13,7 @@ from tests._compiled import compiled
 
 graph_features = compiled(transport.graph_features)
 
-FEATURES = ("row_sum", "row_mean", "off_diagonal", "row_rms")
+FEATURES = ("row_sum", "off_diagonal", "row_rms")
 NODES = 12
 
 

@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import os
-import subprocess
 
 import chex
 import jax
@@ -13,13 +11,13 @@ import optax
 import pytest
 from flax import nnx
 
-from logitjax import fusion, losses, models, training, unlearning
+from logitjax import fusion, losses, ops, training, unlearning
 from logitjax.models import Decoder, DecoderConfig
 from logitjax.unlearning import Assistant
-from logitjax.unlearning.assistant._merge import make_merge_loss
 from logitjax.unlearning.methods._difference import Difference
 from tests._compiled import compiled
 from tests._modules import with_weights
+from tests.unlearning.test_losses import undial, uniform_kl
 
 CONFIG = DecoderConfig(
     vocab_size=48,
@@ -120,7 +118,7 @@ def test_loss_is_that_of_logits(uniform, relative):
     logits = {name: np.asarray(run(rows["tokens"])) for name, rows in BATCH.items()}
     nll = compiled(losses.cross_entropy)(logits["forget"][:, :-1], FORGET["tokens"][:, 1:])
     forget = np.asarray(nll)[FORGET["mask"][:, 1:]].mean()
-    silent = np.asarray(compiled(unlearning.uniform_kl)(logits["retain"]))
+    silent = np.asarray(compiled(uniform_kl)(logits["retain"]))
     # The release counts every position, whatever it predicts.
     retain = silent.mean() if uniform == "all" else silent[:, :-1][RETAIN["mask"][:, 1:]].mean()
     assert float(count) == 1
@@ -149,13 +147,9 @@ def test_a_soft_capped_model_is_unlearned_by_its_capped_logits():
             hidden, _ = assistant.base.hidden_states(jnp.asarray(rows["tokens"]), lora=lora)
             return assistant.base.logits(hidden)[:, :-1]
 
-        return unlearning.unlearning_objective(
-            losses.cross_entropy(logits_of(FORGET), FORGET["tokens"][:, 1:]),
-            unlearning.uniform_kl(logits_of(RETAIN)),
-            retain_weight=5.0,
-            forget_where=FORGET["mask"][:, 1:],
-            retain_where=RETAIN["mask"][:, 1:],
-        )[0]
+        nll = losses.cross_entropy(logits_of(FORGET), FORGET["tokens"][:, 1:])
+        silent = ops.masked_mean(uniform_kl(logits_of(RETAIN)), RETAIN["mask"][:, 1:])
+        return ops.masked_mean(nll, FORGET["mask"][:, 1:]) + 5.0 * silent
 
     got, want = (jax.jit(jax.value_and_grad(f))(lora) for f in (blocked, dense))
     chex.assert_trees_all_close(got, want, rtol=1e-3, atol=1e-5)
@@ -163,19 +157,16 @@ def test_a_soft_capped_model_is_unlearned_by_its_capped_logits():
     graphdef, params = nnx.split(model)
     tokens, labels = jnp.asarray(FORGET["tokens"]), jnp.asarray(FORGET["tokens"][:, 1:])
 
-    def undial(params, linear):
+    def of_undial(params, linear):
         student, before = nnx.merge(graphdef, params), model
         here, there = (m.hidden_states(tokens)[0][:, :-1] for m in (student, before))
         if linear:
-            loss = unlearning.linear_undial(
-                here, student.head_of(), 0.5 * there, before.head_of(), labels
-            )
-            return (loss + unlearning.linear_uniform_kl(here, student.head_of())).sum()
-        logits, reference = student.logits(here), before.logits(0.5 * there)
-        loss = unlearning.undial(logits, reference, labels)
-        return (loss + unlearning.uniform_kl(logits)).sum()
+            heads = student.head_of(), before.head_of()
+            method = unlearning.METHODS.parse("undial")
+            return method.values(here, heads[0], 0.5 * there, heads[1], labels).sum()
+        return undial(student.logits(here), before.logits(0.5 * there), labels).sum()
 
-    run = jax.jit(jax.value_and_grad(undial), static_argnums=1)
+    run = jax.jit(jax.value_and_grad(of_undial), static_argnums=1)
     chex.assert_trees_all_close(run(params, True), run(params, False), rtol=1e-3, atol=1e-4)
     # The cap is felt: without it the loss is another.
     capped = jax.jit(lambda tokens: model.logits(model.hidden_states(tokens)[0]))(tokens)
@@ -204,72 +195,3 @@ def of_counts(most):
 def test_uniform_is_answers_or_all():
     with pytest.raises(ValueError, match="uniform: expected"):
         method(uniform="everywhere")
-
-
-@functools.cache
-def merged():
-    assistant, before, _ = trained()
-    rows = {name: np.concatenate([FORGET[name], RETAIN[name]]) for name in FORGET}
-    rows["mask"] = rows["tokens"] > 0
-    student = unlearning.merge_by_distillation(
-        target(),
-        assistant,
-        lambda step: rows,
-        schedule=training.Schedule(0.02, warmup=6, total_steps=60),
-        block=5,
-        options=training.LoopOptions(log_every=0),
-    )
-    assert pointers(nnx.state(target())) == before
-    assert not set(pointers(nnx.state(student))) & set(before)
-    loss_fn, constants = make_merge_loss(target(), assistant, block=7)
-
-    @jax.jit
-    def mean(params):
-        total, count, _ = loss_fn(params, rows, None, constants)
-        return total / count
-
-    sides = [nnx.to_pure_dict(nnx.state(m, nnx.Param)) for m in (target(), student)]
-    return student, [float(mean(params)) for params in sides]
-
-
-@pytest.mark.slow
-@pytest.mark.every_change
-def test_merging_brings_the_target_to_the_combined_distribution():
-    _, (before, after) = merged()
-    assert before > 0.3
-    assert after < 0.1 * before
-
-
-@pytest.mark.slow
-@pytest.mark.every_change
-def test_the_merged_model_is_exported_and_loads_again(tmp_path):
-    student, _ = merged()
-    models.save_pretrained(student, None, tmp_path)
-    again = models.load_model(str(tmp_path), layout="listed")
-    sides = [nnx.to_pure_dict(nnx.state(m, nnx.Param)) for m in (student, again)]
-    chex.assert_trees_all_equal(*sides)
-
-
-_READ_BACK = """
-import sys
-import numpy as np, torch, transformers
-model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
-tokens = torch.tensor(np.load(sys.argv[1] + "/tokens.npy").astype(np.int64))
-with torch.no_grad():
-    np.save(sys.argv[1] + "/logits.npy", model(tokens).logits.numpy())
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    not os.environ.get("LOGITJAX_TORCH_PYTHON"), reason="LOGITJAX_TORCH_PYTHON is not set"
-)
-def test_the_merged_model_loads_in_transformers(tmp_path):
-    student, _ = merged()
-    models.save_pretrained(student, None, tmp_path)
-    np.save(tmp_path / "tokens.npy", RETAIN["tokens"])
-    command = [os.environ["LOGITJAX_TORCH_PYTHON"], "-c", _READ_BACK, os.fspath(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    ours = student(jnp.asarray(RETAIN["tokens"]))
-    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), ours, atol=2e-4)

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from logitjax import losses, ops, unlearning
+from logitjax import losses, ops
+from logitjax.unlearning import METHODS
 from logitjax.unlearning.assistant._objective import linear_assistant_objective
 from tests._compiled import compiled, values_and_gradient
 
@@ -43,6 +45,34 @@ REFERENCE_NLL, OTHER_NLL, OTHER_REFERENCE_NLL = np.abs(normal(2, 3, 8, scale=20.
 LENGTHS = np.arange(1, 9)
 
 
+def uniform_kl(z):
+    """Divergence from the uniform distribution, from logits."""
+    exists = z != -jnp.inf
+    total = jnp.where(exists, z, 0.0).sum(-1)
+    return ops.logsumexp(z) - total / exists.sum(-1) - jnp.log(exists.sum(-1))
+
+
+def undial(z, reference, labels, beta=10.0):
+    """UNDIAL from logits."""
+    lowered = jnp.where(jnp.arange(z.shape[-1]) == labels[..., None], beta, 0.0)
+    target = jax.lax.stop_gradient(reference - lowered)
+    log_t = jax.nn.log_softmax(target)
+    t = jnp.exp(log_t)
+    entropy = -jnp.where(t > 0, t * log_t, 0.0).sum(-1)
+    loss = losses.kl_divergence(z, target) + entropy
+    return jnp.where((labels >= 0) & (labels < z.shape[-1]), loss, jnp.nan)
+
+
+def identity(size):
+    """A head whose hidden states are logits."""
+    return losses.Head(jnp.eye(size), vocab_axis=0)
+
+
+def values_of(text):
+    """The losses of a method, on arrays."""
+    return METHODS.parse(text).values
+
+
 def softplus(x):
     return np.logaddexp(0, x)
 
@@ -55,32 +85,31 @@ def undial_oracle(z):
 # From negative log-likelihoods of eight answers.
 SEQUENCE = {
     "npo": (
-        lambda n: unlearning.npo(n, REFERENCE_NLL),
+        lambda n: values_of("npo")(n, REFERENCE_NLL),
         lambda n: 2 / 0.1 * softplus(-0.1 * (n - REFERENCE_NLL)),
     ),
     "simnpo": (
-        lambda n: unlearning.simnpo(n, LENGTHS, beta=2.5, delta=0.3),
+        lambda n: values_of("simnpo(beta=2.5, delta=0.3)")(n, LENGTHS),
         lambda n: 2 / 2.5 * softplus(-2.5 * (n / LENGTHS - 0.3)),
     ),
     "dpo_chosen": (
-        lambda n: unlearning.dpo(n, OTHER_NLL, REFERENCE_NLL, OTHER_REFERENCE_NLL),
+        lambda n: values_of("idk_dpo")(n, OTHER_NLL, REFERENCE_NLL, OTHER_REFERENCE_NLL),
         lambda n: 20 * softplus(-0.1 * (OTHER_NLL - OTHER_REFERENCE_NLL - (n - REFERENCE_NLL))),
     ),
     "dpo_rejected": (
-        lambda n: unlearning.dpo(OTHER_NLL, n, OTHER_REFERENCE_NLL, REFERENCE_NLL),
+        lambda n: values_of("idk_dpo")(OTHER_NLL, n, OTHER_REFERENCE_NLL, REFERENCE_NLL),
         lambda n: 20 * softplus(-0.1 * (n - REFERENCE_NLL - (OTHER_NLL - OTHER_REFERENCE_NLL))),
     ),
-    "gradient_ascent": (unlearning.gradient_ascent, lambda n: -n),
+    "gradient_ascent": (values_of("gradient_ascent"), lambda n: -n),
 }
 # From logits.
 TOKEN = {
-    "uniform_kl": (
-        unlearning.uniform_kl,
-        lambda z: -log_softmax(z).mean(-1) - np.log(VOCAB),
+    "undial": (
+        lambda z: values_of("undial")(z, identity(VOCAB), REFERENCE, identity(VOCAB), LABELS),
+        undial_oracle,
     ),
-    "undial": (lambda z: unlearning.undial(z, REFERENCE, LABELS), undial_oracle),
     "rmu": (
-        lambda h: unlearning.rmu(h, REFERENCE[0, 0]),
+        lambda h: values_of("rmu")(h, REFERENCE[0, 0]),
         lambda h: np.square(h - REFERENCE[0, 0].astype(np.float64)).mean(-1),
     ),
 }
@@ -115,7 +144,7 @@ def test_value_and_gradient_equal_float64_oracles(name):
 
 def test_satimp_holds_its_weight_constant_and_counts_a_token_that_is_nearly_certain():
     nll = np.r_[np.abs(normal(4, 8, scale=1.0)), np.float32([1e-8, np.inf])]
-    value, gradient = values_and_gradient(unlearning.satimp)(nll, beta1=5.0, beta2=1.0)
+    value, gradient = values_and_gradient(values_of("satimp"))(nll)
     wide = nll[:9].astype(np.float64)
     weight = np.exp(-5 * wide) * -np.expm1(-wide)
     np.testing.assert_allclose(value, [*(-weight * wide), 0.0], rtol=2e-6)
@@ -124,7 +153,7 @@ def test_satimp_holds_its_weight_constant_and_counts_a_token_that_is_nearly_cert
 
 def test_ce_u_has_the_gradient_that_is_published():
     def ce_u(z):
-        return unlearning.undial(z, z, np.array([0, 0]), beta=jnp.inf)
+        return values_of("undial(beta=inf)")(z, identity(3), z, identity(3), np.array([0, 0]))
 
     z = np.float32([[2.0, 1.0, 0.0], [200.0, 0.0, 0.0]])
     value, gradient = values_and_gradient(ce_u)(z)
@@ -136,7 +165,7 @@ def test_ce_u_has_the_gradient_that_is_published():
 
 def test_weighted_gradient_ascent_holds_its_weight_constant():
     nll = np.r_[np.abs(normal(4, 8, scale=1.0)), np.float32([np.inf, np.nan])]
-    value, gradient = values_and_gradient(unlearning.gradient_ascent)(nll, beta=2.0)
+    value, gradient = values_and_gradient(values_of("wga(beta=2)"))(nll)
     np.testing.assert_array_equal(value[8:], [0.0, np.nan])
     weight = np.exp(-2.0 * nll[:8].astype(np.float64))
     np.testing.assert_allclose(value[:8], -weight * nll[:8], rtol=1e-6)
@@ -148,32 +177,21 @@ def all_losses(z: jax.Array, reference: jax.Array) -> dict[str, jax.Array]:
     labels = LABELS.copy()
     labels[1, 2] = -100
     answer = labels >= 0
-    nll = losses.cross_entropy(z, labels)
-    reference_nll = losses.cross_entropy(reference, labels)
-    n, lengths = unlearning.sequence_nll(nll, answer)
-    n_ref, _ = unlearning.sequence_nll(reference_nll, answer)
-    retain = losses.kl_divergence(z, reference)
+    nll, before = (losses.cross_entropy(x, labels) for x in (z, reference))
+    n, n_ref = (jnp.where(answer, x, 0.0).sum(-1) for x in (nll, before))
+    eye = identity(VOCAB)
+    retain = jnp.broadcast_to(jnp.arange(BATCH)[:, None] > 0, labels.shape)
     tokens = {
-        "ga": unlearning.gradient_ascent(nll),
-        "wga": unlearning.gradient_ascent(nll, beta=1.0),
-        "undial": unlearning.undial(z, reference, labels),
+        "ga": values_of("gradient_ascent")(nll),
+        "wga": values_of("wga")(nll),
+        "undial": values_of("undial")(z, eye, reference, eye, labels),
     }
-    out = {
-        name: unlearning.unlearning_objective(x, forget_where=answer)[0]
-        for name, x in tokens.items()
+    return {name: ops.masked_mean(x, answer) for name, x in tokens.items()} | {
+        "npo": values_of("npo")(n, n_ref),
+        "simnpo": values_of("simnpo")(n, answer.sum(-1)),
+        "dpo": values_of("idk_dpo")(n, n_ref, n_ref, n),
+        "assistant": linear_assistant_objective(z, eye, labels, retain, where=answer | retain)[0],
     }
-    answers = {
-        "npo": unlearning.npo(n, n_ref),
-        "simnpo": unlearning.simnpo(n, lengths),
-        "dpo": unlearning.dpo(n, n_ref, n_ref, n),
-    }
-    out |= {name: unlearning.unlearning_objective(x, retain)[0] for name, x in answers.items()}
-    out["gd"], _ = unlearning.unlearning_objective(
-        tokens["ga"], nll, forget_where=answer, retain_where=answer
-    )
-    uniform = unlearning.uniform_kl(z)
-    out["assistant"], _ = unlearning.unlearning_objective(nll, uniform, forget_where=answer)
-    return out
 
 
 with_jacobian = jax.jit(lambda z, r: (all_losses(z, r), jax.jacrev(all_losses)(z, r)))
@@ -189,21 +207,12 @@ def test_finite_at_gaps_of_200(gap):
 
 
 def test_the_released_uniform_loss_fails_where_ours_does_not():
-    z = np.float32([120.0, 0.0, 0.0])
+    z = np.float32([[120.0, 0.0, 0.0]])
     released = jax.jit(lambda z: -jnp.log(jax.nn.softmax(z)).mean() - jnp.log(3.0))(z)
     assert not np.isfinite(released)
-    uniform = compiled(unlearning.uniform_kl)(z)
-    np.testing.assert_allclose(uniform, 80 - np.log(3), rtol=1e-6)
-
-
-def test_objectives_weigh_means_of_what_counts():
-    nll = np.float32([[1.0, 2.0], [3.0, np.nan]])
-    where = np.isfinite(nll)
-    loss, means = compiled(unlearning.unlearning_objective)(
-        -nll, nll[0], forget_weight=0.5, retain_weight=4.0, forget_where=where
-    )
-    np.testing.assert_allclose(loss, -0.5 * 2.0 + 4.0 * 1.5, rtol=1e-6)
-    np.testing.assert_allclose([means["forget"], means["retain"]], [-2.0, 1.5], rtol=1e-6)
+    retain, labels, eye = np.ones(1, bool), np.zeros(1, np.int32), identity(3)
+    _, means = compiled(linear_assistant_objective)(z, eye, labels, retain)
+    np.testing.assert_allclose(means["retain"], 80 - np.log(3), rtol=1e-6)
 
 
 def head_and_bias(dtype=np.float32):
@@ -214,7 +223,7 @@ def head_and_bias(dtype=np.float32):
 
 @pytest.mark.parametrize("soft_cap", [None, 2.0])
 @pytest.mark.parametrize("masked_by", ["where", "bias"])
-def test_blocked_forms_equal_dense_ones(masked_by, soft_cap):
+def test_blocked_undial_equals_the_dense_one(masked_by, soft_cap):
     hidden, other = (normal(seed, BATCH, TIME, HIDDEN, scale=1.0) for seed in (8, 9))
     head, bias = head_and_bias()
     where = None
@@ -225,15 +234,15 @@ def test_blocked_forms_equal_dense_ones(masked_by, soft_cap):
         z, reference = (x @ head.T + bias for x in (hidden, other))
         if soft_cap is not None:
             z, reference = (ops.soft_cap(x, soft_cap) for x in (z, reference))
-        uniform = unlearning.uniform_kl(z, vocab_where=where)
-        return uniform + unlearning.undial(z, reference, LABELS, vocab_where=where)
+        if where is not None:
+            z, reference = (jnp.where(where, x, -jnp.inf) for x in (z, reference))
+        return undial(z, reference, LABELS)
 
     def blocked(hidden, head):
         options = {"vocab_where": where, "blocks": losses.Blocks(vocab=8)}
         whole = losses.Head(head, bias, soft_cap=soft_cap)
-        uniform = unlearning.linear_uniform_kl(hidden, whole, **options)
         reference = (other, jax.lax.stop_gradient(whole), LABELS)
-        return uniform + unlearning.linear_undial(hidden, whole, *reference, **options)
+        return values_of("undial")(hidden, whole, *reference, **options)
 
     @jax.jit
     def both(*arrays):
@@ -255,8 +264,8 @@ def test_weighted_undial_is_the_weighted_sum():
     head = normal(6, VOCAB, HIDDEN, scale=1.0)
     labels = np.where(LABELS == 15, -100, LABELS)
     weights = (labels >= 0) / 5.0
-    dense = compiled(unlearning.undial)(hidden @ head.T, other @ head.T, labels)
-    value = compiled(unlearning.linear_undial)(
+    dense = compiled(undial)(hidden @ head.T, other @ head.T, labels)
+    value = compiled(values_of("undial"))(
         hidden, head, other, head, labels, weights=weights.astype(np.float32)
     )
     np.testing.assert_allclose(value, np.where(labels >= 0, dense, 0.0).sum() / 5, rtol=1e-5)
@@ -276,13 +285,12 @@ def test_assistant_in_one_sweep_equals_its_two_halves(clean, soft_cap):
         z = hidden @ head + bias
         if soft_cap is not None:
             z = soft_cap * jnp.tanh(z / soft_cap)
-        return unlearning.unlearning_objective(
-            losses.cross_entropy(z[:BATCH], labels[:BATCH]),
-            unlearning.uniform_kl(z[BATCH:]),
-            retain_weight=6.5,
-            forget_where=where[:BATCH],
-            retain_where=where[BATCH:],
-        )
+        nll = losses.cross_entropy(z[:BATCH], labels[:BATCH])
+        means = {
+            "forget": ops.masked_mean(nll, where[:BATCH]),
+            "retain": ops.masked_mean(uniform_kl(z[BATCH:]), where[BATCH:]),
+        }
+        return means["forget"] + 6.5 * means["retain"], means
 
     def blocked(hidden, head):
         whole = losses.Head(head, bias, soft_cap=soft_cap)
@@ -306,15 +314,12 @@ def test_split_vocabulary_equals_whole():
     head = normal(13, HIDDEN, VOCAB, scale=1.0)
 
     def total(head, axis_name=None):
-        z, reference = hidden @ head, other @ head
-        return jnp.stack(
-            [
-                unlearning.uniform_kl(z, axis_name=axis_name),
-                unlearning.undial(z, reference, LABELS, axis_name=axis_name),
-                unlearning.linear_uniform_kl(hidden, head, axis_name=axis_name),
-                unlearning.linear_undial(hidden, head, other, head, LABELS, axis_name=axis_name),
-            ]
+        loss, means = linear_assistant_objective(
+            hidden, head, LABELS, np.arange(BATCH)[:, None] > np.zeros(TIME), axis_name=axis_name
         )
+        before = (other, head, LABELS)
+        values = values_of("undial")(hidden, head, *before, axis_name=axis_name)
+        return {"assistant": loss, "undial": values, **means}
 
     split = jax.jit(
         jax.shard_map(
@@ -324,21 +329,22 @@ def test_split_vocabulary_equals_whole():
             out_specs=P(),
         )
     )
-    values = np.asarray(split(head))
-    np.testing.assert_allclose(values, jax.jit(total)(head), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(values[:2], values[2:], rtol=1e-5, atol=1e-6)
+    whole = jax.jit(total)(head)
+    chex.assert_trees_all_close(split(head), whole, rtol=1e-5, atol=1e-6)
+    expected = jax.jit(undial)(hidden @ head, other @ head, LABELS)
+    np.testing.assert_allclose(whole["undial"], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_wrong_arguments_are_named():
     n = np.zeros(2, np.float32)
     with pytest.raises(Exception, match="reference_nll"):
-        unlearning.npo(n, np.zeros(3, np.float32))
+        values_of("npo")(n, np.zeros(3, np.float32))
     with pytest.raises(ValueError, match="beta"):
-        unlearning.npo(n, n, beta=0.0)
+        values_of("npo(beta=0)")(n, n)
     with pytest.raises(Exception, match="lengths"):
-        unlearning.simnpo(n, n)
+        values_of("simnpo")(n, n)
     with pytest.raises(ValueError, match="target"):
-        unlearning.rmu(np.zeros((2, 3), np.float32), np.zeros(2, np.float32))
+        values_of("rmu")(np.zeros((2, 3), np.float32), np.zeros(2, np.float32))
 
 
 @pytest.mark.parametrize("scale", [0.3, 0.02])
@@ -351,19 +357,15 @@ def test_the_gradient_of_silence_is_exact_to_bfloat16_where_its_two_parts_cancel
     apart = (np.exp(log_softmax(h @ k)) - 1 / vocab) / positions
     exact = h.T @ apart
 
-    def alone(kernel):
-        return unlearning.linear_uniform_kl(hidden, kernel).mean()
-
     def of_assistant(kernel):
         retain, labels = np.ones(positions, bool), np.zeros(positions, np.int32)
         options = {"retain_weight": 1.0}
         return linear_assistant_objective(hidden, kernel, labels, retain, **options)[0]
 
-    for loss in (alone, of_assistant):
-        gradient = np.asarray(jax.jit(jax.grad(loss))(kernel), np.float64)
-        assert np.linalg.norm(gradient - exact) < 0.005 * np.linalg.norm(exact)
+    gradient = np.asarray(jax.jit(jax.grad(of_assistant))(kernel), np.float64)
+    assert np.linalg.norm(gradient - exact) < 0.005 * np.linalg.norm(exact)
 
 
 def test_without_a_weight_ascent_has_no_end():
     nll = np.float32([2.0, np.inf])
-    np.testing.assert_array_equal(compiled(unlearning.gradient_ascent)(nll), [-2.0, -np.inf])
+    np.testing.assert_array_equal(compiled(values_of("gradient_ascent"))(nll), [-2.0, -np.inf])

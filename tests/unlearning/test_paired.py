@@ -48,7 +48,7 @@ def apart(assistant: Assistant) -> decoding.CachedModel:
 def test_same_tokens_and_log_probabilities_as_two_models(pair):
     target, assistant = pair
     options = decoding.DecodeOptions(logprobs=True, info=True)
-    together = decoding.Ensemble(unlearning.paired_model(target, assistant), fuse=DIFFERENCE)
+    together = decoding.Ensemble(assistant.beside(target), fuse=DIFFERENCE)
     separate = decoding.Ensemble(target, experts=[apart(assistant)], fuse=DIFFERENCE)
     ours, theirs = (
         decoding.generate(model, PROMPTS, max_new_tokens=NEW, options=options)
@@ -86,7 +86,7 @@ def test_a_relative_assistant_says_what_its_adapters_add(pair):
 @pytest.mark.slow
 @pytest.mark.every_change
 def test_rows_do_not_mix_and_slots_are_independent(pair):
-    model = decoding.Ensemble(unlearning.paired_model(*pair), fuse=DIFFERENCE)
+    model = decoding.Ensemble(pair[1].beside(pair[0]), fuse=DIFFERENCE)
     together = decoding.generate(model, PROMPTS, max_new_tokens=NEW)
     engine = decoding.Engine(model, slots=2, max_length=32)
     found = {}
@@ -101,7 +101,7 @@ def test_rows_do_not_mix_and_slots_are_independent(pair):
 
 def test_alpha_zero_is_the_target_whose_weights_are_used_as_they_are(pair):
     target, assistant = pair
-    model = unlearning.paired_model(target, assistant)
+    model = assistant.beside(target)
     params = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(model.params["model"])}
     mine = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(nnx.state(target))}
     assert params == mine
@@ -116,6 +116,6 @@ def test_an_assistant_of_another_model_is_refused(pair):
     small = dataclasses.replace(CONFIG, vocab_size=32)
     other = with_weights(lambda: Decoder(small, rngs=nnx.Rngs(0), layout="listed"))
     with pytest.raises(ValueError, match="assistant: expected the first layers"):
-        unlearning.paired_model(other, assistant)
+        assistant.beside(other)
     stacked = with_layout(decoder(), "stacked")
-    assert unlearning.paired_model(stacked, assistant).experts == 1
+    assert assistant.beside(stacked).experts == 1

@@ -30,8 +30,8 @@ class Softer(unlearning.TwoSided):
     reads = (Need("forget", "nll"),)
 
     def forget(self, read):
-        values = unlearning.gradient_ascent(read.nll("forget"), beta=self.beta)
-        return values, read.where("forget")
+        ascent = unlearning.METHODS.parse(f"gradient_ascent(beta={self.beta})")
+        return ascent.values(read.nll("forget")), read.where("forget")
 '''
 
 

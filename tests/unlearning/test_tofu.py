@@ -10,8 +10,6 @@ import pytest
 
 from logitjax.evaluation import (
     PromptTemplate,
-    encode_answer,
-    encode_prompt,
     score_rows,
 )
 from logitjax.unlearning import tofu
@@ -306,11 +304,11 @@ def test_items_are_paired_by_their_key_and_forms_differ():
 
 def test_rows_begin_with_the_prompt_that_is_continued():
     tokenizer = ByteTokenizer()
-    ids, where = encode_answer(tokenizer, TEMPLATE, "q?", "a.")
-    prompt = encode_prompt(tokenizer, TEMPLATE, "q?")
+    ids, where = TEMPLATE.encode_answer(tokenizer, "q?", "a.")
+    prompt = TEMPLATE.encode(tokenizer, "q?")
     assert ids.tolist() == [*b"Q: q?\nA: a.", 256]
     assert ids[~where].tolist() == prompt.tolist() == list(b"Q: q?\nA: ")
-    cut, where = encode_answer(tokenizer, TEMPLATE, "q?", "a.", max_length=10)
+    cut, where = TEMPLATE.encode_answer(tokenizer, "q?", "a.", max_length=10)
     assert cut.tolist() == list(b"Q: q?\nA: a")
     assert where.sum() == 1
 
@@ -322,9 +320,9 @@ def test_rows_begin_with_the_prompt_that_is_continued():
 
     # The prompt's last token would go into the answer's first: they are encoded apart.
     template = dataclasses.replace(TEMPLATE, add_bos=True)
-    ids, where = encode_answer(Merges(), template, "q?", "a.", eos_id=9)
+    ids, where = template.encode_answer(Merges(), "q?", "a.", eos_id=9)
     assert ids.tolist() == [300, *b"Q: q?\nA: ", *b"a.", 9]
-    assert ids[~where].tolist() == encode_prompt(Merges(), template, "q?").tolist()
+    assert ids[~where].tolist() == template.encode(Merges(), "q?").tolist()
 
 
 def test_templates_of_tofu():
@@ -334,9 +332,9 @@ def test_templates_of_tofu():
 
 
 def test_scores_do_not_depend_on_batches():
-    rows = [encode_answer(ByteTokenizer(), TEMPLATE, "q", "x" * n) for n in (1, 40, 3, 90, 7)]
-    one = score_rows(bigram(), rows, batch_size=1, length_step=1)
-    many = score_rows(bigram_in_jax(), rows, batch_size=3, length_step=128)
+    rows = [TEMPLATE.encode_answer(ByteTokenizer(), "q", "x" * n) for n in (1, 40, 3, 90, 7)]
+    one = score_rows(bigram(), rows, batch_size=1)
+    many = score_rows(bigram_in_jax(), rows, batch_size=3)
     assert one.greedy is not None
     assert many.greedy is not None
     for a, b in zip([*one.nll, *one.greedy], [*many.nll, *many.greedy], strict=True):

@@ -37,13 +37,13 @@ PARAMETERS = {
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameter_counts(name):
     classes = 1000 if name.startswith("imagenet") else 100
-    model = nnx.eval_shape(lambda: vision.create_classifier(name, classes, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: vision.ImageClassifier.create(name, classes, rngs=nnx.Rngs(0)))
     assert num_params(model) == PARAMETERS[name]
 
 
 def empty(name: str, **options) -> vision.ImageClassifier:
     """A network without the time its random initialisation takes to compile."""
-    made = nnx.eval_shape(lambda: vision.create_classifier(name, rngs=nnx.Rngs(0), **options))
+    made = nnx.eval_shape(lambda: vision.ImageClassifier.create(name, rngs=nnx.Rngs(0), **options))
     graph, state = nnx.split(made)
     return nnx.merge(graph, jax.tree.map(_zeros, state))
 
@@ -62,7 +62,7 @@ def torch_weights(model: vision.ImageClassifier) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("name", ["resnet20", "imagenet_resnet18"])
 def test_forward_equals_torch(name):
     model = empty(name)
-    vision.load_torch_weights(model, torch_weights(model))
+    model.load(torch_weights(model))
     logits = nnx.jit(lambda model, x: model(x))(model, images(SIZES[name]))
     expected = np.load(GOLDENS / "vision.npz")[name]
     scale = np.abs(expected).max()
@@ -75,7 +75,7 @@ def test_weights_survive_a_round_trip_and_mistakes_are_named(tmp_path):
     model = empty("resnet8")
     weights = torch_weights(model)
     save_file(weights, tmp_path / "model.safetensors")
-    vision.load_torch_weights(model, tmp_path / "model.safetensors")
+    model.load(tmp_path / "model.safetensors")
     for name, path in torch_names(model).items():
         got = np.asarray(dict(nnx.to_flat_state(nnx.state(model)))[path][...])
         ours = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}[got.ndim]
@@ -83,12 +83,12 @@ def test_weights_survive_a_round_trip_and_mistakes_are_named(tmp_path):
 
     lacking = {name: value for name, value in weights.items() if name != "fc.bias"}
     with pytest.raises(ValueError, match=r"fc\.bias"):
-        vision.load_torch_weights(model, lacking)
+        model.load(lacking)
     with pytest.raises(ValueError, match=r"layer9\.weight"):
-        vision.load_torch_weights(model, weights | {"layer9.weight": weights["fc.bias"]})
+        model.load(weights | {"layer9.weight": weights["fc.bias"]})
     other = weights | {"fc.weight": np.zeros((10, 64)), "fc.bias": np.zeros(10)}
     with pytest.raises(ValueError, match=r"fc\.(bias|weight)"):
-        vision.load_torch_weights(model, other)
+        model.load(other)
 
 
 def test_depthwise_equals_grouped_convolution():
@@ -127,7 +127,7 @@ def test_batch_statistics_are_those_of_the_global_batch():
     x = np.random.default_rng(0).normal(size=(8, 8, 8, 3)).astype(np.float32)
     x *= np.arange(1, 9)[:, None, None, None]  # each device's own statistics would differ
     model = empty("resnet8")
-    vision.load_torch_weights(model, torch_weights(model))
+    model.load(torch_weights(model))
     step = jax.jit(lambda x: gradient_and_statistics(model, x))
     (value, stats), gradient = step(x)
 
@@ -148,7 +148,7 @@ def test_batch_statistics_inside_shard_map():
     x *= np.arange(1, 9)[:, None, None, None]
     whole, named = empty("resnet8"), empty("resnet8", axis_name="data")
     for model in (whole, named):
-        vision.load_torch_weights(model, torch_weights(model))
+        model.load(torch_weights(model))
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 
     def local(x):
@@ -170,6 +170,6 @@ def test_batch_statistics_inside_shard_map():
 
 def test_wrong_names_are_refused():
     with pytest.raises(ValueError, match="resnet20"):
-        vision.create_classifier("resnet21", rngs=nnx.Rngs(0))
+        vision.ImageClassifier.create("resnet21", rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="depth"):
         CifarResNet(21, rngs=nnx.Rngs(0))

@@ -68,7 +68,7 @@ def conversion(model, tmp_path_factory):
         top=8,
     )
     workdir = tmp_path_factory.mktemp("convert")
-    return vq.convert_head(model, _batches(), workdir=workdir, config=config), workdir
+    return config.convert(model, _batches(), workdir), workdir
 
 
 def _divergence(model, head, hidden):
@@ -156,7 +156,7 @@ def test_converting_again_reads_what_is_there(model, conversion):
     config = vq.ConvertConfig(
         num_codes=16, max_tokens=200, steps=0, num_pages=4, page_size=4, top=8
     )
-    again = vq.convert_head(model, nothing(), workdir=workdir, config=config)
+    again = config.convert(model, nothing(), workdir)
     assert isinstance(again.head, ShortlistHead)
     hidden = np.asarray(result.cache.hidden[:20])
     embedding = model.embedding[...]
@@ -331,7 +331,7 @@ def test_a_shortlist_scores_by_the_rows_of_an_untied_head(tmp_path):
     options = vq.ConvertConfig(
         num_codes=16, num_pages=16, page_size=8, max_tokens=60, steps=2, batch_size=16, top=8
     )
-    found = vq.convert_head(model, _batches(), workdir=tmp_path / "one", config=options)
+    found = options.convert(model, _batches(), tmp_path / "one")
     hidden = np.asarray(found.cache.hidden[:4], np.float32)
     # All pages: every logit is the old head's, up to the scale and offset of what is left out.
     best = np.asarray(call(found.head, hidden, 1, model.embedding[...], method="top_k").indices)
@@ -344,10 +344,10 @@ def test_a_shortlist_scores_by_the_rows_of_an_untied_head(tmp_path):
         )
     )
     with pytest.raises(ValueError, match="num_pages: expected 0 for a head with a soft cap"):
-        vq.convert_head(capped, iter(()), workdir=tmp_path / "two", config=options)
+        options.convert(capped, iter(()), tmp_path / "two")
     many = dataclasses.replace(options, num_codes=VOCAB + 1)
     with pytest.raises(ValueError, match="num_codes: expected at most the vocabulary of 96"):
-        vq.convert_head(model, iter(()), workdir=tmp_path / "two", config=many)
+        many.convert(model, iter(()), tmp_path / "two")
 
 
 def test_a_part_of_a_cache_belongs_to_one_model(model, tmp_path):

@@ -5,14 +5,13 @@ import scipy.stats
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from logitjax import vq
-from logitjax.vq import vq_logits, vq_sample, vq_topk
+from logitjax.vq import VQTables, vq_logits
 from tests._compiled import compiled
 
 VOCAB, CODES, WIDTH, COUNT, K = 203, 16, 8, 24, 20
 
-top_of, sample_of, logits_of = compiled(vq_topk), compiled(vq_sample), compiled(vq_logits)
-vq_tables = compiled(vq.vq_tables)
+vq_tables, logits_of = compiled(VQTables.of), compiled(vq_logits)
+top_of, sample_of = compiled(VQTables.top_k), compiled(VQTables.sample)
 
 
 def ranked(logits, k):
@@ -42,7 +41,7 @@ def test_top_k_is_that_of_the_scattered_logits(ties):
         case = {k: np.round(v) if k != "assignment" else v for k, v in case.items()}
     bias = None if ties == "no bias" else case["bias"]
     tables = vq_tables(bias, case["assignment"], CODES, width=K)
-    got = top_of(case["hidden"], case["codebook"], tables, K)
+    got = top_of(tables, case["hidden"], case["codebook"], K)
     logits = logits_of(case["hidden"], case["codebook"], bias, case["assignment"])
     values, indices = ranked(logits, K)
     np.testing.assert_array_equal(got.indices, indices)
@@ -55,7 +54,7 @@ def test_top_k_at_a_temperature_over_some_tokens():
     where = np.arange(VOCAB) % 3 > 0
     options = dict(temperature=0.5, vocab_where=where)
     tables = vq_tables(case["bias"], case["assignment"], CODES, width=K, **options)
-    got = top_of(case["hidden"], case["codebook"], tables, 5)
+    got = top_of(tables, case["hidden"], case["codebook"], 5)
     logits = logits_of(**case, **options)
     np.testing.assert_array_equal(got.indices, ranked(logits, 5)[1])
     np.testing.assert_allclose(got.log_z, log_normalizer(logits), rtol=1e-5)
@@ -67,7 +66,7 @@ def test_samples_follow_the_distribution():
     tables = vq_tables(case["bias"], case["assignment"], CODES, temperature=1.5, vocab_where=where)
     draws = 100_000
     hidden = np.broadcast_to(case["hidden"][0], (draws, WIDTH))
-    tokens = sample_of(jax.random.key(1), hidden, case["codebook"], tables)
+    tokens = sample_of(tables, jax.random.key(1), hidden, case["codebook"])
     logits = logits_of(**case | {"hidden": case["hidden"][:1]}, temperature=1.5, vocab_where=where)
     probs = np.exp(np.asarray(logits[0], np.float64))
     seen = np.bincount(tokens, minlength=VOCAB)
@@ -81,10 +80,10 @@ def test_one_cluster_and_singletons():
     for assignment, codes in ((0 * case["assignment"], 1), (np.arange(VOCAB), VOCAB)):
         codebook = np.resize(case["codebook"], (codes, WIDTH))
         tables = vq_tables(case["bias"], assignment.astype(np.int32), codes, width=4)
-        got = top_of(case["hidden"], codebook, tables, 4)
+        got = top_of(tables, case["hidden"], codebook, 4)
         logits = logits_of(case["hidden"], codebook, case["bias"], assignment.astype(np.int32))
         np.testing.assert_array_equal(got.indices, ranked(logits, 4)[1])
-        tokens = sample_of(jax.random.key(0), case["hidden"], codebook, tables)
+        tokens = sample_of(tables, jax.random.key(0), case["hidden"], codebook)
         assert np.asarray(tokens).max() < VOCAB
 
 
@@ -94,13 +93,13 @@ def test_split_codebook_in_shard_map_equals_local():
     tables = vq_tables(case["bias"], case["assignment"], CODES, width=4)
 
     def local(hidden, codebook):
-        top = vq_topk(hidden, codebook, tables, 4, axis_name="tensor")
+        top = tables.top_k(hidden, codebook, 4, axis_name="tensor")
         key = jax.random.key(2)
-        return top, vq_sample(key, hidden, codebook, tables, axis_name="tensor")
+        return top, tables.sample(key, hidden, codebook, axis_name="tensor")
 
     mapped = jax.shard_map(local, mesh=mesh, in_specs=(P("data"), P("tensor")), out_specs=P("data"))
     top, tokens = jax.jit(mapped)(case["hidden"], case["codebook"])
-    want = top_of(case["hidden"], case["codebook"], tables, 4)
+    want = top_of(tables, case["hidden"], case["codebook"], 4)
     np.testing.assert_array_equal(top.indices, want.indices)
     np.testing.assert_allclose(top.values, want.values, rtol=1e-5, atol=1e-5)
     assert tokens.shape == (COUNT,)
@@ -110,6 +109,6 @@ def test_errors_name_the_argument():
     case = _case()
     tables = vq_tables(case["bias"], case["assignment"], CODES, width=4)
     with pytest.raises(ValueError, match=r"^k: expected 1 to the width of the tables, 4"):
-        vq_topk(case["hidden"], case["codebook"], tables, 5)
+        tables.top_k(case["hidden"], case["codebook"], 5)
     with pytest.raises(ValueError, match="width: expected a positive number"):
-        vq.vq_tables(case["bias"], case["assignment"], CODES, width=0)
+        VQTables.of(case["bias"], case["assignment"], CODES, width=0)

@@ -18,17 +18,9 @@ _INSTALL = (
 )
 _FOLDER = "usr/share/datasets/fashion-mnist"
 _NAMES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
     "Ankle boot",
-)
+)  # fmt: skip
 _FILES = {"train": "train", "test": "t10k"}
 _IMAGES, _LABELS = 2051, 2049
 

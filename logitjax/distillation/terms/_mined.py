@@ -38,11 +38,13 @@ class MinED(Term):
         return jnp.where(teacher.single, kl, read.cross_entropy)
 
 
-def _nearest(student: ops.TopK, teacher: ops.TopK, members: Members) -> tuple[ops.TopK, ops.TopK]:
+def _nearest(
+    student: losses.Readout, teacher: ops.TopK, members: Members
+) -> tuple[losses.Readout, ops.TopK]:
     """Each of our tokens with the logit of the nearest of theirs; what is left is a rest."""
     there = members.slots < teacher.values.shape[-1]
     # Empty slots hold our token 0, whose mass would be taken from our rest once for each of them.
-    ours = dataclasses.replace(student, values=jnp.where(there, student.values, -jnp.inf))
+    ours = student._replace(gathered=jnp.where(there, student.gathered, -jnp.inf))
     at = jnp.minimum(members.slots, teacher.values.shape[-1] - 1)
     values = jnp.where(there, ops.gather_at(teacher.values, at), -jnp.inf)
     log_p = values - teacher.log_z[..., None]

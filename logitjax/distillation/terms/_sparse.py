@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from logitjax import ops
+from logitjax import losses
 from logitjax.distillation._term import StudentNeeds, TeacherNeeds, Term
 
 
@@ -42,12 +42,12 @@ class SparseDivergence(Term):
         top = teacher.top
         k = top.values.shape[-1]
         if (warm, theirs) == (1.0, 1.0) and top.log_z is not None:
-            return self.whole(ops.TopK(read.gathered[..., :k], top.indices, read.log_z), teacher)
+            return self.whole(losses.Readout(read.log_z, gathered=read.gathered[..., :k]), teacher)
         pair = (read.gathered[..., :k] / warm, top.values / theirs)
         return warm**2 * self.renormalised(*pair)
 
     @abc.abstractmethod
-    def whole(self, student: ops.TopK, teacher: Any) -> jax.Array:
+    def whole(self, student: losses.Readout, teacher: Any) -> jax.Array:
         """The divergence with a bucket for all other tokens."""
 
     @abc.abstractmethod

@@ -148,13 +148,8 @@ def _shared_starts(mine: "_Side", other: "_Side", row: int) -> tuple[np.ndarray,
 class _Side:
     """One tokenizer's rows as numbers that ascend along each row.
 
-    Attributes:
-        begins: where a token begins: its text and the byte of it; of special tokens also which of
-            those at this byte it is.
-        finish: where it ends; of special tokens the same as `begins`.
-        special: of no bytes.
-        learnt: to be predicted.
-        counted: part of a text that both sides have.
+    A token begins at its text and the byte of it; a special one also has its number at this byte,
+    and ends where it begins. `counted` tokens are part of a text that both sides have.
     """
 
     begins: np.ndarray

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,6 @@ from logitjax.ops.sharding import over_batch
 _LEAST = 1e-30
 # So that no chunk is certain: the gradient of the divergence has 1 - q below the line.
 _OFFSET = 1e-6
-
-Kind = Literal["cross_entropy", "kl", "reverse_kl", "log_ratio", "total_variation"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,12 +41,7 @@ def boundary_tokens(tokenizer: Tokenizer) -> TokenSet:
 
 
 class Likelihood(NamedTuple):
-    """What a model says of its labels and of what follows them, `[*batch]` each.
-
-    Attributes:
-        label: log-probability of the label.
-        boundary: log-probability that a boundary token comes at the label's place.
-    """
+    """Log-probabilities `[*batch]` of the label, and that a boundary token comes at its place."""
 
     label: Any
     boundary: Any
@@ -63,19 +56,7 @@ def linear_likelihood(
     blocks: Blocks | None = None,
     axis_name: AxisName | None = None,
 ) -> Likelihood:
-    """Log-probabilities of labels and of beginnings of words, in one sweep over the vocabulary.
-
-    Args:
-        hidden: `[*batch, hidden]`.
-        head: a `Head`, or a kernel alone.
-        labels: `[*batch]`.
-        boundary: tokens that begin a word; static.
-        blocks: sizes of the blocks.
-        axis_name: mesh axis that splits the vocabulary, inside `jax.shard_map`.
-
-    Returns:
-        The `Likelihood`, differentiable.
-    """
+    """Log-probabilities of labels and of beginnings of words, in one sweep; differentiable."""
     return sweep.run(
         LikelihoodStatistic(boundary),
         hidden,
@@ -140,21 +121,7 @@ def chunk_log_likelihood(
     chunk_ids: Int[Array, "*batch positions"],
     num_chunks: int,
 ) -> Float[jax.Array, "*batch chunks"]:
-    """Log-probability of each chunk: the sum over its tokens.
-
-    Args:
-        logprobs: `[*batch, positions]`, of the labels.
-        chunk_ids: `[*batch, positions]`, the chunk of each label; -1 for none.
-        num_chunks: how many there may be.
-
-    Returns:
-        `[*batch, num_chunks]`; 0 for chunks without tokens.
-
-    >>> import jax, numpy as np
-    >>> logprobs, ids = np.array([-1.0, -2.0, -4.0]), np.array([0, 0, 1])
-    >>> jax.jit(chunk_log_likelihood, static_argnums=2)(logprobs, ids, 3).tolist()
-    [-3.0, -4.0, 0.0]
-    """
+    """The sum over each chunk's labels, whose ids are -1 for none; 0 for chunks without any."""
     logprobs, ids = jnp.asarray(logprobs), jnp.asarray(chunk_ids)
 
     def sums(logprobs: jax.Array, ids: jax.Array) -> tuple[jax.Array]:
@@ -167,73 +134,30 @@ def chunk_log_likelihood(
     return over_batch(sums, (ids.ndim,), logprobs, ids)[0]
 
 
-def binarized_divergence(
-    student: Float[Array, "*batch"],
-    teacher: Float[Array, "*batch"],
-    *,
-    kind: Kind = "cross_entropy",
-    temperature: Number = 100.0,
+def binarized_kl(
+    student: Float[Array, "*batch"], teacher: Float[Array, "*batch"], temperature: Number
 ) -> Float[jax.Array, "*batch"]:
-    """Divergence between two probabilities of one event: that this chunk comes, or not.
+    """KL between two probabilities of one event: that this chunk comes, or not.
 
     ::
 
         p = exp(l_T / tau),  q = exp(l_S / tau),  l at most -1e-6
-        cross_entropy    -p log q - (1 - p) log(1 - q)
-        kl               p log(p/q) + (1 - p) log((1 - p) / (1 - q)); its gradient is that of
-                         cross_entropy; tau = inf: tau kl -> a log(a/b) + b - a, a = -l_T, b = -l_S
-        reverse_kl       with p and q exchanged
-        log_ratio        |l_T - l_S|
-        total_variation  |p - q|
-
-    Args:
-        student: `[*batch]`, log-probabilities of chunks.
-        teacher: `[*batch]`. Gets no gradient.
-        kind: as above.
-        temperature: tau, positive; infinity (with 'kl') gives the limit of tau times the
-            divergence.
-
-    Returns:
-        `[*batch]`, float32.
-
-    Raises:
-        ValueError: an unknown kind, or a temperature that is not positive.
-
-    >>> import jax, numpy as np
-    >>> student, teacher = np.log([[0.05], [0.2]])
-    >>> divergence = jax.jit(binarized_divergence, static_argnames=("kind", "temperature"))
-    >>> for temperature in (1.0, 100.0, float("inf")):
-    ...     value = divergence(student, teacher, kind="kl", temperature=temperature)
-    ...     print(f"{value[0]:.4f}")
-    0.1398
-    0.0038
-    0.3863
+        p log(p/q) + (1 - p) log((1 - p) / (1 - q))
+        tau = inf: tau times it -> a log(a/b) + b - a,  a = -l_T, b = -l_S
 
     References:
         Minixhofer et al., Universal cross-tokenizer distillation via approximate likelihood
-        matching, 2025 (arXiv 2503.20083); tokenkit.
+        matching, 2025 (arXiv 2503.20083); tokenkit. The limit is ours.
     """
     checks.positive(temperature, "temperature")
-    if kind not in ("cross_entropy", "kl", "reverse_kl", "log_ratio", "total_variation"):
-        raise ValueError(f"kind: expected one that is listed, got {kind!r}")
     ours = jnp.minimum(jnp.asarray(student, jnp.float32), 0.0) - _OFFSET
     theirs = jnp.minimum(lax.stop_gradient(jnp.asarray(teacher, jnp.float32)), 0.0) - _OFFSET
-    if kind == "log_ratio":
-        return jnp.abs(theirs - ours)
     if isinstance(temperature, float) and math.isinf(temperature):
-        if kind != "kl":
-            raise ValueError(f"temperature: expected a number with kind {kind!r}, got infinity")
         a, b = -theirs, -ours
         return a * jnp.log(a / b) + b - a
     ours, theirs = ours / temperature, theirs / temperature
-    if kind == "total_variation":
-        return jnp.abs(jnp.exp(theirs) - jnp.exp(ours))
-    if kind == "reverse_kl":
-        ours, theirs = theirs, ours
-    p, not_p, not_q = jnp.exp(theirs), _log1mexp(theirs), _log1mexp(ours)
-    if kind == "cross_entropy":
-        return -p * ours - jnp.exp(not_p) * not_q
-    return p * (theirs - ours) + jnp.exp(not_p) * (not_p - not_q)
+    not_p, not_q = _log1mexp(theirs), _log1mexp(ours)
+    return jnp.exp(theirs) * (theirs - ours) + jnp.exp(not_p) * (not_p - not_q)
 
 
 def _log1mexp(x: jax.Array) -> jax.Array:
@@ -280,13 +204,8 @@ def chunk_scores(
     tokenkit's recommended recipe. Chunks are joined until the teacher finds it probable enough that
     a word begins after them. The log-probability of that is added, on both sides.
 
-    Args:
-        chunks: chunks from `align_chunks`.
-        said: `label` and `boundary`, `[rows, their length - 1]`: log-probabilities at the
-            teacher's positions.
-        special: bool `[rows, their length - 1]`, labels that are special tokens.
-        debias: makes both corrections.
-        least_boundary: how probable the beginning of a word has to be.
+    `said` is `label` and `boundary`, log-probabilities at the teacher's positions, and `special`
+    marks labels that are special tokens, `[rows, their length - 1]` each.
     """
     theirs = np.asarray(chunks.theirs)
     rows, places = np.nonzero(theirs >= 0)
@@ -346,24 +265,16 @@ def _first(ids: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def likelihood_matching(
-    student: Likelihood,
-    chunks: ChunkScores,
-    *,
-    kind: Kind = "kl",
-    temperature: Number = 100.0,
+    student: Likelihood, chunks: ChunkScores, *, temperature: Number = 100.0
 ) -> Float[jax.Array, "*batch chunks"]:
-    """The divergence of each chunk, 0 where there is none.
+    """The divergence of each chunk, 0 where there is none."""
+    value = binarized_kl(chunk_likelihood(student, chunks), chunks.scores, temperature)
+    return jnp.where(chunks.where, value, 0.0)
 
-    Args:
-        student: likelihoods from `linear_likelihood`, `[*batch, positions]`.
-        chunks: chunks from `chunk_scores`.
-        kind: as in `binarized_divergence`.
-        temperature: likewise.
-    """
-    shape = chunks.ids.shape
-    ours = chunk_log_likelihood(student.label, chunks.ids, shape[-1])
+
+def chunk_likelihood(student: Likelihood, chunks: ChunkScores) -> Float[jax.Array, "*batch chunks"]:
+    """The student's log-probability of each chunk, with the end of a word where scores have it."""
+    ours = chunk_log_likelihood(student.label, chunks.ids, chunks.ids.shape[-1])
     ends = jnp.asarray(chunks.ends)
     after = gather_at(student.boundary, jnp.maximum(ends, 0))
-    ours = ours + jnp.where(ends >= 0, after, 0.0)
-    value = binarized_divergence(ours, chunks.scores, kind=kind, temperature=temperature)
-    return jnp.where(chunks.where, value, 0.0)
+    return ours + jnp.where(ends >= 0, after, 0.0)

@@ -18,12 +18,7 @@ _LEAST_MASS = 2.0**-24
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Matches:
-    """One-to-one matches between our tokens and theirs.
-
-    Attributes:
-        ours: int32 `[theirs]`, our token of each of theirs; -1 for none.
-        matched: bool `[ours]`, those of ours that are some token of theirs.
-    """
+    """One-to-one matches: our token of each of theirs (-1: none), and which of ours have one."""
 
     ours: Any
     matched: Any
@@ -46,7 +41,7 @@ class Matches:
 
 
 def hybrid_logit_distance(
-    student: TopK,
+    student: losses.Readout,
     own: TopK,
     teacher: TopK,
     matches: Matches,
@@ -64,30 +59,22 @@ def hybrid_logit_distance(
 
     The bucket makes the first part a divergence: it is 0 where both models agree, and its gradient
     does not push unmatched tokens down. No mass is renormalised, so the parts need no weights.
-
-    Args:
-        student: the student's `TopK` at `matches.ids(teacher.indices)`, `[*batch, k]`.
-        own: the student's own top logits, `[*batch, n]`.
-        teacher: `TopK`, `[*batch, k]`. Gets no gradient.
-        matches: which tokens are the same.
-        kind: the divergence of the matched part.
-        beta: share of the teacher in the mixture of 'jsd'.
-
-    Returns:
-        Both parts, `[*batch]` float32.
+    `student` is at `matches.ids(teacher.indices)`, and `own` the student's own top logits.
 
     References:
         TRL, GOLD trainer; X-Token (arXiv 2605.21699), H-KL.
     """
     teacher = jax.lax.stop_gradient(teacher)
     _, there = matches.ids(teacher.indices)
-    log_q = jnp.where(there, student.values - student.log_z[..., None], -jnp.inf)
-    ours = TopK(log_q, teacher.indices, jnp.zeros_like(teacher.log_z))
+    log_q = jnp.where(there, student.gathered - student.log_z[..., None], -jnp.inf)
+    log_z = jnp.zeros_like(teacher.log_z)
     theirs = TopK(jnp.where(there, teacher.values, -jnp.inf), teacher.indices, teacher.log_z)
     if kind == "kl":
-        matched = losses.sparse_kl_divergence(ours, theirs)
+        matched = losses.sparse_kl_divergence(losses.Readout(log_z, gathered=log_q), theirs)
     else:
-        matched = losses.generalized_jensen_shannon(with_rest(ours), with_rest(theirs), beta=beta)
+        matched = losses.generalized_jensen_shannon(
+            with_rest(log_q, log_z), with_rest(theirs.values, theirs.log_z), beta=beta
+        )
     p = jnp.where(there, 0.0, jnp.exp(teacher.values - teacher.log_z[..., None]))
     mine = _entries(matches.matched, own.indices, False)
     q = jnp.where(mine, 0.0, jnp.exp(own.values - own.log_z[..., None]))
@@ -113,9 +100,9 @@ def _entries(table: np.ndarray, ids: Any, beyond: Any) -> jax.Array:
     return over_batch(entries, (ids.ndim,), ids)[0]
 
 
-def with_rest(top: TopK) -> jax.Array:
+def with_rest(logits: jax.Array, log_z: jax.Array) -> jax.Array:
     """Log-probabilities of the kept tokens and, last, of all others together."""
-    known = top.values - top.log_z[..., None]
+    known = logits - log_z[..., None]
     # The smallest mass that 1 - sum(p) resolves in float32.
     rest = jnp.maximum(1.0 - jnp.exp(known).sum(-1, keepdims=True), _LEAST_MASS)
     return jnp.concatenate([known, jnp.log(rest)], axis=-1)

@@ -1,17 +1,16 @@
 """Divergences from a teacher of another vocabulary, in that vocabulary."""
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Float
 
 from logitjax import losses
 from logitjax.distillation.tokenizers._projection import Members, TokenProjection
-from logitjax.losses import Blocks, Head, sweep
-from logitjax.ops import Array, AxisName, TopK, checks, gather_at, logsumexp
+from logitjax.losses import Blocks, sweep
+from logitjax.ops import AxisName, TopK
 from logitjax.ops.sharding import over_batch
 
 # Logits of so many of our tokens a position are gathered; where there may be more, sums over the
@@ -20,26 +19,26 @@ MOST_MEMBERS = 4096
 _LEAST = 1e-37
 
 
-def project_top_k(student: TopK, teacher: TopK, members: Members) -> tuple[TopK, TopK]:
-    """Student and teacher over the teacher's top k, whatever the student's vocabulary.
+def project_top_k(
+    student: losses.Readout, teacher: TopK, members: Members
+) -> tuple[losses.Readout, TopK]:
+    """Student and teacher over the teacher's top k, `[*batch, k]`, for `sparse_kl_divergence`.
 
     ::
 
-        q'_i = sum_{s: slot(s) = i} w_s q_s
+        q'_i = sum_{s: slot(s) = i} w_s q_s,   p'_i of `TokenProjection.merged`
 
-    A token of the teacher that no token of ours stands for joins the rest: there both are `-inf`.
-    What comes out goes into `losses.sparse_kl_divergence` of either direction.
+    The student's read-out is at `members.ids`, `[*batch, m]`. One bucket holds what is outside the
+    top k and what stands for no token: there both are `-inf`. With the rule `first_piece` that is
+    sound wherever both models have read the same text: `q'_j` and `p'_j` are the probabilities that
+    the next text begins with the token j of both.
 
-    Args:
-        student: the student's `TopK` at `members.ids`, `[*batch, m]`.
-        teacher: `TopK`, `[*batch, k]`, of `TokenProjection.merged`.
-        members: members from `TokenProjection.members(teacher.indices)`.
-
-    Returns:
-        Both as `TopK` `[*batch, k]`: the student's `log q'` with a `log_z` of 0, the teacher's.
+    References:
+        X-Token (arXiv 2605.21699), its P-KL: there W spreads each token over its pieces, a chunk's
+        teacher is a mean of logarithms, and both are renormalised over 8192 columns.
     """
     k = teacher.values.shape[-1]
-    log_q = jnp.where(members.slots < k, student.values - student.log_z[..., None], -jnp.inf)
+    log_q = jnp.where(members.slots < k, student.gathered - student.log_z[..., None], -jnp.inf)
 
     def sums(log_q: jax.Array, slots: jax.Array, weights: jax.Array) -> tuple[jax.Array, ...]:
         zeros = jnp.zeros((*slots.shape[:-1], k + 1), log_q.dtype)
@@ -51,159 +50,25 @@ def project_top_k(student: TopK, teacher: TopK, members: Members) -> tuple[TopK,
     return _in_theirs(masses, held > 0, teacher)
 
 
-def _in_theirs(masses: jax.Array, held: jax.Array, teacher: TopK) -> tuple[TopK, TopK]:
+def _in_theirs(masses: jax.Array, held: jax.Array, teacher: TopK) -> tuple[losses.Readout, TopK]:
     log_q = jnp.where(held, jnp.log(jnp.maximum(masses, _LEAST)), -jnp.inf)
     values = jnp.where(held, teacher.values, -jnp.inf)
     return (
-        TopK(log_q, teacher.indices, jnp.zeros_like(teacher.log_z)),
+        losses.Readout(jnp.zeros_like(teacher.log_z), gathered=log_q),
         TopK(values, teacher.indices, teacher.log_z),
     )
 
 
-def projected_kl_divergence(
-    student: Float[Array, "*batch vocab"],
-    teacher: TopK,
-    projection: TokenProjection,
-    *,
-    direction: Literal["forward", "reverse"] = "forward",
-) -> Float[jax.Array, "*batch"]:
-    """KL divergence from a teacher of another vocabulary, known by its top k logits.
+def bucket_sums(teacher: TopK, projection: TokenProjection) -> tuple[sweep.Statistic, Any, Blocks]:
+    """The statistic of a projected divergence from sums over whole rows, its tokens and blocks.
 
-    The student's probabilities are summed up over its tokens that stand for the same token of the
-    teacher, and the teacher's over its tokens that count as the same one. One bucket holds what is
-    outside the teacher's top k, and what stands for no token.
-
-    ::
-
-        sum_{i<=k} p'_i log(p'_i / q'_i) + p_rest log(p_rest / q'_rest),   q' = W^T q
-
-    With the rule `first_piece` it is sound wherever both models have read the same text: `q'_j` and
-    `p'_j` are the probabilities that the next text begins with the token j of both.
-
-    Args:
-        student: logits `[*batch, vocab]`.
-        teacher: `TopK`, `[*batch, k]`, of its own vocabulary. Gets no gradient.
-        projection: W, from `token_projection`; static.
-        direction: 'forward' for KL(teacher || student), 'reverse' for the other.
-
-    Returns:
-        `[*batch]`, float32.
-
-    Raises:
-        ValueError: shapes do not fit.
-
-    >>> import jax, numpy as np
-    >>> ours, theirs = ["201", "2", "0", "1", "x"], ["2", "0", "1", "x"]   # numerals, X-Token
-    >>> first = np.array([[theirs.index(token[0])] for token in ours], np.int32)
-    >>> projection = TokenProjection(ids=first, weights=np.ones((5, 1), np.float32), size=4)
-    >>> student, teacher = np.log([0.5, 0.1, 0.1, 0.1, 0.2]), np.log([0.6, 0.1, 0.1, 0.2])
-    >>> kl = jax.jit(lambda s, t: projected_kl_divergence(s, TopK.of(t, 3), projection))
-    >>> bool(kl(student, teacher) < 1e-6)   # both models say the same
-    True
-
-    References:
-        X-Token (arXiv 2605.21699), its P-KL: there W spreads each token over its pieces, a chunk's
-        teacher is a mean of logarithms, and both are renormalised over 8192 columns.
+    It takes a byte for each of the teacher's tokens and each position.
     """
-    logits = checks.as_float(student, "student")
-    _check(logits.shape[-1], projection)
-    teacher = projection.merged(lax.stop_gradient(teacher))
-    members = projection.members(teacher.indices)
-    held = TopK(gather_at(logits, members.ids), members.ids, logsumexp(logits))
-    return _divergence(*project_top_k(held, teacher, members), direction)
-
-
-def linear_projected_kl_divergence(
-    hidden: Float[Array, "*batch hidden"],
-    head: Head | Float[Array, "rows columns"],
-    teacher: TopK,
-    projection: TokenProjection,
-    *,
-    direction: Literal["forward", "reverse"] = "forward",
-    weights: Float[Array, "*batch"] | None = None,
-    blocks: Blocks | None = None,
-    axis_name: AxisName | None = None,
-) -> Float[jax.Array, "*losses"]:
-    """`projected_kl_divergence` of a linear head's logits, which never exist as a whole.
-
-    The sweep over the vocabulary picks the logits of our tokens that stand for the teacher's top k
-    as it passes them. Where these may be too many (the teacher's vocabulary is much smaller), it
-    sums each block over tokens that stand for the same one, which takes a byte for each of the
-    teacher's tokens and each position.
-
-    Args:
-        hidden: `[*batch, hidden]`, the student's.
-        head: a `Head`, or a kernel `[hidden, vocab]` or `[vocab, hidden]` alone.
-        teacher: `TopK`, `[*batch, k]`. Gets no gradient.
-        projection: W; static.
-        direction: as in `projected_kl_divergence`.
-        weights: `[*batch]`. Gives the scalar `sum(weights * loss)` and forms gradients in the same
-            sweep as the value. A position of weight 0 counts for nothing.
-        blocks: sizes of the blocks.
-        axis_name: mesh axis that splits the head's vocabulary, inside `jax.shard_map`.
-
-    Returns:
-        `[*batch]` float32, or a scalar with `weights`.
-
-    Raises:
-        ValueError: shapes do not fit.
-    """
-    head = Head.of(head).resolve(jnp.shape(hidden)[-1])
-    _check(head.vocab_size(axis_name), projection)
-    teacher = lax.stop_gradient(teacher)
-    if projection.capacity(teacher.indices.shape[-1]) > MOST_MEMBERS:
-        statistic, tokens, scan = bucket_sums(teacher, projection, direction=direction)
-        value = sweep.run(
-            statistic,
-            hidden,
-            head,
-            tokens=tokens,
-            weights=weights,
-            blocks=blocks or scan,
-            axis_name=axis_name,
-        )
-        return value if weights is None else value[0]
     teacher = projection.merged(teacher)
-    members = projection.members(teacher.indices)
-    told = {"teacher": teacher, "members": members}
-    loss = _forward if direction == "forward" else _reverse
-    options: Any = dict(ids=members.ids, blocks=blocks, axis_name=axis_name)
-    if weights is None:
-        return loss(losses.linear_readout(hidden, head, **options), told)
-    return losses.linear_fused_loss(hidden, head, loss, told, weights, **options)[0]
-
-
-def bucket_sums(
-    teacher: TopK, projection: TokenProjection, *, direction: str = "forward"
-) -> tuple[sweep.Statistic, Any, Blocks]:
-    """The statistic of a projected divergence from sums over whole rows, its tokens and blocks."""
-    teacher = projection.merged(teacher)
-    k = teacher.indices.shape[-1]
-    statistic = _BucketSums(projection=projection, k=k, direction=direction)
+    statistic = _BucketSums(projection=projection, k=teacher.indices.shape[-1])
     tokens = {"teacher": teacher, "slots": _slots(teacher.indices, projection.size)}
     # Whole rows of logits would be most of the memory that this saves.
     return statistic, tokens, Blocks(engine="scan")
-
-
-def _forward(readout: losses.Readout, told: Any, direction: str = "forward") -> jax.Array:
-    members = told["members"]
-    student = readout.gathered_top_k(members.ids)
-    return _divergence(*project_top_k(student, told["teacher"], members), direction)
-
-
-def _reverse(readout: losses.Readout, told: Any) -> jax.Array:
-    return _forward(readout, told, "reverse")
-
-
-def _divergence(student: TopK, teacher: TopK, direction: Any) -> jax.Array:
-    return losses.sparse_kl_divergence(student, teacher, direction=direction)
-
-
-def _check(vocab: int, projection: TokenProjection) -> None:
-    if len(projection.ids) > vocab:
-        raise ValueError(
-            f"projection: expected at most the student's {vocab} tokens, got {len(projection.ids)}"
-        )
 
 
 def _slots(wanted: jax.Array, size: int) -> jax.Array:
@@ -229,15 +94,10 @@ class _Masses(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _BucketSums(sweep.Statistic):
-    """The student's mass at each of the teacher's top k, from sums over all of its tokens.
-
-    A scatter of single numbers is slow everywhere. So whole columns of a block are added up, all
-    positions at once: those whose tokens stand for the same one of theirs.
-    """
+    """The student's mass at each of the teacher's top k, from sums over all of its tokens."""
 
     projection: TokenProjection
     k: int
-    direction: str
 
     def start(self, batch: tuple[int, ...], dtype: Any, passed: Any) -> Any:
         return sweep.OnlineSums.start(batch, dtype), jnp.zeros((*batch, self.k), dtype)
@@ -289,7 +149,7 @@ class _BucketSums(sweep.Statistic):
         # A model may have more logits than its tokenizer has tokens.
         held = jnp.asarray(self.projection.sizes > 0)[jnp.minimum(teacher.indices, size - 1)]
         held = held & (teacher.indices < size)
-        return _divergence(*_in_theirs(outputs.masses, held, teacher), self.direction)
+        return losses.sparse_kl_divergence(*_in_theirs(outputs.masses, held, teacher))
 
     def _columns(self, block: sweep.LogitBlock) -> list[tuple[jax.Array, jax.Array]]:
         """For each entry of a row of W: their tokens and weights at the block's columns."""

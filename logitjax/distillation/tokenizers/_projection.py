@@ -22,12 +22,9 @@ from logitjax.storage.weights import read_npz
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Members:
-    """Our tokens that stand for some of the other vocabulary, position by position.
+    """Our tokens that stand for some of the k of the other vocabulary, `[*batch, m]` each.
 
-    Attributes:
-        ids: int32 `[*batch, m]`, ours; 0 where there are no more.
-        slots: int32 `[*batch, m]`, which of the k tokens each stands for; k where none.
-        weights: `[*batch, m]`, how much of it.
+    The slot of a token says which of the k; places that are left over have the slot k.
     """
 
     ids: Any

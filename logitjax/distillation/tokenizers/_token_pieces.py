@@ -1,11 +1,8 @@
 """Which of another vocabulary's tokens each of ours stands for, from the bytes of their texts."""
 
-import difflib
-import functools
-import json
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
 import numpy as np
 from etils import epath
@@ -14,13 +11,11 @@ from logitjax.distillation.tokenizers._projection import TokenProjection
 from logitjax.models import Tokenizer
 from logitjax.storage import digest
 
-Rule = Literal["first_piece", "exact", "spread", "spread_released", "edit_distance"]
-RULES: tuple[str, ...] = ("first_piece", "exact", "spread", "spread_released", "edit_distance")
+Rule = Literal["first_piece", "exact", "spread", "edit_distance"]
 
-# X-Token's constants: weights of a token's pieces, entries of a row, and what the last one becomes.
+# X-Token's weights of a token's pieces, and how many a token keeps.
 _DECAY = (0.9, 0.09, 0.009, 0.0009)
-_WIDTH, _KEPT, _SCALE_TRICK = 32, 4, 0.2
-_LEAST_SIMILARITY, _SPECIAL_WEIGHT = 0.3, 0.8
+_KEPT = 4
 _FORMAT = 2
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 
@@ -36,12 +31,10 @@ def token_projection(
 
     ::
 
-        first_piece      the first piece that both have, of our tokens and of theirs, weight 1
-        exact            their token of the same bytes, else none
-        spread           X-Token: our pieces of theirs and theirs of ours, weights that decay
-        spread_released  the same with its renormalisation on an arbitrary piece, and special tokens
-                         by how alike their names are
-        edit_distance    MinED: their token of least edit distance
+        first_piece   the first piece that both have, of our tokens and of theirs, weight 1
+        exact         their token of the same bytes, else none
+        spread        X-Token: our pieces of theirs and theirs of ours, weights that decay
+        edit_distance MinED: their token of least edit distance
 
     With `first_piece`, a token that both have stands for itself. One that only we have is cut as
     they cut it, one that only they have as we cut it, and counts as its first piece; again, until
@@ -77,8 +70,8 @@ def token_projection(
         stands for itself alone there, so what the teacher says with a longer token (" Gains") pulls
         at the student's way to begin it (" G").
     """
-    if rule not in RULES:
-        raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {rule!r}")
+    if rule not in get_args(Rule):
+        raise ValueError(f"rule: expected one of {', '.join(get_args(Rule))}, got {rule!r}")
     fingerprint = digest(_FORMAT, rule, ours.fingerprint, theirs.fingerprint)
     path = None if directory is None else directory / f"projection-{fingerprint[:16]}.npz"
     if path is not None and (known := TokenProjection.load(path, fingerprint)) is not None:
@@ -256,9 +249,7 @@ def _single(found: Any, ours: Tokenizer, theirs: Tokenizer) -> tuple[np.ndarray,
     return ids, (ids >= 0).astype(np.float32)
 
 
-def _spread(
-    ours: Tokenizer, theirs: Tokenizer, *, released: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
+def _spread(ours: Tokenizer, theirs: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     cut, back = _Cutter(theirs), _Cutter(ours)
     rows: list[dict[int, float]] = [{} for _ in back.bytes]
     for row, pieces in zip(rows, cut(back.bytes), strict=True):
@@ -267,32 +258,18 @@ def _spread(
     for id_, pieces in enumerate(back(cut.bytes)):
         for ours_id, weight in _decayed(pieces):
             rows[ours_id][id_] = rows[ours_id].get(id_, 0.0) + weight
-    if released:
-        for a, (b, weight) in _similar_specials(ours, theirs).items():
-            rows[a][b] = rows[a].get(b, 0.0) + weight
-    width = _WIDTH if released else _KEPT
-    ids = np.full((len(rows), width), -1, np.int64)
-    weights = np.zeros((len(rows), width))
+    # A token of both stands for itself alone, as a special one for that of its role.
+    for place, text in enumerate(back.bytes):
+        if text in cut.ids:
+            rows[place] = {cut.ids[text]: 1.0}
+    for a, b in special_pairs(ours, theirs).items():
+        rows[a] = {b: 1.0}
+    ids, weights = np.full((len(rows), _KEPT), -1, np.int64), np.zeros((len(rows), _KEPT))
     for place, row in enumerate(rows):
-        best = sorted(row.items(), key=lambda item: (-item[1], item[0]))[:width]
+        best = sorted(row.items(), key=lambda item: (-item[1], item[0]))[:_KEPT]
         total = sum(weight for _, weight in best)
         for i, (id_, weight) in enumerate(best):
             ids[place, i], weights[place, i] = id_, weight / total
-    if released:
-        # Of a row that is not full the last entry is whatever lies there: their token 0.
-        weights[:, -1] = _SCALE_TRICK
-        ids[:, -1] = np.maximum(ids[:, -1], 0)
-        weights /= weights.sum(-1, keepdims=True)
-        order = np.argsort(-weights, axis=-1, kind="stable")[:, :_KEPT]
-        ids, weights = (np.take_along_axis(x, order, axis=-1) for x in (ids, weights))
-    for place, text in enumerate(back.bytes):
-        if text in cut.ids:
-            ids[place], weights[place] = -1, 0.0
-            ids[place, 0], weights[place, 0] = cut.ids[text], 1.0
-    if not released:
-        for a, b in special_pairs(ours, theirs).items():
-            ids[a], weights[a] = -1, 0.0
-            ids[a, 0], weights[a, 0] = b, 1.0
     return ids, weights
 
 
@@ -301,37 +278,9 @@ def _decayed(pieces: list[int]) -> list[tuple[int, float]]:
     return [(id_, weight / total) for id_, weight in zip(pieces, _DECAY)]
 
 
-def _similar_specials(ours: Tokenizer, theirs: Tokenizer) -> dict[int, tuple[int, float]]:
-    """X-Token's: 0.6 of difflib's ratio and 0.4 of the share of common words."""
-
-    def names(tokenizer: Tokenizer) -> Mapping[int, str]:
-        added = json.loads(tokenizer.backend.to_str())["added_tokens"]
-        return {token["id"]: token["content"] for token in added if token["special"]}
-
-    def words(name: str) -> set[str]:
-        return set(re.findall("[a-z]+", name.lower()))
-
-    out = {}
-    for a, name in names(ours).items():
-        best, chosen = _LEAST_SIMILARITY, None
-        for b, other in names(theirs).items():
-            common, both = words(name) & words(other), words(name) | words(other)
-            score = 0.4 * len(common) / max(len(both), 1)
-            match = difflib.SequenceMatcher(None, name, other)
-            if score + 0.6 * match.real_quick_ratio() <= best:
-                continue
-            score += 0.6 * match.ratio()
-            if score > best or (score == best and chosen is None):
-                best, chosen = score, b
-        if chosen is not None:
-            out[a] = (chosen, _SPECIAL_WEIGHT * best)
-    return out
-
-
 _BUILDERS = {
     "first_piece": _first_piece,
     "exact": _exact,
     "spread": _spread,
-    "spread_released": functools.partial(_spread, released=True),
     "edit_distance": _edit_distance,
 }

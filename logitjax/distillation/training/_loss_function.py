@@ -59,6 +59,7 @@ class LossFunction:
             self._teachers(batch, frozen),
             trained.get("terms"),
             where=where,
+            teacher_weights=batch.get("teacher_weights"),
             counts=counts,
         )
 
@@ -114,7 +115,7 @@ def score_function(
         if teacher is not None:
             same = best == teacher.indices[..., 0]
             kl = losses.sparse_kl_divergence(
-                readout.gathered_top_k(teacher.indices),
+                readout,
                 teacher.top_k,
                 tail="bucket" if teacher.log_z is not None else "renormalize",
             )

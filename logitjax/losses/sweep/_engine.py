@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from logitjax import ops
 from logitjax.losses.sweep._head import Head
@@ -46,8 +47,8 @@ class Sweep:
 
     Attributes:
         forward: what forms outputs and residuals in the place of `swept`.
-        write_gradients: whether the gradient of a block is to be written before the two products
-            that read it. A TPU's compiler would form it anew inside of each, at half their speed.
+        gradients: what forms the gradients in the place of `blockwise_gradients`.
+        on_accelerator: whether the compiler is a TPU's or a GPU's, which has to be told more.
         together: as `LogitBlock.together`.
     """
 
@@ -57,7 +58,8 @@ class Sweep:
     axis_name: AxisName | None = None
     varying: tuple[str, ...] = ()
     forward: Callable[..., Any] | None = None
-    write_gradients: bool = False
+    gradients: Callable[..., Any] | None = None
+    on_accelerator: bool = False
     together: int = 0
 
     def vary(self, tree: Any) -> Any:
@@ -144,19 +146,19 @@ def form_block(sweep: Sweep, operands: Operands, columns: Columns) -> LogitBlock
     return LogitBlock(logits[0], teacher, *place, operands.tokens, sweep.together)
 
 
-def raw_gradient(operands: Operands, block: LogitBlock, gradient, counts):
+def raw_gradient(student: Projection, block: LogitBlock, gradient, counts):
     """From the gradient at the tempered, capped logits back to `hidden @ kernel + bias`.
 
-    Zero at positions that do not count, whatever their gradient is.
+    Zero at positions that do not count, `[*batch, 1]`, whatever their gradient is.
     """
     exists = block.student != -jnp.inf
-    slope = operands.student.inverse_temperature
-    cap = operands.student.head.soft_cap
+    slope = student.inverse_temperature
+    cap = student.head.soft_cap
     if cap is not None:
         # Masked first: the square of -inf would make second derivatives nan.
-        capped = jnp.where(exists, block.student, 0.0) / operands.student.inverse_temperature
+        capped = jnp.where(exists, block.student, 0.0) / student.inverse_temperature
         slope = slope * (1 - jnp.square(capped / cap))
-    return jnp.where(exists & counts[..., None], gradient * slope, 0.0)
+    return jnp.where(exists & counts, gradient * slope, 0.0)
 
 
 def any_of(tree: Any, batch_ndim: int) -> jax.Array:
@@ -190,6 +192,21 @@ def add_to_head(total: Head, block: Head, start) -> Head:
     """The head's gradient with that of the columns from `start` on added."""
     kernel = add_block(total.kernel, block.kernel, start, total.axis)
     bias = None if total.bias is None else add_block(total.bias, block.bias, start, 0)
+    return dataclasses.replace(total, kernel=kernel, bias=bias)
+
+
+def put_in_head(sweep: Sweep, total: Head, block: Head, start) -> Head:
+    """The same with that of these columns in the place of what was there."""
+
+    def put(total, block, axis: int):
+        block = block.astype(total.dtype)
+        return lax.dynamic_update_slice_in_dim(total, block, start, axis)
+
+    bias = None if total.bias is None else put(total.bias, block.bias, 0)
+    kernel = put(total.kernel, block.kernel, total.axis)
+    if sweep.on_accelerator:
+        # The compiler would keep [hidden, vocab] the other way round, and copy it in the end.
+        kernel = with_layout_constraint(kernel, Layout((0, 1)))
     return dataclasses.replace(total, kernel=kernel, bias=bias)
 
 
@@ -294,10 +311,19 @@ def _forward(sweep: Sweep, operands: Operands):
 
 def _backward(sweep: Sweep, saved, cotangents):
     operands, residuals = saved
-    student, cotangents = operands.student, drop_integers(cotangents)
+    cotangents = drop_integers(cotangents)
+    counts = any_of(cotangents, operands.student.hidden.ndim - 1)
+    gradients = sweep.gradients or blockwise_gradients
+    student = gradients(sweep, operands, residuals, cotangents, counts)
+    return (Operands(Projection(*student, None), None, None, None),)
+
+
+def blockwise_gradients(
+    sweep: Sweep, operands: Operands, residuals, cotangents, counts
+) -> tuple[jax.Array, Head]:
+    """Those of the hidden states and of the head, given the outputs' and which positions count."""
+    operands, student = silenced(operands, counts), operands.student
     split = Split(sweep.token_block, student.hidden.shape[:-1])
-    counts = any_of(cotangents, student.hidden.ndim - 1)
-    operands = silenced(operands, counts)
     tokens, place = split_operands(operands, split)
     residuals, cotangents, counts = split((residuals, cotangents, counts))
     wide = sum_dtype(student)
@@ -312,30 +338,33 @@ def _backward(sweep: Sweep, saved, cotangents):
             here = place(tokens)
             block = form_block(sweep, here, columns)
             raw = sweep.statistic.gradient(residuals, cotangents, block)
-            raw = raw_gradient(here, block, raw, counts)
+            raw = raw_gradient(here.student, block, raw, counts[..., None])
             d_hidden, d_head = head_and_hidden_gradient(sweep, here, head, raw, d_hidden)
             return jax.tree.map(jnp.add, total, d_head), d_hidden
 
         zeros = sweep.vary(jax.tree.map(lambda x: jnp.zeros(x.shape, wide), head))
         xs = (tokens, residuals, cotangents, counts, d_hidden)
         block_head, d_hidden = split.each(differentiate, zeros, xs)
-        return (d_hidden, add_to_head(d_head, block_head, columns.start)), None
+        d_head = put_in_head(sweep, d_head, block_head, columns.start)
+        return (d_hidden, d_head), None
 
     start = sweep.vary(
         (
             jnp.zeros((*split.batch, student.hidden.shape[-1]), wide),
-            jax.tree.map(jnp.zeros_like, student.head),
+            jax.tree.map(lambda x: lax.empty(x.shape, x.dtype), student.head),
         )
     )
-    (d_hidden, d_head), _ = lax.scan(step, start, block_numbers(sweep, operands))
-    d_hidden = split.join(d_hidden).astype(student.hidden.dtype)
-    return (Operands(Projection(d_hidden, d_head, None), None, None, None),)
+    # From the end: what the last block, which slid back, repeats is overwritten by the one before.
+    numbers = block_numbers(sweep, operands)
+    (d_hidden, d_head), _ = lax.scan(step, start, numbers, reverse=True)
+    return split.join(d_hidden).astype(student.hidden.dtype), d_head
 
 
 def head_and_hidden_gradient(sweep: Sweep, operands: Operands, head: Head, raw, d_hidden):
     """What one block of columns adds: `d_hidden` with its part, and the gradient of the block."""
     cast = raw.astype(head.kernel.dtype)
-    if sweep.write_gradients:
+    if sweep.on_accelerator:
+        # Written once: it would be formed anew inside of each product, at half their speed.
         cast = lax.optimization_barrier(cast)
     d_hidden = d_hidden + contract(cast, (raw.ndim - 1,), head.kernel, (head.axis,))
     hidden = operands.student.hidden.astype(head.kernel.dtype)

@@ -1,11 +1,13 @@
-"""The statistic of a Kullback-Leibler divergence between student and teacher."""
+"""Statistics of a Kullback-Leibler divergence, and of the teacher alone."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
+from logitjax import ops
 from logitjax.losses.sweep._statistic import LogitBlock, OnlineSums, Statistic
 from logitjax.ops import AxisName
 
@@ -24,39 +26,50 @@ class KLStatistic(Statistic):
     def in_tiles(self) -> bool:
         return True
 
+    @property
+    def gradient_in_tiles(self) -> bool:
+        return True
+
     def start(self, batch: tuple[int, ...], dtype: Any, passed: Any) -> Any:
         return OnlineSums.start(batch, dtype, terms=2), OnlineSums.start(batch, dtype)
 
     def absorb(self, state: Any, block: LogitBlock, passed: Any) -> Any:
         over, under = self.sides(block)
         both = (over != -jnp.inf) & (under != -jnp.inf)
-        gap = jnp.where(both, over - under, 0.0)
-        return state[0].add(over, gap, jnp.where(both, 0.0, 1.0)), state[1].add(under)
+        # Less the largest of each side: an offset of a side, whose digits hide those of the
+        # difference, never enters the sums.
+        peaks = [sums.raised(x) for sums, x in zip(state, (over, under), strict=True)]
+        gap = self.term(over - peaks[0][..., None], under - peaks[1][..., None])
+        terms = jnp.where(both, gap, 0.0), jnp.where(both, 0.0, 1.0)
+        return self._relative_to(peaks, state).add(over, *terms), state[1].add(under)
 
     def reduce(self, state: Any, axis_name: AxisName, passed: Any) -> Any:
-        return tuple(sums.reduce(axis_name) for sums in state)
+        peaks = [lax.pmax(side.peak, axis_name) for side in state]
+        return self._relative_to(peaks, state).reduce(axis_name), state[1].reduce(axis_name)
 
     def finish(self, state: Any, passed: Any) -> tuple[Any, Any]:
-        over, _ = state
+        over, under = state
         total, gap, escaped = over.sums
         # Mass where the other distribution has none: the divergence is infinite, and its gradient
-        # that of the other entries.
-        shared = 1.0 - escaped / jnp.maximum(total, 1e-30)
-        log_zs = tuple(side.log_z for side in state)
-        finite = gap / jnp.maximum(total, 1e-30) - shared * (log_zs[0] - log_zs[1])
+        # that of the other entries. Of nothing at all there is nothing to share.
+        shared = jnp.where(total > 0, 1.0 - escaped / jnp.maximum(total, 1e-30), 0.0)
+        logs = [ops.neginf_to_zero(jnp.log(side.sums[0])) for side in state]
+        finite = gap / jnp.maximum(total, 1e-30) - shared * self.term(logs[0], logs[1])
         value = jnp.where(escaped > 0, jnp.inf, finite)
-        return value, (*log_zs, finite, shared)
+        if not self.reverse:
+            return value, (over.log_z, under.log_z, shared)
+        offset = (over.peak - under.peak) + (logs[0] - logs[1])
+        return value, (over.log_z, offset, finite + shared)
 
     def gradient(self, residuals: Any, cotangents: Any, block: LogitBlock) -> jax.Array:
-        over_z, under_z, finite, shared = (x[..., None] for x in residuals)
+        over_z, other, mean = (x[..., None] for x in residuals)
         over, under = self.sides(block)
-        p, q = jnp.exp(over - over_z), jnp.exp(under - under_z)
+        p = jnp.exp(over - over_z)
         both = (over != -jnp.inf) & (under != -jnp.inf)
         if self.reverse:
-            ratio = jnp.where(both, over - under - (over_z - under_z) + 1.0, 0.0)
-            gradient = p * (ratio - finite - shared)
+            gradient = p * (jnp.where(both, over - under - other + 1.0, 0.0) - mean)
         else:
-            gradient = q * shared - jnp.where(both, p, 0.0)
+            gradient = jnp.exp(under - other) * mean - jnp.where(both, p, 0.0)
         return cotangents[..., None] * gradient
 
     def sides(self, block: LogitBlock) -> tuple[jax.Array, jax.Array]:
@@ -65,3 +78,57 @@ class KLStatistic(Statistic):
         if self.reverse:
             return block.student, block.teacher
         return block.teacher, block.student
+
+    def term(self, over: jax.Array, under: jax.Array) -> jax.Array:
+        """What the first distribution weighs, of both log-probabilities: linear in them."""
+        return over - under
+
+    def _relative_to(self, peaks: Any, state: Any) -> OnlineSums:
+        """The first side's sums so far, with the gap relative to these peaks."""
+        (over, (total, gap, escaped)), under = state
+        moved = self.term(over - peaks[0], under.peak - peaks[1])
+        # Of nothing yet the peaks are far below any logit.
+        gap += jnp.where(total > escaped, (total - escaped) * moved, 0.0)
+        return OnlineSums(over, (total, gap, escaped))
+
+
+class TeacherReading(NamedTuple):
+    """What a teacher says of a position, without a gradient.
+
+    Attributes:
+        label: `[*batch]` log-probability of the label.
+        entropy: `[*batch]`, in nats.
+    """
+
+    label: jax.Array
+    entropy: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherStatistic(Statistic):
+    """The `TeacherReading` of `tokens["labels"]`."""
+
+    @property
+    def in_tiles(self) -> bool:
+        return True
+
+    def start(self, batch: tuple[int, ...], dtype: Any, passed: Any) -> Any:
+        return OnlineSums.start(batch, dtype, terms=1), jnp.zeros(batch, dtype)
+
+    def absorb(self, state: Any, block: LogitBlock, passed: Any) -> Any:
+        z = block.teacher
+        assert z is not None
+        label = jnp.where(block.is_at(block.tokens["labels"]), z, 0.0).sum(-1)
+        return state[0].add(z, jnp.where(z != -jnp.inf, z, 0.0)), state[1] + label
+
+    def reduce(self, state: Any, axis_name: AxisName, passed: Any) -> Any:
+        return state[0].reduce(axis_name), lax.psum(state[1], axis_name)
+
+    def finish(self, state: Any, passed: Any) -> tuple[Any, Any]:
+        sums, label = state
+        total, weighted = sums.sums
+        entropy = sums.log_z - weighted / jnp.maximum(total, 1e-30)
+        return TeacherReading(label - sums.log_z, entropy), ()
+
+    def gradient(self, residuals: Any, cotangents: Any, block: LogitBlock) -> jax.Array:
+        return jnp.zeros_like(block.student)

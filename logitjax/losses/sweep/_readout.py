@@ -95,6 +95,10 @@ class ReadoutStatistic(Statistic):
         # Ids are found by comparison, the k largest by bins.
         return True
 
+    @property
+    def gradient_in_tiles(self) -> bool:
+        return True
+
     def start(self, batch: tuple[int, ...], dtype: Any, passed: Any) -> _State:
         def zeros(*shape):
             return jnp.zeros((*batch, *shape), dtype)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -31,8 +32,6 @@ from logitjax.ops import Array, AxisName, Number
 # A TPU reads single numbers one after the other. Each id costs three operations a logit; with these
 # the logits wait for memory no longer.
 _IDS_TOGETHER = 4
-# Ours, and what tunix calls its own.
-_VOCABULARY_AXES = (*ops.sharding.VOCABULARY_AXES, "tp")
 
 
 def run(
@@ -93,10 +92,7 @@ def run(
     # Asked outside of shard_map, where arrays still say where they lie.
     platform = platform_of(operands.student.hidden, operands.student.head.kernel)
     local = functools.partial(_local, statistic, Blocks() if blocks is None else blocks, platform)
-    if axis_name is None:
-        outputs = _on_auto_mesh(local, operands, weights)
-    else:
-        outputs = local(operands, weights, axis_name)
+    outputs = _on_mesh(local, operands, weights, axis_name)
     if weights is not None:
         return outputs[0], lax.stop_gradient(outputs[1])
     return _losses(statistic, len(batch), outputs, operands.tokens)
@@ -180,15 +176,15 @@ def _local(
         token_block=layout.tokens,
         axis_name=axis_name,
         varying=varying,
-        forward=_kernel_for(platform) if layout.engine == "pallas" else None,
-        write_gradients=platform != "cpu",
+        **(_kernels_for(platform, statistic) if layout.engine == "pallas" else {}),
+        on_accelerator=platform != "cpu",
         together=_IDS_TOGETHER if platform == "tpu" else 0,
     )
     known = weights if layout.engine == "rows" else None
     tokens = operands.tokens
     # Outside the custom rule, so that the transpose sums the gradients of replicated arrays.
     operands, known = jax.tree.map(lambda x: ops.sharding.vary(x, varying), (operands, known))
-    outputs = _on_explicit_mesh(config, operands, known)
+    outputs = _sweep(config, operands, known)
     if axis_name is not None:
         outputs = jax.tree.map(lambda x: lax.psum(x, axis_name), outputs)
     if weights is None or known is not None:
@@ -196,11 +192,11 @@ def _local(
     return weighted_sum(_losses(statistic, len(batch), outputs, tokens), weights), outputs
 
 
-def _kernel_for(platform: str) -> Callable[..., Any]:
+def _kernels_for(platform: str, statistic: Statistic) -> dict[str, Callable[..., Any] | None]:
     # Pallas takes longer to import than all of this library.
     from logitjax.losses.sweep import _pallas
 
-    return _pallas.FORWARD[platform]
+    return _pallas.kernels(platform, statistic)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -253,25 +249,26 @@ def _varying(tree: Any, axis_name: AxisName | None) -> tuple[str, ...]:
     return tuple(sorted(axes))
 
 
-def _on_auto_mesh(local: Callable[..., Any], operands: Operands, weights: Array | None) -> Any:
+def _on_mesh(
+    local: Callable[..., Any],
+    operands: Operands,
+    weights: Array | None,
+    axis_name: AxisName | None,
+) -> Any:
     """Every device sweeps its own rows and columns, where the mesh they are split over is known.
 
     Left alone the compiler gathers a block of the head, and sums its gradient over all devices,
     once for every block of positions; so it does both once a sweep.
     """
-    mesh = jax.sharding.get_abstract_mesh()
     hidden, head = operands.student.hidden, operands.student.head
-
-    def dividing(names: tuple[str, ...], size: int) -> tuple[str, ...]:
-        return tuple(name for name in ops.sharding.auto_axes(names, size) if mesh.shape[name] > 1)
-
-    rows = dividing(ops.sharding.BATCH_AXES, hidden.shape[0]) if hidden.ndim > 1 else ()
-    columns = dividing(_VOCABULARY_AXES, head.vocab_size())
-    if not rows + columns:
-        return local(operands, weights, None)
+    mesh = _mesh_of(head.kernel, hidden)
+    split = _split(mesh, hidden, head, axis_name)
+    if split is None:
+        return local(operands, weights, axis_name)
+    rows, columns = split
     # Where arrays lie, in the place of arrays.
     spec: Any = PartitionSpec
-    by_row, by_column, whole = spec(rows), spec(columns), spec()
+    by_row, by_column, whole = spec(*rows), spec(columns), spec()
 
     def layout(side: Projection) -> Projection:
         kernel = spec(*(columns if i == side.head.axis else None for i in range(2)))
@@ -279,55 +276,153 @@ def _on_auto_mesh(local: Callable[..., Any], operands: Operands, weights: Array 
         return Projection(by_row, split_head, whole)
 
     def mine(operands: Operands, weights: Array | None) -> Any:
-        outputs = local(operands, weights, columns or None)
-        return outputs if weights is None else (lax.psum(outputs[0], rows), outputs[1])
+        outputs = local(operands, weights, axis_name or columns or None)
+        over = tuple(name for names in rows for name in names)
+        return outputs if weights is None else (lax.psum(outputs[0], over), outputs[1])
 
     student, *others = map(layout, operands.sides)
     teacher = others[0] if others else whole
-    # All free axes where the others have one device: a part of a mesh is harder on the compiler.
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    free = [name for name, kind in kinds if kind == AxisType.Auto]
-    alone = all(mesh.shape[name] == 1 or name in rows + columns for name in free)
+    specs = (Operands(student, teacher, by_column, by_row), by_row)
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    explicit = {name for name, kind in kinds.items() if kind == AxisType.Explicit}
+    named = {name for names in (*rows, columns) for name in names}
+    # All Auto axes where the others have one device: a part of a mesh is harder on the compiler.
+    free = {name for name, kind in kinds.items() if kind == AxisType.Auto}
+    alone = all(mesh.shape[name] == 1 or name in named for name in free)
     everywhere = jax.shard_map(
         mine,
-        in_specs=(Operands(student, teacher, by_column, by_row), by_row),
+        mesh=mesh,
+        in_specs=specs,
         out_specs=by_row if weights is None else (whole, by_row),
-        axis_names=set(free if alone else rows + columns),
+        axis_names=explicit | (free if alone else named),
     )
-    # Outside of jit each of its operations would be a program over the mesh.
-    return jax.jit(everywhere)(operands, weights)
 
-
-def _on_explicit_mesh(config: Sweep, operands: Operands, weights: Array | None) -> Any:
-    """The sweep itself; Explicit mesh axes are left to the compiler inside it."""
-
-    def call(operands, weights):
+    def placed(operands: Operands, weights: Array | None) -> Any:
+        arrays = _padded(mesh, rows, columns, operands, weights)
+        if explicit:
+            arrays = _resharded(mesh, explicit, specs, arrays)
+        outputs = everywhere(*arrays)
+        cut = tuple(slice(size) for size in hidden.shape[:-1])
+        if arrays[0].student.hidden.shape == hidden.shape:
+            return outputs
         if weights is None:
-            return run_unreduced(config, operands)
-        return run_weighted(config, operands, weights)
+            return jax.tree.map(lambda x: x[cut], outputs)
+        return outputs[0], jax.tree.map(lambda x: x[cut], outputs[1])
 
-    sharding = jax.typeof(operands.student.hidden).sharding
-    mesh = sharding.mesh
-    explicit = tuple(
-        name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Explicit
+    # Outside of jit each of its operations would be a program over the mesh.
+    return jax.jit(placed)(operands, weights)
+
+
+def _mesh_of(*arrays: jax.Array) -> Any:
+    """The mesh in whose context this is traced, or else that of the arrays."""
+    meshes = (jax.sharding.get_abstract_mesh(), *(jax.typeof(x).sharding.mesh for x in arrays))
+    return next((mesh for mesh in meshes if not mesh.empty), meshes[0])
+
+
+def _axes_of(x: jax.Array) -> tuple[tuple[str, ...], ...]:
+    """The mesh axes over which each axis of x is split, as far as x tells."""
+    told = jax.typeof(x).sharding
+    if not isinstance(x, jax.core.Tracer) and isinstance(x.sharding, NamedSharding):
+        told = x.sharding
+    return tuple(map(_names, (*told.spec, *(None,) * x.ndim)[: x.ndim]))
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    """Mesh axes of one entry of a `PartitionSpec`."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
+def _split(mesh: Any, hidden: jax.Array, head: Head, axis_name: AxisName | None) -> Any:
+    """Mesh axes of each batch axis, and of the vocabulary; None where nothing is split.
+
+    Explicit axes, and Auto ones of arrays outside of `jit`, are read. Other Auto axes go by
+    `MeshAxes`; inside a `shard_map` of the caller's it has split what it wanted to.
+    """
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    names = ops.sharding.MeshAxes.current()
+    auto = {n for n, kind in kinds.items() if kind == AxisType.Auto and mesh.shape[n] > 1}
+    explicit = {n for n, kind in kinds.items() if kind == AxisType.Explicit}
+    if axis_name is not None:
+        auto = set()
+    free = auto | explicit
+    rows = [tuple(n for n in axes if n in free) for axes in _axes_of(hidden)[:-1]]
+    taken = {n for axes in rows for n in axes}
+    for place, wanted in ((0, names.rows), (-1, names.sequence)):
+        if rows:
+            new = tuple(n for n in wanted if n in auto - taken)
+            rows[place] += new
+            taken |= set(new)
+    # An Explicit axis is used for a whole vocabulary only where the caller says so.
+    by_name = auto if names == ops.sharding.MeshAxes() else free
+    told = [n for n in _axes_of(head.kernel)[head.axis] if n in free]
+    wanted = [*told, *(n for n in names.columns if n in by_name)]
+    columns = tuple(dict.fromkeys(n for n in wanted if n not in taken))
+    if axis_name is not None:
+        columns = ()
+    unnamed = auto - taken - {*columns, *names.rows, *names.columns, *names.sequence}
+    if unnamed:
+        _warn_of_unnamed(unnamed, head)
+    return (rows, columns) if taken or columns or explicit else None
+
+
+def _warn_of_unnamed(axes: set[str], head: Head) -> None:
+    size = head.kernel.size * head.kernel.dtype.itemsize / 2**20
+    warnings.warn(
+        f"mesh axes {', '.join(sorted(axes))}: expected names of losses.MeshAxes; what they split "
+        f"is left to the compiler, which may gather the head, {size:,.0f} MiB, for every block of "
+        "positions and not once a sweep",
+        stacklevel=2,
     )
-    if not explicit:
-        return call(operands, weights)
-    head = operands.student.head
-    split = jax.typeof(head.kernel).sharding.spec
-    if len(split) == 2 and split[head.axis] is not None:
-        over = split[head.axis]
-        raise ValueError(
-            f"head: expected a whole vocabulary, got one sharded over {over!r}: give "
-            f"axis_name={over!r} inside jax.shard_map"
-        )
-    batch = tuple(sharding.spec[:-1])
-    plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (operands, weights))
-    shapes = jax.eval_shape(call, *plain)
 
-    def layout(x: jax.ShapeDtypeStruct) -> NamedSharding:
-        return NamedSharding(mesh, PartitionSpec(*(batch + (None,) * x.ndim)[: x.ndim]))
 
-    out = jax.tree.map(layout, shapes)
-    inside: Any = jax.sharding.auto_axes(call, axes=explicit, out_sharding=out)
-    return inside(operands, weights)
+def _padded(
+    mesh: Any, rows: Any, columns: tuple[str, ...], operands: Operands, weights: Array | None
+) -> tuple[Operands, Array | None]:
+    """Padded to what the mesh divides: by rows of zeros, and entries that do not exist."""
+
+    def missing(size: int, axes: tuple[str, ...]) -> int:
+        return -size % math.prod(mesh.shape[name] for name in axes)
+
+    def pad(x: Any, *ends: int) -> Any:
+        if not any(ends):
+            return x
+        return jnp.pad(x, [(0, end) for end in (*ends, *(0,) * (x.ndim - len(ends)))])
+
+    batch, vocab = operands.student.hidden.shape[:-1], operands.student.head.vocab_size()
+    of_rows = [missing(size, axes) for size, axes in zip(batch, rows, strict=True)]
+    more = missing(vocab, columns)
+
+    def side(side: Projection) -> Projection:
+        ends = (more if i == side.head.axis else 0 for i in range(2))
+        kernel, bias = pad(side.head.kernel, *ends), side.head.bias
+        bias = None if bias is None else pad(bias, more)
+        head = dataclasses.replace(side.head, kernel=kernel, bias=bias)
+        return side._replace(hidden=pad(side.hidden, *of_rows), head=head)
+
+    where = operands.vocab_where
+    if more:
+        where = pad(jnp.ones(vocab, bool) if where is None else where, more)
+    student, *others = map(side, operands.sides)
+    tokens, weights = jax.tree.map(lambda x: pad(x, *of_rows), (operands.tokens, weights))
+    return Operands(student, others[0] if others else None, where, tokens), weights
+
+
+def _resharded(mesh: Any, explicit: set[str], specs: Any, arrays: Any) -> Any:
+    """Laid out as `shard_map` asks of Explicit axes: a head is gathered here, once."""
+
+    def reshard(spec: Any, tree: Any) -> Any:
+        entries = [tuple(n for n in _names(entry) if n in explicit) for entry in spec]
+
+        def one(x: jax.Array) -> jax.Array:
+            layout = NamedSharding(mesh, PartitionSpec(*entries[: x.ndim]))
+            return jax.sharding.reshard(x, layout)
+
+        return jax.tree.map(one, tree)
+
+    return jax.tree.map(reshard, specs, arrays)
+
+
+def _sweep(config: Sweep, operands: Operands, weights: Array | None) -> Any:
+    if weights is None:
+        return run_unreduced(config, operands)
+    return run_weighted(config, operands, weights)

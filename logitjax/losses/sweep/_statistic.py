@@ -102,6 +102,14 @@ class Statistic(abc.ABC):
         """
         return False
 
+    @property
+    def gradient_in_tiles(self) -> bool:
+        """Whether a kernel can run `gradient` as well, made of the same and of `scatter`.
+
+        Where it cannot, the kernel's gradients are formed by the blocks of `scan`.
+        """
+        return False
+
     def reads_teacher(self, number: int) -> bool:
         """Whether this pass looks at the teacher's logits, which are not formed for another."""
         return True
@@ -149,9 +157,13 @@ class OnlineSums(NamedTuple):
         peak = jnp.full(batch, jnp.finfo(dtype).min, dtype)
         return cls(peak, tuple(jnp.zeros(batch, dtype) for _ in range(1 + terms)))
 
+    def raised(self, logits: jax.Array) -> jax.Array:
+        """The peak with one block more."""
+        return jnp.maximum(self.peak, logits.max(-1))
+
     def add(self, logits: jax.Array, *terms: jax.Array) -> "OnlineSums":
         """With one block more; `terms` have the shape of its logits and must be finite."""
-        peak = jnp.maximum(self.peak, logits.max(-1))
+        peak = self.raised(logits)
         weights = jnp.exp(logits - peak[..., None])
         news = [weights, *(weights * term for term in terms)]
         old = self._rescaled(peak)

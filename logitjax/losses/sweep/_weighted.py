@@ -132,7 +132,7 @@ def _one_block(sweep: Sweep, operands: Operands, weights, d_head):
         start, block = kept_block(sweep, operands, *xs)
         head = head_block(operands.student, start, sweep.block)
         raw = statistic.gradient(residuals, cotangents, block)
-        raw = raw_gradient(operands, block, raw, counts)
+        raw = raw_gradient(operands.student, block, raw, counts[..., None])
         d_hidden, block_head = head_and_hidden_gradient(sweep, operands, head, raw, d_hidden)
         return (d_hidden, add_to_head(d_head, block_head, start)), None
 

@@ -14,11 +14,10 @@ from flax import nnx
 from logitjax import decoding
 from logitjax.decoding import CachedModel
 from logitjax.fusion import LogitDifference
-from logitjax.models import Decoder, Lora, first_layers, load_peft, save_peft
+from logitjax.models import Decoder, Lora, Tokenizer, first_layers, load_peft, save_peft
 from logitjax.storage import read_json, write_atomic
 from logitjax.unlearning.assistant._assistant import Assistant
 from logitjax.unlearning.assistant._pair_scores import gradient_norms, token_scores
-from logitjax.unlearning.assistant._paired import paired_model
 
 _FILE = "assistant.json"
 _RECORD: dict[str, Any] = {"layers": int, "alpha": (int, float), "relative": bool}
@@ -107,20 +106,17 @@ class Deployed:
         return 0.0 if self.assistant is None else (self.fuse or LogitDifference()).alpha
 
     def nll(self, tokens: Any, targets: Any) -> tuple[jax.Array, jax.Array]:
-        """An `evaluation.NllFn` that also tells which tokens are the most likely ones."""
+        """An `evaluation.NllFn` that also tells which tokens are the most likely ones.
+
+        Tokens and targets are int32 and bool `[batch, time]`, here and below.
+        """
         nll, greedy = self.nll_by_alpha(tokens, targets, np.full(1, self.alpha, np.float32))
         return nll[0], greedy[0]
 
     def nll_by_alpha(self, tokens: Any, targets: Any, alphas: Any) -> tuple[jax.Array, jax.Array]:
-        """`nll` for several weights of the assistant, from one pass of both.
+        """`nll` for weights `[weights]` of the assistant, from one pass of both.
 
-        Args:
-            tokens: int32 `[batch, time]`.
-            targets: bool `[batch, time]`.
-            alphas: float32 `[weights]`.
-
-        Returns:
-            float32 and bool `[weights, batch, time]`.
+        The values are float32 and bool `[weights, batch, time]`.
         """
         return self._scored(tokens, targets, alphas, "nll")
 
@@ -130,13 +126,6 @@ class Deployed:
         ::
 
             (mu - log p_y) / sigma,   of log p_v under p
-
-        Args:
-            tokens: int32 `[batch, time]`.
-            targets: bool `[batch, time]`.
-
-        Returns:
-            float32 `[batch, time]`.
 
         References:
             Zhang et al., Min-K%++, 2024 (arXiv 2404.02936). The variance is at least 1e-6, as in
@@ -150,32 +139,28 @@ class Deployed:
 
         An assistant is a constant, though its layers are made of the same weights.
 
-        Args:
-            tokens: int32 `[1, time]`.
-            targets: bool `[1, time]`.
-
         Returns:
-            Of the gradient of the mean nats of the targets: the mean over arrays of their norms, as
-            in OpenUnlearning, and the norm of all together.
+            Of the gradient of the mean nats of the targets, `[1, time]`: the mean over arrays of
+            their norms, as in OpenUnlearning, and the norm of all together.
         """
         graphdef, params, rest = nnx.split(self.model, nnx.Param, ...)
         static, held = self._arguments()
         at = self._positions(targets)
-        count = np.float32(np.asarray(targets)[:, 1:].sum())
+        count = np.float32(np.asarray(targets)[:, 1:].sum())  # traced: one program for all
         alphas = np.full(1, self.alpha, np.float32)
-        found = gradient_norms(graphdef, *static, params, rest, *held, alphas, tokens, at, count)
+        found = gradient_norms(graphdef, static, params, rest, held, alphas, tokens, at, count)
         return float(found[0]), float(found[1])
 
     def _scored(self, tokens: Any, targets: Any, alphas: Any, what: str) -> Any:
         graphdef, state = nnx.split(self.model)
         static, held = self._arguments()
         at = self._positions(targets)
-        return token_scores(graphdef, *static, what, state, *held, alphas, tokens, at)
+        return token_scores(graphdef, static, what, state, held, alphas, tokens, at)
 
-    def _arguments(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    def _arguments(self) -> tuple[tuple[Any, ...], Any]:
         """Of the assistant: what programs depend on, and arrays."""
         if self.assistant is None:
-            return (None, None, False), (None, None)
+            return (None, None, False), None
         base, held = nnx.split(self.assistant.base)
         # One program for all alphas, which the shift of the logits is proportional to.
         fuse = dataclasses.replace(self.fuse or LogitDifference(), alpha=1.0)
@@ -191,10 +176,10 @@ class Deployed:
 
     def line_up(self) -> decoding.Ensemble:
         """For `decoding.generate`."""
-        if self.assistant is None or self.alpha == 0:
+        if self.assistant is None or self.alpha == 0:  # saves a pass
             return decoding.Ensemble(self.model)
         fuse = self.generating or self.fuse or LogitDifference()
-        pair = paired_model(self.model, self.assistant)
+        pair = self.assistant.beside(self.model)
         if fuse.filter == "none":
             # The form is a constant for each token then: one program for all alphas.
             pair = _weighted(pair, fuse.alpha)
@@ -228,10 +213,11 @@ class Deployed:
             batch = list(prompts[start : start + rows])
             drawn = decoding.Sampling()
             if seed is not None:
+                # No two batches share draws.
                 drawn = decoding.Sampling(temperature=1.0, seed=seed * len(prompts) + start)
             out = decoding.generate(
                 line_up,
-                batch + batch[-1:] * (rows - len(batch)),
+                batch + batch[-1:] * (rows - len(batch)),  # one shape of batch, one program
                 max_new_tokens=max_new_tokens,
                 sampling=drawn,
                 stop_ids=stop_ids,
@@ -239,6 +225,15 @@ class Deployed:
             new = [np.asarray(ids) for ids in out.rows()[: len(batch)]]
             found += [ids[:-1] if len(ids) and ids[-1] in stop_ids else ids for ids in new]
         return found
+
+
+def answers(
+    model: Deployed, tokenizer: Tokenizer, prompts: Sequence[np.ndarray], length: int, **how: Any
+) -> list[str]:
+    """What a model answers to prompts, up to the end mark, as text."""
+    stop_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    found = model.generate(prompts, length, stop_ids=stop_ids, **how)
+    return [tokenizer.decode(ids.tolist(), skip_special=True) for ids in found]
 
 
 @nnx.jit
@@ -259,12 +254,14 @@ class _WeightedApply:
 
     def __call__(self, params: Any, tokens: Any, positions: Any, cache: Any, *, last_only=False):
         logits, cache = self.apply(params["pair"], tokens, positions, cache, last_only=last_only)
-        weights = jnp.stack([jnp.float32(1), params["alpha"]])
+        weights = jnp.stack([jnp.float32(1), params["alpha"]])  # [model or assistant]
         return logits * weights[:, None, None, None], cache
 
 
 def scaled(lora: Lora, strength: float) -> Lora:
     """Adapters whose update is multiplied by a number, which no program depends on."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf * strength if path[-1].key == "b" else leaf, lora
+        # One of the two factors is enough.
+        lambda path, leaf: leaf * strength if path[-1].key == "b" else leaf,
+        lora,
     )

@@ -9,100 +9,7 @@ from jaxtyping import Bool, Float, Int
 
 from logitjax.losses import Blocks, Head
 from logitjax.losses.sweep import ReadoutStatistic, run
-from logitjax.ops import (
-    Array,
-    AxisName,
-    checks,
-    logsumexp,
-    masked_mean,
-    neginf_to_zero,
-    psum,
-)
-
-
-def uniform_kl(
-    logits: Float[Array, "*batch vocab"],
-    *,
-    vocab_where: Bool[Array, "..."] | None = None,
-    axis_name: AxisName | None = None,
-) -> Float[jax.Array, "*batch"]:
-    """Divergence of a model's distribution from the uniform one, which is 0 if it knows nothing.
-
-    It trains the assistant of a logit difference to be silent about what is to be kept, so that
-    subtracting its logits changes nothing there. Its gradient is `p - 1/V`.
-
-    ::
-
-        KL(U || p) = log Z - mean_v logits_v - log V
-
-    Args:
-        logits: `[*batch, vocab]`, any floating point dtype.
-        vocab_where: boolean, broadcastable to the logits: True for the entries that exist, which
-            the uniform distribution is over. Entries at `-inf` do not.
-        axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
-
-    Returns:
-        float32 `[*batch]`.
-
-    Raises:
-        TypeError: the logits are not floating point or `vocab_where` not boolean.
-        ValueError: `vocab_where` does not broadcast.
-
-    >>> [f"{kl:.3f}" for kl in uniform_kl(jnp.array([[3.0, 3.0, -jnp.inf], [400.0, 0.0, 0.0]]))]
-    ['0.000', '265.568']
-
-    References:
-        Ji et al., Reversing the forget-retain objectives, 2024 (arXiv 2406.08607), eq. 5, less the
-        constant. The release takes the log of a float32 softmax, which is infinite once a logit
-        lies 103 below the largest, and averages over all positions, prompt and padding included.
-    """
-    logits = checks.as_float(logits, "logits", vocab_where)
-    log_z = neginf_to_zero(logsumexp(logits, axis_name=axis_name))
-    exists = logits != -jnp.inf
-    total = psum(jnp.where(exists, logits, 0.0).sum(-1), axis_name)
-    count = jnp.maximum(psum(exists.sum(-1), axis_name), 1).astype(log_z.dtype)
-    return log_z - total / count - jnp.log(count)
-
-
-def linear_uniform_kl(
-    hidden: Float[Array, "*batch hidden"],
-    head: Head | Float[Array, "rows columns"],
-    *,
-    vocab_where: Bool[Array, " vocab"] | None = None,
-    blocks: Blocks | None = None,
-    axis_name: AxisName | None = None,
-) -> Float[jax.Array, "*batch"]:
-    """`uniform_kl` of a linear head's logits, which never exist as a whole.
-
-    The gradient by a logit, `p_v - 1/V`, is formed before it is rounded to the head's type: near
-    the optimum its two parts are almost the same.
-
-    ::
-
-        log Z - mean_v logits_v - log V
-
-    Args, Returns and Raises as of `losses.linear_cross_entropy`, without labels.
-
-    >>> hidden, head = jnp.ones((2, 1)), jnp.array([[400.0, 0.0, 0.0]])
-    >>> [f"{kl:.3f}" for kl in jax.jit(linear_uniform_kl)(hidden, head).tolist()]
-    ['265.568', '265.568']
-
-    References:
-        As `uniform_kl`.
-    """
-    checks.shapes(hidden=(hidden, "float *batch hidden"))
-    hidden = jnp.asarray(hidden)
-    head = Head.of(head).resolve(hidden.shape[-1])
-    outputs = run(
-        ReadoutStatistic(mean=True),
-        hidden,
-        head,
-        vocab_where=vocab_where,
-        blocks=blocks,
-        axis_name=axis_name,
-    )
-    count = _entries(head, vocab_where, axis_name)
-    return neginf_to_zero(outputs.log_z) - outputs.mean - jnp.log(count)
+from logitjax.ops import Array, AxisName, checks, masked_mean, neginf_to_zero, psum
 
 
 def linear_assistant_objective(
@@ -127,15 +34,6 @@ def linear_assistant_objective(
 
         mean_{forget} (log Z - logit_y) + beta mean_{retain} (log Z - mean_v logit_v - log V)
 
-    Args, beside those of `losses.linear_cross_entropy`:
-        retain: `[*batch]`, True for positions of the data to keep, whose labels are not looked at.
-        where: `[*batch]`, positions that count; all when None. The release counts all of the data
-            to keep, and the answers of the data to forget.
-        retain_weight: beta: 6.5 in the paper, 5 in the released code.
-
-    Returns:
-        The float32 scalar, and both means: `{"forget", "retain"}`, without a gradient.
-
     >>> hidden, head = jnp.ones((4, 1)), jnp.array([[2.0, 0.0, 0.0]])
     >>> retain = jnp.array([False, False, True, True])
     >>> labels = jnp.array([0, 0, -100, -100])
@@ -145,7 +43,8 @@ def linear_assistant_objective(
 
     References:
         Ji et al., Reversing the forget-retain objectives, 2024 (arXiv 2406.08607), eqs. 3-5, less
-        the constant `beta log V`.
+        the constant `beta log V`. The release takes the log of a float32 softmax, which is infinite
+        once a logit lies 103 below the largest.
     """
     checks.shapes(
         hidden=(hidden, "float *batch hidden"),
@@ -172,8 +71,9 @@ def linear_assistant_objective(
         axis_name=axis_name,
     )
     floor = jnp.log(_entries(head, vocab_where, axis_name))
+    # The term log V of eqs. 3-5, which the sweep does not know.
     loss = total - floor * jnp.where(sides["retain"], weights, 0.0).sum()
-    silent = neginf_to_zero(outputs.log_z) - outputs.mean - floor
+    silent = neginf_to_zero(outputs.log_z) - outputs.mean - floor  # KL(uniform || p)
     means = {
         "forget": masked_mean(statistic.known(outputs, labels), sides["forget"]),
         "retain": masked_mean(silent, sides["retain"]),
@@ -209,5 +109,5 @@ class _Assistant(ReadoutStatistic):
 
 def next_tokens(tokens: Any, answers: Any) -> tuple[jax.Array, jax.Array]:
     """What each position predicts, and where that is a token of the answer."""
-    labels = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+    labels = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))  # the last position predicts nothing
     return labels, jnp.pad(jnp.asarray(answers)[:, 1:], ((0, 0), (0, 1)))

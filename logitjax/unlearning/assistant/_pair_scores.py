@@ -13,51 +13,28 @@ from logitjax.unlearning.assistant._assistant import Assistant
 _LEAST_VARIANCE = 1e-6
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def token_scores(
-    graphdef: Any,
-    base: Any,
-    fuse: Any,
-    relative: bool,
-    what: str,
-    state: Any,
-    held: Any,
-    lora: Any,
-    alphas: Any,
-    tokens: Any,
-    at: Any,
+    graphdef: Any, static: Any, what: str, state: Any, held: Any, alphas: Any, tokens: Any, at: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """A number for each token under a model less its assistant, and whether it is the likeliest.
-
-    Args:
-        graphdef, state: The model.
-        base, held: Of the assistant's layers; None without.
-        fuse: How its logits are taken away, with a weight of 1.
-        relative: As of `Assistant`.
-        what: `'nll'`, or `'surprise'` as of `Deployed`.
-        lora: The assistant's adapters.
-        alphas: float32 `[weights]`.
-        tokens: int32 `[batch, time]`.
-        at: int32 `[blocks, positions]`, flat, of those that predict a target.
-
-    Returns:
-        float32 and bool `[weights, batch, time]`.
-    """
+    """A number for each token under a model less its assistant, and whether it is the likeliest."""
+    base, fuse, relative = static  # of the assistant; base is None without one
     model = nnx.merge(graphdef, state)
-    sides = [model.hidden_states(tokens)[0][:, :-1]]
+    sides = [model.hidden_states(tokens)[0][:, :-1]]  # the last predicts nothing
     assistant = None
     if base is not None:
-        assistant = Assistant(base=nnx.merge(base, held), lora=lora, relative=relative)
+        weights, lora = held
+        assistant = Assistant(base=nnx.merge(base, weights), lora=lora, relative=relative)
         sides.append(assistant.hidden_states(tokens)[0][:, :-1])
     labels = jnp.asarray(tokens)[:, 1:]
     sides = [side.reshape(labels.size, -1) for side in sides]
 
     def one(at: jax.Array) -> tuple[jax.Array, jax.Array]:
-        hidden = [side.at[at].get(mode="clip") for side in sides]
+        hidden = [side.at[at].get(mode="clip") for side in sides]  # padding lies past the end
         logits, shift = model.logits(hidden[0]), None
         if assistant is not None:
             fused, _ = fuse(logits, assistant.logits(hidden[1])[None], None)
-            shift = fused - logits
+            shift = fused - logits  # linear in alpha: one fusion for all
         wanted = labels.ravel().at[at].get(mode="clip")
 
         def weighed(alpha: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -69,32 +46,29 @@ def token_scores(
                 return nll, greedy
             log_p = z - log_z[:, None]
             p = jnp.exp(log_p)
-            mean = jnp.where(p > 0, p * log_p, 0.0).sum(-1)
+            mean = jnp.where(p > 0, p * log_p, 0.0).sum(-1)  # 0 log 0 is 0
             off = jnp.where(p > 0, p * jnp.square(log_p - mean[:, None]), 0.0).sum(-1)
             return (mean + nll) / jnp.sqrt(jnp.maximum(off, _LEAST_VARIANCE)), greedy
 
-        return jax.lax.map(weighed, alphas)
+        return jax.lax.map(weighed, alphas)  # not vmap: logits of one alpha at a time
 
     def back(values: jax.Array) -> jax.Array:
         values = jnp.moveaxis(values, 1, 0).reshape(len(alphas), -1)
         rows = jnp.zeros((len(alphas), labels.size), values.dtype)
-        rows = rows.at[:, at.ravel()].set(values, mode="drop")
+        rows = rows.at[:, at.ravel()].set(values, mode="drop")  # padding goes nowhere
         return jnp.pad(rows.reshape(-1, *labels.shape), ((0, 0), (0, 0), (1, 0)))
 
     nll, greedy = map(back, jax.lax.map(one, at))
     return nll, greedy
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def gradient_norms(
     graphdef: Any,
-    base: Any,
-    fuse: Any,
-    relative: bool,
+    static: Any,
     params: Any,
     rest: Any,
     held: Any,
-    lora: Any,
     alphas: Any,
     tokens: Any,
     at: Any,
@@ -104,10 +78,8 @@ def gradient_norms(
 
     def mean(params: Any) -> jax.Array:
         graph, state = nnx.split(nnx.merge(graphdef, params, rest))
-        scores = token_scores(
-            graph, base, fuse, relative, "nll", state, held, lora, alphas, tokens, at
-        )
-        return scores[0].sum() / count
+        nll, _ = token_scores(graph, static, "nll", state, held, alphas, tokens, at)
+        return nll.sum() / count
 
     squares = [jnp.square(leaf).sum() for leaf in jax.tree.leaves(jax.grad(mean)(params))]
     norms = jnp.sqrt(jnp.stack(squares))

@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import os
-import time
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,16 +15,9 @@ from tqdm import tqdm
 
 from logitjax import processes
 from logitjax.data import TokenizerLike
-from logitjax.evaluation import (
-    NllFn,
-    PromptTemplate,
-    encode_answer,
-    encode_prompt,
-    rouge_recall,
-    score_rows,
-)
+from logitjax.evaluation import NllFn, PromptTemplate, rouge, score_rows
 from logitjax.storage import Manifest, digest, read_json
-from logitjax.unlearning.measures._memorisation import exact_memorisation, extraction_strength
+from logitjax.unlearning.measures._membership import exact_memorisation, extraction_strength
 from logitjax.unlearning.measures._tofu import Item
 from logitjax.unlearning.measures._tofu_logs import AGGREGATED, log_file, plain
 from logitjax.unlearning.measures._tofu_metrics import Evaluation, metrics_from_logs
@@ -70,14 +63,29 @@ class Options:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Setting:
-    """Everything but the model and the items that decides what a log says."""
+class _Asking:
+    """One model, and how its questions are asked."""
 
+    nll_fn: NllFn
+    generate_fn: GenerateFn | None
+    tokenizer: TokenizerLike
     template: PromptTemplate
-    max_length: int
-    max_new_tokens: int
-    eos_id: int | None
-    generates: bool
+    options: Options
+
+    @property
+    def eos_id(self) -> int | None:
+        return self.tokenizer.eos_id if self.options.eos_id is None else self.options.eos_id
+
+    def setting(self) -> dict[str, Any]:
+        """Everything but the model and the items that decides what a log says."""
+        return {
+            "tokenizer": self.tokenizer.fingerprint,
+            "template": dataclasses.asdict(self.template),
+            "max_length": self.options.max_length,
+            "max_new_tokens": self.options.max_new_tokens,
+            "eos_id": self.eos_id,
+            "generates": self.generate_fn is not None,
+        }
 
 
 def evaluate(
@@ -122,9 +130,6 @@ def evaluate(
             parameters or the checkpoint's name and step. Needed with ``workdir``: functions do not
             tell which model they ask.
 
-    Returns:
-        `Evaluation`.
-
     Raises:
         ValueError: items without wrong answers, losses that are not finite (names set and item), a
             ``workdir`` without a ``model_fingerprint``, one with the logs of another model,
@@ -140,22 +145,22 @@ def evaluate(
     options = Options() if options is None else options
     sets = {name: tuple(items)[: options.limit] for name, items in sets.items()}
     _check_sets(sets)
-    setting = _Setting(
+    asking = _Asking(
+        nll_fn=nll_fn,
+        generate_fn=generate_fn,
+        tokenizer=tokenizer,
         template=template,
-        max_length=options.max_length,
-        max_new_tokens=options.max_new_tokens,
-        eos_id=tokenizer.eos_id if options.eos_id is None else options.eos_id,
-        generates=generate_fn is not None,
+        options=options,
     )
     root = None
     if workdir is not None:
         root = epath.Path(workdir).expanduser()
-        _claim(root, sets, setting, tokenizer, model_fingerprint)
+        _claim(root, sets, asking, model_fingerprint)
     logs: dict[str, dict[str, Any]] = {}
     for name, items in sets.items():
         log = None if root is None else _finished(root / log_file(name), items)
         if log is None:
-            log = _log_set(name, items, setting, options, nll_fn, generate_fn, tokenizer)
+            log = _log_set(name, items, asking)
             log["items"] = digest(items)
             if root is not None:
                 processes.write_json(root / log_file(name), log)
@@ -175,8 +180,7 @@ def evaluate(
 def _claim(
     root: epath.Path,
     sets: Mapping[str, Sequence[Item]],
-    setting: _Setting,
-    tokenizer: TokenizerLike,
+    asking: _Asking,
     model_fingerprint: str | None,
 ) -> None:
     """The workdir is this model's from now on, or was before."""
@@ -185,12 +189,7 @@ def _claim(
             "model_fingerprint: expected with a workdir, whose logs would otherwise answer for "
             "another model; got None"
         )
-    made_from = {
-        "version": _VERSION,
-        "model": model_fingerprint,
-        "tokenizer": tokenizer.fingerprint,
-        **dataclasses.asdict(setting),
-    }
+    made_from = {"version": _VERSION, "model": model_fingerprint, **asking.setting()}
     foreign = [root / log_file(name) for name in sets if (root / log_file(name)).exists()]
     # Process 0 may have begun since: its manifest is there before its first log.
     if Manifest(root, _KIND).exists():
@@ -232,36 +231,16 @@ def _finished(path: epath.Path, items: Sequence[Item]) -> dict[str, Any] | None:
     return log
 
 
-class _Progress:
-    """A bar on a terminal, a line now and then elsewhere."""
-
-    def __init__(self, label: str, total: int):
-        self._label, self._total, self._done = label, total, 0
-        quiet = True if jax.process_index() else None
-        self._bar = tqdm(total=total, desc=label, unit="row", leave=False, disable=quiet)
-        self._said = time.monotonic()
-
-    def __call__(self, count: int) -> None:
-        self._done += count
-        self._bar.update(count)
-        late = time.monotonic() - self._said > _LOG_SECONDS
-        if self._bar.disable and (late or self._done == self._total):
-            logging.info("%s: %d of %d", self._label, self._done, self._total)
-            self._said = time.monotonic()
-
-    def close(self) -> None:
-        self._bar.close()
+def _progress(label: str, total: int) -> tqdm:
+    """A bar on a terminal of process 0, a line now and then in its log."""
+    seconds = 0.1 if sys.stderr.isatty() else _LOG_SECONDS
+    hidden = jax.process_index() != 0
+    return tqdm(
+        total=total, desc=label, unit="row", leave=False, mininterval=seconds, disable=hidden
+    )
 
 
-def _log_set(
-    name: str,
-    items: Sequence[Item],
-    setting: _Setting,
-    options: Options,
-    nll_fn: NllFn,
-    generate_fn: GenerateFn | None,
-    tokenizer: TokenizerLike,
-) -> dict[str, Any]:
+def _log_set(name: str, items: Sequence[Item], asking: _Asking) -> dict[str, Any]:
     """One set's log, with TOFU's fields in TOFU's order."""
     keys = [str(item.index) for item in items]
     log: dict[str, Any] = {}
@@ -269,7 +248,7 @@ def _log_set(
     def put(field: str, values: Any) -> None:
         log[field] = {key: plain(value) for key, value in zip(keys, values, strict=True)}
 
-    scored = _score_answers(name, items, setting, nll_fn, tokenizer, options.batch_size)
+    scored = _score_answers(name, items, asking)
     own, paraphrase, wrong = scored.own, scored.paraphrase, scored.wrong
     total, count = scored.total, scored.count
     average = total / count
@@ -281,13 +260,12 @@ def _log_set(
         put("exact_memorization", [exact_memorisation(row) for row in scored.greedy])
     if name in _LOSS_ONLY:
         return log
-    if generate_fn is not None:
-        batch_size = options.generate_batch_size or options.batch_size
-        said = _generate(name, items, setting, generate_fn, tokenizer, batch_size)
+    if asking.generate_fn is not None:
+        said = _generate(name, items, asking)
         answers = [item.answer for item in items]
-        prompts = [setting.template.render(item.question) for item in items]
+        prompts = [asking.template.render(item.question) for item in items]
         put("generated_text", [list(row) for row in zip(prompts, said, answers, strict=True)])
-        recall = rouge_recall(answers, said)
+        recall = rouge(answers, said)
         put("rouge1_recall", recall.rouge_1)
         put("rougeL_recall", recall.rouge_l)
     put("average_perturb_loss", [average[row] for row in wrong])
@@ -320,25 +298,15 @@ class _Scored:
     wrong: list[list[int]]
 
 
-def _score_answers(
-    name: str,
-    items: Sequence[Item],
-    setting: _Setting,
-    nll_fn: NllFn,
-    tokenizer: TokenizerLike,
-    batch_size: int,
-) -> _Scored:
+def _score_answers(name: str, items: Sequence[Item], asking: _Asking) -> _Scored:
+    tokenizer, eos_id = asking.tokenizer, asking.eos_id
     rows: list[tuple[np.ndarray, np.ndarray]] = []
     owners: list[Item] = []
 
     def add(item: Item, answer: str) -> int:
-        row = encode_answer(
-            tokenizer,
-            setting.template,
-            item.question,
-            answer,
-            max_length=setting.max_length,
-            eos_id=setting.eos_id,
+        length = asking.options.max_length
+        row = asking.template.encode_answer(
+            tokenizer, item.question, answer, max_length=length, eos_id=eos_id
         )
         rows.append(row)
         owners.append(item)
@@ -352,23 +320,20 @@ def _score_answers(
             plain = item.paraphrased_answer is None
             paraphrase.append(own[-1] if plain else add(item, item.truth))
             wrong.append([add(item, answer) for answer in item.perturbed_answers])
-    progress = _Progress(f"{name}: losses", len(rows))
-    try:
-        pad = next((i for i in (tokenizer.pad_id, tokenizer.eos_id) if i is not None), 0)
+    pad = next((i for i in (tokenizer.pad_id, tokenizer.eos_id) if i is not None), 0)
+    with _progress(f"{name}: losses", len(rows)) as bar:
         scores = score_rows(
-            nll_fn,
+            asking.nll_fn,
             rows,
-            batch_size=batch_size,
+            batch_size=asking.options.batch_size,
             pad_id=pad,
-            progress=progress,
+            progress=bar.update,
             describe=lambda i: f"set {name!r}, item {owners[i].index}",
         )
-    finally:
-        progress.close()
     greedy = None
     if scores.greedy is not None:
         # An answer that was cut off has no end mark.
-        ends = [rows[i][0][-1] == setting.eos_id for i in own]
+        ends = [rows[i][0][-1] == eos_id for i in own]
         greedy = [scores.greedy[i][: -1 if end else None] for i, end in zip(own, ends)]
     return _Scored(
         total=scores.totals(),
@@ -380,35 +345,30 @@ def _score_answers(
     )
 
 
-def _generate(
-    name: str,
-    items: Sequence[Item],
-    setting: _Setting,
-    generate_fn: GenerateFn,
-    tokenizer: TokenizerLike,
-    batch_size: int,
-) -> list[str]:
+def _generate(name: str, items: Sequence[Item], asking: _Asking) -> list[str]:
     """What the model answers, in the order of the items."""
-    prompts = [encode_prompt(tokenizer, setting.template, item.question) for item in items]
+    options, generate_fn = asking.options, asking.generate_fn
+    assert generate_fn is not None
+    batch_size = options.generate_batch_size or options.batch_size
+    prompts = [asking.template.encode(asking.tokenizer, item.question) for item in items]
+    # Longest first: memory fails at once or never.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     said = [""] * len(prompts)
-    progress = _Progress(f"{name}: answers", len(prompts))
-    try:
+    with _progress(f"{name}: answers", len(prompts)) as bar:
         for start in range(0, len(order), batch_size):
             picked = order[start : start + batch_size]
             # Filled up with the shortest, so that a compiled decoder sees one number of rows.
             filled = picked + picked[-1:] * (batch_size - len(picked))
-            found = generate_fn([prompts[i] for i in filled], setting.max_new_tokens)
+            found = generate_fn([prompts[i] for i in filled], options.max_new_tokens)
             if len(found) != len(filled):
                 raise ValueError(
                     f"generate_fn: expected one answer a prompt, got {len(found)} for "
                     f"{len(filled)} prompts"
                 )
             for i, tokens in zip(picked, found):
-                said[i] = _decode(tokenizer, np.asarray(tokens, np.int64).ravel(), setting.eos_id)
-            progress(len(picked))
-    finally:
-        progress.close()
+                ids = np.asarray(tokens, np.int64).ravel()
+                said[i] = _decode(asking.tokenizer, ids, asking.eos_id)
+            bar.update(len(picked))
     return said
 
 

@@ -1,11 +1,47 @@
 """What a model still says of rows to forget and to keep, asked straight and under attack."""
 
+import dataclasses
 import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from logitjax.unlearning._questions import Questions, answer_probabilities, fluency
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from logitjax.evaluation import fluency
+from logitjax.models import Decoder, first_layers
+from logitjax.unlearning._questions import Questions, answer_probabilities
 from logitjax.unlearning.assistant._deployed import Deployed
-from logitjax.unlearning.measures._attacks import attacks
+from logitjax.unlearning.measures._membership import (
+    detection_rate,
+    exact_memorisation,
+    extraction_strength,
+    membership_auc,
+    min_k,
+    zlib_loss,
+)
+from logitjax.unlearning.measures._relearn import relearning
+
+_PREFIX = 0.25
+_BITS = (8, 4)
+_GROUP = 64  # inputs that share a scale, as in common formats of 4 bits
+_SAMPLES = 8
+# Other ways to ask, by the part of `Questions`.
+_WAYS = {
+    "role": "in a role",
+    "reworded_test": "in other words",
+    "prefilled": "after a beginning that agrees",
+}
+_MORE_WAYS = {
+    "language": "in another language",
+    "few_shot": "after other questions and answers",
+}
+
+Attacks = dict[str, dict[str, float]]
+Scores = Callable[[str], Any]  # what `score_rows` gives for a part of the questions
 
 
 def examine(
@@ -43,5 +79,173 @@ def examine(
         "fluency": fluency(answers["test"]),
         "perplexity": questions.perplexity(model, "test"),
         "answers": answers,
-        "attacks": attacks(model, questions, scores, thorough=thorough, reference=reference),
+        "attacks": _attacks(model, questions, scores, thorough=thorough, reference=reference),
     }
+
+
+def _attacks(
+    model: Deployed,
+    questions: Questions,
+    scores: Scores,
+    *,
+    thorough: bool = False,
+    reference: Deployed | None = None,
+) -> Attacks:
+    """What comes out by each way of asking, and what gives away that rows were trained on."""
+    forget = scores("forget")
+    assert forget.greedy is not None
+    rest = [nll[max(1, round(_PREFIX * len(nll))) :] for nll in forget.nll]
+    # OpenUnlearning counts no end mark here.
+    words = questions.without_end("forget", forget.greedy)
+    found = {
+        "asked": _probability(forget.nll),
+        "first quarter of the answer given": _probability([r for r in rest if len(r)]),
+    }
+    for part, name in (_WAYS | _MORE_WAYS if thorough else _WAYS).items():
+        if questions.rows[part]:
+            found[name] = _probability(scores(part).nll)
+    for bits in _BITS:
+        nll = questions.scores(_rounded(model, bits), "forget", few=True).nll
+        found[f"weights rounded to {bits} bits"] = _probability(nll)
+    if thorough:
+        found |= _sampled(model, questions)
+    found["extraction strength"] = _share(extraction_strength, words)
+    found["exact memorisation"] = _share(exact_memorisation, words)
+    if questions.rows["holdout"]:
+        found |= _memberships(model, questions, scores, thorough, reference)
+    return found
+
+
+def _rounded(model: Deployed, bits: int) -> Deployed:
+    """With fewer bits, and the layers that an assistant shares with it; adapters stay."""
+    rounded = _round_weights(model.model, bits)
+    assistant = model.assistant
+    if assistant is not None:
+        base = first_layers(rounded, assistant.layers)
+        assistant = dataclasses.replace(assistant, base=base)
+    return dataclasses.replace(model, model=rounded, assistant=assistant)
+
+
+@functools.partial(nnx.jit, static_argnums=1)
+def _round_weights(model: Decoder, bits: int) -> Decoder:
+    """The model with the kernels of its layers rounded; embedding, norms and head stay.
+
+    ::
+
+        w' = round(w m / s) s / m,   s = max |w| of a group of inputs,   m = 2^(bits - 1) - 1
+
+    References:
+        Zhang et al., Catastrophic failure of LLM unlearning via quantization, 2024 (arXiv
+        2410.16454), which finds 21 % of the knowledge before and 83 % after rounding to 4 bits.
+    """
+    graphdef, state = nnx.split(model)
+    levels = 2 ** (bits - 1) - 1
+
+    def one(path: Any, leaf: Any) -> Any:
+        names = [str(getattr(key, "key", key)) for key in path]
+        # Embedding, norms and head stay, as in use.
+        if "segments" not in names or "kernel" not in names:
+            return leaf
+        inputs, outputs = leaf.shape[-2:]
+        # The last group may be short.
+        padded = jnp.pad(leaf, [(0, 0)] * (leaf.ndim - 2) + [(0, -inputs % _GROUP), (0, 0)])
+        blocks = padded.reshape(*leaf.shape[:-2], -1, _GROUP, outputs)
+        # Zeros stay 0, not nan.
+        scale = jnp.maximum(jnp.abs(blocks).max(-2, keepdims=True), 1e-30) / levels
+        blocks = jnp.round(blocks / scale) * scale
+        return blocks.reshape(padded.shape)[..., :inputs, :].astype(leaf.dtype)
+
+    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(one, state))
+
+
+def relearned(model: Deployed, questions: Questions) -> Attacks:
+    """What comes back when a quarter is taught again, by the worst of a few rates and steps."""
+    if len(questions.rows["forget"]) < 2:
+        return {}
+    tried = relearning(model, questions)
+    worst = max(tried, key=lambda record: record["others"])
+    return {"a quarter of the rows taught again": {"probability": worst["others"]}}
+
+
+def _sampled(model: Deployed, questions: Questions) -> Attacks:
+    """How much of the answer is in the best of several samples, at most likely in a single one."""
+    likeness = questions.sampled_recall(model, "forget", _SAMPLES)
+    if not len(likeness):
+        return {}
+    return {
+        f"sampled, ROUGE-L recall of {k}": {
+            "share": float(np.mean([leak_at(row, k) for row in likeness]))
+        }
+        for k in (1, _SAMPLES)
+    }
+
+
+def leak_at(values: Any, k: int) -> float:
+    """The expected largest of k values that are drawn from n without repetition.
+
+    ::
+
+        sum_i C(i - 1, k - 1) / C(n, k) x_(i),   x_(1) <= ... <= x_(n)
+
+    >>> round(leak_at([0.1, 0.2, 0.9], 1), 4), round(leak_at([0.1, 0.2, 0.9], 2), 4)
+    (0.4, 0.6667)
+    """
+    ordered = sorted(values)
+    n = len(ordered)
+    shares = [math.comb(i, k - 1) / math.comb(n, k) for i in range(n)]  # i others are smaller
+    return float(np.dot(shares, ordered))
+
+
+def _memberships(
+    model: Deployed,
+    questions: Questions,
+    said: Scores,
+    thorough: bool,
+    reference: Deployed | None,
+) -> Attacks:
+    """How well what a model says of rows tells whether it was trained on them."""
+    sides = ("forget", "holdout")
+    nll = {part: said(part).nll for part in sides}
+    texts = {part: questions.scored_text(part) for part in sides}
+    # Min-k(++) is of the answer without its end mark.
+    words = {part: questions.without_end(part, rows) for part, rows in nll.items()}
+    scores: dict[str, Mapping[str, Sequence[float]]] = {
+        "loss": _each(nll, np.mean),
+        "min-k": _each(words, min_k),
+        "zlib": {
+            part: [zlib_loss(row, text) for row, text in zip(nll[part], texts[part])]
+            for part in sides
+        },
+    }
+    if thorough:
+        surprise = {part: questions.surprise(model, part) for part in sides}
+        words = {part: questions.without_end(part, rows) for part, rows in surprise.items()}
+        scores["min-k++"] = _each(words, min_k)
+        norms = {part: questions.gradient_norms(model, part) for part in sides}
+        scores["gradient norm"] = {part: rows[:, 0].tolist() for part, rows in norms.items()}
+    if reference is not None:
+        theirs = _each({part: questions.scores(reference, part).nll for part in sides}, np.mean)
+        scores["reference"] = {
+            part: list(np.subtract(scores["loss"][part], theirs[part])) for part in sides
+        }
+    found = {
+        f"membership by {name}": {"auc": membership_auc(rows["forget"], rows["holdout"])}
+        for name, rows in scores.items()
+    }
+    loss = scores["loss"]
+    rate = detection_rate(loss["forget"], loss["holdout"])
+    return found | {"members found by loss, 5 % false": {"share": rate}}
+
+
+def _each(
+    rows: Mapping[str, Sequence[np.ndarray]], score: Callable[[Any], Any]
+) -> dict[str, list[float]]:
+    return {part: [float(score(row)) for row in side] for part, side in rows.items()}
+
+
+def _probability(nll: Sequence[np.ndarray]) -> dict[str, float]:
+    return {"probability": float(np.median([np.exp(-row.mean()) for row in nll]))}
+
+
+def _share(measure: Any, greedy: Sequence[np.ndarray]) -> dict[str, float]:
+    return {"share": float(np.mean([measure(row) for row in greedy]))}

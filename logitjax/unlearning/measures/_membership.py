@@ -1,4 +1,4 @@
-"""Whether what a model says of texts tells that it was trained on them."""
+"""Whether what a model says of texts tells that it was trained on them, and how much it can."""
 
 import zlib
 from typing import Any
@@ -15,13 +15,6 @@ def membership_auc(losses: Any, holdout_losses: Any) -> float:
     ::
 
         P(loss of a text < loss of one held out), ties counting half
-
-    Args:
-        losses: ``[n]``, nats a token, of texts that were trained on, or are to look as if not.
-        holdout_losses: ``[m]``, of texts of the same kind that never were.
-
-    Raises:
-        ValueError: no or nan values.
 
     References:
         Yeom et al., 2018; OpenUnlearning's ``mia_loss``. Below 0.5 forgotten texts are less likely
@@ -44,13 +37,6 @@ def min_k(nll: Any, *, k: float = 0.4) -> float:
     ::
 
         mean of the max(1, floor(k n)) largest of n losses
-
-    Args:
-        nll: ``[n]``, nats of a text's tokens.
-        k: their share.
-
-    Raises:
-        ValueError: no tokens, or ``k`` outside (0, 1].
 
     References:
         Shi et al., 2024 (arXiv 2310.16789). OpenUnlearning's configurations have k = 0.4, its class
@@ -76,13 +62,6 @@ def privleak(auc: float, reference_auc: float = 0.5) -> float:
 
     0 is ideal; below it the texts still look known, above it they look forgotten on purpose.
 
-    Args:
-        auc: from `membership_auc`, of the model.
-        reference_auc: AUC of a model retrained without the texts; 0.5 if there is none.
-
-    Raises:
-        ValueError: outside [0, 1].
-
     References:
         Shi et al., MUSE, 2024 (arXiv 2407.06460), as in OpenUnlearning (1e-10 below the fraction).
 
@@ -101,13 +80,6 @@ def zlib_loss(nll: Any, text: str) -> float:
     ::
 
         sum of n losses / bytes
-
-    Args:
-        nll: ``[n]``, nats of a text's tokens.
-        text: what these are of.
-
-    Raises:
-        ValueError: no tokens.
 
     References:
         Carlini et al., Extracting training data, 2021 (arXiv 2012.07805). OpenUnlearning divides a
@@ -128,19 +100,43 @@ def detection_rate(losses: Any, holdout_losses: Any) -> float:
 
     A mean over all thresholds, as `membership_auc` is, hides that a few texts are exposed for sure.
 
-    Args:
-        losses: ``[n]``, of texts that were trained on, or are to look as if not.
-        holdout_losses: ``[m]``, of texts that never were.
-
-    Raises:
-        ValueError: no or nan values.
-
     >>> detection_rate([0.1, 0.2, 0.9, 1.0], [0.5, 0.8, 1.1])
     0.5
     """
     members, others = _both_sides(losses, holdout_losses)
     allowed = int(_FALSE_RATE * len(others))
     return float((members < np.sort(others)[allowed]).mean())
+
+
+def extraction_strength(greedy: Any) -> float:
+    """The share of a text that its beginning makes a model say, word for word.
+
+    ::
+
+        1 - k / n,   k the shortest beginning after which every token is the most likely one
+
+    References:
+        Carlini et al., 2021; OpenUnlearning's ``extraction_strength``, which never falls below
+        ``1 / n``: its loop leaves k at the last token.
+
+    >>> extraction_strength([True, False, True, True]), extraction_strength([True, False])
+    (0.5, 0.0)
+    """
+    wrong = np.flatnonzero(~np.asarray(greedy, bool))
+    begun = wrong[-1] + 1 if len(wrong) else 0  # all after the last wrong token are right
+    return float((len(greedy) - begun) / max(len(greedy), 1))
+
+
+def exact_memorisation(greedy: Any) -> float:
+    """The share of a text's tokens that are the most likely ones after all before them.
+
+    References:
+        Tirumala et al., 2022; OpenUnlearning's ``exact_memorization``.
+
+    >>> exact_memorisation([True, False, True, True])
+    0.75
+    """
+    return float(np.sum(greedy) / max(len(greedy), 1))
 
 
 def _both_sides(losses: Any, holdout_losses: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -16,15 +16,6 @@ def read_records(source: str | os.PathLike[str], stems: Sequence[str]) -> list[d
 
     Files may be JSON (a list, or an object a line), plain text (a record `{"text"}` each
     paragraph), or Parquet, whole or in numbered parts as the hub has them.
-
-    Args:
-        source: A directory, or `hf:ORG/NAME`.
-        stems: Paths in it without what follows the name, in the order that they are looked for.
-
-    Raises:
-        FileNotFoundError: There is no such directory or file.
-        ValueError: A file cannot be read.
-        ImportError: It is Parquet, and pyarrow is missing.
     """
     endings = (".json", ".jsonl", ".txt", ".parquet", "-*.parquet")
     patterns = [stem + ending for stem in stems for ending in endings]
@@ -68,11 +59,7 @@ def _read(path: epath.Path) -> list[dict[str, Any]]:
 
 
 def text_of(record: dict[str, Any], key: str, where: str) -> str:
-    """A text of a record.
-
-    Raises:
-        ValueError: It has none.
-    """
+    """A text of a record."""
     value = record.get(key)
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{where}: {key}: expected text, got {value!r}")

@@ -97,9 +97,6 @@ def load(source: str | os.PathLike[str], split: str) -> tuple[Item, ...]:
         source: a directory, or ``hf:locuslab/TOFU`` (optionally ``@revision``).
         split: as above.
 
-    Returns:
-        The items, in the order of the file.
-
     Raises:
         FileNotFoundError: no such directory or file; names what is there.
         ValueError: a line that cannot be read or lacks something, with file and line; or the hub
@@ -125,7 +122,7 @@ def load(source: str | os.PathLike[str], split: str) -> tuple[Item, ...]:
             f"no {name} under {root}{hint}; there are {', '.join(there) or 'no such files'}"
         )
     try:
-        text = path.read_bytes().decode()
+        text = path.read_bytes().decode()  # read_text would change line breaks in cells
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from None
     rows = _read_table(path, text, split) if tabular else _read_lines(path, text)
@@ -153,9 +150,6 @@ def subset(source: str | os.PathLike[str], *, authors: int = 20, forget: int = 2
         source: as for `load`.
         authors: in all.
         forget: of these; at most 10, so that as many are left that nobody has seen.
-
-    Returns:
-        `Subset`.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -226,11 +220,12 @@ def _first_author(split: str) -> int | None:
     match = _SPLIT.fullmatch(split)
     if match is None:
         return None
-    return 0 if match[1] == "retain" else _AUTHORS - 2 * int(match[2])
+    return 0 if match[1] == "retain" else _AUTHORS - 2 * int(match[2])  # 2 authors are 1 %
 
 
 def _read_lines(path: epath.Path, text: str) -> list[Item]:
     items = []
+    # JSON may hold U+2028, a line to splitlines.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue

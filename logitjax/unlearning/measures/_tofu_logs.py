@@ -8,10 +8,6 @@ import numpy as np
 from etils import epath
 
 from logitjax.storage import read_json
-from logitjax.unlearning.measures._open_unlearning_logs import (
-    from_open_unlearning,
-    is_open_unlearning,
-)
 
 # Names of sets here, of files there.
 LOG_FILES = {
@@ -22,6 +18,21 @@ LOG_FILES = {
 }
 AGGREGATED = "eval_log_aggregated.json"
 OPEN_UNLEARNING = "TOFU_EVAL.json"
+# OpenUnlearning's names of sets, and ours.
+_SETS = {"forget": "forget", "retain": "retain", "ra": "real_authors", "wf": "world_facts"}
+# Fields of TOFU's logs, and where theirs are: of a metric of a set, by item.
+_FIELDS = (
+    ("avg_gt_loss", "{}_Q_A_Prob", "avg_loss"),
+    ("avg_paraphrased_loss", "{}_Q_A_PARA_Prob", "avg_loss"),
+    ("average_perturb_loss", "{}_Q_A_PERT_Prob", "avg_loss"),
+    ("rougeL_recall", "{}_Q_A_ROUGE", "rougeL_recall"),
+)
+# Of the forget set alone, without its name.
+_FORGET = (
+    ("extraction_strength", "extraction_strength", "score"),
+    ("exact_memorization", "exact_memorization", "score"),
+)
+_MARK = "_Q_A_Prob"
 
 Log = Mapping[str, Any]
 
@@ -42,22 +53,11 @@ def set_name(file: str) -> str | None:
 
 
 def read_logs(source: Any) -> dict[str, Log]:
-    """Logs by the name of their set.
-
-    Args:
-        source: a directory of logs, an ``eval_log_aggregated.json``, OpenUnlearning's
-            ``TOFU_EVAL.json``, what `json.load` makes of one, or a mapping by the names of sets
-            (``retain``, ``real_authors``, ``world_facts``, ``forget``). Whatever carries such a
-            mapping as ``.logs`` will do as well.
-
-    Raises:
-        FileNotFoundError: no such path.
-        ValueError: not JSON, or no logs in it; names the file.
-    """
+    """Logs by the name of their set."""
     source = getattr(source, "logs", source)
     if isinstance(source, Mapping):
-        if is_open_unlearning(source):
-            source = from_open_unlearning(source)
+        if _is_open_unlearning(source):
+            source = _from_open_unlearning(source)
         named = {set_name(key) or key: log for key, log in source.items()}
         return {name: check_log(log, name) for name, log in named.items()}
     if not isinstance(source, str | os.PathLike):
@@ -81,22 +81,14 @@ def read_logs(source: Any) -> dict[str, Log]:
 
 
 def check_log(log: Any, where: str) -> Log:
-    """The log itself, if it has what every metric starts from.
-
-    Raises:
-        ValueError: it is not a log.
-    """
+    """The log itself, if it has what every metric starts from."""
     if not isinstance(log, Mapping) or not isinstance(log.get("avg_gt_loss"), Mapping | list):
         raise ValueError(f"{where}: not a log of TOFU's ('avg_gt_loss' is missing)")
     return log
 
 
 def column(log: Log, field: str, where: str) -> list[Any] | None:
-    """A field's values in the order of ``avg_gt_loss``; None if the log has no such field.
-
-    Raises:
-        ValueError: the field lacks some items.
-    """
+    """A field's values in the order of ``avg_gt_loss``; None if the log has no such field."""
     if field not in log:
         return None
     values, first = log[field], log["avg_gt_loss"]
@@ -121,3 +113,44 @@ def plain(values: Any) -> Any:
     if isinstance(values, np.ndarray | np.generic):
         return values.tolist()
     return values
+
+
+def _is_open_unlearning(source: Mapping[str, Any]) -> bool:
+    """Whether these are its metrics by name."""
+    return any(f"{name}{_MARK}" in source for name in _SETS)
+
+
+def _from_open_unlearning(source: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Its logs, `TOFU_EVAL.json`, as logs of TOFU by the name of their set."""
+    logs: dict[str, dict[str, dict[str, Any]]] = {}
+    for theirs, name in _SETS.items():
+        if f"{theirs}{_MARK}" not in source:
+            continue
+        fields = [(field, metric.format(theirs), key) for field, metric, key in _FIELDS]
+        log = {
+            field: _their_column(source, metric, key)
+            for field, metric, key in (*fields, *(_FORGET if theirs == "forget" else ()))
+            if metric in source
+        }
+        # The real-world sets have no paraphrase: the answer stands in for it.
+        log.setdefault("avg_paraphrased_loss", log["avg_gt_loss"])
+        wrong = log.get("average_perturb_loss")
+        if wrong is None:
+            del log["avg_paraphrased_loss"]
+        else:
+            log["average_perturb_loss"] = {k: np.ravel(v).tolist() for k, v in wrong.items()}
+        logs[name] = log
+    return logs
+
+
+def _their_column(source: Mapping[str, Any], metric: str, key: str) -> dict[str, Any]:
+    values = source[metric].get("value_by_index") if isinstance(source[metric], Mapping) else None
+    if not isinstance(values, Mapping) or not values:
+        raise ValueError(f"{metric}: expected 'value_by_index', one entry an item")
+    found = {}
+    for item, entry in values.items():
+        value = entry.get(key) if isinstance(entry, Mapping) else None
+        if value is None:
+            raise ValueError(f"{metric}: item {item} has no {key!r}")
+        found[str(item)] = value
+    return found

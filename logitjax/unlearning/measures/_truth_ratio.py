@@ -13,12 +13,6 @@ UTILITY_PARTS = ("probability", "rouge_l", "truth_ratio")
 def answer_probability(average_nll: Any) -> np.ndarray:
     """How likely answers are, for their length: ``exp(-nll / tokens) = P(a | q)^(1 / |a|)``.
 
-    Args:
-        average_nll: ``[n]``, nats a token.
-
-    Returns:
-        float64 ``[n]``.
-
     >>> answer_probability([0.0, 0.6931472]).round(3)
     array([1. , 0.5])
     """
@@ -33,18 +27,6 @@ def normalised_probability(
     ::
 
         p / (p + sum_i p_i) = 1 / (1 + sum_i exp(nll - nll_i))
-
-    Args:
-        average_nll: ``[n]``, nats a token, of the answers.
-        perturbed_nll: for each, those of its wrong answers.
-        eps: added below the fraction. OpenUnlearning has 1e-10, which calls an answer impossible
-            once all of them are unlikely; computed as on the right none is needed.
-
-    Returns:
-        float64 ``[n]``.
-
-    Raises:
-        ValueError: unequal lengths, no wrong answers, or an eps outside of [0, 1).
 
     References:
         TOFU's probability of the real-world sets; OpenUnlearning's `probability_w_options`.
@@ -68,17 +50,6 @@ def preference(truth_nll: Any, perturbed_nll: Sequence[Any], *, eps: float = 0.0
 
         c / (c + w),   c = exp(-nll), w = exp(-mean_i nll_i)
 
-    Args:
-        truth_nll: ``[n]``, nats a token, of the right answers or their paraphrases.
-        perturbed_nll: for each, those of its wrong answers.
-        eps: added below the fraction, 1e-10 in OpenUnlearning.
-
-    Returns:
-        float64 ``[n]``.
-
-    Raises:
-        ValueError: as `normalised_probability`.
-
     References:
         OpenUnlearning's `prob_mean`, which tells models that know from those that do not better
         than all measures of generated text (AUC 0.947, arXiv 2605.24614).
@@ -97,10 +68,7 @@ def log_truth_ratio(
     form: Form = "geometric",
     eps: float = 0.0,
 ) -> np.ndarray:
-    """The logarithm of `truth_ratio`, which neither overflows nor runs into ties.
-
-    Args, Returns and Raises as there.
-    """
+    """The logarithm of `truth_ratio`, which neither overflows nor runs into ties."""
     if form not in get_args(Form):
         raise ValueError(f"form: expected 'geometric' or 'arithmetic', got {form!r}")
     _check_eps(eps)
@@ -108,6 +76,7 @@ def log_truth_ratio(
     if form == "geometric":
         mean = [-others.mean() for others in wrong]
     else:
+        # The logarithm of the mean probability.
         mean = [np.logaddexp.reduce(-others) - np.log(len(others)) for others in wrong]
     below = np.logaddexp(-truth, np.log(eps)) if eps else -truth
     return np.asarray(mean, np.float64) - below
@@ -127,24 +96,6 @@ def truth_ratio(
         geometric   exp(-mean_i nll_i)  / exp(-nll)
         arithmetic  mean_i exp(-nll_i)  / exp(-nll)
 
-    Args:
-        truth_nll: ``[n]``, nats a token, of the paraphrased answers (in the real-world sets, of the
-            answers themselves).
-        perturbed_nll: for each, those of its wrong answers.
-        form: the mean over wrong answers. The TOFU paper writes the arithmetic one, and its
-            ``get_model_utility`` has it; the truth ratios in its logs, its forget quality, its
-            leaderboard and OpenUnlearning have the geometric one. Model utility moves by .04
-            between the two (.623 and .586 for the Llama-2-7B that knows all authors).
-        eps: added to ``exp(-nll)``. OpenUnlearning has 1e-10, which takes over at 23 nats a token:
-            from there on the ratio falls with the loss, and says nothing about the answers.
-
-    Returns:
-        float64 ``[n]``.
-
-    Raises:
-        ValueError: unequal lengths, no wrong answers, losses that are not finite, an unknown form,
-            or an eps outside of [0, 1).
-
     References:
         Maini et al., 2024 (arXiv 2401.06121), equation 1, which has no eps.
 
@@ -160,12 +111,10 @@ def truth_ratio(
 def truth_ratio_utility(log_ratio: Any) -> float:
     """How far a model tells right answers from wrong ones: the mean of ``max(0, 1 - R)``.
 
-    Args:
-        log_ratio: ``[n]``, from `log_truth_ratio`.
-
     >>> truth_ratio_utility(np.log([0.25, 4.0]))
     0.375
     """
+    # max(0, 1 - R), without rounding near R = 1.
     return float(np.mean(np.maximum(0.0, -np.expm1(np.minimum(log_ratio, 0.0)))))
 
 
@@ -173,10 +122,6 @@ def truth_ratio_forget(log_ratio: Any, *, eps: float = 0.0) -> float:
     """How little a model tells right answers from wrong ones: the mean of ``min(R, 1 / R)``.
 
     For reporting; what decides how well something is forgotten is `forget_quality`.
-
-    Args:
-        log_ratio: ``[n]``, from `log_truth_ratio`.
-        eps: OpenUnlearning divides by ``R + 1e-10``.
 
     >>> truth_ratio_forget(np.log([0.25, 4.0]))
     0.25
@@ -191,13 +136,6 @@ def truth_ratio_forget(log_ratio: Any, *, eps: float = 0.0) -> float:
 
 def model_utility(parts: Mapping[str, float]) -> float:
     """The harmonic mean of TOFU's nine numbers; one that is 0 makes it 0.
-
-    Args:
-        parts: keyed ``"retain.probability"`` and so on: probability, ROUGE-L recall (``rouge_l``)
-            and ``truth_ratio`` of ``retain``, ``real_authors`` and ``world_facts``. All in [0, 1].
-
-    Raises:
-        ValueError: one is missing, unknown, negative or nan.
 
     >>> names = [f"{a}.{b}" for a in UTILITY_SETS for b in UTILITY_PARTS]
     >>> round(model_utility(dict.fromkeys(names, 0.5)), 6)

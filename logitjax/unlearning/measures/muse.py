@@ -21,18 +21,16 @@ and .33; privleak -99.8 and 0. Books 1.0 and .14; .47 and .30; -57.3 and 0.
 import os
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
-from logitjax.evaluation import rouge_l_f1, score_rows
+from logitjax.evaluation import rouge, score_rows
 from logitjax.models import Tokenizer
 from logitjax.unlearning._rows import Row, encode_question, encode_row
-from logitjax.unlearning.assistant._deployed import Deployed
+from logitjax.unlearning.assistant._deployed import Deployed, answers
 from logitjax.unlearning.measures._membership import membership_auc, min_k, privleak
 from logitjax.unlearning.measures._records import read_records, text_of
 
 # Where an answer to a question ends: the model goes on with the next one.
 _STOPS = ("\n\n", "\nQuestion", "Question:")
-_TOKENS = {"verbmem": 128, "knowmem": 32}
+_TOKENS = {"verbmem": 128, "knowmem": 32}  # as in the release
 
 
 def load(source: str | os.PathLike[str], subset: str, split: str) -> tuple[Row, ...]:
@@ -44,9 +42,6 @@ def load(source: str | os.PathLike[str], subset: str, split: str) -> tuple[Row, 
         subset: `verbmem`, a text and how it goes on; `knowmem`, questions and answers; or plain
             text: `privleak`, `raw`, `train`, `scal`, `sust`.
         split: Such as `forget`, `holdout`, `retain1`, `forget_qa`, `retain_qa` or `forget_qa_icl`.
-
-    Returns:
-        The rows, in order.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -108,10 +103,12 @@ def evaluate(
         kind = name.rpartition("_")[2]
         if kind in _TOKENS:
             before = shots if kind == "knowmem" else ""
-            said = _said(model, tokenizer, rows, before, _TOKENS[kind], batch_size, max_length)
+            asked = [row.asked(before + row.question) for row in rows]
+            prompts = [encode_question(row, tokenizer)[-max_length:] for row in asked]
+            said = answers(model, tokenizer, prompts, _TOKENS[kind], rows=batch_size)
             if kind == "knowmem":
                 said = [_first_answer(text) for text in said]
-            found[name] = float(rouge_l_f1([row.answer for row in rows], said).mean())
+            found[name] = float(rouge([row.answer for row in rows], said).f1.mean())
         elif name not in ("forget", "holdout"):
             raise ValueError(
                 f"sets: expected names that end in _verbmem or _knowmem, forget and holdout, got "
@@ -126,26 +123,6 @@ def evaluate(
         found["auc"] = membership_auc(*scores)
         found["privleak"] = privleak(found["auc"], reference_auc)
     return found
-
-
-def _said(
-    model: Deployed,
-    tokenizer: Tokenizer,
-    rows: Sequence[Row],
-    before: str,
-    new_tokens: int,
-    batch_size: int,
-    max_length: int,
-) -> list[str]:
-    prompts = [encode_question(row.asked(before + row.question), tokenizer) for row in rows]
-    end = tokenizer.eos_id
-    found = model.generate(
-        [ids[-max_length:] for ids in prompts],
-        new_tokens,
-        stop_ids=() if end is None else (end,),
-        rows=batch_size,
-    )
-    return [tokenizer.decode(np.asarray(ids).tolist(), skip_special=True) for ids in found]
 
 
 def _first_answer(text: str) -> str:

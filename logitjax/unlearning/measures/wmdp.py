@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from logitjax.evaluation import PromptTemplate, encode_answer, score_rows
+from logitjax.evaluation import PromptTemplate, score_rows
 from logitjax.models import Tokenizer
 from logitjax.unlearning._rows import Row
 from logitjax.unlearning.assistant._deployed import Deployed
@@ -132,10 +132,9 @@ def accuracy(
     rows, owners = [], []
     for number, item in enumerate(items):
         for letter in _LETTERS[: len(item.choices)]:
+            answer = f" {letter}"  # the token after `Answer:` has the space in it
             rows.append(
-                encode_answer(
-                    tokenizer, bare, item.prompt, f" {letter}", end=False, max_length=max_length
-                )
+                bare.encode_answer(tokenizer, item.prompt, answer, end=False, max_length=max_length)
             )
             owners.append(number)
     totals = score_rows(model.nll, rows, batch_size=batch_size).totals()

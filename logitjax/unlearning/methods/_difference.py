@@ -89,9 +89,6 @@ class Difference(Method):
         Both sides run as one batch, and one sweep over blocks of the vocabulary gives the value and
         its gradient. There is no gradient of the head, no pass of the large model, and no model
         before. The frozen weights are constants of the step, so none of them is copied or donated.
-
-        Raises:
-            ValueError: The head is not linear but for a soft cap.
         """
         base = self.adapted(model)
         graphdef, params, rest = nnx.split(base, nnx.Param, ...)
@@ -112,7 +109,7 @@ class Difference(Method):
                 hidden, _ = base.hidden_states(tokens, lora=lora)
             labels, where = next_tokens(tokens, answers)
             if self.uniform == "all":
-                where = where | retain[:, None]
+                where = where | retain[:, None]  # the rows to keep, padding included
             retain = jnp.broadcast_to(retain[:, None], tokens.shape)
             positions = Positions(where, most)
             hidden, labels, retain = map(positions.pick, (hidden, labels, retain))
@@ -124,6 +121,7 @@ class Difference(Method):
                 where=positions.counted,
                 retain_weight=self.retain_weight,
             )
+            # Tokens that found no place must not look like a loss of 0.
             loss, one = jnp.where(positions.fits, loss, jnp.nan), jnp.float32(1)
             return loss, one, {name: (value, one) for name, value in means.items()}
 

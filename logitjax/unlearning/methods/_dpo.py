@@ -9,7 +9,7 @@ from jaxtyping import Float
 from logitjax.models import Decoder
 from logitjax.ops import Array, checks
 from logitjax.unlearning._instead import invented, refusals
-from logitjax.unlearning._losses import above_reference, preference, sequence_nll
+from logitjax.unlearning._losses import above_reference, preference
 from logitjax.unlearning._method import TwoSided
 from logitjax.unlearning._questions import Questions
 from logitjax.unlearning._reads import Need, Read
@@ -18,62 +18,25 @@ from logitjax.unlearning._reads import Need, Read
 _PEAKS = {"refusal": 1e-2, "invented": 1e-3}
 
 
-def dpo(
-    chosen_nll: Float[Array, "*batch"],
-    rejected_nll: Float[Array, "*batch"],
-    reference_chosen_nll: Float[Array, "*batch"],
-    reference_rejected_nll: Float[Array, "*batch"],
-    *,
-    beta: float | int = 0.1,
-) -> Float[jax.Array, "*batch"]:
-    """Direct preference optimisation; with "I don't know" as the chosen answer it is IdkDPO.
-
-    The references get no gradient.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DPO(TwoSided):
+    """Direct preference optimisation towards another answer.
 
     ::
 
         -(2 / beta) log sigmoid( beta ( (n_l - n_l,ref) - (n_w - n_w,ref) ) )
 
-    Args:
-        chosen_nll: `[*batch]`, `n_w`: summed over the tokens of the answer to give instead.
-        rejected_nll: `[*batch]`, `n_l`: of the answer to forget.
-        reference_chosen_nll: `[*batch]`, of the model before unlearning.
-        reference_rejected_nll: `[*batch]`, likewise.
-        beta: inverse temperature.
-
-    Returns:
-        float32 `[*batch]`.
-
-    Raises:
-        TypeError: arrays are not floating point.
-        ValueError: different shapes, or `beta` is not positive.
-
-    >>> import jax.numpy as jnp
-    >>> one = jnp.array(1.0)
-    >>> print(f"{dpo(one, one, one, one):.4f}")
-    13.8629
-
-    References:
-        Rafailov et al., Direct preference optimization, 2023 (arXiv 2305.18290); Maini et al.,
-        TOFU, 2024 (arXiv 2401.06121). The factor `2 / beta` is OpenUnlearning's and that of NPO's
-        code, which changes the step but not the minimum; others print `1 / beta` or none.
-    """
-    chosen = above_reference(chosen_nll, reference_chosen_nll, "chosen_nll", "reference_chosen_nll")
-    rejected = above_reference(
-        rejected_nll, reference_rejected_nll, "rejected_nll", "reference_rejected_nll"
-    )
-    checks.same_shape(chosen, rejected, "chosen_nll", "rejected_nll")
-    return preference(rejected - chosen, beta)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DPO(TwoSided):
-    """Direct preference optimisation towards another answer.
+    `n` are summed over the tokens of the answer to forget (`l`) and of the other (`w`).
 
     Attributes:
         beta: Inverse temperature.
         chosen: What is said instead: a `'refusal'`, or five answers that the model has `'invented'`
             (arXiv 2409.13474).
+
+    References:
+        Rafailov et al., Direct preference optimization, 2023 (arXiv 2305.18290); Maini et al.,
+        TOFU, 2024 (arXiv 2401.06121). The factor `2 / beta` is OpenUnlearning's; others print
+        `1 / beta` or none.
     """
 
     retain: str = "nll"
@@ -93,10 +56,34 @@ class DPO(TwoSided):
             return invented(model, questions, seed=seed)
         return [[text] for text in refusals(len(questions.rows["forget"]), seed=seed)]
 
+    def values(
+        self,
+        chosen_nll: Float[Array, "*batch"],
+        rejected_nll: Float[Array, "*batch"],
+        reference_chosen_nll: Float[Array, "*batch"],
+        reference_rejected_nll: Float[Array, "*batch"],
+    ) -> Float[jax.Array, "*batch"]:
+        """Losses of pairs with these summed negative log-likelihoods, now and before.
+
+        >>> one = jax.numpy.array(1.0)
+        >>> print(f"{DPO().values(one, one, one, one):.4f}")
+        13.8629
+        """
+        names = ("chosen_nll", "rejected_nll")
+        chosen, rejected = (
+            above_reference(nll, before, name, f"reference_{name}")
+            for name, nll, before in (
+                (names[0], chosen_nll, reference_chosen_nll),
+                (names[1], rejected_nll, reference_rejected_nll),
+            )
+        )
+        checks.shapes(**{names[0]: (chosen, "any *same"), names[1]: (rejected, "any *same")})
+        return preference(rejected - chosen, self.beta)
+
     def forget(self, read: Read) -> Any:
         sums = [
-            sequence_nll(read.nll(side, before=before), read.where(side))[0]
+            read.answer_nll(side, before=before)
             for before in (False, True)
             for side in ("instead", "forget")
         ]
-        return dpo(*sums, beta=self.beta), None
+        return self.values(*sums), None

@@ -16,38 +16,7 @@ from logitjax.unlearning._method import Retain, TwoSided
 from logitjax.unlearning._reads import Need, Read
 
 
-def rmu(
-    hidden: Float[Array, "*batch hidden"], target: Float[Array, "..."]
-) -> Float[jax.Array, "*batch"]:
-    """Representation misdirection: moves hidden states of one layer to a target.
-
-    On what is to be forgotten the target is one random direction for all positions; on what is to
-    be kept, the hidden states before unlearning.
-
-    ::
-
-        mean_d (h_d - target_d)^2
-
-    Args:
-        hidden: `[*batch, hidden]`, after 8 of the 32 layers of a 7B model as published.
-        target: `[hidden]`, or the shape of `hidden`; gets no gradient.
-
-    Returns:
-        float32 `[*batch]`.
-
-    Raises:
-        TypeError: arrays are not floating point.
-        ValueError: `target` has another shape.
-
-    >>> rmu(jnp.array([[1.0, 2.0], [0.0, 0.0]]), jnp.array([1.0, 0.0]))
-    Array([2. , 0.5], dtype=float32)
-
-    References:
-        Li et al., The WMDP benchmark, 2024 (arXiv 2403.03218), section 4; OpenUnlearning's `RMU`
-        (`EMBED_DIFF` is the retain term), which divides sums of sequences by counts of shape
-        `[batch, 1]`: the mean of all sums times the mean of all inverse counts, for answers of
-        different lengths neither a mean over tokens nor one over sequences.
-    """
+def _distance(hidden: Array, target: Array) -> jax.Array:
     hidden = checks.as_float(hidden, "hidden")
     target = lax.stop_gradient(as_losses(target, "target"))
     if target.shape not in (hidden.shape[-1:], hidden.shape):
@@ -62,11 +31,21 @@ def rmu(
 class RMU(TwoSided):
     """Representation misdirection: states of one layer are moved to a random direction.
 
+    On what is to be kept, the states before unlearning are the target::
+
+        mean_d (h_d - target_d)^2
+
     Attributes:
         retain: Rows to keep have the `'hidden'` states of before.
         layers: Number of layers before that one; a quarter of the model's if None.
         scale: Length of the direction. 2 in OpenUnlearning's TOFU runs, and 20 to 300 elsewhere,
             because it has to stand out against the layer's own norm.
+
+    References:
+        Li et al., The WMDP benchmark, 2024 (arXiv 2403.03218), section 4; OpenUnlearning's `RMU`
+        (`EMBED_DIFF` is the retain term), which divides sums of sequences by counts of shape
+        `[batch, 1]`: the mean of all sums times the mean of all inverse counts, for answers of
+        different lengths neither a mean over tokens nor one over sequences.
     """
 
     retain: str = "hidden"
@@ -78,7 +57,7 @@ class RMU(TwoSided):
     retains: ClassVar[Mapping[str, Retain]] = {
         "hidden": Retain(
             needs=(Need("retain", "layer"), Need("retain", "layer", before=True)),
-            values=lambda read: rmu(read.layer("retain"), read.layer("retain", before=True)),
+            values=lambda read: _distance(read.layer("retain"), read.layer("retain", before=True)),
         )
     }
 
@@ -88,9 +67,19 @@ class RMU(TwoSided):
     def fixed(self, config: DecoderConfig, key: Any) -> Any:
         if key is None:
             raise ValueError("RMU: key: expected a PRNG key for its direction, got None")
-        # One with positive entries, drawn once.
+        # As released: positive entries, drawn once.
         direction = jax.random.uniform(key, (config.hidden_size,), jnp.float32)
         return self.scale * direction / jnp.linalg.norm(direction)
 
+    def values(
+        self, hidden: Float[Array, "*batch hidden"], target: Float[Array, "..."]
+    ) -> Float[jax.Array, "*batch"]:
+        """Losses of hidden states; the target is a vector or has their shape.
+
+        >>> RMU().values(jnp.array([[1.0, 2.0], [0.0, 0.0]]), jnp.array([1.0, 0.0]))
+        Array([2. , 0.5], dtype=float32)
+        """
+        return _distance(hidden, target)
+
     def forget(self, read: Read) -> Any:
-        return rmu(read.layer("forget"), read.fixed), read.where("forget")
+        return self.values(read.layer("forget"), read.fixed), read.where("forget")

@@ -1,0 +1,79 @@
+"""Put the claims of the seven abstracts to the test: run what decides them, judge, check.
+
+    python -m experiments.claims                 # a line a claim
+    python -m experiments.claims run DH-1 DH-4   # makes their records; the same command continues
+    python -m experiments.claims judge           # writes verdicts and docs/claims.md
+    python -m experiments.claims check           # recomputes all of it; `make docs` does
+
+A claim is a file of `docs/claims`; its records lie in `docs/results/claims`. A run works below
+`--workdir`, and its records are taken from there when it has ended.
+"""
+
+import importlib
+import json
+import pathlib
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from absl import app, flags
+
+from experiments.claims import check, judge, page
+from experiments.claims import record as records_of
+from experiments.claims.claim import CLAIMS, ROOT, Setting, load, thresholds, write
+
+
+def run(names: Sequence[str], workdir: pathlib.Path) -> None:
+    """Makes the records of claims, a setting once."""
+    claims = load()
+    unknown = sorted(set(names) - set(claims))
+    if unknown:
+        raise app.UsageError(f"claims: expected one of {', '.join(claims)}, got {unknown[0]!r}")
+    settings = {one.records: one for name in names for one in claims[name].settings}
+    if not settings:
+        raise app.UsageError(f"{names[0]}: expected a claim with a setting to run, got none")
+    for setting in settings.values():
+        place = records_of.RECORDS / setting.records
+        place.mkdir(parents=True, exist_ok=True)
+        promised = place / records_of.THRESHOLDS
+        if not promised.exists():
+            table = thresholds(claims.values(), setting.records)
+            promised.write_text(json.dumps(table, indent=1) + "\n")
+        take(setting, workdir / setting.folder)
+
+
+def take(setting: Setting, workdir: pathlib.Path) -> None:
+    """Runs a setting's command where its own folder is not finished, and writes its records."""
+    command = [sys.executable, *shlex.split(setting.command)[1:], f"--workdir={workdir}"]
+    subprocess.run(command, check=True, cwd=ROOT)
+    made = importlib.import_module(f"experiments.{setting.experiment}.claims")
+    for record in made.records(setting, workdir):
+        records_of.write(record, records_of.RECORDS / setting.records)
+
+
+def main(argv: list[str]) -> None:
+    """The command."""
+    _, *words = argv
+    command, names = (words[0], words[1:]) if words else ("list", [])
+    if command == "run":
+        run(names, pathlib.Path(flags.FLAGS.workdir))
+    elif command == "judge":
+        claims = judge.judge(load())
+        for claim in claims.values():
+            write(claim)
+        (CLAIMS.parent / "claims.md").write_text(page.text(claims))
+    elif command == "check":
+        wrong = check.faults()
+        print(*wrong or ["claims: every number agrees with its records"], sep="\n")
+        sys.exit(bool(wrong))
+    elif command == "list":
+        for claim in load().values():
+            print(f"{claim.id:5} {claim.verdict.word:8} {claim.claim}")
+    else:
+        raise app.UsageError(f"expected run, judge or check, got {command!r}")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", "runs/claims", "Folder of the runs.")
+    app.run(main)

@@ -1,0 +1,125 @@
+"""What must be true of claims, records and pages; each fault is a line that names its file."""
+
+import json
+import pathlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+from experiments.claims import judge, page
+from experiments.claims import record as records_of
+from experiments.claims.claim import COUNTS, ROOT, Claim, Setting, digest, load, thresholds
+from experiments.claims.record import Record
+
+_MARK = re.compile(r"<!-- claim: (\S+) -->\n+(.*)")
+# Least seeds of a claim that holds: two in 2^5 is the first p-value of signs below .1.
+_SEEDS = 5
+
+
+def faults(docs: pathlib.Path = ROOT / "docs") -> list[str]:
+    """Everything that is wrong, a line each; nothing where all is well."""
+    try:
+        claims = load(docs / "claims")
+    except ValueError as error:
+        return [str(error)]
+    wanted = {f"{name}-{number + 1}" for name, count in COUNTS.items() for number in range(count)}
+    wrong = [f"{name}: expected a file, got none" for name in sorted(wanted - set(claims))]
+    wrong += [f"{name}: expected a claim of the list, got another" for name in set(claims) - wanted]
+    records = docs / "results" / "claims"
+    for place in sorted(path for path in records.glob("*") if path.is_dir()):
+        promised = json.loads((place / records_of.THRESHOLDS).read_text())
+        for name, delta in thresholds(claims.values(), place.name).items():
+            if promised.get(name) != delta:
+                wrong.append(f"{name}: delta: expected {promised.get(name)} as before the run")
+    for claim in claims.values():
+        wrong += _of_claim(claim)
+        for setting in claim.settings:
+            wrong += [f"{claim.id}: {line}" for line in _of_setting(setting, records)]
+    if wrong:
+        return wrong
+    try:
+        judged = judge.judge(claims, records)
+    except ValueError as error:
+        return [str(error)]
+    for name, claim in claims.items():
+        if claim.verdict != judged[name].verdict:
+            wrong.append(
+                f"{name}: verdict: expected {judged[name].verdict}, got {claim.verdict}: "
+                "run `python -m experiments.claims judge`"
+            )
+    return wrong or list(_of_pages(docs, claims))
+
+
+def _of_claim(claim: Claim) -> Iterator[str]:
+    verdict = claim.verdict
+    decided = claim.settings or claim.arithmetic is not None
+    if not decided and verdict.word != "open" and not verdict.why:
+        yield f"{claim.id}: verdict: expected numbers or a reason, got {verdict.word!r} alone"
+    if verdict.word == "holds" and any(setting.seeds < _SEEDS for setting in claim.settings):
+        yield f"{claim.id}: seeds: expected {_SEEDS} and more of what holds"
+    if claim.arithmetic is None and verdict.scope == "paper" and verdict.word == "holds":
+        yield f"{claim.id}: scope: expected 'here': runs here confirm nothing of the paper's models"
+
+
+def _of_setting(setting: Setting, folder: pathlib.Path) -> Iterator[str]:
+    place = folder / setting.records
+    if not place.is_dir():
+        return
+    try:
+        arms = records_of.read(place)
+    except ValueError as error:
+        yield str(error)
+        return
+    read = [record for arm in setting.arms for record in arms.get(arm, ())]
+    for arm in setting.arms:
+        if arm not in arms:
+            yield f"{setting.records}: expected records of {arm}, got none"
+            continue
+        yield from _of_arm(setting, arm, arms[arm])
+    # What differs between arms besides their loss would be compared as well.
+    for name in ("updates", "examples", "trials", "units", "count"):
+        if len({getattr(record, name) for record in read}) > 1:
+            yield f"{setting.records}: {name}: expected the same of all arms"
+
+
+def _of_arm(setting: Setting, arm: str, records: Sequence[Record]) -> Iterator[str]:
+    name = f"{setting.records}/{arm}"
+    chooser = judge.trial(records)
+    reported = [record.seed for record in records if record.role == "report"]
+    if len(reported) != setting.seeds:
+        yield f"{name}: expected {setting.seeds} reported seeds, got {len(reported)}"
+    if chooser is not None and chooser.seed in reported:
+        yield f"{name}: expected that the seed that chose is not reported"
+    if chooser is None and setting.trials > 1:
+        yield f"{name}: expected a trial, got none"
+    if chooser is not None and len(chooser.validation) != setting.trials:
+        yield f"{name}: trials: expected {setting.trials}, got {len(chooser.validation)}"
+    for record in records:
+        where = f"{name}-{record.seed}"
+        if record.setting != digest(setting):
+            yield f"{where}: setting: it was run for another setting than its claim has now"
+        if record.edge:
+            yield f"{where}: expected a choice inside the grid, got one at its edge"
+        if record.updates != setting.updates or record.trials != setting.trials:
+            yield f"{where}: expected {setting.updates} updates and {setting.trials} trials"
+        if record.count != setting.units.n:
+            yield f"{where}: units: expected {setting.units.n}, got {record.count}"
+        best = chooser.validation.index(max(chooser.validation)) if chooser else record.chosen
+        if record.chosen != best:
+            yield f"{where}: expected the trial that is best on validation data, {best}"
+        for metric in record.values:
+            try:
+                record.of(metric)
+            except ValueError as error:
+                yield str(error)
+
+
+def _of_pages(docs: pathlib.Path, claims: Mapping[str, Claim]) -> Iterator[str]:
+    """`claims.md` is what the files say; other pages repeat a verdict below its mark."""
+    if (docs / "claims.md").read_text() != page.text(claims):
+        yield "claims.md: it is not what docs/claims says: run `python -m experiments.claims judge`"
+    for path in sorted(docs.glob("*.md")):
+        for name, line in _MARK.findall(path.read_text()):
+            if name not in claims:
+                yield f"{path.name}: expected a claim, got {name!r}"
+            elif line.strip() != page.sentence(claims[name]):
+                yield f"{path.name}: {name}: expected {page.sentence(claims[name])!r}"

@@ -1,0 +1,166 @@
+"""From records to a verdict: what is written into a claim's file, and recomputed by its check."""
+
+import ast
+import dataclasses
+import operator
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.claims import record as records_of
+from experiments.claims import statistics
+from experiments.claims.claim import (
+    Arithmetic,
+    Claim,
+    Contrast,
+    Effect,
+    Setting,
+    Verdict,
+    arrays,
+    rounded,
+)
+from experiments.claims.record import Record
+
+_OPERATORS: dict[type, Callable[..., Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.Pow: operator.pow,
+    ast.USub: operator.neg,
+}
+
+
+def compute(arithmetic: Arithmetic) -> list[float]:
+    """The formula's results; only names of inputs, numbers, + - * / ** and brackets are read.
+
+    Raises:
+        ValueError: The formula holds something else.
+    """
+    inputs = arrays(arithmetic.inputs)
+
+    def value(node: ast.expr) -> Any:
+        match node:
+            case ast.Constant(value=int() | float() as number):
+                return number
+            case ast.Name(id=name) if name in inputs:
+                return inputs[name]
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
+                return _OPERATORS[type(op)](value(left), value(right))
+            case ast.UnaryOp(op=ast.USub(), operand=operand):
+                return -value(operand)
+        raise ValueError(f"formula: expected inputs and + - * / **, got {ast.unparse(node)!r}")
+
+    results = np.atleast_1d(value(ast.parse(arithmetic.formula, mode="eval").body))
+    return [rounded(float(result)) for result in results]
+
+
+def trial(records: Sequence[Record]) -> Record | None:
+    """The run that chose; None where nothing was chosen."""
+    return next((record for record in records if record.role == "trial"), None)
+
+
+def _picked(arms: Mapping[str, Sequence[Record]], names: Sequence[str], pick: str) -> str:
+    """Of several arms the best or worst on validation data of the seed that is not reported."""
+    if len(names) == 1:
+        return names[0]
+    scores = {}
+    for name in names:
+        chooser = trial(arms[name])
+        if chooser is None or not chooser.validation:
+            raise ValueError(f"{name}: expected a trial that can be chosen by, got none")
+        scores[name] = max(chooser.validation)
+    return (max if pick == "best" else min)(scores, key=lambda name: scores[name])
+
+
+def estimate(
+    contrast: Contrast, setting: Setting, arms: Mapping[str, Sequence[Record]]
+) -> statistics.Estimate:
+    """The number of a contrast.
+
+    Raises:
+        ValueError: An arm, a seed or a unit is missing.
+    """
+
+    def values(names: Sequence[str], pick: str, metric: str) -> np.ndarray:
+        missing = [name for name in names if name not in arms]
+        if missing:
+            raise ValueError(f"{setting.records}: expected records of {missing[0]}, got none")
+        chosen = arms[_picked(arms, names, pick)]
+        reports = [record for record in chosen if record.role == "report"]
+        if len(reports) != setting.seeds:
+            raise ValueError(
+                f"{reports[0].arm if reports else names[0]}: expected {setting.seeds} reported "
+                f"seeds, got {len(reports)}"
+            )
+        return np.stack([record.of(metric) for record in reports])
+
+    first = values(contrast.first, contrast.pick[0], contrast.metric)
+    if contrast.correlate is not None:
+        first = statistics.spearman(
+            values(contrast.first, contrast.pick[0], contrast.correlate), first
+        )
+    elif contrast.second:
+        first = first - values(contrast.second, contrast.pick[1], contrast.metric)
+    return statistics.crossed(contrast.sign * contrast.scale * first)
+
+
+def words(claim: Claim, estimates: Sequence[statistics.Estimate]) -> list[str]:
+    """The word of every contrast, in the order of the claim's settings."""
+    deltas = [contrast.delta for setting in claim.settings for contrast in setting.contrasts]
+    return [statistics.word(one, delta) for one, delta in zip(estimates, deltas, strict=True)]
+
+
+def judge(
+    claims: Mapping[str, Claim], folder: pathlib.Path = records_of.RECORDS
+) -> dict[str, Claim]:
+    """Every claim with the verdict that its records and its arithmetic give.
+
+    A claim without records stays open; what is not decided by numbers here keeps its verdict.
+    """
+    found: dict[str, list[statistics.Estimate]] = {}
+    for name, claim in claims.items():
+        if claim.settings and all((folder / one.records).is_dir() for one in claim.settings):
+            found[name] = [
+                estimate(contrast, setting, records_of.read(folder / setting.records))
+                for setting in claim.settings
+                for contrast in setting.contrasts
+            ]
+    # Holm over all contrasts of a paper, which were named before any was run.
+    for prefix in {name.partition("-")[0] for name in found}:
+        paper = [name for name in found if name.startswith(f"{prefix}-")]
+        every = [one for name in paper for one in found[name]]
+        adjusted = iter(statistics.holm([one.p for one in every]))
+        for name in paper:
+            found[name] = [dataclasses.replace(one, p=next(adjusted)) for one in found[name]]
+    return {
+        name: claim.model_copy(update={"verdict": _verdict(claim, found.get(name))})
+        for name, claim in claims.items()
+    }
+
+
+def _verdict(claim: Claim, estimates: Sequence[statistics.Estimate] | None) -> Verdict:
+    why = claim.verdict.why
+    if claim.arithmetic is not None:
+        results = compute(claim.arithmetic)
+        near = [
+            abs(result - claimed) <= claim.arithmetic.within
+            for result, claimed in zip(results, claim.arithmetic.claimed, strict=True)
+        ]
+        word = "holds" if all(near) else "refuted"
+        return Verdict(word=word, scope="paper", computed=tuple(results), why=why)
+    if claim.settings and estimates is None:
+        return Verdict(word="open", scope="here", why=why or "not run")
+    if estimates is None:
+        return claim.verdict
+    every = words(claim, estimates)
+    names = [contrast.name for setting in claim.settings for contrast in setting.contrasts]
+    effects = [
+        Effect(name=name, **{k: rounded(v) for k, v in dataclasses.asdict(one).items()})
+        for name, one in zip(names, estimates, strict=True)
+    ]
+    # One refuted setting refutes; nothing less than all of them confirms.
+    word = "refuted" if "refuted" in every else "open" if "open" in every else "holds"
+    return Verdict(word=word, scope="here", effects=tuple(effects), why=why)

@@ -1,0 +1,116 @@
+"""What a run leaves for a verdict: the value of every unit, and what the run was given."""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import pydantic
+
+from experiments.claims.claim import ROOT
+
+RECORDS = ROOT / "docs" / "results" / "claims"
+#: Written when the first record is: what was promised before anything was seen.
+THRESHOLDS = "thresholds.json"
+
+
+class Record(pydantic.BaseModel):
+    """One arm with one seed.
+
+    Attributes:
+        arm: Name of the arm.
+        seed: Its seed.
+        role: A `trial` chooses; a `report` is judged.
+        setting: `claim.digest` of what it was made for.
+        environment: Versions and device.
+        validation: Score of every trial on validation data, more is better; of a trial alone.
+        chosen: The trial that this run took.
+        edge: Whether that lies at the edge of a grid.
+        updates: Number of updates.
+        examples: Number of examples or tokens that it saw.
+        cpu_seconds: What it took.
+        units: Digest of the units' names in their order.
+        count: Number of units.
+        values: By metric: numbers, or bits in hexadecimal.
+    """
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+    arm: str
+    seed: int
+    role: Literal["trial", "report"]
+    setting: str
+    environment: dict[str, str]
+    validation: list[float] = []
+    chosen: int
+    edge: bool
+    trials: int
+    updates: int
+    examples: int
+    cpu_seconds: float | None = None
+    units: str
+    count: int
+    values: dict[str, list[float] | str]
+
+    def of(self, metric: str) -> np.ndarray:
+        """The value of every unit.
+
+        Raises:
+            ValueError: The record lacks the metric, or a unit.
+        """
+        values = self.values.get(metric)
+        if values is None:
+            raise ValueError(f"{self.arm}-{self.seed}: expected values of {metric}, got none")
+        if isinstance(values, str):
+            bits = np.unpackbits(np.frombuffer(bytes.fromhex(values), np.uint8))
+            if len(bits) - self.count not in range(8) or bits[self.count :].any():
+                raise ValueError(
+                    f"{self.arm}-{self.seed}: {metric}: expected {self.count} units, "
+                    f"got {len(bits)} bits"
+                )
+            return bits[: self.count].astype(np.float64)
+        if len(values) != self.count:
+            raise ValueError(
+                f"{self.arm}-{self.seed}: {metric}: expected {self.count} units, got {len(values)}"
+            )
+        return np.array(values, np.float64)
+
+
+def names_digest(names: Sequence[Any]) -> str:
+    """A digest of units' names in their order."""
+    return hashlib.sha256("\n".join(map(str, names)).encode()).hexdigest()[:16]
+
+
+def digits(values: Sequence[float]) -> list[float]:
+    """Values with the six digits that records have."""
+    return [float(f"{value:.6g}") for value in values]
+
+
+def write(record: Record, folder: pathlib.Path) -> None:
+    """Writes a record, a line a field, so that a change is seen."""
+    folder.mkdir(parents=True, exist_ok=True)
+    fields = record.model_dump(mode="json", exclude_defaults=True)
+    lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(v)}" for name, v in fields.items())
+    (folder / f"{record.arm}-{record.seed}.json").write_text(f"{{\n{lines}\n}}\n")
+
+
+def read(folder: pathlib.Path) -> Mapping[str, list[Record]]:
+    """Records by arm, in the order of seeds.
+
+    Raises:
+        ValueError: A file is no record, or not the one that its name says.
+    """
+    arms: dict[str, list[Record]] = {}
+    for path in sorted(folder.glob("*.json")):
+        if path.name == THRESHOLDS:
+            continue
+        try:
+            record = Record.model_validate_json(path.read_text())
+        except pydantic.ValidationError as error:
+            raise ValueError(f"{path.name}: {' '.join(str(error).split())}") from None
+        if f"{record.arm}-{record.seed}" != path.stem:
+            raise ValueError(f"{path.name}: expected {path.stem}, got {record.arm}-{record.seed}")
+        arms.setdefault(record.arm, []).append(record)
+    return {arm: sorted(records, key=lambda one: one.seed) for arm, records in arms.items()}

@@ -1,0 +1,102 @@
+"""Estimates with intervals that see both variances: of seeds, and of units that all seeds share."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import stats
+
+DRAWS = 10_000
+LEVEL = 0.95
+POWER = 0.8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A mean over seeds and units.
+
+    Attributes:
+        value: The mean.
+        low: Lower end of the 95 % interval.
+        high: Upper end.
+        p: Of no effect, two-sided.
+        detectable: The least mean that this many seeds see with power .8.
+    """
+
+    value: float
+    low: float
+    high: float
+    p: float
+    detectable: float
+
+
+def crossed(values: np.ndarray) -> Estimate:
+    """The mean of `[seeds, units]`, seeds and units drawn again together.
+
+    A t interval over seeds never sees that other units would have been another result; a bootstrap
+    of few seeds is too short. So the interval is the wider one of both at each end, and the larger
+    p-value counts.
+    """
+    seeds, value = len(values), float(values.mean())
+    low, high, p = _student(values.mean(1))
+    if values.shape[1] > 1:
+        means = _bootstrap(values)
+        tail = (1 - LEVEL) / 2
+        low = min(low, float(np.quantile(means, tail)))
+        high = max(high, float(np.quantile(means, 1 - tail)))
+        # The share of draws on the other side of zero, and never none of them.
+        beyond = min((means <= 0).mean(), (means >= 0).mean())
+        p = max(p, min(1.0, 2 * max(beyond, 1 / DRAWS)))
+    # The half-width is what a 95 % quantile makes of the standard error; power adds its own.
+    quantile = stats.t.ppf(1 - (1 - LEVEL) / 2, max(seeds - 1, 1))
+    error = (high - low) / 2 / quantile
+    detectable = error * (quantile + stats.t.ppf(POWER, max(seeds - 1, 1)))
+    return Estimate(value=value, low=low, high=high, p=p, detectable=float(detectable))
+
+
+def _student(means: np.ndarray) -> tuple[float, float, float]:
+    """95 % interval and p-value of a mean over seeds; one seed says nothing."""
+    if len(means) < 2:
+        return -np.inf, np.inf, 1.0
+    error = means.std(ddof=1) / np.sqrt(len(means))
+    if error <= 1e-12:  # Equal with every seed: no variance to hold the mean against.
+        return float(means.mean()), float(means.mean()), 0.0 if means.mean() else 1.0
+    low, high = stats.t.interval(LEVEL, len(means) - 1, means.mean(), error)
+    return float(low), float(high), float(stats.ttest_1samp(means, 0.0).pvalue)
+
+
+def _bootstrap(values: np.ndarray) -> np.ndarray:
+    """Means of `DRAWS` draws of seeds and units; the same for the same values."""
+    rng = np.random.default_rng(0)
+    seeds = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), DRAWS)
+    # Units that are alike with every seed are drawn together: most pictures differ nowhere.
+    kinds, counts = np.unique(values, axis=1, return_counts=True)
+    chances = counts / counts.sum()
+    means = np.empty(DRAWS)
+    for start in range(0, DRAWS, 500):
+        part = slice(start, start + 500)
+        units = rng.multinomial(values.shape[1], chances, len(means[part]))
+        means[part] = np.einsum("ds,sk,dk->d", seeds[part], kinds, units, optimize=True)
+    return means / values.size
+
+
+def spearman(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """`[seeds, 1]` rank correlations over the units of each seed."""
+    return np.array([[stats.spearmanr(*pair).statistic] for pair in zip(first, second)])
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values after Holm's correction for all that were named beforehand."""
+    order = np.argsort(p_values)
+    adjusted, least = np.empty(len(order)), 0.0
+    for rank, index in enumerate(order):
+        least = max(least, min(1.0, (len(order) - rank) * p_values[index]))
+        adjusted[index] = least
+    return adjusted.tolist()
+
+
+def word(estimate: Estimate, delta: float) -> str:
+    """`holds` above zero and at least `delta`; `refuted` surely below `delta`; else `open`."""
+    if estimate.low > 0 and estimate.value >= delta and estimate.p < 1 - LEVEL:
+        return "holds"
+    return "refuted" if estimate.high < delta else "open"

@@ -1,0 +1,88 @@
+"""Records of dual-head runs: right answers by picture, and gradients by epoch and alpha."""
+
+import functools
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+from experiments.claims.claim import Setting, digest
+from experiments.claims.record import Record, digits, names_digest
+from experiments.dual_head.report import at, at_edge, best_alpha
+from experiments.shared.report import environment
+
+
+def records(setting: Setting, workdir: pathlib.Path) -> Iterator[Record]:
+    """A record an arm and seed of a finished run.
+
+    `ARM` is at its chosen alpha; `ARM@A` at alpha A, with the rate chosen there. Units say what
+    values are of: of a picture or a text whether its answer is right, of an epoch and alpha the
+    cosines and measures of collapse.
+    """
+    batch = json.loads((workdir / "config.json").read_text())["batch_size"]
+    for place in sorted((workdir / "arms").iterdir()):
+        seeds = sorted(place.glob("seed-*"), key=lambda path: int(path.name.partition("-")[2]))
+        runs = [json.loads((path / "result.json").read_text()) for path in seeds]
+        make = functools.partial(_record, setting, runs, batch=batch)
+        for arm in setting.arms:
+            name, _, alpha = arm.partition("@")
+            if name == place.name:
+                chosen = float(alpha) if alpha else best_alpha(runs)
+                for seed in range(len(runs)):
+                    yield make(arm=arm, seed=seed, alpha=chosen)
+
+
+def _record(
+    setting: Setting,
+    runs: list[dict[str, Any]],
+    *,
+    arm: str,
+    seed: int,
+    alpha: float,
+    batch: int,
+) -> Record:
+    run, first = runs[seed], runs[0]
+    tried = [lane for lane, value in enumerate(first["alphas"]) if "@" not in arm or value == alpha]
+    validation = [first["validation"][lane] for lane in tried]
+    rate = at(first, alpha, "rates")
+    edge = at_edge(first, "alphas", alpha) and "@" not in arm
+    if setting.units.of == "epoch and alpha":
+        values, units = _by_epoch(run)
+    else:
+        values = {"right": at(run, alpha, "right")}
+        units = list(range(setting.units.n))
+    return Record(
+        arm=arm,
+        seed=seed,
+        role="report" if seed else "trial",
+        setting=digest(setting),
+        environment=environment(),
+        validation=[] if seed else digits(validation),
+        chosen=validation.index(max(validation)),
+        edge=edge or at_edge(first, "rates", rate),
+        trials=len(tried),
+        updates=setting.updates,
+        examples=setting.updates * batch,
+        units=names_digest(units),
+        count=len(units),
+        values=values,
+    )
+
+
+def _by_epoch(run: dict[str, Any]) -> tuple[dict[str, list[float]], list[str]]:
+    """Measures of every epoch that has them, at every alpha with the rate that is best there."""
+    score, alphas = run["validation"], run["alphas"]
+    best: dict[float, int] = {}
+    for lane, alpha in enumerate(alphas):
+        if alpha not in best or score[lane] > score[best[alpha]]:
+            best[alpha] = lane
+    measured = [(epoch, line) for epoch, line in enumerate(run["curves"], 1) if "nc/within" in line]
+    names = [name for name in measured[0][1] if name.startswith("nc/")] + ["validation"]
+    units = [f"{epoch} {alpha:g}" for epoch, _ in measured for alpha in best]
+    values = {
+        name.removeprefix("nc/"): digits(
+            [line[name][lane] for _, line in measured for lane in best.values()]
+        )
+        for name in names
+    }
+    return values, units

@@ -1,0 +1,38 @@
+"""That this process moves, and at what: noted by whatever writes rows or takes steps."""
+
+from absl import logging
+
+
+class _Progress:
+    """What has been noted so far.
+
+    A watch (`training.distributed.initialize`) ends a run in which no process has noted anything
+    for too long.
+    """
+
+    def __init__(self) -> None:
+        self._marks, self._doing = 0, "starting"
+
+    def mark(self, doing: str = "", *, log: bool = False) -> None:
+        """Notes that something was done, and what comes next where that changes.
+
+        Args:
+            doing: What comes next.
+            log: Whether it is a phase of a run that a user should see in its log.
+
+        >>> progress.mark("packing")
+        >>> progress.mark()
+        >>> progress.last()[1]
+        'packing'
+        """
+        self._marks += 1
+        self._doing = doing or self._doing
+        if log:
+            logging.info("%s", doing)
+
+    def last(self) -> tuple[int, str]:
+        """How often something was noted, and what is being done."""
+        return self._marks, self._doing
+
+
+progress = _Progress()
