@@ -4,6 +4,7 @@ import contextlib
 import functools
 import math
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -237,7 +238,7 @@ def test_on_any_mesh_the_head_is_gathered_once_a_sweep_and_gradients_are_those_o
     layouts = tuple(NamedSharding(mesh, spec) for spec in (rows, head, rows, rows))
     arrays = (X[:, :4], W[:, :vocab], Y[:, :4] % vocab, WEIGHTS[:, :4])
     placed = [jax.device_put(x, layout) for x, layout in zip(arrays, layouts, strict=True)]
-    laid_out = {} if kind == EXPLICIT else {"out_shardings": (None, layouts[:2])}
+    laid_out: Any = {} if kind == EXPLICIT else {"out_shardings": (None, layouts[:2])}
     run = jax.jit(jax.value_and_grad(step, (0, 1)), **laid_out)
     known = contextlib.nullcontext() if name == "no_context" else jax.set_mesh(mesh)
     with known, NAMES.get(name, losses.MeshAxes()).use():
