@@ -493,7 +493,6 @@ TABLE: dict[str, Case] = {
         beside=("float32",),
     ),
     # few_shot
-    "few_shot.unit_rows": Case(call=lambda x: few_shot.unit_rows(x), arrays={"x": LOGITS}),
     "few_shot.Inputs": Case(
         call=lambda features, weights: few_shot.Inputs.of(features, weights).zero_shot,
         arrays={"features": STATES, "weights": HEAD},
@@ -588,6 +587,8 @@ TABLE: dict[str, Case] = {
     "fusion.ProxyTuning": _fused_by(fusion.ProxyTuning()),
     "fusion.ContrastiveDecoding": _fused_by(fusion.ContrastiveDecoding()),
     "fusion.LogitDifference": _fused_by(fusion.LogitDifference(filter="clean")),
+    "fusion.TeacherMixture": _fused_by(fusion.TeacherMixture()),
+    "fusion.TeacherRedraw": _fused_by(fusion.TeacherRedraw(top_k=2)),
     "fusion.DynamicFusion": _fused_by(fusion.DynamicFusion()),
     "leakage.align_head": Case(
         call=lambda basis, head: leakage.align_head(basis, head),
@@ -677,23 +678,30 @@ ELSEWHERE = {
         distillation.StudentNeeds distillation.TeacherNeeds distillation.Term
         distillation.parse_terms distillation.prune_layers distillation.prune_width
         distillation.score_function distillation.targets distillation.teacher_record
-        distillation.train_student distillation.update_program distillation.visited_rows
+        distillation.train_student distillation.update_programs distillation.visited_rows
         distillation.TeacherCache unlearning.make_answer_loss
         unlearning.Unlearning unlearning.examine unlearning.padded_rows
         unlearning.relearning
         unlearning.read_rows unlearning.share_interval unlearning.split_rows
+        serving.Key serving.Listening serving.ServerConfig serving.build_app
+        vq.HiddenCache vq.convert_head vq.load_head vq.save_head few_shot.choose_rows
         serving.Key serving.Listening serving.ServerConfig serving.build_app serving.read_keys
         serving.run_server
         vq.HiddenCache vq.load_head few_shot.choose_rows
         few_shot.candidates few_shot.load few_shot.read_pictures
         few_shot.encoder_views decoding.Engine decoding.generate
         decoding.PromptReader
+        decoding.load_ensemble decoding.next_token_program decoding.nll_from_model decoding.rollout
+        decoding.score
+        evaluation.encode_answer evaluation.encode_prompt
+        evaluation.ngram_entropy evaluation.rouge_l_f1
+        evaluation.rouge_recall evaluation.score_rows training.Checkpointer training.EvalStep
         decoding.load_ensemble decoding.next_token_program decoding.nll_from_model decoding.score
         evaluation.fluency evaluation.rouge evaluation.score_rows training.Checkpointer
         training.EvalStep
         training.TrainStep training.lock_workdir training.make_mesh training.make_writer
         training.train_loop training.watch_for_preemption models.Tokenizer models.config_from_hf
-        models.first_layers models.from_linen models.from_nnx models.keep_layers models.load
+        models.first_layers models.from_nnx models.keep_layers models.load
         models.load_config models.load_model models.load_sampling models.load_tokenizer
         models.load_peft models.register_family models.save_peft models.save_pretrained
         models.with_layout vision.load_encoder

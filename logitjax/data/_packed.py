@@ -53,6 +53,7 @@ class PackedDataset:
     * ``segment_ids`` counts the documents of a row from 1; 0 is padding. Segment s holds the same
       text for every tokenizer.
     * ``positions`` start at 0 in every segment.
+    * ``teacher``, [batch] beside ``row``, is there where examples name one: its place in `routes`.
     * ``loss_mask[t]`` says whether ``tokens[t]`` is to be predicted, from ``t - 1``. It is false
       for the first token of a segment, so no prediction crosses documents.
 
@@ -93,6 +94,8 @@ class PackedDataset:
         self.names: tuple[str, ...] = tuple(self.manifest["tokenizers"])
         self.pad_ids: dict[str, int] = self.manifest["pad_ids"]
         self.statistics: dict[str, Any] = self.manifest.get("statistics", {})
+        # Rows for one teacher lie one behind the other.
+        self.routes: dict[str, int] = self.manifest.get("routes", {})
         self._reader = ShardReader(self.directory, self.manifest["shards"])
 
     def __len__(self) -> int:
@@ -148,7 +151,7 @@ class PackedDataset:
         """The given rows as a batch; an index of -1 gives a row of padding."""
         indices = np.asarray(indices, np.int64)
         real = indices >= 0
-        size = 9 * self.seq_len
+        size = 9 * self.seq_len  # 4 bytes a token, 4 its segment, 1 whether it is learnt
         raw = np.zeros((len(indices), len(self.names), size), np.uint8)
         for place, record in zip(
             np.flatnonzero(real), self._reader.read(indices[real].tolist()), strict=True
@@ -160,6 +163,9 @@ class PackedDataset:
                 )
             raw[place] = np.frombuffer(record, np.uint8).reshape(len(self.names), size)
         batch: Batch = {"row": indices}
+        if self.routes:
+            ends = np.cumsum(list(self.routes.values()))
+            batch["teacher"] = np.searchsorted(ends, np.maximum(indices, 0), side="right")
         cuts = (4 * self.seq_len, 8 * self.seq_len)
         for k, name in enumerate(self.names):
             tokens = np.ascontiguousarray(raw[:, k, : cuts[0]]).view("<i4")
@@ -202,6 +208,7 @@ def read_ahead(batches: Iterator[Batch], depth: int) -> Iterator[Batch]:
     waiting: collections.deque[concurrent.futures.Future] = collections.deque()
     with concurrent.futures.ThreadPoolExecutor(1, "logitjax-data") as thread:
         while True:
+            # One thread: batches come in order.
             while len(waiting) < depth:
                 waiting.append(thread.submit(next, batches, None))
             batch = waiting.popleft().result()

@@ -24,7 +24,8 @@ def _softened(
     """Both logits over the temperature, the teacher's without a gradient."""
     student = checks.as_float(student_logits, "student_logits")
     teacher = jax.lax.stop_gradient(checks.as_float(teacher_logits, "teacher_logits"))
-    checks.same_shape(student, teacher, "student_logits", "teacher_logits")
+    pair = {"student_logits": (student, "any *same"), "teacher_logits": (teacher, "any *same")}
+    checks.shapes(**pair)
     checks.positive(temperature, "temperature")
     return student / temperature, teacher / temperature
 

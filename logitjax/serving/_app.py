@@ -21,6 +21,7 @@ from logitjax.serving._completions import completions
 from logitjax.serving._config import ServerConfig, check_model
 from logitjax.serving._errors import ApiError, json_response
 from logitjax.serving._formats import Formats
+from logitjax.serving._hidden_states import HiddenStates
 from logitjax.serving._keys import find_key
 from logitjax.serving._names import TokenNames
 from logitjax.serving._observed import Metrics, Observed
@@ -35,13 +36,7 @@ def build_app(
 ) -> Starlette:
     """The application of one model or several fused ones, ready for any ASGI server.
 
-    The decoding engine starts and ends with the application.
-
-    Args:
-        model: The model, or several fused ones.
-        tokenizer: Its tokenizer.
-        end_ids: Tokens that end an answer.
-        config: Limits, slots and the policy of what is reported.
+    The decoding engine starts and ends with the application. The tokens `end_ids` end an answer.
     """
     disclosure = Disclosure(config.policy, config.policy_seed)
     scheduler = Scheduler(model, disclosure, end_ids, config)
@@ -79,6 +74,9 @@ def build_app(
         Route("/metrics", metrics.endpoint),
         Route("/openapi.json", _description),
     ]
+    if config.hidden_states:
+        states = HiddenStates(service, model.decoder)
+        routes.append(Route("/v1/hidden_states", states.endpoint, methods=["GET", "POST"]))
     paths = frozenset(route.path for route in routes)
     middleware = [Middleware(Observed, metrics=metrics, paths=paths)]
     if config.allow_origins:
