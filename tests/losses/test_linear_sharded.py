@@ -159,6 +159,22 @@ def test_vocabulary_parallel_kl_needs_few_reductions_and_gathers_no_logits():
     )
 
 
+def test_second_derivatives_go_through_a_split_vocabulary():
+    mesh = jax.make_mesh((4,), ("tensor",), (AxisType.Auto,), devices=jax.devices()[:4])
+
+    def curvature(w):
+        def slope(w):
+            loss = losses.linear_kl_divergence(X[0], w, TX[0], TW, blocks=losses.Blocks(vocab=50))
+            return jnp.square(loss).sum()
+
+        return jnp.square(jax.grad(slope)(w)).sum()
+
+    with jax.set_mesh(mesh):
+        split = jax.jit(jax.grad(curvature))(W)
+    whole = jax.jit(jax.grad(curvature))(W)
+    assert np.abs(split - whole).max() < 1e-4 * np.abs(whole).max()
+
+
 def test_heads_gathered_over_fsdp():
     def local(x, w, y, weights, tx, tw, teacher):
         w = lax.all_gather(w, "data", axis=0, tiled=True)
