@@ -43,7 +43,7 @@ class Config:
     bounds: Literal["cheap", "sorted_rows", "third"] = field(
         "cheap", "Work for the lower bound: n^2 (cheap), n^2 log n (sorted_rows) or n^3 (third)."
     )
-    refine: Literal["none", "exchange", "assignment", "search"] = field(
+    refine: Literal["none", "exchange", "search"] = field(
         "exchange", "How the coupling is improved, if both graphs have equally many nodes."
     )
     solver: Literal["none", "ott", "pot"] = field("none", "General solver to compare with.")

@@ -83,6 +83,7 @@ class ImageViews:
             picture = _on_white_square(picture)
         if self.kind == "plain":
             return self._plain(picture)[None]
+        # A generator of its own for each view, so that it depends on nothing else.
         return np.stack(
             [
                 self._random(picture, np.random.default_rng([self.seed, int(row), view]))

@@ -117,6 +117,7 @@ def step(
 ) -> tuple[DecodeState, Emitted]:
     """Feed every active slot its last token and choose the next."""
     tokens = jnp.stack(plan.read(state.token))[..., None]
+    # Frozen rows go along as padding, so that their caches stay as they are.
     positions = jnp.where(state.active, state.lengths, -1)[..., None]
     logits, cache = plan.forward(params, tokens, positions, state.cache)
     lengths = state.lengths + state.active
@@ -218,6 +219,7 @@ def moved_logits(
     if state.counts is not None:
         adjusted = _less_frequent(state, adjusted)
     if state.allowed is not None:
+        # Masks cost a pass over the vocabulary, and most steps have none.
         free = (state.allowed == jnp.uint32(0xFFFFFFFF)).all()
         adjusted = lax.cond(free, lambda x: x, lambda x: allow_only(x, state.allowed), adjusted)
     return {"model": logits, "biased": biased, "adjusted": adjusted}
@@ -226,6 +228,7 @@ def moved_logits(
 def _less_frequent(state: DecodeState, logits: jax.Array) -> jax.Array:
     presence, frequency = state.sampling.presence_penalty, state.sampling.frequency_penalty
 
+    # Only where some row asks for it.
     def penalized() -> jax.Array:
         return penalize_counts(logits, state.counts, presence, frequency)
 
@@ -254,6 +257,7 @@ def run_steps(
     if steps == 0:
         return state, rows_first(empty)
 
+    # A loop and no scan: it ends as soon as the last row does.
     def unfinished(carry: Any) -> jax.Array:
         n, state, _ = carry
         return (n < steps) & state.active.any()
@@ -301,16 +305,18 @@ def constrain(plan: Plan, options: DecodeOptions, state: DecodeState) -> DecodeS
     if mesh is None:
         return state
 
-    def axes(names: tuple[str, ...], size: int) -> tuple[str, ...] | None:
-        there = tuple(name for name in names if name in mesh.axis_names)
+    names = MeshAxes.current()
+
+    def axes(known: tuple[str, ...], size: int) -> tuple[str, ...] | None:
+        there = tuple(name for name in known if name in mesh.axis_names)
         return there if size % math.prod(mesh.shape[name] for name in there) == 0 else None
 
     def pin(leaf: jax.Array, rows: int, heads: int | None = None) -> jax.Array:
         entries: list[Any] = [None] * leaf.ndim
         if leaf.ndim > rows:
-            entries[rows] = axes(MeshAxes.current().rows, leaf.shape[rows])
+            entries[rows] = axes(names.rows, leaf.shape[rows])
         if heads is not None and leaf.ndim == heads + 3:
-            entries[heads] = axes(MeshAxes.current().columns, leaf.shape[heads])
+            entries[heads] = axes(names.columns, leaf.shape[heads])
         return lax.with_sharding_constraint(leaf, NamedSharding(mesh, PartitionSpec(*entries)))
 
     def pin_cache(leaf: jax.Array, axis: int) -> jax.Array:

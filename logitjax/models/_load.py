@@ -212,6 +212,7 @@ def build_decoder(
     """A decoder whose parameters come from `source` by the map `tensors`."""
     # First: layers that no tensor backs shall not be traced, one by one.
     tensors = _resolve_names(tensors, source, config, where)
+    # Shapes only: initial values would take as much memory as the checkpoint.
     abstract = nnx.eval_shape(
         lambda: Decoder(config, rngs=nnx.Rngs(0), param_dtype=param_dtype, **options)
     )
@@ -262,6 +263,7 @@ def _placed(
 ) -> jax.Array:
     """An array from all slices that this process's devices need, fetched together."""
     needed = sharding.addressable_devices_indices_map(shape).values()
+    # Slices are not hashable before Python 3.12, their texts are.
     distinct = {str(index): index for index in needed}
     parts = dict(zip(distinct, fetch(list(distinct.values())), strict=True))
     return jax.make_array_from_callback(shape, sharding, lambda index: parts[str(index)])

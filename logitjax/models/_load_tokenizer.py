@@ -118,6 +118,7 @@ def _from_directory(path: epath.Path) -> Tokenizer:
         )
         known = (config.get("text_config") or config).get("vocab_size")
         if isinstance(known, int) and backend.get_vocab_size() > known:
+            # Gemma 3's text models come with the tokenizer of those that see.
             backend = tokenizers.Tokenizer.from_str(_without_added(content, known))
     # Files keep what their last user cut and padded texts to; here callers say how long texts are.
     backend.no_truncation()
@@ -261,6 +262,7 @@ def _sentencepiece(source: GgufSource, tokens: list[str], types: list[int]) -> t
             continue
         splits = [(token[:i], token[i:]) for i in range(1, len(token))]
         found = [(a, b) for a, b in splits if a in vocab and b in vocab]
+        # transformers' converter orders merges of one score like this.
         found.sort(key=lambda ab: (vocab[ab[0]], vocab[ab[1]]))
         merges += [(-score, a, b) for a, b in found]
     merges.sort(key=lambda m: m[0])

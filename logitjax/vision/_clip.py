@@ -146,11 +146,10 @@ class CLIP(nnx.Module):
 
     def __init__(self, config: CLIPConfig, *, dtype: Any = None, rngs: nnx.Rngs):
         self.config, self.dtype = config, dtype
-        vision: Any = ModifiedResNet
         if config.patch_size:
-            vision, config = ViT, config.vision_tower
-        self.vision: Any = vision(config, dtype=dtype, rngs=rngs)
-        config = self.config
+            self.vision: Any = ViT(config.vision_tower, dtype=dtype, rngs=rngs)
+        else:
+            self.vision = ModifiedResNet(config, dtype=dtype, rngs=rngs)
         sizes = (config.vocab_size, config.context_length, config.embed_dim)
         blocks = config.text_blocks
         self.text = TextTower(blocks, *sizes, use_bias=False, dtype=dtype, rngs=rngs)

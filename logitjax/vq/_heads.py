@@ -172,7 +172,7 @@ class VQHead(VocabularyHead):
 
     def sample(
         self,
-        key: Array,
+        key: jax.Array,
         hidden: Array,
         embedding: Array | None = None,
         *,

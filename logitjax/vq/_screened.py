@@ -128,7 +128,7 @@ class Screen:
         scores, tokens, better = self._look(flat)
         values, places = top_k(better, k)
         chosen = gather_at(tokens, places)
-        log_z = jnp.zeros(len(flat), jnp.float32)  # left out: a pass over V
+        log_z = jnp.zeros(len(flat), jnp.float32)  # it would take a pass over V
         if with_log_z:
             log_z = logsumexp(_joined(scores, tokens, better))
         return TopK(values.reshape(*batch, k), chosen.reshape(*batch, k), log_z.reshape(batch))

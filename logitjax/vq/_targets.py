@@ -116,5 +116,5 @@ def _rest(
     kept = scipy.sparse.csr_matrix(
         (probs.reshape(-1), (tokens.reshape(-1), places)), shape=(len(counts), count)
     )
-    rest = sums - kept @ np.asarray(hidden, np.float32)  # sparse: top of V a position
+    rest = sums - kept @ np.asarray(hidden, np.float32)  # sparse: few of V a position
     return rest, counts - np.asarray(kept.sum(1))[:, 0]

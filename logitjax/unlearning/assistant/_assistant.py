@@ -130,7 +130,7 @@ class Assistant:
                 f"{small.num_layers} layers of width {small.hidden_size} and vocabulary "
                 f"{small.vocab_size}"
             )
-        # A stack has no span to run alone.
+        # Stacked layers cannot be run in two spans.
         graphdef, state = nnx.split(with_layout(target, "listed"))
         lora = self.lora
         if self.base.layout == "stacked":
