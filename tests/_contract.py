@@ -493,7 +493,6 @@ TABLE: dict[str, Case] = {
         beside=("float32",),
     ),
     # few_shot
-    "few_shot.unit_rows": Case(call=lambda x: few_shot.unit_rows(x), arrays={"x": LOGITS}),
     "few_shot.Inputs": Case(
         call=lambda features, weights: few_shot.Inputs.of(features, weights).zero_shot,
         arrays={"features": STATES, "weights": HEAD},
@@ -639,8 +638,8 @@ ELSEWHERE = {
     "tests/commands/test_few_shot.py": """
         few_shot.Candidate few_shot.Pictures few_shot.fit""",
     "values that functions above take or give; what they refuse is tested beside them": """
-        ops.Static losses.Blocks losses.Head losses.Readout losses.GraphStatistics losses.LogProbs
-        distillation.GraphConfig
+        ops.Static losses.Blocks losses.Head losses.MeshAxes losses.Readout
+        losses.GraphStatistics losses.LogProbs distillation.GraphConfig
         few_shot.FeatureIdentity heads.HeadCost heads.Assignment
         vq.ConvertConfig vq.Pages vq.Screen vq.Shortlist vq.Tuning distillation.LayerPruning
         distillation.Objective
@@ -684,6 +683,8 @@ ELSEWHERE = {
         unlearning.Unlearning unlearning.examine unlearning.padded_rows
         unlearning.relearning
         unlearning.read_rows unlearning.share_interval unlearning.split_rows
+        serving.Key serving.Listening serving.ServerConfig serving.build_app
+        vq.HiddenCache vq.convert_head vq.load_head vq.save_head few_shot.choose_rows
         serving.Key serving.Listening serving.ServerConfig serving.build_app serving.read_keys
         serving.run_server
         vq.HiddenCache vq.load_head few_shot.choose_rows
@@ -700,7 +701,7 @@ ELSEWHERE = {
         training.EvalStep
         training.TrainStep training.lock_workdir training.make_mesh training.make_writer
         training.train_loop training.watch_for_preemption models.Tokenizer models.config_from_hf
-        models.first_layers models.from_linen models.from_nnx models.keep_layers models.load
+        models.first_layers models.from_nnx models.keep_layers models.load
         models.load_config models.load_model models.load_sampling models.load_tokenizer
         models.load_peft models.register_family models.save_peft models.save_pretrained
         models.with_layout vision.load_encoder

@@ -116,6 +116,7 @@ class Config:
         """The learning rate."""
         if self.learning_rate is not None:
             return self.learning_rate
+        # Pruned layers and fresh adapters have far to go; a whole model is near where it should be.
         return 3e-4 if self.pruning.prunes or self.lora_rank else 5e-5
 
     @property
@@ -249,6 +250,7 @@ def _objective(config: Config) -> distillation.Objective:
 
 def _check_weights(config: Config, whole: models.Decoder, out: epath.Path) -> None:
     """What is in the folder was chosen for the weights that the student has now."""
+    # A name may point to other weights by now.
     path, weights = out / "student.json", distillation.make_student(whole).fingerprint
     if not processes.broadcast_from_first(path.exists):
         processes.write_json(path, {"weights": weights})
@@ -286,6 +288,7 @@ def _pruned(
 
     def calibration() -> list[Mapping[str, Any]]:
         size = config.course.batch_size
+        # Full batches only, unless there is none: another shape would compile again.
         starts = range(0, count - count % size or count, size)
         return [split.rows(range(i, min(i + size, count)))[packed.names["pivot"]] for i in starts]
 
@@ -322,6 +325,7 @@ def _recovered(place: str) -> np.ndarray:
     path = epath.Path(place)
     if path.is_dir():
         folder = path / "recovered" if (path / "recovered").exists() else path
+        # An audit of several policies leaves one file each: which one is meant has to be said.
         files = sorted(folder.glob("*.npz"))
         if len(files) != 1:
             names = ", ".join(file.name for file in files) or "none"
@@ -333,6 +337,7 @@ def _recovered(place: str) -> np.ndarray:
     if "basis" not in arrays:
         raise ValueError(f"student_head: {path} holds no basis of a head: the audit found none")
     basis, tokens = arrays["basis"], arrays["tokens"]
+    # A corner covers some tokens; the student needs a row for each.
     if not np.array_equal(tokens, np.arange(len(basis))):
         raise ValueError(
             f"student_head: {path} holds rows of {len(tokens)} tokens only, expected all of them"

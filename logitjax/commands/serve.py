@@ -65,9 +65,10 @@ def run(config: Config) -> None:
     """Loads the models, then answers until it is stopped."""
     if config.api_key is not None and config.api_keys is not None:
         raise ValueError("api_key, api_keys: expected one of them, got both")
+    # Without --api_key its secret is None: nobody has to send one.
     keys = (serving.Key(secret=config.api_key),)
     if config.api_keys is not None:
-        keys = serving.read_keys(config.api_keys)
+        keys = serving.Key.read(config.api_keys)
     server = dataclasses.replace(
         config.server,
         model=config.served_name or config.line_up.model,
@@ -80,7 +81,7 @@ def run(config: Config) -> None:
     ensemble, tokenizer, ends = config.line_up.load()
     logging.set_verbosity(logging.INFO)
     app = serving.build_app(ensemble, tokenizer, ends, server)
-    serving.run_server(app, config.listening)
+    config.listening.serve(app)
 
 
 def _max_length(config: Config) -> int:

@@ -147,6 +147,7 @@ def _longest_prefix(
                     break
             else:
                 high = guess
+            # Where the row would be full, were all of it as dense as this stretch.
             wanted = begin + (end - begin) * seq_len / longest
             guess = int(np.searchsorted(ends, wanted, side="right")) - 1
             if probe >= _MAX_PROBES or not low < guess < high:

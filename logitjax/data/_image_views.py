@@ -66,14 +66,7 @@ class ImageViews:
     def __call__(
         self, image: UInt8[np.ndarray, "height width 3"], *, row: int | np.integer
     ) -> UInt8[np.ndarray, "count size size 3"]:
-        """The views of one picture.
-
-        Args:
-            image: uint8 ``[height, width, 3]``.
-            row: the picture's number, which random views depend on.
-
-        Returns:
-            uint8 ``[count, size, size, 3]``.
+        """The views of one picture; random ones depend on its number `row`.
 
         Raises:
             TypeError: pixels of another type, such as floats of 0..255.
@@ -90,6 +83,7 @@ class ImageViews:
             picture = _on_white_square(picture)
         if self.kind == "plain":
             return self._plain(picture)[None]
+        # A generator of its own for each view, so that it depends on nothing else.
         return np.stack(
             [
                 self._random(picture, np.random.default_rng([self.seed, int(row), view]))

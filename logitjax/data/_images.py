@@ -26,17 +26,10 @@ _CIFAR_LENGTH = {"train": 50_000, "test": 10_000}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LabelledImages:
-    """Images and their classes.
+    """Images and their classes, `num_classes` of them, seen or not."""
 
-    Attributes:
-        images: uint8 ``[count, height, width, channels]``; perhaps on disk (a memory map).
-        labels: int32 ``[count]``.
-        num_classes: how many classes there are, seen or not.
-        source: where they came from.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
+    images: np.ndarray  # uint8 [count, height, width, channels], perhaps a memory map
+    labels: np.ndarray  # int32 [count]
     num_classes: int
     source: str
 

@@ -105,6 +105,7 @@ def prepare(
         ValueError: tfds has no such dataset.
         ModuleNotFoundError: TensorFlow is needed and missing.
     """
+    # As above.
     from logitjax.data import _tfds
 
     return _tfds.prepare(name, data_dir=data_dir, manual_dir=manual_dir)

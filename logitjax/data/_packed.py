@@ -151,7 +151,7 @@ class PackedDataset:
         """The given rows as a batch; an index of -1 gives a row of padding."""
         indices = np.asarray(indices, np.int64)
         real = indices >= 0
-        size = 9 * self.seq_len
+        size = 9 * self.seq_len  # 4 bytes a token, 4 its segment, 1 whether it is learnt
         raw = np.zeros((len(indices), len(self.names), size), np.uint8)
         for place, record in zip(
             np.flatnonzero(real), self._reader.read(indices[real].tolist()), strict=True
@@ -208,6 +208,7 @@ def read_ahead(batches: Iterator[Batch], depth: int) -> Iterator[Batch]:
     waiting: collections.deque[concurrent.futures.Future] = collections.deque()
     with concurrent.futures.ThreadPoolExecutor(1, "logitjax-data") as thread:
         while True:
+            # One thread: batches come in order.
             while len(waiting) < depth:
                 waiting.append(thread.submit(next, batches, None))
             batch = waiting.popleft().result()

@@ -27,31 +27,21 @@ _IMAGENET_TEMPLATES = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecognitionSet:
-    """A data set of the few-shot literature.
+    """A data set of the few-shot literature, in the layout of CoOp, and its name in tfds.
 
-    Attributes:
-        num_classes: in the layout of CoOp, in which the published numbers were measured.
-        templates: Tip-Adapter's prompts, with ``{}`` where a class's name goes.
-        folder: its directory in that layout, below the one of all data sets.
-        images: the pictures' directory inside.
-        split_file: JSON there with the splits; ImageNet and its variants have folders,
-            FGVC-Aircraft lists of its own.
-        folders: of ImageNet and its variants, by split, inside ``images``.
-        tfds: its name (and configuration) in tfds, or None.
-        tfds_splits: what train, val and test are there: not the splits that published numbers were
-            measured on, save for ImageNet and its variants.
-        camel_case: tfds and folders write names without spaces.
+    The published numbers were measured on CoOp's splits. What train, val and test are in tfds are
+    other ones, save for ImageNet and its variants.
     """
 
     num_classes: int
-    templates: tuple[str, ...] = _PHOTO
-    folder: str
-    images: str = "images"
-    split_file: str = ""
-    folders: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    templates: tuple[str, ...] = _PHOTO  # Tip-Adapter's, with {} where a class's name goes
+    folder: str  # below that of all data sets
+    images: str = "images"  # inside of it
+    split_file: str = ""  # JSON; ImageNet and its variants have folders, FGVC-Aircraft lists
+    folders: Mapping[str, str] = dataclasses.field(default_factory=dict)  # by split, in `images`
     tfds: str | None = None
     tfds_splits: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    camel_case: bool = False
+    camel_case: bool = False  # tfds and folders write names without spaces
 
     def readable(self, class_names: Sequence[str]) -> tuple[str, ...]:
         """Names as they can stand in a sentence.
@@ -225,13 +215,10 @@ def _aircraft(home: epath.Path, split: str) -> tuple[list[tuple[epath.Path, int]
 
 
 def class_names_of(name: str, classes: Sequence[str], directory: epath.Path) -> tuple[str, ...]:
-    """Names that people use, for prompts.
-
-    ImageNet and its variants number their classes. Names are those of CoOp's ``classnames.txt`` in
-    ``directory``, else those of the package open_clip_torch, if it is installed; without either
-    the numbers stay.
-    """
+    """Names that people use, for prompts."""
     which = recognition_set(name)
+    # ImageNet and its variants number their classes. Names are those of CoOp's `classnames.txt`,
+    # else those of the package open_clip_torch; without either the numbers stay.
     if which.num_classes != 1000:
         return which.readable(classes)
     path = directory / "classnames.txt"

@@ -124,6 +124,7 @@ def _find(name: str, root: epath.Path) -> epath.Path | None:
     """The newest prepared version of the dataset."""
     _, dataset, config = _parsed(name)
     base = root / dataset
+    # NAME/VERSION, or NAME/CONFIG/VERSION.
     versions = _versions(base / config if config else base)
     if versions or config:
         return versions[-1] if versions else None

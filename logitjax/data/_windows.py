@@ -44,6 +44,7 @@ def token_windows(
             f"length: expected more than the {len(start)} tokens that each window begins with, got "
             f"{length}"
         )
+    # All beginnings first: later windows start in the midst of a sentence.
     while begin < longest:
         for i in range(len(examples)):
             if "text" not in examples[i]:

@@ -18,8 +18,9 @@
   drew the tokens: for training on samples.
 - `Sampling` is how a row chooses its tokens. `TextOptions` asks for text. `TextStream` turns
   tokens into text as they come and finds stop strings.
-- A model is a `logitjax.models.Decoder`, a triple ``(apply_fn, params, cache)`` of your own, or a
-  `CachedModel`, whose docstring has the contract of such a function.
+- A model is a `logitjax.models.Decoder`, a triple ``(apply_fn, params, cache)`` of your own, a
+  `CachedModel`, whose docstring has the contract of such a function, or a pair ``(apply_fn,
+  params)`` that keeps no cache and reads the whole text for every token.
 """
 
 from logitjax.decoding._cached_model import CachedModel as CachedModel

@@ -51,15 +51,16 @@ class CachedModel:
     max_length: int | None = None
 
     @classmethod
-    def of(cls, model: Any, *, ring_slack: int = 0) -> "CachedModel":
+    def of(cls, model: Any) -> "CachedModel":
         """A `CachedModel` from anything that decodes.
 
         Args:
             model: a `logitjax.models.Decoder` (a stacked one is converted to listed layers, which
                 decode faster); a triple ``(apply_fn, params, cache)`` whose function keeps the
                 contract of `CachedModel` and whose cache is empty, with as many rows as are decoded
-                together; or a `CachedModel`, which is returned as it is.
-            ring_slack: extra slots of windowed layers' rings, as many as drafts may be taken back.
+                together; a pair ``(apply_fn, params)`` that keeps nothing, ``apply_fn(params,
+                tokens [rows, time]) -> logits``, where logits depend on no later tokens: every
+                step reads all of the text; or a `CachedModel`, which is returned as it is.
 
         Raises:
             TypeError: for anything else.
@@ -69,12 +70,12 @@ class CachedModel:
         if isinstance(model, cls):
             return model
         if isinstance(model, Decoder):
-            return _of_decoder(model, ring_slack)
-        if isinstance(model, tuple) and len(model) == 3 and callable(model[0]):
-            return _of_triple(*model)
+            return _of_decoder(model)
+        if isinstance(model, tuple) and len(model) in (2, 3) and callable(model[0]):
+            return _of_triple(*model) if len(model) == 3 else _of_pair(*model)
         raise TypeError(
-            "model: expected a Decoder, a CachedModel or (apply_fn, params, cache), "
-            f"got {type(model).__name__}"
+            "model: expected a Decoder, a CachedModel, (apply_fn, params) or "
+            f"(apply_fn, params, cache), got {type(model).__name__}"
         )
 
     @property
@@ -84,6 +85,7 @@ class CachedModel:
 
 @dataclasses.dataclass(frozen=True)
 class _DecoderApply:
+    # Hashable and equal for models of one architecture, which can then be stacked.
     graphdef: Static
 
     def model(self, params: Any) -> Decoder:
@@ -97,11 +99,11 @@ class _DecoderApply:
 
 @dataclasses.dataclass(frozen=True)
 class _DecoderCache:
-    """Makes empty caches of a decoder."""
+    """Makes empty caches of a decoder; a plan whose drafts may be taken back raises the slack."""
 
     config: DecoderConfig
     dtype: Any
-    ring_slack: int
+    ring_slack: int = 0
 
     def __call__(self, rows: int, max_length: int) -> Cache:
         return Cache.init(
@@ -110,6 +112,7 @@ class _DecoderCache:
 
     def slot_axes(self, cache: Cache) -> list[int]:
         """The axis of each leaf along which positions lie; -1 for none."""
+        # Keys and values are [rows, heads, slots, dim], positions [rows, slots].
         vectors, positions = jax.tree.leaves((cache.keys, cache.values)), cache.positions
         return [2] * len(vectors) + [1] * len(positions) + [-1]
 
@@ -124,17 +127,18 @@ class _GivenCache:
     def __call__(self, rows: int, max_length: int) -> Any:
         if rows == self.rows:
             return jax.tree.map(jnp.array, self.cache)
+        # A prompt that is read for one slot of several.
         if rows == 1:
             return jax.tree.map(lambda leaf: jnp.array(leaf[:1]), self.cache)
         raise ValueError(f"model: the given cache has {self.rows} rows, {rows} are needed")
 
 
-def _of_decoder(model: Decoder, ring_slack: int) -> CachedModel:
+def _of_decoder(model: Decoder) -> CachedModel:
     graphdef, state = nnx.split(with_layout(model, "listed"))
     return CachedModel(
         apply=_DecoderApply(Static(graphdef)),
         params=nnx.to_pure_dict(state),
-        init_cache=_DecoderCache(model.config, model.dtype, ring_slack),
+        init_cache=_DecoderCache(model.config, model.dtype),
         vocab_size=model.config.vocab_size,
         takes_last_only=True,
         max_length=model.config.max_length,
@@ -147,10 +151,38 @@ def _of_triple(apply_fn: Callable[..., Any], params: Any, cache: Any) -> CachedM
         raise ValueError(f"model: axis 0 of every leaf of the cache is its rows, got {rows}")
     count = next(iter(rows))[0]
     ids = jax.ShapeDtypeStruct((count, 1), jnp.int32)
+    # Nothing is computed: only the vocabulary's size is asked for.
     logits, _ = jax.eval_shape(apply_fn, params, ids, ids, cache)
     return CachedModel(
         apply=apply_fn,
         params=params,
         init_cache=_GivenCache(cache, count),
         vocab_size=logits.shape[-1],
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _WholeTexts:
+    """Keeps the tokens that were read, and reads all of them again."""
+
+    apply_fn: Callable[..., Any]
+
+    def __call__(self, params: Any, tokens: Any, positions: Any, texts: Any) -> Any:
+        rows = jnp.arange(len(tokens))[:, None]
+        # Padding, at -1, would lie at the end.
+        places = jnp.where(positions < 0, texts.shape[1], positions)
+        texts = texts.at[rows, places].set(tokens, mode="drop")
+        logits = self.apply_fn(params, texts)
+        return jnp.take_along_axis(logits, jnp.maximum(positions, 0)[..., None], axis=1), texts
+
+
+def _no_texts(rows: int, max_length: int) -> jax.Array:
+    return jnp.zeros((rows, max_length), jnp.int32)
+
+
+def _of_pair(apply_fn: Callable[..., Any], params: Any) -> CachedModel:
+    logits = jax.eval_shape(apply_fn, params, jax.ShapeDtypeStruct((1, 1), jnp.int32))
+    size = logits.shape[-1]
+    return CachedModel(
+        apply=_WholeTexts(apply_fn), params=params, init_cache=_no_texts, vocab_size=size
     )

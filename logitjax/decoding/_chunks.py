@@ -75,6 +75,7 @@ def in_chunks(
     A call may bring each row another number of tokens; what the fusion said ends in rows then.
     """
     rows = [_Row(text, request.prompt) for request in requests]
+    # On the host, as what is emitted would otherwise wait on the device until the end.
     parts = [one_step(jax.tree.map(np.asarray, engine.prefill_all(requests)))]
     while True:
         active = engine.active
@@ -82,6 +83,7 @@ def in_chunks(
             new, piece = row.take(parts[-1].tokens[i][parts[-1].valid[i]], last=not active[i])
             if text.stream is not None and (new or piece):
                 text.stream(i, new, piece)
+        # Only the host sees stop strings: it has to end those rows.
         cut = np.array([row.cut for row in rows])
         if not (active & ~cut).any():
             break
@@ -109,7 +111,7 @@ def _without_gaps(
 
     def fit_info(leaf: np.ndarray) -> np.ndarray:
         if leaf.shape[-1:] != lengths.shape:
-            return leaf[:steps]
+            return leaf[:steps]  # not by row
         return np.moveaxis(fit(np.moveaxis(leaf, -1, 0)), 0, -1)
 
     rows = jax.tree.map(fit, replace(emitted, info=None))
@@ -143,6 +145,7 @@ class _Row:
         if self._stream is not None:
             text = self._stream.push(new)
             text += self._stream.finish() if last else ""
+            # The stream takes none behind the one that completes a stop string.
             new = new[: len(self._stream.tokens) - self.length]
         self.length += len(new)
         return new, text
@@ -156,6 +159,7 @@ def with_texts(out: Generated, requests: Sequence[Request], text: TextOptions) -
     texts = []
     for row, request in zip(out.rows(), requests, strict=True):
         prompt = np.asarray(request.prompt).tolist() if text.continues else []
+        # Decoded with it and cut again: alone a first word may lose the space before it.
         context = last_whole(tokenizer, prompt)
         before = tokenizer.decode(context, skip_special=True)
         texts.append(tokenizer.decode([*context, *row], skip_special=True)[len(before) :])

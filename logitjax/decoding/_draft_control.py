@@ -79,6 +79,7 @@ class DraftControl:
         if self._fixed is not None:
             return self._fixed
         plain = self.cost(0, kind)
+        # What nothing is known of is timed first: plain steps, then the cheapest drafts.
         if plain is None:
             return 0
         shortest = self.lengths[0]
@@ -122,12 +123,15 @@ class DraftControl:
             program: tells apart calls of one kind and length that are compiled each for itself.
         """
         if tested:
+            # An exponential mean: texts change, and with them how well they are guessed.
             keep = max(0.0, 1 - tested / self._memory)
             self._accepted = keep * self._accepted + accepted
             self._tested = keep * self._tested + tested
+        # The first call of a program compiles it, which says nothing of the next ones.
         if (kind, length, program) not in self._compiled:
             self._compiled.add((kind, length, program))
             return
+        # A median of nine outlives two hiccups of the machine, and forgets after some calls.
         times = self._costs.setdefault((kind, length), collections.deque(maxlen=9))
         times.append(seconds / rounds)
         self._spent += seconds
@@ -142,6 +146,7 @@ class DraftControl:
         self._timed += seconds
         self._plain_worth += worth if length else seconds
         if length:
+            # What drafts gained pays for later tries, but is no debt of theirs.
             self._lost = max(0.0, self._lost + seconds - worth)
 
 

@@ -74,7 +74,9 @@ class Rounds:
             rounds = max(1, int(np.asarray(emitted.valid).sum(axis=1).max()))
             known: dict[str, Any] = {}
         else:
+            # About as many tokens as a chunk of plain steps.
             rounds = max(1, self._chunk // (length + 1))
+            # Waited for: what is dispatched only would be timed as free.
             emitted, drafted = jax.block_until_ready(self._engine.speculate(length, rounds))
             stats = np.stack([drafted.rounds, drafted.tested, drafted.accepted])
             self.stats += stats

@@ -110,6 +110,7 @@ class Engine:
         if speculation is not None:
             self._drafter = find_drafter(self.plan, speculation.draft)
             self._draft_params = self._drafter.params(self.params)
+            # A rejected draft has overwritten what a ring without slack would still need.
             self.plan = self.plan.with_ring_slack(max(speculation.lengths))
             self._room += max(speculation.lengths)
         self.rings = rings
@@ -126,6 +127,7 @@ class Engine:
     def state(self) -> DecodeState:
         """All slots as arrays. Programs consume it: do not hold on to an old one."""
         if self._state is None:
+            # Made when it is needed: `prefill_all` brings a state of its own.
             idle = [Request(prompt=[0], max_new_tokens=1)] * self.slots
             cache = self.plan.init_cache(self.slots, self._room)
             state = fresh_rows(self.plan, self.options, idle, cache=cache, extra=self._extra)
@@ -276,6 +278,7 @@ class Engine:
 
     def evict(self, slot: int | Sequence[int]) -> None:
         """Freeze slots: they emit nothing until they are filled again."""
+        # The same program for any number of slots.
         frozen = np.zeros(self.slots, bool)
         frozen[slot] = True
         self._state = _freeze(self.plan, self.options, self.state, frozen)

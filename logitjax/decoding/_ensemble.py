@@ -50,6 +50,7 @@ class Group:
             return list(logits) if self.outputs > 1 else [logits], cache
         logits, cache = jax.vmap(call)(params, tokens[index], positions[index], cache)
         if self.outputs > 1:
+            # [streams, outputs, ...] to one after the other.
             logits = logits.reshape(-1, *logits.shape[2:])
         return list(logits), cache
 
@@ -132,6 +133,7 @@ class Plan:
             caches.append(held)
             keys = [(s, o) for s in group.streams for o in range(group.outputs)]
             found |= dict(zip(keys, logits, strict=True))
+        # By stream, then by output: groups need not be in the order of the streams.
         return [self._fit(found[key]) for key in sorted(found)], tuple(caches)
 
     def at_large(self, logits: jax.Array) -> jax.Array:
@@ -157,6 +159,7 @@ class Plan:
         logits = logits.astype(jnp.float32)
         if self.token_map is not None:
             return logits
+        # Vocabularies of one tokenizer differ in rows of padding at the end.
         logits = logits[..., : self.vocab_size]
         missing = self.vocab_size - logits.shape[-1]
         if not missing:
@@ -169,6 +172,7 @@ class Plan:
         if self.fuse is None:
             return logits[0], {}
         experts, bases = list(logits[1 : 1 + self.experts]), list(logits[1 + self.experts :])
+        # Strategies take arrays, also where there is no expert or no base.
         empty = jnp.zeros((0, *logits[0].shape), logits[0].dtype)
         vocab_where = None
         if min(self.vocab_sizes) < self.vocab_size and self.token_map is None:
@@ -182,6 +186,7 @@ class Plan:
 
 
 def _kind(model: CachedModel) -> Any:
+    # Also the types: what is stacked becomes one array.
     shapes = jax.tree.map(lambda leaf: (leaf.shape, jnp.dtype(leaf.dtype)), model.params)
     return model.apply, model.init_cache, jax.tree.structure(model.params), str(shapes)
 
@@ -202,7 +207,6 @@ class Ensemble:
             ``info`` is a pytree of arrays for the caller. A strategy with a
             ``token_map`` gets the small models' logits as they are, and they read mapped tokens.
         stack: run small models of one architecture as one call. This copies their parameters.
-        ring_slack: see `cached_model`.
 
     Raises:
         ValueError: for several models without ``fuse``, or bases that are neither one nor as many
@@ -225,9 +229,8 @@ class Ensemble:
         bases: Sequence[Any] = (),
         fuse: Callable[..., Any] | None = None,
         stack: bool = True,
-        ring_slack: int = 0,
     ):
-        members = [CachedModel.of(m, ring_slack=ring_slack) for m in (large, *experts, *bases)]
+        members = [CachedModel.of(m) for m in (large, *experts, *bases)]
         several = len(members) > 1 or members[0].outputs > 1
         if several and fuse is None:
             raise ValueError("fuse: several models need a function that makes one of their logits")

@@ -105,6 +105,7 @@ def generate(
     options = with_room(DecodeOptions() if options is None else options, requests)
     plan = ensemble.plan
     rows = [request.streams(plan) for request in requests]
+    # Of all models: their prompts may differ, the new tokens are common.
     longest = max(len(p) for row in rows for p in row) + max_new_tokens
     if drafts is not None:
         most = max(drafts.lengths)

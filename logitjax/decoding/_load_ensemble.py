@@ -43,6 +43,7 @@ def load_ensemble(
     maps = {fusion.vocabulary_map(tokenizer, models.load_tokenizer(s)) for s in small}
     if len(maps) > 1:
         raise ValueError("expert, base: the small models number their tokens differently")
+    # One map at most: experts and bases are subtracted from each other, id by id.
     for mapping in maps:
         if not mapping.is_identity:
             fuse = fusion.OverlapFusion(strategy=fuse, token_map=mapping)

@@ -52,6 +52,7 @@ def block_names(tokens: np.ndarray, block: int, salt: str) -> list[bytes]:
     >>> len(one), one[0] == other[0], one[1] == other[1]
     (2, True, False)
     """
+    # A hash of all before, not of the block: equal tokens behind others have other keys and values.
     digest = hashlib.blake2b(salt.encode(), digest_size=16)
     names = []
     for start in range(0, len(tokens) - block + 1, block):

@@ -81,7 +81,7 @@ def _reported(
 
     def advance(extra: Any, here: Any) -> tuple[Any, Emitted]:
         target, values = here
-        there = target >= 0
+        there = target >= 0  # -1 where no token follows
         token = jnp.maximum(target, 0)
         served = plan.combine(values)[0]
         if options.served is not None:
@@ -111,6 +111,7 @@ def place_row(
     slot: jax.Array,
 ) -> tuple[DecodeState, Emitted]:
     """A row that has read its prompt into a slot, and its first token."""
+    # The first token is chosen from the prompt's own logits, without another pass.
     row, emitted = emit(plan, options, row, logits)
     return constrain(plan, options, put_rows(plan, state, row, slot)), emitted
 
@@ -148,6 +149,7 @@ def row_of(
     """The state of a row that has read prompts of these lengths."""
     row = fresh_rows(plan, options, [request], cache=cache, extra=extra)
     if row.seen is not None:
+        # The repetition penalty counts prompts too, the others do not.
         row.seen[0, np.asarray(request.prompt)] = True
     return dataclasses.replace(row, lengths=np.array(lengths, np.int32)[:, None])
 
@@ -243,6 +245,7 @@ class PromptReader:
         longest = max(map(len, streams))
         tokens = np.zeros((len(streams), longest), np.int32)
         for line, stream in zip(tokens, streams, strict=True):
+            # Padded on the left, so that all streams end in one column.
             line[longest - len(stream) :] = stream
         row = self._rows.index(None)
         names: list[bytes] = []
@@ -282,6 +285,7 @@ class PromptReader:
         self._read(
             rows, {row: min(most, self._reading(row).left) for row, most in read.items()}, width
         )
+        # To the end of the line: a long prompt does not keep the others waiting.
         for row in read:
             self._turns.remove(row)
             self._turns.append(row)
@@ -357,6 +361,7 @@ class PromptReader:
             before, reading.at = reading.at, reading.at + taken
             reading.logits = logits[rows.index(row)]
             self.tokens_read += taken
+            # Blocks that this piece completed.
             for i in range(-(-before // self.block), reading.at // self.block):
                 if i < len(reading.names) and reading.names[i] not in self.prefixes:
                     block = _taken(self.engine.plan, self._caches[row], i * self.block, self.block)

@@ -54,6 +54,7 @@ class Request:
         sizes = list(plan.vocab_sizes)
         if len(sizes) != plan.streams:  # Several models read one stream.
             sizes = [plan.vocab_size] * plan.streams
+        # With a token map the small models know no ids beyond those that it maps.
         mapped = sizes[0] if plan.token_map is None else plan.token_map.large_size
         same = plan.read(_tokens(self.prompt, min(sizes[0], mapped), "prompt"))
         given = zip(same, (None, *others), sizes, strict=True)
@@ -113,6 +114,7 @@ def fresh_rows(
     stop_ids = _table([list(r.stop_ids) for r in requests], options.max_stop_ids, -1, "stop_ids")
     biases = [dict(r.logit_bias or {}) for r in requests]
     width = options.max_logit_bias
+    # An id outside of the vocabulary is dropped where biases are added.
     bias_ids = _table([list(b) for b in biases], width, plan.vocab_size, "logit_bias")
     values = _table([list(b.values()) for b in biases], width, 0, "logit_bias", np.float32)
     wrong = [i for b in biases for i in b if not 0 <= i < plan.vocab_size]
@@ -139,6 +141,7 @@ def fresh_rows(
 
 
 def _allowed(plan: Plan, requests: Sequence[Request]) -> np.ndarray:
+    # All bits set: any token.
     words = np.full((len(requests), -(-plan.vocab_size // 32)), 0xFFFFFFFF, np.uint32)
     for row, request in zip(words, requests, strict=True):
         if request.allowed is not None:

@@ -116,6 +116,7 @@ def score(
         for i, row in enumerate(rows)
     ]
     longest = max(map(len, ends))
+    # Few shapes, so that calls of about one length share a program.
     block = min(block, bucket(longest))
     time = -(-longest // block) * block
     # A continuation's first token is predicted from the prompt's last, which each model reads of
@@ -146,7 +147,7 @@ def score(
 
     def whole(leaf: jax.Array) -> np.ndarray:
         if leaf.shape[-2:] != (len(rows), block):
-            return np.asarray(leaf)
+            return np.asarray(leaf)  # one entry a block
         parts = np.moveaxis(np.asarray(leaf), 0, -2)
         return parts.reshape(*parts.shape[:-2], time)[..., :longest]
 

@@ -136,6 +136,7 @@ def accept_or_redraw(
             jnp.take_along_axis(x, jnp.asarray(drafted)[:, None], axis=-1)[:, 0] for x in (p, q)
         )
         keys = row_keys(rows.seed, counts)
+        # Without a division, as q may be nought: u < p / q.
         accepted = _uniform(keys) * q_x < p_x
         left = jnp.maximum(p - jnp.where(there, q, 0), 0)
         # Nothing is left where p equals q up to rounding.
@@ -179,6 +180,7 @@ def _propose(
     length: int,
 ) -> tuple[jax.Array, jax.Array, tuple]:
     """Tokens ``[length, rows]``, the logits that they were drawn from, and the caches."""
+    # Alone, whatever it is stacked with.
     group = dataclasses.replace(plan.groups[drafter.group], streams=(0,))
 
     def advance(carry: Any, ahead: jax.Array) -> tuple[Any, Any]:
@@ -254,6 +256,7 @@ def _round(
     zero = jnp.zeros(rows, jnp.int32)
     start = (jnp.int32(0), state, jnp.ones(rows, bool), buffers, zero + written, zero, zero)
     _, state, _, buffers, after, tested, accepted = lax.while_loop(unfinished, advance, start)
+    # What was verified beyond is forgotten: the next round writes over those positions.
     state = dataclasses.replace(state, lengths=state.lengths + (after - written))
     stats = Drafted(
         rounds=stats.rounds + before,
@@ -279,6 +282,7 @@ def _by_row(emitted: Emitted, rows: int) -> Emitted:
 
 def _write(buffers: Emitted, emitted: Emitted, written: jax.Array, where: jax.Array) -> Emitted:
     def put(buffer: jax.Array, values: jax.Array) -> jax.Array:
+        # Beyond the buffer, and so dropped, where a row has nothing.
         place = jnp.where(where, written, len(buffer))
         return buffer.at[place, jnp.arange(len(place))].set(values, mode="drop")
 

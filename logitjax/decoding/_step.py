@@ -117,6 +117,7 @@ def step(
 ) -> tuple[DecodeState, Emitted]:
     """Feed every active slot its last token and choose the next."""
     tokens = jnp.stack(plan.read(state.token))[..., None]
+    # Frozen rows go along as padding, so that their caches stay as they are.
     positions = jnp.where(state.active, state.lengths, -1)[..., None]
     logits, cache = plan.forward(params, tokens, positions, state.cache)
     lengths = state.lengths + state.active
@@ -218,6 +219,7 @@ def moved_logits(
     if state.counts is not None:
         adjusted = _less_frequent(state, adjusted)
     if state.allowed is not None:
+        # Masks cost a pass over the vocabulary, and most steps have none.
         free = (state.allowed == jnp.uint32(0xFFFFFFFF)).all()
         adjusted = lax.cond(free, lambda x: x, lambda x: allow_only(x, state.allowed), adjusted)
     return {"model": logits, "biased": biased, "adjusted": adjusted}
@@ -226,6 +228,7 @@ def moved_logits(
 def _less_frequent(state: DecodeState, logits: jax.Array) -> jax.Array:
     presence, frequency = state.sampling.presence_penalty, state.sampling.frequency_penalty
 
+    # Only where some row asks for it.
     def penalized() -> jax.Array:
         return penalize_counts(logits, state.counts, presence, frequency)
 
@@ -254,6 +257,7 @@ def run_steps(
     if steps == 0:
         return state, rows_first(empty)
 
+    # A loop and no scan: it ends as soon as the last row does.
     def unfinished(carry: Any) -> jax.Array:
         n, state, _ = carry
         return (n < steps) & state.active.any()

@@ -97,6 +97,7 @@ class TextStream:
         for token in tokens:
             if self.stopped:
                 break
+            # One by one, or a stop string inside of several would not say which token ends it.
             self.tokens.append(int(token))
             self._ids.append(int(token))
             self.text += self._new_text()
@@ -122,6 +123,7 @@ class TextStream:
         """Decoded with the tokens before, since a decoder may treat the first one differently."""
         before = self._decode(self._prefix, self._read)
         now = self._decode(self._prefix)
+        # The next token may hold the rest of the character.
         if now.endswith("\N{REPLACEMENT CHARACTER}"):
             return ""
         self._prefix, self._read = self._read, len(self._ids)
@@ -136,6 +138,7 @@ class TextStream:
     def _held(self) -> int:
         """The longest end of the text that begins a stop string."""
         longest = max(map(len, self.stop_strings), default=0)
+        # From the longest: what is sent cannot be taken back.
         for size in range(min(longest - 1, len(self.text)), 0, -1):
             if any(string.startswith(self.text[-size:]) for string in self.stop_strings):
                 return size

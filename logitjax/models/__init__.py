@@ -1,6 +1,5 @@
 """Decoders in flax.nnx, their caches and adapters, and checkpoints in and out."""
 
-from logitjax.models._apply import from_linen as from_linen
 from logitjax.models._apply import from_nnx as from_nnx
 from logitjax.models._cache import Cache as Cache
 from logitjax.models._config import DecoderConfig as DecoderConfig

@@ -69,6 +69,7 @@ def make_context(
         concatenate = window is not None and time > 1 and size < window + time - 1
         seen = held
         if concatenate:
+            # The ring as it was, then the new tokens: [batch, slots + time].
             new = jnp.asarray(positions)
             first = jnp.where(new < 0, jnp.iinfo(new.dtype).max, new).min(axis=1, keepdims=True)
             # Positions that are written again are seen once, as they are now.
@@ -106,6 +107,7 @@ def _packed_mask(
     positions: Array, segment_ids: Array | None, window: Window, padded: bool
 ) -> Bool[jax.Array, "batch 1 time time"]:
     index = jnp.arange(positions.shape[1])
+    # By place in the row, not by position: those begin anew in each document.
     mask = (index[:, None] >= index[None, :])[None]
     if window is not None:
         mask &= (index[:, None] - index[None, :] < window)[None]
@@ -165,6 +167,7 @@ def attend_heads_first(
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
     logits = logits.reshape(batch, heads, time, -1)
+    # Not -inf: a row of padding sees no key, and its softmax would be nan.
     logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
     weights = weights.reshape(batch, groups, heads // groups * time, -1)
@@ -202,6 +205,7 @@ class Attention(nnx.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         if context.tables is not None:
             query = apply_rope(query, context.tables)
+            # Else a cache keeps keys unrotated.
             if context.key_tables is None:
                 key = apply_rope(key, context.tables)
         scale, softcap = config.attention_scale, config.attention_softcap

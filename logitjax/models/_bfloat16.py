@@ -25,23 +25,13 @@ def use_cpu_products(model: nnx.Module) -> None:
 def dot_general(
     lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any, **options: Any
 ) -> jax.Array:
-    """`jax.lax.dot_general` of `[*batch, inner]` and `[inner, outer]` by a faster way.
+    """`jax.lax.dot_general`, faster for `[*batch, inner]` and `[inner, outer]` in bfloat16.
 
     XLA's CPU compiler widens a product of bfloat16 arrays to float32 unless its result is float32:
     then it uses the processor's own instructions (AMX, AVX512-BF16). So the result is asked for in
     float32 and then rounded, which is what happens on other devices anyway. JAX's own derivative of
     that would multiply float32 by bfloat16, slowly again; this one rounds what comes back first. It
-    has no forward mode. A single row is multiplied as two, as its own product is slow too.
-
-    Args:
-        lhs: The left array.
-        rhs: The right one. Whatever is not two such arrays in bfloat16, has options, or lies on an
-            Explicit mesh goes to `jax.lax.dot_general`.
-        dimension_numbers: As there; last dimension and first, without batches.
-        options: As there.
-
-    Returns:
-        The product, in bfloat16.
+    has no forward mode.
     """
     plain = dimension_numbers == (((lhs.ndim - 1,), (0,)), ((), ())) and rhs.ndim == 2
     narrow = lhs.dtype == rhs.dtype == jnp.bfloat16
@@ -55,6 +45,7 @@ def dot_general(
     lhs, rhs = (ops.sharding.vary(side, sorted(axes)) for side in (lhs, rhs))
     if math.prod(lhs.shape[:-1]) != 1:
         return _product(lhs, rhs)
+    # The product of a single row is slow too, that of two is not.
     row = lhs.reshape(1, -1)
     return _product(jnp.concatenate([row, row]), rhs)[0].reshape(*lhs.shape[:-1], -1)
 

@@ -100,6 +100,7 @@ def write_slots(
     Of more new tokens than a ring holds only the last of each row are kept.
     """
     keep = positions >= 0
+    # Two tokens of one slot in one scatter: which of them stays would be left to chance.
     if window is not None and positions.shape[1] > 1:
         keep &= positions > positions.max(axis=1, keepdims=True) - slots
     return jnp.where(keep, positions % slots, slots)

@@ -18,22 +18,9 @@ def written_spans(
     text: str,
     boundaries: Sequence[int],
 ) -> Spans:
-    """Spans of `text` that hold what messages of `role` add beyond the generation prompt.
+    """Spans of `text`, all rendered, that hold what messages of `role` add beyond the prompt.
 
-    Where the text up to a message is a prefix of the whole, the span follows from the lengths. A
-    template may write a turn otherwise when others follow (Qwen3 drops earlier reasoning, Phi-3
-    ends the last turn with one token more): then the message is replaced by a mark, and what
-    changes is the message.
-
-    Args:
-        render: `render(messages, add_generation_prompt=...)`.
-        messages: The conversation.
-        role: Whose messages.
-        text: The whole conversation, rendered.
-        boundaries: Where tokens of `text` begin.
-
-    Returns:
-        A span of characters for each such message that the template shows.
+    Tokens of `text` begin at the `boundaries`.
 
     Raises:
         ValueError: A message's part cannot be told apart.
@@ -42,6 +29,10 @@ def written_spans(
     for i, message in enumerate(messages):
         if message.get("role") != role:
             continue
+        # Where the text up to a message is a prefix of the whole, the span follows from the
+        # lengths. A template may write a turn otherwise when others follow (Qwen3 drops earlier
+        # reasoning, Phi-3 ends the last turn with one token more): then the message is replaced by
+        # a mark, and what changes is the message.
         before = _attempt(render, messages[:i], add_generation_prompt=True)
         after = text if i + 1 == len(messages) else _attempt(render, messages[: i + 1])
         start = None if before is None or not text.startswith(before) else len(before)
@@ -53,12 +44,9 @@ def written_spans(
             first, last = changed
             start = first if start is None or start > first else start
             end = last + _ending(render, messages[: i + 1], after, text[last:])
-            # The common ending may stop inside a token: `<|` of two different ones.
-            end = (
-                max([last, *(b for b in boundaries if last <= b <= end)])
-                if end < len(text)
-                else end
-            )
+            if end < len(text):
+                # The common ending may stop inside a token: `<|` of two different ones.
+                end = max([last, *(b for b in boundaries if last <= b <= end)])
         spans.append((start, end))
     return spans
 

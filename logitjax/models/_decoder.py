@@ -135,6 +135,7 @@ class Segment(nnx.Module):
         if layout == "listed":
             blocks = [block(rngs.params()) for _ in range(spec.num_layers)]
         else:
+            # Initialised under one vmap: a layer at a time would be a program each.
             graphdef = nnx.graphdef(nnx.eval_shape(lambda: block(jax.random.key(0))))
             blocks = []
             for _ in spec.pattern:
@@ -414,6 +415,7 @@ class Decoder(nnx.Module):
         graphdef, state = nnx.split(self)
         new = nnx.merge(graphdef, state)
         new.head = head
+        # A cap belongs to the head that the model was trained with.
         if new.config.logits_softcap is not None:
             new.config = dataclasses.replace(new.config, logits_softcap=None)
         return new

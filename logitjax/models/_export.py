@@ -94,6 +94,7 @@ def save_pretrained(
     writer = jax.process_index() == 0
     if writer:
         directory.mkdir(parents=True, exist_ok=True)
+    # How many shards there are, which their names say, is known at the end.
     shards: list[list[str]] = []
     shard: dict[str, np.ndarray] = {}
     size = total = 0

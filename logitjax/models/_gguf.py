@@ -107,6 +107,7 @@ class GgufSource:
             self._tensors[name] = (kind, shape, guard.whole(offset, f"{field}: offset"))
         alignment = self._metadata.get("general.alignment", 32)
         alignment = guard.whole(alignment, "general.alignment", least=1, most=1 << 20)
+        # Tensors begin at the next multiple behind the header.
         start = -(-file.tell() // alignment) * alignment
         spans = []
         for name, (kind, shape, offset) in self._tensors.items():

@@ -82,6 +82,7 @@ def gguf_config(source: GgufSource) -> DecoderConfig:
 
 def _rope_scaling(source: GgufSource, get: Any) -> RopeScaling | None:
     if "rope_freqs.weight" in source.names():
+        # llama.cpp writes Llama 3's scaling as the factors that it comes to.
         factors = tuple(float(f) for f in source.read("rope_freqs.weight"))
         return RopeScaling(kind="factors", short_factors=factors)
     if "rope_factors_short.weight" in source.names():

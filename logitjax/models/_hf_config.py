@@ -55,14 +55,7 @@ def config_from_hf(raw: Mapping[str, Any], *, where: str = "config.json") -> Dec
 
 
 def config_to_hf(config: DecoderConfig, *, dtype: str = "float32") -> dict[str, Any]:
-    """The `config.json` of a configuration; `config_from_hf` gives the same one back.
-
-    Args:
-        config: the configuration.
-        dtype: type of the stored tensors.
-
-    Returns:
-        A dict for JSON, in the field names that transformers and vLLM read.
+    """The `config.json` of a configuration and a type of tensors, as transformers and vLLM read it.
 
     Raises:
         ValueError: for what Hugging Face's format of this family cannot say.
@@ -84,6 +77,7 @@ def config_to_hf(config: DecoderConfig, *, dtype: str = "float32") -> dict[str, 
     }
     written = {key: key_value(config, key) for key in family.fields} | family.write(config)
     raw |= {k: v for k, v in written.items() if k in family.keys or k in family.ignored}
+    # Read again: what the format cannot say comes back as something else.
     ours, theirs = dataclasses.replace(config, segment_boundaries=()), config_from_hf(raw)
     if wrong := [f for f in vars(ours) if getattr(ours, f) != getattr(theirs, f)]:
         raise ValueError(

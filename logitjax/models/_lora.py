@@ -161,6 +161,7 @@ def project(
         return y
     a, b = (lora[name][n].astype(y.dtype) for n in ("a", "b"))
     contract = (((x.ndim - 1,), (0,)), ((), ()))
+    # By the layer's own product, which on a CPU may be a faster one.
     update = linear.dot_general(linear.dot_general(x, a, contract), b, contract)
     if rows is not None:
         update = jnp.where(rows.reshape(-1, *(1,) * (update.ndim - 1)), update, 0)

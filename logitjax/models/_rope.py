@@ -20,6 +20,7 @@ def _yarn(inverse: np.ndarray, scaling: RopeScaling, dim: int, theta: float) -> 
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
+    # Pairs that turn often keep their frequency, those that hardly turn are stretched whole.
     ramp = np.clip((np.arange(dim // 2) - low) / ((high - low) or 0.001), 0, 1)
     return inverse * (1 - ramp) + inverse / scaling.factor * ramp
 
@@ -109,6 +110,7 @@ def apply_rope(
     """Rotate pairs `(i, i + half)` of the first `2 half` entries; the rest passes through."""
     cos, sin = (jnp.expand_dims(t, heads_axis) for t in tables)
     half = cos.shape[-1]
+    # Sums of products, which bfloat16 would round thrice.
     wide = x.astype(jnp.float32)
     first, second = wide[..., :half], wide[..., half : 2 * half]
     rotated = [first * cos - second * sin, second * cos + first * sin, wide[..., 2 * half :]]

@@ -12,11 +12,7 @@ from logitjax.models._decoder import Decoder
 
 
 def tiny_seed(spec: str) -> int | None:
-    """The seed of `tiny` or `tiny:SEED`; None for any other model.
-
-    Raises:
-        ValueError: What follows the colon is no number.
-    """
+    """The seed of `tiny` or `tiny:SEED`; None for any other model."""
     kind, _, seed = spec.partition(":")
     if kind != "tiny":
         return None

@@ -70,6 +70,7 @@ class Tokenizer:
         ids = self.backend.encode(text, add_special_tokens=False).ids
         if add_bos is None:
             add_bos = self.add_bos
+        # Chat templates write the mark out.
         if not add_bos or self.bos_id is None or ids[:1] == [self.bos_id]:
             return ids
         return [self.bos_id, *ids]

@@ -64,6 +64,7 @@ def _tensors(
             tensors.setdefault(names[module].replace("*", str(i)), []).append(module)
         for name, parts in tensors.items():
             for leaf in modules[parts[0]]:
+                # GPT-2's `Conv1D` stores kernels as we do; the head is a linear map there too.
                 turned = leaf == "kernel" and input_first and i is not None
                 specs.append(
                     TensorSpec(

@@ -1,8 +1,8 @@
 """A server with OpenAI's completion API over a decoder or an ensemble of them.
 
-`build_app` makes an ASGI application of a model. `ServerConfig` has its limits and the policy of
-what it reports, and `Key` says who may ask (`read_keys` reads keys from a file). It needs the extra
-`serve`.
+`build_app` makes an ASGI application of a model, which `Listening` serves. `ServerConfig` has its
+limits and the policy of what it reports, and `Key` says who may ask (`Key.read` reads keys from a
+file). It needs the extra `serve`.
 """
 
 from logitjax import storage
@@ -13,6 +13,4 @@ for _package in ("pydantic", "starlette", "prometheus_client", "llguidance", "uv
 from logitjax.serving._app import build_app as build_app  # noqa: E402
 from logitjax.serving._config import ServerConfig as ServerConfig  # noqa: E402
 from logitjax.serving._keys import Key as Key  # noqa: E402
-from logitjax.serving._keys import read_keys as read_keys  # noqa: E402
 from logitjax.serving._listen import Listening as Listening  # noqa: E402
-from logitjax.serving._listen import run_server as run_server  # noqa: E402

@@ -64,12 +64,8 @@ class Accounts:
     """Who may still ask how much.
 
     Queries are the currency of extraction attacks: what a policy does not close, a budget of
-    answers and tokens bounds. Budgets outlive a restart where there is a log: it is summed up.
-
-    Args:
-        keys: Whom there are accounts of.
-        log: File that says what was given out, a JSON object a request; None for none.
-        clock: Seconds.
+    answers and tokens bounds. Budgets outlive a restart where there is a log, which has a JSON
+    object for each request: it is summed up.
     """
 
     def __init__(

@@ -36,13 +36,7 @@ def build_app(
 ) -> Starlette:
     """The application of one model or several fused ones, ready for any ASGI server.
 
-    The decoding engine starts and ends with the application.
-
-    Args:
-        model: The model, or several fused ones.
-        tokenizer: Its tokenizer.
-        end_ids: Tokens that end an answer.
-        config: Limits, slots and the policy of what is reported.
+    The decoding engine starts and ends with the application. The tokens `end_ids` end an answer.
     """
     disclosure = Disclosure(config.policy, config.policy_seed)
     scheduler = Scheduler(model, disclosure, end_ids, config)

@@ -3,15 +3,12 @@
 import asyncio
 import collections
 import contextlib
-import json
 import time
 from collections.abc import Callable
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
-
-from logitjax.serving._errors import ApiError
 
 
 class Doorkeeper:
@@ -59,14 +56,10 @@ class Doorkeeper:
 
 
 class _HalfClosing:
-    """A transport that, closed while the client still sends, only says that its answer is whole.
+    """A transport that, closed while the client is `sending`, only says that its answer is whole.
 
     To close a socket that holds unread bytes resets the connection, and many clients send all of a
     body before they read: they would see a broken pipe in place of the reason for it.
-
-    Args:
-        transport: Transport of a connection.
-        sending: Whether more is to come from the client.
     """
 
     def __init__(self, transport: Any, sending: Callable[[], bool]):
@@ -160,47 +153,3 @@ class Protocol(H11Protocol):
         transport: Any = self.transport
         if transport.lingers or not transport.is_closing():
             self.doorkeeper.note(self, busy=self._busy)
-
-
-class Refusal(asyncio.Protocol):
-    """Says that there are too many connections, and ends when the client has read it.
-
-    Args:
-        doorkeeper: Of those that are being refused.
-        discard_bytes: Most bytes of the request that are read, and thrown away.
-    """
-
-    def __init__(self, doorkeeper: Doorkeeper, discard_bytes: int):
-        self.transport: Any = None
-        self._doorkeeper = doorkeeper
-        self._left = discard_bytes
-
-    def connection_made(self, transport: Any) -> None:
-        if self._doorkeeper.full:
-            self._doorkeeper.turn_out()
-        self.transport = transport
-        self._doorkeeper.note(self, busy=False)
-        transport.write(_FULL)
-        with contextlib.suppress(OSError):  # The client has gone.
-            transport.write_eof()
-
-    def data_received(self, data: bytes) -> None:
-        self._left -= len(data)
-        if self._left < 0:
-            self.transport.abort()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._doorkeeper.forget(self)
-
-
-def _full() -> bytes:
-    error = ApiError(429, "too many connections", code="overloaded")
-    body = json.dumps(error.body()).encode()
-    head = (
-        "HTTP/1.1 429 Too Many Requests\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(body)}\r\nRetry-After: 1\r\nConnection: close\r\n\r\n"
-    )
-    return head.encode() + body
-
-
-_FULL = _full()

@@ -18,13 +18,7 @@ _MOST_BYTES = 1 << 15
 
 
 class Formats:
-    """Grammars over the tokens of one model; safe to use from several threads.
-
-    Args:
-        tokenizer: Tokenizer of the model.
-        vocab_size: Number of tokens of the model.
-        end_ids: Tokens that end an answer, allowed where it is complete.
-    """
+    """Grammars over the tokens of one model; safe to use from several threads."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_ids: Sequence[int]):
         self._tokenizer = tokenizer

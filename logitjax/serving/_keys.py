@@ -2,10 +2,12 @@
 
 import dataclasses
 import hmac
-import json
 from collections.abc import Sequence
+from typing import Annotated
 
+import pydantic
 from etils import epath
+from pydantic import BaseModel, Field
 
 from logitjax.serving._errors import ApiError
 
@@ -30,6 +32,48 @@ class Key:
     queries_per_minute: int | None = None
     tokens_per_minute: int | None = None
 
+    @classmethod
+    def read(cls, path: str) -> tuple["Key", ...]:
+        """The keys of a file: one JSON object a line, with these fields.
+
+        Raises:
+            ValueError: A line is not a key, or a name or secret occurs twice; the message has the
+                line's number, never its text.
+        """
+        keys: list[Key] = []
+        for number, line in enumerate(epath.Path(path).read_text().splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                key = cls(**_Line.model_validate_json(line).model_dump())
+            except pydantic.ValidationError as error:
+                # What was given would show the secret.
+                first = error.errors(include_input=False, include_url=False)[0]
+                field = ".".join(map(str, first["loc"])) or "line"
+                raise ValueError(f"{path}:{number}: {field}: {first['msg']}") from None
+            if any(other.name == key.name or other.secret == key.secret for other in keys):
+                raise ValueError(f"{path}:{number}: its name or its secret is there twice")
+            keys.append(key)
+        if not keys:
+            raise ValueError(f"{path}: expected at least one key, got none")
+        return tuple(keys)
+
+
+# Headers are ASCII; a blank secret would be shown by mistake.
+_Text = Annotated[str, Field(pattern=r"^[\x00-\x7f]*[\x21-\x7e][\x00-\x7f]*$")]
+_Count = Annotated[int, Field(ge=0)] | None
+
+
+class _Line(BaseModel, strict=True, extra="forbid"):
+    """A key in a file, where it has to have a name and a secret."""
+
+    name: _Text
+    secret: _Text
+    queries: _Count = None
+    tokens: _Count = None
+    queries_per_minute: _Count = None
+    tokens_per_minute: _Count = None
+
 
 def find_key(keys: Sequence[Key], authorization: str) -> Key:
     """The key that a request shows."""
@@ -44,37 +88,3 @@ def find_key(keys: Sequence[Key], authorization: str) -> Key:
     if found is None:
         raise ApiError(401, "a wrong or missing API key", headers={"WWW-Authenticate": "Bearer"})
     return found
-
-
-def read_keys(path: str) -> tuple[Key, ...]:
-    """The keys of a file: one JSON object a line, with the fields of `Key`.
-
-    Raises:
-        ValueError: A line is not a key, or a name or secret occurs twice; the message has the
-            line's number, never its text.
-    """
-    keys: list[Key] = []
-    fields = {field.name for field in dataclasses.fields(Key)}
-    for number, line in enumerate(epath.Path(path).read_text().splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except ValueError:
-            raise ValueError(f"{where}: expected a JSON object, got something else") from None
-        if not isinstance(row, dict) or not {"name", "secret"} <= row.keys() <= fields:
-            spent = ", ".join(sorted(fields - {"name", "secret"}))
-            raise ValueError(f"{where}: expected name, secret and perhaps {spent}")
-        texts = [row.pop("name"), row.pop("secret")]
-        if not all(isinstance(text, str) and text.strip() and text.isascii() for text in texts):
-            raise ValueError(f"{where}: expected a name and a secret, both ASCII and not empty")
-        if not all(value is None or (type(value) is int and value >= 0) for value in row.values()):
-            raise ValueError(f"{where}: expected whole numbers for what a key may spend")
-        key = Key(name=texts[0], secret=texts[1], **row)
-        if any(other.name == key.name or other.secret == key.secret for other in keys):
-            raise ValueError(f"{where}: its name or its secret is there twice")
-        keys.append(key)
-    if not keys:
-        raise ValueError(f"{path}: expected at least one key, got none")
-    return tuple(keys)

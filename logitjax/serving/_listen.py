@@ -14,7 +14,7 @@ from absl import logging
 from starlette.applications import Starlette
 
 from logitjax.ops import checks
-from logitjax.serving._connections import Doorkeeper, Protocol, Refusal
+from logitjax.serving._connections import Doorkeeper, Protocol
 from logitjax.serving._errors import ApiError
 
 # Descriptors left for files, the accelerator and connections that are just being closed.
@@ -55,30 +55,25 @@ class Listening:
         checks.between(self.port, 0, 65535, "port")
         checks.between(self.connections, 1, 2**31 - 1, "connections")
 
+    def serve(self, app: Starlette) -> None:
+        """Serve an application of `build_app` until a signal; prints one line with the address.
 
-def run_server(app: Starlette, listening: Listening) -> None:
-    """Serve until a signal ends it; prints one line with the address.
+        After SIGTERM and SIGINT running answers may go on for `drain_seconds`; they then end with
+        the reason `length`.
 
-    After SIGTERM and SIGINT running answers may go on for `drain_seconds`; they then end with the
-    reason `length`.
-
-    Args:
-        app: The application, from `build_app`.
-        listening: The address and the limits.
-
-    Raises:
-        OSError: The address is not available.
-        RuntimeError: The engine died before it could answer anything.
-    """
-    with contextlib.closing(_listener(listening)) as listener:
-        doorkeeper = Doorkeeper(_most_connections(listening), listening.idle_seconds)
-        server = _Server(app, listening, listener, doorkeeper)
-        host = f"[{listening.host}]" if ":" in listening.host else listening.host
-        print(f"listening on http://{host}:{listener.getsockname()[1]}", flush=True)
-        server.run()
-    scheduler = app.state.service.scheduler
-    if scheduler.failed is not None and not scheduler.ready.is_set():
-        raise RuntimeError("the engine stopped before it was ready") from scheduler.failed
+        Raises:
+            OSError: The address is not available.
+            RuntimeError: The engine died before it could answer anything.
+        """
+        with contextlib.closing(_listener(self)) as listener:
+            doorkeeper = Doorkeeper(_most_connections(self), self.idle_seconds)
+            server = _Server(app, self, listener, doorkeeper)
+            host = f"[{self.host}]" if ":" in self.host else self.host
+            print(f"listening on http://{host}:{listener.getsockname()[1]}", flush=True)
+            server.run()
+        scheduler = app.state.service.scheduler
+        if scheduler.failed is not None and not scheduler.ready.is_set():
+            raise RuntimeError("the engine stopped before it was ready") from scheduler.failed
 
 
 def _listener(listening: Listening) -> socket.socket:
@@ -135,8 +130,6 @@ class _Server(uvicorn.Server):
         self._listening = listening
         self._listener = listener
         self._keeper = keeper
-        # They hold files too, out of those that are spared.
-        self._refused = Doorkeeper(_SPARE // 2, listening.idle_seconds)
         self._tasks: list[asyncio.Task] = []
 
     async def startup(self, sockets: Any = None) -> None:
@@ -147,7 +140,6 @@ class _Server(uvicorn.Server):
         self._tasks = [
             asyncio.create_task(self._accept()),
             asyncio.create_task(self._keeper.sweep()),
-            asyncio.create_task(self._refused.sweep()),
             asyncio.create_task(self._until_ready()),
         ]
         self.started = True
@@ -160,8 +152,7 @@ class _Server(uvicorn.Server):
             for _ in range(_BACKLOG):
                 await self._let_in(self._listener.accept()[0])
         self._listener.close()
-        for keeper in (self._keeper, self._refused):
-            keeper.idle_seconds = min(keeper.idle_seconds, _LAST_SECONDS)
+        self._keeper.idle_seconds = min(self._keeper.idle_seconds, _LAST_SECONDS)
         self._app.state.service.scheduler.drain(self._listening.drain_seconds)
         await super().shutdown()
         for task in others:
@@ -177,6 +168,9 @@ class _Server(uvicorn.Server):
     async def _accept(self) -> None:
         loop, keeper = asyncio.get_running_loop(), self._keeper
         while True:
+            # While all are busy, who comes waits in the backlog.
+            while keeper.full and not keeper.turn_out():
+                await asyncio.sleep(0.05)
             try:
                 connection, _ = await loop.sock_accept(self._listener)
             except OSError:  # Out of descriptors: who waits in the backlog comes in later.
@@ -186,17 +180,12 @@ class _Server(uvicorn.Server):
             await asyncio.shield(self._let_in(connection))  # The end comes between two.
 
     async def _let_in(self, connection: socket.socket) -> None:
-        full = self._keeper.full and not self._keeper.turn_out()
         with contextlib.suppress(OSError):
             connection.setblocking(False)
             # asyncio does so only to sockets that name their protocol; without it a head and a
             # body in two pieces wait 40 ms for each other.
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            protocol = self._refusal if full else self._protocol
-            await asyncio.get_running_loop().connect_accepted_socket(protocol, connection)
-
-    def _refusal(self) -> asyncio.Protocol:
-        return Refusal(self._refused, self._listening.discard_bytes)
+            await asyncio.get_running_loop().connect_accepted_socket(self._protocol, connection)
 
     def _protocol(self) -> asyncio.Protocol:
         make: Any = self.config.http_protocol_class

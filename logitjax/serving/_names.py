@@ -12,9 +12,6 @@ class TokenNames:
     a part of a character is called by its bytes, as `bytes:\\xc3`. Special tokens, which stand for
     no text, are called as they are written.
 
-    Args:
-        tokenizer: Tokenizer of the model.
-
     >>> from tokenizers import Tokenizer as Backend, models
     >>> backend = Backend(models.BPE({"▁a": 0, "a": 1, "<0xC3>": 2}, [], byte_fallback=True))
     >>> names = TokenNames(Tokenizer(backend))

@@ -19,11 +19,7 @@ _ID = re.compile(rb"[\w.:/+=-]{1,128}")
 
 
 class Metrics:
-    """Counts and times of one server.
-
-    Args:
-        load: Slots taken and requests waiting, right now.
-    """
+    """Counts and times of one server; `load` are slots taken and requests waiting, right now."""
 
     def __init__(self, load: Callable[[], tuple[int, int]]):
         self.registry = CollectorRegistry()
@@ -50,11 +46,6 @@ class Observed:
 
     A client's own id is kept where it is one. Starlette's base class would read streams on its own
     task, and hide that a client has left.
-
-    Args:
-        app: What answers.
-        metrics: Where it is counted.
-        paths: Known paths; any other is counted as one, lest strangers make new series.
     """
 
     def __init__(self, app: Any, metrics: Metrics, paths: frozenset[str]):
@@ -69,6 +60,7 @@ class Observed:
         given = dict(scope["headers"]).get(_HEADER.encode(), b"")
         name = given if _ID.fullmatch(given) else f"req-{secrets.token_hex(12)}".encode()
         scope.setdefault("state", {})["request_id"] = name.decode()
+        # All others are counted as one, lest strangers make new series.
         path = scope["path"] if scope["path"] in self._paths else "other"
         status = 499  # Where nothing is sent, the client has left.
         start = time.monotonic()

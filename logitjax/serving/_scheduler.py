@@ -36,15 +36,10 @@ class Token:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prompt:
-    """What the copies of one prompt share.
+    """What the copies of one prompt share."""
 
-    Attributes:
-        salt: Prompts of the same one share what was read of them.
-        report: Whether log-probabilities of its own tokens are wanted.
-    """
-
-    salt: str = ""
-    report: bool = False
+    salt: str = ""  # prompts of the same one share what was read of them
+    report: bool = False  # whether log-probabilities of its own tokens are wanted
 
 
 class Job:
@@ -88,12 +83,6 @@ class Scheduler:
 
     Between two looks at the queue it reads one piece of a prompt and decodes a few steps, so that
     nobody waits for somebody else's prompt for longer than a piece takes.
-
-    Args:
-        model: Whatever `Engine` takes.
-        disclosure: What is reported of it.
-        end_ids: Tokens that end an answer.
-        config: How many at once.
     """
 
     def __init__(

@@ -83,12 +83,7 @@ def one_line(error: BaseException) -> str:
 def naming(path: object, kind: str = "") -> Iterator[None]:
     """Turns whatever a reader trips over inside of a file into a `ValueError` that names the file.
 
-    Args:
-        path: The file.
-        kind: What it should have been, such as `an image`.
-
-    Raises:
-        ValueError: One line.
+    `kind` is what it should have been, such as `an image`.
     """
     try:
         yield
@@ -107,11 +102,7 @@ def naming(path: object, kind: str = "") -> Iterator[None]:
 
 
 def whole(value: Any, field: str, *, least: int = 0, most: int = 1 << 62) -> int:
-    """An integer that a file states.
-
-    Raises:
-        ValueError: It is none, or outside of `least` to `most`; names the field.
-    """
+    """An integer that a file states, from `least` to `most`; a ValueError names the field."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if type(value) is not int or not least <= value <= most:
@@ -138,11 +129,7 @@ def fits(shape: tuple[int, ...], itemsize: int, have: int, field: str) -> None:
 
 
 def apart(spans: Iterable[tuple[int, int, str]]) -> None:
-    """Raises where two spans `(begin, end, name)` of a file overlap: one byte, one tensor.
-
-    Raises:
-        ValueError: Names both.
-    """
+    """Raises where two spans `(begin, end, name)` of a file overlap: one byte, one tensor."""
     last, before = 0, ""
     for begin, end, name in sorted(spans):
         if begin < last and end > begin:
@@ -171,21 +158,13 @@ def inside(directory: epath.PathLike, name: Any, field: str) -> epath.Path:
 
 
 def plain_file(path: epath.PathLike) -> None:
-    """Raises where a path is a device or a pipe, which could be read for ever.
-
-    Raises:
-        ValueError: Names the path.
-    """
+    """Raises where a path is a device or a pipe, which could be read for ever."""
     if "://" not in os.fspath(path) and not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError(f"{path}: expected a file")
 
 
 def read_bytes(path: epath.PathLike, *, most: int) -> bytes:
-    """The bytes of a file, which may be so many.
-
-    Raises:
-        ValueError: There is no such file, or it is larger; names it.
-    """
+    """The bytes of a file, which may be so many; a ValueError names it."""
     path = epath.Path(path)
     if not path.exists():
         raise ValueError(f"{path}: no such file")
@@ -198,21 +177,13 @@ def read_bytes(path: epath.PathLike, *, most: int) -> bytes:
 
 
 def read_text(path: epath.PathLike, *, most: int) -> str:
-    """The text of a file in UTF-8, which may be so long.
-
-    Raises:
-        ValueError: There is no such file, it is larger, or no text; names it.
-    """
+    """The text of a file in UTF-8, which may be so long; a ValueError names it."""
     with naming(path, "text in UTF-8"):
         return read_bytes(path, most=most).decode()
 
 
 def parse_json(content: bytes, limits: Limits = LIMITS) -> Any:
-    """What a JSON text says.
-
-    Raises:
-        ValueError: It is not JSON, is nested too deeply or holds too much.
-    """
+    """What a JSON text says, unless it is nested too deeply or holds too much."""
     opened = content.count(b"[") + content.count(b"{")
     if opened > limits.depth or opened + content.count(b",") > limits.elements:
         bare = np.frombuffer(_STRING.sub(b"", content), np.uint8)
@@ -266,14 +237,7 @@ def short(value: Any) -> str:
 
 
 class Reader:
-    """A binary file that knows how much is left, and reads nothing that is not there.
-
-    Args:
-        file: Open for reading, at any place.
-
-    Raises:
-        ValueError: On reading, something reaches beyond the end; names the field.
-    """
+    """A binary file that knows how much is left; what reaches beyond is a ValueError."""
 
     def __init__(self, file: Any):
         self._file = file
@@ -387,11 +351,7 @@ def member_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, dtype: Any) 
 
 
 def gunzip(content: bytes, field: str, limits: Limits = LIMITS) -> bytes:
-    """Unpacks gzip data within the limits of expansion.
-
-    Raises:
-        ValueError: It grows beyond them, or is damaged.
-    """
+    """Unpacks gzip data within the limits of expansion."""
     most = max(limits.free_expansion, limits.expansion * len(content))
     unpacker = zlib.decompressobj(31)
     try:

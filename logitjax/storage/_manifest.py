@@ -141,6 +141,7 @@ def _differences(path: str, held: Any, expected: Any, at_least: tuple[str, ...])
         if has == value or (whole in at_least and has is not None and has >= value):
             continue
         if isinstance(has, Mapping) and isinstance(value, Mapping):
+            # Also what only the directory has: a part that is left out inside of one differs.
             both = dict.fromkeys(has) | dict(value)
             yield from _differences(f"{whole}.", has, both, at_least)
         else:

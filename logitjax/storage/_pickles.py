@@ -26,23 +26,17 @@ _PLAIN = (str, int, float, bytes, bool, type(None))
 
 
 class StandIn:
-    """What the machine may call in place of what a pickle names.
-
-    Args:
-        call: Makes the value, from the arguments.
-    """
+    """What the machine may call in place of what a pickle names."""
 
     def __init__(self, call: Callable[..., Any]):
         self.call = call
 
 
 class Machine:
-    """Follows one pickle.
+    """Follows one pickle, and leaves its file behind the last step.
 
-    Args:
-        file: Where it lies; left behind its last step.
-        names: What stands in for a name `(module, name)`; None for a name that is not allowed.
-        reference: What a persistent reference of torch's means.
+    `names(module, name)` is what stands in for a name, None where it is not allowed;
+    `reference(pid)` what a persistent reference of torch's means.
     """
 
     def __init__(

@@ -311,6 +311,7 @@ def _ahead(rows: np.ndarray, compute: Callable[[np.ndarray], Any], batch_size: i
     last: tuple[Any, int] | None = None
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
+        # The last batch repeats its rows, as another shape would compile again.
         computed = compute(np.resize(batch, batch_size))
         if last is not None:
             yield last

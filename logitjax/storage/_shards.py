@@ -141,6 +141,7 @@ class ShardReader:
             raise IndexError(f"row {index} of {len(self)}")
         shard = bisect.bisect_right(self._ends, index)
         offset = index - (self._ends[shard] - self._rows[shard])
+        # The reader is not made for several threads.
         with self._lock:
             try:
                 return self._reader(shard).read([offset])[0]

@@ -120,6 +120,7 @@ def _new_storage(pid: Any, known: dict[str, _Storage]) -> _Storage:
     kind, key, count = pid[1], str(pid[2])[:80], guard.whole(pid[4], "a storage's size")
     if not isinstance(kind, _StorageType):
         raise ValueError("a storage of unknown type")
+    # Tensors that share a storage name it by one key.
     if key not in known:
         known[key] = _Storage(kind.dtype, count)
     return known[key]

@@ -2,14 +2,13 @@
 
 import flax.linen
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
 
 from logitjax.losses import kl_divergence
-from logitjax.models import from_linen, from_nnx
+from logitjax.models import from_nnx
 from tests._modules import call
 
 TOKENS = np.arange(24).reshape(3, 8) % 7
@@ -39,7 +38,13 @@ class NnxToy(nnx.Module):
 def toys():
     linen = LinenToy()
     variables = jax.jit(linen.init)(jax.random.key(0), TOKENS)
-    return from_linen(linen, variables), from_nnx(nnx.jit(lambda: NnxToy(nnx.Rngs(1)))())
+    rest = {"batch_stats": variables["batch_stats"]}
+
+    def apply_fn(params, tokens):
+        return linen.apply({"params": params, **rest}, tokens)
+
+    made = nnx.jit(lambda: NnxToy(nnx.Rngs(1)))()
+    return (apply_fn, variables["params"]), from_nnx(made)
 
 
 @pytest.mark.parametrize("turn", [1, -1])
@@ -65,28 +70,16 @@ def test_either_toy_is_fused_into_the_other(turn):
     assert values[-1] < 0.2 * values[0]
 
 
-def test_other_methods_and_collections():
+def test_other_methods():
     module = NnxToy(nnx.Rngs(0))
     apply_fn, params = from_nnx(module, method="hidden")
     assert set(params) == {"embed", "head"}
     np.testing.assert_array_equal(
         jax.jit(apply_fn)(params, TOKENS), call(module, TOKENS, method="hidden")
     )
-    linen = LinenToy()
-    variables = jax.jit(linen.init)(jax.random.key(0), TOKENS)
-    apply_fn, params = from_linen(linen, variables)
-    np.testing.assert_array_equal(
-        jax.jit(apply_fn)(params, TOKENS), jax.jit(linen.apply)(variables, TOKENS)
-    )
-    with pytest.raises(ValueError, match="expected a 'params' collection"):
-        from_linen(linen, {"batch_stats": {}})
-    assert jnp.ndim(params["Dense_0"]["bias"]) == 1
 
 
-def test_each_says_which_of_the_two_takes_the_other_kind():
-    with pytest.raises(TypeError, match=r"Linen module Dense; from_linen\(module, variables\)"):
-        from_nnx(flax.linen.Dense(3))
-    with pytest.raises(TypeError, match=r"nnx module Dropout; from_nnx\(module\) takes it"):
-        from_linen(nnx.Dropout(0.1), {"params": {}})
-    with pytest.raises(TypeError, match=r"expected an nnx module, got dict$"):
-        from_nnx({})
+def test_what_is_no_nnx_module_is_refused():
+    for module, kind in ((flax.linen.Dense(3), "Dense"), ({}, "dict")):
+        with pytest.raises(TypeError, match=f"expected an nnx module, got {kind}$"):
+            from_nnx(module)

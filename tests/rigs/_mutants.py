@@ -14,28 +14,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 EDGES = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "=="}
 EXTREMES = {
-    "max": "min",
-    "maximum": "minimum",
-    "argmax": "argmin",
-    "pmax": "pmin",
-    "any": "all",
-}
+    "max": "min", "maximum": "minimum", "argmax": "argmin", "pmax": "pmin", "any": "all",
+}  # fmt: skip
 EXTREMES |= {after: before for before, after in EXTREMES.items()}
 # Which argument comes first decides nothing, or at once an error of another kind.
 # Pairs of arguments whose exchange goes through without an error of its own.
 _ROLES = (
-    {"student", "teacher"},
-    {"reference", "hypothesis"},
-    {"large", "small"},
-    {"low", "high"},
-    {"begin", "end"},
-    {"over", "under"},
-    {"query", "key"},
-    {"values", "weights"},
-    {"rows", "columns"},
-    {"old", "new"},
-    {"offset", "size"},
-)
+    {"student", "teacher"}, {"reference", "hypothesis"}, {"large", "small"}, {"low", "high"},
+    {"begin", "end"}, {"over", "under"}, {"query", "key"}, {"values", "weights"},
+    {"rows", "columns"}, {"old", "new"}, {"offset", "size"},
+)  # fmt: skip
 # Which of two arguments comes first decides nothing here, or nothing that is computed.
 _UNORDERED = {
     *("isinstance", "issubclass", "issubdtype", "getattr", "hasattr", "setattr", "replace"),
@@ -323,19 +311,10 @@ def _infinity(source: Source, node: ast.AST) -> Iterator[Edit]:
 
 
 RULES: Mapping[str, Callable[[Source, ast.AST], Iterator[Edit]]] = {
-    "comparison": _comparison,
-    "sign": _sign,
-    "mask": _mask,
-    "stop_gradient": _stop_gradient,
-    "swap": _swap,
-    "axis": _axis,
-    "off_by_one": _off_by_one,
-    "constant": _constant,
-    "extreme": _extreme,
-    "logic": _logic,
-    "fold_in": _fold_in,
-    "infinity": _infinity,
-}
+    "comparison": _comparison, "sign": _sign, "mask": _mask, "stop_gradient": _stop_gradient,
+    "swap": _swap, "axis": _axis, "off_by_one": _off_by_one, "constant": _constant,
+    "extreme": _extreme, "logic": _logic, "fold_in": _fold_in, "infinity": _infinity,
+}  # fmt: skip
 
 
 def _only_raises(body: Iterable[ast.stmt]) -> bool:

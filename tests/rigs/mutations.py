@@ -36,21 +36,10 @@ _SMOKE = ("data/order", "data/documents", "storage/torch_checkpoint")
 
 # Imported once; none of them starts a device.
 _PRELOAD = (
-    "tests.conftest",
-    "jax.numpy",
-    "jax.experimental.pallas",
-    "flax.nnx",
-    "optax",
-    "chex",
-    "orbax.checkpoint",
-    "hypothesis.extra.numpy",
-    "pytest",
-    "safetensors.numpy",
-    "tokenizers",
-    "ml_dtypes",
-    "etils.epath",
-    "tqdm",
-)
+    "tests.conftest", "jax.numpy", "jax.experimental.pallas", "flax.nnx", "optax", "chex",
+    "orbax.checkpoint", "hypothesis.extra.numpy", "pytest", "safetensors.numpy", "tokenizers",
+    "ml_dtypes", "etils.epath", "tqdm",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

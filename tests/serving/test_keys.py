@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from logitjax.serving import Key, read_keys
+from logitjax.serving import Key
 from logitjax.serving._errors import ApiError
 from logitjax.serving._keys import find_key
 
@@ -18,7 +18,7 @@ def write(path, *rows):
 
 def test_keys_of_a_file_are_found_by_what_a_client_shows(tmp_path):
     path = write(tmp_path / "keys.jsonl", GOOD, "", {"name": "ben", "secret": "s-2"})
-    keys = read_keys(path)
+    keys = Key.read(path)
     assert keys == (Key(name="anna", secret="s-1", tokens=1000), Key(name="ben", secret="s-2"))
     assert find_key(keys, "Bearer s-2").name == "ben"
     for shown in ("", "s-2", "Bearer s-3", "Bearer ", "Bearer \xe9"):
@@ -46,7 +46,7 @@ def test_keys_of_a_file_are_found_by_what_a_client_shows(tmp_path):
 def test_a_line_that_is_no_key_is_named_and_not_shown(tmp_path, row):
     path = write(tmp_path / "keys.jsonl", GOOD, row)
     with pytest.raises(ValueError, match=r"keys\.jsonl:2: ") as error:
-        read_keys(path)
+        Key.read(path)
     assert "s-2" not in str(error.value)
     with pytest.raises(ValueError, match="expected at least one key"):
-        read_keys(write(tmp_path / "none.jsonl", ""))
+        Key.read(write(tmp_path / "none.jsonl", ""))

@@ -5,17 +5,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from logitjax.models._config import DecoderConfig
-from logitjax.models._hf_fields import Fields
+from logitjax.models._hf_fields import Fields, layer_types, windows
 from logitjax.models._hf_rope import rope_settings
 from logitjax.models.families import llama
 
 
-def read(fields: Fields, settings: Mapping[str, Any]) -> dict[str, Any]:
-    windows = llama.windows(fields, lambda i: i % 2 == 0)
-    return {"windows": windows, **rope_settings(fields, settings), **scales(fields, settings)}
+def _read(fields: Fields, settings: Mapping[str, Any]) -> dict[str, Any]:
+    sizes = {"windows": windows(fields, lambda i: i % 2 == 0), **_scales(fields, settings)}
+    return sizes | rope_settings(fields, settings)
 
 
-def scales(fields: Fields, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _scales(fields: Fields, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Factors of the embedding and of queries."""
     return {
         "embedding_scale": settings["hidden_size"] ** 0.5,
@@ -23,18 +23,18 @@ def scales(fields: Fields, settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def write(config: DecoderConfig) -> dict[str, Any]:
-    raw, scalar = llama.write(config), config.attention_scale**-2
+def _write(config: DecoderConfig) -> dict[str, Any]:
+    raw, scalar = llama.LLAMA.write(config), config.attention_scale**-2
     whole = abs(scalar - round(scalar)) < 1e-6 * scalar
     return raw | {
         "query_pre_attn_scalar": round(scalar) if whole else scalar,
         # Where no layer has one, transformers cannot run without a number there all the same.
         "sliding_window": raw["sliding_window"] or config.max_length,
-        "layer_types": llama.layer_types(config),
+        "layer_types": layer_types(config),
     }
 
 
-def gguf_gemma(
+def _gguf_gemma(
     get: Callable[..., Any], settings: Mapping[str, Any], period: int, window: int, largest: int
 ) -> dict[str, Any]:
     """Scales, and windows on all but each `period`-th layer, `window` wide unless the file says.
@@ -52,8 +52,8 @@ def gguf_gemma(
     }
 
 
-def gguf_read(get: Callable[..., Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    return gguf_gemma(get, settings, period=2, window=4096, largest=46) | {
+def _gguf_read(get: Callable[..., Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    return _gguf_gemma(get, settings, period=2, window=4096, largest=46) | {
         "attention_softcap": float(get("attn_logit_softcapping", 50.0)),
         "logits_softcap": float(get("final_logit_softcapping", 30.0)),
     }
@@ -76,8 +76,8 @@ GEMMA2 = dataclasses.replace(
         attn_logit_softcapping="attention_softcap",
     ),
     settings={"norm_offset": 1.0, "post_norms": True},
-    read=read,
-    write=write,
+    read=_read,
+    write=_write,
     weights=llama.LLAMA.weights
     | {
         "attention_post_norm": "model.layers.*.post_attention_layernorm",
@@ -87,6 +87,6 @@ GEMMA2 = dataclasses.replace(
     # Read under the name hidden_activation.
     ignored=frozenset({"hidden_act", "sliding_window_size"}),
     gguf="gemma2",
-    gguf_read=gguf_read,
+    gguf_read=_gguf_read,
     gguf_interleaved=False,
 )  # fmt: skip

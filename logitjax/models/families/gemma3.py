@@ -5,13 +5,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from logitjax.models._config import DecoderConfig
-from logitjax.models._hf_fields import Fields
+from logitjax.models._hf_fields import Fields, windows
 from logitjax.models._hf_rope import check_scaling, rope_number, rope_settings, scaling_kind
-from logitjax.models.families import llama
-from logitjax.models.families.gemma2 import GEMMA2, gguf_gemma, scales
+from logitjax.models.families.gemma2 import GEMMA2, _gguf_gemma, _scales
 
 
-def read(fields: Fields, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _read(fields: Fields, settings: Mapping[str, Any]) -> dict[str, Any]:
     given, parameters = fields.mapping("rope_scaling"), fields.mapping("rope_parameters")
     if parameters and not {"full_attention", "sliding_attention"} & set(parameters):
         raise fields.wrong("rope_parameters", "an object for each kind of layer")
@@ -25,9 +24,9 @@ def read(fields: Fields, settings: Mapping[str, Any]) -> dict[str, Any]:
     given = dict(parameters.get("full_attention") or {}) | given
     period = fields.integer("sliding_window_pattern")
     return {
-        "windows": llama.windows(fields, lambda i: (i + 1) % period != 0),
+        "windows": windows(fields, lambda i: (i + 1) % period != 0),
         **rope_settings(fields, settings, given),
-        **scales(fields, settings),
+        **_scales(fields, settings),
         # Layers with a window turn by a base of their own, unscaled.
         "rope_local_theta": rope_number(
             inner, "rope_theta", fields, fields["rope_local_base_freq"]
@@ -35,13 +34,13 @@ def read(fields: Fields, settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def write(config: DecoderConfig) -> dict[str, Any]:
+def _write(config: DecoderConfig) -> dict[str, Any]:
     return GEMMA2.write(config) | {"rope_local_base_freq": config.rope_local_theta}
 
 
-def gguf_read(get: Callable[..., Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+def _gguf_read(get: Callable[..., Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     local = float(get("rope.freq_base_swa", 10_000.0))
-    shared = gguf_gemma(get, settings, period=6, window=1024, largest=62)
+    shared = _gguf_gemma(get, settings, period=6, window=1024, largest=62)
     return shared | {"rope_local_theta": local}
 
 
@@ -55,8 +54,8 @@ GEMMA3 = dataclasses.replace(
         rope_local_base_freq=10_000.0, sliding_window_pattern=6, final_logit_softcapping=None,
     ),
     settings=GEMMA2.settings | {"qk_norm": True},
-    read=read,
-    write=write,
+    read=_read,
+    write=_write,
     wrapper="gemma3",
     ignored=frozenset({
         "hidden_act",
@@ -67,5 +66,5 @@ GEMMA3 = dataclasses.replace(
     # The half that sees, by the names of both generations of transformers.
     unread=rf"{GEMMA2.unread}|(model\.)?(vision_tower|multi_modal_projector)\..*",
     gguf="gemma3",
-    gguf_read=gguf_read,
+    gguf_read=_gguf_read,
 )  # fmt: skip

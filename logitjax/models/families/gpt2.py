@@ -8,13 +8,13 @@ from logitjax.models._family import GGUF_WEIGHTS, Family, PreTokenizer
 from logitjax.models._hf_fields import Fields
 
 
-def read(fields: Fields, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _read(fields: Fields, settings: Mapping[str, Any]) -> dict[str, Any]:
     inner = fields.maybe_integer("n_inner") or 4 * settings["hidden_size"]
     scaled = fields.flag("scale_attn_weights")
     return {"intermediate_size": inner, "query_scale": None if scaled else 1.0}
 
 
-def write(config: DecoderConfig) -> dict[str, Any]:
+def _write(config: DecoderConfig) -> dict[str, Any]:
     scaled, length = config.query_scale is None, config.max_length
     inner = config.intermediate_size
     return {"n_inner": inner, "n_ctx": length, "scale_attn_weights": scaled}
@@ -39,8 +39,8 @@ GPT2 = Family(
         gated_mlp=False, norm="layer", position="learned",
         qkv_bias=True, output_bias=True, mlp_bias=True,
     ),
-    read=read,
-    write=write,
+    read=_read,
+    write=_write,
     weights={
         "embedding": "transformer.wte",
         "position_embedding": "transformer.wpe",

@@ -1,11 +1,11 @@
 """Llama 2 and 3, SmolLM2, and what the families like them share."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from logitjax.models._config import DecoderConfig, Window
+from logitjax.models._config import DecoderConfig
 from logitjax.models._family import Family, PreTokenizer
-from logitjax.models._hf_fields import Fields
+from logitjax.models._hf_fields import Fields, windows
 from logitjax.models._hf_rope import rope_settings, scaling_fields
 
 # What every family like this one reads.
@@ -24,60 +24,11 @@ PATTERN = (
 _LLAMA3 = PreTokenizer(pattern=PATTERN, ignore_merges=True, add_bos=True)
 
 
-def windows(
-    fields: Fields,
-    is_local: Callable[[int], bool] | None = None,
-    *,
-    off: bool = False,
-    heeds_types: bool = True,
-) -> tuple[Window, ...]:
-    """The window of each layer: by `layer_types` where they are given, else by a rule.
-
-    Args:
-        fields: Values of the config.json.
-        is_local: Whether a layer has a window. When omitted all have `sliding_window`, if there
-            is one.
-        off: Whether a switch says that `sliding_window` means nothing.
-        heeds_types: transformers heeds no `layer_types` in some families, where other programs do:
-            there they are to say what the rule says.
-    """
-    layers, kinds = fields.integer("num_hidden_layers"), fields["layer_types"]
-    if kinds is not None and (
-        len(kinds) != layers or set(kinds) - {"full_attention", "sliding_attention"}
-    ):
-        raise ValueError(
-            f"{fields.where}: layer_types: expected full_attention or sliding_attention "
-            f"for each of {layers} layers"
-        )
-    window = None if off else fields["sliding_window"]
-    given = [kind == "sliding_attention" for kind in kinds or ()]
-    if kinds is not None and heeds_types:
-        local = given
-    else:
-        local = [window is not None if is_local is None else is_local(i) for i in range(layers)]
-        if kinds is not None and local != given:
-            raise ValueError(
-                f"{fields.where}: layer_types: expected what sliding_window={window!r} says "
-                f"of {fields.family}, got {sorted(set(kinds))}"
-            )
-    if not any(local):
-        return ()
-    if window is None:
-        raise fields.wrong("sliding_window", "a number for the layers of sliding_attention")
-    width = fields.integer("sliding_window")
-    return tuple(width if one else None for one in local)
-
-
-def layer_types(config: DecoderConfig) -> list[str]:
-    """The kind of each layer, for families whose layers differ."""
-    return ["full_attention" if w is None else "sliding_attention" for w in config.layer_windows]
-
-
-def read(fields: Fields, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _read(fields: Fields, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"windows": windows(fields), **rope_settings(fields, settings)}
 
 
-def write(config: DecoderConfig) -> dict[str, Any]:
+def _write(config: DecoderConfig) -> dict[str, Any]:
     window = next(filter(None, config.layer_windows), None)
     rope = {"rope_theta": config.rope_theta, "rope_scaling": scaling_fields(config)}
     return rope | {"sliding_window": window}
@@ -106,8 +57,8 @@ LLAMA = Family(
         "mlp_bias": "mlp_bias",
         "tie_word_embeddings": "tie_embeddings",
     },
-    read=read,
-    write=write,
+    read=_read,
+    write=_write,
     weights={
         "embedding": "model.embed_tokens",
         "final_norm": "model.norm",

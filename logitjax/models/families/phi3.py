@@ -6,12 +6,12 @@ from typing import Any
 
 from logitjax.models._config import DecoderConfig
 from logitjax.models._family import GGUF_WEIGHTS
-from logitjax.models._hf_fields import Fields
+from logitjax.models._hf_fields import Fields, windows
 from logitjax.models._hf_rope import rope_settings, scaling_kind, scaling_of
 from logitjax.models.families import llama
 
 
-def read(fields: Fields, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _read(fields: Fields, settings: Mapping[str, Any]) -> dict[str, Any]:
     scaling = scaling_of(fields)
     kind = scaling_kind(scaling)
     if kind in ("su", "yarn"):  # Names of longrope in early configurations.
@@ -19,11 +19,11 @@ def read(fields: Fields, settings: Mapping[str, Any]) -> dict[str, Any]:
     if kind not in ("default", "longrope"):
         raise ValueError(f"{fields.where}: rope scaling: phi3 has longrope only, got {kind!r}")
     rope = rope_settings(fields, settings, scaling | {"rope_type": kind}, partial=True)
-    return {"windows": llama.windows(fields, heeds_types=False), **rope}
+    return {"windows": windows(fields, heeds_types=False), **rope}
 
 
-def write(config: DecoderConfig) -> dict[str, Any]:
-    raw, scaling = llama.write(config), config.rope_scaling
+def _write(config: DecoderConfig) -> dict[str, Any]:
+    raw, scaling = llama.LLAMA.write(config), config.rope_scaling
     if config.rotary_dim is not None:
         raw["partial_rotary_factor"] = config.rotary_dim / config.head_dim
     if scaling is not None:
@@ -48,8 +48,8 @@ PHI3 = dataclasses.replace(
         rms_norm_eps=1e-5, sliding_window=None,
         bos_token_id=1, eos_token_id=32_000, pad_token_id=32_000,
     ),
-    read=read,
-    write=write,
+    read=_read,
+    write=_write,
     weights=llama.LLAMA.weights
     | dict.fromkeys(_QKV, "model.layers.*.self_attn.qkv_proj")
     | dict.fromkeys(_MLP, "model.layers.*.mlp.gate_up_proj"),

@@ -6,27 +6,27 @@ from typing import Any
 
 from logitjax.models._config import DecoderConfig
 from logitjax.models._family import PreTokenizer
-from logitjax.models._hf_fields import Fields
+from logitjax.models._hf_fields import Fields, layer_types, windows
 from logitjax.models._hf_rope import rope_settings
 from logitjax.models.families import llama
 
 
-def read(fields: Fields, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _read(fields: Fields, settings: Mapping[str, Any]) -> dict[str, Any]:
     on = fields.flag("use_sliding_window")
 
     def is_local(layer: int) -> bool:
         first = fields.integer("max_window_layers", least=0)
         return on and fields["sliding_window"] is not None and layer >= first
 
-    layer_windows = llama.windows(fields, is_local, off=not on)
+    layer_windows = windows(fields, is_local, off=not on)
     return {"windows": layer_windows, **rope_settings(fields, settings)}
 
 
-def write(config: DecoderConfig) -> dict[str, Any]:
+def _write(config: DecoderConfig) -> dict[str, Any]:
     count = sum(window is not None for window in config.layer_windows)
     switches = {"use_sliding_window": count > 0, "max_window_layers": config.num_layers - count}
-    types = {"layer_types": llama.layer_types(config)} if count else {}
-    return llama.write(config) | switches | types
+    types = {"layer_types": layer_types(config)} if count else {}
+    return llama.LLAMA.write(config) | switches | types
 
 
 QWEN2 = dataclasses.replace(
@@ -39,8 +39,8 @@ QWEN2 = dataclasses.replace(
         use_sliding_window=False, sliding_window=4096, max_window_layers=28,
     ),
     settings={"qkv_bias": True},
-    read=read,
-    write=write,
+    read=_read,
+    write=_write,
     # Parameters decide: a bias too many or too few is an error when tensors are read.
     ignored=frozenset({"attention_bias"}),
     gguf="qwen2",
