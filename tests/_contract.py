@@ -493,7 +493,6 @@ TABLE: dict[str, Case] = {
         beside=("float32",),
     ),
     # few_shot
-    "few_shot.unit_rows": Case(call=lambda x: few_shot.unit_rows(x), arrays={"x": LOGITS}),
     "few_shot.Inputs": Case(
         call=lambda features, weights: few_shot.Inputs.of(features, weights).zero_shot,
         arrays={"features": STATES, "weights": HEAD},
@@ -588,6 +587,8 @@ TABLE: dict[str, Case] = {
     "fusion.ProxyTuning": _fused_by(fusion.ProxyTuning()),
     "fusion.ContrastiveDecoding": _fused_by(fusion.ContrastiveDecoding()),
     "fusion.LogitDifference": _fused_by(fusion.LogitDifference(filter="clean")),
+    "fusion.TeacherMixture": _fused_by(fusion.TeacherMixture()),
+    "fusion.TeacherRedraw": _fused_by(fusion.TeacherRedraw(top_k=2)),
     "fusion.DynamicFusion": _fused_by(fusion.DynamicFusion()),
     "leakage.align_head": Case(
         call=lambda basis, head: leakage.align_head(basis, head),
@@ -637,8 +638,8 @@ ELSEWHERE = {
     "tests/commands/test_few_shot.py": """
         few_shot.Candidate few_shot.Pictures few_shot.fit""",
     "values that functions above take or give; what they refuse is tested beside them": """
-        ops.Static losses.Blocks losses.Head losses.Readout losses.GraphStatistics losses.LogProbs
-        distillation.GraphConfig
+        ops.Static losses.Blocks losses.Head losses.MeshAxes losses.Readout
+        losses.GraphStatistics losses.LogProbs distillation.GraphConfig
         few_shot.FeatureIdentity heads.HeadCost heads.Assignment
         vq.ConvertConfig vq.Pages vq.Screen vq.Shortlist vq.Tuning distillation.LayerPruning
         distillation.Objective
@@ -677,7 +678,7 @@ ELSEWHERE = {
         distillation.StudentNeeds distillation.TeacherNeeds distillation.Term
         distillation.parse_terms distillation.prune_layers distillation.prune_width
         distillation.score_function distillation.targets distillation.teacher_record
-        distillation.train_student distillation.update_program distillation.visited_rows
+        distillation.train_student distillation.update_programs distillation.visited_rows
         distillation.TeacherCache unlearning.make_answer_loss
         unlearning.Unlearning unlearning.examine unlearning.padded_rows
         unlearning.relearning
@@ -689,6 +690,11 @@ ELSEWHERE = {
         few_shot.candidates few_shot.load few_shot.read_pictures
         few_shot.encoder_views decoding.Engine decoding.generate
         decoding.PromptReader
+        decoding.load_ensemble decoding.next_token_program decoding.nll_from_model decoding.rollout
+        decoding.score
+        evaluation.encode_answer evaluation.encode_prompt
+        evaluation.ngram_entropy evaluation.rouge_l_f1
+        evaluation.rouge_recall evaluation.score_rows training.Checkpointer training.EvalStep
         decoding.load_ensemble decoding.next_token_program decoding.nll_from_model decoding.score
         evaluation.fluency evaluation.rouge evaluation.score_rows training.Checkpointer
         training.EvalStep

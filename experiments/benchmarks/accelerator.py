@@ -1,22 +1,27 @@
 """Vocabulary losses compiled for absent TPUs: bytes, work, and the compiler's estimate of time.
 
-Cross-entropy and KL with their gradients in bfloat16, at 4096 x 1024 x 151,936 and
-32768 x 4096 x 128,256 (positions, hidden, vocabulary): dense, chunks of 1,024 positions under
-``jax.checkpoint``, tokamax's chunked form where it is installed (``pip install tokamax``), and ours
-by default, with the engine ``rows``, and unreduced; then ours over a mesh of 2 x 2, whose
-collectives are counted. Nothing runs: a TPU's compiler, which the extra ``plan`` brings on Python
-3.12 or newer, says what a program would hold and take. The smoke scale compiles for the CPU.
+Cross-entropy and KL with their gradients in bfloat16, at 4096 x 1024 x 151,936, 8192 x 4096 x
+131,072 and 32768 x 4096 x 128,256 (positions, hidden, vocabulary): dense, chunks of 1,024 positions
+under ``jax.checkpoint``, Liger's chunks, tokamax's chunked form and its kernels where it is
+installed (``pip install tokamax``), and ours by default, with the engine ``rows``, unreduced, and
+by kernels; then ours over a mesh of 2 x 2, whose collectives are counted. Nothing runs: a TPU's
+compiler, which the extra ``plan`` brings on Python 3.12 or newer, says what a program would hold
+and take. The smoke scale compiles for the CPU.
 
 ``--only=v5p,kl,small`` compiles for one chip, one loss, one shape: names of `CHIPS`, `KINDS` and
-`SHAPES`, ``mesh`` and ``padded``. Columns: F is the work of one product of positions, hidden and
-vocabulary; the roofline's time is the longer of all products at the chip's peak and of reading
-arguments and writing results once; cycles are the TPU compiler's own, loops as often as they run,
-and estimated time is these over the chip's clock, where that is known. ``padded`` runs on this
-machine: losses over a vocabulary that tokamax's blocks do not divide.
+`SHAPES`, ``mesh`` and ``padded``. ``--only=axes`` counts, on eight CPU devices, how often heads are
+gathered on the meshes of other trainers (`MESHES`). Columns: F is the work of one product of
+positions, hidden and vocabulary; the roofline's time is the longer of all products at the chip's
+peak and of reading arguments and writing results once; cycles are the TPU compiler's own, loops as
+often as they run, and estimated time is these over the chip's clock, where that is known.
+``padded`` runs on this machine: losses over a vocabulary that tokamax's blocks do not divide.
 """
 
+import contextlib
 import functools
 import importlib.util
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,23 +38,79 @@ from experiments.shared import suite
 from logitjax import losses
 from logitjax.commands import figures
 
-SHAPES = {"small": (4096, 1024, 151936), "large": (32768, 4096, 128256)}
+SHAPES = {
+    "small": (4096, 1024, 151936),
+    "wide": (8192, 4096, 131072),
+    "large": (32768, 4096, 128256),
+}
 SMOKE_SHAPES = {"smoke": (2048, 32, 8192)}
 # Of its blocks of 2,048 columns tokamax counts all.
 PADDED_SHAPE = (1024, 64, 1000)
 CHIPS = {"v5e": "v5e:1x1", "v5p": "v5p:1x1x1", "v6e": "v6e:1x1", "tpu7x": "tpu7x:2x2x1"}
 MESH = "v5p:2x2x1"
+# Meshes of 2 x 4: axes, their kind, how hidden states and heads lie.
+MESHES = {
+    "ours": ("fsdp tensor", AxisType.Auto, ("fsdp",), ("fsdp", "tensor")),
+    "ours, no set_mesh": ("fsdp tensor", AxisType.Auto, ("fsdp",), ("fsdp", "tensor")),
+    "tunix": ("fsdp tp", AxisType.Auto, ("fsdp",), ("fsdp", "tp")),
+    "t5x, levanter": ("data model", AxisType.Auto, ("data",), (None, "model")),
+    "sequence": ("fsdp context", AxisType.Auto, ("fsdp", "context"), ("fsdp",)),
+    "Explicit": ("fsdp tensor", AxisType.Explicit, ("fsdp",), ("fsdp",)),
+}
 _CHUNK = 1024
 # Bars of the issue are about this chip.
 _BARS = "v5p"
 
 
-def _tokamax(kind: str, x: Mapping[str, jax.Array]) -> jax.Array:
+def _tokamax(form: str, x: Mapping[str, jax.Array]) -> jax.Array:
     import tokamax
 
     return tokamax.linear_softmax_cross_entropy_loss(
-        x["hidden"], x["labels"], x["head"], reduction="mean", implementation="chunked_xla"
+        x["hidden"], x["labels"], x["head"], reduction="mean", implementation=form
     )
+
+
+def _cross_compiling() -> Any:
+    """What has tokamax choose its kernel for the mesh's chip, not for this machine."""
+    if not importlib.util.find_spec("tokamax"):
+        return contextlib.nullcontext()
+    import tokamax
+
+    return tokamax.config.cross_compile(True)
+
+
+@jax.custom_vjp
+def _liger_sum(hidden: jax.Array, head: jax.Array, labels: jax.Array) -> jax.Array:
+    return _liger_forward(hidden, head, labels)[0]
+
+
+def _liger_forward(hidden: jax.Array, head: jax.Array, labels: jax.Array) -> Any:
+    # Its own rule: a chunk's logits take as many bytes as the hidden states.
+    count = -(-head.shape[1] // head.shape[0])
+    size = min(len(hidden), 2 ** math.ceil(math.log2(-(-len(hidden) // count))))
+
+    def chunk(carry: Any, some: Any) -> Any:
+        def total(hidden: jax.Array, head: jax.Array) -> jax.Array:
+            return losses.cross_entropy(hidden @ head, some[1]).sum()
+
+        value, (d_hidden, d_head) = jax.value_and_grad(total, (0, 1))(some[0], head)
+        return (carry[0] + value, carry[1] + d_head), d_hidden
+
+    chunks = hidden.reshape(-1, size, hidden.shape[1]), labels.reshape(-1, size)
+    (value, d_head), d_hidden = jax.lax.scan(chunk, (jnp.float32(0), jnp.zeros_like(head)), chunks)
+    return value, (d_hidden.reshape(hidden.shape), d_head)
+
+
+def _liger_backward(saved: Any, cotangent: jax.Array) -> Any:
+    return *(x * cotangent.astype(x.dtype) for x in saved), None
+
+
+_liger_sum.defvjp(_liger_forward, _liger_backward)
+
+
+def _liger(x: Mapping[str, jax.Array]) -> jax.Array:
+    """Liger's cross-entropy in JAX: chunks of positions, their gradients formed with the loss."""
+    return _liger_sum(x["hidden"], x["head"], x["labels"]) / len(x["hidden"])
 
 
 def forms(kind: str) -> dict[str, Loss]:
@@ -58,8 +119,11 @@ def forms(kind: str) -> dict[str, Loss]:
         "dense": functools.partial(vocabulary.dense, kind),
         "chunks + checkpoint": functools.partial(vocabulary.chunked, kind, size=_CHUNK),
     }
-    if kind == "cross-entropy" and importlib.util.find_spec("tokamax"):
-        found["tokamax, chunked"] = functools.partial(_tokamax, kind)
+    if kind == "cross-entropy":
+        found["Liger's chunks"] = _liger
+        if importlib.util.find_spec("tokamax"):
+            found["tokamax, chunked"] = functools.partial(_tokamax, "chunked_xla")
+            found["tokamax, Mosaic"] = functools.partial(_tokamax, "mosaic_tpu")
 
     def ours(engine: Any, weighted: bool) -> Loss:
         blocks = losses.Blocks(engine=engine)
@@ -90,7 +154,7 @@ def _compile(loss: Loss, shape: Shape, devices: Sequence[Any], sides: tuple[int,
     inputs = arguments(shape, mesh)
     placed = (inputs["hidden"].sharding, inputs["head"].sharding)
     whole = NamedSharding(mesh, PartitionSpec())
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), _cross_compiling():
         traced = jax.jit(vocabulary.step(loss), out_shardings=(whole, placed)).trace(inputs)
         return traced, traced.lower().compile()
 
@@ -157,8 +221,20 @@ def _padded() -> tuple[list[dict[str, Any]], list[suite.Bar]]:
 
 def _bars(rows: Sequence[Mapping[str, Any]]) -> list[suite.Bar]:
     bars = []
-    tokamax = {(row["chip"], row["T"]): row["temp MiB"] for row in rows if "tokamax" in row["form"]}
+    tokamax = {
+        (row["chip"], row["T"]): row["temp MiB"]
+        for row in rows
+        if row["form"] == "tokamax, chunked"
+    }
     for row in rows:
+        if row["chip"] in ("v5p", "v6e") and (row["T"], row["H"], row["V"]) == SHAPES["wide"]:
+            where = f"{row['chip']}, {row['loss']}, {row['form'].removeprefix('ours, ')}"
+            if row["form"] == "ours, pallas":
+                name = f"{where}: temporaries, MiB"
+                bars.append(suite.at_most(name, row["temp MiB"], 1.0))
+            elif row["form"] == "ours, unreduced" and row["loss"] == "cross-entropy":
+                name = f"{where}: cycles / dense"
+                bars.append(suite.at_most(name, row["cycles / dense"], 1.4))
         if row["chip"] != _BARS or row["form"] not in ("ours, default", "ours, rows"):
             continue
         where = f"{row['loss']}, H={row['H']}, {row['form'].removeprefix('ours, ')}"
@@ -196,7 +272,7 @@ def _mesh_rows(shape: Shape, chip: chips.Chip, kinds: Sequence[str]) -> list[dic
             row["temp MiB"] = compiled.memory_analysis().temp_size_in_bytes / 2**20
             for collective in ("all-gather", "reduce-scatter", "all-reduce"):
                 row[f"{collective}s"] = sent.calls.get(collective, 0)
-                row[f"{collective} MiB"] = sent.bytes.get(collective, 0.0) / 2**20
+                row[f"{collective} MiB"] = sent.collective_bytes.get(collective, 0.0) / 2**20
             rows.append(row)
             logging.info("%s, %s over 2 x 2: done", kind, name)
     return rows
@@ -213,11 +289,60 @@ def _mesh_bars(rows: Sequence[Mapping[str, Any]]) -> list[suite.Bar]:
     return bars
 
 
+def _axes_rows(names: Sequence[str], kinds: Sequence[str]) -> list[dict[str, Any]]:
+    """All-gathers of a step on eight devices, those in loops as often as they run."""
+    rows = []
+    sizes = {"hidden": (8, 512, 64), "labels": (8, 512), "weights": (8, 512), "head": (64, 8192)}
+    for name, kind, weighted in itertools.product(names, kinds, (True, False)):
+        axes, axis_type, positions, head = MESHES[name]
+        mesh = jax.make_mesh((2, 4), tuple(axes.split()), (axis_type,) * 2)
+        layouts = {n: head if n == "head" else positions for n in sizes}
+        placed = {n: NamedSharding(mesh, PartitionSpec(*layout)) for n, layout in layouts.items()}
+        inputs = {
+            n: jax.ShapeDtypeStruct(
+                shape, jnp.int32 if n == "labels" else jnp.float32, sharding=placed[n]
+            )
+            for n, shape in sizes.items()
+        }
+
+        def loss(x: Any, kind: str = kind, weighted: bool = weighted) -> jax.Array:
+            given = {"weights": x["weights"]} if weighted else {}
+            if kind == "cross-entropy":
+                value = losses.linear_cross_entropy(x["hidden"], x["head"], x["labels"], **given)
+            else:
+                sides = (x["hidden"], x["head"], 2.0 * x["hidden"], jnp.cos(x["head"]))
+                value = losses.linear_kl_divergence(*sides, **given)
+            return value if weighted else value * x["weights"]
+
+        layout = (None, (placed["hidden"], placed["head"]))
+        step = jax.jit(vocabulary.step(loss), out_shardings=layout)
+        known = contextlib.nullcontext() if "no set_mesh" in name else jax.set_mesh(mesh)
+        with known:
+            sent = costs.collectives(step.lower(inputs).compile().as_text())
+        row = {"mesh": name, "axes": axes, "loss": kind}
+        row["form"] = "weights" if weighted else "unreduced"
+        row["all-gathers"] = sent.calls.get("all-gather", 0)
+        row["all-gather MiB"] = sent.bytes.get("all-gather", 0.0) / 2**20
+        rows.append(row)
+    return rows
+
+
+def _axes_bars(rows: Sequence[Mapping[str, Any]]) -> list[suite.Bar]:
+    return [
+        suite.at_most(
+            f"{row['mesh']}, {row['loss']}, {row['form']}: all-gathers",
+            row["all-gathers"],
+            2 if row["loss"] == "kl" else 1,
+        )
+        for row in rows
+    ]
+
+
 def run(options: suite.Options) -> suite.Result:
     shapes: Mapping[str, Shape] = SMOKE_SHAPES if options.smoke else SHAPES
     named = {"cpu": "cpu:1"} if options.smoke else CHIPS
     parts = set(filter(None, options.only.split(",")))
-    groups = ({*CHIPS, "cpu", "mesh", "padded"}, set(KINDS), {*SHAPES, *SMOKE_SHAPES})
+    groups = ({*CHIPS, "cpu", "mesh", "padded", "axes"}, set(KINDS), {*SHAPES, *SMOKE_SHAPES})
     if unknown := parts - set().union(*groups):
         raise ValueError(f"only: expected parts as in its help, got {', '.join(sorted(unknown))}")
 
@@ -227,6 +352,10 @@ def run(options: suite.Options) -> suite.Result:
         return name in parts or not parts & group
 
     kinds = [kind for kind in KINDS if chosen(kind)]
+    if "axes" in parts:
+        chips.prepare(chips.parse_chip("cpu:8"), "")
+        gathers = _axes_rows(list(MESHES), kinds)
+        return suite.Result(rows=gathers, bars=_axes_bars(gathers), pictures={})
     rows: list[dict[str, Any]] = []
     for chip_name in filter(chosen, named):
         chip = chips.parse_chip(named[chip_name])
@@ -235,6 +364,8 @@ def run(options: suite.Options) -> suite.Result:
             for kind in kinds:
                 found = []
                 for name, loss in forms(kind).items():
+                    if chip.kind == "cpu" and name == "tokamax, Mosaic":
+                        continue
                     found.append(_row(name, kind, shapes[size], chip, loss))
                     logging.info("%s, %s, %s, %s: done", chip_name, kind, size, name)
                 _compare(found)

@@ -212,15 +212,5 @@ def _timed(
         given = constants["live"] if arm in ("given", "live") else None
         if arm == "given":
             batch["hidden"] = jax.jit(hidden)(given, batch["pivot"])
-        calls[arm] = _repeated(step_fn, state, jax.device_put(batch), given)
+        calls[arm] = timing.repeated(step_fn, state, jax.device_put(batch), given)
     return calls
-
-
-def _repeated(step_fn: training.TrainStep, state: Any, batch: Any, given: Any) -> Any:
-    held = [state]
-
-    def call() -> Any:
-        held[0], output = step_fn(held[0], batch, given)
-        return output.metrics
-
-    return call

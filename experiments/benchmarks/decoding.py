@@ -50,25 +50,19 @@ def run(options: suite.Options) -> suite.Result:
                 rows.append(_row(name, batch, new, times) | {"ours / its seconds": ratio})
             if peer is not None:
                 ours, theirs = seconds["logitjax"], seconds["transformers + torch"]
-                bars.append(
-                    suite.at_least(
-                        f"tokens/s over torch's, B = {batch}",
-                        timing.paired_ratio(theirs, ours),
-                        _BARS[batch],
-                    )
+                name, ratio = (
+                    f"tokens/s over torch's, B = {batch}",
+                    timing.paired_ratio(theirs, ours),
                 )
+                bars.append(suite.at_least(name, ratio, _BARS[batch]))
     rows += _fused_rows(model, prompts, new, options)
     return suite.Result(rows=rows, bars=bars)
 
 
 def _row(name: str, batch: int, new: int, seconds: list[float]) -> dict[str, Any]:
     median = float(np.median(seconds))
-    return {
-        "what": name,
-        "B": batch,
-        "ms a step": 1e3 * median / new,
-        "tokens/s": batch * new / median,
-    }
+    speed = {"ms a step": 1e3 * median / new, "tokens/s": batch * new / median}
+    return {"what": name, "B": batch, **speed}
 
 
 def _fused_rows(
@@ -80,15 +74,15 @@ def _fused_rows(
         for i in range(min(3, layers))
     ]
     experts, base = small[:-1], small[-1:]
-    batches = (1,) if options.smoke else (1, 8)
+    fused = {"experts": experts, "bases": base}
     rows = []
-    for batch in batches:
+    for batch in (1,) if options.smoke else (1, 8):
         line_ups = {
             "large alone": Ensemble(model),
-            "proxy": Ensemble(model, experts=experts, bases=base, fuse=fusion.ProxyTuning()),
-            "dynamic": Ensemble(model, experts=experts, bases=base, fuse=fusion.DynamicFusion()),
+            "proxy": Ensemble(model, fuse=fusion.ProxyTuning(), **fused),
+            "dynamic": Ensemble(model, fuse=fusion.DynamicFusion(), **fused),
             "dynamic, not stacked": Ensemble(
-                model, experts=experts, bases=base, fuse=fusion.DynamicFusion(), stack=False
+                model, fuse=fusion.DynamicFusion(), stack=False, **fused
             ),
         }
         calls = {
@@ -99,7 +93,6 @@ def _fused_rows(
         for name, times in seconds.items():
             ratio = timing.paired_ratio(times, seconds["large alone"])
             count = 1 if name == "large alone" else 1 + len(small)
-            rows.append(
-                _row(name, batch, new, times) | {"models": count, "over large alone": ratio}
-            )
+            row = _row(name, batch, new, times)
+            rows.append(row | {"models": count, "over large alone": ratio})
     return rows

@@ -36,18 +36,11 @@ def run(options: suite.Options) -> suite.Result:
         repeats=options.repeats,
     )
     added = timing.paired_ratio(seconds["loss"], seconds["head"]) - 1.0
+    names = {"head": "head, forward + backward", "loss": "the same with graph_on_logits"}
+    sizes = {"T": positions, "V": vocab, "k": K}
     rows = [
-        {
-            "step": name,
-            "T": positions,
-            "V": vocab,
-            "k": K,
-            "seconds": float(np.median(seconds[key])),
-        }
-        for key, name in (
-            ("head", "head, forward + backward"),
-            ("loss", "the same with graph_on_logits"),
-        )
+        {"step": name, **sizes, "seconds": float(np.median(seconds[key]))}
+        for key, name in names.items()
     ]
     bar = suite.at_most("graph_on_logits: seconds added to the head", added, 0.05)
     return suite.Result(rows=rows, bars=[] if options.smoke else [bar])

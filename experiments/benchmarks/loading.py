@@ -76,15 +76,8 @@ def run(options: suite.Options) -> suite.Result:
                 ratio = seen["peak"] / seen["size"]
                 if kind == "safetensors" and dtype == "float32":
                     worst = max(worst, ratio)
-                rows.append(
-                    {
-                        "from": f"{name} {kind}",
-                        "layout": layout,
-                        "parameters": dtype,
-                        "model, MB": round(seen["size"] / 1e6, 1),
-                        "peak / model": round(ratio, 3),
-                        "seconds": round(seen["seconds"], 2),
-                    }
-                )
+                row = {"from": f"{name} {kind}", "layout": layout, "parameters": dtype}
+                row |= {"model, MB": round(seen["size"] / 1e6, 1), "peak / model": round(ratio, 3)}
+                rows.append(row | {"seconds": round(seen["seconds"], 2)})
     bars = (suite.at_most("host memory at its peak / model, safetensors", worst, 1.3),)
     return suite.Result(rows=rows, bars=bars)

@@ -34,17 +34,10 @@ def _command(*arguments: str) -> None:
 
 
 def _untaught(directory: Path, *, width: int, layers: int, seed: int) -> None:
-    config = models.DecoderConfig(
-        vocab_size=_TOKENS,
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_layers=layers,
-        num_heads=max(1, width // 16),
-        num_kv_heads=max(1, width // 16),
-        head_dim=min(16, width),
-        max_length=512,
-        tie_embeddings=False,
-    )
+    heads, sizes = max(1, width // 16), {"hidden_size": width, "intermediate_size": 4 * width}
+    sizes |= {"num_layers": layers, "num_heads": heads, "num_kv_heads": heads, "max_length": 512}
+    sizes |= {"vocab_size": _TOKENS, "head_dim": min(16, width)}
+    config = models.DecoderConfig(tie_embeddings=False, **sizes)
     model = models.Decoder(config, rngs=nnx.Rngs(seed), layout="listed")
     models.save_pretrained(model, models.load_tokenizer("tiny"), directory)
 
@@ -61,37 +54,24 @@ def run(options: suite.Options) -> suite.Result:
         "--learning_rate=3e-3",
     ]
     _untaught(root / "untaught", width=width, layers=layers, seed=0)
-    _command(
-        "distill",
-        f"--student={root}/untaught",
-        "--loss=sft",
-        f"--steps={3 if smoke else 800}",
-        f"--out={root}/teacher",
-        *training,
-    )
+    recipe = (f"--student={root}/untaught", "--loss=sft", f"--steps={3 if smoke else 800}")
+    _command("distill", *recipe, f"--out={root}/teacher", *training)
     teacher = root / "teacher" / "model"
     taught = _scores(root / "teacher")
     steps = f"--steps={3 if smoke else 200}"
     mixed = ("--loss=kl:0.9", "--loss=sft:0.1", f"--cache_top_k={16 if smoke else 64}")
     arms = ARMS[:1] if smoke else ARMS
     found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
-    flags = (f"--top_logprobs={_TOKENS}", "--bias=none", "--decimals=2", "--max_length=256")
+    policy = (f"--top_logprobs={_TOKENS}", "--bias=none", "--decimals=2")
+    flags = (*policy, "--max_length=256")
     # What was read of a server is kept under its address.
     port = root / "port.txt"
     if port.exists():
         flags += (f"--port={port.read_text()}",)
     with serving(f"--model={teacher}", *flags) as (url, _):
         port.write_text(url.rpartition(":")[2])
-        _command(
-            "audit",
-            f"--url={url}",
-            f"--top_logprobs={_TOKENS}",
-            "--bias=none",
-            "--decimals=2",
-            f"--vocab_size={_TOKENS}",
-            f"--prompts={prompts}",
-            f"--out={root}/audit",
-        )
+        asked = (f"--url={url}", f"--vocab_size={_TOKENS}", f"--prompts={prompts}")
+        _command("audit", *asked, *policy, f"--out={root}/audit")
         ways = {
             "replica": (f"--teacher=api:{url}", f"--student_head={root}/audit", *mixed),
             "in process": (f"--teacher={teacher}", f"--student_head={root}/audit", *mixed),
@@ -112,14 +92,8 @@ def run(options: suite.Options) -> suite.Result:
     width_seen, leak = _recovered(root / "audit", teacher)
     table = [{"model": "teacher", "perplexity": taught["perplexity"]}]
     for arm, runs in found.items():
-        table.append(
-            {
-                "model": arm,
-                "perplexity": spread(runs, "perplexity"),
-                "over the teacher's, %": spread(runs, "excess"),
-                "seeds": len(runs),
-            }
-        )
+        row = {"model": arm, "perplexity": spread(runs, "perplexity"), "seeds": len(runs)}
+        table.append(row | {"over the teacher's, %": spread(runs, "excess")})
     table.append({"model": f"head: width {width_seen} of {width}, leak {leak:.4g}"})
     if smoke:
         return suite.Result(rows=table)

@@ -21,15 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.shared import suite, timing
-from logitjax import models
-from logitjax.decoding import (
-    CachedModel,
-    DraftControl,
-    Ensemble,
-    Speculation,
-    TextOptions,
-    generate,
-)
+from logitjax import decoding, models
 
 _LAYERS = (0, 1, 2, 14, 28, 29)
 
@@ -50,7 +42,7 @@ def _sum(large: Any, experts: Any, bases: Any, vocab_where: Any = None) -> tuple
     return large + experts[0], {}
 
 
-def _with_weight(small: CachedModel, weight: float) -> CachedModel:
+def _with_weight(small: decoding.CachedModel, weight: float) -> decoding.CachedModel:
     return dataclasses.replace(small, params=(jnp.float32(weight), small.params[1]))
 
 
@@ -59,8 +51,8 @@ def run(options: suite.Options) -> suite.Result:
     model, tokenizer = models.load("tiny" if smoke else "smollm2", layout="listed")
     text = tokenizer.encode((Path(__file__).parents[2] / "LICENSE").read_text())
     prompts = [np.array(text[40 * i :][: 10 + 2 * i], np.int32) for i in range(8)]
-    large = CachedModel.of(model)
-    cut = CachedModel.of(models.keep_layers(model, [0] if smoke else _LAYERS))
+    large = decoding.CachedModel.of(model)
+    cut = decoding.CachedModel.of(models.keep_layers(model, [0] if smoke else _LAYERS))
     small = dataclasses.replace(cut, apply=_Weighted(cut.apply), params=(1.0, cut.params))
     rows: list[dict[str, Any]] = []
     for batch in (1,) if smoke else (1, 8):
@@ -68,36 +60,30 @@ def run(options: suite.Options) -> suite.Result:
             rows += _rows(large, _with_weight(small, weight), prompts[:batch], weight, options)
     fixed = [row for row in rows if row["lengths"] != "adaptive"]
     adaptive = [row for row in rows if row["lengths"] == "adaptive"]
-    bars = []
-    if not smoke:
-        bars = [
-            suite.at_least(
-                "speed-up over what acceptance predicts, least of fixed lengths",
-                min(row["of predicted"] for row in fixed),
-                0.85,
-            ),
-            suite.at_least(
-                "adaptive over plain, least", min(row["speed-up"] for row in adaptive), 0.97
-            ),
-        ]
-    return suite.Result(rows=rows, bars=bars)
+    name = "speed-up over what acceptance predicts, least of fixed lengths"
+    least = min(row["speed-up"] for row in adaptive)
+    bars = [
+        suite.at_least(name, min(row["of predicted"] for row in fixed), 0.85),
+        suite.at_least("adaptive over plain, least", least, 0.97),
+    ]
+    return suite.Result(rows=rows, bars=[] if smoke else bars)
 
 
 def _rows(
-    large: CachedModel,
-    small: CachedModel,
+    large: decoding.CachedModel,
+    small: decoding.CachedModel,
     prompts: list[np.ndarray],
     weight: float,
     options: suite.Options,
 ) -> list[dict[str, Any]]:
     batch, lengths = len(prompts), (2,) if options.smoke else (2, 5)
     new = 6 if options.smoke else 64 if batch == 1 else 32
-    ensemble = Ensemble(large, experts=[small], fuse=_sum)
-    alone = Ensemble(small)
-    speculation = Speculation(lengths=lengths)
-    control = DraftControl(speculation)
+    ensemble = decoding.Ensemble(large, experts=[small], fuse=_sum)
+    alone = decoding.Ensemble(small)
+    speculation = decoding.Speculation(lengths=lengths)
+    control = decoding.DraftControl(speculation)
     speculate = functools.partial(
-        generate, ensemble, prompts, max_new_tokens=new, text=TextOptions(chunk=6)
+        decoding.generate, ensemble, prompts, max_new_tokens=new, text=decoding.TextOptions(chunk=6)
     )
     last: dict[Any, Any] = {}
 
@@ -108,15 +94,15 @@ def _rows(
 
         return remembered
 
-    plain = remember("plain", lambda: generate(ensemble, prompts, max_new_tokens=new))
+    plain = remember("plain", lambda: decoding.generate(ensemble, prompts, max_new_tokens=new))
     calls: dict[Any, Callable[[], Any]] = {
         "plain": plain,
-        "one": lambda: generate(ensemble, prompts, max_new_tokens=1).tokens,
-        "draft": lambda: generate(alone, prompts, max_new_tokens=new).tokens,
+        "one": lambda: decoding.generate(ensemble, prompts, max_new_tokens=1).tokens,
+        "draft": lambda: decoding.generate(alone, prompts, max_new_tokens=new).tokens,
     }
     for length in lengths:
         calls[length] = remember(
-            length, lambda n=length: speculate(drafts=DraftControl(speculation, length=n))
+            length, lambda n=length: speculate(drafts=decoding.DraftControl(speculation, length=n))
         )
         calls["verify", length] = _verify(ensemble, batch, length + 1)
     seconds: dict[Any, Any] = timing.paired_seconds(calls, repeats=options.repeats)
@@ -155,7 +141,7 @@ def _rows(
 _PASSES = 4
 
 
-def _verify(ensemble: Ensemble, rows: int, width: int) -> Callable[[], Any]:
+def _verify(ensemble: decoding.Ensemble, rows: int, width: int) -> Callable[[], Any]:
     """``_PASSES`` passes of so many positions by all members, and the fused choice."""
     plan = ensemble.plan
     held = [plan.init_cache(rows, 128)]

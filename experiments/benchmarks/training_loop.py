@@ -97,24 +97,14 @@ def run(options: suite.Options) -> suite.Result:
     # The first save makes folders and compiles its checksums.
     pause, during = statistics.median(pauses[1:]), statistics.median(beside[1:])
     saved = sum(leaf.nbytes for leaf in jax.tree.leaves((state.params, state.opt_state)))
-    rows = [
-        {"what": "step, one batch on the device", "seconds": step, "of a step": 1.0},
-        {
-            "what": "input, metrics, log lines",
-            "seconds": overhead * step,
-            "of a step": overhead,
-        },
-        {
-            "what": f"pause of an asynchronous save of {saved / 1e6:.0f} MB",
-            "seconds": pause,
-            "of a step": pause / step,
-        },
-        {
-            "what": "the step after it, while that is written",
-            "seconds": during,
-            "of a step": during / step,
-        },
-    ]
+    saving = f"pause of an asynchronous save of {saved / 1e6:.0f} MB"
+    taken = {
+        "step, one batch on the device": step,
+        "input, metrics, log lines": overhead * step,
+        saving: pause,
+        "the step after it, while that is written": during,
+    }
+    rows = [{"what": what, "seconds": s, "of a step": s / step} for what, s in taken.items()]
     bars = [
         suite.at_most("input and bookkeeping of a step", overhead, 0.03),
         suite.at_most("pause to save, of a step", pause / step, 0.05),

@@ -24,14 +24,14 @@ import jax
 import numpy as np
 
 from experiments.forgetting.facts import facts
-from experiments.shared import suite as _suite
+from experiments.shared import suite
 from logitjax import evaluation, fusion, models, storage, training, unlearning
 
 _SETS, _SECONDS = 3, 600
 _TEACHING_STEPS, _KNOWN = 40, 0.9
 
 
-def run(options: _suite.Options) -> _suite.Result:
+def run(options: suite.Options) -> suite.Result:
     root = options.directory.resolve()
     rows = []
     sets = map(int, options.only.split(",")) if options.only else range(_SETS)
@@ -48,33 +48,27 @@ def run(options: _suite.Options) -> _suite.Result:
         return min(row[name] for row in rows)
 
     bars = [
-        _suite.Bar(name="taught, least probability", value=least("taught"), limit=0.9, sense=">="),
-        _suite.Bar(name="forget / goal, largest", value=most("forget / goal"), limit=2.0),
-        _suite.Bar(
-            name="forget / goal, least", value=least("forget / goal"), limit=0.5, sense=">="
-        ),
-        _suite.Bar(
-            name="forget / 5 % point of unseen", value=least("forget / floor"), limit=1.0,
-            sense=">=",
-        ),
+        suite.at_least("taught, least probability", least("taught"), 0.9),
+        suite.at_most("forget / goal, largest", most("forget / goal"), 2.0),
+        suite.at_least("forget / goal, least", least("forget / goal"), 0.5),
+        suite.at_least("forget / 5 % point of unseen", least("forget / floor"), 1.0),
         *[
-            _suite.Bar(name=f"{name} kept, least %", value=least(f"{name} kept %"), limit=98,
-                       sense=">=")
+            suite.at_least(f"{name} kept, least %", least(f"{name} kept %"), 98)
             for name in ("probability", "ROUGE-L", "fluency")
         ],
-        _suite.Bar(name="perplexity of text, largest %", value=most("perplexity %"), limit=102),
-        _suite.Bar(name="CPU-seconds", value=most("CPU s"), limit=_SECONDS),
-    ]  # fmt: skip
+        suite.at_most("perplexity of text, largest %", most("perplexity %"), 102),
+        suite.at_most("CPU-seconds", most("CPU s"), _SECONDS),
+    ]
     if all(row["transformers"] is not None for row in rows):
-        gap = _suite.Bar(name="transformers, largest gap", value=most("transformers"), limit=1e-4)
-        bars.append(gap)
-    return _suite.Result(rows=rows, bars=bars)
+        bars.append(suite.at_most("transformers, largest gap", most("transformers"), 1e-4))
+    return suite.Result(rows=rows, bars=bars)
 
 
 def _one(folder: Path, number: int, smoke: bool) -> dict[str, Any]:
     made = facts(number)
     for name, side in made.items():
-        text = "".join(json.dumps(row) + "\n" for row in side)
+        rows = [dict(question=question, answer=answer) for question, answer in side]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
         storage.write_atomic(folder / f"{name}.jsonl", text)
     target = folder / "target"
     if not (target / "config.json").exists():
@@ -82,13 +76,8 @@ def _one(folder: Path, number: int, smoke: bool) -> dict[str, Any]:
     out = folder / "out"
     flags = [f"--{name}={folder / name}.jsonl" for name in ("forget", "retain", "holdout")]
     if smoke:
-        flags += [
-            "--text=text:LICENSE",
-            "--method=difference(layers=1)",
-            "--steps=2",
-            "--check_every=1",
-        ]
-        flags += ["--text_length=32", "--least_probability=0", "--least_rouge=0"]
+        flags += ["--text=text:LICENSE", "--method=difference(layers=1)", "--steps=2"]
+        flags += ["--check_every=1", "--text_length=32", "--least_probability=0", "--least_rouge=0"]
         flags += ["--least_fluency=0", "--most_perplexity=9", "--new_tokens=4"]
     else:
         flags.append("--text=tfds:wiki_summaries")

@@ -11,66 +11,47 @@ greedy, prefill included, one row and eight: the target alone, target and assist
 cost over the target alone as a share of what layer counts predict. Parts that are done are kept.
 """
 
-import json
+import functools
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from flax import nnx
 
-from experiments.shared import suite as _suite
-from experiments.shared import timing
+from experiments.shared import records, suite, timing
 from experiments.unlearning.train import planned_bytes
 from logitjax import decoding, fusion, models, training, unlearning
 
 _FASTER, _SMALLER, _DECODE = 3.0, 0.5, 1.15
 
 
-def run(options: _suite.Options) -> _suite.Result:
+def run(options: suite.Options) -> suite.Result:
     spec, layers, rows, length, new = (
         ("tiny", 1, 2, 16, 4) if options.smoke else ("smollm2", 8, 4, 96, 32)
     )
     model, _ = models.load(spec, layout="listed")
     model = models.with_layout(model, "listed")
-    kept = Path(options.directory) / f"{options.scale}.partial.json"
-    known = json.loads(kept.read_text()) if kept.exists() else {}
+    parts = epath.Path(options.directory) / f"{options.scale}-parts"
 
-    def part(name: str, make: Callable[[], Any]) -> Any:
-        if name not in known:
-            known[name] = make()
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            kept.write_text(json.dumps(known))
-        return known[name]
+    def part(name: str, make: Callable[..., Any], *sizes: int) -> Any:
+        measure = functools.partial(make, model, layers, *sizes, options.repeats)
+        return records.kept(parts / f"{name}.json", measure)
 
-    steps = part("steps", lambda: _steps(model, layers, rows, length, options.repeats))
+    steps = part("steps", _steps, rows, length)
     table = list(steps["rows"])
     bars = [
-        _suite.Bar(
-            name="NPO + KL step / assistant step, seconds",
-            value=steps["faster"],
-            limit=_FASTER,
-            sense=">=",
-        ),
-        _suite.Bar(
-            name="assistant step / NPO + KL step, memory", value=steps["smaller"], limit=_SMALLER
-        ),
+        suite.at_least("NPO + KL step / assistant step, seconds", steps["faster"], _FASTER),
+        suite.at_most("assistant step / NPO + KL step, memory", steps["smaller"], _SMALLER),
     ]
     for batch in (1,) if options.smoke else (1, 8):
-        found = part(
-            f"decode {batch}", lambda b=batch: _decode(model, layers, b, new, options.repeats)
-        )
+        found = part(f"decode-{batch}", _decode, batch, new)
         table += found["rows"]
-        bars.append(
-            _suite.Bar(
-                name=f"decoding over alone / (M + K) / M, B = {batch}",
-                value=found["share"],
-                limit=_DECODE,
-            )
-        )
-    kept.unlink()
-    return _suite.Result(rows=table, bars=bars)
+        name = f"decoding over alone / (M + K) / M, B = {batch}"
+        bars.append(suite.at_most(name, found["share"], _DECODE))
+    parts.rmtree()
+    return suite.Result(rows=table, bars=bars)
 
 
 def _batch(model: models.Decoder, rows: int, length: int) -> dict[str, Any]:
@@ -105,7 +86,7 @@ def _steps(
         state = training.TrainState.create(start, tx, mesh=mesh)
         step = training.TrainStep(loss_fn, tx, mesh=mesh)
         sizes[name] = planned_bytes(step.lower(state, batch, constants).compile())
-        calls[name] = _repeated(step, state, batch, constants)
+        calls[name] = timing.repeated(step, state, batch, constants)
     seconds = timing.paired_seconds(calls, repeats=repeats)
     table = [
         {
@@ -123,16 +104,6 @@ def _steps(
         "faster": timing.paired_ratio(seconds["npo_kl"], seconds["assistant"]),
         "smaller": sizes["assistant"] / sizes["npo_kl"],
     }
-
-
-def _repeated(step: training.TrainStep, state: Any, batch: Any, constants: Any) -> Any:
-    held = [state]
-
-    def call() -> Any:
-        held[0], output = step(held[0], batch, constants)
-        return output.metrics
-
-    return call
 
 
 def _decode(

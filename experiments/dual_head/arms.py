@@ -69,25 +69,23 @@ class Arm:
         name: Name of the arm.
         logit_loss: `(student, teacher, labels) -> [batch]`, weighted by alpha; None without one.
         auxiliary: The second head, which then gets the logit loss.
-        align: Project the logit loss's gradient: over the `trunk` or over `all` parameters.
+        aligned: Project the logit loss's gradient in the trunk.
         only: The logit loss is all there is: no cross-entropy, and no alpha.
         task: `(student, teacher, labels) -> [batch]` in place of the cross-entropy.
-        smooths: Alpha is label smoothing instead, alpha / (1 + alpha) of it.
         warms: Alpha grows to its value over the first `config.warmup_epochs`.
     """
 
     name: str
     logit_loss: Callable[..., Any] | None = None
     auxiliary: Auxiliary | None = None
-    align: str | None = None
+    aligned: bool = False
     only: bool = False
     task: Callable[..., Any] | None = None
-    smooths: bool = False
     warms: bool = False
 
     @property
     def has_alpha(self) -> bool:
-        return self.smooths or (self.logit_loss is not None and not self.only)
+        return self.logit_loss is not None and not self.only
 
 
 def arms(config: Config) -> dict[str, Arm]:
@@ -125,7 +123,6 @@ def arms(config: Config) -> dict[str, Arm]:
 
     found = [
         Arm(name="ce"),
-        Arm(name="label_smoothing", smooths=True),
         Arm(name="kd", logit_loss=functools.partial(kd, temperature=config.temperature)),
         # What is published differs by pair of networks: a fair baseline tries temperatures too.
         Arm(name="kd_t1", logit_loss=functools.partial(kd, temperature=1.0)),
@@ -137,16 +134,12 @@ def arms(config: Config) -> dict[str, Arm]:
         Arm(name="logit_only", logit_loss=logit_loss, only=True),
         Arm(name="single", logit_loss=logit_loss),
         Arm(name="kd_and_logit", logit_loss=logit_loss, task=kd_and_labels),
-        Arm(name="single_aligned", logit_loss=logit_loss, align="trunk"),
     ]
     kinds: tuple[Auxiliary, ...] = ("linear", "mlp")
     for auxiliary in kinds:
         made = functools.partial(Arm, logit_loss=logit_loss, auxiliary=auxiliary)
-        found += [
-            made(name=f"dual_{auxiliary}"),
-            made(name=f"dual_{auxiliary}_aligned", align="trunk"),
-            made(name=f"dual_{auxiliary}_aligned_all", align="all"),
-        ]
+        found += [made(name=f"dual_{auxiliary}")]
+        found += [made(name=f"dual_{auxiliary}_aligned", aligned=True)]
     return {arm.name: arm for arm in found}
 
 
@@ -175,24 +168,20 @@ def loss_function(
         teacher: Any,
         alpha: Any,
         key: Any = None,
+        *,
         train: bool = True,
     ) -> tuple[tuple[Any, Any], Any]:
         model = nnx.merge(graphdef, params, stats, copy=True)
         _, logits, other = outputs(model, inputs, train=train, key=key)
-        smoothing = alpha / (1.0 + alpha) if arm.smooths else 0.0
         if arm.task is not None:
             task = arm.task(logits, teacher, labels).mean()
         else:
-            task = losses.cross_entropy(logits, labels, label_smoothing=smoothing).mean()
+            task = losses.cross_entropy(logits, labels).mean()
         logit = jnp.zeros(())
-        if arm.only and arm.logit_loss is not None:
-            return (0.0 * task, arm.logit_loss(other, teacher, labels).mean()), nnx.state(
-                model, nnx.BatchStat
-            )
         if arm.logit_loss is not None:
-            share = 1.0 / (1.0 + alpha) if convex else 1.0
-            task = share * task
-            logit = share * alpha * arm.logit_loss(other, teacher, labels).mean()
+            share = 0.0 if arm.only else 1.0 / (1.0 + alpha) if convex else 1.0
+            weight = 1.0 if arm.only else share * alpha
+            task, logit = share * task, weight * arm.logit_loss(other, teacher, labels).mean()
         return (task, logit), nnx.state(model, nnx.BatchStat)
 
     return loss_fn

@@ -202,7 +202,7 @@ class Trainer:
 
     def _gradient(self, variables: Any, batch: tuple, alpha: Any, key: Any) -> tuple[Any, Any, Any]:
         args = (variables["stats"], *batch, alpha, key)
-        if self.arm.align is None:
+        if not self.arm.aligned:
 
             def total(params: Any) -> Any:
                 (task, logit), stats = self.loss_fn(params, *args)
@@ -210,15 +210,14 @@ class Trainer:
 
             gradient, (loss, stats) = jax.grad(total, has_aux=True)(variables["params"])
             return gradient, loss, stats
-        trunk = "backbone" if self.arm.align == "trunk" else None
-        run = distillation.aligned_value_and_grad(self.loss_fn, trunk=trunk)
+        run = distillation.aligned_value_and_grad(self.loss_fn, trunk="backbone")
         (parts, stats), gradient, _ = run(variables["params"], *args)
         return gradient, sum(parts), stats
 
     def _step(self, lane: Any, given: Given, rows: Any, number: Any) -> tuple[Any, Any]:
         """One update of one lane, its variables and its optimizer's state."""
         variables, opt_state = lane
-        alpha = variables["alpha"] * (1.0 if self.arm.smooths else given.on)
+        alpha = variables["alpha"] * given.on
         augment_key, dropout_key = jax.random.split(jax.random.fold_in(given.key, number))
         split = NamedSharding(self.placed.mesh, P("data"))
         rows = jax.lax.with_sharding_constraint(rows, split)

@@ -7,44 +7,15 @@ from experiments.few_shot.sources import CLIP_SOURCES
 from logitjax.commands.cli import field
 
 METHODS: tuple[str, ...] = (
-    "amu",
-    "amu_kurtosis",
-    "amu_paper",
-    "amu_same_encoder",
-    "tip_adapter",
-    "tip_adapter_f",
-    "tip_x",
-    "cafo",
-    "ape",
-    "ape_t",
-    "dmn",
-    "gda",
-    "pro_ker",
-    "clip_adapter",
-    "task_res",
-    "lp_plus_plus",
-    "lp_plus_plus_released",
-    "clap",
-    "zs_lp",
-    "linear_probe",
-    "linear_probe_auxiliary",
-    "cross_modal",
+    *("amu", "amu_kurtosis", "amu_paper", "amu_same_encoder"),
+    *("tip_adapter", "tip_adapter_f", "tip_x", "cafo", "ape", "ape_t", "dmn", "gda", "pro_ker"),
+    *("clip_adapter", "task_res", "lp_plus_plus", "lp_plus_plus_released", "clap", "zs_lp"),
+    *("linear_probe", "linear_probe_auxiliary", "cross_modal"),
 )
-ABLATIONS: tuple[str, ...] = (
-    "fixed",
-    "fixed_kurtosis",
-    "fixed_no_branch_loss",
-    "fixed_random_start",
-)
+ABLATIONS = ("fixed", "fixed_kurtosis", "fixed_no_branch_loss", "fixed_random_start")
 MEASURES: tuple[str, ...] = (
-    "fixed_same_encoder",
-    "fixed_branch_loss_only",
-    "fixed_kurtosis_of_logits",
-    "fixed_kurtosis_250",
-    "fixed_entropy",
-    "fixed_max",
-    "fixed_margin",
-    "fixed_energy",
+    *("fixed_same_encoder", "fixed_branch_loss_only", "fixed_kurtosis_of_logits"),
+    *("fixed_kurtosis_250", "fixed_entropy", "fixed_max", "fixed_margin", "fixed_energy"),
 )
 ARMS = METHODS + ABLATIONS + MEASURES
 

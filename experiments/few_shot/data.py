@@ -134,10 +134,15 @@ def _class_weights(
         raise ValueError(
             f"encoder: {encoder.name} has neither text nor an ImageNet head to name {name} with"
         )
-    kernel = np.asarray(few_shot.unit_rows(np.asarray(encoder.model.head.kernel[...]).T))
+    kernel = _unit(np.asarray(encoder.model.head.kernel[...]).T)
     ids = few_shot_synsets.ids_of(source.synsets, class_names)
     means = np.stack([kernel[rows].mean(0) for rows in ids])
-    return np.asarray(few_shot.unit_rows(means), np.float32).T
+    return _unit(means).T
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    """Rows scaled to length one."""
+    return np.asarray(rows / np.linalg.norm(rows, axis=-1, keepdims=True), np.float32)
 
 
 @jax.jit
@@ -155,8 +160,7 @@ def synthetic(spec: str) -> Task:
     others = rng.normal(size=(classes, 24))
     labels = np.repeat(np.arange(classes), room).astype(np.int32)
     # A classifier with noisy weights is better than chance and worse than the labels.
-    noisy = np.asarray(few_shot.unit_rows((weights + 0.2 * rng.normal(size=weights.shape)).T).T)
-    noisy = noisy.astype(np.float32)
+    noisy = _unit((weights + 0.2 * rng.normal(size=weights.shape)).T).T
 
     def pictures(noise: float) -> few_shot.Inputs:
         features = weights.T[labels] + noise * rng.normal(size=(len(labels), width))

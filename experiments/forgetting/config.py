@@ -7,14 +7,8 @@ from logitjax import unlearning
 from logitjax.commands.cli import field
 
 _METHODS = (
-    "difference",
-    "gradient_difference",
-    "npo_gradient_difference",
-    "simnpo",
-    "idk_dpo",
-    "rmu",
-    "undial",
-    "satimp",
+    *("difference", "gradient_difference", "npo_gradient_difference", "simnpo"),
+    *("idk_dpo", "rmu", "undial", "satimp"),
 )
 # Of a method that trains all weights in place of adapters.
 ALL = "+all"

@@ -38,10 +38,7 @@ def load_scene(config: Config) -> Scene:
 
 
 def _facts(seed: int) -> Scene:
-    sides = {
-        name: tuple(_row(fact["question"], fact["answer"]) for fact in side)
-        for name, side in facts(seed).items()
-    }
+    sides = {name: tuple(_row(*fact) for fact in side) for name, side in facts(seed).items()}
     split = unlearning.split_rows(sides["forget"], sides["retain"], sides["holdout"])
     # The table is of known facts that nothing else has seen.
     parts = dict(split.parts) | {"test": sides["unseen"]}

@@ -2,33 +2,13 @@
 
 import numpy as np
 
-Fact = dict[str, str]
+Fact = tuple[str, str]  # question, answer
 
 _PEOPLE = (
-    "Ovira Tamsel",
-    "Belko Drunn",
-    "Ysanne Korvel",
-    "Tobin Alderquist",
-    "Maret Silloway",
-    "Hesper Vonn",
-    "Corvin Pellam",
-    "Ludmila Ashgrove",
-    "Jorun Teck",
-    "Priya Wendermere",
-    "Anselm Groot",
-    "Fenna Ostrander",
-    "Rasmus Quill",
-    "Odette Marlow",
-    "Ivo Stelling",
-    "Zelda Brannock",
-    "Casimir Holt",
-    "Nadia Fairweather",
-    "Emeric Solt",
-    "Greta Lindqvist",
-    "Bastian Crowe",
-    "Oluwa Denning",
-    "Petra Vasek",
-    "Silas Mortlake",
+    "Ovira Tamsel,Belko Drunn,Ysanne Korvel,Tobin Alderquist,Maret Silloway,Hesper Vonn,"
+    "Corvin Pellam,Ludmila Ashgrove,Jorun Teck,Priya Wendermere,Anselm Groot,Fenna Ostrander,"
+    "Rasmus Quill,Odette Marlow,Ivo Stelling,Zelda Brannock,Casimir Holt,Nadia Fairweather,"
+    "Emeric Solt,Greta Lindqvist,Bastian Crowe,Oluwa Denning,Petra Vasek,Silas Mortlake"
 )
 
 # Question, answer, and what the answer may be.
@@ -75,20 +55,10 @@ _KINDS = (
     ),
 )
 
-_CAPITALS = {
-    "France": "Paris",
-    "Japan": "Tokyo",
-    "Italy": "Rome",
-    "Germany": "Berlin",
-    "Spain": "Madrid",
-    "Egypt": "Cairo",
-    "Russia": "Moscow",
-    "China": "Beijing",
-    "Greece": "Athens",
-    "Portugal": "Lisbon",
-    "Ireland": "Dublin",
-    "Norway": "Oslo",
-}
+_CAPITALS = (
+    "France Paris,Japan Tokyo,Italy Rome,Germany Berlin,Spain Madrid,Egypt Cairo,Russia Moscow,"
+    "China Beijing,Greece Athens,Portugal Lisbon,Ireland Dublin,Norway Oslo"
+)
 _OTHERS = (
     ("Which planet is known as the Red Planet?", "Mars is known as the Red Planet."),
     ("What is the chemical symbol for gold?", "The chemical symbol for gold is Au."),
@@ -121,19 +91,19 @@ _OTHERS = (
 def facts(seed: int) -> dict[str, list[Fact]]:
     """8 facts to `forget`, 10 of a `holdout`, 16 to `retain` and 12 known ones, `unseen`."""
     rng = np.random.default_rng(seed)
-    people = rng.permutation(len(_PEOPLE))
+    people = rng.permutation(_PEOPLE.split(","))
     values = [rng.permutation(what.split(",")) for _, _, what in _KINDS]
 
     def invented(n: int) -> Fact:
         question, answer, _ = _KINDS[n % len(_KINDS)]
-        who, what = _PEOPLE[people[n]], values[n % len(_KINDS)][n // len(_KINDS)]
-        return _fact(question.format(who=who), answer.format(who=who, what=what))
+        who, what = people[n], values[n % len(_KINDS)][n // len(_KINDS)]
+        return question.format(who=who), answer.format(who=who, what=what)
 
     known = [
-        _fact(f"What is the capital of {land}?", f"The capital of {land} is {city}.")
-        for land, city in _CAPITALS.items()
+        (f"What is the capital of {land}?", f"The capital of {land} is {city}.")
+        for land, city in map(str.split, _CAPITALS.split(","))
     ]
-    known += [_fact(*pair) for pair in _OTHERS]
+    known += _OTHERS
     known = [known[i] for i in rng.permutation(len(known))]
     return {
         "forget": [invented(n) for n in range(8)],
@@ -141,7 +111,3 @@ def facts(seed: int) -> dict[str, list[Fact]]:
         "retain": known[:16],
         "unseen": known[16:],
     }
-
-
-def _fact(question: str, answer: str) -> Fact:
-    return {"question": question, "answer": answer}

@@ -22,7 +22,7 @@ def programs(config: Config, mesh: Mesh) -> Iterator[Program]:
     # Two losses in one update need the most.
     for arm in sorted(config.loss, key=lambda arm: (arm != "uld+gld", arm)):
         settings = arms.first_settings(config, arm)
-        yield distillation.update_program(
+        yield from distillation.update_programs(
             model,
             settings.objective(config),
             train.course(config, settings, 0),

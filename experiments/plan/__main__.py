@@ -21,7 +21,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -48,8 +48,8 @@ _GIB = 2.0**30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """One program of one preset on one mesh.
+class Plan(costs.Collectives):
+    """One program of one preset on one mesh, and what of it travels.
 
     Attributes:
         chip: The chip, as it was asked for.
@@ -63,13 +63,7 @@ class Plan:
         temp_bytes: Bytes that the program holds beside.
         peak_bytes: The most of all these at any time; 0 where the compiler does not say.
         flops: Floating-point work of all matrix products, on all devices together.
-        calls: Number of collectives by kind, on one device.
-        collective_bytes: Bytes of these collectives.
-        received: Bytes that reach a device from its slice at the least.
-        between_calls: Number of transfers to other slices by kind, on one device.
-        between_bytes: Bytes of these transfers.
         gradient: Bytes of the gradient of all that is trained, whole; 0 where nothing is.
-        unknown_loops: Number of loops that count once, for their length is not known.
         cycles: The TPU compiler's own estimate, loops as often as they run; 0 of another compiler.
         seconds: Seconds of the compilation.
         error: What the compiler says where the program does not fit.
@@ -90,13 +84,7 @@ class Plan:
     alias_bytes: int = 0
     temp_bytes: int = 0
     peak_bytes: int = 0
-    calls: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    collective_bytes: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    received: float = 0.0
-    between_calls: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    between_bytes: Mapping[str, float] = dataclasses.field(default_factory=dict)
     gradient: float = 0.0
-    unknown_loops: int = 0
     cycles: float = 0.0
     seconds: float = 0.0
     error: str = ""
@@ -146,7 +134,6 @@ def make_plan(traced: Any, chip: chips.Chip, *, devices: int, mesh: str = "", **
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     text = compiled.as_text()
-    sent = costs.collectives(text)
     return Plan(
         **known,
         argument_bytes=int(memory.argument_size_in_bytes),
@@ -154,12 +141,7 @@ def make_plan(traced: Any, chip: chips.Chip, *, devices: int, mesh: str = "", **
         alias_bytes=int(memory.alias_size_in_bytes),
         temp_bytes=int(memory.temp_size_in_bytes),
         peak_bytes=int(getattr(memory, "peak_memory_in_bytes", 0)),
-        calls=sent.calls,
-        collective_bytes=sent.bytes,
-        received=sent.received,
-        between_calls=sent.between_calls,
-        between_bytes=sent.between_bytes,
-        unknown_loops=sent.unknown_loops,
+        **vars(costs.collectives(text)),
         cycles=costs.estimated_cycles(text),
         seconds=seconds,
     )

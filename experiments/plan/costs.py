@@ -9,25 +9,8 @@ from typing import Any
 import jax
 from jax.extend import core
 
-_BYTES = {
-    "pred": 1,
-    "s4": 0.5,
-    "u4": 0.5,
-    "s8": 1,
-    "u8": 1,
-    "s16": 2,
-    "u16": 2,
-    "bf16": 2,
-    "f16": 2,
-    "s32": 4,
-    "u32": 4,
-    "f32": 4,
-    "s64": 8,
-    "u64": 8,
-    "f64": 8,
-    "c64": 8,
-    "c128": 16,
-}
+_BITS = {"pred": 8, "c64": 64, "c128": 128, "bf16": 16}
+_BITS |= {f"{kind}{bits}": bits for kind in "suf" for bits in (4, 8, 16, 32, 64)}
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 _COMPUTATION = re.compile(r"^(ENTRY )?%([^ ]+) \(.*\{$")
 _INSTRUCTION = re.compile(
@@ -106,25 +89,25 @@ class Instruction:
         return found
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Collectives:
     """What one device sends to or gets from others in one run of a program.
 
     Attributes:
         calls: By kind, how often.
-        bytes: By kind, of the arrays as they are before they are split or after they are joined.
+        collective_bytes: By kind, of the arrays before they are split or after they are joined.
         unknown_loops: Loops whose length could not be read; what is in them counts once.
-        received: Bytes that reach the device at the least, whatever the algorithm.
+        received: Bytes that reach the device from its slice at the least, whatever the algorithm.
         between_calls: By kind, how often it sends to other slices.
         between_bytes: Bytes of these.
     """
 
-    calls: dict[str, int]
-    bytes: dict[str, float]
-    unknown_loops: int
-    received: float
-    between_calls: dict[str, int]
-    between_bytes: dict[str, float]
+    calls: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    collective_bytes: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    unknown_loops: int = 0
+    received: float = 0.0
+    between_calls: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    between_bytes: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def collectives(text: str) -> Collectives:
@@ -162,12 +145,12 @@ def collectives(text: str) -> Collectives:
         elif instruction.kind == "while":
             unknown += instruction.length is None
     return Collectives(
-        {kind: count for kind, count in calls.items() if count},
-        {kind: size for kind, size in sizes.items() if calls[kind]},
-        unknown,
-        received,
-        {kind: int(sent[0]) for kind, sent in between.items()},
-        {kind: sent[1] for kind, sent in between.items()},
+        calls={kind: count for kind, count in calls.items() if count},
+        collective_bytes={kind: size for kind, size in sizes.items() if calls[kind]},
+        unknown_loops=unknown,
+        received=received,
+        between_calls={kind: int(sent[0]) for kind, sent in between.items()},
+        between_bytes={kind: sent[1] for kind, sent in between.items()},
     )
 
 
@@ -254,24 +237,24 @@ def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
     return computations, entry
 
 
+def _array_bytes(kind: str, sides: str) -> float:
+    return _BITS.get(kind, 32) / 8 * math.prod(map(int, filter(None, sides.split(","))))
+
+
 def _result_bytes(instruction: Instruction) -> float:
     arrays = _ARRAY.findall(instruction.type)
-    sizes = [_BYTES.get(t, 4) * math.prod(map(int, filter(None, d.split(",")))) for t, d in arrays]
-    if not instruction.kind.endswith("-start"):
-        return sum(sizes)
-    if instruction.kind == "all-reduce-start":
+    sizes = [_array_bytes(*array) for array in arrays]
+    if instruction.kind == "all-reduce-start" or not instruction.kind.endswith("-start"):
         return sum(sizes)
     # A pair of what goes in and what comes out, and marks of its progress.
-    sizes = [
-        size for size, (t, d) in zip(sizes, arrays, strict=True) if d or t not in ("u32", "s32")
-    ]
+    pairs = zip(sizes, arrays, strict=True)
+    sizes = [size for size, (t, d) in pairs if d or t not in ("u32", "s32")]
     return sum(sizes[len(sizes) // 2 :])
 
 
 def _first_bytes(instruction: Instruction) -> float:
     """Of the first array of a tuple: what is sent, without the marks beside it."""
-    kind, sides = _ARRAY.findall(instruction.type)[0]
-    return _BYTES.get(kind, 4) * math.prod(map(int, filter(None, sides.split(","))))
+    return _array_bytes(*_ARRAY.findall(instruction.type)[0])
 
 
 def _group_size(rest: str) -> int:

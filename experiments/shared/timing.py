@@ -27,6 +27,18 @@ def paired_seconds(
     return seconds
 
 
+def repeated(step: Callable[..., Any], state: Any, *arguments: Any) -> Callable[[], Any]:
+    """A call that takes one more training step from where the last ended, and gives its metrics."""
+    held = [state]
+
+    def call() -> Any:
+        # A step donates its state: each is good for one call.
+        held[0], output = step(held[0], *arguments)
+        return output.metrics
+
+    return call
+
+
 def paired_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
     """Median of the ratios of measurements taken side by side."""
     return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))

@@ -10,14 +10,8 @@ from logitjax.commands.cli import field
 _DIFFERENCES = ("difference_official", "difference_clean")
 # What the presets compare; the other methods are run by name.
 _ARMS = (
-    "gradient_ascent",
-    "gradient_difference",
-    "npo",
-    "npo_gradient_difference",
-    "npo_kl",
-    "simnpo",
-    "rmu",
-    "undial",
+    *("gradient_ascent", "gradient_difference", "npo", "npo_gradient_difference", "npo_kl"),
+    *("simnpo", "rmu", "undial"),
     *_DIFFERENCES,
 )
 

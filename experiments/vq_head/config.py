@@ -5,27 +5,32 @@ from typing import Any
 
 from logitjax.commands.cli import field
 
-ARMS = (
-    "vq_paper",
-    "vq_plain",
-    "vq_random",
-    "vq_bias",
-    "vq_likelihood",
-    "product",
-    "packed_product",
-    "wide_low_rank",
-    "adaptive",
-    "full_bias_labels",
-)
-SCRATCH_ARMS = (
-    "full_bias",
-    "full",
-    "vq_bias",
-    "vq_reassigned",
-    "vq_random",
-    "vq_plain",
-    "adaptive",
-)
+# Of each arm its name in tables, and beside lines of a picture, where there is less room.
+NAMES = {
+    "vq_paper": ("VQ as published: k-means over rows, no bias", "VQ as published"),
+    "vq_plain": ("VQ, weighted k-means, no bias", "VQ, weighted"),
+    "vq_random": ("VQ + bias, random mapping", "VQ + bias, random"),
+    "vq_bias": ("VQ + bias, weighted k-means", "VQ + bias"),
+    "vq_likelihood": ("VQ + bias, likelihood reassignment", "VQ + bias, reassigned"),
+    "product": ("product quantisation + bias", "product codes"),
+    "packed_product": (
+        "product quantisation, 16 codes a group, + bias",
+        "packed product codes",
+    ),
+    "wide_low_rank": ("low rank, wider, + bias", "wider low rank"),
+    "adaptive": ("adaptive softmax, tuned on labels", "adaptive softmax"),
+    "full_bias_labels": ("full head, biases tuned on labels (control)", "tuned biases"),
+}
+SCRATCH_NAMES = {
+    "full_bias": "full softmax + bias (control)",
+    "full": "full softmax",
+    "vq_bias": "VQ + bias, mapping from pretrained rows *",
+    "vq_reassigned": "the same, tokens reassigned twice *",
+    "vq_random": "VQ + bias, random mapping",
+    "vq_plain": "VQ without bias, mapping from pretrained rows *",
+    "adaptive": "adaptive softmax",
+}
+ARMS, SCRATCH_ARMS = tuple(NAMES), tuple(SCRATCH_NAMES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,16 +110,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         screen_rank=4,
         candidates=(8,),
         # One of each kind: the others are compiled the same, with other settings.
-        arm=(
-            "vq_paper",
-            "vq_random",
-            "vq_bias",
-            "vq_likelihood",
-            "packed_product",
-            "wide_low_rank",
-            "adaptive",
-            "full_bias_labels",
-        ),
+        arm=tuple(arm for arm in ARMS if arm not in ("vq_plain", "product")),
         scratch_arm=("full_bias", "vq_reassigned"),
         scratch_vocab=128,
         scratch_width=16,

@@ -49,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Nothing has to be unwound yet, and some packages would make another error of it.
     before = signal.signal(signal.SIGINT, _end)
     try:
+        # jax takes seconds to import: `--help` and a wrong name wait for none of it.
         command = importlib.import_module(f"logitjax.commands.{name.replace('-', '_')}")
         cli = importlib.import_module("logitjax.commands.cli")
     except ImportError as error:

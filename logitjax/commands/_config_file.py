@@ -13,6 +13,7 @@ from logitjax.commands import _flags
 
 def read_config(path: str, sections: Collection[str], known: Collection[str]) -> dict[str, Any]:
     """Values by flags' names from a YAML file, of which `config.json` beside a result is one."""
+    # Here: most runs have no file, and every command imports this module.
     import yaml
 
     place = epath.Path(path)
@@ -28,6 +29,7 @@ def read_config(path: str, sections: Collection[str], known: Collection[str]) ->
         if not isinstance(mapping, Mapping):
             raise ValueError(f"config: expected names and values in {path}, got {mapping!r:.40}")
         for name, value in mapping.items():
+            # Sections are for the reader: names are flat, and unique over all of them.
             if name in sections and name not in known:
                 gather(value)
             else:
@@ -50,6 +52,7 @@ def write_config(config: _flags.Dataclass, folder: epath.Path, flag: str) -> Non
     if path.exists() and path.read_text() != text:
         old, new = storage.read_json(path), json.loads(text)
         flags = _flags.flags_of(type(config))
+        # Another mesh computes the same result: such a run may be continued.
         free = {f.name for f in flags if f.metadata.get("execution") or f.metadata.get("secret")}
         changed = sorted(k for k in {*old, *new} - free if old.get(k) != new.get(k))
         if changed and _has_results(folder):
@@ -57,6 +60,7 @@ def write_config(config: _flags.Dataclass, folder: epath.Path, flag: str) -> Non
                 f"{flag}: expected a folder of this configuration, got {folder}, where "
                 f"{', '.join(changed)} is another; name a new --{flag}"
             )
+    # Others have only compared: two writers of one file on a store would race.
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         storage.write_atomic(path, text)

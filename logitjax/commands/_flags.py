@@ -111,6 +111,7 @@ class Flag:
         if not self.several:
             return self._read_one(value)
         items = list(value) if isinstance(value, list | tuple) else [value]
+        # Text may hold commas itself: it is repeated instead.
         if self.kind is not str:
             split = [item.split(",") if isinstance(item, str) else [item] for item in items]
             items = list(itertools.chain(*split))
@@ -121,12 +122,14 @@ class Flag:
         if isinstance(value, str) and self.kind is bool and value.lower() in ("true", "false"):
             return value.lower() == "true"
         scalar = isinstance(value, str | int | float)
+        # A bool is an int in Python: `--steps=true` would be one step.
         if not scalar or isinstance(value, bool) != (self.kind is bool):
             raise self._refusal(known, value)
         try:
             made = self.kind(value)
         except (ValueError, OverflowError):
             raise self._refusal(known, value) from None
+        # A file may say 1000.0, but 1.5 must not become 1.
         if isinstance(value, float) and self.kind is int and made != value:
             raise self._refusal(known, value)
         if self.choices and made not in self.choices:
@@ -143,6 +146,7 @@ class Flag:
 def flags_of(*classes: type) -> list[Flag]:
     """The flags of configurations, in the order of their fields."""
     flags = [flag for one in classes for flag in _leaves(one)]
+    # A mistake of whoever wrote the Config, hence a TypeError, which no user sees.
     owners: dict[str, type] = {}
     for flag in flags:
         if flag.name in owners:
@@ -161,6 +165,7 @@ def _leaves(
     without: Collection[str] = (),
     rename: Mapping[str, str] = types.MappingProxyType({}),
 ) -> Iterator[Flag]:
+    # Annotations may be strings; these are types.
     hints, docs = typing.get_type_hints(owner), attribute_docs(owner)
     for field_ in dataclasses.fields(owner):
         name, metadata = field_.name, field_.metadata
@@ -217,6 +222,7 @@ def _kind(name: str, hint: Any, choices: Sequence[str] | None) -> tuple[type, bo
 def attribute_docs(owner: type) -> Mapping[str, str]:
     """Entries under `Attributes:` in the docstring of a class, and of those it derives from."""
     docs: dict[str, str] = {}
+    # What a class says itself wins over what it inherits.
     for base in reversed(owner.__mro__):
         lines = inspect.cleandoc(base.__doc__ or "").splitlines()
         if "Attributes:" not in lines:
@@ -289,6 +295,7 @@ def read_command_line(
         else:
             absl_flags.DEFINE_string(name, None, "", flag_values=defined)
     for flag in flags:
+        # Text at first: `Flag.read` converts, as it does for files and presets, with one wording.
         define: Any = absl_flags.DEFINE_string
         if flag.several:
             define = absl_flags.DEFINE_multi_string
@@ -310,6 +317,7 @@ def check_names(source: str, names: Iterable[str], known: Collection[str]) -> No
     """Refuses names that are no flags'."""
     for name in names:
         if name not in known:
+            # Most wrong names are typing errors.
             near = difflib.get_close_matches(str(name), known, n=1)
             hint = f", perhaps {near[0]}" if near else ""
             raise ValueError(f"{source}: expected the name of a flag{hint}, got {name!r}")

@@ -142,6 +142,7 @@ def _prepare(config: Config) -> tuple[np.ndarray, int, Truth | None]:
         raise ValueError("model: expected a head without biases, its rows span one dimension more")
     head = np.asarray(old.rows, np.float32)
     vocab, width = head.shape
+    # More rows than the width, or the rank of the answers would be their number.
     count = config.prompts or width + max(20, width // 5)
     if config.data:
         examples = data.load_examples(config.data)
@@ -179,8 +180,10 @@ def _oracle(config: Config, name: str, prompts: np.ndarray, truth: Truth | None)
         if name == "draws":
             policy = leakage.LogitPolicy(returns="token", bias="sampling")
         return leakage.HttpOracle(config.url, policy, api_key=config.api_key, budget=config.budget)
+    # `Config` asks for a model where there is no url.
     assert truth is not None
     logits = truth.logits
+    # All prompts were run at once: each policy then answers out of a table.
     places = {row.tobytes(): i for i, row in enumerate(prompts)}
 
     def apply(tokens: Any) -> np.ndarray:
@@ -211,10 +214,12 @@ def _audit(
     _write_recovered(found, out / "recovered" / f"{name}.npz")
     row = None
     if found.row is not None:
+        # The true error where the model is here, else what can be proved.
         error = found.row.error_bound if found.row_error is None else found.row_error
         row = (error, found.row.queries, found.row.coverage)
     loss = None if found.utility is None else found.utility.get("kl")
     width = found.width
+    # Without the truth a width cannot be wrong, only absent.
     sees_width = truth is None or (width is not None and width.estimate == truth.head.shape[1])
     return {
         "policy": name,

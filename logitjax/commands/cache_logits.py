@@ -62,6 +62,7 @@ def run(config: Config, out: epath.Path) -> None:
         raise ValueError(f"splits: expected some of {', '.join(SPLITS)}, got {unknown[0]!r}")
     reading = config.reading
     if config.likelihoods:
+        # Needs are derived from terms: this one asks for likelihoods.
         reading = dataclasses.replace(reading, terms=(distillation.terms.ALM(),))
     tokenizer = models.load_tokenizer(config.student)
     packed = distillation.pack_corpus(reading, tokenizer, out / "data")
@@ -102,6 +103,7 @@ def _announce(
         identity = distillation.TeacherIdentity(
             model=spec,
             tokenizer=tokenizer.fingerprint,
+            # Nothing is read by this identity: it is only asked how wide a row is.
             data="",
             vocab_size=tokenizer.vocab_size,
             positions=reading.seq_len - 1,

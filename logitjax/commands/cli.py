@@ -48,7 +48,9 @@ _ONE_LINE_ERRORS = (
 )
 _HELP = ("--help", "-h", "-help", "--helpfull", "--helpshort")
 _INTERRUPTED = 128 + signal.SIGINT
+# For unwinding, such as a checkpoint that is being written; then the process ends as it is.
 _GRACE_SECONDS = 5.0
+# People take ten seconds of silence for a hang.
 _SAY_SECONDS = 9.0
 _last_line = 0.0
 _interrupted = threading.Event()
@@ -109,6 +111,7 @@ def parse(
             raise ValueError(f"preset: expected one of {', '.join(presets)}, got {name!r}")
         _flags.check_names(f"preset {name}", presets[name], known)
         chosen = presets[name]
+    # Flags win over the file, which wins over the preset.
     values = {**chosen, **given}
     read = {flag.name: flag.read(values[flag.name]) for flag in flags if flag.name in values}
     return [_flags.build(one, read) for one in classes]
@@ -140,6 +143,7 @@ def _narrated() -> Iterator[None]:
                 logging.info("still %s", storage.progress.last()[1])
 
     if not sys.stderr.isatty() and not (jax.distributed.is_initialized() and jax.process_index()):
+        # A daemon: it must not keep a process alive that has ended.
         threading.Thread(target=narrate, name="narrator", daemon=True).start()
     try:
         yield
@@ -196,6 +200,7 @@ def _interruptible(says: str) -> Iterator[None]:
     Python raises KeyboardInterrupt when the main thread comes back from what it waits for, which
     may be a compiler for minutes. A thread hears of the signal at once, and waits no longer.
     """
+    # Only the main thread may set signals: a notebook or a test calls this from another.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -222,6 +227,7 @@ def _interruptible(says: str) -> Iterator[None]:
 
     _interrupted.clear()
     reader, writer = os.pipe()
+    # A handler that waited for room in the pipe would hang the whole process.
     os.set_blocking(writer, False)
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=listen, name="interrupts", daemon=True).start()
@@ -269,6 +275,7 @@ def main(
     kept = next((name for name in ("out", "workdir") if name in parameters), "")
     place = [_folder_class(kept), _Processes] if kept else []
     classes = [*place, _Families, config_class]
+    # Before absl reads them, which would print its own flags.
     if set(arguments) & set(_HELP):
         print(_flags.help_text(program, module.__doc__, _flags.flags_of(*classes), presets))
         return
@@ -308,6 +315,7 @@ def _main(
         if not kept:
             run(config)
             return
+        # A run of hours says what it does; a command that only prints is quiet.
         logging.set_verbosity(logging.INFO)
         training.distributed.initialize(**dataclasses.asdict(place[1]))
         folder = epath.Path(getattr(place[0], kept))
@@ -321,6 +329,7 @@ def _main(
         _let_others_speak(error)
         status = os.EX_TEMPFAIL if storage.may_pass(error) else 2
         _fail(error, status, details)
+    # XLA has one type for a full device, a lost process and its own faults: the text tells.
     except jax.errors.JaxRuntimeError as error:
         first = RuntimeError(str(error).splitlines()[0][:300])
         if "RESOURCE_EXHAUSTED" in str(error):
@@ -334,5 +343,6 @@ def _main(
             _fail(error, os.EX_TEMPFAIL, details)
         if not jax.distributed.is_initialized():
             raise
+        # Others wait in a collective: this process may not unwind, so it says now what failed.
         traceback.print_exc()
         _fail(error, 1, None)

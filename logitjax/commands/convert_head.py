@@ -91,6 +91,7 @@ def programs(config: Config, mesh: Mesh) -> Iterator[training.Program]:
 
 def _batches(packed: data.PackedDataset, rows: int) -> Iterator[Mapping[str, Any]]:
     """At most an epoch, in an order that the number of rows decides alone."""
+    # A small text has fewer rows than a batch, which must still give one.
     rows = min(rows, len(packed))
     for step in range(len(packed) // rows):
         yield packed.batch(step, seed=0, batch_size=rows)["model"]
@@ -117,6 +118,7 @@ def _report(config: Config, old: Any, new: Any, held_out: Any) -> str:
         )
     before, after = qualities
     codes = config.convert.num_codes
+    # Perplexity may be equal where heads disagree: greedy decoding sees that.
     same = float((before.tokens == after.tokens).mean())
     return (
         f"# `{config.model}`: its head as a {type(new.head).__name__} of {codes:,} codes\n\n"

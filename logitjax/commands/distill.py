@@ -13,11 +13,15 @@ one vocabulary. `first_piece`, `pkl`, `hybrid`, `hkl`, `alm`, `mined`, `uld` and
 another tokenizer (docs/any_tokenizer.md). A pruned student without a `--teacher` learns from the
 model that it was cut from.
 
+With `--on_policy=0.5` it writes half of each batch itself, and teachers that read live teach it
+there (docs/on_policy.md).
+
 OUT/model is the result: a Hugging Face directory, which transformers, vLLM and every other command
 here read. OUT/report.md compares the student before and after, with curves and samples.
 
 A teacher is a model, `cache:DIR` as `logitjax cache-logits` writes it, or `api:URL`, a server on
-this machine that reports log-probabilities with token ids. `--student_head` gives the student the
+this machine that reports log-probabilities with token ids, or, read live, one anywhere that gives
+hidden states (`logitjax serve --hidden_states`). `--student_head` gives the student the
 head that `logitjax audit` recovered from that server. You may kill the run at any time: the same
 command continues it, bit for bit. See docs/distil.md.
 """
@@ -55,6 +59,9 @@ class Config:
         "package.module:Name:0.5.",
         listing=distillation.terms.TERMS.help,
     )
+    on_policy: distillation.on_policy.OnPolicy = nested(
+        distillation.on_policy.OnPolicy(), rename={"share": "on_policy"}
+    )
     pruning: distillation.Pruning = distillation.Pruning()  # noqa: RUF009
     lora_rank: int = field(
         0, "Rank of adapters to train in place of the model. 0 trains the model."
@@ -91,6 +98,13 @@ class Config:
         if self.freeze == "below" and (not self.pruning.drop_layers or self.layout != "listed"):
             raise ValueError("freeze: expected drop_layers and listed layers with below")
         named = self.reading.teachers
+        if self.on_policy.share:
+            if self.reading.teacher_reads != "live":
+                raise ValueError(
+                    "on_policy: expected --teacher_reads=live: no cache has what a student writes"
+                )
+            self.on_policy.rows(self.course.batch_size)
+            self.on_policy.lengths(self.reading.seq_len)
         if self.teacher_weight and len(self.teacher_weight) != len(named):
             raise ValueError(
                 f"teacher_weight: expected {len(named)}, one a teacher, got "
@@ -102,6 +116,7 @@ class Config:
         """The learning rate."""
         if self.learning_rate is not None:
             return self.learning_rate
+        # Pruned layers and fresh adapters have far to go; a whole model is near where it should be.
         return 3e-4 if self.pruning.prunes or self.lora_rank else 5e-5
 
     @property
@@ -113,6 +128,8 @@ class Config:
 def run(config: Config, out: epath.Path) -> None:
     """Prunes, lets the teachers read, trains, writes the model and the report."""
     objective, course, reading = _objective(config), _course(config), _reading(config)
+    if config.on_policy.share and objective.taught is None:
+        raise ValueError("on_policy: expected a loss that a teacher gives, got those of text alone")
     basis = _recovered(config.student_head) if config.student_head else None
     mesh = training.make_mesh(config.mesh)
     course.check(mesh)
@@ -160,7 +177,15 @@ def run(config: Config, out: epath.Path) -> None:
     if jax.process_index() == 0 and (table := corpus.tokenizer_table()):
         storage.write_atomic(out / "tokenizers.md", markdown_table(table) + "\n")
         print(markdown_table(table))
-    found = distillation.distill(student, corpus, objective, course, mesh=mesh, workdir=out)
+    found = distillation.distill(
+        student,
+        corpus,
+        objective,
+        course,
+        mesh=mesh,
+        workdir=out,
+        on_policy=config.on_policy,
+    )
     storage.progress.mark(f"writing {out / 'model'}", log=True)
     models.save_pretrained(found.model, tokenizer, out / "model")
     rows += [
@@ -177,7 +202,7 @@ def run(config: Config, out: epath.Path) -> None:
 
 
 def programs(config: Config, mesh: jax.sharding.Mesh) -> Iterator[training.Program]:
-    """The update of the student, for `python -m experiments.plan --command=distill`."""
+    """What the run compiles, for `python -m experiments.plan --command=distill`."""
     shape = models.load_config(config.student)
     layers = len(config.pruning.keep_layers) or shape.num_layers - config.pruning.drop_layers
     shape = dataclasses.replace(
@@ -189,12 +214,13 @@ def programs(config: Config, mesh: jax.sharding.Mesh) -> Iterator[training.Progr
             shape, rngs=nnx.Rngs(0), dtype=config.dtype, layout=config.layout, remat=config.remat
         )
 
-    yield distillation.update_program(
+    yield from distillation.update_programs(
         model,
         _objective(config),
         _course(config),
         _reading(config),
         mesh=mesh,
+        on_policy=config.on_policy,
         freeze="embedding" if config.freeze == "below" else config.freeze,
         lora_rank=config.lora_rank,
     )
@@ -224,6 +250,7 @@ def _objective(config: Config) -> distillation.Objective:
 
 def _check_weights(config: Config, whole: models.Decoder, out: epath.Path) -> None:
     """What is in the folder was chosen for the weights that the student has now."""
+    # A name may point to other weights by now.
     path, weights = out / "student.json", distillation.make_student(whole).fingerprint
     if not processes.broadcast_from_first(path.exists):
         processes.write_json(path, {"weights": weights})
@@ -261,6 +288,7 @@ def _pruned(
 
     def calibration() -> list[Mapping[str, Any]]:
         size = config.course.batch_size
+        # Full batches only, unless there is none: another shape would compile again.
         starts = range(0, count - count % size or count, size)
         return [split.rows(range(i, min(i + size, count)))[packed.names["pivot"]] for i in starts]
 
@@ -297,6 +325,7 @@ def _recovered(place: str) -> np.ndarray:
     path = epath.Path(place)
     if path.is_dir():
         folder = path / "recovered" if (path / "recovered").exists() else path
+        # An audit of several policies leaves one file each: which one is meant has to be said.
         files = sorted(folder.glob("*.npz"))
         if len(files) != 1:
             names = ", ".join(file.name for file in files) or "none"
@@ -308,6 +337,7 @@ def _recovered(place: str) -> np.ndarray:
     if "basis" not in arrays:
         raise ValueError(f"student_head: {path} holds no basis of a head: the audit found none")
     basis, tokens = arrays["basis"], arrays["tokens"]
+    # A corner covers some tokens; the student needs a row for each.
     if not np.array_equal(tokens, np.arange(len(basis))):
         raise ValueError(
             f"student_head: {path} holds rows of {len(tokens)} tokens only, expected all of them"
@@ -369,13 +399,15 @@ def _report(
         else ""
     )
     long += f" {unlearnt} pieces hold nothing to learn and were left out." if unlearnt else ""
+    share = config.on_policy.share
+    own = f", {share:.0%} of the rows written by the student" if share else ""
     teachers = ", ".join(f"`{spec}`" for spec in config.teachers) or "no teacher"
     names = ("prompt", "before", "after")
     samples = [{"": n, "text": text_cell(found.samples[n])} for n in names]
     return (
         f"# `{config.student}`{', ' + note if note else ''}, taught\n\n"
         f"{' + '.join(config.loss)} with {teachers} on `{reading.data}`: {course.steps} steps of "
-        f"{course.batch_size} x {reading.seq_len} tokens, learning rate {config.peak:g}, "
+        f"{course.batch_size} x {reading.seq_len} tokens{own}, learning rate {config.peak:g}, "
         f"{found.trained.tokens_per_second:.4g} predicted tokens a second.{long}\n\n"
         f"{markdown_table(rows)}\n\n"
         f"Scores are on {min(course.eval_rows, len(packed.splits['test']))} rows of test text. "

@@ -88,6 +88,7 @@ def run(config: Config, out: epath.Path) -> None:
                     batch_size=config.batch_size,
                     dtype=config.dtype,
                 )
+                # Sizes on disk are known once every process has written its shards.
                 processes.barrier(f"features {directory.name}")
                 seconds = time.perf_counter() - start
                 logging.info("%s: %d rows in %.1f s", directory, len(rows), seconds)
@@ -103,6 +104,7 @@ def run(config: Config, out: epath.Path) -> None:
                         "seconds": seconds,
                     }
                 )
+                # Its files are open, and a run may make many.
                 del cache
     if jax.process_index() == 0:
         text = markdown_table(table)
@@ -112,6 +114,7 @@ def run(config: Config, out: epath.Path) -> None:
 
 def slug(text: str) -> str:
     """Part of a folder's name; other slices of a split have other ones."""
+    # `test[:10]` and `test[10:]` must not share a folder.
     spelt = text.replace(":", "_to_") if "[" in text else text
     spelt = spelt.replace("%", "pct").replace("[-", "[minus").replace("_to_-", "_to_minus")
     return re.sub(r"\W+", "_", spelt).strip("_")

@@ -160,10 +160,12 @@ class Problem:
         best = np.zeros(len(samples), int)
         if "validation" in scores:
             best = few_shot.best_setting(scores["validation"])
+        # One setting a sample, each chosen on its own validation pictures.
         rows = np.arange(len(best))
         record: dict[str, Any] = {"validation": [], "chosen": best.tolist()}
         record |= {part: found["accuracy"][rows, best].tolist() for part, found in scores.items()}
         images, labels = held_out["test"]
+        # Rows of padding have the label -1, which no argmax is.
         right = np.asarray(images.zero_shot).argmax(-1) == labels
         record["zero_shot"] = (right.sum(1) / (labels >= 0).sum(1)).tolist()
         record["updates"] = candidate.updates(len(samples[0].train))
@@ -308,6 +310,7 @@ def _encode(config: Config, out: epath.Path) -> Problem:
                 )
                 caches[-1].append(cache.directory)
         processes.barrier(f"features of {split}")
+        # Called once for each part, in this order.
         part = "pictures" if made_of["pictures"] is None else "test"
         made_of[part] = _digest([directory for kind in caches for directory in kind])
         plain, *others = caches
@@ -347,6 +350,7 @@ def _check_pictures(
         images.labels[few_shot.choose_rows(images, config.rows, seed=config.seed)],
         minlength=len(images.class_names),
     )
+    # A picture to learn from, and one for each of the parts that a sample is split into.
     least = 1 + (config.validation != "none") + (test_split is None)
     if counts.min() < least:
         scarce = images.class_names[int(counts.argmin())]
@@ -395,6 +399,7 @@ def _methods(problem: Problem) -> tuple[dict[str, few_shot.Candidate], dict[str,
             if any(getattr(side, part) is None for side in sides)
         ]
         learnt = problem.sample(max(config.shots), 0).train
+        # Its covariance is of differences within a class, and one picture has none.
         if name == "gda" and len(learnt) == len(pictures.class_names) and not pictures.views:
             missing = ["a second picture of a class"]
         if candidate.method.stops and config.validation == "none":
@@ -437,6 +442,7 @@ def _report(
     for name, by_shots in records.items():
         cost = {"settings": chosen[name].settings, f"updates at {most}": by_shots[most]["updates"]}
         rows.append(row(name, "test", by_shots) | cost)
+    # The diagonal is what is right.
     wrong = confusion * (1 - np.eye(len(confusion), dtype=int))
     pairs = sorted(np.argwhere(wrong), key=lambda at: -wrong[tuple(at)])[:10]
     taken = [
@@ -464,5 +470,6 @@ def _report(
 
 
 def _plot(confusion: np.ndarray, names: Sequence[str], path: epath.Path) -> None:
+    # A class without test pictures has a row of zeros, not of nans.
     shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     figures.draw_matrix(path, shares, names, x="predicted class", y="pictures of a class")

@@ -124,6 +124,7 @@ def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     mean = np.asarray(values.mean(0))
     if n < 2:
         return mean, np.full_like(mean, math.nan)
+    # Of three runs a normal interval would reach less than half as far.
     quantile = scipy.special.stdtrit(n - 1, 0.975)
     return mean, np.asarray(quantile * values.std(0, ddof=1) / math.sqrt(n))
 
@@ -173,6 +174,7 @@ def compose(picture: Picture) -> Any:
     rows = [panels[at : at + columns] for at in range(0, len(panels), columns)]
     heights = [max(panel.height for panel in row) for row in rows]
     every = dict.fromkeys(series.name for panel in panels for series in panel.series)
+    # By the order of names over all panels, so that one name looks the same everywhere.
     looks = {name: look(number) for number, name in enumerate(every)}
     with _styled():
         figure = _blank(sum(heights))
@@ -185,6 +187,7 @@ def compose(picture: Picture) -> Any:
         for panel, names in zip(panels, named, strict=True):
             for name in names if panel.names == "right" else ():
                 name.put_right()
+        # Now the layout is known; frozen, as labels that move must not move the axes.
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
         for axes, panel, names in zip(grid, panels, named):
@@ -232,6 +235,7 @@ def _fill(axes: Any, panel: Panel, looks: Mapping[str, dict[str, Any]]) -> list[
         if not any(series.runs):
             continue
         runs = np.asarray(series.runs, np.float64).reshape(len(series.runs), -1, 2)
+        # All of it diverged: there is no last point to write the name at.
         if not np.isfinite(runs).all(-1).any():
             continue
         mean = _draw_series(axes, series, runs, looks[series.name])
@@ -273,6 +277,7 @@ def _plain_numbers(axis: Any) -> None:
 
     low, high = axis.get_view_interval()
     decades = math.log10(high / low)
+    # Ticks that the panel named stay.
     if isinstance(axis.get_major_locator(), FixedLocator):
         return
     axis.set_major_formatter("{x:g}")
@@ -284,6 +289,7 @@ def _plain_numbers(axis: Any) -> None:
 def _draw_series(axes: Any, series: Series, runs: np.ndarray, style: dict[str, Any]) -> np.ndarray:
     """Runs, their means and intervals; returns the means `[points, 2]`."""
     mean, reach = interval(runs)
+    # One run has no interval: a bar of length zero is none.
     reach = np.nan_to_num(reach)
     color, curve = style["color"], series.line and len(mean) > _MOST_POINTS
     style = style | ({} if series.line else {"linestyle": "none"})

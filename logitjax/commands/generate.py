@@ -97,6 +97,7 @@ def run(config: Config) -> None:
         )
         talk.answered(text)
         print(flush=True)
+        # Not where the output is read by another program.
         if sys.stderr.isatty():
             seconds = time.perf_counter() - start
             rate = f"{count} tokens in {seconds:.1f} s, the first compiling included"
@@ -119,6 +120,7 @@ def _check(config: Config) -> None:
 
 def sampling_of(config: Config) -> decoding.Sampling:
     """What the flags say, and where they say nothing what the model's publisher does."""
+    # Publishers' settings are tuned with the model: greedy chat models repeat themselves.
     settings = models.load_sampling(config.line_up.model)
     for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
         if getattr(config, name) is not None:
@@ -133,6 +135,7 @@ def _prompts(config: Config) -> Iterator[str]:
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
+        # Not `input`: it ends with an exception, and writes prompts to standard output.
         line = sys.stdin.readline()
         if not line:
             return
@@ -152,6 +155,7 @@ def answer(
         # Something has to be read.
         tokens = [tokenizer.bos_id]
     most = ensemble.max_length
+    # A conversation grows: what is left of the context bounds the answer.
     room = max_new_tokens if most is None else most - len(tokens)
     if room < 1:
         raise ValueError(f"prompt: {len(tokens)} tokens, the models read at most {most}")

@@ -28,6 +28,7 @@ from logitjax.commands.cli import REQUIRED, field
 from logitjax.commands.tables import markdown_table
 from logitjax.storage.weights import read_npy
 
+# Annealed: a solve at the last alone starts far from its plan.
 _EPSILONS = (1.0, 0.3, 0.1, 0.03, 0.01)
 # L1 error of a marginal from which on a plan's cost may lie below the true optimum.
 _MARGINALS = 1e-3
@@ -42,7 +43,7 @@ class Config:
     bounds: Literal["cheap", "sorted_rows", "third"] = field(
         "cheap", "Work for the lower bound: n^2 (cheap), n^2 log n (sorted_rows) or n^3 (third)."
     )
-    refine: Literal["none", "exchange", "assignment", "search"] = field(
+    refine: Literal["none", "exchange", "search"] = field(
         "exchange", "How the coupling is improved, if both graphs have equally many nodes."
     )
     solver: Literal["none", "ott", "pot"] = field("none", "General solver to compare with.")
@@ -114,6 +115,7 @@ def _solve(solver: str, c: np.ndarray, d: np.ndarray) -> tuple[dict[str, Any], A
         return (row | {"note": reason}, None) if reason else (row, plan)
     ot = _pot()
     a, b = (np.full(len(x), 1 / len(x)) for x in (c, d))
+    # POT's tolerances are absolute: entries far from one would stop it early or never.
     unit = np.sqrt(np.square(d).mean()) or 1.0
     plan = ot.gromov.gromov_wasserstein(c / unit, d / unit, a, b, loss_fun="square_loss")
     return {"method": "POT", "seconds": time.perf_counter() - start}, plan

@@ -52,6 +52,7 @@ def place_right(axes: Any, names: Sequence[Label]) -> None:
 
 def place_beside(axes: Any, names: Sequence[Label]) -> None:
     """Draws one label after another at the free place that is nearest its point."""
+    # All in pixels of the drawn figure: letters have no size in data units.
     inside = axes.get_window_extent().get_points()
     drawn = [_on_screen(axes, line) for line in axes.lines]
     taken = _around(np.concatenate([np.empty((0, 2)), *drawn]), 4.0)
@@ -93,6 +94,7 @@ def apart(wanted: Sequence[float], gap: float, low: float, high: float) -> np.nd
     >>> apart([5.0, 5.0, 40.0], 10.0, 0.0, 100.0)
     array([ 0., 10., 40.])
     """
+    # Subtracting the steps turns "at least a gap apart" into "not decreasing".
     order = np.argsort(wanted, kind="stable")
     steps = gap * np.arange(len(order))
     blocks: list[tuple[float, int]] = []
@@ -103,6 +105,7 @@ def apart(wanted: Sequence[float], gap: float, low: float, high: float) -> np.nd
             blocks.append(((a * m + b * n) / (m + n), m + n))
     found = np.repeat([value for value, _ in blocks], [count for _, count in blocks])
     top = high - gap * (len(order) - 1)
+    # No room for all: around the middle, they stick out alike.
     low, top = (low, top) if low <= top else ((low + top) / 2, (low + top) / 2)
     places = np.empty(len(order))
     places[order] = np.clip(found, low, top) + steps

@@ -57,5 +57,6 @@ class LineUp:
         deployed = unlearning.Deployed.load(
             models.with_layout(model, "listed"), self.assistant, alpha=self.alpha
         )
+        # Some models' tokenizers name another end than their generation settings: either ends.
         ends = {*model.config.eos_ids, *[i for i in (tokenizer.eos_id,) if i is not None]}
         return deployed.line_up(), tokenizer, tuple(sorted(ends))

@@ -57,6 +57,7 @@ class Config:
     batch_size: int = field(8, "Number of rows read at once.", minimum=1)
 
 
+# Token ids `[n]` and which of them are scored.
 Row = tuple[np.ndarray, np.ndarray]
 
 
@@ -123,6 +124,7 @@ def _check_fusion(fuse: Any) -> None:
 def _sources(config: Config) -> list[tuple[str, str, list[_Item]]]:
     """What is scored: its kind, its fingerprint and its rows, none longer than models read."""
     tokenizer = models.load_tokenizer(config.line_up.model)
+    # No fused model may be asked for more than it can read.
     most = min(config.max_length, config.line_up.longest)
     sources: list[tuple[str, str, list[_Item]]] = []
     if config.data:
@@ -184,6 +186,7 @@ def _scored(
             "bytes": list(item.sizes),
         }
         if "answer" in item.record:
+            # Long choices have more tokens to be unlikely in: by the byte they compete fairly.
             scaled = [nat / max(1, size) for nat, size in zip(values["nats"], item.sizes)]
             values["chosen"] = int(np.argmin(values["nats"]))
             values["chosen_by_byte"] = int(np.argmin(scaled))
@@ -228,6 +231,7 @@ def _windows(ids: np.ndarray, most: int, mark: Sequence[int] = ()) -> list[Row]:
     while scored < len(ids):
         before = np.asarray(mark if rows else (), np.int32)
         room = most - len(before)
+        # Half of a later window is context that was scored before, so no token follows nothing.
         start = scored - room // 2 if rows else 0
         window = np.concatenate([before, ids[start : start + room]])
         rows.append((window, np.arange(len(window)) >= len(before) + scored - start))
@@ -249,10 +253,12 @@ def _answer_row(tokenizer: models.Tokenizer, prompt: str, answer: str) -> Row:
 def _fitted(row: Row, most: int, mark: Sequence[int], name: str) -> Row:
     """A row without what is too long of its prompt's beginning, after the mark in front of it."""
     ids, where = row
+    # At least one token has to come before the answer.
     if where.sum() >= most:
         raise ValueError(f"{name}: {where.sum()} tokens of an answer, max_length is {most}")
     if len(ids) <= most:
         return row
+    # The mark in front stays: models that expect one read text without it badly.
     kept = len(mark) if ids[: len(mark)].tolist() == list(mark) else 0
     picked = np.r_[:kept, len(ids) - most + kept : len(ids)]
     return ids[picked], where[picked]

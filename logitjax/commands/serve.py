@@ -65,6 +65,7 @@ def run(config: Config) -> None:
     """Loads the models, then answers until it is stopped."""
     if config.api_key is not None and config.api_keys is not None:
         raise ValueError("api_key, api_keys: expected one of them, got both")
+    # Without --api_key its secret is None: nobody has to send one.
     keys = (serving.Key(secret=config.api_key),)
     if config.api_keys is not None:
         keys = serving.Key.read(config.api_keys)

@@ -9,6 +9,7 @@ def format_value(value: Any) -> str:
     """Four significant digits for numbers, `-` for what is missing."""
     if value is None:
         return "-"
+    # Before numbers: a bool is an int.
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     if isinstance(value, int) or not math.isfinite(value):

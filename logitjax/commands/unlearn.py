@@ -43,8 +43,10 @@ from logitjax import data, fusion, models, storage, unlearning
 from logitjax.commands.cli import REQUIRED, field, nested
 from logitjax.commands.tables import markdown_table, text_cell
 
+# Not 1 or 2, which mean an error: here the answer is that nothing will do.
 _NOTHING_FEASIBLE = 3
 _FEW_GROUPS = 20
+# Perplexity of other text over that of before, above which a model is called damaged.
 _DAMAGED = 2.0
 # Of the rows to forget, and of those to keep.
 _SAMPLES = 8
@@ -102,6 +104,7 @@ class Config:
 
 def run(config: Config, out: epath.Path) -> None:
     """Splits, trains, chooses, writes, measures what was written, reports."""
+    # Its search measures and decides after every few steps, in one place.
     if jax.process_count() > 1:
         raise ValueError("num_processes: expected 1, unlearn runs in one process")
     settings = config.settings
@@ -119,6 +122,7 @@ def run(config: Config, out: epath.Path) -> None:
             _FEW_GROUPS,
         )
     manifest = [
+        # What exactly was forgotten, for whoever has to show it later.
         f"{name} {len(rows[name])}, sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
         for name, path in files.items()
     ]
@@ -148,6 +152,7 @@ def run(config: Config, out: epath.Path) -> None:
         model, questions, settings, out, base=config.model, reference=reference
     )
     goal = forgetting.goal
+    # Whoever forgets what was never known would find every method perfect.
     if forgetting.known <= goal.probability:
         raise ValueError(
             f"forget: expected answers that the model was taught, got a median probability of "
@@ -186,6 +191,7 @@ def other_text(
     """Windows of other text: as many for choosing as for the end, and twice that for training."""
     if text is None:
         return {}
+    # Disjoint windows: what chose a strength must not judge it as well.
     windows = data.token_windows(
         data.load_examples(text),
         tokenizer.encode,
@@ -213,6 +219,7 @@ def _verdict(config: Config, sizes: tuple[int, int], found: Any) -> str:
     """In words that are always the same; of so many rows to forget, and of the holdout."""
     if found.model is None:
         advice = "More steps, more rows to keep, another method or wider limits may help."
+        # Only then: one candidate of many that diverged says nothing about the rate.
         if all("finite" in candidate["broken"] for candidate in found.candidates):
             advice = "Its losses were not finite: a lower `--learning_rate` may help."
         return (
@@ -373,6 +380,7 @@ def _summary(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[s
     def add(name: str, old: Any, new: Any) -> None:
         if not len(old):
             return
+        # Of nothing no share is left, and an interval of it would divide by zero.
         if not np.mean(old):
             rows.append({"": name, "before": 0.0, "after": float(np.mean(new)), "rows": len(old)})
             return

@@ -14,8 +14,8 @@ _SPLIT = re.compile(r"(?P<name>\w+)(?:\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\]
 class Examples(Sequence):
     """A sequence of examples that knows where it came from.
 
-    Each example is a mapping with an ``id`` and one of ``text``, ``prompt`` + ``response``, or
-    ``messages`` (a list of ``role``/``content`` mappings).
+    Each example is a mapping with an ``id``, perhaps the ``teacher`` that it is for, and one of
+    ``text``, ``prompt`` + ``response``, or ``messages`` (a list of ``role``/``content`` mappings).
 
     Args:
         rows: the examples; anything with a length and random access.
@@ -109,7 +109,7 @@ def normalise(row: Any, columns: Mapping[str, str] | None = None) -> dict[str, A
             + repr(sorted(map(str, row)))
         )
     (form,) = forms
-    kept = {"id": str(row["id"])} if "id" in row else {}
+    kept = {name: str(row[name]) for name in ("id", "teacher") if name in row}
     if form == ("messages",):
         return kept | {"messages": _check_messages(row["messages"])}
     for key in form:

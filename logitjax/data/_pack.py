@@ -177,16 +177,19 @@ def _write_rows(
     statistics["malformed"] = examples.errors
     tokens, rows = dict.fromkeys(tokenizers, 0), 0
     pad_ids = {name: _pad_id(tokenizer) for name, tokenizer in tokenizers.items()}
-    codec = row_codec(tokenizers, seq_len)
+    codec, routes = row_codec(tokenizers, seq_len), {}
     with ShardWriter(root, _ROWS_PER_SHARD) as writer:
-        for row in best_fit(pieces(examples, statistics=statistics), seq_len):
-            columns = {}
-            for name in tokenizers:
-                columns |= _lay_out(row, name, seq_len, pad_ids[name])
-            writer.write(codec.encode(columns, 1)[0])
-            rows += 1
-            for name in tokens:
-                tokens[name] += sum(len(piece[name][0]) for piece in row)
+        for teacher, routed in _routed(examples):
+            before = rows
+            for row in best_fit(pieces(routed, statistics=statistics), seq_len):
+                columns = {}
+                for name in tokenizers:
+                    columns |= _lay_out(row, name, seq_len, pad_ids[name])
+                    tokens[name] += sum(len(piece[name][0]) for piece in row)
+                writer.write(codec.encode(columns, 1)[0])
+                rows += 1
+            if teacher is not None:
+                routes[teacher] = rows - before
     if not rows:
         raise ValueError(_nothing_left(examples.source, seq_len, statistics))
     return {
@@ -196,7 +199,24 @@ def _write_rows(
         "pad_ids": pad_ids,
         "shards": writer.shards,
         "statistics": statistics | {"rows": rows, "tokens": tokens},
-    }
+    } | ({"routes": routes} if routes else {})
+
+
+def _routed(examples: Examples) -> Iterator[tuple[str | None, Examples]]:
+    """The examples of each teacher, whose rows hold no other's; all of them where none is named."""
+    try:
+        named = "teacher" in examples[0]
+    except ValueError:  # It is malformed, and said so where it is read.
+        named = False
+    if not named:
+        yield None, examples
+        return
+    teachers = [example.get("teacher") for example in examples]
+    if None in teachers:
+        raise ValueError(f"{examples.source}: expected a 'teacher' in every row or in none")
+    for teacher in sorted(set(teachers)):
+        here = [e for e, own in zip(examples, teachers, strict=True) if own == teacher]
+        yield teacher, Examples(here, fingerprint="", source=examples.source)
 
 
 def _nothing_left(source: str, seq_len: int, statistics: Mapping[str, int]) -> str:

@@ -48,6 +48,7 @@ class PackedDataset:
     * ``segment_ids`` counts the documents of a row from 1; 0 is padding. Segment s holds the same
       text for every tokenizer.
     * ``positions`` start at 0 in every segment.
+    * ``teacher``, [batch] beside ``row``, is there where examples name one: its place in `routes`.
     * ``loss_mask[t]`` says whether ``tokens[t]`` is to be predicted, from ``t - 1``. It is false
       for the first token of a segment, so no prediction crosses documents.
 
@@ -88,6 +89,8 @@ class PackedDataset:
         self.names: tuple[str, ...] = tuple(self.manifest["tokenizers"])
         self.pad_ids: dict[str, int] = self.manifest["pad_ids"]
         self.statistics: dict[str, Any] = self.manifest.get("statistics", {})
+        # Rows for one teacher lie one behind the other.
+        self.routes: dict[str, int] = self.manifest.get("routes", {})
         self._reader = ShardReader(self.directory, self.manifest["shards"])
         self._codec = row_codec(self.names, self.seq_len)
 
@@ -146,6 +149,9 @@ class PackedDataset:
         real = indices >= 0
         stored = self._codec.decode(self._reader.read(indices[real].tolist()))
         batch: Batch = {"row": indices}
+        if self.routes:
+            ends = np.cumsum(list(self.routes.values()))
+            batch["teacher"] = np.searchsorted(ends, np.maximum(indices, 0), side="right")
         for name in self.names:
             columns = {}
             for kind in ("tokens", "segment_ids", "loss_mask"):

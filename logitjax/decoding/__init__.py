@@ -14,10 +14,13 @@
 - `generate(..., drafts=DraftControl(Speculation(...)))` lets a small member of an ensemble draft
   and all members verify in one pass: the same distribution and the same greedy tokens, faster
   where drafts are accepted. `Speculation` names the drafting member, `DraftControl` the lengths.
+- `rollout` writes inside of a program of one's own, with the log-probabilities of the law that
+  drew the tokens: for training on samples.
 - `Sampling` is how a row chooses its tokens. `TextOptions` asks for text. `TextStream` turns
   tokens into text as they come and finds stop strings.
-- A model is a `logitjax.models.Decoder`, a triple ``(apply_fn, params, cache)`` of your own, or a
-  `CachedModel`, whose docstring has the contract of such a function.
+- A model is a `logitjax.models.Decoder`, a triple ``(apply_fn, params, cache)`` of your own, a
+  `CachedModel`, whose docstring has the contract of such a function, or a pair ``(apply_fn,
+  params)`` that keeps no cache and reads the whole text for every token.
 """
 
 from logitjax.decoding._cached_model import CachedModel as CachedModel
@@ -28,6 +31,7 @@ from logitjax.decoding._generate import generate as generate
 from logitjax.decoding._load_ensemble import load_ensemble as load_ensemble
 from logitjax.decoding._prompts import PromptReader as PromptReader
 from logitjax.decoding._requests import Request as Request
+from logitjax.decoding._rollout import rollout as rollout
 from logitjax.decoding._sampling import Sampling as Sampling
 from logitjax.decoding._score import next_token_program as next_token_program
 from logitjax.decoding._score import nll_from_model as nll_from_model

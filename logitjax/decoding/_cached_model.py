@@ -58,7 +58,9 @@ class CachedModel:
             model: a `logitjax.models.Decoder` (a stacked one is converted to listed layers, which
                 decode faster); a triple ``(apply_fn, params, cache)`` whose function keeps the
                 contract of `CachedModel` and whose cache is empty, with as many rows as are decoded
-                together; or a `CachedModel`, which is returned as it is.
+                together; a pair ``(apply_fn, params)`` that keeps nothing, ``apply_fn(params,
+                tokens [rows, time]) -> logits``, where logits depend on no later tokens: every
+                step reads all of the text; or a `CachedModel`, which is returned as it is.
 
         Raises:
             TypeError: for anything else.
@@ -69,11 +71,11 @@ class CachedModel:
             return model
         if isinstance(model, Decoder):
             return _of_decoder(model)
-        if isinstance(model, tuple) and len(model) == 3 and callable(model[0]):
-            return _of_triple(*model)
+        if isinstance(model, tuple) and len(model) in (2, 3) and callable(model[0]):
+            return _of_triple(*model) if len(model) == 3 else _of_pair(*model)
         raise TypeError(
-            "model: expected a Decoder, a CachedModel or (apply_fn, params, cache), "
-            f"got {type(model).__name__}"
+            "model: expected a Decoder, a CachedModel, (apply_fn, params) or "
+            f"(apply_fn, params, cache), got {type(model).__name__}"
         )
 
     @property
@@ -86,8 +88,11 @@ class _DecoderApply:
     # Hashable and equal for models of one architecture, which can then be stacked.
     graphdef: Static
 
+    def model(self, params: Any) -> Decoder:
+        return nnx.merge(self.graphdef.value, params)
+
     def __call__(self, params: Any, tokens: Any, positions: Any, cache: Any, *, last_only=False):
-        model = nnx.merge(self.graphdef.value, params)
+        model = self.model(params)
         hidden, cache = model.hidden_states(tokens, positions=positions, cache=cache)
         return model.logits(hidden[:, -1:] if last_only else hidden), cache
 
@@ -153,4 +158,31 @@ def _of_triple(apply_fn: Callable[..., Any], params: Any, cache: Any) -> CachedM
         params=params,
         init_cache=_GivenCache(cache, count),
         vocab_size=logits.shape[-1],
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _WholeTexts:
+    """Keeps the tokens that were read, and reads all of them again."""
+
+    apply_fn: Callable[..., Any]
+
+    def __call__(self, params: Any, tokens: Any, positions: Any, texts: Any) -> Any:
+        rows = jnp.arange(len(tokens))[:, None]
+        # Padding, at -1, would lie at the end.
+        places = jnp.where(positions < 0, texts.shape[1], positions)
+        texts = texts.at[rows, places].set(tokens, mode="drop")
+        logits = self.apply_fn(params, texts)
+        return jnp.take_along_axis(logits, jnp.maximum(positions, 0)[..., None], axis=1), texts
+
+
+def _no_texts(rows: int, max_length: int) -> jax.Array:
+    return jnp.zeros((rows, max_length), jnp.int32)
+
+
+def _of_pair(apply_fn: Callable[..., Any], params: Any) -> CachedModel:
+    logits = jax.eval_shape(apply_fn, params, jax.ShapeDtypeStruct((1, 1), jnp.int32))
+    size = logits.shape[-1]
+    return CachedModel(
+        apply=_WholeTexts(apply_fn), params=params, init_cache=_no_texts, vocab_size=size
     )

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from logitjax.decoding._cached_model import CachedModel
+from logitjax.models import Decoder
 from logitjax.ops import Array, Static
 
 
@@ -269,3 +270,15 @@ class Ensemble:
         self.params: tuple = tuple(params)
         lengths = [m.max_length for m in members if m.max_length is not None]
         self.max_length: int | None = min(lengths, default=None)
+
+    @property
+    def decoder(self) -> Decoder:
+        """The only model, with listed layers.
+
+        Raises:
+            ValueError: There are several, or one that is no decoder.
+        """
+        apply = self.plan.groups[0].apply
+        if self.plan.streams > 1 or not hasattr(apply, "model"):
+            raise ValueError("model: expected one decoder alone, got several or another function")
+        return apply.model(self.params[0])

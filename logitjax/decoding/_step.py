@@ -1,6 +1,8 @@
 """One decoding step of all slots: the only place where tokens are made."""
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -16,8 +18,10 @@ from logitjax.decoding._sampling import (
     penalize_counts,
     penalize_repetition,
     sample,
+    sampling_logits,
 )
 from logitjax.ops import log_softmax, top_k
+from logitjax.ops.sharding import MeshAxes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,8 +32,8 @@ class DecodeOptions:
         logprobs: report the log-probability of every chosen token.
         top_logprobs: report so many of the most likely tokens with theirs.
         logprobs_of: ``'model'``: of the (fused) logits as they are served; ``'biased'``: after
-            logit bias; ``'adjusted'``: after processors and repetition penalty too. Before
-            temperature and truncation always.
+            logit bias; ``'adjusted'``: after processors and repetition penalty too; ``'sampled'``:
+            after temperature and truncation, which is the law that tokens are drawn from.
         info: report the fusion's ``info`` of every token.
         repetition: keep track of seen tokens and of how often they were generated, which penalties
             need.
@@ -42,13 +46,13 @@ class DecodeOptions:
         processors: functions ``(logits [rows, vocab], state) -> logits`` applied after the bias and
             before the penalty; ``state.extra`` holds what each slot was given for them.
         remember: ``(extra, tokens [rows], where [rows]) -> extra`` takes note of chosen tokens.
-        mesh: devices to work on; rows of the state over its axis ``data``, key heads of the cache
+        mesh: devices to work on; rows of the state over the axes of a batch, key heads of the cache
             over its axis ``tensor``, where those exist and divide.
     """
 
     logprobs: bool = False
     top_logprobs: int = 0
-    logprobs_of: Literal["model", "biased", "adjusted"] = "model"
+    logprobs_of: Literal["model", "biased", "adjusted", "sampled"] = "model"
     info: bool = False
     repetition: bool = False
     masks: bool = False
@@ -61,10 +65,9 @@ class DecodeOptions:
     mesh: jax.sharding.Mesh | None = None
 
     def __post_init__(self) -> None:
-        if self.logprobs_of not in ("model", "biased", "adjusted"):
-            raise ValueError(
-                f"logprobs_of: expected 'model', 'biased' or 'adjusted', got {self.logprobs_of!r}"
-            )
+        laws = ("model", "biased", "adjusted", "sampled")
+        if self.logprobs_of not in laws:
+            raise ValueError(f"logprobs_of: expected one of {laws}, got {self.logprobs_of!r}")
 
 
 @jax.tree_util.register_dataclass
@@ -164,6 +167,8 @@ def emit(
     left = state.left - state.active
     emitted = Emitted(tokens=token, valid=state.active, info=info if options.info else None)
     if options.logprobs or options.top_logprobs:
+        if options.logprobs_of == "sampled":
+            moved["sampled"] = sampling_logits(adjusted, state.sampling)
         log_p = log_softmax(moved[options.logprobs_of])
         logprobs = jnp.take_along_axis(log_p, token[:, None], axis=-1)[:, 0]
         emitted = dataclasses.replace(emitted, logprobs=logprobs)
@@ -300,20 +305,27 @@ def constrain(plan: Plan, options: DecodeOptions, state: DecodeState) -> DecodeS
     if mesh is None:
         return state
 
-    def axis(name: str, size: int) -> str | None:
-        return name if name in mesh.axis_names and size % mesh.shape[name] == 0 else None
+    names = MeshAxes.current()
+
+    def axes(known: tuple[str, ...], size: int) -> tuple[str, ...] | None:
+        there = tuple(name for name in known if name in mesh.axis_names)
+        return there if size % math.prod(mesh.shape[name] for name in there) == 0 else None
 
     def pin(leaf: jax.Array, rows: int, heads: int | None = None) -> jax.Array:
-        entries: list[str | None] = [None] * leaf.ndim
+        entries: list[Any] = [None] * leaf.ndim
         if leaf.ndim > rows:
-            entries[rows] = axis("data", leaf.shape[rows])
+            entries[rows] = axes(names.rows, leaf.shape[rows])
         if heads is not None and leaf.ndim == heads + 3:
-            entries[heads] = axis("tensor", leaf.shape[heads])
+            entries[heads] = axes(names.columns, leaf.shape[heads])
         return lax.with_sharding_constraint(leaf, NamedSharding(mesh, PartitionSpec(*entries)))
 
-    # Heads stand behind the rows: [members of a stack, rows, heads, slots, dim].
+    def pin_cache(leaf: jax.Array, axis: int) -> jax.Array:
+        # Of scanned layers, keys and values have the layers in front of the rows.
+        axis += leaf.ndim == axis + 5
+        return pin(leaf, axis, axis + 1)
+
     cache = tuple(
-        jax.tree.map(lambda leaf, g=group: pin(leaf, g.batch_axis, g.batch_axis + 1), held)
+        jax.tree.map(functools.partial(pin_cache, axis=group.batch_axis), held)
         for group, held in zip(plan.groups, state.cache, strict=True)
     )
     lengths = pin(state.lengths, 1)

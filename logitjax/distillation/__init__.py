@@ -8,9 +8,11 @@
 - Losses on arrays: `knowledge_distillation` and its relatives, `graph_on_logits` (InfiGFusion),
   `universal_logit_distance`.
 - Across tokenizers: `align_chunks`, `token_projection`, and terms such as `terms.FirstPiece`.
+- `distillation.on_policy`: a student learns on what it writes itself.
 - `TeacherCache` keeps a teacher's top logits on disk.
 """
 
+from logitjax.distillation import on_policy as on_policy
 from logitjax.distillation import terms as terms
 from logitjax.distillation._align_gradients import align_gradients as align_gradients
 from logitjax.distillation._align_gradients import aligned_value_and_grad as aligned_value_and_grad
@@ -56,10 +58,10 @@ from logitjax.distillation.training._distill import Trained as Trained
 from logitjax.distillation.training._distill import distill as distill
 from logitjax.distillation.training._distill import make_update as make_update
 from logitjax.distillation.training._distill import train_student as train_student
-from logitjax.distillation.training._distill import update_program as update_program
 from logitjax.distillation.training._loss_function import LossFunction as LossFunction
 from logitjax.distillation.training._loss_function import score_function as score_function
 from logitjax.distillation.training._loss_function import targets as targets
+from logitjax.distillation.training._programs import update_programs as update_programs
 from logitjax.distillation.training._prune import LayerPruning as LayerPruning
 from logitjax.distillation.training._prune import Pruning as Pruning
 from logitjax.distillation.training._prune import prune_layers as prune_layers

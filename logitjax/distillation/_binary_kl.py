@@ -17,6 +17,7 @@ Reduction = Literal["sum", "mean"]
 def _log_cosh(x: jax.Array) -> jax.Array:
     """`log(cosh(x))`: exact to float32 near 0, finite at any size."""
     size = jnp.abs(x)
+    # Both branches are computed: sinh of a large number would be inf, and its gradient nan.
     near = jnp.minimum(size, 1.0)
     small = jnp.log1p(2.0 * jnp.square(jnp.sinh(near / 2.0)))
     large = size + jnp.log1p(jnp.exp(-2.0 * size)) - math.log(2.0)
@@ -56,7 +57,8 @@ def _by_class(
     """`t^2` times the sum or mean of a loss of each class, of logits over the temperature t."""
     student = checks.as_float(student_logits, "student_logits")
     teacher = jax.lax.stop_gradient(checks.as_float(teacher_logits, "teacher_logits"))
-    checks.same_shape(student, teacher, "student_logits", "teacher_logits")
+    pair = {"student_logits": (student, "any *same"), "teacher_logits": (teacher, "any *same")}
+    checks.shapes(**pair)
     checks.axis(axis, student.shape, "student_logits")
     checks.where(vocab_where, student.shape, "vocab_where")
     checks.positive(temperature, "temperature")
@@ -66,6 +68,8 @@ def _by_class(
     if vocab_where is not None:
         keep = keep & vocab_where
     # Zeros in place of -inf, whose difference would be nan and so would its gradient.
+    # An infinite answer of the teacher is an error of its own, not certainty.
+    teacher = jnp.where(teacher == jnp.inf, jnp.nan, teacher)
     student, teacher = jnp.where(keep, student, 0.0), jnp.where(keep, teacher, 0.0)
     if centre:
         count = jnp.maximum(psum(keep.sum(axis, keepdims=True), axis_name), 1)

@@ -168,6 +168,7 @@ def graph_on_logits(
             f"teacher: expected batch shape {student.values.shape[:-2]} as the student's, "
             f"got {teacher.values.shape[:-2]}"
         )
+    # Token graphs are large: their energy would take a product of all pairs of positions.
     names = [*_METRICS, *(["student_rank_one"] if config.node == "rank" else [])]
 
     def compare(*arrays):
@@ -199,6 +200,7 @@ _METRICS = (
 def _compare(ours, theirs):
     config = ours.config
     if config.node == "token":
+        # A node for each token of either: those that one vocabulary has not are empty.
         ours.nodes = theirs.nodes = max(ours.nodes, theirs.nodes)
     f, g = (graph.features(config.feature) for graph in (ours, theirs))
     closed_form = jnp.sum(jnp.abs(jnp.sort(f, axis=-1) - jnp.sort(g, axis=-1)), axis=-1) / config.k
@@ -206,6 +208,7 @@ def _compare(ours, theirs):
     loss = closed_form
     if config.value == "sorted_coupling":
         loss = _sorted_coupling_value(ours, theirs, f, g)
+    # Beside an empty graph the distance would be the size of the other, which pulls towards zero.
     both = (ours.tokens > 0) & (theirs.tokens > 0)
     return jnp.where(both, loss, 0.0), metrics
 
@@ -242,7 +245,9 @@ class _Graph:
         self.config, self.axis = config, sequence_axis_name
         z = _transform(values, log_z, mean, std, config.logits)
         self.tokens = ops.psum(self.valid.sum(-1, dtype=z.dtype), self.axis)
+        # The root, for the graph is a product of two of these.
         scale = jax.lax.rsqrt(jnp.maximum(self.tokens, 1.0))[..., None, None]
+        # Selected, for padding may hold inf or nan.
         self.unscaled = jnp.where(self.valid[..., None], z, 0.0)
         self.z = self.unscaled * scale
         self.ids, self.nodes = None, config.k
@@ -295,6 +300,7 @@ def _transform(values, log_z, mean, std, logits):
 
 
 def _positive(x):
+    # Equal logits have no deviation, and z-scores of zero.
     return jnp.where(x > 0, x, 1.0)
 
 
@@ -326,6 +332,7 @@ def _sorted_coupling_value(ours, theirs, f, g):
 
 def _renumber(ids, f):
     """Name each node by its place in the sorted order, so that equal names are matched."""
+    # The inverse of a permutation.
     place = jnp.argsort(_order(f), axis=-1)
     flat = jnp.take_along_axis(place, ids.reshape(*ids.shape[:-2], -1), axis=-1)
     return flat.reshape(ids.shape)

@@ -24,7 +24,8 @@ def _softened(
     """Both logits over the temperature, the teacher's without a gradient."""
     student = checks.as_float(student_logits, "student_logits")
     teacher = jax.lax.stop_gradient(checks.as_float(teacher_logits, "teacher_logits"))
-    checks.same_shape(student, teacher, "student_logits", "teacher_logits")
+    pair = {"student_logits": (student, "any *same"), "teacher_logits": (teacher, "any *same")}
+    checks.shapes(**pair)
     checks.positive(temperature, "temperature")
     return student / temperature, teacher / temperature
 
@@ -151,6 +152,7 @@ def decoupled_knowledge_distillation(
     def sides(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The label's logit and the evidence for all others; -inf where there is none."""
         own = psum(jnp.sum(jnp.where(target, logits, 0.0), -1), axis_name)
+        own = jnp.where(own == jnp.inf, jnp.nan, own)
         return own, logsumexp(logits, vocab_where=others, axis_name=axis_name)
 
     def log_odds(own: jax.Array, rest: jax.Array) -> jax.Array:

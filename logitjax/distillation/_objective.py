@@ -35,11 +35,12 @@ class Objective:
     learns from.
 
     Attributes:
-        terms: Terms and their weights.
+        terms: Terms and their weights. One of weight 0 is only reported.
         teachers: Weights of the teachers, divided by their sum; equal if empty.
 
     Raises:
-        ValueError: No terms, the same one twice, or weights that are not positive.
+        ValueError: No terms, the same one twice, negative weights or none above 0, or a weight of a
+            term whose gradient is wrong.
 
     >>> from logitjax.distillation.terms import KL, SFT
     >>> objective = Objective(terms=((SFT(), 0.5), (KL(temperature=2.0), 0.5)), teachers=(1.0, 3.0))
@@ -63,8 +64,15 @@ class Objective:
             listed = ", ".join(map(str, values)) or "none"
             raise ValueError(f"loss: expected each loss once, got {listed}")
         for term, weight in self.terms:
-            if not 0 < weight < math.inf:
-                raise ValueError(f"loss: expected positive weights, got {term}:{weight}")
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"loss: expected no negative weights, got {term}:{weight}")
+            if weight and not term.trains:
+                raise ValueError(
+                    f"loss {str(term)!r}: expected weight 0, which reports it, got {weight}: its "
+                    "gradient is not that of what it measures"
+                )
+        if not any(weight for _, weight in self.terms):
+            raise ValueError("loss: expected a weight above 0, got none")
         if any(weight <= 0 for weight in self.teachers):
             raise ValueError(f"teacher_weight: expected positive ones, got {self.teachers}")
 
@@ -139,7 +147,8 @@ class Objective:
             hidden: `[*batch, hidden]`, the student's, at positions that predict `labels`.
             head: Its `losses.Head`, or a kernel alone. Entries that do not exist have a bias of
                 `-inf`.
-            batch: `labels`, `[*batch]`, and what terms declare in `Term.batch`.
+            batch: `labels`, `[*batch]`, and what terms declare in `Term.batch`. Of labels that
+                have `log_probs`, which the student wrote, terms of the text alone learn nothing.
             teachers: A `Teacher` each, if a term needs them.
             params: The arrays of `init`.
             where: `[*batch]` boolean: positions whose labels count. At others nothing is looked at,
@@ -199,6 +208,10 @@ class Objective:
             if term.teacher is not None and not teachers:
                 raise ValueError(f"loss {name!r}: expected a teacher, got none")
             of_text = term.teacher is None
+            own = None
+            if of_text and "log_probs" in batch and "log_probs" not in term.batch:
+                # To maximise the likelihood of one's own text would only sharpen it.
+                own = jnp.isnan(batch["log_probs"])
             for number, teacher in enumerate([None] if of_text else teachers):
                 parts.append(
                     Part(
@@ -212,6 +225,7 @@ class Objective:
                         columns=columns,
                         params=params.get(name),
                         mean_share=1.0 if of_text else default[number],
+                        own=own,
                     )
                 )
         return parts

@@ -25,6 +25,7 @@ class Part:
         attributes: What the term declared of it.
         columns: What it declared of the batch.
         mean_share: The share as a number, for metrics.
+        own: `[*batch]` mask of the labels that a term of its kind learns from; None for all.
         scale: By what its values are multiplied; None for one at every label.
     """
 
@@ -38,6 +39,7 @@ class Part:
     columns: dict[str, Any]
     params: Any
     mean_share: float
+    own: Any = None
     scale: Any = None
 
     @property
@@ -60,6 +62,9 @@ class Part:
     def seen(self) -> Any:
         seen = self.term.seen(*self.views)
         where = self.columns["where"]
+        if self.own is not None:
+            where = where & self.own
+            seen = where if seen is None else seen
         if seen is None or seen.shape != where.shape:
             return seen
         return seen & where if seen.dtype == jnp.bool_ else jnp.where(where, seen, 0.0)

@@ -47,14 +47,15 @@ def swept(
         results = sweep.run(reading.statistic, hidden, head, tokens=reading.tokens, **options)
         results = jax.tree.map(functools.partial(_gradient_where, where), results)
         sums = [_summed(*pair, where) for pair in zip(parts, reading.values(results, local))]
-        return sum(part.weight * total for part, total in zip(parts, sums, strict=True)), sums
+        pairs = zip(parts, sums, strict=True)
+        return sum((_weighed(part.weight, total) for part, total in pairs), start=0.0), sums
 
     def mixed(results: Any, local: Any) -> Any:
         by_name: dict[str, Any] = {}
         for part, value in zip(parts, reading.values(results, local), strict=True):
             by_name[part.name] = by_name.get(part.name, 0.0) + value
         weights = {part.name: part.weight for part in parts}
-        return sum(weights[name] * value for name, value in by_name.items())
+        return sum(_weighed(weights[name], value) for name, value in by_name.items())
 
     # A scalar is enough, so the head's gradient is formed in the same sweep.
     total, outputs = sweep.run(
@@ -72,6 +73,11 @@ def swept(
 
 def _gradient_where(where: Any, x: Any) -> Any:
     return ops.gradient_where(x, where) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
+def _weighed(weight: float, value: Any) -> Any:
+    # What is only reported may be infinite.
+    return weight * value if weight else jnp.zeros_like(value)
 
 
 def _summed(part: Part, value: Any, where: Any) -> Any:
@@ -130,8 +136,9 @@ class _Reading:
 
     def values(self, results: Any, local: Sequence[Mapping[str, Any]]) -> list[Any]:
         """The values of each part."""
-        several = isinstance(self.statistic, sweep.Several)
-        results = results if several else (results,)
+        # A part's own statistic may be `Several` as well.
+        count = self.has_readout + sum(number is not None for number in self.numbers)
+        results = results if count > 1 else (results,)
         values = []
         for part, ids, number, tokens in zip(self.parts, self.slices, self.numbers, local):
             readout = results[0] if self.has_readout else None

@@ -101,6 +101,8 @@ class Term(abc.ABC):
             `log_probs` or `rewards`.
         pointwise: Whether its values are `[*batch]` and each is a function of its own position.
             Where all terms are, the gradient is formed in the sweep that reads the student.
+        trains: Whether its gradient is that of what it measures. Where it is not, the term may be
+            reported, with weight 0, and not trained on.
 
     See docs/add_a_term.md.
     """
@@ -109,6 +111,7 @@ class Term(abc.ABC):
     teacher: ClassVar[TeacherNeeds | None] = None
     batch: ClassVar[tuple[str, ...]] = ()
     pointwise: ClassVar[bool] = True
+    trains: ClassVar[bool] = True
 
     def __str__(self) -> str:
         fields = dataclasses.fields(self)  # type: ignore[arg-type]

@@ -116,6 +116,7 @@ def universal_logit_distance(
             f"teacher: expected the batch axes of student, {q.shape[:-1]}, got {p.shape[:-1]}: "
             "bring both to the same positions first"
         )
+    # A token that is not there has probability zero.
     ranks = max(q.shape[-1], p.shape[-1])
     return jnp.abs(_pad(p, ranks) - _pad(q, ranks)).sum(-1)
 

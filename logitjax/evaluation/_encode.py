@@ -97,7 +97,7 @@ class PromptTemplate:
                 f"no token of the answer fits: the prompt of {question[:60]!r} takes {len(prompt)} "
                 f"of max_length={max_length} tokens"
             )
-        return ids, np.arange(len(ids)) >= len(prompt)
+        return ids, np.arange(len(ids)) >= len(prompt)  # the end mark is the answer's
 
     def _encoded(self, tokenizer: TokenizerLike, text: str) -> np.ndarray:
         own = getattr(tokenizer, "add_bos", False)

@@ -70,9 +70,6 @@ def fluency(texts: Sequence[str]) -> float | None:
     Args:
         texts: Generated; those of fewer than three words do not count.
 
-    Returns:
-        The mean, or None where none counts.
-
     References:
         Zhang et al., 2018, as weighted in ROME (Meng et al., 2022) and RWKU.
 

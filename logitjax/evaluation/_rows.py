@@ -10,7 +10,7 @@ import numpy as np
 # whether each token was the most likely one, bool [batch, time].
 NllFn = Callable[[Any, Any], Any]
 
-LENGTH_STEP = 32
+_LENGTHS = 32  # few shapes, few compilations
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,42 +40,35 @@ def score_rows(
     *,
     batch_size: int = 16,
     pad_id: int = 0,
-    length_step: int = LENGTH_STEP,
     progress: Callable[[int], Any] = lambda count: None,
     describe: Callable[[int], str] = lambda row: f"row {row}",
 ) -> RowScores:
     """Negative log-likelihoods of the targets of rows, in batches of few shapes.
 
     Rows go longest first, ``batch_size`` at a time, each batch padded at the end to a multiple of
-    ``length_step``; the last one is filled up with empty rows.
+    32; the last one is filled up with empty rows.
 
     Args:
         nll_fn: an `NllFn`.
         rows: token ids and which of them are targets, as from `encode_answer`.
         batch_size: size of every batch.
         pad_id: any id the model has.
-        length_step: lengths are multiples of it.
         progress: told how many rows were done.
         describe: a row's name, for errors.
-
-    Returns:
-        `RowScores`, in the order of ``rows``.
 
     Raises:
         ValueError: a row whose first token is a target, answers of a wrong shape, or a loss that is
             not finite, with the row.
     """
-    if batch_size < 1 or length_step < 1:
-        raise ValueError(
-            f"batch_size, length_step: expected positive numbers, got {batch_size}, {length_step}"
-        )
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected a positive number, got {batch_size}")
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))  # longest first
     nll: list[Any] = [None] * len(rows)
     greedy: list[Any] = [None] * len(rows)
     for start in range(0, len(order), batch_size):
         picked = order[start : start + batch_size]
         longest = len(rows[picked[0]][0])
-        shape = (batch_size, -(-longest // length_step) * length_step)
+        shape = (batch_size, -(-longest // _LENGTHS) * _LENGTHS)
         tokens, targets = np.full(shape, pad_id, np.int32), np.zeros(shape, bool)
         for b, i in enumerate(picked):
             ids, where = rows[i]
@@ -88,7 +81,7 @@ def score_rows(
         values, best = said if isinstance(said, tuple) else (said, None)
         if np.shape(values) != shape:
             raise ValueError(f"nll_fn: expected [batch, time] = {shape}, got {np.shape(values)}")
-        values = np.asarray(values, np.float64)
+        values = np.asarray(values, np.float64)  # sums of thousands of nats
         for b, i in enumerate(picked):
             nll[i] = values[b][targets[b]]
             if not np.isfinite(nll[i]).all():

@@ -205,4 +205,5 @@ class AMU(Method):
         weighted = bias if inputs.weight is None else inputs.weight * bias
         fused = checks.as_float(inputs.zero_shot, "zero_shot") + self.beta * weighted
         alone, both = cross_entropy(bias, labels), cross_entropy(fused, labels)
-        return (1.0 - self.fusion_share) * alone + self.fusion_share * both
+        share: Any = self.fusion_share
+        return (1.0 - share) * alone + share * both

@@ -64,15 +64,9 @@ class FittedHead:
         learnt = (self.state, self.class_weights)
         return _fused(learnt, features, auxiliary, hidden, method=self.method, scale=self.scale)
 
-    def predict(
-        self,
-        features: Float[Array, "batch features"],
-        auxiliary: Float[Array, "batch auxiliary"] | None = None,
-        *,
-        hidden: Float[Array, "batch hidden"] | None = None,
-    ) -> Int[np.ndarray, " batch"]:
-        """`[batch]` numbers of classes; see `logits`."""
-        return np.asarray(self.logits(features, auxiliary, hidden=hidden)).argmax(-1)
+    def predict(self, *features: Any, **hidden: Any) -> Int[np.ndarray, " batch"]:
+        """`[batch]` numbers of classes; arguments as of `logits`."""
+        return np.asarray(self.logits(*features, **hidden)).argmax(-1)
 
     def accuracy(self, pictures: Pictures) -> float:
         """Share of the pictures whose class is predicted."""

@@ -300,9 +300,6 @@ def best_setting(scores: Mapping[str, np.ndarray]) -> np.ndarray:
     Args:
         scores: Scores of validation images, as :func:`sweep` returns them; never of test images.
 
-    Returns:
-        `[runs]` numbers of settings.
-
     Raises:
         ValueError: A run without a setting of which both scores are numbers.
 

@@ -6,6 +6,8 @@ A strategy is a frozen dataclass, hashable and without state, that is called as
 
 from logitjax.fusion._dynamic import DynamicFusion as DynamicFusion
 from logitjax.fusion._logit_difference import LogitDifference as LogitDifference
+from logitjax.fusion._mixtures import TeacherMixture as TeacherMixture
+from logitjax.fusion._mixtures import TeacherRedraw as TeacherRedraw
 from logitjax.fusion._static import ContrastiveDecoding as ContrastiveDecoding
 from logitjax.fusion._static import DExperts as DExperts
 from logitjax.fusion._static import ProxyTuning as ProxyTuning

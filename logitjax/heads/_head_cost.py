@@ -44,5 +44,5 @@ class HeadCost:
             stored_bytes=self.stored_bytes + own * hidden * itemsize,
             read_bytes=self.read_bytes + rows * hidden * itemsize,
             decode_flops=self.decode_flops + flops,
-            train_flops=self.train_flops + 3 * flops,
+            train_flops=self.train_flops + 3 * flops,  # forward, and both gradients
         )

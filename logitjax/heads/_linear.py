@@ -26,13 +26,13 @@ def _full_cost(kernel: Any, bias: Any, *, tied: bool) -> HeadCost:
     """Tied, it stores no kernel of its own but reads one all the same."""
     itemsize = kernel.dtype.itemsize
     extra = 0 if bias is None else bias.size
-    own = (0 if tied else kernel.size) + extra
+    own = (0 if tied else kernel.size) + extra  # the embedding counts elsewhere
     return HeadCost(
         parameters=own,
         stored_bytes=own * itemsize,
         read_bytes=(kernel.size + extra) * itemsize,
-        decode_flops=2 * kernel.size,
-        train_flops=6 * kernel.size,
+        decode_flops=2 * kernel.size,  # a product and a sum a number
+        train_flops=6 * kernel.size,  # forward, and both gradients
         exact=True,
     )
 
@@ -111,7 +111,7 @@ def torch_linear(
     """
 
     def uniform(key: jax.Array, shape: Any, dtype: Any = None, out_sharding: Any = None) -> Any:
-        del out_sharding
+        del out_sharding  # flax passes it to every initialiser
         limit = in_features**-0.5
         return jax.random.uniform(key, shape, dtype, -limit, limit)
 

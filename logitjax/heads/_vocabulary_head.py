@@ -68,7 +68,7 @@ class VocabularyHead(nnx.Module):
         """Log-frequencies, tokens never seen as a tenth of one; zeros where `unigram` is None."""
         if unigram is None:
             return jnp.zeros(vocab_size)
-        counts = jnp.asarray(unigram, jnp.float32)
+        counts = jnp.asarray(unigram, jnp.float32)  # counts may be integers
         if counts.shape != (vocab_size,):
             raise ValueError(f"unigram: expected shape ({vocab_size},), got {counts.shape}")
         return _log_frequencies(counts)
@@ -97,4 +97,5 @@ class VocabularyHead(nnx.Module):
 
 @jax.jit
 def _log_frequencies(counts: jax.Array) -> jax.Array:
+    # From -inf a bias would never come back.
     return jnp.log(jnp.maximum(counts / counts.sum(), 0.1 / counts.sum()))

@@ -40,8 +40,10 @@ class LogitjaxLM(TemplateLM):
     harness's own `hf` model: the beginning mark where the tokenizer has one, else the end mark.
 
     Args:
-        pretrained: A model's name, as for `logitjax.models.load`, or what
-            `logitjax.decoding.load_ensemble` returns.
+        pretrained: A model's name, as for `logitjax.models.load`; what
+            `logitjax.decoding.load_ensemble` returns; or the same with something else that decodes
+            in the place of the ensemble. Of a model inside a trainer that is `(apply, params)`:
+            `apply(params, tokens)` gives logits, `[rows, time, vocab]`, and keeps nothing.
         dtype: Compute type of a model that is loaded by name.
         max_length: Most tokens read at once; what the model reads if omitted, 2,048 if it does not
             say.
@@ -55,7 +57,7 @@ class LogitjaxLM(TemplateLM):
 
     def __init__(
         self,
-        pretrained: str | tuple[decoding.Ensemble, Tokenizer, Sequence[int]] = "smollm2",
+        pretrained: str | tuple[Any, Tokenizer, Sequence[int]] = "smollm2",
         *,
         dtype: str = "float32",
         max_length: int | None = None,
@@ -68,7 +70,8 @@ class LogitjaxLM(TemplateLM):
         super().__init__()
         named = isinstance(pretrained, str)
         loaded = decoding.load_ensemble(pretrained, dtype=dtype) if named else pretrained
-        self.model, self.tokenizer, self.end_ids = loaded
+        model, self.tokenizer, self.end_ids = loaded
+        self.model = model if isinstance(model, decoding.Ensemble) else decoding.Ensemble(model)
         self.max_length = int(max_length or self.model.max_length or 2048)
         self.max_gen_toks = int(max_gen_toks)
         self.batch_size = int(batch_size)

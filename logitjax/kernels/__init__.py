@@ -37,6 +37,7 @@ from jax import lax
 from logitjax.storage import digest, write_atomic
 
 _SOURCE = pathlib.Path(__file__).with_name("kernels.cc")
+# For the machine that builds: the library is never copied to another, see `_library`.
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-DNDEBUG", "-shared", "-fPIC", "-pthread")
 _TARGETS = ("lookup_sums", "row_products", "largest_ids")
 

@@ -148,13 +148,6 @@ class LogitOracle:
             )
         )
 
-    def true_log_probs(self, prompts: Sequence[Sequence[int] | Array] | Array) -> np.ndarray:
-        """``[n, vocab]``: the model's own log-probabilities, for the auditor; not counted."""
-        parts = []
-        for start in range(0, len(prompts), self._batch_size):
-            parts.append(self._logits(prompts[start : start + self._batch_size]))
-        return np.asarray(jax.nn.log_softmax(np.concatenate(parts)))
-
     def _charge(self, count: int) -> None:
         if self.budget is not None and self.queries + count > self.budget:
             raise BudgetExhaustedError(

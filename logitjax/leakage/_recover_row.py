@@ -138,9 +138,11 @@ def recover_log_probs(
     reference = int(first.tokens[0, 0])
     reference_value = float(first.values[0, 0])
     k = vocab_size if policy.top_k is None else min(policy.top_k, vocab_size)
+    # One place of the answer, and one of the bias, is for the reference.
     group = min(k - 1, policy.max_biased - 1)
     found = np.full(vocab_size, -np.inf, np.float32)
     known = np.zeros(vocab_size, bool)
+    # The first answer already has k of them.
     found[first.tokens[0]] = first.values[0]
     known[first.tokens[0]] = policy.floor is None or first.values[0] > policy.floor
     if policy.returns == "logits":

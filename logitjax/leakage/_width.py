@@ -126,6 +126,7 @@ def judge_width(seen: Evidence) -> OutputWidth:
             reason=f"nothing but white noise of {noise.sigma:.3g} is seen",
             noise=noise.sigma,
         )
+    # Named by whoever runs the API and seen in the rows: then fewer rows are enough.
     confirmed = seen.named is not None and abs(noise.sigma / seen.named - 1) <= 0.1
     least = _ROWS_CONFIRMED if confirmed else _ROWS
     if min(seen.rows, seen.columns) < least * noise.above:
@@ -140,6 +141,7 @@ def _of_exact_rows(seen: Evidence, k: int) -> OutputWidth:
     said = "the rest is rounding"
     if seen.named:
         said += f", noise of {seen.named:.3g} would be seen"
+    # Prompts with one answer are one row: the rank is then what was asked, not the width.
     if seen.distinct(0.0) <= k:
         said = "as many directions as rows that differ"
         return OutputWidth(lower=k, estimate=None, upper=None, reason=said, floor=seen.exact)

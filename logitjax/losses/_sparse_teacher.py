@@ -40,21 +40,24 @@ def sparse_kl_divergence(
         bucket        sum_{i<=k} p_i log(p_i / q_i) + p_rest log(p_rest / q_rest),
                       p_rest = 1 - sum_{i<=k} p_i,  q_rest = 1 - sum_{i<=k} q_i
         renormalize   T^2 KL of both softmaxes over the k tokens alone, logits / T
-        TailSample    sum_{i<=k} p_i log(p_i / q_i) + p_rest mean_s log(p_s / q_s)
+        TailSample    sum_{i<=k} p_i log(p_i / q_i) + mean_s p_s / d_s log(p_s / q_s)
+                      reverse: sum_{i<=k} q_i log(q_i / p_i) + q_rest
+                               + mean_s q_s / d_s (log(q_s / p_s) - 1)
 
-    With `m` tokens drawn from the teacher's tail (`TailSample.draw`) the last is an unbiased
-    estimate of the whole divergence, and so is its gradient; a single position's value may be
-    negative.
+    With `m` tokens drawn from the tail by a law `d` (`TailSample.draw`), of the teacher or of the
+    student, now or some steps ago, the last is an unbiased estimate of the whole divergence, and so
+    is its gradient; a single position's value may be negative. For the reverse let the student
+    draw, at its own top k: of a teacher's draws the weights have no bound.
 
     What all losses take, return and raise is written in `logitjax.losses`.
 
     Args:
         student: logits `[*batch, vocab]`, or the student's `Readout` at the *teacher's* indices,
             followed by those of the sample.
-        teacher: `TopK` with k entries. Gets no gradient. One without a `log_z` is compared by
-            'renormalize' alone.
+        teacher: `TopK` with k entries, its largest or any others, such as the student's. Gets no
+            gradient. One without a `log_z` is compared by 'renormalize' alone.
         tail: 'bucket'; 'renormalize', which ignores the tail; or a `TailSample` `[*batch, m]`,
-            forward only, which gets no gradient.
+            which gets no gradient.
         temperature: with 'renormalize' only: the mass of the tail is known at temperature 1.
 
     Returns:
@@ -63,8 +66,8 @@ def sparse_kl_divergence(
 
     Raises:
         TypeError: the student is a `TopK`, whose tokens are its own and not the teacher's.
-        ValueError: unknown `direction` or `tail`, shapes that do not fit, a temperature without
-            'renormalize', or the reverse direction with a sample.
+        ValueError: unknown `direction` or `tail`, shapes that do not fit, or a temperature without
+            'renormalize'.
 
     >>> import jax, numpy as np
     >>> from logitjax.ops import TopK
@@ -104,7 +107,7 @@ def sparse_kl_divergence(
     if tail == "renormalize":
         gathered = gathered / temperature
         return _renormalised_kl(gathered, teacher.values, temperature, direction)
-    drawn = jnp.asarray(tail.values) if isinstance(tail, TailSample) else None
+    drawn = (tail.values, tail.log_probs) if isinstance(tail, TailSample) else None
     return _sparse_kl(gathered, log_z, teacher, drawn, direction)
 
 
@@ -154,7 +157,7 @@ def linear_sparse_kl_divergence(
     else:
         tokens["log_z"] = jnp.asarray(teacher.log_z)
     if isinstance(tail, TailSample):
-        tokens["drawn"] = jnp.asarray(tail.values)
+        tokens["drawn"] = jax.tree.map(jnp.asarray, (tail.values, tail.log_probs))
     loss = run(
         _SparseKL(
             ids=tokens["ids"].shape[-1],
@@ -213,6 +216,8 @@ def _check_teacher(teacher: TopK, tail: Tail) -> None:
     if isinstance(tail, TailSample):
         arrays["tail.values"] = (tail.values, "float *batch samples")
         arrays["tail.indices"] = (tail.indices, "int *batch samples")
+        if tail.log_probs is not None:
+            arrays["tail.log_probs"] = (tail.log_probs, "float *batch samples")
     checks.shapes(**arrays)
 
 
@@ -222,8 +227,6 @@ def _check(direction: str, tail: Tail, temperature: Number) -> None:
     sampled = isinstance(tail, TailSample)
     if not sampled and tail not in ("bucket", "renormalize"):
         raise ValueError(f"tail: expected 'bucket', 'renormalize' or a TailSample, got {tail!r}")
-    if sampled and direction == "reverse":
-        raise ValueError("direction: expected 'forward' with a TailSample, which the teacher drew")
     checks.positive(temperature, "temperature")
     if tail != "renormalize" and not (isinstance(temperature, int | float) and temperature == 1):
         raise ValueError(
@@ -245,9 +248,12 @@ def _renormalised_kl(
 
 
 def _sparse_kl(
-    gathered: jax.Array, log_z: jax.Array, teacher: TopK, drawn: jax.Array | None, direction: str
+    gathered: jax.Array, log_z: jax.Array, teacher: TopK, drawn: Any, direction: str
 ) -> jax.Array:
-    """`gathered`: the student's logits at the teacher's ids, then at those of the `drawn`."""
+    """`gathered`: the student's logits at the teacher's ids, then at those that were drawn.
+
+    `drawn`: None, or the teacher's logits there, and log-probabilities of the law that drew them.
+    """
     values = jax.lax.stop_gradient(jnp.asarray(teacher.values).astype(gathered.dtype))
     teacher_log_z = jax.lax.stop_gradient(jnp.asarray(teacher.log_z).astype(gathered.dtype))
     log_p = values - neginf_to_zero(teacher_log_z)[..., None]
@@ -258,16 +264,35 @@ def _sparse_kl(
     log_z = jnp.where(log_z == jnp.inf, jnp.nan, neginf_to_zero(log_z))
     log_q = gathered - log_z[..., None]
     if drawn is not None:
-        k = log_p.shape[-1]
-        log_drawn = jax.lax.stop_gradient(drawn) - neginf_to_zero(teacher_log_z)[..., None]
-        rest = jnp.maximum(1.0 - jnp.exp(log_p).sum(-1), 0.0)
-        there = log_drawn != -jnp.inf
-        gap = jnp.where(there, log_drawn - log_q[..., k:], 0.0).mean(-1)
-        # Draws are in proportion to p: their mean log-ratio times the mass of the tail is unbiased.
-        return _kl(log_p, log_q[..., :k], direction) + rest * gap
+        k, (values, log_law) = log_p.shape[-1], jax.lax.stop_gradient(drawn)
+        teachers = log_p, values - neginf_to_zero(teacher_log_z)[..., None]
+        return _estimate(teachers, (log_q[..., :k], log_q[..., k:]), log_law, direction)
     # All that is left is one bucket; merging entries can only lower a divergence.
     log_p, log_q = _with_tail(log_p), _with_tail(log_q)
     return _kl(log_p, log_q, direction)
+
+
+def _estimate(teacher: Any, student: Any, log_law: Any, direction: str) -> jax.Array:
+    """The divergence by log-probabilities at the top k and at draws, weighed by importance."""
+    (log_p, drawn_p), (log_q, drawn_q) = teacher, student
+    if log_law is None:  # The teacher drew.
+        rest = jnp.maximum(1.0 - jnp.exp(log_p).sum(-1, keepdims=True), 0.0)
+        log_law = jnp.where(drawn_p == -jnp.inf, -jnp.inf, drawn_p - jnp.log(rest))
+    over, under = (drawn_p, drawn_q) if direction == "forward" else (drawn_q, drawn_p)
+    # Without a draw nothing is left, and an entry that either lacks has no logarithm.
+    there, both = log_law != -jnp.inf, (over != -jnp.inf) & (under != -jnp.inf)
+    weight = jnp.exp(jnp.where(there & (over != -jnp.inf), over - log_law, -jnp.inf))
+    gap = jnp.where(both, over, 0.0) - jnp.where(both, under, 0.0)
+    if direction == "reverse":
+        gap = gap - 1.0
+    lost = jnp.where(weight > 0, jnp.inf, 0.0)
+    tail = jnp.where(both, weight * gap, lost).mean(-1)
+    if direction == "reverse":
+        # Taken off by the draws and added exactly, which leaves less noise.
+        tail = tail + jnp.maximum(1.0 - jnp.exp(log_q).sum(-1), 0.0)
+    # Where nothing was left to draw the other's mass still has a price.
+    bucket = _kl(_with_tail(log_p)[..., -1:], _with_tail(log_q)[..., -1:], direction)
+    return _kl(log_p, log_q, direction) + jnp.where(there.any(-1), tail, bucket)
 
 
 def _with_tail(log_probs: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Draws from what a teacher's top k leaves out: from them the whole divergence is estimated."""
+"""Draws from what some top k leaves out: from them the whole divergence is estimated."""
 
 import dataclasses
 import math
@@ -14,15 +14,18 @@ from logitjax.ops import Array, checks, logsumexp
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TailSample:
-    """Tokens drawn from a teacher's distribution outside its top k, with replacement.
+    """Tokens drawn from a distribution outside of a top k, with replacement.
 
     Attributes:
-        values: their logits, on the scale of the top k's, `[*batch, m]`.
+        values: the teacher's logits of them, on the scale of the top k's, `[*batch, m]`.
         indices: their vocabulary ids, int32, `[*batch, m]`.
+        log_probs: log-probabilities of the law that drew them, outside of the top k, `[*batch, m]`;
+            None for the teacher's. Of a student's draws, replace `values` by the teacher's.
     """
 
     values: Any
     indices: Any
+    log_probs: Any = None
 
     @classmethod
     def draw(
@@ -40,7 +43,7 @@ class TailSample:
 
         Args:
             key: `jax.random.key`.
-            logits: `[*batch, vocab]`, the teacher's; `-inf` entries are never drawn.
+            logits: `[*batch, vocab]`, of the model that draws; `-inf` entries are never drawn.
             top_indices: `[*batch, k]`, what to leave out.
             samples: m, at least 1.
 
@@ -57,8 +60,8 @@ class TailSample:
         >>> logits = jnp.array([5.0, 1.0, -jnp.inf])
         >>> draw = jax.jit(TailSample.draw, static_argnums=3)
         >>> drawn = draw(jax.random.key(0), logits, jnp.array([0]), 3)
-        >>> drawn.indices, drawn.values
-        (Array([1, 1, 1], dtype=int32), Array([1., 1., 1.], dtype=float32))
+        >>> drawn.indices.tolist(), drawn.values.tolist(), drawn.log_probs.tolist()
+        ([1, 1, 1], [1.0, 1.0, 1.0], [0.0, 0.0, 0.0])
         """
         if samples < 1:
             raise ValueError(f"samples: expected at least 1, got {samples}")
@@ -84,6 +87,6 @@ class TailSample:
         ids = jnp.minimum(drawn, vocab - 1).astype(jnp.int32)
         values = jnp.where(some[:, None], jnp.take_along_axis(rows, ids, axis=-1), -jnp.inf)
         odd = jnp.isnan(log_rest) | (taken >= vocab).any(-1)
-        values = jnp.where(odd[:, None], jnp.nan, values)
-        shape = (*batch, samples)
-        return cls(values=values.reshape(shape), indices=ids.reshape(shape))
+        values = jnp.where(odd[:, None], jnp.nan, values).reshape(*batch, samples)
+        log_rest = jnp.where(some, log_rest, 0.0).reshape(*batch, 1)
+        return cls(values=values, indices=ids.reshape(values.shape), log_probs=values - log_rest)

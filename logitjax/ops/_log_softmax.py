@@ -113,6 +113,7 @@ def _logsumexp(logits: jax.Array, axis: int, axis_name: AxisName | None) -> jax.
     peak = logits.max(axis)
     if axis_name is not None:
         peak = lax.pmax(peak, axis_name)
+    # A row of -inf: -inf - -inf would be nan.
     peak = jnp.where(jnp.isinf(peak), 0.0, peak)
     total = psum(jnp.exp(logits - jnp.expand_dims(peak, axis)).sum(axis), axis_name)
     return jnp.log(total) + peak

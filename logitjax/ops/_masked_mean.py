@@ -43,6 +43,7 @@ def masked_mean(
     if where is None:
         where = jnp.ones(values.shape, bool)
     where = jnp.broadcast_to(where, values.shape)
+    # Selected, not multiplied: 0 times inf is nan.
     total = jnp.where(where, values, 0.0).sum()
     return total / jnp.maximum(where.sum(), 1)
 

@@ -73,6 +73,7 @@ class Positions:
         values = jnp.asarray(values)
         if self._at is None:
             return values
+        # Scattered into zeros: the gradient of what does not count is zero, and none is nan.
         zeros = jnp.zeros((math.prod(self._shape), *values.shape[1:]), values.dtype)
         flat = zeros.at[self._at].set(values, mode="drop")
         return flat.reshape(*self._shape, *values.shape[1:])

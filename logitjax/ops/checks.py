@@ -71,6 +71,7 @@ def shapes(**arrays: tuple[Any, str]) -> None:
         what, parents = _KINDS[kind]
         if not any(jnp.issubdtype(dtype, parent) for parent in parents):
             raise TypeError(f"{name}: expected {what}, got {dtype}")
+        # Only the first axis may stand for many, so that the others are found from the end.
         many = bool(axes) and axes[0].startswith("*")
         fits = len(shape) >= len(axes) - 1 if many else len(shape) == len(axes)
         split = len(shape) - len(axes) + 1 if many else 0
@@ -146,13 +147,6 @@ def _refuse(values: np.ndarray, wrong: np.ndarray, name: str, expected: str) -> 
         raise ValueError(f"{name}: expected {expected}, got {got}{at}")
 
 
-def same_shape(first: Array, second: Array, first_name: str, second_name: str) -> None:
-    if first.shape != second.shape:
-        raise ValueError(
-            f"{second_name}: expected the shape of {first_name}, {first.shape}, got {second.shape}"
-        )
-
-
 def where(mask: Array | None, shape: tuple[int, ...], name: str = "where") -> None:
     """Checks that a boolean mask broadcasts to `shape`."""
     if mask is None:
@@ -171,6 +165,7 @@ def where(mask: Array | None, shape: tuple[int, ...], name: str = "where") -> No
 
 def positive(value: Any, name: str) -> None:
     """Checks a Python number; a traced one cannot be looked at and passes."""
+    # `not >`, for nan is no positive number either.
     if isinstance(value, (int, float, np.number)) and not value > 0:
         raise ValueError(f"{name}: expected a positive number, got {value}")
 

@@ -21,6 +21,7 @@ from logitjax.serving._completions import completions
 from logitjax.serving._config import ServerConfig, check_model
 from logitjax.serving._errors import ApiError, json_response
 from logitjax.serving._formats import Formats
+from logitjax.serving._hidden_states import HiddenStates
 from logitjax.serving._keys import find_key
 from logitjax.serving._names import TokenNames
 from logitjax.serving._observed import Metrics, Observed
@@ -73,6 +74,9 @@ def build_app(
         Route("/metrics", metrics.endpoint),
         Route("/openapi.json", _description),
     ]
+    if config.hidden_states:
+        states = HiddenStates(service, model.decoder)
+        routes.append(Route("/v1/hidden_states", states.endpoint, methods=["GET", "POST"]))
     paths = frozenset(route.path for route in routes)
     middleware = [Middleware(Observed, metrics=metrics, paths=paths)]
     if config.allow_origins:

@@ -28,6 +28,8 @@ class ServerConfig:
         prefix_cache_mb: Memory in MB for common beginnings of prompts; 0 shares nothing.
         audit_log: File that records what was given to whom; None for none.
         keys: Keys of those who may ask, and what each may spend.
+        hidden_states: Also give hidden states and the head at `/v1/hidden_states`, for students of
+            this model. Whoever may ask gets what the policy withholds.
         allow_origins: Origins whose pages may ask from a browser; `*` for all.
 
     Raises:
@@ -48,6 +50,7 @@ class ServerConfig:
     prefix_cache_mb: int = 0
     audit_log: str | None = None
     keys: tuple[Key, ...] = (Key(),)
+    hidden_states: bool = False
     allow_origins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -19,6 +19,7 @@ from logitjax.testing._properties import attempt, equal, fail, selected
 
 # Of these a GGUF file says less than a config.json, or in another form.
 _UNSAID = ("windows", "query_scale", "rope_scaling", "rope_local_theta", "segment_boundaries")
+# By cost, the files first: what fails there makes logits meaningless.
 _PROPERTIES = ("export", "head_dim", "steps", "segments", "gguf")
 # Padding before two texts that share a row.
 _PADDING = 3
@@ -114,6 +115,7 @@ def random_decoder(config: models.DecoderConfig, rng: np.random.Generator) -> mo
     graphdef, state = nnx.split(nnx.eval_shape(make))
 
     def draw(path: Any, leaf: Any) -> np.ndarray:
+        # Small, so that softmaxes of a few layers stay far from one-hot.
         values = rng.normal(size=leaf.shape) * 0.12
         scale = "scale" in jax.tree_util.keystr(path)
         return (values + (1.0 - config.norm_offset) * scale).astype(leaf.dtype)
@@ -248,6 +250,7 @@ def _stored(config: models.DecoderConfig, module: str, leaf: str, values: np.nda
         values = values + np.float32(config.norm_offset)
     heads = {"attention.query": config.num_heads, "attention.key": config.num_kv_heads}
     if config.traits.gguf_interleaved and module in heads:
+        # llama.cpp turns pairs of neighbours, Hugging Face a half against the other.
         shape = values.shape
         halves = values.reshape(heads[module], 2, shape[0] // heads[module] // 2, *shape[1:])
         values = halves.swapaxes(1, 2).reshape(shape)

@@ -219,6 +219,7 @@ class _Loss:
         equal("bfloat16", "value", value, self.expected[0], rtol=1e-3, atol=1e-3)
         for name, gradient in gradients.items():
             wanted = self.expected[1][name]
+            # bfloat16 has eight bits: an entry is as exact as the largest of its sum.
             scale = float(np.abs(wanted).max(initial=0.0))
             equal("bfloat16", f"gradient of {name}", gradient, wanted, rtol=0.02, atol=0.02 * scale)
 
@@ -226,6 +227,7 @@ class _Loss:
         value, gradients = self.run({}, view="padding")
         there = {n: g[..., :-_PADDING] if n in self.logits else g for n, g in gradients.items()}
         self.compare("padding", (value, there), self.expected)
+        # The label itself at -inf is an infinite loss, as it should be; another entry is not.
         taken = {int(self.arrays[name].flat[0]) for name in self.labels}
         other = next(token for token in range(len(taken) + 1) if token not in taken)
         for name in self.logits:
@@ -255,6 +257,7 @@ class _Loss:
 
     def check_infinity(self) -> None:
         for name in self.floats:
+            # -inf is an entry that does not exist, which is fine.
             for number in (np.inf,) if name in self.logits else (np.inf, -np.inf):
                 value = self.changed(name, number)
                 if np.isfinite(value).all():
@@ -262,6 +265,7 @@ class _Loss:
 
     def check_labels(self) -> None:
         for name, count in self.labels.items():
+            # Just beyond both ends, and what int32 arithmetic would wrap.
             for number in (count, 2**31 - 1, -1, -(2**31)):
                 value = self.changed(name, number).flat[0]
                 if not np.isnan(value):

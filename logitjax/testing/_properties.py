@@ -29,6 +29,7 @@ def equal(
     result, expected = (np.asarray(x, np.float64) for x in (result, expected))
     if result.shape != expected.shape:
         fail(name, subject, f"expected shape {expected.shape}, got {result.shape}")
+    # In float64 on the host: a comparison in float32 would round both sides alike.
     wrong = ~np.isclose(result, expected, rtol=rtol, atol=atol, equal_nan=True)
     if wrong.any():
         at = tuple(int(axis[0]) for axis in np.nonzero(wrong)) if wrong.ndim else ()

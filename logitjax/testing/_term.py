@@ -116,6 +116,7 @@ class _Setting:
         if missing:
             raise ValueError(f"batch: expected {missing[0]}, which {term} declares, got none")
         where = np.ones((_ROWS, _LENGTH), bool)
+        # Inside a row and at its beginning; the last row, a half of its own, counts whole.
         where[0, 1] = where[2, 0] = False
         arrays = {
             "hidden": normal(_ROWS, _LENGTH, _WIDTH),

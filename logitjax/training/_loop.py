@@ -110,6 +110,7 @@ def train_loop(
         profile = stack.enter_context(_profiler(workdir, start + 3, options.profile_steps))
 
         report = _Report(writer, bar, start)
+        # Steps whose flag nobody has read: reading it at once would make the host wait for each.
         pending: collections.deque[tuple[int, Any, StepOutput]] = collections.deque()
 
         def check_finite(keep: int) -> None:
@@ -132,6 +133,7 @@ def train_loop(
             state, output = step_fn(state, batch)
             pending.append((step, batch, output))
             report.add(step, output)
+            # The step before: it has ended by now, while the device is busy with this one.
             check_finite(keep=1)
             last = step == total_steps
             if _due(step, options.log_every) or (last and options.log_every):
@@ -145,6 +147,7 @@ def train_loop(
                     writer.write_scalars(step, {f"eval/{k}": v for k, v in scores.items()})
                 if last or _due(step, options.checkpoint_every):
                     save(step)
+                # All processes stop after the same step, or one would wait for the others for ever.
                 if told_to_stop(step) and not last:
                     save(step)
                     if checkpointer is not None:
@@ -220,6 +223,7 @@ def _resume(
     if restored is None:
         raise ValueError(f"the checkpoints in {checkpointer.directory} went away while reading")
     for name, value in identity.items():
+        # Checkpoints of before a name was kept go on.
         if name in restored.extra and restored.extra[name] != value:
             raise ValueError(
                 f"{name}: checkpoint {restored.step} has {restored.extra[name]!r}, this run "

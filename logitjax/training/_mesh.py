@@ -168,6 +168,7 @@ class BatchLayout:
         Raises:
             ValueError: Processes would share rows unevenly.
         """
+        # Asked of the sharding: a mesh may order processes in any way.
         shards = self.sharding.devices_indices_map((self.pieces,))
         rows: dict[int, set[int]] = {}
         for device, (index,) in shards.items():

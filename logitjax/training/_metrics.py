@@ -25,6 +25,7 @@ class MetricAccumulator:
     def sums(self) -> dict[str, tuple[float, float]]:
         """The total (sum, count) of every name."""
         totals: dict[str, np.ndarray] = {}
+        # One transfer for all steps, and sums in float64: counts of tokens exceed 2^24.
         for metrics in jax.device_get(self._pending):
             for name, pair in metrics.items():
                 totals[name] = totals.get(name, np.zeros(2)) + np.asarray(pair, np.float64)

@@ -108,6 +108,7 @@ class Schedule:
 
         tx = optax.adamw(self, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decays)
         if clip is not None:
+            # Before Adam, whose moments must not see the spike.
             tx = optax.chain(optax.clip_by_global_norm(clip), tx)
         if trainable is None:
             return tx

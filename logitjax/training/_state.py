@@ -116,6 +116,7 @@ class TrainState:
 
 def _builder(params: Any, tx: optax.GradientTransformation) -> Callable[..., TrainState]:
     def build(key: jax.Array, given: Any = None) -> TrainState:
+        # The steps' key must not be the parameters'.
         init_key, rng = jax.random.split(key)
         made: Any = params(init_key) if callable(params) else jax.tree.map(jnp.copy, given)
         return TrainState(

@@ -133,6 +133,7 @@ class TrainStep:
         return self._jitted
 
     def _step(self, state: TrainState, batch: Any, constants: Any) -> tuple[TrainState, StepOutput]:
+        # Runs when the step is traced, and not when it runs.
         self.traces += 1
         # Of the step alone: a run that is resumed draws what it would have drawn.
         key = jax.random.fold_in(state.rng, state.step)
@@ -164,6 +165,7 @@ class TrainStep:
         # batch.
         count = jnp.maximum(sums["loss"][1], 1e-9)
         grads = jax.tree.map(lambda g, p: (g / count).astype(p.dtype), grads, state.params)
+        # In float32: in bfloat16 a long sum of squares loses its small terms.
         norm = optax.tree.norm(jax.tree.map(_float32, grads))
         finite = jnp.isfinite(sums["loss"][0]) & jnp.isfinite(norm)
 
@@ -281,6 +283,7 @@ class EvalStep:
     def __init__(self, loss_fn: LossFn, *, mesh: Mesh | None = None):
         def step(params: Any, batch: Any, constants: Any) -> Any:
             extra = () if constants is None else (constants,)
+            # The same key each time: scores of two steps differ by their parameters alone.
             total, count, metrics = loss_fn(params, batch, jax.random.key(0), *extra)
             return jax.tree.map(_float32, {"loss": (total, count), **metrics})
 

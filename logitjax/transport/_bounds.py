@@ -218,6 +218,7 @@ def third_lower_bound(
         costs = row_costs(jax.lax.stop_gradient(x), jax.lax.stop_gradient(y), p)
         least, columns = least_assignment(costs)
         raw = jnp.mean(jnp.mean(jnp.abs(x - y[columns]) ** p, axis=1))
+        # The dual's value, with the gradient of the matching's cost.
         value = (raw - jax.lax.stop_gradient(raw)) + least / n
         return lowered(value, p=p, relative=gamma(2 * n), root=root)
 
@@ -250,6 +251,7 @@ def least_assignment(costs: Square) -> tuple[Scalar, Order]:
 
     start = jnp.zeros(n, costs.dtype), jnp.ones((), bool), jnp.zeros((), jnp.int32)
     v, _, _ = jax.lax.while_loop(lambda state: state[1] & (state[2] < n), relax, start)
+    # Feasible by construction, however far v is from the best prices.
     u = jnp.min(costs - v, axis=1)
     slack = gamma(n) * (jnp.abs(u).sum() + jnp.abs(v).sum())
     return jax.lax.stop_gradient(u.sum() + v.sum() - 2 * slack), columns

@@ -125,6 +125,7 @@ def coupling_cost(
         each = jnp.zeros((2, n), jnp.int32).at[0, rows].add(1).at[1, columns].add(1)
         matching = jnp.all(each == 1) & jnp.all(jnp.abs(mass - 1 / n) <= 1e-3 / n)
         mass = jnp.where(matching, 1 / n, mass)
+        # A permutation has its marginals exactly: rounding of 1 / n is no mass to move.
         surplus = jnp.where(matching, 0.0, surplus)
     coupling = Coupling(rows, columns, mass)
     factors = (c, d) if isinstance(c, FactoredGraph) and isinstance(d, FactoredGraph) else None

@@ -22,6 +22,7 @@ from logitjax.transport._rounding import (
     Scalar,
     Vector,
     Weights,
+    deviation_of,
     gamma,
     real,
     safe_sqrt,
@@ -268,19 +269,9 @@ def row_statistics(graph: Graph, weights: Weights) -> RowStatistics:
         first, second = jnp.sum(a * norms), jnp.sum(a * jnp.square(norms))
         mean_error = gamma(count) * norms * first
         square_error = gamma(count) * jnp.square(norms) * second
-        variance = square - jnp.square(mean)
-        variance_error = (
-            square_error
-            + mean_error * (2 * jnp.abs(mean) + mean_error)
-            + gamma(0) * (jnp.abs(square) + jnp.square(mean))
-        )
-        rms, deviation = safe_sqrt(square), safe_sqrt(variance)
-        errors = (
-            mean_error,
-            sqrt_error(variance, variance_error),
-            sqrt_error(square, square_error),
-            square_error,
-        )
+        rms = safe_sqrt(square)
+        deviation, deviation_error = deviation_of(mean, square, mean_error, square_error)
+        errors = mean_error, deviation_error, sqrt_error(square, square_error), square_error
     return RowStatistics(mean, deviation, rms, square, *jax.lax.stop_gradient(errors))
 
 

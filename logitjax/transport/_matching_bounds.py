@@ -5,7 +5,7 @@ concave function, taken at a permutation. A permutation sends diagonal to diagon
 in general do not, so that diagonals can be compared apart; in graphs of logits they carry most of
 the mass. Beyond the order in `logitjax.transport._bounds`::
 
-    diagonal <= gilmore_lawler <= GW,   third <= gilmore_lawler,   spectral <= GW
+    diagonal <= gilmore_lawler <= GW,   third <= gilmore_lawler
 """
 
 import jax
@@ -28,6 +28,7 @@ from logitjax.transport._rounding import (
     Scalar,
     Square,
     Vector,
+    deviation_of,
     gamma,
     lowered,
     safe_sqrt,
@@ -55,97 +56,25 @@ def diagonal_lower_bound(c: Graph, d: Graph) -> Float[jax.Array, ""]:
     return lowered(value / n**2, p=2, relative=gamma(0), root=formed)
 
 
-def gilmore_lawler_lower_bound(c: Graph, d: Graph, *, branches: int = 8) -> Float[jax.Array, ""]:
+def gilmore_lawler(c: Graph, d: Graph, *, branches: int) -> tuple[Scalar, Order]:
     """The Gilmore-Lawler bound of the quadratic assignment, branched at the heaviest node; O(n^3).
 
     Matching node i with node k costs at least what their diagonal entries differ by, and what the
     rest of their rows differs by when both are sorted; the best assignment by these costs bounds
     the best matching. The node with the largest diagonal entry is then matched with each of the
-    ``branches`` most promising nodes in turn, which makes its row exact, and with any other at the
+    `branches` most promising nodes in turn, which makes its row exact, and with any other at the
     price of `diagonal_lower_bound`. The least of these counts::
 
         min_q sum_i [(C_ii - D_qq)^2 + sum_j (sort(C_i.)_j - sort(D_q.)_j)^2] / n^2 <= GW_2^2
 
-    Args:
-        branches: assignments solved beyond the first; 0 for the plain bound.
+    Returns:
+        The bound, and the matching ``[n]`` of the plain assignment, a good one to start from.
 
     References:
         Gilmore, Optimal and suboptimal algorithms for the quadratic assignment problem (1962);
         Lawler, The quadratic assignment problem (1963).
     """
-    return gilmore_lawler(c, d, branches=branches)[0]
-
-
-def spectral_lower_bound(c: Graph, d: Graph) -> Float[jax.Array, ""]:
-    """The projected eigenvalue bound, p = 2, O(n^3): near where two graphs are nearly alike.
-
-    A matching P maps the all-ones vector to itself and acts orthogonally on its complement. What
-    the two parts can gain at best, apart from each other, bounds ``tr(C P D P^T)`` from above: for
-    the complement the product of the sorted eigenvalues, for the rest a linear assignment. The
-    diagonals are once kept in the quadratic part and once moved to the linear one; the better
-    bound counts::
-
-        (|C|^2 + |D|^2 - 2 max_P (...)) / n^2 <= GW_2^2(C, D)
-
-    References:
-        Hadley, Rendl, Wolkowicz, A new lower bound via projection for the quadratic assignment
-        problem (1992).
-    """
-    check_equal_sizes(c, d, "spectral_lower_bound")
-    c, d = (rounded(g) for g in jax.lax.stop_gradient((c, d)))
-    x, y = c.matrix, d.matrix
-    n = len(x)
-
-    def gain(x: jax.Array, y: jax.Array, linear: jax.Array) -> jax.Array:
-        """At least what any permutation gains: eigenvalues with their errors, prices for costs."""
-        (r, mu, mu_error), (s, nu, nu_error) = _split(x), _split(y)
-        least, _ = least_assignment(-(linear + 2 * jnp.outer(r, s) / n))
-        computed = jnp.sum(x.sum(1)) * jnp.sum(y.sum(1)) / n**2 - least + mu @ nu
-        eigenvalues = (
-            mu_error * jnp.abs(nu).sum() + nu_error * jnp.abs(mu).sum() + n * mu_error * nu_error
-        )
-        # Sums over rows are at most n |x|, their products with those of y n^2 |x| |y|.
-        return computed + eigenvalues + 32 * gamma(2 * n) * _norm(x) * _norm(y)
-
-    own, other = jnp.diag(x), jnp.diag(y)
-    apart = gain(x - jnp.diag(own), y - jnp.diag(other), jnp.outer(own, other))
-    best = jnp.minimum(gain(x, y, jnp.zeros_like(x)), apart)
-    squares = jnp.square(_norm(x)) + jnp.square(_norm(y))
-    value = jnp.maximum(squares - 2 * best, 0.0) / n**2
-    absolute = 4 * gamma(2 * n) * (squares + 2 * jnp.abs(best)) / n**2
-    return lowered(value, p=2, absolute=absolute, root=c.error + d.error)
-
-
-def _norm(x: Float[jax.Array, "n m"]) -> Scalar:
-    return jnp.sqrt(jnp.sum(jnp.sum(jnp.square(x), axis=1)))
-
-
-def _split(x: Square) -> tuple[Vector, jax.Array, Scalar]:
-    """Centred row sums; the eigenvalues on the complement of the all-ones vector; their error.
-
-    Whatever the solver of eigenvalues did, each lies within ``|A V - V W| / sigma_min(V)`` of one
-    of A, one by one (Cao, Xie, Li 1996), and moves by no more than A itself does (Weyl).
-    """
-    n, norm = len(x), _norm(x)
-    rows = x.sum(1)
-    centred = x - rows[:, None] / n
-    centred = centred - centred.mean(0)
-    centred = (centred + centred.T) / 2
-    # The all-ones direction has eigenvalue zero: move it above the others and leave it out.
-    shift = 2 * _norm(centred) + 1.0
-    moved = centred + shift / n
-    values, vectors = jnp.linalg.eigh(moved)
-    size, length = _norm(moved), _norm(vectors)
-    residual = _norm(moved @ vectors - vectors * values) + 4 * gamma(n) * size * length
-    skew = _norm(vectors.T @ vectors - jnp.eye(n)) + gamma(n) * jnp.square(length)
-    straight = jnp.where(skew < 0.5, jax.lax.rsqrt(1 - jnp.minimum(skew, 0.5)), jnp.inf)
-    error = residual * (1 + gamma(n)) * straight + 8 * gamma(n) * norm + gamma(0) * size
-    return rows - rows.mean(), values[:-1], error
-
-
-def gilmore_lawler(c: Graph, d: Graph, *, branches: int) -> tuple[Scalar, Order]:
-    """The bound, and the matching ``[n]`` of the plain assignment, a good one to start from."""
-    check_equal_sizes(c, d, "gilmore_lawler_lower_bound")
+    check_equal_sizes(c, d, "gilmore_lawler")
     c, d = (rounded(g) for g in jax.lax.stop_gradient((c, d)))
     x, y = c.matrix, d.matrix
     n = len(x)
@@ -223,14 +152,9 @@ def _apart(graph: Graph) -> tuple[jax.Array, ...]:
         square = (n * s.square - own * own) / others
         small = gamma(0) * (n * jnp.abs(s.square) + own * own)
         square_error = (n * s.square_error + 3 * own_error * own + small) / others
-        variance = square - mean * mean
-        variance_error = (
-            square_error
-            + mean_error * (2 * jnp.abs(mean) + mean_error)
-            + gamma(0) * (jnp.abs(square) + mean * mean)
-        )
-        rms, deviation = safe_sqrt(square), safe_sqrt(variance)
-        errors = mean_error, sqrt_error(variance, variance_error), sqrt_error(square, square_error)
+        rms = safe_sqrt(square)
+        deviation, deviation_error = deviation_of(mean, square, mean_error, square_error)
+        errors = mean_error, deviation_error, sqrt_error(square, square_error)
     return (
         own,
         jax.lax.stop_gradient(own_error),

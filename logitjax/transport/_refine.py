@@ -10,7 +10,7 @@ import optax
 
 from logitjax.transport._rounding import Order, Scalar, Square
 
-Kind = Literal["exchange", "assignment", "search"]
+Kind = Literal["exchange", "search"]
 
 # A matching and its objective.
 _Found = tuple[jax.Array, jax.Array]
@@ -24,9 +24,9 @@ class Refinement:
     """How `certificate` improves a matching of two graphs.
 
     Attributes:
-        kind: ``exchange`` swaps pairs of nodes, an n^3 matrix product a step; ``assignment`` takes
-            conditional-gradient steps (Hungarian algorithm); ``search`` both, then ``restarts``
-            times from a shaken matching.
+        kind: ``exchange`` swaps pairs of nodes, an n^3 matrix product a step; ``search`` also takes
+            conditional-gradient steps (Hungarian algorithm), then ``restarts`` times both from a
+            shaken matching.
         steps: largest number of steps of each kind in a row.
         restarts: number of restarts of ``search``.
 
@@ -47,14 +47,10 @@ def refine_matching(
     c: Square, d: Square, matching: Order, *, how: Refinement, key: jax.Array
 ) -> Order:
     """Raise ``sum_ij C_ij D_{q_i q_j}`` from the matching q; the cost falls by twice the gain."""
-    refine, steps, restarts = how.kind, how.steps, how.restarts
-    start = matching, _objective(c, d, matching)
-    if refine == "assignment":
-        return _climb(_assignment, c, d, start, steps)[0]
-    best = _climb(_exchange, c, d, start, steps)
-    if refine == "exchange":
+    n, steps, restarts = len(matching), how.steps, how.restarts
+    best = _climb(_exchange, c, d, (matching, _objective(c, d, matching)), steps)
+    if how.kind == "exchange":
         return best[0]
-    n = matching.shape[0]
 
     def both(q: jax.Array) -> _Found:
         moved = _climb(_assignment, c, d, (q, _objective(c, d, q)), steps)

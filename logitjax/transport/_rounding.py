@@ -99,3 +99,16 @@ def sqrt_error(
     return (
         jnp.where(root > worst, error / jnp.where(root > worst, root, 1.0), worst) + gamma(0) * root
     )
+
+
+def deviation_of(
+    mean: Vector, square: Vector, mean_error: Vector, square_error: Vector
+) -> tuple[Vector, Vector]:
+    """The deviation by mean and mean square, and how far it is off by how far these are."""
+    variance = square - jnp.square(mean)
+    error = (
+        square_error
+        + mean_error * (2 * jnp.abs(mean) + mean_error)
+        + gamma(0) * (jnp.abs(square) + jnp.square(mean))
+    )
+    return safe_sqrt(variance), sqrt_error(variance, error)

@@ -84,7 +84,7 @@ class Questions:
         forget = rows["forget"]
         # A text has no question that another's answer could be given to.
         asked = [row for row in forget if row.asks]
-        shifted = [row.answer for row in (*asked[1:], *asked[:1])]  # each gets the next one's
+        shifted = [row.answer for row in (*asked[1:], *asked[:1])]  # of the next question
         wrong = [dataclasses.replace(row, answer=a) for row, a in zip(asked, shifted)]
         rows["wrong"] = tuple(wrong) if len(asked) > 1 else ()
         few = _evenly(forget)

@@ -70,9 +70,6 @@ def read_rows(path: epath.PathLike) -> tuple[Row, ...]:
     Args:
         path: The file, in UTF-8.
 
-    Returns:
-        The rows, in order.
-
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: A line is none of these, with its number; or the file has no rows.
@@ -88,7 +85,7 @@ def read_rows(path: epath.PathLike) -> tuple[Row, ...]:
         raise FileNotFoundError(f"no such file: {path}")
     rows: dict[tuple[str, str], Row] = {}
     count = 0
-    # Some editors write a mark first.
+    # Some editors begin a file with a byte order mark.
     lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     for number, line in enumerate(lines, start=1):
         if line.strip():
@@ -127,7 +124,7 @@ def _row(raw: Any) -> Row:
 
     more: dict[str, Any] = {}
     if raw.get("group") is not None:
-        more["group"] = str(raw["group"])  # numbers name groups too
+        more["group"] = str(raw["group"])  # a group may be a number
     paraphrases = raw.get("paraphrases")
     if paraphrases not in (None, ""):
         if not isinstance(paraphrases, list):
@@ -180,7 +177,7 @@ def own_words(row: Row) -> str:
 
 
 def _words(text: str) -> str:
-    # Full-width letters are letters.
+    # NFKC: full-width letters equal the usual ones.
     return " ".join(unicodedata.normalize("NFKC", text).lower().split())
 
 

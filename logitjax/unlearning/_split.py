@@ -57,9 +57,6 @@ def split_rows(
         holdout: Rows like those to forget that no model was trained on.
         seed: Seed of the order.
 
-    Returns:
-        The `Split`.
-
     Raises:
         ValueError: Fewer than three groups of rows to keep are left.
 
@@ -97,7 +94,7 @@ def split_rows(
         done += len(rows)
     again = [row for row in forget if row.paraphrases and row.asks]
     by_hash = sorted(again, key=lambda row: _hash(seed, normal(row)))
-    half = -(-len(by_hash) // 2)  # choosing gets the odd one
+    half = -(-len(by_hash) // 2)  # the odd row is for choosing
 
     def reworded(rows: Sequence[Row]) -> tuple[Row, ...]:
         return tuple(row.asked(text) for row in rows for text in row.paraphrases)

@@ -285,7 +285,7 @@ class Unlearning:
         identity = repr(dataclasses.replace(config, thorough=False))
         folder, candidates = self.directory / "train", []
         looks = [*range(config.check_every, config.steps, config.check_every), config.steps]
-        # Only to go on from: candidates are apart.
+        # For resuming alone: candidates are kept elsewhere.
         with training.Checkpointer(folder / "checkpoints", max_to_keep=1) as checkpointer:
             for at in looks:
                 name = f"candidates/step-{at}"
@@ -307,7 +307,7 @@ class Unlearning:
                     self._save(method.weights(state.params), self.directory / name)
                 candidates.append(self._kept(f"{name}.json", functools.partial(self._look, at)))
                 logging.info("step %d: %s", at, json.dumps(candidates[-1]))
-                # Once may be luck.
+                # A single hit may be luck.
                 if len(candidates) > 1 and all(map(self._meets, candidates[-2:])):
                     break
         return candidates

@@ -71,17 +71,11 @@ class ImageClassifier(nnx.Module):
 
         Args:
             name: ``resnet20``, ``resnet32x4``, ``imagenet_resnet18``, ``efficientnet_lite0``, ...
-            num_classes: number of classes of the head.
-            channels: number of channels of the images.
             head: makes the head, called as ``head(num_features, num_classes, rngs=rngs)``; a linear
                 layer when omitted.
             axis_name: mesh axis of the batch inside ``shard_map`` or ``pmap``; not needed under
                 ``jit``.
             dtype: type of the backbone's computation.
-            rngs: needs ``params``.
-
-        Returns:
-            The classifier.
 
         Raises:
             ValueError: an unknown name.

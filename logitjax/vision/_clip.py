@@ -59,7 +59,7 @@ class _AttentionPool(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.reshape(len(x), -1, x.shape[-1])
-        x = jnp.concatenate([x.mean(1, keepdims=True), x], 1)
+        x = jnp.concatenate([x.mean(1, keepdims=True), x], 1)  # [batch, 1 + positions, width]
         x = (x + self.positional_embedding[...]).astype(x.dtype)
         q, k, v = self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x)
         return attend(q, k, v, self.heads)[:, 0]
@@ -88,12 +88,12 @@ class ModifiedResNet(nnx.Module):
         for stage, count in enumerate(blocks):
             planes, stage_blocks = width * 2**stage, []
             for block in range(count):
-                stride = 2 if stage and not block else 1
+                stride = 2 if stage and not block else 1  # the stem shrinks for the first
                 stage_blocks.append(_Bottleneck(inside, planes, stride, options))
                 inside = 4 * planes
             stages.append(nnx.List(stage_blocks))
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
-        tokens = (config.image_size // 32) ** 2 + 1
+        tokens = (config.image_size // 32) ** 2 + 1  # and the mean
         self.attnpool = _AttentionPool(
             tokens, inside, config.vision_heads, config.embed_dim, dtype, rngs
         )
@@ -146,15 +146,14 @@ class CLIP(nnx.Module):
 
     def __init__(self, config: CLIPConfig, *, dtype: Any = None, rngs: nnx.Rngs):
         self.config, self.dtype = config, dtype
-        vision: Any = ModifiedResNet
         if config.patch_size:
-            vision, config = ViT, config.vision_tower
-        self.vision: Any = vision(config, dtype=dtype, rngs=rngs)
-        config = self.config
+            self.vision: Any = ViT(config.vision_tower, dtype=dtype, rngs=rngs)
+        else:
+            self.vision = ModifiedResNet(config, dtype=dtype, rngs=rngs)
         sizes = (config.vocab_size, config.context_length, config.embed_dim)
         blocks = config.text_blocks
         self.text = TextTower(blocks, *sizes, use_bias=False, dtype=dtype, rngs=rngs)
-        self.logit_scale = nnx.Param(jnp.log(1 / 0.07))
+        self.logit_scale = nnx.Param(jnp.log(1 / 0.07))  # where CLIP's training begins
 
     def __call__(self, images: Images) -> Features:
         """float32 ``[batch, embed_dim]`` of normalised pictures; not of length one."""

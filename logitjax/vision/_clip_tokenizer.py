@@ -132,5 +132,5 @@ def _byte_symbols() -> list[str]:
     """A printable character for each byte, in the order of OpenAI's vocabulary."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)]
     plain += range(ord("®"), ord("ÿ") + 1)
-    others = len([byte for byte in range(256) if byte not in plain])
+    others = len([byte for byte in range(256) if byte not in plain])  # what does not print
     return [chr(byte) for byte in plain] + [chr(256 + i) for i in range(others)]

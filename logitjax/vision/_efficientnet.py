@@ -35,7 +35,7 @@ class _Block(nnx.Module):
         conv_options = {key: options[key] for key in ("dtype", "rngs")}
         wide = in_features * expand
         self.residual = stride == 1 and in_features == features
-        self.expand = expand > 1
+        self.expand = expand > 1  # else a 1x1 convolution of the same width
         if self.expand:
             self.expand_conv = conv(in_features, wide, 1, **conv_options)
             self.bn0 = batch_norm(wide, **options)
@@ -81,7 +81,7 @@ class EfficientNetLite0(nnx.Module):
         blocks, previous = [], 32
         for features, count, kernel, stride, expand in _STAGES:
             for block in range(count):
-                step = stride if block == 0 else 1
+                step = stride if block == 0 else 1  # a stage shrinks once
                 blocks.append(_Block(previous, features, kernel, step, expand, options))
                 previous = features
         self.blocks = nnx.List(blocks)

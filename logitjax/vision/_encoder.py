@@ -95,7 +95,7 @@ class Encoder:
         """The trained scale of cosines of pictures and texts; None without texts."""
         if not self.has_text:
             return None
-        return float(np.exp(np.asarray(self.model.logit_scale[...]).reshape(())))
+        return float(np.exp(np.asarray(self.model.logit_scale[...]).reshape(())))  # SigLIP's is [1]
 
     def placed(self, sharding: jax.sharding.Sharding) -> "Encoder":
         """The same encoder with its weights placed in this sharding, once and not on every call.
@@ -103,7 +103,7 @@ class Encoder:
         It shares what was compiled. For pictures that are spread over devices weights should be
         replicated on these: ``NamedSharding(mesh, PartitionSpec())``.
         """
-        other = copy.copy(self)
+        other = copy.copy(self)  # what is compiled goes along
         other._state = jax.device_put(self._state, sharding)
         return other
 
@@ -175,11 +175,7 @@ class Encoder:
     ) -> Float[jax.Array, "batch features"]:
         """Features of texts, in the space of the pictures' and not normalised either.
 
-        Args:
-            tokens: as `tokenize` makes them.
-
-        Returns:
-            float32 ``[batch, num_features]``.
+        Tokens are as `tokenize` makes them, the result is float32.
 
         Raises:
             ValueError: there is no text tower.
@@ -206,9 +202,6 @@ class Encoder:
             templates: with ``{}`` where the name goes.
             batch_size: prompts at once.
 
-        Returns:
-            float32 ``[num_features, classes]``, columns of length one.
-
         Raises:
             ValueError: ImageNet's classes are given by their numbers.
 
@@ -222,6 +215,7 @@ class Encoder:
         parts = []
         for start in range(0, len(prompts), batch_size):
             tokens = self.tokenize(prompts[start : start + batch_size])
+            # Repeats rows: one shape is compiled.
             padded = np.resize(tokens, (min(batch_size, len(prompts)), tokens.shape[1]))
             parts.append(self.text_features(padded)[: len(tokens)])
         found = jnp.concatenate(parts)

@@ -92,7 +92,7 @@ class DepthwiseConv(nnx.Module):
         x = jnp.asarray(x, self.dtype)
         kernel = jnp.asarray(self.kernel[...], x.dtype)
         size, step = kernel.shape[0], self.stride
-        height, width = ((n - 1) // step + 1 for n in x.shape[1:3])
+        height, width = ((n - 1) // step + 1 for n in x.shape[1:3])  # rounded up
 
         def padding(length: int, outputs: int) -> tuple[int, int]:
             if not self.same:
@@ -124,7 +124,13 @@ def batch_norm(
     The running variance takes in the biased estimate, where torch's takes the unbiased one.
     """
     return nnx.BatchNorm(
-        features, momentum=0.9, epsilon=epsilon, axis_name=axis_name, dtype=dtype, rngs=rngs
+        # torch's momentum of 0.1 is the share of the new.
+        features,
+        momentum=0.9,
+        epsilon=epsilon,
+        axis_name=axis_name,
+        dtype=dtype,
+        rngs=rngs,
     )
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ _IMAGENET = Preprocessing(size=224, resize=256)
 _HALVES = Preprocessing(
     size=224, resize=224, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), fit="squash"
 )
-_LITE_MEAN, _LITE_STD = 127 / 255, 128 / 255
+_LITE_MEAN, _LITE_STD = 127 / 255, 128 / 255  # TensorFlow's (x - 127) / 128
 _LITE = Preprocessing(
     size=224,
     resize=256,
@@ -59,6 +59,22 @@ _DEPTHWISE = re.compile(
 )
 _SMALL_FILES = ("*.json", "merges.txt", "bpe_simple_vocab_16e6.txt.gz")
 _PICKLES = ("*.bin", "*.pth", "*.pt", "*.pth.tar")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Checkpoint:
+    """What a place holds of an encoder, and what it is to be."""
+
+    spec: str
+    path: epath.Path
+    weights: Weights
+    settings: Mapping[str, Any]
+    tokenizer: str | None
+    dtype: Any
+
+    def shapes(self, kind: Any, config: Any) -> Any:
+        # Initial weights take long to compile, and are not used.
+        return nnx.eval_shape(lambda: kind(config, dtype=self.dtype, rngs=nnx.Rngs(0)))
 
 
 def load_encoder(
@@ -95,9 +111,6 @@ def load_encoder(
         tokenizer: directory or file of merges for CLIP, or ``open_clip`` (`load_clip_tokenizer`),
             where the checkpoint brings none; of SigLIP a directory with ``tokenizer.json``.
         dtype: type of the computation; weights stay float32.
-
-    Returns:
-        The encoder.
 
     Raises:
         ValueError: nothing is there, or what is there is not an encoder's weights.
@@ -145,25 +158,25 @@ def _from_path(spec: str, tokenizer: str | None, dtype: Any) -> Encoder:
     vision, text = (
         any(name.startswith(f"{part}_model.") for name in weights) for part in ("vision", "text")
     )
+    found = _Checkpoint(
+        spec=spec, path=path, weights=weights, settings=settings, tokenizer=tokenizer, dtype=dtype
+    )
     try:
         if text and "logit_bias" in weights:
-            return _siglip(spec, path, weights, settings, tokenizer, dtype)
+            return _siglip(found)
         if any(n.startswith("visual.") for n in weights) or (vision and text):
-            return _clip(spec, path, weights, settings, tokenizer, dtype)
+            return _clip(found)
         if (
             any(name.startswith("embeddings.patch_embedding.") for name in bare)
             or "embeddings.patch_embeddings.projection.weight" in bare
             or {"embeddings.patch_embeddings.weight", "embeddings.cls_token"} <= bare
         ):
-            return _vision_transformer(spec, path, weights, settings, dtype)
+            return _vision_transformer(found)
         if "patch_embed.proj.weight" in weights:
             named, config = timm_vit(weights, settings)
-            made = timm_preprocessing(settings)
-            return _with_head(
-                spec, lambda: ViT(config, dtype=dtype, rngs=nnx.Rngs(0)), named, made, dtype
-            )
+            return _with_head(found, ViT, config, named, timm_preprocessing(settings))
         if any(_DEPTHWISE.search(name) for name in bare):
-            return _convnext(spec, path, weights, settings, dtype)
+            return _convnext(found)
         if "embedder.embedder.convolution.weight" in bare:
             made = processor_preprocessing(path, _IMAGENET)
             if settings.get("downsample_in_bottleneck"):
@@ -238,7 +251,7 @@ def _without_text(name: str, weights: Weights, made: Preprocessing, dtype: Any) 
         return _efficientnet(name, weights, dtype)
     if "features.0.weight" in weights:
         layers = {k: v for k, v in weights.items() if k.startswith("features.")}
-        kernel = layers["features.0.weight"].shape[-1]
+        kernel = layers["features.0.weight"].shape[-1]  # tells the two apart
         numbers = sorted({int(key.split(".")[1]) for key in layers})
         ordered = {
             f"features.{numbers.index(int(k.split('.')[1]))}.{k.split('.')[2]}": v
@@ -248,51 +261,41 @@ def _without_text(name: str, weights: Weights, made: Preprocessing, dtype: Any) 
     return None
 
 
-def _shapes(make: Callable[[], Any]) -> Any:
-    """A module of shapes alone: initial weights take long to compile, and are not used."""
-    return nnx.eval_shape(make)
-
-
 def _filled(model: Any, weights: Weights) -> Any:
     """A module whose weights are called as ours are, with its leaves filled in."""
     fill_weights(model, weights, {torch_name(path): path for path in weight_paths(model)})
     return model
 
 
-def _clip(
-    name: str,
-    path: epath.Path,
-    weights: Weights,
-    settings: Mapping[str, Any],
-    tokenizer: str | None,
-    dtype: Any,
-) -> Encoder:
+def _clip(given: _Checkpoint) -> Encoder:
+    weights, settings, path = given.weights, given.settings, given.path
     if any(key.startswith("visual.trunk.") for key in weights):
         raise ValueError("open_clip's towers of timm are not supported")
     named = clip_names(weights)
     config = clip_config(named, settings)
-    model = _shapes(lambda: CLIP(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    _filled(model, named)
+    model = _filled(given.shapes(CLIP, config), named)
     size = config.image_size
     made = Preprocessing(size=size, resize=size, mean=CLIP_MEAN, std=CLIP_STD)
     said = settings.get("preprocess_cfg")
     made = open_clip_preprocessing(made, said) if said else processor_preprocessing(path, made)
     found: CLIPTokenizer | None = None
-    if tokenizer is not None:
-        found = load_clip_tokenizer(tokenizer, config.context_length)
+    if given.tokenizer is not None:
+        found = load_clip_tokenizer(given.tokenizer, config.context_length)
     elif path.is_dir() and any(list(path.glob(f)) for f in ("tokenizer.json", *_SMALL_FILES[1:])):
         found = load_clip_tokenizer(path, config.context_length)
-    return Encoder(name, model, made, num_features=config.embed_dim, tokenizer=found, dtype=dtype)
+    return _encoder(given, model, made, found)
 
 
-def _siglip(
-    name: str,
-    path: epath.Path,
-    weights: Weights,
-    settings: Mapping[str, Any],
-    tokenizer: str | None,
-    dtype: Any,
-) -> Encoder:
+def _encoder(given: _Checkpoint, model: Any, made: Preprocessing, tokenizer: Any) -> Encoder:
+    """An encoder of both towers."""
+    features = model.config.embed_dim
+    return Encoder(
+        given.spec, model, made, num_features=features, tokenizer=tokenizer, dtype=given.dtype
+    )
+
+
+def _siglip(given: _Checkpoint) -> Encoder:
+    weights, settings, path = given.weights, given.settings, given.path
     vision, text = (
         transformer_names(
             {k.removeprefix(part): v for k, v in weights.items() if k.startswith(part)}
@@ -303,20 +306,18 @@ def _siglip(
     named = {name: weights[name] for name in ("logit_scale", "logit_bias")}
     named |= {f"vision.{key}": value for key, value in vision.items()}
     named |= {f"text.{key}": value for key, value in text.items()}
-    model = _filled(_shapes(lambda: SigLIP(config, dtype=dtype, rngs=nnx.Rngs(0))), named)
-    place = epath.Path(tokenizer) if tokenizer else path
+    model = _filled(given.shapes(SigLIP, config), named)
+    place = epath.Path(given.tokenizer) if given.tokenizer else path
     found = None
     if place.is_dir() and (place / "tokenizer.json").exists():
         found = SigLIPTokenizer(load_tokenizer(os.fspath(place)), config.context_length)
     size = config.vision.image_size
     made = processor_preprocessing(path, dataclasses.replace(_HALVES, size=size, resize=size))
-    return Encoder(name, model, made, num_features=config.embed_dim, tokenizer=found, dtype=dtype)
+    return _encoder(given, model, made, found)
 
 
-def _vision_transformer(
-    name: str, path: epath.Path, weights: Weights, settings: Mapping[str, Any], dtype: Any
-) -> Encoder:
-    named = transformer_names(weights)
+def _vision_transformer(given: _Checkpoint) -> Encoder:
+    named, settings = transformer_names(given.weights), given.settings
     # The tower of a model of two brings the settings of both.
     config = vit_config(named, settings.get("vision_config") or settings)
     if config.pooling == "class" and not config.class_token:
@@ -331,42 +332,34 @@ def _vision_transformer(
         default = Preprocessing(size=size, resize=size, mean=CLIP_MEAN, std=CLIP_STD)
     elif config.pooling == "probe":
         default = dataclasses.replace(default, interpolation="bicubic")
-    return _with_head(
-        name,
-        lambda: ViT(config, dtype=dtype, rngs=nnx.Rngs(0)),
-        named,
-        processor_preprocessing(path, default),
-        dtype,
-    )
+    return _with_head(given, ViT, config, named, processor_preprocessing(given.path, default))
 
 
-def _convnext(
-    name: str, path: epath.Path, weights: Weights, settings: Mapping[str, Any], dtype: Any
-) -> Encoder:
-    named = convnext_names(weights)
-    config = convnext_config(named, settings)
-    timm = "pretrained_cfg" in settings
-    made = timm_preprocessing(settings) if timm else processor_preprocessing(path, _IMAGENET)
-    return _with_head(
-        name, lambda: ConvNeXt(config, dtype=dtype, rngs=nnx.Rngs(0)), named, made, dtype
-    )
+def _convnext(given: _Checkpoint) -> Encoder:
+    named, settings = convnext_names(given.weights), given.settings
+    made = processor_preprocessing(given.path, _IMAGENET)
+    if "pretrained_cfg" in settings:
+        made = timm_preprocessing(settings)
+    return _with_head(given, ConvNeXt, convnext_config(named, settings), named, made)
 
 
 def _with_head(
-    name: str, make: Callable[[], Any], named: Weights, made: Preprocessing, dtype: Any
+    given: _Checkpoint, kind: Any, config: Any, named: Weights, made: Preprocessing
 ) -> Encoder:
     """An encoder with the class head that its file has, if it reads the features alone."""
-    model = _shapes(make)
+    model = given.shapes(kind, config)
     features = model.num_features
     head = named.get("fc.weight")
     classes = len(head) if head is not None and head.shape[1] == features else 0
     if classes:
-        linear = _shapes(lambda: nnx.Linear(features, classes, rngs=nnx.Rngs(0)))
+        linear = nnx.eval_shape(lambda: nnx.Linear(features, classes, rngs=nnx.Rngs(0)))
         model = ImageClassifier(model, linear)
         fill_weights(model, named, torch_names(model))
     else:
         _filled(model, {k: v for k, v in named.items() if not k.startswith("fc.")})
-    return Encoder(name, model, made, num_features=features, num_classes=classes, dtype=dtype)
+    return Encoder(
+        given.spec, model, made, num_features=features, num_classes=classes, dtype=given.dtype
+    )
 
 
 def _resnet(name: str, weights: Weights, made: Preprocessing, dtype: Any) -> Encoder:
@@ -380,6 +373,7 @@ def _resnet(name: str, weights: Weights, made: Preprocessing, dtype: Any) -> Enc
     inner, grouped = weights["layer1.0.conv1.weight"].shape[0], weights["layer1.0.conv2.weight"]
     options: dict[str, Any] = {}
     if bottleneck:
+        # ResNet-50 has 64 there.
         options = {"widen": inner // 64, "groups": grouped.shape[0] // grouped.shape[1]}
 
     def make() -> Any:
@@ -388,20 +382,19 @@ def _resnet(name: str, weights: Weights, made: Preprocessing, dtype: Any) -> Enc
         head = nnx.Linear(width, classes, rngs=rngs) if classes else None
         return ImageClassifier(backbone, head) if head is not None else backbone
 
-    model = _shapes(make)
+    model = nnx.eval_shape(make)
     if classes:
-        names = torch_names(model)
+        fill_weights(model, weights, torch_names(model))
     else:
-        names = {torch_name(path): path for path in weight_paths(model)}
-        weights = {key: value for key, value in weights.items() if not key.startswith("fc.")}
-    fill_weights(model, weights, names)
+        _filled(model, {k: v for k, v in weights.items() if not k.startswith("fc.")})
     return Encoder(name, model, made, num_features=width, num_classes=classes, dtype=dtype)
 
 
 def _efficientnet(name: str, weights: Weights, dtype: Any) -> Encoder:
+    # The port's names begin so.
     plain = {re.sub(r"(^|\.)_", r"\1", key): value for key, value in weights.items()}
     classes = len(plain["fc.bias"])
-    model = _shapes(
+    model = nnx.eval_shape(
         lambda: ImageClassifier.create("efficientnet_lite0", classes, dtype=dtype, rngs=nnx.Rngs(0))
     )
     fill_weights(model, plain, torch_names(model))
@@ -411,17 +404,20 @@ def _efficientnet(name: str, weights: Weights, dtype: Any) -> Encoder:
 def _random(name: str, dtype: Any) -> Encoder:
     """Weights nobody trained, of He's size, made without compiling anything."""
     network = name.partition(":")[2]
-    model = _shapes(lambda: ImageClassifier.create(network, 10, dtype=dtype, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(
+        lambda: ImageClassifier.create(network, 10, dtype=dtype, rngs=nnx.Rngs(0))
+    )
     rng, names = np.random.default_rng(0), torch_names(model)
     weights = {}
     for key, value in blank(model, names).items():
         if value.ndim > 1:
+            # By fan-in: all but the first axis in torch's layout, OIHW.
             value = rng.normal(size=value.shape) * np.sqrt(2 / np.prod(value.shape[1:]))
         elif key.endswith(("weight", "running_var")):
             value = np.ones_like(value)
         weights[key] = value
     fill_weights(model, weights, names)
-    features = model.backbone.num_features
+    features = model.backbone.num_features  # of a network by name
     return Encoder(name, model, _IMAGENET, num_features=features, num_classes=10, dtype=dtype)
 
 
@@ -430,7 +426,7 @@ def _conv_features(
 ) -> Encoder:
     """``convolutions`` are numbered one after the other, ``features.0.weight`` to the last."""
     make = {"alexnet": alexnet_features, "vgg16": vgg16_features}[network]
-    model = _shapes(lambda: make(dtype=dtype, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: make(dtype=dtype, rngs=nnx.Rngs(0)))
     names = {torch_name(path): path for path in weight_paths(model)}
     numbers = sorted({int(key.split(".")[1]) for key in names})
     weights = {}
@@ -449,6 +445,7 @@ def _from_flax(tree: Mapping[str, Any]) -> Weights:
     weights = {}
     for key, leaves in net.items():
         number = int(key.removeprefix("Conv_"))
+        # HWIO to OIHW.
         weights[f"features.{number}.weight"] = leaves["kernel"].transpose(3, 2, 0, 1)
         weights[f"features.{number}.bias"] = leaves["bias"]
     return weights

@@ -60,7 +60,7 @@ class Preprocessing:
         elif not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"images: expected whole numbers or floats, got {x.dtype}")
         x = x.astype(jnp.float32)
-        x = jnp.where(jnp.abs(x - 0.5) <= _FURTHEST, x, jnp.nan)
+        x = jnp.where(jnp.abs(x - 0.5) <= _FURTHEST, x, jnp.nan)  # nan stays nan
         return (x - jnp.array(self.mean)) / jnp.array(self.std)
 
     def check(self, images: Any) -> None:

@@ -40,7 +40,7 @@ def processor_preprocessing(path: epath.Path, default: Preprocessing) -> Preproc
             )
     elif scaled:
         size, resize, fit = scaled, scaled, "squash"
-    known: dict[Any, Any] = {2: "bilinear", 3: "bicubic"}
+    known: dict[Any, Any] = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
     mean: Any = tuple(content.get("image_mean") or default.mean)
     std: Any = tuple(content.get("image_std") or default.std)
     return Preprocessing(

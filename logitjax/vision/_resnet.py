@@ -163,7 +163,7 @@ class ResNet(nnx.Module):
         block: Any = BasicBlock
         if bottleneck:
             block = functools.partial(Bottleneck, widen=widen, groups=groups)
-        more = 4 if bottleneck else 1
+        more = 4 if bottleneck else 1  # what a bottleneck widens its output by
         self.num_features, self.small_stem = 512 * more, small_stem
         kernel, stride = (3, 1) if small_stem else (7, 2)
         self.conv1 = conv(channels, 64, kernel, stride=stride, dtype=dtype, rngs=rngs)

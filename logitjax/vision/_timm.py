@@ -143,7 +143,7 @@ def timm_preprocessing(settings: Mapping[str, Any]) -> Preprocessing:
     std: Any = tuple(said.get("std") or IMAGENET_STD)
     return Preprocessing(
         size=height,
-        resize=math.floor(height / share),
+        resize=math.floor(height / share),  # as timm rounds
         mean=mean,
         std=std,
         interpolation=interpolation,

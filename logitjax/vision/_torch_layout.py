@@ -51,13 +51,13 @@ def torch_name(path: tuple[Any, ...]) -> str:
 def _to_ours(value: np.ndarray, leaf: str) -> np.ndarray:
     if leaf != "kernel":  # tables and vectors lie the same way on both sides
         return value
-    return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
+    return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T  # OIHW to HWIO
 
 
 def _to_torch(value: np.ndarray, leaf: str) -> np.ndarray:
     if leaf != "kernel":
         return value
-    return value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
+    return value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T  # HWIO to OIHW
 
 
 def fill_weights(

@@ -144,7 +144,7 @@ def transformer_names(weights: Weights) -> dict[str, np.ndarray]:
             raise ValueError(f"weights lack {k if k not in named else v}, which goes with {q}")
         joined = np.concatenate([named.pop(part) for part in (q, k, v)])
         named[re.sub(r"\.q\.", ".qkv.", name)] = joined
-    for name in [n for n in named if ".mlp.weights_in." in n]:
+    for name in [n for n in named if ".mlp.weights_in." in n]:  # SwiGLU's halves in one
         gate, up = np.split(named.pop(name), 2)
         named[name.replace("mlp.weights_in", "gate")] = gate
         named[name.replace("mlp.weights_in", "up")] = up
@@ -212,7 +212,7 @@ def _blocks(named: Weights, settings: Mapping[str, Any], default: BlockConfig) -
         default,
         width=width,
         layers=count_of(named, "blocks"),
-        heads=int(settings.get("num_attention_heads") or max(1, width // 64)),
+        heads=int(settings.get("num_attention_heads") or max(1, width // 64)),  # 64 channels each
         hidden=named["blocks.0.up.weight"].shape[0],
         activation=_ACTIVATIONS.get(str(activation), default.activation),
         epsilon=float(settings.get("layer_norm_eps") or default.epsilon),
@@ -244,7 +244,7 @@ def vit_config(named: Weights, settings: Mapping[str, Any]) -> ViTConfig:
         grid = 0
         positions: Positions = "rotary"
         if family is not _DINO3:
-            grid = round((len(named["positions"]) - class_token) ** 0.5)
+            grid = round((len(named["positions"]) - class_token) ** 0.5)  # pictures are squares
             positions = "fixed"
         if family is _DINO:
             positions = "antialias" if "registers" in named else "bicubic"

@@ -20,7 +20,7 @@ Positions = Literal["fixed", "bicubic", "antialias", "rotary"]
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # as in OpenAI's CLIP
     "silu": jax.nn.silu,
 }
 
@@ -142,8 +142,9 @@ def _turned(x: jax.Array, angles: np.ndarray) -> jax.Array:
     """`[batch, tokens, heads, width]`, of which the last tokens are patches, with these turned."""
     patches = x[:, -len(angles) :].astype(jnp.float32)
     first, second = jnp.split(patches, 2, -1)
-    cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
+    cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]  # over heads
     patches = patches * cos + jnp.concatenate([-second, first], -1) * sin
+    # Class token and registers stay.
     return jnp.concatenate([x[:, : -len(angles)], patches.astype(x.dtype)], 1)
 
 
@@ -301,7 +302,7 @@ class ViT(nnx.Module):
         for block in self.blocks:
             x = block(x, angles)
         if config.pooling == "class":
-            return self.norm(x[:, 0])
+            return self.norm(x[:, 0])  # the class token comes first
         x = x[:, config.class_token + config.registers :]
         if config.pooling == "mean_then_norm":
             return self.norm(x.astype(jnp.float32).mean(1))
@@ -319,6 +320,7 @@ class ViT(nnx.Module):
             size = (rows * self.config.patch_size, columns * self.config.patch_size)
             raise ValueError(f"images: expected {expected} x {expected} pixels, got {size}")
         antialias = self.config.positions == "antialias"
+        # The class token's position has no place in the picture.
         first, rest = table[: -(grid**2)], table[-(grid**2) :].reshape(grid, grid, -1)
         down, across = (resize_matrix(grid, n, antialias=antialias) for n in (rows, columns))
         rest = jnp.einsum("ig,jh,ghd->ijd", down, across, rest, precision="highest")
@@ -333,7 +335,7 @@ def resize_matrix(source: int, target: int, *, antialias: bool) -> np.ndarray:
     """
     a, step = (-0.5 if antialias else -0.75), source / target
     wide = max(step, 1.0) if antialias else 1.0
-    centre = (np.arange(target) + 0.5) * step - 0.5
+    centre = (np.arange(target) + 0.5) * step - 0.5  # torch's align_corners=False
     # Twice the kernel's reach beyond both edges, which hold what is repeated.
     places = np.arange(-2, source + 2) if not antialias else np.arange(source)
     x = np.abs(places - centre[:, None]) / wide

@@ -66,8 +66,7 @@ def fit_assignment(
     Args:
         rows: ``[vocab, hidden]``, rows of the full head, also in bfloat16.
         unigram: ``[vocab]``, probabilities or counts.
-        hidden_mean: ``[hidden]``, mean of the hidden states.
-        hidden_cov: ``[hidden, hidden]``, their covariance.
+        hidden_mean, hidden_cov: mean and covariance of the hidden states.
         num_codes: clusters K, at most vocab.
         method: see above.
         row_bias: ``[vocab]``, bias of the full head.
@@ -125,11 +124,11 @@ def _fitted(
 ) -> VQFit:
     vocab = rows.shape[0]
     weights = unigram / jnp.maximum(unigram.sum(), 1e-30)
-    weights = jnp.maximum(weights, 0.01 / vocab)
+    weights = jnp.maximum(weights, 0.01 / vocab)  # tokens never seen need a code too
     history = jnp.zeros(0)
     if method == "random":
         order = jax.random.permutation(key, vocab)
-        code = (jnp.arange(vocab) * num_codes // vocab).astype(jnp.int32)
+        code = (jnp.arange(vocab) * num_codes // vocab).astype(jnp.int32)  # sizes differ by one
         assignment = jnp.zeros(vocab, jnp.int32).at[order].set(code)
     else:
         plain = method == "kmeans"
@@ -163,7 +162,7 @@ def centred_bias(
     """Biases that make VQ logits equal the full head's at the mean hidden state."""
     mean = jnp.asarray(hidden_mean, jnp.float32)
     full = over_rows(lambda block: block.astype(jnp.float32) @ mean, jnp.asarray(rows), _BLOCK)
-    bias = full - (codebook @ mean)[assignment]
+    bias = full - (codebook @ mean)[assignment]  # no error at the mean hidden state
     return bias if row_bias is None else bias + jnp.asarray(row_bias, jnp.float32)
 
 
@@ -212,7 +211,7 @@ def _best_codes(
 
     stacked = jnp.concatenate([jnp.asarray(sums), counts[:, None]], axis=1)
     best, _ = over_rows(block, stacked, _BLOCK)
-    enough = counts >= min_count
+    enough = counts >= min_count  # few positions say little of a token
     new = jnp.where(enough, best, assignment)
     # b_v = log counts_v - A: the mass that the head gives the token is then what was counted.
     fitted = jnp.log(jnp.maximum(counts, 1e-9)) - mass[new]
@@ -251,7 +250,7 @@ def _matched(counts: Array, mass: Array, assignment: Array) -> jax.Array:
 def code_mass(codebook: Array, bias: Array, assignment: Array, hidden: Array) -> jax.Array:
     """``A_k = log sum_n exp(z_nk - log Z_n)``, the log mass of a token of bias 0 in each code."""
     log_mass = _log_mass(bias, assignment, codebook.shape[0])
-    total: Array = np.full((codebook.shape[0],), -np.inf, np.float32)
+    total: Array = np.full((codebook.shape[0],), -np.inf, np.float32)  # no mass yet
     for start in range(0, len(hidden), _BLOCK):
         block = np.asarray(hidden[start : start + _BLOCK], np.float32)
         total = _add_mass(total, codebook, log_mass, block)
@@ -302,13 +301,6 @@ def perplexity_floor(
     A bias per token removes both. What is then still lost is what the context says about the token
     within its cluster.
 
-    Args:
-        assignment: ``[vocab]``.
-        unigram: ``[vocab]``, probabilities or counts.
-
-    Returns:
-        `PerplexityFloor`, on the host.
-
     Raises:
         TypeError: arrays of another kind.
         ValueError: shapes that do not fit, negative clusters, or probabilities that are none.
@@ -334,7 +326,7 @@ def perplexity_floor(
     excess = float((prob[known] * (within + log_size[known])).sum())
     return PerplexityFloor(
         perplexity=float(np.exp((prob * log_size).sum())),
-        excess_nats=max(excess, 0.0),
+        excess_nats=max(excess, 0.0),  # rounding may end below 0
         ratio=float(np.exp(max(excess, 0.0))),
         singleton_mass=float(mass[sizes == 1].sum()) if (sizes == 1).any() else 0.0,
         codes_used=int((sizes > 0).sum()),

@@ -114,7 +114,6 @@ class ConvertConfig:
 
         Args:
             head: the old head.
-            hidden: ``[count, hidden]``.
             targets: from `HiddenCache.head_targets`, for the same positions.
             statistics: statistics of ``hidden``.
             unigram: ``[vocab]`` counts; by default the counts that the old head expects.
@@ -146,6 +145,7 @@ class ConvertConfig:
             bias = matched_bias(codebook, start.bias, assignment, targets.counts, hidden)
         history: dict[str, list[float]] = {"loss": [], "moved": []}
         if self.steps:
+            # Every other method keeps its mapping.
             moving = self.method == "likelihood" and self.use_bias and self.reassign_every
             codebook, bias, assignment, history = tune_vq_head(
                 codebook,
@@ -163,12 +163,13 @@ class ConvertConfig:
                 min_count=self.min_count,
                 mesh=mesh,
             )
+            # From cross-entropy to divergence.
             history["loss"] = [loss - targets.entropy for loss in history["loss"]]
         fit = VQFit(
             jnp.asarray(assignment),
             jnp.asarray(codebook),
             jnp.zeros(len(assignment)) if bias is None else jnp.asarray(bias),
-            jnp.zeros(0),
+            jnp.zeros(0),  # no history of k-means
         )
         if not self.num_pages:
             return VQHead.from_fit(fit, use_bias=self.use_bias), history

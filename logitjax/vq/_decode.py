@@ -95,7 +95,6 @@ class VQTables:
         `jax.lax.top_k`.
 
         Args:
-            hidden: ``[*batch, hidden]``.
             codebook: ``[codes, hidden]``; inside `jax.shard_map` this shard's codes.
             k: how many, at most the width of the tables.
             soft_cap: bounds the scores, as in `vq_logits`.
@@ -158,6 +157,7 @@ class VQTables:
         def run(hidden: Array, codebook: Array, tables: VQTables, key: Array) -> tuple[jax.Array]:
             scores = all_scores(hidden, codebook, soft_cap, axis_name) / tables.temperature
             cluster_key, token_key = jax.random.split(key)
+            # The cluster: k ~ softmax(z + log B).
             code = jax.random.categorical(cluster_key, scores + tables.log_mass)
             start, stop = tables.starts[code], tables.starts[code + 1]
             last = jnp.maximum(stop - 1, start)
@@ -194,15 +194,16 @@ def _sorted(
     vocab = assignment.shape[0]
     width = min(width, vocab)
     added = token_bias(bias, assignment, temperature=temperature, vocab_where=vocab_where)
+    # By code, then falling bias.
     members = jnp.lexsort((jnp.arange(vocab), -added, assignment)).astype(jnp.int32)
     starts = jnp.searchsorted(assignment[members], jnp.arange(num_codes + 1)).astype(jnp.int32)
     places = starts[:-1, None] + jnp.arange(width)
-    exists = places < starts[1:, None]
+    exists = places < starts[1:, None]  # [codes, width]
     best = jnp.where(exists, members[jnp.minimum(places, vocab - 1)], -1)
     best_bias = jnp.where(exists, added[best], -jnp.inf)
     code = jnp.argsort(jnp.where(best[:, 0] < 0, vocab, best[:, 0])).astype(jnp.int32)
     log_mass = cluster_log_mass(added, assignment, num_codes)
-    finite = jnp.where(jnp.isfinite(log_mass), log_mass, 0.0)
+    finite = jnp.where(jnp.isfinite(log_mass), log_mass, 0.0)  # of an empty cluster
     shares = jnp.exp(added - finite[assignment])[members]
     return VQTables(
         best=best[code],

@@ -172,7 +172,7 @@ class VQHead(VocabularyHead):
 
     def sample(
         self,
-        key: Array,
+        key: jax.Array,
         hidden: Array,
         embedding: Array | None = None,
         *,
@@ -200,7 +200,7 @@ class VQHead(VocabularyHead):
         (codes, hidden), vocab = self.codebook.shape, self.vocab_size
         itemsize = self.codebook.dtype.itemsize
         parameters = codes * hidden + (0 if self.bias is None else vocab)
-        tables = 2 * vocab * 4 + codes * 16
+        tables = 2 * vocab * 4 + codes * 16  # members and sums, four numbers a code
         return HeadCost(
             parameters=parameters,
             stored_bytes=parameters * itemsize + tables,

@@ -60,7 +60,7 @@ def _add_moments(total: Array, square: Array, block: Array, shift: Array) -> Any
 @jax.jit
 def _mean_and_covariance(total: Array, square: Array, shift: Array, count: Array | int) -> Any:
     mean = jnp.asarray(total) / count
-    return mean + shift, square / count - jnp.outer(mean, mean)
+    return mean + shift, square / count - jnp.outer(mean, mean)  # E xx' - Ex Ex' about the shift
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,9 +119,6 @@ class HiddenCache:
                 refused.
             log_every: batches between log lines.
 
-        Returns:
-            `HiddenCache` of at most ``max_tokens`` positions.
-
         Raises:
             ValueError: the directory holds, in full or in part, the cache of another
                 ``max_tokens``, model or ``source``.
@@ -152,7 +149,7 @@ class HiddenCache:
         for index, batch in enumerate(batches):
             if index not in finished:
                 hidden = run(state, batch["tokens"], batch["positions"], batch["segment_ids"])
-                keep = np.asarray(batch["loss_mask"])[:, 1:]
+                keep = np.asarray(batch["loss_mask"])[:, 1:]  # position t predicts t + 1
                 labels = np.asarray(batch["tokens"])[:, 1:][keep]
                 parts.add([index], HiddenCache(np.asarray(hidden)[:, :-1][keep], labels))
                 count += len(labels)
@@ -173,7 +170,7 @@ class HiddenCache:
             array = getattr(held, name)[:max_tokens]
             write_atomic(root / f"{name}.npy", functools.partial(np.save, arr=array))
         manifest.write(made_from, {"count": min(count, max_tokens)})
-        parts.directory.rmtree()
+        parts.directory.rmtree()  # not before the whole arrays are there
         return cls.open(root)
 
     @classmethod
@@ -182,7 +179,7 @@ class HiddenCache:
         root = epath.Path(directory)
         Manifest(root, _KIND).read()
         return cls(
-            hidden=read_npy(root / "hidden.npy", mapped=True),
+            hidden=read_npy(root / "hidden.npy", mapped=True),  # gigabytes, read where they lie
             labels=read_npy(root / "labels.npy", mapped=True),
         )
 

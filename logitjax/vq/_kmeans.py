@@ -83,10 +83,11 @@ def nearest(
 ) -> tuple[jax.Array, jax.Array]:
     """The nearest centre of each point, and the squared distance less the point's own square."""
     centres = jnp.asarray(centres, jnp.float32)
-    mapped = centres if metric is None else centres @ metric
+    mapped = centres if metric is None else centres @ metric  # centres are fewer than points
     offset = (mapped * centres).sum(-1)
 
     def block(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # |c|^2 - 2 x.c, less the point's square.
         cost = offset - 2.0 * rows.astype(jnp.float32) @ mapped.T
         return cost.argmin(-1).astype(jnp.int32), cost.min(-1)
 
@@ -144,10 +145,11 @@ def _seed(
         odds = jnp.log(jnp.maximum(weights, tiny)) + jnp.log(jnp.maximum(distance, tiny))
         _, chosen = lax.top_k(odds + jax.random.gumbel(key, (count,)), per_round)
         _, cost = nearest(points, points[chosen], metric, block_size=block_size)
+        # A difference may round below 0.
         distance = jnp.minimum(distance, jnp.maximum(cost + squares, 0.0))
         return (distance.at[chosen].set(0.0),), chosen
 
-    start = jnp.full((count,), 1.0)
+    start = jnp.full((count,), 1.0)  # the first centres by weight alone
     _, chosen = lax.scan(draw, (start,), jax.random.split(key, rounds))
     return points[chosen.reshape(-1)[:num_centres]].astype(jnp.float32)
 
@@ -183,7 +185,7 @@ def _lloyd(
     assignment, cost = nearest(points, centres, metric, block_size=block_size)
     last = (jnp.maximum(cost + squares, 0.0) * weights).sum() / total
     means, mass = weighted_means(points, weights, assignment, num_centres, block_size=block_size)
-    centres = jnp.where(mass[:, None] > 0, means, centres)
+    centres = jnp.where(mass[:, None] > 0, means, centres)  # an empty one stays
     return KMeans(assignment, centres, jnp.append(inertia, last))
 
 

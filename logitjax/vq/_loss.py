@@ -191,7 +191,7 @@ def vq_nll(
             here = (code >= 0) & (code < local)
             chosen = jnp.take_along_axis(scores, jnp.where(here, code, 0)[..., None], axis=-1)
             chosen = lax.psum(jnp.where(here, chosen[..., 0], 0.0), axis_name)
-        nll = log_z - chosen - added[labels]
+        nll = log_z - chosen - added[labels]  # the label's score is its code's and its bias
         nll = nll + z_loss * log_z**2 if z_loss else nll
         return (jnp.where((labels >= 0) & (labels < len(added)), nll, jnp.nan),)
 

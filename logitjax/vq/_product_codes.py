@@ -60,12 +60,9 @@ class ProductCodes:
         Each group uses its own block of the covariance: correlations between groups are left out.
 
         Args:
-            rows: ``[vocab, hidden]``.
-            unigram: ``[vocab]`` probabilities or counts; rows are weighted by a power of it.
-            hidden_cov: ``[hidden, hidden]``.
+            rows, unigram, hidden_cov, key: as of `fit_assignment`.
             groups: number of parts into which the hidden dimensions are cut.
             num_codes: number of codes in a group; with at most 256 a code is one byte.
-            key: key of the initial centres.
             iterations: number of iterations of Lloyd's algorithm.
             weight_power: rows are weighted by ``unigram ** weight_power``.
 
@@ -103,7 +100,7 @@ class ProductCodes:
                 )
             )
         codes = jnp.stack([f.assignment for f in found], axis=1)
-        small = jnp.uint8 if num_codes <= 256 else jnp.uint16
+        small = jnp.uint8 if num_codes <= 256 else jnp.uint16  # bytes are what decoding reads
         return cls(jnp.stack([f.centres for f in found]), codes.astype(small))
 
     def kernel(self) -> Float[jax.Array, "vocab hidden"]:
@@ -140,7 +137,7 @@ class ProductCodes:
 
         def look_up(hidden: jax.Array, codebooks: jax.Array, codes: jax.Array) -> tuple[jax.Array]:
             tables = product_tables(hidden, codebooks)
-            by_group = codes.astype(jnp.int32).T
+            by_group = codes.astype(jnp.int32).T  # [groups, vocab]
 
             def add(total: jax.Array, group: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
                 table, code = group
@@ -292,11 +289,12 @@ def _logits(
     hidden: jax.Array, codebooks: jax.Array, packed: jax.Array, bias: jax.Array
 ) -> jax.Array:
     tables = product_tables(hidden, codebooks)
-    low = tables.min(-1, keepdims=True)
+    low = tables.min(-1, keepdims=True)  # [n, groups, 1]
     step = (tables - low).max((-2, -1), keepdims=True) / 255
     # Tables that say nothing are all zeros.
     rounded = jnp.round((tables - low) / jnp.where(step > 0, step, 1)).astype(jnp.uint8)
     groups, num_codes = tables.shape[1:]
+    # An odd group adds 0.
     rounded = jnp.pad(rounded, ((0, 0), (0, groups % 2), (0, _CODES - num_codes)))
     sums = kernels.on_cpu(kernels.lookup_sums, _sums, rounded, packed)[:, : bias.shape[0]]
     return step[:, 0] * sums.astype(tables.dtype) + low.sum((-2, -1))[:, None] + bias
@@ -311,7 +309,7 @@ def _logits_jvp(primals: Any, tangents: Any) -> Any:
         return ProductCodes(codebooks, codes, bias).logits(hidden)
 
     moving = (hidden, codebooks, bias)
-    changes = (tangents[0], tangents[1], tangents[3])
+    changes = (tangents[0], tangents[1], tangents[3])  # codes do not move
     return _logits(*primals), jax.jvp(unrounded, moving, changes)[1]
 
 

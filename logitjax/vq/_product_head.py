@@ -96,7 +96,7 @@ class ProductHead(VocabularyHead):
         vocab, hidden = self.bias.shape[0], groups * part
         itemsize = self.codebooks.dtype.itemsize
         parameters = codes * hidden + vocab
-        assignment = vocab * groups * (1 if codes <= 256 else 2)
+        assignment = vocab * groups * (1 if codes <= 256 else 2)  # in bytes
         if self.packed:
             # Of whole blocks of 32 tokens, and pairs of groups.
             assignment = -(-vocab // 32) * 32 * -(-groups // 2)

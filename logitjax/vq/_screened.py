@@ -104,7 +104,6 @@ class Screen:
         They are the full head's wherever its k best tokens are among the candidates.
 
         Args:
-            hidden: ``[*batch, hidden]``.
             k: how many, at most ``num_candidates``.
             with_log_z: False leaves ``log_z`` zero, which greedy decoding does not need.
 
@@ -129,7 +128,7 @@ class Screen:
         scores, tokens, better = self._look(flat)
         values, places = top_k(better, k)
         chosen = gather_at(tokens, places)
-        log_z = jnp.zeros(len(flat), jnp.float32)
+        log_z = jnp.zeros(len(flat), jnp.float32)  # it would take a pass over V
         if with_log_z:
             log_z = logsumexp(_joined(scores, tokens, better))
         return TopK(values.reshape(*batch, k), chosen.reshape(*batch, k), log_z.reshape(batch))
@@ -216,6 +215,7 @@ def _joined(scores: jax.Array, tokens: jax.Array, better: jax.Array) -> jax.Arra
 
     def join(scores: jax.Array, tokens: jax.Array, better: jax.Array) -> tuple[jax.Array]:
         rows = jnp.arange(scores.shape[0])[:, None]
+        # The candidates keep their mass.
         shift = neginf_to_zero(logsumexp(better)) - neginf_to_zero(logsumexp(scores[rows, tokens]))
         return ((scores + shift[:, None]).at[rows, tokens].set(better),)
 

@@ -83,12 +83,12 @@ class Pages:
         reach = bias_ if margin is None else bias_ + np.asarray(margin)
         # By cluster, then by what a token can reach: those of a page are wanted together.
         order = np.lexsort((-reach, assignment_))
-        order = order[np.isfinite(bias_[order])]
+        order = order[np.isfinite(bias_[order])]  # what does not exist has no page
         codes = assignment_[order]
         fresh = np.r_[True, codes[1:] != codes[:-1]] if len(codes) else np.zeros(0, bool)
         start = np.maximum.accumulate(np.where(fresh, np.arange(len(order)), 0))
         offset = np.arange(len(order)) - start
-        page = np.cumsum(offset % size == 0) - 1
+        page = np.cumsum(offset % size == 0) - 1  # a page has one cluster's tokens
         tokens = np.full((page[-1] + 1 if len(page) else 1, size), -1, np.int32)
         tokens[page, offset % size] = order
         code = np.zeros(len(tokens), np.int32)
@@ -222,7 +222,7 @@ class Shortlist:
             coarse = jnp.take_along_axis(scores, assignment[labels][:, None], axis=-1)[:, 0]
             coarse = (coarse + jnp.asarray(bias)[labels]) / temperature
             hit = tokens == labels[:, None]
-            fine = jnp.where(hit, logits, 0.0).sum(-1)
+            fine = jnp.where(hit, logits, 0.0).sum(-1)  # at most one place is hit
             nll = log_z - jnp.where(hit.any(-1), fine, coarse)
             return nll + z_loss * log_z**2 if z_loss else nll
 
@@ -246,9 +246,6 @@ class Shortlist:
         tokens lie in the chosen pages.
 
         Args:
-            hidden: ``[*batch, hidden]``.
-            codebook: ``[codes, hidden]``.
-            k: how many.
             temperature: divides the logits. Other than 1 it costs O(V) a call.
             soft_cap: as of `nll`.
             with_tail: False uses the chosen pages alone, which is cheaper, and right if you trust
@@ -286,6 +283,7 @@ class Shortlist:
             rest = jnp.where(jnp.isneginf(rest), -jnp.inf, _page_scores(scores, hot))
             log_z = jnp.logaddexp(logsumexp(logits), logsumexp(rest))
             if with_tail:
+                # A page's best token.
                 heads = jnp.take(scores, hot.code, axis=-1) + hot.bias.max(-1)
                 heads = jnp.where(jnp.isneginf(rest), -jnp.inf, heads)
                 _, best = lax.top_k(heads, min(k, heads.shape[-1]))
@@ -389,6 +387,6 @@ def in_blocks(block: Callable, inputs: tuple[jax.Array, ...], block_size: int) -
             jnp.pad(x, [(0, blocks * block_size - count)] + [(0, 0)] * (x.ndim - 1)) for x in flat
         ]
         cut = tuple(x.reshape(blocks, block_size, *x.shape[1:]) for x in padded)
-        out = lax.map(jax.checkpoint(block), cut)
+        out = lax.map(jax.checkpoint(block), cut)  # rows gathered are not kept
         out = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], out)
     return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), out)

@@ -74,7 +74,7 @@ def head_targets(
         log_z = logsumexp(logits)
         probs = jnp.exp(logits - log_z[:, None]) * exists[:, None]
         values, tokens = top_k(logits, top)
-        entropy = log_z - (probs * jnp.maximum(logits, -1e30)).sum(-1)
+        entropy = log_z - (probs * jnp.maximum(logits, -1e30)).sum(-1)  # 0 times -inf is nan
         chosen = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
         out = (jnp.exp(values - log_z[:, None]), tokens, entropy, log_z - chosen)
         return sums + probs.T @ hidden, counts + probs.sum(0), out
@@ -87,7 +87,7 @@ def head_targets(
         pad = block_size - here
         block = np.pad(block, ((0, pad), (0, 0)))
         label = np.pad(labels[start : start + block_size], (0, pad))
-        exists = np.arange(block_size) < here
+        exists = np.arange(block_size) < here  # the last block is padded
         sums, counts, out = add(sums, counts, block, label, exists)
         parts.append([np.asarray(x)[:here] for x in out])
         if start // block_size % 20 == 0:
@@ -116,5 +116,5 @@ def _rest(
     kept = scipy.sparse.csr_matrix(
         (probs.reshape(-1), (tokens.reshape(-1), places)), shape=(len(counts), count)
     )
-    rest = sums - kept @ np.asarray(hidden, np.float32)
+    rest = sums - kept @ np.asarray(hidden, np.float32)  # sparse: few of V a position
     return rest, counts - np.asarray(kept.sum(1))[:, 0]

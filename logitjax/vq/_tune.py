@@ -113,9 +113,6 @@ class Tuning:
             mesh: Its data and fsdp axes share the positions of a step; parameters and constants are
                 on every device. Every process has all `arrays` and gets all results.
 
-        Returns:
-            `(params, losses)`.
-
         Raises:
             ValueError: The mesh does not divide the positions of a step.
 
@@ -138,6 +135,7 @@ class Tuning:
         for index in range(self.steps):
             epoch, place = divmod(index, per_epoch)
             order = np.random.default_rng([self.seed, epoch]).permutation(count)
+            # Sorted, because memory-mapped rows are read in order.
             chosen = np.sort(order[place * batch_size : (place + 1) * batch_size])[share]
             batch = tuple(np.asarray(array[chosen]) for array in arrays)
             state, output = step(state, batch, constants)
@@ -269,9 +267,6 @@ def reassign_from_labels(
         hidden: ``[count, hidden]``, hidden states.
         labels: ``[count]``, the tokens that followed.
         min_count: tokens seen less often stay: few labels overfit.
-
-    Returns:
-        ``(assignment, bias, moved)``.
 
     Raises:
         TypeError: arrays of another kind.

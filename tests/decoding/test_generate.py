@@ -157,7 +157,7 @@ def test_a_cache_is_split_by_rows_and_by_heads():
     split = {
         name for leaf in jax.tree.leaves(engine.state.cache) for name in leaf.sharding.spec if name
     }
-    assert split == {"data", "tensor"}
+    assert split == {("data", "fsdp"), "tensor"}
 
 
 @pytest.mark.parametrize("token", [-1, CONFIG.vocab_size, 2**40])

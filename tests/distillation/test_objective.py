@@ -251,11 +251,11 @@ def test_a_recovered_head_gives_its_columns_and_the_mix_is_trained():
 @pytest.mark.parametrize(
     ("terms", "said"),
     [
-        (["nll"], "loss: expected one of alm, dual, .*got 'nll'"),
+        (["nll"], "loss: expected one of alm, chunk_reward, .*got 'nll'"),
         (["kl:much"], "loss kl:much: expected what can be imported"),
         (["kl(heat=2)"], "loss kl: expected one of temperature, .*got 'heat'"),
         (["kl", "kl:2"], "loss: expected each loss once"),
-        (["sft:-1"], "loss: expected positive weights"),
+        (["sft:-1"], "loss: expected no negative weights"),
     ],
 )
 def test_a_mix_that_makes_no_sense_is_named(terms, said):

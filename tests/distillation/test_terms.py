@@ -127,7 +127,7 @@ def test_a_need_that_nobody_provides_or_declares_is_an_error_and_never_a_zero(te
 
 def test_the_divergence_of_a_live_teacher_is_that_of_whole_rows():
     live = Teacher(hidden=OTHER[0], head=losses.Head(OTHER_HEAD))
-    terms = (SFT(), FullKL(temperature=2.0), FullKL(direction="reverse"), TwoPasses())
+    terms = (SFT(), FullKL(temperature=2.0), FullKL(forward=0.0), TwoPasses())
     (value, metrics), gradient = value_and_grad(*terms, teachers=[live])
 
     @jax.jit

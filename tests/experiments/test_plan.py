@@ -134,9 +134,9 @@ def test_collectives_in_loops_count_as_often_as_they_run():
     found = costs.collectives(text)
     assert found.unknown_loops == 0
     assert found.calls["all-gather"] == 7
-    assert found.bytes["all-gather"] == 7 * 8 * 100 * 4
+    assert found.collective_bytes["all-gather"] == 7 * 8 * 100 * 4
     assert found.calls["all-reduce"] + found.calls.get("reduce-scatter", 0) == 14
-    assert found.bytes["all-reduce"] >= 7 * 100 * 4
+    assert found.collective_bytes["all-reduce"] >= 7 * 100 * 4
 
 
 TPU_TEXT = """\
@@ -176,7 +176,10 @@ def test_the_tpu_compilers_way_to_write_them():
     found = costs.collectives(TPU_TEXT)
     assert found.calls == {"all-gather": 40, "reduce-scatter": 80}
     gathered, cut, scattered = 32 * 128 * 2, 64 * 128 * 2, 4 * 4 * 128 * 4
-    assert found.bytes == {"all-gather": 40 * gathered, "reduce-scatter": 40 * (cut + scattered)}
+    assert found.collective_bytes == {
+        "all-gather": 40 * gathered,
+        "reduce-scatter": 40 * (cut + scattered),
+    }
     assert found.unknown_loops == 0
     assert costs.collectives(TPU_TEXT.replace("constant(40)", "parameter(1)")).calls == {
         "all-gather": 1,
@@ -436,4 +439,4 @@ def test_gradients_cross_between_slices_once_a_step():
     step = training.TrainStep(loss_fn, tx, accumulate=4, mesh=mesh)
     found = costs.collectives(step.lower(state, rows).compile().as_text())
     # Four microbatches in a loop, whose collectives would count four times.
-    assert 64 * 64 * 4 <= found.bytes["all-reduce"] <= 1.1 * 64 * 64 * 4
+    assert 64 * 64 * 4 <= found.collective_bytes["all-reduce"] <= 1.1 * 64 * 64 * 4

@@ -11,6 +11,8 @@ from logitjax.fusion import (
     DynamicFusion,
     LogitDifference,
     ProxyTuning,
+    TeacherMixture,
+    TeacherRedraw,
 )
 from tests._compiled import compiled
 from tests.fusion.test_dynamic import BASE, EXPERT, LARGE, log_softmax
@@ -154,3 +156,16 @@ def test_at_the_highest_plausibility_the_likeliest_token_is_left():
     fused, _ = fuse(ContrastiveDecoding(plausibility=1.0), LARGE, None, BASE)
     peak = LARGE.argmax(-1)[:, None]
     np.testing.assert_array_equal(np.isfinite(fused), np.arange(VOCAB) == peak)
+
+
+def test_a_student_samples_with_its_teachers_help():
+    q, p = (np.exp(log_softmax(np.float64(x))) for x in (LARGE, EXPERT))
+    mixed, _ = fuse(TeacherMixture(share=0.3), LARGE, EXPERT)
+    np.testing.assert_allclose(np.exp(mixed), 0.3 * p + 0.7 * q, rtol=1e-4)
+    redrawn, _ = fuse(TeacherRedraw(top_k=5), LARGE, EXPERT)
+    accepted = p >= np.sort(p, -1)[..., -5:-4]
+    wanted = np.where(accepted, q, 0)
+    wanted += (1 - wanted.sum(-1, keepdims=True)) * p
+    np.testing.assert_allclose(np.exp(redrawn), wanted, rtol=1e-4)
+    with pytest.raises(ValueError, match="logits_experts: expected one teacher, got 2"):
+        TeacherMixture()(LARGE, np.stack([EXPERT, EXPERT]))

@@ -1,6 +1,5 @@
 """A tiny Llama in MaxText's own trainers, with our losses in place of theirs."""
 
-import dataclasses
 import functools
 import os
 
@@ -26,8 +25,10 @@ from tunix.sft import peft_trainer  # noqa: E402
 from logitjax import distillation, losses, ops  # noqa: E402
 from logitjax.distillation import terms  # noqa: E402
 from logitjax.integrations import maxtext, maxtext_files  # noqa: E402
+from tests.integrations._teachers import lacking  # noqa: E402
 
 VOCAB, POSITIONS, STEPS = 128, 16, 10
+LACKING = lacking(VOCAB)
 BASE = next(iter(maxtext_package.__path__)) + "/configs/base.yml"
 
 
@@ -95,7 +96,10 @@ def trained(strategy, config, teacher_config=None, steps=STEPS, folder=None, **m
             strategy,
             optax.inject_hyperparams(optax.adam)(learning_rate=1e-3),
             peft_trainer.TrainingConfig(
-                max_steps=steps, eval_every_n_steps=99, data_sharding_axis=("data",)
+                max_steps=steps,
+                eval_every_n_steps=99,
+                data_sharding_axis=("data",),
+                gradient_accumulation_steps=config.gradient_accumulation_steps,
             ),
             student_config=config,
             teacher_config=teacher_config,
@@ -129,9 +133,20 @@ def objective(*pairs):
     return maxtext.ObjectiveStrategy(distillation.Objective(terms=pairs))
 
 
-@pytest.mark.parametrize("tensor", [1, 2], ids=["fsdp", "fsdp and tensor"])
-def test_ten_steps_with_our_strategy_are_ten_steps_with_theirs(make, tensor):
-    make = functools.partial(make, ici_tensor_parallelism=tensor)
+EXPERTS = dict(decoder_block="mixtral", num_experts=4, num_experts_per_tok=2)
+EXPERTS |= dict(megablox=False, sparse_matmul=False, load_balance_loss_weight=0.1)
+SETTINGS = {
+    "fsdp": {},
+    "fsdp and tensor": dict(ici_tensor_parallelism=2),
+    "experts": EXPERTS,
+    "accumulated": dict(gradient_accumulation_steps=2),
+    "explicit": dict(shard_mode="explicit"),
+}
+
+
+@pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
+def test_ten_steps_with_our_strategy_are_ten_steps_with_theirs(make, options):
+    make = functools.partial(make, **options)
     plain, plain_teacher = make(num_vocab_tiling=1), make(num_vocab_tiling=1, init_weights_seed=7)
     theirs, their_losses = trained(
         stock(plain, plain_teacher, temperature=2.0, alpha=0.3), plain, plain_teacher
@@ -142,7 +157,7 @@ def test_ten_steps_with_our_strategy_are_ten_steps_with_theirs(make, tensor):
     gap = largest_difference(ours, theirs)
     print(f"largest difference of a parameter after {STEPS} steps: {gap:.2e}")
     assert gap < 1e-5
-    if tensor == 1:
+    if not options:
         start, _ = trained(strategy, make(), make(init_weights_seed=7), steps=0)
         assert largest_difference(ours, start) > 5e-3
 
@@ -167,37 +182,10 @@ def test_stored_top_logits_train_as_in_their_offline_mode(make, tmp_path):
     assert gap < 1e-5
 
 
-def cached_teacher(batch, vocab=VOCAB, vocabularies=None):
-    """A function of the token that was read last, with its normaliser and draws from the tail."""
-    rng = np.random.default_rng(3)
-    table = rng.normal(size=(VOCAB, vocab)).astype(np.float32) * 2
-    logits = table[batch["inputs"]]
-    statistics = jax.jit(losses.graph_statistics, static_argnums=1)(logits, 8)
-    tail = losses.TailSample.draw(jax.random.key(0), logits, statistics.indices, 4)
-    statistics = dataclasses.replace(statistics, tail=tail if vocabularies is None else None)
-    return distillation.Teacher(
-        statistics=jax.tree.map(np.asarray, statistics),
-        vocabularies=vocabularies or distillation.Teacher().vocabularies,
-    )
-
-
-# Two of the student's tokens for each of the teacher's; one object, so that a step compiles once.
-PIECES = distillation.TokenProjection(
-    ids=np.arange(VOCAB, dtype=np.int32)[:, None] // 2,
-    weights=np.ones((VOCAB, 1), np.float32),
-    size=VOCAB // 2,
-)
-PAIRS = distillation.Vocabularies(projections={"first_piece": PIECES})
-
-
-@pytest.mark.parametrize(
-    ("term", "options"),
-    [(terms.KL(), {}), (terms.FirstPiece(), dict(vocab=VOCAB // 2, vocabularies=PAIRS))],
-    ids=["kl with the tail", "first_piece"],
-)
-def test_a_loss_that_they_lack_trains(make, term, options):
-    teacher = functools.partial(cached_teacher, **options)
-    _, seen = trained(objective((term, 1.0)), make(), steps=30, top_k_logits=teacher)
+@pytest.mark.parametrize(("term", "teacher"), LACKING.values(), ids=LACKING)
+def test_a_loss_that_they_lack_trains(make, term, teacher):
+    strategy = objective((term, 1.0))
+    _, seen = trained(strategy, make(), steps=30, top_k_logits=lambda b: teacher(b["inputs"]))
     print(f"{term}: {seen[0]:.3f} to {seen[-1]:.3f} in {len(seen)} steps")
     assert np.mean(seen[-5:]) < 0.9 * np.mean(seen[:5])
 

@@ -1,4 +1,4 @@
-"""An objective in a loop of one's own: flax.linen and equinox, with a live teacher."""
+"""A loop of one's own: an objective in flax.linen and equinox, a model that is a function."""
 
 import equinox
 import jax
@@ -8,7 +8,7 @@ import optax
 import pytest
 from flax import linen
 
-from logitjax import losses
+from logitjax import decoding, losses
 from logitjax.distillation import Objective, Teacher, terms
 
 OBJECTIVE = Objective(terms=((terms.FullKL(temperature=2.0), 0.5), (terms.SFT(), 0.5)))
@@ -87,3 +87,32 @@ def test_an_objective_trains_in_a_loop_of_ones_own(make):
     (kl, count), (sft, _) = metrics["full_kl"], metrics["sft"]
     np.testing.assert_allclose(value, 0.5 * (kl + sft) / count, rtol=1e-5)
     assert seen[-1] < 0.8 * seen[0]
+
+
+def test_a_function_of_whole_texts_decodes_and_is_scored():
+    """Without a cache: a mean of what was read before decides, so that order and length count."""
+    rng = np.random.default_rng(1)
+    head, table = (np.float32(rng.normal(size=size)) for size in ((6, 20), (20, 6)))
+
+    def apply(table, tokens):
+        read = jnp.cumsum(table[tokens], 1) / jnp.arange(1, tokens.shape[1] + 1)[:, None]
+        return jnp.tanh(read) @ head * 3
+
+    model = (apply, table)
+    prompts = [TOKENS[0, :4], TOKENS[1, :2]]
+    out = decoding.generate(
+        model, prompts, max_new_tokens=3, sampling=decoding.Sampling(temperature=0.0)
+    )
+    whole = jax.jit(apply)
+    for row, prompt in enumerate(prompts):
+        text, at = np.zeros_like(TOKENS), len(prompt)
+        text[0, :at] = prompt
+        for place in range(at, at + 3):
+            text[0, place] = whole(table, text)[0, place - 1].argmax()
+        np.testing.assert_array_equal(out.tokens[row], text[0, at : at + 3])
+    targets = np.arange(9) >= np.array([[3], [1], [8]])
+    nll, _ = decoding.nll_from_model(model)(TOKENS, targets)
+    logits = np.asarray(whole(table, TOKENS), np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    dense = -np.take_along_axis(log_p[:, :-1], TOKENS[:, 1:, None], -1)[..., 0]
+    np.testing.assert_allclose(nll[:, 1:], np.where(targets[:, 1:], dense, 0.0), atol=1e-5)

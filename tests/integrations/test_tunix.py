@@ -3,8 +3,6 @@
 It needs `pip install google-tunix==0.1.7 tensorboardX`, which CI installs nightly.
 """
 
-import dataclasses
-import importlib.util
 import pathlib
 import re
 
@@ -18,8 +16,6 @@ pytest.importorskip("tunix")
 pytestmark = pytest.mark.slow
 
 from flax import nnx  # noqa: E402
-from jax.sharding import NamedSharding  # noqa: E402
-from jax.sharding import PartitionSpec as P  # noqa: E402
 from tunix.distillation import distillation_trainer as trainers  # noqa: E402
 from tunix.distillation.strategies import logit  # noqa: E402
 from tunix.models.gemma import model as gemma  # noqa: E402
@@ -34,9 +30,10 @@ from logitjax import losses  # noqa: E402
 from logitjax.distillation import Objective, Teacher, terms  # noqa: E402
 from logitjax.integrations import tunix  # noqa: E402
 from logitjax.losses.sweep import _blocks  # noqa: E402
-from tests.losses.test_pallas import _tpu_mesh  # noqa: E402
+from tests.integrations._teachers import lacking  # noqa: E402
 
 VOCAB, BATCH, LENGTH, STEPS = 1531, 4, 13, 10
+LACKING = lacking(VOCAB)
 
 
 def _gemma3(seed):
@@ -165,6 +162,22 @@ def test_a_divergence_with_the_mass_of_the_rest_trains_live_and_from_a_cache():
     assert max(jax.tree.leaves(gaps)) < 1e-5
 
 
+@pytest.mark.parametrize(("term", "teacher"), LACKING.values(), ids=LACKING)
+def test_a_loss_that_they_lack_trains(term, teacher):
+    strategy = tunix.ObjectiveStrategy(Objective(terms=((term, 1.0),)))
+    batches = [
+        trainers.TrainingInput(
+            input_tokens=b.input_tokens,
+            input_mask=b.input_mask,
+            teacher_output=teacher(b.input_tokens[:, :-1]),
+        )
+        for b in _batches(padded=True)
+    ]
+    _, seen = _trained(strategy, batches, teacher=False, inputs=strategy.inputs)
+    print(f"{term}: {seen[0]:.3f} to {seen[-1]:.3f} in {len(seen)} steps")
+    assert seen[-1] < 0.9 * seen[0]
+
+
 def _models():
     size = dict(num_layers=2, embed_dim=32, hidden_dim=64, num_heads=2, head_dim=16, num_kv_heads=1)
     yield _gemma3(0)
@@ -283,41 +296,3 @@ def test_what_cannot_be_trained_here_is_refused():
         strategy.pre_process_models(_gemma3(0), None)
     with pytest.raises(ValueError, match="model: expected one with output_hidden_states"):
         tunix.hidden_states(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), None, None, None)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra `plan`")
-def test_a_step_compiled_for_a_tpu_needs_a_fraction_of_their_temporaries():
-    """At the width of Gemma 3 1B and 8 x 2,048 tokens, of which two layers stand for all."""
-    config = dataclasses.replace(
-        gemma3.ModelConfig.gemma3_1b_it(), num_layers=2, remat_config=gemma3.RematConfig.BLOCK
-    )
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: gemma3.Gemma3(config, rngs=nnx.Rngs(0))))
-    mesh = _tpu_mesh("v5p:1x1x1", (1,), ("data",))
-
-    def array(shape, dtype):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P()))
-
-    def temporaries(strategy, teacher, *arrays):
-        def loss(state, inputs, *arrays):
-            model = nnx.merge(graphdef, state)
-            strategy.pre_process_models(model, model)
-            return strategy.get_train_loss(model, teacher(*arrays), inputs)[0]
-
-        arguments = (jax.tree.map(lambda x: array(x.shape, x.dtype), state), inputs, *arrays)
-        with jax.set_mesh(mesh):
-            traced = jax.jit(jax.value_and_grad(loss)).trace(*arguments)
-            program = traced.lower(lowering_platforms=("tpu",)).compile()
-        return program.memory_analysis().temp_size_in_bytes
-
-    rows = {"input_tokens": jnp.int32, "input_mask": jnp.bool_}
-    inputs = {name: array((8, 2048), dtype) for name, dtype in rows.items()}
-    hidden, logits = (
-        array((8, 2047, n), jnp.bfloat16) for n in (config.embed_dim, config.num_embed)
-    )
-    objective = Objective(terms=((terms.FullKL(temperature=2.0), 0.7), (terms.SFT(), 0.3)))
-    ours = temporaries(
-        tunix.ObjectiveStrategy(objective), lambda hidden: [Teacher(hidden=hidden)], hidden
-    )
-    theirs = temporaries(_theirs(2.0, 0.7, config.num_embed), lambda logits: logits, logits)
-    print(f"GiB of temporaries: {ours / 2**30:.2f}, theirs {theirs / 2**30:.2f}")
-    assert ours < 0.4 * theirs

@@ -251,6 +251,8 @@ def test_on_any_mesh_the_head_is_gathered_once_a_sweep_and_gradients_are_those_o
 
 
 def test_an_axis_that_nobody_names_is_warned_of():
+    with pytest.raises(TypeError, match="rows"):
+        losses.MeshAxes(rows="fsdp")  # pyright: ignore[reportArgumentType]
     mesh = jax.make_mesh((2, 4), ("fsdp", "mlp"), (AxisType.Auto,) * 2)
     loss = functools.partial(jax.eval_shape, losses.linear_cross_entropy, X, W, Y)
     with jax.set_mesh(mesh), pytest.warns(UserWarning, match="mlp: expected names of losses.Mesh"):

@@ -37,8 +37,10 @@ def _only(case: Any, *options: str) -> None:
         "temperature": case.temperature != 1.0,
         "teacher": case.teacher,
         "masked": case.masked,
-        # What is summed over tokens is asked for their cotangents.
+        # What is summed over tokens takes no cotangents of theirs.
         "any": case.weights == "any",
+        "mixed": case.hidden_type != case.head_type,
+        "devices": case.devices > 1,
     }
     if any(wanted and name not in options for name, wanted in asked.items()):
         raise NotOffered
@@ -85,7 +87,7 @@ def _optax(case: Any, hidden: Any, kernel: Any) -> Any:
     import jax
     import optax
 
-    _only(case, "any", "masked", "teacher")
+    _only(case, "any", "masked", "teacher", "mixed", "devices")
     logits = _logits(case, hidden, kernel)
     if case.teacher:
         teacher = jax.nn.log_softmax(_logits(case, case.teacher_hidden, case.teacher_head))
@@ -96,7 +98,7 @@ def _optax(case: Any, hidden: Any, kernel: Any) -> Any:
 def _tokamax(case: Any, hidden: Any, kernel: Any, implementation: str = "xla") -> Any:
     import tokamax
 
-    _only(case, "any")
+    _only(case, "any", "mixed", "devices")
     return tokamax.linear_softmax_cross_entropy_loss(
         hidden, case.labels, kernel, reduction="none", implementation=implementation
     )
@@ -110,9 +112,7 @@ def _tokamax_mosaic(case: Any, hidden: Any, kernel: Any) -> Any:
     """The two kernels for TPUs, interpreted; each is an operation of its own."""
     from tokamax._src.ops.linear_softmax_cross_entropy_loss import pallas_mosaic_tpu as mosaic
 
-    _only(case, "any")
-    if case.devices > 1:
-        raise NotOffered
+    _only(case, "any", "mixed")
     forward = mosaic.PallasMosaicTpuLinearSoftmaxCrossEntropyLoss(bypass_device_check=True)
     backward = mosaic.PallasMosaicTpuLinearSoftmaxCrossEntropyLossVjp(bypass_device_check=True)
     object.__setattr__(forward, "vjp", backward)  # Its own would ask for a TPU.
@@ -126,7 +126,7 @@ def _maxtext(case: Any, hidden: Any, kernel: Any) -> Any:
     from flax import nnx
     from maxtext.utils.vocabulary_tiling import vocab_tiling_nnx_loss
 
-    _only(case, "masked")
+    _only(case, "masked", "mixed", "devices")
     if len(case.labels) % 2:
         raise NotOffered  # The tiles divide the number of tokens.
     options = dict(num_vocab_tiling=2, vocab_size=kernel.shape[1], z_loss_multiplier=0.0)
@@ -153,7 +153,7 @@ def _tunix(case: Any, hidden: Any, kernel: Any) -> Any:
     import jax.numpy as jnp
     from tunix.distillation.strategies.logit import LogitStrategy
 
-    _only(case, "masked", "teacher", *(("temperature",) if case.teacher else ()))
+    _only(case, "masked", "teacher", "mixed", "devices", *("temperature",) * case.teacher)
     labels = jax.nn.one_hot(case.labels, kernel.shape[1])
     labels = jnp.where(case.factors[:, None] != 0, labels, 0.0)
     strategy = LogitStrategy(
@@ -170,7 +170,7 @@ def _tunix(case: Any, hidden: Any, kernel: Any) -> Any:
 def _levanter(case: Any, hidden: Any, kernel: Any, implementation: str = "xla") -> Any:
     from levanter.kernels.pallas import fused_cross_entropy_loss as fused
 
-    _only(case, "any", "soft_cap")
+    _only(case, "any", "soft_cap", "mixed", "devices")
     return fused.fused_cross_entropy_loss_and_logsumexp_penalty(
         hidden,
         case.labels,
@@ -190,7 +190,7 @@ def _trl(case: Any, hidden: Any, kernel: Any) -> Any:
     import torch
     from trl.kernels import ChunkedLogProbFunction
 
-    _only(case, "any", "soft_cap", "temperature", "masked")
+    _only(case, "any", "soft_cap", "temperature", "masked", "mixed")
     bias = None
     if case.masked:
         bias = torch.where(torch.tensor(case.where), 0.0, -torch.inf)
@@ -204,7 +204,7 @@ def _liger(case: Any, hidden: Any, kernel: Any) -> Any:
     import torch
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-    _only(case, "teacher", "masked", *(("temperature",) if case.teacher else ()))
+    _only(case, *("teacher", "temperature", "masked") * case.teacher)
     counts = case.factors != 0
     labels = torch.tensor(case.labels).long().masked_fill(~torch.tensor(counts), -100)
     loss = LigerFusedLinearJSDLoss(
@@ -214,13 +214,8 @@ def _liger(case: Any, hidden: Any, kernel: Any) -> Any:
         temperature=case.temperature,
         compiled=False,
     )
-    teacher = (
-        (case.teacher_hidden, case.teacher_head.T)
-        if case.teacher
-        else (hidden.detach(), kernel.detach().T)
-    )
     bias = torch.where(torch.tensor(case.where), 0.0, -torch.inf) if case.masked else None
-    mean = loss(hidden, kernel.T, *teacher, labels, bias, bias)
+    mean = loss(hidden, kernel.T, case.teacher_hidden, case.teacher_head.T, labels, bias, bias)
     return mean * int(counts.sum())
 
 
@@ -276,9 +271,8 @@ def _torch_answer(peer: str, case: Any) -> tuple[Any, Any, Any]:
     def array(x: Any, name: str) -> Any:
         return torch.tensor(x).to(getattr(torch, name))
 
-    if case.teacher:
-        case.teacher_hidden = array(case.teacher_hidden, case.hidden_type)
-        case.teacher_head = array(case.teacher_head, case.head_type)
+    case.teacher_hidden = array(case.teacher_hidden, case.hidden_type)
+    case.teacher_head = array(case.teacher_head, case.head_type)
     hidden = array(case.hidden, case.hidden_type).requires_grad_()
     kernel = array(case.kernel, case.head_type).requires_grad_()
     values = PEERS[peer](case, hidden, kernel)

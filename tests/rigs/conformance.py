@@ -189,11 +189,11 @@ def run(options: suite.Options) -> suite.Result:
                 package = peers.PACKAGES[name]
                 logging.warning("%s: left out, for %s is in no interpreter here", name, package)
                 continue
-            # Interpreters of others have none of our requirements, and no place of ours in them.
             environment = dict(
                 os.environ, PYTHONPATH=os.fspath(suite.ROOT) * name.startswith("ours")
             )
-            command = [python, peers.__file__, name, folder]
+            # A folder of rigs has names that packages look for, such as `kernels`.
+            command = [python, "-P", peers.__file__, name, folder]
             subprocess.run(command, check=True, env=environment, capture_output=True)
             cells, wrong, version = [], set(), ""
             for number, case in enumerate(CASES):

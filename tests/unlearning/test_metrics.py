@@ -13,8 +13,12 @@ from scipy import stats
 from logitjax.evaluation import rouge
 from logitjax.unlearning import tofu
 from logitjax.unlearning.measures._forget_quality import forget_quality
-from logitjax.unlearning.measures._membership import membership_auc, privleak
-from logitjax.unlearning.measures._memorisation import exact_memorisation, extraction_strength
+from logitjax.unlearning.measures._membership import (
+    exact_memorisation,
+    extraction_strength,
+    membership_auc,
+    privleak,
+)
 from logitjax.unlearning.measures._truth_ratio import (
     answer_probability,
     log_truth_ratio,
@@ -256,19 +260,10 @@ def test_extraction_strength_as_it_is_written(hits):
     found = extraction_strength(hits)
     assert found == pytest.approx(1 - k / len(hits))
     assert found <= exact_memorisation(hits) == pytest.approx(np.mean(hits))
-    # OpenUnlearning's loop leaves k at the last token where no end fits.
-    theirs = next((k for k in range(len(hits)) if all(hits[k:])), len(hits) - 1)
-    expected = 1 - theirs / len(hits)
-    assert extraction_strength(hits, as_open_unlearning=True) == pytest.approx(expected)
 
 
-def test_only_what_counts_counts():
-    greedy = [[True, False, True, True, False], [False] * 5]
-    where = [[False, True, True, True, False], [False] * 5]
-    assert extraction_strength(greedy, where).tolist() == pytest.approx([2 / 3, 0.0])
-    assert exact_memorisation(greedy, where).tolist() == pytest.approx([2 / 3, 0.0])
-    with pytest.raises(ValueError, match=r"where: expected shape"):
-        exact_memorisation([True], [[True]])
+def test_a_text_without_a_token_is_not_known():
+    assert extraction_strength([]) == exact_memorisation([]) == 0
 
 
 @hypothesis.given(

@@ -14,12 +14,13 @@ from logitjax.unlearning import Deployed, make_answer_loss, tofu
 from logitjax.unlearning.measures._forget_quality import forget_quality
 from logitjax.unlearning.measures._membership import (
     detection_rate,
+    exact_memorisation,
+    extraction_strength,
     membership_auc,
     min_k,
     privleak,
     zlib_loss,
 )
-from logitjax.unlearning.measures._memorisation import exact_memorisation, extraction_strength
 from logitjax.unlearning.measures._truth_ratio import (
     answer_probability,
     log_truth_ratio,
@@ -82,7 +83,9 @@ def test_memorisation():
             if (best[k:] == labels[k:]).all():
                 break
         greedy = best == labels
-        assert extraction_strength(greedy, as_open_unlearning=True) == pytest.approx(1 - k / TOKENS)
+        # Their loop leaves k at the last token where no end fits.
+        theirs = max(extraction_strength(greedy), 1 / TOKENS)
+        assert theirs == pytest.approx(1 - k / TOKENS)
         assert exact_memorisation(greedy) == pytest.approx((best == labels).sum() / TOKENS)
 
 
@@ -127,8 +130,8 @@ def evaluated():
 
     greedy = LOG_P[:, 0].argmax(-1) == LABELS[:, 0]
     made = {
-        "extraction_strength": entries("score", extraction_strength(greedy)),
-        "exact_memorization": entries("score", exact_memorisation(greedy)),
+        "extraction_strength": entries("score", map(extraction_strength, greedy)),
+        "exact_memorization": entries("score", map(exact_memorisation, greedy)),
         "model_utility": {"agg_value": 0.5},
     }
     for name in ("forget", "retain", "ra", "wf"):

@@ -7,25 +7,31 @@
 from logitjax.distillation._term import Term
 from logitjax.distillation.terms._alm import ALM as ALM
 from logitjax.distillation.terms._dual import Dual as Dual
-from logitjax.distillation.terms._full_kl import FullKL as FullKL
+from logitjax.distillation.terms._full import FullJSD as FullJSD
+from logitjax.distillation.terms._full import FullKL as FullKL
+from logitjax.distillation.terms._full import MixedKL as MixedKL
+from logitjax.distillation.terms._full import SkewKL as SkewKL
 from logitjax.distillation.terms._gld import GLD as GLD
 from logitjax.distillation.terms._hybrid import Hybrid as Hybrid
 from logitjax.distillation.terms._hybrid import HybridKL as HybridKL
 from logitjax.distillation.terms._jsd import JSD as JSD
 from logitjax.distillation.terms._kl import KL as KL
+from logitjax.distillation.terms._kl import ReverseKL as ReverseKL
 from logitjax.distillation.terms._mined import MinED as MinED
 from logitjax.distillation.terms._projected import PKL as PKL
 from logitjax.distillation.terms._projected import FirstPiece as FirstPiece
-from logitjax.distillation.terms._reverse_kl import ReverseKL as ReverseKL
+from logitjax.distillation.terms._sampled import ChunkReward as ChunkReward
+from logitjax.distillation.terms._sampled import SampledKL as SampledKL
 from logitjax.distillation.terms._sft import SFT as SFT
 from logitjax.distillation.terms._uld import ULD as ULD
 from logitjax.registry import Registry
 
-_MEMBERS = (SFT, KL, ReverseKL, JSD, FullKL, ULD, GLD, Dual)
-_OTHER_TOKENIZERS = (FirstPiece, PKL, MinED, Hybrid, HybridKL, ALM)
+_MEMBERS = (SFT, KL, ReverseKL, JSD, ULD, GLD, Dual)
+_LIVE = (FullKL, MixedKL, FullJSD, SkewKL, SampledKL)
+_OTHER_TOKENIZERS = (FirstPiece, PKL, MinED, Hybrid, HybridKL, ALM, ChunkReward)
 TERMS = Registry(
     kind="loss",
     group="logitjax.terms",
-    members={term.name: term for term in (*_MEMBERS, *_OTHER_TOKENIZERS)},
+    members={term.name: term for term in (*_MEMBERS, *_LIVE, *_OTHER_TOKENIZERS)},
     base=Term,
 )

@@ -15,16 +15,19 @@ class JSD(SparseDivergence):
     """Generalised Jensen-Shannon divergence.
 
     Attributes:
-        beta: Share of the teacher in the mixture.
+        beta: Share of the teacher in the mixture; 0 for KL(teacher || student), 1 for the reverse.
+        normalize: Divide by `beta (1 - beta)` between the ends, see `FullJSD`.
     """
 
     beta: float = 0.5
+    normalize: bool = False
     name = "jsd"
 
     def whole(self, student: losses.Readout, teacher: Any) -> jax.Array:
         ours = with_rest(student.gathered, student.log_z)
-        theirs = with_rest(teacher.top.values, teacher.top.log_z)
-        return losses.generalized_jensen_shannon(ours, theirs, beta=self.beta)
+        return self.renormalised(ours, with_rest(teacher.top.values, teacher.top.log_z))
 
     def renormalised(self, student: jax.Array, teacher: jax.Array) -> jax.Array:
-        return losses.generalized_jensen_shannon(student, teacher, beta=self.beta)
+        scale = self.beta * (1 - self.beta) if self.normalize else 0.0
+        value = losses.generalized_jensen_shannon(student, teacher, beta=self.beta)
+        return value / scale if scale else value

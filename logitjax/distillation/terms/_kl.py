@@ -1,8 +1,8 @@
-"""KL(teacher || student) from cached top logits."""
+"""KL divergences from top logits of a teacher, as a cache keeps them."""
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ class KL(SparseDivergence):
 
     name = "kl"
     teacher = TeacherNeeds(top_k=1, rest=False, tail=True, same_vocabulary=True)
+    direction: ClassVar[Literal["forward", "reverse"]] = "forward"
 
     def student(self, teacher: Any) -> StudentNeeds:
         ids = teacher.top.indices
@@ -28,11 +29,20 @@ class KL(SparseDivergence):
     def value(self, read: Any, teacher: Any, batch: Mapping[str, Any], params: Any) -> Any:
         at_one = self.temperature == 1.0 == (self.teacher_temperature or 1.0)
         if teacher.tail is not None and at_one:
-            return losses.sparse_kl_divergence(read.top, teacher.top, tail=teacher.tail)
+            options: dict[str, Any] = dict(direction=self.direction, tail=teacher.tail)
+            return losses.sparse_kl_divergence(read.top, teacher.top, **options)
         return super().value(read, teacher, batch, params)
 
     def whole(self, student: losses.Readout, teacher: Any) -> jax.Array:
-        return losses.sparse_kl_divergence(student, teacher.top)
+        return losses.sparse_kl_divergence(student, teacher.top, direction=self.direction)
 
     def renormalised(self, student: jax.Array, teacher: jax.Array) -> jax.Array:
-        return losses.kl_divergence(student, teacher)
+        return losses.kl_divergence(student, teacher, direction=self.direction)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReverseKL(KL):
+    """KL(student || teacher); with draws of the tail its estimate is unbiased."""
+
+    name = "rkl"
+    direction = "reverse"

@@ -268,10 +268,13 @@ def likelihood_matching(
     student: Likelihood, chunks: ChunkScores, *, temperature: Number = 100.0
 ) -> Float[jax.Array, "*batch chunks"]:
     """The divergence of each chunk, 0 where there is none."""
-    shape = chunks.ids.shape
-    ours = chunk_log_likelihood(student.label, chunks.ids, shape[-1])
+    value = binarized_kl(chunk_likelihood(student, chunks), chunks.scores, temperature)
+    return jnp.where(chunks.where, value, 0.0)
+
+
+def chunk_likelihood(student: Likelihood, chunks: ChunkScores) -> Float[jax.Array, "*batch chunks"]:
+    """The student's log-probability of each chunk, with the end of a word where scores have it."""
+    ours = chunk_log_likelihood(student.label, chunks.ids, chunks.ids.shape[-1])
     ends = jnp.asarray(chunks.ends)
     after = gather_at(student.boundary, jnp.maximum(ends, 0))
-    ours = ours + jnp.where(ends >= 0, after, 0.0)
-    value = binarized_kl(ours, chunks.scores, temperature)
-    return jnp.where(chunks.where, value, 0.0)
+    return ours + jnp.where(ends >= 0, after, 0.0)

@@ -17,6 +17,7 @@ from logitjax.distillation._term import TeacherNeeds, Term
 from logitjax.distillation.tokenizers._alignment import Chunks
 from logitjax.distillation.tokenizers._likelihood_matching import boundary_tokens
 from logitjax.distillation.tokenizers._token_pieces import token_projection
+from logitjax.distillation.training._served_teacher import ServedTeacher
 from logitjax.distillation.training._source import Source
 from logitjax.distillation.training._teacher_cache import TeacherCache, TeacherIdentity
 from logitjax.distillation.training._teachers import (
@@ -48,6 +49,8 @@ class Reading:
         dtype: Type that teachers compute in.
         layout: Layout of teachers.
         api_key: Key of servers.
+        served_rank: Columns of the low-rank code in which a server that reads live sends hidden
+            states; 0 asks for them as they are.
         terms: The terms that will use it: what they declare of teachers is read and kept.
         teacher_reads: Whether teachers read the text once, before the training, into a `'cache'` on
             disk, or beside the student (`'live'`): then they stay in memory, nothing is kept, and
@@ -66,12 +69,14 @@ class Reading:
     dtype: Literal["float32", "bfloat16"] = "float32"
     layout: Literal["stacked", "listed"] = "listed"
     api_key: str | None = storage.option(None, secret=True)
+    served_rank: int = 0
     terms: tuple[Term, ...] = ()
     teacher_reads: Literal["cache", "live"] = "cache"
     fit_to: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, least in (("seq_len", 2), ("top_k", 1), ("tail_samples", 0), ("batch_size", 1)):
+        limits = {"seq_len": 2, "top_k": 1, "tail_samples": 0, "batch_size": 1, "served_rank": 0}
+        for name, least in limits.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
         if self.teacher_reads not in ("cache", "live"):
@@ -82,7 +87,7 @@ class Reading:
         if taught and not self.teachers:
             raise ValueError(f"teacher: expected one for the loss {taught!r}, got none")
         for spec in self.teachers:
-            if self.teacher_reads == "live" and spec.partition(":")[0] in _NO_MODELS:
+            if self.teacher_reads == "live" and spec.startswith("cache:"):
                 raise ValueError(f"teacher_reads: expected 'cache' for {spec!r}, got 'live'")
 
     @property
@@ -108,10 +113,21 @@ class Corpus:
     Attributes:
         packed: The rows, under every model's tokenizer; the student's is called `pivot`.
         sources: Each teacher's output, by its name.
+        specs: What users call the teachers, in the same order.
     """
 
     packed: data.PackedSplits
     sources: Mapping[str, Source]
+    specs: tuple[str, ...] = ()
+
+    def metrics(self) -> dict[str, tuple[float, float]]:
+        """What live teachers have to report since they were asked last."""
+        readers = {name: s.reader for name, s in self.sources.items() if s.reader is not None}
+        return {
+            f"{source}/{name}": pair
+            for source, reader in readers.items()
+            for name, pair in reader.metrics().items()
+        }
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -159,7 +175,19 @@ class Corpus:
             batch["sources"] = {
                 name: source.view(split, rows) for name, source in self.sources.items()
             }
+            if "teacher" in rows:
+                batch["teacher_weights"] = self._routes(split)[rows["teacher"]]
         return batch
+
+    def _routes(self, split: str) -> np.ndarray:
+        """`[teachers of the data, sources]`: which source a row's teacher is."""
+        named = list(self.packed.splits[split].routes)
+        unknown = [name for name in named if name not in self.specs]
+        if unknown:
+            raise ValueError(
+                f"teacher: expected one of {list(self.specs)}, got {unknown[0]!r} in the data"
+            )
+        return np.array([[spec == name for spec in self.specs] for name in named], np.float32)
 
     def scored(
         self, split: str, mesh: Mesh, *, batch_size: int, rows: int
@@ -253,12 +281,13 @@ def _check_needs(
             f"loss {loss!r} needs one vocabulary, but teacher {spec!r} has another tokenizer than "
             "the student; use first_piece, or alm, or uld"
         )
-    if needs.moments and spec.startswith("api:"):
+    asked = spec.startswith("api:") and reading.teacher_reads == "cache"
+    if needs.moments and asked:
         raise ValueError(
             f"loss {loss!r} needs the mean and deviation of all logits, which teacher {spec!r} "
             "does not say; use kl or uld"
         )
-    if needs.chunks and spec.startswith("api:"):
+    if needs.chunks and asked:
         raise ValueError(
             f"loss {loss!r} needs the log-probability of every label, which teacher {spec!r} is "
             "not asked for; use first_piece or kl"
@@ -291,7 +320,8 @@ def load_corpus(
     """
     named = dict(zip(reading.names, reading.teachers, strict=True))
     if reading.teacher_reads == "live":
-        return Corpus(packed=packed, sources=_live_sources(reading, packed, directory, known or {}))
+        live = _live_sources(reading, packed, directory, known or {})
+        return Corpus(packed=packed, sources=live, specs=reading.teachers)
     # What is refused, or does not answer, is said before models read for hours.
     order = {"cache": 0, "api": 1}
     soonest = sorted(named, key=lambda name: order.get(named[name].partition(":")[0], 2))
@@ -303,7 +333,7 @@ def load_corpus(
         columns = packed.names[name]
         vocabularies = _vocabularies(reading, packed, columns, directory)
         sources[name] = Source(columns, packed, caches[name], vocabularies)
-    return Corpus(packed=packed, sources=sources)
+    return Corpus(packed=packed, sources=sources, specs=reading.teachers)
 
 
 def _live_sources(
@@ -427,6 +457,17 @@ def _reader(
     tokenizer: models.Tokenizer,
     known: Mapping[str, tuple[models.Decoder, models.Tokenizer]],
 ) -> Reader:
+    options: Any = dict(
+        k=reading.top_k,
+        tail_samples=reading.tail_samples,
+        boundary=boundary_tokens(tokenizer) if reading.likelihoods else None,
+        hidden=any(needs.hidden for needs in reading.needs),
+    )
+    if spec.startswith("api:") and reading.teacher_reads == "live":
+        url = spec.removeprefix("api:")
+        return ServedTeacher(
+            url, tokenizer=tokenizer.fingerprint, rank=reading.served_rank, api_key=reading.api_key
+        ).reader(**options)
     if spec.startswith("api:"):
         return server_reader(
             spec.removeprefix("api:"),
@@ -440,10 +481,7 @@ def _reader(
         load = functools.partial(known.get, spec)
     return model_reader(
         load,  # type: ignore
-        k=reading.top_k,
-        tail_samples=reading.tail_samples,
-        likelihoods=reading.likelihoods,
-        hidden=any(needs.hidden for needs in reading.needs),
+        **options,
     )
 
 

@@ -5,24 +5,24 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from logitjax import decoding, losses, models, processes, storage, training
+from logitjax import decoding, models, processes, storage, training
 from logitjax.distillation._objective import Objective
-from logitjax.distillation._teacher import Teacher, Vocabularies
-from logitjax.distillation.tokenizers._likelihood_matching import ChunkScores, TokenSet
-from logitjax.distillation.tokenizers._projection import TokenProjection
-from logitjax.distillation.training._corpus import Corpus, Reading
+from logitjax.distillation._teacher import Vocabularies
+from logitjax.distillation.on_policy._options import OnPolicy
+from logitjax.distillation.on_policy._rollouts import Rollouts
+from logitjax.distillation.on_policy._update import OnPolicyUpdate
+from logitjax.distillation.training._corpus import Corpus
 from logitjax.distillation.training._loss_function import LossFunction, score_function
-from logitjax.distillation.training._student import Student, make_student
+from logitjax.distillation.training._student import Student
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,85 +125,6 @@ def make_update(
     return tx, step
 
 
-def update_program(
-    model: Callable[[], models.Decoder],
-    objective: Objective,
-    course: Course,
-    reading: Reading,
-    *,
-    mesh: Mesh,
-    name: str = "update of the student",
-    **options: Any,
-) -> training.Program:
-    """The update of a student, for a plan: no weights are loaded or initialised.
-
-    Args:
-        model: Makes the decoder; it is only traced.
-        objective: What is minimised.
-        course: How long and how fast.
-        reading: Sizes of rows and of the teachers' output.
-        mesh: Mesh of the state.
-        name: What the program does, in words.
-        **options: For `make_student`.
-    """
-    made: list[Student] = []
-    sizes: list[int] = []
-
-    def build() -> tuple[Any, Any]:
-        decoder = model()
-        sizes.append(decoder.config.vocab_size)
-        made.append(make_student(decoder, objective=objective, **options))
-        return made[0].trained, made[0].frozen
-
-    trained, frozen = jax.eval_shape(build)
-    student = Student(graphdef=made[0].graphdef, trained=trained, frozen=frozen)
-    names = reading.names if objective.taught else ()
-    needs = [term.teacher for term, _ in objective.terms if term.teacher is not None]
-    # Of another vocabulary nothing is known here: as large as the student's, token by token.
-    rules_needed = {n.projection for n in needs if n.projection}
-    sources = dict.fromkeys(names, _same_vocabulary(sizes[0], rules_needed))
-    tx, step = make_update(student, objective, course, sources, mesh=mesh)
-    rules, sharding = models.DECODER_RULES, training.BatchLayout(mesh).sharding
-
-    def rows(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((course.batch_size, *shape), dtype, sharding=sharding)
-
-    length, k = reading.seq_len, reading.top_k
-    columns = {n: rows(jnp.int32, length) for n in ("tokens", "segment_ids", "positions")}
-    batch: dict[str, Any] = {"pivot": columns | {"loss_mask": rows(jnp.bool_, length)}}
-    if names:
-        log_z, mean, std = (rows(jnp.float32, length - 1) for _ in range(3))
-        said = losses.GraphStatistics(
-            values=rows(jnp.float32, length - 1, k),
-            indices=rows(jnp.int32, length - 1, k),
-            log_z=log_z,
-            mean=mean,
-            std=std,
-        )
-        places, ids = rows(jnp.bool_, length - 1), rows(jnp.int32, length - 1)
-        chunks = None
-        if any(n.chunks for n in needs):
-            chunks = ChunkScores(ids=ids, ends=ids, scores=log_z, where=places)
-        teacher = Teacher(statistics=said, where=places, single=places, chunks=chunks)
-        batch["sources"] = dict.fromkeys(names, teacher)
-    state = training.TrainState.abstract(trained, tx, mesh=mesh, rules=rules)
-    placed = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        frozen,
-        rules.shardings(frozen, mesh),
-    )
-    return training.Program(name=name, jitted=step, arguments=(state, batch, placed))
-
-
-def _same_vocabulary(size: int, rules: Iterable[str]) -> Vocabularies:
-    ids = np.arange(size, dtype=np.int32)[:, None]
-    one = TokenProjection(ids=ids, weights=np.ones(ids.shape, np.float32), size=size)
-    return Vocabularies(
-        projections=dict.fromkeys(rules, one),
-        boundary=TokenSet(np.ones(size, bool)),
-    )
-
-
 class Scorer:
     """Held-out scores and samples of a student; one compiled program serves all its parameters.
 
@@ -275,6 +196,7 @@ def train_student(
     mesh: Mesh,
     directory: epath.Path,
     scorer: Scorer | None = None,
+    on_policy: OnPolicy = OnPolicy(),  # noqa: B008
 ) -> Trained:
     """Train a student; continue bit for bit from the newest checkpoint, or read a finished run.
 
@@ -286,6 +208,7 @@ def train_student(
         mesh: Mesh of the state.
         directory: Folder of checkpoints and of `metrics.jsonl`.
         scorer: Scores validation rows during training.
+        on_policy: How much of each batch the student writes; its teachers have to read live.
 
     Returns:
         The `Trained`.
@@ -300,15 +223,12 @@ def train_student(
     rows = corpus.packed.splits["train"]
     index, count = training.BatchLayout(mesh).share
 
+    order: Any = {"seed": course.seed, "batch_size": course.batch_size}
+    text = functools.partial(rows.batch, process_index=index, process_count=count, **order)
+    taught = functools.partial(corpus.batch, "train", taught=bool(sources))
+
     def batch(number: int) -> dict[str, Any]:
-        here = rows.batch(
-            number,
-            seed=course.seed,
-            batch_size=course.batch_size,
-            process_index=index,
-            process_count=count,
-        )
-        return corpus.batch("train", here, taught=bool(sources))
+        return taught(text(number))
 
     _check_seen(LossFunction(objective, student, sources), batch, frozen, course, mesh=mesh)
 
@@ -316,16 +236,33 @@ def train_student(
         return scorer.scores(state.params, "validation")
 
     with training.Checkpointer(directory / "checkpoints", max_to_keep=1) as checkpointer:
+        update: Any = functools.partial(step, constants=frozen)
+        if on_policy.share:
+            sizes: Any = {"batch_size": course.batch_size, "seed": course.seed, "mesh": mesh}
+            place = directory / "rollouts"
+            rollouts = Rollouts(student, on_policy, corpus.packed, directory=place, **sizes)
+            update = OnPolicyUpdate(
+                rollouts=rollouts,
+                taught=taught,
+                step=step,
+                frozen=frozen,
+                oldest=lambda: min(checkpointer.steps(), default=0),
+                reported=corpus.metrics,
+            )
         state = training.train_loop(
             state,
-            functools.partial(step, constants=frozen),
-            batch,
+            update,
+            text if on_policy.share else batch,
             total_steps=course.steps,
             workdir=directory,
             checkpointer=checkpointer,
             eval_fn=validate if course.loop.eval_every else None,
             writer=training.make_writer(directory, tensorboard=course.tensorboard),
-            identity={"data": rows.fingerprint, "loss": _identity(objective, course)},
+            identity={
+                "data": rows.fingerprint,
+                "loss": _identity(objective, course),
+                **({"on_policy": repr(on_policy)} if on_policy.share else {}),
+            },
             options=course.loop,
         )
     lines = processes.broadcast_from_first(lambda: _lines(directory / "metrics.jsonl"))
@@ -422,6 +359,7 @@ def distill(
     *,
     mesh: Mesh,
     workdir: epath.Path,
+    on_policy: OnPolicy = OnPolicy(),  # noqa: B008
 ) -> Distilled:
     """Train a student on text and on its teachers' output, and score it before and after.
 
@@ -435,6 +373,7 @@ def distill(
         course: How long and how fast.
         mesh: Mesh of training.
         workdir: Folder of everything that is kept.
+        on_policy: How much of each batch the student writes; its teachers have to read live.
 
     Returns:
         The `Distilled`.
@@ -444,7 +383,10 @@ def distill(
             devices cannot share a batch.
     """
     course.check(mesh)
-    _check_folder(_made_from(student, corpus, objective, course), workdir)
+    made_from = _made_from(student, corpus, objective, course)
+    if on_policy.share:
+        made_from["on_policy"] = dataclasses.asdict(on_policy)
+    _check_folder(made_from, workdir)
     scorer = Scorer(student, corpus, course, mesh=mesh)
     first = workdir / "before.json"
     if not processes.broadcast_from_first(first.exists):
@@ -453,7 +395,14 @@ def distill(
         processes.write_json(first, record)
     before = processes.broadcast_from_first(lambda: json.loads(first.read_text()))
     trained = train_student(
-        student, corpus, objective, course, mesh=mesh, directory=workdir / "train", scorer=scorer
+        student,
+        corpus,
+        objective,
+        course,
+        mesh=mesh,
+        directory=workdir / "train",
+        scorer=scorer,
+        on_policy=on_policy,
     )
     after = scorer.scores(trained.params, "test")
     prompt, said = scorer.sample(trained.params)

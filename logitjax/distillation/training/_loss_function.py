@@ -59,6 +59,7 @@ class LossFunction:
             self._teachers(batch, frozen),
             trained.get("terms"),
             where=where,
+            teacher_weights=batch.get("teacher_weights"),
             counts=counts,
         )
 

@@ -15,7 +15,6 @@ from flax import nnx
 from logitjax import data, leakage, losses, models, processes
 from logitjax.distillation.tokenizers._likelihood_matching import (
     TokenSet,
-    boundary_tokens,
     linear_likelihood,
 )
 from logitjax.distillation.training._student import hidden_states, weights_digest
@@ -34,6 +33,7 @@ class Reader:
         weights: Digest of its weights; empty for a server, which does not show them.
         head: Its `losses.Head`, if hidden states are among what it reads.
         kept: Numbers of top logits and of draws from the rest.
+        metrics: Pairs of a sum and a count since they were asked for last.
     """
 
     tokenizer: str
@@ -42,6 +42,7 @@ class Reader:
     weights: str = ""
     head: Any = None
     kept: tuple[int, int] = (0, 0)
+    metrics: Callable[[], dict[str, tuple[float, float]]] = dict
 
 
 def model_reader(
@@ -49,7 +50,7 @@ def model_reader(
     *,
     k: int,
     tail_samples: int = 0,
-    likelihoods: bool = False,
+    boundary: TokenSet | None = None,
     hidden: bool = False,
 ) -> Reader:
     """A decoder that says its top logits, draws from what they leave out, likelihoods, states."""
@@ -61,7 +62,7 @@ def model_reader(
             apply_fn.graphdef,
             k=k,
             tail_samples=tail_samples,
-            boundary=boundary_tokens(tokenizer) if likelihoods else None,
+            boundary=boundary,
             with_hidden=hidden,
         )
     )
@@ -92,20 +93,41 @@ def teacher_record(
     """
     model = nnx.merge(graphdef, params)
     hidden = hidden_states(model, columns)
-    statistics = losses.linear_readout(hidden, model.head_of(), top_k=k).statistics
+    record = head_record(
+        hidden,
+        model.head_of(),
+        columns,
+        rows,
+        k=k,
+        tail_samples=tail_samples,
+        boundary=boundary,
+    )
+    return record | ({"hidden": hidden} if with_hidden else {})
+
+
+def head_record(
+    hidden: Any,
+    head: losses.Head,
+    columns: Mapping[str, Any],
+    rows: Any,
+    *,
+    k: int,
+    tail_samples: int,
+    boundary: TokenSet | None,
+) -> dict[str, Any]:
+    """The same of hidden states that are there already."""
+    statistics = losses.linear_readout(hidden, head, top_k=k).statistics
     names = ("values", "indices", "log_z", "mean", "std")
     record = {name: getattr(statistics, name) for name in names}
-    if with_hidden:
-        record["hidden"] = hidden
     if boundary is not None:
         labels = jnp.asarray(columns["tokens"])[:, 1:]
-        record |= linear_likelihood(hidden, model.head_of(), labels, boundary)._asdict()
+        record |= linear_likelihood(hidden, head, labels, boundary)._asdict()
     if tail_samples:
 
         def draw(row: Any) -> losses.TailSample:
             here, taken, number = row
             key = jax.random.fold_in(jax.random.key(0), number)
-            return losses.TailSample.draw(key, model.logits(here), taken, tail_samples)
+            return losses.TailSample.draw(key, head.logits(here), taken, tail_samples)
 
         # A row at a time: here logits are held.
         tail = jax.lax.map(draw, (hidden, statistics.indices, jnp.asarray(rows, jnp.uint32)))
@@ -143,7 +165,7 @@ def server_reader(
     def read(columns: Mapping[str, Any], rows: np.ndarray) -> dict[str, Any]:
         tokens, segments = np.asarray(columns["tokens"]), np.asarray(columns["segment_ids"])
         wanted = np.argwhere(np.asarray(columns["loss_mask"])[:, 1:])
-        documents = _documents(segments, wanted)
+        documents = packed_documents(segments, wanted)
         pieces = [tokens[row, start:stop] for row, start, stop in documents]
         if pieces and not echoes:
             echoes.append(_asked(url, k, lambda: _echoes(oracle, pieces[0])))
@@ -174,7 +196,7 @@ def server_reader(
     return Reader(tokenizer=tokenizer, vocab_size=vocab_size, read=read)
 
 
-def _documents(segments: np.ndarray, wanted: np.ndarray) -> list[tuple[int, int, int]]:
+def packed_documents(segments: np.ndarray, wanted: np.ndarray) -> list[tuple[int, int, int]]:
     """Row, start and stop of each document of packed rows, up to the last target wanted of it."""
     found: dict[tuple[int, int], int] = {}
     for row, place in wanted.tolist():

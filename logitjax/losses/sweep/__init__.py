@@ -79,6 +79,8 @@ References:
 from logitjax.losses.sweep._blocks import Blocks as Blocks
 from logitjax.losses.sweep._head import Head as Head
 from logitjax.losses.sweep._kl import KLStatistic as KLStatistic
+from logitjax.losses.sweep._kl import TeacherStatistic as TeacherStatistic
+from logitjax.losses.sweep._mixture import MixtureStatistic as MixtureStatistic
 from logitjax.losses.sweep._readout import ReadoutStatistic as ReadoutStatistic
 from logitjax.losses.sweep._run import run as run
 from logitjax.losses.sweep._several import LossOf as LossOf

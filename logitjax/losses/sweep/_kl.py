@@ -1,7 +1,7 @@
-"""The statistic of a Kullback-Leibler divergence between student and teacher."""
+"""Statistics of a Kullback-Leibler divergence, and of the teacher alone."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,3 +90,45 @@ class KLStatistic(Statistic):
         # Of nothing yet the peaks are far below any logit.
         gap += jnp.where(total > escaped, (total - escaped) * moved, 0.0)
         return OnlineSums(over, (total, gap, escaped))
+
+
+class TeacherReading(NamedTuple):
+    """What a teacher says of a position, without a gradient.
+
+    Attributes:
+        label: `[*batch]` log-probability of the label.
+        entropy: `[*batch]`, in nats.
+    """
+
+    label: jax.Array
+    entropy: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherStatistic(Statistic):
+    """The `TeacherReading` of `tokens["labels"]`."""
+
+    @property
+    def in_tiles(self) -> bool:
+        return True
+
+    def start(self, batch: tuple[int, ...], dtype: Any, passed: Any) -> Any:
+        return OnlineSums.start(batch, dtype, terms=1), jnp.zeros(batch, dtype)
+
+    def absorb(self, state: Any, block: LogitBlock, passed: Any) -> Any:
+        z = block.teacher
+        assert z is not None
+        label = jnp.where(block.is_at(block.tokens["labels"]), z, 0.0).sum(-1)
+        return state[0].add(z, jnp.where(z != -jnp.inf, z, 0.0)), state[1] + label
+
+    def reduce(self, state: Any, axis_name: AxisName, passed: Any) -> Any:
+        return state[0].reduce(axis_name), lax.psum(state[1], axis_name)
+
+    def finish(self, state: Any, passed: Any) -> tuple[Any, Any]:
+        sums, label = state
+        total, weighted = sums.sums
+        entropy = sums.log_z - weighted / jnp.maximum(total, 1e-30)
+        return TeacherReading(label - sums.log_z, entropy), ()
+
+    def gradient(self, residuals: Any, cotangents: Any, block: LogitBlock) -> jax.Array:
+        return jnp.zeros_like(block.student)

@@ -14,8 +14,8 @@ from logitjax.ops import AxisName
 class Several(Statistic):
     """Statistics of one pass each that share a sweep: their gradients are added block by block.
 
-    The tokens given to `run` are `{"0": ..., "1": ...}`, those of each statistic by its number.
-    `run` returns a tuple of what each statistic gives.
+    The tokens given to `run` are `{"0": ..., "1": ...}`, those of each statistic by its number;
+    one without any reads what there is. `run` returns a tuple of what each statistic gives.
 
     Attributes:
         statistics: The statistics.
@@ -70,12 +70,12 @@ class Several(Statistic):
 
     def losses(self, outputs: Any, tokens: Any) -> Any:
         return tuple(
-            statistic.losses(outputs[i], tokens.get(str(i), {}))
+            statistic.losses(outputs[i], tokens.get(str(i), tokens))
             for i, statistic in enumerate(self.statistics)
         )
 
     def _block(self, block: LogitBlock, number: int) -> LogitBlock:
-        return block._replace(tokens=block.tokens.get(str(number), {}))
+        return block._replace(tokens=block.tokens.get(str(number), block.tokens))
 
 
 @dataclasses.dataclass(frozen=True)

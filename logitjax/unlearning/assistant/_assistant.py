@@ -103,9 +103,6 @@ class Assistant:
         Args:
             target: the large model. A stacked one is converted to listed layers, which copies them.
 
-        Returns:
-            A `CachedModel` with one expert.
-
         Raises:
             ValueError: the assistant is not made of a model like ``target``.
 
@@ -133,7 +130,7 @@ class Assistant:
                 f"{small.num_layers} layers of width {small.hidden_size} and vocabulary "
                 f"{small.vocab_size}"
             )
-        # A stack has no span to run alone.
+        # Stacked layers cannot be run in two spans.
         graphdef, state = nnx.split(with_layout(target, "listed"))
         lora = self.lora
         if self.base.layout == "stacked":

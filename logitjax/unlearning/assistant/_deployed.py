@@ -106,20 +106,17 @@ class Deployed:
         return 0.0 if self.assistant is None else (self.fuse or LogitDifference()).alpha
 
     def nll(self, tokens: Any, targets: Any) -> tuple[jax.Array, jax.Array]:
-        """An `evaluation.NllFn` that also tells which tokens are the most likely ones."""
+        """An `evaluation.NllFn` that also tells which tokens are the most likely ones.
+
+        Tokens and targets are int32 and bool `[batch, time]`, here and below.
+        """
         nll, greedy = self.nll_by_alpha(tokens, targets, np.full(1, self.alpha, np.float32))
         return nll[0], greedy[0]
 
     def nll_by_alpha(self, tokens: Any, targets: Any, alphas: Any) -> tuple[jax.Array, jax.Array]:
-        """`nll` for several weights of the assistant, from one pass of both.
+        """`nll` for weights `[weights]` of the assistant, from one pass of both.
 
-        Args:
-            tokens: int32 `[batch, time]`.
-            targets: bool `[batch, time]`.
-            alphas: float32 `[weights]`.
-
-        Returns:
-            float32 and bool `[weights, batch, time]`.
+        The values are float32 and bool `[weights, batch, time]`.
         """
         return self._scored(tokens, targets, alphas, "nll")
 
@@ -129,13 +126,6 @@ class Deployed:
         ::
 
             (mu - log p_y) / sigma,   of log p_v under p
-
-        Args:
-            tokens: int32 `[batch, time]`.
-            targets: bool `[batch, time]`.
-
-        Returns:
-            float32 `[batch, time]`.
 
         References:
             Zhang et al., Min-K%++, 2024 (arXiv 2404.02936). The variance is at least 1e-6, as in
@@ -149,13 +139,9 @@ class Deployed:
 
         An assistant is a constant, though its layers are made of the same weights.
 
-        Args:
-            tokens: int32 `[1, time]`.
-            targets: bool `[1, time]`.
-
         Returns:
-            Of the gradient of the mean nats of the targets: the mean over arrays of their norms, as
-            in OpenUnlearning, and the norm of all together.
+            Of the gradient of the mean nats of the targets, `[1, time]`: the mean over arrays of
+            their norms, as in OpenUnlearning, and the norm of all together.
         """
         graphdef, params, rest = nnx.split(self.model, nnx.Param, ...)
         static, held = self._arguments()

@@ -17,7 +17,7 @@ from logitjax import processes
 from logitjax.data import TokenizerLike
 from logitjax.evaluation import NllFn, PromptTemplate, rouge, score_rows
 from logitjax.storage import Manifest, digest, read_json
-from logitjax.unlearning.measures._memorisation import exact_memorisation, extraction_strength
+from logitjax.unlearning.measures._membership import exact_memorisation, extraction_strength
 from logitjax.unlearning.measures._tofu import Item
 from logitjax.unlearning.measures._tofu_logs import AGGREGATED, log_file, plain
 from logitjax.unlearning.measures._tofu_metrics import Evaluation, metrics_from_logs
@@ -129,9 +129,6 @@ def evaluate(
         model_fingerprint: changes with the model, such as `logitjax.storage.digest` of its
             parameters or the checkpoint's name and step. Needed with ``workdir``: functions do not
             tell which model they ask.
-
-    Returns:
-        `Evaluation`.
 
     Raises:
         ValueError: items without wrong answers, losses that are not finite (names set and item), a

@@ -17,11 +17,12 @@ from logitjax.unlearning._questions import Questions, answer_probabilities
 from logitjax.unlearning.assistant._deployed import Deployed
 from logitjax.unlearning.measures._membership import (
     detection_rate,
+    exact_memorisation,
+    extraction_strength,
     membership_auc,
     min_k,
     zlib_loss,
 )
-from logitjax.unlearning.measures._memorisation import exact_memorisation, extraction_strength
 from logitjax.unlearning.measures._relearn import relearning
 
 _PREFIX = 0.25

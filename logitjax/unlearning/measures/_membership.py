@@ -1,4 +1,4 @@
-"""Whether what a model says of texts tells that it was trained on them."""
+"""Whether what a model says of texts tells that it was trained on them, and how much it can."""
 
 import zlib
 from typing import Any
@@ -106,6 +106,37 @@ def detection_rate(losses: Any, holdout_losses: Any) -> float:
     members, others = _both_sides(losses, holdout_losses)
     allowed = int(_FALSE_RATE * len(others))
     return float((members < np.sort(others)[allowed]).mean())
+
+
+def extraction_strength(greedy: Any) -> float:
+    """The share of a text that its beginning makes a model say, word for word.
+
+    ::
+
+        1 - k / n,   k the shortest beginning after which every token is the most likely one
+
+    References:
+        Carlini et al., 2021; OpenUnlearning's ``extraction_strength``, which never falls below
+        ``1 / n``: its loop leaves k at the last token.
+
+    >>> extraction_strength([True, False, True, True]), extraction_strength([True, False])
+    (0.5, 0.0)
+    """
+    wrong = np.flatnonzero(~np.asarray(greedy, bool))
+    begun = wrong[-1] + 1 if len(wrong) else 0  # all after the last wrong token are right
+    return float((len(greedy) - begun) / max(len(greedy), 1))
+
+
+def exact_memorisation(greedy: Any) -> float:
+    """The share of a text's tokens that are the most likely ones after all before them.
+
+    References:
+        Tirumala et al., 2022; OpenUnlearning's ``exact_memorization``.
+
+    >>> exact_memorisation([True, False, True, True])
+    0.75
+    """
+    return float(np.sum(greedy) / max(len(greedy), 1))
 
 
 def _both_sides(losses: Any, holdout_losses: Any) -> tuple[np.ndarray, np.ndarray]:

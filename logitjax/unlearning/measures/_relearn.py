@@ -68,7 +68,7 @@ def relearning(
             )
             moments: Any = _MOMENTS.init(cast("Any", lora))
             for step in range(1, max(steps) + 1):
-                # Again from the first.
+                # Rows are taken in turn, and again from the first.
                 at = np.arange((step - 1) * batch_size, step * batch_size) % cut
                 rows = {name: v[np.asarray(sides["taught"])[at]] for name, v in padded.items()}
                 lora, moments = _step(graphdef, params, rest, lora, moments, rows, rate)

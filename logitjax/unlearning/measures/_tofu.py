@@ -97,9 +97,6 @@ def load(source: str | os.PathLike[str], split: str) -> tuple[Item, ...]:
         source: a directory, or ``hf:locuslab/TOFU`` (optionally ``@revision``).
         split: as above.
 
-    Returns:
-        The items, in the order of the file.
-
     Raises:
         FileNotFoundError: no such directory or file; names what is there.
         ValueError: a line that cannot be read or lacks something, with file and line; or the hub
@@ -153,9 +150,6 @@ def subset(source: str | os.PathLike[str], *, authors: int = 20, forget: int = 2
         source: as for `load`.
         authors: in all.
         forget: of these; at most 10, so that as many are left that nobody has seen.
-
-    Returns:
-        `Subset`.
 
     Raises:
         FileNotFoundError: a file is missing.

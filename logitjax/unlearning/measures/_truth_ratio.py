@@ -114,7 +114,7 @@ def truth_ratio_utility(log_ratio: Any) -> float:
     >>> truth_ratio_utility(np.log([0.25, 4.0]))
     0.375
     """
-    # 1 - R below R = 1.
+    # max(0, 1 - R), without rounding near R = 1.
     return float(np.mean(np.maximum(0.0, -np.expm1(np.minimum(log_ratio, 0.0)))))
 
 

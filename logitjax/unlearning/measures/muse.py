@@ -43,9 +43,6 @@ def load(source: str | os.PathLike[str], subset: str, split: str) -> tuple[Row, 
             text: `privleak`, `raw`, `train`, `scal`, `sust`.
         split: Such as `forget`, `holdout`, `retain1`, `forget_qa`, `retain_qa` or `forget_qa_icl`.
 
-    Returns:
-        The rows, in order.
-
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: A record lacks something.

@@ -18,7 +18,7 @@ class CEU(TwoSided):
 
         cross-entropy( q, softmax(logits) ),    q = softmax(logits, logit_y = -inf), a constant
 
-    This is `undial` from the model itself with a `beta` of infinity. Its gradient by the logits,
+    This is `UNDIAL` from the model itself with a `beta` of infinity. Its gradient by the logits,
     `p_y (onehot(y) - q)`, fades as the token is forgotten.
 
     References:

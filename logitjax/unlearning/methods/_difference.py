@@ -121,7 +121,7 @@ class Difference(Method):
                 where=positions.counted,
                 retain_weight=self.retain_weight,
             )
-            # Tokens left out are no loss of 0.
+            # Tokens that found no place must not look like a loss of 0.
             loss, one = jnp.where(positions.fits, loss, jnp.nan), jnp.float32(1)
             return loss, one, {name: (value, one) for name, value in means.items()}
 

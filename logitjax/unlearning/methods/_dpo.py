@@ -77,7 +77,7 @@ class DPO(TwoSided):
                 (names[1], rejected_nll, reference_rejected_nll),
             )
         )
-        checks.same_shape(chosen, rejected, *names)
+        checks.shapes(**{names[0]: (chosen, "any *same"), names[1]: (rejected, "any *same")})
         return preference(rejected - chosen, self.beta)
 
     def forget(self, read: Read) -> Any:

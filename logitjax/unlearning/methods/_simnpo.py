@@ -49,7 +49,7 @@ class SimNPO(TwoSided):
         nll, lengths = as_losses(nll, "nll"), jnp.asarray(lengths)
         if not jnp.issubdtype(lengths.dtype, jnp.integer):
             raise TypeError(f"lengths: expected integers, got {lengths.dtype}")
-        checks.same_shape(nll, lengths, "nll", "lengths")
+        checks.shapes(nll=(nll, "any *same"), lengths=(lengths, "any *same"))
         # An answer without a token counts as one of one token.
         return preference(nll / jnp.maximum(lengths, 1) - self.delta, self.beta)
 

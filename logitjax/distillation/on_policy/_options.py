@@ -1,0 +1,93 @@
+"""How much of a batch a student writes, and by which law."""
+
+import dataclasses
+from typing import Literal
+
+import numpy as np
+
+from logitjax import decoding
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OnPolicy:
+    """How much of each batch the student writes itself.
+
+    A row that it writes begins as a row of the text does: with what comes before the first answer
+    of a conversation, or with the beginning of a document.
+
+    Attributes:
+        share: Share of the rows of a batch that the student writes; none if 0. The others are
+            rows of the text.
+        generate_every: Number of updates that the student writes for at once. All but the first
+            of them learn from text of a student that is that much older.
+        prompt_tokens: Largest number of tokens of a prompt; half of a row if 0. A conversation
+            with a longer one stays as it is.
+        new_tokens: Largest number of tokens that are written; the rest of a row if 0.
+        temperature: Divides the logits that tokens are drawn from.
+        sample_top_k: Number of likeliest tokens that are drawn from; all if 0.
+        sample_top_p: Probability that the likeliest tokens that are drawn from have together.
+        truncated: Whether a row that ends for want of room is learned from (`'keep'`) or not
+            (`'drop'`); `'auto'` drops answers in conversations, which have an end.
+    """
+
+    share: float = 0.0
+    generate_every: int = 1
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    temperature: float = 1.0
+    sample_top_k: int = 0
+    sample_top_p: float = 1.0
+    truncated: Literal["auto", "keep", "drop"] = "auto"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"on_policy: expected a share of the rows, got {self.share}")
+        for name, least in (("generate_every", 1), ("prompt_tokens", 0), ("new_tokens", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        if self.truncated not in ("auto", "keep", "drop"):
+            raise ValueError(
+                f"truncated: expected 'auto', 'keep' or 'drop', got {self.truncated!r}"
+            )
+        _ = self.sampling  # Which refuses what is no law.
+
+    @property
+    def sampling(self) -> decoding.Sampling:
+        """The law that tokens are drawn from."""
+        return decoding.Sampling(
+            temperature=self.temperature, top_k=self.sample_top_k, top_p=self.sample_top_p
+        )
+
+    def lengths(self, seq_len: int) -> tuple[int, int]:
+        """Largest numbers of tokens of a prompt and of what is written after it.
+
+        Raises:
+            ValueError: Together they are longer than a row.
+        """
+        prompt = self.prompt_tokens or seq_len // 2
+        new = self.new_tokens or seq_len - prompt
+        if new < 1 or prompt + new > seq_len:
+            raise ValueError(
+                f"new_tokens: expected at most {seq_len - prompt}, what prompts of {prompt} tokens "
+                f"leave of seq_len={seq_len}, got {new}"
+            )
+        return prompt, new
+
+    def rows(self, batch_size: int) -> np.ndarray:
+        """The rows of a global batch that the student writes, evenly spaced.
+
+        Raises:
+            ValueError: The share is less than a row.
+
+        >>> OnPolicy(share=0.5).rows(4)
+        array([1, 3])
+        """
+        # Rounded first: 0.3 * 10 is 3.0000000000000004 - 4e-16 on a bad day.
+        before = np.floor(np.round(np.arange(batch_size + 1) * self.share, 6))
+        rows = np.flatnonzero(np.diff(before))
+        if self.share and not len(rows):
+            raise ValueError(
+                f"on_policy: expected a share of at least one of {batch_size} rows, got "
+                f"{self.share}"
+            )
+        return rows

@@ -1,0 +1,155 @@
+"""Divergences over the whole vocabulary, from a teacher that reads beside the student."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from logitjax.distillation._term import StudentNeeds, TeacherNeeds, Term
+from logitjax.losses import sweep
+from logitjax.ops import checks
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Full(Term):
+    temperature: float = 1.0
+    teacher = TeacherNeeds(hidden=True, same_vocabulary=True)
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"temperature: expected a positive number, got {self.temperature}")
+
+    @property
+    def statistic(self) -> sweep.Statistic:
+        raise NotImplementedError
+
+    def student(self, teacher: Any) -> StudentNeeds:
+        statistic = self.statistic
+        if self.temperature != 1.0:
+            statistic = sweep.Tempered(statistic, self.temperature)
+        return StudentNeeds(statistic=statistic)
+
+    def value(self, read: Any, teacher: Any, batch: Mapping[str, Any], params: Any) -> Any:
+        return self.temperature**2 * read.statistic
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FullKL(_Full):
+    """KL over the whole vocabulary, of a live teacher's hidden states and head.
+
+    ::
+
+        forward KL(teacher || student) + (1 - forward) KL(student || teacher)
+
+    Attributes:
+        forward: Share of KL(teacher || student); 1 for it alone, 0 for the reverse.
+        entropy_above: The forward part counts only where the teacher's entropy, in nats, is above
+            this, where the reverse would lose modes. Twice this with halves is EOPD (arXiv
+            2603.07079).
+        temperature: Divides the logits of both; its square multiplies the value.
+    """
+
+    forward: float = 1.0
+    entropy_above: float = 0.0
+    name = "full_kl"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.between(self.forward, 0, 1, "forward")
+
+    @property
+    def statistic(self) -> sweep.Statistic:
+        parts = (
+            (sweep.KLStatistic(), self.forward > 0),
+            (sweep.KLStatistic(reverse=True), self.forward < 1),
+            (sweep.TeacherStatistic(), self.forward > 0 and self.entropy_above > 0),
+        )
+        return sweep.Several(tuple(statistic for statistic, is_read in parts if is_read))
+
+    def value(self, read: Any, teacher: Any, batch: Mapping[str, Any], params: Any) -> Any:
+        value = 0.0
+        if self.forward < 1:
+            value = (1 - self.forward) * read.statistic[self.forward > 0]
+        if self.forward > 0:
+            part = self.forward * read.statistic[0]
+            if self.entropy_above > 0:
+                part = jnp.where(read.statistic[-1].entropy > self.entropy_above, part, 0.0)
+            value = value + part
+        return self.temperature**2 * value
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixedKL(FullKL):
+    """Forward and reverse KL over the whole vocabulary, for a student's own samples.
+
+    Attributes:
+        forward: Share of KL(teacher || student), as are all options those of `FullKL`. Reverse KL
+            alone sharpens the student; on long samples a substantial share of the forward one keeps
+            its entropy.
+    """
+
+    forward: float = 0.5
+    name = "mixed_kl"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FullJSD(_Full):
+    """Generalised Jensen-Shannon divergence over the whole vocabulary, of a live teacher.
+
+    Attributes:
+        beta: Share of the teacher in the mixture; 0 for KL(teacher || student), 1 for the reverse,
+            as in TRL.
+        normalize: Divide by `beta (1 - beta)`, so that the value goes over to these two ends; as
+            defined it falls to 0 towards either.
+        temperature: Divides the logits of both; its square multiplies the value.
+    """
+
+    beta: float = 0.5
+    normalize: bool = False
+    name = "full_jsd"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.between(self.beta, 0, 1, "beta")
+
+    @property
+    def statistic(self) -> sweep.Statistic:
+        beta = self.beta
+        if beta in (0, 1):
+            return sweep.KLStatistic(reverse=beta == 1)
+        weights = (1 / (1 - beta), 1 / beta) if self.normalize else (beta, 1 - beta)
+        return sweep.MixtureStatistic(beta=beta, weights=weights)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SkewKL(_Full):
+    """Skew KL divergence over the whole vocabulary (DistiLLM), of a live teacher.
+
+    ::
+
+        forward   KL(teacher || alpha teacher + (1 - alpha) student)
+        reverse   KL(student || alpha student + (1 - alpha) teacher)
+
+    Attributes:
+        alpha: Share of the first distribution in the mixture, which bounds the value.
+        direction: `'forward'` for text of the teacher's, `'reverse'` for the student's own.
+        temperature: Divides the logits of both; its square multiplies the value.
+    """
+
+    alpha: float = 0.1
+    direction: Literal["forward", "reverse"] = "forward"
+    name = "skew_kl"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.alpha < 1:
+            raise ValueError(f"alpha: expected a number between 0 and 1, got {self.alpha}")
+        if self.direction not in ("forward", "reverse"):
+            raise ValueError(f"direction: expected 'forward' or 'reverse', got {self.direction!r}")
+
+    @property
+    def statistic(self) -> sweep.Statistic:
+        if self.direction == "forward":
+            return sweep.MixtureStatistic(beta=self.alpha, weights=(1.0, 0.0))
+        return sweep.MixtureStatistic(beta=1 - self.alpha, weights=(0.0, 1.0))

@@ -1,0 +1,175 @@
+"""What a training runs on devices, for a plan: no weights are loaded or initialised."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from logitjax import losses, models, training
+from logitjax.distillation._objective import Objective
+from logitjax.distillation._teacher import Teacher, Vocabularies
+from logitjax.distillation.on_policy._options import OnPolicy
+from logitjax.distillation.on_policy._rollouts import rollout_program
+from logitjax.distillation.tokenizers._likelihood_matching import ChunkScores, TokenSet
+from logitjax.distillation.tokenizers._projection import TokenProjection
+from logitjax.distillation.training._corpus import Reading
+from logitjax.distillation.training._distill import Course, make_update
+from logitjax.distillation.training._student import Student, make_student
+from logitjax.distillation.training._teachers import teacher_record
+
+
+def update_programs(
+    model: Callable[[], models.Decoder],
+    objective: Objective,
+    course: Course,
+    reading: Reading,
+    *,
+    mesh: Mesh,
+    name: str = "update of the student",
+    on_policy: OnPolicy = OnPolicy(),  # noqa: B008
+    **options: Any,
+) -> Iterator[training.Program]:
+    """The update of a student; then what it writes, and what live teachers read.
+
+    Args:
+        model: Makes the decoder; it is only traced.
+        objective: What is minimised.
+        course: How long and how fast.
+        reading: Sizes of rows and of the teachers' output.
+        mesh: Mesh of the state.
+        name: What the update does, in words.
+        on_policy: How much of each batch the student writes.
+        **options: For `make_student`.
+    """
+    made: list[Student] = []
+    sizes: list[int] = []
+
+    def build() -> tuple[Any, Any]:
+        decoder = model()
+        sizes.append(decoder.config.vocab_size)
+        made.append(make_student(decoder, objective=objective, **options))
+        return made[0].trained, made[0].frozen
+
+    trained, frozen = jax.eval_shape(build)
+    student = Student(graphdef=made[0].graphdef, trained=trained, frozen=frozen)
+    names = reading.names if objective.taught else ()
+    needs = [term.teacher for term, _ in objective.terms if term.teacher is not None]
+    # Of another vocabulary nothing is known here: as large as the student's, token by token.
+    rules_needed = {n.projection for n in needs if n.projection}
+    sources = dict.fromkeys(names, _same_vocabulary(sizes[0], rules_needed))
+    tx, step = make_update(student, objective, course, sources, mesh=mesh)
+    sharding = training.BatchLayout(mesh).sharding
+
+    def rows(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((course.batch_size, *shape), dtype, sharding=sharding)
+
+    length, k = reading.seq_len, reading.top_k
+    columns = {n: rows(jnp.int32, length) for n in ("tokens", "segment_ids", "positions")}
+    batch: dict[str, Any] = {"pivot": columns | {"loss_mask": rows(jnp.bool_, length)}}
+    live, heads = [], {}
+    if names:
+        log_z, mean, std = (rows(jnp.float32, length - 1) for _ in range(3))
+        said = losses.GraphStatistics(
+            values=rows(jnp.float32, length - 1, k),
+            indices=rows(jnp.int32, length - 1, k),
+            log_z=log_z,
+            mean=mean,
+            std=std,
+        )
+        places, ids = rows(jnp.bool_, length - 1), rows(jnp.int32, length - 1)
+        chunks = None
+        if any(n.chunks for n in needs):
+            chunks = ChunkScores(ids=ids, ends=ids, scores=log_z, where=places)
+        teacher = Teacher(statistics=said, where=places, single=places, chunks=chunks)
+        batch["sources"] = dict.fromkeys(names, teacher)
+        if reading.teacher_reads == "live":
+            # A served teacher is taken to be as large as the student.
+            shapes = {n: _decoder(spec, model) for n, spec in zip(names, reading.teachers)}
+            live = [_reading(n, d, reading, batch["pivot"], mesh) for n, d in shapes.items()]
+        if any(n.hidden for n in needs) and live:
+            heads = {n: nnx.eval_shape(lambda m: m.head_of(), d) for n, d in shapes.items()}
+            for n, decoder in shapes.items():
+                states = rows(decoder.dtype, length - 1, decoder.config.hidden_size)
+                batch["sources"][n] = dataclasses.replace(teacher, hidden=states)
+    if on_policy.share:
+        batch["columns"] = {"log_probs": rows(jnp.float32, length - 1)}
+    state = training.TrainState.abstract(trained, tx, mesh=mesh, rules=models.DECODER_RULES)
+    placed = _placed(frozen | ({"teachers": heads} if heads else {}), mesh)
+    yield training.Program(name=name, jitted=step, arguments=(state, batch, placed))
+    if on_policy.share:
+        yield _writing(student, on_policy, state.params, placed, course, reading, mesh)
+    yield from live
+
+
+def _writing(
+    student: Student,
+    on_policy: OnPolicy,
+    params: Any,
+    frozen: Any,
+    course: Course,
+    reading: Reading,
+    mesh: Mesh,
+) -> training.Program:
+    layout, (prompt, new) = training.BatchLayout(mesh), on_policy.lengths(reading.seq_len)
+    count = len(on_policy.rows(course.batch_size)) * on_policy.generate_every
+    total = -(-count // layout.pieces) * layout.pieces
+    inputs = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding)
+        for shape, dtype in (
+            ((total, prompt), jnp.int32),
+            ((total, prompt), jnp.int32),
+            ((total,), jnp.uint32),
+        )
+    ]
+    return training.Program(
+        name="rollouts of the student",
+        jitted=rollout_program(student, on_policy, new_tokens=new, stop_ids=(0,), mesh=mesh),
+        arguments=(params, frozen, *inputs),
+    )
+
+
+def _decoder(spec: str, student: Callable[[], models.Decoder]) -> models.Decoder:
+    if spec.partition(":")[0] == "api":
+        return nnx.eval_shape(student)
+    config = models.load_config(spec)
+    return nnx.eval_shape(lambda: models.Decoder(config, rngs=nnx.Rngs(0), layout="listed"))
+
+
+def _reading(
+    name: str, decoder: models.Decoder, reading: Reading, columns: Mapping[str, Any], mesh: Mesh
+) -> training.Program:
+    apply_fn, params = models.from_nnx(decoder)
+    read = functools.partial(
+        teacher_record,
+        apply_fn.graphdef,
+        k=reading.top_k,
+        tail_samples=reading.tail_samples,
+        with_hidden=any(needs.hidden for needs in reading.needs),
+    )
+    tokens = columns["tokens"]
+    number = jax.ShapeDtypeStruct(tokens.shape[:1], jnp.int64, sharding=tokens.sharding)
+    arguments = (_placed(params, mesh), dict(columns), number)
+    return training.Program(name=f"reading of {name}", jitted=jax.jit(read), arguments=arguments)
+
+
+def _placed(tree: Any, mesh: Mesh) -> Any:
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        tree,
+        models.DECODER_RULES.shardings(tree, mesh),
+    )
+
+
+def _same_vocabulary(size: int, rules: Iterable[str]) -> Vocabularies:
+    ids = np.arange(size, dtype=np.int32)[:, None]
+    one = TokenProjection(ids=ids, weights=np.ones(ids.shape, np.float32), size=size)
+    return Vocabularies(
+        projections=dict.fromkeys(rules, one),
+        boundary=TokenSet(np.ones(size, bool)),
+    )

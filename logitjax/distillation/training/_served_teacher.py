@@ -1,0 +1,179 @@
+"""A teacher that another host serves: its head once, then hidden states of each batch."""
+
+import functools
+import http.client
+import json
+import time
+import urllib.parse
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from logitjax import losses, storage
+from logitjax.distillation.training._teachers import Reader, head_record, packed_documents
+
+# Seconds between two attempts to reach a server that went away, at first and at most.
+_PAUSES = (1.0, 30.0)
+_TIMEOUT = 600.0
+_AWAY = (OSError, http.client.HTTPException)
+
+
+class ServedTeacher:
+    """`logitjax serve --hidden_states` as a teacher that reads beside the student.
+
+    One binary answer a batch has the hidden states of the positions that are learned, in bfloat16;
+    with the head that came once they are the whole distribution. A server that goes away is waited
+    for; if it comes back with other weights, that is an error.
+
+    Args:
+        url: Its address, on this or another host.
+        tokenizer: Fingerprint of the tokenizer of the rows.
+        rank: Columns of the low-rank code that is sent in place of hidden states; 0 for none.
+        api_key: Key of the server.
+
+    Raises:
+        ValueError: Nobody answers, or a server that gives no hidden states or has another
+            tokenizer.
+    """
+
+    def __init__(self, url: str, *, tokenizer: str, rank: int = 0, api_key: str | None = None):
+        self._url, self._rank = urllib.parse.urlsplit(url), rank
+        self._headers = {"Content-Type": "application/json"}
+        if api_key is not None:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+        self._connection: http.client.HTTPConnection | None = None
+        self._totals: dict[str, tuple[float, float]] = {}
+        try:
+            tensors, self.about = self._attempt("GET", None)
+        except _AWAY as error:
+            raise ValueError(f"{self}: no server answers ({error})") from None
+        if self.about["tokenizer"] != tokenizer:
+            raise ValueError(f"{self}: expected the tokenizer of the rows, got another")
+        self.head = losses.Head(
+            tensors["kernel"],
+            tensors.get("bias"),
+            vocab_axis=int(self.about["vocab_axis"]),
+            soft_cap=float(self.about["soft_cap"]) if self.about["soft_cap"] else None,
+        )
+
+    def __str__(self) -> str:
+        return f"teacher api:{self._url.geturl()}"
+
+    def reader(self, *, k: int, tail_samples: int, boundary: Any, hidden: bool) -> Reader:
+        """As `model_reader`; all but the hidden states is worked out here."""
+        derived = jax.jit(
+            functools.partial(head_record, k=k, tail_samples=tail_samples, boundary=boundary)
+        )
+
+        def read(columns: Mapping[str, Any], rows: np.ndarray) -> Mapping[str, Any]:
+            states = self.hidden_states(columns)
+            record = jax.device_get(derived(states, self.head, dict(columns), rows))
+            return record | ({"hidden": states} if hidden else {})
+
+        return Reader(
+            tokenizer=self.about["tokenizer"],
+            vocab_size=self.head.vocab_size(),
+            read=read,
+            weights=self.about["weights"],
+            head=self.head if hidden else None,
+            kept=(k, tail_samples),
+            metrics=self.metrics,
+        )
+
+    def metrics(self) -> dict[str, tuple[float, float]]:
+        """Bytes of a position, and the relative error of a code, since they were asked for last."""
+        totals, self._totals = self._totals, {}
+        return totals
+
+    def hidden_states(self, columns: Mapping[str, Any]) -> np.ndarray:
+        """bfloat16 `[rows, length - 1, width]` where something is learned, zeros elsewhere.
+
+        Args:
+            columns: Packed columns `[rows, length]`.
+        """
+        tokens, segments = np.asarray(columns["tokens"]), np.asarray(columns["segment_ids"])
+        learnt = np.asarray(columns["loss_mask"])[:, 1:]
+        out = np.zeros((*learnt.shape, self.head.kernel.shape[1 - self.head.axis]), jnp.bfloat16)
+        documents = packed_documents(segments, np.argwhere(learnt))
+        if not documents:
+            return out
+        starts = [1 + int(np.argmax(learnt[row, a:b])) for row, a, b in documents]
+        texts = [tokens[row, a:b].tolist() for row, a, b in documents]
+        body = {"documents": texts, "starts": starts, "rank": self._rank}
+        tensors, about = self._ask(json.dumps(body))
+        floats = [tensors[name] for name in ("hidden", "code", "basis") if name in tensors]
+        states = floats[0]
+        if len(floats) > 1:
+            states = (floats[0].astype(np.float32) @ floats[1].astype(np.float32)).astype(out.dtype)
+        place = 0
+        for (row, a, b), start in zip(documents, starts, strict=True):
+            size = b - a - start
+            out[row, a + start - 1 : b - 1] = states[place : place + size]
+            place += size
+        said = {"bytes_a_position": (sum(x.nbytes for x in floats), place)}
+        said["rank_error"] = float(about["error"]), 1
+        for name, pair in said.items():
+            self._totals[name] = tuple(map(sum, zip(pair, self._totals.get(name, (0.0, 0.0)))))
+        return out
+
+    def _ask(self, body: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+        """The answer, however long its server is away."""
+        pause, begin = _PAUSES[0], None
+        while True:
+            try:
+                answer = self._attempt("POST", body)
+                if begin is None:
+                    return answer
+                about = self._attempt("GET", None)[1]
+            except _AWAY as error:
+                if begin is None:
+                    begin = time.monotonic()
+                    logging.warning("%s: does not answer (%s); the run waits for it", self, error)
+                storage.progress.mark(f"waiting for {self}")
+                time.sleep(pause)
+                pause = min(2 * pause, _PAUSES[1])
+                continue
+            if about != self.about:
+                raise ValueError(
+                    f"{self}: expected the weights {self.about['weights']} that it had before it "
+                    f"went away, got {about['weights']}"
+                )
+            logging.warning("%s: answers again after %.0f s", self, time.monotonic() - begin)
+            return answer
+
+    def _attempt(
+        self, method: str, body: str | None
+    ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+        """One answer; an error of `_AWAY` where there is none for now."""
+        fresh = self._connection is None
+        if self._connection is None:
+            secure = self._url.scheme == "https"
+            kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+            self._connection = kind(self._url.netloc, timeout=_TIMEOUT)
+        try:
+            path = f"{self._url.path.rstrip('/')}/v1/hidden_states"
+            self._connection.request(method, path, body, self._headers)
+            answer = self._connection.getresponse()
+            content = answer.read()
+        except _AWAY:
+            self._connection = None
+            if fresh:
+                raise
+            # A server closes connections that nobody used for a while.
+            return self._attempt(method, body)
+        if answer.status in (429, 502, 503, 504):
+            raise ConnectionError(f"status {answer.status}")
+        if answer.status != 200:
+            raise ValueError(
+                f"{self}: expected hidden states, as of `logitjax serve --hidden_states`, got "
+                f"status {answer.status}: {content[:200]!r}"
+            )
+        size = int.from_bytes(content[:8], "little")
+        about = json.loads(content[8 : 8 + size])["__metadata__"]
+        tensors = storage.require("safetensors.numpy", extra="models").load(content)
+        bits = {n: x.view(jnp.bfloat16) for n, x in tensors.items() if x.dtype == np.uint16}
+        return tensors | bits, about

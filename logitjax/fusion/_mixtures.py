@@ -1,0 +1,94 @@
+"""A student that samples with its teacher's help: mixtures of two distributions."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from logitjax.fusion._inputs import Inputs, Strategy, vocabulary_size
+from logitjax.ops import AxisName, checks, log_softmax, psum, top_k
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Mixture(Strategy):
+    takes_bases: ClassVar[bool] = False
+
+    def fuse(self, inputs: Inputs, axis_name: AxisName | None) -> tuple[jax.Array, dict[str, Any]]:
+        if len(inputs.experts) != 1:
+            raise ValueError(f"logits_experts: expected one teacher, got {len(inputs.experts)}")
+        log_q, log_p = (
+            log_softmax(x, vocab_where=inputs.exists, axis_name=axis_name)
+            for x in (inputs.large, inputs.experts[0])
+        )
+        return inputs.fused(jnp.logaddexp(*self.shares(log_q, log_p, axis_name))), {}
+
+    def shares(self, log_q: Any, log_p: Any, axis_name: AxisName | None) -> tuple[Any, Any]:
+        """Logarithms of what student and teacher add to the mixture."""
+        raise NotImplementedError
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherMixture(_Mixture):
+    """Samples from a mixture of the student, which is the large model, and its teacher, the expert.
+
+    ::
+
+        share p + (1 - share) q
+
+    Attributes:
+        share: the teacher's.
+
+    >>> fused, _ = jax.jit(TeacherMixture())(jnp.log(jnp.array([0.5, 0.5])), jnp.array([0.0, -99.]))
+    >>> print(jnp.exp(fused).round(3))
+    [0.6 0.4]
+
+    References:
+        Gu et al., MiniLLM, 2024 (arXiv 2306.08543), section 2.2: 0.2.
+    """
+
+    share: float = 0.2
+
+    def __post_init__(self) -> None:
+        checks.between(self.share, 0.0, 1.0, "share")
+
+    def shares(self, log_q: Any, log_p: Any, axis_name: AxisName | None) -> tuple[Any, Any]:
+        return jnp.log(1 - self.share) + log_q, jnp.log(self.share) + log_p
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherRedraw(_Mixture):
+    """Samples as the student, and draws anew from the teacher what is not in the teacher's top k.
+
+    ::
+
+        q [v in top_k(p)] + (1 - sum_{top_k(p)} q) p
+
+    The student is the large model, the teacher the expert.
+
+    Attributes:
+        top_k: how many of the teacher's likeliest tokens are accepted; equal logits all count.
+
+    >>> student, teacher = jnp.log(jnp.array([[0.5, 0.3, 0.2], [0.7, 0.2, 0.1]]))
+    >>> fused, _ = jax.jit(TeacherRedraw(top_k=2))(student, teacher)
+    >>> print(" ".join(f"{q:.2f}" for q in jnp.exp(fused)))
+    0.64 0.34 0.02
+
+    References:
+        Xu et al., Speculative knowledge distillation, 2025 (arXiv 2410.11325): 25.
+    """
+
+    top_k: int = 25
+
+    def __post_init__(self) -> None:
+        if self.top_k < 1:
+            raise ValueError(f"top_k: expected at least 1, got {self.top_k}")
+
+    def shares(self, log_q: Any, log_p: Any, axis_name: AxisName | None) -> tuple[Any, Any]:
+        k = min(self.top_k, vocabulary_size(log_p, axis_name))
+        accepted = log_p >= top_k(log_p, k, axis_name=axis_name)[0][..., -1:]
+        # Summed over what is refused: less the accepted from 1 would leave rounding.
+        refused = psum(jnp.where(accepted, 0.0, jnp.exp(log_q)).sum(-1, keepdims=True), axis_name)
+        return jnp.where(accepted, log_q, -jnp.inf), jnp.log(refused) + log_p

@@ -1,0 +1,116 @@
+"""Statistics whose terms need the normalisers of teacher and student first."""
+
+import dataclasses
+import math
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from logitjax.losses.sweep._statistic import LogitBlock, OnlineSums, Statistic
+from logitjax.ops import AxisName, neginf_to_zero
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NormalisedStatistic(Statistic):
+    """Divergences whose terms need both normalisers first: two passes.
+
+    `terms` gives, per column, the summand and its derivative by the student's log-probability.
+
+    Attributes:
+        known: whether the teacher's normaliser is, at `tokens["teacher_log_z"]`.
+    """
+
+    passes: ClassVar[int] = 2
+    known: bool = False
+
+    @property
+    def in_tiles(self) -> bool:
+        return True
+
+    @property
+    def gradient_in_tiles(self) -> bool:
+        return True
+
+    def terms(self, log_q: jax.Array, log_p: jax.Array) -> tuple[jax.Array, jax.Array]:
+        raise NotImplementedError
+
+    def reads_teacher(self, number: int) -> bool:
+        return number > 0 or not self.known
+
+    def start(self, batch: tuple[int, ...], dtype: Any, passed: Any) -> Any:
+        if passed is not None:
+            return jnp.zeros(batch, dtype), jnp.zeros(batch, dtype)
+        sums = OnlineSums.start(batch, dtype)
+        return sums, jnp.zeros(batch, dtype) if self.known else sums
+
+    def absorb(self, state: Any, block: LogitBlock, passed: Any) -> Any:
+        if passed is None:
+            sums = state[0].add(block.student)
+            if self.known:
+                return sums, block.tokens["teacher_log_z"].astype(state[1].dtype)
+            return sums, state[1].add(block.teacher)
+        terms = self.terms(*self._log_probabilities(block, passed))
+        return tuple(total + term.sum(-1) for total, term in zip(state, terms))
+
+    def reduce(self, state: Any, axis_name: AxisName, passed: Any) -> Any:
+        if passed is not None:
+            return tuple(lax.psum(jnp.stack(state), axis_name))
+        student, teacher = state
+        return student.reduce(axis_name), teacher if self.known else teacher.reduce(axis_name)
+
+    def finish(self, state: Any, passed: Any) -> tuple[Any, Any]:
+        if passed is None:
+            student, teacher = state
+            known = neginf_to_zero(teacher) if self.known else teacher.log_z
+            return None, (student.log_z, known)
+        return state[0], (*passed, state[1])
+
+    def gradient(self, residuals: Any, cotangents: Any, block: LogitBlock) -> jax.Array:
+        *log_zs, slope_sum = residuals
+        log_q, log_p = self._log_probabilities(block, log_zs)
+        # log q = s - log Z: a logit moves its own term, and by Z all others, each by q.
+        slope = self.terms(log_q, log_p)[1]
+        return cotangents[..., None] * (slope - jnp.exp(log_q) * slope_sum[..., None])
+
+    def _log_probabilities(self, block: LogitBlock, log_zs: Any) -> tuple[jax.Array, jax.Array]:
+        assert block.teacher is not None
+        return block.student - log_zs[0][..., None], block.teacher - log_zs[1][..., None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixtureStatistic(NormalisedStatistic):
+    """How far teacher `p` and student `q` are from their mixture, in two passes.
+
+    ::
+
+        m = beta p + (1 - beta) q
+        weights[0] KL(p || m) + weights[1] KL(q || m)
+
+    Attributes:
+        beta: The teacher's share, between 0 and 1.
+        weights: `(beta, 1 - beta)` gives the generalised Jensen-Shannon divergence, `(1, 0)` and
+            `(0, 1)` the two skew KL divergences.
+    """
+
+    beta: float
+    weights: tuple[float, float]
+
+    def terms(self, log_q: jax.Array, log_p: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # Where neither has an entry any number will do but -inf, whose derivatives are nan.
+        exists = (log_q != -jnp.inf) | (log_p != -jnp.inf)
+        shares = (log_p + math.log(self.beta), log_q + math.log1p(-self.beta))
+        log_m = jnp.logaddexp(*(jnp.where(exists, share, 0.0) for share in shares))
+
+        def part(log_prob: jax.Array) -> jax.Array:
+            # Masked before the product, whose derivative is nan at -inf.
+            gap = jnp.where(log_prob != -jnp.inf, log_prob - log_m, 0.0)
+            return jnp.exp(log_prob) * gap
+
+        p_weight, q_weight = self.weights
+        q_part, p_part = q_weight * part(log_q), p_weight * part(log_p)
+        # The mixture moves with the student, which cancels with Jensen's and Shannon's weights.
+        moved = q_weight * self.beta - p_weight * (1 - self.beta)
+        slope = q_part + moved * jnp.exp(log_p + log_q - log_m) if moved else q_part
+        return p_part + q_part, slope

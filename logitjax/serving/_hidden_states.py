@@ -1,0 +1,137 @@
+"""A teacher for students under training: its head once, and its hidden states of their text."""
+
+import asyncio
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from logitjax import models, storage
+from logitjax.serving._admission import parse_json, read_body
+from logitjax.serving._errors import BadRequestError
+from logitjax.serving._keys import find_key
+from logitjax.serving._service import Service
+
+
+class _Reading(BaseModel):
+    """Documents, the first token of each whose prediction matters, and the rank of a code."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    documents: list[list[int]] = Field(min_length=1)
+    starts: list[int]
+    rank: int = Field(default=0, ge=0)
+
+
+class HiddenStates:
+    """The endpoint `/v1/hidden_states` of a decoder.
+
+    GET gives the head, with fingerprints of tokenizer and weights. POST gives for each document the
+    hidden states that predict its tokens from `starts` on, one behind the other, in bfloat16; with
+    a `rank` their best approximation of that rank, with its relative error. Both answers are in the
+    form of safetensors, bfloat16 as its bits in uint16.
+
+    Args:
+        service: What the endpoints share.
+        model: The decoder.
+    """
+
+    def __init__(self, service: Service, model: models.Decoder):
+        self._service, self._head = service, model.head_of().resolve(model.config.hidden_size)
+        graphdef, self._params = nnx.split(model)
+
+        def states(params: Any, tokens: Any, positions: Any) -> jax.Array:
+            return nnx.merge(graphdef, params).hidden_states(tokens, positions=positions)[0]
+
+        self._states = jax.jit(states)
+
+    async def endpoint(self, http: HttpRequest) -> Response:
+        service, loop = self._service, asyncio.get_running_loop()
+        config = service.config
+        key = find_key(config.keys, http.headers.get("authorization", ""))
+        if http.method == "GET":
+            content = await loop.run_in_executor(service.readers, self._about)
+            return Response(content, media_type="application/octet-stream")
+        try:
+            body = await read_body(http, most=config.max_body_bytes, seconds=config.body_seconds)
+        except ClientDisconnect:
+            return Response(status_code=499)
+        reading = self._checked(parse_json(body))
+        tokens, content = sum(map(len, reading.documents)), b""
+        spent = service.accounts.reserve(key, queries=len(reading.documents), tokens=tokens)
+        try:
+            answer = functools.partial(self._answer, reading)
+            content = await loop.run_in_executor(service.readers, answer)
+        finally:
+            record = {"prompt_tokens": tokens, "values": len(content) // 2, "rank": reading.rank}
+            service.accounts.settle(spent, tokens=tokens, record=record)
+        service.metrics.prompt_tokens.inc(tokens)
+        return Response(content, media_type="application/octet-stream")
+
+    def _checked(self, body: Any) -> _Reading:
+        try:
+            reading = _Reading.model_validate(body)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise BadRequestError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        if len(reading.starts) != len(reading.documents):
+            raise BadRequestError("starts: expected one a document")
+        most, vocab_size = self._service.config.max_length, self._service.vocab_size
+        for start, document in zip(reading.starts, reading.documents, strict=True):
+            if not 1 <= start < len(document) <= most:
+                raise BadRequestError(
+                    f"documents: expected at most {most} tokens, of which one after the first is "
+                    f"wanted, got {len(document)} from {start} on"
+                )
+            if min(document) < 0 or max(document) >= vocab_size:
+                raise BadRequestError(f"documents: expected ids below {vocab_size}")
+        return reading
+
+    def _about(self) -> bytes:
+        head, leaves = self._head, jax.tree.leaves(self._params)
+        # A few numbers of each array tell trained weights apart.
+        thin = [leaf.reshape(-1)[:: max(1, leaf.size // 64)] for leaf in leaves]
+        about = {
+            "vocab_axis": str(head.vocab_axis),
+            "soft_cap": str(head.soft_cap or ""),
+            "tokenizer": self._service.tokenizer.fingerprint,
+            "weights": storage.digest(jax.device_get(thin), length=12),
+        }
+        return _encoded(about, kernel=head.kernel, bias=head.bias)
+
+    def _answer(self, reading: _Reading) -> bytes:
+        lengths = [len(document) for document in reading.documents]
+        # Powers of two, so that few programs serve any batch.
+        shape = [1 << (size - 1).bit_length() for size in (len(lengths), max(lengths))]
+        tokens, positions = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
+        for row, document in enumerate(reading.documents):
+            tokens[row, : len(document)] = document
+            positions[row, : len(document)] = np.arange(len(document))
+        states = np.asarray(self._states(self._params, tokens, positions))
+        spans = zip(states, reading.starts, lengths, strict=True)
+        hidden = np.concatenate([row[a - 1 : b - 1] for row, a, b in spans])
+        rank = reading.rank
+        if not 0 < rank < min(hidden.shape):
+            return _encoded({"error": "0"}, hidden=hidden.astype(jnp.bfloat16))
+        left, sizes, right = np.linalg.svd(hidden.astype(np.float32), full_matrices=False)
+        code, basis = (left[:, :rank] * sizes[:rank]).astype(jnp.bfloat16), right[:rank]
+        basis = basis.astype(jnp.bfloat16)
+        gap = hidden - code.astype(np.float32) @ basis.astype(np.float32)
+        error = np.linalg.norm(gap) / np.linalg.norm(hidden)
+        return _encoded({"error": f"{error:.6g}"}, code=code, basis=basis)
+
+
+def _encoded(about: dict[str, str], **tensors: Any) -> bytes:
+    arrays = {name: np.asarray(array) for name, array in tensors.items() if array is not None}
+    # The reader of safetensors for NumPy knows no bfloat16.
+    bits = {
+        name: np.ascontiguousarray(x.view(np.uint16) if x.dtype == jnp.bfloat16 else x)
+        for name, x in arrays.items()
+    }
+    return storage.require("safetensors.numpy", extra="models").save(bits, about)
