@@ -305,16 +305,18 @@ def constrain(plan: Plan, options: DecodeOptions, state: DecodeState) -> DecodeS
     if mesh is None:
         return state
 
-    def axes(names: tuple[str, ...], size: int) -> tuple[str, ...] | None:
-        there = tuple(name for name in names if name in mesh.axis_names)
+    names = MeshAxes.current()
+
+    def axes(known: tuple[str, ...], size: int) -> tuple[str, ...] | None:
+        there = tuple(name for name in known if name in mesh.axis_names)
         return there if size % math.prod(mesh.shape[name] for name in there) == 0 else None
 
     def pin(leaf: jax.Array, rows: int, heads: int | None = None) -> jax.Array:
         entries: list[Any] = [None] * leaf.ndim
         if leaf.ndim > rows:
-            entries[rows] = axes(MeshAxes.current().rows, leaf.shape[rows])
+            entries[rows] = axes(names.rows, leaf.shape[rows])
         if heads is not None and leaf.ndim == heads + 3:
-            entries[heads] = axes(MeshAxes.current().columns, leaf.shape[heads])
+            entries[heads] = axes(names.columns, leaf.shape[heads])
         return lax.with_sharding_constraint(leaf, NamedSharding(mesh, PartitionSpec(*entries)))
 
     def pin_cache(leaf: jax.Array, axis: int) -> jax.Array:

@@ -106,8 +106,8 @@ def linear_generalized_jensen_shannon(
     # At both ends it is a KL divergence, which takes one sweep.
     statistic = KLStatistic(reverse=beta == 1)
     if beta not in (0, 1):
-        weights = (float(beta), 1 - float(beta))
-        statistic = MixtureStatistic(beta=float(beta), weights=weights, known=bool(known))
+        shares = (float(beta), 1 - float(beta))
+        statistic = MixtureStatistic(beta=shares[0], weights=shares, known=bool(known))
     loss = run(
         statistic,
         hidden,

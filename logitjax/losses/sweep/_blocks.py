@@ -175,7 +175,8 @@ class Blocks:
             back -= 4 * positions * width
             most = min(there, back // (4 * sides - 2)) // _LEAST_COLUMNS
             tokens = _aligned(sizes.batch, max(most, _LEAST_ROWS))
-        if tokens is not None:
+        # A TPU's compiler estimates no less time for more columns, and holds less with these.
+        if tokens is not None or sizes.platform == "tpu":
             columns = _LEAST_COLUMNS
         columns = min(_MOST_COLUMNS, max(_LEAST_COLUMNS, columns))
         return Layout(engine, _equal_columns(vocab, columns), tokens)
