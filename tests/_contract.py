@@ -685,8 +685,7 @@ ELSEWHERE = {
         unlearning.read_rows unlearning.share_interval unlearning.split_rows
         serving.Key serving.Listening serving.ServerConfig serving.build_app
         vq.HiddenCache vq.convert_head vq.load_head vq.save_head few_shot.choose_rows
-        serving.Key serving.Listening serving.ServerConfig serving.build_app serving.read_keys
-        serving.run_server
+        serving.Key serving.Listening serving.ServerConfig serving.build_app
         vq.HiddenCache vq.load_head few_shot.choose_rows
         few_shot.candidates few_shot.load few_shot.read_pictures
         few_shot.encoder_views decoding.Engine decoding.generate

@@ -318,7 +318,7 @@ def _axes_rows(names: Sequence[str], kinds: Sequence[str]) -> list[dict[str, Any
         step = jax.jit(vocabulary.step(loss), out_shardings=layout)
         known = contextlib.nullcontext() if "no set_mesh" in name else jax.set_mesh(mesh)
         with known:
-            sent = costs.collectives(step.lower(inputs).compile().as_text())
+            sent = costs.collectives(step.lower(inputs).compile().as_text() or "")
         row = {"mesh": name, "axes": axes, "loss": kind}
         row["form"] = "weights" if weighted else "unreduced"
         row["all-gathers"] = sent.calls.get("all-gather", 0)

@@ -139,7 +139,13 @@ class _Lab:
         return self.student(models.load_model(str(place), layout="listed"))
 
     def train(
-        self, student: distillation.Student, arm: str, seed: int, steps: int, name: str
+        self,
+        student: distillation.Student,
+        arm: str,
+        seed: int,
+        steps: int,
+        name: str,
+        corpus: distillation.Corpus | None = None,
     ) -> Any:
         texts, share = ARMS[arm]
         course = distillation.Course(
@@ -152,7 +158,7 @@ class _Lab:
         )
         return distillation.train_student(
             student,
-            self.corpus,
+            corpus or self.corpus,
             distillation.Objective(terms=distillation.parse_terms(texts)),
             course,
             mesh=self.mesh,
@@ -161,13 +167,18 @@ class _Lab:
         ).params
 
     def cost(self, arm: str) -> float:
-        """CPU-seconds of a step, without what compiling takes."""
-        spent = []
-        for steps in (1, 4):
-            begin = time.process_time()
-            self.train(self.warm, arm, 99, steps, f"cost/{arm}-{steps}")
-            spent.append(time.process_time() - begin)
-        return max(spent[1] - spent[0], 1e-3) / 3
+        """CPU-seconds of a step, the median between the batches of a short run."""
+        clocks: list[float] = []
+
+        class Clocked(distillation.Corpus):
+            def batch(self, split: str, rows: Any, *, taught: bool) -> dict[str, Any]:
+                clocks.append(time.process_time())
+                return super().batch(split, rows, taught=taught)
+
+        fields = {f.name: getattr(self.corpus, f.name) for f in dataclasses.fields(self.corpus)}
+        steps = 4 if self.options.smoke else 12
+        self.train(self.warm, arm, 99, steps, f"cost/{arm}", corpus=Clocked(**fields))
+        return float(np.median(np.diff(clocks[-steps + 2 :])))
 
     def scores(self, student: distillation.Student, params: Any) -> dict[str, float]:
         """What a model writes after test text, and how far the teacher is from it there."""

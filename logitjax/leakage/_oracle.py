@@ -107,18 +107,8 @@ class LogitOracle:
     ) -> Answer:
         """Many queries about one prompt, each with its own logit bias.
 
-        Args:
-            prompt: token ids.
-            bias_tokens: ``[n, biased]``.
-            bias_values: ``[n, biased]`` in nats.
-            temperature: temperature of the drawn token, which every query draws anew.
-
-        Returns:
-            `Answer` ``[n, k]`` on the host.
-
-        Raises:
-            BudgetExhaustedError: the budget would be exceeded.
-            ValueError: the policy refuses the bias.
+        As `ask`, with ``[n, biased]`` tokens and nats. A bias that the policy refuses is a
+        ValueError.
         """
         tokens = np.asarray(bias_tokens, np.int32)
         bias = np.broadcast_to(np.asarray(bias_values, np.float32), tokens.shape)

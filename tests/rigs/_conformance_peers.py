@@ -134,7 +134,7 @@ def _maxtext(case: Any, hidden: Any, kernel: Any) -> Any:
     config = types.SimpleNamespace(**options, vocab_tiling_ag_once=False)
 
     class Model(nnx.Module):
-        mesh = jax.sharding.Mesh(jax.devices()[:1], ("data",))
+        mesh = jax.sharding.Mesh(jax.devices()[: case.devices], ("tensor",))
 
         def __init__(self, kernel: Any):
             self.logits_dense = nnx.Param(kernel)
