@@ -212,8 +212,8 @@ def _routed(examples: Examples) -> Iterator[tuple[str | None, Examples]]:
     if not named:
         yield None, examples
         return
-    teachers = [example.get("teacher") for example in examples]
-    if None in teachers:
+    teachers = [str(example.get("teacher") or "") for example in examples]
+    if "" in teachers:
         raise ValueError(f"{examples.source}: expected a 'teacher' in every row or in none")
     for teacher in sorted(set(teachers)):
         here = [e for e, own in zip(examples, teachers, strict=True) if own == teacher]
