@@ -20,7 +20,7 @@ from maxtext.input_pipeline.input_pipeline_utils import ParseFeatures  # noqa: E
 from maxtext.trainers.post_train.distillation import distillation_utils, train_distill  # noqa: E402
 from maxtext.trainers.pre_train import train  # noqa: E402
 from maxtext.utils import maxtext_utils, model_creation_utils  # noqa: E402
-from tunix.sft import peft_trainer  # noqa: E402
+from tunix.sft import checkpoint_manager, peft_trainer  # noqa: E402
 
 from logitjax import distillation, losses, ops  # noqa: E402
 from logitjax.distillation import terms  # noqa: E402
@@ -188,6 +188,11 @@ def test_a_loss_that_they_lack_trains(make, term, teacher):
     _, seen = trained(strategy, make(), steps=30, top_k_logits=lambda b: teacher(b["inputs"]))
     print(f"{term}: {seen[0]:.3f} to {seen[-1]:.3f} in {len(seen)} steps")
     assert np.mean(seen[-5:]) < 0.9 * np.mean(seen[:5])
+
+
+def test_this_tunix_lacks_what_maxtexts_checkpoint_manager_reads():
+    """Once a release has it, the adapter needs no manager of its own."""
+    assert not hasattr(checkpoint_manager.CheckpointManager(None), "_checkpointer")
 
 
 def test_a_run_that_was_stopped_ends_where_one_that_was_not_does(make, tmp_path):

@@ -134,7 +134,7 @@ def _maxtext(case: Any, hidden: Any, kernel: Any) -> Any:
     config = types.SimpleNamespace(**options, vocab_tiling_ag_once=False)
 
     class Model(nnx.Module):
-        mesh = jax.sharding.Mesh(jax.devices()[:1], ("data",))
+        mesh = jax.sharding.Mesh(jax.devices()[: case.devices], ("tensor",))
 
         def __init__(self, kernel: Any):
             self.logits_dense = nnx.Param(kernel)
@@ -159,7 +159,8 @@ def _tunix(case: Any, hidden: Any, kernel: Any) -> Any:
     strategy = LogitStrategy(
         *(lambda *_: None,) * 3, temperature=case.temperature, alpha=float(case.teacher)
     )
-    student = teacher = _logits(case, hidden, kernel)
+    student = _logits(case, hidden, kernel)
+    teacher = jax.lax.stop_gradient(student)
     if case.teacher:
         teacher = _logits(case, case.teacher_hidden, case.teacher_head)
     mean = strategy.compute_loss(student, teacher, labels)[0]
