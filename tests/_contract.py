@@ -640,7 +640,7 @@ ELSEWHERE = {
     "tests/commands/test_few_shot.py": """
         few_shot.Candidate few_shot.Pictures few_shot.fit""",
     "values that functions above take or give; what they refuse is tested beside them": """
-        ops.Static losses.Blocks losses.Head losses.MeshAxes losses.Readout
+        ops.Static losses.Blocks losses.Head losses.Readout
         losses.GraphStatistics losses.LogProbs distillation.GraphConfig
         few_shot.FeatureIdentity heads.HeadCost heads.Assignment
         vq.ConvertConfig vq.Pages vq.Screen vq.Shortlist vq.Tuning distillation.LayerPruning
