@@ -41,8 +41,8 @@ def states_and_head(model: Any, hidden: Any, *, dropout: bool = False) -> tuple[
     """
     config, decoder = model.config, model.decoder
     hidden = decoder.dropout(decoder.decoder_norm(hidden), deterministic=not dropout)
-    # Cast here, not block by block (`Head.compute_dtype`): over a mesh that splits the model the head
-    # is gathered as it comes, and so half of it is.
+    # Cast here, not block by block (`Head.compute_dtype`): over a mesh that splits the model the
+    # head is gathered as it comes, so half of its bytes are.
     if not config.logits_via_embedding:
         dtype = jnp.float32 if config.logits_dot_in_fp32 else config.dtype
         kernel = decoder.logits_dense.kernel[...].astype(dtype)
