@@ -20,7 +20,7 @@ from logitjax.data._documents import (
     split_document,
 )
 from logitjax.data._examples import Example, Examples
-from logitjax.data._packed import KIND, PackedDataset, encode_row
+from logitjax.data._packed import KIND, PackedDataset, row_codec
 from logitjax.data._tokenizer import TokenizerLike
 from logitjax.storage import Manifest, ShardWriter, digest
 
@@ -177,16 +177,20 @@ def _write_rows(
     statistics["malformed"] = examples.errors
     tokens, rows = dict.fromkeys(tokenizers, 0), 0
     pad_ids = {name: _pad_id(tokenizer) for name, tokenizer in tokenizers.items()}
-    routes: dict[str, int] = {}
+    codec, routes = row_codec(tokenizers, seq_len), dict[str, int]()
     with ShardWriter(root, _ROWS_PER_SHARD) as writer:
         for teacher, routed in _routed(examples):
             before = rows
             for row in best_fit(pieces(routed, statistics=statistics), seq_len):
-                laid_out = [_lay_out(row, n, seq_len, pad_ids[n]) for n in tokenizers]
-                writer.write(encode_row(laid_out))
+                columns = {}
+                for name in tokenizers:
+                    columns |= _lay_out(row, name, seq_len, pad_ids[name])
+                writer.write(codec.encode(columns, 1)[0])
                 rows += 1
                 for name in tokens:
                     tokens[name] += sum(len(piece[name][0]) for piece in row)
+                writer.write(codec.encode(columns, 1)[0])
+                rows += 1
             if teacher is not None:
                 routes[teacher] = rows - before
     if not rows:
@@ -210,10 +214,10 @@ def _routed(examples: Examples) -> Iterator[tuple[str | None, Examples]]:
     if not named:
         yield None, examples
         return
-    teachers = [example.get("teacher") for example in examples]
-    if None in teachers:
+    teachers = [str(example.get("teacher") or "") for example in examples]
+    if "" in teachers:
         raise ValueError(f"{examples.source}: expected a 'teacher' in every row or in none")
-    for teacher in sorted(set(teachers)):
+    for teacher in sorted(map(str, set(teachers))):
         here = [e for e, own in zip(examples, teachers, strict=True) if own == teacher]
         yield teacher, Examples(here, fingerprint="", source=examples.source)
 
@@ -348,19 +352,19 @@ def best_fit(
     yield from rows
 
 
-def _lay_out(
-    row: Sequence[Piece], name: str, seq_len: int, pad_id: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    tokens = np.full(seq_len, pad_id, np.int32)
-    segment_ids = np.zeros(seq_len, np.int32)
-    loss_mask = np.zeros(seq_len, bool)
+def _lay_out(row: Sequence[Piece], name: str, seq_len: int, pad_id: int) -> dict[str, np.ndarray]:
+    """One tokenizer's columns of a row, `[1, seq_len]` each."""
+    tokens = np.full((1, seq_len), pad_id, np.int32)
+    segment_ids = np.zeros((1, seq_len), np.int32)
+    loss_mask = np.zeros((1, seq_len), np.uint8)
     begin = 0
     for segment, piece in enumerate(row, start=1):
         ids, learnt = piece[name]
-        here = slice(begin, begin + len(ids))
+        here = np.s_[0, begin : begin + len(ids)]
         tokens[here], segment_ids[here], loss_mask[here] = ids, segment, learnt
         begin += len(ids)
-    return tokens, segment_ids, loss_mask
+    columns = {"tokens": tokens, "segment_ids": segment_ids, "loss_mask": loss_mask}
+    return {f"{name}/{kind}": column for kind, column in columns.items()}
 
 
 def _pad_id(tokenizer: TokenizerLike) -> int:

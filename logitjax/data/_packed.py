@@ -3,15 +3,15 @@
 import collections
 import concurrent.futures
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
-from jaxtyping import Bool, Int, Int32, Int64
+from jaxtyping import Int, Int32, Int64
 
 from logitjax.data._order import global_indices, process_rows
-from logitjax.storage import Manifest, ShardReader
+from logitjax.storage import ArrayCodec, Manifest, ShardReader
 
 KIND = "packed dataset"
 _PREFETCH = 2
@@ -20,15 +20,10 @@ _PREFETCH = 2
 Batch = dict[str, Any]
 
 
-Row = tuple[Int32[np.ndarray, "tokens"], Int32[np.ndarray, "tokens"], Bool[np.ndarray, "tokens"]]
-
-
-def encode_row(arrays: Sequence[Row]) -> bytes:
+def row_codec(names: Iterable[str], seq_len: int) -> ArrayCodec:
     """Tokens, segment ids and loss mask of each tokenizer, one after the other."""
-    parts = []
-    for tokens, segment_ids, loss_mask in arrays:
-        parts += [tokens.astype("<i4"), segment_ids.astype("<i4"), loss_mask.astype("u1")]
-    return b"".join(part.tobytes() for part in parts)
+    kinds = {"tokens": "int32", "segment_ids": "int32", "loss_mask": "uint8"}
+    return ArrayCodec({f"{n}/{kind}": (t, (seq_len,)) for n in names for kind, t in kinds.items()})
 
 
 def _positions(
@@ -97,6 +92,7 @@ class PackedDataset:
         # Rows for one teacher lie one behind the other.
         self.routes: dict[str, int] = self.manifest.get("routes", {})
         self._reader = ShardReader(self.directory, self.manifest["shards"])
+        self._codec = row_codec(self.names, self.seq_len)
 
     def __len__(self) -> int:
         return len(self._reader)
@@ -151,32 +147,20 @@ class PackedDataset:
         """The given rows as a batch; an index of -1 gives a row of padding."""
         indices = np.asarray(indices, np.int64)
         real = indices >= 0
-        size = 9 * self.seq_len  # 4 bytes a token, 4 its segment, 1 whether it is learnt
-        raw = np.zeros((len(indices), len(self.names), size), np.uint8)
-        for place, record in zip(
-            np.flatnonzero(real), self._reader.read(indices[real].tolist()), strict=True
-        ):
-            if len(record) != size * len(self.names):
-                raise ValueError(
-                    f"row {indices[place]} of {self.directory} has {len(record)} bytes instead of "
-                    f"{size * len(self.names)}"
-                )
-            raw[place] = np.frombuffer(record, np.uint8).reshape(len(self.names), size)
+        stored = self._codec.decode(self._reader.read(indices[real].tolist()))
         batch: Batch = {"row": indices}
         if self.routes:
             ends = np.cumsum(list(self.routes.values()))
             batch["teacher"] = np.searchsorted(ends, np.maximum(indices, 0), side="right")
-        cuts = (4 * self.seq_len, 8 * self.seq_len)
-        for k, name in enumerate(self.names):
-            tokens = np.ascontiguousarray(raw[:, k, : cuts[0]]).view("<i4")
-            segment_ids = np.ascontiguousarray(raw[:, k, cuts[0] : cuts[1]]).view("<i4")
-            tokens[~real] = self.pad_ids[name]
-            batch[name] = {
-                "tokens": tokens.astype(np.int32, copy=False),
-                "segment_ids": segment_ids.astype(np.int32, copy=False),
-                "positions": _positions(segment_ids),
-                "loss_mask": raw[:, k, cuts[1] :] != 0,
-            }
+        for name in self.names:
+            columns = {}
+            for kind in ("tokens", "segment_ids", "loss_mask"):
+                fill = self.pad_ids[name] if kind == "tokens" else 0
+                columns[kind] = np.full((len(indices), self.seq_len), fill, np.int32)
+                columns[kind][real] = stored[f"{name}/{kind}"]
+            columns["positions"] = _positions(columns["segment_ids"])
+            columns["loss_mask"] = columns["loss_mask"] != 0
+            batch[name] = columns
         return batch
 
     def iterate_once(

@@ -29,12 +29,12 @@ from logitjax.decoding._engine import Engine as Engine
 from logitjax.decoding._ensemble import Ensemble as Ensemble
 from logitjax.decoding._generate import generate as generate
 from logitjax.decoding._load_ensemble import load_ensemble as load_ensemble
-from logitjax.decoding._nll import nll_from_model as nll_from_model
 from logitjax.decoding._prompts import PromptReader as PromptReader
 from logitjax.decoding._requests import Request as Request
 from logitjax.decoding._rollout import rollout as rollout
 from logitjax.decoding._sampling import Sampling as Sampling
 from logitjax.decoding._score import next_token_program as next_token_program
+from logitjax.decoding._score import nll_from_model as nll_from_model
 from logitjax.decoding._score import score as score
 from logitjax.decoding._speculate import Speculation as Speculation
 from logitjax.decoding._step import DecodeOptions as DecodeOptions

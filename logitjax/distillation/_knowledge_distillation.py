@@ -192,8 +192,7 @@ def standardize_logits(
     Args:
         logits: `[*batch, classes]` (classes along `axis`).
         vocab_where: the classes that count. Those at `-inf` never do; both come back as `-inf`.
-        axis: the class axis.
-        axis_name: mesh axis over which the classes are split, inside `shard_map`.
+            `axis` and `axis_name` are those of `knowledge_distillation`.
         epsilon: as in the released code.
 
     Returns:

@@ -105,14 +105,9 @@ class DynamicFusion:
     ) -> tuple[Float[jax.Array, "*batch vocab"], dict[str, jax.Array]]:
         """Fused logits, and what was decided.
 
-        Args:
-            logits_large: `[*batch, vocab]`, untempered.
-            logits_experts: `[T, *batch, vocab]`, or without the leading axis for one expert.
-            logits_bases: as many, or one for all.
-            vocab_where: boolean, broadcastable to the logits: True for the entries that exist.
-                Entries that are `-inf` in any of the models do not exist either.
-            axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that
-                axis.
+        Arguments are those of the other strategies, as `ProxyTuning`: logits `[*batch, vocab]`,
+        untempered, of experts and bases `[T, *batch, vocab]`. Entries at `-inf` in any of the
+        models do not exist.
 
         Returns:
             Float32 logits `[*batch, vocab]` up to a constant a row, such that the large model's

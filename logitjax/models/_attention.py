@@ -19,7 +19,6 @@ from logitjax.models._cache import (
 )
 from logitjax.models._config import DecoderConfig, Window
 from logitjax.models._lora import linear_map, project
-from logitjax.models._norm import Norm
 from logitjax.models._rope import apply_rope, changes_with_length, rope_tables
 from logitjax.ops import Array
 
@@ -173,6 +172,30 @@ def attend_heads_first(
     weights = weights.reshape(batch, groups, heads // groups * time, -1)
     out = jnp.einsum("bgqs,bgsd->bgqd", weights, value)
     return jnp.swapaxes(out.reshape(batch, heads, time, dim), 1, 2)
+
+
+class Norm(nnx.Module):
+    """`x / rms(x) * (offset + scale)` or the usual layer norm, in float32."""
+
+    def __init__(
+        self, config: DecoderConfig, size: int, *, param_dtype: Any, rms: bool | None = None
+    ):
+        self.rms = config.norm == "rms" if rms is None else rms
+        self.eps = config.norm_eps
+        self.offset = config.norm_offset
+        self.scale = nnx.Param(jnp.full((size,), 1.0 - self.offset, param_dtype))
+        if not self.rms:
+            self.bias = nnx.Param(jnp.zeros((size,), param_dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = jnp.asarray(x, jnp.float32)
+        if not self.rms:
+            wide -= wide.mean(axis=-1, keepdims=True)
+        wide *= jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + self.eps)
+        wide *= self.offset + self.scale[...].astype(jnp.float32)
+        if not self.rms:
+            wide += self.bias[...].astype(jnp.float32)
+        return wide.astype(x.dtype)
 
 
 class Attention(nnx.Module):

@@ -14,11 +14,10 @@ from jaxtyping import Float, Int
 from logitjax import ops
 from logitjax.heads import LinearHead, TiedHead
 from logitjax.losses import Head
-from logitjax.models._attention import Attention, make_context
+from logitjax.models._attention import Attention, Norm, make_context
 from logitjax.models._cache import Cache, kind_name
 from logitjax.models._config import DecoderConfig, SegmentSpec
 from logitjax.models._lora import Lora, linear_map, project, scaled_layers
-from logitjax.models._norm import Norm
 from logitjax.ops import Array
 
 _ACTIVATIONS = {

@@ -64,18 +64,10 @@ def log_softmax(
 
         log p_v = logits_v - log Z
 
-    Args:
-        logits: `[*batch, vocab]` (the vocabulary at `axis`).
-        axis: the vocabulary axis.
-        vocab_where: boolean, broadcastable to `logits`: True for the entries that exist.
-        axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
+    Arguments and errors are those of `logsumexp`.
 
     Returns:
         The shape of `logits`, float32. A row without any entry is `-inf` throughout.
-
-    Raises:
-        TypeError: `logits` is not floating point or `vocab_where` not boolean.
-        ValueError: `axis` is out of range or `vocab_where` does not broadcast.
 
     >>> import numpy as np
     >>> np.asarray(jax.jit(log_softmax)(np.array([0.0, 0.0, -np.inf]))).round(4)

@@ -25,9 +25,9 @@ from logitjax.serving._hidden_states import HiddenStates
 from logitjax.serving._keys import find_key
 from logitjax.serving._names import TokenNames
 from logitjax.serving._observed import Metrics, Observed
-from logitjax.serving._openapi import openapi
 from logitjax.serving._policy import Disclosure
 from logitjax.serving._scheduler import Scheduler
+from logitjax.serving._schema import openapi
 from logitjax.serving._service import Service
 
 

@@ -10,9 +10,8 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
 
-from logitjax.serving._admission import read_request
+from logitjax.serving._admission import read_body, read_request
 from logitjax.serving._answer import Answer, frame, usage
-from logitjax.serving._body import read_body
 from logitjax.serving._errors import ApiError, json_response
 from logitjax.serving._keys import find_key
 from logitjax.serving._schema import CompletionRequest

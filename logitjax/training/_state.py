@@ -87,14 +87,8 @@ class TrainState:
 
         A checkpoint restores into it, and a step for a pod is compiled ahead of time with it.
 
-        Args:
-            params: a pytree of arrays or ``ShapeDtypeStruct``, or a function from a key to it.
-            tx: the optimizer.
-            mesh: the mesh.
-            rules: where each leaf goes.
-
-        Returns:
-            A `TrainState` of ``jax.ShapeDtypeStruct``.
+        Arguments are those of `create`; parameters may be ``jax.ShapeDtypeStruct``, as the result's
+        leaves are.
 
         >>> from logitjax.training import make_mesh
         >>> mesh = make_mesh("data:1", devices=jax.devices()[:1])

@@ -107,14 +107,7 @@ def moment_lower_bound(
 
         max(W_2^2(mu_C, mu_D) + W_2^2(s_C, s_D),  W_2^2(r_C, r_D)) <= GW_2^2(C, D)
 
-    Args:
-        c: matrix ``[n, n]`` or `FactoredGraph`.
-        d: matrix ``[m, m]`` or `FactoredGraph`.
-        c_weights: node weights that sum to one; uniform if left out.
-        d_weights: the same for d.
-
-    Returns:
-        A scalar. It is at least `first_lower_bound` with p = 2.
+    Arguments are those of `first_lower_bound`, and with p = 2 it is at least that.
 
     >>> import jax.numpy as jnp
     >>> print(f"{moment_lower_bound(jnp.array([[1.0, -1], [-1, 1]]), jnp.zeros((2, 2))):.4f}")

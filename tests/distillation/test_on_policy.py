@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from etils import epath
 from starlette.testclient import TestClient
 
 from logitjax import decoding, distillation, leakage, losses, models, serving, training
 from logitjax.commands import cli, distill
 from logitjax.distillation import on_policy as op
+from logitjax.distillation.on_policy._reread import Rereader
 from logitjax.distillation.training import _served_teacher
 from tests._marks import EVERY_CHANGE
 
@@ -229,6 +231,42 @@ def test_a_run_killed_between_two_updates_that_share_rollouts_goes_on_bit_for_bi
     # What no checkpoint needs any more is gone.
     kept = [path.name for path in (tmp_path / "whole" / "rollouts").iterdir()]
     assert kept == ["2.npz"]
+
+
+@pytest.mark.every_change
+def test_a_teacher_of_another_tokenizer_reads_the_students_text_in_its_own_tokens(packed):
+    """Bytes that are no text end what can be read; stopping is read where all of it is."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    options = dict(vocab_size=300, special_tokens=["<end>"], initial_alphabet=alphabet)
+    trainer = tokenizers.trainers.BpeTrainer(show_progress=False, **options)
+    backend.train_from_iterator([TEXT], trainer)
+    ours, theirs = models.load_tokenizer("tiny"), models.Tokenizer(backend, eos_id=0)
+    reread = Rereader(ours, theirs)
+    text = np.array([*ours.encode("word wörd"), 256], np.int32)
+    row = reread.row(text, 16, stopped=True)
+    count = row["segment_ids"].sum()
+    assert theirs.decode(row["tokens"][: count - 1].tolist()) == "word wörd"
+    assert row["tokens"][count - 1] == 0
+    assert row["loss_mask"].sum() == count - 1
+    # A byte that begins no character: nothing from there on.
+    stray = ours.token_bytes().index(b"\xff")
+    cut = np.array([*ours.encode("word "), stray, *ours.encode("word"), 256], np.int32)
+    broken = reread.row(cut, 16, stopped=True)
+    assert theirs.decode(broken["tokens"][broken["segment_ids"] > 0].tolist()) == "word "
+    # And so in a batch: the columns of both cover the same text.
+    both = dataclasses.replace(packed, tokenizers={"pivot": ours, "other": theirs})
+    batch = packed.splits["train"].batch(0, seed=0, batch_size=ROWS)
+    batch["other"] = {name: array.copy() for name, array in batch["pivot"].items()}
+    taught = student()
+    mixed, *_ = rollouts(both, LAW, taught).mix(0, batch, taught.trained, taught.frozen)
+    own, other = (mixed[name]["tokens"][1] for name in ("pivot", "other"))
+    read = theirs.decode(other[mixed["other"]["segment_ids"][1] > 0].tolist()).encode()
+    assert len(read) > 4
+    assert b"".join(ours.token_bytes()[token] for token in own.tolist()).startswith(read)
+    np.testing.assert_array_equal(mixed["other"]["tokens"][0], batch["other"]["tokens"][0])
 
 
 @pytest.mark.every_change

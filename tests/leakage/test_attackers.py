@@ -189,8 +189,9 @@ def test_searches_say_what_they_did_not_find():
 
 def test_answers_that_contradict_each_other_are_left_out():
     policy = LogitPolicy(returns="token", bias="sampling", noise=3.0, noise_per="query")
-    oracle = oracle_of(HAND[None], policy, seed=3)
-    found = search_logits(oracle, [0], np.arange(5), span=SPAN)
+    oracle = oracle_of(HAND[None], policy, seed=0)
+    # Noise now and then draws a token that nobody asked about.
+    found = search_logits(oracle, [0], [3, 4], span=SPAN)
     assert found.contradictions > 0
     assert (found.lower <= found.upper).all()
 

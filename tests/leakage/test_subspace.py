@@ -56,10 +56,12 @@ def test_singular_values_are_numpy_s(case):
 
 def test_rows_of_a_device_are_those_of_the_host(case):
     _, rows = case
-    host = estimate_output_subspace(rows, block_size=500)
+    host = estimate_output_subspace(rows)
     device = estimate_output_subspace(jnp.asarray(rows))
-    np.testing.assert_allclose(host.singular_values, device.singular_values, rtol=1e-9)
-    np.testing.assert_allclose(host.basis, device.basis, atol=1e-5)
+    np.testing.assert_array_equal(host.singular_values, device.singular_values)
+    np.testing.assert_array_equal(host.basis, device.basis)
+    blocks = estimate_output_subspace(rows, block_size=500).singular_values[:WIDTH]
+    np.testing.assert_allclose(blocks, host.singular_values[:WIDTH], rtol=1e-9)
 
 
 def test_half_precision_rows_are_read_as_they_are(case):

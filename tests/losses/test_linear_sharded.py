@@ -4,6 +4,7 @@ import contextlib
 import functools
 import math
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -158,6 +159,22 @@ def test_vocabulary_parallel_kl_needs_few_reductions_and_gathers_no_logits():
     )
 
 
+def test_second_derivatives_go_through_a_split_vocabulary():
+    mesh = jax.make_mesh((4,), ("tensor",), (AxisType.Auto,), devices=jax.devices()[:4])
+
+    def curvature(w):
+        def slope(w):
+            loss = losses.linear_kl_divergence(X[0], w, TX[0], TW, blocks=losses.Blocks(vocab=50))
+            return jnp.square(loss).sum()
+
+        return jnp.square(jax.grad(slope)(w)).sum()
+
+    with jax.set_mesh(mesh):
+        split = jax.jit(jax.grad(curvature))(W)
+    whole = jax.jit(jax.grad(curvature))(W)
+    assert np.abs(split - whole).max() < 1e-4 * np.abs(whole).max()
+
+
 def test_heads_gathered_over_fsdp():
     def local(x, w, y, weights, tx, tw, teacher):
         w = lax.all_gather(w, "data", axis=0, tiled=True)
@@ -237,7 +254,7 @@ def test_on_any_mesh_the_head_is_gathered_once_a_sweep_and_gradients_are_those_o
     layouts = tuple(NamedSharding(mesh, spec) for spec in (rows, head, rows, rows))
     arrays = (X[:, :4], W[:, :vocab], Y[:, :4] % vocab, WEIGHTS[:, :4])
     placed = [jax.device_put(x, layout) for x, layout in zip(arrays, layouts, strict=True)]
-    laid_out = {} if kind == EXPLICIT else {"out_shardings": (None, layouts[:2])}
+    laid_out: Any = {} if kind == EXPLICIT else {"out_shardings": (None, layouts[:2])}
     run = jax.jit(jax.value_and_grad(step, (0, 1)), **laid_out)
     known = contextlib.nullcontext() if name == "no_context" else jax.set_mesh(mesh)
     with known, NAMES.get(name, losses.MeshAxes()).use():

@@ -130,8 +130,8 @@ def evaluated():
 
     greedy = LOG_P[:, 0].argmax(-1) == LABELS[:, 0]
     made = {
-        "extraction_strength": entries("score", map(extraction_strength, greedy)),
-        "exact_memorization": entries("score", map(exact_memorisation, greedy)),
+        "extraction_strength": entries("score", list(map(extraction_strength, greedy))),
+        "exact_memorization": entries("score", list(map(exact_memorisation, greedy))),
         "model_utility": {"agg_value": 0.5},
     }
     for name in ("forget", "retain", "ra", "wf"):

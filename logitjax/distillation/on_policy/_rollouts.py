@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from logitjax import data, decoding, models, storage, training
 from logitjax.distillation.on_policy._options import OnPolicy
+from logitjax.distillation.on_policy._reread import Rereader
 from logitjax.distillation.training._student import Student
 
 # A run of so many tokens that a row has had before counts as repeated.
@@ -64,7 +65,7 @@ def rollout_program(
             vocab_size=shape.config.vocab_size,
             takes_last_only=True,
         )
-        options = dict(new_tokens=new_tokens, sampling=on_policy.sampling, stop_ids=stop_ids)
+        options: Any = dict(new_tokens=new_tokens, sampling=on_policy.sampling, stop_ids=stop_ids)
         # As in a train step: the model finds the mesh that its activations are split over.
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             said, stopped = decoding.rollout(model, tokens, positions, seeds, mesh=mesh, **options)
@@ -93,7 +94,8 @@ class Rollouts:
         programs: Number of programs that were compiled, one for each size of prompts.
 
     Raises:
-        ValueError: Sizes that do not fit into a row or a batch, or teachers of another tokenizer.
+        ValueError: Sizes that do not fit into a row or a batch, or conversations for teachers of
+            another tokenizer.
     """
 
     def __init__(
@@ -107,8 +109,11 @@ class Rollouts:
         mesh: Mesh,
         directory: epath.Path,
     ):
-        if len(packed.tokenizers) > 1:
-            raise ValueError("on_policy: expected teachers of the student's tokenizer, got another")
+        if packed.chat and len(packed.tokenizers) > 1:
+            raise ValueError(
+                "on_policy: expected teachers of the student's tokenizer for conversations, whose "
+                "templates differ, got another"
+            )
         self.programs = 0
         self._options, self._layout = on_policy, training.BatchLayout(mesh)
         self._rows, self._name = packed.splits["train"], packed.names["pivot"]
@@ -116,8 +121,11 @@ class Rollouts:
         self._chosen = on_policy.rows(batch_size)
         self._longest, new_tokens = on_policy.lengths(self._rows.seq_len)
         self._drop = on_policy.truncated in ("drop", "auto" if packed.chat else "")
+        ours = packed.tokenizers[self._name]
+        others = {name: t for name, t in packed.tokenizers.items() if name != self._name}
+        self._rereaders = {name: Rereader(ours, theirs) for name, theirs in others.items()}
         config = nnx.eval_shape(lambda: student.model(student.trained, student.frozen)).config
-        end = packed.tokenizers[self._name].eos_id
+        end = ours.eos_id
         self._program = rollout_program(
             student,
             on_policy,
@@ -153,16 +161,23 @@ class Rollouts:
             self._first, self._written = first, self._fetched(first, step, trained, frozen, oldest)
         here = slice((step - first) * count, (step - first + 1) * count)
         rows = {name: array[here] for name, array in self._written.items()}
-        columns = {name: array.copy() for name, array in batch[self._name].items()}
-        log_probs = np.full((len(columns["tokens"]), self._rows.seq_len - 1), np.nan, np.float32)
+        readers = (self._name, *self._rereaders)
+        columns = {n: {c: array.copy() for c, array in batch[n].items()} for n in readers}
+        shape = columns[self._name]["tokens"].shape
+        log_probs = np.full((shape[0], shape[1] - 1), np.nan, np.float32)
         for number, place in enumerate(self._chosen - self._layout.rows(self._batch_size).start):
             if not 0 <= place < len(log_probs) or not rows["start"][number]:
                 continue
-            for name, array in columns.items():
-                array[place] = rows[name][number]
+            text = {name: rows[name][number] for name in columns[self._name]}
+            tokens = text["tokens"][text["segment_ids"] > 0]
+            stopped = bool(rows["stopped"][number])
+            read = {n: r.row(tokens, shape[1], stopped=stopped) for n, r in self._rereaders.items()}
+            for reader, row in (read | {self._name: text}).items():
+                for name, array in columns[reader].items():
+                    array[place] = row[name]
             where = rows["loss_mask"][number, 1:]
             log_probs[place, where] = rows["log_probs"][number, where]
-        return {**batch, self._name: columns}, log_probs, _metrics(rows, self._seconds / every)
+        return {**batch, **columns}, log_probs, _metrics(rows, self._seconds / every)
 
     def _fetched(self, first: int, step: int, trained: Any, frozen: Any, oldest: int) -> Any:
         path, every = self._directory / f"{first}.npz", self._options.generate_every
@@ -176,7 +191,8 @@ class Rollouts:
         arrays = self._write(first, trained, frozen)
         self._seconds = time.perf_counter() - begin
         if every > 1 and jax.process_index() == 0:
-            storage.write_atomic(path, lambda file: np.savez(file, **arrays))
+            named: Any = arrays
+            storage.write_atomic(path, lambda file: np.savez(file, **named))
             for old in self._directory.glob("*.npz"):
                 if int(old.stem) + every <= oldest:
                     old.unlink()

@@ -44,7 +44,7 @@ class KLStatistic(Statistic):
         return self._relative_to(peaks, state).add(over, *terms), state[1].add(under)
 
     def reduce(self, state: Any, axis_name: AxisName, passed: Any) -> Any:
-        peaks = [lax.pmax(side.peak, axis_name) for side in state]
+        peaks = [lax.pmax(lax.stop_gradient(side.peak), axis_name) for side in state]
         return self._relative_to(peaks, state).reduce(axis_name), state[1].reduce(axis_name)
 
     def finish(self, state: Any, passed: Any) -> tuple[Any, Any]:

@@ -15,8 +15,10 @@ those of `scan`; as they are where a statistic does not say `gradient_in_tiles`.
 
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Callable
+from importlib import resources
 from typing import Any, NamedTuple
 
 import jax
@@ -164,24 +166,19 @@ def choose_tiles(
     positions: int,
     vocab: int,
     on_chip: Callable[[int, int], int],
+    sizes: list[tuple[int, int]],
     *,
-    rows_first: bool = True,
     multiple: int = _LANES,
 ) -> Tiles:
-    """The largest tiles that fit on chip.
+    """The first tiles that fit on chip.
 
     Args:
         positions: positions of the batch.
         vocab: entries of the vocabulary.
         on_chip: the bytes that so many rows and columns take.
-        rows_first: whether as many rows as fit are better than as many columns.
+        sizes: rows and columns, the best first.
         multiple: of which columns are a multiple.
     """
-    columns = [-(-size // multiple) * multiple for size in _COLUMNS]
-    sizes = [(r, c) for r in _ROWS for c in columns]
-    if not rows_first:
-        # More columns than that save no more time, and leave none for the rows.
-        sizes = [(r, c) for c in columns for r in _ROWS if c <= 1024]
     for r, c in sizes:
         if (size := on_chip(r, c)) <= _ON_CHIP:
             r = min(r, -(-positions // 32) * 32)
@@ -263,6 +260,7 @@ def _passes_jvp(state_of: Any, sweep: Sweep, primals: Any, tangents: Any) -> Any
 class _Grid(NamedTuple):
     """A kernel over tiles of positions and of columns: the second of its axes goes by."""
 
+    name: str
     packed: Packed
     inputs: Inputs
     tiles: Tiles
@@ -365,6 +363,7 @@ class _Grid(NamedTuple):
                 vmem_limit_bytes=self.tiles.on_chip + max(self.tiles.on_chip // 3, _LEAST_SPARE),
             ),
             interpret=interpret,
+            name=f"logitjax_{self.name}_{self.tiles.rows}x{self.tiles.columns}",
         )(*arrays)
 
 
@@ -405,11 +404,16 @@ def _grid(
     sweep: Sweep,
     operands: Operands,
     tree: Any,
+    name: str,
     *,
     held: Callable[[int, int], int],
     rows_axis: int = 0,
 ) -> _Grid:
-    """A kernel's inputs and tiles; `held` gives the bytes of what it sums up and writes."""
+    """A kernel's inputs and tiles; `held` gives the bytes of what it sums up and writes.
+
+    Tiles are looked up in `tiles.json`, by chip, kernel and bytes of a hidden state, then follow
+    from the sizes. An empty list there is what the compiler refused.
+    """
     packed = Packed(tree)
     positions, vocab = operands.student.hidden.shape[0], operands.student.head.vocab_size()
     widths = [side.hidden.shape[1] * compute_dtype(side).itemsize for side in operands.sides]
@@ -425,10 +429,31 @@ def _grid(
         return moved + logits + copied + 2 * rows * row_bytes + held(rows, columns)
 
     multiple = sweep.statistic.bins if isinstance(sweep.statistic, Binned) else _LANES
-    tiles = choose_tiles(positions, vocab, on_chip, rows_first=rows_axis == 0, multiple=multiple)
+    columns = [-(-size // multiple) * multiple for size in _COLUMNS]
+    sizes = [(r, c) for r in _ROWS for c in columns]
+    if rows_axis == 1:
+        # More columns than that save no more time, and leave none for the rows.
+        sizes = [(r, c) for c in columns for r in _ROWS if c <= 1024]
+    # A product that narrow fills no matrix unit.
+    sizes.sort(key=lambda size: min(size) < 256)
+    if multiple == _LANES and (known := _known_tiles(name, widths)) is not None:
+        sizes = [*known, *sizes] if known else []
+    tiles = choose_tiles(positions, vocab, on_chip, sizes, multiple=multiple)
     length = -(-positions // tiles.rows) * tiles.rows
     inputs = make_inputs(sweep, operands, packed, tree, length)
-    return _Grid(packed, inputs, tiles, rows_axis, vocab)
+    return _Grid(name, packed, inputs, tiles, rows_axis, vocab)
+
+
+def _known_tiles(name: str, widths: list[int]) -> list[tuple[int, int]] | None:
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    key = f"{device.device_kind}, {name}, {' + '.join(map(str, widths))}"
+    return _table().get(key)
+
+
+@functools.cache
+def _table() -> dict[str, list[tuple[int, int]]]:
+    table = json.loads((resources.files(__package__) / "tiles.json").read_text())
+    return {key: [(rows, columns) for rows, columns in sizes] for key, sizes in table.items()}
 
 
 def tpu_state(interpret: Any, sweep: Sweep, operands: Operands, passed: Any) -> Any:
@@ -439,7 +464,8 @@ def tpu_state(interpret: Any, sweep: Sweep, operands: Operands, passed: Any) -> 
     widths = [math.prod(x.shape[1:]) for x in jax.tree.leaves(like)]
     # The state, which fills rows of lanes, and what is written of it.
     row_bytes = sum(3 * 4 * -(-n // _LANES) * _LANES for n in widths)
-    grid = _grid(sweep, operands, (operands.tokens, passed), held=lambda r, c: r * row_bytes)
+    tree = (operands.tokens, passed)
+    grid = _grid(sweep, operands, tree, "state", held=lambda r, c: r * row_bytes)
     rows, length = grid.tiles.rows, grid.tiles.rows * grid.shape[0]
 
     def kernel(at: Inputs, out: Any, scratch: Any) -> None:
@@ -582,7 +608,7 @@ def _gradients(
                     out[0][some] = total.T.astype(out[0].dtype)
 
     hidden, head = student.hidden, student.head
-    grid = _grid(sweep, operands, tree, held=lambda r, c: sums(r, hidden.dtype))
+    grid = _grid(sweep, operands, tree, "hidden", held=lambda r, c: sums(r, hidden.dtype))
     (d_hidden,) = grid.call(
         functools.partial(of_hidden, grid),
         [(grid.by_row(-1, width), (hidden.shape, hidden.dtype))],
@@ -590,7 +616,9 @@ def _gradients(
         1,
         interpret,
     )
-    grid = _grid(sweep, operands, tree, held=lambda r, c: sums(c, head.kernel.dtype), rows_axis=1)
+    grid = _grid(
+        sweep, operands, tree, "head", held=lambda r, c: sums(c, head.kernel.dtype), rows_axis=1
+    )
     spec, scratch = grid.head_specs(grid.inputs.heads[0]), [((grid.tiles.columns, width), dtype)]
     out = [(spec.kernel, (head.kernel.shape, head.kernel.dtype))]
     if head.bias is not None:

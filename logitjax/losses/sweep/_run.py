@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float
 
@@ -91,7 +92,7 @@ def run(
         weights = weights.astype(sum_dtype(operands.student))
     # Asked outside of shard_map, where arrays still say where they lie.
     platform = platform_of(operands.student.hidden, operands.student.head.kernel)
-    local = functools.partial(_local, statistic, Blocks() if blocks is None else blocks, platform)
+    local = (statistic, Blocks() if blocks is None else blocks, platform)
     outputs = _on_mesh(local, operands, weights, axis_name)
     if weights is not None:
         return outputs[0], lax.stop_gradient(outputs[1])
@@ -250,7 +251,7 @@ def _varying(tree: Any, axis_name: AxisName | None) -> tuple[str, ...]:
 
 
 def _on_mesh(
-    local: Callable[..., Any],
+    local: tuple[Statistic, Blocks, str],
     operands: Operands,
     weights: Array | None,
     axis_name: AxisName | None,
@@ -262,9 +263,23 @@ def _on_mesh(
     """
     hidden, head = operands.student.hidden, operands.student.head
     mesh = _mesh_of(head.kernel, hidden)
-    split = _split(mesh, hidden, head, axis_name)
+    # Inside a `shard_map` of the caller's it has split what it wanted to.
+    split = None if axis_name is not None else _split(mesh, hidden, head)
     if split is None:
-        return local(operands, weights, axis_name)
+        return _local(*local, operands, weights, axis_name)
+    # Outside of jit each of its operations would be a program over the mesh.
+    return _everywhere(local, mesh, split, operands, weights)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _everywhere(
+    local: tuple[Statistic, Blocks, str],
+    mesh: Any,
+    split: tuple[tuple[tuple[str, ...], ...], tuple[str, ...]],
+    operands: Operands,
+    weights: Array | None,
+) -> Any:
+    """`_local` under a `shard_map` over the axes of rows and columns."""
     rows, columns = split
     # Where arrays lie, in the place of arrays.
     spec: Any = PartitionSpec
@@ -276,7 +291,7 @@ def _on_mesh(
         return Projection(by_row, split_head, whole)
 
     def mine(operands: Operands, weights: Array | None) -> Any:
-        outputs = local(operands, weights, axis_name or columns or None)
+        outputs = _local(*local, operands, weights, columns or None)
         over = tuple(name for names in rows for name in names)
         return outputs if weights is None else (lax.psum(outputs[0], over), outputs[1])
 
@@ -286,43 +301,45 @@ def _on_mesh(
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     explicit = {name for name, kind in kinds.items() if kind == AxisType.Explicit}
     named = {name for names in (*rows, columns) for name in names}
+    if not named:
+        # Under `vmap` a mesh names the axis that is mapped over, and `shard_map` may not.
+        call: Any = functools.partial(_local, *local, axis_name=None)
+        whole = NamedSharding(mesh, PartitionSpec())
+        return jax.sharding.auto_axes(call, axes=tuple(explicit), out_sharding=whole)(
+            operands, weights
+        )
     # All Auto axes where the others have one device: a part of a mesh is harder on the compiler.
     free = {name for name, kind in kinds.items() if kind == AxisType.Auto}
     alone = all(mesh.shape[name] == 1 or name in named for name in free)
-    everywhere = jax.shard_map(
+    batch = operands.student.hidden.shape[:-1]
+    arrays: Any = _padded(mesh, rows, columns, operands, weights)
+    padded = arrays[0].student.hidden.shape[:-1]
+    if explicit:
+        arrays = _resharded(mesh, explicit, specs, arrays)
+    outputs = jax.shard_map(
         mine,
         mesh=mesh,
         in_specs=specs,
         out_specs=by_row if weights is None else (whole, by_row),
         axis_names=explicit | (free if alone else named),
-    )
-
-    def placed(operands: Operands, weights: Array | None) -> Any:
-        arrays = _padded(mesh, rows, columns, operands, weights)
-        if explicit:
-            arrays = _resharded(mesh, explicit, specs, arrays)
-        outputs = everywhere(*arrays)
-        cut = tuple(slice(size) for size in hidden.shape[:-1])
-        if arrays[0].student.hidden.shape == hidden.shape:
-            return outputs
-        if weights is None:
-            return jax.tree.map(lambda x: x[cut], outputs)
-        return outputs[0], jax.tree.map(lambda x: x[cut], outputs[1])
-
-    # Outside of jit each of its operations would be a program over the mesh.
-    return jax.jit(placed)(operands, weights)
+    )(*arrays)
+    if padded == batch:
+        return outputs
+    total, outputs = (None, outputs) if weights is None else outputs
+    outputs = jax.tree.map(lambda x: x[tuple(map(slice, batch))], outputs)
+    return outputs if weights is None else (total, outputs)
 
 
-def _mesh_of(*arrays: jax.Array) -> Any:
+def _mesh_of(*arrays: Any) -> Any:
     """The mesh in whose context this is traced, or else that of the arrays."""
     meshes = (jax.sharding.get_abstract_mesh(), *(jax.typeof(x).sharding.mesh for x in arrays))
     return next((mesh for mesh in meshes if not mesh.empty), meshes[0])
 
 
-def _axes_of(x: jax.Array) -> tuple[tuple[str, ...], ...]:
+def _axes_of(x: Any) -> tuple[tuple[str, ...], ...]:
     """The mesh axes over which each axis of x is split, as far as x tells."""
     told = jax.typeof(x).sharding
-    if not isinstance(x, jax.core.Tracer) and isinstance(x.sharding, NamedSharding):
+    if not isinstance(x, Tracer) and isinstance(x.sharding, NamedSharding):
         told = x.sharding
     return tuple(map(_names, (*told.spec, *(None,) * x.ndim)[: x.ndim]))
 
@@ -332,18 +349,16 @@ def _names(entry: Any) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
-def _split(mesh: Any, hidden: jax.Array, head: Head, axis_name: AxisName | None) -> Any:
+def _split(mesh: Any, hidden: Any, head: Head) -> Any:
     """Mesh axes of each batch axis, and of the vocabulary; None where nothing is split.
 
     Explicit axes, and Auto ones of arrays outside of `jit`, are read. Other Auto axes go by
-    `MeshAxes`; inside a `shard_map` of the caller's it has split what it wanted to.
+    `MeshAxes`.
     """
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     names = ops.sharding.MeshAxes.current()
     auto = {n for n, kind in kinds.items() if kind == AxisType.Auto and mesh.shape[n] > 1}
     explicit = {n for n, kind in kinds.items() if kind == AxisType.Explicit}
-    if axis_name is not None:
-        auto = set()
     free = auto | explicit
     rows = [tuple(n for n in axes if n in free) for axes in _axes_of(hidden)[:-1]]
     taken = {n for axes in rows for n in axes}
@@ -357,12 +372,10 @@ def _split(mesh: Any, hidden: jax.Array, head: Head, axis_name: AxisName | None)
     told = [n for n in _axes_of(head.kernel)[head.axis] if n in free]
     wanted = [*told, *(n for n in names.columns if n in by_name)]
     columns = tuple(dict.fromkeys(n for n in wanted if n not in taken))
-    if axis_name is not None:
-        columns = ()
     unnamed = auto - taken - {*columns, *names.rows, *names.columns, *names.sequence}
     if unnamed:
         _warn_of_unnamed(unnamed, head)
-    return (rows, columns) if taken or columns or explicit else None
+    return (tuple(rows), columns) if taken or columns or explicit else None
 
 
 def _warn_of_unnamed(axes: set[str], head: Head) -> None:

@@ -172,7 +172,8 @@ class OnlineSums(NamedTuple):
 
     def reduce(self, axis_name: AxisName) -> "OnlineSums":
         """Of all shards together."""
-        peak = lax.pmax(self.peak, axis_name)
+        # The sums do not depend on it, so second derivatives need none of the maximum.
+        peak = lax.pmax(lax.stop_gradient(self.peak), axis_name)
         sums = lax.psum(jnp.stack(self._rescaled(peak)), axis_name)
         return OnlineSums(peak, tuple(sums))
 
