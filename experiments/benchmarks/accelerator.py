@@ -354,7 +354,7 @@ def _axes_rows(names: Sequence[str], kinds: Sequence[str]) -> list[dict[str, Any
         row = {"mesh": name, "axes": axes, "loss": kind}
         row["form"] = "weights" if weighted else "unreduced"
         row["all-gathers"] = sent.calls.get("all-gather", 0)
-        row["all-gather MiB"] = sent.bytes.get("all-gather", 0.0) / 2**20
+        row["all-gather MiB"] = sent.collective_bytes.get("all-gather", 0.0) / 2**20
         rows.append(row)
     return rows
 

@@ -354,7 +354,7 @@ class _Grid(NamedTuple):
             grid=self.shape,
             in_specs=jax.tree.leaves(self.specs()),
             out_specs=list(specs),
-            out_shape=[shape_of(*shape, self.inputs) for shape in shapes],
+            out_shape=[shape_of(shape, kind, self.inputs) for shape, kind in shapes],
             scratch_shapes=[pltpu.VMEM(*shape) for shape in scratch],
             cost_estimate=cost(self.inputs, self.vocab, shapes, times, products),
             # What is summed up stays on chip while the other axis goes by.
@@ -452,7 +452,7 @@ def _known_tiles(name: str, widths: list[int]) -> list[tuple[int, int]] | None:
 
 @functools.cache
 def _table() -> dict[str, list[tuple[int, int]]]:
-    table = json.loads((resources.files(__package__) / "tiles.json").read_text())
+    table = json.loads((resources.files("logitjax.losses.sweep") / "tiles.json").read_text())
     return {key: [(rows, columns) for rows, columns in sizes] for key, sizes in table.items()}
 
 
@@ -496,6 +496,7 @@ def tpu_state(interpret: Any, sweep: Sweep, operands: Operands, passed: Any) -> 
             for kind, count, ref in zip(state.kinds, state.counts, out):
                 some = [x[...] for x in narrow if x.dtype == kind]
                 empty = jnp.zeros((rows, count - len(some)), kind)
+                # No array has a side of zero on chip, so of a full one the last is left out.
                 ref[...] = jnp.concatenate([*some, empty][:count], 1).T
 
     out = [
@@ -537,7 +538,7 @@ def _gradients(
         counts = counts[:, None] != 0
         block = grid.block(at, here, tokens)
         raw = sweep.statistic.gradient(residuals, cotangents, block)
-        side = Projection(None, here.heads[0], here.scales[0])
+        side = Projection(at.hidden[0], here.heads[0], here.scales[0])
         return raw_gradient(side, block, raw, counts), counts
 
     def steps() -> list[slice]:
