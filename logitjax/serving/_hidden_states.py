@@ -14,7 +14,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from logitjax import models, storage
-from logitjax.serving._body import parse_json, read_body
+from logitjax.serving._admission import parse_json, read_body
 from logitjax.serving._errors import BadRequestError
 from logitjax.serving._keys import find_key
 from logitjax.serving._service import Service
