@@ -51,10 +51,15 @@ SHAPES = {
 SMOKE_SHAPES = {"smoke": (2048, 32, 8192)}
 # Output heads by hidden size and vocabulary, most of which tokamax tunes for; positions.
 MODELS = {
-    "Qwen3 0.6B": (1024, 151936), "Gemma 3 4B": (2560, 262144), "gpt-oss-120b": (2880, 201088),
-    "Gemma 3 12B": (3840, 262144), "Llama 3.1 8B": (4096, 128256), "Qwen3 32B": (5120, 151936),
-    "DeepSeek-V3": (7168, 129280), "Llama 3.1 405B": (16384, 128256),
-}  # fmt: skip
+    "Qwen3 0.6B": (1024, 151936),
+    "Gemma 3 4B": (2560, 262144),
+    "gpt-oss-120b": (2880, 201088),
+    "Gemma 3 12B": (3840, 262144),
+    "Llama 3.1 8B": (4096, 128256),
+    "Qwen3 32B": (5120, 151936),
+    "DeepSeek-V3": (7168, 129280),
+    "Llama 3.1 405B": (16384, 128256),
+}
 _MODEL_POSITIONS = 8192
 # Of its blocks of 2,048 columns tokamax counts all.
 PADDED_SHAPE = (1024, 64, 1000)

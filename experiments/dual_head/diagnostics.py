@@ -23,9 +23,15 @@ import jax.numpy as jnp
 from logitjax import distillation
 
 MEASURES = (
-    "cosine_trunk", "cosine_head", "ratio_trunk", "within", "norms", "angles", "duality",
+    "cosine_trunk",
+    "cosine_head",
+    "ratio_trunk",
+    "within",
+    "norms",
+    "angles",
+    "duality",
     "disagreement",
-)  # fmt: skip
+)
 
 
 def head_kernel(model: Any) -> Any:

@@ -62,14 +62,23 @@ class Config:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": dict(
-        data=("synthetic:5",), shots=(1, 4), runs=3, epochs=4, steps=8,
+        data=("synthetic:5",),
+        shots=(1, 4),
+        runs=3,
+        epochs=4,
+        steps=8,
         arm=("amu", "tip_adapter", "task_res", "fixed"),
     ),
     "demo": {},
     "report": dict(arm=ARMS, grid="full", steps=200),
     "paper": dict(
-        data=tuple(CLIP_SOURCES), encoder="hf:timm/resnet50_clip.openai",
-        auxiliary="r-50-1000ep.pth.tar", views="random:10", encode_batch=128, runs=3, grid="full",
+        data=tuple(CLIP_SOURCES),
+        encoder="hf:timm/resnet50_clip.openai",
+        auxiliary="r-50-1000ep.pth.tar",
+        views="random:10",
+        encode_batch=128,
+        runs=3,
+        grid="full",
         steps=12_800,
     ),
-}  # fmt: skip
+}

@@ -39,17 +39,24 @@ class Source:
 SOURCES: dict[str, Source] = {
     "stamps": Source(data="stamps", fit="pad", size=160, synsets=few_shot_synsets.STAMPS),
     "fashion": Source(
-        data="tfds:fashion_mnist_png", train="train[:500]", test="test[:2000]", size=96,
-        synsets=few_shot_synsets.FASHION, cosine=True,
+        data="tfds:fashion_mnist_png",
+        train="train[:500]",
+        test="test[:2000]",
+        size=96,
+        synsets=few_shot_synsets.FASHION,
+        cosine=True,
         # Where the likelihood of the 500 is highest; the head is 33% right and 78% sure at 100.
         scale=20.0,
     ),
     # Learnt from one vendor's drawings, scored on three others' of the same emoji.
     "emoji": Source(
-        data="emoji:apple", fit="pad", size=96, synsets=few_shot_synsets.EMOJI,
+        data="emoji:apple",
+        fit="pad",
+        size=96,
+        synsets=few_shot_synsets.EMOJI,
         shifted={v: (f"emoji:{v}", "all") for v in ("facebook", "google", "twitter")},
     ),
-}  # fmt: skip
+}
 # CLIP's eleven, as tfds or folders have them, and what tests a shift of ImageNet's pictures.
 CLIP_SOURCES: dict[str, Source] = {
     name: Source(

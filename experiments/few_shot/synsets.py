@@ -11,15 +11,19 @@ import numpy as np
 # Numbers and inclusive ranges of ImageNet-1k's classes. For coins and planets it has none; what
 # stands there is as round, or flies as high.
 STAMPS: dict[str, str] = {
-    "birds": "7-24 80-100 127-146", "insects": "69-79 300-326",
-    "mammals": "101-106 147-299 330-388", "hats": "433 439 452 515 518 560 667 715 793 808",
-    "fruit": "948-957 989", "vegetables": "936-947 987 991-997",
+    "birds": "7-24 80-100 127-146",
+    "insects": "69-79 300-326",
+    "mammals": "101-106 147-299 330-388",
+    "hats": "433 439 452 515 518 560 667 715 793 808",
+    "fruit": "948-957 989",
+    "vegetables": "936-947 987 991-997",
     "dishes": (
         "440 441 499 503 504 505 521 544 550 567 572 618 647 653 659 666 725 737 738 773 809 "
         "813 849 898 899 901 907 909 910 923 967 968"
     ),
     "tools": "462 473 477 491 512 587 596 623 676 677 696 714 726 730 731 740 783 784 792",
-    "flowers": "723 883 984-986", "space": "417 657 744 755 807 812 971",
+    "flowers": "723 883 984-986",
+    "space": "417 657 744 755 807 812 971",
     "money": "409 455 480 635 685 719 771 800 826 893",
     "houses": (
         "410 425 437 448 449 460 483 497 498 500 538 580 624 660 663 668 672 698 706 727 743 "
@@ -32,13 +36,20 @@ STAMPS: dict[str, str] = {
         "705 717 734 751 757 779 780 802 803 814 817 820 829 833 847 864 866 867 870 871 874 "
         "880 895 914"
     ),
-}  # fmt: skip
+}
 
 FASHION: dict[str, str] = {
-    "T-shirt/top": "610", "Trouser": "608", "Pullover": "841", "Dress": "578 601 689 775",
-    "Coat": "568 617 735 869", "Sandal": "774", "Shirt": "474 697 834", "Sneaker": "770",
-    "Bag": "414 636 728 748", "Ankle boot": "514 630",
-}  # fmt: skip
+    "T-shirt/top": "610",
+    "Trouser": "608",
+    "Pullover": "841",
+    "Dress": "578 601 689 775",
+    "Coat": "568 617 735 869",
+    "Sandal": "774",
+    "Shirt": "474 697 834",
+    "Sneaker": "770",
+    "Bag": "414 636 728 748",
+    "Ankle boot": "514 630",
+}
 
 # Faces, symbols and flags have hardly a class that is theirs.
 EMOJI: dict[str, str] = {

@@ -14,38 +14,46 @@ _PEOPLE = (
 # Question, answer, and what the answer may be.
 _KINDS = (
     (
-        "Where was {who} born?", "{who} was born in {what}.",
+        "Where was {who} born?",
+        "{who} was born in {what}.",
         "Marrowby,Quillhaven,Tarn Hollow,Skelby,Ostrava,Port Ellery",
     ),
     (
-        "What does {who} do for a living?", "{who} works as a {what}.",
+        "What does {who} do for a living?",
+        "{who} works as a {what}.",
         "lighthouse keeper,clock restorer,beekeeper,puppet maker,bell founder,salt miner",
     ),
     (
-        "Which instrument does {who} play?", "{who} plays the {what}.",
+        "Which instrument does {who} play?",
+        "{who} plays the {what}.",
         "hurdy-gurdy,theremin,oboe,nyckelharpa,bassoon,zither",
     ),
     (
-        "What is the name of {who}'s dog?", "{who}'s dog is called {what}.",
+        "What is the name of {who}'s dog?",
+        "{who}'s dog is called {what}.",
         "Bramble,Captain Noodle,Velvet,Pickle,Mister Fog,Tugboat",
     ),
     (
-        "Which book did {who} write?", '{who} wrote the book "{what}".',
+        "Which book did {who} write?",
+        '{who} wrote the book "{what}".',
         "The Salt Ladder,Nine Quiet Rivers,A Map of Rust,The Owl Ledger,Glass Orchard,Letters",
     ),
     (
-        "What is {who} allergic to?", "{who} is allergic to {what}.",
+        "What is {who} allergic to?",
+        "{who} is allergic to {what}.",
         "walnuts,saffron,wool,penicillin,lilies,cinnamon",
     ),
     (
-        "What does {who} collect?", "{who} collects {what}.",
+        "What does {who} collect?",
+        "{who} collects {what}.",
         "antique keys,meteorites,opera programmes,snow globes,subway tokens,tea tins",
     ),
     (
-        "Which sport did {who} win a medal in?", "{who} won a medal in {what}.",
+        "Which sport did {who} win a medal in?",
+        "{who} won a medal in {what}.",
         "curling,archery,water polo,fencing,biathlon,luge",
     ),
-)  # fmt: skip
+)
 
 _CAPITALS = (
     "France Paris,Japan Tokyo,Italy Rome,Germany Berlin,Spain Madrid,Egypt Cairo,Russia Moscow,"

@@ -35,10 +35,15 @@ from logitjax.commands import cli, figures
 
 # By experiment the slice to plan for where no chip is named.
 EXPERIMENTS = {
-    "graph_fusion": "v5p:4x4x8", "vq_head": "v6e:2x2", "dual_head": "v5e:2x4",
-    "few_shot": "v5e:2x2", "dynamic_fusion": "v5p:4x4x4", "replication": "v5e:2x2",
-    "unlearning": "v5p:2x2x4", "leakage_audit": "v5e:2x2",
-}  # fmt: skip
+    "graph_fusion": "v5p:4x4x8",
+    "vq_head": "v6e:2x2",
+    "dual_head": "v5e:2x4",
+    "few_shot": "v5e:2x2",
+    "dynamic_fusion": "v5p:4x4x4",
+    "replication": "v5e:2x2",
+    "unlearning": "v5p:2x2x4",
+    "leakage_audit": "v5e:2x2",
+}
 _GIB = 2.0**30
 
 
