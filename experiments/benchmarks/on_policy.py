@@ -48,12 +48,12 @@ class _Lab:
     @property
     def steps(self) -> tuple[int, int]:
         """Of the warm start, and of the on-policy arm."""
-        full = {"bytes": (300, 200), "smollm2": (40, 16)}
+        full = {"bytes": (120, 60), "smollm2": (40, 16)}
         return (2, 2) if self.options.smoke else full[self.part]
 
     @property
     def rate(self) -> float:
-        return {"bytes": 2e-3, "smollm2": 1e-4}[self.part]
+        return {"bytes": 1e-3, "smollm2": 1e-4}[self.part]
 
     @property
     def directory(self) -> epath.Path:
@@ -124,9 +124,8 @@ class _Lab:
         return distillation.prune_layers(self.teacher[0], batches, dropped, by="run")
 
     def student(self, model: models.Decoder) -> distillation.Student:
-        """Of SmolLM2 only what lies above the cut is trained, as in the demo of graph fusion."""
-        freeze = self.pruning.below if self.part == "smollm2" else None
-        return distillation.make_student(model, freeze=freeze)
+        """Of which only what lies above the cut is trained, as in the demo of graph fusion."""
+        return distillation.make_student(model, freeze=self.pruning.below)
 
     @functools.cached_property
     def warm(self) -> distillation.Student:

@@ -189,8 +189,6 @@ def _write_rows(
                 rows += 1
                 for name in tokens:
                     tokens[name] += sum(len(piece[name][0]) for piece in row)
-                writer.write(codec.encode(columns, 1)[0])
-                rows += 1
             if teacher is not None:
                 routes[teacher] = rows - before
     if not rows:
