@@ -238,7 +238,7 @@ def run(options: suite.Options) -> suite.Result:
         if options.smoke and part not in _COMPILED:
             continue
         gib = []
-        with contextlib.closing(_COMPILED[trainer](size, devices, axis)) as steps:
+        with contextlib.closing(_COMPILED[trainer](size, devices, axis)) as steps:  # pyright: ignore
             for program in steps:
                 gib.append(program.memory_analysis().temp_size_in_bytes / 2**30)
                 logging.info("%s: %.2f GiB", part, gib[-1])
