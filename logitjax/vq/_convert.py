@@ -25,6 +25,10 @@ from logitjax.vq._assignment import (
 )
 from logitjax.vq._heads import ShortlistHead, VQHead
 from logitjax.vq._hidden_cache import HeadStatistics, HiddenCache, head_statistics
+from logitjax.vq._product_codes import PackedCodes, ProductCodes
+from logitjax.vq._product_head import ProductHead
+from logitjax.vq._saved_head import SavedHead
+from logitjax.vq._screened import ScreenedHead
 from logitjax.vq._shortlist import Pages
 from logitjax.vq._targets import HeadTargets
 from logitjax.vq._tune import Tuning, tune_vq_head
@@ -37,15 +41,15 @@ class Conversion:
     Attributes:
         model: the same parameters with the new head.
         head: the head.
-        floor: what its mapping could reach without biases.
+        floor: what its mapping could reach without biases; None of a `ScreenedHead`.
         history: KL divergence by step, and tokens moved by each reassignment.
         cache: hidden states and labels it was tuned on.
         targets: what the old head says there.
     """
 
     model: Any
-    head: VQHead
-    floor: PerplexityFloor
+    head: Any
+    floor: PerplexityFloor | None
     history: dict[str, list[float]]
     cache: HiddenCache
     targets: HeadTargets
@@ -64,6 +68,9 @@ class ConvertConfig:
         use_bias: False converts to the head as published.
         num_pages: number of pages of a `ShortlistHead`; 0 makes a `VQHead`.
         page_size: number of tokens in a page.
+        screen: number of tokens that exact rows score again in a `ScreenedHead`, which finds them
+            by packed product codes instead of ``num_codes`` clusters, to decode faster on a CPU;
+            0 makes none.
         max_tokens: number of positions that are cached and tuned on.
         steps: number of tuning steps; 0 leaves the head as fitted.
         batch_size: number of positions in a step.
@@ -81,6 +88,7 @@ class ConvertConfig:
     use_bias: bool = True
     num_pages: int = 0
     page_size: int = 8
+    screen: int = 0
     max_tokens: int = 100_000
     steps: int = 200
     batch_size: int = 2048
@@ -93,10 +101,14 @@ class ConvertConfig:
     def __post_init__(self) -> None:
         for name in ("num_codes", "page_size", "max_tokens", "batch_size"):
             checks.between(getattr(self, name), 1, 2**31 - 1, name)
-        for name in ("num_pages", "steps", "reassign_every"):
+        for name in ("num_pages", "screen", "steps", "reassign_every"):
             checks.between(getattr(self, name), 0, 2**31 - 1, name)
         if self.num_pages and not self.use_bias:
             raise ValueError("num_pages: a shortlist needs biases, set use_bias=True")
+        if self.screen and not self.use_bias:
+            raise ValueError("screen: a screen needs biases, set use_bias=True")
+        if self.screen and self.num_pages:
+            raise ValueError(f"screen: expected 0 beside num_pages={self.num_pages}: choose one")
 
     def fit(
         self,
@@ -109,7 +121,7 @@ class ConvertConfig:
         start: VQFit | None = None,
         rows: Array | None = None,
         mesh: Mesh | None = None,
-    ) -> tuple[VQHead, dict[str, list[float]]]:
+    ) -> tuple[Any, dict[str, list[float]]]:
         """Fit and tune a head on cached hidden states: `convert` without the model.
 
         Args:
@@ -117,8 +129,8 @@ class ConvertConfig:
             targets: from `HiddenCache.head_targets`, for the same positions.
             statistics: statistics of ``hidden``.
             unigram: ``[vocab]`` counts; by default the counts that the old head expects.
-            start: a fit to tune, instead of a new one.
-            rows: ``[vocab, hidden]`` that a shortlist re-scores; None takes the model's embedding.
+            start: a fit to tune, instead of a new one; not of a `ScreenedHead`.
+            rows: ``[vocab, hidden]`` that re-score; None takes the model's embedding.
             mesh: as for `Tuning.run`.
 
         Returns:
@@ -127,6 +139,20 @@ class ConvertConfig:
         """
         statistics = head_statistics(hidden) if statistics is None else statistics
         unigram = targets.counts if unigram is None else unigram
+        tuning = Tuning(
+            steps=self.steps,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            seed=self.seed,
+        )
+        if self.screen:
+            codes = self._product_codes(head, statistics, unigram)
+            history: dict[str, list[float]] = {"loss": [], "moved": []}
+            if self.steps:
+                codes, history["loss"] = _tuned(codes, hidden, targets, tuning, mesh)
+            cheap = ProductHead.from_fit(codes, packed=True)
+            new = ScreenedHead(cheap, num_candidates=self.screen, rows=rows, row_bias=head.bias)
+            return new, history
         if start is None:
             start = fit_assignment(
                 head.rows,
@@ -143,7 +169,7 @@ class ConvertConfig:
         codebook, assignment, bias = start.codebook, start.assignment, None
         if self.use_bias:
             bias = matched_bias(codebook, start.bias, assignment, targets.counts, hidden)
-        history: dict[str, list[float]] = {"loss": [], "moved": []}
+        history = {"loss": [], "moved": []}
         if self.steps:
             # Every other method keeps its mapping.
             moving = self.method == "likelihood" and self.use_bias and self.reassign_every
@@ -153,12 +179,7 @@ class ConvertConfig:
                 assignment,
                 hidden,
                 targets,
-                Tuning(
-                    steps=self.steps,
-                    batch_size=self.batch_size,
-                    learning_rate=self.learning_rate,
-                    seed=self.seed,
-                ),
+                tuning,
                 reassign_every=self.reassign_every if moving else None,
                 min_count=self.min_count,
                 mesh=mesh,
@@ -178,6 +199,25 @@ class ConvertConfig:
         )
         new.make_pages(head.rows, statistics.cov)
         return new, history
+
+    def _product_codes(self, head: Head, statistics: HeadStatistics, unigram: Array) -> Any:
+        """Codes of the old rows, and a bias with what they lose at the mean state."""
+        rows = jnp.asarray(head.rows, jnp.float32)
+        vocab, width = rows.shape
+        # Groups of three dimensions, of four where three do not divide: what was measured.
+        part = next(size for size in (3, 4, 2, 1) if width % size == 0)
+        codes = ProductCodes.fit(
+            rows,
+            jnp.asarray(unigram),
+            statistics.cov,
+            groups=width // part,
+            num_codes=min(16, vocab),
+            key=jax.random.key(self.seed),
+            iterations=self.kmeans_iterations,
+            weight_power=self.weight_power,
+        )
+        lost = (rows - codes.kernel()) @ statistics.mean
+        return dataclasses.replace(codes, bias=lost if head.bias is None else lost + head.bias)
 
     def convert(
         self,
@@ -222,11 +262,15 @@ class ConvertConfig:
         """
         root = epath.Path(workdir)
         old = model.head_of()
-        if self.num_codes > old.rows.shape[0]:
+        # A screen has no clusters.
+        size = "screen" if self.screen else "num_codes"
+        if getattr(self, size) > old.rows.shape[0]:
             raise ValueError(
-                f"num_codes: expected at most the vocabulary of {old.rows.shape[0]}, got "
-                f"{self.num_codes}"
+                f"{size}: expected at most the vocabulary of {old.rows.shape[0]}, got "
+                f"{getattr(self, size)}"
             )
+        if self.screen and old.soft_cap is not None:
+            raise ValueError(f"screen: expected 0 for a head with a soft cap, got {self.screen}")
         if self.num_pages and (old.soft_cap is not None or old.bias is not None):
             raise ValueError(
                 f"num_pages: expected 0 for a head with a soft cap or biases, got {self.num_pages}"
@@ -247,18 +291,37 @@ class ConvertConfig:
         logging.info("head converted: KL divergence %s nats", history["loss"][-1:] or "not tuned")
         if jax.process_index() == 0:
             head.save(root / "head")
+        floor = None
+        if not self.screen:
+            floor = perplexity_floor(head.assignment[...], np.asarray(targets.counts))
         return Conversion(
             model=model.with_head(head),
             head=head,
-            floor=perplexity_floor(head.assignment[...], np.asarray(targets.counts)),
+            floor=floor,
             history=history,
             cache=cache,
             targets=targets,
         )
 
 
-def load_head(directory: str | os.PathLike[str], *, dtype: Any = jnp.float32) -> VQHead:
-    """Reads what `VQHead.save` wrote.
+def _tuned(
+    codes: ProductCodes, hidden: np.ndarray, targets: HeadTargets, tuning: Tuning, mesh: Mesh | None
+) -> tuple[ProductCodes, list[float]]:
+    """Codebooks and biases tuned to the old head; the codes stay, and are packed afterwards."""
+
+    def head_of(params: Any, codes: Array) -> Head:
+        rows = ProductCodes(params["codebooks"], codes).kernel()
+        return Head(rows, params["bias"], vocab_axis=0)
+
+    params = {"codebooks": codes.codebooks, "bias": codes.bias}
+    params, history = tuning.imitate(
+        head_of, params, hidden, targets, constants=codes.codes, mesh=mesh
+    )
+    return dataclasses.replace(codes, **params), history
+
+
+def load_head(directory: str | os.PathLike[str], *, dtype: Any = jnp.float32) -> Any:
+    """Reads what the ``save`` of a head of `logitjax.vq` wrote.
 
     Raises:
         FileNotFoundError: there is no head in the directory.
@@ -269,7 +332,21 @@ def load_head(directory: str | os.PathLike[str], *, dtype: Any = jnp.float32) ->
         return _head_of(record, tensors, dtype)
 
 
-def _head_of(record: Mapping[str, Any], tensors: Mapping[str, np.ndarray], dtype: Any) -> VQHead:
+def _head_of(record: Mapping[str, Any], tensors: Mapping[str, np.ndarray], dtype: Any) -> SavedHead:
+    kind, options = record["kind"], dict(record["options"])
+    if kind == "ScreenedHead":
+        own = {name: tensors[name] for name in ("rows", "row_bias") if name in tensors}
+        inner = {n.removeprefix("screen."): t for n, t in tensors.items() if n not in own}
+        options["screen"] = _head_of(options["screen"], inner, dtype)
+        return ScreenedHead(**options, **own)
+    if kind == "ProductHead":
+        parts = tuple(jnp.asarray(tensors[name]) for name in ("codebooks", "codes", "bias"))
+        codes = PackedCodes(*parts).unpacked() if options["packed"] else ProductCodes(*parts)
+        return ProductHead.from_fit(codes, dtype=dtype, param_dtype=parts[0].dtype, **options)
+    return _vq_head_of(record, tensors, dtype)
+
+
+def _vq_head_of(record: Mapping[str, Any], tensors: Mapping[str, np.ndarray], dtype: Any) -> VQHead:
     kind = {"VQHead": VQHead, "ShortlistHead": ShortlistHead}[record["kind"]]
     options = dict(record["options"])
     if "rows" in tensors:

@@ -4,15 +4,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from logitjax.heads import Assignment, HeadCost, VocabularyHead
+from logitjax.heads import Assignment, HeadCost
 from logitjax.losses import Head
 from logitjax.ops import Array
 from logitjax.vq._product_codes import PackedCodes, ProductCodes, pack_codes
+from logitjax.vq._saved_head import SavedHead
 
 
-class ProductHead(VocabularyHead):
+class ProductHead(SavedHead):
     """`ProductCodes` as a module, to be injected into a decoder. The codes are not trained.
 
     Args:
@@ -77,6 +79,10 @@ class ProductHead(VocabularyHead):
         if fit.bias is not None:
             head.bias[...] = jnp.asarray(fit.bias, head.bias.dtype)
         return head
+
+    def _record(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        tensors = {n: np.asarray(getattr(self, n)[...]) for n in ("codebooks", "codes", "bias")}
+        return tensors, {"packed": self.packed}
 
     def __call__(self, hidden: Array, embedding: Array | None = None) -> jax.Array:
         return self._value().logits(jnp.asarray(hidden, self.dtype))

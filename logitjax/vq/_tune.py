@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
 from logitjax import training
+from logitjax.losses import Head, linear_cross_entropy
 from logitjax.ops import Array, checks, logsumexp
 from logitjax.ops.sharding import ShardingRules
 from logitjax.vq._assignment import reassign
@@ -147,6 +148,48 @@ class Tuning:
         # Other code knows no mesh, and nothing of several processes.
         params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), state.params)
         return params, [float(total) / float(size) for total, size in jax.device_get(losses)]
+
+    def imitate(
+        self,
+        head_of: Callable[[Any, Any], Head],
+        params: Any,
+        hidden: np.ndarray,
+        targets: HeadTargets,
+        *,
+        constants: Any = None,
+        project: Callable[[Any, Any], Any] = lambda params, hidden: hidden,
+        mesh: Mesh | None = None,
+    ) -> tuple[Any, list[float]]:
+        """Tunes a head that is rows in the end to an old head's distribution: O(V d) a position.
+
+        Args:
+            head_of: `(params, constants)` to a `Head` with biases.
+            params: Pytree of trained arrays.
+            hidden: `[count, hidden]`, the positions of `targets`.
+            targets: What the old head says there.
+            constants: Pytree that is not trained: codes.
+            project: `(params, hidden)` to what the rows meet, of a low-rank head.
+            mesh: As of `run`.
+
+        Returns:
+            `(params, history)`, the history as KL divergence from the old head.
+        """
+        # Fewer of the top tokens: their rows are gathered, which VQ heads need not do.
+        targets = targets.with_top(16, hidden)
+        rest = (targets.rest_sums / len(hidden), targets.rest_counts / len(hidden))
+
+        def loss(params: Any, held: Any, hidden: Any, probs: Any, tokens: Any) -> jax.Array:
+            constants, (rest_sums, rest_counts) = held
+            head = head_of(params, constants)
+            hidden, sums, bias = project(params, hidden), project(params, rest_sums), head.bias
+            nll = linear_cross_entropy(hidden, head, tokens[:, 0])
+            logits = jnp.einsum("nd,nkd->nk", hidden, head.rows[tokens]) + bias[tokens]
+            far = (head.rows * sums).sum() + (bias * rest_counts).sum()
+            return nll + logits[:, 0] - (probs * logits).sum(-1) - far
+
+        arrays = [hidden, targets.top_probs, targets.top_tokens]
+        params, losses = self.run(loss, params, arrays, constants=(constants, rest), mesh=mesh)
+        return params, [value - targets.entropy for value in losses]
 
 
 def _abstract(*shape: int, dtype: Any = jnp.float32, sharding: Any = None) -> jax.ShapeDtypeStruct:
