@@ -12,11 +12,9 @@ compares perplexity on held-out text and size before and after. In Python,
 
 is the converted model. By default one code serves several tokens, and each token has a bias. With
 `--num_pages` codes choose that many pages of tokens, which their exact rows score again. With
-`--screen=512` packed product codes look at all tokens, and exact rows score the best 512 again.
-That is the fastest on a CPU and the most faithful, but a step of tuning costs as much as with the
-full head. `--num_codes`, `--method` and reassignment are not for it. You may kill the run at any
-time: the same command continues with the hidden states it has. docs/vq_logits.md says what to
-expect.
+`--screen=512` packed product codes look at all tokens, and exact rows score the best 512 again:
+fastest on a CPU, and slowest to tune. You may kill the run at any time: the same command continues
+with the hidden states it has. docs/vq_logits.md says what to expect.
 """
 
 import dataclasses
@@ -123,13 +121,10 @@ def _report(config: Config, old: Any, new: Any, held_out: Any) -> str:
             }
         )
     before, after = qualities
-    kind = f"{type(new.head).__name__} of {config.convert.num_codes:,} codes"
-    if config.convert.screen:
-        kind = f"ScreenedHead of {config.convert.screen:,} candidates"
     # Perplexity may be equal where heads disagree: greedy decoding sees that.
     same = float((before.tokens == after.tokens).mean())
     return (
-        f"# `{config.model}`: its head as a {kind}\n\n"
+        f"# `{config.model}`: its head as a {type(new.head).__name__}\n\n"
         f"{markdown_table(table)}\n\n"
         f"On {len(held_out):,} held-out positions of `{config.data}`. Perplexity times "
         f"{after.perplexity / before.perplexity:.4g}; the likeliest token is the same at "

@@ -16,18 +16,11 @@ from logitjax import processes
 from logitjax.losses import Head
 from logitjax.ops import Array, checks
 from logitjax.storage import guard, read_head
-from logitjax.vq._assignment import (
-    PerplexityFloor,
-    VQFit,
-    fit_assignment,
-    matched_bias,
-    perplexity_floor,
-)
+from logitjax.vq._assignment import VQFit, fit_assignment, matched_bias
 from logitjax.vq._heads import ShortlistHead, VQHead
 from logitjax.vq._hidden_cache import HeadStatistics, HiddenCache, head_statistics
 from logitjax.vq._product_codes import PackedCodes, ProductCodes
 from logitjax.vq._product_head import ProductHead
-from logitjax.vq._saved_head import SavedHead
 from logitjax.vq._screened import ScreenedHead
 from logitjax.vq._shortlist import Pages
 from logitjax.vq._targets import HeadTargets
@@ -41,7 +34,6 @@ class Conversion:
     Attributes:
         model: the same parameters with the new head.
         head: the head.
-        floor: what its mapping could reach without biases; None of a `ScreenedHead`.
         history: KL divergence by step, and tokens moved by each reassignment.
         cache: hidden states and labels it was tuned on.
         targets: what the old head says there.
@@ -49,7 +41,6 @@ class Conversion:
 
     model: Any
     head: Any
-    floor: PerplexityFloor | None
     history: dict[str, list[float]]
     cache: HiddenCache
     targets: HeadTargets
@@ -68,9 +59,8 @@ class ConvertConfig:
         use_bias: False converts to the head as published.
         num_pages: number of pages of a `ShortlistHead`; 0 makes a `VQHead`.
         page_size: number of tokens in a page.
-        screen: number of tokens that exact rows score again in a `ScreenedHead`, which finds them
-            by packed product codes instead of ``num_codes`` clusters, to decode faster on a CPU;
-            0 makes none.
+        screen: number of tokens that exact rows score again in a `ScreenedHead`, the fastest on a
+            CPU: packed product codes find them, not ``num_codes`` clusters; 0 makes none.
         max_tokens: number of positions that are cached and tuned on.
         steps: number of tuning steps; 0 leaves the head as fitted.
         batch_size: number of positions in a step.
@@ -103,10 +93,8 @@ class ConvertConfig:
             checks.between(getattr(self, name), 1, 2**31 - 1, name)
         for name in ("num_pages", "screen", "steps", "reassign_every"):
             checks.between(getattr(self, name), 0, 2**31 - 1, name)
-        if self.num_pages and not self.use_bias:
-            raise ValueError("num_pages: a shortlist needs biases, set use_bias=True")
-        if self.screen and not self.use_bias:
-            raise ValueError("screen: a screen needs biases, set use_bias=True")
+        if (self.num_pages or self.screen) and not self.use_bias:
+            raise ValueError("use_bias: expected True beside num_pages or screen, got False")
         if self.screen and self.num_pages:
             raise ValueError(f"screen: expected 0 beside num_pages={self.num_pages}: choose one")
 
@@ -139,6 +127,12 @@ class ConvertConfig:
         """
         statistics = head_statistics(hidden) if statistics is None else statistics
         unigram = targets.counts if unigram is None else unigram
+        kmeans: Any = dict(
+            unigram=jnp.asarray(unigram),
+            key=jax.random.key(self.seed),
+            weight_power=self.weight_power,
+            iterations=self.kmeans_iterations,
+        )
         tuning = Tuning(
             steps=self.steps,
             batch_size=self.batch_size,
@@ -146,30 +140,24 @@ class ConvertConfig:
             seed=self.seed,
         )
         if self.screen:
-            codes = self._product_codes(head, statistics, unigram)
-            history: dict[str, list[float]] = {"loss": [], "moved": []}
-            if self.steps:
-                codes, history["loss"] = _tuned(codes, hidden, targets, tuning, mesh)
+            codes, losses = _product_codes(head, statistics, kmeans, tuning, hidden, targets, mesh)
             cheap = ProductHead.from_fit(codes, packed=True)
             new = ScreenedHead(cheap, num_candidates=self.screen, rows=rows, row_bias=head.bias)
-            return new, history
+            return new, {"loss": losses, "moved": []}
         if start is None:
             start = fit_assignment(
                 head.rows,
-                jnp.asarray(unigram),
-                statistics.mean,
-                statistics.cov,
-                self.num_codes,
+                hidden_mean=statistics.mean,
+                hidden_cov=statistics.cov,
+                num_codes=self.num_codes,
                 method="weighted_kmeans" if self.method == "likelihood" else self.method,
                 row_bias=head.bias,
-                key=jax.random.key(self.seed),
-                weight_power=self.weight_power,
-                iterations=self.kmeans_iterations,
+                **kmeans,
             )
         codebook, assignment, bias = start.codebook, start.assignment, None
         if self.use_bias:
             bias = matched_bias(codebook, start.bias, assignment, targets.counts, hidden)
-        history = {"loss": [], "moved": []}
+        history: dict[str, list[float]] = {"loss": [], "moved": []}
         if self.steps:
             # Every other method keeps its mapping.
             moving = self.method == "likelihood" and self.use_bias and self.reassign_every
@@ -199,25 +187,6 @@ class ConvertConfig:
         )
         new.make_pages(head.rows, statistics.cov)
         return new, history
-
-    def _product_codes(self, head: Head, statistics: HeadStatistics, unigram: Array) -> Any:
-        """Codes of the old rows, and a bias with what they lose at the mean state."""
-        rows = jnp.asarray(head.rows, jnp.float32)
-        vocab, width = rows.shape
-        # Groups of three dimensions, of four where three do not divide: what was measured.
-        part = next(size for size in (3, 4, 2, 1) if width % size == 0)
-        codes = ProductCodes.fit(
-            rows,
-            jnp.asarray(unigram),
-            statistics.cov,
-            groups=width // part,
-            num_codes=min(16, vocab),
-            key=jax.random.key(self.seed),
-            iterations=self.kmeans_iterations,
-            weight_power=self.weight_power,
-        )
-        lost = (rows - codes.kernel()) @ statistics.mean
-        return dataclasses.replace(codes, bias=lost if head.bias is None else lost + head.bias)
 
     def convert(
         self,
@@ -262,13 +231,8 @@ class ConvertConfig:
         """
         root = epath.Path(workdir)
         old = model.head_of()
-        # A screen has no clusters.
-        size = "screen" if self.screen else "num_codes"
-        if getattr(self, size) > old.rows.shape[0]:
-            raise ValueError(
-                f"{size}: expected at most the vocabulary of {old.rows.shape[0]}, got "
-                f"{getattr(self, size)}"
-            )
+        size = "screen" if self.screen else "num_codes"  # a screen has no clusters
+        checks.between(getattr(self, size), 1, old.rows.shape[0], size)
         if self.screen and old.soft_cap is not None:
             raise ValueError(f"screen: expected 0 for a head with a soft cap, got {self.screen}")
         if self.num_pages and (old.soft_cap is not None or old.bias is not None):
@@ -291,33 +255,32 @@ class ConvertConfig:
         logging.info("head converted: KL divergence %s nats", history["loss"][-1:] or "not tuned")
         if jax.process_index() == 0:
             head.save(root / "head")
-        floor = None
-        if not self.screen:
-            floor = perplexity_floor(head.assignment[...], np.asarray(targets.counts))
         return Conversion(
             model=model.with_head(head),
             head=head,
-            floor=floor,
             history=history,
             cache=cache,
             targets=targets,
         )
 
 
-def _tuned(
-    codes: ProductCodes, hidden: np.ndarray, targets: HeadTargets, tuning: Tuning, mesh: Mesh | None
+def _product_codes(
+    head: Head, statistics: HeadStatistics, kmeans: Any, tuning: Tuning, *sample: Any
 ) -> tuple[ProductCodes, list[float]]:
-    """Codebooks and biases tuned to the old head; the codes stay, and are packed afterwards."""
+    """Codes of the old rows; codebooks and biases are tuned to the old head on the sample."""
+    rows = jnp.asarray(head.rows, jnp.float32)
+    width = rows.shape[1]
+    # Groups of three dimensions, of four where three do not divide: what was measured.
+    groups = next(width // size for size in (3, 4, 2, 1) if width % size == 0)
+    fit = ProductCodes.fit(rows, hidden_cov=statistics.cov, groups=groups, num_codes=16, **kmeans)
+    bias = (rows - fit.kernel()) @ statistics.mean  # what the codes lose at the mean state
+    bias = bias if head.bias is None else bias + head.bias
 
     def head_of(params: Any, codes: Array) -> Head:
-        rows = ProductCodes(params["codebooks"], codes).kernel()
-        return Head(rows, params["bias"], vocab_axis=0)
+        return Head(ProductCodes(params[0], codes).kernel(), params[1], vocab_axis=0)
 
-    params = {"codebooks": codes.codebooks, "bias": codes.bias}
-    params, history = tuning.imitate(
-        head_of, params, hidden, targets, constants=codes.codes, mesh=mesh
-    )
-    return dataclasses.replace(codes, **params), history
+    params, losses = tuning.imitate(head_of, (fit.codebooks, bias), *sample, constants=fit.codes)
+    return ProductCodes(params[0], fit.codes, params[1]), losses
 
 
 def load_head(directory: str | os.PathLike[str], *, dtype: Any = jnp.float32) -> Any:
@@ -332,23 +295,17 @@ def load_head(directory: str | os.PathLike[str], *, dtype: Any = jnp.float32) ->
         return _head_of(record, tensors, dtype)
 
 
-def _head_of(record: Mapping[str, Any], tensors: Mapping[str, np.ndarray], dtype: Any) -> SavedHead:
-    kind, options = record["kind"], dict(record["options"])
-    if kind == "ScreenedHead":
-        own = {name: tensors[name] for name in ("rows", "row_bias") if name in tensors}
+def _head_of(record: Mapping[str, Any], tensors: Mapping[str, np.ndarray], dtype: Any) -> Any:
+    options = dict(record["options"])
+    if record["kind"] == "ScreenedHead":
+        own: Any = {name: tensors[name] for name in ("rows", "row_bias") if name in tensors}
         inner = {n.removeprefix("screen."): t for n, t in tensors.items() if n not in own}
-        options["screen"] = _head_of(options["screen"], inner, dtype)
-        return ScreenedHead(**options, **own)
-    if kind == "ProductHead":
-        parts = tuple(jnp.asarray(tensors[name]) for name in ("codebooks", "codes", "bias"))
+        return ScreenedHead(_head_of(options.pop("screen"), inner, dtype), **options, **own)
+    if record["kind"] == "ProductHead":
+        parts = [jnp.asarray(tensors[name]) for name in ("codebooks", "codes", "bias")]
         codes = PackedCodes(*parts).unpacked() if options["packed"] else ProductCodes(*parts)
         return ProductHead.from_fit(codes, dtype=dtype, param_dtype=parts[0].dtype, **options)
-    return _vq_head_of(record, tensors, dtype)
-
-
-def _vq_head_of(record: Mapping[str, Any], tensors: Mapping[str, np.ndarray], dtype: Any) -> VQHead:
     kind = {"VQHead": VQHead, "ShortlistHead": ShortlistHead}[record["kind"]]
-    options = dict(record["options"])
     if "rows" in tensors:
         options["rows"] = tensors["rows"]
     assignment = jnp.asarray(tensors["assignment"])

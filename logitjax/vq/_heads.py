@@ -14,14 +14,13 @@ from logitjax.ops import Array, TopK
 from logitjax.vq._assignment import VQFit
 from logitjax.vq._decode import VQTables
 from logitjax.vq._loss import vq_logits, vq_nll
-from logitjax.vq._saved_head import SavedHead
 from logitjax.vq._shortlist import Pages, Shortlist
 
 _PAGE_FIELDS = tuple(field.name for field in dataclasses.fields(Pages))
 _TABLE_FIELDS = tuple(field.name for field in dataclasses.fields(VQTables))
 
 
-class VQHead(SavedHead):
+class VQHead(VocabularyHead):
     """One code for several tokens, and a bias for each: O(K) training and decoding.
 
     As a decoder's ``head`` it gives all V logits, so everything works with it. `nll`, `top_k` and

@@ -7,14 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from logitjax.heads import Assignment, HeadCost
+from logitjax.heads import Assignment, HeadCost, VocabularyHead
 from logitjax.losses import Head
 from logitjax.ops import Array
 from logitjax.vq._product_codes import PackedCodes, ProductCodes, pack_codes
-from logitjax.vq._saved_head import SavedHead
 
 
-class ProductHead(SavedHead):
+class ProductHead(VocabularyHead):
     """`ProductCodes` as a module, to be injected into a decoder. The codes are not trained.
 
     Args:

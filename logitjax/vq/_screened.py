@@ -14,7 +14,6 @@ from logitjax.heads import HeadCost, VocabularyHead
 from logitjax.losses import Head
 from logitjax.ops import Array, TopK, checks, gather_at, logsumexp, neginf_to_zero, top_k
 from logitjax.ops.sharding import over_batch
-from logitjax.vq._saved_head import SavedHead
 from logitjax.vq._shortlist import in_blocks, rescored
 
 
@@ -148,7 +147,7 @@ class Screen:
         return scores, tokens, rescored(self.rescore, hidden, tokens)
 
 
-class ScreenedHead(SavedHead):
+class ScreenedHead(VocabularyHead):
     """A cheap head screens, rows of the (tied) embedding re-score.
 
     It suits a model whose embedding is in memory anyway: it gets its own logits back while reading
@@ -180,16 +179,11 @@ class ScreenedHead(SavedHead):
         self.row_bias = None if row_bias is None else nnx.Param(jnp.asarray(row_bias))
 
     def _record(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        if not isinstance(self.screen, SavedHead):
-            raise TypeError(
-                f"screen: expected a head that can be saved, got a {type(self.screen).__name__}"
-            )
         tensors, options = self.screen._record()
-        screen = {"kind": type(self.screen).__name__, "options": options}
         tensors = {f"screen.{name}": array for name, array in tensors.items()}
-        for name in ("rows", "row_bias"):
-            if (array := getattr(self, name)) is not None:
-                tensors[name] = np.asarray(array[...])
+        own = {"rows": self.rows, "row_bias": self.row_bias}
+        tensors |= {n: np.asarray(array[...]) for n, array in own.items() if array is not None}
+        screen = {"kind": type(self.screen).__name__, "options": options}
         return tensors, {"num_candidates": self.num_candidates, "screen": screen}
 
     def _screen(self, embedding: Array | None) -> Screen:

@@ -155,24 +155,20 @@ class Tuning:
         params: Any,
         hidden: np.ndarray,
         targets: HeadTargets,
+        mesh: Mesh | None = None,
         *,
         constants: Any = None,
         project: Callable[[Any, Any], Any] = lambda params, hidden: hidden,
-        mesh: Mesh | None = None,
     ) -> tuple[Any, list[float]]:
-        """Tunes a head that is rows in the end to an old head's distribution: O(V d) a position.
+        """Tunes a head that is rows in the end to an old head, at O(V d) a position.
+
+        The losses it gives back are KL divergences from the old head's whole distribution.
 
         Args:
             head_of: `(params, constants)` to a `Head` with biases.
-            params: Pytree of trained arrays.
-            hidden: `[count, hidden]`, the positions of `targets`.
-            targets: What the old head says there.
-            constants: Pytree that is not trained: codes.
-            project: `(params, hidden)` to what the rows meet, of a low-rank head.
-            mesh: As of `run`.
-
-        Returns:
-            `(params, history)`, the history as KL divergence from the old head.
+            hidden, targets: Positions, and what the old head says there.
+            params, constants, mesh: As of `run`.
+            project: `(params, hidden)` to what the rows meet, as of a low-rank head.
         """
         # Fewer of the top tokens: their rows are gathered, which VQ heads need not do.
         targets = targets.with_top(16, hidden)
@@ -187,8 +183,8 @@ class Tuning:
             far = (head.rows * sums).sum() + (bias * rest_counts).sum()
             return nll + logits[:, 0] - (probs * logits).sum(-1) - far
 
-        arrays = [hidden, targets.top_probs, targets.top_tokens]
-        params, losses = self.run(loss, params, arrays, constants=(constants, rest), mesh=mesh)
+        batch, constants = [hidden, targets.top_probs, targets.top_tokens], (constants, rest)
+        params, losses = self.run(loss, params, batch, constants=constants, mesh=mesh)
         return params, [value - targets.entropy for value in losses]
 
 
@@ -241,8 +237,6 @@ def tune_vq_head(
     of K scores a position. With `reassign_every`, tokens move to the code under which they are
     most likely (`logitjax.vq.reassign`); the last moves come well before the end.
     """
-    if reassign_every is not None and bias is None:
-        raise ValueError("reassign_every: expected biases beside it, got bias=None")
     params = {"codebook": jnp.asarray(codebook)}
     if bias is not None:
         params["bias"] = jnp.asarray(bias)

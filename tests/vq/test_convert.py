@@ -346,7 +346,7 @@ def test_a_shortlist_scores_by_the_rows_of_an_untied_head(tmp_path):
     with pytest.raises(ValueError, match="num_pages: expected 0 for a head with a soft cap"):
         options.convert(capped, iter(()), tmp_path / "two")
     many = dataclasses.replace(options, num_codes=VOCAB + 1)
-    with pytest.raises(ValueError, match="num_codes: expected at most the vocabulary of 96"):
+    with pytest.raises(ValueError, match="num_codes: expected a number from 1 to 96, got 97"):
         many.convert(model, iter(()), tmp_path / "two")
 
 
@@ -374,9 +374,9 @@ def test_a_screened_head_is_made_tuned_saved_and_read_back(tmp_path):
 def test_what_a_screen_cannot_be_combined_with_is_refused(model, tmp_path):
     with pytest.raises(ValueError, match="screen: expected 0 beside num_pages=2"):
         vq.ConvertConfig(screen=8, num_pages=2)
-    with pytest.raises(ValueError, match="screen: a screen needs biases"):
+    with pytest.raises(ValueError, match="use_bias: expected True beside num_pages or screen"):
         vq.ConvertConfig(screen=8, use_bias=False)
-    with pytest.raises(ValueError, match="screen: expected at most the vocabulary of 96, got 97"):
+    with pytest.raises(ValueError, match="screen: expected a number from 1 to 96, got 97"):
         vq.ConvertConfig(screen=97).convert(model, iter(()), tmp_path)
     config = dataclasses.replace(CONFIG, logits_softcap=5.0)
     capped = with_weights(lambda: Decoder(config, rngs=nnx.Rngs(0), layout="listed"))
