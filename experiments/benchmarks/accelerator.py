@@ -10,11 +10,13 @@ and take. The smoke scale compiles for the CPU.
 
 ``--only=v5p,kl,small`` compiles for one chip, one loss, one shape: names of `CHIPS`, `KINDS` and
 `SHAPES`, ``mesh`` and ``padded``. ``--only=axes`` counts, on eight CPU devices, how often heads are
-gathered on the meshes of other trainers (`MESHES`). Columns: F is the work of one product of
-positions, hidden and vocabulary; the roofline's time is the longer of all products at the chip's
-peak and of reading arguments and writing results once; cycles are the TPU compiler's own, loops as
-often as they run, and estimated time is these over the chip's clock, where that is known.
-``padded`` runs on this machine: losses over a vocabulary that tokamax's blocks do not divide.
+gathered on the meshes of other trainers (`MESHES`). With ``models`` the heads of models are
+compiled instead, into a file a chip, ``kernels/v5p.json``, with the tiles of the kernels and what
+was refused. Columns: F is the work of one product of positions, hidden and vocabulary; the
+roofline's time is the longer of all products at the chip's peak and of reading arguments and
+writing results once; cycles are the TPU compiler's own, loops as often as they run, and estimated
+time is these over the chip's clock, where that is known. ``padded`` runs on this machine: losses
+over a vocabulary that tokamax's blocks do not divide.
 """
 
 import contextlib
@@ -22,6 +24,8 @@ import functools
 import importlib.util
 import itertools
 import math
+import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,13 +33,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from etils import epath
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from experiments.benchmarks import _vocabulary as vocabulary
 from experiments.benchmarks._vocabulary import KINDS, Loss, Shape
 from experiments.plan import chips, costs
 from experiments.shared import suite
-from logitjax import losses
+from logitjax import losses, processes
 from logitjax.commands import figures
 
 SHAPES = {
@@ -44,6 +49,18 @@ SHAPES = {
     "large": (32768, 4096, 128256),
 }
 SMOKE_SHAPES = {"smoke": (2048, 32, 8192)}
+# Output heads by hidden size and vocabulary, most of which tokamax tunes for; positions.
+MODELS = {
+    "Qwen3 0.6B": (1024, 151936),
+    "Gemma 3 4B": (2560, 262144),
+    "gpt-oss-120b": (2880, 201088),
+    "Gemma 3 12B": (3840, 262144),
+    "Llama 3.1 8B": (4096, 128256),
+    "Qwen3 32B": (5120, 151936),
+    "DeepSeek-V3": (7168, 129280),
+    "Llama 3.1 405B": (16384, 128256),
+}
+_MODEL_POSITIONS = 8192
 # Of its blocks of 2,048 columns tokamax counts all.
 PADDED_SHAPE = (1024, 64, 1000)
 CHIPS = {"v5e": "v5e:1x1", "v5p": "v5p:1x1x1", "v6e": "v6e:1x1", "tpu7x": "tpu7x:2x2x1"}
@@ -164,8 +181,12 @@ def _row(name: str, kind: str, shape: Shape, chip: chips.Chip, loss: Loss) -> di
     row |= {"T": shape[0], "H": shape[1], "V": shape[2], "form": name}
     try:
         traced, compiled = _compile(loss, shape, chips.devices_of(chip)[:1], (1, 1))
-    except jax.errors.JaxRuntimeError as error:
-        # What a chip cannot hold is a row of the table.
+    except Exception as error:
+        # What a chip cannot hold is a row of the table, and what no kernel can do.
+        if name in ("ours, pallas", "tokamax, Mosaic"):
+            return row | {"refused": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+        if not isinstance(error, jax.errors.JaxRuntimeError):
+            raise
         refused, wanted = costs.out_of_memory(error)
         return row | {"temp MiB": wanted and wanted / 2**20, "does not fit": refused}
     memory, flops = compiled.memory_analysis(), costs.matmul_flops(traced.jaxpr)
@@ -179,6 +200,8 @@ def _row(name: str, kind: str, shape: Shape, chip: chips.Chip, loss: Loss) -> di
     # Of a kernel the compiler knows no cycles.
     cycles = 0 if "tpu_custom_call" in text else costs.estimated_cycles(text)
     row["Mcycles"] = cycles / 1e6 or None
+    if tiles := dict(re.findall(r"logitjax_(\w+?)_(\d+x\d+)", text)):
+        row["tiles"] = ", ".join(f"{kernel} {size}" for kernel, size in tiles.items())
     if chip.clock and cycles:
         row["estimated ms"] = 1e3 * cycles / chip.clock
     return row
@@ -191,6 +214,20 @@ def _compare(rows: list[dict[str, Any]]) -> None:
         for share, name in (("temp / dense", "temp MiB"), ("cycles / dense", "Mcycles")):
             if row.get(name) and dense.get(name):
                 row[share] = row[name] / dense[name]
+
+
+def _models(chip: chips.Chip, kinds: Sequence[str], path: pathlib.Path) -> list[dict[str, Any]]:
+    """Heads of models by `scan` and by kernels, with the tiles of these, written as they come."""
+    rows: list[dict[str, Any]] = []
+    for model, (width, vocab) in MODELS.items():
+        for kind in kinds:
+            for name in ("ours, unreduced", "ours, pallas", "tokamax, Mosaic"):
+                if name in (table := forms(kind)):
+                    shape = (_MODEL_POSITIONS, width, vocab)
+                    rows.append({"model": model} | _row(name, kind, shape, chip, table[name]))
+                    processes.write_json(epath.Path(path), rows)
+                    logging.info("%s, %s, %s, %s: done", chip.name, model, kind, name)
+    return rows
 
 
 def _padded() -> tuple[list[dict[str, Any]], list[suite.Bar]]:
@@ -231,7 +268,7 @@ def _bars(rows: Sequence[Mapping[str, Any]]) -> list[suite.Bar]:
             where = f"{row['chip']}, {row['loss']}, {row['form'].removeprefix('ours, ')}"
             if row["form"] == "ours, pallas":
                 name = f"{where}: temporaries, MiB"
-                bars.append(suite.at_most(name, row["temp MiB"], 1.0))
+                bars.append(suite.at_most(name, row.get("temp MiB", math.inf), 1.0))
             elif row["form"] == "ours, unreduced" and row["loss"] == "cross-entropy":
                 name = f"{where}: cycles / dense"
                 bars.append(suite.at_most(name, row["cycles / dense"], 1.4))
@@ -322,7 +359,7 @@ def _axes_rows(names: Sequence[str], kinds: Sequence[str]) -> list[dict[str, Any
         row = {"mesh": name, "axes": axes, "loss": kind}
         row["form"] = "weights" if weighted else "unreduced"
         row["all-gathers"] = sent.calls.get("all-gather", 0)
-        row["all-gather MiB"] = sent.bytes.get("all-gather", 0.0) / 2**20
+        row["all-gather MiB"] = sent.collective_bytes.get("all-gather", 0.0) / 2**20
         rows.append(row)
     return rows
 
@@ -342,7 +379,8 @@ def run(options: suite.Options) -> suite.Result:
     shapes: Mapping[str, Shape] = SMOKE_SHAPES if options.smoke else SHAPES
     named = {"cpu": "cpu:1"} if options.smoke else CHIPS
     parts = set(filter(None, options.only.split(",")))
-    groups = ({*CHIPS, "cpu", "mesh", "padded", "axes"}, set(KINDS), {*SHAPES, *SMOKE_SHAPES})
+    own = {*CHIPS, "cpu", "mesh", "padded", "axes", "models"}
+    groups = (own, set(KINDS), {*SHAPES, *SMOKE_SHAPES})
     if unknown := parts - set().union(*groups):
         raise ValueError(f"only: expected parts as in its help, got {', '.join(sorted(unknown))}")
 
@@ -360,6 +398,10 @@ def run(options: suite.Options) -> suite.Result:
     for chip_name in filter(chosen, named):
         chip = chips.parse_chip(named[chip_name])
         chips.prepare(chip, "data:1")
+        if "models" in parts:
+            path = options.directory / "kernels" / f"{chip_name}.json"
+            rows += _models(chip, kinds, path)
+            continue
         for size in filter(chosen, shapes):
             for kind in kinds:
                 found = []

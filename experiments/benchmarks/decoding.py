@@ -74,7 +74,7 @@ def _fused_rows(
         for i in range(min(3, layers))
     ]
     experts, base = small[:-1], small[-1:]
-    fused = {"experts": experts, "bases": base}
+    fused: dict[str, Any] = {"experts": experts, "bases": base}
     rows = []
     for batch in (1,) if options.smoke else (1, 8):
         line_ups = {

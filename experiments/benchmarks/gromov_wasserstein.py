@@ -206,7 +206,8 @@ def low_rank_gw(z: np.ndarray, w: np.ndarray) -> tuple[Any, float, str]:
     from ott.problems.quadratic.quadratic_problem import QuadraticProblem
     from ott.solvers.quadratic.gromov_wasserstein_lr import LRGromovWasserstein
 
-    problem = QuadraticProblem(LRCGeometry(z, z), LRCGeometry(w, w))
+    first, second = (LRCGeometry(jnp.asarray(side), jnp.asarray(side)) for side in (z, w))
+    problem = QuadraticProblem(first, second)
     solver = LRGromovWasserstein(
         rank=10, min_iterations=0, max_iterations=2000, inner_iterations=10
     )

@@ -79,7 +79,7 @@ class _Lab:
         place = self.directory / "whole"
         if self.part == "smollm2" or (place / "config.json").exists():
             return "smollm2" if self.part == "smollm2" else str(place)
-        sizes = dict(hidden_size=64, intermediate_size=256, num_layers=6, num_heads=4)
+        sizes: Any = dict(hidden_size=64, intermediate_size=256, num_layers=6, num_heads=4)
         config = models.DecoderConfig(
             vocab_size=257, num_kv_heads=4, head_dim=16, max_length=512, **sizes
         )
@@ -216,8 +216,8 @@ class _Lab:
 
 def run(options: suite.Options) -> suite.Result:
     results = [_measured(_Lab(options, part)) for part in options.parts(("bytes", "smollm2"))]
-    rows, bars = ([one for result in results for one in result[i]] for i in (0, 1))
-    return suite.Result(rows=rows, bars=bars)
+    rows = [row for of_part, _ in results for row in of_part]
+    return suite.Result(rows=rows, bars=[bar for _, of_part in results for bar in of_part])
 
 
 def _measured(lab: _Lab) -> tuple[list[dict[str, Any]], list[suite.Bar]]:

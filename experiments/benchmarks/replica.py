@@ -34,7 +34,8 @@ def _command(*arguments: str) -> None:
 
 
 def _untaught(directory: Path, *, width: int, layers: int, seed: int) -> None:
-    heads, sizes = max(1, width // 16), {"hidden_size": width, "intermediate_size": 4 * width}
+    heads = max(1, width // 16)
+    sizes: dict[str, Any] = {"hidden_size": width, "intermediate_size": 4 * width}
     sizes |= {"num_layers": layers, "num_heads": heads, "num_kv_heads": heads, "max_length": 512}
     sizes |= {"vocab_size": _TOKENS, "head_dim": min(16, width)}
     config = models.DecoderConfig(tie_embeddings=False, **sizes)

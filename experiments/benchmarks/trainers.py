@@ -171,17 +171,17 @@ def _maxtext(size: Size, devices: Any, axis: str) -> Iterator[Any]:
         skip_jax_distributed_system=True,
     ) | _SLICES.get(len(devices), {})
 
-    def compiled(config: Any, strategy: Any) -> Any:
-        sides = [len(devices) if name == axis else 1 for name in config.mesh_axes]
-        mesh = Mesh(devices.reshape(sides), config.mesh_axes)
+    def compiled(settings: Any, strategy: Any) -> Any:
+        sides = [len(devices) if name == axis else 1 for name in settings.mesh_axes]
+        mesh = Mesh(devices.reshape(sides), settings.mesh_axes)
         rows = NamedSharding(mesh, P(axis))
         names = ("input_tokens", "positions", "decoder_segment_ids", "targets")
         batch = {
             name: jax.ShapeDtypeStruct((ROWS, size.length), jnp.int32, sharding=rows)
             for name in (*names, "targets_segmentation")
         }
-        with jax.set_mesh(mesh), logical_axis_rules(config.logical_axis_rules):
-            _, model = model_creation_utils.create_nnx_abstract_model(config, mesh=mesh)
+        with jax.set_mesh(mesh), logical_axis_rules(settings.logical_axis_rules):
+            _, model = model_creation_utils.create_nnx_abstract_model(settings, mesh=mesh)
             graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
             def read(forward: Any, params: Any, rest: Any, batch: Any) -> Any:
@@ -238,7 +238,7 @@ def run(options: suite.Options) -> suite.Result:
         if options.smoke and part not in _COMPILED:
             continue
         gib = []
-        with contextlib.closing(_COMPILED[trainer](size, devices, axis)) as steps:
+        with contextlib.closing(_COMPILED[trainer](size, devices, axis)) as steps:  # pyright: ignore
             for program in steps:
                 gib.append(program.memory_analysis().temp_size_in_bytes / 2**30)
                 logging.info("%s: %.2f GiB", part, gib[-1])

@@ -62,7 +62,7 @@ def _student(means: np.ndarray) -> tuple[float, float, float]:
     if error <= 1e-12:  # Equal with every seed: no variance to hold the mean against.
         return float(means.mean()), float(means.mean()), 0.0 if means.mean() else 1.0
     low, high = stats.t.interval(LEVEL, len(means) - 1, means.mean(), error)
-    return float(low), float(high), float(stats.ttest_1samp(means, 0.0).pvalue)
+    return float(low), float(high), 2 * float(stats.t.sf(abs(means.mean()) / error, len(means) - 1))
 
 
 def _bootstrap(values: np.ndarray) -> np.ndarray:
@@ -82,7 +82,7 @@ def _bootstrap(values: np.ndarray) -> np.ndarray:
 
 def spearman(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """`[seeds, 1]` rank correlations over the units of each seed."""
-    return np.array([[stats.spearmanr(*pair).statistic] for pair in zip(first, second)])
+    return np.array([[stats.spearmanr(*pair)[0]] for pair in zip(first, second)])
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

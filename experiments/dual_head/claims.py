@@ -46,10 +46,11 @@ def _record(
     validation = [first["validation"][lane] for lane in tried]
     rate = at(first, alpha, "rates")
     edge = at_edge(first, "alphas", alpha) and "@" not in arm
+    values: dict[str, Any]
     if setting.units.of == "epoch and alpha":
         values, units = _by_epoch(run)
     else:
-        values = {"right": at(run, alpha, "right")}
+        values = {"right": str(at(run, alpha, "right"))}
         units = list(range(setting.units.n))
     return Record(
         arm=arm,

@@ -137,7 +137,9 @@ PARTS: dict[str, dict[str, Any]] = {
     # InfiGFusion's own claim: several sources, one pivot.
     # All on the rows that both tokenizers cut, or bits a byte would be those of other texts.
     "healed_own": dict(
-        who=("student", ("student",)), fit_to=("other",), loss=("sft", "first_piece"),
+        who=("student", ("student",)),
+        fit_to=("other",),
+        loss=("sft", "first_piece"),
         learning_rate=_HEALING,
     ),
     "healed_other": dict(
@@ -156,34 +158,59 @@ PARTS: dict[str, dict[str, Any]] = {
         # tokens, and to train it takes half the time of a step.
         freeze="embedding",
         # A first run with the other pair's rates chose 1.26e-5 for SFT.
-        learning_rate=(8e-6, 1.26e-5, 2e-5), steps=40, topic_rows=0,
+        learning_rate=(8e-6, 1.26e-5, 2e-5),
+        steps=40,
+        topic_rows=0,
     ),
-}  # fmt: skip
+}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": dict(
-        student="tiny", drop_layers=(1,), prune_by="influence", source=("tiny:1",),
-        data="text:LICENSE", loss=(*ARMS, DUAL), seq_len=64, batch_size=2, eval_batch=2, steps=6,
-        eval_rows=4, eval_every=3, checkpoint_every=3, log_every=2, cache_top_k=16,
+        student="tiny",
+        drop_layers=(1,),
+        prune_by="influence",
+        source=("tiny:1",),
+        data="text:LICENSE",
+        loss=(*ARMS, DUAL),
+        seq_len=64,
+        batch_size=2,
+        eval_batch=2,
+        steps=6,
+        eval_rows=4,
+        eval_every=3,
+        checkpoint_every=3,
+        log_every=2,
+        cache_top_k=16,
         learning_rate=(1e-2,),
     ),
     "demo": dict(freeze_below=True, steps=40, learning_rate=(3e-4,), eval_rows=24),
     "report": dict(
-        freeze_below=True, drop_layers=(6, 2, 4, 8), drop_arm=("sft", "kl"),
+        freeze_below=True,
+        drop_layers=(6, 2, 4, 8),
+        drop_arm=("sft", "kl"),
         loss=("sft", "kl", "kl_only", "uld", "uld+gld"),
         gld=(
-            "rank/row_sum/closed_form:0.002", "token/row_rms/closed_form:0.02",
+            "rank/row_sum/closed_form:0.002",
+            "token/row_rms/closed_form:0.02",
             "rank/row_sum/sorted_coupling:0.0001",
         ),
-        mix=(0.5, 0.75, 0.25), learning_rate=(1e-4, 2e-4, 4e-4), seeds=3, eval_rows=32,
+        mix=(0.5, 0.75, 0.25),
+        learning_rate=(1e-4, 2e-4, 4e-4),
+        seeds=3,
+        eval_rows=32,
     ),
     # Another tokenizer and vocabulary: `make gemma` fetches the source (Gemma terms of use).
     "heterogeneous": dict(
         source=(".cache/models/gemma-3-270m.gguf",),
-        part=("pair", "healed_own", "healed_other", "healed_both", "reverse"), freeze_below=True,
+        part=("pair", "healed_own", "healed_other", "healed_both", "reverse"),
+        freeze_below=True,
         loss=("sft", *CROSS, "uld", "uld+gld"),
         # A first run chose .25 as the least of .25, .5 and .75.
-        mix=(0.25, 0.1, 0.5), learning_rate=(2e-5, 5e-5, 1.25e-4), trials=6, seeds=3, eval_rows=48,
+        mix=(0.25, 0.1, 0.5),
+        learning_rate=(2e-5, 5e-5, 1.25e-4),
+        trials=6,
+        seeds=3,
+        eval_rows=48,
         topic_rows=40,
     ),
     # 130k examples, 4K inputs, four 14B-24B models: for a pod. Data: jsonl of prompt and response.
@@ -191,12 +218,25 @@ PRESETS: dict[str, dict[str, Any]] = {
         student="hf:microsoft/phi-4",
         drop_layers=(0,),
         source=(
-            "hf:Qwen/Qwen2.5-14B-Instruct", "hf:Qwen/Qwen2.5-Coder-14B-Instruct",
+            "hf:Qwen/Qwen2.5-14B-Instruct",
+            "hf:Qwen/Qwen2.5-Coder-14B-Instruct",
             "hf:mistralai/Mistral-Small-24B-Instruct-2501",
         ),
-        data="jsonl:data/fusion", loss=("sft", "uld+gld"), seq_len=4096, batch_size=128,
-        eval_batch=128, accumulate=2, steps=1000, learning_rate=(1e-5,), weight_decay=0.1,
-        eval_rows=512, eval_every=250, checkpoint_every=100, dtype="bfloat16", layout="stacked",
-        remat="full", mesh="data:-1,fsdp:32,tensor:2",
+        data="jsonl:data/fusion",
+        loss=("sft", "uld+gld"),
+        seq_len=4096,
+        batch_size=128,
+        eval_batch=128,
+        accumulate=2,
+        steps=1000,
+        learning_rate=(1e-5,),
+        weight_decay=0.1,
+        eval_rows=512,
+        eval_every=250,
+        checkpoint_every=100,
+        dtype="bfloat16",
+        layout="stacked",
+        remat="full",
+        mesh="data:-1,fsdp:32,tensor:2",
     ),
-}  # fmt: skip
+}

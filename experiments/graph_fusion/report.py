@@ -13,12 +13,20 @@ from experiments.shared.report import bar, markdown_table, spread, text_cell, wr
 from logitjax.commands import figures
 
 NAMES = {
-    "sft": "SFT", "kl": "SFT + KL", "kl_only": "KL", "uld": "SFT + ULD", "gld": "SFT + GLD",
-    "uld+gld": "SFT + ULD + GLD (InfiGFusion)", "dual": "SFT + second head",
-    "first_piece": "SFT + first piece", "pkl": "SFT + P-KL, corrected (X-Token)",
-    "hybrid": "SFT + hybrid, corrected (GOLD)", "hkl": "SFT + H-KL, corrected (X-Token)",
-    "alm": "SFT + ALM", "mined": "SFT + MinED",
-}  # fmt: skip
+    "sft": "SFT",
+    "kl": "SFT + KL",
+    "kl_only": "KL",
+    "uld": "SFT + ULD",
+    "gld": "SFT + GLD",
+    "uld+gld": "SFT + ULD + GLD (InfiGFusion)",
+    "dual": "SFT + second head",
+    "first_piece": "SFT + first piece",
+    "pkl": "SFT + P-KL, corrected (X-Token)",
+    "hybrid": "SFT + hybrid, corrected (GOLD)",
+    "hkl": "SFT + H-KL, corrected (X-Token)",
+    "alm": "SFT + ALM",
+    "mined": "SFT + MinED",
+}
 
 # InfiGFusion, Table 3: averages over 18 reasoning tasks, Phi-4 14B pivot, accuracy in percent.
 PAPER = (

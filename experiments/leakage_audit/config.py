@@ -7,14 +7,47 @@ from logitjax import leakage
 from logitjax.commands.cli import field
 
 DEMO = (
-    "full", "round_2", "round_1", "round_0", "noise_0.3", "noise_1", "floor_-10", "top_1000",
-    "top_20", "top_5", "top_5_bias", "sampling", "draws", "argmax", "dummy_64_0.1", "cap_30",
-)  # fmt: skip
+    "full",
+    "round_2",
+    "round_1",
+    "round_0",
+    "noise_0.3",
+    "noise_1",
+    "floor_-10",
+    "top_1000",
+    "top_20",
+    "top_5",
+    "top_5_bias",
+    "sampling",
+    "draws",
+    "argmax",
+    "dummy_64_0.1",
+    "cap_30",
+)
 REPORT = (
-    *DEMO[:4], "round_5", "noise_0.1", "noise_0.3", "noise_1", "noise_3", "floor_-10", "floor_-6",
-    "top_5000", "top_1000", "top_200", "top_20", "top_5", "top_5_bias", "sampling", "draws",
-    "argmax", "dummy_64_0.02", "dummy_64_0.1", "dummy_256_0.1", "cap_30", "cap_10",
-)  # fmt: skip
+    *DEMO[:4],
+    "round_5",
+    "noise_0.1",
+    "noise_0.3",
+    "noise_1",
+    "noise_3",
+    "floor_-10",
+    "floor_-6",
+    "top_5000",
+    "top_1000",
+    "top_200",
+    "top_20",
+    "top_5",
+    "top_5_bias",
+    "sampling",
+    "draws",
+    "argmax",
+    "dummy_64_0.02",
+    "dummy_64_0.1",
+    "dummy_256_0.1",
+    "cap_30",
+    "cap_10",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,9 +77,18 @@ class Config:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": dict(
-        model="tiny", data="text:LICENSE", prompts=60, prompt_length=8,
+        model="tiny",
+        data="text:LICENSE",
+        prompts=60,
+        prompt_length=8,
         policy=(
-            "full", "round_2", "noise_0.3", "top_5", "top_5_bias", "sampling", "argmax",
+            "full",
+            "round_2",
+            "noise_0.3",
+            "top_5",
+            "top_5_bias",
+            "sampling",
+            "argmax",
             "dummy_4_0.1",
         ),
         corner=40,
@@ -54,7 +96,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "demo": dict(corner=0),
     "report": dict(policy=REPORT, seeds=3, corner=620),
     "paper": dict(
-        model="hf:distilbert/distilgpt2", data="tfds:experiments.shared.wikitext103:Wikitext103",
-        policy=REPORT, seeds=3, prompts=1000, prompt_length=64, corner=820,
+        model="hf:distilbert/distilgpt2",
+        data="tfds:experiments.shared.wikitext103:Wikitext103",
+        policy=REPORT,
+        seeds=3,
+        prompts=1000,
+        prompt_length=64,
+        corner=820,
     ),
-}  # fmt: skip
+}

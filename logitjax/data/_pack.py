@@ -215,7 +215,7 @@ def _routed(examples: Examples) -> Iterator[tuple[str | None, Examples]]:
     teachers = [str(example.get("teacher") or "") for example in examples]
     if "" in teachers:
         raise ValueError(f"{examples.source}: expected a 'teacher' in every row or in none")
-    for teacher in sorted(set(teachers)):
+    for teacher in sorted(map(str, set(teachers))):
         here = [e for e, own in zip(examples, teachers, strict=True) if own == teacher]
         yield teacher, Examples(here, fingerprint="", source=examples.source)
 

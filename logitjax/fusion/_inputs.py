@@ -138,6 +138,7 @@ def read_inputs(
         exists &= jnp.asarray(vocab_where)
 
     def there(logits: Any) -> Any:
+        # Zeros in place of -inf, whose differences would be nan.
         return None if logits is None else jnp.where(exists, logits, 0.0)
 
     return Inputs(jnp.where(exists, large, 0.0), there(experts), there(bases), exists)

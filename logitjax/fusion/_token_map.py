@@ -38,6 +38,7 @@ class TokenMap:
                 f"small_ids: expected one id below {self.small_size} (or -1) a token, got shape "
                 f"{ids.shape} with values up to {ids.max(initial=-1)}"
             )
+        # Its hash is of its numbers, which must not change then.
         ids.setflags(write=False)
         object.__setattr__(self, "small_ids", ids)
 
@@ -218,6 +219,7 @@ def vocabulary_map(
     if all(encoders):
         _check_probes(encoders, ids, small, probes)
     else:
+        # Plain vocabularies cut no text: their numbering is all the evidence there is.
         held = ids[ids >= 0]
         ordered = float((np.diff(held) > 0).mean()) if len(held) > 1 else 1.0
         if ordered < _LEAST_ORDER:

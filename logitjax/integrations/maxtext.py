@@ -41,18 +41,17 @@ def states_and_head(model: Any, hidden: Any, *, dropout: bool = False) -> tuple[
     """
     config, decoder = model.config, model.decoder
     hidden = decoder.dropout(decoder.decoder_norm(hidden), deterministic=not dropout)
+    # Cast here, not block by block (`Head.compute_dtype`): over a mesh that splits the model the
+    # head is gathered as it comes, so half of its bytes are.
     if not config.logits_via_embedding:
         dtype = jnp.float32 if config.logits_dot_in_fp32 else config.dtype
-        kernel = decoder.logits_dense.kernel[...]
-        return hidden, losses.Head(kernel, vocab_axis=1, compute_dtype=dtype)
+        kernel = decoder.logits_dense.kernel[...].astype(dtype)
+        return hidden.astype(dtype), losses.Head(kernel, vocab_axis=1)
     # MaxText rounds a tied table to bfloat16, whatever types its configuration names.
-    table, dtype = model.token_embedder.embedding[...], jnp.bfloat16
-    if hidden.dtype != dtype:
-        table, dtype = table.astype(dtype), hidden.dtype
+    table = model.token_embedder.embedding[...].astype(jnp.bfloat16)
     if config.normalize_embedding_logits:
         hidden = hidden / math.sqrt(hidden.shape[-1])
-    cap = config.final_logits_soft_cap or None
-    return hidden, losses.Head(table, vocab_axis=0, soft_cap=cap, compute_dtype=dtype)
+    return hidden, losses.Head(table, vocab_axis=0, soft_cap=config.final_logits_soft_cap or None)
 
 
 def _forward(

@@ -8,7 +8,7 @@ import numpy as np
 import scipy.linalg
 from jaxtyping import Float
 
-from logitjax.ops import Array, checks
+from logitjax.ops import Array, checks, top_k
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,20 +16,14 @@ class HeadAlignment:
     """A recovered subspace beside the head that made it.
 
     Attributes:
-        transform: ``[dimension, hidden]``, G: the head is about ``basis @ G``.
-        relative_rms: ``|W - basis G| / |W|``.
-        rms: root mean square of ``W - basis G``.
-        r2: ``1 - relative_rms^2``.
+        relative_rms: ``|W - basis G| / |W|``, with the best G.
         overlap: mean squared cosine of the principal angles, over the head's dimensions.
         max_angle: the largest principal angle, degrees.
         chance: overlap of a random subspace of this size: dimension / V.
         leak: overlap beyond chance: 0 for a random subspace, 1 for the head's own.
     """
 
-    transform: np.ndarray
     relative_rms: float
-    rms: float
-    r2: float
     overlap: float
     max_angle: float
     chance: float
@@ -76,7 +70,6 @@ def align_head(
     vocab, dimension = basis.shape
     q = _orthonormal(basis)
     inside = q.T @ head
-    transform = np.linalg.lstsq(q.T @ basis, inside, rcond=None)[0]
     norm = np.linalg.norm(head)
     # |W|^2 - |Q^T W|^2 would lose the digits that matter when the fit is good.
     error = np.linalg.norm(head - q @ inside)
@@ -90,10 +83,7 @@ def align_head(
     chance = dimension / vocab
     smallest = cosines.min() if dimension >= width else 0.0
     return HeadAlignment(
-        transform=transform,
         relative_rms=float(error / norm),
-        rms=float(error / np.sqrt(head.size)),
-        r2=float(1 - (error / norm) ** 2),
         overlap=overlap,
         max_angle=float(np.degrees(np.arccos(smallest))),
         chance=chance,
@@ -126,8 +116,6 @@ def utility_loss(
 
 @jax.jit
 def _utility_loss(truth: jax.Array, served: jax.Array) -> dict[str, jax.Array]:
-    from logitjax.ops import top_k
-
     served = served - jnp.log(jnp.sum(jnp.exp(served), axis=-1, keepdims=True))
     kl = jnp.sum(jnp.exp(truth) * (truth - served), axis=-1)
     width = min(5, truth.shape[-1])

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from logitjax.leakage._oracle import BudgetExhaustedError
+from logitjax.leakage._oracle import Meter
 from logitjax.leakage._policy import Answer, LogitPolicy
 
 
-class HttpOracle:
+class HttpOracle(Meter):
     """Asks a completion server, one token at a time, and counts.
 
     Args:
@@ -42,10 +42,8 @@ class HttpOracle:
         host = urllib.parse.urlsplit(address).hostname or ""
         if host != "localhost" and not _is_loopback(host):
             raise ValueError(f"address: expected one of this machine, got {address}")
+        super().__init__(budget)
         self.policy = policy
-        self.queries = 0
-        self.values = 0
-        self.budget = budget
         self._host = urllib.parse.urlsplit(address).netloc
         self._headers = {"Content-Type": "application/json"}
         if api_key is not None:
@@ -86,10 +84,8 @@ class HttpOracle:
             ValueError: The server refuses, or reports something else.
             BudgetExhaustedError: As for `ask`.
         """
-        self._spend(len(prompts))
-        answers = list(self._pool.map(self._echoed, prompts))
-        self.values += sum(answer.values.size for answer in answers)
-        return answers
+        self.charge(len(prompts))
+        return list(map(self.counted, self._pool.map(self._echoed, prompts)))
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -97,25 +93,16 @@ class HttpOracle:
     def _all(
         self, queries: Sequence[tuple[Any, Mapping[str, float] | None]], temperature: float
     ) -> Answer:
-        self._spend(len(queries))
+        self.charge(len(queries))
         found = list(
             self._pool.map(lambda query: self._one(query[0], query[1], temperature), queries)
         )
         # A value that the server keeps to itself is None there, and nan here.
         values = np.array([[value for _, value in row] for row in found], np.float32)
-        answer = Answer(
-            values=values[:, :0] if self.policy.returns == "token" else values,
-            tokens=np.array([[token for token, _ in row] for row in found], np.int32),
-        )
-        self.values += answer.values.size
-        return answer
-
-    def _spend(self, count: int) -> None:
-        if self.budget is not None and self.queries + count > self.budget:
-            raise BudgetExhaustedError(
-                f"{count} queries would pass the budget: {self.queries} of {self.budget} are used"
-            )
-        self.queries += count
+        tokens = np.array([[token for token, _ in row] for row in found], np.int32)
+        if self.policy.returns == "token":
+            values = values[:, :0]
+        return self.counted(Answer(values=values, tokens=tokens))
 
     def _echoed(self, prompt: Any) -> Answer:
         tokens, k = np.asarray(prompt).tolist(), self.policy.top_k

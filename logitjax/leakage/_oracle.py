@@ -16,7 +16,25 @@ class BudgetExhaustedError(ValueError):
     """A query exceeded the budget and was not answered."""
 
 
-class LogitOracle:
+class Meter:
+    """Counts queries and values, and refuses what exceeds a budget."""
+
+    def __init__(self, budget: int | None):
+        self.budget, self.queries, self.values = budget, 0, 0
+
+    def charge(self, count: int) -> None:
+        if self.budget is not None and self.queries + count > self.budget:
+            raise BudgetExhaustedError(
+                f"{count} queries would pass the budget: {self.queries} of {self.budget} are used"
+            )
+        self.queries += count
+
+    def counted(self, answer: Answer) -> Answer:
+        self.values += int(np.size(answer.values))
+        return answer
+
+
+class LogitOracle(Meter):
     """Answers queries about a model as an API with a given policy would, and counts them.
 
     An operator learns from it what a planned API would give away. The model runs in this process;
@@ -58,10 +76,8 @@ class LogitOracle:
     ):
         checks.positive(batch_size, "batch_size")
         checks.positive(cache_size, "cache_size")
+        super().__init__(budget)
         self.policy = policy
-        self.budget = budget
-        self.queries = 0
-        self.values = 0
         self.prompts = 0
         self._apply = apply_fn
         self._api, self._noise, self._draws = jax.random.split(jax.random.key(seed), 3)
@@ -84,13 +100,13 @@ class LogitOracle:
         Raises:
             BudgetExhaustedError: the budget would be exceeded.
         """
-        self._charge(len(prompts))
+        self.charge(len(prompts))
         answers = []
         for start in range(0, len(prompts), self._batch_size):
             rows = self._logits(prompts[start : start + self._batch_size])
             part = prompts[start : start + self._batch_size]
             answers.append(self._report(rows, part, temperature))
-        return self._counted(
+        return self.counted(
             Answer(
                 values=np.concatenate([a.values for a in answers]),
                 tokens=np.concatenate([a.tokens for a in answers]),
@@ -116,7 +132,7 @@ class LogitOracle:
             raise ValueError(f"bias_tokens: expected [queries, biased], got {tokens.shape}")
         if self.policy.bias == "none":
             raise ValueError("bias_tokens: expected none, got some: this API takes no logit bias")
-        self._charge(len(tokens))
+        self.charge(len(tokens))
         row = self._logits([prompt])
         # So many at a time that [queries, vocab] stays small.
         size = max(1, min(len(tokens), 2**23 // row.shape[-1]))
@@ -131,23 +147,12 @@ class LogitOracle:
             found = self._report(served, [prompt] * size, temperature, part, values)
             keep = size - short
             answers.append((found.values[:keep], found.tokens[:keep]))
-        return self._counted(
+        return self.counted(
             Answer(
                 values=np.concatenate([values for values, _ in answers]),
                 tokens=np.concatenate([tokens for _, tokens in answers]),
             )
         )
-
-    def _charge(self, count: int) -> None:
-        if self.budget is not None and self.queries + count > self.budget:
-            raise BudgetExhaustedError(
-                f"{count} queries would pass the budget: {self.queries} of {self.budget} are used"
-            )
-        self.queries += count
-
-    def _counted(self, answer: Answer) -> Answer:
-        self.values += int(np.size(answer.values))
-        return answer
 
     def _logits(self, prompts: Sequence[Any] | Array) -> np.ndarray:
         """Rows of the cache; what is missing is computed, prompts of one length together."""

@@ -5,7 +5,8 @@
 how the leaves of a pytree are split.
 """
 
-from logitjax.ops import checks as checks
+# For the packages beside this one: an argument is checked in the same words everywhere.
+from logitjax.ops import _checks as checks  # noqa: F401
 from logitjax.ops import sharding as sharding
 from logitjax.ops._log_softmax import AxisName as AxisName
 from logitjax.ops._log_softmax import log_softmax as log_softmax

@@ -14,7 +14,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from logitjax import models, storage
-from logitjax.serving._body import parse_json, read_body
+from logitjax.serving._admission import parse_json, read_body
 from logitjax.serving._errors import BadRequestError
 from logitjax.serving._keys import find_key
 from logitjax.serving._service import Service
@@ -114,7 +114,7 @@ class HiddenStates:
             tokens[row, : len(document)] = document
             positions[row, : len(document)] = np.arange(len(document))
         states = np.asarray(self._states(self._params, tokens, positions))
-        spans = zip(states, reading.starts, lengths, strict=True)
+        spans = zip(states[: len(lengths)], reading.starts, lengths, strict=True)
         hidden = np.concatenate([row[a - 1 : b - 1] for row, a, b in spans])
         rank = reading.rank
         if not 0 < rank < min(hidden.shape):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 import tokenizers
 from etils import epath
 from starlette.testclient import TestClient
@@ -412,7 +413,12 @@ def test_hidden_states_are_given_only_where_the_server_is_told_to_and_are_checke
         answer = client.post("/v1/hidden_states", json=body)
         assert answer.status_code == 400
         assert said in answer.json()["error"]["message"]
+    # Three documents are read as four.
+    three = {"documents": [[1, 2], [3, 4, 5], [6, 7]], "starts": [1, 2, 1], "rank": 0}
+    content = client.post("/v1/hidden_states", json=three).content
+    states = safetensors.numpy.load(content)["hidden"]
     model, tokenizer = models.load("tiny", layout="listed")
+    assert states.shape == (3, model.config.hidden_size)
     plain = serving.ServerConfig(model="tiny", policy=leakage.LogitPolicy(top_k=2))
     quiet = TestClient(serving.build_app(decoding.Ensemble(model), tokenizer, (256,), plain))
     assert quiet.get("/v1/hidden_states").status_code == 404

@@ -62,7 +62,7 @@ def make(tmp_path_factory):
 
 
 def mesh_of(config):
-    return jax.sharding.Mesh(maxtext_utils.create_device_mesh(config), config.mesh_axes)
+    return maxtext_utils.get_mesh_from_config(config)
 
 
 def batches(count=STEPS, **more):
@@ -134,7 +134,9 @@ def objective(*pairs):
 
 
 EXPERTS = dict(decoder_block="mixtral", num_experts=4, num_experts_per_tok=2)
-EXPERTS |= dict(megablox=False, sparse_matmul=False, load_balance_loss_weight=0.1)
+EXPERTS |= dict(
+    base_moe_mlp_dim=64, megablox=False, sparse_matmul=False, load_balance_loss_weight=0.1
+)
 SETTINGS = {
     "fsdp": {},
     "fsdp and tensor": dict(ici_tensor_parallelism=2),

@@ -19,11 +19,19 @@ from typing import Any
 
 # Each peer, and the package that it is from.
 PACKAGES = {
-    "ours": "logitjax", "ours_dense": "logitjax", "optax": "optax", "tokamax_xla": "tokamax",
-    "tokamax_chunked": "tokamax", "tokamax_mosaic": "tokamax", "maxtext": "maxtext",
-    "tunix": "google-tunix", "levanter": "marin-levanter", "levanter_fast": "marin-levanter",
-    "trl": "trl", "liger": "liger-kernel",
-}  # fmt: skip
+    "ours": "logitjax",
+    "ours_dense": "logitjax",
+    "optax": "optax",
+    "tokamax_xla": "tokamax",
+    "tokamax_chunked": "tokamax",
+    "tokamax_mosaic": "tokamax",
+    "maxtext": "maxtext",
+    "tunix": "google-tunix",
+    "levanter": "marin-levanter",
+    "levanter_fast": "marin-levanter",
+    "trl": "trl",
+    "liger": "liger-kernel",
+}
 
 
 class NotOffered(Exception):
@@ -159,7 +167,8 @@ def _tunix(case: Any, hidden: Any, kernel: Any) -> Any:
     strategy = LogitStrategy(
         *(lambda *_: None,) * 3, temperature=case.temperature, alpha=float(case.teacher)
     )
-    student = teacher = _logits(case, hidden, kernel)
+    student = _logits(case, hidden, kernel)
+    teacher = jax.lax.stop_gradient(student)
     if case.teacher:
         teacher = _logits(case, case.teacher_hidden, case.teacher_head)
     mean = strategy.compute_loss(student, teacher, labels)[0]
@@ -220,11 +229,19 @@ def _liger(case: Any, hidden: Any, kernel: Any) -> Any:
 
 
 PEERS: dict[str, Callable[..., Any]] = {
-    "ours": _ours, "ours_dense": _ours_dense, "optax": _optax, "tokamax_xla": _tokamax,
-    "tokamax_chunked": _tokamax_chunked, "tokamax_mosaic": _tokamax_mosaic, "maxtext": _maxtext,
-    "tunix": _tunix, "levanter": _levanter, "levanter_fast": _levanter_fast, "trl": _trl,
+    "ours": _ours,
+    "ours_dense": _ours_dense,
+    "optax": _optax,
+    "tokamax_xla": _tokamax,
+    "tokamax_chunked": _tokamax_chunked,
+    "tokamax_mosaic": _tokamax_mosaic,
+    "maxtext": _maxtext,
+    "tunix": _tunix,
+    "levanter": _levanter,
+    "levanter_fast": _levanter_fast,
+    "trl": _trl,
     "liger": _liger,
-}  # fmt: skip
+}
 
 
 def _jax_answer(peer: str, case: Any) -> tuple[Any, Any, Any]:

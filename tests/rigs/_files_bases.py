@@ -30,12 +30,16 @@ def _random(*shape: int) -> np.ndarray:
 
 # Of a layer's matrices the name in GGUF, and the shape.
 _LAYER: dict[str, Any] = {
-    "input_layernorm": ("attn_norm", 32), "post_attention_layernorm": ("ffn_norm", 32),
-    "self_attn.q_proj": ("attn_q", 32, 32), "self_attn.k_proj": ("attn_k", 16, 32),
-    "self_attn.v_proj": ("attn_v", 16, 32), "self_attn.o_proj": ("attn_output", 32, 32),
-    "mlp.gate_proj": ("ffn_gate", 64, 32), "mlp.up_proj": ("ffn_up", 64, 32),
+    "input_layernorm": ("attn_norm", 32),
+    "post_attention_layernorm": ("ffn_norm", 32),
+    "self_attn.q_proj": ("attn_q", 32, 32),
+    "self_attn.k_proj": ("attn_k", 16, 32),
+    "self_attn.v_proj": ("attn_v", 16, 32),
+    "self_attn.o_proj": ("attn_output", 32, 32),
+    "mlp.gate_proj": ("ffn_gate", 64, 32),
+    "mlp.up_proj": ("ffn_up", 64, 32),
     "mlp.down_proj": ("ffn_down", 32, 64),
-}  # fmt: skip
+}
 
 
 @functools.cache

@@ -18,9 +18,14 @@ from logitjax.fusion import DynamicFusion
 
 # Kind: batches at smoke and at full scale. Together 100,000 rows.
 KINDS = {
-    "student t": (1, 40), "zipf": (1, 20), "peaked": (1, 8), "ties": (1, 8), "-inf entries": (1, 8),
-    "offsets": (1, 8), "nearly equal": (1, 8),
-}  # fmt: skip
+    "student t": (1, 40),
+    "zipf": (1, 20),
+    "peaked": (1, 8),
+    "ties": (1, 8),
+    "-inf entries": (1, 8),
+    "offsets": (1, 8),
+    "nearly equal": (1, 8),
+}
 METHODS = ("newton", "jeffreys", "project")
 ROWS = 1000
 _HIGH, _GRID = 2.0, 21

@@ -23,11 +23,20 @@ from logitjax.transport import FactoredGraph
 
 # Kind: cases at smoke and at full scale. Together 10,000.
 KINDS = {
-    "factored": (6, 2_500), "factored, jit": (4, 1_000), "matrix": (4, 1_500),
-    "matrix, p = 1": (4, 1_000), "weights": (4, 1_000), "weights, p = 1": (2, 600),
-    "sorted rows": (2, 600), "third": (3, 1_000), "third, p = 1": (2, 300),
-    "third, weights": (2, 200), "third, 512": (0, 6), "large": (1, 94), "extreme scale": (4, 200),
-}  # fmt: skip
+    "factored": (6, 2_500),
+    "factored, jit": (4, 1_000),
+    "matrix": (4, 1_500),
+    "matrix, p = 1": (4, 1_000),
+    "weights": (4, 1_000),
+    "weights, p = 1": (2, 600),
+    "sorted rows": (2, 600),
+    "third": (3, 1_000),
+    "third, p = 1": (2, 300),
+    "third, weights": (2, 200),
+    "third, 512": (0, 6),
+    "large": (1, 94),
+    "extreme scale": (4, 200),
+}
 _SHAPES = ((1, 1), (2, 1), (3, 2), (6, 4), (7, 4), (12, 30), (40, 16))
 _LARGE = ((600, 40), (3_000, 16), (5_000, 8), (8_192, 8))
 _THIRD = ((3, 2), (6, 4), (7, 4), (16, 20))

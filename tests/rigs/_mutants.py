@@ -14,16 +14,28 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 EDGES = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "=="}
 EXTREMES = {
-    "max": "min", "maximum": "minimum", "argmax": "argmin", "pmax": "pmin", "any": "all",
-}  # fmt: skip
+    "max": "min",
+    "maximum": "minimum",
+    "argmax": "argmin",
+    "pmax": "pmin",
+    "any": "all",
+}
 EXTREMES |= {after: before for before, after in EXTREMES.items()}
 # Which argument comes first decides nothing, or at once an error of another kind.
 # Pairs of arguments whose exchange goes through without an error of its own.
 _ROLES = (
-    {"student", "teacher"}, {"reference", "hypothesis"}, {"large", "small"}, {"low", "high"},
-    {"begin", "end"}, {"over", "under"}, {"query", "key"}, {"values", "weights"},
-    {"rows", "columns"}, {"old", "new"}, {"offset", "size"},
-)  # fmt: skip
+    {"student", "teacher"},
+    {"reference", "hypothesis"},
+    {"large", "small"},
+    {"low", "high"},
+    {"begin", "end"},
+    {"over", "under"},
+    {"query", "key"},
+    {"values", "weights"},
+    {"rows", "columns"},
+    {"old", "new"},
+    {"offset", "size"},
+)
 # Which of two arguments comes first decides nothing here, or nothing that is computed.
 _UNORDERED = {
     *("isinstance", "issubclass", "issubdtype", "getattr", "hasattr", "setattr", "replace"),
@@ -311,10 +323,19 @@ def _infinity(source: Source, node: ast.AST) -> Iterator[Edit]:
 
 
 RULES: Mapping[str, Callable[[Source, ast.AST], Iterator[Edit]]] = {
-    "comparison": _comparison, "sign": _sign, "mask": _mask, "stop_gradient": _stop_gradient,
-    "swap": _swap, "axis": _axis, "off_by_one": _off_by_one, "constant": _constant,
-    "extreme": _extreme, "logic": _logic, "fold_in": _fold_in, "infinity": _infinity,
-}  # fmt: skip
+    "comparison": _comparison,
+    "sign": _sign,
+    "mask": _mask,
+    "stop_gradient": _stop_gradient,
+    "swap": _swap,
+    "axis": _axis,
+    "off_by_one": _off_by_one,
+    "constant": _constant,
+    "extreme": _extreme,
+    "logic": _logic,
+    "fold_in": _fold_in,
+    "infinity": _infinity,
+}
 
 
 def _only_raises(body: Iterable[ast.stmt]) -> bool:

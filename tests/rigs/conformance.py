@@ -199,7 +199,7 @@ def run(options: suite.Options) -> suite.Result:
         for number, case in enumerate(CASES):
             path = Path(folder) / f"{number:02d}"
             path.with_suffix(".json").write_text(json.dumps(dataclasses.asdict(case)))
-            np.savez(path.with_suffix(".npz"), **case.arrays())
+            np.savez(path.with_suffix(".npz"), **case.arrays())  # pyright: ignore
         for name in names:
             python = _interpreter(name)
             if python is None:

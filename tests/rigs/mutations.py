@@ -36,10 +36,21 @@ _SMOKE = ("data/order", "data/documents", "storage/torch_checkpoint")
 
 # Imported once; none of them starts a device.
 _PRELOAD = (
-    "tests.conftest", "jax.numpy", "jax.experimental.pallas", "flax.nnx", "optax", "chex",
-    "orbax.checkpoint", "hypothesis.extra.numpy", "pytest", "safetensors.numpy", "tokenizers",
-    "ml_dtypes", "etils.epath", "tqdm",
-)  # fmt: skip
+    "tests.conftest",
+    "jax.numpy",
+    "jax.experimental.pallas",
+    "flax.nnx",
+    "optax",
+    "chex",
+    "orbax.checkpoint",
+    "hypothesis.extra.numpy",
+    "pytest",
+    "safetensors.numpy",
+    "tokenizers",
+    "ml_dtypes",
+    "etils.epath",
+    "tqdm",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -65,7 +65,7 @@ def rollout_program(
             vocab_size=shape.config.vocab_size,
             takes_last_only=True,
         )
-        options = dict(new_tokens=new_tokens, sampling=on_policy.sampling, stop_ids=stop_ids)
+        options: Any = dict(new_tokens=new_tokens, sampling=on_policy.sampling, stop_ids=stop_ids)
         # As in a train step: the model finds the mesh that its activations are split over.
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             said, stopped = decoding.rollout(model, tokens, positions, seeds, mesh=mesh, **options)
@@ -191,7 +191,8 @@ class Rollouts:
         arrays = self._write(first, trained, frozen)
         self._seconds = time.perf_counter() - begin
         if every > 1 and jax.process_index() == 0:
-            storage.write_atomic(path, lambda file: np.savez(file, **arrays))
+            named: Any = arrays
+            storage.write_atomic(path, lambda file: np.savez(file, **named))
             for old in self._directory.glob("*.npz"):
                 if int(old.stem) + every <= oldest:
                     old.unlink()

@@ -114,10 +114,11 @@ class ServedTeacher:
             size = b - a - start
             out[row, a + start - 1 : b - 1] = states[place : place + size]
             place += size
-        said = {"bytes_a_position": (sum(x.nbytes for x in floats), place)}
-        said["rank_error"] = float(about["error"]), 1
-        for name, pair in said.items():
-            self._totals[name] = tuple(map(sum, zip(pair, self._totals.get(name, (0.0, 0.0)))))
+        size = float(sum(array.nbytes for array in floats))
+        said = {"bytes_a_position": (size, place), "rank_error": (float(about["error"]), 1)}
+        for name, (total, count) in said.items():
+            before = self._totals.get(name, (0.0, 0.0))
+            self._totals[name] = before[0] + total, before[1] + count
         return out
 
     def _ask(self, body: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:

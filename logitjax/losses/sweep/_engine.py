@@ -314,8 +314,8 @@ def _backward(sweep: Sweep, saved, cotangents):
     cotangents = drop_integers(cotangents)
     counts = any_of(cotangents, operands.student.hidden.ndim - 1)
     gradients = sweep.gradients or blockwise_gradients
-    student = gradients(sweep, operands, residuals, cotangents, counts)
-    return (Operands(Projection(*student, None), None, None, None),)
+    d_hidden, d_head = gradients(sweep, operands, residuals, cotangents, counts)
+    return (Operands(Projection(d_hidden, d_head, None), None, None, None),)
 
 
 def blockwise_gradients(

@@ -112,6 +112,10 @@ class TeacherStatistic(Statistic):
     def in_tiles(self) -> bool:
         return True
 
+    @property
+    def gradient_in_tiles(self) -> bool:
+        return True
+
     def start(self, batch: tuple[int, ...], dtype: Any, passed: Any) -> Any:
         return OnlineSums.start(batch, dtype, terms=1), jnp.zeros(batch, dtype)
 

@@ -15,8 +15,10 @@ those of `scan`; as they are where a statistic does not say `gradient_in_tiles`.
 
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Callable
+from importlib import resources
 from typing import Any, NamedTuple
 
 import jax
@@ -164,24 +166,19 @@ def choose_tiles(
     positions: int,
     vocab: int,
     on_chip: Callable[[int, int], int],
+    sizes: list[tuple[int, int]],
     *,
-    rows_first: bool = True,
     multiple: int = _LANES,
 ) -> Tiles:
-    """The largest tiles that fit on chip.
+    """The first tiles that fit on chip.
 
     Args:
         positions: positions of the batch.
         vocab: entries of the vocabulary.
         on_chip: the bytes that so many rows and columns take.
-        rows_first: whether as many rows as fit are better than as many columns.
+        sizes: rows and columns, the best first.
         multiple: of which columns are a multiple.
     """
-    columns = [-(-size // multiple) * multiple for size in _COLUMNS]
-    sizes = [(r, c) for r in _ROWS for c in columns]
-    if not rows_first:
-        # More columns than that save no more time, and leave none for the rows.
-        sizes = [(r, c) for c in columns for r in _ROWS if c <= 1024]
     for r, c in sizes:
         if (size := on_chip(r, c)) <= _ON_CHIP:
             r = min(r, -(-positions // 32) * 32)
@@ -263,6 +260,7 @@ def _passes_jvp(state_of: Any, sweep: Sweep, primals: Any, tangents: Any) -> Any
 class _Grid(NamedTuple):
     """A kernel over tiles of positions and of columns: the second of its axes goes by."""
 
+    name: str
     packed: Packed
     inputs: Inputs
     tiles: Tiles
@@ -356,7 +354,7 @@ class _Grid(NamedTuple):
             grid=self.shape,
             in_specs=jax.tree.leaves(self.specs()),
             out_specs=list(specs),
-            out_shape=[shape_of(*shape, self.inputs) for shape in shapes],
+            out_shape=[shape_of(shape, kind, self.inputs) for shape, kind in shapes],
             scratch_shapes=[pltpu.VMEM(*shape) for shape in scratch],
             cost_estimate=cost(self.inputs, self.vocab, shapes, times, products),
             # What is summed up stays on chip while the other axis goes by.
@@ -365,6 +363,7 @@ class _Grid(NamedTuple):
                 vmem_limit_bytes=self.tiles.on_chip + max(self.tiles.on_chip // 3, _LEAST_SPARE),
             ),
             interpret=interpret,
+            name=f"logitjax_{self.name}_{self.tiles.rows}x{self.tiles.columns}",
         )(*arrays)
 
 
@@ -405,11 +404,16 @@ def _grid(
     sweep: Sweep,
     operands: Operands,
     tree: Any,
+    name: str,
     *,
     held: Callable[[int, int], int],
     rows_axis: int = 0,
 ) -> _Grid:
-    """A kernel's inputs and tiles; `held` gives the bytes of what it sums up and writes."""
+    """A kernel's inputs and tiles; `held` gives the bytes of what it sums up and writes.
+
+    Tiles are looked up in `tiles.json`, by chip, kernel and bytes of a hidden state, then follow
+    from the sizes. An empty list there is what the compiler refused.
+    """
     packed = Packed(tree)
     positions, vocab = operands.student.hidden.shape[0], operands.student.head.vocab_size()
     widths = [side.hidden.shape[1] * compute_dtype(side).itemsize for side in operands.sides]
@@ -425,10 +429,31 @@ def _grid(
         return moved + logits + copied + 2 * rows * row_bytes + held(rows, columns)
 
     multiple = sweep.statistic.bins if isinstance(sweep.statistic, Binned) else _LANES
-    tiles = choose_tiles(positions, vocab, on_chip, rows_first=rows_axis == 0, multiple=multiple)
+    columns = [-(-size // multiple) * multiple for size in _COLUMNS]
+    sizes = [(r, c) for r in _ROWS for c in columns]
+    if rows_axis == 1:
+        # More columns than that save no more time, and leave none for the rows.
+        sizes = [(r, c) for c in columns for r in _ROWS if c <= 1024]
+    # A product that narrow fills no matrix unit.
+    sizes.sort(key=lambda size: min(size) < 256)
+    if multiple == _LANES and (known := _known_tiles(name, widths)) is not None:
+        sizes = [*known, *sizes] if known else []
+    tiles = choose_tiles(positions, vocab, on_chip, sizes, multiple=multiple)
     length = -(-positions // tiles.rows) * tiles.rows
     inputs = make_inputs(sweep, operands, packed, tree, length)
-    return _Grid(packed, inputs, tiles, rows_axis, vocab)
+    return _Grid(name, packed, inputs, tiles, rows_axis, vocab)
+
+
+def _known_tiles(name: str, widths: list[int]) -> list[tuple[int, int]] | None:
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    key = f"{device.device_kind}, {name}, {' + '.join(map(str, widths))}"
+    return _table().get(key)
+
+
+@functools.cache
+def _table() -> dict[str, list[tuple[int, int]]]:
+    table = json.loads((resources.files("logitjax.losses.sweep") / "tiles.json").read_text())
+    return {key: [(rows, columns) for rows, columns in sizes] for key, sizes in table.items()}
 
 
 def tpu_state(interpret: Any, sweep: Sweep, operands: Operands, passed: Any) -> Any:
@@ -439,7 +464,8 @@ def tpu_state(interpret: Any, sweep: Sweep, operands: Operands, passed: Any) -> 
     widths = [math.prod(x.shape[1:]) for x in jax.tree.leaves(like)]
     # The state, which fills rows of lanes, and what is written of it.
     row_bytes = sum(3 * 4 * -(-n // _LANES) * _LANES for n in widths)
-    grid = _grid(sweep, operands, (operands.tokens, passed), held=lambda r, c: r * row_bytes)
+    tree = (operands.tokens, passed)
+    grid = _grid(sweep, operands, tree, "state", held=lambda r, c: r * row_bytes)
     rows, length = grid.tiles.rows, grid.tiles.rows * grid.shape[0]
 
     def kernel(at: Inputs, out: Any, scratch: Any) -> None:
@@ -470,6 +496,7 @@ def tpu_state(interpret: Any, sweep: Sweep, operands: Operands, passed: Any) -> 
             for kind, count, ref in zip(state.kinds, state.counts, out):
                 some = [x[...] for x in narrow if x.dtype == kind]
                 empty = jnp.zeros((rows, count - len(some)), kind)
+                # No array has a side of zero on chip, so of a full one the last is left out.
                 ref[...] = jnp.concatenate([*some, empty][:count], 1).T
 
     out = [
@@ -492,111 +519,119 @@ def gradients(interpret: Any, sweep: Sweep, *given: Any) -> tuple[jax.Array, Hea
     return restore(d_hidden), d_head
 
 
+def _slope(sweep: Sweep, grid: _Grid, at: Inputs) -> tuple[jax.Array, jax.Array]:
+    """The gradient by the logits of a tile before bias, and where positions count, `[T, 1]`."""
+    (tokens, residuals, cotangents, counts), here = grid.read(at)
+    counts = counts[:, None] != 0
+    block = grid.block(at, here, tokens)
+    raw = sweep.statistic.gradient(residuals, cotangents, block)
+    side = Projection(at.hidden[0], here.heads[0], here.scales[0])
+    return raw_gradient(side, block, raw, counts), counts
+
+
+def _steps(width: int) -> list[slice]:
+    """Of the hidden axis, what is read at a time: it is copied out of a tile for the product."""
+    step = _STEP if width % _LANES == 0 else width
+    return [slice(start, min(start + step, width)) for start in range(0, width, step)]
+
+
+def _of_hidden(sweep: Sweep, grid: _Grid, at: Inputs, out: Any, scratch: Any) -> None:
+    """The kernel that sums up the gradient of the hidden states, as the vocabulary goes by."""
+    (total,), (result,), tile = scratch, out, pl.program_id(1)
+    kernel, axis = at.heads[0].kernel, at.heads[0].axis
+    raw = _slope(sweep, grid, at)[0].astype(kernel.dtype)
+
+    @pl.when(tile == 0)
+    def _() -> None:
+        total[...] = jnp.zeros_like(total)
+
+    def add(exists: Any) -> None:
+        for some in _steps(at.hidden[0].shape[1]):
+            w = kernel[:, some] if axis == 0 else kernel[some]
+            if exists is not None:
+                w = jnp.where(exists, w, jnp.zeros((), w.dtype))
+            total[:, some] += contract(raw, (1,), w, (axis,))
+
+    # Past the end of the vocabulary is anything, and zero times it may be nan.
+    last = grid.shape[1] - 1
+    if rest := grid.vocab % grid.tiles.columns:
+        sides = (grid.tiles.columns, 1) if axis == 0 else (1, grid.tiles.columns)
+        exists = lax.broadcasted_iota(jnp.int32, sides, axis) < rest
+        lax.cond(tile == last, lambda: add(exists), lambda: add(None))
+    else:
+        add(None)
+
+    @pl.when(tile == last)
+    def _() -> None:
+        result[...] = total[...].astype(result.dtype)
+
+
+def _of_head(sweep: Sweep, grid: _Grid, at: Inputs, out: Any, scratch: Any) -> None:
+    """The kernel that sums up the gradient of the head, as the positions go by."""
+    tile, hidden = pl.program_id(1), at.hidden[0]
+    raw, counts = _slope(sweep, grid, at)
+    cast = raw.astype(at.heads[0].kernel.dtype)
+
+    @pl.when(tile == 0)
+    def _() -> None:
+        for total in scratch:
+            total[...] = jnp.zeros_like(total)
+
+    def add(counts: Any) -> None:
+        for some in _steps(at.hidden[0].shape[1]):
+            x = hidden[:, some]
+            if counts is not None:
+                x = jnp.where(counts, x, jnp.zeros((), x.dtype))
+            scratch[0][:, some] += contract(cast, (0,), x, (0,))
+
+    # As above: hidden states of positions that do not count.
+    whole = jnp.min(jnp.where(counts, 1.0, 0.0)) > 0
+    lax.cond(whole, lambda: add(None), lambda: add(counts))
+    if len(out) == 2:
+        scratch[1][...] += raw.sum(0, keepdims=True)
+
+    @pl.when(tile == grid.shape[1] - 1)
+    def _() -> None:
+        if len(out) == 2:
+            out[1][...] = scratch[1][...].astype(out[1].dtype)
+        for some in _steps(at.hidden[0].shape[1]):
+            total = scratch[0][:, some]
+            if at.heads[0].axis == 0:
+                out[0][:, some] = total.astype(out[0].dtype)
+            else:
+                out[0][some] = total.T.astype(out[0].dtype)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _gradients(
     interpret: Any, sweep: Sweep, operands: Operands, residuals: Any, cotangents: Any, counts: Any
 ) -> tuple[jax.Array, Head]:
     tree = (operands.tokens, residuals, cotangents, counts)
-    student, axis = operands.student, operands.student.head.axis
-    dtype, kind = sum_dtype(student), compute_dtype(student)
-    width = student.hidden.shape[1]
+    student = operands.student
+    dtype, width = sum_dtype(student), student.hidden.shape[1]
 
     def sums(size: int, out: Any) -> int:
         # The sum, and twice what is written of it.
         return size * width * (dtype.itemsize + 2 * jnp.dtype(out).itemsize)
 
-    def slope(grid: _Grid, at: Inputs) -> tuple[jax.Array, jax.Array]:
-        """The gradient by the logits of a tile before bias, and where positions count, `[T, 1]`."""
-        (tokens, residuals, cotangents, counts), here = grid.read(at)
-        counts = counts[:, None] != 0
-        block = grid.block(at, here, tokens)
-        raw = sweep.statistic.gradient(residuals, cotangents, block)
-        side = Projection(None, here.heads[0], here.scales[0])
-        return raw_gradient(side, block, raw, counts), counts
-
-    def steps() -> list[slice]:
-        step = _STEP if width % _LANES == 0 else width
-        return [slice(start, min(start + step, width)) for start in range(0, width, step)]
-
-    def of_hidden(grid: _Grid, at: Inputs, out: Any, scratch: Any) -> None:
-        (total,), (result,), tile = scratch, out, pl.program_id(1)
-        kernel = at.heads[0].kernel
-        raw = slope(grid, at)[0].astype(kind)
-
-        @pl.when(tile == 0)
-        def _() -> None:
-            total[...] = jnp.zeros_like(total)
-
-        def add(exists: Any) -> None:
-            for some in steps():
-                w = kernel[:, some] if axis == 0 else kernel[some]
-                if exists is not None:
-                    w = jnp.where(exists, w, jnp.zeros((), w.dtype))
-                total[:, some] += contract(raw, (1,), w, (axis,))
-
-        # Past the end of the vocabulary is anything, and zero times it may be nan.
-        last = grid.shape[1] - 1
-        if rest := grid.vocab % grid.tiles.columns:
-            sides = (grid.tiles.columns, 1) if axis == 0 else (1, grid.tiles.columns)
-            exists = lax.broadcasted_iota(jnp.int32, sides, axis) < rest
-            lax.cond(tile == last, lambda: add(exists), lambda: add(None))
-        else:
-            add(None)
-
-        @pl.when(tile == last)
-        def _() -> None:
-            result[...] = total[...].astype(result.dtype)
-
-    def of_head(grid: _Grid, at: Inputs, out: Any, scratch: Any) -> None:
-        tile, hidden = pl.program_id(1), at.hidden[0]
-        raw, counts = slope(grid, at)
-        cast = raw.astype(kind)
-
-        @pl.when(tile == 0)
-        def _() -> None:
-            for total in scratch:
-                total[...] = jnp.zeros_like(total)
-
-        def add(counts: Any) -> None:
-            for some in steps():
-                x = hidden[:, some]
-                if counts is not None:
-                    x = jnp.where(counts, x, jnp.zeros((), x.dtype))
-                scratch[0][:, some] += contract(cast, (0,), x, (0,))
-
-        # As above: hidden states of positions that do not count.
-        whole = jnp.min(jnp.where(counts, 1.0, 0.0)) > 0
-        lax.cond(whole, lambda: add(None), lambda: add(counts))
-        if len(out) == 2:
-            scratch[1][...] += raw.sum(0, keepdims=True)
-
-        @pl.when(tile == grid.shape[1] - 1)
-        def _() -> None:
-            if len(out) == 2:
-                out[1][...] = scratch[1][...].astype(out[1].dtype)
-            for some in steps():
-                total = scratch[0][:, some]
-                if axis == 0:
-                    out[0][:, some] = total.astype(out[0].dtype)
-                else:
-                    out[0][some] = total.T.astype(out[0].dtype)
-
     hidden, head = student.hidden, student.head
-    grid = _grid(sweep, operands, tree, held=lambda r, c: sums(r, hidden.dtype))
+    grid = _grid(sweep, operands, tree, "hidden", held=lambda r, c: sums(r, hidden.dtype))
     (d_hidden,) = grid.call(
-        functools.partial(of_hidden, grid),
+        functools.partial(_of_hidden, sweep, grid),
         [(grid.by_row(-1, width), (hidden.shape, hidden.dtype))],
         [((grid.tiles.rows, width), dtype)],
         1,
         interpret,
     )
-    grid = _grid(sweep, operands, tree, held=lambda r, c: sums(c, head.kernel.dtype), rows_axis=1)
+    grid = _grid(
+        sweep, operands, tree, "head", held=lambda r, c: sums(c, head.kernel.dtype), rows_axis=1
+    )
     spec, scratch = grid.head_specs(grid.inputs.heads[0]), [((grid.tiles.columns, width), dtype)]
     out = [(spec.kernel, (head.kernel.shape, head.kernel.dtype))]
     if head.bias is not None:
         out.append((spec.bias, ((1, grid.vocab), head.bias.dtype)))
         scratch.append(((1, grid.tiles.columns), dtype))
-    kernel, *bias = grid.call(functools.partial(of_head, grid), out, scratch, 1, interpret)
+    kernel, *bias = grid.call(functools.partial(_of_head, sweep, grid), out, scratch, 1, interpret)
     return d_hidden, dataclasses.replace(head, kernel=kernel, bias=bias[0][0] if bias else None)
 
 
@@ -607,11 +642,8 @@ def _gradients_jvp(interpret: Any, sweep: Sweep, primals: Any, tangents: Any) ->
 
 def _product(hidden: Any, kernel: Any, axis: int) -> jax.Array:
     """Logits of a tile, a slice of the hidden axis at a time: what is sliced is copied."""
-    width = hidden.shape[1]
-    step = _STEP if width % _LANES == 0 else width
     parts = []
-    for start in range(0, width, step):
-        some = slice(start, min(start + step, width))
+    for some in _steps(hidden.shape[1]):
         w = kernel[:, some] if axis == 0 else kernel[some]
         parts.append(contract(hidden[:, some], (1,), w, (1 - axis,)))
     return functools.reduce(jnp.add, parts)

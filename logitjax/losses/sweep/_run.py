@@ -305,9 +305,8 @@ def _everywhere(
         # Under `vmap` a mesh names the axis that is mapped over, and `shard_map` may not.
         call: Any = functools.partial(_local, *local, axis_name=None)
         whole = NamedSharding(mesh, PartitionSpec())
-        return jax.sharding.auto_axes(call, axes=tuple(explicit), out_sharding=whole)(
-            operands, weights
-        )
+        run = jax.sharding.auto_axes(call, axes=tuple(explicit), out_sharding=whole)
+        return run(operands, weights)  # pyright: ignore[reportCallIssue]
     # All Auto axes where the others have one device: a part of a mesh is harder on the compiler.
     free = {name for name, kind in kinds.items() if kind == AxisType.Auto}
     alone = all(mesh.shape[name] == 1 or name in named for name in free)

@@ -53,7 +53,8 @@ class LogitBlock(NamedTuple):
         if self.together:
             # Into zeros: the total itself would have to be written for it.
             empty, columns = jnp.zeros_like(total), self._new_columns()
-            return total + _ids.place(self.together, empty, columns, _as_int32(ids), values)
+            placed: Any = _ids.place(self.together, empty, columns, _as_int32(ids), values)
+            return total + placed
         places, inside = self._places(ids)
         rows = tuple(
             lax.broadcasted_iota(jnp.int32, places.shape, axis) for axis in range(places.ndim - 1)

@@ -80,7 +80,7 @@ def gpu_state(sweep: Sweep, operands: Operands, passed: Any, *, interpret: bool 
     found = pl.pallas_call(
         kernel,
         grid=grid,
-        out_shape=[shape_of(*shape, inputs) for shape in shapes],
+        out_shape=[shape_of(shape, kind, inputs) for shape, kind in shapes],
         cost_estimate=cost(inputs, vocab, shapes, (1, grid[0])),
         compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=3),
         interpret=interpret,

@@ -232,12 +232,11 @@ def _finished(path: epath.Path, items: Sequence[Item]) -> dict[str, Any] | None:
 
 
 def _progress(label: str, total: int) -> tqdm:
-    """A bar on a terminal of process 0, a line now and then in its log."""
-    seconds = 0.1 if sys.stderr.isatty() else _LOG_SECONDS
-    hidden = jax.process_index() != 0
-    return tqdm(
-        total=total, desc=label, unit="row", leave=False, mininterval=seconds, disable=hidden
-    )
+    """A bar on a terminal of process 0; in its log a line now and then, of what takes long."""
+    how: dict[str, Any] = dict(desc=label, unit="row", leave=False, disable=jax.process_index() > 0)
+    if not sys.stderr.isatty():
+        how |= {"mininterval": _LOG_SECONDS, "delay": _LOG_SECONDS}
+    return tqdm(total=total, **how)
 
 
 def _log_set(name: str, items: Sequence[Item], asking: _Asking) -> dict[str, Any]:
