@@ -607,7 +607,6 @@ TABLE: dict[str, Case] = {
 
 PACKAGES = [
     "storage",
-    "kernels",
     "ops",
     "transport",
     "fusion",
@@ -630,9 +629,6 @@ PACKAGES = [
 # What takes no array of numbers that could be spoilt, or is spoilt elsewhere.
 ELSEWHERE = {
     "tests/losses/test_log_probs.py": "losses.pad_support",
-    "fuzzed against XLA, by `benchmark kernels` and tests/kernels": """
-        kernels.build kernels.in_use kernels.on_cpu kernels.lookup_sums kernels.row_products
-        kernels.largest_ids""",
     "tests/test_classifier_inputs.py": """
         few_shot.FewShotTask few_shot.Method few_shot.Recipe
         few_shot.best_setting few_shot.sweep few_shot.FeatureCache few_shot.Features

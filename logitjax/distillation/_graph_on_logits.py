@@ -181,7 +181,7 @@ def graph_on_logits(
 
     out_ndims = (student.values.ndim - 2,) * (1 + len(names))
     arrays = (*_arrays(student, student_where), *_arrays(teacher, teacher_where))
-    loss, *values = ops.sharding.over_batch(compare, out_ndims, *arrays)
+    loss, *values = ops.mesh.over_batch(compare, out_ndims, *arrays)
     return loss, jax.lax.stop_gradient(dict(zip(names, values)))
 
 

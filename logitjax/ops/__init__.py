@@ -5,8 +5,10 @@
 how the leaves of a pytree are split.
 """
 
-# For the packages beside this one: an argument is checked in the same words everywhere.
+# For the packages beside this one: arguments are checked in the same words everywhere, and code on
+# a mesh asks the same questions of it.
 from logitjax.ops import _checks as checks  # noqa: F401
+from logitjax.ops import _mesh as mesh  # noqa: F401
 from logitjax.ops import sharding as sharding
 from logitjax.ops._log_softmax import AxisName as AxisName
 from logitjax.ops._log_softmax import log_softmax as log_softmax
