@@ -670,13 +670,13 @@ ELSEWHERE = {
         distillation.DualHead models.Decoder vision.CLIP vision.ImageClassifier""",
     "functions of functions, models, texts or files": """
         distillation.aligned_value_and_grad
-        distillation.check_vocabularies distillation.distill distillation.hidden_states
-        distillation.load_corpus distillation.LossFunction distillation.make_student
-        distillation.make_update distillation.pack_corpus distillation.Pruning
+ distillation.distill distillation.hidden_states
+ distillation.LossFunction
+ distillation.Pruning
         distillation.StudentNeeds distillation.TeacherNeeds distillation.Term
         distillation.parse_terms distillation.prune_layers distillation.prune_width
-        distillation.score_function distillation.targets distillation.teacher_record
-        distillation.train_student distillation.update_programs distillation.visited_rows
+ distillation.teacher_record
+        distillation.train_student distillation.update_programs
         distillation.TeacherCache unlearning.make_answer_loss
         unlearning.Unlearning unlearning.examine unlearning.padded_rows
         unlearning.relearning

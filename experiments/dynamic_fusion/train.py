@@ -229,7 +229,7 @@ def make_update(
 
 def text_loss(model: models.Decoder, batch: Mapping[str, Any]) -> tuple[Any, Any]:
     """Summed next-token cross-entropy, and of how many tokens."""
-    labels, where = distillation.targets(batch)
+    labels, where = batch["tokens"][:, 1:], batch["loss_mask"][:, 1:]
     hidden = distillation.hidden_states(model, batch)
     weights = where.astype(jnp.float32)
     loss = losses.linear_cross_entropy(hidden, model.head_of(), labels, weights=weights)
@@ -240,8 +240,7 @@ def healing_loss(
     graphdef: Any, model: models.Decoder, batch: Mapping[str, Any], params: Any
 ) -> tuple[Any, Any]:
     """Summed KL divergence from what the whole model says, of its graph and parameters."""
-    _, where = distillation.targets(batch)
-    weights = where.astype(jnp.float32)
+    weights = batch["loss_mask"][:, 1:].astype(jnp.float32)
     whole = jax.lax.stop_gradient(nnx.merge(graphdef, params))
     loss = losses.linear_kl_divergence(
         distillation.hidden_states(model, batch),
