@@ -675,16 +675,16 @@ ELSEWHERE = {
  distillation.Pruning
         distillation.StudentNeeds distillation.TeacherNeeds distillation.Term
         distillation.parse_terms distillation.prune_layers distillation.prune_width
- distillation.teacher_record
+
         distillation.train_student distillation.update_programs
         distillation.TeacherCache unlearning.make_answer_loss
-        unlearning.Unlearning unlearning.examine unlearning.padded_rows
+        unlearning.Unlearning unlearning.examine
         unlearning.relearning
-        unlearning.read_rows unlearning.share_interval unlearning.split_rows
+ unlearning.share_interval unlearning.split_rows
         serving.Key serving.Listening serving.ServerConfig serving.build_app
-        vq.HiddenCache vq.load_head few_shot.choose_rows
-        few_shot.candidates few_shot.load few_shot.read_pictures
-        few_shot.encoder_views decoding.Engine decoding.generate
+        vq.HiddenCache vq.load_head
+ few_shot.load few_shot.read_pictures
+ decoding.Engine decoding.generate
         decoding.PromptReader
         decoding.load_ensemble decoding.next_token_program decoding.nll_from_model decoding.rollout
         decoding.score

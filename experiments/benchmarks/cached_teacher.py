@@ -50,11 +50,8 @@ def run(options: suite.Options) -> suite.Result:
     student = models.keep_layers(teacher, pruned.kept)
     teacher_fn, teacher_params = models.from_nnx(teacher)
     taught = distillation.Student.of(student)
-    read = jax.jit(
-        functools.partial(
-            distillation.teacher_record, teacher_fn.graphdef, k=_K, tail_samples=_TAIL
-        )
-    )
+    reading = distillation.Reading(data="", top_k=_K, tail_samples=_TAIL)
+    read = jax.jit(functools.partial(reading.record, teacher_fn.graphdef))
 
     def batch(split: str, step: int, seed: int) -> dict[str, Any]:
         return rows[split].batch(step, seed=seed, batch_size=rows_a_step)["lm"]

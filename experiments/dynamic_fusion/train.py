@@ -20,6 +20,7 @@ from flax import nnx
 from experiments.dynamic_fusion.config import Config
 from experiments.dynamic_fusion.data import Questions, Task, Text
 from experiments.shared import fit
+from experiments.shared.records import remove_directory
 from logitjax import distillation, losses, models, processes, storage, training, vq
 from logitjax.storage import digest
 
@@ -156,7 +157,7 @@ class Lineup:
     def forget(self, variant: Variant) -> None:
         """Drop the checkpoints of a model of which only what its head saw is still needed."""
         variant.__dict__.pop("model", None)
-        processes.remove_directory(variant.directory / "checkpoints")
+        remove_directory(variant.directory / "checkpoints")
 
     def _load_large(self) -> models.Decoder:
         return models.load(self.config.large, dtype=self.config.dtype, layout="listed")[0]

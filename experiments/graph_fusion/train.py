@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 
 from experiments.graph_fusion import arms, topics
 from experiments.graph_fusion.config import CROSS, Config
-from experiments.shared.records import Record, kept
-from logitjax import data, distillation, models, processes, training
+from experiments.shared.records import Record, kept, remove_directory
+from logitjax import data, distillation, models, training
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -283,5 +283,5 @@ def run_arm(
         # Trials are not asked; the one that became the first run is trained again for it.
         record |= kept(directory / "topics.json", lambda: _topics(pruned, trained().params))
     # What is finished needs no checkpoint, and many trials would fill a disk.
-    processes.remove_directory(directory / "checkpoints")
+    remove_directory(directory / "checkpoints")
     return record

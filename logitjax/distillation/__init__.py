@@ -63,4 +63,3 @@ from logitjax.distillation.training._student import Student as Student
 from logitjax.distillation.training._student import hidden_states as hidden_states
 from logitjax.distillation.training._teacher_cache import TeacherCache as TeacherCache
 from logitjax.distillation.training._teacher_cache import TeacherIdentity as TeacherIdentity
-from logitjax.distillation.training._teachers import teacher_record as teacher_record

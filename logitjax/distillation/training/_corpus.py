@@ -27,6 +27,7 @@ from logitjax.distillation.training._teachers import (
     model_reader,
     open_teacher_caches,
     server_reader,
+    teacher_record,
 )
 
 # Teachers that are no model on this machine.
@@ -182,6 +183,12 @@ class Reading:
             vocabularies = _vocabularies(self, packed, columns, directory)
             sources[name] = Source(columns, packed, caches[name], vocabularies)
         return Corpus(packed=packed, sources=sources, specs=self.teachers)
+
+    def record(self, graphdef: Any, params: Any, columns: Mapping[str, Any], rows: Any) -> Any:
+        """What a teacher, a decoder, says of the rows of these numbers, as it is kept."""
+        hidden = any(needs.hidden for needs in self.needs)
+        sizes: Any = {"k": self.top_k, "tail_samples": self.tail_samples, "with_hidden": hidden}
+        return teacher_record(graphdef, params, columns, rows, **sizes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,6 @@ from logitjax.distillation.tokenizers._projection import TokenProjection
 from logitjax.distillation.training._corpus import Reading
 from logitjax.distillation.training._distill import Course
 from logitjax.distillation.training._student import Student
-from logitjax.distillation.training._teachers import teacher_record
 
 
 def update_programs(
@@ -145,13 +144,7 @@ def _reading(
     name: str, decoder: models.Decoder, reading: Reading, columns: Mapping[str, Any], mesh: Mesh
 ) -> training.Program:
     apply_fn, params = models.from_nnx(decoder)
-    read = functools.partial(
-        teacher_record,
-        apply_fn.graphdef,
-        k=reading.top_k,
-        tail_samples=reading.tail_samples,
-        with_hidden=any(needs.hidden for needs in reading.needs),
-    )
+    read = functools.partial(reading.record, apply_fn.graphdef)
     tokens = columns["tokens"]
     number = jax.ShapeDtypeStruct(tokens.shape[:1], jnp.int64, sharding=tokens.sharding)
     arguments = (_placed(params, mesh), dict(columns), number)
