@@ -662,8 +662,8 @@ ELSEWHERE = {
         distillation.token_projection""",
     "tests/distillation/test_terms.py": """
         losses.readout_statistic""",
-    "a switch for a mesh or for nothing": """
-        ops.neginf_to_zero ops.psum""",
+    "a switch for nothing": """
+        ops.neginf_to_zero""",
     "modules, whose arrays go through the functions above": """
         heads.LinearHead heads.TiedHead heads.VocabularyHead
         heads.torch_linear vq.VQHead vq.ProductHead vq.ScreenedHead vq.ShortlistHead

@@ -13,6 +13,8 @@ import jax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from logitjax.ops._types import AxisName
+
 
 def auto_axes(names: Sequence[str], size: int) -> tuple[str, ...]:
     """Which of the named axes a dimension of this size can be split over here.
@@ -91,3 +93,8 @@ def path_mask(tree: Any, pattern: str) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, _: search(path_string(path)) is not None, tree
     )
+
+
+def psum(values: jax.Array, axis_name: AxisName | None) -> jax.Array:
+    """Sums over the shards of a vocabulary; without an axis name there is one shard."""
+    return values if axis_name is None else jax.lax.psum(values, axis_name)

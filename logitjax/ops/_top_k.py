@@ -12,9 +12,9 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 from logitjax.kernels import native
 from logitjax.ops import checks
-from logitjax.ops._log_softmax import AxisName, logsumexp
+from logitjax.ops._log_softmax import logsumexp
 from logitjax.ops._mesh import over_batch
-from logitjax.ops._types import Array
+from logitjax.ops._types import Array, AxisName
 
 #: Entries from which on the kernel for CPUs is worth a call.
 _LONG = 1024
