@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from logitjax.heads import HeadCost, VocabularyHead
 from logitjax.losses import Head
 from logitjax.ops import Array, TopK, checks, gather_at, logsumexp, neginf_to_zero, top_k
-from logitjax.ops.sharding import over_batch
+from logitjax.ops import mesh as on_mesh
 from logitjax.vq._shortlist import in_blocks, rescored
 
 
@@ -228,4 +228,4 @@ def _joined(scores: jax.Array, tokens: jax.Array, better: jax.Array) -> jax.Arra
         shift = neginf_to_zero(logsumexp(better)) - neginf_to_zero(logsumexp(scores[rows, tokens]))
         return ((scores + shift[:, None]).at[rows, tokens].set(better),)
 
-    return over_batch(join, (2,), scores, tokens, better)[0]
+    return on_mesh.over_batch(join, (2,), scores, tokens, better)[0]

@@ -32,14 +32,12 @@ def packed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("on_policy")
     (folder / "text.txt").write_text(TEXT)
     reading = distillation.Reading(data=f"text:{folder / 'text.txt'}", seq_len=LENGTH)
-    return distillation.pack_corpus(
-        reading, models.load_tokenizer("tiny"), epath.Path(folder) / "p"
-    )
+    return reading.pack(models.load_tokenizer("tiny"), epath.Path(folder) / "p")
 
 
 def student(**options):
     layout = options.pop("layout", "listed")
-    return distillation.make_student(models.load_model("tiny", layout=layout), **options)
+    return distillation.Student.of(models.load_model("tiny", layout=layout), **options)
 
 
 def rollouts(packed, law, taught, *, mesh="data:1", directory="/nowhere"):
@@ -191,7 +189,7 @@ def learn(packed, out, *, law=LAW, teachers=("tiny:1",), terms=("full_kl:1",), s
     )
     names = {"pivot": "pivot"} | dict.fromkeys(reading.names, "pivot")
     packed = dataclasses.replace(packed, names=names)
-    corpus = distillation.load_corpus(reading, packed, {}, out / "teachers")
+    corpus = reading.load(packed, {}, out / "teachers")
     course = distillation.Course(
         steps=steps,
         batch_size=ROWS,
@@ -292,8 +290,8 @@ def test_a_column_of_the_data_sends_each_row_to_its_teacher(tmp_path):
     )
     out = epath.Path(tmp_path)
     tokenizer = models.load_tokenizer("tiny")
-    packed = distillation.pack_corpus(reading, tokenizer, out / "packed")
-    corpus = distillation.load_corpus(reading, packed, {}, out / "teachers")
+    packed = reading.pack(tokenizer, out / "packed")
+    corpus = reading.load(packed, {}, out / "teachers")
     rows = packed.splits["train"].batch(0, seed=0, batch_size=ROWS)
     texts = [tokenizer.decode(row) for row in rows["pivot"]["tokens"].tolist()]
     odd = [any(word.isdigit() and int(word) % 2 for word in text.split()) for text in texts]
