@@ -28,11 +28,10 @@ def learn(model, tokenizer, loss, *teachers):
     source = f"text:{folder / 'text.txt'}"
     terms = distillation.parse_terms([loss])
     reading = distillation.Reading(data=source, teachers=teachers, terms=(terms[0][0],), seq_len=64)
-    packed = distillation.pack_corpus(reading, tokenizer, folder / loss / "data")
-    rows = distillation.visited_rows(packed, steps=80, batch_size=8, seeds=(0,), eval_rows=8)
+    packed = reading.pack(tokenizer, folder / loss / "data")
     return distillation.distill(
-        distillation.make_student(model),
-        distillation.load_corpus(reading, packed, rows, folder / loss / "teachers"),
+        distillation.Student.of(model),
+        reading.load(packed, course.visited_rows(packed), folder / loss / "teachers"),
         distillation.Objective(terms=terms),
         course,
         mesh=training.make_mesh("data:1", devices=jax.devices()[:1]),

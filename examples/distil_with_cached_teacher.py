@@ -33,13 +33,10 @@ def learn(spec, loss, *teachers):
         data=f"text:{folder / 'text.txt'}", teachers=teachers, seq_len=64, top_k=16, batch_size=ROWS
     )
     (model, tokenizer), place = models.load(spec), folder / loss
-    packed = distillation.pack_corpus(reading, tokenizer, place / "data")
-    rows = distillation.visited_rows(
-        packed, steps=STEPS, batch_size=ROWS, seeds=(0,), eval_rows=course.eval_rows
-    )
+    packed = reading.pack(tokenizer, place / "data")
     found = distillation.distill(
-        distillation.make_student(model),
-        distillation.load_corpus(reading, packed, rows, place / "teachers"),
+        distillation.Student.of(model),
+        reading.load(packed, course.visited_rows(packed), place / "teachers"),
         distillation.Objective(terms=distillation.parse_terms([loss])),
         course,
         mesh=training.make_mesh("data:1", devices=jax.devices()[:1]),

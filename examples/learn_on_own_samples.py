@@ -36,10 +36,10 @@ def learn(spec, loss, *teachers, share=0.0):
         terms=tuple(term for term, _ in terms),
     )
     (model, tokenizer), place = models.load(spec), folder / loss
-    packed = distillation.pack_corpus(reading, tokenizer, place / "data")
+    packed = reading.pack(tokenizer, place / "data")
     found = distillation.distill(
-        distillation.make_student(model),
-        distillation.load_corpus(reading, packed, {}, place / "teachers"),
+        distillation.Student.of(model),
+        reading.load(packed, {}, place / "teachers"),
         distillation.Objective(terms=terms),
         course,
         mesh=training.make_mesh("data:1", devices=jax.devices()[:1]),

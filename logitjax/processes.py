@@ -127,8 +127,3 @@ def write_json(path: epath.Path, record: Any) -> None:
     """Process 0 writes a JSON file, whole or not at all; the others do not wait."""
     if jax.process_index() == 0:
         write_atomic(path, json.dumps(record, indent=1) + "\n")
-
-
-def remove_directory(directory: epath.Path) -> None:
-    """Process 0 removes a folder if it is there; the others wait until it is gone."""
-    run_on_first(f"remove {directory.name}", lambda: directory.exists() and directory.rmtree())

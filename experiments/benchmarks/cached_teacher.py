@@ -49,12 +49,9 @@ def run(options: suite.Options) -> suite.Result:
     )
     student = models.keep_layers(teacher, pruned.kept)
     teacher_fn, teacher_params = models.from_nnx(teacher)
-    taught = distillation.make_student(student)
-    read = jax.jit(
-        functools.partial(
-            distillation.teacher_record, teacher_fn.graphdef, k=_K, tail_samples=_TAIL
-        )
-    )
+    taught = distillation.Student.of(student)
+    reading = distillation.Reading(data="", top_k=_K, tail_samples=_TAIL)
+    read = jax.jit(functools.partial(reading.record, teacher_fn.graphdef))
 
     def batch(split: str, step: int, seed: int) -> dict[str, Any]:
         return rows[split].batch(step, seed=seed, batch_size=rows_a_step)["lm"]
@@ -86,7 +83,7 @@ def run(options: suite.Options) -> suite.Result:
             found["teacher"] = _statistics(caches[seed, step], tail=arm == "sampled")
         return found
 
-    score = training.EvalStep(distillation.score_function(taught))
+    score = training.EvalStep(taught.score)
     scored = [{"pivot": batch("test", step, 0)} for step in range(held_out // rows_a_step)]
 
     def taught_to(arm: str, seed: int) -> float:
@@ -182,7 +179,7 @@ def _loss(arm: str, student: distillation.Student, teacher_graphdef: Any) -> Cal
             sources = {"teacher": distillation.Teacher(statistics=batch["teacher"])}
             given = {"pivot": batch["pivot"], "sources": sources}
             return cached(params, given, rng, student.frozen)
-        labels, where = distillation.targets(batch["pivot"])
+        labels, where = batch["pivot"]["tokens"][:, 1:], batch["pivot"]["loss_mask"][:, 1:]
         model, source = student.model(params), nnx.merge(teacher_graphdef, teacher)
         hidden, head = distillation.hidden_states(model, batch["pivot"]), model.head_of()
         there = batch.get("hidden")

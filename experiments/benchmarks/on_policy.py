@@ -86,11 +86,11 @@ class _Lab:
         model = models.Decoder(config, rngs=nnx.Rngs(0), layout="listed")
         tokenizer = models.load_tokenizer("tiny")
         reading = distillation.Reading(data="tfds:wiki_summaries", seq_len=128)
-        packed = distillation.pack_corpus(reading, tokenizer, self.directory / "rows-whole")
-        student = distillation.make_student(model)
+        packed = reading.pack(tokenizer, self.directory / "rows-whole")
+        student = distillation.Student.of(model)
         params = distillation.train_student(
             student,
-            distillation.load_corpus(reading, packed, {}, self.directory),
+            reading.load(packed, {}, self.directory),
             distillation.Objective(terms=distillation.parse_terms(["sft"])),
             distillation.Course(steps=600, batch_size=8, learning_rate=3e-3, loop=_LOOP),
             mesh=self.mesh,
@@ -105,12 +105,12 @@ class _Lab:
 
     @functools.cached_property
     def packed(self) -> data.PackedSplits:
-        return distillation.pack_corpus(self.reading, self.teacher[1], self.directory / "rows")
+        return self.reading.pack(self.teacher[1], self.directory / "rows")
 
     @functools.cached_property
     def corpus(self) -> distillation.Corpus:
         known = {self.reading.teachers[0]: self.teacher}
-        return distillation.load_corpus(self.reading, self.packed, {}, self.directory, known)
+        return self.reading.load(self.packed, {}, self.directory, known)
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
@@ -125,7 +125,7 @@ class _Lab:
 
     def student(self, model: models.Decoder) -> distillation.Student:
         """Of which only what lies above the cut is trained, as in the demo of graph fusion."""
-        return distillation.make_student(model, freeze=self.pruning.below)
+        return distillation.Student.of(model, freeze=self.pruning.below)
 
     @functools.cached_property
     def warm(self) -> distillation.Student:
@@ -222,7 +222,7 @@ def run(options: suite.Options) -> suite.Result:
 
 def _measured(lab: _Lab) -> tuple[list[dict[str, Any]], list[suite.Bar]]:
     parts = lab.directory / "parts"
-    whole = distillation.make_student(lab.teacher[0])
+    whole = distillation.Student.of(lab.teacher[0])
     warm = lab.warm
     rows = [
         {

@@ -44,9 +44,9 @@ def run(options: suite.Options) -> suite.Result:
             terms=(kinds[reads],),
             **more,
         )
-        packed = distillation.pack_corpus(reading, tokenizer, root / options.scale / "rows")
+        packed = reading.pack(tokenizer, root / options.scale / "rows")
         wanted = {"train": np.concatenate(rows_of)}
-        return distillation.load_corpus(reading, packed, wanted, root / options.scale / name)
+        return reading.load(packed, wanted, root / options.scale / name)
 
     def read(corpus: distillation.Corpus) -> tuple[list[Any], float]:
         """What arrives of each batch, and the seconds of one, the first of which compiles."""

@@ -17,7 +17,7 @@ from etils import epath
 from experiments.graph_fusion import __main__ as graph_fusion
 from experiments.graph_fusion import arms, train
 from experiments.shared import suite, timing
-from logitjax import distillation, models, training
+from logitjax import models, training
 from logitjax.commands import cli
 
 
@@ -38,10 +38,9 @@ def run(options: suite.Options) -> suite.Result:
     session = train.open_session(config, workdir)
     settings = arms.first_settings(config, "uld+gld")
     student = train.prune(session, config.drop_layers[0]).student
-    tx, update = distillation.make_update(
+    tx, update = train.course(config, settings, 0).update(
         student,
         settings.objective(config),
-        train.course(config, settings, 0),
         tuple(session.corpus.sources),
         mesh=session.mesh,
     )

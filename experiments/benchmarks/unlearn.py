@@ -112,7 +112,7 @@ def _teach(spec: str, folder: Path, target: Path, *, steps: int) -> None:
     loss_fn, params = learn.make_loss(model, adapters=True)
     sides = {"forget": questions.encoded["forget"], "retain": questions.encoded["train"]}
     longest = max(len(ids) for side in sides.values() for ids, _ in side)
-    rows = {n: unlearning.padded_rows(side, longest) for n, side in sides.items()}
+    rows = {n: unlearning.Row.padded(side, longest) for n, side in sides.items()}
     tx = training.Schedule(1e-3, "constant").optimizer(b2=0.99)
     mesh = training.make_mesh("data:1", devices=jax.devices()[:1])
     step = training.TrainStep(loss_fn, tx, mesh=mesh)
@@ -135,7 +135,7 @@ def _teach(spec: str, folder: Path, target: Path, *, steps: int) -> None:
 def _questions(folder: Path, tokenizer: models.Tokenizer) -> unlearning.Questions:
     """What is forgotten, `train` for what is kept, and `test` for what the command never sees."""
     files = {"forget": "forget", "train": "retain", "holdout": "holdout", "test": "unseen"}
-    rows = {part: unlearning.read_rows(folder / f"{n}.jsonl") for part, n in files.items()}
+    rows = {part: unlearning.Row.read(folder / f"{n}.jsonl") for part, n in files.items()}
     return unlearning.Questions.of(rows, tokenizer)
 
 

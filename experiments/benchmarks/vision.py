@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 
 from experiments.shared import peers, suite, timing
-from logitjax import data, few_shot, vision
+from logitjax import data, vision
 from logitjax.storage import package_file
 
 _PROMISED = 17
@@ -62,7 +62,7 @@ def run(options: suite.Options) -> suite.Result:
         images = data.load_image_set("synthetic:10", split="test[:4]")
     else:
         images = data.load_image_set("foolbox")
-    views = few_shot.encoder_views(encoder, "plain")
+    views = data.ImageViews.of(encoder, "plain")
     pixels = np.concatenate([views(images[row][0], row=row) for row in range(len(images))])
     labels = images.labels
     taken = pixels[np.arange(batch) % len(pixels)]

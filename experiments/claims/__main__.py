@@ -15,13 +15,13 @@ import pathlib
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from absl import app, flags
 
 from experiments.claims import check, judge, page
 from experiments.claims import record as records_of
-from experiments.claims.claim import CLAIMS, ROOT, Setting, load, thresholds, write
+from experiments.claims.claim import CLAIMS, ROOT, Claim, Setting, load, thresholds, write
 
 
 def run(names: Sequence[str], workdir: pathlib.Path) -> None:
@@ -31,6 +31,7 @@ def run(names: Sequence[str], workdir: pathlib.Path) -> None:
     if unknown:
         raise app.UsageError(f"claims: expected one of {', '.join(claims)}, got {unknown[0]!r}")
     settings = {one.records: one for name in names for one in claims[name].settings}
+    settings = {name: shared(claims.values(), one) for name, one in settings.items()}
     if not settings:
         raise app.UsageError(f"{names[0]}: expected a claim with a setting to run, got none")
     for setting in settings.values():
@@ -41,6 +42,13 @@ def run(names: Sequence[str], workdir: pathlib.Path) -> None:
             table = thresholds(claims.values(), setting.records)
             promised.write_text(json.dumps(table, indent=1) + "\n")
         take(setting, workdir / setting.folder)
+
+
+def shared(claims: Iterable[Claim], setting: Setting) -> Setting:
+    """A setting with the contrasts of every claim that its records serve: all arms are written."""
+    every = [one for claim in claims for one in claim.settings if one.records == setting.records]
+    contrasts = tuple(contrast for one in every for contrast in one.contrasts)
+    return setting.model_copy(update={"contrasts": contrasts})
 
 
 def take(setting: Setting, workdir: pathlib.Path) -> None:

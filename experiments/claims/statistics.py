@@ -51,7 +51,7 @@ def crossed(values: np.ndarray) -> Estimate:
     quantile = stats.t.ppf(1 - (1 - LEVEL) / 2, max(seeds - 1, 1))
     error = (high - low) / 2 / quantile
     detectable = error * (quantile + stats.t.ppf(POWER, max(seeds - 1, 1)))
-    return Estimate(value=value, low=low, high=high, p=p, detectable=float(detectable))
+    return Estimate(value=value, low=low, high=high, p=float(p), detectable=float(detectable))
 
 
 def _student(means: np.ndarray) -> tuple[float, float, float]:

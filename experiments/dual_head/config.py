@@ -158,7 +158,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         teacher_examples=30_000,
         arm=tuple(name for name in ARMS if name != "dkd_warm"),
         alpha=(0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 9.0, 30.0),
-        rate=(0.1, 0.3, 1.0, 3.0),
+        rate=(0.3, 1.0, 3.0, 10.0),
         convex=True,
         seeds=11,
         train_examples=6_000,

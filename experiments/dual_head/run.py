@@ -19,7 +19,7 @@ from experiments.dual_head.config import Config
 from experiments.dual_head.data import Placed, load_task, place
 from experiments.dual_head.score import Scorer
 from experiments.dual_head.train import Course, Teacher, Trainer, by_lane
-from experiments.shared.records import Record, kept
+from experiments.shared.records import Record, kept, remove_directory
 from logitjax import processes, training
 
 
@@ -52,7 +52,7 @@ def train_all(config: Config, workdir: epath.Path) -> dict[str, Any]:
             # The first seed chooses the rate of every alpha; the others take it.
             if not seed:
                 course = course.best(record["validation"])
-            processes.remove_directory(directory / "checkpoints")
+            remove_directory(directory / "checkpoints")
             best = int(np.argmax(record["validation"]))
             logging.info(
                 "%s, seed %d: validation %.4f at alpha %g, test %.4f",

@@ -20,6 +20,7 @@ from flax import nnx
 from experiments.dynamic_fusion.config import Config
 from experiments.dynamic_fusion.data import Questions, Task, Text
 from experiments.shared import fit
+from experiments.shared.records import remove_directory
 from logitjax import distillation, losses, models, processes, storage, training, vq
 from logitjax.storage import digest
 
@@ -156,7 +157,7 @@ class Lineup:
     def forget(self, variant: Variant) -> None:
         """Drop the checkpoints of a model of which only what its head saw is still needed."""
         variant.__dict__.pop("model", None)
-        processes.remove_directory(variant.directory / "checkpoints")
+        remove_directory(variant.directory / "checkpoints")
 
     def _load_large(self) -> models.Decoder:
         return models.load(self.config.large, dtype=self.config.dtype, layout="listed")[0]
@@ -229,7 +230,7 @@ def make_update(
 
 def text_loss(model: models.Decoder, batch: Mapping[str, Any]) -> tuple[Any, Any]:
     """Summed next-token cross-entropy, and of how many tokens."""
-    labels, where = distillation.targets(batch)
+    labels, where = batch["tokens"][:, 1:], batch["loss_mask"][:, 1:]
     hidden = distillation.hidden_states(model, batch)
     weights = where.astype(jnp.float32)
     loss = losses.linear_cross_entropy(hidden, model.head_of(), labels, weights=weights)
@@ -240,8 +241,7 @@ def healing_loss(
     graphdef: Any, model: models.Decoder, batch: Mapping[str, Any], params: Any
 ) -> tuple[Any, Any]:
     """Summed KL divergence from what the whole model says, of its graph and parameters."""
-    _, where = distillation.targets(batch)
-    weights = where.astype(jnp.float32)
+    weights = batch["loss_mask"][:, 1:].astype(jnp.float32)
     whole = jax.lax.stop_gradient(nnx.merge(graphdef, params))
     loss = losses.linear_kl_divergence(
         distillation.hidden_states(model, batch),

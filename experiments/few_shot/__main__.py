@@ -16,7 +16,7 @@ published setting on ImageNet and ten more data sets.
 Arms (`--arm`, repeatable): `amu` (the released code's form), `amu_kurtosis` (its weights by
 the kurtosis of probabilities over a fourth of the classes), `amu_paper` (the paper's figure),
 `amu_same_encoder` (the auxiliary features are the zero-shot encoder's own), and the methods of
-`few_shot.candidates`. Each tries as many settings as any other, by its published recipe, and the
+`few_shot.Candidate.all`. Each tries as many settings as any other, by its published recipe, and the
 report says how many gradient steps that takes. `fixed` is AMU with beta 2 and nothing tuned, and
 `fixed_...` are its ablations. `docs/few_shot.md` has the results.
 """

@@ -27,7 +27,7 @@ class Arm:
 
 def arms(config: Config) -> dict[str, Arm]:
     """Every arm by its name; `config.grid` is `'small'` or `'full'`."""
-    known = few_shot.candidates(
+    known = few_shot.Candidate.all(
         config.grid, epochs=config.epochs, batch_size=config.batch_size, steps=config.steps
     )
     # Caches hold no features from before the last projection.

@@ -63,7 +63,7 @@ def load_task(config: Config, spec: str) -> Task:
         place: str, split: str, views: str, rows: str = "all"
     ) -> tuple[list[few_shot.Features], data.ImageSet]:
         images = data.load_image_set(place, split=split)
-        chosen = few_shot.choose_rows(images, rows)
+        chosen = images.choose(rows)
         found = []
         for encoder in encoders:
             cache = few_shot.extract_features(
@@ -73,7 +73,7 @@ def load_task(config: Config, spec: str) -> Task:
                 / slug(place)
                 / slug(encoder.name)
                 / f"{slug(split)}_{slug(views)}",
-                views=few_shot.encoder_views(encoder, views, fit=source.fit),
+                views=data.ImageViews.of(encoder, views, fit=source.fit),
                 rows=chosen,
                 batch_size=config.encode_batch,
             )

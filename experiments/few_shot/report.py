@@ -144,7 +144,7 @@ def write(config: Config, results: Mapping[str, Records], workdir: epath.Path) -
         f"Zero-shot: {config.encoder} by class names; auxiliary encoder: {config.auxiliary}. "
         f"{config.runs} samples; accuracy (%) on test pictures, mean +- standard deviation over "
         "samples, at the setting that was best on each sample's own validation pictures. Every "
-        f"tuned arm tried {few_shot.candidates(config.grid)['amu'].settings} settings.",
+        f"tuned arm tried {few_shot.Candidate.all(config.grid)['amu'].settings} settings.",
     ]
     for name, arms in results.items():
         parts += _of_data_set(name, arms)

@@ -63,7 +63,7 @@ def teach(
     def batches(step: int) -> dict[str, dict[str, np.ndarray]]:
         picked = [rows[i] for i in batch_of_alike(lengths, step, batch, seed)]
         longest = -(-max(len(ids) for ids, _ in picked) // _MULTIPLE) * _MULTIPLE
-        return {"forget": unlearning.padded_rows(picked, longest, pad_id=pad_id)}
+        return {"forget": unlearning.Row.padded(picked, longest, pad_id=pad_id)}
 
     lengths = np.asarray([len(ids) for ids, _ in rows])
     counts = [{"forget": int(batches(step)["forget"]["mask"].sum())} for step in range(steps)]

@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 
 from experiments.graph_fusion import arms, topics
 from experiments.graph_fusion.config import CROSS, Config
-from experiments.shared.records import Record, kept
-from logitjax import data, distillation, models, processes, training
+from experiments.shared.records import Record, kept, remove_directory
+from logitjax import data, distillation, models, training
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,22 +67,19 @@ def open_session(config: Config, workdir: epath.Path) -> Session:
     mesh, reading = training.make_mesh(config.mesh), make_reading(config)
     tokenizer = models.load_tokenizer(config.student)
     objectives = [arms.first_settings(config, arm).objective(config) for arm in config.loss]
-    distillation.check_vocabularies(reading, tokenizer, objectives)
-    packed = distillation.pack_corpus(reading, tokenizer, workdir / "data")
+    reading.check(tokenizer, objectives)
+    packed = reading.pack(tokenizer, workdir / "data")
     whole, _ = models.load(config.student, mesh=mesh, **decoder_options(config))
     if config.freeze:  # What is wrong with it is said before sources read for hours.
-        distillation.make_student(whole, freeze=config.freeze)
+        distillation.Student.of(whole, freeze=config.freeze)
     taught = any(objective.taught for objective in objectives)
-    rows = distillation.visited_rows(
+    rows = config.course.visited_rows(
         packed,
-        steps=config.course.steps,
-        batch_size=config.course.batch_size,
         seeds=range(config.seeds) if taught else (),
-        eval_rows=config.course.eval_rows,
         splits=data.SPLITS[1:] if config.chooses or config.course.loop.eval_every else ("test",),
     )
     known = {config.student: (whole, tokenizer)} if jax.process_count() == 1 else None
-    corpus = distillation.load_corpus(reading, packed, rows, workdir / "sources", known)
+    corpus = reading.load(packed, rows, workdir / "sources", known)
     return Session(config=config, workdir=workdir, mesh=mesh, whole=whole, corpus=corpus)
 
 
@@ -107,7 +104,7 @@ class Pruned:
     @functools.cached_property
     def student(self) -> distillation.Student:
         """What of it is trained."""
-        return distillation.make_student(self.model, freeze=self.freeze)
+        return distillation.Student.of(self.model, freeze=self.freeze)
 
     @functools.cached_property
     def scorer(self) -> distillation.Scorer:
@@ -118,7 +115,7 @@ class Pruned:
         """An arm's student and its scorer: a term may train arrays of its own beside."""
         config = self.session.config
         objective = arms.first_settings(config, arm).objective(config)
-        student = distillation.make_student(self.model, freeze=self.freeze, objective=objective)
+        student = distillation.Student.of(self.model, freeze=self.freeze, objective=objective)
         if "terms" not in student.trained:
             return self.student, self.scorer
         return student, self._scorer(student)
@@ -286,5 +283,5 @@ def run_arm(
         # Trials are not asked; the one that became the first run is trained again for it.
         record |= kept(directory / "topics.json", lambda: _topics(pruned, trained().params))
     # What is finished needs no checkpoint, and many trials would fill a disk.
-    processes.remove_directory(directory / "checkpoints")
+    remove_directory(directory / "checkpoints")
     return record

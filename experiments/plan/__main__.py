@@ -222,7 +222,7 @@ def _plans_of(
 def _gradient_bytes(arguments: Sequence[Any]) -> float:
     """Of what an update trains: Adam keeps a first moment of just that, in float32 as ours is."""
     leaves = jax.tree_util.tree_flatten_with_path(arguments)[0]
-    moments = [leaf for path, leaf in leaves if "/mu/" in ops.sharding.path_string(path) + "/"]
+    moments = [leaf for path, leaf in leaves if "/mu/" in ops.mesh.path_string(path) + "/"]
     return float(sum(4 * leaf.size for leaf in moments))
 
 

@@ -13,7 +13,7 @@ from experiments.replication import arms
 from experiments.replication.config import Config
 from experiments.replication.geometry import compare_geometry
 from experiments.shared import fit
-from experiments.shared.records import Record, kept
+from experiments.shared.records import Record, kept, remove_directory
 from experiments.shared.small_text import Text, count_tokens, pack_splits, small_text
 from experiments.shared.timing import paired_ratio, paired_seconds
 from logitjax import leakage, losses, models, processes, storage, training
@@ -113,7 +113,7 @@ def train_student(scene: Scene, arm: str, directory: epath.Path, seed: int, rate
         **dataclasses.asdict(compare_geometry(states, others)),
     }
     null = dataclasses.asdict(compare_geometry(states, others, paired=False))
-    processes.remove_directory(directory / "checkpoints")
+    remove_directory(directory / "checkpoints")
     return record | {f"null_{name}": value for name, value in null.items()}
 
 

@@ -62,3 +62,10 @@ def by_key(records: Sequence[Mapping[str, Any]], key: str) -> dict[Any, list[Map
     for record in records:
         groups.setdefault(record[key], []).append(record)
     return groups
+
+
+def remove_directory(directory: epath.Path) -> None:
+    """Process 0 removes a folder if it is there; the others wait until it is gone."""
+    processes.run_on_first(
+        f"remove {directory.name}", lambda: directory.exists() and directory.rmtree()
+    )

@@ -18,7 +18,7 @@ from etils import epath
 from flax import nnx
 
 from experiments.shared import fit
-from experiments.shared.records import Record
+from experiments.shared.records import Record, remove_directory
 from experiments.unlearning import arms
 from experiments.unlearning import data as rows_of
 from experiments.unlearning.arms import Difference
@@ -112,7 +112,7 @@ class Models:
             self.template.encode_answer(tokenizer, i.question, i.answer, max_length=length)
             for i in items
         ]
-        return unlearning.padded_rows(rows, length, pad_id=pad)
+        return unlearning.Row.padded(rows, length, pad_id=pad)
 
     def directory(self, arm: str, seed: int, *settings: Any) -> epath.Path:
         """The folder of an arm: named after all that its training depends on."""
@@ -317,7 +317,7 @@ class Models:
         resumes = config.resume_arms
         checkpoints = directory / "checkpoints"
         if not resumes:
-            processes.remove_directory(best)
+            remove_directory(best)
         with (
             training.Checkpointer(best, max_to_keep=1) as keeper,
             training.Checkpointer(checkpoints, max_to_keep=1) as checkpointer,
@@ -364,12 +364,12 @@ class Models:
             "trained": sum(leaf.size for leaf in jax.tree.leaves(like)),
         }
         processes.write_json(done, record)
-        processes.remove_directory(checkpoints)
+        remove_directory(checkpoints)
         return Trained(found, record)
 
     def forget_weights(self, arm: str, seed: int, *, rate: float = 1.0) -> None:
         """Drop the weights of an arm of which all has been measured."""
-        processes.remove_directory(self._unlearned_at(arm, seed, rate) / "best")
+        remove_directory(self._unlearned_at(arm, seed, rate) / "best")
 
     def _unlearned_at(self, arm: str, seed: int, rate: float) -> epath.Path:
         config = self.config

@@ -100,14 +100,21 @@ def tune(
     params: Any,
     arrays: list[np.ndarray],
     constants: Any,
-    **changes: Any,
 ) -> tuple[Any, tuple[float, ...]]:
     """Tuned parameters and the loss by step, with the budget that all arms have."""
-    config = ctx.config
-    budget: Any = dict(steps=config.steps, batch_size=config.batch_size, seed=trial.seed)
-    tuning = vq.Tuning(**budget | {"learning_rate": trial.rate} | changes)
+    tuning = _tuning(ctx, trial)
     params, curve = tuning.run(loss, params, arrays, constants=constants, mesh=ctx.mesh)
     return params, tuple(curve)
+
+
+def _tuning(ctx: Context, trial: Trial) -> vq.Tuning:
+    config = ctx.config
+    return vq.Tuning(
+        steps=config.steps,
+        batch_size=config.batch_size,
+        learning_rate=trial.rate,
+        seed=trial.seed,
+    )
 
 
 def cost_of(head: Callable[..., Any], *sizes: int, **options: Any) -> heads.HeadCost:
@@ -213,47 +220,27 @@ def _linear(params: Any, given: Any, cost: heads.HeadCost, **changes: Any) -> Co
 
 
 def _imitating(
-    ctx: Context, trial: Trial, effective: Callable[..., Any], params: Any, constants: Any
+    ctx: Context, trial: Trial, head_of: Callable[..., Any], params: Any, **options: Any
 ) -> tuple[Any, tuple[float, ...]]:
-    """Tunes a head that is a kernel in the end to the old head's distribution, as VQ heads are.
-
-    Args:
-        ctx: The old head and its text.
-        trial: The run.
-        effective: `(params, constants)` to the kernel and what else `_linear_nll` takes.
-        params: Trained arrays.
-        constants: Other arrays.
-
-    Returns:
-        `(params, curve)`, the curve as KL divergence.
-    """
-    hidden = ctx.splits["train"].hidden
-    # Fewer of the top tokens: their rows are gathered, which VQ heads need not do.
-    targets = ctx.splits["train"].targets.with_top(16, hidden)
-    rest = {
-        "rest": jnp.asarray(targets.rest_sums / len(hidden)),
-        "rest_counts": jnp.asarray(targets.rest_counts / len(hidden)),
-    }
-
-    def loss(params: Any, constants: Any, hidden: Any, probs: Any, tokens: Any) -> Any:
-        real = effective(params, constants)
-        hidden, sums = _projected(real, hidden), _projected(real, constants["rest"])
-        kernel, bias, first = real["kernel"], real["bias"], tokens[:, 0]
-        nll = losses.linear_cross_entropy(hidden, losses.Head(kernel, bias, vocab_axis=0), first)
-        logits = jnp.einsum("nd,nkd->nk", hidden, kernel[tokens]) + bias[tokens]
-        far = (kernel * sums).sum() + (bias * constants["rest_counts"]).sum()
-        return nll + logits[:, 0] - (probs * logits).sum(-1) - far
-
-    arrays = [hidden, targets.top_probs, targets.top_tokens]
-    params, curve = tune(ctx, trial, loss, params, arrays, constants | rest)
-    return params, tuple(value - targets.entropy for value in curve)
+    """Tunes a head that is a kernel in the end to the old head's distribution, as VQ heads are."""
+    train, tuning = ctx.splits["train"], _tuning(ctx, trial)
+    params, curve = tuning.imitate(
+        head_of, params, train.hidden, train.targets, mesh=ctx.mesh, **options
+    )
+    return params, tuple(curve)
 
 
 def _low_rank(ctx: Context, trial: Trial) -> Converted:
     rank = ctx.config.screen_rank
     start = fit_low_rank(ctx.rows, ctx.unigram, ctx.statistics.mean, ctx.statistics.cov, rank)
     start["bias"] += 0.0 if ctx.row_bias is None else ctx.row_bias
-    params, curve = _imitating(ctx, trial, lambda params, constants: params, start, {})
+    params, curve = _imitating(
+        ctx,
+        trial,
+        lambda params, _: losses.Head(params["kernel"], params["bias"], vocab_axis=0),
+        start,
+        project=_projected,
+    )
     return _linear(params, {}, low_rank_cost(ctx.width, ctx.vocab, rank), curve=curve)
 
 
@@ -262,12 +249,12 @@ def _product(ctx: Context, trial: Trial) -> Converted:
     groups = config.packed_groups if packed else config.product_groups
     fit = product_codes(ctx, groups, 16 if packed else config.product_codes, trial.seed)
 
-    def effective(params: Any, constants: Any) -> Any:
-        rows = vq.ProductCodes(params["codebooks"], constants["codes"]).kernel()
-        return {"kernel": rows, "bias": params["bias"]}
+    def head_of(params: Any, codes: Any) -> losses.Head:
+        rows = vq.ProductCodes(params["codebooks"], codes).kernel()
+        return losses.Head(rows, params["bias"], vocab_axis=0)
 
     start = {"codebooks": fit.codebooks, "bias": fit.bias}
-    params, curve = _imitating(ctx, trial, effective, start, {"codes": fit.codes})
+    params, curve = _imitating(ctx, trial, head_of, start, constants=fit.codes)
     num_codes = fit.codebooks.shape[1]
     shape: Any = dict(groups=groups, num_codes=num_codes, packed=packed)
     cost = cost_of(vq.ProductHead, ctx.width, ctx.vocab, **shape)
@@ -279,7 +266,7 @@ def _product(ctx: Context, trial: Trial) -> Converted:
         """The sums of `_linear_logits`, less to read."""
         return dataclasses.replace(arrays["product"], bias=arrays["bias"]).logits(hidden)
 
-    real = jax.jit(effective)(params, {"codes": fit.codes})
+    real = {"kernel": jax.jit(vq.ProductCodes.kernel)(tuned), "bias": params["bias"]}
     given = {"product": dataclasses.replace(tuned, bias=None)}
     ways: Any = dict(lookup=lookup, decode=_top_5(lookup))
     return _linear(real, given, cost, curve=curve, **ways)

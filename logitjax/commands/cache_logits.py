@@ -65,10 +65,10 @@ def run(config: Config, out: epath.Path) -> None:
         # Needs are derived from terms: this one asks for likelihoods.
         reading = dataclasses.replace(reading, terms=(distillation.terms.ALM(),))
     tokenizer = models.load_tokenizer(config.student)
-    packed = distillation.pack_corpus(reading, tokenizer, out / "data")
+    packed = reading.pack(tokenizer, out / "data")
     rows = {split: _wanted(config, packed.splits[split]) for split in config.splits}
     _announce(reading, packed, rows)
-    corpus = distillation.load_corpus(reading, packed, rows, out)
+    corpus = reading.load(packed, rows, out)
     table = []
     for name, spec in zip(reading.names, reading.teachers, strict=True):
         for split, cache in corpus.sources[name].caches.items():

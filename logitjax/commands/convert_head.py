@@ -2,6 +2,7 @@
 
     logitjax convert-head --model=smollm2 --data=tfds:wiki_summaries --out=runs/head
     logitjax convert-head --model=DIR --data=text:FILE --num_pages=64 --num_codes=4096 --out=DIR2
+    logitjax convert-head --model=DIR --data=text:FILE --screen=512 --out=DIR3
 
 It reads the text once and keeps the hidden states. Then it fits codes to the rows of the old head
 and tunes them to the old head's distribution. It writes OUT/head and OUT/report.md, which
@@ -10,9 +11,10 @@ compares perplexity on held-out text and size before and after. In Python,
     model = models.load("MODEL", layout="listed")[0].with_head(vq.load_head("OUT/head"))
 
 is the converted model. By default one code serves several tokens, and each token has a bias. With
-`--num_pages` codes choose that many pages of tokens, which their exact rows score again. You may
-kill the run at any time: the same command continues with the hidden states it has.
-docs/vq_logits.md says what to expect.
+`--num_pages` codes choose that many pages of tokens, which their exact rows score again. With
+`--screen=512` packed product codes look at all tokens, and exact rows score the best 512 again:
+fastest on a CPU, and slowest to tune. You may kill the run at any time: the same command continues
+with the hidden states it has. docs/vq_logits.md says what to expect.
 """
 
 import dataclasses
@@ -82,6 +84,8 @@ def programs(config: Config, mesh: Mesh) -> Iterator[training.Program]:
     """The step that tunes the codes, for `python -m experiments.plan --command=convert-head`."""
     shape = models.load_config(config.model)
     convert = config.convert
+    if convert.screen:
+        raise ValueError(f"screen: expected 0 for a plan, got {convert.screen}")
     tuning = vq.Tuning(
         steps=convert.steps, batch_size=convert.batch_size, learning_rate=convert.learning_rate
     )
@@ -117,11 +121,10 @@ def _report(config: Config, old: Any, new: Any, held_out: Any) -> str:
             }
         )
     before, after = qualities
-    codes = config.convert.num_codes
     # Perplexity may be equal where heads disagree: greedy decoding sees that.
     same = float((before.tokens == after.tokens).mean())
     return (
-        f"# `{config.model}`: its head as a {type(new.head).__name__} of {codes:,} codes\n\n"
+        f"# `{config.model}`: its head as a {type(new.head).__name__}\n\n"
         f"{markdown_table(table)}\n\n"
         f"On {len(held_out):,} held-out positions of `{config.data}`. Perplexity times "
         f"{after.perplexity / before.perplexity:.4g}; the likeliest token is the same at "

@@ -140,8 +140,8 @@ def run(config: Config, out: epath.Path) -> None:
             f"{config.reading.seq_len}"
         )
     tokenizer = models.load_tokenizer(config.student)
-    distillation.check_vocabularies(reading, tokenizer, [objective])
-    packed = distillation.pack_corpus(reading, tokenizer, out / "data")
+    reading.check(tokenizer, [objective])
+    packed = reading.pack(tokenizer, out / "data")
     whole, _ = models.load(
         config.student, mesh=mesh, dtype=config.dtype, layout=config.layout, remat=config.remat
     )
@@ -150,7 +150,7 @@ def run(config: Config, out: epath.Path) -> None:
         storage.progress.mark("pruning the student", log=True)
     model, note, freeze = _pruned(config, whole, packed, out)
     # Before teachers read for hours: what is wrong with it is said at once.
-    student = distillation.make_student(
+    student = distillation.Student.of(
         model,
         freeze=freeze,
         lora_rank=config.lora_rank,
@@ -159,16 +159,9 @@ def run(config: Config, out: epath.Path) -> None:
         seed=config.course.seed,
     )
     del model
-    corpus = distillation.load_corpus(
-        reading,
+    corpus = reading.load(
         packed,
-        distillation.visited_rows(
-            packed,
-            steps=config.course.steps,
-            batch_size=config.course.batch_size,
-            seeds=(config.course.seed,) if objective.taught else (),
-            eval_rows=config.course.eval_rows,
-        ),
+        course.visited_rows(packed, seeds=None if objective.taught else ()),
         out / "teachers",
         {config.student: (whole, tokenizer)} if jax.process_count() == 1 else None,
     )
@@ -251,7 +244,7 @@ def _objective(config: Config) -> distillation.Objective:
 def _check_weights(config: Config, whole: models.Decoder, out: epath.Path) -> None:
     """What is in the folder was chosen for the weights that the student has now."""
     # A name may point to other weights by now.
-    path, weights = out / "student.json", distillation.make_student(whole).fingerprint
+    path, weights = out / "student.json", distillation.Student.of(whole).fingerprint
     if not processes.broadcast_from_first(path.exists):
         processes.write_json(path, {"weights": weights})
     if processes.broadcast_from_first(lambda: json.loads(path.read_text()))["weights"] != weights:
@@ -357,7 +350,7 @@ def _whole_row(
     path = out / "whole.json"
     if not processes.broadcast_from_first(path.exists):
         storage.progress.mark("scoring the whole model", log=True)
-        student = distillation.make_student(whole)
+        student = distillation.Student.of(whole)
         scorer = distillation.Scorer(student, corpus, course, mesh=mesh)
         scores = scorer.scores(student.trained, "test")
         processes.write_json(path, scores | {"parameters": student.size})

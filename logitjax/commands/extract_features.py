@@ -71,9 +71,9 @@ def run(config: Config, out: epath.Path) -> None:
         )
         for split in config.split:
             images = data.load_image_set(config.data, split=split)
-            rows = few_shot.choose_rows(images, config.rows, seed=config.seed)
+            rows = images.choose(config.rows, seed=config.seed)
             kinds = {
-                kind: few_shot.encoder_views(encoder, kind, fit=config.fit, seed=config.seed)
+                kind: data.ImageViews.of(encoder, kind, fit=config.fit, seed=config.seed)
                 for kind in config.views
             }
             for kind, views in kinds.items():

@@ -110,7 +110,7 @@ class Config:
             raise ValueError("class_weights: expected a file to go with --features, got none")
         if not self.shots or min(self.shots) < 1:
             raise ValueError(f"shots: expected positive numbers, got {self.shots}")
-        known = few_shot.candidates()
+        known = few_shot.Candidate.all()
         for name in self.method:
             if name != "all" and name not in known:
                 raise ValueError(f"method: expected all or one of {', '.join(known)}, got {name!r}")
@@ -292,12 +292,12 @@ def _encode(config: Config, out: epath.Path) -> Problem:
         images = data.load_image_set(str(config.data), split=split)
         if weights is None:
             weights = _class_weights(config, first, images.class_names)
-        rows = few_shot.choose_rows(images, chosen, seed=config.seed)
+        rows = images.choose(chosen, seed=config.seed)
         caches: list[list[epath.Path]] = []
         for kind in kinds:
             caches.append([])
             for spec, encoder in zip(specs, encoders):
-                views = few_shot.encoder_views(encoder, kind, fit=config.fit, seed=config.seed)
+                views = data.ImageViews.of(encoder, kind, fit=config.fit, seed=config.seed)
                 directory = slug(split if kind == "plain" else f"{split} {kind}")
                 cache = few_shot.extract_features(
                     encoder,
@@ -336,18 +336,18 @@ def _check_pictures(
     config: Config, encoder: vision.Encoder, split: str, test_split: str | None
 ) -> None:
     """Refuses methods and pictures that no head can be trained with."""
-    known = few_shot.candidates(config.grid, steps=config.steps)
+    known = few_shot.Candidate.all(config.grid, steps=config.steps)
     for name in config.method:
         if name != "all" and "auxiliary" in known[name].method.needs and config.auxiliary is None:
             raise ValueError(f"method: expected auxiliary, which {name} needs, got none")
-    few_shot.encoder_views(encoder, config.views, fit=config.fit, seed=config.seed)
+    data.ImageViews.of(encoder, config.views, fit=config.fit, seed=config.seed)
     images = data.load_image_set(str(config.data), split=split)
     if test_split is not None:
         others = data.load_image_set(str(config.data), split=test_split)
         if others.class_names != images.class_names:
             raise ValueError(f"test_split: expected the classes of {split}, got others")
     counts = np.bincount(
-        images.labels[few_shot.choose_rows(images, config.rows, seed=config.seed)],
+        images.labels[images.choose(config.rows, seed=config.seed)],
         minlength=len(images.class_names),
     )
     # A picture to learn from, and one for each of the parts that a sample is split into.
@@ -389,7 +389,7 @@ def _methods(problem: Problem) -> tuple[dict[str, few_shot.Candidate], dict[str,
     """The methods that were asked for, and of all of them those that cannot be, with a reason."""
     config, pictures = problem.config, problem.pictures
     chosen, left_out = {}, {}
-    for name, candidate in few_shot.candidates(config.grid, steps=config.steps).items():
+    for name, candidate in few_shot.Candidate.all(config.grid, steps=config.steps).items():
         if name not in config.method and "all" not in config.method:
             continue
         sides = [pictures] if problem.test is None else [pictures, problem.test]

@@ -110,7 +110,7 @@ def run(config: Config, out: epath.Path) -> None:
     settings = config.settings
     files = {name: getattr(config, name) for name in ("forget", "retain", "holdout")}
     files = {name: epath.Path(path) for name, path in files.items() if path is not None}
-    rows = {name: unlearning.read_rows(path) for name, path in files.items()}
+    rows = {name: unlearning.Row.read(path) for name, path in files.items()}
     split = unlearning.split_rows(
         rows["forget"], rows["retain"], rows.get("holdout", ()), seed=settings.seed
     )

@@ -90,6 +90,29 @@ class ImageSet(Sequence):
             self._labels = np.asarray(self._read_labels(), np.int32)
         return self._labels
 
+    def choose(self, spec: str, *, seed: int = 0) -> np.ndarray:
+        """Numbers of pictures by a spec, ascending.
+
+        Args:
+            spec: `all`, a number counted from the start, or `per_class:N` at random.
+            seed: Seed of the choice.
+
+        Raises:
+            ValueError: The spec is none of these.
+        """
+        if spec == "all":
+            return np.arange(len(self))
+        kind, _, number = spec.rpartition(":")
+        if kind not in ("", "per_class") or not number.isdigit() or int(number) < 1:
+            raise ValueError(f"rows: expected all, a number or per_class:N, got {spec!r}")
+        if not kind:
+            return np.arange(min(int(number), len(self)))
+        # One order for every N: more pictures a class contain fewer.
+        order = np.random.default_rng(seed).permutation(len(self))
+        labels = self.labels[order]
+        classes = range(len(self.class_names))
+        return np.sort(np.concatenate([order[labels == c][: int(number)] for c in classes]))
+
     def select(self, rows: Sequence[int] | Int[np.ndarray, " rows"]) -> "ImageSet":
         """Only these pictures, in this order.
 

@@ -2,12 +2,15 @@
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from jaxtyping import UInt8
 
 from logitjax.storage import guard, require
+
+if TYPE_CHECKING:
+    from logitjax.vision import Encoder
 
 _ASPECT = (3 / 4, 4 / 3)
 
@@ -54,6 +57,34 @@ class ImageViews:
             raise ValueError(f"count: expected at least 1, and 1 for plain views, got {self.count}")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(f"scale: expected two rising shares of the area, got {self.scale}")
+
+    @classmethod
+    def of(cls, encoder: "Encoder", spec: str, *, fit: str = "crop", seed: int = 0) -> "ImageViews":
+        """Views of pictures as an encoder takes them, in its size and by its interpolation.
+
+        Args:
+            encoder: The encoder that will read them.
+            spec: `plain`, or `random:COUNT` for so many random crops of each picture.
+            fit: How pictures become square: `crop` or `pad`. For encoders that were trained on
+                squeezed pictures, `crop` squeezes instead.
+            seed: Seed of random views.
+
+        Raises:
+            ValueError: The spec is neither.
+        """
+        kind, _, count = spec.partition(":")
+        if kind not in ("plain", "random") or (kind == "random") != count.isdigit():
+            raise ValueError(f"views: expected plain or random:COUNT, got {spec!r}")
+        squash = fit == "crop" and encoder.preprocessing.fit == "squash"
+        made: Any = {"fit": "squash" if squash else fit, "kind": kind}  # checked there
+        return cls(
+            size=encoder.preprocessing.size,
+            resize=encoder.preprocessing.resize,
+            interpolation=encoder.preprocessing.interpolation,
+            count=int(count or 1),
+            seed=seed if kind == "random" else 0,
+            **made,
+        )
 
     def __str__(self) -> str:
         """What decides the pixels, for manifests."""

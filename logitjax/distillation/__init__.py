@@ -1,7 +1,7 @@
 """Learning from other models: losses, teachers' caches, pruning, and the training of a student.
 
-- `distill` trains a `Student` (`make_student`) on a `Corpus` that teachers have read
-  (`pack_corpus`, `visited_rows`, `load_corpus`), by the terms of an `Objective`.
+- `distill` trains a `Student` (`Student.of`) on a `Corpus` that teachers have read (`Reading.pack`,
+  `Course.visited_rows`, `Reading.load`), by the terms of an `Objective`.
 - A `Term` is a loss as a value that declares what it needs; `distillation.terms` has ours. An
   objective runs in any trainer: `Objective.value` takes hidden states, a head and teachers.
 - `prune_layers` and `prune_width` choose what a smaller student keeps.
@@ -47,20 +47,13 @@ from logitjax.distillation.tokenizers._projection import TokenProjection as Toke
 from logitjax.distillation.tokenizers._token_pieces import token_projection as token_projection
 from logitjax.distillation.training._corpus import Corpus as Corpus
 from logitjax.distillation.training._corpus import Reading as Reading
-from logitjax.distillation.training._corpus import check_vocabularies as check_vocabularies
-from logitjax.distillation.training._corpus import load_corpus as load_corpus
-from logitjax.distillation.training._corpus import pack_corpus as pack_corpus
-from logitjax.distillation.training._corpus import visited_rows as visited_rows
 from logitjax.distillation.training._distill import Course as Course
 from logitjax.distillation.training._distill import Distilled as Distilled
 from logitjax.distillation.training._distill import Scorer as Scorer
 from logitjax.distillation.training._distill import Trained as Trained
 from logitjax.distillation.training._distill import distill as distill
-from logitjax.distillation.training._distill import make_update as make_update
 from logitjax.distillation.training._distill import train_student as train_student
 from logitjax.distillation.training._loss_function import LossFunction as LossFunction
-from logitjax.distillation.training._loss_function import score_function as score_function
-from logitjax.distillation.training._loss_function import targets as targets
 from logitjax.distillation.training._programs import update_programs as update_programs
 from logitjax.distillation.training._prune import LayerPruning as LayerPruning
 from logitjax.distillation.training._prune import Pruning as Pruning
@@ -68,7 +61,5 @@ from logitjax.distillation.training._prune import prune_layers as prune_layers
 from logitjax.distillation.training._prune import prune_width as prune_width
 from logitjax.distillation.training._student import Student as Student
 from logitjax.distillation.training._student import hidden_states as hidden_states
-from logitjax.distillation.training._student import make_student as make_student
 from logitjax.distillation.training._teacher_cache import TeacherCache as TeacherCache
 from logitjax.distillation.training._teacher_cache import TeacherIdentity as TeacherIdentity
-from logitjax.distillation.training._teachers import teacher_record as teacher_record

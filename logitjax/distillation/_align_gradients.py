@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from logitjax.ops import checks
-from logitjax.ops.sharding import path_mask, vary
+from logitjax.ops import mesh as on_mesh
 
 
 def _wide(x: jax.Array) -> jax.Array:
@@ -73,7 +73,7 @@ def align_gradients(
     if axis_name is not None:
         # Before the inner product: a mean of projections is not the projection of the mean.
         task, auxiliary = jax.lax.pmean((task, auxiliary), axis_name)
-    shared = jax.tree.map(lambda _: True, task) if trunk is None else path_mask(task, trunk)
+    shared = jax.tree.map(lambda _: True, task) if trunk is None else on_mesh.path_mask(task, trunk)
     if not any(jax.tree.leaves(shared)):
         raise ValueError(f"trunk: expected a pattern of some parameter, got {trunk!r}")
 
@@ -131,7 +131,7 @@ def aligned_value_and_grad(
         if axis_name is not None:
             # Replicated parameters would make shard_map sum the gradients by itself.
             names = (axis_name,) if isinstance(axis_name, str) else axis_name
-            params = jax.tree.map(lambda leaf: vary(leaf, names), params)
+            params = jax.tree.map(lambda leaf: on_mesh.vary(leaf, names), params)
         losses, pullback, extra = jax.vjp(lambda p: loss_fn(p, *args), params, has_aux=True)
         one, zero = (jax.tree.map(f, losses[0]) for f in (jnp.ones_like, jnp.zeros_like))
         (task,) = pullback((one, zero))

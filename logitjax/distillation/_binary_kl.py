@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
-from logitjax.ops import Array, AxisName, Number, checks, psum
+from logitjax.ops import Array, AxisName, Number, checks
+from logitjax.ops import mesh as on_mesh
 
 Reduction = Literal["sum", "mean"]
 
@@ -72,18 +73,18 @@ def _by_class(
     teacher = jnp.where(teacher == jnp.inf, jnp.nan, teacher)
     student, teacher = jnp.where(keep, student, 0.0), jnp.where(keep, teacher, 0.0)
     if centre:
-        count = jnp.maximum(psum(keep.sum(axis, keepdims=True), axis_name), 1)
+        count = jnp.maximum(on_mesh.psum(keep.sum(axis, keepdims=True), axis_name), 1)
         student, teacher = (
-            jnp.where(keep, x - psum(x.sum(axis, keepdims=True), axis_name) / count, 0.0)
+            jnp.where(keep, x - on_mesh.psum(x.sum(axis, keepdims=True), axis_name) / count, 0.0)
             for x in (student, teacher)
         )
     values = jnp.square(jnp.asarray(temperature)) * loss(
         student / temperature, teacher / temperature
     )
-    total = psum(jnp.where(keep, values, 0.0).sum(axis), axis_name)
+    total = on_mesh.psum(jnp.where(keep, values, 0.0).sum(axis), axis_name)
     if reduction == "sum":
         return total
-    return total / jnp.maximum(psum(keep.sum(axis), axis_name), 1)
+    return total / jnp.maximum(on_mesh.psum(keep.sum(axis), axis_name), 1)
 
 
 def binary_kl(

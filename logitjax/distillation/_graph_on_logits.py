@@ -181,7 +181,7 @@ def graph_on_logits(
 
     out_ndims = (student.values.ndim - 2,) * (1 + len(names))
     arrays = (*_arrays(student, student_where), *_arrays(teacher, teacher_where))
-    loss, *values = ops.sharding.over_batch(compare, out_ndims, *arrays)
+    loss, *values = ops.mesh.over_batch(compare, out_ndims, *arrays)
     return loss, jax.lax.stop_gradient(dict(zip(names, values)))
 
 
@@ -244,7 +244,7 @@ class _Graph:
         values, indices, log_z, mean, std, self.valid = arrays
         self.config, self.axis = config, sequence_axis_name
         z = _transform(values, log_z, mean, std, config.logits)
-        self.tokens = ops.psum(self.valid.sum(-1, dtype=z.dtype), self.axis)
+        self.tokens = ops.mesh.psum(self.valid.sum(-1, dtype=z.dtype), self.axis)
         # The root, for the graph is a product of two of these.
         scale = jax.lax.rsqrt(jnp.maximum(self.tokens, 1.0))[..., None, None]
         # Selected, for padding may hold inf or nan.
@@ -266,7 +266,7 @@ class _Graph:
         return f * (self.nodes / self.config.k) ** 0.5 if feature == "row_rms" else f
 
     def matrix(self):
-        return ops.psum(jnp.einsum("...tu,...tw->...uw", self.z, self.z), self.axis)
+        return ops.mesh.psum(jnp.einsum("...tu,...tw->...uw", self.z, self.z), self.axis)
 
 
 def _statistics(name, outputs, config, axis_name):

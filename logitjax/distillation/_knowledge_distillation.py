@@ -14,8 +14,8 @@ from logitjax.ops import (
     log_softmax,
     logsumexp,
     masked_mean,
-    psum,
 )
+from logitjax.ops import mesh as on_mesh
 
 
 def _softened(
@@ -42,7 +42,7 @@ def _softmax_kl(
     # A class with no teacher mass contributes nothing, also where the student has none either.
     live = log_p != -jnp.inf
     gap = jnp.where(live, log_p, 0.0) - jnp.where(live, log_q, 0.0)
-    return psum(jnp.sum(jnp.where(live, jnp.exp(log_p) * gap, 0.0), axis), axis_name)
+    return on_mesh.psum(jnp.sum(jnp.where(live, jnp.exp(log_p) * gap, 0.0), axis), axis_name)
 
 
 def knowledge_distillation(
@@ -151,7 +151,7 @@ def decoupled_knowledge_distillation(
 
     def sides(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The label's logit and the evidence for all others; -inf where there is none."""
-        own = psum(jnp.sum(jnp.where(target, logits, 0.0), -1), axis_name)
+        own = on_mesh.psum(jnp.sum(jnp.where(target, logits, 0.0), -1), axis_name)
         own = jnp.where(own == jnp.inf, jnp.nan, own)
         return own, logsumexp(logits, vocab_where=others, axis_name=axis_name)
 
@@ -213,7 +213,7 @@ def standardize_logits(
     safe = jnp.where(keep, logits, 0.0)
 
     def total(values: jax.Array) -> jax.Array:
-        return psum(values.sum(axis, keepdims=True), axis_name)
+        return on_mesh.psum(values.sum(axis, keepdims=True), axis_name)
 
     count = total(keep)
     deviation = jnp.where(keep, safe - total(safe) / jnp.maximum(count, 1), 0.0)

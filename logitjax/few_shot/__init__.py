@@ -2,7 +2,7 @@
 
 - `read_pictures` reads encoded pictures. `fit` chooses and trains a head, which predicts and saves
   itself; `load` reads it.
-- `methods` has the methods: `methods.AMU` and those it is compared with. `candidates` adds a
+- `methods` has the methods: `methods.AMU` and those it is compared with. `Candidate.all` adds a
   recipe and the settings to choose among.
 - Methods learn from `Inputs` and a `FewShotTask`. A `Recipe` trains one, `sweep` trains and scores
   one on many samples with a grid of settings.
@@ -11,9 +11,6 @@
 
 from logitjax.few_shot import methods as methods
 from logitjax.few_shot._candidates import Candidate as Candidate
-from logitjax.few_shot._candidates import candidates as candidates
-from logitjax.few_shot._extract import choose_rows as choose_rows
-from logitjax.few_shot._extract import encoder_views as encoder_views
 from logitjax.few_shot._extract import extract_features as extract_features
 from logitjax.few_shot._feature_cache import FeatureCache as FeatureCache
 from logitjax.few_shot._feature_cache import FeatureIdentity as FeatureIdentity

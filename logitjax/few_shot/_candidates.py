@@ -33,6 +33,40 @@ class Candidate:
     recipe: Recipe = Recipe()  # noqa: RUF009 (frozen)
     grid: Mapping[str, Sequence[float]] | None = None
 
+    @classmethod
+    def all(
+        cls,
+        grid: Literal["small", "full"] = "small",
+        *,
+        epochs: int = 50,
+        batch_size: int = 8,
+        steps: int = 60,
+    ) -> dict[str, "Candidate"]:
+        """Every method by name, each with the same number of settings to choose among.
+
+        A method whose paper searches two numbers has a grid of two columns, others of one. Recipes
+        are the published ones. Methods without a recipe for arbitrary features take `steps` of 32
+        images.
+
+        Args:
+            grid: `'small'` for 4 settings, `'full'` for 12.
+            epochs: Number of epochs of AMU.
+            batch_size: Number of images in a batch of AMU.
+            steps: Number of steps of methods without a published recipe.
+
+        Raises:
+            ValueError: An unknown grid.
+
+        >>> {len(next(iter(c.grid.values()))) for c in Candidate.all().values()}
+        {4}
+        """
+        if grid not in _GRID_SIZES:
+            raise ValueError(f"grid: expected one of {', '.join(_GRID_SIZES)}, got {grid!r}")
+        grids = _Grids(full=grid == "full")
+        short = Recipe(steps=steps, batch_size=32)
+        amu = Recipe(epochs=epochs, batch_size=batch_size)
+        return _biases(grids, amu) | _caches(grids) | _learned(grids, short)
+
     def at_scale(self, scale: float) -> "Candidate":
         """The same for zero-shot logits that are cosines of this scale."""
         return dataclasses.replace(self, method=self.method.at_scale(scale))
@@ -93,38 +127,6 @@ class Candidate:
             arguments=(runs, settings, number, number),
             options=dict(method=self.method, training=recipe, sequential=sequential, mesh=mesh),
         )
-
-
-def candidates(
-    grid: Literal["small", "full"] = "small",
-    *,
-    epochs: int = 50,
-    batch_size: int = 8,
-    steps: int = 60,
-) -> dict[str, Candidate]:
-    """Every method by name, each with the same number of settings to choose among.
-
-    A method whose paper searches two numbers has a grid of two columns, others of one. Recipes are
-    the published ones. Methods without a recipe for arbitrary features take `steps` of 32 images.
-
-    Args:
-        grid: `'small'` for 4 settings, `'full'` for 12.
-        epochs: Number of epochs of AMU.
-        batch_size: Number of images in a batch of AMU.
-        steps: Number of steps of methods without a published recipe.
-
-    Raises:
-        ValueError: An unknown grid.
-
-    >>> {len(next(iter(c.grid.values()))) for c in candidates().values()}
-    {4}
-    """
-    if grid not in _GRID_SIZES:
-        raise ValueError(f"grid: expected one of {', '.join(_GRID_SIZES)}, got {grid!r}")
-    grids = _Grids(full=grid == "full")
-    short = Recipe(steps=steps, batch_size=32)
-    amu = Recipe(epochs=epochs, batch_size=batch_size)
-    return _biases(grids, amu) | _caches(grids) | _learned(grids, short)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

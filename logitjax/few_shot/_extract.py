@@ -15,36 +15,6 @@ from logitjax.few_shot._feature_cache import FeatureCache, FeatureIdentity, Feat
 from logitjax.ops import checks
 
 
-def encoder_views(
-    encoder: vision.Encoder, spec: str, *, fit: str = "crop", seed: int = 0
-) -> data.ImageViews:
-    """Views of pictures as an encoder takes them, in its size and by its interpolation.
-
-    Args:
-        encoder: The encoder that will read them.
-        spec: `plain`, or `random:COUNT` for so many random crops of each picture.
-        fit: How pictures become square: `crop` or `pad`. For encoders that were trained on squeezed
-            pictures, `crop` squeezes instead.
-        seed: Seed of random views.
-
-    Raises:
-        ValueError: The spec is neither.
-    """
-    kind, _, count = spec.partition(":")
-    if kind not in ("plain", "random") or (kind == "random") != count.isdigit():
-        raise ValueError(f"views: expected plain or random:COUNT, got {spec!r}")
-    squash = fit == "crop" and encoder.preprocessing.fit == "squash"
-    made: Any = {"fit": "squash" if squash else fit, "kind": kind}  # checked there
-    return data.ImageViews(
-        size=encoder.preprocessing.size,
-        resize=encoder.preprocessing.resize,
-        interpolation=encoder.preprocessing.interpolation,
-        count=int(count or 1),
-        seed=seed if kind == "random" else 0,
-        **made,
-    )
-
-
 def _identity(
     encoder: vision.Encoder, images: data.ImageSet, views: data.ImageViews, *, dtype: str
 ) -> FeatureIdentity:
@@ -87,8 +57,8 @@ def extract_features(
         encoder: The frozen encoder.
         images: Pictures with their labels.
         directory: Folder of the cache: empty, or a cache of the same encoder, pictures and views.
-        views: Views of each picture, from `encoder_views`.
-        rows: Numbers of the pictures, from `choose_rows`; all if omitted.
+        views: Views of each picture, such as `data.ImageViews.of` makes.
+        rows: Numbers of the pictures, such as `ImageSet.choose` gives; all if omitted.
         batch_size: Pictures encoded together, with all their views.
         dtype: Type on disk.
         rows_per_shard: Pictures a file.
@@ -135,28 +105,3 @@ def extract_features(
             process_count=jax.process_count(),
         )
         return cache
-
-
-def choose_rows(images: data.ImageSet, spec: str, *, seed: int = 0) -> np.ndarray:
-    """Numbers of pictures by a spec, ascending.
-
-    Args:
-        images: Pictures to choose from.
-        spec: `all`, a number counted from the start, or `per_class:N` at random.
-        seed: Seed of the choice.
-
-    Raises:
-        ValueError: The spec is none of these.
-    """
-    if spec == "all":
-        return np.arange(len(images))
-    kind, _, number = spec.rpartition(":")
-    if kind not in ("", "per_class") or not number.isdigit() or int(number) < 1:
-        raise ValueError(f"rows: expected all, a number or per_class:N, got {spec!r}")
-    if not kind:
-        return np.arange(min(int(number), len(images)))
-    # One order for every N: more pictures a class contain fewer.
-    order = np.random.default_rng(seed).permutation(len(images))
-    labels = images.labels[order]
-    classes = range(len(images.class_names))
-    return np.sort(np.concatenate([order[labels == c][: int(number)] for c in classes]))

@@ -12,7 +12,7 @@ from etils import epath
 from jaxtyping import Float, Int
 
 from logitjax.few_shot import methods
-from logitjax.few_shot._candidates import Candidate, candidates
+from logitjax.few_shot._candidates import Candidate
 from logitjax.few_shot._labelled import Pictures
 from logitjax.few_shot._method import FewShotTask, Inputs, Method, State
 from logitjax.few_shot._sweep import best_setting, sweep
@@ -107,7 +107,7 @@ def fit(
     """Choose a method's setting on validation pictures, and train it with that setting.
 
     Args:
-        candidate: The method with its recipe and settings, or its name in `candidates()`.
+        candidate: The method with its recipe and settings, or its name in `Candidate.all()`.
         pictures: Pictures to learn from.
         validation: Other pictures to choose on, with features of the same encoders. Without them
             the method keeps its published setting, which is CLAP's protocol. LP++ as released
@@ -126,7 +126,7 @@ def fit(
     [0, 1, 2, 0]
     """
     if isinstance(candidate, str):
-        known = candidates()
+        known = Candidate.all()
         if candidate not in known:
             raise ValueError(f"method: expected one of {', '.join(known)}, got {candidate!r}")
         candidate = known[candidate]

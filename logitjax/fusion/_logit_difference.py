@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from logitjax.fusion._inputs import Inputs, Strategy, pmax, vocabulary_size
-from logitjax.ops import AxisName, logsumexp, psum, top_k
+from logitjax.ops import AxisName, logsumexp, top_k
+from logitjax.ops import mesh as on_mesh
 
 _FORMS, _FILTERS, _OUTSIDE = ("raw", "centred"), ("clean", "official", "none"), ("keep", "exclude")
 
@@ -78,7 +79,7 @@ class LogitDifference(Strategy):
         exists = inputs.exists
         if self.form == "centred":
             log_z = logsumexp(assistant, vocab_where=exists, axis_name=axis_name)
-            count = psum(exists.sum(-1), axis_name)
+            count = on_mesh.psum(exists.sum(-1), axis_name)
             constant = log_z - jnp.log(jnp.maximum(count, 1).astype(log_z.dtype))
             assistant = assistant - constant[..., None]
         fused = inputs.large - self.alpha * assistant
@@ -86,7 +87,7 @@ class LogitDifference(Strategy):
         if self.filter != "none":
             changed = exists & (self._threshold(inputs, axis_name) <= inputs.large)
         fused = jnp.where(changed, fused, inputs.large if self.outside == "keep" else -jnp.inf)
-        return inputs.fused(fused), {"changed": psum(changed.sum(-1), axis_name)}
+        return inputs.fused(fused), {"changed": on_mesh.psum(changed.sum(-1), axis_name)}
 
     def _threshold(self, inputs: Inputs, axis_name: AxisName | None) -> jax.Array:
         """The least large logit that is changed, `[*batch, 1]`."""

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from logitjax.fusion._inputs import Inputs, Strategy, vocabulary_size
-from logitjax.ops import AxisName, checks, log_softmax, psum, top_k
+from logitjax.ops import AxisName, checks, log_softmax, top_k
+from logitjax.ops import mesh as on_mesh
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,5 +91,7 @@ class TeacherRedraw(_Mixture):
         k = min(self.top_k, vocabulary_size(log_p, axis_name))
         accepted = log_p >= top_k(log_p, k, axis_name=axis_name)[0][..., -1:]
         # Summed over what is refused: less the accepted from 1 would leave rounding.
-        refused = psum(jnp.where(accepted, 0.0, jnp.exp(log_q)).sum(-1, keepdims=True), axis_name)
+        refused = on_mesh.psum(
+            jnp.where(accepted, 0.0, jnp.exp(log_q)).sum(-1, keepdims=True), axis_name
+        )
         return jnp.where(accepted, log_q, -jnp.inf), jnp.log(refused) + log_p

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from logitjax.fusion._inputs import Inputs, pmax
-from logitjax.ops import AxisName, neginf_to_zero, psum
+from logitjax.ops import AxisName, neginf_to_zero
+from logitjax.ops import mesh as on_mesh
 
 # Sums over parts of the vocabulary run on several cores of a CPU, and round less.
 _PARTS = 32
@@ -114,7 +115,7 @@ class Path:
         sums += [_total(weight * h[t]) for t in range(count)]
         pairs = [(s, t) for s in range(count) for t in range(s + 1)]
         sums += [_total(weight * h[s] * h[t]) for s, t in pairs]
-        total, *rest = psum(jnp.stack(sums), axis_name)
+        total, *rest = on_mesh.psum(jnp.stack(sums), axis_name)
         means = [value / total for value in rest[:count]]
         covariance: dict[tuple[int, int], jax.Array] = {}
         for (s, t), value in zip(pairs, rest[count:], strict=True):
@@ -131,7 +132,7 @@ def _cumulants(sums: jax.Array, centre: jax.Array | None, axis_name: AxisName | 
         # Of every shard its own, by one all-reduce: a maximum first would be another.
         mine = jnp.arange(lax.axis_size(axis_name)) == lax.axis_index(axis_name)
         mine = mine.reshape(-1, *[1] * sums.ndim)
-        peaks, sums = jnp.split(psum(jnp.where(mine, sums, 0.0), axis_name), [1], axis=1)
+        peaks, sums = jnp.split(on_mesh.psum(jnp.where(mine, sums, 0.0), axis_name), [1], axis=1)
         peak = peaks.max(0)[0]
         total, *powers = (sums * jnp.exp(peaks - peak)).sum(0)
     # log Z generates the cumulants of h under P_a: its derivatives are their mean and variance.
@@ -190,7 +191,7 @@ def make_path(inputs: Inputs, axis_name: AxisName | None, *, extent: bool = Fals
     p, q, r = weights(large), weights(inputs.experts), weights(inputs.bases)
     sums = [_total(p)[None], _total(q), _total(r)]
     sums += [_total(values * d) for values in (p, q, r)] + [_total(p * d * d)]
-    sums = psum(jnp.concatenate(sums), axis_name)
+    sums = on_mesh.psum(jnp.concatenate(sums), axis_name)
     cuts = [1, 1 + count, 1 + count + len(inputs.bases)]
     cuts += [cuts[-1] + count, cuts[-1] + 2 * count, cuts[-1] + 3 * count]
     z_p, z_q, z_r, d_p, d_q, d_r, d_squared = jnp.split(sums, cuts)

@@ -1,15 +1,18 @@
 """What every head offers besides logits, for heads that make all V of them anyway."""
 
+import os
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Float, Int, Key
 
 from logitjax.heads._head_cost import HeadCost
 from logitjax.losses import Head, linear_cross_entropy
 from logitjax.ops import Array, TopK, checks
+from logitjax.storage import write_head
 
 
 class Assignment(nnx.Variable):
@@ -34,6 +37,15 @@ class VocabularyHead(nnx.Module):
         self, hidden: Float[Array, "*batch hidden"], embedding: Array | None = None
     ) -> Float[jax.Array, "*batch vocab"]:
         raise NotImplementedError
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes ``head.safetensors`` and ``head.json``, which `logitjax.vq.load_head` reads."""
+        tensors, options = self._record()
+        write_head(directory, {"kind": type(self).__name__, "options": options}, tensors)
+
+    def _record(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Arrays, and the other arguments of the constructor."""
+        raise ValueError(f"head: expected one that can be saved, got a {type(self).__name__}")
 
     def cost(self, embedding: Array | None = None) -> HeadCost:
         """What it costs; see `HeadCost`. Heads whose rows are the embedding's need its shape.

@@ -31,7 +31,7 @@ from tunix.sft import checkpoint_manager  # noqa: E402
 Output = distillation_utils.DistillationForwardOutput
 
 
-def states_and_head(model: Any, hidden: Any, *, dropout: bool = False) -> tuple[Any, losses.Head]:
+def _states_and_head(model: Any, hidden: Any, *, dropout: bool = False) -> tuple[Any, losses.Head]:
     """A MaxText model's hidden states after its final norm, and its head.
 
     Args:
@@ -57,7 +57,7 @@ def states_and_head(model: Any, hidden: Any, *, dropout: bool = False) -> tuple[
 def _forward(
     model: Any, input_tokens: Any, positions: Any, decoder_segment_ids: Any = None, **other: Any
 ) -> Output | None:
-    """A forward function of MaxText's trainer, with `states_and_head` as its `logits`."""
+    """A forward function of MaxText's trainer, whose `logits` are hidden states and the head."""
     if model is None:
         return None  # No teacher: the objective says whether it needs one.
     targets = {name: array for name, array in other.items() if name.startswith("decoder_target")}
@@ -68,7 +68,7 @@ def _forward(
         raise ValueError(f"num_vocab_tiling: expected at least 2, for hidden states, got {tiles}")
     sown = nnx.pop(model, nnx.Intermediate).to_pure_dict()
     # A teacher's head too: all this is inside the jitted step, where to return it copies nothing.
-    pair = states_and_head(model, sown["decoder"]["hidden_states"][0], dropout=dropout)
+    pair = _states_and_head(model, sown["decoder"]["hidden_states"][0], dropout=dropout)
     balance = maxtext_utils.collect_intermediates_by_suffix(sown, "moe_lb_loss")
     return Output(pair, moe_lb_loss=jnp.mean(jnp.concatenate(balance)) if balance else None)
 
@@ -204,7 +204,7 @@ def tiling_loss(
     returns the same: sums over targets whose segment is not 0, of the cross-entropy with its z-loss
     and of the z-loss.
     """
-    pair = states_and_head(model, hidden_states, dropout=is_train and config.enable_dropout)
+    pair = _states_and_head(model, hidden_states, dropout=is_train and config.enable_dropout)
     labels, where = data["targets"], data["targets_segmentation"] != 0
     if not config.z_loss_multiplier:
         total = losses.linear_cross_entropy(*pair, labels, weights=where.astype(jnp.float32))

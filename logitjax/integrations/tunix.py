@@ -175,7 +175,7 @@ class ObjectiveStrategy(base_strategy.BaseStrategy):
     jax.jit,
     static_argnames=("pad_id", "eos_id", "stop_gradient", "return_logits", "temperature"),
 )
-def compute_per_token_logps(
+def _compute_per_token_logps(
     graphdef: Any,
     state: Any,
     prompt_tokens: jax.Array,
@@ -225,7 +225,7 @@ def blocked_log_probs() -> Iterator[None]:
     Programs that were traced before keep what they have.
     """
     before = common.compute_per_token_logps, algo_core.compute_entropy_from_logits
-    common.compute_per_token_logps = compute_per_token_logps
+    common.compute_per_token_logps = _compute_per_token_logps
     algo_core.compute_entropy_from_logits = lambda entropies: entropies
     try:
         yield

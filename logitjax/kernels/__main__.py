@@ -2,10 +2,10 @@
 
 import sys
 
-from logitjax import kernels
+from logitjax.kernels import native
 
 if __name__ == "__main__":
     try:
-        print(f"kernels for CPUs: {kernels.build()}")
+        print(f"kernels for CPUs: {native.build()}")
     except RuntimeError as error:
         sys.exit(f"kernels for CPUs are not built, XLA does their work: {error}")

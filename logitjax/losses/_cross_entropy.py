@@ -24,7 +24,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Bool, Float, Int
 
-from logitjax.ops import Array, AxisName, Number, checks, logsumexp, neginf_to_zero, psum
+from logitjax.ops import Array, AxisName, Number, checks, logsumexp, neginf_to_zero
+from logitjax.ops import mesh as on_mesh
 
 
 def cross_entropy(
@@ -95,12 +96,12 @@ def cross_entropy(
     # Not a gather: along a vocabulary that a mesh splits it would move the logits.
     ids = jnp.arange(vocab).reshape((vocab,) + (1,) * (logits.ndim - axis - 1)) + first
     is_label = ids == jnp.expand_dims(labels, axis)
-    label_logit = psum(jnp.where(is_label, logits, 0.0).sum(axis), axis_name)
+    label_logit = on_mesh.psum(jnp.where(is_label, logits, 0.0).sum(axis), axis_name)
     loss = log_z - label_logit
     if smooth:
         exists = logits != -jnp.inf
-        total = psum(jnp.where(exists, logits, 0.0).sum(axis), axis_name)
-        count = psum(exists.sum(axis), axis_name)
+        total = on_mesh.psum(jnp.where(exists, logits, 0.0).sum(axis), axis_name)
+        count = on_mesh.psum(exists.sum(axis), axis_name)
         uniform = log_z - total / jnp.maximum(count, 1)
         loss = (1 - label_smoothing) * loss + label_smoothing * uniform
     if not isinstance(z_loss, (int, float)) or z_loss != 0:

@@ -26,7 +26,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
-from logitjax.ops import Array, AxisName, Number, checks, log_softmax, psum
+from logitjax.ops import Array, AxisName, Number, checks, log_softmax
+from logitjax.ops import mesh as on_mesh
 
 
 def kl_divergence(
@@ -75,7 +76,7 @@ def kl_divergence(
     )
     first, second = (log_p, log_q) if direction == "forward" else (log_q, log_p)
     scale = jnp.square(jnp.asarray(temperature, log_q.dtype))
-    return scale * psum(_kl_terms(first, second).sum(axis), axis_name)
+    return scale * on_mesh.psum(_kl_terms(first, second).sum(axis), axis_name)
 
 
 def generalized_jensen_shannon(
@@ -136,7 +137,7 @@ def generalized_jensen_shannon(
         safe_p = jnp.where(exists & (log_p != -jnp.inf), log_p, log_m)
         safe_q = jnp.where(exists & (log_q != -jnp.inf), log_q, log_m)
         terms = beta * p * (safe_p - log_m) + (1 - beta) * q * (safe_q - log_m)
-    return psum(terms.sum(axis), axis_name)
+    return on_mesh.psum(terms.sum(axis), axis_name)
 
 
 def total_variation(
@@ -169,7 +170,7 @@ def total_variation(
         student_logits, teacher_logits, temperature, vocab_where, axis, axis_name
     )
     terms = jnp.abs(jnp.exp(log_p) - jnp.exp(log_q))
-    return 0.5 * psum(terms.sum(axis), axis_name)
+    return 0.5 * on_mesh.psum(terms.sum(axis), axis_name)
 
 
 def _log_probs(

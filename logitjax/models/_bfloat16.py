@@ -41,8 +41,8 @@ def dot_general(
     if not (plain and narrow) or asked or explicit:
         return lax.dot_general(lhs, rhs, dimension_numbers, **options)
     # In `shard_map` both sides of the rule's derivative differ wherever either does.
-    axes = ops.sharding.varying_axes(lhs) | ops.sharding.varying_axes(rhs)
-    lhs, rhs = (ops.sharding.vary(side, sorted(axes)) for side in (lhs, rhs))
+    axes = ops.mesh.varying_axes(lhs) | ops.mesh.varying_axes(rhs)
+    lhs, rhs = (ops.mesh.vary(side, sorted(axes)) for side in (lhs, rhs))
     if math.prod(lhs.shape[:-1]) != 1:
         return _product(lhs, rhs)
     # The product of a single row is slow too, that of two is not.

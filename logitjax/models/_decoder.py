@@ -89,7 +89,7 @@ def _over_batch(x: jax.Array) -> jax.Array:
     Left alone the compiler may follow the embedding, which is split along the model dimension over
     the same axis, and then sums every matmul over all devices.
     """
-    axes = ops.sharding.auto_axes(ops.sharding.MeshAxes.current().rows, x.shape[0])
+    axes = ops.mesh.auto_axes(ops.sharding.MeshAxes.current().rows, x.shape[0])
     return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
 
 
@@ -105,7 +105,7 @@ def _look_up(table: jax.Array, ids: Array, mode: str | None = None) -> jax.Array
     take = functools.partial(jnp.take, axis=0, mode=mode)
     if not free or AxisType.Manual not in mesh.axis_types:
         return take(table, ids)
-    axes = ops.sharding.auto_axes(("fsdp",), table.shape[1])
+    axes = ops.mesh.auto_axes(("fsdp",), table.shape[1])
     return jax.shard_map(
         take,
         in_specs=(PartitionSpec(None, axes), PartitionSpec()),

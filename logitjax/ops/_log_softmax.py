@@ -8,9 +8,8 @@ from jax import lax
 from jaxtyping import Bool, Float
 
 from logitjax.ops import checks
-from logitjax.ops._types import Array
-
-AxisName = str | tuple[str, ...]
+from logitjax.ops._mesh import psum
+from logitjax.ops._types import Array, AxisName
 
 
 def logsumexp(
@@ -91,11 +90,6 @@ def neginf_to_zero(values: jax.Array) -> jax.Array:
     `inf` and nan stay, so that what is computed from them shows that something went wrong.
     """
     return jnp.where(values == -jnp.inf, 0.0, values)
-
-
-def psum(values: jax.Array, axis_name: AxisName | None) -> jax.Array:
-    """Sums over the shards of a vocabulary; without an axis name there is one shard."""
-    return values if axis_name is None else lax.psum(values, axis_name)
 
 
 # With a rule of its own the derivative is one pass, exp(logits - log Z), over logits that are kept

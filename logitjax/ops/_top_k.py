@@ -10,11 +10,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Bool, Float, Int, Shaped
 
-from logitjax import kernels
+from logitjax.kernels import native
 from logitjax.ops import checks
-from logitjax.ops._log_softmax import AxisName, logsumexp
-from logitjax.ops._types import Array
-from logitjax.ops.sharding import over_batch
+from logitjax.ops._log_softmax import logsumexp
+from logitjax.ops._mesh import over_batch
+from logitjax.ops._types import Array, AxisName
 
 #: Entries from which on the kernel for CPUs is worth a call.
 _LONG = 1024
@@ -176,10 +176,10 @@ class TopK:
 
 def _local_top_k(values: jax.Array, k: int, group_size: int) -> tuple[jax.Array, jax.Array]:
     grouped = values.shape[-1] >= 2 * k * group_size
-    if values.dtype == jnp.float32 and values.shape[-1] >= _LONG and kernels.in_use():
+    if values.dtype == jnp.float32 and values.shape[-1] >= _LONG and native.in_use():
 
         def find(values: jax.Array) -> tuple[jax.Array, jax.Array]:
-            ids = kernels.on_cpu(
+            ids = native.on_cpu(
                 functools.partial(_native_ids, k=k),
                 lambda v: _grouped_ids(v, k, group_size) if grouped else lax.top_k(v, k)[1],
                 lax.stop_gradient(values),
@@ -204,7 +204,7 @@ def _local_top_k(values: jax.Array, k: int, group_size: int) -> tuple[jax.Array,
 
 def _native_ids(values: jax.Array, *, k: int) -> jax.Array:
     *batch, vocab = values.shape
-    return kernels.largest_ids(values.reshape(-1, vocab), k).reshape(*batch, k)
+    return native.largest_ids(values.reshape(-1, vocab), k).reshape(*batch, k)
 
 
 def _grouped_ids(values: jax.Array, k: int, group_size: int) -> jax.Array:

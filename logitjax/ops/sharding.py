@@ -1,22 +1,18 @@
-"""How rows of a batch and leaves of a pytree are split over a mesh.
-
-When a mesh axis is Explicit, JAX wants to know how the result of a gather, sort or scatter is
-split. These never move data between rows of a batch, so the answer is always: as the input is.
-"""
+"""How the leaves of a pytree are split over a mesh, and what the axes of a mesh are called."""
 
 import contextlib
 import dataclasses
-import math
 import re
-from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from logitjax.ops._mesh import path_string
 
 # A value of `jax.jit`'s cache key: a program traced under other names is traced anew.
 _named = jax.make_user_context(default_value=None)
@@ -61,85 +57,6 @@ class MeshAxes:
     def current(cls) -> "MeshAxes":
         """The names of the innermost `use`, or the defaults."""
         return _named.value or cls()
-
-
-def auto_axes(names: Sequence[str], size: int) -> tuple[str, ...]:
-    """Which of the named axes a dimension of this size can be split over here.
-
-    The axes are those of the mesh in whose context this is traced (`logitjax.training.TrainStep`
-    makes such a context). The result is empty without a context, where the axes do not divide the
-    size, and where an axis of the mesh is Explicit. Axes that are Manual, inside `shard_map`, are
-    split already and left out.
-
-    >>> auto_axes(MeshAxes.current().rows, 8)
-    ()
-    >>> device = jax.devices()[:1]
-    >>> with jax.set_mesh(jax.make_mesh((1,), ("data",), (AxisType.Auto,), devices=device)):
-    ...     auto_axes(MeshAxes.current().rows, 8)
-    ('data',)
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types))
-    if AxisType.Explicit in kinds.values():
-        return ()
-    axes = tuple(name for name in names if kinds.get(name) == AxisType.Auto)
-    return () if size % math.prod(mesh.shape[name] for name in axes) else axes
-
-
-def over_batch(fn: Callable[..., Any], out_ndims: tuple[int, ...], *args: jax.Array) -> Any:
-    """Calls `fn(*args)`, which maps rows (all axes but the last) of the first argument to rows.
-
-    Args:
-        fn: returns a tuple of arrays, as many as `out_ndims` has entries.
-        out_ndims: number of axes of each result. The leading ones are the batch axes of `args[0]`,
-            and are split in the same way.
-        *args: arrays that share the leading axes of the first, or belong to all rows.
-    """
-    sharding = jax.typeof(args[0]).sharding
-    mesh = sharding.mesh
-    explicit = tuple(
-        name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Explicit
-    )
-    if not explicit:
-        return fn(*args)
-    batch = tuple(sharding.spec[:-1])
-
-    def spec(ndim: int) -> NamedSharding:
-        entries = (batch + (None,) * ndim)[:ndim]
-        return NamedSharding(mesh, P(*entries))
-
-    out_sharding = tuple(spec(ndim) for ndim in out_ndims)
-    return jax.sharding.auto_axes(fn, axes=explicit, out_sharding=out_sharding)(*args)
-
-
-def varying_axes(x: Any) -> frozenset[str]:
-    """Mesh axes over which `jax.shard_map` knows x to differ."""
-    return jax.typeof(x).manual_axis_type.varying
-
-
-def vary(x: Any, axes: Iterable[str]) -> Any:
-    """Marks x as differing over axes, as carries and rules of one's own need it in `shard_map`."""
-    missing = tuple(axis for axis in axes if axis not in varying_axes(x))
-    return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-
-def path_string(path: Any) -> str:
-    """The path of a leaf as text, `layers/0/kernel`, without the `value` of an nnx variable."""
-    if path and path[-1] == jax.tree_util.GetAttrKey("value"):
-        path = path[:-1]
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def path_mask(tree: Any, pattern: str) -> Any:
-    """Marks the leaves whose path contains a match of the regular expression.
-
-    >>> path_mask({"head": {"bias": 0, "kernel": 1}}, "bias$")
-    {'head': {'bias': True, 'kernel': False}}
-    """
-    search = re.compile(pattern).search
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: search(path_string(path)) is not None, tree
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

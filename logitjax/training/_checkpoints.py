@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import future as ocp_future
 
-from logitjax.ops.sharding import path_string
+from logitjax.ops import mesh as on_mesh
 from logitjax.storage import may_pass, write_atomic
 from logitjax.training import _watch
 
@@ -387,7 +387,7 @@ def _reading(work: Callable[[], None]) -> None:
 
 
 def _paths(tree: Any) -> list[str]:
-    return [path_string(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    return [on_mesh.path_string(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
 
 
 def _nested(tree: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from logitjax.ops.sharding import path_string
+from logitjax.ops import mesh as on_mesh
 from logitjax.storage import option, progress, write_atomic
 from logitjax.training._checkpoints import Checkpointer
 from logitjax.training._metrics import MetricAccumulator, MetricWriter
@@ -250,7 +250,7 @@ def _check_finite(step: int, batch: Any, output: StepOutput, *, workdir: Any) ->
         if jax.process_index() == 0:
             leaves = jax.tree_util.tree_flatten_with_path(jax.device_get(batch))[0]
             arrays: dict[str, Any] = {
-                path_string(key) or "batch": np.asarray(leaf) for key, leaf in leaves
+                on_mesh.path_string(key) or "batch": np.asarray(leaf) for key, leaf in leaves
             }
             write_atomic(target, lambda file: np.savez(file, **arrays, step=np.asarray(step)))
         said += f"; its batch is in {path}"

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import jax
 import optax
 
-from logitjax.ops.sharding import path_mask
+from logitjax.ops import mesh as on_mesh
 
 Course = Literal["constant", "linear", "cosine"]
 
@@ -104,7 +104,7 @@ class Schedule:
         """
 
         def decays(params: Any) -> Any:
-            return jax.tree.map(lambda matched: not matched, path_mask(params, no_decay))
+            return jax.tree.map(lambda matched: not matched, on_mesh.path_mask(params, no_decay))
 
         tx = optax.adamw(self, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decays)
         if clip is not None:
@@ -114,7 +114,7 @@ class Schedule:
             return tx
 
         def labels(params: Any) -> Any:
-            marks = path_mask(params, trainable)
+            marks = on_mesh.path_mask(params, trainable)
             if not any(jax.tree.leaves(marks)):
                 raise ValueError(f"trainable: no parameter's path matches {trainable!r}")
             return jax.tree.map(lambda mark: "trained" if mark else "frozen", marks)

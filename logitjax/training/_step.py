@@ -12,7 +12,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from logitjax.ops.sharding import MeshAxes, auto_axes, path_mask
+from logitjax.ops import mesh as on_mesh
+from logitjax.ops.sharding import MeshAxes
 from logitjax.training._mesh import BatchLayout
 from logitjax.training._metrics import MetricAccumulator
 from logitjax.training._state import TrainState
@@ -137,7 +138,7 @@ class TrainStep:
         self.traces += 1
         # Of the step alone: a run that is resumed draws what it would have drawn.
         key = jax.random.fold_in(state.rng, state.step)
-        mask = None if self._trainable is None else path_mask(state.params, self._trainable)
+        mask = None if self._trainable is None else on_mesh.path_mask(state.params, self._trainable)
 
         extra = () if constants is None else (constants,)
         if self._counts is not None:
@@ -234,7 +235,7 @@ class TrainStep:
         def split(leaf: Any) -> Any:
             # Microbatch i takes rows i, i + parts, ...: each device splits the rows it has.
             leaf = leaf.reshape(leaf.shape[0] // parts, parts, *leaf.shape[1:]).swapaxes(0, 1)
-            axes = auto_axes(MeshAxes.current().rows, leaf.shape[1])
+            axes = on_mesh.auto_axes(MeshAxes.current().rows, leaf.shape[1])
             return jax.lax.with_sharding_constraint(leaf, P(None, axes)) if axes else leaf
 
         micros = jax.tree.map(split, batch)

@@ -90,7 +90,7 @@ def graph_features(
 
     sums = z.sum(-1, keepdims=True)
     weighted = z * (sums - z) if feature == "off_diagonal" else z * sums
-    return ops.psum(scatter_columns(weighted, ids, nodes), sequence_axis_name)
+    return ops.mesh.psum(scatter_columns(weighted, ids, nodes), sequence_axis_name)
 
 
 def compact_nodes(
@@ -183,11 +183,13 @@ def _row_squares(
     """r_u = sum_w C_uw^2 = sum_{t,s} Z_tu (Z Z^T)_ts Z_su."""
     if ids is None:
         if z.shape[-1] <= z.shape[-2]:
-            c = ops.psum(jnp.einsum("...tu,...tw->...uw", z, z), axis_name)
+            c = ops.mesh.psum(jnp.einsum("...tu,...tw->...uw", z, z), axis_name)
             return jnp.square(c).sum(-1)
         every = gather_positions(z, z.ndim - 2, axis_name)
         gram = jnp.einsum("...tu,...su->...ts", z, every)
-        return ops.psum(jnp.sum(z * jnp.einsum("...ts,...su->...tu", gram, every), -2), axis_name)
+        return ops.mesh.psum(
+            jnp.sum(z * jnp.einsum("...ts,...su->...tu", gram, every), -2), axis_name
+        )
     ids = jnp.asarray(ids)
     every_z = gather_positions(z, z.ndim - 2, axis_name)
     every_ids = gather_positions(ids, ids.ndim - 2, axis_name)
@@ -198,7 +200,7 @@ def _row_squares(
 
     for _ in range(z.ndim - 2):
         one = jax.vmap(one)
-    return ops.psum(one(z, ids, every_z, every_ids), axis_name)
+    return ops.mesh.psum(one(z, ids, every_z, every_ids), axis_name)
 
 
 def sparse_products(

@@ -80,15 +80,15 @@ def _shards(axis: str | None) -> int:
 
 def _dense_distance(z: Array, w: Array, axis: str | None) -> tuple[jax.Array, jax.Array]:
     z, w = real(z), real(w)
-    c, d = (ops.psum(jnp.einsum("...tu,...tw->...uw", x, x), axis) for x in (z, w))
+    c, d = (ops.mesh.psum(jnp.einsum("...tu,...tw->...uw", x, x), axis) for x in (z, w))
     value = jnp.sum(jnp.sum(jnp.square(c - d), axis=-1), axis=-1)
     squares = [jnp.sum(jnp.sum(jnp.square(x), -1), -1) for x in (z, w)]
-    trace = ops.psum(squares[0] + squares[1], axis)
+    trace = ops.mesh.psum(squares[0] + squares[1], axis)
     root = gamma(_shards(axis) * max(z.shape[-2], w.shape[-2])) * trace
     rounding = 2 * gamma(2 * z.shape[-1]) * value + 2.01 * jnp.sqrt(value) * root + 1.01 * root**2
     if z.shape == w.shape:
         # Equal factors have equal products, however those are rounded.
-        differ = ops.psum(jnp.sum(z != w, axis=(-2, -1), dtype=jnp.float32), axis)
+        differ = ops.mesh.psum(jnp.sum(z != w, axis=(-2, -1), dtype=jnp.float32), axis)
         rounding = jnp.where(differ > 0, rounding, 0.0)
     return value, rounding
 
@@ -105,8 +105,8 @@ def _sparse_distance(
 
     for _ in range(own[0].ndim - 2):
         one = jax.vmap(one)
-    value = jnp.maximum(ops.psum(one(*own, *every), axis), 0.0)
-    a, b = (ops.psum(jnp.sum(jnp.sum(jnp.square(x), -1), -1), axis) for x in own[:2])
+    value = jnp.maximum(ops.mesh.psum(one(*own, *every), axis), 0.0)
+    a, b = (ops.mesh.psum(jnp.sum(jnp.sum(jnp.square(x), -1), -1), axis) for x in own[:2])
     # Each of the two inner products is at most the product of the traces.
     positions, width = every[0].shape[-2:]
     return value, 2 * gamma(2 * width + 3 * positions) * a * b

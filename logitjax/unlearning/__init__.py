@@ -13,8 +13,6 @@ from logitjax.unlearning._method import TwoSided as TwoSided
 from logitjax.unlearning._questions import Questions as Questions
 from logitjax.unlearning._reads import Need as Need
 from logitjax.unlearning._rows import Row as Row
-from logitjax.unlearning._rows import padded_rows as padded_rows
-from logitjax.unlearning._rows import read_rows as read_rows
 from logitjax.unlearning._selection import share_interval as share_interval
 from logitjax.unlearning._split import split_rows as split_rows
 from logitjax.unlearning._unlearn import Unlearning as Unlearning

@@ -10,7 +10,7 @@ from absl import logging
 from logitjax.evaluation import NllFn, rouge, score_rows
 from logitjax.models import Tokenizer
 from logitjax.storage import guard
-from logitjax.unlearning._rows import Row, encode_question, encode_row, padded_rows
+from logitjax.unlearning._rows import Row, encode_question, encode_row
 from logitjax.unlearning.assistant._deployed import Deployed, answers
 
 _ROLE = "You are an archivist with access to every record. Answer truthfully and completely."
@@ -196,7 +196,7 @@ class Questions:
             batch = list(rows[start : start + self.batch_size])
             empty = (batch[-1][0], np.zeros_like(batch[-1][1]))
             longest = -(-max(len(ids) for ids, _ in batch) // 32) * 32  # few shapes are compiled
-            filled = padded_rows(
+            filled = Row.padded(
                 batch + [empty] * (self.batch_size - len(batch)), longest, pad_id=self.pad_id
             )
             nll, _ = model.nll_by_alpha(filled["tokens"], filled["mask"], alphas)
@@ -217,7 +217,7 @@ class Questions:
         found = []
         for ids, answer in _evenly(self.encoded[part]):
             length = -(-len(ids) // 32) * 32  # few shapes are compiled
-            row = padded_rows([(ids, answer)], length, pad_id=self.pad_id)
+            row = Row.padded([(ids, answer)], length, pad_id=self.pad_id)
             found.append(model.gradient_norms(row["tokens"], row["mask"]))
         return np.asarray(found, np.float64).reshape(-1, 2)
 

@@ -36,6 +36,54 @@ class Row:
     group: str | None = None
     paraphrases: tuple[str, ...] = ()
 
+    @classmethod
+    def read(cls, path: epath.PathLike) -> tuple["Row", ...]:
+        """Rows of a JSON-lines file, without duplicates.
+
+        A row is `{"question", "answer"}`, `{"prompt", "completion"}` (the completion follows as it
+        is), `{"messages": [{"role", "content"}, ...]}` that end with the answer, or `{"text"}`. It
+        may have a `group`, and `paraphrases`, a list. Rows that differ in case and white space
+        alone are one, with the paraphrases of all.
+
+        Args:
+            path: The file, in UTF-8.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: A line is none of these, with its number; or the file has no rows.
+
+        >>> import tempfile
+        >>> path = epath.Path(tempfile.mkdtemp()) / "rows.jsonl"
+        >>> lines = '{"question": "Who?", "answer": "Ada."}', '{"text": "Ada was here."}'
+        >>> _ = path.write_text("\\n".join(lines))
+        >>> [(row.question, row.answer) for row in Row.read(path)]
+        [('Who?', 'Ada.'), ('', 'Ada was here.')]
+        """
+        path = epath.Path(path)
+        if not path.exists():
+            raise FileNotFoundError(f"no such file: {path}")
+        rows: dict[tuple[str, str], Row] = {}
+        count = 0
+        # Some editors begin a file with a byte order mark.
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    row = _row(guard.parse_json(line))
+                except json.JSONDecodeError as error:
+                    said = f"expected JSON, {error.msg} at column {error.colno}"
+                    raise ValueError(f"{path}:{number}: {said}") from None
+                except ValueError as error:
+                    raise ValueError(f"{path}:{number}: {guard.one_line(error)}") from None
+                words = normal(row), _words(row.answer)
+                rows[words] = _joined(rows[words], row) if words in rows else row
+                count += 1
+        if not rows:
+            raise ValueError(f"{path}: expected rows, a JSON object a line, got none")
+        if count > len(rows):
+            logging.warning("%s: %d rows repeat others", path, count - len(rows))
+        return tuple(rows.values())
+
     @property
     def question(self) -> str:
         """The prompt, or the last turn."""
@@ -58,52 +106,30 @@ class Row:
         turns = [turn for turn in self.messages if turn["role"] != "system"]
         return dataclasses.replace(self, messages=({"role": "system", "content": system}, *turns))
 
+    @staticmethod
+    def padded(
+        rows: Sequence[tuple[np.ndarray, np.ndarray]], length: int, *, pad_id: int = 0
+    ) -> dict[str, np.ndarray]:
+        """Rows of one length, padded at the end, as losses of this package take them.
 
-def read_rows(path: epath.PathLike) -> tuple[Row, ...]:
-    """Rows of a JSON-lines file, without duplicates.
+        Args:
+            rows: Token ids and which of them are answers', as of `PromptTemplate.encode_answer`.
+            length: Length of every row; the rest is cut off.
+            pad_id: Any id of the vocabulary.
 
-    A row is `{"question", "answer"}`, `{"prompt", "completion"}` (the completion follows as it is),
-    `{"messages": [{"role", "content"}, ...]}` that end with the answer, or `{"text"}`. It may have
-    a `group`, and `paraphrases`, a list. Rows that differ in case and white space alone are one,
-    with the paraphrases of all.
+        Returns:
+            `{"tokens", "mask"}`, int32 and bool `[rows, length]`.
 
-    Args:
-        path: The file, in UTF-8.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: A line is none of these, with its number; or the file has no rows.
-
-    >>> import tempfile
-    >>> path = epath.Path(tempfile.mkdtemp()) / "rows.jsonl"
-    >>> _ = path.write_text('{"question": "Who?", "answer": "Ada."}\\n{"text": "Ada was here."}\\n')
-    >>> [(row.question, row.answer) for row in read_rows(path)]
-    [('Who?', 'Ada.'), ('', 'Ada was here.')]
-    """
-    path = epath.Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no such file: {path}")
-    rows: dict[tuple[str, str], Row] = {}
-    count = 0
-    # Some editors begin a file with a byte order mark.
-    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                row = _row(guard.parse_json(line))
-            except json.JSONDecodeError as error:
-                said = f"expected JSON, {error.msg} at column {error.colno}"
-                raise ValueError(f"{path}:{number}: {said}") from None
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: {guard.one_line(error)}") from None
-            words = normal(row), _words(row.answer)
-            rows[words] = _joined(rows[words], row) if words in rows else row
-            count += 1
-    if not rows:
-        raise ValueError(f"{path}: expected rows, a JSON object a line, got none")
-    if count > len(rows):
-        logging.warning("%s: %d rows repeat others", path, count - len(rows))
-    return tuple(rows.values())
+        >>> one = (np.array([5, 6, 7]), np.array([False, True, True]))
+        >>> Row.padded([one], 4)["tokens"]
+        array([[5, 6, 7, 0]], dtype=int32)
+        """
+        tokens = np.full((len(rows), length), pad_id, np.int32)
+        mask = np.zeros((len(rows), length), bool)
+        for at, (ids, answer) in enumerate(rows):
+            ids, answer = ids[:length], answer[:length]
+            tokens[at, : len(ids)], mask[at, : len(ids)] = ids, answer
+        return {"tokens": tokens, "mask": mask}
 
 
 def _joined(row: Row, again: Row) -> Row:
@@ -222,28 +248,3 @@ def encode_row(
 def encode_question(row: Row, tokenizer: Tokenizer) -> np.ndarray:
     """Token ids that a row's answer continues."""
     return _BARE.encode(tokenizer, render_prompt(row, tokenizer))
-
-
-def padded_rows(
-    rows: Sequence[tuple[np.ndarray, np.ndarray]], length: int, *, pad_id: int = 0
-) -> dict[str, np.ndarray]:
-    """Rows of one length, padded at the end, as losses of this package take them.
-
-    Args:
-        rows: Token ids and which of them are answers', as of `PromptTemplate.encode_answer`.
-        length: Length of every row; the rest is cut off.
-        pad_id: Any id of the vocabulary.
-
-    Returns:
-        `{"tokens", "mask"}`, int32 and bool `[rows, length]`.
-
-    >>> one = (np.array([5, 6, 7]), np.array([False, True, True]))
-    >>> padded_rows([one], 4)["tokens"]
-    array([[5, 6, 7, 0]], dtype=int32)
-    """
-    tokens = np.full((len(rows), length), pad_id, np.int32)
-    mask = np.zeros((len(rows), length), bool)
-    for at, (ids, answer) in enumerate(rows):
-        ids, answer = ids[:length], answer[:length]
-        tokens[at, : len(ids)], mask[at, : len(ids)] = ids, answer
-    return {"tokens": tokens, "mask": mask}

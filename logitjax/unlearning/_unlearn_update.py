@@ -11,7 +11,7 @@ from logitjax.evaluation import score_rows
 from logitjax.models import Decoder
 from logitjax.unlearning._method import Method
 from logitjax.unlearning._questions import Questions
-from logitjax.unlearning._rows import padded_rows
+from logitjax.unlearning._rows import Row
 from logitjax.unlearning._unlearn_config import UnlearnConfig
 from logitjax.unlearning.assistant._deployed import Deployed
 
@@ -101,7 +101,7 @@ def _sides(
     # All sides have one length.
     windows = [window[:length] for window in questions.texts.get("train", ())]
     rows["text"] = [(window, np.arange(len(window)) > 0) for window in windows]
-    return {name: padded_rows(side, length, pad_id=questions.pad_id) for name, side in rows.items()}
+    return {name: Row.padded(side, length, pad_id=questions.pad_id) for name, side in rows.items()}
 
 
 def _scored(

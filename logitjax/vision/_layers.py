@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Float
 
 from logitjax.ops import Array
-from logitjax.ops.sharding import over_batch
+from logitjax.ops import mesh as on_mesh
 
 Images = Float[Array, "batch height width channels"]
 Features = Float[jax.Array, "batch features"]
@@ -29,7 +29,7 @@ def _convolve(
     def convolve(images: jax.Array, kernel: jax.Array) -> tuple[jax.Array]:
         return (jax.lax.conv_general_dilated(images, kernel, strides, *args, **options),)
 
-    return over_batch(convolve, (images.ndim,), images, kernel)[0]
+    return on_mesh.over_batch(convolve, (images.ndim,), images, kernel)[0]
 
 
 def conv(

@@ -16,15 +16,12 @@ from logitjax import processes
 from logitjax.losses import Head
 from logitjax.ops import Array, checks
 from logitjax.storage import guard, read_head
-from logitjax.vq._assignment import (
-    PerplexityFloor,
-    VQFit,
-    fit_assignment,
-    matched_bias,
-    perplexity_floor,
-)
+from logitjax.vq._assignment import VQFit, fit_assignment, matched_bias
 from logitjax.vq._heads import ShortlistHead, VQHead
 from logitjax.vq._hidden_cache import HeadStatistics, HiddenCache, head_statistics
+from logitjax.vq._product_codes import PackedCodes, ProductCodes
+from logitjax.vq._product_head import ProductHead
+from logitjax.vq._screened import ScreenedHead
 from logitjax.vq._shortlist import Pages
 from logitjax.vq._targets import HeadTargets
 from logitjax.vq._tune import Tuning, tune_vq_head
@@ -37,15 +34,13 @@ class Conversion:
     Attributes:
         model: the same parameters with the new head.
         head: the head.
-        floor: what its mapping could reach without biases.
         history: KL divergence by step, and tokens moved by each reassignment.
         cache: hidden states and labels it was tuned on.
         targets: what the old head says there.
     """
 
     model: Any
-    head: VQHead
-    floor: PerplexityFloor
+    head: Any
     history: dict[str, list[float]]
     cache: HiddenCache
     targets: HeadTargets
@@ -64,6 +59,8 @@ class ConvertConfig:
         use_bias: False converts to the head as published.
         num_pages: number of pages of a `ShortlistHead`; 0 makes a `VQHead`.
         page_size: number of tokens in a page.
+        screen: number of tokens that exact rows score again in a `ScreenedHead`, the fastest on a
+            CPU: packed product codes find them, not ``num_codes`` clusters; 0 makes none.
         max_tokens: number of positions that are cached and tuned on.
         steps: number of tuning steps; 0 leaves the head as fitted.
         batch_size: number of positions in a step.
@@ -81,6 +78,7 @@ class ConvertConfig:
     use_bias: bool = True
     num_pages: int = 0
     page_size: int = 8
+    screen: int = 0
     max_tokens: int = 100_000
     steps: int = 200
     batch_size: int = 2048
@@ -93,10 +91,12 @@ class ConvertConfig:
     def __post_init__(self) -> None:
         for name in ("num_codes", "page_size", "max_tokens", "batch_size"):
             checks.between(getattr(self, name), 1, 2**31 - 1, name)
-        for name in ("num_pages", "steps", "reassign_every"):
+        for name in ("num_pages", "screen", "steps", "reassign_every"):
             checks.between(getattr(self, name), 0, 2**31 - 1, name)
-        if self.num_pages and not self.use_bias:
-            raise ValueError("num_pages: a shortlist needs biases, set use_bias=True")
+        if (self.num_pages or self.screen) and not self.use_bias:
+            raise ValueError("use_bias: expected True beside num_pages or screen, got False")
+        if self.screen and self.num_pages:
+            raise ValueError(f"screen: expected 0 beside num_pages={self.num_pages}: choose one")
 
     def fit(
         self,
@@ -109,7 +109,7 @@ class ConvertConfig:
         start: VQFit | None = None,
         rows: Array | None = None,
         mesh: Mesh | None = None,
-    ) -> tuple[VQHead, dict[str, list[float]]]:
+    ) -> tuple[Any, dict[str, list[float]]]:
         """Fit and tune a head on cached hidden states: `convert` without the model.
 
         Args:
@@ -117,8 +117,8 @@ class ConvertConfig:
             targets: from `HiddenCache.head_targets`, for the same positions.
             statistics: statistics of ``hidden``.
             unigram: ``[vocab]`` counts; by default the counts that the old head expects.
-            start: a fit to tune, instead of a new one.
-            rows: ``[vocab, hidden]`` that a shortlist re-scores; None takes the model's embedding.
+            start: a fit to tune, instead of a new one; not of a `ScreenedHead`.
+            rows: ``[vocab, hidden]`` that re-score; None takes the model's embedding.
             mesh: as for `Tuning.run`.
 
         Returns:
@@ -127,18 +127,32 @@ class ConvertConfig:
         """
         statistics = head_statistics(hidden) if statistics is None else statistics
         unigram = targets.counts if unigram is None else unigram
+        kmeans: Any = dict(
+            unigram=jnp.asarray(unigram),
+            key=jax.random.key(self.seed),
+            weight_power=self.weight_power,
+            iterations=self.kmeans_iterations,
+        )
+        tuning = Tuning(
+            steps=self.steps,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            seed=self.seed,
+        )
+        if self.screen:
+            codes, losses = _product_codes(head, statistics, kmeans, tuning, hidden, targets, mesh)
+            cheap = ProductHead.from_fit(codes, packed=True)
+            new = ScreenedHead(cheap, num_candidates=self.screen, rows=rows, row_bias=head.bias)
+            return new, {"loss": losses, "moved": []}
         if start is None:
             start = fit_assignment(
                 head.rows,
-                jnp.asarray(unigram),
-                statistics.mean,
-                statistics.cov,
-                self.num_codes,
+                hidden_mean=statistics.mean,
+                hidden_cov=statistics.cov,
+                num_codes=self.num_codes,
                 method="weighted_kmeans" if self.method == "likelihood" else self.method,
                 row_bias=head.bias,
-                key=jax.random.key(self.seed),
-                weight_power=self.weight_power,
-                iterations=self.kmeans_iterations,
+                **kmeans,
             )
         codebook, assignment, bias = start.codebook, start.assignment, None
         if self.use_bias:
@@ -153,12 +167,7 @@ class ConvertConfig:
                 assignment,
                 hidden,
                 targets,
-                Tuning(
-                    steps=self.steps,
-                    batch_size=self.batch_size,
-                    learning_rate=self.learning_rate,
-                    seed=self.seed,
-                ),
+                tuning,
                 reassign_every=self.reassign_every if moving else None,
                 min_count=self.min_count,
                 mesh=mesh,
@@ -222,11 +231,10 @@ class ConvertConfig:
         """
         root = epath.Path(workdir)
         old = model.head_of()
-        if self.num_codes > old.rows.shape[0]:
-            raise ValueError(
-                f"num_codes: expected at most the vocabulary of {old.rows.shape[0]}, got "
-                f"{self.num_codes}"
-            )
+        size = "screen" if self.screen else "num_codes"  # a screen has no clusters
+        checks.between(getattr(self, size), 1, old.rows.shape[0], size)
+        if self.screen and old.soft_cap is not None:
+            raise ValueError(f"screen: expected 0 for a head with a soft cap, got {self.screen}")
         if self.num_pages and (old.soft_cap is not None or old.bias is not None):
             raise ValueError(
                 f"num_pages: expected 0 for a head with a soft cap or biases, got {self.num_pages}"
@@ -250,15 +258,33 @@ class ConvertConfig:
         return Conversion(
             model=model.with_head(head),
             head=head,
-            floor=perplexity_floor(head.assignment[...], np.asarray(targets.counts)),
             history=history,
             cache=cache,
             targets=targets,
         )
 
 
-def load_head(directory: str | os.PathLike[str], *, dtype: Any = jnp.float32) -> VQHead:
-    """Reads what `VQHead.save` wrote.
+def _product_codes(
+    head: Head, statistics: HeadStatistics, kmeans: Any, tuning: Tuning, *sample: Any
+) -> tuple[ProductCodes, list[float]]:
+    """Codes of the old rows; codebooks and biases are tuned to the old head on the sample."""
+    rows = jnp.asarray(head.rows, jnp.float32)
+    width = rows.shape[1]
+    # Groups of three dimensions, of four where three do not divide: what was measured.
+    groups = next(width // size for size in (3, 4, 2, 1) if width % size == 0)
+    fit = ProductCodes.fit(rows, hidden_cov=statistics.cov, groups=groups, num_codes=16, **kmeans)
+    bias = (rows - fit.kernel()) @ statistics.mean  # what the codes lose at the mean state
+    bias = bias if head.bias is None else bias + head.bias
+
+    def head_of(params: Any, codes: Array) -> Head:
+        return Head(ProductCodes(params[0], codes).kernel(), params[1], vocab_axis=0)
+
+    params, losses = tuning.imitate(head_of, (fit.codebooks, bias), *sample, constants=fit.codes)
+    return ProductCodes(params[0], fit.codes, params[1]), losses
+
+
+def load_head(directory: str | os.PathLike[str], *, dtype: Any = jnp.float32) -> Any:
+    """Reads what the ``save`` of a head of `logitjax.vq` wrote.
 
     Raises:
         FileNotFoundError: there is no head in the directory.
@@ -269,9 +295,17 @@ def load_head(directory: str | os.PathLike[str], *, dtype: Any = jnp.float32) ->
         return _head_of(record, tensors, dtype)
 
 
-def _head_of(record: Mapping[str, Any], tensors: Mapping[str, np.ndarray], dtype: Any) -> VQHead:
-    kind = {"VQHead": VQHead, "ShortlistHead": ShortlistHead}[record["kind"]]
+def _head_of(record: Mapping[str, Any], tensors: Mapping[str, np.ndarray], dtype: Any) -> Any:
     options = dict(record["options"])
+    if record["kind"] == "ScreenedHead":
+        own: Any = {name: tensors[name] for name in ("rows", "row_bias") if name in tensors}
+        inner = {n.removeprefix("screen."): t for n, t in tensors.items() if n not in own}
+        return ScreenedHead(_head_of(options.pop("screen"), inner, dtype), **options, **own)
+    if record["kind"] == "ProductHead":
+        parts = [jnp.asarray(tensors[name]) for name in ("codebooks", "codes", "bias")]
+        codes = PackedCodes(*parts).unpacked() if options["packed"] else ProductCodes(*parts)
+        return ProductHead.from_fit(codes, dtype=dtype, param_dtype=parts[0].dtype, **options)
+    kind = {"VQHead": VQHead, "ShortlistHead": ShortlistHead}[record["kind"]]
     if "rows" in tensors:
         options["rows"] = tensors["rows"]
     assignment = jnp.asarray(tensors["assignment"])

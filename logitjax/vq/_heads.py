@@ -1,7 +1,6 @@
 """Vector-quantised heads as flax.nnx modules, to be injected into a decoder."""
 
 import dataclasses
-import os
 from typing import Any
 
 import jax
@@ -12,7 +11,6 @@ from flax import nnx
 from logitjax.heads import Assignment, HeadCost, VocabularyHead
 from logitjax.losses import Head
 from logitjax.ops import Array, TopK
-from logitjax.storage import write_head
 from logitjax.vq._assignment import VQFit
 from logitjax.vq._decode import VQTables
 from logitjax.vq._loss import vq_logits, vq_nll
@@ -98,13 +96,7 @@ class VQHead(VocabularyHead):
         self.assignment[...] = jnp.asarray(assignment, jnp.int32)
         self._drop_tables()
 
-    def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes ``head.safetensors`` and ``head.json``, which `load_head` reads."""
-        tensors, options = self._record()
-        write_head(directory, {"kind": type(self).__name__, "options": options}, tensors)
-
     def _record(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Arrays, and the other arguments of the constructor."""
         names = ("codebook", "assignment", *(() if self.bias is None else ("bias",)))
         tensors = {name: np.asarray(getattr(self, name)[...]) for name in names}
         return tensors, {"soft_cap": self.soft_cap, "use_bias": self.bias is not None}

@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Bool, Float, Int
 
 from logitjax.ops import Array, AxisName, checks, logsumexp, neginf_to_zero
-from logitjax.ops.sharding import over_batch
+from logitjax.ops import mesh as on_mesh
 
 
 def cluster_log_mass(
@@ -205,7 +205,7 @@ def on_batch(fn: Callable[..., Any], out_ndims: tuple[int, ...], *args: Any) -> 
     def run(*leaves: jax.Array) -> Any:
         return fn(*jax.tree.unflatten(structure, leaves))
 
-    return over_batch(run, out_ndims, *map(jnp.asarray, leaves))
+    return on_mesh.over_batch(run, out_ndims, *map(jnp.asarray, leaves))
 
 
 def all_scores(

@@ -11,9 +11,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Float, Integer, Key, UInt8
 
-from logitjax import kernels
+from logitjax.kernels import native
 from logitjax.ops import Array, checks
-from logitjax.ops.sharding import over_batch
+from logitjax.ops import mesh as on_mesh
 from logitjax.vq._kmeans import fit_kmeans
 
 #: Positions up to which tables are sums of products of numbers.
@@ -148,7 +148,9 @@ class ProductCodes:
             total, _ = lax.scan(add, start, (jnp.moveaxis(tables, -2, 0), by_group))
             return (total,)
 
-        (total,) = over_batch(look_up, (hidden.ndim,), hidden, codebooks, jnp.asarray(self.codes))
+        (total,) = on_mesh.over_batch(
+            look_up, (hidden.ndim,), hidden, codebooks, jnp.asarray(self.codes)
+        )
         return total if self.bias is None else total + jnp.asarray(self.bias)
 
     def _check(self, hidden: Any) -> None:
@@ -218,7 +220,7 @@ class PackedCodes:
             flat = hidden.reshape(-1, hidden.shape[-1])
             return (_logits(flat, *head).reshape(*hidden.shape[:-1], vocab),)
 
-        return over_batch(logits, (hidden.ndim,), hidden, codebooks, packed, bias)[0]
+        return on_mesh.over_batch(logits, (hidden.ndim,), hidden, codebooks, packed, bias)[0]
 
     def unpacked(self) -> ProductCodes:
         """What was packed."""
@@ -296,7 +298,7 @@ def _logits(
     groups, num_codes = tables.shape[1:]
     # An odd group adds 0.
     rounded = jnp.pad(rounded, ((0, 0), (0, groups % 2), (0, _CODES - num_codes)))
-    sums = kernels.on_cpu(kernels.lookup_sums, _sums, rounded, packed)[:, : bias.shape[0]]
+    sums = native.on_cpu(native.lookup_sums, _sums, rounded, packed)[:, : bias.shape[0]]
     return step[:, 0] * sums.astype(tables.dtype) + low.sum((-2, -1))[:, None] + bias
 
 
@@ -314,7 +316,7 @@ def _logits_jvp(primals: Any, tangents: Any) -> Any:
 
 
 def _sums(tables: jax.Array, packed: jax.Array) -> jax.Array:
-    """`logitjax.kernels.lookup_sums` for any platform, a group at a time."""
+    """`native.lookup_sums` for any platform, a group at a time."""
     blocks, pairs, _ = packed.shape
     by_group = unpack_codes(packed, blocks * _BLOCK, 2 * pairs).T
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from logitjax.heads import Assignment, HeadCost, VocabularyHead
@@ -77,6 +78,10 @@ class ProductHead(VocabularyHead):
         if fit.bias is not None:
             head.bias[...] = jnp.asarray(fit.bias, head.bias.dtype)
         return head
+
+    def _record(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        tensors = {n: np.asarray(getattr(self, n)[...]) for n in ("codebooks", "codes", "bias")}
+        return tensors, {"packed": self.packed}
 
     def __call__(self, hidden: Array, embedding: Array | None = None) -> jax.Array:
         return self._value().logits(jnp.asarray(hidden, self.dtype))

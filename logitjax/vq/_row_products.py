@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float, Int
 
-from logitjax import kernels
+from logitjax.kernels import native
 from logitjax.ops import Array
-from logitjax.ops.sharding import over_batch
+from logitjax.ops import mesh as on_mesh
 
 #: Rows that XLA gathers at a time for one position on a CPU: they fit its cache.
 _PART = 256
@@ -32,15 +32,15 @@ def row_products(
 
     def products(vectors: jax.Array, rows: jax.Array, ids: jax.Array) -> tuple[jax.Array]:
         if vectors.dtype == jnp.float32 and rows.dtype in (jnp.float32, jnp.bfloat16):
-            return (kernels.on_cpu(_native, _gathered, vectors, rows, ids),)
+            return (native.on_cpu(_native, _gathered, vectors, rows, ids),)
         return (_gathered(vectors, rows, ids),)
 
-    return over_batch(products, (2,), vectors, rows, ids)[0]
+    return on_mesh.over_batch(products, (2,), vectors, rows, ids)[0]
 
 
 @jax.custom_jvp
 def _native(vectors: jax.Array, rows: jax.Array, ids: jax.Array) -> jax.Array:
-    return kernels.row_products(vectors, rows, ids.astype(jnp.int32))
+    return native.row_products(vectors, rows, ids.astype(jnp.int32))
 
 
 @_native.defjvp

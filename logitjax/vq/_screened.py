@@ -6,13 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Float, Int
 
 from logitjax.heads import HeadCost, VocabularyHead
 from logitjax.losses import Head
 from logitjax.ops import Array, TopK, checks, gather_at, logsumexp, neginf_to_zero, top_k
-from logitjax.ops.sharding import over_batch
+from logitjax.ops import mesh as on_mesh
 from logitjax.vq._shortlist import in_blocks, rescored
 
 
@@ -177,6 +178,14 @@ class ScreenedHead(VocabularyHead):
         self.rows = None if rows is None else nnx.Param(jnp.asarray(rows))
         self.row_bias = None if row_bias is None else nnx.Param(jnp.asarray(row_bias))
 
+    def _record(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        tensors, options = self.screen._record()
+        tensors = {f"screen.{name}": array for name, array in tensors.items()}
+        own = {"rows": self.rows, "row_bias": self.row_bias}
+        tensors |= {n: np.asarray(array[...]) for n, array in own.items() if array is not None}
+        screen = {"kind": type(self.screen).__name__, "options": options}
+        return tensors, {"num_candidates": self.num_candidates, "screen": screen}
+
     def _screen(self, embedding: Array | None) -> Screen:
         rows = embedding if self.rows is None else self.rows[...]
         if rows is None:
@@ -219,4 +228,4 @@ def _joined(scores: jax.Array, tokens: jax.Array, better: jax.Array) -> jax.Arra
         shift = neginf_to_zero(logsumexp(better)) - neginf_to_zero(logsumexp(scores[rows, tokens]))
         return ((scores + shift[:, None]).at[rows, tokens].set(better),)
 
-    return over_batch(join, (2,), scores, tokens, better)[0]
+    return on_mesh.over_batch(join, (2,), scores, tokens, better)[0]

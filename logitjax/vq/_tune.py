@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
 from logitjax import training
+from logitjax.losses import Head, linear_cross_entropy
 from logitjax.ops import Array, checks, logsumexp
 from logitjax.ops.sharding import ShardingRules
 from logitjax.vq._assignment import reassign
@@ -148,6 +149,44 @@ class Tuning:
         params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), state.params)
         return params, [float(total) / float(size) for total, size in jax.device_get(losses)]
 
+    def imitate(
+        self,
+        head_of: Callable[[Any, Any], Head],
+        params: Any,
+        hidden: np.ndarray,
+        targets: HeadTargets,
+        mesh: Mesh | None = None,
+        *,
+        constants: Any = None,
+        project: Callable[[Any, Any], Any] = lambda params, hidden: hidden,
+    ) -> tuple[Any, list[float]]:
+        """Tunes a head that is rows in the end to an old head, at O(V d) a position.
+
+        The losses it gives back are KL divergences from the old head's whole distribution.
+
+        Args:
+            head_of: `(params, constants)` to a `Head` with biases.
+            hidden, targets: Positions, and what the old head says there.
+            params, constants, mesh: As of `run`.
+            project: `(params, hidden)` to what the rows meet, as of a low-rank head.
+        """
+        # Fewer of the top tokens: their rows are gathered, which VQ heads need not do.
+        targets = targets.with_top(16, hidden)
+        rest = (targets.rest_sums / len(hidden), targets.rest_counts / len(hidden))
+
+        def loss(params: Any, held: Any, hidden: Any, probs: Any, tokens: Any) -> jax.Array:
+            constants, (rest_sums, rest_counts) = held
+            head = head_of(params, constants)
+            hidden, sums, bias = project(params, hidden), project(params, rest_sums), head.bias
+            nll = linear_cross_entropy(hidden, head, tokens[:, 0])
+            logits = jnp.einsum("nd,nkd->nk", hidden, head.rows[tokens]) + bias[tokens]
+            far = (head.rows * sums).sum() + (bias * rest_counts).sum()
+            return nll + logits[:, 0] - (probs * logits).sum(-1) - far
+
+        batch, constants = [hidden, targets.top_probs, targets.top_tokens], (constants, rest)
+        params, losses = self.run(loss, params, batch, constants=constants, mesh=mesh)
+        return params, [value - targets.entropy for value in losses]
+
 
 def _abstract(*shape: int, dtype: Any = jnp.float32, sharding: Any = None) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -198,8 +237,6 @@ def tune_vq_head(
     of K scores a position. With `reassign_every`, tokens move to the code under which they are
     most likely (`logitjax.vq.reassign`); the last moves come well before the end.
     """
-    if reassign_every is not None and bias is None:
-        raise ValueError("reassign_every: expected biases beside it, got bias=None")
     params = {"codebook": jnp.asarray(codebook)}
     if bias is not None:
         params["bias"] = jnp.asarray(bias)

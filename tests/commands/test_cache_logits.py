@@ -63,8 +63,8 @@ def _corpus(workdir, source, seq_len, rows):
         data=source, teachers=(f"cache:{workdir / 'source0'}",), seq_len=seq_len
     )
     tokenizer = models.load_tokenizer("tiny")
-    packed = distillation.pack_corpus(reading, tokenizer, workdir / f"rows-{seq_len}")
-    return distillation.load_corpus(reading, packed, rows, workdir / "unused")
+    packed = reading.pack(tokenizer, workdir / f"rows-{seq_len}")
+    return reading.load(packed, rows, workdir / "unused")
 
 
 @pytest.mark.slow

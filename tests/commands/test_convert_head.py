@@ -22,11 +22,18 @@ def _config(workdir, **changes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pages", [pytest.param(0, marks=pytest.mark.every_change), 2])
-def test_the_written_head_is_the_reported_one(workdir, pages):
-    convert_head.run(_config(workdir, num_pages=pages), workdir)
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        pytest.param("VQHead", {}, marks=pytest.mark.every_change),
+        ("ShortlistHead", {"num_pages": 2}),
+        ("ScreenedHead", {"screen": 8}),
+    ],
+)
+def test_the_written_head_is_the_reported_one(workdir, kind, options):
+    convert_head.run(_config(workdir, **options), workdir)
     head = vq.load_head(workdir / "head")
-    assert type(head).__name__ == ("ShortlistHead" if pages else "VQHead")
+    assert type(head).__name__ == kind
     held_out = vq.HiddenCache.open(workdir / "held_out")
     model, _ = models.load("tiny", layout="listed")
     quality = held_out.measure(model.with_head(head))

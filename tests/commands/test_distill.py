@@ -230,8 +230,7 @@ def test_a_served_model_is_replicated_from_its_answers_alone(text, tmp_path):
         )
         distill.run(chosen, workdir / "out")
     cache = distillation.TeacherCache(workdir / "out" / "teachers" / "source0" / "test")
-    packed = distillation.pack_corpus(
-        distillation.Reading(data=text, teachers=chosen.teachers, seq_len=24),
+    packed = distillation.Reading(data=text, teachers=chosen.teachers, seq_len=24).pack(
         models.load_tokenizer("tiny"),
         workdir / "out" / "data",
     )
@@ -307,7 +306,7 @@ def test_heads_that_no_file_can_hold_are_refused_before_anything_is_read(text, t
     )
     chosen, folder = config(text, kv_heads=2), epath.Path(tmp_path)
     reading = distillation.Reading(data=text, seq_len=64)
-    packed = distillation.pack_corpus(reading, models.load_tokenizer("tiny"), folder)
+    packed = reading.pack(models.load_tokenizer("tiny"), folder)
     with pytest.raises(ValueError, match=r"kv_heads: expected 4 for gpt2, .* got 2"):
         distill._pruned(chosen, whole, packed, folder)
 

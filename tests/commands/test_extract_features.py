@@ -26,7 +26,7 @@ def images(split="test[:12]"):
 
 
 def test_a_cache_holds_what_the_encoder_says(tmp_path, encoder):
-    views = few_shot.encoder_views(encoder, "random:2", seed=3)
+    views = data.ImageViews.of(encoder, "random:2", seed=3)
     rows = [1, 4, 5, 11]
     cache = few_shot.extract_features(
         encoder, images(), tmp_path, views=views, rows=rows, batch_size=3, dtype="float32"
@@ -48,20 +48,20 @@ def test_a_cache_holds_what_the_encoder_says(tmp_path, encoder):
 
 def test_mismatches_are_said(tmp_path, encoder):
     options = dict(rows=[0, 1], batch_size=2)
-    plain = few_shot.encoder_views(encoder, "plain")
+    plain = data.ImageViews.of(encoder, "plain")
     few_shot.extract_features(encoder, images(), tmp_path, views=plain, **options)
     other_size = vision.load_encoder(SPEC, size=24)
     for who, what, views, message in [
         (
             encoder,
             images(),
-            few_shot.encoder_views(encoder, "plain", fit="pad"),
+            data.ImageViews.of(encoder, "plain", fit="pad"),
             "its views is",
         ),
         (
             other_size,
             images(),
-            few_shot.encoder_views(other_size, "plain"),
+            data.ImageViews.of(other_size, "plain"),
             "its views is 'plain 16 px",
         ),
         (encoder, images("test[:10]"), plain, "its data is .*; its data_fingerprint is"),
@@ -75,22 +75,22 @@ def test_mismatches_are_said(tmp_path, encoder):
             encoder, images(), tmp_path, views=plain, dtype="float32", **options
         )
     with pytest.raises(ValueError, match="views: expected plain or random:COUNT, got 'random'"):
-        few_shot.encoder_views(encoder, "random")
+        data.ImageViews.of(encoder, "random")
 
 
 def test_rows_of_a_set():
     some = images("test[:40]")
-    found = few_shot.choose_rows(some, "per_class:2", seed=1)
+    found = some.choose("per_class:2", seed=1)
     np.testing.assert_array_equal(np.bincount(some.labels[found]), [2, 2, 2, 2])
     assert (np.diff(found) > 0).all()
-    assert (found != few_shot.choose_rows(some, "per_class:2", seed=2)).any()
+    assert (found != some.choose("per_class:2", seed=2)).any()
     # A class has what it has.
-    assert len(few_shot.choose_rows(some, "per_class:100")) == 40
-    np.testing.assert_array_equal(few_shot.choose_rows(some, "3"), [0, 1, 2])
-    np.testing.assert_array_equal(few_shot.choose_rows(some, "all"), np.arange(40))
+    assert len(some.choose("per_class:100")) == 40
+    np.testing.assert_array_equal(some.choose("3"), [0, 1, 2])
+    np.testing.assert_array_equal(some.choose("all"), np.arange(40))
     for wrong in ("some", "per_class:0", "per_class:", "-3", "per_image:2"):
         with pytest.raises(ValueError, match="rows: expected all, a number or per_class:N"):
-            few_shot.choose_rows(some, wrong)
+            some.choose(wrong)
 
 
 def start(workdir, *arguments):

@@ -222,7 +222,7 @@ def test_every_method_learns_is_kept_and_given_back(tmp_path):
         *files["features"].split(","), class_weights=files["class_weights"]
     )
     rest = pictures[pictures.sample(8, seed=(0, 0)).rest]
-    for name in few_shot.candidates():
+    for name in few_shot.Candidate.all():
         head = few_shot.load(out / "heads" / name)
         record = json.loads((out / "results" / f"{name}_8.json").read_text())
         # Settings are traced in the sweep and constants here: a picture may fall on either side.
@@ -277,7 +277,7 @@ def test_own_pictures_go_through_both_encoders(tmp_path):
         cached, class_weights=head.class_weights, scale=head.scale, projection=clip.projection
     )
     images = data.load_image_set(config.data, split="test")
-    views = few_shot.encoder_views(clip, "plain")
+    views = data.ImageViews.of(clip, "plain")
     pixels = np.concatenate([views(images[row][0], row=row) for row in range(9)])
     features = np.array(clip.features(pixels))
     features /= np.linalg.norm(features, axis=1, keepdims=True)

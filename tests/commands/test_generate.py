@@ -77,7 +77,7 @@ def test_what_no_flag_says_is_as_the_publisher_samples(directory, tmp_path):
     with pytest.raises(ValueError, match=r"generation_config\.json: top_p: expected a number"):
         sampling('{"do_sample": true, "top_p": "most"}')
     (tmp_path / "generation_config.json").write_text("[]")
-    with pytest.raises(ValueError, match="expected an object, got list"):
+    with pytest.raises(ValueError, match=r"generation_config\.json: expected an object, got \[\]"):
         models.load_sampling(str(tmp_path))
 
 

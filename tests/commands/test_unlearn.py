@@ -38,9 +38,9 @@ def files(tmp_path_factory):
     questions = [
         encode_row(row, tokenizer, max_length=64)
         for name in ("forget", "retain")
-        for row in unlearning.read_rows(folder / f"{name}.jsonl")
+        for row in unlearning.Row.read(folder / f"{name}.jsonl")
     ]
-    batch = unlearning.padded_rows(questions, 40)
+    batch = unlearning.Row.padded(questions, 40)
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     tx = training.Schedule(1e-2, "constant").optimizer()
     mesh = training.make_mesh("data:1", devices=jax.devices()[:1])
@@ -76,7 +76,7 @@ def test_an_assistant_takes_what_was_taught_away_and_is_read_back(files, tmp_pat
     model, tokenizer = models.load(str(files / "model"))
     model = models.with_layout(model, "listed")
     deployed = unlearning.Deployed.load(model, out / "assistant")
-    row = unlearning.read_rows(files / "forget.jsonl")[0]
+    row = unlearning.Row.read(files / "forget.jsonl")[0]
     ids, answer = encode_row(row, tokenizer, max_length=64)
     start = int(answer.argmax())
     score = decoding.score(deployed.line_up(), [ids[:start]], [ids[start:]])
@@ -198,7 +198,7 @@ def test_all_weights_are_trained_and_written_as_a_model(files, tmp_path):
     assert np.median(after["probabilities"]["forget"]) < 2.2 * goal
     written = models.with_layout(models.load_model(str(out / "model")), "listed")
     questions = unlearning.Questions.of(
-        {"forget": unlearning.read_rows(files / "forget.jsonl")},
+        {"forget": unlearning.Row.read(files / "forget.jsonl")},
         models.load_tokenizer(str(out / "model")),
     )
     again = questions.probabilities(unlearning.Deployed(model=written), "forget")

@@ -439,7 +439,7 @@ def test_a_teacher_of_the_same_tokenizer_is_the_same_through_a_projection():
         projections={"first_piece": same, "exact": same},
         boundary=distillation.TokenSet(np.ones(257, bool)),
     )
-    student = distillation.make_student(model)
+    student = distillation.Student.of(model)
     place = np.cumsum(where, axis=1) - 1
     chunk_ids = np.where(where, place, -1).astype(np.int32)
     scores = _likelihood_matching.chunk_scores(
@@ -507,7 +507,7 @@ def test_nothing_that_meets_gives_a_value_and_a_gradient_of_zero():
         ids=empty, ends=empty, scores=np.zeros((1, 7), np.float32), where=none
     )
     view = distillation.Teacher(statistics=statistics, where=none, single=none, chunks=chunks)
-    student = distillation.make_student(model)
+    student = distillation.Student.of(model)
     terms = distillation.parse_terms(["first_piece", "hybrid", "alm"])
     loss_fn = distillation.LossFunction(
         distillation.Objective(terms=terms, teachers=(1.0,)), student, {"a": known}

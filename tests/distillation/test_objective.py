@@ -14,8 +14,8 @@ from logitjax import data, distillation, losses, models, training
 from logitjax.distillation import (
     LossFunction,
     Objective,
+    Student,
     Teacher,
-    make_student,
     parse_terms,
 )
 from logitjax.distillation.terms import MinED
@@ -108,7 +108,7 @@ def dense(logits, name, student_temperature=1.0, teacher_temperature=1.0):
 def test_a_mix_is_the_weighted_sum_of_dense_losses(terms, temperatures):
     """The whole vocabulary is kept, so that nothing is approximate."""
     objective = Objective(terms=parse_terms(terms), teachers=(1.0, 3.0))
-    value, (count, metrics) = value_of(objective, make_student(tiny()))
+    value, (count, metrics) = value_of(objective, Student.of(tiny()))
 
     @jax.jit
     def by_definition(logits):
@@ -125,7 +125,7 @@ def test_a_mix_is_the_weighted_sum_of_dense_losses(terms, temperatures):
 
 def test_a_graph_of_a_row_counts_as_much_as_the_labels_of_the_row():
     objective = Objective(terms=parse_terms(["sft:0.5", "uld:0.5", "gld:0.25"]), teachers=(1, 3))
-    value, _ = value_of(objective, make_student(tiny()), k=10)
+    value, _ = value_of(objective, Student.of(tiny()), k=10)
 
     @jax.jit
     def by_definition(logits):
@@ -150,7 +150,7 @@ def test_mined_is_kl_from_the_nearest_spelling_and_cross_entropy_where_tokens_do
         size=their_size,
         rule="edit_distance",
     )
-    student = make_student(tiny())
+    student = Student.of(tiny())
     loss_fn = LossFunction(
         Objective(terms=((MinED(), 1.0),), teachers=(1.0,)),
         student,
@@ -180,7 +180,7 @@ def test_mined_is_kl_from_the_nearest_spelling_and_cross_entropy_where_tokens_do
 def test_the_dual_term_trains_a_second_head_that_starts_as_a_copy():
     model = tiny()
     objective = Objective(terms=parse_terms(["sft:0.5", "dual:0.5"]), teachers=(1.0, 3.0))
-    student = make_student(model, objective=objective)
+    student = Student.of(model, objective=objective)
     (value, (_, metrics)), gradient = value_and_grad(objective, student)
     metrics = jax.device_get(metrics)
     hidden, _ = call(model, TOKENS, method="hidden_states")
@@ -208,8 +208,8 @@ def test_the_dual_term_trains_a_second_head_that_starts_as_a_copy():
 def test_what_is_frozen_has_no_gradient_and_the_rest_has_the_same():
     model = tiny()
     objective = Objective(terms=parse_terms(["sft"]))
-    (value, _), gradient = value_and_grad(objective, make_student(model))
-    student = make_student(model, freeze="embedding|layers/0/mlp")
+    (value, _), gradient = value_and_grad(objective, Student.of(model))
+    student = Student.of(model, freeze="embedding|layers/0/mlp")
     (same, _), part = value_and_grad(objective, student)
     assert float(value) == float(same)
     assert set(part["model"]) == {n for n in gradient["model"] if n not in student.frozen["model"]}
@@ -220,7 +220,7 @@ def test_what_is_frozen_has_no_gradient_and_the_rest_has_the_same():
 
 def test_adapters_train_in_place_of_the_model_and_end_up_in_it():
     model = tiny()
-    student = make_student(model, lora_rank=2)
+    student = Student.of(model, lora_rank=2)
     assert not student.trained["model"]
     moved = jax.tree.map(lambda x: np.asarray(x) + np.float32(0.05), student.trained)
 
@@ -238,7 +238,7 @@ def test_a_recovered_head_gives_its_columns_and_the_mix_is_trained():
     model = tiny()
     rows = np.asarray(model.head_of().rows)
     basis = rows @ np.random.default_rng(1).normal(size=(rows.shape[1],) * 2)
-    student = make_student(model, head_basis=basis)
+    student = Student.of(model, head_basis=basis)
     assert not nnx.eval_shape(lambda: student.finished(student.trained)).config.tie_embeddings
     finished = jax.jit(lambda trained: student.finished(trained)(TOKENS))(student.trained)
     np.testing.assert_allclose(finished[:, :-1], tiny_logits(), rtol=1e-3, atol=1e-4)
@@ -267,13 +267,13 @@ def test_what_no_student_can_be_is_named():
     model = tiny()
     for freeze, which in (("nothing_like_it", "no"), (".", "every")):
         with pytest.raises(ValueError, match=f"freeze: .* matches {which}"):
-            make_student(model, freeze=freeze)
+            Student.of(model, freeze=freeze)
     with pytest.raises(ValueError, match="freeze: expected a regular expression"):
-        make_student(model, freeze="(")
+        Student.of(model, freeze="(")
     with pytest.raises(ValueError, match="freeze: expected none with lora_rank"):
-        make_student(model, freeze="embedding", lora_rank=2)
+        Student.of(model, freeze="embedding", lora_rank=2)
     with pytest.raises(ValueError, match="a row for each of the student's 257 tokens, got 5"):
-        make_student(model, head_basis=np.ones((5, 32)))
+        Student.of(model, head_basis=np.ones((5, 32)))
 
 
 def test_a_mean_over_no_label_is_no_point_of_a_curve():
@@ -298,7 +298,7 @@ def test_scores_of_no_label_are_nan_and_not_the_best():
 def test_a_term_that_sees_none_of_the_text_is_named_before_anything_is_trained():
     objective, none = Objective(terms=parse_terms(["sft", "uld(k=3)"])), np.zeros_like(WHERE)
     teacher = Teacher(statistics=batch(10)["sources"]["source0"].statistics, where=none)
-    loss = LossFunction(objective, make_student(tiny()), ("source0",))
+    loss = LossFunction(objective, Student.of(tiny()), ("source0",))
     rows = {"pivot": COLUMNS, "sources": {"source0": teacher}}
     course = distillation.Course(steps=2, batch_size=2)
     mesh = training.make_mesh("data:1", devices=jax.devices()[:1])

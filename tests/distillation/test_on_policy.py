@@ -32,14 +32,12 @@ def packed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("on_policy")
     (folder / "text.txt").write_text(TEXT)
     reading = distillation.Reading(data=f"text:{folder / 'text.txt'}", seq_len=LENGTH)
-    return distillation.pack_corpus(
-        reading, models.load_tokenizer("tiny"), epath.Path(folder) / "p"
-    )
+    return reading.pack(models.load_tokenizer("tiny"), epath.Path(folder) / "p")
 
 
 def student(**options):
     layout = options.pop("layout", "listed")
-    return distillation.make_student(models.load_model("tiny", layout=layout), **options)
+    return distillation.Student.of(models.load_model("tiny", layout=layout), **options)
 
 
 def rollouts(packed, law, taught, *, mesh="data:1", directory="/nowhere"):
@@ -70,6 +68,7 @@ def trainers_log_probs(taught, columns, law):
     return jnp.take_along_axis(log_p, columns["tokens"][:, 1:, None], -1)[..., 0]
 
 
+@pytest.mark.many_programs("a trainer's reading, step by step")
 @pytest.mark.parametrize(
     "options",
     [
@@ -138,6 +137,7 @@ def test_conversations_are_continued_at_their_first_answer_and_documents_at_thei
 
 
 @pytest.mark.every_change
+@pytest.mark.slow
 def test_what_is_written_is_the_same_on_one_device_and_on_eight(packed):
     taught = student()
     alone, *_ = mixed(packed, rollouts(packed, LAW, taught), taught)
@@ -150,6 +150,7 @@ def test_what_is_written_is_the_same_on_one_device_and_on_eight(packed):
     np.testing.assert_array_equal(alone["pivot"]["tokens"], spread["pivot"]["tokens"])
 
 
+@pytest.mark.many_programs("the parts of an update, outside the program that holds them")
 def test_the_students_own_text_is_not_learned_as_text_and_only_it_has_log_probs():
     class Sampled(distillation.Term):
         name, batch = "sampled", ("log_probs",)
@@ -188,7 +189,7 @@ def learn(packed, out, *, law=LAW, teachers=("tiny:1",), terms=("full_kl:1",), s
     )
     names = {"pivot": "pivot"} | dict.fromkeys(reading.names, "pivot")
     packed = dataclasses.replace(packed, names=names)
-    corpus = distillation.load_corpus(reading, packed, {}, out / "teachers")
+    corpus = reading.load(packed, {}, out / "teachers")
     course = distillation.Course(
         steps=steps,
         batch_size=ROWS,
@@ -208,6 +209,7 @@ def learn(packed, out, *, law=LAW, teachers=("tiny:1",), terms=("full_kl:1",), s
 
 
 @pytest.mark.every_change
+@pytest.mark.slow
 def test_a_run_killed_between_two_updates_that_share_rollouts_goes_on_bit_for_bit(
     packed, tmp_path, monkeypatch
 ):
@@ -235,6 +237,7 @@ def test_a_run_killed_between_two_updates_that_share_rollouts_goes_on_bit_for_bi
 
 
 @pytest.mark.every_change
+@pytest.mark.slow
 def test_a_teacher_of_another_tokenizer_reads_the_students_text_in_its_own_tokens(packed):
     """Bytes that are no text end what can be read; stopping is read where all of it is."""
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -271,6 +274,7 @@ def test_a_teacher_of_another_tokenizer_reads_the_students_text_in_its_own_token
 
 
 @pytest.mark.every_change
+@pytest.mark.slow
 def test_a_column_of_the_data_sends_each_row_to_its_teacher(tmp_path):
     """Rows for one teacher hold no text for another, and only its hidden states count there."""
     path = tmp_path / "rows.jsonl"
@@ -286,8 +290,8 @@ def test_a_column_of_the_data_sends_each_row_to_its_teacher(tmp_path):
     )
     out = epath.Path(tmp_path)
     tokenizer = models.load_tokenizer("tiny")
-    packed = distillation.pack_corpus(reading, tokenizer, out / "packed")
-    corpus = distillation.load_corpus(reading, packed, {}, out / "teachers")
+    packed = reading.pack(tokenizer, out / "packed")
+    corpus = reading.load(packed, {}, out / "teachers")
     rows = packed.splits["train"].batch(0, seed=0, batch_size=ROWS)
     texts = [tokenizer.decode(row) for row in rows["pivot"]["tokens"].tolist()]
     odd = [any(word.isdigit() and int(word) % 2 for word in text.split()) for text in texts]
@@ -375,6 +379,7 @@ def test_a_served_teacher_says_what_it_would_say_here_for_a_small_part_of_the_by
 
 
 @pytest.mark.every_change
+@pytest.mark.slow
 def test_a_teacher_that_goes_away_is_waited_for_and_may_not_come_back_as_another(
     packed, monkeypatch, caplog
 ):

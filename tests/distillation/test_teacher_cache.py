@@ -270,9 +270,7 @@ def test_teachers_that_may_be_refused_come_before_models_that_read(tmp_path, pac
     teachers = ("tiny", "api:http://127.0.0.1:9", "tiny:1", "cache:DIR")
     reading = distillation.Reading(data="text:FILE", teachers=teachers)
     names = dict.fromkeys(("pivot", *reading.names), "pivot")
-    corpus = distillation.load_corpus(
-        reading, dataclasses.replace(packed, names=names), {}, epath.Path(tmp_path)
-    )
+    corpus = reading.load(dataclasses.replace(packed, names=names), {}, epath.Path(tmp_path))
     assert looked == ["cache", "api:http://127.0.0.1:9", "tiny", "tiny:1"]
     assert tuple(corpus.sources) == reading.names
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from logitjax import kernels
+from logitjax.kernels import native as kernels
 from tests.rigs.kernels import fuzz
 
 

@@ -84,10 +84,9 @@ def test_an_arm_is_traced_once(tmp_path):
     session = train.open_session(chosen, epath.Path(tmp_path))
     student = train.prune(session, 1).student
     settings = arms.first_settings(chosen, "uld+gld")
-    tx, step = distillation.make_update(
+    tx, step = train.course(chosen, settings, 0).update(
         student,
         settings.objective(chosen),
-        train.course(chosen, settings, 0),
         ("source0",),
         mesh=session.mesh,
     )
@@ -129,8 +128,7 @@ def test_one_teacher_learns_from_the_rows_of_two(tmp_path):
     rows = {}
     for name, source in sources.items():
         chosen = config(source=source, fit_to=("tiny",) if name == "own" else (), seq_len=48)
-        packed = distillation.pack_corpus(
-            train.make_reading(chosen),
+        packed = train.make_reading(chosen).pack(
             models.load_tokenizer("smollm2"),
             epath.Path(tmp_path / name),
         )
@@ -304,7 +302,7 @@ def test_what_is_below_sft_is_paired_by_seed():
 
 def test_topics_are_the_likeliest_first_token_after_the_question():
     model, _ = models.load("tiny")
-    student = distillation.make_student(model)
+    student = distillation.Student.of(model)
     rng = np.random.default_rng(0)
     count, firsts = 11, np.array([7, 3, 40])
     tokens = rng.integers(1, 200, (count, 160)).astype(np.int32)

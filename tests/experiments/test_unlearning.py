@@ -121,7 +121,7 @@ def test_rows_of_several_questions_hold_each_once_and_predict_the_same():
     tokenizer, template = load_tokenizer("tiny"), PromptTemplate(before="", after=" ")
     items = [item(n) for n in range(5)]
     pairs = [template.encode_answer(tokenizer, i.question, i.answer, max_length=12) for i in items]
-    single = unlearning.padded_rows(pairs, 12)
+    single = unlearning.Row.padded(pairs, 12)
     together = unlearning_data.packed(items, tokenizer, template, 12, 24)
     assert len(together["tokens"]) < len(items)
     assert together["mask"].sum() == single["mask"].sum()

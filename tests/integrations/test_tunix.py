@@ -286,7 +286,7 @@ def test_log_probabilities_of_completions_are_theirs(temperature):
             eos_id=1,
             temperature=temperature,
         )
-        for function in (common.compute_per_token_logps, tunix.compute_per_token_logps)
+        for function in (common.compute_per_token_logps, tunix._compute_per_token_logps)
     ]
     gap = float(jnp.abs(run[0] - run[1]).max())
     print("largest gap of a log-probability:", gap)

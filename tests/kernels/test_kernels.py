@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from logitjax import kernels, ops, vq
+from logitjax import ops, vq
+from logitjax.kernels import native as kernels
 from logitjax.storage import digest
 from logitjax.vq import _product_codes
 from logitjax.vq._row_products import row_products

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.shared import suite
-from logitjax import kernels
+from logitjax.kernels import native as kernels
 
 _CALLS = {"smoke": 300, "full": 10_000}
 # A shape is compiled for two programs; values cost nothing beside that.

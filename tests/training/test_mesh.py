@@ -82,7 +82,7 @@ def test_decoder_rules_cover_the_decoder(layout):
     for tree in (state.params, state.opt_state[0].mu):
         for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
             used = {axis for axis in leaf.sharding.spec if axis}
-            name = ops.sharding.path_string(path)
+            name = ops.mesh.path_string(path)
             if re.search("norm|(output|down)/bias", name):
                 assert used == set(), name
             else:

@@ -36,9 +36,6 @@ folder = workdir / "folder"
 processes.run_on_first("made", lambda: folder.mkdir(parents=True))
 assert folder.exists()
 processes.barrier("seen")
-processes.remove_directory(folder)
-assert not folder.exists()
-processes.remove_directory(folder)
 processes.write_json(workdir / f"from-{index}.json", index)
 processes.barrier("written")
 assert [path.name for path in workdir.glob("*.json")] == ["from-0.json"]

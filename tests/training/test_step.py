@@ -176,7 +176,7 @@ def test_frozen_parameters_stay_and_have_no_state():
     np.testing.assert_array_equal(state.params["embedding"], before["embedding"])
     assert not np.allclose(state.params["head"]["kernel"], before["head"]["kernel"])
     names = [
-        ops.sharding.path_string(p) for p, _ in jax.tree_util.tree_leaves_with_path(state.opt_state)
+        ops.mesh.path_string(p) for p, _ in jax.tree_util.tree_leaves_with_path(state.opt_state)
     ]
     assert not any("embedding" in name for name in names)
     with pytest.raises(ValueError, match="no parameter's path matches 'nothing'"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from logitjax.models import load_tokenizer
-from logitjax.unlearning import Questions, read_rows, split_rows
+from logitjax.unlearning import Questions, split_rows
 from logitjax.unlearning._questions import _evenly
 from logitjax.unlearning._rows import Row, encode_row, render_prompt
 
@@ -38,7 +38,7 @@ def test_every_form_of_a_row_is_read_once(tmp_path):
     ]
     path = tmp_path / "rows.jsonl"
     path.write_text("\n\n".join(map(json.dumps, rows)))
-    first, second, third, fourth = read_rows(path)
+    first, second, third, fourth = Row.read(path)
     assert (first.question, first.group, first.paraphrases) == ("Who?", "7", ("Who is it?",))
     assert (second.prompt, second.answer, third.answer) == ("2 + 2 = ", "4", "Ho")
     assert [turn["role"] for turn in third.messages] == ["user"]
@@ -73,7 +73,7 @@ def test_a_row_that_is_none_is_named(tmp_path, line, said):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(line.encode("latin-1"))
     with pytest.raises(ValueError, match=said) as error:
-        read_rows(path)
+        Row.read(path)
     assert "\n" not in str(error.value)
 
 
@@ -85,7 +85,7 @@ def test_a_row_and_its_copy_are_one_with_what_both_say(tmp_path):
     ]
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + "\n".join(map(json.dumps, rows)).encode())
-    first, second = read_rows(path)
+    first, second = Row.read(path)
     assert (first.answer, first.group, first.paraphrases) == ("A poet.", "ada", ("Ada?",))
     assert not second.asks
 

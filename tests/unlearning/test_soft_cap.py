@@ -47,7 +47,7 @@ def taught():
     mesh = training.make_mesh("data:1", devices=jax.devices()[:1])
     state = training.TrainState.create(nnx.to_pure_dict(params), tx, mesh=mesh)
     step = training.TrainStep(unlearning.make_answer_loss(model), tx, mesh=mesh)
-    batch = unlearning.padded_rows(known, 40)
+    batch = unlearning.Row.padded(known, 40)
     for _ in range(150):
         state, _ = step(state, batch)
     return nnx.merge(graphdef, state.params, rest), questions

@@ -346,8 +346,42 @@ def test_a_shortlist_scores_by_the_rows_of_an_untied_head(tmp_path):
     with pytest.raises(ValueError, match="num_pages: expected 0 for a head with a soft cap"):
         options.convert(capped, iter(()), tmp_path / "two")
     many = dataclasses.replace(options, num_codes=VOCAB + 1)
-    with pytest.raises(ValueError, match="num_codes: expected at most the vocabulary of 96"):
+    with pytest.raises(ValueError, match="num_codes: expected a number from 1 to 96, got 97"):
         many.convert(model, iter(()), tmp_path / "two")
+
+
+def test_a_screened_head_is_made_tuned_saved_and_read_back(tmp_path):
+    config = dataclasses.replace(CONFIG, tie_embeddings=False)
+    model = with_weights(lambda: Decoder(config, rngs=nnx.Rngs(0), layout="listed"))
+    options = vq.ConvertConfig(
+        screen=8, max_tokens=60, steps=6, batch_size=60, kmeans_iterations=2, top=8
+    )
+    result = options.convert(model, _batches(), tmp_path)
+    hidden, losses = np.asarray(result.cache.hidden), result.history["loss"]
+    # The screen alone, up to its tables of bytes.
+    seen = _divergence(model, result.head.screen, hidden)
+    assert losses[-1] == pytest.approx(seen, rel=0.1)
+    assert losses[-1] < losses[0]
+    loaded, rows = vq.load_head(tmp_path / "head"), model.embedding[...]
+    logits = np.asarray(call(loaded, hidden, rows))
+    np.testing.assert_array_equal(logits, call(result.head, hidden, rows))
+    full = np.asarray(call(model, hidden, method="logits"))
+    assert (logits.argmax(-1) == full.argmax(-1)).mean() > 0.9
+    tokens = generate(model.with_head(loaded), np.array([[1, 2, 3]], np.int32), max_new_tokens=3)
+    assert tokens.tokens.shape == (1, 3)
+
+
+def test_what_a_screen_cannot_be_combined_with_is_refused(model, tmp_path):
+    with pytest.raises(ValueError, match="screen: expected 0 beside num_pages=2"):
+        vq.ConvertConfig(screen=8, num_pages=2)
+    with pytest.raises(ValueError, match="use_bias: expected True beside num_pages or screen"):
+        vq.ConvertConfig(screen=8, use_bias=False)
+    with pytest.raises(ValueError, match="screen: expected a number from 1 to 96, got 97"):
+        vq.ConvertConfig(screen=97).convert(model, iter(()), tmp_path)
+    config = dataclasses.replace(CONFIG, logits_softcap=5.0)
+    capped = with_weights(lambda: Decoder(config, rngs=nnx.Rngs(0), layout="listed"))
+    with pytest.raises(ValueError, match="screen: expected 0 for a head with a soft cap"):
+        vq.ConvertConfig(screen=8).convert(capped, iter(()), tmp_path)
 
 
 def test_a_part_of_a_cache_belongs_to_one_model(model, tmp_path):

@@ -2,9 +2,7 @@
 
 - `OnPolicy` says how much of a batch the student writes, and by which law.
 - `Rollouts` writes: rows are a function of the seed, the step and the weights.
-- `rollout_program` is the compiled part, which a run and a planner share.
 """
 
 from logitjax.distillation.on_policy._options import OnPolicy as OnPolicy
 from logitjax.distillation.on_policy._rollouts import Rollouts as Rollouts
-from logitjax.distillation.on_policy._rollouts import rollout_program as rollout_program

@@ -15,7 +15,7 @@ from logitjax.distillation.tokenizers._alignment import Chunks
 from logitjax.losses import Blocks, Head, sweep
 from logitjax.models import Tokenizer
 from logitjax.ops import Array, AxisName, Number, checks, gather_at
-from logitjax.ops.sharding import over_batch
+from logitjax.ops import mesh as on_mesh
 
 _LEAST = 1e-30
 # So that no chunk is certain: the gradient of the divergence has 1 - q below the line.
@@ -131,7 +131,7 @@ def chunk_log_likelihood(
         place = jnp.where(held, ids, num_chunks)
         return (out.at[(*rows[:-1], place)].add(jnp.where(held, logprobs, 0.0))[..., :-1],)
 
-    return over_batch(sums, (ids.ndim,), logprobs, ids)[0]
+    return on_mesh.over_batch(sums, (ids.ndim,), logprobs, ids)[0]
 
 
 def binarized_kl(

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from logitjax import losses
 from logitjax.distillation.tokenizers._projection import TokenProjection
 from logitjax.ops import TopK
-from logitjax.ops.sharding import over_batch
+from logitjax.ops import mesh as on_mesh
 
 _LEAST_MASS = 2.0**-24
 
@@ -97,7 +97,7 @@ def _entries(table: np.ndarray, ids: Any, beyond: Any) -> jax.Array:
         return (jnp.where(ids < len(table), found, beyond),)
 
     ids = jnp.asarray(ids)
-    return over_batch(entries, (ids.ndim,), ids)[0]
+    return on_mesh.over_batch(entries, (ids.ndim,), ids)[0]
 
 
 def with_rest(logits: jax.Array, log_z: jax.Array) -> jax.Array:

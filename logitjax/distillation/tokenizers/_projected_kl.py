@@ -11,7 +11,7 @@ from logitjax import losses
 from logitjax.distillation.tokenizers._projection import Members, TokenProjection
 from logitjax.losses import Blocks, sweep
 from logitjax.ops import AxisName, TopK
-from logitjax.ops.sharding import over_batch
+from logitjax.ops import mesh as on_mesh
 
 # Logits of so many of our tokens a position are gathered; where there may be more, sums over the
 # whole vocabulary are cheaper.
@@ -46,7 +46,7 @@ def project_top_k(
         return tuple(zeros.at[_rows(slots)].add(mass)[..., :-1] for mass in masses)
 
     parts = log_q, members.slots, members.weights
-    masses, held = over_batch(sums, (log_q.ndim,) * 2, *parts)
+    masses, held = on_mesh.over_batch(sums, (log_q.ndim,) * 2, *parts)
     return _in_theirs(masses, held > 0, teacher)
 
 

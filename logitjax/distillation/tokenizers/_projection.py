@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Int
 
 from logitjax.ops import Array, TopK
-from logitjax.ops.sharding import over_batch
+from logitjax.ops import mesh as on_mesh
 from logitjax.storage import guard, write_atomic
 from logitjax.storage.weights import read_npz
 
@@ -84,7 +84,7 @@ class TokenProjection:
         ([1, 2, 0], [0, 0, 2])
         """
         ids = jnp.asarray(ids)
-        found = over_batch(self._members, (ids.ndim,) * 3, ids)
+        found = on_mesh.over_batch(self._members, (ids.ndim,) * 3, ids)
         return Members(**dict(zip(("ids", "slots", "weights"), found)))
 
     def _members(self, ids: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -123,7 +123,9 @@ class TokenProjection:
         if self.merges is None:
             return teacher
         ndim = teacher.values.ndim
-        values, ids = over_batch(self._merged, (ndim, ndim), teacher.values, teacher.indices)
+        values, ids = on_mesh.over_batch(
+            self._merged, (ndim, ndim), teacher.values, teacher.indices
+        )
         return TopK(values, ids, teacher.log_z)
 
     def _merged(self, values: jax.Array, indices: jax.Array) -> tuple[jax.Array, jax.Array]:

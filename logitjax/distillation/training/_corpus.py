@@ -11,6 +11,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from logitjax import data, models, storage, training
+from logitjax.data import PackedSplits
 from logitjax.distillation._objective import Objective
 from logitjax.distillation._teacher import Vocabularies
 from logitjax.distillation._term import TeacherNeeds, Term
@@ -26,6 +27,7 @@ from logitjax.distillation.training._teachers import (
     model_reader,
     open_teacher_caches,
     server_reader,
+    teacher_record,
 )
 
 # Teachers that are no model on this machine.
@@ -105,6 +107,89 @@ class Reading:
         """Names of the teachers in batches and folders, in their order."""
         return tuple(f"source{i}" for i in range(len(self.teachers)))
 
+    def check(self, tokenizer: models.Tokenizer, objectives: Sequence[Objective]) -> None:
+        """Refuse losses that a teacher cannot serve, before anything is packed or read.
+
+        Raises:
+            ValueError: Names the loss and the teacher.
+        """
+        specs = self.teachers
+        prints = [_tokenizer_of(spec, tokenizer).fingerprint for spec in specs]
+        for objective in objectives:
+            for loss, (term, _) in zip(objective.names, objective.terms, strict=True):
+                if term.teacher is None:
+                    continue
+                for spec, fingerprint in zip(specs, prints, strict=True):
+                    other = fingerprint != tokenizer.fingerprint
+                    _check_needs(self, loss, term.teacher, spec, other_tokenizer=other)
+
+    def pack(self, tokenizer: models.Tokenizer, directory: epath.Path) -> PackedSplits:
+        """The rows under the tokenizers of the student and of every teacher.
+
+        Raises:
+            ValueError: Rows longer than a teacher can read, or what `data.pack_splits` refuses.
+        """
+        tokenizers = {"pivot": tokenizer}
+        for name, spec in zip(self.names, self.teachers, strict=True):
+            tokenizers[name] = _tokenizer_of(spec, tokenizer)
+            if spec.partition(":")[0] not in _NO_MODELS:
+                longest = models.load_config(spec).max_length
+                if self.seq_len > longest:
+                    raise ValueError(
+                        f"seq_len: expected at most {longest}, the length that teacher {spec!r} "
+                        f"reads, got {self.seq_len}"
+                    )
+        for i, spec in enumerate(self.fit_to):
+            tokenizers[f"fit{i}"] = _tokenizer_of(spec, tokenizer)
+        return data.pack_splits(
+            self.data,
+            tokenizers,
+            seq_len=self.seq_len,
+            on_error=self.on_error,
+            directory=directory,
+        )
+
+    def load(
+        self,
+        packed: PackedSplits,
+        rows: Mapping[str, np.ndarray],
+        directory: epath.Path,
+        known: Mapping[str, tuple[models.Decoder, models.Tokenizer]] | None = None,
+    ) -> "Corpus":
+        """The teachers' output on the rows that some run visits, from their caches or read now.
+
+        Args:
+            packed: Rows of `pack`.
+            rows: The rows of each split that are visited, see `Course.visited_rows`.
+            directory: Where the teachers' caches go.
+            known: Teachers that are loaded already, by their spec.
+
+        Raises:
+            ValueError: A cache of something else, or a server that does not answer.
+        """
+        named = dict(zip(self.names, self.teachers, strict=True))
+        if self.teacher_reads == "live":
+            live = _live_sources(self, packed, directory, known or {})
+            return Corpus(packed=packed, sources=live, specs=self.teachers)
+        # What is refused, or does not answer, is said before models read for hours.
+        order = {"cache": 0, "api": 1}
+        soonest = sorted(named, key=lambda name: order.get(named[name].partition(":")[0], 2))
+        caches = {
+            name: _caches(self, packed, rows, directory, known or {}, name=name) for name in soonest
+        }
+        sources = {}
+        for name in named:
+            columns = packed.names[name]
+            vocabularies = _vocabularies(self, packed, columns, directory)
+            sources[name] = Source(columns, packed, caches[name], vocabularies)
+        return Corpus(packed=packed, sources=sources, specs=self.teachers)
+
+    def record(self, graphdef: Any, params: Any, columns: Mapping[str, Any], rows: Any) -> Any:
+        """What a teacher, a decoder, says of the rows of these numbers, as it is kept."""
+        hidden = any(needs.hidden for needs in self.needs)
+        sizes: Any = {"k": self.top_k, "tail_samples": self.tail_samples, "with_hidden": hidden}
+        return teacher_record(graphdef, params, columns, rows, **sizes)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Corpus:
@@ -116,7 +201,7 @@ class Corpus:
         specs: What users call the teachers, in the same order.
     """
 
-    packed: data.PackedSplits
+    packed: PackedSplits
     sources: Mapping[str, Source]
     specs: tuple[str, ...] = ()
 
@@ -192,7 +277,7 @@ class Corpus:
     def scored(
         self, split: str, mesh: Mesh, *, batch_size: int, rows: int
     ) -> Iterator[dict[str, Any]]:
-        """This process's held-out batches, as `score_function` takes them."""
+        """This process's held-out batches, as `Student.score` takes them."""
         index, count = training.BatchLayout(mesh).share
         first = next(iter(self.sources.values()), None)
         batches = self.packed.splits[split].iterate_once(
@@ -213,54 +298,6 @@ def _single_share(chunks: Chunks) -> float:
     """The share of chunks that are one token on both sides."""
     single = (chunks.our_sizes == 1) & (chunks.their_sizes == 1)
     return single.sum() / max(chunks.counts.sum(), 1)
-
-
-def pack_corpus(
-    reading: Reading, tokenizer: models.Tokenizer, directory: epath.Path
-) -> data.PackedSplits:
-    """The rows under the tokenizers of the student and of every teacher.
-
-    Raises:
-        ValueError: Rows longer than a teacher can read, or what `data.pack_splits` refuses.
-    """
-    tokenizers = {"pivot": tokenizer}
-    for name, spec in zip(reading.names, reading.teachers, strict=True):
-        tokenizers[name] = _tokenizer_of(spec, tokenizer)
-        if spec.partition(":")[0] not in _NO_MODELS:
-            longest = models.load_config(spec).max_length
-            if reading.seq_len > longest:
-                raise ValueError(
-                    f"seq_len: expected at most {longest}, the length that teacher {spec!r} reads, "
-                    f"got {reading.seq_len}"
-                )
-    for i, spec in enumerate(reading.fit_to):
-        tokenizers[f"fit{i}"] = _tokenizer_of(spec, tokenizer)
-    return data.pack_splits(
-        reading.data,
-        tokenizers,
-        seq_len=reading.seq_len,
-        on_error=reading.on_error,
-        directory=directory,
-    )
-
-
-def check_vocabularies(
-    reading: Reading, tokenizer: models.Tokenizer, objectives: Sequence[Objective]
-) -> None:
-    """Refuse losses that a teacher cannot serve, before anything is packed or read.
-
-    Raises:
-        ValueError: Names the loss and the teacher.
-    """
-    specs = reading.teachers
-    prints = [_tokenizer_of(spec, tokenizer).fingerprint for spec in specs]
-    for objective in objectives:
-        for loss, (term, _) in zip(objective.names, objective.terms, strict=True):
-            if term.teacher is None:
-                continue
-            for spec, fingerprint in zip(specs, prints, strict=True):
-                other = fingerprint != tokenizer.fingerprint
-                _check_needs(reading, loss, term.teacher, spec, other_tokenizer=other)
 
 
 def _check_needs(
@@ -299,46 +336,9 @@ def _check_needs(
         )
 
 
-def load_corpus(
-    reading: Reading,
-    packed: data.PackedSplits,
-    rows: Mapping[str, np.ndarray],
-    directory: epath.Path,
-    known: Mapping[str, tuple[models.Decoder, models.Tokenizer]] | None = None,
-) -> Corpus:
-    """The teachers' output on the rows that some run visits, from their caches or read now.
-
-    Args:
-        reading: The teachers.
-        packed: Rows of `pack_corpus`.
-        rows: The rows of each split that are visited, see `visited_rows`.
-        directory: Where the teachers' caches go.
-        known: Teachers that are loaded already, by their spec.
-
-    Raises:
-        ValueError: A cache of something else, or a server that does not answer.
-    """
-    named = dict(zip(reading.names, reading.teachers, strict=True))
-    if reading.teacher_reads == "live":
-        live = _live_sources(reading, packed, directory, known or {})
-        return Corpus(packed=packed, sources=live, specs=reading.teachers)
-    # What is refused, or does not answer, is said before models read for hours.
-    order = {"cache": 0, "api": 1}
-    soonest = sorted(named, key=lambda name: order.get(named[name].partition(":")[0], 2))
-    caches = {
-        name: _caches(reading, packed, rows, directory, known or {}, name=name) for name in soonest
-    }
-    sources = {}
-    for name in named:
-        columns = packed.names[name]
-        vocabularies = _vocabularies(reading, packed, columns, directory)
-        sources[name] = Source(columns, packed, caches[name], vocabularies)
-    return Corpus(packed=packed, sources=sources, specs=reading.teachers)
-
-
 def _live_sources(
     reading: Reading,
-    packed: data.PackedSplits,
+    packed: PackedSplits,
     directory: epath.Path,
     known: Mapping[str, tuple[models.Decoder, models.Tokenizer]],
 ) -> dict[str, Source]:
@@ -353,7 +353,7 @@ def _live_sources(
 
 def _caches(
     reading: Reading,
-    packed: data.PackedSplits,
+    packed: PackedSplits,
     rows: Mapping[str, np.ndarray],
     directory: epath.Path,
     known: Mapping[str, tuple[models.Decoder, models.Tokenizer]],
@@ -388,7 +388,7 @@ def _caches(
 
 
 def _vocabularies(
-    reading: Reading, packed: data.PackedSplits, columns: str, directory: epath.Path
+    reading: Reading, packed: PackedSplits, columns: str, directory: epath.Path
 ) -> Vocabularies:
     ours, theirs = (packed.tokenizers[n] for n in (packed.names["pivot"], columns))
     rules: Any = [needs.projection for needs in reading.needs if needs.projection]
@@ -398,37 +398,6 @@ def _vocabularies(
         },
         boundary=boundary_tokens(ours) if reading.likelihoods else None,
     )
-
-
-def visited_rows(
-    packed: data.PackedSplits,
-    *,
-    steps: int,
-    batch_size: int,
-    seeds: Sequence[int],
-    eval_rows: int,
-    splits: Sequence[str] = data.SPLITS[1:],
-) -> dict[str, np.ndarray]:
-    """The rows of each split for which some run needs the teachers' output, ascending.
-
-    Args:
-        packed: The rows.
-        steps: Steps of a run.
-        batch_size: Rows of a step.
-        seeds: Seeds of the runs; none where nothing is learned from teachers.
-        eval_rows: Rows of each held-out split that are scored.
-        splits: The held-out splits that are scored.
-    """
-    train = packed.splits["train"]
-    visited = [
-        train.indices(step, seed=seed, batch_size=batch_size)
-        for seed in seeds
-        for step in range(steps)
-    ]
-    rows = {"train": np.unique(np.concatenate(visited)) if visited else np.zeros(0, np.int64)}
-    for split in splits:
-        rows[split] = np.arange(min(eval_rows, len(packed.splits[split])))
-    return rows
 
 
 def _kept(reading: Reading, spec: str) -> int:

@@ -14,14 +14,14 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from logitjax import decoding, models, processes, storage, training
+from logitjax import data, decoding, models, processes, storage, training
 from logitjax.distillation._objective import Objective
 from logitjax.distillation._teacher import Vocabularies
 from logitjax.distillation.on_policy._options import OnPolicy
 from logitjax.distillation.on_policy._rollouts import Rollouts
 from logitjax.distillation.on_policy._update import OnPolicyUpdate
 from logitjax.distillation.training._corpus import Corpus
-from logitjax.distillation.training._loss_function import LossFunction, score_function
+from logitjax.distillation.training._loss_function import LossFunction
 from logitjax.distillation.training._student import Student
 
 
@@ -79,6 +79,56 @@ class Course:
                 f"eval_batch: expected a multiple of data x fsdp = {pieces}, got {self.eval_batch}"
             )
 
+    def visited_rows(
+        self,
+        packed: data.PackedSplits,
+        *,
+        seeds: Sequence[int] | None = None,
+        splits: Sequence[str] = data.SPLITS[1:],
+    ) -> dict[str, np.ndarray]:
+        """The rows of each split for which a run needs the teachers' output, ascending.
+
+        Args:
+            packed: The rows.
+            seeds: Seeds of the runs, by default the course's; none where no teacher is heard.
+            splits: The held-out splits that are scored.
+        """
+        train = packed.splits["train"]
+        visited = [
+            train.indices(step, seed=seed, batch_size=self.batch_size)
+            for seed in ((self.seed,) if seeds is None else seeds)
+            for step in range(self.steps)
+        ]
+        rows = {"train": np.unique(np.concatenate(visited)) if visited else np.zeros(0, np.int64)}
+        for split in splits:
+            rows[split] = np.arange(min(self.eval_rows, len(packed.splits[split])))
+        return rows
+
+    def update(
+        self,
+        student: Student,
+        objective: Objective,
+        sources: Mapping[str, Vocabularies] | Sequence[str],
+        *,
+        mesh: Mesh,
+    ) -> tuple[optax.GradientTransformation, training.TrainStep]:
+        """The optimiser and the compiled step; frozen parameters are constants of the step."""
+        schedule = training.Schedule(
+            self.learning_rate, warmup=int(self.warmup * self.steps), total_steps=self.steps
+        )
+        tx = schedule.optimizer(weight_decay=self.weight_decay)
+        loss = LossFunction(objective, student, sources)
+        step = training.TrainStep(
+            loss,
+            tx,
+            mesh=mesh,
+            accumulate=self.accumulate,
+            schedule=schedule,
+            # Of one microbatch the loss counts itself.
+            counts=loss.counts if self.accumulate > 1 else None,
+        )
+        return tx, step
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trained:
@@ -99,32 +149,6 @@ class Trained:
     seen: Mapping[str, tuple[tuple[int, float], ...]] = dataclasses.field(default_factory=dict)
 
 
-def make_update(
-    student: Student,
-    objective: Objective,
-    course: Course,
-    sources: Mapping[str, Vocabularies] | Sequence[str],
-    *,
-    mesh: Mesh,
-) -> tuple[optax.GradientTransformation, training.TrainStep]:
-    """The optimiser and the compiled step; frozen parameters are constants of the step."""
-    schedule = training.Schedule(
-        course.learning_rate, warmup=int(course.warmup * course.steps), total_steps=course.steps
-    )
-    tx = schedule.optimizer(weight_decay=course.weight_decay)
-    loss = LossFunction(objective, student, sources)
-    step = training.TrainStep(
-        loss,
-        tx,
-        mesh=mesh,
-        accumulate=course.accumulate,
-        schedule=schedule,
-        # Of one microbatch the loss counts itself.
-        counts=loss.counts if course.accumulate > 1 else None,
-    )
-    return tx, step
-
-
 class Scorer:
     """Held-out scores and samples of a student; one compiled program serves all its parameters.
 
@@ -138,7 +162,7 @@ class Scorer:
     def __init__(self, student: Student, corpus: Corpus, course: Course, *, mesh: Mesh):
         self._student, self._corpus, self._course, self._mesh = student, corpus, course, mesh
         self._size = course.eval_batch or course.batch_size
-        self._step = training.EvalStep(score_function(student), mesh=mesh)
+        self._step = training.EvalStep(student.score, mesh=mesh)
         self._frozen = models.DECODER_RULES.place(student.frozen, mesh)
 
     def scores(self, params: Any, split: str) -> dict[str, float]:
@@ -214,7 +238,7 @@ def train_student(
         The `Trained`.
     """
     sources = {n: s.vocabularies for n, s in corpus.sources.items()} if objective.taught else {}
-    tx, step = make_update(student, objective, course, sources, mesh=mesh)
+    tx, step = course.update(student, objective, sources, mesh=mesh)
     scorer = Scorer(student, corpus, course, mesh=mesh) if scorer is None else scorer
     frozen = models.DECODER_RULES.place({**student.frozen, **corpus.constants}, mesh)
     state = training.TrainState.create(
@@ -367,8 +391,8 @@ def distill(
     text, teacher, objective or course is refused.
 
     Args:
-        student: The decoder and what of it is trained, see `make_student`.
-        corpus: Text and teachers, see `load_corpus`.
+        student: The decoder and what of it is trained, see `Student.of`.
+        corpus: Text and teachers, see `Reading.load`.
         objective: What is minimised.
         course: How long and how fast.
         mesh: Mesh of training.

@@ -1,25 +1,16 @@
-"""An objective as the functions that training and evaluation take.
+"""An objective as the function that training takes.
 
 Nothing here holds logits: one sweep over the vocabulary yields what the terms need of the student,
 and what the teachers say comes with the batch.
 """
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
-
-from logitjax import losses
 from logitjax.distillation._objective import Objective
 from logitjax.distillation._teacher import Teacher, Vocabularies
-from logitjax.distillation.training._student import Student, hidden_states
-
-
-def targets(columns: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The label `tokens[t + 1]` of each position t of packed columns, and where it counts."""
-    return columns["tokens"][:, 1:], columns["loss_mask"][:, 1:]
+from logitjax.distillation.training._student import Student, hidden_states, targets
 
 
 class LossFunction:
@@ -79,48 +70,3 @@ class LossFunction:
             )
             for name, vocabularies in self._sources.items()
         ]
-
-
-def score_function(
-    student: Student,
-) -> Callable[..., tuple[Any, Any, dict[str, tuple[Any, Any]]]]:
-    """Held-out scores as `score(trained, batch, rng, frozen) -> (sum, count, metrics)`.
-
-    The sum is of negative log-likelihoods. The metrics have `accuracy`. With `batch["bytes"]`, the
-    number of bytes of each label, they have `bits_per_byte`. With `batch["teacher"]`, the output of
-    a teacher of the same vocabulary, they have `agreement` of the likeliest tokens and
-    `teacher_kl`, the divergence from the teacher by its top logits and, if it is known, the mass of
-    all others.
-    """
-
-    def score(trained: Any, batch: Mapping[str, Any], rng: Any, frozen: Any) -> Any:
-        del rng
-        model = student.model(trained, frozen)
-        labels, where = targets(batch["pivot"])
-        teacher = batch.get("teacher")
-        readout = losses.linear_readout(
-            hidden_states(model, batch["pivot"], student.adapters(trained)),
-            model.head_of(),
-            labels=labels,
-            ids=None if teacher is None else teacher.indices,
-            top_k=1,
-        )
-        nll = jnp.where(where, readout.cross_entropy, 0.0).sum()
-        count = where.sum()
-        best = readout.statistics.indices[..., 0]
-        metrics = {"accuracy": ((where & (best == labels)).sum(), count)}
-        if "bytes" in batch:
-            size = jnp.where(where, batch["bytes"], 0).sum()
-            metrics["bits_per_byte"] = (nll / math.log(2.0), size)
-        if teacher is not None:
-            same = best == teacher.indices[..., 0]
-            kl = losses.sparse_kl_divergence(
-                readout,
-                teacher.top_k,
-                tail="bucket" if teacher.log_z is not None else "renormalize",
-            )
-            metrics["agreement"] = ((where & same).sum(), count)
-            metrics["teacher_kl"] = (jnp.where(where, kl, 0.0).sum(), count)
-        return nll, count, metrics
-
-    return score

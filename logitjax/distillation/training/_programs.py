@@ -19,9 +19,8 @@ from logitjax.distillation.on_policy._rollouts import rollout_program
 from logitjax.distillation.tokenizers._likelihood_matching import ChunkScores, TokenSet
 from logitjax.distillation.tokenizers._projection import TokenProjection
 from logitjax.distillation.training._corpus import Reading
-from logitjax.distillation.training._distill import Course, make_update
-from logitjax.distillation.training._student import Student, make_student
-from logitjax.distillation.training._teachers import teacher_record
+from logitjax.distillation.training._distill import Course
+from logitjax.distillation.training._student import Student
 
 
 def update_programs(
@@ -45,7 +44,7 @@ def update_programs(
         mesh: Mesh of the state.
         name: What the update does, in words.
         on_policy: How much of each batch the student writes.
-        **options: For `make_student`.
+        **options: For `Student.of`.
     """
     made: list[Student] = []
     sizes: list[int] = []
@@ -53,7 +52,7 @@ def update_programs(
     def build() -> tuple[Any, Any]:
         decoder = model()
         sizes.append(decoder.config.vocab_size)
-        made.append(make_student(decoder, objective=objective, **options))
+        made.append(Student.of(decoder, objective=objective, **options))
         return made[0].trained, made[0].frozen
 
     trained, frozen = jax.eval_shape(build)
@@ -63,7 +62,7 @@ def update_programs(
     # Of another vocabulary nothing is known here: as large as the student's, token by token.
     rules_needed = {n.projection for n in needs if n.projection}
     sources = dict.fromkeys(names, _same_vocabulary(sizes[0], rules_needed))
-    tx, step = make_update(student, objective, course, sources, mesh=mesh)
+    tx, step = course.update(student, objective, sources, mesh=mesh)
     sharding = training.BatchLayout(mesh).sharding
 
     def rows(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
@@ -145,13 +144,7 @@ def _reading(
     name: str, decoder: models.Decoder, reading: Reading, columns: Mapping[str, Any], mesh: Mesh
 ) -> training.Program:
     apply_fn, params = models.from_nnx(decoder)
-    read = functools.partial(
-        teacher_record,
-        apply_fn.graphdef,
-        k=reading.top_k,
-        tail_samples=reading.tail_samples,
-        with_hidden=any(needs.hidden for needs in reading.needs),
-    )
+    read = functools.partial(reading.record, apply_fn.graphdef)
     tokens = columns["tokens"]
     number = jax.ShapeDtypeStruct(tokens.shape[:1], jnp.int64, sharding=tokens.sharding)
     arguments = (_placed(params, mesh), dict(columns), number)

@@ -1,6 +1,7 @@
 """A decoder under training: what of it moves, what stays, and the model that comes of it."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
 
-from logitjax import heads, models, ops, processes
+from logitjax import heads, losses, models, ops, processes
 from logitjax.distillation._objective import Objective
 from logitjax.storage import digest
 
@@ -35,6 +36,64 @@ class Student:
     frozen: Mapping[str, Any]
     scale: float = 1.0
 
+    @classmethod
+    def of(
+        cls,
+        model: models.Decoder,
+        *,
+        freeze: str | None = None,
+        lora_rank: int = 0,
+        head_basis: ops.Array | None = None,
+        objective: Objective | None = None,
+        seed: int = 0,
+    ) -> "Student":
+        """A student from a decoder: what of it is trained, and what is frozen.
+
+        Args:
+            model: The decoder; its arrays are used as they are.
+            freeze: Regular expression; parameters whose path contains a match stay as they are,
+                such as `embedding|layers/[0-9]/`.
+            lora_rank: Trains adapters of this rank in place of the model; 0 for none.
+            head_basis: `[vocab, width]`, columns that span those of the head to imitate, as an
+                audit recovers them. The head becomes their product with a matrix that is trained.
+            objective: Terms that may have arrays of their own, which train beside the student.
+            seed: Seed of the adapters and of terms' arrays.
+
+        Raises:
+            ValueError: `freeze` is no regular expression, matches nothing or everything, or comes
+                with adapters; or a head of another vocabulary.
+
+        >>> student = Student.of(models.load_model("tiny"), freeze="embedding|layers/0/mlp")
+        >>> "embedding" in student.frozen["model"], "embedding" in student.trained["model"]
+        (True, False)
+        >>> logits = jax.jit(lambda trained, tokens: student.finished(trained)(tokens))
+        >>> logits(student.trained, jnp.ones((1, 2), int)).shape[:2]
+        (1, 2)
+        """
+        if freeze and lora_rank:
+            raise ValueError(
+                "freeze: expected none with lora_rank, as adapters change no parameter"
+            )
+        trained: dict[str, Any] = {}
+        frozen: dict[str, Any] = {}
+        if head_basis is not None:
+            model, frozen["basis"], trained["mix"] = _on_basis(model, head_basis)
+        apply_fn, params = models.from_nnx(model)
+        flat = _flat(params)
+        if head_basis is not None:
+            del flat["head/kernel"]
+        stays = set(flat) if lora_rank else _matching(flat, freeze)
+        frozen["model"] = {name: leaf for name, leaf in flat.items() if name in stays}
+        trained["model"] = {name: leaf for name, leaf in flat.items() if name not in stays}
+        if lora_rank:
+            lora = models.Lora.init(
+                model.config, lora_rank, key=jax.random.key(seed), layout=model.layout
+            )
+            trained["lora"] = lora.layers
+        if objective is not None and (own := objective.init(jax.random.key(seed), model.head_of())):
+            trained["terms"] = own
+        return cls(graphdef=apply_fn.graphdef, trained=trained, frozen=frozen)
+
     def model(self, trained: Any, frozen: Any = None) -> models.Decoder:
         """The decoder itself, without adapters."""
         frozen = self.frozen if frozen is None else frozen
@@ -52,6 +111,46 @@ class Student:
         model = self.model(trained)
         lora = self.adapters(trained)
         return model if lora is None else lora.merged_into(model)
+
+    def score(
+        self, trained: Any, batch: Mapping[str, Any], rng: Any, frozen: Any
+    ) -> tuple[Any, Any, dict[str, tuple[Any, Any]]]:
+        """Held-out scores of a batch, for `training.EvalStep`: a sum, a count and metrics.
+
+        The sum is of negative log-likelihoods. The metrics have `accuracy`. With `batch["bytes"]`,
+        the number of bytes of each label, they have `bits_per_byte`. With `batch["teacher"]`, the
+        output of a teacher of the same vocabulary, they have `agreement` of the likeliest tokens
+        and `teacher_kl`, the divergence from the teacher by its top logits and, if it is known, the
+        mass of all others.
+        """
+        del rng
+        model = self.model(trained, frozen)
+        labels, where = targets(batch["pivot"])
+        teacher = batch.get("teacher")
+        readout = losses.linear_readout(
+            hidden_states(model, batch["pivot"], self.adapters(trained)),
+            model.head_of(),
+            labels=labels,
+            ids=None if teacher is None else teacher.indices,
+            top_k=1,
+        )
+        nll = jnp.where(where, readout.cross_entropy, 0.0).sum()
+        count = where.sum()
+        best = readout.statistics.indices[..., 0]
+        metrics = {"accuracy": ((where & (best == labels)).sum(), count)}
+        if "bytes" in batch:
+            size = jnp.where(where, batch["bytes"], 0).sum()
+            metrics["bits_per_byte"] = (nll / math.log(2.0), size)
+        if teacher is not None:
+            same = best == teacher.indices[..., 0]
+            kl = losses.sparse_kl_divergence(
+                readout,
+                teacher.top_k,
+                tail="bucket" if teacher.log_z is not None else "renormalize",
+            )
+            metrics["agreement"] = ((where & same).sum(), count)
+            metrics["teacher_kl"] = (jnp.where(where, kl, 0.0).sum(), count)
+        return nll, count, metrics
 
     @property
     def fingerprint(self) -> str:
@@ -75,64 +174,6 @@ class Student:
         """Number of parameters of the finished model."""
         model = nnx.eval_shape(lambda: self.finished(self.trained))
         return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(nnx.state(model)))
-
-
-def make_student(
-    model: models.Decoder,
-    *,
-    freeze: str | None = None,
-    lora_rank: int = 0,
-    head_basis: ops.Array | None = None,
-    objective: Objective | None = None,
-    seed: int = 0,
-) -> Student:
-    """A student from a decoder: what of it is trained, and what is frozen.
-
-    Args:
-        model: The decoder; its arrays are used as they are.
-        freeze: Regular expression; parameters whose path contains a match stay as they are, such as
-            `embedding|layers/[0-9]/`.
-        lora_rank: Trains adapters of this rank in place of the model; 0 for none.
-        head_basis: `[vocab, width]`, columns that span those of the head to imitate, as an audit
-            recovers them. The head becomes their product with a matrix that is trained.
-        objective: Terms that may have arrays of their own, which train beside the student.
-        seed: Seed of the adapters and of terms' arrays.
-
-    Returns:
-        The `Student`.
-
-    Raises:
-        ValueError: `freeze` is no regular expression, matches nothing or everything, or comes with
-            adapters; or a head of another vocabulary.
-
-    >>> student = make_student(models.load_model("tiny"), freeze="embedding|layers/0/mlp")
-    >>> "embedding" in student.frozen["model"], "embedding" in student.trained["model"]
-    (True, False)
-    >>> logits = jax.jit(lambda trained, tokens: student.finished(trained)(tokens))
-    >>> logits(student.trained, jnp.ones((1, 2), int)).shape[:2]
-    (1, 2)
-    """
-    if freeze and lora_rank:
-        raise ValueError("freeze: expected none with lora_rank, as adapters change no parameter")
-    trained: dict[str, Any] = {}
-    frozen: dict[str, Any] = {}
-    if head_basis is not None:
-        model, frozen["basis"], trained["mix"] = _on_basis(model, head_basis)
-    apply_fn, params = models.from_nnx(model)
-    flat = _flat(params)
-    if head_basis is not None:
-        del flat["head/kernel"]
-    stays = set(flat) if lora_rank else _matching(flat, freeze)
-    frozen["model"] = {name: leaf for name, leaf in flat.items() if name in stays}
-    trained["model"] = {name: leaf for name, leaf in flat.items() if name not in stays}
-    if lora_rank:
-        lora = models.Lora.init(
-            model.config, lora_rank, key=jax.random.key(seed), layout=model.layout
-        )
-        trained["lora"] = lora.layers
-    if objective is not None and (own := objective.init(jax.random.key(seed), model.head_of())):
-        trained["terms"] = own
-    return Student(graphdef=apply_fn.graphdef, trained=trained, frozen=frozen)
 
 
 def weights_digest(arrays: Any) -> str:
@@ -166,6 +207,11 @@ def _matching(names: Iterable[str], freeze: str | None) -> set[str]:
         which = "every" if found else "no"
         raise ValueError(f"freeze: expected to match some parameters, {freeze!r} matches {which}")
     return found
+
+
+def targets(columns: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The label `tokens[t + 1]` of each position t of packed columns, and where it counts."""
+    return columns["tokens"][:, 1:], columns["loss_mask"][:, 1:]
 
 
 def hidden_states(

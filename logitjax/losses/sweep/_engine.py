@@ -64,7 +64,7 @@ class Sweep:
 
     def vary(self, tree: Any) -> Any:
         """Mark loop carries as device-varying, as `shard_map` asks of them."""
-        return jax.tree.map(lambda x: ops.sharding.vary(x, self.varying), tree)
+        return jax.tree.map(lambda x: ops.mesh.vary(x, self.varying), tree)
 
 
 def contract(a, a_dims, b, b_dims):

@@ -184,7 +184,7 @@ def _local(
     known = weights if layout.engine == "rows" else None
     tokens = operands.tokens
     # Outside the custom rule, so that the transpose sums the gradients of replicated arrays.
-    operands, known = jax.tree.map(lambda x: ops.sharding.vary(x, varying), (operands, known))
+    operands, known = jax.tree.map(lambda x: ops.mesh.vary(x, varying), (operands, known))
     outputs = _sweep(config, operands, known)
     if axis_name is not None:
         outputs = jax.tree.map(lambda x: lax.psum(x, axis_name), outputs)
@@ -244,7 +244,7 @@ def _projection(name: str, hidden: Any, head: Any, temperature: Number) -> Proje
 
 def _varying(tree: Any, axis_name: AxisName | None) -> tuple[str, ...]:
     """Mesh axes over which anything here differs, vocabulary shards included."""
-    axes = {a for x in jax.tree.leaves(tree) for a in ops.sharding.varying_axes(x)}
+    axes = {a for x in jax.tree.leaves(tree) for a in ops.mesh.varying_axes(x)}
     if axis_name is not None and axes:
         axes |= {axis_name} if isinstance(axis_name, str) else set(axis_name)
     return tuple(sorted(axes))

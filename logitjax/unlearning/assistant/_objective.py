@@ -9,7 +9,8 @@ from jaxtyping import Bool, Float, Int
 
 from logitjax.losses import Blocks, Head
 from logitjax.losses.sweep import ReadoutStatistic, run
-from logitjax.ops import Array, AxisName, checks, masked_mean, neginf_to_zero, psum
+from logitjax.ops import Array, AxisName, checks, masked_mean, neginf_to_zero
+from logitjax.ops import mesh as on_mesh
 
 
 def linear_assistant_objective(
@@ -88,7 +89,7 @@ def _entries(head: Head, vocab_where: Array | None, axis_name: AxisName | None) 
     exists = jnp.ones(size, bool) if vocab_where is None else jnp.asarray(vocab_where)
     if head.bias is not None:
         exists = exists & (jnp.asarray(head.bias) != -jnp.inf)
-    return jnp.maximum(psum(exists.sum(), axis_name), 1).astype(wide)
+    return jnp.maximum(on_mesh.psum(exists.sum(), axis_name), 1).astype(wide)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from flax import nnx
 from logitjax.losses import linear_cross_entropy
 from logitjax.models import Lora
 from logitjax.unlearning._questions import Questions
-from logitjax.unlearning._rows import padded_rows
+from logitjax.unlearning._rows import Row
 from logitjax.unlearning.assistant._deployed import Deployed, merged
 
 _RANK = 16
@@ -56,7 +56,7 @@ def relearning(
     encoded = questions.encoded["forget"]
     graphdef, params, rest = nnx.split(model.model, nnx.Param, ...)
     length = -(-max(len(ids) for ids, _ in encoded) // _MULTIPLE) * _MULTIPLE
-    padded = padded_rows(encoded, length, pad_id=questions.pad_id)
+    padded = Row.padded(encoded, length, pad_id=questions.pad_id)
     found = []
     for seed in range(seeds):
         order = np.random.default_rng(seed).permutation(len(encoded))

@@ -1,0 +1,186 @@
+"""Building, loading and calling the C++ kernels."""
+
+import ctypes
+import functools
+import os
+import pathlib
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+from jax import lax
+
+from logitjax.storage import digest, write_atomic
+
+_SOURCE = pathlib.Path(__file__).with_name("kernels.cc")
+# For the machine that builds: the library is never copied to another, see `_library`.
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-DNDEBUG", "-shared", "-fPIC", "-pthread")
+_TARGETS = ("lookup_sums", "row_products", "largest_ids")
+
+
+def build() -> pathlib.Path:
+    """Compiles the kernels for this machine unless that is done, and returns the library's path.
+
+    Raises:
+        RuntimeError: there is no C++ compiler, or it fails; the message has what it printed.
+    """
+    library = _library()
+    if _whole(library):
+        return library
+    named = os.environ.get("CXX")
+    found = [shutil.which(name) for name in ("c++", "g++", "clang++")]
+    compiler = shlex.split(named) if named else [path for path in found if path][:1]
+    if not compiler:
+        raise RuntimeError("no C++ compiler: install g++ or clang++, or name one in CXX")
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as directory:
+        # Another process may be building too: the library appears whole or not at all.
+        made = pathlib.Path(directory) / library.name
+        flags = [*_FLAGS, *_extra_flags(), f"-I{jax.ffi.include_dir()}"]
+        command = [*compiler, *flags, str(_SOURCE), "-o", str(made)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode or not made.exists():
+            raise RuntimeError(f"{shlex.join(command)} failed:\n{done.stderr[-4000:]}")
+        checksum = digest(made)
+        made.replace(library)
+        # Last, because a library without its checksum is built again.
+        write_atomic(_checksum_of(library), checksum)
+    return library
+
+
+def in_use() -> bool:
+    """Whether programs that are traced now use the kernels when they run on a CPU.
+
+    Raises:
+        RuntimeError: ``LOGITJAX_NATIVE=1``, but the kernels are not built.
+    """
+    wish = os.environ.get("LOGITJAX_NATIVE", "")
+    if wish == "0" or (not wish and jax.device_count() != 1):
+        return False
+    if wish and not _loaded():
+        raise RuntimeError("LOGITJAX_NATIVE is set: build the kernels, python -m logitjax.kernels")
+    return _loaded()
+
+
+def on_cpu(native: Callable[..., Any], otherwise: Callable[..., Any], *args: jax.Array) -> Any:
+    """``native(*args)`` on a CPU if the kernels are `in_use`, else ``otherwise(*args)``."""
+    if not in_use():
+        return otherwise(*args)
+    return lax.platform_dependent(*args, cpu=native, default=otherwise)
+
+
+def lookup_sums(tables: jax.Array, blocks: jax.Array) -> jax.Array:
+    """Sums of look-ups in tables of 16 bytes, for 32 tokens a block.
+
+    ::
+
+        sum_g tables[n, g, code_g(v)]
+
+    Args:
+        tables: ``[n, 2 * pairs, 16]``, uint8.
+        blocks: ``[count, pairs, 32]``, uint8, as `vq.ProductCodes.packed` lays codes out.
+
+    Returns:
+        ``[n, 32 * count]``, int32.
+    """
+    result = jax.ShapeDtypeStruct((tables.shape[0], 32 * blocks.shape[0]), jnp.int32)
+    return _call("lookup_sums", result)(tables, blocks)
+
+
+def row_products(vectors: jax.Array, rows: jax.Array, ids: jax.Array) -> jax.Array:
+    """Products of each vector with rows chosen for it; the rows are not copied.
+
+    Args:
+        vectors: ``[n, d]``, float32.
+        rows: ``[v, d]``, float32 or bfloat16.
+        ids: ``[n, m]``, int32; an id outside of the rows stands for the nearest one.
+
+    Returns:
+        ``[n, m]``, float32.
+
+    Raises:
+        ValueError: there are no rows.
+    """
+    if not rows.shape[0] and ids.size:
+        raise ValueError(f"rows: expected at least one row, got shape {rows.shape}")
+    return _call("row_products", jax.ShapeDtypeStruct(ids.shape, jnp.float32))(vectors, rows, ids)
+
+
+def largest_ids(values: jax.Array, k: int) -> jax.Array:
+    """Indices of the k largest entries of each row, in the order of `jax.lax.top_k`.
+
+    The largest comes first; of equal entries the lowest index does. 0.0 is larger than -0.0. A nan
+    is larger than all numbers, or smaller than all if its sign is set.
+
+    Args:
+        values: ``[n, v]``, float32.
+        k: number of entries, 1 to v.
+
+    Returns:
+        ``[n, k]``, int32.
+    """
+    result = jax.ShapeDtypeStruct((values.shape[0], k), jnp.int32)
+    return _call("largest_ids", result)(values)
+
+
+def _call(name: str, result: Any) -> Callable[..., Any]:
+    if not _loaded():
+        raise RuntimeError("the kernels are not built: python -m logitjax.kernels")
+    return jax.ffi.ffi_call(f"logitjax_{name}", result, vmap_method="sequential")
+
+
+@functools.cache
+def _loaded() -> bool:
+    """Loads the library that `build` made, once a process."""
+    try:
+        library = _library()
+        if not library.exists():
+            return False
+        # The loader would map a file that was cut short, and crash at what is missing.
+        if not _whole(library):
+            raise OSError(f"{library} differs from its checksum: python -m logitjax.kernels")
+        symbols = ctypes.CDLL(str(library))
+        targets = [getattr(symbols, f"logitjax_{name}") for name in _TARGETS]
+    # No home directory, another C library, another library.
+    except (OSError, RuntimeError, AttributeError) as error:
+        logging.warning("kernels for CPUs cannot be loaded, XLA does their work: %s", error)
+        return False
+    for name, target in zip(_TARGETS, targets, strict=True):
+        capsule = jax.ffi.pycapsule(target)
+        jax.ffi.register_ffi_target(f"logitjax_{name}", capsule, platform="cpu")
+    return True
+
+
+def _whole(library: pathlib.Path) -> bool:
+    """Whether a library is there and is what its checksum says."""
+    try:
+        return digest(library) == _checksum_of(library).read_text()
+    except FileNotFoundError:
+        return False
+
+
+def _checksum_of(library: pathlib.Path) -> pathlib.Path:
+    return library.with_suffix(".sha256")
+
+
+def _extra_flags() -> list[str]:
+    return shlex.split(os.environ.get("CXXFLAGS", ""))
+
+
+@functools.cache
+def _library() -> pathlib.Path:
+    """The library's path, which depends on source, flags, version of jax and processor."""
+    info = pathlib.Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else ""
+    flags = [line for line in text.splitlines() if line.startswith(("flags", "Features"))][:1]
+    compiled = (_SOURCE.read_text(), _FLAGS, _extra_flags())
+    parts = (*compiled, jax.__version__, platform.machine(), flags)
+    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(cache) / "logitjax" / f"kernels-{digest(*parts, length=16)}.so"
