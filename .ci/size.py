@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 
 ROOT = pathlib.Path(__file__).parents[1]
-LIBRARY, TOGETHER, NAMES, LONG = 61_500, 86_000, 330, 0
+LIBRARY, TOGETHER, NAMES, LONG = 66_000, 94_000, 330, 0
 LINES_OF_A_FUNCTION = 80
 
 
