@@ -181,6 +181,7 @@ class Scorer:
             begin = time.perf_counter()
             sums = jax.device_get(self._step(params, batch, self._frozen))
             tokens = np.size(batch["pivot"]["tokens"]) * jax.process_count()
+            # The sums are on the host by now, so the work is done and not only begun.
             speeds.append(tokens / (time.perf_counter() - begin))
             for name, pair in sums.items():
                 totals[name] = totals.get(name, 0.0) + np.asarray(pair, np.float64)
@@ -241,6 +242,7 @@ def train_student(
     tx, step = course.update(student, objective, sources, mesh=mesh)
     scorer = Scorer(student, corpus, course, mesh=mesh) if scorer is None else scorer
     frozen = models.DECODER_RULES.place({**student.frozen, **corpus.constants}, mesh)
+    # Made whole before a checkpoint is read, which then only fills its arrays.
     state = training.TrainState.create(
         student.trained, tx, mesh=mesh, rules=models.DECODER_RULES, seed=course.seed
     )
@@ -326,6 +328,7 @@ def _check_seen(
         seen = loss.counts(batch, frozen)["seen"]
         return 0.0, 1, {name: (total, 1) for name, total in seen.items()}
 
+    # The first rows are those that training sees first, so the check costs no other data.
     batches = [
         first,
         *map(batch, range(1, min(course.steps, _ROWS_LOOKED_AT // course.batch_size))),
@@ -409,6 +412,7 @@ def distill(
     course.check(mesh)
     made_from = _made_from(student, corpus, objective, course)
     if on_policy.share:
+        # Only where it is used: folders of runs without it stay valid.
         made_from["on_policy"] = dataclasses.asdict(on_policy)
     _check_folder(made_from, workdir)
     scorer = Scorer(student, corpus, course, mesh=mesh)
