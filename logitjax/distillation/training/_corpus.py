@@ -67,7 +67,7 @@ class Reading:
     on_error: Literal["raise", "skip"] = "raise"
     top_k: int = 64
     tail_samples: int = 0
-    batch_size: int = 4
+    batch_size: int = storage.option(4, execution=True)
     dtype: Literal["float32", "bfloat16"] = "float32"
     layout: Literal["stacked", "listed"] = "listed"
     api_key: str | None = storage.option(None, secret=True)
