@@ -22,7 +22,7 @@ from orbax.checkpoint import future as ocp_future
 
 from logitjax.ops import mesh as on_mesh
 from logitjax.storage import may_pass, write_atomic
-from logitjax.training import _watch
+from logitjax.training import _watch, _workdir
 
 _SIZES = "_SIZES"
 
@@ -63,6 +63,9 @@ class _MetaHandler(ocp.JsonCheckpointHandler):
     async def _commit(self, directory: epath.Path, args: "_MetaSave") -> None:
         meta = {"extra": args.extra, "checksums": args.checksums.wait()}
         if jax.process_index() == 0:
+            # Without this file the checkpoint gets no final name.
+            if not _workdir.holds_still(directory):
+                raise ConnectionError(f"another run has taken the folder of {directory} over")
             (directory / self._FILE).write_text(json.dumps(meta))
 
 
