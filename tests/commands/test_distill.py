@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from etils import epath
 from flax import nnx
+from safetensors.numpy import load_file
 
 from logitjax import distillation, leakage, models
 from logitjax.commands import audit, cache_logits, cli, distill
