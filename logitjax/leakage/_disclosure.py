@@ -58,12 +58,12 @@ class Choice:
 
     def law(
         self,
-        rows: Float[Array, "*batch vocab"],
+        rows: Float[Array, "*#batch vocab"],
         *,
-        bias: Float[Array, "*batch vocab"] | None = None,
-        seen: Bool[Array, "*batch vocab"] | None = None,
-        counts: Int[Array, "*batch vocab"] | None = None,
-        vocab_where: Bool[Array, "*batch vocab"] | None = None,
+        bias: Float[Array, "*#batch vocab"] | None = None,
+        seen: Bool[Array, "*#batch vocab"] | None = None,
+        counts: Int[Array, "*#batch vocab"] | None = None,
+        vocab_where: Bool[Array, "*#batch vocab"] | None = None,
     ) -> np.ndarray:
         """Log-probabilities that tokens are drawn with, float64 `[*batch, vocab]`.
 
@@ -241,6 +241,10 @@ class Ledger:
         """What an answer would add; nothing the second time."""
         return 0.0 if (context, answer) in self._answered else nats
 
+    def add(self, context: Hashable, nats: float) -> None:
+        """Adds what was told before this ledger began: one that forgets bounds nothing."""
+        self._contexts[context].hard += nats
+
     def charge(
         self, context: Hashable, answer: Hashable, nats: float, choice: Choice | None = None
     ) -> bool:
@@ -258,7 +262,7 @@ class Ledger:
             return True
         if told.hard + nats > self.limit:
             return False
-        told.hard += nats
+        self.add(context, nats)
         self._answered.add((context, answer))
         if choice is not None:
             told.soft += choice.soft
