@@ -61,18 +61,20 @@ class Readings:
     def judge(self, row: np.ndarray, noise: float) -> dict[str, Any]:
         """Nats that are right, how often intervals hold, and the narrowest of an unlikely token."""
         log_p = row - np.logaddexp.reduce(row)
-        right, nats, narrow = 0, self.other, math.inf
         # Where a context has noise of its own, its row is not the model's.
         wider = 1.96 * math.sqrt(2) * noise
+        read, right, narrow, nats = 0, 0, math.inf, 0.0 if noise else self.other
         for (i, j), (low, high) in self.found.items():
             truth = log_p[i] if j == NORMALISER else row[i] - (row.max() if j == TOP else row[j])
-            holds = low - wider - 1e-5 <= truth <= high + wider + 1e-5
             width = max(high - low + 2 * wider, 1e-6)
-            right += bool(holds)
-            nats += math.log(RANGE / width) if holds and width < READ else 0.0
+            # Whoever saw a token once knows little of it, and that it was seen misleads him.
+            if width < READ:
+                holds = bool(low - wider - 1e-5 <= truth <= high + wider + 1e-5)
+                read, right = read + 1, right + holds
+                nats += holds * math.log(RANGE / width)
             if log_p[i] < math.log(1e-3) and j != NORMALISER:
                 narrow = min(narrow, width)
-        return {"nats": nats, "read": len(self.found), "hold": right, "narrowest": narrow}
+        return {"nats": nats, "read": read, "hold": right, "narrowest": narrow}
 
 
 def _thresholds(
@@ -82,8 +84,12 @@ def _thresholds(
     high: float,
     held: Callable[[int, Reply], bool],
     steps: int = _STEPS,
+    field: str = "",
 ) -> list[tuple[float, float] | None]:
-    """Where `held` turns from true below to false above, by halving; None where it is refused."""
+    """Where `held` turns from true below to false above, by halving; None where it is refused.
+
+    A server that rounds a `field` tells: what it took counts.
+    """
     ends: list[Any] = [(low, high)] * len(bodies)
     for _ in range(steps):
         going = [k for k, end in enumerate(ends) if end is not None]
@@ -96,6 +102,7 @@ def _thresholds(
             if reply is None:
                 ends[k] = None
             else:
+                at = reply.body.get(field, at)
                 ends[k] = (at, ends[k][1]) if held(k, reply) else (ends[k][0], at)
     return ends
 
@@ -253,6 +260,7 @@ def penalties(ask: Asker, body: Body, letters: Mapping[str, int], **_: Any) -> R
         -2.0,
         2.0,
         lambda k, reply: reply.tokens[-1] == letters[pairs[k][0]],
+        field="frequency_penalty",
     )
     for (a, b), end in zip(pairs, ends, strict=True):
         # At an end of the range nothing is enclosed.
@@ -337,8 +345,8 @@ def attackers(schema: Mapping[str, Any]) -> dict[str, Callable[..., Readings]]:
     for name, field in fields.items():
         kinds = [kind for kind in field.get("anyOf", [field]) if kind.get("type") in _NUMBERS]
         for kind in kinds:
-            low = kind.get("minimum", kind.get("exclusiveMinimum", 0) + 1e-6)
-            high = kind.get("maximum", kind.get("exclusiveMaximum", 1e6))
+            low = kind.get("minimum", kind.get("exclusiveMinimum", -100) + 1e-6)
+            high = kind.get("maximum", 100)
             whole = kind["type"] == "integer"
             if high - low <= 1 and kind["type"] == "integer":
                 continue

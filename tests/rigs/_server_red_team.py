@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from scipy import stats
 
 from experiments.shared import suite
 from logitjax import models
@@ -149,32 +150,30 @@ def attacked(
             runner.run(context.__aexit__(None, None, None))
         found = readings.judge(row.astype(float), policy.noise)
         told = ledger["row"]
-        rows.append({"model": Path(spec).stem, "policy": name, "attacker": attacker}
-                    | {"queries": before - ask.left} | found | {"bound": float(told.hard)})  # fmt: skip
+        line = {"model": Path(spec).stem, "policy": name, "attacker": attacker}
+        line |= {"queries": before - ask.left} | found | {"bound": float(told.hard)}
+        rows.append(line)
         logging.info("%s", rows[-1])
     return rows
 
 
-def red_team(options: suite.Options) -> tuple[list[dict[str, Any]], list[suite.Bar]]:
-    """The best attacker of each policy and model, and the bars over all of them."""
-    queries, every = 200 if options.smoke else QUERIES, []
-    shown = []
-    for spec in MODELS[:1] if options.smoke else MODELS:
-        if spec.endswith(".gguf") and not Path(spec).exists():
-            continue
-        row, tokenizer = row_of(spec)
-        model = one_row(row)
-        for case in POLICIES:
-            rows = attacked(spec, row, tokenizer, model, case, queries)
-            every += rows
-            shown.append(max(rows, key=lambda found: found["nats"]))
-    plain = [row for row in every if not row["policy"].startswith("free")]
-    read, right = sum(row["read"] for row in plain), sum(row["hold"] for row in plain)
-    spread = 3 * (read * CONFIDENCE * (1 - CONFIDENCE)) ** 0.5
-    over = sum(row["nats"] > row["bound"] for row in every)
-    narrow = min(row["narrowest"] for row in plain)
-    return shown, [
-        suite.at_most("red team: attackers that read more nats than the bound", over, 0),
-        suite.at_least("plain: narrowest interval of a token below 1e-3, nats", narrow, 0.2),
-        suite.at_least("plain: intervals of 95 % that hold", right, read * CONFIDENCE - spread),
+def red_team(options: suite.Options, spec: str) -> tuple[list[dict[str, Any]], list[suite.Bar]]:
+    """The best attacker of each policy on a row of one model, and the bars over all of them."""
+    # Who has no Gemma (`make gemma`) is spared it.
+    if spec.endswith(".gguf") and not Path(spec).exists():
+        return [], []
+    row, tokenizer = row_of("tiny" if options.smoke else spec)
+    model, queries = one_row(row), 200 if options.smoke else QUERIES
+    found = [attacked(spec, row, tokenizer, model, case, queries) for case in POLICIES]
+    every = [line for lines in found for line in lines]
+    plain = [line for line in every if not line["policy"].startswith("free")]
+    read, right = (sum(line[name] for line in plain) for name in ("read", "hold"))
+    chance = float(stats.binom.cdf(right, read, CONFIDENCE)) if read else 1.0
+    over = sum(line["nats"] > line["bound"] for line in every)
+    narrow = min(line["narrowest"] for line in plain)
+    name = Path(spec).stem
+    return [max(lines, key=lambda line: line["nats"]) for lines in found], [
+        suite.at_most(f"red team, {name}: attackers that read more than the bound", over, 0),
+        suite.at_least(f"plain, {name}: narrowest interval of p < 1e-3, nats", narrow, 0.2),
+        suite.at_least(f"plain, {name}: {right} of {read} hold, chance at 95 %", chance, 0.01),
     ]
