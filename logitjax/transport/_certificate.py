@@ -75,17 +75,18 @@ _NO_SCALE = -10_000
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Certificate:
-    """``lower <= GW_p^p <= upper``, the upper one reached by ``coupling``.
+    """``lower <= GW_p^p <= upper``, with what reaches the upper one.
 
     Attributes:
         lower: no coupling costs less.
-        upper: some coupling costs no more; ``coupling`` is it but for rounding.
+        upper: some coupling costs no more; ``coupling`` is it but for rounding, unless a plan
+            among the ``candidates`` costs less.
         coupling: the best that was seen.
         units: what c and d were divided by, ``[2]``; infinite or zero where float32 does not
             hold it.
         costs: what each of the ``candidates`` costs at most once its marginals are those of the
             weights, ``[candidates]``, so that ``costs / lower`` says how far a solution is from the
-            optimum at most. A plan that is no matching may cost less than ``upper``.
+            optimum at most.
         reported: the ``primal_cost`` that a solution of ott says it has, ``[candidates]``; nan
             where a candidate says nothing.
         converged: whether it says that it converged, ``[candidates]``.
@@ -384,19 +385,19 @@ def _float32(answer: Certificate, exponents: tuple[Any, Any], scale: Scale) -> C
     coupling = answer.coupling
     return dataclasses.replace(
         answer,
-        lower=jnp.asarray(_towards(lower, -1)),
-        upper=jnp.asarray(_towards(least if vanished else upper, 1)),
+        lower=jnp.asarray(towards(lower, -1)),
+        upper=jnp.asarray(towards(least if vanished else upper, 1)),
         coupling=Coupling(
             jnp.asarray(coupling.rows, jnp.int32),
             jnp.asarray(coupling.columns, jnp.int32),
             jnp.asarray(coupling.mass, jnp.float32),
         ),
         units=jnp.asarray(units, jnp.float32),
-        costs=jnp.asarray(_towards(costs, 1)),
+        costs=jnp.asarray(towards(costs, 1)),
     )
 
 
-def _towards(value: Any, direction: int) -> np.ndarray:
+def towards(value: Any, direction: int) -> np.ndarray:
     """The nearest float32 that is not below (1), or not above (-1), a number in float64."""
     # Beside a float32 array a Python number would be compared as float32.
     value = np.asarray(value, np.float64)
@@ -580,6 +581,9 @@ def _bounds(
         for x in candidates
     ]
     upper = (best.value - jax.lax.stop_gradient(best.value)) + best.most
+    for x, cost in zip(candidates, costs, strict=True):
+        if isinstance(x, Plan):  # A comparison with nan, of a plan that is none, is false.
+            upper = jnp.where(cost < upper, cost, upper)
     return least, upper, coupling, jnp.stack(costs) if costs else jnp.zeros(0, upper.dtype)
 
 
