@@ -42,10 +42,10 @@ class Table:
         vocab = self.rows.shape[1]
         weights = np.ones(vocab) if scales is None else scales[1] ** 2
         plain = dataclasses.replace(self, means=np.zeros(len(self.rows)), scales=None)
-        means = plain.means
-        if self.centre:
+        means = np.zeros(len(self.rows))
+        for where, block in plain.blocks() if self.centre else ():
             # Any weights take the normaliser out. Those of the scales leave white noise white.
-            means = sum(block @ weights[where] for where, block in plain.blocks()) / weights.sum()
+            means += block @ weights[where] / weights.sum()
         return dataclasses.replace(self, means=means, scales=scales)
 
     def blocks(self, left: np.ndarray | None = None) -> Iterator[tuple[slice, np.ndarray]]:

@@ -147,7 +147,14 @@ class HttpOracle(Meter):
         if self.seed is not None:
             body["seed"] = self.seed
         answer = self._post(json.dumps(body))
-        said = answer["choices"][0]["logprobs"]
+        try:
+            return self._values(answer["choices"][0]["logprobs"], only_token)
+        except (LookupError, TypeError, AttributeError, ValueError):
+            raise ValueError(
+                f"url: expected log-probabilities by token ids, got {str(answer)[:200]}"
+            ) from None
+
+    def _values(self, said: Any, only_token: bool) -> list[tuple[int, float | None]]:
         drawn = _token_id(said["tokens"][0])
         if only_token:
             return [(drawn, None)]

@@ -120,7 +120,7 @@ def infer_protocol(protocol: Protocol, oracle: Any, prompts: Any) -> None:
     protocol.first = first = _means(equal)
     values = np.asarray(oracle.ask(prompts[:_PROMPTS]).values, np.float64)
     _lattice(protocol, values)
-    if values.shape[1] == policy.top_k and policy.returns == "logprobs":
+    if values.shape[1] == policy.top_k and policy.returns == "logprobs" and policy.floor is None:
         mass = np.maximum(np.logaddexp.reduce(values, axis=1), 0.0)
         protocol.compare("mass", "values sum to at most 1", mass, values.shape[1] ** 0.5)
     for temperature in (0.5, 2.0):
@@ -160,7 +160,7 @@ def _draws(protocol: Protocol, oracle: Any, prompt: Any) -> None:
     drawn = np.asarray(answer.tokens)[:, 0]
     if oracle.policy.returns != "token":
         token, value = max(_pairs(answer), key=lambda pair: pair[1])
-        rate, count = min(1.0, math.exp(value)), int((drawn == token).sum())
+        rate, count = float(np.exp(min(0.0, value))), int((drawn == token).sum())
         p = scipy.stats.binomtest(count, _DRAWN, rate).pvalue
         seen = f"{count} of {_DRAWN} draws are of a token of {rate:.3f}, off by"
         protocol.add("rates", seen, p, abs(count / _DRAWN - rate), p > LEVEL)
@@ -248,7 +248,7 @@ def _bias(protocol: Protocol, oracle: Any, prompt: Any) -> None:
     tokens, values = np.asarray(answer.tokens), np.asarray(answer.values, np.float64)
     shown = np.where(tokens == token, values, -np.inf).max(axis=1)
     with np.errstate(over="ignore"):
-        total = np.log1p(np.expm1(sizes) * math.exp(start)) if policy.returns == "logprobs" else 0.0
+        total = np.log1p(np.expm1(sizes) * np.exp(start)) if policy.returns == "logprobs" else 0.0
     reported, still = np.abs(shown - start - sizes + total), np.abs(shown - start)
     moved = "sampling" if policy.sampled and tokens[-1, 0] == token != ranked[0] else "none"
     kind, errors = min((("reported", reported), (moved, still)), key=lambda pair: pair[1].max())
@@ -267,7 +267,9 @@ def tell_again(protocol: Protocol, oracle: Any, prompt: Any, row: RecoveredRow) 
     """
     rng, limit = np.random.default_rng(1), oracle.policy.bias_limit
     log_probs, known = row.log_probs.astype(np.float64), row.known.copy()
-    lack, order = np.nanmax(log_probs) - log_probs, rng.permutation(np.flatnonzero(known))
+    # A search that is not of all tokens finds differences to the first, which may be none of them.
+    first = 0.0 if row.method == "searched" and not known.all() else np.nanmax(log_probs)
+    lack, order = first - log_probs, rng.permutation(np.flatnonzero(known))
     if row.method == "harvested":
         answer = oracle.ask([prompt] * max(1, row.queries // 4), temperature=2.0)
         errors = [value - log_probs[token] for token, value in _pairs(answer) if known[token]]

@@ -18,10 +18,8 @@ class Residual:
     """What is left of a table beyond its first directions.
 
     Attributes:
-        by_row: ``[n]`` variance that each row's noise has, of what `share` leaves of it.
+        by_row: ``[n]`` variance of each row's noise.
         by_token: ``[vocab]`` likewise.
-        own: ``[n]`` bool: rows of which next to nothing is left, each with a direction to itself,
-            as loud noise has and hidden states have not.
         even: Whether the variance is one in all tokens and in all rows.
         loudest: The largest residual, in standard deviations.
         edge: A singular value that independent noise of any variances stays below.
@@ -29,7 +27,6 @@ class Residual:
 
     by_row: np.ndarray
     by_token: np.ndarray
-    own: np.ndarray
     even: bool
     loudest: float
     edge: float
@@ -55,6 +52,8 @@ def residual(table: Table, whole: Spectrum, k: int) -> Residual:
         by_row += block.sum(axis=1)
         by_token[where] = block.sum(axis=0)
         loudest = np.maximum(loudest, block.max(axis=1))
+    # Rows of which next to nothing is left have a direction each to themselves, as loud noise has
+    # and hidden states have not.
     own = share <= 0.25 * free / count
     share = np.maximum(share, 1e-6)
     # A projection takes from the noise of a row or token twice what it takes from the unit vector.
@@ -67,15 +66,14 @@ def residual(table: Table, whole: Spectrum, k: int) -> Residual:
     mean = max(float(by_token.mean()), 1e-30)
     by_row, by_token = (np.maximum(part, 1e-12 * mean) for part in (by_row, by_token))
     some = by_row[~own]
-    # A variance from m normal values varies by sqrt(2 / m) of itself.
-    # Loud tokens take directions as loud rows do, and what is left of them is even.
+    # Loud tokens take directions as loud rows do, and what is left of them is even. A variance from
+    # m normal values varies by sqrt(2 / m) of itself.
     even = own.mean() <= 0.1 and (taken > 0.5).sum() <= 0.1 * k
     even = even and by_token.std() <= 1.25 * np.sqrt(2 / free) * mean
     even = even and some.std() <= (1.5 * np.sqrt(2 / vocab) + 0.05) * some.mean()
     return Residual(
         by_row=by_row,
         by_token=by_token,
-        own=own,
         even=bool(even),
         loudest=float(np.sqrt((loudest / share)[~own].max(initial=0.0) / mean)),
         edge=float(edge),
@@ -97,6 +95,8 @@ def first_of_alike(rows: np.ndarray, gram: Float[np.ndarray, "n n"], step: float
     some = np.asarray(rows[:, columns], np.float64)
     differences = np.sort(some - some[nearest], axis=1)
     width = max(2, int(_ALIKE * len(columns)))
+    if len(columns) <= width:
+        return np.ones(len(rows), bool)
     spread = (differences[:, width:] - differences[:, :-width]).min(axis=1)
     alike = spread <= step
     alike[0] = False

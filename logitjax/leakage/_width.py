@@ -25,7 +25,7 @@ _ROWS, _ROWS_CONFIRMED = 1.7, 1.1
 # noise, which may lie on both sides of it.
 _CLEAR = 30.0
 # Scalings of rows and tokens until their noise has one variance.
-_SWEEPS = 5
+_SWEEPS = 4
 # Values so loud, in standard deviations, are directions of their own under heavy tails.
 _LOUD = 6.0
 
@@ -122,16 +122,11 @@ def judge_width(
         # Such rows are no linear images of hidden states: what they span says nothing of those.
         return _open("many values of a row are its smallest: they are cut off, or were filled in")
     once = first_of_alike(table.rows, gram, 2 * step)
-    table = dataclasses.replace(table, rows=table.rows[once], means=table.means[once])
-    gram, alike = gram[np.ix_(once, once)], len(once) - int(once.sum())
-    view = _View(
-        table=table,
-        spectrum=spectrum(table, gram),
-        gram=gram,
-        exact=exact,
-        columns=columns,
-        named=named,
-    )
+    if alike := int((~once).sum()):
+        table = dataclasses.replace(table, rows=table.rows[once], means=table.means[once])
+        gram = gram[np.ix_(once, once)]
+    seen = spectrum(table, gram)
+    view = _View(table=table, spectrum=seen, gram=gram, exact=exact, columns=columns, named=named)
     width = _of_exact_rows(view)
     if width is None:
         view = dataclasses.replace(view, spectrum=spectrum(table, gram, fine=True))
@@ -176,8 +171,8 @@ def _of_noisy_rows(view: _View) -> OutputWidth:
         k = noise.above if noise else view.rows // 2
         left = residual(view.table, view.spectrum, k)
         if noise and left.even:
-            clear = k > 0 and view.values[k - 1] > _CLOSED * noise.edge
             # Tokens that differ leave a few rows even too, beyond too many directions.
+            clear = 3 * k <= view.rows or view.values[k - 1] > _CLOSED * noise.edge
             fit = (view, noise, left) if fit is None or clear else fit
             if clear:
                 break
@@ -261,9 +256,13 @@ def _less_shared(view: _View, width: OutputWidth, sigma: float) -> OutputWidth:
             f"; all rows share an offset: {k} is the width behind a LayerNorm, {k - 1} with a bias "
             "on the output"
         )
-    inside = sum(left.T @ (block @ tokens[where]) for where, block in view.table.blocks()) / values
+    if k < 2 or view.table.centre:
+        return dataclasses.replace(width, lower=lower, reason=said)
+    inside = np.zeros(k)
+    for where, block in view.table.blocks():
+        inside += left.T @ (block @ tokens[where]) / values
     turned = sigma * math.sqrt(max(1, len(tokens) - k))
-    if k > 1 and holds_vector(inside, float(tokens @ tokens), values, turned):
+    if holds_vector(inside, float(tokens @ tokens), values, turned):
         lower = min(lower, k - 1)
         said += f"; log-probabilities that were not centred have one direction more than {k - 1}"
     return dataclasses.replace(width, lower=lower, reason=said)
