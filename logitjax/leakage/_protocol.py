@@ -27,7 +27,7 @@ class Finding:
         test: What was tested.
         seen: What the server does.
         p: Probability of such answers if it did not.
-        effect: Its size, in nats if `seen` does not say of what.
+        effect: Its size, in nats if `seen` does not say of what; 1e9 where a number is missing.
         declared: Whether the policy says the same.
     """
 
@@ -64,16 +64,15 @@ class Protocol:
         return [finding for finding in order[: passed.index(True)] if not finding.declared]
 
     def add(self, test: str, seen: str, p: float, effect: float, declared: bool) -> None:
-        self.findings.append(
-            Finding(test=test, seen=seen, p=float(p), effect=float(effect), declared=declared)
-        )
+        one = Finding(test=test, seen=seen, p=p, effect=effect, declared=declared)
+        self.findings.append(one)
 
     def compare(self, test: str, seen: str, errors: Any, size: float = 10.0) -> None:
         """Numbers that would be zero but for noise, and for rounding of values of some size."""
         errors = np.abs(np.asarray(errors, np.float64)).ravel()
         scale = math.hypot(max(_EPS * max(1.0, size), 2 * self.step), 2 * self.sigma)
         # No number where there should be one is as wrong as can be.
-        worst = float(np.nan_to_num(errors, nan=np.inf).max(initial=0.0))
+        worst = float(np.nan_to_num(errors, nan=1e9, posinf=1e9).max(initial=0.0))
         p = min(1.0, max(1, len(errors)) * math.erfc(worst / scale / math.sqrt(2)))
         self.add(test, seen, p, worst, p > LEVEL)
 
@@ -93,7 +92,7 @@ class Protocol:
             )
             self.add(test, seen, 0.0 if fresh else 1.0, 0.0, not fresh)
             return
-        tail = scipy.stats.chi2.cdf(free * (sigma / fresh) ** 2, free) if fresh else 0.0
+        tail = float(scipy.stats.chi2.cdf(free * (sigma / fresh) ** 2, free)) if fresh else 0.0
         p = 2 * min(tail, 1 - tail)
         low = scipy.stats.chi2.ppf(LEVEL, free) / free
         self.sigma = max(self.sigma, sigma / math.sqrt(low))
@@ -161,7 +160,7 @@ def _draws(protocol: Protocol, oracle: Any, prompt: Any) -> None:
     if oracle.policy.returns != "token":
         token, value = max(_pairs(answer), key=lambda pair: pair[1])
         rate, count = float(np.exp(min(0.0, value))), int((drawn == token).sum())
-        p = scipy.stats.binomtest(count, _DRAWN, rate).pvalue
+        p = float(scipy.stats.binomtest(count, _DRAWN, rate).pvalue)
         seen = f"{count} of {_DRAWN} draws are of a token of {rate:.3f}, off by"
         protocol.add("rates", seen, p, abs(count / _DRAWN - rate), p > LEVEL)
     if hasattr(oracle, "seed"):
@@ -171,7 +170,8 @@ def _draws(protocol: Protocol, oracle: Any, prompt: Any) -> None:
         same, most = int((again[1:] == again[0]).sum()), _REPEATS - 1
         chance = (int((drawn == again[0]).sum()) + 1) / (_DRAWN + 2)
         seen = f"equal draws of equal seeds: {same} of {most}, by chance {chance:.2f}"
-        protocol.add("seed", seen, scipy.stats.binom.sf(same - 1, most, chance), same / most, True)
+        p = float(scipy.stats.binom.sf(same - 1, most, chance))
+        protocol.add("seed", seen, p, same / most, True)
 
 
 def _echo(protocol: Protocol, oracle: Any, prompt: Any) -> None:
@@ -284,9 +284,10 @@ def tell_again(protocol: Protocol, oracle: Any, prompt: Any, row: RecoveredRow) 
         errors = np.where(drawn == [True, False], 0.0, np.nan)
     else:
         forced = row.method == "forced"
-        sizes = 0.7 * limit if forced else lack + rng.uniform(0.5, 2.5, lack.shape)
+        lifts = lack + rng.uniform(0.5, 2.5, lack.shape)
+        sizes = np.full(lack.shape, 0.7 * limit) if forced else lifts
         # What no bias lifts again is not known.
-        known &= lack < sizes - 1 if forced else sizes <= limit
+        known &= lifts <= (sizes if forced else limit)
         order = order[known[order]]
         errors = (_forced if forced else _lifted)(oracle, prompt, log_probs, order, sizes)
     protocol.compare("told again", f"{np.size(errors)} values by other queries", errors, 30.0)
@@ -305,9 +306,9 @@ def tell_again(protocol: Protocol, oracle: Any, prompt: Any, row: RecoveredRow) 
 
 
 def _forced(
-    oracle: Any, prompt: Any, log_probs: np.ndarray, order: np.ndarray, size: float
+    oracle: Any, prompt: Any, log_probs: np.ndarray, order: np.ndarray, sizes: np.ndarray
 ) -> np.ndarray:
-    answer = oracle.ask_biased(prompt, order[:, None], np.full((len(order), 1), size))
+    answer = oracle.ask_biased(prompt, order[:, None], sizes[order, None])
     came = np.asarray(answer.tokens)[:, 0] == order
     return np.where(came, np.asarray(answer.values)[:, 0] - log_probs[order], np.nan)
 
