@@ -187,7 +187,7 @@ class _Row:
             known=known,
         )
 
-    def learn(self, tokens: np.ndarray, values: np.ndarray) -> None:
+    def learn(self, tokens: Any, values: Any) -> None:
         self.found[tokens] = values
         self.known[tokens] = True
 
