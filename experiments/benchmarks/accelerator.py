@@ -24,9 +24,7 @@ import contextlib
 import functools
 import importlib.util
 import itertools
-import json
 import math
-import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -42,7 +40,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from experiments.benchmarks import _vocabulary as vocabulary
 from experiments.benchmarks._vocabulary import KINDS, Loss, Shape
 from experiments.plan import chips, costs
-from experiments.shared import suite
+from experiments.shared import records, suite
 from logitjax import losses, processes
 from logitjax.commands import figures
 
@@ -87,6 +85,7 @@ _CHUNK = 1024
 # levanter leaves what its kernels may take on chip to a flag: three quarters, or nearly all.
 _VMEM_KIB = {"v5e": "98304", "v6e": "98304", "v5p": "64000", "tpu7x": "64000"}
 _KERNELS = ("ours, pallas", "tokamax, Mosaic", "levanter, Mosaic")
+_PARTS = "parts"
 # Bars of the issue are about this chip.
 _BARS = "v5p"
 
@@ -248,6 +247,16 @@ def _row(name: str, kind: str, shape: Shape, chip: chips.Chip, loss: Loss) -> di
     return row
 
 
+def _kept(options: suite.Options, *given: Any) -> dict[str, Any]:
+    """A `_row`: hours of work, so what is compiled is kept, and a run that was killed goes on."""
+    name, kind, shape, chip, _ = given
+    what = "-".join(map(str, (chip.name, kind, *shape, name)))
+    path = epath.Path(options.directory) / _PARTS / f"{what}.json"
+    row = records.kept(path, functools.partial(_row, *given))
+    logging.info("%s: done", what)
+    return row
+
+
 def _compare(rows: list[dict[str, Any]]) -> None:
     """Each form beside dense, the rows of one chip, loss and shape."""
     dense = next(row for row in rows if row["form"] == "dense")
@@ -257,20 +266,20 @@ def _compare(rows: list[dict[str, Any]]) -> None:
                 row[share] = row[name] / dense[name]
 
 
-def _models(chip: chips.Chip, kinds: Sequence[str], path: pathlib.Path) -> list[dict[str, Any]]:
-    """Heads of models by kernels, with tiles, and by `scan`; what stands in the file stays."""
-    rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+def _models(
+    options: suite.Options, chip_name: str, chip: chips.Chip, kinds: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Heads of models by kernels, with their tiles, and by `scan`; written as they come."""
+    path = epath.Path(options.directory) / "kernels" / f"{chip_name}.json"
+    rows: list[dict[str, Any]] = []
     device = chips.devices_of(chip)[0].device_kind
-    done = {(row["model"], row["loss"], row["form"]) for row in rows}
     for name in (*_KERNELS[:2], "ours, unreduced"):
         for (model, (width, vocab)), kind in itertools.product(MODELS.items(), kinds):
-            if name not in (table := forms(kind)) or (model, kind, name) in done:
-                continue
-            shape = (_MODEL_POSITIONS, width, vocab)
-            row = {"model": model, "device": device}
-            rows.append(row | _row(name, kind, shape, chip, table[name]))
-            processes.write_json(epath.Path(path), rows)
-            logging.info("%s, %s, %s, %s: done", chip.name, model, kind, name)
+            if name in (table := forms(kind)):
+                shape = (_MODEL_POSITIONS, width, vocab)
+                row = _kept(options, name, kind, shape, chip, table[name])
+                rows.append({"model": model, "device": device} | row)
+                processes.write_json(path, rows)
     return rows
 
 
@@ -456,8 +465,7 @@ def run(options: suite.Options) -> suite.Result:
         chip = chips.parse_chip(named[chip_name])
         chips.prepare(chip, "data:1")
         if "models" in parts:
-            path = options.directory / "kernels" / f"{chip_name}.json"
-            rows += _models(chip, kinds, path)
+            rows += _models(options, chip_name, chip, kinds)
             continue
         for size in filter(chosen, shapes):
             for kind in kinds:
@@ -465,8 +473,7 @@ def run(options: suite.Options) -> suite.Result:
                 for name, loss in forms(kind).items():
                     if chip.kind == "cpu" and name in _KERNELS and not name.startswith("ours"):
                         continue
-                    found.append(_row(name, kind, shapes[size], chip, loss))
-                    logging.info("%s, %s, %s, %s: done", chip_name, kind, size, name)
+                    found.append(_kept(options, name, kind, shapes[size], chip, loss))
                 _compare(found)
                 rows += found
     bars = _bars(rows)
@@ -480,6 +487,7 @@ def run(options: suite.Options) -> suite.Result:
         found, more = _padded()
         rows += found
         bars += more
+    (epath.Path(options.directory) / _PARTS).rmtree(missing_ok=True)
     return suite.Result(rows=rows, bars=bars, pictures={"accelerator": picture(rows)})
 
 
