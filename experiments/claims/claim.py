@@ -49,6 +49,8 @@ class Contrast(_Strict):
         pick: Which arm of several: the best or the worst of both sides, on validation.
         correlate: Instead of a difference: Spearman's correlation of this metric with `metric`
             over the units of a seed, the mean over seeds.
+        spread: Instead of a difference: the logarithm of how many times as far `second` spreads
+            over seeds as `first`.
         sign: -1 where the claim says that the number is small.
         scale: The number is given in this many parts: 100 for points.
         delta: The least effect that counts, fixed before the run.
@@ -62,6 +64,7 @@ class Contrast(_Strict):
     second: tuple[str, ...] = ()
     pick: tuple[Literal["best", "worst"], Literal["best", "worst"]] = ("best", "best")
     correlate: str | None = None
+    spread: bool = False
     sign: Literal[1, -1] = 1
     scale: float = 1.0
     delta: float

@@ -102,6 +102,9 @@ def estimate(
         first = statistics.spearman(
             values(contrast.first, contrast.pick[0], contrast.correlate), first
         )
+    elif contrast.spread:
+        other = values(contrast.second, contrast.pick[1], contrast.metric)
+        return statistics.spread(first.mean(1), other.mean(1))
     elif contrast.second:
         first = first - values(contrast.second, contrast.pick[1], contrast.metric)
     return statistics.crossed(contrast.sign * contrast.scale * first, overlap=contrast.overlap)
@@ -163,4 +166,4 @@ def _verdict(claim: Claim, estimates: Sequence[statistics.Estimate] | None) -> V
     ]
     # One refuted setting refutes; nothing less than all of them confirms.
     word = "refuted" if "refuted" in every else "open" if "open" in every else "holds"
-    return Verdict(word=word, scope="here", effects=tuple(effects), why=why)
+    return Verdict(word=word, scope="here", effects=tuple(effects))
