@@ -96,6 +96,11 @@ def write(record: Record, folder: pathlib.Path) -> None:
     (folder / f"{record.arm}-{record.seed}.json").write_text(f"{{\n{lines}\n}}\n")
 
 
+def made(folder: pathlib.Path) -> bool:
+    """Whether there are records; a run that goes on has only promised its thresholds."""
+    return any(path.name != THRESHOLDS for path in folder.glob("*.json"))
+
+
 def read(folder: pathlib.Path) -> Mapping[str, list[Record]]:
     """Records by arm, in the order of seeds.
 

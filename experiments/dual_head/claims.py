@@ -27,9 +27,25 @@ def records(setting: Setting, workdir: pathlib.Path) -> Iterator[Record]:
         for arm in setting.arms:
             name, _, alpha = arm.partition("@")
             if name == place.name:
-                chosen = float(alpha) if alpha else best_alpha(runs)
+                chosen = float(alpha) if alpha else _chosen(setting, runs)
                 for seed in range(len(runs)):
                     yield make(arm=arm, seed=seed, alpha=chosen)
+
+
+def _tried(run: dict[str, Any]) -> dict[float, float]:
+    """Validation of every alpha, at the best rate that a seed tried with it."""
+    tried: dict[float, float] = {}
+    for alpha, score in zip(run["alphas"], run["validation"]):
+        tried[alpha] = max(tried.get(alpha, 0.0), score)
+    return tried
+
+
+def _chosen(setting: Setting, runs: list[dict[str, Any]]) -> float:
+    """The alpha that is best for the seeds that choose; the first of them chose its rate."""
+    if setting.choosers == 1:
+        return best_alpha(runs)
+    tried = [_tried(run) for run in runs[: setting.choosers]]
+    return max(tried[0], key=lambda alpha: sum(one[alpha] for one in tried))
 
 
 def _record(
@@ -41,9 +57,14 @@ def _record(
     alpha: float,
     batch: int,
 ) -> Record:
-    run, first = runs[seed], runs[0]
-    tried = [lane for lane, value in enumerate(first["alphas"]) if "@" not in arm or value == alpha]
-    validation = [first["validation"][lane] for lane in tried]
+    run, first, chooses = runs[seed], runs[0], seed < setting.choosers
+    if setting.choosers > 1:
+        tried = _tried(run)
+        validation, chosen = list(tried.values()), list(tried).index(alpha)
+    else:
+        lanes = [n for n, value in enumerate(first["alphas"]) if "@" not in arm or value == alpha]
+        validation = [first["validation"][lane] for lane in lanes]
+        chosen = validation.index(max(validation))
     rate = at(first, alpha, "rates")
     edge = at_edge(first, "alphas", alpha) and "@" not in arm
     values: dict[str, Any]
@@ -55,13 +76,13 @@ def _record(
     return Record(
         arm=arm,
         seed=seed,
-        role="report" if seed else "trial",
+        role="trial" if chooses else "report",
         setting=digest(setting),
         environment=environment(),
-        validation=[] if seed else digits(validation),
-        chosen=validation.index(max(validation)),
+        validation=digits(validation) if chooses else [],
+        chosen=chosen,
         edge=edge or at_edge(first, "rates", rate),
-        trials=len(tried),
+        trials=len(validation),
         updates=setting.updates,
         examples=setting.updates * batch,
         units=names_digest(units),

@@ -15,14 +15,14 @@ from experiments.shared.report import environment
 from logitjax import leakage
 from logitjax.commands import cli
 
-_QUERIES, _LEAK = 10_000, 0.9
+_QUERIES = 10_000
 
 
 def records(setting: Setting, workdir: pathlib.Path) -> Iterator[Record]:
     """A record a number of reported logits and draw of prompts.
 
     `top_K` gives whole rows through a bias, exactly and at the price of `leakage.row_queries`;
-    `full` gives a row a query. The unit is the head; its value the leak less .9.
+    `full` gives a row a query. The unit is the head.
     """
     config = cli.build(Config, json.loads((workdir / "config.json").read_text()))
     rows = data.load(config, epath.Path(workdir))
@@ -49,5 +49,5 @@ def records(setting: Setting, workdir: pathlib.Path) -> Iterator[Record]:
                 examples=_QUERIES,
                 units=names_digest(["head"]),
                 count=1,
-                values={"leak": digits([leak - _LEAK])},
+                values={"leak": digits([leak])},
             )
