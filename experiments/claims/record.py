@@ -9,7 +9,8 @@ from typing import Any, Literal
 import numpy as np
 import pydantic
 
-from experiments.claims.claim import ROOT
+from experiments.claims.claim import ROOT, Setting, digest
+from experiments.shared.report import environment
 
 RECORDS = ROOT / "docs" / "results" / "claims"
 #: Written when the first record is: what was promised before anything was seen.
@@ -76,6 +77,40 @@ class Record(pydantic.BaseModel):
                 f"{self.arm}-{self.seed}: {metric}: expected {self.count} units, got {len(values)}"
             )
         return np.array(values, np.float64)
+
+
+def make(
+    setting: Setting,
+    arm: str,
+    seed: int,
+    values: Mapping[str, Sequence[float] | str],
+    *,
+    units: Sequence[Any],
+    examples: int,
+    updates: int | None = None,
+    tried: Sequence[float] = (),
+    chosen: int = 0,
+    edge: bool = False,
+) -> Record:
+    """A record of a setting; with scores `tried` on validation data the first seeds chose."""
+    chooses = len(tried) > 0 and seed < setting.choosers
+    numbers = {n: v if isinstance(v, str) else digits(v) for n, v in values.items()}
+    return Record(
+        arm=arm,
+        seed=seed,
+        role="trial" if chooses else "report",
+        setting=digest(setting),
+        environment=environment(),
+        validation=digits(tried) if chooses else [],
+        chosen=chosen,
+        edge=edge,
+        trials=len(tried) or 1,
+        updates=setting.updates if updates is None else updates,
+        examples=examples,
+        units=names_digest(units),
+        count=len(units),
+        values=numbers,
+    )
 
 
 def names_digest(names: Sequence[Any]) -> str:

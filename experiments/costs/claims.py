@@ -4,9 +4,8 @@ import json
 import pathlib
 from collections.abc import Iterator
 
-from experiments.claims.claim import Setting, digest
-from experiments.claims.record import Record, digits, names_digest
-from experiments.shared.report import environment
+from experiments.claims.claim import Setting
+from experiments.claims.record import Record, make
 
 
 def records(setting: Setting, workdir: pathlib.Path) -> Iterator[Record]:
@@ -14,18 +13,5 @@ def records(setting: Setting, workdir: pathlib.Path) -> Iterator[Record]:
     found = json.loads((workdir / "rounds.json").read_text())
     for arm in setting.arms:
         for number, value in enumerate(found[arm]):
-            yield Record(
-                arm=arm,
-                seed=number,
-                role="report",
-                setting=digest(setting),
-                environment=environment(),
-                chosen=0,
-                edge=False,
-                trials=1,
-                updates=0,
-                examples=0,
-                units=names_digest(["round"]),
-                count=1,
-                values={setting.contrasts[0].metric: digits([value])},
-            )
+            metric = setting.contrasts[0].metric
+            yield make(setting, arm, number, {metric: [value]}, units=["round"], examples=0)

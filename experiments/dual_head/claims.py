@@ -1,15 +1,13 @@
 """Records of dual-head runs: right answers by picture, and gradients by epoch and alpha."""
 
-import functools
 import json
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from experiments.claims.claim import Setting, digest
-from experiments.claims.record import Record, digits, names_digest
+from experiments.claims.claim import Setting
+from experiments.claims.record import Record, make
 from experiments.dual_head.report import at, at_edge, best_alpha
-from experiments.shared.report import environment
 
 
 def records(setting: Setting, workdir: pathlib.Path) -> Iterator[Record]:
@@ -20,16 +18,14 @@ def records(setting: Setting, workdir: pathlib.Path) -> Iterator[Record]:
     cosines and measures of collapse.
     """
     batch = json.loads((workdir / "config.json").read_text())["batch_size"]
-    for place in sorted((workdir / "arms").iterdir()):
-        seeds = sorted(place.glob("seed-*"), key=lambda path: int(path.name.partition("-")[2]))
-        runs = [json.loads((path / "result.json").read_text()) for path in seeds]
-        make = functools.partial(_record, setting, runs, batch=batch)
-        for arm in setting.arms:
-            name, _, alpha = arm.partition("@")
-            if name == place.name:
-                chosen = float(alpha) if alpha else _chosen(setting, runs)
-                for seed in range(len(runs)):
-                    yield make(arm=arm, seed=seed, alpha=chosen)
+    for arm in setting.arms:
+        name, _, alpha = arm.partition("@")
+        seeds = (workdir / "arms" / name).glob("seed-*")
+        paths = sorted(seeds, key=lambda path: int(path.name.partition("-")[2]))
+        runs = [json.loads((path / "result.json").read_text()) for path in paths]
+        chosen = float(alpha) if alpha else _chosen(setting, runs)
+        for seed in range(len(runs)):
+            yield _record(setting, runs, arm=arm, seed=seed, alpha=chosen, batch=batch)
 
 
 def _tried(run: dict[str, Any]) -> dict[float, float]:
@@ -57,7 +53,7 @@ def _record(
     alpha: float,
     batch: int,
 ) -> Record:
-    run, first, chooses = runs[seed], runs[0], seed < setting.choosers
+    run, first = runs[seed], runs[0]
     if setting.choosers > 1:
         tried = _tried(run)
         validation, chosen = list(tried.values()), list(tried).index(alpha)
@@ -73,21 +69,16 @@ def _record(
     else:
         values = {"right": str(at(run, alpha, "right"))}
         units = list(range(setting.units.n))
-    return Record(
-        arm=arm,
-        seed=seed,
-        role="trial" if chooses else "report",
-        setting=digest(setting),
-        environment=environment(),
-        validation=digits(validation) if chooses else [],
+    return make(
+        setting,
+        arm,
+        seed,
+        values,
+        units=units,
+        examples=setting.updates * batch,
+        tried=validation,
         chosen=chosen,
         edge=edge or at_edge(first, "rates", rate),
-        trials=len(validation),
-        updates=setting.updates,
-        examples=setting.updates * batch,
-        units=names_digest(units),
-        count=len(units),
-        values=values,
     )
 
 
@@ -102,9 +93,9 @@ def _by_epoch(run: dict[str, Any]) -> tuple[dict[str, list[float]], list[str]]:
     names = [name for name in measured[0][1] if name.startswith("nc/")] + ["validation"]
     units = [f"{epoch} {alpha:g}" for epoch, _ in measured for alpha in best]
     values = {
-        name.removeprefix("nc/"): digits(
-            [line[name][lane] for _, line in measured for lane in best.values()]
-        )
+        name.removeprefix("nc/"): [
+            line[name][lane] for _, line in measured for lane in best.values()
+        ]
         for name in names
     }
     return values, units

@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.claims.claim import Setting, digest
-from experiments.claims.record import Record, digits, names_digest
-from experiments.shared.report import environment
+from experiments.claims.claim import Setting
+from experiments.claims.record import Record, make
 
 _LEAST = 0.98
 
@@ -33,20 +32,16 @@ def records(setting: Setting, workdir: pathlib.Path) -> Iterator[Record]:
             run = part(f"{arm}-{seed}")
             after = np.array(run["examined"]["probabilities"]["test"])
             kept = (after - _LEAST * before) / before.mean()
-            yield Record(
-                arm=arm,
-                seed=seed,
-                role="report" if seed else "trial",
-                setting=digest(setting),
-                environment=environment(),
-                validation=[] if seed else digits(scores),
-                chosen=best,
-                edge=rates[best] in (min(rates), max(rates)),
-                trials=len(tried),
-                updates=run["shown"]["step"],
+            yield make(
+                setting,
+                arm,
+                seed,
+                {"kept": kept},
+                units=range(len(kept)),
                 # Four rows to forget and four to keep in a step.
                 examples=8 * run["shown"]["step"],
-                units=names_digest(range(len(kept))),
-                count=len(kept),
-                values={"kept": digits(kept)},
+                updates=run["shown"]["step"],
+                tried=scores,
+                chosen=best,
+                edge=rates[best] in (min(rates), max(rates)),
             )

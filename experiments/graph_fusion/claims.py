@@ -6,16 +6,14 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from experiments.claims.claim import Setting, digest
-from experiments.claims.record import Record, digits, names_digest
+from experiments.claims.claim import Setting
+from experiments.claims.record import Record, make
 from experiments.graph_fusion import arms
-from experiments.shared.report import environment
 
 
 def records(setting: Setting, workdir: pathlib.Path) -> Iterator[Record]:
     """A record an arm and seed of a finished run at one number of layers; seed 0 chose."""
     config = json.loads((workdir / "config.json").read_text())
-    updates = config["steps"]
     for arm in setting.arms:
         paths = sorted(workdir.glob(f"drop-*/{arm}/**/outcome.json"))
         runs = [json.loads(path.read_text()) for path in paths]
@@ -25,21 +23,17 @@ def records(setting: Setting, workdir: pathlib.Path) -> Iterator[Record]:
         scored = {run["seed"]: run for run in runs if "bits" in run}
         for seed in range(setting.seeds + 1):
             values = np.divide(scored[seed]["bits"], scored[seed]["bytes"]) if seed else []
-            yield Record(
-                arm=arm,
-                seed=seed,
-                role="report" if seed else "trial",
-                setting=digest(setting),
-                environment=environment(),
-                validation=[] if seed else digits([-loss for _, loss in tried]),
+            yield make(
+                setting,
+                arm,
+                seed,
+                {"bits": values} if seed else {},
+                units=range(setting.units.n),
+                examples=config["steps"] * config["batch_size"] * config["seq_len"],
+                updates=config["steps"],
+                tried=[-loss for _, loss in tried],
                 chosen=best,
                 edge=edge,
-                trials=len(tried),
-                updates=updates,
-                examples=updates * config["batch_size"] * config["seq_len"],
-                units=names_digest(range(setting.units.n)),
-                count=setting.units.n,
-                values={"bits": digits(values)} if seed else {},
             )
 
 

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 import numpy as np
 from etils import epath
 
-from experiments.claims.claim import Setting, digest
-from experiments.claims.record import Record, digits, names_digest
+from experiments.claims.claim import Setting
+from experiments.claims.record import Record, make
 from experiments.leakage_audit import data
 from experiments.leakage_audit.config import Config
-from experiments.shared.report import environment
 from logitjax import leakage
 from logitjax.commands import cli
 
@@ -36,18 +35,4 @@ def records(setting: Setting, workdir: pathlib.Path) -> Iterator[Record]:
             # A row is known up to its normaliser; of no row nothing is known.
             basis = (known - known.mean(1, keepdims=True)).T
             leak = leakage.align_head(basis, rows.head).leak if count else 0.0
-            yield Record(
-                arm=arm,
-                seed=seed,
-                role="report",
-                setting=digest(setting),
-                environment=environment(),
-                chosen=0,
-                edge=False,
-                trials=1,
-                updates=0,
-                examples=_QUERIES,
-                units=names_digest(["head"]),
-                count=1,
-                values={"leak": digits([leak])},
-            )
+            yield make(setting, arm, seed, {"leak": [leak]}, units=["head"], examples=_QUERIES)

@@ -4,9 +4,8 @@ import json
 import pathlib
 from collections.abc import Iterator
 
-from experiments.claims.claim import Setting, digest
-from experiments.claims.record import Record, digits, names_digest
-from experiments.shared.report import environment
+from experiments.claims.claim import Setting
+from experiments.claims.record import Record, make
 
 
 def records(setting: Setting, workdir: pathlib.Path) -> Iterator[Record]:
@@ -24,19 +23,14 @@ def records(setting: Setting, workdir: pathlib.Path) -> Iterator[Record]:
         best = losses.index(min(losses))
         for seed in range(setting.seeds + 1):
             values = run(arm, int(codes), seed)["records"][0]["log_factors"]
-            yield Record(
-                arm=name,
-                seed=seed,
-                role="report" if seed else "trial",
-                setting=digest(setting),
-                environment=environment(),
-                validation=[] if seed else digits([-loss for loss in losses]),
+            yield make(
+                setting,
+                name,
+                seed,
+                {"log_factor": values},
+                units=range(len(values)),
+                examples=setting.updates * config["batch_size"],
+                tried=[-loss for loss in losses],
                 chosen=best,
                 edge=best in (0, len(losses) - 1),
-                trials=len(losses),
-                updates=setting.updates,
-                examples=setting.updates * config["batch_size"],
-                units=names_digest(range(len(values))),
-                count=len(values),
-                values={"log_factor": digits(values)},
             )
