@@ -1,6 +1,7 @@
 """The red team before a server of one row, in one process: what each policy lets it read."""
 
 import asyncio
+import functools
 import re
 import string
 from collections.abc import Mapping
@@ -104,12 +105,18 @@ class Server:
         return Reply(tuple(ids), body, told)
 
 
-def _charged(ledger: Ledger, policy: LogitPolicy, vocab: int, reply: Reply) -> None:
-    """What an answer may tell at most; the values of a row that nothing moves are told once."""
+def _charged(
+    server: Server, ledger: Ledger, policy: LogitPolicy, vocab: int, bodies: list[Body]
+) -> list[Reply | None]:
+    """Answers, and what they may tell at most; values that nothing moves are told once."""
+    replies = server(bodies)
     again = policy.sampled or policy.bias == "reported"
-    own = spelled(reply.body)
-    ledger.charge("row", "values" + own * again, policy.value_nats(vocab))
-    ledger.charge("row", own, len(reply.tokens) * np.log(vocab), choice_of(reply.body))
+    for reply in replies:
+        if reply is not None:
+            own = spelled(reply.body)
+            ledger.charge("row", "values" + own * again, policy.value_nats(vocab))
+            ledger.charge("row", own, len(reply.tokens) * np.log(vocab), choice_of(reply.body))
+    return replies
 
 
 def attacked(
@@ -123,37 +130,28 @@ def attacked(
     )  # fmt: skip
     schema = request_model(config, chat=False).model_json_schema()
     letters, vocab, rows = letters_of(tokenizer), len(row), []
-    for attacker, attack in attackers(schema).items():
-        # A server of its own each: what one has learnt is none of the others' answers.
+    todo = list(attackers(schema).items())
+    # Where nobody pays, one server serves all; a meter would have the second pay for the first.
+    shares = [[one] for one in todo] if config.choices == "metered" else [todo]
+    for some in shares:
         with asyncio.Runner() as runner:
             app = build_app(model, tokenizer, [tokenizer.eos_id or 0], config)
             context = app.router.lifespan_context(app)
             runner.run(context.__aenter__())
-            server, ledger = Server(app, runner), Ledger()
-
-            def charged(
-                bodies: list[Body], server: Server = server, ledger: Ledger = ledger
-            ) -> Any:
-                replies = server(bodies)
-                for reply in replies:
-                    if reply is not None:
-                        _charged(ledger, policy, vocab, reply)
-                return replies
-
-            # Fields of unknown meaning share what one attacker has.
-            share = 10 if attacker.startswith("field") else 1
-            ask = Asker(charged, queries // share)
-            before = ask.left
-            body = {"prompt": [1], "max_tokens": 1, "return_tokens_as_token_ids": True}
-            body["logprobs"] = 0
-            readings = attack(ask, body, vocab=vocab, letters=letters)
+            for attacker, attack in some:
+                ledger = Ledger()
+                ask = functools.partial(_charged, Server(app, runner), ledger, policy, vocab)
+                # Fields of unknown meaning share what one attacker has.
+                budget = queries // 10 if attacker.startswith("field") else queries
+                asker = Asker(ask, budget)
+                body = {"prompt": [1], "max_tokens": 1, "return_tokens_as_token_ids": True}
+                readings = attack(asker, body | {"logprobs": 0}, vocab=vocab, letters=letters)
+                line = {"model": Path(spec).stem, "policy": name, "attacker": attacker}
+                line |= {"queries": budget - asker.left}
+                line |= readings.judge(row.astype(float), policy.noise)
+                rows.append(line | {"bound": float(ledger["row"].hard)})
+                logging.info("%s", rows[-1])
             runner.run(context.__aexit__(None, None, None))
-        found = readings.judge(row.astype(float), policy.noise)
-        told = ledger["row"]
-        line = {"model": Path(spec).stem, "policy": name, "attacker": attacker}
-        line |= {"queries": before - ask.left} | found | {"bound": float(told.hard)}
-        rows.append(line)
-        logging.info("%s", rows[-1])
     return rows
 
 
