@@ -162,6 +162,8 @@ def red_team(options: suite.Options, spec: str) -> tuple[list[dict[str, Any]], l
         return [], []
     row, tokenizer = row_of("tiny" if options.smoke else spec)
     model, queries = one_row(row), 200 if options.smoke else QUERIES
+    # A draw among 262,144 tokens takes its time: there the attackers share what each has elsewhere.
+    queries //= 1 if len(row) < 100_000 else 8
     found = [attacked(spec, row, tokenizer, model, case, queries) for case in POLICIES]
     every = [line for lines in found for line in lines]
     plain = [line for line in every if not line["policy"].startswith("free")]
