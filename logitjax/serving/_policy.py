@@ -12,6 +12,7 @@ import numpy as np
 from logitjax.decoding import DecodeOptions
 from logitjax.leakage import LogitPolicy
 
+MOST_STOP_IDS = 32  # of a request, beside those that end any answer
 _TWO, _LANES = np.uint32(2), np.array([1, 2], np.uint32)
 
 
@@ -54,7 +55,7 @@ class Disclosure:
             repetition=True,
             masks=True,
             max_logit_bias=0 if policy.bias == "none" else policy.max_biased,
-            max_stop_ids=max(8, len(end_ids)),
+            max_stop_ids=len(end_ids) + MOST_STOP_IDS,
             served=served,
             remember=remember,
         )
