@@ -1,8 +1,7 @@
 """Answers that follow a JSON schema: which tokens may come next."""
 
-import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import llguidance
@@ -27,19 +26,18 @@ class Formats:
         self._lock = threading.Lock()
         self._tokens: Any = None
 
-    def follow(self, schema: Mapping[str, Any]) -> "Follower":
-        """What holds one answer to a schema."""
+    def follow(self, kind: str, text: str) -> "Follower":
+        """What holds one answer to a structure."""
         if not self._end_ids:
             raise _refused("this model has no token that ends an answer")
-        try:
-            text = json.dumps(schema)
-        except RecursionError:
-            raise _refused("the schema is nested too deeply") from None
         if len(text) > _MOST_BYTES:
-            raise _refused(f"a schema of {len(text)} bytes, at most {_MOST_BYTES} are taken")
+            raise _refused(f"a structure of {len(text)} bytes, at most {_MOST_BYTES} are taken")
         tokens = self._trie()
         try:
-            grammar = llguidance.LLMatcher.grammar_from_json_schema(text, overrides=_LAYOUT)
+            if kind == "json":
+                grammar = llguidance.LLMatcher.grammar_from_json_schema(text, overrides=_LAYOUT)
+            else:
+                grammar = llguidance.grammar_from(kind, text)
         except ValueError as error:
             raise _refused(str(error)) from None
         matcher = llguidance.LLMatcher(tokens, grammar, log_level=0)

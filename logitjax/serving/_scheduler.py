@@ -47,7 +47,7 @@ class Job:
 
     `prompt_report` holds the prompt's tokens from the second on, where they were wanted, once
     anything has arrived. A request for no new token ends without any. `follower` says which tokens
-    may come next, None for all.
+    may come next, None for all; `cached` counts the prompt's tokens that were read before.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class Job:
         self.tokens: asyncio.Queue[Token | str | ApiError] = asyncio.Queue()
         self.prompt_report: Sequence[Token] = ()
         self.cancelled = False
+        self.cached = 0
         self._loop = loop
 
     def give(self, items: Sequence[Token | str | ApiError]) -> None:
@@ -209,7 +210,7 @@ class Scheduler:
 
     def _compile(self) -> None:
         """Every program once, on a request of nobody."""
-        self.reader.compile(report=self.engine.options.logprobs)
+        self.reader.compile(report=True)
         row = self.reader.begin(Request(prompt=[0], max_new_tokens=1))
         self.reader.advance()
         self.reader.place(row, 0, Request(prompt=[0], max_new_tokens=1))
@@ -277,6 +278,7 @@ class Scheduler:
                 # What it shares with a prompt being read is not read twice.
                 if self.reader.waits(first.request.prompt, salt=first.prompt.salt):
                     return
+            before = self.reader.tokens_reused
             try:
                 row = self.reader.begin(
                     first.request, salt=first.prompt.salt, report=first.prompt.report
@@ -287,6 +289,8 @@ class Scheduler:
                 for job in group:
                     job.give([BadRequestError(str(error))])
                 continue
+            for job in self._waiting[0]:
+                job.cached = self.reader.tokens_reused - before
             # At no time is it in neither: whoever ends all jobs finds it.
             with self._wake:
                 self._reading[row] = self._waiting.popleft()
