@@ -45,8 +45,8 @@ class Config:
     queries: tuple[int, ...] = field((500, 4000), "Numbers of answers.")
     prompt: int = field(16, "Number of bytes of a prompt.")
     answer: int = field(48, "Number of bytes of an answer.")
-    teacher_steps: int = field(1000, "Number of training steps of the teacher.")
-    steps: int = field(400, "Number of training steps of each student.")
+    teacher_steps: int = field(600, "Number of training steps of the teacher.")
+    steps: int = field(300, "Number of training steps of each student.")
     key_nats: float = field(100_000.0, "Budget of a key where choices are metered.")
 
 
@@ -145,7 +145,7 @@ def run(config: Config, workdir: epath.Path) -> None:
     few = min(500, len(words) // 10)
     held, asked, known = np.split(words, [few, few + max(config.queries)])
     how = {"prompt": config.prompt, "shown": "all", "steps": config.teacher_steps}
-    graphdef, params = _decoder(160, 4, 0)
+    graphdef, params = _decoder(96, 3, 0)
     params = _fit(graphdef, params, known, None, **how)
 
     def nats(graphdef: Any, params: Any) -> float:
@@ -159,7 +159,7 @@ def run(config: Config, workdir: epath.Path) -> None:
     for queries in config.queries:
         losses = {}
         for shown in ("prompts", *SHOWN):
-            student, start = _decoder(96, 2, 1)
+            student, start = _decoder(48, 2, 1)
             how |= {"shown": shown, "steps": config.steps}
             start = _fit(student, start, rows[:queries], told[:queries], **how)
             losses[shown] = nats(student, start)

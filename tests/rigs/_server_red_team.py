@@ -141,15 +141,19 @@ def attacked(
             for attacker, attack in some:
                 ledger = Ledger()
                 ask = functools.partial(_charged, Server(app, runner), ledger, policy, vocab)
-                # Fields of unknown meaning share what one attacker has.
-                budget = queries // 10 if attacker.startswith("field") else queries
+                # Where anything goes a row's queries are shared: who wins is not in doubt.
+                budget = queries // (8 if config.choices == "free" else 1)
+                budget //= 4 if attacker.startswith("field") else 1
                 asker = Asker(ask, budget)
                 body = {"prompt": [1], "max_tokens": 1, "return_tokens_as_token_ids": True}
                 readings = attack(asker, body | {"logprobs": 0}, vocab=vocab, letters=letters)
                 line = {"model": Path(spec).stem, "policy": name, "attacker": attacker}
                 line |= {"queries": budget - asker.left}
                 line |= readings.judge(row.astype(float), policy.noise)
-                rows.append(line | {"bound": float(ledger["row"].hard)})
+                line["nats per 1,000"] = 1000 * line["nats"] / max(1, line["queries"])
+                line["bound"] = float(ledger["row"].hard)
+                line["bound per 1,000"] = 1000 * line["bound"] / max(1, line["queries"])
+                rows.append(line)
                 logging.info("%s", rows[-1])
             runner.run(context.__aexit__(None, None, None))
     return rows
@@ -162,8 +166,8 @@ def red_team(options: suite.Options, spec: str) -> tuple[list[dict[str, Any]], l
         return [], []
     row, tokenizer = row_of("tiny" if options.smoke else spec)
     model, queries = one_row(row), 200 if options.smoke else QUERIES
-    # A draw among 262,144 tokens takes its time: there the attackers share what each has elsewhere.
-    queries //= 1 if len(row) < 100_000 else 8
+    # A draw among 262,144 tokens takes its time.
+    queries //= 4 if len(row) > 100_000 else 1
     found = [attacked(spec, row, tokenizer, model, case, queries) for case in POLICIES]
     every = [line for lines in found for line in lines]
     plain = [line for line in every if not line["policy"].startswith("free")]
