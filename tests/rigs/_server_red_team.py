@@ -160,7 +160,7 @@ def attacked(
 
 
 def red_team(options: suite.Options, spec: str) -> tuple[list[dict[str, Any]], list[suite.Bar]]:
-    """The best attacker of each policy on a row of one model, and the bars over all of them."""
+    """The fastest attacker of each policy on a row of one model, and the bars over all of them."""
     # Who has no Gemma (`make gemma`) is spared it.
     if spec.endswith(".gguf") and not Path(spec).exists():
         return [], []
@@ -176,7 +176,12 @@ def red_team(options: suite.Options, spec: str) -> tuple[list[dict[str, Any]], l
     over = sum(line["nats"] > line["bound"] for line in every)
     narrow = min(line["narrowest"] for line in plain)
     name = Path(spec).stem
-    return [max(lines, key=lambda line: line["nats"]) for lines in found], [
+
+    def rate(line: dict[str, Any]) -> float:
+        # Values are told in one answer, and are no rate.
+        return line["nats per 1,000"] * (line["queries"] >= 10)
+
+    return [max(lines, key=rate) for lines in found], [
         suite.at_most(f"red team, {name}: attackers that read more than the bound", over, 0),
         suite.at_least(f"plain, {name}: narrowest interval of p < 1e-3, nats", narrow, 0.2),
         suite.at_least(f"plain, {name}: {right} of {read} hold, chance at 95 %", chance, 0.01),
