@@ -13,7 +13,8 @@ from logitjax.ops import Array
 # Steps of temperatures, and of a threshold `T log(min_p)` in nats. Both alone are no grid: 20
 # temperatures and 7 values of min_p make 130 thresholds, a median of .03 nats apart.
 _TEMPERATURE, _THRESHOLD = 0.1, 0.5
-# `top_p` is a mass at a temperature, `top_k` a rank: few of either.
+# `top_p` is a mass at a temperature, `top_k` a rank: few of either, and masses at one temperature.
+# Of two tokens, twenty temperatures and four masses would be thresholds some .1 nats apart.
 _MASSES, _RANKS = (0.5, 0.8, 0.9, 0.95, 1.0), (0, 1, 5, 10, 20, 50, 100)
 
 
@@ -122,17 +123,19 @@ class Choice:
     def rounded(self) -> "Choice":
         """The nearest choice on grids that stay coarse together, without penalties.
 
-        Temperatures go in steps of 0.1, thresholds `T log(min_p)` in steps of half a nat. What
-        temperature 0 ignores is neutral.
+        Temperatures go in steps of 0.1, thresholds `T log(min_p)` in steps of half a nat; a `top_p`
+        goes with temperature 1. What temperature 0 ignores is neutral.
         """
         if not self.temperature:
             return Choice(temperature=0.0)
+        top_p = min(_MASSES, key=lambda mass: abs(mass - self.top_p))
         heat = round(max(1, round(self.temperature / _TEMPERATURE)) * _TEMPERATURE, 1)
+        heat = heat if top_p == 1 else 1.0
         steps = round(heat * math.log(self.min_p or 1) / _THRESHOLD)
         return Choice(
             temperature=heat,
             top_k=min(_RANKS[1:], key=lambda k: abs(k - self.top_k)) if self.top_k else 0,
-            top_p=min(_MASSES, key=lambda mass: abs(mass - self.top_p)),
+            top_p=top_p,
             min_p=math.exp(steps * _THRESHOLD / heat) if self.min_p else 0.0,
         )
 

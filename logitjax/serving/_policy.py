@@ -108,6 +108,9 @@ class Disclosure:
             if name not in _TUNED and not (self._schemas and name == "structure"):
                 name = {"structure": "response_format"}.get(name, name)
                 raise BadRequestError(f"this server takes no {name}, got {value!r:.40}", name)
+        # Two tokens that a schema leaves are weighed ever more finely the lower the temperature.
+        if fields.structure and 0 < fields.temperature < 1:
+            raise BadRequestError("temperature: the nearest taken here is 1", "temperature")
         return dataclasses.replace(fields, **taken)
 
     def extra(

@@ -77,6 +77,7 @@ def admitted(**fields):
         ({"min_p": 0.1}, "min_p: the nearest taken here is 0.082085"),
         ({"min_p": 0.1, "temperature": 2.0}, "min_p: the nearest taken here is 0.1054"),
         ({"top_p": 0.91}, "top_p: the nearest taken here is 0.9"),
+        ({"top_p": 0.9, "temperature": 0.7}, "temperature: the nearest taken here is 1$"),
         ({"top_k": 40}, "top_k: the nearest taken here is 50"),
         ({"frequency_penalty": 0.5}, "frequency_penalty: the nearest taken here is 0"),
         ({"repetition_penalty": 1.1}, "repetition_penalty: the nearest taken here is 1"),
@@ -89,6 +90,17 @@ def admitted(**fields):
 def test_plain_choices_name_the_nearest_that_is_taken(fields, message):
     with pytest.raises(BadRequestError, match=f"^{message}"):
         admitted(**fields)
+
+
+def test_schemas_where_they_are_taken_go_with_no_low_temperature():
+    told = {"prompt": [5], "response_format": {"type": "json_object"}}
+    open_ = Disclosure(PLAIN.policy, choices="plain", schemas=True)
+    for temperature in (0.0, 1.0, 1.5):
+        asked = schema.parse(told | {"temperature": temperature}, PLAIN, chat=False)
+        assert open_.admit(asked.sampling, VOCAB).structure is not None
+    asked = schema.parse(told | {"temperature": 0.5}, PLAIN, chat=False)
+    with pytest.raises(BadRequestError, match=r"^temperature: the nearest taken here is 1$"):
+        open_.admit(asked.sampling, VOCAB)
 
 
 def test_what_a_draw_is_named_after_is_the_request_and_all_tokens_so_far():
