@@ -142,7 +142,9 @@ def attacked(
                 ledger = Ledger()
                 ask = functools.partial(_charged, Server(app, runner), ledger, policy, vocab)
                 # Where anything goes a row's queries are shared: who wins is not in doubt.
-                budget = queries // (8 if config.choices == "free" else 1)
+                # A draw among 262,144 tokens takes its time.
+                few = 4 if vocab > 100_000 else 1
+                budget = queries // (8 if config.choices == "free" else few)
                 budget //= 4 if attacker.startswith("field") else 1
                 asker = Asker(ask, budget)
                 body = {"prompt": [1], "max_tokens": 1, "return_tokens_as_token_ids": True}
@@ -166,8 +168,6 @@ def red_team(options: suite.Options, spec: str) -> tuple[list[dict[str, Any]], l
         return [], []
     row, tokenizer = row_of("tiny" if options.smoke else spec)
     model, queries = one_row(row), 200 if options.smoke else QUERIES
-    # A draw among 262,144 tokens takes its time.
-    queries //= 4 if len(row) > 100_000 else 1
     found = [attacked(spec, row, tokenizer, model, case, queries) for case in POLICIES]
     every = [line for lines in found for line in lines]
     plain = [line for line in every if not line["policy"].startswith("free")]
