@@ -33,9 +33,7 @@ def completions(service: Service, *, chat: bool) -> Any:
                 functools.partial(read_request, service, body, key, loop, chat=chat),
             )
             if asked.sampling.structure is not None:
-                follower = await loop.run_in_executor(
-                    service.readers, service.formats.follow, *asked.sampling.structure
-                )
+                follower = await service.formats.follow(*asked.sampling.structure)
                 for job, _ in jobs:
                     job.follower = follower.copy()
             prompt_tokens = sum(len(prompt) for _, prompt in jobs[:: asked.n])

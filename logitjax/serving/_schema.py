@@ -295,7 +295,7 @@ def parse(body: Any, config: ServerConfig, *, chat: bool) -> CompletionRequest:
     try:
         asked: Any = model.model_validate(_of_use(body, model))
     except pydantic.ValidationError as error:
-        raise _refusal(error) from None
+        raise refusal(error) from None
     shown, longest = asked.logprobs, asked.max_tokens
     if chat:
         prompts: Sequence[Any] = [[message.as_turn() for message in asked.messages]]
@@ -421,7 +421,7 @@ def _structure(asked: Any) -> tuple[str, str] | None:
         raise BadRequestError("the schema is nested too deeply", "response_format") from None
 
 
-def _refusal(error: pydantic.ValidationError) -> BadRequestError:
+def refusal(error: pydantic.ValidationError) -> BadRequestError:
     """One line about the first field that is wrong: what is expected of each kind of value."""
     wrong = error.errors(include_url=False, include_context=False, include_input=False)
     name = str(wrong[0]["loc"][0])
