@@ -653,7 +653,7 @@ ELSEWHERE = {
         models.DecoderConfig models.Family models.Lora vision.CLIPConfig data.Examples
         data.ImageViews data.PackedDataset data.PackedSplits data.TokenizerLike
         evaluation.PromptTemplate storage.ArrayCodec transport.Refinement
-        leakage.Audit
+        leakage.Audit leakage.Choice leakage.Ledger
         leakage.LogitPolicy""",
     "tests/distillation/test_cross_tokenizer.py": """
         distillation.Chunks distillation.ChunkScores

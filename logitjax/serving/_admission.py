@@ -92,6 +92,8 @@ def read_request(
 ) -> tuple[CompletionRequest, list[tuple[Job, Sequence[int]]]]:
     """What is asked, and its jobs. Takes its time: called off the event loop."""
     asked = schema.parse(parse_json(body), service.config, chat=chat)
+    admitted = service.disclosure.admit(asked.sampling, service.vocab_size)
+    asked = dataclasses.replace(asked, sampling=admitted)
     return asked, _make_jobs(service, asked, key, loop)
 
 
@@ -120,16 +122,16 @@ def _make_jobs(
         shared = Prompt(salt=salt, report=report)
         for copy in range(asked.n):
             seed = secrets.randbits(32) if fields.seed is None else fields.seed
-            seed = service.disclosure.seed((seed + number * asked.n + copy) % 2**32)
+            seed = (seed + number * asked.n + copy) % 2**32
             request = Request(
                 prompt=tokens,
                 max_new_tokens=asked.max_tokens,
                 min_new_tokens=fields.min_tokens,
-                sampling=Sampling(**same | {"seed": seed}),
+                sampling=Sampling(**same | {"seed": service.disclosure.seed(seed)}),
                 stop_ids=stop_ids,
                 logit_bias=dict(fields.logit_bias) or None,
                 allowed=allowed,
-                extra=service.disclosure.extra(tokens),
+                extra=service.disclosure.extra(tokens, fields, seed),
             )
             jobs.append((Job(request, shared, loop), tokens))
     return jobs

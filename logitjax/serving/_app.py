@@ -47,7 +47,9 @@ def build_app(
     # Its template goes over the messages of strangers.
     tokenizer = copy.copy(tokenizer)
     tokenizer.template_seconds = _TEMPLATE_SECONDS
-    disclosure = Disclosure(config.policy, config.policy_seed)
+    disclosure = Disclosure(
+        config.policy, config.policy_seed, choices=config.choices, schemas=config.schemas
+    )
     scheduler = Scheduler(model, disclosure, end_ids, config)
     metrics = Metrics(lambda: scheduler.load)
     service = Service(
@@ -59,7 +61,7 @@ def build_app(
         config=config,
         disclosure=disclosure,
         metrics=metrics,
-        accounts=Accounts(config.keys, config.audit_log),
+        accounts=Accounts(config.keys, config.audit_log, config.nats),
         readers=ThreadPoolExecutor(2, "reader"),
         formats=Formats(tokenizer, model.plan.vocab_size, end_ids),
         most_characters=config.max_length * longest_token(tokenizer),
