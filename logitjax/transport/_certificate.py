@@ -326,7 +326,7 @@ def _known(
     return _float32(answer, exponents, options.scale)
 
 
-def _equal(c: Any, d: Any, halves: Sequence[int], scale: Scale, coupling: Coupling) -> bool:
+def _equal(c: Any, d: Any, halves: Sequence[Any], scale: Scale, coupling: Coupling) -> bool:
     """Whether two graphs of known numbers are the same at a coupling, digit by digit."""
     if scale != "separate" and halves[0] != halves[1] and any(np.any(x) for x in parts(c)):
         return False
@@ -346,7 +346,7 @@ def _compiled() -> Any:
     return jax.jit(_bracket, static_argnums=6)
 
 
-def _raised(answer: Certificate, exponents: tuple[jax.Array, jax.Array]) -> Certificate:
+def _raised(answer: Certificate, exponents: tuple[Any, Any]) -> Certificate:
     """Under a transformation: infinite above and the largest number below what the type holds."""
     cost, unit = exponents
     lower, upper, costs = (
