@@ -20,7 +20,7 @@ from ott.solvers.quadratic.gromov_wasserstein_lr import LRGromovWasserstein
 from logitjax import transport
 
 entropic = GromovWasserstein(Sinkhorn(), epsilon=0.05, max_iterations=50)
-low_rank = LRGromovWasserstein(rank=5, max_iterations=100)
+low_rank = LRGromovWasserstein(rank=5, max_iterations=20)
 
 
 def problem_of(n):
@@ -49,7 +49,7 @@ for n in (30, 300, 3_000, 20_000):
     solutions["low rank"], start = jax.jit(low_rank)(problem), time.perf_counter()
     answer = transport.certificate(problem, candidates=list(solutions.values()))
     seconds = time.perf_counter() - start
-    means = [g.apply_cost(np.full(n, 1 / n))[:, 0] for g in (problem.geom_xx, problem.geom_yy)]
+    means = [g.apply_cost(np.full((n, 1), 1 / n))[:, 0] for g in (problem.geom_xx, problem.geom_yy)]
     closed = transport.sorted_gw_lower_bound(*means, p=2)
     row = f"{float(answer.lower):.6f}  {float(closed):.6f}     {seconds:.1f}"
     for i, name in enumerate(solutions):

@@ -59,7 +59,7 @@ def run(options: suite.Options) -> suite.Result:
             rows += found
             print(markdown_table(found), flush=True)
     scaling, powers = measure_scaling((200, 2_000) if options.smoke else _SCALING, options.repeats)
-    unlike = measure_unlikeness(*((8, 2) if options.smoke else (64, 4)))
+    unlike = measure_unlikeness(*((8, 2) if options.smoke else (64, 2)))
     pictures = {} if options.smoke else {"gromov_wasserstein": picture(rows)}
     pictures |= {} if options.smoke else {"gromov_wasserstein_unlike": unlike_picture(unlike)}
     return suite.Result(rows=rows + scaling + unlike, bars=bars(rows) + powers, pictures=pictures)

@@ -264,7 +264,7 @@ def _known(
     if zero and not _equal(*(pair[0] for pair in pairs), halves, options.scale, answer.coupling):
         # They differ in what no product can hold.
         answer = dataclasses.replace(answer, upper=np.float64(UNDERFLOW))
-    return _float32(answer, exponents, options.scale)
+    return in_float32(answer, exponents, options.scale)
 
 
 def _equal(c: Any, d: Any, halves: Sequence[Any], scale: Scale, coupling: Coupling) -> bool:
@@ -302,38 +302,35 @@ def _raised(answer: Certificate, exponents: tuple[Any, Any]) -> Certificate:
     )
 
 
-def _float32(answer: Certificate, exponents: tuple[Any, Any], scale: Scale) -> Certificate:
-    """The same claims about float32 numbers: bounds are rounded away from each other."""
+def in_float32(answer: Certificate, exponents: tuple[Any, Any], scale: Any) -> Certificate:
+    """The same claims about float32 numbers, of one pair or many: rounded away from each other."""
     info = np.finfo(np.float32)
-    largest, least = float(info.max), float(info.tiny)
     with np.errstate(over="ignore", under="ignore"):
-        lower, upper, costs = (
-            np.ldexp(np.asarray(x, np.float64), exponents[0])
-            for x in (answer.lower, answer.upper, answer.costs)
+        lower, upper = (
+            np.ldexp(np.asarray(x, np.float64), exponents[0]) for x in (answer.lower, answer.upper)
         )
+        costs = np.ldexp(np.asarray(answer.costs, np.float64), np.asarray(exponents[0])[..., None])
         units = np.ldexp(np.asarray(answer.units, np.float64), exponents[1])
-    vanished = answer.upper > 0 and upper < least
-    if not upper <= largest or (scale == "none" and vanished):
+    vanished = (answer.upper > 0) & (upper < info.tiny)
+    if not np.all(upper <= info.max) or (scale == "none" and np.any(vanished)):
         raise ValueError(
-            f"scale: expected units in which float32 holds the cost, got a cost between {lower:g} "
-            f"and {upper:g} with scale={scale!r}"
+            "scale: expected units in which float32 holds the cost, got a cost between "
+            f"{np.min(lower):g} and {np.max(upper):g} with scale={scale!r}"
         )
-    if not (units.min() >= least and units.max() <= largest):
+    if not (units.min() >= info.tiny and units.max() <= info.max):
         raise ValueError(
-            f"scale: expected graphs whose RMS entry float32 holds, got {units.tolist()}; use "
-            "scale='none' or other units"
+            f"scale: expected graphs whose RMS entry float32 holds, got {units.min():g} and "
+            f"{units.max():g}; use scale='none' or other units"
         )
-    coupling = answer.coupling
+    kinds = (np.int32, np.int32, np.float32)
+    plan = answer.coupling
+    plans = zip((plan.rows, plan.columns, plan.mass), kinds, strict=True)
     return dataclasses.replace(
         answer,
         lower=jnp.asarray(towards(lower, -1)),
-        upper=jnp.asarray(towards(least if vanished else upper, 1)),
-        coupling=Coupling(
-            jnp.asarray(coupling.rows, jnp.int32),
-            jnp.asarray(coupling.columns, jnp.int32),
-            jnp.asarray(coupling.mass, jnp.float32),
-        ),
-        units=jnp.asarray(units, jnp.float32),
+        upper=jnp.asarray(towards(np.where(vanished, info.tiny, upper), 1)),
+        coupling=Coupling(*(jnp.asarray(np.asarray(x, kind)) for x, kind in plans)),
+        units=jnp.asarray(units.astype(np.float32)),
         costs=jnp.asarray(towards(costs, 1)),
     )
 
