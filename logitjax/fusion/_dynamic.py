@@ -37,7 +37,7 @@ class DynamicFusion:
     about as far from P as Q_t from Q. What "as far" means is the `method`::
 
         grid      least (KL(P_a||P) - KL(Q_t||Q))^2 + (KL(P||P_a) - KL(Q||Q_t))^2 on a grid
-        newton    the same objective, its least value on the whole range, certified
+        newton    the same objective, its least value on the whole range, certified to 1e-5 of it
         jeffreys  KL(P_a||P) + KL(P||P_a) = KL(Q_t||Q) + KL(Q||Q_t)
         project   the P_a nearest to P with E_{P_a}[log Q_t/Q] >= KL(Q_t||Q)
 
@@ -112,11 +112,12 @@ class DynamicFusion:
         Returns:
             Float32 logits `[*batch, vocab]` up to a constant a row, such that the large model's
             largest is 0 (alphas count as constants in their gradient), and arrays: `alpha`,
-            `lower`, `upper` `[T, *batch]`, the last two a bracket; `converged` `[*batch]`, false
-            where the answer may be another; `at_bound` `[*batch]`; `expert` `[*batch]`, the one
-            that was followed, -1 for all; `forward`, `reverse`, `objective` `[*batch]` and their
-            targets, of the fused distribution against the mean divergences; `sweeps`, evaluations
-            of the path.
+            `lower`, `upper` `[T, *batch]`, proven to hold the exact alpha: all of the range where the
+            numbers say nothing about it, and for several alphas at once; `converged` `[*batch]`,
+            false where the answer may be worse than the tolerance; `at_bound` `[*batch]`; `expert`
+            `[*batch]`, the one that was followed, -1 for all; `forward`, `reverse`, `objective`
+            `[*batch]` and their targets, of the fused distribution against the mean divergences;
+            `sweeps`, evaluations of the path.
 
         Raises:
             ValueError: shapes do not fit, or a joint grid would be too large.

@@ -94,8 +94,8 @@ class Path:
 
         One value after another: nothing of the size of the vocabulary is held for each.
         """
-        shape = self.variance.shape
-        alpha = jnp.broadcast_to(values.reshape(-1, *[1] * len(shape)), (len(values), *shape))
+        # Sharded as the batch is.
+        alpha = values.reshape(-1, *[1] * self.variance.ndim) + jnp.zeros_like(self.variance)
         sums = lax.map(lambda one: _sums(self.log_p, self.directions, one, 0.0), alpha)
         sums = _gathered(jnp.moveaxis(sums, 1, 0), axis_name)
         return _moments(sums, alpha, 0.0, self.residual, self.log_p.shape[-1], axis_name)
@@ -258,7 +258,7 @@ def _padded(inputs: Inputs) -> Inputs:
 def make_path(inputs: Inputs, axis_name: AxisName | None) -> Path:
     """Normalises, centres, and finds what the experts differ from their bases by.
 
-    Three all-reduces, whatever the number of experts.
+    Three all-reduces, whatever the number of experts; the compiler joins a scan to the last.
     """
     inputs = _padded(inputs)
     raw, count, vocab = inputs.differences, len(inputs.experts), inputs.large.shape[-1]
