@@ -57,8 +57,13 @@ def config(folder, **changes):
     flags |= dict(model=str(folder / "model"), method="difference(layers=1)", new_tokens=12)
     flags |= dict(lora_rank=8, steps=40, check_every=20, learning_rate=2e-2)
     # So small a model keeps little of what nobody taught it, and that is not what is asked here.
-    flags |= dict(least_probability=0.4, least_rouge=0.0, least_fluency=0.0)
+    flags |= dict(least_probability=0.1, least_row=0.0, least_rouge=0.0, least_fluency=0.0)
     return cli.build(unlearn.Config, flags | changes)
+
+
+def examined(out, side):
+    (path,) = out.glob(f"examined/{side}*.json")
+    return json.loads(path.read_text())
 
 
 @pytest.mark.slow
@@ -68,10 +73,10 @@ def test_an_assistant_takes_what_was_taught_away_and_is_read_back(files, tmp_pat
     report = (out / "report.md").read_text()
     assert "recoverable by** leaving the assistant out" in report
     assert "| assistant left out" in report
-    before, after = (json.loads((out / f"{n}.json").read_text()) for n in ("before", "after"))
-    goal = np.median(before["probabilities"]["holdout"])
+    before, after = (examined(out, n) for n in ("before", "after"))
+    goal = np.max(before["probabilities"]["holdout"])
     assert np.median(before["probabilities"]["forget"]) > 0.8
-    assert np.median(after["probabilities"]["forget"]) < 2.2 * goal
+    assert np.max(after["probabilities"]["forget"]) <= 2 * goal
     # What was written is what was measured.
     model, tokenizer = models.load(str(files / "model"))
     model = models.with_layout(model, "listed")
@@ -91,8 +96,8 @@ def test_an_assistant_takes_what_was_taught_away_and_is_read_back(files, tmp_pat
     assert said[0].removeprefix(report + "\n") == said[1]
     # The same command again measures nothing, and says the same.
     (out / "report.md").unlink()
-    measured = [out / "before.json", out / "after.json", *(out / "candidates").glob("*.json")]
-    written = {path: path.stat().mtime for path in (*measured, out / "train" / "metrics.jsonl")}
+    measured = [*out.glob("*/*.json"), *out.glob("train/*/metrics.jsonl")]
+    written = {path: path.stat().mtime for path in measured}
     unlearn.run(config(files), out)
     assert (out / "report.md").read_text() == report
     assert written == {path: path.stat().mtime for path in written}
@@ -108,11 +113,11 @@ def test_a_run_that_was_stopped_at_a_look_goes_on_to_the_same_report(files, tmp_
     flags = config(files, method="npo_kl", learning_rate=1e-2, least_probability=0.0)
     looks, look = [], unlearning.Unlearning._look
 
-    def stopped(self, step):
+    def stopped(self, number, step, ways):
         looks.append(step)
         if looks == [20]:
             raise KeyboardInterrupt
-        return look(self, step)
+        return look(self, number, step, ways)
 
     monkeypatch.setattr(unlearning.Unlearning, "_look", stopped)
     with pytest.raises(KeyboardInterrupt):
@@ -193,9 +198,9 @@ def test_all_weights_are_trained_and_written_as_a_model(files, tmp_path):
     changes = dict(adapters=False, learning_rate=3e-3, least_probability=0.0)
     unlearn.run(config(files, method="gradient_difference", **changes), out)
     assert "other weights" in (out / "report.md").read_text()
-    before, after = (json.loads((out / f"{n}.json").read_text()) for n in ("before", "after"))
-    goal = np.median(before["probabilities"]["holdout"])
-    assert np.median(after["probabilities"]["forget"]) < 2.2 * goal
+    before, after = (examined(out, n) for n in ("before", "after"))
+    goal = np.max(before["probabilities"]["holdout"])
+    assert np.max(after["probabilities"]["forget"]) <= 2 * goal
     written = models.with_layout(models.load_model(str(out / "model")), "listed")
     questions = unlearning.Questions.of(
         {"forget": unlearning.Row.read(files / "forget.jsonl")},
