@@ -89,7 +89,8 @@ def _setting(config: Config) -> str:
         f"{config.model}, taught {what}. Every method: adapters of rank {config.lora_rank}, or all "
         f"weights where its name says so, at most {config.steps} steps of {config.batch_size} rows "
         f"to forget and as many to keep, {len(config.rates)} learning rate(s) with the first "
-        f"seed, {config.seeds} seed(s)."
+        f"seed, {config.seeds} seed(s). Adapters lie in all layers, an assistant's in its first "
+        f"{config.layers}; what was trained may be scaled to 4 times, whatever the method."
     )
 
 
@@ -169,6 +170,13 @@ def attack_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     columns = {"target": [results["target"]], "control": _controls(results)}
     columns |= results["methods"]
     rows = []
+    # Ways to ask are a list of rows each; records of before had them among the attacks.
+    for name in results["target"]["examined"].get("ways", {}):
+        row = {"attack": name, "measured": "worst probability"}
+        for column, records in columns.items():
+            said = [r["examined"]["ways"][name] for r in records if name in r["examined"]["ways"]]
+            row[column] = mean_and_spread([max(rows) for rows in said]) if said else None
+        rows.append(row)
     for name, measured in results["target"]["examined"]["attacks"].items():
         for kind in measured:
             row: dict[str, Any] = {"attack": name, "measured": kind}

@@ -299,16 +299,6 @@ def _measures(config: Config, questions: unlearning.Questions, found: Any) -> li
             _SAMPLES,
         )
     ]
-    kinds = [
-        {"rows to keep": kind, "measured": name, "left %": 100 * share}
-        for name in ("probability", "rouge")
-        for kind, share in verdict.kept.get(name, {}).items()
-    ]
-    kinds += [
-        {"rows to keep": "worst" if name == "row" else "all", "measured": name, "left %": 100 * v}
-        for name, v in verdict.kept["least"].items()
-        if name not in ("probability", "rouge") and v is not None
-    ]
     return [
         "## To forget",
         markdown_table(verdict.facts),
@@ -316,8 +306,7 @@ def _measures(config: Config, questions: unlearning.Questions, found: Any) -> li
         "any answer never taught. The rows and the paraphrases `in words chosen by` were trained "
         "on and chosen by, nothing else of this table was.",
         "## To keep",
-        markdown_table(kinds),
-        markdown_table(_summary(before, after)),
+        markdown_table(_kept_rows(before, after, verdict)),
         "Measured on what was written, read again, on rows that nothing was trained on or chosen "
         "by. `kept %` is the ratio with its 95 % bootstrap interval over rows.",
         "## Attacks",
@@ -358,43 +347,20 @@ def _candidate_row(candidate: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _summary(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[str, Any]]:
-    names = {
-        "holdout": "probability, never taught, of the goal",
-        "holdout_test": "probability, never taught, for membership",
-        "test": "probability, to keep",
-    }
-    rows: list[dict[str, Any]] = []
-
-    def add(name: str, old: Any, new: Any) -> None:
-        if not len(old):
-            return
-        # Of nothing no share is left, and an interval of it would divide by zero.
-        if not np.mean(old):
-            rows.append({"": name, "before": 0.0, "after": float(np.mean(new)), "rows": len(old)})
-            return
-        share, low, high = unlearning.share_interval(new, old)
-        rows.append(
-            {
-                "": name,
-                "before": float(np.mean(old)),
-                "after": float(np.mean(new)),
-                "kept %": f"{100 * share:.1f} [{100 * low:.1f}, {100 * high:.1f}]",
-                "rows": len(old),
-            }
-        )
-
-    for part, name in names.items():
-        if part in before["probabilities"]:
-            add(name, before["probabilities"][part], after["probabilities"][part])
-    for part, name in (("forget", "to forget"), ("test", "to keep")):
-        add(f"ROUGE-L F1, {name}", before["rouge"][part], after["rouge"][part])
-    for name in ("fluency", "perplexity"):
-        if before[name]:
-            label = "fluency, to keep, bits" if name == "fluency" else "perplexity of other text"
-            row = {"": label, "before": before[name], "after": after[name]}
-            # No answer may be left that is long enough to have any.
-            if after[name] is not None:
-                row["kept %"] = f"{100 * after[name] / before[name]:.1f}"
-            rows.append(row)
-    return rows
+def _kept_rows(before: Mapping[str, Any], after: Mapping[str, Any], verdict: Any) -> list[Any]:
+    """By kind of row and measure: before, after, and what is left with its interval."""
+    table = []
+    for name, record in (("probability", "probabilities"), ("rouge", "rouge")):
+        for kind in verdict.kept.get(name, {}):
+            at = [i for i, other in enumerate(before["kinds"][record]) if other == kind]
+            old, new = ([side[record]["test"][i] for i in at] for side in (before, after))
+            share, low, high = unlearning.share_interval(new, old)
+            row = {"rows to keep": kind, "measured": name, "rows": len(at)}
+            row |= {"before": float(np.mean(old)), "after": float(np.mean(new))}
+            table.append(row | {"kept %": f"{100 * share:.1f} [{100 * low:.1f}, {100 * high:.1f}]"})
+    for name, share in verdict.kept["least"].items():
+        if name not in ("probability", "rouge") and share is not None:
+            row = {"rows to keep": "worst one" if name == "row" else "all", "measured": name}
+            sides = {"before": before.get(name), "after": after.get(name)}
+            table.append(row | sides | {"kept %": f"{100 * share:.1f}"})
+    return table

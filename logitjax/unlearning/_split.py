@@ -116,24 +116,13 @@ def split_rows(
         part = 0 if share < _TRAIN and left > 2 else 1 if share < _VALIDATION and left > 1 else 2
         if part == 2 and not parts[1]:
             part = 1
-        parts[part] += [
-            again
-            for row in rows
-            for again in (
-                row,
-                *(dataclasses.replace(row.asked(p), kind="reworded") for p in row.paraphrases),
-            )
+        parts[part] += rows + [
+            dataclasses.replace(again, kind="reworded") for again in _reworded(rows)
         ]
         counts[part] += 1
         done += len(rows)
-    again = [row for row in forget if row.paraphrases and row.asks]
-    by_hash = sorted(again, key=lambda row: _hash(seed, normal(row)))
-    half = -(-len(by_hash) // 2)  # the odd row is for choosing
-
-    def reworded(rows: Sequence[Row]) -> tuple[Row, ...]:
-        return tuple(row.asked(text) for row in rows for text in row.paraphrases)
-
-    hashed = sorted(unseen, key=lambda row: _hash(seed, normal(row)))
+    worded = _halves([row for row in forget if row.paraphrases and row.asks], seed)
+    unseen_halves = _halves(unseen, seed)
     alike = _alike(forget, [row for part in parts for row in part if row.kind != "reworded"])
     if alike:
         logging.warning(
@@ -145,18 +134,29 @@ def split_rows(
     return Split(
         parts={
             "forget": tuple(forget),
-            "reworded": reworded(by_hash[:half]),
-            "reworded_test": reworded(by_hash[half:]),
+            "reworded": tuple(_reworded(worded[0])),
+            "reworded_test": tuple(_reworded(worded[1])),
             "train": tuple(parts[0]),
             "validation": tuple(parts[1]),
             "test": tuple(parts[2]),
-            "holdout": tuple(hashed[: -(-len(hashed) // 2)]),
-            "holdout_test": tuple(hashed[-(-len(hashed) // 2) :]),
+            "holdout": tuple(unseen_halves[0]),
+            "holdout_test": tuple(unseen_halves[1]),
         },
         left_out=len(retain) - len(kept) + len(holdout) - len(unseen),
         groups=(counts[0], counts[1], counts[2]),
         alike=len(alike),
     )
+
+
+def _halves(rows: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]]:
+    """For choosing, with the odd row, and for the end."""
+    ordered = sorted(rows, key=lambda row: _hash(seed, normal(row)))
+    half = -(-len(ordered) // 2)
+    return ordered[:half], ordered[half:]
+
+
+def _reworded(rows: Sequence[Row]) -> list[Row]:
+    return [row.asked(text) for row in rows for text in row.paraphrases]
 
 
 def names(row: Row) -> set[str]:

@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -175,6 +177,8 @@ class Unlearning:
             return found
         staged, written = self._write(self._trained(chosen), chosen["strength"])
         kind = "-all-attacks" if self.config.thorough else ""
+        asked = dict.fromkeys((*WAYS, *ways))  # with the combinations that a search has found
+        kind += f"-{len(asked)}-ways" if len(asked) > len(WAYS) else ""
         which = f"-{chosen['round']}-{chosen['step']}-{chosen['strength']:.6g}"
         sides = {"before": Deployed(model=self.model), "after": written}
         if self._reference is not None:
@@ -183,7 +187,7 @@ class Unlearning:
             # Other limits may choose another candidate.
             name: self._kept(
                 f"examined/{name}{which if name == 'after' else ''}{kind}.json",
-                functools.partial(self._examined, side, never=name == "before"),
+                functools.partial(self._examined, side, never=name == "before", ways=tuple(asked)),
             )
             for name, side in sides.items()
         }
@@ -201,16 +205,10 @@ class Unlearning:
         """The model as a candidate would have it, feasible or not."""
         return self._deployed(self._trained(candidate), candidate["strength"])
 
-    def _examined(self, side: Deployed, *, never: bool) -> dict[str, Any]:
+    def _examined(self, side: Deployed, **options: Any) -> dict[str, Any]:
         config = self.config
-        found = examine(
-            side,
-            self.questions,
-            thorough=config.thorough,
-            samples=config.samples,
-            never=never,
-            reference=self._reference,
-        )
+        options |= dict(thorough=config.thorough, samples=config.samples, reference=self._reference)
+        found = examine(side, self.questions, **options)
         if config.thorough:
             found["attacks"] |= relearned(side, self.questions)
         return found
@@ -224,11 +222,16 @@ class Unlearning:
         def measure() -> dict[str, Any]:
             model, questions = Deployed(model=self.model), self.questions
             answers = questions.answers(model, "validation")
+            probabilities = {
+                part: questions.probabilities(model, part).tolist()
+                for part in ("validation", "forget")
+            }
+            begin = time.perf_counter()  # compiled by now
+            questions.probabilities(model, "validation")
+            count = sum(len(ids) for ids, _ in questions.encoded["validation"])
             return {
-                "probabilities": {
-                    part: questions.probabilities(model, part).tolist()
-                    for part in ("validation", "forget")
-                },
+                "tokens_per_second": count / (time.perf_counter() - begin),
+                "probabilities": probabilities,
                 "unseen": unseen(model, questions),
                 "rouge": questions.likeness(answers, "validation").tolist(),
                 "fluency": fluency(answers),
@@ -367,6 +370,7 @@ class Unlearning:
         if config.adapters:
             key, layout = jax.random.key(config.seed), self.model.layout
             weights = Lora.init(self._adapted, config.lora_rank, key=key, layout=layout)
+        self._announce(update.batches(0), weights)
         step = training.TrainStep(update.loss_fn, tx, mesh=mesh, schedule=schedule)
         state = training.TrainState.create(
             method.start(weights), tx, mesh=mesh, rules=DECODER_RULES, seed=config.seed
@@ -404,6 +408,27 @@ class Unlearning:
                 if len(candidates) > 1 and all(map(self._meets, candidates[-2:])):
                     break
         return candidates
+
+    def _announce(self, batch: Mapping[str, Any], weights: Any) -> None:
+        """Says what training takes, before it does."""
+        sizes = [
+            sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+            for tree in (nnx.state(self.model, nnx.Param), weights)
+        ]
+        config, tokens = self._adapted, sum(rows["tokens"].size for rows in batch.values())
+        # A gradient keeps of each layer some eight vectors of its width and three of its inner one.
+        kept = (
+            4 * tokens * config.num_layers * (8 * config.hidden_size + 3 * config.intermediate_size)
+        )
+        # Forward and backward, against the pass that was timed.
+        share = 3 * config.num_layers / self.model.config.num_layers
+        seconds = self.config.steps * tokens * share / self._before["tokens_per_second"]
+        logging.info(
+            "training takes about %.1f GiB at its peak, and at most %.0f minutes for %d steps",
+            (sizes[0] + 4 * sizes[1] + kept) / 2**30,
+            math.ceil(seconds / 60),
+            self.config.steps,
+        )
 
     def _save(self, weights: Any, folder: epath.Path) -> None:
         if self.config.adapters:

@@ -84,10 +84,8 @@ def judge(
         words = "**Not distinguishable from never trained in these tests.**"
     if not (still or broken):
         if chance is not None:
-            words += (
-                f" With so few rows an attack is told from a guess by an AUC beyond "
-                f"{0.5 + chance:.2f} alone."
-            )
+            power = f"only an AUC beyond {0.5 + chance:.2f}" if chance < 0.5 else "no AUC"
+            words += f" Of so few rows {power} is told from a guess."
         if untried:
             words += f" Not counted as tried, because it taught too little: {', '.join(untried)}."
     return Verdict(passed=not (still or broken), words=words, facts=facts, kept=kept)

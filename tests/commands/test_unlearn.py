@@ -1,8 +1,6 @@
 """The command that unlearns: end to end on a model that was taught, its files, and its errors."""
 
-import dataclasses
 import json
-import types
 
 import jax
 import numpy as np
@@ -73,6 +71,7 @@ def test_an_assistant_takes_what_was_taught_away_and_is_read_back(files, tmp_pat
     report = (out / "report.md").read_text()
     assert "recoverable by** leaving the assistant out" in report
     assert "| assistant left out" in report
+    assert json.loads((out / "verdict.json").read_text())["passed"]
     before, after = (examined(out, n) for n in ("before", "after"))
     goal = np.max(before["probabilities"]["holdout"])
     assert np.median(before["probabilities"]["forget"]) > 0.8
@@ -96,11 +95,18 @@ def test_an_assistant_takes_what_was_taught_away_and_is_read_back(files, tmp_pat
     assert said[0].removeprefix(report + "\n") == said[1]
     # The same command again measures nothing, and says the same.
     (out / "report.md").unlink()
-    measured = [*out.glob("*/*.json"), *out.glob("train/*/metrics.jsonl")]
+    measured = [*out.glob("[ce]*/*.json"), *out.glob("train/*/metrics.jsonl")]
     written = {path: path.stat().mtime for path in measured}
     unlearn.run(config(files), out)
     assert (out / "report.md").read_text() == report
     assert written == {path: path.stat().mtime for path in written}
+    # Stricter limits are judged without training again, and take back what was given.
+    with pytest.raises(SystemExit) as stopped:
+        unlearn.run(config(files, least_row=0.99), out)
+    assert stopped.value.code == 3
+    assert not (out / "assistant").exists()
+    unlearn.run(config(files), out)
+    assert (out / "assistant").exists()
     # What was made of some rows is not shown for others.
     more = json.dumps({"question": "13 + 1?", "answer": "it is 14 then"}) + "\n"
     (tmp_path / "more.jsonl").write_text((files / "retain.jsonl").read_text() + more)
@@ -127,55 +133,6 @@ def test_a_run_that_was_stopped_at_a_look_goes_on_to_the_same_report(files, tmp_
     unlearn.run(flags, epath.Path(tmp_path / "two"))
     one, two = ((tmp_path / name / "report.md").read_text() for name in ("one", "two"))
     assert one == two
-
-
-def found(auc=0.5, perplexity=10.0, **shares):
-    """What a run of which nothing comes back would have found."""
-    attacks = {
-        "asked": {"probability": 0.2},
-        "in a role": {"probability": 0.2},
-        "membership by min-k": {"auc": auc},
-    }
-    sides = {
-        name: {
-            "perplexity": perplexity if name == "after" else 10.0,
-            "attacks": attacks | {"extraction strength": {"share": shares.get(name, 0.1)}},
-        }
-        for name in ("before", "after", "control")
-    }
-    return types.SimpleNamespace(
-        model=object(), goal=types.SimpleNamespace(probability=0.2), candidates=[], **sides
-    )
-
-
-def test_a_verdict_takes_every_attack_into_account():
-    flags = cli.build(unlearn.Config, dict(model="m", forget="f", retain="r", method="npo"))
-
-    def verdict(record):
-        return unlearn._verdict(flags, (40, 40), record)
-
-    assert "Not distinguishable" in verdict(found())
-    assert "Not distinguishable" in verdict(found(auc=0.6))
-    assert "Not distinguishable" in unlearn._verdict(flags, (4000, 4000), found(auc=0.6))
-    # Who is found is not brought back.
-    record = found()
-    for side, share in (("before", 1.0), ("after", 0.9), ("control", 0.05)):
-        members = {"members found by loss, 5 % false": {"share": share}}
-        getattr(record, side)["attacks"] = getattr(record, side)["attacks"] | members
-    assert "Not distinguishable" in verdict(record)
-    # On either side of a guess, but only beyond what is told of a control.
-    for auc in (0.9, 0.1):
-        record = found(auc=auc)
-        assert "Not distinguishable" in verdict(record)
-        record.control = {}
-        assert verdict(record).startswith("**Forgotten, but given away by** membership by min-k:")
-    assert "recoverable by** extraction strength" in verdict(found(before=0.9, after=0.6))
-    assert "Not distinguishable" in verdict(found(before=0.9, after=0.4))
-    assert "Model damaged" in verdict(found(perplexity=21.0))
-    left_out = unlearn._verdict(dataclasses.replace(flags, method="difference"), (40, 40), found())
-    assert left_out == "**Suppressed, recoverable by** leaving the assistant out."
-    nothing = types.SimpleNamespace(model=None, candidates=[{"broken": ["finite"]}])
-    assert "a lower `--learning_rate` may help" in verdict(nothing)
 
 
 @pytest.mark.slow
@@ -282,9 +239,9 @@ def test_refusals_take_the_place_of_answers(files, tmp_path):
 def test_where_nothing_is_feasible_nothing_is_written_and_the_status_says_so(files, tmp_path):
     out = epath.Path(tmp_path)
     with pytest.raises(SystemExit) as stopped:
-        unlearn.run(config(files, steps=1, check_every=1, least_probability=1.5), out)
+        unlearn.run(config(files, steps=1, check_every=1, least_probability=1.0), out)
     assert stopped.value.code == 3
-    assert "| 1 " in (out / "report.md").read_text()
+    assert "**Nothing was forgotten**" in (out / "report.md").read_text()
     assert not (out / "assistant").exists()
 
 
@@ -304,6 +261,9 @@ def test_what_was_never_taught_is_refused_before_training(files, tmp_path):
         (dict(method="idk_dpo"), "forget: DPO expects questions, got plain text"),
         (dict(method="npo_lk"), "method: expected one of .* got 'npo_lk'; npo_kl is near"),
         (dict(method="npo(bata=1)"), "method npo: expected one of .* got 'bata'; beta is near"),
+        (dict(model="nowhere", learning_rate=-1.0), "learning_rate: expected 0 or a positive"),
+        (dict(model="nowhere", least_probability=float("nan")), "least_probability: expected a sh"),
+        (dict(model="nowhere", most_perplexity=0.5), "most_perplexity: expected a factor of at"),
     ],
 )
 def test_errors_name_the_flag(tmp_path, changes, said):

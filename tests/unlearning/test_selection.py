@@ -30,7 +30,7 @@ def test_the_goal_is_of_the_worst_row_in_any_way_and_not_of_a_median():
     assert goal.met(2.0)
     assert not goal.met(2.01)
     assert not goal.met(math.nan)
-    assert goal.gap(2.0) == pytest.approx(math.log(2))
+    assert goal.gap(2.0 * goal.aim) == pytest.approx(math.log(2))
 
 
 @pytest.mark.parametrize("rate", [0.5, 3.0])
@@ -66,7 +66,7 @@ def test_what_is_left_without_any_saves_trials():
         strength, found = matched_strength(excess, goal, without=without)
         assert goal.gap(found) <= 0.25
         assert strength == strengths[-1]
-    assert tried[9.9] == [0.5, pytest.approx(math.log(9.9) / 20)]
+    assert tried[9.9] == [0.5, pytest.approx(math.log(9.9 / goal.aim) / 20)]
     assert len(tried[math.nan]) > 2
 
 

@@ -104,7 +104,7 @@ def test_attacks_on_weights_say_suppressed_and_those_that_taught_nothing_are_not
     )
     # The power of so few rows is said: with 8 and 5 only a large AUC could be told.
     words = judged(side(rng, 0.05)).words
-    assert "told from a guess by an AUC beyond 0.83 alone" in words
+    assert "Of so few rows only an AUC beyond 0.83 is told from a guess." in words
     assert "given away by** membership by loss" in judged(side(rng, 0.05, auc=0.1)).words
     assert "Not distinguishable" in judged(side(rng, 0.05, auc=0.7)).words
 

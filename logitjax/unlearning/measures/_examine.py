@@ -46,6 +46,7 @@ def examine(
     thorough: bool = False,
     samples: int = 8,
     never: bool = True,
+    ways: Sequence[str] = tuple(WAYS),
     reference: Deployed | None = None,
 ) -> dict[str, Any]:
     """All measurements of a report, on parts that nothing was chosen by.
@@ -56,6 +57,7 @@ def examine(
         thorough: Also run attacks that sample or take gradients, which take minutes.
         samples: Number of answers drawn to each question by a thorough attack.
         never: Whether to ask in all ways what it was never taught, which says what the goal is.
+        ways: Ways to ask, or combinations of them.
         reference: A model that never knew what is forgotten.
 
     Returns:
@@ -73,13 +75,15 @@ def examine(
     found = {
         part: answer_probabilities(scores(part)).tolist() for part in parts if questions.rows[part]
     }
-    ways = {"asked": found["forget"]}
-    ways |= {name: found[part] for part, name in _WORDED.items() if part in found}
+    said = {"asked": found["forget"]}
+    said |= {name: found[part] for part, name in _WORDED.items() if part in found}
     rest = _after_first_quarter(scores("forget").nll)
     test = questions.rows["test"]
     return {
-        "ways": ways | _in_ways(model, questions, "forget") | {"first quarter given": rest},
-        "unseen": unseen(model, questions, judging=True) if never else {},
+        "ways": said
+        | _in_ways(model, questions, "forget", ways, judging=True)
+        | {"first quarter given": rest},
+        "unseen": unseen(model, questions, ways, judging=True) if never else {},
         "probabilities": found,
         "rouge": {part: questions.likeness(answers[part], part).tolist() for part in answers},
         "kinds": {
@@ -95,18 +99,22 @@ def examine(
 
 
 def _in_ways(
-    model: Deployed, questions: Questions, part: str, *, judging: bool = True
+    model: Deployed, questions: Questions, part: str, ways: Sequence[str], *, judging: bool
 ) -> dict[str, list[float]]:
     found = {
         way: questions.probabilities(model, part, way, judging=judging).tolist()
-        for way in WAYS
+        for way in ways
         if way != "asked"
     }
     return {way: rows for way, rows in found.items() if rows}
 
 
 def unseen(
-    model: Deployed, questions: Questions, *, judging: bool = False
+    model: Deployed,
+    questions: Questions,
+    ways: Sequence[str] = tuple(WAYS),
+    *,
+    judging: bool = False,
 ) -> dict[str, list[float]]:
     """By way of asking, how likely a model finds answers that it was never taught.
 
@@ -124,7 +132,7 @@ def unseen(
     found = {"asked": [float(np.exp(-row.mean())) for row in nll]}
     if judging:
         found["first quarter given"] = _after_first_quarter(nll)
-    return found | _in_ways(model, questions, part, judging=judging)
+    return found | _in_ways(model, questions, part, ways, judging=judging)
 
 
 def _after_first_quarter(nll: Sequence[np.ndarray]) -> list[float]:
