@@ -51,6 +51,7 @@ def write(config: Config, results: Mapping[str, Any], workdir: epath.Path) -> st
         _setting(config),
         "## Verdicts",
         verdicts(results),
+        *judged(config, results),
         "## Methods",
         markdown_table(tables["methods"]),
         _NOTES,
@@ -275,6 +276,26 @@ def verdicts(results: Mapping[str, Any]) -> str:
     never = [m for m, records in results["methods"].items() if not records[0]["feasible"]]
     lines.append(f"- feasible with no rate that was tried: {', '.join(never) or 'none'}")
     return "\n".join(lines)
+
+
+def judged(config: Config, results: Mapping[str, Any]) -> list[str]:
+    """What the command would say of each method's first seed, row by row."""
+    before, controls = results["target"]["examined"], _controls(results)
+    if not before.get("unseen"):  # of a run before rows were judged one by one
+        return []
+    control = controls[0]["examined"] if controls else {}
+    lines = []
+    for method, records in results["methods"].items():
+        settings = config.of(method, 0.0, 0)
+        verdict = unlearning.judge(
+            before,
+            records[0]["examined"],
+            control,
+            settings.limits,
+            assistant=settings.method.assistant,
+        )
+        lines.append(f"- {method}: {verdict.words}")
+    return ["\n".join(lines)] if lines else []
 
 
 def relearning(results: Mapping[str, Any]) -> figures.Picture:

@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-# More than that of the nats' geometric mean is still said, whatever a control says.
-_STILL_SAID = 0.5
+# Of probabilities a token: above the one an answer is still said, below the other it is not,
+# whatever a control says.
+_STILL_SAID, _NOT_SAID = 0.5, 0.005
 # Rows to keep that are known: what is left of those that are not is noise.
 _KNOWN = 0.5
 
@@ -102,9 +103,9 @@ class Goal:
         >>> Goal.of({"asked": [0.1, 0.2, 0.4]}, "a holdout").excess({"asked": [0.1, 0.05]})
         {'asked': 0.4}
         """
-        most = _STILL_SAID / cls.most
+        least, most = _NOT_SAID / cls.most, _STILL_SAID / cls.most
         return cls(
-            worst={way: min(float(np.max(rows)), most) for way, rows in unseen.items()},
+            worst={way: float(np.clip(np.max(rows), least, most)) for way, rows in unseen.items()},
             probability=float(np.median(unseen["asked"])),
             source=source,
         )

@@ -1,4 +1,4 @@
-"""MUSE and WMDP: their files as they lie in releases and on the hub, and what is made of them."""
+"""MUSE: its files as they lie in releases and on the hub, and what is made of them."""
 
 import json
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from logitjax.models import load_tokenizer
-from logitjax.unlearning import Deployed, muse, wmdp
+from logitjax.unlearning import Deployed, muse
 
 TOKENIZER = load_tokenizer("tiny")
 
@@ -62,43 +62,19 @@ def test_texts_that_were_read_are_told_from_those_that_were_not(tmp_path):
     assert found["privleak"] == pytest.approx(-100)
 
 
-@pytest.mark.parametrize("parquet", [False, True])
-def test_questions_are_read_and_the_likeliest_letter_counts(tmp_path, parquet):
-    records = [
-        {"question": "First?", "choices": ["w", "x", "y", "z"], "answer": 1},
-        {"question": "Second?", "choices": ["w", "x", "y", "z"], "answer": 3},
-    ]
-    if parquet:
-        pytest.importorskip("pyarrow")
-        import pyarrow
-        from pyarrow import parquet as files
+def test_files_of_the_hub_are_read(tmp_path):
+    pytest.importorskip("pyarrow")
+    import pyarrow
+    from pyarrow import parquet as files
 
-        (tmp_path / "wmdp-bio").mkdir()
-        table = pyarrow.Table.from_pylist(records)
-        files.write_table(table, tmp_path / "wmdp-bio" / "test-00000-of-00001.parquet")
-    else:
-        write(tmp_path / "bio_questions.json", records)
-    items = wmdp.load(tmp_path, "bio")
-    assert items[0].prompt.endswith("First?\nA. w\nB. x\nC. y\nD. z\nAnswer:")
-    assert "about biology" in items[0].prompt
-    # Likes B best.
-    likes = Said(
-        nll=lambda tokens, targets: np.abs(np.asarray(tokens) - TOKENIZER.encode("B")[-1]) * 1.0
-    )
-    assert wmdp.accuracy(likes, TOKENIZER, items) == 0.5
+    (tmp_path / "knowmem").mkdir()
+    table = pyarrow.Table.from_pylist([{"question": "First?", "answer": "One."}])
+    files.write_table(table, tmp_path / "knowmem" / "forget_qa-00000-of-00001.parquet")
+    (row,) = muse.load(tmp_path, "knowmem", "forget_qa")
+    assert row.answer == "One."
 
 
 def test_mistakes_are_named(tmp_path):
-    with pytest.raises(ValueError, match="subset: expected one of bio, chem, cyber, got 'law'"):
-        wmdp.load(tmp_path, "law")
-    with pytest.raises(FileNotFoundError, match="no wmdp-bio/test or bio_questions or wmdp-bio"):
-        wmdp.load(tmp_path, "bio")
-    write(tmp_path / "bio_questions.json", [{"question": "Q?", "choices": ["a", "b"], "answer": 2}])
-    with pytest.raises(ValueError, match="wmdp-bio: expected choices and which is right"):
-        wmdp.load(tmp_path, "bio")
-    (tmp_path / "cyber-forget-corpus.jsonl").write_text('{"text": "code"}\n{"title": "x"}\n')
-    with pytest.raises(ValueError, match="cyber-forget-corpus: text: expected text, got None"):
-        wmdp.load_corpus(tmp_path, "cyber-forget-corpus")
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "forget.json").write_text("[{")
     with pytest.raises(ValueError, match=r"forget.json:1: not JSON"):

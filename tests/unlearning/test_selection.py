@@ -27,6 +27,8 @@ def test_the_goal_is_of_the_worst_row_in_any_way_and_not_of_a_median():
     assert goal.excess(rows) == pytest.approx({"asked": 0.2 / 0.03, "in a role": 1.0})
     assert goal.limit("in a role") == pytest.approx(0.1)
     assert goal.limit("a way that nobody was asked in") == goal.limit("asked")
+    # A control that says nothing at all does not make a thousandth an answer that is said.
+    assert goal_of(1e-9).limit("asked") == pytest.approx(0.005)
     assert goal.met(2.0)
     assert not goal.met(2.01)
     assert not goal.met(math.nan)
