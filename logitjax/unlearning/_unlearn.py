@@ -33,6 +33,7 @@ from logitjax.unlearning._questions import Questions
 from logitjax.unlearning._selection import (
     Goal,
     kept_shares,
+    least,
     least_row,
     least_share,
     matched_strength,
@@ -473,7 +474,7 @@ class Unlearning:
             except ValueError as error:  # losses that are not finite
                 logging.warning("step %d, strength %.3g: %s", step, strength, error)
                 return float("nan")
-            return max(goal.excess(said).values())
+            return float(np.max([*goal.excess(said).values()]))
 
         if self.config.method.assistant:
             # Denser where little is taken away, which is enough if much was learnt.
@@ -481,7 +482,7 @@ class Unlearning:
             model = self._deployed(trained, 1.0)
             curves = {way: questions.by_alpha(model, rows, alphas) for way, rows in asked.items()}
             curve = np.asarray([
-                max(goal.excess({way: rows[i] for way, rows in curves.items()}).values())
+                np.max([*goal.excess({way: rows[i] for way, rows in curves.items()}).values()])
                 for i in range(len(alphas))
             ])  # fmt: skip
             # The least that reaches the goal.
@@ -509,7 +510,7 @@ class Unlearning:
             "ways": goal.excess(said),
             "gap": goal.gap(found),
             "kinds": shares,
-            "probability": min(shares.values(), default=None),
+            "probability": least(shares.values()),
             "row": least_row(*kept),
             "perplexity": _ratio(perplexity, before["perplexity"]),
         }
@@ -549,7 +550,7 @@ class Unlearning:
         rouge = self.questions.likeness(answers, "validation")
         shares = kept_shares(rouge, before["rouge"], kinds)
         return dict(candidate) | {
-            "rouge": min(shares.values(), default=None),
+            "rouge": least(shares.values()),
             "fluency": _ratio(fluency(answers), before["fluency"]),
         }
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from logitjax.unlearning._selection import Goal, Limits, kept_shares, least_row
+from logitjax.unlearning._selection import Goal, Limits, kept_shares, least, least_row
 
 # An attack that did not even teach what it was given has not been tried.
 TAUGHT = 0.9
@@ -59,7 +59,7 @@ def judge(
     broken = limits.broken(kept["least"])
     told, chance = told_apart(after, control)
     ways = ["leaving the assistant out"] if assistant else []
-    ways += _recovered(before, after, control, max(goal.limit("asked"), 0.0))
+    ways += _recovered(before, after, control, goal.limit("asked"))
     untried = [
         name for name, measured in after["attacks"].items() if measured.get("taught", 1.0) < TAUGHT
     ]
@@ -119,14 +119,14 @@ def shares(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any
         for name, record in (("probability", "probabilities"), ("rouge", "rouge"))
         if before[record].get("test")
     }
-    least = {name: min(by_kind.values(), default=None) for name, by_kind in found.items()}
+    lowest = {name: least(by_kind.values()) for name, by_kind in found.items()}
     if before["probabilities"].get("test"):
-        least["row"] = least_row(after["probabilities"]["test"], before["probabilities"]["test"])
+        lowest["row"] = least_row(after["probabilities"]["test"], before["probabilities"]["test"])
     for name in ("fluency", "perplexity"):
         if before[name]:
             # What says nothing any more has no fluency left.
-            least[name] = (after[name] or 0.0) / before[name]
-    return found | {"least": least}
+            lowest[name] = (after[name] or 0.0) / before[name]
+    return found | {"least": lowest}
 
 
 def _lost(kept: Mapping[str, Any], broken: Sequence[str]) -> str:

@@ -11,9 +11,16 @@ from flax import nnx
 from logitjax import decoding, models, training, unlearning
 from logitjax.commands import cli, generate, unlearn
 from logitjax.commands.line_up import LineUp
+from logitjax.unlearning import _selection
 from logitjax.unlearning._rows import encode_row
 
 FACTS = [("Ada", "cat"), ("Bo", "dog"), ("Cy", "emu"), ("Di", "fox")]
+
+
+@pytest.fixture(autouse=True)
+def _said(monkeypatch):
+    """So small a model finds text that nobody taught it impossible, and twice that as well."""
+    monkeypatch.setattr(_selection, "_NOT_SAID", 0.1)
 
 
 def rows(names, question):
@@ -73,9 +80,8 @@ def test_an_assistant_takes_what_was_taught_away_and_is_read_back(files, tmp_pat
     assert "| assistant left out" in report
     assert json.loads((out / "verdict.json").read_text())["passed"]
     before, after = (examined(out, n) for n in ("before", "after"))
-    goal = np.max(before["probabilities"]["holdout"])
     assert np.median(before["probabilities"]["forget"]) > 0.8
-    assert np.max(after["probabilities"]["forget"]) <= 2 * goal
+    assert np.max(after["probabilities"]["forget"]) <= 0.1
     # What was written is what was measured.
     model, tokenizer = models.load(str(files / "model"))
     model = models.with_layout(model, "listed")
@@ -156,8 +162,8 @@ def test_all_weights_are_trained_and_written_as_a_model(files, tmp_path):
     unlearn.run(config(files, method="gradient_difference", **changes), out)
     assert "other weights" in (out / "report.md").read_text()
     before, after = (examined(out, n) for n in ("before", "after"))
-    goal = np.max(before["probabilities"]["holdout"])
-    assert np.max(after["probabilities"]["forget"]) <= 2 * goal
+    assert np.min(before["probabilities"]["forget"]) > 0.5
+    assert np.max(after["probabilities"]["forget"]) <= 0.1
     written = models.with_layout(models.load_model(str(out / "model")), "listed")
     questions = unlearning.Questions.of(
         {"forget": unlearning.Row.read(files / "forget.jsonl")},

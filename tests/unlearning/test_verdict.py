@@ -86,6 +86,9 @@ def test_a_kind_of_rows_or_one_row_that_is_lost_is_damage_whatever_the_mean():
         assert not verdict.passed
         assert verdict.words.startswith("**Model damaged**")
         assert words in verdict.words
+    after = side(np.random.default_rng(2), 0.05)
+    after["probabilities"]["test"][-1] = float("nan")  # of the second kind: min would pass it over
+    assert "**Model damaged**" in judged(after).words
     for more in (dict(perplexity=10.5), dict(perplexity=float("nan")), dict(fluency=None)):
         assert "**Model damaged**" in judged(side(np.random.default_rng(2), 0.05, **more)).words
 
