@@ -309,7 +309,8 @@ def _main(
     except (absl_flags.Error, ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    if jax.config.values["jax_compilation_cache_dir"] is None:
+    cached = jax.config.values["jax_compilation_cache_dir"] is not None
+    if not cached:
         jax.config.update("jax_compilation_cache_dir", _COMPILED)
     try:
         if not kept:
@@ -321,6 +322,9 @@ def _main(
         folder = epath.Path(getattr(place[0], kept))
         with _narrated(), training.lock_workdir(folder):
             details = folder  # Before, it may be another run's.
+            if not cached and "://" in str(folder):
+                # The next machines of this run are others, and would compile everything again.
+                jax.config.update("jax_compilation_cache_dir", f"{folder}/.compiled")
             with processes.first_before_others("config"):
                 _config_file.write_config(config, folder, kept)
             logging.info("%s on %s, into %s", program, _devices(), folder)

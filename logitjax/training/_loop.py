@@ -55,7 +55,7 @@ class LoopOptions:
 
 
 def train_loop(
-    state: TrainState,
+    state: TrainState | Callable[[], TrainState],
     step_fn: Callable[[TrainState, Any], tuple[TrainState, StepOutput]],
     batches: Callable[[int], Any],
     *,
@@ -75,7 +75,9 @@ def train_loop(
     and raises :class:`Preempted`; the same call continues.
 
     Args:
-        state: the state to start from if there is no checkpoint. It is consumed.
+        state: the state to start from if there is no checkpoint, or a function that makes it. It is
+            consumed. A function is called again where checkpoints are there but none can be read:
+            the run then begins anew, and says so.
         step_fn: a `TrainStep`; with constants, ``functools.partial`` of it.
         batches: step -> this process's rows of the global batch.
         total_steps: number of updates at the end.
@@ -94,7 +96,8 @@ def train_loop(
         NonFiniteError: after the batch is saved; the update was not applied.
         Preempted: after SIGTERM and saving.
         WorkdirInUseError: if another run holds the workdir.
-        ValueError: if the checkpoint is of another state or identity, or a profile has no workdir.
+        ValueError: if the checkpoint is of another state or identity, or none can be read and
+            `state` is no function, or a profile has no workdir.
     """
     options = LoopOptions() if options is None else options
     if options.profile_steps and workdir is None:
@@ -209,8 +212,11 @@ def _due(step: int, every: int) -> bool:
 
 
 def _resume(
-    state: TrainState, checkpointer: Checkpointer | None, identity: Mapping[str, Any]
+    start: TrainState | Callable[[], TrainState],
+    checkpointer: Checkpointer | None,
+    identity: Mapping[str, Any],
 ) -> tuple[TrainState, int]:
+    state = start() if callable(start) else start
     if checkpointer is None or not checkpointer.steps():
         return state, int(state.step)
     shapes = jax.tree.map(
@@ -221,7 +227,11 @@ def _resume(
         leaf.delete()  # The memory never holds two states.
     restored = checkpointer.restore_latest(shapes)
     if restored is None:
-        raise ValueError(f"the checkpoints in {checkpointer.directory} went away while reading")
+        if not callable(start):
+            raise ValueError(f"no checkpoint in {checkpointer.directory} can be read")
+        logging.warning("no checkpoint in %s can be read: beginning anew", checkpointer.directory)
+        state = start()
+        return state, int(state.step)
     for name, value in identity.items():
         # Checkpoints of before a name was kept go on.
         if name in restored.extra and restored.extra[name] != value:

@@ -373,8 +373,13 @@ class Unlearning:
             weights = Lora.init(self._adapted, config.lora_rank, key=key, layout=layout)
         self._announce(update.batches(0), weights)
         step = training.TrainStep(update.loss_fn, tx, mesh=mesh, schedule=schedule)
-        state = training.TrainState.create(
-            method.start(weights), tx, mesh=mesh, rules=DECODER_RULES, seed=config.seed
+        state: Any = functools.partial(
+            training.TrainState.create,
+            method.start(weights),
+            tx,
+            mesh=mesh,
+            rules=DECODER_RULES,
+            seed=config.seed,
         )
         # How it is attacked and judged afterwards changes nothing here.
         limits = {f.name: 1.0 for f in dataclasses.fields(config) if f.name[:5] in _LIMITS}
@@ -383,7 +388,7 @@ class Unlearning:
         folder, candidates = self.directory / "train" / f"round-{number}", []
         looks = [*range(config.check_every, config.steps, config.check_every), config.steps]
         # For resuming alone: candidates are kept elsewhere.
-        with training.Checkpointer(folder / "checkpoints", max_to_keep=1) as checkpointer:
+        with training.Checkpointer(folder / "checkpoints") as checkpointer:
             for at in looks:
                 name = _name({"round": number, "step": at})
                 if not (self.directory / f"{name}.json").exists():
