@@ -78,8 +78,8 @@ def relearning(
                 at = np.arange((step - 1) * batch_size, step * batch_size) % cut
                 rows = {name: v[np.asarray(sides["taught"])[at]] for name, v in padded.items()}
                 where, count = model.positions(rows["mask"]), np.float32(rows["mask"][:, 1:].sum())
-                served = static, held, alphas, rows["tokens"], where, count
-                lora, moments = _step(graphdef, params, rest, lora, moments, *served, rate)
+                served = held, alphas, rows["tokens"], where, count, rate
+                lora, moments = _step(graphdef, static, (params, rest), lora, moments, served)
                 if step in steps or step % max(steps) == 0:
                     again = dataclasses.replace(model, model=merged(lora, model.model))
                     asked = questions.probabilities(again, "forget")
@@ -95,25 +95,13 @@ def relearning(
     return found
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5))
-def _step(
-    graphdef: Any,
-    params: Any,
-    rest: Any,
-    lora: Any,
-    moments: Any,
-    static: Any,
-    held: Any,
-    alphas: Any,
-    tokens: Any,
-    at: Any,
-    count: Any,
-    rate: Any,
-) -> Any:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _step(graphdef: Any, static: Any, weights: Any, lora: Any, moments: Any, served: Any) -> Any:
     """One program for all rates, seeds and models of a shape."""
+    held, alphas, tokens, at, count, rate = served
 
     def loss(lora: Any) -> jax.Array:
-        graph, state = nnx.split(lora.merged_into(nnx.merge(graphdef, params, rest)))
+        graph, state = nnx.split(lora.merged_into(nnx.merge(graphdef, *weights)))
         return token_scores(graph, static, "nll", state, held, alphas, tokens, at)[0].sum() / count
 
     moves, moments = _MOMENTS.update(jax.grad(loss)(lora), moments)

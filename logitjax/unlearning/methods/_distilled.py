@@ -1,7 +1,6 @@
 """Distillation of a filter: the weights learn what the model says less its assistant."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -83,16 +82,8 @@ class Distilled(Method):
             means[side] = masked_mean(values, read.where(side))
         return means["forget"] + self.retain_weight * means["retain"], means
 
-    def make_loss(
-        self,
-        model: Decoder,
-        *,
-        counts: Sequence[Mapping[str, int]] | None = None,
-        adapters: bool = False,
-        key: Any = None,
-    ) -> tuple[LossFn, Any]:
+    def make_loss(self, model: Decoder, **options: Any) -> tuple[LossFn, Any]:
         """See `Method.make_loss`."""
-        options: Any = dict(counts=counts, adapters=adapters, key=key)
         distil, before = super().make_loss(model, **options)
         again, _ = GradientAscent(forget_weight=-1.0).make_loss(model, **options)
 
