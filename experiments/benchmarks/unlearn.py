@@ -75,9 +75,7 @@ def _one(folder: Path, number: int, smoke: bool) -> dict[str, Any]:
         )
     target = folder / "target"
     if not (target / "config.json").exists():
-        _teach(
-            "tiny" if smoke else "smollm2", folder, target, steps=2 if smoke else _TEACHING_STEPS
-        )
+        _teach(folder, target, smoke=smoke)
     out = folder / "out"
     flags = [f"--{name}={folder / name}.jsonl" for name in ("forget", "retain", "holdout")]
     if smoke:
@@ -107,14 +105,15 @@ def _ended(folder: Path, command: Sequence[str]) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def _teach(spec: str, folder: Path, target: Path, *, steps: int) -> None:
+def _teach(folder: Path, target: Path, *, smoke: bool = False) -> None:
     """Adapters on what is to be forgotten and what is near it, merged."""
-    model, tokenizer = models.load(spec, layout="listed")
+    model, tokenizer = models.load("tiny" if smoke else "smollm2", layout="listed")
     model = models.with_layout(model, "listed")
     questions = _questions(folder, tokenizer)
     rows = [*questions.encoded["forget"], *questions.encoded["train"]]
-    model = teach(model, rows, epath.Path(folder / "teach"), steps=steps, batch=12, rate=2e-3,
-                  rank=16)  # fmt: skip
+    how: dict[str, Any] = dict(steps=_TEACHING_STEPS, batch=12, rank=16)
+    how["rate"] = 2e-2 if smoke else 2e-3
+    model = teach(model, rows, epath.Path(folder / "teach"), **how)
     models.save_pretrained(model, tokenizer, target)
 
 
