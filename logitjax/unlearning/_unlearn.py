@@ -299,7 +299,7 @@ class Unlearning:
 
     def _rounds(self) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
         """Candidates of all rounds, and the ways to ask that were trained on in the end."""
-        ways, candidates = SHORT, []
+        ways, candidates, leaks = SHORT, [], list[str]()
         for number in range(self.config.rounds):
             found = self._train(number, ways)
             candidates += found
