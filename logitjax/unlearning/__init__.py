@@ -20,7 +20,6 @@ from logitjax.unlearning._unlearn_config import UnlearnConfig as UnlearnConfig
 from logitjax.unlearning._verdict import judge as judge
 from logitjax.unlearning.assistant._assistant import Assistant as Assistant
 from logitjax.unlearning.assistant._deployed import Deployed as Deployed
-from logitjax.unlearning.measures import muse as muse
 from logitjax.unlearning.measures import tofu as tofu
 from logitjax.unlearning.measures._examine import examine as examine
 from logitjax.unlearning.measures._relearn import relearning as relearning
