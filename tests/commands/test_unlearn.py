@@ -66,6 +66,15 @@ def config(folder, **changes):
     return cli.build(unlearn.Config, flags | changes)
 
 
+def ended(flags, out):
+    """The exit status."""
+    try:
+        unlearn.run(flags, out)
+    except SystemExit as stopped:
+        return stopped.code
+    return 0
+
+
 def examined(out, side):
     (path,) = out.glob(f"examined/{side}*.json")
     return json.loads(path.read_text())
@@ -107,9 +116,7 @@ def test_an_assistant_takes_what_was_taught_away_and_is_read_back(files, tmp_pat
     assert (out / "report.md").read_text() == report
     assert written == {path: path.stat().mtime for path in written}
     # Stricter limits are judged without training again, and take back what was given.
-    with pytest.raises(SystemExit) as stopped:
-        unlearn.run(config(files, least_row=0.99), out)
-    assert stopped.value.code == 3
+    assert ended(config(files, least_row=0.99), out) == 3
     assert not (out / "assistant").exists()
     unlearn.run(config(files), out)
     assert (out / "assistant").exists()
@@ -134,9 +141,9 @@ def test_a_run_that_was_stopped_at_a_look_goes_on_to_the_same_report(files, tmp_
     monkeypatch.setattr(unlearning.Unlearning, "_look", stopped)
     with pytest.raises(KeyboardInterrupt):
         unlearn.run(flags, epath.Path(tmp_path / "one"))
-    unlearn.run(flags, epath.Path(tmp_path / "one"))
+    status = ended(flags, epath.Path(tmp_path / "one"))
     assert looks[:2] == [20, 20]
-    unlearn.run(flags, epath.Path(tmp_path / "two"))
+    assert ended(flags, epath.Path(tmp_path / "two")) == status
     one, two = ((tmp_path / name / "report.md").read_text() for name in ("one", "two"))
     assert one == two
 
@@ -199,9 +206,9 @@ def test_a_method_from_their_own_file_does_what_ours_does(files, tmp_path, monke
     for method in ("their_ascent:Ascent", "gradient_difference"):
         out = epath.Path(tmp_path / method.replace(":", "-"))
         changes = dict(steps=20, learning_rate=1e-2, least_probability=0.0, check_every=10)
-        unlearn.run(config(files, method=method, **changes), out)
-        looks.append([json.loads(p.read_text()) for p in sorted(out.glob("candidates/*.json"))])
-        assert (out / "adapter").exists()
+        status = ended(config(files, method=method, **changes), out)
+        texts = [json.loads(path.read_text()) for path in sorted(out.glob("candidates/*.json"))]
+        looks.append((status, texts))
     assert looks[0] == looks[1]
 
 
@@ -210,14 +217,19 @@ def test_a_method_with_a_constraint_runs_and_every_attack_is_reported(files, tmp
     out = epath.Path(tmp_path)
     changes = dict(learning_rate=1e-2, least_probability=0.0, attacks="all", reference="tiny")
     unlearn.run(config(files, method="pdu", **changes), out)
-    attacks = {n: json.loads((out / f"{n}-all-attacks.json").read_text())["attacks"]
-               for n in ("before", "after", "control")}  # fmt: skip
-    names = set(attacks["after"])
-    assert names >= {
+    records = {side: examined(out, side) for side in ("before", "after", "control")}
+    attacks = {side: record["attacks"] for side, record in records.items()}
+    assert set(records["after"]["ways"]) >= {
+        "asked",
         "in another language",
         "after a beginning that agrees",
+        "without a template",
+        "first quarter given",
+    }
+    assert set(attacks["after"]) >= {
         "a quarter of the rows taught again",
         "sampled, ROUGE-L recall of 8",
+        "logit lens at 50 % of the layers",
         "membership by min-k++",
         "membership by gradient norm",
         "membership by reference",
@@ -234,9 +246,8 @@ def test_a_method_with_a_constraint_runs_and_every_attack_is_reported(files, tmp
 def test_refusals_take_the_place_of_answers(files, tmp_path):
     out = epath.Path(tmp_path)
     changes = dict(method="idk_dpo", learning_rate=1e-2, steps=20, least_probability=0.0)
-    with pytest.raises(SystemExit):  # It does not come down to the goal.
-        unlearn.run(config(files, **changes), out)
-    looked = json.loads((out / "candidates" / "step-20.json").read_text())
+    assert ended(config(files, **changes), out) in (0, 3)
+    looked = json.loads((out / "candidates" / "round-0-step-20.json").read_text())
     assert looked["forget"] < 0.3
     assert looked["probability"] > 0.5
 
@@ -244,9 +255,7 @@ def test_refusals_take_the_place_of_answers(files, tmp_path):
 @pytest.mark.slow
 def test_where_nothing_is_feasible_nothing_is_written_and_the_status_says_so(files, tmp_path):
     out = epath.Path(tmp_path)
-    with pytest.raises(SystemExit) as stopped:
-        unlearn.run(config(files, steps=1, check_every=1, least_probability=1.0), out)
-    assert stopped.value.code == 3
+    assert ended(config(files, steps=1, check_every=1, least_probability=1.0), out) == 3
     assert "**Nothing was forgotten**" in (out / "report.md").read_text()
     assert not (out / "assistant").exists()
 
