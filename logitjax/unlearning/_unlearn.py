@@ -366,7 +366,6 @@ class Unlearning:
         if config.adapters:
             key, layout = jax.random.key(config.seed), self.model.layout
             weights = Lora.init(self._adapted, config.lora_rank, key=key, layout=layout)
-        self._announce(update.batches(0), weights)
         step = training.TrainStep(update.loss_fn, tx, mesh=mesh, schedule=schedule)
         state: Any = functools.partial(
             training.TrainState.create,
@@ -382,6 +381,8 @@ class Unlearning:
         identity = f"{dataclasses.replace(config, **same)!r} {sorted(ways)}"
         folder, candidates = self.directory / "train" / f"round-{number}", []
         looks = [*range(config.check_every, config.steps, config.check_every), config.steps]
+        if not (self.directory / f"{_name({'round': number, 'step': looks[0]})}.json").exists():
+            self._announce(update.batches(0), weights)
         # For resuming alone: candidates are kept elsewhere.
         with training.Checkpointer(folder / "checkpoints") as checkpointer:
             for at in looks:
@@ -421,14 +422,17 @@ class Unlearning:
         kept = (
             4 * tokens * config.num_layers * (8 * config.hidden_size + 3 * config.intermediate_size)
         )
-        for _ in range(2):  # the first may compile
+
+        def timed() -> float:
             begin = time.perf_counter()
             self.questions.probabilities(Deployed(model=self.model), "validation")
-            seconds = time.perf_counter() - begin
-        seconds /= sum(len(ids) for ids, _ in self.questions.encoded["validation"])
+            return time.perf_counter() - begin
+
+        timed()  # may compile
+        a_token = timed() / sum(len(ids) for ids, _ in self.questions.encoded["validation"])
         # Forward and backward, of these layers.
         share = 3 * config.num_layers / self.model.config.num_layers
-        seconds *= self.config.steps * tokens * share
+        seconds = self.config.steps * tokens * share * a_token
         logging.info(
             "training takes about %.1f GiB at its peak, and at most %.0f minutes for %d steps",
             (sizes[0] + 4 * sizes[1] + kept) / 2**30,
