@@ -21,6 +21,8 @@ _WORD = re.compile(
 _TRAIN, _VALIDATION = 0.6, 0.8
 # Share of their words that a row in other words has with another: a question is short.
 _REWORDED = 0.6
+# Rows that a word is in, which is of these rows and of no form; and neighbours made of each kind.
+_RARE, _MADE = 3, 20
 _NAME = re.compile(r"[A-Z][\w'-]*(?:\s+[A-Z][\w'-]*)*")
 # They begin a sentence, and no name.
 _FIRST = (
@@ -193,7 +195,7 @@ def neighbours(forget: Sequence[Row], others: Sequence[Row]) -> list[Row]:
     there = {q.lower() for row in (*forget, *others) for q in (row.question, *row.paraphrases)}
     made: dict[str, Row] = {}
     for sides in ((mine, theirs), (theirs, mine)):
-        for i, (row, name) in enumerate(sides[0][: len(mine)] if sides[1] else ()):
+        for i, (row, name) in enumerate(sides[0][:_MADE] if sides[1] else ()):
             other = sides[1][i % len(sides[1])][1]
             question = row.question.replace(name, other)
             if question.lower() not in there:
@@ -205,17 +207,20 @@ def neighbours(forget: Sequence[Row], others: Sequence[Row]) -> list[Row]:
 def _alike(forget: Sequence[Row], kept: Sequence[Row]) -> list[Row]:
     """Rows to keep with most of the words of one to forget, and not only of the form of many."""
     words = [set(_WORD.findall(own_words(row))) for row in (*forget, *kept)]
-    # Who shares the words of a form alone says something else: names have to be common, too.
+    # Who shares the words of a form alone says something else: rare words have to be common, too.
     common = Counter(word for row in words for word in row)
-    rare = [{word for word in row if common[word] <= 3} for row in words]
+    rare = [{word for word in row if common[word] <= _RARE} for row in words]
+    having: dict[str, list[int]] = {}
+    for j in range(len(forget)):
+        for word in rare[j]:
+            having.setdefault(word, []).append(j)
     return [
         row
         for i, row in enumerate(kept, len(forget))
         if any(
             len(words[i] & words[j]) >= _REWORDED * min(len(words[i]), len(words[j]))
-            and rare[j]
             and 2 * len(rare[i] & rare[j]) >= len(rare[j])
-            for j in range(len(forget))
+            for j in {j for word in rare[i] for j in having.get(word, ())}
         )
     ]
 
