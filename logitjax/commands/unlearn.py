@@ -148,10 +148,10 @@ def run(config: Config, out: epath.Path) -> None:
     )
     goal = forgetting.goal
     # Whoever forgets what was never known would find every method perfect.
-    if forgetting.known <= goal.probability:
+    if goal.met(forgetting.known):
         raise ValueError(
-            f"forget: expected answers that the model was taught, got a median probability of "
-            f"{forgetting.known:.3g}, no more than the {goal.probability:.3g} of {goal.source}"
+            f"forget: expected answers that the model was taught, got none that is likelier than "
+            f"{goal.limit('asked'):.3g}, twice the likeliest of {goal.source}"
         )
     storage.progress.mark(f"unlearning by {config.method}", log=True)
     found = forgetting.run()

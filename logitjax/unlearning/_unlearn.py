@@ -261,8 +261,8 @@ class Unlearning:
 
     @property
     def known(self) -> float:
-        """How likely what is to be forgotten is before: the median probability."""
-        return float(np.median(self._before["probabilities"]["forget"]))
+        """How much likelier the likeliest answer to forget is before than the goal's worst."""
+        return self.goal.excess({"asked": self._before["probabilities"]["forget"]})["asked"]
 
     def _kept(self, name: str | epath.Path, make: Callable[[], Any]) -> Any:
         """A record from disk, of the folder or a whole path; made and written if not there."""
@@ -500,8 +500,7 @@ class Unlearning:
             strength, found = float(alphas[which]), float(curve[which])
             said = {way: rows[which] for way, rows in curves.items()}
         else:
-            without = max(goal.excess({"asked": before["probabilities"]["forget"]}).values())
-            strength, found = matched_strength(excess, goal, most=most, without=without)
+            strength, found = matched_strength(excess, goal, most=most, without=self.known)
             if np.isfinite(found):
                 excess(strength)  # what is said at that one
         if not np.isfinite(found):
