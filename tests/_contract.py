@@ -687,7 +687,7 @@ ELSEWHERE = {
         distillation.train_student distillation.update_programs
         distillation.TeacherCache unlearning.make_answer_loss
         unlearning.Unlearning unlearning.examine
-        unlearning.relearning
+        unlearning.judge unlearning.relearning
  unlearning.share_interval unlearning.split_rows
         serving.Key serving.Listening serving.ServerConfig serving.build_app
         vq.HiddenCache vq.load_head
