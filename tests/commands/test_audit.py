@@ -9,7 +9,7 @@ from etils import epath
 
 from logitjax import leakage, models
 from logitjax.commands import audit
-from tests.leakage._servers import Server
+from tests.leakage.servers import Server
 from tests.serving._server import server
 
 

@@ -13,7 +13,7 @@ from logitjax.leakage._spectrum import (
     max_gap_dimension,
     noise_edge,
 )
-from tests.leakage._apis import NOISES, ROWS, draw, violates
+from tests.leakage.apis import NOISES, ROWS, draw, violates
 from tests.leakage._models import head_and_states, log_softmax
 
 VOCAB, WIDTH = 600, 16
