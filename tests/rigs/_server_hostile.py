@@ -71,7 +71,7 @@ def _bomb(i: int) -> dict[str, Any]:
 
 def bombs(options: suite.Options, model: str) -> Found:
     """How long short answers take, alone and beside clients who send schemas made to be slow."""
-    rounds, seconds = (1, 3.0) if options.smoke else (6, 20.0)
+    rounds, seconds = (1, 3.0) if options.smoke else (5, 15.0)
     times: dict[bool, list[float]] = {False: [], True: []}
     codes: collections.Counter = collections.Counter()
     numbers = itertools.count()
