@@ -86,7 +86,7 @@ def _number(low: float, high: float) -> Any:
     return Optional[Annotated[float, Field(ge=low, le=high, allow_inf_nan=False)]]  # noqa: UP045
 
 
-def _list(kind: Any, **limits: int) -> Any:
+def _list(kind: Any, **limits: Any) -> Any:
     # It fails fast: a million wrong numbers would make a million messages.
     return Annotated[list[kind], Field(fail_fast=True, **limits)]
 
