@@ -506,7 +506,15 @@ TABLE: dict[str, Case] = {
     ),
     # transport, fusion and leakage
     "transport.first_lower_bound": _graphs(transport.first_lower_bound),
-    "transport.moment_lower_bound": _graphs(transport.moment_lower_bound),
+    "transport.certificate_many": Case(
+        call=lambda c, d: transport.certificate_many([(c, d)]),
+        arrays={"c": LOGITS[0].T @ LOGITS[0], "d": TEACHER[0].T @ TEACHER[0]},
+        free=(("c", VOCAB), ("d", VOCAB)),
+        integers=("c", "d"),
+        host=True,
+        looks=("c", "d"),
+        rows=False,
+    ),
     "transport.FactoredGraph": Case(
         call=lambda values, ids: transport.first_lower_bound(
             transport.FactoredGraph(values, ids, VOCAB), transport.FactoredGraph(THEIRS[0])
@@ -639,7 +647,7 @@ ELSEWHERE = {
         ops.Static losses.Blocks losses.Head losses.Readout
         losses.GraphStatistics losses.LogProbs distillation.GraphConfig
         few_shot.FeatureIdentity heads.HeadCost heads.Assignment
-        vq.ConvertConfig vq.Pages vq.Screen vq.Shortlist vq.Tuning distillation.LayerPruning
+        vq.ConvertConfig vq.Screen vq.Tuning distillation.LayerPruning
         distillation.Objective
         distillation.Reading distillation.Course distillation.Distilled
         distillation.Trained distillation.Student distillation.Scorer distillation.Corpus
@@ -666,7 +674,7 @@ ELSEWHERE = {
         ops.neginf_to_zero""",
     "modules, whose arrays go through the functions above": """
         heads.LinearHead heads.TiedHead heads.VocabularyHead
-        heads.torch_linear vq.VQHead vq.ProductHead vq.ScreenedHead vq.ShortlistHead
+        heads.torch_linear vq.VQHead vq.ProductHead vq.ScreenedHead
         distillation.DualHead models.Decoder vision.CLIP vision.ImageClassifier""",
     "functions of functions, models, texts or files": """
         distillation.aligned_value_and_grad
@@ -679,7 +687,7 @@ ELSEWHERE = {
         distillation.train_student distillation.update_programs
         distillation.TeacherCache unlearning.make_answer_loss
         unlearning.Unlearning unlearning.examine
-        unlearning.relearning
+        unlearning.judge unlearning.relearning
  unlearning.share_interval unlearning.split_rows
         serving.Key serving.Listening serving.ServerConfig serving.build_app
         vq.HiddenCache vq.load_head

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -109,9 +109,7 @@ def _make_jobs(
     same = {f.name: getattr(fields, f.name) for f in dataclasses.fields(Sampling)}
     jobs = []
     for number, prompt in enumerate(asked.prompts):
-        tokens = prompt_tokens(
-            service, prompt, asked.add_special_tokens, asked.template_variables, chat=asked.chat
-        )
+        tokens = prompt_tokens(service, asked, prompt)
         # The last new token is not read; without any, the prompt's last one is.
         if len(tokens) + max(asked.max_tokens, 1) - 1 > service.config.max_length:
             raise BadRequestError(
@@ -157,15 +155,13 @@ def _allowed(
     return np.packbits(bits, bitorder="little").view("<u4")
 
 
-def prompt_tokens(
-    service: Service, prompt: Any, special: bool, variables: Mapping[str, Any], *, chat: bool
-) -> list[int]:
-    """The tokens of a text, of ids or of messages, with a beginning mark where it is `special`."""
-    name = "messages" if chat else "prompt"
-    if chat:
+def prompt_tokens(service: Service, asked: CompletionRequest, prompt: Any) -> list[int]:
+    """The tokens of one of a request's prompts."""
+    name = "messages" if asked.chat else "prompt"
+    if asked.chat:
         _check_size(service, sum(len(message["content"]) for message in prompt), name)
         try:
-            prompt = service.tokenizer.render_chat(prompt, **variables)
+            prompt = service.tokenizer.render_chat(prompt, **asked.template_variables)
         # Variables may have a name that is taken.
         except (ValueError, TypeError, RecursionError) as error:
             raise BadRequestError(str(error)[:200], name) from None
@@ -177,7 +173,7 @@ def prompt_tokens(
         except (TypeError, UnicodeError):  # Lone surrogates, which JSON can spell.
             raise BadRequestError(f"{name} is not valid Unicode", name) from None
         tokens = encoded[0].ids
-        start = service.tokenizer.start if special else []
+        start = service.tokenizer.start if asked.add_special_tokens else []
         if tokens[:1] != start:
             tokens = [*start, *tokens]
     else:

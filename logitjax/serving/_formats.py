@@ -41,29 +41,28 @@ class Formats:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_ids: Sequence[int]):
         self._vocab_size = vocab_size
-        self._end_ids = list(end_ids)
         self._pool = thread_pool("structure", 1)
         self._waiting = 0
-        self._known: collections.OrderedDict[Any, Follower | BadRequestError]
-        self._known = collections.OrderedDict()
+        self._known: collections.OrderedDict[Any, Any] = collections.OrderedDict()
         # The library wants an end; without any nothing is held to a structure.
-        about = {"n_vocab": vocab_size, "eos_token": self._end_ids or [0]}
-        self._trial = _Trial({"tokenizer": tokenizer.backend.to_str()} | about)
-        self._tokens: Any = None
+        about: dict[str, Any] = {"n_vocab": vocab_size, "eos_token": list(end_ids) or [0]}
+        text = tokenizer.backend.to_str()
+        self._about = {"tokenizer": text} | about
+        self._process: Any = None
         self._wrong = "" if end_ids else "this model has no token that ends an answer"
         try:
-            self._tokens = llguidance.LLTokenizer(tokenizer.backend.to_str(), **about)
+            self._tokens = llguidance.LLTokenizer(text, **about)
         except ValueError as error:
             self._wrong = f"this model's tokens cannot be held to one ({error})"
 
     def start(self) -> None:
         """Begins the process that tries structures out, which takes a moment."""
-        self._pool.submit(self._trial.start)
+        self._pool.submit(self._start)
 
     def close(self) -> None:
         """Ends the process and the thread."""
         self._pool.shutdown(wait=False, cancel_futures=True)
-        self._trial.end()
+        self._end()
 
     async def follow(self, kind: str, text: str) -> "Follower":
         """What holds one answer to a structure; others wait in line, but not too many."""
@@ -104,7 +103,7 @@ class Formats:
                 grammar = llguidance.grammar_from(kind, text)  # pyright: ignore[reportArgumentType]
         except ValueError as error:
             raise _refused(str(error)) from None
-        if not self._trial.passes(grammar):
+        if not self._passes(grammar):
             raise _refused(f"it takes more than {_TO_BEGIN:g} s or too much memory to begin")
         matcher = llguidance.LLMatcher(self._tokens, grammar, log_level=0)
         if matcher.is_error():
@@ -114,27 +113,20 @@ class Formats:
             raise _refused(matcher.get_error().partition("<")[0])
         return follower
 
-
-class _Trial:
-    """The process that tries structures out, one at a time."""
-
-    def __init__(self, about: dict[str, Any]):
-        self._about = about
-        self._process: Any = None
-
-    def start(self) -> None:
+    def _start(self) -> None:
         if self._process is None:
             pipe = subprocess.PIPE
             command = [sys.executable, "-P", str(_SCRIPT)]
             self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe)
             self._say(self._about)
 
-    def passes(self, grammar: str) -> bool:
-        self.start()
+    def _passes(self, grammar: str) -> bool:
+        """Whether a structure begins in time, tried where that can be ended."""
+        self._start()
         self._say({"grammar": grammar, "seconds": _TO_BEGIN})
         answer = self._process.stdout.readline()
         if not answer:  # It has ended itself, and begins anew with the next one.
-            self.end()
+            self._end()
         return answer == b"passed\n"
 
     def _say(self, what: dict[str, Any]) -> None:
@@ -142,7 +134,7 @@ class _Trial:
             self._process.stdin.write(json.dumps(what).encode() + b"\n")
             self._process.stdin.flush()
 
-    def end(self) -> None:
+    def _end(self) -> None:
         process, self._process = self._process, None
         if process is not None:
             process.kill()

@@ -256,12 +256,10 @@ class Scheduler:
         self._read += self.reader.advance()
         self._place()
         waits = self._waits()
-        moving = [job for job, late in zip(self._jobs, waits, strict=True) if job and not late]
-        if moving:
-            self._hold(waits)
+        if any(job and not late for job, late in zip(self._jobs, waits, strict=True)):
             # What may come next is known one token ahead.
-            steps = 1 if any(job.follower for job in moving) else _STEPS
-            self._hand_out(self.engine.decode_chunk(steps, waits), range(len(self._jobs)))
+            emitted = self.engine.decode_chunk(1 if self._hold(waits) else _STEPS, waits)
+            self._hand_out(emitted, range(len(self._jobs)))
         return True
 
     def _drop_cancelled(self) -> None:
@@ -360,20 +358,19 @@ class Scheduler:
                 job.mask = None
         return waits
 
-    def _hold(self, waits: np.ndarray) -> None:
-        """Tells the engine which tokens may come next."""
-        held = [(i, job.follower) for i, job in enumerate(self._jobs) if job and job.follower]
+    def _hold(self, waits: np.ndarray) -> bool:
+        """Tells the engine which tokens may come next; whether any slot that moves follows more."""
+        held = {i: job.follower for i, job in enumerate(self._jobs) if job and job.follower}
         if held or self._held:
-            self._allowed[:] = 0xFFFFFFFF
             for slot, job in enumerate(self._jobs):
-                if job is not None and job.request.allowed is not None:
-                    self._allowed[slot] = job.request.allowed
-            for slot, follower in held:
-                # That of a slot that waits is being written.
-                if not waits[slot]:
-                    self._allowed[slot] = follower.allowed
+                # The mask of a slot that waits is being written.
+                given = (
+                    None if job is None or waits[slot] else (job.follower or job.request).allowed
+                )
+                self._allowed[slot] = 0xFFFFFFFF if given is None else given
             self.engine.allow(self._allowed)
         self._held = bool(held)
+        return any(not waits[slot] for slot in held)
 
     def _fill(self, slot: int, row: int, job: Job) -> Emitted | None:
         request = job.request

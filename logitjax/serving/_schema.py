@@ -16,7 +16,6 @@ from logitjax.serving._policy import MOST_STOP_IDS, Disclosure
 _TOKEN = r"^[0-9]{1,9}$"
 _MOST_PROMPTS = 16  # of one request, and of its answers
 _MOST_STOPS = 32
-_MOST_CHOICES = 1000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +41,9 @@ class SamplingFields:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     structure: tuple[str, str] | None = None
+
+
+_FIELDS = dataclasses.fields(SamplingFields)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,6 +86,11 @@ def _number(low: float, high: float) -> Any:
     return Optional[Annotated[float, Field(ge=low, le=high, allow_inf_nan=False)]]  # noqa: UP045
 
 
+def _list(kind: Any, **limits: int) -> Any:
+    # It fails fast: a million wrong numbers would make a million messages.
+    return Annotated[list[kind], Field(fail_fast=True, **limits)]
+
+
 Text = Annotated[str, Field(min_length=1)]
 # Every end of an answer's text is compared with every beginning of a stop string.
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
@@ -105,7 +112,7 @@ class Message(_Part):
     """One turn of a conversation."""
 
     role: str
-    content: str | Annotated[list[TextPart], Field(fail_fast=True, min_length=1)] | None = None
+    content: str | _list(TextPart, min_length=1) | None = None
     name: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
@@ -113,7 +120,7 @@ class Message(_Part):
     reasoning_content: str | None = None
     # Clients send an answer back as it came, with what it does not hold.
     refusal: None = None
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    annotations: None = None
     audio: None = None
     function_call: None = None
 
@@ -122,7 +129,7 @@ class Message(_Part):
         content = self.content or ""
         if not isinstance(content, str):
             content = "".join(part.text for part in content)
-        more = self.model_dump(exclude_none=True, exclude={"role", "content", "annotations"})
+        more = self.model_dump(exclude_none=True, exclude={"role", "content"})
         return {"role": self.role, "content": content} | more
 
 
@@ -151,19 +158,14 @@ class ResponseFormat(_Part):
 
 
 class StructuredOutputs(_Part):
-    """What an answer follows, as vLLM says it: one of the first five."""
+    """What an answer follows, as vLLM says it: one of these."""
 
     given: dict[str, Any] | Text | None = Field(None, alias="json")
     regex: Text | None = None
-    choice: (
-        Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=_MOST_CHOICES)] | None
-    ) = None
+    choice: _list(Text, min_length=1) | None = None
     grammar: Text | None = None
     json_object: bool | None = None
     disable_any_whitespace: bool | None = None  # JSON has one layout here, with or without it
-    disable_additional_properties: Literal[False] | None = None
-    whitespace_pattern: None = None
-    structural_tag: None = None
 
 
 # Whatever these say, the answer is the same one.
@@ -186,15 +188,10 @@ _UNSUPPORTED_NAMES = (
     "guided_whitespace_pattern"
 )
 _UNSUPPORTED = dict.fromkeys(_UNSUPPORTED_NAMES.split(), _NOTHING) | {
-    "best_of": (None, 1),
-    "tool_choice": (None, "none", "auto"),
-    "function_call": (None, "none", "auto"),
-    "reasoning_effort": (None, "none"),
-    "include_reasoning": (None, True),
-    "skip_special_tokens": (None, True),
-    "thinking_token_budget": (None, -1),
-    "verbosity": (None, "medium"),
-    "modalities": (None, ["text"]),
+    **dict.fromkeys(("tool_choice", "function_call"), (None, "none", "auto")),
+    **dict.fromkeys(("include_reasoning", "skip_special_tokens", "best_of"), (None, True)),
+    **{"reasoning_effort": (None, "none"), "verbosity": (None, "medium")},
+    **{"thinking_token_budget": (None, -1), "modalities": (None, ["text"])},
 }
 
 
@@ -208,11 +205,7 @@ def _with_the_rest(schema: dict[str, Any]) -> None:
 @functools.lru_cache(maxsize=8)
 def request_model(config: ServerConfig, *, chat: bool) -> type[BaseModel]:
     """The body of a request to a server of these limits. `null` is as good as no field."""
-    # Lists fail fast: a million wrong numbers would make a million messages.
-    Tokens = Annotated[
-        list[TokenId], Field(fail_fast=True, min_length=1, max_length=config.max_length)
-    ]
-    prompts = Field(fail_fast=True, min_length=1, max_length=_MOST_PROMPTS)
+    Tokens = _list(TokenId, min_length=1, max_length=config.max_length)
     bound = config.policy.bias_limit
     shown = Disclosure(config.policy).top_k
 
@@ -227,19 +220,11 @@ def request_model(config: ServerConfig, *, chat: bool) -> type[BaseModel]:
         presence_penalty: _number(-2, 2) = None
         frequency_penalty: _number(-2, 2) = None
         seed: _integer(-(2**63), 2**63 - 1) = None
-        stop: (
-            StopText
-            | Annotated[list[StopText], Field(fail_fast=True, max_length=_MOST_STOPS)]
-            | None
-        ) = None
-        stop_token_ids: (
-            Annotated[list[TokenId], Field(fail_fast=True, max_length=MOST_STOP_IDS)] | None
-        ) = None
+        stop: StopText | _list(StopText, max_length=_MOST_STOPS) | None = None
+        stop_token_ids: _list(TokenId, max_length=MOST_STOP_IDS) | None = None
         min_tokens: _integer(0, config.max_tokens) = None
         ignore_eos: bool | None = None
-        allowed_token_ids: Annotated[list[TokenId], Field(fail_fast=True, min_length=1)] | None = (
-            None
-        )
+        allowed_token_ids: _list(TokenId, min_length=1) | None = None
         stream: bool | None = None
         stream_options: StreamOptions | None = None
         logit_bias: (
@@ -263,7 +248,7 @@ def request_model(config: ServerConfig, *, chat: bool) -> type[BaseModel]:
         return_tokens_as_token_ids: bool | None = None
 
     class Completion(Shared, strict=True):
-        prompt: Text | Tokens | Annotated[list[Text | Tokens], prompts]
+        prompt: Text | Tokens | _list(Text | Tokens, min_length=1, max_length=_MOST_PROMPTS)
         # Nothing new is asked for where the prompt alone is to be told.
         max_tokens: _integer(0, config.max_tokens) = None
         echo: bool | None = None
@@ -272,9 +257,7 @@ def request_model(config: ServerConfig, *, chat: bool) -> type[BaseModel]:
 
     class Chat(Shared, strict=True):
         # A template may go over all messages for each of them.
-        messages: Annotated[
-            list[Message], Field(fail_fast=True, min_length=1, max_length=config.max_length)
-        ]
+        messages: _list(Message, min_length=1, max_length=config.max_length)
         max_tokens: _integer(1, config.max_tokens) = None
         max_completion_tokens: _integer(1, config.max_tokens) = None
         logprobs: bool | None = None
@@ -295,7 +278,7 @@ def parse(body: Any, config: ServerConfig, *, chat: bool) -> CompletionRequest:
     try:
         asked: Any = model.model_validate(_of_use(body, model))
     except pydantic.ValidationError as error:
-        raise refusal(error) from None
+        raise _refusal(error) from None
     shown, longest = asked.logprobs, asked.max_tokens
     if chat:
         prompts: Sequence[Any] = [[message.as_turn() for message in asked.messages]]
@@ -372,23 +355,16 @@ def _sampling(asked: Any) -> SamplingFields:
     if allowed is not None and structure is not None:
         # They may have no token in common.
         raise BadRequestError("allowed_token_ids do not go with a structure", "allowed_token_ids")
-    return SamplingFields(
-        temperature=_given(asked.temperature, 1.0),
-        top_p=_given(asked.top_p, 1.0),
-        top_k=max(asked.top_k or 0, 0),  # -1 keeps all, as 0 does
-        min_p=asked.min_p or 0.0,
-        repetition_penalty=_given(asked.repetition_penalty, 1.0),
-        presence_penalty=asked.presence_penalty or 0.0,
-        frequency_penalty=asked.frequency_penalty or 0.0,
-        seed=None if asked.seed in (None, -1) else asked.seed % 2**32,
+    given = {field.name: getattr(asked, field.name, None) for field in _FIELDS} | {
+        "top_k": max(asked.top_k or 0, 0),  # -1 keeps all, as 0 does
+        "seed": None if asked.seed in (None, -1) else asked.seed % 2**32,
         # In one order, however they were written.
-        logit_bias=tuple(sorted((int(token), value) for token, value in biases.items())),
-        allowed_token_ids=None if allowed is None else tuple(sorted(set(allowed))),
-        min_tokens=asked.min_tokens or 0,
-        stop_token_ids=tuple(sorted(set(asked.stop_token_ids or ()))),
-        ignore_eos=bool(asked.ignore_eos),
-        structure=structure,
-    )
+        "logit_bias": tuple(sorted((int(token), value) for token, value in biases.items())),
+        "allowed_token_ids": None if allowed is None else tuple(sorted(set(allowed))),
+        "stop_token_ids": tuple(sorted(set(asked.stop_token_ids or ()))),
+        "structure": structure,
+    }
+    return SamplingFields(**{name: value for name, value in given.items() if value is not None})
 
 
 def _structure(asked: Any) -> tuple[str, str] | None:
@@ -421,7 +397,7 @@ def _structure(asked: Any) -> tuple[str, str] | None:
         raise BadRequestError("the schema is nested too deeply", "response_format") from None
 
 
-def refusal(error: pydantic.ValidationError) -> BadRequestError:
+def _refusal(error: pydantic.ValidationError) -> BadRequestError:
     """One line about the first field that is wrong: what is expected of each kind of value."""
     wrong = error.errors(include_url=False, include_context=False, include_input=False)
     name = str(wrong[0]["loc"][0])

@@ -75,10 +75,11 @@ def test_texts_become_tokens_and_tokens_texts(client):
     assert client.post("/tokenize", json=text).json() == told
     assert client.post("/detokenize", json={"tokens": [64, 65]}).json() == {"prompt": "ab"}
     for path, body, message in (
-        ("/tokenize", {}, "prompt, messages: expected one of them"),
+        ("/tokenize", {}, "prompt: field required"),
         ("/tokenize", {"prompt": "a", "promt": "b"}, "promt"),
         ("/tokenize", {"messages": [{"role": "user"}]}, "no chat template"),
         ("/detokenize", {"tokens": [999]}, "tokens: there is no token 999"),
+        ("/detokenize", {"tokens": "a"}, "tokens: expected a list of ids"),
         ("/detokenize", [], "must be a JSON object"),
     ):
         answer = client.post(path, json=body)

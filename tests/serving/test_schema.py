@@ -155,7 +155,7 @@ def test_a_structure_is_one_value_however_it_is_asked_for():
         {"response_format": {"type": "json_schema", "json_schema": {"schema": object_}}},
         {"structured_outputs": {"json": object_}},
         {"structured_outputs": {"json": json.dumps(object_)}},
-        {"structured_outputs": {"json_object": True, "disable_any_whitespace": True}},
+        {"structured_outputs": {"json_object": True}},
     ]
     bodies = [{"prompt": "a"} | more for more in same]
     fields = {schema.parse(body, LIMITS, chat=False).sampling for body in bodies}
