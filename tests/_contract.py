@@ -647,7 +647,7 @@ ELSEWHERE = {
         ops.Static losses.Blocks losses.Head losses.Readout
         losses.GraphStatistics losses.LogProbs distillation.GraphConfig
         few_shot.FeatureIdentity heads.HeadCost heads.Assignment
-        vq.ConvertConfig vq.Pages vq.Screen vq.Shortlist vq.Tuning distillation.LayerPruning
+        vq.ConvertConfig vq.Screen vq.Tuning distillation.LayerPruning
         distillation.Objective
         distillation.Reading distillation.Course distillation.Distilled
         distillation.Trained distillation.Student distillation.Scorer distillation.Corpus
@@ -661,7 +661,7 @@ ELSEWHERE = {
         models.DecoderConfig models.Family models.Lora vision.CLIPConfig data.Examples
         data.ImageViews data.PackedDataset data.PackedSplits data.TokenizerLike
         evaluation.PromptTemplate storage.ArrayCodec transport.Refinement
-        leakage.Audit
+        leakage.Audit leakage.Choice leakage.Ledger
         leakage.LogitPolicy""",
     "tests/distillation/test_cross_tokenizer.py": """
         distillation.Chunks distillation.ChunkScores
@@ -674,7 +674,7 @@ ELSEWHERE = {
         ops.neginf_to_zero""",
     "modules, whose arrays go through the functions above": """
         heads.LinearHead heads.TiedHead heads.VocabularyHead
-        heads.torch_linear vq.VQHead vq.ProductHead vq.ScreenedHead vq.ShortlistHead
+        heads.torch_linear vq.VQHead vq.ProductHead vq.ScreenedHead
         distillation.DualHead models.Decoder vision.CLIP vision.ImageClassifier""",
     "functions of functions, models, texts or files": """
         distillation.aligned_value_and_grad
@@ -687,7 +687,7 @@ ELSEWHERE = {
         distillation.train_student distillation.update_programs
         distillation.TeacherCache unlearning.make_answer_loss
         unlearning.Unlearning unlearning.examine
-        unlearning.relearning
+        unlearning.judge unlearning.relearning
  unlearning.share_interval unlearning.split_rows
         serving.Key serving.Listening serving.ServerConfig serving.build_app
         vq.HiddenCache vq.load_head
