@@ -24,9 +24,10 @@ from logitjax.commands import figures
 _LEVELS = (98.0, 95.0, 90.0, 75.0, 50.0)
 _NOTES = (
     "Forget probability: the median over rows to forget; the goal is that of answers which nobody "
-    "taught. Kept: on rows that nothing was trained on or chosen by, with the 95 % interval of "
-    "rows drawn again (first seed). A method that is not feasible is shown where it keeps most at "
-    "the goal: the rule would write nothing. Least kept: the least of the shares, perplexity by "
+    "taught. Kept: on rows that nothing was trained on or chosen by, with the 95 % interval of the "
+    "mean over seeds for rows drawn again. A method that is not feasible is shown where it keeps "
+    "most at the goal: the rule would write nothing. Least kept: the least of the shares, "
+    "perplexity by "
     "its inverse."
 )
 _ATTACKS = (
@@ -138,7 +139,8 @@ def method_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
             known = [s[share] for s in shares if share in s]
             row[f"{share} kept %"] = mean_and_spread(known)
         _, low, high = unlearning.share_interval(
-            records[0]["examined"]["probabilities"]["test"], before["probabilities"]["test"]
+            np.mean([r["examined"]["probabilities"]["test"] for r in records], 0),
+            before["probabilities"]["test"],
         )
         row["95 %"] = f"{100 * low:.1f} to {100 * high:.1f}"
         if "topics" in records[0]:
