@@ -52,6 +52,8 @@ class Contrast(_Strict):
         sign: -1 where the claim says that the number is small.
         scale: The number is given in this many parts: 100 for points.
         delta: The least effect that counts, fixed before the run.
+        overlap: What samples that share pictures add to 1 / seeds in the variance: test pictures
+            by learned ones (Nadeau and Bengio, 2003).
     """
 
     name: str
@@ -63,6 +65,7 @@ class Contrast(_Strict):
     sign: Literal[1, -1] = 1
     scale: float = 1.0
     delta: float
+    overlap: float = 0.0
 
 
 class Setting(_Strict):

@@ -104,7 +104,7 @@ def estimate(
         )
     elif contrast.second:
         first = first - values(contrast.second, contrast.pick[1], contrast.metric)
-    return statistics.crossed(contrast.sign * contrast.scale * first)
+    return statistics.crossed(contrast.sign * contrast.scale * first, overlap=contrast.overlap)
 
 
 def words(claim: Claim, estimates: Sequence[statistics.Estimate]) -> list[str]:

@@ -17,7 +17,8 @@ common beginning of prompts is read once. After SIGTERM running answers may go o
 
 The flags of the policy set what reported log-probabilities give away: `--top_logprobs`,
 `--sampled`, `--bias` (none, sampling, reported), `--decimals`, `--noise`, `--floor`, `--soft_cap`.
-A chosen token's own value is reported if it is among the top ones, or with `--sampled`. See
+A chosen token's own value is reported if it is among the top ones, or with `--sampled`. What tokens
+are chosen tells the same logits, unless `--choices` is `plain` or `metered`. See
 docs/leakage.md for what each flag is worth, and `logitjax audit` to measure it.
 """
 
@@ -80,6 +81,7 @@ def run(config: Config) -> None:
         open(server.audit_log, "a").close()
     ensemble, tokenizer, ends = config.line_up.load()
     logging.set_verbosity(logging.INFO)
+    logging.warning("%s", server.notice)
     app = serving.build_app(ensemble, tokenizer, ends, server)
     config.listening.serve(app)
 

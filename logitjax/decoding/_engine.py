@@ -108,6 +108,8 @@ class Engine:
         self.speculation = speculation
         self._room = max_length
         if speculation is not None:
+            if options is not None and options.draw_keys is not None:
+                raise ValueError("draw_keys: expected None with speculation, got a function")
             self._drafter = find_drafter(self.plan, speculation.draft)
             self._draft_params = self._drafter.params(self.params)
             # A rejected draft has overwritten what a ring without slack would still need.

@@ -46,6 +46,8 @@ class DecodeOptions:
         processors: functions ``(logits [rows, vocab], state) -> logits`` applied after the bias and
             before the penalty; ``state.extra`` holds what each slot was given for them.
         remember: ``(extra, tokens [rows], where [rows]) -> extra`` takes note of chosen tokens.
+        draw_keys: ``extra -> keys [rows]`` of the next draws; None for each row's seed, folded with
+            the number of tokens that it has drawn.
         mesh: devices to work on; rows of the state over the axes of a batch, key heads of the cache
             over its axis ``tensor``, where those exist and divide.
     """
@@ -62,6 +64,7 @@ class DecodeOptions:
     served: Callable[..., Any] | None = None
     processors: tuple[Callable[..., Any], ...] = ()
     remember: Callable[..., Any] | None = None
+    draw_keys: Callable[..., Any] | None = None
     mesh: jax.sharding.Mesh | None = None
 
     def __post_init__(self) -> None:
@@ -159,7 +162,8 @@ def emit(
     moved = moved_logits(options, state, fused)
     adjusted = moved["adjusted"]
     if choose is None:
-        chosen = sample(adjusted, state.sampling, state.count)
+        keys = None if options.draw_keys is None else options.draw_keys(state.extra)
+        chosen = sample(adjusted, state.sampling, state.count, keys)
     else:
         chosen = choose(adjusted, state)
     token = jnp.where(state.active, chosen, options.pad_id)

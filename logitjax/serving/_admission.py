@@ -90,6 +90,7 @@ def read_request(
 ) -> tuple[CompletionRequest, list[tuple[Job, Sequence[int]]]]:
     """What is asked, and its jobs. Takes its time: called off the event loop."""
     asked = schema.parse(parse_json(body), service.config, chat=chat)
+    asked = service.disclosure.admit(asked, service.vocab_size)
     return asked, _make_jobs(service, asked, key, loop)
 
 
@@ -116,7 +117,7 @@ def _make_jobs(
         shared = Prompt(salt=key.name, report=asked.echo and asked.logprobs is not None)
         for copy in range(asked.n):
             seed = secrets.randbits(32) if asked.seed is None else asked.seed
-            seed = service.disclosure.seed((seed + number * asked.n + copy) % 2**32)
+            seed = (seed + number * asked.n + copy) % 2**32
             sampling = Sampling(
                 temperature=asked.temperature,
                 top_k=asked.top_k,
@@ -125,7 +126,7 @@ def _make_jobs(
                 repetition_penalty=asked.repetition_penalty,
                 presence_penalty=asked.presence_penalty,
                 frequency_penalty=asked.frequency_penalty,
-                seed=seed,
+                seed=service.disclosure.seed(seed),
             )
             request = Request(
                 prompt=tokens,
@@ -133,7 +134,7 @@ def _make_jobs(
                 sampling=sampling,
                 stop_ids=service.end_ids,
                 logit_bias=asked.logit_bias or None,
-                extra=service.disclosure.extra(tokens),
+                extra=service.disclosure.extra(tokens, asked, seed),
             )
             copied = None if follower is None else follower.copy()
             jobs.append((Job(request, shared, loop, copied), tokens))

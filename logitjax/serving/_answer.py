@@ -1,5 +1,6 @@
 """One choice of an answer, as its tokens come, and the forms that OpenAI's API gives it."""
 
+import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -7,6 +8,7 @@ from typing import Any
 
 from logitjax.decoding import TextStream
 from logitjax.serving._errors import ApiError
+from logitjax.serving._meter import Meter
 from logitjax.serving._scheduler import Job, Token
 from logitjax.serving._schema import CompletionRequest
 from logitjax.serving._service import Service
@@ -38,6 +40,10 @@ class Answer:
         self._stream = TextStream(service.tokenizer, asked.stop, context)
         self._offset = 0
         self._begun = time.monotonic()
+        self.meter: Meter | None = None
+        if math.isfinite(service.config.nats):
+            ledger, disclosure = service.accounts.ledger, service.disclosure
+            self.meter = Meter(ledger, disclosure, asked, job.request, service.vocab_size)
 
     async def pieces(self) -> AsyncIterator[tuple[str, list[Token], str | None]]:
         """Text that has become certain, the tokens that came with it, the reason in the last."""
@@ -66,6 +72,10 @@ class Answer:
                 self.job.cancelled = not item.last
             elif item.last:
                 self.finish = "stop" if item.stopped else "length"
+                text += self._stream.finish()
+            elif self.meter is not None and not self.meter.goes_on(item.id):
+                # Its end tells only which tokens were shown: prices depend on nothing else.
+                self.finish, self.job.cancelled = "length", True
                 text += self._stream.finish()
             self.text += text
             yield text, [item], self.finish

@@ -38,7 +38,9 @@ def build_app(
 
     The decoding engine starts and ends with the application. The tokens `end_ids` end an answer.
     """
-    disclosure = Disclosure(config.policy, config.policy_seed)
+    disclosure = Disclosure(
+        config.policy, config.policy_seed, choices=config.choices, schemas=config.schemas
+    )
     scheduler = Scheduler(model, disclosure, end_ids, config)
     metrics = Metrics(lambda: scheduler.load)
     service = Service(
@@ -50,7 +52,7 @@ def build_app(
         config=config,
         disclosure=disclosure,
         metrics=metrics,
-        accounts=Accounts(config.keys, config.audit_log),
+        accounts=Accounts(config.keys, config.audit_log, config.nats),
         readers=ThreadPoolExecutor(2, "reader"),
         formats=Formats(tokenizer, model.plan.vocab_size, end_ids),
         most_characters=config.max_length * longest_token(tokenizer),

@@ -1,6 +1,7 @@
 """The two endpoints that decode, whole or as a stream."""
 
 import asyncio
+import collections
 import functools
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -32,13 +33,22 @@ def completions(service: Service, *, chat: bool) -> Any:
                 functools.partial(read_request, service, body, key, loop, chat=chat),
             )
             prompt_tokens = sum(len(prompt) for _, prompt in jobs[:: asked.n])
-            reserved = service.accounts.reserve(
-                key, queries=len(jobs), tokens=prompt_tokens + len(jobs) * asked.max_tokens
-            )
             answers = [Answer(service, asked, job, i, p) for i, (job, p) in enumerate(jobs)]
+            meters = [answer.meter for answer in answers if answer.meter is not None]
+            reserved = service.accounts.reserve(
+                key,
+                queries=len(jobs),
+                tokens=prompt_tokens + len(jobs) * asked.max_tokens,
+                nats=sum(meter.most for meter in meters),
+            )
             try:
                 service.scheduler.submit([job for job, _ in jobs])
+                # After it, so that an overload costs no nats; nothing is shown in between.
+                for meter in meters:
+                    meter.begin()
             except ApiError:
+                for job, _ in jobs:
+                    job.cancelled = True
                 service.accounts.settle(reserved, tokens=0, record=None)
                 raise
         except ApiError as error:
@@ -60,7 +70,10 @@ def completions(service: Service, *, chat: bool) -> Any:
                 "biased": len(asked.logit_bias),
             }
             new = sum(len(answer.tokens) for answer in answers)
-            service.accounts.settle(reserved, tokens=prompt_tokens + new, record=record)
+            nats = sum((meter.told for meter in meters), collections.Counter())
+            service.metrics.told_nats.inc(nats.total())
+            used = prompt_tokens + new
+            service.accounts.settle(reserved, tokens=used, record=record, told=nats)
 
         if asked.stream:
             return _Events(_stream(service, asked, answers), done)

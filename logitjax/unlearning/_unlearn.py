@@ -278,15 +278,20 @@ class Unlearning:
             key, layout = jax.random.key(config.seed), self.model.layout
             weights = Lora.init(self._adapted, config.lora_rank, key=key, layout=layout)
         step = training.TrainStep(update.loss_fn, tx, mesh=mesh, schedule=schedule)
-        state = training.TrainState.create(
-            method.start(weights), tx, mesh=mesh, rules=DECODER_RULES, seed=config.seed
+        state: Any = functools.partial(
+            training.TrainState.create,
+            method.start(weights),
+            tx,
+            mesh=mesh,
+            rules=DECODER_RULES,
+            seed=config.seed,
         )
         # How it is attacked afterwards changes nothing here.
         identity = repr(dataclasses.replace(config, thorough=False))
         folder, candidates = self.directory / "train", []
         looks = [*range(config.check_every, config.steps, config.check_every), config.steps]
         # For resuming alone: candidates are kept elsewhere.
-        with training.Checkpointer(folder / "checkpoints", max_to_keep=1) as checkpointer:
+        with training.Checkpointer(folder / "checkpoints") as checkpointer:
             for at in looks:
                 name = f"candidates/step-{at}"
                 if not (self.directory / f"{name}.json").exists():

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from logitjax import losses, ops
 from logitjax.losses import Blocks, Head, sweep
-from logitjax.losses.sweep import _bins, _pallas, _triton
+from logitjax.losses.sweep import _bins, _pallas, _tiles, _triton
 from tests._marks import EVERY_CHANGE
 
 HIDDEN = 16
@@ -166,8 +166,8 @@ RACED = ("cross_entropy", "kl", "sparse_kl")
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(_pallas, "_ROWS", (32,))
-    monkeypatch.setattr(_pallas, "_COLUMNS", (128,))
+    monkeypatch.setattr(_tiles, "_ROWS", (32,))
+    monkeypatch.setattr(_tiles, "_COLUMNS", (128,))
 
 
 # On a GPU all is of a tile; the sums over tiles are what is its own.
@@ -387,7 +387,7 @@ def test_what_no_kernel_can_do_is_refused():
     with pytest.raises(ValueError, match=refusal):
         sweep.run(Sorted(), x, w, teacher=(x, w), blocks=Blocks(engine="pallas"))
     with pytest.raises(ValueError, match=r"blocks\.engine: .* too wide for a tile, got 'pallas'"):
-        _pallas.choose_tiles(4096, 1000, lambda rows, columns: rows * 1_000_000, [(128, 128)])
+        _tiles.choose_tiles(4096, 1000, lambda rows, columns: rows * 1_000_000, [(128, 128)])
 
 
 def _abstract(kind, platform, cores):

@@ -67,7 +67,7 @@ class Reading:
     on_error: Literal["raise", "skip"] = "raise"
     top_k: int = 64
     tail_samples: int = 0
-    batch_size: int = 4
+    batch_size: int = storage.option(4, execution=True)
     dtype: Literal["float32", "bfloat16"] = "float32"
     layout: Literal["stacked", "listed"] = "listed"
     api_key: str | None = storage.option(None, secret=True)
@@ -178,6 +178,7 @@ class Reading:
             name: _caches(self, packed, rows, directory, known or {}, name=name) for name in soonest
         }
         sources = {}
+        # In the order of the user, which weights and batches follow.
         for name in named:
             columns = packed.names[name]
             vocabularies = _vocabularies(self, packed, columns, directory)
@@ -235,6 +236,7 @@ class Corpus:
             rows: Training rows that are looked at.
         """
         ours, out = self.packed.names["pivot"], []
+        # From the split that is trained on, since a share of labels is what the losses will see.
         split = self.packed.splits["train"]
         batch = split.rows(np.arange(min(rows, len(split))))
         wanted = batch[ours]["loss_mask"][:, 1:].sum()
@@ -285,11 +287,13 @@ class Corpus:
         )
         for held in batches:
             batch = self.batch(split, held, taught=False)
+            # A padded vocabulary has ids beyond the tokenizer; none of them is a label that counts.
             labels = np.minimum(batch["pivot"]["tokens"][:, 1:], len(self._label_bytes) - 1)
             batch["bytes"] = self._label_bytes[labels].astype(np.int32)
             if first is not None and first.columns == self.packed.names["pivot"]:
                 statistics = first.view(split, held).statistics
                 assert statistics is not None
+                # Scores use no draws: with the mass of the rest as one bucket they have no noise.
                 batch["teacher"] = dataclasses.replace(statistics, tail=None)
             yield batch
 

@@ -70,6 +70,7 @@ def model_reader(
         tokenizer=tokenizer.fingerprint,
         vocab_size=decoder.config.vocab_size,
         read=lambda columns, rows: jax.device_get(read(params, columns, rows)),
+        # Of the weights, since a path may hold another model tomorrow.
         weights=weights_digest(params),
         head=jax.device_get(decoder.head_of()) if hidden else None,
         kept=(k, tail_samples),
@@ -126,6 +127,7 @@ def head_record(
 
         def draw(row: Any) -> losses.TailSample:
             here, taken, number = row
+            # By the number of the row: batches of another size or order draw the same.
             key = jax.random.fold_in(jax.random.key(0), number)
             return losses.TailSample.draw(key, head.logits(here), taken, tail_samples)
 
@@ -173,6 +175,7 @@ def server_reader(
         record = {
             "values": np.zeros((*shape, k), np.float32),
             "indices": np.broadcast_to(np.arange(k, dtype=np.int32), (*shape, k)).copy(),
+            # One array stands for both: nobody writes into it.
             **dict.fromkeys(("log_z", "mean"), np.zeros(shape, np.float32)),
             "std": np.ones(shape, np.float32),
         }
@@ -201,6 +204,7 @@ def packed_documents(segments: np.ndarray, wanted: np.ndarray) -> list[tuple[int
     found: dict[tuple[int, int], int] = {}
     for row, place in wanted.tolist():
         start = int(np.argmax(segments[row] == segments[row, place]))
+        # A target at `place` is token `place + 1`, which the stop has to lie behind.
         found[row, start] = max(found.get((row, start), 0), place + 2)
     return [(row, start, stop) for (row, start), stop in found.items()]
 
@@ -283,6 +287,7 @@ def cache_teacher(
     for split, cache in caches.items():
         cache.check(**expected[split])
     complete = [s for s in rows if s in caches and not len(caches[s].missing(rows[s]))]
+    # Processes see a shared disk at different times, but have to agree on who reads.
     complete = processes.broadcast_from_first(lambda: complete)
     lacking = [split for split in rows if split not in complete]
     if lacking:
@@ -297,6 +302,7 @@ def cache_teacher(
             weights=caches[split].identity.weights if split in caches else ready().weights,
         )
 
+        # Bound now, since the loop moves on before the last chunk is read.
         def compute(chunk: np.ndarray, dataset: Any = dataset) -> Any:
             return ready().read(dataset.rows(chunk)[columns], chunk)
 
@@ -309,6 +315,7 @@ def cache_teacher(
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
+        # Each process has written a share; the cache is whole when all are done.
         processes.barrier(f"read {path}")
         caches[split] = TeacherCache(path)
     return {split: caches[split] for split in rows}

@@ -133,6 +133,11 @@ def column_block(sweep: Sweep, operands: Operands, index) -> Columns:
     if operands.vocab_where is not None:
         valid &= lax.dynamic_slice_in_dim(operands.vocab_where, start, sweep.block)
     heads = tuple(head_block(side, start, sweep.block) for side in operands.sides)
+    if sweep.on_accelerator:
+        # Cut out once: inside of each product it costs a fifth of that product's time.
+        kernels = lax.optimization_barrier([head.kernel for head in heads])
+        pairs = zip(heads, kernels, strict=True)
+        heads = tuple(dataclasses.replace(head, kernel=kernel) for head, kernel in pairs)
     return Columns(start, columns, first, valid, heads)
 
 
@@ -367,6 +372,9 @@ def head_and_hidden_gradient(sweep: Sweep, operands: Operands, head: Head, raw, 
         # Written once: it would be formed anew inside of each product, at half their speed.
         cast = lax.optimization_barrier(cast)
     d_hidden = d_hidden + contract(cast, (raw.ndim - 1,), head.kernel, (head.axis,))
+    if sweep.on_accelerator:
+        # This sum first: at the same time as the head's it takes half as long again on a v5p.
+        d_hidden, cast = lax.optimization_barrier((d_hidden, cast))
     hidden = operands.student.hidden.astype(head.kernel.dtype)
     bias = None if head.bias is None else raw.sum(tuple(range(raw.ndim - 1)))
     kernel = kernel_gradient(head, hidden, cast)

@@ -22,13 +22,7 @@ class KLStatistic(Statistic):
 
     reverse: bool = False
 
-    @property
-    def in_tiles(self) -> bool:
-        return True
-
-    @property
-    def gradient_in_tiles(self) -> bool:
-        return True
+    in_tiles = gradient_in_tiles = True
 
     def start(self, batch: tuple[int, ...], dtype: Any, passed: Any) -> Any:
         return OnlineSums.start(batch, dtype, terms=2), OnlineSums.start(batch, dtype)
@@ -108,13 +102,7 @@ class TeacherReading(NamedTuple):
 class TeacherStatistic(Statistic):
     """The `TeacherReading` of `tokens["labels"]`."""
 
-    @property
-    def in_tiles(self) -> bool:
-        return True
-
-    @property
-    def gradient_in_tiles(self) -> bool:
-        return True
+    in_tiles = gradient_in_tiles = True
 
     def start(self, batch: tuple[int, ...], dtype: Any, passed: Any) -> Any:
         return OnlineSums.start(batch, dtype, terms=1), jnp.zeros(batch, dtype)

@@ -25,13 +25,7 @@ class NormalisedStatistic(Statistic):
     passes: ClassVar[int] = 2
     known: bool = False
 
-    @property
-    def in_tiles(self) -> bool:
-        return True
-
-    @property
-    def gradient_in_tiles(self) -> bool:
-        return True
+    in_tiles = gradient_in_tiles = True
 
     def terms(self, log_q: jax.Array, log_p: jax.Array) -> tuple[jax.Array, jax.Array]:
         raise NotImplementedError

@@ -90,14 +90,8 @@ class ReadoutStatistic(Statistic):
     mean: bool = False
     moments: bool = False
 
-    @property
-    def in_tiles(self) -> bool:
-        # Ids are found by comparison, the k largest by bins.
-        return True
-
-    @property
-    def gradient_in_tiles(self) -> bool:
-        return True
+    # Ids are found by comparison, the k largest by bins.
+    in_tiles = gradient_in_tiles = True
 
     def start(self, batch: tuple[int, ...], dtype: Any, passed: Any) -> _State:
         def zeros(*shape):

@@ -33,11 +33,11 @@ class Several(Statistic):
                 raise ValueError(f"statistics: expected one pass each, got {name}")
 
     @property
-    def in_tiles(self) -> bool:
+    def in_tiles(self) -> bool:  # type: ignore[override]
         return all(statistic.in_tiles for statistic in self.statistics)
 
     @property
-    def gradient_in_tiles(self) -> bool:
+    def gradient_in_tiles(self) -> bool:  # type: ignore[override]
         return all(statistic.gradient_in_tiles for statistic in self.statistics)
 
     def reads_teacher(self, number: int) -> bool:
@@ -89,11 +89,11 @@ class _Wrapped(Statistic):
         return self.statistic.passes
 
     @property
-    def in_tiles(self) -> bool:
+    def in_tiles(self) -> bool:  # type: ignore[override]
         return self.statistic.in_tiles
 
     @property
-    def gradient_in_tiles(self) -> bool:
+    def gradient_in_tiles(self) -> bool:  # type: ignore[override]
         return self.statistic.gradient_in_tiles
 
     def reads_teacher(self, number: int) -> bool:

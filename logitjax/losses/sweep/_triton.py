@@ -15,7 +15,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from logitjax.losses.sweep._engine import Operands, Sweep, contract, finished_logits, sum_dtype
 from logitjax.losses.sweep._ids import NOWHERE
-from logitjax.losses.sweep._pallas import Packed, cost, make_inputs, shape_of
+from logitjax.losses.sweep._kernel_inputs import Packed, cost, make_inputs, shape_of
 from logitjax.losses.sweep._statistic import LogitBlock
 
 # Tiles of 128 by 128 whose products read 64 of the hidden axis at a time fit the shared memory of
