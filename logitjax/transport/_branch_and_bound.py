@@ -95,8 +95,8 @@ def branch_and_bound(
     if (upper > 0) and not 1e-300 < np.ldexp(upper, 2 * exponent) < 1e300:
         raise ValueError(f"c: expected entries whose squares float64 holds, got 2^{exponent}")
     plan = Coupling(np.arange(n), search.matching, np.full(n, 1 / n))
-    bounds = (np.float64(np.ldexp(value, 2 * exponent)) for value in (lower, upper))
-    return Certificate(*bounds, plan, np.ones(2), np.zeros(0))
+    bounds = (np.asarray(np.ldexp(value, 2 * exponent)) for value in (lower, upper))
+    return Certificate(*bounds, plan, np.ones(2), np.zeros(0), np.zeros(0), np.zeros(0, bool))
 
 
 def _indefinite(x: np.ndarray, y: np.ndarray) -> float:
@@ -248,9 +248,10 @@ class _Search:
         for start in starts:
             self._judge(start)
             plan = (np.eye(n)[start] + 1 / n) / 2
-            options: Any = {"maximize": True, "P0": plan}
+            common: Any = {"maximize": True, "rng": rng}
+            options = common | {"P0": plan}
             found = optimize.quadratic_assignment(self.x, self.y, options=options).col_ind
-            options = {"maximize": True, "partial_guess": np.stack([np.arange(n), found], 1)}
+            options = common | {"partial_guess": np.stack([np.arange(n), found], 1)}
             found = optimize.quadratic_assignment(self.x, self.y, method="2opt", options=options)
             self._judge(found.col_ind)
 

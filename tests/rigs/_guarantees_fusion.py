@@ -176,7 +176,8 @@ class Path64(NamedTuple):
                     gaps[:, np.searchsorted(points, x)] for x in (starts, starts + width)
                 )
                 bound = np.square(np.maximum(np.maximum(left, -right), 0)).sum(0)
-                open_cells = starts[bound <= best]
+                # In float64 neighbours may not grow.
+                open_cells = starts[bound <= best * (1 + 1e-9)]
                 width //= 10
                 starts = (open_cells[:, None] + width * np.arange(10)).reshape(-1)
             answers.append((place * (_HIGH / _POINTS), best))
