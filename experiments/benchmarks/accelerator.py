@@ -2,17 +2,18 @@
 
 Cross-entropy and KL with their gradients in bfloat16, at 4096 x 1024 x 151,936, 8192 x 4096 x
 131,072 and 32768 x 4096 x 128,256 (positions, hidden, vocabulary): dense, chunks of 1,024 positions
-under ``jax.checkpoint``, Liger's chunks, tokamax's chunked form and its kernels where it is
-installed (``pip install tokamax``), and ours by default, with the engine ``rows``, unreduced, and
-by kernels; then ours over a mesh of 2 x 2, whose collectives are counted. Nothing runs: a TPU's
-compiler, which the extra ``plan`` brings on Python 3.12 or newer, says what a program would hold
-and take. The smoke scale compiles for the CPU.
+under ``jax.checkpoint``, Liger's chunks, tokamax's chunked form, its kernels and levanter's where
+they are installed (``pip install tokamax marin-levanter``), and ours by default, with the engine
+``rows``, unreduced, and by kernels; then ours over a mesh of 2 x 2, whose collectives are counted.
+Nothing runs: a TPU's compiler, which the extra ``plan`` brings on Python 3.12 or newer, says what a
+program would hold and take. The smoke scale compiles for the CPU.
 
 ``--only=v5p,kl,small`` compiles for one chip, one loss, one shape: names of `CHIPS`, `KINDS` and
 `SHAPES`, ``mesh`` and ``padded``. ``--only=axes`` counts, on eight CPU devices, how often heads are
 gathered on the meshes of other trainers (`MESHES`). With ``models`` the heads of models are
 compiled instead, into a file a chip, ``kernels/v5p.json``, with the tiles of the kernels and what
-was refused. Columns: F is the work of one product of positions, hidden and vocabulary; the
+was refused; `tiles` makes of these files what ``losses/sweep/tiles.json`` has. Columns: F is the
+work of one product of positions, hidden and vocabulary; the
 roofline's time is the longer of all products at the chip's peak and of reading arguments and
 writing results once; cycles are the TPU compiler's own, loops as often as they run, and estimated
 time is these over the chip's clock, where that is known. ``padded`` runs on this machine: losses
@@ -24,10 +25,10 @@ import functools
 import importlib.util
 import itertools
 import math
-import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from experiments.benchmarks import _vocabulary as vocabulary
 from experiments.benchmarks._vocabulary import KINDS, Loss, Shape
 from experiments.plan import chips, costs
-from experiments.shared import suite
+from experiments.shared import records, suite
 from logitjax import losses, processes, training
 from logitjax.commands import figures
 
@@ -51,11 +52,17 @@ SHAPES = {
 SMOKE_SHAPES = {"smoke": (2048, 32, 8192)}
 # Output heads by hidden size and vocabulary, most of which tokamax tunes for; positions.
 MODELS = {
+    "SmolLM2 135M": (576, 49152),
+    "Gemma 3 270M": (640, 262144),
     "Qwen3 0.6B": (1024, 151936),
+    "Gemma 3 1B": (1152, 262144),
+    "SmolLM2 1.7B": (2048, 49152),
+    "Llama 3.2 1B": (2048, 128256),
     "Gemma 3 4B": (2560, 262144),
     "gpt-oss-120b": (2880, 201088),
     "Gemma 3 12B": (3840, 262144),
     "Llama 3.1 8B": (4096, 128256),
+    "Qwen3 8B": (4096, 151936),
     "Qwen3 32B": (5120, 151936),
     "DeepSeek-V3": (7168, 129280),
     "Llama 3.1 405B": (16384, 128256),
@@ -75,6 +82,10 @@ MESHES = {
     "Explicit": ("fsdp tensor", AxisType.Explicit, ("fsdp",), ("fsdp",)),
 }
 _CHUNK = 1024
+# levanter leaves what its kernels may take on chip to a flag: three quarters, or nearly all.
+_VMEM_KIB = {"v5e": "98304", "v6e": "98304", "v5p": "64000", "tpu7x": "64000"}
+_KERNELS = ("ours, pallas", "tokamax, Mosaic", "levanter, Mosaic")
+_PARTS = "parts"
 # Bars of the issue are about this chip.
 _BARS = "v5p"
 
@@ -87,13 +98,33 @@ def _tokamax(form: str, x: Mapping[str, jax.Array]) -> jax.Array:
     )
 
 
-def _cross_compiling() -> Any:
-    """What has tokamax choose its kernel for the mesh's chip, not for this machine."""
-    if not importlib.util.find_spec("tokamax"):
-        return contextlib.nullcontext()
-    import tokamax
+def _levanter(x: Mapping[str, jax.Array]) -> jax.Array:
+    from levanter.kernels.pallas import fused_cross_entropy_loss as levanter
 
-    return tokamax.config.cross_compile(True)
+    (rows, width), vocab = x["hidden"].shape, x["head"].shape[1]
+    kind = jax.devices()[0].device_kind
+    sizes = levanter.infer_block_sizes(
+        rows, width, vocab, dtype=jnp.float32, x_dtype=x["hidden"].dtype, device_kind=kind
+    )
+    return levanter.fused_cross_entropy_loss_and_logsumexp_penalty(
+        x["hidden"], x["labels"], x["head"], block_sizes=sizes, implementation="pallas_tpu"
+    )
+
+
+@contextlib.contextmanager
+def _cross_compiling() -> Iterator[None]:
+    """What has others choose their kernels for the mesh's chip, not for this machine."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    with contextlib.ExitStack() as stack:
+        if importlib.util.find_spec("tokamax"):
+            import tokamax
+
+            stack.enter_context(tokamax.config.cross_compile(True))
+        if device is not None and device.platform == "tpu":
+            # levanter asks for the default device.
+            there = {"default_backend": lambda: "tpu", "devices": lambda *_: [device]}
+            stack.enter_context(mock.patch.multiple(jax, **there))
+        yield
 
 
 @jax.custom_vjp
@@ -141,6 +172,8 @@ def forms(kind: str) -> dict[str, Loss]:
         if importlib.util.find_spec("tokamax"):
             found["tokamax, chunked"] = functools.partial(_tokamax, "chunked_xla")
             found["tokamax, Mosaic"] = functools.partial(_tokamax, "mosaic_tpu")
+        if importlib.util.find_spec("levanter"):
+            found["levanter, Mosaic"] = _levanter
 
     def ours(engine: Any, weighted: bool) -> Loss:
         blocks = losses.Blocks(engine=engine)
@@ -165,7 +198,9 @@ def arguments(shape: Shape, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: placed(name, size) for name, size in vocabulary.sizes(shape).items()}
 
 
-def _compile(loss: Loss, shape: Shape, devices: Sequence[Any], sides: tuple[int, int]) -> Any:
+def _compile(
+    loss: Loss, shape: Shape, devices: Sequence[Any], sides: tuple[int, int], options: Any = None
+) -> Any:
     """The traced and the compiled step on a mesh ``fsdp x tensor``."""
     mesh = Mesh(np.array(devices).reshape(sides), ("fsdp", "tensor"), (AxisType.Auto,) * 2)
     inputs = arguments(shape, mesh)
@@ -173,18 +208,23 @@ def _compile(loss: Loss, shape: Shape, devices: Sequence[Any], sides: tuple[int,
     whole = NamedSharding(mesh, PartitionSpec())
     with jax.set_mesh(mesh), _cross_compiling():
         traced = jax.jit(vocabulary.step(loss), out_shardings=(whole, placed)).trace(inputs)
-        return traced, traced.lower().compile()
+        return traced, traced.lower().compile(options)
 
 
 def _row(name: str, kind: str, shape: Shape, chip: chips.Chip, loss: Loss) -> dict[str, Any]:
     row: dict[str, Any] = {"chip": chip.name, "loss": kind}
     row |= {"T": shape[0], "H": shape[1], "V": shape[2], "form": name}
     try:
-        traced, compiled = _compile(loss, shape, chips.devices_of(chip)[:1], (1, 1))
+        devices, options = chips.devices_of(chip)[:1], None
+        if name == "levanter, Mosaic":
+            options = {"xla_tpu_scoped_vmem_limit_kib": _VMEM_KIB[chip.name]}
+        traced, compiled = _compile(loss, shape, devices, (1, 1), options)
     except Exception as error:
         # What a chip cannot hold is a row of the table, and what no kernel can do.
-        if name in ("ours, pallas", "tokamax, Mosaic"):
-            return row | {"refused": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+        if name in _KERNELS:
+            size = re.search(r"Scoped allocation with size .*? limit [\d.]+\w", str(error))
+            reason = size[0] if size else str(error).splitlines()[0][:200]
+            return row | {"refused": f"{type(error).__name__}: {reason}"}
         if not isinstance(error, jax.errors.JaxRuntimeError):
             raise
         refused, wanted = costs.out_of_memory(error)
@@ -207,6 +247,16 @@ def _row(name: str, kind: str, shape: Shape, chip: chips.Chip, loss: Loss) -> di
     return row
 
 
+def _kept(options: suite.Options, *given: Any) -> dict[str, Any]:
+    """A `_row`: hours of work, so what is compiled is kept, and a run that was killed goes on."""
+    name, kind, shape, chip, _ = given
+    what = "-".join(map(str, (chip.name, kind, *shape, name)))
+    path = epath.Path(options.directory) / _PARTS / f"{what}.json"
+    row = records.kept(path, functools.partial(_row, *given))
+    logging.info("%s: done", what)
+    return row
+
+
 def _compare(rows: list[dict[str, Any]]) -> None:
     """Each form beside dense, the rows of one chip, loss and shape."""
     dense = next(row for row in rows if row["form"] == "dense")
@@ -216,18 +266,34 @@ def _compare(rows: list[dict[str, Any]]) -> None:
                 row[share] = row[name] / dense[name]
 
 
-def _models(chip: chips.Chip, kinds: Sequence[str], path: pathlib.Path) -> list[dict[str, Any]]:
-    """Heads of models by `scan` and by kernels, with the tiles of these, written as they come."""
+def _models(
+    options: suite.Options, chip_name: str, chip: chips.Chip, kinds: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Heads of models by kernels, with their tiles, and by `scan`; written as they come."""
+    path = epath.Path(options.directory) / "kernels" / f"{chip_name}.json"
     rows: list[dict[str, Any]] = []
-    for model, (width, vocab) in MODELS.items():
-        for kind in kinds:
-            for name in ("ours, unreduced", "ours, pallas", "tokamax, Mosaic"):
-                if name in (table := forms(kind)):
-                    shape = (_MODEL_POSITIONS, width, vocab)
-                    rows.append({"model": model} | _row(name, kind, shape, chip, table[name]))
-                    processes.write_json(epath.Path(path), rows)
-                    logging.info("%s, %s, %s, %s: done", chip.name, model, kind, name)
+    device = chips.devices_of(chip)[0].device_kind
+    for name in (*_KERNELS[:2], "ours, unreduced"):
+        for (model, (width, vocab)), kind in itertools.product(MODELS.items(), kinds):
+            if name in (table := forms(kind)):
+                shape = (_MODEL_POSITIONS, width, vocab)
+                row = _kept(options, name, kind, shape, chip, table[name])
+                rows.append({"model": model, "device": device} | row)
+                processes.write_json(path, rows)
     return rows
+
+
+def tiles(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[list[int]]]:
+    """What our kernels look up: the tiles that were compiled, and none where that was refused."""
+    table: dict[str, list[list[int]]] = {}
+    for row in rows:
+        if row["form"] == "ours, pallas":
+            sides = [str(2 * row["H"])] * (2 if row["loss"] == "kl" else 1)
+            sizes = dict(re.findall(r"(\w+) (\d+x\d+)", row.get("tiles", "")))
+            for kernel in ("state", "hidden", "head"):
+                size = [[int(n) for n in sizes[kernel].split("x")]] if kernel in sizes else []
+                table[f"{row['device']}, {kernel}, {' + '.join(sides)}"] = size
+    return dict(sorted(table.items()))
 
 
 def _padded() -> tuple[list[dict[str, Any]], list[suite.Bar]]:
@@ -399,17 +465,15 @@ def run(options: suite.Options) -> suite.Result:
         chip = chips.parse_chip(named[chip_name])
         chips.prepare(chip, "data:1")
         if "models" in parts:
-            path = options.directory / "kernels" / f"{chip_name}.json"
-            rows += _models(chip, kinds, path)
+            rows += _models(options, chip_name, chip, kinds)
             continue
         for size in filter(chosen, shapes):
             for kind in kinds:
                 found = []
                 for name, loss in forms(kind).items():
-                    if chip.kind == "cpu" and name == "tokamax, Mosaic":
+                    if chip.kind == "cpu" and name in _KERNELS and not name.startswith("ours"):
                         continue
-                    found.append(_row(name, kind, shapes[size], chip, loss))
-                    logging.info("%s, %s, %s, %s: done", chip_name, kind, size, name)
+                    found.append(_kept(options, name, kind, shapes[size], chip, loss))
                 _compare(found)
                 rows += found
     bars = _bars(rows)
@@ -423,6 +487,7 @@ def run(options: suite.Options) -> suite.Result:
         found, more = _padded()
         rows += found
         bars += more
+    (epath.Path(options.directory) / _PARTS).rmtree(missing_ok=True)
     return suite.Result(rows=rows, bars=bars, pictures={"accelerator": picture(rows)})
 
 

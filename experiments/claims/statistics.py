@@ -48,11 +48,26 @@ def crossed(values: np.ndarray, *, overlap: float = 0.0) -> Estimate:
         # The share of draws on the other side of zero, and never none of them.
         beyond = min((means <= 0).mean(), (means >= 0).mean())
         p = max(p, min(1.0, 2 * max(beyond, 1 / DRAWS)))
+    return _estimate(value, low, high, p, freedom=max(seeds - 1, 1))
+
+
+def _estimate(value: float, low: float, high: float, p: float, *, freedom: int) -> Estimate:
     # The half-width is what a 95 % quantile makes of the standard error; power adds its own.
-    quantile = stats.t.ppf(1 - (1 - LEVEL) / 2, max(seeds - 1, 1))
-    error = (high - low) / 2 / quantile
-    detectable = error * (quantile + stats.t.ppf(POWER, max(seeds - 1, 1)))
+    quantile = stats.t.ppf(1 - (1 - LEVEL) / 2, freedom)
+    detectable = (high - low) / 2 / quantile * (quantile + stats.t.ppf(POWER, freedom))
     return Estimate(value=value, low=low, high=high, p=float(p), detectable=float(detectable))
+
+
+def spread(first: np.ndarray, second: np.ndarray) -> Estimate:
+    """The logarithm of the ratio of two standard deviations of paired seeds (Pitman, Morgan)."""
+    freedom = len(first) - 2
+    quantile = stats.t.ppf(1 - (1 - LEVEL) / 2, freedom)
+    shared = 1 + 2 * (1 - np.corrcoef(first, second)[0, 1] ** 2) * quantile**2 / freedom
+    value = float(np.log(second.std() / first.std()))
+    half = float(np.log(shared + np.sqrt(shared**2 - 1))) / 2
+    # Equal spreads leave sums and differences uncorrelated.
+    p = stats.pearsonr(second + first, second - first)[1]
+    return _estimate(value, value - half, value + half, p, freedom=freedom)
 
 
 def _student(means: np.ndarray, overlap: float) -> tuple[float, float, float]:

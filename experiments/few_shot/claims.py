@@ -6,9 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from experiments.claims.claim import Setting, digest
-from experiments.claims.record import Record, digits, names_digest
-from experiments.shared.report import environment
+from experiments.claims.claim import Setting
+from experiments.claims.record import Record, make
 
 
 def records(setting: Setting, workdir: pathlib.Path) -> Iterator[Record]:
@@ -24,18 +23,12 @@ def records(setting: Setting, workdir: pathlib.Path) -> Iterator[Record]:
         parts = [run["parts"] or np.array(run["test"])[:, None] for run in runs]
         updates = sum(run["updates"] for run in runs)
         for sample, values in enumerate(np.mean(parts, 0)):
-            yield Record(
-                arm=arm,
-                seed=sample,
-                role="report",
-                setting=digest(setting),
-                environment=environment(),
-                chosen=0,
-                edge=False,
-                trials=1,
+            yield make(
+                setting,
+                arm,
+                sample,
+                {"right": values},
+                units=range(len(values)),
                 updates=updates,
                 examples=updates * config["batch_size"],
-                units=names_digest(range(len(values))),
-                count=len(values),
-                values={"right": digits(values)},
             )

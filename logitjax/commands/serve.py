@@ -40,7 +40,7 @@ class Config:
 
     line_up: LineUp = nested(LineUp())
     served_name: str | None = field(
-        None, "Name of the model in the API. By default that of --model."
+        None, "Name of the model in the API. By default the last part of --model."
     )
     server: serving.ServerConfig = nested(
         serving.ServerConfig(model="", policy=leakage.LogitPolicy(top_k=5), prefix_cache_mb=256),
@@ -72,7 +72,8 @@ def run(config: Config) -> None:
         keys = serving.Key.read(config.api_keys)
     server = dataclasses.replace(
         config.server,
-        model=config.served_name or config.line_up.model,
+        # Its folder, and not where that lies on this machine.
+        model=config.served_name or config.line_up.model.rstrip("/").rpartition("/")[2],
         max_length=_max_length(config),
         keys=keys,
     )

@@ -37,7 +37,8 @@ class DecodeOptions:
         info: report the fusion's ``info`` of every token.
         repetition: keep track of seen tokens and of how often they were generated, which penalties
             need.
-        masks: let requests restrict the next token, see `Engine.allow`.
+        masks: let requests restrict the next token, see `Engine.allow`, and ask for a least number
+            of tokens.
         max_logit_bias: largest number of entries of a slot's logit bias.
         max_stop_ids: largest number of stop tokens of a slot.
         pad_id: what frozen rows emit.
@@ -79,7 +80,8 @@ class DecodeState:
     """All slots: axis 0 of every leaf is the slot, except in the cache and ``lengths``.
 
     ``token`` was emitted but not fed yet. ``lengths [streams, slots]`` are the next positions.
-    ``left`` counts the tokens that may still be emitted, ``count`` those that were.
+    ``left`` counts the tokens that may still be emitted, ``count`` those that were; none of the
+    first ``least`` stops.
     """
 
     cache: Any
@@ -89,6 +91,7 @@ class DecodeState:
     stopped: Any
     left: Any
     count: Any
+    least: Any
     sampling: SamplingRows
     stop_ids: Any
     bias_ids: Any
@@ -226,6 +229,7 @@ def moved_logits(
         # Masks cost a pass over the vocabulary, and most steps have none.
         free = (state.allowed == jnp.uint32(0xFFFFFFFF)).all()
         adjusted = lax.cond(free, lambda x: x, lambda x: allow_only(x, state.allowed), adjusted)
+        adjusted = _unstopped(state, adjusted)
     return {"model": logits, "biased": biased, "adjusted": adjusted}
 
 
@@ -247,6 +251,17 @@ def _biased(state: DecodeState, logits: jax.Array) -> jax.Array:
 
     any_bias = (state.bias_ids < logits.shape[-1]).any()
     return lax.cond(any_bias, biased, lambda: logits)
+
+
+def _unstopped(state: DecodeState, logits: jax.Array) -> jax.Array:
+    early, vocab = state.count < state.least, logits.shape[-1]
+
+    def masked() -> jax.Array:
+        # The table is filled up with -1, which would be the last token.
+        ids = jnp.where(early[:, None] & (state.stop_ids >= 0), state.stop_ids, vocab)
+        return logits.at[jnp.arange(len(logits))[:, None], ids].set(-jnp.inf, mode="drop")
+
+    return lax.cond(early.any(), masked, lambda: logits)
 
 
 def run_steps(

@@ -8,15 +8,14 @@ from collections.abc import Hashable
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from logitjax.ops import Array, checks
+from logitjax.ops import Array
 
 # Steps of temperatures, and of a threshold `T log(min_p)` in nats. Both alone are no grid: 20
 # temperatures and 7 values of min_p make 130 thresholds, a median of .03 nats apart.
 _TEMPERATURE, _THRESHOLD = 0.1, 0.5
-# `top_p` is a mass at a temperature, `top_k` a rank: few of either.
+# `top_p` is a mass at a temperature, `top_k` a rank: few of either, and masses at one temperature.
+# Of two tokens, twenty temperatures and four masses would be thresholds some .1 nats apart.
 _MASSES, _RANKS = (0.5, 0.8, 0.9, 0.95, 1.0), (0, 1, 5, 10, 20, 50, 100)
-# Half a width of 95 %, in standard deviations.
-_HALF = 1.96
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,9 +29,8 @@ class Choice:
         t = argmax keep(u / T) + noise               where the noise is known, or shared by requests
 
     An answer is a function of the row and the request, so it tells a set: the rows that may give
-    it. `likelihood` says how likely each row makes a token; a row of `-inf` is ruled out. Under
-    known noise and at temperature 0 nothing lies between. Texts, stops, finish reasons and counts
-    are functions of the tokens and tell no more than these.
+    it. `likelihood` says how likely each row makes a token; a row of `-inf` is ruled out. Texts,
+    stops, finish reasons and counts are functions of the tokens and tell no more.
 
     Attributes:
         temperature: 0 takes the largest.
@@ -65,7 +63,7 @@ class Choice:
         counts: Int[Array, "*#batch vocab"] | None = None,
         vocab_where: Bool[Array, "*#batch vocab"] | None = None,
     ) -> np.ndarray:
-        """Log-probabilities that tokens are drawn with, float64 `[*batch, vocab]`.
+        """Log-probabilities that tokens are drawn with, float64.
 
         Args:
             rows: Logits.
@@ -97,9 +95,7 @@ class Choice:
             short = down.cumsum(-1) < self.top_p * down.sum(-1, keepdims=True)
             last = np.minimum(short.sum(-1, keepdims=True), u.shape[-1] - 1)
             keep &= weights >= np.take_along_axis(down, last, axis=-1)
-        if self.min_p:
-            keep &= u >= math.log(self.min_p)
-        u = np.where(keep, u, -np.inf)
+        u = np.where(keep & (u >= math.log(self.min_p or 1e-300)), u, -np.inf)
         return u - np.log(np.exp(u).sum(-1, keepdims=True))
 
     def likelihood(
@@ -115,7 +111,8 @@ class Choice:
         Args:
             rows: Candidates.
             token: The answer.
-            noise: Gumbel noise of the draw, where it is known.
+            noise: Gumbel noise of the draw, where it is known: then nothing lies between 0 and
+                `-inf`.
             moved: What else moves the law.
         """
         law = self.law(rows, **moved)
@@ -126,26 +123,27 @@ class Choice:
     def rounded(self) -> "Choice":
         """The nearest choice on grids that stay coarse together, without penalties.
 
-        Temperatures go in steps of 0.1, thresholds `T log(min_p)` in steps of half a nat. What
-        temperature 0 ignores is neutral.
+        Temperatures go in steps of 0.1, thresholds `T log(min_p)` in steps of half a nat; a `top_p`
+        goes with temperature 1. What temperature 0 ignores is neutral.
         """
         if not self.temperature:
             return Choice(temperature=0.0)
-        heat = round(max(1, round(self.temperature / _TEMPERATURE)) * _TEMPERATURE, 1)
-        least = 0.0
-        if self.min_p:
-            steps = round(heat * math.log(self.min_p) / _THRESHOLD)
-            least = math.exp(steps * _THRESHOLD / heat)
-        top_k = min(_RANKS[1:], key=lambda k: abs(k - self.top_k)) if self.top_k else 0
         top_p = min(_MASSES, key=lambda mass: abs(mass - self.top_p))
-        return Choice(temperature=heat, top_k=top_k, top_p=top_p, min_p=least)
+        heat = round(max(1, round(self.temperature / _TEMPERATURE)) * _TEMPERATURE, 1)
+        heat = heat if top_p == 1 else 1.0
+        steps = round(heat * math.log(self.min_p or 1) / _THRESHOLD)
+        return Choice(
+            temperature=heat,
+            top_k=min(_RANKS[1:], key=lambda k: abs(k - self.top_k)) if self.top_k else 0,
+            top_p=top_p,
+            min_p=math.exp(steps * _THRESHOLD / heat) if self.min_p else 0.0,
+        )
 
     @property
     def certificate(self) -> tuple[float, float, int] | None:
-        """What a drawn token is certain to have passed: threshold in nats, mass, and rank.
+        """What a drawn token has passed: threshold in nats, mass, rank; None where nothing is cut.
 
-        None where nothing is cut off. What passes has no finite divergence from what does not, so
-        no budget of soft nats covers it.
+        What passes has no finite divergence from what does not: no sum of `soft` covers it.
         """
         if not self.temperature or (self.top_k, self.top_p, self.min_p) == (0, 1, 0):
             return None
@@ -168,22 +166,15 @@ class Choice:
         return scale**2 / (2 * self.temperature**2)
 
     def answers(self, probability: float, width: float) -> float:
-        """Number of counted answers until a token's logit is known in an interval of 95 %.
+        """Number of counted answers until 95 % intervals of a token's logit are `width` nats wide.
 
-        ::
-
-            n = (2 1.96 T / width)^2 (1 - q) / q
-
-        Args:
-            probability: The token's probability q in the law of this choice.
-            width: Width of the interval, in nats.
+        `(2 1.96 T / width)^2 (1 - q) / q`, for a token of probability q in the law of this choice.
 
         >>> round(Choice().answers(1e-3, 0.2))
         383776
         """
-        checks.positive(width, "width")
         spread = (1 - probability) / probability
-        return (2 * _HALF * self.temperature / width) ** 2 * spread
+        return (2 * 1.96 * self.temperature / width) ** 2 * spread
 
 
 @dataclasses.dataclass
@@ -201,10 +192,7 @@ class Told:
     certificates: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
     def least_errors(self, half_range: float) -> float:
-        """Least sum of both errors of a test between two rows, by the untruncated draws.
-
-        `exp(-soft d^2) / 2`, after Bretagnolle and Huber.
-        """
+        """Least sum of a test's errors between two rows, by `soft` (Bretagnolle and Huber)."""
         return 0.5 * math.exp(-self.soft * half_range**2)
 
 
@@ -212,8 +200,8 @@ class Ledger:
     """Adds up what answers tell about each context, whoever asked.
 
     Every charge is known before the answer, and depends on no logit: a price that did would be an
-    answer itself. The sum over an attack bounds what it learns, because of n adaptive answers out
-    of A_1, ..., A_n possible ones none tells more than its logarithm::
+    answer itself. Of adaptive answers out of A_1, ..., A_n possible ones none tells more than its
+    logarithm::
 
         I(row; answers) <= log A_1 + ... + log A_n
 
@@ -237,10 +225,6 @@ class Ledger:
     def __getitem__(self, context: Hashable) -> Told:
         return self._contexts.get(context, Told())
 
-    def price(self, context: Hashable, answer: Hashable, nats: float) -> float:
-        """What an answer would add; nothing the second time."""
-        return 0.0 if (context, answer) in self._answered else nats
-
     def add(self, context: Hashable, nats: float) -> None:
         """Adds what was told before this ledger began: one that forgets bounds nothing."""
         self._contexts[context].hard += nats
@@ -257,8 +241,7 @@ class Ledger:
             choice: How it was chosen, for the other columns.
         """
         told = self._contexts[context]
-        nats = self.price(context, answer, nats)
-        if not nats:
+        if not nats or (context, answer) in self._answered:
             return True
         if told.hard + nats > self.limit:
             return False
@@ -266,6 +249,5 @@ class Ledger:
         self._answered.add((context, answer))
         if choice is not None:
             told.soft += choice.soft
-            if (certificate := choice.certificate) is not None:
-                told.certificates[certificate] += 1
+            told.certificates.update([choice.certificate] if choice.certificate else [])
         return True

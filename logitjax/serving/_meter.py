@@ -1,6 +1,7 @@
 """What an answer is charged, token by token, where choices are metered."""
 
 import collections
+import dataclasses
 import hashlib
 import math
 from collections.abc import Sequence
@@ -41,13 +42,13 @@ class Meter:
         self._ledger = ledger
         self._draw = np.asarray(request.extra["draw"])
         self._token = math.log(vocab)
-        self._values = 0.0 if asked.logprobs is None else policy.value_nats(vocab)
+        cells = policy.value_nats(vocab)
+        self._values = 0.0 if asked.logprobs is None else cells
+        self._echoed = 0.0 if asked.prompt_shown is None else cells
         # The values of the first tokens are the same for whoever asks; a drawn token's is its own.
         self._same = not policy.sampled
-        self._choice = Choice(
-            temperature=asked.temperature, top_k=asked.top_k, top_p=asked.top_p, min_p=asked.min_p
-        )
-        self._echoes = bool(asked.echo and self._values)
+        names = [field.name for field in dataclasses.fields(Choice)]
+        self._choice = Choice(**{name: getattr(asked.sampling, name) for name in names})
         self._prompt: Sequence[int] = np.asarray(request.prompt).tolist()
         self._wants = request.max_new_tokens
         self._digest = hashlib.blake2b(digest_size=8)
@@ -55,8 +56,7 @@ class Meter:
     @property
     def most(self) -> float:
         """Most nats that the answer can come to."""
-        told = len(self._prompt) * self._values if self._echoes else 0.0
-        return told + self._wants * (self._token + self._values)
+        return len(self._prompt) * self._echoed + self._wants * (self._token + self._values)
 
     def begin(self) -> None:
         """Charges the prompt, where it is echoed, and the first token.
@@ -66,8 +66,7 @@ class Meter:
         """
         enough = True
         for token in self._prompt:
-            if self._echoes:
-                enough &= self._charge(b"values", self._values)
+            enough &= self._charge(b"values", self._echoed)
             self._digest.update(token.to_bytes(4, "little"))
         if not (enough and (not self._wants or self._pay())):
             context = self._digest.hexdigest()

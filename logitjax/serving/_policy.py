@@ -17,13 +17,11 @@ from logitjax.leakage import Choice, LogitPolicy
 from logitjax.serving._errors import BadRequestError
 
 CHOICES = ("free", "plain", "metered")
+MOST_STOP_IDS = 32  # of a request, beside those that end any answer
 _TUNED = tuple(field.name for field in dataclasses.fields(Choice))
-_SCHEMAS = frozenset({"json_schema", "structured_outputs"})
-# What moves neither a row nor a draw: functions of tokens, and ways to show them. A field that is
-# not here is mixed into the key of a draw, and refused where choices are not free.
-_SHOWN = {"prompts", "n", "max_tokens", "logprobs", "stop", "echo", "stream", "include_usage"}
-_SHOWN |= {"tokens_as_ids", "model", "chat", "seed", "ignore_eos", "stop_token_ids"}
-_SHOWN |= {"prompt_logprobs"}
+# What ends an answer is a function of its tokens. A seed is mixed in by itself, copy by copy. All
+# other fields name a draw, and are refused where choices are not free and no grid has them.
+_NEUTRAL = {"seed", "stop_token_ids", "ignore_eos"}
 # Clients spell grids in decimals.
 _CLOSE = 2e-3
 _TWO, _LANES = np.uint32(2), np.array([1, 2], np.uint32)
@@ -84,35 +82,39 @@ class Disclosure:
             repetition=True,
             masks=True,
             max_logit_bias=0 if policy.bias == "none" else policy.max_biased,
-            max_stop_ids=max(8, len(end_ids)),
+            max_stop_ids=len(end_ids) + MOST_STOP_IDS,
             served=served,
             remember=_follow if self._disturbs or not self.free else None,
             draw_keys=None if self.free else _draw_keys,
         )
 
-    def admit(self, asked: Any, vocab: int) -> Any:
-        """A request as it is answered, with its choice on the grids.
+    def admit(self, fields: Any, vocab: int) -> Any:
+        """The sampling fields of a request as it is answered, with its choice on the grids.
 
         Raises:
-            BadRequestError: It has a field that this policy does not take, or a value beside the
+            BadRequestError: There is a field that this policy does not take, or a value beside the
                 grids; the nearest that is taken is named.
         """
         if self.free:
-            return asked
-        given = {name: getattr(asked, name) for name in _TUNED}
+            return fields
+        given = {name: getattr(fields, name) for name in _TUNED}
         given["top_k"] = 0 if given["top_k"] >= vocab else given["top_k"]
         taken = dataclasses.asdict(Choice(**given).rounded())
         for name, value in given.items():
-            ignored = not asked.temperature and name in ("top_k", "top_p", "min_p")
+            ignored = not fields.temperature and name in ("top_k", "top_p", "min_p")
             if not ignored and not math.isclose(value, taken[name], rel_tol=_CLOSE):
                 raise BadRequestError(f"{name}: the nearest taken here is {taken[name]:.5g}", name)
-        for name in vars(asked).keys() - _SHOWN - set(_TUNED):
-            if getattr(asked, name) and not (self._schemas and name in _SCHEMAS):
-                raise BadRequestError(f"this server takes no {name}", name)
-        return dataclasses.replace(asked, **taken)
+        for name, value in _moving(fields).items():
+            if name not in _TUNED and not (self._schemas and name == "structure"):
+                name = {"structure": "response_format"}.get(name, name)
+                raise BadRequestError(f"this server takes no {name}, got {value!r:.40}", name)
+        # Two tokens that a schema leaves are weighed ever more finely the lower the temperature.
+        if fields.structure and 0 < fields.temperature < 1:
+            raise BadRequestError("temperature: the nearest taken here is 1", "temperature")
+        return dataclasses.replace(fields, **taken)
 
     def extra(
-        self, tokens: Sequence[int], asked: Any = None, seed: int = 0
+        self, tokens: Sequence[int], fields: Any = None, seed: int = 0
     ) -> dict[str, np.ndarray]:
         """What the engine keeps beside a prompt: names of all tokens so far.
 
@@ -123,9 +125,9 @@ class Disclosure:
         # Keyed, so that nobody can look for two contexts with the same noise.
         names = {"context": b"context"} if self._disturbs else {}
         if not self.free:
-            names["draw"] = b"draw"
-            if asked is not None:
-                names["draw"] += json.dumps(_identity(asked, seed), sort_keys=True).encode()
+            # The likeliest token needs no noise: all seeds are one request.
+            moving = _moving(fields) | {"seed": seed if fields and fields.temperature else 0}
+            names["draw"] = b"draw" + json.dumps(moving, sort_keys=True).encode()
         extra = {n: np.frombuffer(self._digest(text, 8), np.uint32) for n, text in names.items()}
         for token in np.asarray(tokens, np.uint32) if extra else ():
             extra = {name: advance(words, token) for name, words in extra.items()}
@@ -180,12 +182,15 @@ def _follow(extra: Any, tokens: jax.Array, where: jax.Array) -> Any:
     return {name: after(jnp.asarray(words)) for name, words in extra.items()}
 
 
-def _identity(asked: Any, seed: int) -> dict[str, Any]:
-    """What decides a draw beside the tokens so far, in one spelling: no order, nothing neutral."""
-    mixed = {name: value for name, value in vars(asked).items() if name not in _SHOWN}
-    mixed["logit_bias"] = {str(i): b for i, b in sorted(asked.logit_bias.items()) if b}
-    # The likeliest token needs no noise: all seeds are one request.
-    return mixed | {"seed": seed if asked.temperature else 0}
+def _moving(fields: Any) -> dict[str, Any]:
+    """What decides a choice, in one spelling: no order, and nothing that moves nothing."""
+    if fields is None:
+        return {}
+    bias = tuple((token, amount) for token, amount in sorted(fields.logit_bias) if amount)
+    given = dataclasses.replace(fields, logit_bias=bias)
+    known = {field.name: field.default for field in dataclasses.fields(fields)}
+    moved = {name: getattr(given, name) for name, neutral in known.items() if name not in _NEUTRAL}
+    return {name: value for name, value in moved.items() if value != known[name]}
 
 
 def _draw_keys(extra: Any) -> jax.Array:

@@ -11,7 +11,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Float
 
-from logitjax.ops import Array, checks
+from logitjax.ops import Array
 from logitjax.transport._bounds import (
     first_lower_bound,
     moment_lower_bound,
@@ -28,18 +28,11 @@ from logitjax.transport._graph import (
     check_weights,
     dense_factor,
     dense_matrix,
-    factor_norms,
-    half_exponent,
-    largest,
-    multiply,
     node_weights,
     num_nodes,
     parts,
-    rank,
     rounded,
     row_statistics,
-    shifted,
-    with_parts,
 )
 from logitjax.transport._linear import Linear, linear_lower_bound
 from logitjax.transport._matching_bounds import (
@@ -56,11 +49,10 @@ from logitjax.transport._rounding import (
     Weights,
     gamma,
     lowered,
-    power_of_two,
     real,
-    safe_sqrt,
     times_power_of_two,
 )
+from logitjax.transport._scale import Pair, cast, known_parts, scaled
 from logitjax.transport._sorted import Coupling, sorted_coupling
 
 Scale = Literal["joint", "separate", "none"]
@@ -68,8 +60,6 @@ Bounds = Literal["cheap", "sorted_rows", "third"]
 
 # Up to this many nodes a graph of more positions than nodes is multiplied out.
 _DENSE_NODES = 2048
-# Below half the exponent of any number that is not zero.
-_NO_SCALE = -10_000
 
 
 @jax.tree_util.register_dataclass
@@ -206,7 +196,8 @@ def certificate(
     sizes, weights = (num_nodes(c), num_nodes(d)), (c_weights, d_weights)
     for name, given, n in zip(("c_weights", "d_weights"), weights, sizes, strict=True):
         check_weights(name, given, n)
-    if refine is not None and not (weights == (None, None) and sizes[0] == sizes[1] and p == 2):
+    uniform = sizes[0] == sizes[1] and all(w is None for w in weights)
+    if refine is not None and not (uniform and p == 2):
         raise ValueError(
             f"refine: {refine.kind!r} needs p=2, as many nodes in c as in d and no weights; "
             f"got p={p}, {sizes[0]} and {sizes[1]} nodes"
@@ -219,7 +210,7 @@ def certificate(
     )
     graphs = ("c", c, c_low), ("d", d, d_low)
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((graphs, rest))):
-        answer = _raised(*_bracket([_cast(*graph) for graph in graphs], (0, 0), *rest, options))
+        answer = _raised(*_bracket([cast(*graph) for graph in graphs], (0, 0), *rest, options))
     else:
         answer = _known(graphs, *rest, options)
     claims = [
@@ -254,38 +245,6 @@ class _Options(NamedTuple):
             )
 
 
-# A graph, and what float32 leaves out of it or None.
-_Pair = tuple[Graph, Any]
-
-
-def _cast(name: str, graph: Graph, low: Any) -> _Pair:
-    """A graph whose numbers are traced or float32; what they lose by that is kept."""
-
-    def wide(x: Any) -> bool:
-        return isinstance(x, np.ndarray) and not np.can_cast(x.dtype, np.float32)
-
-    if real(0.0).dtype == jnp.float64 or not all(wide(x) for x in parts(graph)):
-        return graph, low
-    exact = [np.asarray(x, np.float64) for x in parts(graph)]
-    if low is not None:
-        exact = [x + np.asarray(y, np.float64) for x, y in zip(exact, parts(low), strict=True)]
-    for x in exact:
-        checks.values(x, np.isfinite, name, "finite entries")
-        largest = np.max(np.abs(x), initial=0.0)
-        if largest and not 2.0**-60 <= largest <= 2.0**60:
-            raise ValueError(
-                f"{name}: expected a largest entry from 1e-18 to 1e18 of what is closed over under "
-                f"a transformation, got {largest:g}; scale it, or call certificate with arrays"
-            )
-    return _split(graph, exact)
-
-
-def _split(graph: Graph, exact: Sequence[np.ndarray]) -> _Pair:
-    high = [x.astype(np.float32) for x in exact]
-    low = [(x - y).astype(np.float32) for x, y in zip(exact, high, strict=True)]
-    return with_parts(graph, high), with_parts(graph, low) if any(map(np.any, low)) else None
-
-
 def _known(
     graphs: Sequence[tuple[str, Graph, Any]],
     weights: Any,
@@ -297,36 +256,18 @@ def _known(
     """The answer where the numbers are known: in float64, of graphs scaled without any rounding."""
     # Of nearly equal graphs float32 would certify little. TPUs have no fast float64.
     wide = jax.default_backend() != "tpu"
-    pairs, halves = [], []
-    for name, graph, low in graphs:
-        exact = [np.asarray(x, np.float64) for x in parts(graph)]
-        for x in exact:
-            checks.values(x, np.isfinite, name, "finite entries")
-        # On the host, since a program takes what is too small for a normal number for zero.
-        exponent = int(np.frexp(max(np.max(np.abs(x), initial=0.0) for x in exact))[1])
-        factored = isinstance(graph, FactoredGraph | ProductGraph)
-        half = exponent if factored else (exponent + 1) // 2
-        shift = -half if factored else -2 * half
-        rest = None
-        if low is not None:
-            lower = [np.asarray(x, np.float64) for x in parts(low)]
-            exact = [x + y for x, y in zip(exact, lower, strict=True)]
-            # What the pair itself leaves out.
-            rest = with_parts(low, [np.ldexp(np.abs(x), shift - 24) for x in lower])
-        exact = [np.ldexp(x, shift) for x in exact]
-        pairs.append((with_parts(graph, exact), rest) if wide else _split(graph, exact))
-        halves.append(np.int32(half))
+    pairs, halves = zip(*(known_parts(*graph, wide=wide) for graph in graphs), strict=True)
     with jax.enable_x64(wide):
-        arguments = pairs, tuple(halves), weights, key, candidates, linear, options
+        arguments = pairs, halves, weights, key, candidates, linear, options
         answer, exponents = jax.device_get(_compiled()(*arguments))
     zero = answer.upper == 0 and linear is None
     if zero and not _equal(*(pair[0] for pair in pairs), halves, options.scale, answer.coupling):
         # They differ in what no product can hold.
         answer = dataclasses.replace(answer, upper=np.float64(UNDERFLOW))
-    return _float32(answer, exponents, options.scale)
+    return in_float32(answer, exponents, options.scale)
 
 
-def _equal(c: Any, d: Any, halves: Sequence[int], scale: Scale, coupling: Coupling) -> bool:
+def _equal(c: Any, d: Any, halves: Sequence[Any], scale: Scale, coupling: Coupling) -> bool:
     """Whether two graphs of known numbers are the same at a coupling, digit by digit."""
     if scale != "separate" and halves[0] != halves[1] and any(np.any(x) for x in parts(c)):
         return False
@@ -334,7 +275,7 @@ def _equal(c: Any, d: Any, halves: Sequence[int], scale: Scale, coupling: Coupli
     rows, columns = (np.asarray(x)[here] for x in (coupling.rows, coupling.columns))
     if isinstance(c, FactoredGraph) and isinstance(d, FactoredGraph):
         with jax.enable_x64(True):
-            c, d = (np.asarray(dense_factor(g)) for g in (c, d))
+            c, d = (g.values if g.ids is None else np.asarray(dense_factor(g)) for g in (c, d))
         return c.shape == d.shape and np.array_equal(c[:, rows], d[:, columns])
     if any(isinstance(g, FactoredGraph | ProductGraph) for g in (c, d)):
         return False
@@ -346,7 +287,7 @@ def _compiled() -> Any:
     return jax.jit(_bracket, static_argnums=6)
 
 
-def _raised(answer: Certificate, exponents: tuple[jax.Array, jax.Array]) -> Certificate:
+def _raised(answer: Certificate, exponents: tuple[Any, Any]) -> Certificate:
     """Under a transformation: infinite above and the largest number below what the type holds."""
     cost, unit = exponents
     lower, upper, costs = (
@@ -361,38 +302,35 @@ def _raised(answer: Certificate, exponents: tuple[jax.Array, jax.Array]) -> Cert
     )
 
 
-def _float32(answer: Certificate, exponents: tuple[Any, Any], scale: Scale) -> Certificate:
-    """The same claims about float32 numbers: bounds are rounded away from each other."""
+def in_float32(answer: Certificate, exponents: tuple[Any, Any], scale: Any) -> Certificate:
+    """The same claims about float32 numbers, of one pair or many: rounded away from each other."""
     info = np.finfo(np.float32)
-    largest, least = float(info.max), float(info.tiny)
     with np.errstate(over="ignore", under="ignore"):
-        lower, upper, costs = (
-            np.ldexp(np.asarray(x, np.float64), exponents[0])
-            for x in (answer.lower, answer.upper, answer.costs)
+        lower, upper = (
+            np.ldexp(np.asarray(x, np.float64), exponents[0]) for x in (answer.lower, answer.upper)
         )
+        costs = np.ldexp(np.asarray(answer.costs, np.float64), np.asarray(exponents[0])[..., None])
         units = np.ldexp(np.asarray(answer.units, np.float64), exponents[1])
-    vanished = answer.upper > 0 and upper < least
-    if not upper <= largest or (scale == "none" and vanished):
+    vanished = (answer.upper > 0) & (upper < info.tiny)
+    if not np.all(upper <= info.max) or (scale == "none" and np.any(vanished)):
         raise ValueError(
-            f"scale: expected units in which float32 holds the cost, got a cost between {lower:g} "
-            f"and {upper:g} with scale={scale!r}"
+            "scale: expected units in which float32 holds the cost, got a cost between "
+            f"{np.min(lower):g} and {np.max(upper):g} with scale={scale!r}"
         )
-    if not (units.min() >= least and units.max() <= largest):
+    if not (units.min() >= info.tiny and units.max() <= info.max):
         raise ValueError(
-            f"scale: expected graphs whose RMS entry float32 holds, got {units.tolist()}; use "
-            "scale='none' or other units"
+            f"scale: expected graphs whose RMS entry float32 holds, got {units.min():g} and "
+            f"{units.max():g}; use scale='none' or other units"
         )
-    coupling = answer.coupling
+    kinds = (np.int32, np.int32, np.float32)
+    plan = answer.coupling
+    plans = zip((plan.rows, plan.columns, plan.mass), kinds, strict=True)
     return dataclasses.replace(
         answer,
         lower=jnp.asarray(towards(lower, -1)),
-        upper=jnp.asarray(towards(least if vanished else upper, 1)),
-        coupling=Coupling(
-            jnp.asarray(coupling.rows, jnp.int32),
-            jnp.asarray(coupling.columns, jnp.int32),
-            jnp.asarray(coupling.mass, jnp.float32),
-        ),
-        units=jnp.asarray(units, jnp.float32),
+        upper=jnp.asarray(towards(np.where(vanished, info.tiny, upper), 1)),
+        coupling=Coupling(*(jnp.asarray(np.asarray(x, kind)) for x, kind in plans)),
+        units=jnp.asarray(units.astype(np.float32)),
         costs=jnp.asarray(towards(costs, 1)),
     )
 
@@ -408,7 +346,7 @@ def towards(value: Any, direction: int) -> np.ndarray:
 
 
 def _bracket(
-    graphs: Sequence[_Pair],
+    graphs: Sequence[Pair],
     halves: Sequence[Any],
     weights: tuple[Weights, Weights],
     key: jax.Array,
@@ -418,8 +356,9 @@ def _bracket(
 ) -> tuple[Certificate, tuple[Any, Any]]:
     """Bounds and units but for the powers of two that come with them, and their exponents."""
     with jax.default_matmul_precision("highest"):
-        scaled = _scaled(graphs, halves, weights, linear, options)
-        (c, d), given, unit, units, exponents = scaled
+        (c, d), given, unit, units, exponents = scaled(
+            graphs, halves, weights, linear, p=options.p, scale=options.scale
+        )
         answer = _bounds(c, d, weights, given, key, candidates, options)
     lower, upper, coupling, costs = answer
     scale = 1 / unit**options.p
@@ -434,92 +373,6 @@ def _bracket(
         reported=jnp.zeros(0),
         converged=jnp.zeros(0, bool),
     ), exponents
-
-
-def _scaled(
-    graphs: Sequence[_Pair],
-    halves: Sequence[Any],
-    weights: tuple[Weights, Weights],
-    linear: Linear,
-    options: _Options,
-) -> tuple[Any, dict[str, Any], Scalar, Float[jax.Array, "2"], tuple[Any, Any]]:
-    """Both graphs with entries of about one at most, and the way back to the units asked for.
-
-    `halves` are powers of four that were taken off before. What bounds lose by casts comes along.
-    """
-    inner = [half_exponent(jax.lax.stop_gradient(graph)) for graph, _ in graphs]
-    own = [shifted(graph, -h) for (graph, _), h in zip(graphs, inner, strict=True)]
-    errors = [
-        _cast_error(g, low if low is None else shifted(low, -h), w, h)
-        for g, (_, low), w, h in zip(own, graphs, weights, inner, strict=True)
-    ]
-    halves = [h + jnp.asarray(before, h.dtype) for h, before in zip(inner, halves, strict=True)]
-    # The unit is the number that is reported, to float32; that it was rounded is no error then.
-    rms = [_rms(g, w) for g, w in zip(own, weights, strict=True)]
-    if options.scale == "separate":
-        # One graph is brought to the other's unit: equal ones are not rounded apart.
-        c, d = own
-        factor = rms[1] / rms[0]
-        rounding = jnp.where(factor == 1, 0.0, gamma(8) * _norm(c, weights[0]))
-        error = factor * (errors[0] + rounding) + errors[1]
-        given = {"linear": None, "error": jax.lax.stop_gradient(error)}
-        units = 2 * jnp.stack(halves)
-        return (multiply(c, factor), d), given, rms[1], jnp.stack(rms), (0, units)
-    # A graph of zeros has no scale: beside a tiny one it must not set the other's.
-    scales = [
-        jnp.where(largest(jax.lax.stop_gradient(g)) > 0, h, _NO_SCALE)
-        for g, h in zip(own, halves, strict=True)
-    ]
-    common = jnp.maximum(*scales)
-    common = jnp.where(common == _NO_SCALE, 0, common)
-    both = [shifted(g, h - common) for g, h in zip(own, halves, strict=True)]
-    error = sum(
-        times_power_of_two(e, 2 * (h - common)) for e, h in zip(errors, halves, strict=True)
-    )
-    p = options.p
-    if isinstance(linear, ProductGraph):
-        linear = shifted(linear, -p * common)
-    elif linear is not None:
-        linear = times_power_of_two(real(linear), -2 * p * common)
-    unit, half = (rms[1], halves[1]) if options.scale == "joint" else (real(1.0), 0)
-    given = {"linear": linear, "error": jax.lax.stop_gradient(error)}
-    return both, given, unit, jnp.stack([unit, unit]), (2 * p * (common - half), 2 * half)
-
-
-def _norm(graph: Graph, weights: Weights) -> Scalar:
-    """At least the graph's norm in L_2 of the weights, with absolute values in its products."""
-    a = node_weights(graph, weights)
-    if isinstance(graph, FactoredGraph | ProductGraph):
-        norms = [safe_sqrt(jnp.sum(a * norm)) for norm in factor_norms(graph)]
-        return norms[0] * norms[1] * (1 + gamma(num_nodes(graph) + rank(graph)))
-    return safe_sqrt(a @ (jnp.square(dense_matrix(graph)) @ a)) * (1 + gamma(2 * num_nodes(graph)))
-
-
-def _cast_error(graph: Graph, low: Any, weights: Weights, half: Any) -> jax.Array:
-    """How far a graph with entries of about one is from what it was before a cast, in `_norm`."""
-    info = jnp.finfo(real(0.0).dtype)
-    factored = isinstance(graph, FactoredGraph | ProductGraph)
-    # Programs take numbers below the normal ones for zero.
-    flushed = 4.0 * (rank(graph) if factored else 1) * power_of_two(info.minexp - 2 * half)
-    # Squares of numbers that small are beside these.
-    matters = half < info.minexp // 4
-    if low is None:
-        return jnp.where(matters, flushed, 0.0)
-    most = jnp.stack([jnp.max(jnp.abs(real(x))) for x in parts(low)]).max()
-    safe = jnp.where(most > 0, most, 1.0)
-    low = with_parts(low, [real(x) / safe for x in parts(low)])
-    if factored:
-        a = node_weights(graph, weights)
-        (left, right), (left_low, right_low) = (
-            [jnp.sqrt(jnp.sum(a * norm)) for norm in factor_norms(g)] for g in (graph, low)
-        )
-        error = left_low * (right + most * right_low) + right_low * left
-        error *= 1 + gamma(num_nodes(graph) + rank(graph))
-    else:
-        error = _norm(low, weights)
-    # The pair itself has twice the digits of its type.
-    error = most * error * (1 + 4 * float(info.eps)) + flushed
-    return jnp.where((most > 0) | matters, error, 0.0)
 
 
 def _bounds(
@@ -656,14 +509,6 @@ def _densest(graph: Graph, weights: Weights) -> Graph:
         if n <= min(_DENSE_NODES, graph.values.shape[0]):
             return rounded(graph, weights)
     return graph
-
-
-def _rms(graph: Graph, weights: Weights) -> Scalar:
-    """The RMS entry as a float32 number; one where all are zero."""
-    square = node_weights(graph, weights) @ row_statistics(graph, weights).square
-    rms = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 1.0)
-    # XLA takes a conversion to float32 and back for none; this it carries out.
-    return jax.lax.reduce_precision(rms, exponent_bits=8, mantissa_bits=23)
 
 
 def _lower(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from logitjax.ops import checks
-from logitjax.transport._certificate import Certificate, certificate, towards
+from logitjax.transport._certificate import Certificate, certificate, in_float32
 from logitjax.transport._graph import FactoredGraph, Graph, num_nodes, parts
 from logitjax.transport._rounding import UNDERFLOW
 from logitjax.transport._sorted import Coupling
@@ -54,7 +54,8 @@ def certificate_many(pairs: Sequence[tuple[Graph, Graph]], **options: Any) -> Ce
         else:
             one = certificate(*pair, **options)
             plan = one.coupling
-            answers[i] = one.lower, one.upper, one.units, plan.rows, plan.columns, plan.mass
+            numbers = (one.lower, one.upper, one.units, 0, 0)
+            answers[i] = (*numbers, plan.rows, plan.columns, plan.mass)
     for ((_, n), _), members in groups.items():
         size = max(1, _ENTRIES // n**2)
         for start in range(0, len(members), size):
@@ -63,14 +64,16 @@ def certificate_many(pairs: Sequence[tuple[Graph, Graph]], **options: Any) -> Ce
             answers |= dict(zip(some, zip(*results, strict=True), strict=True))
     longest = max(len(answer[-1]) for answer in answers.values())
     fields = list(zip(*(answers[i] for i in range(len(pairs))), strict=True))
-
-    def padded(x: Any) -> Any:
-        return x if len(x) == longest else np.pad(x, (0, longest - len(x)))
-
-    plans = [[padded(x) for x in column] for column in fields[3:]]
-    lower, upper, units, *plan = (jnp.asarray(np.stack(x)) for x in (*fields[:3], *plans))
-    none, never = (jnp.asarray(np.zeros((len(pairs), 0), kind)) for kind in (np.float32, bool))
-    return Certificate(lower, upper, Coupling(*plan), units, none, none, never)
+    lower, upper, units, cost, unit = (np.stack(x) for x in fields[:5])
+    plan = [
+        np.stack([np.pad(x, (0, longest - len(x))) if len(x) < longest else x for x in column])
+        for column in fields[5:]
+    ]
+    none, never = (np.zeros((len(pairs), 0), kind) for kind in (np.float32, bool))
+    answer = Certificate(
+        lower, upper, Coupling(*plan), units, none, jnp.asarray(none), jnp.asarray(never)
+    )
+    return in_float32(answer, (cost, unit[:, None]), scale)
 
 
 def _kind(graph: Any) -> tuple[Any, int] | None:
@@ -111,26 +114,15 @@ def _together(pairs: Sequence[tuple[Graph, Graph]], p: int, scale: str) -> tuple
     unit = np.where(rms[1] > 0, rms[1], 1.0).astype(np.float32) if joint else np.ones(len(pairs))
     half = np.where(rms[1] > 0, halves[1], 0) if joint else 0
     back = unit.astype(np.float64) ** p
-    with np.errstate(over="ignore", under="ignore"):
-        lower = np.ldexp(lower / back * (1 - _gamma(0)), 2 * p * (common - half))
-        raised = np.ldexp(upper / back * (1 + _gamma(0)), 2 * p * (common - half))
-        units = np.ldexp(unit.astype(np.float64), 2 * half)
-    info = np.finfo(np.float32)
-    vanished = (upper > 0) & (raised < info.tiny)
-    unheld = ~(raised <= info.max) | ~((units >= info.tiny) & (units <= info.max))
-    if (unheld | (vanished & (not joint))).any():
-        raise ValueError(
-            f"scale: expected units in which float32 holds costs and RMS entries of all pairs, got "
-            f"costs to {raised.max():g} and units from {units.min():g} with scale={scale!r}"
-        )
-    rows = np.broadcast_to(np.arange(n, dtype=np.int32), columns.shape)
     return (
-        towards(lower, -1),
-        towards(np.where(vanished, info.tiny, raised), 1),
-        np.stack([units, units], 1).astype(np.float32),
-        rows,
-        columns.astype(np.int32),
-        np.full(columns.shape, 1 / n, np.float32),
+        lower / back * (1 - _gamma(0)),
+        upper / back * (1 + _gamma(0)),
+        np.stack([unit, unit], 1),
+        np.broadcast_to(2 * p * (common - half), unit.shape),
+        np.broadcast_to(2 * half, unit.shape),
+        np.broadcast_to(np.arange(n, dtype=np.int32), columns.shape),
+        columns,
+        np.full(columns.shape, 1 / n),
     )
 
 

@@ -71,6 +71,20 @@ def _known_normaliser(case, x, w, **options):
     )
 
 
+def _teacher(case, x, w, **options):
+    sides = (case[2], Head(case[3], vocab_axis=1)), {"labels": case[5]}
+    reading = sweep.run(
+        sweep.TeacherStatistic(),
+        x,
+        Head(w, vocab_axis=0),
+        teacher=sides[0],
+        tokens=sides[1],
+        vocab_where=case[6],
+        **options,
+    )
+    return reading.label + 2.0 * reading.entropy
+
+
 def _of_two(loss, **settings):
     def call(case, x, w, **options):
         heads = Head(w, vocab_axis=0), Head(case[3], vocab_axis=1)
@@ -88,6 +102,7 @@ LOSSES = {
     "total_variation": _of_two(losses.linear_total_variation),
     "known_normaliser": _known_normaliser,
     "sparse_kl": _sparse,
+    "teacher": _teacher,
 }
 
 
@@ -96,6 +111,12 @@ def _dense(loss, **settings):
         return loss(z, t, vocab_where=case[6], **settings)
 
     return call
+
+
+def _teacher_of_logits(case, z, t):
+    log_p = jax.nn.log_softmax(jnp.where(case[6], t, -jnp.inf))
+    label = jnp.take_along_axis(log_p, case[5][..., None], -1)[..., 0]
+    return label - 2.0 * (jnp.exp(log_p) * jnp.where(case[6], log_p, 0.0)).sum(-1) + 0.0 * z.sum(-1)
 
 
 def _capped(case, z):
@@ -116,13 +137,14 @@ DENSE = {
         0.5 * jnp.abs(jax.nn.softmax(z) - jnp.exp(t - t.max(-1, keepdims=True) - 1.0)).sum(-1)
     ),
     "sparse_kl": lambda case, z, t: losses.sparse_kl_divergence(z, _cached(case)),
+    "teacher": _teacher_of_logits,
 }
 
 
 def _by(engine, case, names=tuple(LOSSES), gradients=True):
     """Losses, and the gradients of their sums with unequal weights, in one program."""
-    # The readout has no weights.
-    names = [name for name in names if engine != "rows" or name != "readout"]
+    # What is read has no weights.
+    names = [name for name in names if engine != "rows" or name not in ("readout", "teacher")]
 
     def one(loss, x, w):
         def total(x, w):

@@ -2,8 +2,9 @@
 
 An attacker asks through an `Asker` and reads intervals of 95 %: of a logit beside another one, or
 of a log-probability. `attackers` gives those that know what a field means, where the schema has it,
-and for every numeric field one that knows nothing: it looks for values where an answer changes, and
-checks that answers stay the same on either side. So a new field is attacked the day it is added.
+and for every field of numbers or token ids one that knows nothing: it looks for values where an
+answer changes and checks both sides, or has the ids put in order. So a new field is attacked the
+day it is added.
 """
 
 import dataclasses
@@ -327,6 +328,19 @@ def _agree(one: Reply, two: Reply) -> bool:
     return one.tokens[:size] == two.tokens[:size]
 
 
+def listed(ask: Asker, body: Body, vocab: int, name: str, **_: Any) -> Readings:
+    """A field of token ids, of unknown meaning: where it allows them, they are put in order."""
+    readings, fixed = Readings(), body | {"temperature": 0.0}
+    left = np.random.default_rng(0).choice(vocab, min(vocab, ask.left, 500), replace=False).tolist()
+    while len(left) > 1 and ask.left:
+        (reply,) = ask([fixed | {name: left}])
+        if reply is None or reply.tokens[0] not in left:
+            break
+        left.remove(reply.tokens[0])
+        readings.other += math.log(len(left) + 1)
+    return readings
+
+
 _KNOWN: tuple[tuple[Callable[..., Readings], frozenset[str]], ...] = (
     (values, frozenset({"logprobs"})),
     (counts, frozenset({"temperature", "seed"})),
@@ -339,12 +353,15 @@ _KNOWN: tuple[tuple[Callable[..., Readings], frozenset[str]], ...] = (
 
 
 def attackers(schema: Mapping[str, Any]) -> dict[str, Callable[..., Readings]]:
-    """Attackers by name: those whose fields a JSON schema of requests has, one a numeric field."""
+    """Attackers by name: those whose fields a JSON schema of requests has, one a field."""
     fields = schema["properties"]
     found = {a.__name__: a for a, needed in _KNOWN if needed <= fields.keys()}
     for name, field in fields.items():
-        kinds = [kind for kind in field.get("anyOf", [field]) if kind.get("type") in _NUMBERS]
-        for kind in kinds:
+        for kind in field.get("anyOf", [field]):
+            if kind.get("items", {}).get("type") == "integer" and name != "prompt":
+                found[f"field {name}"] = functools.partial(listed, name=name)
+            if kind.get("type") not in ("integer", "number"):
+                continue
             low = kind.get("minimum", kind.get("exclusiveMinimum", -100) + 1e-6)
             high = kind.get("maximum", 100)
             whole = kind["type"] == "integer"
@@ -353,9 +370,6 @@ def attackers(schema: Mapping[str, Any]) -> dict[str, Callable[..., Readings]]:
             options = {"name": name, "low": float(low), "high": float(high), "whole": whole}
             found[f"field {name}"] = functools.partial(numeric, **options)
     return found
-
-
-_NUMBERS = ("integer", "number")
 
 
 def spelled(body: Body) -> str:

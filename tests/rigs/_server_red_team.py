@@ -1,6 +1,7 @@
 """The red team before a server of one row, in one process: what each policy lets it read."""
 
 import asyncio
+import functools
 import re
 import string
 from collections.abc import Mapping
@@ -104,12 +105,18 @@ class Server:
         return Reply(tuple(ids), body, told)
 
 
-def _charged(ledger: Ledger, policy: LogitPolicy, vocab: int, reply: Reply) -> None:
-    """What an answer may tell at most; the values of a row that nothing moves are told once."""
+def _charged(
+    server: Server, ledger: Ledger, policy: LogitPolicy, vocab: int, bodies: list[Body]
+) -> list[Reply | None]:
+    """Answers, and what they may tell at most; values that nothing moves are told once."""
+    replies = server(bodies)
     again = policy.sampled or policy.bias == "reported"
-    own = spelled(reply.body)
-    ledger.charge("row", "values" + own * again, policy.value_nats(vocab))
-    ledger.charge("row", own, len(reply.tokens) * np.log(vocab), choice_of(reply.body))
+    for reply in replies:
+        if reply is not None:
+            own = spelled(reply.body)
+            ledger.charge("row", "values" + own * again, policy.value_nats(vocab))
+            ledger.charge("row", own, len(reply.tokens) * np.log(vocab), choice_of(reply.body))
+    return replies
 
 
 def attacked(
@@ -123,42 +130,39 @@ def attacked(
     )  # fmt: skip
     schema = request_model(config, chat=False).model_json_schema()
     letters, vocab, rows = letters_of(tokenizer), len(row), []
-    for attacker, attack in attackers(schema).items():
-        # A server of its own each: what one has learnt is none of the others' answers.
+    todo = list(attackers(schema).items())
+    # Where nobody pays, one server serves all; a meter would have the second pay for the first.
+    shares = [[one] for one in todo] if config.choices == "metered" else [todo]
+    for some in shares:
         with asyncio.Runner() as runner:
             app = build_app(model, tokenizer, [tokenizer.eos_id or 0], config)
             context = app.router.lifespan_context(app)
             runner.run(context.__aenter__())
-            server, ledger = Server(app, runner), Ledger()
-
-            def charged(
-                bodies: list[Body], server: Server = server, ledger: Ledger = ledger
-            ) -> Any:
-                replies = server(bodies)
-                for reply in replies:
-                    if reply is not None:
-                        _charged(ledger, policy, vocab, reply)
-                return replies
-
-            # Fields of unknown meaning share what one attacker has.
-            share = 10 if attacker.startswith("field") else 1
-            ask = Asker(charged, queries // share)
-            before = ask.left
-            body = {"prompt": [1], "max_tokens": 1, "return_tokens_as_token_ids": True}
-            body["logprobs"] = 0
-            readings = attack(ask, body, vocab=vocab, letters=letters)
+            for attacker, attack in some:
+                ledger = Ledger()
+                ask = functools.partial(_charged, Server(app, runner), ledger, policy, vocab)
+                # Where anything goes a row's queries are shared: who wins is not in doubt.
+                # A draw among 262,144 tokens takes its time.
+                few = 4 if vocab > 100_000 else 1
+                budget = queries // (8 if config.choices == "free" else few)
+                budget //= 4 if attacker.startswith("field") else 1
+                asker = Asker(ask, budget)
+                body = {"prompt": [1], "max_tokens": 1, "return_tokens_as_token_ids": True}
+                readings = attack(asker, body | {"logprobs": 0}, vocab=vocab, letters=letters)
+                line = {"model": Path(spec).stem, "policy": name, "attacker": attacker}
+                line |= {"queries": budget - asker.left}
+                line |= readings.judge(row.astype(float), policy.noise)
+                line["nats per 1,000"] = 1000 * line["nats"] / max(1, line["queries"])
+                line["bound"] = float(ledger["row"].hard)
+                line["bound per 1,000"] = 1000 * line["bound"] / max(1, line["queries"])
+                rows.append(line)
+                logging.info("%s", rows[-1])
             runner.run(context.__aexit__(None, None, None))
-        found = readings.judge(row.astype(float), policy.noise)
-        told = ledger["row"]
-        line = {"model": Path(spec).stem, "policy": name, "attacker": attacker}
-        line |= {"queries": before - ask.left} | found | {"bound": float(told.hard)}
-        rows.append(line)
-        logging.info("%s", rows[-1])
     return rows
 
 
 def red_team(options: suite.Options, spec: str) -> tuple[list[dict[str, Any]], list[suite.Bar]]:
-    """The best attacker of each policy on a row of one model, and the bars over all of them."""
+    """The fastest attacker of each policy on a row of one model, and the bars over all of them."""
     # Who has no Gemma (`make gemma`) is spared it.
     if spec.endswith(".gguf") and not Path(spec).exists():
         return [], []
@@ -172,7 +176,12 @@ def red_team(options: suite.Options, spec: str) -> tuple[list[dict[str, Any]], l
     over = sum(line["nats"] > line["bound"] for line in every)
     narrow = min(line["narrowest"] for line in plain)
     name = Path(spec).stem
-    return [max(lines, key=lambda line: line["nats"]) for lines in found], [
+
+    def rate(line: dict[str, Any]) -> float:
+        # Values are told in one answer, and are no rate.
+        return line["nats per 1,000"] * (line["queries"] >= 10)
+
+    return [max(lines, key=rate) for lines in found], [
         suite.at_most(f"red team, {name}: attackers that read more than the bound", over, 0),
         suite.at_least(f"plain, {name}: narrowest interval of p < 1e-3, nats", narrow, 0.2),
         suite.at_least(f"plain, {name}: {right} of {read} hold, chance at 95 %", chance, 0.01),

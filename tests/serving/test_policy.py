@@ -1,6 +1,7 @@
 """What a policy lets out, whatever is asked."""
 
 import asyncio
+import dataclasses
 import json
 
 import jax
@@ -66,7 +67,7 @@ PLAIN = ServerConfig(model="m", policy=LogitPolicy(returns="token"), choices="pl
 
 def admitted(**fields):
     asked = schema.parse({"prompt": [5]} | fields, PLAIN, chat=False)
-    return Disclosure(PLAIN.policy, seed=1, choices="plain").admit(asked, VOCAB)
+    return Disclosure(PLAIN.policy, seed=1, choices="plain").admit(asked.sampling, VOCAB)
 
 
 @pytest.mark.parametrize(
@@ -76,16 +77,30 @@ def admitted(**fields):
         ({"min_p": 0.1}, "min_p: the nearest taken here is 0.082085"),
         ({"min_p": 0.1, "temperature": 2.0}, "min_p: the nearest taken here is 0.1054"),
         ({"top_p": 0.91}, "top_p: the nearest taken here is 0.9"),
+        ({"top_p": 0.9, "temperature": 0.7}, "temperature: the nearest taken here is 1$"),
         ({"top_k": 40}, "top_k: the nearest taken here is 50"),
         ({"frequency_penalty": 0.5}, "frequency_penalty: the nearest taken here is 0"),
         ({"repetition_penalty": 1.1}, "repetition_penalty: the nearest taken here is 1"),
-        ({"response_format": {"type": "json_object"}}, "this server takes no json_schema"),
+        ({"response_format": {"type": "json_object"}}, "this server takes no response_format"),
         ({"temperature": 0.0, "presence_penalty": 1.0}, "presence_penalty: the nearest"),
+        ({"allowed_token_ids": [5, 6]}, "this server takes no allowed_token_ids"),
+        ({"min_tokens": 1}, "this server takes no min_tokens"),
     ],
 )
 def test_plain_choices_name_the_nearest_that_is_taken(fields, message):
     with pytest.raises(BadRequestError, match=f"^{message}"):
         admitted(**fields)
+
+
+def test_schemas_where_they_are_taken_go_with_no_low_temperature():
+    told = {"prompt": [5], "response_format": {"type": "json_object"}}
+    open_ = Disclosure(PLAIN.policy, choices="plain", schemas=True)
+    for temperature in (0.0, 1.0, 1.5):
+        asked = schema.parse(told | {"temperature": temperature}, PLAIN, chat=False)
+        assert open_.admit(asked.sampling, VOCAB).structure is not None
+    asked = schema.parse(told | {"temperature": 0.5}, PLAIN, chat=False)
+    with pytest.raises(BadRequestError, match=r"^temperature: the nearest taken here is 1$"):
+        open_.admit(asked.sampling, VOCAB)
 
 
 def test_what_a_draw_is_named_after_is_the_request_and_all_tokens_so_far():
@@ -96,7 +111,7 @@ def test_what_a_draw_is_named_after_is_the_request_and_all_tokens_so_far():
 
     same = [
         {"temperature": 1.0},
-        {"n": 2, "max_tokens": 7, "stop": "x", "stream": True, "top_k": VOCAB, "model": "m"},
+        {"n": 2, "max_tokens": 7, "stop": "x", "stream": True, "ignore_eos": True, "model": "m"},
         {"temperature": 1.0004, "presence_penalty": 0.0},
     ]
     assert all(name(**fields) == name() for fields in same)
@@ -106,10 +121,9 @@ def test_what_a_draw_is_named_after_is_the_request_and_all_tokens_so_far():
     # The likeliest token needs no noise: a seed makes no other request of it.
     assert name(temperature=0.0, seed=1) == name(temperature=0.0, seed=2, top_p=0.9)
     # No order: a bias as a client spells it.
-    mixed = [schema.parse({"prompt": [5]}, PLAIN, chat=False) for _ in range(2)]
-    for asked, bias in zip(mixed, ({1: 2.0, 7: 1.0}, {7: 1.0, 1: 2.0, 9: 0.0})):
-        object.__setattr__(asked, "logit_bias", bias)
-    first, second = (plain.extra([5], asked, 0)["draw"].tolist() for asked in mixed)
+    biases = (((1, 2.0), (7, 1.0)), ((7, 1.0), (1, 2.0), (9, 0.0)))
+    biased = [dataclasses.replace(admitted(), logit_bias=bias) for bias in biases]
+    first, second = (plain.extra([5], fields, 0)["draw"].tolist() for fields in biased)
     assert first == second != plain.extra([5], admitted(), 0)["draw"].tolist()
 
 

@@ -337,7 +337,7 @@ def test_a_climb_ends_after_its_steps_or_at_the_top():
 
     def climb(steps):
         start = jnp.array([1, 2, 3, 0]), jnp.zeros(())
-        return _refine._climb(lambda c, d, q: (q + 1) % 4, c, d, start, steps)
+        return _refine._climb(lambda _, q: (q + 1) % 4, (c, d, None), start, steps)
 
     for steps, top in ((2, 2), (9, 3)):
         matching, value = jax.jit(climb, static_argnums=0)(steps)

@@ -57,6 +57,9 @@ class Reading:
         teacher_reads: Whether teachers read the text once, before the training, into a `'cache'` on
             disk, or beside the student (`'live'`): then they stay in memory, nothing is kept, and
             terms may ask for their hidden states.
+        teacher_devices: Over which devices a teacher is split: those of each process (`'local'`),
+            which then reads its share of the rows by itself, or those of all (`'all'`), for one
+            that no host can hold.
         fit_to: Models whose tokenizers cut the rows as the teachers' do: runs with other teachers
             then learn from the same rows, and their scores can be compared.
     """
@@ -74,6 +77,7 @@ class Reading:
     served_rank: int = 0
     terms: tuple[Term, ...] = ()
     teacher_reads: Literal["cache", "live"] = "cache"
+    teacher_devices: Literal["local", "all"] = storage.option("local", execution=True)
     fit_to: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -452,15 +456,15 @@ def _reader(
     load = functools.partial(_load, reading, spec)
     if spec in known:
         load = functools.partial(known.get, spec)
-    return model_reader(
-        load,  # type: ignore
-        **options,
-    )
+    return model_reader(load, mesh=_devices_of(reading), **options)  # type: ignore
 
 
 def _load(reading: Reading, spec: str) -> tuple[models.Decoder, models.Tokenizer]:
-    # Each process lets the teachers read its own share, on its own devices.
-    here = training.make_mesh("fsdp:-1", devices=jax.local_devices())
-    return models.load(
-        spec, mesh=here, dtype=reading.dtype, param_dtype=reading.dtype, layout=reading.layout
-    )
+    mesh, dtype = _devices_of(reading), reading.dtype
+    return models.load(spec, mesh=mesh, dtype=dtype, param_dtype=dtype, layout=reading.layout)
+
+
+def _devices_of(reading: Reading) -> Mesh:
+    """The mesh that a teacher is split over."""
+    devices = jax.local_devices() if reading.teacher_devices == "local" else jax.devices()
+    return training.make_mesh("fsdp:-1", devices=devices)
