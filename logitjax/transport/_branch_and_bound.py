@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from scipy import optimize
 
+from logitjax.ops import checks
 from logitjax.transport._bounds import check_equal_sizes
 from logitjax.transport._certificate import Certificate
 from logitjax.transport._graph import Graph, rounded
@@ -77,8 +78,7 @@ def branch_and_bound(
     if not 1 <= n <= _MOST_NODES:
         raise ValueError(f"c: expected 1 to {_MOST_NODES} nodes, got {n}")
     for name, matrix in (("c", x), ("d", y)):
-        if not np.isfinite(matrix).all():
-            raise ValueError(f"{name}: expected finite entries, got others")
+        checks.values(matrix, np.isfinite, name, "finite entries")
         if np.abs(matrix - matrix.T).max() > 1e-9 * np.abs(matrix).max():
             raise ValueError(f"{name}: expected a symmetric matrix, got another")
     # Squares neither overflow nor vanish.
