@@ -656,7 +656,7 @@ ELSEWHERE = {
         ops.Static losses.Blocks losses.Head losses.Readout
         losses.GraphStatistics losses.LogProbs distillation.GraphConfig
         few_shot.FeatureIdentity heads.HeadCost heads.Assignment
-        vq.ConvertConfig vq.Pages vq.Screen vq.Shortlist vq.Tuning distillation.LayerPruning
+        vq.ConvertConfig vq.Screen vq.Tuning distillation.LayerPruning
         distillation.Objective
         distillation.Reading distillation.Course distillation.Distilled
         distillation.Trained distillation.Student distillation.Scorer distillation.Corpus
@@ -683,7 +683,7 @@ ELSEWHERE = {
         ops.neginf_to_zero""",
     "modules, whose arrays go through the functions above": """
         heads.LinearHead heads.TiedHead heads.VocabularyHead
-        heads.torch_linear vq.VQHead vq.ProductHead vq.ScreenedHead vq.ShortlistHead
+        heads.torch_linear vq.VQHead vq.ProductHead vq.ScreenedHead
         distillation.DualHead models.Decoder vision.CLIP vision.ImageClassifier""",
     "functions of functions, models, texts or files": """
         distillation.aligned_value_and_grad
