@@ -240,8 +240,9 @@ def judge(
         gap = np.abs(path.excess(method, alpha))
         coarse = np.min([np.abs(path.excess(method, np.full(len(alpha), a))) for a in grid], 0)
         worse, false = (gap > coarse + allowed) & ~met, ~met
-    # Bisection in float64 ends within 1e-12, the dense grid has its own answer to 1e-9.
-    outside = (answer < lower - 1e-9) | (answer > upper + 1e-9)
+    # A minimum lies beside the best point of the dense grid; a root is bisected.
+    reach = _HIGH / _POINTS if method in ("grid", "newton") else 1e-9
+    outside = (answer < lower - reach) | (answer > upper + reach)
     counts |= {"worse": int(worse.sum()), "false": int((false & converged).sum())}
     counts["outside"] = int(outside.sum())
     return (
