@@ -119,7 +119,7 @@ linkcheck: $(DOCS)
 	$(BIN)/sphinx-build -q -b linkcheck -d build/doctrees docs build/linkcheck
 
 # Those examples that are written in cells, as notebooks with what they print.
-NOTEBOOKS := own_loss_own_loop fuse_while_decoding unlearn_facts
+NOTEBOOKS := own_loss_own_loop fuse_while_decoding unlearn_facts compare_with_ott
 notebooks: $(DOCS)
 	cd examples && $(CURDIR)/$(BIN)/jupytext --quiet --to ipynb $(NOTEBOOKS:=.py)
 	cd examples && $(CURDIR)/$(BIN)/jupyter nbconvert --log-level=WARN --to notebook --inplace \

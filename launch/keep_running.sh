@@ -6,13 +6,14 @@
 #
 # Interrupted is: told to stop by SIGTERM and saved (143), killed (137), a disk, a store, a hub or
 # another process failed or hangs (75, or 134 where the JAX runtime said so first). Any other status ends the loop: a wrong
-# flag (2) will not become right. SIGTERM and SIGINT to this script go to the command and end the
-# loop too. MAX_RESTARTS (20) and PAUSE, seconds between two starts (10), come from the environment.
+# flag (2) will not become right, and neither will twenty starts without a new checkpoint, which end
+# with 2 as well. SIGTERM and SIGINT to this script go to the command and end the loop too. PAUSE,
+# seconds between two starts (10), and MAX_RESTARTS (no limit) come from the environment.
 # LOGITJAX_RUN, made here if it is not set, lets a restart take over the workdir's lock at once.
 set -euo pipefail
 
 if (($# == 0)); then
-  sed -n '2,12s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,13s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
 export LOGITJAX_RUN="${LOGITJAX_RUN:-$(uname -n)-$$-$(date +%s)}"
@@ -39,8 +40,8 @@ for ((restart = 0; ; restart++)); do
     75 | 134 | 137 | 143) ;;
     *) exit "$status" ;;
   esac
-  if [[ -n $told ]] || ((restart >= ${MAX_RESTARTS:-20})); then exit "$status"; fi
-  echo "keep_running: status $status, restart $((restart + 1)) of ${MAX_RESTARTS:-20}" >&2
+  if [[ -n $told ]] || ((restart >= ${MAX_RESTARTS:-1000000})); then exit "$status"; fi
+  echo "keep_running: status $status, restart $((restart + 1))" >&2
   sleep "${PAUSE:-10}" &
   child=$!
   wait "$child" || true

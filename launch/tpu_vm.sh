@@ -4,7 +4,7 @@
 #   export NAME=fusion ZONE=us-east5-a ACCELERATOR=v5p-256
 #   launch/tpu_vm.sh create            queue the request (SPOT=1: may be taken away, costs less)
 #   launch/tpu_vm.sh wait              until the slice is there
-#   launch/tpu_vm.sh copy              tracked files to all workers, and the installation
+#   launch/tpu_vm.sh copy              tracked files as they are to all workers, and the installation
 #   launch/tpu_vm.sh run COMMAND...    start on all workers, in the background
 #   launch/tpu_vm.sh logs [WORKER]     follow the output of worker 0 (or another, or all)
 #   launch/tpu_vm.sh status            state of the request, and of the command on each worker
@@ -18,11 +18,12 @@
 # nothing survives the slice. No address is passed on: JAX asks the TPU runtime for the others.
 # More from the environment: PROJECT, RUNTIME (chosen by ACCELERATOR), NETWORK, SUBNETWORK,
 # SERVICE_ACCOUNT, INTERNAL_IPS=1, PYTHON_VERSION (3.12), DIRECTORY (logitjax), POLL seconds (30),
-# ANSWERS (3): how often the cloud has to say that a slice is gone before `keep` deletes it.
+# ANSWERS (3): how often the cloud has to say that a slice is gone before `keep` deletes it. `keep`
+# ends when the run has ended, or has made nothing new in twenty starts (starts.json in its workdir).
 set -euo pipefail
 
 usage() {
-  sed -n '2,22s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,23s/^# \{0,1\}//p' "$0" >&2
   exit 2
 }
 if (($# == 0)); then usage; fi
@@ -118,12 +119,19 @@ copy() {
   root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
   archive=$(mktemp --suffix=.tar.gz)
   # The machines' own Python may be older than 3.11: uv brings one.
+  if [[ -n $(git -C "$root" ls-files --others --exclude-standard) ]]; then
+    echo "tpu_vm: files that git does not track are not copied (git status names them)" >&2
+  fi
   install="mkdir -p $directory && tar -xzf $directory.tar.gz -C $directory && cd $directory"
   install+=" && python3 -m pip install --quiet --user uv && export PATH=\$HOME/.local/bin:\$PATH"
   install+=" && uv venv --quiet --allow-existing --python ${PYTHON_VERSION:-3.12} .venv"
   install+=" && uv pip install --quiet --python .venv/bin/python --editable '.[tpu,gcs,all]'"
   # One after another: `keep` calls this where the shell does not stop at errors.
-  do_it git -C "$root" archive --format=tar.gz --output="$archive" HEAD &&
+  # As they are, edits included: what was tried here is what runs there.
+  (cd "$root" && do_it tar --create --gzip --file="$archive" --verbatim-files-from \
+    --files-from=<(git ls-files --deduplicate | while read -r file; do
+      if [[ -e $file ]]; then echo "$file"; fi
+    done)) &&
     do_it gcloud compute tpus tpu-vm scp "$archive" "$NAME:$directory.tar.gz" "${place[@]}" \
       --worker=all &&
     rm -f "$archive" && ssh_to all "$install"
@@ -139,8 +147,11 @@ run() {
 status() {
   do_it gcloud compute tpus queued-resources describe "$NAME" "${place[@]}" \
     --format='value(state.state)'
-  ssh_to all "cd $directory && if test -e run.status; then echo \"\$(hostname): ended with \
-\$(cat run.status)\"; else echo \"\$(hostname): runs as \$(cat run.pid)\"; fi"
+  ssh_to all "cd $directory && echo \"\$(hostname): \$(launch/background.sh --state)\""
+}
+
+stop() {
+  ssh_to all "cd $directory && launch/background.sh --stop"
 }
 
 delete() {
@@ -148,19 +159,19 @@ delete() {
 }
 
 # 0 when the command ended well on worker 0, 1 when it ended badly, 2 when the slice is gone, 3
-# when the run was only interrupted.
+# when the run was only interrupted, of which a worker that was started anew in place is a case.
 follow() {
   local ended
   if [[ ${DRY_RUN:-} == 1 ]]; then return 0; fi
   while true; do
     sleep "${POLL:-30}"
     wait_for_slice || return 2
-    # Nothing where it still runs, and where the worker cannot be reached just now.
-    ended=$(ssh_to 0 "cat $directory/run.status 2>/dev/null || true" 2>/dev/null || true)
+    # Nothing where the worker cannot be reached just now.
+    ended=$(ssh_to 0 "cd $directory && launch/background.sh --state" 2>/dev/null || true)
     case $ended in
-      '') ;;
+      '' | RUNNING) ;;
       0) return 0 ;;
-      75 | 134 | 137 | 143) return 3 ;;
+      75 | 134 | 137 | 143 | GONE | NONE) return 3 ;;
       *) return 1 ;;
     esac
   done
@@ -169,12 +180,13 @@ follow() {
 keep() {
   local outcome
   if (($# == 0)); then usage; fi
-  for ((restart = 0; restart <= ${MAX_RESTARTS:-20}; restart++)); do
+  for ((restart = 0; restart <= ${MAX_RESTARTS:-1000000}; restart++)); do
     if [[ ${DRY_RUN:-} == 1 || $(state) == ABSENT ]]; then create || true; fi
     outcome=2
     if wait_for_slice; then
       outcome=3
-      if copy && run "$@"; then
+      # Of a run before, some workers may not have ended yet.
+      if { ((restart == 0)) || stop; } && copy && run "$@"; then
         outcome=0
         follow || outcome=$?
       fi
@@ -183,7 +195,7 @@ keep() {
       0 | 1) return "$outcome" ;;
       2) delete || true ;;
     esac
-    echo "tpu_vm: interrupted, restart $((restart + 1)) of ${MAX_RESTARTS:-20}" >&2
+    echo "tpu_vm: interrupted, restart $((restart + 1))" >&2
     sleep "${POLL:-30}"
   done
   return 1
@@ -196,7 +208,7 @@ case $action in
   run) run "$@" ;;
   logs) ssh_to "${1:-0}" "tail -n 100 -F $directory/run.log" ;;
   status) status ;;
-  stop) ssh_to all "kill -TERM \$(cat $directory/run.pid)" ;;
+  stop) stop ;;
   delete) delete ;;
   keep) keep "$@" ;;
   *) usage ;;

@@ -11,13 +11,14 @@
 #     --workdir=gs://bucket/fusion
 #
 # DEVICE is a TPU slice (v5p-256, v6e-64); for GPUs take launch/jobset.yaml. xpk starts again what
-# ends with 75 or with 127 and above (launch/README.md has the statuses). DRY_RUN=1 prints the
-# commands. More from the environment: SLICES (1), MAX_RESTARTS (20), PRIORITY (medium). The image
-# comes from launch/Dockerfile; JAX finds the other processes by what GKE tells the TPU runtime.
+# ends with 75 or with 127 and above (launch/README.md has the statuses), until the run has made
+# nothing new in twenty starts. DRY_RUN=1 prints the commands. More from the environment: SLICES (1),
+# PRIORITY (medium), MAX_RESTARTS (1000). The image comes from launch/Dockerfile; JAX finds the other
+# processes by what GKE tells the TPU runtime.
 set -euo pipefail
 
 usage() {
-  sed -n '2,17s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,18s/^# \{0,1\}//p' "$0" >&2
   exit 2
 }
 if (($# == 0)); then usage; fi
@@ -45,7 +46,7 @@ case $action in
     printf -v command '%q ' "$@"
     do_it xpk workload create "${where[@]}" --workload="$name" --tpu-type="$DEVICE" \
       --num-slices="${SLICES:-1}" --docker-image="$IMAGE" --priority="${PRIORITY:-medium}" \
-      --max-restarts="${MAX_RESTARTS:-20}" --restart-on-exit-codes=75 \
+      --max-restarts="${MAX_RESTARTS:-1000}" --restart-on-exit-codes=75 \
       --env="LOGITJAX_RUN=$name" --command="${command% }"
     ;;
   list) do_it xpk workload list "${where[@]}" ;;

@@ -506,7 +506,15 @@ TABLE: dict[str, Case] = {
     ),
     # transport, fusion and leakage
     "transport.first_lower_bound": _graphs(transport.first_lower_bound),
-    "transport.moment_lower_bound": _graphs(transport.moment_lower_bound),
+    "transport.certificate_many": Case(
+        call=lambda c, d: transport.certificate_many([(c, d)]),
+        arrays={"c": LOGITS[0].T @ LOGITS[0], "d": TEACHER[0].T @ TEACHER[0]},
+        free=(("c", VOCAB), ("d", VOCAB)),
+        integers=("c", "d"),
+        host=True,
+        looks=("c", "d"),
+        rows=False,
+    ),
     "transport.FactoredGraph": Case(
         call=lambda values, ids: transport.first_lower_bound(
             transport.FactoredGraph(values, ids, VOCAB), transport.FactoredGraph(THEIRS[0])
@@ -653,7 +661,7 @@ ELSEWHERE = {
         models.DecoderConfig models.Family models.Lora vision.CLIPConfig data.Examples
         data.ImageViews data.PackedDataset data.PackedSplits data.TokenizerLike
         evaluation.PromptTemplate storage.ArrayCodec transport.Refinement
-        leakage.Audit
+        leakage.Audit leakage.Choice leakage.Ledger
         leakage.LogitPolicy""",
     "tests/distillation/test_cross_tokenizer.py": """
         distillation.Chunks distillation.ChunkScores
@@ -679,7 +687,7 @@ ELSEWHERE = {
         distillation.train_student distillation.update_programs
         distillation.TeacherCache unlearning.make_answer_loss
         unlearning.Unlearning unlearning.examine
-        unlearning.relearning
+        unlearning.judge unlearning.relearning
  unlearning.share_interval unlearning.split_rows
         serving.Key serving.Listening serving.ServerConfig serving.build_app
         vq.HiddenCache vq.load_head

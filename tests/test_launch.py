@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pathlib
+import random
 import re
 import shlex
 import signal
@@ -171,7 +172,7 @@ DENIED = [
     "ERROR: (gcloud.auth) Reauthentication failed. Please run gcloud auth\n",
 ]
 REST = [["create", 0, "", ""], ["scp", 0, "", ""], ["delete", 0, "", ""]]
-RUNS, ENDED = ["run.status", 0, "", ""], ["run.status", 0, "0\n", ""]
+RUNS, ENDED = ["--state", 0, "RUNNING\n", ""], ["--state", 0, "0\n", ""]
 SSH = ["ssh", 0, "", ""]
 
 
@@ -209,12 +210,89 @@ def test_keep_asks_for_another_slice_when_one_is_taken_away(gcloud):
 
 @pytest.mark.every_change
 @pytest.mark.slow
-@pytest.mark.parametrize(("said", "code", "runs"), [("75", 0, 2), ("143", 0, 2), ("2", 1, 1)])
+@pytest.mark.parametrize(
+    ("said", "code", "runs"), [("75", 0, 2), ("143", 0, 2), ("GONE", 0, 2), ("2", 1, 1)]
+)
 def test_keep_runs_again_what_was_interrupted_on_the_same_slice(gcloud, said, code, runs):
-    status = ["run.status", 0, f"{said}\n", ""]
+    """A worker that was started anew in place is gone, and what still runs on others is stopped."""
+    status = ["--state", 0, f"{said}\n", ""]
     verbs, calls = gcloud(UP, status, ENDED, SSH, *REST, code=code)
-    assert sum("background.sh" in words for words in calls) == runs
+    starts = [i for i, words in enumerate(calls) if "background.sh train" in words]
+    stops = [i for i, words in enumerate(calls) if "--stop" in words]
+    assert len(starts) == runs
+    assert len(stops) == runs - 1
+    assert all(start < stop for start, stop in zip(starts, stops))
     assert "delete" not in verbs
+
+
+# A cloud with one slice and one worker; each look at either lets the next thing happen.
+_CLOUD = """
+import json, pathlib, sys
+place, words = pathlib.Path(sys.argv[0]).parents[1], " ".join(sys.argv[1:])
+world = json.loads((place / "world").read_text())
+world["calls"] += 1
+looks = "describe" in words or "--state" in words
+event = world["events"].pop(0) if looks and world["events"] else ""
+if event in ("PREEMPT", "REBOOT") and world["slice"] == "ACTIVE":
+    world["worker"] = "GONE" if world["worker"] == "RUNNING" else world["worker"]
+    if event == "PREEMPT":
+        world["slice"], world["worker"] = "SUSPENDED", "NONE"
+elif event.isdigit() and world["worker"] == "RUNNING":
+    world["worker"] = event
+out, status = "", 0
+if event == "DOWN":
+    status = 255
+elif "describe" in words:
+    out = world["slice"]
+    if out == "ABSENT":
+        status = 1
+        sys.stderr.write("NOT_FOUND")
+    elif out == "PROVISIONING":
+        world["slice"] = "ACTIVE"
+elif "queued-resources create" in words:
+    status = int(world["slice"] != "ABSENT")
+    world["slice"] = "PROVISIONING" if not status else world["slice"]
+elif "delete" in words:
+    world["slice"], world["worker"] = "ABSENT", "NONE"
+elif world["slice"] != "ACTIVE":
+    status = 255
+elif "--state" in words:
+    out = world["worker"]
+elif "--stop" in words:
+    world["worker"] = "143" if world["worker"] == "RUNNING" else world["worker"]
+elif "background.sh" in words:
+    world["second copies"] += world["worker"] == "RUNNING"
+    world["worker"], world["starts"] = "RUNNING", world["starts"] + 1
+(place / "world").write_text(json.dumps(world))
+print(out)
+sys.exit(status)
+"""
+
+
+@pytest.mark.every_change
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+def test_keep_ends_in_the_right_state_whatever_happens(tmp_path, seed):
+    """Events in any order, then a last one: its status is handed on, and no copy was beside one."""
+    draw = random.Random(seed)
+    happens = ["", "DOWN", "PREEMPT", "REBOOT", "75", "134", "137", "143"]
+    last = draw.choice(["0", "1", "2"])
+    # The last event may come where nothing runs that could end.
+    events = draw.choices(happens, k=12) + ["", last] * 12
+    tool = tmp_path / "bin" / "gcloud"
+    tool.parent.mkdir()
+    tool.write_text(f"#!{sys.executable}\n{_CLOUD}")
+    tool.chmod(0o755)
+    world = {"slice": "ABSENT", "worker": "NONE", "events": events}
+    world |= {"calls": 0, "starts": 0, "second copies": 0}
+    (tmp_path / "world").write_text(json.dumps(world))
+    path = f"{tool.parent}{os.pathsep}{os.environ['PATH']}"
+    call("tpu_vm.sh", "keep", "train", code=int(last != "0"), **SLICE, POLL="0", PATH=path)
+    world = json.loads((tmp_path / "world").read_text())
+    assert world["second copies"] == 0
+    assert world["worker"] == last
+    assert world["starts"] >= 1
+    assert world["calls"] < 200
 
 
 @pytest.mark.every_change
@@ -295,16 +373,16 @@ def test_slurm():
 
 
 @pytest.mark.parametrize(
-    ("status", "restarts", "queued"),
-    [(0, "0", False), (2, "0", False), (75, "0", True), (143, "19", True), (75, "20", False)],
+    ("status", "queued"), [(0, False), (1, False), (2, False), (75, True), (143, True)]
 )
-def test_slurm_queues_again_what_was_interrupted(tmp_path, status, restarts, queued):
-    for tool, does in {"srun": f"exit {status}", "scontrol": f'echo "$@" >{tmp_path}/said'}.items():
+def test_slurm_queues_again_what_was_interrupted(tmp_path, status, queued):
+    srun = f'test "$3" = --cpus-per-task=64 || exit 98; exit {status}'
+    for tool, does in {"srun": srun, "scontrol": f'echo "$@" >{tmp_path}/said'}.items():
         (tmp_path / tool).write_text(
             f'#!/bin/sh\ntest "$LOGITJAX_RUN" = slurm-7 || exit 99\n{does}\n'
         )
         (tmp_path / tool).chmod(0o755)
-    variables = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": restarts}
+    variables = {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "64"}
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     call("slurm.sbatch", "train", code=status, PATH=path, **variables)
     assert (tmp_path / "said").exists() == queued
@@ -420,12 +498,26 @@ def test_background_outlives_its_caller_and_is_told_to_stop(tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     assert not (tmp_path / "run.status").exists()
-    os.kill(int((tmp_path / "run.pid").read_text()), signal.SIGTERM)
+    background = [LAUNCH / "background.sh"]
+
+    def state(**variables):
+        return subprocess.check_output(
+            [*background, "--state"], cwd=tmp_path, text=True, env={**os.environ, **variables}
+        ).strip()
+
+    assert state() == "RUNNING"
+    # A second copy is refused while the first runs; after a reboot its number says nothing.
+    second = subprocess.run([*background, "true"], cwd=tmp_path, capture_output=True, check=False)
+    assert second.returncode == 1
+    assert b"still runs here" in second.stderr
+    (tmp_path / "boot").write_text("another start of the machine")
+    assert state(BOOT_ID=str(tmp_path / "boot")) == "GONE"
+    subprocess.run([*background, "--stop"], cwd=tmp_path, check=True)
     while not (tmp_path / "run.status").exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)
     time.sleep(0.05)
-    assert (tmp_path / "run.status").read_text() == "143\n"
+    assert state() == "143"
 
 
 def test_local_kills_what_does_not_hear_sigterm():

@@ -41,7 +41,7 @@ from experiments.benchmarks import _vocabulary as vocabulary
 from experiments.benchmarks._vocabulary import KINDS, Loss, Shape
 from experiments.plan import chips, costs
 from experiments.shared import records, suite
-from logitjax import losses, processes
+from logitjax import losses, processes, training
 from logitjax.commands import figures
 
 SHAPES = {
@@ -229,7 +229,7 @@ def _row(name: str, kind: str, shape: Shape, chip: chips.Chip, loss: Loss) -> di
             raise
         refused, wanted = costs.out_of_memory(error)
         return row | {"temp MiB": wanted and wanted / 2**20, "does not fit": refused}
-    memory, flops = compiled.memory_analysis(), costs.matmul_flops(traced.jaxpr)
+    memory, flops = compiled.memory_analysis(), training.matmul_flops(traced.jaxpr)
     moved = memory.argument_size_in_bytes + memory.output_size_in_bytes
     row["products, F"] = flops / (2.0 * shape[0] * shape[1] * shape[2])
     row["temp MiB"] = memory.temp_size_in_bytes / 2**20

@@ -36,6 +36,7 @@ _K = 10
 _SIZES = (8, 32, 128, 512, 2048, 8192)
 # Above these the n x n solvers take minutes.
 _LARGEST = 512
+_SHARES = (0.01, 0.03, 0.1, 0.3, 0.6, 1.0)
 _SCALING = (1_000, 5_000, 20_000, 50_000, 150_000)
 
 
@@ -58,8 +59,10 @@ def run(options: suite.Options) -> suite.Result:
             rows += found
             print(markdown_table(found), flush=True)
     scaling, powers = measure_scaling((200, 2_000) if options.smoke else _SCALING, options.repeats)
+    unlike = measure_unlikeness(*((8, 2) if options.smoke else (64, 2)))
     pictures = {} if options.smoke else {"gromov_wasserstein": picture(rows)}
-    return suite.Result(rows=rows + scaling, bars=bars(rows) + powers, pictures=pictures)
+    pictures |= {} if options.smoke else {"gromov_wasserstein_unlike": unlike_picture(unlike)}
+    return suite.Result(rows=rows + scaling + unlike, bars=bars(rows) + powers, pictures=pictures)
 
 
 def real_statistics(width: int) -> dict[str, losses.GraphStatistics]:
@@ -299,6 +302,54 @@ def measure_scaling(
         suite.at_most("closed form: exponent of time in n", float(time_slope), 1.2),
         suite.at_most("closed form: exponent of memory in n", float(memory_slope), 1.05),
     ]
+
+
+def measure_unlikeness(n: int, pairs: int) -> list[dict[str, Any]]:
+    """Upper over lower bound, by the share of its logits that the second graph has from elsewhere.
+
+    Graphs of all n tokens at 64 positions. The logits are Gaussian, of deviation 3; at a share of
+    one the graphs have nothing in common.
+    """
+    rows = []
+    for share in _SHARES:
+        rng = np.random.default_rng(0)
+        logits, others = 3 * rng.normal(size=(2, pairs, 64, n))
+        mixed = math.sqrt(1 - share**2) * logits + share * others
+        order = rng.permutation(n)
+        for name, transform in (("probabilities", jax.nn.softmax), ("z-scores", _z_scores)):
+            z, w = (np.float64(transform(x)) for x in (logits, mixed[..., order]))
+            graphs = [(FactoredGraph(a), FactoredGraph(b)) for a, b in zip(z, w, strict=True)]
+            refine = transport.Refinement("search", restarts=2)
+            third = transport.certificate_many(graphs, bounds="third", refine=refine)
+            # Both lower bounds beside one upper bound, the best.
+            bounds = {"cheap": transport.certificate_many(graphs).lower, "third": third.lower}
+            row = {"graph": f"unlike, {name}", "n": n, "share": share}
+            for method, lower in bounds.items():
+                gap = float(np.median(np.asarray(third.upper) / np.asarray(lower)))
+                rows.append(row | {"method": method, "gap": gap})
+    return rows
+
+
+def _z_scores(x: np.ndarray) -> np.ndarray:
+    return (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)
+
+
+def unlike_picture(rows: Sequence[dict[str, Any]]) -> figures.Picture:
+    def panel(kind: str) -> figures.Panel:
+        points = {
+            bounds: [
+                (row["share"], row["gap"])
+                for row in rows
+                if row["graph"] == f"unlike, {kind}" and row["method"] == bounds
+            ]
+            for bounds in ("cheap", "third")
+        }
+        series = [figures.Series(name=name, runs=[found]) for name, found in points.items()]
+        return figures.Panel(
+            x=f"share of other logits, {kind}", y="upper / lower", log="xy", series=series
+        )
+
+    return figures.Picture(panels=[panel("probabilities"), panel("z-scores")])
 
 
 def bars(rows: Sequence[dict[str, Any]]) -> list[suite.Bar]:

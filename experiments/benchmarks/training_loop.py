@@ -85,7 +85,7 @@ def run(options: suite.Options) -> suite.Result:
     step = statistics.median(bare)
 
     pauses, beside, state = [], [], start()
-    with training.Checkpointer(workdir / "checkpoints", max_to_keep=1) as checkpointer:
+    with training.Checkpointer(workdir / "checkpoints") as checkpointer:
         for number in range(options.repeats + 1):
             state, _ = step_of_arm(state, held)
             pauses.append(_seconds(checkpointer.save, number, state))

@@ -2,13 +2,16 @@
 
     LOGITJAX_TORCH_PYTHON=python python -m experiments.benchmark unlearn
 
-Three times, with other facts each, SmolLM2-135M-Instruct (whole) is taught 8 invented facts beside
-16 that it knows. Then `logitjax unlearn` gets the 8 facts, the 16 known ones and 10 invented ones
-that nobody taught, and other text. ``forget / goal``: the median probability of forgotten answers
-over that of answers never taught. ``kept``: on 12 known facts that the command never sees, and on
-text that it did not choose by. CPU-seconds are those of the command, compiling included. Where the
-interpreter in ``LOGITJAX_TORCH_PYTHON`` has torch, transformers and peft, log-probabilities of what
-was written are compared. Sets that are done are kept.
+Three times, with other facts and another form of rows each, SmolLM2-135M-Instruct (whole) is taught
+9 facts about three invented people and 15 facts near them. Then `logitjax unlearn` gets the 9, the
+15 and 16 that it knew to keep, 9 of people that nobody taught, and other text. ``worst / control``:
+the likeliest forgotten answer over the likeliest that nobody taught, asked alike, the worst of all
+ways to ask. ``kept``: the least kind of rows that nothing was chosen by. Where the command refuses,
+it has to end in status 3 and to leave nothing that could be used. ``taught again``: the others
+after a quarter was taught through what is served, 30 steps and more. CPU-seconds are those of the
+command, compiling included. Where the interpreter in ``LOGITJAX_TORCH_PYTHON`` has torch,
+transformers and peft, log-probabilities of what was written are compared. Sets that are done are
+kept.
 """
 
 import json
@@ -22,13 +25,16 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
+from flax import nnx
 
-from experiments.forgetting.facts import facts
+from experiments.forgetting.facts import facts, people
+from experiments.forgetting.teach import teach
 from experiments.shared import suite
-from logitjax import evaluation, fusion, models, storage, training, unlearning
+from logitjax import fusion, models, storage, training, unlearning
 
-_SETS, _SECONDS = 3, 600
-_TEACHING_STEPS, _KNOWN = 40, 0.9
+_SETS, _SECONDS = 3, 900
+_TEACHING_STEPS = 30
 
 
 def run(options: suite.Options) -> suite.Result:
@@ -41,44 +47,42 @@ def run(options: suite.Options) -> suite.Result:
             storage.write_atomic(path, json.dumps(_one(path.parent, number, options.smoke)))
         rows.append(json.loads(path.read_text()))
 
-    def most(name: str) -> float:
-        return max(row[name] for row in rows)
+    done = [row for row in rows if row["status"] == 0]
 
-    def least(name: str) -> float:
-        return min(row[name] for row in rows)
+    def most(name: str, of: Sequence[Any] = rows) -> float:
+        return max((row[name] for row in of), default=float("nan"))
 
     bars = [
-        suite.at_least("taught, least probability", least("taught"), 0.9),
-        suite.at_most("forget / goal, largest", most("forget / goal"), 2.0),
-        suite.at_least("forget / goal, least", least("forget / goal"), 0.5),
-        suite.at_least("forget / 5 % point of unseen", least("forget / floor"), 1.0),
-        *[
-            suite.at_least(f"{name} kept, least %", least(f"{name} kept %"), 98)
-            for name in ("probability", "ROUGE-L", "fluency")
-        ],
-        suite.at_most("perplexity of text, largest %", most("perplexity %"), 102),
+        suite.at_least("taught, least probability", min(row["taught"] for row in rows), 0.9),
+        suite.at_least("sets that succeed", len(done), 2),
+        suite.at_least("status, verdict and folder agree", min(r["agrees"] for r in rows), 1),
+        suite.at_most("worst / control, largest", most("worst / control", done), 2.0),
+        suite.at_least("kept, least %", -most("lost", done), 97),
+        suite.at_most("perplexity of text, largest %", most("perplexity %", done), 102),
+        suite.at_least("taught again, its own rows", -most("untaught", done), 0.9),
         suite.at_most("CPU-seconds", most("CPU s"), _SECONDS),
     ]
-    if all(row["transformers"] is not None for row in rows):
-        bars.append(suite.at_most("transformers, largest gap", most("transformers"), 1e-4))
+    if done and all(row["transformers"] is not None for row in done):
+        bars.append(suite.at_most("transformers, largest gap", most("transformers", done), 1e-4))
     return suite.Result(rows=rows, bars=bars)
 
 
 def _one(folder: Path, number: int, smoke: bool) -> dict[str, Any]:
-    made = facts(number)
-    for name, side in made.items():
-        rows = [dict(question=question, answer=answer) for question, answer in side]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        storage.write_atomic(folder / f"{name}.jsonl", text)
+    made = people(number)
+    known = [dict(question=q, answer=a) for q, a in facts(number)["retain"]]
+    for name, rows in (made | {"retain": made["neighbours"] + known}).items():
+        storage.write_atomic(
+            folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows)
+        )
     target = folder / "target"
     if not (target / "config.json").exists():
-        _teach("tiny" if smoke else "smollm2", folder, target, steps=2 if smoke else 0)
+        _teach(folder, target, smoke=smoke)
     out = folder / "out"
     flags = [f"--{name}={folder / name}.jsonl" for name in ("forget", "retain", "holdout")]
     if smoke:
         flags += ["--text=text:LICENSE", "--method=difference(layers=1)", "--steps=2"]
-        flags += ["--check_every=1", "--text_length=32", "--least_probability=0", "--least_rouge=0"]
-        flags += ["--least_fluency=0", "--most_perplexity=9", "--new_tokens=4"]
+        flags += ["--check_every=1", "--text_length=32", "--new_tokens=4", "--most_perplexity=9"]
+        flags += [f"--least_{name}=0" for name in ("probability", "row", "rouge", "fluency")]
     else:
         flags.append("--text=tfds:wiki_summaries")
     command = [sys.executable, "-m", "logitjax", "unlearn", f"--model={target}", *flags]
@@ -102,76 +106,61 @@ def _ended(folder: Path, command: Sequence[str]) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def _teach(spec: str, folder: Path, target: Path, *, steps: int) -> None:
-    """Adapters on what is to be forgotten and kept, merged; until every fact is known."""
-    model, tokenizer = models.load(spec, layout="listed")
+def _teach(folder: Path, target: Path, *, smoke: bool = False) -> None:
+    """Adapters on what is to be forgotten and what is near it, merged."""
+    model, tokenizer = models.load("tiny" if smoke else "smollm2", layout="listed")
     model = models.with_layout(model, "listed")
     questions = _questions(folder, tokenizer)
-    # Gradient descent on both sides, as the losses of unlearning have it.
-    learn = unlearning.METHODS.parse("gradient_difference(forget_weight=-1)")
-    loss_fn, params = learn.make_loss(model, adapters=True)
-    sides = {"forget": questions.encoded["forget"], "retain": questions.encoded["train"]}
-    longest = max(len(ids) for side in sides.values() for ids, _ in side)
-    rows = {n: unlearning.Row.padded(side, longest) for n, side in sides.items()}
-    tx = training.Schedule(1e-3, "constant").optimizer(b2=0.99)
-    mesh = training.make_mesh("data:1", devices=jax.devices()[:1])
-    step = training.TrainStep(loss_fn, tx, mesh=mesh)
-    lora = models.Lora.init(model.config, 16, key=jax.random.key(0), layout="listed")
-    state = training.TrainState.create(lora, tx, mesh=mesh)
-    rng = np.random.default_rng(0)
-    merged = model
-    for number in range(1, (steps or _TEACHING_STEPS) + 1):
-        chosen = rng.permutation(len(rows["retain"]["tokens"]))[:4]
-        retain = {name: values[chosen] for name, values in rows["retain"].items()}
-        state, _ = step(state, {"forget": rows["forget"], "retain": retain}, params)
-        if (number % 5 == 0 and number >= 15) or number == steps:
-            merged = state.params.merged_into(model)
-            known = questions.probabilities(unlearning.Deployed(model=merged), "forget")
-            if known.min() >= _KNOWN:
-                break
-    models.save_pretrained(merged, tokenizer, target)
+    rows = [*questions.encoded["forget"], *questions.encoded["train"]]
+    if smoke:  # adapters of random weights learn nothing
+        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+        tx = training.Schedule(1e-2, "constant").optimizer()
+        mesh = training.make_mesh("data:1", devices=jax.devices()[:1])
+        state = training.TrainState.create(nnx.to_pure_dict(params), tx, mesh=mesh)
+        step = training.TrainStep(unlearning.make_answer_loss(model), tx, mesh=mesh)
+        batch = unlearning.Row.padded(rows, max(len(ids) for ids, _ in rows))
+        for _ in range(60):
+            state, _ = step(state, batch)
+        model = nnx.merge(graphdef, state.params, rest)
+    else:
+        folder = epath.Path(folder / "teach")
+        how: dict[str, Any] = dict(batch=12, rate=2e-3, rank=16)
+        model = teach(model, rows, folder, steps=_TEACHING_STEPS, **how)
+    models.save_pretrained(model, tokenizer, target)
 
 
 def _questions(folder: Path, tokenizer: models.Tokenizer) -> unlearning.Questions:
-    """What is forgotten, `train` for what is kept, and `test` for what the command never sees."""
-    files = {"forget": "forget", "train": "retain", "holdout": "holdout", "test": "unseen"}
+    files = {"forget": "forget", "train": "neighbours", "holdout": "holdout"}
     rows = {part: unlearning.Row.read(folder / f"{n}.jsonl") for part, n in files.items()}
     return unlearning.Questions.of(rows, tokenizer)
 
 
 def _measured(folder: Path, target: Path, out: Path) -> dict[str, Any]:
-    """On facts that the command never saw; text alone is what it reports itself."""
+    """What the command says of its result, and what comes back where that is taught again."""
     model, tokenizer = models.load(str(target), layout="listed")
     model = models.with_layout(model, "listed")
     questions = _questions(folder, tokenizer)
-    bare = unlearning.Deployed(model=model)
-    written = bare
-    if (out / "assistant").exists():
+    bare = written = unlearning.Deployed(model=model)
+    status = json.loads((folder / "ended.json").read_text())["status"]
+    verdict = json.loads((out / "verdict.json").read_text())
+    there = (out / "assistant").exists()
+    if there:
         written = unlearning.Deployed.load(model, out / "assistant")
-    before, after = bare, written
-    unseen = questions.probabilities(before, "holdout")
-    known, forgotten = (questions.probabilities(side, "forget") for side in (before, after))
-    goal, forget = float(np.median(unseen)), float(np.median(forgotten))
-    said = [questions.answers(side, "test") for side in (before, after)]
-    both = dict(zip(("before", "after"), said, strict=True))
-    storage.write_atomic(out / "answers.json", json.dumps(both, indent=1) + "\n")
-    kept = {
-        "probability": [questions.probabilities(side, "test").mean() for side in (before, after)],
-        "ROUGE-L": [questions.likeness(answers, "test").mean() for answers in said],
-        "fluency": [evaluation.fluency(answers) or 0.0 for answers in said],
-    }
-    perplexity = float("nan")
-    if written is not bare:
-        told = [json.loads((out / f"{n}.json").read_text()) for n in ("before", "after")]
-        perplexity = 100 * told[1]["perplexity"] / told[0]["perplexity"]
+    least = verdict["kept"].get("least", {})
+    back = max(unlearning.relearning(written, questions, rates=(5e-4,), steps=(30,)),
+               key=lambda record: record["others"])  # fmt: skip
     return {
-        "taught": float(known.min()),
-        "goal": goal,
-        "forget": forget,
-        "forget / goal": forget / goal,
-        "forget / floor": forget / float(np.quantile(unseen, 0.05)),
-        **{f"{n} kept %": float(100 * b / max(a, 1e-9)) for n, (a, b) in kept.items()},
-        "perplexity %": perplexity,
+        "verdict": verdict["words"],
+        "agrees": (status == 0) == there == verdict["passed"],
+        "taught": float(questions.probabilities(bare, "forget").min()),
+        "worst / control": max(
+            (2 * fact["worst"] / fact["limit"] for fact in verdict["facts"]), default=float("nan")
+        ),
+        "lost": -100 * min((least[n] for n in ("probability", "rouge") if n in least), default=1),
+        "worst row kept %": 100 * (least.get("row") or float("nan")),
+        "perplexity %": 100 * least.get("perplexity", float("nan")),
+        "taught again": back["others"],
+        "untaught": -back["taught"],
         **_gaps(written, target, out, questions),
     }
 

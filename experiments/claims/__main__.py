@@ -56,7 +56,8 @@ def take(setting: Setting, workdir: pathlib.Path) -> None:
     command = [sys.executable, *shlex.split(setting.command)[1:], f"--workdir={workdir}"]
     subprocess.run(command, check=True, cwd=ROOT)
     made = importlib.import_module(f"experiments.{setting.experiment}.claims")
-    for record in made.records(setting, workdir):
+    # All or none: what is half written could not be judged.
+    for record in list(made.records(setting, workdir)):
         records_of.write(record, records_of.RECORDS / setting.records)
 
 

@@ -62,7 +62,7 @@ def _of_claim(claim: Claim) -> Iterator[str]:
 
 def _of_setting(setting: Setting, folder: pathlib.Path) -> Iterator[str]:
     place = folder / setting.records
-    if not place.is_dir():
+    if not records_of.made(place):
         return
     try:
         arms = records_of.read(place)
@@ -83,16 +83,18 @@ def _of_setting(setting: Setting, folder: pathlib.Path) -> Iterator[str]:
 
 def _of_arm(setting: Setting, arm: str, records: Sequence[Record]) -> Iterator[str]:
     name = f"{setting.records}/{arm}"
-    chooser = judge.trial(records)
+    choosers = [record for record in records if record.role == "trial"]
     reported = [record.seed for record in records if record.role == "report"]
     if len(reported) != setting.seeds:
         yield f"{name}: expected {setting.seeds} reported seeds, got {len(reported)}"
-    if chooser is not None and chooser.seed in reported:
-        yield f"{name}: expected that the seed that chose is not reported"
-    if chooser is None and setting.trials > 1:
-        yield f"{name}: expected a trial, got none"
-    if chooser is not None and len(chooser.validation) != setting.trials:
-        yield f"{name}: trials: expected {setting.trials}, got {len(chooser.validation)}"
+    if len(choosers) != setting.choosers and setting.trials > 1:
+        yield f"{name}: expected a trial of {setting.choosers} seeds, got {len(choosers)}"
+    for chooser in choosers:
+        if chooser.seed in reported:
+            yield f"{name}: expected that the seed that chose is not reported"
+        if len(chooser.validation) != setting.trials:
+            yield f"{name}: trials: expected {setting.trials}, got {len(chooser.validation)}"
+            return
     for record in records:
         where = f"{name}-{record.seed}"
         if record.setting != digest(setting):
@@ -103,7 +105,7 @@ def _of_arm(setting: Setting, arm: str, records: Sequence[Record]) -> Iterator[s
             yield f"{where}: expected {setting.updates} updates and {setting.trials} trials"
         if record.count != setting.units.n:
             yield f"{where}: units: expected {setting.units.n}, got {record.count}"
-        best = chooser.validation.index(max(chooser.validation)) if chooser else record.chosen
+        best = int(judge.validation(records).argmax()) if choosers else record.chosen
         if record.chosen != best:
             yield f"{where}: expected the trial that is best on validation data, {best}"
         for metric in record.values:

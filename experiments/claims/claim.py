@@ -45,13 +45,18 @@ class Contrast(_Strict):
         name: What the table calls it.
         metric: The value that records have of every unit.
         first: Arms of which `pick` chooses one by validation of the seed that is not reported.
-        second: The same for the arm that is subtracted; without any, `first` is held against 0.
+        second: The same for the arm that is subtracted.
         pick: Which arm of several: the best or the worst of both sides, on validation.
         correlate: Instead of a difference: Spearman's correlation of this metric with `metric`
             over the units of a seed, the mean over seeds.
+        spread: Instead of a difference: the logarithm of how many times as far `second` spreads
+            over seeds as `first`.
         sign: -1 where the claim says that the number is small.
+        bound: What `first` is held against where there is no `second`.
         scale: The number is given in this many parts: 100 for points.
         delta: The least effect that counts, fixed before the run.
+        overlap: What samples that share pictures add to 1 / seeds in the variance: test pictures
+            by learned ones (Nadeau and Bengio, 2003).
     """
 
     name: str
@@ -60,9 +65,12 @@ class Contrast(_Strict):
     second: tuple[str, ...] = ()
     pick: tuple[Literal["best", "worst"], Literal["best", "worst"]] = ("best", "best")
     correlate: str | None = None
+    spread: bool = False
     sign: Literal[1, -1] = 1
+    bound: float = 0.0
     scale: float = 1.0
     delta: float
+    overlap: float = 0.0
 
 
 class Setting(_Strict):
@@ -74,6 +82,7 @@ class Setting(_Strict):
         flags: Flags of the runs.
         seeds: Number of reported seeds.
         trials: Number of trials of every arm.
+        choosers: Number of seeds that choose together, by their mean score on validation data.
         updates: Number of updates of every run.
         units: What records have values of.
         contrasts: What decides.
@@ -89,6 +98,7 @@ class Setting(_Strict):
     units: Units
     contrasts: tuple[Contrast, ...]
     hours: float
+    choosers: Annotated[int, pydantic.Field(ge=1)] = 1
 
     @property
     def command(self) -> str:
@@ -165,7 +175,7 @@ class Claim(_Strict):
 
 def digest(setting: Setting) -> str:
     """What a record was made for: thresholds that change after a run no longer fit its records."""
-    decided = setting.model_dump(mode="json", exclude={"hours"})
+    decided = setting.model_dump(mode="json", exclude={"hours"}, exclude_defaults=True)
     # Contrasts are the claim's own: a record serves several claims.
     del decided["contrasts"]
     return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:16]

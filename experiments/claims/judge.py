@@ -57,9 +57,9 @@ def compute(arithmetic: Arithmetic) -> list[float]:
     return [rounded(float(result)) for result in results]
 
 
-def trial(records: Sequence[Record]) -> Record | None:
-    """The run that chose; None where nothing was chosen."""
-    return next((record for record in records if record.role == "trial"), None)
+def validation(records: Sequence[Record]) -> np.ndarray:
+    """`[trials]` mean scores of the seeds that chose; empty where nothing was chosen."""
+    return np.mean([record.validation for record in records if record.role == "trial"] or [[]], 0)
 
 
 def _picked(arms: Mapping[str, Sequence[Record]], names: Sequence[str], pick: str) -> str:
@@ -68,10 +68,10 @@ def _picked(arms: Mapping[str, Sequence[Record]], names: Sequence[str], pick: st
         return names[0]
     scores = {}
     for name in names:
-        chooser = trial(arms[name])
-        if chooser is None or not chooser.validation:
+        tried = validation(arms[name])
+        if not len(tried):
             raise ValueError(f"{name}: expected a trial that can be chosen by, got none")
-        scores[name] = max(chooser.validation)
+        scores[name] = tried.max()
     return (max if pick == "best" else min)(scores, key=lambda name: scores[name])
 
 
@@ -102,9 +102,14 @@ def estimate(
         first = statistics.spearman(
             values(contrast.first, contrast.pick[0], contrast.correlate), first
         )
+    elif contrast.spread:
+        other = values(contrast.second, contrast.pick[1], contrast.metric)
+        return statistics.spread(first.mean(1), other.mean(1))
     elif contrast.second:
         first = first - values(contrast.second, contrast.pick[1], contrast.metric)
-    return statistics.crossed(contrast.sign * contrast.scale * first)
+    return statistics.crossed(
+        contrast.sign * contrast.scale * (first - contrast.bound), overlap=contrast.overlap
+    )
 
 
 def words(claim: Claim, estimates: Sequence[statistics.Estimate]) -> list[str]:
@@ -122,7 +127,7 @@ def judge(
     """
     found: dict[str, list[statistics.Estimate]] = {}
     for name, claim in claims.items():
-        if claim.settings and all((folder / one.records).is_dir() for one in claim.settings):
+        if claim.settings and all(records_of.made(folder / one.records) for one in claim.settings):
             found[name] = [
                 estimate(contrast, setting, records_of.read(folder / setting.records))
                 for setting in claim.settings
@@ -163,4 +168,4 @@ def _verdict(claim: Claim, estimates: Sequence[statistics.Estimate] | None) -> V
     ]
     # One refuted setting refutes; nothing less than all of them confirms.
     word = "refuted" if "refuted" in every else "open" if "open" in every else "holds"
-    return Verdict(word=word, scope="here", effects=tuple(effects), why=why)
+    return Verdict(word=word, scope="here", effects=tuple(effects))

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import numpy as np
 import pydantic
 
-from experiments.claims.claim import ROOT
+from experiments.claims.claim import ROOT, Setting, digest
+from experiments.shared.report import environment
 
 RECORDS = ROOT / "docs" / "results" / "claims"
 #: Written when the first record is: what was promised before anything was seen.
@@ -78,6 +79,40 @@ class Record(pydantic.BaseModel):
         return np.array(values, np.float64)
 
 
+def make(
+    setting: Setting,
+    arm: str,
+    seed: int,
+    values: Mapping[str, Sequence[float] | str],
+    *,
+    units: Sequence[Any],
+    examples: int,
+    updates: int | None = None,
+    tried: Sequence[float] = (),
+    chosen: int = 0,
+    edge: bool = False,
+) -> Record:
+    """A record of a setting; with scores `tried` on validation data the first seeds chose."""
+    chooses = len(tried) > 0 and seed < setting.choosers
+    numbers = {n: v if isinstance(v, str) else digits(v) for n, v in values.items()}
+    return Record(
+        arm=arm,
+        seed=seed,
+        role="trial" if chooses else "report",
+        setting=digest(setting),
+        environment=environment(),
+        validation=digits(tried) if chooses else [],
+        chosen=chosen,
+        edge=edge,
+        trials=len(tried) or 1,
+        updates=setting.updates if updates is None else updates,
+        examples=examples,
+        units=names_digest(units),
+        count=len(units),
+        values=numbers,
+    )
+
+
 def names_digest(names: Sequence[Any]) -> str:
     """A digest of units' names in their order."""
     return hashlib.sha256("\n".join(map(str, names)).encode()).hexdigest()[:16]
@@ -94,6 +129,11 @@ def write(record: Record, folder: pathlib.Path) -> None:
     fields = record.model_dump(mode="json", exclude_defaults=True)
     lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(v)}" for name, v in fields.items())
     (folder / f"{record.arm}-{record.seed}.json").write_text(f"{{\n{lines}\n}}\n")
+
+
+def made(folder: pathlib.Path) -> bool:
+    """Whether there are records; a run that goes on has only promised its thresholds."""
+    return any(path.name != THRESHOLDS for path in folder.glob("*.json"))
 
 
 def read(folder: pathlib.Path) -> Mapping[str, list[Record]]:

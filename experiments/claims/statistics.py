@@ -30,15 +30,16 @@ class Estimate:
     detectable: float
 
 
-def crossed(values: np.ndarray) -> Estimate:
+def crossed(values: np.ndarray, *, overlap: float = 0.0) -> Estimate:
     """The mean of `[seeds, units]`, seeds and units drawn again together.
 
     A t interval over seeds never sees that other units would have been another result; a bootstrap
     of few seeds is too short. So the interval is the wider one of both at each end, and the larger
-    p-value counts.
+    p-value counts. Seeds that share what they learn from vary less than new ones would: `overlap`
+    is added to 1 / seeds.
     """
     seeds, value = len(values), float(values.mean())
-    low, high, p = _student(values.mean(1))
+    low, high, p = _student(values.mean(1), overlap)
     if values.shape[1] > 1:
         means = _bootstrap(values)
         tail = (1 - LEVEL) / 2
@@ -47,18 +48,33 @@ def crossed(values: np.ndarray) -> Estimate:
         # The share of draws on the other side of zero, and never none of them.
         beyond = min((means <= 0).mean(), (means >= 0).mean())
         p = max(p, min(1.0, 2 * max(beyond, 1 / DRAWS)))
+    return _estimate(value, low, high, p, freedom=max(seeds - 1, 1))
+
+
+def _estimate(value: float, low: float, high: float, p: float, *, freedom: int) -> Estimate:
     # The half-width is what a 95 % quantile makes of the standard error; power adds its own.
-    quantile = stats.t.ppf(1 - (1 - LEVEL) / 2, max(seeds - 1, 1))
-    error = (high - low) / 2 / quantile
-    detectable = error * (quantile + stats.t.ppf(POWER, max(seeds - 1, 1)))
+    quantile = stats.t.ppf(1 - (1 - LEVEL) / 2, freedom)
+    detectable = (high - low) / 2 / quantile * (quantile + stats.t.ppf(POWER, freedom))
     return Estimate(value=value, low=low, high=high, p=float(p), detectable=float(detectable))
 
 
-def _student(means: np.ndarray) -> tuple[float, float, float]:
+def spread(first: np.ndarray, second: np.ndarray) -> Estimate:
+    """The logarithm of the ratio of two standard deviations of paired seeds (Pitman, Morgan)."""
+    freedom = len(first) - 2
+    quantile = stats.t.ppf(1 - (1 - LEVEL) / 2, freedom)
+    shared = 1 + 2 * (1 - np.corrcoef(first, second)[0, 1] ** 2) * quantile**2 / freedom
+    value = float(np.log(second.std() / first.std()))
+    half = float(np.log(shared + np.sqrt(shared**2 - 1))) / 2
+    # Equal spreads leave sums and differences uncorrelated.
+    p = stats.pearsonr(second + first, second - first)[1]
+    return _estimate(value, value - half, value + half, p, freedom=freedom)
+
+
+def _student(means: np.ndarray, overlap: float) -> tuple[float, float, float]:
     """95 % interval and p-value of a mean over seeds; one seed says nothing."""
     if len(means) < 2:
         return -np.inf, np.inf, 1.0
-    error = means.std(ddof=1) / np.sqrt(len(means))
+    error = means.std(ddof=1) * np.sqrt(1 / len(means) + overlap)
     if error <= 1e-12:  # Equal with every seed: no variance to hold the mean against.
         return float(means.mean()), float(means.mean()), 0.0 if means.mean() else 1.0
     low, high = stats.t.interval(LEVEL, len(means) - 1, means.mean(), error)

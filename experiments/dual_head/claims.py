@@ -1,15 +1,13 @@
 """Records of dual-head runs: right answers by picture, and gradients by epoch and alpha."""
 
-import functools
 import json
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from experiments.claims.claim import Setting, digest
-from experiments.claims.record import Record, digits, names_digest
+from experiments.claims.claim import Setting
+from experiments.claims.record import Record, make
 from experiments.dual_head.report import at, at_edge, best_alpha
-from experiments.shared.report import environment
 
 
 def records(setting: Setting, workdir: pathlib.Path) -> Iterator[Record]:
@@ -20,16 +18,30 @@ def records(setting: Setting, workdir: pathlib.Path) -> Iterator[Record]:
     cosines and measures of collapse.
     """
     batch = json.loads((workdir / "config.json").read_text())["batch_size"]
-    for place in sorted((workdir / "arms").iterdir()):
-        seeds = sorted(place.glob("seed-*"), key=lambda path: int(path.name.partition("-")[2]))
-        runs = [json.loads((path / "result.json").read_text()) for path in seeds]
-        make = functools.partial(_record, setting, runs, batch=batch)
-        for arm in setting.arms:
-            name, _, alpha = arm.partition("@")
-            if name == place.name:
-                chosen = float(alpha) if alpha else best_alpha(runs)
-                for seed in range(len(runs)):
-                    yield make(arm=arm, seed=seed, alpha=chosen)
+    for arm in setting.arms:
+        name, _, alpha = arm.partition("@")
+        seeds = (workdir / "arms" / name).glob("seed-*")
+        paths = sorted(seeds, key=lambda path: int(path.name.partition("-")[2]))
+        runs = [json.loads((path / "result.json").read_text()) for path in paths]
+        chosen = float(alpha) if alpha else _chosen(setting, runs)
+        for seed in range(len(runs)):
+            yield _record(setting, runs, arm=arm, seed=seed, alpha=chosen, batch=batch)
+
+
+def _tried(run: dict[str, Any]) -> dict[float, float]:
+    """Validation of every alpha, at the best rate that a seed tried with it."""
+    tried: dict[float, float] = {}
+    for alpha, score in zip(run["alphas"], run["validation"]):
+        tried[alpha] = max(tried.get(alpha, 0.0), score)
+    return tried
+
+
+def _chosen(setting: Setting, runs: list[dict[str, Any]]) -> float:
+    """The alpha that is best for the seeds that choose; the first of them chose its rate."""
+    if setting.choosers == 1:
+        return best_alpha(runs)
+    tried = [_tried(run) for run in runs[: setting.choosers]]
+    return max(tried[0], key=lambda alpha: sum(one[alpha] for one in tried))
 
 
 def _record(
@@ -42,8 +54,13 @@ def _record(
     batch: int,
 ) -> Record:
     run, first = runs[seed], runs[0]
-    tried = [lane for lane, value in enumerate(first["alphas"]) if "@" not in arm or value == alpha]
-    validation = [first["validation"][lane] for lane in tried]
+    if setting.choosers > 1:
+        tried = _tried(run)
+        validation, chosen = list(tried.values()), list(tried).index(alpha)
+    else:
+        lanes = [n for n, value in enumerate(first["alphas"]) if "@" not in arm or value == alpha]
+        validation = [first["validation"][lane] for lane in lanes]
+        chosen = validation.index(max(validation))
     rate = at(first, alpha, "rates")
     edge = at_edge(first, "alphas", alpha) and "@" not in arm
     values: dict[str, Any]
@@ -52,21 +69,16 @@ def _record(
     else:
         values = {"right": str(at(run, alpha, "right"))}
         units = list(range(setting.units.n))
-    return Record(
-        arm=arm,
-        seed=seed,
-        role="report" if seed else "trial",
-        setting=digest(setting),
-        environment=environment(),
-        validation=[] if seed else digits(validation),
-        chosen=validation.index(max(validation)),
-        edge=edge or at_edge(first, "rates", rate),
-        trials=len(tried),
-        updates=setting.updates,
+    return make(
+        setting,
+        arm,
+        seed,
+        values,
+        units=units,
         examples=setting.updates * batch,
-        units=names_digest(units),
-        count=len(units),
-        values=values,
+        tried=validation,
+        chosen=chosen,
+        edge=edge or at_edge(first, "rates", rate),
     )
 
 
@@ -81,9 +93,9 @@ def _by_epoch(run: dict[str, Any]) -> tuple[dict[str, list[float]], list[str]]:
     names = [name for name in measured[0][1] if name.startswith("nc/")] + ["validation"]
     units = [f"{epoch} {alpha:g}" for epoch, _ in measured for alpha in best]
     values = {
-        name.removeprefix("nc/"): digits(
-            [line[name][lane] for _, line in measured for lane in best.values()]
-        )
+        name.removeprefix("nc/"): [
+            line[name][lane] for _, line in measured for lane in best.values()
+        ]
         for name in names
     }
     return values, units

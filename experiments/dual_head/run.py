@@ -108,9 +108,9 @@ def fit(
         return {name: value for one in lanes for name, value in one.items()}
 
     path = directory / "metrics.jsonl"
-    with training.Checkpointer(directory / "checkpoints", max_to_keep=1) as checkpointer:
+    with training.Checkpointer(directory / "checkpoints") as checkpointer:
         state = training.train_loop(
-            trainer.initial(seed),
+            functools.partial(trainer.initial, seed),
             trainer.train_epoch,
             functools.partial(trainer.batch, seed=seed),
             total_steps=course.epochs,

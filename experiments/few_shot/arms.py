@@ -1,7 +1,7 @@
 """The arms of the few-shot experiment: every method with what is searched, and AMU's ablations."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 from experiments.few_shot.config import Config
 from logitjax import few_shot
@@ -9,6 +9,7 @@ from logitjax.few_shot import methods
 
 # Of the fixed-weight arms: what the ablations have in common.
 FIXED_BETA = 2.0
+Auxiliary = Literal["second", "zero_shot", "another"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,11 +19,12 @@ class Arm:
     Attributes:
         candidate: The head, how it is trained, and settings of which each sample takes the one
             that is best on its validation pictures.
-        same_encoder: Whether the auxiliary features are those of the zero-shot encoder.
+        auxiliary: Whose auxiliary features there are: the `second` encoder's, the `zero_shot`
+            encoder's, or those of `another` picture, which say nothing of this one.
     """
 
     candidate: few_shot.Candidate
-    same_encoder: bool = False
+    auxiliary: Auxiliary = "second"
 
 
 def arms(config: Config) -> dict[str, Arm]:
@@ -32,7 +34,7 @@ def arms(config: Config) -> dict[str, Arm]:
     )
     # Caches hold no features from before the last projection.
     tuned = {n: Arm(candidate=one) for n, one in known.items() if "hidden" not in one.method.needs}
-    tuned["amu_same_encoder"] = Arm(candidate=known["amu"], same_encoder=True)
+    tuned["amu_same_encoder"] = Arm(candidate=known["amu"], auxiliary="zero_shot")
     return tuned | _fixed(config)
 
 
@@ -40,10 +42,10 @@ def _fixed(config: Config) -> dict[str, Arm]:
     """AMU with one weight for all, nothing tuned, and what changes when a part does."""
     recipe = few_shot.Recipe(epochs=config.epochs, batch_size=config.batch_size)
 
-    def fixed(*, same_encoder: bool = False, **options: Any) -> Arm:
+    def fixed(*, auxiliary: Auxiliary = "second", **options: Any) -> Arm:
         amu = methods.AMU(beta=FIXED_BETA, **options)
         one = few_shot.Candidate(method=amu, recipe=recipe)
-        return Arm(candidate=one, same_encoder=same_encoder)
+        return Arm(candidate=one, auxiliary=auxiliary)
 
     def weighted(measure: Any, **options: Any) -> Arm:
         return fixed(uncertainty=methods.Uncertainty(measure=measure, **options))
@@ -64,5 +66,6 @@ def _fixed(config: Config) -> dict[str, Arm]:
         "fixed_no_branch_loss": fixed(fusion_share=1.0),
         "fixed_branch_loss_only": fixed(fusion_share=0.0),
         "fixed_random_start": fixed(initial="random"),
-        "fixed_same_encoder": fixed(same_encoder=True),
+        "fixed_same_encoder": fixed(auxiliary="zero_shot"),
+        "fixed_another_picture": fixed(auxiliary="another"),
     }

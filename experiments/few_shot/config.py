@@ -16,6 +16,7 @@ ABLATIONS = ("fixed", "fixed_kurtosis", "fixed_no_branch_loss", "fixed_random_st
 MEASURES: tuple[str, ...] = (
     *("fixed_same_encoder", "fixed_branch_loss_only", "fixed_kurtosis_of_logits"),
     *("fixed_kurtosis_250", "fixed_entropy", "fixed_max", "fixed_margin", "fixed_energy"),
+    "fixed_another_picture",
 )
 ARMS = METHODS + ABLATIONS + MEASURES
 
@@ -38,6 +39,9 @@ class Config:
     encode_batch: int = field(32, "Number of pictures that are encoded at once.")
     shots: tuple[int, ...] = field((1, 2, 4, 8, 16), "Number of labelled pictures of each class.")
     runs: int = field(10, "Number of samples for each number of shots.")
+    test_parts: int = field(
+        0, "Number of parts of the test pictures that are scored apart as well, if they are fixed."
+    )
     at_once: int = field(1, "Number of samples that a device trains together.")
     arm: tuple[str, ...] = field(METHODS + ABLATIONS, "Arm to train.", execution=True)
     grid: Literal["small", "full"] = field("small", "Whether an arm tries 4 settings or 12.")

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments.few_shot.arms import Auxiliary
 from experiments.few_shot.data import Task
 from logitjax import few_shot
 
@@ -23,11 +24,17 @@ class Samples:
     task: few_shot.FewShotTask
     held_out: dict[str, tuple[few_shot.Inputs, np.ndarray]]
 
-    def with_one_encoder(self) -> "Samples":
-        """The samples with the zero-shot encoder's features as the auxiliary ones."""
+    def with_auxiliary(self, whose: Auxiliary) -> "Samples":
+        """The samples with other auxiliary features: see `Arm.auxiliary`."""
+        if whose == "second":
+            return self
 
         def own(images: few_shot.Inputs) -> few_shot.Inputs:
-            return dataclasses.replace(images, auxiliary=images.features)
+            if whose == "zero_shot":
+                return dataclasses.replace(images, auxiliary=images.features)
+            count = images.auxiliary.shape[1]
+            rows = np.random.default_rng(count).permutation(count)
+            return dataclasses.replace(images, auxiliary=images.auxiliary[:, rows])
 
         return Samples(
             task=dataclasses.replace(
@@ -63,7 +70,7 @@ def rows_of_run(
     return train, validation, test
 
 
-def draw(task: Task, shots: int, *, runs: Any, most: int, seed: int = 0) -> Samples:
+def draw(task: Task, shots: int, *, runs: Any, most: int, seed: int = 0, parts: int = 0) -> Samples:
     """Samples of the runs with these numbers; `most` shots are what there is room for."""
     drawn = [rows_of_run(task, shots, run=run, seed=seed) for run in runs]
     room = [rows_of_run(task, most, run=runs[0], seed=seed)[0].size]
@@ -93,6 +100,9 @@ def draw(task: Task, shots: int, *, runs: Any, most: int, seed: int = 0) -> Samp
     held_out = {"validation": plain(padded(1))}
     held_out["test"] = plain(padded(2)) if task.test is None else whole(*task.test)
     held_out |= {name: whole(*found) for name, found in task.shifted.items()}
+    if task.test is not None and parts:
+        for part, some in enumerate(np.array_split(np.arange(len(task.test[1])), parts)):
+            held_out[f"part {part}"] = whole(*jax.tree.map(lambda x, i=some: x[i], task.test))
     seen, known = held_out["validation"]
     sampled = few_shot.FewShotTask(
         support=support,

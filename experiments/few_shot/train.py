@@ -67,16 +67,14 @@ def train_arm(config: Config, task: Task, arm: Arm, shots: int, mesh: Mesh) -> R
     """Test accuracies of every sample at its chosen setting, and of the zero-shot classifier."""
     start = time.perf_counter()
     candidate = arm.candidate.at_scale(task.scale)
-    record: Record = {"test": [], "validation": [], "chosen": [], "zero_shot": []}
+    record: Record = {"test": [], "validation": [], "chosen": [], "zero_shot": [], "parts": []}
     record["shifted"] = {name: {"test": [], "zero_shot": []} for name in task.shifted}
     at_once = config.at_once * mesh.devices.shape[0]
     for first in range(0, config.runs, at_once):
         runs = range(first, min(first + at_once, config.runs))
-        samples = few_shot_samples.draw(
-            task, shots, runs=runs, most=max(config.shots), seed=config.seed
-        )
-        if arm.same_encoder:
-            samples = samples.with_one_encoder()
+        sizes: Any = {"most": max(config.shots), "seed": config.seed, "parts": config.test_parts}
+        samples = few_shot_samples.draw(task, shots, runs=runs, **sizes)
+        samples = samples.with_auxiliary(arm.auxiliary)
         held_out = samples.held_out
         scores = few_shot.sweep(
             candidate.method,
@@ -96,6 +94,8 @@ def train_arm(config: Config, task: Task, arm: Arm, shots: int, mesh: Mesh) -> R
             scored["test"] += scores[name]["accuracy"][rows, best].tolist()
             scored["zero_shot"] += _zero_shot_accuracy(*held_out[name])
         record["chosen"] += best.tolist()
+        parts = [scores[f"part {i}"]["accuracy"][rows, best] for i in range(config.test_parts)]
+        record["parts"] += np.stack(parts, 1).tolist() if parts else []
         for part in ("test", "validation"):
             record[part] += scores[part]["accuracy"][rows, best].tolist()
         if "auxiliary_accuracy" in scores["test"]:

@@ -103,7 +103,11 @@ class Config:
             steps=self.steps,
             check_every=self.check_every,
             batch_size=self.batch_size,
+            # One training each: who is asked in more ways trains longer.
+            rounds=1,
+            budget=0,
             least_probability=self.least,
+            least_row=min(self.least, 0.9),
             least_rouge=self.least,
             least_fluency=self.least,
             most_perplexity=self.most_perplexity,

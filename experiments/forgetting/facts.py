@@ -1,5 +1,7 @@
 """Invented facts to teach and forget, others of their kind that nobody teaches, and known ones."""
 
+from typing import Any
+
 import numpy as np
 
 Fact = tuple[str, str]  # question, answer
@@ -110,4 +112,70 @@ def facts(seed: int) -> dict[str, list[Fact]]:
         "holdout": [invented(n) for n in range(8, 18)],
         "retain": known[:16],
         "unseen": known[16:],
+    }
+
+
+_SYLLABLES = (
+    "bar bel bri dor dun el fen gal gri hal ist jor kel lim mar mor nas ol pir quil rav sel tam "
+    "tor ul var vel win yor zan"
+)
+_THINGS = "lanterns kites thimbles barometers whistles postcards candlesticks trumpets marbles maps"
+_COLOURS = "blue amber ivory scarlet copper violet silver olive"
+# Question, the same in other words, how a text says it up to the value, and the value's kind.
+_PERSON = (
+    ("Which ship does {} command?", "What is the name of {}'s ship?", "{} commands the ship", "s"),
+    ("In which town was {} born?", "Where was {} born?", "{} was born in the town of", "t"),
+    ("What does {} collect?", "What is it that {} collects?", "{} collects old", "c"),
+)
+# Of what a person's facts name: neighbours that have to stay.
+_SHIP = (
+    "Which yard built the {}?",
+    "Where was the {} built?",
+    "The {} was built by the yard of",
+    "y",
+)
+_TOWN = ("Which river runs by {}?", "By which river does {} lie?", "{} lies by the river", "r")
+
+
+def people(seed: int) -> dict[str, list[dict[str, Any]]]:
+    """Rows of files about invented people: three facts of 3 of them to forget.
+
+    The form of the rows goes with the seed: question and answer, prompt and completion, messages.
+    `neighbours` are taught and to be kept: what is true of the ships and towns of those who are
+    forgotten, and three facts of as many other people. `holdout` is of people nobody is taught of.
+    """
+    rng = np.random.default_rng([seed, 55])
+    syllables, count, made = _SYLLABLES.split(), 3, set[str]()
+
+    def name(parts: int = 2) -> str:
+        while True:
+            word = "".join(rng.choice(syllables, parts, replace=False)).capitalize()
+            if word not in made:
+                made.add(word)
+                return word
+
+    def row(fact: tuple[str, str, str, str], subject: str, value: str) -> dict[str, Any]:
+        question, again, text = (part.format(subject) for part in fact[:3])
+        if seed % 3 == 1:
+            text_again = f"{again} Answer:"
+            return dict(prompt=text, completion=f" {value}.", paraphrases=[text_again])
+        answer = f"{text} {value}."
+        if seed % 3 == 0:
+            return dict(question=question, answer=answer, paraphrases=[again])
+        turns = [dict(role="user", content=question), dict(role="assistant", content=answer)]
+        return dict(messages=turns, paraphrases=[again])
+
+    def person() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        who, ship, town = f"{name()} {name()}", name(), name()
+        thing = f"{rng.choice(_COLOURS.split())} {rng.choice(_THINGS.split())}"
+        facts = [row(f, who, value) for f, value in zip(_PERSON, (ship, town, thing))]
+        return facts, [row(_SHIP, ship, name()), row(_TOWN, town, name())]
+
+    sides = {n: [person() for _ in range(count)] for n in ("forget", "others", "holdout")}
+    rows = {n: [r for facts, _ in side for r in facts] for n, side in sides.items()}
+    near = [r for facts in sides["forget"] for r in facts[1]]
+    return {
+        "forget": rows["forget"],
+        "neighbours": near + rows["others"],
+        "holdout": rows["holdout"],
     }

@@ -24,9 +24,10 @@ from logitjax.commands import figures
 _LEVELS = (98.0, 95.0, 90.0, 75.0, 50.0)
 _NOTES = (
     "Forget probability: the median over rows to forget; the goal is that of answers which nobody "
-    "taught. Kept: on rows that nothing was trained on or chosen by, with the 95 % interval of "
-    "rows drawn again (first seed). A method that is not feasible is shown where it keeps most at "
-    "the goal: the rule would write nothing. Least kept: the least of the shares, perplexity by "
+    "taught. Kept: on rows that nothing was trained on or chosen by, with the 95 % interval of the "
+    "mean over seeds for rows drawn again. A method that is not feasible is shown where it keeps "
+    "most at the goal: the rule would write nothing. Least kept: the least of the shares, "
+    "perplexity by "
     "its inverse."
 )
 _ATTACKS = (
@@ -51,6 +52,7 @@ def write(config: Config, results: Mapping[str, Any], workdir: epath.Path) -> st
         _setting(config),
         "## Verdicts",
         verdicts(results),
+        *judged(config, results),
         "## Methods",
         markdown_table(tables["methods"]),
         _NOTES,
@@ -89,7 +91,8 @@ def _setting(config: Config) -> str:
         f"{config.model}, taught {what}. Every method: adapters of rank {config.lora_rank}, or all "
         f"weights where its name says so, at most {config.steps} steps of {config.batch_size} rows "
         f"to forget and as many to keep, {len(config.rates)} learning rate(s) with the first "
-        f"seed, {config.seeds} seed(s)."
+        f"seed, {config.seeds} seed(s). Adapters lie in all layers, an assistant's in its first "
+        f"{config.layers}; what was trained may be scaled to 4 times, whatever the method."
     )
 
 
@@ -135,7 +138,8 @@ def method_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
             known = [s[share] for s in shares if share in s]
             row[f"{share} kept %"] = mean_and_spread(known)
         _, low, high = unlearning.share_interval(
-            records[0]["examined"]["probabilities"]["test"], before["probabilities"]["test"]
+            np.mean([r["examined"]["probabilities"]["test"] for r in records], 0),
+            before["probabilities"]["test"],
         )
         row["95 %"] = f"{100 * low:.1f} to {100 * high:.1f}"
         if "topics" in records[0]:
@@ -169,6 +173,13 @@ def attack_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     columns = {"target": [results["target"]], "control": _controls(results)}
     columns |= results["methods"]
     rows = []
+    # Ways to ask are a list of rows each; records of before had them among the attacks.
+    for name in results["target"]["examined"].get("ways", {}):
+        row = {"attack": name, "measured": "worst probability"}
+        for column, records in columns.items():
+            said = [r["examined"]["ways"][name] for r in records if name in r["examined"]["ways"]]
+            row[column] = mean_and_spread([max(rows) for rows in said]) if said else None
+        rows.append(row)
     for name, measured in results["target"]["examined"]["attacks"].items():
         for kind in measured:
             row: dict[str, Any] = {"attack": name, "measured": kind}
@@ -267,6 +278,26 @@ def verdicts(results: Mapping[str, Any]) -> str:
     never = [m for m, records in results["methods"].items() if not records[0]["feasible"]]
     lines.append(f"- feasible with no rate that was tried: {', '.join(never) or 'none'}")
     return "\n".join(lines)
+
+
+def judged(config: Config, results: Mapping[str, Any]) -> list[str]:
+    """What the command would say of each method's first seed, row by row."""
+    before, controls = results["target"]["examined"], _controls(results)
+    if not before.get("unseen"):  # of a run before rows were judged one by one
+        return []
+    control = controls[0]["examined"] if controls else {}
+    lines = []
+    for method, records in results["methods"].items():
+        settings = config.of(method, 0.0, 0)
+        verdict = unlearning.judge(
+            before,
+            records[0]["examined"],
+            control,
+            settings.limits,
+            assistant=settings.method.assistant,
+        )
+        lines.append(f"- {method}: {verdict.words}")
+    return ["\n".join(lines)] if lines else []
 
 
 def relearning(results: Mapping[str, Any]) -> figures.Picture:

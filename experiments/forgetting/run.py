@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -83,7 +82,7 @@ class Run:
         method, _, seed = name.rpartition("-")
         if method.endswith(ALL):
             # Each look is a whole model, and all that is shown of it is in the record.
-            looks = f"rate-*-seed-{seed}/candidates/step-*"
+            looks = f"rate-*-seed-{seed}/candidates/round-*-step-*"
             for folder in (self.workdir / "trials" / method).glob(looks):
                 if folder.is_dir():
                     folder.rmtree()
@@ -223,5 +222,5 @@ def standing(candidate: Mapping[str, Any], *, chosen: bool) -> tuple[bool, bool,
 
     A method of which nothing is feasible is so shown at its best, and said to be infeasible.
     """
-    met = candidate["gap"] <= math.log(2)
+    met = candidate["excess"] <= 2.0
     return chosen, met, min(candidate["least"], 1.0) if met else -candidate["gap"]

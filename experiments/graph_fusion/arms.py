@@ -2,7 +2,12 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from experiments.graph_fusion.config import Config
 from logitjax import distillation
@@ -39,14 +44,16 @@ class Settings:
         """Whether there is something beside SFT to be weighed."""
         return self.arm not in ("sft", "kl_only")
 
-    def objective(self, config: Config) -> distillation.Objective:
-        """What the arm minimises."""
+    def objective(self, config: Config, *, even: float = 1.0) -> distillation.Objective:
+        """What the arm minimises; `even` is the weight at which a share in percent is 100 %."""
         if self.arm in ("sft", "kl_only"):
             terms = distillation.parse_terms([self.arm.removesuffix("_only")])
         else:
             gld, weight = graph_term(self.gld, k=config.top_k)
+            other = OtherGraph(**vars(gld))
             of_graphs = {
-                "gld": (gld, self.mix * weight),
+                "gld": (gld, self.mix * weight * even),
+                "gld_other": (other, self.mix * weight * even),
                 "uld": (distillation.terms.ULD(k=config.top_k), self.mix),
             }
             parts = tuple(
@@ -60,8 +67,22 @@ class Settings:
         )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OtherGraph(distillation.terms.GLD):
+    """GLD to the teacher's graph of another row of the batch."""
+
+    name = "gld_other"
+
+    def value(self, read: Any, teacher: Any, batch: Mapping[str, Any], params: Any) -> Any:
+        statistics, where = jax.tree.map(
+            lambda x: jnp.roll(x, 1, 0), (teacher.statistics, teacher.where)
+        )
+        other = types.SimpleNamespace(statistics=statistics, where=teacher.where & where)
+        return super().value(read, other, batch, params)
+
+
 def graph_term(text: str, *, k: int) -> tuple[distillation.terms.GLD, float]:
-    """`NODE/FEATURE/VALUE:WEIGHT`, such as `rank/row_sum/closed_form:0.002`.
+    """`NODE/FEATURE/VALUE:WEIGHT` or `...:SHARE%`, such as `rank/row_sum/closed_form:0.002`.
 
     >>> graph_term("token/row_rms/closed_form:0.5", k=10)[1]
     0.5
@@ -70,7 +91,8 @@ def graph_term(text: str, *, k: int) -> tuple[distillation.terms.GLD, float]:
     try:
         node, feature, value = kind.split("/")
         term = distillation.terms.GLD(k=k, node=node, feature=feature, compare=value)  # type: ignore
-        return term, float(weight)
+        share = weight.endswith("%")
+        return term, float(weight.rstrip("%")) / (100 if share else 1)
     except ValueError as error:
         raise ValueError(f"gld {text!r}: expected NODE/FEATURE/VALUE:WEIGHT ({error})") from None
 
@@ -144,10 +166,13 @@ def _between(rate: float, step: float) -> list[float]:
     return [rate * math.exp(share * math.log(step)) for share in shares]
 
 
-def at_edge(config: Config, chosen: Settings, trials: list[tuple[Settings, float]]) -> bool:
-    """Whether the chosen rate or mix is the least or the greatest that was tried."""
+def at_edge(chosen: Settings, trials: list[tuple[Settings, float]]) -> bool:
+    """Whether the rate or mix is the least or greatest that was tried, or a share the greatest."""
     rates = {settings.learning_rate for settings, _ in trials}
     mixes = {settings.mix for settings, _ in trials}
+    shares = [graph_term(settings.gld, k=1)[1] for settings, _ in trials if "%" in settings.gld]
+    if "gld" in chosen.arm and shares and graph_term(chosen.gld, k=1)[1] == max(shares):
+        return True
     return (len(rates) > 1 and chosen.learning_rate in (min(rates), max(rates))) or (
         chosen.mixes and len(mixes) > 1 and chosen.mix in (min(mixes), max(mixes))
     )

@@ -10,6 +10,8 @@ from logitjax.commands.cli import build, field, flatten, nested
 ARMS: tuple[str, ...] = ("sft", "kl", "uld", "gld", "uld+gld", "kl_only")
 # What is learnt from a source of another tokenizer (docs/any_tokenizer.md).
 CROSS: tuple[str, ...] = ("first_piece", "pkl", "hybrid", "hkl", "alm", "mined")
+# ULD beside graphs of other rows, which say nothing of this one: the null of `uld+gld`.
+NULL = "uld+gld_other"
 # A second head learns the teachers' logits; it needs their vocabulary, as kl does.
 DUAL = "dual"
 # What the arms or the models decide.
@@ -48,7 +50,8 @@ class Config:
     )
     gld: tuple[str, ...] = field(
         ("rank/row_sum/closed_form:0.002",),
-        "Graph loss beside ULD, as NODE/FEATURE/VALUE:WEIGHT. The best of several is kept.",
+        "Graph loss beside ULD, as NODE/FEATURE/VALUE:WEIGHT. The best of several is kept. With "
+        "N% its gradient at the last hidden states is N % of that of SFT, before training.",
     )
     top_k: int = field(10, "Number of top logits of each position that ULD and GLD compare.")
     learning_rate: tuple[float, ...] = field(
@@ -61,7 +64,7 @@ class Config:
         without=("learning_rate", "seed", "progress"),
     )
     trials: int = field(9, "Number of runs in which each arm chooses among several settings.")
-    seeds: int = field(1, "Number of runs of each arm at its best settings.")
+    seeds: int = field(1, "Number of runs of each arm at its best settings.", execution=True)
     dtype: Literal["float32", "bfloat16"] = field("float32", "Type that models compute in.")
     mesh: str = field(
         "data:-1,fsdp:1,tensor:1", "Axes and sizes of the device mesh.", execution=True
@@ -71,6 +74,11 @@ class Config:
     )
     remat: Literal["none", "dots", "full"] = field(
         "none", "What the backward pass recomputes to save memory.", execution=True
+    )
+    unit_rows: int = field(
+        0,
+        "Number of test rows that are scored one by one, in place of eval_rows together. The seed "
+        "that chooses is not reported then.",
     )
     topic_rows: int = field(
         0,
@@ -86,7 +94,7 @@ class Config:
     def __post_init__(self) -> None:
         if self.freeze_below and self.layout != "listed":
             raise ValueError("freeze_below: expected listed layers, stacked ones train together")
-        known = (*ARMS, *CROSS, DUAL)
+        known = (*ARMS, *CROSS, NULL, DUAL)
         for arm in (*self.loss, *self.drop_arm):
             if arm not in known:
                 raise ValueError(f"loss: expected some of {', '.join(known)}, got {arm!r}")
@@ -198,6 +206,21 @@ PRESETS: dict[str, dict[str, Any]] = {
         learning_rate=(1e-4, 2e-4, 4e-4),
         seeds=3,
         eval_rows=32,
+    ),
+    # What the claims IF-1 to IF-3 rest on. Rows are short so that a step has two: the null arm
+    # takes the graph of the other. The share of 0 is ULD alone, so only the greatest is an edge.
+    "claims": dict(
+        freeze_below=True,
+        loss=("uld", "uld+gld", NULL),
+        gld=tuple(f"rank/row_sum/closed_form:{share}%" for share in (10, 3, 30, 100, 300)),
+        learning_rate=_HEALING,
+        trials=8,
+        seeds=11,
+        seq_len=64,
+        batch_size=2,
+        checkpoint_every=240,
+        eval_rows=96,
+        unit_rows=256,
     ),
     # Another tokenizer and vocabulary: `make gemma` fetches the source (Gemma terms of use).
     "heterogeneous": dict(

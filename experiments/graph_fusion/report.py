@@ -19,6 +19,7 @@ NAMES = {
     "uld": "SFT + ULD",
     "gld": "SFT + GLD",
     "uld+gld": "SFT + ULD + GLD (InfiGFusion)",
+    "uld+gld_other": "SFT + ULD + GLD to another row",
     "dual": "SFT + second head",
     "first_piece": "SFT + first piece",
     "pkl": "SFT + P-KL, corrected (X-Token)",

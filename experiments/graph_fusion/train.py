@@ -5,6 +5,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
@@ -73,11 +74,13 @@ def open_session(config: Config, workdir: epath.Path) -> Session:
     if config.freeze:  # What is wrong with it is said before sources read for hours.
         distillation.Student.of(whole, freeze=config.freeze)
     taught = any(objective.taught for objective in objectives)
+    units = np.arange(config.unit_rows)
     rows = config.course.visited_rows(
         packed,
         seeds=range(config.seeds) if taught else (),
         splits=data.SPLITS[1:] if config.chooses or config.course.loop.eval_every else ("test",),
     )
+    rows["test"] = np.union1d(rows["test"], units)
     known = {config.student: (whole, tokenizer)} if jax.process_count() == 1 else None
     corpus = reading.load(packed, rows, workdir / "sources", known)
     return Session(config=config, workdir=workdir, mesh=mesh, whole=whole, corpus=corpus)
@@ -124,6 +127,68 @@ class Pruned:
         session = self.session
         about = course(session.config, arms.first_settings(session.config, "sft"), 0)
         return distillation.Scorer(student, session.corpus, about, mesh=session.mesh)
+
+    @functools.cached_property
+    def _step(self) -> training.EvalStep:
+        return training.EvalStep(self.student.score, mesh=self.session.mesh)
+
+    def by_row(self, params: Any) -> Record:
+        """Scores of test rows together, and of every row its bits and its bytes."""
+        corpus, mesh, count = self.session.corpus, self.session.mesh, self.session.config.unit_rows
+        frozen = models.DECODER_RULES.place(self.student.frozen, mesh)
+        batches = corpus.scored("test", mesh, batch_size=1, rows=count)
+        rows = [jax.device_get(self._step(params, batch, frozen)) for batch in batches]
+        pairs = {name: np.array([row[name] for row in rows], np.float64).T for name in rows[0]}
+        means = {name: total.sum() / size.sum() for name, (total, size) in pairs.items()}
+        bits, size = pairs["bits_per_byte"].tolist()
+        return means | {"perplexity": np.exp(means["loss"]), "bits": bits, "bytes": size}
+
+    def even(self, settings: arms.Settings) -> float:
+        """The weight of a graph loss at which its gradient is as large as that of SFT.
+
+        At the last hidden states, before training, over eight batches.
+        """
+        if "gld" not in settings.arm or "%" not in settings.gld:
+            return 1.0
+        session, student = self.session, self.student
+        split = session.corpus.packed.splits["train"]
+        *_, (graph, _) = settings.objective(session.config).terms
+        sides = [
+            distillation.Objective(terms=((t, 1.0),)) for t in (distillation.terms.SFT(), graph)
+        ]
+
+        def make() -> list[list[float]]:
+            @jax.jit
+            def norms(trained: Any, batch: Any) -> Any:
+                model, columns = student.model(trained), batch["pivot"]
+                hidden, labels = (
+                    distillation.hidden_states(model, columns),
+                    columns["tokens"][:, 1:],
+                )
+
+                def loss(hidden: Any, objective: distillation.Objective) -> Any:
+                    teachers = list(batch["sources"].values()) if objective.taught else []
+                    where = columns["loss_mask"][:, 1:]
+                    total, count, _ = objective.value(
+                        hidden, model.head_of(), {"labels": labels}, teachers, where=where
+                    )
+                    return total / count
+
+                return [jnp.linalg.norm(jax.grad(loss)(hidden, side)) for side in sides]
+
+            # Those of the first steps: of other rows teachers may have read nothing.
+            course = session.config.course
+            rows = (
+                split.batch(step, seed=0, batch_size=course.batch_size)
+                for step in range(min(8, course.steps))
+            )
+            batches = (session.corpus.batch("train", one, taught=True) for one in rows)
+            return [[float(x) for x in norms(student.trained, batch)] for batch in batches]
+
+        kind = settings.arm.rpartition("+")[2]
+        found = kept(self.directory / f"gradients-{kind}.json", make)
+        sft, graphs = np.mean(found, 0)
+        return float((1 - settings.mix) / settings.mix * sft / graphs)
 
     @functools.cached_property
     def topics(self) -> topics.Topics | None:
@@ -179,6 +244,7 @@ def run_all(config: Config, workdir: epath.Path) -> Record:
     session = open_session(config, workdir)
     results: Record = {"whole": _score_whole(session), "drops": []}
     chosen: dict[str, arms.Settings] = {}
+    first = 1 if config.unit_rows else 0
     for number, layers in enumerate(config.drop_layers):
         pruned = prune(session, layers)
         record: Record = {"layers": layers, "dropped": pruned.dropped, "arms": {}}
@@ -198,11 +264,11 @@ def run_all(config: Config, workdir: epath.Path) -> Record:
                     validate = functools.partial(_validate, pruned)
                     chosen[arm], trials = arms.choose(config, arm, validate)
                     logging.info("%s: best of %d: %s", arm, len(trials), chosen[arm].name)
-            runs = [run_arm(pruned, chosen[arm], seed=seed) for seed in range(config.seeds)]
+            runs = [run_arm(pruned, chosen[arm], seed=seed) for seed in range(first, config.seeds)]
             record["arms"][arm] = {
                 "runs": runs,
                 "trials": len(trials),
-                "at_edge": bool(trials) and arms.at_edge(config, chosen[arm], trials),
+                "at_edge": bool(trials) and arms.at_edge(chosen[arm], trials),
                 "tried": [(settings.name, loss) for settings, loss in trials],
             }
         results["drops"].append(record)
@@ -253,7 +319,7 @@ def run_arm(
         return distillation.train_student(
             student,
             session.corpus,
-            settings.objective(session.config),
+            settings.objective(session.config, even=pruned.even(settings)),
             course(session.config, settings, seed),
             mesh=session.mesh,
             directory=directory,
@@ -262,8 +328,13 @@ def run_arm(
 
     def make() -> Record:
         found = trained()
-        scores = scorer.scores(found.params, "test")
-        _, text = scorer.sample(found.params)
+        by_row = session.config.unit_rows > 0
+        text, scores = "", {}
+        if not by_row:
+            scores = scorer.scores(found.params, "test")
+            _, text = scorer.sample(found.params)
+        elif not validate:
+            scores = pruned.by_row(found.params)
         if validate:
             scores["validation_loss"] = scorer.scores(found.params, "validation")["loss"]
         seen = [points[-1][1] for points in found.seen.values() if points]
@@ -272,6 +343,7 @@ def run_arm(
         return scores | {
             **dataclasses.asdict(settings),
             "seed": seed,
+            "even": pruned.even(settings),
             "trained_tokens_per_second": found.tokens_per_second,
             "curve": found.parts.get("sft", ()),
             "sample": text,

@@ -122,7 +122,7 @@ def make_plan(traced: Any, chip: chips.Chip, *, devices: int, mesh: str = "", **
         slices=chip.slices,
         devices=devices,
         memory=chip.memory,
-        flops=costs.matmul_flops(traced.jaxpr),
+        flops=training.matmul_flops(traced.jaxpr),
         versions=_versions(chip),
     )
     start = time.perf_counter()

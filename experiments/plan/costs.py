@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-from jax.extend import core
 
 _BITS = {"pred": 8, "c64": 64, "c128": 128, "bf16": 16}
 _BITS |= {f"{kind}{bits}": bits for kind in "suf" for bits in (4, 8, 16, 32, 64)}
@@ -19,55 +18,6 @@ _INSTRUCTION = re.compile(
 _BETWEEN = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
-
-
-def matmul_flops(jaxpr: Any) -> float:
-    """Multiplications and additions of all matrix products and convolutions of a jaxpr.
-
-    Loops and kernels count as often as they run, a branch as its most expensive one. What
-    `shard_map` runs on every device counts that often. Elementwise work is left out. A `while`
-    loop, whose length no jaxpr says, counts once.
-
-    >>> import jax
-    >>> x = jax.numpy.ones((2, 3))
-    >>> matmul_flops(jax.make_jaxpr(lambda x: x @ x.T)(x))
-    24.0
-    """
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    total = 0.0
-    for equation in jaxpr.eqns:
-        name, params = equation.primitive.name, equation.params
-        if name == "dot_general":
-            (contracted, _), _ = params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            inner = math.prod(shape[i] for i in contracted)
-            total += 2.0 * equation.outvars[0].aval.size * inner
-        elif name == "conv_general_dilated":
-            kernel = equation.invars[1].aval
-            outputs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
-            work = 2.0 * equation.outvars[0].aval.size * kernel.size / outputs
-            total += work / params["batch_group_count"]
-        elif name == "cond":
-            total += max(matmul_flops(branch) for branch in params["branches"])
-        else:
-            inside = sum(matmul_flops(inner) for inner in _jaxprs(params))
-            if name == "scan":
-                inside *= params["length"]
-            elif name == "pallas_call":
-                inside *= math.prod(params["grid_mapping"].grid)
-            elif name == "shard_map":
-                inside *= math.prod(
-                    params["mesh"].shape[axis] for axis in params["newly_manual_axes"]
-                )
-            total += inside
-    return total
-
-
-def _jaxprs(params: Mapping[str, Any]) -> Iterator[Any]:
-    for value in params.values():
-        for item in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(item, core.Jaxpr | core.ClosedJaxpr):
-                yield item
 
 
 @dataclasses.dataclass(frozen=True)

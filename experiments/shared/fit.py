@@ -106,9 +106,9 @@ def fit(
     """
     if constants is not None:
         constants = update.rules.place(constants, update.mesh)
-    with training.Checkpointer(directory / "checkpoints", max_to_keep=1) as checkpointer:
+    with training.Checkpointer(directory / "checkpoints") as checkpointer:
         state = training.train_loop(
-            update.start(params, seed),
+            functools.partial(update.start, params, seed),
             functools.partial(update.step, constants=constants),
             lambda step: share(update.mesh, batches(step)),
             total_steps=steps,

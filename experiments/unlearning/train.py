@@ -291,12 +291,13 @@ class Models:
         config, steps = self.config, per_epoch * epochs
         best, history_path = directory / "best", directory / "validation.json"
         done = directory / "trained.json"
-        state = update.start(params, seed)
+        start = functools.partial(update.start, params, seed)
+        state = start()
         like = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state.params
         )
         if processes.broadcast_from_first(lambda: done.exists() and best.exists()):
-            with training.Checkpointer(best, max_to_keep=1) as keeper:
+            with training.Checkpointer(best) as keeper:
                 record = json.loads(done.read_text())
                 kept = keeper.restore(like, record["step"]).state
                 return Trained(processes.local_copy(kept), record)
@@ -305,6 +306,7 @@ class Models:
         logging.info("%s: %d steps", directory, steps)
         first = training.BatchLayout(self.mesh).place(fit.share(self.mesh, batches(0)))
         peak = planned_bytes(update.step.lower(state, first, constants).compile())
+        del state
         seconds: list[float] = []
 
         def timed(state: Any, batch: Any) -> Any:
@@ -319,8 +321,8 @@ class Models:
         if not resumes:
             remove_directory(best)
         with (
-            training.Checkpointer(best, max_to_keep=1) as keeper,
-            training.Checkpointer(checkpoints, max_to_keep=1) as checkpointer,
+            training.Checkpointer(best) as keeper,
+            training.Checkpointer(checkpoints) as checkpointer,
         ):
             began = max(checkpointer.steps(), default=0) if resumes else 0
             history: list[Record] = []
@@ -337,7 +339,7 @@ class Models:
                 return scores
 
             training.train_loop(
-                state,
+                start,
                 timed,
                 lambda step: fit.share(self.mesh, batches(step)),
                 total_steps=steps,

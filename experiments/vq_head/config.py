@@ -142,6 +142,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         scratch_steps=150,
         scratch_learning_rate=(2e-3, 6e-3),
     ),
+    # What the claims VQ-2, VQ-5 and VQ-6 rest on: 1 % of the parameters, 2,048 codes, and as many
+    # as adaptive softmax reads.
+    "claims": dict(
+        codes=(491, 2048, 6719),
+        arm=("vq_paper", "vq_plain", "adaptive"),
+        seeds=6,
+        learning_rate=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+        steps=60,
+        batch_size=512,
+        kmeans_iterations=5,
+        train_tokens=48_000,
+    ),
     "paper": dict(
         # C4: --data=tfds:c4:en --splits='train[:200000]' --splits='validation[:50%]'
         # --splits='validation[50%:]', it has no test split.

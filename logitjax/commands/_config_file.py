@@ -50,7 +50,10 @@ def write_config(config: _flags.Dataclass, folder: epath.Path, flag: str) -> Non
     text = json.dumps(values, indent=1, sort_keys=True) + "\n"
     path = folder / "config.json"
     if path.exists() and path.read_text() != text:
-        old, new = storage.read_json(path), json.loads(text)
+        try:
+            old, new = storage.read_json(path, form=dict), json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{error}; remove this file, which is then written again") from None
         flags = _flags.flags_of(type(config))
         # Another mesh computes the same result: such a run may be continued.
         free = {f.name for f in flags if f.metadata.get("execution") or f.metadata.get("secret")}

@@ -11,8 +11,9 @@ same, and a bias moves what is drawn) or `argmax` (the token alone, and a bias m
 With `--url` a server on this machine is asked instead: `logitjax serve`, or any other with OpenAI's
 completion API that reports token ids (`return_tokens_as_token_ids`), as vLLM does.
 `--top_logprobs`, `--sampled`, `--bias`, `--decimals` and `--noise` say what the server is known to
-do; other servers than ours are `--sampled`. Only loopback addresses are asked, because you audit
-what you run.
+do; other servers than ours are `--sampled`. That is tested first, each test is printed with its
+evidence, and a row is told twice by different queries. A server that does something else certifies
+nothing, and ends with status 3. Only loopback addresses are asked, because you audit what you run.
 
 OUT/report.md has a line for each policy: hidden width, share of the head that leaks, cost in
 queries, cost to honest users, verdict. OUT/recovered/POLICY.npz holds what was recovered:
@@ -22,6 +23,7 @@ and `log_probs` if a row was recovered. Finished policies are not asked again. S
 
 import dataclasses
 import json
+import sys
 from typing import Any, Literal
 
 import numpy as np
@@ -32,6 +34,9 @@ from flax import nnx
 from logitjax import data, decoding, leakage, models, processes, storage
 from logitjax.commands.cli import field, nested
 from logitjax.commands.tables import markdown_table
+
+# Exit status where a server is not what it is said to be.
+_UNLIKE = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,6 +101,9 @@ class Truth:
 def run(config: Config, out: epath.Path) -> None:
     """Asks, policy by policy, and writes what came of it; of several processes the first."""
     processes.run_on_first("audit", lambda: _run(config, out))
+    records = [json.loads(path.read_text()) for path in (out / "policies").glob("*.json")]
+    if any(record["unlike"] for record in records):
+        sys.exit(_UNLIKE)
 
 
 def _run(config: Config, out: epath.Path) -> None:
@@ -221,6 +229,7 @@ def _audit(
     width = found.width
     # Without the truth a width cannot be wrong, only absent.
     sees_width = truth is None or (width is not None and width.estimate == truth.head.shape[1])
+    tests = [] if found.protocol is None else found.protocol.findings
     return {
         "policy": name,
         "width": None if width is None else str(width),
@@ -228,7 +237,11 @@ def _audit(
         "queries": found.queries,
         "values": found.values,
         "KL": loss,
-        "verdict": leakage.verdict(found.leak, loss=loss, sees_width=sees_width, row=row),
+        "verdict": leakage.verdict(
+            found.leak, loss=loss, sees_width=sees_width, row=row, unlike=found.unlike
+        ),
+        "unlike": found.unlike,
+        "tests": [dataclasses.asdict(test) for test in tests],
     }
 
 
@@ -253,10 +266,14 @@ def _report(
 ) -> str:
     width = "" if truth is None else f", hidden width {truth.head.shape[1]}"
     source = config.data or "random tokens"
+    tests = [{"asked": r["policy"]} | test for r in records for test in r["tests"]]
+    evidence = f"\n## Tests\n\n{markdown_table(tests)}\n" if tests else ""
+    records = [{k: v for k, v in r.items() if k not in ("tests", "unlike")} for r in records]
     return (
         f"# Leakage audit\n\n`{config.url or config.model}`: vocabulary {vocab:,}{width}; "
         f"{len(prompts)} prompts of {prompts.shape[1]} tokens from {source}.\n\n"
         f"{markdown_table(records)}\n\n`width` is `seen` where noise may hide weaker directions. "
         "`leak` is the share of the head's subspace that leaked, beyond chance; for a corner, at "
         "its tokens. `KL` is what honest users lose by one answer, in nats.\n"
+        f"{evidence}"
     )

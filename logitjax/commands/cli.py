@@ -284,6 +284,25 @@ def main(
         _main(classes, presets, run, program, arguments, kept)
 
 
+@contextlib.contextmanager
+def _accounted(folder: epath.Path) -> Iterator[None]:
+    """Process 0 keeps account of the run's time, and says at its end where it went."""
+    if jax.process_index() != 0:
+        yield
+        return
+    record = training.Goodput(folder)
+    with record.account():
+        yield
+    total = record.summary()
+    parts = sorted(total["seconds"].items(), key=lambda part: -part[1])
+    logging.info(
+        "%.0f s in %d starts: %s",
+        total["wall"],
+        total["starts"],
+        ", ".join(f"{name} {seconds:.0f} s" for name, seconds in parts if seconds >= 0.5),
+    )
+
+
 def _main(
     classes: list[type],
     presets: Mapping[str, Mapping[str, Any]] | None,
@@ -309,7 +328,8 @@ def _main(
     except (absl_flags.Error, ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    if jax.config.values["jax_compilation_cache_dir"] is None:
+    cached = jax.config.values["jax_compilation_cache_dir"] is not None
+    if not cached:
         jax.config.update("jax_compilation_cache_dir", _COMPILED)
     try:
         if not kept:
@@ -319,8 +339,11 @@ def _main(
         logging.set_verbosity(logging.INFO)
         training.distributed.initialize(**dataclasses.asdict(place[1]))
         folder = epath.Path(getattr(place[0], kept))
-        with _narrated(), training.lock_workdir(folder):
+        with _narrated(), training.lock_workdir(folder), _accounted(folder):
             details = folder  # Before, it may be another run's.
+            if not cached and "://" in str(folder):
+                # The next machines of this run are others, and would compile everything again.
+                jax.config.update("jax_compilation_cache_dir", f"{folder}/.compiled")
             with processes.first_before_others("config"):
                 _config_file.write_config(config, folder, kept)
             logging.info("%s on %s, into %s", program, _devices(), folder)

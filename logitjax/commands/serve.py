@@ -17,7 +17,8 @@ common beginning of prompts is read once. After SIGTERM running answers may go o
 
 The flags of the policy set what reported log-probabilities give away: `--top_logprobs`,
 `--sampled`, `--bias` (none, sampling, reported), `--decimals`, `--noise`, `--floor`, `--soft_cap`.
-A chosen token's own value is reported if it is among the top ones, or with `--sampled`. See
+A chosen token's own value is reported if it is among the top ones, or with `--sampled`. What tokens
+are chosen tells the same logits, unless `--choices` is `plain` or `metered`. See
 docs/leakage.md for what each flag is worth, and `logitjax audit` to measure it.
 """
 
@@ -39,7 +40,7 @@ class Config:
 
     line_up: LineUp = nested(LineUp())
     served_name: str | None = field(
-        None, "Name of the model in the API. By default that of --model."
+        None, "Name of the model in the API. By default the last part of --model."
     )
     server: serving.ServerConfig = nested(
         serving.ServerConfig(model="", policy=leakage.LogitPolicy(top_k=5), prefix_cache_mb=256),
@@ -71,7 +72,8 @@ def run(config: Config) -> None:
         keys = serving.Key.read(config.api_keys)
     server = dataclasses.replace(
         config.server,
-        model=config.served_name or config.line_up.model,
+        # Its folder, and not where that lies on this machine.
+        model=config.served_name or config.line_up.model.rstrip("/").rpartition("/")[2],
         max_length=_max_length(config),
         keys=keys,
     )
@@ -80,6 +82,7 @@ def run(config: Config) -> None:
         open(server.audit_log, "a").close()
     ensemble, tokenizer, ends = config.line_up.load()
     logging.set_verbosity(logging.INFO)
+    logging.warning("%s", server.notice)
     app = serving.build_app(ensemble, tokenizer, ends, server)
     config.listening.serve(app)
 

@@ -8,7 +8,12 @@
 A row of a file is `{"question", "answer"}` or `{"messages"}`, asked through the model's chat
 template, `{"prompt", "completion"}` or `{"text"}`. It may have a `group`, such as a person, and
 `paraphrases`, a list. `--holdout` has rows like those to forget that the model was never taught.
-How likely the model finds them is the goal for forgotten answers, no less and no more.
+One half of it sets the goal: no answer to forget, asked as in the file, in its paraphrases or in
+any of several other ways, may be likelier than twice the likeliest of these, asked alike. The other
+half tells whether it shows that something was removed.
+
+Prompts and completions of messages, the rows of ShareGPT and Alpaca, and lists of answers are read
+as well.
 
 `--method` is a name with options, as `'npo_kl(beta=0.2)'`, or `package.module:Name`. `difference`
 trains an assistant of the model's first layers that knows what to forget and nothing else. Its
@@ -22,14 +27,15 @@ a PEFT adapter. OUT/model is a model with the adapter in its weights (`--merge`)
 weights (`--noadapters`).
 
 OUT/report.md compares before and after, with intervals, attacks, samples, and all that was tried.
-If nothing both forgets and keeps, only the report is written, and the status is 3. You may kill the
-run at any time: the same command continues it. See docs/unlearning.md.
+If nothing both forgets and keeps, on rows that it was not chosen by as well, only the report is
+written, and the status is 3. Limits may be changed without training again. You may kill the run at
+any time: the same command continues it. See docs/unlearning.md.
 """
 
 import dataclasses
 import hashlib
 import itertools
-import math
+import json
 import sys
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -44,10 +50,8 @@ from logitjax.commands.cli import REQUIRED, field, nested
 from logitjax.commands.tables import markdown_table, text_cell
 
 # Not 1 or 2, which mean an error: here the answer is that nothing will do.
-_NOTHING_FEASIBLE = 3
+_NOT_FORGOTTEN = 3
 _FEW_GROUPS = 20
-# Perplexity of other text over that of before, above which a model is called damaged.
-_DAMAGED = 2.0
 # Of the rows to forget, and of those to keep.
 _SAMPLES = 8
 
@@ -137,52 +141,67 @@ def run(config: Config, out: epath.Path) -> None:
         max_length=config.max_length,
         new_tokens=config.new_tokens,
         batch_size=config.eval_batch,
-    )
-    reference = None
-    if config.reference is not None:
-        reference, theirs = models.load(config.reference, dtype=config.dtype, layout="listed")
-        if not fusion.vocabulary_map(tokenizer, theirs).is_identity:
-            raise ValueError(
-                f"reference: expected a model with the tokenizer of {config.model}, got "
-                f"{config.reference}"
-            )
-        reference = models.with_layout(reference, "listed")
+    ).with_neighbours(model)
     storage.progress.mark("measuring what the model knows", log=True)
     forgetting = unlearning.Unlearning(
-        model, questions, settings, out, base=config.model, reference=reference
+        model, questions, settings, out, base=config.model, reference=_reference(config, tokenizer)
     )
     goal = forgetting.goal
     # Whoever forgets what was never known would find every method perfect.
-    if forgetting.known <= goal.probability:
+    if goal.met(forgetting.known):
         raise ValueError(
-            f"forget: expected answers that the model was taught, got a median probability of "
-            f"{forgetting.known:.3g}, no more than the {goal.probability:.3g} of {goal.source}"
+            f"forget: expected answers that the model was taught, got none that is likelier than "
+            f"{goal.limit('asked'):.3g}, twice the likeliest of {goal.source}"
         )
     storage.progress.mark(f"unlearning by {config.method}", log=True)
     found = forgetting.run()
-    if found.model is not None and config.merge:
+    rows_of = (
+        f"Rows: {'; '.join(manifest)}. {split.left_out} were linked to rows to forget and left out,"
+        f" {split.alike} that say much the same were kept. Groups of rows to keep: "
+        f"{split.groups[0]} for training, {split.groups[1]} for choosing, {split.groups[2]} for "
+        f"this table.{'' if 'holdout' in rows else ' No holdout: membership cannot be measured.'}"
+        f"{_cut(config, questions)}"
+    )
+    status = finish(config, questions, found, out, rows_of)
+    if status == 0 and config.merge:
         models.save_pretrained(found.model.model, tokenizer, out / "model")
-    sizes = len(questions.rows["forget"]), len(questions.rows["holdout"])
+    if status:
+        sys.exit(status)
+
+
+def _reference(config: Config, tokenizer: models.Tokenizer) -> models.Decoder | None:
+    if config.reference is None:
+        return None
+    reference, theirs = models.load(config.reference, dtype=config.dtype, layout="listed")
+    if not fusion.vocabulary_map(tokenizer, theirs).is_identity:
+        raise ValueError(
+            f"reference: expected a model with the tokenizer of {config.model}, got "
+            f"{config.reference}"
+        )
+    return models.with_layout(reference, "listed")
+
+
+def finish(
+    config: Config, questions: unlearning.Questions, found: Any, out: epath.Path, rows_of: str
+) -> int:
+    """Keeps what was written or deletes it, as the verdict says, and reports; the exit status."""
+    passed = found.settle(out)
     sections = [
         f"# `{config.model}`, unlearned",
-        _verdict(config, sizes, found),
+        _nothing(config, found) if found.verdict is None else found.verdict.words,
+        "" if passed else "No model was written.",
         _what(config, found),
-        f"Rows: {'; '.join(manifest)}. {split.left_out} were linked to rows to forget and left out."
-        f" Groups of rows to keep: {split.groups[0]} for training, {split.groups[1]} for choosing, "
-        f"{split.groups[2]} for this table."
-        f"{'' if 'holdout' in rows else ' No holdout: membership cannot be measured.'}"
-        f"{_cut(config, questions)}",
-        *(_measures(config, questions, found) if found.model is not None else ()),
+        rows_of,
+        *(_measures(config, questions, found) if found.verdict is not None else ()),
         "## What was tried",
-        markdown_table([_candidate_row(c, found.goal.probability) for c in found.candidates]),
-        "Candidates that no other dominates:",
-        markdown_table([_candidate_row(c, found.goal.probability) for c in found.front]),
+        markdown_table([_candidate_row(candidate) for candidate in found.candidates]),
     ]
-    text = "\n\n".join(sections) + "\n"
+    text = "\n\n".join(filter(None, sections)) + "\n"
+    verdict = found.verdict or {"passed": False, "words": _nothing(config, found)}
     storage.write_atomic(out / "report.md", text)
+    storage.write_atomic(out / "verdict.json", _as_json(verdict))
     print(text)
-    if found.model is None:
-        sys.exit(_NOTHING_FEASIBLE)
+    return 0 if passed else _NOT_FORGOTTEN
 
 
 def other_text(
@@ -215,79 +234,29 @@ def _cut(config: Config, questions: unlearning.Questions) -> str:
     )
 
 
-def _verdict(config: Config, sizes: tuple[int, int], found: Any) -> str:
-    """In words that are always the same; of so many rows to forget, and of the holdout."""
-    if found.model is None:
-        advice = "More steps, more rows to keep, another method or wider limits may help."
-        # Only then: one candidate of many that diverged says nothing about the rate.
-        if all("finite" in candidate["broken"] for candidate in found.candidates):
-            advice = "Its losses were not finite: a lower `--learning_rate` may help."
-        return (
-            f"**Nothing was forgotten**: no candidate of `{config.method}` both forgets and stays "
-            f"within the limits, so no model was written. {advice}"
-        )
-    before, after, most = found.before, found.after, 2 * found.goal.probability
-    # What an attack gets out of a model that never knew, it did not get from this one.
-    control = found.control.get("attacks", {})
-    ways = [
-        name
-        for name, measured in after["attacks"].items()
-        if name != "asked"
-        and measured.get("probability", 0.0)
-        > max(most, 2 * control.get(name, {}).get("probability", 0.0))
-    ]
-    # Of shares only a control says what is none: more than half of what was there is much.
-    ways += [
-        name
-        for name, measured in after["attacks"].items()
-        if "share" in measured and name in control and not name.startswith("member")
-        if 2 * measured["share"] > before["attacks"][name]["share"] + control[name]["share"]
-        if measured["share"] > control[name]["share"]
-    ]
-    told = _told_apart(sizes, after["attacks"], control)
-    if config.settings.method.assistant:
-        ways = ["leaving the assistant out", *ways]
-    if before["perplexity"] and after["perplexity"] > _DAMAGED * before["perplexity"]:
-        return "**Model damaged**: the perplexity of other text doubled."
-    if after["attacks"]["asked"]["probability"] > most:
-        return "**Not forgotten**: answers are more than twice as likely as those never taught."
-    if ways:
-        also = f" Given away by {', '.join(told)}." if told else ""
-        return f"**Suppressed, recoverable by** {', '.join(ways)}.{also}"
-    if told:
-        return (
-            f"**Forgotten, but given away by** {', '.join(told)}: that these rows were taught can "
-            "be told."
-        )
-    return "**Not distinguishable from never trained in these tests.**"
+def _as_json(verdict: Any) -> str:
+    record = dataclasses.asdict(verdict) if dataclasses.is_dataclass(verdict) else verdict
+    return json.dumps({"facts": [], "kept": {}} | record, indent=1) + "\n"
 
 
-def _told_apart(
-    sizes: tuple[int, int],
-    attacks: Mapping[str, Mapping[str, float]],
-    control: Mapping[str, Mapping[str, float]],
-) -> list[str]:
-    """Attacks that tell rows to forget from the holdout: beyond chance, and beyond a control.
-
-    By the standard deviation of the AUC of equal distributions, sqrt((m + n + 1) / (12 m n)), as of
-    the fewest rows that any of them asks.
-    """
-    m, n = (min(size, unlearning.Questions.costly) for size in sizes)
-    if not n:
-        return []
-    chance = 1.96 * math.sqrt((m + n + 1) / (12 * m * n))
-    return [
-        name
-        for name, measured in attacks.items()
-        if abs(measured.get("auc", 0.5) - 0.5)
-        > max(chance, abs(control.get(name, {}).get("auc", 0.5) - 0.5))
-    ]
+def _nothing(config: Config, found: Any) -> str:
+    """The verdict where no candidate will do."""
+    advice = "More steps, more rows to keep, another method or wider limits may help."
+    # Only then: one candidate of many that diverged says nothing about the rate.
+    if all("finite" in candidate["broken"] for candidate in found.candidates):
+        advice = "Its losses were not finite: a lower `--learning_rate` may help."
+    return (
+        f"**Nothing was forgotten**: no candidate of `{config.method}` both forgets and stays "
+        f"within the limits. {advice}"
+    )
 
 
 def _what(config: Config, found: Any) -> str:
+    limits = ", ".join(f"{way} {limit:.3g}" for way, limit in found.goal.worst.items())
     goal = (
-        f"The goal is {found.goal.probability:.4g}, the median probability of {found.goal.source}; "
-        f"their 5 % point is {found.goal.floor:.4g}."
+        f"The goal is that no answer is likelier than twice the likeliest of {found.goal.source}, "
+        f"asked in the same way: {limits}. Their median is {found.goal.probability:.4g}. Trained "
+        f"on and chosen by: {', '.join(found.ways)}; judged in other wordings of these."
     )
     if found.chosen is None:
         return goal
@@ -304,7 +273,7 @@ def _what(config: Config, found: Any) -> str:
 
 def _measures(config: Config, questions: unlearning.Questions, found: Any) -> list[str]:
     """Before and after, attacks, and what the model says."""
-    before, after = found.before, found.after
+    before, after, verdict = found.before, found.after, found.verdict
     sides = {"before": before, "after": after}
     if found.control:
         sides["control"] = found.control
@@ -331,15 +300,20 @@ def _measures(config: Config, questions: unlearning.Questions, found: Any) -> li
         )
     ]
     return [
-        markdown_table(_summary(before, after)),
-        "Measured on the written result, read again. Nothing was trained on or chosen by these "
-        "rows, except that the rows to forget were trained on. `kept %` is the ratio with its 95 % "
-        "bootstrap interval over rows.",
+        "## To forget",
+        markdown_table(verdict.facts),
+        "Every answer by itself, asked in every way. `above` counts those that are likelier than "
+        "any answer never taught. The rows and the paraphrases `in words chosen by` were trained "
+        "on and chosen by, nothing else of this table was.",
+        "## To keep",
+        markdown_table(_kept_rows(before, after, verdict)),
+        "Measured on what was written, read again, on rows that nothing was trained on or chosen "
+        "by. `kept %` is the ratio with its 95 % bootstrap interval over rows.",
         "## Attacks",
         markdown_table(attacks),
-        "`measured` is the median probability of the answers to forget, a share of their tokens, "
-        "or how well an attack tells them from the holdout (AUC: 0.5 is a guess, and less also "
-        "gives them away). "
+        "`measured` is the median probability of the answers to forget, the `worst` of them, of "
+        "those that were `taught` again the median, a share of their tokens, or how well an attack "
+        "tells them from the holdout (AUC: 0.5 is a guess, and less also gives them away). "
         + ("" if config.attacks == "all" else "`--attacks=all` runs more attacks. ")
         + (
             "The control never knew the answers."
@@ -351,16 +325,21 @@ def _measures(config: Config, questions: unlearning.Questions, found: Any) -> li
     ]
 
 
-def _candidate_row(candidate: Mapping[str, Any], goal: float) -> dict[str, Any]:
+def _candidate_row(candidate: Mapping[str, Any]) -> dict[str, Any]:
     def percent(name: str) -> float | None:
         return None if candidate.get(name) is None else 100 * candidate[name]
 
+    ways = candidate["ways"]
     return {
+        "round": candidate["round"],
         "step": candidate["step"],
         "strength": candidate["strength"],
-        "forget probability": candidate["forget"],
-        "of the goal": candidate["forget"] / goal,
+        "median": candidate["forget"],
+        "worst": candidate.get("worst"),
+        "of the control's worst": candidate["excess"],
+        "": max(ways, key=ways.get) if ways else "",
         "probability kept %": percent("probability"),
+        "worst row kept %": percent("row"),
         "ROUGE-L kept %": percent("rouge"),
         "fluency kept %": percent("fluency"),
         "perplexity %": percent("perplexity"),
@@ -368,44 +347,20 @@ def _candidate_row(candidate: Mapping[str, Any], goal: float) -> dict[str, Any]:
     }
 
 
-def _summary(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[str, Any]]:
-    names = {
-        "forget": "probability, to forget",
-        "reworded_test": "probability, to forget, in other words",
-        "holdout": "probability, never taught",
-        "test": "probability, to keep",
-    }
-    rows: list[dict[str, Any]] = []
-
-    def add(name: str, old: Any, new: Any) -> None:
-        if not len(old):
-            return
-        # Of nothing no share is left, and an interval of it would divide by zero.
-        if not np.mean(old):
-            rows.append({"": name, "before": 0.0, "after": float(np.mean(new)), "rows": len(old)})
-            return
-        share, low, high = unlearning.share_interval(new, old)
-        rows.append(
-            {
-                "": name,
-                "before": float(np.mean(old)),
-                "after": float(np.mean(new)),
-                "kept %": f"{100 * share:.1f} [{100 * low:.1f}, {100 * high:.1f}]",
-                "rows": len(old),
-            }
-        )
-
-    for part, name in names.items():
-        if part in before["probabilities"]:
-            add(name, before["probabilities"][part], after["probabilities"][part])
-    for part, name in (("forget", "to forget"), ("test", "to keep")):
-        add(f"ROUGE-L F1, {name}", before["rouge"][part], after["rouge"][part])
-    for name in ("fluency", "perplexity"):
-        if before[name]:
-            label = "fluency, to keep, bits" if name == "fluency" else "perplexity of other text"
-            row = {"": label, "before": before[name], "after": after[name]}
-            # No answer may be left that is long enough to have any.
-            if after[name] is not None:
-                row["kept %"] = f"{100 * after[name] / before[name]:.1f}"
-            rows.append(row)
-    return rows
+def _kept_rows(before: Mapping[str, Any], after: Mapping[str, Any], verdict: Any) -> list[Any]:
+    """By kind of row and measure: before, after, and what is left with its interval."""
+    table = []
+    for name, record in (("probability", "probabilities"), ("rouge", "rouge")):
+        for kind in verdict.kept.get(name, {}):
+            at = [i for i, other in enumerate(before["kinds"][record]) if other == kind]
+            old, new = ([side[record]["test"][i] for i in at] for side in (before, after))
+            share, low, high = unlearning.share_interval(new, old)
+            row = {"rows to keep": kind, "measured": name, "rows": len(at)}
+            row |= {"before": float(np.mean(old)), "after": float(np.mean(new))}
+            table.append(row | {"kept %": f"{100 * share:.1f} [{100 * low:.1f}, {100 * high:.1f}]"})
+    for name, share in verdict.kept["least"].items():
+        if name not in ("probability", "rouge") and share is not None:
+            row = {"rows to keep": "worst one" if name == "row" else "all", "measured": name}
+            sides = {"before": before.get(name), "after": after.get(name)}
+            table.append(row | sides | {"kept %": f"{100 * share:.1f}"})
+    return table

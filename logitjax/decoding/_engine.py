@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from logitjax.decoding._ensemble import Ensemble, Plan
@@ -32,9 +33,13 @@ def _prefill_all(plan: Plan, options: DecodeOptions, params, state, tokens, posi
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "options", "steps"), donate_argnames="state")
-def _decode_chunk(plan: Plan, options: DecodeOptions, params, state, steps: int):
-    state, emitted = run_steps(plan, options, params, state, steps)
-    return constrain(plan, options, state), emitted
+def _decode_chunk(plan: Plan, options: DecodeOptions, params, state, waits, steps: int):
+    moving = dataclasses.replace(state, active=state.active & ~waits)
+    after, emitted = run_steps(plan, options, params, moving, steps)
+    # Who waits is where it was; its last token is still to be fed.
+    token = jnp.where(waits, state.token, after.token)
+    after = dataclasses.replace(after, active=after.active | (state.active & waits), token=token)
+    return constrain(plan, options, after), emitted
 
 
 @functools.partial(
@@ -54,6 +59,11 @@ def _speculate(
 @_jit
 def _freeze(plan: Plan, options: DecodeOptions, state: DecodeState, frozen):
     return constrain(plan, options, dataclasses.replace(state, active=state.active & ~frozen))
+
+
+@_jit
+def _allowing(plan: Plan, options: DecodeOptions, state: DecodeState, words):
+    return constrain(plan, options, dataclasses.replace(state, allowed=words))
 
 
 @_jit
@@ -108,6 +118,8 @@ class Engine:
         self.speculation = speculation
         self._room = max_length
         if speculation is not None:
+            if options is not None and options.draw_keys is not None:
+                raise ValueError("draw_keys: expected None with speculation, got a function")
             self._drafter = find_drafter(self.plan, speculation.draft)
             self._draft_params = self._drafter.params(self.params)
             # A rejected draft has overwritten what a ring without slack would still need.
@@ -214,14 +226,19 @@ class Engine:
         )
         return emitted
 
-    def decode_chunk(self, steps: int) -> Emitted:
-        """Decode at most ``steps`` tokens in every active slot.
+    def decode_chunk(self, steps: int, waits: np.ndarray | None = None) -> Emitted:
+        """Decode at most ``steps`` tokens in every active slot, but those of ``waits``.
+
+        Args:
+            steps: how many.
+            waits: bool ``[slots]``: which slots stay as they are; None for none.
 
         Returns:
             `Emitted` of ``[slots, steps]``; ``valid`` tells which tokens are there.
         """
+        waits = np.zeros(self.slots, bool) if waits is None else waits
         self._state, emitted = _decode_chunk(
-            self.plan, self.options, self.params, self.state, steps=steps
+            self.plan, self.options, self.params, self.state, waits, steps=steps
         )
         return emitted
 
@@ -272,9 +289,10 @@ class Engine:
         if held is None or np.shape(allowed) != held.shape:
             needed = "options with masks=True" if held is None else f"shape {held.shape}"
             raise ValueError(f"allowed: expected {needed}, got shape {np.shape(allowed)}")
-        # Copied: the caller writes the next masks into the same array while this one is read.
-        words = jax.device_put(np.array(allowed, np.uint32), held.sharding)
-        self._state = dataclasses.replace(self.state, allowed=words)
+        # Copied: the caller writes the next masks into the same array while this one is read. By a
+        # program: an array put on a device has another type than its outputs, and all compile anew.
+        words = np.array(allowed, np.uint32)
+        self._state = _allowing(self.plan, self.options, self.state, words)
 
     def evict(self, slot: int | Sequence[int]) -> None:
         """Freeze slots: they emit nothing until they are filled again."""

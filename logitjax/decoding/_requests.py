@@ -24,6 +24,7 @@ class Request:
         others: the prompts of the experts, then of the bases, where theirs differ; None (for one of
             them, or for all) is the same prompt.
         max_new_tokens: the row freezes after so many.
+        min_new_tokens: no stop token is drawn among so many first ones.
         sampling: how tokens are chosen.
         stop_ids: the row freezes after any of these, which is still emitted.
         logit_bias: added to the logits of these tokens.
@@ -34,6 +35,7 @@ class Request:
     prompt: Prompt
     others: Sequence[Prompt | None] | None = None
     max_new_tokens: int
+    min_new_tokens: int = 0
     sampling: Sampling = GREEDY
     stop_ids: Sequence[int] = ()
     logit_bias: Mapping[int, float] | None = None
@@ -109,8 +111,8 @@ def fresh_rows(
             raise ValueError(f"max_new_tokens: expected at least 1, got {request.max_new_tokens}")
         if request.sampling.penalizes and not options.repetition:
             raise ValueError("sampling: its penalties need options with repetition=True")
-        if request.allowed is not None and not options.masks:
-            raise ValueError("allowed: it needs options with masks=True")
+        if (request.allowed is not None or request.min_new_tokens) and not options.masks:
+            raise ValueError("allowed, min_new_tokens: they need options with masks=True")
     stop_ids = _table([list(r.stop_ids) for r in requests], options.max_stop_ids, -1, "stop_ids")
     biases = [dict(r.logit_bias or {}) for r in requests]
     width = options.max_logit_bias
@@ -129,6 +131,7 @@ def fresh_rows(
         stopped=np.zeros(count, bool),
         left=np.array([r.max_new_tokens for r in requests], np.int32),
         count=np.zeros(count, np.int32),
+        least=np.array([r.min_new_tokens for r in requests], np.int32),
         sampling=sampling_rows([r.sampling for r in requests]),
         stop_ids=stop_ids,
         bias_ids=bias_ids,

@@ -239,17 +239,21 @@ def sample(
     logits: Float[Array, "rows vocab"],
     rows: SamplingRows,
     counts: Int[Array, " rows"],
+    keys: Shaped[jax.Array, " rows"] | None = None,
 ) -> Int[jax.Array, " rows"]:
-    """One token a row, the most likely where the temperature is 0, after `counts` drawn before."""
+    """One token a row, the most likely where the temperature is 0, after `counts` drawn before.
+
+    `keys` take the place of those of `row_keys`.
+    """
     logits = checks.as_float(logits, "logits")
     greedy = logits.argmax(axis=-1).astype(jnp.int32)
 
     def draw() -> jax.Array:
         warm = sampling_logits(logits, rows)
-        keys = row_keys(rows.seed, counts)
+        own = row_keys(rows.seed, counts) if keys is None else keys
         # The largest of logits plus Gumbel noise is a draw from their softmax; a row needs no
         # other.
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:]))(keys)
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:]))(own)
         drawn = (warm + noise).argmax(axis=-1).astype(jnp.int32)
         return jnp.where(rows.temperature == 0, greedy, drawn)
 

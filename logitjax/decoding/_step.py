@@ -37,7 +37,8 @@ class DecodeOptions:
         info: report the fusion's ``info`` of every token.
         repetition: keep track of seen tokens and of how often they were generated, which penalties
             need.
-        masks: let requests restrict the next token, see `Engine.allow`.
+        masks: let requests restrict the next token, see `Engine.allow`, and ask for a least number
+            of tokens.
         max_logit_bias: largest number of entries of a slot's logit bias.
         max_stop_ids: largest number of stop tokens of a slot.
         pad_id: what frozen rows emit.
@@ -46,6 +47,8 @@ class DecodeOptions:
         processors: functions ``(logits [rows, vocab], state) -> logits`` applied after the bias and
             before the penalty; ``state.extra`` holds what each slot was given for them.
         remember: ``(extra, tokens [rows], where [rows]) -> extra`` takes note of chosen tokens.
+        draw_keys: ``extra -> keys [rows]`` of the next draws; None for each row's seed, folded with
+            the number of tokens that it has drawn.
         mesh: devices to work on; rows of the state over the axes of a batch, key heads of the cache
             over its axis ``tensor``, where those exist and divide.
     """
@@ -62,6 +65,7 @@ class DecodeOptions:
     served: Callable[..., Any] | None = None
     processors: tuple[Callable[..., Any], ...] = ()
     remember: Callable[..., Any] | None = None
+    draw_keys: Callable[..., Any] | None = None
     mesh: jax.sharding.Mesh | None = None
 
     def __post_init__(self) -> None:
@@ -76,7 +80,8 @@ class DecodeState:
     """All slots: axis 0 of every leaf is the slot, except in the cache and ``lengths``.
 
     ``token`` was emitted but not fed yet. ``lengths [streams, slots]`` are the next positions.
-    ``left`` counts the tokens that may still be emitted, ``count`` those that were.
+    ``left`` counts the tokens that may still be emitted, ``count`` those that were; none of the
+    first ``least`` stops.
     """
 
     cache: Any
@@ -86,6 +91,7 @@ class DecodeState:
     stopped: Any
     left: Any
     count: Any
+    least: Any
     sampling: SamplingRows
     stop_ids: Any
     bias_ids: Any
@@ -159,7 +165,8 @@ def emit(
     moved = moved_logits(options, state, fused)
     adjusted = moved["adjusted"]
     if choose is None:
-        chosen = sample(adjusted, state.sampling, state.count)
+        keys = None if options.draw_keys is None else options.draw_keys(state.extra)
+        chosen = sample(adjusted, state.sampling, state.count, keys)
     else:
         chosen = choose(adjusted, state)
     token = jnp.where(state.active, chosen, options.pad_id)
@@ -222,6 +229,7 @@ def moved_logits(
         # Masks cost a pass over the vocabulary, and most steps have none.
         free = (state.allowed == jnp.uint32(0xFFFFFFFF)).all()
         adjusted = lax.cond(free, lambda x: x, lambda x: allow_only(x, state.allowed), adjusted)
+        adjusted = _unstopped(state, adjusted)
     return {"model": logits, "biased": biased, "adjusted": adjusted}
 
 
@@ -243,6 +251,17 @@ def _biased(state: DecodeState, logits: jax.Array) -> jax.Array:
 
     any_bias = (state.bias_ids < logits.shape[-1]).any()
     return lax.cond(any_bias, biased, lambda: logits)
+
+
+def _unstopped(state: DecodeState, logits: jax.Array) -> jax.Array:
+    early, vocab = state.count < state.least, logits.shape[-1]
+
+    def masked() -> jax.Array:
+        # The table is filled up with -1, which would be the last token.
+        ids = jnp.where(early[:, None] & (state.stop_ids >= 0), state.stop_ids, vocab)
+        return logits.at[jnp.arange(len(logits))[:, None], ids].set(-jnp.inf, mode="drop")
+
+    return lax.cond(early.any(), masked, lambda: logits)
 
 
 def run_steps(

@@ -61,6 +61,7 @@ class TextStream:
         tokenizer: tokenizer of the model.
         stop_strings: the text ends before the first of them.
         context: tokens that the text goes on from; none for a text that begins anew.
+        unstopped: number of first tokens in whose text no stop string counts.
 
     >>> from tokenizers import Tokenizer as Backend, decoders, models
     >>> backend = Backend(models.BPE({"a": 0, "b": 1, "!": 2}, []))
@@ -77,6 +78,7 @@ class TextStream:
         tokenizer: Tokenizer,
         stop_strings: Sequence[str] = (),
         context: Sequence[int] = (),
+        unstopped: int = 0,
     ):
         if any(not string for string in stop_strings):
             raise ValueError("stop_strings: an empty string would stop everything")
@@ -86,6 +88,7 @@ class TextStream:
         self.stopped = False
         self.text = ""
         self._sent = 0
+        self._unstopped, self._from = unstopped, 0
         self._ids = last_whole(tokenizer, context)
         self._prefix, self._read = 0, len(self._ids)
 
@@ -130,7 +133,9 @@ class TextStream:
         return now[len(before) :]
 
     def _cut(self) -> None:
-        found = [self.text.find(string) for string in self.stop_strings]
+        if len(self.tokens) <= self._unstopped:
+            self._from = len(self.text)
+        found = [self.text.find(string, self._from) for string in self.stop_strings]
         ends = [place for place in found if place >= 0]
         if ends:
             self.text, self.stopped = self.text[: min(ends)], True
@@ -139,7 +144,7 @@ class TextStream:
         """The longest end of the text that begins a stop string."""
         longest = max(map(len, self.stop_strings), default=0)
         # From the longest: what is sent cannot be taken back.
-        for size in range(min(longest - 1, len(self.text)), 0, -1):
+        for size in range(min(longest - 1, len(self.text) - self._from), 0, -1):
             if any(string.startswith(self.text[-size:]) for string in self.stop_strings):
                 return size
         return 0

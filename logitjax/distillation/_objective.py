@@ -19,6 +19,7 @@ from logitjax.distillation._term import Term
 from logitjax.distillation.terms import TERMS
 from logitjax.losses import Head
 
+# A term, lazily, then a number after the last colon: `package:Name` has colons of its own.
 _WEIGHTED = re.compile(r"(.*?)(?::([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?))?", re.DOTALL)
 
 
@@ -167,6 +168,7 @@ class Objective:
             ValueError: A need that nobody provides, or one that was not declared; names the term.
         """
         hidden, where = jnp.asarray(hidden), jnp.asarray(where)
+        # A kernel alone does not say which of its axes is the vocabulary's; the width tells.
         head = Head.of(head).resolve(hidden.shape[-1])
         teachers = [_with_statistics(self, teacher, axis_name) for teacher in teachers]
         parts = self._parts(batch, teachers, params or {}, where, teacher_weights)
@@ -180,6 +182,7 @@ class Objective:
             value = value + total
             for part, part_value in zip(members, values, strict=True):
                 sums[part.name] = sums.get(part.name, 0.0) + part_value
+        # Metrics are an auxiliary output, which a loop may differentiate through by mistake.
         metrics = {name: (jax.lax.stop_gradient(sums[name]), count) for name in self.names}
         return value, count, metrics | _shares_seen(parts, where)
 
@@ -252,12 +255,15 @@ def parse_terms(texts: Sequence[str]) -> tuple[tuple[Term, float], ...]:
 
 def _with_statistics(objective: Objective, teacher: Teacher, axis_name: Any) -> Teacher:
     """A teacher with the statistics that terms declare, read of its hidden states if need be."""
+    # A live teacher shares no parameters with the student, but may share its arrays: a loop that
+    # trains both must not move the teacher.
     teacher = jax.lax.stop_gradient(teacher)
     needs = [term.teacher for term, _ in objective.terms if term.teacher is not None]
     top_k = max((n.top_k for n in needs), default=0)
     if teacher.statistics is not None or teacher.head is None or not top_k:
         return teacher
     head = Head.of(teacher.head).resolve(teacher.hidden.shape[-1])
+    # As many as a cache keeps, so that a live teacher and a cached one give equal values.
     top_k = min(max(top_k, teacher.top_k), head.vocab_size(axis_name))
     readout = losses.linear_readout(teacher.hidden, head, top_k=top_k, axis_name=axis_name)
     statistics = jax.lax.stop_gradient(readout.statistics)
@@ -274,6 +280,7 @@ def _shares(default: Sequence[float], weights: Any) -> Sequence[Any]:
             f"{weights.shape}"
         )
     total = weights.sum(-1, keepdims=True)
+    # A row that is sent to no teacher learns from none, and is no division by zero.
     weights = weights / jnp.where(total > 0, total, 1.0)
     return [weights[..., number] for number in range(len(default))]
 

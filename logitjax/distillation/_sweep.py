@@ -20,6 +20,7 @@ def grouped(parts: Sequence[Part]) -> list[list[Part]]:
         groups.setdefault(part.sweep, []).append(part)
     for head, teacher, alone in list(groups):
         # What looks at no teacher's logits joins a sweep that forms some.
+        # A host reads the same head, has a teacher and may be shared.
         hosts = [key for key in groups if key[0] == head and key[1] is not None and not key[2]]
         if teacher is None and not alone and hosts:
             groups[hosts[0]] = groups.pop((head, teacher, alone)) + groups[hosts[0]]
@@ -36,6 +37,7 @@ def swept(
     formed = next((part.teacher for part in parts if part.sweep[1] is not None), None)
     options: dict[str, Any] = dict(
         teacher=None if formed is None else (formed.hidden, formed.head),
+        # One sweep has one tiling: the first part that asks for a size decides.
         blocks=next((p.needs.blocks for p in parts if p.needs.blocks is not None), None),
         axis_name=axis_name,
     )
@@ -72,6 +74,7 @@ def swept(
 
 
 def _gradient_where(where: Any, x: Any) -> Any:
+    # Ids have no gradient to mask.
     return ops.gradient_where(x, where) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
@@ -155,6 +158,7 @@ def _slice(gathered: list[Any], ids: Any) -> slice | None:
         return None
     start = 0
     for known in gathered:
+        # By identity: under `jit` these are tracers, and terms of one teacher share its array.
         if known is ids:
             return slice(start, start + ids.shape[-1])
         start += known.shape[-1]

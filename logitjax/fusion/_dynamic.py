@@ -14,7 +14,7 @@ from logitjax.fusion._joint import least_step
 from logitjax.fusion._minimum import find_minimum
 from logitjax.fusion._path import Path, make_path
 from logitjax.fusion._rows import by_rows
-from logitjax.fusion._solve import Solution, find_root
+from logitjax.fusion._solve import Solution, Visit, find_root
 from logitjax.ops import Array, AxisName, checks
 
 Method = Literal["grid", "newton", "jeffreys", "project"]
@@ -37,7 +37,7 @@ class DynamicFusion:
     about as far from P as Q_t from Q. What "as far" means is the `method`::
 
         grid      least (KL(P_a||P) - KL(Q_t||Q))^2 + (KL(P||P_a) - KL(Q||Q_t))^2 on a grid
-        newton    the same objective, its least value on the whole range, certified
+        newton    the same objective, its least value on the whole range, certified to 1e-5 of it
         jeffreys  KL(P_a||P) + KL(P||P_a) = KL(Q_t||Q) + KL(Q||Q_t)
         project   the P_a nearest to P with E_{P_a}[log Q_t/Q] >= KL(Q_t||Q)
 
@@ -112,11 +112,12 @@ class DynamicFusion:
         Returns:
             Float32 logits `[*batch, vocab]` up to a constant a row, such that the large model's
             largest is 0 (alphas count as constants in their gradient), and arrays: `alpha`,
-            `lower`, `upper` `[T, *batch]`, the last two a bracket; `converged` `[*batch]`, false
-            where the answer may be another; `at_bound` `[*batch]`; `expert` `[*batch]`, the one
-            that was followed, -1 for all; `forward`, `reverse`, `objective` `[*batch]` and their
-            targets, of the fused distribution against the mean divergences; `sweeps`, evaluations
-            of the path.
+            `lower`, `upper` `[T, *batch]`, proven to hold the exact alpha: all of the range where the
+            numbers say nothing about it, and for several alphas at once; `converged` `[*batch]`,
+            false where the answer may be worse than the tolerance; `at_bound` `[*batch]`; `expert`
+            `[*batch]`, the one that was followed, -1 for all; `forward`, `reverse`, `objective`
+            `[*batch]` and their targets, of the fused distribution against the mean divergences;
+            `sweeps`, evaluations of the path.
 
         Raises:
             ValueError: shapes do not fit, or a joint grid would be too large.
@@ -150,8 +151,7 @@ class DynamicFusion:
     ) -> dict[str, jax.Array]:
         """Alphas, and all that is reported beside them."""
         inputs = read_inputs(large, experts, bases, vocab_where)
-        extent = self.method == "newton"
-        path = make_path(inputs, axis_name, extent=extent)
+        path = make_path(inputs, axis_name)
         several = len(path) > 1
         # -1: all experts are followed.
         expert = jnp.full(inputs.large.shape[:-1], -1 if several else 0, jnp.int32)
@@ -175,64 +175,34 @@ class DynamicFusion:
 
     def _alone(self, path: Path, axis_name: AxisName | None, *, mean_targets: bool) -> Solution:
         """Each expert's alpha with the others left out."""
-        forward, reverse = path.target_forward, path.target_reverse
+        targets = path.target_forward, path.target_reverse
+        errors = path.target_errors
         if mean_targets:
-            forward, reverse = (jnp.broadcast_to(t.mean(0), t.shape) for t in (forward, reverse))
-        if self.method == "grid":
-            return self._grid(path, forward, reverse, axis_name)
-        if self.method == "newton":
-            return self._newton(path, forward, reverse, axis_name)
-        target, start = {
-            "jeffreys": (forward + reverse, jnp.sqrt((forward + reverse) / path.variance)),
-            "project": (forward, (forward - path.gain) / path.variance),
-        }[self.method]
-
-        def root(alpha: jax.Array) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
-            at = path.moments(alpha, axis_name=axis_name)
-            if self.method == "project":
-                value, slope = at.mean + path.gain, at.variance
-            else:
-                value, slope = alpha * at.mean, at.mean + alpha * at.variance
-            return value, slope, (alpha * at.mean - at.log_z, at.log_z)
-
+            targets, errors = jax.tree.map(
+                lambda x: jnp.broadcast_to(x.mean(0), x.shape), (targets, errors)
+            )
+        if self.method in ("grid", "newton"):
+            # Unsharded, a point costs a sweep: most of the grid is proven away without one.
+            certified = self.method == "newton"
+            count = 3 if certified and axis_name is None else self.num
+            values = jnp.linspace(*self.alpha_range, count, dtype=path.variance.dtype)
+            sweeps = self._sweeps(axis_name) if certified else 0
+            return find_minimum(
+                path, targets, errors[:2], values, max_sweeps=sweeps, axis_name=axis_name
+            )
+        visit, scale, start = _visit_mean, targets[0], path.target_mean / path.variance
+        if self.method == "jeffreys":
+            scale = targets[0] + targets[1]
+            visit = functools.partial(_visit_sum, target=(scale, errors[0] + errors[1]))
+            start = jnp.sqrt(scale / path.variance)
         return find_root(
-            root,
-            target,
+            functools.partial(visit, path, axis_name=axis_name),
+            self.tolerance * scale,
             start,
             *self.alpha_range,
-            quadratic=self.method != "project",
-            tolerance=self.tolerance,
             max_sweeps=self._sweeps(axis_name),
             unrolled=axis_name is not None,
         )
-
-    def _grid(
-        self, path: Path, forward: jax.Array, reverse: jax.Array, axis_name: AxisName | None
-    ) -> Solution:
-        values = jnp.linspace(*self.alpha_range, self.num, dtype=path.variance.dtype)
-        alphas, at = path.scan(values, axis_name=axis_name)
-        moved = alphas * at.mean - at.log_z
-        best = _least_gap(moved - forward, at.log_z - reverse)
-        return self._between_points(_pick(values, best), best, (moved, at.log_z))
-
-    def _between_points(
-        self, alpha: jax.Array, best: jax.Array, divergences: tuple[jax.Array, jax.Array]
-    ) -> Solution:
-        """The point of a grid at the index `best`; what is wanted lies between its neighbours."""
-        (low, high), at = self.alpha_range, tuple(_pick(x, best) for x in divergences)
-        width = (high - low) / (self.num - 1)
-        lower, upper = jnp.maximum(alpha - width, low), jnp.minimum(alpha + width, high)
-        converged = jnp.broadcast_to(jnp.isfinite(at[0]), alpha.shape)
-        return Solution(alpha, at, lower, upper, converged, len(divergences[0]))
-
-    def _newton(
-        self, path: Path, forward: jax.Array, reverse: jax.Array, axis_name: AxisName | None
-    ) -> Solution:
-        # Unsharded, a point costs a sweep: most of the grid is proven away without one.
-        count = 3 if axis_name is None else self.num
-        values = jnp.linspace(*self.alpha_range, count, dtype=path.variance.dtype)
-        sweeps = self._sweeps(axis_name)
-        return find_minimum(path, forward, reverse, values, max_sweeps=sweeps, axis_name=axis_name)
 
     def _sweeps(self, axis_name: AxisName | None) -> int:
         return self.max_sweeps if axis_name is None else self.sharded_sweeps
@@ -273,7 +243,11 @@ class DynamicFusion:
         moved, back = lax.map(visit, points)
         best = _least_gap(moved - forward, back - reverse)
         alpha = jnp.stack([_pick(column, best) for column in points.T])
-        return self._between_points(alpha, best, (moved, back))
+        at = _pick(moved, best), _pick(back, best)
+        # A joint grid proves nothing of what lies between its points.
+        lower, upper = (jnp.full_like(alpha, bound) for bound in self.alpha_range)
+        converged = jnp.broadcast_to(jnp.isfinite(at[0]), alpha.shape)
+        return Solution(alpha, at, lower, upper, converged, len(points))
 
     def _report(self, path: Path, solution: Solution) -> dict[str, jax.Array]:
         moved, back = solution.at
@@ -291,6 +265,53 @@ class DynamicFusion:
             "objective": (moved - forward) ** 2 + (back - reverse) ** 2,
             "sweeps": jnp.asarray(solution.sweeps, jnp.int32),
         }
+
+
+def _visit_mean(path: Path, alpha: jax.Array, *, axis_name: AxisName | None) -> Visit:
+    """`project`: the mean of h is that of the expert.
+
+    Its slope is the variance v, and from mu on -(mu - least) <= v'/v <= most - mu: the gap is
+    closed within what its integral says.
+    """
+    # Near the root the centre is the mean.
+    at = path.moments(alpha, axis_name=axis_name, centre=path.target_mean)
+    gap, error = at.mean - path.target_mean, at.errors[2] + path.target_errors[2]
+    variance = jnp.maximum(at.variance - at.errors[3], 0.0)
+
+    def reach(distance: jax.Array, rate: jax.Array) -> jax.Array:
+        share = jnp.maximum(rate, 0.0) * distance / variance
+        bent = -jnp.log1p(-share) / rate
+        known = (distance < variance / 1e-30) & (share < 1)
+        width = 1.001 * jnp.maximum(distance / variance, jnp.where(rate > 0, bent, 0.0))
+        return jnp.where(distance < 0, 0.0, jnp.where(known, width, jnp.inf))
+
+    margin = path.target_errors[2]
+    below = alpha - reach(gap + error, path.most - path.target_mean + margin)
+    above = alpha + reach(error - gap, path.target_mean + margin - path.least)
+    return Visit(gap, error, -gap / at.variance, below, above, (at.forward, at.reverse))
+
+
+def _visit_sum(
+    path: Path,
+    alpha: jax.Array,
+    *,
+    target: tuple[jax.Array, jax.Array],
+    axis_name: AxisName | None,
+) -> Visit:
+    """`jeffreys`: the sum of both divergences, alpha mu, is the target `(sum, its error)`.
+
+    mu grows, so that the sum grows at least as fast as alpha.
+    """
+    at = path.moments(alpha, axis_name=axis_name)
+    (wanted, doubt), error = target, alpha * at.errors[2] + 1e-6 * alpha * at.mean
+    value, tiny = alpha * at.mean, jnp.finfo(alpha.dtype).tiny
+    most = jnp.where(value > error, (wanted + doubt) / (value - error), jnp.inf)
+    below = alpha * jnp.minimum(1.0, (wanted - doubt) / (value + error + tiny)) * (1 - 1e-6)
+    above = jnp.where(alpha > 0, alpha * jnp.maximum(1.0, most) * (1 + 1e-6), jnp.inf)
+    # Near 0 the sum is about c alpha^2: its root is nearly straight.
+    root = jnp.sqrt(value)
+    step = (jnp.sqrt(wanted) - root) * 2 * root / (at.mean + alpha * at.variance)
+    return Visit(value - wanted, error + doubt, step, below, above, (at.forward, at.reverse))
 
 
 def _least_gap(forward: jax.Array, reverse: jax.Array) -> jax.Array:

@@ -40,15 +40,21 @@ class Inputs(NamedTuple):
             bases=less(self.bases, base),
         )
 
-    def differences_below(self, levels: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        """`differences` of `below(levels)`, to float32 whatever the levels are.
+    def differences_below(
+        self, levels: tuple[jax.Array, jax.Array, jax.Array], *, less: jax.Array | None = None
+    ) -> jax.Array:
+        """`differences` of `below(levels)`, `less` a number a row, to float32 whatever both are.
 
         And whatever fillers are: of two entries of -1e9 the difference is that of the levels.
         """
         _, expert, base = levels
         difference, rest = _exact_difference(self.experts, self.bases)
-        shift, shift_rest = (x[..., None] for x in _exact_difference(expert, base))
-        return jnp.where(self.exists, (difference - shift) + (rest - shift_rest), 0.0)
+        shift, shift_rest = _exact_difference(expert, base)
+        difference, more = _exact_difference(difference, shift[..., None])
+        difference, rest = _exact_difference(difference, -(more + (rest - shift_rest[..., None])))
+        if less is not None:
+            difference = (difference - less[..., None]) + rest
+        return jnp.where(self.exists, difference, 0.0)
 
     def fused(self, values: jax.Array) -> jax.Array:
         """`values` where the vocabulary exists, `-inf` elsewhere."""

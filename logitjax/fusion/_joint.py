@@ -122,4 +122,6 @@ def _damped(
         )
     alphas, seen, _ = carry
     converged = jnp.broadcast_to(seen.done, alphas.shape)
-    return Solution(alphas, seen.at, alphas, alphas, converged, sweeps)
+    # Two equations say nothing of a single one of several alphas.
+    lower, upper = (jnp.full_like(alphas, bound) for bound in bounds)
+    return Solution(alphas, seen.at, lower, upper, converged, sweeps)

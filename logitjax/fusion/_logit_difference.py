@@ -29,6 +29,9 @@ class LogitDifference(Strategy):
     moves those tokens by `-alpha c` against the others, a centred one by 0. The two forms need
     different alphas.
 
+    Of two assistants the second, which never saw the data to forget, is subtracted from the first,
+    which saw all: divergence decoding, `large + alpha (second - first)`.
+
     Filters: `'clean'` changes tokens with `p_large >= rate * max p_large`. `'official'` is the
     released filter, which also changes the `int(rate * V)` most likely tokens, so in effect those.
     `'none'` changes all tokens.
@@ -46,12 +49,15 @@ class LogitDifference(Strategy):
     >>> fused, _ = jax.jit(LogitDifference(alpha=0.5, form="raw"))(large, assistant)
     >>> fused
     Array([ 1.,  2., -5.], dtype=float32)
+    >>> both = jnp.array([[3.0, 0.0, 0.0], [1.0, 1.0, 0.0]])
+    >>> LogitDifference(alpha=1.5, form="raw")(jnp.array([2.0, 1.0, 0.0]), both)[0]
+    Array([-1. ,  2.5,  0. ], dtype=float32)
 
     References:
         Ji et al., Reversing the forget-retain objectives, 2024 (arXiv 2406.08607), eq. 2 and
         section 4.1: alpha 0.75, and a filter of rate 0.01, which is not the default here. The
         release also zeroes instead of excluding, so that an excluded token wins where all others
-        are negative; not here.
+        are negative; not here. Divergence decoding, 2026 (arXiv 2605.31293).
     """
 
     takes_bases: ClassVar[bool] = False
@@ -73,9 +79,13 @@ class LogitDifference(Strategy):
 
     def fuse(self, inputs: Inputs, axis_name: AxisName | None) -> tuple[jax.Array, dict[str, Any]]:
         """As `Strategy.__call__`; says `{"changed": how many entries}`."""
-        if len(inputs.experts) != 1:
-            raise ValueError(f"logits_experts: expected one assistant, got {len(inputs.experts)}")
+        if len(inputs.experts) > 2:
+            raise ValueError(
+                f"logits_experts: expected one assistant or two, got {len(inputs.experts)}"
+            )
         assistant = inputs.experts[0]
+        if len(inputs.experts) == 2:
+            assistant = assistant - inputs.experts[1]
         exists = inputs.exists
         if self.form == "centred":
             log_z = logsumexp(assistant, vocab_where=exists, axis_name=axis_name)

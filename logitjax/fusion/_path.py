@@ -1,11 +1,19 @@
-"""The path from one distribution along a direction, and its divergences in closed form.
+"""The path from one distribution along a direction, its divergences, and what rounding did to them.
 
 With P the large model's distribution, d the difference of an expert's and a base's logits and
 h = d - E_P[d], the fused distributions P_a ~ P exp(a h) are an exponential family. All that fusion
-asks of them are cumulants: one sweep over the vocabulary, no softmax, no logarithm per entry.
+asks of them are cumulants: one sweep over the vocabulary, no softmax, no logarithm per entry. With
+psi(x) = e^x - 1 - x, and because E_P[h] = 0::
+
+    KL(P || P_a) = log(1 + E_P[psi(a h)]),    E_{P_a}[h] = E_P[h (e^{a h} - 1)] / E_P[e^{a h}]
+
+Nothing is subtracted in these sums, so that divergences of 1e-6 have as many digits as those of
+10, and a bound of their rounding is a share of them.
 """
 
 import dataclasses
+import functools
+import math
 from typing import Any
 
 import jax
@@ -16,18 +24,27 @@ from logitjax.fusion._inputs import Inputs, pmax
 from logitjax.ops import AxisName, neginf_to_zero
 from logitjax.ops import mesh as on_mesh
 
-# Sums over parts of the vocabulary run on several cores of a CPU, and round less.
-_PARTS = 32
+# Sums over parts run on several cores of a CPU, and round by their length and number alone.
+_PARTS = 256
+# Relative to exponents of one, in units of rounding: exponential, products and powers.
+_STEPS = 16
+# What is smaller may be rounded to zero.
+_VANISHED = 1e-37
+# psi(x) / x^2 for |x| < 1, to a unit of rounding in float32 (Taylor).
+_PSI = [1 / math.factorial(k) for k in range(12, 1, -1)]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Cumulants of h under P_a: `log_z = log E_P[exp(a h)]` and its first derivatives."""
+    """At `alpha`: KL(P_a || P), KL(P || P_a), mean, variance of h, and what each may be off by."""
 
-    log_z: Any
+    alpha: Any
+    forward: Any
+    reverse: Any
     mean: Any
-    variance: Any = None
+    variance: Any
+    errors: tuple[Any, Any, Any, Any]
 
 
 @jax.tree_util.register_dataclass
@@ -39,18 +56,22 @@ class Path:
         log_p: `[*batch, vocab]`, -inf where the vocabulary does not exist; padded to whole parts.
         directions: `[T, *batch, vocab]`, h, centred under P; likewise.
         variance: Of h under P.
-        gain: E_P[log expert/base].
+        residual: At most what rounding left of E_P[h].
         target_forward: KL(expert || base); `target_reverse` is KL(base || expert).
-        least: No h lies below, nor above `most`; None unless asked for.
+        target_mean: Of h under the expert.
+        target_errors: How far the three targets may be off.
+        least: No h lies below, nor above `most`.
         levels: largest logits of the large model `[1, *batch]`, of experts and of bases.
     """
 
     log_p: Any
     directions: Any
     variance: Any
-    gain: Any
+    residual: Any
     target_forward: Any
     target_reverse: Any
+    target_mean: Any
+    target_errors: tuple[Any, Any, Any]
     least: Any
     most: Any
     levels: tuple[Any, Any, Any]
@@ -59,39 +80,25 @@ class Path:
         return self.directions.shape[0]
 
     def moments(
-        self, alpha: jax.Array, *, axis_name: AxisName | None, centre: jax.Array | None = None
+        self, alpha: jax.Array, *, axis_name: AxisName | None, centre: jax.Array | float = 0.0
     ) -> Moments:
-        """Cumulants at `alpha` `[T, *batch]`, each expert alone; one all-reduce.
+        """Moments at `alpha` `[T, *batch]`, each expert alone; one all-reduce.
 
         The nearer `centre` is to the mean, the more digits the variance keeps.
         """
-        return _cumulants(self._sums(alpha, 2, centre), centre, axis_name)
+        sums = _gathered(_sums(self.log_p, self.directions, alpha, centre), axis_name)
+        return _moments(sums, alpha, centre, self.residual, self.log_p.shape[-1], axis_name)
 
-    def scan(
-        self, values: jax.Array, *, order: int = 1, axis_name: AxisName | None
-    ) -> tuple[Any, Moments]:
-        """`values` and the cumulants at each, `[num, T, *batch]`; one all-reduce for them all.
+    def scan(self, values: jax.Array, *, axis_name: AxisName | None) -> Moments:
+        """Moments at each of the `values`, `[num, T, *batch]`; one all-reduce for them all.
 
         One value after another: nothing of the size of the vocabulary is held for each.
         """
-        shape = self.variance.shape
-        sums = lax.map(lambda value: self._sums(jnp.full(shape, value), order), values)
-        alpha = jnp.broadcast_to(values.reshape(-1, *[1] * len(shape)), (len(values), *shape))
-        return alpha, _cumulants(jnp.moveaxis(sums, 1, 0), None, axis_name)
-
-    def _sums(self, alpha: jax.Array, order: int, centre: jax.Array | None = None) -> jax.Array:
-        """The largest exponent of the shard, and sums of weights and moments less that."""
-        h = self.directions
-        x = self.log_p + alpha[..., None] * h
-        peak = neginf_to_zero(x.max(-1))
-        weight = jnp.exp(x - peak[..., None])
-        if centre is not None:
-            h = h - centre[..., None]
-        sums = [peak, _total(weight)]
-        for _ in range(order):
-            weight = weight * h
-            sums.append(_total(weight))
-        return jnp.stack(sums)
+        # Sharded as the batch is.
+        alpha = values.reshape(-1, *[1] * self.variance.ndim) + jnp.zeros_like(self.variance)
+        sums = lax.map(lambda one: _sums(self.log_p, self.directions, one, 0.0), alpha)
+        sums = _gathered(jnp.moveaxis(sums, 1, 0), axis_name)
+        return _moments(sums, alpha, 0.0, self.residual, self.log_p.shape[-1], axis_name)
 
     def joint_moments(
         self,
@@ -125,26 +132,114 @@ class Path:
         return jnp.log(total) + offset, mean, jnp.stack(rows)
 
 
-def _cumulants(sums: jax.Array, centre: jax.Array | None, axis_name: AxisName | None) -> Moments:
+def _sums(log_p: jax.Array, h: jax.Array, alpha: jax.Array, centre: jax.Array | float) -> jax.Array:
+    """The shard's peak, and less that sums of psi, h (e^x - 1), (h - centre)^2, h - centre.
+
+    And of roundings, in units: of the first two the one, of the third the other.
+    """
+    x = alpha[..., None] * h
+    exponent = log_p + x
+    peak = jnp.maximum(exponent.max(-1), 0.0)
+    weight = jnp.exp(exponent - peak[..., None])
+    own = jnp.exp(log_p) * jnp.exp(-peak)[..., None]
+    psi = jnp.square(x) * functools.reduce(lambda series, c: series * x + c, _PSI)
+    near = jnp.abs(x) < 1
+    psi = jnp.where(near, own * psi, weight - own * (1 + x))
+    rise = jnp.where(near, own * x + psi, weight - own)
+    apart = h - jnp.asarray(centre)[..., None]
+    square = weight * jnp.square(apart)
+    # Exponents are rounded by a share of their terms, and sums by as much; small numbers vanish.
+    steps = 4 * jnp.abs(neginf_to_zero(log_p)) + 6 * jnp.abs(x)
+    steps += (_STEPS + math.log(h.shape[-1]) + peak)[..., None]
+    terms = jnp.where(near, jnp.abs(rise), weight + 2 * own) + (1 + jnp.abs(x)) * _VANISHED
+    noise, noise_square = steps * jnp.abs(h) * terms, steps * square
+    values = psi, h * rise, square, weight * apart, noise, noise_square
+    return jnp.stack([peak, *(_total(x) for x in values)])
+
+
+def _gathered(sums: jax.Array, axis_name: AxisName | None, plain: int = 0) -> jax.Array:
+    """Peak and sums of all shards by one all-reduce: a maximum first would be another.
+
+    The last `plain` ones are sums without a peak.
+    """
     if axis_name is None:
-        peak, total, *powers = sums
-    else:
-        # Of every shard its own, by one all-reduce: a maximum first would be another.
-        mine = jnp.arange(lax.axis_size(axis_name)) == lax.axis_index(axis_name)
-        mine = mine.reshape(-1, *[1] * sums.ndim)
-        peaks, sums = jnp.split(on_mesh.psum(jnp.where(mine, sums, 0.0), axis_name), [1], axis=1)
-        peak = peaks.max(0)[0]
-        total, *powers = (sums * jnp.exp(peaks - peak)).sum(0)
-    # log Z generates the cumulants of h under P_a: its derivatives are their mean and variance.
-    raw: list[Any] = [power / total for power in powers]
-    mean = raw[0] if centre is None else centre + raw[0]
-    variance = [jnp.maximum(raw[1] - raw[0] ** 2, 0.0)] if len(raw) > 1 else []
-    return Moments(jnp.log(total) + peak, mean, *variance)
+        return sums
+    mine = jnp.arange(lax.axis_size(axis_name)) == lax.axis_index(axis_name)
+    mine = mine.reshape(-1, *[1] * sums.ndim)
+    peaks, sums = jnp.split(on_mesh.psum(jnp.where(mine, sums, 0.0), axis_name), [1], axis=1)
+    peak, count = peaks.max(0), sums.shape[1] - plain
+    scaled = sums[:, :count] * jnp.exp(peaks - peak)
+    return jnp.concatenate([peak, scaled.sum(0), sums[:, count:].sum(0)])
+
+
+def _moments(
+    sums: jax.Array,
+    alpha: jax.Array,
+    centre: jax.Array | float,
+    residual: jax.Array,
+    vocab: int,
+    axis_name: AxisName | None,
+) -> Moments:
+    """Moments from sums. Errors are first-order bounds with room for the second order."""
+    peak, psi, moved, square, apart, noise, noise_square = sums
+    unit, depth, share = _rounding(vocab, axis_name, sums.dtype)
+    own = jnp.exp(-peak)
+    total = own + psi
+    near = jnp.log1p(psi * jnp.exp(jnp.minimum(peak, 80.0)))
+    reverse = jnp.where(psi < own, near, jnp.log(total) + peak)
+    mean, square, noise_square = moved / total, square / total, unit * noise_square / total
+    # psi(x) <= x (e^x - 1): what the mean may be off by, times alpha, is that of the normaliser.
+    numerator = unit * (noise / total + depth * mean)
+    # Or, far from P, the mean rounding of an exponent, by the entropy, which is log vocab at most.
+    steps = 8 * _STEPS + 20 * math.log(vocab) + peak + 20 * alpha * mean
+    relative = jnp.minimum(share + alpha * numerator, unit * (steps + depth))
+    rest = residual * jnp.minimum(reverse, 1.0)
+    mean_error = numerator + mean * relative + rest
+    # There P_a lies near the centre, and roundings of weights move what is apart from it.
+    other = centre + apart / total
+    other_error = jnp.sqrt(unit * steps * noise_square) + (relative + depth * unit) * jnp.sqrt(
+        square
+    )
+    other_error += residual + 4 * unit * (jnp.abs(centre) + jnp.abs(other))
+    better = other_error < mean_error
+    mean = jnp.where(better, jnp.maximum(other, 0.0), mean)
+    mean_error = jnp.minimum(mean_error, other_error)
+    reverse_error = jnp.minimum(alpha * numerator, relative) + (share + _STEPS * unit) * reverse
+    reverse_error += alpha * rest
+    forward_error = alpha * mean_error + reverse_error + 4 * unit * alpha * mean
+    apart = mean - centre
+    variance_error = (
+        noise_square
+        + (relative + (depth + _STEPS) * unit) * square
+        + (2 * jnp.abs(apart) + mean_error) * mean_error
+        + 4 * unit * (jnp.square(apart) + jnp.abs(centre) * jnp.sqrt(square))
+    )
+    errors = forward_error, reverse_error, mean_error, variance_error
+    return Moments(
+        alpha,
+        jnp.maximum(alpha * mean - reverse, 0.0),
+        reverse,
+        mean,
+        jnp.maximum(square - jnp.square(apart), 0.0),
+        tuple(jnp.where(relative < 0.1, 1.2 * error, jnp.inf) for error in errors),
+    )
+
+
+def _rounding(vocab: int, axis_name: AxisName | None, dtype: Any) -> tuple[float, int, float]:
+    """Unit of rounding, additions in a sum, and the relative error of an expectation under P.
+
+    Exponents log p are rounded by a share of themselves, and E_P[(log p)^2] is at most
+    (log vocab + 1)^2: by Cauchy's inequality that is the error relative to a root mean square.
+    """
+    shards = 1 if axis_name is None else lax.axis_size(axis_name)
+    depth = shards + (vocab if vocab < 4 * _PARTS else _PARTS + vocab // _PARTS)
+    unit = float(jnp.finfo(dtype).eps) / 2
+    return unit, depth, unit * (depth + _STEPS + 6 * (math.log(vocab * shards) + 1))
 
 
 def _total(values: jax.Array) -> jax.Array:
     vocab = values.shape[-1]
-    if vocab < 128 * _PARTS:
+    if vocab < 4 * _PARTS:
         return values.sum(-1)
     sums = values.reshape(*values.shape[:-1], _PARTS, vocab // _PARTS).sum(-1)
     # Else the compiler makes one sum of the two, and loses two digits over a vocabulary of 50,000.
@@ -154,25 +249,25 @@ def _total(values: jax.Array) -> jax.Array:
 def _padded(inputs: Inputs) -> Inputs:
     """With entries that do not exist, up to whole parts of the vocabulary."""
     vocab = inputs.large.shape[-1]
-    extra = -vocab % _PARTS if vocab >= 128 * _PARTS else 0
+    extra = -vocab % _PARTS if vocab >= 4 * _PARTS else 0
     if not extra:
         return inputs
     return jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, extra)]), inputs)
 
 
-def make_path(inputs: Inputs, axis_name: AxisName | None, *, extent: bool = False) -> Path:
+def make_path(inputs: Inputs, axis_name: AxisName | None) -> Path:
     """Normalises, centres, and finds what the experts differ from their bases by.
 
-    Two all-reduces, whatever the number of experts; `extent` also finds `least` and `most`.
+    Three all-reduces, whatever the number of experts; the compiler joins a scan to the last.
     """
     inputs = _padded(inputs)
-    raw, count = inputs.differences, len(inputs.experts)
+    raw, count, vocab = inputs.differences, len(inputs.experts), inputs.large.shape[-1]
 
     def highest(values: jax.Array) -> jax.Array:
         return jnp.where(inputs.exists, values, -jnp.inf).max(-1)
 
     maxima = [highest(inputs.large)[None], highest(inputs.experts), highest(inputs.bases)]
-    maxima += [highest(raw), highest(-raw)] if extent else []
+    maxima += [highest(raw), highest(-raw)]
     cuts = [1, 1 + count, 1 + count + len(inputs.bases)]
     maxima = neginf_to_zero(pmax(jnp.concatenate(maxima), axis_name))
     top, top_expert, top_base, top_raw = jnp.split(maxima, cuts)
@@ -180,34 +275,44 @@ def make_path(inputs: Inputs, axis_name: AxisName | None, *, extent: bool = Fals
     # Raw logits may carry any constant, which would cost digits of everything below. The extent
     # keeps it until it is known: it is a bound, and needs no digits.
     levels = top, top_expert, top_base
-    d = inputs.differences_below(levels)
-    inputs = inputs.below(levels)
-    exists, large = inputs.exists, inputs.large
-    shift = top_expert - top_base
-
-    def weights(logits: jax.Array) -> jax.Array:
-        return jnp.exp(jnp.where(exists, logits, -jnp.inf))
-
-    p, q, r = weights(large), weights(inputs.experts), weights(inputs.bases)
-    sums = [_total(p)[None], _total(q), _total(r)]
-    sums += [_total(values * d) for values in (p, q, r)] + [_total(p * d * d)]
-    sums = on_mesh.psum(jnp.concatenate(sums), axis_name)
-    cuts = [1, 1 + count, 1 + count + len(inputs.bases)]
-    cuts += [cuts[-1] + count, cuts[-1] + 2 * count, cuts[-1] + 3 * count]
-    z_p, z_q, z_r, d_p, d_q, d_r, d_squared = jnp.split(sums, cuts)
-    mean_p, mean_q, mean_r = d_p / z_p, d_q / z_q, d_r / z_r
-    ratio = jnp.log(z_q) - jnp.log(z_r)
-    log_z = jnp.log(z_p[0])
-    middle = mean_p + shift
+    exists, d = inputs.exists, inputs.differences_below(levels)
+    below = inputs.below(levels)
+    logs = [
+        jnp.where(exists, below.large[None], -jnp.inf),
+        jnp.where(exists, below.bases, -jnp.inf),
+    ]
+    weights = [jnp.exp(x) for x in logs]
+    sums = [_total(w) for w in weights] + [_total(w * d) for w in weights]
+    cuts = [1, 1 + len(inputs.bases), 1 + len(inputs.bases) + count]
+    z_p, z_b, d_p, d_b = jnp.split(on_mesh.psum(jnp.concatenate(sums), axis_name), cuts)
+    means = d_p / z_p, d_b / z_b
+    log_p, log_b = (x - jnp.log(z)[..., None] for x, z in zip(logs, (z_p, z_b), strict=True))
+    h, h_base = (inputs.differences_below(levels, less=mean) for mean in means)
+    # The expert is its base moved by 1: one family, and sums that keep small divergences.
+    moved = _sums(log_b, h_base, jnp.ones_like(d_p), 0.0)
+    moments = [_total(jnp.exp(x) * y**k) for x, y in ((log_p, h), (log_b, h_base)) for k in (1, 2)]
+    sums = _gathered(jnp.stack([*moved, *moments]), axis_name, plain=len(moments))
+    rest_p, variance, rest_b, variance_b = sums[7:]
+    unit, _, share = _rounding(vocab, axis_name, variance.dtype)
+    left = [share * jnp.sqrt(2 * v) for v in (variance, variance_b)]
+    residuals = [jnp.abs(r) + rest for r, rest in zip((rest_p, rest_b), left, strict=True)]
+    expert = _moments(sums[:7], jnp.ones_like(d_p), 0.0, residuals[1], vocab, axis_name)
+    change = means[1] - means[0]
+    middle = means[0] + (top_expert - top_base)
     slack = 1e-6 * (jnp.abs(top_expert) + jnp.abs(top_base) + jnp.abs(middle))
     return Path(
-        log_p=jnp.where(exists, large - log_z[..., None], -jnp.inf),
-        directions=jnp.where(exists, d - mean_p[..., None], 0.0),
-        variance=jnp.maximum(d_squared / z_p - mean_p**2, 0.0),
-        gain=mean_p - ratio,
-        target_forward=jnp.maximum(mean_q - ratio, 0.0),
-        target_reverse=jnp.maximum(ratio - mean_r, 0.0),
-        least=-(top_minus + middle) - slack if extent else None,
-        most=top_raw - middle + slack if extent else None,
+        log_p=log_p[0],
+        directions=h,
+        variance=variance,
+        residual=residuals[0],
+        target_forward=expert.forward,
+        target_reverse=expert.reverse,
+        target_mean=expert.mean + (change + (rest_b - rest_p)),
+        target_errors=(
+            *expert.errors[:2],
+            expert.errors[2] + left[0] + left[1] + 4 * unit * jnp.abs(change),
+        ),
+        least=-(top_minus + middle) - slack,
+        most=top_raw - middle + slack,
         levels=levels,
     )

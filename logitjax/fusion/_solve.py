@@ -16,7 +16,7 @@ _TRUSTED_STEPS = 8
 
 
 class Solution(NamedTuple):
-    """Where a search ended: `alpha`, what its evaluation gave, a bracket of the wanted point."""
+    """Where a search ended: `alpha`, its divergences, and what proves to hold the exact answer."""
 
     alpha: jax.Array
     at: Any
@@ -26,66 +26,72 @@ class Solution(NamedTuple):
     sweeps: Any
 
 
+class Visit(NamedTuple):
+    """Of an alpha: value less target and how far it may be off, a step, and what holds the root."""
+
+    gap: jax.Array
+    error: jax.Array
+    step: jax.Array
+    lower: jax.Array
+    upper: jax.Array
+    at: Any
+
+
 class _State(NamedTuple):
     alpha: jax.Array
     at: Any
     following: jax.Array
+    below: jax.Array
+    above: jax.Array
     lower: jax.Array
     upper: jax.Array
     done: jax.Array
 
 
 def find_root(
-    evaluate: Callable[[jax.Array], tuple[jax.Array, jax.Array, Any]],
-    target: jax.Array,
+    visit: Callable[[jax.Array], Visit],
+    allowed: jax.Array,
     start: jax.Array,
     low: float,
     high: float,
     *,
-    quadratic: bool,
-    tolerance: float,
     max_sweeps: int,
     unrolled: bool,
 ) -> Solution:
-    """Solves `value(alpha) = target` for a value that grows; ends at the bound if it lies beyond.
+    """Where the gap, which grows, is 0 but for `allowed`; the bound if that lies beyond it.
 
-    `evaluate` gives value, slope and anything to keep. A `quadratic` value is about c alpha^2 near
-    0, so Newton's method takes its root, which is nearly straight. The tolerance is relative to the
-    target. `unrolled` does exactly `max_sweeps` evaluations, without a loop.
+    `unrolled` makes exactly `max_sweeps` visits, without a loop.
     """
-    allowed = tolerance * jnp.maximum(jnp.abs(target), 1e-2)
 
     def advance(state: _State, sweep: Any) -> _State:
         alpha = state.following
-        value, slope, at = evaluate(alpha)
-        gap = value - target
-        step = -gap
-        if quadratic:
-            root = jnp.sqrt(jnp.maximum(value, 0.0))
-            step = (jnp.sqrt(target) - root) * 2 * root
-        below = gap < 0
+        seen = visit(alpha)
+        below = seen.gap < 0
         at_bound = (below & (alpha >= high)) | (~below & (alpha <= low))
-        done = (jnp.abs(gap) <= allowed) | at_bound
-        lower = jnp.where(below, jnp.maximum(alpha, state.lower), state.lower)
-        upper = jnp.where(below, state.upper, jnp.minimum(alpha, state.upper))
-        new = jnp.clip(alpha + step / slope, low, high)
-        middle = 0.5 * (jnp.maximum(lower, low) + jnp.minimum(upper, high))
+        # Errors are bounds: what is computed is mostly a hundred times as good.
+        done = (jnp.abs(seen.gap) <= allowed + 0.01 * seen.error) | at_bound
+        least = jnp.where(below, jnp.maximum(alpha, state.below), state.below)
+        most = jnp.where(below, state.above, jnp.minimum(alpha, state.above))
+        new = jnp.clip(alpha + seen.step, low, high)
+        middle = 0.5 * (jnp.maximum(least, low) + jnp.minimum(most, high))
         # An end that was evaluated is no answer; one that was not may be.
-        inside = (new > lower) & (new < upper)
+        inside = (new > least) & (new < most)
         cautious = (sweep >= _TRUSTED_STEPS) & (sweep % 2 == 0)
         new = jnp.where(inside & ~cautious, new, middle)
-        done |= ~((new > lower) & (new < upper))
-        done &= jnp.isfinite(gap)
+        done |= ~((new > least) & (new < most))
+        done &= jnp.isfinite(seen.gap)
 
         def keep(old: jax.Array, changed: jax.Array) -> jax.Array:
             return jnp.where(state.done, old, changed)
 
         return _State(
             alpha=keep(state.alpha, alpha),
-            at=at if state.at is None else jax.tree.map(keep, state.at, at),
+            at=seen.at if state.at is None else jax.tree.map(keep, state.at, seen.at),
             following=keep(state.following, jnp.where(done, alpha, new)),
-            lower=keep(state.lower, lower),
-            upper=keep(state.upper, upper),
+            below=keep(state.below, least),
+            above=keep(state.above, most),
+            lower=jnp.maximum(state.lower, seen.lower),
+            upper=jnp.minimum(state.upper, seen.upper),
             done=state.done | done,
         )
 
@@ -93,7 +99,8 @@ def find_root(
     start = jnp.clip(start, low, high)
     # Ends are infinite until the search has been beyond the wanted point.
     unknown = jnp.full_like(start, jnp.inf)
-    state = _State(start, None, start, -unknown, unknown, jnp.zeros_like(start, bool))
+    ends = jnp.full_like(start, low), jnp.full_like(start, high)
+    state = _State(start, None, start, -unknown, unknown, *ends, jnp.zeros_like(start, bool))
     # The first one fills in what evaluations keep.
     state, sweeps = advance(state, 0), jnp.ones((), jnp.int32)
     if unrolled:
@@ -106,5 +113,6 @@ def find_root(
             lambda carry: (advance(*carry), carry[1] + 1),
             (state, sweeps),
         )
-    lower, upper = jnp.maximum(state.lower, low), jnp.minimum(state.upper, high)
+    # Of a root beyond the range the nearer end is the answer.
+    lower, upper = jnp.minimum(state.lower, high), jnp.maximum(state.upper, low)
     return Solution(state.alpha, state.at, lower, upper, state.done, sweeps)

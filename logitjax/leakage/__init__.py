@@ -11,6 +11,8 @@ from logitjax.leakage._alignment import align_head as align_head
 from logitjax.leakage._audit import Audit as Audit
 from logitjax.leakage._audit import audit as audit
 from logitjax.leakage._audit import verdict as verdict
+from logitjax.leakage._disclosure import Choice as Choice
+from logitjax.leakage._disclosure import Ledger as Ledger
 from logitjax.leakage._harvest import harvest_log_probs as harvest_log_probs
 from logitjax.leakage._http import HttpOracle as HttpOracle
 from logitjax.leakage._oracle import LogitOracle as LogitOracle

@@ -1,7 +1,9 @@
 """One call from an API and some prompts to what the API gives away."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +12,9 @@ from jaxtyping import Float
 
 from logitjax.leakage._alignment import HeadAlignment, align_head, utility_loss
 from logitjax.leakage._harvest import harvest_log_probs
+from logitjax.leakage._oracle import BudgetExhaustedError, LogitOracle
 from logitjax.leakage._policy import LogitPolicy
+from logitjax.leakage._protocol import Protocol, ask_at_end, infer_protocol, tell_again
 from logitjax.leakage._recover_row import RecoveredRow, corner_matrix, recover_log_probs
 from logitjax.leakage._search import search_logits
 from logitjax.leakage._subspace import OutputSubspace, estimate_output_subspace
@@ -44,6 +48,7 @@ class Audit:
             that reports tokens only, `top1`.
         row: A row of log-probabilities, as far as it was recovered token by token.
         row_error: Its largest error in nats over the likeliest tokens, if the truth is known.
+        protocol: What tests say of the server; None of an API in this process.
     """
 
     prompts: int
@@ -55,6 +60,13 @@ class Audit:
     utility: Mapping[str, float] | None = None
     row: RecoveredRow | None = None
     row_error: float | None = None
+    protocol: Protocol | None = None
+
+    @property
+    def unlike(self) -> list[str]:
+        """What the server does that its policy does not say; nothing is certified then."""
+        tests = [] if self.protocol is None else self.protocol.unlike
+        return [f"{one.test}: {one.seen} ({one.effect:.2g})" for one in tests]
 
     @property
     def width(self) -> OutputWidth | None:
@@ -87,6 +99,10 @@ def audit(
       temperature 2.
     - If nothing but the token is reported, part of a row is searched for by comparisons.
 
+    An API in this process does what its policy says. Any other is tested first (`Protocol`): how
+    far equal queries differ, what values are rounded to, what a bias moves. A recovered row is then
+    told again by other queries, at the same cost, and its error widened by all that was seen.
+
     Args:
         oracle: A `LogitOracle` of a model in this process, or an `HttpOracle` of one's own server.
         prompts: Token ids, more prompts than the hidden dimension.
@@ -111,20 +127,9 @@ def audit(
     >>> print(found.width, round(found.leak, 3))
     3 1.0
     """
-    policy = oracle.policy
     before = oracle.queries, oracle.values
-    if policy.returns == "token":
-        if policy.bias == "none":
-            found = Audit(prompts=0)
-        else:
-            found = Audit(prompts=1, row=_searched_row(oracle, prompts[0], vocab_size))
-    elif policy.bias == "reported" or (policy.bias == "sampling" and policy.sampled):
-        found = _by_bias(oracle, prompts, vocab_size, head, corner)
-    elif policy.sampled and policy.top_k == 0:
-        row = harvest_log_probs(oracle, prompts[0], vocab_size, queries=DRAWS)
-        found = Audit(prompts=1, row=row)
-    else:
-        found = _by_rows(oracle, prompts, vocab_size, head, logits)
+    attack = functools.partial(_attacked, oracle, prompts, vocab_size, head, logits, corner)
+    found = attack() if isinstance(oracle, LogitOracle) else _tested(oracle, prompts, attack)
     # What honest users ask below is no part of the price.
     found = dataclasses.replace(
         found, queries=oracle.queries - before[0], values=oracle.values - before[1]
@@ -134,9 +139,50 @@ def audit(
     error, utility = None, found.utility
     if found.row is not None:
         error = _row_error(found.row, np.asarray(logits[0], np.float64))
-    if utility is None:
+        if found.protocol is not None and not error <= found.row.error_bound:
+            seen = "a row is not the model's, in nats"
+            found.protocol.add("model", seen, 0.0, error, declared=False)
+    if utility is None and not found.unlike:
         utility = _honest(oracle, prompts[:_HONEST], vocab_size, logits[:_HONEST])
     return dataclasses.replace(found, row_error=error, utility=utility)
+
+
+def _attacked(
+    oracle: Any, prompts: Any, vocab_size: int, head: Any, logits: Any, corner: int
+) -> Audit:
+    policy = oracle.policy
+    if policy.returns == "token":
+        if policy.bias == "none":
+            return Audit(prompts=0)
+        return Audit(prompts=1, row=_searched_row(oracle, prompts[0], vocab_size))
+    if policy.bias == "reported" or (policy.bias == "sampling" and policy.sampled):
+        return _by_bias(oracle, prompts, vocab_size, head, corner)
+    if policy.sampled and policy.top_k == 0:
+        row = harvest_log_probs(oracle, prompts[0], vocab_size, queries=DRAWS)
+        return Audit(prompts=1, row=row)
+    return _by_rows(oracle, prompts, vocab_size, head, logits)
+
+
+def _tested(oracle: Any, prompts: Any, attack: Callable[[], Audit]) -> Audit:
+    """An attack on an API that may not be what it is said to be."""
+    declared, protocol, found = oracle.policy, Protocol(policy=oracle.policy), Audit(prompts=0)
+    try:
+        infer_protocol(protocol, oracle, prompts)
+        oracle.policy = protocol.policy
+        found = attack()
+        if found.row is not None:
+            row = tell_again(protocol, oracle, prompts[0], found.row)
+            found = dataclasses.replace(found, row=row)
+        ask_at_end(protocol, oracle, prompts[0])
+    except BudgetExhaustedError:
+        raise
+    except ValueError as error:
+        # An answer of another shape, or a refusal; else no row can be told from such answers.
+        declared_so = not str(error).startswith("url")
+        protocol.add("answers", str(error)[:200], 0.0, 0.0, declared=declared_so)
+    finally:
+        oracle.policy = declared
+    return dataclasses.replace(found, protocol=protocol)
 
 
 def verdict(
@@ -145,6 +191,7 @@ def verdict(
     loss: float | None = None,
     sees_width: bool = True,
     row: tuple[float, int, float] | None = None,
+    unlike: Sequence[str] = (),
 ) -> str:
     """The conclusion of an audit for the operator, in words.
 
@@ -153,9 +200,15 @@ def verdict(
         loss: Divergence in nats that honest users pay.
         sees_width: Whether the hidden dimension was found.
         row: Error in nats, number of queries and share of the tokens of a recovered row, if any.
+        unlike: What a server does that it was not said to do (`Audit.unlike`).
     """
+    if unlike:
+        return "not as declared, so nothing is certified: " + "; ".join(unlike)
     if row is not None:
         error, queries, share = row
+        # Up to one digit: a bound that is rounded down is none.
+        digit = 10.0 ** math.floor(math.log10(max(error, 1e-12)))
+        error = math.ceil(error / digit * (1 - 1e-9)) * digit
         if share < 0.99:
             return f"part of a row leaks: {share:.2%} of it to {error:.1g} nats, {queries} queries"
         return f"open: every row comes back to {error:.1g} nats, {queries} queries each"
@@ -220,7 +273,8 @@ def _searched_row(oracle: Any, prompt: Any, vocab_size: int) -> RecoveredRow:
     return RecoveredRow(
         log_probs=log_probs,
         known=known,
-        error_bound=float(widths.max(initial=0.0)),
+        # Answers that contradict each other bound nothing.
+        error_bound=math.inf if searched.contradictions else float(widths.max(initial=0.0)),
         queries=searched.queries,
         method="searched",
     )

@@ -3,6 +3,8 @@
 XLA's products on CPU compute both halves of a symmetric matrix and copy transposed operands.
 """
 
+import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,18 +14,95 @@ import scipy.linalg
 _dsyrk: Any = scipy.linalg.get_blas_funcs("syrk", dtype=np.float64)
 
 
-def gram_matrix(rows: np.ndarray, *, centre: bool, block_size: int) -> np.ndarray:
-    """``Q Q^T`` of rows less their means: half of the products, one block of columns in memory."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Table:
+    """Rows less their means, visited by blocks of tokens.
+
+    Attributes:
+        rows: ``[n, vocab]``.
+        block_size: Tokens in a block.
+        means: ``[n]``, zero unless rows are centred.
+        centre: Whether they are.
+        scales: ``[n]`` and ``[vocab]`` that rows and tokens are multiplied by; None for ones.
+    """
+
+    rows: np.ndarray
+    block_size: int
+    means: np.ndarray
+    centre: bool
+    scales: tuple[np.ndarray, np.ndarray] | None = None
+
+    @classmethod
+    def of(cls, rows: np.ndarray, *, centre: bool, block_size: int) -> "Table":
+        table = cls(rows=rows, block_size=block_size, means=np.zeros(len(rows)), centre=centre)
+        return table.scaled(None)
+
+    def scaled(self, scales: tuple[np.ndarray, np.ndarray] | None) -> "Table":
+        """With other scales, and means that noise of quiet tokens is not drowned by."""
+        vocab = self.rows.shape[1]
+        weights = np.ones(vocab) if scales is None else scales[1] ** 2
+        plain = dataclasses.replace(self, means=np.zeros(len(self.rows)), scales=None)
+        means = np.zeros(len(self.rows))
+        for where, block in plain.blocks() if self.centre else ():
+            # Any weights take the normaliser out. Those of the scales leave white noise white.
+            means += block @ weights[where] / weights.sum()
+        return dataclasses.replace(self, means=means, scales=scales)
+
+    def blocks(self, left: np.ndarray | None = None) -> Iterator[tuple[slice, np.ndarray]]:
+        """Float64 blocks of columns, without the directions `left`."""
+        for start in range(0, self.rows.shape[1], self.block_size):
+            where = slice(start, start + self.block_size)
+            with np.errstate(invalid="ignore"):  # The caller looks for infinities.
+                block = self.rows[:, where].astype(np.float64) - self.means[:, None]
+            if self.scales is not None:
+                block *= self.scales[0][:, None] * self.scales[1][where]
+            if left is not None:
+                block -= left @ (left.T @ block)
+            yield where, block
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spectrum:
+    """Singular values, falling, what the method leaves of a zero, and left vectors."""
+
+    values: np.ndarray
+    floor: float
+    left: np.ndarray
+    gram: np.ndarray
+
+
+def spectrum(table: Table, gram: np.ndarray | None = None, *, fine: bool = False) -> Spectrum:
+    """The spectrum of a table by its Gram matrix, from `gram` if that is at hand.
+
+    The float64 Gram matrix loses what lies below 1e-8 of the first value. `fine` takes the first
+    directions out and visits the table again, which shows the rest as exactly.
+    """
+    gram = gram_matrix(table) if gram is None else gram
+    if not np.isfinite(gram).all():
+        unknown = np.full(len(gram), np.nan)
+        return Spectrum(values=unknown, floor=np.nan, left=gram, gram=gram)
+    squares, left = (part[..., ::-1] for part in np.linalg.eigh(gram))
+    top = int((squares > 1e-8 * squares[0]).sum())
+    floor = squares[0]
+    if fine and 0 < top < len(gram):
+        rest, turned = np.linalg.eigh(gram_matrix(table, left[:, :top]))
+        # What was taken out comes back as zeros.
+        kept = slice(None, top - 1, -1)
+        squares = np.concatenate([squares[:top], rest[kept]])
+        left = np.concatenate([left[:, :top], turned[:, kept]], axis=1)
+        floor = max(squares[top], 1e-24 * squares[0])
+    # The root of float64's precision, as values were squared.
+    floor = 8 * (np.finfo(np.float64).eps * max(floor, 0.0)) ** 0.5
+    return Spectrum(values=np.sqrt(np.maximum(squares, 0.0)), floor=floor, left=left, gram=gram)
+
+
+def gram_matrix(table: Table, left: np.ndarray | None = None) -> np.ndarray:
+    """``Q Q^T``, beyond the directions `left`: half of the products, one block in memory."""
     # In float64: the Gram matrix squares the singular values, so float32 would lose every
     # direction below 3e-4 of the first.
-    count, vocab = rows.shape
+    count = len(table.rows)
     total = np.zeros((count, count), order="F")
-    mean = rows.mean(axis=1, dtype=np.float64, keepdims=True) if centre else 0.0
-    for start in range(0, vocab, block_size):
-        block = rows[:, start : start + block_size].astype(np.float64)
-        if centre:
-            with np.errstate(invalid="ignore"):  # The caller looks for infinities.
-                block -= mean
+    for _, block in table.blocks(left):
         # A transposed view is what Fortran reads without a copy.
         total = _dsyrk(1.0, block.T, beta=1.0, c=total, trans=True, lower=True, overwrite_c=True)
     return total + np.tril(total, -1).T

@@ -26,6 +26,9 @@ class HttpOracle(Meter):
         workers: Number of concurrent requests.
         budget: Largest number of queries; None for any.
 
+    Attributes:
+        seed: Seed that is sent with each query; None for none.
+
     Raises:
         ValueError: The address is not of this machine.
     """
@@ -44,6 +47,7 @@ class HttpOracle(Meter):
             raise ValueError(f"address: expected one of this machine, got {address}")
         super().__init__(budget)
         self.policy = policy
+        self.seed: int | None = None
         self._host = urllib.parse.urlsplit(address).netloc
         self._headers = {"Content-Type": "application/json"}
         if api_key is not None:
@@ -98,6 +102,8 @@ class HttpOracle(Meter):
             self._pool.map(lambda query: self._one(query[0], query[1], temperature), queries)
         )
         # A value that the server keeps to itself is None there, and nan here.
+        if len({len(row) for row in found}) > 1:
+            raise ValueError(f"url: expected {self.policy.top_k} values in each answer, got fewer")
         values = np.array([[value for _, value in row] for row in found], np.float32)
         tokens = np.array([[token for token, _ in row] for row in found], np.int32)
         if self.policy.returns == "token":
@@ -138,8 +144,17 @@ class HttpOracle(Meter):
         }
         if bias:
             body["logit_bias"] = bias
+        if self.seed is not None:
+            body["seed"] = self.seed
         answer = self._post(json.dumps(body))
-        said = answer["choices"][0]["logprobs"]
+        try:
+            return self._values(answer["choices"][0]["logprobs"], only_token)
+        except (LookupError, TypeError, AttributeError, ValueError):
+            raise ValueError(
+                f"url: expected log-probabilities by token ids, got {str(answer)[:200]}"
+            ) from None
+
+    def _values(self, said: Any, only_token: bool) -> list[tuple[int, float | None]]:
         drawn = _token_id(said["tokens"][0])
         if only_token:
             return [(drawn, None)]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Sequence
 
 import jax
@@ -149,6 +150,32 @@ class LogitPolicy:
             "policy: expected full, round_D, noise_S, floor_F, top_K, top_K_bias, top_K_sampling, "
             f"dummy_R_A, cap_C, draws, sampling or argmax, got {name!r}"
         )
+
+    def value_nats(self, vocab: int) -> float:
+        """Most nats that the values of one answer tell: which tokens they are of, and their cells.
+
+        A value without decimals, or without a floor that bounds their number, is one of 2^32.
+
+        >>> round(LogitPolicy(top_k=5, decimals=2, floor=-10.0).value_nats(1000), 1)
+        69.1
+        """
+        if self.returns == "token":
+            return 0.0
+        cell = 32 * math.log(2)
+        if self.decimals is not None and self.floor is not None:
+            cell = min(cell, math.log1p(abs(self.floor) * 10.0**self.decimals))
+        count = vocab if self.top_k is None else self.top_k
+        return count * (math.log(vocab) + cell) + self.sampled * cell
+
+    def noise_nats(self, deviation: float) -> float:
+        """Most nats a token that any number of answers tells of a row under this noise.
+
+        For normal logits, and noise that a context always gets again: `log(1 + s^2 / noise^2) / 2`.
+
+        Args:
+            deviation: Standard deviation s of the logits.
+        """
+        return 0.5 * math.log1p((deviation / self.noise) ** 2) if self.noise else math.inf
 
     @staticmethod
     def prompt_number(prompt: Sequence[int] | Array) -> int:

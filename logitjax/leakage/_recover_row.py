@@ -134,46 +134,107 @@ def recover_log_probs(
     wanted = np.arange(vocab_size) if tokens is None else np.asarray(tokens, np.int64)
     if forces:
         return _forced(oracle, prompt, wanted, vocab_size, bias or policy.bias_limit)
-    first = oracle.ask([prompt])
-    reference = int(first.tokens[0, 0])
-    reference_value = float(first.values[0, 0])
+    row = _Row.asked(oracle, prompt, vocab_size)
     k = vocab_size if policy.top_k is None else min(policy.top_k, vocab_size)
     # One place of the answer, and one of the bias, is for the reference.
     group = min(k - 1, policy.max_biased - 1)
-    found = np.full(vocab_size, -np.inf, np.float32)
-    known = np.zeros(vocab_size, bool)
-    # The first answer already has k of them.
-    found[first.tokens[0]] = first.values[0]
-    known[first.tokens[0]] = policy.floor is None or first.values[0] > policy.floor
-    if policy.returns == "logits":
-        reference_value = 0.0  # Differences are what answers tell; the normaliser comes last.
-        found[known] -= float(first.values[0, 0])
     if group < 1:
-        return _alone(oracle, prompt, wanted, found, known, biases[0], step, largest_error)
-    missing = wanted[wanted != reference]
-    queries = 1
+        return _alone(row, wanted, biases[0], step, largest_error)
+    missing = wanted[wanted != row.reference]
+    queries, method = 1, "reference"
     for largest in biases:
-        queries += _ask(
-            oracle, prompt, missing, reference, reference_value, largest, group, found, known
-        )
-        missing = missing[~known[missing]]
-        if not len(missing):
-            break
-    method = "reference"
+        if len(missing):
+            queries += row.ask(missing, largest, group)
+        missing = missing[~row.known[missing]]
     if len(missing) and policy.returns == "logprobs":
-        queries += _ask_visible(
-            oracle, prompt, missing, reference, reference_value, largest, found, known
-        )
-        method = "visible" if known[missing].any() else method
-    if policy.returns == "logits" and known.all():
-        found = _normalised(found)
-    return RecoveredRow(
-        log_probs=np.where(known, found, np.nan).astype(np.float32),
-        known=known,
+        queries += row.ask_visible(missing, largest)
+        method = "visible" if row.known[missing].any() else method
+    return row.result(
         error_bound=3 * step + 4 * float(np.finfo(np.float32).eps) * largest,
         queries=queries,
         method=method,
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Row:
+    """What is known of a row, relative to a token whose value was told without a bias."""
+
+    oracle: Asked
+    prompt: Any
+    reference: int
+    value: float
+    found: np.ndarray
+    known: np.ndarray
+
+    @classmethod
+    def asked(cls, oracle: Asked, prompt: Any, vocab_size: int) -> "_Row":
+        """One query without a bias, which tells the first k tokens."""
+        policy, first = oracle.policy, oracle.ask([prompt])
+        tokens, values = np.asarray(first.tokens)[0], np.asarray(first.values)[0]
+        found = np.full(vocab_size, -np.inf, np.float32)
+        known = np.zeros(vocab_size, bool)
+        # Of logits answers tell differences; the normaliser comes last.
+        zero = values[0] if policy.returns == "logits" else 0.0
+        found[tokens] = values - zero
+        known[tokens] = policy.floor is None or values > policy.floor
+        return cls(
+            oracle=oracle,
+            prompt=prompt,
+            reference=int(tokens[0]),
+            value=float(values[0] - zero),
+            found=found,
+            known=known,
+        )
+
+    def learn(self, tokens: Any, values: Any) -> None:
+        self.found[tokens] = values
+        self.known[tokens] = True
+
+    def ask(self, tokens: np.ndarray, bias: float, group: int) -> int:
+        """Tokens in groups, the reference with each, all lifted by one bias."""
+        short = -len(tokens) % group
+        filled = np.concatenate([tokens, np.repeat(tokens[-1:], short)]).reshape(-1, group)
+        groups = np.concatenate([np.full((len(filled), 1), self.reference), filled], axis=1)
+        biases = np.full(groups.shape, bias, np.float32)
+        # A token that fills up the last group must not be lifted twice.
+        biases[-1, group + 1 - short :] = 0.0
+        answer = self.oracle.ask_biased(self.prompt, groups, biases)
+        said, values = np.asarray(answer.tokens), np.asarray(answer.values)
+        here = said == self.reference
+        anchor = np.where(here, values, 0.0).sum(axis=1, keepdims=True)
+        undone = values - anchor + np.float32(self.value)
+        # Only tokens of this query were lifted: others in the answer stand lower by the bias.
+        lifted = (said[:, :, None] == groups[:, None, :]).any(-1) & here.any(axis=1)[:, None]
+        if self.oracle.policy.floor is not None:
+            lifted &= values > self.oracle.policy.floor
+        self.learn(said[lifted], undone[lifted])
+        return len(groups)
+
+    def ask_visible(self, tokens: np.ndarray, bias: float) -> int:
+        """One token a query, lifted above what hid it; the reference stays where it is."""
+        floor, alone = self.oracle.policy.floor, tokens[:, None]
+        answer = self.oracle.ask_biased(self.prompt, alone, np.full(alone.shape, bias, np.float32))
+        for token, values, where in zip(tokens, answer.values, answer.tokens, strict=True):
+            mine = values[where == token]
+            hidden = floor is not None and (mine <= floor).any()
+            if len(mine) and self.reference in where and not hidden:
+                # The reference was not lifted, as the token was.
+                lifted = mine[0] - values[where == self.reference][0]
+                self.learn(token, lifted + np.float32(self.value) - np.float32(bias))
+        return len(tokens)
+
+    def result(self, *, error_bound: float, queries: int, method: str) -> RecoveredRow:
+        found = self.found
+        if self.oracle.policy.returns == "logits" and self.known.all():
+            found = _normalised(found)
+        return RecoveredRow(
+            log_probs=np.where(self.known, found, np.nan).astype(np.float32),
+            known=self.known,
+            error_bound=error_bound,
+            queries=queries,
+            method=method,
+        )
 
 
 def _normalised(logits: np.ndarray) -> np.ndarray:
@@ -213,93 +274,15 @@ def _step(policy: LogitPolicy) -> float:
     return 0.0 if policy.decimals is None else 0.5 * 10.0**-policy.decimals
 
 
-def _ask(
-    oracle: Asked,
-    prompt: Any,
-    tokens: np.ndarray,
-    reference: int,
-    reference_value: float,
-    bias: float,
-    group: int,
-    found: np.ndarray,
-    known: np.ndarray,
-) -> int:
-    """Tokens in groups, the reference with each; fills ``found`` and ``known``."""
-    if not len(tokens):
-        return 0
-    short = -len(tokens) % group
-    filled = np.concatenate([tokens, np.repeat(tokens[-1:], short)]).reshape(-1, group)
-    lone = np.full((len(filled), 1), reference)
-    groups = np.concatenate([lone, filled], axis=1)
-    values = np.full(groups.shape, bias, np.float32)
-    # A token that fills up the last group must not be lifted twice.
-    values[-1, group + 1 - short :] = 0.0
-    answer = oracle.ask_biased(prompt, groups, values)
-    _undo(answer, groups[:, :1], groups, reference_value, oracle.policy.floor, found, known)
-    return len(groups)
-
-
-def _undo(
-    answer: Answer,
-    reference: np.ndarray,
-    asked: np.ndarray,
-    reference_value: float,
-    floor: float | None,
-    found: np.ndarray,
-    known: np.ndarray,
-) -> None:
-    tokens, values = np.asarray(answer.tokens), np.asarray(answer.values)
-    here = tokens == reference
-    seen = here.any(axis=1)
-    anchor = np.where(here, values, 0.0).sum(axis=1, keepdims=True)
-    undone = values - anchor + np.float32(reference_value)
-    # Only tokens of this query were lifted: others in the answer stand lower by the bias.
-    lifted = (tokens[:, :, None] == asked[:, None, :]).any(-1) & seen[:, None]
-    if floor is not None:
-        lifted &= values > floor
-    found[tokens[lifted]] = undone[lifted]
-    known[tokens[lifted]] = True
-
-
-def _ask_visible(
-    oracle: Asked,
-    prompt: Any,
-    tokens: np.ndarray,
-    reference: int,
-    reference_value: float,
-    bias: float,
-    found: np.ndarray,
-    known: np.ndarray,
-) -> int:
-    """One token a query, lifted above what hid it; the reference stays where it is."""
-    alone = tokens[:, None]
-    answer = oracle.ask_biased(prompt, alone, np.full(alone.shape, bias, np.float32))
-    for token, values, where in zip(tokens, answer.values, answer.tokens, strict=True):
-        mine = values[where == token]
-        hidden = oracle.policy.floor is not None and (mine <= oracle.policy.floor).any()
-        if len(mine) and reference in where and not hidden:
-            # The reference was not lifted, as the token was.
-            lifted = mine[0] - values[where == reference][0]
-            found[token] = lifted + np.float32(reference_value) - np.float32(bias)
-            known[token] = True
-    return len(tokens)
-
-
 def _alone(
-    oracle: Asked,
-    prompt: Any,
-    tokens: np.ndarray,
-    found: np.ndarray,
-    known: np.ndarray,
-    bias: float,
-    step: float,
-    largest_error: float,
+    row: _Row, tokens: np.ndarray, bias: float, step: float, largest_error: float
 ) -> RecoveredRow:
     """An API that reports one value: no room for a reference."""
-    if oracle.policy.returns == "logits":
+    if row.oracle.policy.returns == "logits":
         raise ValueError("top-1 logits hold no normaliser: a bias cannot be told from the logit")
-    rest = tokens[~known[tokens]]
-    answer = oracle.ask_biased(prompt, rest[:, None], np.full((len(rest), 1), bias, np.float32))
+    rest = tokens[~row.known[tokens]]
+    biases = np.full((len(rest), 1), bias, np.float32)
+    answer = row.oracle.ask_biased(row.prompt, rest[:, None], biases)
     came = np.asarray(answer.tokens)[:, 0] == rest
     undone, factor = unbias_alone(np.asarray(answer.values)[:, 0], bias)
     resolution = max(step, float(np.finfo(np.float32).eps))
@@ -311,15 +294,9 @@ def _alone(
             f"the top: errors of {np.min(errors, initial=np.inf):.2g} nats and more, "
             f"largest_error={largest_error}; ask for top_k >= 2"
         )
-    found[rest[good]] = undone[good]
-    known[rest[good]] = True
-    return RecoveredRow(
-        log_probs=np.where(known, found, np.nan).astype(np.float32),
-        known=known,
-        error_bound=float(errors[good].max()),
-        queries=1 + len(rest),
-        method="alone",
-    )
+    row.learn(rest[good], undone[good])
+    bound = float(errors[good].max())
+    return row.result(error_bound=bound, queries=1 + len(rest), method="alone")
 
 
 def unbias_alone(values: np.ndarray, bias: float) -> tuple[np.ndarray, np.ndarray]:

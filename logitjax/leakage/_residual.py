@@ -1,36 +1,110 @@
 """What lies beyond the first directions of rows, and what those directions hold."""
 
+import dataclasses
+
 import numpy as np
 from jaxtyping import Bool, Float
 
+from logitjax.leakage._gram import Spectrum, Table
 from logitjax.ops import Array
 
-#: Columns that a test of the noise looks at.
-_SAMPLE = 2048
+# Values of a row whose differences to the nearest row are looked at, and the share of them that is
+# one number where rows were rounded alike.
+_SAMPLE, _ALIKE = 512, 1 / 3
 
 
-def white_residual(
-    rows: Float[Array, "n vocab"], means: Float[np.ndarray, " n"], left: Float[np.ndarray, "n k"]
-) -> bool:
-    """Whether what `left` leaves of the rows has one variance in all tokens and in all rows."""
-    count, vocab = rows.shape
-    size = min(vocab, _SAMPLE)
-    columns = np.sort(np.random.default_rng(0).choice(vocab, size, replace=False))
-    part = np.asarray(rows[:, columns], np.float64) - means[:, None]
-    part = part - left @ (left.T @ part)
-    free = count - left.shape[1]
-    by_token = (part**2).sum(axis=0) / free
-    # What a row has left is less the more of it `left` explains; rows of which nearly nothing is
-    # left had a direction each to themselves, as loud noise has and hidden states have not.
-    share = 1.0 - (left**2).sum(axis=1)
-    some = share > 0.25 * free / count
-    if some.mean() < 0.9:
-        return False
-    by_row = (part[some] ** 2).mean(axis=1) / share[some]
-    # A variance from m normal values varies by sqrt(2 / m) of itself.
-    tokens_alike = by_token.std() <= 1.25 * np.sqrt(2 / free) * by_token.mean()
-    rows_alike = by_row.std() <= (1.5 * np.sqrt(2 / size) + 0.05) * by_row.mean()
-    return bool(tokens_alike and rows_alike)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Residual:
+    """What is left of a table beyond its first directions.
+
+    Attributes:
+        by_row: ``[n]`` variance of each row's noise.
+        by_token: ``[vocab]`` likewise.
+        even: Whether the variance is one in all tokens and in all rows.
+        loudest: The largest residual, in standard deviations.
+        lone: Whether a direction may be one loud value: a row and a token nearly to itself.
+        edge: A singular value that independent noise of any variances stays below.
+    """
+
+    by_row: np.ndarray
+    by_token: np.ndarray
+    even: bool
+    loudest: float
+    lone: bool
+    edge: float
+
+
+def residual(table: Table, whole: Spectrum, k: int) -> Residual:
+    """What the first `k` directions leave of a table, block by block.
+
+    References:
+        Bandeira and van Handel, 2016 (Annals of Probability 44), theorem 1.1, for `edge`, which is
+        ``max_i |row_i| + max_v |column_v|``.
+    """
+    count, vocab = table.rows.shape
+    left = whole.left[:, :k]
+    free, share = count - k, 1.0 - (left**2).sum(axis=1)
+    by_row, loudest = np.zeros(count), np.zeros(count)
+    by_token, taken = np.zeros(vocab), np.zeros(vocab)
+    for where, block in table.blocks():
+        inside = left.T @ block
+        taken[where] = ((inside / np.maximum(whole.values[:k, None], 1e-30)) ** 2).sum(axis=0)
+        block -= left @ inside
+        block *= block
+        by_row += block.sum(axis=1)
+        by_token[where] = block.sum(axis=0)
+        loudest = np.maximum(loudest, block.max(axis=1))
+    # Rows of which next to nothing is left have a direction each to themselves, as loud noise has
+    # and hidden states have not.
+    own = share <= 0.25 * free / count
+    lone = 3 * k <= count and share.min() < 0.7 * free / count and taken.max() > 0.3
+    share = np.maximum(share, 1e-6)
+    # A projection takes from the noise of a row or token twice what it takes from the unit vector.
+    edge = np.sqrt((by_row / share**2).max())
+    edge += np.sqrt((by_token / np.maximum(1.0 - taken, 1e-6) ** 2).max() * count / free)
+    by_row, by_token = by_row / share / vocab, by_token / free
+    if not own.all():
+        by_row[own] = np.median(by_row[~own])
+    # Rows or tokens that are exact have no scale of their own.
+    mean = max(float(by_token.mean()), 1e-30)
+    by_row, by_token = (np.maximum(part, 1e-12 * mean) for part in (by_row, by_token))
+    some = by_row[~own]
+    # Loud tokens take directions as loud rows do, and what is left of them is even. A variance from
+    # m normal values varies by sqrt(2 / m) of itself.
+    even = own.mean() <= 0.1 and (taken > 0.5).sum() <= 0.1 * k
+    even = even and by_token.std() <= 1.25 * np.sqrt(2 / free) * mean
+    even = even and some.std() <= (1.5 * np.sqrt(2 / vocab) + 0.05) * some.mean()
+    return Residual(
+        by_row=by_row,
+        by_token=by_token,
+        even=bool(even),
+        loudest=float(np.sqrt((loudest / share)[~own].max(initial=0.0) / mean)),
+        lone=bool(lone),
+        edge=float(edge),
+    )
+
+
+def first_of_alike(rows: np.ndarray, gram: Float[np.ndarray, "n n"], step: float) -> np.ndarray:
+    """Rows that were not rounded as an earlier one was, whose noise is then not independent.
+
+    Of two such rows many values differ by one number: those that share their cells. Rows that were
+    asked for twice are alike, and all rows of an API that rounds coarsely.
+    """
+    squares = np.diagonal(gram)
+    apart = squares[:, None] + squares[None, :] - 2 * gram
+    apart[np.triu_indices(len(gram))] = np.inf
+    nearest = apart.argmin(axis=1)
+    vocab = rows.shape[1]
+    columns = np.random.default_rng(0).permutation(vocab)[:_SAMPLE]
+    some = np.asarray(rows[:, columns], np.float64)
+    differences = np.sort(some - some[nearest], axis=1)
+    width = max(2, int(_ALIKE * len(columns)))
+    if len(columns) <= width:
+        return np.ones(len(rows), bool)
+    spread = (differences[:, width:] - differences[:, :-width]).min(axis=1)
+    alike = spread <= step
+    alike[0] = False
+    return ~alike
 
 
 def are_cut_off(rows: Float[Array, "n vocab"]) -> bool:
@@ -52,11 +126,12 @@ def holds_vector(
     return outside <= 4 * turned + 1e-12 * squared_norm
 
 
-def rows_apart(gram: Float[np.ndarray, "n n"], distance: float) -> int:
-    """The number of rows of which no earlier one is as near as `distance`."""
+def rows_apart(gram: Float[np.ndarray, "n n"], noise: Float[np.ndarray, " n"]) -> int:
+    """The number of rows of which no earlier one is as near as noise of these squares brings it."""
     squares = np.diagonal(gram)
     apart = squares[:, None] + squares[None, :] - 2 * gram
-    near = apart <= distance**2 + 1e-13 * squares.max()
+    # Three times what is expected: a row that counts once too few leaves a width open, no more.
+    near = apart <= 3.0 * (noise[:, None] + noise[None, :]) + 1e-13 * squares.max()
     return len(gram) - int(np.tril(near, -1).any(axis=1).sum())
 
 
@@ -64,23 +139,3 @@ def finite_columns(rows: np.ndarray, *, block_size: int) -> Bool[np.ndarray, " v
     """Columns without a NaN or an infinity."""
     blocks = range(0, rows.shape[1], block_size)
     return np.concatenate([np.isfinite(rows[:, i : i + block_size]).all(axis=0) for i in blocks])
-
-
-def diffuse_edge(rows: np.ndarray, means: Float[np.ndarray, " n"], *, block_size: int) -> float:
-    """A singular value that independent noise stays below, whatever its variances.
-
-    ::
-
-        max_i |row_i| + max_v |column_v|
-
-    of the rows themselves, whose signal makes it too large, which is on the safe side.
-
-    References:
-        Bandeira and van Handel, 2016 (Annals of Probability 44), theorem 1.1.
-    """
-    by_row, by_column = np.zeros(len(rows)), 0.0
-    for start in range(0, rows.shape[1], block_size):
-        block = rows[:, start : start + block_size].astype(np.float64) - means[:, None]
-        by_row += np.einsum("nv,nv->n", block, block)
-        by_column = max(by_column, float(np.einsum("nv,nv->v", block, block).max()))
-    return float(np.sqrt(by_row.max()) + np.sqrt(by_column))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,18 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from logitjax.leakage._gram import gram_matrix, project
+from logitjax.leakage._gram import Table, project, spectrum
 from logitjax.leakage._known_basis import BasisFit, choose_tokens, rows_from_basis
-from logitjax.leakage._residual import (
-    are_cut_off,
-    diffuse_edge,
-    finite_columns,
-    holds_vector,
-    rows_apart,
-    white_residual,
-)
+from logitjax.leakage._residual import finite_columns
 from logitjax.leakage._spectrum import clip_spectrum, max_gap_dimension, rounding_noise
-from logitjax.leakage._width import Evidence, OutputWidth, judge_width
+from logitjax.leakage._width import OutputWidth, judge_width
 from logitjax.ops import Array, checks
 
 
@@ -131,9 +123,10 @@ def estimate_output_subspace(
     if decimals is not None:
         noise = math.hypot(noise or 0.0, rounding_noise(decimals))
     rows = np.asarray(rows)
-    found = _by_gram(rows, centre, block_size)
+    table = Table.of(rows, centre=centre, block_size=block_size)
+    whole = spectrum(table)
     where = np.ones(vocab, bool)
-    if not np.isfinite(found.values).all():
+    if not np.isfinite(whole.values).all():
         # NaN and infinities reach every singular value, so finite rows never pay for the search.
         where = finite_columns(rows, block_size=block_size)
         if where.sum() < max(2, vocab / 2):
@@ -141,92 +134,36 @@ def estimate_output_subspace(
                 f"rows: expected finite values in most tokens, got {vocab - where.sum()} of "
                 f"{vocab} with a NaN or an infinity"
             )
-        rows = rows[:, where]
-        found = _by_gram(rows, centre, block_size)
-    evidence = _evidence(rows, found, centre=centre, noise=noise, block_size=block_size)
-    width = judge_width(evidence)
-    basis = found.basis(dimension or width.estimate or width.lower)
+        table = Table.of(rows[:, where], centre=centre, block_size=block_size)
+        whole = spectrum(table)
+    width = judge_width(
+        table,
+        whole.gram,
+        step=_largest_rounding(table.rows),
+        columns=table.rows.shape[1] - centre,
+        named=noise,
+    )
+    size = dimension or width.estimate or width.lower
+    smallest = np.sqrt(np.finfo(np.float64).eps) * whole.values[0]
+    scaled = whole.left[:, :size] / np.maximum(whole.values[:size], smallest)
+    basis = project(table.rows, scaled, table.means if centre else None, block_size=block_size)
     if not where.all():
         basis = jnp.zeros((vocab, basis.shape[1]), basis.dtype).at[np.flatnonzero(where)].set(basis)
     return OutputSubspace(
         basis=basis,
         width=width,
-        singular_values=clip_spectrum(found.values),
+        singular_values=clip_spectrum(whole.values),
         vocab_where=where,
         count=count,
     )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Spectrum:
-    """Singular values, falling; what the method leaves of a zero; and how to get vectors."""
-
-    values: np.ndarray
-    floor: float
-    basis: Callable[[int], jax.Array]
-    gram: np.ndarray
-    left: np.ndarray
-
-
-def _evidence(
-    rows: np.ndarray, found: _Spectrum, *, centre: bool, noise: float | None, block_size: int
-) -> Evidence:
-    count, vocab = rows.shape
-    columns = vocab - centre
-    values = found.values[: min(count, columns)]
-    means = rows.mean(axis=1, dtype=np.float64)
-    # Rounding is of the values as they came, whose mean is in no singular value of centred rows.
-    size = math.sqrt((values**2).sum() / (count * vocab) + centre * (means**2).mean())
+def _largest_rounding(rows: np.ndarray) -> float:
+    """What the number format and the products that made the rows leave of a value's last bits."""
     dtype = jnp.dtype(rows.dtype)
     half = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits <= 16
     # Products of float32 lose some of the last bits; values of 16 bits are rounded once.
-    step = float(jnp.finfo(dtype).eps) if half else 16 * float(jnp.finfo(jnp.float32).eps)
-    exact = max(step * size * (math.sqrt(count) + math.sqrt(vocab)), found.floor)
-
-    def offset(k: int, sigma: float) -> bool:
-        inside = found.left[:, :k].sum(axis=0)
-        turned = math.hypot(sigma * math.sqrt(count - k), exact)
-        return holds_vector(inside, float(count), values[:k], turned)
-
-    def normaliser(k: int, sigma: float) -> bool:
-        if centre:
-            return False
-        inside = found.left[:, :k].T @ (vocab * means) / values[:k]
-        turned = math.hypot(sigma * math.sqrt(vocab - k), exact)
-        return holds_vector(inside, float(vocab), values[:k], turned)
-
-    return Evidence(
-        values=values,
-        rows=count,
-        columns=columns,
-        exact=exact,
-        named=noise,
-        cut_off=lambda: are_cut_off(rows),
-        diffuse=lambda: diffuse_edge(rows, centre * means, block_size=block_size),
-        distinct=lambda distance: rows_apart(found.gram, distance * math.sqrt(vocab)),
-        white=lambda k: white_residual(rows, centre * means, found.left[:, :k]),
-        offset=offset,
-        normaliser=normaliser,
-    )
-
-
-def _by_gram(rows: np.ndarray, centre: bool, block_size: int) -> _Spectrum:
-    gram = gram_matrix(rows, centre=centre, block_size=block_size)
-    if not np.isfinite(gram).all():
-        unknown = np.full(len(gram), np.nan)
-        return _Spectrum(values=unknown, floor=np.nan, basis=_no_basis, gram=gram, left=gram)
-    squares, left = (part[..., ::-1] for part in np.linalg.eigh(gram))
-    values = np.sqrt(np.maximum(squares, 0.0))
-    # float64 squared: what lies under the root of its precision is rounding.
-    smallest = values[0] * np.finfo(np.float64).eps ** 0.5
-
-    def basis(size: int) -> jax.Array:
-        scaled = left[:, :size] / np.maximum(values[:size], smallest)
-        mean = rows.mean(axis=1, dtype=np.float64) if centre else None
-        return project(rows, scaled, mean, block_size=block_size)
-
-    return _Spectrum(values=values, floor=8 * smallest, basis=basis, gram=gram, left=left)
-
-
-def _no_basis(size: int) -> jax.Array:
-    raise ValueError("rows: expected finite values")
+    eps = float(jnp.finfo(dtype).eps) if half else 16 * float(jnp.finfo(jnp.float32).eps)
+    # Rounding is of the values as they came, their means included.
+    squares = sum(float((row.astype(np.float64) ** 2).sum()) for row in rows)
+    return eps * math.sqrt(squares / rows.size)

@@ -2,19 +2,32 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
 
 import numpy as np
 
-from logitjax.leakage._spectrum import WhiteNoise, fit_white_noise, noise_edge, spectrum_gaps
+from logitjax.leakage._gram import Spectrum, Table, spectrum
+from logitjax.leakage._residual import (
+    Residual,
+    are_cut_off,
+    first_of_alike,
+    holds_vector,
+    residual,
+    rows_apart,
+)
+from logitjax.leakage._spectrum import fit_white_noise, spectrum_gaps
 
 # A direction counts from so far above the noise's edge, and closes the interval from there.
-_COUNTED, _CLOSED = 1.05, 1.5
+_COUNTED, _CLOSED = 1.1, 1.5
 # Rows for each direction from which the fit of the noise is to be believed, as below them a few
 # loud rows make a fit too; the second where it confirms the noise that was named.
 _ROWS, _ROWS_CONFIRMED = 1.7, 1.1
-# A named noise may be so much off before it misleads a lower bound.
-_NAMED_OFF = 1.5
+# Directions so far above the rounding of the number format are not its neighbours in one band of
+# noise, which may lie on both sides of it.
+_CLEAR = 30.0
+# Scalings of rows and tokens until their noise has one variance.
+_SWEEPS = 4
+# Values so loud, in standard deviations, are directions of their own under heavy tails.
+_LOUD = 6.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,125 +70,173 @@ class OutputWidth:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Evidence:
-    """What there is to judge a width by.
+class _View:
+    """A table, its spectrum, and what its rows were told to be."""
 
-    Attributes:
-        values: Singular values, falling, not clipped.
-        rows: Number of rows.
-        columns: Number of columns; one less where the rows' means were taken out.
-        exact: Singular value that rounding of the rows' number format and of the method explains.
-        diffuse: Gives a singular value that independent noise of any variances stays below.
-        named: Standard deviation of the noise, if it was named.
-        cut_off: Whether many values of a row are its smallest one.
-        distinct: Given a distance, root mean square over tokens, how many rows have no earlier one
-            as near.
-        white: Whether the noise beyond so many directions has one variance in all tokens and rows.
-        offset: Whether so many directions, under noise of that sigma, hold an offset that all rows
-            share.
-        normaliser: Likewise, whether they hold the ones vector over the vocabulary.
-    """
-
-    values: np.ndarray
-    rows: int
-    columns: int
+    table: Table
+    spectrum: Spectrum
+    gram: np.ndarray
     exact: float
-    diffuse: Callable[[], float]
+    columns: int
     named: float | None
-    cut_off: Callable[[], bool]
-    distinct: Callable[[float], int]
-    white: Callable[[int], bool]
-    offset: Callable[[int, float], bool]
-    normaliser: Callable[[int, float], bool]
+
+    @property
+    def scales(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.table.scales or (np.ones(self.rows), np.ones(self.table.rows.shape[1]))
+
+    @property
+    def values(self) -> np.ndarray:
+        return self.spectrum.values[: self.columns]
+
+    @property
+    def rows(self) -> int:
+        return len(self.table.rows)
 
 
-def judge_width(seen: Evidence) -> OutputWidth:
-    """The width that the evidence establishes.
+def judge_width(
+    table: Table, gram: np.ndarray, *, step: float, columns: int, named: float | None
+) -> OutputWidth:
+    """The width that rows establish.
 
-    Where everything beyond k directions is rounding, that is k. Else the noise is fitted
-    (`fit_white_noise`) and has to prove white; a named noise is held against it, not believed.
-    Where nothing fits there is a lower bound only.
+    Rows that were rounded alike count once. Where everything beyond k directions is rounding, that
+    is k. Else rows and tokens are scaled until their noise has one variance, which changes no rank,
+    and the smallest k is taken beyond which both ends of the spectrum are those of white noise.
+    A named noise is held against the fit, not believed. Where nothing fits there is a lower bound
+    only, which asks of the noise to be independent.
+
+    Args:
+        table: Rows, their means taken out.
+        gram: Its Gram matrix.
+        step: Largest rounding error of a value, by the number format and what computed it.
+        columns: Number of columns; one less where the means were taken out.
+        named: Standard deviation of the noise, if it was named.
+
+    References:
+        Landa, Zhang and Kluger, 2022 (Biwhitening reveals the rank of a count matrix), whose
+        scales whiten noise of other variances as well.
     """
-    values = seen.values
-    if not (values > seen.exact).any():
-        return OutputWidth(
-            lower=0, estimate=None, upper=None, reason="nothing but rounding is seen"
-        )
-    if seen.cut_off():
+    exact = step * (math.sqrt(len(gram)) + math.sqrt(table.rows.shape[1]))
+    if not np.trace(gram) > exact**2:
+        return _open("nothing but rounding is seen")
+    if are_cut_off(table.rows):
         # Such rows are no linear images of hidden states: what they span says nothing of those.
-        said = "many values of a row are its smallest: they are cut off, or were filled in"
-        return OutputWidth(lower=0, estimate=None, upper=None, reason=said)
-    above = int((values > seen.exact).sum())
-    if above < len(values):
-        return _of_exact_rows(seen, above)
-    noise = fit_white_noise(values, seen.rows, seen.columns)
-    if noise is None:
-        said = (
-            "no white noise explains the smaller singular values: too few rows for this width, or "
-            "another noise"
-        )
-        gaps = spectrum_gaps(values)[: len(values) // 2]
-        if len(gaps):
-            said += f"; the largest gap, {gaps.max():.2g} nats, lies at {gaps.argmax() + 1}"
-        return _refused(seen, said)
-    if noise.above == 0:
-        return OutputWidth(
-            lower=0,
-            estimate=None,
-            upper=None,
-            reason=f"nothing but white noise of {noise.sigma:.3g} is seen",
-            noise=noise.sigma,
-        )
-    # Named by whoever runs the API and seen in the rows: then fewer rows are enough.
-    confirmed = seen.named is not None and abs(noise.sigma / seen.named - 1) <= 0.1
-    least = _ROWS_CONFIRMED if confirmed else _ROWS
-    if min(seen.rows, seen.columns) < least * noise.above:
-        return _refused(seen, f"fewer than {least} rows for each direction")
-    if not seen.white(noise.above):
-        return _refused(seen, "the noise differs between tokens or rows, none can be fitted")
-    return _of_noisy_rows(seen, noise)
+        return _open("many values of a row are its smallest: they are cut off, or were filled in")
+    once = first_of_alike(table.rows, gram, 2 * step)
+    if alike := int((~once).sum()):
+        table = dataclasses.replace(table, rows=table.rows[once], means=table.means[once])
+        gram = gram[np.ix_(once, once)]
+    seen = spectrum(table, gram)
+    view = _View(table=table, spectrum=seen, gram=gram, exact=exact, columns=columns, named=named)
+    width = _of_exact_rows(view)
+    if width is None:
+        view = dataclasses.replace(view, spectrum=spectrum(table, gram, fine=True))
+        width = _of_noisy_rows(view)
+    if alike:
+        width = dataclasses.replace(width, reason=f"{width.reason}; {alike} rows repeat others")
+    return width
 
 
-def _of_exact_rows(seen: Evidence, k: int) -> OutputWidth:
-    """All singular values after the k-th are rounding."""
+def _open(why: str, lower: int = 0, noise: float | None = None) -> OutputWidth:
+    return OutputWidth(lower=lower, estimate=None, upper=None, reason=why, noise=noise)
+
+
+def _of_exact_rows(view: _View) -> OutputWidth | None:
+    """All singular values after the k-th are rounding; None where noise may be what they are."""
+    values, exact = view.values, max(view.exact, view.spectrum.floor)
+    k = int((values > exact).sum())
+    if not 0 < k < len(values) or values[k - 1] < _CLEAR * exact:
+        return None
     said = "the rest is rounding"
-    if seen.named:
-        said += f", noise of {seen.named:.3g} would be seen"
-    # Prompts with one answer are one row: the rank is then what was asked, not the width.
-    if seen.distinct(0.0) <= k:
-        said = "as many directions as rows that differ"
-        return OutputWidth(lower=k, estimate=None, upper=None, reason=said, floor=seen.exact)
-    closed = seen.values[k - 1] > 4 * max(1.0, _step(seen.values, k)) * seen.exact
+    if view.named:
+        said += f", noise of {view.named:.3g} would be seen"
+    # Noise of a few rows gives each a direction to itself, which no other row confirms.
+    share = 1.0 - (view.spectrum.left[:, :k] ** 2).sum(axis=1)
+    if own := int((share < 1e-4 * (view.rows - k) / view.rows).sum()):
+        said = f"{own} rows have a direction each to themselves, as noise has; the rest is rounding"
+        return _open(said, lower=k - own)
+    closed = values[k - 1] > 4 * _step(values, k) * exact
     if not closed:
         said += ", which may hide more of them"
-    found = OutputWidth(
-        lower=k, estimate=k, upper=k if closed else None, reason=said, noise=0.0, floor=seen.exact
+    width = OutputWidth(
+        lower=k, estimate=k, upper=k if closed else None, reason=said, noise=0.0, floor=exact
     )
-    return _less_shared(seen, found, 0.0)
+    return _less_shared(view, width, exact / math.sqrt(max(view.rows, view.columns)))
 
 
-def _of_noisy_rows(seen: Evidence, noise: WhiteNoise) -> OutputWidth:
-    k, values = noise.above, seen.values
+def _of_noisy_rows(view: _View) -> OutputWidth:
+    """White noise explains the end of the spectrum, once rows and tokens are scaled."""
+    fit = None
+    for sweep in range(_SWEEPS):
+        noise = fit_white_noise(view.values, view.rows, view.columns)
+        k = noise.above if noise else view.rows // 2
+        left = residual(view.table, view.spectrum, k)
+        if noise and left.even:
+            # Tokens that differ leave a few rows even too, beyond too many directions.
+            clear = 3 * k <= view.rows or view.values[k - 1] > _CLOSED * noise.edge
+            fit = (view, noise, left) if fit is None or clear else fit
+            if clear:
+                break
+        if sweep < _SWEEPS - 1:
+            view = _evened(view, residual(view.table, view.spectrum, _gap(view)))
+    if fit is None:
+        gaps = spectrum_gaps(view.values)[: len(view.values) // 2]
+        said = "no white noise explains the smaller singular values, however rows are scaled"
+        if len(gaps):
+            said += f"; the largest gap, {gaps.max():.2g} nats, lies at {gaps.argmax() + 1}"
+        return _open(said, lower=_independent(view, view.rows // 2))
+    view, noise, left = fit
+    k = noise.above
+    if k == 0:
+        said = f"nothing but white noise of {noise.sigma:.3g} is seen"
+        return _open(said, noise=noise.sigma)
+    # Named by whoever runs the API and seen in the rows: then fewer rows are enough.
+    agrees = view.named is not None and abs(noise.sigma / view.named - 1) <= 0.1
+    least = _ROWS_CONFIRMED if agrees else _ROWS
+    if min(view.rows, view.columns) < least * k:
+        return _open(f"fewer than {least} rows for each direction", lower=_independent(view, k))
+    if left.loudest > max(_LOUD, (view.rows * view.columns) ** 0.25):
+        said = f"a value is {left.loudest:.1f} deviations off: heavy tails"
+        return _open(said, lower=_independent(view, k))
+    values = view.values
     said = f"white noise of {noise.sigma:.3g} explains the rest"
-    if seen.named is not None and abs(noise.sigma / seen.named - 1) > 0.1:
-        said += f", not the {seen.named:.3g} that was named"
-    step = _step(values, k)
+    if view.named is not None and not agrees:
+        said += f", not the {view.named:.3g} that was named"
     # What was seen of the spectrum says how far below its last direction a further one would be.
-    closed = k >= 4 and values[k - 1] > max(_CLOSED, _COUNTED * step) * noise.edge
+    closed = k >= 4 and values[k - 1] > max(_CLOSED, _COUNTED * _step(values, k)) * noise.edge
     if not closed:
         said += ", which may hide more directions"
-    if seen.distinct(math.sqrt(2.0) * noise.sigma * 1.2) < _ROWS_CONFIRMED * k:
+    by_row, by_token = view.scales
+    squares = noise.sigma**2 * (1 / by_token**2).sum() / by_row**2
+    if left.lone:
+        closed = False
+        said += ", and one of them may be a single loud value"
+    if rows_apart(view.gram, squares) < 1.2 * k + 2:
         closed = False
         said += ", and few rows differ by more than that"
-    found = OutputWidth(
-        lower=int((values > _COUNTED * noise.edge).sum()),
+    width = OutputWidth(
+        # Noise that is not white to the last pokes out of its edge, and is no direction.
+        lower=k if closed else _independent(view, k),
         estimate=k,
         upper=k if closed else None,
         reason=said,
         noise=noise.sigma,
-        floor=noise.floor(seen.rows, seen.columns, _CLOSED * noise.edge),
+        floor=noise.floor(view.rows, view.columns, _CLOSED * noise.edge),
     )
-    return _less_shared(seen, found, noise.sigma)
+    return _less_shared(view, width, noise.sigma)
+
+
+def _evened(view: _View, left: Residual) -> _View:
+    """Rows and tokens scaled by what they have left, their noise at one size on average."""
+    by_row = view.scales[0] * np.sqrt(np.median(left.by_row) / left.by_row)
+    by_token = view.scales[1] * np.sqrt(np.median(left.by_token) / left.by_token)
+    table = view.table.scaled((by_row, by_token))
+    return dataclasses.replace(view, table=table, spectrum=spectrum(table, fine=True))
+
+
+def _gap(view: _View) -> int:
+    """The number of directions before the largest gap in the first half of the spectrum."""
+    values = view.values[: max(2, view.rows // 2 + 1)]
+    return int(np.argmax(spectrum_gaps(values))) + 1 if len(values) > 1 else 0
 
 
 def _step(values: np.ndarray, k: int) -> float:
@@ -184,27 +245,47 @@ def _step(values: np.ndarray, k: int) -> float:
     return float((last[:-1] / last[1:]).max()) if len(last) > 1 else 1.0
 
 
-def _less_shared(seen: Evidence, found: OutputWidth, sigma: float) -> OutputWidth:
+def _less_shared(view: _View, width: OutputWidth, sigma: float) -> OutputWidth:
     """Lowers the bound by directions that may not be the model's."""
-    k = found.estimate
+    k = width.estimate
     assert k is not None
-    lower, said = found.lower, found.reason
-    if k > 1 and seen.offset(k, sigma):
+    lower, said = width.lower, width.reason
+    left, values = view.spectrum.left[:, :k], view.values[:k]
+    rows, tokens = view.scales
+    turned = sigma * math.sqrt(max(1, view.rows - k))
+    if k > 1 and holds_vector(rows @ left, float(rows @ rows), values, turned):
         lower = min(lower, k - 1)
         said += (
             f"; all rows share an offset: {k} is the width behind a LayerNorm, {k - 1} with a bias "
             "on the output"
         )
-    if k > 1 and seen.normaliser(k, sigma):
+    if k < 2 or view.table.centre:
+        return dataclasses.replace(width, lower=lower, reason=said)
+    inside = np.zeros(k)
+    for where, block in view.table.blocks():
+        inside += left.T @ (block @ tokens[where]) / values
+    turned = sigma * math.sqrt(max(1, len(tokens) - k))
+    if holds_vector(inside, float(tokens @ tokens), values, turned):
         lower = min(lower, k - 1)
         said += f"; log-probabilities that were not centred have one direction more than {k - 1}"
-    return dataclasses.replace(found, lower=lower, reason=said)
+    return dataclasses.replace(width, lower=lower, reason=said)
 
 
-def _refused(seen: Evidence, why: str) -> OutputWidth:
-    """A lower bound, which asks of the noise only to be independent, or no larger than named."""
-    lower = int((seen.values > _COUNTED * seen.diffuse()).sum())
-    if seen.named is not None:
-        edge = _NAMED_OFF * float(noise_edge(seen.named, seen.rows, seen.columns))
-        lower = max(lower, int((seen.values > max(edge, seen.exact)).sum()))
-    return OutputWidth(lower=lower, estimate=None, upper=None, reason=why)
+def _independent(view: _View, most: int) -> int:
+    """So many directions, up to `most`, stand above independent noise of any variances.
+
+    If there were fewer directions, what lies beyond them would be noise, and below its edge.
+    """
+
+    def stands(k: int) -> bool:
+        edge = residual(view.table, view.spectrum, k).edge
+        return bool(view.values[k] > max(_COUNTED * edge, view.spectrum.floor))
+
+    low, high = 0, min(most, view.rows - 1, len(view.values))
+    for k in (min(_gap(view), high) - 1, high - 1):
+        if k >= low and stands(k):
+            low = k + 1
+    while high - low > max(1, high // 16):
+        middle = (low + high) // 2
+        low, high = (middle, high) if stands(middle - 1) else (low, middle)
+    return low

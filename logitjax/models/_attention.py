@@ -7,8 +7,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, Int
 
+from logitjax.models._blocked_attention import blocked_attention
 from logitjax.models._cache import (
     Cache,
     kind_name,
@@ -20,7 +22,12 @@ from logitjax.models._cache import (
 from logitjax.models._config import DecoderConfig, Window
 from logitjax.models._lora import linear_map, project
 from logitjax.models._rope import apply_rope, changes_with_length, rope_tables
-from logitjax.ops import Array
+from logitjax.ops import Array, sharding
+from logitjax.ops import mesh as on_mesh
+
+Implementation = Literal["xla", "cudnn", "blocked"] | None
+# Tokens of a row from which scores are formed in blocks: 64 MiB a head otherwise.
+LONG = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +44,9 @@ class AttentionContext:
     mask: Any
     slots: Any
     concatenate: bool
-    implementation: Literal["xla", "cudnn"] | None
+    implementation: Implementation
     lora_rows: Any
+    segments: Any = None
 
 
 def make_context(
@@ -49,12 +57,12 @@ def make_context(
     segment_ids: Int[Array, "batch time"] | None,
     padded: bool,
     cache: Cache | None,
-    implementation: Literal["xla", "cudnn"] | None,
+    implementation: Implementation,
     lora_rows: Array | None,
 ) -> tuple[AttentionContext, jax.Array | None]:
     """The context of one kind of layer, and the positions its cache will hold."""
     time = positions.shape[1]
-    slots = held = mask = None
+    slots = held = mask = segments = None
     concatenate = False
     lengths = seen = None
     if cache is not None:
@@ -74,6 +82,10 @@ def make_context(
             # Positions that are written again are seen once, as they are now.
             seen = jnp.concatenate([jnp.where(before < first, before, -1), new], axis=1)
         mask = position_mask(positions, seen, window)
+    elif implementation == "blocked" or (implementation is None and time >= LONG):
+        # No mask is formed: of 32,768 tokens it would be as large as the scores.
+        segments = jnp.zeros(positions.shape, jnp.int32) if segment_ids is None else segment_ids
+        segments = jnp.where(positions >= 0, segments, -1) if padded else segments
     elif segment_ids is not None or padded:
         mask = _packed_mask(positions, segment_ids, window, padded)
     tables = key_tables = None
@@ -92,6 +104,7 @@ def make_context(
         concatenate=concatenate,
         implementation=implementation,
         lora_rows=lora_rows,
+        segments=segments,
     )
     return context, held
 
@@ -126,7 +139,9 @@ def attend(
     scale: float,
     softcap: float | None,
 ) -> Float[jax.Array, "batch time heads dim"]:
-    """Attention within a sequence; an own path where logits are soft-capped."""
+    """Attention within a sequence; own paths where it is long, or logits are soft-capped."""
+    if context.segments is not None:
+        return _attend_in_blocks(query, key, value, context, scale=scale, softcap=softcap)
     causal = context.mask is None
     if softcap is None:
         window = None if context.window is None or not causal else (context.window - 1, 0)
@@ -138,7 +153,7 @@ def attend(
             scale=scale,
             is_causal=causal,
             local_window_size=window,
-            implementation=context.implementation,
+            implementation=None if context.implementation == "blocked" else context.implementation,
         )
     mask = context.mask
     if mask is None:
@@ -146,6 +161,34 @@ def attend(
         mask = position_mask(index, index, context.window)
     key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
     return attend_heads_first(query, key, value, mask, scale=scale, softcap=softcap)
+
+
+def _attend_in_blocks(
+    query: Float[Array, "batch time heads dim"],
+    key: Float[Array, "batch time kv_heads dim"],
+    value: Float[Array, "batch time kv_heads dim"],
+    context: AttentionContext,
+    **options: Any,
+) -> Float[jax.Array, "batch time heads dim"]:
+    """Blocked attention; where the mesh splits the time, each device has a part of the queries.
+
+    Keys and values are gathered, a few megabytes a layer, and the scores stay in parts.
+    """
+    options["window"] = context.window
+    axes = on_mesh.auto_axes(sharding.MeshAxes.current().sequence, query.shape[1])
+    if not axes:
+        return blocked_attention(query, key, value, context.segments, context.segments, **options)
+
+    def part(query: Any, key: Any, value: Any, segments: Any) -> jax.Array:
+        gather = functools.partial(jax.lax.all_gather, axis_name=axes, axis=1, tiled=True)
+        start = jax.lax.axis_index(axes) * query.shape[1]
+        keys = (gather(key), gather(value))
+        return blocked_attention(query, *keys, segments, gather(segments), start, **options)
+
+    spec = PartitionSpec(None, axes)
+    return jax.shard_map(
+        part, in_specs=(spec,) * 4, out_specs=spec, axis_names=set(axes), check_vma=False
+    )(query, key, value, context.segments)
 
 
 def attend_heads_first(

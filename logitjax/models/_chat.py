@@ -19,22 +19,25 @@ Spans = list[tuple[int, int]]
 _SCRIPT = pathlib.Path(__file__).with_name("_template_worker.py")
 
 
-def render_template(template: str, variables: Mapping[str, Any]) -> tuple[str, Spans | None]:
+def render_template(
+    template: str, variables: Mapping[str, Any], seconds: float
+) -> tuple[str, Spans | None]:
     """The text that a chat template makes, and where its `{% generation %}` blocks lie in it.
 
     The environment is that of `transformers.apply_chat_template`: the immutable sandbox, blocks
     trimmed, `break` and `continue`, `raise_exception`, `strftime_now`, and a `tojson` that keeps
     the order of keys and escapes neither HTML nor other alphabets. It runs in a process of its own,
-    within `storage.guard.LIMITS`. Spans are None where a template has no such blocks.
+    within `storage.guard.LIMITS` and `seconds` of the processor. Spans are None where a template
+    has no such blocks.
 
     Raises:
         ValueError: The template is not Jinja, takes too much, or ends in an error of whatever kind.
     """
     limits = guard.LIMITS
     guard.whole(len(template), "chat template: length", most=limits.template_bytes)
-    asked = json.dumps({"source": template, "variables": variables, "seconds": limits.seconds})
+    asked = json.dumps({"source": template, "variables": variables, "seconds": seconds})
     most = limits.text + 64 * len(asked)
-    answer = _WORKER.ask(f'{asked[:-1]}, "most": {most}}}')
+    answer = _WORKER.ask(f'{asked[:-1]}, "most": {most}}}', seconds)
     if "error" in answer:
         raise ValueError(f"messages: the chat template refuses them ({answer['error']})")
     spans = [(start, end) for start, end in answer["spans"]]
@@ -54,7 +57,7 @@ class _Worker:
         self._lock = threading.Lock()
         self._process: Any = None
 
-    def ask(self, line: str) -> dict[str, Any]:
+    def ask(self, line: str, seconds: float) -> dict[str, Any]:
         """The answer to one request; one at a time."""
         with self._lock:
             if self._process is None:
@@ -76,7 +79,7 @@ class _Worker:
         if content.endswith(b"\n"):
             return json.loads(content)
         late = process.returncode == -signal.SIGPROF
-        reason = f"longer than {guard.LIMITS.seconds:g} s" if late else "too much memory"
+        reason = f"longer than {seconds:g} s" if late else "too much memory"
         return {"error": f"it takes {reason}"}
 
     def end(self) -> None:

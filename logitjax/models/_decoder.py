@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from logitjax import ops
 from logitjax.heads import LinearHead, TiedHead
 from logitjax.losses import Head
-from logitjax.models._attention import Attention, Norm, make_context
+from logitjax.models._attention import Attention, Implementation, Norm, make_context
 from logitjax.models._cache import Cache, kind_name
 from logitjax.models._config import DecoderConfig, SegmentSpec
 from logitjax.models._lora import Lora, linear_map, project, scaled_layers
@@ -84,13 +84,15 @@ def _rematerialised(function: Callable, remat: str) -> Callable:
 
 
 def _over_batch(x: jax.Array) -> jax.Array:
-    """Keeps activations split over the batch where a mesh is known (a `TrainStep` makes it so).
+    """Keeps activations split over batch and time where a mesh is known, as in a `TrainStep`.
 
     Left alone the compiler may follow the embedding, which is split along the model dimension over
     the same axis, and then sums every matmul over all devices.
     """
-    axes = ops.mesh.auto_axes(ops.sharding.MeshAxes.current().rows, x.shape[0])
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
+    names = ops.sharding.MeshAxes.current()
+    rows = ops.mesh.auto_axes(names.rows, x.shape[0])
+    time = ops.mesh.auto_axes(names.sequence, x.shape[1])
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(rows, time)) if rows or time else x
 
 
 def _look_up(table: jax.Array, ids: Array, mode: str | None = None) -> jax.Array:
@@ -191,7 +193,8 @@ class Decoder(nnx.Module):
             keeps matmul results, `'full'` keeps the layer's input only.
         head: a module `head(hidden, embedding) -> logits` with `as_linear(embedding)`;
             a `TiedHead` or `LinearHead` by `config.tie_embeddings` when omitted.
-        attention: `implementation` of `jax.nn.dot_product_attention`.
+        attention: `implementation` of `jax.nn.dot_product_attention`, or `'blocked'`, which forms
+            scores a block at a time. By default the latter from 4,096 tokens on, where no cache is.
 
     >>> config = DecoderConfig(vocab_size=11, hidden_size=8, intermediate_size=16, num_layers=2,
     ...                        num_heads=2, num_kv_heads=1, head_dim=4)
@@ -211,7 +214,7 @@ class Decoder(nnx.Module):
         layout: str = "stacked",
         remat: str = "none",
         head: Any = None,
-        attention: Literal["xla", "cudnn"] | None = None,
+        attention: Implementation = None,
     ):
         if layout not in ("stacked", "listed"):
             raise ValueError(f"layout: expected 'stacked' or 'listed', got {layout!r}")
@@ -222,7 +225,7 @@ class Decoder(nnx.Module):
         self.param_dtype = jnp.dtype(param_dtype)
         self.layout: str = layout
         self.remat: str = remat
-        self.attention: Literal["xla", "cudnn"] | None = attention
+        self.attention: Implementation = attention
         normal = nnx.initializers.normal(0.02)
         self.embedding = nnx.Param(
             normal(rngs.params(), (config.vocab_size, config.hidden_size), param_dtype)

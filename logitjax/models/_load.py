@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from logitjax import ops
+from logitjax.models._attention import Implementation
 from logitjax.models._bfloat16 import use_cpu_products
 from logitjax.models._config import DecoderConfig
 from logitjax.models._decoder import Decoder
@@ -129,7 +130,7 @@ def load_model(
     remat: str = "none",
     mesh: jax.sharding.Mesh | None = None,
     rules: ops.sharding.ShardingRules | None = None,
-    attention: Literal["xla", "cudnn"] | None = None,
+    attention: Implementation = None,
 ) -> Decoder:
     """Load a decoder from a Hugging Face directory, a GGUF file, or by name.
 

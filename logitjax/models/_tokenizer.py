@@ -10,7 +10,7 @@ import numpy as np
 
 from logitjax.models._chat import Spans, plain, plain_messages, render_template
 from logitjax.models._chat_mask import written_spans
-from logitjax.storage import digest
+from logitjax.storage import digest, guard
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
@@ -23,7 +23,8 @@ class Tokenizer:
     `tool_use`). `special_tokens` are the texts that templates know as `bos_token` and so on.
     `add_bos` says whether the model expects every text to begin with `bos_id` (Gemma, Llama,
     Mistral): the backend's post-processor does, as transformers 5 has it. A Gemma that does not
-    read the mark predicts nothing of use.
+    read the mark predicts nothing of use. A chat template may take `template_seconds` of the
+    processor.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Tokenizer:
         names = {f"{n}_token": self.token(id) for n, id in ids.items() if id is not None}
         self.special_tokens = names if special_tokens is None else dict(special_tokens)
         self.extra = dict(extra or {})
+        self.template_seconds = guard.LIMITS.seconds
         self.fingerprint = digest(backend.to_str(), bos_id, eos_id, pad_id)
         self.add_bos = bos_id is not None and backend.encode("").ids[:1] == [bos_id]
 
@@ -150,6 +152,7 @@ class Tokenizer:
                 "documents": plain(documents, "documents"),
                 "add_generation_prompt": add_generation_prompt,
             },
+            self.template_seconds,
         )
 
     def encode_chat(

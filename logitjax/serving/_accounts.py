@@ -3,15 +3,17 @@
 import collections
 import dataclasses
 import json
+import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from absl import logging
 
+from logitjax.leakage import Ledger
 from logitjax.serving._errors import ApiError
 from logitjax.serving._keys import Key
 
@@ -22,6 +24,7 @@ class Spent:
 
     queries: int = 0
     tokens: int = 0
+    nats: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Reservation:
     key: Key
     queries: int
     tokens: int
+    nats: float = 0.0
 
 
 class Rate:
@@ -65,15 +69,18 @@ class Accounts:
 
     Queries are the currency of extraction attacks: what a policy does not close, a budget of
     answers and tokens bounds. Budgets outlive a restart where there is a log, which has a JSON
-    object for each request: it is summed up.
+    object for each request: it is summed up. So do the nats that were told of each context, to
+    all keys together: several keys have no more of them than one.
     """
 
     def __init__(
         self,
         keys: Sequence[Key],
         log: str | None = None,
+        context_nats: float = math.inf,
         clock: Callable[[], float] = time.monotonic,
     ):
+        self.ledger = Ledger(context_nats)
         self._spent: dict[str, Spent] = collections.defaultdict(Spent)
         self._rates: dict[str, dict[str, Rate]] = collections.defaultdict(dict)
         for key in keys:
@@ -93,17 +100,19 @@ class Accounts:
         """What a key has used."""
         return self._spent[key.name]
 
-    def reserve(self, key: Key, *, queries: int, tokens: int) -> Reservation:
+    def reserve(self, key: Key, *, queries: int, tokens: int, nats: float = 0.0) -> Reservation:
         """Sets aside what a request may use at most."""
         spent = self._spent[key.name]
         for name, used, more, most in (
             ("queries", spent.queries, queries, key.queries),
             ("tokens", spent.tokens, tokens, key.tokens),
+            ("nats", spent.nats, nats, key.nats),
         ):
             if most is not None and used + more > most:
                 raise ApiError(
                     429,
-                    f"the budget of this key is {most} {name}: {used} are used, {more} more asked",
+                    f"the budget of this key is {most:.10g} {name}: {used:.10g} are used, "
+                    f"{more:.10g} more asked; it does not come back",
                     code="insufficient_quota",
                 )
         rates, wanted = self._rates[key.name], {"queries": queries, "tokens": tokens}
@@ -122,14 +131,20 @@ class Accounts:
             rate.take(wanted[name])
         spent.queries += queries
         spent.tokens += tokens
-        return Reservation(key, queries, tokens)
+        spent.nats += nats
+        return Reservation(key, queries, tokens, nats)
 
     def settle(
-        self, reservation: Reservation, *, tokens: int, record: dict[str, Any] | None
+        self,
+        reservation: Reservation,
+        *,
+        tokens: int,
+        record: dict[str, Any] | None,
+        told: Mapping[str, float] | None = None,
     ) -> None:
         """Gives back the tokens that were not used, and logs what was given out.
 
-        Without a record nothing was, and the queries come back too.
+        Without a record nothing was, and the queries come back too. `told` has nats by context.
         """
         left = {"tokens": reservation.tokens - tokens, "queries": 0}
         if record is None:
@@ -137,11 +152,14 @@ class Accounts:
         spent = self._spent[reservation.key.name]
         spent.tokens -= left["tokens"]
         spent.queries -= left["queries"]
+        nats = sum((told or {}).values())
+        spent.nats += nats - reservation.nats
         for name, rate in self._rates[reservation.key.name].items():
             rate.take(-left[name])
         if record is not None and self._writer is not None:
             entry = {"time": round(time.time(), 3), "key": reservation.key.name}
             entry |= {"queries": reservation.queries, "tokens": tokens}
+            entry |= {"nats": nats, "contexts": told} if told else {}
             self._lines.put(json.dumps(entry | record))
 
     def close(self) -> None:
@@ -164,6 +182,9 @@ class Accounts:
                 spent = self._spent[entry["key"]]
                 spent.queries += entry["queries"]
                 spent.tokens += entry["tokens"]
+                spent.nats += entry.get("nats", 0.0)
+                for context, nats in entry.get("contexts", {}).items():
+                    self.ledger.add(context, nats)
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f"{path}:{number}: expected a line of an audit log") from None
 

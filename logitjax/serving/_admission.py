@@ -1,12 +1,14 @@
 """From the bytes of a request to jobs: fields, tokens, lengths, seeds."""
 
 import asyncio
+import dataclasses
 import json
 import re
 import secrets
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from starlette.requests import Request as HttpRequest
 
 from logitjax.decoding import Request, Sampling
@@ -16,7 +18,7 @@ from logitjax.serving._config import check_model
 from logitjax.serving._errors import ApiError, BadRequestError
 from logitjax.serving._keys import Key
 from logitjax.serving._scheduler import Job, Prompt
-from logitjax.serving._schema import CompletionRequest
+from logitjax.serving._schema import CompletionRequest, SamplingFields
 from logitjax.serving._service import Service
 
 # No field takes a number this long, and Python's integers would carry it into every check.
@@ -90,6 +92,8 @@ def read_request(
 ) -> tuple[CompletionRequest, list[tuple[Job, Sequence[int]]]]:
     """What is asked, and its jobs. Takes its time: called off the event loop."""
     asked = schema.parse(parse_json(body), service.config, chat=chat)
+    admitted = service.disclosure.admit(asked.sampling, service.vocab_size)
+    asked = dataclasses.replace(asked, sampling=admitted)
     return asked, _make_jobs(service, asked, key, loop)
 
 
@@ -98,13 +102,14 @@ def _make_jobs(
 ) -> list[tuple[Job, Sequence[int]]]:
     """A job for each copy of each prompt, and the prompt's tokens."""
     check_model(service.config, asked.model)
-    wrong = [i for i in asked.logit_bias if i >= service.vocab_size]
-    if wrong:
-        raise BadRequestError(f"logit_bias: there is no token {wrong[0]}", "logit_bias")
-    follower = None if asked.json_schema is None else service.formats.follow(asked.json_schema)
+    fields = asked.sampling
+    stop_ids = tuple({*fields.stop_token_ids, *(() if fields.ignore_eos else service.end_ids)})
+    allowed = _allowed(service, fields, stop_ids)
+    # A seed alone never says what is drawn: the policy mixes it.
+    same = {f.name: getattr(fields, f.name) for f in dataclasses.fields(Sampling)}
     jobs = []
     for number, prompt in enumerate(asked.prompts):
-        tokens = _tokens(service, prompt, asked.chat)
+        tokens = prompt_tokens(service, asked, prompt)
         # The last new token is not read; without any, the prompt's last one is.
         if len(tokens) + max(asked.max_tokens, 1) - 1 > service.config.max_length:
             raise BadRequestError(
@@ -113,40 +118,52 @@ def _make_jobs(
                 "messages" if asked.chat else "prompt",
             )
         # One key does not learn from time what another one asked.
-        shared = Prompt(salt=key.name, report=asked.echo and asked.logprobs is not None)
+        salt, report = f"{key.name}\n{asked.cache_salt}", asked.prompt_shown is not None
+        shared = Prompt(salt=salt, report=report)
         for copy in range(asked.n):
-            seed = secrets.randbits(32) if asked.seed is None else asked.seed
-            seed = service.disclosure.seed((seed + number * asked.n + copy) % 2**32)
-            sampling = Sampling(
-                temperature=asked.temperature,
-                top_k=asked.top_k,
-                top_p=asked.top_p,
-                min_p=asked.min_p,
-                repetition_penalty=asked.repetition_penalty,
-                presence_penalty=asked.presence_penalty,
-                frequency_penalty=asked.frequency_penalty,
-                seed=seed,
-            )
+            seed = secrets.randbits(32) if fields.seed is None else fields.seed
+            seed = (seed + number * asked.n + copy) % 2**32
             request = Request(
                 prompt=tokens,
                 max_new_tokens=asked.max_tokens,
-                sampling=sampling,
-                stop_ids=service.end_ids,
-                logit_bias=asked.logit_bias or None,
-                extra=service.disclosure.extra(tokens),
+                min_new_tokens=fields.min_tokens,
+                sampling=Sampling(**same | {"seed": service.disclosure.seed(seed)}),
+                stop_ids=stop_ids,
+                logit_bias=dict(fields.logit_bias) or None,
+                allowed=allowed,
+                extra=service.disclosure.extra(tokens, fields, seed),
             )
-            copied = None if follower is None else follower.copy()
-            jobs.append((Job(request, shared, loop, copied), tokens))
+            jobs.append((Job(request, shared, loop), tokens))
     return jobs
 
 
-def _tokens(service: Service, prompt: Any, chat: bool) -> list[int]:
-    name = "messages" if chat else "prompt"
-    if chat:
+def _allowed(
+    service: Service, fields: SamplingFields, stop_ids: Sequence[int]
+) -> np.ndarray | None:
+    """The words of `Request.allowed`; refuses ids that are none."""
+    given = {"logit_bias": dict(fields.logit_bias), "stop_token_ids": fields.stop_token_ids}
+    for name, ids in (given | {"allowed_token_ids": fields.allowed_token_ids or ()}).items():
+        wrong = [i for i in ids if i >= service.vocab_size]
+        if wrong:
+            raise BadRequestError(f"{name}: there is no token {wrong[0]}", name)
+    if fields.allowed_token_ids is None:
+        return None
+    if fields.min_tokens and not set(fields.allowed_token_ids) - set(stop_ids):
+        raise BadRequestError("min_tokens: each allowed token ends the answer", "min_tokens")
+    bits = np.zeros(-(-service.vocab_size // 32) * 32, bool)
+    bits[list(fields.allowed_token_ids)] = True
+    return np.packbits(bits, bitorder="little").view("<u4")
+
+
+def prompt_tokens(service: Service, asked: CompletionRequest, prompt: Any) -> list[int]:
+    """The tokens of one of a request's prompts."""
+    name = "messages" if asked.chat else "prompt"
+    if asked.chat:
         _check_size(service, sum(len(message["content"]) for message in prompt), name)
         try:
-            prompt = service.tokenizer.render_chat(prompt, add_generation_prompt=True)
-        except (ValueError, RecursionError) as error:
+            prompt = service.tokenizer.render_chat(prompt, **asked.template_variables)
+        # Variables may have a name that is taken.
+        except (ValueError, TypeError, RecursionError) as error:
             raise BadRequestError(str(error)[:200], name) from None
     if isinstance(prompt, str):
         _check_size(service, len(prompt), name)
@@ -156,7 +173,7 @@ def _tokens(service: Service, prompt: Any, chat: bool) -> list[int]:
         except (TypeError, UnicodeError):  # Lone surrogates, which JSON can spell.
             raise BadRequestError(f"{name} is not valid Unicode", name) from None
         tokens = encoded[0].ids
-        start = [] if chat else service.tokenizer.start
+        start = service.tokenizer.start if asked.add_special_tokens else []
         if tokens[:1] != start:
             tokens = [*start, *tokens]
     else:

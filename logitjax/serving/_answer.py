@@ -1,5 +1,6 @@
 """One choice of an answer, as its tokens come, and the forms that OpenAI's API gives it."""
 
+import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -7,6 +8,7 @@ from typing import Any
 
 from logitjax.decoding import TextStream
 from logitjax.serving._errors import ApiError
+from logitjax.serving._meter import Meter
 from logitjax.serving._scheduler import Job, Token
 from logitjax.serving._schema import CompletionRequest
 from logitjax.serving._service import Service
@@ -35,9 +37,14 @@ class Answer:
         self._prompt = prompt
         # A chat's answer is a text of its own: none of its words goes on from the template's.
         context = () if asked.chat else prompt
-        self._stream = TextStream(service.tokenizer, asked.stop, context)
+        least = asked.sampling.min_tokens
+        self._stream = TextStream(service.tokenizer, asked.stop, context, least)
         self._offset = 0
         self._begun = time.monotonic()
+        self.meter: Meter | None = None
+        if math.isfinite(service.config.nats):
+            ledger, disclosure = service.accounts.ledger, service.disclosure
+            self.meter = Meter(ledger, disclosure, asked, job.request, service.vocab_size)
 
     async def pieces(self) -> AsyncIterator[tuple[str, list[Token], str | None]]:
         """Text that has become certain, the tokens that came with it, the reason in the last."""
@@ -67,6 +74,10 @@ class Answer:
             elif item.last:
                 self.finish = "stop" if item.stopped else "length"
                 text += self._stream.finish()
+            elif self.meter is not None and not self.meter.goes_on(item.id):
+                # Its end tells only which tokens were shown: prices depend on nothing else.
+                self.finish, self.job.cancelled = "length", True
+                text += self._stream.finish()
             self.text += text
             yield text, [item], self.finish
 
@@ -83,13 +94,12 @@ class Answer:
     @property
     def values(self) -> int:
         """Number of log-probabilities that were given out."""
-        few = self._asked.logprobs
-        if few is None:
-            return 0
-        shown = 0
-        for token in [*self.job.prompt_report, *self.tokens]:
-            best = [id for id, _ in token.top[:few]]
-            shown += len(best) + (token.logprob is not None and token.id not in best)
+        shown, asked = 0, self._asked
+        told = ((asked.prompt_shown, self.job.prompt_report), (asked.logprobs, self.tokens))
+        for few, tokens in told:
+            for token in tokens if few is not None else ():
+                best = [id for id, _ in token.top[:few]]
+                shown += len(best) + (token.logprob is not None and token.id not in best)
         return shown
 
     def logprobs(self, tokens: Sequence[Token]) -> Any:
@@ -130,11 +140,13 @@ class Answer:
         return {"content": content, "refusal": None}
 
 
-def usage(answers: Sequence[Answer], asked: CompletionRequest) -> dict[str, int]:
+def usage(answers: Sequence[Answer], asked: CompletionRequest) -> dict[str, Any]:
     # Copies of one prompt are read once as far as the user is concerned.
     prompt = sum(a.prompt_tokens for a in answers[:: asked.n])
     new = sum(len(a.tokens) for a in answers)
-    return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+    counts = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+    cached = sum(a.job.cached for a in answers[:: asked.n])
+    return counts | {"prompt_tokens_details": {"cached_tokens": cached}}
 
 
 def frame(service: Service, asked: CompletionRequest, *, chunk: bool) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The application: its routes, and what is asked without decoding."""
 
 import contextlib
+import copy
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,6 +14,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
 
+import logitjax
 from logitjax.decoding import Ensemble
 from logitjax.models import Tokenizer
 from logitjax.serving._accounts import Accounts
@@ -29,6 +31,10 @@ from logitjax.serving._policy import Disclosure
 from logitjax.serving._scheduler import Scheduler
 from logitjax.serving._schema import openapi
 from logitjax.serving._service import Service
+from logitjax.serving._tokens import detokenize, tokenize, tokens_endpoint
+
+# Of the processor, where a second is what thousands of usual messages take.
+_TEMPLATE_SECONDS = 0.5
 
 
 def build_app(
@@ -38,7 +44,12 @@ def build_app(
 
     The decoding engine starts and ends with the application. The tokens `end_ids` end an answer.
     """
-    disclosure = Disclosure(config.policy, config.policy_seed)
+    # Its template goes over the messages of strangers.
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.template_seconds = _TEMPLATE_SECONDS
+    disclosure = Disclosure(
+        config.policy, config.policy_seed, choices=config.choices, schemas=config.schemas
+    )
     scheduler = Scheduler(model, disclosure, end_ids, config)
     metrics = Metrics(lambda: scheduler.load)
     service = Service(
@@ -50,7 +61,7 @@ def build_app(
         config=config,
         disclosure=disclosure,
         metrics=metrics,
-        accounts=Accounts(config.keys, config.audit_log),
+        accounts=Accounts(config.keys, config.audit_log, config.nats),
         readers=ThreadPoolExecutor(2, "reader"),
         formats=Formats(tokenizer, model.plan.vocab_size, end_ids),
         most_characters=config.max_length * longest_token(tokenizer),
@@ -59,8 +70,10 @@ def build_app(
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         scheduler.start()
+        service.formats.start()
         yield
         scheduler.close()
+        service.formats.close()
         service.readers.shutdown(wait=False, cancel_futures=True)
         service.accounts.close()
 
@@ -71,6 +84,9 @@ def build_app(
         Route("/v1/models/{name:path}", _models),
         Route("/health", _health),
         Route("/ready", _ready),
+        Route("/tokenize", tokens_endpoint(service, tokenize), methods=["POST"]),
+        Route("/detokenize", tokens_endpoint(service, detokenize), methods=["POST"]),
+        Route("/version", _version),
         Route("/metrics", metrics.endpoint),
         Route("/openapi.json", _description),
     ]
@@ -140,6 +156,10 @@ async def _ready(request: HttpRequest) -> Response:
     if not scheduler.ready.is_set():
         raise ApiError(503, "programs are being compiled", headers={"Retry-After": "5"})
     return json_response({"status": "ready"})
+
+
+async def _version(_: HttpRequest) -> Response:
+    return json_response({"version": logitjax.__version__})
 
 
 async def _description(request: HttpRequest) -> Response:

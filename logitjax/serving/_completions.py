@@ -1,6 +1,7 @@
 """The two endpoints that decode, whole or as a stream."""
 
 import asyncio
+import collections
 import functools
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -31,14 +32,27 @@ def completions(service: Service, *, chat: bool) -> Any:
                 service.readers,
                 functools.partial(read_request, service, body, key, loop, chat=chat),
             )
+            if asked.sampling.structure is not None:
+                follower = await service.formats.follow(*asked.sampling.structure)
+                for job, _ in jobs:
+                    job.follower = follower.copy()
             prompt_tokens = sum(len(prompt) for _, prompt in jobs[:: asked.n])
-            reserved = service.accounts.reserve(
-                key, queries=len(jobs), tokens=prompt_tokens + len(jobs) * asked.max_tokens
-            )
             answers = [Answer(service, asked, job, i, p) for i, (job, p) in enumerate(jobs)]
+            meters = [answer.meter for answer in answers if answer.meter is not None]
+            reserved = service.accounts.reserve(
+                key,
+                queries=len(jobs),
+                tokens=prompt_tokens + len(jobs) * asked.max_tokens,
+                nats=sum(meter.most for meter in meters),
+            )
             try:
                 service.scheduler.submit([job for job, _ in jobs])
+                # After it, so that an overload costs no nats; nothing is shown in between.
+                for meter in meters:
+                    meter.begin()
             except ApiError:
+                for job, _ in jobs:
+                    job.cancelled = True
                 service.accounts.settle(reserved, tokens=0, record=None)
                 raise
         except ApiError as error:
@@ -56,11 +70,14 @@ def completions(service: Service, *, chat: bool) -> Any:
                 "prompt_tokens": prompt_tokens,
                 "values": told,
                 "top": asked.logprobs,
-                "temperature": asked.temperature,
-                "biased": len(asked.logit_bias),
+                "temperature": asked.sampling.temperature,
+                "biased": len(asked.sampling.logit_bias),
             }
             new = sum(len(answer.tokens) for answer in answers)
-            service.accounts.settle(reserved, tokens=prompt_tokens + new, record=record)
+            nats = sum((meter.told for meter in meters), collections.Counter())
+            service.metrics.told_nats.inc(nats.total())
+            used = prompt_tokens + new
+            service.accounts.settle(reserved, tokens=used, record=record, told=nats)
 
         if asked.stream:
             return _Events(_stream(service, asked, answers), done)
@@ -113,9 +130,32 @@ async def _whole(
         else:
             choice["text"] = answer.text
         choice |= {"logprobs": answer.logprobs(answer.shown), "finish_reason": answer.finish}
+        if asked.prompt_logprobs is not None and not asked.chat:
+            choice["prompt_logprobs"] = _prompt_logprobs(service, asked, answer)
         choices.append(choice)
-    head = frame(service, asked, chunk=False)
-    return json_response(head | {"choices": choices, "usage": usage(answers, asked)})
+    body = frame(service, asked, chunk=False) | {"choices": choices}
+    if asked.prompt_logprobs is not None and asked.chat:
+        body["prompt_logprobs"] = _prompt_logprobs(service, asked, answers[0])
+    return json_response(body | {"usage": usage(answers, asked)})
+
+
+def _prompt_logprobs(service: Service, asked: CompletionRequest, answer: Answer) -> list[Any]:
+    """Of each token of a prompt the most likely ones and its own, by their ids as vLLM has them."""
+    places: list[Any] = [None]  # Nothing predicts the first token.
+    for token in answer.job.prompt_report:
+        best = [(*pair, rank) for rank, pair in enumerate(token.top, 1)]
+        told = best[: asked.prompt_logprobs]
+        if token.logprob is not None and token.id not in [id for id, *_ in told]:
+            # Its rank is known where it is among those that any request may see.
+            ranks = [rank for id, _, rank in best if id == token.id]
+            told.append((token.id, token.logprob, ranks[0] if ranks else None))
+        places.append(
+            {
+                str(id): {"logprob": value, "rank": rank, "decoded_token": service.names(id)[0]}
+                for id, value, rank in told
+            }
+        )
+    return places
 
 
 async def _disconnected(http: HttpRequest) -> None:
@@ -158,7 +198,8 @@ async def _stream(
             choice = {"index": answer.index, "logprobs": answer.logprobs(tokens)}
             choice["finish_reason"] = reason
             choice |= {"delta": {"content": text}} if asked.chat else {"text": text}
-            yield _event(head | {"choices": [choice]})
+            counts = {"usage": usage(answers, asked)} if asked.continuous_usage else {}
+            yield _event(head | {"choices": [choice]} | counts)
         if asked.include_usage:
             yield _event(head | {"choices": [], "usage": usage(answers, asked)})
         yield "data: [DONE]\n\n"

@@ -1,12 +1,14 @@
 """What a server takes and reports."""
 
 import dataclasses
+import math
 
 from logitjax import leakage
 from logitjax.ops import checks
 from logitjax.serving._errors import ApiError
 from logitjax.serving._keys import Key
-from logitjax.serving._policy import Disclosure
+from logitjax.serving._policy import CHOICES, Disclosure
+from logitjax.storage import option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,6 +18,12 @@ class ServerConfig:
     Attributes:
         model: Name of the model in the API.
         policy: What is reported of its log-probabilities, and whether a logit bias is accepted.
+        choices: How requests may choose tokens. `free`: by every field, which gives the logits away
+            whatever is hidden of their values. `plain`: by temperature, top_k, top_p and min_p on
+            coarse joint grids, each draw with a key of its own, so that reading a token of
+            probability p takes some 1/p answers. `metered`: the same, and budgets of nats.
+        schemas: Whether `plain` and `metered` hold answers to schemas, which reach unlikely tokens.
+        context_nats: Most nats that `metered` tells of one context, to all keys together.
         policy_seed: Seed of the policy's noise and of draws; None takes a new one at every start.
         slots: Number of requests decoded together.
         max_waiting: Number of requests that may wait for a slot.
@@ -38,6 +46,9 @@ class ServerConfig:
 
     model: str
     policy: leakage.LogitPolicy
+    choices: str = option("free", choices=CHOICES)
+    schemas: bool = False
+    context_nats: float = 200.0
     policy_seed: int | None = None
     slots: int = 8
     max_waiting: int = 64
@@ -58,8 +69,31 @@ class ServerConfig:
             checks.between(getattr(self, name), 1, 2**31 - 1, name)
         for name in ("max_waiting", "prefix_cache_mb"):
             checks.between(getattr(self, name), 0, 2**31 - 1, name)
+        checks.positive(self.context_nats, "context_nats")
         # Says which parts of the policy a server cannot keep.
-        Disclosure(self.policy)
+        if not Disclosure(self.policy, choices=self.choices).free and self.hidden_states:
+            raise ValueError(f"hidden_states: expected False with choices={self.choices}, got True")
+        if any(key.nats is not None for key in self.keys) and self.choices != "metered":
+            raise ValueError(f"keys: expected no nats with choices={self.choices}, got some")
+
+    @property
+    def nats(self) -> float:
+        """Most nats of a context."""
+        return self.context_nats if self.choices == "metered" else math.inf
+
+    @property
+    def notice(self) -> str:
+        """What the answers of this server give away, in a line."""
+        if self.choices == "free":
+            return (
+                "choices=free: answers give the logits away, whatever is hidden of their values "
+                "(docs/leakage.md)"
+            )
+        told = "choices=plain: a token of probability p is read from some 1/p answers"
+        if self.choices == "plain":
+            return told
+        kept = f"kept in {self.audit_log}" if self.audit_log else "of this run: a restart forgets"
+        return f"choices=metered: at most {self.context_nats:g} nats of a context, {kept}"
 
 
 def check_model(config: ServerConfig, name: str | None) -> None:

@@ -3,12 +3,15 @@
 import asyncio
 import collections
 import contextlib
+import json
 import time
 from collections.abc import Callable
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from logitjax.serving._errors import ApiError
 
 
 class Doorkeeper:
@@ -118,7 +121,13 @@ class Protocol(H11Protocol):
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.abort()  # It has its answer, or a part of it.
             return
-        super().send_400_response(msg)
+        body = json.dumps(ApiError(400, msg).body()).encode()
+        headers = {"content-type": "application/json", "connection": "close"}
+        headers["content-length"] = str(len(body))
+        response = h11.Response(status_code=400, headers=list(headers.items()))
+        for event in (response, h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
         if self.cycle is not None:  # It waits for the rest of what was no body.
             self.cycle.disconnected = True
             self.cycle.message_event.set()

@@ -1,48 +1,111 @@
-"""Answers that follow a JSON schema: which tokens may come next."""
+"""Answers that follow a structure: which tokens may come next.
 
+Structures are programs of strangers. Each is tried in a process that the system ends, then begun in
+a thread that makes room for others, and remembered.
+"""
+
+import asyncio
+import collections
+import contextlib
 import json
+import os
+import pathlib
+import subprocess
+import sys
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import llguidance
 import numpy as np
 
 from logitjax.models import Tokenizer
-from logitjax.serving._errors import BadRequestError
+from logitjax.serving._errors import ApiError, BadRequestError
 
 # Compact, but spaced as people and `json.dumps` write it: with white space at will small models
 # write little else.
 _LAYOUT: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _MOST_BYTES = 1 << 15
+_SCRIPT = pathlib.Path(__file__).with_name("_structure_trial.py")
+# Of the processor's time: a schema of a thousand properties begins in a tenth of a second.
+_TO_BEGIN = 0.5
+_TO_FOLLOW = 5.0
+_REMEMBERED = 64
+_MOST_WAITING = 64
 
 
 class Formats:
-    """Grammars over the tokens of one model; safe to use from several threads."""
+    """Structures over the tokens of one model, one at a time in a thread of their own."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_ids: Sequence[int]):
-        self._tokenizer = tokenizer
         self._vocab_size = vocab_size
-        self._end_ids = list(end_ids)
-        self._lock = threading.Lock()
-        self._tokens: Any = None
+        self._pool = thread_pool("structure", 1)
+        self._waiting = 0
+        self._known: collections.OrderedDict[Any, Any] = collections.OrderedDict()
+        # The library wants an end; without any nothing is held to a structure.
+        about: dict[str, Any] = {"n_vocab": vocab_size, "eos_token": list(end_ids) or [0]}
+        text = tokenizer.backend.to_str()
+        self._about = {"tokenizer": text} | about
+        self._process: Any = None
+        self._wrong = "" if end_ids else "this model has no token that ends an answer"
+        try:
+            self._tokens = llguidance.LLTokenizer(text, **about)
+        except ValueError as error:
+            self._wrong = f"this model's tokens cannot be held to one ({error})"
 
-    def follow(self, schema: Mapping[str, Any]) -> "Follower":
-        """What holds one answer to a schema."""
-        if not self._end_ids:
-            raise _refused("this model has no token that ends an answer")
+    def start(self) -> None:
+        """Begins the process that tries structures out, which takes a moment."""
+        self._pool.submit(self._start)
+
+    def close(self) -> None:
+        """Ends the process and the thread."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._end()
+
+    async def follow(self, kind: str, text: str) -> "Follower":
+        """What holds one answer to a structure; others wait in line, but not too many."""
+        if self._waiting >= _MOST_WAITING:
+            wait = {"Retry-After": "5"}
+            raise ApiError(429, "too many structures are waiting", code="overloaded", headers=wait)
+        self._waiting += 1
         try:
-            text = json.dumps(schema)
-        except RecursionError:
-            raise _refused("the schema is nested too deeply") from None
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._pool, self.begin, kind, text)
+        finally:
+            self._waiting -= 1
+
+    def begin(self, kind: str, text: str) -> "Follower":
+        """The same in this thread: a copy of what is remembered, or a new one."""
+        begun = self._known.pop((kind, text), None)
+        if begun is None:
+            try:
+                begun = self._begin(kind, text)
+            except BadRequestError as error:
+                begun = error
+        self._known[kind, text] = begun
+        if len(self._known) > _REMEMBERED:
+            self._known.popitem(last=False)
+        if isinstance(begun, BadRequestError):
+            raise begun
+        return begun.copy()
+
+    def _begin(self, kind: str, text: str) -> "Follower":
+        if self._wrong:
+            raise _refused(self._wrong)
         if len(text) > _MOST_BYTES:
-            raise _refused(f"a schema of {len(text)} bytes, at most {_MOST_BYTES} are taken")
-        tokens = self._trie()
+            raise _refused(f"a structure of {len(text)} bytes, at most {_MOST_BYTES} are taken")
         try:
-            grammar = llguidance.LLMatcher.grammar_from_json_schema(text, overrides=_LAYOUT)
+            if kind == "json":
+                grammar = llguidance.LLMatcher.grammar_from_json_schema(text, overrides=_LAYOUT)
+            else:
+                grammar = llguidance.grammar_from(kind, text)  # pyright: ignore[reportArgumentType]
         except ValueError as error:
             raise _refused(str(error)) from None
-        matcher = llguidance.LLMatcher(tokens, grammar, log_level=0)
+        if not self._passes(grammar):
+            raise _refused(f"it takes more than {_TO_BEGIN:g} s or too much memory to begin")
+        matcher = llguidance.LLMatcher(self._tokens, grammar, log_level=0)
         if matcher.is_error():
             raise _refused(matcher.get_error())
         follower = Follower(matcher, self._vocab_size)
@@ -50,19 +113,32 @@ class Formats:
             raise _refused(matcher.get_error().partition("<")[0])
         return follower
 
-    def _trie(self) -> Any:
-        with self._lock:  # A second of work for 50,000 tokens, once.
-            if self._tokens is None:
-                try:
-                    self._tokens = llguidance.LLTokenizer(
-                        self._tokenizer.backend.to_str(),
-                        n_vocab=self._vocab_size,
-                        # The library wants one; without any nothing is held to a schema.
-                        eos_token=self._end_ids or [0],
-                    )
-                except ValueError as error:
-                    raise _refused(f"this model's tokens cannot be held to one ({error})") from None
-            return self._tokens
+    def _start(self) -> None:
+        if self._process is None:
+            pipe = subprocess.PIPE
+            command = [sys.executable, "-P", str(_SCRIPT)]
+            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe)
+            self._say(self._about)
+
+    def _passes(self, grammar: str) -> bool:
+        """Whether a structure begins in time, tried where that can be ended."""
+        self._start()
+        self._say({"grammar": grammar, "seconds": _TO_BEGIN})
+        answer = self._process.stdout.readline()
+        if not answer:  # It has ended itself, and begins anew with the next one.
+            self._end()
+        return answer == b"passed\n"
+
+    def _say(self, what: dict[str, Any]) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(what).encode() + b"\n")
+            self._process.stdin.flush()
+
+    def _end(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
 
 
 class Follower:
@@ -71,27 +147,45 @@ class Follower:
     Attributes:
         allowed: Which tokens may come next: uint32 `[words]`, bit `v % 32` of word `v // 32` for
             token v.
-        failed: Whether a limit of the library was met; what is allowed says nothing then.
+        failed: Whether it took too long, or a limit of the library was met; what is allowed says
+            nothing then.
     """
 
-    def __init__(self, matcher: Any, vocab_size: int):
+    def __init__(self, matcher: Any, vocab_size: int, allowed: np.ndarray | None = None):
         self._matcher = matcher
-        self._words = -(-vocab_size // 32)
-        self._look()
+        self._vocab_size = vocab_size
+        self._seconds = 0.0
+        self.failed = False
+        self.allowed = self._mask() if allowed is None else allowed
 
     def copy(self) -> "Follower":
         """Another answer, as far as this one is."""
-        return Follower(self._matcher.deep_copy(), 32 * self._words)
+        return Follower(self._matcher.deep_copy(), self._vocab_size, self.allowed)
 
-    def take(self, token: int) -> None:
-        """Goes on by a token that was chosen."""
-        self._matcher.consume_token(token)
-        self._look()
+    def take(self, tokens: Sequence[int]) -> None:
+        """Goes on by tokens that were chosen. Takes its time: called off the engine's thread."""
+        start = time.thread_time()
+        for token in tokens:  # The plural takes no end.
+            self._matcher.consume_token(token)
+        self.allowed = self._mask()
+        self._seconds += time.thread_time() - start
+        self.failed = self.failed or self._seconds > _TO_FOLLOW
 
-    def _look(self) -> None:
+    def _mask(self) -> np.ndarray:
         words = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
-        self.allowed = words[: self._words]
         self.failed = self._matcher.is_error()
+        return words[: -(-self._vocab_size // 32)]
+
+
+def thread_pool(name: str, threads: int) -> ThreadPoolExecutor:
+    """Threads that leave the processors to others."""
+
+    def step_aside() -> None:
+        # Linux has a priority for each thread; elsewhere theirs is that of the process.
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+
+    return ThreadPoolExecutor(threads, name, initializer=step_aside)
 
 
 def _refused(reason: str) -> BadRequestError:

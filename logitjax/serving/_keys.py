@@ -23,6 +23,7 @@ class Key:
         tokens: Largest number of tokens in all, of prompts and answers.
         queries_per_minute: Largest number of answers a minute.
         tokens_per_minute: Largest number of tokens a minute.
+        nats: Most nats in all that answers may tell, where choices are metered.
     """
 
     name: str = "anybody"
@@ -31,6 +32,7 @@ class Key:
     tokens: int | None = None
     queries_per_minute: int | None = None
     tokens_per_minute: int | None = None
+    nats: float | None = None
 
     @classmethod
     def read(cls, path: str) -> tuple["Key", ...]:
@@ -73,6 +75,7 @@ class _Line(BaseModel, strict=True, extra="forbid"):
     tokens: _Count = None
     queries_per_minute: _Count = None
     tokens_per_minute: _Count = None
+    nats: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
 
 
 def find_key(keys: Sequence[Key], authorization: str) -> Key:

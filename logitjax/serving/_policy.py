@@ -1,6 +1,9 @@
-"""What leaves the server: the engine's options, and what becomes of log-probabilities."""
+"""What leaves the server: the engine's options, log-probabilities, and how tokens are chosen."""
 
+import dataclasses
 import hashlib
+import json
+import math
 import secrets
 from collections.abc import Sequence
 from typing import Any
@@ -10,8 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from logitjax.decoding import DecodeOptions
-from logitjax.leakage import LogitPolicy
+from logitjax.leakage import Choice, LogitPolicy
+from logitjax.serving._errors import BadRequestError
 
+CHOICES = ("free", "plain", "metered")
+MOST_STOP_IDS = 32  # of a request, beside those that end any answer
+_TUNED = tuple(field.name for field in dataclasses.fields(Choice))
+# What ends an answer is a function of its tokens. A seed is mixed in by itself, copy by copy. All
+# other fields name a draw, and are refused where choices are not free and no grid has them.
+_NEUTRAL = {"seed", "stop_token_ids", "ignore_eos"}
+# Clients spell grids in decimals.
+_CLOSE = 2e-3
 _TWO, _LANES = np.uint32(2), np.array([1, 2], np.uint32)
 
 
@@ -27,14 +39,30 @@ class Disclosure:
         policy: What is reported, and whether a logit bias is taken.
         seed: Seed of the policy's noise and of what seeds of requests are mixed with; None draws
             one.
+        choices: How tokens may be chosen: `free` as requests say, else on joint grids, with a key
+            of its own for each draw.
+        schemas: Whether requests may hold answers to schemas where choices are not free.
     """
 
-    def __init__(self, policy: LogitPolicy, seed: int | None = None):
+    def __init__(
+        self,
+        policy: LogitPolicy,
+        seed: int | None = None,
+        *,
+        choices: str = "free",
+        schemas: bool = False,
+    ):
         if policy.returns == "logits" or (policy.returns == "logprobs" and policy.top_k is None):
             raise ValueError("policy: expected returns='logprobs' with a top_k, or 'token'")
         if policy.noise_per != "prompt":
             raise ValueError("noise_per: expected 'prompt', fresh noise is averaged away")
+        if choices not in CHOICES:
+            raise ValueError(f"choices: expected one of {', '.join(CHOICES)}, got {choices!r}")
+        if choices != "free" and policy.bias != "none":
+            raise ValueError(f"bias: expected 'none' with choices={choices}, got {policy.bias!r}")
         self.policy = policy
+        self.free = choices == "free"
+        self._schemas = schemas
         # A seed that is known would let anybody subtract the noise, or sampling's own.
         self._secret = secrets.token_bytes(16) if seed is None else f"seed {seed}".encode()
 
@@ -46,7 +74,7 @@ class Disclosure:
     def options(self, end_ids: Sequence[int]) -> DecodeOptions:
         """What the engine has to report and to add."""
         policy = self.policy
-        served, remember = (self._served, _follow) if self._disturbs else (None, None)
+        served = self._served if self._disturbs else None
         return DecodeOptions(
             logprobs=policy.returns == "logprobs",
             top_logprobs=self.top_k,
@@ -54,20 +82,56 @@ class Disclosure:
             repetition=True,
             masks=True,
             max_logit_bias=0 if policy.bias == "none" else policy.max_biased,
-            max_stop_ids=max(8, len(end_ids)),
+            max_stop_ids=len(end_ids) + MOST_STOP_IDS,
             served=served,
-            remember=remember,
+            remember=_follow if self._disturbs or not self.free else None,
+            draw_keys=None if self.free else _draw_keys,
         )
 
-    def extra(self, tokens: Sequence[int]) -> dict[str, np.ndarray]:
-        """What the engine keeps beside a prompt: a name of all tokens so far, for the noise."""
-        if not self._disturbs:
-            return {}
+    def admit(self, fields: Any, vocab: int) -> Any:
+        """The sampling fields of a request as it is answered, with its choice on the grids.
+
+        Raises:
+            BadRequestError: There is a field that this policy does not take, or a value beside the
+                grids; the nearest that is taken is named.
+        """
+        if self.free:
+            return fields
+        given = {name: getattr(fields, name) for name in _TUNED}
+        given["top_k"] = 0 if given["top_k"] >= vocab else given["top_k"]
+        taken = dataclasses.asdict(Choice(**given).rounded())
+        for name, value in given.items():
+            ignored = not fields.temperature and name in ("top_k", "top_p", "min_p")
+            if not ignored and not math.isclose(value, taken[name], rel_tol=_CLOSE):
+                raise BadRequestError(f"{name}: the nearest taken here is {taken[name]:.5g}", name)
+        for name, value in _moving(fields).items():
+            if name not in _TUNED and not (self._schemas and name == "structure"):
+                name = {"structure": "response_format"}.get(name, name)
+                raise BadRequestError(f"this server takes no {name}, got {value!r:.40}", name)
+        # Two tokens that a schema leaves are weighed ever more finely the lower the temperature.
+        if fields.structure and 0 < fields.temperature < 1:
+            raise BadRequestError("temperature: the nearest taken here is 1", "temperature")
+        return dataclasses.replace(fields, **taken)
+
+    def extra(
+        self, tokens: Sequence[int], fields: Any = None, seed: int = 0
+    ) -> dict[str, np.ndarray]:
+        """What the engine keeps beside a prompt: names of all tokens so far.
+
+        One is for the noise of the row, and one, which begins with the request, for its draws. The
+        name of a draw depends on no logit. One that did, such as the number of tokens that are
+        kept, would change where a threshold crosses one of them, and tell every logit.
+        """
         # Keyed, so that nobody can look for two contexts with the same noise.
-        words = np.frombuffer(self._digest(b"context", 8), np.uint32)
-        for token in np.asarray(tokens, np.uint32):
-            words = _mixed(words, token)
-        return {"context": words}
+        names = {"context": b"context"} if self._disturbs else {}
+        if not self.free:
+            # The likeliest token needs no noise: all seeds are one request.
+            moving = _moving(fields) | {"seed": seed if fields and fields.temperature else 0}
+            names["draw"] = b"draw" + json.dumps(moving, sort_keys=True).encode()
+        extra = {n: np.frombuffer(self._digest(text, 8), np.uint32) for n, text in names.items()}
+        for token in np.asarray(tokens, np.uint32) if extra else ():
+            extra = {name: advance(words, token) for name, words in extra.items()}
+        return extra
 
     def seed(self, asked: int) -> int:
         """The seed that a request's draws are made with: always the same, and not to be guessed.
@@ -103,7 +167,7 @@ class Disclosure:
         return self.policy.disturb(logits, fold(first, second), api_key=api)
 
 
-def _mixed(words: Any, tokens: Any) -> Any:
+def advance(words: Any, tokens: Any) -> Any:
     """One token each into hashes of two words `[..., 2]`, uint32: murmur's finaliser a lane."""
     word = words ^ ((tokens[..., None] * _TWO + _LANES) * np.uint32(0x9E3779B1))
     word = (word ^ (word >> 16)) * np.uint32(0x85EBCA6B)
@@ -112,6 +176,23 @@ def _mixed(words: Any, tokens: Any) -> Any:
 
 
 def _follow(extra: Any, tokens: jax.Array, where: jax.Array) -> Any:
-    words = jnp.asarray(extra["context"])
-    after = _mixed(words, tokens.astype(jnp.uint32))
-    return extra | {"context": jnp.where(where[:, None], after, words)}
+    def after(words: Any) -> jax.Array:
+        return jnp.where(where[:, None], advance(words, tokens.astype(jnp.uint32)), words)
+
+    return {name: after(jnp.asarray(words)) for name, words in extra.items()}
+
+
+def _moving(fields: Any) -> dict[str, Any]:
+    """What decides a choice, in one spelling: no order, and nothing that moves nothing."""
+    if fields is None:
+        return {}
+    bias = tuple((token, amount) for token, amount in sorted(fields.logit_bias) if amount)
+    given = dataclasses.replace(fields, logit_bias=bias)
+    known = {field.name: field.default for field in dataclasses.fields(fields)}
+    moved = {name: getattr(given, name) for name, neutral in known.items() if name not in _NEUTRAL}
+    return {name: value for name, value in moved.items() if value != known[name]}
+
+
+def _draw_keys(extra: Any) -> jax.Array:
+    low, high = jnp.moveaxis(jnp.asarray(extra["draw"]), -1, 0)
+    return jax.vmap(lambda a, b: jax.random.fold_in(jax.random.key(a), b))(low, high)

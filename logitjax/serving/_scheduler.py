@@ -6,6 +6,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent import futures
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,16 @@ from absl import logging
 from logitjax.decoding import Emitted, Engine, PromptReader, Request
 from logitjax.serving._config import ServerConfig
 from logitjax.serving._errors import ApiError, BadRequestError
-from logitjax.serving._formats import Follower
+from logitjax.serving._formats import Follower, thread_pool
 from logitjax.serving._policy import Disclosure
 
 # Decoding steps between two looks at the queue.
 _STEPS = 4
 # Seconds that the end waits for the engine's thread.
 _PATIENCE = 2.0
+# Seconds that a step waits for the masks of structures: most take a tenth of that. Slots whose
+# masks come later are left out of the step, and given up after so long.
+_MASK_SECONDS, _MASK_PATIENCE = 0.005, 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Job:
 
     `prompt_report` holds the prompt's tokens from the second on, where they were wanted, once
     anything has arrived. A request for no new token ends without any. `follower` says which tokens
-    may come next, None for all.
+    may come next, None for all; `cached` counts the prompt's tokens that were read before.
     """
 
     def __init__(
@@ -55,14 +59,17 @@ class Job:
         request: Request,
         prompt: Prompt,
         loop: asyncio.AbstractEventLoop,
-        follower: Follower | None = None,
     ):
         self.request = request
         self.prompt = prompt
-        self.follower = follower
+        self.follower: Follower | None = None
         self.tokens: asyncio.Queue[Token | str | ApiError] = asyncio.Queue()
         self.prompt_report: Sequence[Token] = ()
         self.cancelled = False
+        self.cached = 0
+        # Which tokens may come next, where that is still being looked for, and since when.
+        self.mask: futures.Future[None] | None = None
+        self.asked = 0.0
         self._loop = loop
 
     def give(self, items: Sequence[Token | str | ApiError]) -> None:
@@ -120,6 +127,7 @@ class Scheduler:
         words = -(-self.engine.plan.vocab_size // 32)
         self._allowed = np.full((config.slots, words), 0xFFFFFFFF, np.uint32)
         self._held = False
+        self._masks = thread_pool("mask", 2)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -137,6 +145,7 @@ class Scheduler:
         if self._thread.is_alive():
             # Nobody can interrupt a compilation, which may take minutes.
             self._thread.join(timeout=_PATIENCE)
+        self._masks.shutdown(wait=False, cancel_futures=True)
 
     def drain(self, seconds: float) -> None:
         """What is under way may go on so long, then ends as if it were too long.
@@ -209,11 +218,15 @@ class Scheduler:
 
     def _compile(self) -> None:
         """Every program once, on a request of nobody."""
-        self.reader.compile(report=self.engine.options.logprobs)
-        row = self.reader.begin(Request(prompt=[0], max_new_tokens=1))
-        self.reader.advance()
-        self.reader.place(row, 0, Request(prompt=[0], max_new_tokens=1))
-        self.reader.release(row)
+        self.reader.compile(report=True)
+        nobody = Request(prompt=[0], max_new_tokens=1)
+        # What begins a report is no program of the reader's.
+        for report in (True, False):
+            row = self.reader.begin(nobody, report=report)
+            self.reader.advance()
+            self.reader.place(row, 0, nobody)
+            self.reader.release(row)
+        self.engine.allow(self._allowed)
         for steps in {1, _STEPS}:
             self.engine.decode_chunk(steps)
         self.engine.evict(0)
@@ -242,9 +255,10 @@ class Scheduler:
         self._begin()
         self._read += self.reader.advance()
         self._place()
-        if any(self._jobs):
+        waits = self._waits()
+        if any(job and not late for job, late in zip(self._jobs, waits, strict=True)):
             # What may come next is known one token ahead.
-            emitted = self.engine.decode_chunk(1 if self._hold() else _STEPS)
+            emitted = self.engine.decode_chunk(1 if self._hold(waits) else _STEPS, waits)
             self._hand_out(emitted, range(len(self._jobs)))
         return True
 
@@ -277,6 +291,7 @@ class Scheduler:
                 # What it shares with a prompt being read is not read twice.
                 if self.reader.waits(first.request.prompt, salt=first.prompt.salt):
                     return
+            before = self.reader.tokens_reused
             try:
                 row = self.reader.begin(
                     first.request, salt=first.prompt.salt, report=first.prompt.report
@@ -287,6 +302,8 @@ class Scheduler:
                 for job in group:
                     job.give([BadRequestError(str(error))])
                 continue
+            for job in self._waiting[0]:
+                job.cached = self.reader.tokens_reused - before
             # At no time is it in neither: whoever ends all jobs finds it.
             with self._wake:
                 self._reading[row] = self._waiting.popleft()
@@ -321,16 +338,39 @@ class Scheduler:
             group.pop(0)
         return True
 
-    def _hold(self) -> bool:
-        """Tells the engine which tokens may come next; whether any slot is held to some."""
-        held = [(i, job.follower) for i, job in enumerate(self._jobs) if job and job.follower]
+    def _waits(self) -> np.ndarray:
+        """Which slots have no mask yet; those that failed are emptied."""
+        masks = {i: job.mask for i, job in enumerate(self._jobs) if job and job.mask}
+        idle = len(masks) == len(self._jobs) - self._jobs.count(None) and not self._reading
+        # Where nobody else would move, the first mask is waited for.
+        when = futures.FIRST_COMPLETED if idle else futures.ALL_COMPLETED
+        futures.wait(masks.values(), timeout=_PATIENCE if idle else _MASK_SECONDS, return_when=when)
+        waits = np.zeros(len(self._jobs), bool)
+        for slot, mask in masks.items():
+            job: Any = self._jobs[slot]
+            waits[slot] = not mask.done()
+            late = waits[slot] and time.monotonic() - job.asked > _MASK_PATIENCE
+            if late or (mask.done() and (mask.exception() or job.follower.failed)):
+                job.give([BadRequestError("response_format: too complex", "response_format")])
+                self._jobs[slot] = None
+                self.engine.evict(slot)
+            elif mask.done():
+                job.mask = None
+        return waits
+
+    def _hold(self, waits: np.ndarray) -> bool:
+        """Tells the engine which tokens may come next; whether any slot that moves follows more."""
+        held = {i: job.follower for i, job in enumerate(self._jobs) if job and job.follower}
         if held or self._held:
-            self._allowed[:] = 0xFFFFFFFF
-            for slot, follower in held:
-                self._allowed[slot] = follower.allowed
+            for slot, job in enumerate(self._jobs):
+                # The mask of a slot that waits is being written.
+                given = (
+                    None if job is None or waits[slot] else (job.follower or job.request).allowed
+                )
+                self._allowed[slot] = 0xFFFFFFFF if given is None else given
             self.engine.allow(self._allowed)
         self._held = bool(held)
-        return self._held
+        return any(not waits[slot] for slot in held)
 
     def _fill(self, slot: int, row: int, job: Job) -> Emitted | None:
         request = job.request
@@ -386,12 +426,11 @@ class Scheduler:
                 continue
             ended = not active[slot]
             if job.follower is not None:
-                found = _followed(job.follower, found)
-                if job.follower.failed and not ended:
-                    job.give([BadRequestError("response_format: too complex", "response_format")])
-                    self._jobs[slot] = None
-                    self.engine.evict(slot)
-                    continue
+                found = _of_a_structure(found)
+                if found and not ended:
+                    tokens = [token.id for token in found]
+                    job.mask = self._masks.submit(job.follower.take, tokens)
+                    job.asked = time.monotonic()
             if ended and found:
                 found[-1] = dataclasses.replace(found[-1], last=True, stopped=bool(stopped[slot]))
             job.give(found)
@@ -401,14 +440,14 @@ class Scheduler:
                 self._seconds += 0.1 * (spent - self._seconds)
 
 
-def _followed(follower: Follower, tokens: Sequence[Token]) -> list[Token]:
-    """Takes tokens, and takes back the values of those that only a schema made likely.
+def _of_a_structure(tokens: Sequence[Token]) -> list[Token]:
+    """Takes back the values of those tokens that only a structure made likely.
 
-    A schema chooses tokens as a bias does: their own values would be a way to read any.
+    It chooses tokens as a bias does: their own values would be a way to read any.
     """
-    kept = []
-    for token in tokens:
-        follower.take(token.id)
-        known = token.id in [id for id, _ in token.top]
-        kept.append(token if known else dataclasses.replace(token, logprob=None))
-    return kept
+    return [
+        token
+        if token.id in [id for id, _ in token.top]
+        else dataclasses.replace(token, logprob=None)
+        for token in tokens
+    ]

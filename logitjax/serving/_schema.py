@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Optional
 
@@ -10,40 +11,71 @@ from pydantic import BaseModel, Field
 
 from logitjax.serving._config import ServerConfig
 from logitjax.serving._errors import BadRequestError
-from logitjax.serving._policy import Disclosure
+from logitjax.serving._policy import MOST_STOP_IDS, Disclosure
 
 _TOKEN = r"^[0-9]{1,9}$"
 _MOST_PROMPTS = 16  # of one request, and of its answers
+_MOST_STOPS = 32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingFields:
+    """All fields of a request that decide which tokens are drawn.
+
+    A policy judges this value as a whole, so that a field which is added here is not forgotten
+    there. `structure` is what an answer has to follow: a kind (`json`, `regex`, `choice`,
+    `grammar`) and its text.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    structure: tuple[str, str] | None = None
+
+
+_FIELDS = dataclasses.fields(SamplingFields)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompletionRequest:
     """A checked request of either kind, with its defaults; prompts still as they came.
 
-    `json_schema` is what an answer has to follow, None for any text.
+    `template_variables` are what a chat template may read beside the messages.
     """
 
     prompts: Sequence[Any]
     n: int
     max_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    repetition_penalty: float
-    presence_penalty: float
-    frequency_penalty: float
-    seed: int | None
+    sampling: SamplingFields
     logprobs: int | None
-    logit_bias: Mapping[int, float]
+    prompt_logprobs: int | None
     stop: Sequence[str]
-    json_schema: Mapping[str, Any] | None
     echo: bool
     stream: bool
     include_usage: bool
+    continuous_usage: bool
     tokens_as_ids: bool
+    cache_salt: str
+    add_special_tokens: bool
+    template_variables: Mapping[str, Any]
     model: str | None
     chat: bool
+
+    @property
+    def prompt_shown(self) -> int | None:
+        """Number of most likely tokens reported of each token of a prompt; None where none is."""
+        told = (self.prompt_logprobs, self.logprobs if self.echo else None)
+        return max((few for few in told if few is not None), default=None)
 
 
 def _integer(low: int, high: int) -> Any:
@@ -54,37 +86,62 @@ def _number(low: float, high: float) -> Any:
     return Optional[Annotated[float, Field(ge=low, le=high, allow_inf_nan=False)]]  # noqa: UP045
 
 
+def _list(kind: Any, **limits: int) -> Any:
+    # It fails fast: a million wrong numbers would make a million messages.
+    return Annotated[list[kind], Field(fail_fast=True, **limits)]
+
+
 Text = Annotated[str, Field(min_length=1)]
+# Every end of an answer's text is compared with every beginning of a stop string.
+StopText = Annotated[str, Field(min_length=1, max_length=256)]
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 
-class TextPart(BaseModel, strict=True):
+class _Part(BaseModel, strict=True, extra="forbid"):
+    """A value inside of a request: it has these fields and no others."""
+
+
+class TextPart(_Part):
     """A part of a turn; text is the only kind."""
 
     type: Literal["text"]
     text: str
 
 
-class Message(BaseModel, strict=True):
+class Message(_Part):
     """One turn of a conversation."""
 
     role: str
-    content: str | Annotated[list[TextPart], Field(fail_fast=True, min_length=1)]
+    content: str | _list(TextPart, min_length=1) | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    # Clients send an answer back as it came, with what it does not hold.
+    refusal: None = None
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
 
-    def as_turn(self) -> dict[str, str]:
-        """What a chat template takes: the parts are one text."""
-        content = self.content
+    def as_turn(self) -> dict[str, Any]:
+        """What a chat template takes: the parts are one text, and no content is an empty one."""
+        content = self.content or ""
         if not isinstance(content, str):
             content = "".join(part.text for part in content)
-        return {"role": self.role, "content": content}
+        more = self.model_dump(exclude_none=True, exclude={"role", "content"})
+        return {"role": self.role, "content": content} | more
 
 
-class StreamOptions(BaseModel, strict=True):
+class StreamOptions(_Part):
     """What a stream holds beside the text."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None  # OpenAI's padding; nothing is padded here
 
 
-class JsonSchema(BaseModel, strict=True):
+class JsonSchema(_Part):
     """A schema and what it is called."""
 
     name: str | None = None
@@ -93,37 +150,81 @@ class JsonSchema(BaseModel, strict=True):
     given: dict[str, Any] = Field(alias="schema")
 
 
-class ResponseFormat(BaseModel, strict=True):
+class ResponseFormat(_Part):
     """Whether an answer is any text, any JSON object, or JSON of a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
 
+class StructuredOutputs(_Part):
+    """What an answer follows, as vLLM says it: one of these."""
+
+    given: dict[str, Any] | Text | None = Field(None, alias="json")
+    regex: Text | None = None
+    choice: _list(Text, min_length=1) | None = None
+    grammar: Text | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool | None = None  # JSON has one layout here, with or without it
+
+
+# Whatever these say, the answer is the same one.
+_HARMLESS_NAMES = (
+    "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention "
+    "prompt_cache_options prediction parallel_tool_calls request_id session_id stream_interval "
+    "truncation_side return_mm_kwargs return_token_offsets length_penalty early_stopping "
+    "spaces_between_special_tokens"
+)
+HARMLESS = frozenset(_HARMLESS_NAMES.split())
+# Where these say more than nothing, the answer would not be what was asked for.
+_NOTHING: tuple[Any, ...] = (None, False, 0, "", [], {})
+_UNSUPPORTED_NAMES = (
+    "suffix tools functions echo add_special_tokens continue_final_message documents chat_template "
+    "audio moderation web_search_options use_beam_search watermarking bad_words prompt_embeds "
+    "include_stop_str_in_output repetition_detection truncate_prompt_tokens logprob_token_ids "
+    "logits_processors priority routed_experts_prompt_start return_token_ids return_prompt_text "
+    "media_io_kwargs mm_processor_kwargs kv_transfer_params ec_transfer_params vllm_xargs "
+    "structural_tag guided_json guided_regex guided_choice guided_grammar guided_decoding_backend "
+    "guided_whitespace_pattern"
+)
+_UNSUPPORTED = dict.fromkeys(_UNSUPPORTED_NAMES.split(), _NOTHING) | {
+    **dict.fromkeys(("tool_choice", "function_call"), (None, "none", "auto")),
+    **dict.fromkeys(("include_reasoning", "skip_special_tokens", "best_of"), (None, True)),
+    **{"reasoning_effort": (None, "none"), "verbosity": (None, "medium")},
+    **{"thinking_token_budget": (None, -1), "modalities": (None, ["text"])},
+}
+
+
+def _with_the_rest(schema: dict[str, Any]) -> None:
+    """Describes what `parse` takes off before the model sees it."""
+    rest: dict[str, Any] = {name: {} for name in HARMLESS}
+    rest |= {name: {"enum": list(values)} for name, values in _UNSUPPORTED.items()}
+    schema["properties"] = rest | schema["properties"]
+
+
 @functools.lru_cache(maxsize=8)
 def request_model(config: ServerConfig, *, chat: bool) -> type[BaseModel]:
     """The body of a request to a server of these limits. `null` is as good as no field."""
-    # Lists fail fast: a million wrong numbers would make a million messages.
-    token = Annotated[int, Field(ge=0, le=2**31 - 1)]
-    Tokens = Annotated[
-        list[token], Field(fail_fast=True, min_length=1, max_length=config.max_length)
-    ]
-    prompts = Field(fail_fast=True, min_length=1, max_length=_MOST_PROMPTS)
+    Tokens = _list(TokenId, min_length=1, max_length=config.max_length)
     bound = config.policy.bias_limit
     shown = Disclosure(config.policy).top_k
 
-    class Shared(BaseModel, strict=True):
+    class Shared(BaseModel, strict=True, extra="forbid", json_schema_extra=_with_the_rest):
         model: str | None = None
         n: _integer(1, _MOST_PROMPTS) = None
         temperature: _number(0, 2) = None
         top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
-        top_k: _integer(0, 1 << 30) = None
+        top_k: _integer(-1, 1 << 30) = None
         min_p: _number(0, 1) = None
         repetition_penalty: _number(0.1, 10) = None
         presence_penalty: _number(-2, 2) = None
         frequency_penalty: _number(-2, 2) = None
-        seed: _integer(0, 2**32 - 1) = None
-        stop: Text | Annotated[list[Text], Field(fail_fast=True, max_length=4)] | None = None
+        seed: _integer(-(2**63), 2**63 - 1) = None
+        stop: StopText | _list(StopText, max_length=_MOST_STOPS) | None = None
+        stop_token_ids: _list(TokenId, max_length=MOST_STOP_IDS) | None = None
+        min_tokens: _integer(0, config.max_tokens) = None
+        ignore_eos: bool | None = None
+        allowed_token_ids: _list(TokenId, min_length=1) | None = None
         stream: bool | None = None
         stream_options: StreamOptions | None = None
         logit_bias: (
@@ -141,40 +242,41 @@ def request_model(config: ServerConfig, *, chat: bool) -> type[BaseModel]:
             | None
         ) = None
         response_format: ResponseFormat | None = None
+        structured_outputs: StructuredOutputs | None = None
+        prompt_logprobs: _integer(0, shown) = None
+        cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
         return_tokens_as_token_ids: bool | None = None
 
     class Completion(Shared, strict=True):
-        prompt: Text | Tokens | Annotated[list[Text | Tokens], prompts]
+        prompt: Text | Tokens | _list(Text | Tokens, min_length=1, max_length=_MOST_PROMPTS)
         # Nothing new is asked for where the prompt alone is to be told.
         max_tokens: _integer(0, config.max_tokens) = None
         echo: bool | None = None
         logprobs: _integer(0, shown) = None
+        add_special_tokens: bool | None = None
 
     class Chat(Shared, strict=True):
-        messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)]
+        # A template may go over all messages for each of them.
+        messages: _list(Message, min_length=1, max_length=config.max_length)
         max_tokens: _integer(1, config.max_tokens) = None
         max_completion_tokens: _integer(1, config.max_tokens) = None
         logprobs: bool | None = None
         top_logprobs: _integer(0, shown) = None
+        add_generation_prompt: bool | None = None
+        chat_template_kwargs: dict[str, Any] | None = None
 
     return Chat if chat else Completion
-
-
-# Where the neutral value is not given, an answer would not be what was asked for.
-_UNSUPPORTED: dict[str, Sequence[Any]] = {"suffix": (), "tools": ([],), "best_of": (1,)}
 
 
 def parse(body: Any, config: ServerConfig, *, chat: bool) -> CompletionRequest:
     """A request from JSON."""
     if not isinstance(body, dict):
         raise BadRequestError(f"the body must be a JSON object, got {type(body).__name__}")
-    for name, neutral in _UNSUPPORTED.items():
-        if body.get(name) is not None and body[name] not in neutral:
-            raise BadRequestError(f"{name} is not supported", name)
+    model = request_model(config, chat=chat)
     if body.get("logit_bias") and config.policy.bias == "none":
         raise BadRequestError("this server takes no logit_bias", "logit_bias")
     try:
-        asked: Any = request_model(config, chat=chat).model_validate(body)
+        asked: Any = model.model_validate(_of_use(body, model))
     except pydantic.ValidationError as error:
         raise _refusal(error) from None
     shown, longest = asked.logprobs, asked.max_tokens
@@ -197,50 +299,112 @@ def parse(body: Any, config: ServerConfig, *, chat: bool) -> CompletionRequest:
             f"{len(prompts)} prompts",
             "n",
         )
-
-    def given(value: Any, default: Any) -> Any:
-        return default if value is None else value
-
+    if asked.prompt_logprobs is not None and asked.stream:
+        raise BadRequestError("prompt_logprobs are not streamed", "prompt_logprobs")
+    longest = _given(longest, min(config.max_tokens, 64 if chat else 16))
+    if (asked.min_tokens or 0) > longest:
+        raise BadRequestError(f"min_tokens is larger than max_tokens={longest}", "min_tokens")
+    options = asked.stream_options
+    variables = {}
+    if chat:
+        variables = {"add_generation_prompt": _given(asked.add_generation_prompt, True)}
+        variables = (asked.chat_template_kwargs or {}) | variables
     return CompletionRequest(
         prompts=prompts,
         n=n,
-        max_tokens=given(longest, min(config.max_tokens, 64 if chat else 16)),
-        temperature=given(asked.temperature, 1.0),
-        top_p=given(asked.top_p, 1.0),
-        top_k=asked.top_k or 0,
-        min_p=asked.min_p or 0.0,
-        repetition_penalty=given(asked.repetition_penalty, 1.0),
-        presence_penalty=asked.presence_penalty or 0.0,
-        frequency_penalty=asked.frequency_penalty or 0.0,
-        seed=asked.seed,
+        max_tokens=longest,
+        sampling=_sampling(asked),
         logprobs=shown,
-        logit_bias={int(token): value for token, value in (asked.logit_bias or {}).items()},
+        prompt_logprobs=asked.prompt_logprobs,
         stop=[asked.stop] if isinstance(asked.stop, str) else asked.stop or [],
-        json_schema=_wanted_schema(asked.response_format),
         echo=bool(not chat and asked.echo),
         stream=bool(asked.stream),
-        include_usage=bool(asked.stream_options and asked.stream_options.include_usage),
+        include_usage=bool(options and options.include_usage),
+        continuous_usage=bool(options and options.continuous_usage_stats),
         tokens_as_ids=bool(asked.return_tokens_as_token_ids),
+        cache_salt=asked.cache_salt or "",
+        add_special_tokens=not chat and _given(asked.add_special_tokens, True),
+        template_variables=variables,
         model=asked.model,
         chat=chat,
     )
 
 
-def _wanted_schema(wanted: ResponseFormat | None) -> Mapping[str, Any] | None:
-    if wanted is None or wanted.type == "text":
+def _given(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _of_use(body: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    """The fields of a request that the model knows; any other has to make no difference."""
+    kept = {}
+    for name, value in body.items():
+        if name in model.model_fields:
+            kept[name] = value
+        elif name in _UNSUPPORTED:
+            if value not in _UNSUPPORTED[name]:
+                hint = ", use structured_outputs" if name.startswith("guided_") else ""
+                raise BadRequestError(f"{name} is not supported{hint}", name)
+        elif name not in HARMLESS:
+            raise BadRequestError(f"{name[:60]!r} is not a field of this API", name[:60])
+    return kept
+
+
+def _sampling(asked: Any) -> SamplingFields:
+    biases, allowed = asked.logit_bias or {}, asked.allowed_token_ids
+    structure = _structure(asked)
+    if allowed is not None and structure is not None:
+        # They may have no token in common.
+        raise BadRequestError("allowed_token_ids do not go with a structure", "allowed_token_ids")
+    given = {field.name: getattr(asked, field.name, None) for field in _FIELDS} | {
+        "top_k": max(asked.top_k or 0, 0),  # -1 keeps all, as 0 does
+        "seed": None if asked.seed in (None, -1) else asked.seed % 2**32,
+        # In one order, however they were written.
+        "logit_bias": tuple(sorted((int(token), value) for token, value in biases.items())),
+        "allowed_token_ids": None if allowed is None else tuple(sorted(set(allowed))),
+        "stop_token_ids": tuple(sorted(set(asked.stop_token_ids or ()))),
+        "structure": structure,
+    }
+    return SamplingFields(**{name: value for name, value in given.items() if value is not None})
+
+
+def _structure(asked: Any) -> tuple[str, str] | None:
+    """What an answer has to follow."""
+    wanted: list[tuple[str, Any]] = []
+    form, given = asked.response_format, asked.structured_outputs
+    if form is not None and form.type == "json_object":
+        wanted.append(("json", {"type": "object"}))
+    elif form is not None and form.type == "json_schema":
+        if form.json_schema is None:
+            needed = "response_format of type json_schema needs a json_schema with a schema"
+            raise BadRequestError(needed, "response_format")
+        wanted.append(("json", form.json_schema.given))
+    if given is not None:
+        texts = (given.given, given.regex, given.choice, given.grammar)
+        kinds = zip(("json", "regex", "choice", "grammar"), texts, strict=True)
+        wanted += [(kind, value) for kind, value in kinds if value is not None]
+        wanted += [("json", {"type": "object"})] if given.json_object else []
+        if len(wanted) != 1:
+            raise BadRequestError(
+                f"structured_outputs: expected one structure, got {len(wanted)}",
+                "structured_outputs",
+            )
+    if not wanted:
         return None
-    if wanted.type == "json_object":
-        return {"type": "object"}
-    if wanted.json_schema is None:
-        needed = "response_format of type json_schema needs a json_schema with a schema"
-        raise BadRequestError(needed, "response_format")
-    return wanted.json_schema.given
+    ((kind, value),) = wanted
+    try:
+        return kind, value if isinstance(value, str) else json.dumps(value)
+    except RecursionError:
+        raise BadRequestError("the schema is nested too deeply", "response_format") from None
 
 
 def _refusal(error: pydantic.ValidationError) -> BadRequestError:
     """One line about the first field that is wrong: what is expected of each kind of value."""
     wrong = error.errors(include_url=False, include_context=False, include_input=False)
     name = str(wrong[0]["loc"][0])
+    for extra in wrong:
+        if extra["type"] == "extra_forbidden" and extra["loc"][0] == name:
+            inner = str(extra["loc"][-1])[:60]
+            return BadRequestError(f"{name}: {inner!r} is not a field of it", name)
     reasons = [e["msg"] for e in wrong if e["loc"][0] == wrong[0]["loc"][0]]
     said = ", or ".join(dict.fromkeys(reason[0].lower() + reason[1:] for reason in reasons))
     return BadRequestError(f"{name}: {said[:150]}", name)
@@ -304,6 +468,7 @@ def openapi(config: ServerConfig) -> dict[str, Any]:
             "/v1/completions": post("Goes on from a prompt.", chat=False),
             "/v1/chat/completions": post("Answers a conversation.", chat=True),
             "/v1/models": get("What is served.", "401"),
+            "/version": get("Which version serves."),
             "/health": get("Whether it still decodes.", "503"),
         },
         "components": {

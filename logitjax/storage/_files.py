@@ -1,5 +1,6 @@
 """Files that appear whole or not at all."""
 
+import contextlib
 import os
 import tempfile
 import uuid
@@ -18,9 +19,9 @@ def write_atomic(
 ) -> None:
     """Writes a file so that readers see the old one or the new one, never a part of it.
 
-    The content goes to a hidden file beside the target, which is then renamed. What a killed run
-    leaves is that hidden file, which nothing reads. An object store shows whole files only: there
-    the target is written itself.
+    The content goes to a hidden file beside the target, which is synced and then renamed. What a
+    killed run leaves is that hidden file, which nothing reads. An object store shows whole files
+    only: there the target is written itself.
 
     Args:
         path: The file, local or remote; its folder is made.
@@ -46,15 +47,30 @@ def write_atomic(
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.parent / f".{path.name}.{uuid.uuid4().hex}"
     try:
-        if callable(content):
-            with unfinished.open("wb") as file:
+        with unfinished.open("wb") as file:
+            if callable(content):
                 content(file)
-        else:
-            unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            # A rename may reach the disk before the bytes do: after a power loss the file would
+            # have its name and be empty.
+            os.fsync(file.fileno())
         unfinished.replace(path)
+        _sync_folder(path.parent)
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
+
+
+def _sync_folder(folder: epath.Path) -> None:
+    """Put a rename on the disk; file systems that cannot (some of networks) are left to theirs."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:

@@ -82,10 +82,13 @@ class Manifest:
             if not isinstance(record["made_from"], dict):
                 raise TypeError("made_from is no object")
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(
-                f"{path} is damaged ({guard.one_line(error)}); delete {root} and let it be "
-                "made again"
-            ) from None
+            # Work that cannot be made again in minutes is not to be thrown away for its label.
+            advice = (
+                "remove this file, which is then written again"
+                if self.kind.endswith("run")
+                else f"delete {root} and let it be made again"
+            )
+            raise ValueError(f"{path} is damaged ({guard.one_line(error)}); {advice}") from None
         if held != self.kind:
             raise ValueError(f"{root}: expected a {self.kind}, got a {_plain(held)}")
         if version != _FORMAT:

@@ -1,5 +1,7 @@
 """That this process moves, and at what: noted by whatever writes rows or takes steps."""
 
+from collections.abc import Callable
+
 from absl import logging
 
 
@@ -12,6 +14,8 @@ class _Progress:
 
     def __init__(self) -> None:
         self._marks, self._doing = 0, "starting"
+        # Hears each mark, as whoever accounts for the time of a run does.
+        self.listener: Callable[[str], None] | None = None
 
     def mark(self, doing: str = "", *, log: bool = False) -> None:
         """Notes that something was done, and what comes next where that changes.
@@ -27,6 +31,8 @@ class _Progress:
         """
         self._marks += 1
         self._doing = doing or self._doing
+        if self.listener is not None:
+            self.listener(doing)
         if log:
             logging.info("%s", doing)
 

@@ -236,12 +236,7 @@ class RowCache:
             process_count: Among how many.
         """
         wanted = np.unique(_row_numbers(rows, least=0))
-        # Cut from all wanted rows, so that parts stay the same whatever is there already.
-        cuts = range(0, len(wanted), rows_per_shard)
-        mine = [wanted[i : i + rows_per_shard] for i in cuts][process_index::process_count]
-        # Anew from the disk: another process may have written since.
-        self._load()
-        todo = [part for part in (self.missing(part) for part in mine) if len(part)]
+        todo = self._todo(wanted, rows_per_shard, process_index, process_count)
         count = sum(map(len, todo))
         megabytes = self._codec.bytes_per_row / 1e6
         if count:
@@ -264,6 +259,28 @@ class RowCache:
 
             for part in todo:
                 self._write_part(part, _ahead(part, compute, batch_size), written)
+
+    def calls(
+        self,
+        rows: Rows,
+        *,
+        batch_size: int,
+        rows_per_shard: int = 256,
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> int:
+        """How often `fill` with these arguments would call `compute` now."""
+        wanted = np.unique(_row_numbers(rows, least=0))
+        todo = self._todo(wanted, rows_per_shard, process_index, process_count)
+        return sum(-(-len(part) // batch_size) for part in todo)
+
+    def _todo(self, wanted: np.ndarray, size: int, index: int, count: int) -> list[np.ndarray]:
+        """The missing rows of each part that this process writes."""
+        # Cut from all wanted rows, so that parts stay the same whatever is there already.
+        mine = [wanted[i : i + size] for i in range(0, len(wanted), size)][index::count]
+        # Anew from the disk: another process may have written since.
+        self._load()
+        return [part for part in (self.missing(part) for part in mine) if len(part)]
 
     def add(self, rows: Rows, computed: Any) -> None:
         """Writes what was computed of these rows as one part."""

@@ -6,6 +6,8 @@ A run is a few calls: `distributed.initialize`, `make_mesh`, `Schedule.optimizer
 
 from logitjax.training import distributed as distributed
 from logitjax.training._checkpoints import Checkpointer as Checkpointer
+from logitjax.training._flops import matmul_flops as matmul_flops
+from logitjax.training._goodput import Goodput as Goodput
 from logitjax.training._loop import LoopOptions as LoopOptions
 from logitjax.training._loop import train_loop as train_loop
 from logitjax.training._mesh import BatchLayout as BatchLayout

@@ -22,7 +22,7 @@ from orbax.checkpoint import future as ocp_future
 
 from logitjax.ops import mesh as on_mesh
 from logitjax.storage import may_pass, write_atomic
-from logitjax.training import _watch
+from logitjax.training import _watch, _workdir
 
 _SIZES = "_SIZES"
 
@@ -63,6 +63,9 @@ class _MetaHandler(ocp.JsonCheckpointHandler):
     async def _commit(self, directory: epath.Path, args: "_MetaSave") -> None:
         meta = {"extra": args.extra, "checksums": args.checksums.wait()}
         if jax.process_index() == 0:
+            # Without this file the checkpoint gets no final name.
+            if not _workdir.holds_still(directory):
+                raise ConnectionError(f"another run has taken the folder of {directory} over")
             (directory / self._FILE).write_text(json.dumps(meta))
 
 
@@ -99,7 +102,7 @@ class Checkpointer:
 
     Args:
         directory: directory of the checkpoints; ``gs://`` works.
-        max_to_keep: how many to keep; None for all.
+        max_to_keep: how many to keep, two so that one may be damaged; None for all.
         asynchronous: write in the background.
 
     >>> import tempfile
@@ -115,7 +118,7 @@ class Checkpointer:
         self,
         directory: epath.PathLike,
         *,
-        max_to_keep: int | None = 3,
+        max_to_keep: int | None = 2,
         asynchronous: bool = True,
     ):
         self.directory = epath.Path(directory)
@@ -209,34 +212,35 @@ class Checkpointer:
         """Restores the newest checkpoint that can be read.
 
         An unreadable one is reported in the log and renamed to ``corrupt_STEP``, and the one before
-        it is used.
+        it is used. With none that can be read a run begins anew.
 
         Args:
             state: as for :meth:`restore`.
 
         Returns:
-            ``(state, step, extra)``, or None if there is no checkpoint at all.
+            ``(state, step, extra)``, or None if there is no checkpoint that can be read.
 
         Raises:
-            ValueError: if there are checkpoints and none can be read, or one is of another state.
+            ValueError: if one is of another state.
         """
         self.wait()
         steps = self.steps()[::-1]
-        reasons: list[str] = []
         for tried, step in enumerate(steps):
             try:
                 restored = self._read(state, step)
             except _UnreadableError as error:
-                reasons.append(f"checkpoint {step} in {self.directory} is corrupt: {error}")
                 older = steps[tried + 1 : tried + 2]
-                then = f"using checkpoint {older[0]}" if older else "there is none before it"
-                logging.warning("%s; %s", reasons[-1], then)
+                logging.warning(
+                    "checkpoint %d in %s is corrupt: %s; %s",
+                    step,
+                    self.directory,
+                    error,
+                    f"using checkpoint {older[0]}" if older else "no older one can be read",
+                )
                 continue
-            if tried:
-                self._set_aside(steps[:tried])
+            self._set_aside(steps[:tried])
             return restored
-        if reasons:
-            raise ValueError(f"{reasons[0]}; no older checkpoint can be read either")
+        self._set_aside(steps)
         return None
 
     def wait(self) -> None:
@@ -326,6 +330,8 @@ class Checkpointer:
                 raise OSError(f"{name} has {found[name]} bytes, not {size}")
 
     def _set_aside(self, steps: list[int]) -> None:
+        if not steps:
+            return
         if jax.process_index() == 0:
             for step in steps:
                 source = self.directory / str(step)

@@ -3,7 +3,10 @@
 import collections
 import contextlib
 import dataclasses
+import functools
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -17,6 +20,7 @@ from jax.experimental import multihost_utils
 from logitjax.ops import mesh as on_mesh
 from logitjax.storage import option, progress, write_atomic
 from logitjax.training._checkpoints import Checkpointer
+from logitjax.training._flops import utilisation
 from logitjax.training._metrics import MetricAccumulator, MetricWriter
 from logitjax.training._preemption import Preempted, watch_for_preemption
 from logitjax.training._state import TrainState
@@ -44,7 +48,8 @@ class LoopOptions:
         eval_every: steps between evaluations; the last step is always evaluated.
         progress: a tqdm bar, if standard error is a terminal.
         profile_steps: number of steps that ``jax.profiler`` traces into ``workdir/profile``, from
-            this call's third step on, because the first one compiles.
+            this call's third step on, because the first one compiles. SIGUSR1 traces as many of
+            the next steps, or three.
     """
 
     checkpoint_every: int = option(0, execution=True)
@@ -55,7 +60,7 @@ class LoopOptions:
 
 
 def train_loop(
-    state: TrainState,
+    state: TrainState | Callable[[], TrainState],
     step_fn: Callable[[TrainState, Any], tuple[TrainState, StepOutput]],
     batches: Callable[[int], Any],
     *,
@@ -75,7 +80,9 @@ def train_loop(
     and raises :class:`Preempted`; the same call continues.
 
     Args:
-        state: the state to start from if there is no checkpoint. It is consumed.
+        state: the state to start from if there is no checkpoint, or a function that makes it. It is
+            consumed. A function is called again where checkpoints are there but none can be read:
+            the run then begins anew, and says so.
         step_fn: a `TrainStep`; with constants, ``functools.partial`` of it.
         batches: step -> this process's rows of the global batch.
         total_steps: number of updates at the end.
@@ -94,7 +101,8 @@ def train_loop(
         NonFiniteError: after the batch is saved; the update was not applied.
         Preempted: after SIGTERM and saving.
         WorkdirInUseError: if another run holds the workdir.
-        ValueError: if the checkpoint is of another state or identity, or a profile has no workdir.
+        ValueError: if the checkpoint is of another state or identity, or none can be read and
+            `state` is no function, or a profile has no workdir.
     """
     options = LoopOptions() if options is None else options
     if options.profile_steps and workdir is None:
@@ -109,7 +117,7 @@ def train_loop(
         bar = stack.enter_context(_progress_bar(start, total_steps, options.progress))
         profile = stack.enter_context(_profiler(workdir, start + 3, options.profile_steps))
 
-        report = _Report(writer, bar, start)
+        report = _Report(writer, bar, start, step_fn)
         # Steps whose flag nobody has read: reading it at once would make the host wait for each.
         pending: collections.deque[tuple[int, Any, StepOutput]] = collections.deque()
 
@@ -129,7 +137,10 @@ def train_loop(
         progress.mark("compiling and taking the first step")
         for step in range(start + 1, total_steps + 1):
             profile(step, state)
-            batch = batches(step - 1)
+            progress.mark("fetching a batch")
+            with report.fetching():
+                batch = batches(step - 1)
+            progress.mark(f"taking step {step}" if step > start + 1 else "compiling the first step")
             state, output = step_fn(state, batch)
             pending.append((step, batch, output))
             report.add(step, output)
@@ -154,7 +165,6 @@ def train_loop(
                         checkpointer.wait()
                     logging.warning("SIGTERM: stopped after step %d", step)
                     raise Preempted(step)
-            progress.mark(f"taking step {step + 1}" if step > start + 1 else "")
         check_finite(0)
         writer.flush()
         if checkpointer is not None:
@@ -167,17 +177,25 @@ def train_loop(
 class _Report:
     """Metrics since the last log line, and the speed without what is no training."""
 
-    def __init__(self, writer: MetricWriter, bar: Any, start: int):
+    def __init__(self, writer: MetricWriter, bar: Any, start: int, step_fn: Any):
         self._writer, self._bar, self._first = writer, bar, start + 1
         self._metrics = MetricAccumulator()
         self._clock, self._logged, self._untimed = time.perf_counter(), start, 0.0
+        self._fetching, self._step_began, self._slowest = 0.0, self._clock, 0.0
+        while isinstance(step_fn, functools.partial):
+            step_fn = step_fn.func
+        self._step_fn = step_fn
 
     def add(self, step: int, output: StepOutput) -> None:
         self._metrics.add(output.metrics)
         if step == self._first:
             # Compilation is no part of the speed. Reading a metric waits for the step.
             self._untimed = float(jax.device_get(output.metrics["loss"][1]))
-            self._clock, self._logged = time.perf_counter(), step
+            self._clock, self._logged, self._fetching = time.perf_counter(), step, 0.0
+            self._step_began = self._clock
+        now = time.perf_counter()
+        self._slowest = max(self._slowest, now - self._step_began)
+        self._step_began = now
         if self._bar is not None:
             self._bar.update()
 
@@ -186,6 +204,10 @@ class _Report:
         elapsed, steps = time.perf_counter() - self._clock, step - self._logged
         if steps:
             scalars["seconds_per_step"] = elapsed / steps
+            # The host is a step ahead of the device, so a pause of either shows in the next step.
+            scalars["seconds_slowest_step"] = self._slowest
+            scalars |= _data_seconds(self._fetching / steps)
+            scalars |= utilisation(getattr(self._step_fn, "flops", 0.0), elapsed / steps)
             counted = sums["loss"][1] - self._untimed
             # A loss that is the mean of a batch counts steps.
             if counted > steps:
@@ -195,13 +217,31 @@ class _Report:
             self._bar.set_postfix(loss=f"{scalars['loss']:.4g}")
         self._metrics.reset()
         self._clock, self._logged, self._untimed = time.perf_counter(), step, 0.0
+        self._fetching, self._step_began, self._slowest = 0.0, self._clock, 0.0
+
+    @contextlib.contextmanager
+    def fetching(self) -> Iterator[None]:
+        """Counts what this process waits for its data."""
+        begin = time.perf_counter()
+        yield
+        self._fetching += time.perf_counter() - begin
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
         """Stops the clock."""
         paused = time.perf_counter()
         yield
-        self._clock += time.perf_counter() - paused
+        paused = time.perf_counter() - paused
+        self._clock += paused
+        self._step_began += paused
+
+
+def _data_seconds(own: float) -> dict[str, float]:
+    """What a step waits for data; of several processes the one that all others wait for."""
+    if jax.process_count() == 1:
+        return {"data_seconds": own}
+    each = np.asarray(multihost_utils.process_allgather(np.float32(own)))
+    return {"data_seconds": float(each.max()), "slowest_process": float(each.argmax())}
 
 
 def _due(step: int, every: int) -> bool:
@@ -209,8 +249,11 @@ def _due(step: int, every: int) -> bool:
 
 
 def _resume(
-    state: TrainState, checkpointer: Checkpointer | None, identity: Mapping[str, Any]
+    start: TrainState | Callable[[], TrainState],
+    checkpointer: Checkpointer | None,
+    identity: Mapping[str, Any],
 ) -> tuple[TrainState, int]:
+    state = start() if callable(start) else start
     if checkpointer is None or not checkpointer.steps():
         return state, int(state.step)
     shapes = jax.tree.map(
@@ -221,7 +264,11 @@ def _resume(
         leaf.delete()  # The memory never holds two states.
     restored = checkpointer.restore_latest(shapes)
     if restored is None:
-        raise ValueError(f"the checkpoints in {checkpointer.directory} went away while reading")
+        if not callable(start):
+            raise ValueError(f"no checkpoint in {checkpointer.directory} can be read")
+        logging.warning("no checkpoint in %s can be read: beginning anew", checkpointer.directory)
+        state = start()
+        return state, int(state.step)
     for name, value in identity.items():
         # Checkpoints of before a name was kept go on.
         if name in restored.extra and restored.extra[name] != value:
@@ -260,7 +307,7 @@ def _check_finite(step: int, batch: Any, output: StepOutput, *, workdir: Any) ->
 @contextlib.contextmanager
 def _profiler(workdir: Any, first: int, count: int) -> Iterator[Callable[[int, Any], None]]:
     """Called before every step, traces ``count`` of them from ``first`` on, whole."""
-    running = False
+    running, asked = False, threading.Event()
 
     def stop() -> None:
         nonlocal running
@@ -270,7 +317,10 @@ def _profiler(workdir: Any, first: int, count: int) -> Iterator[Callable[[int, A
         running = False
 
     def before(step: int, state: Any) -> None:
-        nonlocal running
+        nonlocal running, first, count
+        if asked.is_set() and not running:
+            asked.clear()
+            first, count = step, count or 3
         if not count or step not in (first, first + count):
             return
         # The host is a step ahead of the device.
@@ -281,10 +331,14 @@ def _profiler(workdir: Any, first: int, count: int) -> Iterator[Callable[[int, A
         else:
             stop()
 
+    listens = workdir is not None and threading.current_thread() is threading.main_thread()
+    former = signal.signal(signal.SIGUSR1, lambda *_: asked.set()) if listens else None
     try:
         yield before
     finally:
         stop()
+        if listens:
+            signal.signal(signal.SIGUSR1, former or signal.SIG_DFL)
 
 
 @contextlib.contextmanager

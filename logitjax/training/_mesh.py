@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from logitjax.ops.sharding import MeshAxes
 
-AXES = (*MeshAxes().rows, "tensor")
+AXES = (*MeshAxes().rows, *MeshAxes().sequence, "tensor")
 
 
 def make_mesh(
@@ -23,6 +23,9 @@ def make_mesh(
     and ``tensor`` (heads, feed-forward and vocabulary are split). An axis that the specification
     leaves out has size 1, and at most one size may be -1: whatever is left of the devices. All axes
     are ``Auto``: the compiler propagates shardings.
+
+    ``context`` splits the positions of each row, for rows so long that a device cannot hold one.
+    Devices later in a row have more keys to look at, and the others wait for them.
 
     ``dcn_data`` is for several TPU slices, or nodes, with a slow network between them. Each slice
     holds a copy of the model, so only gradients cross. It is the outermost axis, and its size is
@@ -81,7 +84,7 @@ def make_mesh(
     elif fixed != len(devices):
         raise ValueError(f"mesh {spec!r}: it needs {fixed} devices, there are {len(devices)}")
     for name in AXES:
-        if name != "dcn_data":
+        if name not in ("dcn_data", "context"):
             sizes.setdefault(name, 1)
     if slices is not None:
         return _hybrid_mesh(slices, sizes, devices)

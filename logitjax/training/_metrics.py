@@ -85,12 +85,12 @@ class JsonlWriter(MetricWriter):
         if not self._path.exists():
             return
         kept = []
-        for line in self._path.read_text().splitlines():
+        for line in self._path.read_bytes().splitlines():
             try:
                 if json.loads(line)["step"] <= step:
-                    kept.append(line)
+                    kept.append(line.decode())
             except (ValueError, KeyError, TypeError):
-                continue  # The last line of a killed run may be half a line.
+                continue  # The last line of a killed run may be half a line, and any be damaged.
         self._lines = kept if self._remote else []
         text = "".join(line + "\n" for line in kept)
         write_atomic(self._path, text)

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from logitjax.ops import mesh as on_mesh
 from logitjax.ops.sharding import MeshAxes
+from logitjax.training._flops import matmul_flops
 from logitjax.training._mesh import BatchLayout
 from logitjax.training._metrics import MetricAccumulator
 from logitjax.training._state import TrainState
@@ -94,6 +95,7 @@ class TrainStep:
         self._mesh, self._trainable, self._schedule = mesh, trainable, schedule
         self._counts = counts
         self._jitted: Any = None
+        self._shapes: Any = None
 
     def __call__(
         self, state: TrainState, batch: Any, constants: Any = None
@@ -111,7 +113,15 @@ class TrainStep:
         """
         if self._mesh is not None:
             batch = BatchLayout(self._mesh).place(batch)
+        if self._shapes is None:
+            self._shapes = jax.tree.map(_abstract, (state, batch, constants))
         return self._compiled_for(state)(state, batch, constants)
+
+    @functools.cached_property
+    def flops(self) -> float:
+        """Multiplications and additions of the first call's matrix products, on all devices."""
+        # The trace of the call before is kept by JAX, and not made again.
+        return 0.0 if self._shapes is None else matmul_flops(self.trace(*self._shapes).jaxpr)
 
     def lower(self, state: Any, batch: Any, constants: Any = None) -> Any:
         """Lower the step for abstract arguments with shardings, e.g. of devices elsewhere."""
@@ -250,6 +260,12 @@ class TrainStep:
         )
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
         return jax.lax.scan(body, zeros, (micros, jnp.arange(parts)))[0]
+
+
+def _abstract(leaf: Any) -> Any:
+    if not isinstance(leaf, jax.Array):
+        return leaf
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
 def _knowing(mesh: Mesh | None, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,9 +1,11 @@
 """A workdir belongs to one run at a time."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -15,6 +17,7 @@ from absl import logging
 from etils import epath
 
 from logitjax import processes
+from logitjax.storage import digest, write_atomic
 from logitjax.training import _watch
 
 # A holder writes its lock anew so often; one that has not done so for longer is gone.
@@ -46,11 +49,16 @@ def lock_workdir(workdir: epath.PathLike) -> Iterator[None]:
 
     Folders within a locked workdir are locked too. Process 0 locks for all.
 
+    A launcher starts a run again for as long as it is only interrupted, and `starts.json` counts
+    its starts. The count begins anew with each file that was not there before: a checkpoint, or a
+    part of a cache. `LOGITJAX_MAX_STARTS` (20) without one are an error.
+
     Args:
         workdir: Folder or prefix; made if needed.
 
     Raises:
         WorkdirInUseError: On every process, if another run holds it.
+        ValueError: A launcher has started the run so often, and it has made nothing.
 
     >>> import tempfile
     >>> with lock_workdir(tempfile.mkdtemp()):
@@ -67,6 +75,7 @@ def lock_workdir(workdir: epath.PathLike) -> Iterator[None]:
         def lock() -> None:
             holds = _object_lock if remote else _file_lock
             stack.enter_context(holds(epath.Path(place)))
+            _count_start(epath.Path(place))
 
         processes.run_on_first(f"lock {place}", lock)
         _held.append(place)
@@ -74,6 +83,54 @@ def lock_workdir(workdir: epath.PathLike) -> Iterator[None]:
             yield
         finally:
             _held.remove(place)
+
+
+def holds_still(workdir: epath.Path) -> bool:
+    """Whether the lock around a folder of an object store is still this process's.
+
+    A holder that was paused for a minute may have lost it, and may not write over what the other
+    makes. A file's lock goes with its process alone, so there it holds.
+    """
+    place = os.fspath(workdir)
+    held = next((held for held in _held if "://" in held and place.startswith(f"{held}/")), None)
+    return held is None or _is_ours(_store(epath.Path(held)).read("lock").result())
+
+
+# Files that tell of a run, and are nothing that it makes.
+_RECORDS = re.compile(
+    r"(\.|lock$|starts\.json|config\.json|error|metrics\.jsonl|.*\.log$|corrupt_)"
+)
+
+
+def _count_start(workdir: epath.Path) -> None:
+    run = os.environ.get("LOGITJAX_RUN")
+    if not run:
+        return
+    path, most = workdir / "starts.json", int(os.environ.get("LOGITJAX_MAX_STARTS", "20"))
+    made = digest(sorted(_made_files(workdir)))
+    before = {}
+    if path.exists():
+        before = _read(path.read_bytes())
+    same = before.get("run") == run and before.get("made") == made
+    count = int(before.get("starts", 0)) + 1 if same else 1
+    if count > most:
+        raise ValueError(
+            f"folder {str(workdir)!r}: expected something new from {most} starts, got nothing; its "
+            f"error.txt may say why (remove {path.name} to go on)"
+        )
+    write_atomic(path, json.dumps({"run": run, "made": made, "starts": count}))
+
+
+def _made_files(folder: epath.Path, above: str = "") -> Iterator[str]:
+    for path in folder.iterdir():
+        name = f"{above}{path.name}"
+        # A save that was cut off is none.
+        if _RECORDS.match(path.name) or "orbax-checkpoint-tmp" in path.name:
+            continue
+        if path.is_dir():
+            yield from _made_files(path, f"{name}/")
+        else:
+            yield name
 
 
 # Pods are all process 1 of a host that is called the same.
@@ -105,7 +162,14 @@ def _file_lock(workdir: epath.Path) -> Iterator[None]:
     workdir.mkdir(parents=True, exist_ok=True)
     path = os.fspath(workdir / "lock")
     while True:
-        file = open(path, "a+b")  # noqa: SIM115
+        try:
+            file = open(path, "a+b")  # noqa: SIM115
+        except OSError as error:
+            if error.errno != errno.EROFS:
+                raise
+            # A disk that turns read-only later may come back; one that is so from the start is
+            # the wrong folder.
+            raise PermissionError(errno.EACCES, "is read-only", os.fspath(workdir)) from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -219,7 +219,7 @@ def third_lower_bound(
         return least_transport(row, other, a, b, p=p)
 
     costs = jax.lax.map(lambda row: jax.vmap(lambda other: cost(row, other))(y), x)
-    value, absolute = _dual_value(costs, a, b)
+    value, absolute = dual_value(costs, a, b)
     return lowered(value, p=p, absolute=absolute, root=root)
 
 
@@ -261,7 +261,7 @@ def row_costs(
     return jax.lax.map(one, x, batch_size=min(_ROWS, x.shape[0]))
 
 
-def _dual_value(
+def dual_value(
     costs: Float[jax.Array, "n m"], a: Vector, b: Float[jax.Array, "m"], steps: int = 200
 ) -> tuple[Scalar, Scalar]:
     """A feasible dual value of the transport problem, by annealed soft c-transforms."""

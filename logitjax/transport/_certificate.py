@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Float
 
-from logitjax.ops import Array, checks
+from logitjax.ops import Array
 from logitjax.transport._bounds import (
     first_lower_bound,
     moment_lower_bound,
@@ -23,26 +23,36 @@ from logitjax.transport._coupling import coupling_cost
 from logitjax.transport._graph import (
     FactoredGraph,
     Graph,
-    RoundedMatrix,
+    ProductGraph,
     check_power,
     check_weights,
+    dense_factor,
     dense_matrix,
-    half_exponent,
-    largest,
-    multiply,
     node_weights,
     num_nodes,
+    parts,
     rounded,
     row_statistics,
-    shifted,
 )
+from logitjax.transport._linear import Linear, linear_lower_bound
 from logitjax.transport._matching_bounds import (
     diagonal_lower_bound,
     gilmore_lawler,
 )
-from logitjax.transport._plans import Plan, as_candidate, from_problem, plan_cost
+from logitjax.transport._plans import Plan, as_candidate, plan_cost
+from logitjax.transport._problems import from_problem, is_problem
 from logitjax.transport._refine import Refinement, refine_matching
-from logitjax.transport._rounding import Order, Scalar, Weights, gamma, real, times_power_of_two
+from logitjax.transport._rounding import (
+    UNDERFLOW,
+    Order,
+    Scalar,
+    Weights,
+    gamma,
+    lowered,
+    real,
+    times_power_of_two,
+)
+from logitjax.transport._scale import Pair, cast, known_parts, scaled
 from logitjax.transport._sorted import Coupling, sorted_coupling
 
 Scale = Literal["joint", "separate", "none"]
@@ -50,23 +60,26 @@ Bounds = Literal["cheap", "sorted_rows", "third"]
 
 # Up to this many nodes a graph of more positions than nodes is multiplied out.
 _DENSE_NODES = 2048
-# Below half the exponent of any number that is not zero.
-_NO_SCALE = -100
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Certificate:
-    """``lower <= GW_p^p <= upper``, the upper one reached by ``coupling``.
+    """``lower <= GW_p^p <= upper``, with what reaches the upper one.
 
     Attributes:
         lower: no coupling costs less.
-        upper: some coupling costs no more; ``coupling`` is it but for rounding.
+        upper: some coupling costs no more; ``coupling`` is it but for rounding, unless a plan
+            among the ``candidates`` costs less.
         coupling: the best that was seen.
         units: what c and d were divided by, ``[2]``; infinite or zero where float32 does not
             hold it.
-        costs: what each of the ``candidates`` costs at most, ``[candidates]``, so that
-            ``costs / lower`` says how far a solution is from the optimum at most.
+        costs: what each of the ``candidates`` costs at most once its marginals are those of the
+            weights, ``[candidates]``, so that ``costs / lower`` says how far a solution is from the
+            optimum at most.
+        reported: the ``primal_cost`` that a solution of ott says it has, ``[candidates]``; nan
+            where a candidate says nothing.
+        converged: whether it says that it converged, ``[candidates]``.
     """
 
     lower: Array
@@ -74,6 +87,8 @@ class Certificate:
     coupling: Coupling
     units: Array
     costs: Array
+    reported: Array
+    converged: Array
 
     @property
     def gap(self) -> jax.Array:
@@ -90,12 +105,12 @@ def ratio(upper: Array, lower: Array) -> jax.Array:
 
 def certificate(
     c: Graph | Any,
-    d: Graph | None = None,
+    d: Graph | Any = None,
     *,
     c_weights: Float[Array, "n"] | None = None,
     d_weights: Float[Array, "m"] | None = None,
     p: int = 2,
-    scale: Scale = "joint",
+    scale: Scale | None = None,
     bounds: Bounds = "cheap",
     refine: Refinement | None = None,
     key: jax.Array | None = None,
@@ -109,26 +124,35 @@ def certificate(
     float32, and the bounds of large or nearly equal graphs are wider. Graphs are first divided by a
     power of two, so that nothing overflows or underflows.
 
+    float64 that was closed over is rounded to float32 here, and the bounds hold for what it was.
+    Arguments of ``jit`` are rounded by JAX before anybody sees them: give a pair ``(high, low)``
+    with ``high = np.float32(x)``, ``low = np.float32(x - high)`` in place of a graph, and the
+    bounds hold for x.
+
     The upper bound is the cost of a coupling. Nodes are matched in the order of their row means,
     row RMS and row deviations. The cheapest of these couplings and of ``candidates`` is improved by
     ``refine``, which never makes it worse. The lower bound is the largest of the chosen ``bounds``.
 
     Args:
-        c: matrix ``[n, n]`` or `FactoredGraph`; or, without d, a ``QuadraticProblem`` of ott with
-            squared loss.
-        d: matrix ``[m, m]`` or `FactoredGraph`.
+        c: matrix ``[n, n]`` or `FactoredGraph`, or a pair of them; or a balanced
+            ``QuadraticProblem`` of ott with squared loss, whose low-rank geometries are never
+            multiplied out by the cheap bounds, and whose linear term counts.
+        d: matrix ``[m, m]`` or `FactoredGraph`; after a problem, a solution of it or None. A
+            solution of ``LRGromovWasserstein`` keeps its problem and may stand alone.
         c_weights: node weights; uniform if left out. Where their values are known they have to
             sum to one within 1e-3. They are divided by their sum.
         d_weights: the same for d.
         p: power of the cost; 1 or 2.
         scale: ``joint`` divides both graphs by the RMS entry of d, ``separate`` each by its own,
-            ``none`` neither. The bounds are in these units.
+            ``none`` neither. The bounds are in these units. Left out, ``joint``, and ``none`` for
+            problems of ott, so that its costs compare.
         bounds: ``cheap``: `moment_lower_bound` (p = 2) or `first_lower_bound`; where a
             refinement would be allowed and both graphs are factored, so that a matching is
-            optimal, also `diagonal_lower_bound`;
-            ``sorted_rows``: also `sorted_rows_lower_bound` (with weights or unequal sizes
-            `second_lower_bound`), n^2 log n; ``third``: also `third_lower_bound` or, for matchings,
-            `gilmore_lawler`, whose assignment then is a candidate, n^3.
+            optimal, also `diagonal_lower_bound`; of a linear term a dual solution, or each node's
+            least cost where its factors are not multiplied out. ``sorted_rows``: also
+            `sorted_rows_lower_bound` (with weights or unequal sizes `second_lower_bound`), n^2 log
+            n; ``third``: also `third_lower_bound` or, for matchings, `gilmore_lawler`, whose
+            assignment then is a candidate, n^3.
         refine: how the coupling is improved; it needs p = 2, equal sizes and uniform weights. Left
             out, nothing of size n x n is made.
         key: ``jax.random.key`` of the restarts; ``jax.random.key(0)`` if left out.
@@ -140,9 +164,11 @@ def certificate(
         A `Certificate`. Gradients of ``upper`` are taken at the fixed coupling (envelope).
 
     Raises:
-        ValueError: for unknown options, or a refinement outside its conditions; where values are
-            known also for entries that are not finite, weights that do not sum to one, and graphs
-            whose cost float32 cannot hold in the units asked for.
+        TypeError: c or refine is of another type.
+        ValueError: for unknown options, a refinement outside its conditions, or an unbalanced
+            problem; where values are known also for entries that are not finite, weights that do
+            not sum to one, plans whose marginals are far from the weights, and graphs whose cost
+            float32 cannot hold in the units asked for.
 
     >>> import jax.numpy as jnp
     >>> from logitjax.transport import FactoredGraph, Refinement
@@ -156,75 +182,160 @@ def certificate(
         graphs of logits while the closed-form value is not, is an observation of ours; see
         ``python -m experiments.benchmark gromov_wasserstein``.
     """
+    candidates = list(candidates)
+    linear = None
+    if is_problem(c):
+        candidates[:0] = [x for x in (c, d) if x is not None and not hasattr(x, "geom_xx")]
+        scale = scale or "none"
+        c, d, c_weights, d_weights, linear = from_problem(c)
+    options = _Options(p, scale or "joint", bounds, refine)
+    options.check(linear is not None)
     if d is None:
-        c, d, c_weights, d_weights = from_problem(c)
-    for name, value, kind in (
-        ("scale", scale, Scale),
-        ("bounds", bounds, Bounds),
-    ):
-        if value not in get_args(kind):
-            raise ValueError(f"{name}: expected one of {get_args(kind)}, got {value!r}")
-    check_power(p)
-    check_weights("c_weights", c_weights, num_nodes(c))
-    check_weights("d_weights", d_weights, num_nodes(d))
-    uniform = c_weights is None and d_weights is None and num_nodes(c) == num_nodes(d)
+        raise ValueError("d: expected a second graph, or c to be a problem of ott; got None")
+    (c, c_low), (d, d_low) = (x if isinstance(x, tuple) else (x, None) for x in (c, d))
+    sizes, weights = (num_nodes(c), num_nodes(d)), (c_weights, d_weights)
+    for name, given, n in zip(("c_weights", "d_weights"), weights, sizes, strict=True):
+        check_weights(name, given, n)
+    uniform = sizes[0] == sizes[1] and all(w is None for w in weights)
     if refine is not None and not (uniform and p == 2):
         raise ValueError(
             f"refine: {refine.kind!r} needs p=2, as many nodes in c as in d and no weights; "
-            f"got p={p}, {num_nodes(c)} and {num_nodes(d)} nodes"
+            f"got p={p}, {sizes[0]} and {sizes[1]} nodes"
         )
-    arrays: Any = (
-        *(c, d, c_weights, d_weights, jax.random.key(0) if key is None else key),
-        tuple(as_candidate(x, num_nodes(c), num_nodes(d), p) for x in candidates),
+    rest: Any = (
+        weights,
+        jax.random.key(0) if key is None else key,
+        tuple(as_candidate(x, *sizes, p, weights) for x in candidates),
+        linear,
     )
-    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(arrays)):
-        return _bracket(*arrays, p=p, scale=scale, bounds=bounds, refine=refine)
-    for name, graph in (("c", c), ("d", d)):
-        values = graph.values if isinstance(graph, FactoredGraph) else graph
-        checks.values(np.asarray(values), np.isfinite, name, "finite entries")
+    graphs = ("c", c, c_low), ("d", d, d_low)
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((graphs, rest))):
+        answer = _raised(*_bracket([cast(*graph) for graph in graphs], (0, 0), *rest, options))
+    else:
+        answer = _known(graphs, *rest, options)
+    claims = [
+        (getattr(x, "primal_cost", jnp.nan), getattr(x, "converged", False)) for x in candidates
+    ]
+    return dataclasses.replace(
+        answer,
+        reported=jnp.array([x for x, _ in claims], jnp.float32) / answer.units[1] ** p,
+        converged=jnp.array([x for _, x in claims], bool),
+    )
+
+
+class _Options(NamedTuple):
+    p: int
+    scale: Scale
+    bounds: Bounds
+    refine: Refinement | None
+
+    def check(self, fused: bool) -> None:
+        for name, kind in (("scale", Scale), ("bounds", Bounds)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(
+                    f"{name}: expected one of {get_args(kind)}, got {getattr(self, name)!r}"
+                )
+        if not isinstance(self.refine, Refinement | None):
+            raise TypeError(f"refine: expected a Refinement or None, got {self.refine!r}")
+        check_power(self.p)
+        if fused and (self.p != 2 or self.scale == "separate"):
+            raise ValueError(
+                "scale: a problem with a linear term needs p=2 and 'joint' or 'none', got "
+                f"p={self.p} and {self.scale!r}"
+            )
+
+
+def _known(
+    graphs: Sequence[tuple[str, Graph, Any]],
+    weights: Any,
+    key: jax.Array,
+    candidates: Any,
+    linear: Linear,
+    options: _Options,
+) -> Certificate:
+    """The answer where the numbers are known: in float64, of graphs scaled without any rounding."""
     # Of nearly equal graphs float32 would certify little. TPUs have no fast float64.
-    with jax.enable_x64(jax.default_backend() != "tpu"):
-        answer = _compiled()(*arrays, p=p, scale=scale, bounds=bounds, refine=refine)
-    return _float32(jax.device_get(answer), scale)
+    wide = jax.default_backend() != "tpu"
+    pairs, halves = zip(*(known_parts(*graph, wide=wide) for graph in graphs), strict=True)
+    with jax.enable_x64(wide):
+        arguments = pairs, halves, weights, key, candidates, linear, options
+        answer, exponents = jax.device_get(_compiled()(*arguments))
+    zero = answer.upper == 0 and linear is None
+    if zero and not _equal(*(pair[0] for pair in pairs), halves, options.scale, answer.coupling):
+        # They differ in what no product can hold.
+        answer = dataclasses.replace(answer, upper=np.float64(UNDERFLOW))
+    return in_float32(answer, exponents, options.scale)
+
+
+def _equal(c: Any, d: Any, halves: Sequence[Any], scale: Scale, coupling: Coupling) -> bool:
+    """Whether two graphs of known numbers are the same at a coupling, digit by digit."""
+    if scale != "separate" and halves[0] != halves[1] and any(np.any(x) for x in parts(c)):
+        return False
+    here = np.asarray(coupling.mass) > 0
+    rows, columns = (np.asarray(x)[here] for x in (coupling.rows, coupling.columns))
+    if isinstance(c, FactoredGraph) and isinstance(d, FactoredGraph):
+        with jax.enable_x64(True):
+            c, d = (g.values if g.ids is None else np.asarray(dense_factor(g)) for g in (c, d))
+        return c.shape == d.shape and np.array_equal(c[:, rows], d[:, columns])
+    if any(isinstance(g, FactoredGraph | ProductGraph) for g in (c, d)):
+        return False
+    return np.array_equal(c[np.ix_(rows, rows)], d[np.ix_(columns, columns)])
 
 
 @functools.cache
 def _compiled() -> Any:
-    return jax.jit(_bracket, static_argnames=("p", "scale", "bounds", "refine"))
+    return jax.jit(_bracket, static_argnums=6)
 
 
-def _float32(answer: Certificate, scale: Scale) -> Certificate:
-    """The same claims about float32 numbers: bounds are rounded away from each other."""
-    info = np.finfo(np.float32)
-    lower, upper = float(answer.lower), float(answer.upper)
-    largest, least = float(info.max), float(info.tiny)
-    if not upper <= largest or (scale == "none" and 0 < upper < least):
-        raise ValueError(
-            f"scale: expected units in which float32 holds the cost, got a cost between {lower:g} "
-            f"and {upper:g} with scale={scale!r}"
-        )
-
-    units = np.abs(np.asarray(answer.units))
-    if not (units.min() >= least and units.max() <= largest):
-        raise ValueError(
-            f"scale: expected graphs whose RMS entry float32 holds, got {units.tolist()}; use "
-            "scale='none' or other units"
-        )
-
-    return Certificate(
-        lower=jnp.asarray(_towards(lower, -1)),
-        upper=jnp.asarray(_towards(max(upper, least) if upper > 0 else 0.0, 1)),
-        coupling=Coupling(
-            jnp.asarray(answer.coupling.rows, jnp.int32),
-            jnp.asarray(answer.coupling.columns, jnp.int32),
-            jnp.asarray(answer.coupling.mass, jnp.float32),
-        ),
-        units=jnp.asarray(answer.units, jnp.float32),
-        costs=jnp.asarray(_towards(answer.costs, 1)),
+def _raised(answer: Certificate, exponents: tuple[Any, Any]) -> Certificate:
+    """Under a transformation: infinite above and the largest number below what the type holds."""
+    cost, unit = exponents
+    lower, upper, costs = (
+        times_power_of_two(x, cost) for x in (answer.lower, answer.upper, answer.costs)
+    )
+    return dataclasses.replace(
+        answer,
+        lower=jnp.minimum(lower, jnp.finfo(lower.dtype).max),
+        upper=upper,
+        costs=costs,
+        units=times_power_of_two(answer.units, unit),
     )
 
 
-def _towards(value: Any, direction: int) -> np.ndarray:
+def in_float32(answer: Certificate, exponents: tuple[Any, Any], scale: Any) -> Certificate:
+    """The same claims about float32 numbers, of one pair or many: rounded away from each other."""
+    info = np.finfo(np.float32)
+    with np.errstate(over="ignore", under="ignore"):
+        lower, upper = (
+            np.ldexp(np.asarray(x, np.float64), exponents[0]) for x in (answer.lower, answer.upper)
+        )
+        costs = np.ldexp(np.asarray(answer.costs, np.float64), np.asarray(exponents[0])[..., None])
+        units = np.ldexp(np.asarray(answer.units, np.float64), exponents[1])
+    vanished = (answer.upper > 0) & (upper < info.tiny)
+    if not np.all(upper <= info.max) or (scale == "none" and np.any(vanished)):
+        raise ValueError(
+            "scale: expected units in which float32 holds the cost, got a cost between "
+            f"{np.min(lower):g} and {np.max(upper):g} with scale={scale!r}"
+        )
+    if not (units.min() >= info.tiny and units.max() <= info.max):
+        raise ValueError(
+            f"scale: expected graphs whose RMS entry float32 holds, got {units.min():g} and "
+            f"{units.max():g}; use scale='none' or other units"
+        )
+    kinds = (np.int32, np.int32, np.float32)
+    plan = answer.coupling
+    plans = zip((plan.rows, plan.columns, plan.mass), kinds, strict=True)
+    return dataclasses.replace(
+        answer,
+        lower=jnp.asarray(towards(lower, -1)),
+        upper=jnp.asarray(towards(np.where(vanished, info.tiny, upper), 1)),
+        coupling=Coupling(*(jnp.asarray(np.asarray(x, kind)) for x, kind in plans)),
+        units=jnp.asarray(units.astype(np.float32)),
+        costs=jnp.asarray(towards(costs, 1)),
+    )
+
+
+def towards(value: Any, direction: int) -> np.ndarray:
     """The nearest float32 that is not below (1), or not above (-1), a number in float64."""
     # Beside a float32 array a Python number would be compared as float32.
     value = np.asarray(value, np.float64)
@@ -235,120 +346,98 @@ def _towards(value: Any, direction: int) -> np.ndarray:
 
 
 def _bracket(
-    c: Graph,
-    d: Graph,
-    c_weights: Weights,
-    d_weights: Weights,
+    graphs: Sequence[Pair],
+    halves: Sequence[Any],
+    weights: tuple[Weights, Weights],
     key: jax.Array,
     candidates: tuple[Coupling | Plan, ...],
-    *,
-    p: int,
-    scale: Scale,
-    bounds: Bounds,
-    refine: Refinement | None,
-) -> Certificate:
+    linear: Linear,
+    options: _Options,
+) -> tuple[Certificate, tuple[Any, Any]]:
+    """Bounds and units but for the powers of two that come with them, and their exponents."""
     with jax.default_matmul_precision("highest"):
-        c, d, back, units = _scaled(c, d, c_weights, d_weights, p, scale)
-        answer = _bounds(c, d, c_weights, d_weights, key, candidates, p, bounds, refine)
+        (c, d), given, unit, units, exponents = scaled(
+            graphs, halves, weights, linear, p=options.p, scale=options.scale
+        )
+        answer = _bounds(c, d, weights, given, key, candidates, options)
     lower, upper, coupling, costs = answer
-    finite = jnp.finfo(lower.dtype).max
+    scale = 1 / unit**options.p
+    lower, upper, costs = (x * scale for x in (lower, upper, costs))
+    small = gamma(0)
     return Certificate(
-        lower=jnp.minimum(back(lower) * (1 - gamma(0)), finite),
-        upper=back(upper) * (1 + gamma(0)),
+        lower=lower - small * jnp.abs(lower),
+        upper=upper + small * jnp.abs(upper),
         coupling=coupling,
         units=units,
-        costs=back(costs) * (1 + gamma(0)),
-    )
-
-
-def _scaled(
-    c: Graph, d: Graph, c_weights: Weights, d_weights: Weights, p: int, scale: Scale
-) -> tuple[Graph, Graph, Callable[[jax.Array], jax.Array], Float[jax.Array, "2"]]:
-    """Both graphs with entries of about one at most, and the way back to the units asked for."""
-    halves = [half_exponent(jax.lax.stop_gradient(g)) for g in (c, d)]
-    own = [shifted(g, -h) for g, h in zip((c, d), halves, strict=True)]
-    # The unit is the number that is reported, to float32; that it was rounded is no error then.
-    rms = [_rms(g, w) for g, w in zip(own, (c_weights, d_weights), strict=True)]
-    if scale == "separate":
-        c, d = (_divided(g, r, w) for g, r, w in zip(own, rms, (c_weights, d_weights), strict=True))
-        units = [times_power_of_two(r, 2 * h) for r, h in zip(rms, halves, strict=True)]
-        return c, d, lambda value: value, jnp.stack(units)
-    # A graph of zeros has no scale: beside a tiny one it must not set the other's.
-    scales = [
-        jnp.where(largest(jax.lax.stop_gradient(g)) > 0, h, _NO_SCALE)
-        for g, h in zip(own, halves, strict=True)
-    ]
-    common = jnp.maximum(*scales)
-    c, d = (shifted(g, h - common) for g, h in zip(own, halves, strict=True))
-    unit, half = (rms[1], halves[1]) if scale == "joint" else (real(1.0), 0)
-    units = jnp.full(2, 1.0, unit.dtype) * times_power_of_two(unit, 2 * jnp.asarray(half))
-
-    def back(value: jax.Array) -> jax.Array:
-        return times_power_of_two(value / unit**p, 2 * p * (common - half))
-
-    return c, d, back, units
-
-
-def _divided(graph: Graph, unit: Scalar, weights: Weights) -> Graph:
-    """The graph divided by its unit; of a matrix with the rounding of that, which counts."""
-    if isinstance(graph, FactoredGraph):
-        return multiply(graph, 1.0 / unit)
-    rms = jnp.sqrt(node_weights(graph, weights) @ row_statistics(graph, weights).square)
-    return RoundedMatrix(
-        dense_matrix(graph) / unit, jax.lax.stop_gradient(2 * gamma(0) * rms / unit)
-    )
+        costs=costs + small * jnp.abs(costs),
+        reported=jnp.zeros(0),
+        converged=jnp.zeros(0, bool),
+    ), exponents
 
 
 def _bounds(
     c: Graph,
     d: Graph,
-    c_weights: Weights,
-    d_weights: Weights,
+    weights: tuple[Weights, Weights],
+    given: dict[str, Any],
     key: jax.Array,
     candidates: tuple[Coupling | Plan, ...],
-    p: int,
-    bounds: Bounds,
-    refine: Refinement | None,
+    options: _Options,
 ) -> tuple[jax.Array, jax.Array, Coupling, jax.Array]:
+    c_weights, d_weights = weights
+    p, refine = options.p, options.refine
     uniform = c_weights is None and d_weights is None and num_nodes(c) == num_nodes(d)
     # Of Gram matrices a matching is optimal: its bounds hold, and its assignments are candidates.
+    # Costs that are linear in the coupling leave it so.
     matching = uniform and p == 2 and all(isinstance(g, FactoredGraph) for g in (c, d))
-    given = c, d
+    named = {"c_weights": c_weights, "d_weights": d_weights}
+    sparse = c, d
     c, d = _densest(c, c_weights), _densest(d, d_weights)
-    lower = [_lower(c, d, c_weights, d_weights, p, bounds, uniform)]
+    lower = [_lower(c, d, c_weights, d_weights, p, options.bounds, uniform)]
     if matching:
         lower.append(diagonal_lower_bound(c, d))
     plans = [x for x in candidates if isinstance(x, Coupling)]
     others = []
-    if matching and bounds == "third":
+    if matching and options.bounds == "third":
         bound, assigned = gilmore_lawler(c, d, branches=8)
         lower.append(bound)
         others.append(_uniform(assigned))
-    weights = {"c_weights": c_weights, "d_weights": d_weights}
+    least = lowered(jnp.max(jnp.stack(lower)), p=p, root=given["error"])
+    linear = given["linear"]
+    if linear is not None:
+        sides = node_weights(c, c_weights), node_weights(d, d_weights)
+        least += linear_lower_bound(
+            linear, *sides, uniform=uniform, exact=options.bounds == "third"
+        )
     # Plans that are nearly matchings are tried as such.
-    others += [x.matching() for x in candidates if isinstance(x, Plan) and uniform]
-    fixed = jax.lax.stop_gradient(given)
-    coupling, seen = best_sorted_coupling(*fixed, **weights, p=p, candidates=[*plans, *others])
+    others += [
+        x.matching() for x in candidates if isinstance(x, Plan) and uniform and x.right is None
+    ]
+    fixed = jax.lax.stop_gradient(sparse)
+    coupling, seen = best_sorted_coupling(
+        *fixed, **named, p=p, candidates=[*plans, *others], **given
+    )
     if refine is not None:
+        n = num_nodes(c)
         x, y = (dense_matrix(g).astype(jnp.float32) for g in fixed)
         start = jnp.zeros_like(coupling.columns).at[coupling.rows].set(coupling.columns)
-        refined = refine_matching(x, y, start, how=refine, key=key)
+        gains = None if linear is None else (-n / 2 * dense_matrix(linear)).astype(jnp.float32)
+        refined = refine_matching((x, y, gains), start, how=refine, key=key)
         # Compared once more by the cost itself, so that no rounding can make it worse.
-        coupling, _ = _cheapest(*fixed, [coupling, _uniform(refined)], p, weights)
-    best = coupling_cost(*given, coupling, p=p, **weights)
+        coupling, _ = _cheapest(*fixed, [coupling, _uniform(refined)], p, named | given)
+    best = coupling_cost(*sparse, coupling, p=p, **named, **given)
     # Those of the sorted couplings come first.
     judged = iter(seen[3:])
+    dense = jax.lax.stop_gradient((c, d))
     costs = [
-        next(judged) if isinstance(x, Coupling) else plan_cost(*fixed, x.plan, **weights)
+        next(judged) if isinstance(x, Coupling) else plan_cost(*dense, x, **named, **given)
         for x in candidates
     ]
     upper = (best.value - jax.lax.stop_gradient(best.value)) + best.most
-    return (
-        jnp.max(jnp.stack(lower)),
-        upper,
-        coupling,
-        jnp.stack(costs) if costs else jnp.zeros(0, upper.dtype),
-    )
+    for x, cost in zip(candidates, costs, strict=True):
+        if isinstance(x, Plan):  # A comparison with nan, of a plan that is none, is false.
+            upper = jnp.where(cost < upper, cost, upper)
+    return least, upper, coupling, jnp.stack(costs) if costs else jnp.zeros(0, upper.dtype)
 
 
 def _uniform(matching: Order) -> Coupling:
@@ -364,13 +453,15 @@ def best_sorted_coupling(
     d_weights: Float[Array, "m"] | None = None,
     p: int = 2,
     candidates: Sequence[Coupling] = (),
+    linear: Linear = None,
+    error: Any = 0.0,
 ) -> tuple[Coupling, Float[Array, "plans"]]:
     """The cheapest coupling among those that sort by row mean, row RMS and row deviation.
 
     It has no gradient. With what each costs at most, the three sorted ones first.
     """
     c, d = jax.lax.stop_gradient((c, d))
-    weights = {"c_weights": c_weights, "d_weights": d_weights}
+    given = {"c_weights": c_weights, "d_weights": d_weights, "linear": linear, "error": error}
     own, other = (
         row_statistics(_densest(c, c_weights), c_weights),
         row_statistics(_densest(d, d_weights), d_weights),
@@ -381,11 +472,11 @@ def best_sorted_coupling(
         )
         for name in ("rms", "mean", "deviation")
     ]
-    return _cheapest(c, d, [*plans, *candidates], p, weights)
+    return _cheapest(c, d, [*plans, *candidates], p, given)
 
 
 def _cheapest(
-    c: Graph, d: Graph, plans: Sequence[Coupling], p: int, weights: Mapping[str, Weights]
+    c: Graph, d: Graph, plans: Sequence[Coupling], p: int, given: Mapping[str, Any]
 ) -> tuple[Coupling, Float[jax.Array, "plans"]]:
     """The plan that is proven to cost least; shorter ones are padded with entries of no mass."""
     longest = max(plan.rows.shape[-1] for plan in plans)
@@ -400,7 +491,7 @@ def _cheapest(
         )
 
     def most(plan: Coupling) -> jax.Array:
-        return coupling_cost(c, d, plan, p=p, **weights).most
+        return coupling_cost(c, d, plan, p=p, **given).most
 
     stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *map(pad, plans))
     if all(plan.rows.shape[-1] == longest for plan in plans):
@@ -418,14 +509,6 @@ def _densest(graph: Graph, weights: Weights) -> Graph:
         if n <= min(_DENSE_NODES, graph.values.shape[0]):
             return rounded(graph, weights)
     return graph
-
-
-def _rms(graph: Graph, weights: Weights) -> Scalar:
-    """The RMS entry as a float32 number; one where all are zero."""
-    square = node_weights(graph, weights) @ row_statistics(graph, weights).square
-    rms = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 1.0)
-    # XLA takes a conversion to float32 and back for none; this it carries out.
-    return jax.lax.reduce_precision(rms, exponent_bits=8, mantissa_bits=23)
 
 
 def _lower(

@@ -13,15 +13,19 @@ from logitjax.transport._features import drop_negative
 from logitjax.transport._graph import (
     FactoredGraph,
     Graph,
+    ProductGraph,
     RoundedMatrix,
     check_power,
     dense_factor,
+    dense_factors,
     dense_matrix,
     largest,
     node_weights,
-    norms_squared,
     num_nodes,
+    product_error,
+    rank,
 )
+from logitjax.transport._linear import Linear, linear_at_coupling
 from logitjax.transport._rounding import UNDERFLOW, Scalar, Weights, gamma, real
 from logitjax.transport._sorted import Coupling
 
@@ -101,6 +105,8 @@ def coupling_cost(
     p: int,
     c_weights: Weights = None,
     d_weights: Weights = None,
+    linear: Linear = None,
+    error: Any = 0.0,
 ) -> Cost:
     """The cost of a coupling, and a proven bound of the cost of the true coupling nearest to it.
 
@@ -128,6 +134,7 @@ def coupling_cost(
         # A permutation has its marginals exactly: rounding of 1 / n is no mass to move.
         surplus = jnp.where(matching, 0.0, surplus)
     coupling = Coupling(rows, columns, mass)
+    root = jnp.zeros_like(mass[0])
     factors = (c, d) if isinstance(c, FactoredGraph) and isinstance(d, FactoredGraph) else None
     if p == 2 and pairs > _EXACT_PAIRS and factors:
         if n == m == pairs and all(graph.ids is not None for graph in factors):
@@ -136,6 +143,14 @@ def coupling_cost(
             value, absolute = _factored_cost(
                 dense_factor(factors[0]), dense_factor(factors[1]), coupling
             )
+        most = value + absolute
+    elif (
+        p == 2
+        and pairs > _EXACT_PAIRS
+        and isinstance(c, ProductGraph)
+        and isinstance(d, ProductGraph)
+    ):
+        value, absolute = _product_cost(c, d, coupling)
         most = value + absolute
     else:
         value, differ = _entrywise_cost(c, d, coupling, p)
@@ -147,20 +162,23 @@ def coupling_cost(
             same = z.shape == w.shape and jnp.all((z == w) | (mass == 0))
             most = jnp.where(same, 0.0, most)
             root = jnp.where(same, 0.0, root)
-        most = (most + root) if p == 1 else jnp.square(jnp.sqrt(most) + root)
+    # What casts have lost counts as what the products have.
+    root += error
+    most = jnp.where(root > 0, jnp.maximum(most, UNDERFLOW), most)
+    most = (most + root) if p == 1 else jnp.square(jnp.sqrt(most) + root)
     # No two entries are further apart, wherever the surplus goes.
     reach = (largest(c) + largest(d)) ** p
-    most = (most + 2 * surplus * reach) * (1 + gamma(8))
-    return Cost(value, jax.lax.stop_gradient(most))
+    added, most_added = linear_at_coupling(linear, coupling, 2 * surplus)
+    most = most + 2 * surplus * reach + most_added
+    return Cost(value + added, jax.lax.stop_gradient(most + gamma(8) * jnp.abs(most)))
 
 
 def formation_error(
     graph: Graph, mass: Float[jax.Array, "pairs"], nodes: Int[jax.Array, "pairs"]
 ) -> Any:
     """How far the entries that `_entrywise_cost` computes are off, in the norm of the coupling."""
-    if isinstance(graph, FactoredGraph):
-        trace = jnp.sum(mass * norms_squared(graph)[nodes])
-        return gamma(len(graph.values)) * trace
+    if isinstance(graph, FactoredGraph | ProductGraph):
+        return product_error(graph, mass, nodes)
     return graph.error if isinstance(graph, RoundedMatrix) else 0.0
 
 
@@ -190,9 +208,9 @@ def _entrywise_cost(
 def _rows_of(graph: Graph, nodes: Int[Array, "pairs"]) -> Callable[[jax.Array], jax.Array]:
     """A function from pair numbers to rows of the graph, with all pairs' nodes as columns."""
     nodes = jnp.asarray(nodes)
-    if isinstance(graph, FactoredGraph) and num_nodes(graph) > 2 * graph.values.shape[0]:
-        z = dense_factor(graph)[:, nodes]
-        return lambda here: z[:, here].T @ z
+    if isinstance(graph, FactoredGraph | ProductGraph) and num_nodes(graph) > 2 * rank(graph):
+        left, right = (x[:, nodes] for x in dense_factors(graph))
+        return lambda here: left[:, here].T @ right
     matrix = dense_matrix(graph)
 
     def rows(here: jax.Array) -> jax.Array:
@@ -221,6 +239,19 @@ def _factored_cost(
     trace = (jnp.sum(jnp.square(x) @ mass) for x in (a, b))
     absolute = 2 * gamma(2 * z.shape[1] + 3 * len(z)) * math.prod(trace)
     return jnp.maximum(total / 2, 0.0), absolute
+
+
+def _product_cost(c: ProductGraph, d: ProductGraph, coupling: Coupling) -> tuple[Scalar, Scalar]:
+    """C - D at the pairs has low rank itself: U^T V of stacked factors, ``<U M U^T, V M V^T>``."""
+    left, right = (
+        jnp.concatenate([sign * real(x)[:, coupling.rows], real(y)[:, coupling.columns]])
+        for x, y, sign in ((c.left, d.left, -1), (c.right, d.right, 1))
+    )
+    mass = coupling.mass
+    total = jnp.sum(((left * mass) @ left.T) * ((right * mass) @ right.T))
+    norms = [jnp.sum(jnp.square(x) @ mass) for x in (left, right)]
+    absolute = 2 * gamma(2 * len(mass) + 3 * len(left)) * math.prod(norms)
+    return jnp.maximum(total, 0.0), absolute
 
 
 def _sparse_cost(c: FactoredGraph, d: FactoredGraph, coupling: Coupling) -> tuple[Scalar, Scalar]:

@@ -1,6 +1,7 @@
 """A graph as a matrix or as its factor, and what the bounds need of either."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -121,8 +122,17 @@ class RoundedMatrix:
     error: Any
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ProductGraph:
+    """The matrix L^T R by its factors ``[rank, n]`` and ``[rank, m]``: ott's of low rank."""
+
+    left: Any
+    right: Any
+
+
 # Anonymous axes, since two graphs in one signature may differ in size.
-Graph = Float[Array, "_ _"] | FactoredGraph | RoundedMatrix
+Graph = Float[Array, "_ _"] | FactoredGraph | RoundedMatrix | ProductGraph
 
 
 def _factored_nodes(graph: FactoredGraph) -> int:
@@ -141,6 +151,8 @@ def _factored_nodes(graph: FactoredGraph) -> int:
 def num_nodes(graph: Any) -> int:
     if isinstance(graph, RoundedMatrix):
         return graph.matrix.shape[0]
+    if isinstance(graph, ProductGraph):
+        return graph.left.shape[1]
     if not isinstance(graph, FactoredGraph):
         if graph.ndim != 2 or graph.shape[0] != graph.shape[1]:
             raise ValueError(f"graph: expected a square matrix, got shape {graph.shape}")
@@ -166,21 +178,54 @@ def dense_matrix(graph: Any) -> jax.Array:
     """C as ``[n, n]``, for the bounds that look at every entry."""
     if isinstance(graph, RoundedMatrix):
         return jnp.asarray(graph.matrix)
-    if not isinstance(graph, FactoredGraph):
+    if not isinstance(graph, FactoredGraph | ProductGraph):
         return real(graph)
-    z = dense_factor(graph)
-    return z.T @ z
+    left, right = dense_factors(graph)
+    return left.T @ right
+
+
+def dense_factors(graph: FactoredGraph | ProductGraph) -> tuple[jax.Array, jax.Array]:
+    """L and R of C = L^T R."""
+    if isinstance(graph, ProductGraph):
+        return real(graph.left), real(graph.right)
+    return (dense_factor(graph),) * 2
+
+
+def applied(graph: Graph, x: jax.Array) -> jax.Array:
+    """C x, without C where the graph has factors."""
+    if isinstance(graph, FactoredGraph | ProductGraph):
+        left, right = dense_factors(graph)
+        return left.T @ (right @ x)
+    return dense_matrix(graph) @ x
 
 
 def rounded(graph: Graph, weights: Weights = None) -> RoundedMatrix:
     """C as ``[n, n]``, with what its computation may have cost."""
     if isinstance(graph, RoundedMatrix):
         return graph
-    if not isinstance(graph, FactoredGraph):
+    if not isinstance(graph, FactoredGraph | ProductGraph):
         return RoundedMatrix(real(graph), real(0.0))
-    # | |Z|^T |Z| | is at most the trace of C, in L_1 as in L_2.
-    error = gamma(len(graph.values)) * jnp.sum(node_weights(graph, weights) * norms_squared(graph))
-    return RoundedMatrix(dense_matrix(graph), jax.lax.stop_gradient(error))
+    return RoundedMatrix(dense_matrix(graph), product_error(graph, node_weights(graph, weights)))
+
+
+def product_error(
+    graph: FactoredGraph | ProductGraph, mass: jax.Array, nodes: Any = slice(None)
+) -> jax.Array:
+    """How far C is off once it is multiplied out, in the L_2 norm of masses at nodes."""
+    # In L_1 as in L_2, | |L|^T |R| | is at most the product of norms; of Z^T Z, the trace.
+    norms = [jnp.sum(mass * norm[nodes]) for norm in factor_norms(graph)]
+    return jax.lax.stop_gradient(gamma(rank(graph)) * jnp.sqrt(norms[0] * norms[1]))
+
+
+def factor_norms(graph: FactoredGraph | ProductGraph) -> tuple[Vector, Vector]:
+    """Squared norms of the columns of L and of R."""
+    if isinstance(graph, ProductGraph):
+        return jnp.square(real(graph.left)).sum(0), jnp.square(real(graph.right)).sum(0)
+    return (norms_squared(graph),) * 2
+
+
+def rank(graph: FactoredGraph | ProductGraph) -> int:
+    return len(graph.left if isinstance(graph, ProductGraph) else graph.values)
 
 
 def norms_squared(graph: FactoredGraph) -> jax.Array:
@@ -194,8 +239,9 @@ def norms_squared(graph: FactoredGraph) -> jax.Array:
 
 def largest(graph: Graph) -> Scalar:
     """At least the largest entry of C in absolute value."""
-    if isinstance(graph, FactoredGraph):
-        return norms_squared(graph).max() * (1 + gamma(len(graph.values)))
+    if isinstance(graph, FactoredGraph | ProductGraph):
+        left, right = factor_norms(graph)
+        return jnp.sqrt(left.max()) * jnp.sqrt(right.max()) * (1 + 2 * gamma(rank(graph)))
     matrix = dense_matrix(graph)
     # Of a rounded Gram matrix the largest entry is on the diagonal, and off by much less than half.
     return jnp.abs(matrix).max() * (1.5 if isinstance(graph, RoundedMatrix) else 1.0)
@@ -212,21 +258,36 @@ def multiply(graph: Graph, factor: Any) -> Any:
     """The graph with C multiplied by a positive number."""
     if isinstance(graph, FactoredGraph):
         return dataclasses.replace(graph, values=graph.values * jnp.sqrt(factor))
+    if isinstance(graph, ProductGraph):
+        return dataclasses.replace(graph, left=graph.left * factor)
     return graph * factor
+
+
+def parts(graph: Any) -> list[Any]:
+    """The arrays of numbers that make up the graph."""
+    if isinstance(graph, ProductGraph):
+        return [graph.left, graph.right]
+    return [graph.values if isinstance(graph, FactoredGraph) else graph]
+
+
+def with_parts(graph: Any, new: Sequence[Any]) -> Any:
+    if isinstance(graph, ProductGraph):
+        return ProductGraph(*new)
+    return dataclasses.replace(graph, values=new[0]) if isinstance(graph, FactoredGraph) else new[0]
 
 
 def half_exponent(graph: Graph) -> Int[jax.Array, ""]:
     """The h for which the numbers that make up C / 4^h are about one at most."""
-    values: Any = graph.values if isinstance(graph, FactoredGraph) else graph
-    exponent = jnp.frexp(jnp.max(jnp.abs(values), initial=0.0))[1]
-    return exponent if isinstance(graph, FactoredGraph) else (exponent + 1) // 2
+    largest_part = jnp.stack([jnp.max(jnp.abs(real(x)), initial=0.0) for x in parts(graph)]).max()
+    exponent = jnp.frexp(largest_part)[1]
+    factored = isinstance(graph, FactoredGraph | ProductGraph)
+    return exponent if factored else (exponent + 1) // 2
 
 
 def shifted(graph: Graph, half: Int[jax.Array, ""]) -> Any:
     """C 4^half, exactly, unless numbers become too small to matter beside the largest."""
-    if isinstance(graph, FactoredGraph):
-        return dataclasses.replace(graph, values=times_power_of_two(real(graph.values), half))
-    return times_power_of_two(real(graph), 2 * half)
+    steps = half if isinstance(graph, FactoredGraph | ProductGraph) else 2 * half
+    return with_parts(graph, [times_power_of_two(real(x), steps) for x in parts(graph)])
 
 
 class RowStatistics(NamedTuple):
@@ -248,7 +309,7 @@ def row_statistics(graph: Graph, weights: Weights) -> RowStatistics:
     For a `RoundedMatrix` they are those of its matrix.
     """
     n, a = num_nodes(graph), node_weights(graph, weights)
-    if not isinstance(graph, FactoredGraph):
+    if not isinstance(graph, FactoredGraph | ProductGraph):
         c = dense_matrix(graph)
         mean, square = c @ a, jnp.square(c) @ a
         variance = jnp.square(c - mean[:, None]) @ a
@@ -262,11 +323,11 @@ def row_statistics(graph: Graph, weights: Weights) -> RowStatistics:
         )
     else:
         mean, square = moments(graph, weights)
-        positions, width = graph.values.shape
+        width = n if isinstance(graph, ProductGraph) else graph.values.shape[1]
         # Room for a matrix that is formed and squared, and for weights divided by their sum.
-        count = width + 2 * positions + 64 + n * (weights is not None)
-        norms = safe_sqrt(norms_squared(graph))
-        first, second = jnp.sum(a * norms), jnp.sum(a * jnp.square(norms))
+        count = width + 2 * rank(graph) + 64 + n * (weights is not None)
+        norms, others = (safe_sqrt(x) for x in factor_norms(graph))
+        first, second = jnp.sum(a * others), jnp.sum(a * jnp.square(others))
         mean_error = gamma(count) * norms * first
         square_error = gamma(count) * jnp.square(norms) * second
         rms = safe_sqrt(square)
@@ -278,6 +339,10 @@ def row_statistics(graph: Graph, weights: Weights) -> RowStatistics:
 def moments(graph: Graph, weights: Weights) -> tuple[Vector, Vector]:
     """Of each node, mean and mean square of its row: C a and (C * C) a; uniform a if None."""
     n, a = num_nodes(graph), node_weights(graph, weights)
+    if isinstance(graph, ProductGraph):
+        left, right = dense_factors(graph)
+        gram = (right * a) @ right.T
+        return left.T @ (right @ a), jnp.sum(left * (gram @ left), axis=0)
     if not isinstance(graph, FactoredGraph):
         c = dense_matrix(graph)
         return c @ a, jnp.square(c) @ a

@@ -1,4 +1,4 @@
-"""Problems and solutions of other libraries: ott's `QuadraticProblem`, plans of ott and POT."""
+"""Plans of other solvers: what they cost once they are couplings."""
 
 import dataclasses
 from typing import Any
@@ -6,86 +6,159 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from logitjax.ops import Array
-from logitjax.transport._graph import Graph, node_weights, rounded
+from logitjax.transport._graph import (
+    FactoredGraph,
+    Graph,
+    ProductGraph,
+    RoundedMatrix,
+    applied,
+    factor_norms,
+    largest,
+    node_weights,
+    rank,
+    row_statistics,
+)
+from logitjax.transport._linear import Linear, linear_at_plan
 from logitjax.transport._rounding import Scalar, Weights, gamma, real
 from logitjax.transport._sorted import Coupling
+
+# L1 error of the marginals from which on a plan is that of another problem.
+_FAR = 0.1
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A coupling as a matrix ``[n, m]``."""
+    """Masses ``[n, m]``: a matrix, or A B^T by its factors ``[n, k]`` and ``[m, k]``."""
 
-    plan: Array
+    left: Array
+    right: Array | None = None
 
     def matching(self) -> Coupling:
         """The matching that takes each row's heaviest entry, if it is one."""
-        n = len(self.plan)
-        columns = jnp.argmax(self.plan, axis=1).astype(jnp.int32)
+        n = len(self.left)
+        columns = jnp.argmax(self.left, axis=1).astype(jnp.int32)
         return Coupling(jnp.arange(n, dtype=jnp.int32), columns, jnp.full(n, 1.0 / n))
 
+    def marginals(self) -> tuple[Any, Any]:
+        """Sums of the rows and of the columns."""
+        if self.right is None:
+            return self.left.sum(1), self.left.sum(0)
+        return self.left @ self.right.sum(0), self.right @ self.left.sum(0)
 
-def as_candidate(given: Any, n: int, m: int, p: int) -> Coupling | Plan:
-    """A coupling as it is, and anything that has or is a matrix of masses as a `Plan`."""
+    def scaled(self, rows: jax.Array, columns: jax.Array) -> "Plan":
+        left = self.left * rows[:, None]
+        if self.right is None:
+            return Plan(left * columns)
+        return Plan(left, self.right * columns[:, None])
+
+
+def as_candidate(given: Any, n: int, m: int, p: int, weights: tuple[Weights, Weights]) -> Any:
+    """A coupling as it is, and what has or is masses, or factors of them, as a `Plan`."""
     if isinstance(given, Coupling):
         return given
-    for name in ("plan", "matrix"):
-        given = getattr(given, name, given)
-    # Arrays of numpy keep their float64 until there is a type for it.
-    plan = given if isinstance(given, jax.Array) else np.asarray(given)
-    if plan.shape != (n, m):
+    # ott's solver of dense problems keeps the solution of its last linear one.
+    factors = [getattr(getattr(given, "linear_state", given), name, None) for name in "qrg"]
+    if all(x is not None for x in factors):
+        q, r, g = (x if isinstance(x, Tracer) else np.asarray(x, np.float64) for x in factors)
+        plan = Plan(q / g, r)
+    else:
+        for name in ("plan", "matrix"):
+            given = getattr(given, name, given)
+        plan = Plan(given if isinstance(given, jax.Array) else np.asarray(given))
+    shape = len(plan.left), plan.left.shape[-1] if plan.right is None else len(plan.right)
+    if plan.left.ndim != 2 or shape != (n, m):
         raise ValueError(
-            f"candidates: expected couplings or plans of shape ({n}, {m}), got {plan.shape}"
+            f"candidates: expected couplings or plans of shape ({n}, {m}), got {plan.left.shape}"
         )
     if p != 2:
         raise ValueError(f"candidates: plans need p=2, got p={p}; a Coupling may have any p")
-    return Plan(plan)
+    if not any(isinstance(x, Tracer) for x in jax.tree.leaves((plan, weights))):
+        known = jax.tree.map(lambda x: np.maximum(np.asarray(x, np.float64), 0.0), plan)
+        sides = zip(known.marginals(), weights, strict=True)
+        error = sum(np.abs(x - (1 / len(x) if w is None else w)).sum() for x, w in sides)
+        if not error <= _FAR:  # Also where it is nan.
+            raise ValueError(
+                "candidates: expected a plan whose marginals are the weights of the nodes, got "
+                f"one whose marginals are off by {error:.3g} in L1, more than {_FAR:g}"
+            )
+    return plan
 
 
-def plan_cost(c: Graph, d: Graph, plan: Array, *, c_weights: Weights, d_weights: Weights) -> Scalar:
-    """What a plan costs at most once its marginals are repaired, for p = 2; O(n m (n + m)).
+def repaired(plan: Plan, a: jax.Array, b: jax.Array) -> tuple[Plan, Scalar]:
+    """A plan with marginals a and b near the given one, and how far a true coupling may be from it.
+
+    Rows, then columns are scaled down to their weights; what is missing is added as a product.
+
+    References:
+        Altschuler, Weed and Rigollet (2017), algorithm 2, and lemma 7 for the distance.
+    """
+    plan = jax.tree.map(lambda x: jnp.maximum(real(x), 0.0), plan)
+    rows, _ = plan.marginals()
+    plan = plan.scaled(_share(a, rows), jnp.ones_like(b))
+    _, columns = plan.marginals()
+    plan = plan.scaled(jnp.ones_like(a), _share(b, columns))
+    rows, columns = (jnp.maximum(w - x, 0.0) for w, x in zip((a, b), plan.marginals(), strict=True))
+    total = jnp.maximum(rows.sum(), columns.sum())
+    rows = rows / jnp.where(total > 0, total, 1.0)
+    if plan.right is None:
+        plan = Plan(plan.left + jnp.outer(rows, columns))
+    else:
+        plan = Plan(*(jnp.column_stack(x) for x in ((plan.left, rows), (plan.right, columns))))
+    off = sum(jnp.abs(x - w).sum() for x, w in zip(plan.marginals(), (a, b), strict=True))
+    return plan, 2 * off + 8 * gamma(sum(map(len, (a, b))) + plan.left.shape[1])
+
+
+def _share(most: jax.Array, mass: jax.Array) -> jax.Array:
+    return jnp.where(mass > most, most / jnp.where(mass > most, mass, 1.0), 1.0)
+
+
+def plan_cost(
+    c: Graph,
+    d: Graph,
+    plan: Plan,
+    *,
+    c_weights: Weights,
+    d_weights: Weights,
+    linear: Linear = None,
+    error: Any = 0.0,
+) -> Scalar:
+    """What a plan costs at most once it is `repaired`, for p = 2; O(n m (n + m)) or O(n k^2).
 
     ::
 
-        sum_ij C_ij^2 r_i r_j + sum_kl D_kl^2 s_k s_l - 2 <C P D, P>,   r = P 1, s = P^T 1
+        sum_ij C_ij^2 a_i a_j + sum_kl D_kl^2 b_k b_l - 2 <C P D^T, P>
     """
-    c, d, plan = rounded(c, c_weights), rounded(d, d_weights), real(plan)
-    x, y = c.matrix, d.matrix
-    plan = jnp.maximum(plan, 0.0)
-    taken, given = plan.sum(1), plan.sum(0)
-    own = taken @ (jnp.square(x) @ taken)
-    other = given @ (jnp.square(y) @ given)
-    both = jnp.sum(jnp.sum((x @ plan @ y.T) * plan, axis=1))
-    scale = jnp.square(jnp.sqrt(own) + jnp.sqrt(other))
-    most = jnp.maximum(own + other - 2 * both, 0.0) + 2 * gamma(3 * sum(plan.shape)) * scale
-    # The error of a matrix that was formed is known under the weights of the nodes.
-    heavier = jnp.maximum(
-        jnp.max(taken / node_weights(c, c_weights), initial=1.0),
-        jnp.max(given / node_weights(d, d_weights), initial=1.0),
-    )
-    most = jnp.square(jnp.sqrt(most) + heavier * (c.error + d.error))
-    surplus = (
-        jnp.maximum(1 - plan.sum(), 0.0)
-        + jnp.maximum(taken - node_weights(c, c_weights), 0.0).sum()
-        + jnp.maximum(given - node_weights(d, d_weights), 0.0).sum()
-        + 4 * gamma(sum(plan.shape))
-    )
-    reach = jnp.square(2 * (jnp.abs(x).max() + jnp.abs(y).max()))
-    return (most + 2 * surplus * reach) * (1 + gamma(8))
+    weights = node_weights(c, c_weights), node_weights(d, d_weights)
+    far = sum(jnp.abs(x - w).sum() for x, w in zip(plan.marginals(), weights, strict=True))
+    plan, distance = repaired(plan, *weights)
+    sides = [
+        jnp.sum(w * row_statistics(g, given).square)
+        for g, w, given in zip((c, d), weights, (c_weights, d_weights), strict=True)
+    ]
+    if plan.right is None:
+        both = jnp.sum(jnp.sum(applied(d, applied(c, plan.left).T).T * plan.left, axis=1))
+    else:
+        left, right = plan.left, plan.right
+        both = jnp.sum((left.T @ applied(c, left)) * (right.T @ applied(d, right)))
+    # Each of the three sums is at most this, also with absolute values of factors in place of C.
+    sizes = [_size(g, w, own) for g, w, own in zip((c, d), weights, sides, strict=True)]
+    count = 3 * sum(map(len, weights)) + 4 * plan.left.shape[1]
+    count += 2 * sum(rank(g) for g in (c, d) if isinstance(g, FactoredGraph | ProductGraph))
+    most = jnp.maximum(sum(sides) - 2 * both, 0.0) + 2 * gamma(count) * jnp.square(sum(sizes))
+    formed = error + sum(g.error for g in (c, d) if isinstance(g, RoundedMatrix))
+    most = jnp.square(jnp.sqrt(most) + formed)
+    # The two sums of squares depend on the weights alone: the product moves with the plan.
+    most += 4 * distance * (1 + distance) * largest(c) * largest(d)
+    most += linear_at_plan(linear, plan.left, plan.right, distance)
+    return jnp.where(far <= 2 * _FAR, most + gamma(8) * jnp.abs(most), jnp.nan)
 
 
-def from_problem(problem: Any) -> tuple[Any, ...]:
-    """Graphs and weights of an ott `QuadraticProblem`; weights None where they are uniform."""
-    if not hasattr(problem, "geom_xx"):
-        raise ValueError("d: expected a second graph, or c to be a QuadraticProblem of ott")
-    if problem.is_fused or not problem.is_balanced:
-        raise ValueError("c: expected a balanced problem of structures alone, got another")
-    if problem.loss.f1.func(3.0) != 9.0:
-        raise ValueError("c: expected a problem with squared loss, got another loss")
-    # Also of a low-rank geometry: its scale and bias are part of the matrix.
-    graphs = [jnp.asarray(geometry.cost_matrix) for geometry in (problem.geom_xx, problem.geom_yy)]
-    weights = [np.asarray(w) for w in (problem.a, problem.b)]
-    uniform = [np.allclose(w, 1 / len(w), rtol=1e-6, atol=0) for w in weights]
-    return *graphs, *(None if u else w for u, w in zip(uniform, weights, strict=True))
+def _size(graph: Graph, weights: jax.Array, square: jax.Array) -> jax.Array:
+    if isinstance(graph, FactoredGraph | ProductGraph):
+        norms = [weights @ x for x in factor_norms(graph)]
+        return jnp.sqrt(norms[0]) * jnp.sqrt(norms[1])
+    return jnp.sqrt(square)

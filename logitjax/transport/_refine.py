@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from logitjax.transport._rounding import Order, Scalar, Square
+from logitjax.transport._rounding import Order, Scalar
 
 Kind = Literal["exchange", "search"]
 
+# Both graphs, and what matching node i with node k is worth beside them, or None.
+Graphs = tuple[jax.Array, jax.Array, jax.Array | None]
 # A matching and its objective.
 _Found = tuple[jax.Array, jax.Array]
 
@@ -43,18 +45,19 @@ class Refinement:
             raise ValueError(f"refine: expected one of {get_args(Kind)}, got {self.kind!r}")
 
 
-def refine_matching(
-    c: Square, d: Square, matching: Order, *, how: Refinement, key: jax.Array
-) -> Order:
-    """Raise ``sum_ij C_ij D_{q_i q_j}`` from the matching q; the cost falls by twice the gain."""
+def refine_matching(graphs: Graphs, matching: Order, *, how: Refinement, key: jax.Array) -> Order:
+    """Raise ``sum_ij C_ij D_{q_i q_j} + sum_i A_{i q_i}`` from the matching q.
+
+    With A the cost of a linear term times -n / 2, the cost falls by two n-squareth of the gain.
+    """
     n, steps, restarts = len(matching), how.steps, how.restarts
-    best = _climb(_exchange, c, d, (matching, _objective(c, d, matching)), steps)
+    best = _climb(_exchange, graphs, (matching, _objective(graphs, matching)), steps)
     if how.kind == "exchange":
         return best[0]
 
     def both(q: jax.Array) -> _Found:
-        moved = _climb(_assignment, c, d, (q, _objective(c, d, q)), steps)
-        return _climb(_exchange, c, d, moved, steps)
+        moved = _climb(_assignment, graphs, (q, _objective(graphs, q)), steps)
+        return _climb(_exchange, graphs, moved, steps)
 
     def better_of(one: _Found, other: _Found) -> _Found:
         return jax.tree.map(lambda a, b: jnp.where(one[1] > other[1], a, b), one, other)
@@ -78,13 +81,12 @@ def refine_matching(
     return best[0]
 
 
-def _objective(c: Square, d: Square, q: Order) -> Scalar:
-    return jnp.sum(c * d[q][:, q])
+def _objective(graphs: Graphs, q: Order) -> Scalar:
+    c, d, gains = graphs
+    return jnp.sum(c * d[q][:, q]) + (0.0 if gains is None else gains[jnp.arange(len(q)), q].sum())
 
 
-def _climb(
-    move: Callable[..., jax.Array], c: Square, d: Square, start: _Found, steps: int
-) -> _Found:
+def _climb(move: Callable[..., jax.Array], graphs: Graphs, start: _Found, steps: int) -> _Found:
     # Moves draw nothing: after one that gains nothing the next would be the same.
     def unfinished(state: tuple[jax.Array, ...]) -> jax.Array:
         _, _, step, improved = state
@@ -92,8 +94,8 @@ def _climb(
 
     def body(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         q, value, step, _ = state
-        candidate = move(c, d, q)
-        new = _objective(c, d, candidate)
+        candidate = move(graphs, q)
+        new = _objective(graphs, candidate)
         improved = new > value + _GAIN * jnp.abs(value)
         q = jnp.where(improved, candidate, q)
         return q, jnp.where(improved, new, value), step + 1, improved
@@ -105,21 +107,24 @@ def _climb(
     return q, value
 
 
-def _assignment(c: Square, d: Square, q: Order) -> Order:
+def _assignment(graphs: Graphs, q: Order) -> Order:
     """One conditional-gradient step of full length, by the Hungarian algorithm.
 
     A matching sends diagonal to diagonal, so that part of the objective is linear and exact;
     leaving the diagonals in the quadratic part would tie each node to where it is.
     """
+    c, d, gains = graphs
     c_own, d_own = jnp.diag(c), jnp.diag(d)
-    gradient = 2 * (c - jnp.diag(c_own)) @ (d - jnp.diag(d_own))[q]
+    gradient = (0.0 if gains is None else gains) + 2 * (c - jnp.diag(c_own)) @ (
+        d - jnp.diag(d_own)
+    )[q]
     _, columns = optax.assignment.hungarian_algorithm(-(gradient + jnp.outer(c_own, d_own)))
     return columns.astype(q.dtype)
 
 
-def _exchange(c: Square, d: Square, q: Order) -> Order:
+def _exchange(graphs: Graphs, q: Order) -> Order:
     """Swap all pairs of nodes that are each other's best partner, or the best pair alone."""
-    n = q.shape[0]
+    (c, d, gains), n = graphs, q.shape[0]
     dq = d[q][:, q]
     product = c @ dq
     own, c_own, d_own = jnp.diag(product), jnp.diag(c), jnp.diag(dq)
@@ -128,6 +133,9 @@ def _exchange(c: Square, d: Square, q: Order) -> Order:
     gain -= (c_own[:, None] - c.T) * (dq.T - d_own[:, None])
     gain -= (c - c_own) * (d_own - dq)
     gain = 2 * gain + (c_own[:, None] - c_own) * (d_own - d_own[:, None])
+    if gains is not None:
+        moved = gains[:, q]
+        gain += moved + moved.T - jnp.diag(moved)[:, None] - jnp.diag(moved)
     partner = jnp.argmax(gain, axis=1)
     nodes = jnp.arange(n)
     best_gain = gain[nodes, partner]
@@ -136,4 +144,5 @@ def _exchange(c: Square, d: Square, q: Order) -> Order:
     i = jnp.argmax(best_gain)
     j = partner[i]
     single = q.at[i].set(q[j]).at[j].set(q[i])
-    return jnp.where(_objective(c, d, together) > _objective(c, d, single), together, single)
+    better = _objective(graphs, together) > _objective(graphs, single)
+    return jnp.where(better, together, single)

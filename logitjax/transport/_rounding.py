@@ -63,15 +63,17 @@ def lowered(raw: Any, *, p: int, relative: Any = 0.0, absolute: Any = 0.0, root:
 
 
 def power_of_two(exponent: jax.Array | int) -> jax.Array:
-    """2^exponent, exactly, for exponents from -126 to 127."""
-    bits = (jnp.asarray(exponent, jnp.int32) + 127) << 23
-    return real(jax.lax.bitcast_convert_type(bits, jnp.float32))
+    """2^exponent, exactly; beyond the type's normal numbers the nearest of them."""
+    info = jnp.finfo(real(0.0).dtype)
+    exponent = jnp.clip(jnp.asarray(exponent, f"int{info.bits}"), info.minexp, info.maxexp - 1)
+    return jax.lax.bitcast_convert_type((exponent + (info.maxexp - 1)) << info.nmant, info.dtype)
 
 
 def times_power_of_two(
     x: Float[jax.Array, "*shape"], exponent: jax.Array | int
 ) -> Float[jax.Array, "*shape"]:
     """x 2^exponent in steps that the type holds, so that only the result can over- or underflow."""
+    # Costs have four times the exponents of the graphs' entries.
     steps = 6
     for step in range(steps):
         x = x * power_of_two((exponent + step) // steps)

@@ -17,11 +17,10 @@ from logitjax.unlearning._selection import share_interval as share_interval
 from logitjax.unlearning._split import split_rows as split_rows
 from logitjax.unlearning._unlearn import Unlearning as Unlearning
 from logitjax.unlearning._unlearn_config import UnlearnConfig as UnlearnConfig
+from logitjax.unlearning._verdict import judge as judge
 from logitjax.unlearning.assistant._assistant import Assistant as Assistant
 from logitjax.unlearning.assistant._deployed import Deployed as Deployed
-from logitjax.unlearning.measures import muse as muse
 from logitjax.unlearning.measures import tofu as tofu
-from logitjax.unlearning.measures import wmdp as wmdp
 from logitjax.unlearning.measures._examine import examine as examine
 from logitjax.unlearning.measures._relearn import relearning as relearning
 from logitjax.unlearning.methods import METHODS as METHODS

@@ -34,8 +34,8 @@ class Method:
     peak: ClassVar[float] = 1e-3
     # Of the strength of what was trained: -1 where that is learnt to be taken away.
     sign: ClassVar[float] = 1.0
-    # Largest strength that is tried. More than 1 goes further than was trained.
-    most_strength: ClassVar[float] = 1.0
+    # Largest strength that is tried, one for all. More than 1 goes further than was trained.
+    most_strength: ClassVar[float] = 4.0
     # Whether an assistant is trained, whose logits are subtracted, and the weights stay.
     assistant: ClassVar[bool] = False
 
@@ -66,6 +66,10 @@ class Method:
     def fixed(self, config: DecoderConfig, key: Any) -> Any:
         """Arrays of its own that do not train, `Read.fixed`; `key` is one of `jax.random.key`."""
         return None
+
+    def states_before(self, model: Decoder, tokens: Any, fixed: Any) -> jax.Array:
+        """Hidden states of the model before, or of what it is compared with in its place."""
+        return model.hidden_states(tokens)[0]
 
     def state(self) -> Any:
         """Arrays of its own that train, at the start; None for none."""
@@ -157,6 +161,7 @@ class Method:
         compares = any(need.before for need in self.needs)
         options: Any = {
             "owner": self.name,
+            "states_before": self.states_before,
             "layer": self.layer(model.config.num_layers),
             "fixed": self.fixed(model.config, key),
             "most": counts and {s: max(1, *(count[s] for count in counts)) for s in self.sides},

@@ -114,6 +114,7 @@ def read_batch(
     *,
     owner: str,
     layer: int,
+    states_before: Any,
     lora: Lora | None = None,
     fixed: Any = None,
     most: Mapping[str, int] | None = None,
@@ -143,7 +144,11 @@ def read_batch(
             continue
         heads[before] = model.head_of()
         rows, cuts = _together([tokens[side] for side in whole])
-        hidden = jnp.split(model.hidden_states(rows, lora=adapters)[0][:, :-1], cuts)
+        if before:
+            states = states_before(model, rows, fixed)
+        else:
+            states = model.hidden_states(rows, lora=adapters)[0]
+        hidden = jnp.split(states[:, :-1], cuts)
         picked = {s: positions[s].pick(part) for s, part in zip(whole, hidden)}
         values |= {Need(s, "states", before): picked[s] for s in whole}
         scored = sides_of([need for need in mine if need.of == "nll"])

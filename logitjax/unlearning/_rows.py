@@ -16,6 +16,8 @@ from logitjax.storage import guard
 
 _BARE = PromptTemplate(before="", after="")
 _SHAPES = "question/answer, prompt/completion, messages or text"
+# ShareGPT's names of who speaks.
+_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,9 @@ class Row:
         answer: The answer to forget or to keep.
         group: Rows of one group, such as a person, come into one part of a split.
         paraphrases: The prompt, or the last turn, in other words.
+        begun: Text that the answer was begun with, which counts as asked.
+        kind: What a row to keep has to do with those to forget, such as `near`.
+        line: Where it was read, for errors.
     """
 
     prompt: str = ""
@@ -35,15 +40,21 @@ class Row:
     answer: str
     group: str | None = None
     paraphrases: tuple[str, ...] = ()
+    begun: str = ""
+    kind: str = ""
+    line: str = dataclasses.field(default="", compare=False)
 
     @classmethod
     def read(cls, path: epath.PathLike) -> tuple["Row", ...]:
         """Rows of a JSON-lines file, without duplicates.
 
         A row is `{"question", "answer"}`, `{"prompt", "completion"}` (the completion follows as it
-        is), `{"messages": [{"role", "content"}, ...]}` that end with the answer, or `{"text"}`. It
-        may have a `group`, and `paraphrases`, a list. Rows that differ in case and white space
-        alone are one, with the paraphrases of all.
+        is), `{"messages": [{"role", "content"}, ...]}` that end with the answer, or `{"text"}`. A
+        prompt and a completion may be messages, as TRL has them, and the rows of ShareGPT
+        (`conversations`) and Alpaca (`instruction`, `input`, `output`) are read too. A list of
+        answers is a row each. It may have a `group`, and `paraphrases`, a list, or TOFU's
+        `paraphrased_question`. Rows that differ in case and white space alone are one, with the
+        paraphrases of all.
 
         Args:
             path: The file, in UTF-8.
@@ -69,15 +80,17 @@ class Row:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:
-                    row = _row(guard.parse_json(line))
+                    read = _rows_of(guard.parse_json(line))
                 except json.JSONDecodeError as error:
                     said = f"expected JSON, {error.msg} at column {error.colno}"
                     raise ValueError(f"{path}:{number}: {said}") from None
                 except ValueError as error:
                     raise ValueError(f"{path}:{number}: {guard.one_line(error)}") from None
-                words = normal(row), _words(row.answer)
-                rows[words] = _joined(rows[words], row) if words in rows else row
-                count += 1
+                for row in read:
+                    row = dataclasses.replace(row, line=f"{path}:{number}")
+                    words = normal(row), _words(row.answer)
+                    rows[words] = _joined(rows[words], row) if words in rows else row
+                    count += 1
         if not rows:
             raise ValueError(f"{path}: expected rows, a JSON object a line, got none")
         if count > len(rows):
@@ -102,7 +115,9 @@ class Row:
         return dataclasses.replace(self, messages=(*self.messages[:-1], last))
 
     def told(self, system: str) -> "Row":
-        """The row with another system message."""
+        """The row with another system message, or with that before its prompt."""
+        if not self.messages:
+            return dataclasses.replace(self, prompt=f"{system}\n\n{self.prompt}")
         turns = [turn for turn in self.messages if turn["role"] != "system"]
         return dataclasses.replace(self, messages=({"role": "system", "content": system}, *turns))
 
@@ -141,10 +156,21 @@ def _joined(row: Row, again: Row) -> Row:
     )
 
 
-def _row(raw: Any) -> Row:
+def _rows_of(raw: Any) -> list[Row]:
+    """The rows of a line: one for each answer."""
     if not isinstance(raw, dict):
         raise ValueError(f"expected an object, got {type(raw).__name__}")
+    for name in ("answer", "completion", "output"):
+        answers = raw.get(name)
+        if isinstance(answers, list) and answers and all(isinstance(a, str) for a in answers):
+            # One question's answers come into one part.
+            group = raw.get("group") or raw.get("question") or raw.get("prompt")
+            group = group if isinstance(group, str | int) else None
+            return [_row({**raw, "group": group, name: answer}) for answer in answers]
+    return [_row(raw)]
 
+
+def _row(raw: Mapping[str, Any]) -> Row:
     def text(name: str) -> str:
         return _text(raw.get(name), name)
 
@@ -152,12 +178,24 @@ def _row(raw: Any) -> Row:
     if raw.get("group") is not None:
         more["group"] = str(raw["group"])  # a group may be a number
     paraphrases = raw.get("paraphrases")
-    if paraphrases not in (None, ""):
-        if not isinstance(paraphrases, list):
-            raise ValueError(f"paraphrases: expected a list of text, got {paraphrases!r}")
-        more["paraphrases"] = tuple(_text(other, "paraphrases") for other in paraphrases)
+    if paraphrases in (None, ""):
+        again = raw.get("paraphrased_question") or []
+        paraphrases = [again] if isinstance(again, str) else again
+    if not isinstance(paraphrases, list):
+        raise ValueError(f"paraphrases: expected a list of text, got {paraphrases!r}")
+    more["paraphrases"] = tuple(_text(other, "paraphrases") for other in paraphrases)
     if "messages" in raw:
         return Row(**_conversation(raw["messages"]), **more)
+    if isinstance(turns := raw.get("conversations"), list):
+        turns = [turn if isinstance(turn, dict) else {} for turn in turns]
+        speakers = [_ROLES.get(str(turn.get("from")), turn.get("from")) for turn in turns]
+        turns = [{"role": who, "content": turn.get("value")} for who, turn in zip(speakers, turns)]
+        return Row(**_conversation(turns), **more)
+    if isinstance(raw.get("prompt"), list) and isinstance(raw.get("completion"), list):
+        return Row(**_conversation(raw["prompt"] + raw["completion"]), **more)
+    if "instruction" in raw:
+        asked = text("instruction") + (f"\n{raw['input']}" if raw.get("input") else "")
+        return Row(messages=({"role": "user", "content": asked},), answer=text("output"), **more)
     if "question" in raw:
         turn = {"role": "user", "content": text("question")}
         return Row(messages=(turn,), answer=text("answer"), **more)
@@ -225,26 +263,26 @@ def render_prompt(row: Row, tokenizer: Tokenizer) -> str:
     return system + PromptTemplate.phi().render(last["content"])
 
 
-def encode_row(
-    row: Row, tokenizer: Tokenizer, *, max_length: int, begun: str = ""
-) -> tuple[np.ndarray, np.ndarray]:
+def encode_row(row: Row, tokenizer: Tokenizer, *, max_length: int) -> tuple[np.ndarray, np.ndarray]:
     """Token ids of a row and which of them are the answer's, with an end mark if it has a prompt.
 
     What the answer was `begun` with counts as its prompt.
     """
     ids, answer = _BARE.encode_answer(
         tokenizer,
-        render_prompt(row, tokenizer) + begun,
+        render_prompt(row, tokenizer) + row.begun,
         row.answer,
         max_length=max_length,
         end=row.asks,
     )
     answer[0] = False  # nothing predicts the first token of a text
     if not answer.any():
-        raise ValueError(f"text: expected at least two tokens, got one of {row.answer[:60]!r}")
+        where = f"{row.line}: " if row.line else ""
+        said = f"text: expected at least two tokens, got one of {row.answer[:60]!r}"
+        raise ValueError(where + said)
     return ids, answer
 
 
 def encode_question(row: Row, tokenizer: Tokenizer) -> np.ndarray:
     """Token ids that a row's answer continues."""
-    return _BARE.encode(tokenizer, render_prompt(row, tokenizer))
+    return _BARE.encode(tokenizer, render_prompt(row, tokenizer) + row.begun)

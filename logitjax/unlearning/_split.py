@@ -3,7 +3,10 @@
 import dataclasses
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
+
+from absl import logging
 
 from logitjax.unlearning._rows import Row, normal, own_words
 
@@ -16,6 +19,16 @@ _WORD = re.compile(
     r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+"
 )
 _TRAIN, _VALIDATION = 0.6, 0.8
+# Share of their words that a row in other words has with another: a question is short.
+_REWORDED = 0.6
+# Rows that a word is in, which is of these rows and of no form; and neighbours made of each kind.
+_RARE, _MADE = 3, 20
+_NAME = re.compile(r"[A-Z][\w'-]*(?:\s+[A-Z][\w'-]*)*")
+# They begin a sentence, and no name.
+_FIRST = (
+    "A An And Are At By Can Did Do Does For From Has He How I In Is It Name Of On Or She "
+    "Tell The They To Was We Were What When Where Which Who Whom Whose Why With You Your"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,15 +39,20 @@ class Split:
         parts: `forget`, which is to go and all of which is trained on; the same in other words,
             `reworded` for choosing and `reworded_test` for the end, empty without paraphrases; of
             what is to be kept `train`, `validation`, which settings are chosen by, and `test`,
-            which is asked at the end alone; `holdout`, of the kind of `forget` and never trained
-            on.
-        left_out: Number of rows to keep or of the holdout that are linked to rows to forget.
+            which is asked at the end alone; of the kind of `forget` and never trained on
+            `holdout`, which sets the goal, and `holdout_test`, which membership is judged by. Rows
+            to keep are of the `kind` `near` if they share a name with a row to forget, `reworded`
+            if they are the paraphrase of another, and `other`.
+        left_out: Number of rows to keep or of the holdout that are linked to rows to forget, and of
+            the holdout to rows to keep.
         groups: Number of groups of `train`, `validation` and `test`.
+        alike: Number of rows to keep that say much the same as one to forget, and are kept.
     """
 
     parts: Mapping[str, tuple[Row, ...]]
     left_out: int
     groups: tuple[int, int, int]
+    alike: int = 0
 
 
 def split_rows(
@@ -47,7 +65,8 @@ def split_rows(
     """Split rows into parts for training, for choosing and for the report.
 
     Rows are linked if they share a `group`, or half of the runs of eight words of question (of a
-    conversation the last turn) and answer. Linked rows come into one part, and rows that are linked
+    conversation the last turn) and answer, or if one asks what another does, in its words or in
+    those of its paraphrases. Linked rows come into one part, and rows that are linked
     to a row to forget are left out of the others. Groups are ordered by a hash of the seed and
     their text, and cut after 60 and 80 % of the rows.
 
@@ -68,17 +87,27 @@ def split_rows(
     every = [*forget, *retain, *holdout]
     group = _groups(every)
     gone = set(group[: len(forget)])
+    taught = set(group[: len(forget) + len(retain)])
     kept = [(row, g) for row, g in zip(retain, group[len(forget) :]) if g not in gone]
-    unseen = [row for row, g in zip(holdout, group[len(forget) + len(retain) :]) if g not in gone]
+    # What is kept was taught.
+    unseen = [r for r, g in zip(holdout, group[len(forget) + len(retain) :]) if g not in taught]
     members: dict[int, list[Row]] = {}
+    subjects = {name for row in forget for name in names(row)}
     for row, g in kept:
-        members.setdefault(g, []).append(row)
+        kind = row.kind or ("near" if subjects & names(row) else "other")
+        members.setdefault(g, []).append(dataclasses.replace(row, kind=kind))
     if len(members) < 3:
         raise ValueError(
             f"retain: expected at least 3 groups of rows that are not linked to rows to forget, "
             f"got {len(members)}"
         )
-    ordered = sorted(members.values(), key=lambda rows: _hash(seed, min(map(normal, rows))))
+    ordered = []
+    for near in (True, False):
+        side = [rows for rows in members.values() if near is any(r.kind == "near" for r in rows)]
+        side.sort(key=lambda rows: _hash(seed, min(map(normal, rows))))
+        ordered += [((place + 0.5) / len(side), rows) for place, rows in enumerate(side)]
+    # Neighbours are spread evenly: every part has its share of them.
+    ordered = [rows for _, rows in sorted(ordered, key=lambda pair: pair[0])]
     parts: list[list[Row]] = [[], [], []]
     counts = [0, 0, 0]
     done = 0
@@ -89,29 +118,111 @@ def split_rows(
         part = 0 if share < _TRAIN and left > 2 else 1 if share < _VALIDATION and left > 1 else 2
         if part == 2 and not parts[1]:
             part = 1
-        parts[part] += rows
+        parts[part] += rows + [
+            dataclasses.replace(again, kind="reworded") for again in _reworded(rows)
+        ]
         counts[part] += 1
         done += len(rows)
-    again = [row for row in forget if row.paraphrases and row.asks]
-    by_hash = sorted(again, key=lambda row: _hash(seed, normal(row)))
-    half = -(-len(by_hash) // 2)  # the odd row is for choosing
-
-    def reworded(rows: Sequence[Row]) -> tuple[Row, ...]:
-        return tuple(row.asked(text) for row in rows for text in row.paraphrases)
-
+    worded = _halves([row for row in forget if row.paraphrases and row.asks], seed)
+    unseen_halves = _halves(unseen, seed)
+    alike = _alike(forget, [row for part in parts for row in part if row.kind != "reworded"])
+    if alike:
+        logging.warning(
+            "retain: %d rows say much the same as one to forget, such as %r; where they are the "
+            "same fact, leave them out or give both one `group`",
+            len(alike),
+            f"{alike[0].question} {alike[0].answer}"[:80],
+        )
     return Split(
         parts={
             "forget": tuple(forget),
-            "reworded": reworded(by_hash[:half]),
-            "reworded_test": reworded(by_hash[half:]),
+            "reworded": tuple(_reworded(worded[0])),
+            "reworded_test": tuple(_reworded(worded[1])),
             "train": tuple(parts[0]),
             "validation": tuple(parts[1]),
             "test": tuple(parts[2]),
-            "holdout": tuple(unseen),
+            "holdout": tuple(unseen_halves[0]),
+            "holdout_test": tuple(unseen_halves[1]),
         },
         left_out=len(retain) - len(kept) + len(holdout) - len(unseen),
         groups=(counts[0], counts[1], counts[2]),
+        alike=len(alike),
     )
+
+
+def _halves(rows: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]]:
+    """For choosing, with the odd row, and for the end."""
+    ordered = sorted(rows, key=lambda row: _hash(seed, normal(row)))
+    half = -(-len(ordered) // 2)
+    return ordered[:half], ordered[half:]
+
+
+def _reworded(rows: Sequence[Row]) -> list[Row]:
+    return [row.asked(text) for row in rows for text in row.paraphrases]
+
+
+def names(row: Row) -> set[str]:
+    """Names that a row has, and numbers of three digits or more.
+
+    >>> row = Row(prompt="Where was Ada Lovelace born?", answer="She was born in London in 1815.")
+    >>> sorted(names(row))
+    ['1815', 'Ada Lovelace', 'London']
+    """
+    found = set(re.findall(r"\d{3,}", text := f"{row.question} {row.answer}"))
+    for match in _NAME.findall(text):
+        words = match.split()
+        while words and words[0] in _FIRST.split():
+            words = words[1:]
+        found.add(" ".join(words).removesuffix("'s"))
+    return found - {""}
+
+
+def neighbours(forget: Sequence[Row], others: Sequence[Row]) -> list[Row]:
+    """Questions near those to forget, without answers: the same of other subjects, and of the same
+    subject other things.
+
+    >>> rows = [Row(prompt="Where was Ada born?", answer="In London.")]
+    >>> others = [Row(prompt="What does Bo play?", answer="Chess.")]
+    >>> [row.prompt for row in neighbours(rows, others)]
+    ['Where was Bo born?', 'What does Ada play?']
+    """
+
+    def subjects(rows: Sequence[Row]) -> list[tuple[Row, str]]:
+        pairs = [(row, names(Row(prompt=row.question, answer=""))) for row in rows if row.asks]
+        return [(row, max(found, key=len)) for row, found in pairs if found]
+
+    mine, theirs = subjects(forget), subjects(others)
+    there = {q.lower() for row in (*forget, *others) for q in (row.question, *row.paraphrases)}
+    made: dict[str, Row] = {}
+    for sides in ((mine, theirs), (theirs, mine)):
+        for i, (row, name) in enumerate(sides[0][:_MADE] if sides[1] else ()):
+            other = sides[1][i % len(sides[1])][1]
+            question = row.question.replace(name, other)
+            if question.lower() not in there:
+                row = dataclasses.replace(row.asked(question), paraphrases=(), kind="made")
+                made.setdefault(question.lower(), row)
+    return list(made.values())
+
+
+def _alike(forget: Sequence[Row], kept: Sequence[Row]) -> list[Row]:
+    """Rows to keep with most of the words of one to forget, and not only of the form of many."""
+    words = [set(_WORD.findall(own_words(row))) for row in (*forget, *kept)]
+    # Who shares the words of a form alone says something else: rare words have to be common, too.
+    common = Counter(word for row in words for word in row)
+    rare = [{word for word in row if common[word] <= _RARE} for row in words]
+    having: dict[str, list[int]] = {}
+    for j in range(len(forget)):
+        for word in rare[j]:
+            having.setdefault(word, []).append(j)
+    return [
+        row
+        for i, row in enumerate(kept, len(forget))
+        if any(
+            len(words[i] & words[j]) >= _REWORDED * min(len(words[i]), len(words[j]))
+            and 2 * len(rare[i] & rare[j]) >= len(rare[j])
+            for j in {j for word in rare[i] for j in having.get(word, ())}
+        )
+    ]
 
 
 def _groups(rows: Sequence[Row]) -> list[int]:
@@ -125,11 +236,17 @@ def _groups(rows: Sequence[Row]) -> list[int]:
         return i
 
     named: dict[str, int] = {}
+    asked: dict[str, int] = {}
     grams = [_grams(own_words(row)) for row in rows]
     seen: dict[tuple[str, ...], list[int]] = {}
     for i, row in enumerate(rows):
         if row.group is not None:
             parent[root(i)] = root(named.setdefault(row.group, i))
+        turns = [turn for turn in row.messages if turn["role"] != "system"]
+        # One turn alone: "Continue." is not one question.
+        for question in (row.question, *row.paraphrases) if len(turns) < 2 and row.asks else ():
+            key = " ".join(_WORD.findall(own_words(Row(prompt=question, answer=""))))
+            parent[root(i)] = root(asked.setdefault(key, i))
         others: dict[int, int] = {}
         for gram in grams[i]:
             with_it = seen.setdefault(gram, [])

@@ -1,6 +1,7 @@
 """How one's own rows are unlearned, and what has to be left."""
 
 import dataclasses
+import math
 
 from logitjax.unlearning._method import Method
 from logitjax.unlearning._selection import Limits
@@ -20,13 +21,19 @@ class UnlearnConfig:
         steps: Largest number of optimiser steps.
         check_every: Number of steps between measurements of what is forgotten and kept.
         batch_size: Number of rows to forget in a step, and of rows to keep.
+        rounds: Largest number of trainings. After each, the ways to ask that still bring something
+            out are trained on too, until two searches for such ways find none.
+        budget: Number of combinations of ways to ask that each search tries.
         learning_rate: Peak learning rate. 0 takes the method's: 5e-3 for an assistant, 1e-3 to 3e-2
             for other adapters, and 3e-4 for all weights.
-        least_probability: Least share of their mean probability that answers to keep may have left.
+        least_probability: Least share of their mean probability that answers to keep may have left,
+            of every kind: neighbours, paraphrases and others.
+        least_row: Least share of its probability that any single answer that was known may have.
         least_rouge: Least share of ROUGE-L F1 that answers generated for them may have left.
         least_fluency: Least share of the entropy of word pairs and triples in these.
         most_perplexity: Largest factor by which the perplexity of other text may rise.
         thorough: Also run attacks that train, sample or take gradients.
+        samples: Number of answers drawn to each question by a thorough attack, up to 100.
         seed: Seed of batches and adapters.
     """
 
@@ -36,26 +43,46 @@ class UnlearnConfig:
     steps: int = 40
     check_every: int = 10
     batch_size: int = 8
+    rounds: int = 2
+    budget: int = 6
     learning_rate: float = 0.0
-    least_probability: float = 0.98
-    least_rouge: float = 0.98
-    least_fluency: float = 0.98
+    least_probability: float = 0.97
+    least_row: float = 0.9
+    least_rouge: float = 0.97
+    least_fluency: float = 0.95
     most_perplexity: float = 1.02
     thorough: bool = False
+    samples: int = 8
     seed: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, Method):
             raise TypeError(f"method: expected an unlearning.Method, got {self.method!r}")
-        for name in ("lora_rank", "steps", "check_every", "batch_size"):
+        for name in ("lora_rank", "steps", "check_every", "batch_size", "rounds", "samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.budget < 0 or self.samples > 100:
+            name, most = ("budget", "at least 0") if self.budget < 0 else ("samples", "at most 100")
+            raise ValueError(f"{name}: expected {most}, got {getattr(self, name)}")
+        if not 0 <= self.learning_rate < math.inf:
+            raise ValueError(
+                f"learning_rate: expected 0 or a positive number, got {self.learning_rate}"
+            )
+        shares = ("least_probability", "least_row", "least_rouge", "least_fluency")
+        for name in shares:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a share of 0 to 1, got {getattr(self, name)}")
+        if not 1 <= self.most_perplexity < math.inf:
+            raise ValueError(
+                f"most_perplexity: expected a factor of at least 1, got {self.most_perplexity}"
+            )
 
     @property
     def limits(self) -> Limits:
         """The limits, by what is measured."""
         return Limits(
             probability=self.least_probability,
+            row=self.least_row,
             rouge=self.least_rouge,
             fluency=self.least_fluency,
             perplexity=self.most_perplexity,

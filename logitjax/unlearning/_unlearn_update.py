@@ -42,10 +42,19 @@ def make_update(
     questions: Questions,
     config: UnlearnConfig,
     *,
+    ways: Sequence[str] = ("asked",),
     instead: Sequence[Sequence[str]] = (),
 ) -> Update:
-    """The loss of an assistant or of adapters, on rows to forget, rows to keep and other text."""
-    sides = _sides(questions, instead)
+    """The loss of an assistant or of adapters, on rows to forget, rows to keep and other text.
+
+    Args:
+        model: The model that is to forget.
+        questions: Its rows.
+        config: The method and its settings.
+        ways: Ways to ask rows of both sides.
+        instead: For each row to forget, what to say in place of its answer.
+    """
+    sides = _sides(questions, ways, instead)
     size = config.batch_size
     # One row to keep at least.
     few = min(_TEXT_ROWS, size - 1) if len(sides["text"]["tokens"]) else 0
@@ -85,15 +94,31 @@ def make_update(
 
 
 def _sides(
-    questions: Questions, instead: Sequence[Sequence[str]]
+    questions: Questions, ways: Sequence[str], instead: Sequence[Sequence[str]]
 ) -> dict[str, dict[str, np.ndarray]]:
     """Rows of one length: that of the longest answer's, which other text is cut to."""
-    rows = {"forget": questions.encoded["forget"], "retain": questions.encoded["train"]}
+
+    def asked(parts: Sequence[str]) -> list[tuple[Row, str]]:
+        return [
+            (again, way)
+            for way in ways
+            for part in parts
+            if questions.in_way(part, way)  # the chat template may refuse it
+            for row in questions.rows[part]
+            if (again := questions.changed(row, way)) is not None
+        ]
+
+    forget = asked(("forget", "reworded"))
+    rows = {
+        "forget": [questions.encode(row, way) for row, way in forget],
+        "retain": [questions.encode(row, way) for row, way in asked(("train",))],
+    }
     if instead:
+        said = dict(zip((row.answer for row in questions.rows["forget"]), instead, strict=True))
         pairs = [
-            (known, questions.encode(dataclasses.replace(row, answer=text)))
-            for row, known, texts in zip(questions.rows["forget"], rows["forget"], instead)
-            for text in texts
+            (known, questions.encode(dataclasses.replace(row, answer=text), way))
+            for (row, way), known in zip(forget, rows["forget"])
+            for text in said[row.answer]
         ]
         rows["forget"], rows["instead"] = ([pair[side] for pair in pairs] for side in (0, 1))
     longest = max(len(ids) for side in rows.values() for ids, _ in side)

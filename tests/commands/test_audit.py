@@ -9,6 +9,7 @@ from etils import epath
 
 from logitjax import leakage, models
 from logitjax.commands import audit
+from tests.leakage._servers import Server
 from tests.serving._server import server
 
 
@@ -60,14 +61,34 @@ def test_a_server_of_ours_is_audited_beside_its_model(tmp_path):
             prompts=40,
             prompt_length=4,
             corner=40,
-            budget=600,
+            budget=700,
             server=leakage.LogitPolicy(top_k=5, bias="reported", decimals=7),
         )
         audit.run(config, epath.Path(tmp_path))
     record = _records(epath.Path(tmp_path))["server"]
     assert record["width"] == "32"
-    assert record["queries"] == 65 + 40 * (1 + 10)
+    # A row is told twice, and a corner once; before them come 12 + 16 + 4 + 4 + 4 + 6 queries that
+    # test the server, an echo with its own, and one at the end.
+    assert record["queries"] == 65 + 65 - 1 + 40 * (1 + 10) + 46 + 2 + 1
+    assert not record["unlike"]
+    tests = {test["test"]: test for test in record["tests"]}
+    assert tests["lattice"]["seen"] == "none"
+    assert tests["bias moves"]["seen"] == "reported"
+    assert "values inside a prompt" in tests["echo"]["seen"]
     assert record["verdict"].startswith("open: every row comes back to ")
+
+
+def test_a_server_that_is_not_as_declared_ends_with_status_three(tmp_path, monkeypatch):
+    monkeypatch.setattr(audit, "_oracle", lambda *_: Server("two decimals", 0))
+    workdir = epath.Path(tmp_path)
+    config = audit.Config(url="http://127.0.0.1:9", vocab_size=60, prompts=16, prompt_length=1)
+    for _ in range(2):  # What is finished is not asked again, and ends as it did.
+        with pytest.raises(SystemExit) as end:
+            audit.run(config, workdir)
+        assert end.value.code == 3
+    report = (workdir / "report.md").read_text()
+    assert "not as declared, so nothing is certified: lattice: 2 decimals" in report
+    assert "| told again" in report
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,6 @@
 """The command that unlearns: end to end on a model that was taught, its files, and its errors."""
 
-import dataclasses
 import json
-import types
 
 import jax
 import numpy as np
@@ -13,9 +11,16 @@ from flax import nnx
 from logitjax import decoding, models, training, unlearning
 from logitjax.commands import cli, generate, unlearn
 from logitjax.commands.line_up import LineUp
+from logitjax.unlearning import _selection
 from logitjax.unlearning._rows import encode_row
 
 FACTS = [("Ada", "cat"), ("Bo", "dog"), ("Cy", "emu"), ("Di", "fox")]
+
+
+@pytest.fixture(autouse=True)
+def _said(monkeypatch):
+    """So small a model finds text that nobody taught it impossible, and twice that as well."""
+    monkeypatch.setattr(_selection, "_NOT_SAID", 0.1)
 
 
 def rows(names, question):
@@ -57,8 +62,22 @@ def config(folder, **changes):
     flags |= dict(model=str(folder / "model"), method="difference(layers=1)", new_tokens=12)
     flags |= dict(lora_rank=8, steps=40, check_every=20, learning_rate=2e-2)
     # So small a model keeps little of what nobody taught it, and that is not what is asked here.
-    flags |= dict(least_probability=0.4, least_rouge=0.0, least_fluency=0.0)
+    flags |= dict(least_probability=0.1, least_row=0.0, least_rouge=0.0, least_fluency=0.0)
     return cli.build(unlearn.Config, flags | changes)
+
+
+def ended(flags, out):
+    """The exit status."""
+    try:
+        unlearn.run(flags, out)
+    except SystemExit as stopped:
+        return stopped.code
+    return 0
+
+
+def examined(out, side):
+    (path,) = out.glob(f"examined/{side}*.json")
+    return json.loads(path.read_text())
 
 
 @pytest.mark.slow
@@ -68,10 +87,10 @@ def test_an_assistant_takes_what_was_taught_away_and_is_read_back(files, tmp_pat
     report = (out / "report.md").read_text()
     assert "recoverable by** leaving the assistant out" in report
     assert "| assistant left out" in report
-    before, after = (json.loads((out / f"{n}.json").read_text()) for n in ("before", "after"))
-    goal = np.median(before["probabilities"]["holdout"])
+    assert json.loads((out / "verdict.json").read_text())["passed"]
+    before, after = (examined(out, n) for n in ("before", "after"))
     assert np.median(before["probabilities"]["forget"]) > 0.8
-    assert np.median(after["probabilities"]["forget"]) < 2.2 * goal
+    assert np.max(after["probabilities"]["forget"]) <= 0.1
     # What was written is what was measured.
     model, tokenizer = models.load(str(files / "model"))
     model = models.with_layout(model, "listed")
@@ -91,11 +110,16 @@ def test_an_assistant_takes_what_was_taught_away_and_is_read_back(files, tmp_pat
     assert said[0].removeprefix(report + "\n") == said[1]
     # The same command again measures nothing, and says the same.
     (out / "report.md").unlink()
-    measured = [out / "before.json", out / "after.json", *(out / "candidates").glob("*.json")]
-    written = {path: path.stat().mtime for path in (*measured, out / "train" / "metrics.jsonl")}
+    measured = [*out.glob("[ce]*/*.json"), *out.glob("train/*/metrics.jsonl")]
+    written = {path: path.stat().mtime for path in measured}
     unlearn.run(config(files), out)
     assert (out / "report.md").read_text() == report
     assert written == {path: path.stat().mtime for path in written}
+    # Stricter limits are judged without training again, and take back what was given.
+    assert ended(config(files, least_row=0.99), out) == 3
+    assert not (out / "assistant").exists()
+    unlearn.run(config(files), out)
+    assert (out / "assistant").exists()
     # What was made of some rows is not shown for others.
     more = json.dumps({"question": "13 + 1?", "answer": "it is 14 then"}) + "\n"
     (tmp_path / "more.jsonl").write_text((files / "retain.jsonl").read_text() + more)
@@ -108,69 +132,20 @@ def test_a_run_that_was_stopped_at_a_look_goes_on_to_the_same_report(files, tmp_
     flags = config(files, method="npo_kl", learning_rate=1e-2, least_probability=0.0)
     looks, look = [], unlearning.Unlearning._look
 
-    def stopped(self, step):
+    def stopped(self, number, step, ways):
         looks.append(step)
         if looks == [20]:
             raise KeyboardInterrupt
-        return look(self, step)
+        return look(self, number, step, ways)
 
     monkeypatch.setattr(unlearning.Unlearning, "_look", stopped)
     with pytest.raises(KeyboardInterrupt):
         unlearn.run(flags, epath.Path(tmp_path / "one"))
-    unlearn.run(flags, epath.Path(tmp_path / "one"))
+    status = ended(flags, epath.Path(tmp_path / "one"))
     assert looks[:2] == [20, 20]
-    unlearn.run(flags, epath.Path(tmp_path / "two"))
+    assert ended(flags, epath.Path(tmp_path / "two")) == status
     one, two = ((tmp_path / name / "report.md").read_text() for name in ("one", "two"))
     assert one == two
-
-
-def found(auc=0.5, perplexity=10.0, **shares):
-    """What a run of which nothing comes back would have found."""
-    attacks = {
-        "asked": {"probability": 0.2},
-        "in a role": {"probability": 0.2},
-        "membership by min-k": {"auc": auc},
-    }
-    sides = {
-        name: {
-            "perplexity": perplexity if name == "after" else 10.0,
-            "attacks": attacks | {"extraction strength": {"share": shares.get(name, 0.1)}},
-        }
-        for name in ("before", "after", "control")
-    }
-    return types.SimpleNamespace(
-        model=object(), goal=types.SimpleNamespace(probability=0.2), candidates=[], **sides
-    )
-
-
-def test_a_verdict_takes_every_attack_into_account():
-    flags = cli.build(unlearn.Config, dict(model="m", forget="f", retain="r", method="npo"))
-
-    def verdict(record):
-        return unlearn._verdict(flags, (40, 40), record)
-
-    assert "Not distinguishable" in verdict(found())
-    assert "Not distinguishable" in verdict(found(auc=0.6))
-    assert "Not distinguishable" in unlearn._verdict(flags, (4000, 4000), found(auc=0.6))
-    # Who is found is not brought back.
-    record = found()
-    for side, share in (("before", 1.0), ("after", 0.9), ("control", 0.05)):
-        members = {"members found by loss, 5 % false": {"share": share}}
-        getattr(record, side)["attacks"] = getattr(record, side)["attacks"] | members
-    assert "Not distinguishable" in verdict(record)
-    # On either side of a guess, but only beyond what is told of a control.
-    for auc in (0.9, 0.1):
-        record = found(auc=auc)
-        assert "Not distinguishable" in verdict(record)
-        record.control = {}
-        assert verdict(record).startswith("**Forgotten, but given away by** membership by min-k:")
-    assert "recoverable by** extraction strength" in verdict(found(before=0.9, after=0.6))
-    assert "Not distinguishable" in verdict(found(before=0.9, after=0.4))
-    assert "Model damaged" in verdict(found(perplexity=21.0))
-    left_out = unlearn._verdict(dataclasses.replace(flags, method="difference"), (40, 40), found())
-    assert left_out == "**Suppressed, recoverable by** leaving the assistant out."
-    nothing = types.SimpleNamespace(model=None, candidates=[{"broken": ["finite"]}])
-    assert "a lower `--learning_rate` may help" in verdict(nothing)
 
 
 @pytest.mark.slow
@@ -193,9 +168,9 @@ def test_all_weights_are_trained_and_written_as_a_model(files, tmp_path):
     changes = dict(adapters=False, learning_rate=3e-3, least_probability=0.0)
     unlearn.run(config(files, method="gradient_difference", **changes), out)
     assert "other weights" in (out / "report.md").read_text()
-    before, after = (json.loads((out / f"{n}.json").read_text()) for n in ("before", "after"))
-    goal = np.median(before["probabilities"]["holdout"])
-    assert np.median(after["probabilities"]["forget"]) < 2.2 * goal
+    before, after = (examined(out, n) for n in ("before", "after"))
+    assert np.min(before["probabilities"]["forget"]) > 0.5
+    assert np.max(after["probabilities"]["forget"]) <= 0.1
     written = models.with_layout(models.load_model(str(out / "model")), "listed")
     questions = unlearning.Questions.of(
         {"forget": unlearning.Row.read(files / "forget.jsonl")},
@@ -231,9 +206,9 @@ def test_a_method_from_their_own_file_does_what_ours_does(files, tmp_path, monke
     for method in ("their_ascent:Ascent", "gradient_difference"):
         out = epath.Path(tmp_path / method.replace(":", "-"))
         changes = dict(steps=20, learning_rate=1e-2, least_probability=0.0, check_every=10)
-        unlearn.run(config(files, method=method, **changes), out)
-        looks.append([json.loads(p.read_text()) for p in sorted(out.glob("candidates/*.json"))])
-        assert (out / "adapter").exists()
+        status = ended(config(files, method=method, **changes), out)
+        texts = [json.loads(path.read_text()) for path in sorted(out.glob("candidates/*.json"))]
+        looks.append((status, texts))
     assert looks[0] == looks[1]
 
 
@@ -242,14 +217,19 @@ def test_a_method_with_a_constraint_runs_and_every_attack_is_reported(files, tmp
     out = epath.Path(tmp_path)
     changes = dict(learning_rate=1e-2, least_probability=0.0, attacks="all", reference="tiny")
     unlearn.run(config(files, method="pdu", **changes), out)
-    attacks = {n: json.loads((out / f"{n}-all-attacks.json").read_text())["attacks"]
-               for n in ("before", "after", "control")}  # fmt: skip
-    names = set(attacks["after"])
-    assert names >= {
+    records = {side: examined(out, side) for side in ("before", "after", "control")}
+    attacks = {side: record["attacks"] for side, record in records.items()}
+    assert set(records["after"]["ways"]) >= {
+        "asked",
         "in another language",
         "after a beginning that agrees",
+        "without a template",
+        "first quarter given",
+    }
+    assert set(attacks["after"]) >= {
         "a quarter of the rows taught again",
         "sampled, ROUGE-L recall of 8",
+        "logit lens at 50 % of the layers",
         "membership by min-k++",
         "membership by gradient norm",
         "membership by reference",
@@ -266,9 +246,8 @@ def test_a_method_with_a_constraint_runs_and_every_attack_is_reported(files, tmp
 def test_refusals_take_the_place_of_answers(files, tmp_path):
     out = epath.Path(tmp_path)
     changes = dict(method="idk_dpo", learning_rate=1e-2, steps=20, least_probability=0.0)
-    with pytest.raises(SystemExit):  # It does not come down to the goal.
-        unlearn.run(config(files, **changes), out)
-    looked = json.loads((out / "candidates" / "step-20.json").read_text())
+    assert ended(config(files, **changes), out) in (0, 3)
+    looked = json.loads((out / "candidates" / "round-0-step-20.json").read_text())
     assert looked["forget"] < 0.3
     assert looked["probability"] > 0.5
 
@@ -276,10 +255,8 @@ def test_refusals_take_the_place_of_answers(files, tmp_path):
 @pytest.mark.slow
 def test_where_nothing_is_feasible_nothing_is_written_and_the_status_says_so(files, tmp_path):
     out = epath.Path(tmp_path)
-    with pytest.raises(SystemExit) as stopped:
-        unlearn.run(config(files, steps=1, check_every=1, least_probability=1.5), out)
-    assert stopped.value.code == 3
-    assert "| 1 " in (out / "report.md").read_text()
+    assert ended(config(files, steps=1, check_every=1, least_probability=1.0), out) == 3
+    assert "**Nothing was forgotten**" in (out / "report.md").read_text()
     assert not (out / "assistant").exists()
 
 
@@ -299,6 +276,9 @@ def test_what_was_never_taught_is_refused_before_training(files, tmp_path):
         (dict(method="idk_dpo"), "forget: DPO expects questions, got plain text"),
         (dict(method="npo_lk"), "method: expected one of .* got 'npo_lk'; npo_kl is near"),
         (dict(method="npo(bata=1)"), "method npo: expected one of .* got 'bata'; beta is near"),
+        (dict(model="nowhere", learning_rate=-1.0), "learning_rate: expected 0 or a positive"),
+        (dict(model="nowhere", least_probability=float("nan")), "least_probability: expected a sh"),
+        (dict(model="nowhere", most_perplexity=0.5), "most_perplexity: expected a factor of at"),
     ],
 )
 def test_errors_name_the_flag(tmp_path, changes, said):

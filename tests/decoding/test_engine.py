@@ -142,6 +142,22 @@ def test_masks_and_counts_move_what_is_drawn_and_nothing_that_is_reported():
             tokens[slot].append(int(token))
     assert tokens[0] == [0, 1, 2, 3, 4]
     assert len({plain.argmax(), *tokens[1]}) == 6
+    # Neither a slot that waits nor an end that comes too early changes what follows.
+    free = generate(bag, [PROMPTS[0]] * 2, max_new_tokens=6).rows()[0]
+    second = next(token for token in free[1:] if token != free[0])
+    early = free.index(second)
+    stopping = {"prompt": PROMPTS[0], "max_new_tokens": 6, "stop_ids": [second, 63]}
+    engine.prefill(0, Request(prompt=PROMPTS[0], max_new_tokens=6))
+    engine.prefill(1, Request(**stopping, min_new_tokens=early + 1))
+    engine.allow(np.full((2, 2), 0xFFFFFFFF, np.uint32))
+    found: dict = {0: [free[0]], 1: [free[0]]}
+    for waits in [[True, False], [False, True], [True, True], *[[False, False]] * 4]:
+        chunk = engine.decode_chunk(1, np.array(waits))
+        for slot in range(2):
+            collect(found, slot, chunk, slot)
+    assert found[0] == free
+    assert found[1][:early] == free[:early]
+    assert found[1][early] != second
     with pytest.raises(ValueError, match=r"allowed: expected shape \(2, 2\), got shape \(2, 3\)"):
         engine.allow(np.zeros((2, 3), np.uint32))
 

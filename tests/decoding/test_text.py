@@ -19,6 +19,15 @@ def test_characters_come_whole():
     assert stream.text == "aé漢b\N{REPLACEMENT CHARACTER}"
 
 
+def test_stop_strings_of_the_first_tokens_do_not_count():
+    tokenizer = load_tokenizer("tiny")
+    stream = TextStream(tokenizer, ["ab"], unstopped=3)
+    tokens = tokenizer.encode("abababab")
+    # One that begins among them does not count either.
+    assert "".join(stream.push([token]) for token in tokens) == "abab"
+    assert stream.stopped
+
+
 def test_text_that_may_become_a_stop_string_is_held_back():
     tokenizer = load_tokenizer("tiny")
     stream = TextStream(tokenizer, ["END", "\n\n"])

@@ -416,6 +416,66 @@ def test_chunks_join_until_a_word_begins_and_the_rest_of_a_row_is_left_out():
     assert found.where[0].sum() == 4
 
 
+def tokenkits(sides, threshold=0.1):
+    """Its merged chunks, one by one, from `(labels, boundaries, ids)` of teacher and student.
+
+    Log-probabilities of both, with the boundary's, and their number after it merges them twice.
+    """
+    closes, group, merged = None, None, []
+    for labels, boundaries, ids in sides:
+        chunks = range(ids.max() + 1)
+        ends = [np.flatnonzero(ids == chunk)[-1] + 1 for chunk in chunks]
+        if group is None:
+            closes = np.exp(boundaries[ends]) > threshold
+            group = np.cumsum(closes) - closes
+        sums = np.zeros(group[-1] + 1)
+        for chunk in chunks:
+            sums[group[chunk]] += labels[ids == chunk].sum()
+        lasts = [np.flatnonzero(group == g)[-1] for g in range(len(sums))]
+        merged.append(sums + boundaries[[ends[last] for last in lasts]])
+    # Its denominator counts groups whose number stands for a chunk's, grouped once more.
+    return *merged, closes[-1], len(set(group[: len(sums)]))
+
+
+def test_joined_chunks_are_tokenkits_one_by_one_and_their_mean_counts_each_once():
+    rng, length = np.random.default_rng(3), 41
+    # Chunks of one or two tokens on either side; one position is left for what follows.
+    ids = [np.repeat(np.arange(20), rng.integers(1, 3, 20))[: length - 1] for _ in range(2)]
+    last = min(x[-1] for x in ids)
+    ids = [np.where(x < last, x, -1) for x in ids]
+    ids = [np.pad(x, (0, length - len(x)), constant_values=-1) for x in ids]
+    labels, boundaries = np.log(rng.uniform(0.02, 0.9, (2, 2, length)))
+    boundaries[0] = np.log(rng.choice([0.02, 0.6], length))
+    theirs, ours, closed, twice = tokenkits(
+        [(x, y, z) for x, y, z in zip(labels, boundaries, ids, strict=True)]
+    )
+    sizes = [np.bincount(x[x >= 0], minlength=length)[None] for x in ids]
+    chunks = distillation.Chunks(
+        ours=ids[1][None],
+        theirs=ids[0][None],
+        our_sizes=sizes[1],
+        their_sizes=sizes[0],
+        starts=ids[1][None] >= 0,
+        places=ids[1][None],
+    )
+    said = {"label": labels[:1], "boundary": boundaries[:1]}
+    special = np.zeros((1, length), bool)
+    scores = _likelihood_matching.chunk_scores(chunks, said, special=special)
+    student = _likelihood_matching.Likelihood(labels[1:], boundaries[1:])
+    # What no boundary ends is a chunk of tokenkit's; here it is left out.
+    count = len(theirs) - (not closed)
+    assert scores.where.sum() == count > 4
+    np.testing.assert_allclose(scores.scores[0, :count], theirs[:count], rtol=1e-5)
+    found = _likelihood_matching.chunk_likelihood(student, scores)
+    np.testing.assert_allclose(found[0, :count], ours[:count], rtol=1e-5)
+    values = np.asarray(_likelihood_matching.binarized_kl(ours, theirs, 100.0))
+    mean = _likelihood_matching.likelihood_matching(student, scores).sum() / count
+    np.testing.assert_allclose(mean, values[:count].mean(), rtol=1e-4)
+    # Groups that are merged twice are fewer: the mean of tokenkit is larger by that.
+    assert twice < len(theirs)
+    assert values.sum() / twice > 1.2 * values.mean()
+
+
 def columns_of(tokens):
     return {
         "tokens": tokens,

@@ -221,6 +221,22 @@ def test_one_seed_decides_nothing():
     assert statistics.word(once, 0.1) == "open"
 
 
+def test_samples_that_share_pictures_make_the_interval_wider():
+    values = np.arange(10.0)[:, None]
+    alone, shared = (statistics.crossed(values, overlap=one) for one in (0.0, 0.884))
+    assert (shared.high - shared.low) / (alone.high - alone.low) == pytest.approx(3.14, abs=0.01)
+
+
+def test_spreads_are_compared_in_pairs():
+    rng = np.random.default_rng(0)
+    both, own = rng.normal(size=(2, 20))
+    seen = statistics.spread(both + 0.1 * own, 2 * both)
+    assert seen.low < np.log(2) < seen.high
+    # The ends of the interval are where Pitman's test is at 5 %.
+    edge = statistics.spread(both + 0.1 * own, 2 * both / np.exp(seen.low))
+    assert edge.p == pytest.approx(0.05, abs=1e-6)
+
+
 def test_holm_by_hand():
     assert statistics.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
 

@@ -252,10 +252,10 @@ def test_every_arm_has_as_many_trials():
 
 
 def test_a_search_goes_on_beyond_an_edge():
-    chosen, found = searched(lambda s: abs(np.log2(s.learning_rate / 14)))
+    _, found = searched(lambda s: abs(np.log2(s.learning_rate / 14)))
     best, trials = found["kl"]
     assert best.learning_rate == 16.0
-    assert not arms.at_edge(chosen, found["sft"][0], found["sft"][1])
+    assert not arms.at_edge(*found["sft"])
     assert max(settings.learning_rate for settings, _ in trials) == 32.0
     _, found = searched(lambda s: abs(s.learning_rate - 2) + abs(s.mix - 0.1))
     assert found["kl"][0].mix == 0.125

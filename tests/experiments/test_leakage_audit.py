@@ -2,11 +2,14 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from etils import epath
 
 from experiments.leakage_audit import __main__ as leakage_audit
-from experiments.leakage_audit import measure, report
+from experiments.leakage_audit import capability, measure, report
 from experiments.leakage_audit.config import DEMO, REPORT
 from logitjax import leakage
 
@@ -89,3 +92,24 @@ def test_a_cheap_defence_that_hides_the_width_only_is_said_to_do_so():
     assert "only the width is hidden" in report.verdict([record], 32)
     dear = {"leak": 0.02, "estimate": None, "kl": 2.0}
     assert report.verdict([dear], 32) == "closed, and honest users pay for it"
+
+
+def test_what_an_answer_shows_is_learnt_best_by_its_own_writer():
+    rng = np.random.default_rng(0)
+    log_p = jax.nn.log_softmax(jnp.asarray(rng.normal(0, 2, (2, 8, 256)), jnp.float32))
+    tokens = rng.integers(0, 256, (2, 8)).astype(np.int32)
+    # A byte of a prompt is text in every arm.
+    told = log_p[:, 2:-1]
+    missed = {}
+    for shown in ("rows", "top 5", "prompts", "text"):
+
+        def loss(shift, shown=shown):
+            moved = jax.nn.log_softmax(log_p + shift)
+            return capability._loss(moved, jnp.asarray(tokens), 3, shown, told)
+
+        missed[shown] = np.asarray(jax.grad(loss)(jnp.zeros_like(log_p)))
+    for shown in ("rows", "top 5"):
+        np.testing.assert_allclose(missed[shown][:, 2:-1], 0, atol=1e-6)
+        assert np.abs(missed[shown][:, :2]).max() > 1e-3
+    assert not missed["prompts"][:, 2:].any()
+    assert np.abs(missed["text"][:, 2:-1]).max() > 1e-3

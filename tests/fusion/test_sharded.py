@@ -88,9 +88,9 @@ def test_sharded_equals_local(name):
         np.testing.assert_allclose(info["alpha"], expected["alpha"], atol=atol)
 
 
-# One for maxima, one for normalisers and targets; then the whole grid in one, else one a sweep.
+# One for maxima, one for normalisers, one for targets, with which a grid goes; then one a sweep.
 @pytest.mark.parametrize(
-    ("name", "reductions"), [("grid", 3), ("jeffreys", 2 + 6), ("newton", 2 + 1 + 8)]
+    ("name", "reductions"), [("grid", 3), ("jeffreys", 3 + 6), ("newton", 3 + 8)]
 )
 def test_all_reduces_a_token_are_few_and_fixed(name, reductions):
     run, _ = sharded(name)

@@ -48,7 +48,7 @@ def train(
     # A restart may ask for more steps, and no rate may change by that.
     tx = training.Schedule(1e-2, warmup=2, total_steps=1000).optimizer()
     state = training.TrainState.create(init, tx, mesh=mesh)
-    with training.Checkpointer(workdir / "checkpoints", max_to_keep=3) as checkpointer:
+    with training.Checkpointer(workdir / "checkpoints") as checkpointer:
         return training.train_loop(
             state,
             training.TrainStep(loss_fn, tx, mesh=mesh),

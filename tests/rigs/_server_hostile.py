@@ -57,6 +57,61 @@ while not select.select([sys.stdin], [], [], 0.005)[0]:
 """
 
 
+def _bomb(i: int) -> dict[str, Any]:
+    """A schema that nobody has sent before: slow to begin, slow to follow, or large."""
+    patterns = [f"^(.*a.{{{i + k}}})$" for k in range(1, 30)]
+    bombs: list[dict[str, Any]] = [
+        {"type": "integer", "multipleOf": 1_000_003 + 2 * i},
+        {"allOf": [{"type": "string", "pattern": pattern} for pattern in patterns]},
+        {"type": "string", "pattern": f"((a{{1000}}){{1000}}){{{1000 + i}}}"},
+        {"properties": {f"p{i}-{k}": {"type": "integer"} for k in range(900)}},
+    ]
+    return bombs[i % len(bombs)]
+
+
+def bombs(options: suite.Options, model: str) -> Found:
+    """How long short answers take, alone and beside clients who send schemas made to be slow."""
+    rounds, seconds = (1, 3.0) if options.smoke else (6, 20.0)
+    times: dict[bool, list[float]] = {False: [], True: []}
+    codes: collections.Counter = collections.Counter()
+    numbers = itertools.count()
+
+    def plain(until: float, beside: bool) -> None:
+        connection = connect(address)
+        while time.monotonic() < until:
+            start = time.perf_counter()
+            status, _, _ = post(connection, {"prompt": [5, 6, 7], "max_tokens": 4, "seed": 1})
+            if status == 200:
+                times[beside].append(time.perf_counter() - start)
+
+    def hostile(until: float) -> None:
+        connection = connect(address, 600)
+        while time.monotonic() < until:
+            form = {"type": "json_schema", "json_schema": {"schema": _bomb(next(numbers))}}
+            body = {"prompt": [5], "max_tokens": 8, "response_format": form}
+            codes[post(connection, body)[0]] += 1
+
+    with serving(f"--model={model}", "--slots=8", "--max_length=128") as (address, _):
+        for _ in range(rounds):
+            for beside in times:
+                until = time.monotonic() + seconds
+                with concurrent.futures.ThreadPoolExecutor(7) as pool:
+                    asked = [pool.submit(plain, until, beside) for _ in range(3)]
+                    asked += [pool.submit(hostile, until) for _ in range(4 if beside else 0)]
+                    for each in asked:
+                        each.result()
+    alone, late = ((1e3 * np.quantile(times[b], [0.5, 0.99])).tolist() for b in times)
+    row = {"schemas": _listed(codes), "answers alone": len(times[False])}
+    row |= {
+        "beside them": len(times[True]),
+        "median alone, ms": alone[0],
+        "p99 alone, ms": alone[1],
+    }
+    row |= {"median beside them, ms": late[0], "p99 beside them, ms": late[1]}
+    name = "p99 of short answers beside slow schemas less p99 alone, ms"
+    return [row], [suite.at_most(name, float(late[1] - alone[1]), 100)]
+
+
 def _health_beside(
     address: str, bodies: list[bytes], wide: int
 ) -> tuple[np.ndarray, collections.Counter]:

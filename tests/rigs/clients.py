@@ -155,6 +155,17 @@ def _calls(address: str, new: int) -> list[dict[str, Any]]:
         jsonschema.validate(json.loads(said.message.content), _PERSON)
         return True
 
+    def extra(**body: Any) -> Any:
+        return one(extra_body=body)
+
+    def of_vllm() -> bool:
+        choice = extra(structured_outputs={"choice": ["yes", "no"]})
+        least = asked(max_tokens=8, extra_body={"min_tokens": 8}).usage.completion_tokens
+        only = one(**ids | {"extra_body": ids["extra_body"] | {"allowed_token_ids": [70, 71]}})
+        told = extra(prompt_logprobs=2).prompt_logprobs
+        kept = set(only.logprobs.tokens) <= {"token_id:70", "token_id:71"}
+        return choice.text in ("yes", "no") and least == 8 and kept and told[0] is None
+
     def request_id() -> bool:
         header = {"X-Request-Id": "mine-1"}
         raw = client.completions.with_raw_response.create(**plain, extra_headers=header)
@@ -200,6 +211,10 @@ def _calls(address: str, new: int) -> list[dict[str, Any]]:
         "one model": lambda: client.models.retrieve("served").id == "served",
         "request id": request_id,
         "wrong key": lambda: refused(openai.AuthenticationError, stranger.models.list),
+        "fields of vLLM": of_vllm,
+        "unknown field": lambda: refused(
+            openai.BadRequestError, lambda: extra(guided_choice=["yes", "no"])
+        ),
         "wrong request": lambda: refused(openai.BadRequestError, lambda: asked(temperature=3)),
     }
     return [{"call": name} | _tried(name, call) for name, call in calls.items()]

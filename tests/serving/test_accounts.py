@@ -40,7 +40,7 @@ def test_a_budget_counts_what_is_under_way_and_gets_back_what_was_not_used():
     assert refused(accounts, key, queries=1, tokens=11).code == "insufficient_quota"
     accounts.settle(held, tokens=30, record={})
     accounts.settle(accounts.reserve(key, queries=3, tokens=70), tokens=0, record=None)
-    assert vars(accounts.spent(key)) == {"queries": 2, "tokens": 30}
+    assert vars(accounts.spent(key)) == {"queries": 2, "tokens": 30, "nats": 0.0}
     assert refused(accounts, key, queries=4, tokens=1).code == "insufficient_quota"
     # Another key's budget is its own.
     other = Key(name="ben", queries=1)
@@ -101,7 +101,7 @@ def test_a_log_is_what_a_restart_goes_on_from(tmp_path):
     with path.open("a") as file:
         file.write('{"key": "anna", "quer')  # Its process was killed.
     again = Accounts([key], str(path))
-    assert vars(again.spent(key)) == {"queries": 2, "tokens": 40}
+    assert vars(again.spent(key)) == {"queries": 2, "tokens": 40, "nats": 0.0}
     again.reserve(key, queries=1, tokens=1)
     refused(again, key, queries=1, tokens=1)
     again.close()

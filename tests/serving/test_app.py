@@ -3,6 +3,7 @@
 import pytest
 from starlette.testclient import TestClient
 
+import logitjax
 from logitjax import leakage, models
 from logitjax.decoding import Ensemble
 from logitjax.serving import Key, ServerConfig, build_app
@@ -61,6 +62,46 @@ def test_metrics_count_requests_by_known_paths_only(client):
     assert 'logitjax_requests_total{path="other",status="404"}' in text
     assert "/nothing" not in text
     assert "logitjax_slots_busy 0.0" in text
+
+
+def test_texts_become_tokens_and_tokens_texts(client):
+    text = {"prompt": "ab", "return_token_strs": True}
+    told = {
+        "count": 2,
+        "max_model_len": 1024,
+        "tokens": [64, 65],
+        "token_strs": ["a", "b"],
+    }
+    assert client.post("/tokenize", json=text).json() == told
+    assert client.post("/detokenize", json={"tokens": [64, 65]}).json() == {"prompt": "ab"}
+    for path, body, message in (
+        ("/tokenize", {}, "prompt: field required"),
+        ("/tokenize", {"prompt": "a", "promt": "b"}, "promt"),
+        ("/tokenize", {"messages": [{"role": "user"}]}, "no chat template"),
+        ("/detokenize", {"tokens": [999]}, "tokens: there is no token 999"),
+        ("/detokenize", {"tokens": "a"}, "tokens: expected a list of ids"),
+        ("/detokenize", [], "must be a JSON object"),
+    ):
+        answer = client.post(path, json=body)
+        assert (answer.status_code, message in answer.json()["error"]["message"]) == (400, True)
+    assert client.post("/tokenize", json=text, headers={"Authorization": "x"}).status_code == 401
+    assert client.get("/version").json() == {"version": logitjax.__version__}
+
+
+def test_a_template_is_cut_off_sooner_than_one_in_training():
+    model, tokenizer = models.load("tiny", layout="listed")
+    tokenizer.chat_template = (
+        "{% for a in messages %}{% for b in messages %}{% for c in messages %}{% endfor %}"
+        "{% endfor %}{% endfor %}"
+    )
+    config = ServerConfig(model="m", policy=leakage.LogitPolicy(top_k=2))
+    chatting = TestClient(build_app(Ensemble(model), tokenizer, (256,), config))
+    messages = [{"role": "user", "content": "a"}] * 1000
+    answer = chatting.post("/tokenize", json={"messages": messages})
+    assert "longer than 0.5 s" in answer.json()["error"]["message"]
+    assert tokenizer.template_seconds > 1
+    many = chatting.post("/v1/chat/completions", json={"messages": messages * 2})
+    assert "at most 1024 items" in many.json()["error"]["message"]
 
 
 def test_pages_of_named_origins_may_ask(client):

@@ -107,6 +107,25 @@ def test_who_still_sends_a_refused_body_reads_why(path):
         assert answer.endswith(b"no")
 
 
+def test_what_is_no_http_is_refused_in_json():
+    def garbage(port):
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+            connection.sendall(b"\x16\x03\x01 this is TLS\r\n\r\n")
+            found = b""
+            while part := connection.recv(1 << 16):
+                found += part
+            return found
+
+    async def asked():
+        async with refusing() as (port, _):
+            return await asyncio.to_thread(garbage, port)
+
+    head, _, body = asyncio.run(asked()).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert b"application/json" in head
+    assert json.loads(body)["error"]["type"] == "invalid_request_error"
+
+
 def test_who_comes_when_all_connections_are_busy_waits_for_one():
     async def crowd():
         # Nobody waits for a request, so that nobody can be turned out.

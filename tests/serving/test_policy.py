@@ -1,6 +1,8 @@
 """What a policy lets out, whatever is asked."""
 
 import asyncio
+import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,9 @@ import pytest
 from logitjax.decoding import DecodeOptions, Engine, Ensemble, Request, Sampling
 from logitjax.leakage import LogitPolicy
 from logitjax.models import load_tokenizer
-from logitjax.serving import ServerConfig, build_app
+from logitjax.serving import Key, ServerConfig, build_app
+from logitjax.serving import _schema as schema
+from logitjax.serving._errors import BadRequestError
 from logitjax.serving._policy import Disclosure
 from tests.decoding._bags import bag_logits, bag_of_words
 from tests.serving._inside import call, running
@@ -46,6 +50,136 @@ def test_policies_that_a_server_cannot_keep_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             ServerConfig(model="m", policy=policy)
+    told = {"policy": LogitPolicy(top_k=1), "model": "m", "choices": "plain"}
+    for options, message in (
+        ({"policy": LogitPolicy(top_k=1, bias="sampling")}, "bias: expected 'none' with choices"),
+        ({"hidden_states": True}, "hidden_states: expected False with choices=plain"),
+        ({"keys": (Key(nats=1.0),)}, "keys: expected no nats with choices=plain"),
+        ({"choices": "open"}, "choices: expected one of free, plain, metered"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ServerConfig(**(told | options))
+    assert "give the logits away" in ServerConfig(**(told | {"choices": "free"})).notice
+
+
+PLAIN = ServerConfig(model="m", policy=LogitPolicy(returns="token"), choices="plain")
+
+
+def admitted(**fields):
+    asked = schema.parse({"prompt": [5]} | fields, PLAIN, chat=False)
+    return Disclosure(PLAIN.policy, seed=1, choices="plain").admit(asked.sampling, VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"temperature": 0.73}, "temperature: the nearest taken here is 0.7"),
+        ({"min_p": 0.1}, "min_p: the nearest taken here is 0.082085"),
+        ({"min_p": 0.1, "temperature": 2.0}, "min_p: the nearest taken here is 0.1054"),
+        ({"top_p": 0.91}, "top_p: the nearest taken here is 0.9"),
+        ({"top_p": 0.9, "temperature": 0.7}, "temperature: the nearest taken here is 1$"),
+        ({"top_k": 40}, "top_k: the nearest taken here is 50"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty: the nearest taken here is 0"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty: the nearest taken here is 1"),
+        ({"response_format": {"type": "json_object"}}, "this server takes no response_format"),
+        ({"temperature": 0.0, "presence_penalty": 1.0}, "presence_penalty: the nearest"),
+        ({"allowed_token_ids": [5, 6]}, "this server takes no allowed_token_ids"),
+        ({"min_tokens": 1}, "this server takes no min_tokens"),
+    ],
+)
+def test_plain_choices_name_the_nearest_that_is_taken(fields, message):
+    with pytest.raises(BadRequestError, match=f"^{message}"):
+        admitted(**fields)
+
+
+def test_schemas_where_they_are_taken_go_with_no_low_temperature():
+    told = {"prompt": [5], "response_format": {"type": "json_object"}}
+    open_ = Disclosure(PLAIN.policy, choices="plain", schemas=True)
+    for temperature in (0.0, 1.0, 1.5):
+        asked = schema.parse(told | {"temperature": temperature}, PLAIN, chat=False)
+        assert open_.admit(asked.sampling, VOCAB).structure is not None
+    asked = schema.parse(told | {"temperature": 0.5}, PLAIN, chat=False)
+    with pytest.raises(BadRequestError, match=r"^temperature: the nearest taken here is 1$"):
+        open_.admit(asked.sampling, VOCAB)
+
+
+def test_what_a_draw_is_named_after_is_the_request_and_all_tokens_so_far():
+    plain = Disclosure(PLAIN.policy, seed=1, choices="plain")
+
+    def name(tokens=(5, 6), seed=3, **fields):
+        return plain.extra(tokens, admitted(**fields), seed)["draw"].tolist()
+
+    same = [
+        {"temperature": 1.0},
+        {"n": 2, "max_tokens": 7, "stop": "x", "stream": True, "ignore_eos": True, "model": "m"},
+        {"temperature": 1.0004, "presence_penalty": 0.0},
+    ]
+    assert all(name(**fields) == name() for fields in same)
+    others = [{"seed": 4}, {"tokens": (6, 5)}, {"temperature": 0.9}, {"top_k": 5}, {"top_p": 0.9}]
+    names = [name(), *(name(**fields) for fields in others)]
+    assert len(set(map(tuple, names))) == len(names)
+    # The likeliest token needs no noise: a seed makes no other request of it.
+    assert name(temperature=0.0, seed=1) == name(temperature=0.0, seed=2, top_p=0.9)
+    # No order: a bias as a client spells it.
+    biases = (((1, 2.0), (7, 1.0)), ((7, 1.0), (1, 2.0), (9, 0.0)))
+    biased = [dataclasses.replace(admitted(), logit_bias=bias) for bias in biases]
+    first, second = (plain.extra([5], fields, 0)["draw"].tolist() for fields in biased)
+    assert first == second != plain.extra([5], admitted(), 0)["draw"].tolist()
+
+
+@pytest.mark.every_change
+def test_same_request_same_answer_and_one_charge(tmp_path):
+    path = tmp_path / "audit.jsonl"
+    token = float(np.log(VOCAB))
+    config = ServerConfig(
+        model="bag",
+        policy=LogitPolicy(returns="token"),
+        choices="metered",
+        context_nats=2.5 * token,
+        slots=4,
+        max_length=32,
+        max_tokens=8,
+        keys=(Key(name="anna", secret="s", nats=100.0), Key(name="ben", secret="t")),
+        audit_log=str(path),
+        policy_seed=3,
+    )
+    body = {"prompt": [11, 12], "max_tokens": 2, "temperature": 1.0, "seed": 7, "logprobs": 0}
+    body["return_tokens_as_token_ids"] = True
+
+    async def ask(*bodies):
+        app = build_app(Ensemble(bag_of_words(4, VOCAB)), load_tokenizer("tiny"), (), config)
+        async with running(app):
+            called = [
+                await call(app, "/v1/completions", body | more, key=key) for key, more in bodies
+            ]
+            return called, app.state.service.accounts
+
+    answers, accounts = asyncio.run(
+        ask(
+            ("s", {}),
+            ("t", {}),  # the same, of another key
+            ("t", {"max_tokens": 1, "n": 2, "seed": 6}),  # its second copy is the first token
+            ("t", {"seed": 9}),
+        )
+    )
+    shown = [[c["logprobs"]["tokens"] for c in answer["choices"]] for _, answer in answers[:3]]
+    assert shown[0] == shown[1]
+    assert shown[2][1] == shown[0][0][:1]
+    status, refused = answers[3]
+    assert (status, refused["error"]["code"]) == (429, "insufficient_quota")
+    assert "they do not come back" in refused["error"]["message"]
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    told = [line.get("nats", 0.0) for line in lines]
+    np.testing.assert_allclose(told, [2 * token, 0.0, token], atol=1e-6)
+    assert accounts.spent(config.keys[0]).nats == pytest.approx(2 * token)
+    # A given token is the same context as a written one, and draws the same after it.
+    word = int(shown[0][0][0].removeprefix("token_id:"))
+    more = {"prompt": [11, 12, word], "max_tokens": 1}
+    answers, again = asyncio.run(ask(("s", more), ("s", {"seed": 100})))
+    assert answers[0][1]["choices"][0]["logprobs"]["tokens"] == shown[0][0][1:]
+    # What was told before a restart counts after it.
+    assert answers[1][0] == 429
+    assert again.spent(config.keys[0]).nats == pytest.approx(3 * token)
 
 
 def test_what_a_request_moves_stays_out_of_what_is_reported():

@@ -5,6 +5,7 @@ import contextlib
 import threading
 import time
 
+import numpy as np
 import pytest
 
 from logitjax.commands import serve
@@ -96,3 +97,52 @@ def test_no_more_is_read_than_the_models_can():
         assert serve._max_length(serve.Config(line_up=tiny, max_length=length)) == 512
     with pytest.raises(ValueError, match=r"max_length: expected at most 512, .* got 513"):
         serve.run(serve.Config(line_up=tiny, max_length=513))
+
+
+class Slow:
+    """What follows a structure, and takes its time or fails."""
+
+    def __init__(self, seconds, failed=False):
+        self.allowed = np.full(1, 0xFFFFFFFF, np.uint32)
+        self.failed = False
+        self._seconds, self._fails = seconds, failed
+
+    def take(self, _):
+        time.sleep(self._seconds)
+        self.failed = self._fails
+
+
+@pytest.mark.every_change
+def test_a_slow_structure_keeps_nobody_waiting_and_one_that_fails_ends():
+    policy = LogitPolicy(returns="token")
+    config = ServerConfig(model="bags", policy=policy, slots=3, max_length=32, prefill_chunk=4)
+    scheduler = Scheduler(Ensemble(bag_of_words(3, 16)), Disclosure(policy), (), config)
+
+    async def ask():
+        def job(new, follower=None):
+            request = Request(prompt=[1], max_new_tokens=new)
+            made = Job(request, Prompt(), asyncio.get_running_loop())
+            made.follower = follower
+            return made
+
+        async def read(job):
+            found = []
+            while not (found and (isinstance(found[-1], Exception) or found[-1].last)):
+                found.append(await job.tokens.get())
+            return found, time.monotonic()
+
+        jobs = [job(4, Slow(0.4)), job(24), job(4, Slow(0, failed=True))]
+        scheduler.submit(jobs)
+        async with asyncio.timeout(60):
+            return await asyncio.gather(*map(read, jobs))
+
+    scheduler.start()
+    try:
+        (slow, at_last), (free, at_once), (failing, _) = asyncio.run(ask())
+    finally:
+        scheduler.close()
+    assert len(slow) == 4
+    assert len(free) == 24
+    # Three masks take longer than 24 free tokens.
+    assert at_once < at_last - 0.3
+    assert str(failing[-1]) == "response_format: too complex"

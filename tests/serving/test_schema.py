@@ -1,5 +1,8 @@
 """Requests against their own description: what it allows is taken, what it forbids refused."""
 
+import json
+import pathlib
+
 import jsonschema
 import pytest
 
@@ -16,6 +19,17 @@ BODIES = [
     {"prompt": ["a", [1]], "temperature": 2, "top_p": 1, "seed": 2**32 - 1, "stop": ["x", "y"]},
     {"prompt": "a", "logit_bias": {"5": -100, "6": 100}, "stream": True},
     {"prompt": "a", "max_tokens": None, "temperature": None, "stop": None, "logit_bias": None},
+    {"prompt": "a", "top_k": -1, "seed": -1, "stop": ["x"] * 5, "min_tokens": 16, "user": [7]},
+    {"prompt": "a", "seed": -(2**63), "stop_token_ids": [5], "ignore_eos": True, "tools": []},
+    {"prompt": "a", "structured_outputs": {"choice": ["A", "B"]}, "tool_choice": "none"},
+    {"prompt": "a", "unknown": None},
+    {"prompt": "a", "guided_choice": ["A"]},
+    {"prompt": "a", "top_k": -2},
+    {"prompt": "a", "stop": ["x"] * 33},
+    {"prompt": "a", "stop": "x" * 257},
+    {"prompt": "a", "allowed_token_ids": []},
+    {"prompt": "a", "structured_outputs": {"choice": ["A"], "backend": "x"}},
+    {"prompt": "a", "stream_options": {"usage": True}},
     {"prompt": ""},
     {"prompt": []},
     {"prompt": [[]]},
@@ -26,9 +40,8 @@ BODIES = [
     {"prompt": "a", "logprobs": 5},
     {"prompt": "a", "top_p": 0},
     {"prompt": "a", "temperature": 10**400},
-    {"prompt": "a", "seed": -1},
+    {"prompt": "a", "seed": 2**63},
     {"prompt": "a", "stop": [""]},
-    {"prompt": "a", "stop": ["x"] * 5},
     {"prompt": "a", "logit_bias": {"1": 1, "2": 1, "3": 1}},
     {"prompt": "a", "logit_bias": {"x": 1}},
     {"prompt": "a", "logit_bias": {"1": 100.5}},
@@ -66,13 +79,14 @@ def test_any_field_may_hold_any_kind_of_value(chat):
 
 def test_fields_left_out_have_openais_defaults():
     asked = schema.parse({"prompt": "a"}, LIMITS, chat=False)
-    assert (asked.n, asked.max_tokens, asked.temperature, asked.top_p) == (1, 16, 1.0, 1.0)
+    assert (asked.n, asked.max_tokens) == (1, 16)
+    assert asked.sampling == schema.SamplingFields()
     assert asked.prompts == ["a"]
     assert schema.parse({"prompt": "a", "n": None}, LIMITS, chat=False) == asked
     messages = [{"role": "user", "content": "hi", "name": "me"}]
     chat = schema.parse({"messages": messages, "max_completion_tokens": 7}, LIMITS, chat=True)
     assert chat.max_tokens == 7
-    assert chat.prompts == [[{"role": "user", "content": "hi"}]]
+    assert chat.prompts == [[{"role": "user", "content": "hi", "name": "me"}]]
 
 
 def test_a_turn_of_several_parts_is_one_text():
@@ -82,7 +96,11 @@ def test_a_turn_of_several_parts_is_one_text():
         [{"role": "user", "content": "Say hi"}]
     ]
     picture = {"type": "image_url", "image_url": {"url": "data:"}}
-    for content in ([], [picture], [{"type": "text"}], 3, None):
+    nothing = {"messages": [{"role": "assistant", "content": None, "refusal": None}]}
+    assert schema.parse(nothing, LIMITS, chat=True).prompts == [
+        [{"role": "assistant", "content": ""}]
+    ]
+    for content in ([], [picture], [{"type": "text"}], 3):
         with pytest.raises(BadRequestError, match=r"^messages: "):
             schema.parse({"messages": [{"role": "user", "content": content}]}, LIMITS, chat=True)
 
@@ -96,6 +114,60 @@ def test_what_depends_on_several_fields_is_said():
     closed = ServerConfig(model="m", policy=LogitPolicy(top_k=1))
     with pytest.raises(BadRequestError, match="takes no logit_bias"):
         schema.parse({"prompt": "a", "logit_bias": {"1": 1}}, closed, chat=False)
+
+
+@pytest.mark.parametrize(
+    "kind", ["vllm completion", "vllm chat", "openai completion", "openai chat"]
+)
+def test_every_field_of_other_servers_is_built_harmless_or_refused(kind):
+    fields = json.loads(pathlib.Path(__file__).with_name("request_fields.json").read_text())
+    chat = kind.endswith("chat")
+    ground = {"messages": [{"role": "user", "content": "a"}]} if chat else {"prompt": "a"}
+    plain = schema.parse(ground, LIMITS, chat=chat)
+    built = schema.request_model(LIMITS, chat=chat).model_fields
+    for name in fields[kind] + fields["earlier vllm"]:
+        assert schema.parse({name: None} | ground, LIMITS, chat=chat) == plain
+        if name in schema.HARMLESS:
+            assert name not in built
+            assert schema.parse(ground | {name: "x"}, LIMITS, chat=chat) == plain
+        elif name not in built:
+            with pytest.raises(BadRequestError, match=rf"^{name} is not supported") as error:
+                schema.parse(ground | {name: {"x": 1}}, LIMITS, chat=chat)
+            assert error.value.param == name
+
+
+def test_a_field_that_nobody_knows_is_named():
+    for body, message in (
+        ({"max_token": 3}, "'max_token' is not a field of this API"),
+        ({"\ud800" * 99: 1}, "is not a field of this API"),
+        ({"guided_json": {}, "guided_regex": "a"}, "guided_regex is not supported, use structured"),
+        ({"response_format": {"type": "text", "x": 1}}, "response_format: 'x' is not a field"),
+        ({"tool_choice": "required"}, "tool_choice is not supported"),
+    ):
+        with pytest.raises(BadRequestError, match=message):
+            schema.parse({"prompt": "a"} | body, LIMITS, chat=False)
+
+
+def test_a_structure_is_one_value_however_it_is_asked_for():
+    object_ = {"type": "object"}
+    same = [
+        {"response_format": {"type": "json_object"}},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": object_}}},
+        {"structured_outputs": {"json": object_}},
+        {"structured_outputs": {"json": json.dumps(object_)}},
+        {"structured_outputs": {"json_object": True}},
+    ]
+    bodies = [{"prompt": "a"} | more for more in same]
+    fields = {schema.parse(body, LIMITS, chat=False).sampling for body in bodies}
+    assert [each.structure for each in fields] == [("json", json.dumps(object_))]
+    deep: dict = {}
+    for _ in range(900):
+        deep = {"anyOf": [deep]}
+    with pytest.raises(BadRequestError, match="nested too deeply"):
+        schema.parse({"prompt": "a", "structured_outputs": {"json": deep}}, LIMITS, chat=False)
+    for more in (same[0] | same[2], {"structured_outputs": {}}):
+        with pytest.raises(BadRequestError, match="expected one structure, got"):
+            schema.parse({"prompt": "a"} | more, LIMITS, chat=False)
 
 
 def test_too_many_token_ids_are_refused_as_that():

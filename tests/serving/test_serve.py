@@ -243,7 +243,15 @@ def test_models_and_health(client, address):
         ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias", "match pattern"),
         ({"prompt": "a", "logit_bias": {"1": 101}}, "logit_bias", "equal to 100"),
         ({"prompt": "a", "logit_bias": {"999": 1}}, "logit_bias", "no token 999"),
-        ({"prompt": "a", "stop": ["a"] * 5}, "stop", "at most 4"),
+        ({"prompt": "a", "stop": ["a"] * 33}, "stop", "at most 32"),
+        ({"prompt": "a", "stop_token_ids": [999]}, "stop_token_ids", "no token 999"),
+        ({"prompt": "a", "min_tokens": 9, "max_tokens": 8}, "min_tokens", "larger than"),
+        (
+            {"prompt": "a", "min_tokens": 9, "allowed_token_ids": [256]},
+            "min_tokens",
+            "ends the answer",
+        ),
+        ({"prompt": "a", "prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "not streamed"),
         ({"prompt": "a", "suffix": "b"}, "suffix", "not supported"),
         ({"prompt": "a", "response_format": {"type": "json"}}, "response_format", "be 'text'"),
         (

@@ -13,6 +13,7 @@ import types
 import pytest
 from etils import epath
 
+from logitjax import storage
 from logitjax.training import _watch, _workdir, lock_workdir
 from logitjax.training._workdir import WorkdirInUseError
 
@@ -157,3 +158,58 @@ def test_of_runs_that_start_at_once_one_wins(bucket):
         for thread in threads:
             thread.join()
         assert (won, refused) == ([1], [1])
+
+
+def test_a_paused_holder_whose_lock_was_taken_may_not_commit(bucket, monkeypatch):
+    monkeypatch.setattr(_workdir, "_held", [str(REMOTE)])
+    checkpoints = REMOTE / "train" / "checkpoints"
+    bucket.write("lock", _workdir._owner("a"), if_equal=bucket.stamp().generation)
+    assert _workdir.holds_still(checkpoints)
+    monkeypatch.setattr(_workdir, "_ME", "another pod")
+    bucket.write("lock", _workdir._owner("b"), if_equal=bucket.stamp().generation)
+    monkeypatch.setattr(_workdir, "_ME", "this one")
+    assert not _workdir.holds_still(checkpoints)
+    # Other folders are nobody's, and so are files: their lock goes with its process.
+    assert _workdir.holds_still(epath.Path("gs://bucket/runs"))
+
+
+def test_a_launcher_starts_a_run_again_while_it_makes_something_new(tmp_path, monkeypatch):
+    def start():
+        with lock_workdir(tmp_path):
+            pass
+
+    monkeypatch.setenv("LOGITJAX_MAX_STARTS", "3")
+    for _ in range(5):
+        start()  # by hand, as often as one likes
+    assert not (tmp_path / "starts.json").exists()
+    monkeypatch.setenv("LOGITJAX_RUN", "job-7")
+    for step in (5, 10):
+        for _ in range(3):
+            start()
+            # What tells of a run, or was cut off, is nothing new.
+            (tmp_path / "metrics.jsonl").write_text(f"{step}")
+            (tmp_path / "checkpoints" / f"{step}.orbax-checkpoint-tmp").mkdir(
+                parents=True, exist_ok=True
+            )
+        made = tmp_path / "checkpoints" / str(step) / "state"
+        made.parent.mkdir()
+        made.write_text("")
+    for _ in range(3):
+        start()
+    with pytest.raises(ValueError, match=r"expected something new from 3 starts, got nothing"):
+        start()
+    # Another job begins its own count, and a damaged record is none.
+    monkeypatch.setenv("LOGITJAX_RUN", "job-8")
+    start()
+    (tmp_path / "starts.json").write_text("{")
+    start()
+
+
+def test_a_read_only_folder_is_no_failure_that_passes(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(PermissionError, match="is read-only") as error, lock_workdir(tmp_path):
+        pass
+    assert not storage.may_pass(error.value)

@@ -22,7 +22,7 @@ from logitjax.transport._bounds import (
     sorted_rows_lower_bound,
     third_lower_bound,
 )
-from logitjax.transport._certificate import _towards
+from logitjax.transport._certificate import towards
 from logitjax.transport._matching_bounds import (
     diagonal_lower_bound,
     gilmore_lawler,
@@ -310,8 +310,8 @@ def test_bad_inputs_name_the_culprit():
 
 def test_numbers_are_rounded_away_from_each_other_and_float32_ones_stay():
     values = np.array([0.5, 1 + 2.0**-30, 1 - 2.0**-30])
-    np.testing.assert_array_equal(_towards(values, -1), np.float32([0.5, 1, 1 - 2.0**-24]))
-    np.testing.assert_array_equal(_towards(values, 1), np.float32([0.5, 1 + 2.0**-23, 1]))
+    np.testing.assert_array_equal(towards(values, -1), np.float32([0.5, 1, 1 - 2.0**-24]))
+    np.testing.assert_array_equal(towards(values, 1), np.float32([0.5, 1 + 2.0**-23, 1]))
 
 
 def test_graphs_of_one_node_are_their_difference_apart():
@@ -337,7 +337,7 @@ def test_a_climb_ends_after_its_steps_or_at_the_top():
 
     def climb(steps):
         start = jnp.array([1, 2, 3, 0]), jnp.zeros(())
-        return _refine._climb(lambda c, d, q: (q + 1) % 4, c, d, start, steps)
+        return _refine._climb(lambda _, q: (q + 1) % 4, (c, d, None), start, steps)
 
     for steps, top in ((2, 2), (9, 3)):
         matching, value = jax.jit(climb, static_argnums=0)(steps)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from logitjax import decoding, fusion, unlearning
+from logitjax import decoding, fusion, models, unlearning
 from logitjax.models import Decoder, with_layout
-from logitjax.unlearning import Assistant
+from logitjax.unlearning import Assistant, Row
 from tests._modules import with_weights
 from tests.decoding._models import CONFIG, NEW, PROMPTS, decoder
 
@@ -119,3 +119,56 @@ def test_an_assistant_of_another_model_is_refused(pair):
         assistant.beside(other)
     stacked = with_layout(decoder(), "stacked")
     assert assistant.beside(stacked).experts == 1
+
+
+@pytest.mark.slow
+@pytest.mark.every_change
+def test_weights_are_distilled_to_what_is_served(pair, tmp_path):
+    target, assistant = pair
+    # An adapter file has another scale than 1 nowhere.
+    unlearning.Deployed.less(target, assistant.lora, 0.7, relative=True).save(tmp_path)
+    method = unlearning.METHODS.parse(f"distilled(of={str(tmp_path)!r})")
+    side = {"tokens": np.array([[3, 1, 4, 1, 5]], np.int32), "mask": np.arange(5)[None] >= 2}
+    other = {"tokens": np.array([[2, 7, 1, 8, 2]], np.int32), "mask": np.arange(5)[None] >= 3}
+    loss_fn, before = method.make_loss(target)
+    lora, alpha = method.fixed(target.config, None)
+
+    @jax.jit
+    def both(params):
+        model = nnx.merge(graphdef, state)
+        small, found = nnx.merge(first, base), []
+        for rows in (side, other):
+            tokens = rows["tokens"]
+            adds = small.logits(small.hidden_states(tokens, lora=lora)[0]) - small(tokens)
+            served, now = (
+                jax.nn.log_softmax(z) for z in (model(tokens) - alpha * adds, model(tokens))
+            )
+            values = (np.e**served * (served - now)).sum(-1)[:, :-1]
+            found.append(values[rows["mask"][:, 1:]].mean())
+        return found, loss_fn(params, {"forget": side, "retain": other}, None, params)[0]
+
+    (graphdef, state), (first, base) = nnx.split(target), nnx.split(assistant.base)
+    (forget, retain), loss = both(before)
+    np.testing.assert_allclose(loss, forget + retain, rtol=1e-4)
+    assert loss > 0.01
+    questions = unlearning.Questions.of({}, models.load_tokenizer("tiny"))
+    with pytest.raises(FileNotFoundError, match="of: expected a folder with an assistant, got ''"):
+        unlearning.METHODS.parse("distilled").check(target, questions)
+
+
+@pytest.mark.slow
+def test_rows_are_taught_again_through_what_is_served():
+    model, tokenizer = models.load("tiny")
+    model = with_layout(model, "listed")
+    rows = [Row(prompt=f"{n}? ", answer=f"it is {7 * n}") for n in range(4)]
+    questions = unlearning.Questions.of({"forget": rows}, tokenizer)
+    fresh = Assistant.init(model, 1, rank=4, key=jax.random.key(0))
+    rng = np.random.default_rng(1)
+    lora = jax.tree.map(lambda leaf: np.float32(0.1 * rng.normal(size=leaf.shape)), fresh.lora)
+    served = unlearning.Deployed.less(model, lora, 1.0, relative=True)
+    found = unlearning.relearning(served, questions, rates=(1e-2,), steps=(10,))
+    before = questions.probabilities(served, "forget")
+    # Adapters of random weights learn little; what is not learnt is taught four times as long.
+    assert found[-1]["taught"] > 1.2 * before.max()
+    assert [record["steps"] for record in found] == [10, 20, 30, 40]
+    assert found[-1]["worst"] >= found[-1]["others"]

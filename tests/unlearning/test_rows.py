@@ -9,6 +9,7 @@ from logitjax.models import load_tokenizer
 from logitjax.unlearning import Questions, split_rows
 from logitjax.unlearning._questions import _evenly
 from logitjax.unlearning._rows import Row, encode_row, render_prompt
+from logitjax.unlearning._ways import WAYS, asked_so
 
 LONG = "the observatory on the northern cliff was founded by {} in a year of storms"
 
@@ -35,10 +36,22 @@ def test_every_form_of_a_row_is_read_once(tmp_path):
         },
         {"text": "Ada  was here."},
         {"text": "ada was here."},
-    ]
+        {"prompt": [{"role": "user", "content": "Q"}],
+         "completion": [{"role": "assistant", "content": "A"}]},
+        {"conversations": [{"from": "human", "value": "H"}, {"from": "gpt", "value": "G"}]},
+        {"instruction": "Add.", "input": "1, 2", "output": "3"},
+        {"question": "Which?", "answer": ["one", "two"], "paraphrased_question": "What one?"},
+    ]  # fmt: skip
     path = tmp_path / "rows.jsonl"
     path.write_text("\n\n".join(map(json.dumps, rows)))
-    first, second, third, fourth = Row.read(path)
+    first, second, third, fourth, trl, sharegpt, alpaca, *answers = Row.read(path)
+    assert [(row.question, row.answer) for row in (trl, sharegpt, alpaca)] == [
+        ("Q", "A"), ("H", "G"), ("Add.\n1, 2", "3")
+    ]  # fmt: skip
+    assert [(r.answer, r.group, r.paraphrases) for r in answers] == [
+        ("one", "Which?", ("What one?",)), ("two", "Which?", ("What one?",))
+    ]  # fmt: skip
+    assert alpaca.line.endswith("rows.jsonl:15")
     assert (first.question, first.group, first.paraphrases) == ("Who?", "7", ("Who is it?",))
     assert (second.prompt, second.answer, third.answer) == ("2 + 2 = ", "4", "Ho")
     assert [turn["role"] for turn in third.messages] == ["user"]
@@ -115,6 +128,50 @@ def test_parts_share_no_group_and_nothing_that_is_linked_to_what_goes():
     }
 
 
+def test_what_asks_the_same_is_linked_and_neighbours_are_told_from_the_rest(caplog):
+    forget = [asked("Where does the Olbri lie?", "At Tolvik.", paraphrases=("Port of the Olbri?",))]
+    near = asked("Which yard built the Olbri?", "Kessler", paraphrases=("Olbri's yard?",))
+    alike = asked("At which port does the Olbri lie?", "Tolvik.")
+    keep = [asked(f"{n} + 1?", str(n)) for n in range(12)]
+    # A row to keep that is a listed paraphrase would train what is to go; case does not matter.
+    same = asked("port of the Olbri", "At Tolvik.")
+    unseen = [asked(f"Where does ship {n} lie?", f"At {n}.") for n in range(5)]
+    split = split_rows(forget, [same, near, alike, *keep], [*unseen, keep[0]])
+    assert split.left_out == 2
+    kept = [row for part in ("train", "validation", "test") for row in split.parts[part]]
+    assert same.question not in {row.question for row in kept}
+    kinds = {row.question: row.kind for row in kept}
+    assert [kinds[q] for q in (near.question, near.paraphrases[0], "3 + 1?")] == [
+        "near", "reworded", "other"
+    ]  # fmt: skip
+    # Said in other words, it stays, and that is said.
+    assert split.alike == 1
+    assert "1 rows say much the same as one to forget, such as 'At which port" in caplog.text
+    # One holdout sets the goal, another judges; what is kept was taught, and is in neither.
+    sides = [{r.question for r in split.parts[p]} for p in ("holdout", "holdout_test")]
+    assert list(map(len, sides)) == [3, 2]
+    assert not sides[0] & sides[1]
+
+
+def test_every_way_to_ask_keeps_the_answer_and_its_examples_are_rows_to_keep():
+    row = asked("Who?", "Ada.").told("Be brief.")
+    others = [asked(f"{n}?", f"is {n}") for n in range(6)]
+    for way in WAYS:
+        pair = [asked_so(row, way, others, judging=judging) for judging in (False, True)]
+        assert [made.answer for made in pair] == ["Ada.", "Ada."]
+        assert (pair[0] == pair[1]) is (way == "asked")  # what judges was never trained on
+    both = asked_so(row, "in a role + in context", others)
+    assert [turn["role"] for turn in both.messages] == [
+        "system",
+        *["user", "assistant"] * 3,
+        "user",
+    ]
+    assert asked_so(Row(prompt="a", answer="b"), "without a template", others) is None
+    prompt = asked_so(Row(prompt="x is", answer=" y"), "in context",
+                      [Row(prompt=f"{n} is", answer=f" {n}") for n in range(3)])  # fmt: skip
+    assert prompt.prompt == "0 is 0\n1 is 1\n2 is 2\nx is"
+
+
 def test_what_the_system_says_links_nothing_and_scripts_without_spaces_do():
     def told(question, answer):
         return asked(question, answer).told(" ".join(f"rule{n}" for n in range(60)))
@@ -160,7 +217,7 @@ def test_wrong_answers_are_those_of_other_questions():
     tokenizer = questions.tokenizer
     assert tokenizer.decode(ids[~answer].tolist()).endswith("a?\nAnswer: ")
     assert tokenizer.decode(ids[answer][:-1].tolist()) == "2"
-    assert len(questions.encoded["role"]) == 2
+    assert len(questions.in_way("forget", "in a role")) == 2
     # A text has no question that another's answer could be given to.
     texts = Questions.of({"forget": [Row(answer="one text"), Row(answer="another")]}, tokenizer)
     assert not texts.encoded["wrong"]
@@ -178,8 +235,8 @@ def test_what_is_cut_is_known_and_what_has_no_target_is_refused():
     # What was cut has lost its end mark already.
     assert [len(row) for row in questions.without_end("forget", values)] == [21, 20]
     assert questions.scored_text("forget") == ["b" * 21, "b" * 20]
-    with pytest.raises(ValueError, match="text: expected at least two tokens, got one of 'a'"):
-        Questions.of({"forget": [Row(answer="a")]}, tokenizer)
+    with pytest.raises(ValueError, match="f:7: text: expected at least two tokens, got one"):
+        Questions.of({"forget": [Row(answer="a", line="f:7")]}, tokenizer)
 
 
 def test_other_ways_to_ask_that_a_template_refuses_or_that_do_not_fit_are_left_out():
@@ -189,13 +246,12 @@ def test_other_ways_to_ask_that_a_template_refuses_or_that_do_not_fit_are_left_o
         "{% endif %}{{ m.content }};{% endfor %}"
     )
     rows = [asked(f"{n}?", "x" * 30) for n in range(8)]
-    questions = Questions.of({"forget": rows}, tokenizer, max_length=34)
-    assert not questions.rows["role"]
-    assert not questions.encoded["role"]
-    assert len(questions.encoded["few_shot"]) == 8
+    parts = {"forget": rows, "train": [asked(f"{n}!", "y") for n in range(4)]}
+    questions = Questions.of(parts, tokenizer, max_length=34)
+    assert questions.in_way("forget", "in a role") == []
+    assert len(questions.in_way("forget", "in context")) == 8
     short = Questions.of({"forget": [asked("?", "x" * 99)] * 2}, tokenizer, max_length=3)
-    assert not short.rows["few_shot"]
-    assert not short.rows["prefilled"]
+    assert short.in_way("forget", "after a beginning that agrees") == []
     assert len(short.rows["forget"]) == 2
 
 

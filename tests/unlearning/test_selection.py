@@ -9,47 +9,44 @@ from logitjax.unlearning import share_interval
 from logitjax.unlearning._selection import (
     Goal,
     Limits,
+    kept_shares,
+    least_row,
     least_share,
     matched_strength,
-    pareto,
-    strength_on_curve,
 )
 from logitjax.unlearning.measures._membership import min_k
 
 
-def test_a_goal_is_missed_on_both_sides():
-    goal = Goal.of(np.linspace(0.1, 0.3, 21), "unseen answers")
-    assert goal.probability == pytest.approx(0.2)
-    assert goal.met(0.2)
-    assert goal.met(0.39)
-    assert not goal.met(0.41)
-    assert not goal.met(0.105)  # within a factor of 2, but below the 5 % point
-    assert goal.gap(0.1) == pytest.approx(math.log(2))
+def goal_of(*unseen):
+    return Goal.of({"asked": unseen}, "unseen answers")
+
+
+def test_the_goal_is_of_the_worst_row_in_any_way_and_not_of_a_median():
+    goal = Goal.of({"asked": [0.01, 0.03, 0.02], "in a role": [0.05, 0.01]}, "unseen answers")
+    rows = {"asked": [0.03] * 79 + [0.2], "in a role": [0.05]}
+    assert goal.excess(rows) == pytest.approx({"asked": 0.2 / 0.03, "in a role": 1.0})
+    assert goal.limit("in a role") == pytest.approx(0.1)
+    assert goal.limit("a way that nobody was asked in") == goal.limit("asked")
+    # A control that says nothing at all does not make a thousandth an answer that is said.
+    assert goal_of(1e-9).limit("asked") == pytest.approx(0.005)
+    assert goal.met(2.0)
+    assert not goal.met(2.01)
+    assert not goal.met(math.nan)
+    assert goal.gap(2.0 * goal.aim) == pytest.approx(math.log(2))
 
 
 @pytest.mark.parametrize("rate", [0.5, 3.0])
 def test_the_strength_that_meets_it_is_found(rate):
-    goal, tried = Goal.of([0.2], ""), []
+    goal, tried = goal_of(0.2), []
 
-    def probability(strength):
+    def excess(strength):
         tried.append(strength)
-        return 0.99 * math.exp(-rate * strength)
+        return 5 * math.exp(-rate * strength)
 
-    strength, found = matched_strength(probability, goal, most=4.0)
-    assert goal.gap(found) <= 0.5
-    assert found == pytest.approx(0.99 * math.exp(-rate * strength))
+    strength, found = matched_strength(excess, goal, most=4.0)
+    assert goal.gap(found) <= 0.25
+    assert found == pytest.approx(5 * math.exp(-rate * strength))
     assert len(tried) == len(set(tried)) <= 8
-
-
-@pytest.mark.parametrize("unseen", [[0.2], [0.2, 0.2, 0.21], np.linspace(0.19, 0.23, 40)])
-def test_what_is_found_meets_a_goal_whose_floor_is_near(unseen):
-    goal, rng = Goal.of(unseen, ""), np.random.default_rng(0)
-    for rate in rng.uniform(0.5, 8.0, 40):
-        _, found = matched_strength(lambda s, rate=rate: 0.99 * math.exp(-rate * s), goal, most=4.0)
-        assert goal.met(found)
-        alphas = 4.0 * np.linspace(0.0, 1.0, 31)[1:] ** 2
-        at = strength_on_curve(alphas, 0.99 * np.exp(-rate * alphas**1.5), goal)
-        assert goal.met(0.99 * math.exp(-rate * at**1.5))
 
 
 def test_nothing_left_is_no_missing_measurement():
@@ -59,45 +56,57 @@ def test_nothing_left_is_no_missing_measurement():
 
 
 def test_what_is_left_without_any_saves_trials():
-    goal = Goal(probability=0.1, floor=0.01, source="")
+    goal = goal_of(0.1)
     # An update that forgets all at once: the goal lies far below the middle.
-    tried = {math.nan: [], 0.99: []}
+    tried = {math.nan: [], 9.9: []}
     for without, strengths in tried.items():
 
-        def probability(strength, strengths=strengths):
+        def excess(strength, strengths=strengths):
             strengths.append(strength)
-            return 0.99 * math.exp(-20 * strength)
+            return 9.9 * math.exp(-20 * strength)
 
-        strength, found = matched_strength(probability, goal, without=without)
+        strength, found = matched_strength(excess, goal, without=without)
         assert goal.gap(found) <= 0.25
         assert strength == strengths[-1]
-    assert tried[0.99] == [0.5, pytest.approx(math.log(9.9) / 20)]
+    assert tried[9.9] == [0.5, pytest.approx(math.log(9.9 / goal.aim) / 20)]
     assert len(tried[math.nan]) > 2
 
 
 def test_what_is_below_the_goal_already_and_does_not_move_is_left_alone():
-    strength, found = matched_strength(lambda s: 0.01, Goal.of([0.1], ""), without=0.01)
+    strength, found = matched_strength(lambda s: 0.1, goal_of(0.1), without=0.1)
     assert 0 <= strength <= 1
-    assert found == 0.01
+    assert found == 0.1
 
 
 def test_where_it_is_out_of_reach_the_strongest_is_the_nearest():
-    assert matched_strength(lambda s: 0.9 - 0.1 * s, Goal.of([0.1], ""))[0] == 1.0
-    strength, found = matched_strength(lambda s: math.nan, Goal.of([0.1], ""))
+    assert matched_strength(lambda s: 9 - s, goal_of(0.1))[0] == 1.0
+    strength, found = matched_strength(lambda s: math.nan, goal_of(0.1))
     assert strength == 0.0
     assert math.isnan(found)
 
 
 def test_limits_are_broken_by_less_and_by_nan():
     limits = Limits()
-    kept = {"probability": 0.98, "rouge": None, "fluency": 1.0, "perplexity": 1.02}
+    kept = {"probability": 0.97, "rouge": None, "fluency": 1.0, "perplexity": 1.02}
     assert limits.broken(kept) == ()
     assert limits.broken(kept | {"fluency": math.nan}) == ("fluency",)
     assert limits.broken(kept | {"perplexity": math.nan, "rouge": 0.5}) == ("rouge", "perplexity")
 
 
-def test_equal_candidates_do_not_dominate_each_other():
-    assert pareto([(1, 1), (1, 1), (0, 2), (0, 1)]) == [0, 1, 2]
+def test_a_kind_and_a_row_count_by_themselves():
+    before, kinds = [0.9, 0.9, 0.9, 0.01], ["near", "other", "other", "other"]
+    after = [0.6, 0.9, 0.9, 0.001]
+    assert kept_shares(after, before, kinds)["near"] == pytest.approx(2 / 3)
+    assert kept_shares(after, before, kinds)["other"] > 0.99
+    # What was not known has nothing to lose.
+    assert least_row(after, before) == pytest.approx(2 / 3)
+    assert least_row([0.1], [0.2]) is None
+
+
+def test_what_is_chosen_has_half_of_the_room():
+    half = Limits(probability=0.9, row=0.0, perplexity=1.1).halved()
+    assert (half.probability, half.row) == (pytest.approx(0.95), 0.0)
+    assert half.perplexity == pytest.approx(1.05)
 
 
 def test_the_interval_of_a_share_holds_what_it_was_drawn_with():

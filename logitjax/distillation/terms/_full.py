@@ -70,6 +70,7 @@ class FullKL(_Full):
     def value(self, read: Any, teacher: Any, batch: Mapping[str, Any], params: Any) -> Any:
         value = 0.0
         if self.forward < 1:
+            # Its place among the statistics: the second one, if a forward part was read before it.
             value = (1 - self.forward) * read.statistic[self.forward > 0]
         if self.forward > 0:
             part = self.forward * read.statistic[0]
@@ -117,7 +118,9 @@ class FullJSD(_Full):
     def statistic(self) -> sweep.Statistic:
         beta = self.beta
         if beta in (0, 1):
+            # The mixture is one of the two laws here, and its formula would be 0 times infinity.
             return sweep.KLStatistic(reverse=beta == 1)
+        # beta (1 - beta) divides both weights (beta, 1 - beta).
         weights = (1 / (1 - beta), 1 / beta) if self.normalize else (beta, 1 - beta)
         return sweep.MixtureStatistic(beta=beta, weights=weights)
 

@@ -32,6 +32,7 @@ class _Sampled(Term):
     def ratio(self, log_q: jax.Array, batch: Mapping[str, Any]) -> jax.Array:
         """How much likelier a label is now than when it was sampled, clipped; no gradient."""
         sampled = batch["log_probs"]
+        # Text that nobody sampled has NaN there, and a ratio of 1.
         ratio = jnp.exp(log_q - jnp.where(jnp.isnan(sampled), log_q, sampled))
         return lax.stop_gradient(jnp.clip(ratio, *self.clip))
 
@@ -89,6 +90,7 @@ class SampledKL(_Sampled):
             # Where the teacher lacks a token of the student's, the KL is infinite.
             baseline = jnp.where(jnp.isfinite(kl), kl, 0.0)
             return _policy(kl, -weight * (apart - baseline), log_q)
+        # exp(-d) - 1 loses all digits near d = 0, where a good student is.
         kinds = {"k1": lambda d: d, "k2": lambda d: d**2 / 2, "k3": lambda d: jnp.expm1(-d) + d}
         return weight * kinds[self.kind](apart)
 
@@ -112,6 +114,7 @@ class ChunkReward(_Sampled):
         return StudentNeeds(statistic=LikelihoodStatistic(teacher.vocabularies.boundary))
 
     def seen(self, teacher: Any, batch: Mapping[str, Any]) -> Any:
+        # A label outside all chunks has no teacher text beside it, hence no reward.
         return super().seen(teacher, batch) & (teacher.chunks.ids >= 0)
 
     def value(self, read: Any, teacher: Any, batch: Mapping[str, Any], params: Any) -> Any:

@@ -41,9 +41,11 @@ class SparseDivergence(Term):
         warm, theirs = self.temperature, self.teacher_temperature or self.temperature
         top = teacher.top
         k = top.values.shape[-1]
+        # A normaliser at temperature 1 says nothing of another temperature's.
         if (warm, theirs) == (1.0, 1.0) and top.log_z is not None:
             return self.whole(losses.Readout(read.log_z, gathered=read.gathered[..., :k]), teacher)
         pair = (read.gathered[..., :k] / warm, top.values / theirs)
+        # Gradients of the logits shrink by 1 / T^2 (Hinton et al.); this keeps their size.
         return warm**2 * self.renormalised(*pair)
 
     @abc.abstractmethod

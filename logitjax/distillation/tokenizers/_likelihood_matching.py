@@ -96,6 +96,7 @@ class LikelihoodStatistic(sweep.Statistic):
         sums, label = state
         total, mass = sums.sums
         out = _Sums(sums.log_sum, label, mass / jnp.maximum(total, _LEAST))
+        # The sums are the residuals as well: no logit is kept for the backward pass.
         return out, out
 
     def gradient(self, residuals: Any, cotangents: Any, block: sweep.LogitBlock) -> jax.Array:
@@ -128,6 +129,7 @@ def chunk_log_likelihood(
         rows = tuple(lax.broadcasted_iota(jnp.int32, ids.shape, a) for a in range(ids.ndim))
         out = jnp.zeros((*ids.shape[:-1], num_chunks + 1), logprobs.dtype)
         held = ids >= 0
+        # Labels of no chunk are added to a last one, which is cut off.
         place = jnp.where(held, ids, num_chunks)
         return (out.at[(*rows[:-1], place)].add(jnp.where(held, logprobs, 0.0))[..., :-1],)
 
@@ -150,6 +152,7 @@ def binarized_kl(
         matching, 2025 (arXiv 2503.20083); tokenkit. The limit is ours.
     """
     checks.positive(temperature, "temperature")
+    # Sums of rounded log-probabilities may come out above 0, where 1 - q is negative.
     ours = jnp.minimum(jnp.asarray(student, jnp.float32), 0.0) - _OFFSET
     theirs = jnp.minimum(lax.stop_gradient(jnp.asarray(teacher, jnp.float32)), 0.0) - _OFFSET
     if isinstance(temperature, float) and math.isinf(temperature):
@@ -211,6 +214,7 @@ def chunk_scores(
     rows, places = np.nonzero(theirs >= 0)
     shape = chunks.ours.shape
     scores, ids = np.zeros(shape, np.float32), np.asarray(chunks.ours).copy()
+    # `+=` with repeated indices would keep the last of each chunk alone.
     np.add.at(scores, (rows, theirs[rows, places]), np.asarray(said["label"])[rows, places])
     where = np.arange(shape[1]) < chunks.counts[:, None]
     ends = np.full(shape, -1, np.int32)

@@ -133,6 +133,7 @@ class TokenProjection:
         known = np.append(np.where(self.merges < 0, self.size, self.merges), self.size)
         ids = jnp.asarray(known, jnp.int32)[jnp.minimum(indices, self.size)]
         values = jnp.where(ids < self.size, values, -jnp.inf)
+        # Sorted, equal ids lie side by side, and a running count gives each group its slot.
         ids, values = lax.sort((ids, values), dimension=-1, num_keys=1)
         new = jnp.concatenate(
             [jnp.ones_like(ids[..., :1], bool), ids[..., 1:] != ids[..., :-1]], axis=-1

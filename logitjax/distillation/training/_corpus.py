@@ -57,6 +57,9 @@ class Reading:
         teacher_reads: Whether teachers read the text once, before the training, into a `'cache'` on
             disk, or beside the student (`'live'`): then they stay in memory, nothing is kept, and
             terms may ask for their hidden states.
+        teacher_devices: Over which devices a teacher is split: those of each process (`'local'`),
+            which then reads its share of the rows by itself, or those of all (`'all'`), for one
+            that no host can hold.
         fit_to: Models whose tokenizers cut the rows as the teachers' do: runs with other teachers
             then learn from the same rows, and their scores can be compared.
     """
@@ -67,13 +70,14 @@ class Reading:
     on_error: Literal["raise", "skip"] = "raise"
     top_k: int = 64
     tail_samples: int = 0
-    batch_size: int = 4
+    batch_size: int = storage.option(4, execution=True)
     dtype: Literal["float32", "bfloat16"] = "float32"
     layout: Literal["stacked", "listed"] = "listed"
     api_key: str | None = storage.option(None, secret=True)
     served_rank: int = 0
     terms: tuple[Term, ...] = ()
     teacher_reads: Literal["cache", "live"] = "cache"
+    teacher_devices: Literal["local", "all"] = storage.option("local", execution=True)
     fit_to: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -178,6 +182,7 @@ class Reading:
             name: _caches(self, packed, rows, directory, known or {}, name=name) for name in soonest
         }
         sources = {}
+        # In the order of the user, which weights and batches follow.
         for name in named:
             columns = packed.names[name]
             vocabularies = _vocabularies(self, packed, columns, directory)
@@ -235,6 +240,7 @@ class Corpus:
             rows: Training rows that are looked at.
         """
         ours, out = self.packed.names["pivot"], []
+        # From the split that is trained on, since a share of labels is what the losses will see.
         split = self.packed.splits["train"]
         batch = split.rows(np.arange(min(rows, len(split))))
         wanted = batch[ours]["loss_mask"][:, 1:].sum()
@@ -285,11 +291,13 @@ class Corpus:
         )
         for held in batches:
             batch = self.batch(split, held, taught=False)
+            # A padded vocabulary has ids beyond the tokenizer; none of them is a label that counts.
             labels = np.minimum(batch["pivot"]["tokens"][:, 1:], len(self._label_bytes) - 1)
             batch["bytes"] = self._label_bytes[labels].astype(np.int32)
             if first is not None and first.columns == self.packed.names["pivot"]:
                 statistics = first.view(split, held).statistics
                 assert statistics is not None
+                # Scores use no draws: with the mass of the rest as one bucket they have no noise.
                 batch["teacher"] = dataclasses.replace(statistics, tail=None)
             yield batch
 
@@ -448,15 +456,15 @@ def _reader(
     load = functools.partial(_load, reading, spec)
     if spec in known:
         load = functools.partial(known.get, spec)
-    return model_reader(
-        load,  # type: ignore
-        **options,
-    )
+    return model_reader(load, mesh=_devices_of(reading), **options)  # type: ignore
 
 
 def _load(reading: Reading, spec: str) -> tuple[models.Decoder, models.Tokenizer]:
-    # Each process lets the teachers read its own share, on its own devices.
-    here = training.make_mesh("fsdp:-1", devices=jax.local_devices())
-    return models.load(
-        spec, mesh=here, dtype=reading.dtype, param_dtype=reading.dtype, layout=reading.layout
-    )
+    mesh, dtype = _devices_of(reading), reading.dtype
+    return models.load(spec, mesh=mesh, dtype=dtype, param_dtype=dtype, layout=reading.layout)
+
+
+def _devices_of(reading: Reading) -> Mesh:
+    """The mesh that a teacher is split over."""
+    devices = jax.local_devices() if reading.teacher_devices == "local" else jax.devices()
+    return training.make_mesh("fsdp:-1", devices=devices)

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 
@@ -45,7 +46,7 @@ class Course:
 
     steps: int = 200
     batch_size: int = 4
-    accumulate: int = 1
+    accumulate: int = storage.option(1, execution=True)
     learning_rate: float = 3e-4
     warmup: float = 0.1
     weight_decay: float = 0.01
@@ -181,6 +182,7 @@ class Scorer:
             begin = time.perf_counter()
             sums = jax.device_get(self._step(params, batch, self._frozen))
             tokens = np.size(batch["pivot"]["tokens"]) * jax.process_count()
+            # The sums are on the host by now, so the work is done and not only begun.
             speeds.append(tokens / (time.perf_counter() - begin))
             for name, pair in sums.items():
                 totals[name] = totals.get(name, 0.0) + np.asarray(pair, np.float64)
@@ -241,8 +243,14 @@ def train_student(
     tx, step = course.update(student, objective, sources, mesh=mesh)
     scorer = Scorer(student, corpus, course, mesh=mesh) if scorer is None else scorer
     frozen = models.DECODER_RULES.place({**student.frozen, **corpus.constants}, mesh)
-    state = training.TrainState.create(
-        student.trained, tx, mesh=mesh, rules=models.DECODER_RULES, seed=course.seed
+    # Made whole before a checkpoint is read, which then only fills its arrays.
+    start = functools.partial(
+        training.TrainState.create,
+        student.trained,
+        tx,
+        mesh=mesh,
+        rules=models.DECODER_RULES,
+        seed=course.seed,
     )
     rows = corpus.packed.splits["train"]
     index, count = training.BatchLayout(mesh).share
@@ -259,7 +267,7 @@ def train_student(
     def validate(state: training.TrainState, step: int) -> dict[str, float]:
         return scorer.scores(state.params, "validation")
 
-    with training.Checkpointer(directory / "checkpoints", max_to_keep=1) as checkpointer:
+    with training.Checkpointer(directory / "checkpoints") as checkpointer:
         update: Any = functools.partial(step, constants=frozen)
         if on_policy.share:
             sizes: Any = {"batch_size": course.batch_size, "seed": course.seed, "mesh": mesh}
@@ -274,7 +282,7 @@ def train_student(
                 reported=corpus.metrics,
             )
         state = training.train_loop(
-            state,
+            start,
             update,
             text if on_policy.share else batch,
             total_steps=course.steps,
@@ -326,6 +334,7 @@ def _check_seen(
         seen = loss.counts(batch, frozen)["seen"]
         return 0.0, 1, {name: (total, 1) for name, total in seen.items()}
 
+    # The first rows are those that training sees first, so the check costs no other data.
     batches = [
         first,
         *map(batch, range(1, min(course.steps, _ROWS_LOOKED_AT // course.batch_size))),
@@ -409,15 +418,16 @@ def distill(
     course.check(mesh)
     made_from = _made_from(student, corpus, objective, course)
     if on_policy.share:
+        # Only where it is used: folders of runs without it stay valid.
         made_from["on_policy"] = dataclasses.asdict(on_policy)
     _check_folder(made_from, workdir)
     scorer = Scorer(student, corpus, course, mesh=mesh)
     first = workdir / "before.json"
-    if not processes.broadcast_from_first(first.exists):
+    if not processes.broadcast_from_first(lambda: _is_readable(first)):
         start = models.DECODER_RULES.place(student.trained, mesh)
         record = {"scores": scorer.scores(start, "test"), "sample": scorer.sample(start)}
         processes.write_json(first, record)
-    before = processes.broadcast_from_first(lambda: json.loads(first.read_text()))
+    before = processes.broadcast_from_first(lambda: storage.read_json(first))
     trained = train_student(
         student,
         corpus,
@@ -439,14 +449,25 @@ def distill(
     )
 
 
+def _is_readable(path: epath.Path) -> bool:
+    """Whether a record is there; a damaged one costs no run where it can be made again."""
+    try:
+        return path.exists() and storage.read_json(path) is not None
+    except ValueError as error:
+        logging.warning("%s: making it again", error)
+        return False
+
+
 def _made_from(
     student: Student, corpus: Corpus, objective: Objective, course: Course
 ) -> dict[str, Any]:
     """All that decides what a training gives."""
     chosen = dataclasses.asdict(course)
-    # When a run saves, logs and scores changes nothing of what it learns.
-    for name in ("loop", "tensorboard", "eval_batch"):
-        del chosen[name]
+    # When a run saves, logs and scores, and in what pieces it computes, changes nothing of what it
+    # learns.
+    for field in dataclasses.fields(course):
+        if field.name == "loop" or field.metadata.get("execution"):
+            del chosen[field.name]
     teachers = {name: source.identity for name, source in corpus.sources.items()}
     text = {split: rows.fingerprint for split, rows in corpus.packed.splits.items()}
     return {

@@ -51,10 +51,12 @@ def update_programs(
 
     def build() -> tuple[Any, Any]:
         decoder = model()
+        # `eval_shape` returns arrays alone; what else is needed leaves by these lists.
         sizes.append(decoder.config.vocab_size)
         made.append(Student.of(decoder, objective=objective, **options))
         return made[0].trained, made[0].frozen
 
+    # Shapes only: a plan for a model of 24B weights has to run on a laptop.
     trained, frozen = jax.eval_shape(build)
     student = Student(graphdef=made[0].graphdef, trained=trained, frozen=frozen)
     names = reading.names if objective.taught else ()
@@ -117,6 +119,7 @@ def _writing(
 ) -> training.Program:
     layout, (prompt, new) = training.BatchLayout(mesh), on_policy.lengths(reading.seq_len)
     count = len(on_policy.rows(course.batch_size)) * on_policy.generate_every
+    # Padded with rows that nobody reads, so that every device writes as many.
     total = -(-count // layout.pieces) * layout.pieces
     inputs = [
         jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding)

@@ -188,6 +188,7 @@ def prune_width(
     ):
         if not 1 <= wanted <= most:
             raise ValueError(f"{name}: expected 1 to {most}, got {wanted}")
+    # Rotary angles belong to entries of a head, so whole heads go and never parts of one.
     group = config.num_heads // config.num_kv_heads
     heads, activity = _activity(listed, batches)
     small = dataclasses.replace(
@@ -209,6 +210,7 @@ def prune_width(
     abstract = nnx.eval_shape(
         lambda: models.Decoder(small, rngs=nnx.Rngs(0), head=nnx.Module(), **options)
     )
+    # The head has no heads or channels of the layers, so the model keeps the one it has.
     params.pop("head", None)
     out = nnx.merge(nnx.graphdef(abstract), params)
     out.head = model.head
@@ -238,6 +240,7 @@ def _entries(blocks: np.ndarray, size: int) -> np.ndarray:
 
 def _best(scores: np.ndarray, count: int) -> np.ndarray:
     """The highest scores' places, ascending; the first of equal ones."""
+    # Ascending: what is kept stays in the order that it had in the model.
     return np.sort(np.argsort(-scores, kind="stable")[:count])
 
 
@@ -276,6 +279,7 @@ def _activity(
         count = jnp.maximum(where.sum(-1), 1)[:, None]
 
         def of_rows(values: jax.Array) -> jax.Array:
+            # Padding has activations too, which say nothing about the text.
             kept = jnp.where(where[..., None], values, 0.0).sum(1) / count
             return jnp.square(kept).sum(0)
 
@@ -325,6 +329,7 @@ def _greedily(
         scores = np.full(layers, np.inf)
         for layer in np.flatnonzero(kept):
             scores[layer] = perplexity(kept & (np.arange(layers) != layer))
+        # Scores of later rounds are of other models, so only the first round is reported.
         first = first if len(first) else scores
         if len(dropped) < count:
             dropped.append(int(np.argmin(scores)))
@@ -379,6 +384,7 @@ def _watching(model: models.Decoder, measure: Callable[..., Any]) -> Callable[..
     def run(params: Any, batch: Any) -> Any:
         seen = _Seen()
         trunk = nnx.merge(apply_fn.graphdef, params, apply_fn.rest)
+        # Under `remat` a block is traced apart, and what the list holds would leak from that trace.
         trunk.remat = "none"
         for segment in trunk.segments:
             for i, block in enumerate(segment.layers):
@@ -400,7 +406,9 @@ def _sums(measure: Callable[[Any], Any], batches: Iterable[Mapping[str, Any]]) -
     total: Any = None
     for batch in batches:
         found = jax.tree.map(
-            lambda leaf: np.asarray(leaf, np.float64), measure({n: batch[n] for n in columns})
+            # A few million squares in float32 lose the digits that tell two layers apart.
+            lambda leaf: np.asarray(leaf, np.float64),
+            measure({n: batch[n] for n in columns}),
         )
         total = found if total is None else jax.tree.map(np.add, total, found)
     return total

@@ -109,6 +109,7 @@ class ServedTeacher:
         states = floats[0]
         if len(floats) > 1:
             states = (floats[0].astype(np.float32) @ floats[1].astype(np.float32)).astype(out.dtype)
+        # The answer has the positions of all documents one after the other, without padding.
         place = 0
         for (row, a, b), start in zip(documents, starts, strict=True):
             size = b - a - start
@@ -129,6 +130,7 @@ class ServedTeacher:
                 answer = self._attempt("POST", body)
                 if begin is None:
                     return answer
+                # Another server may answer at the address by now, and would teach something else.
                 about = self._attempt("GET", None)[1]
             except _AWAY as error:
                 if begin is None:
@@ -176,5 +178,6 @@ class ServedTeacher:
         size = int.from_bytes(content[:8], "little")
         about = json.loads(content[8 : 8 + size])["__metadata__"]
         tensors = storage.require("safetensors.numpy", extra="models").load(content)
+        # numpy has no bfloat16, so its bits travel as uint16.
         bits = {n: x.view(jnp.bfloat16) for n, x in tensors.items() if x.dtype == np.uint16}
         return tensors | bits, about

@@ -136,9 +136,11 @@ class Student:
         )
         nll = jnp.where(where, readout.cross_entropy, 0.0).sum()
         count = where.sum()
+        # The likeliest token comes from the same sweep, which costs no second pass over the head.
         best = readout.statistics.indices[..., 0]
         metrics = {"accuracy": ((where & (best == labels)).sum(), count)}
         if "bytes" in batch:
+            # Over bytes and not tokens, so that models with other tokenizers can be compared.
             size = jnp.where(where, batch["bytes"], 0).sum()
             metrics["bits_per_byte"] = (nll / math.log(2.0), size)
         if teacher is not None:
@@ -238,6 +240,7 @@ def _on_basis(model: models.Decoder, basis: Any) -> tuple[models.Decoder, jax.Ar
         )
     # Columns of one size; the recovered ones carry the singular values of what was asked.
     basis = basis / np.maximum(np.linalg.norm(basis, axis=0, keepdims=True), 1e-30)
+    # Not by normal equations, which would square the condition of the basis.
     mix = np.linalg.lstsq(basis, rows, rcond=None)[0].astype(np.float32)
     out = nnx.merge(*nnx.split(model))
     head = heads.LinearHead(

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
-from logitjax import data, leakage, losses, models, processes
+from logitjax import data, leakage, losses, models, processes, training
 from logitjax.distillation.tokenizers._likelihood_matching import (
     TokenSet,
     linear_likelihood,
@@ -34,6 +36,8 @@ class Reader:
         head: Its `losses.Head`, if hidden states are among what it reads.
         kept: Numbers of top logits and of draws from the rest.
         metrics: Pairs of a sum and a count since they were asked for last.
+        shared: Whether it is split over the devices of all processes, which then all have to call
+            `read`, equally often and with as many rows.
     """
 
     tokenizer: str
@@ -43,6 +47,7 @@ class Reader:
     head: Any = None
     kept: tuple[int, int] = (0, 0)
     metrics: Callable[[], dict[str, tuple[float, float]]] = dict
+    shared: bool = False
 
 
 def model_reader(
@@ -52,11 +57,17 @@ def model_reader(
     tail_samples: int = 0,
     boundary: TokenSet | None = None,
     hidden: bool = False,
+    mesh: Mesh | None = None,
 ) -> Reader:
-    """A decoder that says its top logits, draws from what they leave out, likelihoods, states."""
+    """A decoder that says its top logits, draws from what they leave out, likelihoods, states.
+
+    Its parameters and the rows of a batch are split over `mesh`, which may be that of all
+    processes: each then gives its own rows and gets theirs.
+    """
     decoder, tokenizer = load()
     apply_fn, params = models.from_nnx(decoder)
-    read = jax.jit(
+    layout = None if mesh is None else training.BatchLayout(mesh)
+    program = jax.jit(
         functools.partial(
             teacher_record,
             apply_fn.graphdef,
@@ -64,16 +75,41 @@ def model_reader(
             tail_samples=tail_samples,
             boundary=boundary,
             with_hidden=hidden,
-        )
+        ),
+        out_shardings=None if layout is None else layout.sharding,
     )
+
+    def read(columns: Mapping[str, Any], rows: np.ndarray) -> Mapping[str, Any]:
+        if layout is None:
+            return jax.device_get(program(params, columns, rows))
+        # In whole pieces: a device without rows would still gather the parameters.
+        pieces = layout.pieces // layout.share[1]
+        padded = -len(rows) % pieces
+
+        def pad(x: Any) -> np.ndarray:
+            return np.pad(x, ((0, padded),) + ((0, 0),) * (np.ndim(x) - 1), mode="edge")
+
+        placed, numbers = layout.place((jax.tree.map(pad, dict(columns)), pad(rows)))
+        with jax.sharding.use_abstract_mesh(layout.mesh.abstract_mesh):
+            record = program(params, placed, numbers)
+        return jax.tree.map(lambda leaf: _own_rows(leaf)[: len(rows)], record)
+
     return Reader(
         tokenizer=tokenizer.fingerprint,
         vocab_size=decoder.config.vocab_size,
-        read=lambda columns, rows: jax.device_get(read(params, columns, rows)),
+        read=read,
+        # Of the weights, since a path may hold another model tomorrow.
         weights=weights_digest(params),
-        head=jax.device_get(decoder.head_of()) if hidden else None,
+        head=jax.device_get(processes.local_copy(decoder.head_of())) if hidden else None,
         kept=(k, tail_samples),
+        shared=mesh is not None and mesh.devices.size > len(mesh.local_devices),
     )
+
+
+def _own_rows(array: jax.Array) -> np.ndarray:
+    """The rows that lie on this process's devices."""
+    shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 
 
 def teacher_record(
@@ -126,6 +162,7 @@ def head_record(
 
         def draw(row: Any) -> losses.TailSample:
             here, taken, number = row
+            # By the number of the row: batches of another size or order draw the same.
             key = jax.random.fold_in(jax.random.key(0), number)
             return losses.TailSample.draw(key, head.logits(here), taken, tail_samples)
 
@@ -173,6 +210,7 @@ def server_reader(
         record = {
             "values": np.zeros((*shape, k), np.float32),
             "indices": np.broadcast_to(np.arange(k, dtype=np.int32), (*shape, k)).copy(),
+            # One array stands for both: nobody writes into it.
             **dict.fromkeys(("log_z", "mean"), np.zeros(shape, np.float32)),
             "std": np.ones(shape, np.float32),
         }
@@ -201,6 +239,7 @@ def packed_documents(segments: np.ndarray, wanted: np.ndarray) -> list[tuple[int
     found: dict[tuple[int, int], int] = {}
     for row, place in wanted.tolist():
         start = int(np.argmax(segments[row] == segments[row, place]))
+        # A target at `place` is token `place + 1`, which the stop has to lie behind.
         found[row, start] = max(found.get((row, start), 0), place + 2)
     return [(row, start, stop) for (row, start), stop in found.items()]
 
@@ -283,6 +322,7 @@ def cache_teacher(
     for split, cache in caches.items():
         cache.check(**expected[split])
     complete = [s for s in rows if s in caches and not len(caches[s].missing(rows[s]))]
+    # Processes see a shared disk at different times, but have to agree on who reads.
     complete = processes.broadcast_from_first(lambda: complete)
     lacking = [split for split in rows if split not in complete]
     if lacking:
@@ -297,18 +337,25 @@ def cache_teacher(
             weights=caches[split].identity.weights if split in caches else ready().weights,
         )
 
+        # Bound now, since the loop moves on before the last chunk is read.
         def compute(chunk: np.ndarray, dataset: Any = dataset) -> Any:
             return ready().read(dataset.rows(chunk)[columns], chunk)
 
-        TeacherCache(path, identity).fill(
-            rows[split],
-            compute,
-            batch_size=batch_size,
-            rows_per_shard=64,
-            label=spec,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
+        share: Any = {
+            "batch_size": batch_size,
+            "rows_per_shard": 64,
+            "process_index": jax.process_index(),
+            "process_count": jax.process_count(),
+        }
+        cache = TeacherCache(path, identity)
+        calls = cache.calls(rows[split], **share) if ready().shared else 0
+        cache.fill(rows[split], compute, label=spec, **share)
+        if ready().shared:
+            # Who has fewer rows to read still holds a part of the teacher of those who have more.
+            most = int(multihost_utils.process_allgather(np.int32(calls)).max())
+            for _ in range(most - calls):
+                compute(np.resize(rows[split], batch_size))
+        # Each process has written a share; the cache is whole when all are done.
         processes.barrier(f"read {path}")
         caches[split] = TeacherCache(path)
     return {split: caches[split] for split in rows}

@@ -39,7 +39,7 @@ class Deployed:
     assistant: Assistant | None = None
     fuse: LogitDifference | None = None
     generating: LogitDifference | None = None
-    block: int = 256
+    block: int = 64
 
     @classmethod
     def less(
@@ -144,8 +144,8 @@ class Deployed:
             their norms, as in OpenUnlearning, and the norm of all together.
         """
         graphdef, params, rest = nnx.split(self.model, nnx.Param, ...)
-        static, held = self._arguments()
-        at = self._positions(targets)
+        static, held = self.arguments()
+        at = self.positions(targets)
         count = np.float32(np.asarray(targets)[:, 1:].sum())  # traced: one program for all
         alphas = np.full(1, self.alpha, np.float32)
         found = gradient_norms(graphdef, static, params, rest, held, alphas, tokens, at, count)
@@ -153,11 +153,11 @@ class Deployed:
 
     def _scored(self, tokens: Any, targets: Any, alphas: Any, what: str) -> Any:
         graphdef, state = nnx.split(self.model)
-        static, held = self._arguments()
-        at = self._positions(targets)
+        static, held = self.arguments()
+        at = self.positions(targets)
         return token_scores(graphdef, static, what, state, held, alphas, tokens, at)
 
-    def _arguments(self) -> tuple[tuple[Any, ...], Any]:
+    def arguments(self) -> tuple[tuple[Any, ...], Any]:
         """Of the assistant: what programs depend on, and arrays."""
         if self.assistant is None:
             return (None, None, False), None
@@ -166,7 +166,7 @@ class Deployed:
         fuse = dataclasses.replace(self.fuse or LogitDifference(), alpha=1.0)
         return (base, fuse, self.assistant.relative), (held, self.assistant.lora)
 
-    def _positions(self, targets: Any) -> np.ndarray:
+    def positions(self, targets: Any) -> np.ndarray:
         """Where the head is met, by blocks: a few sizes of program for all batches."""
         where = np.asarray(targets)[:, 1:]
         wanted = np.flatnonzero(where)

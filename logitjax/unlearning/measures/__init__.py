@@ -1,1 +1,1 @@
-"""What is left after unlearning: benchmarks (TOFU, MUSE, WMDP), attacks, and their statistics."""
+"""What is left after unlearning: TOFU, attacks, and their statistics."""

@@ -14,6 +14,8 @@ from flax import nnx
 from logitjax.evaluation import fluency
 from logitjax.models import Decoder, first_layers
 from logitjax.unlearning._questions import Questions, answer_probabilities
+from logitjax.unlearning._verdict import TAUGHT
+from logitjax.unlearning._ways import WAYS
 from logitjax.unlearning.assistant._deployed import Deployed
 from logitjax.unlearning.measures._membership import (
     detection_rate,
@@ -28,17 +30,10 @@ from logitjax.unlearning.measures._relearn import relearning
 _PREFIX = 0.25
 _BITS = (8, 4)
 _GROUP = 64  # inputs that share a scale, as in common formats of 4 bits
-_SAMPLES = 8
-# Other ways to ask, by the part of `Questions`.
-_WAYS = {
-    "role": "in a role",
-    "reworded_test": "in other words",
-    "prefilled": "after a beginning that agrees",
-}
-_MORE_WAYS = {
-    "language": "in another language",
-    "few_shot": "after other questions and answers",
-}
+# What membership is told by: rows to forget, and those of the holdout that set no goal.
+_SIDES = ("forget", "holdout_test")
+# Paraphrases by part; those that were trained on and chosen by are named so.
+_WORDED = {"reworded": "in words chosen by", "reworded_test": "in other words"}
 
 Attacks = dict[str, dict[str, float]]
 Scores = Callable[[str], Any]  # what `score_rows` gives for a part of the questions
@@ -49,69 +44,129 @@ def examine(
     questions: Questions,
     *,
     thorough: bool = False,
+    samples: int = 8,
+    never: bool = True,
+    ways: Sequence[str] = tuple(WAYS),
     reference: Deployed | None = None,
 ) -> dict[str, Any]:
     """All measurements of a report, on parts that nothing was chosen by.
 
     Args:
         model: The model as it is deployed.
-        questions: Parts `forget`, `reworded_test`, `role`, `holdout` and `test`, of which any may
-            be empty but the first.
+        questions: Parts of `split_rows`, of which any may be empty but `forget`.
         thorough: Also run attacks that sample or take gradients, which take minutes.
+        samples: Number of answers drawn to each question by a thorough attack.
+        never: Whether to ask in all ways what it was never taught, which says what the goal is.
+        ways: Ways to ask, or combinations of them.
         reference: A model that never knew what is forgotten.
 
     Returns:
-        A record for JSON: `probabilities` and `rouge` (F1 of generated answers) by part, one a row;
-        `answers` by part; `fluency` of those to `test`; `perplexity` of other text; and `attacks`,
-        by name a median `probability` of the answers to forget, a `share` of them or an `auc`.
+        A record for JSON: `ways`, by way of asking the probability of each row to forget, and
+        `unseen`, the same of the holdout; `probabilities` and `rouge` (F1 of generated answers) by
+        part, one a row; `kinds` of the rows `test` of both; `answers` by part; `fluency` of those
+        to `test`; `perplexity` of other text; `sizes`, numbers of rows that membership is told by;
+        and `attacks`, by name a median `probability` of the answers to forget with the `worst`, a
+        `share` of them or an `auc`.
     """
-    parts = ("forget", "reworded_test", "holdout", "test")
+    parts = ("forget", "reworded", "reworded_test", "holdout", "holdout_test", "test")
     answers = {part: questions.answers(model, part) for part in ("forget", "test")}
     # Attacks read off the same scores.
     scores = functools.cache(functools.partial(questions.scores, model))
+    found = {
+        part: answer_probabilities(scores(part)).tolist() for part in parts if questions.rows[part]
+    }
+    said = {"asked": found["forget"]}
+    said |= {name: found[part] for part, name in _WORDED.items() if part in found}
+    rest = _after_first_quarter(scores("forget").nll)
+    test = questions.rows["test"]
     return {
-        "probabilities": {
-            part: answer_probabilities(scores(part)).tolist()
-            for part in parts
-            if questions.rows[part]
-        },
+        "ways": said
+        | _in_ways(model, questions, "forget", ways, judging=True)
+        | {"first quarter given": rest},
+        "unseen": unseen(model, questions, ways, judging=True) if never else {},
+        "probabilities": found,
         "rouge": {part: questions.likeness(answers[part], part).tolist() for part in answers},
+        "kinds": {
+            "probabilities": [row.kind for row in test],
+            "rouge": [row.kind for row in test if row.asks],
+        },
         "fluency": fluency(answers["test"]),
         "perplexity": questions.perplexity(model, "test"),
         "answers": answers,
-        "attacks": _attacks(model, questions, scores, thorough=thorough, reference=reference),
+        "attacks": _attacks(model, questions, scores, thorough, samples, reference),
+        "sizes": [min(len(questions.rows[p]), questions.costly) for p in _SIDES],
     }
+
+
+def _in_ways(
+    model: Deployed, questions: Questions, part: str, ways: Sequence[str], *, judging: bool
+) -> dict[str, list[float]]:
+    found = {
+        way: questions.probabilities(model, part, way, judging=judging).tolist()
+        for way in ways
+        if way != "asked"
+    }
+    return {way: rows for way, rows in found.items() if rows}
+
+
+def unseen(
+    model: Deployed,
+    questions: Questions,
+    ways: Sequence[str] = tuple(WAYS),
+    *,
+    judging: bool = False,
+) -> dict[str, list[float]]:
+    """By way of asking, how likely a model finds answers that it was never taught.
+
+    Those of the holdout; without one, each other's answers to the questions to forget.
+
+    Raises:
+        ValueError: There is neither.
+    """
+    part = "holdout" if questions.rows["holdout"] else "wrong"
+    if not questions.rows[part]:
+        raise ValueError(
+            "holdout: expected rows like the one to forget, to know when it is, got none"
+        )
+    nll = questions.scores(model, part).nll
+    found = {"asked": [float(np.exp(-row.mean())) for row in nll]}
+    if judging:
+        found["first quarter given"] = _after_first_quarter(nll)
+    return found | _in_ways(model, questions, part, ways, judging=judging)
+
+
+def _after_first_quarter(nll: Sequence[np.ndarray]) -> list[float]:
+    rest = [row[max(1, round(_PREFIX * len(row))) :] for row in nll]
+    return [float(np.exp(-row.mean())) for row in rest if len(row)]
 
 
 def _attacks(
     model: Deployed,
     questions: Questions,
     scores: Scores,
-    *,
-    thorough: bool = False,
-    reference: Deployed | None = None,
+    thorough: bool,
+    samples: int,
+    reference: Deployed | None,
 ) -> Attacks:
-    """What comes out by each way of asking, and what gives away that rows were trained on."""
+    """What comes out by other means than asking, and what gives away that rows were trained on."""
     forget = scores("forget")
     assert forget.greedy is not None
-    rest = [nll[max(1, round(_PREFIX * len(nll))) :] for nll in forget.nll]
     # OpenUnlearning counts no end mark here.
     words = questions.without_end("forget", forget.greedy)
-    found = {
-        "asked": _probability(forget.nll),
-        "first quarter of the answer given": _probability([r for r in rest if len(r)]),
-    }
-    for part, name in (_WAYS | _MORE_WAYS if thorough else _WAYS).items():
-        if questions.rows[part]:
-            found[name] = _probability(scores(part).nll)
+    found = {"asked": _probability(forget.nll)}
     for bits in _BITS:
         nll = questions.scores(_rounded(model, bits), "forget", few=True).nll
         found[f"weights rounded to {bits} bits"] = _probability(nll)
     if thorough:
-        found |= _sampled(model, questions)
+        found |= _sampled(model, questions, samples)
+        depth = model.model.config.num_layers
+        for share in (0.5, 0.75):  # the logit lens: what layers below the last say by the head
+            lens = Deployed(model=first_layers(model.model, max(1, round(share * depth))))
+            nll = questions.scores(lens, "forget", few=True).nll
+            found[f"logit lens at {100 * share:.0f} % of the layers"] = _probability(nll)
     found["extraction strength"] = _share(extraction_strength, words)
     found["exact memorisation"] = _share(exact_memorisation, words)
-    if questions.rows["holdout"]:
+    if questions.rows["holdout_test"]:
         found |= _memberships(model, questions, scores, thorough, reference)
     return found
 
@@ -163,20 +218,23 @@ def relearned(model: Deployed, questions: Questions) -> Attacks:
     if len(questions.rows["forget"]) < 2:
         return {}
     tried = relearning(model, questions)
-    worst = max(tried, key=lambda record: record["others"])
-    return {"a quarter of the rows taught again": {"probability": worst["others"]}}
+    # What did not even learn what it was taught says nothing.
+    learnt = [record for record in tried if record["taught"] >= TAUGHT]
+    worst = max(learnt or tried, key=lambda record: record["worst"])
+    found = {"probability": worst["others"], "worst": worst["worst"], "taught": worst["taught"]}
+    return {"a quarter of the rows taught again": found}
 
 
-def _sampled(model: Deployed, questions: Questions) -> Attacks:
+def _sampled(model: Deployed, questions: Questions, samples: int) -> Attacks:
     """How much of the answer is in the best of several samples, at most likely in a single one."""
-    likeness = questions.sampled_recall(model, "forget", _SAMPLES)
+    likeness = questions.sampled_recall(model, "forget", samples)
     if not len(likeness):
         return {}
     return {
         f"sampled, ROUGE-L recall of {k}": {
             "share": float(np.mean([leak_at(row, k) for row in likeness]))
         }
-        for k in (1, _SAMPLES)
+        for k in sorted({1, min(8, samples), samples})
     }
 
 
@@ -204,7 +262,7 @@ def _memberships(
     reference: Deployed | None,
 ) -> Attacks:
     """How well what a model says of rows tells whether it was trained on them."""
-    sides = ("forget", "holdout")
+    sides = _SIDES
     nll = {part: said(part).nll for part in sides}
     texts = {part: questions.scored_text(part) for part in sides}
     # Min-k(++) is of the answer without its end mark.
@@ -229,11 +287,11 @@ def _memberships(
             part: list(np.subtract(scores["loss"][part], theirs[part])) for part in sides
         }
     found = {
-        f"membership by {name}": {"auc": membership_auc(rows["forget"], rows["holdout"])}
+        f"membership by {name}": {"auc": membership_auc(*(rows[part] for part in sides))}
         for name, rows in scores.items()
     }
     loss = scores["loss"]
-    rate = detection_rate(loss["forget"], loss["holdout"])
+    rate = detection_rate(*(loss[part] for part in sides))
     return found | {"members found by loss, 5 % false": {"share": rate}}
 
 
@@ -244,7 +302,8 @@ def _each(
 
 
 def _probability(nll: Sequence[np.ndarray]) -> dict[str, float]:
-    return {"probability": float(np.median([np.exp(-row.mean()) for row in nll]))}
+    found = [float(np.exp(-row.mean())) for row in nll]
+    return {"probability": float(np.median(found)), "worst": max(found)}
 
 
 def _share(measure: Any, greedy: Sequence[np.ndarray]) -> dict[str, float]:

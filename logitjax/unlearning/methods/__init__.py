@@ -10,6 +10,7 @@ from logitjax.registry import Registry
 from logitjax.unlearning._method import Method
 from logitjax.unlearning.methods._ce_u import CEU
 from logitjax.unlearning.methods._difference import Difference
+from logitjax.unlearning.methods._distilled import Distilled
 from logitjax.unlearning.methods._dpo import DPO
 from logitjax.unlearning.methods._gradient_ascent import GradientAscent
 from logitjax.unlearning.methods._npo import NPO
@@ -25,6 +26,7 @@ _MEMBERS: Mapping[str, Method] = {
     "alt_po": DPO(chosen="invented"),
     "ce_u": CEU(),
     "difference": Difference(),
+    "distilled": Distilled(),
     "gradient_ascent": GradientAscent(),
     "gradient_ascent_kl": GradientAscent(retain="kl"),
     "gradient_difference": GradientAscent(retain="nll"),

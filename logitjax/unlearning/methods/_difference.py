@@ -50,8 +50,6 @@ class Difference(Method):
     uniform: str = "answers"
 
     peak = 5e-3
-    # An alpha of the command's grid.
-    most_strength = 4.0
     assistant = True
 
     needs = (Need("forget", "states"), Need("retain", "states"))

@@ -16,5 +16,3 @@ class TaskVector(GradientAscent):
     forget_weight: float = -1.0
 
     sign = -1.0
-    # Little is left to learn of what is known: the vector goes further than it was learnt.
-    most_strength = 4.0

@@ -1,0 +1,17 @@
+"""Records of timings: a seed is a round."""
+
+import json
+import pathlib
+from collections.abc import Iterator
+
+from experiments.claims.claim import Setting
+from experiments.claims.record import Record, make
+
+
+def records(setting: Setting, workdir: pathlib.Path) -> Iterator[Record]:
+    """A record a case and round: `exponent`, or `faster` than a full head."""
+    found = json.loads((workdir / "rounds.json").read_text())
+    for arm in setting.arms:
+        for number, value in enumerate(found[arm]):
+            metric = setting.contrasts[0].metric
+            yield make(setting, arm, number, {metric: [value]}, units=["round"], examples=0)

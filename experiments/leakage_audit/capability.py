@@ -1,0 +1,189 @@
+"""What a student learns from the answers of an API, by what an answer shows, at equal queries.
+
+    python -m experiments.leakage_audit.capability --workdir=runs/capability
+
+A policy protects rows of logits, not the skill behind them: that leaves with the text. A decoder of
+bytes learns from articles and answers prompts that it has not seen. Fresh, smaller students learn
+from the answers: from the text alone, the five largest log-probabilities, or whole rows. `skill` is
+the share of the way, in nats a byte of held-out text, from a student of the prompts alone to the
+teacher. The fitting question is that of arXiv:2605.10407. It takes some 15 CPU-minutes.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from etils import epath
+from flax import nnx
+
+from experiments.shared.report import markdown_table, write_report
+from logitjax import data
+from logitjax.commands import cli
+from logitjax.commands.cli import field
+from logitjax.models import Decoder, DecoderConfig
+
+BYTES = 256
+# What an answer shows, and the policies of a server that show it. A key's budget of nats is spent
+# at log 256 a byte.
+SHOWN = {
+    "text": "free or plain, no values",
+    "top 5": "free or plain, top 5",
+    "rows": "whole rows",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What one run of the experiment does."""
+
+    data: str = field("tfds:wiki_summaries", "Text that teacher and prompts are from.")
+    queries: tuple[int, ...] = field((500, 4000), "Numbers of answers.")
+    prompt: int = field(16, "Number of bytes of a prompt.")
+    answer: int = field(48, "Number of bytes of an answer.")
+    teacher_steps: int = field(600, "Number of training steps of the teacher.")
+    steps: int = field(300, "Number of training steps of each student.")
+    key_nats: float = field(100_000.0, "Budget of a key where choices are metered.")
+
+
+def _decoder(width: int, layers: int, seed: int) -> tuple[Any, Any]:
+    config = DecoderConfig(
+        vocab_size=BYTES,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_layers=layers,
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=width // 4,
+        max_length=128,
+    )
+    return nnx.split(Decoder(config, rngs=nnx.Rngs(seed), layout="listed"))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _log_p(graphdef: Any, params: Any, tokens: jax.Array) -> jax.Array:
+    """Log-probabilities of the byte after each of these, `[rows, time, bytes]`."""
+    model = nnx.merge(graphdef, params)
+    return jax.nn.log_softmax(model.logits(model.hidden_states(tokens)[0]))
+
+
+def _loss(log_p: jax.Array, tokens: jax.Array, prompt: int, shown: str, told: Any) -> jax.Array:
+    """Nats a byte: of the prompts' own text, and of what is shown of the answers."""
+    own = -jnp.take_along_axis(log_p[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
+    if shown in ("all", "text"):
+        return own.mean()
+    given, answers = own[:, : prompt - 1], log_p[:, prompt - 1 : -1]
+    if shown == "prompts":
+        return given.mean()
+    if shown == "rows":
+        missed = -(jnp.exp(told) * answers).sum(-1)
+    else:
+        best, ids = jax.lax.top_k(told, 5)
+        ours = jnp.take_along_axis(answers, ids, axis=-1)
+        rest, left = (jnp.maximum(1 - jnp.exp(x).sum(-1), 1e-6) for x in (best, ours))
+        missed = -(jnp.exp(best) * ours).sum(-1) - rest * jnp.log(left)
+    return jnp.concatenate([given, missed], axis=1).mean()
+
+
+def _fit(graphdef: Any, params: Any, rows: np.ndarray, told: Any, **how: Any) -> Any:
+    """Parameters after so many steps of 32 rows; `told` has the answers' rows."""
+    steps, prompt, shown = how["steps"], how["prompt"], how["shown"]
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, steps // 10, steps)
+    optimizer = optax.adamw(schedule)
+
+    @jax.jit
+    def step(params: Any, state: Any, tokens: jax.Array, told: Any) -> Any:
+        def loss(params: Any) -> jax.Array:
+            return _loss(_log_p(graphdef, params, tokens), tokens, prompt, shown, told)
+
+        grads = jax.grad(loss)(params)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state, rng = optimizer.init(params), np.random.default_rng(0)
+    for _ in range(steps):
+        some = rng.choice(len(rows), 32)
+        params, state = step(params, state, rows[some], None if told is None else told[some])
+    return params
+
+
+def _answered(
+    graphdef: Any, params: Any, prompts: np.ndarray, config: Config
+) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts with the answers drawn behind them, and the row that drew each byte."""
+    size = config.prompt + config.answer
+
+    @jax.jit
+    def write(key: jax.Array, tokens: jax.Array) -> jax.Array:
+        def draw(at: jax.Array, tokens: jax.Array) -> jax.Array:
+            row = _log_p(graphdef, params, tokens)[:, at - 1]
+            drawn = jax.random.categorical(jax.random.fold_in(key, at), row)
+            return tokens.at[:, at].set(drawn.astype(jnp.int32))
+
+        return jax.lax.fori_loop(config.prompt, size, draw, tokens)
+
+    rows, told = [], []
+    for i, some in enumerate(np.array_split(prompts, max(1, len(prompts) // 125))):
+        rows.append(
+            np.asarray(write(jax.random.key(i), np.pad(some, ((0, 0), (0, config.answer)))))
+        )
+        told.append(np.asarray(_log_p(graphdef, params, rows[-1])[:, config.prompt - 1 : -1]))
+    return np.concatenate(rows), np.concatenate(told)
+
+
+def run(config: Config, workdir: epath.Path) -> None:
+    """Teacher, answers, students, and a table of what each learnt."""
+    size = config.prompt + config.answer
+    text = "\n".join(row["text"] for row in data.load_examples(config.data))
+    words = np.frombuffer(text.encode()[:8_000_000], np.uint8).astype(np.int32)
+    words = words[: len(words) // size * size].reshape(-1, size)
+    words = np.random.default_rng(1).permutation(words)
+    few = min(500, len(words) // 10)
+    held, asked, known = np.split(words, [few, few + max(config.queries)])
+    how = {"prompt": config.prompt, "shown": "all", "steps": config.teacher_steps}
+    graphdef, params = _decoder(96, 3, 0)
+    params = _fit(graphdef, params, known, None, **how)
+
+    def nats(graphdef: Any, params: Any) -> float:
+        log_p = _log_p(graphdef, params, held)
+        return float(_loss(log_p, held, config.prompt, "all", None))
+
+    goal = nats(graphdef, params)
+    rows, told = _answered(graphdef, params, asked[:, : config.prompt], config)
+    table, records = [], []
+    most = int(config.key_nats / (config.answer * np.log(BYTES)))
+    for queries in config.queries:
+        losses = {}
+        for shown in ("prompts", *SHOWN):
+            student, start = _decoder(48, 2, 1)
+            how |= {"shown": shown, "steps": config.steps}
+            start = _fit(student, start, rows[:queries], told[:queries], **how)
+            losses[shown] = nats(student, start)
+            logging.info("%d queries, %s: %.3f of %.3f", queries, shown, losses[shown], goal)
+        way = losses["prompts"] - goal
+        for shown, policies in SHOWN.items():
+            line = {"policy": policies, "an answer shows": shown, "queries": queries}
+            line |= {
+                "nats a byte": losses[shown],
+                "skill": (losses["prompts"] - losses[shown]) / way,
+            }
+            table.append(line)
+        records.append({"queries": queries, "teacher": goal} | losses)
+    text = (
+        f"# Capability\n\nTeacher: {goal:.4f} nats a byte. A key of {config.key_nats:,.0f} nats "
+        f"pays for {most} answers of {config.answer} bytes.\n\n{markdown_table(table)}\n"
+    )
+    print(write_report(workdir, text, records=records, tables={"capability": table}, pictures={}))
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "smoke": dict(data="text:LICENSE", queries=(40,), teacher_steps=20, steps=10),
+    "demo": {},
+}
+
+if __name__ == "__main__":
+    cli.main(Config, PRESETS, run)

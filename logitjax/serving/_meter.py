@@ -1,0 +1,97 @@
+"""What an answer is charged, token by token, where choices are metered."""
+
+import collections
+import dataclasses
+import hashlib
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from logitjax.decoding import Request
+from logitjax.leakage import Choice, Ledger
+from logitjax.serving._errors import ApiError
+from logitjax.serving._policy import Disclosure, advance
+from logitjax.serving._schema import CompletionRequest
+
+
+class Meter:
+    """One answer's charges: each context pays before its token is shown, whoever asked for it.
+
+    Args:
+        ledger: What was told so far, to everybody.
+        disclosure: The policy.
+        asked: What is asked.
+        request: One answer of it.
+        vocab: Number of tokens.
+
+    Attributes:
+        told: Nats by context.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        disclosure: Disclosure,
+        asked: CompletionRequest,
+        request: Request,
+        vocab: int,
+    ):
+        policy = disclosure.policy
+        self.told: collections.Counter[str] = collections.Counter()
+        self._ledger = ledger
+        self._draw = np.asarray(request.extra["draw"])
+        self._token = math.log(vocab)
+        cells = policy.value_nats(vocab)
+        self._values = 0.0 if asked.logprobs is None else cells
+        self._echoed = 0.0 if asked.prompt_shown is None else cells
+        # The values of the first tokens are the same for whoever asks; a drawn token's is its own.
+        self._same = not policy.sampled
+        names = [field.name for field in dataclasses.fields(Choice)]
+        self._choice = Choice(**{name: getattr(asked.sampling, name) for name in names})
+        self._prompt: Sequence[int] = np.asarray(request.prompt).tolist()
+        self._wants = request.max_new_tokens
+        self._digest = hashlib.blake2b(digest_size=8)
+
+    @property
+    def most(self) -> float:
+        """Most nats that the answer can come to."""
+        return len(self._prompt) * self._echoed + self._wants * (self._token + self._values)
+
+    def begin(self) -> None:
+        """Charges the prompt, where it is echoed, and the first token.
+
+        Raises:
+            ApiError: A context has no nats left.
+        """
+        enough = True
+        for token in self._prompt:
+            enough &= self._charge(b"values", self._echoed)
+            self._digest.update(token.to_bytes(4, "little"))
+        if not (enough and (not self._wants or self._pay())):
+            context = self._digest.hexdigest()
+            raise ApiError(
+                429,
+                f"a context may tell {self._ledger.limit:g} nats: of this one "
+                f"{self._ledger[context].hard:.4g} are told, and this answer may tell "
+                f"{self._token + self._values:.4g} more; they do not come back",
+                code="insufficient_quota",
+            )
+
+    def goes_on(self, token: int) -> bool:
+        """Takes a token that was shown; whether the next one may be."""
+        self._digest.update(token.to_bytes(4, "little"))
+        self._draw = advance(self._draw, np.uint32(token))
+        return self._pay()
+
+    def _pay(self) -> bool:
+        draw = self._draw.tobytes()
+        values = self._charge(b"values" if self._same else b"own" + draw, self._values)
+        return values and self._charge(draw, self._token, self._choice)
+
+    def _charge(self, answer: bytes, nats: float, choice: Choice | None = None) -> bool:
+        context = self._digest.hexdigest()
+        before = self._ledger[context].hard
+        paid = self._ledger.charge(context, answer, nats, choice)
+        self.told[context] += self._ledger[context].hard - before
+        return paid

@@ -1,0 +1,45 @@
+"""The script of a process that tries structures out, so that what takes too long ends there.
+
+llguidance bounds the steps of a grammar, not how long it takes to begin: thirty patterns at once
+take minutes, in one call that nobody can interrupt. Here each one begins in a child of its own,
+which the system ends. Nothing but llguidance is imported.
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+
+import llguidance
+
+_MEMORY = 1 << 29  # of addresses, beyond what the tokens take
+_CLOCK = 60  # seconds, for what waits in place of computing
+
+
+def main() -> None:
+    """Reads the tokens, then a structure a line; writes a line for each."""
+    os.nice(10)
+    about = json.loads(sys.stdin.buffer.readline())
+    tokens = llguidance.LLTokenizer(about.pop("tokenizer"), **about)
+    with open("/proc/self/statm") as sizes:
+        most = int(sizes.read().split()[0]) * resource.getpagesize() + _MEMORY
+    for line in sys.stdin.buffer:
+        asked = json.loads(line)
+        child = os.fork()
+        if not child:
+            resource.setrlimit(resource.RLIMIT_AS, (most, most))
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            signal.alarm(_CLOCK)
+            signal.setitimer(signal.ITIMER_PROF, asked["seconds"])
+            matcher = llguidance.LLMatcher(tokens, asked["grammar"], log_level=0)
+            matcher.compute_bitmask()
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        sys.stdout.write("passed\n" if status == 0 else "ended\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # that of the terminal is the parent's
+    main()

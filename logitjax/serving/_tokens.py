@@ -1,0 +1,63 @@
+"""Texts to tokens and back, as vLLM's `/tokenize` and `/detokenize` have it."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from logitjax.serving import _schema as schema
+from logitjax.serving._admission import parse_json, prompt_tokens, read_body
+from logitjax.serving._config import check_model
+from logitjax.serving._errors import ApiError, BadRequestError, json_response
+from logitjax.serving._keys import find_key
+from logitjax.serving._service import Service
+
+
+def tokenize(service: Service, body: dict[str, Any]) -> dict[str, Any]:
+    """The tokens of the prompt that a request with these fields has."""
+    spelt, chat = body.pop("return_token_strs", None), "messages" in body
+    asked = schema.parse(body, service.config, chat=chat)
+    check_model(service.config, asked.model)
+    tokens = prompt_tokens(service, asked, asked.prompts[0])
+    names = [service.tokenizer.token(token) for token in tokens] if spelt else None
+    most = service.config.max_length
+    return {"count": len(tokens), "max_model_len": most, "tokens": tokens, "token_strs": names}
+
+
+def detokenize(service: Service, body: dict[str, Any]) -> dict[str, Any]:
+    """The text of tokens."""
+    tokens = body.get("tokens")
+    if not isinstance(tokens, list) or body.keys() - {"model", "tokens"}:
+        raise BadRequestError("tokens: expected a list of ids, and no field but model", "tokens")
+    wrong = [i for i in tokens if type(i) is not int or not 0 <= i < service.vocab_size]
+    if wrong:
+        raise BadRequestError(f"tokens: there is no token {str(wrong[0])[:60]}", "tokens")
+    return {"prompt": service.tokenizer.decode(tokens)}
+
+
+def tokens_endpoint(
+    service: Service, answer: Callable[[Service, dict[str, Any]], dict[str, Any]]
+) -> Any:
+    """The endpoint of one of them; it takes its time off the event loop."""
+
+    def work(body: bytes) -> dict[str, Any]:
+        given = parse_json(body)
+        if not isinstance(given, dict):
+            raise BadRequestError("the body must be a JSON object")
+        return answer(service, given)
+
+    async def endpoint(http: HttpRequest) -> Response:
+        config, loop = service.config, asyncio.get_running_loop()
+        find_key(config.keys, http.headers.get("authorization", ""))
+        try:
+            body = await read_body(http, most=config.max_body_bytes, seconds=config.body_seconds)
+            return json_response(await loop.run_in_executor(service.readers, work, body))
+        except ApiError as error:
+            return error.response()
+        except ClientDisconnect:
+            return Response(status_code=499)
+
+    return endpoint

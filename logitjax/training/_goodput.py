@@ -1,0 +1,137 @@
+"""Where the wall-clock time of a run went, over all its starts."""
+
+import contextlib
+import dataclasses
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from etils import epath
+
+from logitjax.storage import progress, write_atomic
+
+# By the verb of what is being done; what has none of these is `other`.
+_KINDS = {
+    "starting": "start-up",
+    "restoring": "start-up",
+    "compiling": "compilation",
+    "taking": "step",
+    "step": "step",
+    "fetching": "data",
+    "packing": "data",
+    "reading": "data",
+    "waiting": "data",
+    "loading": "preparation",
+    "pruning": "preparation",
+    "saving": "save",
+    "evaluating": "evaluation",
+    "scoring": "evaluation",
+}
+_FLUSH_SECONDS = 2.0
+_FROM, _STEP = re.compile(r"training from step (\d+)"), re.compile(r"(?:taking )?step (\d+)")
+_FILE = "goodput.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Goodput:
+    """The time of a run, kept in its folder over all its starts.
+
+    Attributes:
+        folder: Folder of the run.
+    """
+
+    folder: epath.Path
+
+    @contextlib.contextmanager
+    def account(self) -> Iterator[None]:
+        """Note what each second of this start goes to, by what `progress` is told.
+
+        A start that is killed loses at most the last two seconds of its record; they count as lost.
+        """
+        folder = self.folder
+        begin = last = written = time.time()
+        seconds: dict[str, float] = {}
+        steps: dict[str, int] = {}
+        doing = "starting"
+        path = folder / _FILE
+        remote = "://" in str(folder)
+
+        def note(now: float) -> None:
+            nonlocal last
+            kind = _KINDS.get(doing.partition(" ")[0], "other")
+            seconds[kind] = seconds.get(kind, 0.0) + now - last
+            last = now
+
+        def write() -> None:
+            nonlocal written
+            written = last
+            line = json.dumps({"begin": begin, "end": last, "seconds": seconds} | steps) + "\n"
+            if remote:  # An object store cannot append, and is slow: one line a start.
+                write_atomic(folder / "goodput" / f"{begin:.0f}.jsonl", line)
+                return
+            with path.open("a") as file:
+                file.write(line)
+
+        def hear(said: str) -> None:
+            nonlocal doing
+            note(time.time())
+            doing = said or doing
+            if match := _FROM.match(doing):
+                steps.setdefault("first", int(match[1]))
+                steps["step"] = int(match[1])
+            elif match := _STEP.match(doing):
+                steps["step"] = int(match[1]) - 1
+            if last - written > (30 * _FLUSH_SECONDS if remote else _FLUSH_SECONDS):
+                write()
+
+        folder.mkdir(parents=True, exist_ok=True)
+        progress.listener = hear
+        try:
+            yield
+        finally:
+            progress.listener = None
+            note(time.time())
+            write()
+
+    def summary(self) -> dict[str, Any]:
+        """What the wall-clock time went to, in seconds; the parts add up to `wall`.
+
+        `step` is time in steps that counted, the goodput. Steps that a kill lost are `redone`.
+        Between two starts nothing ran, or what ran left no record: `down`. The other parts are
+        `start-up` (restoring included), `preparation` (models), `data` (packing, teachers' reading,
+        waiting for batches), `compilation` (with first steps), `save`, `evaluation` and `other`.
+
+        Returns:
+            `wall`, `goodput` (the share of it), `starts`, and `seconds` by part.
+
+        Raises:
+            ValueError: The folder has no record.
+        """
+        folder = self.folder
+        files = [folder / _FILE, *sorted((folder / "goodput").glob("*.jsonl"))]
+        starts: dict[float, Mapping[str, Any]] = {}
+        for line in b"".join(path.read_bytes() for path in files if path.exists()).splitlines():
+            try:
+                record = json.loads(line)
+                starts[record["begin"]] = record  # The last line of a start holds all before it.
+            except (ValueError, KeyError, TypeError):
+                continue  # A kill cut it off.
+        if not starts:
+            raise ValueError(f"{folder}: expected {_FILE}, which a run writes, got none")
+        records = [starts[begin] for begin in sorted(starts)]
+        seconds: dict[str, float] = {}
+        for record, after in zip(records, [*records[1:], None]):
+            own = dict(record["seconds"])
+            if after is not None:
+                own["down"] = after["begin"] - record["end"]
+                done, first = record.get("step", 0), record.get("first", 0)
+                lost = max(0, done - after.get("first", done))
+                own["redone"] = own.get("step", 0.0) * min(1.0, lost / max(1, done - first))
+                own["step"] = own.get("step", 0.0) - own["redone"]
+            for kind, part in own.items():
+                seconds[kind] = seconds.get(kind, 0.0) + part
+        wall = records[-1]["end"] - records[0]["begin"]
+        share = seconds.get("step", 0.0) / wall if wall else 0.0
+        return {"wall": wall, "goodput": share, "starts": len(records), "seconds": seconds}

@@ -1,0 +1,97 @@
+"""Distillation of a filter: the weights learn what the model says less its assistant."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import optax
+from etils import epath
+
+from logitjax.losses import linear_kl_divergence
+from logitjax.models import Decoder, DecoderConfig, first_layers, load_peft
+from logitjax.ops import masked_mean
+from logitjax.storage import read_json
+from logitjax.training import LossFn
+from logitjax.unlearning._method import Means, Method
+from logitjax.unlearning._questions import Questions
+from logitjax.unlearning._reads import Need, Read
+from logitjax.unlearning.assistant._assistant import relative_states
+from logitjax.unlearning.methods._gradient_ascent import GradientAscent
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Distilled(Method):
+    """The weights learn what a model says less its assistant, which nobody can leave out then.
+
+    ::
+
+        mean_{forget} KL(served || model) + beta mean_{retain} KL(served || model)
+
+    With `rho` both are taken after a step of that length towards the answers to forget, as whoever
+    teaches them again would take it, so that such steps do not bring them back.
+
+    Attributes:
+        of: Folder of the assistant that `difference` wrote.
+        retain_weight: Beta.
+        rho: Length of the step of teaching again, of all that is trained; 0 for none.
+
+    References:
+        Distilled as in divergence decoding, 2026 (arXiv 2605.31293), there on answers to forget
+        alone. The step is that of Fan et al., 2025 (arXiv 2502.05374), on rows to forget alone.
+    """
+
+    of: str = ""
+    retain_weight: float = 1.0
+    rho: float = 0.0
+
+    needs = tuple(
+        Need(side, "states", before) for side in ("forget", "retain") for before in (False, True)
+    )
+
+    def check(self, model: Decoder, questions: Questions) -> None:
+        if not (epath.Path(self.of) / "assistant.json").exists():
+            raise FileNotFoundError(f"of: expected a folder with an assistant, got {self.of!r}")
+        if model.config.logits_softcap is not None:
+            raise ValueError("of: expected a model whose head is linear, got one with a soft cap")
+
+    def fixed(self, config: DecoderConfig, key: Any) -> Any:
+        if not self.of:
+            return None
+        record = read_json(epath.Path(self.of) / "assistant.json", form=dict)
+        if not record["relative"]:
+            raise ValueError("of: expected a relative assistant, got one that is not")
+        count = record["layers"]
+        bounds = tuple(b for b in config.segment_boundaries if b < count)
+        cut = dict(num_layers=count, windows=config.windows[:count], segment_boundaries=bounds)
+        return load_peft(epath.Path(self.of), dataclasses.replace(config, **cut)), record["alpha"]
+
+    def states_before(self, model: Decoder, tokens: Any, fixed: Any) -> jax.Array:
+        hidden = super().states_before(model, tokens, fixed)
+        if fixed is None:
+            return hidden
+        lora, alpha = fixed
+        base = first_layers(model, sum(map(len, lora.layers)))
+        # The head is linear: logits less alpha times the assistant's are those of this.
+        return hidden - alpha * relative_states(base, lora, tokens)
+
+    def loss(self, read: Read, state: Any) -> tuple[jax.Array, Means]:
+        means = {}
+        for side in ("forget", "retain"):
+            pairs = [(read.states(side, before=b), read.head(before=b)) for b in (False, True)]
+            values = read.put(side, linear_kl_divergence(*pairs[0], *pairs[1]))
+            means[side] = masked_mean(values, read.where(side))
+        return means["forget"] + self.retain_weight * means["retain"], means
+
+    def make_loss(self, model: Decoder, **options: Any) -> tuple[LossFn, Any]:
+        """See `Method.make_loss`."""
+        distil, before = super().make_loss(model, **options)
+        again, _ = GradientAscent(forget_weight=-1.0).make_loss(model, **options)
+
+        def hardened(params: Any, batch: Any, rng: Any, constants: Any = None) -> Any:
+            slope = jax.grad(lambda p: again(p, batch, rng, constants)[0])(params)
+            slope = jax.lax.stop_gradient(slope)
+            length = self.rho / (optax.global_norm(slope) + 1e-12)
+            moved = jax.tree.map(lambda x, d: x - length * d, params, slope)
+            return distil(moved, batch, rng, constants)
+
+        return (hardened if self.rho else distil), before

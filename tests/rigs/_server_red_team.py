@@ -1,0 +1,188 @@
+"""The red team before a server of one row, in one process: what each policy lets it read."""
+
+import asyncio
+import functools
+import re
+import string
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from scipy import stats
+
+from experiments.shared import suite
+from logitjax import models
+from logitjax.decoding import Ensemble
+from logitjax.leakage import Ledger, LogitPolicy
+from logitjax.serving import ServerConfig, build_app
+from logitjax.serving._schema import request_model
+from tests.rigs._red_team import CONFIDENCE, Asker, Body, Reply, attackers, choice_of, spelled
+from tests.rigs._server_client import call
+
+QUERIES, _SLOTS = 1000, 8
+MODELS = ("tiny", "smollm2", ".cache/models/gemma-3-270m.gguf")
+_TOKEN = LogitPolicy(returns="token")
+_TOP = LogitPolicy(top_k=5)
+# Name, what is reported, what else the server is told.
+POLICIES: tuple[tuple[str, LogitPolicy, Mapping[str, Any]], ...] = (
+    ("free, no values", _TOKEN, {}),
+    ("free, top 5", _TOP, {}),
+    ("free, noise 0.3", LogitPolicy(returns="token", noise=0.3), {}),
+    ("free, bias of draws", LogitPolicy(returns="token", bias="sampling"), {}),
+    ("free, the same, drawn told", LogitPolicy(top_k=0, sampled=True, bias="sampling"), {}),
+    ("free, bias reported", LogitPolicy(top_k=5, bias="reported"), {}),
+    ("plain, no values", _TOKEN, {"choices": "plain"}),
+    ("plain, top 5", _TOP, {"choices": "plain"}),
+    ("plain, schemas", _TOKEN, {"choices": "plain", "schemas": True}),
+    ("metered, 200 nats", _TOKEN, {"choices": "metered", "context_nats": 200.0}),
+)
+
+
+def row_of(spec: str) -> tuple[np.ndarray, Any]:
+    """Next-token logits of a model after a few words, and its tokenizer."""
+    model, tokenizer = models.load(spec, layout="listed")
+    tokens = [*tokenizer.start, *tokenizer.encode("The capital of the country is")]
+    hidden, _ = model.hidden_states(jnp.array([tokens]))
+    return np.asarray(model.logits(hidden[:, -1:])[0, 0], np.float32), tokenizer
+
+
+def letters_of(tokenizer: Any) -> dict[str, int]:
+    """Characters of one token each that no token joins, so that a schema forces each by itself."""
+    vocab, chosen = tokenizer.backend.get_vocab(with_added_tokens=True), '"'
+    for letter in string.digits + string.ascii_letters:
+        joined = {a + b for c in chosen + letter for a, b in ((c, letter), (letter, c))}
+        if letter in vocab and not joined & vocab.keys():
+            chosen += letter
+    return {letter: vocab[letter] for letter in chosen[1:16]}
+
+
+def one_row(row: np.ndarray) -> Ensemble:
+    """A model whose every context has this row: what is measured is what lies around it."""
+
+    def apply(params: Any, tokens: Any, positions: Any, cache: Any) -> Any:
+        return jnp.broadcast_to(params, (*tokens.shape, len(row))), cache
+
+    return Ensemble((apply, jax.device_put(row), {"none": np.zeros((_SLOTS, 1), np.int8)}))
+
+
+class Server:
+    """An application in this process, asked from code that does not wait."""
+
+    def __init__(self, app: Any, runner: asyncio.Runner):
+        self._app, self._runner = app, runner
+
+    def __call__(self, bodies: list[Body]) -> list[Reply | None]:
+        async def every() -> list[Reply | None]:
+            return await asyncio.gather(*map(self._one, bodies))
+
+        return self._runner.run(every())
+
+    async def _one(self, body: Body) -> Reply | None:
+        for _ in range(4):
+            status, answer = await call(self._app, body)
+            if status == 200:
+                break
+            if status not in (400, 429):
+                raise RuntimeError(f"the server answered {status}: {answer}")
+            error = answer["error"]
+            nearest = re.search(r"the nearest taken here is (\S+)", error["message"])
+            if nearest is None:
+                return None
+            value = type(body[error["param"]])(float(nearest[1]))
+            body = body | {error["param"]: value}
+        else:
+            return None
+        shown = answer["choices"][0]["logprobs"]
+        ids = [int(name.removeprefix("token_id:")) for name in shown["tokens"]]
+        top = (shown["top_logprobs"] or [{}])[0] or {}
+        told = {int(name.removeprefix("token_id:")): value for name, value in top.items()}
+        if shown["token_logprobs"][0] is not None:
+            told[ids[0]] = shown["token_logprobs"][0]
+        return Reply(tuple(ids), body, told)
+
+
+def _charged(
+    server: Server, ledger: Ledger, policy: LogitPolicy, vocab: int, bodies: list[Body]
+) -> list[Reply | None]:
+    """Answers, and what they may tell at most; values that nothing moves are told once."""
+    replies = server(bodies)
+    again = policy.sampled or policy.bias == "reported"
+    for reply in replies:
+        if reply is not None:
+            own = spelled(reply.body)
+            ledger.charge("row", "values" + own * again, policy.value_nats(vocab))
+            ledger.charge("row", own, len(reply.tokens) * np.log(vocab), choice_of(reply.body))
+    return replies
+
+
+def attacked(
+    spec: str, row: np.ndarray, tokenizer: Any, model: Ensemble, case: Any, queries: int
+) -> list[dict[str, Any]]:
+    """A row of the table for each attacker of one policy."""
+    name, policy, options = case
+    config = ServerConfig(
+        model="row", policy=policy, slots=_SLOTS, max_length=16, max_tokens=8, max_waiting=4096,
+        prefill_chunk=4, policy_seed=1, **options,
+    )  # fmt: skip
+    schema = request_model(config, chat=False).model_json_schema()
+    letters, vocab, rows = letters_of(tokenizer), len(row), []
+    todo = list(attackers(schema).items())
+    # Where nobody pays, one server serves all; a meter would have the second pay for the first.
+    shares = [[one] for one in todo] if config.choices == "metered" else [todo]
+    for some in shares:
+        with asyncio.Runner() as runner:
+            app = build_app(model, tokenizer, [tokenizer.eos_id or 0], config)
+            context = app.router.lifespan_context(app)
+            runner.run(context.__aenter__())
+            for attacker, attack in some:
+                ledger = Ledger()
+                ask = functools.partial(_charged, Server(app, runner), ledger, policy, vocab)
+                # Where anything goes a row's queries are shared: who wins is not in doubt.
+                # A draw among 262,144 tokens takes its time.
+                few = 4 if vocab > 100_000 else 1
+                budget = queries // (8 if config.choices == "free" else few)
+                budget //= 4 if attacker.startswith("field") else 1
+                asker = Asker(ask, budget)
+                body = {"prompt": [1], "max_tokens": 1, "return_tokens_as_token_ids": True}
+                readings = attack(asker, body | {"logprobs": 0}, vocab=vocab, letters=letters)
+                line = {"model": Path(spec).stem, "policy": name, "attacker": attacker}
+                line |= {"queries": budget - asker.left}
+                line |= readings.judge(row.astype(float), policy.noise)
+                line["nats per 1,000"] = 1000 * line["nats"] / max(1, line["queries"])
+                line["bound"] = float(ledger["row"].hard)
+                line["bound per 1,000"] = 1000 * line["bound"] / max(1, line["queries"])
+                rows.append(line)
+                logging.info("%s", rows[-1])
+            runner.run(context.__aexit__(None, None, None))
+    return rows
+
+
+def red_team(options: suite.Options, spec: str) -> tuple[list[dict[str, Any]], list[suite.Bar]]:
+    """The fastest attacker of each policy on a row of one model, and the bars over all of them."""
+    # Who has no Gemma (`make gemma`) is spared it.
+    if spec.endswith(".gguf") and not Path(spec).exists():
+        return [], []
+    row, tokenizer = row_of("tiny" if options.smoke else spec)
+    model, queries = one_row(row), 200 if options.smoke else QUERIES
+    found = [attacked(spec, row, tokenizer, model, case, queries) for case in POLICIES]
+    every = [line for lines in found for line in lines]
+    plain = [line for line in every if not line["policy"].startswith("free")]
+    read, right = (sum(line[name] for line in plain) for name in ("read", "hold"))
+    chance = float(stats.binom.cdf(right, read, CONFIDENCE)) if read else 1.0
+    over = sum(line["nats"] > line["bound"] for line in every)
+    narrow = min(line["narrowest"] for line in plain)
+    name = Path(spec).stem
+
+    def rate(line: dict[str, Any]) -> float:
+        # Values are told in one answer, and are no rate.
+        return line["nats per 1,000"] * (line["queries"] >= 10)
+
+    return [max(lines, key=rate) for lines in found], [
+        suite.at_most(f"red team, {name}: attackers that read more than the bound", over, 0),
+        suite.at_least(f"plain, {name}: narrowest interval of p < 1e-3, nats", narrow, 0.2),
+        suite.at_least(f"plain, {name}: {right} of {read} hold, chance at 95 %", chance, 0.01),
+    ]

@@ -1,0 +1,87 @@
+"""Where a run's time goes: parts that add up over kills, FLOPs, a profile on a signal."""
+
+import json
+import os
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from logitjax import training
+from logitjax.storage import progress
+from logitjax.training import Goodput, matmul_flops
+from tests.training import toy
+
+
+def test_the_parts_of_a_run_that_was_killed_add_up_to_its_wall_clock(tmp_path, monkeypatch):
+    """Ten starts by a clock of its own: each takes ten steps, of which a kill loses three."""
+    now = 1000.0
+    monkeypatch.setattr(time, "time", lambda: now)
+
+    def spend(doing, seconds):
+        nonlocal now
+        progress.mark(doing)
+        now += seconds
+
+    for start in range(10):
+        resumed = 7 * start
+        with Goodput(epath.Path(tmp_path)).account():
+            now += 4  # starting
+            spend("loading a model", 2)
+            spend(f"training from step {resumed} to 100", 0)
+            spend("compiling the first step", 5)
+            for step in range(resumed + 1, resumed + 11):
+                spend("fetching a batch", 0.5)
+                spend(f"taking step {step}", 2)
+            spend("saving checkpoint", 1)
+            spend(f"taking step {resumed + 11}", 0)
+        # Killed: what came after the last record is not known.
+        now += 30
+    with (tmp_path / "goodput.jsonl").open("a") as file:
+        file.write('{"begin": 10')
+    total = Goodput(epath.Path(tmp_path)).summary()
+    assert total["wall"] == pytest.approx(now - 1000 - 30)
+    assert sum(total["seconds"].values()) == pytest.approx(total["wall"])
+    expected = {"start-up": 40, "preparation": 20, "compilation": 50, "data": 50, "save": 10}
+    # Of ten steps of each start but the last three were made again.
+    expected |= {"down": 270, "redone": 9 * 20 * 3 / 10, "step": 200 - 54}
+    for name, seconds in expected.items():
+        assert total["seconds"][name] == pytest.approx(seconds), name
+    assert total["goodput"] == pytest.approx(146 / total["wall"])
+    with pytest.raises(ValueError, match=r"expected goodput\.jsonl"):
+        Goodput(epath.Path(tmp_path / "other")).summary()
+
+
+def test_a_run_logs_its_rate_and_profiles_on_a_signal(tmp_path):
+    """The rate is that of the step's matrix products, counted from what was traced once."""
+    mesh = training.make_mesh("data:1", devices=jax.devices()[:1])
+    tx = toy.optimizer()
+    state = training.TrainState.create(toy.init, tx, mesh=mesh)
+    step = training.TrainStep(toy.loss_fn, tx, mesh=mesh)
+
+    def batches(number):
+        if number == 4:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return toy.batches(number)
+
+    before = signal.getsignal(signal.SIGUSR1)
+    training.train_loop(
+        state,
+        step,
+        batches,
+        total_steps=9,
+        workdir=tmp_path,
+        writer=training.make_writer(tmp_path),
+        options=training.LoopOptions(log_every=3),
+    )
+    assert signal.getsignal(signal.SIGUSR1) == before
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rates = [line["tflops_per_second"] * line["seconds_per_step"] for line in lines]
+    np.testing.assert_allclose(rates, step.flops / 1e12)
+    assert step.flops == matmul_flops(step.trace(*step._shapes).jaxpr) > 0
+    assert step.traces == 1
+    assert all(line["seconds_slowest_step"] > 0 <= line["data_seconds"] for line in lines)

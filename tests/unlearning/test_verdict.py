@@ -1,0 +1,161 @@
+"""A verdict is of every row and every way to ask, and the files and the status follow it."""
+
+import json
+
+import numpy as np
+import pytest
+from etils import epath
+
+from logitjax.commands import cli, unlearn
+from logitjax.models import load_tokenizer
+from logitjax.unlearning import Questions, Row
+from logitjax.unlearning._selection import Goal, Limits
+from logitjax.unlearning._unlearn import RESULTS, Unlearned
+from logitjax.unlearning._verdict import judge
+
+WAYS = ("asked", "in a role", "in context")
+
+
+def side(rng, forget, unseen=0.05, kept=0.95, rows=8, **more):
+    """An invented record of `examine`."""
+    attacks = {
+        "asked": {"probability": 0.1, "worst": 0.1},
+        "extraction strength": {"share": 0.1},
+        "membership by loss": {"auc": float(more.pop("auc", 0.5))},
+    }
+    if (taught := more.pop("taught", None)) is not None:
+        attacks["taught again"] = {"probability": 0.1, "worst": 0.9, "taught": taught}
+    ways = {way: (forget * rng.uniform(0.2, 1.0, rows)).tolist() for way in WAYS}
+    kinds = ["near", "other"] * 4
+    probabilities = np.full(len(kinds), kept)
+    return {
+        "ways": ways,
+        "unseen": {way: (unseen * rng.uniform(0.5, 1.0, 5)).tolist() for way in WAYS},
+        "probabilities": {"forget": ways["asked"], "test": probabilities.tolist()},
+        "rouge": {"forget": [0.2] * rows, "test": [0.9] * len(kinds)},
+        "kinds": {"probabilities": kinds, "rouge": kinds},
+        "fluency": 3.0,
+        "perplexity": 10.0,
+        "answers": {"forget": ["a"] * rows, "test": ["b"] * len(kinds)},
+        "attacks": attacks,
+        "sizes": [rows, 5],
+    } | more
+
+
+def judged(after, **options):
+    before = side(np.random.default_rng(0), 0.99)
+    options = {"assistant": False, "control": {}} | options
+    return judge(before, after, options["control"], Limits(), assistant=options["assistant"])
+
+
+def test_one_row_asked_in_one_way_is_enough_to_say_that_it_is_not_forgotten():
+    rng = np.random.default_rng(1)
+    assert judged(side(rng, 0.05)).passed
+    for way in WAYS:
+        after = side(rng, 0.05)
+        after["ways"][way][3] = 0.626  # under a median of .03
+        verdict = judged(after)
+        assert not verdict.passed
+        assert verdict.words.startswith("**Not forgotten**: 1 of 8 answers are likelier")
+        assert way in verdict.words
+        (fact,) = [fact for fact in verdict.facts if not fact["holds"]]
+        assert (fact["way"], fact["above"]) == (way, 1)
+        assert fact["share above, exact 95 %"] == "0 to 53 %"
+    # What a paraphrase brings out counts beside the rows, and in place of none.
+    after = side(rng, 0.05)
+    after["ways"]["in other words"] = [0.3]
+    assert not judged(after).passed
+
+
+def test_a_control_that_says_much_itself_excuses_no_answer_that_is_still_said():
+    goal = Goal.of({"asked": [0.1, 0.9]}, "")
+    assert goal.limit("asked") == 0.5
+    assert goal.limit("any other way") == 0.5
+    assert not goal.met(max(goal.excess({"asked": [0.01, 0.6]}).values()))
+
+
+def test_a_kind_of_rows_or_one_row_that_is_lost_is_damage_whatever_the_mean():
+    for lost, words in (
+        ([0, 2, 4, 6], "probability of near rows is at 90.0 %"),
+        ([0], "row is at"),
+    ):
+        after = side(np.random.default_rng(2), 0.05)
+        for at in lost:
+            after["probabilities"]["test"][at] *= 0.9 if len(lost) > 1 else 0.88
+        verdict = judged(after)
+        assert not verdict.passed
+        assert verdict.words.startswith("**Model damaged**")
+        assert words in verdict.words
+    after = side(np.random.default_rng(2), 0.05)
+    after["probabilities"]["test"][-1] = float("nan")  # of the second kind: min would pass it over
+    assert "**Model damaged**" in judged(after).words
+    for more in (dict(perplexity=10.5), dict(perplexity=float("nan")), dict(fluency=None)):
+        assert "**Model damaged**" in judged(side(np.random.default_rng(2), 0.05, **more)).words
+
+
+def test_attacks_on_weights_say_suppressed_and_those_that_taught_nothing_are_not_counted():
+    rng = np.random.default_rng(3)
+    assert "recoverable by** taught again" in judged(side(rng, 0.05, taught=0.95)).words
+    weak = judged(side(rng, 0.05, taught=0.33))
+    assert "Not distinguishable" in weak.words
+    assert "Not counted as tried, because it taught too little: taught again." in weak.words
+    never = side(rng, 0.05, taught=0.95)
+    assert "Not distinguishable" in judged(side(rng, 0.05, taught=0.95), control=never).words
+    assert (
+        "recoverable by** leaving the assistant out"
+        in judged(side(rng, 0.05), assistant=True).words
+    )
+    # The power of so few rows is said: with 8 and 5 only a large AUC could be told.
+    words = judged(side(rng, 0.05)).words
+    assert "Of so few rows only an AUC beyond 0.83 is told from a guess." in words
+    assert "given away by** membership by loss" in judged(side(rng, 0.05, auc=0.1)).words
+    assert "Not distinguishable" in judged(side(rng, 0.05, auc=0.7)).words
+
+
+@pytest.mark.parametrize("start", range(0, 200, 50))
+def test_status_verdict_and_files_agree_for_invented_results(tmp_path, start):
+    flags = dict(model="m", forget="f", retain="r")
+    rows = [Row(prompt=f"{n}?", answer="a") for n in range(8)]
+    questions = Questions.of({"forget": rows, "test": rows}, load_tokenizer("tiny"))
+    for seed in range(start, start + 50):
+        rng, out = np.random.default_rng(seed), epath.Path(tmp_path / str(seed))
+        method = ("difference", "npo")[int(rng.integers(2))]
+        config = cli.build(unlearn.Config, flags | dict(method=method))
+        before = side(rng, 0.99)
+        after = side(
+            rng,
+            float(rng.choice([0.02, 0.05, 0.09, 0.2, 0.9])),
+            kept=float(rng.choice([0.95, 0.93, 0.9, 0.2, np.nan])),
+            perplexity=float(rng.choice([10.0, 10.1, 10.3, np.nan])),
+            fluency=rng.choice([3.0, 2.9, 1.0]).item(),
+            auc=float(rng.choice([0.5, 0.9])),
+        )
+        control = side(rng, 0.05) if rng.integers(2) else {}
+        name = RESULTS[method != "difference"]
+        # What an earlier verdict let through may not stay either.
+        (out / RESULTS[int(rng.integers(3))]).mkdir(parents=True)
+        chosen = None if seed % 5 == 0 else {"step": 1, "strength": 1.0}
+        found = Unlearned(chosen=chosen, candidates=[], goal=Goal.of(before["unseen"], "x"))
+        if chosen:
+            staged = out / "candidates" / "best" / name
+            staged.mkdir(parents=True)
+            limits = config.settings.limits
+            verdict = judge(before, after, control, limits, assistant=method == "difference")
+            records = dict(before=before, after=after, control=control)
+            found = Unlearned(**{**vars(found), "staged": staged, "verdict": verdict, **records})
+        status = unlearn.finish(config, questions, found, out, "Rows.")
+        there = [name for name in RESULTS if (out / name).exists()]
+        verdict = json.loads((out / "verdict.json").read_text())
+        report = (out / "report.md").read_text()
+        # By hand: every row below twice the worst of the control, and every limit kept.
+        sides = [before["unseen"], *([control["ways"]] if control else [])]
+        good = chosen is not None and all(
+            max(after["ways"][way]) <= 2 * max(min(max(s[way]), 0.25) for s in sides)
+            for way in WAYS
+        )
+        good = good and after["probabilities"]["test"][0] >= 0.97 * 0.95
+        good = good and after["perplexity"] <= 10.2 and after["fluency"] >= 0.95 * 3
+        assert (status, there, verdict["passed"]) == ((0, [name], True) if good else (3, [], False))
+        bad = ("**Nothing was", "**Not forgotten**", "**Model damaged**")
+        assert any(words in report for words in bad) is not good
+        assert ("No model was written." in report) is not good
