@@ -647,7 +647,7 @@ ELSEWHERE = {
         ops.Static losses.Blocks losses.Head losses.Readout
         losses.GraphStatistics losses.LogProbs distillation.GraphConfig
         few_shot.FeatureIdentity heads.HeadCost heads.Assignment
-        vq.ConvertConfig vq.Pages vq.Screen vq.Shortlist vq.Tuning distillation.LayerPruning
+        vq.ConvertConfig vq.Screen vq.Tuning distillation.LayerPruning
         distillation.Objective
         distillation.Reading distillation.Course distillation.Distilled
         distillation.Trained distillation.Student distillation.Scorer distillation.Corpus
@@ -656,7 +656,8 @@ ELSEWHERE = {
         unlearning.UnlearnConfig decoding.DecodeOptions
         decoding.DraftControl decoding.Emitted decoding.Request decoding.Sampling
         decoding.Speculation decoding.TextOptions decoding.TextStream decoding.Ensemble
-        decoding.CachedModel training.BatchLayout training.LoopOptions training.Preempted
+        decoding.CachedModel training.BatchLayout training.Goodput training.LoopOptions
+        training.Preempted
         training.Program training.Schedule training.StepOutput training.TrainState models.Cache
         models.DecoderConfig models.Family models.Lora vision.CLIPConfig data.Examples
         data.ImageViews data.PackedDataset data.PackedSplits data.TokenizerLike
@@ -674,9 +675,10 @@ ELSEWHERE = {
         ops.neginf_to_zero""",
     "modules, whose arrays go through the functions above": """
         heads.LinearHead heads.TiedHead heads.VocabularyHead
-        heads.torch_linear vq.VQHead vq.ProductHead vq.ScreenedHead vq.ShortlistHead
+        heads.torch_linear vq.VQHead vq.ProductHead vq.ScreenedHead
         distillation.DualHead models.Decoder vision.CLIP vision.ImageClassifier""",
     "functions of functions, models, texts or files": """
+        training.matmul_flops transport.branch_and_bound
         distillation.aligned_value_and_grad
  distillation.distill distillation.hidden_states
  distillation.LossFunction
@@ -689,7 +691,7 @@ ELSEWHERE = {
         unlearning.Unlearning unlearning.examine
         unlearning.judge unlearning.relearning
  unlearning.share_interval unlearning.split_rows
-        serving.Key serving.Listening serving.ServerConfig serving.build_app
+        serving.Key serving.Listening serving.ServerConfig serving.build_app serving.request_model
         vq.HiddenCache vq.load_head
  few_shot.load few_shot.read_pictures
  decoding.Engine decoding.generate

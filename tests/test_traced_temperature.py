@@ -30,8 +30,6 @@ VQ = HEAD[0], CODEBOOK, BIAS, ASSIGNMENT
 
 
 SCREEN = vq.Screen(cheap=lambda h: h @ HEADS[3], rescore=HEAD[1].T, num_candidates=4)
-PAGES = vq.Pages.cut(BIAS, ASSIGNMENT, size=4)
-SHORTLIST = vq.Shortlist(pages=PAGES, rescore=HEAD[1].T, num_pages=2)
 
 
 def with_temperature(function, *arguments, **options):
@@ -71,8 +69,6 @@ OF_TEMPERATURE = {
     },
     vq: {
         "Screen.nll": with_temperature(SCREEN.nll, HEAD[0], LABELS),
-        "Shortlist.nll": with_temperature(SHORTLIST.nll, *VQ, LABELS),
-        "Shortlist.top_k": with_temperature(SHORTLIST.top_k, *VQ[:2], 2),
         "vq_logits": with_temperature(vq.vq_logits, *VQ),
         "vq_nll": with_temperature(vq.vq_nll, *VQ, LABELS),
         "VQTables.of": with_temperature(vq.VQTables.of, BIAS, ASSIGNMENT, CODES),

@@ -58,8 +58,6 @@ def _adaptive(hidden: int, vocab: int, unigram: np.ndarray) -> dict[str, Any]:
 def _decoders(case: dict[str, Any], codes: int) -> dict[str, Callable[[jax.Array], Any]]:
     rows, codebook, bias = case["rows"], case["codebook"], case["bias"]
     tables = vq.VQTables.of(bias, case["assignment"], codes, width=TOP)
-    pages = vq.Pages.cut(bias, case["assignment"], size=8)
-    num_pages = min(128, pages.tokens.shape[0])
     adaptive = _adaptive(rows.shape[1], rows.shape[0], case["unigram"])
     rank = min(48, rows.shape[1] // 4)
     candidates = min(512, rows.shape[0] // 8)
@@ -76,11 +74,6 @@ def _decoders(case: dict[str, Any], codes: int) -> dict[str, Callable[[jax.Array
     def of_codes(h: jax.Array, weights: tuple[jax.Array, Any]) -> Any:
         codebook, tables = weights
         return tables.top_k(h, codebook, TOP)
-
-    def shortlist(h: jax.Array, weights: tuple[Any, ...]) -> Any:
-        codebook, pages, rows = weights
-        chosen = vq.Shortlist(pages=pages, rescore=rows, num_pages=num_pages)
-        return chosen.top_k(h, codebook, TOP, with_tail=False)
 
     def screened(h: jax.Array, screen: Callable[[jax.Array], jax.Array], rows: jax.Array) -> Any:
         chosen = vq.Screen(cheap=screen, rescore=rows, num_candidates=candidates)
@@ -100,7 +93,6 @@ def _decoders(case: dict[str, Any], codes: int) -> dict[str, Callable[[jax.Array
     weights = {
         "full": (full, rows),
         "vq": (of_codes, (codebook, tables)),
-        "shortlist": (shortlist, (codebook, pages, rows)),
         "low-rank screen": (low_rank, (rows[:rank].T, rows[:, :rank], rows)),
         "packed product screen": (product, (packed, rows)),
         "adaptive": (tails, adaptive),

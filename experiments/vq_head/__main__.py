@@ -4,7 +4,7 @@
 
 reads text and computes the model's hidden states and its own head's distribution once. It then fits
 and tunes one head after another on the cache: codes with and without biases, with the mapping of
-the paper and with better ones; shortlists re-scored with exact rows; low-rank, product-quantised
+the paper and with better ones; low-rank, product-quantised
 and adaptive heads, all but the last also as screens for exact rows; and, as a control, the full
 head with its biases tuned on that text.
 

@@ -56,8 +56,6 @@ class Config:
     batch_size: int = field(1024, "Number of positions in a step.")
     reassign_every: int = field(25, "Number of steps between reassignments of vq_likelihood.")
     kmeans_iterations: int = field(8, "Number of iterations of k-means.")
-    pages: tuple[int, ...] = field((64, 128, 256), "Lengths of shortlists, in pages.")
-    page_size: int = field(8, "Number of tokens in a page.")
     timing_batch: int = field(256, "Number of positions of a timed training step.")
     product_groups: int = field(96, "Number of groups of product quantisation.")
     product_codes: int = field(256, "Number of codes in a group of product quantisation.")
@@ -101,8 +99,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         batch_size=64,
         reassign_every=3,
         kmeans_iterations=3,
-        pages=(4,),
-        page_size=4,
         timing_batch=32,
         product_groups=4,
         product_codes=16,

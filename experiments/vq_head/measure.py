@@ -38,11 +38,8 @@ def run_arm(
     trial, head = trials[best], made[best]
     record = functools.partial(converted_record, ctx, trial)
     records = [record(arm, head)]
-    if arm == "vq_likelihood":
-        for pages in config.pages:
-            records.append(record(f"shortlist_{pages}", rescored.shortlist(ctx, head, pages)))
-        if seed == 0 and jax.process_index() == 0:
-            head.head.save(workdir / "heads" / f"{arm}_{codes}")
+    if arm == "vq_likelihood" and seed == 0 and jax.process_index() == 0:
+        head.head.save(workdir / "heads" / f"{arm}_{codes}")
     if arm in SCREENS:
         for count in config.candidates:
             name = f"screened_{arm}_{count}"

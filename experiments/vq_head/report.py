@@ -88,7 +88,7 @@ def _row(
 def _own(record: Mapping[str, Any], ctx: Context) -> int:
     """Numbers an untied head of this kind holds, assignments counted as numbers."""
     stored = record["cost"]["stored_bytes"] // 4
-    exact_rows = record["arm"].startswith(("full", "shortlist", "screened"))
+    exact_rows = record["arm"].startswith(("full", "screened"))
     return stored + (ctx.vocab * ctx.width if ctx.tied and exact_rows else 0)
 
 
@@ -102,9 +102,7 @@ def _name(arm: str) -> str:
     if arm in _NAMES:
         return _NAMES[arm][0]
     kind, _, rest = arm.rpartition("_")
-    if arm.startswith("screened"):
-        return f"{_NAMES[kind.removeprefix('screened_')][0]}, best {rest} by exact rows"
-    return f"shortlist of {rest} pages, exact rows"
+    return f"{_NAMES[kind.removeprefix('screened_')][0]}, best {rest} by exact rows"
 
 
 def _scratch_rows(by_arm: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
@@ -133,7 +131,7 @@ def _bars(
         count = len(group)
         mean = {k: sum(r[k] for r in group) / count for k in ("ratio", "top1", "decode_speedup")}
         share = group[0]["cost"]["read_bytes"] / full["cost"]["read_bytes"]
-        if group[0]["arm"].startswith(("vq", "shortlist", "screened", "product", "packed")):
+        if group[0]["arm"].startswith(("vq", "screened", "product", "packed")):
             points.append(mean | {"share": share, "name": _name(group[0]["arm"])})
     wanted = (
         ("perplexity x at <= 10 % of the bytes read", "ratio", 1.04, lambda p: p["share"] <= 0.1),
@@ -192,12 +190,10 @@ def frontier(
 
 
 def _line(arm: str, codes: int) -> str:
-    """What a point of the frontier belongs to: shortlists by codebook, others by kind."""
+    """What a point of the frontier belongs to."""
     if arm.startswith("screened"):
         return f"{_NAMES[arm.removeprefix('screened_').rpartition('_')[0]][1]} + exact rows"
-    if arm in _NAMES:
-        return _NAMES[arm][1]
-    return f"shortlist, K = {codes}"
+    return _NAMES[arm][1]
 
 
 def curves(

@@ -1,8 +1,7 @@
 """Replace a model's output head by a vector-quantised one that imitates it.
 
     logitjax convert-head --model=smollm2 --data=tfds:wiki_summaries --out=runs/head
-    logitjax convert-head --model=DIR --data=text:FILE --num_pages=64 --num_codes=4096 --out=DIR2
-    logitjax convert-head --model=DIR --data=text:FILE --screen=512 --out=DIR3
+    logitjax convert-head --model=DIR --data=text:FILE --screen=512 --out=DIR2
 
 It reads the text once and keeps the hidden states. Then it fits codes to the rows of the old head
 and tunes them to the old head's distribution. It writes OUT/head and OUT/report.md, which
@@ -11,7 +10,6 @@ compares perplexity on held-out text and size before and after. In Python,
     model = models.load("MODEL", layout="listed")[0].with_head(vq.load_head("OUT/head"))
 
 is the converted model. By default one code serves several tokens, and each token has a bias. With
-`--num_pages` codes choose that many pages of tokens, which their exact rows score again. With
 `--screen=512` packed product codes look at all tokens, and exact rows score the best 512 again:
 fastest on a CPU, and slowest to tune. You may kill the run at any time: the same command continues
 with the hidden states it has. docs/vq_logits.md says what to expect.

@@ -22,7 +22,7 @@ class Residual:
         by_token: ``[vocab]`` likewise.
         even: Whether the variance is one in all tokens and in all rows.
         loudest: The largest residual, in standard deviations.
-        lone: Whether a direction may be one loud value: a row and a token nearly to itself.
+        lone: Whether a direction may be one loud row, or one loud value of it.
         edge: A singular value that independent noise of any variances stays below.
     """
 
@@ -57,7 +57,8 @@ def residual(table: Table, whole: Spectrum, k: int) -> Residual:
     # Rows of which next to nothing is left have a direction each to themselves, as loud noise has
     # and hidden states have not.
     own = share <= 0.25 * free / count
-    lone = 3 * k <= count and share.min() < 0.7 * free / count and taken.max() > 0.3
+    least = 0.7 if taken.max() > 0.3 else 0.25
+    lone = 3 * k <= count and share.min() < least * free / count
     share = np.maximum(share, 1e-6)
     # A projection takes from the noise of a row or token twice what it takes from the unit vector.
     edge = np.sqrt((by_row / share**2).max())

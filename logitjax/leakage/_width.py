@@ -209,7 +209,7 @@ def _of_noisy_rows(view: _View) -> OutputWidth:
     squares = noise.sigma**2 * (1 / by_token**2).sum() / by_row**2
     if left.lone:
         closed = False
-        said += ", and one of them may be a single loud value"
+        said += ", and one of them may be a single loud row"
     if rows_apart(view.gram, squares) < 1.2 * k + 2:
         closed = False
         said += ", and few rows differ by more than that"

@@ -1,7 +1,6 @@
 """Gromov-Wasserstein between graphs built from logits: closed form, bounds, certificates."""
 
 from logitjax.transport._bounds import first_lower_bound as first_lower_bound
-from logitjax.transport._bounds import moment_lower_bound as moment_lower_bound
 from logitjax.transport._branch_and_bound import branch_and_bound as branch_and_bound
 from logitjax.transport._certificate import certificate as certificate
 from logitjax.transport._coupling import gw_at_coupling as gw_at_coupling

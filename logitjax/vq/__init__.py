@@ -4,8 +4,7 @@
 - `vq_nll`, `vq_logits`, `VQTables`: the vector-quantised head as functions of arrays, `VQHead` as a
   module.
 - `ProductCodes`: rows of a code in each group of dimensions; `ProductHead` as a module.
-- `Shortlist` over `Pages`, `Screen`: better rows for the best tokens; `ShortlistHead` and
-  `ScreenedHead` as modules.
+- `Screen`: better rows for the best tokens of a cheap head; `ScreenedHead` as a module.
 - `ConvertConfig.convert` replaces a model's head; its steps are `HiddenCache.of` and its methods,
   `ConvertConfig.fit` and `Tuning.run`.
 """
@@ -15,7 +14,6 @@ from logitjax.vq._assignment import perplexity_floor as perplexity_floor
 from logitjax.vq._convert import ConvertConfig as ConvertConfig
 from logitjax.vq._convert import load_head as load_head
 from logitjax.vq._decode import VQTables as VQTables
-from logitjax.vq._heads import ShortlistHead as ShortlistHead
 from logitjax.vq._heads import VQHead as VQHead
 from logitjax.vq._hidden_cache import HiddenCache as HiddenCache
 from logitjax.vq._loss import vq_logits as vq_logits
@@ -24,7 +22,5 @@ from logitjax.vq._product_codes import ProductCodes as ProductCodes
 from logitjax.vq._product_head import ProductHead as ProductHead
 from logitjax.vq._screened import Screen as Screen
 from logitjax.vq._screened import ScreenedHead as ScreenedHead
-from logitjax.vq._shortlist import Pages as Pages
-from logitjax.vq._shortlist import Shortlist as Shortlist
 from logitjax.vq._tune import Tuning as Tuning
 from logitjax.vq._tune import reassign_from_labels as reassign_from_labels

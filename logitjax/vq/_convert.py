@@ -17,12 +17,11 @@ from logitjax.losses import Head
 from logitjax.ops import Array, checks
 from logitjax.storage import guard, read_head
 from logitjax.vq._assignment import VQFit, fit_assignment, matched_bias
-from logitjax.vq._heads import ShortlistHead, VQHead
+from logitjax.vq._heads import VQHead
 from logitjax.vq._hidden_cache import HeadStatistics, HiddenCache, head_statistics
 from logitjax.vq._product_codes import PackedCodes, ProductCodes
 from logitjax.vq._product_head import ProductHead
 from logitjax.vq._screened import ScreenedHead
-from logitjax.vq._shortlist import Pages
 from logitjax.vq._targets import HeadTargets
 from logitjax.vq._tune import Tuning, tune_vq_head
 
@@ -57,8 +56,6 @@ class ConvertConfig:
         weight_power: rows are weighted by ``unigram ** weight_power``.
         kmeans_iterations: number of iterations of Lloyd's algorithm.
         use_bias: False converts to the head as published.
-        num_pages: number of pages of a `ShortlistHead`; 0 makes a `VQHead`.
-        page_size: number of tokens in a page.
         screen: number of tokens that exact rows score again in a `ScreenedHead`, the fastest on a
             CPU: packed product codes find them, not ``num_codes`` clusters; 0 makes none.
         max_tokens: number of positions that are cached and tuned on.
@@ -76,8 +73,6 @@ class ConvertConfig:
     weight_power: float = 0.5
     kmeans_iterations: int = 10
     use_bias: bool = True
-    num_pages: int = 0
-    page_size: int = 8
     screen: int = 0
     max_tokens: int = 100_000
     steps: int = 200
@@ -89,14 +84,12 @@ class ConvertConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("num_codes", "page_size", "max_tokens", "batch_size"):
+        for name in ("num_codes", "max_tokens", "batch_size"):
             checks.between(getattr(self, name), 1, 2**31 - 1, name)
-        for name in ("num_pages", "screen", "steps", "reassign_every"):
+        for name in ("screen", "steps", "reassign_every"):
             checks.between(getattr(self, name), 0, 2**31 - 1, name)
-        if (self.num_pages or self.screen) and not self.use_bias:
-            raise ValueError("use_bias: expected True beside num_pages or screen, got False")
-        if self.screen and self.num_pages:
-            raise ValueError(f"screen: expected 0 beside num_pages={self.num_pages}: choose one")
+        if self.screen and not self.use_bias:
+            raise ValueError("use_bias: expected True beside screen, got False")
 
     def fit(
         self,
@@ -180,13 +173,7 @@ class ConvertConfig:
             jnp.zeros(len(assignment)) if bias is None else jnp.asarray(bias),
             jnp.zeros(0),  # no history of k-means
         )
-        if not self.num_pages:
-            return VQHead.from_fit(fit, use_bias=self.use_bias), history
-        new = ShortlistHead.from_fit(
-            fit, num_pages=self.num_pages, page_size=self.page_size, rows=rows
-        )
-        new.make_pages(head.rows, statistics.cov)
-        return new, history
+        return VQHead.from_fit(fit, use_bias=self.use_bias), history
 
     def convert(
         self,
@@ -235,10 +222,6 @@ class ConvertConfig:
         checks.between(getattr(self, size), 1, old.rows.shape[0], size)
         if self.screen and old.soft_cap is not None:
             raise ValueError(f"screen: expected 0 for a head with a soft cap, got {self.screen}")
-        if self.num_pages and (old.soft_cap is not None or old.bias is not None):
-            raise ValueError(
-                f"num_pages: expected 0 for a head with a soft cap or biases, got {self.num_pages}"
-            )
         with processes.first_before_others("hidden states"):
             cache = HiddenCache.of(
                 model, batches, root / "hidden", max_tokens=self.max_tokens, source=source
@@ -305,14 +288,8 @@ def _head_of(record: Mapping[str, Any], tensors: Mapping[str, np.ndarray], dtype
         parts = [jnp.asarray(tensors[name]) for name in ("codebooks", "codes", "bias")]
         codes = PackedCodes(*parts).unpacked() if options["packed"] else ProductCodes(*parts)
         return ProductHead.from_fit(codes, dtype=dtype, param_dtype=parts[0].dtype, **options)
-    kind = {"VQHead": VQHead, "ShortlistHead": ShortlistHead}[record["kind"]]
-    if "rows" in tensors:
-        options["rows"] = tensors["rows"]
+    kind = {"VQHead": VQHead}[record["kind"]]
     assignment = jnp.asarray(tensors["assignment"])
     bias = jnp.asarray(tensors.get("bias", np.zeros(len(assignment), np.float32)))
     fit = VQFit(assignment, jnp.asarray(tensors["codebook"]), bias, jnp.zeros(0))
-    head = kind.from_fit(fit, dtype=dtype, param_dtype=fit.codebook.dtype, **options)
-    if isinstance(head, ShortlistHead):
-        names = [f.name for f in dataclasses.fields(head.pages)]
-        head.set_pages(Pages(**{name: jnp.asarray(tensors[f"pages.{name}"]) for name in names}))
-    return head
+    return kind.from_fit(fit, dtype=dtype, param_dtype=fit.codebook.dtype, **options)

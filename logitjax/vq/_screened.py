@@ -1,6 +1,7 @@
 """Screened heads: a cheap head looks at all tokens, exact rows re-score the best of them."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,13 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 from jaxtyping import Float, Int
 
+from logitjax import ops
 from logitjax.heads import HeadCost, VocabularyHead
 from logitjax.losses import Head
 from logitjax.ops import Array, TopK, checks, gather_at, logsumexp, neginf_to_zero, top_k
 from logitjax.ops import mesh as on_mesh
-from logitjax.vq._shortlist import in_blocks, rescored
+from logitjax.vq._row_products import row_products
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,8 +38,8 @@ class Screen:
     def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[jax.Array, "*batch vocab"]:
         """Logits of a cheap head, the largest of them replaced by those of better rows.
 
-        The better logits divide the candidates' mass; the cheap head says how large that mass is,
-        as in `Shortlist.nll`. The cheap logits are only known up to a number that depends on the
+        The better logits divide the candidates' mass; the cheap head says how large that mass is.
+        The cheap logits are only known up to a number that depends on the
         context, which a head tuned to imitate another's probabilities may well learn. ::
 
             s = cheap(h),  c = the num_candidates largest of it
@@ -229,3 +232,33 @@ def _joined(scores: jax.Array, tokens: jax.Array, better: jax.Array) -> jax.Arra
         return ((scores + shift[:, None]).at[rows, tokens].set(better),)
 
     return on_mesh.over_batch(join, (2,), scores, tokens, better)[0]
+
+
+def rescored(rows: Head | Array, hidden: jax.Array, tokens: jax.Array) -> jax.Array:
+    """``w_v . h + a_v`` of a full head, or its kernel alone, for tokens `[n, chosen]`.
+
+    Inputs in the dtype of ``hidden``, sums and result in float32. Tokens outside of the vocabulary
+    are taken for its nearest end.
+    """
+    head = Head.of(rows).resolve(hidden.shape[-1])
+    scores = row_products(hidden, head.rows, tokens)
+    scores = scores if head.bias is None else scores + jnp.asarray(head.bias)[tokens]
+    return scores if head.soft_cap is None else ops.soft_cap(scores, head.soft_cap)
+
+
+def in_blocks(block: Callable, inputs: tuple[jax.Array, ...], block_size: int) -> Any:
+    """`block` over flattened positions, some at a time, recomputed in the backward pass."""
+    batch = inputs[0].shape[:-1]
+    count = math.prod(batch)
+    flat = [x.reshape(count, *x.shape[len(batch) :]) for x in inputs]
+    if count <= block_size:
+        out = block(tuple(flat))
+    else:
+        blocks = -(-count // block_size)
+        padded = [
+            jnp.pad(x, [(0, blocks * block_size - count)] + [(0, 0)] * (x.ndim - 1)) for x in flat
+        ]
+        cut = tuple(x.reshape(blocks, block_size, *x.shape[1:]) for x in padded)
+        out = lax.map(jax.checkpoint(block), cut)  # rows gathered are not kept
+        out = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], out)
+    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), out)

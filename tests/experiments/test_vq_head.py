@@ -28,7 +28,12 @@ def finished(tmp_path_factory):
 def test_smoke_run_leaves_a_report(finished):
     _, workdir = finished
     text = (workdir / "report.md").read_text()
-    for name in ("full head, untouched", "VQ as published", "likelihood reassignment", "shortlist"):
+    for name in (
+        "full head, untouched",
+        "VQ as published",
+        "likelihood reassignment",
+        "exact rows",
+    ):
         assert name in text
     assert (workdir / "frontier.png").read_bytes().startswith(b"\x89PNG")
     assert (workdir / "curves.png").read_bytes().startswith(b"\x89PNG")

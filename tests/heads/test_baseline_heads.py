@@ -6,7 +6,7 @@ from flax import nnx
 
 from logitjax.heads import LinearHead, TiedHead
 from logitjax.models import Decoder, DecoderConfig
-from logitjax.vq import ProductCodes, ProductHead, ShortlistHead, VQHead
+from logitjax.vq import ProductCodes, ProductHead, VQHead
 from tests._compiled import compiled
 from tests._modules import with_weights
 
@@ -76,22 +76,13 @@ def _modules(case, name):
         "tied": lambda: TiedHead(bias=np.log(unigram)),
         "product": lambda: ProductHead.from_fit(product()),
         "VQ": lambda: made(VQHead, WIDTH, VOCAB, 20),
-        "shortlist": lambda: ShortlistHead(
-            WIDTH, VOCAB, 20, num_pages=9, page_size=2, unigram=unigram, rngs=nnx.Rngs(3)
-        ),
     }[name]()
 
 
-HEADS = ("full", "tied", "product", "VQ", "shortlist")
+HEADS = ("full", "tied", "product", "VQ")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *HEADS[:-1],
-        pytest.param("shortlist", marks=pytest.mark.many_programs("pages are cut on the host")),
-    ],
-)
+@pytest.mark.parametrize("name", HEADS)
 def test_heads_share_an_interface_inside_a_decoder(case, name):
     head = _modules(case, name)
     model = decoder(head)
@@ -119,12 +110,8 @@ def test_heads_share_an_interface_inside_a_decoder(case, name):
     cost = head.cost(embedding)
     trained = sum(x.size for x in jax.tree.leaves(nnx.state(head, nnx.Param)))
     assert cost.parameters == trained
-    if name == "shortlist":
-        with pytest.raises(ValueError, match="head: expected one with a kernel"):
-            model.head_of()
-    else:
-        again = jax.jit(lambda hidden: model.head_of().logits(hidden))(case["hidden"])
-        np.testing.assert_allclose(logits, again, rtol=1e-4, atol=1e-4)
+    again = jax.jit(lambda hidden: model.head_of().logits(hidden))(case["hidden"])
+    np.testing.assert_allclose(logits, again, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.every_change

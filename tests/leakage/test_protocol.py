@@ -7,7 +7,7 @@ import pytest
 from logitjax.leakage import LogitPolicy, audit, verdict
 from logitjax.leakage._protocol import LEVEL, Protocol, _lattice
 from tests.leakage._models import log_softmax
-from tests.leakage._servers import KINDS, VOCAB, Server, is_false
+from tests.leakage.servers import KINDS, VOCAB, Server, is_false
 
 PROMPTS = np.arange(16)[:, None]
 

@@ -13,8 +13,8 @@ from logitjax.leakage._spectrum import (
     max_gap_dimension,
     noise_edge,
 )
-from tests.leakage._apis import NOISES, ROWS, draw, violates
 from tests.leakage._models import head_and_states, log_softmax
+from tests.leakage.apis import NOISES, ROWS, draw, violates
 
 VOCAB, WIDTH = 600, 16
 

@@ -6,9 +6,9 @@ width, and what is called certain has to be right; a direction above the floor t
 names may not be missing from it. The same rows are given to what others use:
 the largest gap, the optimal hard threshold, and parallel analysis.
 
-Sixty APIs more, of `tests.leakage._apis`, disturb rows by jitter from 1e-7 to 1e-2 and by every
+Sixty APIs more, of `tests.leakage.apis`, disturb rows by jitter from 1e-7 to 1e-2 and by every
 lattice: no more intervals than one in a hundred may miss the width. And toy servers, of
-`tests.leakage._servers`, are audited that are not what they are said to be: no false row may be
+`tests.leakage.servers`, are audited that are not what they are said to be: no false row may be
 certified.
 """
 
@@ -21,7 +21,7 @@ import scipy.stats
 
 from experiments.shared import suite
 from logitjax import leakage
-from tests.leakage import _apis, _servers
+from tests.leakage import apis, servers
 
 # Kind: cases at smoke and at full scale. The first nine make 1,000; the others are what no interval
 # can hold, or what none of the sources allows for.
@@ -46,17 +46,17 @@ def run(kind: str, count: int, seed: int) -> list[dict[str, Any]]:
     """One row a case: the interval, what others say, and the case itself in short."""
     rng = np.random.default_rng(seed)
     if kind == "60 APIs":
-        return [_api(_apis.APIS[i % len(_apis.APIS)], rng) for i in rng.integers(0, 60, count)]
+        return [_api(apis.APIS[i % len(apis.APIS)], rng) for i in rng.integers(0, 60, count)]
     if kind == "toy servers":
-        names = list(_servers.KINDS)
+        names = list(servers.KINDS)
         return [_audited(names[i % len(names)], int(rng.integers(2**31))) for i in range(count)]
     return [_case(kind, rng) for _ in range(count)]
 
 
 def _api(api: tuple[str, str], rng: np.random.Generator) -> dict[str, Any]:
-    case = _apis.draw(api, rng)
+    case = apis.draw(api, rng)
     width = leakage.estimate_output_subspace(case.rows, noise=case.named).width
-    wrong = _apis.violates(case, width)
+    wrong = apis.violates(case, width)
     return {
         "api": ", ".join(api),
         "violates": wrong,
@@ -66,11 +66,11 @@ def _api(api: tuple[str, str], rng: np.random.Generator) -> dict[str, Any]:
 
 
 def _audited(name: str, seed: int) -> dict[str, Any]:
-    server = _servers.Server(name, seed)
-    found = leakage.audit(server, np.arange(16)[:, None], _servers.VOCAB)
+    server = servers.Server(name, seed)
+    found = leakage.audit(server, np.arange(16)[:, None], servers.VOCAB)
     return {
         "api": name,
-        "violates": _servers.is_false(server, found),
+        "violates": servers.is_false(server, found),
         "closed": not found.unlike and found.row is not None,
         "about": f"seed {seed}",
     }

@@ -18,8 +18,7 @@ from experiments.shared import suite
 from logitjax import models
 from logitjax.decoding import Ensemble
 from logitjax.leakage import Ledger, LogitPolicy
-from logitjax.serving import ServerConfig, build_app
-from logitjax.serving._schema import request_model
+from logitjax.serving import ServerConfig, build_app, request_model
 from tests.rigs._red_team import CONFIDENCE, Asker, Body, Reply, attackers, choice_of, spelled
 from tests.rigs._server_client import call
 

@@ -12,7 +12,7 @@ from logitjax.decoding import generate
 from logitjax.heads import Assignment
 from logitjax.losses import Head
 from logitjax.models import Decoder, DecoderConfig
-from logitjax.vq import ShortlistHead, VQHead, vq_nll
+from logitjax.vq import VQHead, vq_nll
 from logitjax.vq._tune import vq_distillation_loss
 from tests._compiled import compiled
 from tests._modules import call, with_weights
@@ -153,11 +153,9 @@ def test_converting_again_reads_what_is_there(model, conversion):
         raise AssertionError("hidden states were computed again")
         yield
 
-    config = vq.ConvertConfig(
-        num_codes=16, max_tokens=200, steps=0, num_pages=4, page_size=4, top=8
-    )
+    config = vq.ConvertConfig(num_codes=16, max_tokens=200, steps=0, top=8)
     again = config.convert(model, nothing(), workdir)
-    assert isinstance(again.head, ShortlistHead)
+    assert isinstance(again.head, VQHead)
     hidden = np.asarray(result.cache.hidden[:20])
     embedding = model.embedding[...]
     top = call(again.head, hidden, 1, embedding, method="top_k").indices
@@ -325,31 +323,6 @@ def test_caches_of_another_model_text_or_head_are_not_taken_for_this_one(model, 
             positions.head_targets(path, other, top=top)
 
 
-def test_a_shortlist_scores_by_the_rows_of_an_untied_head(tmp_path):
-    config = dataclasses.replace(CONFIG, tie_embeddings=False)
-    model = with_weights(lambda: Decoder(config, rngs=nnx.Rngs(0), layout="listed"))
-    options = vq.ConvertConfig(
-        num_codes=16, num_pages=16, page_size=8, max_tokens=60, steps=2, batch_size=16, top=8
-    )
-    found = options.convert(model, _batches(), tmp_path / "one")
-    hidden = np.asarray(found.cache.hidden[:4], np.float32)
-    # All pages: every logit is the old head's, up to the scale and offset of what is left out.
-    best = np.asarray(call(found.head, hidden, 1, model.embedding[...], method="top_k").indices)
-    np.testing.assert_array_equal(
-        best[:, 0], np.asarray(call(model, hidden, method="logits")).argmax(-1)
-    )
-    capped = with_weights(
-        lambda: Decoder(
-            dataclasses.replace(CONFIG, logits_softcap=5.0), rngs=nnx.Rngs(0), layout="listed"
-        )
-    )
-    with pytest.raises(ValueError, match="num_pages: expected 0 for a head with a soft cap"):
-        options.convert(capped, iter(()), tmp_path / "two")
-    many = dataclasses.replace(options, num_codes=VOCAB + 1)
-    with pytest.raises(ValueError, match="num_codes: expected a number from 1 to 96, got 97"):
-        many.convert(model, iter(()), tmp_path / "two")
-
-
 def test_a_screened_head_is_made_tuned_saved_and_read_back(tmp_path):
     config = dataclasses.replace(CONFIG, tie_embeddings=False)
     model = with_weights(lambda: Decoder(config, rngs=nnx.Rngs(0), layout="listed"))
@@ -372,10 +345,11 @@ def test_a_screened_head_is_made_tuned_saved_and_read_back(tmp_path):
 
 
 def test_what_a_screen_cannot_be_combined_with_is_refused(model, tmp_path):
-    with pytest.raises(ValueError, match="screen: expected 0 beside num_pages=2"):
-        vq.ConvertConfig(screen=8, num_pages=2)
-    with pytest.raises(ValueError, match="use_bias: expected True beside num_pages or screen"):
+    with pytest.raises(ValueError, match="use_bias: expected True beside screen"):
         vq.ConvertConfig(screen=8, use_bias=False)
+    many = vq.ConvertConfig(num_codes=VOCAB + 1)
+    with pytest.raises(ValueError, match="num_codes: expected a number from 1 to 96, got 97"):
+        many.convert(model, iter(()), tmp_path)
     with pytest.raises(ValueError, match="screen: expected a number from 1 to 96, got 97"):
         vq.ConvertConfig(screen=97).convert(model, iter(()), tmp_path)
     config = dataclasses.replace(CONFIG, logits_softcap=5.0)

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from logitjax.losses import Head
 from logitjax.models import Decoder, DecoderConfig
 from logitjax.vq import ProductHead, Screen, ScreenedHead, VQHead
+from logitjax.vq._loss import code_scores
+from logitjax.vq._screened import rescored
 from tests._compiled import compiled
 from tests._modules import with_weights
 
@@ -186,3 +189,43 @@ def test_errors_name_the_argument(case):
     head = ScreenedHead(screen)
     with pytest.raises(ValueError, match="embedding: expected one"):
         head(case["hidden"])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_one_position_scores_as_one_of_many(dtype):
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(1000, WIDTH)).astype(dtype)
+    hidden = rng.normal(size=(3, WIDTH)).astype(dtype)
+    # More than are gathered at a time, and not a multiple of it.
+    tokens = rng.integers(0, 1000, (3, 601))
+    row_bias = rng.normal(size=1000).astype(np.float32)
+    weights = rng.normal(size=(3, 601)).astype(np.float32)
+
+    @jax.jit
+    def scored(rows, hidden, tokens, weights):
+        def total(rows, hidden):
+            scores = rescored(Head(rows, row_bias), hidden, tokens)
+            return (scores * weights).sum(), scores
+
+        return jax.value_and_grad(total, (0, 1), has_aux=True)(rows, hidden)
+
+    (_, together), together_grads = jax.device_get(scored(rows, hidden, tokens, weights))
+    assert together.dtype == jnp.float32
+    alone = [
+        jax.device_get(scored(rows, *(x[i : i + 1] for x in (hidden, tokens, weights))))
+        for i in range(3)
+    ]
+    tolerance = dict(rtol=1e-5, atol=1e-5) if dtype == jnp.float32 else dict(rtol=0.02, atol=0.2)
+    np.testing.assert_allclose(
+        np.concatenate([scores for (_, scores), _ in alone]), together, **tolerance
+    )
+    summed = jax.tree.map(lambda *parts: sum(np.float32(x) for x in parts), *(g for _, g in alone))
+    np.testing.assert_allclose(summed[0], np.float32(together_grads[0]), **tolerance)
+    for i, (_, grads) in enumerate(alone):
+        np.testing.assert_allclose(
+            np.float32(grads[1][0]), np.float32(together_grads[1][i]), **tolerance
+        )
+    run = compiled(code_scores)
+    scores = np.asarray(run(hidden, rows))
+    np.testing.assert_allclose(run(hidden[:1], rows), scores[:1], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(run(hidden[1], rows), scores[1], rtol=1e-5, atol=1e-5)
