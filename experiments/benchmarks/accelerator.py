@@ -355,7 +355,7 @@ def _bars(rows: Sequence[Mapping[str, Any]]) -> list[suite.Bar]:
         # The last block repeats columns of the one before.
         work = row["products, F"] / most
         bars.append(suite.at_most(f"{where}: products / {most} F", work, 1.02))
-        if row["H"] == SHAPES["large"][1]:
+        if (row["T"], row["H"], row["V"]) == SHAPES["large"]:
             limit, value = 1.1 if once else 1.3, row["cycles / dense"]
             bars.append(suite.at_most(f"{where}: cycles / dense", value, limit))
     return bars

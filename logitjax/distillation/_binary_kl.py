@@ -45,19 +45,16 @@ def bernoulli_kl(student_logit: jax.Array, teacher_logit: jax.Array) -> jax.Arra
 
 def _by_class(
     loss: Callable[[jax.Array, jax.Array], jax.Array],
-    student_logits: Array,
-    teacher_logits: Array,
-    *,
+    logits: tuple[Array, Array],
+    classes: tuple[Array | None, int, AxisName | None],
     temperature: Number,
     reduction: str,
     centre: bool,
-    vocab_where: Array | None,
-    axis: int,
-    axis_name: AxisName | None,
 ) -> jax.Array:
     """`t^2` times the sum or mean of a loss of each class, of logits over the temperature t."""
-    student = checks.as_float(student_logits, "student_logits")
-    teacher = jax.lax.stop_gradient(checks.as_float(teacher_logits, "teacher_logits"))
+    vocab_where, axis, axis_name = classes
+    student = checks.as_float(logits[0], "student_logits")
+    teacher = jax.lax.stop_gradient(checks.as_float(logits[1], "teacher_logits"))
     pair = {"student_logits": (student, "any *same"), "teacher_logits": (teacher, "any *same")}
     checks.shapes(**pair)
     checks.axis(axis, student.shape, "student_logits")
@@ -135,17 +132,8 @@ def binary_kl(
         code takes logs of clamped float32 probabilities, which are infinite from a logit of about
         17 on; here they are log-sigmoids.
     """
-    return _by_class(
-        bernoulli_kl,
-        student_logits,
-        teacher_logits,
-        temperature=temperature,
-        reduction=reduction,
-        centre=centre,
-        vocab_where=vocab_where,
-        axis=axis,
-        axis_name=axis_name,
-    )
+    logits, classes = (student_logits, teacher_logits), (vocab_where, axis, axis_name)
+    return _by_class(bernoulli_kl, logits, classes, temperature, reduction, centre)
 
 
 def binary_kl_norm(
@@ -180,14 +168,9 @@ def binary_kl_norm(
         Yang et al., Dual-Head Knowledge Distillation (arXiv 2411.08937), BinaryKL-Norm; the closed
         form is ours and agrees with the released code where that is finite.
     """
-    return _by_class(
-        lambda student, teacher: _log_cosh((student - teacher) / 2.0),
-        student_logits,
-        teacher_logits,
-        temperature=temperature,
-        reduction=reduction,
-        centre=centre,
-        vocab_where=vocab_where,
-        axis=axis,
-        axis_name=axis_name,
-    )
+
+    def half_gap(student: jax.Array, teacher: jax.Array) -> jax.Array:
+        return _log_cosh((student - teacher) / 2.0)
+
+    logits, classes = (student_logits, teacher_logits), (vocab_where, axis, axis_name)
+    return _by_class(half_gap, logits, classes, temperature, reduction, centre)
