@@ -656,7 +656,8 @@ ELSEWHERE = {
         unlearning.UnlearnConfig decoding.DecodeOptions
         decoding.DraftControl decoding.Emitted decoding.Request decoding.Sampling
         decoding.Speculation decoding.TextOptions decoding.TextStream decoding.Ensemble
-        decoding.CachedModel training.BatchLayout training.Goodput training.LoopOptions training.Preempted
+        decoding.CachedModel training.BatchLayout training.Goodput training.LoopOptions
+        training.Preempted
         training.Program training.Schedule training.StepOutput training.TrainState models.Cache
         models.DecoderConfig models.Family models.Lora vision.CLIPConfig data.Examples
         data.ImageViews data.PackedDataset data.PackedSplits data.TokenizerLike

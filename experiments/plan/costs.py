@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+from jax.extend import core
 
 _BITS = {"pred": 8, "c64": 64, "c128": 128, "bf16": 16}
 _BITS |= {f"{kind}{bits}": bits for kind in "suf" for bits in (4, 8, 16, 32, 64)}
@@ -254,8 +255,10 @@ def devices_at_work(jaxpr: Any, arguments: Any) -> int:
                 note(params["sharding"])
             elif name == "shard_map":
                 sizes.update({a: params["mesh"].shape[a] for a in params["newly_manual_axes"]})
-            for inner in _jaxprs(params):
-                visit(inner)
+            for value in params.values():
+                for inner in value if isinstance(value, tuple | list) else (value,):
+                    if isinstance(inner, core.Jaxpr | core.ClosedJaxpr):
+                        visit(inner)
 
     for leaf in jax.tree.leaves(arguments):
         note(getattr(leaf, "sharding", None))

@@ -11,6 +11,10 @@ from logitjax import storage
 from logitjax.commands import _flags
 
 
+# Files that tell of a run's starts, whether or not one of them came to something.
+_RECORDS = ("config.json", "lock", "starts.json", "goodput.jsonl", "goodput")
+
+
 def read_config(path: str, sections: Collection[str], known: Collection[str]) -> dict[str, Any]:
     """Values by flags' names from a YAML file, of which `config.json` beside a result is one."""
     # Here: most runs have no file, and every command imports this module.
@@ -72,7 +76,7 @@ def write_config(config: _flags.Dataclass, folder: epath.Path, flag: str) -> Non
 def _has_results(folder: epath.Path) -> bool:
     """Whether there is a file besides the record of a run and what was left unfinished."""
     for path in folder.iterdir():
-        record = path.name in ("config.json", "lock") or path.name.startswith((".", "error."))
+        record = path.name in _RECORDS or path.name.startswith((".", "error."))
         if not record and (_has_results(path) if path.is_dir() else True):
             return True
     return False

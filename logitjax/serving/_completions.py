@@ -144,7 +144,7 @@ def _prompt_logprobs(service: Service, asked: CompletionRequest, answer: Answer)
     places: list[Any] = [None]  # Nothing predicts the first token.
     for token in answer.job.prompt_report:
         best = [(*pair, rank) for rank, pair in enumerate(token.top, 1)]
-        told = best[: asked.prompt_logprobs]
+        told: list[tuple[int, float, int | None]] = [*best[: asked.prompt_logprobs]]
         if token.logprob is not None and token.id not in [id for id, *_ in told]:
             # Its rank is known where it is among those that any request may see.
             ranks = [rank for id, _, rank in best if id == token.id]

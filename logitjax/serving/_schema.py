@@ -86,7 +86,7 @@ def _number(low: float, high: float) -> Any:
     return Optional[Annotated[float, Field(ge=low, le=high, allow_inf_nan=False)]]  # noqa: UP045
 
 
-def _list(kind: Any, **limits: int) -> Any:
+def _list(kind: Any, **limits: Any) -> Any:
     # It fails fast: a million wrong numbers would make a million messages.
     return Annotated[list[kind], Field(fail_fast=True, **limits)]
 
@@ -352,9 +352,10 @@ def _of_use(body: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
 def _sampling(asked: Any) -> SamplingFields:
     biases, allowed = asked.logit_bias or {}, asked.allowed_token_ids
     structure = _structure(asked)
-    if allowed is not None and structure is not None:
-        # They may have no token in common.
-        raise BadRequestError("allowed_token_ids do not go with a structure", "allowed_token_ids")
+    for name in ("allowed_token_ids", "min_tokens", "ignore_eos") if structure else ():
+        # It may leave no token but those that they rule out.
+        if getattr(asked, name):
+            raise BadRequestError(f"{name} does not go with a structure", name)
     given = {field.name: getattr(asked, field.name, None) for field in _FIELDS} | {
         "top_k": max(asked.top_k or 0, 0),  # -1 keeps all, as 0 does
         "seed": None if asked.seed in (None, -1) else asked.seed % 2**32,
@@ -410,22 +411,9 @@ def _refusal(error: pydantic.ValidationError) -> BadRequestError:
     return BadRequestError(f"{name}: {said[:150]}", name)
 
 
-class ErrorDetail(BaseModel):
-    """What is wrong with a request."""
-
-    message: str
-    type: str
-    param: str | None = None
-    code: str | None = None
-
-
-class Error(BaseModel):
-    """The body of every refusal."""
-
-    error: ErrorDetail
-
-
 _REF = "#/components/schemas/{model}"
+_DETAIL = {"type": "object", "required": ["message", "type", "param", "code"]}
+_ERROR = {"type": "object", "required": ["error"], "properties": {"error": _DETAIL}}
 
 
 def openapi(config: ServerConfig) -> dict[str, Any]:
@@ -440,7 +428,7 @@ def openapi(config: ServerConfig) -> dict[str, Any]:
 
     refused = {
         "description": "What is wrong with the request.",
-        "content": {"application/json": {"schema": described(Error)}},
+        "content": {"application/json": {"schema": _ERROR}},
     }
     answer = {
         "description": "Done; server-sent events where stream is true.",

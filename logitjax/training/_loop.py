@@ -118,7 +118,7 @@ def train_loop(
         profile = stack.enter_context(_profiler(workdir, start + 3, options.profile_steps))
 
         report = _Report(writer, bar, start, step_fn)
-        # Steps whose flag nobody has read: reading it at once would make the host wait for each.
+        # Flags that nobody has read: to read one at once would make the host wait for each step.
         pending: collections.deque[tuple[int, Any, StepOutput]] = collections.deque()
 
         def check_finite(keep: int) -> None:
@@ -128,8 +128,7 @@ def train_loop(
         def save(step: int) -> None:
             check_finite(0)
             progress.mark(f"saving checkpoint {step}")
-            # A run that goes on from this checkpoint has no other way to what led to it.
-            writer.flush()
+            writer.flush()  # A run that goes on from here has no other way to what led to it.
             if checkpointer is not None and checkpointer.save(step, state, identity):
                 logging.info("saving checkpoint %d", step)
 

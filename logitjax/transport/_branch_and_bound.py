@@ -95,8 +95,8 @@ def branch_and_bound(
     if (upper > 0) and not 1e-300 < np.ldexp(upper, 2 * exponent) < 1e300:
         raise ValueError(f"c: expected entries whose squares float64 holds, got 2^{exponent}")
     plan = Coupling(np.arange(n), search.matching, np.full(n, 1 / n))
-    bounds = (np.float64(np.ldexp(value, 2 * exponent)) for value in (lower, upper))
-    return Certificate(*bounds, plan, np.ones(2), np.zeros(0))
+    lower, upper = (np.float64(np.ldexp(value, 2 * exponent)) for value in (lower, upper))
+    return Certificate(lower, upper, plan, np.ones(2), np.zeros(0))
 
 
 def _indefinite(x: np.ndarray, y: np.ndarray) -> float:

@@ -30,7 +30,6 @@ from logitjax.transport._graph import (
     dense_matrix,
     node_weights,
     num_nodes,
-    parts,
     rounded,
     row_statistics,
 )
@@ -87,8 +86,8 @@ class Certificate:
     coupling: Coupling
     units: Array
     costs: Array
-    reported: Array
-    converged: Array
+    reported: Array = dataclasses.field(default_factory=functools.partial(np.zeros, 0, np.float32))
+    converged: Array = dataclasses.field(default_factory=functools.partial(np.zeros, 0, bool))
 
     @property
     def gap(self) -> jax.Array:
@@ -202,17 +201,14 @@ def certificate(
             f"refine: {refine.kind!r} needs p=2, as many nodes in c as in d and no weights; "
             f"got p={p}, {sizes[0]} and {sizes[1]} nodes"
         )
-    rest: Any = (
-        weights,
-        jax.random.key(0) if key is None else key,
-        tuple(as_candidate(x, *sizes, p, weights) for x in candidates),
-        linear,
-    )
-    graphs = ("c", c, c_low), ("d", d, d_low)
-    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((graphs, rest))):
-        answer = _raised(*_bracket([cast(*graph) for graph in graphs], (0, 0), *rest, options))
+    key = jax.random.key(0) if key is None else key
+    plans = tuple(as_candidate(x, *sizes, p, weights) for x in candidates)
+    graphs: Any = ("c", c, c_low), ("d", d, d_low)
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves((graphs, weights, key, plans))):
+        pairs = [cast(*graph) for graph in graphs]
+        answer = _raised(*_bracket(pairs, (0, 0), weights, key, plans, linear, options))
     else:
-        answer = _known(graphs, *rest, options)
+        answer = _known(graphs, weights, key, plans, linear, options)
     claims = [
         (getattr(x, "primal_cost", jnp.nan), getattr(x, "converged", False)) for x in candidates
     ]
@@ -260,26 +256,30 @@ def _known(
     with jax.enable_x64(wide):
         arguments = pairs, halves, weights, key, candidates, linear, options
         answer, exponents = jax.device_get(_compiled()(*arguments))
-    zero = answer.upper == 0 and linear is None
-    if zero and not _equal(*(pair[0] for pair in pairs), halves, options.scale, answer.coupling):
-        # They differ in what no product can hold.
-        answer = dataclasses.replace(answer, upper=np.float64(UNDERFLOW))
+    if answer.upper == 0 and linear is None:
+        # As they were given: powers of two take the last digits of what is small beside the rest.
+        scaled_apart = options.scale == "separate"
+        both = [
+            pair[0] if scaled_apart else g for pair, (_, g, _) in zip(pairs, graphs, strict=True)
+        ]
+        if not _equal(both[0], both[1], answer.coupling):
+            # They differ in what no product can hold.
+            answer = dataclasses.replace(answer, upper=np.float64(UNDERFLOW))
     return in_float32(answer, exponents, options.scale)
 
 
-def _equal(c: Any, d: Any, halves: Sequence[Any], scale: Scale, coupling: Coupling) -> bool:
+def _equal(c: Any, d: Any, coupling: Coupling) -> bool:
     """Whether two graphs of known numbers are the same at a coupling, digit by digit."""
-    if scale != "separate" and halves[0] != halves[1] and any(np.any(x) for x in parts(c)):
-        return False
     here = np.asarray(coupling.mass) > 0
     rows, columns = (np.asarray(x)[here] for x in (coupling.rows, coupling.columns))
     if isinstance(c, FactoredGraph) and isinstance(d, FactoredGraph):
         with jax.enable_x64(True):
-            c, d = (g.values if g.ids is None else np.asarray(dense_factor(g)) for g in (c, d))
-        return c.shape == d.shape and np.array_equal(c[:, rows], d[:, columns])
+            z, w = (np.asarray(g.values if g.ids is None else dense_factor(g)) for g in (c, d))
+        return z.shape == w.shape and np.array_equal(z[:, rows], w[:, columns])
     if any(isinstance(g, FactoredGraph | ProductGraph) for g in (c, d)):
         return False
-    return np.array_equal(c[np.ix_(rows, rows)], d[np.ix_(columns, columns)])
+    x, y = np.asarray(c), np.asarray(d)
+    return np.array_equal(x[np.ix_(rows, rows)], y[np.ix_(columns, columns)])
 
 
 @functools.cache
@@ -291,14 +291,14 @@ def _raised(answer: Certificate, exponents: tuple[Any, Any]) -> Certificate:
     """Under a transformation: infinite above and the largest number below what the type holds."""
     cost, unit = exponents
     lower, upper, costs = (
-        times_power_of_two(x, cost) for x in (answer.lower, answer.upper, answer.costs)
+        times_power_of_two(jnp.asarray(x), cost) for x in (answer.lower, answer.upper, answer.costs)
     )
     return dataclasses.replace(
         answer,
         lower=jnp.minimum(lower, jnp.finfo(lower.dtype).max),
         upper=upper,
         costs=costs,
-        units=times_power_of_two(answer.units, unit),
+        units=times_power_of_two(jnp.asarray(answer.units), unit),
     )
 
 
@@ -370,8 +370,6 @@ def _bracket(
         coupling=coupling,
         units=units,
         costs=costs + small * jnp.abs(costs),
-        reported=jnp.zeros(0),
-        converged=jnp.zeros(0, bool),
     ), exponents
 
 

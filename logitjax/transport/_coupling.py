@@ -250,7 +250,7 @@ def _product_cost(c: ProductGraph, d: ProductGraph, coupling: Coupling) -> tuple
     mass = coupling.mass
     total = jnp.sum(((left * mass) @ left.T) * ((right * mass) @ right.T))
     norms = [jnp.sum(jnp.square(x) @ mass) for x in (left, right)]
-    absolute = 2 * gamma(2 * len(mass) + 3 * len(left)) * math.prod(norms)
+    absolute = 2 * gamma(2 * len(mass) + 3 * len(left)) * norms[0] * norms[1]
     return jnp.maximum(total, 0.0), absolute
 
 

@@ -188,7 +188,8 @@ def dense_factors(graph: FactoredGraph | ProductGraph) -> tuple[jax.Array, jax.A
     """L and R of C = L^T R."""
     if isinstance(graph, ProductGraph):
         return real(graph.left), real(graph.right)
-    return (dense_factor(graph),) * 2
+    factor = dense_factor(graph)
+    return factor, factor
 
 
 def applied(graph: Graph, x: jax.Array) -> jax.Array:
@@ -221,7 +222,8 @@ def factor_norms(graph: FactoredGraph | ProductGraph) -> tuple[Vector, Vector]:
     """Squared norms of the columns of L and of R."""
     if isinstance(graph, ProductGraph):
         return jnp.square(real(graph.left)).sum(0), jnp.square(real(graph.right)).sum(0)
-    return (norms_squared(graph),) * 2
+    norms = norms_squared(graph)
+    return norms, norms
 
 
 def rank(graph: FactoredGraph | ProductGraph) -> int:

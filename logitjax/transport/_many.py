@@ -48,7 +48,7 @@ def certificate_many(pairs: Sequence[tuple[Graph, Graph]], **options: Any) -> Ce
     groups: dict[Any, list[int]] = collections.defaultdict(list)
     answers: dict[int, tuple[Any, ...]] = {}
     for i, pair in enumerate(pairs):
-        kinds = [_kind(graph) for graph in pair]
+        kinds: Any = [_kind(graph) for graph in pair]
         if plain and None not in kinds and kinds[0][1] == kinds[1][1]:
             groups[tuple(kinds)].append(i)
         else:
@@ -69,10 +69,9 @@ def certificate_many(pairs: Sequence[tuple[Graph, Graph]], **options: Any) -> Ce
         np.stack([np.pad(x, (0, longest - len(x))) if len(x) < longest else x for x in column])
         for column in fields[5:]
     ]
-    none, never = (np.zeros((len(pairs), 0), kind) for kind in (np.float32, bool))
-    answer = Certificate(
-        lower, upper, Coupling(*plan), units, none, jnp.asarray(none), jnp.asarray(never)
-    )
+    empty = np.zeros((len(pairs), 0), np.float32)
+    never = jnp.asarray(empty.astype(bool))
+    answer = Certificate(lower, upper, Coupling(*plan), units, empty, jnp.asarray(empty), never)
     return in_float32(answer, (cost, unit[:, None]), scale)
 
 
@@ -96,7 +95,7 @@ def _together(pairs: Sequence[tuple[Graph, Graph]], p: int, scale: str) -> tuple
     common = np.where(common > -5_000, common, 0)
     shifts = [np.minimum(2 * (half - common), 0) for half in halves]
     c, d = (_shifted(x, s) for (x, _, _), s in zip(sides, shifts, strict=True))
-    root = sum(np.ldexp(error, s) for (_, _, error), s in zip(sides, shifts, strict=True))
+    root: Any = sum(np.ldexp(error, s) for (_, _, error), s in zip(sides, shifts, strict=True))
     own, other = _features(c), _features(d)
     lower = _lowered(_moments(own, other, p), root, p)
     n = c.shape[1]
@@ -104,11 +103,14 @@ def _together(pairs: Sequence[tuple[Graph, Graph]], p: int, scale: str) -> tuple
         # Of Gram matrices a matching is optimal, which sends diagonal to diagonal.
         # In rows of n + 1 entries from the second on, the last one of each is on the diagonal.
         flat = (x.reshape(-1, n * n)[:, 1:].reshape(-1, n - 1, n + 1)[:, :, :n] for x in (c, d))
-        rest = (_features(x.reshape(-1, n, n - 1)) for x in flat)
-        diagonals = ((np.diagonal(x, axis1=1, axis2=2), np.zeros(x.shape[:2])) for x in (c, d))
-        value = (_distance(*diagonals, 2) + (n - 1) * _moments(*rest, 2)) / n
+        rest = [_features(x.reshape(-1, n, n - 1)) for x in flat]
+        zeros = np.zeros(c.shape[:2])
+        diagonals = [(np.diagonal(x, axis1=1, axis2=2), zeros) for x in (c, d)]
+        value = (
+            _distance(diagonals[0], diagonals[1], 2) + (n - 1) * _moments(rest[0], rest[1], 2)
+        ) / n
         lower = np.maximum(lower, _lowered(value * (1 - _gamma(0)), root, 2))
-    upper, columns = _cheapest(pairs, c, d, (own, other), root, p)
+    upper, columns = _cheapest(pairs, (c, d), (own, other), root, p)
     joint = scale == "joint"
     # The unit is the float32 number that is reported.
     unit = np.where(rms[1] > 0, rms[1], 1.0).astype(np.float32) if joint else np.ones(len(pairs))
@@ -186,13 +188,13 @@ def _lowered(raw: np.ndarray, root: Any, p: int) -> np.ndarray:
 
 def _cheapest(
     pairs: Sequence[tuple[Graph, Graph]],
-    c: np.ndarray,
-    d: np.ndarray,
+    graphs: tuple[np.ndarray, np.ndarray],
     features: Any,
     root: np.ndarray,
     p: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The best of the couplings that sort by a feature: what it costs at most, and its columns."""
+    c, d = graphs
     count, n, _ = c.shape
     tried = []
     for f, g in zip(*features, strict=True):
@@ -208,9 +210,10 @@ def _cheapest(
     best, here = costs.argmin(0), np.arange(count)
     most, columns = costs[best, here], every[best, here]
     for i in np.flatnonzero(most == 0):
-        x, y = (np.asarray(parts(graph)[0]) for graph in pairs[i])
+        pair = pairs[int(i)]
+        x, y = (np.asarray(parts(graph)[0]) for graph in pair)
         # Zero is claimed of graphs alone that are equal as they were given.
-        rows = slice(None) if isinstance(pairs[i][0], FactoredGraph) else columns[i][:, None]
+        rows: Any = slice(None) if isinstance(pair[0], FactoredGraph) else columns[i][:, None]
         if x.shape != y.shape or not np.array_equal(x, y[rows, columns[i]]):
             most[i] = UNDERFLOW
         else:

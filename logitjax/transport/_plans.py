@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from logitjax.ops import Array
 from logitjax.transport._graph import (
     FactoredGraph,
     Graph,
@@ -34,8 +33,8 @@ _FAR = 0.1
 class Plan:
     """Masses ``[n, m]``: a matrix, or A B^T by its factors ``[n, k]`` and ``[m, k]``."""
 
-    left: Array
-    right: Array | None = None
+    left: Any
+    right: Any = None
 
     def matching(self) -> Coupling:
         """The matching that takes each row's heaviest entry, if it is one."""
@@ -108,7 +107,7 @@ def repaired(plan: Plan, a: jax.Array, b: jax.Array) -> tuple[Plan, Scalar]:
         plan = Plan(plan.left + jnp.outer(rows, columns))
     else:
         plan = Plan(*(jnp.column_stack(x) for x in ((plan.left, rows), (plan.right, columns))))
-    off = sum(jnp.abs(x - w).sum() for x, w in zip(plan.marginals(), (a, b), strict=True))
+    off: Any = sum(jnp.abs(x - w).sum() for x, w in zip(plan.marginals(), (a, b), strict=True))
     return plan, 2 * off + 8 * gamma(sum(map(len, (a, b))) + plan.left.shape[1])
 
 

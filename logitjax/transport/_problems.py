@@ -60,9 +60,8 @@ def from_problem(given: Any) -> Problem:
             linear = linear.left.T @ linear.right * penalty
         else:
             linear = ProductGraph(linear.left * penalty, linear.right)
-    return Problem(
-        *graphs, *(None if u else w for u, w in zip(uniform, weights, strict=True)), linear
-    )
+    a, b = (None if u else w for u, w in zip(uniform, weights, strict=True))
+    return Problem(graphs[0], graphs[1], a, b, linear)
 
 
 def _matrix(geometry: Any, *, square: bool) -> Any:

@@ -7,7 +7,7 @@ common beginning cost), `health` (while 50 prompts of a megabyte come in), `gaps
 beside a prompt of 900 tokens), `bombs` (of short answers beside slow schemas), `half_open` (a
 thousand connections that say nothing, at 256 files), `signal` (SIGTERM among streams), `fuzz`
 (nonsense) and `load` (200 clients for a minute). A small random decoder answers over loopback where
-not said otherwise; `health`, `gaps` and `bombs` ask SmolLM2-135M.
+not said otherwise; `health` and `gaps` ask SmolLM2-135M.
 tests/serving/test_serve.py has requests of the server's own description, and a whole row.
 """
 
@@ -53,7 +53,7 @@ def run(options: suite.Options) -> suite.Result:
             "prefix": lambda: inside.prefixes(options),
             "health": lambda: hostile.long_prompts(options, real),
             "gaps": lambda: hostile.gaps(options, real),
-            "bombs": lambda: hostile.bombs(options, real),
+            "bombs": lambda: hostile.bombs(options, small),
             "half_open": lambda: hostile.half_open(options, small),
             "signal": lambda: hostile.ended_by_signal(options, small),
             "fuzz": lambda: hostile.fuzz(options, small, 400 if smoke else FUZZED),

@@ -165,6 +165,9 @@ def test_a_structure_is_one_value_however_it_is_asked_for():
         deep = {"anyOf": [deep]}
     with pytest.raises(BadRequestError, match="nested too deeply"):
         schema.parse({"prompt": "a", "structured_outputs": {"json": deep}}, LIMITS, chat=False)
+    for name, value in (("min_tokens", 1), ("ignore_eos", True), ("allowed_token_ids", [1])):
+        with pytest.raises(BadRequestError, match=f"^{name} does not go with a structure"):
+            schema.parse({"prompt": "a", name: value} | same[0], LIMITS, chat=False)
     for more in (same[0] | same[2], {"structured_outputs": {}}):
         with pytest.raises(BadRequestError, match="expected one structure, got"):
             schema.parse({"prompt": "a"} | more, LIMITS, chat=False)
