@@ -515,6 +515,15 @@ TABLE: dict[str, Case] = {
         looks=("c", "d"),
         rows=False,
     ),
+    "transport.branch_and_bound": Case(
+        call=lambda c, d: transport.branch_and_bound(c, d, seconds=0.0),
+        arrays={"c": LOGITS[0].T @ LOGITS[0], "d": TEACHER[0].T @ TEACHER[0]},
+        free=(("c", VOCAB), ("d", VOCAB)),
+        integers=("c", "d"),
+        host=True,
+        looks=("c", "d"),
+        rows=False,
+    ),
     "transport.FactoredGraph": Case(
         call=lambda values, ids: transport.first_lower_bound(
             transport.FactoredGraph(values, ids, VOCAB), transport.FactoredGraph(THEIRS[0])

@@ -70,7 +70,8 @@ def write(config: Config, results: Mapping[str, Any], workdir: epath.Path) -> st
     pictures = {}
     if results["methods"] and controls:
         pictures["relearning"] = relearning(results)
-        sections.insert(10, "![teaching again](relearning.png)")
+        said = sections.index("## What is said")
+        sections.insert(said, "![teaching again](relearning.png)")
     lines = [
         {name: record[name] for name in ("method", "seed", "rate", "feasible", "shown")}
         for records in results["methods"].values()

@@ -10,7 +10,6 @@ from etils import epath
 from logitjax import storage
 from logitjax.commands import _flags
 
-
 # Files that tell of a run's starts, whether or not one of them came to something.
 _RECORDS = ("config.json", "lock", "starts.json", "goodput.jsonl", "goodput")
 

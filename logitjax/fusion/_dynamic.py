@@ -112,7 +112,7 @@ class DynamicFusion:
         Returns:
             Float32 logits `[*batch, vocab]` up to a constant a row, such that the large model's
             largest is 0 (alphas count as constants in their gradient), and arrays: `alpha`,
-            `lower`, `upper` `[T, *batch]`, proven to hold the exact alpha: all of the range where the
+            `lower`, `upper` `[T, *batch]`, proven to hold the exact alpha: all the range where the
             numbers say nothing about it, and for several alphas at once; `converged` `[*batch]`,
             false where the answer may be worse than the tolerance; `at_bound` `[*batch]`; `expert`
             `[*batch]`, the one that was followed, -1 for all; `forward`, `reverse`, `objective`

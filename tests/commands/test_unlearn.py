@@ -276,9 +276,6 @@ def test_what_was_never_taught_is_refused_before_training(files, tmp_path):
         (dict(method="idk_dpo"), "forget: DPO expects questions, got plain text"),
         (dict(method="npo_lk"), "method: expected one of .* got 'npo_lk'; npo_kl is near"),
         (dict(method="npo(bata=1)"), "method npo: expected one of .* got 'bata'; beta is near"),
-        (dict(model="nowhere", learning_rate=-1.0), "learning_rate: expected 0 or a positive"),
-        (dict(model="nowhere", least_probability=float("nan")), "least_probability: expected a sh"),
-        (dict(model="nowhere", most_perplexity=0.5), "most_perplexity: expected a factor of at"),
     ],
 )
 def test_errors_name_the_flag(tmp_path, changes, said):
@@ -300,3 +297,18 @@ def test_errors_name_the_flag(tmp_path, changes, said):
         LineUp(assistant="x", expert=("y",)).load()
     with pytest.raises(FileNotFoundError, match="assistant: no such file"):
         LineUp(model="tiny", assistant=str(tmp_path)).load()
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [
+        ("learning_rate", -1.0, "learning_rate: expected 0 or a positive number, got -1.0"),
+        ("least_probability", float("nan"), "least_probability: expected a share of 0 to 1"),
+        ("most_perplexity", 0.5, "most_perplexity: expected a factor of at least 1"),
+        ("samples", 101, "samples: expected at most 100, got 101"),
+    ],
+)
+def test_a_flag_is_refused_before_a_model_is_loaded(flag, value, said):
+    flags = dict(model="nowhere", forget="nowhere", retain="nowhere")
+    with pytest.raises(ValueError, match=said):
+        cli.build(unlearn.Config, flags | {flag: value})

@@ -75,8 +75,9 @@ def test_alpha_of_divergences_of_a_thousandth_is_as_certain_as_of_large_ones():
     for method in ("grid", "newton", "jeffreys", "project"):
         info = jax.device_get(jax.jit(DynamicFusion(method=method))(*logits)[1])
         alpha, lower, upper = (np.float64(info[x][0]) for x in ("alpha", "lower", "upper"))
-        target = best if method in ("grid", "newton") else path.root(method)
-        assert ((lower <= target + 1e-9) & (target <= upper + 1e-9)).all(), method
+        # A minimum lies beside the best of 100,001 points.
+        target, reach = (best, 2e-5) if method in ("grid", "newton") else (path.root(method), 1e-9)
+        assert ((lower <= target + reach) & (target <= upper + reach)).all(), method
         assert ((lower <= alpha) & (alpha <= upper)).all(), method
         if method == "newton":
             assert info["converged"].all()

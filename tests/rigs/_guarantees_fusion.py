@@ -176,7 +176,8 @@ class Path64(NamedTuple):
                     gaps[:, np.searchsorted(points, x)] for x in (starts, starts + width)
                 )
                 bound = np.square(np.maximum(np.maximum(left, -right), 0)).sum(0)
-                open_cells = starts[bound <= best]
+                # In float64 neighbours may not grow.
+                open_cells = starts[bound <= best * (1 + 1e-9)]
                 width //= 10
                 starts = (open_cells[:, None] + width * np.arange(10)).reshape(-1)
             answers.append((place * (_HIGH / _POINTS), best))
@@ -239,8 +240,9 @@ def judge(
         gap = np.abs(path.excess(method, alpha))
         coarse = np.min([np.abs(path.excess(method, np.full(len(alpha), a))) for a in grid], 0)
         worse, false = (gap > coarse + allowed) & ~met, ~met
-    # Bisection in float64 ends within 1e-12, the dense grid has its own answer to 1e-9.
-    outside = (answer < lower - 1e-9) | (answer > upper + 1e-9)
+    # A minimum lies beside the best point of the dense grid; a root is bisected.
+    reach = _HIGH / _POINTS if method in ("grid", "newton") else 1e-9
+    outside = (answer < lower - reach) | (answer > upper + reach)
     counts |= {"worse": int(worse.sum()), "false": int((false & converged).sum())}
     counts["outside"] = int(outside.sum())
     return (
