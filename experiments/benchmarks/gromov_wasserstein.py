@@ -317,7 +317,7 @@ def measure_unlikeness(n: int, pairs: int) -> list[dict[str, Any]]:
         mixed = math.sqrt(1 - share**2) * logits + share * others
         order = rng.permutation(n)
         for name, transform in (("probabilities", jax.nn.softmax), ("z-scores", _z_scores)):
-            z, w = (np.float64(transform(x)) for x in (logits, mixed[..., order]))
+            z, w = (np.asarray(transform(x), np.float64) for x in (logits, mixed[..., order]))
             graphs = [(FactoredGraph(a), FactoredGraph(b)) for a, b in zip(z, w, strict=True)]
             refine = transport.Refinement("search", restarts=2)
             third = transport.certificate_many(graphs, bounds="third", refine=refine)

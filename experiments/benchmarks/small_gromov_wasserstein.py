@@ -76,7 +76,10 @@ def cases(
                 pair = general.token_pair(family, n, some, transform)
                 c, d = general.matrix(pair.c), general.matrix(pair.d)
             else:
-                x, y = (np.float64(transform(some[side])[:, :n]) for side in ("student", "teacher"))
+                x, y = (
+                    np.asarray(transform(some[side])[:, :n], np.float64)
+                    for side in ("student", "teacher")
+                )
                 c, d = x.T @ x, y.T @ y
         unit = np.sqrt(np.square(d).mean())
         yield c / unit, d / unit

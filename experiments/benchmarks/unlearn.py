@@ -123,9 +123,9 @@ def _teach(folder: Path, target: Path, *, smoke: bool = False) -> None:
             state, _ = step(state, batch)
         model = nnx.merge(graphdef, state.params, rest)
     else:
-        folder = epath.Path(folder / "teach")
+        place: Any = epath.Path(folder / "teach")
         how: dict[str, Any] = dict(batch=12, rate=2e-3, rank=16)
-        model = teach(model, rows, folder, steps=_TEACHING_STEPS, **how)
+        model = teach(model, rows, place, steps=_TEACHING_STEPS, **how)
     models.save_pretrained(model, tokenizer, target)
 
 

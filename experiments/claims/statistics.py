@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -66,7 +67,7 @@ def spread(first: np.ndarray, second: np.ndarray) -> Estimate:
     value = float(np.log(second.std() / first.std()))
     half = float(np.log(shared + np.sqrt(shared**2 - 1))) / 2
     # Equal spreads leave sums and differences uncorrelated.
-    p = stats.pearsonr(second + first, second - first)[1]
+    p: Any = stats.pearsonr(second + first, second - first)[1]
     return _estimate(value, value - half, value + half, p, freedom=freedom)
 
 

@@ -30,7 +30,7 @@ def _closed_form() -> dict[str, list[float]]:
     for _ in range(_ROUNDS):
         rows, _ = measure_scaling([2**power for power in range(14, 19)], _REPEATS)
         logs = np.log([[row["n"], row["seconds"]] for row in rows])
-        slopes.append(float(np.polyfit(*logs.T, 1)[0]))
+        slopes.append(float(np.polyfit(logs[:, 0], logs[:, 1], 1)[0]))
     return {"closed_form": slopes}
 
 

@@ -154,8 +154,8 @@ def run(config: Config, workdir: epath.Path) -> None:
     params = _fit(graphdef, params, known, None, **how)
 
     def nats(graphdef: Any, params: Any) -> float:
-        log_p = _log_p(graphdef, params, held)
-        return float(_loss(log_p, held, config.prompt, "all", None))
+        log_p, tokens = _log_p(graphdef, params, held), jnp.asarray(held)
+        return float(_loss(log_p, tokens, config.prompt, "all", None))
 
     goal = nats(graphdef, params)
     logging.info("teacher: %.3f", goal)

@@ -163,7 +163,7 @@ def run(config: Config, out: epath.Path) -> None:
         f"{_cut(config, questions)}"
     )
     status = finish(config, questions, found, out, rows_of)
-    if status == 0 and config.merge:
+    if status == 0 and config.merge and found.model is not None:
         models.save_pretrained(found.model.model, tokenizer, out / "model")
     if status:
         sys.exit(status)
@@ -235,7 +235,7 @@ def _cut(config: Config, questions: unlearning.Questions) -> str:
 
 
 def _as_json(verdict: Any) -> str:
-    record = dataclasses.asdict(verdict) if dataclasses.is_dataclass(verdict) else verdict
+    record: Any = verdict if isinstance(verdict, dict) else dataclasses.asdict(verdict)
     return json.dumps({"facts": [], "kept": {}} | record, indent=1) + "\n"
 
 

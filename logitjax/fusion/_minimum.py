@@ -51,7 +51,7 @@ class Point(NamedTuple):
     def extreme(self, sign: int) -> jax.Array:
         """What L is at most (1) or at least (-1)."""
         gaps = zip((self.forward, self.reverse), self.errors, strict=False)
-        value = sum(jnp.maximum(jnp.abs(gap) + sign * error, 0.0) ** 2 for gap, error in gaps)
+        value: Any = sum(jnp.maximum(jnp.abs(gap) + sign * error, 0.0) ** 2 for gap, error in gaps)
         return value * (1 + sign * 1e-6)
 
     def less(self, sign: int) -> "Point":
@@ -293,7 +293,10 @@ def between(path: Path, left: Point, right: Point) -> Interval:
 
 def _gaps(left: Point, right: Point, which: int) -> jax.Array:
     return jnp.maximum(
-        *(jnp.abs(point[1 + which]) + point.errors[which] for point in (left, right))
+        *(
+            jnp.abs((point.forward, point.reverse)[which]) + point.errors[which]
+            for point in (left, right)
+        )
     )
 
 

@@ -214,14 +214,15 @@ def _moments(
         + (2 * jnp.abs(apart) + mean_error) * mean_error
         + 4 * unit * (jnp.square(apart) + jnp.abs(centre) * jnp.sqrt(square))
     )
-    errors = forward_error, reverse_error, mean_error, variance_error
+    errors: Any = forward_error, reverse_error, mean_error, variance_error
+    errors = tuple(jnp.where(relative < 0.1, 1.2 * error, jnp.inf) for error in errors)
     return Moments(
         alpha,
         jnp.maximum(alpha * mean - reverse, 0.0),
         reverse,
         mean,
         jnp.maximum(square - jnp.square(apart), 0.0),
-        tuple(jnp.where(relative < 0.1, 1.2 * error, jnp.inf) for error in errors),
+        errors,
     )
 
 

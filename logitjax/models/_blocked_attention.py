@@ -75,7 +75,7 @@ def blocked_attention(
     k_ids = jnp.pad(jnp.asarray(key_segments), ((0, 0), (0, columns)), constant_values=-1)
     q_ids = jnp.where(q_ids < 0, -2, q_ids)
     options = _Options(scale, softcap, window, block)
-    out = _attention(q, k, v, q_ids, k_ids, jnp.asarray(start, jnp.int32), options)
+    out: Any = _attention(q, k, v, q_ids, k_ids, jnp.asarray(start, jnp.int32), options)
     return jnp.moveaxis(out[..., :time, :], 3, 1).reshape(query.shape)
 
 

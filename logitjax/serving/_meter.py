@@ -38,7 +38,7 @@ class Meter:
         vocab: int,
     ):
         policy = disclosure.policy
-        self.told: collections.Counter[str] = collections.Counter()
+        self.told: Any = collections.Counter()
         self._ledger = ledger
         self._draw = np.asarray(request.extra["draw"])
         self._token = math.log(vocab)

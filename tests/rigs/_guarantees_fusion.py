@@ -214,7 +214,7 @@ def judge(
     path: Path64, method: str, info: Any, best: tuple[np.ndarray, np.ndarray]
 ) -> dict[str, Any]:
     """Rows that fail, by how; `best` is the optimum of the dense grid and its objective."""
-    alpha, lower, upper = (np.float64(info[x][0]) for x in ("alpha", "lower", "upper"))
+    alpha, lower, upper = (np.asarray(info[x][0], np.float64) for x in ("alpha", "lower", "upper"))
     converged = np.asarray(info["converged"])
     counts: dict[str, Any] = {"unconverged": int((~converged).sum())}
     counts["NaN"] = int(np.isnan([alpha, lower, upper]).any(0).sum())

@@ -130,7 +130,8 @@ def _case(kind: str, rng: np.random.Generator) -> dict[str, Any]:
             )
         elif kind == "many":
             del options["candidates"]
-            both = transport.certificate_many([graphs, graphs[::-1]], **options)
+            pairs: Any = [graphs, graphs[::-1]]
+            both = transport.certificate_many(pairs, **options)
             answer = jax.tree.map(lambda x: x[0], both)
         else:
             answer = _certificate("jit" in kind)(*graphs, **weights, **options)

@@ -126,7 +126,7 @@ def values(ask: Asker, body: Body, vocab: int, **_: Any) -> Readings:
     told = [body | {"logprobs": 5, "temperature": 0.0}]
     replies = ask(told)
     take(replies)
-    first = 0 if replies == [None] else replies[0].tokens[0]
+    first = 0 if replies[0] is None else replies[0].tokens[0]
     lifts = [{str(i): 50.0 for i in (first, *range(k, k + 4))} for k in range(0, vocab, 4)]
     forced = [body | {"logprobs": 0, "logit_bias": {str(i): 100.0}} for i in range(vocab)]
     cold = body | {"logprobs": 5, "temperature": 0.0}
@@ -134,7 +134,7 @@ def values(ask: Asker, body: Body, vocab: int, **_: Any) -> Readings:
     if probe[0] is not None and len(set(probe[0].values) & set(map(int, lifts[0]))) > 3:
         take(probe[:1], first)
         take(ask([cold | {"logit_bias": lift} for lift in lifts[1 : ask.left]]), first)
-    elif probe[1:] != [None] and probe[1].values:
+    elif len(probe) > 1 and probe[1] is not None and probe[1].values:
         take(ask(forced))
     else:
         # A drawn token's own value, where it is told; 20 draws decide whether it is.
@@ -173,7 +173,7 @@ def _shares_noise(ask: Asker, body: Body, name: str, near: float) -> bool:
     replies = ask([body | {"temperature": 2.0, "seed": s} | m for s in range(15) for m in moves])
     pairs = zip(replies[::2], replies[1::2], strict=True)
     same = [a.tokens == b.tokens for a, b in pairs if a is not None and b is not None]
-    return len(same) > 5 and np.mean(same) > 0.9
+    return len(same) > 5 and bool(np.mean(same) > 0.9)
 
 
 def seeds(ask: Asker, body: Body, **_: Any) -> Readings:
@@ -207,7 +207,9 @@ def certificates(ask: Asker, body: Body, **_: Any) -> Readings:
     """A token drawn under `min_p` has passed it; one that misses where it would come has not."""
     readings, heat = Readings(), 2.0
     levels = (-0.5 * np.arange(12)).tolist()
-    each, low, sure = ask.left // len(levels), {}, []
+    each = ask.left // len(levels)
+    low: Any = {}
+    sure: list[float] = []
     for level in levels:
         cut = {"temperature": heat, "min_p": math.exp(level / heat)}
         replies = ask([body | cut | {"seed": 10**6 + s} for s in range(each)])
@@ -312,7 +314,7 @@ def numeric(
         # Draws that are fresh for each value agree on neither side.
         sides = [end[0] - 3 * gap, end[0] - gap, end[0], end[1], end[1] + gap, end[1] + 3 * gap]
         inside = low <= sides[0] and sides[-1] <= high
-        replies = ask([asked(x) for x in sides]) if inside else []
+        replies: Any = ask([asked(x) for x in sides]) if inside else []
         if None in replies or len({reply.body[name] for reply in replies if reply}) < 6:
             continue
         left, right = replies[:3], replies[3:]
