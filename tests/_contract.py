@@ -687,7 +687,7 @@ ELSEWHERE = {
         heads.torch_linear vq.VQHead vq.ProductHead vq.ScreenedHead
         distillation.DualHead models.Decoder vision.CLIP vision.ImageClassifier""",
     "functions of functions, models, texts or files": """
-        training.matmul_flops transport.branch_and_bound
+        training.matmul_flops
         distillation.aligned_value_and_grad
  distillation.distill distillation.hidden_states
  distillation.LossFunction

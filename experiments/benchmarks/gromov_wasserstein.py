@@ -25,8 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments.shared import suite, timing
+from experiments.shared import suite
 from experiments.shared.report import markdown_table
+from experiments.shared.scaling import closed_form_rows, timed
 from logitjax import data, losses, models, transport
 from logitjax.commands import figures, gw
 from logitjax.transport import FactoredGraph
@@ -219,12 +220,6 @@ def low_rank_gw(z: np.ndarray, w: np.ndarray) -> tuple[Any, float, str]:
     return output.matrix, float(output.primal_cost), reason
 
 
-def timed(function: Callable[[], Any], repeats: int) -> tuple[Any, float]:
-    answer = jax.block_until_ready(function())
-    seconds = timing.paired_seconds({"it": function}, repeats=repeats, warmup=0)["it"]
-    return answer, float(np.median(seconds))
-
-
 def solved(pair: Pair, name: str, solve: Callable[[], Any]) -> dict[str, Any]:
     answer: Any = None
     row: dict[str, Any] = {"graph": pair.family, "n": pair.n, "method": name}
@@ -275,25 +270,7 @@ def measure_scaling(
 ) -> tuple[list[dict[str, Any]], list[suite.Bar]]:
     """The closed form on n token nodes, ten a position and n / 10 positions; no n x n anywhere."""
 
-    def closed_form(v, v_ids, w, w_ids, n):
-        f, g = (
-            transport.graph_features(x, ids, num_nodes=n) for x, ids in ((v, v_ids), (w, w_ids))
-        )
-        return transport.sorted_gw_lower_bound(f, g)
-
-    rows = []
-    for n in sizes:
-        rng = np.random.default_rng(0)
-        positions = max(1, n // _K)
-        v, w = np.abs(rng.normal(size=(2, positions, _K))).astype(np.float32)
-        # Frequent tokens first, as in text.
-        v_ids, w_ids = (n * rng.random((2, positions, _K)) ** 3).astype(np.int32)
-        function = functools.partial(closed_form, n=n)
-        step = jax.jit(function)
-        _, seconds = timed(functools.partial(step, v, v_ids, w, w_ids), repeats)
-        memory = suite.temp_bytes(function, v, v_ids, w, w_ids)
-        row = {"graph": "scaling", "n": n, "method": "closed form"}
-        rows.append(row | {"seconds": seconds, "MiB": memory / 2**20})
+    rows = closed_form_rows(sizes, repeats)
     # Small sizes measure the call; the slope is that of the larger ones.
     large = rows[1:] if len(rows) > 2 else rows
     logs = np.log([[row["n"], row["seconds"], row["MiB"]] for row in large])

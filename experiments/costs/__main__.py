@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from experiments.benchmarks.gromov_wasserstein import measure_scaling
+from experiments.shared.scaling import closed_form_rows
 from experiments.shared.timing import paired_ratio, paired_seconds
 from logitjax import ops
 
@@ -28,7 +28,7 @@ def _closed_form() -> dict[str, list[float]]:
     """The exponent of time in the number of nodes; small graphs would measure the call."""
     slopes = []
     for _ in range(_ROUNDS):
-        rows, _ = measure_scaling([2**power for power in range(14, 19)], _REPEATS)
+        rows = closed_form_rows([2**power for power in range(14, 19)], _REPEATS)
         logs = np.log([[row["n"], row["seconds"]] for row in rows])
         slopes.append(float(np.polyfit(logs[:, 0], logs[:, 1], 1)[0]))
     return {"closed_form": slopes}

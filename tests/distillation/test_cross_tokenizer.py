@@ -437,6 +437,8 @@ def tokenkits(sides, threshold=0.1):
     return *merged, closes[-1], len(set(group[: len(sums)]))
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_joined_chunks_are_tokenkits_one_by_one_and_their_mean_counts_each_once():
     rng, length = np.random.default_rng(3), 41
     # Chunks of one or two tokens on either side; one position is left for what follows.

@@ -124,8 +124,14 @@ def test_verdicts_name_who_forgets_best_at_each_level_and_what_was_never_feasibl
 
 
 def test_what_keeps_most_at_the_goal_is_shown_and_not_what_comes_nearest_it():
-    near, keeps = {"gap": 0.001, "least": 0.1}, {"gap": 0.3, "least": 0.7}
-    broken, far = {"gap": 0.3, "least": 0.5}, {"gap": 2.0, "least": 1.0}
+    near, keeps = (
+        {"gap": 0.001, "least": 0.1, "excess": 1.0},
+        {"gap": 0.3, "least": 0.7, "excess": 1.8},
+    )
+    broken, far = (
+        {"gap": 0.3, "least": 0.5, "excess": 1.8},
+        {"gap": 2.0, "least": 1.0, "excess": 9.0},
+    )
     ranked = sorted((near, keeps, broken, far), key=lambda c: standing(c, chosen=False))
     assert ranked == [far, near, broken, keeps]
     assert standing(far, chosen=True) > standing(keeps, chosen=False)

@@ -68,6 +68,8 @@ def naive_objective(large, expert, base, alphas):
     return (forward - target) ** 2 + (reverse - back) ** 2
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_grid_is_the_papers():
     values = np.linspace(0, 2, 21)
     with jax.enable_x64(True):
@@ -97,6 +99,8 @@ def test_newton_finds_the_global_minimum_or_says_that_it_may_not_have(boost):
     assert np.asarray(info["converged"]).mean() > 0.8
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_newton_finds_the_better_of_two_minima():
     """The large model all but excludes a token that expert and base disagree about by 20."""
     vocab = 1000
@@ -116,6 +120,8 @@ def test_newton_finds_the_better_of_two_minima():
     np.testing.assert_allclose(info["alpha"][0], minima[0], atol=1e-3)
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_distributions_that_exclude_each_other_make_no_nan():
     """Their log-probabilities lie hundreds apart: in float32 all weights between them were 0."""
     large = np.float32([[0, -300, -320, -300]])

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
 from logitjax.fusion import DynamicFusion
 from logitjax.fusion._inputs import read_inputs
@@ -50,6 +51,8 @@ def test_no_alpha_of_an_interval_is_better_than_its_bound():
     assert ((found.split > left) & (found.split < right)).all()
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_newton_is_certified_no_worse_than_the_grid_and_never_ends_at_the_maximum_at_zero():
     logits = student_t()
     info = jax.device_get(jax.jit(DynamicFusion(method="newton"))(*logits)[1])
@@ -64,6 +67,8 @@ def test_newton_is_certified_no_worse_than_the_grid_and_never_ends_at_the_maximu
     assert ((info["lower"] <= info["alpha"]) & (info["alpha"] <= info["upper"])).all()
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_alpha_of_divergences_of_a_thousandth_is_as_certain_as_of_large_ones():
     """An absolute tolerance called alpha = 1 converged where .77 was optimal."""
     rng = np.random.default_rng(2)

@@ -89,6 +89,8 @@ def test_sharded_equals_local(name):
 
 
 # One for maxima, one for normalisers, one for targets, with which a grid goes; then one a sweep.
+@pytest.mark.every_change
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "reductions"), [("grid", 3), ("jeffreys", 3 + 6), ("newton", 3 + 8)]
 )
@@ -103,6 +105,8 @@ def test_all_reduces_a_token_are_few_and_fixed(name, reductions):
         assert "all-reduce" not in body
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize(
     ("name", "turns"),

@@ -84,6 +84,8 @@ def measure(name, attention, mesh=None):
 
 
 # A window and soft caps; neither.
+@pytest.mark.every_change
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma2", "smollm2"])
 def test_a_decoder_in_blocks_equals_one_without_on_one_device_and_on_a_context_axis(
     name, monkeypatch

@@ -128,6 +128,8 @@ def test_the_rounding_of_units_counts_where_graphs_are_scaled_apart():
     assert answer.lower <= true <= answer.upper
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_many_pairs_have_the_bounds_of_each():
     factors = [
         RNG.normal(size=(2, t, n)) * 10.0**e for n, t, e in ((1, 3, 0), (5, 4, -9), (6, 2, 9))
