@@ -199,8 +199,9 @@ def test_a_problem_and_a_solution_of_ott_are_taken():
     problem = QuadraticProblem(Geometry(jnp.asarray(c)), Geometry(jnp.asarray(d)))
     solution = quadratic.solve(*(Geometry(jnp.asarray(x)) for x in (c, d)))
     answer = transport.certificate(problem, candidates=[solution])
-    plain = transport.certificate(c, d)
-    assert answer.lower == plain.lower
+    # A problem has its own units.
+    plain = transport.certificate(c, d, scale="none")
+    np.testing.assert_allclose(answer.lower, plain.lower, rtol=1e-5)
     assert answer.costs[0] >= answer.lower
 
 
@@ -225,4 +226,5 @@ def test_root_searches_converge_to_their_roots(method):
         logits = rows_of_logits.draw(kind, 250, rng)
         path = rows_of_logits.Path64.of(logits)
         counts = rows_of_logits.judge(path, method, jax.device_get(run(*logits)), None)
-        assert set(counts.values()) == {0}, (kind, counts)
+        failures = ("unconverged", "NaN", "worse", "false", "outside")
+        assert not any(counts[name] for name in failures), (kind, counts)

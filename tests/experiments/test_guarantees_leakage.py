@@ -16,8 +16,12 @@ pytestmark = [pytest.mark.every_change, pytest.mark.slow]
 @pytest.mark.parametrize("kind", fuzzer.KINDS)
 def test_no_wrong_width_is_called_certain(kind):
     cases = [case | {"kind": kind} for case in fuzzer.run(kind, 2, 1)]
-    (row,), _ = fuzzer.report(cases)
-    assert row["violations"] == 0
+    rows, bars = fuzzer.report(cases)
+    assert sum(row["violations"] for row in rows) == 0
+    if len(rows) != 1 or "coverage" not in rows[0]:
+        assert all(bar.met for bar in bars)  # sixty APIs, or servers of many kinds
+        return
+    (row,) = rows
     if kind in ("exact", "NaN or -inf"):
         assert row["certain"] == 1
     if kind != "weak behind strong":
