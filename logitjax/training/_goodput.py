@@ -54,7 +54,7 @@ class Goodput:
         begin = last = written = time.time()
         seconds: dict[str, float] = {}
         steps: dict[str, int] = {}
-        doing = "starting"
+        doing, done = "starting", False
         path = folder / _FILE
         remote = "://" in str(folder)
 
@@ -67,12 +67,13 @@ class Goodput:
         def write() -> None:
             nonlocal written
             written = last
-            line = json.dumps({"begin": begin, "end": last, "seconds": seconds} | steps) + "\n"
+            record = {"begin": begin, "end": last, "seconds": seconds, "done": done}
+            line = json.dumps(record | steps) + "\n"
             if remote:  # An object store cannot append, and is slow: one line a start.
                 write_atomic(folder / "goodput" / f"{begin:.0f}.jsonl", line)
                 return
             with path.open("a") as file:
-                file.write(line)
+                file.write("\n" + line)  # a kill may have left half a line before
 
         def hear(said: str) -> None:
             nonlocal doing
@@ -90,6 +91,7 @@ class Goodput:
         progress.listener = hear
         try:
             yield
+            done = True
         finally:
             progress.listener = None
             note(time.time())
@@ -99,7 +101,8 @@ class Goodput:
         """What the wall-clock time went to, in seconds; the parts add up to `wall`.
 
         `step` is time in steps that counted, the goodput. Steps that a kill lost are `redone`.
-        Between two starts nothing ran, or what ran left no record: `down`. The other parts are
+        Between two starts nothing ran, or what ran left no record: `down`. What lies between a run
+        that had ended and one more look at it counts for nothing. The other parts are
         `start-up` (restoring included), `preparation` (models), `data` (packing, teachers' reading,
         waiting for batches), `compilation` (with first steps), `save`, `evaluation` and `other`.
 
@@ -122,16 +125,21 @@ class Goodput:
             raise ValueError(f"{folder}: expected {_FILE}, which a run writes, got none")
         records = [starts[begin] for begin in sorted(starts)]
         seconds: dict[str, float] = {}
+        idle = 0.0
         for record, after in zip(records, [*records[1:], None]):
             own = dict(record["seconds"])
             if after is not None:
-                own["down"] = after["begin"] - record["end"]
+                gap = after["begin"] - record["end"]
+                if record.get("done"):
+                    idle += gap
+                else:
+                    own["down"] = gap
                 done, first = record.get("step", 0), record.get("first", 0)
                 lost = max(0, done - after.get("first", done))
                 own["redone"] = own.get("step", 0.0) * min(1.0, lost / max(1, done - first))
                 own["step"] = own.get("step", 0.0) - own["redone"]
             for kind, part in own.items():
                 seconds[kind] = seconds.get(kind, 0.0) + part
-        wall = records[-1]["end"] - records[0]["begin"]
+        wall = records[-1]["end"] - records[0]["begin"] - idle
         share = seconds.get("step", 0.0) / wall if wall else 0.0
         return {"wall": wall, "goodput": share, "starts": len(records), "seconds": seconds}

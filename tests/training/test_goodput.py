@@ -1,5 +1,6 @@
 """Where a run's time goes: parts that add up over kills, FLOPs, a profile on a signal."""
 
+import contextlib
 import json
 import os
 import signal
@@ -28,7 +29,8 @@ def test_the_parts_of_a_run_that_was_killed_add_up_to_its_wall_clock(tmp_path, m
 
     for start in range(10):
         resumed = 7 * start
-        with Goodput(epath.Path(tmp_path)).account():
+        ends = contextlib.suppress(KeyboardInterrupt)
+        with ends, Goodput(epath.Path(tmp_path)).account():
             now += 4  # starting
             spend("loading a model", 2)
             spend(f"training from step {resumed} to 100", 0)
@@ -38,6 +40,8 @@ def test_the_parts_of_a_run_that_was_killed_add_up_to_its_wall_clock(tmp_path, m
                 spend(f"taking step {step}", 2)
             spend("saving checkpoint", 1)
             spend(f"taking step {resumed + 11}", 0)
+            if start < 9:
+                raise KeyboardInterrupt
         # Killed: what came after the last record is not known.
         now += 30
     with (tmp_path / "goodput.jsonl").open("a") as file:
@@ -51,6 +55,13 @@ def test_the_parts_of_a_run_that_was_killed_add_up_to_its_wall_clock(tmp_path, m
     for name, seconds in expected.items():
         assert total["seconds"][name] == pytest.approx(seconds), name
     assert total["goodput"] == pytest.approx(146 / total["wall"])
+    # A look at what had ended, a day later, adds what it takes itself.
+    now += 86_400
+    with Goodput(epath.Path(tmp_path)).account():
+        now += 3
+    again = Goodput(epath.Path(tmp_path)).summary()
+    assert again["wall"] == pytest.approx(total["wall"] + 3)
+    assert again["seconds"]["down"] == pytest.approx(270)
     with pytest.raises(ValueError, match=r"expected goodput\.jsonl"):
         Goodput(epath.Path(tmp_path / "other")).summary()
 
