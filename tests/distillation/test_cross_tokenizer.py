@@ -175,7 +175,7 @@ def test_tokens_that_normalisers_make_of_each_other_count_as_none():
     assert projection.merges[theirs.token_id("y")] == -1
 
 
-@pytest.mark.parametrize("rule", ["first_piece", "exact", "spread", "edit_distance"])
+@pytest.mark.parametrize("rule", ["first_piece", "exact", "spread"])
 def test_a_comma_is_the_token_that_is_read_not_the_one_for_a_stray_byte(rule):
     ours = bpe([",", "x"])
     vocab = {"<0x2C>": 0, "<0x78>": 1, ",": 2, "x": 3}
@@ -200,13 +200,6 @@ def test_numerals_map_on_their_first_digit_or_are_spread_over_all():
     assert first.only[ours.eos_id] == theirs.eos_id
     assert first.summary()["largest bucket"] == 3
     assert first.capacity(2) == 4
-
-
-def test_the_nearest_spelling_is_one_edit_away_or_the_first_piece():
-    ours, theirs = bpe(["ab", "abc", "de", "defg"]), bpe(["ab", "abd", "d", "e", "f", "g", "c"])
-    nearest = distillation.token_projection(ours, theirs, rule="edit_distance")
-    near = {t: theirs.token(int(nearest.only[ours.token_id(t)])) for t in ("abc", "ab", "defg")}
-    assert near == {"abc": "ab", "ab": "ab", "defg": "d"}
 
 
 def test_a_projection_is_built_once(tmp_path, monkeypatch):
