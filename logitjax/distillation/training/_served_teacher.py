@@ -1,6 +1,5 @@
 """A teacher that another host serves: its head once, then hidden states of each batch."""
 
-import functools
 import http.client
 import json
 import time
@@ -14,7 +13,7 @@ import numpy as np
 from absl import logging
 
 from logitjax import losses, storage
-from logitjax.distillation.training._teachers import Reader, head_record, packed_documents
+from logitjax.distillation.training._teachers import Kept, Reader, packed_documents
 
 # Seconds between two attempts to reach a server that went away, at first and at most.
 _PAUSES = (1.0, 30.0)
@@ -63,24 +62,22 @@ class ServedTeacher:
     def __str__(self) -> str:
         return f"teacher api:{self._url.geturl()}"
 
-    def reader(self, *, k: int, tail_samples: int, boundary: Any, hidden: bool) -> Reader:
+    def reader(self, kept: Kept) -> Reader:
         """As `model_reader`; all but the hidden states is worked out here."""
-        derived = jax.jit(
-            functools.partial(head_record, k=k, tail_samples=tail_samples, boundary=boundary)
-        )
+        derived = jax.jit(kept.of_states)
 
         def read(columns: Mapping[str, Any], rows: np.ndarray) -> Mapping[str, Any]:
             states = self.hidden_states(columns)
             record = jax.device_get(derived(states, self.head, dict(columns), rows))
-            return record | ({"hidden": states} if hidden else {})
+            return record | ({"hidden": states} if kept.hidden else {})
 
         return Reader(
             tokenizer=self.about["tokenizer"],
             vocab_size=self.head.vocab_size(),
             read=read,
             weights=self.about["weights"],
-            head=self.head if hidden else None,
-            kept=(k, tail_samples),
+            head=self.head if kept.hidden else None,
+            kept=(kept.k, kept.tail_samples),
             metrics=self.metrics,
         )
 

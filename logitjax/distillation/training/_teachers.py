@@ -50,16 +50,59 @@ class Reader:
     shared: bool = False
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kept:
+    """What is kept of a teacher at each position, and read for that.
+
+    Attributes:
+        k: Number of top logits.
+        tail_samples: Number of draws from what they leave out.
+        boundary: Tokens that begin a word, for likelihoods; None for none.
+        hidden: Whether hidden states are read, too.
+    """
+
+    k: int
+    tail_samples: int = 0
+    boundary: TokenSet | None = None
+    hidden: bool = False
+
+    def of_model(self, graphdef: Any, params: Any, columns: Mapping[str, Any], rows: Any) -> Any:
+        """What a `TeacherCache` keeps of a batch, and hidden states."""
+        model = nnx.merge(graphdef, params)
+        hidden = hidden_states(model, columns)
+        record = self.of_states(hidden, model.head_of(), columns, rows)
+        return record | ({"hidden": hidden} if self.hidden else {})
+
+    def of_states(
+        self, hidden: Any, head: losses.Head, columns: Mapping[str, Any], rows: Any
+    ) -> dict[str, Any]:
+        """The same of hidden states that are there already."""
+        statistics = losses.linear_readout(hidden, head, top_k=self.k).statistics
+        names = ("values", "indices", "log_z", "mean", "std")
+        record = {name: getattr(statistics, name) for name in names}
+        if self.boundary is not None:
+            labels = jnp.asarray(columns["tokens"])[:, 1:]
+            record |= linear_likelihood(hidden, head, labels, self.boundary)._asdict()
+        if self.tail_samples:
+
+            def draw(row: Any) -> losses.TailSample:
+                here, taken, number = row
+                # By the number of the row: batches of another size or order draw the same.
+                key = jax.random.fold_in(jax.random.key(0), number)
+                return losses.TailSample.draw(key, head.logits(here), taken, self.tail_samples)
+
+            # A row at a time: here logits are held.
+            tail = jax.lax.map(draw, (hidden, statistics.indices, jnp.asarray(rows, jnp.uint32)))
+            record |= {"tail_values": tail.values, "tail_indices": tail.indices}
+        return record
+
+
 def model_reader(
     load: Callable[[], tuple[models.Decoder, models.Tokenizer]],
-    *,
-    k: int,
-    tail_samples: int = 0,
-    boundary: TokenSet | None = None,
-    hidden: bool = False,
+    kept: Kept,
     mesh: Mesh | None = None,
 ) -> Reader:
-    """A decoder that says its top logits, draws from what they leave out, likelihoods, states.
+    """A decoder that says what is kept of it.
 
     Its parameters and the rows of a batch are split over `mesh`, which may be that of all
     processes: each then gives its own rows and gets theirs.
@@ -68,14 +111,7 @@ def model_reader(
     apply_fn, params = models.from_nnx(decoder)
     layout = None if mesh is None else training.BatchLayout(mesh)
     program = jax.jit(
-        functools.partial(
-            teacher_record,
-            apply_fn.graphdef,
-            k=k,
-            tail_samples=tail_samples,
-            boundary=boundary,
-            with_hidden=hidden,
-        ),
+        functools.partial(kept.of_model, apply_fn.graphdef),
         out_shardings=None if layout is None else layout.sharding,
     )
 
@@ -100,8 +136,8 @@ def model_reader(
         read=read,
         # Of the weights, since a path may hold another model tomorrow.
         weights=weights_digest(params),
-        head=jax.device_get(processes.local_copy(decoder.head_of())) if hidden else None,
-        kept=(k, tail_samples),
+        head=jax.device_get(processes.local_copy(decoder.head_of())) if kept.hidden else None,
+        kept=(kept.k, kept.tail_samples),
         shared=mesh is not None and mesh.devices.size > len(mesh.local_devices),
     )
 
@@ -110,66 +146,6 @@ def _own_rows(array: jax.Array) -> np.ndarray:
     """The rows that lie on this process's devices."""
     shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
     return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
-
-
-def teacher_record(
-    graphdef: Any,
-    params: Any,
-    columns: Mapping[str, Any],
-    rows: Any,
-    *,
-    k: int,
-    tail_samples: int,
-    boundary: TokenSet | None = None,
-    with_hidden: bool = False,
-) -> dict[str, Any]:
-    """What a `TeacherCache` keeps of a batch; a tail's draws depend on its row alone.
-
-    A live teacher's hidden states are there too `with_hidden`.
-    """
-    model = nnx.merge(graphdef, params)
-    hidden = hidden_states(model, columns)
-    record = head_record(
-        hidden,
-        model.head_of(),
-        columns,
-        rows,
-        k=k,
-        tail_samples=tail_samples,
-        boundary=boundary,
-    )
-    return record | ({"hidden": hidden} if with_hidden else {})
-
-
-def head_record(
-    hidden: Any,
-    head: losses.Head,
-    columns: Mapping[str, Any],
-    rows: Any,
-    *,
-    k: int,
-    tail_samples: int,
-    boundary: TokenSet | None,
-) -> dict[str, Any]:
-    """The same of hidden states that are there already."""
-    statistics = losses.linear_readout(hidden, head, top_k=k).statistics
-    names = ("values", "indices", "log_z", "mean", "std")
-    record = {name: getattr(statistics, name) for name in names}
-    if boundary is not None:
-        labels = jnp.asarray(columns["tokens"])[:, 1:]
-        record |= linear_likelihood(hidden, head, labels, boundary)._asdict()
-    if tail_samples:
-
-        def draw(row: Any) -> losses.TailSample:
-            here, taken, number = row
-            # By the number of the row: batches of another size or order draw the same.
-            key = jax.random.fold_in(jax.random.key(0), number)
-            return losses.TailSample.draw(key, head.logits(here), taken, tail_samples)
-
-        # A row at a time: here logits are held.
-        tail = jax.lax.map(draw, (hidden, statistics.indices, jnp.asarray(rows, jnp.uint32)))
-        record |= {"tail_values": tail.values, "tail_indices": tail.indices}
-    return record
 
 
 def server_reader(
