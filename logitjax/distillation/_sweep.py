@@ -1,7 +1,6 @@
 """As few sweeps over the vocabulary as the parts of an objective need."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,7 +46,11 @@ def swept(
         # whatever it weighs.
         hidden = jnp.where(where[..., None], hidden, 0.0)
         results = sweep.run(reading.statistic, hidden, head, tokens=reading.tokens, **options)
-        results = jax.tree.map(functools.partial(_gradient_where, where), results)
+        results = jax.tree.map(
+            # Ids have no gradient to mask.
+            lambda x: ops.gradient_where(x, where) if jnp.issubdtype(x.dtype, jnp.floating) else x,
+            results,
+        )
         sums = [_summed(*pair, where) for pair in zip(parts, reading.values(results, local))]
         pairs = zip(parts, sums, strict=True)
         return sum((_weighed(part.weight, total) for part, total in pairs), start=0.0), sums
@@ -71,11 +74,6 @@ def swept(
     results = reading.statistic.losses(outputs, reading.tokens)
     values = reading.values(results, local)
     return total, [_summed(*pair, where) for pair in zip(parts, values, strict=True)]
-
-
-def _gradient_where(where: Any, x: Any) -> Any:
-    # Ids have no gradient to mask.
-    return ops.gradient_where(x, where) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 def _weighed(weight: float, value: Any) -> Any:

@@ -146,7 +146,7 @@ class RowCache:
     def _load(self) -> None:
         parts = _read_parts(self.directory)
         self._reader = ShardReader(self.directory, [part["shard"] for part in parts])
-        rows = [row for part in parts for row in _expand(part["rows"])]
+        rows = [row for part in parts for span in part["rows"] for row in range(*span)]
         # Two runs that did not know of each other may both have written a row.
         self._rows, self._places = np.unique(np.asarray(rows, np.int64), return_index=True)
         self._added = False
@@ -324,10 +324,6 @@ def _ranges(rows: np.ndarray) -> list[list[int]]:
     """Indices as half-open runs of ascending ones."""
     cuts = np.flatnonzero(np.diff(rows) != 1) + 1
     return [[int(run[0]), int(run[-1]) + 1] for run in np.split(rows, cuts)]
-
-
-def _expand(ranges: Sequence[Sequence[int]]) -> list[int]:
-    return [row for start, stop in ranges for row in range(start, stop)]
 
 
 def _read_parts(root: epath.Path) -> list[dict]:
