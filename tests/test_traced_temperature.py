@@ -41,7 +41,6 @@ OF_TEMPERATURE = {
     losses: {
         "generalized_jensen_shannon": with_temperature(losses.generalized_jensen_shannon, *PAIR),
         "kl_divergence": with_temperature(losses.kl_divergence, *PAIR),
-        "total_variation": with_temperature(losses.total_variation, *PAIR),
         "sparse_kl_divergence": with_temperature(
             losses.sparse_kl_divergence, PAIR[0], TOP, tail="renormalize"
         ),
@@ -55,7 +54,6 @@ OF_TEMPERATURE = {
         "linear_sparse_kl_divergence": with_temperature(
             losses.linear_sparse_kl_divergence, *HEAD, TOP, tail="renormalize"
         ),
-        "linear_total_variation": with_temperature(losses.linear_total_variation, *HEADS),
     },
     distillation: {
         "binary_kl": with_temperature(distillation.binary_kl, *PAIR),

@@ -136,7 +136,6 @@ POSITIONED: dict[str, Callable[..., Any]] = {
     "linear_kl_divergence": _pair(losses.linear_kl_divergence, temperature=2.0),
     "linear_kl_divergence, reverse": _pair(losses.linear_kl_divergence, direction="reverse"),
     "linear_generalized_jensen_shannon": _pair(losses.linear_generalized_jensen_shannon),
-    "linear_total_variation": _pair(losses.linear_total_variation),
     "linear_sparse_kl_divergence": _sparse(),
     "linear_sparse_kl_divergence, renormalize": _sparse(tail="renormalize", temperature=2.0),
     "linear_undial": _undial,

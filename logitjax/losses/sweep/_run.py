@@ -165,11 +165,10 @@ def _local(
             platform=platform,
         )
     )
-    if layout.engine == "pallas" and not statistic.in_tiles:
-        raise ValueError(
-            f"blocks.engine: expected 'scan' or 'rows' for {type(statistic).__name__}, which "
-            "no kernel can absorb, got 'pallas'"
-        )
+    if layout.engine == "pallas" and (platform == "gpu" or not statistic.in_tiles):
+        name = type(statistic).__name__
+        cause = "on a GPU" if platform == "gpu" else f"for {name}, which no kernel can absorb"
+        raise ValueError(f"blocks.engine: expected 'scan' or 'rows' {cause}, got 'pallas'")
     varying = _varying((operands, weights), axis_name)
     config = Sweep(
         statistic=statistic,

@@ -40,9 +40,6 @@ class Several(Statistic):
     def gradient_in_tiles(self) -> bool:  # type: ignore[override]
         return all(statistic.gradient_in_tiles for statistic in self.statistics)
 
-    def reads_teacher(self, number: int) -> bool:
-        return any(statistic.reads_teacher(number) for statistic in self.statistics)
-
     def start(self, batch: tuple[int, ...], dtype: Any, passed: Any) -> Any:
         return tuple(statistic.start(batch, dtype, None) for statistic in self.statistics)
 
@@ -95,9 +92,6 @@ class _Wrapped(Statistic):
     @property
     def gradient_in_tiles(self) -> bool:  # type: ignore[override]
         return self.statistic.gradient_in_tiles
-
-    def reads_teacher(self, number: int) -> bool:
-        return self.statistic.reads_teacher(number)
 
     def start(self, batch: tuple[int, ...], dtype: Any, passed: Any) -> Any:
         return self.statistic.start(batch, dtype, passed)
