@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from logitjax import distillation, losses, ops, unlearning
+from logitjax import distillation, losses, ops, unlearning, vq
 from logitjax.losses import Blocks, Head
 from logitjax.unlearning.assistant._objective import linear_assistant_objective
 from tests.unlearning.test_losses import undial
@@ -119,6 +119,11 @@ def _assistant(x: Any, hidden: Any, head: Any, where: Any) -> Any:
     return total + means["forget"] + means["retain"]
 
 
+def _vq(x: Any, hidden: Any, head: Any, where: Any) -> Any:
+    codebook, bias, codes = head[:, :5].T, head[0], jnp.arange(VOCAB) % 5
+    return ops.masked_mean(vq.vq_nll(hidden, codebook, bias, codes, x["labels"]), where)
+
+
 def _graph(**settings: Any) -> Callable[..., Any]:
     config = distillation.GraphConfig(k=3, **settings)
 
@@ -146,6 +151,7 @@ LOSSES: dict[str, Callable[..., Any]] = {
     "linear_log_probs, masked_mean": _masked(_log_probs),
     "linear_fused_loss, weights": _fused,
     "linear_assistant_objective, where": _assistant,
+    "vq_nll, masked_mean": _vq,
 }
 # These take logits in the place of hidden states, and no head.
 OF_LOGITS: dict[str, Callable[..., Any]] = {

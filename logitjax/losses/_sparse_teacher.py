@@ -256,20 +256,23 @@ def _sparse_kl(
     """
     values = jax.lax.stop_gradient(jnp.asarray(teacher.values).astype(gathered.dtype))
     teacher_log_z = jax.lax.stop_gradient(jnp.asarray(teacher.log_z).astype(gathered.dtype))
-    log_p = values - neginf_to_zero(teacher_log_z)[..., None]
-    # A normaliser that overflowed, or is of nothing, beside a logit that exists.
-    wrong = jnp.isinf(teacher_log_z)[..., None] & (values != -jnp.inf)
-    log_p = jnp.where(wrong, jnp.nan, log_p)
+    log_p = _of_teacher(values, teacher_log_z)
     # Of a student's as well: beside an infinite logit all others would have no mass at all.
     log_z = jnp.where(log_z == jnp.inf, jnp.nan, neginf_to_zero(log_z))
     log_q = gathered - log_z[..., None]
     if drawn is not None:
         k, (values, log_law) = log_p.shape[-1], jax.lax.stop_gradient(drawn)
-        teachers = log_p, values - neginf_to_zero(teacher_log_z)[..., None]
+        teachers = log_p, _of_teacher(values, teacher_log_z)
         return _estimate(teachers, (log_q[..., :k], log_q[..., k:]), log_law, direction)
     # All that is left is one bucket; merging entries can only lower a divergence.
     log_p, log_q = _with_tail(log_p), _with_tail(log_q)
     return _kl(log_p, log_q, direction)
+
+
+def _of_teacher(values: jax.Array, log_z: jax.Array) -> jax.Array:
+    # An infinite logit, or a normaliser that overflowed, or is of nothing, beside one that exists.
+    wrong = (jnp.isinf(log_z)[..., None] & (values != -jnp.inf)) | (values == jnp.inf)
+    return jnp.where(wrong, jnp.nan, values - neginf_to_zero(log_z)[..., None])
 
 
 def _estimate(teacher: Any, student: Any, log_law: Any, direction: str) -> jax.Array:
