@@ -1,13 +1,13 @@
 """Divergences between a student's and a teacher's linear head, without the logits of either."""
 
-from typing import Literal
+from typing import Literal, Unpack
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
-from logitjax.losses.sweep import Blocks, Head, KLStatistic, MixtureStatistic, run
-from logitjax.ops import Array, AxisName, Number, checks
+from logitjax.losses.sweep import Head, KLStatistic, MixtureStatistic, Options, weighted_or_each
+from logitjax.ops import Array, checks
 
 
 def linear_kl_divergence(
@@ -17,11 +17,7 @@ def linear_kl_divergence(
     teacher_head: Head | Float[Array, "teacher_rows teacher_columns"],
     *,
     direction: Literal["forward", "reverse"] = "forward",
-    temperature: Number = 1.0,
-    vocab_where: Bool[Array, " vocab"] | None = None,
-    weights: Float[Array, "*batch"] | None = None,
-    blocks: Blocks | None = None,
-    axis_name: AxisName | None = None,
+    **options: Unpack[Options],
 ) -> Float[jax.Array, "*losses"]:
     """`kl_divergence` of two linear heads' logits, neither of which exist as a whole.
 
@@ -46,20 +42,11 @@ def linear_kl_divergence(
     """
     if direction not in ("forward", "reverse"):
         raise ValueError(f"direction: expected 'forward' or 'reverse', got {direction!r}")
-    loss = run(
-        KLStatistic(reverse=direction == "reverse"),
-        hidden,
-        head,
-        teacher=(teacher_hidden, teacher_head),
-        temperature=temperature,
-        vocab_where=vocab_where,
-        weights=weights,
-        blocks=blocks,
-        axis_name=axis_name,
-    )
-    loss = loss if weights is None else loss[0]
+    statistic = KLStatistic(reverse=direction == "reverse")
+    teacher = (teacher_hidden, teacher_head)
+    loss = weighted_or_each(statistic, hidden, head, teacher=teacher, **options)
     # Gradients through softmax(logits / T) shrink as 1 / T^2 (Hinton et al., 2015, section 2).
-    return loss * jnp.square(jnp.asarray(temperature, loss.dtype))
+    return loss * jnp.square(jnp.asarray(options.get("temperature", 1.0), loss.dtype))
 
 
 def linear_generalized_jensen_shannon(
@@ -69,11 +56,7 @@ def linear_generalized_jensen_shannon(
     teacher_head: Head | Float[Array, "teacher_rows teacher_columns"],
     *,
     beta: float | int = 0.5,
-    temperature: Number = 1.0,
-    vocab_where: Bool[Array, " vocab"] | None = None,
-    weights: Float[Array, "*batch"] | None = None,
-    blocks: Blocks | None = None,
-    axis_name: AxisName | None = None,
+    **options: Unpack[Options],
 ) -> Float[jax.Array, "*losses"]:
     """`generalized_jensen_shannon` of two linear heads, without the logits of either.
 
@@ -102,15 +85,5 @@ def linear_generalized_jensen_shannon(
     if beta not in (0, 1):
         shares = (float(beta), 1 - float(beta))
         statistic = MixtureStatistic(beta=shares[0], weights=shares)
-    loss = run(
-        statistic,
-        hidden,
-        head,
-        teacher=(teacher_hidden, teacher_head),
-        temperature=temperature,
-        vocab_where=vocab_where,
-        weights=weights,
-        blocks=blocks,
-        axis_name=axis_name,
-    )
-    return loss if weights is None else loss[0]
+    teacher = (teacher_hidden, teacher_head)
+    return weighted_or_each(statistic, hidden, head, teacher=teacher, **options)

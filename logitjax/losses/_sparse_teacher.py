@@ -1,7 +1,7 @@
 """Divergences from a teacher of which only the top logits are known, as a cache holds them."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 
 from logitjax.losses._linear_readout import Readout
 from logitjax.losses._tail_sample import TailSample
-from logitjax.losses.sweep import Blocks, Head, ReadoutStatistic, run
+from logitjax.losses.sweep import Head, Options, ReadoutStatistic, weighted_or_each
 from logitjax.ops import Array, AxisName, Number, TopK, checks, gather_at, logsumexp, neginf_to_zero
 
 Tail = Literal["bucket", "renormalize"] | TailSample
@@ -118,11 +118,7 @@ def linear_sparse_kl_divergence(
     *,
     direction: Literal["forward", "reverse"] = "forward",
     tail: Tail = "bucket",
-    temperature: Number = 1.0,
-    vocab_where: Bool[Array, " vocab"] | None = None,
-    weights: Float[Array, "*batch"] | None = None,
-    blocks: Blocks | None = None,
-    axis_name: AxisName | None = None,
+    **options: Unpack[Options],
 ) -> Float[jax.Array, "*losses"]:
     """`sparse_kl_divergence` of a linear head's logits, which never exist as a whole.
 
@@ -143,11 +139,12 @@ def linear_sparse_kl_divergence(
     >>> print(f"{divergence(one, head, np.log([0.5, 0.25, 0.125, 0.125])):.4f}")
     0.1733
     """
+    temperature = options.get("temperature", 1.0)
     _check(direction, tail, temperature)
     _check_teacher(teacher, tail)
     checks.shapes(hidden=(hidden, "float *batch hidden"))
     head = Head.of(head).resolve(jnp.shape(hidden)[-1])
-    vocab = head.vocab_size(axis_name)
+    vocab = head.vocab_size(options.get("axis_name"))
     checks.ids(_ids(teacher, tail), vocab, "teacher.indices")
     tokens = {"ids": _ids(teacher, tail), "values": jnp.asarray(teacher.values)}
     if tail == "renormalize":
@@ -158,23 +155,13 @@ def linear_sparse_kl_divergence(
         tokens["log_z"] = jnp.asarray(teacher.log_z)
     if isinstance(tail, TailSample):
         tokens["drawn"] = jax.tree.map(jnp.asarray, (tail.values, tail.log_probs))
-    loss = run(
-        _SparseKL(
-            ids=tokens["ids"].shape[-1],
-            direction=direction,
-            renormalize=tail == "renormalize",
-            vocab=vocab,
-        ),
-        hidden,
-        head,
-        tokens=tokens,
-        temperature=temperature,
-        vocab_where=vocab_where,
-        weights=weights,
-        blocks=blocks,
-        axis_name=axis_name,
+    statistic = _SparseKL(
+        ids=tokens["ids"].shape[-1],
+        direction=direction,
+        renormalize=tail == "renormalize",
+        vocab=vocab,
     )
-    return loss if weights is None else loss[0]
+    return weighted_or_each(statistic, hidden, head, tokens=tokens, **options)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
