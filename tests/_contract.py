@@ -269,7 +269,6 @@ TABLE: dict[str, Case] = {
     "losses.kl_divergence, reverse": _pair(losses.kl_divergence, direction="reverse"),
     "losses.kl_divergence": _pair(losses.kl_divergence),
     "losses.generalized_jensen_shannon": _pair(losses.generalized_jensen_shannon),
-    "losses.total_variation": _pair(losses.total_variation),
     "losses.graph_statistics": Case(
         call=lambda logits: losses.graph_statistics(logits, 2),
         arrays={"logits": LOGITS},
@@ -305,7 +304,6 @@ TABLE: dict[str, Case] = {
     ),
     "losses.linear_kl_divergence": _heads(losses.linear_kl_divergence),
     "losses.linear_generalized_jensen_shannon": _heads(losses.linear_generalized_jensen_shannon),
-    "losses.linear_total_variation": _heads(losses.linear_total_variation),
     "losses.linear_sparse_kl_divergence": Case(
         call=lambda hidden, head, **top: losses.linear_sparse_kl_divergence(
             hidden, head, _top(**top), blocks=BLOCKS

@@ -80,11 +80,9 @@ class Blocks:
             over all of it; it needs the weights of the positions. A TPU's compiler holds that sum
             twice. `scan` keeps a block of columns, whose gradient it sums up over the positions and
             casts once, and forms each logit a second time for it. `pallas`, never chosen by the
-            rule because no time of it on a chip is known, has kernels in the place of blocks, for
-            statistics that say `in_tiles`: it holds a few numbers a position, and on a TPU forms
-            each logit a third time where the statistic says `gradient_in_tiles` (else the gradients
-            are those of `scan`). Its tiles follow from the shapes; on CPU it is interpreted,
-            slowly.
+            rule because no time of it on a chip is known, has kernels for a TPU in the place of
+            blocks, for statistics that say `in_tiles`: it holds a few numbers a position, and forms
+            each logit a third time. On CPU it is interpreted, slowly.
         memory_budget: bytes that a sweep may hold on a device beside the head's gradient, as near
             as blocks can come to it; by default a tenth of all float32 logits of student and
             teacher, and at least 64 MiB. Ignored on CPU, where caches decide.
