@@ -477,7 +477,7 @@ TABLE: dict[str, Case] = {
     ),
     "distillation.graph_on_logits": Case(
         call=lambda student, teacher: distillation.graph_on_logits(
-            student, teacher, config=distillation.GraphConfig(k=3)
+            student, teacher, config=distillation.terms.GLD(k=3)
         )[0],
         swept=True,
         loss={"constant": ("teacher",)},
@@ -652,7 +652,7 @@ ELSEWHERE = {
         few_shot.Candidate few_shot.Pictures few_shot.fit""",
     "values that functions above take or give; what they refuse is tested beside them": """
         ops.Static losses.Blocks losses.Head losses.Readout
-        losses.GraphStatistics losses.LogProbs distillation.GraphConfig
+        losses.GraphStatistics losses.LogProbs
         few_shot.FeatureIdentity heads.HeadCost heads.Assignment
         vq.ConvertConfig vq.Screen vq.Tuning distillation.LayerPruning
         distillation.Objective
