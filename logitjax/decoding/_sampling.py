@@ -101,10 +101,6 @@ def penalize_repetition(
 ) -> Float[jax.Array, "rows vocab"]:
     """Logits of seen tokens divided by the penalty where positive, multiplied where negative.
 
-    >>> row, seen = np.array([[2.0, -2.0, 1.0]]), np.array([[True, True, False]])
-    >>> jax.jit(penalize_repetition)(row, seen, np.array([2.0]))
-    Array([[ 1., -4.,  1.]], dtype=float32)
-
     References:
         Keskar et al., CTRL, 2019, arXiv:1909.05858; negative logits as in transformers.
     """
@@ -121,16 +117,8 @@ def penalize_counts(
 ) -> Float[jax.Array, "rows vocab"]:
     """Logits less a penalty for every time that their token was generated.
 
-    ::
-
-        z[v] - presence [counts[v] > 0] - frequency counts[v]
-
-    >>> one = np.ones(1, np.float32)
-    >>> jax.jit(penalize_counts)(np.zeros((1, 3)), np.array([[0, 1, 2]]), one, 2 * one)
-    Array([[ 0., -3., -5.]], dtype=float32)
-
-    References:
-        The API reference of OpenAI, which counts what was generated and not the prompt.
+    ``z[v] - presence [counts[v] > 0] - frequency counts[v]``, which counts what was generated and
+    not the prompt, as the API reference of OpenAI has it.
     """
     logits, often = checks.as_float(logits, "logits"), jnp.asarray(counts, jnp.float32)
     presence, frequency = (jnp.asarray(p)[:, None] for p in (presence, frequency))

@@ -28,13 +28,7 @@ _DRAFT, _ACCEPT, _INSTEAD = 1, 2, 3
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Speculation:
-    """The drafting member, and the lengths of drafts.
-
-    Attributes:
-        draft: the member that drafts: ``'expert'`` or ``'base'`` (the first of them), or its place
-            among large model, experts and bases.
-        lengths: numbers of tokens that may be drafted at once, ascending; each compiles a program.
-    """
+    """The drafting member, and the lengths of drafts; as of `DraftControl`."""
 
     draft: str | int = "expert"
     lengths: tuple[int, ...] = (2, 5)

@@ -166,12 +166,12 @@ class _Grids:
 
 
 def _biases(grids: _Grids, recipe: Recipe) -> dict[str, Candidate]:
-    doubt = methods.Uncertainty(measure="kurtosis", normalizer="classes")
+    doubt = methods.Uncertainty(normalizer="classes")
     betas = grids.bias(0.5, 1.0, 2.0, 4.0)
     # Without the z-score the bias is as small as features of length one make it.
     large = grids.bias(2.0, 8.0, 32.0, 128.0)
     return {
-        "amu": Candidate(method=methods.AMU.official(), recipe=recipe, grid=betas),
+        "amu": Candidate(method=methods.AMU(), recipe=recipe, grid=betas),
         "amu_kurtosis": Candidate(method=methods.AMU(uncertainty=doubt), recipe=recipe, grid=betas),
         "amu_paper": Candidate(method=methods.AMU.paper(), recipe=recipe, grid=large),
     }

@@ -13,7 +13,6 @@ from flax import nnx
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from logitjax import ops
-from logitjax.models._attention import Implementation
 from logitjax.models._bfloat16 import use_cpu_products
 from logitjax.models._config import DecoderConfig
 from logitjax.models._decoder import Decoder
@@ -130,7 +129,6 @@ def load_model(
     remat: str = "none",
     mesh: jax.sharding.Mesh | None = None,
     rules: ops.sharding.ShardingRules | None = None,
-    attention: Implementation = None,
 ) -> Decoder:
     """Load a decoder from a Hugging Face directory, a GGUF file, or by name.
 
@@ -150,7 +148,6 @@ def load_model(
         rules: how they are spread, such as `DECODER_RULES`; paths are like
             `segments/0/layers/0/attention/query/kernel`. Without rules every device holds
             everything.
-        attention: see `Decoder`.
 
     Returns:
         The `Decoder`.
@@ -182,7 +179,6 @@ def load_model(
         param_dtype=param_dtype,
         layout=layout,
         remat=remat,
-        attention=attention,
     )
     device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
     if device.platform == "cpu" and model.dtype == jnp.bfloat16:

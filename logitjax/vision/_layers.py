@@ -139,6 +139,10 @@ def max_pool(x: jax.Array, size: int, stride: int, pad: int = 0) -> jax.Array:
     return nnx.max_pool(x, (size, size), strides=(stride, stride), padding=padding)
 
 
+def avg_pool(x: jax.Array, size: int) -> jax.Array:
+    return nnx.avg_pool(x, (size, size), strides=(size, size)) if size > 1 else x
+
+
 def global_mean(x: Float[Array, "batch height width features"]) -> jax.Array:
     """Mean over all positions, in float32."""
     if x.dtype != jnp.float32:

@@ -1,6 +1,7 @@
 """What becomes of a picture before an encoder sees it."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -41,6 +42,17 @@ class Preprocessing:
     def __post_init__(self) -> None:
         if self.resize < self.size:
             raise ValueError(f"resize: expected at least size ({self.size}), got {self.resize}")
+
+    @classmethod
+    def of_names(cls, said: Mapping[str, Any], default: "Preprocessing", **sizes: Any) -> Any:
+        """With `mean`, `std` and `interpolation` of a file, and the default's where it has none."""
+        interpolation = said.get("interpolation") or "bicubic"
+        if interpolation not in ("bilinear", "bicubic"):
+            raise ValueError(f"interpolation: expected bilinear or bicubic, got {interpolation!r}")
+        colours = {
+            name: tuple(said.get(name) or getattr(default, name)) for name in ("mean", "std")
+        }
+        return dataclasses.replace(default, interpolation=interpolation, **colours, **sizes)
 
     def resized(self, size: int) -> "Preprocessing":
         """The same for pictures of another size, cut out of as much of the picture."""

@@ -27,13 +27,11 @@ class VQFit:
         assignment: ``[vocab]`` int32.
         codebook: ``[codes, hidden]`` float32, unigram-weighted mean rows.
         bias: ``[vocab]`` float32, ``(w_v - C_{m(v)}) . mean(h)`` plus the old bias.
-        inertia: k-means' objective by iteration, or empty.
     """
 
     assignment: jax.Array
     codebook: jax.Array
     bias: jax.Array
-    inertia: jax.Array
 
 
 def fit_assignment(
@@ -125,14 +123,13 @@ def _fitted(
     vocab = rows.shape[0]
     weights = unigram / jnp.maximum(unigram.sum(), 1e-30)
     weights = jnp.maximum(weights, 0.01 / vocab)  # tokens never seen need a code too
-    history = jnp.zeros(0)
     if method == "random":
         order = jax.random.permutation(key, vocab)
         code = (jnp.arange(vocab) * num_codes // vocab).astype(jnp.int32)  # sizes differ by one
         assignment = jnp.zeros(vocab, jnp.int32).at[order].set(code)
     else:
         plain = method == "kmeans"
-        found = fit_kmeans(
+        assignment, _ = fit_kmeans(
             rows,
             jnp.ones(vocab) if plain else weights**weight_power,
             None if plain else jnp.asarray(hidden_cov),
@@ -140,10 +137,9 @@ def _fitted(
             key=key,
             iterations=iterations,
         )
-        assignment, history = found.assignment, found.inertia
     codebook, _ = weighted_means(rows, weights, assignment, num_codes)
     bias = centred_bias(rows, codebook, assignment, hidden_mean, row_bias)
-    return VQFit(assignment, codebook, bias, history)
+    return VQFit(assignment, codebook, bias)
 
 
 def check_unigram(unigram: Any) -> None:

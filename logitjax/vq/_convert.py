@@ -171,7 +171,6 @@ class ConvertConfig:
             jnp.asarray(assignment),
             jnp.asarray(codebook),
             jnp.zeros(len(assignment)) if bias is None else jnp.asarray(bias),
-            jnp.zeros(0),  # no history of k-means
         )
         return VQHead.from_fit(fit, use_bias=self.use_bias), history
 
@@ -288,8 +287,8 @@ def _head_of(record: Mapping[str, Any], tensors: Mapping[str, np.ndarray], dtype
         parts = [jnp.asarray(tensors[name]) for name in ("codebooks", "codes", "bias")]
         codes = PackedCodes(*parts).unpacked() if options["packed"] else ProductCodes(*parts)
         return ProductHead.from_fit(codes, dtype=dtype, param_dtype=parts[0].dtype, **options)
-    kind = {"VQHead": VQHead}[record["kind"]]
     assignment = jnp.asarray(tensors["assignment"])
     bias = jnp.asarray(tensors.get("bias", np.zeros(len(assignment), np.float32)))
-    fit = VQFit(assignment, jnp.asarray(tensors["codebook"]), bias, jnp.zeros(0))
-    return kind.from_fit(fit, dtype=dtype, param_dtype=fit.codebook.dtype, **options)
+    fit = VQFit(assignment, jnp.asarray(tensors["codebook"]), bias)
+    types = {"dtype": dtype, "param_dtype": fit.codebook.dtype}
+    return {"VQHead": VQHead}[record["kind"]].from_fit(fit, **types, **options)

@@ -99,9 +99,9 @@ class ProductCodes:
                     iterations=iterations,
                 )
             )
-        codes = jnp.stack([f.assignment for f in found], axis=1)
+        codes, centres = zip(*found, strict=True)
         small = jnp.uint8 if num_codes <= 256 else jnp.uint16  # bytes are what decoding reads
-        return cls(jnp.stack([f.centres for f in found]), codes.astype(small))
+        return cls(jnp.stack(centres), jnp.stack(codes, axis=1).astype(small))
 
     def kernel(self) -> Float[jax.Array, "vocab hidden"]:
         """The rows that the codes stand for, `[vocab, hidden]`: every loss of a full head applies.
@@ -171,9 +171,8 @@ class ProductCodes:
 
     def packed(self) -> "PackedCodes":
         """The same with two codes a byte, for at most 16 of them, and tables rounded to bytes."""
-        codebooks, codes = jnp.asarray(self.codebooks), jnp.asarray(self.codes)
-        bias = jnp.zeros(codes.shape[0]) if self.bias is None else self.bias
-        return PackedCodes(codebooks, pack_codes(codes), bias)
+        bias = jnp.zeros(len(self.codes)) if self.bias is None else self.bias
+        return PackedCodes(jnp.asarray(self.codebooks), pack_codes(self.codes), bias)
 
 
 @jax.tree_util.register_dataclass
