@@ -8,7 +8,7 @@ from logitjax.commands.cli import field
 
 METHODS: tuple[str, ...] = (
     *("amu", "amu_kurtosis", "amu_paper", "amu_same_encoder"),
-    *("tip_adapter", "tip_adapter_f", "tip_x", "cafo", "ape", "ape_t", "dmn", "gda", "pro_ker"),
+    *("tip_adapter", "tip_adapter_f", "cafo", "ape", "ape_t", "dmn", "gda", "pro_ker"),
     *("clip_adapter", "task_res", "lp_plus_plus", "lp_plus_plus_released", "clap", "zs_lp"),
     *("linear_probe", "linear_probe_auxiliary", "cross_modal"),
 )

@@ -196,7 +196,6 @@ def _caches(grids: _Grids) -> dict[str, Candidate]:
     return {
         "tip_adapter": Candidate(method=methods.TipAdapter(), grid=wide),
         "tip_adapter_f": Candidate(method=methods.TipAdapterF(), recipe=tuned, grid=wide),
-        "tip_x": Candidate(method=methods.TipX(), grid=wide),
         "cafo": Candidate(method=methods.CaFo(), recipe=tuned, grid=cafo),
         "ape": Candidate(method=methods.APE(), grid=ape),
         "ape_t": Candidate(method=methods.APET(), recipe=Recipe.published("ape_t"), grid=ape_t),

@@ -422,10 +422,9 @@ class Decoder(nnx.Module):
             new.config = dataclasses.replace(new.config, logits_softcap=None)
         return new
 
-    def init_cache(self, batch: int, max_length: int, dtype: Any = None) -> Cache:
+    def init_cache(self, batch: int, max_length: int) -> Cache:
         """An empty cache in this model's layout and compute dtype."""
-        dtype = self.dtype if dtype is None else dtype
-        return Cache.init(self.config, batch, max_length, dtype, layout=self.layout)
+        return Cache.init(self.config, batch, max_length, self.dtype, layout=self.layout)
 
 
 def _default_positions(tokens: Array, segment_ids: Array | None, cache: Cache | None) -> jax.Array:

@@ -98,7 +98,6 @@ class ConvertConfig:
         targets: HeadTargets,
         *,
         statistics: HeadStatistics | None = None,
-        unigram: Array | None = None,
         start: VQFit | None = None,
         rows: Array | None = None,
         mesh: Mesh | None = None,
@@ -109,7 +108,6 @@ class ConvertConfig:
             head: the old head.
             targets: from `HiddenCache.head_targets`, for the same positions.
             statistics: statistics of ``hidden``.
-            unigram: ``[vocab]`` counts; by default the counts that the old head expects.
             start: a fit to tune, instead of a new one; not of a `ScreenedHead`.
             rows: ``[vocab, hidden]`` that re-score; None takes the model's embedding.
             mesh: as for `Tuning.run`.
@@ -119,9 +117,8 @@ class ConvertConfig:
             ``moved``).
         """
         statistics = head_statistics(hidden) if statistics is None else statistics
-        unigram = targets.counts if unigram is None else unigram
         kmeans: Any = dict(
-            unigram=jnp.asarray(unigram),
+            unigram=jnp.asarray(targets.counts),  # what the old head expects
             key=jax.random.key(self.seed),
             weight_power=self.weight_power,
             iterations=self.kmeans_iterations,
@@ -180,7 +177,6 @@ class ConvertConfig:
         batches: Iterable[Mapping[str, Any]],
         workdir: str | os.PathLike[str],
         *,
-        unigram: Array | None = None,
         source: str = "",
         mesh: Mesh | None = None,
     ) -> Conversion:
@@ -198,7 +194,6 @@ class ConvertConfig:
             batches: packed batches of one tokenizer, as for `HiddenCache.of`.
             workdir: a directory or an object store: what is kept there is memory-mapped from a
                 local disk, and read whole from a store.
-            unigram: ``[vocab]`` counts from more text than is cached; they weigh the rows.
             source: names the batches, see `HiddenCache.of`.
             mesh: tuning splits its positions over it; every process of a run calls this with the
                 same arguments, and process 0 writes.
@@ -230,7 +225,6 @@ class ConvertConfig:
             old,
             cache.hidden,
             targets,
-            unigram=unigram,
             rows=None if model.config.tie_embeddings else jnp.asarray(old.rows),
             mesh=mesh,
         )

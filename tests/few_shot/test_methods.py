@@ -150,7 +150,6 @@ METHODS = {
     "linear_probe_auxiliary": few_shot.methods.LinearProbe(source="auxiliary"),
     "cross_modal": few_shot.methods.CrossModal(),
     "lp_plus_plus": few_shot.methods.LPPlusPlus(),
-    "tip_x": few_shot.methods.TipX(beta=1.0, sharpness=5.5),
     "dmn": few_shot.methods.DMN(beta=0.5, shots=4),
     "ape_t": few_shot.methods.APET(channels=8),
     "gda": few_shot.methods.GDA(beta=1.0),
