@@ -71,7 +71,8 @@ class Cache:
                 stacked = layout == "stacked"
                 lead = (spec.repeats, batch) if stacked else (batch,)
                 layers = spec.pattern if stacked else spec.pattern * spec.repeats
-                shapes = [(*lead, config.num_kv_heads, slots[w], config.head_dim) for w in layers]
+                heads, dim = config.num_kv_heads, config.head_dim
+                shapes = [(*lead, heads, slots[window], dim) for window, _ in layers]
                 segments.append(tuple(jnp.zeros(shape, dtype) for shape in shapes))
             return tuple(segments)
 

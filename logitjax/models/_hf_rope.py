@@ -73,6 +73,23 @@ def rope_settings(
     }
 
 
+def rope_by_kind(fields: Fields, settings: Mapping[str, Any], local: Any) -> dict[str, Any]:
+    """`rope_settings` where layers with a window turn unscaled, by a base of their own."""
+    given, parameters = fields.mapping("rope_scaling"), fields.mapping("rope_parameters")
+    if parameters and not {"full_attention", "sliding_attention"} & set(parameters):
+        raise fields.wrong("rope_parameters", "an object for each kind of layer")
+    inner = dict(parameters.get("sliding_attention") or {})
+    if scaling_kind(inner) != "default":
+        raise fields.wrong("rope_parameters", "no scaling of layers with a window")
+    if "type" in given and "rope_type" not in given:
+        # transformers takes it for no scaling at all.
+        raise fields.wrong("rope_scaling", "its kind under the name rope_type")
+    check_scaling(inner, "default", fields)
+    full = dict(parameters.get("full_attention") or {}) | given
+    theta = rope_number(inner, "rope_theta", fields, local)
+    return rope_settings(fields, settings, full) | {"rope_local_theta": theta}
+
+
 def scaling_kind(scaling: Mapping[str, Any]) -> str:
     return scaling.get("rope_type") or scaling.get("type") or "default"
 

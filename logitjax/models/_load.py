@@ -20,7 +20,7 @@ from logitjax.models._gguf import GgufSource
 from logitjax.models._gguf_config import gguf_config
 from logitjax.models._hf_config import config_from_hf
 from logitjax.models._tiny import tiny_config, tiny_decoder, tiny_seed
-from logitjax.models._weight_map import Path, TensorSpec, gguf_tensors, hf_tensors
+from logitjax.models._weight_map import Path, TensorSpec, gguf_tensors, hf_tensors, interleaved
 from logitjax.storage import guard, hub_snapshot, package_file, progress, read_json
 from logitjax.storage.weights import SafetensorsSource
 
@@ -367,7 +367,7 @@ def _reader(
             # Interleaved or side-by-side parts do not lie in consecutive rows.
             values, first = source.read(spec.name, dtype=dtype), 0
             if spec.rope_heads:
-                values = _deinterleave(values, spec.rope_heads)
+                values = interleaved(values, spec, undo=True)
             part = [slice(None)] * values.ndim
             part[spec.axis] = slice(start, start + size)
             values = values[tuple(part)]
@@ -388,10 +388,3 @@ def _part(values: np.ndarray, index: Any, first: int, spec: TensorSpec) -> np.nd
     if spec.shift:
         out = out - spec.shift
     return out.T if spec.transpose else out
-
-
-def _deinterleave(values: np.ndarray, heads: int) -> np.ndarray:
-    """Rows (pair, half) of each head, as llama.cpp stores them, back to (half, pair)."""
-    shape = values.shape
-    pairs = values.reshape(heads, shape[0] // heads // 2, 2, *shape[1:])
-    return pairs.swapaxes(1, 2).reshape(shape)
