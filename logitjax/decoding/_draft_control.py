@@ -153,9 +153,5 @@ class DraftControl:
 
 
 def expected_tokens(acceptance: float, length: int) -> float:
-    """Tokens of a round whose drafts are accepted with this probability, independently.
-
-    >>> expected_tokens(0.5, 2), expected_tokens(1.0, 4)
-    (1.75, 5.0)
-    """
+    """Tokens of a round whose drafts are accepted with this probability, independently."""
     return sum(acceptance**n for n in range(length + 1))

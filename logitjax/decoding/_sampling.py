@@ -128,11 +128,7 @@ def penalize_counts(
 def allow_only(
     logits: Float[Array, "rows vocab"], allowed: Shaped[Array, "rows words"]
 ) -> Float[jax.Array, "rows vocab"]:
-    """Logits of tokens whose bit is set, ``v % 32`` of word ``v // 32``; ``-inf`` for the others.
-
-    >>> jax.jit(allow_only)(np.zeros((1, 3)), np.array([[0b101]], np.uint32))
-    Array([[  0., -inf,   0.]], dtype=float32)
-    """
+    """Logits of tokens whose bit is set, `v % 32` of word `v // 32`; `-inf` for the others."""
     logits, words = checks.as_float(logits, "logits"), jnp.asarray(allowed, jnp.uint32)
     tokens = jnp.arange(logits.shape[-1], dtype=jnp.uint32)
     bits = jnp.repeat(words, 32, axis=-1)[:, : len(tokens)] >> (tokens % 32)
@@ -167,10 +163,10 @@ def truncate(
     top_p: Float[Array, " rows"] | None = None,
     min_p: Float[Array, " rows"] | None = None,
 ) -> Float[jax.Array, "rows vocab"]:
-    """Logits of the tokens that stay; ``-inf`` for the others.
+    """Logits of the tokens that stay, by `Sampling`'s thresholds; `-inf` for the others.
 
-    All three, as of `Sampling`, are thresholds on the logit, found exactly by 32 sweeps that fix it
-    bit by bit: no sort, a different k in every row, and the most likely token always stays.
+    The thresholds are found exactly, by 32 sweeps that fix them bit by bit: no sort, another k a
+    row.
     """
     logits = checks.as_float(logits, "logits")
     peak = logits.max(axis=-1, keepdims=True)
@@ -207,8 +203,7 @@ def sampling_logits(
 ) -> Float[jax.Array, "rows vocab"]:
     """Logits whose softmax is the distribution that tokens are drawn from.
 
-    Temperature, then top-k, top-p and min-p of each row; what no row asks for costs nothing. A
-    row of temperature 0 keeps only its largest logits.
+    A row of temperature 0 keeps only its largest logits; what no row asks for costs nothing.
     """
     logits = checks.as_float(logits, "logits")
     cold = rows.temperature == 0
@@ -229,10 +224,7 @@ def sample(
     counts: Int[Array, " rows"],
     keys: Shaped[jax.Array, " rows"] | None = None,
 ) -> Int[jax.Array, " rows"]:
-    """One token a row, the most likely where the temperature is 0, after `counts` drawn before.
-
-    `keys` take the place of those of `row_keys`.
-    """
+    """One token a row after `counts` drawn before, the most likely where the temperature is 0."""
     logits = checks.as_float(logits, "logits")
     greedy = logits.argmax(axis=-1).astype(jnp.int32)
 

@@ -186,11 +186,8 @@ class APE(Method):
     def _chosen(self, task: FewShotTask, keys: jax.Array, weights: jax.Array) -> jax.Array:
         """Numbers of the channels that tell classes apart, by weights and keys as released.
 
-        ::
-
-            -w0 * mean_{i != j}(A[:, i] A[:, j]) / (s + 1)^2 + w1 * var_i(W[:, i])
-
-        A is W plus the sum of each class's s keys (the mean number where classes differ).
+        `-w0 * mean_{i != j}(A[:, i] A[:, j]) / (s + 1)^2 + w1 * var_i(W[:, i])`, where A is W plus
+        the sum of each class's s keys (the mean number where classes differ).
         """
         weights, classes = checks.as_float(weights, "class_weights"), weights.shape[-1]
         hit = one_hot(task.labels, classes, weights.dtype)

@@ -255,10 +255,6 @@ def _learned(grids: _Grids, short: Recipe) -> dict[str, Candidate]:
 
 
 def _product(**values: Sequence[float]) -> dict[str, list[float]]:
-    """The product of the values as columns of equal length; `__` in a name stands for a dot.
-
-    >>> _product(beta=[1.0, 2.0], training__learning_rate=[0.1])
-    {'beta': [1.0, 2.0], 'training.learning_rate': [0.1, 0.1]}
-    """
+    """The product of the values as columns of equal length; `__` in a name stands for a dot."""
     mesh = np.meshgrid(*values.values(), indexing="ij")
     return {name.replace("__", "."): m.ravel().tolist() for name, m in zip(values, mesh)}

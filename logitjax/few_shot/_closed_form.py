@@ -35,9 +35,8 @@ def gaussian_classifier(
         P = d (C'C + t I)^-1;    W_k = P mu_k;  b_k = -log K - mu_k' P mu_k / 2
 
     The condition of `C'C + t I` is at most n, so a Cholesky factor serves where the released code
-    takes a pseudo-inverse; with fewer examples than features it is that of `C C' + t I`. A class
-    without an example has zero weights and the mean bias of the others. Where no class has two
-    examples, all are zero. A row with the label -1 is not there.
+    takes a pseudo-inverse. A class without an example has zero weights and the mean bias of the
+    others; where no class has two examples, all are zero.
     """
     checks.shapes(features=(features, "float n features"), labels=(labels, "int n"))
     features, labels = checks.as_float(features, "features"), jnp.asarray(labels)
@@ -91,12 +90,7 @@ class GDA(Method):
     trains: ClassVar[bool] = False
 
     def check(self, task: FewShotTask) -> None:
-        """Refuses images none of which is the second of a class: nothing says how wide one is.
-
-        Raises:
-            TypeError: Labels that are not integers.
-            ValueError: No class has two examples.
-        """
+        """Refuses images none of which is the second of a class: nothing says how wide one is."""
         task.check()
         if isinstance(task.labels, Tracer):
             return

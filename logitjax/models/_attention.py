@@ -32,10 +32,10 @@ LONG = 4096
 
 @dataclasses.dataclass(frozen=True)
 class AttentionContext:
-    """Rotations, mask and cache slots shared by all layers with the same window.
+    """What all layers of one kind share: rotations, mask and cache slots.
 
-    `key_tables` are there where a cache keeps keys unrotated, as their rotation will change when
-    the sequence grows beyond the length that a model was first trained on.
+    `key_tables` are there where a cache keeps keys unrotated, whose rotation changes with the
+    length.
     """
 
     window: Window
@@ -170,10 +170,7 @@ def _attend_in_blocks(
     context: AttentionContext,
     **options: Any,
 ) -> Float[jax.Array, "batch time heads dim"]:
-    """Blocked attention; where the mesh splits the time, each device has a part of the queries.
-
-    Keys and values are gathered, a few megabytes a layer, and the scores stay in parts.
-    """
+    """Blocked attention; where the mesh splits the time, each device has a part of the queries."""
     options["window"] = context.window
     axes = on_mesh.auto_axes(sharding.MeshAxes.current().sequence, query.shape[1])
     if not axes:

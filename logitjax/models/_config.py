@@ -16,11 +16,10 @@ Kind = tuple[Window, bool]
 class RopeScaling:
     """How rotary frequencies are stretched beyond the length a model was first trained on.
 
-    `kind`: `'linear'` divides all frequencies by `factor`; `'llama3'` only the slow ones;
-    `'yarn'` ramps between both by the number of turns (between whole
-    pairs where `truncate`); `'longrope'` divides each frequency by
-    its own number (`short_factors` up to `original_max_length`, else `long_factors`);
-    `'factors'` divides by `short_factors` always (the `rope_freqs` tensor of a GGUF file).
+    `'linear'` divides all frequencies by `factor`; `'llama3'` only the slow ones; `'yarn'` ramps
+    between both by the number of turns (between whole pairs where `truncate`); `'longrope'` divides
+    each by its own number (`short_factors` up to `original_max_length`, else `long_factors`);
+    `'factors'` always by `short_factors` (the `rope_freqs` tensor of a GGUF file).
     """
 
     kind: Literal["linear", "llama3", "yarn", "longrope", "factors"]

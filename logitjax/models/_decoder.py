@@ -92,8 +92,7 @@ def _rematerialised(function: Callable, remat: str) -> Callable:
 def _over_batch(x: jax.Array) -> jax.Array:
     """Keeps activations split over batch and time where a mesh is known, as in a `TrainStep`.
 
-    Left alone the compiler may follow the embedding, which is split along the model dimension over
-    the same axis, and then sums every matmul over all devices.
+    Else the compiler may split them as the embedding is, and sums every matmul over all devices.
     """
     names = ops.sharding.MeshAxes.current()
     rows = ops.mesh.auto_axes(names.rows, x.shape[0])
@@ -104,8 +103,8 @@ def _over_batch(x: jax.Array) -> jax.Array:
 def _look_up(table: jax.Array, ids: Array, mode: str | None = None) -> jax.Array:
     """Rows of a table; on a mesh of which `shard_map` has taken a part, in a way that compiles.
 
-    XLA ends the process at a gather from a table that is split there. So each device looks up all
-    ids in its part of the model dimension, as XLA chooses elsewhere.
+    XLA ends the process at a gather from a split table there: each device looks up all ids in its
+    part.
     """
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)

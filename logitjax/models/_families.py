@@ -87,9 +87,8 @@ def find_family(
 ) -> Family:
     """The family of which one of the `names` is this one.
 
-    Raises:
-        ValueError: There is none; says which family is nearest, by the keys of its config.json
-            (`raw`) and then by name, and how to read it as that one or to bring another.
+    Where there is none, the error says which is nearest, by the keys of its config.json (`raw`) and
+    then by name, and how to read it as that one or to bring another.
     """
     families = list(all_families())
     for family in families:

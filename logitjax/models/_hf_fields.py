@@ -57,11 +57,7 @@ def key_value(config: DecoderConfig, key: str) -> Any:
 
 
 def check_readable(raw: Mapping[str, Any], where: str) -> None:
-    """Refuse by name what no family computes: layers without attention, and packed weights.
-
-    Raises:
-        ValueError: Names the key, and the kind of layer or of weights.
-    """
+    """Refuse by name what no family computes: layers without attention, and packed weights."""
     inner = raw.get("text_config")
     for part in (raw, inner if isinstance(inner, Mapping) else {}):
         kinds = part.get("layer_types")
@@ -81,11 +77,7 @@ def check_readable(raw: Mapping[str, Any], where: str) -> None:
 
 
 def check_keys(raw: Mapping[str, Any], family: Family, where: str) -> None:
-    """Refuse what might change the mathematics and is not known.
-
-    Raises:
-        ValueError: Names the key.
-    """
+    """Refuse what might change the mathematics and is not known, by the name of its key."""
     known = {*family.keys, *family.aliases, *family.ignored, *_HARMLESS}
     for key, value in raw.items():
         if key in known or key.startswith("_"):
@@ -182,11 +174,11 @@ def windows(
     off: bool = False,
     heeds_types: bool = True,
 ) -> tuple[Window, ...]:
-    """The window of each layer: by `layer_types` where they are given, else by `is_local`.
+    """The window of each layer: by `layer_types` where they are given, else by `is_local`, else of
+    all.
 
-    When that is omitted all have `sliding_window`, if there is one; `off` says that it means
-    nothing. transformers heeds no `layer_types` in some families, where other programs do: there
-    they are to say what the rule says.
+    `off` says that a window means nothing. Where transformers heeds no `layer_types`, and other
+    programs do, they are to say what the rule says.
     """
     layers, kinds = fields.integer("num_hidden_layers"), fields["layer_types"]
     if kinds is not None and (

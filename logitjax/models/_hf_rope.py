@@ -46,9 +46,6 @@ def rope_settings(
 
     What the scaling (that of `scaling_of` when omitted) says wins over the keys beside it. Only
     where `partial` is true may a head turn in part.
-
-    Raises:
-        ValueError: A kind of scaling or a key of it that is not known, or one that is missing.
     """
     scaling = scaling_of(fields) if scaling is None else scaling
     kind, head_dim = scaling_kind(scaling), settings["head_dim"]
@@ -164,11 +161,7 @@ def _mscale(factor: float, weight: float) -> float:
 
 
 def scaling_fields(config: DecoderConfig) -> dict[str, Any] | None:
-    """The `rope_scaling` of a configuration, in the form that all versions read.
-
-    Raises:
-        ValueError: Factors of a GGUF file, which Hugging Face's format cannot say.
-    """
+    """The `rope_scaling` of a configuration, in the form that all versions read."""
     scaling = config.rope_scaling
     if scaling is None:
         return None

@@ -14,9 +14,9 @@ Path = tuple[str, ...]
 class TensorSpec:
     """One checkpoint tensor: our leaves, joined along `axis` of the checkpoint's layout.
 
-    `layer` is None for what is not in a layer. `transpose` turns our `[in, out]` into the
-    checkpoint's `[out, in]`. `rope_heads` > 0: of each head's rows the first `rope_dim` are stored
-    with rotary pairs interleaved. `shift` was added to the values when they were stored.
+    `layer` is None outside of layers. `transpose` turns `[in, out]` into `[out, in]`. Of each of
+    `rope_heads` heads' rows the first `rope_dim` have rotary pairs interleaved. `shift` was added
+    to the values.
     """
 
     name: str

@@ -92,23 +92,7 @@ class ModifiedResNet(nnx.Module):
 
 
 class CLIP(nnx.Module):
-    """Both towers. Called with pictures it is the vision tower.
-
-    Args:
-        config: sizes.
-
-    >>> import numpy as np
-    >>> config = CLIPConfig(
-    ...     embed_dim=8, image_size=8, patch_size=4, vision_layers=1, vision_width=16,
-    ...     vision_heads=2, text_width=16, text_heads=2, text_layers=1, context_length=6,
-    ...     vocab_size=20,
-    ... )
-    >>> def both(images, tokens):
-    ...     clip = CLIP(config, rngs=nnx.Rngs(0))
-    ...     return clip(images), clip.text_features(tokens)
-    >>> tokens = np.array([[18, 3, 19, 0, 0, 0]])
-    >>> [features.shape for features in jax.eval_shape(both, np.zeros((2, 8, 8, 3)), tokens)]
-    [(2, 8), (1, 8)]
+    """Both towers; called with pictures it is the vision tower.
 
     References:
         Radford et al. (arXiv 2103.00020).
@@ -139,8 +123,5 @@ class CLIP(nnx.Module):
         return self.vision.last_projection
 
     def text_features(self, tokens: Int[Array, "batch length"]) -> Features:
-        """float32 ``[batch, embed_dim]`` of texts; not of length one.
-
-        What follows the last token of the vocabulary, which ends a text, plays no part.
-        """
+        """float32 `[batch, embed_dim]` of texts, as far as their last token; not of length one."""
         return jnp.asarray(self.text(jnp.asarray(tokens)), jnp.float32)

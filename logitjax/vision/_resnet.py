@@ -40,9 +40,8 @@ class BasicBlock(nnx.Module):
 class Bottleneck(nnx.Module):
     """A 3x3 convolution of a quarter of the channels between two 1x1 ones, and a shortcut.
 
-    The 3x3 convolution has the stride, as in torchvision, and perhaps more channels (`widen`) or
-    several groups of them. CLIP's are `pooled`: means in place of strides, so that nothing is
-    skipped.
+    The 3x3 one has the stride, as in torchvision, more channels (`widen`) or `groups` of them.
+    CLIP's are `pooled`: means in place of strides.
     """
 
     def __init__(
@@ -110,11 +109,6 @@ def _stage(
 
 class CifarResNet(nnx.Module):
     """ResNet of depth 6n + 2 for images of about 32 pixels: three stages of n basic blocks.
-
-    >>> def features(images):
-    ...     return CifarResNet(8, rngs=nnx.Rngs(0))(images)
-    >>> jax.eval_shape(features, jax.ShapeDtypeStruct((2, 32, 32, 3), "float32")).shape
-    (2, 64)
 
     References:
         He et al. (arXiv 1512.03385) with 1x1 projections; widths and names as in mdistiller.

@@ -15,12 +15,8 @@ from logitjax.ops import mesh as on_mesh
 def cluster_log_mass(
     bias: Float[Array, " vocab"], assignment: Int[Array, " vocab"], num_codes: int
 ) -> Float[jax.Array, " codes"]:
-    """Log of the summed exponentials of the biases within each cluster.
-
-    All that the normaliser of a vector-quantised head has to know of the vocabulary: O(V) once per
-    step, not per token. ::
-
-        log B_k = log sum_{v: m(v) = k} exp(b_v)
+    """``log B_k = log sum_{v: m(v) = k} exp(b_v)``: all that a normaliser has to know of the
+    vocabulary.
     """
     bias = _float32(bias)
     # A log-sum-exp by cluster. Less its largest bias nothing overflows, and the peak cancels in the

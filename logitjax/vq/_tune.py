@@ -227,12 +227,7 @@ def tune_vq_head(
     min_count: float = 1.0,
     mesh: Mesh | None = None,
 ) -> tuple[Array, Array | None, Array, dict[str, list[float]]]:
-    """Tunes codebook and biases to the old head, and every so many steps the mapping as well.
-
-    The expected divergence, over all positions and the whole vocabulary, is minimised at the cost
-    of K scores a position. With `reassign_every`, tokens move to the code under which they are
-    most likely (`logitjax.vq.reassign`); the last moves come well before the end.
-    """
+    """Tunes codebook and biases to the old head, and now and then the mapping (`reassign`)."""
     params = {"codebook": jnp.asarray(codebook)}
     if bias is not None:
         params["bias"] = jnp.asarray(bias)
