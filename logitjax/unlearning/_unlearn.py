@@ -23,8 +23,6 @@ from logitjax.models import (
     DecoderConfig,
     Lora,
     load_model,
-    load_peft,
-    save_peft,
     save_pretrained,
     with_layout,
 )
@@ -274,7 +272,7 @@ class Unlearning:
     def _trained(self, candidate: Mapping[str, Any]) -> Lora | Decoder:
         """The adapters of a candidate, or the model of which all was trained."""
         folder = self.directory / _name(candidate)
-        return self._read(folder) if not self.config.adapters else load_peft(folder, self._adapted)
+        return self._read(folder) if not self.config.adapters else Lora.load(folder, self._adapted)
 
     def _read(self, folder: epath.Path) -> Decoder:
         return with_layout(load_model(str(folder), dtype=self.model.dtype), self.model.layout)
@@ -442,7 +440,7 @@ class Unlearning:
 
     def _save(self, weights: Any, folder: epath.Path) -> None:
         if self.config.adapters:
-            save_peft(weights, self._adapted, folder)
+            weights.save(self._adapted, folder)
             return
         graphdef, _, rest = nnx.split(self.model, nnx.Param, ...)
         save_pretrained(nnx.merge(graphdef, weights, rest), None, folder)
@@ -575,8 +573,8 @@ class Unlearning:
             return folder, Deployed(model=self._read(folder))
         folder = staged / "adapter"
         adapters = scaled(trained, self.config.method.sign * strength)
-        save_peft(adapters, self.model.config, folder, base=self.base)
-        return folder, Deployed(model=merged(load_peft(folder, self.model.config), self.model))
+        adapters.save(self.model.config, folder, base=self.base)
+        return folder, Deployed(model=merged(Lora.load(folder, self.model.config), self.model))
 
 
 def _name(candidate: Mapping[str, Any]) -> str:
