@@ -700,7 +700,7 @@ ELSEWHERE = {
         unlearning.Unlearning unlearning.examine
         unlearning.judge unlearning.relearning
  unlearning.share_interval unlearning.split_rows
-        serving.Key serving.Listening serving.ServerConfig serving.build_app serving.request_model
+        serving.Key serving.Listening serving.ServerConfig serving.build_app
         vq.HiddenCache vq.load_head
  few_shot.load few_shot.read_pictures
  decoding.Engine decoding.generate

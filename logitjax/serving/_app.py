@@ -92,6 +92,7 @@ def build_app(
     ]
     if config.hidden_states:
         states = HiddenStates(service, model.decoder)
+        scheduler.compiles.append(states.compile)
         routes.append(Route("/v1/hidden_states", states.endpoint, methods=["GET", "POST"]))
     paths = frozenset(route.path for route in routes)
     middleware = [Middleware(Observed, metrics=metrics, paths=paths)]
