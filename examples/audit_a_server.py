@@ -52,7 +52,7 @@ print(f"{opened.queries} queries")
 with server(*common, "--top_logprobs=5", "--bias=none") as address:
     oracle = leakage.HttpOracle(address, leakage.LogitPolicy(top_k=5))
     closed = leakage.audit(oracle, prompts, VOCABULARY, head=head)
-print(f"five, and no bias: {leakage.verdict(closed.leak, unlike=closed.unlike)}")
+print(f"five, and no bias: {closed.verdict}")
 assert str(opened.width) == str(head.shape[1])
 assert opened.leak > 0.99
 assert (closed.leak or 0) < 0.1

@@ -220,26 +220,15 @@ def _audit(
         corner=min(config.corner, len(prompts)),
     )
     _write_recovered(found, out / "recovered" / f"{name}.npz")
-    row = None
-    if found.row is not None:
-        # The true error where the model is here, else what can be proved.
-        error = found.row.error_bound if found.row_error is None else found.row_error
-        row = (error, found.row.queries, found.row.coverage)
-    loss = None if found.utility is None else found.utility.get("kl")
-    width = found.width
-    # Without the truth a width cannot be wrong, only absent.
-    sees_width = truth is None or (width is not None and width.estimate == truth.head.shape[1])
     tests = [] if found.protocol is None else found.protocol.findings
     return {
         "policy": name,
-        "width": None if width is None else str(width),
+        "width": None if found.width is None else str(found.width),
         "leak": found.leak,
         "queries": found.queries,
         "values": found.values,
-        "KL": loss,
-        "verdict": leakage.verdict(
-            found.leak, loss=loss, sees_width=sees_width, row=row, unlike=found.unlike
-        ),
+        "KL": (found.utility or {}).get("kl"),
+        "verdict": found.verdict,
         "unlike": found.unlike,
         "tests": [dataclasses.asdict(test) for test in tests],
     }

@@ -151,6 +151,27 @@ class LogitPolicy:
             f"dummy_R_A, cap_C, draws, sampling or argmax, got {name!r}"
         )
 
+    @property
+    def step(self) -> float:
+        """Half the distance of neighbouring values that an answer can hold."""
+        return 0.0 if self.decimals is None else 0.5 * 10.0**-self.decimals
+
+    @property
+    def harvests(self) -> bool:
+        """Whether draws alone tell values: the drawn token's own, and no bias is taken."""
+        told = self.sampled and self.returns == "logprobs"
+        return told and self.top_k == 0 and self.bias == "none"
+
+    def row_queries(self, vocab: int) -> int:
+        """Queries for a row where a bias moves what is reported: `1 + ceil((V - 1) / (K - 1))`.
+
+        >>> LogitPolicy(top_k=5).row_queries(5000)
+        1251
+        """
+        if self.top_k is None:
+            return 1
+        return vocab if self.top_k < 2 else 1 + math.ceil((vocab - 1) / (self.top_k - 1))
+
     def value_nats(self, vocab: int) -> float:
         """Most nats that the values of one answer tell: which tokens they are of, and their cells.
 
