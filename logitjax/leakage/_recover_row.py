@@ -140,12 +140,13 @@ def recover_log_probs(
     # Of logits answers tell differences; the normaliser comes last.
     values = values - (values[0] if policy.returns == "logits" else 0.0)
     found, known = np.full(vocab_size, np.nan, np.float32), np.zeros(vocab_size, bool)
-    found[told] = values
     known[told] = policy.floor is None or values > policy.floor
+    found[told] = np.where(known[told], values, np.nan)
+    reference = int(told[0]), float(values[0])
     missing, queries = wanted[wanted != told[0]], 1
     for largest in biases:
         if len(missing):
-            queries += _lift(oracle, prompt, (told[0], values[0]), missing, largest, group, found)
+            queries += _lift(oracle, prompt, reference, missing, largest, group, found)
             known |= np.isfinite(found)
         missing = missing[~known[missing]]
     found = np.where(known, _normalised(found) if policy.returns == "logits" else found, np.nan)
