@@ -10,19 +10,12 @@ from logitjax.ops import Array, checks, top_k
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeadAlignment:
-    """A recovered subspace beside the head that made it.
+    """A recovered subspace beside the head that made it."""
 
-    Attributes:
-        relative_rms: ``|W - basis G| / |W|``, with the best G.
-        overlap: mean squared cosine of the principal angles, over the head's dimensions.
-        chance: overlap of a random subspace of this size: dimension / V.
-        leak: overlap beyond chance: 0 for a random subspace, 1 for the head's own.
-    """
-
-    relative_rms: float
-    overlap: float
-    chance: float
-    leak: float
+    relative_rms: float  # |W - basis G| / |W|, with the best G
+    overlap: float  # mean squared cosine of the principal angles, over the head's dimensions
+    chance: float  # overlap of a random subspace of this size: dimension / V
+    leak: float  # overlap beyond chance: 0 for a random subspace, 1 for the head's own
 
 
 def align_head(

@@ -15,21 +15,13 @@ _dsyrk: Any = scipy.linalg.get_blas_funcs("syrk", dtype=np.float64)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows less their means, visited by blocks of tokens.
+    """Rows less their means, visited by blocks of tokens."""
 
-    Attributes:
-        rows: ``[n, vocab]``.
-        block_size: Tokens in a block.
-        means: ``[n]``, zero unless rows are centred.
-        centre: Whether they are.
-        scales: ``[n]`` and ``[vocab]`` that rows and tokens are multiplied by; None for ones.
-    """
-
-    rows: np.ndarray
+    rows: np.ndarray  # [n, vocab]
     block_size: int
-    means: np.ndarray
+    means: np.ndarray  # [n], zero unless rows are centred
     centre: bool
-    scales: tuple[np.ndarray, np.ndarray] | None = None
+    scales: tuple[np.ndarray, np.ndarray] | None = None  # [n] and [vocab], of rows and tokens
 
     @classmethod
     def of(cls, rows: np.ndarray, *, centre: bool, block_size: int) -> "Table":

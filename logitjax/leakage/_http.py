@@ -91,7 +91,7 @@ class HttpOracle(Meter):
             BudgetExhaustedError: As for `ask`.
         """
         self.charge(len(prompts))
-        return list(map(self.counted, self._pool.map(self._echoed, prompts)))
+        return [self.counted([one]) for one in self._pool.map(self._echoed, prompts)]
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -110,9 +110,9 @@ class HttpOracle(Meter):
         tokens = np.array([[token for token, _ in row] for row in found], np.int32)
         if self.policy.returns == "token":
             values = values[:, :0]
-        return self.counted(Answer(values=values, tokens=tokens))
+        return self.counted([(values, tokens)])
 
-    def _echoed(self, prompt: Any) -> Answer:
+    def _echoed(self, prompt: Any) -> tuple[np.ndarray, np.ndarray]:
         tokens, k = np.asarray(prompt).tolist(), self.policy.top_k
         body = {
             "prompt": tokens,
@@ -127,10 +127,8 @@ class HttpOracle(Meter):
         rows = [sorted(tops.items(), key=lambda pair: -pair[1])[:k] for tops in said]
         if len(rows) != len(tokens) - 1 or any(len(row) != k for row in rows):
             raise ValueError(f"url: expected {k} values at each of {len(tokens) - 1} positions")
-        return Answer(
-            values=np.array([[value for _, value in row] for row in rows], np.float32),
-            tokens=np.array([[_token_id(name) for name, _ in row] for row in rows], np.int32),
-        )
+        values = np.array([[value for _, value in row] for row in rows], np.float32)
+        return values, np.array([[_token_id(name) for name, _ in row] for row in rows], np.int32)
 
     def _one(
         self, prompt: Any, bias: Mapping[str, float] | None, temperature: float

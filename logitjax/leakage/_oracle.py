@@ -29,9 +29,11 @@ class Meter:
             )
         self.queries += count
 
-    def counted(self, answer: Answer) -> Answer:
-        self.values += int(np.size(answer.values))
-        return answer
+    def counted(self, parts: Sequence[Sequence[Any]]) -> Answer:
+        """One answer of several, each with its values and tokens."""
+        values, tokens = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        self.values += values.size
+        return Answer(values=values, tokens=tokens)
 
 
 class LogitOracle(Meter):
@@ -101,17 +103,11 @@ class LogitOracle(Meter):
             BudgetExhaustedError: the budget would be exceeded.
         """
         self.charge(len(prompts))
-        answers = []
-        for start in range(0, len(prompts), self._batch_size):
-            rows = self._logits(prompts[start : start + self._batch_size])
-            part = prompts[start : start + self._batch_size]
-            answers.append(self._report(rows, part, temperature))
-        return self.counted(
-            Answer(
-                values=np.concatenate([a.values for a in answers]),
-                tokens=np.concatenate([a.tokens for a in answers]),
-            )
-        )
+        parts = [
+            prompts[start : start + self._batch_size]
+            for start in range(0, len(prompts), self._batch_size)
+        ]
+        return self.counted([self._report(self._logits(p), p, temperature) for p in parts])
 
     def ask_biased(
         self,
@@ -145,14 +141,8 @@ class LogitOracle(Meter):
                 values = np.concatenate([values, np.repeat(values[-1:], short, 0)])
             served = np.broadcast_to(row, (size, row.shape[-1]))
             found = self._report(served, [prompt] * size, temperature, part, values)
-            keep = size - short
-            answers.append((found.values[:keep], found.tokens[:keep]))
-        return self.counted(
-            Answer(
-                values=np.concatenate([values for values, _ in answers]),
-                tokens=np.concatenate([tokens for _, tokens in answers]),
-            )
-        )
+            answers.append([array[: size - short] for array in found])
+        return self.counted(answers)
 
     def _logits(self, prompts: Sequence[Any] | Array) -> np.ndarray:
         """Rows of the cache; what is missing is computed, prompts of one length together."""
@@ -185,20 +175,18 @@ class LogitOracle(Meter):
         temperature: float,
         tokens: Any = None,
         bias: Any = None,
-    ) -> Answer:
+    ) -> tuple[np.ndarray, np.ndarray]:
         numbers = [LogitPolicy.prompt_number(prompt) for prompt in prompts]
-        fresh = None
+        fresh = draw = None
         if self.policy.noise and self.policy.noise_per == "query":
             self._noise, key = jax.random.split(self._noise)
             fresh = jax.random.split(key, len(numbers))
-        draw = None
         if temperature > 0:
             self._draws, draw = jax.random.split(self._draws)
         keys = _keys(self._api, np.asarray(numbers, np.uint32))
-        values, where = _answer(
-            self.policy, rows, keys, self._api, fresh, tokens, bias, temperature, draw
-        )
-        return Answer(values=np.asarray(values), tokens=np.asarray(where))
+        options = keys, self._api, fresh, tokens, bias, temperature, draw
+        values, where = _answer(self.policy, rows, *options)
+        return np.asarray(values), np.asarray(where)
 
 
 @jax.jit

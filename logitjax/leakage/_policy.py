@@ -3,7 +3,8 @@
 import dataclasses
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,20 @@ _CHOICES = {
     "bias": ("none", "sampling", "reported"),
     "noise_per": ("prompt", "query"),
 }
+# Fields by the first part of a name, from its other parts.
+_NAMED: dict[str, Callable[..., dict[str, Any]]] = {
+    "full": lambda: {},
+    "round": lambda decimals: {"decimals": int(decimals)},
+    "noise": lambda sigma: {"noise": float(sigma)},
+    "floor": lambda floor: {"floor": float(floor)},
+    "top": lambda k, bias="": {"top_k": int(k)} | _BIASED[bias],
+    "dummy": lambda dims, scale: {"dummy_dims": int(dims), "dummy_scale": float(scale)},
+    "cap": lambda cap: {"soft_cap": float(cap)},
+    "draws": lambda: {"top_k": 0, "sampled": True},
+    "sampling": lambda: {"top_k": 0, "sampled": True, "bias": "sampling"},
+    "argmax": lambda: {"returns": "token", "bias": "sampling"},
+}
+_BIASED = {"": {}, "bias": {"bias": "reported", "decimals": 7}, "sampling": {"bias": "sampling"}}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,37 +134,15 @@ class LogitPolicy:
         """
         kind, *rest = name.split("_")
         try:
-            match kind, rest:
-                case "full", []:
-                    return cls()
-                case "round", [decimals]:
-                    return cls(decimals=int(decimals))
-                case "noise", [sigma]:
-                    return cls(noise=float(sigma))
-                case "floor", [floor]:
-                    return cls(floor=float(floor))
-                case "top", [k]:
-                    return cls(top_k=int(k))
-                case "top", [k, "bias"]:
-                    return cls(top_k=int(k), bias="reported", decimals=7)
-                case "top", [k, "sampling"]:
-                    return cls(top_k=int(k), bias="sampling")
-                case "dummy", [dims, scale]:
-                    return cls(dummy_dims=int(dims), dummy_scale=float(scale))
-                case "cap", [cap]:
-                    return cls(soft_cap=float(cap))
-                case "draws", []:
-                    return cls(top_k=0, sampled=True)
-                case "sampling", []:
-                    return cls(top_k=0, sampled=True, bias="sampling")
-                case "argmax", []:
-                    return cls(returns="token", bias="sampling")
+            return cls(**_NAMED[kind](*rest))
+        except (KeyError, TypeError):
+            raise ValueError(
+                "policy: expected full, round_D, noise_S, floor_F, top_K, top_K_bias, "
+                "top_K_sampling, dummy_R_A, cap_C, draws, sampling or argmax, got "
+                f"{name!r}"
+            ) from None
         except ValueError as error:
             raise ValueError(f"policy {name!r}: {error}") from None
-        raise ValueError(
-            "policy: expected full, round_D, noise_S, floor_F, top_K, top_K_bias, top_K_sampling, "
-            f"dummy_R_A, cap_C, draws, sampling or argmax, got {name!r}"
-        )
 
     @property
     def step(self) -> float:
@@ -300,34 +293,29 @@ class LogitPolicy:
         if self.top_k is None or self.top_k >= values.shape[-1]:
             tokens = jnp.broadcast_to(jnp.arange(values.shape[-1]), values.shape)
             return Answer(values=values, tokens=tokens)
-        if drawn is None:
-            values, tokens = top_k(values, self.top_k)
-            return Answer(values=values, tokens=tokens)
-        own = jnp.take_along_axis(values, drawn, axis=-1)
+        own = None if drawn is None else jnp.take_along_axis(values, drawn, axis=-1)
         if self.top_k == 0:
             return Answer(values=own, tokens=drawn)
         values, tokens = top_k(values, self.top_k)
-        return Answer(
-            values=jnp.concatenate([own, values], axis=-1),
-            tokens=jnp.concatenate([drawn, tokens], axis=-1),
-        )
+        if drawn is not None:
+            values, tokens = (
+                jnp.concatenate(pair, axis=-1) for pair in ((own, values), (drawn, tokens))
+            )
+        return Answer(values=values, tokens=tokens)
 
     def _biased(self, values: jax.Array, tokens: jax.Array, bias: Array | None) -> jax.Array:
         if self.bias == "none":
             raise ValueError("bias_tokens: expected none, got some: this API takes no logit bias")
-        if bias is None or jnp.shape(bias) != tokens.shape:
-            raise ValueError(
-                f"bias_values: expected the shape of bias_tokens, {tokens.shape}, "
-                f"got {None if bias is None else jnp.shape(bias)}"
-            )
+        shape = None if bias is None else jnp.shape(bias)
+        if bias is None or shape != tokens.shape:
+            raise ValueError(f"bias_values: expected the shape {tokens.shape}, got {shape}")
         if tokens.shape[-1] > self.max_biased:
             raise ValueError(
                 f"bias_tokens: expected at most {self.max_biased} a query, got {tokens.shape[-1]}"
             )
         bias = jnp.clip(jnp.asarray(bias, jnp.float32), -self.bias_limit, self.bias_limit)
-        flat = values.reshape(-1, values.shape[-1])
-        rows = jnp.arange(flat.shape[0])[:, None]
-        where = jnp.broadcast_to(tokens, (*values.shape[:-1], tokens.shape[-1]))
-        where = where.reshape(-1, where.shape[-1])
-        add = jnp.broadcast_to(bias, (*values.shape[:-1], tokens.shape[-1])).reshape(where.shape)
-        return flat.at[rows, where].add(add).reshape(values.shape)
+        flat, shape = values.reshape(-1, values.shape[-1]), (*values.shape[:-1], tokens.shape[-1])
+        where, add = (
+            jnp.broadcast_to(part, shape).reshape(len(flat), -1) for part in (tokens, bias)
+        )
+        return flat.at[jnp.arange(len(flat))[:, None], where].add(add).reshape(values.shape)

@@ -23,14 +23,10 @@ _FORMATS = (("float8", 20, 3), ("bfloat16", 16, 7), ("float16", 13, 10))
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One test of a server.
+    """One test: what the server does, the probability of such answers if it did not, the size.
 
-    Attributes:
-        test: What was tested.
-        seen: What the server does.
-        p: Probability of such answers if it did not.
-        effect: Its size, in nats if `seen` does not say of what; 1e9 where a number is missing.
-        declared: Whether the policy says the same.
+    The `effect` is in nats if `seen` does not say of what, 1e9 where a number is missing.
+    `declared` is whether the policy says the same.
     """
 
     test: str
@@ -44,12 +40,8 @@ class Finding:
 class Protocol:
     """What tests say of a server.
 
-    Attributes:
-        policy: As declared, with the decimals that were seen.
-        findings: The tests in turn.
-        first: Values after the first prompt, by token.
-        sigma: Standard deviation of a value between equal queries, an upper bound; 0 without noise.
-        step: Half the distance of neighbouring values.
+    `policy` has the decimals that were seen, `first` the values after the first prompt. `sigma` is
+    an upper bound of a value's deviation between equal queries, `step` half a lattice's.
     """
 
     policy: LogitPolicy
@@ -116,10 +108,15 @@ def infer_protocol(protocol: Protocol, oracle: Any, prompts: Any) -> None:
     protocol.repeated("one prompt again", equal)
     if policy.returns == "token" or policy.sampled:
         _draws(protocol, oracle, prompt)
-    if policy.returns == "token":
-        if hasattr(oracle, "draws"):
-            _choices(protocol, oracle, prompts)
-        return
+    if policy.returns != "token":
+        _values(protocol, oracle, prompts, equal)
+    if hasattr(oracle, "draws"):
+        _choices(protocol, oracle, prompts)
+
+
+def _values(protocol: Protocol, oracle: Any, prompts: Any, equal: Answer) -> None:
+    """Lattice, mass and temperature of reported values, and what a bias and an echo do."""
+    policy, prompt = oracle.policy, prompts[0]
     protocol.first = first = _means(equal)
     values = np.asarray(oracle.ask(prompts[:_PROMPTS]).values, np.float64)
     _lattice(protocol, values)
@@ -134,8 +131,6 @@ def infer_protocol(protocol: Protocol, oracle: Any, prompts: Any) -> None:
     _bias(protocol, oracle, prompt)
     if hasattr(oracle, "read") and policy.top_k and len(prompt) > 2:
         _echo(protocol, oracle, prompt)
-    if hasattr(oracle, "draws"):
-        _choices(protocol, oracle, prompts)
 
 
 def ask_at_end(protocol: Protocol, oracle: Any, prompt: Any) -> None:

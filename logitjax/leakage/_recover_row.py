@@ -25,21 +25,13 @@ class Asked(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecoveredRow:
-    """A row of log-probabilities.
+    """A row of log-probabilities."""
 
-    Attributes:
-        log_probs: ``[vocab]``, float32 nats; NaN where nothing was found.
-        known: ``[vocab]``, bool.
-        error_bound: nats, from the decimals and the number format of the answers.
-        queries: what it took.
-        method: ``reference``, ``forced`` or ``harvested``, see `recover_log_probs`; ``searched``.
-    """
-
-    log_probs: np.ndarray
-    known: np.ndarray
-    error_bound: float
+    log_probs: np.ndarray  # [vocab], float32 nats; NaN where nothing was found
+    known: np.ndarray  # [vocab]
+    error_bound: float  # nats, from the decimals and the number format of the answers
     queries: int
-    method: str
+    method: str  # reference, forced or harvested, see `recover_log_probs`; searched
 
     @property
     def coverage(self) -> float:

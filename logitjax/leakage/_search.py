@@ -19,16 +19,11 @@ _ROUNDED = 2.0**-18
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SearchedLogits:
-    """Bounds of logits less the largest one, in nats.
+    """Bounds `[m]` of logits less the largest one, in nats.
 
-    Attributes:
-        tokens: `[m]`, which tokens.
-        lower: `[m]`; -inf where a token stayed below the assumed range.
-        upper: `[m]`.
-        queries: What it took.
-        contradictions: Answers that no logits agree with, which were left out: the API adds fresh
-            noise, and the bounds hold up to it only. Most answers under noise agree with some
-            logits, so none is no proof.
+    A `lower` of -inf is of a token that stayed below the assumed range. `contradictions` counts
+    answers that no logits agree with, which were left out: the API adds fresh noise, and the bounds
+    hold up to it only. Most answers under noise agree with some logits, so none is no proof.
     """
 
     tokens: np.ndarray

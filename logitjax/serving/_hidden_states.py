@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
@@ -74,15 +73,11 @@ class HiddenStates:
 
     async def endpoint(self, http: HttpRequest) -> Response:
         service, loop = self._service, asyncio.get_running_loop()
-        config = service.config
-        key = find_key(config.keys, http.headers.get("authorization", ""))
         if http.method == "GET":
+            find_key(service.config.keys, http.headers.get("authorization", ""))
             content = await loop.run_in_executor(service.readers, self._about)
             return Response(content, media_type="application/octet-stream")
-        try:
-            body = await read_body(http, most=config.max_body_bytes, seconds=config.body_seconds)
-        except ClientDisconnect:
-            return Response(status_code=499)
+        key, body = await read_body(service, http)
         reading = self._checked(parse_json(body))
         tokens, content = sum(map(len, reading.documents)), b""
         spent = service.accounts.reserve(key, queries=len(reading.documents), tokens=tokens)

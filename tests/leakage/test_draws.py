@@ -32,7 +32,7 @@ class Seeded:
             return int(z.argmax())
         u = z if self.before else z / heat
         u = np.where(u >= u.max() + np.log(least or 1e-300), z / heat, -np.inf)
-        key = [fields["seed"], *(hash(fields.get(name)) % 2**32 for name in self.mixed)]
+        key = [fields["seed"], *(int(1e9 * fields.get(name, 0)) for name in self.mixed)]
         key += [crowd] if self.company else []
         key += [prompt[0]] if self.prompts else []
         rng = np.random.default_rng(key)
