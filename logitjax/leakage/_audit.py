@@ -100,7 +100,8 @@ class Audit:
             seen = self.width is not None and self.width.estimate == self.hidden
             hidden = "" if seen else "; only the width is hidden"
             return f"open: the head's subspace is out{hidden}{cost}"
-        return f"closed{cost}" if self.leak <= CLOSED else f"part of the head leaks{cost}"
+        kind = "closed to these attacks" if self.leak <= CLOSED else "part of the head leaks"
+        return kind + cost
 
 
 def audit(

@@ -98,7 +98,7 @@ def test_a_cheap_defence_that_hides_the_width_only_is_said_to_do_so():
     assert audit.verdict.endswith("only the width is hidden")
     assert dataclasses.replace(audit, hidden=40).verdict.endswith("is out")
     dear = dataclasses.replace(audit, alignment=types.SimpleNamespace(leak=0.02), utility={"kl": 2})
-    assert dear.verdict == "closed, and honest users pay for it"
+    assert dear.verdict == "closed to these attacks, and honest users pay for it"
 
 
 def test_what_an_answer_shows_is_learnt_best_by_its_own_writer():
