@@ -5,7 +5,7 @@
 
 With `--model` alone each `--policy` is put in front of the model in this process: `full`, `round_D`
 (D decimals), `noise_S` (S nats), `floor_F`, `top_K`, `top_K_bias` (a logit bias moves what is
-reported), `dummy_R_A`, `cap_C`, `draws` (the drawn token's own log-probability), `sampling` (the
+reported), `draws` (the drawn token's own log-probability), `sampling` (the
 same, and a bias moves what is drawn) or `argmax` (the token alone, and a bias moves it).
 
 With `--url` a server on this machine is asked instead: `logitjax serve`, or any other with OpenAI's
@@ -76,7 +76,7 @@ class Config:
         "Number of rows and columns of the corner that is asked for through a bias. 0 for none.",
         minimum=0,
     )
-    seed: int = field(0, "Seed of noise, of random prompts and of dummy dimensions.")
+    seed: int = field(0, "Seed of noise and of random prompts.")
     dtype: Literal["float32", "bfloat16"] = field("float32", "Compute type of the model.")
 
     def __post_init__(self) -> None:

@@ -47,7 +47,7 @@ class LogitOracle(Meter):
         apply_fn: ``tokens [n, length] -> [n, vocab]``: logits of the position after the last.
         policy: what the API does.
         budget: largest number of queries; None for any.
-        seed: seed of the API's noise and dummy dimensions.
+        seed: seed of the API's noise and draws.
         batch_size: number of prompts in a forward pass.
         cache_size: number of prompts whose logits are kept.
 
@@ -176,16 +176,16 @@ class LogitOracle(Meter):
         tokens: Any = None,
         bias: Any = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        numbers = [LogitPolicy.prompt_number(prompt) for prompt in prompts]
-        fresh = draw = None
+        draw = None
         if self.policy.noise and self.policy.noise_per == "query":
             self._noise, key = jax.random.split(self._noise)
-            fresh = jax.random.split(key, len(numbers))
+            keys = jax.random.split(key, len(prompts))
+        else:
+            numbers = [LogitPolicy.prompt_number(prompt) for prompt in prompts]
+            keys = _keys(self._api, np.asarray(numbers, np.uint32))
         if temperature > 0:
             self._draws, draw = jax.random.split(self._draws)
-        keys = _keys(self._api, np.asarray(numbers, np.uint32))
-        options = keys, self._api, fresh, tokens, bias, temperature, draw
-        values, where = _answer(self.policy, rows, *options)
+        values, where = _answer(self.policy, rows, keys, tokens, bias, temperature, draw)
         return np.asarray(values), np.asarray(where)
 
 
@@ -196,18 +196,13 @@ def _keys(key: jax.Array, numbers: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _answer(
-    policy: LogitPolicy,
-    rows: Any,
-    keys: Any,
-    api: Any,
-    fresh: Any,
-    tokens: Any,
-    bias: Any,
-    temperature: Any,
-    draw: Any,
+    policy: LogitPolicy, rows: Any, keys: Any, tokens: Any, bias: Any, temperature: Any, draw: Any
 ) -> tuple[jax.Array, jax.Array]:
-    served = policy.disturb(rows, keys, api_key=api, noise_key=fresh)
     answer = policy.report(
-        served, bias_tokens=tokens, bias_values=bias, temperature=temperature, key=draw
+        policy.disturb(rows, keys),
+        bias_tokens=tokens,
+        bias_values=bias,
+        temperature=temperature,
+        key=draw,
     )
     return jnp.asarray(answer.values), jnp.asarray(answer.tokens)

@@ -26,8 +26,6 @@ _NAMED: dict[str, Callable[..., dict[str, Any]]] = {
     "noise": lambda sigma: {"noise": float(sigma)},
     "floor": lambda floor: {"floor": float(floor)},
     "top": lambda k, bias="": {"top_k": int(k)} | _BIASED[bias],
-    "dummy": lambda dims, scale: {"dummy_dims": int(dims), "dummy_scale": float(scale)},
-    "cap": lambda cap: {"soft_cap": float(cap)},
     "draws": lambda: {"top_k": 0, "sampled": True},
     "sampling": lambda: {"top_k": 0, "sampled": True, "bias": "sampling"},
     "argmax": lambda: {"returns": "token", "bias": "sampling"},
@@ -53,11 +51,9 @@ class LogitPolicy:
 
     ::
 
-        z <- cap tanh(z / cap)                      soft_cap
-        z <- z + dummy_scale std(z) E u / sqrt(r)   r dummy_dims: E of the API, u of the prompt
-        z <- z + noise e                            e of the prompt
-        y = z + bias                                where bias moves what is reported
-        y <- log_softmax(y)                         returns="logprobs"
+        z <- z + noise e         e of the prompt
+        y = z + bias             where bias moves what is reported
+        y <- log_softmax(y)      returns="logprobs"
         y <- max(y, floor), rounded to decimals, the top_k largest
 
     Attributes:
@@ -75,9 +71,6 @@ class LogitPolicy:
         noise_per: ``prompt``: the same prompt gets the same noise, so repeated queries average
             nothing. ``query``: fresh noise, which can be averaged away.
         floor: lowest value that is reported.
-        dummy_dims: number of random directions added to the logits, to hide the hidden dimension.
-        dummy_scale: size of these directions relative to the logits' standard deviation.
-        soft_cap: soft cap of the logits, in nats.
 
     References:
         Carlini et al., Stealing part of a production language model, 2024, sections 4 to 8, for the
@@ -94,9 +87,6 @@ class LogitPolicy:
     noise: float = 0.0
     noise_per: str = option("prompt", choices=_CHOICES["noise_per"])
     floor: float | None = None
-    dummy_dims: int = 0
-    dummy_scale: float = 0.1
-    soft_cap: float | None = None
 
     def __post_init__(self) -> None:
         for name, known in _CHOICES.items():
@@ -106,13 +96,11 @@ class LogitPolicy:
             ("top_k", self.top_k if self.top_k or not self.sampled else None),
             ("max_biased", self.max_biased),
             ("bias_limit", self.bias_limit),
-            ("soft_cap", self.soft_cap),
         ):
             if value is not None:
                 checks.positive(value, name)
-        for name, value in (("noise", self.noise), ("dummy_dims", self.dummy_dims)):
-            if value < 0:
-                raise ValueError(f"{name}: expected at least 0, got {value}")
+        if self.noise < 0:
+            raise ValueError(f"noise: expected at least 0, got {self.noise}")
 
     @classmethod
     def parse(cls, name: str) -> "LogitPolicy":
@@ -121,10 +109,9 @@ class LogitPolicy:
         Args:
             name: `full`, `round_D` (D decimals), `noise_S` (S nats), `floor_F`, `top_K` (K values
                 and no bias), `top_K_bias` (with a bias that moves what is reported),
-                `top_K_sampling` (with one that does not), `dummy_R_A` (R directions of relative
-                size A), `cap_C`, `draws` (the drawn token's own value, no bias), `sampling` (the
-                same, and a bias moves what is drawn) or `argmax` (the token alone, and a bias
-                moves it).
+                `top_K_sampling` (with one that does not), `draws` (the drawn token's own value, no
+                bias), `sampling` (the same, and a bias moves what is drawn) or `argmax` (the token
+                alone, and a bias moves it).
 
         Raises:
             ValueError: The name is none of these, or its numbers make no policy.
@@ -138,8 +125,7 @@ class LogitPolicy:
         except (KeyError, TypeError):
             raise ValueError(
                 "policy: expected full, round_D, noise_S, floor_F, top_K, top_K_bias, "
-                "top_K_sampling, dummy_R_A, cap_C, draws, sampling or argmax, got "
-                f"{name!r}"
+                f"top_K_sampling, draws, sampling or argmax, got {name!r}"
             ) from None
         except ValueError as error:
             raise ValueError(f"policy {name!r}: {error}") from None
@@ -202,42 +188,14 @@ class LogitPolicy:
         return int.from_bytes(digest[:4], "little")
 
     def disturb(
-        self,
-        logits: Float[Array, "*batch vocab"],
-        prompt_key: Key[jax.Array, "*batch"],
-        *,
-        api_key: Key[jax.Array, ""],
-        noise_key: Key[jax.Array, "*batch"] | None = None,
+        self, logits: Float[Array, "*batch vocab"], keys: Key[jax.Array, "*batch"]
     ) -> Float[jax.Array, "*batch vocab"]:
-        """Logits after soft cap, dummy dimensions and noise, before any request changes them.
-
-        Args:
-            logits: ``[*batch, vocab]``.
-            prompt_key: ``[*batch]``, one a prompt: the same prompt, the same key.
-            api_key: key of the API, which draws the dummy directions.
-            noise_key: ``[*batch]``, for noise that is fresh in every query.
-
-        Returns:
-            ``[*batch, vocab]``, float32.
-        """
+        """Logits with noise, before any request changes them, float32; equal keys, equal noise."""
         logits = checks.as_float(logits, "logits")
-        vocab = logits.shape[-1]
-        if self.soft_cap is not None:
-            logits = self.soft_cap * jnp.tanh(logits / self.soft_cap)
-        flat = logits.reshape(-1, vocab)
-        keys = prompt_key.reshape(-1)
-        if self.dummy_dims:
-            directions = jax.random.normal(api_key, (self.dummy_dims, vocab))
-            inside = jax.vmap(
-                lambda k: jax.random.normal(jax.random.fold_in(k, 1), (self.dummy_dims,))
-            )
-            size = self.dummy_scale * flat.std(axis=-1, keepdims=True) / self.dummy_dims**0.5
-            flat = flat + size * (inside(keys) @ directions)
-        if self.noise:
-            keys = keys if noise_key is None else noise_key.reshape(-1)
-            draw = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, 2), (vocab,)))
-            flat = flat + self.noise * draw(keys)
-        return flat.reshape(logits.shape)
+        if not self.noise:
+            return logits
+        draw = jax.vmap(lambda key: jax.random.normal(key, logits.shape[-1:]))
+        return logits + self.noise * draw(keys.reshape(-1)).reshape(logits.shape)
 
     def report(
         self,

@@ -18,7 +18,7 @@ from experiments.shared import suite
 from logitjax import models
 from logitjax.decoding import Ensemble
 from logitjax.leakage import Ledger, LogitPolicy
-from logitjax.serving import ServerConfig, build_app
+from logitjax.serving import ServerConfig, _scheduler, build_app
 from logitjax.serving._schema import request_model
 from tests.rigs._red_team import CONFIDENCE, Asker, Body, Reply, attackers, choice_of, spelled
 from tests.rigs._server_client import call
@@ -130,6 +130,8 @@ def attacked(
     )  # fmt: skip
     schema = request_model(config, chat=False).model_json_schema()
     letters, vocab, rows = letters_of(tokenizer), len(row), []
+    # One token is asked for, or two: further steps of a chunk would be thrown away.
+    _scheduler._STEPS = 1
     with asyncio.Runner() as runner:
         app = build_app(model, tokenizer, [tokenizer.eos_id or 0], config)
         context = app.router.lifespan_context(app)
