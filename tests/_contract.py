@@ -721,6 +721,6 @@ ELSEWHERE = {
         storage.hub_snapshot storage.may_pass storage.package_file storage.read_json storage.require
         storage.option storage.progress storage.read_head storage.write_atomic storage.write_head
         leakage.HttpOracle leakage.LogitOracle leakage.audit
-        leakage.recover_log_probs leakage.search_logits
+        leakage.recover_log_probs
         fusion.vocabulary_map""",
 }

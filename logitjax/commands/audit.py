@@ -170,16 +170,8 @@ def _prepare(config: Config) -> tuple[np.ndarray, int, Truth | None]:
 def _logits(model: models.Decoder, prompts: np.ndarray, batch_size: int) -> np.ndarray:
     """`[n, vocab]`, what follows each prompt."""
     graphdef, state = nnx.split(model)
-    last, parts = decoding.next_token_program(graphdef), []
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
-        short = batch_size - len(batch)
-        # The last batch as full as the others, for one program.
-        batch = np.concatenate([batch, np.repeat(batch[-1:], short, 0)])
-        parts.append(np.asarray(last(state, batch))[: batch_size - short])
-        if start // batch_size % 10 == 0:
-            logging.info("prompt %d of %d", start, len(prompts))
-    return np.concatenate(parts)
+    last, starts = decoding.next_token_program(graphdef), range(0, len(prompts), batch_size)
+    return np.concatenate([np.asarray(last(state, prompts[i : i + batch_size])) for i in starts])
 
 
 def _oracle(config: Config, name: str, prompts: np.ndarray, truth: Truth | None) -> Any:

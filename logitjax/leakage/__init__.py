@@ -2,8 +2,8 @@
 
 It is for those who run a model and choose what its API reports. `LogitOracle` puts a `LogitPolicy`
 in front of a model in the same process and counts queries. `audit` runs all attacks and sums them
-up. The attacks are `recover_log_probs`, `search_logits` and `estimate_output_subspace`;
-`align_head` measures how much of the head has leaked. `Choice` and `Ledger` bound what chosen
+up. The attacks are `recover_log_probs` and `estimate_output_subspace`; `align_head` measures how
+much of the head has leaked. `Choice` and `Ledger` bound what chosen
 tokens tell.
 """
 
@@ -16,5 +16,4 @@ from logitjax.leakage._http import HttpOracle as HttpOracle
 from logitjax.leakage._oracle import LogitOracle as LogitOracle
 from logitjax.leakage._policy import LogitPolicy as LogitPolicy
 from logitjax.leakage._recover_row import recover_log_probs as recover_log_probs
-from logitjax.leakage._search import search_logits as search_logits
 from logitjax.leakage._subspace import estimate_output_subspace as estimate_output_subspace

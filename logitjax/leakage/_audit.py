@@ -15,7 +15,6 @@ from logitjax.leakage._oracle import BudgetExhaustedError, LogitOracle
 from logitjax.leakage._policy import LogitPolicy
 from logitjax.leakage._protocol import Protocol, ask_at_end, infer_protocol, tell_again
 from logitjax.leakage._recover_row import RecoveredRow, corner_matrix, recover_log_probs
-from logitjax.leakage._search import search_logits
 from logitjax.leakage._subspace import OutputSubspace, estimate_output_subspace
 from logitjax.leakage._width import OutputWidth
 from logitjax.ops import Array
@@ -180,7 +179,9 @@ def _attacked(
     if policy.returns == "token" and policy.bias == "none":
         return Audit(prompts=0)
     if policy.returns == "token" or (policy.bias == "reported" and policy.top_k == 1):
-        return Audit(prompts=1, row=_searched_row(oracle, prompts[0], vocab_size))
+        some = np.random.default_rng(0).permutation(vocab_size)[:SEARCHED]
+        row = recover_log_probs(oracle, prompts[0], vocab_size, tokens=some)
+        return Audit(prompts=1, row=row)
     if policy.harvests or policy.bias == "reported" or (policy.bias != "none" and policy.sampled):
         return _by_bias(oracle, prompts, vocab_size, head, 0 if policy.harvests else corner)
     return _by_rows(oracle, prompts, vocab_size, head, logits)
@@ -241,27 +242,6 @@ def _by_bias(oracle: Any, prompts: Any, vocab_size: int, head: Any, corner: int)
         subspace=subspace,
         tokens=columns,
         alignment=None if head is None else align_head(subspace.basis, np.asarray(head)[columns]),
-    )
-
-
-def _searched_row(oracle: Any, prompt: Any, vocab_size: int) -> RecoveredRow:
-    """Some of a row by comparisons; where it is not all, differences to its largest value."""
-    columns = np.random.default_rng(0).permutation(vocab_size)[:SEARCHED]
-    span = min(40.0, oracle.policy.bias_limit)
-    searched = search_logits(oracle, prompt, columns, span=span)
-    log_probs, middle = np.full(vocab_size, np.nan, np.float32), searched.middle
-    log_probs[columns] = middle
-    known = np.isfinite(log_probs)
-    if known.all():
-        log_probs -= np.log(np.exp(log_probs, dtype=np.float64).sum())
-    widths = (searched.upper - searched.lower)[np.isfinite(middle)]
-    return RecoveredRow(
-        log_probs=log_probs,
-        known=known,
-        # Answers that contradict each other bound nothing.
-        error_bound=math.inf if searched.contradictions else float(widths.max(initial=0.0)),
-        queries=searched.queries,
-        method="searched",
     )
 
 

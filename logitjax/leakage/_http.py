@@ -1,5 +1,6 @@
 """An oracle over HTTP: the same audit against one's own server on the loopback interface."""
 
+import collections
 import concurrent.futures
 import http.client
 import ipaddress
@@ -59,13 +60,12 @@ class HttpOracle(Meter):
         self, prompt: Any, bias_tokens: Any, bias_values: Any, *, temperature: float = 0.0
     ) -> Answer:
         """Many queries about one prompt, each with its own logit bias."""
-        tokens, values = np.asarray(bias_tokens), np.asarray(bias_values, float)
-        biases = []
-        for row, amounts in zip(tokens, np.broadcast_to(values, tokens.shape), strict=True):
-            added: dict[str, float] = {}
-            for token, amount in zip(row.tolist(), amounts.tolist(), strict=True):
-                added[str(token)] = added.get(str(token), 0.0) + amount
-            biases.append(added)
+        tokens = np.asarray(bias_tokens)
+        amounts = np.broadcast_to(np.asarray(bias_values, float), tokens.shape)
+        biases: list[Any] = [collections.defaultdict(float) for _ in tokens]
+        for added, row, sizes in zip(biases, tokens.tolist(), amounts.tolist(), strict=True):
+            for token, size in zip(row, sizes, strict=True):
+                added[str(token)] += size
         return self._all([(prompt, bias) for bias in biases], temperature)
 
     def draws(self, prompt: Any, fields: Sequence[Mapping[str, Any]]) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,19 @@ import numpy as np
 
 from logitjax.leakage._policy import Answer, LogitPolicy
 from logitjax.ops import Array, checks
+
+
+@runtime_checkable
+class Asked(Protocol):
+    """What is asked: a `LogitOracle`, or a client of a server of one's own."""
+
+    policy: LogitPolicy
+
+    def ask(self, prompts: Any, /, *, temperature: float = 0.0) -> Answer: ...
+
+    def ask_biased(
+        self, prompt: Any, bias_tokens: Any, bias_values: Any, /, *, temperature: float = 0.0
+    ) -> Answer: ...
 
 
 class BudgetExhaustedError(ValueError):

@@ -8,11 +8,10 @@ from logitjax.leakage import (
     audit,
     estimate_output_subspace,
     recover_log_probs,
-    search_logits,
 )
 from logitjax.leakage._policy import Answer
 from logitjax.leakage._recover_row import harvested
-from logitjax.leakage._search import Boxes, _one_of_n
+from logitjax.leakage._search import Boxes, _one_of_n, search_logits
 from tests.leakage._models import head_and_states, log_softmax, oracle_of
 
 LOGITS = np.random.default_rng(0).standard_normal(60) * 4
@@ -34,7 +33,7 @@ def test_the_drawn_token_s_own_value_gives_any_other_through_a_bias():
     for policy, reason in (
         (LogitPolicy(top_k=5, bias="sampling"), "only the top k can be seen"),
         (LogitPolicy(top_k=5, sampled=True), "only what is drawn can be seen"),
-        (LogitPolicy.parse("argmax"), "search_logits finds them"),
+        (LogitPolicy(returns="token"), "takes a logit bias"),
     ):
         with pytest.raises(ValueError, match=reason):
             recover_log_probs(oracle_of(LOGITS[None], policy), [0], 60)

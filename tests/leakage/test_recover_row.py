@@ -59,6 +59,13 @@ def test_a_floor_hides_and_is_not_mistaken_for_a_value():
     assert not row.known[hidden].any()
 
 
+def test_one_value_a_query_is_searched_for():
+    logits = _logits(20, 3.0)
+    row = recover_log_probs(oracle_of(logits[None], LogitPolicy(top_k=1, bias="reported")), [0], 20)
+    assert (row.method, row.coverage) == ("searched", 1.0)
+    np.testing.assert_allclose(row.log_probs, log_softmax(logits), atol=row.error_bound)
+
+
 def test_what_cannot_work_is_refused_with_the_reason():
     logits = _logits(20)[None]
     with pytest.raises(ValueError, match="move with a bias, got bias='sampling'"):
@@ -67,8 +74,6 @@ def test_what_cannot_work_is_refused_with_the_reason():
     whole = LogitPolicy(returns="logits", sampled=True, bias="sampling")
     with pytest.raises(ValueError, match="a whole row"):
         recover_log_probs(oracle_of(logits, whole), [0], 20)
-    with pytest.raises(ValueError, match="two values or more, got fewer; search_logits"):
-        recover_log_probs(oracle_of(logits, LogitPolicy(top_k=1, bias="reported")), [0], 20)
     policy = LogitPolicy(top_k=5, bias="reported", decimals=1)
     with pytest.raises(ValueError, match="answers have 1 decimals"):
         recover_log_probs(oracle_of(logits, policy), [0], 20)
