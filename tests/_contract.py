@@ -269,7 +269,6 @@ TABLE: dict[str, Case] = {
     "losses.kl_divergence, reverse": _pair(losses.kl_divergence, direction="reverse"),
     "losses.kl_divergence": _pair(losses.kl_divergence),
     "losses.generalized_jensen_shannon": _pair(losses.generalized_jensen_shannon),
-    "losses.total_variation": _pair(losses.total_variation),
     "losses.graph_statistics": Case(
         call=lambda logits: losses.graph_statistics(logits, 2),
         arrays={"logits": LOGITS},
@@ -305,7 +304,6 @@ TABLE: dict[str, Case] = {
     ),
     "losses.linear_kl_divergence": _heads(losses.linear_kl_divergence),
     "losses.linear_generalized_jensen_shannon": _heads(losses.linear_generalized_jensen_shannon),
-    "losses.linear_total_variation": _heads(losses.linear_total_variation),
     "losses.linear_sparse_kl_divergence": Case(
         call=lambda hidden, head, **top: losses.linear_sparse_kl_divergence(
             hidden, head, _top(**top), blocks=BLOCKS
@@ -479,7 +477,7 @@ TABLE: dict[str, Case] = {
     ),
     "distillation.graph_on_logits": Case(
         call=lambda student, teacher: distillation.graph_on_logits(
-            student, teacher, config=distillation.GraphConfig(k=3)
+            student, teacher, config=distillation.terms.GLD(k=3)
         )[0],
         swept=True,
         loss={"constant": ("teacher",)},
@@ -654,7 +652,7 @@ ELSEWHERE = {
         few_shot.Candidate few_shot.Pictures few_shot.fit""",
     "values that functions above take or give; what they refuse is tested beside them": """
         ops.Static losses.Blocks losses.Head losses.Readout
-        losses.GraphStatistics losses.LogProbs distillation.GraphConfig
+        losses.GraphStatistics losses.LogProbs
         few_shot.FeatureIdentity heads.HeadCost heads.Assignment
         vq.ConvertConfig vq.Screen vq.Tuning distillation.LayerPruning
         distillation.Objective

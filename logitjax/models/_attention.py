@@ -172,10 +172,16 @@ def _attend_in_blocks(
 ) -> Float[jax.Array, "batch time heads dim"]:
     """Blocked attention; where the mesh splits the time, each device has a part of the queries.
 
-    Keys and values are gathered, a few megabytes a layer, and the scores stay in parts.
+    Keys and values are gathered, a few megabytes a layer, and the scores stay in parts. On a TPU
+    that holds whole rows the kernel of splash attention forms the blocks.
     """
     options["window"] = context.window
     axes = on_mesh.auto_axes(sharding.MeshAxes.current().sequence, query.shape[1])
+    if not axes and context.implementation is None and on_mesh.platform_of(query) == "tpu":
+        # Pallas takes a second to import.
+        from logitjax.models._splash_attention import splash_attention
+
+        return splash_attention(query, key, value, context.segments, **options)
     if not axes:
         return blocked_attention(query, key, value, context.segments, context.segments, **options)
 

@@ -173,6 +173,10 @@ def vq_nll(
     def run(
         hidden: Array, labels: Array, codebook: Array, added: Array, assignment: Array
     ) -> tuple[jax.Array]:
+        # A state that is no number has no loss; with a cotangent of zero its gradients, which sum
+        # over positions, would be zero times nan.
+        fine = jnp.isfinite(hidden).all(-1, keepdims=True)
+        hidden = jnp.where(fine, hidden, 0)
         scores = code_scores(hidden, codebook, soft_cap=soft_cap) / temperature
         local = codebook.shape[0]
         shards = 1 if axis_name is None else lax.axis_size(axis_name)
@@ -193,7 +197,8 @@ def vq_nll(
             chosen = lax.psum(jnp.where(here, chosen[..., 0], 0.0), axis_name)
         nll = log_z - chosen - added[labels]  # the label's score is its code's and its bias
         nll = nll + z_loss * log_z**2 if z_loss else nll
-        return (jnp.where((labels >= 0) & (labels < len(added)), nll, jnp.nan),)
+        fine = fine[..., 0] & (labels >= 0) & (labels < len(added))
+        return (jnp.where(fine, nll, jnp.nan),)
 
     return on_batch(run, (labels.ndim,), hidden, labels, codebook, added, assignment)[0]
 
