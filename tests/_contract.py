@@ -682,7 +682,7 @@ ELSEWHERE = {
         unlearning.Unlearning unlearning.examine
         unlearning.judge unlearning.relearning
  unlearning.share_interval unlearning.split_rows
-        serving.Key serving.Listening serving.ServerConfig serving.build_app serving.request_model
+        serving.Key serving.Listening serving.ServerConfig serving.build_app
         vq.HiddenCache vq.load_head
  few_shot.load few_shot.read_pictures
  decoding.Engine decoding.generate
@@ -703,8 +703,6 @@ ELSEWHERE = {
         storage.hub_snapshot storage.may_pass storage.package_file storage.read_json storage.require
         storage.option storage.progress storage.read_head storage.write_atomic storage.write_head
         leakage.HttpOracle leakage.LogitOracle leakage.audit
-        leakage.verdict leakage.recover_log_probs leakage.harvest_log_probs leakage.search_logits
+        leakage.recover_log_probs
         fusion.vocabulary_map""",
-    "numbers alone, or draws": """
-        leakage.row_queries""",
 }
