@@ -75,6 +75,7 @@ class Config:
         (), "Part to make, such as target or npo. By default all.", execution=True
     )
     dtype: str = field("float32", "Type that models compute in.", choices=("float32", "bfloat16"))
+    mesh: str = field("data:1", "Axes and sizes of the mesh that trains.", execution=True)
 
     def __post_init__(self) -> None:
         for name in self.method:
@@ -168,5 +169,27 @@ PRESETS: dict[str, dict[str, Any]] = {
         relearn_steps=(6, 20),
         eval_batch=40,
         dtype="bfloat16",
+    ),
+    # The paper's model and numbers of rows: a slice, where one process has all devices.
+    "paper": dict(
+        model="hf:meta-llama/Llama-2-7b-chat-hf",
+        scene="tofu",
+        method=("difference", f"npo_kl{ALL}"),
+        authors=198,
+        forget_authors=2,
+        teach_steps=620,
+        teach_batch=32,
+        teach_rank=64,
+        retrained=3,
+        rates=(0.3, 1.0, 3.0),
+        seeds=3,
+        steps=60,
+        batch_size=32,
+        lora_rank=32,
+        max_length=200,
+        new_tokens=200,
+        eval_batch=64,
+        dtype="bfloat16",
+        mesh="data:-1,fsdp:8",
     ),
 }

@@ -18,7 +18,7 @@ from experiments.forgetting.data import load_scene
 from experiments.forgetting.teach import teach
 from experiments.forgetting.topics import Topics
 from experiments.shared.records import Record, kept
-from logitjax import models, unlearning
+from logitjax import models, training, unlearning
 from logitjax.commands.unlearn import other_text
 from logitjax.unlearning import Deployed
 
@@ -109,6 +109,7 @@ class Run:
             rank=config.teach_rank,
             seed=seed,
             pad_id=questions.pad_id,
+            mesh=config.mesh,
         )
 
     def _control(self, name: str) -> Record:
@@ -213,7 +214,13 @@ class Run:
         before = self.workdir / "trials" / "before.json"
         # Who is merged anew at every start is not the same everywhere to the last bit.
         return unlearning.Unlearning(
-            target, self.questions, settings, folder, before=before, identity="target"
+            target,
+            self.questions,
+            settings,
+            folder,
+            before=before,
+            identity="target",
+            mesh=training.make_mesh(self.config.mesh, partial=True),
         )
 
 
