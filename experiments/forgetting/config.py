@@ -45,7 +45,7 @@ class Config:
     steps: int = field(40, "Largest number of optimiser steps.")
     check_every: int = field(10, "Number of steps between measurements of what is left.")
     batch_size: int = field(8, "Number of rows to forget in a step, and to keep.")
-    layers: int = field(8, "Number of layers of an assistant.")
+    layers: int = field(0, "Number of layers of an assistant. 0 for a quarter of the model's.")
     lora_rank: int = field(16, "Rank of all adapters.")
     least: float = field(
         0.98, "Least share of probability, ROUGE-L and fluency that rows to keep may have left."
@@ -61,7 +61,7 @@ class Config:
     new_tokens: int = field(48, "Largest number of tokens of a generated answer.")
     eval_batch: int = field(4, "Number of rows that are scored at once.")
     thorough: bool = field(
-        True, "Also run attacks that sample or take gradients, on the first seed."
+        True, "Also run attacks that sample, on the first seed."
     )
     relearn_rates: tuple[float, ...] = field(
         (1e-4, 5e-4, 2e-3),

@@ -17,7 +17,7 @@ from logitjax.fusion import LogitDifference
 from logitjax.models import Decoder, Lora, Tokenizer, first_layers, load_peft, save_peft
 from logitjax.storage import read_json, write_atomic
 from logitjax.unlearning.assistant._assistant import Assistant
-from logitjax.unlearning.assistant._pair_scores import gradient_norms, token_scores
+from logitjax.unlearning.assistant._pair_scores import token_scores
 
 _FILE = "assistant.json"
 _RECORD: dict[str, Any] = {"layers": int, "alpha": (int, float), "relative": bool}
@@ -31,14 +31,12 @@ class Deployed:
         model: The model.
         assistant: The assistant whose logits are subtracted, or None.
         fuse: The strategy; `LogitDifference()` if None.
-        generating: The strategy while generating; as `fuse` if None.
         block: Number of positions whose logits are held at once.
     """
 
     model: Decoder
     assistant: Assistant | None = None
     fuse: LogitDifference | None = None
-    generating: LogitDifference | None = None
     block: int = 64
 
     @classmethod
@@ -134,23 +132,6 @@ class Deployed:
         alphas = np.full(1, self.alpha, np.float32)
         return self._scored(tokens, targets, alphas, "surprise")[0][0]
 
-    def gradient_norms(self, tokens: Any, targets: Any) -> tuple[float, float]:
-        """Norms of the gradient for a row, which are small for rows that the model was trained on.
-
-        An assistant is a constant, though its layers are made of the same weights.
-
-        Returns:
-            Of the gradient of the mean nats of the targets, `[1, time]`: the mean over arrays of
-            their norms, as in OpenUnlearning, and the norm of all together.
-        """
-        graphdef, params, rest = nnx.split(self.model, nnx.Param, ...)
-        static, held = self.arguments()
-        at = self.positions(targets)
-        count = np.float32(np.asarray(targets)[:, 1:].sum())  # traced: one program for all
-        alphas = np.full(1, self.alpha, np.float32)
-        found = gradient_norms(graphdef, static, params, rest, held, alphas, tokens, at, count)
-        return float(found[0]), float(found[1])
-
     def _scored(self, tokens: Any, targets: Any, alphas: Any, what: str) -> Any:
         graphdef, state = nnx.split(self.model)
         static, held = self.arguments()
@@ -178,7 +159,7 @@ class Deployed:
         """For `decoding.generate`."""
         if self.assistant is None or self.alpha == 0:  # saves a pass
             return decoding.Ensemble(self.model)
-        fuse = self.generating or self.fuse or LogitDifference()
+        fuse = self.fuse or LogitDifference()
         pair = self.assistant.beside(self.model)
         if fuse.filter == "none":
             # The form is a constant for each token then: one program for all alphas.
