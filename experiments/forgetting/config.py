@@ -150,6 +150,24 @@ PRESETS: dict[str, dict[str, Any]] = {
         relearn_rates=(5e-4,),
         relearn_steps=(2, 6),
     ),
+    # What the verdict says of authors of TOFU, in some 40 minutes of a core.
+    "tofu": dict(
+        scene="tofu",
+        authors=6,
+        forget_authors=1,
+        method=("difference", "gradient_difference"),
+        teach_steps=60,
+        teach_rate=2e-3,
+        steps=20,
+        batch_size=4,
+        text_windows=4,
+        text_length=64,
+        new_tokens=32,
+        eval_batch=16,
+        thorough=False,
+        relearn_rates=(5e-4,),
+        relearn_steps=(10,),
+    ),
     # Many hours of two cores: run it part by part with --only.
     "report": dict(
         scene="tofu",

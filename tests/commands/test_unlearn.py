@@ -45,12 +45,13 @@ def files(tmp_path_factory):
         for name in ("forget", "retain")
         for row in unlearning.Row.read(folder / f"{name}.jsonl")
     ]
-    batch = unlearning.Row.padded(questions, 40)
+    batch = {"forget": unlearning.Row.padded(questions, 40)}
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     tx = training.Schedule(1e-2, "constant").optimizer()
     mesh = training.make_mesh("data:1", devices=jax.devices()[:1])
     state = training.TrainState.create(nnx.to_pure_dict(params), tx, mesh=mesh)
-    step = training.TrainStep(unlearning.make_answer_loss(model), tx, mesh=mesh)
+    teach, _ = unlearning.METHODS.parse("task_vector").make_loss(model)
+    step = training.TrainStep(teach, tx, mesh=mesh)
     for _ in range(150):
         state, _ = step(state, batch)
     models.save_pretrained(nnx.merge(graphdef, state.params, rest), tokenizer, folder / "model")

@@ -117,7 +117,7 @@ def test_files_are_tofus_and_say_the_same_again(tmp_path):
     for source in (tmp_path, str(aggregated), json.loads(aggregated.read_text()), found):
         again = tofu.metrics_from_logs(source)
         assert again.model_utility == found.model_utility
-        assert again.as_dict() == found.as_dict()
+        assert (again.scores, again.membership) == (found.scores, found.membership)
     assert found.model_utility is not None
     nine = [
         getattr(found.scores[name], part)
@@ -147,7 +147,6 @@ def test_a_model_like_the_retrained_one_and_one_that_is_not():
     assert "forget quality: D" in table
     assert "membership attack: AUC" in table
     assert "model utility" not in table
-    assert found.as_dict()["forget_quality.statistic"] == found.forget_quality.statistic
     gone = evaluate(bigram(-5 * other), generate_fn=None, reference_logs=retrained)
     assert gone.forget_quality is None
     assert str(gone.damage).startswith("over-forgotten")

@@ -40,7 +40,6 @@ def forget_quality(
     paired: bool | None = None,
     confidence: float = 0.95,
     resamples: int = 2000,
-    seed: int = 0,
 ) -> ForgetQuality:
     """Compares truth ratios on the forget set with those of a model retrained without it.
 
@@ -79,14 +78,12 @@ def forget_quality(
             raise ValueError(f"{name}: expected finite numbers, got {array[first]} at {first}")
         values.append(array)
     a, b = values
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence: expected a number between 0 and 1, got {confidence}")
     if paired and len(a) != len(b):
         raise ValueError(
             f"reference_ratios: expected {len(a)}, one for each of ratios, got {len(b)}"
         )
     d, p = map(float, stats.ks_2samp(a, b))
-    drawn = _resampled(a, b, len(a) == len(b) if paired is None else paired, resamples, seed)
+    drawn = _resampled(a, b, len(a) == len(b) if paired is None else paired, resamples)
     tail = (1 - confidence) / 2
     low, high = np.quantile(drawn, [tail, 1 - tail])
     # D moves in steps of about this size, which quantiles of few items feel.
@@ -107,9 +104,9 @@ def _asymptotic_log10(d: float, n: int, m: int) -> float:
     return (math.log(2) - 2 * d * d * n * m / (n + m)) / math.log(10)
 
 
-def _resampled(a: np.ndarray, b: np.ndarray, paired: bool, resamples: int, seed: int) -> np.ndarray:
+def _resampled(a: np.ndarray, b: np.ndarray, paired: bool, resamples: int) -> np.ndarray:
     """D of items drawn again: counts at the distinct values, and their running sums."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     distinct, places = np.unique(np.concatenate([a, b]), return_inverse=True)
     place_a, place_b = places[: len(a)], places[len(a) :]
 

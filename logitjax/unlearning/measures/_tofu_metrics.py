@@ -93,25 +93,6 @@ class Evaluation:
     logs: Mapping[str, Log] = dataclasses.field(repr=False)
     damage: str | None = None
 
-    def as_dict(self) -> dict[str, float]:
-        """Every number under one name, e.g. ``forget.rouge_l``; those that are missing left out."""
-        numbers = {
-            f"{name}.{field}": value
-            for name, scores in self.scores.items()
-            for field, value in dataclasses.asdict(scores).items()
-        }
-        numbers["model_utility"] = self.model_utility
-        if self.forget_quality is not None:
-            found = self.forget_quality
-            numbers["forget_quality.statistic"] = found.statistic
-            numbers["forget_quality.low"], numbers["forget_quality.high"] = found.interval
-            numbers["forget_quality.p_value"] = found.p_value
-            numbers["forget_quality.log10_p_value"] = found.log10_p_value
-        if self.membership is not None:
-            for field, value in dataclasses.asdict(self.membership).items():
-                numbers[f"membership.{field}"] = value
-        return {name: float(value) for name, value in numbers.items() if value is not None}
-
     def table(self) -> str:
         """A Markdown table of the sets, and what is made of them."""
         fields = {
@@ -139,8 +120,7 @@ class Evaluation:
             lines.append(f"- forget quality: {found} (log10 p {found.log10_p_value:.2f})")
         elif self.damage is not None:
             lines.append(f"- forget quality: none, for the model is {self.damage}")
-        if self.membership is not None:
-            found = self.membership
+        if (found := self.membership) is not None:
             lines.append(
                 f"- membership attack: AUC {found.auc:.3f} (reference {found.reference_auc:.3f}), "
                 f"privleak {found.privleak:.1f}"
@@ -155,8 +135,6 @@ def metrics_from_logs(
     form: Form = "geometric",
     eps: float = 0.0,
     vocab_size: int = _LARGEST_VOCABULARY,
-    confidence: float = 0.95,
-    seed: int = 0,
 ) -> Evaluation:
     """TOFU's metrics from logs of ours, of TOFU's own code or of OpenUnlearning.
 
@@ -174,8 +152,6 @@ def metrics_from_logs(
         form: form of the truth ratio; see `truth_ratio`.
         eps: epsilon of all fractions; 1e-10 is OpenUnlearning's, for parity.
         vocab_size: vocabulary size of the model; by default the largest of today's.
-        confidence: confidence of the interval of the forget quality.
-        seed: seed of its resampling.
 
     Returns:
         `Evaluation`. Sets that are missing leave None where they are asked for.
@@ -200,7 +176,7 @@ def metrics_from_logs(
     quality = None
     if ratios is not None and damage is None:
         own, other, paired = ratios
-        quality = forget_quality(own, other, paired=paired, confidence=confidence, seed=seed)
+        quality = forget_quality(own, other, paired=paired)
     return Evaluation(
         scores=scores,
         model_utility=_utility(scores),

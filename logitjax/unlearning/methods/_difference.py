@@ -33,8 +33,7 @@ class Difference(Method):
             that the adapted layers say, as in the paper. A step of a relative one also takes a pass
             of the layers without adapters.
         retain_weight: Beta, 6.5 in the paper and 5 in its code. With these a small assistant learns
-            silence first, and little of what is to be forgotten; 0.5, 1 and 2 are alike
-            (docs/unlearning.md).
+            silence first, and little of what is to be forgotten.
 
     References:
         Ji et al., Reversing the forget-retain objectives, 2024 (arXiv 2406.08607), eqs. 3-5. The
