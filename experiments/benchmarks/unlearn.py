@@ -80,7 +80,7 @@ def _one(folder: Path, number: int, smoke: bool) -> dict[str, Any]:
     out = folder / "out"
     flags = [f"--{name}={folder / name}.jsonl" for name in ("forget", "retain", "holdout")]
     if smoke:
-        flags += ["--text=text:LICENSE", "--method=difference(layers=1)", "--steps=2"]
+        flags += ["--text=text:LICENSE", "--steps=2"]
         flags += ["--check_every=1", "--text_length=32", "--new_tokens=4", "--most_perplexity=9"]
         flags += [f"--least_{name}=0" for name in ("probability", "row", "rouge", "fluency")]
     else:

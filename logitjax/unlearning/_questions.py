@@ -20,8 +20,8 @@ from logitjax.unlearning.assistant._deployed import Deployed, answers
 
 # What is closer to an answer than this repeats it.
 _REPEATS = 0.7
-# Rows that answers are generated for at once.
-_TOGETHER = 16
+# Batches of scored rows that answers are generated for at once.
+_TOGETHER = 4
 _PARTS = (
     *("forget", "reworded", "reworded_test", "train", "validation", "test"),
     *("holdout", "holdout_test"),
@@ -284,7 +284,8 @@ class Questions:
             return []
         prompts = [encode_question(row, self.tokenizer) for row in rows]
         # A token of a few rows takes as long as one of many: all weights are read for it.
-        rows_at_once = max(self.batch_size, min(_TOGETHER, len(rows)))
+        full = -(-len(rows) // self.batch_size)
+        rows_at_once = self.batch_size * min(_TOGETHER, full)
         said = answers(
             model, self.tokenizer, prompts, self.new_tokens, rows=rows_at_once, seed=seed
         )
