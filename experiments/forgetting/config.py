@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from experiments.forgetting.divergence import Divergence
 from logitjax import unlearning
 from logitjax.commands.cli import field
 
@@ -12,6 +13,13 @@ _METHODS = (
 )
 # Of a method that trains all weights in place of adapters.
 ALL = "+all"
+
+
+def method_of(name: str) -> unlearning.Method:
+    """The method of a name."""
+    if name == "divergence":
+        return Divergence()
+    return unlearning.METHODS.parse(name.removesuffix(ALL))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +42,9 @@ class Config:
     teach_rank: int = field(16, "Rank of the adapters that are taught and then merged.")
     retrained: int = field(0, "Number of models that are taught all but what is to be forgotten.")
     method: tuple[str, ...] = field(
-        _METHODS, "Method to compare. NAME+all trains all weights.", execution=True
+        _METHODS,
+        "Method to compare, or divergence (two small models). NAME+all trains all weights.",
+        execution=True,
     )
     rates: tuple[float, ...] = field(
         (1.0,),
@@ -60,9 +70,7 @@ class Config:
     max_length: int = field(256, "Largest number of tokens of a row.")
     new_tokens: int = field(48, "Largest number of tokens of a generated answer.")
     eval_batch: int = field(4, "Number of rows that are scored at once.")
-    thorough: bool = field(
-        True, "Also run attacks that sample, on the first seed."
-    )
+    thorough: bool = field(True, "Also run attacks that sample, on the first seed.")
     relearn_rates: tuple[float, ...] = field(
         (1e-4, 5e-4, 2e-3),
         "Learning rates of teaching again; other seeds than the first take its worst.",
@@ -79,7 +87,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in self.method:
-            unlearning.METHODS.parse(name.removesuffix(ALL))
+            method_of(name)
         if not self.rates or min(self.rates) <= 0:
             raise ValueError(f"rates: expected positive numbers, got {list(self.rates)}")
         if self.seeds < 1:
@@ -92,8 +100,8 @@ class Config:
 
     def of(self, method: str, rate: float, seed: int) -> unlearning.UnlearnConfig:
         """The settings of a trial: the same steps, rows, rank and limits for all methods."""
-        value = unlearning.METHODS.parse(method.removesuffix(ALL))
-        if value.assistant:
+        value = method_of(method)
+        if method == "difference":
             value = dataclasses.replace(value, layers=self.layers)
         return unlearning.UnlearnConfig(
             method=value,
@@ -155,7 +163,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         scene="tofu",
         authors=6,
         forget_authors=1,
-        method=("difference", "gradient_difference"),
+        method=("difference", "divergence", "gradient_difference"),
         teach_steps=60,
         teach_rate=2e-3,
         steps=20,

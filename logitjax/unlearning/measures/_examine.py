@@ -209,11 +209,11 @@ def _attacks(
 
 
 def _rounded(model: Deployed, bits: int) -> Deployed:
-    """With fewer bits, and the layers that an assistant shares with it; adapters stay."""
-    rounded = _round_weights(model.model, bits)
-    assistant = model.assistant
+    """With fewer bits, and the layers of an assistant as well; adapters stay."""
+    rounded, assistant = _round_weights(model.model, bits), model.assistant
     if assistant is not None:
-        base = first_layers(rounded, assistant.layers)
+        # Layers that the two share come out alike.
+        base = _round_weights(assistant.base, bits)
         assistant = dataclasses.replace(assistant, base=base)
     return dataclasses.replace(model, model=rounded, assistant=assistant)
 
