@@ -50,8 +50,7 @@ lora = train(loss_fn, start.lora, batch, 150, frozen)
 assistant = unlearning.Assistant(base=start.base, lora=lora)
 
 # %%
-pair = assistant.beside(model)
-after = decoding.Ensemble(pair, fuse=fusion.LogitDifference(alpha=1.5))
+after = decoding.Ensemble(assistant.beside(model), fuse=fusion.LogitDifference(alpha=1.5))
 for what, whole in (("before", model), ("after", after)):
     scores = decoding.score(whole, questions, answers)
     p = np.exp(scores.totals() / scores.where.sum(axis=1))

@@ -166,7 +166,13 @@ class Looks:
             alphas = np.linspace(0.0, 1.0, _ALPHAS, dtype=np.float32)[1:] ** 2
             alphas *= np.float32(method.most_strength)
             model = self.training.at(trained, 1.0)
-            curves = {way: questions.by_alpha(model, rows, alphas) for way, rows in asked.items()}
+            curves = {  # a file each: all of them take long, and a kill should not cost them
+                way: np.asarray(self.training.record(
+                    f"{name_of(at)}-{way}.json",
+                    lambda rows=rows: questions.by_alpha(model, rows, alphas).tolist(),
+                ))
+                for way, rows in asked.items()
+            }  # fmt: skip
             curve = np.asarray([
                 np.max([*goal.excess({way: rows[i] for way, rows in curves.items()}).values()])
                 for i in range(len(alphas))
