@@ -35,14 +35,12 @@ class SetScores:
     """Means over the items of a set; None where the log does not say.
 
     Attributes:
-        items: how many.
-        probability: probability of the answer, for its length; in the real-world sets among the
-            wrong answers.
-        rouge_l: recall of the generated answer.
-        truth_ratio: ``max(0, 1 - R)``, in forget sets ``min(R, 1 / R)``.
-        extraction_strength: see `extraction_strength`.
-        exact_memorisation: see `exact_memorisation`.
-        preference: for the right answer, as of `preference`; in forget sets of its paraphrase.
+        items: Number of items.
+        probability: Of the answer, for its length; in the real-world sets among the wrong answers.
+        rouge_l: Recall of the generated answer.
+        truth_ratio: `max(0, 1 - R)`, in forget sets `min(R, 1 / R)`.
+        extraction_strength, exact_memorisation: See these.
+        preference: For the right answer; in forget sets of its paraphrase.
     """
 
     items: int
@@ -56,12 +54,8 @@ class SetScores:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Membership:
-    """A loss-based attack on the forget set, against authors that were never trained on.
-
-    Attributes:
-        auc: 0.5 where it learns nothing.
-        reference_auc: AUC of the retrained model, if its logs have a held-out set; else 0.5.
-        privleak: 0 where ``auc`` is the reference's.
+    """A loss-based attack on the forget set: its AUC against authors that were never trained on, the
+    retrained model's (0.5 if its logs have no such set), and `privleak`.
     """
 
     auc: float
@@ -74,15 +68,13 @@ class Evaluation:
     """What TOFU says about a model.
 
     Attributes:
-        scores: by set.
-        model_utility: the harmonic mean of nine numbers; None if one is missing.
-        forget_quality: against the retrained model; None without its logs, and of models that are
-            damaged.
-        damage: why there is no forget quality of a model: ``over-forgotten`` or ``destroyed``, and
-            what says so; else None.
-        membership: None without a set ``holdout``.
-        form: form of the truth ratio.
-        logs: by set, item by item, in TOFU's format; hand them on as ``reference_logs``.
+        scores: By set.
+        model_utility: The harmonic mean of nine numbers; None if one is missing.
+        forget_quality: Against the retrained model; None without its logs, and of damaged models.
+        membership: None without a set `holdout`.
+        form: Form of the truth ratio.
+        logs: By set, item by item, in TOFU's format; hand them on as `reference_logs`.
+        damage: Why a model is `over-forgotten` or `destroyed`, and has no forget quality; else None.
     """
 
     scores: Mapping[str, SetScores]
