@@ -44,9 +44,10 @@ def forget_quality(
 
     It says nothing about a model that was destroyed: where all losses grow alike, ratios stay.
 
-    The interval is the basic bootstrap's, `[2 D - q_hi, 2 D - q_lo]`: drawing items again pushes D up,
-    and reflecting takes that back. It is widened by a step of D at both ends and begins at 0 where the
-    test does not reject. On normal samples of 40 to 300 items a nominal 90 % covered 80 to 99 %.
+    The interval is the basic bootstrap's, `[2 D - q_hi, 2 D - q_lo]`: drawing items again pushes D
+    up, and reflecting takes that back. It is widened by a step of D at both ends and begins at 0
+    where the test does not reject. On normal samples of 40 to 300 items a nominal 90 % covered 80
+    to 99 %.
 
     References:
         Maini et al., 2024 (arXiv 2401.06121), section 2.3.2. Two independently retrained Llama-2

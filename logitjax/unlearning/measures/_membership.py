@@ -49,7 +49,8 @@ def privleak(auc: float, reference_auc: float = 0.5) -> float:
     """How far an attack's success is from that on a retrained model, in percent of the latter.
 
     100 ((1 - auc) - (1 - ref)) / (1 - ref): 0 is ideal; below it texts still look known, above it
-    forgotten on purpose. As in MUSE (arXiv 2407.06460) and OpenUnlearning (1e-10 below the fraction).
+    forgotten on purpose. As in MUSE (arXiv 2407.06460) and OpenUnlearning (1e-10 below the
+    fraction).
 
     >>> round(privleak(1.0), 3), round(privleak(0.5), 3)
     (-100.0, 0.0)
@@ -90,8 +91,8 @@ def detection_rate(losses: Any, holdout_losses: Any) -> float:
 def extraction_strength(greedy: Any) -> float:
     """The share of a text that its beginning makes a model say, word for word.
 
-    1 - k / n, k the shortest beginning after which every token is the likeliest one (Carlini et al.,
-    2021). OpenUnlearning's never falls below 1 / n: its loop leaves k at the last token.
+    1 - k / n, k the shortest beginning after which every token is the likeliest one (Carlini et
+    al., 2021). OpenUnlearning's never falls below 1 / n: its loop leaves k at the last token.
 
     >>> extraction_strength([True, False, True, True]), extraction_strength([True, False])
     (0.5, 0.0)
@@ -102,7 +103,7 @@ def extraction_strength(greedy: Any) -> float:
 
 
 def exact_memorisation(greedy: Any) -> float:
-    """The share of a text's tokens that are the likeliest ones; OpenUnlearning's `exact_memorization`.
+    """The share of tokens that are the likeliest ones; OpenUnlearning's `exact_memorization`.
 
     >>> exact_memorisation([True, False, True, True])
     0.75

@@ -68,13 +68,11 @@ class Evaluation:
     """What TOFU says about a model.
 
     Attributes:
-        scores: By set.
-        model_utility: The harmonic mean of nine numbers; None if one is missing.
+        scores: By set. model_utility: The harmonic mean of nine numbers; None if one is missing.
         forget_quality: Against the retrained model; None without its logs, and of damaged models.
-        membership: None without a set `holdout`.
-        form: Form of the truth ratio.
-        logs: By set, item by item, in TOFU's format; hand them on as `reference_logs`.
-        damage: Why a model is `over-forgotten` or `destroyed`, and has no forget quality; else None.
+        membership: None without a set `holdout`. form: Form of the truth ratio. logs: By set, item
+        by item, in TOFU's format; hand them on as `reference_logs`. damage: Why a model is
+        `over-forgotten` or `destroyed`, and has no forget quality; else None.
     """
 
     scores: Mapping[str, SetScores]

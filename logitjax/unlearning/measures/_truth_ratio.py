@@ -22,7 +22,7 @@ def answer_probability(average_nll: Any) -> np.ndarray:
 def normalised_probability(
     average_nll: Any, perturbed_nll: Sequence[Any], *, eps: float = 0.0
 ) -> np.ndarray:
-    """How likely an answer is among itself and wrong ones, each for its length: `p / (p + sum_i p_i)`.
+    """How likely an answer is among itself and wrong ones, for its length: `p / (p + sum_i p_i)`.
 
     TOFU's probability of the real-world sets; OpenUnlearning's `probability_w_options`.
 
@@ -41,8 +41,8 @@ def normalised_probability(
 def preference(truth_nll: Any, perturbed_nll: Sequence[Any], *, eps: float = 0.0) -> np.ndarray:
     """How far a model prefers the right answer to wrong ones: `prob_mean`, 0.5 for no preference.
 
-    `c / (c + w)`, c = exp(-nll), w = exp(-mean_i nll_i). OpenUnlearning's `prob_mean` tells models that
-    know from those that do not better than all measures of text (AUC 0.947, arXiv 2605.24614).
+    `c / (c + w)`, c = exp(-nll), w = exp(-mean_i nll_i). OpenUnlearning's `prob_mean` tells models
+    that know from those that do not better than all measures of text (AUC 0.947, arXiv 2605.24614).
 
     >>> preference([1.0], [[2.0, 3.0]]).round(5)
     array([0.81757])
