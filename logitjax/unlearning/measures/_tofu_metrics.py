@@ -54,7 +54,7 @@ class SetScores:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Membership:
-    """A loss-based attack on the forget set: its AUC against authors that no model was trained on, the
+    """A loss-based attack on the forget set: its AUC against authors that no model was taught, the
     retrained model's (0.5 if its logs have no such set), and `privleak`.
     """
 
