@@ -678,7 +678,7 @@ ELSEWHERE = {
         distillation.parse_terms distillation.prune_layers distillation.prune_width
 
         distillation.train_student distillation.update_programs
-        distillation.TeacherCache unlearning.make_answer_loss
+        distillation.TeacherCache
         unlearning.Unlearning unlearning.examine
         unlearning.judge unlearning.relearning
  unlearning.share_interval unlearning.split_rows
