@@ -271,10 +271,10 @@ def _transform(values, log_z, mean, std, logits):
     real = values != -jnp.inf
     values = jnp.where(real, values, 0.0)
     if logits == "standardized":
-        # Of large logits the difference may overflow, and so may the square of the deviation,
-        # which its derivative would divide by.
+        # Of large logits the difference may overflow, so may the square of the deviation, which its
+        # derivative would divide by, and one over it is no normal number: eighths of all of them.
         unit = jax.lax.stop_gradient(_positive(std))
-        z = (0.5 * values - 0.5 * mean[..., None]) / (0.5 * unit)[..., None]
+        z = (0.125 * values - 0.125 * mean[..., None]) / (0.125 * unit)[..., None]
         z = z / (_positive(std) / unit)[..., None]
     elif logits == "softmax":
         z = jnp.exp(values - log_z[..., None])
