@@ -89,13 +89,8 @@ def _summed(part: Part, value: Any, where: Any) -> Any:
 class _Reading:
     """The statistic that serves some parts, and which of its results are whose.
 
-    Attributes:
-        parts: The parts.
-        statistic: What the sweep sums up.
-        tokens: What it reads at a position.
-        slices: For each part, where its ids are among those gathered; None for none.
-        numbers: For each part, which of `Several` statistics is its own; None for none.
-        has_readout: Whether the first statistic is a `losses.Readout`.
+    `slices` says for each part where its ids are among those gathered, and `numbers` which of
+    `Several` statistics is its own; None for none.
     """
 
     parts: Sequence[Part]

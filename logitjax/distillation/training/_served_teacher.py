@@ -26,17 +26,8 @@ class ServedTeacher:
 
     One binary answer a batch has the hidden states of the positions that are learned, in bfloat16;
     with the head that came once they are the whole distribution. A server that goes away is waited
-    for; if it comes back with other weights, that is an error.
-
-    Args:
-        url: Its address, on this or another host.
-        tokenizer: Fingerprint of the tokenizer of the rows.
-        rank: Columns of the low-rank code that is sent in place of hidden states; 0 for none.
-        api_key: Key of the server.
-
-    Raises:
-        ValueError: Nobody answers, or a server that gives no hidden states or has another
-            tokenizer.
+    for; if it comes back with other weights, that is an error. `rank` is the number of columns of
+    the low-rank code that is sent in place of hidden states, 0 for none.
     """
 
     def __init__(self, url: str, *, tokenizer: str, rank: int = 0, api_key: str | None = None):
@@ -87,11 +78,7 @@ class ServedTeacher:
         return totals
 
     def hidden_states(self, columns: Mapping[str, Any]) -> np.ndarray:
-        """bfloat16 `[rows, length - 1, width]` where something is learned, zeros elsewhere.
-
-        Args:
-            columns: Packed columns `[rows, length]`.
-        """
+        """bfloat16 `[rows, length - 1, width]` where something is learned, zeros elsewhere."""
         tokens, segments = np.asarray(columns["tokens"]), np.asarray(columns["segment_ids"])
         learnt = np.asarray(columns["loss_mask"])[:, 1:]
         out = np.zeros((*learnt.shape, self.head.kernel.shape[1 - self.head.axis]), jnp.bfloat16)

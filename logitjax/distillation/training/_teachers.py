@@ -154,19 +154,9 @@ def server_reader(
     """A server with OpenAI's completion API, asked once for each document of each row.
 
     One that does not `echo` what it says of a prompt is asked once for each position that is to be
-    learned. It has to report token ids, as `logitjax serve` and vLLM do, of the student's
-    vocabulary. What it says are log-probabilities, so their log-sum-exp is 0; the mean and
-    deviation of all logits are not known, and no loss may use them.
-
-    Args:
-        url: Address of the server; on this machine, as for `leakage.HttpOracle`.
-        k: Log-probabilities that it reports.
-        tokenizer: Fingerprint of the tokenizer of the rows.
-        vocab_size: Entries of its vocabulary.
-        api_key: Key of the server.
-
-    Raises:
-        ValueError: Nobody answers, or with something else than was asked for; names the server.
+    learned. It has to report ids of the student's vocabulary, as `logitjax serve` and vLLM do. What
+    it says are log-probabilities, so their log-sum-exp is 0; the mean and deviation of all logits
+    are not known, and no loss may use them. A server that does not answer so is a ValueError.
     """
     try:
         oracle = leakage.HttpOracle(url, leakage.LogitPolicy(top_k=k), api_key=api_key)
@@ -263,25 +253,11 @@ def cache_teacher(
     batch_size: int,
     directory: epath.Path,
 ) -> dict[str, TeacherCache]:
-    """Let a teacher read the rows that it has not read yet.
+    """Let a teacher read the wanted rows of each split that it has not read; the caches by split.
 
-    Args:
-        spec: The teacher, as its user names it.
-        reader: Makes it ready; called if there is something to read.
-        columns: Which tokenizer's columns it reads.
-        packed: The rows.
-        rows: Wanted rows of each split.
-        k: Logits kept a position.
-        tail_samples: Draws from what they leave out.
-        likelihoods: Whether those of labels and of words' beginnings are kept.
-        batch_size: Rows at a time.
-        directory: Where the caches go, a folder a split.
-
-    Returns:
-        The caches by split.
-
-    Raises:
-        ValueError: A cache of other rows, or of other weights where there is something to read.
+    `reader` makes it ready, and is called if there is something to read; `columns` says which
+    tokenizer's columns it reads. A ValueError tells of a cache of other rows, or of other weights
+    where there is something to read.
     """
     ready = functools.cache(reader)
     rows = {split: wanted for split, wanted in rows.items() if len(wanted)}
