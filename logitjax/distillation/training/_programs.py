@@ -72,24 +72,12 @@ def update_programs(
     def rows(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((course.batch_size, *shape), dtype, sharding=sharding)
 
-    length, k = reading.seq_len, reading.top_k
+    length = reading.seq_len
     columns = {n: rows(jnp.int32, length) for n in ("tokens", "segment_ids", "positions")}
     batch: dict[str, Any] = {"pivot": columns | {"loss_mask": rows(jnp.bool_, length)}}
     live, heads = [], {}
     if names:
-        log_z, mean, std = (rows(jnp.float32, length - 1) for _ in range(3))
-        said = losses.GraphStatistics(
-            values=rows(jnp.float32, length - 1, k),
-            indices=rows(jnp.int32, length - 1, k),
-            log_z=log_z,
-            mean=mean,
-            std=std,
-        )
-        places, ids = rows(jnp.bool_, length - 1), rows(jnp.int32, length - 1)
-        chunks = None
-        if any(n.chunks for n in needs):
-            chunks = ChunkScores(ids=ids, ends=ids, scores=log_z, where=places)
-        teacher = Teacher(statistics=said, where=places, single=places, chunks=chunks)
+        teacher = _teacher(rows, length, reading.top_k, any(n.chunks for n in needs))
         batch["sources"] = dict.fromkeys(names, teacher)
         if reading.teacher_reads == "live":
             # A served teacher is taken to be as large as the student.
@@ -122,6 +110,19 @@ def update_programs(
     yield from live
     if names and reading.teacher_reads == "cache":
         yield from _cached(names, reading, course, decoder_config, mesh)
+
+
+def _teacher(rows: Callable[..., Any], length: int, k: int, has_chunks: bool) -> Teacher:
+    """What a cache keeps of a batch, as shapes."""
+    log_z, mean, std = (rows(jnp.float32, length - 1) for _ in range(3))
+    values, indices = (rows(kind, length - 1, k) for kind in (jnp.float32, jnp.int32))
+    where, ids = rows(jnp.bool_, length - 1), rows(jnp.int32, length - 1)
+    return Teacher(
+        statistics=losses.GraphStatistics(values, indices, log_z, mean, std),
+        where=where,
+        single=where,
+        chunks=ChunkScores(ids=ids, ends=ids, scores=log_z, where=where) if has_chunks else None,
+    )
 
 
 def _cached(
