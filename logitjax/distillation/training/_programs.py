@@ -115,10 +115,15 @@ def update_programs(
 def _teacher(rows: Callable[..., Any], length: int, k: int, has_chunks: bool) -> Teacher:
     """What a cache keeps of a batch, as shapes."""
     log_z, mean, std = (rows(jnp.float32, length - 1) for _ in range(3))
-    values, indices = (rows(kind, length - 1, k) for kind in (jnp.float32, jnp.int32))
     where, ids = rows(jnp.bool_, length - 1), rows(jnp.int32, length - 1)
     return Teacher(
-        statistics=losses.GraphStatistics(values, indices, log_z, mean, std),
+        statistics=losses.GraphStatistics(
+            values=rows(jnp.float32, length - 1, k),
+            indices=rows(jnp.int32, length - 1, k),
+            log_z=log_z,
+            mean=mean,
+            std=std,
+        ),
         where=where,
         single=where,
         chunks=ChunkScores(ids=ids, ends=ids, scores=log_z, where=where) if has_chunks else None,
