@@ -77,7 +77,7 @@ def update_programs(
     batch: dict[str, Any] = {"pivot": columns | {"loss_mask": rows(jnp.bool_, length)}}
     live, heads = [], {}
     if names:
-        teacher = _teacher(rows, length, reading.top_k, any(n.chunks for n in needs))
+        teacher = _answer(rows, length - 1, reading.top_k, chunks=any(n.chunks for n in needs))
         batch["sources"] = dict.fromkeys(names, teacher)
         if reading.teacher_reads == "live":
             # A served teacher is taken to be as large as the student.
@@ -112,22 +112,20 @@ def update_programs(
         yield from _cached(names, reading, course, decoder_config, mesh)
 
 
-def _teacher(rows: Callable[..., Any], length: int, k: int, has_chunks: bool) -> Teacher:
-    """What a cache keeps of a batch, as shapes."""
-    log_z, mean, std = (rows(jnp.float32, length - 1) for _ in range(3))
-    where, ids = rows(jnp.bool_, length - 1), rows(jnp.int32, length - 1)
-    return Teacher(
-        statistics=losses.GraphStatistics(
-            values=rows(jnp.float32, length - 1, k),
-            indices=rows(jnp.int32, length - 1, k),
-            log_z=log_z,
-            mean=mean,
-            std=std,
-        ),
-        where=where,
-        single=where,
-        chunks=ChunkScores(ids=ids, ends=ids, scores=log_z, where=where) if has_chunks else None,
+def _answer(
+    rows: Callable[..., jax.ShapeDtypeStruct], length: int, k: int, *, chunks: bool
+) -> Teacher:
+    """What a cache holds of a teacher, for so many positions."""
+    number, places, ids = (rows(kind, length) for kind in (jnp.float32, jnp.bool_, jnp.int32))
+    statistics = losses.GraphStatistics(
+        values=rows(jnp.float32, length, k),
+        indices=rows(jnp.int32, length, k),
+        log_z=number,
+        mean=number,
+        std=number,
     )
+    scores = ChunkScores(ids=ids, ends=ids, scores=number, where=places) if chunks else None
+    return Teacher(statistics=statistics, where=places, single=places, chunks=scores)
 
 
 def _cached(
