@@ -125,7 +125,7 @@ def _vq(x: Any, hidden: Any, head: Any, where: Any) -> Any:
 
 
 def _graph(**settings: Any) -> Callable[..., Any]:
-    config = distillation.GraphConfig(k=3, **settings)
+    config = distillation.terms.GLD(k=3, **settings)
 
     def loss(x: Any, hidden: Any, head: Any, where: Any) -> Any:
         masks = {"student_where": where, "teacher_where": where}
@@ -156,7 +156,7 @@ LOSSES: dict[str, Callable[..., Any]] = {
 # These take logits in the place of hidden states, and no head.
 OF_LOGITS: dict[str, Callable[..., Any]] = {
     "graph_on_logits, where": _graph(),
-    "graph_on_logits, token nodes, where": _graph(node="token", value="sorted_coupling"),
+    "graph_on_logits, token nodes, where": _graph(node="token", compare="sorted_coupling"),
 }
 
 

@@ -2,9 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, Literal, NamedTuple, get_args
-
-import jax
+from typing import Literal, NamedTuple, get_args
 
 Engine = Literal["rows", "scan", "pallas"]
 
@@ -177,19 +175,6 @@ class Blocks:
             columns = _LEAST_COLUMNS
         columns = min(_MOST_COLUMNS, max(_LEAST_COLUMNS, columns))
         return Layout(engine, _equal_columns(vocab, columns), tokens)
-
-
-def platform_of(*arrays: Any) -> str:
-    """What the program that is traced here will run on: `cpu`, `tpu` or `gpu`.
-
-    Programs are compiled for devices that are not there, so the arrays' own mesh goes before the
-    default device.
-    """
-    meshes = [jax.typeof(x).sharding.mesh for x in arrays]
-    for mesh in (*meshes, jax.sharding.get_abstract_mesh()):
-        if (device := mesh.abstract_device) is not None:
-            return device.platform
-    return jax.default_backend()
 
 
 def _together(batch: tuple[int, ...], tokens: int | None) -> int:

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float
 
 from logitjax import ops
-from logitjax.losses.sweep._blocks import Blocks, Sizes, platform_of
+from logitjax.losses.sweep._blocks import Blocks, Sizes
 from logitjax.losses.sweep._engine import (
     Operands,
     Projection,
@@ -97,7 +97,7 @@ def run(
             )
         weights = weights.astype(sum_dtype(operands.student))
     # Asked outside of shard_map, where arrays still say where they lie.
-    platform = platform_of(operands.student.hidden, operands.student.head.kernel)
+    platform = ops.mesh.platform_of(operands.student.hidden, operands.student.head.kernel)
     local = (statistic, Blocks() if blocks is None else blocks, platform)
     outputs = _on_mesh(local, operands, weights, axis_name)
     if weights is not None:
