@@ -410,22 +410,6 @@ TABLE: dict[str, Case] = {
         },
         rows=False,
     ),
-    "vq.reassign_from_labels": Case(
-        host=True,
-        call=lambda codebook, bias, assignment, hidden, labels: vq.reassign_from_labels(
-            codebook, bias, assignment, hidden, labels, min_count=1
-        ),
-        arrays={
-            "codebook": CODEBOOK,
-            "bias": BIAS,
-            "assignment": MAP,
-            "hidden": STATES[:, 0],
-            "labels": LABELS[:, 0],
-        },
-        counts={"assignment": (CODES, "error"), "labels": (VOCAB, "error")},
-        free=(("codebook", CODES),),
-        rows=False,
-    ),
     "vq.ProductCodes": Case(
         call=lambda hidden, codebooks, codes, bias: vq.ProductCodes(codebooks, codes, bias).logits(
             hidden
@@ -661,12 +645,12 @@ ELSEWHERE = {
         distillation.TeacherIdentity unlearning.Assistant unlearning.Deployed
         unlearning.Method unlearning.Need unlearning.Questions unlearning.Row unlearning.TwoSided
         unlearning.UnlearnConfig decoding.DecodeOptions
-        decoding.DraftControl decoding.Emitted decoding.Request decoding.Sampling
-        decoding.Speculation decoding.TextOptions decoding.TextStream decoding.Ensemble
+        decoding.DraftControl decoding.Request decoding.Sampling
+        decoding.TextOptions decoding.TextStream decoding.Ensemble
         decoding.CachedModel training.BatchLayout training.Goodput training.LoopOptions
         training.Preempted
         training.Program training.Schedule training.StepOutput training.TrainState models.Cache
-        models.DecoderConfig models.Family models.Lora vision.CLIPConfig data.Examples
+        models.DecoderConfig models.Family models.Lora data.Examples
         data.ImageViews data.PackedDataset data.PackedSplits data.TokenizerLike
         evaluation.PromptTemplate storage.ArrayCodec transport.Refinement
         leakage.Audit leakage.Choice leakage.Ledger
@@ -683,7 +667,7 @@ ELSEWHERE = {
     "modules, whose arrays go through the functions above": """
         heads.LinearHead heads.TiedHead heads.VocabularyHead
         heads.torch_linear vq.VQHead vq.ProductHead vq.ScreenedHead
-        distillation.DualHead models.Decoder vision.CLIP vision.ImageClassifier""",
+        distillation.DualHead models.Decoder vision.ImageClassifier""",
     "functions of functions, models, texts or files": """
         training.matmul_flops
         distillation.aligned_value_and_grad
@@ -694,7 +678,7 @@ ELSEWHERE = {
         distillation.parse_terms distillation.prune_layers distillation.prune_width
 
         distillation.train_student distillation.update_programs
-        distillation.TeacherCache unlearning.make_answer_loss
+        distillation.TeacherCache
         unlearning.Unlearning unlearning.examine
         unlearning.judge unlearning.relearning
  unlearning.share_interval unlearning.split_rows
@@ -711,7 +695,7 @@ ELSEWHERE = {
         training.train_loop training.watch_for_preemption models.Tokenizer models.config_from_hf
         models.first_layers models.from_nnx models.keep_layers models.load
         models.load_config models.load_model models.load_sampling models.load_tokenizer
-        models.load_peft models.register_family models.save_peft models.save_pretrained
+        models.register_family models.save_pretrained
         models.with_layout vision.load_encoder
         data.load_examples data.load_image_set data.load_splits
         data.pack data.pack_splits data.prepare data.token_windows storage.Manifest
