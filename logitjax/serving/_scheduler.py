@@ -113,6 +113,7 @@ class Scheduler:
         self.ready = threading.Event()
         # What else has programs, and compiles them before the server is ready.
         self.compiles: list[Callable[[], None]] = []
+        self.steps = _STEPS
         self._max_waiting = config.max_waiting
         self._disclosure = disclosure
         self._jobs: list[Job | None] = [None] * config.slots
@@ -229,7 +230,7 @@ class Scheduler:
             self.reader.place(row, 0, nobody)
             self.reader.release(row)
         self.engine.allow(self._allowed)
-        for steps in {1, _STEPS}:
+        for steps in {1, self.steps}:
             self.engine.decode_chunk(steps)
         self.engine.evict(0)
         self.reader.tokens_read = 0
@@ -262,7 +263,7 @@ class Scheduler:
         waits = self._waits()
         if any(job and not late for job, late in zip(self._jobs, waits, strict=True)):
             # What may come next is known one token ahead.
-            emitted = self.engine.decode_chunk(1 if self._hold(waits) else _STEPS, waits)
+            emitted = self.engine.decode_chunk(1 if self._hold(waits) else self.steps, waits)
             self._hand_out(emitted, range(len(self._jobs)))
         return True
 
@@ -376,7 +377,7 @@ class Scheduler:
         self._held = bool(held)
         return any(not waits[slot] for slot in held)
 
-    def _fill(self, slot: int, row: int, job: Job) -> Any | None:
+    def _fill(self, slot: int, row: int, job: Job) -> Any:
         request = job.request
         if job.follower is not None:
             request = dataclasses.replace(request, allowed=job.follower.allowed)
