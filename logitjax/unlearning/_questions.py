@@ -195,6 +195,10 @@ class Questions:
     def _ways(self) -> dict[Any, Any]:
         return {}
 
+    @functools.cached_property
+    def _states(self) -> dict[Any, Any]:
+        return {}
+
     @property
     def pad_id(self) -> int:
         ids = (self.tokenizer.pad_id, self.tokenizer.eos_id)
@@ -245,7 +249,12 @@ class Questions:
             filled = Row.padded(
                 batch + [empty] * (self.batch_size - len(batch)), longest, pad_id=self.pad_id
             )
-            nll, _ = model.nll_by_alpha(filled["tokens"], filled["mask"], alphas)
+            # Of the model, which no look changes, one pass is enough.
+            key = id(model.model), id(rows), start
+            if key not in self._states:
+                self._states[key] = model.states(filled["tokens"], filled["mask"])
+            known = self._states[key]
+            nll, _ = model.nll_by_alpha(filled["tokens"], filled["mask"], alphas, known)
             where = filled["mask"][: len(batch)]
             sums = np.where(where, np.asarray(nll)[:, : len(batch)], 0.0).sum(-1)
             found.append(np.exp(-sums / where.sum(-1)))
