@@ -20,8 +20,6 @@ from logitjax.models import (
     DecoderConfig,
     Lora,
     load_model,
-    load_peft,
-    save_peft,
     save_pretrained,
     with_layout,
 )
@@ -68,7 +66,7 @@ class Training:
     def read(self, candidate: Mapping[str, Any]) -> Lora | Decoder:
         """The adapters of a candidate, or the model of which all was trained."""
         folder = self.directory / name_of(candidate)
-        return load_peft(folder, self._adapted) if self.config.adapters else self._model(folder)
+        return Lora.load(folder, self._adapted) if self.config.adapters else self._model(folder)
 
     def at(self, trained: Lora | Decoder, strength: float) -> Deployed:
         """The model with so much of what was trained."""
@@ -93,8 +91,8 @@ class Training:
             return folder, Deployed(model=self._model(folder))
         folder = staged / "adapter"
         adapters = scaled(trained, self.config.method.sign * strength)
-        save_peft(adapters, self.model.config, folder, base=base)
-        return folder, Deployed(model=merged(load_peft(folder, self.model.config), self.model))
+        adapters.save(self.model.config, folder, base=base)
+        return folder, Deployed(model=merged(Lora.load(folder, self.model.config), self.model))
 
     def steps(self, number: int, ways: Sequence[str]) -> Iterator[tuple[int, bool]]:
         """Trains a round from look to look: its step, and whether the losses were finite.
@@ -168,7 +166,7 @@ class Training:
 
     def _save(self, weights: Any, folder: epath.Path) -> None:
         if self.config.adapters:
-            save_peft(weights, self._adapted, folder)
+            weights.save(self._adapted, folder)
             return
         graphdef, _, rest = nnx.split(self.model, nnx.Param, ...)
         save_pretrained(nnx.merge(graphdef, weights, rest), None, folder)

@@ -156,7 +156,7 @@ def test_an_adapter_is_written_for_others_and_merged(files, tmp_path):
     unlearn.run(config(files, method="npo_kl", **changes), out)
     model = models.load_model(str(files / "model"))
     model = models.with_layout(model, "listed")
-    lora = models.load_peft(out / "adapter", model.config)
+    lora = models.Lora.load(out / "adapter", model.config)
     tokens = np.arange(1, 9)[None]
     merged = models.load_model(str(out / "model"))(tokens)
     np.testing.assert_allclose(lora.merged_into(model)(tokens), merged, atol=1e-4)

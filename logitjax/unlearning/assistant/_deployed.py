@@ -14,7 +14,7 @@ from flax import nnx
 from logitjax import decoding
 from logitjax.decoding import CachedModel
 from logitjax.fusion import LogitDifference
-from logitjax.models import Decoder, Lora, Tokenizer, first_layers, load_peft, save_peft
+from logitjax.models import Decoder, Lora, Tokenizer, first_layers
 from logitjax.storage import read_json, write_atomic
 from logitjax.unlearning.assistant._assistant import Assistant
 from logitjax.unlearning.assistant._pair_scores import states_at, token_scores
@@ -74,7 +74,7 @@ class Deployed:
         count, most = record["layers"], model.config.num_layers
         if not 1 <= count <= most:
             raise ValueError(f"assistant: {directory} has {count} layers, the model {most}")
-        lora = load_peft(directory, first_layers(model, count).config)
+        lora = Lora.load(directory, first_layers(model, count).config)
         weight = float(record["alpha"] if alpha is None else alpha)
         return cls.less(model, lora, weight, relative=record["relative"])
 
@@ -90,7 +90,7 @@ class Deployed:
         """
         if self.assistant is None:
             raise ValueError("assistant: expected one that is taken away, got None")
-        save_peft(self.assistant.lora, self.assistant.base.config, directory, base=base)
+        self.assistant.lora.save(self.assistant.base.config, directory, base=base)
         record = {
             "layers": self.assistant.layers,
             "alpha": self.alpha,
