@@ -95,8 +95,8 @@ def test_the_grid_says_where_the_minimum_of_the_whole_range_is(boost):
     alpha, lower, upper = (np.float64(info[name][0]) for name in ("alpha", "lower", "upper"))
     assert ((lower <= alpha) & (alpha <= upper)).all()
     assert ((lower - 1e-3 <= best) & (best <= upper + 1e-3)).all()
-    # Mostly no wider than a step of the grid.
-    assert np.median(upper - lower) < 0.11
+    # Mostly no wider than two steps of the grid.
+    assert np.median(upper - lower) < 0.2
 
 
 @pytest.mark.every_change

@@ -11,7 +11,7 @@ from logitjax.fusion._inputs import read_inputs
 from logitjax.fusion._minimum import Point, between
 from logitjax.fusion._path import make_path
 from tests.fusion.test_dynamic import naive_objective
-from tests.rigs._guarantees_fusion import Path64
+from tests.rigs._guarantees_fusion import Path64, draw
 
 ROWS, VOCAB = 400, 24
 
@@ -74,3 +74,16 @@ def test_alpha_of_divergences_of_a_thousandth_is_as_certain_as_of_large_ones():
     # An expert that is its base says nothing about alpha.
     info = jax.device_get(jax.jit(DynamicFusion(method="grid"))(large, base, base)[1])
     assert (info["upper"] - info["lower"] == 2).all()
+
+
+@pytest.mark.every_change
+@pytest.mark.slow
+def test_of_large_models_that_are_all_but_certain_the_interval_holds_alpha_too():
+    """The centre is off by a rounding, whose square is more than divergences of 1e-17."""
+    some = [57, 95, 146, 997]
+    logits = tuple(x[some] for x in draw("peaked", 1000, np.random.default_rng(5)))
+    info = jax.device_get(jax.jit(DynamicFusion(method="jeffreys"))(*logits)[1])
+    lower, upper = (np.float64(info[x][0]) for x in ("lower", "upper"))
+    root = Path64.of(logits).root("jeffreys")
+    assert ((lower <= root) & (root <= upper)).all()
+    assert (upper - lower < 0.01).all()
