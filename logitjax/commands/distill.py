@@ -9,7 +9,7 @@
 
 The student is pruned if you ask for it. The teachers read the text once. The student then learns
 from the text (`sft`) and from the teachers. `kl`, `rkl` and `jsd` compare token by token and need
-one vocabulary. `first_piece`, `pkl`, `hybrid`, `hkl`, `alm`, `mined`, `uld` and `gld` learn from
+one vocabulary. `first_piece`, `pkl`, `hybrid`, `hkl`, `alm`, `uld` and `gld` learn from
 another tokenizer (docs/any_tokenizer.md). A pruned student without a `--teacher` learns from the
 model that it was cut from.
 
