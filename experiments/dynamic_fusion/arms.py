@@ -79,7 +79,6 @@ def _sums(
         values |= {
             "alpha": info["alpha"].sum(0),
             "at_bound": info["at_bound"],
-            "unconverged": ~info["converged"],
         }
     return {name: jnp.where(where, value, 0).sum() for name, value in values.items()}
 

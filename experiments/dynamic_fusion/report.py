@@ -155,7 +155,6 @@ def _row(
     for key, title, factor in (
         ("alpha", "mean alpha", 1),
         ("at_bound", "at bound %", 100),
-        ("unconverged", "flagged %", 100),
     ):
         row[title] = spread(means, key, factor)
     return row

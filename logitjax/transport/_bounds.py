@@ -168,9 +168,10 @@ def third_lower_bound(
     References:
         Memoli (2011), section 6.
     """
-    x, y, a, b, root = _dense(c, d, c_weights, d_weights)
-    n, m = len(x), len(y)
-    if n == m and c_weights is None and d_weights is None:
+    c, d = rounded(c, c_weights), rounded(d, d_weights)
+    a, b = node_weights(c, c_weights), node_weights(d, d_weights)
+    x, y, root, n = c.matrix, d.matrix, c.error + d.error, len(a)
+    if n == len(b) and c_weights is None and d_weights is None:
         x, y = jnp.sort(x, axis=1), jnp.sort(y, axis=1)
         costs = row_costs(jax.lax.stop_gradient(x), jax.lax.stop_gradient(y), p)
         least, columns = least_assignment(costs)
@@ -257,16 +258,6 @@ def _statistics(c: Graph, d: Graph, c_weights: Weights, d_weights: Weights) -> t
         *(row_statistics(g, w) for g, w in ((c, c_weights), (d, d_weights))),
         *(node_weights(g, w) for g, w in ((c, c_weights), (d, d_weights))),
     )
-
-
-def _dense(
-    c: Graph, d: Graph, c_weights: Weights, d_weights: Weights
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
-    check_weights("c_weights", c_weights, num_nodes(c))
-    check_weights("d_weights", d_weights, num_nodes(d))
-    x, y = rounded(c, c_weights), rounded(d, d_weights)
-    a, b = node_weights(x, c_weights), node_weights(y, d_weights)
-    return x.matrix, y.matrix, a, b, x.error + y.error
 
 
 def check_equal_sizes(c: Graph, d: Graph, what: str) -> None:

@@ -62,14 +62,10 @@ def certificate(
 
     Both bounds are theorems about the given numbers: a bound of the rounding is subtracted from the
     lower one and added to the upper one. Called with arrays it computes in float64 (except on a
-    TPU), where rounding is next to nothing. Under ``jit``, ``vmap`` and ``grad`` it computes in
-    float32, and the bounds of large or nearly equal graphs are wider. Graphs are first divided by a
-    power of two, so that nothing overflows or underflows.
-
-    float64 that was closed over is rounded to float32 here, and the bounds hold for what it was.
-    Arguments of ``jit`` are rounded by JAX before anybody sees them: give a pair ``(high, low)``
-    with ``high = np.float32(x)``, ``low = np.float32(x - high)`` in place of a graph, and the
-    bounds hold for x.
+    TPU). Under ``jit``, ``vmap`` and ``grad`` it computes in float32, and the bounds of large or
+    nearly equal graphs are wider. What is closed over counts as it was; arguments of ``jit`` are
+    rounded by JAX before: for bounds of x itself give the pair ``high = np.float32(x)``,
+    ``low = np.float32(x - high)`` in place of a graph.
 
     The upper bound is the cost of a coupling. Nodes are matched in the order of their row means,
     row RMS and row deviations. The cheapest of these couplings and of ``candidates`` is improved by
@@ -119,9 +115,7 @@ def certificate(
     (True, True, (3,))
 
     References:
-        Memoli (2011) for the bounds. That the coupling found by sorting is near the optimum on
-        graphs of logits while the closed-form value is not, is an observation of ours; see
-        ``python -m experiments.benchmark gromov_wasserstein``.
+        Memoli (2011) for the bounds.
     """
     candidates = list(candidates)
     linear = None
