@@ -12,6 +12,8 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
+    "demo": "See a model shrink and recover, in a minute and without data of your own.",
+    "doctor": "Say what this installation has: versions, devices, kernels, models and disk.",
     "generate": "Talk with a model, or with a large model that small ones steer.",
     "serve": "Serve a model, or several fused ones, over OpenAI's API.",
     "score": "Score texts, and the choices of questions, by a model.",

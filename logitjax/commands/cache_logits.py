@@ -18,6 +18,7 @@ its own devices.
 """
 
 import dataclasses
+import tempfile
 
 import jax
 import numpy as np
@@ -27,6 +28,7 @@ from etils import epath
 from logitjax import data, distillation, models
 from logitjax.commands.cli import field, nested
 from logitjax.commands.tables import markdown_table
+from logitjax.commands.work import Pass, Work
 from logitjax.data import SPLITS
 
 
@@ -94,23 +96,49 @@ def run(config: Config, out: epath.Path) -> None:
         print(text)
 
 
+def work(config: Config) -> Work:
+    """What the run would read and write, for `--dry_run`; packing the text takes what it takes."""
+    reading = config.reading
+    with tempfile.TemporaryDirectory() as folder:
+        packed = reading.pack(models.load_tokenizer(config.student), epath.Path(folder))
+        count = sum(len(_wanted(config, packed.splits[split])) for split in config.splits)
+        sizes = {
+            name: float(count * _identity(reading, packed, name, spec).bytes_per_row)
+            for name, spec in zip(reading.names, reading.teachers, strict=True)
+        }
+    batch = (reading.batch_size, reading.seq_len)
+    specs = [spec for spec in reading.teachers if not spec.startswith("api:")]
+    return Work(
+        reads=(*reading.teachers, reading.data),
+        writes=sizes,
+        passes=[Pass.reading(spec, count, batch) for spec in specs],
+        dtype=reading.dtype,
+    )
+
+
+def _identity(
+    reading: distillation.Reading, packed: data.PackedSplits, name: str, spec: str
+) -> distillation.TeacherIdentity:
+    """What a cache will be; nothing is read by it: it is only asked how wide a row is."""
+    tokenizer = packed.tokenizers[packed.names[name]]
+    return distillation.TeacherIdentity(
+        model=spec,
+        tokenizer=tokenizer.fingerprint,
+        data="",
+        vocab_size=tokenizer.vocab_size,
+        positions=reading.seq_len - 1,
+        k=reading.top_k,
+        tail_samples=reading.tail_samples,
+        likelihoods=reading.likelihoods,
+    )
+
+
 def _announce(
     reading: distillation.Reading, packed: data.PackedSplits, rows: dict[str, np.ndarray]
 ) -> None:
     """Before a model is loaded: what its cache will take at most."""
     for name, spec in zip(reading.names, reading.teachers, strict=True):
-        tokenizer = packed.tokenizers[packed.names[name]]
-        identity = distillation.TeacherIdentity(
-            model=spec,
-            tokenizer=tokenizer.fingerprint,
-            # Nothing is read by this identity: it is only asked how wide a row is.
-            data="",
-            vocab_size=tokenizer.vocab_size,
-            positions=reading.seq_len - 1,
-            k=reading.top_k,
-            tail_samples=reading.tail_samples,
-            likelihoods=reading.likelihoods,
-        )
+        identity = _identity(reading, packed, name, spec)
         count = sum(map(len, rows.values()))
         logging.info(
             "%s: %d rows of %d positions, top %d: %.1f MB on disk",

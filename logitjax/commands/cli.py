@@ -77,10 +77,17 @@ class _Families:
     )
 
 
-def _folder_class(name: str) -> type:
-    """A configuration with the flag of a run's folder."""
-    says = "Folder of the run, also on an object store. The same folder continues the run."
-    return dataclasses.make_dataclass("Folder", [(name, str, field(REQUIRED, says))])
+def _folder_class(name: str, *, may_rehearse: bool) -> type:
+    """A configuration with the flags of a run's folder."""
+    says = "Folder of the run, also on an object store. The same command continues the run in it."
+    fields: list[Any] = [(name, str, field(REQUIRED, says))]
+    if may_rehearse:
+        says = (
+            "Only say what would be read and written, how many steps there are, and how much time, "
+            "memory and disk they take."
+        )
+        fields.append(("dry_run", bool, field(False, says)))
+    return dataclasses.make_dataclass("Folder", fields)
 
 
 def parse(
@@ -262,7 +269,8 @@ def main(
         config_class: The dataclass that `run` is given. It may nest others.
         presets: Its defaults by name, flat; the first ones hold if none is named.
         run: `(config, out)` or `(config, workdir)`, which every process calls with a folder that is
-            locked and has `config.json` in it, or `(config)`. The folder's flag has that name.
+            locked and has `config.json` in it, or `(config)`. The folder's flag has that name. If
+            its module has a function `work(config)`, `--dry_run` prints what that returns.
         program: What `--help` calls it; the module's name if omitted.
         arguments: What follows the program on the command line; `sys.argv`'s if omitted.
     """
@@ -273,15 +281,16 @@ def main(
         program = f"python -m {spec.name.removesuffix('.__main__')}" if spec else sys.argv[0]
     parameters = inspect.signature(run).parameters
     kept = next((name for name in ("out", "workdir") if name in parameters), "")
-    place = [_folder_class(kept), _Processes] if kept else []
-    classes = [*place, _Families, config_class]
+    rehearsal = getattr(module, "work", None)
+    folder = [_folder_class(kept, may_rehearse=rehearsal is not None), _Processes] if kept else []
+    classes = [*folder, _Families, config_class]
     # Before absl reads them, which would print its own flags.
     if set(arguments) & set(_HELP):
         print(_flags.help_text(program, module.__doc__, _flags.flags_of(*classes), presets))
         return
     says = "interrupted; the same command continues" if kept else "interrupted"
     with _interruptible(says):
-        _main(classes, presets, run, program, arguments, kept)
+        _main(classes, presets, run, rehearsal, program, arguments, kept)
 
 
 @contextlib.contextmanager
@@ -307,6 +316,7 @@ def _main(
     classes: list[type],
     presets: Mapping[str, Mapping[str, Any]] | None,
     run: Callable[..., None],
+    rehearsal: Callable[[Any], Any] | None,
     program: str,
     arguments: Sequence[str],
     kept: str,
@@ -337,8 +347,12 @@ def _main(
             return
         # A run of hours says what it does; a command that only prints is quiet.
         logging.set_verbosity(logging.INFO)
-        training.distributed.initialize(**dataclasses.asdict(place[1]))
         folder = epath.Path(getattr(place[0], kept))
+        if getattr(place[0], "dry_run", False):
+            assert rehearsal is not None
+            print(rehearsal(config).describe(program, folder))
+            return
+        training.distributed.initialize(**dataclasses.asdict(place[1]))
         with _narrated(), training.lock_workdir(folder), _accounted(folder):
             details = folder  # Before, it may be another run's.
             if not cached and "://" in str(folder):

@@ -26,6 +26,7 @@ from jax.sharding import Mesh
 from logitjax import data, models, processes, storage, training, vq
 from logitjax.commands.cli import REQUIRED, field, nested
 from logitjax.commands.tables import markdown_table
+from logitjax.commands.work import Pass, Work
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,23 @@ def run(config: Config, out: epath.Path) -> None:
         text = _report(config, model, conversion.model, held_out)
         storage.write_atomic(out / "report.md", text)
         print(text)
+
+
+def work(config: Config) -> Work:
+    """What the run would read and write, for `--dry_run`; the tuning of codes is not timed."""
+    shape, batch = models.load_config(config.model), (config.batch_rows, config.seq_len)
+    tokens = config.convert.max_tokens + config.held_out_tokens
+    reading = Pass.reading(config.model, tokens / config.seq_len, batch)
+    return Work(
+        reads=(config.model, config.data),
+        writes={
+            "hidden states": 4.0 * tokens * shape.hidden_size,
+            "head": 4.0 * config.convert.num_codes * shape.hidden_size + 8.0 * shape.vocab_size,
+        },
+        passes=[reading],
+        steps=config.convert.steps,
+        dtype=config.dtype,
+    )
 
 
 def programs(config: Config, mesh: Mesh) -> Iterator[training.Program]:

@@ -41,6 +41,7 @@ from logitjax import data, distillation, models, processes, storage, training
 from logitjax.commands import figures
 from logitjax.commands.cli import REQUIRED, field, nested
 from logitjax.commands.tables import markdown_table, text_cell
+from logitjax.commands.work import Pass, Work, shortened
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -194,13 +195,41 @@ def run(config: Config, out: epath.Path) -> None:
         print(text)
 
 
+def work(config: Config) -> Work:
+    """What the run would read and write, for `--dry_run`."""
+    course, reading = config.course, config.reading
+    data.load_splits(reading.data, on_error=reading.on_error)  # Says what is wrong with it.
+    batch = (course.batch_size, reading.seq_len)
+    shape, held_out = _student_shape(config), 2 * course.eval_rows
+    validations = course.steps // (course.loop.eval_every or course.steps + 1)
+    rows = course.steps * course.batch_size
+    student = Pass(model="the student", shape=shape, tokens=rows * batch[1], batch=batch,
+                   trained=True)  # fmt: skip
+    scored = held_out + validations * course.eval_rows
+    passes = [student, dataclasses.replace(student, tokens=scored * batch[1], trained=False)]
+    models_read = [spec for spec in config.teachers if not spec.startswith(("cache:", "api:"))]
+    passes += [Pass.reading(spec, rows + held_out, batch) for spec in models_read]
+    # A log-probability and an id for each token that is kept, and two moments.
+    position = config.reading.top_k * (2 if shape.vocab_size <= 1 << 16 else 4) * 2 + 8
+    kept = len(models_read) * (rows + held_out) * (batch[1] - 1) * position
+    weights = student.weights
+    checkpoint = weights * 12 if not config.lora_rank else weights // 10
+    return Work(
+        reads=(config.student, *config.teachers, reading.data),
+        writes={
+            "model": weights * 4,
+            "checkpoints": 2 * checkpoint if course.loop.checkpoint_every else checkpoint,
+            **({"teachers": kept} if kept and reading.teacher_reads == "cache" else {}),
+        },
+        passes=passes,
+        steps=course.steps,
+        dtype=config.dtype,
+    )
+
+
 def programs(config: Config, mesh: jax.sharding.Mesh) -> Iterator[training.Program]:
     """What the run compiles, for `python -m experiments.plan --command=distill`."""
-    shape = models.load_config(config.student)
-    layers = len(config.pruning.keep_layers) or shape.num_layers - config.pruning.drop_layers
-    shape = dataclasses.replace(
-        shape, num_layers=layers, windows=shape.windows[:layers], segment_boundaries=()
-    )
+    shape = _student_shape(config)
 
     def model() -> models.Decoder:
         return models.Decoder(
@@ -217,6 +246,12 @@ def programs(config: Config, mesh: jax.sharding.Mesh) -> Iterator[training.Progr
         freeze="embedding" if config.freeze == "below" else config.freeze,
         lora_rank=config.lora_rank,
     )
+
+
+def _student_shape(config: Config) -> models.DecoderConfig:
+    shape = models.load_config(config.student)
+    kept = len(config.pruning.keep_layers) or shape.num_layers - config.pruning.drop_layers
+    return shortened(shape, max(kept, 1))
 
 
 def _course(config: Config) -> distillation.Course:

@@ -2,7 +2,9 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +12,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from logitjax.storage import require, write_atomic
+from logitjax.storage import digest, require, write_atomic
 
 
 class MetricAccumulator:
@@ -136,6 +138,78 @@ class TensorBoardWriter(MetricWriter):
             self._writer = None
 
 
+class WandbWriter(MetricWriter):
+    """A run of Weights & Biases, kept in the folder unless ``WANDB_MODE`` says ``online``.
+
+    Without a network: ``wandb sync FOLDER/wandb/offline-*`` uploads it later.
+    """
+
+    def __init__(self, directory: epath.PathLike):
+        self._wandb = require("wandb", extra="wandb")
+        self._directory = epath.Path(directory)
+        self._run: Any = None
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        if self._run is None:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            # The same run goes on where the folder does.
+            identity = digest(str(self._directory.absolute()), length=16)
+            self._run = self._wandb.init(
+                project="logitjax",
+                name=self._directory.name,
+                id=identity,
+                resume="allow",
+                dir=str(self._directory),
+                mode=os.environ.get("WANDB_MODE", "offline"),
+                settings=self._wandb.Settings(silent=True),
+            )
+        self._run.log(dict(scalars), step=step)
+
+    def close(self) -> None:
+        if self._run is not None:
+            self._run.finish()
+            self._run = None
+
+
+class TerminalWriter(MetricWriter):
+    """A curve of the loss and of the validation perplexity, drawn anew in place."""
+
+    _NAMES = ("loss", "eval/perplexity")
+    _BARS = " ▁▂▃▄▅▆▇█"
+
+    def __init__(self, *, width: int = 60, height: int = 6):
+        self._size, self._drawn = (width, height), 0
+        self._values: dict[str, list[tuple[int, float]]] = {}
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        for name in self._NAMES:
+            if math.isfinite(scalars.get(name, math.nan)):
+                self._values.setdefault(name, []).append((step, float(scalars[name])))
+        lines = [line for name, curve in self._values.items() for line in self._draw(name, curve)]
+        # Over what was drawn before, where something can be drawn over.
+        over = f"\x1b[{self._drawn}F\x1b[J" if self._drawn else ""
+        if sys.stderr.isatty():
+            print(over + "\n".join(lines), file=sys.stderr, flush=True)
+            self._drawn = len(lines)
+
+    def _draw(self, name: str, curve: list[tuple[int, float]]) -> list[str]:
+        width, height = self._size
+        # As many columns as there are, each the last value that falls into it.
+        columns = {i * width // max(len(curve), width): v for i, (_, v) in enumerate(curve)}
+        low, high = min(columns.values()), max(columns.values())
+        levels = [
+            round((value - low) / (high - low or 1.0) * (8 * height - 1)) + 1
+            for value in columns.values()
+        ]
+        rows = [
+            "  " + "".join(self._BARS[min(max(level - 8 * row, 0), 8)] for level in levels)
+            for row in reversed(range(height))
+        ]
+        (_, first), (step, last) = curve[0], curve[-1]
+        title = name.replace("eval/", "validation ")
+        return [f"{title} {first:.4g} -> {last:.4g} at step {step}", *rows]
+
+
 class MultiWriter(MetricWriter):
     """Hands everything to several writers."""
 
@@ -159,21 +233,29 @@ class MultiWriter(MetricWriter):
             writer.close()
 
 
+#: Trackers by name; each is made with the folder of a run.
+TRACKERS: Mapping[str, Callable[[epath.Path], MetricWriter]] = {
+    "tensorboard": lambda folder: TensorBoardWriter(folder / "tensorboard"),
+    "wandb": WandbWriter,
+    "terminal": lambda folder: TerminalWriter(),
+}
+
+
 def make_writer(
-    workdir: epath.PathLike | None, *, log: bool = True, tensorboard: bool = False
+    workdir: epath.PathLike | None, *, log: bool = True, track: Sequence[str] = ()
 ) -> MetricWriter:
-    """The usual writers, ``metrics.jsonl`` and the log; only process 0 writes.
+    """The usual writers, ``metrics.jsonl`` and the log, and trackers; only process 0 writes.
 
     Args:
-        workdir: where ``metrics.jsonl`` and ``tensorboard/`` go; None for the log alone.
+        workdir: where ``metrics.jsonl`` and the trackers' files go; None for the log alone.
         log: write log lines.
-        tensorboard: write event files too.
+        track: names of trackers: ``tensorboard``, ``wandb`` (offline by default), and ``terminal``,
+            which draws curves.
     """
     if jax.process_index() != 0:
         return MetricWriter()
     writers: list[MetricWriter] = [LogWriter()] if log else []
     if workdir is not None:
         writers.append(JsonlWriter(epath.Path(workdir) / "metrics.jsonl"))
-        if tensorboard:
-            writers.append(TensorBoardWriter(epath.Path(workdir) / "tensorboard"))
+        writers += [TRACKERS[name](epath.Path(workdir)) for name in track]
     return MultiWriter(writers)
