@@ -9,6 +9,7 @@ import importlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 
 COMMANDS = {
@@ -50,6 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
     # Nothing has to be unwound yet, and some packages would make another error of it.
     before = signal.signal(signal.SIGINT, _end)
+    # A slow disk may take half a minute for it, and silence looks like a hang.
+    waiting = threading.Timer(2.0, print, [f"{name}: loading JAX"], {"file": sys.stderr})
+    waiting.daemon = True
+    waiting.start()
     try:
         # jax takes seconds to import: `--help` and a wrong name wait for none of it.
         command = importlib.import_module(f"logitjax.commands.{name.replace('-', '_')}")
@@ -58,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     finally:
+        waiting.cancel()
         signal.signal(signal.SIGINT, before)
     cli.main(command.Config, None, command.run, program=f"logitjax {name}", arguments=rest)
 

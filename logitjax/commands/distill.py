@@ -38,8 +38,8 @@ from etils import epath
 from flax import nnx
 
 from logitjax import data, distillation, models, processes, storage, training
-from logitjax.commands import figures
-from logitjax.commands.cli import REQUIRED, field, nested
+from logitjax.commands import figures, hub
+from logitjax.commands.cli import REQUIRED, field, flatten, nested
 from logitjax.commands.tables import markdown_table, text_cell
 from logitjax.commands.work import Pass, Work, shortened
 
@@ -94,6 +94,7 @@ class Config:
     mesh: str = field(
         "data:-1,fsdp:1,tensor:1", "Axes and sizes of the device mesh.", execution=True
     )
+    push_to_hub: str | None = field(None, hub.PUSH, execution=True)
 
     def __post_init__(self) -> None:
         if self.freeze == "below" and (not self.pruning.drop_layers or self.layout != "listed"):
@@ -192,7 +193,25 @@ def run(config: Config, out: epath.Path) -> None:
         storage.write_atomic(out / "scores.json", json.dumps(scores, indent=1) + "\n")
         text = _report(config, packed, rows, found, note)
         storage.write_atomic(out / "report.md", text)
+        storage.write_atomic(out / "model" / "README.md", _card(config, text))
         print(text)
+    if config.push_to_hub:
+        hub.push(out / "model", config.push_to_hub)
+
+
+def _card(config: Config, report: str) -> str:
+    heading, _, scores = report.partition("\n")
+    # Pictures, and the line about this folder, mean nothing on the hub.
+    scores = "\n\n".join(
+        part for part in scores.split("\n\n") if not part.startswith(("![", "`model/`"))
+    )
+    return hub.model_card(
+        title=heading.removeprefix("# ").replace("`", ""),
+        made_from=list(dict.fromkeys((config.student, *config.teachers))),
+        tags=["distillation", *(["pruning"] if config.pruning.prunes else [])],
+        report=scores,
+        settings=flatten(config),
+    )
 
 
 def work(config: Config) -> Work:
@@ -335,7 +354,8 @@ def _pruned(
     if kept:
         gone = sorted(set(range(layers)) - set(kept))
         logging.info("student without layers %s", gone)
-        notes.append(f"without layers {', '.join(map(str, gone))}")
+        layers_gone = ", ".join(map(str, gone))
+        notes.append(f"without layer{'s' if len(gone) > 1 else ''} {layers_gone}")
     if config.pruning.kv_heads or config.pruning.mlp_channels:
         model = distillation.prune_width(
             model,
@@ -403,9 +423,10 @@ def _row(name: str, scores: Mapping[str, float]) -> dict[str, Any]:
         "bits a byte": scores["bits_per_byte"],
         "accuracy %": percent("accuracy"),
         "agreement %": percent("agreement"),
-        "KL to the teacher": scores.get("teacher_kl"),
+        # The whole model is its own teacher; rounding makes its zero negative.
+        "KL to the teacher": max(scores["teacher_kl"], 0.0) if "teacher_kl" in scores else None,
         "parameters": f"{int(scores['parameters']):,}",
-        "tokens/s": scores.get("tokens_per_second"),
+        "tokens/s": f"{speed:,.0f}" if (speed := scores.get("tokens_per_second")) else None,
     }
 
 
@@ -422,30 +443,35 @@ def _report(
         sum(rows.statistics.get(name, 0) for rows in packed.splits.values()) for name in counted
     )
     long = (
-        f" {skipped} conversations are longer than {reading.seq_len} tokens and were left out."
+        f" {skipped} conversations exceed {reading.seq_len} tokens and were left out."
         if skipped
         else ""
     )
-    long += f" {unlearnt} pieces hold nothing to learn and were left out." if unlearnt else ""
+    long += f" {unlearnt} pieces contain nothing to learn and were left out." if unlearnt else ""
     share = config.on_policy.share
-    own = f", {share:.0%} of the rows written by the student" if share else ""
+    own = f", with {share:.0%} of the rows written by the student" if share else ""
     teachers = ", ".join(f"`{spec}`" for spec in config.teachers) or "no teacher"
     names = ("prompt", "before", "after")
     samples = [{"": n, "text": text_cell(found.samples[n])} for n in names]
     return (
-        f"# `{config.student}`{', ' + note if note else ''}, taught\n\n"
+        f"# `{config.student}`{' ' + note if note else ''}, distilled\n\n"
         f"{' + '.join(config.loss)} with {teachers} on `{reading.data}`: {course.steps} steps of "
         f"{course.batch_size} x {reading.seq_len} tokens{own}, learning rate {config.peak:g}, "
-        f"{found.trained.tokens_per_second:.4g} predicted tokens a second.{long}\n\n"
+        f"{found.trained.tokens_per_second:,.0f} trained tokens per second.{long}\n\n"
         f"{markdown_table(rows)}\n\n"
-        f"Scores are on {min(course.eval_rows, len(packed.splits['test']))} rows of test text. "
-        "Agreement is the share of positions where the likeliest token is the first teacher's. KL "
-        f"is from its distribution, with all but its top {reading.top_k} tokens as one. "
-        "tokens/s counts tokens read, not written.\n\n"
+        f"The text has {_split_sizes(packed)} rows to train, validate and test on. Scores are "
+        f"computed on {min(course.eval_rows, len(packed.splits['test']))} test rows. Agreement is "
+        "the share of positions at which model and teacher rank the same token highest. KL is "
+        f"computed over the teacher's top {reading.top_k} tokens, with all others as one. tokens/s "
+        "is the speed of reading text, not of generating it.\n\n"
         "![validation perplexity and loss](curves.png)\n\n"
         f"{markdown_table(samples)}\n\n"
         "`model/` has the model as a Hugging Face directory.\n"
     )
+
+
+def _split_sizes(packed: data.PackedSplits) -> str:
+    return ", ".join(f"{len(packed.splits[name]):,}" for name in data.SPLITS)
 
 
 def _plot(trained: distillation.Trained, path: epath.Path) -> None:

@@ -172,7 +172,7 @@ class WandbWriter(MetricWriter):
 
 
 class TerminalWriter(MetricWriter):
-    """A curve of the loss and of the validation perplexity, drawn anew in place."""
+    """Curves of the loss and of the validation perplexity, redrawn in place on a terminal."""
 
     _NAMES = ("loss", "eval/perplexity")
     _BARS = " ▁▂▃▄▅▆▇█"
@@ -180,17 +180,26 @@ class TerminalWriter(MetricWriter):
     def __init__(self, *, width: int = 60, height: int = 6):
         self._size, self._drawn = (width, height), 0
         self._values: dict[str, list[tuple[int, float]]] = {}
+        self._verbosity: int | None = None
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        if not sys.stderr.isatty():
+            return
+        if self._verbosity is None:
+            # Log lines would move the cursor away from the curves.
+            self._verbosity = logging.get_verbosity()
+            logging.set_verbosity(logging.WARNING)
         for name in self._NAMES:
             if math.isfinite(scalars.get(name, math.nan)):
                 self._values.setdefault(name, []).append((step, float(scalars[name])))
         lines = [line for name, curve in self._values.items() for line in self._draw(name, curve)]
-        # Over what was drawn before, where something can be drawn over.
         over = f"\x1b[{self._drawn}F\x1b[J" if self._drawn else ""
-        if sys.stderr.isatty():
-            print(over + "\n".join(lines), file=sys.stderr, flush=True)
-            self._drawn = len(lines)
+        print(over + "\n".join(lines), file=sys.stderr, flush=True)
+        self._drawn = len(lines)
+
+    def close(self) -> None:
+        if self._verbosity is not None:
+            logging.set_verbosity(self._verbosity)
 
     def _draw(self, name: str, curve: list[tuple[int, float]]) -> list[str]:
         width, height = self._size
