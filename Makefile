@@ -96,6 +96,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/python .ci/prose.py
 	$(BIN)/python .ci/size.py # with --strict once its bars hold
 
 format: $(READY)

@@ -350,7 +350,9 @@ def _main(
         folder = epath.Path(getattr(place[0], kept))
         if getattr(place[0], "dry_run", False):
             assert rehearsal is not None
-            print(rehearsal(config).describe(program, folder))
+            with _narrated():
+                for line in rehearsal(config).lines(program, folder):
+                    print(line, flush=True)
             return
         training.distributed.initialize(**dataclasses.asdict(place[1]))
         with _narrated(), training.lock_workdir(folder), _accounted(folder):

@@ -30,16 +30,16 @@ class Config:
 
     model: str = field("smollm2", "Model to shrink.")
     drop_layers: int = field(6, "Number of layers to remove.", minimum=1)
-    steps: int = field(24, "Number of training steps.", minimum=1)
+    steps: int = field(16, "Number of training steps.", minimum=1)
 
 
 def run(config: Config, out: epath.Path) -> None:
     """Writes the text, distils, and says what was gained."""
     text = out / "documentation.txt"
     storage.write_atomic(text, "\n\n".join(_documentation())[:_CHARACTERS])
-    loop = training.LoopOptions(log_every=2, eval_every=6, progress=False)
+    loop = training.LoopOptions(log_every=2, eval_every=4, progress=False)
     course = distillation.Course(
-        steps=config.steps, batch_size=4, eval_rows=8, track=("terminal",), loop=loop
+        steps=config.steps, batch_size=4, eval_rows=4, track=("terminal",), loop=loop
     )
     distill.run(
         distill.Config(

@@ -5,7 +5,7 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from etils import epath
 from flax import nnx
 
-from logitjax import losses, models
+from logitjax import losses, models, storage
 
 # Of a forward and a backward pass the forward is a third.
 _FORWARD = 1 / 3
@@ -109,30 +109,30 @@ class Work:
     steps: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
 
-    def describe(self, program: str, out: epath.Path) -> str:
-        """The text that `--dry_run` prints."""
-        lines = [f"dry run of {program}: nothing is written", ""]
-        lines += [f"reads   {name}{_size_of(name)}" for name in dict.fromkeys(self.reads)]
-        lines += [f"writes  {out / name}, {_bytes(size)}" for name, size in self.writes.items()]
-        lines.append(f"disk    {_bytes(sum(self.writes.values()))} of {_free_disk(out)} free")
+    def lines(self, program: str, out: epath.Path) -> Iterator[str]:
+        """What `--dry_run` prints; the time, which has to be measured, comes last."""
+        yield f"dry run of {program}: nothing is written"
+        yield from (f"reads   {name}{_size_of(name)}" for name in dict.fromkeys(self.reads))
+        yield from (f"writes  {out / name}, {_bytes(size)}" for name, size in self.writes.items())
+        yield f"disk    {_bytes(sum(self.writes.values()))} of {_free_disk(out)} free"
         for one in self.passes:
-            verb = "trained on" if one.trained else "reads"
-            lines.append(f"tokens  {one.model} {verb} {one.tokens:,.0f}")
+            verb = "learns from" if one.trained else "reads"
+            yield f"tokens  {one.model} {verb} {one.tokens:,.0f}"
         if self.steps:
-            lines.append(f"steps   {self.steps}")
+            yield f"steps   {self.steps}"
         if self.passes:
             # A model that is trained and scored is there once.
             memory = {
                 one.model: one.memory for one in sorted(self.passes, key=lambda one: one.memory)
             }
-            lines.append(f"memory  about {_bytes(sum(memory.values()))} of {_memory()}")
+            yield f"memory  about {_bytes(sum(memory.values()))} of {_memory()}"
+            storage.progress.mark("timing two layers")
             products = sum(one.products for one in self.passes)
             minutes = products / self.passes[0].pace(self.dtype) / 60
-            lines.append(
-                f"time    about {minutes:.1f} minutes on this machine, compilation aside, from a "
-                f"second of {_TIMED_LAYERS} layers"
+            yield (
+                f"time    about {minutes:.1f} minutes on this machine without compilation, estimated "
+                f"from {_TIMED_LAYERS} layers"
             )
-        return "\n".join(lines)
 
 
 def shortened(shape: models.DecoderConfig, layers: int) -> models.DecoderConfig:

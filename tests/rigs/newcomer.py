@@ -6,14 +6,18 @@ it, presses Ctrl-C and repeats the command, once in a pipe and once on a termina
 """
 
 import contextlib
+import fcntl
+import itertools
 import os
 import pty
 import re
 import select
 import signal
+import struct
 import subprocess
 import sys
 import sysconfig
+import termios
 import time
 import venv
 from collections.abc import Mapping, Sequence
@@ -71,6 +75,9 @@ def _run(
     # From outside of the package this is a flag of tests; here it would split the device.
     environment.pop("XLA_FLAGS", None)
     reader, writer = pty.openpty() if terminal else os.pipe()
+    if terminal:
+        # Without a size there is no room for a bar.
+        fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
     begin = time.monotonic()
     process = subprocess.Popen(command, cwd=folder, env=environment, stdout=writer, stderr=writer,
                                stdin=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
@@ -89,7 +96,7 @@ def _run(
         break
     os.close(reader)
     status = process.wait()
-    gaps = [later - earlier for earlier, later in zip(times[1:], times[2:])]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(times[1:])]
     return {
         "status": status,
         "first line, s": times[1] - begin if len(times) > 1 else float("inf"),
@@ -111,8 +118,8 @@ def run(options: suite.Options) -> suite.Result:
     command = [str(_install(directory, _wheel(directory), borrow=options.smoke))]
     folder = directory / "empty"
     folder.mkdir()
-    paragraphs = [f"Chapter {i}. " + "It is a plain sentence of some words. " * 40 for i in range(40)]
-    (folder / "book.txt").write_text("\n\n".join(paragraphs))
+    words = "It is a plain sentence of some words. " * 40
+    (folder / "book.txt").write_text("\n\n".join(f"Chapter {i}. {words}" for i in range(40)))
     typo, right = [*command, *_DISTILL, "--data=text:bok.txt"], [*command, *_DISTILL]
     right.append("--data=text:book.txt")
     steps = {
