@@ -58,7 +58,8 @@ def test_every_public_name_has_an_entry_in_the_reference():
 def test_every_page_is_in_the_contents():
     text = (ROOT / "docs" / "index.md").read_text()
     listed = set(re.findall(r"^([\w/]+)$", text, flags=re.MULTILINE))
-    pages = {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"}
+    docs = ROOT / "docs"
+    pages = {str(path.relative_to(docs).with_suffix("")) for path in docs.rglob("*.md")} - {"index"}
     assert pages | {"reference/index"} == listed
 
 
@@ -140,8 +141,8 @@ def test_plots_are_drawn_and_pages_are_not_wider_than_the_screen(browser, width)
         {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 600},
     )
     wide = {}
-    for path in sorted(SITE.glob("*.html")):
-        chrome.get(f"{address}/{path.name}")
+    for path in sorted([*SITE.glob("*.html"), *SITE.glob("measurements/*.html")]):
+        chrome.get(f"{address}/{path.relative_to(SITE)}")
         if chrome.execute_script("return document.documentElement.scrollWidth") > width:
             wide[path.name] = chrome.execute_script(WIDEST, width)
         broken = chrome.execute_script(

@@ -71,7 +71,7 @@ def main(argv: list[str]) -> None:
         claims = judge.judge(load())
         for claim in claims.values():
             write(claim)
-        (CLAIMS.parent / "claims.md").write_text(page.text(claims))
+        (CLAIMS.parent / "measurements" / "claims.md").write_text(page.text(claims))
     elif command == "check":
         wrong = check.faults()
         print(*wrong or ["claims: every number agrees with its records"], sep="\n")

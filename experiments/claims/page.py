@@ -59,7 +59,7 @@ def text(claims: Mapping[str, Claim]) -> str:
             }
             for claim in paper
         ]
-        parts += [f"## {name}\n\nThe page: [{link}]({link}).", markdown_table(rows)]
+        parts += [f"## {name}\n\nThe page: [{link}](../{link}).", markdown_table(rows)]
         effects = [
             {
                 "claim": claim.id,
