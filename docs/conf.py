@@ -73,13 +73,12 @@ def link_names(app, what, name, obj, options, lines):
             lines[i:end] = ["::", "", *(f"   {line}" for line in lines[i:end])]
 
 
-_OUTSIDE = re.compile(r"\[([^\]]+)\]\((\.\./[^)#]+\.md)\)")
-
-
 def offer_files(app, docname, source):
     """A page of the repository that is none of the site is offered as a file."""
-    del app, docname
-    source[0] = _OUTSIDE.sub(r"{download}`\1 <\2>`", source[0])
+    del app
+    outside = re.escape("../" * (docname.count("/") + 1))
+    link = re.compile(rf"\[([^\]]+)\]\(({outside}[^)#]+\.md)\)")
+    source[0] = link.sub(r"{download}`\1 <\2>`", source[0])
 
 
 def setup(app):

@@ -123,5 +123,5 @@ def _of_pages(docs: pathlib.Path, claims: Mapping[str, Claim]) -> Iterator[str]:
         for name, line in _MARK.findall(path.read_text()):
             if name not in claims:
                 yield f"{path.name}: expected a claim, got {name!r}"
-            elif line.strip() != page.sentence(claims[name]):
+            elif line.strip().replace("(measurements/", "(") != page.sentence(claims[name]):
                 yield f"{path.name}: {name}: expected {page.sentence(claims[name])!r}"

@@ -1,4 +1,4 @@
-"""`docs/claims.md`: the claims as a reader of the papers wants them, from their files alone."""
+"""`docs/measurements/claims.md`: the claims as a reader of the papers wants them, from their files alone."""
 
 from collections.abc import Mapping
 
