@@ -1,4 +1,4 @@
-"""Make the page of results: docs/measurements/gallery.md and its pictures, from docs/results/*.json alone.
+"""Make the page of results, docs/measurements/gallery.md, from docs/results/*.json alone.
 
     python -m experiments.gallery
     python -m experiments.gallery --add=runs/few_shot --name=few_shot_stamps --page=few_shot.md

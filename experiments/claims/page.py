@@ -1,4 +1,4 @@
-"""`docs/measurements/claims.md`: the claims as a reader of the papers wants them, from their files alone."""
+"""`docs/measurements/claims.md`: the claims as readers of the papers want them."""
 
 from collections.abc import Mapping
 

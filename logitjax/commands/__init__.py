@@ -65,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     finally:
         waiting.cancel()
         signal.signal(signal.SIGINT, before)
-    cli.main(command.Config, None, command.run, program=f"logitjax {name}", arguments=rest)
+    recipes = getattr(command, "RECIPES", None)
+    cli.main(command.Config, recipes, command.run, program=f"logitjax {name}", arguments=rest)
 
 
 def _end(*_: object) -> None:

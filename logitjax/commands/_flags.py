@@ -323,6 +323,11 @@ def check_names(source: str, names: Iterable[str], known: Collection[str]) -> No
             raise ValueError(f"{source}: expected the name of a flag{hint}, got {name!r}")
 
 
+def choice_of(presets: Mapping[str, Any] | None) -> str:
+    """The flag that names a set of defaults: a recipe where a command works without one."""
+    return "recipe" if "none" in (presets or ()) else "preset"
+
+
 def help_text(
     program: str,
     doc: str | None,
@@ -333,7 +338,9 @@ def help_text(
     shown, rest = [], ""
     if presets:
         names = "|".join(presets)
-        shown.append((f"--preset={names}", "Named set of defaults. The first is the default."))
+        shown.append(
+            (f"--{choice_of(presets)}={names}", "Named set of defaults. The first is the default.")
+        )
     for flag in flags:
         says = _sentence(flag.help)
         if flag.metadata.get("positional"):

@@ -97,54 +97,43 @@ def run(config: Config, out: epath.Path) -> None:
 
 
 def work(config: Config) -> Work:
-    """What the run would read and write, for `--dry_run`; packing the text takes what it takes."""
+    """What the run would read and write, for `--dry_run`. Only packing tells the number of rows."""
     reading = config.reading
     with tempfile.TemporaryDirectory() as folder:
         packed = reading.pack(models.load_tokenizer(config.student), epath.Path(folder))
-        count = sum(len(_wanted(config, packed.splits[split])) for split in config.splits)
-        sizes = {
-            name: float(count * _identity(reading, packed, name, spec).bytes_per_row)
-            for name, spec in zip(reading.names, reading.teachers, strict=True)
-        }
+    count = sum(len(_wanted(config, packed.splits[split])) for split in config.splits)
     batch = (reading.batch_size, reading.seq_len)
-    specs = [spec for spec in reading.teachers if not spec.startswith("api:")]
     return Work(
         reads=(*reading.teachers, reading.data),
-        writes=sizes,
-        passes=[Pass.reading(spec, count, batch) for spec in specs],
-        dtype=reading.dtype,
+        writes={name: count * size for name, size in _row_sizes(reading, packed).items()},
+        passes=[Pass.reading(s, count, batch) for s in reading.teachers if s[:4] != "api:"],
     )
 
 
-def _identity(
-    reading: distillation.Reading, packed: data.PackedSplits, name: str, spec: str
-) -> distillation.TeacherIdentity:
-    """What a cache will be; nothing is read by it: it is only asked how wide a row is."""
-    tokenizer = packed.tokenizers[packed.names[name]]
-    return distillation.TeacherIdentity(
-        model=spec,
-        tokenizer=tokenizer.fingerprint,
-        data="",
-        vocab_size=tokenizer.vocab_size,
-        positions=reading.seq_len - 1,
-        k=reading.top_k,
-        tail_samples=reading.tail_samples,
-        likelihoods=reading.likelihoods,
-    )
+def _row_sizes(reading: distillation.Reading, packed: data.PackedSplits) -> dict[str, int]:
+    """Bytes of a row of each teacher's cache."""
+    sizes = {}
+    for name, spec in zip(reading.names, reading.teachers, strict=True):
+        tokenizer = packed.tokenizers[packed.names[name]]
+        sizes[name] = distillation.TeacherIdentity(
+            model=spec,
+            tokenizer=tokenizer.fingerprint,
+            # Nothing is read by this identity: it is only asked how wide a row is.
+            data="",
+            vocab_size=tokenizer.vocab_size,
+            positions=reading.seq_len - 1,
+            k=reading.top_k,
+            tail_samples=reading.tail_samples,
+            likelihoods=reading.likelihoods,
+        ).bytes_per_row
+    return sizes
 
 
 def _announce(
     reading: distillation.Reading, packed: data.PackedSplits, rows: dict[str, np.ndarray]
 ) -> None:
     """Before a model is loaded: what its cache will take at most."""
+    count, sizes = sum(map(len, rows.values())), _row_sizes(reading, packed)
     for name, spec in zip(reading.names, reading.teachers, strict=True):
-        identity = _identity(reading, packed, name, spec)
-        count = sum(map(len, rows.values()))
-        logging.info(
-            "%s: %d rows of %d positions, top %d: %.1f MB on disk",
-            spec,
-            count,
-            identity.positions,
-            identity.k,
-            count * identity.bytes_per_row / 1e6,
-        )
+        size = count * sizes[name] / 1e6
+        logging.info("%s: %d rows, top %d: %.1f MB on disk", spec, count, reading.top_k, size)

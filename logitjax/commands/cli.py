@@ -106,17 +106,18 @@ def parse(
     """
     flags = _flags.flags_of(*classes)
     known = {flag.name for flag in flags}
-    others = {"config": ()} | ({"preset": tuple(presets)} if presets else {})
+    choice = _flags.choice_of(presets)
+    others = {"config": ()} | ({choice: tuple(presets)} if presets else {})
     given = _flags.read_command_line(program, flags, others, arguments)
     file, chosen = given.pop("config", None), {}
     if file is not None:
         sections = {name for flag in flags for name in flag.path[:-1]}
         given = _config_file.read_config(file, sections, {*known, *others}) | given
     if presets:
-        name = given.pop("preset", next(iter(presets)))
+        name = given.pop(choice, next(iter(presets)))
         if name not in presets:
-            raise ValueError(f"preset: expected one of {', '.join(presets)}, got {name!r}")
-        _flags.check_names(f"preset {name}", presets[name], known)
+            raise ValueError(f"{choice}: expected one of {', '.join(presets)}, got {name!r}")
+        _flags.check_names(f"{choice} {name}", presets[name], known)
         chosen = presets[name]
     # Flags win over the file, which wins over the preset.
     values = {**chosen, **given}

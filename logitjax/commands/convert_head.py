@@ -92,7 +92,6 @@ def work(config: Config) -> Work:
         },
         passes=[reading],
         steps=config.convert.steps,
-        dtype=config.dtype,
     )
 
 

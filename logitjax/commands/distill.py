@@ -1,6 +1,7 @@
 """Make a model smaller, or teach it what other models know.
 
     logitjax distill --student=smollm2 --drop_layers=6 --data=tfds:wiki_summaries --out=runs/small
+    logitjax distill --recipe=prune-25 --student=hf:org/name --data=text:FILE --out=runs/smaller
     logitjax distill --student=DIR --teacher=DIR2 --data=jsonl:chats.jsonl --out=runs/better
     logitjax distill --student=DIR --teacher=cache:runs/cache/source0 --data=text:FILE \\
         --loss=sft:0.3 --loss=kl:0.7 --out=runs/cached
@@ -42,6 +43,17 @@ from logitjax.commands import figures, hub
 from logitjax.commands.cli import REQUIRED, field, flatten, nested
 from logitjax.commands.tables import markdown_table, text_cell
 from logitjax.commands.work import Pass, Work, shortened
+
+# What has to be said less often; flags win over them.
+RECIPES: Mapping[str, Mapping[str, Any]] = {
+    "none": {},
+    "prune-25": {"drop_share": 0.25, "steps": 400, "learning_rate": 3e-4, "freeze": "below"},
+    "prune-10": {"drop_share": 0.1, "steps": 200, "learning_rate": 2e-4, "freeze": "below"},
+    "quick": {"drop_share": 0.2, "steps": 200, "seq_len": 128, "batch_size": 2,
+              "learning_rate": 2e-4},
+    "same-size": {"loss": ("sft:0.3", "kl:0.7"), "steps": 1000},
+    "own-samples": {"on_policy": 0.5, "teacher_reads": "live", "loss": ("mixed_kl:1.0",)},
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,7 +109,8 @@ class Config:
     push_to_hub: str | None = field(None, hub.PUSH, execution=True)
 
     def __post_init__(self) -> None:
-        if self.freeze == "below" and (not self.pruning.drop_layers or self.layout != "listed"):
+        drops = self.pruning.drop_layers or self.pruning.drop_share
+        if self.freeze == "below" and (not drops or self.layout != "listed"):
             raise ValueError("freeze: expected drop_layers and listed layers with below")
         named = self.reading.teachers
         if self.on_policy.share:
@@ -144,6 +157,9 @@ def run(config: Config, out: epath.Path) -> None:
     tokenizer = models.load_tokenizer(config.student)
     reading.check(tokenizer, [objective])
     packed = reading.pack(tokenizer, out / "data")
+    for name in data.SPLITS[1:]:
+        if (rows := len(packed.splits[name])) < course.eval_rows:
+            logging.warning("%s has %d rows, eval_rows asks for %d", name, rows, course.eval_rows)
     whole, _ = models.load(
         config.student, mesh=mesh, dtype=config.dtype, layout=config.layout, remat=config.remat
     )
@@ -167,7 +183,7 @@ def run(config: Config, out: epath.Path) -> None:
         out / "teachers",
         {config.student: (whole, tokenizer)} if jax.process_count() == 1 else None,
     )
-    rows = [_whole_row(config, whole, corpus, course, mesh, out)] if config.pruning.prunes else []
+    scored = [_whole_row(config, whole, corpus, course, mesh, out)] if config.pruning.prunes else []
     del whole
     if jax.process_index() == 0 and (table := corpus.tokenizer_table()):
         storage.write_atomic(out / "tokenizers.md", markdown_table(table) + "\n")
@@ -183,7 +199,7 @@ def run(config: Config, out: epath.Path) -> None:
     )
     storage.progress.mark(f"writing {out / 'model'}", log=True)
     models.save_pretrained(found.model, tokenizer, out / "model")
-    rows += [
+    scored += [
         _row("student before", {**found.before, "parameters": student.size}),
         _row("student after", {**found.after, "parameters": student.size}),
     ]
@@ -191,7 +207,7 @@ def run(config: Config, out: epath.Path) -> None:
         _plot(found.trained, out / "curves.png")
         scores = {"before": found.before, "after": found.after}
         storage.write_atomic(out / "scores.json", json.dumps(scores, indent=1) + "\n")
-        text = _report(config, packed, rows, found, note)
+        text = _report(config, packed, scored, found, note)
         storage.write_atomic(out / "report.md", text)
         storage.write_atomic(out / "model" / "README.md", _card(config, text))
         print(text)
@@ -242,7 +258,6 @@ def work(config: Config) -> Work:
         },
         passes=passes,
         steps=course.steps,
-        dtype=config.dtype,
     )
 
 
@@ -269,7 +284,8 @@ def programs(config: Config, mesh: jax.sharding.Mesh) -> Iterator[training.Progr
 
 def _student_shape(config: Config) -> models.DecoderConfig:
     shape = models.load_config(config.student)
-    kept = len(config.pruning.keep_layers) or shape.num_layers - config.pruning.drop_layers
+    dropped = config.pruning.dropped(shape.num_layers)
+    kept = len(config.pruning.keep_layers) or shape.num_layers - dropped
     return shortened(shape, max(kept, 1))
 
 
@@ -313,10 +329,11 @@ def _pruned(
 ) -> tuple[models.Decoder, str, str | None]:
     """The student as it begins, what was cut from it in words, and what of it stays."""
     layers, notes = whole.config.num_layers, []
-    if config.pruning.drop_layers >= layers:
+    drop = config.pruning.dropped(layers)
+    if drop >= layers:
         raise ValueError(
             f"drop_layers: expected fewer than the {layers} layers of {config.student!r}, got "
-            f"{config.pruning.drop_layers}"
+            f"{drop}"
         )
     if any(not 0 <= i < layers for i in config.pruning.keep_layers):
         raise ValueError(
@@ -340,11 +357,11 @@ def _pruned(
         return [split.rows(range(i, min(i + size, count)))[packed.names["pivot"]] for i in starts]
 
     kept, freeze = config.pruning.keep_layers, config.freeze
-    if config.pruning.drop_layers:
+    if drop:
         path = out / "pruning.json"
         if not processes.broadcast_from_first(path.exists):
             chosen = distillation.prune_layers(
-                whole, calibration(), config.pruning.drop_layers, by=config.pruning.prune_by
+                whole, calibration(), drop, by=config.pruning.prune_by
             )
             processes.write_json(path, dataclasses.asdict(chosen))
         record = processes.broadcast_from_first(lambda: json.loads(path.read_text()))

@@ -93,7 +93,6 @@ def work(config: Config) -> Work:
         reads=(*specs, *(name for name in (config.data, config.choices) if name)),
         writes={"scores.jsonl": 200.0 * len(items)},
         passes=[Pass.reading(spec, count, batch) for spec in specs],
-        dtype=config.line_up.dtype,
     )
 
 

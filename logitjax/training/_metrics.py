@@ -139,29 +139,22 @@ class TensorBoardWriter(MetricWriter):
 
 
 class WandbWriter(MetricWriter):
-    """A run of Weights & Biases, kept in the folder unless ``WANDB_MODE`` says ``online``.
-
-    Without a network: ``wandb sync FOLDER/wandb/offline-*`` uploads it later.
-    """
+    """A Weights & Biases run; offline, for ``wandb sync``, unless ``WANDB_MODE`` is ``online``."""
 
     def __init__(self, directory: epath.PathLike):
         self._wandb = require("wandb", extra="wandb")
-        self._directory = epath.Path(directory)
+        self._directory = str(directory)
         self._run: Any = None
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         if self._run is None:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            # The same run goes on where the folder does.
-            identity = digest(str(self._directory.absolute()), length=16)
             self._run = self._wandb.init(
                 project="logitjax",
-                name=self._directory.name,
-                id=identity,
+                # A folder that is continued continues its run.
+                id=digest(self._directory, length=16),
                 resume="allow",
-                dir=str(self._directory),
+                dir=self._directory,
                 mode=os.environ.get("WANDB_MODE", "offline"),
-                settings=self._wandb.Settings(silent=True),
             )
         self._run.log(dict(scalars), step=step)
 
@@ -174,12 +167,10 @@ class WandbWriter(MetricWriter):
 class TerminalWriter(MetricWriter):
     """Curves of the loss and of the validation perplexity, redrawn in place on a terminal."""
 
-    _NAMES = ("loss", "eval/perplexity")
-    _BARS = " ▁▂▃▄▅▆▇█"
+    _NAMES, _BARS, _WIDTH = ("loss", "eval/perplexity"), "▁▂▃▄▅▆▇█", 50
 
-    def __init__(self, *, width: int = 60, height: int = 6):
-        self._size, self._drawn = (width, height), 0
-        self._values: dict[str, list[tuple[int, float]]] = {}
+    def __init__(self) -> None:
+        self._curves: dict[str, list[float]] = {}
         self._verbosity: int | None = None
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -189,34 +180,26 @@ class TerminalWriter(MetricWriter):
             # Log lines would move the cursor away from the curves.
             self._verbosity = logging.get_verbosity()
             logging.set_verbosity(logging.WARNING)
+        up = f"\x1b[{len(self._curves)}F\x1b[J" if self._curves else ""
         for name in self._NAMES:
             if math.isfinite(scalars.get(name, math.nan)):
-                self._values.setdefault(name, []).append((step, float(scalars[name])))
-        lines = [line for name, curve in self._values.items() for line in self._draw(name, curve)]
-        over = f"\x1b[{self._drawn}F\x1b[J" if self._drawn else ""
-        print(over + "\n".join(lines), file=sys.stderr, flush=True)
-        self._drawn = len(lines)
+                self._curves.setdefault(name, []).append(float(scalars[name]))
+        lines = [self._draw(name, values) for name, values in self._curves.items()]
+        print(up + "\n".join(lines), f"step {step}", file=sys.stderr, flush=True)
+
+    def _draw(self, name: str, values: list[float]) -> str:
+        # As many columns as fit, each the last value that falls into it.
+        columns = {
+            i * self._WIDTH // max(len(values), self._WIDTH): v for i, v in enumerate(values)
+        }
+        low, high = min(values), max(values)
+        levels = [round((v - low) / (high - low or 1.0) * 7) for v in columns.values()]
+        bars = "".join(self._BARS[level] for level in levels)
+        return f"{name:16}{values[0]:9.4g} {bars} {values[-1]:.4g}"
 
     def close(self) -> None:
         if self._verbosity is not None:
             logging.set_verbosity(self._verbosity)
-
-    def _draw(self, name: str, curve: list[tuple[int, float]]) -> list[str]:
-        width, height = self._size
-        # As many columns as there are, each the last value that falls into it.
-        columns = {i * width // max(len(curve), width): v for i, (_, v) in enumerate(curve)}
-        low, high = min(columns.values()), max(columns.values())
-        levels = [
-            round((value - low) / (high - low or 1.0) * (8 * height - 1)) + 1
-            for value in columns.values()
-        ]
-        rows = [
-            "  " + "".join(self._BARS[min(max(level - 8 * row, 0), 8)] for level in levels)
-            for row in reversed(range(height))
-        ]
-        (_, first), (step, last) = curve[0], curve[-1]
-        title = name.replace("eval/", "validation ")
-        return [f"{title} {first:.4g} -> {last:.4g} at step {step}", *rows]
 
 
 class MultiWriter(MetricWriter):
@@ -242,8 +225,7 @@ class MultiWriter(MetricWriter):
             writer.close()
 
 
-#: Trackers by name; each is made with the folder of a run.
-TRACKERS: Mapping[str, Callable[[epath.Path], MetricWriter]] = {
+_TRACKERS: Mapping[str, Callable[[epath.Path], MetricWriter]] = {
     "tensorboard": lambda folder: TensorBoardWriter(folder / "tensorboard"),
     "wandb": WandbWriter,
     "terminal": lambda folder: TerminalWriter(),
@@ -266,5 +248,5 @@ def make_writer(
     writers: list[MetricWriter] = [LogWriter()] if log else []
     if workdir is not None:
         writers.append(JsonlWriter(epath.Path(workdir) / "metrics.jsonl"))
-        writers += [TRACKERS[name](epath.Path(workdir)) for name in track]
+        writers += [_TRACKERS[name](epath.Path(workdir)) for name in track]
     return MultiWriter(writers)
