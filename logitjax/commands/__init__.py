@@ -13,25 +13,25 @@ import threading
 from collections.abc import Sequence
 
 COMMANDS = {
-    "demo": "See a model shrink and recover, in a minute and without data of your own.",
-    "doctor": "Say what this installation has: versions, devices, kernels, models and disk.",
-    "generate": "Talk with a model, or with a large model that small ones steer.",
-    "serve": "Serve a model, or several fused ones, over OpenAI's API.",
-    "score": "Score texts, and the choices of questions, by a model.",
+    "demo": "Watch a model shrink and recover, in a minute or two, without data of your own.",
+    "doctor": "Report versions, devices, kernels, models and disk space.",
+    "generate": "Chat with a model, or with a large model that small ones steer.",
+    "serve": "Serve one model, or several fused ones, over the OpenAI API.",
+    "score": "Compute a model's perplexity on texts and its accuracy on multiple-choice questions.",
     "prepare": "Prepare data sets of tensorflow-datasets once, to read them without TensorFlow.",
-    "cache-logits": "Keep teachers' logits on disk, to train without the teachers in memory.",
+    "cache-logits": "Cache teachers' logits on disk, to train without the teachers in memory.",
     "distill": "Make a model smaller, or teach it what other models know.",
-    "unlearn": "Make a model forget what you name, and measure what is left.",
-    "extract-features": "Keep features of frozen image encoders on disk, to train heads on them.",
-    "few-shot": "Train heads on a few labelled pictures of each class, and compare them.",
+    "unlearn": "Make a model forget what you name, and measure what remains.",
+    "extract-features": "Compute features of frozen image encoders once, to train heads on them.",
+    "few-shot": "Train and compare classifiers on a few labelled pictures per class.",
     "convert-head": "Replace a model's output head by a vector-quantised one that imitates it.",
-    "gw": "Bound the Gromov-Wasserstein distance of two graphs, beside a general solver.",
-    "audit": "Measure what the API of your model gives away of its output head.",
+    "gw": "Bound the Gromov-Wasserstein distance of two graphs, next to a general solver.",
+    "audit": "Measure what your model's API reveals about its output head.",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The console script: runs the command that comes first, with the flags that follow."""
+    """Run the command named by the first argument, with the flags that follow."""
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("--help", "-h", "help"):
         width = max(map(len, COMMANDS))

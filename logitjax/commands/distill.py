@@ -8,23 +8,24 @@
     logitjax distill --student=DIR --teacher=api:http://127.0.0.1:8000 --cache_top_k=5 \\
         --student_head=runs/audit --data=text:FILE --out=runs/replica
 
-The student is pruned if you ask for it. The teachers read the text once. The student then learns
-from the text (`sft`) and from the teachers. `kl`, `rkl` and `jsd` compare token by token and need
-one vocabulary. `first_piece`, `pkl`, `hybrid`, `hkl`, `alm`, `mined`, `uld` and `gld` learn from
-another tokenizer (docs/any_tokenizer.md). A pruned student without a `--teacher` learns from the
-model that it was cut from.
+The student is pruned if you ask for it. The teachers read the text once, and the student then
+learns from the text (`sft`) and from them. `kl`, `rkl` and `jsd` compare token by token and need a
+shared vocabulary; `first_piece`, `pkl`, `hybrid`, `hkl`, `alm`, `mined`, `uld` and `gld` also learn
+from other tokenizers (docs/any_tokenizer.md). Without a `--teacher`, a pruned student learns from
+the model it was pruned from.
 
-With `--on_policy=0.5` it writes half of each batch itself, and teachers that read live teach it
-there (docs/on_policy.md).
+With `--on_policy=0.5` the student writes half of each batch itself, and teachers that read live
+correct it there (docs/on_policy.md).
 
-OUT/model is the result: a Hugging Face directory, which transformers, vLLM and every other command
-here read. OUT/report.md compares the student before and after, with curves and samples.
+OUT/model is the result: a Hugging Face directory for transformers, vLLM and the other commands.
+OUT/report.md compares the student before and after, with curves and samples. `--recipe` supplies
+tried settings, and `--dry_run` estimates time, memory and disk space.
 
-A teacher is a model, `cache:DIR` as `logitjax cache-logits` writes it, or `api:URL`, a server on
-this machine that reports log-probabilities with token ids, or, read live, one anywhere that gives
-hidden states (`logitjax serve --hidden_states`). `--student_head` gives the student the
-head that `logitjax audit` recovered from that server. You may kill the run at any time: the same
-command continues it, bit for bit. See docs/distil.md.
+A teacher is a model, `cache:DIR` as written by `logitjax cache-logits`, or `api:URL`: a server on
+this machine that reports log-probabilities with token ids or, for live reading, a server anywhere
+that returns hidden states (`logitjax serve --hidden_states`). `--student_head` gives the student
+the head that `logitjax audit` recovered from that server. You may stop the run at any time; the
+same command continues it bit for bit. See docs/distil.md.
 """
 
 import dataclasses
@@ -65,10 +66,10 @@ class Config:
         without=("terms", "fit_to", "batch_size", "dtype", "layout"),
         rename={"teachers": "teacher", "top_k": "cache_top_k"},
     )
-    teacher_weight: tuple[float, ...] = field((), "Weights of the teachers. Equal by default.")
+    teacher_weight: tuple[float, ...] = field((), "Weight of each teacher. Equal by default.")
     loss: tuple[str, ...] = field(
         ("sft:0.5", "kl:0.5"),
-        "Loss, its options and its weight, as kl(temperature=2):0.5, or a term of your own as "
+        "Loss with its options and weight, such as kl(temperature=2):0.5, or a term of your own, "
         "package.module:Name:0.5.",
         listing=distillation.terms.TERMS.help,
     )
@@ -77,15 +78,15 @@ class Config:
     )
     pruning: distillation.Pruning = distillation.Pruning()  # noqa: RUF009
     lora_rank: int = field(
-        0, "Rank of adapters to train in place of the model. 0 trains the model."
+        0, "Rank of LoRA adapters to train instead of the weights. 0 trains the weights."
     )
     freeze: str | None = field(
         None,
-        "Regular expression for paths of parameters to freeze. `below` freezes the embedding and "
-        "the layers below those that are dropped.",
+        "Regular expression for the paths of parameters to freeze. `below` freezes the embedding "
+        "and the layers below the dropped ones.",
     )
     student_head: str | None = field(
-        None, "Folder of `logitjax audit` with the recovered head for the student."
+        None, "Folder of a `logitjax audit` run whose recovered head the student gets."
     )
     course: distillation.Course = nested(
         distillation.Course(loop=training.LoopOptions(checkpoint_every=50, eval_every=50)),
@@ -93,15 +94,17 @@ class Config:
     )
     learning_rate: float | None = field(
         None,
-        "Peak learning rate. By default 3e-4 for a pruned model or adapters, and 5e-5 for a whole "
-        "model, which a larger rate would harm.",
+        "Peak learning rate. By default 3e-4 for pruned models and adapters, and 5e-5 for whole "
+        "models, which a higher rate would damage.",
     )
     dtype: Literal["float32", "bfloat16"] = field("float32", "Compute type.")
     layout: Literal["stacked", "listed"] = field(
-        "listed", "Whether layers are scanned (stacked) or unrolled (listed)."
+        "listed",
+        "Whether layers are scanned (stacked: compiles faster) or unrolled (listed: runs faster on "
+        "CPUs).",
     )
     remat: Literal["none", "dots", "full"] = field(
-        "none", "What the backward pass recomputes to save memory.", execution=True
+        "none", "How much the backward pass recomputes to save memory.", execution=True
     )
     mesh: str = field(
         "data:-1,fsdp:1,tensor:1", "Axes and sizes of the device mesh.", execution=True
@@ -116,7 +119,8 @@ class Config:
         if self.on_policy.share:
             if self.reading.teacher_reads != "live":
                 raise ValueError(
-                    "on_policy: expected --teacher_reads=live: no cache has what a student writes"
+                    "on_policy: expected --teacher_reads=live, for a cache cannot contain what the "
+                    "student writes"
                 )
             self.on_policy.rows(self.course.batch_size)
             self.on_policy.lengths(self.reading.seq_len)
@@ -144,7 +148,7 @@ def run(config: Config, out: epath.Path) -> None:
     """Prunes, lets the teachers read, trains, writes the model and the report."""
     objective, course, reading = _objective(config), _course(config), _reading(config)
     if config.on_policy.share and objective.taught is None:
-        raise ValueError("on_policy: expected a loss that a teacher gives, got those of text alone")
+        raise ValueError("on_policy: expected a loss with a teacher, got losses of text alone")
     basis = _recovered(config.student_head) if config.student_head else None
     mesh = training.make_mesh(config.mesh)
     course.check(mesh)
@@ -344,8 +348,8 @@ def _pruned(
     if not whole.config.traits.free_head_dim and 0 < config.pruning.kv_heads < heads:
         # Of all ways to prune, only this could not be written in the end.
         raise ValueError(
-            f"kv_heads: expected {heads} for {whole.config.family}, whose Hugging Face form knows "
-            f"no width of a head, got {config.pruning.kv_heads}"
+            f"kv_heads: expected {heads} for {whole.config.family}, whose Hugging Face format "
+            f"has no head width, got {config.pruning.kv_heads}"
         )
     split = packed.splits["train"]
     count = min(config.pruning.calibration_rows, len(split))
@@ -418,7 +422,7 @@ def _whole_row(
     mesh: jax.sharding.Mesh,
     out: epath.Path,
 ) -> dict[str, Any]:
-    """Scores of the model that the student is cut from, kept on disk."""
+    """Scores of the model that the student is pruned from, kept on disk."""
     path = out / "whole.json"
     if not processes.broadcast_from_first(path.exists):
         storage.progress.mark("scoring the whole model", log=True)

@@ -1,24 +1,24 @@
-"""Score texts, and the choices of questions, by a model.
+"""Compute a model's perplexity on texts and its accuracy on multiple-choice questions.
 
     logitjax score --data=jsonl:texts.jsonl --out=runs/score
     logitjax score --model=DIR --choices=questions.jsonl --out=runs/choices
     logitjax score --model=DIR --expert=runs/expert --base=runs/base --fusion=dynamic \\
         --data=text:book.txt --out=runs/fused
 
-`--data` is text, or rows `{"text"}` or `{"prompt", "response"}`, of which responses are scored.
-The scores are nats, perplexity a token, and bits a byte of UTF-8, by which models with different
-tokenizers can be compared. A text longer than `--max_length` is read in windows that overlap by
-half, each with the mark that the model expects in front. A prompt that does not fit loses its
-beginning; `scores.jsonl` says of which rows, `results.json` and the report of how many.
+`--data` is text, or rows of `{"text"}` or `{"prompt", "response"}`, of which only responses are
+scored. Scores are nats, perplexity per token, and bits per UTF-8 byte, which compares models with
+different tokenizers. A text longer than `--max_length` is read in windows that overlap by half,
+each with the BOS token that the model expects. A prompt that does not fit loses its beginning;
+`scores.jsonl` marks these rows, and the report counts them.
 
-A space at the end of a prompt is scored with the answer, as lm-evaluation-harness does: most tokens
-of words begin with their space.
+A space at the end of a prompt is scored with the answer, as in lm-evaluation-harness, because most
+tokens include their leading space.
 
-`--choices` is a file of rows `{"prompt", "choices", "answer"}`, with answers counted from 0. The
-scores are the log-likelihood of every choice, and how often the right one is the likeliest, in
-total and per byte. Tasks of lm-evaluation-harness run over `logitjax.integrations.lm_eval`.
+`--choices` is a file of rows of `{"prompt", "choices", "answer"}`, with answers counted from 0. The
+scores are the log-likelihood of each choice, and how often the right one is the most likely, in
+total and per byte. `logitjax.integrations.lm_eval` runs tasks of lm-evaluation-harness.
 
-OUT gets `scores.jsonl` (a line for each row), `results.json` and `report.md`.
+It writes OUT/scores.jsonl (a line for each row), OUT/results.json and OUT/report.md.
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ class Config:
     )
     split: str = field("train", "Split of the data, which may be sliced: train[:100].")
     choices: str | None = field(None, "File of questions with choices, as JSON lines.")
-    max_length: int = field(1024, "Most tokens that are read at once.", minimum=2)
+    max_length: int = field(1024, "Maximum number of tokens to read at once.", minimum=2)
     batch_size: int = field(8, "Number of rows read at once.", minimum=1)
 
 
@@ -161,8 +161,8 @@ def _cut(config: Config, results: dict[str, Any]) -> str:
         return ""
     rows = ", ".join(f"{count} of the {name}" for name, count in cut.items())
     return (
-        "\n\n**Prompts that lost their beginning to "
-        f"`--max_length={config.max_length}`, or to what the models can read**: {rows}."
+        "\n\n**Prompts whose beginning was cut to fit "
+        f"`--max_length={config.max_length}` or the models' context**: {rows}."
     )
 
 

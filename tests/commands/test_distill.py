@@ -368,7 +368,8 @@ class _Hub(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        answer: dict = {"url": "http://hub/me/small", "name": "me/small"}
+        page = f"http://{self.headers['Host']}/me/small"
+        answer: dict = {"url": page, "name": "me/small"}
         if "preupload" in self.path:
             names = [file["path"] for file in json.loads(body)["files"]]
             modes = [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]
@@ -378,7 +379,7 @@ class _Hub(http.server.BaseHTTPRequestHandler):
                 if line["key"] == "file":
                     value = line["value"]
                     self.files[value["path"]] = base64.b64decode(value["content"])
-            answer = {"commitUrl": "http://hub/me/small/commit/1", "commitOid": "1"}
+            answer = {"commitUrl": f"{page}/commit/1", "commitOid": "1" * 40}
         self._answer(200, answer)
 
     def do_GET(self):
@@ -402,7 +403,8 @@ def test_a_model_and_its_card_go_to_the_hub(tmp_path, monkeypatch):
     hub_api = pytest.importorskip("huggingface_hub")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        api = hub_api.HfApi(f"http://127.0.0.1:{server.server_port}", token="hf_x")
+        address = f"http://127.0.0.1:{server.server_port}"
+        api = hub_api.HfApi(address, token="hf_x")
         monkeypatch.setattr(hub_api, "HfApi", lambda: api)
         card = hub.model_card(
             title="smaller",
@@ -422,6 +424,8 @@ def test_a_model_and_its_card_go_to_the_hub(tmp_path, monkeypatch):
     assert "| perplexity |" in sent
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_a_dry_run_says_what_a_run_would_take_and_writes_nothing(text, tmp_path, capsys):
     out = tmp_path / "run"
     flags = ["--student=tiny", "--drop_layers=1", f"--data={text}", "--steps=100", "--seq_len=64"]
