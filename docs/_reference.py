@@ -142,7 +142,7 @@ def _commands() -> str:
 
 
 def _constant(name: str, value: Any) -> str:
-    """Instances know no docstring but their class's, which says nothing of them."""
+    """An instance has only the docstring of its class, which says nothing about it."""
     kind = type(value).__name__
     listed = f": {', '.join(map(str, value))}" if isinstance(value, dict | tuple) else ""
     said = f"A ``{kind}``{_plain(listed)}."
