@@ -1,5 +1,6 @@
 """What graph fusion runs on devices: the update of every arm of a preset."""
 
+import dataclasses
 from collections.abc import Iterator
 
 from flax import nnx
@@ -13,20 +14,29 @@ from logitjax.training import Program
 
 
 def programs(config: Config, mesh: Mesh) -> Iterator[Program]:
-    """The update of each arm with its first settings; the one that needs the most comes first."""
+    """The update of each arm with its first settings, then its teachers' pass over all rows.
+
+    The arm that needs the most comes first. Teachers read once for all of them.
+    """
     shape, options = shapes.decoder_config(config.student), train.decoder_options(config)
 
     def model() -> models.Decoder:
         return models.Decoder(shape, rngs=nnx.Rngs(0), **options)
 
     # Two losses in one update need the most.
+    passes: dict[str, Program] = {}
     for arm in sorted(config.loss, key=lambda arm: (arm != "uld+gld", arm)):
         settings = arms.first_settings(config, arm)
-        yield from distillation.update_programs(
+        update, *readings = distillation.update_programs(
             model,
             settings.objective(config),
             train.course(config, settings, 0),
             train.make_reading(config),
             mesh=mesh,
             name=f"update of the {arm} arm",
+            decoder_config=shapes.decoder_config,
         )
+        runs = config.seeds + (config.trials if config.chooses else 0)
+        yield dataclasses.replace(update, calls=update.calls * runs)
+        passes |= {program.name: program for program in readings}
+    yield from passes.values()

@@ -16,8 +16,10 @@ leaves these with a picture in WORKDIR/report.
 """
 
 import dataclasses
+import functools
 import importlib
 import json
+import math
 import re
 import sys
 import time
@@ -28,7 +30,7 @@ import jax
 from absl import app, flags
 from etils import epath
 
-from experiments.plan import chips, costs
+from experiments.plan import chips, costs, runs
 from experiments.shared.report import markdown_table, write_report
 from logitjax import ops, training
 from logitjax.commands import cli, figures
@@ -66,6 +68,8 @@ class Plan(costs.Collectives):
         gradient: Bytes of the gradient of all that is trained, whole; 0 where nothing is.
         cycles: The TPU compiler's own estimate, loops as often as they run; 0 of another compiler.
         seconds: Seconds of the compilation.
+        times: How often a run calls the program; 0 where the run decides.
+        stored: Bytes of outputs that lie on disk at a run's end.
         error: What the compiler says where the program does not fit.
     """
 
@@ -87,6 +91,8 @@ class Plan(costs.Collectives):
     gradient: float = 0.0
     cycles: float = 0.0
     seconds: float = 0.0
+    times: float = 0.0
+    stored: float = 0.0
     error: str = ""
     versions: str = ""
 
@@ -214,7 +220,13 @@ def _plans_of(
         traced = program.trace()
         devices = costs.devices_at_work(traced.jaxpr, program.arguments)
         plan = make_plan(traced, chip, devices=devices, program=program.name, **names)
-        yield dataclasses.replace(plan, gradient=_gradient_bytes(program.arguments))
+        outputs = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(traced.out_info))
+        yield dataclasses.replace(
+            plan,
+            gradient=_gradient_bytes(program.arguments),
+            times=program.calls,
+            stored=outputs * program.kept,
+        )
         if not every:
             return
 
@@ -404,17 +416,37 @@ def _main(argv: Sequence[str]) -> None:
             own = mesh or _mesh_of(values.experiment, values.preset)
             mesh = f"dcn_data:{values.slices},{own}"
         chips.prepare(chip, mesh or _mesh_of(values.experiment, values.preset))
-        options = {"mesh": mesh, "every": values.all}
+        assumed = runs.Assumptions.of(values) if values.run else None
         if values.command:
-            found = command_plans(values.command, argv[1:], chip, **options)
+            plan = functools.partial(command_plans, values.command, argv[1:])
         else:
-            found = plans(values.experiment, values.preset, chip, arguments=argv[1:], **options)
-        for plan in found:
-            print(report(plan), flush=True)
-            keep(plan, workdir)
+            plan = functools.partial(plans, values.experiment, values.preset, arguments=argv[1:])
+        if values.smallest:
+            chip, mesh = _smallest(plan, chip, mesh or _mesh_of(values.experiment, values.preset))
+        found = []
+        for one in plan(chip, mesh=mesh, every=values.all or values.run):
+            print(report(one), flush=True)
+            keep(one, workdir)
+            found.append(one)
+        if assumed is not None:
+            print(runs.report(found, assumed))
     except (ValueError, ImportError, flags.Error) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _smallest(
+    plan: Callable[..., Iterator[Plan]], chip: chips.Chip, mesh: str
+) -> tuple[chips.Chip, str]:
+    """The smallest slice of this chip, and the mesh on it, in which the main program fits."""
+    for topology in chips.SLICES[chip.name]:
+        smaller = chips.parse_chip(f"{chip.name}:{topology}")
+        fitted = runs.fit_mesh(mesh, math.prod(map(int, topology.split("x"))))
+        (found,) = plan(smaller, mesh=fitted)
+        print(f"{smaller.topology}, mesh {fitted}: {found.verdict}", flush=True)
+        if not found.error and found.needed <= found.memory:
+            return smaller, fitted
+    raise ValueError(f"smallest: no slice of {chip.name} holds the program")
 
 
 def _mesh_of(experiment: str | None, preset: str) -> str:
@@ -446,6 +478,9 @@ if __name__ == "__main__":
         lower_bound=1,
     )
     flags.DEFINE_bool("all", False, "Plan every program of the experiment, not only the main one.")
+    flags.DEFINE_bool("run", False, "Say what a whole run takes: hours, chips, disk and money.")
+    flags.DEFINE_bool("smallest", False, "Look for the smallest slice in which the run fits.")
+    runs.define_flags()
     flags.DEFINE_string("workdir", "runs/plans", "Folder in which plans are kept.")
     flags.DEFINE_bool("markdown", False, "Print the plans that are kept as tables, and stop.")
     flags.DEFINE_bool("report", False, "Leave them, and a picture, in WORKDIR/report, and stop.")

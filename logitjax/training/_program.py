@@ -28,12 +28,16 @@ class Program:
         jitted: The function, as the run calls it.
         arguments: Abstract positional arguments, with the shardings of the run.
         options: Keyword arguments, such as static ones.
+        calls: How often a run calls it, at most; 0 where the run decides.
+        kept: Of how many calls the outputs lie on disk at the end.
     """
 
     name: str
     jitted: Traceable
     arguments: tuple[Any, ...]
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    calls: float = 0.0
+    kept: float = 0.0
 
     def trace(self) -> jax.stages.Traced:
         """The program with its jaxpr, ready to be lowered and compiled; no number is computed.

@@ -1,12 +1,15 @@
 """The planner: what it counts against what is known, and against what runs really take."""
 
+import dataclasses
 import functools
 import importlib.util
 import json
+import math
 import pathlib
 import re
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from experiments.graph_fusion import __main__ as graph_fusion
 from experiments.graph_fusion.programs import programs
 from experiments.plan import __main__ as plan
-from experiments.plan import chips, costs
+from experiments.plan import chips, costs, runs
 from logitjax import training
 from logitjax.commands import cli
 
@@ -440,3 +443,40 @@ def test_gradients_cross_between_slices_once_a_step():
     found = costs.collectives(step.lower(state, rows).compile().as_text())
     # Four microbatches in a loop, whose collectives would count four times.
     assert 64 * 64 * 4 <= found.collective_bytes["all-reduce"] <= 1.1 * 64 * 64 * 4
+
+
+def test_a_run_is_its_programs_and_what_failures_cost():
+    shared = dict(experiment="x", preset="paper", chip="v5p:2x2x1", mesh="data:4", estimate=False)
+    flops = 3600 * 4 * 459e12  # an hour of four chips at their peak
+    update = plan.Plan(**shared, program="update", devices=4, memory=1e11, flops=flops, times=10,
+                       stored=2e9)  # fmt: skip
+    teacher = dataclasses.replace(update, program="reading", times=2, stored=5e9)
+    assumed = runs.Assumptions(utilisation=0.5, failure_hours=48.0, prices={"v5p": 2.0})
+    *parts, restarts, total = runs.table([update, teacher], assumed)
+    assert [row["hours"] for row in parts] == pytest.approx([20.0, 4.0])
+    # 96 chip-hours are two failures of 15 minutes to restart and 15 of lost work.
+    assert restarts["hours"] == pytest.approx(1.0)
+    assert (total["hours"], total["chip-hours"], total["$"]) == pytest.approx((25.0, 100.0, 200.0))
+    assert total["disk, GB"] == pytest.approx(7.0)
+    assert "not known" in runs.report([dataclasses.replace(update, times=0.0)], assumed)
+
+
+def test_the_smallest_slice_is_the_first_that_fits(capsys):
+    def made(chip, *, mesh):
+        devices = math.prod(map(int, chip.topology.partition(":")[2].split("x")))
+        yield plan.Plan(experiment="x", preset="paper", program="update", chip=chip.topology,
+                        mesh=mesh, estimate=False, devices=devices, memory=chip.memory, flops=1.0,
+                        argument_bytes=int(1e12 / devices))  # fmt: skip
+
+    chip, mesh = plan._smallest(made, chips.parse_chip("v5p:4x4x8"), "data:-1,fsdp:32,tensor:2")
+    assert (chip.topology, mesh) == ("v5p:2x2x4", "data:-1,fsdp:8,tensor:2")
+    assert capsys.readouterr().out.count("does not fit") == 2
+
+
+@pytest.mark.parametrize("text", ["v5p: [1]", "- 1", "v5p: {"])
+def test_a_table_of_prices_that_cannot_be_read_is_named(tmp_path, text):
+    path = tmp_path / "prices.yaml"
+    path.write_text(text)
+    values = types.SimpleNamespace(**vars(runs.Assumptions()) | {"prices": str(path)})
+    with pytest.raises(ValueError, match=r"prices: .*prices\.yaml"):
+        runs.Assumptions.of(values)

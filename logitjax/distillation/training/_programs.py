@@ -32,9 +32,10 @@ def update_programs(
     mesh: Mesh,
     name: str = "update of the student",
     on_policy: OnPolicy = OnPolicy(),  # noqa: B008
+    decoder_config: Callable[[str], models.DecoderConfig] = models.load_config,
     **options: Any,
 ) -> Iterator[training.Program]:
-    """The update of a student; then what it writes, and what live teachers read.
+    """The update of a student; then what it writes, and what its teachers read.
 
     Args:
         model: Makes the decoder; it is only traced.
@@ -44,6 +45,7 @@ def update_programs(
         mesh: Mesh of the state.
         name: What the update does, in words.
         on_policy: How much of each batch the student writes.
+        decoder_config: The shape of the teacher that a text names.
         **options: For `Student.of`.
     """
     made: list[Student] = []
@@ -91,8 +93,14 @@ def update_programs(
         batch["sources"] = dict.fromkeys(names, teacher)
         if reading.teacher_reads == "live":
             # A served teacher is taken to be as large as the student.
-            shapes = {n: _decoder(spec, model) for n, spec in zip(names, reading.teachers)}
-            live = [_reading(n, d, reading, batch["pivot"], mesh) for n, d in shapes.items()]
+            shapes = {
+                n: nnx.eval_shape(model)
+                if spec.startswith("api:")
+                else _decoder(decoder_config(spec))
+                for n, spec in zip(names, reading.teachers)
+            }
+            calls = float(course.steps)
+            live = [_reading(n, d, reading, batch["pivot"], mesh, calls) for n, d in shapes.items()]
         if any(n.hidden for n in needs) and live:
             heads = {n: nnx.eval_shape(lambda m: m.head_of(), d) for n, d in shapes.items()}
             for n, decoder in shapes.items():
@@ -102,10 +110,41 @@ def update_programs(
         batch["columns"] = {"log_probs": rows(jnp.float32, length - 1)}
     state = training.TrainState.abstract(trained, tx, mesh=mesh, rules=models.DECODER_RULES)
     placed = _placed(frozen | ({"teachers": heads} if heads else {}), mesh)
-    yield training.Program(name=name, jitted=step, arguments=(state, batch, placed))
+    yield training.Program(
+        name=name,
+        jitted=step,
+        arguments=(state, batch, placed),
+        calls=course.steps,
+        kept=2,  # checkpoints
+    )
     if on_policy.share:
         yield _writing(student, on_policy, state.params, placed, course, reading, mesh)
     yield from live
+    if names and reading.teacher_reads == "cache":
+        yield from _cached(names, reading, course, decoder_config, mesh)
+
+
+def _cached(
+    names: Iterable[str],
+    reading: Reading,
+    course: Course,
+    decoder_config: Callable[[str], models.DecoderConfig],
+    mesh: Mesh,
+) -> Iterator[training.Program]:
+    """Each teacher's pass over the rows of a run, read once, split over all devices."""
+    mesh = training.make_mesh("fsdp:-1", devices=list(mesh.devices.flat))
+    layout = training.BatchLayout(mesh)
+    # In whole pieces, as `model_reader` pads them.
+    rows = -(-reading.batch_size // layout.pieces) * layout.pieces
+    shape = jax.ShapeDtypeStruct((rows, reading.seq_len), jnp.int32, sharding=layout.sharding)
+    columns = dict.fromkeys(("tokens", "segment_ids", "positions"), shape)
+    calls = course.steps * course.batch_size / rows
+    for name, spec in zip(names, reading.teachers):
+        if not spec.startswith("api:"):
+            decoder = _decoder(decoder_config(spec), dtype=reading.dtype, param_dtype=reading.dtype)
+            yield dataclasses.replace(
+                _reading(name, decoder, reading, columns, mesh, calls), kept=calls
+            )
 
 
 def _writing(
@@ -136,22 +175,28 @@ def _writing(
     )
 
 
-def _decoder(spec: str, student: Callable[[], models.Decoder]) -> models.Decoder:
-    if spec.partition(":")[0] == "api":
-        return nnx.eval_shape(student)
-    config = models.load_config(spec)
-    return nnx.eval_shape(lambda: models.Decoder(config, rngs=nnx.Rngs(0), layout="listed"))
+def _decoder(config: models.DecoderConfig, **options: Any) -> models.Decoder:
+    return nnx.eval_shape(
+        lambda: models.Decoder(config, rngs=nnx.Rngs(0), layout="listed", **options)
+    )
 
 
 def _reading(
-    name: str, decoder: models.Decoder, reading: Reading, columns: Mapping[str, Any], mesh: Mesh
+    name: str,
+    decoder: models.Decoder,
+    reading: Reading,
+    columns: Mapping[str, Any],
+    mesh: Mesh,
+    calls: float,
 ) -> training.Program:
     apply_fn, params = models.from_nnx(decoder)
     read = functools.partial(reading.record, apply_fn.graphdef)
     tokens = columns["tokens"]
     number = jax.ShapeDtypeStruct(tokens.shape[:1], jnp.int64, sharding=tokens.sharding)
     arguments = (_placed(params, mesh), dict(columns), number)
-    return training.Program(name=f"reading of {name}", jitted=jax.jit(read), arguments=arguments)
+    return training.Program(
+        name=f"reading of {name}", jitted=jax.jit(read), arguments=arguments, calls=calls
+    )
 
 
 def _placed(tree: Any, mesh: Mesh) -> Any:
