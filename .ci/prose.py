@@ -17,7 +17,10 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 BIN = pathlib.Path(sys.executable).parent
 PLACES = ("README.md", "CONTRIBUTING.md", "docs", "launch", "logitjax", "experiments", "tests/rigs")
 # Names of the field, of people, and words of test data in other languages.
-WORDS = "rouge,ot,nd,hist,te,lamda,ans,fo,handel,responde,uery,alue,strat,thr,wan,ist,manuel,arange,mor,vie,som,fro,doubel,als"
+WORDS = (
+    "rouge,ot,nd,hist,te,lamda,ans,fo,handel,responde,uery,alue,strat,thr,wan,ist,manuel,arange,"
+    "mor,vie,som,fro,doubel,als"
+)
 # What these say of ASCII, of dates in tables, and of words around code that was left out.
 NOISE = re.compile(r" (typography|dates_times|lexical_illusions|skunked_terms)\.?[\w.]*: ")
 # The reference lists are made of docstrings, and results are data.

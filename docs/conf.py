@@ -7,10 +7,9 @@ import sys
 HERE = pathlib.Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+import _reference  # noqa: E402
 import docutils.nodes  # noqa: E402
 import latex2mathml.converter  # noqa: E402
-
-import _reference  # noqa: E402
 
 import logitjax  # noqa: E402
 

@@ -1,4 +1,4 @@
-"""What a user runs on their own model and data: `logitjax NAME --flag=...`.
+"""Commands that users run on their own models and data: `logitjax NAME --flag=...`.
 
 Each module is a command: its docstring is the help, `Config` its flags, `run` the work, which is a
 function of a room or a layer and ends in files. `logitjax --help` imports none of them.

@@ -287,7 +287,7 @@ def read_command_line(
     others: Mapping[str, Sequence[str]],
     arguments: Sequence[str],
 ) -> dict[str, Any]:
-    """What a command line gives, by names."""
+    """The values on a command line, by flag names."""
     defined = absl_flags.FlagValues()
     for name, choices in others.items():
         if choices:
@@ -334,7 +334,7 @@ def help_text(
     flags: Sequence[Flag],
     presets: Mapping[str, Any] | None = None,
 ) -> str:
-    """What `--help` prints: the docstring, then each flag with its help."""
+    """The text of `--help`: the docstring, then each flag with its help."""
     shown, rest = [], ""
     if presets:
         names = "|".join(presets)

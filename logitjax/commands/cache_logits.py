@@ -98,7 +98,7 @@ def run(config: Config, out: epath.Path) -> None:
 
 
 def work(config: Config) -> Work:
-    """What the run would read and write, for `--dry_run`. Only packing tells the number of rows."""
+    """The cost of a run, for `--dry_run`; only packing tells the number of rows."""
     reading = config.reading
     with tempfile.TemporaryDirectory() as folder:
         packed = reading.pack(models.load_tokenizer(config.student), epath.Path(folder))

@@ -70,7 +70,7 @@ class _Processes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Families:
-    """What models may be beside those that the library knows."""
+    """Families of models in addition to those of the library."""
 
     family: tuple[str, ...] = field(
         (), "Family of decoders of your own, as package.module:VALUE (docs/add_a_family.md)."

@@ -80,7 +80,7 @@ def run(config: Config, out: epath.Path) -> None:
 
 
 def work(config: Config) -> Work:
-    """What the run would read and write, for `--dry_run`; the tuning of codes is not timed."""
+    """The cost of a run without the tuning of codes, for `--dry_run`."""
     shape, batch = models.load_config(config.model), (config.batch_rows, config.seq_len)
     tokens = config.convert.max_tokens + config.held_out_tokens
     reading = Pass.reading(config.model, tokens / config.seq_len, batch)

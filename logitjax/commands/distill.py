@@ -235,7 +235,7 @@ def _card(config: Config, report: str) -> str:
 
 
 def work(config: Config) -> Work:
-    """What the run would read and write, for `--dry_run`."""
+    """The cost of a run, for `--dry_run`."""
     course, reading = config.course, config.reading
     data.load_splits(reading.data, on_error=reading.on_error)  # Says what is wrong with it.
     batch = (course.batch_size, reading.seq_len)
@@ -266,7 +266,7 @@ def work(config: Config) -> Work:
 
 
 def programs(config: Config, mesh: jax.sharding.Mesh) -> Iterator[training.Program]:
-    """What the run compiles, for `python -m experiments.plan --command=distill`."""
+    """The programs of a run, for `python -m experiments.plan --command=distill`."""
     shape = _student_shape(config)
 
     def model() -> models.Decoder:
@@ -316,7 +316,7 @@ def _objective(config: Config) -> distillation.Objective:
 
 
 def _check_weights(config: Config, whole: models.Decoder, out: epath.Path) -> None:
-    """What is in the folder was chosen for the weights that the student has now."""
+    """Refuse a folder that was begun with other weights of the student."""
     # A name may point to other weights by now.
     path, weights = out / "student.json", distillation.Student.of(whole).fingerprint
     if not processes.broadcast_from_first(path.exists):

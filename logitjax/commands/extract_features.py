@@ -111,7 +111,7 @@ def run(config: Config, out: epath.Path) -> None:
 
 
 def work(config: Config) -> Work:
-    """What the run would read, for `--dry_run`."""
+    """The sources of a run, for `--dry_run`."""
     counts = [
         len(data.load_image_set(config.data, split=split).choose(config.rows, seed=config.seed))
         for split in config.split

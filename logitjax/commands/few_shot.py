@@ -197,10 +197,12 @@ def run(config: Config, out: epath.Path) -> None:
 
 
 def work(config: Config) -> Work:
-    """What the run would read, for `--dry_run`."""
+    """The sources and steps of a run, for `--dry_run`."""
     names = (config.data, config.features, config.encoder, config.auxiliary, config.class_weights)
     trainings = len(config.shots) * config.samples
-    return Work(reads=[n for n in names if n], writes={"heads": 1e6}, steps=trainings * config.steps)
+    return Work(
+        reads=[n for n in names if n], writes={"heads": 1e6}, steps=trainings * config.steps
+    )
 
 
 def _run(problem: Problem, out: epath.Path) -> None:

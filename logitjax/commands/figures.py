@@ -49,7 +49,7 @@ _STYLE: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Series:
-    """What one name measured.
+    """The measurements of one name.
 
     Attributes:
         name: What is written beside it, and what its colour, marker and dashes belong to.

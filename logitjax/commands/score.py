@@ -82,7 +82,7 @@ def run(config: Config, out: epath.Path) -> None:
 
 
 def work(config: Config) -> Work:
-    """What the run would read and write, for `--dry_run`."""
+    """The cost of a run, for `--dry_run`."""
     items = [item for _, _, source in _sources(config) for item in source]
     rows = [row for item in items for group in item.groups for row in group]
     length = max(len(tokens) for tokens, _ in rows)
@@ -138,7 +138,7 @@ def _check_fusion(fuse: Any) -> None:
 
 
 def _sources(config: Config) -> list[tuple[str, str, list[_Item]]]:
-    """What is scored: its kind, its fingerprint and its rows, none longer than models read."""
+    """The kind, fingerprint and rows of each source, no row longer than the models can read."""
     tokenizer = models.load_tokenizer(config.line_up.model)
     # No fused model may be asked for more than it can read.
     most = min(config.max_length, config.line_up.longest)
@@ -155,7 +155,7 @@ def _sources(config: Config) -> list[tuple[str, str, list[_Item]]]:
 
 
 def _cut(config: Config, results: dict[str, Any]) -> str:
-    """What no model read, in words."""
+    """A sentence about prompts that were cut, if any were."""
     cut = {name: row["cut prompts"] for name, row in results.items() if row["cut prompts"]}
     if not cut:
         return ""
@@ -228,7 +228,7 @@ def _text_item(tokenizer: models.Tokenizer, row: dict[str, Any], most: int) -> _
 
 
 def _first_id(tokenizer: models.Tokenizer) -> int:
-    """What a text without a prompt follows: the mark of a beginning, or of an end."""
+    """The BOS token, or else the EOS token, that precedes a text without a prompt."""
     for first in (tokenizer.bos_id, tokenizer.eos_id):
         if first is not None:
             return first

@@ -1,4 +1,4 @@
-"""What a run would read, write and cost, before it begins: `--dry_run`."""
+"""Estimates of what a run reads, writes and costs, before it begins: `--dry_run`."""
 
 import dataclasses
 import os
@@ -78,7 +78,7 @@ class Pass:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a configuration asks for: sources, bytes by file, passes through models, steps."""
+    """The work of a run: sources, bytes by file, passes through models, steps."""
 
     reads: Sequence[str]
     writes: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -86,7 +86,7 @@ class Work:
     steps: int = 0
 
     def lines(self, program: str, out: epath.Path) -> Iterator[str]:
-        """What `--dry_run` prints; the time, which has to be measured, comes last."""
+        """Lines of `--dry_run`; the time comes last, because it has to be measured."""
         yield f"dry run of {program}: nothing is written"
         yield from (f"reads   {name}{_size_of(name)}" for name in dict.fromkeys(self.reads))
         yield from (f"writes  {out / name}, {_bytes(size)}" for name, size in self.writes.items())
