@@ -78,7 +78,7 @@ def _index() -> str:
         f".. toctree::\n   :maxdepth: 1\n\n{names}\n\n"
     )
     for package in PACKAGES:
-        if package == "commands":
+        if package == "commands" or not public(imported(package)):
             continue
         text += _title(f"``logitjax.{package}``", "-")
         text += ".. list-table::\n   :widths: 35 65\n\n"

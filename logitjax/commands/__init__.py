@@ -52,9 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Nothing has to be unwound yet, and some packages would make another error of it.
     before = signal.signal(signal.SIGINT, _end)
     # A slow disk may take half a minute for it, and silence looks like a hang.
-    waiting = threading.Timer(2.0, print, [f"{name}: loading JAX"], {"file": sys.stderr})
-    waiting.daemon = True
-    waiting.start()
+    loaded = threading.Event()
+    threading.Thread(target=_say, args=(name, loaded), daemon=True).start()
     try:
         # jax takes seconds to import: `--help` and a wrong name wait for none of it.
         command = importlib.import_module(f"logitjax.commands.{name.replace('-', '_')}")
@@ -63,10 +62,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     finally:
-        waiting.cancel()
+        loaded.set()
         signal.signal(signal.SIGINT, before)
     recipes = getattr(command, "RECIPES", None)
     cli.main(command.Config, recipes, command.run, program=f"logitjax {name}", arguments=rest)
+
+
+def _say(name: str, loaded: threading.Event) -> None:
+    if not loaded.wait(2.0):
+        print(f"{name}: loading JAX", file=sys.stderr, flush=True)
+    while not loaded.wait(9.0):
+        print(f"{name}: still loading JAX", file=sys.stderr, flush=True)
 
 
 def _end(*_: object) -> None:

@@ -118,20 +118,20 @@ class Flag:
         return tuple(self._read_one(item) for item in items if item != "")
 
     def _read_one(self, value: Any) -> Any:
-        known = _WORDS[self.kind]
+        expected = _WORDS[self.kind]
         if isinstance(value, str) and self.kind is bool and value.lower() in ("true", "false"):
             return value.lower() == "true"
         scalar = isinstance(value, str | int | float)
         # A bool is an int in Python: `--steps=true` would be one step.
         if not scalar or isinstance(value, bool) != (self.kind is bool):
-            raise self._refusal(known, value)
+            raise self._refusal(expected, value)
         try:
             made = self.kind(value)
         except (ValueError, OverflowError):
-            raise self._refusal(known, value) from None
+            raise self._refusal(expected, value) from None
         # A file may say 1000.0, but 1.5 must not become 1.
         if isinstance(value, float) and self.kind is int and made != value:
-            raise self._refusal(known, value)
+            raise self._refusal(expected, value)
         if self.choices and made not in self.choices:
             raise self._refusal(f"one of {', '.join(map(str, self.choices))}", value)
         least = self.metadata.get("minimum")

@@ -222,7 +222,7 @@ def _audit(
     out: epath.Path,
 ) -> dict[str, Any]:
     oracle = _oracle(config, name, prompts, truth)
-    found = leakage.audit(
+    result = leakage.audit(
         oracle,
         prompts,
         vocab,
@@ -230,28 +230,28 @@ def _audit(
         logits=None if truth is None else truth.logits,
         corner=min(config.corner, len(prompts)),
     )
-    _write_recovered(found, out / "recovered" / f"{name}.npz")
+    _write_recovered(result, out / "recovered" / f"{name}.npz")
     row = None
-    if found.row is not None:
+    if result.row is not None:
         # The true error where the model is here, else what can be proved.
-        error = found.row.error_bound if found.row_error is None else found.row_error
-        row = (error, found.row.queries, found.row.coverage)
-    loss = None if found.utility is None else found.utility.get("kl")
-    width = found.width
+        error = result.row.error_bound if result.row_error is None else result.row_error
+        row = (error, result.row.queries, result.row.coverage)
+    loss = None if result.utility is None else result.utility.get("kl")
+    width = result.width
     # Without the truth a width cannot be wrong, only absent.
     sees_width = truth is None or (width is not None and width.estimate == truth.head.shape[1])
-    tests = [] if found.protocol is None else found.protocol.findings
+    tests = [] if result.protocol is None else result.protocol.findings
     return {
         "policy": name,
         "width": None if width is None else str(width),
-        "leak": found.leak,
-        "queries": found.queries,
-        "values": found.values,
+        "leak": result.leak,
+        "queries": result.queries,
+        "values": result.values,
         "KL": loss,
         "verdict": leakage.verdict(
-            found.leak, loss=loss, sees_width=sees_width, row=row, unlike=found.unlike
+            result.leak, loss=loss, sees_width=sees_width, row=row, unlike=result.unlike
         ),
-        "unlike": found.unlike,
+        "unlike": result.unlike,
         "tests": [dataclasses.asdict(test) for test in tests],
     }
 

@@ -105,19 +105,19 @@ def parse(
             that no flag has, or an argument that nothing takes.
     """
     flags = _flags.flags_of(*classes)
-    known = {flag.name for flag in flags}
+    names = {flag.name for flag in flags}
     choice = _flags.choice_of(presets)
     others = {"config": ()} | ({choice: tuple(presets)} if presets else {})
     given = _flags.read_command_line(program, flags, others, arguments)
     file, chosen = given.pop("config", None), {}
     if file is not None:
         sections = {name for flag in flags for name in flag.path[:-1]}
-        given = _config_file.read_config(file, sections, {*known, *others}) | given
+        given = _config_file.read_config(file, sections, {*names, *others}) | given
     if presets:
         name = given.pop(choice, next(iter(presets)))
         if name not in presets:
             raise ValueError(f"{choice}: expected one of {', '.join(presets)}, got {name!r}")
-        _flags.check_names(f"{choice} {name}", presets[name], known)
+        _flags.check_names(f"{choice} {name}", presets[name], names)
         chosen = presets[name]
     # Flags win over the file, which wins over the preset.
     values = {**chosen, **given}
@@ -142,15 +142,21 @@ def _devices() -> str:
 
 @contextlib.contextmanager
 def _narrated() -> Iterator[None]:
-    """Without a terminal, where bars show nothing, silence ends with what is being done."""
+    """Says what is being done after some seconds of silence; on a terminal bars may speak."""
     done = threading.Event()
 
     def narrate() -> None:
+        marks, moved = 0, time.monotonic()
         while not done.wait(_SAY_SECONDS / 10):
-            if time.monotonic() - _last_line > _SAY_SECONDS:
-                logging.info("still %s", storage.progress.last()[1])
+            last, doing = storage.progress.last()
+            if last != marks and sys.stderr.isatty():
+                moved = time.monotonic()
+            marks = last
+            if time.monotonic() - max(moved, _last_line) > _SAY_SECONDS:
+                moved = time.monotonic()
+                logging.info("still %s", doing)
 
-    if not sys.stderr.isatty() and not (jax.distributed.is_initialized() and jax.process_index()):
+    if not (jax.distributed.is_initialized() and jax.process_index()):
         # A daemon: it must not keep a process alive that has ended.
         threading.Thread(target=narrate, name="narrator", daemon=True).start()
     try:
@@ -184,13 +190,13 @@ def _fail(
     """One line about an error, and the end: at once where others wait or a thread may hang."""
     if _interrupted.is_set():
         raise KeyboardInterrupt
-    said = " ".join(str(error).split()) or type(error).__name__
+    message = " ".join(str(error).split()) or type(error).__name__
     details = _write_details(workdir) if workdir else ""
     if status == os.EX_TEMPFAIL:
         note = note or "; this may pass, and the same command goes on"
     if jax.distributed.is_initialized() or status == os.EX_TEMPFAIL:
-        training.distributed.leave(f"{said}{details}{note}", status)
-    print(f"error: {said}{details}{note}", file=sys.stderr)
+        training.distributed.leave(f"{message}{details}{note}", status)
+    print(f"error: {message}{details}{note}", file=sys.stderr)
     sys.exit(status)
 
 
@@ -332,7 +338,7 @@ def _main(
     absl_flags.FLAGS.mark_as_parsed()  # absl's logging waits for it
     details = None
     try:
-        *place, brought, config = parse(classes, presets, arguments, program=program)
+        *running, brought, config = parse(classes, presets, arguments, program=program)
         for text in brought.family:
             # Only here: a command without models starts without them.
             importlib.import_module("logitjax.models").register_family(text)
@@ -348,14 +354,14 @@ def _main(
             return
         # A run of hours says what it does; a command that only prints is quiet.
         logging.set_verbosity(logging.INFO)
-        folder = epath.Path(getattr(place[0], kept))
-        if getattr(place[0], "dry_run", False):
+        folder = epath.Path(getattr(running[0], kept))
+        if getattr(running[0], "dry_run", False):
             assert rehearsal is not None
             with _narrated():
                 for line in rehearsal(config).lines(program, folder):
                     print(line, flush=True)
             return
-        training.distributed.initialize(**dataclasses.asdict(place[1]))
+        training.distributed.initialize(**dataclasses.asdict(running[1]))
         with _narrated(), training.lock_workdir(folder), _accounted(folder):
             details = folder  # Before, it may be another run's.
             if not cached and "://" in str(folder):

@@ -192,7 +192,7 @@ def run(config: Config, out: epath.Path) -> None:
     if jax.process_index() == 0 and (table := corpus.tokenizer_table()):
         storage.write_atomic(out / "tokenizers.md", markdown_table(table) + "\n")
         print(markdown_table(table))
-    found = distillation.distill(
+    result = distillation.distill(
         student,
         corpus,
         objective,
@@ -202,16 +202,16 @@ def run(config: Config, out: epath.Path) -> None:
         on_policy=config.on_policy,
     )
     storage.progress.mark(f"writing {out / 'model'}", log=True)
-    models.save_pretrained(found.model, tokenizer, out / "model")
+    models.save_pretrained(result.model, tokenizer, out / "model")
     scored += [
-        _row("student before", {**found.before, "parameters": student.size}),
-        _row("student after", {**found.after, "parameters": student.size}),
+        _row("student before", {**result.before, "parameters": student.size}),
+        _row("student after", {**result.after, "parameters": student.size}),
     ]
     if jax.process_index() == 0:
-        _plot(found.trained, out / "curves.png")
-        scores = {"before": found.before, "after": found.after}
+        _plot(result.trained, out / "curves.png")
+        scores = {"before": result.before, "after": result.after}
         storage.write_atomic(out / "scores.json", json.dumps(scores, indent=1) + "\n")
-        text = _report(config, packed, scored, found, note)
+        text = _report(config, packed, scored, result, note)
         storage.write_atomic(out / "report.md", text)
         storage.write_atomic(out / "model" / "README.md", _card(config, text))
         print(text)
@@ -470,14 +470,14 @@ def _report(
     )
     long += f" {unlearnt} pieces contain nothing to learn and were left out." if unlearnt else ""
     share = config.on_policy.share
-    own = f", with {share:.0%} of the rows written by the student" if share else ""
+    written = f", with {share:.0%} of the rows written by the student" if share else ""
     teachers = ", ".join(f"`{spec}`" for spec in config.teachers) or "no teacher"
     names = ("prompt", "before", "after")
     samples = [{"": n, "text": text_cell(found.samples[n])} for n in names]
     return (
         f"# `{config.student}`{' ' + note if note else ''}, distilled\n\n"
         f"{' + '.join(config.loss)} with {teachers} on `{reading.data}`: {course.steps} steps of "
-        f"{course.batch_size} x {reading.seq_len} tokens{own}, learning rate {config.peak:g}, "
+        f"{course.batch_size} x {reading.seq_len} tokens{written}, learning rate {config.peak:g}, "
         f"{found.trained.tokens_per_second:,.0f} trained tokens per second.{long}\n\n"
         f"{markdown_table(rows)}\n\n"
         f"The text has {_split_sizes(packed)} rows to train, validate and test on. Scores are "

@@ -30,8 +30,8 @@ def model_card(
     """
     bases = [_ORIGINS.get(spec, spec.removeprefix("hf:")) for spec in made_from]
     # Paths of this machine are nobody's base model.
-    known = [base for spec, base in zip(made_from, bases) if spec in _ORIGINS or spec[:3] == "hf:"]
-    head = [f"base_model: {json.dumps(known)}"] if known else []
+    items = [base for spec, base in zip(made_from, bases) if spec in _ORIGINS or spec[:3] == "hf:"]
+    head = [f"base_model: {json.dumps(items)}"] if items else []
     head += ["library_name: transformers", f"tags: {json.dumps(['logitjax', *tags])}"]
     options = "".join(f"{name}: {json.dumps(value)}\n" for name, value in settings.items())
     return (

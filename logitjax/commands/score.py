@@ -186,10 +186,10 @@ def _scored(
 ) -> list[dict[str, Any]]:
     rows = [row for item in items for group in item.groups for row in group]
     ids = [item.record["id"] for item in items for group in item.groups for _ in group]
-    found = evaluation.score_rows(
+    result = evaluation.score_rows(
         nll_fn, rows, batch_size=batch_size, describe=lambda row: str(ids[row])
     )
-    nats, tokens = iter(found.totals()), iter(found.counts())
+    nats, tokens = iter(result.totals()), iter(result.counts())
 
     def totals(values: Iterator[Any], item: _Item) -> list[Any]:
         return [sum(next(values).item() for _ in group) for group in item.groups]

@@ -168,7 +168,7 @@ def run(config: Config, out: epath.Path) -> None:
             f"{goal.limit('asked'):.3g}, twice the likeliest of {goal.source}"
         )
     storage.progress.mark(f"unlearning by {config.method}", log=True)
-    found = forgetting.run()
+    completed = forgetting.run()
     rows_of = (
         f"Rows: {'; '.join(manifest)}. {split.left_out} were linked to rows to forget and left out,"
         f" {split.alike} that say much the same were kept. Groups of rows to keep: "
@@ -176,9 +176,9 @@ def run(config: Config, out: epath.Path) -> None:
         f"this table.{'' if 'holdout' in rows else ' No holdout: membership cannot be measured.'}"
         f"{_cut(config, questions)}"
     )
-    status = finish(config, questions, found, out, rows_of)
-    if status == 0 and config.merge and found.model is not None:
-        models.save_pretrained(found.model.model, tokenizer, out / "model")
+    status = finish(config, questions, completed, out, rows_of)
+    if status == 0 and config.merge and completed.model is not None:
+        models.save_pretrained(completed.model.model, tokenizer, out / "model")
     if status:
         sys.exit(status)
 
@@ -186,8 +186,8 @@ def run(config: Config, out: epath.Path) -> None:
 def _reference(config: Config, tokenizer: models.Tokenizer) -> models.Decoder | None:
     if config.reference is None:
         return None
-    reference, theirs = models.load(config.reference, dtype=config.dtype, layout="listed")
-    if not fusion.vocabulary_map(tokenizer, theirs).is_identity:
+    reference, other = models.load(config.reference, dtype=config.dtype, layout="listed")
+    if not fusion.vocabulary_map(tokenizer, other).is_identity:
         raise ValueError(
             f"reference: expected a model with the tokenizer of {config.model}, got "
             f"{config.reference}"

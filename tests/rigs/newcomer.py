@@ -124,7 +124,7 @@ def run(options: suite.Options) -> suite.Result:
     right.append("--data=text:book.txt")
     steps = {
         "help": (_run([*command, "--help"], folder), 0, ["usage: logitjax", "distill"]),
-        "doctor": (_run([*command, "doctor"], folder), 0, ["jax ", "devices: ", "disk of "]),
+        "doctor": (_run([*command, "doctor"], folder), 0, ["jax ", "devices: ", "disk: "]),
         "typo": (_run(typo, folder), 2, [r"error: .*bok\.txt"]),
         "dry run": (_run([*right, "--dry_run"], folder), 0, ["reads ", "memory ", "minutes"]),
         "Ctrl-C": (_run(right, folder, interrupt_at="step 20"), 130,
