@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _say(name: str, loaded: threading.Event) -> None:
     if not loaded.wait(2.0):
         print(f"{name}: loading JAX", file=sys.stderr, flush=True)
-    while not loaded.wait(9.0):
+    while not loaded.wait(7.0):
         print(f"{name}: still loading JAX", file=sys.stderr, flush=True)
 
 

@@ -51,7 +51,7 @@ _INTERRUPTED = 128 + signal.SIGINT
 # For unwinding, such as a checkpoint that is being written; then the process ends as it is.
 _GRACE_SECONDS = 5.0
 # People take ten seconds of silence for a hang.
-_SAY_SECONDS = 9.0
+_SAY_SECONDS = 7.0
 _last_line = 0.0
 _interrupted = threading.Event()
 _PACKAGE = str(pathlib.Path(logitjax.__file__).parent)

@@ -31,7 +31,7 @@ from tests.rigs import _jobs
 _FIRST_LINE, _SILENCE = 5.0, 10.0
 _DISTILL = [
     "distill", "--student=tiny", "--drop_layers=1", "--seq_len=64", "--batch_size=2",
-    "--eval_rows=4", "--steps=60", "--log_every=5", "--checkpoint_every=10", "--out=runs/small",
+    "--eval_rows=4", "--steps=400", "--log_every=5", "--checkpoint_every=10", "--out=runs/small",
 ]  # fmt: skip
 
 
@@ -127,10 +127,10 @@ def run(options: suite.Options) -> suite.Result:
         "doctor": (_run([*command, "doctor"], folder), 0, ["jax ", "devices: ", "disk: "]),
         "typo": (_run(typo, folder), 2, [r"error: .*bok\.txt"]),
         "dry run": (_run([*right, "--dry_run"], folder), 0, ["reads ", "memory ", "minutes"]),
-        "Ctrl-C": (_run(right, folder, interrupt_at="step 20"), 130,
+        "Ctrl-C": (_run(right, folder, interrupt_at="saving checkpoint 10"), 130,
                    ["into runs/small", "training from step 0", "the same command continues"]),
         "same again": (_run(right, folder, terminal=True), 0,
-                       [r"resuming at step \d", "60/60", "student after"]),
+                       [r"resuming at step \d", "400/400", "student after"]),
         "generate": (_run([*command, "generate", "--model=runs/small/model", "--complete",
                            "--prompt=It", "--max_new_tokens=4"], folder), 0, ["It"]),
     }  # fmt: skip

@@ -258,11 +258,11 @@ def train_student(
     )
     rows = corpus.packed.splits["train"]
     index, count = training.BatchLayout(mesh).share
-
     order: Any = {"seed": course.seed, "batch_size": course.batch_size}
     text = functools.partial(rows.batch, process_index=index, process_count=count, **order)
     taught = functools.partial(corpus.batch, "train", taught=bool(sources))
 
+    # A batch depends on its number alone.
     def batch(number: int) -> dict[str, Any]:
         return taught(text(number))
 
@@ -276,8 +276,8 @@ def train_student(
         update: Any = functools.partial(step, constants=frozen)
         if on_policy.share:
             sizes: Any = {"batch_size": course.batch_size, "seed": course.seed, "mesh": mesh}
-            place = directory / "rollouts"
-            rollouts = Rollouts(student, on_policy, corpus.packed, directory=place, **sizes)
+            sizes["directory"] = directory / "rollouts"
+            rollouts = Rollouts(student, on_policy, corpus.packed, **sizes)
             update = OnPolicyUpdate(
                 rollouts=rollouts,
                 taught=taught,
@@ -286,10 +286,9 @@ def train_student(
                 oldest=lambda: min(checkpointer.steps(), default=0),
                 reported=corpus.metrics,
             )
-        # Trackers end their record where the training does.
-        writer = stack.enter_context(
-            contextlib.closing(training.make_writer(directory, track=course.track))
-        )
+        # Closed, so that trackers end their record where the training does.
+        writer = training.make_writer(directory, track=course.track)
+        stack.enter_context(contextlib.closing(writer))
         state = training.train_loop(
             start,
             update,
