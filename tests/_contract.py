@@ -269,7 +269,6 @@ TABLE: dict[str, Case] = {
     "losses.kl_divergence, reverse": _pair(losses.kl_divergence, direction="reverse"),
     "losses.kl_divergence": _pair(losses.kl_divergence),
     "losses.generalized_jensen_shannon": _pair(losses.generalized_jensen_shannon),
-    "losses.total_variation": _pair(losses.total_variation),
     "losses.graph_statistics": Case(
         call=lambda logits: losses.graph_statistics(logits, 2),
         arrays={"logits": LOGITS},
@@ -305,7 +304,6 @@ TABLE: dict[str, Case] = {
     ),
     "losses.linear_kl_divergence": _heads(losses.linear_kl_divergence),
     "losses.linear_generalized_jensen_shannon": _heads(losses.linear_generalized_jensen_shannon),
-    "losses.linear_total_variation": _heads(losses.linear_total_variation),
     "losses.linear_sparse_kl_divergence": Case(
         call=lambda hidden, head, **top: losses.linear_sparse_kl_divergence(
             hidden, head, _top(**top), blocks=BLOCKS
@@ -412,22 +410,6 @@ TABLE: dict[str, Case] = {
         },
         rows=False,
     ),
-    "vq.reassign_from_labels": Case(
-        host=True,
-        call=lambda codebook, bias, assignment, hidden, labels: vq.reassign_from_labels(
-            codebook, bias, assignment, hidden, labels, min_count=1
-        ),
-        arrays={
-            "codebook": CODEBOOK,
-            "bias": BIAS,
-            "assignment": MAP,
-            "hidden": STATES[:, 0],
-            "labels": LABELS[:, 0],
-        },
-        counts={"assignment": (CODES, "error"), "labels": (VOCAB, "error")},
-        free=(("codebook", CODES),),
-        rows=False,
-    ),
     "vq.ProductCodes": Case(
         call=lambda hidden, codebooks, codes, bias: vq.ProductCodes(codebooks, codes, bias).logits(
             hidden
@@ -479,7 +461,7 @@ TABLE: dict[str, Case] = {
     ),
     "distillation.graph_on_logits": Case(
         call=lambda student, teacher: distillation.graph_on_logits(
-            student, teacher, config=distillation.GraphConfig(k=3)
+            student, teacher, config=distillation.terms.GLD(k=3)
         )[0],
         swept=True,
         loss={"constant": ("teacher",)},
@@ -654,7 +636,7 @@ ELSEWHERE = {
         few_shot.Candidate few_shot.Pictures few_shot.fit""",
     "values that functions above take or give; what they refuse is tested beside them": """
         ops.Static losses.Blocks losses.Head losses.Readout
-        losses.GraphStatistics losses.LogProbs distillation.GraphConfig
+        losses.GraphStatistics losses.LogProbs
         few_shot.FeatureIdentity heads.HeadCost heads.Assignment
         vq.ConvertConfig vq.Screen vq.Tuning distillation.LayerPruning
         distillation.Objective
@@ -663,12 +645,12 @@ ELSEWHERE = {
         distillation.TeacherIdentity unlearning.Assistant unlearning.Deployed
         unlearning.Method unlearning.Need unlearning.Questions unlearning.Row unlearning.TwoSided
         unlearning.UnlearnConfig decoding.DecodeOptions
-        decoding.DraftControl decoding.Emitted decoding.Request decoding.Sampling
-        decoding.Speculation decoding.TextOptions decoding.TextStream decoding.Ensemble
+        decoding.DraftControl decoding.Request decoding.Sampling
+        decoding.TextOptions decoding.TextStream decoding.Ensemble
         decoding.CachedModel training.BatchLayout training.Goodput training.LoopOptions
         training.Preempted
         training.Program training.Schedule training.StepOutput training.TrainState models.Cache
-        models.DecoderConfig models.Family models.Lora vision.CLIPConfig data.Examples
+        models.DecoderConfig models.Family models.Lora data.Examples
         data.ImageViews data.PackedDataset data.PackedSplits data.TokenizerLike
         evaluation.PromptTemplate storage.ArrayCodec transport.Refinement
         leakage.Audit leakage.Choice leakage.Ledger
@@ -685,7 +667,7 @@ ELSEWHERE = {
     "modules, whose arrays go through the functions above": """
         heads.LinearHead heads.TiedHead heads.VocabularyHead
         heads.torch_linear vq.VQHead vq.ProductHead vq.ScreenedHead
-        distillation.DualHead models.Decoder vision.CLIP vision.ImageClassifier""",
+        distillation.DualHead models.Decoder vision.ImageClassifier""",
     "functions of functions, models, texts or files": """
         training.matmul_flops
         distillation.aligned_value_and_grad
@@ -696,11 +678,11 @@ ELSEWHERE = {
         distillation.parse_terms distillation.prune_layers distillation.prune_width
 
         distillation.train_student distillation.update_programs
-        distillation.TeacherCache unlearning.make_answer_loss
+        distillation.TeacherCache
         unlearning.Unlearning unlearning.examine
         unlearning.judge unlearning.relearning
  unlearning.share_interval unlearning.split_rows
-        serving.Key serving.Listening serving.ServerConfig serving.build_app serving.request_model
+        serving.Key serving.Listening serving.ServerConfig serving.build_app
         vq.HiddenCache vq.load_head
  few_shot.load few_shot.read_pictures
  decoding.Engine decoding.generate
@@ -713,7 +695,7 @@ ELSEWHERE = {
         training.train_loop training.watch_for_preemption models.Tokenizer models.config_from_hf
         models.first_layers models.from_nnx models.keep_layers models.load
         models.load_config models.load_model models.load_sampling models.load_tokenizer
-        models.load_peft models.register_family models.save_peft models.save_pretrained
+        models.register_family models.save_pretrained
         models.with_layout vision.load_encoder
         data.load_examples data.load_image_set data.load_splits
         data.pack data.pack_splits data.prepare data.token_windows storage.Manifest
@@ -721,8 +703,6 @@ ELSEWHERE = {
         storage.hub_snapshot storage.may_pass storage.package_file storage.read_json storage.require
         storage.option storage.progress storage.read_head storage.write_atomic storage.write_head
         leakage.HttpOracle leakage.LogitOracle leakage.audit
-        leakage.verdict leakage.recover_log_probs leakage.harvest_log_probs leakage.search_logits
+        leakage.recover_log_probs
         fusion.vocabulary_map""",
-    "numbers alone, or draws": """
-        leakage.row_queries""",
 }

@@ -235,12 +235,10 @@ def test_dist_does_not_see_examples_that_do_not_count_nor_classes_that_are_not_t
 
 
 @pytest.mark.parametrize("of", ["probabilities", "logits"])
-@pytest.mark.parametrize("measure", ["kurtosis", "entropy", "margin", "max", "energy"])
-def test_a_class_at_minus_infinity_does_not_change_how_sure_a_classifier_is(measure, of):
+def test_a_class_at_minus_infinity_does_not_change_how_sure_a_classifier_is(of):
     logits = np.float32([[3.0, 1.0, 2.0]])
     padded = np.float32([[3.0, -np.inf, 1.0, 2.0]])
-    options = {"normalizer": "classes"} if measure == "kurtosis" else {}
-    config = methods.Uncertainty(measure=measure, of=of, **options)
+    config = methods.Uncertainty(of=of, normalizer="classes")
     weights = jax.jit(lambda *rows: [config.weight(row) for row in rows])
     expected, found = weights(logits, padded)
     np.testing.assert_allclose(found, expected, rtol=1e-5)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from logitjax import distillation, losses, ops, unlearning
+from logitjax import distillation, losses, ops, unlearning, vq
 from logitjax.losses import Blocks, Head
 from logitjax.unlearning.assistant._objective import linear_assistant_objective
 from tests.unlearning.test_losses import undial
@@ -119,8 +119,13 @@ def _assistant(x: Any, hidden: Any, head: Any, where: Any) -> Any:
     return total + means["forget"] + means["retain"]
 
 
+def _vq(x: Any, hidden: Any, head: Any, where: Any) -> Any:
+    codebook, bias, codes = head[:, :5].T, head[0], jnp.arange(VOCAB) % 5
+    return ops.masked_mean(vq.vq_nll(hidden, codebook, bias, codes, x["labels"]), where)
+
+
 def _graph(**settings: Any) -> Callable[..., Any]:
-    config = distillation.GraphConfig(k=3, **settings)
+    config = distillation.terms.GLD(k=3, **settings)
 
     def loss(x: Any, hidden: Any, head: Any, where: Any) -> Any:
         masks = {"student_where": where, "teacher_where": where}
@@ -136,7 +141,6 @@ POSITIONED: dict[str, Callable[..., Any]] = {
     "linear_kl_divergence": _pair(losses.linear_kl_divergence, temperature=2.0),
     "linear_kl_divergence, reverse": _pair(losses.linear_kl_divergence, direction="reverse"),
     "linear_generalized_jensen_shannon": _pair(losses.linear_generalized_jensen_shannon),
-    "linear_total_variation": _pair(losses.linear_total_variation),
     "linear_sparse_kl_divergence": _sparse(),
     "linear_sparse_kl_divergence, renormalize": _sparse(tail="renormalize", temperature=2.0),
     "linear_undial": _undial,
@@ -147,11 +151,12 @@ LOSSES: dict[str, Callable[..., Any]] = {
     "linear_log_probs, masked_mean": _masked(_log_probs),
     "linear_fused_loss, weights": _fused,
     "linear_assistant_objective, where": _assistant,
+    "vq_nll, masked_mean": _vq,
 }
 # These take logits in the place of hidden states, and no head.
 OF_LOGITS: dict[str, Callable[..., Any]] = {
     "graph_on_logits, where": _graph(),
-    "graph_on_logits, token nodes, where": _graph(node="token", value="sorted_coupling"),
+    "graph_on_logits, token nodes, where": _graph(node="token", compare="sorted_coupling"),
 }
 
 

@@ -1,14 +1,27 @@
-"""A step of a loss over a large vocabulary: the forms that two benchmarks compare."""
+"""A step of a loss over a large vocabulary: the forms that two benchmarks compare.
 
+    python -P experiments/benchmarks/_vocabulary.py KIND FORM POSITIONS HIDDEN VOCABULARY
+
+runs one for each line of its input and answers with the CPU-seconds, by the losses of whatever tree
+is on the path: those of another commit, too. So nothing else of this package is imported.
+"""
+
+import functools
+import itertools
+import sys
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from logitjax import losses
 
 KINDS = ("cross-entropy", "kl")
+PEERS = ("dense", "chunked", "blocked scalar", "blocked unreduced")
+CHUNK = 256
 Shape = tuple[int, int, int]
 Inputs = Mapping[str, Any]
 Loss = Callable[[Inputs], jax.Array]
@@ -19,6 +32,24 @@ def sizes(shape: Shape) -> dict[str, tuple[int, ...]]:
     tokens, width, vocab = shape
     sides = {"hidden": (tokens, width), "head": (width, vocab)}
     return sides | {f"teacher_{name}": size for name, size in sides.items()} | {"labels": (tokens,)}
+
+
+def inputs(shape: Shape) -> dict[str, jax.Array]:
+    """Arrays of a seed."""
+    tokens, width, vocab = shape
+    rng = np.random.default_rng(0)
+
+    def normal(rows: int, columns: int, scale: float) -> jax.Array:
+        # A million draws, repeated: every process makes its own, and large heads take minutes.
+        few = rng.standard_normal(min(rows * columns, 1_000_003), np.float32) * np.float32(scale)
+        return jnp.asarray(np.resize(few, (rows, columns)))
+
+    sides = {
+        name: normal(*size, scale=2 * width**-0.5 if name.endswith("head") else 1.0)
+        for name, size in sizes(shape).items()
+        if name != "labels"
+    }
+    return sides | {"labels": jnp.asarray(rng.integers(0, vocab, tokens))}
 
 
 def dense(kind: str, x: Inputs) -> jax.Array:
@@ -63,3 +94,27 @@ def step(loss: Loss) -> Callable[[Inputs], Any]:
         return jax.value_and_grad(mean, (0, 1))(inputs["hidden"], inputs["head"])
 
     return run
+
+
+def form_step(kind: str, form: str) -> Callable[[Inputs], Any]:
+    """The step of one of `PEERS`."""
+    named = {
+        "dense": functools.partial(dense, kind),
+        "chunked": functools.partial(chunked, kind, size=CHUNK),
+    }
+    blocked = functools.partial(ours, kind, weighted=form == "blocked scalar")
+    return step(named.get(form, blocked))
+
+
+def main(kind: str, form: str, *shape: str) -> None:
+    tokens, width, vocab = map(int, shape)
+    run, given = jax.jit(form_step(kind, form)), inputs((tokens, width, vocab))
+    # The first compiles.
+    for _ in itertools.chain([""], sys.stdin):
+        started = time.process_time()
+        jax.block_until_ready(run(given))
+        print(time.process_time() - started, flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -11,19 +11,20 @@ program would hold and take. The smoke scale compiles for the CPU.
 ``--only=v5p,kl,small`` compiles for one chip, one loss, one shape: names of `CHIPS`, `KINDS` and
 `SHAPES`, ``mesh`` and ``padded``. ``--only=axes`` counts, on eight CPU devices, how often heads are
 gathered on the meshes of other trainers (`MESHES`). With ``models`` the heads of models are
-compiled instead, into a file a chip, ``kernels/v5p.json``, with the tiles of the kernels and what
-was refused; `tiles` makes of these files what ``losses/sweep/tiles.json`` has. Columns: F is the
-work of one product of positions, hidden and vocabulary; the
-roofline's time is the longer of all products at the chip's peak and of reading arguments and
-writing results once; cycles are the TPU compiler's own, loops as often as they run, and estimated
-time is these over the chip's clock, where that is known. ``padded`` runs on this machine: losses
-over a vocabulary that tokamax's blocks do not divide.
+compiled instead, or those named, into a file a chip, ``kernels/v5p.json``, with the tiles of the
+kernels and what was refused; the file keeps the rows that it has. `tiles` makes of these files what
+``losses/sweep/tiles.json`` has. Columns: F is the work of one product of positions, hidden and
+vocabulary; the roofline's time is the longer of all products at the chip's peak and of reading
+arguments and writing results once; cycles are the TPU compiler's own, loops as often as they run,
+and estimated time is these over the chip's clock, where that is known. ``padded`` runs on this
+machine: losses over a vocabulary that tokamax's blocks do not divide.
 """
 
 import contextlib
 import functools
 import importlib.util
 import itertools
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,7 +42,7 @@ from experiments.benchmarks import _vocabulary as vocabulary
 from experiments.benchmarks._vocabulary import KINDS, Loss, Shape
 from experiments.plan import chips, costs
 from experiments.shared import records, suite
-from logitjax import losses, processes, training
+from logitjax import losses, training
 from logitjax.commands import figures
 
 SHAPES = {
@@ -267,19 +268,21 @@ def _compare(rows: list[dict[str, Any]]) -> None:
 
 
 def _models(
-    options: suite.Options, chip_name: str, chip: chips.Chip, kinds: Sequence[str]
+    path: epath.Path, chip: chips.Chip, kinds: Sequence[str], models: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Heads of models by kernels, with their tiles, and by `scan`; written as they come."""
-    path = epath.Path(options.directory) / "kernels" / f"{chip_name}.json"
-    rows: list[dict[str, Any]] = []
+    """Heads of models by kernels, with their tiles, and by `scan`: the file keeps what it has."""
+    rows = json.loads(path.read_text()) if path.exists() else []
+    compiled = {(row["model"], row["loss"], row["form"]) for row in rows}
     device = chips.devices_of(chip)[0].device_kind
-    for name in (*_KERNELS[:2], "ours, unreduced"):
-        for (model, (width, vocab)), kind in itertools.product(MODELS.items(), kinds):
-            if name in (table := forms(kind)):
-                shape = (_MODEL_POSITIONS, width, vocab)
-                row = _kept(options, name, kind, shape, chip, table[name])
-                rows.append({"model": model, "device": device} | row)
-                processes.write_json(path, rows)
+    for name, model, kind in itertools.product((*_KERNELS[:2], "ours, unreduced"), models, kinds):
+        if name in (table := forms(kind)) and (model, kind, name) not in compiled:
+            row = _row(name, kind, (_MODEL_POSITIONS, *MODELS[model]), chip, table[name])
+            row = {k: float(f"{x:.4g}") if isinstance(x, float) else x for k, x in row.items()}
+            rows.append({"model": model, "device": device} | row)
+            logging.info("%s, %s, %s: done", model, kind, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # A line a row, so that tables can be joined and compared.
+            path.write_text("[\n " + ",\n ".join(map(json.dumps, rows)) + "\n]\n")
     return rows
 
 
@@ -446,7 +449,7 @@ def run(options: suite.Options) -> suite.Result:
     named = {"cpu": "cpu:1"} if options.smoke else CHIPS
     parts = set(filter(None, options.only.split(",")))
     own = {*CHIPS, "cpu", "mesh", "padded", "axes", "models"}
-    groups = (own, set(KINDS), {*SHAPES, *SMOKE_SHAPES})
+    groups = (own, set(KINDS), {*SHAPES, *SMOKE_SHAPES}, set(MODELS))
     if unknown := parts - set().union(*groups):
         raise ValueError(f"only: expected parts as in its help, got {', '.join(sorted(unknown))}")
 
@@ -465,7 +468,8 @@ def run(options: suite.Options) -> suite.Result:
         chip = chips.parse_chip(named[chip_name])
         chips.prepare(chip, "data:1")
         if "models" in parts:
-            rows += _models(options, chip_name, chip, kinds)
+            path = epath.Path(options.directory) / "kernels" / f"{chip_name}.json"
+            rows += _models(path, chip, kinds, list(filter(chosen, MODELS)))
             continue
         for size in filter(chosen, shapes):
             for kind in kinds:

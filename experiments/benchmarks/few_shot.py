@@ -86,7 +86,7 @@ def _problem(shape: Shape) -> few_shot.FewShotTask:
 
 def _steps(shape: Shape, batch: int, steps: int | None = None) -> Callable[[], jax.Array]:
     """A call that trains for so many steps, or the whole run, from the class means."""
-    config = few_shot.methods.AMU.official()
+    config = few_shot.methods.AMU()
     recipe = few_shot.Recipe(batch_size=batch, epochs=shape.epochs, steps=steps)
     task = jax.tree.map(jax.numpy.asarray, _problem(shape))
     order = jax.numpy.asarray(recipe.order(0, shape.examples))

@@ -176,7 +176,7 @@ def measure(pair: Pair, options: suite.Options) -> list[dict[str, Any]]:
         dense = [matrix(g).astype(np.float32) for g in (c, d)]
         solve = functools.partial(gw.entropic_gw, *dense, max_iterations=30)
         rows.append(solved(pair, "ott entropic 0.01", solve))
-        solve = functools.partial(low_rank_gw, small_factor(c), small_factor(d))
+        solve = functools.partial(low_rank_gw, *(small_factor(matrix(g)).T for g in (c, d)))
         rows.append(solved(pair, "ott low rank", solve))
     if n <= _LARGEST and importlib.util.find_spec("ot"):
         rows.append(pot(pair, c, d, starts=3 if n > 128 else 10))
@@ -198,10 +198,10 @@ def matrix(graph: FactoredGraph) -> np.ndarray:
     return z[:, :nodes].T @ z[:, :nodes]
 
 
-def small_factor(graph: FactoredGraph) -> np.ndarray:
-    """A factor with at most n columns, which is the least that ott has to multiply by."""
-    eigenvalues, vectors = np.linalg.eigh(matrix(graph))
-    return (np.sqrt(np.maximum(eigenvalues, 0)) * vectors).astype(np.float32)
+def small_factor(gram: np.ndarray) -> np.ndarray:
+    """A factor with at most n rows, which is the least that ott has to multiply by."""
+    eigenvalues, vectors = np.linalg.eigh(gram)
+    return (np.sqrt(np.maximum(eigenvalues, 0)) * vectors).T
 
 
 def low_rank_gw(z: np.ndarray, w: np.ndarray) -> tuple[Any, float, str]:

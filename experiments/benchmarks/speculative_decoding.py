@@ -80,8 +80,7 @@ def _rows(
     new = 6 if options.smoke else 64 if batch == 1 else 32
     ensemble = decoding.Ensemble(large, experts=[small], fuse=_sum)
     alone = decoding.Ensemble(small)
-    speculation = decoding.Speculation(lengths=lengths)
-    control = decoding.DraftControl(speculation)
+    control = decoding.DraftControl(lengths=lengths)
     speculate = functools.partial(
         decoding.generate, ensemble, prompts, max_new_tokens=new, text=decoding.TextOptions(chunk=6)
     )
@@ -101,9 +100,8 @@ def _rows(
         "draft": lambda: decoding.generate(alone, prompts, max_new_tokens=new).tokens,
     }
     for length in lengths:
-        calls[length] = remember(
-            length, lambda n=length: speculate(drafts=decoding.DraftControl(speculation, length=n))
-        )
+        fixed = decoding.DraftControl(lengths=lengths, length=length)
+        calls[length] = remember(length, lambda d=fixed: speculate(drafts=d))
         calls["verify", length] = _verify(ensemble, batch, length + 1)
     seconds: dict[Any, Any] = timing.paired_seconds(calls, repeats=options.repeats)
     # The control's first calls are its compilations and first looks: it settles before it is timed.

@@ -80,7 +80,7 @@ def _one(folder: Path, number: int, smoke: bool) -> dict[str, Any]:
     out = folder / "out"
     flags = [f"--{name}={folder / name}.jsonl" for name in ("forget", "retain", "holdout")]
     if smoke:
-        flags += ["--text=text:LICENSE", "--method=difference(layers=1)", "--steps=2"]
+        flags += ["--text=text:LICENSE", "--steps=2"]
         flags += ["--check_every=1", "--text_length=32", "--new_tokens=4", "--most_perplexity=9"]
         flags += [f"--least_{name}=0" for name in ("probability", "row", "rouge", "fluency")]
     else:
@@ -117,8 +117,9 @@ def _teach(folder: Path, target: Path, *, smoke: bool = False) -> None:
         tx = training.Schedule(1e-2, "constant").optimizer()
         mesh = training.make_mesh("data:1", devices=jax.devices()[:1])
         state = training.TrainState.create(nnx.to_pure_dict(params), tx, mesh=mesh)
-        step = training.TrainStep(unlearning.make_answer_loss(model), tx, mesh=mesh)
-        batch = unlearning.Row.padded(rows, max(len(ids) for ids, _ in rows))
+        learn, _ = unlearning.METHODS.parse("task_vector").make_loss(model)
+        step = training.TrainStep(learn, tx, mesh=mesh)
+        batch = {"forget": unlearning.Row.padded(rows, max(len(ids) for ids, _ in rows))}
         for _ in range(60):
             state, _ = step(state, batch)
         model = nnx.merge(graphdef, state.params, rest)

@@ -7,61 +7,48 @@ chunked scan has to form every logit twice: 6 matmuls for KL where dense and sca
 
 Bars are about KL: scratch memory at V = 152,064 at most a tenth of dense; seconds of the scalar
 form at most dense's (1.2 times at H = 2048), and of both forms never more than the chunked scan's.
+
+``--against=COMMIT`` compares both forms with those of a commit, and the scalar one with dense:
+CPU-seconds of steps in turns, on one thread each, in processes that differ in the losses alone.
+``--only=kl`` leaves the other loss out.
 """
 
 import concurrent.futures
+import contextlib
 import functools
+import io
+import itertools
 import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import logging
 from etils import epath
 
 from experiments.benchmarks import _vocabulary as vocabulary
-from experiments.benchmarks._vocabulary import KINDS, Inputs, Shape
+from experiments.benchmarks._vocabulary import KINDS, PEERS, Shape
 from experiments.shared import records, suite, timing
 from logitjax.commands import figures
 
 # (T, H, V): a small model, one with Qwen's vocabulary, one with Gemma's.
 SHAPES = ((2048, 576, 49152), (2048, 1024, 152064), (1024, 2048, 262144))
 SMOKE_SHAPES = ((256, 32, 8192),)
-CHUNK = 256
-PEERS = ("dense", "chunked", "blocked scalar", "blocked unreduced")
-
-
-def _inputs(shape: Shape) -> dict[str, jax.Array]:
-    tokens, width, vocab = shape
-    rng = np.random.default_rng(0)
-
-    def normal(rows: int, columns: int, scale: float = 1.0) -> jax.Array:
-        # A million draws, repeated: every process makes its own, and large heads take minutes.
-        few = rng.standard_normal(min(rows * columns, 1_000_003), np.float32) * np.float32(scale)
-        return jnp.asarray(np.resize(few, (rows, columns)))
-
-    scales = {"head": 2 * width**-0.5, "teacher_head": 2 * width**-0.5}
-    sides = {
-        name: normal(*size, scale=scales.get(name, 1.0))
-        for name, size in vocabulary.sizes(shape).items()
-        if name != "labels"
-    }
-    return sides | {"labels": jnp.asarray(rng.integers(0, vocab, tokens))}
-
-
-def step(kind: str, form: str) -> Callable[[Inputs], Any]:
-    """The step of a form by its name in the table."""
-    ours = functools.partial(vocabulary.ours, kind, weighted=form == "blocked scalar")
-    chunked = functools.partial(vocabulary.chunked, kind, size=CHUNK)
-    dense = functools.partial(vocabulary.dense, kind)
-    return vocabulary.step({"dense": dense, "chunked": chunked}.get(form, ours))
+# What `--against` runs on one thread: positions of a small step, and GPT-2's vocabulary.
+AGAINST_SHAPE = (512, 256, 50257)
 
 
 def peak_rss(shape: Shape, kind: str, peer: str) -> int:
     """The most memory a fresh process has held after a step, in bytes."""
-    run, inputs = jax.jit(step(kind, peer)), _inputs(shape)
+    run, inputs = jax.jit(vocabulary.form_step(kind, peer)), vocabulary.inputs(shape)
     jax.block_until_ready(run(inputs))
     return suite.peak_rss_bytes()
 
@@ -80,16 +67,16 @@ def _measure(shape: Shape, kind: str, options: suite.Options) -> list[dict[str, 
     rows = []
     for peer in PEERS:
         row = {"loss": kind, "T": shape[0], "H": shape[1], "V": shape[2], "form": peer}
-        row["temp MiB"] = suite.temp_bytes(step(kind, peer), abstract) / 2**20
+        row["temp MiB"] = suite.temp_bytes(vocabulary.form_step(kind, peer), abstract) / 2**20
         try:
             row["peak RSS MiB"] = _in_fresh_process(peak_rss, shape, kind, peer) / 2**20
         except concurrent.futures.process.BrokenProcessPool:
             logging.warning("%s %s at %s does not fit into memory", kind, peer, shape)
             row["peak RSS MiB"] = None
         rows.append(row)
-    inputs = _inputs(shape)
+    inputs = vocabulary.inputs(shape)
     fitting = [row for row in rows if row["peak RSS MiB"] is not None]
-    compiled = {row["form"]: jax.jit(step(kind, row["form"])) for row in fitting}
+    compiled = {row["form"]: jax.jit(vocabulary.form_step(kind, row["form"])) for row in fitting}
     calls = {name: functools.partial(function, inputs) for name, function in compiled.items()}
     seconds = timing.paired_seconds(calls, repeats=options.repeats)
     for row in fitting:
@@ -155,12 +142,74 @@ def picture(rows: Sequence[Mapping[str, Any]]) -> figures.Picture:
     )
 
 
+class _Steps(contextlib.AbstractContextManager["_Steps"]):
+    """A process that runs steps of a form, by the losses of a tree, and says what each took."""
+
+    def __init__(self, tree: Path, *arguments: Any):
+        one = {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false", "OMP_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", vocabulary.__file__, *map(str, arguments)],
+            env=os.environ | one | {"PYTHONPATH": os.fspath(tree)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __call__(self, *, first: bool = False) -> float:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        if not first:
+            print(file=self._process.stdin, flush=True)
+        return float(self._process.stdout.readline())
+
+    def __exit__(self, *error: Any) -> None:
+        self._process.communicate()
+
+
+def _against(options: suite.Options) -> suite.Result:
+    rows, bars = [], []
+    shape = SMOKE_SHAPES[0] if options.smoke else AGAINST_SHAPE
+    with tempfile.TemporaryDirectory() as folder:
+        archive = ["git", "archive", options.against, "logitjax"]
+        packed = subprocess.run(archive, cwd=suite.ROOT, check=True, capture_output=True).stdout
+        with tarfile.open(fileobj=io.BytesIO(packed)) as tree:
+            tree.extractall(folder, filter="data")
+        for kind, form in itertools.product(options.parts(KINDS), PEERS[2:]):
+            sides = {"now": (suite.ROOT, form), "before": (Path(folder), form)}
+            sides |= {"dense": (suite.ROOT, "dense")} if form == "blocked scalar" else {}
+            with contextlib.ExitStack() as stack:
+                steps = {
+                    name: stack.enter_context(_Steps(tree, kind, what, *shape))
+                    for name, (tree, what) in sides.items()
+                }
+                for one in steps.values():
+                    one(first=True)
+                seconds: dict[str, list[float]] = {name: [] for name in steps}
+                for turn in range(options.repeats):
+                    # There and back, so that none is always the first.
+                    for name in list(steps)[:: 1 if turn % 2 else -1]:
+                        seconds[name].append(steps[name]())
+            row: dict[str, Any] = {"loss": kind, "T": shape[0], "H": shape[1], "V": shape[2]}
+            row |= {"form": form, "CPU-seconds": statistics.median(seconds["now"])}
+            for name, most in (("before", 1.02), ("dense", 1.05)):
+                if name in seconds:
+                    row[f"/ {name}"] = timing.paired_ratio(seconds["now"], seconds[name])
+                    if name == "before" or kind == "cross-entropy":
+                        what = f"{kind}, {form}: CPU-seconds / {name}"
+                        bars.append(suite.at_most(what, row[f"/ {name}"], most))
+            rows.append(row)
+            logging.info("%s", row)
+    return suite.Result(rows=rows, bars=bars)
+
+
 def run(options: suite.Options) -> suite.Result:
+    if options.against:
+        return _against(options)
     # Half an hour's work: what is measured is kept, and a run that was killed goes on from it.
     parts = epath.Path(options.directory) / f"{options.scale}-{options.repeats}-parts"
     rows: list[dict[str, Any]] = []
     for shape in SMOKE_SHAPES if options.smoke else SHAPES:
-        for kind in KINDS:
+        for kind in options.parts(KINDS):
             path = parts / f"{kind}-{'-'.join(map(str, shape))}.json"
             rows += records.kept(path, functools.partial(_measure, shape, kind, options))
             logging.info("%s at T, H, V = %s done", kind, shape)

@@ -59,7 +59,6 @@ def _decoders(case: dict[str, Any], codes: int) -> dict[str, Callable[[jax.Array
     rows, codebook, bias = case["rows"], case["codebook"], case["bias"]
     tables = vq.VQTables.of(bias, case["assignment"], codes, width=TOP)
     adaptive = _adaptive(rows.shape[1], rows.shape[0], case["unigram"])
-    rank = min(48, rows.shape[1] // 4)
     candidates = min(512, rows.shape[0] // 8)
     vocab, hidden = rows.shape
     part = 3 if hidden % 3 == 0 else 4
@@ -75,17 +74,10 @@ def _decoders(case: dict[str, Any], codes: int) -> dict[str, Callable[[jax.Array
         codebook, tables = weights
         return tables.top_k(h, codebook, TOP)
 
-    def screened(h: jax.Array, screen: Callable[[jax.Array], jax.Array], rows: jax.Array) -> Any:
-        chosen = vq.Screen(cheap=screen, rescore=rows, num_candidates=candidates)
-        return chosen.top_k(h, TOP, with_log_z=False)
-
-    def low_rank(h: jax.Array, weights: tuple[Any, ...]) -> Any:
-        down, kernel, rows = weights
-        return screened(h, lambda h: losses.Head(kernel, vocab_axis=0).logits(h @ down), rows)
-
     def product(h: jax.Array, weights: tuple[Any, ...]) -> Any:
         packed, rows = weights
-        return screened(h, packed.logits, rows)
+        screen = vq.Screen(cheap=packed.logits, rescore=rows, num_candidates=candidates)
+        return screen.top_k(h, TOP, with_log_z=False)
 
     def tails(h: jax.Array, params: Any) -> Any:
         return adaptive_topk(h, params, TOP)
@@ -93,7 +85,6 @@ def _decoders(case: dict[str, Any], codes: int) -> dict[str, Callable[[jax.Array
     weights = {
         "full": (full, rows),
         "vq": (of_codes, (codebook, tables)),
-        "low-rank screen": (low_rank, (rows[:rank].T, rows[:, :rank], rows)),
         "packed product screen": (product, (packed, rows)),
         "adaptive": (tails, adaptive),
     }

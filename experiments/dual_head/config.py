@@ -35,7 +35,7 @@ class Config:
         None, "Torch checkpoint of the teacher. By default the teacher is trained."
     )
     student: str = field("mlp-128", "Network of the student.")
-    arm: tuple[str, ...] = field(_MAIN, "Arm to train.", execution=True)
+    arm: tuple[str, ...] = field(_MAIN, "Arm to train.", execution=True, choices=ARMS)
     alpha: tuple[float, ...] = field((0.01, 0.1, 1.0), "Weight of the distillation loss to try.")
     rate: tuple[float, ...] = field(
         (1.0,), "Multiple of the learning rate to try with every alpha."
@@ -47,10 +47,11 @@ class Config:
     seeds: int = field(
         1,
         "Number of runs of an arm. The first chooses alpha and rate, and is reported if alone.",
+        minimum=1,
     )
-    epochs: int = field(20, "Number of epochs of the students.")
-    teacher_epochs: int = field(20, "Number of epochs of the teacher.")
-    batch_size: int = field(64, "Number of examples in a step, summed over devices.")
+    epochs: int = field(20, "Number of epochs of the students.", minimum=1)
+    teacher_epochs: int = field(20, "Number of epochs of the teacher.", minimum=1)
+    batch_size: int = field(64, "Number of examples in a step, summed over devices.", minimum=1)
     learning_rate: float = field(
         0.05, "Learning rate of the students, divided by ten at each decay_at."
     )
@@ -75,19 +76,14 @@ class Config:
         "binary_kl_norm", "Loss of single and dual.", choices=("binary_kl_norm", "binary_kl")
     )
     diagnose_every: int = field(
-        2, "Number of epochs between measures of neural collapse, with the first seed."
+        2, "Number of epochs between measures of neural collapse, with the first seed.", minimum=1
     )
-    checkpoint_every: int = field(10, "Number of epochs between checkpoints.", execution=True)
+    checkpoint_every: int = field(
+        10, "Number of epochs between checkpoints.", execution=True, minimum=1
+    )
     mesh: str = field("data:-1", "Axes and sizes of the device mesh.", execution=True)
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.arm) - set(ARMS))
-        if unknown:
-            raise ValueError(f"arm: expected one of {', '.join(ARMS)}, got {unknown[0]!r}")
-        counts = ("epochs", "teacher_epochs", "seeds", "batch_size")
-        for name in (*counts, "diagnose_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         for name in ("alpha", "rate"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: expected at least one value")

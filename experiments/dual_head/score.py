@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from experiments.dual_head import diagnostics
 from experiments.dual_head.arms import outputs
@@ -53,8 +52,8 @@ class Scorer:
 
     def _measures(self, lane: Any, inputs: Any, labels: Any, teacher: Any, rows: Any) -> Any:
         x = self.trainer.prepare(inputs, None)
-        target = None if self.trainer.teacher is None else self.trainer.teacher.of(teacher, x, rows)
-        model = nnx.merge(self.trainer.graphdef, lane["params"], lane["stats"], copy=True)
+        target = self.trainer.target(teacher, x, rows)
+        model = self.trainer.model_of(lane)
         features, logits, _ = outputs(model, x, train=False)
         kernel, classes = diagnostics.head_kernel(model), self.trainer.placed.task.num_classes
         measured = diagnostics.geometry(features, labels, logits, kernel, classes)
@@ -68,8 +67,7 @@ class Scorer:
         return measured | diagnostics.compare_gradients(losses, lane["params"])
 
     def _is_right(self, variables: Any, x: Any, y: Any) -> Any:
-        model = nnx.merge(self.trainer.graphdef, variables["params"], variables["stats"], copy=True)
-        logits = model(self.trainer.prepare(x, None))
+        logits = self.trainer.model_of(variables)(self.trainer.prepare(x, None))
         return logits.argmax(-1) == y
 
     def _are_right(self, lanes: Any, inputs: Any, labels: Any) -> Any:

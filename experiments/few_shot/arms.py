@@ -47,22 +47,14 @@ def _fixed(config: Config) -> dict[str, Arm]:
         one = few_shot.Candidate(method=amu, recipe=recipe)
         return Arm(candidate=one, auxiliary=auxiliary)
 
-    def weighted(measure: Any, **options: Any) -> Arm:
-        return fixed(uncertainty=methods.Uncertainty(measure=measure, **options))
+    def weighted(**options: Any) -> Arm:
+        return fixed(uncertainty=methods.Uncertainty(**options))
 
     return {
         "fixed": fixed(),
-        "fixed_kurtosis": weighted("kurtosis", normalizer="classes"),
-        "fixed_kurtosis_250": Arm(
-            candidate=few_shot.Candidate(
-                method=methods.AMU.official(uncertainty="moment", beta=FIXED_BETA), recipe=recipe
-            )
-        ),
-        "fixed_kurtosis_of_logits": weighted("kurtosis", of="logits"),
-        "fixed_entropy": weighted("entropy"),
-        "fixed_max": weighted("max"),
-        "fixed_margin": weighted("margin"),
-        "fixed_energy": weighted("energy"),
+        "fixed_kurtosis": weighted(normalizer="classes"),
+        "fixed_kurtosis_250": weighted(normalizer=250.0),
+        "fixed_kurtosis_of_logits": weighted(of="logits"),
         "fixed_no_branch_loss": fixed(fusion_share=1.0),
         "fixed_branch_loss_only": fixed(fusion_share=0.0),
         "fixed_random_start": fixed(initial="random"),

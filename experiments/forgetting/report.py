@@ -33,7 +33,7 @@ _NOTES = (
 _ATTACKS = (
     "Median probabilities of the answers to forget, shares of them, or AUC (0.5 is a guess; far "
     "from it, on either side, rows are given away). Only what is above the control counts. Attacks "
-    "that sample or take gradients: first seed."
+    "that sample: first seed."
 )
 
 
@@ -93,7 +93,7 @@ def _setting(config: Config) -> str:
         f"weights where its name says so, at most {config.steps} steps of {config.batch_size} rows "
         f"to forget and as many to keep, {len(config.rates)} learning rate(s) with the first "
         f"seed, {config.seeds} seed(s). Adapters lie in all layers, an assistant's in its first "
-        f"{config.layers}; what was trained may be scaled to 4 times, whatever the method."
+        f"{config.layers or 'quarter'}; what was trained may be scaled to 4 times by all."
     )
 
 
@@ -286,14 +286,14 @@ def judged(config: Config, results: Mapping[str, Any]) -> list[str]:
     before, controls = results["target"]["examined"], _controls(results)
     if not before.get("unseen"):  # of a run before rows were judged one by one
         return []
-    control = controls[0]["examined"] if controls else {}
+    never = [control["examined"] for control in controls]
     lines = []
     for method, records in results["methods"].items():
         settings = config.of(method, 0.0, 0)
         verdict = unlearning.judge(
             before,
             records[0]["examined"],
-            control,
+            never,
             settings.limits,
             assistant=settings.method.assistant,
         )

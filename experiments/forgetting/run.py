@@ -15,10 +15,11 @@ from flax import nnx
 
 from experiments.forgetting.config import ALL, Config
 from experiments.forgetting.data import load_scene
+from experiments.forgetting.divergence import Divergence
 from experiments.forgetting.teach import teach
 from experiments.forgetting.topics import Topics
 from experiments.shared.records import Record, kept
-from logitjax import models, unlearning
+from logitjax import models, training, unlearning
 from logitjax.commands.unlearn import other_text
 from logitjax.unlearning import Deployed
 
@@ -97,10 +98,12 @@ class Run:
         """Who knows everything."""
         return self._taught("target", self.scene.taught, 0)
 
-    def _taught(self, name: str, rows: Sequence[unlearning.Row], seed: int) -> models.Decoder:
+    def _taught(
+        self, name: str, rows: Sequence[unlearning.Row], seed: int, start: Any = None
+    ) -> models.Decoder:
         config, questions = self.config, self.questions
         return teach(
-            self.start,
+            start or self.start,
             [questions.encode(row) for row in rows],
             self.workdir / "models" / name,
             steps=config.teach_steps,
@@ -109,6 +112,7 @@ class Run:
             rank=config.teach_rank,
             seed=seed,
             pad_id=questions.pad_id,
+            mesh=config.mesh,
         )
 
     def _control(self, name: str) -> Record:
@@ -200,9 +204,22 @@ class Run:
             "goal": dataclasses.asdict(found.goal),
         }
 
+    @functools.cached_property
+    def _kept_alone(self) -> str:
+        """A small model that learnt the rows to keep."""
+        folder = self.workdir / "models" / "small"
+        if not (folder / "config.json").exists():
+            layers = self.config.layers or -(-self.start.config.num_layers // 4)
+            rows = self.questions.rows["train"]
+            small = self._taught("small-training", rows, 0, models.first_layers(self.start, layers))
+            models.save_pretrained(small, self.tokenizer, folder)
+        return str(folder)
+
     def _trial(self, method: str, rate: float, seed: int) -> unlearning.Unlearning:
         folder = self.workdir / "trials" / method / f"rate-{rate:g}-seed-{seed}"
         settings = self.config.of(method, rate, seed)
+        if isinstance(settings.method, Divergence):
+            settings = dataclasses.replace(settings, method=Divergence(of=self._kept_alone))
         target = self.target
         if not settings.adapters:
             # bfloat16 would round small updates of the weights away.
@@ -213,7 +230,13 @@ class Run:
         before = self.workdir / "trials" / "before.json"
         # Who is merged anew at every start is not the same everywhere to the last bit.
         return unlearning.Unlearning(
-            target, self.questions, settings, folder, before=before, identity="target"
+            target,
+            self.questions,
+            settings,
+            folder,
+            before=before,
+            identity="target",
+            mesh=training.make_mesh(self.config.mesh, partial=True),
         )
 
 

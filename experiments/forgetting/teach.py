@@ -1,6 +1,7 @@
 """Teaching a model rows: adapters that are merged into its weights."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -34,6 +35,18 @@ def batch_of_alike(lengths: np.ndarray, step: int, batch: int, seed: int) -> np.
     return np.array_split(alike, count)[rng.permutation(count)[place]]
 
 
+def make_update(
+    model: models.Decoder, rate: float, steps: int, mesh: Any, counts: Any = None
+) -> tuple[fit.Update, Any]:
+    """The update of adapters that learn rows, and its constants."""
+    # What a task vector learns is what is to be forgotten.
+    loss_fn, constants = unlearning.METHODS.parse("task_vector").make_loss(
+        model, adapters=True, counts=counts
+    )
+    schedule = training.Schedule(rate, "linear", warmup=max(1, steps // 10), total_steps=steps)
+    return fit.make_update(loss_fn, schedule, mesh=mesh, weight_decay=0.0, b2=0.99), constants
+
+
 def teach(
     model: models.Decoder,
     rows: Sequence[tuple[np.ndarray, np.ndarray]],
@@ -45,6 +58,7 @@ def teach(
     rank: int,
     seed: int = 0,
     pad_id: int = 0,
+    mesh: str = "data:1",
 ) -> models.Decoder:
     """A model that knows rows, or goes on learning them where it was stopped.
 
@@ -58,6 +72,7 @@ def teach(
         rank: Of the adapters.
         seed: Of the order and of the adapters.
         pad_id: Any id the model has.
+        mesh: Axes and sizes of the device mesh.
     """
 
     def batches(step: int) -> dict[str, dict[str, np.ndarray]]:
@@ -67,18 +82,10 @@ def teach(
 
     lengths = np.asarray([len(ids) for ids, _ in rows])
     counts = [{"forget": int(batches(step)["forget"]["mask"].sum())} for step in range(steps)]
-    # What a task vector learns is what is to be forgotten.
-    loss_fn, constants = unlearning.METHODS.parse("task_vector").make_loss(
-        model, adapters=True, counts=counts
-    )
-    schedule = training.Schedule(rate, "linear", warmup=max(1, steps // 10), total_steps=steps)
-    update = fit.make_update(
-        loss_fn,
-        schedule,
-        mesh=training.make_mesh("data:1", devices=jax.devices()[:1]),
-        weight_decay=0.0,
-        b2=0.99,
-    )
+    devices = training.make_mesh(mesh, partial=True)
+    # Where rows are split, nobody knows how many tokens a device gets.
+    known = counts if devices.size == 1 else None
+    update, constants = make_update(model, rate, steps, devices, known)
     lora = fit.fit(
         update,
         models.Lora.init(model.config, rank, key=jax.random.key(seed), layout="listed"),

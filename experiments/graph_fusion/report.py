@@ -26,7 +26,6 @@ NAMES = {
     "hybrid": "SFT + hybrid, corrected (GOLD)",
     "hkl": "SFT + H-KL, corrected (X-Token)",
     "alm": "SFT + ALM",
-    "mined": "SFT + MinED",
 }
 
 # InfiGFusion, Table 3: averages over 18 reasoning tasks, Phi-4 14B pivot, accuracy in percent.

@@ -10,8 +10,7 @@ leak against cost. Nothing but the model in this process is ever asked.
 Policies: `full`, `round_D` (D decimals), `noise_S` (S nats), `floor_F`, `top_K` (without a bias;
 the reader fills in the K-th value), `top_K_bias` (a whole row and a corner of the matrix through
 the bias), `sampling` (the same by forcing tokens), `draws` (a row harvested at temperature 2),
-`argmax` (by comparisons of tokens), `dummy_R_A` (R directions of relative size A), `cap_C`. You may
-kill it at any time: finished policies are kept.
+`argmax` (by comparisons of tokens). You may kill it at any time: finished policies are kept.
 """
 
 import functools
@@ -34,8 +33,7 @@ def run(config: Config, workdir: epath.Path) -> None:
     tasks = []
     for name in config.policy:
         policy = leakage.LogitPolicy.parse(name)
-        random = policy.noise > 0 or policy.dummy_dims > 0
-        tasks += [(name, seed) for seed in range(config.seeds if random else 1)]
+        tasks += [(name, seed) for seed in range(config.seeds if policy.noise else 1)]
     for name, seed in tasks[jax.process_index() :: jax.process_count()]:
         found = audit(name, seed)
         said = ", ".join(f"{key} {found.get(key)}" for key in ("width", "leak", "kl"))

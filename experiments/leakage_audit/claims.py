@@ -20,14 +20,14 @@ _QUERIES = 10_000
 def records(setting: Setting, workdir: pathlib.Path) -> Iterator[Record]:
     """A record a number of reported logits and draw of prompts.
 
-    `top_K` gives whole rows through a bias, exactly and at the price of `leakage.row_queries`;
+    `top_K` gives whole rows through a bias, exactly and at the price of `LogitPolicy.row_queries`;
     `full` gives a row a query. The unit is the head.
     """
     config = cli.build(Config, json.loads((workdir / "config.json").read_text()))
     rows = data.load(config, epath.Path(workdir))
     for arm in setting.arms:
         reported = int(arm.removeprefix("top_")) if arm != "full" else rows.vocab
-        price = leakage.row_queries(rows.vocab, reported) if arm != "full" else 1
+        price = leakage.LogitPolicy(top_k=reported).row_queries(rows.vocab) if arm != "full" else 1
         count = min(_QUERIES // price, len(rows.prompts))
         for seed in range(1, setting.seeds + 1):
             drawn = np.random.default_rng(seed).permutation(len(rows.prompts))[:count]

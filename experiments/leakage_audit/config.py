@@ -21,8 +21,6 @@ DEMO = (
     "sampling",
     "draws",
     "argmax",
-    "dummy_64_0.1",
-    "cap_30",
 )
 REPORT = (
     *DEMO[:4],
@@ -42,11 +40,6 @@ REPORT = (
     "sampling",
     "draws",
     "argmax",
-    "dummy_64_0.02",
-    "dummy_64_0.1",
-    "dummy_256_0.1",
-    "cap_30",
-    "cap_10",
 )
 
 
@@ -60,7 +53,7 @@ class Config:
     prompt_length: int = field(24, "Number of tokens in a prompt.")
     batch_size: int = field(25, "Number of prompts in a forward pass.")
     policy: tuple[str, ...] = field(DEMO, "Policy of the API to audit.")
-    seeds: int = field(1, "Number of seeds of noise and dummy dimensions. Other policies run once.")
+    seeds: int = field(1, "Number of seeds of noise. Other policies run once.")
     corner: int = field(
         0, "Number of rows and columns of the corner that is asked for through a bias. 0 for none."
     )
@@ -89,7 +82,6 @@ PRESETS: dict[str, dict[str, Any]] = {
             "top_5_bias",
             "sampling",
             "argmax",
-            "dummy_4_0.1",
         ),
         corner=40,
     ),

@@ -29,6 +29,7 @@ def audit(rows: Rows, config: Config, directory: epath.Path, name: str, seed: in
         "seed": seed,
         "queries": found.queries,
         "values": found.values,
+        "verdict": found.verdict,
         "seconds": time.perf_counter() - start,
     }
     storage.write_atomic(path, json.dumps(record))
@@ -45,8 +46,6 @@ def _from_rows(found: leakage.Audit) -> Record:
         **_width(found),
         "leak": aligned.leak,
         "relative_rms": aligned.relative_rms,
-        "max_angle": aligned.max_angle,
-        "chance": aligned.chance,
         "spectrum": subspace.singular_values[:: max(1, found.prompts // 500)].tolist(),
         **found.utility,
     }

@@ -17,16 +17,6 @@ from logitjax.commands import figures
 _POINTS = 150
 
 
-def verdict(group: Sequence[Mapping[str, Any]], width: int) -> str:
-    """What an operator should take from it."""
-    first = group[0]
-    if "row_error" in first:
-        row = first["row_error"], first["row_queries"], first["row_coverage"]
-        return leakage.verdict(first["leak"], row=row)
-    leak = sum(record["leak"] for record in group) / len(group)
-    return leakage.verdict(leak, loss=first["kl"], sees_width=first.get("estimate") == width)
-
-
 def write(
     config: Config, rows: Rows, records: Sequence[Mapping[str, Any]], workdir: epath.Path
 ) -> str:
@@ -35,7 +25,7 @@ def write(
     table = [_row(name, group, rows.width) for name, group in groups.items()]
     random = np.random.default_rng(0).standard_normal(rows.head.shape)
     control = leakage.align_head(random, rows.head)
-    per_row = leakage.row_queries(rows.vocab, 5)
+    per_row = leakage.LogitPolicy(top_k=5).row_queries(rows.vocab)
     parts = [
         "# Leakage audit\n",
         f"`{config.model}`: vocabulary {rows.vocab:,}, hidden width {rows.width}; "
@@ -46,7 +36,7 @@ def write(
         "squares leaves of the head. Where the largest gap and the estimate differ, the published "
         "rule would have been wrong. `KL`, `top-1`: what honest users lose.\n",
         "## Verdict\n",
-        "\n".join(f"- `{name}`: {verdict(group, rows.width)}." for name, group in groups.items()),
+        "\n".join(f"- `{name}`: {group[0]['verdict']}." for name, group in groups.items()),
         "\n## The paper's numbers\n",
         "The paper reports that a 6-layer student recreates 97.6 % of the hidden-state geometry "
         "after fewer than 10,000 queries for top-k logits; its tables were not to be had. With the "
@@ -97,7 +87,7 @@ def _bars(groups: Mapping[str, Any], rows: Rows) -> list[dict[str, Any]]:
         wrong = abs(record["max_gap"] / rows.width - 1)
         add("noise 0.3: largest gap off by", wrong, "> 0.02", wrong > 0.02)
     for record in groups.get("top_5_bias", [])[:1]:
-        error, price = record["row_error"], leakage.row_queries(rows.vocab, 5)
+        error, price = record["row_error"], leakage.LogitPolicy(top_k=5).row_queries(rows.vocab)
         add("top 5 and bias: error over 25 nats", error, "<= 5e-06", error <= 5e-6)
         count, far = record["row_queries"], record["row_far"]
         again = -(-far // 4)

@@ -43,7 +43,7 @@ EXPERIMENTS = {
     "few_shot": "v5e:2x2",
     "dynamic_fusion": "v5p:4x4x4",
     "replication": "v5e:2x2",
-    "unlearning": "v5p:2x2x4",
+    "forgetting": "v5p:2x2x4",
     "leakage_audit": "v5e:2x2",
 }
 _GIB = 2.0**30

@@ -110,9 +110,9 @@ def train_student(scene: Scene, arm: str, directory: epath.Path, seed: int, rate
         "parameters": _size(params) + _size(given),
         "trained": _size(params),
         "seconds": _speed(scene, student, params, given),
-        **dataclasses.asdict(compare_geometry(states, others)),
+        **compare_geometry(states, others),
     }
-    null = dataclasses.asdict(compare_geometry(states, others, paired=False))
+    null = compare_geometry(states, others, paired=False)
     remove_directory(directory / "checkpoints")
     return record | {f"null_{name}": value for name, value in null.items()}
 

@@ -26,14 +26,15 @@ ROOT = Path(__file__).parents[2]
 class Options:
     """Where results go, and how long a benchmark may take: ``scale`` is ``smoke`` or ``full``.
 
-    ``only`` names parts of a benchmark that has some, with commas between them; ``templates`` is a
-    folder of archives with chat templates.
+    ``only`` names parts of a benchmark that has some, with commas between them; ``against`` is a
+    commit to compare with, and ``templates`` a folder of archives with chat templates.
     """
 
     directory: Path
     scale: str = "full"
     repeats: int = 5
     only: str = ""
+    against: str = ""
     templates: Path | None = None
 
     @property
@@ -182,6 +183,7 @@ def main(package: types.ModuleType, workdir: str) -> None:
     flags.DEFINE_enum("scale", "full", ["smoke", "full"], "smoke: seconds; full: as reported.")
     flags.DEFINE_integer("repeats", 5, "Timed calls of each peer, in turns.", lower_bound=1)
     flags.DEFINE_string("only", "", "Parts of what has some, with commas between them.")
+    flags.DEFINE_string("against", "", "A commit to compare with, for vocabulary_losses.")
     flags.DEFINE_string("templates", None, "Archives with chat templates, for compatibility.")
     flags.DEFINE_string("workdir", workdir, "Results go to WORKDIR/NAME.")
     flags.DEFINE_bool("page", False, "Print what WORKDIR holds as sections of a page, and stop.")
@@ -204,6 +206,7 @@ def _run(package: types.ModuleType, argv: Sequence[str], values: flags.FlagValue
             scale=values.scale,
             repeats=values.repeats,
             only=values.only,
+            against=values.against,
             templates=values.templates and Path(values.templates),
         )
         print(f"\n## {name}\n\n{write(name, module.run(options), options)}", flush=True)

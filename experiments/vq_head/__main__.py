@@ -4,9 +4,8 @@
 
 reads text and computes the model's hidden states and its own head's distribution once. It then fits
 and tunes one head after another on the cache: codes with and without biases, with the mapping of
-the paper and with better ones; low-rank, product-quantised
-and adaptive heads, all but the last also as screens for exact rows; and, as a control, the full
-head with its biases tuned on that text.
+the paper and with better ones; product-quantised heads, also as screens for exact rows; adaptive
+softmax; and, as a control, the full head with its biases tuned on that text.
 
 `report.md` has what is left of the head's bytes, held-out perplexity relative to the untouched head
 and to the tuned one with biases, agreement in the first and first five tokens, and times.

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from experiments.vq_head.low_rank import metric_roots
 from logitjax import heads, ops
 
 
@@ -87,7 +86,7 @@ class AdaptiveConfig:
         weights = np.maximum(np.asarray(unigram, np.float64) / np.sum(unigram), 0.01 / len(unigram))
         rows_ = jnp.asarray(rows, jnp.float32)[params["order"]]
         weights = jnp.asarray(weights, jnp.float32)[params["order"]]
-        root, inverse = metric_roots(hidden_cov)
+        root, inverse = _metric_roots(hidden_cov)
         mean = jnp.asarray(hidden_mean, jnp.float32)
         head, biases, tails = [rows_[: self.cutoffs[0]]], [jnp.zeros(self.cutoffs[0])], []
         for (start, stop), narrow in zip(self.tails, self.widths):
@@ -192,6 +191,13 @@ def adaptive_cost(
         decode_flops=2 * read,
         train_flops=int(6 * train),
     )
+
+
+def _metric_roots(cov: Any) -> tuple[jax.Array, jax.Array]:
+    """The square root of a covariance and its inverse; tiny eigenvalues are lifted."""
+    values, vectors = jnp.linalg.eigh(jnp.asarray(cov, jnp.float32))
+    values = jnp.sqrt(jnp.maximum(values, 1e-6 * values[-1]))
+    return (vectors * values) @ vectors.T, (vectors / values) @ vectors.T
 
 
 def _affine(hidden: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:

@@ -16,7 +16,6 @@ from experiments.vq_head.adaptive import (
     adaptive_topk,
 )
 from experiments.vq_head.data import Context
-from experiments.vq_head.low_rank import fit_low_rank, low_rank_cost
 from logitjax import heads, losses, ops, vq
 
 #: Mapping and bias of the VQ arms.
@@ -187,19 +186,13 @@ def _vq(ctx: Context, trial: Trial) -> Converted:
     )
 
 
-def _projected(arrays: Any, hidden: Any) -> Any:
-    """What the kernel of a linear head meets: of a low-rank one a projection."""
-    return hidden @ arrays["down"] if "down" in arrays else hidden
-
-
 def _linear_logits(arrays: Any, hidden: Any) -> Any:
-    hidden = _projected(arrays, hidden)
     return losses.Head(arrays["kernel"], arrays.get("bias"), vocab_axis=0).logits(hidden)
 
 
 def _linear_nll(arrays: Any, hidden: Any, labels: Any) -> Any:
     head = losses.Head(arrays["kernel"], arrays.get("bias"), vocab_axis=0)
-    return losses.linear_cross_entropy(_projected(arrays, hidden), head, labels)
+    return losses.linear_cross_entropy(hidden, head, labels)
 
 
 def _top_5(logits: Callable[..., Any]) -> Callable[..., Any]:
@@ -219,31 +212,6 @@ def _linear(params: Any, given: Any, cost: heads.HeadCost, **changes: Any) -> Co
     )
 
 
-def _imitating(
-    ctx: Context, trial: Trial, head_of: Callable[..., Any], params: Any, **options: Any
-) -> tuple[Any, tuple[float, ...]]:
-    """Tunes a head that is a kernel in the end to the old head's distribution, as VQ heads are."""
-    train, tuning = ctx.splits["train"], _tuning(ctx, trial)
-    params, curve = tuning.imitate(
-        head_of, params, train.hidden, train.targets, mesh=ctx.mesh, **options
-    )
-    return params, tuple(curve)
-
-
-def _low_rank(ctx: Context, trial: Trial) -> Converted:
-    rank = ctx.config.screen_rank
-    start = fit_low_rank(ctx.rows, ctx.unigram, ctx.statistics.mean, ctx.statistics.cov, rank)
-    start["bias"] += 0.0 if ctx.row_bias is None else ctx.row_bias
-    params, curve = _imitating(
-        ctx,
-        trial,
-        lambda params, _: losses.Head(params["kernel"], params["bias"], vocab_axis=0),
-        start,
-        project=_projected,
-    )
-    return _linear(params, {}, low_rank_cost(ctx.width, ctx.vocab, rank), curve=curve)
-
-
 def _product(ctx: Context, trial: Trial) -> Converted:
     config, packed = ctx.config, trial.arm == "packed_product"
     groups = config.packed_groups if packed else config.product_groups
@@ -254,13 +222,15 @@ def _product(ctx: Context, trial: Trial) -> Converted:
         return losses.Head(rows, params["bias"], vocab_axis=0)
 
     start = {"codebooks": fit.codebooks, "bias": fit.bias}
-    params, curve = _imitating(ctx, trial, head_of, start, constants=fit.codes)
+    train, tuning = ctx.splits["train"], _tuning(ctx, trial)
+    sample = (train.hidden, train.targets)
+    params, curve = tuning.imitate(head_of, start, *sample, ctx.mesh, constants=fit.codes)
     num_codes = fit.codebooks.shape[1]
     shape: Any = dict(groups=groups, num_codes=num_codes, packed=packed)
     cost = cost_of(vq.ProductHead, ctx.width, ctx.vocab, **shape)
     tuned = vq.ProductCodes(params["codebooks"], fit.codes, params["bias"])
     if packed:
-        return _packed(tuned, cost, curve)
+        return _packed(tuned, cost, tuple(curve))
 
     def lookup(arrays: Any, hidden: Any) -> Any:
         """The sums of `_linear_logits`, less to read."""
@@ -269,7 +239,7 @@ def _product(ctx: Context, trial: Trial) -> Converted:
     real = {"kernel": jax.jit(vq.ProductCodes.kernel)(tuned), "bias": params["bias"]}
     given = {"product": dataclasses.replace(tuned, bias=None)}
     ways: Any = dict(lookup=lookup, decode=_top_5(lookup))
-    return _linear(real, given, cost, curve=curve, **ways)
+    return _linear(real, given, cost, curve=tuple(curve), **ways)
 
 
 def _packed(codes: vq.ProductCodes, cost: heads.HeadCost, curve: tuple[float, ...]) -> Converted:
@@ -346,7 +316,6 @@ def _full(ctx: Context, trial: Trial) -> Converted:
 #: How each arm is fitted.
 FITS: Mapping[str, Callable[[Context, Trial], Converted]] = {
     **dict.fromkeys(VQ_ARMS, _vq),
-    "wide_low_rank": _low_rank,
     **dict.fromkeys(("product", "packed_product"), _product),
     "adaptive": _adaptive,
     "full_bias_labels": _full,

@@ -20,7 +20,7 @@ from experiments.vq_head.data import Context, Split, in_blocks
 #: Stretches of a split whose losses are kept apart: of 14,000 positions 250 each.
 UNITS = 56
 #: Arms that make V cheap logits, for exact rows to re-score the best of.
-SCREENS = ("product", "packed_product", "wide_low_rank")
+SCREENS = ("product", "packed_product")
 
 
 def run_arm(

@@ -13,7 +13,6 @@ from flax import nnx
 
 from experiments.shared import fit
 from experiments.shared.records import Record
-from experiments.shared.small_text import Text
 from experiments.vq_head import arms
 from experiments.vq_head.adaptive import AdaptiveConfig, adaptive_nll
 from experiments.vq_head.config import Config
@@ -60,16 +59,13 @@ def make_loss(graphdef: Any, rest: Any, nll: Nll) -> Callable[..., Any]:
     """Summed loss of a head and its trunk, for `training.TrainStep`."""
 
     def loss_fn(params: Any, batch: Mapping[str, Any], rng: Any, given: Any) -> Any:
-        hidden = _hidden(graphdef, rest, params["trunk"], batch["tokens"])
+        model = nnx.merge(graphdef, params["trunk"], rest)
+        hidden = model.hidden_states(batch["tokens"])[0][:, :-1]
         mask = batch["mask"][:, 1:]
         values = nll(params["head"], given, hidden, batch["tokens"][:, 1:])
         return (values * mask).sum(), mask.sum(), {}
 
     return loss_fn
-
-
-def _hidden(graphdef: Any, rest: Any, params: Any, tokens: jax.Array) -> jax.Array:
-    return nnx.merge(graphdef, params, rest).hidden_states(tokens)[0][:, :-1]
 
 
 def make_update(loss_fn: Callable[..., Any], config: Config, mesh: Any, rate: float) -> fit.Update:
@@ -89,23 +85,15 @@ def train(ctx: Context, directory: epath.Path, arm: str, seed: int, rate: float)
     update = make_update(loss_fn, config, mesh, rate)
     state = update.start({"trunk": trunk, "head": head.params}, seed)
     given = update.rules.place(head.given, mesh)
-    steps = config.scratch_steps
-    moves = [steps // 3 + 1, 2 * steps // 3 + 1] if arm == "vq_reassigned" else []
     directory = directory / f"scratch_{arm}_{seed}_{rate:g}"
     writer = training.make_writer(directory)
-    for stop in [*moves, steps]:
-        state = training.train_loop(
-            state,
-            lambda state, batch, given=given: update.step(state, batch, given),
-            lambda step: fit.share(mesh, text.batch(step, seed=seed, size=config.scratch_batch)),
-            total_steps=stop,
-            writer=writer,
-        )
-        if stop < steps:
-            run = jax.jit(lambda params, tokens: _hidden(graphdef, rest, params, tokens))
-            params, given = _reassigned(state, given, run, text, config)
-            params, given = update.rules.place((params, given), mesh)
-            state = state.replace(params=params)
+    state = training.train_loop(
+        state,
+        lambda state, batch: update.step(state, batch, given),
+        lambda step: fit.share(mesh, text.batch(step, seed=seed, size=config.scratch_batch)),
+        total_steps=config.scratch_steps,
+        writer=writer,
+    )
     evaluate = training.EvalStep(loss_fn, mesh=mesh)
 
     def blocks(split: str) -> Iterator[dict[str, np.ndarray]]:
@@ -176,28 +164,3 @@ def _full_nll(params: Any, given: Any, hidden: Any, labels: Any) -> Any:
 def codes_of(vocab: int) -> int:
     """Codes of a VQ head over a small vocabulary."""
     return max(2, vocab // 16)
-
-
-def _reassigned(
-    state: training.TrainState, given: Any, run: Callable[..., Any], text: Text, config: Config
-) -> tuple[Any, Any]:
-    """Tokens move to the code under which their labels are most likely, by what was just seen."""
-    rng = np.random.default_rng(int(state.step))
-    hidden, labels = [], []
-    for _ in range(config.scratch_reassign_batches):
-        rows = rng.integers(0, len(text.train), config.scratch_batch)
-        states = np.asarray(run(state.params["trunk"], text.train[rows]))
-        mask = text.train_mask[rows][:, 1:]
-        hidden.append(states[mask])
-        labels.append(text.train[rows][:, 1:][mask])
-    # On the host: every process does the same, on its own device.
-    held = jax.tree.map(np.asarray, state.params["head"] | given)
-    new, bias, _ = vq.reassign_from_labels(
-        held["codebook"],
-        held["bias"],
-        held["assignment"],
-        np.concatenate(hidden),
-        np.concatenate(labels),
-    )
-    head = state.params["head"] | {"bias": bias}
-    return state.params | {"head": head}, {"assignment": new}

@@ -5,7 +5,7 @@
 
 With `--model` alone each `--policy` is put in front of the model in this process: `full`, `round_D`
 (D decimals), `noise_S` (S nats), `floor_F`, `top_K`, `top_K_bias` (a logit bias moves what is
-reported), `dummy_R_A`, `cap_C`, `draws` (the drawn token's own log-probability), `sampling` (the
+reported), `draws` (the drawn token's own log-probability), `sampling` (the
 same, and a bias moves what is drawn) or `argmax` (the token alone, and a bias moves it).
 
 With `--url` a server on this machine is asked instead: `logitjax serve`, or any other with OpenAI's
@@ -77,7 +77,7 @@ class Config:
         "Number of rows and columns of the corner that is asked for through a bias. 0 for none.",
         minimum=0,
     )
-    seed: int = field(0, "Seed of noise, of random prompts and of dummy dimensions.")
+    seed: int = field(0, "Seed of noise and of random prompts.")
     dtype: Literal["float32", "bfloat16"] = field("float32", "Compute type of the model.")
 
     def __post_init__(self) -> None:
@@ -181,16 +181,8 @@ def _prepare(config: Config) -> tuple[np.ndarray, int, Truth | None]:
 def _logits(model: models.Decoder, prompts: np.ndarray, batch_size: int) -> np.ndarray:
     """`[n, vocab]`, what follows each prompt."""
     graphdef, state = nnx.split(model)
-    last, parts = decoding.next_token_program(graphdef), []
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
-        short = batch_size - len(batch)
-        # The last batch as full as the others, for one program.
-        batch = np.concatenate([batch, np.repeat(batch[-1:], short, 0)])
-        parts.append(np.asarray(last(state, batch))[: batch_size - short])
-        if start // batch_size % 10 == 0:
-            logging.info("prompt %d of %d", start, len(prompts))
-    return np.concatenate(parts)
+    last, starts = decoding.next_token_program(graphdef), range(0, len(prompts), batch_size)
+    return np.concatenate([np.asarray(last(state, prompts[i : i + batch_size])) for i in starts])
 
 
 def _oracle(config: Config, name: str, prompts: np.ndarray, truth: Truth | None) -> Any:
@@ -231,26 +223,15 @@ def _audit(
         corner=min(config.corner, len(prompts)),
     )
     _write_recovered(result, out / "recovered" / f"{name}.npz")
-    row = None
-    if result.row is not None:
-        # The true error where the model is here, else what can be proved.
-        error = result.row.error_bound if result.row_error is None else result.row_error
-        row = (error, result.row.queries, result.row.coverage)
-    loss = None if result.utility is None else result.utility.get("kl")
-    width = result.width
-    # Without the truth a width cannot be wrong, only absent.
-    sees_width = truth is None or (width is not None and width.estimate == truth.head.shape[1])
     tests = [] if result.protocol is None else result.protocol.findings
     return {
         "policy": name,
-        "width": None if width is None else str(width),
+        "width": None if result.width is None else str(result.width),
         "leak": result.leak,
         "queries": result.queries,
         "values": result.values,
-        "KL": loss,
-        "verdict": leakage.verdict(
-            result.leak, loss=loss, sees_width=sees_width, row=row, unlike=result.unlike
-        ),
+        "KL": (result.utility or {}).get("kl"),
+        "verdict": result.verdict,
         "unlike": result.unlike,
         "tests": [dataclasses.asdict(test) for test in tests],
     }

@@ -10,7 +10,7 @@
 
 The student is pruned if you ask for it. The teachers read the text once, and the student then
 learns from the text (`sft`) and from them. `kl`, `rkl` and `jsd` compare token by token and need a
-shared vocabulary; `first_piece`, `pkl`, `hybrid`, `hkl`, `alm`, `mined`, `uld` and `gld` also learn
+shared vocabulary; `first_piece`, `pkl`, `hybrid`, `hkl`, `alm`, `uld` and `gld` also learn
 from other tokenizers (docs/any_tokenizer.md). Without a `--teacher`, a pruned student learns from
 the model it was pruned from.
 

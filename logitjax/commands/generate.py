@@ -73,7 +73,7 @@ def run(config: Config) -> None:
     ensemble, tokenizer, ends = config.line_up.load()
     drafts = None
     if config.draft is not None:
-        drafts = decoding.DraftControl(decoding.Speculation(draft=config.draft))
+        drafts = decoding.DraftControl(config.draft)
     chat = tokenizer.chat_template is not None and not config.complete
     # Few steps a call, so that text comes as it is made.
     shown = decoding.TextOptions(

@@ -16,7 +16,7 @@ common beginning of prompts is read once. After SIGTERM running answers may go o
 `--drain_seconds`.
 
 The flags of the policy set what reported log-probabilities give away: `--top_logprobs`,
-`--sampled`, `--bias` (none, sampling, reported), `--decimals`, `--noise`, `--floor`, `--soft_cap`.
+`--sampled`, `--bias` (none, sampling, reported), `--decimals`, `--noise`, `--floor`.
 A chosen token's own value is reported if it is among the top ones, or with `--sampled`. What tokens
 are chosen tells the same logits, unless `--choices` is `plain` or `metered`. See
 docs/leakage.md for what each flag is worth, and `logitjax audit` to measure it.

@@ -67,12 +67,12 @@ class Config:
     holdout: str | None = field(
         None, "JSON lines like those to forget, which the model was never taught."
     )
-    reference: str | None = field(
-        None, "Model that never knew what is forgotten, as a control for attacks."
+    reference: tuple[str, ...] = field(
+        (), "Model that never knew what is forgotten, as a control for attacks; may be repeated."
     )
     attacks: Literal["quick", "all"] = field(
         "quick",
-        "Attacks of the report. `all` adds those that train, sample and take gradients.",
+        "Attacks of the report. `all` adds those that train and sample.",
         execution=True,
     )
     text: str | None = field(
@@ -146,6 +146,7 @@ def run(config: Config, out: epath.Path) -> None:
     ]
     model, tokenizer = models.load(config.model, dtype=config.dtype, layout="listed")
     model = models.with_layout(model, "listed")
+    storage.progress.mark("measuring what the model knows", log=True)
     questions = unlearning.Questions.of(
         split.parts,
         tokenizer,
@@ -155,10 +156,14 @@ def run(config: Config, out: epath.Path) -> None:
         max_length=config.max_length,
         new_tokens=config.new_tokens,
         batch_size=config.eval_batch,
-    ).with_neighbours(model)
-    storage.progress.mark("measuring what the model knows", log=True)
+    ).with_neighbours(model, out / "candidates" / "neighbours.json")
     forgetting = unlearning.Unlearning(
-        model, questions, settings, out, base=config.model, reference=_reference(config, tokenizer)
+        model,
+        questions,
+        settings,
+        out,
+        base=config.model,
+        references=[_reference(config, name, tokenizer) for name in config.reference],
     )
     goal = forgetting.goal
     # Whoever forgets what was never known would find every method perfect.
@@ -183,14 +188,11 @@ def run(config: Config, out: epath.Path) -> None:
         sys.exit(status)
 
 
-def _reference(config: Config, tokenizer: models.Tokenizer) -> models.Decoder | None:
-    if config.reference is None:
-        return None
-    reference, other = models.load(config.reference, dtype=config.dtype, layout="listed")
+def _reference(config: Config, name: str, tokenizer: models.Tokenizer) -> models.Decoder:
+    reference, other = models.load(name, dtype=config.dtype, layout="listed")
     if not fusion.vocabulary_map(tokenizer, other).is_identity:
         raise ValueError(
-            f"reference: expected a model with the tokenizer of {config.model}, got "
-            f"{config.reference}"
+            f"reference: expected a model with the tokenizer of {config.model}, got {name}"
         )
     return models.with_layout(reference, "listed")
 
@@ -289,8 +291,7 @@ def _measures(config: Config, questions: unlearning.Questions, found: Any) -> li
     """Before and after, attacks, and what the model says."""
     before, after, verdict = found.before, found.after, found.verdict
     sides = {"before": before, "after": after}
-    if found.control:
-        sides["control"] = found.control
+    sides |= {f"control {n}": side for n, side in enumerate(found.controls, 1)}
     attacks = [
         {"attack": name, "measured": kind}
         | {side: record["attacks"].get(name, {}).get(kind) for side, record in sides.items()}
@@ -330,9 +331,9 @@ def _measures(config: Config, questions: unlearning.Questions, found: Any) -> li
         "tells them from the holdout (AUC: 0.5 is a guess, and less also gives them away). "
         + ("" if config.attacks == "all" else "`--attacks=all` runs more attacks. ")
         + (
-            "The control never knew the answers."
-            if found.control
-            else "There is no control: name one by `--reference`."
+            "A control never knew the answers."
+            if found.controls
+            else "There is no control: name some by `--reference`."
         ),
         "## What it says",
         markdown_table(samples),

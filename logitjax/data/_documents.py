@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,6 @@ from logitjax.data._tokenizer import TokenizerLike
 
 # Consecutive stretches of text, each with whether the model learns to predict it.
 Segments = Sequence[tuple[str, bool]]
-Render = Callable[[Mapping[str, Any]], Segments]
 
 # More characters a token than any tokenizer reaches on prose; longer texts are first cut to this.
 _CHARACTERS_PER_TOKEN = 8
@@ -47,13 +46,16 @@ def render_example(example: Mapping[str, Any]) -> list[tuple[str, bool]]:
     return [*segments, (context, False)] if context else segments
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Encoder:
     """A tokenizer with the marks that packing puts around documents."""
 
     tokenizer: TokenizerLike
-    add_bos: bool
-    add_eos: bool
+
+    @property
+    def add_bos(self) -> bool:
+        """What the tokenizer says, else no."""
+        return bool(getattr(self.tokenizer, "add_bos", False))
 
     def __call__(self, segments: Segments, *, last: bool) -> tuple[np.ndarray, np.ndarray]:
         """Token ids and their loss mask; the first token of a piece has nothing to predict it."""
@@ -66,7 +68,7 @@ class Encoder:
             new = self.tokenizer.encode(text)
             ids += new
             learnt += [trained] * len(new)
-        if last and self.add_eos and self.tokenizer.eos_id is not None:
+        if last and self.tokenizer.eos_id is not None:
             ids.append(self.tokenizer.eos_id)
             learnt.append(segments[-1][1])
         mask = np.asarray(learnt, bool)
@@ -79,7 +81,7 @@ Piece = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 def split_document(
-    rendered: Mapping[str, Segments],
+    segments: Segments,
     encoders: Mapping[str, Encoder],
     seq_len: int,
     *,
@@ -89,22 +91,15 @@ def split_document(
 
     A document is cut only when it does not fit, before white space where there is some.
     """
-    names = list(encoders)
-    text = "".join(t for t, _ in rendered[names[0]])
+    text = "".join(t for t, _ in segments)
     limit = seq_len * _CHARACTERS_PER_TOKEN
     if len(text) <= limit or not may_split:
-        piece = {name: encoders[name](rendered[name], last=True) for name in names}
-        if _fits(piece, seq_len):
+        piece = {name: encode(segments, last=True) for name, encode in encoders.items()}
+        if max(len(ids) for ids, _ in piece.values()) <= seq_len:
             yield piece
             return
     if not may_split:
         raise DocumentTooLong(f"does not fit into {seq_len} tokens")
-    if any(list(rendered[name]) != list(rendered[names[0]]) for name in names[1:]):
-        raise DocumentTooLong(
-            f"does not fit into {seq_len} tokens and cannot be split, for the tokenizers render it "
-            f"differently"
-        )
-    segments = rendered[names[0]]
     starts = [match.start() for match in re.finditer(r"\s+", text)]
     bounds = np.asarray(sorted({0, *starts, len(text)}))
     begin = 0
@@ -112,10 +107,6 @@ def split_document(
         end, piece = _longest_prefix(segments, bounds, begin, encoders, seq_len)
         yield piece
         begin = end
-
-
-def _fits(piece: Piece, seq_len: int) -> bool:
-    return max(len(ids) for ids, _ in piece.values()) <= seq_len
 
 
 def _longest_prefix(

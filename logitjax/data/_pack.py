@@ -15,7 +15,6 @@ from logitjax.data._documents import (
     DocumentTooLong,
     Encoder,
     Piece,
-    Render,
     render_example,
     split_document,
 )
@@ -36,9 +35,6 @@ def pack(
     *,
     seq_len: int,
     directory: str | os.PathLike[str],
-    render: Render | Mapping[str, Render] | None = None,
-    add_bos: bool | Mapping[str, bool] | None = None,
-    add_eos: bool = True,
     on_long: Literal["split", "skip", "split_or_skip", "raise"] = "split",
     on_error: Literal["raise", "skip"] = "raise",
 ) -> PackedDataset:
@@ -48,6 +44,10 @@ def pack(
     is full when it is full for any of them. Documents that fit into a row are never cut (best fit
     among the open rows); longer ones are cut before white space, at one place for all tokenizers.
     The rows depend on nothing but the arguments, so hosts without a common disk may each pack.
+    ``messages`` go through the chat template of each tokenizer that has one (a document with all
+    its marks, which cannot be cut) and through ChatML elsewhere; texts stay as they are, and a
+    prompt and its response are joined. A document begins with the beginning-of-sequence token where
+    the tokenizer's own ``add_bos`` says so, and ends with the end-of-sequence token.
     A piece with nothing to learn, such as the beginning of a prompt longer than a row, is left out
     and counted in ``.statistics["unlearnt"]``.
 
@@ -58,14 +58,6 @@ def pack(
         tokenizers: a name of your choice to a tokenizer (one alone is refused with what to write).
         seq_len: tokens a row.
         directory: where the rows go; may be remote (``gs://``).
-        render: an example to (text, learnt) segments; per tokenizer if a mapping. A callable's
-            ``fingerprint`` attribute, else its qualified name, enters the fingerprint. When omitted
-            ``messages`` go through the chat template of each tokenizer that has one (a document
-            with all its marks, which cannot be cut) and through ChatML elsewhere; texts stay as
-            they are, and a prompt and its response are joined.
-        add_bos: start documents with the beginning-of-sequence token; default: what the tokenizer's
-            own ``add_bos`` says, else no.
-        add_eos: end documents with the end-of-sequence token.
         on_long: what happens to a document longer than a row: it is cut, left out (and counted in
             ``.statistics``), or an error; with ``"split_or_skip"`` a conversation is left out and
             other text is cut.
@@ -100,28 +92,17 @@ def pack(
         examples = Examples(examples)
     if not len(examples):
         raise ValueError(f"{examples.source}: no examples to pack")
-    encoders = {
-        name: Encoder(
-            tokenizer=tokenizer, add_bos=_adds_bos(name, tokenizer, add_bos), add_eos=add_eos
-        )
-        for name, tokenizer in tokenizers.items()
-    }
-    # Whoever renders says how; else the tokenizers' own templates do.
-    chats = [n for n, t in tokenizers.items() if render is None and _has_template(t)]
-    render = render_example if render is None else render
-    renders = dict(render) if isinstance(render, Mapping) else dict.fromkeys(tokenizers, render)
-    if set(renders) != set(tokenizers):
-        raise ValueError(
-            f"render: expected the tokenizers {sorted(tokenizers)}, got {sorted(renders)}"
-        )
+    encoders = {name: Encoder(tokenizer) for name, tokenizer in tokenizers.items()}
+    chats = [n for n, t in tokenizers.items() if getattr(t, "chat_template", None) is not None]
     made_from = {
         "format": _FORMAT,
         "examples": examples.fingerprint,
         "seq_len": seq_len,
         "tokenizers": {
-            name: [e.tokenizer.fingerprint, e.add_bos, e.add_eos] for name, e in encoders.items()
+            name: [e.tokenizer.fingerprint, e.add_bos, True] for name, e in encoders.items()
         },
-        "render": {name: _name_of(r) for name, r in renders.items()},
+        # How documents end and are rendered was once a choice, and stays in the fingerprints.
+        "render": dict.fromkeys(tokenizers, "logitjax.data._documents.render_example"),
         # A template decides the tokens as much as the vocabulary does.
         "chat_templates": {n: digest(tokenizers[n].chat_template) for n in chats},  # type: ignore
         "on_long": on_long,
@@ -131,9 +112,7 @@ def pack(
         Manifest(root, KIND).check(made_from)
         return PackedDataset(root)
 
-    cut = functools.partial(
-        _cut, renders=renders, encoders=encoders, seq_len=seq_len, on_long=on_long, chats=chats
-    )
+    cut = functools.partial(_cut, encoders=encoders, seq_len=seq_len, on_long=on_long, chats=chats)
     skips = {"skip_long": "skip" in on_long, "skip_errors": on_error == "skip"}
     contents = _write_rows(
         examples, tokenizers, functools.partial(_pieces, cut=cut, **skips), root, seq_len
@@ -291,17 +270,17 @@ def _skipped(said: str, statistics: dict[str, int]) -> None:
 def _cut(
     example: Example,
     *,
-    renders: Mapping[str, Render],
     encoders: Mapping[str, Encoder],
     seq_len: int,
     on_long: str,
     chats: Sequence[str],
 ) -> Iterator[Piece]:
+    segments = render_example(example)
     if chats and "messages" in example:
         piece = {}
         for name, encoder in encoders.items():
             if name not in chats:
-                piece[name] = encoder(renders[name](example), last=True)
+                piece[name] = encoder(segments, last=True)
                 continue
             tokenizer: Any = encoder.tokenizer
             ids, learnt = tokenizer.encode_chat(example["messages"])
@@ -315,9 +294,8 @@ def _cut(
             )
         yield piece
         return
-    rendered = {name: render(example) for name, render in renders.items()}
     may_split = on_long == "split" or (on_long == "split_or_skip" and "messages" not in example)
-    yield from split_document(rendered, encoders, seq_len, may_split=may_split)
+    yield from split_document(segments, encoders, seq_len, may_split=may_split)
 
 
 def best_fit(
@@ -371,20 +349,3 @@ def _pad_id(tokenizer: TokenizerLike) -> int:
         if candidate is not None:
             return candidate
     return 0
-
-
-def _adds_bos(
-    name: str, tokenizer: TokenizerLike, choice: bool | Mapping[str, bool] | None
-) -> bool:
-    if isinstance(choice, Mapping):
-        choice = choice.get(name)
-    return bool(getattr(tokenizer, "add_bos", False) if choice is None else choice)
-
-
-def _has_template(tokenizer: TokenizerLike) -> bool:
-    return getattr(tokenizer, "chat_template", None) is not None
-
-
-def _name_of(render: Callable[..., Any]) -> str:
-    fingerprint = getattr(render, "fingerprint", None)
-    return str(fingerprint or f"{render.__module__}.{render.__qualname__}")

@@ -8,12 +8,12 @@
 - `load_ensemble` makes an ensemble by the models' names.
 - `Engine` is what `generate` is built on: slots that are filled (`Engine.prefill` with a
   `Request`), stepped (`Engine.decode_chunk`) and emptied (`Engine.evict`) independently, as
-  continuous batching needs. `DecodeOptions` chooses what is reported, `Emitted` has it.
+  continuous batching needs. `DecodeOptions` chooses what is reported.
 - `PromptReader` fills slots from prompts that it reads in pieces while other slots decode. It
   reads a common beginning of prompts once.
-- `generate(..., drafts=DraftControl(Speculation(...)))` lets a small member of an ensemble draft
-  and all members verify in one pass: the same distribution and the same greedy tokens, faster
-  where drafts are accepted. `Speculation` names the drafting member, `DraftControl` the lengths.
+- `generate(..., drafts=DraftControl("expert"))` lets a small member of an ensemble draft and all
+  members verify in one pass: the same distribution and the same greedy tokens, faster where drafts
+  are accepted.
 - `rollout` writes inside of a program of one's own, with the log-probabilities of the law that
   drew the tokens: for training on samples.
 - `Sampling` is how a row chooses its tokens. `TextOptions` asks for text. `TextStream` turns
@@ -36,8 +36,6 @@ from logitjax.decoding._sampling import Sampling as Sampling
 from logitjax.decoding._score import next_token_program as next_token_program
 from logitjax.decoding._score import nll_from_model as nll_from_model
 from logitjax.decoding._score import score as score
-from logitjax.decoding._speculate import Speculation as Speculation
 from logitjax.decoding._step import DecodeOptions as DecodeOptions
-from logitjax.decoding._step import Emitted as Emitted
 from logitjax.decoding._text import TextOptions as TextOptions
 from logitjax.decoding._text import TextStream as TextStream

@@ -70,9 +70,8 @@ def in_chunks(
     advance: Callable[[], Emitted],
     text: TextOptions,
 ) -> Generated:
-    """Prefill all slots, then ``advance()`` until every row has ended.
-
-    A call may bring each row another number of tokens; what the fusion said ends in rows then.
+    """Prefill all slots, then ``advance()`` until every row has ended, by as many tokens as it
+    likes.
     """
     rows = [_Row(text, request.prompt) for request in requests]
     # On the host, as what is emitted would otherwise wait on the device until the end.

@@ -6,6 +6,10 @@ from collections.abc import Hashable
 
 from logitjax.decoding._speculate import Speculation
 
+# The share of the time that trying drafts may cost, and about how many tested tokens the acceptance
+# is estimated from.
+_LOSS, _MEMORY = 0.01, 48.0
+
 
 class DraftControl:
     """Chooses draft lengths by measured costs and acceptance.
@@ -13,16 +17,17 @@ class DraftControl:
     A round of length d gives ``(1 - a^(d+1)) / (1 - a)`` tokens if drafts are accepted with
     probability a. It pays if that is more than its time divided by a plain step's. If no length
     pays, rows decode step by step, and a draft is tried now and then, as often as that costs less
-    than ``loss`` of the time. Costs are medians of the last few calls, without those that compiled.
-    Reuse one control for calls of one kind, so that it keeps its estimates.
+    than a hundredth of the time. Costs are medians of the last few calls, without those that
+    compiled. Reuse one control for calls of one kind, so that it keeps its estimates.
 
     Args:
-        speculation: who drafts, and the lengths that may be chosen; 0 always may.
+        draft: the member that drafts: ``'expert'`` or ``'base'`` (the first of them), or its place
+            among large model, experts and bases.
+        lengths: numbers of tokens that may be drafted at once, ascending; each compiles a program.
+            None always may.
         length: always draft this many, one of the lengths, instead of adapting.
-        loss: share of the time that trying drafts may cost.
-        memory: about the number of tested tokens that the acceptance is estimated from.
 
-    >>> control = DraftControl(Speculation(lengths=(2, 5)))
+    >>> control = DraftControl(lengths=(2, 5))
     >>> for length, seconds in ((0, 1.0), (2, 1.4), (5, 2.0)):
     ...     control.record(length, seconds=0.0)  # compiles
     ...     control.record(length, seconds=seconds, tested=10 * length, accepted=9 * length)
@@ -32,19 +37,16 @@ class DraftControl:
 
     def __init__(
         self,
-        speculation: Speculation | None = None,
+        draft: str | int = "expert",
+        lengths: tuple[int, ...] = (2, 5),
         *,
         length: int | None = None,
-        loss: float = 0.01,
-        memory: float = 48.0,
     ):
-        self.speculation = Speculation() if speculation is None else speculation
+        self.speculation = Speculation(draft=draft, lengths=lengths)
         self.lengths = self.speculation.lengths
         if length is not None and length not in self.lengths:
             raise ValueError(f"length: expected one of lengths={self.lengths}, got {length}")
         self._fixed = length
-        self._loss_share = loss
-        self._memory = memory
         # Even odds, worth less than two tokens: a first look decides.
         self._accepted, self._tested = 0.75, 1.5
         self._costs: dict[Hashable, collections.deque] = {}
@@ -93,7 +95,7 @@ class DraftControl:
             cost = self.cost(length, kind) or max(plain + slope * length, plain)
             gains[length] = expected_tokens(self.acceptance, length) * plain / cost
         best = max(gains, key=lambda length: gains[length])
-        if gains[best] > 1 or self._lost < self._loss_share * self._spent:
+        if gains[best] > 1 or self._lost < _LOSS * self._spent:
             return best
         return 0
 
@@ -124,7 +126,7 @@ class DraftControl:
         """
         if tested:
             # An exponential mean: texts change, and with them how well they are guessed.
-            keep = max(0.0, 1 - tested / self._memory)
+            keep = max(0.0, 1 - tested / _MEMORY)
             self._accepted = keep * self._accepted + accepted
             self._tested = keep * self._tested + tested
         # The first call of a program compiles it, which says nothing of the next ones.
@@ -151,9 +153,5 @@ class DraftControl:
 
 
 def expected_tokens(acceptance: float, length: int) -> float:
-    """Tokens of a round whose drafts are accepted with this probability, independently.
-
-    >>> expected_tokens(0.5, 2), expected_tokens(1.0, 4)
-    (1.75, 5.0)
-    """
+    """Tokens of a round whose drafts are accepted with this probability, independently."""
     return sum(acceptance**n for n in range(length + 1))

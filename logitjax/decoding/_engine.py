@@ -85,8 +85,8 @@ class Engine:
         max_length: largest number of tokens of a slot, prompt included.
         options: what is reported, and what requests may ask for.
         extra: one slot's value of ``state.extra`` if a request brings none; a pytree of arrays.
-        speculation: the drafting member, for calls of ``speculate``; caches then have room for
-            drafts that are taken back.
+        speculation: `DraftControl.speculation`, for calls of ``speculate``; caches then have room
+            for drafts that are taken back.
         rings: let windowed layers forget what lies before their window; False keeps all positions,
             which a `PromptReader` that shares prefixes needs.
 

@@ -94,9 +94,8 @@ class Plan:
         return [jax.ShapeDtypeStruct((rows, size), jnp.float32) for size in sizes]
 
     def slot_axes(self, cache: Sequence[Any]) -> list[int] | None:
-        """Axes of the cache's leaves along which slot p holds position p, -1 where there is none.
-
-        None where a model's cache does not say. Holds for caches without rings.
+        """Axes of the cache's leaves along which slot p holds position p (-1: none); None if
+        unknown.
         """
         found: list[int] = []
         for group, held in zip(self.groups, cache, strict=True):
@@ -120,10 +119,8 @@ class Plan:
     ) -> tuple[list[jax.Array], tuple]:
         """One pass of all models; ``tokens`` and ``positions`` ``[streams, rows, time]``.
 
-        Returns:
-            float32 logits ``[rows, time, vocab]`` of the large model, the experts and the bases, in
-            this order, cut or padded to the large model's vocabulary unless there is a token map;
-            and the cache.
+        Gives float32 logits ``[rows, time, vocab]`` of the large model, the experts and the bases,
+        cut or padded to the large model's vocabulary unless there is a token map; and the cache.
         """
         tokens, positions = jnp.asarray(tokens), jnp.asarray(positions)
         found: dict[tuple[int, int], jax.Array] = {}

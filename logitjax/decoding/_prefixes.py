@@ -46,12 +46,7 @@ class PrefixCache:
 
 
 def block_names(tokens: np.ndarray, block: int, salt: str) -> list[bytes]:
-    """A digest for every whole block of ``tokens``, of all tokens up to its end.
-
-    >>> one, other = (block_names(np.array(t), 2, "") for t in ([1, 2, 3, 4, 5], [1, 2, 3, 9]))
-    >>> len(one), one[0] == other[0], one[1] == other[1]
-    (2, True, False)
-    """
+    """A digest for every whole block of `tokens`, of all tokens up to its end."""
     # A hash of all before, not of the block: equal tokens behind others have other keys and values.
     digest = hashlib.blake2b(salt.encode(), digest_size=16)
     names = []

@@ -42,11 +42,9 @@ def read_piece(
 ) -> tuple[list, list, Any]:
     """``tokens [streams, rows, time]`` into caches of a row each.
 
-    ``following`` are the tokens after these ``[rows, time]``, -1 for none, and each row's extra:
-    of them log-probabilities are reported.
-
-    Returns:
-        each row's logits after its last token, its cache, and the report with the extra after it.
+    `following` are the tokens after these `[rows, time]`, -1 for none, and each row's extra: of
+    them log-probabilities are reported. Gives each row's logits after its last token, its cache,
+    and the report with the extra after it.
     """
     rows = len(caches)
     parts = []

@@ -82,10 +82,7 @@ def bucket(length: int, smallest: int = 16) -> int:
 
 
 def left_padded(rows: Sequence[Sequence[np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """``rows[row][stream]`` as int32 tokens and positions ``[streams, rows, time]``, -1 before.
-
-    The last column is every prompt's last token.
-    """
+    """``rows[row][stream]`` as int32 tokens and positions ``[streams, rows, time]``, -1 before."""
     time = bucket(max(len(prompt) for row in rows for prompt in row))
     tokens = np.zeros((len(rows[0]), len(rows), time), np.int32)
     positions = np.full_like(tokens, -1)

@@ -101,10 +101,6 @@ def penalize_repetition(
 ) -> Float[jax.Array, "rows vocab"]:
     """Logits of seen tokens divided by the penalty where positive, multiplied where negative.
 
-    >>> row, seen = np.array([[2.0, -2.0, 1.0]]), np.array([[True, True, False]])
-    >>> jax.jit(penalize_repetition)(row, seen, np.array([2.0]))
-    Array([[ 1., -4.,  1.]], dtype=float32)
-
     References:
         Keskar et al., CTRL, 2019, arXiv:1909.05858; negative logits as in transformers.
     """
@@ -121,16 +117,8 @@ def penalize_counts(
 ) -> Float[jax.Array, "rows vocab"]:
     """Logits less a penalty for every time that their token was generated.
 
-    ::
-
-        z[v] - presence [counts[v] > 0] - frequency counts[v]
-
-    >>> one = np.ones(1, np.float32)
-    >>> jax.jit(penalize_counts)(np.zeros((1, 3)), np.array([[0, 1, 2]]), one, 2 * one)
-    Array([[ 0., -3., -5.]], dtype=float32)
-
-    References:
-        The API reference of OpenAI, which counts what was generated and not the prompt.
+    ``z[v] - presence [counts[v] > 0] - frequency counts[v]``, which counts what was generated and
+    not the prompt, as the API reference of OpenAI has it.
     """
     logits, often = checks.as_float(logits, "logits"), jnp.asarray(counts, jnp.float32)
     presence, frequency = (jnp.asarray(p)[:, None] for p in (presence, frequency))
@@ -140,11 +128,7 @@ def penalize_counts(
 def allow_only(
     logits: Float[Array, "rows vocab"], allowed: Shaped[Array, "rows words"]
 ) -> Float[jax.Array, "rows vocab"]:
-    """Logits of tokens whose bit is set, ``v % 32`` of word ``v // 32``; ``-inf`` for the others.
-
-    >>> jax.jit(allow_only)(np.zeros((1, 3)), np.array([[0b101]], np.uint32))
-    Array([[  0., -inf,   0.]], dtype=float32)
-    """
+    """Logits of tokens whose bit is set, `v % 32` of word `v // 32`; `-inf` for the others."""
     logits, words = checks.as_float(logits, "logits"), jnp.asarray(allowed, jnp.uint32)
     tokens = jnp.arange(logits.shape[-1], dtype=jnp.uint32)
     bits = jnp.repeat(words, 32, axis=-1)[:, : len(tokens)] >> (tokens % 32)
@@ -179,10 +163,10 @@ def truncate(
     top_p: Float[Array, " rows"] | None = None,
     min_p: Float[Array, " rows"] | None = None,
 ) -> Float[jax.Array, "rows vocab"]:
-    """Logits of the tokens that stay; ``-inf`` for the others.
+    """Logits of the tokens that stay, by `Sampling`'s thresholds; `-inf` for the others.
 
-    All three, as of `Sampling`, are thresholds on the logit, found exactly by 32 sweeps that fix it
-    bit by bit: no sort, a different k in every row, and the most likely token always stays.
+    The thresholds are found exactly, by 32 sweeps that fix them bit by bit: no sort, another k a
+    row.
     """
     logits = checks.as_float(logits, "logits")
     peak = logits.max(axis=-1, keepdims=True)
@@ -219,8 +203,7 @@ def sampling_logits(
 ) -> Float[jax.Array, "rows vocab"]:
     """Logits whose softmax is the distribution that tokens are drawn from.
 
-    Temperature, then top-k, top-p and min-p of each row; what no row asks for costs nothing. A
-    row of temperature 0 keeps only its largest logits.
+    A row of temperature 0 keeps only its largest logits; what no row asks for costs nothing.
     """
     logits = checks.as_float(logits, "logits")
     cold = rows.temperature == 0
@@ -241,10 +224,7 @@ def sample(
     counts: Int[Array, " rows"],
     keys: Shaped[jax.Array, " rows"] | None = None,
 ) -> Int[jax.Array, " rows"]:
-    """One token a row, the most likely where the temperature is 0, after `counts` drawn before.
-
-    `keys` take the place of those of `row_keys`.
-    """
+    """One token a row after `counts` drawn before, the most likely where the temperature is 0."""
     logits = checks.as_float(logits, "logits")
     greedy = logits.argmax(axis=-1).astype(jnp.int32)
 

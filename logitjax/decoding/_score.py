@@ -40,31 +40,24 @@ class Scores:
         logprobs: float32 ``[rows, time]``, 0 behind the end of a continuation.
         greedy: bool ``[rows, time]``: the token is the most likely one.
         where: bool ``[rows, time]``: the continuation is there.
-        info: what the fusion said; leaves end in ``[..., rows, time]``, or have one entry a block
-            where they are not by position.
     """
 
     logprobs: np.ndarray
     greedy: np.ndarray
     where: np.ndarray
-    info: Any = None
-
-    def totals(self) -> np.ndarray:
-        """float32 ``[rows]``: log-probability of each whole continuation."""
-        return self.logprobs.sum(axis=1)
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "info"))
-def _score(plan: Plan, params, cache, prompt, tokens, positions, targets, *, info: bool):
+@functools.partial(jax.jit, static_argnames="plan")
+def _score(plan: Plan, params, cache, prompt, tokens, positions, targets):
     """``prompt``: tokens and positions ``[S, B, T]``; the rest in blocks ``[n, S, B, t]``."""
     _, cache = plan.forward(params, prompt[0], prompt[1], cache, last_only=True)
 
     def block(cache: Any, inputs: Any) -> tuple[Any, Any]:
         tokens, positions, targets = inputs
         logits, cache = plan.forward(params, tokens, positions, cache)
-        fused, said = plan.combine(logits)
+        fused, _ = plan.combine(logits)
         log_p = jnp.take_along_axis(log_softmax(fused), targets[..., None], axis=-1)[..., 0]
-        return cache, (log_p, fused.argmax(axis=-1) == targets, said if info else None)
+        return cache, (log_p, fused.argmax(axis=-1) == targets)
 
     return lax.scan(block, cache, (tokens, positions, targets))[1]
 
@@ -75,7 +68,6 @@ def score(
     continuations: Prompt | Sequence[Prompt],
     *,
     others: Sequence[Sequence[Prompt] | None] | None = None,
-    info: bool = False,
     block: int = 64,
 ) -> Scores:
     """Log-probabilities of continuations, each after its prompt, by a model or ensemble.
@@ -88,7 +80,6 @@ def score(
         prompts: token ids, at least one each.
         continuations: as many.
         others: as for `generate`.
-        info: report the fusion's ``info`` of every position.
         block: positions at a time.
 
     Raises:
@@ -136,27 +127,20 @@ def score(
         split = array.reshape(*array.shape[:-1], time // block, block)
         return np.moveaxis(split, -2, 0)
 
-    log_p, greedy, said = _score(
+    log_p, greedy = _score(
         plan,
         ensemble.params,
         plan.init_cache(len(rows), bucket(before[0].shape[-1] + time)),
         before,
         *map(blocks, (tokens, positions, targets)),
-        info=info,
     )
 
     def whole(leaf: jax.Array) -> np.ndarray:
-        if leaf.shape[-2:] != (len(rows), block):
-            return np.asarray(leaf)  # one entry a block
         parts = np.moveaxis(np.asarray(leaf), 0, -2)
         return parts.reshape(*parts.shape[:-2], time)[..., :longest]
 
-    return Scores(
-        logprobs=np.where(where, whole(log_p), 0),
-        greedy=whole(greedy) & where,
-        where=where,
-        info=jax.tree.map(whole, said),
-    )
+    scores = np.where(where, whole(log_p), 0)
+    return Scores(logprobs=scores, greedy=whole(greedy) & where, where=where)
 
 
 def nll_from_model(model: Any) -> Callable[[Any, Any], tuple[np.ndarray, np.ndarray]]:

@@ -28,13 +28,7 @@ _DRAFT, _ACCEPT, _INSTEAD = 1, 2, 3
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Speculation:
-    """The drafting member, and the lengths of drafts.
-
-    Attributes:
-        draft: the member that drafts: ``'expert'`` or ``'base'`` (the first of them), or its place
-            among large model, experts and bases.
-        lengths: numbers of tokens that may be drafted at once, ascending; each compiles a program.
-    """
+    """The drafting member, and the lengths of drafts; as of `DraftControl`."""
 
     draft: str | int = "expert"
     lengths: tuple[int, ...] = (2, 5)
@@ -49,10 +43,8 @@ class Speculation:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Drafted:
-    """What became of drafts: int32 ``[slots]``.
-
-    ``rounds`` that a slot took part in, drafted tokens that were compared (``tested``: those behind
-    the first rejected one are not), and ``accepted`` ones.
+    """Of drafts, int32 `[slots]`: rounds, tokens compared (none behind a rejected one), and
+    accepted.
     """
 
     rounds: Any
@@ -122,9 +114,8 @@ def accept_or_redraw(
     what the draft was drawn from. Where nothing is `there`, it is a plain draw.
 
     References:
-        Leviathan et al., Fast inference from transformers via speculative decoding, 2023
-        (arXiv 2211.17192), algorithm 1. That p may be a fused distribution: Fu et al., Speculative
-        decoding for collaborative decoding, 2025 (arXiv 2502.01662).
+        Leviathan et al., 2023 (arXiv 2211.17192), algorithm 1; p may be a fused distribution (Fu et
+        al., arXiv 2502.01662).
     """
     logits = checks.as_float(logits, "logits")
     greedy = logits.argmax(axis=-1).astype(jnp.int32)
@@ -300,10 +291,7 @@ def run_rounds(
     rounds: int,
     length: int,
 ) -> tuple[DecodeState, Emitted, Drafted]:
-    """At most ``rounds`` rounds; ``Emitted`` of ``[slots, rounds * (length + 1)]``.
-
-    Each slot's tokens lie one behind the other; ``valid`` says how many there are.
-    """
+    """At most `rounds` rounds; `Emitted` of `[slots, rounds * (length + 1)]`, without gaps."""
     count = len(state.token)
     room = rounds * (length + 1)
     out = jax.eval_shape(

@@ -77,11 +77,11 @@ class DecodeOptions:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """All slots: axis 0 of every leaf is the slot, except in the cache and ``lengths``.
+    """All slots: axis 0 of every leaf is the slot, except in the cache and ``lengths [streams,
+    slots]``.
 
-    ``token`` was emitted but not fed yet. ``lengths [streams, slots]`` are the next positions.
-    ``left`` counts the tokens that may still be emitted, ``count`` those that were; none of the
-    first ``least`` stops.
+    ``token`` was emitted but not fed yet, `left` may still be emitted, `count` were, and none of
+    the first `least` stops.
     """
 
     cache: Any
@@ -157,9 +157,8 @@ def emit(
     logits: list[jax.Array],
     choose: Callable[[jax.Array, DecodeState], jax.Array] | None = None,
 ) -> tuple[DecodeState, Emitted]:
-    """Fuse next-token logits ``[rows, vocab]``, choose, and take note of what ends here.
-
-    ``choose(adjusted, state) -> tokens`` takes the place of plain sampling.
+    """Fuse next-token logits ``[rows, vocab]``, choose (or ``choose(adjusted, state)``), note what
+    ends.
     """
     fused, info = plan.combine(logits)
     moved = moved_logits(options, state, fused)

@@ -19,7 +19,6 @@ from logitjax.distillation._align_gradients import aligned_value_and_grad as ali
 from logitjax.distillation._binary_kl import binary_kl as binary_kl
 from logitjax.distillation._binary_kl import binary_kl_norm as binary_kl_norm
 from logitjax.distillation._dual_head import DualHead as DualHead
-from logitjax.distillation._graph_on_logits import GraphConfig as GraphConfig
 from logitjax.distillation._graph_on_logits import graph_on_logits as graph_on_logits
 from logitjax.distillation._knowledge_distillation import (
     decoupled_knowledge_distillation as decoupled_knowledge_distillation,

@@ -49,7 +49,6 @@ def _by_class(
     classes: tuple[Array | None, int, AxisName | None],
     temperature: Number,
     reduction: str,
-    centre: bool,
 ) -> jax.Array:
     """`t^2` times the sum or mean of a loss of each class, of logits over the temperature t."""
     vocab_where, axis, axis_name = classes
@@ -69,12 +68,6 @@ def _by_class(
     # An infinite answer of the teacher is an error of its own, not certainty.
     teacher = jnp.where(teacher == jnp.inf, jnp.nan, teacher)
     student, teacher = jnp.where(keep, student, 0.0), jnp.where(keep, teacher, 0.0)
-    if centre:
-        count = jnp.maximum(on_mesh.psum(keep.sum(axis, keepdims=True), axis_name), 1)
-        student, teacher = (
-            jnp.where(keep, x - on_mesh.psum(x.sum(axis, keepdims=True), axis_name) / count, 0.0)
-            for x in (student, teacher)
-        )
     values = jnp.square(jnp.asarray(temperature)) * loss(
         student / temperature, teacher / temperature
     )
@@ -90,7 +83,6 @@ def binary_kl(
     *,
     temperature: Number = 2.0,
     reduction: Reduction = "sum",
-    centre: bool = False,
     vocab_where: Bool[Array, "..."] | None = None,
     axis: int = -1,
     axis_name: AxisName | None = None,
@@ -107,12 +99,10 @@ def binary_kl(
 
     Args:
         student_logits: `[*batch, classes]` (classes along `axis`); the teacher's have its shape.
-        teacher_logits: the same shape; absolute logits, not log-probabilities (see `centre`).
+        teacher_logits: the same shape; absolute logits, not log-probabilities.
         temperature: `t` above.
         reduction: over classes: `'sum'` as published, whose scale grows with the number of classes,
             or `'mean'`.
-        centre: subtract each row's mean first. For teachers that expose log-probabilities only,
-            whose absolute logits mean nothing.
         vocab_where: the classes to compare. A class at `-inf` on either side is left out as well.
         axis: the class axis.
         axis_name: mesh axis over which the classes are split, inside `shard_map`.
@@ -133,7 +123,7 @@ def binary_kl(
         17 on; here they are log-sigmoids.
     """
     logits, classes = (student_logits, teacher_logits), (vocab_where, axis, axis_name)
-    return _by_class(bernoulli_kl, logits, classes, temperature, reduction, centre)
+    return _by_class(bernoulli_kl, logits, classes, temperature, reduction)
 
 
 def binary_kl_norm(
@@ -142,7 +132,6 @@ def binary_kl_norm(
     *,
     temperature: Number = 2.0,
     reduction: Reduction = "sum",
-    centre: bool = False,
     vocab_where: Bool[Array, "..."] | None = None,
     axis: int = -1,
     axis_name: AxisName | None = None,
@@ -173,4 +162,4 @@ def binary_kl_norm(
         return _log_cosh((student - teacher) / 2.0)
 
     logits, classes = (student_logits, teacher_logits), (vocab_where, axis, axis_name)
-    return _by_class(half_gap, logits, classes, temperature, reduction, centre)
+    return _by_class(half_gap, logits, classes, temperature, reduction)

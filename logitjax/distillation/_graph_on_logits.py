@@ -19,37 +19,20 @@ Value = Literal["closed_form", "sorted_coupling"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GraphConfig:
-    """Which graph is built from the logits, and which number compares two of them.
-
-    The paper leaves these open. Settings under which the loss is identically zero are refused.
-
-    Attributes:
-        k: logits kept at each position.
-        node: `rank`: node r is the r-th largest logit, so vocabularies need no alignment (the
-            paper's figure). `token`: a node is a vocabulary entry (the paper's abstract).
-        feature: the number that stands for a node, see `transport.graph_features`.
-        logits: `standardized`: z-scored over the vocabulary, then top-k; `softmax`: over the
-            vocabulary, then top-k; `raw` logits scale the loss with their square.
-        value: `closed_form`: L1 of the sorted features. `sorted_coupling`: the squared
-            difference of the two graphs under the matching that sorting finds. It is close to the
-            Gromov-Wasserstein optimum while the models differ. Near convergence it is not: of
-            token graphs that differ by noise of .001 it is about 200 times what matching each
-            token with itself costs. Where both models share a vocabulary, `transport.certificate`
-            takes that matching among its candidates.
-    """
+    """The options of `terms.GLD`, which has their documentation."""
 
     k: int = 10
     node: Node = "rank"
     feature: transport.Feature = "row_sum"
     logits: Logits = "standardized"
-    value: Value = "closed_form"
+    compare: Value = "closed_form"
 
     def __post_init__(self):
         for name, choices in (
             ("node", Node),
             ("feature", transport.Feature),
             ("logits", Logits),
-            ("value", Value),
+            ("compare", Value),
         ):
             chosen = getattr(self, name)
             if chosen not in get_args(choices):
@@ -57,7 +40,7 @@ class GraphConfig:
         if self.k < 1:
             raise ValueError(f"k: expected at least 1, got {self.k}")
         # Settings that see nothing would train on zero without a word.
-        if self.feature == "off_diagonal" and self.k == 1 and self.value == "closed_form":
+        if self.feature == "off_diagonal" and self.k == 1 and self.compare == "closed_form":
             raise ValueError(
                 "this graph loss is identically zero: feature='off_diagonal' has nothing off the "
                 "diagonal at k=1"
@@ -72,7 +55,7 @@ class GraphConfig:
             and self.feature == "row_sum"
         ):
             effect = (
-                "is identically zero" if self.value == "closed_form" else "sorts rounding noise"
+                "is identically zero" if self.compare == "closed_form" else "sorts rounding noise"
             )
             raise ValueError(
                 f"this graph loss {effect}: k={self.k} keeps the whole vocabulary of "
@@ -112,7 +95,7 @@ def graph_on_logits(
     Args:
         student: logits `[*batch, positions, vocab]`, or their `GraphStatistics`.
         teacher: the same for the teacher; positions and vocabulary may differ.
-        config: what to compare.
+        config: what to compare, a `terms.GLD`.
         student_where: valid student positions, `[*batch, positions]`.
         teacher_where: valid teacher positions.
         axis_name: mesh axis that shards both vocabularies, inside `shard_map`.
@@ -122,7 +105,7 @@ def graph_on_logits(
         The loss `[*batch]` in float32, zero where a sample has no valid position on either
         side, and metrics, each `[*batch]` and without gradient. They show degenerate settings:
 
-        - `closed_form`: the closed form, whatever `config.value`.
+        - `closed_form`: the closed form, whatever `config.compare`.
         - `student_scale`, `teacher_scale`: largest feature; near zero means nothing is seen.
         - `student_row_sum_min`, `student_row_sum_max`: range of Z 1. If both are one, C 1 is
           the summed distribution and co-activation has cancelled.
@@ -142,7 +125,8 @@ def graph_on_logits(
     A step with a `pmap` over devices (`jit` with a mesh is the modern form):
 
     >>> import jax, numpy as np
-    >>> config, rng = GraphConfig(k=4), np.random.default_rng(0)
+    >>> from logitjax.distillation.terms import GLD
+    >>> config, rng = GLD(k=4), np.random.default_rng(0)
     >>> lead = (jax.device_count(), 2)
     >>> student, teacher = (rng.normal(size=lead + shape) for shape in ((8, 32), (5, 48)))
     >>> def step(student, teacher):
@@ -206,7 +190,7 @@ def _compare(ours, theirs):
     closed_form = jnp.sum(jnp.abs(jnp.sort(f, axis=-1) - jnp.sort(g, axis=-1)), axis=-1) / config.k
     metrics = _metrics(ours, theirs, f, g) | {"closed_form": closed_form}
     loss = closed_form
-    if config.value == "sorted_coupling":
+    if config.compare == "sorted_coupling":
         loss = _sorted_coupling_value(ours, theirs, f, g)
     # Beside an empty graph the distance would be the size of the other, which pulls towards zero.
     both = (ours.tokens > 0) & (theirs.tokens > 0)
@@ -287,10 +271,10 @@ def _transform(values, log_z, mean, std, logits):
     real = values != -jnp.inf
     values = jnp.where(real, values, 0.0)
     if logits == "standardized":
-        # Of large logits the difference may overflow, and so may the square of the deviation,
-        # which its derivative would divide by.
+        # Of large logits the difference may overflow, so may the square of the deviation, which its
+        # derivative would divide by, and one over it is no normal number: eighths of all of them.
         unit = jax.lax.stop_gradient(_positive(std))
-        z = (0.5 * values - 0.5 * mean[..., None]) / (0.5 * unit)[..., None]
+        z = (0.125 * values - 0.125 * mean[..., None]) / (0.125 * unit)[..., None]
         z = z / (_positive(std) / unit)[..., None]
     elif logits == "softmax":
         z = jnp.exp(values - log_z[..., None])

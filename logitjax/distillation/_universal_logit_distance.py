@@ -36,7 +36,6 @@ def universal_logit_distance(
     top_k: int | None = 10,
     temperature: Number = 1.0,
     vocab_where: Bool[Array, "..."] | None = None,
-    teacher_vocab_where: Bool[Array, "..."] | None = None,
     axis: int = -1,
     axis_name: AxisName | None = None,
 ) -> Float[jax.Array, "..."]:
@@ -61,8 +60,8 @@ def universal_logit_distance(
         top_k: how many ranks to compare; None for all of them.
         temperature: `T`, positive; may be traced. A `TopK` is taken as it is: make it from
             `logits / T`.
-        vocab_where: boolean, broadcastable to `student`: True for its entries that exist.
-        teacher_vocab_where: the same for `teacher`.
+        vocab_where: boolean, broadcastable to `student`: True for its entries that exist. Entries
+            at `-inf`, of the teacher too, do not.
         axis: the vocabulary axis of the logits.
         axis_name: inside `jax.shard_map` with the vocabularies split over this mesh axis: that
             axis. A `TopK` is whole on every shard.
@@ -102,15 +101,14 @@ def universal_logit_distance(
                 f"top_k: expected at most the larger vocabulary, {max(sizes)}, got {top_k}"
             )
 
-    def probs(model: Array | TopK, mask: Array | None, mask_name: str, name: str) -> jax.Array:
+    def probs(model: Array | TopK, mask: Array | None, name: str) -> jax.Array:
         if isinstance(model, TopK):
             if mask is not None:
-                raise ValueError(f"{mask_name}: expected None, for {name} is a TopK, got a mask")
+                raise ValueError(f"vocab_where: expected None, for {name} is a TopK, got a mask")
             return _top_probs(model, top_k, name)
-        return _sorted_probs(model, top_k, temperature, mask, mask_name, axis, axis_name, name)
+        return _sorted_probs(model, top_k, temperature, mask, axis, axis_name, name)
 
-    q = probs(student, vocab_where, "vocab_where", "student")
-    p = probs(teacher, teacher_vocab_where, "teacher_vocab_where", "teacher")
+    q, p = probs(student, vocab_where, "student"), probs(teacher, None, "teacher")
     if q.shape[:-1] != p.shape[:-1]:
         raise ValueError(
             f"teacher: expected the batch axes of student, {q.shape[:-1]}, got {p.shape[:-1]}: "
@@ -126,12 +124,11 @@ def _sorted_probs(
     top_k: int | None,
     temperature: Number,
     vocab_where: Array | None,
-    where_name: str,
     axis: int,
     axis_name: AxisName | None,
     name: str,
 ) -> jax.Array:
-    masked = checks.as_float(logits, name, vocab_where, where_name)
+    masked = checks.as_float(logits, name, vocab_where, "vocab_where")
     scaled = jnp.moveaxis(masked, checks.axis(axis, masked.shape, name), -1) / temperature
     if axis_name is None:
         checks.vocabulary_unsharded(scaled, name, "top-k")

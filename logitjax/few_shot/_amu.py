@@ -1,7 +1,7 @@
 """AMU: a linear predictor on another encoder's features, fused by the zero-shot logits' doubt."""
 
 import dataclasses
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,54 +19,35 @@ from logitjax.few_shot._method import (
 from logitjax.losses import cross_entropy
 from logitjax.ops import Array, Number, checks
 
-Measure = Literal["none", "kurtosis", "entropy", "max", "margin", "energy"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Uncertainty:
-    """The factor of the bias: large where the zero-shot classifier is unsure.
+    """The factor of the bias: large where the zero-shot classifier is unsure, by kurtosis.
 
-    ======== ==============================================================
-    measure  factor, with x the probabilities or the logits
-    ======== ==============================================================
-    none     1
-    kurtosis `(mean(z(x)^4) / normalizer) ^ -rho`
-    entropy  `exp(rho * H(p) / log K)`
-    max      `max(x) ^ -rho`
-    margin   `(max(x) - min(x)) ^ -rho`
-    energy   `(2 log sum exp((x - max(x)) / 2) + 2 max(x)) ^ -rho`
-    ======== ==============================================================
+    ::
 
-    z is `z_score`. The kurtosis of probabilities grows with the number of classes K (one-hot:
-    about K), so a fixed normaliser makes beta mean something else on every data set;
-    `'classes'`, K / 4, is 250 at K = 1000 and does not. The kurtosis of logits is 2 to 3 for any
-    K and hardly depends on how sure the classifier is. A class at `-inf` is not there and not
-    counted in K; of logits, `max` and `energy` want positive ones.
+        (mean(z(x)^4) / normalizer) ^ -rho,    z as `z_score`, x the probabilities or the logits
+
+    The kurtosis of probabilities grows with the number of classes K (one-hot: about K), so a fixed
+    normaliser makes beta mean something else on every data set; `'classes'`, K / 4, is 250 at
+    K = 1000 and does not. The kurtosis of logits is 2 to 3 for any K and hardly depends on how sure
+    the classifier is. A class at `-inf` is not there and not counted in K.
 
     Attributes:
-        measure: A row of the table.
-        of: `'probabilities'`, as in the released code, or `'logits'`, as in the paper; the
-            entropy is always of probabilities.
+        of: `'probabilities'`, as in the released code, or `'logits'`, as in the paper.
         exponent: rho.
         normalizer: What the kurtosis is divided by: a number (released code: 250), `'classes'` or
             None for 1.
 
     References:
-        Tang et al., AMU-Tuning (arXiv 2404.08958); measures and constants from `clip/amu.py` of its
-        repository (its energy adds the maximum after the division by the temperature 2 and before
-        the product with it, which is kept).
+        Tang et al., AMU-Tuning (arXiv 2404.08958); constants from `clip/amu.py` of its repository.
     """
 
-    measure: Measure = "none"
     of: Literal["probabilities", "logits"] = "probabilities"
     exponent: Number = 0.4
     normalizer: Number | Literal["classes"] | None = None
 
     def __post_init__(self) -> None:
-        if self.measure not in get_args(Measure):
-            raise ValueError(
-                f"measure: expected one of {', '.join(get_args(Measure))}, got {self.measure!r}"
-            )
         if self.of not in ("probabilities", "logits"):
             raise ValueError(f"of: expected 'probabilities' or 'logits', got {self.of!r}")
         if isinstance(self.normalizer, str) and self.normalizer != "classes":
@@ -77,42 +58,19 @@ class Uncertainty:
     def weight(self, zero_shot: Float[Array, "*batch classes"]) -> Float[jax.Array, "*batch 1"]:
         """The factor of the bias, for each image; it has no parameters and can be computed once."""
         logits = checks.as_float(zero_shot, "zero_shot")
-        measure, rho = self.measure, self.exponent
-        if measure == "none":
-            return jnp.ones((*logits.shape[:-1], 1), logits.dtype)
         there = logits != -jnp.inf
         count = there.sum(-1, keepdims=True)
-        if measure == "entropy":
-            log_p = jax.nn.log_softmax(logits)
-            # A class without mass has no part in the entropy.
-            terms = jnp.where(there, jnp.exp(log_p) * jnp.where(there, log_p, 0.0), 0.0)
-            most = jnp.log(jnp.maximum(count, 2))  # of one class it would be 0
-            return jnp.exp(-rho * terms.sum(-1, keepdims=True) / most)
         x = jax.nn.softmax(logits) if self.of == "probabilities" else logits
-        if measure == "kurtosis":
-            fourth = z_score(jnp.where(there, x, -jnp.inf)) ** 4
-            level = fourth.sum(-1, keepdims=True) / jnp.maximum(count, 1)
-            if self.normalizer is not None:
-                by = count / 4 if isinstance(self.normalizer, str) else self.normalizer
-                level = level / by
-            return level**-rho
-        top = x.max(-1, keepdims=True)
-        if measure == "max":
-            level = top
-        elif measure == "margin":
-            level = top - x.min(-1, keepdims=True, where=there, initial=jnp.inf)
-        else:
-            parts = jnp.where(there, jnp.exp((x - top) / 2.0), 0.0)
-            level = 2.0 * (jnp.log(parts.sum(-1, keepdims=True)) + top)
-        return level**-rho
-
-
-_CERTAIN = Uncertainty()
+        fourth = z_score(jnp.where(there, x, -jnp.inf)) ** 4
+        level = fourth.sum(-1, keepdims=True) / jnp.maximum(count, 1)
+        if self.normalizer is not None:
+            level = level / (count / 4 if isinstance(self.normalizer, str) else self.normalizer)
+        return level**-self.exponent
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AMU(Method):
-    """AMU-Tuning; :meth:`paper` and :meth:`official` are the two that were published.
+    """AMU-Tuning as in the released code; :meth:`paper` is what the paper's figure has.
 
     ============= ============================ ========================================
     \\             paper                        released code
@@ -131,7 +89,7 @@ class AMU(Method):
     Attributes:
         beta: Factor of the bias.
         fusion_share: lambda, the share of the fused logits' loss.
-        uncertainty: Factor of the bias in each image.
+        uncertainty: Factor of the bias in each image; None for none.
         standardize: z-score of the bias.
         initial: The predictor starts from `'features'` (class means), or `'random'`.
 
@@ -141,7 +99,7 @@ class AMU(Method):
 
     beta: Number = 0.5
     fusion_share: Number = 0.35
-    uncertainty: Uncertainty = _CERTAIN
+    uncertainty: Uncertainty | None = None
     standardize: bool = True
     initial: Literal["features", "random"] = "features"
     needs: ClassVar[tuple[str, ...]] = ("auxiliary",)
@@ -153,19 +111,7 @@ class AMU(Method):
     @classmethod
     def paper(cls, **options: Any) -> "AMU":
         """As in the paper's figure: plain logits, fused by the kurtosis of the zero-shot logits."""
-        uncertainty = Uncertainty(measure="kurtosis", of="logits", normalizer=None)
-        return cls(**{"standardize": False, "uncertainty": uncertainty, **options})
-
-    @classmethod
-    def official(cls, *, uncertainty: str = "none", **options: Any) -> "AMU":
-        """As in the released code; `uncertainty='moment'` is its kurtosis, left off there."""
-        if uncertainty not in ("none", "moment"):
-            raise ValueError(f"uncertainty: expected 'none' or 'moment', got {uncertainty!r}")
-        chosen = Uncertainty()
-        if uncertainty == "moment":
-            # The released code divides the kurtosis of 1000 probabilities by this.
-            chosen = Uncertainty(measure="kurtosis", normalizer=250.0)
-        return cls(**{"uncertainty": chosen, **options})
+        return cls(**{"standardize": False, "uncertainty": Uncertainty(of="logits"), **options})
 
     def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
         features = task.mean_view("auxiliary", self)
@@ -179,7 +125,7 @@ class AMU(Method):
         return State(kernel, None)
 
     def prepare(self, inputs: Inputs) -> Inputs:
-        if self.uncertainty.measure == "none":
+        if self.uncertainty is None:
             return inputs
         return dataclasses.replace(inputs, weight=self.uncertainty.weight(inputs.zero_shot))
 

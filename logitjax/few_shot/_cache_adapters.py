@@ -103,64 +103,6 @@ class CaFo(Method):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TipX(TipAdapter):
-    """Tip-X: Tip-Adapter beside a cache over what the zero-shot classifier says of the images.
-
-    ::
-
-        p = softmax(f W0 / temperature);    u_i = KL(p || p_i)
-        s_bias = exp(-b (1 - f F')) L - text_share u' L
-
-    u' is u on the scale of the cosines: u's range among the labelled images becomes that of their
-    cosines. The released code takes both ranges over all test images, which is transductive, and
-    those of the divergences from the validation images.
-
-    Attributes:
-        beta: The paper's alpha.
-        text_share: The paper's gamma over its alpha.
-        temperature: Of the probabilities of cosines without a scale; .5 is published.
-
-    References:
-        Udandarao et al., SuS-X (ICCV 2023, arXiv 2211.16198).
-    """
-
-    text_share: Number = 0.1
-    temperature: Number = 0.5
-
-    def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
-        weights = needed(task.class_weights, "class_weights", self)
-        keys, values = super().init(task, key=key)
-        log_p = jax.nn.log_softmax(keys @ weights / self.temperature)
-        there = values.any(-1)  # padding has no label
-        pairs = there[:, None] & there
-
-        def bounds(of: jax.Array) -> tuple[jax.Array, jax.Array]:
-            least = jnp.where(pairs, of, jnp.inf).min()
-            return least, jnp.where(pairs, of, -jnp.inf).max()
-
-        low, high = bounds(self._divergence(log_p, log_p))
-        near, far = bounds(keys @ keys.T)
-        # Divergences are mapped to the range of the cosines, as in the paper.
-        slope = (far - near) / jnp.where(high > low, high - low, 1.0)
-        # u' = slope u + shift
-        return State(keys, (values, log_p, weights, slope, near - slope * low))
-
-    @staticmethod
-    def _divergence(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
-        """`KL(p || q_i)` for every row of q."""
-        p = jnp.exp(log_p)
-        return (p * log_p).sum(-1, keepdims=True) - p @ log_q.T  # [*batch, rows of q]
-
-    def bias(self, state: State, inputs: Inputs) -> jax.Array:
-        values, log_q, weights, slope, shift = state.fixed
-        features = needed(inputs.features, "features", self)
-        log_p = jax.nn.log_softmax(features @ weights / self.temperature)
-        text = slope * self._divergence(log_p, log_q) + shift
-        cached = cache_logits(features, state.trained, values, self.sharpness)
-        return cached - self.text_share * (text @ values)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class DMN(Method):
     """The static memory of DMN: each class is what an image recalls of its text and its images.
 
@@ -244,11 +186,8 @@ class APE(Method):
     def _chosen(self, task: FewShotTask, keys: jax.Array, weights: jax.Array) -> jax.Array:
         """Numbers of the channels that tell classes apart, by weights and keys as released.
 
-        ::
-
-            -w0 * mean_{i != j}(A[:, i] A[:, j]) / (s + 1)^2 + w1 * var_i(W[:, i])
-
-        A is W plus the sum of each class's s keys (the mean number where classes differ).
+        `-w0 * mean_{i != j}(A[:, i] A[:, j]) / (s + 1)^2 + w1 * var_i(W[:, i])`, where A is W plus
+        the sum of each class's s keys (the mean number where classes differ).
         """
         weights, classes = checks.as_float(weights, "class_weights"), weights.shape[-1]
         hit = one_hot(task.labels, classes, weights.dtype)

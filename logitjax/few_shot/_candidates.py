@@ -166,12 +166,12 @@ class _Grids:
 
 
 def _biases(grids: _Grids, recipe: Recipe) -> dict[str, Candidate]:
-    doubt = methods.Uncertainty(measure="kurtosis", normalizer="classes")
+    doubt = methods.Uncertainty(normalizer="classes")
     betas = grids.bias(0.5, 1.0, 2.0, 4.0)
     # Without the z-score the bias is as small as features of length one make it.
     large = grids.bias(2.0, 8.0, 32.0, 128.0)
     return {
-        "amu": Candidate(method=methods.AMU.official(), recipe=recipe, grid=betas),
+        "amu": Candidate(method=methods.AMU(), recipe=recipe, grid=betas),
         "amu_kurtosis": Candidate(method=methods.AMU(uncertainty=doubt), recipe=recipe, grid=betas),
         "amu_paper": Candidate(method=methods.AMU.paper(), recipe=recipe, grid=large),
     }
@@ -196,7 +196,6 @@ def _caches(grids: _Grids) -> dict[str, Candidate]:
     return {
         "tip_adapter": Candidate(method=methods.TipAdapter(), grid=wide),
         "tip_adapter_f": Candidate(method=methods.TipAdapterF(), recipe=tuned, grid=wide),
-        "tip_x": Candidate(method=methods.TipX(), grid=wide),
         "cafo": Candidate(method=methods.CaFo(), recipe=tuned, grid=cafo),
         "ape": Candidate(method=methods.APE(), grid=ape),
         "ape_t": Candidate(method=methods.APET(), recipe=Recipe.published("ape_t"), grid=ape_t),
@@ -256,10 +255,6 @@ def _learned(grids: _Grids, short: Recipe) -> dict[str, Candidate]:
 
 
 def _product(**values: Sequence[float]) -> dict[str, list[float]]:
-    """The product of the values as columns of equal length; `__` in a name stands for a dot.
-
-    >>> _product(beta=[1.0, 2.0], training__learning_rate=[0.1])
-    {'beta': [1.0, 2.0], 'training.learning_rate': [0.1, 0.1]}
-    """
+    """The product of the values as columns of equal length; `__` in a name stands for a dot."""
     mesh = np.meshgrid(*values.values(), indexing="ij")
     return {name.replace("__", "."): m.ravel().tolist() for name, m in zip(values, mesh)}

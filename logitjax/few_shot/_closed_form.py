@@ -1,7 +1,7 @@
 """Few-shot methods that need no gradient step but a linear system: GDA and ProKeR."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,6 @@ from logitjax.few_shot._method import (
 )
 from logitjax.ops import Array, Number, checks
 
-# Examples whose outer products are summed at a time.
-_ROWS = 8192
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -37,9 +35,8 @@ def gaussian_classifier(
         P = d (C'C + t I)^-1;    W_k = P mu_k;  b_k = -log K - mu_k' P mu_k / 2
 
     The condition of `C'C + t I` is at most n, so a Cholesky factor serves where the released code
-    takes a pseudo-inverse; with fewer examples than features it is that of `C C' + t I`. A class
-    without an example has zero weights and the mean bias of the others. Where no class has two
-    examples, all are zero. A row with the label -1 is not there.
+    takes a pseudo-inverse. A class without an example has zero weights and the mean bias of the
+    others; where no class has two examples, all are zero.
     """
     checks.shapes(features=(features, "float n features"), labels=(labels, "int n"))
     features, labels = checks.as_float(features, "features"), jnp.asarray(labels)
@@ -47,23 +44,17 @@ def gaussian_classifier(
     there = labels >= 0
     means = class_means(features, labels, num_classes)
 
-    def centred(rows: jax.Array, own: jax.Array) -> jax.Array:
-        return jnp.where((own >= 0)[:, None], rows - means.T[jnp.maximum(own, 0)], 0.0)
-
-    freedom = there.sum() - 1  # n - 1 of the released code
+    small = jnp.where(there[:, None], features - means.T[jnp.maximum(labels, 0)], 0.0)
+    # |C|^2 / (n - 1), as in the released code.
+    trace = jnp.square(small).sum() / jnp.maximum(there.sum() - 1, 1)
+    flat = trace == 0
+    trace = jnp.where(flat, 1.0, trace)
     # Fewer images than channels: by Woodbury's identity an n x n system takes the place of d x d.
     if count < width:
-        small = centred(features, labels)
-        trace = jnp.square(small).sum() / jnp.maximum(freedom, 1)
-        flat = trace == 0
-        trace = jnp.where(flat, 1.0, trace)
         inner = cho_factor(small @ small.T + trace * jnp.eye(count, dtype=features.dtype))
         weights = width / trace * (means - small.T @ cho_solve(inner, small @ means))
     else:
-        gram = _gram(features, labels, centred)
-        trace = jnp.trace(gram) / jnp.maximum(freedom, 1)
-        flat = trace == 0
-        trace = jnp.where(flat, 1.0, trace)
+        gram = jnp.matmul(small.T, small, precision=_HIGHEST)
         shrunk = gram + trace * jnp.eye(width, dtype=features.dtype)
         factor = cho_factor(shrunk)
         weights = cho_solve(factor, means)
@@ -75,24 +66,6 @@ def gaussian_classifier(
     bias = -jnp.log(float(num_classes)) - (means * weights).sum(0) / 2
     bias = jnp.where(known, bias, bias.mean(where=known))
     return jnp.where(flat, 0.0, weights), jnp.where(flat, 0.0, bias)
-
-
-def _gram(features: jax.Array, labels: jax.Array, centred: Any) -> jax.Array:
-    """`C'C`, blocks of rows at a time: C as a whole would be a second copy of the features."""
-    count, width = features.shape
-    rows = min(_ROWS, count)
-
-    def add(block: Any, gram: jax.Array) -> jax.Array:
-        start = jnp.minimum(block * rows, count - rows)
-        part = jax.lax.dynamic_slice_in_dim(features, start, rows)
-        own = jax.lax.dynamic_slice_in_dim(labels, start, rows)
-        # The last block slides back over rows that are counted already.
-        fresh = start + jnp.arange(rows) >= block * rows
-        part = centred(part, jnp.where(fresh, own, -1))
-        return gram + jnp.matmul(part.T, part, precision=_HIGHEST)
-
-    first = jnp.zeros((width, width), features.dtype)
-    return jax.lax.fori_loop(0, -(-count // rows), add, first)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,12 +90,7 @@ class GDA(Method):
     trains: ClassVar[bool] = False
 
     def check(self, task: FewShotTask) -> None:
-        """Refuses images none of which is the second of a class: nothing says how wide one is.
-
-        Raises:
-            TypeError: Labels that are not integers.
-            ValueError: No class has two examples.
-        """
+        """Refuses images none of which is the second of a class: nothing says how wide one is."""
         task.check()
         if isinstance(task.labels, Tracer):
             return

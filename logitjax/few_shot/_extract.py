@@ -45,7 +45,6 @@ def extract_features(
     rows: Any = None,
     batch_size: int = 16,
     dtype: str = "float16",
-    rows_per_shard: int = 256,
 ) -> FeatureCache:
     """Encode pictures once by a frozen encoder, and keep the features.
 
@@ -61,7 +60,6 @@ def extract_features(
         rows: Numbers of the pictures, such as `ImageSet.choose` gives; all if omitted.
         batch_size: Pictures encoded together, with all their views.
         dtype: Type on disk.
-        rows_per_shard: Pictures a file.
 
     Raises:
         TypeError: Rows that are not integers, such as a mask.
@@ -99,7 +97,7 @@ def extract_features(
             chosen,
             compute,
             batch_size=batch_size,
-            rows_per_shard=rows_per_shard,
+            rows_per_shard=256,
             label=encoder.name,
             process_index=jax.process_index(),
             process_count=jax.process_count(),

@@ -228,12 +228,7 @@ class Method:
 # One program where it is called on its own: each operation would be one.
 @jax.jit
 def unit_rows(values: Float[Array, "*batch features"]) -> Float[jax.Array, "*batch features"]:
-    """Rows scaled to length one; a row of zeros stays.
-
-    >>> jax.jit(unit_rows)(jnp.array([[3.0, 4.0], [0.0, 0.0]]))
-    Array([[0.6, 0.8],
-           [0. , 0. ]], dtype=float32)
-    """
+    """Rows scaled to length one; a row of zeros stays."""
     checks.shapes(values=(values, "float *batch features"))
     values = checks.as_float(values, "values")
     # Squares of 1e-25 vanish in float32, and those of 1e25 overflow.
@@ -248,15 +243,10 @@ def unit_rows(values: Float[Array, "*batch features"]) -> Float[jax.Array, "*bat
 def z_score(logits: Float[Array, "*batch classes"]) -> Float[jax.Array, "*batch classes"]:
     """Logits with mean 0 and standard deviation 1 over the classes of each example.
 
-    The scale of a linear predictor, and whatever all its classes share, then mean nothing. A row of
-    equal logits becomes zeros and gets no gradient (the released code divides by 0 there). Of two
-    classes it leaves the order alone, without a gradient. A class at `-inf` is not there, and
-    becomes 0.
-    `distillation.standardize_logits` is the form for distillation, which adds to the deviation.
-
-    ::
-
-        (z - mean(z)) / std(z)        std divides by the number of classes - 1
+    ``(z - mean(z)) / std(z)``, std over the number of classes - 1. A row of equal logits becomes
+    zeros and gets no gradient (the released code divides by 0 there). A class at `-inf` is not
+    there, and becomes 0. `distillation.standardize_logits` is the form for distillation, which adds
+    to the deviation.
     """
     logits = checks.as_float(logits, "logits")
     deviation, count = centred(logits, logits != -jnp.inf)
@@ -267,10 +257,7 @@ def z_score(logits: Float[Array, "*batch classes"]) -> Float[jax.Array, "*batch 
 
 
 def centred(values: jax.Array, there: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Deviations from the mean of the entries that are there, 0 elsewhere; and how many there are.
-
-    Twice: the first mean is as rough as what all of a row's entries share is large.
-    """
+    """Deviations from the mean of the entries that are there, 0 elsewhere; and their number."""
     count = there.sum(-1, keepdims=True)
     for _ in range(2):
         values = jnp.where(there, values, 0.0)
@@ -288,13 +275,8 @@ def without_zero_shot(own: jax.Array, zero_shot: Array) -> jax.Array:
 def class_means(
     features: Float[Array, "n features"], labels: Int[Array, " n"], num_classes: int
 ) -> Float[jax.Array, "features classes"]:
-    """The mean feature of every class, as the columns of a linear predictor.
-
-    A class without an example gets zeros; so do labels outside the classes.
-
-    >>> means = jax.jit(class_means, static_argnums=2)
-    >>> means(jnp.array([[1.0], [3.0], [5.0]]), jnp.array([0, 0, 1]), 3)
-    Array([[2., 5., 0.]], dtype=float32)
+    """The mean feature of every class, as the columns of a linear predictor; zeros without an
+    example.
     """
     features = checks.as_float(features, "features")
     members = one_hot(labels, num_classes, features.dtype)

@@ -24,11 +24,8 @@ _SCORED = 1024
 class Runs:
     """Samples of images that a sweep trains on, an axis of runs in front.
 
-    Attributes:
-        numbers: `[runs]`; a run's random start follows from its number.
-        task: `[runs, ...]` images and labels; what is of no image has no axis of runs.
-        orders: `[runs, steps, batch]` rows of each step, see `Recipe.order`.
-        held_out: By name, images `[runs, m, ...]` and labels `[runs, m]` to score on.
+    A run's random start follows from its number; of each step `orders` has the rows. `held_out`
+    has, by name, images and labels to score on.
     """
 
     numbers: Any

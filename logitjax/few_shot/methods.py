@@ -1,7 +1,7 @@
 """Few-shot methods, each with its settings as fields: what `train` trains and `sweep` compares.
 
-`AMU` with the `Uncertainty` that weighs its bias; the caches `TipAdapter`, `TipAdapterF`, `TipX`,
-`CaFo`, `APE`, `APET` and `DMN`; what solves a linear system: `GDA` and `ProKeR`; and what learns
+`AMU` with the `Uncertainty` that weighs its bias; the caches `TipAdapter`, `TipAdapterF`, `CaFo`,
+`APE`, `APET` and `DMN`; what solves a linear system: `GDA` and `ProKeR`; and what learns
 weights: `ClipAdapter`, `TaskRes`, `LinearProbe`, `CrossModal`, `LPPlusPlus`, and near their start
 `CLAP` and `ProLIP`. All are `logitjax.few_shot.Method`.
 """
@@ -14,7 +14,6 @@ from logitjax.few_shot._cache_adapters import DMN as DMN
 from logitjax.few_shot._cache_adapters import CaFo as CaFo
 from logitjax.few_shot._cache_adapters import TipAdapter as TipAdapter
 from logitjax.few_shot._cache_adapters import TipAdapterF as TipAdapterF
-from logitjax.few_shot._cache_adapters import TipX as TipX
 from logitjax.few_shot._closed_form import GDA as GDA
 from logitjax.few_shot._closed_form import ProKeR as ProKeR
 from logitjax.few_shot._linear_adapters import CLAP as CLAP

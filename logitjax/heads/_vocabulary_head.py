@@ -85,9 +85,6 @@ class VocabularyHead(nnx.Module):
             raise ValueError(f"unigram: expected shape ({vocab_size},), got {counts.shape}")
         return _log_frequencies(counts)
 
-    def prepare(self, width: int = 64) -> None:
-        """Makes what decoding looks up, for `top_k` up to ``width``: here nothing."""
-
     def top_k(
         self, hidden: Float[Array, "*batch hidden"], k: int, embedding: Array | None = None
     ) -> TopK:

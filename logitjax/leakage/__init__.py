@@ -2,22 +2,18 @@
 
 It is for those who run a model and choose what its API reports. `LogitOracle` puts a `LogitPolicy`
 in front of a model in the same process and counts queries. `audit` runs all attacks and sums them
-up. The attacks are `recover_log_probs`, `harvest_log_probs`, `search_logits` and
-`estimate_output_subspace`. `align_head` measures how much of the head has leaked, `utility_loss`
-what a defence costs honest users.
+up. The attacks are `recover_log_probs` and `estimate_output_subspace`; `align_head` measures how
+much of the head has leaked. `Choice` and `Ledger` bound what chosen
+tokens tell.
 """
 
 from logitjax.leakage._alignment import align_head as align_head
 from logitjax.leakage._audit import Audit as Audit
 from logitjax.leakage._audit import audit as audit
-from logitjax.leakage._audit import verdict as verdict
 from logitjax.leakage._disclosure import Choice as Choice
 from logitjax.leakage._disclosure import Ledger as Ledger
-from logitjax.leakage._harvest import harvest_log_probs as harvest_log_probs
 from logitjax.leakage._http import HttpOracle as HttpOracle
 from logitjax.leakage._oracle import LogitOracle as LogitOracle
 from logitjax.leakage._policy import LogitPolicy as LogitPolicy
 from logitjax.leakage._recover_row import recover_log_probs as recover_log_probs
-from logitjax.leakage._recover_row import row_queries as row_queries
-from logitjax.leakage._search import search_logits as search_logits
 from logitjax.leakage._subspace import estimate_output_subspace as estimate_output_subspace

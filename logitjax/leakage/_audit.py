@@ -11,12 +11,10 @@ import numpy as np
 from jaxtyping import Float
 
 from logitjax.leakage._alignment import HeadAlignment, align_head, utility_loss
-from logitjax.leakage._harvest import harvest_log_probs
 from logitjax.leakage._oracle import BudgetExhaustedError, LogitOracle
 from logitjax.leakage._policy import LogitPolicy
 from logitjax.leakage._protocol import Protocol, ask_at_end, infer_protocol, tell_again
 from logitjax.leakage._recover_row import RecoveredRow, corner_matrix, recover_log_probs
-from logitjax.leakage._search import search_logits
 from logitjax.leakage._subspace import OutputSubspace, estimate_output_subspace
 from logitjax.leakage._width import OutputWidth
 from logitjax.ops import Array
@@ -27,8 +25,6 @@ SPAN = 25.0
 CLOSED, OPEN = 0.1, 0.9
 #: Tokens of a row that are searched for by comparisons, which cost several queries each.
 SEARCHED = 256
-#: Draws by which a row is harvested.
-DRAWS = 2048
 #: Prompts by which honest users' loss is measured.
 _HONEST = 256
 
@@ -49,6 +45,7 @@ class Audit:
         row: A row of log-probabilities, as far as it was recovered token by token.
         row_error: Its largest error in nats over the likeliest tokens, if the truth is known.
         protocol: What tests say of the server; None of an API in this process.
+        hidden: The true hidden dimension, if it is known.
     """
 
     prompts: int
@@ -61,6 +58,7 @@ class Audit:
     row: RecoveredRow | None = None
     row_error: float | None = None
     protocol: Protocol | None = None
+    hidden: int | None = None
 
     @property
     def unlike(self) -> list[str]:
@@ -78,6 +76,32 @@ class Audit:
         """Share of the head beyond chance that leaked; None if nothing was recovered."""
         return None if self.alignment is None else self.alignment.leak
 
+    @property
+    def verdict(self) -> str:
+        """The conclusion for the operator, in words."""
+        if self.unlike:
+            return "not as declared, so nothing is certified: " + "; ".join(self.unlike)
+        if self.row is not None:
+            # The true error where the model is here, else what can be proved.
+            error = self.row.error_bound if self.row_error is None else self.row_error
+            # Up to one digit: a bound that is rounded down is none.
+            digit = 10.0 ** math.floor(math.log10(max(error, 1e-12)))
+            told = f"{math.ceil(error / digit * (1 - 1e-9)) * digit:.1g} nats"
+            queries, share = self.row.queries, self.row.coverage
+            if share < 0.99:
+                return f"part of a row leaks: {share:.2%} of it to {told}, {queries} queries"
+            return f"open: every row comes back to {told}, {queries} queries each"
+        if self.leak is None:
+            return "not known: how much leaked can be said beside the true head only"
+        paid = (self.utility or {}).get("kl", 0.0) > 0.1
+        cost = ", and honest users pay for it" if paid else ""
+        if self.leak >= OPEN:
+            seen = self.width is not None and self.width.estimate == self.hidden
+            hidden = "" if seen else "; only the width is hidden"
+            return f"open: the head's subspace is out{hidden}{cost}"
+        kind = "closed to these attacks" if self.leak <= CLOSED else "part of the head leaks"
+        return kind + cost
+
 
 def audit(
     oracle: Any,
@@ -93,11 +117,9 @@ def audit(
     - If whole rows or a top-k are reported, the subspace comes from one answer a prompt. The k-th
       value is filled in for what a top-k leaves out.
     - If a bias moves what is reported, or what is drawn and then reported, the first prompt's row
-      is recovered token by token. The subspace comes from a corner of the matrix of
-      log-probabilities.
-    - If the drawn token's value is reported and no bias is taken, a row is harvested by draws at
-      temperature 2.
-    - If nothing but the token is reported, part of a row is searched for by comparisons.
+      is recovered token by token, and the subspace from a corner of the matrix of
+      log-probabilities. Without a bias a row is harvested by draws (`recover_log_probs`).
+    - If one value or nothing but the token is reported, part of a row is searched for.
 
     An API in this process does what its policy says. Any other is tested first (`Protocol`): how
     far equal queries differ, what values are rounded to, what a bias moves. A recovered row is then
@@ -132,7 +154,10 @@ def audit(
     found = attack() if isinstance(oracle, LogitOracle) else _tested(oracle, prompts, attack)
     # What honest users ask below is no part of the price.
     found = dataclasses.replace(
-        found, queries=oracle.queries - before[0], values=oracle.values - before[1]
+        found,
+        queries=oracle.queries - before[0],
+        values=oracle.values - before[1],
+        hidden=None if head is None else head.shape[1],
     )
     if logits is None:
         return found
@@ -151,15 +176,14 @@ def _attacked(
     oracle: Any, prompts: Any, vocab_size: int, head: Any, logits: Any, corner: int
 ) -> Audit:
     policy = oracle.policy
-    if policy.returns == "token":
-        if policy.bias == "none":
-            return Audit(prompts=0)
-        return Audit(prompts=1, row=_searched_row(oracle, prompts[0], vocab_size))
-    if policy.bias == "reported" or (policy.bias == "sampling" and policy.sampled):
-        return _by_bias(oracle, prompts, vocab_size, head, corner)
-    if policy.sampled and policy.top_k == 0:
-        row = harvest_log_probs(oracle, prompts[0], vocab_size, queries=DRAWS)
+    if policy.returns == "token" and policy.bias == "none":
+        return Audit(prompts=0)
+    if policy.returns == "token" or (policy.bias == "reported" and policy.top_k == 1):
+        some = np.random.default_rng(0).permutation(vocab_size)[:SEARCHED]
+        row = recover_log_probs(oracle, prompts[0], vocab_size, tokens=some)
         return Audit(prompts=1, row=row)
+    if policy.harvests or policy.bias == "reported" or (policy.bias != "none" and policy.sampled):
+        return _by_bias(oracle, prompts, vocab_size, head, 0 if policy.harvests else corner)
     return _by_rows(oracle, prompts, vocab_size, head, logits)
 
 
@@ -183,44 +207,6 @@ def _tested(oracle: Any, prompts: Any, attack: Callable[[], Audit]) -> Audit:
     finally:
         oracle.policy = declared
     return dataclasses.replace(found, protocol=protocol)
-
-
-def verdict(
-    leak: float | None,
-    *,
-    loss: float | None = None,
-    sees_width: bool = True,
-    row: tuple[float, int, float] | None = None,
-    unlike: Sequence[str] = (),
-) -> str:
-    """The conclusion of an audit for the operator, in words.
-
-    Args:
-        leak: Share of the head beyond chance that leaked; None if the head is not known.
-        loss: Divergence in nats that honest users pay.
-        sees_width: Whether the hidden dimension was found.
-        row: Error in nats, number of queries and share of the tokens of a recovered row, if any.
-        unlike: What a server does that it was not said to do (`Audit.unlike`).
-    """
-    if unlike:
-        return "not as declared, so nothing is certified: " + "; ".join(unlike)
-    if row is not None:
-        error, queries, share = row
-        # Up to one digit: a bound that is rounded down is none.
-        digit = 10.0 ** math.floor(math.log10(max(error, 1e-12)))
-        error = math.ceil(error / digit * (1 - 1e-9)) * digit
-        if share < 0.99:
-            return f"part of a row leaks: {share:.2%} of it to {error:.1g} nats, {queries} queries"
-        return f"open: every row comes back to {error:.1g} nats, {queries} queries each"
-    if leak is None:
-        return "not known: how much leaked can be said beside the true head only"
-    cost = ", and honest users pay for it" if loss is not None and loss > 0.1 else ""
-    if leak >= OPEN:
-        hidden = "" if sees_width else "; only the width is hidden"
-        return f"open: the head's subspace is out{hidden}{cost}"
-    if leak <= CLOSED:
-        return f"closed{cost}"
-    return f"part of the head leaks{cost}"
 
 
 def _by_rows(oracle: Any, prompts: Any, vocab_size: int, head: Any, logits: Any) -> Audit:
@@ -256,27 +242,6 @@ def _by_bias(oracle: Any, prompts: Any, vocab_size: int, head: Any, corner: int)
         subspace=subspace,
         tokens=columns,
         alignment=None if head is None else align_head(subspace.basis, np.asarray(head)[columns]),
-    )
-
-
-def _searched_row(oracle: Any, prompt: Any, vocab_size: int) -> RecoveredRow:
-    """Some of a row by comparisons; where it is not all, differences to its largest value."""
-    columns = np.random.default_rng(0).permutation(vocab_size)[:SEARCHED]
-    span = min(40.0, oracle.policy.bias_limit)
-    searched = search_logits(oracle, prompt, columns, span=span)
-    log_probs, middle = np.full(vocab_size, np.nan, np.float32), searched.middle
-    log_probs[columns] = middle
-    known = np.isfinite(log_probs)
-    if known.all():
-        log_probs -= np.log(np.exp(log_probs, dtype=np.float64).sum())
-    widths = (searched.upper - searched.lower)[np.isfinite(middle)]
-    return RecoveredRow(
-        log_probs=log_probs,
-        known=known,
-        # Answers that contradict each other bound nothing.
-        error_bound=math.inf if searched.contradictions else float(widths.max(initial=0.0)),
-        queries=searched.queries,
-        method="searched",
     )
 
 

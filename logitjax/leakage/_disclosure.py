@@ -179,16 +179,13 @@ class Choice:
 
 @dataclasses.dataclass
 class Told:
-    """What was told about one context, in three columns.
+    """What was told about one context, in three columns."""
 
-    Attributes:
-        hard: Nats, the logarithm of the number of answers that were possible. Never too few.
-        soft: `Choice.soft` of the draws that nothing was cut off of.
-        certificates: Number of draws under each `Choice.certificate`.
-    """
-
+    # Nats, the logarithm of the number of answers that were possible: never too few.
     hard: float = 0.0
+    # `Choice.soft` of the draws that nothing was cut off of.
     soft: float = 0.0
+    # Number of draws under each `Choice.certificate`.
     certificates: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
     def least_errors(self, half_range: float) -> float:

@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import numpy as np
 import scipy.linalg
 
@@ -16,21 +15,13 @@ _dsyrk: Any = scipy.linalg.get_blas_funcs("syrk", dtype=np.float64)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows less their means, visited by blocks of tokens.
+    """Rows less their means, visited by blocks of tokens."""
 
-    Attributes:
-        rows: ``[n, vocab]``.
-        block_size: Tokens in a block.
-        means: ``[n]``, zero unless rows are centred.
-        centre: Whether they are.
-        scales: ``[n]`` and ``[vocab]`` that rows and tokens are multiplied by; None for ones.
-    """
-
-    rows: np.ndarray
+    rows: np.ndarray  # [n, vocab]
     block_size: int
-    means: np.ndarray
+    means: np.ndarray  # [n], zero unless rows are centred
     centre: bool
-    scales: tuple[np.ndarray, np.ndarray] | None = None
+    scales: tuple[np.ndarray, np.ndarray] | None = None  # [n] and [vocab], of rows and tokens
 
     @classmethod
     def of(cls, rows: np.ndarray, *, centre: bool, block_size: int) -> "Table":
@@ -110,21 +101,12 @@ def gram_matrix(table: Table, left: np.ndarray | None = None) -> np.ndarray:
 
 def project(
     rows: np.ndarray, left: np.ndarray, mean: np.ndarray | None, *, block_size: int
-) -> jax.Array:
+) -> np.ndarray:
     """``(rows - mean)^T left`` in float32, ``[vocab, k]``; columns that BLAS copies are few."""
     left = np.ascontiguousarray(left, np.float32)
     shift = 0.0 if mean is None else mean.astype(np.float32) @ left
-    product = _aligned((rows.shape[1], left.shape[1]))
+    product = np.empty((rows.shape[1], left.shape[1]), np.float32)
     for start in range(0, len(product), block_size):
         block = rows[:, start : start + block_size].astype(np.float32, copy=False)
-        np.matmul(block.T, left, out=product[start : start + block_size])
-        product[start : start + block_size] -= shift
-    return jax.device_put(product, jax.local_devices(backend="cpu")[0], may_alias=True)
-
-
-def _aligned(shape: tuple[int, int]) -> np.ndarray:
-    """Uninitialised float32 where JAX can take it over; elsewhere it copies."""
-    size = shape[0] * shape[1]
-    buffer = np.empty(size + 16, np.float32)
-    offset = -buffer.ctypes.data % 64 // 4
-    return buffer[offset : offset + size].reshape(shape)
+        product[start : start + block_size] = block.T @ left - shift
+    return product

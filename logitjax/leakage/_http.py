@@ -1,5 +1,6 @@
 """An oracle over HTTP: the same audit against one's own server on the loopback interface."""
 
+import collections
 import concurrent.futures
 import http.client
 import ipaddress
@@ -26,9 +27,6 @@ class HttpOracle(Meter):
         workers: Number of concurrent requests.
         budget: Largest number of queries; None for any.
 
-    Attributes:
-        seed: Seed that is sent with each query; None for none.
-
     Raises:
         ValueError: The address is not of this machine.
     """
@@ -47,7 +45,6 @@ class HttpOracle(Meter):
             raise ValueError(f"address: expected one of this machine, got {address}")
         super().__init__(budget)
         self.policy = policy
-        self.seed: int | None = None
         self._host = urllib.parse.urlsplit(address).netloc
         self._headers = {"Content-Type": "application/json"}
         if api_key is not None:
@@ -63,14 +60,19 @@ class HttpOracle(Meter):
         self, prompt: Any, bias_tokens: Any, bias_values: Any, *, temperature: float = 0.0
     ) -> Answer:
         """Many queries about one prompt, each with its own logit bias."""
-        tokens, values = np.asarray(bias_tokens), np.asarray(bias_values, float)
-        biases = []
-        for row, amounts in zip(tokens, np.broadcast_to(values, tokens.shape), strict=True):
-            added: dict[str, float] = {}
-            for token, amount in zip(row.tolist(), amounts.tolist(), strict=True):
-                added[str(token)] = added.get(str(token), 0.0) + amount
-            biases.append(added)
+        tokens = np.asarray(bias_tokens)
+        amounts = np.broadcast_to(np.asarray(bias_values, float), tokens.shape)
+        biases: list[Any] = [collections.defaultdict(float) for _ in tokens]
+        for added, row, sizes in zip(biases, tokens.tolist(), amounts.tolist(), strict=True):
+            for token, size in zip(row, sizes, strict=True):
+                added[str(token)] += size
         return self._all([(prompt, bias) for bias in biases], temperature)
+
+    def draws(self, prompt: Any, fields: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        """Tokens drawn after a prompt, `[n]`, for requests with each of these fields."""
+        self.charge(len(fields))
+        said = self._pool.map(lambda more: self._asked(prompt, {"logprobs": 0} | more), fields)
+        return np.array([_token_id(one["tokens"][0]) for one in said])
 
     def read(self, prompts: Sequence[Any]) -> list[Answer]:
         """The server's values at every position of prompts after the first, by one query each.
@@ -89,7 +91,7 @@ class HttpOracle(Meter):
             BudgetExhaustedError: As for `ask`.
         """
         self.charge(len(prompts))
-        return list(map(self.counted, self._pool.map(self._echoed, prompts)))
+        return [self.counted([one]) for one in self._pool.map(self._echoed, prompts)]
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -108,9 +110,9 @@ class HttpOracle(Meter):
         tokens = np.array([[token for token, _ in row] for row in found], np.int32)
         if self.policy.returns == "token":
             values = values[:, :0]
-        return self.counted(Answer(values=values, tokens=tokens))
+        return self.counted([(values, tokens)])
 
-    def _echoed(self, prompt: Any) -> Answer:
+    def _echoed(self, prompt: Any) -> tuple[np.ndarray, np.ndarray]:
         tokens, k = np.asarray(prompt).tolist(), self.policy.top_k
         body = {
             "prompt": tokens,
@@ -125,36 +127,16 @@ class HttpOracle(Meter):
         rows = [sorted(tops.items(), key=lambda pair: -pair[1])[:k] for tops in said]
         if len(rows) != len(tokens) - 1 or any(len(row) != k for row in rows):
             raise ValueError(f"url: expected {k} values at each of {len(tokens) - 1} positions")
-        return Answer(
-            values=np.array([[value for _, value in row] for row in rows], np.float32),
-            tokens=np.array([[_token_id(name) for name, _ in row] for row in rows], np.int32),
-        )
+        values = np.array([[value for _, value in row] for row in rows], np.float32)
+        return values, np.array([[_token_id(name) for name, _ in row] for row in rows], np.int32)
 
     def _one(
         self, prompt: Any, bias: Mapping[str, float] | None, temperature: float
     ) -> list[tuple[int, float | None]]:
         only_token = self.policy.returns == "token"
-        body: dict[str, Any] = {
-            "prompt": np.asarray(prompt).tolist(),
-            "max_tokens": 1,
-            "temperature": temperature,
-            # Ids of tokens are reported among the log-probabilities, if only with none of the top.
-            "logprobs": 0 if only_token else self.policy.top_k,
-            "return_tokens_as_token_ids": True,
-        }
-        if bias:
-            body["logit_bias"] = bias
-        if self.seed is not None:
-            body["seed"] = self.seed
-        answer = self._post(json.dumps(body))
-        try:
-            return self._values(answer["choices"][0]["logprobs"], only_token)
-        except (LookupError, TypeError, AttributeError, ValueError):
-            raise ValueError(
-                f"url: expected log-probabilities by token ids, got {str(answer)[:200]}"
-            ) from None
-
-    def _values(self, said: Any, only_token: bool) -> list[tuple[int, float | None]]:
+        # Ids of tokens are reported among the log-probabilities, if only with none of the top.
+        fields = {"temperature": temperature, "logprobs": 0 if only_token else self.policy.top_k}
+        said = self._asked(prompt, fields | ({"logit_bias": bias} if bias else {}))
         drawn = _token_id(said["tokens"][0])
         if only_token:
             return [(drawn, None)]
@@ -163,6 +145,19 @@ class HttpOracle(Meter):
         found = [(_token_id(name), value) for name, value in tops.items()]
         # Other servers list the drawn token too where it is none of the top ones.
         return own + sorted(found, key=lambda pair: -pair[1])[: self.policy.top_k]
+
+    def _asked(self, prompt: Any, fields: Mapping[str, Any]) -> Any:
+        """What an answer of one token says of log-probabilities."""
+        body = {"prompt": np.asarray(prompt).tolist(), "max_tokens": 1}
+        answer = self._post(json.dumps(body | {"return_tokens_as_token_ids": True} | fields))
+        try:
+            said = answer["choices"][0]["logprobs"]
+            _token_id(said["tokens"][0])
+            return said
+        except (LookupError, TypeError, AttributeError, ValueError):
+            raise ValueError(
+                f"url: expected log-probabilities by token ids, got {str(answer)[:200]}"
+            ) from None
 
     def _post(self, body: str) -> Any:
         for _ in range(200):

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,19 @@ import numpy as np
 
 from logitjax.leakage._policy import Answer, LogitPolicy
 from logitjax.ops import Array, checks
+
+
+@runtime_checkable
+class Asked(Protocol):
+    """What is asked: a `LogitOracle`, or a client of a server of one's own."""
+
+    policy: LogitPolicy
+
+    def ask(self, prompts: Any, /, *, temperature: float = 0.0) -> Answer: ...
+
+    def ask_biased(
+        self, prompt: Any, bias_tokens: Any, bias_values: Any, /, *, temperature: float = 0.0
+    ) -> Answer: ...
 
 
 class BudgetExhaustedError(ValueError):
@@ -29,9 +42,11 @@ class Meter:
             )
         self.queries += count
 
-    def counted(self, answer: Answer) -> Answer:
-        self.values += int(np.size(answer.values))
-        return answer
+    def counted(self, parts: Sequence[Sequence[Any]]) -> Answer:
+        """One answer of several, each with its values and tokens."""
+        values, tokens = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        self.values += values.size
+        return Answer(values=values, tokens=tokens)
 
 
 class LogitOracle(Meter):
@@ -45,7 +60,7 @@ class LogitOracle(Meter):
         apply_fn: ``tokens [n, length] -> [n, vocab]``: logits of the position after the last.
         policy: what the API does.
         budget: largest number of queries; None for any.
-        seed: seed of the API's noise and dummy dimensions.
+        seed: seed of the API's noise and draws.
         batch_size: number of prompts in a forward pass.
         cache_size: number of prompts whose logits are kept.
 
@@ -101,17 +116,11 @@ class LogitOracle(Meter):
             BudgetExhaustedError: the budget would be exceeded.
         """
         self.charge(len(prompts))
-        answers = []
-        for start in range(0, len(prompts), self._batch_size):
-            rows = self._logits(prompts[start : start + self._batch_size])
-            part = prompts[start : start + self._batch_size]
-            answers.append(self._report(rows, part, temperature))
-        return self.counted(
-            Answer(
-                values=np.concatenate([a.values for a in answers]),
-                tokens=np.concatenate([a.tokens for a in answers]),
-            )
-        )
+        parts = [
+            prompts[start : start + self._batch_size]
+            for start in range(0, len(prompts), self._batch_size)
+        ]
+        return self.counted([self._report(self._logits(p), p, temperature) for p in parts])
 
     def ask_biased(
         self,
@@ -145,14 +154,8 @@ class LogitOracle(Meter):
                 values = np.concatenate([values, np.repeat(values[-1:], short, 0)])
             served = np.broadcast_to(row, (size, row.shape[-1]))
             found = self._report(served, [prompt] * size, temperature, part, values)
-            keep = size - short
-            answers.append((found.values[:keep], found.tokens[:keep]))
-        return self.counted(
-            Answer(
-                values=np.concatenate([values for values, _ in answers]),
-                tokens=np.concatenate([tokens for _, tokens in answers]),
-            )
-        )
+            answers.append([array[: size - short] for array in found])
+        return self.counted(answers)
 
     def _logits(self, prompts: Sequence[Any] | Array) -> np.ndarray:
         """Rows of the cache; what is missing is computed, prompts of one length together."""
@@ -185,20 +188,18 @@ class LogitOracle(Meter):
         temperature: float,
         tokens: Any = None,
         bias: Any = None,
-    ) -> Answer:
-        numbers = [LogitPolicy.prompt_number(prompt) for prompt in prompts]
-        fresh = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        draw = None
         if self.policy.noise and self.policy.noise_per == "query":
             self._noise, key = jax.random.split(self._noise)
-            fresh = jax.random.split(key, len(numbers))
-        draw = None
+            keys = jax.random.split(key, len(prompts))
+        else:
+            numbers = [LogitPolicy.prompt_number(prompt) for prompt in prompts]
+            keys = _keys(self._api, np.asarray(numbers, np.uint32))
         if temperature > 0:
             self._draws, draw = jax.random.split(self._draws)
-        keys = _keys(self._api, np.asarray(numbers, np.uint32))
-        values, where = _answer(
-            self.policy, rows, keys, self._api, fresh, tokens, bias, temperature, draw
-        )
-        return Answer(values=np.asarray(values), tokens=np.asarray(where))
+        values, where = _answer(self.policy, rows, keys, tokens, bias, temperature, draw)
+        return np.asarray(values), np.asarray(where)
 
 
 @jax.jit
@@ -208,18 +209,13 @@ def _keys(key: jax.Array, numbers: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _answer(
-    policy: LogitPolicy,
-    rows: Any,
-    keys: Any,
-    api: Any,
-    fresh: Any,
-    tokens: Any,
-    bias: Any,
-    temperature: Any,
-    draw: Any,
+    policy: LogitPolicy, rows: Any, keys: Any, tokens: Any, bias: Any, temperature: Any, draw: Any
 ) -> tuple[jax.Array, jax.Array]:
-    served = policy.disturb(rows, keys, api_key=api, noise_key=fresh)
     answer = policy.report(
-        served, bias_tokens=tokens, bias_values=bias, temperature=temperature, key=draw
+        policy.disturb(rows, keys),
+        bias_tokens=tokens,
+        bias_values=bias,
+        temperature=temperature,
+        key=draw,
     )
     return jnp.asarray(answer.values), jnp.asarray(answer.tokens)

@@ -3,7 +3,8 @@
 import dataclasses
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,18 @@ _CHOICES = {
     "bias": ("none", "sampling", "reported"),
     "noise_per": ("prompt", "query"),
 }
+# Fields by the first part of a name, from its other parts.
+_NAMED: dict[str, Callable[..., dict[str, Any]]] = {
+    "full": lambda: {},
+    "round": lambda decimals: {"decimals": int(decimals)},
+    "noise": lambda sigma: {"noise": float(sigma)},
+    "floor": lambda floor: {"floor": float(floor)},
+    "top": lambda k, bias="": {"top_k": int(k)} | _BIASED[bias],
+    "draws": lambda: {"top_k": 0, "sampled": True},
+    "sampling": lambda: {"top_k": 0, "sampled": True, "bias": "sampling"},
+    "argmax": lambda: {"returns": "token", "bias": "sampling"},
+}
+_BIASED = {"": {}, "bias": {"bias": "reported", "decimals": 7}, "sampling": {"bias": "sampling"}}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,11 +51,9 @@ class LogitPolicy:
 
     ::
 
-        z <- cap tanh(z / cap)                      soft_cap
-        z <- z + dummy_scale std(z) E u / sqrt(r)   r dummy_dims: E of the API, u of the prompt
-        z <- z + noise e                            e of the prompt
-        y = z + bias                                where bias moves what is reported
-        y <- log_softmax(y)                         returns="logprobs"
+        z <- z + noise e         e of the prompt
+        y = z + bias             where bias moves what is reported
+        y <- log_softmax(y)      returns="logprobs"
         y <- max(y, floor), rounded to decimals, the top_k largest
 
     Attributes:
@@ -60,9 +71,6 @@ class LogitPolicy:
         noise_per: ``prompt``: the same prompt gets the same noise, so repeated queries average
             nothing. ``query``: fresh noise, which can be averaged away.
         floor: lowest value that is reported.
-        dummy_dims: number of random directions added to the logits, to hide the hidden dimension.
-        dummy_scale: size of these directions relative to the logits' standard deviation.
-        soft_cap: soft cap of the logits, in nats.
 
     References:
         Carlini et al., Stealing part of a production language model, 2024, sections 4 to 8, for the
@@ -79,9 +87,6 @@ class LogitPolicy:
     noise: float = 0.0
     noise_per: str = option("prompt", choices=_CHOICES["noise_per"])
     floor: float | None = None
-    dummy_dims: int = 0
-    dummy_scale: float = 0.1
-    soft_cap: float | None = None
 
     def __post_init__(self) -> None:
         for name, known in _CHOICES.items():
@@ -91,13 +96,11 @@ class LogitPolicy:
             ("top_k", self.top_k if self.top_k or not self.sampled else None),
             ("max_biased", self.max_biased),
             ("bias_limit", self.bias_limit),
-            ("soft_cap", self.soft_cap),
         ):
             if value is not None:
                 checks.positive(value, name)
-        for name, value in (("noise", self.noise), ("dummy_dims", self.dummy_dims)):
-            if value < 0:
-                raise ValueError(f"{name}: expected at least 0, got {value}")
+        if self.noise < 0:
+            raise ValueError(f"noise: expected at least 0, got {self.noise}")
 
     @classmethod
     def parse(cls, name: str) -> "LogitPolicy":
@@ -106,10 +109,9 @@ class LogitPolicy:
         Args:
             name: `full`, `round_D` (D decimals), `noise_S` (S nats), `floor_F`, `top_K` (K values
                 and no bias), `top_K_bias` (with a bias that moves what is reported),
-                `top_K_sampling` (with one that does not), `dummy_R_A` (R directions of relative
-                size A), `cap_C`, `draws` (the drawn token's own value, no bias), `sampling` (the
-                same, and a bias moves what is drawn) or `argmax` (the token alone, and a bias
-                moves it).
+                `top_K_sampling` (with one that does not), `draws` (the drawn token's own value, no
+                bias), `sampling` (the same, and a bias moves what is drawn) or `argmax` (the token
+                alone, and a bias moves it).
 
         Raises:
             ValueError: The name is none of these, or its numbers make no policy.
@@ -119,37 +121,35 @@ class LogitPolicy:
         """
         kind, *rest = name.split("_")
         try:
-            match kind, rest:
-                case "full", []:
-                    return cls()
-                case "round", [decimals]:
-                    return cls(decimals=int(decimals))
-                case "noise", [sigma]:
-                    return cls(noise=float(sigma))
-                case "floor", [floor]:
-                    return cls(floor=float(floor))
-                case "top", [k]:
-                    return cls(top_k=int(k))
-                case "top", [k, "bias"]:
-                    return cls(top_k=int(k), bias="reported", decimals=7)
-                case "top", [k, "sampling"]:
-                    return cls(top_k=int(k), bias="sampling")
-                case "dummy", [dims, scale]:
-                    return cls(dummy_dims=int(dims), dummy_scale=float(scale))
-                case "cap", [cap]:
-                    return cls(soft_cap=float(cap))
-                case "draws", []:
-                    return cls(top_k=0, sampled=True)
-                case "sampling", []:
-                    return cls(top_k=0, sampled=True, bias="sampling")
-                case "argmax", []:
-                    return cls(returns="token", bias="sampling")
+            return cls(**_NAMED[kind](*rest))
+        except (KeyError, TypeError):
+            raise ValueError(
+                "policy: expected full, round_D, noise_S, floor_F, top_K, top_K_bias, "
+                f"top_K_sampling, draws, sampling or argmax, got {name!r}"
+            ) from None
         except ValueError as error:
             raise ValueError(f"policy {name!r}: {error}") from None
-        raise ValueError(
-            "policy: expected full, round_D, noise_S, floor_F, top_K, top_K_bias, top_K_sampling, "
-            f"dummy_R_A, cap_C, draws, sampling or argmax, got {name!r}"
-        )
+
+    @property
+    def step(self) -> float:
+        """Half the distance of neighbouring values that an answer can hold."""
+        return 0.0 if self.decimals is None else 0.5 * 10.0**-self.decimals
+
+    @property
+    def harvests(self) -> bool:
+        """Whether draws alone tell values: the drawn token's own, and no bias is taken."""
+        told = self.sampled and self.returns == "logprobs"
+        return told and self.top_k == 0 and self.bias == "none"
+
+    def row_queries(self, vocab: int) -> int:
+        """Queries for a row where a bias moves what is reported: `1 + ceil((V - 1) / (K - 1))`.
+
+        >>> LogitPolicy(top_k=5).row_queries(5000)
+        1251
+        """
+        if self.top_k is None:
+            return 1
+        return vocab if self.top_k < 2 else 1 + math.ceil((vocab - 1) / (self.top_k - 1))
 
     def value_nats(self, vocab: int) -> float:
         """Most nats that the values of one answer tell: which tokens they are of, and their cells.
@@ -188,42 +188,14 @@ class LogitPolicy:
         return int.from_bytes(digest[:4], "little")
 
     def disturb(
-        self,
-        logits: Float[Array, "*batch vocab"],
-        prompt_key: Key[jax.Array, "*batch"],
-        *,
-        api_key: Key[jax.Array, ""],
-        noise_key: Key[jax.Array, "*batch"] | None = None,
+        self, logits: Float[Array, "*batch vocab"], keys: Key[jax.Array, "*batch"]
     ) -> Float[jax.Array, "*batch vocab"]:
-        """Logits after soft cap, dummy dimensions and noise, before any request changes them.
-
-        Args:
-            logits: ``[*batch, vocab]``.
-            prompt_key: ``[*batch]``, one a prompt: the same prompt, the same key.
-            api_key: key of the API, which draws the dummy directions.
-            noise_key: ``[*batch]``, for noise that is fresh in every query.
-
-        Returns:
-            ``[*batch, vocab]``, float32.
-        """
+        """Logits with noise, before any request changes them, float32; equal keys, equal noise."""
         logits = checks.as_float(logits, "logits")
-        vocab = logits.shape[-1]
-        if self.soft_cap is not None:
-            logits = self.soft_cap * jnp.tanh(logits / self.soft_cap)
-        flat = logits.reshape(-1, vocab)
-        keys = prompt_key.reshape(-1)
-        if self.dummy_dims:
-            directions = jax.random.normal(api_key, (self.dummy_dims, vocab))
-            inside = jax.vmap(
-                lambda k: jax.random.normal(jax.random.fold_in(k, 1), (self.dummy_dims,))
-            )
-            size = self.dummy_scale * flat.std(axis=-1, keepdims=True) / self.dummy_dims**0.5
-            flat = flat + size * (inside(keys) @ directions)
-        if self.noise:
-            keys = keys if noise_key is None else noise_key.reshape(-1)
-            draw = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, 2), (vocab,)))
-            flat = flat + self.noise * draw(keys)
-        return flat.reshape(logits.shape)
+        if not self.noise:
+            return logits
+        draw = jax.vmap(lambda key: jax.random.normal(key, logits.shape[-1:]))
+        return logits + self.noise * draw(keys.reshape(-1)).reshape(logits.shape)
 
     def report(
         self,
@@ -279,34 +251,29 @@ class LogitPolicy:
         if self.top_k is None or self.top_k >= values.shape[-1]:
             tokens = jnp.broadcast_to(jnp.arange(values.shape[-1]), values.shape)
             return Answer(values=values, tokens=tokens)
-        if drawn is None:
-            values, tokens = top_k(values, self.top_k)
-            return Answer(values=values, tokens=tokens)
-        own = jnp.take_along_axis(values, drawn, axis=-1)
+        own = None if drawn is None else jnp.take_along_axis(values, drawn, axis=-1)
         if self.top_k == 0:
             return Answer(values=own, tokens=drawn)
         values, tokens = top_k(values, self.top_k)
-        return Answer(
-            values=jnp.concatenate([own, values], axis=-1),
-            tokens=jnp.concatenate([drawn, tokens], axis=-1),
-        )
+        if drawn is not None:
+            values, tokens = (
+                jnp.concatenate(pair, axis=-1) for pair in ((own, values), (drawn, tokens))
+            )
+        return Answer(values=values, tokens=tokens)
 
     def _biased(self, values: jax.Array, tokens: jax.Array, bias: Array | None) -> jax.Array:
         if self.bias == "none":
             raise ValueError("bias_tokens: expected none, got some: this API takes no logit bias")
-        if bias is None or jnp.shape(bias) != tokens.shape:
-            raise ValueError(
-                f"bias_values: expected the shape of bias_tokens, {tokens.shape}, "
-                f"got {None if bias is None else jnp.shape(bias)}"
-            )
+        shape = None if bias is None else jnp.shape(bias)
+        if bias is None or shape != tokens.shape:
+            raise ValueError(f"bias_values: expected the shape {tokens.shape}, got {shape}")
         if tokens.shape[-1] > self.max_biased:
             raise ValueError(
                 f"bias_tokens: expected at most {self.max_biased} a query, got {tokens.shape[-1]}"
             )
         bias = jnp.clip(jnp.asarray(bias, jnp.float32), -self.bias_limit, self.bias_limit)
-        flat = values.reshape(-1, values.shape[-1])
-        rows = jnp.arange(flat.shape[0])[:, None]
-        where = jnp.broadcast_to(tokens, (*values.shape[:-1], tokens.shape[-1]))
-        where = where.reshape(-1, where.shape[-1])
-        add = jnp.broadcast_to(bias, (*values.shape[:-1], tokens.shape[-1])).reshape(where.shape)
-        return flat.at[rows, where].add(add).reshape(values.shape)
+        flat, shape = values.reshape(-1, values.shape[-1]), (*values.shape[:-1], tokens.shape[-1])
+        where, add = (
+            jnp.broadcast_to(part, shape).reshape(len(flat), -1) for part in (tokens, bias)
+        )
+        return flat.at[jnp.arange(len(flat))[:, None], where].add(add).reshape(values.shape)

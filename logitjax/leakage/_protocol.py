@@ -2,18 +2,20 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import scipy.stats
 
+from logitjax.leakage._oracle import BudgetExhaustedError
 from logitjax.leakage._policy import Answer, LogitPolicy
 from logitjax.leakage._recover_row import RecoveredRow
 
 #: Familywise level of the tests, by Holm's rule.
 LEVEL = 0.01
 # Equal queries, prompts whose values are looked at for a lattice, draws that are held against them.
-_REPEATS, _PROMPTS, _DRAWN = 12, 16, 64
+_REPEATS, _PROMPTS, _DRAWN, _SEEDS = 12, 16, 64, 40
 # What float32 arithmetic leaves of a value, and what its JSON text and ours do.
 _EPS = 16 * float(np.finfo(np.float32).eps)
 _FORMATS = (("float8", 20, 3), ("bfloat16", 16, 7), ("float16", 13, 10))
@@ -21,14 +23,10 @@ _FORMATS = (("float8", 20, 3), ("bfloat16", 16, 7), ("float16", 13, 10))
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One test of a server.
+    """One test: what the server does, the probability of such answers if it did not, the size.
 
-    Attributes:
-        test: What was tested.
-        seen: What the server does.
-        p: Probability of such answers if it did not.
-        effect: Its size, in nats if `seen` does not say of what; 1e9 where a number is missing.
-        declared: Whether the policy says the same.
+    The `effect` is in nats if `seen` does not say of what, 1e9 where a number is missing.
+    `declared` is whether the policy says the same.
     """
 
     test: str
@@ -42,12 +40,8 @@ class Finding:
 class Protocol:
     """What tests say of a server.
 
-    Attributes:
-        policy: As declared, with the decimals that were seen.
-        findings: The tests in turn.
-        first: Values after the first prompt, by token.
-        sigma: Standard deviation of a value between equal queries, an upper bound; 0 without noise.
-        step: Half the distance of neighbouring values.
+    `policy` has the decimals that were seen, `first` the values after the first prompt. `sigma` is
+    an upper bound of a value's deviation between equal queries, `step` half a lattice's.
     """
 
     policy: LogitPolicy
@@ -114,8 +108,15 @@ def infer_protocol(protocol: Protocol, oracle: Any, prompts: Any) -> None:
     protocol.repeated("one prompt again", equal)
     if policy.returns == "token" or policy.sampled:
         _draws(protocol, oracle, prompt)
-    if policy.returns == "token":
-        return
+    if policy.returns != "token":
+        _values(protocol, oracle, prompts, equal)
+    if hasattr(oracle, "draws"):
+        _choices(protocol, oracle, prompts)
+
+
+def _values(protocol: Protocol, oracle: Any, prompts: Any, equal: Answer) -> None:
+    """Lattice, mass and temperature of reported values, and what a bias and an echo do."""
+    policy, prompt = oracle.policy, prompts[0]
     protocol.first = first = _means(equal)
     values = np.asarray(oracle.ask(prompts[:_PROMPTS]).values, np.float64)
     _lattice(protocol, values)
@@ -154,7 +155,7 @@ def _means(answer: Answer) -> dict[int, float]:
 
 
 def _draws(protocol: Protocol, oracle: Any, prompt: Any) -> None:
-    """Draws at temperature 1: whether values are their rates, and whether a seed repeats them."""
+    """Draws at temperature 1: whether values are their rates."""
     answer = oracle.ask([prompt] * _DRAWN, temperature=1.0)
     drawn = np.asarray(answer.tokens)[:, 0]
     if oracle.policy.returns != "token":
@@ -163,15 +164,87 @@ def _draws(protocol: Protocol, oracle: Any, prompt: Any) -> None:
         p = float(scipy.stats.binomtest(count, _DRAWN, rate).pvalue)
         seen = f"{count} of {_DRAWN} draws are of a token of {rate:.3f}, off by"
         protocol.add("rates", seen, p, abs(count / _DRAWN - rate), p > LEVEL)
-    if hasattr(oracle, "seed"):
-        oracle.seed = 7
-        again = np.asarray(oracle.ask([prompt] * _REPEATS, temperature=1.0).tokens)[:, 0]
-        oracle.seed = None
-        same, most = int((again[1:] == again[0]).sum()), _REPEATS - 1
-        chance = (int((drawn == again[0]).sum()) + 1) / (_DRAWN + 2)
-        seen = f"equal draws of equal seeds: {same} of {most}, by chance {chance:.2f}"
-        p = float(scipy.stats.binom.sf(same - 1, most, chance))
-        protocol.add("seed", seen, p, same / most, True)
+
+
+def _choices(protocol: Protocol, oracle: Any, prompts: Any) -> None:
+    """Draws by their seeds: what they depend on, and by which law they come.
+
+    None of it is part of a policy of values, so nothing is declared; each says what a client may
+    move (docs/leakage.md).
+    """
+    seeds = [{"temperature": 1.0, "seed": seed} for seed in range(_SEEDS)]
+    prompt, rng = prompts[0], np.random.default_rng(0)
+
+    def told(test: str, what: str, **more: Any) -> np.ndarray | None:
+        """Draws of the same seeds once more, and how many stay, beside what chance keeps."""
+        asked = more.pop("prompt", prompt)
+        again = _drawn(oracle, asked, [fields | more for fields in seeds])
+        if again is None:
+            protocol.add(test, f"{what}: refused", 1.0, 0.0, True)
+            return None
+        same = int((again == drawn).sum())
+        # Pairs of unequal seeds say how often draws agree by chance.
+        by_chance = [int((again == rng.permutation(drawn)).sum()) for _ in range(500)]
+        p = (1 + sum(count >= same for count in by_chance)) / 501
+        seen = f"{what}: {same} of {_SEEDS} draws stay, by chance {np.mean(by_chance):.1f}"
+        protocol.add(test, seen, p, same / _SEEDS, True)
+        return again
+
+    drawn = _drawn(oracle, prompt, seeds)
+    if drawn is None:
+        protocol.add("seed", "seeds are refused", 1.0, 0.0, True)
+        return
+    told("seed", "equal seeds")
+    # Noise that requests share makes each field a comparison (`Choice`).
+    told("key", "min_p of 1e-7 beside none", min_p=1e-7)
+    told("prompts", "another prompt", prompt=prompts[1])
+    alone = np.array([oracle.draws(prompt, [fields])[0] for fields in seeds[:_REPEATS]])
+    flips = int((alone != drawn[:_REPEATS]).sum())
+    protocol.add("company", f"{flips} of {_REPEATS} draws differ alone", 1.0, flips, True)
+    warmer = told("law", "temperature 1.2 beside 1", temperature=1.2)
+    if warmer is not None and (moved := warmer != drawn).any():
+        # Inverse distribution functions move a draw to a neighbour; Gumbel noise to any token.
+        order = np.unique([*drawn, *warmer])
+        steps = np.abs(np.searchsorted(order, warmer) - np.searchsorted(order, drawn))[moved]
+        near, by_chance = int((steps == 1).sum()), min(1.0, 2 / max(1, len(order) - 1))
+        p = float(scipy.stats.binom.sf(near - 1, len(steps), by_chance))
+        seen = f"{near} of {len(steps)} draws move to a neighbour, by chance {by_chance:.2f}"
+        protocol.add("law", seen, p, near / len(steps), True)
+    _rules(protocol, oracle, prompt)
+
+
+def _rules(protocol: Protocol, oracle: Any, prompt: Any) -> None:
+    """Whether `min_p` comes after the temperature, and whether penalties see the prompt."""
+    hot = [{"temperature": 2.0, "min_p": math.exp(-1.5), "seed": seed} for seed in range(_DRAWN)]
+    best = max(protocol.first.values(), default=0.0)
+    cut = _drawn(oracle, prompt, hot)
+    if cut is not None:
+        gaps = [protocol.first.get(int(token), math.nan) - best for token in cut]
+        between = int(sum(-2.9 < gap < -1.6 for gap in gaps))
+        seen = f"{between} draws lie between the cuts before and after the temperature"
+        protocol.add("min_p", seen, 0.0 if between else 1.0, between, True)
+    # The likeliest token once more behind itself: who counts the prompt takes another.
+    first = oracle.draws(prompt, [{"temperature": 0.0}])
+    longer = [int(first[0]), *np.asarray(prompt).tolist()]
+    plain = oracle.draws(longer, [{"temperature": 0.0}])
+    rules = [{"repetition_penalty": 10.0}, {"presence_penalty": 2.0}]
+    asked = [_drawn(oracle, longer, [{"temperature": 0.0} | rule]) for rule in rules]
+    moved = [None if one is None else one[0] for one in asked]
+    others = zip(rules, moved, strict=True)
+    names = [name for rule, token in others for name in rule if token not in (None, *plain)]
+    where = "in" if plain[0] in longer else "not in"
+    seen = f"the likeliest token, {where} the prompt, moves by {', '.join(names) or 'none'}"
+    protocol.add("penalties", seen, 1.0, len(names), True)
+
+
+def _drawn(oracle: Any, prompt: Any, fields: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
+    """Draws for each of some fields; None where the server refuses them."""
+    try:
+        return oracle.draws(prompt, fields)
+    except BudgetExhaustedError:
+        raise
+    except ValueError:
+        return None
 
 
 def _echo(protocol: Protocol, oracle: Any, prompt: Any) -> None:

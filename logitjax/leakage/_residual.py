@@ -15,23 +15,14 @@ _SAMPLE, _ALIKE = 512, 1 / 3
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Residual:
-    """What is left of a table beyond its first directions.
+    """What is left of a table beyond its first directions."""
 
-    Attributes:
-        by_row: ``[n]`` variance of each row's noise.
-        by_token: ``[vocab]`` likewise.
-        even: Whether the variance is one in all tokens and in all rows.
-        loudest: The largest residual, in standard deviations.
-        lone: Whether a direction may be one loud row, or one loud value of it.
-        edge: A singular value that independent noise of any variances stays below.
-    """
-
-    by_row: np.ndarray
-    by_token: np.ndarray
-    even: bool
-    loudest: float
-    lone: bool
-    edge: float
+    by_row: np.ndarray  # [n], variance of each row's noise
+    by_token: np.ndarray  # [vocab], likewise
+    even: bool  # whether the variance is one in all tokens and in all rows
+    loudest: float  # the largest residual, in standard deviations
+    lone: bool  # whether a direction may be one loud row, or one loud value of it
+    edge: float  # a singular value that independent noise of any variances stays below
 
 
 def residual(table: Table, whole: Spectrum, k: int) -> Residual:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from logitjax.leakage._recover_row import Asked
+from logitjax.leakage._oracle import Asked
 from logitjax.ops import Array
 
 # A batch that its queries do not narrow any more is given up: answers contradict each other.
@@ -19,16 +19,11 @@ _ROUNDED = 2.0**-18
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SearchedLogits:
-    """Bounds of logits less the largest one, in nats.
+    """Bounds `[m]` of logits less the largest one, in nats.
 
-    Attributes:
-        tokens: `[m]`, which tokens.
-        lower: `[m]`; -inf where a token stayed below the assumed range.
-        upper: `[m]`.
-        queries: What it took.
-        contradictions: Answers that no logits agree with, which were left out: the API adds fresh
-            noise, and the bounds hold up to it only. Most answers under noise agree with some
-            logits, so none is no proof.
+    A `lower` of -inf is of a token that stayed below the assumed range. `contradictions` counts
+    answers that no logits agree with, which were left out: the API adds fresh noise, and the bounds
+    hold up to it only. Most answers under noise agree with some logits, so none is no proof.
     """
 
     tokens: np.ndarray
@@ -90,36 +85,12 @@ def search_logits(
     span: float = 40.0,
     tolerance: float = 0.01,
 ) -> SearchedLogits:
-    """Search for logits when an API reports nothing but the token it draws at temperature 0.
+    """Bounds of logits when an API reports nothing but the token it draws at temperature 0.
 
-    If token t is drawn under biases b, then `z_j + b_j <= z_t + b_t` for all j. Tokens are asked
-    for in batches together with the token that is drawn without a bias, which no other token can
-    beat. They are biased so that each is equally likely to be drawn, which is within a factor two
-    of the best that one of N answers can tell: 2.6 queries a token to 1e-4 of the span.
-
-    Args:
-        oracle: The API; its bias moves the drawn token.
-        prompt: Token ids.
-        tokens: `[m]` distinct token ids.
-        span: Range of the logits in nats, at most the largest bias; lower tokens are not found.
-        tolerance: Distance of the bounds, in nats, at which to stop. Some 1e-5 nats, which float32
-            rounds away, come on top.
-
-    Raises:
-        ValueError: The API takes no bias, or less than the span.
-        BudgetExhaustedError: The oracle's budget is spent.
-
-    References:
-        Carlini et al., 2024 (arXiv:2403.06634), for APIs without log-probabilities. Their code
-        keeps one interval a token, or closes all constraints at O(N^3) each time; here the bound
-        of every difference stays closed, at O(N^2) an answer.
-
-    >>> from logitjax.leakage import LogitOracle, LogitPolicy
-    >>> table = np.array([[1.0, 4.0, -2.0]], np.float32)
-    >>> oracle = LogitOracle(lambda tokens: table, LogitPolicy.parse("argmax"))
-    >>> found = search_logits(oracle, [0], [0, 2])
-    >>> print(found.middle.round(2))
-    [-3. -6.]
+    Tokens are asked for in batches together with the token that is drawn without a bias, which no
+    other can beat; see `recover_log_probs`. The range of the logits is taken to be `span` nats, the
+    search stops where bounds are `tolerance` nats apart. Some 1e-5 nats, which float32 rounds away,
+    come on top.
     """
     policy = oracle.policy
     if policy.bias == "none":

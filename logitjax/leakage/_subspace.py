@@ -2,15 +2,13 @@
 
 import dataclasses
 import math
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg
 from jaxtyping import Bool, Float, Int
 
 from logitjax.leakage._gram import Table, project, spectrum
-from logitjax.leakage._known_basis import BasisFit, choose_tokens, rows_from_basis
 from logitjax.leakage._residual import finite_columns
 from logitjax.leakage._spectrum import clip_spectrum, max_gap_dimension, rounding_noise
 from logitjax.leakage._width import OutputWidth, judge_width
@@ -30,7 +28,7 @@ class OutputSubspace:
         count: number of rows.
     """
 
-    basis: jax.Array
+    basis: np.ndarray
     width: OutputWidth
     singular_values: np.ndarray
     vocab_where: Bool[np.ndarray, " vocab"]
@@ -47,25 +45,54 @@ class OutputSubspace:
         return max_gap_dimension(self.singular_values)
 
     def choose_tokens(self, count: int) -> Int[np.ndarray, " count"]:
-        """Tokens at which to ask, so that `complete` is well-conditioned."""
-        return choose_tokens(np.asarray(self.basis), count)
+        """Tokens at which to ask, so that `complete` is well-conditioned.
+
+        Pivoted QR picks as many as the basis has columns; the rest have the largest rows of it.
+        """
+        basis = self.basis.astype(np.float64)
+        vocab, rank = basis.shape
+        if not rank <= count <= vocab:
+            raise ValueError(f"count: expected a number from {rank} to {vocab}, got {count}")
+        order: np.ndarray = scipy.linalg.qr(basis.T, mode="r", pivoting=True)[-1]  # pyright: ignore
+        rest = np.setdiff1d(np.arange(vocab), order[:rank])
+        size = np.einsum("vr,vr->v", basis[rest], basis[rest])
+        return np.concatenate([order[:rank], rest[np.argsort(-size)[: count - rank]]])
 
     def complete(
-        self, tokens: Int[Array, " m"], values: Float[Array, "n m"], **options: Any
-    ) -> BasisFit:
-        """Whole rows from a few of their values, `rows_from_basis` with its options.
+        self,
+        tokens: Int[Array, " m"],
+        values: Float[Array, "n m"],
+        *,
+        largest_condition: float = 1e6,
+    ) -> np.ndarray:
+        """Whole rows from a few of their values, by least squares in the basis.
+
+        ``values = basis[tokens] c + shift``, then ``row = basis c + shift``, the shift each row's
+        normaliser: h + 1 values say all V.
 
         Args:
             tokens: ``[m]`` where the values were taken, distinct.
             values: ``[n, m]``.
+            largest_condition: Errors of the values are multiplied by up to the condition of the
+                basis at the tokens; a larger one is refused.
 
         Returns:
-            `BasisFit`, whose ``rows`` are ``[n, vocab]``, NaN where ``vocab_where`` is False.
+            ``[n, vocab]``, NaN where ``vocab_where`` is False.
         """
-        if not self.vocab_where[np.asarray(tokens)].all():
+        tokens, values = np.asarray(tokens), np.asarray(values, np.float64)
+        if not self.vocab_where[tokens].all():
             raise ValueError("tokens: expected some that the basis knows, got one that was masked")
-        fit = rows_from_basis(np.asarray(self.basis), tokens, values, **options)
-        return dataclasses.replace(fit, rows=np.where(self.vocab_where, fit.rows, np.nan))
+        known = np.concatenate([self.basis, np.ones((len(self.basis), 1))], axis=1)
+        unknowns, system = known.shape[1], known[tokens]
+        if len(tokens) < unknowns:
+            raise ValueError(f"tokens: expected at least {unknowns}, got {len(tokens)}")
+        found, _, _, singular = np.linalg.lstsq(system, values.T, rcond=None)
+        if singular[0] > largest_condition * singular[-1]:
+            raise ValueError(
+                f"tokens: expected a condition of at most {largest_condition:.2g}, got "
+                f"{singular[0] / max(singular[-1], 1e-300):.2g}: take more, or choose_tokens()"
+            )
+        return np.where(self.vocab_where, (known @ found).T, np.nan)
 
 
 def estimate_output_subspace(
@@ -148,7 +175,9 @@ def estimate_output_subspace(
     scaled = whole.left[:, :size] / np.maximum(whole.values[:size], smallest)
     basis = project(table.rows, scaled, table.means if centre else None, block_size=block_size)
     if not where.all():
-        basis = jnp.zeros((vocab, basis.shape[1]), basis.dtype).at[np.flatnonzero(where)].set(basis)
+        every = np.zeros((vocab, basis.shape[1]), np.float32)
+        every[where] = basis
+        basis = every
     return OutputSubspace(
         basis=basis,
         width=width,

@@ -33,7 +33,6 @@ is not given, or an option is unknown or out of range.
 from logitjax.losses._cross_entropy import cross_entropy as cross_entropy
 from logitjax.losses._divergences import generalized_jensen_shannon as generalized_jensen_shannon
 from logitjax.losses._divergences import kl_divergence as kl_divergence
-from logitjax.losses._divergences import total_variation as total_variation
 from logitjax.losses._graph_statistics import GraphStatistics as GraphStatistics
 from logitjax.losses._graph_statistics import graph_statistics as graph_statistics
 from logitjax.losses._linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
@@ -41,7 +40,6 @@ from logitjax.losses._linear_divergences import (
     linear_generalized_jensen_shannon as linear_generalized_jensen_shannon,
 )
 from logitjax.losses._linear_divergences import linear_kl_divergence as linear_kl_divergence
-from logitjax.losses._linear_divergences import linear_total_variation as linear_total_variation
 from logitjax.losses._linear_log_probs import LogProbs as LogProbs
 from logitjax.losses._linear_log_probs import linear_log_probs as linear_log_probs
 from logitjax.losses._linear_log_probs import pad_support as pad_support

@@ -1,24 +1,4 @@
-"""Divergences between a student's and a teacher's distribution over one shared vocabulary.
-
-A data-parallel distillation step under `pmap`:
-
->>> import jax
->>> import numpy as np
->>> from logitjax.losses import kl_divergence
->>> def step(kernel, inputs, teacher_logits):
-...     def loss_fn(kernel):
-...         return kl_divergence(inputs @ kernel, teacher_logits, temperature=2.0).mean()
-...
-...     loss, grad = jax.value_and_grad(loss_fn)(kernel)
-...     return kernel - jax.lax.pmean(grad, "data"), jax.lax.pmean(loss, "data")
->>> step = jax.pmap(step, axis_name="data", in_axes=(None, 0, 0), out_axes=None)
->>> inputs = np.ones((jax.local_device_count(), 2, 3))
->>> teacher_logits = np.ones((jax.local_device_count(), 2, 4)) * np.arange(4.0)
->>> kernel, loss = step(np.zeros((3, 4)), inputs, teacher_logits)
->>> kernel, better = step(kernel, inputs, teacher_logits)
->>> float(better) < float(loss)
-True
-"""
+"""Divergences between a student's and a teacher's distribution over one shared vocabulary."""
 
 from typing import Literal
 
@@ -138,39 +118,6 @@ def generalized_jensen_shannon(
         safe_q = jnp.where(exists & (log_q != -jnp.inf), log_q, log_m)
         terms = beta * p * (safe_p - log_m) + (1 - beta) * q * (safe_q - log_m)
     return on_mesh.psum(terms.sum(axis), axis_name)
-
-
-def total_variation(
-    student_logits: Float[Array, "..."],
-    teacher_logits: Float[Array, "..."],
-    *,
-    temperature: Number = 1.0,
-    vocab_where: Bool[Array, "..."] | None = None,
-    axis: int = -1,
-    axis_name: AxisName | None = None,
-) -> Float[jax.Array, "..."]:
-    """Total variation distance: the largest difference in probability of any set of entries.
-
-    With `p` the teacher's and `q` the student's softmax of `logits / T`::
-
-        1/2 sum_v |p_v - q_v|
-
-    What all losses take, return and raise is written in `logitjax.losses`.
-
-    >>> import jax.numpy as jnp
-    >>> student = jnp.log(jnp.array([0.5, 0.5]))
-    >>> teacher = jnp.log(jnp.array([0.25, 0.75]))
-    >>> print(f"{total_variation(student, teacher):.2f}")
-    0.25
-
-    References:
-        Wen et al., f-divergence minimization for sequence-level knowledge distillation, 2023.
-    """
-    log_q, log_p, axis = _log_probs(
-        student_logits, teacher_logits, temperature, vocab_where, axis, axis_name
-    )
-    terms = jnp.abs(jnp.exp(log_p) - jnp.exp(log_q))
-    return 0.5 * on_mesh.psum(terms.sum(axis), axis_name)
 
 
 def _log_probs(

@@ -1,14 +1,14 @@
 """Cross-entropy from hidden states, without the logits."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
-from logitjax.losses.sweep import Blocks, Head, ReadoutStatistic, run
-from logitjax.ops import Array, AxisName, Number, checks, neginf_to_zero
+from logitjax.losses.sweep import Head, Options, ReadoutStatistic, weighted_or_each
+from logitjax.ops import Array, checks, neginf_to_zero
 
 
 def linear_cross_entropy(
@@ -18,11 +18,7 @@ def linear_cross_entropy(
     *,
     label_smoothing: float | int = 0.0,
     z_loss: float | int = 0.0,
-    temperature: Number = 1.0,
-    vocab_where: Bool[Array, " vocab"] | None = None,
-    weights: Float[Array, "*batch"] | None = None,
-    blocks: Blocks | None = None,
-    axis_name: AxisName | None = None,
+    **options: Unpack[Options],
 ) -> Float[jax.Array, "*losses"]:
     """`cross_entropy` of a linear head's logits, which never exist as a whole.
 
@@ -63,22 +59,11 @@ def linear_cross_entropy(
     statistic = _CrossEntropy(
         labels=True,
         mean=bool(label_smoothing),
-        vocab=head.vocab_size(axis_name),
+        vocab=head.vocab_size(options.get("axis_name")),
         label_smoothing=label_smoothing,
         z_loss=z_loss,
     )
-    loss = run(
-        statistic,
-        hidden,
-        head,
-        tokens={"labels": labels},
-        temperature=temperature,
-        vocab_where=vocab_where,
-        weights=weights,
-        blocks=blocks,
-        axis_name=axis_name,
-    )
-    return loss if weights is None else loss[0]
+    return weighted_or_each(statistic, hidden, head, tokens={"labels": labels}, **options)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

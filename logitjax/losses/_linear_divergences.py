@@ -1,15 +1,13 @@
 """Divergences between a student's and a teacher's linear head, without the logits of either."""
 
-import dataclasses
-from typing import Any, Literal
+from typing import Literal, Unpack
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
-from logitjax.losses.sweep import Blocks, Head, KLStatistic, MixtureStatistic, run
-from logitjax.losses.sweep._mixture import NormalisedStatistic
-from logitjax.ops import Array, AxisName, Number, checks
+from logitjax.losses.sweep import Head, KLStatistic, MixtureStatistic, Options, weighted_or_each
+from logitjax.ops import Array, checks
 
 
 def linear_kl_divergence(
@@ -19,11 +17,7 @@ def linear_kl_divergence(
     teacher_head: Head | Float[Array, "teacher_rows teacher_columns"],
     *,
     direction: Literal["forward", "reverse"] = "forward",
-    temperature: Number = 1.0,
-    vocab_where: Bool[Array, " vocab"] | None = None,
-    weights: Float[Array, "*batch"] | None = None,
-    blocks: Blocks | None = None,
-    axis_name: AxisName | None = None,
+    **options: Unpack[Options],
 ) -> Float[jax.Array, "*losses"]:
     """`kl_divergence` of two linear heads' logits, neither of which exist as a whole.
 
@@ -48,34 +42,21 @@ def linear_kl_divergence(
     """
     if direction not in ("forward", "reverse"):
         raise ValueError(f"direction: expected 'forward' or 'reverse', got {direction!r}")
-    loss = run(
-        KLStatistic(reverse=direction == "reverse"),
-        hidden,
-        head,
-        teacher=(teacher_hidden, teacher_head),
-        temperature=temperature,
-        vocab_where=vocab_where,
-        weights=weights,
-        blocks=blocks,
-        axis_name=axis_name,
-    )
-    loss = loss if weights is None else loss[0]
+    statistic = KLStatistic(reverse=direction == "reverse")
+    teacher = (teacher_hidden, teacher_head)
+    loss = weighted_or_each(statistic, hidden, head, teacher=teacher, **options)
     # Gradients through softmax(logits / T) shrink as 1 / T^2 (Hinton et al., 2015, section 2).
-    return loss * jnp.square(jnp.asarray(temperature, loss.dtype))
+    return loss * jnp.square(jnp.asarray(options.get("temperature", 1.0), loss.dtype))
 
 
 def linear_generalized_jensen_shannon(
     hidden: Float[Array, "*batch hidden"],
     head: Head | Float[Array, "rows columns"],
-    teacher_hidden: Float[Array, "*batch teacher_hidden"] | tuple[Any, Any],
+    teacher_hidden: Float[Array, "*batch teacher_hidden"],
     teacher_head: Head | Float[Array, "teacher_rows teacher_columns"],
     *,
     beta: float | int = 0.5,
-    temperature: Number = 1.0,
-    vocab_where: Bool[Array, " vocab"] | None = None,
-    weights: Float[Array, "*batch"] | None = None,
-    blocks: Blocks | None = None,
-    axis_name: AxisName | None = None,
+    **options: Unpack[Options],
 ) -> Float[jax.Array, "*losses"]:
     """`generalized_jensen_shannon` of two linear heads, without the logits of either.
 
@@ -90,9 +71,6 @@ def linear_generalized_jensen_shannon(
     What all losses take, return and raise is written in `logitjax.losses`.
 
     Args:
-        teacher_hidden: `[*batch, teacher_hidden]`; gets no gradient. May be a pair of these and the
-            log-sum-exp of the teacher's logits over the temperature, `[*batch]`, as from
-            `linear_readout`, which saves a sweep over the teacher's head.
         beta: the teacher's weight, in `[0, 1]`.
 
     >>> import jax.numpy as jnp
@@ -102,85 +80,10 @@ def linear_generalized_jensen_shannon(
     0.6931
     """
     checks.between(beta, 0, 1, "beta")
-    states, known = _states(teacher_hidden)
     # At both ends it is a KL divergence, which takes one sweep.
     statistic = KLStatistic(reverse=beta == 1)
     if beta not in (0, 1):
         shares = (float(beta), 1 - float(beta))
-        statistic = MixtureStatistic(beta=shares[0], weights=shares, known=bool(known))
-    loss = run(
-        statistic,
-        hidden,
-        head,
-        teacher=(states, teacher_head),
-        tokens=known,
-        temperature=temperature,
-        vocab_where=vocab_where,
-        weights=weights,
-        blocks=blocks,
-        axis_name=axis_name,
-    )
-    return loss if weights is None else loss[0]
-
-
-def linear_total_variation(
-    hidden: Float[Array, "*batch hidden"],
-    head: Head | Float[Array, "rows columns"],
-    teacher_hidden: Float[Array, "*batch teacher_hidden"] | tuple[Any, Any],
-    teacher_head: Head | Float[Array, "teacher_rows teacher_columns"],
-    *,
-    temperature: Number = 1.0,
-    vocab_where: Bool[Array, " vocab"] | None = None,
-    weights: Float[Array, "*batch"] | None = None,
-    blocks: Blocks | None = None,
-    axis_name: AxisName | None = None,
-) -> Float[jax.Array, "*losses"]:
-    """`total_variation` of two linear heads, without the logits of either.
-
-    Takes as many sweeps as `linear_generalized_jensen_shannon`.
-
-    ::
-
-        1/2 sum_v |p_v - q_v|
-
-    What all losses take, return and raise is written in `logitjax.losses`.
-
-    >>> import jax.numpy as jnp
-    >>> one = jnp.ones((1,))
-    >>> head, teacher_head = jnp.log(jnp.array([[0.5, 0.5]])), jnp.log(jnp.array([[0.25, 0.75]]))
-    >>> print(f"{linear_total_variation(one, head, one, teacher_head):.2f}")
-    0.25
-    """
-    states, known = _states(teacher_hidden)
-    loss = run(
-        _TotalVariation(known=bool(known)),
-        hidden,
-        head,
-        teacher=(states, teacher_head),
-        tokens=known,
-        temperature=temperature,
-        vocab_where=vocab_where,
-        weights=weights,
-        blocks=blocks,
-        axis_name=axis_name,
-    )
-    return loss if weights is None else loss[0]
-
-
-def _states(teacher: Any) -> tuple[Any, dict[str, Any]]:
-    """A teacher's hidden states, and what is known of them."""
-    if not isinstance(teacher, tuple):
-        return teacher, {}
-    hidden, log_z = teacher
-    checks.shapes(
-        teacher_hidden=(hidden, "float *batch hidden"), teacher_log_z=(log_z, "float *batch")
-    )
-    return hidden, {"teacher_log_z": log_z}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _TotalVariation(NormalisedStatistic):
-    def terms(self, log_q: jax.Array, log_p: jax.Array) -> tuple[jax.Array, jax.Array]:
-        q = jnp.exp(log_q)
-        apart = q - jnp.exp(log_p)
-        return 0.5 * jnp.abs(apart), 0.5 * jnp.sign(apart) * q
+        statistic = MixtureStatistic(beta=shares[0], weights=shares)
+    teacher = (teacher_hidden, teacher_head)
+    return weighted_or_each(statistic, hidden, head, teacher=teacher, **options)

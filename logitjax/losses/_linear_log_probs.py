@@ -59,28 +59,20 @@ def linear_log_probs(
         log p_y = z_y - log sum_{v in S} exp z_v,    H = -sum_{v in S} p_v log p_v,
         d z_v   = g (1[v = y] - p_v) - e p_v (log p_v + H)    for cotangents g, e
 
+    What all losses take and raise is written in `logitjax.losses`.
+
     Args:
         hidden: `[*batch, hidden]`, at positions that predict the tokens.
-        head: A `Head`, or a kernel `[hidden, vocab]` or `[vocab, hidden]` alone.
-        tokens: `[*batch]` ids.
-        temperature: Divides the logits; positive; may be traced, but gets no gradient.
+        tokens: `[*batch]` ids, over the whole vocabulary.
         support: The sets `S` as the sampler has recorded them: `[*batch, n]` ids, padded with -1,
             or `(ids, row_splits)`, see `pad_support`. A token that its set lacks is added, an id
             counts once, and an empty set stands for the whole vocabulary. Sets found anew from the
             trained model's own logits would differ from those by rounding, and later by training.
         entropy: Whether to return it.
-        vocab_where: `[vocab]` boolean: True for the entries that exist, as in a padded vocabulary.
-        blocks: What may be held at a time; chosen from shapes and device when None.
-        axis_name: Inside `jax.shard_map` with the head's vocabulary split over this mesh axis: that
-            axis. Ids count over the whole vocabulary.
 
     Returns:
         `LogProbs`; `-inf` where the token's entry does not exist, nan where an id is past the
         vocabulary.
-
-    Raises:
-        TypeError: Arrays have the wrong type.
-        ValueError: Shapes do not fit, or a kernel is square and its `vocab_axis` is not given.
 
     >>> import jax, numpy as np
     >>> hidden, head = np.ones((2, 1)), np.array([[1.0, 2.0, 3.0, 0.0]])

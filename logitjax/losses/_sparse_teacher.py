@@ -1,7 +1,7 @@
 """Divergences from a teacher of which only the top logits are known, as a cache holds them."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 
 from logitjax.losses._linear_readout import Readout
 from logitjax.losses._tail_sample import TailSample
-from logitjax.losses.sweep import Blocks, Head, ReadoutStatistic, run
+from logitjax.losses.sweep import Head, Options, ReadoutStatistic, weighted_or_each
 from logitjax.ops import Array, AxisName, Number, TopK, checks, gather_at, logsumexp, neginf_to_zero
 
 Tail = Literal["bucket", "renormalize"] | TailSample
@@ -118,11 +118,7 @@ def linear_sparse_kl_divergence(
     *,
     direction: Literal["forward", "reverse"] = "forward",
     tail: Tail = "bucket",
-    temperature: Number = 1.0,
-    vocab_where: Bool[Array, " vocab"] | None = None,
-    weights: Float[Array, "*batch"] | None = None,
-    blocks: Blocks | None = None,
-    axis_name: AxisName | None = None,
+    **options: Unpack[Options],
 ) -> Float[jax.Array, "*losses"]:
     """`sparse_kl_divergence` of a linear head's logits, which never exist as a whole.
 
@@ -143,11 +139,12 @@ def linear_sparse_kl_divergence(
     >>> print(f"{divergence(one, head, np.log([0.5, 0.25, 0.125, 0.125])):.4f}")
     0.1733
     """
+    temperature = options.get("temperature", 1.0)
     _check(direction, tail, temperature)
     _check_teacher(teacher, tail)
     checks.shapes(hidden=(hidden, "float *batch hidden"))
     head = Head.of(head).resolve(jnp.shape(hidden)[-1])
-    vocab = head.vocab_size(axis_name)
+    vocab = head.vocab_size(options.get("axis_name"))
     checks.ids(_ids(teacher, tail), vocab, "teacher.indices")
     tokens = {"ids": _ids(teacher, tail), "values": jnp.asarray(teacher.values)}
     if tail == "renormalize":
@@ -158,23 +155,13 @@ def linear_sparse_kl_divergence(
         tokens["log_z"] = jnp.asarray(teacher.log_z)
     if isinstance(tail, TailSample):
         tokens["drawn"] = jax.tree.map(jnp.asarray, (tail.values, tail.log_probs))
-    loss = run(
-        _SparseKL(
-            ids=tokens["ids"].shape[-1],
-            direction=direction,
-            renormalize=tail == "renormalize",
-            vocab=vocab,
-        ),
-        hidden,
-        head,
-        tokens=tokens,
-        temperature=temperature,
-        vocab_where=vocab_where,
-        weights=weights,
-        blocks=blocks,
-        axis_name=axis_name,
+    statistic = _SparseKL(
+        ids=tokens["ids"].shape[-1],
+        direction=direction,
+        renormalize=tail == "renormalize",
+        vocab=vocab,
     )
-    return loss if weights is None else loss[0]
+    return weighted_or_each(statistic, hidden, head, tokens=tokens, **options)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -256,20 +243,23 @@ def _sparse_kl(
     """
     values = jax.lax.stop_gradient(jnp.asarray(teacher.values).astype(gathered.dtype))
     teacher_log_z = jax.lax.stop_gradient(jnp.asarray(teacher.log_z).astype(gathered.dtype))
-    log_p = values - neginf_to_zero(teacher_log_z)[..., None]
-    # A normaliser that overflowed, or is of nothing, beside a logit that exists.
-    wrong = jnp.isinf(teacher_log_z)[..., None] & (values != -jnp.inf)
-    log_p = jnp.where(wrong, jnp.nan, log_p)
+    log_p = _of_teacher(values, teacher_log_z)
     # Of a student's as well: beside an infinite logit all others would have no mass at all.
     log_z = jnp.where(log_z == jnp.inf, jnp.nan, neginf_to_zero(log_z))
     log_q = gathered - log_z[..., None]
     if drawn is not None:
         k, (values, log_law) = log_p.shape[-1], jax.lax.stop_gradient(drawn)
-        teachers = log_p, values - neginf_to_zero(teacher_log_z)[..., None]
+        teachers = log_p, _of_teacher(values, teacher_log_z)
         return _estimate(teachers, (log_q[..., :k], log_q[..., k:]), log_law, direction)
     # All that is left is one bucket; merging entries can only lower a divergence.
     log_p, log_q = _with_tail(log_p), _with_tail(log_q)
     return _kl(log_p, log_q, direction)
+
+
+def _of_teacher(values: jax.Array, log_z: jax.Array) -> jax.Array:
+    # An infinite logit, or a normaliser that overflowed, or is of nothing, beside one that exists.
+    wrong = (jnp.isinf(log_z)[..., None] & (values != -jnp.inf)) | (values == jnp.inf)
+    return jnp.where(wrong, jnp.nan, values - neginf_to_zero(log_z)[..., None])
 
 
 def _estimate(teacher: Any, student: Any, log_law: Any, direction: str) -> jax.Array:

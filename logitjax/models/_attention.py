@@ -19,7 +19,7 @@ from logitjax.models._cache import (
     write_slots,
     write_vectors,
 )
-from logitjax.models._config import DecoderConfig, Window
+from logitjax.models._config import DecoderConfig, Kind, Window
 from logitjax.models._lora import linear_map, project
 from logitjax.models._rope import apply_rope, changes_with_length, rope_tables
 from logitjax.ops import Array, sharding
@@ -32,10 +32,10 @@ LONG = 4096
 
 @dataclasses.dataclass(frozen=True)
 class AttentionContext:
-    """Rotations, mask and cache slots shared by all layers with the same window.
+    """What all layers of one kind share: rotations, mask and cache slots.
 
-    `key_tables` are there where a cache keeps keys unrotated, as their rotation will change when
-    the sequence grows beyond the length that a model was first trained on.
+    `key_tables` are there where a cache keeps keys unrotated, whose rotation changes with the
+    length.
     """
 
     window: Window
@@ -51,7 +51,7 @@ class AttentionContext:
 
 def make_context(
     config: DecoderConfig,
-    window: Window,
+    kind: Kind,
     positions: Int[Array, "batch time"],
     *,
     segment_ids: Int[Array, "batch time"] | None,
@@ -61,7 +61,7 @@ def make_context(
     lora_rows: Array | None,
 ) -> tuple[AttentionContext, jax.Array | None]:
     """The context of one kind of layer, and the positions its cache will hold."""
-    time = positions.shape[1]
+    time, (window, rotates) = positions.shape[1], kind
     slots = held = mask = segments = None
     concatenate = False
     lengths = seen = None
@@ -89,7 +89,7 @@ def make_context(
     elif segment_ids is not None or padded:
         mask = _packed_mask(positions, segment_ids, window, padded)
     tables = key_tables = None
-    if config.position == "rope":
+    if config.position == "rope" and rotates:
         if changes_with_length(config, window, _longest(cache)):
             lengths = jnp.asarray(positions).max(axis=1) + 1
         tables = rope_tables(config, window, positions, lengths)
@@ -172,10 +172,16 @@ def _attend_in_blocks(
 ) -> Float[jax.Array, "batch time heads dim"]:
     """Blocked attention; where the mesh splits the time, each device has a part of the queries.
 
-    Keys and values are gathered, a few megabytes a layer, and the scores stay in parts.
+    Keys and values are gathered, a few megabytes a layer, and the scores stay in parts. On a TPU
+    that holds whole rows the kernel of splash attention forms the blocks.
     """
     options["window"] = context.window
     axes = on_mesh.auto_axes(sharding.MeshAxes.current().sequence, query.shape[1])
+    if not axes and context.implementation is None and on_mesh.platform_of(query) == "tpu":
+        # Pallas takes a second to import.
+        from logitjax.models._splash_attention import splash_attention
+
+        return splash_attention(query, key, value, context.segments, **options)
     if not axes:
         return blocked_attention(query, key, value, context.segments, context.segments, **options)
 
@@ -221,11 +227,18 @@ class Norm(nnx.Module):
     """`x / rms(x) * (offset + scale)` or the usual layer norm, in float32."""
 
     def __init__(
-        self, config: DecoderConfig, size: int, *, param_dtype: Any, rms: bool | None = None
+        self,
+        config: DecoderConfig,
+        size: int,
+        *,
+        param_dtype: Any,
+        rms: bool | None = None,
+        divisor: float = 1.0,
     ):
         self.rms = config.norm == "rms" if rms is None else rms
         self.eps = config.norm_eps
         self.offset = config.norm_offset
+        self.divisor = divisor
         self.scale = nnx.Param(jnp.full((size,), 1.0 - self.offset, param_dtype))
         if not self.rms:
             self.bias = nnx.Param(jnp.zeros((size,), param_dtype))
@@ -238,6 +251,8 @@ class Norm(nnx.Module):
         wide *= self.offset + self.scale[...].astype(jnp.float32)
         if not self.rms:
             wide += self.bias[...].astype(jnp.float32)
+        if self.divisor != 1.0:
+            wide /= self.divisor
         return wide.astype(x.dtype)
 
 
@@ -254,8 +269,10 @@ class Attention(nnx.Module):
         self.value = linear(config.hidden_size, narrow, use_bias=config.qkv_bias)
         self.output = linear(inner, config.hidden_size, use_bias=config.output_bias)
         if config.qk_norm:
-            self.query_norm = Norm(config, config.head_dim, param_dtype=param_dtype, rms=True)
-            self.key_norm = Norm(config, config.head_dim, param_dtype=param_dtype, rms=True)
+            sizes = (inner, narrow) if config.qk_norm_joint else (config.head_dim,) * 2
+            self.query_norm, self.key_norm = (
+                Norm(config, size, param_dtype=param_dtype, rms=True) for size in sizes
+            )
 
     def __call__(self, x: jax.Array, context: AttentionContext, cache: Any, lora: Any):
         config = self.config
@@ -264,10 +281,13 @@ class Attention(nnx.Module):
         query = project(self.query, x, lora, "query", rows)
         key = project(self.key, x, lora, "key", rows)
         value = project(self.value, x, lora, "value", rows)
+        joint = config.qk_norm_joint
+        if joint:
+            query, key = self.query_norm(query), self.key_norm(key)
         query = query.reshape(batch, time, config.num_heads, config.head_dim)
         key = key.reshape(batch, time, config.num_kv_heads, config.head_dim)
         value = value.reshape(batch, time, config.num_kv_heads, config.head_dim)
-        if config.qk_norm:
+        if config.qk_norm and not joint:
             query, key = self.query_norm(query), self.key_norm(key)
         if context.tables is not None:
             query = apply_rope(query, context.tables)

@@ -13,10 +13,7 @@ from logitjax import ops
 
 
 def use_cpu_products(model: nnx.Module) -> None:
-    """Makes the linear layers of a model multiply with `dot_general`, in place.
-
-    Only for a model that computes in bfloat16 on a CPU; other devices have one product for both.
-    """
+    """Makes linear layers multiply with `dot_general`, in place; for bfloat16 on a CPU."""
     for _, module in nnx.iter_modules(model):
         if isinstance(module, nnx.Linear):
             module.dot_general = dot_general
@@ -27,11 +24,9 @@ def dot_general(
 ) -> jax.Array:
     """`jax.lax.dot_general`, faster for `[*batch, inner]` and `[inner, outer]` in bfloat16.
 
-    XLA's CPU compiler widens a product of bfloat16 arrays to float32 unless its result is float32:
-    then it uses the processor's own instructions (AMX, AVX512-BF16). So the result is asked for in
-    float32 and then rounded, which is what happens on other devices anyway. JAX's own derivative of
-    that would multiply float32 by bfloat16, slowly again; this one rounds what comes back first. It
-    has no forward mode.
+    XLA's CPU compiler has bfloat16 instructions (AMX, AVX512-BF16) only for products that end in
+    float32: such a one is asked for and then rounded, as other devices do. Its derivative rounds
+    what comes back first. It has no forward mode.
     """
     plain = dimension_numbers == (((lhs.ndim - 1,), (0,)), ((), ())) and rhs.ndim == 2
     narrow = lhs.dtype == rhs.dtype == jnp.bfloat16

@@ -39,23 +39,10 @@ def blocked_attention(
 ) -> Float[jax.Array, "batch time heads dim"]:
     """Causal attention within segments; memory grows with `time`, not with its square.
 
-    Blocks of keys that no query of a block may see (later ones, and those before the window) are
-    not formed. The backward pass forms each block's scores again from saved normalisers.
-
-    Args:
-        query: Query `t` stands at place `start + t`, and sees keys at its place and before.
-        key: Keys, at their places; heads divide those of the query.
-        value: Values.
-        query_segments: A query sees keys of its own segment alone.
-        key_segments: The same of keys; -1 for padding, which none sees.
-        start: Place of the first query, a number or an array.
-        scale: Factor of the products.
-        softcap: `softcap tanh(x / softcap)` of the scaled products.
-        window: How many keys, its own among them, a query sees at most.
-        block: Queries and keys in a block; 512 if None.
-
-    Returns:
-        The means of values. A query that sees no key gets zeros.
+    Query `t` stands at place `start + t` and sees keys of its own segment at its place and before,
+    at most `window` of them; keys of segment -1 are padding. Blocks that no query may see are not
+    formed, and the backward pass forms the others again from saved normalisers. A query without a
+    key gets 0.
 
     References:
         Dao, FlashAttention-2 (arXiv 2307.08691), algorithms 1 and 2.

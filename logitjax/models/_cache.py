@@ -71,7 +71,8 @@ class Cache:
                 stacked = layout == "stacked"
                 lead = (spec.repeats, batch) if stacked else (batch,)
                 layers = spec.pattern if stacked else spec.pattern * spec.repeats
-                shapes = [(*lead, config.num_kv_heads, slots[w], config.head_dim) for w in layers]
+                heads, dim = config.num_kv_heads, config.head_dim
+                shapes = [(*lead, heads, slots[window], dim) for window, _ in layers]
                 segments.append(tuple(jnp.zeros(shape, dtype) for shape in shapes))
             return tuple(segments)
 
@@ -95,10 +96,7 @@ def cache_slots(window: Window, max_length: int, ring_slack: int = 0) -> int:
 def write_slots(
     positions: Int[Array, "batch time"], slots: int, window: Window
 ) -> Int[jax.Array, "batch time"]:
-    """The slot each new token goes to; `slots` (out of range, so dropped) for padding.
-
-    Of more new tokens than a ring holds only the last of each row are kept.
-    """
+    """The slot each new token goes to; `slots`, out of range, for padding and what a ring drops."""
     keep = positions >= 0
     # Two tokens of one slot in one scatter: which of them stays would be left to chance.
     if window is not None and positions.shape[1] > 1:

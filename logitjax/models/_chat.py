@@ -24,14 +24,9 @@ def render_template(
 ) -> tuple[str, Spans | None]:
     """The text that a chat template makes, and where its `{% generation %}` blocks lie in it.
 
-    The environment is that of `transformers.apply_chat_template`: the immutable sandbox, blocks
-    trimmed, `break` and `continue`, `raise_exception`, `strftime_now`, and a `tojson` that keeps
-    the order of keys and escapes neither HTML nor other alphabets. It runs in a process of its own,
-    within `storage.guard.LIMITS` and `seconds` of the processor. Spans are None where a template
-    has no such blocks.
-
-    Raises:
-        ValueError: The template is not Jinja, takes too much, or ends in an error of whatever kind.
+    The environment is that of `transformers.apply_chat_template`, in a process of its own, within
+    `storage.guard.LIMITS` and `seconds` of the processor. Spans are None where a template has no
+    such blocks. What ends in an error of whatever kind is a ValueError.
     """
     limits = guard.LIMITS
     guard.whole(len(template), "chat template: length", most=limits.template_bytes)
@@ -97,11 +92,7 @@ _WORKER = _Worker()
 
 
 def plain(value: Any, name: str) -> Any:
-    """A copy made of JSON's types, so that a template meets no methods but theirs.
-
-    Raises:
-        TypeError: Something else is in it.
-    """
+    """A copy made of JSON's types, so that a template meets no methods but theirs."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     if isinstance(value, Mapping):
@@ -112,11 +103,7 @@ def plain(value: Any, name: str) -> Any:
 
 
 def plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages as templates expect them: no fields that are None, reasoning under both its names.
-
-    Raises:
-        TypeError: A message is no mapping, or holds what JSON cannot say.
-    """
+    """Messages as templates expect them: no fields of None, reasoning under both its names."""
     out = []
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping):

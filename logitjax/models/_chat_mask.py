@@ -20,10 +20,7 @@ def written_spans(
 ) -> Spans:
     """Spans of `text`, all rendered, that hold what messages of `role` add beyond the prompt.
 
-    Tokens of `text` begin at the `boundaries`.
-
-    Raises:
-        ValueError: A message's part cannot be told apart.
+    Tokens of `text` begin at the `boundaries`. A part that cannot be told apart is a ValueError.
     """
     spans = []
     for i, message in enumerate(messages):

@@ -8,17 +8,18 @@ from typing import Literal
 from logitjax.models._family import Family
 
 Window = int | None
+# Of a layer its window, and whether queries and keys are rotated by their positions.
+Kind = tuple[Window, bool]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
     """How rotary frequencies are stretched beyond the length a model was first trained on.
 
-    `kind`: `'linear'` divides all frequencies by `factor`; `'llama3'` only the slow ones;
-    `'yarn'` ramps between both by the number of turns (between whole
-    pairs where `truncate`); `'longrope'` divides each frequency by
-    its own number (`short_factors` up to `original_max_length`, else `long_factors`);
-    `'factors'` divides by `short_factors` always (the `rope_freqs` tensor of a GGUF file).
+    `'linear'` divides all frequencies by `factor`; `'llama3'` only the slow ones; `'yarn'` ramps
+    between both by the number of turns (between whole pairs where `truncate`); `'longrope'` divides
+    each by its own number (`short_factors` up to `original_max_length`, else `long_factors`);
+    `'factors'` always by `short_factors` (the `rope_freqs` tensor of a GGUF file).
     """
 
     kind: Literal["linear", "llama3", "yarn", "longrope", "factors"]
@@ -36,9 +37,9 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SegmentSpec:
-    """`repeats` copies of a pattern of layers, each given by its attention window."""
+    """`repeats` copies of a pattern of layers, each given by its window and whether it rotates."""
 
-    pattern: tuple[Window, ...]
+    pattern: tuple[Kind, ...]
     repeats: int
 
     @property
@@ -52,13 +53,14 @@ class DecoderConfig:
 
     `windows` holds one entry a layer: `None` attends to all earlier positions, an int to that
     many last positions, itself included. Empty means `None` everywhere. Layers with a window use
-    `rope_local_theta` (unscaled) if it is set. `segment_boundaries` are layer indices at which
-    a segment must end, for edits that treat the layers before and after differently.
+    `rope_local_theta` (unscaled) if it is set; the layers of `unrotated` know no positions.
+    `segment_boundaries` are layer indices at which a segment must end, for edits that treat the
+    layers before and after differently.
 
     >>> config = DecoderConfig(vocab_size=256, hidden_size=32, intermediate_size=64, num_layers=3,
     ...                        num_heads=4, num_kv_heads=2, head_dim=8, windows=(16, 16, None))
-    >>> config.segments
-    (SegmentSpec(pattern=(16,), repeats=2), SegmentSpec(pattern=(None,), repeats=1))
+    >>> [(spec.pattern, spec.repeats) for spec in config.segments]
+    [(((16, True),), 2), (((None, True),), 1)]
     """
 
     vocab_size: int
@@ -75,8 +77,10 @@ class DecoderConfig:
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-5
     norm_offset: float = 0.0
+    pre_norms: bool = True
     post_norms: bool = False
     qk_norm: bool = False
+    qk_norm_joint: bool = False  # over all heads at once
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
@@ -86,10 +90,13 @@ class DecoderConfig:
     rope_scaling: RopeScaling | None = None
     rotary_dim: int | None = None
     windows: tuple[Window, ...] = ()
+    unrotated: tuple[int, ...] = ()
     attention_softcap: float | None = None
     logits_softcap: float | None = None
     query_scale: float | None = None
     embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logits_divisor: float = 1.0
     tie_embeddings: bool = True
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
@@ -112,11 +119,15 @@ class DecoderConfig:
         return self.windows or (None,) * self.num_layers
 
     @property
+    def layer_kinds(self) -> tuple[Kind, ...]:
+        return tuple((w, i not in self.unrotated) for i, w in enumerate(self.layer_windows))
+
+    @property
     def segments(self) -> tuple[SegmentSpec, ...]:
         cuts = [0, *sorted(set(self.segment_boundaries)), self.num_layers]
         found: list[SegmentSpec] = []
         for start, stop in itertools.pairwise(cuts):
-            found += _segments(self.layer_windows[start:stop])
+            found += _segments(self.layer_kinds[start:stop])
         return tuple(found)
 
     @property
@@ -141,16 +152,16 @@ class DecoderConfig:
         return self.head_dim if self.rotary_dim is None else self.rotary_dim
 
 
-def _segments(windows: Sequence[Window]) -> list[SegmentSpec]:
+def _segments(kinds: Sequence[Kind]) -> list[SegmentSpec]:
     """The shortest period that repeats at least twice, then the rest; else runs of equal layers."""
-    n = len(windows)
+    n = len(kinds)
     if n == 0:
         return []
     # Each pattern entry is traced once, whatever its repeats: the shortest compiles fastest.
     for period in range(1, n // 2 + 1):
-        if all(windows[i] == windows[i + period] for i in range(n - period)):
+        if all(kinds[i] == kinds[i + period] for i in range(n - period)):
             repeats = n // period
-            head = SegmentSpec(pattern=tuple(windows[:period]), repeats=repeats)
-            return [head, *_segments(windows[period * repeats :])]
-    run = next((i for i in range(1, n) if windows[i] != windows[0]), n)
-    return [SegmentSpec(pattern=(windows[0],), repeats=run), *_segments(windows[run:])]
+            head = SegmentSpec(pattern=tuple(kinds[:period]), repeats=repeats)
+            return [head, *_segments(kinds[period * repeats :])]
+    run = next((i for i in range(1, n) if kinds[i] != kinds[0]), n)
+    return [SegmentSpec(pattern=(kinds[0],), repeats=run), *_segments(kinds[run:])]

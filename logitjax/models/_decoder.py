@@ -57,20 +57,26 @@ class Block(nnx.Module):
         def norm() -> Norm:
             return Norm(config, config.hidden_size, param_dtype=param_dtype)
 
-        self.post_norms = config.post_norms
-        self.attention_norm = norm()
+        self.pre_norms, self.post_norms = config.pre_norms, config.post_norms
+        self.residual_scale = config.residual_scale
+        if config.pre_norms:
+            self.attention_norm, self.mlp_norm = norm(), norm()
         self.attention = Attention(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
-        self.mlp_norm = norm()
         self.mlp = MLP(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         if config.post_norms:
             self.attention_post_norm = norm()
             self.mlp_post_norm = norm()
 
     def __call__(self, x: jax.Array, context: Any, cache: Any, lora: Any) -> tuple[jax.Array, Any]:
-        update, cache = self.attention(self.attention_norm(x), context, cache, lora)
-        x = x + (self.attention_post_norm(update) if self.post_norms else update)
-        update = self.mlp(self.mlp_norm(x), lora, context.lora_rows)
-        return x + (self.mlp_post_norm(update) if self.post_norms else update), cache
+        normed = self.attention_norm(x) if self.pre_norms else x
+        update, cache = self.attention(normed, context, cache, lora)
+        x = self._add(x, self.attention_post_norm(update) if self.post_norms else update)
+        update = self.mlp(self.mlp_norm(x) if self.pre_norms else x, lora, context.lora_rows)
+        return self._add(x, self.mlp_post_norm(update) if self.post_norms else update), cache
+
+    def _add(self, x: jax.Array, update: jax.Array) -> jax.Array:
+        scale = self.residual_scale
+        return x + (update if scale == 1.0 else update * jnp.asarray(scale, update.dtype))
 
 
 def _rematerialised(function: Callable, remat: str) -> Callable:
@@ -86,8 +92,7 @@ def _rematerialised(function: Callable, remat: str) -> Callable:
 def _over_batch(x: jax.Array) -> jax.Array:
     """Keeps activations split over batch and time where a mesh is known, as in a `TrainStep`.
 
-    Left alone the compiler may follow the embedding, which is split along the model dimension over
-    the same axis, and then sums every matmul over all devices.
+    Else the compiler may split them as the embedding is, and sums every matmul over all devices.
     """
     names = ops.sharding.MeshAxes.current()
     rows = ops.mesh.auto_axes(names.rows, x.shape[0])
@@ -98,8 +103,8 @@ def _over_batch(x: jax.Array) -> jax.Array:
 def _look_up(table: jax.Array, ids: Array, mode: str | None = None) -> jax.Array:
     """Rows of a table; on a mesh of which `shard_map` has taken a part, in a way that compiles.
 
-    XLA ends the process at a gather from a table that is split there. So each device looks up all
-    ids in its part of the model dimension, as XLA chooses elsewhere.
+    XLA ends the process at a gather from a split table there: each device looks up all ids in its
+    part.
     """
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
@@ -238,7 +243,10 @@ class Decoder(nnx.Module):
         self.segments = nnx.List(
             [Segment(config, spec, layout=layout, **kinds) for spec in config.segments]
         )
-        self.final_norm = Norm(config, config.hidden_size, param_dtype=param_dtype)
+        # What divides the logits divides hidden states: every head and loss then meets it.
+        self.final_norm = Norm(
+            config, config.hidden_size, param_dtype=param_dtype, divisor=config.logits_divisor
+        )
         if head is None and config.tie_embeddings:
             head = TiedHead(dtype=self.dtype)
         elif head is None:
@@ -352,7 +360,7 @@ class Decoder(nnx.Module):
         keys, values = [], []
         before = zip(cache.keys[0], cache.values[0], strict=True)
         for i, adapter, pair in zip(layers, adapters, before, strict=True):
-            x, (key, value) = members[i](x, contexts[self.config.layer_windows[i]], pair, adapter)
+            x, (key, value) = members[i](x, contexts[self.config.layer_kinds[i]], pair, adapter)
             keys.append(key)
             values.append(value)
         length = jnp.maximum(cache.length, positions.max(axis=1) + 1)
@@ -367,12 +375,12 @@ class Decoder(nnx.Module):
         cache: Cache | None,
         lora_rows: Array | None,
     ) -> tuple[dict, dict]:
-        """By window, what its layers share, and the positions that its cache will hold."""
+        """By kind, what its layers share; by window the positions that its cache will hold."""
         contexts, held = {}, {}
-        for window in dict.fromkeys(self.config.layer_windows):
-            contexts[window], held[kind_name(window)] = make_context(
+        for kind in dict.fromkeys(self.config.layer_kinds):
+            contexts[kind], held[kind_name(kind[0])] = make_context(
                 self.config,
-                window,
+                kind,
                 jnp.asarray(positions),
                 segment_ids=segment_ids,
                 padded=padded,
@@ -422,10 +430,9 @@ class Decoder(nnx.Module):
             new.config = dataclasses.replace(new.config, logits_softcap=None)
         return new
 
-    def init_cache(self, batch: int, max_length: int, dtype: Any = None) -> Cache:
+    def init_cache(self, batch: int, max_length: int) -> Cache:
         """An empty cache in this model's layout and compute dtype."""
-        dtype = self.dtype if dtype is None else dtype
-        return Cache.init(self.config, batch, max_length, dtype, layout=self.layout)
+        return Cache.init(self.config, batch, max_length, self.dtype, layout=self.layout)
 
 
 def _default_positions(tokens: Array, segment_ids: Array | None, cache: Cache | None) -> jax.Array:

@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from logitjax.models._decoder import Decoder
 from logitjax.models._hf_config import config_to_hf
 from logitjax.models._tokenizer import Tokenizer
-from logitjax.models._weight_map import TensorSpec, hf_tensors
+from logitjax.models._weight_map import TensorSpec, hf_tensors, interleaved
 from logitjax.ops import Array
 from logitjax.storage import require, write_atomic
 
@@ -47,7 +47,8 @@ def _values(tensor: TensorSpec, params: dict, places: list) -> np.ndarray:
         for key in path:
             leaf = leaf[key]
         values = _on_host(leaf if row is None else _layer(leaf, row))
-        parts.append(values.T if tensor.transpose else values)
+        values = values.T if tensor.transpose else values
+        parts.append(interleaved(values, tensor) if tensor.rope_heads else values)
     joined = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=tensor.axis)
     return np.ascontiguousarray(joined)
 

@@ -1,22 +1,30 @@
 """The families that are known: those of the library, of entry points, and those brought."""
 
+import dataclasses
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from logitjax.models._family import Family
+from logitjax.models.families.gemma import GEMMA
 from logitjax.models.families.gemma2 import GEMMA2
 from logitjax.models.families.gemma3 import GEMMA3
+from logitjax.models.families.glm4 import GLM, GLM4
 from logitjax.models.families.gpt2 import GPT2
+from logitjax.models.families.granite import GRANITE
 from logitjax.models.families.llama import LLAMA
 from logitjax.models.families.mistral import MISTRAL
+from logitjax.models.families.olmo2 import OLMO2
+from logitjax.models.families.olmo3 import OLMO3
 from logitjax.models.families.phi3 import PHI3
 from logitjax.models.families.qwen2 import QWEN2
 from logitjax.models.families.qwen3 import QWEN3
+from logitjax.models.families.smollm3 import SMOLLM3
 from logitjax.registry import Registry
 from logitjax.storage import guard
 
-_OWN = {f.name: f for f in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA2, GEMMA3, GPT2)}
+_VALUES = (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA, GEMMA2, GEMMA3, OLMO2, OLMO3, SMOLLM3)
+_OWN = {f.name: f for f in (*_VALUES, GRANITE, GLM4, GLM, GPT2)}
 _MEMBERS = dict(_OWN)
 _REGISTRY = Registry(kind="family", group="logitjax.families", members=_MEMBERS, base=Family)
 
@@ -28,8 +36,9 @@ def register_family(family: Family | str) -> Family:
     loading again find the value by that name.
 
     Args:
-        family: The value, or the text of `--family`: `package.module:NAME`, or the name of an entry
-            point of the group `logitjax.families`. Entry points are also found without this call.
+        family: The value, or the text of `--family`: `package.module:NAME`, the name of an entry
+            point of the group `logitjax.families` (which are also found without this call), or
+            `llama(name=other)`, which reads the models that call themselves `other` as Llama.
 
     Returns:
         The value.
@@ -41,7 +50,12 @@ def register_family(family: Family | str) -> Family:
     >>> register_family("llama").architecture
     'LlamaForCausalLM'
     """
-    value = _REGISTRY.parse(family) if isinstance(family, str) else family
+    value = family
+    if isinstance(family, str):
+        value = _REGISTRY.parse(family)
+        if (origin := _MEMBERS.get(family.partition("(")[0])) and origin.name != value.name:
+            # Its files have names of their own.
+            value = dataclasses.replace(value, wrapper="", gguf=value.name, pre_tokenizers={})
     for other in _MEMBERS.values():
         same = other.name == value.name
         if same and value.name in _OWN and other != value:
@@ -69,20 +83,29 @@ def find_family(
     name: Any,
     where: str,
     names: Callable[[Family], tuple[str | None, ...]] = lambda family: (family.name,),
+    raw: Mapping[str, Any] | None = None,
 ) -> Family:
     """The family of which one of the `names` is this one.
 
-    Raises:
-        ValueError: There is none; says which family is nearest and how to bring one.
+    Where there is none, the error says which is nearest, by the keys of its config.json (`raw`) and
+    then by name, and how to read it as that one or to bring another.
     """
-    nearest, expected = {}, []
-    for family in all_families():
+    families = list(all_families())
+    for family in families:
         if name is not None and name in names(family):
             return family
-        expected += [known for known in names(family) if known]
-        nearest |= dict.fromkeys((*filter(None, names(family)), family.architecture), family.name)
-    (near,) = difflib.get_close_matches(str(name)[:80], nearest, n=1, cutoff=0.0)
+
+    def likeness(family: Family) -> tuple[int, float]:
+        texts = [*filter(None, names(family)), family.architecture]
+        alike = (difflib.SequenceMatcher(None, str(name)[:80], text).ratio() for text in texts)
+        return len({*family.keys, *family.aliases} & set(raw or ())), max(alike)
+
+    expected = [known for family in families for known in names(family) if known]
+    near = max(families, key=likeness).name
+    flag = (
+        f" --family='{near}(name={name[:80]})' reads it as that," if isinstance(name, str) else ""
+    )
     raise ValueError(
-        f"{where}: expected one of {', '.join(expected)}, got {guard.short(name)}; "
-        f"{nearest[near]} is the nearest, and --family or models.register_family bring another"
+        f"{where}: expected one of {', '.join(expected)}, got {guard.short(name)}; {near} is the "
+        f"nearest,{flag} and --family=package:NAME or models.register_family bring another"
     )

@@ -67,6 +67,7 @@ class Family:
         write: The keys that `read` reads.
         weights: By module its name in a checkpoint, with `*` for the number of the layer. Modules
             of one name are one tensor there, joined in the order in which they stand here.
+        interleaved: Rows of queries and keys are stored with rotary pairs side by side.
         input_first: Kernels of layers are stored `[in, out]`; elsewhere `[out, in]`.
         free_head_dim: A config.json can say another width of heads than `hidden_size / num_heads`.
         wrapper: `model_type` of multimodal configurations that hold this one as `text_config`.
@@ -77,7 +78,7 @@ class Family:
         gguf: Architecture of its GGUF files; None where they are not read.
         gguf_read: As `read`, from `get(key, default=None)` of the architecture's metadata.
         gguf_weights: As `weights`, of GGUF files.
-        gguf_interleaved: Rows of queries and keys are stored with rotary pairs side by side.
+        gguf_interleaved: As `interleaved`, of GGUF files.
         pre_tokenizers: By their name in GGUF files, those that came with this family.
     """
 
@@ -89,6 +90,7 @@ class Family:
     read: Callable[["Fields", Mapping[str, Any]], dict[str, Any]]
     write: Callable[["DecoderConfig"], dict[str, Any]]
     weights: dict[str, str]
+    interleaved: bool = False
     input_first: bool = False
     free_head_dim: bool = True
     wrapper: str = ""

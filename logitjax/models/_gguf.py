@@ -152,9 +152,8 @@ class GgufSource:
         return self._tensors[name][1]
 
     def read(self, name: str, rows: slice = slice(None), *, dtype: Any = None) -> np.ndarray:
-        """A tensor, or a range of its first axis; blocks never cross rows.
-
-        `dtype` is float32 where nothing else is said; a piece at a time becomes it.
+        """A tensor, or a range of its first axis, float32 if `dtype` is None; blocks never cross
+        rows.
         """
         _, shape, offset = self._tensors[name]
         width, numbers = self._row_bytes(name), self._row_width(name)

@@ -6,7 +6,7 @@ from typing import Any
 
 from logitjax.models._config import DecoderConfig
 from logitjax.models._families import find_family
-from logitjax.models._hf_fields import Fields, check_keys, key_value
+from logitjax.models._hf_fields import Fields, check_keys, check_readable, key_value
 
 
 def config_from_hf(raw: Mapping[str, Any], *, where: str = "config.json") -> DecoderConfig:
@@ -30,7 +30,8 @@ def config_from_hf(raw: Mapping[str, Any], *, where: str = "config.json") -> Dec
     'learned'
     """
     kind = raw.get("model_type", raw.get("architectures"))
-    family = find_family(kind, f"{where}: model_type", lambda f: (f.name, f.wrapper))
+    check_readable(raw, where)
+    family = find_family(kind, f"{where}: model_type", lambda f: (f.name, f.wrapper), raw)
     check_keys(raw, family, where)
     if kind == family.wrapper:
         # Ids of tokens stand beside the two halves; older files have all settings there.
@@ -46,7 +47,7 @@ def config_from_hf(raw: Mapping[str, Any], *, where: str = "config.json") -> Dec
     heads = settings["num_heads"]
     settings["num_kv_heads"] = settings.get("num_kv_heads") or heads
     settings["head_dim"] = settings.get("head_dim") or settings["hidden_size"] // heads
-    settings["qkv_bias"] = settings.get("output_bias", False)
+    settings.setdefault("qkv_bias", settings.get("output_bias", False))
     settings |= family.read(fields, settings)
     bos, pad = fields.tokens("bos_token_id"), fields.tokens("pad_token_id")
     settings |= {"bos_id": next(iter(bos), None), "pad_id": next(iter(pad), None)}
@@ -57,13 +58,7 @@ def config_from_hf(raw: Mapping[str, Any], *, where: str = "config.json") -> Dec
 def config_to_hf(config: DecoderConfig, *, dtype: str = "float32") -> dict[str, Any]:
     """The `config.json` of a configuration and a type of tensors, as transformers and vLLM read it.
 
-    Raises:
-        ValueError: for what Hugging Face's format of this family cannot say.
-
-    >>> raw = {"model_type": "gpt2", "vocab_size": 10, "n_embd": 8, "n_layer": 1, "n_head": 2}
-    >>> config = config_from_hf(raw)
-    >>> config_from_hf(config_to_hf(config)) == config
-    True
+    What Hugging Face's format of this family cannot say is a ValueError.
     """
     family = config.traits
     eos = config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids) or None

@@ -56,18 +56,28 @@ def key_value(config: DecoderConfig, key: str) -> Any:
     return next(spelling for spelling in spellings if _ACTIVATIONS[spelling] == value)
 
 
-def check_keys(raw: Mapping[str, Any], family: Family, where: str) -> None:
-    """Refuse what might change the mathematics and is not known.
+def check_readable(raw: Mapping[str, Any], where: str) -> None:
+    """Refuse by name what no family computes: layers without attention, and packed weights."""
+    inner = raw.get("text_config")
+    for part in (raw, inner if isinstance(inner, Mapping) else {}):
+        kinds = part.get("layer_types")
+        for kind in kinds if isinstance(kinds, list) else ():
+            if kind not in ("full_attention", "sliding_attention"):
+                raise ValueError(
+                    f"{where}: layer_types: expected full_attention or sliding_attention, got "
+                    f"{guard.short(kind)}: hybrids, such as Qwen3-Next, are not read"
+                )
+        for key in ("quantization_config", "compression_config"):
+            if packed := part.get(key):
+                method = packed.get("quant_method") if isinstance(packed, Mapping) else None
+                raise ValueError(
+                    f"{where}: {key}: quantized weights ({guard.short(method or 'unnamed')}) are "
+                    "not read, use the unquantized checkpoint or a GGUF file"
+                )
 
-    Raises:
-        ValueError: Names the key.
-    """
-    for key in ("quantization_config", "compression_config"):
-        if raw.get(key):
-            raise ValueError(
-                f"{where}: {key}: quantized weights are not read, "
-                "use the unquantized checkpoint or a GGUF file"
-            )
+
+def check_keys(raw: Mapping[str, Any], family: Family, where: str) -> None:
+    """Refuse what might change the mathematics and is not known, by the name of its key."""
     known = {*family.keys, *family.aliases, *family.ignored, *_HARMLESS}
     for key, value in raw.items():
         if key in known or key.startswith("_"):
@@ -164,11 +174,11 @@ def windows(
     off: bool = False,
     heeds_types: bool = True,
 ) -> tuple[Window, ...]:
-    """The window of each layer: by `layer_types` where they are given, else by `is_local`.
+    """The window of each layer: by `layer_types` where they are given, else by `is_local`, else of
+    all.
 
-    When that is omitted all have `sliding_window`, if there is one; `off` says that it means
-    nothing. transformers heeds no `layer_types` in some families, where other programs do: there
-    they are to say what the rule says.
+    `off` says that a window means nothing. Where transformers heeds no `layer_types`, and other
+    programs do, they are to say what the rule says.
     """
     layers, kinds = fields.integer("num_hidden_layers"), fields["layer_types"]
     if kinds is not None and (

@@ -46,9 +46,6 @@ def rope_settings(
 
     What the scaling (that of `scaling_of` when omitted) says wins over the keys beside it. Only
     where `partial` is true may a head turn in part.
-
-    Raises:
-        ValueError: A kind of scaling or a key of it that is not known, or one that is missing.
     """
     scaling = scaling_of(fields) if scaling is None else scaling
     kind, head_dim = scaling_kind(scaling), settings["head_dim"]
@@ -71,6 +68,23 @@ def rope_settings(
         "rope_scaling": _scaling(scaling, kind, fields, rotary),
         "rotary_dim": None if rotary == head_dim else rotary,
     }
+
+
+def rope_by_kind(fields: Fields, settings: Mapping[str, Any], local: Any) -> dict[str, Any]:
+    """`rope_settings` where layers with a window turn unscaled, by a base of their own."""
+    given, parameters = fields.mapping("rope_scaling"), fields.mapping("rope_parameters")
+    if parameters and not {"full_attention", "sliding_attention"} & set(parameters):
+        raise fields.wrong("rope_parameters", "an object for each kind of layer")
+    inner = dict(parameters.get("sliding_attention") or {})
+    if scaling_kind(inner) != "default":
+        raise fields.wrong("rope_parameters", "no scaling of layers with a window")
+    if "type" in given and "rope_type" not in given:
+        # transformers takes it for no scaling at all.
+        raise fields.wrong("rope_scaling", "its kind under the name rope_type")
+    check_scaling(inner, "default", fields)
+    full = dict(parameters.get("full_attention") or {}) | given
+    theta = rope_number(inner, "rope_theta", fields, local)
+    return rope_settings(fields, settings, full) | {"rope_local_theta": theta}
 
 
 def scaling_kind(scaling: Mapping[str, Any]) -> str:
@@ -147,11 +161,7 @@ def _mscale(factor: float, weight: float) -> float:
 
 
 def scaling_fields(config: DecoderConfig) -> dict[str, Any] | None:
-    """The `rope_scaling` of a configuration, in the form that all versions read.
-
-    Raises:
-        ValueError: Factors of a GGUF file, which Hugging Face's format cannot say.
-    """
+    """The `rope_scaling` of a configuration, in the form that all versions read."""
     scaling = config.rope_scaling
     if scaling is None:
         return None

@@ -66,8 +66,13 @@ def keep_layers(model: Decoder, indices: Sequence[int]) -> Decoder:
             f"indices: expected layers of 0 to {config.num_layers - 1}, got {list(indices)}"
         )
     windows = tuple(config.layer_windows[i] for i in indices) if config.windows else ()
+    unrotated = tuple(n for n, i in enumerate(indices) if i in config.unrotated)
     small = dataclasses.replace(
-        config, num_layers=len(indices), windows=windows, segment_boundaries=()
+        config,
+        num_layers=len(indices),
+        windows=windows,
+        unrotated=unrotated,
+        segment_boundaries=(),
     )
     listed = []
     for segment in model.segments:
@@ -120,6 +125,7 @@ def first_layers(model: Decoder, count: int) -> Decoder:
         config,
         num_layers=count,
         windows=config.windows[:count],
+        unrotated=tuple(i for i in config.unrotated if i < count),
         segment_boundaries=tuple(b for b in config.segment_boundaries if b < count),
     )
     out = twin(model)

@@ -13,7 +13,6 @@ from flax import nnx
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from logitjax import ops
-from logitjax.models._attention import Implementation
 from logitjax.models._bfloat16 import use_cpu_products
 from logitjax.models._config import DecoderConfig
 from logitjax.models._decoder import Decoder
@@ -21,7 +20,7 @@ from logitjax.models._gguf import GgufSource
 from logitjax.models._gguf_config import gguf_config
 from logitjax.models._hf_config import config_from_hf
 from logitjax.models._tiny import tiny_config, tiny_decoder, tiny_seed
-from logitjax.models._weight_map import Path, TensorSpec, gguf_tensors, hf_tensors
+from logitjax.models._weight_map import Path, TensorSpec, gguf_tensors, hf_tensors, interleaved
 from logitjax.storage import guard, hub_snapshot, package_file, progress, read_json
 from logitjax.storage.weights import SafetensorsSource
 
@@ -130,7 +129,6 @@ def load_model(
     remat: str = "none",
     mesh: jax.sharding.Mesh | None = None,
     rules: ops.sharding.ShardingRules | None = None,
-    attention: Implementation = None,
 ) -> Decoder:
     """Load a decoder from a Hugging Face directory, a GGUF file, or by name.
 
@@ -150,7 +148,6 @@ def load_model(
         rules: how they are spread, such as `DECODER_RULES`; paths are like
             `segments/0/layers/0/attention/query/kernel`. Without rules every device holds
             everything.
-        attention: see `Decoder`.
 
     Returns:
         The `Decoder`.
@@ -182,7 +179,6 @@ def load_model(
         param_dtype=param_dtype,
         layout=layout,
         remat=remat,
-        attention=attention,
     )
     device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
     if device.platform == "cpu" and model.dtype == jnp.bfloat16:
@@ -371,7 +367,7 @@ def _reader(
             # Interleaved or side-by-side parts do not lie in consecutive rows.
             values, first = source.read(spec.name, dtype=dtype), 0
             if spec.rope_heads:
-                values = _deinterleave(values, spec.rope_heads)
+                values = interleaved(values, spec, undo=True)
             part = [slice(None)] * values.ndim
             part[spec.axis] = slice(start, start + size)
             values = values[tuple(part)]
@@ -392,10 +388,3 @@ def _part(values: np.ndarray, index: Any, first: int, spec: TensorSpec) -> np.nd
     if spec.shift:
         out = out - spec.shift
     return out.T if spec.transpose else out
-
-
-def _deinterleave(values: np.ndarray, heads: int) -> np.ndarray:
-    """Rows (pair, half) of each head, as llama.cpp stores them, back to (half, pair)."""
-    shape = values.shape
-    pairs = values.reshape(heads, shape[0] // heads // 2, 2, *shape[1:])
-    return pairs.swapaxes(1, 2).reshape(shape)

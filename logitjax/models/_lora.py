@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from flax import nnx
 
 from logitjax.models._config import DecoderConfig
@@ -97,6 +98,48 @@ class Lora:
         """The same adapters for a model of the other layout."""
         layers = (tuple(convert(m, spec, layout)) for m, spec in zip(self.layers, config.segments))
         return dataclasses.replace(self, layers=tuple(layers))
+
+    def save(self, config: DecoderConfig, directory: epath.PathLike, *, base: str = "") -> None:
+        """Write adapters as PEFT does, so that `PeftModel.from_pretrained` puts them on the base.
+
+        PEFT's `lora_A` and `lora_B` are our `a` and `b`, each transposed. The layers are named in
+        `layers_to_transform`, so that the adapters of a model's first layers load on those layers
+        and on the whole model.
+
+        Args:
+            config: Configuration of the model they are made for, or of its first layers.
+            directory: Folder, made if it does not exist.
+            base: Name or directory of the base model, which PEFT keeps.
+
+        Raises:
+            ValueError: The family's checkpoints keep several of our maps in one tensor.
+        """
+        from logitjax.models._peft import save_peft  # which knows this class
+
+        save_peft(self, config, directory, base)
+
+    @classmethod
+    def load(
+        cls, directory: epath.PathLike, config: DecoderConfig, *, layout: str = "listed"
+    ) -> "Lora":
+        """Adapters from a directory that `save` or PEFT wrote.
+
+        Args:
+            directory: With `adapter_config.json` and `adapter_model.safetensors`.
+            config: Configuration of the model they are for.
+            layout: `'listed'` or `'stacked'`, as the model's.
+
+        Returns:
+            The adapters, one for each map that the directory names.
+
+        Raises:
+            FileNotFoundError: A file is missing.
+            ValueError: Adapters of another kind, or of a model of other sizes.
+        """
+        from logitjax.models._peft import load_peft  # which knows this class
+
+        lora = load_peft(directory, config)
+        return lora if layout == "listed" else lora.with_layout(config, layout)
 
     def merged_into(self, model: "Decoder") -> "Decoder":
         """The model with the adapters in its kernels, `kernel + a @ b * scale`.

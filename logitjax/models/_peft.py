@@ -19,24 +19,8 @@ _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _UNKNOWN = ("alora_invocation_tokens", "alpha_pattern", "layer_replication", "rank_pattern")
 
 
-def save_peft(
-    lora: Lora, config: DecoderConfig, directory: epath.PathLike, *, base: str = ""
-) -> None:
-    """Write adapters as PEFT does, so that `PeftModel.from_pretrained` puts them on the base.
-
-    PEFT's `lora_A` and `lora_B` are our `a` and `b`, each transposed. The layers are named in
-    `layers_to_transform`, so that the adapters of a model's first layers load on those layers
-    and on the whole model.
-
-    Args:
-        lora: Adapters, in either layout.
-        config: Configuration of the model they are made for, or of its first layers.
-        directory: Folder, made if it does not exist.
-        base: Name or directory of the base model, which PEFT keeps.
-
-    Raises:
-        ValueError: The family's checkpoints keep several of our maps in one tensor.
-    """
+def save_peft(lora: Lora, config: DecoderConfig, directory: epath.PathLike, base: str) -> None:
+    """See `Lora.save`."""
     modules, layers = _modules(config), _listed(lora, config)
     tensors: dict[str, np.ndarray] = {}
     for i, layer in enumerate(layers):
@@ -70,21 +54,8 @@ def save_peft(
     write_atomic(directory / _CONFIG, json.dumps(settings, indent=2) + "\n")
 
 
-def load_peft(directory: epath.PathLike, config: DecoderConfig, *, layout: str = "listed") -> Lora:
-    """Adapters from a directory that `save_peft` or PEFT wrote.
-
-    Args:
-        directory: With `adapter_config.json` and `adapter_model.safetensors`.
-        config: Configuration of the model they are for.
-        layout: `'listed'` or `'stacked'`, as the model's.
-
-    Returns:
-        The adapters, one for each map that the directory names.
-
-    Raises:
-        FileNotFoundError: A file is missing.
-        ValueError: Adapters of another kind, or of a model of other sizes.
-    """
+def load_peft(directory: epath.PathLike, config: DecoderConfig) -> Lora:
+    """See `Lora.load`; listed."""
     directory = epath.Path(directory)
     for name in (_CONFIG, _WEIGHTS):
         if not (directory / name).exists():
@@ -122,8 +93,7 @@ def load_peft(directory: epath.PathLike, config: DecoderConfig, *, layout: str =
         )
     # Rank-stabilised LoRA (arXiv 2312.03732) divides by the root of the rank.
     scale = float(alpha) / (rank**0.5 if settings.get("use_rslora") else rank)
-    lora = Lora(layers=tuple(segments), scale=scale)
-    return lora if layout == "listed" else lora.with_layout(config, layout)
+    return Lora(layers=tuple(segments), scale=scale)
 
 
 def _modules(config: DecoderConfig) -> dict[str, str]:

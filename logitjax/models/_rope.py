@@ -49,9 +49,8 @@ def changes_with_length(config: DecoderConfig, window: Window, bound: int | None
 def rope_frequencies(
     config: DecoderConfig, window: Window, *, long: bool = False
 ) -> tuple[np.ndarray, float]:
-    """Angular frequency of each rotated pair, and the factor on cos and sin.
-
-    `long`: those of a sequence beyond the original length; only `'longrope'` has others there.
+    """Angular frequency of each rotated pair, and the factor on cos and sin; `long` ones of
+    `longrope`.
     """
     scaling = _scaling(config, window)
     base = config.rope_theta
@@ -86,9 +85,8 @@ def rope_tables(
     positions: Int[Array, "batch time"],
     lengths: Int[Array, "batch"] | None = None,
 ) -> tuple[Float[Array, "batch time half"], Float[Array, "batch time half"]]:
-    """cos and sin of position times frequency, float32.
-
-    `lengths`: how long each row's sequence is by now, where that decides (`changes_with_length`).
+    """cos and sin of position times frequency, float32; `lengths` decide where
+    `changes_with_length`.
     """
     inverse, amplitude = rope_frequencies(config, window)
     inverse = jnp.asarray(inverse, jnp.float32)

@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Mapping
 
+import numpy as np
+
 from logitjax.models._config import DecoderConfig
 
 Path = tuple[str, ...]
@@ -12,9 +14,9 @@ Path = tuple[str, ...]
 class TensorSpec:
     """One checkpoint tensor: our leaves, joined along `axis` of the checkpoint's layout.
 
-    `layer` is None for what is not in a layer. `transpose` turns our `[in, out]` into the
-    checkpoint's `[out, in]`. `rope_heads` > 0: rows are stored with rotary pairs interleaved.
-    `shift` was added to the values when they were stored.
+    `layer` is None outside of layers. `transpose` turns `[in, out]` into `[out, in]`. Of each of
+    `rope_heads` heads' rows the first `rope_dim` have rotary pairs interleaved. `shift` was added
+    to the values.
     """
 
     name: str
@@ -23,36 +25,33 @@ class TensorSpec:
     axis: int = 0
     transpose: bool = False
     rope_heads: int = 0
+    rope_dim: int = 0
     shift: float = 0.0
 
 
 def hf_tensors(config: DecoderConfig) -> list[TensorSpec]:
     """The tensors of a Hugging Face checkpoint of this configuration."""
     family = config.traits
-    return _tensors(config, family.weights, input_first=family.input_first)
+    return _tensors(config, family.weights, family.interleaved, input_first=family.input_first)
 
 
 def gguf_tensors(config: DecoderConfig) -> list[TensorSpec]:
     """The tensors of a GGUF file of this configuration."""
     family = config.traits
-    heads = {"attention.query": config.num_heads, "attention.key": config.num_kv_heads}
     # llama.cpp stores Gemma's norms as 1 + weight.
-    return _tensors(
-        config,
-        family.gguf_weights,
-        rope_heads=heads if family.gguf_interleaved else {},
-        shift=config.norm_offset,
-    )
+    shift = config.norm_offset
+    return _tensors(config, family.gguf_weights, family.gguf_interleaved, shift=shift)
 
 
 def _tensors(
     config: DecoderConfig,
     names: Mapping[str, str],
+    interleaved: bool,
     *,
     input_first: bool = False,
-    rope_heads: Mapping[str, int] | None = None,
     shift: float = 0.0,
 ) -> list[TensorSpec]:
+    heads = {"attention.query": config.num_heads, "attention.key": config.num_kv_heads}
     top, layer = _modules(config)
     specs = []
     for i, modules in [(None, top), *((i, layer) for i in range(config.num_layers))]:
@@ -75,7 +74,8 @@ def _tensors(
                         layer=i,
                         axis=1 if turned else 0,
                         transpose=leaf == "kernel" and not turned,
-                        rope_heads=(rope_heads or {}).get(parts[0], 0),
+                        rope_heads=heads.get(parts[0], 0) if interleaved else 0,
+                        rope_dim=config.rope_dim,
                         shift=shift if leaf == "scale" else 0.0,
                     )
                 )
@@ -94,7 +94,9 @@ def _modules(config: DecoderConfig) -> tuple[dict[str, Path], dict[str, Path]]:
         top["position_embedding"] = ("",)
     if not config.tie_embeddings:
         top["head"] = ("kernel",)
-    layer: dict[str, Path] = {"attention_norm": norm, "mlp_norm": norm}
+    layer: dict[str, Path] = {}
+    if config.pre_norms:
+        layer |= {"attention_norm": norm, "mlp_norm": norm}
     if config.post_norms:
         layer |= {"attention_post_norm": norm, "mlp_post_norm": norm}
     for name in ("query", "key", "value"):
@@ -105,3 +107,12 @@ def _modules(config: DecoderConfig) -> tuple[dict[str, Path], dict[str, Path]]:
     for name in ("gate", "up", "down") if config.gated_mlp else ("up", "down"):
         layer[f"mlp.{name}"] = linear(config.mlp_bias)
     return top, layer
+
+
+def interleaved(values: np.ndarray, spec: TensorSpec, *, undo: bool = False) -> np.ndarray:
+    """Each head's rotated rows from (half, pair), as ours lie, to (pair, half); or back."""
+    heads = values.reshape(spec.rope_heads, -1, *values.shape[1:])
+    turned, rest = np.split(heads, [spec.rope_dim], axis=1)
+    sides = (spec.rope_dim // 2, 2) if undo else (2, spec.rope_dim // 2)
+    pairs = turned.reshape(spec.rope_heads, *sides, *values.shape[1:]).swapaxes(1, 2)
+    return np.concatenate([pairs.reshape(turned.shape), rest], axis=1).reshape(values.shape)

@@ -39,6 +39,19 @@ def auto_axes(names: Sequence[str], size: int) -> tuple[str, ...]:
     return () if size % math.prod(mesh.shape[name] for name in axes) else axes
 
 
+def platform_of(*arrays: Any) -> str:
+    """What the program that is traced here will run on: `cpu`, `tpu` or `gpu`.
+
+    Programs are compiled for devices that are not there, so the arrays' own mesh goes before the
+    default device.
+    """
+    meshes = [jax.typeof(x).sharding.mesh for x in arrays]
+    for mesh in (*meshes, jax.sharding.get_abstract_mesh()):
+        if (device := mesh.abstract_device) is not None:
+            return device.platform
+    return jax.default_backend()
+
+
 def over_batch(fn: Callable[..., Any], out_ndims: tuple[int, ...], *args: jax.Array) -> Any:
     """Calls `fn(*args)`, which maps rows (all axes but the last) of the first argument to rows.
 

@@ -14,4 +14,3 @@ from logitjax.serving._app import build_app as build_app  # noqa: E402
 from logitjax.serving._config import ServerConfig as ServerConfig  # noqa: E402
 from logitjax.serving._keys import Key as Key  # noqa: E402
 from logitjax.serving._listen import Listening as Listening  # noqa: E402
-from logitjax.serving._schema import request_model as request_model  # noqa: E402

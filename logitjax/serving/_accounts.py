@@ -26,15 +26,9 @@ class Spent:
     tokens: int = 0
     nats: float = 0.0
 
-
-@dataclasses.dataclass(frozen=True)
-class Reservation:
-    """What a request may use; what it does not is given back."""
-
-    key: Key
-    queries: int
-    tokens: int
-    nats: float = 0.0
+    def add(self, more: "Spent") -> None:
+        for name, amount in vars(more).items():
+            setattr(self, name, getattr(self, name) + amount)
 
 
 class Rate:
@@ -100,14 +94,13 @@ class Accounts:
         """What a key has used."""
         return self._spent[key.name]
 
-    def reserve(self, key: Key, *, queries: int, tokens: int, nats: float = 0.0) -> Reservation:
-        """Sets aside what a request may use at most."""
-        spent = self._spent[key.name]
-        for name, used, more, most in (
-            ("queries", spent.queries, queries, key.queries),
-            ("tokens", spent.tokens, tokens, key.tokens),
-            ("nats", spent.nats, nats, key.nats),
-        ):
+    def reserve(
+        self, key: Key, *, queries: int, tokens: int, nats: float = 0.0
+    ) -> tuple[Key, Spent]:
+        """Sets aside what a request may use at most; what it does not is given back."""
+        spent, wanted = self._spent[key.name], Spent(queries, tokens, nats)
+        for name, more in vars(wanted).items():
+            most, used = getattr(key, name), getattr(spent, name)
             if most is not None and used + more > most:
                 raise ApiError(
                     429,
@@ -115,8 +108,8 @@ class Accounts:
                     f"{more:.10g} more asked; it does not come back",
                     code="insufficient_quota",
                 )
-        rates, wanted = self._rates[key.name], {"queries": queries, "tokens": tokens}
-        waits = {name: rate.wait(wanted[name]) for name, rate in rates.items()}
+        rates = self._rates[key.name]
+        waits = {name: rate.wait(getattr(wanted, name)) for name, rate in rates.items()}
         slowest = max(waits, key=lambda name: waits[name], default=None)
         if slowest is not None and waits[slowest] > 0:
             # A rate of nothing waits without end.
@@ -127,16 +120,12 @@ class Accounts:
                 code="rate_limit_exceeded",
                 headers={"Retry-After": str(seconds)},
             )
-        for name, rate in rates.items():
-            rate.take(wanted[name])
-        spent.queries += queries
-        spent.tokens += tokens
-        spent.nats += nats
-        return Reservation(key, queries, tokens, nats)
+        self._take(key, wanted)
+        return key, wanted
 
     def settle(
         self,
-        reservation: Reservation,
+        reservation: tuple[Key, Spent],
         *,
         tokens: int,
         record: dict[str, Any] | None,
@@ -146,21 +135,19 @@ class Accounts:
 
         Without a record nothing was, and the queries come back too. `told` has nats by context.
         """
-        left = {"tokens": reservation.tokens - tokens, "queries": 0}
-        if record is None:
-            left["queries"] = reservation.queries
-        spent = self._spent[reservation.key.name]
-        spent.tokens -= left["tokens"]
-        spent.queries -= left["queries"]
-        nats = sum((told or {}).values())
-        spent.nats += nats - reservation.nats
-        for name, rate in self._rates[reservation.key.name].items():
-            rate.take(-left[name])
+        (key, held), nats = reservation, sum((told or {}).values())
+        back = held.queries if record is None else 0
+        self._take(key, Spent(-back, tokens - held.tokens, nats - held.nats))
         if record is not None and self._writer is not None:
-            entry = {"time": round(time.time(), 3), "key": reservation.key.name}
-            entry |= {"queries": reservation.queries, "tokens": tokens}
+            entry = {"time": round(time.time(), 3), "key": key.name}
+            entry |= {"queries": held.queries, "tokens": tokens}
             entry |= {"nats": nats, "contexts": told} if told else {}
             self._lines.put(json.dumps(entry | record))
+
+    def _take(self, key: Key, more: Spent) -> None:
+        self._spent[key.name].add(more)
+        for name, rate in self._rates[key.name].items():
+            rate.take(getattr(more, name))
 
     def close(self) -> None:
         """Writes what is still to be written."""
@@ -179,10 +166,8 @@ class Accounts:
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 entry = json.loads(line)
-                spent = self._spent[entry["key"]]
-                spent.queries += entry["queries"]
-                spent.tokens += entry["tokens"]
-                spent.nats += entry.get("nats", 0.0)
+                spent = Spent(entry["queries"], entry["tokens"], entry.get("nats", 0.0))
+                self._spent[entry["key"]].add(spent)
                 for context, nats in entry.get("contexts", {}).items():
                     self.ledger.add(context, nats)
             except (ValueError, KeyError, TypeError):

@@ -16,7 +16,7 @@ from logitjax.models import Tokenizer
 from logitjax.serving import _schema as schema
 from logitjax.serving._config import check_model
 from logitjax.serving._errors import ApiError, BadRequestError
-from logitjax.serving._keys import Key
+from logitjax.serving._keys import Key, find_key
 from logitjax.serving._scheduler import Job, Prompt
 from logitjax.serving._schema import CompletionRequest, SamplingFields
 from logitjax.serving._service import Service
@@ -25,8 +25,10 @@ from logitjax.serving._service import Service
 _LONG_NUMBER = re.compile(rb"[0-9]{25}")
 
 
-async def read_body(http: HttpRequest, *, most: int, seconds: float) -> bytes:
-    """The bytes that a request brings."""
+async def read_body(service: Service, http: HttpRequest) -> tuple[Key, bytes]:
+    """Who asks, and the bytes that a request brings."""
+    config = service.config
+    key, most = find_key(config.keys, http.headers.get("authorization", "")), config.max_body_bytes
     kind = http.headers.get("content-type", "application/json").split(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, f"content-type must be application/json, got {kind[:60]!r}")
@@ -35,17 +37,16 @@ async def read_body(http: HttpRequest, *, most: int, seconds: float) -> bytes:
         raise _too_large(most)
     parts, size = [], 0
     try:
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(config.body_seconds):
             async for part in http.stream():
                 size += len(part)
                 if size > most:
                     raise _too_large(most)
                 parts.append(part)
     except TimeoutError:
-        raise ApiError(
-            408, f"the body took longer than {seconds:g} s", headers={"Connection": "close"}
-        ) from None
-    return b"".join(parts)
+        late = f"the body took longer than {config.body_seconds:g} s"
+        raise ApiError(408, late, headers={"Connection": "close"}) from None
+    return key, b"".join(parts)
 
 
 def parse_json(body: bytes) -> Any:

@@ -10,6 +10,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
@@ -92,6 +93,7 @@ def build_app(
     ]
     if config.hidden_states:
         states = HiddenStates(service, model.decoder)
+        scheduler.compiles.append(states.compile)
         routes.append(Route("/v1/hidden_states", states.endpoint, methods=["GET", "POST"]))
     paths = frozenset(route.path for route in routes)
     middleware = [Middleware(Observed, metrics=metrics, paths=paths)]
@@ -104,6 +106,7 @@ def build_app(
         }
         middleware.append(Middleware(CORSMiddleware, **cors))
     handlers: Any = {HTTPException: _http_error, ApiError: _api_error, Exception: _mistake}
+    handlers[ClientDisconnect] = _left
     app = Starlette(
         routes=routes, lifespan=lifespan, exception_handlers=handlers, middleware=middleware
     )
@@ -117,6 +120,10 @@ async def _http_error(_: HttpRequest, error: Any) -> Response:
 
 async def _api_error(_: HttpRequest, error: Any) -> Response:
     return error.response()
+
+
+async def _left(_: HttpRequest, error: Any) -> Response:
+    return Response(status_code=499)
 
 
 async def _mistake(_: HttpRequest, error: Exception) -> Response:

@@ -7,14 +7,12 @@ import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
-from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
 
 from logitjax.serving._admission import read_body, read_request
 from logitjax.serving._answer import Answer, frame, usage
 from logitjax.serving._errors import ApiError, json_response
-from logitjax.serving._keys import find_key
 from logitjax.serving._schema import CompletionRequest
 from logitjax.serving._service import Service
 
@@ -23,42 +21,34 @@ def completions(service: Service, *, chat: bool) -> Any:
     """The endpoint of completions, or of chats."""
 
     async def endpoint(http: HttpRequest) -> Response:
-        config, loop = service.config, asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
+        key, body = await read_body(service, http)
+        # Off the event loop: long prompts take long to check and to encode.
+        read = functools.partial(read_request, service, body, key, loop, chat=chat)
+        asked, jobs = await loop.run_in_executor(service.readers, read)
+        if asked.sampling.structure is not None:
+            follower = await service.formats.follow(*asked.sampling.structure)
+            for job, _ in jobs:
+                job.follower = follower.copy()
+        prompt_tokens = sum(len(prompt) for _, prompt in jobs[:: asked.n])
+        answers = [Answer(service, asked, job, i, p) for i, (job, p) in enumerate(jobs)]
+        meters = [answer.meter for answer in answers if answer.meter is not None]
+        reserved = service.accounts.reserve(
+            key,
+            queries=len(jobs),
+            tokens=prompt_tokens + len(jobs) * asked.max_tokens,
+            nats=sum(meter.most for meter in meters),
+        )
         try:
-            key = find_key(config.keys, http.headers.get("authorization", ""))
-            body = await read_body(http, most=config.max_body_bytes, seconds=config.body_seconds)
-            # Off the event loop: long prompts take long to check and to encode.
-            asked, jobs = await loop.run_in_executor(
-                service.readers,
-                functools.partial(read_request, service, body, key, loop, chat=chat),
-            )
-            if asked.sampling.structure is not None:
-                follower = await service.formats.follow(*asked.sampling.structure)
-                for job, _ in jobs:
-                    job.follower = follower.copy()
-            prompt_tokens = sum(len(prompt) for _, prompt in jobs[:: asked.n])
-            answers = [Answer(service, asked, job, i, p) for i, (job, p) in enumerate(jobs)]
-            meters = [answer.meter for answer in answers if answer.meter is not None]
-            reserved = service.accounts.reserve(
-                key,
-                queries=len(jobs),
-                tokens=prompt_tokens + len(jobs) * asked.max_tokens,
-                nats=sum(meter.most for meter in meters),
-            )
-            try:
-                service.scheduler.submit([job for job, _ in jobs])
-                # After it, so that an overload costs no nats; nothing is shown in between.
-                for meter in meters:
-                    meter.begin()
-            except ApiError:
-                for job, _ in jobs:
-                    job.cancelled = True
-                service.accounts.settle(reserved, tokens=0, record=None)
-                raise
-        except ApiError as error:
-            return error.response()
-        except ClientDisconnect:
-            return Response(status_code=499)
+            service.scheduler.submit([job for job, _ in jobs])
+            # After it, so that an overload costs no nats; nothing is shown in between.
+            for meter in meters:
+                meter.begin()
+        except ApiError:
+            for job, _ in jobs:
+                job.cancelled = True
+            service.accounts.settle(reserved, tokens=0, record=None)
+            raise
         service.metrics.prompt_tokens.inc(prompt_tokens)
 
         def done() -> None:
@@ -117,8 +107,6 @@ async def _whole(
         if not everything.done():
             return Response(status_code=499)
         everything.result()
-    except ApiError as error:
-        return error.response()
     finally:
         watcher.cancel()
         everything.cancel()

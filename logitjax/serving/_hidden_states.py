@@ -2,6 +2,8 @@
 
 import asyncio
 import functools
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
@@ -18,6 +19,9 @@ from logitjax.serving._admission import parse_json, read_body
 from logitjax.serving._errors import BadRequestError
 from logitjax.serving._keys import find_key
 from logitjax.serving._service import Service
+
+_ROWS = 8  # of documents read at once
+_LENGTHS = [64 << i for i in range(26)]
 
 
 class _Reading(BaseModel):
@@ -45,23 +49,35 @@ class HiddenStates:
     def __init__(self, service: Service, model: models.Decoder):
         self._service, self._head = service, model.head_of().resolve(model.config.hidden_size)
         graphdef, self._params = nnx.split(model)
+        # Few programs serve any batch: so many rows, and lengths that double.
+        most = service.config.max_length
+        self._lengths = [*itertools.takewhile(lambda n: n < most, _LENGTHS), most]
 
         def states(params: Any, tokens: Any, positions: Any) -> jax.Array:
             return nnx.merge(graphdef, params).hidden_states(tokens, positions=positions)[0]
 
         self._states = jax.jit(states)
 
+    def compile(self) -> None:
+        """Every program once, before the server is ready."""
+        for length in self._lengths:
+            self._read([[0] * length])
+        assert self._weights  # slices of arrays are programs too
+
+    @functools.cached_property
+    def _weights(self) -> str:
+        # A few numbers of each array tell trained weights apart.
+        leaves = jax.tree.leaves(self._params)
+        thin = [leaf.reshape(-1)[:: max(1, leaf.size // 64)] for leaf in leaves]
+        return storage.digest(jax.device_get(thin), length=12)
+
     async def endpoint(self, http: HttpRequest) -> Response:
         service, loop = self._service, asyncio.get_running_loop()
-        config = service.config
-        key = find_key(config.keys, http.headers.get("authorization", ""))
         if http.method == "GET":
+            find_key(service.config.keys, http.headers.get("authorization", ""))
             content = await loop.run_in_executor(service.readers, self._about)
             return Response(content, media_type="application/octet-stream")
-        try:
-            body = await read_body(http, most=config.max_body_bytes, seconds=config.body_seconds)
-        except ClientDisconnect:
-            return Response(status_code=499)
+        key, body = await read_body(service, http)
         reading = self._checked(parse_json(body))
         tokens, content = sum(map(len, reading.documents)), b""
         spent = service.accounts.reserve(key, queries=len(reading.documents), tokens=tokens)
@@ -94,28 +110,32 @@ class HiddenStates:
         return reading
 
     def _about(self) -> bytes:
-        head, leaves = self._head, jax.tree.leaves(self._params)
-        # A few numbers of each array tell trained weights apart.
-        thin = [leaf.reshape(-1)[:: max(1, leaf.size // 64)] for leaf in leaves]
+        head = self._head
         about = {
             "vocab_axis": str(head.vocab_axis),
             "soft_cap": str(head.soft_cap or ""),
             "tokenizer": self._service.tokenizer.fingerprint,
-            "weights": storage.digest(jax.device_get(thin), length=12),
+            "weights": self._weights,
         }
         return _encoded(about, kernel=head.kernel, bias=head.bias)
 
-    def _answer(self, reading: _Reading) -> bytes:
-        lengths = [len(document) for document in reading.documents]
-        # Powers of two, so that few programs serve any batch.
-        shape = [1 << (size - 1).bit_length() for size in (len(lengths), max(lengths))]
-        tokens, positions = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
-        for row, document in enumerate(reading.documents):
+    def _read(self, documents: Sequence[Sequence[int]]) -> np.ndarray:
+        """States of at most `_ROWS` documents."""
+        length = next(n for n in self._lengths if n >= max(map(len, documents)))
+        tokens = np.zeros((_ROWS, length), np.int32)
+        positions = np.full_like(tokens, -1)
+        for row, document in enumerate(documents):
             tokens[row, : len(document)] = document
             positions[row, : len(document)] = np.arange(len(document))
-        states = np.asarray(self._states(self._params, tokens, positions))
-        spans = zip(states[: len(lengths)], reading.starts, lengths, strict=True)
-        hidden = np.concatenate([row[a - 1 : b - 1] for row, a, b in spans])
+        return np.asarray(self._states(self._params, tokens, positions))
+
+    def _answer(self, reading: _Reading) -> bytes:
+        parts = []
+        for start in range(0, len(reading.documents), _ROWS):
+            some = reading.documents[start : start + _ROWS]
+            spans = zip(self._read(some), reading.starts[start:], some, strict=False)
+            parts += [states[first - 1 : len(one) - 1] for states, first, one in spans]
+        hidden = np.concatenate(parts)
         rank = reading.rank
         if not 0 < rank < min(hidden.shape):
             return _encoded({"error": "0"}, hidden=hidden.astype(jnp.bfloat16))

@@ -74,7 +74,7 @@ class Disclosure:
     def options(self, end_ids: Sequence[int]) -> DecodeOptions:
         """What the engine has to report and to add."""
         policy = self.policy
-        served = self._served if self._disturbs else None
+        served = self._served if policy.noise else None
         return DecodeOptions(
             logprobs=policy.returns == "logprobs",
             top_logprobs=self.top_k,
@@ -84,7 +84,7 @@ class Disclosure:
             max_logit_bias=0 if policy.bias == "none" else policy.max_biased,
             max_stop_ids=len(end_ids) + MOST_STOP_IDS,
             served=served,
-            remember=_follow if self._disturbs or not self.free else None,
+            remember=_follow if self.policy.noise or not self.free else None,
             draw_keys=None if self.free else _draw_keys,
         )
 
@@ -123,7 +123,7 @@ class Disclosure:
         kept, would change where a threshold crosses one of them, and tell every logit.
         """
         # Keyed, so that nobody can look for two contexts with the same noise.
-        names = {"context": b"context"} if self._disturbs else {}
+        names = {"context": b"context"} if self.policy.noise else {}
         if not self.free:
             # The likeliest token needs no noise: all seeds are one request.
             moving = _moving(fields) | {"seed": seed if fields and fields.temperature else 0}
@@ -150,10 +150,6 @@ class Disclosure:
         """Whether the value of a token that is not asked for by rank is told."""
         return self.policy.sampled or token in top_ids
 
-    @property
-    def _disturbs(self) -> bool:
-        return bool(self.policy.noise or self.policy.soft_cap or self.policy.dummy_dims)
-
     def _digest(self, text: bytes, size: int) -> bytes:
         return hashlib.blake2b(text, key=self._secret, digest_size=size).digest()
 
@@ -164,7 +160,7 @@ class Disclosure:
         # of n tokens could be asked for in n ways, and its noise averaged.
         first, second = jnp.moveaxis(jnp.asarray(extra["context"]), -1, 0)
         fold = jax.vmap(lambda a, b: jax.random.fold_in(jax.random.fold_in(api, a), b))
-        return self.policy.disturb(logits, fold(first, second), api_key=api)
+        return self.policy.disturb(logits, fold(first, second))
 
 
 def advance(words: Any, tokens: Any) -> Any:

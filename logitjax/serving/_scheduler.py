@@ -5,7 +5,7 @@ import collections
 import dataclasses
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -111,6 +111,8 @@ class Scheduler:
         )
         self.failed: Exception | None = None
         self.ready = threading.Event()
+        # What else has programs, and compiles them before the server is ready.
+        self.compiles: list[Callable[[], None]] = []
         self._max_waiting = config.max_waiting
         self._disclosure = disclosure
         self._jobs: list[Job | None] = [None] * config.slots
@@ -231,6 +233,8 @@ class Scheduler:
             self.engine.decode_chunk(steps)
         self.engine.evict(0)
         self.reader.tokens_read = 0
+        for compile_more in self.compiles:
+            compile_more()
         self.ready.set()
 
     def _fail(self, error: Exception) -> None:

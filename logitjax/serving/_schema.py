@@ -426,21 +426,18 @@ def openapi(config: ServerConfig) -> dict[str, Any]:
         schemas[model.__name__] = schema
         return {"$ref": _REF.format(model=model.__name__)}
 
-    refused = {
-        "description": "What is wrong with the request.",
-        "content": {"application/json": {"schema": _ERROR}},
-    }
+    def content(schema: dict[str, Any], kind: str = "application/json") -> dict[str, Any]:
+        return {kind: {"schema": schema}}
+
+    refused = {"description": "What is wrong with the request.", "content": content(_ERROR)}
     answer = {
         "description": "Done; server-sent events where stream is true.",
-        "content": {
-            "application/json": {"schema": {"type": "object"}},
-            "text/event-stream": {"schema": {"type": "string"}},
-        },
+        "content": content({"type": "object"}) | content({"type": "string"}, "text/event-stream"),
     }
 
     def post(summary: str, *, chat: bool) -> dict[str, Any]:
         schema = described(request_model(config, chat=chat))
-        body = {"required": True, "content": {"application/json": {"schema": schema}}}
+        body = {"required": True, "content": content(schema)}
         codes = ("400", "401", "404", "413", "415", "429")
         responses = {"200": answer, **dict.fromkeys(codes, refused)}
         return {"post": {"summary": summary, "requestBody": body, "responses": responses}}

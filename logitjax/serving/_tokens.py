@@ -4,15 +4,13 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from logitjax.serving import _schema as schema
 from logitjax.serving._admission import parse_json, prompt_tokens, read_body
 from logitjax.serving._config import check_model
-from logitjax.serving._errors import ApiError, BadRequestError, json_response
-from logitjax.serving._keys import find_key
+from logitjax.serving._errors import BadRequestError, json_response
 from logitjax.serving._service import Service
 
 
@@ -50,14 +48,8 @@ def tokens_endpoint(
         return answer(service, given)
 
     async def endpoint(http: HttpRequest) -> Response:
-        config, loop = service.config, asyncio.get_running_loop()
-        find_key(config.keys, http.headers.get("authorization", ""))
-        try:
-            body = await read_body(http, most=config.max_body_bytes, seconds=config.body_seconds)
-            return json_response(await loop.run_in_executor(service.readers, work, body))
-        except ApiError as error:
-            return error.response()
-        except ClientDisconnect:
-            return Response(status_code=499)
+        _, body = await read_body(service, http)
+        loop = asyncio.get_running_loop()
+        return json_response(await loop.run_in_executor(service.readers, work, body))
 
     return endpoint

@@ -222,6 +222,10 @@ def write_gguf(model: models.Decoder, path: os.PathLike) -> None:
         (writer.add_attn_logit_softcapping, config.attention_softcap),
         (writer.add_final_logit_softcapping, config.logits_softcap),
         (writer.add_sliding_window, next(iter(windows), None)),
+        (writer.add_attention_scale, config.query_scale),
+        (writer.add_embedding_scale, config.embedding_scale),
+        (writer.add_residual_scale, config.residual_scale),
+        (writer.add_logit_scale, config.logits_divisor),
         (writer.add_bos_token_id, config.bos_id),
         (writer.add_eos_token_id, next(iter(config.eos_ids), None)),
         (writer.add_pad_token_id, config.pad_id),
@@ -251,9 +255,11 @@ def _stored(config: models.DecoderConfig, module: str, leaf: str, values: np.nda
     heads = {"attention.query": config.num_heads, "attention.key": config.num_kv_heads}
     if config.traits.gguf_interleaved and module in heads:
         # llama.cpp turns pairs of neighbours, Hugging Face a half against the other.
-        shape = values.shape
-        halves = values.reshape(heads[module], 2, shape[0] // heads[module] // 2, *shape[1:])
-        values = halves.swapaxes(1, 2).reshape(shape)
+        rows = values.reshape(heads[module], -1, *values.shape[1:]).copy()
+        turned = rows[:, : config.rope_dim]
+        halves = turned.reshape(len(rows), 2, -1, *values.shape[1:])
+        turned[:] = halves.swapaxes(1, 2).reshape(turned.shape)
+        values = rows.reshape(values.shape)
     return values
 
 

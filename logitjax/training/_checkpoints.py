@@ -21,10 +21,8 @@ from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import future as ocp_future
 
 from logitjax.ops import mesh as on_mesh
-from logitjax.storage import may_pass, write_atomic
+from logitjax.storage import may_pass
 from logitjax.training import _watch, _workdir
-
-_SIZES = "_SIZES"
 
 
 class _WithoutChatter(python_logging.Filter):
@@ -103,7 +101,6 @@ class Checkpointer:
     Args:
         directory: directory of the checkpoints; ``gs://`` works.
         max_to_keep: how many to keep, two so that one may be damaged; None for all.
-        asynchronous: write in the background.
 
     >>> import tempfile
     >>> state = {"w": jnp.arange(3.0)}
@@ -114,13 +111,7 @@ class Checkpointer:
     (5, {'seed': 1}, [0.0, 1.0, 2.0])
     """
 
-    def __init__(
-        self,
-        directory: epath.PathLike,
-        *,
-        max_to_keep: int | None = 2,
-        asynchronous: bool = True,
-    ):
+    def __init__(self, directory: epath.PathLike, *, max_to_keep: int | None = 2):
         self.directory = epath.Path(directory)
         if "://" not in str(directory):
             self.directory = self.directory.resolve()
@@ -135,12 +126,9 @@ class Checkpointer:
                 "meta": _MetaHandler(),
             },
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=max_to_keep,
-                cleanup_tmp_directories=True,
-                enable_async_checkpointing=asynchronous,
+                max_to_keep=max_to_keep, cleanup_tmp_directories=True
             ),
         )
-        self._asynchronous = asynchronous
         self._worker = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._handover: concurrent.futures.Future | None = None
 
@@ -173,7 +161,7 @@ class Checkpointer:
             state=ocp.args.StandardSave(_nested(state)),
             meta=_MetaSave(extra=dict(extra or {}), checksums=_Checksums(state)),
         )
-        held = _hold(args.state.item) if self._asynchronous and _on_one_host(state) else None
+        held = _hold(args.state.item) if _on_one_host(state) else None
         if held is None:
             self._save(step, args)
         else:
@@ -247,7 +235,6 @@ class Checkpointer:
         """Waits until the last save is on disk."""
         self._handed_over()
         self._manager.wait_until_finished()
-        self._record_sizes(self.steps())
 
     def close(self) -> None:
         """Waits, and ends the background threads."""
@@ -258,9 +245,7 @@ class Checkpointer:
             self._manager.close()
 
     def _save(self, step: int, args: Any, views: list[np.ndarray] | None = None) -> None:
-        done = sorted(self._manager.all_steps())
         self._manager.save(step, args=args, force=True)
-        self._record_sizes(done)
         if views is not None:  # and until then held
             self._manager.wait_until_finished()
 
@@ -276,7 +261,6 @@ class Checkpointer:
         read: list[Any] = []
 
         def look() -> None:
-            self._check_sizes(step)
             stored = self._manager.item_metadata(step)["state"].tree
             mismatch.append(_mismatch(wanted, stored))
 
@@ -298,36 +282,6 @@ class Checkpointer:
             if expected.get(name) != value:
                 raise _UnreadableError(f"the checksum of {name!r} differs")
         return Restored(restored, step, found["meta"].get("extra", {}))
-
-    def _record_sizes(self, steps: list[int]) -> None:
-        if jax.process_index() != 0:
-            return
-        for step in steps:
-            record = self.directory / str(step) / _SIZES
-            if not record.parent.is_dir() or record.exists():
-                continue
-            try:
-                sizes = _sizes(record.parent)
-            except FileNotFoundError:
-                continue  # Orbax is removing it, one file after another.
-            # Whole or not there: half a record would condemn a good checkpoint.
-            write_atomic(record, json.dumps(sizes))
-
-    def _check_sizes(self, step: int) -> None:
-        directory = self.directory / str(step)
-        record = directory / _SIZES
-        if not record.exists():
-            return  # Killed before it was written; the checksums still tell.
-        try:
-            recorded = json.loads(record.read_text())
-        except ValueError:
-            return  # Cut off by a crash of the machine, as above.
-        found = _sizes(directory)
-        for name, size in recorded.items():
-            if name not in found:
-                raise OSError(f"{name} is missing")
-            if found[name] != size:
-                raise OSError(f"{name} has {found[name]} bytes, not {size}")
 
     def _set_aside(self, steps: list[int]) -> None:
         if not steps:
@@ -441,18 +395,6 @@ def _mismatch(wanted: Any, stored: Any) -> str | None:
         if name not in wanted:
             return f"it holds {name!r}, which this state lacks"
     return None
-
-
-def _sizes(directory: epath.Path) -> dict[str, int]:
-    sizes = {}
-    pending = [directory]
-    while pending:
-        for path in pending.pop().iterdir():
-            if path.is_dir():
-                pending.append(path)
-            elif not path.name.startswith((_SIZES, f".{_SIZES}", "_CHECKPOINT_METADATA")):
-                sizes[str(path.relative_to(directory))] = path.stat().length
-    return sizes
 
 
 @jax.jit

@@ -2,14 +2,18 @@
 
 Where both matrices, centred, are positive semi-definite (or both negative), the cost is concave in
 the coupling and the best coupling of uniform weights is a matching: a quadratic assignment problem.
-It is relaxed by duals of its first-level linearisation, as Hahn and Grant do. Let `pairs[i, k, j,
-l]` be what it costs that i goes to k if also j goes to l. Of the costs of each pair (i, k) an
-assignment problem in (j, l) is a part that is paid in any case: it moves to `nodes[i, k]`, and of
-these a part moves to the constant. The rest is shared between (i, k; j, l) and (j, l; i, k), and
-so on. All that is left stays non-negative, so that the constant is a lower bound at any time.
+It is bounded by duals of its first-level linearisation, the bound of Hahn and Grant. Any `alpha[i,
+k, j]` and `beta[i, k, l]` with, for i not j and k not l, ::
+
+    alpha[i, k, j] + beta[i, k, l] + alpha[j, l, i] + beta[j, l, k] <= 2 (C_ij - D_kl)^2
+
+give one: the least assignment of ``(C_ii - D_kk)^2 + sum_j alpha[i, k, j] + sum_l beta[i, k, l]``.
+What is left of a pair (i, k) beyond that assignment goes back to its alphas, every pair takes half
+of what the inequalities have left, and so on. The n^4 differences are visited, n^3 numbers held.
 """
 
 import dataclasses
+import itertools
 import time
 from typing import Any
 
@@ -23,8 +27,12 @@ from logitjax.transport._certificate import Certificate
 from logitjax.transport._graph import Graph, rounded
 from logitjax.transport._sorted import Coupling
 
-# Pairs of pairs are held: 134 MB each time.
-_MOST_NODES = 64
+# Duals of 1 GiB each.
+_MOST_NODES = 512
+# Up to this many nodes matchings are improved by exchanges in Python.
+_FEW_NODES = 64
+# Entries that are visited together: what a core's cache holds.
+_ENTRIES = 1 << 17
 # Rounds of sharing at the root, and at the nodes of the tree, which go on where their parent ended.
 _ROUNDS, _MORE_ROUNDS = 100, 8
 _STARTS = 6
@@ -38,9 +46,10 @@ def branch_and_bound(
 ) -> Certificate:
     """The Gromov-Wasserstein cost of two small graphs, p = 2, as good as proven optimal.
 
-    Graphs have as many nodes each, at most 64, and uniform weights. For Gram matrices, as graphs of
-    logits are, some 16 nodes take seconds; beyond 30 the time is likely to run out, and what is
-    proven until then is returned. It computes on the host in float64, and is not differentiable.
+    Graphs have as many nodes each, at most 512, and uniform weights. For Gram matrices, as graphs
+    of logits are, some 16 nodes take seconds; beyond 30 the time is likely to run out, and what is
+    proven until then is returned, mostly much more than `certificate` proves. It computes on the
+    host in float64, and is not differentiable.
 
     Args:
         c: symmetric matrix `[n, n]` or `FactoredGraph`.
@@ -122,61 +131,83 @@ def _indefinite(x: np.ndarray, y: np.ndarray) -> float:
 
 @dataclasses.dataclass
 class _Node:
-    """Costs that are left once some nodes are matched, and the bound `constant` on all of them."""
+    """A problem that is left once some nodes are matched, at the cost `paid`, with its duals."""
 
-    constant: float
-    # What rounding may have added to the constant.
-    doubt: float
+    paid: float
     matched: tuple[tuple[int, int], ...]
+    # The nodes of either graph that are free, their matrices, and what a pair costs by itself.
     rows: np.ndarray
     columns: np.ndarray
+    x: np.ndarray
+    y: np.ndarray
     nodes: np.ndarray
-    pairs: np.ndarray
+    alpha: np.ndarray
+    beta: np.ndarray
+    # The bound, what rounding may have added to it, and what pairs cost beyond it.
+    constant: float = 0.0
+    doubt: float = 0.0
+    rest: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 0)))
 
     def matching(self, row: int, column: int) -> "_Node":
         """The node with one more match, whose costs with all others become theirs."""
-        others = [np.delete(np.arange(len(self.nodes)), index) for index in (row, column)]
-        kept = np.ix_(*others)
-        nodes = (
-            self.nodes[kept] + self.pairs[row, column][kept] + self.pairs[:, :, row, column][kept]
-        )
+        i, k = (np.delete(np.arange(len(self.nodes)), index) for index in (row, column))
         pair = int(self.rows[row]), int(self.columns[column])
+        apart = np.square(self.x[i, row][:, None] - self.y[k, column])
         return _Node(
-            self.constant + self.nodes[row, column],
-            self.doubt + 4 * _EPSILON * self.constant,
+            self.paid + float(self.nodes[row, column]),
             (*self.matched, pair),
-            self.rows[others[0]],
-            self.columns[others[1]],
-            nodes,
-            self.pairs[np.ix_(*others, *others)],
+            self.rows[i],
+            self.columns[k],
+            self.x[np.ix_(i, i)],
+            self.y[np.ix_(k, k)],
+            self.nodes[np.ix_(i, k)] + 2 * apart,
+            self.alpha[np.ix_(i, k, i)],
+            self.beta[np.ix_(i, k, k)],
         )
-
-    def share(self, turn: int) -> None:
-        """One round: the node costs back to pairs, both orders alike, and what is paid in any case.
-
-        Rows and columns take turns in coming first.
-        """
-        m, pairs = len(self.nodes), self.pairs
-        impossible = _impossible(m)
-        pairs += (self.nodes / max(m - 1, 1))[:, :, None, None]
-        pairs += pairs.transpose(2, 3, 0, 1).copy()
-        pairs *= 0.5
-        largest = pairs.max()
-        pairs[impossible] = np.inf
-        self.nodes = np.zeros((m, m)) if m > 1 else self.nodes
-        for axis in ((3, 2), (2, 3))[turn % 2] if m > 1 else ():
-            least = pairs.min(axis, keepdims=True)
-            least[np.isinf(least)] = 0
-            pairs -= least
-            self.nodes += least.sum((2, 3))
-        pairs[impossible] = 0
-        self.doubt += 8 * _EPSILON * (m * m * largest + m * self.nodes.max() + self.constant)
 
     def pay(self) -> np.ndarray:
-        """Moves what any assignment costs to the constant; the best assignment."""
-        paid, self.nodes, columns = _assignment(self.nodes)
-        self.constant += paid
+        """Works out what any assignment costs; the best one."""
+        costs = self.nodes + self.alpha.sum(2) + self.beta.sum(2)
+        value, self.rest, columns = _assignment(costs)
+        self.constant = self.paid + value
+        # Of m^2 inequalities each is off by some roundings, and so are the sums of 2 m duals.
+        m, duals = len(costs), max(np.abs(self.alpha).max(), np.abs(self.beta).max())
+        largest = np.square(self.x.max() - self.y.min()) + np.square(self.x.min() - self.y.max())
+        each = 16 * (largest + duals) + 2 * m * duals + np.abs(costs).max()
+        self.doubt = 4 * _EPSILON * (m * m * each + self.paid)
         return columns
+
+    def share(self, turn: int, deadline: float) -> None:
+        """One round, or a part of it; rows and columns take turns in coming first."""
+        m = len(self.nodes)
+        self.alpha -= (self.rest / (m - 1))[:, :, None]
+        self.alpha[range(m), :, range(m)] = 0
+        # Of both orders of two pairs each has one half.
+        halves = [np.ascontiguousarray(x.transpose(2, 0, 1)) / 2 for x in (self.alpha, self.beta)]
+        new = np.zeros_like(self.alpha), np.zeros_like(self.beta)
+        width = max(1, min(m, _ENTRIES // m**2))
+        height = max(1, min(m, _ENTRIES // (width * m**2)))
+        for i, k in itertools.product(range(0, m, height), range(0, m, width)):
+            if time.monotonic() > deadline:
+                break
+            here = slice(i, i + height), slice(k, k + width)
+            slack = self.x[here[0], None, :, None] - self.y[None, here[1], None, :]
+            slack *= slack
+            slack -= halves[0][here[0], None]
+            slack -= halves[1][None, here[1]]
+            slack -= self.alpha[here][..., None] / 2
+            slack -= self.beta[here][:, :, None] / 2
+            own, other = range(slack.shape[0]), range(slack.shape[1])
+            # A node cannot be matched twice.
+            slack[own, :, range(i, i + len(own))] = np.inf
+            slack[:, other, :, range(k, k + len(other))] = np.inf
+            for axis in ((3, 2), (2, 3))[turn % 2]:
+                least = slack.min(axis, keepdims=True)
+                least[np.isinf(least)] = 0
+                slack -= least
+                new[axis == 2][here] = least.squeeze(axis)
+        self.alpha += new[0]
+        self.beta += new[1]
 
 
 class _Search:
@@ -187,11 +218,10 @@ class _Search:
     def run(self) -> tuple[float, float]:
         """A lower bound of n^2 times the cost, and the cost of `matching`."""
         self._improve()
-        root = _start(self.x, self.y)
-        self._share(root, _ROUNDS)
+        node = _start(self.x, self.y)
+        self._share(node, _ROUNDS)
         # A child is made when it is opened: its parent, row and column, and a bound.
         nodes: list[tuple[float, _Node, int, int]] = []
-        node = root
         while True:
             if node.constant < self._target:
                 nodes += self._children(node)
@@ -199,7 +229,7 @@ class _Search:
             if not nodes or time.monotonic() > self.deadline:
                 lower = min((entry[0] for entry in nodes), default=self._target)
                 return lower - self.doubt, self.best * (1 + 4 * len(self.x) ** 2 * _EPSILON)
-            held = sum({id(parent): parent.pairs.nbytes for _, parent, _, _ in nodes}.values())
+            held = sum({id(parent): parent.alpha.nbytes for _, parent, _, _ in nodes}.values())
             best = min(range(len(nodes)), key=lambda i: nodes[i][0]) if held < _MEMORY else -1
             _, parent, row, column = nodes.pop(best)
             node = parent.matching(row, column)
@@ -210,25 +240,25 @@ class _Search:
         return self.best * (1 - self.tolerance)
 
     def _share(self, node: _Node, rounds: int) -> None:
-        for turn in range(rounds):
+        for turn in range(rounds + 1):
             self._try(node, node.pay())
-            self.doubt = max(self.doubt, node.doubt)
-            late = time.monotonic() > self.deadline
-            if node.constant >= self._target or len(node.nodes) == 1 or late:
-                return
-            node.share(turn)
+            done = node.constant >= self._target or len(node.nodes) == 1 or turn == rounds
+            if done or time.monotonic() > self.deadline:
+                break
+            node.share(turn, self.deadline)
+        self.doubt = max(self.doubt, node.doubt)
 
     def _children(self, node: _Node) -> list[tuple[float, _Node, int, int]]:
         """One for each partner of the row or column whose partners differ most."""
         if len(node.nodes) == 1:
             return []
-        costs = np.minimum(node.nodes, max(self._target - node.constant, 0.0))
+        costs = np.minimum(node.rest, max(self._target - node.constant, 0.0))
         rows, columns = costs.sum(1), costs.sum(0)
         m = range(len(costs))
         pairs = [(int(rows.argmax()), k) for k in m]
         if columns.max() > rows.max():
             pairs = [(i, int(columns.argmax())) for i in m]
-        return [(node.constant + float(node.nodes[pair]), node, *pair) for pair in pairs]
+        return [(node.constant + float(node.rest[pair]), node, *pair) for pair in pairs]
 
     def _try(self, node: _Node, columns: np.ndarray) -> None:
         matching = np.empty(len(self.x), int)
@@ -246,13 +276,17 @@ class _Search:
         """Matchings to begin with: conditional gradients and exchanges, from several starts."""
         n, rng = len(self.x), np.random.default_rng(0)
         order = np.argsort(np.argsort(self.x.sum(1)))
-        starts = [np.argsort(self.y.sum(1))[order], *(rng.permutation(n) for _ in range(_STARTS))]
+        starts = [np.arange(n), np.argsort(self.y.sum(1))[order]]
+        starts += [rng.permutation(n) for _ in range(_STARTS if n <= _FEW_NODES else 0)]
         for start in starts:
             self._judge(start)
             plan = (np.eye(n)[start] + 1 / n) / 2
             common: Any = {"maximize": True, "rng": rng}
             options = common | {"P0": plan}
             found = optimize.quadratic_assignment(self.x, self.y, options=options).col_ind
+            self._judge(found)
+            if n > _FEW_NODES:
+                continue
             options = common | {"partial_guess": np.stack([np.arange(n), found], 1)}
             found = optimize.quadratic_assignment(self.x, self.y, method="2opt", options=options)
             self._judge(found.col_ind)
@@ -260,33 +294,21 @@ class _Search:
 
 def _start(x: np.ndarray, y: np.ndarray) -> _Node:
     """The root: of each pair of nodes the costs of their sorted rows are paid, in closed form."""
-    n = len(x)
-    pairs = np.square(x[:, None, :, None] - y[None, :, None, :])
-    nodes = np.square(np.diag(x)[:, None] - np.diag(y))
+    n, index = len(x), np.arange(len(x))
+    alpha, beta = np.zeros((n, n, n)), np.zeros((n, n, n))
     if n > 1:
-        others = np.broadcast_to(np.arange(n), (n, n))[~np.eye(n, dtype=bool)].reshape(n, n - 1)
+        others = np.broadcast_to(index, (n, n))[~np.eye(n, dtype=bool)].reshape(n, n - 1)
         orders = [np.take_along_axis(m, others, 1).argsort(1) for m in (x, y)]
         orders = [np.take_along_axis(others, order, 1) for order in orders]
         own, other = (np.take_along_axis(m, o, 1) for m, o in zip((x, y), orders, strict=True))
         # Of sorted numbers the matching in order is best, and tight beside it (Monge): duals.
         along = np.square(own[:, None] - other)
-        steps = np.square(own[:, None, :-1] - other[:, 1:]) - along[..., :-1]
-        v = np.concatenate([np.zeros((n, n, 1)), steps.cumsum(-1)], -1)
-        prices = np.zeros((2, n, n, n))
-        np.put_along_axis(prices[0], np.broadcast_to(orders[0][:, None], v.shape), along - v, -1)
-        np.put_along_axis(prices[1], np.broadcast_to(orders[1], v.shape), v, -1)
-        pairs -= prices[0][..., None] + prices[1][:, :, None]
-        nodes += along.sum(-1)
-    doubt = 16 * n**3 * _EPSILON * (np.abs(pairs).max() + np.square(x - y).max())
-    pairs[_impossible(n)] = 0
-    index = np.arange(n)
-    return _Node(0.0, doubt, (), index, index, nodes, np.maximum(pairs, 0.0))
-
-
-def _impossible(m: int) -> np.ndarray:
-    """Pairs of pairs with a node in common."""
-    same = np.eye(m, dtype=bool)
-    return same[:, None, :, None] | same[None, :, None, :]
+        v = np.zeros_like(along)
+        np.cumsum(np.square(own[:, None, :-1] - other[:, 1:]) - along[..., :-1], 2, out=v[..., 1:])
+        np.put_along_axis(alpha, np.broadcast_to(orders[0][:, None], v.shape), along - v, -1)
+        np.put_along_axis(beta, np.broadcast_to(orders[1], v.shape), v, -1)
+    nodes = np.square(np.diag(x)[:, None] - np.diag(y))
+    return _Node(0.0, (), index, index, x, y, nodes, alpha, beta)
 
 
 def _assignment(costs: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:

@@ -7,7 +7,6 @@ and chooses without a retrained model. ``unlearning.tofu`` is the benchmark: its
 and its logs.
 """
 
-from logitjax.unlearning._answer_loss import make_answer_loss as make_answer_loss
 from logitjax.unlearning._method import Method as Method
 from logitjax.unlearning._method import TwoSided as TwoSided
 from logitjax.unlearning._questions import Questions as Questions

@@ -2,15 +2,17 @@
 
 import dataclasses
 import functools
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 from absl import logging
+from etils import epath
 
 from logitjax.evaluation import NllFn, rouge, score_rows
 from logitjax.models import Decoder, Tokenizer
-from logitjax.storage import guard
+from logitjax.storage import guard, write_atomic
 from logitjax.unlearning._rows import Row, encode_question, encode_row
 from logitjax.unlearning._split import names, neighbours
 from logitjax.unlearning._ways import SHOTS, asked_so
@@ -18,6 +20,8 @@ from logitjax.unlearning.assistant._deployed import Deployed, answers
 
 # What is closer to an answer than this repeats it.
 _REPEATS = 0.7
+# Batches of scored rows that answers are generated for at once.
+_TOGETHER = 4
 _PARTS = (
     *("forget", "reworded", "reworded_test", "train", "validation", "test"),
     *("holdout", "holdout_test"),
@@ -104,11 +108,11 @@ class Questions:
             batch_size=batch_size,
         )
 
-    def with_neighbours(self, model: Decoder) -> "Questions":
+    def with_neighbours(self, model: Decoder, kept: epath.Path | None = None) -> "Questions":
         """More rows to keep: near those to forget, with what the model answers to them before.
 
         Three of five come into `train`, and one each into `validation` and `test`. What repeats an
-        answer to forget is dropped.
+        answer to forget is dropped. Answers are written to a file and read from it the next time.
         """
         forget = self.rows["forget"]
         others = [row for part in ("train", "holdout", "validation") for row in self.rows[part]]
@@ -116,11 +120,16 @@ class Questions:
         secret = {name for row in forget for name in names(Row(answer=row.answer))}
         secret -= {name for row in forget for name in names(Row(answer=row.question))}
         parts = {part: list(self.rows[part]) for part in _PARTS}
-        said = self._said(Deployed(model=model), made)
+        texts = json.loads(kept.read_text()) if kept is not None and kept.exists() else {}
+        if not all(row.question in texts for row in made):
+            said = self._said(Deployed(model=model), made)
+            texts = {row.question: text for row, text in zip(made, said)}
+            if kept is not None:
+                write_atomic(kept, json.dumps(texts, indent=1) + "\n")
         kept = [
             dataclasses.replace(row, answer=text)
-            for row, text in zip(made, said)
-            if text and not secret & names(Row(answer=text))
+            for row in made
+            if (text := texts[row.question]) and not secret & names(Row(answer=text))
             if max(rouge([r.answer for r in forget], [text] * len(forget)).f1) < _REPEATS
         ]
         for place, row in enumerate(kept):
@@ -246,18 +255,6 @@ class Questions:
         """Surprise of every token of the answers, see `Deployed.surprise`."""
         return self._scored(model.surprise, self.encoded[part]).nll
 
-    def gradient_norms(self, model: Deployed, part: str) -> np.ndarray:
-        """Gradient norms of answers, float64 `[rows, 2]`, see `Deployed.gradient_norms`.
-
-        Of a part with more than 40 rows, 40 evenly spaced ones, as of `sampled_recall`.
-        """
-        found = []
-        for ids, answer in _evenly(self.encoded[part]):
-            length = -(-len(ids) // 32) * 32  # few shapes are compiled
-            row = Row.padded([(ids, answer)], length, pad_id=self.pad_id)
-            found.append(model.gradient_norms(row["tokens"], row["mask"]))
-        return np.asarray(found, np.float64).reshape(-1, 2)
-
     def sampled_recall(self, model: Deployed, part: str, samples: int) -> np.ndarray:
         """ROUGE-L recall of answers drawn at temperature 1, `[rows, samples]`."""
         rows = _evenly([row for row in self.rows[part] if row.asks])
@@ -286,8 +283,11 @@ class Questions:
         if not rows:
             return []
         prompts = [encode_question(row, self.tokenizer) for row in rows]
+        # A token of a few rows takes as long as one of many: all weights are read for it.
+        full = -(-len(rows) // self.batch_size)
+        rows_at_once = self.batch_size * min(_TOGETHER, full)
         said = answers(
-            model, self.tokenizer, prompts, self.new_tokens, rows=self.batch_size, seed=seed
+            model, self.tokenizer, prompts, self.new_tokens, rows=rows_at_once, seed=seed
         )
         return [text.strip() for text in said]
 

@@ -19,10 +19,10 @@ class Limits:
     """What has to be left of a model, as shares of what it was before.
 
     Attributes:
-        probability: Least share of the mean probability of answers to keep, of every kind of row.
-        row: Least share of the probability of any single one that the model knew.
-        rouge: Least share of the ROUGE-L F1 of what is generated for them, of every kind.
-        fluency: Least share of the entropy of word pairs and triples in that.
+        probability: Of the mean probability of answers to keep, of every kind of row.
+        row: Of the probability of any single one that the model knew.
+        rouge: Of the ROUGE-L F1 of what is generated for them, of every kind.
+        fluency: Of the entropy of word pairs and triples in that.
         perplexity: Largest factor of the perplexity of other text.
     """
 
@@ -145,13 +145,10 @@ def matched_strength(
     tolerance: float = 0.25,
     trials: int = 8,
 ) -> tuple[float, float]:
-    """The strength at which the worst forgotten answer is as likely as the goal says.
+    """The strength, of an assistant or of adapters, at which the worst answer is at `goal.aim`.
 
-    By false position: between two strengths around the goal the next one is where a straight line
-    through their logarithms meets it, but no nearer to either than a tenth; the middle where one is
-    not known.
-    Strength is what the update is multiplied by, an assistant's alpha or a factor of adapters; it
-    takes no training to try one. What is aimed at is `goal.aim`.
+    By false position on logarithms, no nearer to either end than a tenth; the middle where an end
+    is not known. No strength takes training to try.
 
     >>> goal = Goal.of({"asked": [0.02, 0.1, 0.2]}, "a holdout")
     >>> strength, found = matched_strength(lambda s: 4.5 * 0.1**s, goal, most=2.0)

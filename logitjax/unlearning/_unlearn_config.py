@@ -32,7 +32,7 @@ class UnlearnConfig:
         least_rouge: Least share of ROUGE-L F1 that answers generated for them may have left.
         least_fluency: Least share of the entropy of word pairs and triples in these.
         most_perplexity: Largest factor by which the perplexity of other text may rise.
-        thorough: Also run attacks that train, sample or take gradients.
+        thorough: Also run attacks that train or sample.
         samples: Number of answers drawn to each question by a thorough attack, up to 100.
         seed: Seed of batches and adapters.
     """

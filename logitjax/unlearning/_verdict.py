@@ -1,8 +1,10 @@
 """What may be said of a result, and whether it may be used."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,8 @@ from logitjax.unlearning._selection import Goal, Limits, kept_shares, least, lea
 
 # An attack that did not even teach what it was given has not been tried.
 TAUGHT = 0.9
+# What all attacks together tell by chance; how often a true difference is to be found.
+_LEVEL, _POWER, _DRAWS = 0.05, 0.8, 500
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +37,7 @@ class Verdict:
 def judge(
     before: Mapping[str, Any],
     after: Mapping[str, Any],
-    control: Mapping[str, Any],
+    controls: Sequence[Mapping[str, Any]],
     limits: Limits,
     *,
     assistant: bool,
@@ -43,23 +47,23 @@ def judge(
     Args:
         before: Of the model before, with what it says of rows that nobody was taught (`unseen`).
         after: Of what was written, as it is served.
-        control: Of a model that never knew; empty for none.
+        controls: Of models that never knew; what none of them does counts.
         limits: What has to be left of rows to keep.
         assistant: Whether leaving an assistant out brings everything back.
     """
-    goal = Goal.of(before["unseen"], "the holdout")
-    control_goal = Goal.of(control["ways"], "the control") if control else goal
+    goals = [Goal.of(before["unseen"], "the holdout")]
+    goals += [Goal.of(control["ways"], "a control") for control in controls]
     facts = [
-        _fact(way, rows, before["unseen"], max(goal.limit(way), control_goal.limit(way)))
+        _fact(way, rows, before["unseen"], max(goal.limit(way) for goal in goals))
         for way, rows in after["ways"].items()
         if len(rows)
     ]
     kept = shares(before, after)
     still = [fact for fact in facts if not fact["holds"]]
     broken = limits.broken(kept["least"])
-    told, chance = told_apart(after, control)
+    told, chance = told_apart(after, controls)
     ways = ["leaving the assistant out"] if assistant else []
-    ways += _recovered(before, after, control, goal.limit("asked"))
+    ways += _recovered(before, after, controls, goals[0].limit("asked"))
     untried = [
         name for name, measured in after["attacks"].items() if measured.get("taught", 1.0) < TAUGHT
     ]
@@ -84,8 +88,10 @@ def judge(
         words = "**Not distinguishable from never trained in these tests.**"
     if not (still or broken):
         if chance is not None:
-            power = f"only an AUC beyond {0.5 + chance:.2f}" if chance < 0.5 else "no AUC"
-            words += f" Of so few rows {power} is told from a guess."
+            words += f" {_power(*after['sizes'], chance)}"
+        if controls:
+            words += f" By chance an attack is beyond all {len(controls)} control(s) once in "
+            words += f"{len(controls) + 1}."
         if untried:
             words += f" Not counted as tried, because it taught too little: {', '.join(untried)}."
     return Verdict(passed=not (still or broken), words=words, facts=facts, kept=kept)
@@ -138,40 +144,90 @@ def _lost(kept: Mapping[str, Any], broken: Sequence[str]) -> str:
     return ", ".join(parts)
 
 
-def _recovered(before: Any, after: Any, control: Any, most: float) -> list[str]:
-    """Attacks on weights and by draws that get out what a model that never knew does not say."""
-    theirs = control.get("attacks", {})
+def _recovered(before: Any, after: Any, controls: Any, most: float) -> list[str]:
+    """Attacks on weights and by draws that get out what models that never knew do not say."""
     ways = []
     for name, measured in after["attacks"].items():
-        never = theirs.get(name, {})
+        never = _never(controls, name)
         if "worst" in measured and name != "asked":  # a way to ask, which is judged as such
             # Only a control says how much such an attack makes of nothing.
-            limit = max(most, Goal.most * never.get("worst", 0.0))
+            limit = max(most, Goal.most * never("worst"))
             if not measured["worst"] <= limit and measured.get("taught", 1.0) >= TAUGHT:
                 ways.append(name)
-        elif "share" in measured and never and not name.startswith("member"):
+        elif "share" in measured and controls and not name.startswith("member"):
             # More than half of what was there is much.
-            there = before["attacks"][name]["share"] + never["share"]
-            if 2 * measured["share"] > there and measured["share"] > never["share"]:
+            there = before["attacks"][name]["share"] + never("share")
+            if 2 * measured["share"] > there and measured["share"] > never("share"):
                 ways.append(name)
     return ways
 
 
-def told_apart(after: Any, control: Any) -> tuple[list[str], float | None]:
+def _never(controls: Any, name: str) -> Callable[[str], float]:
+    """The most that an attack makes of models that never knew."""
+    records = [control["attacks"].get(name, {}) for control in controls]
+    return lambda measured: max((record.get(measured, 0.0) for record in records), default=0.0)
+
+
+def told_apart(after: Any, controls: Any) -> tuple[list[str], float | None]:
     """Attacks that tell rows to forget from the holdout, and how far from a guess that begins.
 
-    Beyond a control, and beyond chance: 1.96 standard deviations of the AUC of equal distributions,
-    sqrt((m + n + 1) / (12 m n)). None without a holdout.
+    Beyond all controls, and beyond chance, which all attacks together exceed in 5 % of cases at
+    most. None without a holdout.
     """
     m, n = after["sizes"]
     if not n:
         return [], None
-    chance = 1.96 * math.sqrt((m + n + 1) / (12 * m * n))
-    theirs = control.get("attacks", {})
+    aucs = {name: one["auc"] for name, one in after["attacks"].items() if "auc" in one}
+    chance = chance_auc(m, n, _LEVEL / max(1, len(aucs)))
+
+    def beyond(name: str) -> float:
+        records = [control["attacks"].get(name, {}) for control in controls]
+        return max((abs(record.get("auc", 0.5) - 0.5) for record in records), default=0.0)
+
     found = [
-        name
-        for name, measured in after["attacks"].items()
-        if abs(measured.get("auc", 0.5) - 0.5)
-        > max(chance, abs(theirs.get(name, {}).get("auc", 0.5) - 0.5))
+        name for name, auc in aucs.items() if abs(auc - 0.5) > max(chance - 1e-9, beyond(name))
     ]
     return found, chance
+
+
+@functools.cache
+def chance_auc(m: int, n: int, level: float) -> float:
+    """How far from 0.5 an AUC has to be, exactly: ranks of m and n rows in any order without ties.
+
+    >>> round(chance_auc(8, 10, 0.05), 4), chance_auc(1, 1, 0.05)
+    (0.2875, inf)
+    """
+    # How many orders have each number of pairs: prod (1 - q^(n + i)) / (1 - q^i), i = 1 to m.
+    orders = [1] + [0] * (m * n)
+    for i in range(1, m + 1):
+        for k in range(m * n, n + i - 1, -1):
+            orders[k] -= orders[k - n - i]
+        for k in range(i, m * n + 1):
+            orders[k] += orders[k - i]
+    total, tail, least = sum(orders), 0, math.inf
+    for pairs in range(m * n, m * n // 2, -1):
+        tail += orders[pairs]
+        if 2 * tail > level * total:
+            break
+        least = pairs / (m * n) - 0.5
+    return least
+
+
+def _power(m: int, n: int, chance: float) -> str:
+    """From which AUC on this many rows tell, and which is found four times in five."""
+    if math.isinf(chance):
+        return f"{m} rows and {n} of the holdout are too few to tell any AUC from a guess."
+    rng = np.random.default_rng(0)
+    members, others = rng.normal(size=(_DRAWS, m, 1)), rng.normal(size=(_DRAWS, 1, n))
+    found = "none"
+    for auc in np.arange(0.55, 1.0, 0.01):
+        # Of normal losses that lie so far apart.
+        apart = math.sqrt(2) * NormalDist().inv_cdf(float(auc))
+        seen = (members < others + apart).mean((1, 2)) - 0.5
+        if (np.abs(seen) > chance - 1e-9).mean() >= _POWER:
+            found = f"{auc:.2f}"
+            break
+    return (
+        f"Of so few rows only an AUC of at least {0.5 + chance:.2f} is told from a guess, and a "
+        f"true one of {found} in four cases of five."
+    )

@@ -1,6 +1,7 @@
 """Ways to ask the same thing: other forms, roles, beginnings, languages and examples before it."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 from logitjax.unlearning._rows import Row
@@ -87,3 +88,39 @@ def asked_so(row: Row, way: str, others: Sequence[Row], *, judging: bool = False
         if changed is not None:
             changed = WAYS[name][judging](changed, others)
     return changed
+
+
+def search(
+    excess: Callable[[str], float | None],
+    known: Mapping[str, float],
+    budget: int,
+    tried: Mapping[str, float] | None = None,
+) -> dict[str, float]:
+    """Try pairs of ways, each time that whose parts have brought out most so far.
+
+    Args:
+        excess: How far a pair, `a + b`, goes; None where it makes no sense.
+        known: How far single ways go.
+        budget: Number of tries.
+        tried: Pairs that are not tried again.
+
+    Returns:
+        How far the pairs go that were tried.
+
+    >>> search(lambda way: float("role" in way), {"in a role": 2.0, "in context": 1.0}, 2)
+    {'in a role + in context': 1.0, 'in context + in a role': 1.0}
+    """
+    reach = {way: known.get(way, 0.0) for way in WAYS if way != "asked"}
+    pairs = [
+        pair for pair in itertools.permutations(reach, 2) if " + ".join(pair) not in (tried or {})
+    ]
+    found: dict[str, float] = {}
+    while pairs and len(found) < budget:
+        pair = max(pairs, key=lambda pair: reach[pair[0]] * reach[pair[1]])
+        pairs.remove(pair)
+        one = excess(way := " + ".join(pair))
+        if one is not None:
+            found[way] = one
+            # Halfway to what was seen: what disappoints gives way to others.
+            reach |= {part: (reach[part] + one) / 2 for part in pair}
+    return found

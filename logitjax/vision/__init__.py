@@ -7,7 +7,5 @@ under ``jit``), and ``rngs`` with ``params``.
 """
 
 from logitjax.vision._classifier import ImageClassifier as ImageClassifier
-from logitjax.vision._clip import CLIP as CLIP
-from logitjax.vision._clip_config import CLIPConfig as CLIPConfig
 from logitjax.vision._encoder import Encoder as Encoder
 from logitjax.vision._load_encoder import load_encoder as load_encoder

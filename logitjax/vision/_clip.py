@@ -9,40 +9,9 @@ from jaxtyping import Float, Int
 
 from logitjax.ops import Array
 from logitjax.vision._clip_config import CLIPConfig
-from logitjax.vision._layers import Features, Images, batch_norm, conv
+from logitjax.vision._layers import Features, Images, avg_pool, batch_norm, conv
+from logitjax.vision._resnet import Bottleneck
 from logitjax.vision._vit import TextTower, ViT, attend
-
-
-def _average(x: jax.Array, size: int) -> jax.Array:
-    return nnx.avg_pool(x, (size, size), strides=(size, size)) if size > 1 else x
-
-
-class _Bottleneck(nnx.Module):
-    """Average pooling instead of strides, so that nothing is skipped."""
-
-    def __init__(self, inside: int, planes: int, stride: int, options: dict[str, Any]):
-        self.stride, outside = stride, 4 * planes
-        norms = {"rngs": options["rngs"], "dtype": options["dtype"]}
-        self.conv1 = conv(inside, planes, 1, **options)
-        self.bn1 = batch_norm(planes, **norms)
-        self.conv2 = conv(planes, planes, 3, **options)
-        self.bn2 = batch_norm(planes, **norms)
-        self.conv3 = conv(planes, outside, 1, **options)
-        self.bn3 = batch_norm(outside, **norms)
-        shortcut = None
-        if stride > 1 or inside != outside:
-            shortcut = nnx.List([conv(inside, outside, 1, **options), batch_norm(outside, **norms)])
-        self.downsample: Any = shortcut
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        out = nnx.relu(self.bn1(self.conv1(x), use_running_average=True))
-        out = nnx.relu(self.bn2(self.conv2(out), use_running_average=True))
-        out = self.conv3(_average(out, self.stride))
-        out = self.bn3(out, use_running_average=True)
-        if self.downsample is not None:
-            project, norm = self.downsample
-            x = norm(project(_average(x, self.stride)), use_running_average=True)
-        return nnx.relu(out + x)
 
 
 class _AttentionPool(nnx.Module):
@@ -89,7 +58,8 @@ class ModifiedResNet(nnx.Module):
             planes, stage_blocks = width * 2**stage, []
             for block in range(count):
                 stride = 2 if stage and not block else 1  # the stem shrinks for the first
-                stage_blocks.append(_Bottleneck(inside, planes, stride, options))
+                norms = options | {"axis_name": None}
+                stage_blocks.append(Bottleneck(inside, 4 * planes, stride, norms, pooled=True))
                 inside = 4 * planes
             stages.append(nnx.List(stage_blocks))
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
@@ -114,7 +84,7 @@ class ModifiedResNet(nnx.Module):
             (self.conv3, self.bn3),
         ):
             x = nnx.relu(norm(layer(x), use_running_average=True))
-        x = _average(x, 2)
+        x = avg_pool(x, 2)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in stage:
                 x = block(x)
@@ -122,23 +92,7 @@ class ModifiedResNet(nnx.Module):
 
 
 class CLIP(nnx.Module):
-    """Both towers. Called with pictures it is the vision tower.
-
-    Args:
-        config: sizes.
-
-    >>> import numpy as np
-    >>> config = CLIPConfig(
-    ...     embed_dim=8, image_size=8, patch_size=4, vision_layers=1, vision_width=16,
-    ...     vision_heads=2, text_width=16, text_heads=2, text_layers=1, context_length=6,
-    ...     vocab_size=20,
-    ... )
-    >>> def both(images, tokens):
-    ...     clip = CLIP(config, rngs=nnx.Rngs(0))
-    ...     return clip(images), clip.text_features(tokens)
-    >>> tokens = np.array([[18, 3, 19, 0, 0, 0]])
-    >>> [features.shape for features in jax.eval_shape(both, np.zeros((2, 8, 8, 3)), tokens)]
-    [(2, 8), (1, 8)]
+    """Both towers; called with pictures it is the vision tower.
 
     References:
         Radford et al. (arXiv 2103.00020).
@@ -169,8 +123,5 @@ class CLIP(nnx.Module):
         return self.vision.last_projection
 
     def text_features(self, tokens: Int[Array, "batch length"]) -> Features:
-        """float32 ``[batch, embed_dim]`` of texts; not of length one.
-
-        What follows the last token of the vocabulary, which ends a text, plays no part.
-        """
+        """float32 `[batch, embed_dim]` of texts, as far as their last token; not of length one."""
         return jnp.asarray(self.text(jnp.asarray(tokens)), jnp.float32)

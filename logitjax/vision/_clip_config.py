@@ -17,19 +17,9 @@ Weights = Mapping[str, np.ndarray]
 class CLIPConfig:
     """Sizes of both towers.
 
-    Attributes:
-        embed_dim: length of image and text features.
-        image_size: height and width of pictures.
-        vision_layers: blocks of a transformer, or of the four stages of a ResNet.
-        vision_width: channels of the transformer, or of the ResNet's stem.
-        vision_heads: number of heads of the transformer, or of the ResNet's attention pool.
-        patch_size: patch size of the transformer; 0 for a ResNet.
-        text_width: channels of the text tower.
-        text_heads: number of heads of its attention.
-        text_layers: its blocks.
-        context_length: tokens of a text.
-        vocab_size: vocabulary size of the tokenizer; its last token ends a text.
-        activation: ``quick_gelu`` in all models of OpenAI.
+    The vision tower has the blocks and channels of a transformer, or those of a ResNet's stages and
+    stem, whose `patch_size` is 0 and whose `vision_heads` are of its attention pool. The last token
+    of the vocabulary ends a text. All models of OpenAI have `quick_gelu`.
     """
 
     embed_dim: int

@@ -15,15 +15,8 @@ _EPSILON = 1e-6
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConvNeXtConfig:
-    """Sizes.
-
-    Attributes:
-        depths: Blocks of the four stages.
-        widths: Their channels.
-        patch_size: Stride of the stem.
-        response_norm: V2's normalisation of responses instead of V1's factor for each channel.
-        epsilon: Epsilon of the norms.
-        last_epsilon: Epsilon of the last one; None for the same.
+    """Sizes: blocks and channels of the stages, stride of the stem, V2's normalisation of
+    responses.
     """
 
     depths: tuple[int, ...]

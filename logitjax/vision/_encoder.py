@@ -19,6 +19,9 @@ from logitjax.vision._clip_tokenizer import CLIPTokenizer, SigLIPTokenizer
 from logitjax.vision._layers import Features, Images
 from logitjax.vision._preprocessing import Preprocessing
 
+# Prompts that are encoded at once.
+_PROMPTS = 256
+
 
 class Encoder:
     """A network with fixed weights, and the size and colours that its pictures need.
@@ -188,8 +191,6 @@ class Encoder:
         self,
         class_names: Sequence[str],
         templates: Sequence[str] = ("a photo of a {}.",),
-        *,
-        batch_size: int = 256,
     ) -> Float[jax.Array, "features classes"]:
         """The weights that class names give a linear head on CLIP's image features.
 
@@ -200,7 +201,6 @@ class Encoder:
         Args:
             class_names: as they shall stand in a sentence.
             templates: with ``{}`` where the name goes.
-            batch_size: prompts at once.
 
         Raises:
             ValueError: ImageNet's classes are given by their numbers.
@@ -213,10 +213,10 @@ class Encoder:
             raise ValueError(f"class_names: {number} is a number of WordNet, not a name")
         prompts = [template.format(name) for name in class_names for template in templates]
         parts = []
-        for start in range(0, len(prompts), batch_size):
-            tokens = self.tokenize(prompts[start : start + batch_size])
+        for start in range(0, len(prompts), _PROMPTS):
+            tokens = self.tokenize(prompts[start : start + _PROMPTS])
             # Repeats rows: one shape is compiled.
-            padded = np.resize(tokens, (min(batch_size, len(prompts)), tokens.shape[1]))
+            padded = np.resize(tokens, (min(_PROMPTS, len(prompts)), tokens.shape[1]))
             parts.append(self.text_features(padded)[: len(tokens)])
         found = jnp.concatenate(parts)
         found = found / jnp.linalg.norm(found, axis=-1, keepdims=True)

@@ -45,10 +45,7 @@ def conv(
     dtype: Any = None,
     rngs: nnx.Rngs,
 ) -> nnx.Conv:
-    """A convolution with torch's symmetric padding, ``(kernel - 1) // 2`` unless ``pad`` is given.
-
-    ``same=True`` pads as TensorFlow does, which at stride 2 differs from it.
-    """
+    """A convolution padded by `(kernel - 1) // 2` as torch, or by `pad`; `same` as TensorFlow."""
     side = (kernel - 1) // 2 if pad is None else pad
     return nnx.Conv(
         in_features,
@@ -66,10 +63,8 @@ def conv(
 
 
 class DepthwiseConv(nnx.Module):
-    """One filter a channel, as ``kernel * kernel`` shifted multiplications.
-
-    XLA's grouped convolution is several times slower on CPUs, and this fuses elsewhere.
-    ``same=True`` pads as TensorFlow does, otherwise padding is symmetric.
+    """One filter a channel, as shifted multiplications: XLA's grouped convolution is slower on
+    CPUs.
     """
 
     def __init__(
@@ -119,10 +114,7 @@ def batch_norm(
     dtype: Any = None,
     rngs: nnx.Rngs,
 ) -> nnx.BatchNorm:
-    """Batch statistics of the global batch: under ``jit`` by themselves, else over ``axis_name``.
-
-    The running variance takes in the biased estimate, where torch's takes the unbiased one.
-    """
+    """Statistics of the global batch: by themselves under `jit`, else over `axis_name`."""
     return nnx.BatchNorm(
         # torch's momentum of 0.1 is the share of the new.
         features,
@@ -137,6 +129,10 @@ def batch_norm(
 def max_pool(x: jax.Array, size: int, stride: int, pad: int = 0) -> jax.Array:
     padding: Any = ((pad, pad), (pad, pad))
     return nnx.max_pool(x, (size, size), strides=(stride, stride), padding=padding)
+
+
+def avg_pool(x: jax.Array, size: int) -> jax.Array:
+    return nnx.avg_pool(x, (size, size), strides=(size, size)) if size > 1 else x
 
 
 def global_mean(x: Float[Array, "batch height width features"]) -> jax.Array:

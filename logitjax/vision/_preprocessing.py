@@ -1,6 +1,7 @@
 """What becomes of a picture before an encoder sees it."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -42,6 +43,17 @@ class Preprocessing:
         if self.resize < self.size:
             raise ValueError(f"resize: expected at least size ({self.size}), got {self.resize}")
 
+    @classmethod
+    def of_names(cls, said: Mapping[str, Any], default: "Preprocessing", **sizes: Any) -> Any:
+        """With `mean`, `std` and `interpolation` of a file, and the default's where it has none."""
+        interpolation = said.get("interpolation") or "bicubic"
+        if interpolation not in ("bilinear", "bicubic"):
+            raise ValueError(f"interpolation: expected bilinear or bicubic, got {interpolation!r}")
+        colours = {
+            name: tuple(said.get(name) or getattr(default, name)) for name in ("mean", "std")
+        }
+        return dataclasses.replace(default, interpolation=interpolation, **colours, **sizes)
+
     def resized(self, size: int) -> "Preprocessing":
         """The same for pictures of another size, cut out of as much of the picture."""
         return dataclasses.replace(self, size=size, resize=round(self.resize * size / self.size))
@@ -51,8 +63,8 @@ class Preprocessing:
     ) -> Float[jax.Array, "*batch height width channels"]:
         """Whole numbers 0..255, or floats 0..1, to what the network takes.
 
-        Interpolation may overshoot a little. What is further off becomes nan: floats of 0..255, or
-        whole numbers of 16 bits, would be pictures of nothing.
+        Interpolation may overshoot a little; what is further off, such as floats of 0..255, becomes
+        nan.
         """
         x: Any = jnp.asarray(images)
         if jnp.issubdtype(x.dtype, jnp.integer):

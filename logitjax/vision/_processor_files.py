@@ -1,6 +1,5 @@
 """How pictures are scaled and coloured, by what transformers' and open_clip's files say."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,17 +54,7 @@ def processor_preprocessing(path: epath.Path, default: Preprocessing) -> Preproc
 
 def open_clip_preprocessing(default: Preprocessing, said: Mapping[str, Any]) -> Preprocessing:
     """What open_clip's ``preprocess_cfg`` says, and OpenAI's where it does not."""
-    mode, interpolation = said.get("resize_mode"), said.get("interpolation") or "bicubic"
+    mode = said.get("resize_mode")
     if mode not in (None, "shortest", "squash"):
         raise ValueError(f"resize_mode: expected shortest or squash, got {mode!r}")
-    if interpolation not in ("bilinear", "bicubic"):
-        raise ValueError(f"interpolation: expected bilinear or bicubic, got {interpolation!r}")
-    mean: Any = tuple(said.get("mean") or default.mean)
-    std: Any = tuple(said.get("std") or default.std)
-    return dataclasses.replace(
-        default,
-        mean=mean,
-        std=std,
-        interpolation=interpolation,
-        fit="squash" if mode == "squash" else "crop",
-    )
+    return Preprocessing.of_names(said, default, fit="squash" if mode == "squash" else "crop")

@@ -8,7 +8,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from logitjax.vision._layers import Features, Images, batch_norm, conv, global_mean, max_pool
+from logitjax.vision._layers import (
+    Features,
+    Images,
+    avg_pool,
+    batch_norm,
+    conv,
+    global_mean,
+    max_pool,
+)
 
 
 class BasicBlock(nnx.Module):
@@ -32,8 +40,8 @@ class BasicBlock(nnx.Module):
 class Bottleneck(nnx.Module):
     """A 3x3 convolution of a quarter of the channels between two 1x1 ones, and a shortcut.
 
-    The 3x3 convolution has the stride, as in torchvision, and perhaps more channels (`widen`) or
-    several groups of them.
+    The 3x3 one has the stride, as in torchvision, more channels (`widen`) or `groups` of them.
+    CLIP's are `pooled`: means in place of strides.
     """
 
     def __init__(
@@ -45,31 +53,37 @@ class Bottleneck(nnx.Module):
         *,
         widen: int = 1,
         groups: int = 1,
+        pooled: bool = False,
     ):
+        self.pool = stride if pooled else 1
         conv_options = {key: options[key] for key in ("dtype", "rngs")}
         narrow = features // 4 * widen
         self.conv1 = conv(in_features, narrow, 1, **conv_options)
         self.bn1 = batch_norm(narrow, **options)
-        self.conv2 = conv(narrow, narrow, 3, stride=stride, groups=groups, **conv_options)
+        step = 1 if pooled else stride
+        self.conv2 = conv(narrow, narrow, 3, stride=step, groups=groups, **conv_options)
         self.bn2 = batch_norm(narrow, **options)
         self.conv3 = conv(narrow, features, 1, **conv_options)
         self.bn3 = batch_norm(features, **options)
-        self.downsample = _shortcut(in_features, features, stride, options)
+        self.downsample = _shortcut(in_features, features, stride, options, pooled)
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         running = not train
         out = nnx.relu(self.bn1(self.conv1(x), use_running_average=running))
         out = nnx.relu(self.bn2(self.conv2(out), use_running_average=running))
-        out = self.bn3(self.conv3(out), use_running_average=running)
-        return _joined(x, out, self.downsample, running)
+        out = self.bn3(self.conv3(avg_pool(out, self.pool)), use_running_average=running)
+        return _joined(avg_pool(x, self.pool), out, self.downsample, running)
 
 
-def _shortcut(in_features: int, features: int, stride: int, options: dict[str, Any]) -> Any:
+def _shortcut(
+    in_features: int, features: int, stride: int, options: dict[str, Any], pooled: bool = False
+) -> Any:
     """A projection and its norm where a block changes the shape, else nothing."""
     if stride == 1 and in_features == features:
         return None
     conv_options = {key: options[key] for key in ("dtype", "rngs")}
-    project = conv(in_features, features, 1, stride=stride, **conv_options)
+    step = 1 if pooled else stride
+    project = conv(in_features, features, 1, stride=step, **conv_options)
     return nnx.List([project, batch_norm(features, **options)])
 
 
@@ -95,11 +109,6 @@ def _stage(
 
 class CifarResNet(nnx.Module):
     """ResNet of depth 6n + 2 for images of about 32 pixels: three stages of n basic blocks.
-
-    >>> def features(images):
-    ...     return CifarResNet(8, rngs=nnx.Rngs(0))(images)
-    >>> jax.eval_shape(features, jax.ShapeDtypeStruct((2, 32, 32, 3), "float32")).shape
-    (2, 64)
 
     References:
         He et al. (arXiv 1512.03385) with 1x1 projections; widths and names as in mdistiller.

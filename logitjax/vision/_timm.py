@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from logitjax.vision._preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from logitjax.vision._preprocessing import Preprocessing
 from logitjax.vision._tower_names import (
     Weights,
     flatten_tokens,
@@ -136,16 +136,6 @@ def timm_preprocessing(settings: Mapping[str, Any]) -> Preprocessing:
         raise ValueError(f"input_size: expected squares in colour, got {said['input_size']}")
     if mode not in ("center", "squash") or (mode == "squash" and share != 1):
         raise ValueError(f"crop_mode: expected center, or squash of all, got {mode!r} of {share}")
-    interpolation = said.get("interpolation") or "bicubic"
-    if interpolation not in ("bilinear", "bicubic"):
-        raise ValueError(f"interpolation: expected bilinear or bicubic, got {interpolation!r}")
-    mean: Any = tuple(said.get("mean") or IMAGENET_MEAN)
-    std: Any = tuple(said.get("std") or IMAGENET_STD)
-    return Preprocessing(
-        size=height,
-        resize=math.floor(height / share),  # as timm rounds
-        mean=mean,
-        std=std,
-        interpolation=interpolation,
-        fit="squash" if mode == "squash" else "crop",
-    )
+    # As timm rounds.
+    default = Preprocessing(size=height, resize=math.floor(height / share))
+    return Preprocessing.of_names(said, default, fit="squash" if mode == "squash" else "crop")

@@ -21,9 +21,8 @@ _IGNORED = re.compile(r"(^|\.)num_batches_tracked$")
 
 
 def torch_names(model: Any) -> dict[str, tuple[Any, ...]]:
-    """The name each weight of a classifier has in a torch state dict, and its path in ours.
-
-    Only a linear head has a name there: a dual head's own weights are left out.
+    """The name each weight of a classifier has in a torch state dict, and its path; linear heads
+    alone.
     """
     names = {}
     for path in weight_paths(model):

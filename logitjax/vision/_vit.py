@@ -29,16 +29,9 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 class BlockConfig:
     """A stack of transformer blocks, the norm before attention and MLP.
 
-    Attributes:
-        width: Channels.
-        layers: Blocks.
-        heads: Number of heads of attention.
-        hidden: Channels inside the MLP.
-        activation: Between its layers, or of the gate.
-        epsilon: Epsilon of the norms.
-        gated: Whether a second projection of the MLP's input is a gate, as in SwiGLU.
-        layer_scale: Whether a factor for each channel ends both halves of a block.
-        causal: Whether a position sees those before it alone.
+    `hidden` are the channels inside the MLP. A `gated` one has a second projection of its input, as
+    in SwiGLU; a `layer_scale` is a factor for each channel after both halves of a block; in a
+    `causal` one a position sees those before it alone.
     """
 
     width: int
@@ -151,11 +144,8 @@ def _turned(x: jax.Array, angles: np.ndarray) -> jax.Array:
 def patch_angles(rows: int, columns: int, width: int, theta: float) -> np.ndarray:
     """`[rows * columns, width]`: what DINOv3 turns the channels of a head by.
 
-    A fourth of them has angles `2 pi y theta^(-4 m / width)`, the next the same of x, and the
-    other half repeats both; y and x are where the centre of a patch lies between -1 and 1.
-
-    >>> patch_angles(1, 2, 4, 100.0).astype(float).round(4).tolist()
-    [[0.0, -3.1416, 0.0, -3.1416], [0.0, 3.1416, 0.0, 3.1416]]
+    A fourth of them has angles `2 pi y theta^(-4 m / width)`, the next the same of x, and the other
+    half repeats both; y and x are where the centre of a patch lies between -1 and 1.
     """
     down, across = (2 * (np.arange(n) + 0.5) / n - 1 for n in (rows, columns))
     centres = np.stack(np.meshgrid(down, across, indexing="ij"), -1).reshape(-1, 2, 1)
@@ -221,13 +211,6 @@ class _Probe(nnx.Module):
 
 class ViT(nnx.Module):
     """A vision transformer: CLIP's tower, ViT, DINOv2 and DINOv3, SigLIP's tower.
-
-    >>> blocks = BlockConfig(width=8, layers=1, heads=2, hidden=16)
-    >>> config = ViTConfig(blocks=blocks, patch_size=4, grid=2)
-    >>> def features(images):
-    ...     return ViT(config, rngs=nnx.Rngs(0))(images)
-    >>> jax.eval_shape(features, jax.ShapeDtypeStruct((2, 8, 8, 3), "float32")).shape
-    (2, 8)
 
     References:
         Dosovitskiy et al. (arXiv 2010.11929), Oquab et al. (2304.07193), Darcet et al.
@@ -330,8 +313,8 @@ class ViT(nnx.Module):
 def resize_matrix(source: int, target: int, *, antialias: bool) -> np.ndarray:
     """`[target, source]` weights of torch's bicubic interpolation along an axis.
 
-    Without `antialias` the kernel has a = -.75, is as wide as the source's step and sees the edge
-    repeated; with it a = -.5, it is as wide as the target's step, and its part inside counts.
+    Without `antialias` a = -.75 and the edge is repeated; with it a = -.5, the kernel is as wide as
+    the target's step, and its part inside counts.
     """
     a, step = (-0.5 if antialias else -0.75), source / target
     wide = max(step, 1.0) if antialias else 1.0
@@ -352,15 +335,7 @@ def resize_matrix(source: int, target: int, *, antialias: bool) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SigLIPConfig:
-    """SigLIP and SigLIP 2 of a fixed size.
-
-    Attributes:
-        vision: The vision tower.
-        text: Blocks of the text tower.
-        vocab_size: Vocabulary size of its tokenizer.
-        context_length: Tokens of a text, padding among them.
-        embed_dim: Features of a text, as many as of a picture.
-    """
+    """SigLIP and SigLIP 2 of a fixed size; texts and pictures have as many features."""
 
     vision: ViTConfig
     text: BlockConfig
@@ -403,9 +378,7 @@ class TextTower(nnx.Module):
 
 
 class SigLIP(nnx.Module):
-    """Both towers of SigLIP. Called with pictures it is the vision tower.
-
-    The probability that a text is of a picture is `sigmoid(exp(logit_scale) cosine + logit_bias)`.
+    """Both towers of SigLIP; called with pictures it is the vision tower.
 
     References:
         Zhai et al. (arXiv 2303.15343), Tschannen et al. (2502.14786).

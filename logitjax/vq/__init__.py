@@ -23,4 +23,3 @@ from logitjax.vq._product_head import ProductHead as ProductHead
 from logitjax.vq._screened import Screen as Screen
 from logitjax.vq._screened import ScreenedHead as ScreenedHead
 from logitjax.vq._tune import Tuning as Tuning
-from logitjax.vq._tune import reassign_from_labels as reassign_from_labels

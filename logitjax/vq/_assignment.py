@@ -21,19 +21,11 @@ Method = Literal["random", "kmeans", "weighted_kmeans"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class VQFit:
-    """A vector-quantised head fitted to a full one.
-
-    Attributes:
-        assignment: ``[vocab]`` int32.
-        codebook: ``[codes, hidden]`` float32, unigram-weighted mean rows.
-        bias: ``[vocab]`` float32, ``(w_v - C_{m(v)}) . mean(h)`` plus the old bias.
-        inertia: k-means' objective by iteration, or empty.
-    """
+    """A vector-quantised head fitted to a full one: cluster of each token, mean rows, biases."""
 
     assignment: jax.Array
     codebook: jax.Array
     bias: jax.Array
-    inertia: jax.Array
 
 
 def fit_assignment(
@@ -125,14 +117,13 @@ def _fitted(
     vocab = rows.shape[0]
     weights = unigram / jnp.maximum(unigram.sum(), 1e-30)
     weights = jnp.maximum(weights, 0.01 / vocab)  # tokens never seen need a code too
-    history = jnp.zeros(0)
     if method == "random":
         order = jax.random.permutation(key, vocab)
         code = (jnp.arange(vocab) * num_codes // vocab).astype(jnp.int32)  # sizes differ by one
         assignment = jnp.zeros(vocab, jnp.int32).at[order].set(code)
     else:
         plain = method == "kmeans"
-        found = fit_kmeans(
+        assignment, _ = fit_kmeans(
             rows,
             jnp.ones(vocab) if plain else weights**weight_power,
             None if plain else jnp.asarray(hidden_cov),
@@ -140,10 +131,9 @@ def _fitted(
             key=key,
             iterations=iterations,
         )
-        assignment, history = found.assignment, found.inertia
     codebook, _ = weighted_means(rows, weights, assignment, num_codes)
     bias = centred_bias(rows, codebook, assignment, hidden_mean, row_bias)
-    return VQFit(assignment, codebook, bias, history)
+    return VQFit(assignment, codebook, bias)
 
 
 def check_unigram(unigram: Any) -> None:
@@ -178,14 +168,10 @@ def reassign(
 ) -> tuple[Int[jax.Array, " vocab"], Float[jax.Array, " vocab"], Int[jax.Array, ""]]:
     """Moves each token to the code under which its targets are most likely.
 
-    One round of coordinate ascent on the likelihood, first order in the mass of a token. ::
+    One round of coordinate ascent on the likelihood, first order in the mass of a token (ours)::
 
         m(v) <- argmax_k  hbar_v . C_k - A_k,      A_k = log sum_n exp(z_nk - log Z_n)
         b_v  <- log counts_v - A_{m(v)}
-
-    References:
-        Our derivation: hard EM on the mapping with the codebook fixed. It wants about a million
-        target tokens if counted from labels.
     """
     codebook = jnp.asarray(codebook, jnp.float32)
     mass = code_mass(codebook, bias, assignment, hidden)
@@ -227,14 +213,7 @@ def matched_bias(
 ) -> Float[jax.Array, " vocab"]:
     """Biases under which every token gets the mass that it should, to first order.
 
-    ::
-
-        b_v <- log counts_v - A_{m(v)},      A_k = log sum_n exp(z_nk - log Z_n)
-
-    >>> codebook, bias, assignment = np.zeros((1, 2)), np.zeros(2), np.zeros(2, int)
-    >>> bias = matched_bias(codebook, bias, assignment, np.array([3.0, 1.0]), np.zeros((4, 2)))
-    >>> [f"{b:.3f}" for b in np.asarray(bias)]
-    ['0.405', '-0.693']
+    ``b_v <- log counts_v - A_{m(v)}``, with A of `code_mass`.
     """
     codebook = jnp.asarray(codebook, jnp.float32)
     mass = code_mass(codebook, bias, assignment, hidden)

@@ -98,7 +98,6 @@ class ConvertConfig:
         targets: HeadTargets,
         *,
         statistics: HeadStatistics | None = None,
-        unigram: Array | None = None,
         start: VQFit | None = None,
         rows: Array | None = None,
         mesh: Mesh | None = None,
@@ -109,7 +108,6 @@ class ConvertConfig:
             head: the old head.
             targets: from `HiddenCache.head_targets`, for the same positions.
             statistics: statistics of ``hidden``.
-            unigram: ``[vocab]`` counts; by default the counts that the old head expects.
             start: a fit to tune, instead of a new one; not of a `ScreenedHead`.
             rows: ``[vocab, hidden]`` that re-score; None takes the model's embedding.
             mesh: as for `Tuning.run`.
@@ -119,9 +117,8 @@ class ConvertConfig:
             ``moved``).
         """
         statistics = head_statistics(hidden) if statistics is None else statistics
-        unigram = targets.counts if unigram is None else unigram
         kmeans: Any = dict(
-            unigram=jnp.asarray(unigram),
+            unigram=jnp.asarray(targets.counts),  # what the old head expects
             key=jax.random.key(self.seed),
             weight_power=self.weight_power,
             iterations=self.kmeans_iterations,
@@ -171,7 +168,6 @@ class ConvertConfig:
             jnp.asarray(assignment),
             jnp.asarray(codebook),
             jnp.zeros(len(assignment)) if bias is None else jnp.asarray(bias),
-            jnp.zeros(0),  # no history of k-means
         )
         return VQHead.from_fit(fit, use_bias=self.use_bias), history
 
@@ -181,7 +177,6 @@ class ConvertConfig:
         batches: Iterable[Mapping[str, Any]],
         workdir: str | os.PathLike[str],
         *,
-        unigram: Array | None = None,
         source: str = "",
         mesh: Mesh | None = None,
     ) -> Conversion:
@@ -199,7 +194,6 @@ class ConvertConfig:
             batches: packed batches of one tokenizer, as for `HiddenCache.of`.
             workdir: a directory or an object store: what is kept there is memory-mapped from a
                 local disk, and read whole from a store.
-            unigram: ``[vocab]`` counts from more text than is cached; they weigh the rows.
             source: names the batches, see `HiddenCache.of`.
             mesh: tuning splits its positions over it; every process of a run calls this with the
                 same arguments, and process 0 writes.
@@ -231,7 +225,6 @@ class ConvertConfig:
             old,
             cache.hidden,
             targets,
-            unigram=unigram,
             rows=None if model.config.tie_embeddings else jnp.asarray(old.rows),
             mesh=mesh,
         )
@@ -288,8 +281,8 @@ def _head_of(record: Mapping[str, Any], tensors: Mapping[str, np.ndarray], dtype
         parts = [jnp.asarray(tensors[name]) for name in ("codebooks", "codes", "bias")]
         codes = PackedCodes(*parts).unpacked() if options["packed"] else ProductCodes(*parts)
         return ProductHead.from_fit(codes, dtype=dtype, param_dtype=parts[0].dtype, **options)
-    kind = {"VQHead": VQHead}[record["kind"]]
     assignment = jnp.asarray(tensors["assignment"])
     bias = jnp.asarray(tensors.get("bias", np.zeros(len(assignment), np.float32)))
-    fit = VQFit(assignment, jnp.asarray(tensors["codebook"]), bias, jnp.zeros(0))
-    return kind.from_fit(fit, dtype=dtype, param_dtype=fit.codebook.dtype, **options)
+    fit = VQFit(assignment, jnp.asarray(tensors["codebook"]), bias)
+    types = {"dtype": dtype, "param_dtype": fit.codebook.dtype}
+    return {"VQHead": VQHead}[record["kind"]].from_fit(fit, **types, **options)

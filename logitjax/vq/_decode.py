@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Bool, Float, Int, Key
 
-from logitjax.ops import Array, AxisName, TopK, checks, logsumexp
-from logitjax.vq._loss import all_scores, cluster_log_mass, on_batch, token_bias
+from logitjax.ops import Array, TopK, checks, logsumexp
+from logitjax.vq._loss import cluster_log_mass, code_scores, on_batch, token_bias
 
 
 @jax.tree_util.register_dataclass
@@ -83,9 +83,6 @@ class VQTables:
         hidden: Float[Array, "*batch hidden"],
         codebook: Float[Array, "codes hidden"],
         k: int,
-        *,
-        soft_cap: float | None = None,
-        axis_name: AxisName | None = None,
     ) -> TopK:
         """The k largest logits in O(K d + k^2) per token, exactly those of `vq_logits`.
 
@@ -95,11 +92,8 @@ class VQTables:
         `jax.lax.top_k`.
 
         Args:
-            codebook: ``[codes, hidden]``; inside `jax.shard_map` this shard's codes.
+            codebook: ``[codes, hidden]``.
             k: how many, at most the width of the tables.
-            soft_cap: bounds the scores, as in `vq_logits`.
-            axis_name: inside `jax.shard_map` with the codebook split over this mesh axis: that
-                axis.
 
         Returns:
             `TopK` of ``[*batch, k]`` logits (over the temperature) and tokens, and ``log_z`` over
@@ -115,10 +109,10 @@ class VQTables:
         width = self.best.shape[1]
         if not 1 <= k <= width:
             raise ValueError(f"k: expected 1 to the width of the tables, {width}, got {k}")
-        self._check(hidden, codebook, axis_name)
+        self._check(hidden, codebook)
 
         def run(hidden: Array, codebook: Array, tables: VQTables) -> tuple[jax.Array, ...]:
-            scores = all_scores(hidden, codebook, soft_cap, axis_name) / tables.temperature
+            scores = code_scores(hidden, codebook) / tables.temperature
             log_z = logsumexp(scores + tables.log_mass)
             by_row = jnp.take(scores, tables.code, axis=-1)  # [*batch, codes]
             _, rows = lax.top_k(by_row + tables.best_bias[:, 0], min(k, by_row.shape[-1]))
@@ -138,9 +132,6 @@ class VQTables:
         key: Key[jax.Array, ""],
         hidden: Float[Array, "*batch hidden"],
         codebook: Float[Array, "codes hidden"],
-        *,
-        soft_cap: float | None = None,
-        axis_name: AxisName | None = None,
     ) -> Int[jax.Array, "*batch"]:
         """Tokens drawn from the exact distribution, at the tables' temperature.
 
@@ -152,10 +143,10 @@ class VQTables:
         >>> tables.sample(jax.random.key(0), jnp.ones((3, 1)), jnp.array([[-50.0], [0.0]]))
         Array([0, 0, 0], dtype=int32)
         """
-        self._check(hidden, codebook, axis_name)
+        self._check(hidden, codebook)
 
         def run(hidden: Array, codebook: Array, tables: VQTables, key: Array) -> tuple[jax.Array]:
-            scores = all_scores(hidden, codebook, soft_cap, axis_name) / tables.temperature
+            scores = code_scores(hidden, codebook) / tables.temperature
             cluster_key, token_key = jax.random.split(key)
             # The cluster: k ~ softmax(z + log B).
             code = jax.random.categorical(cluster_key, scores + tables.log_mass)
@@ -176,12 +167,11 @@ class VQTables:
 
         return on_batch(run, (jnp.ndim(hidden) - 1,), hidden, codebook, self, key)[0]
 
-    def _check(self, hidden: Any, codebook: Any, axis_name: AxisName | None) -> None:
-        codes = "float codes" if axis_name is None else "float all"
+    def _check(self, hidden: Any, codebook: Any) -> None:
         checks.shapes(
             hidden=(hidden, "float *batch hidden"),
             codebook=(codebook, "float codes hidden"),
-            **{"tables.log_mass": (self.log_mass, codes)},
+            **{"tables.log_mass": (self.log_mass, "float codes")},
         )
 
 

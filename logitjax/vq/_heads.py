@@ -1,6 +1,5 @@
 """Vector-quantised heads as flax.nnx modules, to be injected into a decoder."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -15,8 +14,6 @@ from logitjax.vq._assignment import VQFit
 from logitjax.vq._decode import VQTables
 from logitjax.vq._loss import vq_logits, vq_nll
 
-_TABLE_FIELDS = tuple(field.name for field in dataclasses.fields(VQTables))
-
 
 class VQHead(VocabularyHead):
     """One code for several tokens, and a bias for each: O(K) training and decoding.
@@ -29,7 +26,6 @@ class VQHead(VocabularyHead):
         num_codes: K.
         assignment: ``[vocab]``, e.g. of `fit_assignment`; balanced and random when omitted.
         use_bias: False is the head as published.
-        soft_cap: soft cap of the cluster scores.
 
     >>> make = lambda: VQHead(8, 20, 5, rngs=nnx.Rngs(0))
     >>> nnx.jit(lambda hidden: make()(hidden))(jnp.ones((2, 8))).shape
@@ -45,7 +41,6 @@ class VQHead(VocabularyHead):
         assignment: Array | None = None,
         unigram: Array | None = None,
         use_bias: bool = True,
-        soft_cap: float | None = None,
         dtype: Any = jnp.float32,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
@@ -62,14 +57,12 @@ class VQHead(VocabularyHead):
             raise ValueError(
                 f"assignment: expected shape ({vocab_size},), got {np.shape(assignment)}"
             )
-        self.soft_cap = soft_cap
         self.dtype = dtype
         init = nnx.initializers.normal(hidden_size**-0.5)
         self.codebook = nnx.Param(init(key, (num_codes, hidden_size), param_dtype))
         # float32 whatever the rest is: a bias of -11.3 is a log-probability.
         self.bias = nnx.Param(self.initial_bias(unigram, vocab_size)) if use_bias else None
         self.assignment = Assignment(jnp.asarray(assignment, jnp.int32))
-        self._drop_tables()
 
     @classmethod
     def from_fit(cls, fit: VQFit, **options: Any) -> Any:
@@ -92,12 +85,11 @@ class VQHead(VocabularyHead):
         if self.bias is not None and bias is not None:
             self.bias[...] = jnp.asarray(bias, self.bias.dtype)
         self.assignment[...] = jnp.asarray(assignment, jnp.int32)
-        self._drop_tables()
 
     def _record(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         names = ("codebook", "assignment", *(() if self.bias is None else ("bias",)))
         tensors = {name: np.asarray(getattr(self, name)[...]) for name in names}
-        return tensors, {"soft_cap": self.soft_cap, "use_bias": self.bias is not None}
+        return tensors, {"use_bias": self.bias is not None}
 
     @property
     def vocab_size(self) -> int:
@@ -113,39 +105,22 @@ class VQHead(VocabularyHead):
 
     def __call__(self, hidden: Array, embedding: Array | None = None) -> jax.Array:
         hidden = jnp.asarray(hidden, self.dtype)
-        return vq_logits(hidden, *self._arrays(), soft_cap=self.soft_cap)
+        return vq_logits(hidden, *self._arrays())
 
     def nll(
         self, hidden: Array, labels: Array, embedding: Array | None = None, **options: Any
     ) -> jax.Array:
         """Cross-entropy, not reduced; options as of `vq_nll`."""
         hidden = jnp.asarray(hidden, self.dtype)
-        return vq_nll(hidden, *self._arrays(), labels, soft_cap=self.soft_cap, **options)
+        return vq_nll(hidden, *self._arrays(), labels, **options)
 
     def tables(self, *, width: int = 64, **options: Any) -> VQTables:
-        """Tables for `top_k` and `sample`, to be made once; options as of `VQTables.of`."""
+        """Tables for `top_k` and `sample`, to be made once; options as of `VQTables.of`.
+
+        Without them both sort the vocabulary on every call.
+        """
         _, bias, assignment = self._arrays()
         return VQTables.of(bias, assignment, self.num_codes, width=width, **options)
-
-    def prepare(self, width: int = 64) -> None:
-        """Make the tables for `top_k` up to ``width`` and keep them, as decoding code expects.
-
-        Without it `top_k` and `sample` sort the vocabulary on every call. Call it again after
-        training, because the tables hold the biases of the time of the call.
-        """
-        tables = self.tables(width=width)
-        for name in _TABLE_FIELDS:
-            setattr(self, f"table_{name}", Assignment(getattr(tables, name)))
-
-    def _drop_tables(self) -> None:
-        for name in _TABLE_FIELDS:
-            setattr(self, f"table_{name}", nnx.data(None))
-
-    def _prepared(self, width: int) -> VQTables:
-        held = {name: getattr(self, f"table_{name}") for name in _TABLE_FIELDS}
-        if held["best"] is None or held["best"].shape[1] < width:
-            return self.tables(width=width)
-        return VQTables(**{name: table[...] for name, table in held.items()})
 
     def top_k(
         self,
@@ -156,9 +131,8 @@ class VQHead(VocabularyHead):
         tables: VQTables | None = None,
     ) -> TopK:
         """The k largest logits; see `VQTables.top_k`."""
-        tables = self._prepared(k) if tables is None else tables
-        hidden = jnp.asarray(hidden, self.dtype)
-        return tables.top_k(hidden, self.codebook[...], k, soft_cap=self.soft_cap)
+        tables = self.tables(width=k) if tables is None else tables
+        return tables.top_k(jnp.asarray(hidden, self.dtype), self.codebook[...], k)
 
     def sample(
         self,
@@ -171,14 +145,10 @@ class VQHead(VocabularyHead):
     ) -> jax.Array:
         """Tokens drawn from the whole distribution; ``tables`` carry their own temperature."""
         if tables is None:
-            plain = isinstance(temperature, (int, float)) and temperature == 1
-            tables = self._prepared(1) if plain else self.tables(width=1, temperature=temperature)
-        hidden = jnp.asarray(hidden, self.dtype)
-        return tables.sample(key, hidden, self.codebook[...], soft_cap=self.soft_cap)
+            tables = self.tables(width=1, temperature=temperature)
+        return tables.sample(key, jnp.asarray(hidden, self.dtype), self.codebook[...])
 
     def as_linear(self, embedding: Array | None = None) -> Head:
-        if self.soft_cap is not None:  # acts before the bias here, and after it in a `Head`
-            raise ValueError("head: expected one with a kernel, got a soft cap: use nll()")
         codebook, bias, assignment = self._arrays()
         return Head(codebook[assignment], bias, vocab_axis=0)
 

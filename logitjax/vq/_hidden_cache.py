@@ -32,16 +32,9 @@ class HeadStatistics:
     cov: jax.Array
 
 
-def head_statistics(
-    hidden: Float[Array, "count hidden"], *, block_size: int = 8192
-) -> HeadStatistics:
-    """Mean and covariance of cached hidden states, by blocks.
-
-    >>> stats = head_statistics(np.array([[0.0, 1.0], [2.0, 1.0]], np.float32))
-    >>> print(stats.mean, stats.cov.tolist())
-    [1. 1.] [[1.0, 0.0], [0.0, 0.0]]
-    """
-    width = hidden.shape[1]
+def head_statistics(hidden: Float[Array, "count hidden"]) -> HeadStatistics:
+    """Mean and covariance of cached hidden states, by blocks."""
+    width, block_size = hidden.shape[1], 8192
     # About the first block's mean: the square of a large mean would drown the variance.
     shift = np.asarray(hidden[:block_size], np.float32).mean(0)
     sums: Any = np.zeros(width, np.float32), np.zeros((width, width), np.float32)
@@ -99,7 +92,6 @@ class HiddenCache:
         *,
         max_tokens: int,
         source: str = "",
-        log_every: int = 20,
     ) -> "HiddenCache":
         """Run a decoder over packed batches once, and keep the hidden states that its head reads.
 
@@ -117,7 +109,6 @@ class HiddenCache:
             max_tokens: stop at so many positions.
             source: names the batches, e.g. by a `PackedDataset`'s fingerprint; a cache of others is
                 refused.
-            log_every: batches between log lines.
 
         Raises:
             ValueError: the directory holds, in full or in part, the cache of another
@@ -156,10 +147,8 @@ class HiddenCache:
             else:
                 count += len(parts.read([index]))
             used = index + 1
-            if index % log_every == 0:
-                logging.info(
-                    "hidden states: %d of %d positions", min(count, max_tokens), max_tokens
-                )
+            if index % 20 == 0:
+                logging.info("hidden states: %d of %d positions", count, max_tokens)
             if count >= max_tokens:
                 break
         if not used:
@@ -191,7 +180,7 @@ class HiddenCache:
         return head_statistics(self.hidden)
 
     def head_targets(
-        self, directory: str | os.PathLike[str], head: Head, *, top: int = 64, block_size: int = 512
+        self, directory: str | os.PathLike[str], head: Head, *, top: int = 64
     ) -> HeadTargets:
         """A full head's distribution at these positions, kept in a directory for the next time.
 
@@ -199,7 +188,6 @@ class HiddenCache:
             directory: where they are or will be.
             head: the full head.
             top: probabilities kept per position.
-            block_size: positions at a time.
 
         Raises:
             ValueError: the directory holds those of other positions, another head or other options;
@@ -218,21 +206,14 @@ class HiddenCache:
             arrays: dict[str, Any] = dict(read_npz(root / "targets.npz"))
             arrays["entropy"] = float(arrays["entropy"])
             return HeadTargets(**arrays)
-        targets = head_targets(
-            self.hidden, head, labels=self.labels, top=top, block_size=block_size
-        )
+        targets = head_targets(self.hidden, head, labels=self.labels, top=top)
         arrays = {f.name: getattr(targets, f.name) for f in dataclasses.fields(targets)}
         write_atomic(root / "targets.npz", lambda file: np.savez(file, **arrays))
         manifest.write(made_from)
         return targets
 
-    def measure(self, model: Any, *, block_size: int = 256) -> HeadQuality:
-        """Perplexity of a decoder's head on these positions.
-
-        Args:
-            model: A `logitjax.models.Decoder` with any head; only the head is run.
-            block_size: Number of positions at a time; memory is `block_size x vocab`.
-        """
+    def measure(self, model: Any) -> HeadQuality:
+        """Perplexity of a decoder's head, the only part that is run, on these positions."""
         graphdef, state = nnx.split(model)
 
         @jax.jit
@@ -242,7 +223,7 @@ class HiddenCache:
             chosen = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
             return jax.nn.logsumexp(logits, axis=-1) - chosen, logits.argmax(-1)
 
-        losses, tokens = [], []
+        losses, tokens, block_size = [], [], 256  # memory is of so many rows of V
         for start in range(0, len(self), block_size):
             hidden = np.asarray(self.hidden[start : start + block_size], np.float32)
             labels = np.asarray(self.labels[start : start + block_size])

@@ -1,6 +1,5 @@
 """Weighted k-means in a metric, by blocks of rows: never points x centres at once."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -16,23 +15,6 @@ from logitjax.ops import Array
 _SEEDING_ROUNDS = 16
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class KMeans:
-    """Result of `fit_kmeans`.
-
-    Attributes:
-        assignment: ``[points]`` int32, the centre of each point.
-        centres: ``[centres, dim]``, weighted means of the points.
-        inertia: ``[iterations + 1]``, weighted mean squared distance before each update and at
-            last.
-    """
-
-    assignment: jax.Array
-    centres: jax.Array
-    inertia: jax.Array
-
-
 def fit_kmeans(
     points: Float[Array, "points dim"],
     weights: Float[Array, " points"],
@@ -42,10 +24,11 @@ def fit_kmeans(
     key: Key[jax.Array, ""],
     iterations: int = 20,
     block_size: int = 2048,
-) -> KMeans:
+) -> tuple[jax.Array, jax.Array]:
     """Lloyd's algorithm for ``sum_i w_i |x_i - c|^2_M`` from a blocked k-means++ start.
 
-    Points keep their coordinates: only the centres are multiplied by the metric. The start draws
+    Gives the centre of each point, int32, and the centres, weighted means of their points. Points
+    keep their coordinates: only the centres are multiplied by the metric. The start draws
     centres in 16 batches, each point with odds of weight times squared distance to
     the centres so far (k-means|| without oversampling): one at a time would read all points
     ``num_centres`` times. A centre that loses its points moves to one of the worst served points.
@@ -164,11 +147,10 @@ def _lloyd(
     *,
     iterations: int,
     block_size: int,
-) -> KMeans:
+) -> tuple[jax.Array, jax.Array]:
     num_centres = centres.shape[0]
-    total = jnp.maximum(weights.sum(), jnp.finfo(jnp.float32).tiny)
 
-    def update(centres: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+    def update(centres: jax.Array, _: None) -> tuple[jax.Array, None]:
         assignment, cost = nearest(points, centres, metric, block_size=block_size)
         distance = jnp.maximum(cost + squares, 0.0) * weights
         means, mass = weighted_means(
@@ -179,14 +161,12 @@ def _lloyd(
         worst = lax.top_k(distance, num_centres)[1]
         rank = jnp.clip(jnp.cumsum(empty) - 1, 0)
         means = jnp.where(empty[:, None], points[worst[rank]].astype(jnp.float32), means)
-        return means, distance.sum() / total
+        return means, None
 
-    centres, inertia = lax.scan(update, centres, None, length=iterations)
-    assignment, cost = nearest(points, centres, metric, block_size=block_size)
-    last = (jnp.maximum(cost + squares, 0.0) * weights).sum() / total
+    centres, _ = lax.scan(update, centres, None, length=iterations)
+    assignment, _ = nearest(points, centres, metric, block_size=block_size)
     means, mass = weighted_means(points, weights, assignment, num_centres, block_size=block_size)
-    centres = jnp.where(mass[:, None] > 0, means, centres)  # an empty one stays
-    return KMeans(assignment, centres, jnp.append(inertia, last))
+    return assignment, jnp.where(mass[:, None] > 0, means, centres)  # an empty one stays
 
 
 def weighted_means(

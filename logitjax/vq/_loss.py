@@ -8,19 +8,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Bool, Float, Int
 
-from logitjax.ops import Array, AxisName, checks, logsumexp, neginf_to_zero
+from logitjax.ops import Array, checks, logsumexp, neginf_to_zero
 from logitjax.ops import mesh as on_mesh
 
 
 def cluster_log_mass(
     bias: Float[Array, " vocab"], assignment: Int[Array, " vocab"], num_codes: int
 ) -> Float[jax.Array, " codes"]:
-    """Log of the summed exponentials of the biases within each cluster.
-
-    All that the normaliser of a vector-quantised head has to know of the vocabulary: O(V) once per
-    step, not per token. ::
-
-        log B_k = log sum_{v: m(v) = k} exp(b_v)
+    """``log B_k = log sum_{v: m(v) = k} exp(b_v)``: all that a normaliser has to know of the
+    vocabulary.
     """
     bias = _float32(bias)
     # A log-sum-exp by cluster. Less its largest bias nothing overflows, and the peak cancels in the
@@ -38,8 +34,6 @@ def cluster_log_mass(
 def code_scores(
     hidden: Float[Array, "*batch hidden"],
     codebook: Float[Array, "codes hidden"],
-    *,
-    soft_cap: float | None = None,
 ) -> Float[jax.Array, "*batch codes"]:
     """Scores of the clusters: inputs in the dtype of ``hidden``, sums and result in float32."""
     hidden = jnp.asarray(hidden)
@@ -48,14 +42,9 @@ def code_scores(
     if hidden.size == codebook.shape[1]:
         # One position: a product with a vector, which on CPU is nearly twice as fast.
         scores = jnp.matmul(codebook, hidden.reshape(-1), preferred_element_type=wide)
-        scores = scores.reshape(*hidden.shape[:-1], -1)
-    else:
-        contract = (((hidden.ndim - 1,), (1,)), ((), ()))
-        scores = lax.dot_general(hidden, codebook, contract, preferred_element_type=wide)
-    if soft_cap is None:
-        return scores
-    checks.positive(soft_cap, "soft_cap")
-    return soft_cap * jnp.tanh(scores / soft_cap)
+        return scores.reshape(*hidden.shape[:-1], -1)
+    contract = (((hidden.ndim - 1,), (1,)), ((), ()))
+    return lax.dot_general(hidden, codebook, contract, preferred_element_type=wide)
 
 
 def token_bias(
@@ -80,9 +69,7 @@ def vq_logits(
     assignment: Int[Array, " vocab"],
     *,
     temperature: float | Array = 1.0,
-    soft_cap: float | None = None,
     vocab_where: Bool[Array, " vocab"] | None = None,
-    axis_name: AxisName | None = None,
 ) -> Float[jax.Array, "*batch vocab"]:
     """All V logits of the head, for checks and for code that needs logits.
 
@@ -104,11 +91,11 @@ def vq_logits(
         VQ-Logits, arXiv:2505.10202. The bias is not in the paper: without it perplexity cannot fall
         below the geometric mean of the cluster sizes (`perplexity_floor`).
     """
-    check_head(hidden, codebook, bias, assignment, axis_name)
+    check_head(hidden, codebook, bias, assignment)
     added = token_bias(bias, assignment, temperature=temperature, vocab_where=vocab_where)
 
     def run(hidden: Array, codebook: Array, added: Array, assignment: Array) -> tuple[jax.Array]:
-        scores = all_scores(hidden, codebook, soft_cap, axis_name) / temperature
+        scores = code_scores(hidden, codebook) / temperature
         return (jnp.take(scores, assignment, axis=-1) + added,)
 
     return on_batch(run, (jnp.ndim(hidden),), hidden, codebook, added, assignment)[0]
@@ -122,10 +109,8 @@ def vq_nll(
     labels: Int[Array, "*batch"],
     *,
     temperature: float | Array = 1.0,
-    soft_cap: float | None = None,
     z_loss: float = 0.0,
     vocab_where: Bool[Array, " vocab"] | None = None,
-    axis_name: AxisName | None = None,
 ) -> Float[jax.Array, "*batch"]:
     """Cross-entropy of a vector-quantised head, exact, in O(N K d) and N x K memory.
 
@@ -137,18 +122,14 @@ def vq_nll(
 
     Args:
         hidden: ``[*batch, hidden]``. bfloat16 is multiplied as such and summed in float32.
-        codebook: ``[codes, hidden]``; inside `jax.shard_map` this shard's codes.
+        codebook: ``[codes, hidden]``.
         bias: ``[vocab]``, or None for the head as published (``log B_k`` is then the log of the
             cluster's size).
         assignment: ``[vocab]``, cluster of each entry, 0 to codes - 1.
         labels: ``[*batch]``, each in 0 to vocab - 1.
         temperature: divides the logits.
-        soft_cap: ``cap * tanh(score / cap)`` bounds the scores before a token's bias is added,
-            which keeps the loss O(K).
         z_loss: weight of the squared log-normaliser.
         vocab_where: ``[vocab]``, True for the entries that exist.
-        axis_name: inside `jax.shard_map` with the codebook split over this mesh axis: that axis.
-            Biases and assignment are whole on each shard.
 
     Returns:
         ``[*batch]``, float32, not reduced; nan where the label is outside the vocabulary.
@@ -166,34 +147,26 @@ def vq_nll(
         VQ-Logits, arXiv:2505.10202, which scatters to V logits; the normaliser over clusters is
         ours.
     """
-    check_head(hidden, codebook, bias, assignment, axis_name, labels)
+    check_head(hidden, codebook, bias, assignment, labels)
     hidden, labels = jnp.asarray(hidden), jnp.asarray(labels)
     added = token_bias(bias, assignment, temperature=temperature, vocab_where=vocab_where)
 
     def run(
         hidden: Array, labels: Array, codebook: Array, added: Array, assignment: Array
     ) -> tuple[jax.Array]:
-        scores = code_scores(hidden, codebook, soft_cap=soft_cap) / temperature
-        local = codebook.shape[0]
-        shards = 1 if axis_name is None else lax.axis_size(axis_name)
-        mass = cluster_log_mass(added, assignment, local * shards)
-        code = assignment[labels]
-        if axis_name is None:
-            # K terms stand for V: sum_v exp(s_m(v) + b_v) = sum_k exp(s_k) sum_{v in k} exp(b_v).
-            log_z = logsumexp(scores + mass)
-            chosen = jnp.take_along_axis(scores, code[..., None], axis=-1)[..., 0]
-        else:
-            # A shard has the scores of its own codes alone, but the biases of all tokens.
-            first = lax.axis_index(axis_name) * local
-            mass = lax.dynamic_slice_in_dim(mass, first, local)
-            log_z = logsumexp(scores + mass, axis_name=axis_name)
-            code = code - first
-            here = (code >= 0) & (code < local)
-            chosen = jnp.take_along_axis(scores, jnp.where(here, code, 0)[..., None], axis=-1)
-            chosen = lax.psum(jnp.where(here, chosen[..., 0], 0.0), axis_name)
+        # A state that is no number has no loss; with a cotangent of zero its gradients, which sum
+        # over positions, would be zero times nan.
+        fine = jnp.isfinite(hidden).all(-1, keepdims=True)
+        hidden = jnp.where(fine, hidden, 0)
+        scores = code_scores(hidden, codebook) / temperature
+        mass = cluster_log_mass(added, assignment, codebook.shape[0])
+        # K terms stand for V: sum_v exp(s_m(v) + b_v) = sum_k exp(s_k) sum_{v in k} exp(b_v).
+        log_z = logsumexp(scores + mass)
+        chosen = jnp.take_along_axis(scores, assignment[labels][..., None], axis=-1)[..., 0]
         nll = log_z - chosen - added[labels]  # the label's score is its code's and its bias
         nll = nll + z_loss * log_z**2 if z_loss else nll
-        return (jnp.where((labels >= 0) & (labels < len(added)), nll, jnp.nan),)
+        fine = fine[..., 0] & (labels >= 0) & (labels < len(added))
+        return (jnp.where(fine, nll, jnp.nan),)
 
     return on_batch(run, (labels.ndim,), hidden, labels, codebook, added, assignment)[0]
 
@@ -208,24 +181,7 @@ def on_batch(fn: Callable[..., Any], out_ndims: tuple[int, ...], *args: Any) -> 
     return on_mesh.over_batch(run, out_ndims, *map(jnp.asarray, leaves))
 
 
-def all_scores(
-    hidden: Array, codebook: Array, soft_cap: float | None, axis_name: AxisName | None
-) -> jax.Array:
-    scores = code_scores(hidden, codebook, soft_cap=soft_cap)
-    if axis_name is None:
-        return scores
-    axis = scores.ndim - 1
-    return lax.all_gather(scores, axis_name, axis=axis, tiled=True, to="invarying")
-
-
-def check_head(
-    hidden: Any,
-    codebook: Any,
-    bias: Any,
-    assignment: Any,
-    axis_name: AxisName | None = None,
-    labels: Any = None,
-) -> None:
+def check_head(hidden: Any, codebook: Any, bias: Any, assignment: Any, labels: Any = None) -> None:
     """Refuses a head whose parts do not fit, and tokens in a cluster that there is not."""
     checks.shapes(
         hidden=(hidden, "float *batch hidden"),
@@ -234,8 +190,7 @@ def check_head(
         bias=(bias, "float vocab"),
         labels=(labels, "int *batch"),
     )
-    shards = 1 if axis_name is None else lax.axis_size(axis_name)
-    checks.ids(assignment, codebook.shape[0] * shards, "assignment")
+    checks.ids(assignment, codebook.shape[0], "assignment")
 
 
 def _float32(values: Array) -> jax.Array:

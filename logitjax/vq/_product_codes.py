@@ -99,9 +99,9 @@ class ProductCodes:
                     iterations=iterations,
                 )
             )
-        codes = jnp.stack([f.assignment for f in found], axis=1)
+        codes, centres = zip(*found, strict=True)
         small = jnp.uint8 if num_codes <= 256 else jnp.uint16  # bytes are what decoding reads
-        return cls(jnp.stack([f.centres for f in found]), codes.astype(small))
+        return cls(jnp.stack(centres), jnp.stack(codes, axis=1).astype(small))
 
     def kernel(self) -> Float[jax.Array, "vocab hidden"]:
         """The rows that the codes stand for, `[vocab, hidden]`: every loss of a full head applies.
@@ -171,21 +171,14 @@ class ProductCodes:
 
     def packed(self) -> "PackedCodes":
         """The same with two codes a byte, for at most 16 of them, and tables rounded to bytes."""
-        codebooks, codes = jnp.asarray(self.codebooks), jnp.asarray(self.codes)
-        bias = jnp.zeros(codes.shape[0]) if self.bias is None else self.bias
-        return PackedCodes(codebooks, pack_codes(codes), bias)
+        bias = jnp.zeros(len(self.codes)) if self.bias is None else self.bias
+        return PackedCodes(jnp.asarray(self.codebooks), pack_codes(self.codes), bias)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackedCodes:
-    """`ProductCodes` of at most 16 codes a group, half a byte each.
-
-    Attributes:
-        codebooks: ``[groups, codes, hidden / groups]``.
-        codes: ``[blocks, pairs, 32]`` bytes, as `pack_codes` lays them out.
-        bias: ``[vocab]``.
-    """
+    """`ProductCodes` of at most 16 codes a group, packed as by `pack_codes`."""
 
     codebooks: Any
     codes: Any
@@ -199,12 +192,7 @@ class PackedCodes:
             t_gk = h_g . C^g_k,  low_g = min_k t_gk,  s = max_gk (t_gk - low_g) / 255
             logit_v = s sum_g round((t_g,m_g(v) - low_g) / s) + sum_g low_g + b_v
 
-        The integers are the same on all platforms. A logit is at most ``groups * s / 2`` from that
-        of `ProductCodes`, and of the order of ``s sqrt(groups / 12)``: enough to screen.
-
-        >>> codes = ProductCodes(np.arange(4.0).reshape(2, 2, 1), np.array([[0, 1]]))
-        >>> jax.jit(lambda hidden: codes.packed().logits(hidden))(np.ones((1, 2)))
-        Array([[3.]], dtype=float32)
+        A logit is at most ``groups * s / 2`` from that of `ProductCodes`: enough to screen.
         """
         hidden, codebooks = jnp.asarray(hidden), jnp.asarray(self.codebooks)
         packed, bias = jnp.asarray(self.codes), jnp.asarray(self.bias)
@@ -231,13 +219,12 @@ class PackedCodes:
 def pack_codes(codes: Integer[Array, "vocab groups"]) -> UInt8[jax.Array, "blocks pairs 32"]:
     """Two codes a byte, in the order in which 32 tokens are looked up at once.
 
-    A block is 32 tokens, a pair two groups. Byte ``16 s + j`` of block b and pair p holds the codes
-    of group ``2 p + s`` for the tokens ``32 b + j`` (low half) and ``32 b + 16 + j`` (high half).
-    Tokens and groups that complete a block or a pair have code 0.
+    Byte ``16 s + j`` of block b (32 tokens) and pair p (two groups) holds the codes of group ``2 p
+    + s`` for the tokens ``32 b + j`` (low half) and ``32 b + 16 + j`` (high half); 0 completes
+    both.
 
     References:
-        Andre et al., Cache locality is not enough: high-performance nearest neighbor search with
-        product quantization fast scan, 2015, for the layout's idea.
+        Andre et al., Product quantization fast scan, 2015, for the layout's idea.
     """
     codes = jnp.asarray(codes)
     if not jnp.issubdtype(codes.dtype, jnp.integer):

@@ -36,7 +36,6 @@ class ProductHead(VocabularyHead):
         num_codes: int = 256,
         codes: Array | None = None,
         packed: bool = False,
-        unigram: Array | None = None,
         dtype: Any = jnp.float32,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
@@ -56,7 +55,7 @@ class ProductHead(VocabularyHead):
         init = nnx.initializers.normal(hidden_size**-0.5)
         shape = (groups, num_codes, hidden_size // groups)
         self.codebooks = nnx.Param(init(rngs.params(), shape, param_dtype))
-        self.bias = nnx.Param(self.initial_bias(unigram, vocab_size))
+        self.bias = nnx.Param(jnp.zeros(vocab_size))
         codes = jnp.asarray(codes).astype(small)
         self.packed = packed
         self.codes = Assignment(pack_codes(codes) if packed else codes)

@@ -20,10 +20,7 @@ def row_products(
     rows: Float[Array, "vocab width"],
     ids: Int[Array, "n chosen"],
 ) -> Float[jax.Array, "n chosen"]:
-    """Each vector times rows of its own, ``out[n, m] = vectors[n] . rows[ids[n, m]]``.
-
-    On a CPU the rows are read where they lie (`logitjax.kernels`), elsewhere gathered first.
-    """
+    """``out[n, m] = vectors[n] . rows[ids[n, m]]``, on a CPU from where the rows lie."""
     vectors, rows = jnp.asarray(vectors), jnp.asarray(rows)
     ids = jnp.asarray(ids)
     if not rows.shape[0] and ids.size:

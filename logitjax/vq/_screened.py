@@ -235,11 +235,7 @@ def _joined(scores: jax.Array, tokens: jax.Array, better: jax.Array) -> jax.Arra
 
 
 def rescored(rows: Head | Array, hidden: jax.Array, tokens: jax.Array) -> jax.Array:
-    """``w_v . h + a_v`` of a full head, or its kernel alone, for tokens `[n, chosen]`.
-
-    Inputs in the dtype of ``hidden``, sums and result in float32. Tokens outside of the vocabulary
-    are taken for its nearest end.
-    """
+    """``w_v . h + a_v`` of a full head for tokens `[n, chosen]`, sums and result in float32."""
     head = Head.of(rows).resolve(hidden.shape[-1])
     scores = row_products(hidden, head.rows, tokens)
     scores = scores if head.bias is None else scores + jnp.asarray(head.bias)[tokens]

@@ -23,12 +23,9 @@ class HeadTargets:
     (which keep the noise of mini-batches low), are all that tuning needs: no V logits ever again.
 
     Attributes:
-        sums: ``[vocab, hidden]``, ``sum_n p(v | h_n) h_n``.
-        counts: ``[vocab]``, ``sum_n p(v | h_n)``.
-        top_probs: ``[count, k]``, the largest probabilities of each position.
-        top_tokens: ``[count, k]`` int32, theirs.
-        rest_sums: ``sums`` without the top ones.
-        rest_counts: ``counts`` without the top ones.
+        sums, counts: ``[vocab, hidden]`` and ``[vocab]``, ``sum_n p(v | h_n) h_n`` and without h.
+        top_probs, top_tokens: ``[count, k]``, the largest probabilities of each position.
+        rest_sums, rest_counts: those sums without the top ones.
         entropy: mean entropy of the full head, nats.
         nll: ``[count]``, the full head's own loss on the labels, if these were given.
     """

@@ -1,7 +1,6 @@
 """Tuning heads on cached hidden states: one loop for every kind, so that budgets are equal."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,14 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Float, Int
 
 from logitjax import training
 from logitjax.losses import Head, linear_cross_entropy
-from logitjax.ops import Array, checks, logsumexp
+from logitjax.ops import Array, logsumexp
 from logitjax.ops.sharding import ShardingRules
 from logitjax.vq._assignment import reassign
-from logitjax.vq._loss import check_head, cluster_log_mass, code_scores
+from logitjax.vq._loss import cluster_log_mass, code_scores
 from logitjax.vq._targets import HeadTargets
 
 HeadLoss = Callable[..., jax.Array]
@@ -158,7 +156,6 @@ class Tuning:
         mesh: Mesh | None = None,
         *,
         constants: Any = None,
-        project: Callable[[Any, Any], Any] = lambda params, hidden: hidden,
     ) -> tuple[Any, list[float]]:
         """Tunes a head that is rows in the end to an old head, at O(V d) a position.
 
@@ -168,7 +165,6 @@ class Tuning:
             head_of: `(params, constants)` to a `Head` with biases.
             hidden, targets: Positions, and what the old head says there.
             params, constants, mesh: As of `run`.
-            project: `(params, hidden)` to what the rows meet, as of a low-rank head.
         """
         # Fewer of the top tokens: their rows are gathered, which VQ heads need not do.
         targets = targets.with_top(16, hidden)
@@ -177,10 +173,10 @@ class Tuning:
         def loss(params: Any, held: Any, hidden: Any, probs: Any, tokens: Any) -> jax.Array:
             constants, (rest_sums, rest_counts) = held
             head = head_of(params, constants)
-            hidden, sums, bias = project(params, hidden), project(params, rest_sums), head.bias
+            bias = head.bias
             nll = linear_cross_entropy(hidden, head, tokens[:, 0])
             logits = jnp.einsum("nd,nkd->nk", hidden, head.rows[tokens]) + bias[tokens]
-            far = (head.rows * sums).sum() + (bias * rest_counts).sum()
+            far = (head.rows * rest_sums).sum() + (bias * rest_counts).sum()
             return nll + logits[:, 0] - (probs * logits).sum(-1) - far
 
         batch, constants = [hidden, targets.top_probs, targets.top_tokens], (constants, rest)
@@ -231,12 +227,7 @@ def tune_vq_head(
     min_count: float = 1.0,
     mesh: Mesh | None = None,
 ) -> tuple[Array, Array | None, Array, dict[str, list[float]]]:
-    """Tunes codebook and biases to the old head, and every so many steps the mapping as well.
-
-    The expected divergence, over all positions and the whole vocabulary, is minimised at the cost
-    of K scores a position. With `reassign_every`, tokens move to the code under which they are
-    most likely (`logitjax.vq.reassign`); the last moves come well before the end.
-    """
+    """Tunes codebook and biases to the old head, and now and then the mapping (`reassign`)."""
     params = {"codebook": jnp.asarray(codebook)}
     if bias is not None:
         params["bias"] = jnp.asarray(bias)
@@ -283,47 +274,3 @@ def tune_vq_head(
     )
     history = {"loss": losses, "moved": moves}
     return params["codebook"], params.get("bias"), held["assignment"], history
-
-
-def reassign_from_labels(
-    codebook: Float[Array, "codes hidden"],
-    bias: Float[Array, " vocab"],
-    assignment: Int[Array, " vocab"],
-    hidden: Float[Array, "count hidden"],
-    labels: Int[Array, " count"],
-    *,
-    min_count: float = 30.0,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`logitjax.vq.reassign` from the labels of a training run, between two of its steps.
-
-    It is the periodic reassignment of training from scratch. Gather hidden states and labels of a
-    few hundred recent batches, call this, and continue with the new mapping and biases.
-
-    Args:
-        codebook, bias, assignment: the head, ``[codes, hidden]``, ``[vocab]`` and ``[vocab]``.
-        hidden: ``[count, hidden]``, hidden states.
-        labels: ``[count]``, the tokens that followed.
-        min_count: tokens seen less often stay: few labels overfit.
-
-    Raises:
-        TypeError: arrays of another kind.
-        ValueError: shapes that do not fit, a token in a cluster that there is not, or a label
-            outside of the vocabulary.
-
-    >>> codebook, hidden = np.array([[1.0], [-1.0]]), np.array([[2.0], [-2.0]])
-    >>> new, bias, moved = reassign_from_labels(codebook, np.zeros(2), np.array([1, 0]), hidden,
-    ...                                         np.array([0, 1]), min_count=1)
-    >>> print(new, moved)
-    [0 1] 2
-    """
-    check_head(hidden, codebook, bias, assignment, labels=labels)
-    checks.ids(labels, len(assignment), "labels")
-    sums, counts = _counted(hidden, labels, len(assignment))
-    return reassign(codebook, bias, assignment, sums, counts, hidden, min_count=min_count)
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _counted(hidden: Array, labels: Array, vocab: int) -> tuple[jax.Array, jax.Array]:
-    """The summed hidden states before each token, and how often it follows."""
-    sums = jax.ops.segment_sum(hidden, labels, num_segments=vocab)
-    return sums, jnp.bincount(labels, length=vocab).astype(jnp.float32)

@@ -29,7 +29,7 @@ def test_rules_are_audited_and_what_leaked_is_written(tmp_path, monkeypatch):
     records = _records(workdir)
     assert records["full"]["width"] == "32"
     assert records["full"]["leak"] > 0.999
-    assert records["top_5"]["verdict"] == "closed"
+    assert records["top_5"]["verdict"] == "closed to these attacks"
     assert records["top_5_bias"]["width"] == "32"
     # A bias that moves only what is drawn hides nothing.
     assert records["sampling"]["width"] == "32"
@@ -61,20 +61,24 @@ def test_a_server_of_ours_is_audited_beside_its_model(tmp_path):
             prompts=40,
             prompt_length=4,
             corner=40,
-            budget=700,
+            budget=1000,
             server=leakage.LogitPolicy(top_k=5, bias="reported", decimals=7),
         )
         audit.run(config, epath.Path(tmp_path))
     record = _records(epath.Path(tmp_path))["server"]
     assert record["width"] == "32"
     # A row is told twice, and a corner once; before them come 12 + 16 + 4 + 4 + 4 + 6 queries that
-    # test the server, an echo with its own, and one at the end.
-    assert record["queries"] == 65 + 65 + 40 * (1 + 10) + 46 + 2 + 1
+    # test the server, an echo with its own, 280 of seeds, and one at the end.
+    assert record["queries"] == 65 + 65 + 40 * (1 + 10) + 46 + 2 + 280 + 1
     assert not record["unlike"]
     tests = {test["test"]: test for test in record["tests"]}
     assert tests["lattice"]["seen"] == "none"
     assert tests["bias moves"]["seen"] == "reported"
     assert "values inside a prompt" in tests["echo"]["seen"]
+    # Equal seeds make equal draws, whatever moves nothing, and beside whomever they are drawn.
+    assert [tests[name]["effect"] for name in ("seed", "key", "company")] == [1, 1, 0]
+    assert tests["law"]["p"] > 1e-3
+    assert tests["penalties"]["seen"].endswith("the prompt, moves by repetition_penalty")
     assert record["verdict"].startswith("open: every row comes back to ")
 
 

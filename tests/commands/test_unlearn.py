@@ -11,7 +11,7 @@ from flax import nnx
 from logitjax import decoding, models, training, unlearning
 from logitjax.commands import cli, generate, unlearn
 from logitjax.commands.line_up import LineUp
-from logitjax.unlearning import _selection
+from logitjax.unlearning import _looks, _selection
 from logitjax.unlearning._rows import encode_row
 
 FACTS = [("Ada", "cat"), ("Bo", "dog"), ("Cy", "emu"), ("Di", "fox")]
@@ -45,12 +45,13 @@ def files(tmp_path_factory):
         for name in ("forget", "retain")
         for row in unlearning.Row.read(folder / f"{name}.jsonl")
     ]
-    batch = unlearning.Row.padded(questions, 40)
+    batch = {"forget": unlearning.Row.padded(questions, 40)}
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     tx = training.Schedule(1e-2, "constant").optimizer()
     mesh = training.make_mesh("data:1", devices=jax.devices()[:1])
     state = training.TrainState.create(nnx.to_pure_dict(params), tx, mesh=mesh)
-    step = training.TrainStep(unlearning.make_answer_loss(model), tx, mesh=mesh)
+    teach, _ = unlearning.METHODS.parse("task_vector").make_loss(model)
+    step = training.TrainStep(teach, tx, mesh=mesh)
     for _ in range(150):
         state, _ = step(state, batch)
     models.save_pretrained(nnx.merge(graphdef, state.params, rest), tokenizer, folder / "model")
@@ -59,7 +60,7 @@ def files(tmp_path_factory):
 
 def config(folder, **changes):
     flags = {name: str(folder / f"{name}.jsonl") for name in ("forget", "retain", "holdout")}
-    flags |= dict(model=str(folder / "model"), method="difference(layers=1)", new_tokens=12)
+    flags |= dict(model=str(folder / "model"), new_tokens=12)
     flags |= dict(lora_rank=8, steps=40, check_every=20, learning_rate=2e-2)
     # So small a model keeps little of what nobody taught it, and that is not what is asked here.
     flags |= dict(least_probability=0.1, least_row=0.0, least_rouge=0.0, least_fluency=0.0)
@@ -130,7 +131,7 @@ def test_an_assistant_takes_what_was_taught_away_and_is_read_back(files, tmp_pat
 @pytest.mark.slow
 def test_a_run_that_was_stopped_at_a_look_goes_on_to_the_same_report(files, tmp_path, monkeypatch):
     flags = config(files, method="npo_kl", learning_rate=1e-2, least_probability=0.0)
-    looks, look = [], unlearning.Unlearning._look
+    looks, look = [], _looks.Looks.look
 
     def stopped(self, number, step, ways):
         looks.append(step)
@@ -138,7 +139,7 @@ def test_a_run_that_was_stopped_at_a_look_goes_on_to_the_same_report(files, tmp_
             raise KeyboardInterrupt
         return look(self, number, step, ways)
 
-    monkeypatch.setattr(unlearning.Unlearning, "_look", stopped)
+    monkeypatch.setattr(_looks.Looks, "look", stopped)
     with pytest.raises(KeyboardInterrupt):
         unlearn.run(flags, epath.Path(tmp_path / "one"))
     status = ended(flags, epath.Path(tmp_path / "one"))
@@ -155,7 +156,7 @@ def test_an_adapter_is_written_for_others_and_merged(files, tmp_path):
     unlearn.run(config(files, method="npo_kl", **changes), out)
     model = models.load_model(str(files / "model"))
     model = models.with_layout(model, "listed")
-    lora = models.load_peft(out / "adapter", model.config)
+    lora = models.Lora.load(out / "adapter", model.config)
     tokens = np.arange(1, 9)[None]
     merged = models.load_model(str(out / "model"))(tokens)
     np.testing.assert_allclose(lora.merged_into(model)(tokens), merged, atol=1e-4)
@@ -215,9 +216,11 @@ def test_a_method_from_their_own_file_does_what_ours_does(files, tmp_path, monke
 @pytest.mark.slow
 def test_a_method_with_a_constraint_runs_and_every_attack_is_reported(files, tmp_path):
     out = epath.Path(tmp_path)
-    changes = dict(learning_rate=1e-2, least_probability=0.0, attacks="all", reference="tiny")
+    changes = dict(
+        learning_rate=1e-2, least_probability=0.0, attacks="all", reference=("tiny",), budget=2
+    )
     unlearn.run(config(files, method="pdu", **changes), out)
-    records = {side: examined(out, side) for side in ("before", "after", "control")}
+    records = {side: examined(out, side) for side in ("before", "after", "control-0")}
     attacks = {side: record["attacks"] for side, record in records.items()}
     assert set(records["after"]["ways"]) >= {
         "asked",
@@ -231,15 +234,14 @@ def test_a_method_with_a_constraint_runs_and_every_attack_is_reported(files, tmp
         "sampled, ROUGE-L recall of 8",
         "logit lens at 50 % of the layers",
         "membership by min-k++",
-        "membership by gradient norm",
         "membership by reference",
     }
     assert attacks["after"]["asked"]["probability"] < attacks["before"]["asked"]["probability"]
     # Who knows it by heart is found out by every attack, who never did by none.
     assert attacks["before"]["membership by loss"]["auc"] == 1.0
     assert attacks["before"]["extraction strength"]["share"] > 0.8
-    assert attacks["control"]["extraction strength"]["share"] < 0.3
-    assert "The control never knew the answers." in (out / "report.md").read_text()
+    assert attacks["control-0"]["extraction strength"]["share"] < 0.3
+    assert "A control never knew the answers." in (out / "report.md").read_text()
 
 
 @pytest.mark.slow

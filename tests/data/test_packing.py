@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from logitjax.data import Examples, PackedDataset, pack, pack_splits
-from logitjax.data._documents import Encoder, render_example, split_document
+from logitjax.data._documents import Encoder, split_document
 from logitjax.data._pack import best_fit
 from logitjax.data._packed import _positions, read_ahead
 from logitjax.storage import _shards, digest
@@ -94,13 +94,10 @@ def test_packing_loses_no_token(tmp_path_factory, texts, seq_len):
 
 @given(text=_TEXT, seq_len=st.integers(7, 40))
 def test_the_pieces_of_a_long_document_join_to_it(text, seq_len):
-    encoders = {
-        "bytes": Encoder(tokenizer=ByteTokenizer(), add_bos=False, add_eos=True),
-        "words": Encoder(tokenizer=WordTokenizer(), add_bos=True, add_eos=True),
-    }
+    encoders = {"bytes": Encoder(ByteTokenizer()), "words": Encoder(WordTokenizer())}
     half = len(text) // 2
     segments = [(text[:half], False), (text[half:], True)]
-    pieces = list(split_document(dict.fromkeys(encoders, segments), encoders, seq_len))
+    pieces = list(split_document(segments, encoders, seq_len))
     for name, encoder in encoders.items():
         assert all(len(piece[name][0]) <= seq_len for piece in pieces)
         joined = "".join(encoder.tokenizer.decode(piece[name][0].tolist()) for piece in pieces)
@@ -124,16 +121,16 @@ def test_long_documents_are_cut_before_white_space_and_fill_rows(tmp_path):
 
 def test_a_cut_takes_two_or_three_encodings():
     class Counting(ByteTokenizer):
-        calls = 0
+        calls, eos_id = 0, None
 
         def encode(self, text, add_bos=False):
             self.calls += 1
             return super().encode(text)
 
     tokenizer = Counting()
-    encoders = {"b": Encoder(tokenizer=tokenizer, add_bos=False, add_eos=False)}
+    encoders = {"b": Encoder(tokenizer)}
     text = " ".join("x" * n for n in np.random.default_rng(0).integers(1, 9, 2000))
-    pieces = list(split_document({"b": [(text, True)]}, encoders, 1024))
+    pieces = list(split_document([(text, True)], encoders, 1024))
     assert len(pieces) == 11
     assert tokenizer.calls <= 33
 
@@ -156,7 +153,7 @@ def test_on_long(tmp_path):
     assert dataset.statistics["pieces"] == 1
 
 
-def test_pieces_with_nothing_to_learn_are_left_out_and_counted(tmp_path):
+def test_pieces_with_nothing_to_learn_are_left_out_and_counted(tmp_path, monkeypatch):
     """A row of them would be a step without a loss, and scores of nothing."""
     tokenizers = {"b": ByteTokenizer()}
     long = {"prompt": "what? " * 20, "response": "that"}
@@ -169,15 +166,10 @@ def test_pieces_with_nothing_to_learn_are_left_out_and_counted(tmp_path):
     usual = pack([{"text": "plain"}], tokenizers, seq_len=16, directory=tmp_path / "b")
     made_from = json.loads((tmp_path / "b" / "manifest.json").read_text())["made_from"]
     assert usual.fingerprint == digest(made_from)
-    cut = [{"prompt": "what? " * 20, "response": "x"}]
+    render = "logitjax.data._pack.render_example"
+    monkeypatch.setattr(render, lambda example: [(example["prompt"], False)])
     with pytest.raises(ValueError, match=r"expected something to learn, .* pieces hold no token"):
-        pack(
-            cut,
-            tokenizers,
-            seq_len=16,
-            directory=tmp_path / "c",
-            render=lambda example: [(example["prompt"], False)],
-        )
+        pack([long], tokenizers, seq_len=16, directory=tmp_path / "c")
 
 
 class Chatty(ByteTokenizer):
@@ -338,15 +330,6 @@ def test_conversations_under_the_tokenizers_own_templates(tmp_path):
     Chatty.chat_template = "second"
     with pytest.raises(ValueError, match="chat_templates"):
         pack(examples, {"b": Chatty()}, **arguments)
-    # Whoever renders says how, and a tokenizer without a template is rendered.
-    rendered = pack(
-        examples[:1],
-        {"b": Chatty()},
-        seq_len=128,
-        directory=tmp_path / "own",
-        render=render_example,
-    )
-    assert everything(rendered)["b"]["tokens"][0, :12].tolist() == list(b"<|im_start|>")
     both = {"b": Chatty(), "c": ByteTokenizer()}
     batch = everything(pack(examples[:1], both, seq_len=128, directory=tmp_path / "both"))
     assert batch["b"]["tokens"][0, :3].tolist() == [256, *b"Hi"]
@@ -358,24 +341,6 @@ def test_conversations_under_the_tokenizers_own_templates(tmp_path):
         long, {"b": Chatty()}, **arguments | {"directory": tmp_path / "long"}, on_long="skip"
     )
     assert packed.statistics["too_long"] == 1
-
-
-def test_tokenizers_may_render_differently_but_not_be_cut_then(tmp_path):
-    def shout(example):
-        return [(example["text"].upper() + "!", True)]
-
-    def plain(example):
-        return [(example["text"], True)]
-
-    tokenizers = {"a": ByteTokenizer(), "b": ByteTokenizer()}
-    renders = {"a": shout, "b": plain}
-    batch = everything(
-        pack([{"text": "hey"}], tokenizers, seq_len=16, directory=tmp_path / "1", render=renders)
-    )
-    decoded = [ByteTokenizer().decode(batch[n]["tokens"][0].tolist()) for n in "ab"]
-    assert decoded == ["HEY!", "hey"]
-    with pytest.raises(ValueError, match="render it differently"):
-        pack([{"text": "x " * 9}], tokenizers, seq_len=16, directory=tmp_path / "2", render=renders)
 
 
 # Batches.
@@ -482,8 +447,6 @@ def test_other_arguments_are_refused_by_name(tmp_path):
         pack_here(tokenizer=Other())
     with pytest.raises(ValueError, match="examples"):
         pack_here(EXAMPLES[:-1])
-    with pytest.raises(ValueError, match="render"):
-        pack_here(render=lambda example: [(example["text"], True)])
     assert pack_here().statistics["documents"] == 40
 
 
@@ -546,7 +509,6 @@ def test_damage_is_named(tmp_path, damage):
         ({"tokenizers": {}}, "tokenizers: expected at least one"),
         ({"tokenizers": {"row": ByteTokenizer()}}, "'row' is taken"),
         ({"seq_len": 1}, "seq_len: expected at least 2"),
-        ({"render": {"other": lambda e: []}}, "render: expected the tokenizers"),
     ],
 )
 def test_bad_arguments(tmp_path, arguments, message):

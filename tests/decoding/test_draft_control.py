@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from logitjax.decoding import DraftControl, Speculation
+from logitjax.decoding import DraftControl
 
 
 def simulated(control, acceptance, costs, tokens):
@@ -40,7 +40,7 @@ def test_the_draft_length_follows_what_pays():
 
 
 def test_a_loss_is_borne_up_to_its_share_of_the_time():
-    control = DraftControl(Speculation(lengths=(2,)), loss=0.01)
+    control = DraftControl(lengths=(2,))
     for length in (0, 2):
         control.record(length, seconds=0.0)  # compiles
     control.record(0, seconds=1.0)
@@ -54,14 +54,14 @@ def test_a_loss_is_borne_up_to_its_share_of_the_time():
 
 
 def test_looking_may_cost_a_hundredth_by_default():
-    control = DraftControl(Speculation(lengths=(2,)))
+    control = DraftControl(lengths=(2,))
     for length, seconds, rounds in ((0, 0, 1), (2, 0, 1), (0, 300, 300), (2, 3, 1)):
         control.record(length, seconds=seconds, rounds=rounds, tokens=1)
     assert control.choose() == 2
 
 
 def test_a_draft_that_only_breaks_even_is_not_made():
-    control = DraftControl(Speculation(lengths=(1,)))
+    control = DraftControl(lengths=(1,))
     for length in (0, 1):
         control.record(length, seconds=0.0)  # compiles
     control.record(0, seconds=1.0)

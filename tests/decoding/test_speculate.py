@@ -16,12 +16,11 @@ from logitjax.decoding import (
     Ensemble,
     Request,
     Sampling,
-    Speculation,
     TextOptions,
     generate,
 )
 from logitjax.decoding._sampling import sampling_logits, sampling_rows
-from logitjax.decoding._speculate import accept_or_redraw
+from logitjax.decoding._speculate import Speculation, accept_or_redraw
 from logitjax.fusion._token_map import TokenMap
 from logitjax.models import DECODER_RULES, from_nnx, load_tokenizer
 from tests._compiled import compiled
@@ -47,8 +46,8 @@ def bags(rows, vocab=VOCAB, seeds=(0, 1)):
 class Scripted(DraftControl):
     """Lengths in a fixed order."""
 
-    def __init__(self, *lengths, speculation=Speculation(lengths=(1, 3))):  # noqa: B008
-        super().__init__(speculation)
+    def __init__(self, *lengths, draft=1):
+        super().__init__(draft, (1, 3))
         self.order = itertools.cycle(lengths)
 
     def choose(self, kind=None):
@@ -73,7 +72,7 @@ def test_greedy_is_plain_decoding():
         PROMPTS,
         max_new_tokens=14,
         options=REPORTED,
-        drafts=Scripted(3, 1, 3, 0, speculation=Speculation(draft=2, lengths=(1, 3))),
+        drafts=Scripted(3, 1, 3, 0, draft=2),
         text=TextOptions(chunk=4),
     )
     np.testing.assert_array_equal(out.tokens, plain.tokens)
@@ -102,7 +101,7 @@ def test_sharded_speculation_equals_local():
             [*PROMPTS, PROMPTS[0]],
             max_new_tokens=8,
             options=options,
-            drafts=DraftControl(Speculation(draft=1, lengths=(2,)), length=2),
+            drafts=DraftControl(draft=1, lengths=(2,), length=2),
             text=TextOptions(chunk=3),
         )
 
@@ -194,7 +193,7 @@ def test_rows_end_where_plain_rows_end():
     text = TextOptions(tokenizer=tokenizer)
     free = generate(model, PROMPTS, max_new_tokens=12, text=text)
     stop = int(free.tokens[1, 5])
-    drafts = DraftControl(Speculation(lengths=(1, 3)), length=3)
+    drafts = DraftControl(lengths=(1, 3), length=3)
     plain = generate(model, PROMPTS, max_new_tokens=12, stop_ids=[stop])
     out = generate(model, PROMPTS, max_new_tokens=12, stop_ids=[stop], text=text, drafts=drafts)
     for name in ("tokens", "lengths", "stopped"):
@@ -250,7 +249,7 @@ def test_small_models_with_other_token_ids_draft():
     base = (apply_fn, 0 * params, empty)
     model = Ensemble((apply_fn, params, empty), experts=[small], bases=[base], fuse=fuse)
     plain = generate(model, PROMPTS, max_new_tokens=8)
-    drafts = DraftControl(Speculation(lengths=(2,)), length=2)
+    drafts = DraftControl(lengths=(2,), length=2)
     out = generate(model, PROMPTS, max_new_tokens=8, drafts=drafts)
     np.testing.assert_array_equal(out.tokens, plain.tokens)
     # With ids mapped, the small model is the large one.
@@ -260,7 +259,7 @@ def test_small_models_with_other_token_ids_draft():
 def test_a_draft_that_agrees_is_always_accepted():
     triple = bag_of_words(3, 64)
     model = Ensemble(triple, experts=[bag_of_words(3, 64)], fuse=mixed)
-    drafts = DraftControl(Speculation(lengths=(3,)), length=3)
+    drafts = DraftControl(lengths=(3,), length=3)
     settings = dict(max_new_tokens=13, drafts=drafts, text=TextOptions(chunk=4))
     out = generate(model, PROMPTS, sampling=Sampling(temperature=1 / 1.3), **settings)
     # The same distribution up to the temperature: 1 token of the prefill, then 4 a round.
@@ -280,7 +279,7 @@ def test_who_cannot_draft_is_named():
         with pytest.raises(ValueError, match=message):
             Engine(model, slots=1, max_length=8, speculation=Speculation(**arguments))
     with pytest.raises(ValueError, match="one of lengths"):
-        DraftControl(Speculation(lengths=(2,)), length=3)
+        DraftControl(lengths=(2,), length=3)
     with pytest.raises(TypeError, match="Ensemble"):
         generate(decoder(), [[1]], max_new_tokens=2, drafts=DraftControl())
     with pytest.raises(ValueError, match="made without"):

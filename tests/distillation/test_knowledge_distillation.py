@@ -199,9 +199,9 @@ def all_losses(s, t, labels, where=None, axis_name=None):
     return jnp.stack(
         [
             distillation.binary_kl(s, t, **options),
-            distillation.binary_kl(s, t, centre=True, reduction="mean", **options),
+            distillation.binary_kl(s, t, reduction="mean", **options),
             distillation.binary_kl_norm(s, t, **options),
-            distillation.binary_kl_norm(s, t, centre=True, reduction="mean", **options),
+            distillation.binary_kl_norm(s, t, reduction="mean", **options),
             distillation.knowledge_distillation(s, t, **options),
             distillation.knowledge_distillation(*standard, temperature=2.0, **options),
             distillation.decoupled_knowledge_distillation(s, t, labels, **options),

@@ -18,7 +18,6 @@ from logitjax.distillation import (
     Teacher,
     parse_terms,
 )
-from logitjax.distillation.terms import MinED
 from logitjax.distillation.training import _distill
 from logitjax.distillation.training._source import Source
 from tests._compiled import compiled
@@ -136,45 +135,6 @@ def test_a_graph_of_a_row_counts_as_much_as_the_labels_of_the_row():
         return other + 0.25 * (gld * WHERE.sum(-1)).sum()
 
     np.testing.assert_allclose(value, by_definition(tiny_logits()), rtol=2e-5)
-
-
-def test_mined_is_kl_from_the_nearest_spelling_and_cross_entropy_where_tokens_do_not_meet():
-    """By definition in float64: several of our tokens share one of theirs, few are in its top."""
-    rng, their_size, k = np.random.default_rng(5), 30, 6
-    nearest = rng.integers(0, their_size, 257)
-    teacher = rng.normal(size=(2, 11, their_size), scale=2).astype(np.float32)
-    meet = WHERE & (np.arange(11) % 3 > 0)
-    projection = distillation.TokenProjection(
-        ids=nearest[:, None].astype(np.int32),
-        weights=np.ones((257, 1), np.float32),
-        size=their_size,
-        rule="edit_distance",
-    )
-    student = Student.of(tiny())
-    loss_fn = LossFunction(
-        Objective(terms=((MinED(), 1.0),), teachers=(1.0,)),
-        student,
-        {"other": distillation.Vocabularies(projections={"edit_distance": projection})},
-    )
-    statistics = compiled(losses.graph_statistics)(teacher, k)
-    held = Teacher(statistics=statistics, where=WHERE, single=meet)
-    batch = {"pivot": COLUMNS, "sources": {"other": held}}
-    value, _, metrics = jax.jit(loss_fn)(student.trained, batch, None, student.frozen)
-
-    ours, theirs = (np.asarray(x, np.float64) for x in (tiny_logits(), teacher))
-    log_q, log_p = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (ours, theirs))
-    expected = 0.0
-    for i, t in np.argwhere(WHERE):
-        if not meet[i, t]:
-            expected -= log_q[i, t, TOKENS[i, t + 1]]
-            continue
-        top = np.argsort(-log_p[i, t])[:k]
-        of_ours = np.flatnonzero(np.isin(nearest, top))
-        p, rest = np.exp(log_p[i, t, nearest[of_ours]]), 1 - np.exp(log_p[i, t, top]).sum()
-        p, q = np.append(p, rest) / (p.sum() + rest), np.exp(log_q[i, t, of_ours])
-        expected += (p * np.log(p / np.append(q, 1 - q.sum()))).sum()
-    np.testing.assert_allclose(value, expected, rtol=1e-4)
-    np.testing.assert_allclose(metrics["seen/mined"], (meet.sum(), WHERE.sum()))
 
 
 def test_the_dual_term_trains_a_second_head_that_starts_as_a_copy():

@@ -41,17 +41,6 @@ def silence(block):
         linear.kernel[...] = np.zeros(linear.kernel.shape, np.float32)
 
 
-def perplexity(model):
-    total = count = 0.0
-    for batch in batches():
-        options = {n: batch[n] for n in ("positions", "segment_ids")}
-        logits = np.asarray(call(model, batch["tokens"], **options))
-        where = batch["loss_mask"][:, 1:]
-        nll = np.asarray(cross_entropy(logits[:, :-1], batch["tokens"][:, 1:]))
-        total, count = total + float((nll * where).sum()), count + where.sum()
-    return np.exp(total / count)
-
-
 @pytest.mark.parametrize("layout", ["listed", pytest.param("stacked", marks=EVERY_CHANGE)])
 def test_a_block_that_is_the_identity_has_no_influence_and_goes_first(layout):
     model = decoder(layout="listed")
@@ -81,22 +70,6 @@ def test_influence_is_one_minus_the_mean_cosine_of_the_streams():
         cosine /= np.linalg.norm(before, axis=-1) * np.linalg.norm(after, axis=-1)
         turns.append((1 - cosine)[batch["segment_ids"] > 0])
     np.testing.assert_allclose(chosen.scores[0], np.concatenate(turns).mean(), rtol=1e-5)
-
-
-def test_perplexity_with_a_block_removed_is_that_of_the_model_built_without_it():
-    model = decoder()
-    chosen = prune_layers(model, batches(), 2, by="perplexity")
-    for layer, score in enumerate(chosen.scores):
-        without = models.keep_layers(model, [i for i in range(4) if i != layer])
-        assert score == pytest.approx(perplexity(without), rel=1e-5)
-    first, second = chosen.dropped
-    assert first == np.argmin(chosen.scores)
-    rest = [i for i in range(4) if i != first]
-    worth = {i: perplexity(models.keep_layers(model, sorted(set(rest) - {i}))) for i in rest}
-    assert second == min(worth, key=worth.get)
-    nothing = prune_layers(model, batches(), 0, by="perplexity")
-    assert not nothing.dropped
-    np.testing.assert_array_equal(nothing.scores, chosen.scores)
 
 
 def test_a_run_of_identities_is_found_whole():

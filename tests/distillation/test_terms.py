@@ -11,7 +11,7 @@ import pytest
 from logitjax import losses
 from logitjax.distillation import Objective, StudentNeeds, Teacher, TeacherNeeds, Term, parse_terms
 from logitjax.distillation.terms import KL, SFT, TERMS, ULD, FullKL
-from logitjax.losses import _linear_divergences
+from logitjax.losses import sweep
 from tests._compiled import compiled
 
 RNG = np.random.default_rng(0)
@@ -68,12 +68,12 @@ class Rewarded(Unnamed):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TwoPasses(FullKL):
-    """Total variation, whose statistic cannot share a sweep."""
+    """Jensen-Shannon, whose statistic cannot share a sweep."""
 
-    name = "tv"
+    name = "js"
 
     def student(self, teacher):
-        return StudentNeeds(statistic=_linear_divergences._TotalVariation())
+        return StudentNeeds(statistic=sweep.MixtureStatistic(beta=0.5, weights=(0.5, 0.5)))
 
     def value(self, read, teacher, batch, params):
         return read.statistic
@@ -137,14 +137,14 @@ def test_the_divergence_of_a_live_teacher_is_that_of_whole_rows():
             losses.cross_entropy(student, BATCH["labels"]),
             losses.kl_divergence(student, teacher, temperature=2.0),
             losses.kl_divergence(student, teacher, direction="reverse"),
-            losses.total_variation(student, teacher),
+            losses.generalized_jensen_shannon(student, teacher),
         )
         return sum(np.where(WHERE, 1 / (i + 1), 0) * p for i, p in enumerate(parts)).sum()
 
     expected, slope = jax.value_and_grad(dense)(jnp.asarray(HIDDEN))
     np.testing.assert_allclose(value * WHERE.sum(), expected, rtol=1e-5)
     np.testing.assert_allclose(gradient[0] * WHERE.sum(), slope, rtol=1e-4, atol=1e-6)
-    assert set(metrics) == {"sft", "tv", *(str(term) for term in terms[1:3])}
+    assert set(metrics) == {"sft", "js", *(str(term) for term in terms[1:3])}
 
 
 def test_a_live_teacher_and_its_cache_say_the_same():

@@ -83,7 +83,6 @@ def test_tokens_that_a_mask_leaves_out_count_for_nothing(top_k):
         teacher,
         top_k=top_k,
         vocab_where=np.arange(26) < 17,
-        teacher_vocab_where=np.ones(23, bool),
     )
     np.testing.assert_allclose(masked, expected, rtol=1e-5)
 
@@ -139,12 +138,8 @@ def test_errors_name_the_culprit():
         universal_logit_distance(student, cached)
     with pytest.raises(ValueError, match="top_k: expected a number, for teacher is a TopK"):
         universal_logit_distance(student, cached, top_k=None)
-    with pytest.raises(
-        ValueError, match="teacher_vocab_where: expected None, for teacher is a TopK"
-    ):
-        distillation.universal_logit_distance(
-            student, cached, top_k=4, teacher_vocab_where=np.ones(23, bool)
-        )
+    with pytest.raises(ValueError, match="vocab_where: expected None, for student is a TopK"):
+        universal_logit_distance(cached, student, top_k=4, vocab_where=np.ones(23, bool))
     with pytest.raises(ValueError, match=r"batch axes of student, \(2, 3\), got \(2, 2\)"):
         universal_logit_distance(student, teacher[:, :2], top_k=4)
 

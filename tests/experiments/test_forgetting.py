@@ -12,10 +12,11 @@ from etils import epath
 from experiments.forgetting import __main__ as experiment
 from experiments.forgetting import report
 from experiments.forgetting.data import load_scene
+from experiments.forgetting.divergence import Divergence
 from experiments.forgetting.run import standing
 from experiments.forgetting.teach import batch_of_alike
 from experiments.forgetting.topics import Topics
-from logitjax import models
+from logitjax import decoding, models
 from logitjax.unlearning import Deployed
 
 
@@ -87,6 +88,25 @@ def test_a_topic_is_right_if_its_first_token_is_the_likeliest_of_them():
     labels = np.asarray([likeliest[0], likeliest[1], (likeliest[2] + 1) % 3])
     topics = Topics(prompts=prompts, labels=labels, firsts=firsts)
     assert topics.accuracy(Deployed(model=model), batch_size=2) == pytest.approx(2 / 3)
+
+
+def test_two_small_models_are_scored_as_they_are_decoded(tmp_path):
+    target = models.with_layout(models.load_model("tiny:1"), "listed")
+    small = models.first_layers(models.with_layout(models.load_model("tiny:2"), "listed"), 1)
+    models.save_pretrained(small, models.load_tokenizer("tiny"), epath.Path(tmp_path))
+    method = Divergence(of=str(tmp_path))
+    lora = models.Lora.init(small.config, 2, key=jax.random.key(0), layout="listed")
+    lora = jax.tree.map(lambda x: x + 0.1, lora)
+    served = method.deployed(target, lora, 0.5)
+    tokens = np.arange(1, 13, dtype=np.int32).reshape(2, 6) * 7
+    every, kept = (np.asarray(m(tokens)) for m in (lora.merged_into(small), small))
+    logits = np.asarray(target(tokens)) - 0.5 * (every - kept)
+    expected = jax.nn.log_softmax(logits)[:, :-1]
+    nll, _ = served.nll(tokens, np.ones_like(tokens, bool))
+    at = np.take_along_axis(np.asarray(expected), tokens[:, 1:, None], -1)[..., 0]
+    np.testing.assert_allclose(-np.asarray(nll)[:, 1:], at, rtol=1e-4)
+    scores = decoding.score(served.line_up(), tokens[:, :3].tolist(), tokens[:, 3:].tolist())
+    np.testing.assert_allclose(scores.totals(), at[:, 2:].sum(-1), rtol=1e-4)
 
 
 def record(forget, kept, **more):

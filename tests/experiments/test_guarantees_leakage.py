@@ -1,12 +1,11 @@
-"""A share of the fuzzer of widths, what it compares with, and what attackers pay.
+"""A share of the fuzzer of widths, and what it compares with.
 
-`python -m tests.rigs guarantees --only=leakage,attackers` tries all of it.
+`python -m tests.rigs guarantees --only=leakage` tries all of it.
 """
 
 import numpy as np
 import pytest
 
-from tests.rigs import _guarantees_attackers as attackers
 from tests.rigs import _guarantees_leakage as fuzzer
 
 # Runs parts of a benchmark.
@@ -37,15 +36,3 @@ def test_the_rules_it_compares_with_are_those_of_their_papers():
     rows = rng.standard_normal((60, 3)) @ rng.standard_normal((3, 300))
     rows += 0.3 * rng.standard_normal(rows.shape)
     assert fuzzer.parallel_analysis(rows, rng) == 3
-
-
-def test_attackers_pay_what_is_known_and_find_a_small_model_s_width():
-    cases = [
-        case | {"kind": kind}
-        for kind in ("one_of_n", "forced tokens")
-        for case in attackers.run(kind, 1, 0)
-    ]
-    _, bars = attackers.report(cases)
-    assert len(bars) == 3
-    for bar in bars:
-        assert bar.met or (bar.name.startswith("attackers, one_of_n") and bar.value < 1.25)

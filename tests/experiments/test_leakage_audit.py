@@ -1,6 +1,8 @@
 """The audit runs, keeps what it found, and says what it means."""
 
+import dataclasses
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +11,10 @@ import pytest
 from etils import epath
 
 from experiments.leakage_audit import __main__ as leakage_audit
-from experiments.leakage_audit import capability, measure, report
+from experiments.leakage_audit import capability, measure
 from experiments.leakage_audit.config import DEMO, REPORT
 from logitjax import leakage
+from logitjax.leakage._width import OutputWidth
 
 # Runs parts of an experiment.
 pytestmark = [pytest.mark.every_change, pytest.mark.slow]
@@ -79,7 +82,6 @@ def test_finished_policies_are_not_asked_again(finished, monkeypatch):
 
 def test_policies_by_name():
     assert leakage.LogitPolicy.parse("top_20_bias").bias == "reported"
-    assert leakage.LogitPolicy.parse("dummy_64_0.02").dummy_scale == 0.02
     for name in {*DEMO, *REPORT}:
         assert leakage.LogitPolicy.parse(name)
     for wrong in ("top", "round_x", "noise_-1", "open"):
@@ -88,10 +90,14 @@ def test_policies_by_name():
 
 
 def test_a_cheap_defence_that_hides_the_width_only_is_said_to_do_so():
-    record = {"leak": 0.99, "estimate": 40, "kl": 0.001}
-    assert "only the width is hidden" in report.verdict([record], 32)
-    dear = {"leak": 0.02, "estimate": None, "kl": 2.0}
-    assert report.verdict([dear], 32) == "closed, and honest users pay for it"
+    width = OutputWidth(lower=40, estimate=40, upper=40, reason="")
+    subspace = types.SimpleNamespace(width=width)
+    aligned = types.SimpleNamespace(leak=0.99)
+    audit = leakage.Audit(prompts=1, subspace=subspace, alignment=aligned, hidden=32)
+    assert audit.verdict.endswith("only the width is hidden")
+    assert dataclasses.replace(audit, hidden=40).verdict.endswith("is out")
+    dear = dataclasses.replace(audit, alignment=types.SimpleNamespace(leak=0.02), utility={"kl": 2})
+    assert dear.verdict == "closed to these attacks, and honest users pay for it"
 
 
 def test_what_an_answer_shows_is_learnt_best_by_its_own_writer():

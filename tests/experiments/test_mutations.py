@@ -150,18 +150,18 @@ def test_a_mutant_is_killed_where_a_test_looks_and_survives_where_none_does(tmp_
         mutations.Case(mutant=mutant, area="toy", tests=("tests/test_m.py",)) for mutant in made
     ]
     path = tmp_path / "outcomes.jsonl"
-    with mutations.Laboratory(root, tmp_path, package="toy", preload=("pytest",)) as laboratory:
-        outcomes = mutations.examine(laboratory, chosen, mutations.Record(path, root))
-        assert {case.mutant.rule: seen["verdict"] for case, seen in outcomes} == {
-            "comparison": "killed",
-            "sign": "survived",
-        }
-        assert outcomes[0][1]["by"] == "tests/test_m.py::test_less"
-        # A sharper test makes what is known of its mutants void, and only that is tried again.
-        tests = root / "tests/test_m.py"
-        tests.write_text(tests.read_text().replace("total(3, 0)", "total(2, 1)"))
-    with mutations.Laboratory(root, tmp_path, package="toy", preload=("pytest",)) as laboratory:
-        outcomes = mutations.examine(laboratory, chosen, mutations.Record(path, root))
+    laboratory = mutations.Laboratory(root, tmp_path, package="toy")
+    outcomes = mutations.examine(laboratory, chosen, mutations.Record(path, root))
+    assert {case.mutant.rule: seen["verdict"] for case, seen in outcomes} == {
+        "comparison": "killed",
+        "sign": "survived",
+    }
+    assert outcomes[0][1]["by"] == "tests/test_m.py::test_less"
+    # A sharper test makes what is known of its mutants void, and only that is tried again.
+    tests = root / "tests/test_m.py"
+    tests.write_text(tests.read_text().replace("total(3, 0)", "total(2, 1)"))
+    laboratory = mutations.Laboratory(root, tmp_path, package="toy")
+    outcomes = mutations.examine(laboratory, chosen, mutations.Record(path, root))
     assert {seen["verdict"] for _, seen in outcomes} == {"killed"}
     lines = path.read_text().splitlines()
     again = mutations.Record(path, root)
@@ -186,7 +186,7 @@ def test_a_mutant_that_never_ends_is_killed(tmp_path):
         for mutant in _mutants.mutants("toy/_m.py", (root / "toy/_m.py").read_text())
         if mutant.rule == "off_by_one"
     ]
-    toy = mutations.Laboratory(root, tmp_path, package="toy", preload=("pytest",))
-    with toy as laboratory, laboratory.changed(endless):
+    laboratory = mutations.Laboratory(root, tmp_path, package="toy")
+    with laboratory.changed(endless):
         outcome = laboratory.run(["tests/test_m.py"], [endless.path], limit=1, bytecode=False)
     assert outcome["code"] < 0

@@ -289,7 +289,7 @@ def test_command_estimates_for_gpus_and_keeps_what_it_found(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("experiment", "mesh"),
-    [("unlearning", "data:4,tensor:2"), ("leakage_audit", ""), ("few_shot", "data:8")],
+    [("forgetting", "data:4,tensor:2"), ("leakage_audit", ""), ("few_shot", "data:8")],
 )
 def test_every_program_of_a_small_preset_compiles(experiment, mesh):
     found = list(plan.plans(experiment, "smoke", CPU, mesh=mesh, every=True))

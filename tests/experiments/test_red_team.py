@@ -57,7 +57,7 @@ def judged(attack, ask, queries=1000):
 
 def test_one_noise_for_several_requests_reads_what_is_drawn():
     found = judged(team.seeds, server(by_seed))
-    assert found["read"] == found["hold"] > 30
+    assert found["read"] == found["right"] > 30
     assert found["narrowest"] < 0.02
     assert judged(team.seeds, server(by_request))["read"] == 0
 
@@ -66,7 +66,7 @@ def test_draws_keyed_by_the_request_tell_counts_and_no_more():
     for attack in (team.counts, team.certificates):
         found = judged(attack, server(by_request))
         assert found["narrowest"] > 0.2
-        assert found["hold"] >= 0.9 * found["read"] > 0
+        assert found["right"] >= 0.9 * found["read"] > 0
         assert found["nats"] < 1000 * math.log(ROW.size)
 
 
@@ -109,7 +109,7 @@ def test_penalties_at_temperature_0_bisect_now_and_stop_at_a_grid():
         asker = Asker(cold(step), 1000)
         readings = team.penalties(asker, BODY, letters=letters)
         judged = readings.judge(ROW, 0.0)
-        assert judged["read"] == judged["hold"] > 0
+        assert judged["read"] == judged["right"] > 0
         return [high - low for low, high in readings.found.values()]
 
     assert max(widths(0)) < 0.002

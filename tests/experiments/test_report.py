@@ -57,11 +57,11 @@ def test_every_benchmark_and_rig_says_what_it_is(package):
 def test_page_shows_finished_results_of_full_scale(tmp_path):
     bar = suite.Bar(name="time", value=3.0, limit=2.0)
     result = suite.Result(rows=[{"step": "one", "seconds": 0.5}], bars=[bar])
-    for name, scale in (("leakage", "full"), ("loading", "smoke")):
+    for name, scale in (("replica", "full"), ("loading", "smoke")):
         options = suite.Options(directory=tmp_path / name, scale=scale)
         suite.write(name, result, options)
     text = suite.page(benchmarks, tmp_path)
-    assert "## leakage" in text
+    assert "## replica" in text
     assert "| one  | 0.5     |" in text
     assert "MISSED" in text
     assert "loading" not in text

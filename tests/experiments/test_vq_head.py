@@ -15,8 +15,8 @@ from logitjax import vq
 def finished(tmp_path_factory):
     workdir = epath.Path(tmp_path_factory.mktemp("vq"))
     settings = vq_head.PRESETS["smoke"] | {
-        "arm": ("vq_paper", "vq_likelihood", "wide_low_rank", "full_bias_labels"),
-        "scratch_arm": ("full_bias", "vq_reassigned"),
+        "arm": ("vq_paper", "vq_likelihood", "product", "full_bias_labels"),
+        "scratch_arm": ("full_bias", "vq_bias"),
         "scratch_steps": 4,
     }
     config = vq_head.Config(**settings)
@@ -38,7 +38,7 @@ def test_smoke_run_leaves_a_report(finished):
     assert (workdir / "frontier.png").read_bytes().startswith(b"\x89PNG")
     assert (workdir / "curves.png").read_bytes().startswith(b"\x89PNG")
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert {r["arm"] for r in records} >= {"full", "vq_paper", "vq_likelihood", "wide_low_rank"}
+    assert {r["arm"] for r in records} >= {"full", "vq_paper", "vq_likelihood", "product"}
     untouched = next(r for r in records if r["arm"] == "full")
     assert untouched["ratio"] == pytest.approx(1.0, abs=1e-4)
     assert untouched["top1"] > 0.99
@@ -81,5 +81,5 @@ def test_every_arm_has_a_fit():
 
 
 def test_unknown_arms_are_named():
-    with pytest.raises(ValueError, match="--arm: expected one of"):
+    with pytest.raises(ValueError, match="arm: expected one of"):
         vq_head.Config(arm=("nonsense",))

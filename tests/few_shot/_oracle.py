@@ -16,23 +16,13 @@ def kurtosis(x):
     return (z_score(x) ** 4).mean(-1, keepdims=True)
 
 
-def weight(logits, measure, of, rho, normalizer):
+def weight(logits, uncertainty):
     p = softmax(logits)
-    classes = p.shape[-1]
-    if measure == "none":
+    if uncertainty is None:
         return np.ones((*p.shape[:-1], 1))
-    if measure == "entropy":
-        entropy = -(p * np.log2(p)).sum(-1, keepdims=True)
-        return np.exp(rho * entropy / np.log2(classes))
-    x = p if of == "probabilities" else logits
-    top = x.max(-1, keepdims=True)
-    level = {
-        "kurtosis": lambda: kurtosis(x) / {None: 1, "classes": classes / 4}.get(normalizer, 250),
-        "max": lambda: top,
-        "margin": lambda: top - x.min(-1, keepdims=True),
-        "energy": lambda: 2 * (np.log(np.exp((x - top) / 2).sum(-1, keepdims=True)) + top),
-    }[measure]()
-    return 1.0 / level**rho
+    by = {None: 1, "classes": p.shape[-1] / 4}.get(uncertainty.normalizer, 250)
+    x = p if uncertainty.of == "probabilities" else logits
+    return (kurtosis(x) / by) ** -uncertainty.exponent
 
 
 def cross_entropy(logits, labels):

@@ -34,7 +34,6 @@ def worked():
         "proker": methods.ProKeR(**kernel),
         "proker, large penalty": methods.ProKeR(**{**kernel, "penalty": 1e6}),
         "proker, no penalty": methods.ProKeR(**{**kernel, "penalty": 0.0}),
-        "tip_x": methods.TipX(sharpness=1.0, text_share=0.3),
         "dmn": methods.DMN(shots=2),
     }
 
@@ -69,20 +68,6 @@ def test_proker_by_hand(worked):
         ("proker, no penalty", [0.6, 0.8]),
     ):
         np.testing.assert_allclose(Q[0] @ W0 + biases[name][0], logits, atol=1e-6, err_msg=name)
-
-
-def test_tip_x_by_hand(worked):
-    biases = worked[1]
-    # log of what the zero-shot classifier says of the labelled images and of the query
-    p = oracle.softmax(2 * F @ W0)
-    divergence = (oracle.softmax(2 * Q) * (np.log(oracle.softmax(2 * Q)) - np.log(p))).sum(-1)
-    np.testing.assert_allclose(divergence, [0.650763, 0.078950, 0.256013, 0], atol=1e-6)
-    among = (p[:, None] * (np.log(p)[:, None] - np.log(p))).sum(-1)
-    cosines = F @ F.T
-    scaled = (divergence - among.min()) / np.ptp(among) * np.ptp(cosines) + cosines.min()
-    cached = np.exp(Q @ F.T - 1)[0]
-    expected = (cached - 0.3 * scaled) @ np.eye(2)[Y]
-    np.testing.assert_allclose(biases["tip_x"][0], expected, rtol=1e-10)
 
 
 def test_dmn_is_the_cosine_of_what_is_recalled(worked):

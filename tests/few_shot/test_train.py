@@ -31,13 +31,11 @@ def images(auxiliary, zero_shot, kind=np.float32):
     return few_shot.Inputs(**features)
 
 
+MOMENT = few_shot.methods.Uncertainty(normalizer=250.0)
 PRESETS = {
-    "official": (few_shot.methods.AMU.official(beta=2.0), ("none", None, 0.4, None)),
-    "official_moment": (
-        few_shot.methods.AMU.official(uncertainty="moment"),
-        ("kurtosis", "probabilities", 0.4, 250.0),
-    ),
-    "paper": (few_shot.methods.AMU.paper(), ("kurtosis", "logits", 0.4, None)),
+    "released": few_shot.methods.AMU(beta=2.0),
+    "released moment": few_shot.methods.AMU(uncertainty=MOMENT),
+    "paper": few_shot.methods.AMU.paper(),
 }
 
 
@@ -45,7 +43,7 @@ PRESETS = {
     "name", [pytest.param(n, marks=[] if n == "paper" else EVERY_CHANGE) for n in PRESETS]
 )
 def test_fifty_steps_are_those_of_the_published_optimizer(name):
-    config, measure = PRESETS[name]
+    config = PRESETS[name]
     # 19 images in batches of 4: the last batch of an epoch holds three.
     auxiliary, zero_shot, labels = problem(19)
     recipe = few_shot.Recipe(epochs=10, batch_size=4)
@@ -58,7 +56,7 @@ def test_fifty_steps_are_those_of_the_published_optimizer(name):
         zero_shot,
         labels,
         order,
-        factor=oracle.weight(zero_shot, *measure),
+        factor=oracle.weight(zero_shot, config.uncertainty),
         beta=config.beta,
         share=config.fusion_share,
         standardize=config.standardize,
@@ -98,9 +96,7 @@ def stacked(parts):
 @pytest.mark.every_change
 @pytest.mark.slow
 def test_a_sweep_is_its_runs_one_by_one():
-    config = few_shot.methods.AMU(
-        uncertainty=few_shot.methods.Uncertainty(measure="entropy"), initial="random"
-    )
+    config = few_shot.methods.AMU(uncertainty=few_shot.methods.Uncertainty(), initial="random")
     recipe = few_shot.Recipe(epochs=4, batch_size=6)
     runs = [problem(15, seed) for seed in (0, 1)]
     tests = [problem(21, seed) for seed in (5, 6)]

@@ -87,7 +87,6 @@ def test_heads_share_an_interface_inside_a_decoder(case, name):
     head = _modules(case, name)
     model = decoder(head)
     embedding = model.embedding[...]
-    head.prepare(4)
 
     @jax.jit
     def look(hidden, labels):
@@ -119,7 +118,6 @@ def test_heads_share_an_interface_inside_a_decoder(case, name):
 @pytest.mark.parametrize("name", ["VQ", "product"])
 def test_a_decoder_decodes_and_trains_through_the_head_alone(case, name):
     model = decoder(_modules(case, name))
-    model.head.prepare(1)
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
     @jax.jit

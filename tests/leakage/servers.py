@@ -5,7 +5,6 @@ from jax import numpy as jnp
 
 from logitjax.leakage import LogitPolicy
 from logitjax.leakage._oracle import Meter
-from logitjax.leakage._policy import Answer
 from tests.leakage._models import log_softmax
 
 _TOP5 = LogitPolicy(top_k=5, bias="reported")
@@ -89,7 +88,7 @@ class Server(Meter):
             raise ValueError("url: expected 5 values in each answer, got fewer")
         values = np.array([values for _, values in found], np.float32)
         tokens = np.array([tokens for tokens, _ in found], np.int32)
-        return self.counted(Answer(values=values, tokens=tokens))
+        return self.counted([(values, tokens)])
 
     def _one(self, prompt, tokens, amounts, temperature):
         kind, policy, rng = self.kind, self.policy, self.rng

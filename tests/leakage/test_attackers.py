@@ -7,12 +7,11 @@ from logitjax.leakage import (
     LogitPolicy,
     audit,
     estimate_output_subspace,
-    harvest_log_probs,
     recover_log_probs,
-    search_logits,
 )
 from logitjax.leakage._policy import Answer
-from logitjax.leakage._search import Boxes, _one_of_n
+from logitjax.leakage._recover_row import harvested
+from logitjax.leakage._search import Boxes, _one_of_n, search_logits
 from tests.leakage._models import head_and_states, log_softmax, oracle_of
 
 LOGITS = np.random.default_rng(0).standard_normal(60) * 4
@@ -33,8 +32,8 @@ def test_the_drawn_token_s_own_value_gives_any_other_through_a_bias():
     # Without the drawn token's value, or without a bias, nothing is forced.
     for policy, reason in (
         (LogitPolicy(top_k=5, bias="sampling"), "only the top k can be seen"),
-        (LogitPolicy.parse("draws"), "only what is drawn can be seen"),
-        (LogitPolicy.parse("argmax"), "search_logits finds them"),
+        (LogitPolicy(top_k=5, sampled=True), "only what is drawn can be seen"),
+        (LogitPolicy(returns="token"), "takes a logit bias"),
     ):
         with pytest.raises(ValueError, match=reason):
             recover_log_probs(oracle_of(LOGITS[None], policy), [0], 60)
@@ -53,7 +52,7 @@ def test_draws_at_temperature_two_bring_rarer_tokens():
     oracle = oracle_of(LOGITS[None], LogitPolicy.parse("draws"), batch_size=400)
     truth, seen = log_softmax(LOGITS), []
     for temperature in (1.0, 2.0):
-        row = harvest_log_probs(oracle, [0], 60, queries=400, temperature=temperature)
+        row = harvested(oracle, [0], 60, 400, temperature)
         # Values are those of temperature 1, whatever the draw's was.
         np.testing.assert_allclose(row.log_probs[row.known], truth[row.known], atol=1e-5)
         assert np.isnan(row.log_probs[~row.known]).all()
@@ -63,8 +62,6 @@ def test_draws_at_temperature_two_bring_rarer_tokens():
         seen.append(row.known.sum())
     assert seen[1] > seen[0] + 5
     assert oracle.queries == 800
-    with pytest.raises(ValueError, match="expected an API that reports the log-probability"):
-        harvest_log_probs(oracle_of(LOGITS[None], LogitPolicy(top_k=5)), [0], 60, queries=1)
 
 
 def test_a_harvest_completes_a_row_once_a_basis_is_known():
@@ -72,11 +69,11 @@ def test_a_harvest_completes_a_row_once_a_basis_is_known():
     found = estimate_output_subspace(log_softmax(states @ head.T).astype(np.float32))
     logits = states[:1] @ head.T
     oracle = oracle_of(logits, LogitPolicy.parse("draws"), batch_size=200)
-    row = harvest_log_probs(oracle, [0], 200, queries=200)
+    row = recover_log_probs(oracle, [0], 200, draws=200)
     tokens = np.flatnonzero(row.known)
     assert 12 <= len(tokens) < 150
-    fit = found.complete(tokens, row.log_probs[None, tokens])
-    np.testing.assert_allclose(fit.rows[0], log_softmax(logits)[0], atol=1e-3)
+    whole = found.complete(tokens, row.log_probs[None, tokens])
+    np.testing.assert_allclose(whole[0], log_softmax(logits)[0], atol=1e-3)
 
 
 def _answers(logits, span, winner=0):

@@ -92,18 +92,6 @@ def test_noise_of_biased_queries_is_the_prompt_s_too():
     np.testing.assert_allclose(biased - plain, [[0, 5, 0, 0], [0, 0, 5, 0]], atol=1e-6)
 
 
-def test_soft_cap_and_dummy_dimensions():
-    capped = oracle_of(LOGITS, LogitPolicy(returns="logits", soft_cap=2.0)).ask([[0]])
-    np.testing.assert_allclose(capped.values[0], 2 * np.tanh(LOGITS[0] / 2), rtol=1e-6)
-    rows = np.random.default_rng(0).standard_normal((30, 3)) @ np.eye(3, 200)
-    policy = LogitPolicy(returns="logits", dummy_dims=5, dummy_scale=0.1)
-    served = oracle_of(rows, policy).ask([[i] for i in range(30)]).values
-    assert np.linalg.matrix_rank(rows) == 3
-    assert np.linalg.matrix_rank(served, tol=1e-3) == 8
-    added = (served - rows).std(axis=1)
-    np.testing.assert_allclose(added.mean(), 0.1 * rows.std(axis=1).mean(), rtol=0.5)
-
-
 def test_a_budget_is_kept_and_nothing_is_answered_past_it():
     oracle = oracle_of(LOGITS, LogitPolicy(bias="reported"), budget=3)
     oracle.ask([[0], [1]])
@@ -178,15 +166,3 @@ def test_report_is_pure():
         np.testing.assert_allclose(a, b, atol=1e-6)
         np.testing.assert_allclose(a, c, atol=1e-6)
     assert isinstance(policy.report(served), Answer)
-
-
-def test_dummy_dimensions_are_not_the_noise_s_own_numbers():
-    rows = np.tile(np.random.default_rng(1).standard_normal(40), (30, 1))
-    prompts = [[i] for i in range(30)]
-
-    def added(**options):
-        return oracle_of(rows, LogitPolicy(returns="logits", **options)).ask(prompts).values - rows
-
-    inside = np.linalg.svd(added(dummy_dims=3, dummy_scale=0.1))[0][:, :3]
-    noise = added(noise=1.0)[:, :3]
-    assert np.linalg.norm(inside.T @ noise) < 0.6 * np.linalg.norm(noise)

@@ -30,7 +30,6 @@ def test_the_head_s_span_is_found(case):
     aligned = align_head(found.basis, head)
     assert aligned.relative_rms < 1e-4
     assert aligned.leak > 0.9999
-    assert aligned.max_angle < 0.05
     basis = np.asarray(found.basis)
     gram = basis.T @ basis
     np.testing.assert_allclose(gram, np.eye(WIDTH), atol=1e-4)
@@ -84,7 +83,6 @@ def test_metrics_know_chance(case):
     assert control.overlap == pytest.approx(control.chance, abs=0.02)
     half = align_head((head - head.mean(axis=0))[:, : WIDTH // 2], head)
     assert half.overlap == pytest.approx(0.5, abs=1e-6)
-    assert half.max_angle == pytest.approx(90)
     with pytest.raises(ValueError, match="head: expected shape"):
         align_head(head[:5], head)
 

@@ -109,9 +109,9 @@ def test_tokens_without_a_value_are_left_out(value):
     where = found.vocab_where
     assert align_head(np.asarray(found.basis)[where], head[where]).leak > 0.999
     tokens = found.choose_tokens(2 * WIDTH)
-    fit = found.complete(tokens, rows[:2, tokens])
-    assert np.isnan(fit.rows[:, [7, 11]]).all()
-    np.testing.assert_allclose(fit.rows[:, where], rows[:2, where], atol=1e-3)
+    whole = found.complete(tokens, rows[:2, tokens])
+    assert np.isnan(whole[:, [7, 11]]).all()
+    np.testing.assert_allclose(whole[:, where], rows[:2, where], atol=1e-3)
     with pytest.raises(ValueError, match="tokens: expected some that the basis knows"):
         found.complete(np.array([7, *tokens]), rows[:2, [7, *tokens]])
     rows[0, 200:] = value

@@ -12,8 +12,8 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import TypeCheckError
 
-from logitjax import losses
-from logitjax.losses.sweep._blocks import Layout, Sizes, platform_of
+from logitjax import losses, ops
+from logitjax.losses.sweep._blocks import Layout, Sizes
 from tests._marks import EVERY_CHANGE
 
 QWEN, LLAMA = (4096, 1024, 151936), (32768, 4096, 128256)
@@ -110,7 +110,7 @@ def test_the_platform_is_that_of_the_arrays_then_of_the_mesh_then_the_default():
     )
 
     def trace(x):
-        seen.append(platform_of(x))
+        seen.append(ops.mesh.platform_of(x))
         return x
 
     jax.eval_shape(trace, x)

@@ -16,7 +16,6 @@ from logitjax.losses import (
     cross_entropy,
     generalized_jensen_shannon,
     kl_divergence,
-    total_variation,
 )
 
 VOCAB = 32
@@ -34,7 +33,6 @@ LOSSES = {
     "forward_kl": functools.partial(kl_divergence, temperature=2.0),
     "reverse_kl": functools.partial(kl_divergence, direction="reverse"),
     "jensen_shannon": functools.partial(generalized_jensen_shannon, beta=0.3),
-    "total_variation": total_variation,
     "universal_top": functools.partial(universal_logit_distance, top_k=5),
     "universal_full": functools.partial(universal_logit_distance, top_k=None),
 }

@@ -48,8 +48,7 @@ def _others(x, w, y, weights, tx, tw, teacher, axis_name=None):
     """One number per position that depends on the losses that the forms below lack."""
     options = dict(axis_name=axis_name, blocks=BLOCKS)
     total = losses.linear_cross_entropy(x, w, y, label_smoothing=0.1, z_loss=0.01, **options)
-    total += losses.linear_generalized_jensen_shannon(x, w, tx, tw, **options)
-    return total + losses.linear_total_variation(x, w, tx, tw, **options)
+    return total + losses.linear_generalized_jensen_shannon(x, w, tx, tw, **options)
 
 
 def _unreduced(x, w, y, weights, tx, tw, teacher, axis_name=None):

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from logitjax import losses, ops
 from logitjax.losses import Blocks, Head, sweep
-from logitjax.losses.sweep import _bins, _pallas, _tiles, _triton
+from logitjax.losses.sweep import _bins, _pallas, _tiles
 from tests._marks import EVERY_CHANGE
 
 HIDDEN = 16
@@ -64,13 +64,6 @@ def _sparse(case, x, w, **options):
     return losses.linear_sparse_kl_divergence(x, head, _cached(case), **options)
 
 
-def _known_normaliser(case, x, w, **options):
-    head, log_z = Head(case[3], vocab_axis=1), (case[2] @ case[3]).max(-1) + 1.0
-    return losses.linear_total_variation(
-        x, Head(w, vocab_axis=0), (case[2], log_z), head, **options
-    )
-
-
 def _teacher(case, x, w, **options):
     sides = (case[2], Head(case[3], vocab_axis=1)), {"labels": case[5]}
     reading = sweep.run(
@@ -99,8 +92,6 @@ LOSSES = {
     "kl": _of_two(losses.linear_kl_divergence, temperature=2.0),
     "reverse_kl": _of_two(losses.linear_kl_divergence, direction="reverse"),
     "jensen_shannon": _of_two(losses.linear_generalized_jensen_shannon),
-    "total_variation": _of_two(losses.linear_total_variation),
-    "known_normaliser": _known_normaliser,
     "sparse_kl": _sparse,
     "teacher": _teacher,
 }
@@ -132,10 +123,6 @@ DENSE = {
     "kl": _dense(losses.kl_divergence, temperature=2.0),
     "reverse_kl": _dense(losses.kl_divergence, direction="reverse"),
     "jensen_shannon": _dense(losses.generalized_jensen_shannon),
-    "total_variation": _dense(losses.total_variation),
-    "known_normaliser": lambda case, z, t: (
-        0.5 * jnp.abs(jax.nn.softmax(z) - jnp.exp(t - t.max(-1, keepdims=True) - 1.0)).sum(-1)
-    ),
     "sparse_kl": lambda case, z, t: losses.sparse_kl_divergence(z, _cached(case)),
     "teacher": _teacher_of_logits,
 }
@@ -192,21 +179,9 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(_tiles, "_COLUMNS", (128,))
 
 
-# On a GPU all is of a tile; the sums over tiles are what is its own.
-def _on_gpu(monkeypatch):
-    state = functools.partial(_triton.gpu_state, interpret=True)
-    halves = {"forward": functools.partial(_pallas.forward, state)}
-    monkeypatch.setattr(_pallas, "kernels", lambda *_: halves)
-
-
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize(
-    ("kind", "names"), [("mosaic", ("cross_entropy", "jensen_shannon")), ("triton", ("kl",))]
-)
-def test_kernels_give_what_blocks_give(monkeypatch, kind, names):
-    case = _case(300)
-    if kind == "triton":
-        _on_gpu(monkeypatch)
+def test_kernels_give_what_blocks_give():
+    case, names = _case(300), ("cross_entropy", "jensen_shannon")
     # A position that does not count, of hidden states that are none.
     case[0][1, 3], case[7][1, 3] = np.nan, 0.0
     got, want = (_by(engine, case, names) for engine in ("pallas", "scan"))
@@ -216,7 +191,7 @@ def test_kernels_give_what_blocks_give(monkeypatch, kind, names):
 @pytest.mark.slow
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("vocab", [1, 127, 128, 257, 1000, 1111])
-def test_all_engines_give_what_float64_gives_at_every_edge(monkeypatch, vocab):
+def test_all_engines_give_what_float64_gives_at_every_edge(vocab):
     case = _case(vocab, length=3, seed=vocab)
     # Logits of about one: of larger ones float32 loses more, dense too.
     for hidden in (case[0], case[2]):
@@ -224,8 +199,7 @@ def test_all_engines_give_what_float64_gives_at_every_edge(monkeypatch, vocab):
     # A whole tile that does not exist, and labels that do.
     case[6][128:256] = False
     case[6][case[5]] = True
-    # Of one entry both distributions are 1, where total variation has a kink.
-    names = [name for name in LOSSES if vocab > 1 or name != "total_variation"]
+    names = tuple(LOSSES)
     want = _by_float64(case, names)
     totals = {name: (value[0], slopes) for name, (value, slopes) in want.items()}
     _assert_close(_by("scan", case, names), want)
@@ -234,10 +208,6 @@ def test_all_engines_give_what_float64_gives_at_every_edge(monkeypatch, vocab):
     assert _off(found, want) < 1e-6
     got = {name: (value[0], slopes) for name, (value, slopes) in _by("rows", case, names).items()}
     _assert_close(got, {name: totals[name] for name in got})
-    _on_gpu(monkeypatch)
-    # Triton has one number a position.
-    names = [name for name in names if name != "sparse_kl"]
-    _assert_close(_by("pallas", case, names), {name: want[name] for name in names})
 
 
 @pytest.mark.slow
@@ -408,13 +378,12 @@ def test_what_no_kernel_can_do_is_refused():
     refusal = r"blocks\.engine: expected 'scan' or 'rows' for Sorted, which no kernel can absorb"
     with pytest.raises(ValueError, match=refusal):
         sweep.run(Sorted(), x, w, teacher=(x, w), blocks=Blocks(engine="pallas"))
+    gpu = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
+    mesh = AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,), abstract_device=gpu)
+    with jax.sharding.use_abstract_mesh(mesh), pytest.raises(ValueError, match="on a GPU, got"):
+        jax.eval_shape(lambda: losses.linear_cross_entropy(x, w, np.ones(2, int), **GIVEN))
     with pytest.raises(ValueError, match=r"blocks\.engine: .* too wide for a tile, got 'pallas'"):
         _tiles.choose_tiles(4096, 1000, lambda rows, columns: rows * 1_000_000, [(128, 128)])
-
-
-def _abstract(kind, platform, cores):
-    device = AbstractDevice(device_kind=kind, num_cores=cores, platform=platform)
-    return AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
 
 
 def _tpu_mesh(topology, sides, names):
@@ -441,8 +410,9 @@ def _large(place=None, rows=4096, width=1024, vocab=151936):
 GIVEN: dict[str, Any] = {"temperature": 2.0, "blocks": Blocks(engine="pallas")}
 
 
-def _of_numbers(x, w, tx, tw, labels):
-    """Every statistic that has one number a position."""
+def _every_statistic(x, w, tx, tw, labels, ids):
+    top = losses.linear_readout(x, w, labels=labels, top_k=64, **GIVEN).statistics
+    gathered = losses.linear_readout(x, w, ids=ids, **GIVEN).gathered
     capped = Head(w, jnp.zeros(w.shape[0], w.dtype), soft_cap=30.0)
     two = (x, w, tx, tw)
     return (
@@ -458,22 +428,9 @@ def _of_numbers(x, w, tx, tw, labels):
         losses.linear_kl_divergence(*two, **GIVEN),
         losses.linear_kl_divergence(*two, direction="reverse", **GIVEN),
         losses.linear_generalized_jensen_shannon(*two, **GIVEN),
-        losses.linear_total_variation(*two, **GIVEN),
+        top.values,
+        gathered,
     )
-
-
-def _every_statistic(x, w, tx, tw, labels, ids):
-    top = losses.linear_readout(x, w, labels=labels, top_k=64, **GIVEN).statistics
-    gathered = losses.linear_readout(x, w, ids=ids, **GIVEN).gathered
-    return _of_numbers(x, w, tx, tw, labels), top.values, gathered
-
-
-@pytest.mark.slow
-def test_every_statistic_is_lowered_for_a_gpu():
-    with jax.sharding.use_abstract_mesh(_abstract("NVIDIA H100 80GB HBM3", "gpu", None)):
-        text = jax.jit(_of_numbers).trace(*_large()[:-1]).lower(lowering_platforms=("cuda",))
-    # Jensen-Shannon and total variation take two sweeps each.
-    assert text.as_text().count("__gpu$xla.gpu.triton") == 7
 
 
 @pytest.mark.slow

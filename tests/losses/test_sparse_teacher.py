@@ -306,6 +306,14 @@ def test_an_infinite_logit_outside_the_teacher_s_top_k_has_no_finite_divergence(
         finite = np.isfinite(sparse_kl(logits, TEACHER, direction=direction))
         assert not finite[0, 0]
         assert finite.ravel()[1:].all()
+        # A teacher's own: the reverse once was minus infinity.
+        values = TEACHER.values.copy()
+        values[0, 0, 0] = np.inf
+        found = sparse_kl(
+            X @ W.T, ops.TopK(values, TEACHER.indices, TEACHER.log_z), direction=direction
+        )
+        assert np.isnan(found[0, 0])
+        assert np.isfinite(found.ravel()[1:]).all()
 
 
 @pytest.mark.parametrize("engine", ["scan", "rows"])

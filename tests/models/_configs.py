@@ -49,6 +49,30 @@ HF_CONFIGS: dict[str, dict] = {
             "original_max_position_embeddings": 16,
         },
     },
+    "gemma": _COMMON | {"model_type": "gemma", "head_dim": 12, "hidden_act": "gelu"},
+    "olmo2": _COMMON | {"model_type": "olmo2"},
+    "olmo3": _COMMON
+    | {
+        "model_type": "olmo3",
+        "num_hidden_layers": 5,
+        "sliding_window": 6,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "attention_factor": 1.2,
+        },
+    },
+    "smollm3": _COMMON | {"model_type": "smollm3", "num_hidden_layers": 5},
+    "granite": _COMMON
+    | {
+        "model_type": "granite",
+        "embedding_multiplier": 12.0,
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 8.0,
+    },
+    "glm4": _COMMON | {"model_type": "glm4", "head_dim": 16},
     "mistral": _COMMON | {"model_type": "mistral", "sliding_window": 7, "head_dim": 16},
     "qwen2": _COMMON | {"model_type": "qwen2"},
     "qwen2_window": _COMMON

@@ -13,6 +13,7 @@ from flax import nnx
 from logitjax import training
 from logitjax.models import Decoder, _blocked_attention, config_from_hf
 from logitjax.models._blocked_attention import blocked_attention
+from logitjax.models._splash_attention import splash_attention
 from tests._modules import with_weights
 from tests.models._configs import HF_CONFIGS
 
@@ -58,6 +59,28 @@ def test_values_and_gradients_equal_float64(time, start, softcap, window, block)
     np.testing.assert_allclose(found[0], expected[0], rtol=2e-5)
     for one, other in zip(found[1], expected[1], strict=True):
         np.testing.assert_allclose(one, other, atol=5e-6)
+
+
+@pytest.mark.parametrize(("softcap", "window"), [(None, None), (5.0, 70)])
+def test_splash_attention_equals_blocked_attention(softcap, window):
+    draw = np.random.default_rng(0)
+    query, cotangent = draw.normal(size=(2, 2, 200, 4, 128)).astype(np.float32)
+    key, value = draw.normal(size=(2, 2, 200, 2, 128)).astype(np.float32)
+    ids = np.sort(draw.integers(0, 3, (2, 200)))
+    ids[0, -30:] = -1  # padding
+    options = dict(scale=0.1, softcap=softcap, window=window)
+    weights = np.where(ids >= 0, 1, 0)[..., None, None] * cotangent
+
+    def of(attend):
+        def loss(*arrays):
+            return (weights * attend(*arrays)).sum()
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(query, key, value)
+
+    expected = of(lambda q, k, v: blocked_attention(q, k, v, ids, ids, **options))
+    found = of(lambda q, k, v: splash_attention(q, k, v, ids, interpret=True, **options))
+    for one, other in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
 
 
 TOKENS = np.random.default_rng(1).integers(0, 60, (2, 40))

@@ -38,7 +38,10 @@ def run(model, *args):
 
 
 def test_segments_follow_the_pattern_of_windows():
-    assert [(s.pattern, s.repeats) for s in MIXED.segments] == [((6, 6, None), 2), ((6,), 2)]
+    assert [(s.pattern, s.repeats) for s in MIXED.segments] == [
+        (((6, True), (6, True), (None, True)), 2),
+        (((6, True),), 2),
+    ]
 
 
 def test_listed_equals_stacked_and_comes_back_exactly():

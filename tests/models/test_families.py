@@ -90,6 +90,7 @@ def test_an_entry_point_brings_a_family(stranger, monkeypatch):
     [
         ({"model_type": "qwen2_moe"}, "'qwen2_moe'; qwen2 is the nearest"),
         ({"architectures": ["GPT2Model"]}, r"\['GPT2Model'\]; gpt2 is the nearest"),
+        ({"model_type": "some", "attn_logit_softcapping": 3.0}, r"gemma2\(name=some\)' reads it"),
         ({}, "got None; "),
     ],
 )
@@ -105,6 +106,9 @@ def test_a_name_belongs_to_one_family(stranger):
         models.register_family(dataclasses.replace(llama, gguf=None))
     with pytest.raises(ValueError, match="gguf: expected a name of its own or none, got 'llama'"):
         models.register_family(dataclasses.replace(llama, name="other"))
+    models.register_family("llama(name=alike)")
+    alike, plain = (models.config_from_hf({"model_type": name}) for name in ("alike", "llama"))
+    assert dataclasses.replace(alike, family="llama") == plain
     # One's own may change, as in a notebook.
     other = models.register_family(dataclasses.replace(llama, name="other", gguf=None))
     assert models.register_family(dataclasses.replace(other, free_head_dim=False)) != other

@@ -76,6 +76,17 @@ def test_a_layer_type_is_needed_where_no_window_is():
         ("smollm2", {"sliding_window": 5}, "sliding_window=5 is not known of llama"),
         ("smollm2", {"residual_multiplier": 0.2}, "take the key out if it does not"),
         ("smollm2", {"quantization_config": {"bits": 4}}, "use the unquantized checkpoint"),
+        ("smollm2", {"quantization_config": {"quant_method": "mxfp4"}}, r"\('mxfp4'\) are"),
+        (
+            "qwen3",
+            {"layer_types": ["linear_attention"] * 3},
+            "hybrids, such as Qwen3-Next,",
+        ),
+        (
+            "smollm3",
+            {"no_rope_layers": [1]},
+            "no_rope_layers: expected 0 or 1 for each of 3 layers",
+        ),
         ("smollm2", {"partial_rotary_factor": 0.5}, "llama rotates whole heads, got 0.5"),
         ("smollm2", {"rope_scaling": {"type": "linear"}}, "linear needs a number factor, got None"),
         ("smollm2", {"rope_scaling": {"type": "dynamic", "factor": 2}}, "unknown rope scaling"),

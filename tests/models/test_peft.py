@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from logitjax.models import DecoderConfig, Lora, _peft, load_peft, save_peft
+from logitjax.models import DecoderConfig, Lora, _peft
 from logitjax.storage.weights import SafetensorsSource
 
 CONFIG = DecoderConfig(
@@ -31,7 +31,7 @@ def adapters(layout="listed"):
 
 def test_names_and_shapes_are_those_of_peft(tmp_path):
     lora = adapters()
-    save_peft(lora, CONFIG, tmp_path, base="org/base")
+    lora.save(CONFIG, tmp_path, base="org/base")
     source = SafetensorsSource(tmp_path / "adapter_model.safetensors")
     names = source.names()
     assert len(names) == 3 * 7 * 2
@@ -48,22 +48,22 @@ def test_names_and_shapes_are_those_of_peft(tmp_path):
 @pytest.mark.parametrize("layout", ["listed", "stacked"])
 def test_the_same_numbers_come_back(tmp_path, layout):
     lora = adapters(layout)
-    save_peft(lora, CONFIG, tmp_path)
-    again = load_peft(tmp_path, CONFIG, layout=layout)
+    lora.save(CONFIG, tmp_path)
+    again = Lora.load(tmp_path, CONFIG, layout=layout)
     assert again.scale == 1.5
     jax.tree.map(np.testing.assert_array_equal, again.layers, lora.layers)
 
 
 def said(path, **changes):
     """A directory whose settings say something else."""
-    save_peft(adapters(), CONFIG, path)
+    adapters().save(CONFIG, path)
     file = path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     return path
 
 
 def test_a_scale_is_that_of_rank_stabilised_adapters_where_they_say_so(tmp_path):
-    found = load_peft(said(tmp_path, use_rslora=True, lora_alpha=4), CONFIG)
+    found = Lora.load(said(tmp_path, use_rslora=True, lora_alpha=4), CONFIG)
     assert found.scale == pytest.approx(4 / 2**0.5)
 
 
@@ -79,29 +79,29 @@ def test_a_scale_is_that_of_rank_stabilised_adapters_where_they_say_so(tmp_path)
 )
 def test_settings_that_change_an_adapter_are_refused_by_name(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        load_peft(said(tmp_path, **changes), CONFIG)
+        Lora.load(said(tmp_path, **changes), CONFIG)
 
 
 def test_an_adapter_that_is_replaced_is_never_half_of_another(tmp_path, monkeypatch):
-    save_peft(adapters(), CONFIG, tmp_path)
+    adapters().save(CONFIG, tmp_path)
     monkeypatch.setattr(_peft, "write_atomic", lambda *_: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
-        save_peft(adapters(), CONFIG, tmp_path)
+        adapters().save(CONFIG, tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no such file: .*adapter_config.json"):
-        load_peft(tmp_path, CONFIG)
+        Lora.load(tmp_path, CONFIG)
 
 
 def test_adapters_of_another_model_are_refused(tmp_path):
-    save_peft(adapters(), CONFIG, tmp_path)
+    adapters().save(CONFIG, tmp_path)
     with pytest.raises(ValueError, match="14 tensors that a model of 2 layers has no place for"):
-        load_peft(tmp_path, dataclasses.replace(CONFIG, num_layers=2))
+        Lora.load(tmp_path, dataclasses.replace(CONFIG, num_layers=2))
     wide = dataclasses.replace(CONFIG, hidden_size=16, head_dim=8)
     with pytest.raises(ValueError, match=r"of layer 0 with \w of shape"):
-        load_peft(tmp_path, wide)
+        Lora.load(tmp_path, wide)
     with pytest.raises(FileNotFoundError, match="adapter: no such file"):
-        load_peft(tmp_path / "nowhere", CONFIG)
+        Lora.load(tmp_path / "nowhere", CONFIG)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3"}')
     with pytest.raises(ValueError, match="expected plain LORA"):
-        load_peft(tmp_path, CONFIG)
+        Lora.load(tmp_path, CONFIG)
     with pytest.raises(ValueError, match="have no form in PEFT"):
-        save_peft(adapters(), dataclasses.replace(CONFIG, family="phi3"), tmp_path)
+        adapters().save(dataclasses.replace(CONFIG, family="phi3"), tmp_path)

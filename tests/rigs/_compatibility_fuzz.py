@@ -26,7 +26,13 @@ def _values(name: str) -> dict[str, Sequence[Any]]:
 
 # Of each family every key that is read, and some that change nothing. Whole heads rotate here; the
 # lists of longrope are filled in for the head.
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "gpt2")
+FAMILIES = (
+    *("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "olmo2"),
+    *("olmo3", "smollm3", "granite", "glm4", "glm", "gpt2"),
+)
+# Of heads, where a config.json leaves it out and it does not follow from the others.
+_WIDTHS = {"qwen3": 128, "glm4": 128, "glm": 128}
+_WIDTHS |= dict.fromkeys(("gemma", "gemma2", "gemma3_text"), 256)
 VALUES = {family: _values(family) for family in FAMILIES}
 
 
@@ -99,12 +105,14 @@ def raw_config(family: str, row: Mapping[str, Any]) -> dict[str, Any]:
             # Windows that no layer may have: transformers cannot run them either.
             windowed = raw.get("use_sliding_window") and raw.get("sliding_window", 1)
             raw["layer_types"] = raw["layer_types"] if windowed else ["full_attention"] * layers
+    if raw.get("no_rope_layers") == "every other":
+        raw["no_rope_layers"] = [i % 2 for i in range(layers)]
     scaling = raw.get("rope_scaling")
     if scaling and scaling.get("type", scaling.get("rope_type")) in ("longrope", "su", "yarn"):
         heads = raw.get("num_attention_heads", 8)
-        default = {"qwen3": 128, "gemma2": 256, "gemma3_text": 256}.get(family)
-        head_dim = raw.get("head_dim") or default or raw["hidden_size"] // heads
-        half = int(head_dim * raw.get("partial_rotary_factor", 1.0)) // 2
+        wide, share = _WIDTHS.get(family), 0.5 if family.startswith("glm") else 1.0
+        head_dim = raw.get("head_dim") or wide or raw["hidden_size"] // heads
+        half = int(head_dim * raw.get("partial_rotary_factor", share)) // 2
         if family == "phi3" or scaling.get("rope_type") == "longrope":
             # What stands in the scaling is overruled by what stands beside it.
             raw["rope_scaling"] = scaling | {

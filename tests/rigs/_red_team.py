@@ -75,7 +75,7 @@ class Readings:
                 nats += holds * math.log(RANGE / width)
             if log_p[i] < math.log(1e-3) and j != NORMALISER:
                 narrow = min(narrow, width)
-        return {"nats": nats, "read": read, "hold": right, "narrowest": narrow}
+        return {"nats": nats, "read": read, "right": right, "narrowest": narrow}
 
 
 def _thresholds(

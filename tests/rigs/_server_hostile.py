@@ -69,7 +69,7 @@ def _bomb(i: int) -> dict[str, Any]:
     return bombs[i % len(bombs)]
 
 
-def bombs(options: suite.Options, directory: pathlib.Path) -> Found:
+def bombs(options: suite.Options, model: str) -> Found:
     """How long short answers take, alone and beside clients who send schemas made to be slow."""
     rounds, seconds = (1, 3.0) if options.smoke else (10, 5.0)
     times: dict[bool, list[float]] = {False: [], True: []}
@@ -91,7 +91,7 @@ def bombs(options: suite.Options, directory: pathlib.Path) -> Found:
             body = {"prompt": [5], "max_tokens": 8, "response_format": form}
             codes[post(connection, body)[0]] += 1
 
-    with serving(f"--model={directory}", "--slots=8", "--max_length=128") as (address, _):
+    with serving(f"--model={model}", "--slots=8", "--max_length=128") as (address, _):
         for _ in range(rounds):
             for beside in times:
                 until = time.monotonic() + seconds

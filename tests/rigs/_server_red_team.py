@@ -18,7 +18,8 @@ from experiments.shared import suite
 from logitjax import models
 from logitjax.decoding import Ensemble
 from logitjax.leakage import Ledger, LogitPolicy
-from logitjax.serving import ServerConfig, build_app, request_model
+from logitjax.serving import ServerConfig, _scheduler, build_app
+from logitjax.serving._schema import request_model
 from tests.rigs._red_team import CONFIDENCE, Asker, Body, Reply, attackers, choice_of, spelled
 from tests.rigs._server_client import call
 
@@ -129,34 +130,31 @@ def attacked(
     )  # fmt: skip
     schema = request_model(config, chat=False).model_json_schema()
     letters, vocab, rows = letters_of(tokenizer), len(row), []
-    todo = list(attackers(schema).items())
-    # Where nobody pays, one server serves all; a meter would have the second pay for the first.
-    shares = [[one] for one in todo] if config.choices == "metered" else [todo]
-    for some in shares:
-        with asyncio.Runner() as runner:
-            app = build_app(model, tokenizer, [tokenizer.eos_id or 0], config)
-            context = app.router.lifespan_context(app)
-            runner.run(context.__aenter__())
-            for attacker, attack in some:
-                ledger = Ledger()
-                ask = functools.partial(_charged, Server(app, runner), ledger, policy, vocab)
-                # Where anything goes a row's queries are shared: who wins is not in doubt.
-                # A draw among 262,144 tokens takes its time.
-                few = 4 if vocab > 100_000 else 1
-                budget = queries // (8 if config.choices == "free" else few)
-                budget //= 4 if attacker.startswith("field") else 1
-                asker = Asker(ask, budget)
-                body = {"prompt": [1], "max_tokens": 1, "return_tokens_as_token_ids": True}
-                readings = attack(asker, body | {"logprobs": 0}, vocab=vocab, letters=letters)
-                line = {"model": Path(spec).stem, "policy": name, "attacker": attacker}
-                line |= {"queries": budget - asker.left}
-                line |= readings.judge(row.astype(float), policy.noise)
-                line["nats per 1,000"] = 1000 * line["nats"] / max(1, line["queries"])
-                line["bound"] = float(ledger["row"].hard)
-                line["bound per 1,000"] = 1000 * line["bound"] / max(1, line["queries"])
-                rows.append(line)
-                logging.info("%s", rows[-1])
-            runner.run(context.__aexit__(None, None, None))
+    # One token is asked for, or two: further steps of a chunk would be thrown away.
+    _scheduler._STEPS = 1
+    with asyncio.Runner() as runner:
+        app = build_app(model, tokenizer, [tokenizer.eos_id or 0], config)
+        context = app.router.lifespan_context(app)
+        runner.run(context.__aenter__())
+        for attacker, attack in attackers(schema).items():
+            # Before a meter the second attacker would pay for what the first was told.
+            app.state.service.accounts.ledger = Ledger(config.nats)
+            ledger = Ledger()
+            ask = functools.partial(_charged, Server(app, runner), ledger, policy, vocab)
+            # What knows nothing of a field is one of many, and has a quarter.
+            budget = queries // 4 if attacker.startswith("field") else queries
+            asker = Asker(ask, budget)
+            body = {"prompt": [1], "max_tokens": 1, "return_tokens_as_token_ids": True}
+            readings = attack(asker, body | {"logprobs": 0}, vocab=vocab, letters=letters)
+            line = {"model": Path(spec).stem, "policy": name, "attacker": attacker}
+            line |= {"queries": budget - asker.left}
+            line |= readings.judge(row.astype(float), policy.noise)
+            line["nats per 1,000"] = 1000 * line["nats"] / max(1, line["queries"])
+            line["bound"] = float(ledger["row"].hard)
+            line["bound per 1,000"] = 1000 * line["bound"] / max(1, line["queries"])
+            rows.append(line)
+            logging.info("%s", rows[-1])
+        runner.run(context.__aexit__(None, None, None))
     return rows
 
 
@@ -170,18 +168,21 @@ def red_team(options: suite.Options, spec: str) -> tuple[list[dict[str, Any]], l
     found = [attacked(spec, row, tokenizer, model, case, queries) for case in POLICIES]
     every = [line for lines in found for line in lines]
     plain = [line for line in every if not line["policy"].startswith("free")]
-    read, right = (sum(line[name] for line in plain) for name in ("read", "hold"))
+    read, right = (sum(line[name] for line in plain) for name in ("read", "right"))
     chance = float(stats.binom.cdf(right, read, CONFIDENCE)) if read else 1.0
     over = sum(line["nats"] > line["bound"] for line in every)
     narrow = min(line["narrowest"] for line in plain)
     name = Path(spec).stem
-
-    def rate(line: dict[str, Any]) -> float:
-        # Values are told in one answer, and are no rate.
-        return line["nats per 1,000"] * (line["queries"] >= 10)
-
-    return [max(lines, key=rate) for lines in found], [
-        suite.at_most(f"red team, {name}: attackers that read more than the bound", over, 0),
+    return [_fastest(lines) for lines in found], [
+        suite.at_most(f"red team, {name}: of {len(every)} attackers above the bound", over, 0),
         suite.at_least(f"plain, {name}: narrowest interval of p < 1e-3, nats", narrow, 0.2),
         suite.at_least(f"plain, {name}: {right} of {read} hold, chance at 95 %", chance, 0.01),
     ]
+
+
+def _fastest(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """The line of the attacker that reads most a query; intervals are those of all attackers."""
+    # Values are told in one answer, and are no rate.
+    best = max(lines, key=lambda line: line["nats per 1,000"] * (line["queries"] >= 10))
+    best |= {name: sum(line[name] for line in lines) for name in ("read", "right")}
+    return best | {"narrowest": min(line["narrowest"] for line in lines)}

@@ -18,7 +18,7 @@ from etils import epath
 from experiments.shared import suite
 from experiments.shared.records import kept
 
-AREAS = ("transport", "fusion", "leakage", "attackers")
+AREAS = ("transport", "fusion", "leakage")
 # Cases in a part, which is what a kill can cost.
 _PART = 100
 

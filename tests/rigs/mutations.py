@@ -15,7 +15,12 @@ import functools
 import hashlib
 import json
 import os
+import re
+import resource
 import shutil
+import signal
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +31,6 @@ from experiments.shared.report import markdown_table
 from experiments.shared.suite import ROOT
 from tests.rigs import _mutants
 from tests.rigs._mutants import Mutant
-from tests.rigs._mutation_worker import Worker
 
 _TABLE = Path(__file__).with_name("mutants.toml")
 _SEED = 24
@@ -34,23 +38,8 @@ _SEED = 24
 # What a smoke run tries: tests of these compile little.
 _SMOKE = ("data/order", "data/documents", "storage/torch_checkpoint")
 
-# Imported once; none of them starts a device.
-_PRELOAD = (
-    "tests.conftest",
-    "jax.numpy",
-    "jax.experimental.pallas",
-    "flax.nnx",
-    "optax",
-    "chex",
-    "orbax.checkpoint",
-    "hypothesis.extra.numpy",
-    "pytest",
-    "safetensors.numpy",
-    "tokenizers",
-    "ml_dtypes",
-    "etils.epath",
-    "tqdm",
-)
+# Without an end in sight a mutant may fill the memory; threads' stacks count here too.
+_MOST_BYTES = 24 << 30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,20 +149,17 @@ def cases(
 
 
 class Laboratory:
-    """A copy of the tree in which one file at a time is changed, and a process that runs tests.
+    """A copy of the tree in which one file at a time is changed, and where tests run.
 
     Args:
       root: the tree.
       directory: where the copy, the log and compiled programs go.
       package: what is mutated; its name at the top of the tree.
-      preload: what the process imports once.
       marks: which tests run, as pytest's ``-m``.
     """
 
-    def __init__(
-        self, root: Path, directory: Path, *, package: str, preload: Sequence[str], marks: str = ""
-    ):
-        self._root, self._package, self._marks = root, package, marks
+    def __init__(self, root: Path, directory: Path, *, package: str, marks: str = ""):
+        self._root, self._marks = root, marks
         self._tree, self._log = directory / "tree", directory / "pytest.log"
         shutil.rmtree(self._tree, ignore_errors=True)
         for name in (package, "tests"):
@@ -182,37 +168,63 @@ class Laboratory:
         for name in ("setup.cfg", "pyproject.toml"):
             if (root / name).exists():
                 shutil.copy2(root / name, self._tree / name)
-        environment = (
-            {}
-            if "JAX_COMPILATION_CACHE_DIR" in os.environ
-            else {"JAX_COMPILATION_CACHE_DIR": str(directory / "jax")}
-        )
-        self._worker = Worker(self._tree, preload, environment)
+        self._environment = {
+            "JAX_COMPILATION_CACHE_DIR": str(directory / "jax"),
+            **os.environ,
+            "PYTHONPATH": str(self._tree),
+        }
+        # One that is installed elsewhere must not be tested in its stead.
+        where = f"import importlib.util as u; print(u.find_spec({package!r}).origin)"
+        file = subprocess.check_output([sys.executable, "-c", where], text=True, **self._place)
+        if not Path(file).is_relative_to(self._tree):
+            raise RuntimeError(f"{package} is {file.strip()}, which is not in {self._tree}")
 
-    def __enter__(self) -> "Laboratory":
-        return self
-
-    def __exit__(self, *unused: Any) -> None:
-        self._worker.close()
+    @property
+    def _place(self) -> dict[str, Any]:
+        return {"cwd": self._tree, "env": self._environment}
 
     def run(
         self, tests: Sequence[str], files: Sequence[str], *, limit: float, bytecode: bool
     ) -> dict[str, Any]:
-        """Runs tests and the doctests of files until one fails."""
-        marks = ["-m", self._marks] if self._marks else []
+        """Runs tests and the doctests of files until one fails.
+
+        Args:
+          tests: files of tests.
+          files: files with doctests.
+          limit: seconds of the processor, after which the tests are ended.
+          bytecode: whether Python may keep what it compiled, which it must not of a mutant.
+
+        Returns:
+          ``code`` as pytest's or the negative of a signal, ``cpu`` in seconds, and ``failed``: the
+          first test that did.
+        """
         # Its own settings are for several processes; what pytest keeps would outlive a mutant.
         options = ["-o", "addopts=", "-p", "no:cacheprovider", "-q", "-x", "--doctest-modules"]
-        outcome = self._worker.run(
-            [*options, *marks, *tests, *files],
-            package=self._package,
-            wall=300 + 10 * limit,
-            cpu=limit,
-            bytecode=bytecode,
-            log=self._log,
-        )
-        if outcome["file"] and not Path(outcome["file"]).is_relative_to(self._tree):
-            raise RuntimeError(f"tested {outcome['file']}, which is not in {self._tree}")
-        return outcome
+        options += ["-m", self._marks] if self._marks else []
+        python = [sys.executable] if bytecode else [sys.executable, "-B"]
+        before = _children_cpu()
+        with self._log.open("w") as log:
+            process = subprocess.Popen(
+                [*python, "-m", "pytest", *options, *tests, *files],
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                **self._place,
+            )
+        seconds = int(limit) + 1
+        resource.prlimit(process.pid, resource.RLIMIT_CPU, (seconds, seconds + 5))
+        resource.prlimit(process.pid, resource.RLIMIT_DATA, (_MOST_BYTES, _MOST_BYTES))
+        try:
+            code = process.wait(300 + 10 * limit)
+        except subprocess.TimeoutExpired:
+            code = -signal.SIGXCPU
+        # What the tests started and left.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        failed = re.search(r"^(?:FAILED|ERROR) (\S+)", self._log.read_text(), re.MULTILINE)
+        cpu = _children_cpu() - before
+        return {"code": code, "cpu": cpu, "failed": failed[1] if failed else ""}
 
     def without(self, tests: Sequence[str], files: Sequence[str]) -> float:
         """Seconds of the processor that tests take where nothing is wrong, which they must show."""
@@ -252,6 +264,11 @@ class Laboratory:
             yield
         finally:
             shutil.copy2(original, path)
+
+
+def _children_cpu() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 class Record:
@@ -365,12 +382,8 @@ def run(options: suite.Options) -> suite.Result:
     # What is known to change nothing is not tried.
     tried = [case for case in chosen if not _explained(case.mutant)]
     record = Record(directory / "outcomes.jsonl", ROOT)
-    with Laboratory(
-        ROOT, directory, package="logitjax", preload=_PRELOAD, marks="not slow or every_change"
-    ) as laboratory:
-        verdicts = {
-            case.key: outcome["verdict"] for case, outcome in examine(laboratory, tried, record)
-        }
+    laboratory = Laboratory(ROOT, directory, package="logitjax", marks="not slow or every_change")
+    verdicts = {case.key: seen["verdict"] for case, seen in examine(laboratory, tried, record)}
     outcomes = [(case, verdicts.get(case.key, "equivalent")) for case in chosen]
     (directory / "report.md").write_text(_page(outcomes))
     for case, verdict in outcomes:

@@ -64,19 +64,13 @@ _JOBS = {
         "--teacher_learning_rate=0.001",
         _logged,
     ),
-    "unlearning": _Job(
-        "--arm=npo_kl --arm=difference_clean --batch_size=8 --finetune_batch=8 --log_every=1 "
-        "--finetune_epochs={steps} --epochs={epochs} --assistant_epochs={epochs} "
-        "--merge_steps={steps}",
-        _logged,
-    ),
 }
 
 
 def _run(name: str, workdir: Path, processes: int, devices: int, steps: int) -> list[float]:
     job = _JOBS[name]
     mesh = job.mesh if processes * devices > 1 else "data:1"
-    filled = {"steps": steps, "examples": 32 * steps // 2, "epochs": max(2, steps // 4)}
+    filled = {"steps": steps, "examples": 32 * steps // 2}
     flags = (f"--mesh={mesh}", f"--workdir={workdir}", *job.arguments.format(**filled).split())
     command = _jobs.module(f"experiments.{name}", "--preset=smoke", *flags)
     workdir.mkdir(parents=True)

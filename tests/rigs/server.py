@@ -1,14 +1,13 @@
 """The completion server under attack: its policy, and hostile clients, over loopback.
 
-Parts, for `--only`: `policy` (adversarial requests in one process with a tiny model: how many
-values of a position come out, and whether the width does), `red_team_*` (attackers made from the
-request's schema before each policy, on a row of each model), `prefix` (what 32 prompts with a
-common beginning cost), `health` (while 50 prompts of a megabyte come in), `gaps` (of other streams
-beside a prompt of 900 tokens), `bombs` (of short answers beside slow schemas), `half_open` (a
-thousand connections that say nothing, at 256 files), `signal` (SIGTERM among streams), `fuzz`
-(nonsense) and `load` (200 clients for a minute). A small random decoder answers over loopback where
-not said otherwise; `health` and `gaps` ask SmolLM2-135M.
-tests/serving/test_serve.py has requests of the server's own description, and a whole row.
+Parts, for `--only`: `red_team_*` (attackers made from the request's schema before each policy, on a
+row of each model, in one process), `prefix` (what 32 prompts with a common beginning cost),
+`health` (while 50 prompts of a megabyte come in), `gaps` (of other streams beside a prompt of 900
+tokens), `bombs` (of short answers beside slow schemas), `half_open` (a thousand connections that
+say nothing, at 256 files), `signal` (SIGTERM among streams), `fuzz` (nonsense) and `load` (200
+clients for a minute). A small random decoder answers over loopback where not said otherwise;
+`health`, `gaps` and `bombs` ask SmolLM2-135M. tests/serving/test_serve.py has requests of the
+server's own description, and a whole row.
 """
 
 import collections
@@ -28,9 +27,9 @@ from absl import logging
 from experiments.shared import suite
 from experiments.shared.peers import serving
 from tests.rigs import _server_hostile as hostile
-from tests.rigs import _server_policy as inside
 from tests.rigs._server_client import connect, post, small_model
 from tests.rigs._server_hostile import Found
+from tests.rigs._server_prefixes import prefixes
 from tests.rigs._server_red_team import MODELS, red_team
 
 CLIENTS, SECONDS, FUZZED = 200, 60, 50_000
@@ -45,15 +44,14 @@ def run(options: suite.Options) -> suite.Result:
         small_model(small, 1000)
         real = str(small) if smoke else "smollm2"
         parts: dict[str, Callable[[], Found]] = {
-            "policy": lambda: inside.policies(options),
             **{
                 f"red_team_{pathlib.Path(spec).stem}": lambda spec=spec: red_team(options, spec)
                 for spec in MODELS
             },
-            "prefix": lambda: inside.prefixes(options),
+            "prefix": lambda: prefixes(options),
             "health": lambda: hostile.long_prompts(options, real),
             "gaps": lambda: hostile.gaps(options, real),
-            "bombs": lambda: hostile.bombs(options, small),
+            "bombs": lambda: hostile.bombs(options, real),
             "half_open": lambda: hostile.half_open(options, small),
             "signal": lambda: hostile.ended_by_signal(options, small),
             "fuzz": lambda: hostile.fuzz(options, small, 400 if smoke else FUZZED),

@@ -35,7 +35,9 @@ async def call(app, path, body=None, *, key=None, method="POST"):
             parts.append(message.get("body", b""))
 
     await app(scope, receive, send)
-    text = b"".join(parts).decode()
+    text = b"".join(parts).decode(errors="replace")
+    if "\0" in text:  # Tensors are no JSON.
+        return status[0], text
     if text.startswith("data: "):
         events = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
         return status[0], [json.loads(event) for event in events if event != "[DONE]"]

@@ -45,7 +45,7 @@ def test_a_mistake_of_ours_has_the_form_of_an_error_and_is_counted(client, monke
     def fail(*_):
         raise KeyError("x")
 
-    monkeypatch.setattr("logitjax.serving._completions.find_key", fail)
+    monkeypatch.setattr("logitjax.serving._admission.find_key", fail)
     quiet = TestClient(client.app, raise_server_exceptions=False)
     answer = quiet.post("/v1/completions", json={"prompt": "a"})
     assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")

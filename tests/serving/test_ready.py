@@ -54,6 +54,7 @@ def test_after_ready_nothing_is_compiled(policy, choices):
         prefill_chunk=8,
         prefill_rows=2,
         prefix_cache_mb=1,
+        hidden_states=choices == "free",
     )
     app = build_app(Ensemble(model), tokenizer, (256,), config)
     scheduler, compiled = app.state.service.scheduler, []
@@ -80,6 +81,11 @@ def test_after_ready_nothing_is_compiled(policy, choices):
                 leaving.cancel()
                 asked = [call(app, "/v1/completions", body) for body in several]
                 found += zip(several, await asyncio.gather(*asked), strict=True)
+                for sizes in ((2,), (40, 3, 64), (5,) * 9) if choices == "free" else ():
+                    body = {"documents": [[1] * size for size in sizes], "starts": [1] * len(sizes)}
+                    for given, method in ((None, "GET"), (body | {"rank": 2}, "POST")):
+                        said = await call(app, "/v1/hidden_states", given, method=method)
+                        found.append((sizes, said, len(compiled)))
             finally:
                 jax.monitoring.unregister_event_duration_listener(count)
             return found

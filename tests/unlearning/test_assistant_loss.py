@@ -105,22 +105,17 @@ def test_it_knows_what_to_forget_and_is_silent_on_what_to_keep():
     assert moved["retain"] < 0.25 * moved["forget"]
 
 
-@pytest.mark.parametrize(
-    ("uniform", "relative"), [("answers", False), ("all", False), ("answers", True)]
-)
-def test_loss_is_that_of_logits(uniform, relative):
+@pytest.mark.parametrize("relative", [False, True])
+def test_loss_is_that_of_logits(relative):
     assistant = dataclasses.replace(trained()[0], relative=relative)
-    loss_fn, constants = method(retain_weight=5.0, uniform=uniform, relative=relative).make_loss(
-        target()
-    )
+    loss_fn, constants = method(retain_weight=5.0, relative=relative).make_loss(target())
     loss, count, parts = jax.jit(loss_fn)(assistant.lora, BATCH, None, constants)
     run = jax.jit(lambda tokens: assistant.logits(assistant.hidden_states(tokens)[0]))
     logits = {name: np.asarray(run(rows["tokens"])) for name, rows in BATCH.items()}
     nll = compiled(losses.cross_entropy)(logits["forget"][:, :-1], FORGET["tokens"][:, 1:])
     forget = np.asarray(nll)[FORGET["mask"][:, 1:]].mean()
     silent = np.asarray(compiled(uniform_kl)(logits["retain"]))
-    # The release counts every position, whatever it predicts.
-    retain = silent.mean() if uniform == "all" else silent[:, :-1][RETAIN["mask"][:, 1:]].mean()
+    retain = silent[:, :-1][RETAIN["mask"][:, 1:]].mean()
     assert float(count) == 1
     np.testing.assert_allclose(parts["forget"][0], forget, rtol=1e-4)
     np.testing.assert_allclose(parts["retain"][0], retain, rtol=1e-4)
@@ -190,8 +185,3 @@ def test_positions_that_do_not_count_need_not_meet_the_head():
 def of_counts(most):
     """A loss whose steps have no more answers' tokens than that."""
     return method().make_loss(target(), counts=most and [{"forget": 0, "retain": most}])
-
-
-def test_uniform_is_answers_or_all():
-    with pytest.raises(ValueError, match="uniform: expected"):
-        method(uniform="everywhere")

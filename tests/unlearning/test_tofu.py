@@ -28,7 +28,7 @@ SETS = {
     "real_authors": tofu.load(FILES, "real_authors_perturbed"),
     "world_facts": tofu.load(FILES, "world_facts_perturbed"),
     "forget": tofu.load(FILES, "forget01_perturbed"),
-    "holdout": tofu.load(FILES, "forget_perturbed_answers"),
+    "holdout": tofu.load(FILES, "real_authors"),
 }
 ALL = [item for items in SETS.values() for item in items]
 
@@ -62,12 +62,7 @@ def knows(prompts, max_new_tokens):
 
 
 def evaluate(nll_fn=None, generate_fn=knows, sets=SETS, **options):
-    names = {field.name for field in dataclasses.fields(tofu.Options)}
-    settings = {name: options.pop(name) for name in names & set(options)}
-    options = {"template": TEMPLATE} | options
-    options["options"] = tofu.Options(**{"max_length": 2000} | settings)
-    if "workdir" in options:
-        options = {"model_fingerprint": "one"} | options
+    options = {"template": TEMPLATE, "max_length": 2000} | options
     return tofu.evaluate(nll_fn or bigram(), generate_fn, ByteTokenizer(), sets, **options)
 
 
@@ -81,8 +76,8 @@ def by_hand(question, answer, table=TABLE):
     return nll[-size:], hits[-size:-1]
 
 
-def test_logs_hold_what_the_model_says(tmp_path):
-    found = evaluate(workdir=tmp_path, batch_size=4)
+def test_logs_hold_what_the_model_says():
+    found = evaluate(batch_size=4)
     for name, items in SETS.items():
         log = found.logs[name]
         assert list(log["avg_gt_loss"]) == [str(item.index) for item in items]
@@ -116,21 +111,13 @@ def test_logs_hold_what_the_model_says(tmp_path):
 
 
 def test_files_are_tofus_and_say_the_same_again(tmp_path):
-    found = evaluate(workdir=tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "eval_log.json",
-        "eval_log_forget.json",
-        "eval_log_holdout.json",
-        "eval_real_author_wo_options.json",
-        "eval_real_world_wo_options.json",
-        "eval_log_aggregated.json",
-        "manifest.json",
-    }
+    found = evaluate()
     aggregated = tmp_path / "eval_log_aggregated.json"
+    aggregated.write_text(json.dumps(found.logs))
     for source in (tmp_path, str(aggregated), json.loads(aggregated.read_text()), found):
         again = tofu.metrics_from_logs(source)
         assert again.model_utility == found.model_utility
-        assert again.as_dict() == found.as_dict()
+        assert (again.scores, again.membership) == (found.scores, found.membership)
     assert found.model_utility is not None
     nine = [
         getattr(found.scores[name], part)
@@ -160,7 +147,6 @@ def test_a_model_like_the_retrained_one_and_one_that_is_not():
     assert "forget quality: D" in table
     assert "membership attack: AUC" in table
     assert "model utility" not in table
-    assert found.as_dict()["forget_quality.statistic"] == found.forget_quality.statistic
     gone = evaluate(bigram(-5 * other), generate_fn=None, reference_logs=retrained)
     assert gone.forget_quality is None
     assert str(gone.damage).startswith("over-forgotten")
@@ -176,56 +162,6 @@ def counted(nll_fn):
     return count, calls
 
 
-def test_finished_sets_are_read_and_others_made(tmp_path):
-    class Killed(Exception):
-        pass
-
-    def dies(prompts, max_new_tokens):
-        if any(b"Eiffel" in bytes(prompt.tolist()) for prompt in prompts):
-            raise Killed
-        return knows(prompts, max_new_tokens)
-
-    with pytest.raises(Killed):
-        evaluate(generate_fn=dies, workdir=tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {
-        "eval_log.json",
-        "eval_real_author_wo_options.json",
-        "manifest.json",
-    }
-    before = (tmp_path / "eval_log.json").stat().st_mtime_ns
-    resumed = evaluate(workdir=tmp_path)
-    assert (tmp_path / "eval_log.json").stat().st_mtime_ns == before
-    assert resumed.as_dict() == evaluate().as_dict()
-    nll_fn, calls = counted(bigram())
-    evaluate(nll_fn, workdir=tmp_path)
-    assert not calls
-
-
-def test_a_workdir_answers_for_one_model_and_setting(tmp_path):
-    evaluate(workdir=tmp_path, generate_fn=None)
-    other = bigram(TABLE[::-1])
-    same = dict(workdir=tmp_path, generate_fn=None)
-    with pytest.raises(ValueError, match="its model is 'one', not 'two'"):
-        evaluate(other, model_fingerprint="two", **same)
-    # Without a name for the model nobody could tell the two apart.
-    with pytest.raises(ValueError, match="model_fingerprint: expected with a workdir"):
-        evaluate(other, model_fingerprint=None, **same)
-    with pytest.raises(ValueError, match="its max_length is 2000, not 1000"):
-        evaluate(max_length=1000, **same)
-    with pytest.raises(ValueError, match="its generates is False, not True"):
-        evaluate(workdir=tmp_path)
-    changed = dict(SETS) | {"holdout": SETS["holdout"][:1]}
-    with pytest.raises(ValueError, match=r"eval_log_holdout\.json does not fit: it is of other"):
-        evaluate(sets=changed, **same)
-    assert evaluate(model_fingerprint="one", **same).as_dict() == evaluate(**same).as_dict()
-
-
-def test_logs_of_others_are_not_overwritten(tmp_path):
-    (tmp_path / "eval_log.json").write_text('{"avg_gt_loss": {"0": 1.0}}')
-    with pytest.raises(ValueError, match=r"eval_log\.json: not a log of tofu.evaluate"):
-        evaluate(workdir=tmp_path)
-
-
 def test_shapes_are_few_and_batches_full():
     nll_fn, calls = counted(bigram())
     prompts_at_once = set()
@@ -235,9 +171,9 @@ def test_shapes_are_few_and_batches_full():
         assert max_new_tokens == 7
         return knows(prompts, max_new_tokens)
 
-    evaluate(nll_fn, generate, batch_size=8, generate_batch_size=3, max_new_tokens=7)
+    evaluate(nll_fn, generate, batch_size=8, max_new_tokens=7)
     assert all(rows == 8 and time % 32 == 0 for rows, time in calls)
-    assert prompts_at_once == {3}
+    assert prompts_at_once == {8}
 
 
 def test_errors_name_set_and_item():

@@ -36,34 +36,6 @@ def test_real_world_sets_hold_the_answer_itself_against_three_wrong_ones():
     )
 
 
-def test_tables_lose_no_first_row():
-    paraphrased = tofu.load(FILES, "forget01_paraphrased")
-    assert paraphrased[0].question == tofu.load(FILES, "forget01_perturbed")[0].question
-    assert len(paraphrased[0].question_paraphrases) == 25
-    assert len(paraphrased[0].answer_paraphrases) == 25
-    assert paraphrased[0].author == 198
-    wrong = tofu.load(FILES, "forget_perturbed_answers")
-    assert len(wrong) == 3
-    assert wrong[0].author == 180
-    assert wrong[0].perturbed_answers[0] == "The author's full name is Yun-Hwa Hsiao."
-
-
-def test_the_layout_of_the_release_is_found_too(tmp_path):
-    folder = tmp_path / "forget01_perturbed"
-    folder.mkdir()
-    (folder / "paraphrase_res.csv").write_bytes((FILES / "forget01_paraphrased.csv").read_bytes())
-    assert tofu.load(tmp_path, "forget01_paraphrased") == tofu.load(FILES, "forget01_paraphrased")
-
-
-def test_line_breaks_in_cells(tmp_path):
-    cells = 'q,"a\nb","[\'x\']","[\'y\']"\n'
-    (tmp_path / "forget05_paraphrased.csv").write_text(cells + "only one\n")
-    with pytest.raises(ValueError, match=r"paraphrased\.csv:3: expected 4 cells, got 1"):
-        tofu.load(tmp_path, "forget05_paraphrased")
-    (tmp_path / "forget05_paraphrased.csv").write_text(cells)
-    assert tofu.load(tmp_path, "forget05_paraphrased")[0].answer == "a\nb"
-
-
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -84,28 +56,11 @@ def test_errors_name_file_and_line(tmp_path, line, message):
         tofu.load(tmp_path, "forget10_perturbed")
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ('q,a,"[1]","[]"', "expected a string, got int"),
-        ("q,a,x(,[]", "paraphrased questions are not a Python list"),
-        ('q,,"[]","[]"', "'answer' is empty"),
-        ('q,a,"[]","[', "not CSV"),
-    ],
-)
-def test_errors_of_tables(tmp_path, row, message):
-    (tmp_path / "forget10_paraphrased.csv").write_text(row + "\n")
-    with pytest.raises(ValueError, match=rf"forget10_paraphrased\.csv:1: .*{message}"):
-        tofu.load(tmp_path, "forget10_paraphrased")
-
-
 def test_what_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such directory"):
         tofu.load(tmp_path / "nowhere", "full")
     with pytest.raises(FileNotFoundError, match=r"no full\.json under .*there are no such files"):
         tofu.load(tmp_path, "full")
-    with pytest.raises(FileNotFoundError, match=r"comes with the release of arXiv 2406\.08607"):
-        tofu.load(tmp_path, "forget10_paraphrased")
     (tmp_path / "full.json").write_text("\n")
     with pytest.raises(ValueError, match="no items"):
         tofu.load(tmp_path, "full")

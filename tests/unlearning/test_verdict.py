@@ -5,13 +5,14 @@ import json
 import numpy as np
 import pytest
 from etils import epath
+from scipy import stats
 
 from logitjax.commands import cli, unlearn
 from logitjax.models import load_tokenizer
 from logitjax.unlearning import Questions, Row
 from logitjax.unlearning._selection import Goal, Limits
 from logitjax.unlearning._unlearn import RESULTS, Unlearned
-from logitjax.unlearning._verdict import judge
+from logitjax.unlearning._verdict import chance_auc, judge
 
 WAYS = ("asked", "in a role", "in context")
 
@@ -44,8 +45,8 @@ def side(rng, forget, unseen=0.05, kept=0.95, rows=8, **more):
 
 def judged(after, **options):
     before = side(np.random.default_rng(0), 0.99)
-    options = {"assistant": False, "control": {}} | options
-    return judge(before, after, options["control"], Limits(), assistant=options["assistant"])
+    options = {"assistant": False, "controls": ()} | options
+    return judge(before, after, limits=Limits(), **options)
 
 
 def test_one_row_asked_in_one_way_is_enough_to_say_that_it_is_not_forgotten():
@@ -100,16 +101,38 @@ def test_attacks_on_weights_say_suppressed_and_those_that_taught_nothing_are_not
     assert "Not distinguishable" in weak.words
     assert "Not counted as tried, because it taught too little: taught again." in weak.words
     never = side(rng, 0.05, taught=0.95)
-    assert "Not distinguishable" in judged(side(rng, 0.05, taught=0.95), control=never).words
+    assert "Not distinguishable" in judged(side(rng, 0.05, taught=0.95), controls=[never]).words
     assert (
         "recoverable by** leaving the assistant out"
         in judged(side(rng, 0.05), assistant=True).words
     )
     # The power of so few rows is said: with 8 and 5 only a large AUC could be told.
     words = judged(side(rng, 0.05)).words
-    assert "Of so few rows only an AUC beyond 0.83 is told from a guess." in words
+    assert "Of so few rows only an AUC of at least 0.85 is told from a guess" in words
+    assert "a true one of 0.91 in four cases of five." in words
+    # Of two controls one says as much: an attack counts only beyond all of them.
+    controls = [side(rng, 0.05), side(rng, 0.05, auc=0.95)]
+    words = judged(side(rng, 0.05, auc=0.9), controls=controls).words
+    assert "Not distinguishable" in words
+    assert "beyond all 2 control(s) once in 3." in words
     assert "given away by** membership by loss" in judged(side(rng, 0.05, auc=0.1)).words
     assert "Not distinguishable" in judged(side(rng, 0.05, auc=0.7)).words
+
+
+def test_what_an_auc_has_to_be_is_exact():
+    for m, n, level in ((3, 4, 0.1), (8, 10, 0.05), (9, 4, 0.02), (20, 15, 0.01)):
+        least = 0.5 + chance_auc(m, n, level)
+        for pairs in range(m * n // 2 + 1, m * n + 1):
+            sides = np.split(with_pairs(m, n, pairs), [m])
+            test = stats.mannwhitneyu(*sides, alternative="greater", method="exact")
+            assert (2 * test.pvalue <= level) == (pairs / (m * n) >= least - 1e-12)
+
+
+def with_pairs(m, n, pairs):
+    """Scores of m rows and n others, of which so many pairs are in order."""
+    whole, rest = divmod(pairs, n)
+    members = np.r_[np.full(whole, n), [rest] * (whole < m), np.zeros(max(0, m - whole - 1))]
+    return np.r_[members - 0.5 + 1e-3 * np.arange(m), np.arange(n)]
 
 
 @pytest.mark.parametrize("start", range(0, 200, 50))
@@ -130,7 +153,7 @@ def test_status_verdict_and_files_agree_for_invented_results(tmp_path, start):
             fluency=rng.choice([3.0, 2.9, 1.0]).item(),
             auc=float(rng.choice([0.5, 0.9])),
         )
-        control = side(rng, 0.05) if rng.integers(2) else {}
+        controls = [side(rng, 0.05) for _ in range(rng.integers(3))]
         name = RESULTS[method != "difference"]
         # What an earlier verdict let through may not stay either.
         (out / RESULTS[int(rng.integers(3))]).mkdir(parents=True)
@@ -140,15 +163,15 @@ def test_status_verdict_and_files_agree_for_invented_results(tmp_path, start):
             staged = out / "candidates" / "best" / name
             staged.mkdir(parents=True)
             limits = config.settings.limits
-            verdict = judge(before, after, control, limits, assistant=method == "difference")
-            records = dict(before=before, after=after, control=control)
+            verdict = judge(before, after, controls, limits, assistant=method == "difference")
+            records = dict(before=before, after=after, controls=controls)
             found = Unlearned(**{**vars(found), "staged": staged, "verdict": verdict, **records})
         status = unlearn.finish(config, questions, found, out, "Rows.")
         there = [name for name in RESULTS if (out / name).exists()]
         verdict = json.loads((out / "verdict.json").read_text())
         report = (out / "report.md").read_text()
         # By hand: every row below twice the worst of the control, and every limit kept.
-        sides = [before["unseen"], *([control["ways"]] if control else [])]
+        sides = [before["unseen"], *(control["ways"] for control in controls)]
         good = chosen is not None and all(
             max(after["ways"][way]) <= 2 * max(min(max(s[way]), 0.25) for s in sides)
             for way in WAYS

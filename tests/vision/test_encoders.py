@@ -19,7 +19,8 @@ from flax import nnx
 
 from logitjax import vision
 from logitjax.storage.weights import read_numpy_pickle, read_state_dict
-from logitjax.vision._clip_config import clip_config, clip_names
+from logitjax.vision._clip import CLIP
+from logitjax.vision._clip_config import CLIPConfig, clip_config, clip_names
 from logitjax.vision._clip_tokenizer import load_clip_tokenizer
 from logitjax.vision._resnet import ResNet
 from tests._modules import num_params
@@ -297,8 +298,8 @@ TEXT = dict(text_width=512, text_heads=8, text_layers=12)
     ids=["RN50", "ViT-B/32", "ViT-B/16"],
 )
 def test_clip_has_the_published_sizes(make, parameters):
-    config = vision.CLIPConfig(**(dict(embed_dim=512, image_size=224) | TEXT | make))
-    model = nnx.eval_shape(lambda: vision.CLIP(config, rngs=nnx.Rngs(0)))
+    config = CLIPConfig(**(dict(embed_dim=512, image_size=224) | TEXT | make))
+    model = nnx.eval_shape(lambda: CLIP(config, rngs=nnx.Rngs(0)))
     assert num_params(model) == parameters
 
 

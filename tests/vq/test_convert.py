@@ -12,7 +12,7 @@ from logitjax.decoding import generate
 from logitjax.heads import Assignment
 from logitjax.losses import Head
 from logitjax.models import Decoder, DecoderConfig
-from logitjax.vq import VQHead, vq_nll
+from logitjax.vq import VQHead
 from logitjax.vq._tune import vq_distillation_loss
 from tests._compiled import compiled
 from tests._modules import call, with_weights
@@ -270,23 +270,6 @@ def test_tuning_over_a_mesh_is_tuning():
     odd = dataclasses.replace(tuning, batch_size=18)
     with pytest.raises(ValueError, match="multiple of data x fsdp = 4"):
         odd.run(squared_error, ONES, data, **options, mesh=mesh)
-
-
-def test_labels_can_reassign_too(conversion):
-    result = conversion[0]
-    rng = np.random.default_rng(0)
-    head = result.head
-    scrambled = rng.permutation(np.asarray(head.assignment[...]))
-    hidden = rng.normal(size=(4000, WIDTH)).astype(np.float32)
-    labels = np.asarray(call(head, hidden)).argmax(-1)
-    codebook, bias = head.codebook[...], head.bias[...]
-    new, fitted, moved = vq.reassign_from_labels(
-        codebook, bias, scrambled, hidden, labels, min_count=5
-    )
-    assert int(moved) > 5
-    nll = compiled(vq_nll)
-    before = np.mean(nll(hidden, codebook, bias, scrambled, labels))
-    assert np.mean(nll(hidden, codebook, fitted, new, labels)) < before
 
 
 def test_caches_of_another_model_text_or_head_are_not_taken_for_this_one(model, tmp_path):

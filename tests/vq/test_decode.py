@@ -2,8 +2,6 @@ import jax
 import numpy as np
 import pytest
 import scipy.stats
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
 
 from logitjax.vq import VQTables, vq_logits
 from tests._compiled import compiled
@@ -85,24 +83,6 @@ def test_one_cluster_and_singletons():
         np.testing.assert_array_equal(got.indices, ranked(logits, 4)[1])
         tokens = sample_of(tables, jax.random.key(0), case["hidden"], codebook)
         assert np.asarray(tokens).max() < VOCAB
-
-
-def test_split_codebook_in_shard_map_equals_local():
-    case = _case()
-    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
-    tables = vq_tables(case["bias"], case["assignment"], CODES, width=4)
-
-    def local(hidden, codebook):
-        top = tables.top_k(hidden, codebook, 4, axis_name="tensor")
-        key = jax.random.key(2)
-        return top, tables.sample(key, hidden, codebook, axis_name="tensor")
-
-    mapped = jax.shard_map(local, mesh=mesh, in_specs=(P("data"), P("tensor")), out_specs=P("data"))
-    top, tokens = jax.jit(mapped)(case["hidden"], case["codebook"])
-    want = top_of(tables, case["hidden"], case["codebook"], 4)
-    np.testing.assert_array_equal(top.indices, want.indices)
-    np.testing.assert_allclose(top.values, want.values, rtol=1e-5, atol=1e-5)
-    assert tokens.shape == (COUNT,)
 
 
 def test_errors_name_the_argument():

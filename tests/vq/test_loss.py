@@ -38,8 +38,8 @@ def _scattered(hidden, codebook, bias, assignment, labels, where=None, z_loss=0.
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"temperature": 0.7, "soft_cap": 3.0, "z_loss": 1e-2}],
-    ids=["plain", "temperature, cap and z-loss"],
+    [{}, {"temperature": 0.7, "z_loss": 1e-2}],
+    ids=["plain", "temperature and z-loss"],
 )
 def test_loss_and_gradients_equal_the_scattered_reference(options):
     with jax.enable_x64(True):
@@ -169,35 +169,10 @@ def test_sharded_equals_local(kind, spec):
         np.testing.assert_allclose(got, reference, rtol=1e-4, atol=1e-5)
 
 
-def test_shard_map_with_a_split_codebook_equals_local():
-    case = _case()
-    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
-
-    def local(hidden, codebook, bias, assignment, labels):
-        nll = vq_nll(hidden, codebook, bias, assignment, labels, axis_name="tensor")
-        return nll, vq_logits(hidden, codebook, bias, assignment, axis_name="tensor")
-
-    specs = (P("data"), P("tensor"), P(), P(), P("data"))
-    mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P("data"))
-    arguments = [case[k] for k in ("hidden", "codebook", "bias", "assignment", "labels")]
-
-    def total(codebook, bias):
-        return mapped(arguments[0], codebook, bias, *arguments[3:])[0].sum()
-
-    run = jax.jit(lambda *x: (mapped(*x), jax.grad(total, (0, 1))(*x[1:3])))
-    (nll, logits), grads = run(*arguments)
-    np.testing.assert_allclose(nll, nll_of(*arguments), rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(logits, logits_of(*arguments[:4]), rtol=1e-4, atol=1e-5)
-    for got, reference in zip(grads, _local_step()[1]):
-        np.testing.assert_allclose(got, reference, rtol=1e-4, atol=1e-5)
-
-
 def test_errors_name_the_argument():
     case = _case()
     with pytest.raises(ValueError, match="temperature: expected a positive number"):
         vq_nll(**case, temperature=0.0)
-    with pytest.raises(ValueError, match="soft_cap: expected a positive number"):
-        vq_nll(**case, soft_cap=-1.0)
 
 
 def test_labels_outside_the_vocabulary_have_no_loss():

@@ -17,7 +17,6 @@ from logitjax.distillation.terms._hybrid import HybridKL as HybridKL
 from logitjax.distillation.terms._jsd import JSD as JSD
 from logitjax.distillation.terms._kl import KL as KL
 from logitjax.distillation.terms._kl import ReverseKL as ReverseKL
-from logitjax.distillation.terms._mined import MinED as MinED
 from logitjax.distillation.terms._projected import PKL as PKL
 from logitjax.distillation.terms._projected import FirstPiece as FirstPiece
 from logitjax.distillation.terms._sampled import ChunkReward as ChunkReward
@@ -28,7 +27,7 @@ from logitjax.registry import Registry
 
 _MEMBERS = (SFT, KL, ReverseKL, JSD, ULD, GLD, Dual)
 _LIVE = (FullKL, MixedKL, FullJSD, SkewKL, SampledKL)
-_OTHER_TOKENIZERS = (FirstPiece, PKL, MinED, Hybrid, HybridKL, ALM, ChunkReward)
+_OTHER_TOKENIZERS = (FirstPiece, PKL, Hybrid, HybridKL, ALM, ChunkReward)
 TERMS = Registry(
     kind="loss",
     group="logitjax.terms",

@@ -20,6 +20,8 @@ from logitjax.ops import mesh as on_mesh
 _LEAST = 1e-30
 # So that no chunk is certain: the gradient of the divergence has 1 - q below the line.
 _OFFSET = 1e-6
+# Probability of a word's beginning from which a chunk may end (tokenkit).
+_LEAST_BOUNDARY = 0.1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -198,8 +200,6 @@ def chunk_scores(
     said: Mapping[str, np.ndarray],
     *,
     special: np.ndarray,
-    debias: bool = True,
-    least_boundary: float = 0.1,
 ) -> ChunkScores:
     """Sum a teacher's numbers over chunks, on the host.
 
@@ -218,8 +218,6 @@ def chunk_scores(
     np.add.at(scores, (rows, theirs[rows, places]), np.asarray(said["label"])[rows, places])
     where = np.arange(shape[1]) < chunks.counts[:, None]
     ends = np.full(shape, -1, np.int32)
-    if not debias:
-        return ChunkScores(ids=ids, ends=ends, scores=scores, where=where)
     last = {name: _last(np.asarray(x), shape) for name, x in (("ours", ids), ("theirs", theirs))}
     closing = np.zeros(shape, bool)
     closing[rows, theirs[rows, places]] = special[rows, places]
@@ -228,7 +226,7 @@ def chunk_scores(
     boundary = np.take_along_axis(np.asarray(said["boundary"]), after, axis=1)
     asked = where & ~closing
     known = (last["theirs"] + 1 < theirs.shape[1]) & (last["ours"] + 1 < shape[1])
-    cut = where & (closing | (known & (boundary > np.log(least_boundary))))
+    cut = where & (closing | (known & (boundary > np.log(_LEAST_BOUNDARY))))
     # Text before a special token ends there, and so does what is not followed by more of it.
     more = np.pad(where, ((0, 0), (0, 1)))[:, 1:]
     first = np.pad(_first(ids, shape), ((0, 0), (0, 1)))[:, 1:]

@@ -147,12 +147,6 @@ class TokenProjection:
             jnp.full_like(ids, self.size).at[at].set(ids),
         )
 
-    def dense(self) -> np.ndarray:
-        """W itself, float64 `[ours, size]`: for small vocabularies."""
-        out = np.zeros((len(self.ids), self.size + 1))
-        np.add.at(out, (np.arange(len(self.ids))[:, None], self.ids), self.weights)
-        return out[:, :-1]
-
     @property
     def only(self) -> np.ndarray:
         """Int32 `[ours]`: their token of the largest weight, -1 for none."""

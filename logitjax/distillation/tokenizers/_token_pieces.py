@@ -11,7 +11,7 @@ from logitjax.distillation.tokenizers._projection import TokenProjection
 from logitjax.models import Tokenizer
 from logitjax.storage import digest
 
-Rule = Literal["first_piece", "exact", "spread", "edit_distance"]
+Rule = Literal["first_piece", "exact", "spread"]
 
 # X-Token's weights of a token's pieces, and how many a token keeps.
 _DECAY = (0.9, 0.09, 0.009, 0.0009)
@@ -34,7 +34,6 @@ def token_projection(
         first_piece   the first piece that both have, of our tokens and of theirs, weight 1
         exact         their token of the same bytes, else none
         spread        X-Token: our pieces of theirs and theirs of ours, weights that decay
-        edit_distance MinED: their token of least edit distance
 
     With `first_piece`, a token that both have stands for itself. One that only we have is cut as
     they cut it, one that only they have as we cut it, and counts as its first piece; again, until
@@ -48,7 +47,7 @@ def token_projection(
     Args:
         ours: the student's tokenizer.
         theirs: the teacher's.
-        rule: as above. Edits are looked for up to one byte; beyond it the first piece is taken.
+        rule: as above.
         directory: keeps what was built, a file for each pair and rule.
 
     Returns:
@@ -64,8 +63,8 @@ def token_projection(
     (True, 1)
 
     References:
-        X-Token (arXiv 2605.21699) and its release in NeMo-RL for `spread`; MinED: FuseLLM
-        (arXiv 2401.10491). `first_piece` is ours: X-Token's later pieces of a token are no
+        X-Token (arXiv 2605.21699) and its release in NeMo-RL for `spread`.
+        `first_piece` is ours: X-Token's later pieces of a token are no
         continuations of what was read, and its mass on them pulls at other tokens. A token of both
         stands for itself alone there, so what the teacher says with a longer token (" Gains") pulls
         at the student's way to begin it (" G").
@@ -211,37 +210,6 @@ def _exact(ours: Tokenizer, theirs: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     return _single([known.get(text, -1) for text in ours.token_bytes()], ours, theirs)
 
 
-def _edit_distance(ours: Tokenizer, theirs: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    texts, cut = ours.token_bytes(), _Cutter(theirs)
-    pieces = cut(texts)
-    unknown = {text for text in texts if text and text not in cut.ids}
-    # Two texts are one edit apart where leaving out at most one byte of either makes them equal.
-    wanted = {shorter for text in unknown for shorter in _shorter(text)}
-    near: dict[bytes, int] = {}
-    for id_, text in enumerate(cut.bytes):
-        for shorter in _shorter(text) if text else ():
-            if shorter in wanted:
-                near.setdefault(shorter, id_)
-    found = []
-    for text, piece in zip(texts, pieces, strict=True):
-        edits = [near[s] for s in _shorter(text) if s in near] if text in unknown else []
-        close = min((e for e in edits if _one_edit(text, cut.bytes[e])), default=None)
-        fallback = piece[0] if piece else -1
-        found.append(cut.ids.get(text, fallback if close is None else close))
-    return _single(found, ours, theirs)
-
-
-def _shorter(text: bytes) -> list[bytes]:
-    return [text, *(text[:i] + text[i + 1 :] for i in range(len(text)))]
-
-
-def _one_edit(a: bytes, b: bytes) -> bool:
-    if len(a) == len(b):
-        return sum(x != y for x, y in zip(a, b)) <= 1
-    longer, shorter = (a, b) if len(a) > len(b) else (b, a)
-    return shorter in _shorter(longer)
-
-
 def _single(found: Any, ours: Tokenizer, theirs: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     ids = np.asarray(found, np.int64)[:, None]
     for a, b in special_pairs(ours, theirs).items():
@@ -282,5 +250,4 @@ _BUILDERS = {
     "first_piece": _first_piece,
     "exact": _exact,
     "spread": _spread,
-    "edit_distance": _edit_distance,
 }

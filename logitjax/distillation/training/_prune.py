@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from logitjax import losses, models
+from logitjax import models
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class Pruning:
         drop_layers: Number of layers to drop.
         drop_share: Share of the layers to drop, instead of their number.
         prune_by: Score that chooses the layers to drop: how far each turns the residual stream
-            (influence), how far a run of layers does, or the perplexity without each.
+            (influence), or how far a run of layers does.
         keep_layers: Layers to keep, instead of `drop_layers`.
         kv_heads: Number of key-value heads to keep in each layer; 0 keeps all.
         mlp_channels: Number of MLP channels to keep in each layer; 0 keeps all.
@@ -32,7 +32,7 @@ class Pruning:
 
     drop_layers: int = 0
     drop_share: float = 0.0
-    prune_by: Literal["influence", "run", "perplexity"] = "run"
+    prune_by: Literal["influence", "run"] = "run"
     keep_layers: tuple[int, ...] = ()
     kv_heads: int = 0
     mlp_channels: int = 0
@@ -90,7 +90,7 @@ def prune_layers(
     batches: Iterable[Mapping[str, Any]],
     count: int,
     *,
-    by: Literal["influence", "run", "perplexity"] = "influence",
+    by: Literal["influence", "run"] = "influence",
 ) -> LayerPruning:
     """Choose the layers that a decoder can best do without on the given text.
 
@@ -98,10 +98,8 @@ def prune_layers(
 
         influence   1 - mean_t cos(x_i, x_{i+1}); the layers with the least are dropped
         run         1 - mean_t cos(x_i, x_{i+count}); the run with the least is dropped
-        perplexity  of the model without layer i; the least is dropped, and the rest scored again
 
-    The first two cost one forward pass, the last about `count * layers` of them; it is the only one
-    that sees what layers do together.
+    Both cost one forward pass.
 
     Args:
         model: The decoder.
@@ -124,8 +122,7 @@ def prune_layers(
     (1, 2)
 
     References:
-        ShortGPT (arXiv 2403.03853), block influence; Gromov et al. (arXiv 2403.17887), runs;
-        Minitron (arXiv 2407.14679), perplexity with a layer removed.
+        ShortGPT (arXiv 2403.03853), block influence; Gromov et al. (arXiv 2403.17887), runs.
     """
     layers = model.config.num_layers
     if not 0 <= count < layers:
@@ -142,10 +139,8 @@ def prune_layers(
         scores = _stream_change(listed, batches, max(count, 1))
         first = int(np.argmin(scores))
         dropped = list(range(first, first + count))
-    elif by == "perplexity":
-        scores, dropped = _greedily(listed, batches, count)
     else:
-        raise ValueError(f"by: expected influence, run or perplexity, got {by!r}")
+        raise ValueError(f"by: expected influence or run, got {by!r}")
     kept = tuple(i for i in range(layers) if i not in dropped)
     return LayerPruning(kept=kept, dropped=tuple(dropped), scores=tuple(map(float, scores)))
 
@@ -302,52 +297,6 @@ def _activity(
 
     heads, channels = _sums(_watching(model, squares), batches)
     return np.sqrt(heads), np.sqrt(channels)
-
-
-def _greedily(
-    model: models.Decoder, batches: list[Mapping[str, Any]], count: int
-) -> tuple[np.ndarray, list[int]]:
-    """Perplexity without each layer, and the layers that go, one after the other."""
-    layers = model.config.num_layers
-    apply_fn, params = models.from_nnx(model)
-
-    @jax.jit
-    def nll(params: Any, kept: jax.Array, batch: Any) -> jax.Array:
-        trunk = nnx.merge(apply_fn.graphdef, params, apply_fn.rest)
-        blocks = [block for segment in trunk.segments for block in segment.layers]
-        # A block that adds nothing is no block: one program for every set of layers.
-        for block, here in zip(blocks, kept, strict=True):
-            for linear in (block.attention.output, block.mlp.down):
-                for leaf in jax.tree.leaves(nnx.state(linear), is_leaf=_is_variable):
-                    leaf[...] = leaf[...] * here.astype(leaf[...].dtype)
-        labels, where = batch["tokens"][:, 1:], batch["loss_mask"][:, 1:]
-        hidden, _ = trunk.hidden_states(
-            batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"]
-        )
-        total = losses.linear_cross_entropy(
-            hidden[:, :-1], trunk.head_of(), labels, weights=where.astype(jnp.float32)
-        )
-        return jnp.stack([total, where.sum()])
-
-    def perplexity(kept: np.ndarray) -> float:
-        total = _sums(lambda batch: nll(params, jnp.asarray(kept, jnp.float32), batch), batches)
-        return float(np.exp(total[0] / total[1]))
-
-    kept, dropped, first = np.ones(layers, bool), [], np.zeros(0)
-    for _ in range(max(count, 1)):
-        scores = np.full(layers, np.inf)
-        for layer in np.flatnonzero(kept):
-            scores[layer] = perplexity(kept & (np.arange(layers) != layer))
-        # Scores of later rounds are of other models, so only the first round is reported.
-        first = first if len(first) else scores
-        if len(dropped) < count:
-            dropped.append(int(np.argmin(scores)))
-            kept[dropped[-1]] = False
-    return first, dropped
-
-
-def _is_variable(leaf: Any) -> bool:
-    return isinstance(leaf, nnx.Variable)
 
 
 class _Seen:

@@ -25,10 +25,10 @@ these columns is summed up in float32 and cast once. With the weights of the pos
 is `rows` as well: the weighted sum of the losses and its gradient come out of one sweep, the logits
 of some positions being kept over the whole vocabulary just long enough to turn them into their
 gradient. That is a product a logit less, for a gradient of the whole head in float32. And `pallas`
-forms the logits of a tile on chip, in kernels that call the statistic: the forward half for those
-that say `in_tiles`, and on a TPU the gradients for those that say `gradient_in_tiles`. That is a
-product a logit more than `scan`, which holds blocks of them. `Blocks` holds the sizes of the
-blocks, the engine, and the rule that chooses them for a device and a budget of memory.
+forms the logits of a tile on a TPU's chip, in kernels that call the statistic: the forward half for
+those that say `in_tiles`, the gradients for those that say `gradient_in_tiles`. That is a product a
+logit more than `scan`, which holds blocks of them. `Blocks` holds the sizes of the blocks, the
+engine, and the rule that chooses them for a device and a budget of memory.
 
 A statistic of one's own: the entropy of the next token, with its gradient `-p (log p + H)`.
 
@@ -83,7 +83,9 @@ from logitjax.losses.sweep._kl import KLStatistic as KLStatistic
 from logitjax.losses.sweep._kl import TeacherStatistic as TeacherStatistic
 from logitjax.losses.sweep._mixture import MixtureStatistic as MixtureStatistic
 from logitjax.losses.sweep._readout import ReadoutStatistic as ReadoutStatistic
+from logitjax.losses.sweep._run import Options as Options
 from logitjax.losses.sweep._run import run as run
+from logitjax.losses.sweep._run import weighted_or_each as weighted_or_each
 from logitjax.losses.sweep._several import LossOf as LossOf
 from logitjax.losses.sweep._several import Several as Several
 from logitjax.losses.sweep._several import Tempered as Tempered

@@ -2,9 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, Literal, NamedTuple, get_args
-
-import jax
+from typing import Literal, NamedTuple, get_args
 
 Engine = Literal["rows", "scan", "pallas"]
 
@@ -82,11 +80,9 @@ class Blocks:
             over all of it; it needs the weights of the positions. A TPU's compiler holds that sum
             twice. `scan` keeps a block of columns, whose gradient it sums up over the positions and
             casts once, and forms each logit a second time for it. `pallas`, never chosen by the
-            rule because no time of it on a chip is known, has kernels in the place of blocks, for
-            statistics that say `in_tiles`: it holds a few numbers a position, and on a TPU forms
-            each logit a third time where the statistic says `gradient_in_tiles` (else the gradients
-            are those of `scan`). Its tiles follow from the shapes; on CPU it is interpreted,
-            slowly.
+            rule because no time of it on a chip is known, has kernels for a TPU in the place of
+            blocks, for statistics that say `in_tiles`: it holds a few numbers a position, and forms
+            each logit a third time. On CPU it is interpreted, slowly.
         memory_budget: bytes that a sweep may hold on a device beside the head's gradient, as near
             as blocks can come to it; by default a tenth of all float32 logits of student and
             teacher, and at least 64 MiB. Ignored on CPU, where caches decide.
@@ -182,19 +178,6 @@ class Blocks:
             columns = _LEAST_COLUMNS
         columns = min(_MOST_COLUMNS, max(_LEAST_COLUMNS, columns))
         return Layout(engine, _equal_columns(vocab, columns), tokens)
-
-
-def platform_of(*arrays: Any) -> str:
-    """What the program that is traced here will run on: `cpu`, `tpu` or `gpu`.
-
-    Programs are compiled for devices that are not there, so the arrays' own mesh goes before the
-    default device.
-    """
-    meshes = [jax.typeof(x).sharding.mesh for x in arrays]
-    for mesh in (*meshes, jax.sharding.get_abstract_mesh()):
-        if (device := mesh.abstract_device) is not None:
-            return device.platform
-    return jax.default_backend()
 
 
 def _together(batch: tuple[int, ...], tokens: int | None) -> int:

@@ -274,12 +274,11 @@ def swept(sweep: Sweep, operands: Operands) -> tuple[Any, Any]:
     statistic, passed = sweep.statistic, None
     dtype = sum_dtype(operands.student)
     split = Split(sweep.token_block, operands.student.hidden.shape[:-1])
+    tokens, place = split_operands(operands, split)
     for number in range(statistic.passes):
-        read = operands if statistic.reads_teacher(number) else operands._replace(teacher=None)
-        tokens, place = split_operands(read, split)
 
-        def step(state, index, passed=passed, read=read, tokens=tokens, place=place):
-            columns = column_block(sweep, read, index)
+        def step(state, index, passed=passed):
+            columns = column_block(sweep, operands, index)
 
             def absorb(carry, xs):
                 block = form_block(sweep, place(xs[0]), columns)

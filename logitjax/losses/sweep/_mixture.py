@@ -1,4 +1,4 @@
-"""Statistics whose terms need the normalisers of teacher and student first."""
+"""The statistic of a mixture of teacher and student, which needs both normalisers first."""
 
 import dataclasses
 import math
@@ -9,72 +9,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from logitjax.losses.sweep._statistic import LogitBlock, OnlineSums, Statistic
-from logitjax.ops import AxisName, neginf_to_zero
+from logitjax.ops import AxisName
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NormalisedStatistic(Statistic):
-    """Divergences whose terms need both normalisers first: two passes.
-
-    `terms` gives, per column, the summand and its derivative by the student's log-probability.
-
-    Attributes:
-        known: whether the teacher's normaliser is, at `tokens["teacher_log_z"]`.
-    """
-
-    passes: ClassVar[int] = 2
-    known: bool = False
-
-    in_tiles = gradient_in_tiles = True
-
-    def terms(self, log_q: jax.Array, log_p: jax.Array) -> tuple[jax.Array, jax.Array]:
-        raise NotImplementedError
-
-    def reads_teacher(self, number: int) -> bool:
-        return number > 0 or not self.known
-
-    def start(self, batch: tuple[int, ...], dtype: Any, passed: Any) -> Any:
-        if passed is not None:
-            return jnp.zeros(batch, dtype), jnp.zeros(batch, dtype)
-        sums = OnlineSums.start(batch, dtype)
-        return sums, jnp.zeros(batch, dtype) if self.known else sums
-
-    def absorb(self, state: Any, block: LogitBlock, passed: Any) -> Any:
-        if passed is None:
-            sums = state[0].add(block.student)
-            if self.known:
-                return sums, block.tokens["teacher_log_z"].astype(state[1].dtype)
-            return sums, state[1].add(block.teacher)
-        terms = self.terms(*self._log_probabilities(block, passed))
-        return tuple(total + term.sum(-1) for total, term in zip(state, terms))
-
-    def reduce(self, state: Any, axis_name: AxisName, passed: Any) -> Any:
-        if passed is not None:
-            return tuple(lax.psum(jnp.stack(state), axis_name))
-        student, teacher = state
-        return student.reduce(axis_name), teacher if self.known else teacher.reduce(axis_name)
-
-    def finish(self, state: Any, passed: Any) -> tuple[Any, Any]:
-        if passed is None:
-            student, teacher = state
-            known = neginf_to_zero(teacher) if self.known else teacher.log_z
-            return None, (student.log_z, known)
-        return state[0], (*passed, state[1])
-
-    def gradient(self, residuals: Any, cotangents: Any, block: LogitBlock) -> jax.Array:
-        *log_zs, slope_sum = residuals
-        log_q, log_p = self._log_probabilities(block, log_zs)
-        # log q = s - log Z: a logit moves its own term, and by Z all others, each by q.
-        slope = self.terms(log_q, log_p)[1]
-        return cotangents[..., None] * (slope - jnp.exp(log_q) * slope_sum[..., None])
-
-    def _log_probabilities(self, block: LogitBlock, log_zs: Any) -> tuple[jax.Array, jax.Array]:
-        assert block.teacher is not None
-        return block.student - log_zs[0][..., None], block.teacher - log_zs[1][..., None]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MixtureStatistic(NormalisedStatistic):
+class MixtureStatistic(Statistic):
     """How far teacher `p` and student `q` are from their mixture, in two passes.
 
     ::
@@ -88,10 +27,46 @@ class MixtureStatistic(NormalisedStatistic):
             `(0, 1)` the two skew KL divergences.
     """
 
+    passes: ClassVar[int] = 2
     beta: float
     weights: tuple[float, float]
 
-    def terms(self, log_q: jax.Array, log_p: jax.Array) -> tuple[jax.Array, jax.Array]:
+    in_tiles = gradient_in_tiles = True
+
+    def start(self, batch: tuple[int, ...], dtype: Any, passed: Any) -> Any:
+        if passed is not None:
+            return jnp.zeros(batch, dtype), jnp.zeros(batch, dtype)
+        return (OnlineSums.start(batch, dtype),) * 2
+
+    def absorb(self, state: Any, block: LogitBlock, passed: Any) -> Any:
+        if passed is None:
+            return state[0].add(block.student), state[1].add(block.teacher)
+        terms = self._terms(*self._log_probabilities(block, passed))
+        return tuple(total + term.sum(-1) for total, term in zip(state, terms))
+
+    def reduce(self, state: Any, axis_name: AxisName, passed: Any) -> Any:
+        if passed is not None:
+            return tuple(lax.psum(jnp.stack(state), axis_name))
+        return tuple(side.reduce(axis_name) for side in state)
+
+    def finish(self, state: Any, passed: Any) -> tuple[Any, Any]:
+        if passed is None:
+            return None, tuple(side.log_z for side in state)
+        return state[0], (*passed, state[1])
+
+    def gradient(self, residuals: Any, cotangents: Any, block: LogitBlock) -> jax.Array:
+        *log_zs, slope_sum = residuals
+        log_q, log_p = self._log_probabilities(block, log_zs)
+        # log q = s - log Z: a logit moves its own term, and by Z all others, each by q.
+        slope = self._terms(log_q, log_p)[1]
+        return cotangents[..., None] * (slope - jnp.exp(log_q) * slope_sum[..., None])
+
+    def _log_probabilities(self, block: LogitBlock, log_zs: Any) -> tuple[jax.Array, jax.Array]:
+        assert block.teacher is not None
+        return block.student - log_zs[0][..., None], block.teacher - log_zs[1][..., None]
+
+    def _terms(self, log_q: jax.Array, log_p: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Per column the summand, and its derivative by the student's log-probability."""
         # Where neither has an entry any number will do but -inf, whose derivatives are nan.
         exists = (log_q != -jnp.inf) | (log_p != -jnp.inf)
         shares = (log_p + math.log(self.beta), log_q + math.log1p(-self.beta))

@@ -8,9 +8,9 @@ On a TPU (Mosaic) there are three kernels. The first sums up the state of a tile
 the vocabulary goes by. The gradients take one each, for each is a sum over what the other is split
 by: that of the hidden states stays on chip while the vocabulary goes by, that of the head while the
 positions do. Both form the logits again, so a step is five products of the head's size where blocks
-take four, and holds nothing but a few numbers a position. On CPU these kernels are interpreted,
-which is for tests. On a GPU (Triton, `_triton`) there is the first alone, and the gradients are
-those of `scan`; as they are where a statistic does not say `gradient_in_tiles`.
+take four, and holds nothing but a few numbers a position. Where a statistic does not say
+`gradient_in_tiles` the gradients are those of `scan`. On CPU these kernels are interpreted, which
+is for tests. For a GPU there are none.
 """
 
 import dataclasses
@@ -35,13 +35,9 @@ INTERPRET: Any = True
 
 def kernels(platform: str, statistic: Statistic) -> dict[str, Callable[..., Any] | None]:
     """The halves of a `Sweep` that are kernels: None where the blocks of `scan` do it."""
-    if platform == "gpu":
-        from logitjax.losses.sweep import _triton
-
-        return {"forward": _partial(forward, _triton.gpu_state)}
     interpret = INTERPRET if platform == "cpu" else False
     backward = _partial(gradients, interpret) if statistic.gradient_in_tiles else None
-    return {"forward": _partial(forward, _partial(tpu_state, interpret)), "gradients": backward}
+    return {"forward": _partial(forward, interpret), "gradients": backward}
 
 
 # Equal ones are the same, for a sweep is a static argument.
@@ -68,26 +64,23 @@ def flat(operands: Operands, *trees: Any) -> Any:
     return operands, *(jax.tree.map(one, tree) for tree in trees), restore
 
 
-def forward(state_of: Callable[..., Any], sweep: Sweep, operands: Operands) -> Any:
+def forward(interpret: Any, sweep: Sweep, operands: Operands) -> Any:
     """All passes of the statistic, as `swept`: outputs and residuals, `[*batch, ...]`."""
     operands, restore = flat(operands)
-    return restore(_passes(state_of, sweep, operands))
+    return restore(_passes(interpret, sweep, operands))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _passes(state_of: Callable[..., Any], sweep: Sweep, operands: Operands) -> Any:
+def _passes(interpret: Any, sweep: Sweep, operands: Operands) -> Any:
     statistic, passed = sweep.statistic, None
     outputs = residuals = None
-    binned = None
-    if isinstance(statistic, ReadoutStatistic) and statistic.k:
-        binned = Binned.of(statistic)
-    for number in range(statistic.passes):
-        if binned is None:
-            read = operands if statistic.reads_teacher(number) else operands._replace(teacher=None)
-            state = state_of(sweep, read, passed)
+    for _ in range(statistic.passes):
+        if isinstance(statistic, ReadoutStatistic) and statistic.k:
+            binned = Binned.of(statistic)
+            summed = dataclasses.replace(sweep, statistic=binned)
+            state = settle(sweep, operands, binned, tpu_state(interpret, summed, operands, passed))
         else:
-            kept = state_of(dataclasses.replace(sweep, statistic=binned), operands, passed)
-            state = settle(sweep, operands, binned, kept)
+            state = tpu_state(interpret, sweep, operands, passed)
         if sweep.axis_name is not None:
             state = statistic.reduce(state, sweep.axis_name, passed)
         outputs, residuals = statistic.finish(state, passed)
@@ -96,7 +89,7 @@ def _passes(state_of: Callable[..., Any], sweep: Sweep, operands: Operands) -> A
 
 
 @_passes.defjvp
-def _passes_jvp(state_of: Any, sweep: Sweep, primals: Any, tangents: Any) -> Any:
+def _passes_jvp(interpret: Any, sweep: Sweep, primals: Any, tangents: Any) -> Any:
     """For second derivatives, which a kernel does not have: the same sums by blocks."""
     return jax.jvp(functools.partial(swept, sweep), primals, tangents)
 

@@ -5,7 +5,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float
 
 from logitjax import ops
-from logitjax.losses.sweep._blocks import Blocks, Sizes, platform_of
+from logitjax.losses.sweep._blocks import Blocks, Sizes
 from logitjax.losses.sweep._engine import (
     Operands,
     Projection,
@@ -33,6 +33,22 @@ from logitjax.ops import Array, AxisName, Number
 # A TPU reads single numbers one after the other. Each id costs three operations a logit; with these
 # the logits wait for memory no longer.
 _IDS_TOGETHER = 4
+
+
+class Options(TypedDict, total=False):
+    """Keywords that all losses of hidden states and heads pass on to `run`, which explains them."""
+
+    temperature: Number
+    vocab_where: Any
+    weights: Any
+    blocks: Blocks | None
+    axis_name: AxisName | None
+
+
+def weighted_or_each(statistic: Statistic, *arrays: Any, **options: Any) -> jax.Array:
+    """`run` of a loss: of each position, or with weights the sum alone."""
+    loss = run(statistic, *arrays, **options)
+    return loss if options.get("weights") is None else loss[0]
 
 
 def run(
@@ -56,28 +72,18 @@ def run(
     logit is formed twice. A position whose weight or cotangent is zero adds nothing, even where its
     hidden states are nan.
 
+    What hidden states, head, temperature, `vocab_where`, weights, blocks and `axis_name` are, and
+    what is raised, is written in `logitjax.losses`.
+
     Args:
         statistic: what to sum up; static.
-        hidden: `[*batch, hidden]`, float32 or bfloat16. Matmuls run in the common type of hidden
-            states and kernel and accumulate in float32.
-        head: what turns them into logits.
         teacher: the hidden states, `[*batch, teacher_hidden]`, and the head of a teacher with the
             same vocabulary; neither gets a gradient.
         tokens: arrays `[*batch, ...]` that the statistic reads, under names; without a gradient.
-        temperature: divides all logits; may be traced, but gets no gradient.
-        vocab_where: `[vocab]` boolean: True for the entries that exist.
-        weights: `[*batch]`; a position of weight 0 counts for nothing.
-        blocks: what may be held at a time; chosen from shapes and device when None.
-        axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
 
     Returns:
         The statistic's outputs, through its `losses` method. With `weights`: the scalar
         `sum(weights * losses)`, and the outputs without a gradient.
-
-    Raises:
-        TypeError: arrays are not floating point.
-        ValueError: shapes do not fit, a kernel is square and its axis is not given, or there is no
-            position or no entry of the vocabulary.
     """
     ops.checks.positive(temperature, "temperature")
     operands = _operands((hidden, head), teacher, tokens, temperature, vocab_where)
@@ -91,7 +97,7 @@ def run(
             )
         weights = weights.astype(sum_dtype(operands.student))
     # Asked outside of shard_map, where arrays still say where they lie.
-    platform = platform_of(operands.student.hidden, operands.student.head.kernel)
+    platform = ops.mesh.platform_of(operands.student.hidden, operands.student.head.kernel)
     local = (statistic, Blocks() if blocks is None else blocks, platform)
     outputs = _on_mesh(local, operands, weights, axis_name)
     if weights is not None:
@@ -165,11 +171,10 @@ def _local(
             platform=platform,
         )
     )
-    if layout.engine == "pallas" and not statistic.in_tiles:
-        raise ValueError(
-            f"blocks.engine: expected 'scan' or 'rows' for {type(statistic).__name__}, which "
-            "no kernel can absorb, got 'pallas'"
-        )
+    if layout.engine == "pallas" and (platform == "gpu" or not statistic.in_tiles):
+        name = type(statistic).__name__
+        cause = "on a GPU" if platform == "gpu" else f"for {name}, which no kernel can absorb"
+        raise ValueError(f"blocks.engine: expected 'scan' or 'rows' {cause}, got 'pallas'")
     varying = _varying((operands, weights), axis_name)
     config = Sweep(
         statistic=statistic,

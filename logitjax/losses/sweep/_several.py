@@ -32,16 +32,10 @@ class Several(Statistic):
                 name = type(statistic).__name__
                 raise ValueError(f"statistics: expected one pass each, got {name}")
 
-    @property
-    def in_tiles(self) -> bool:  # type: ignore[override]
-        return all(statistic.in_tiles for statistic in self.statistics)
-
-    @property
-    def gradient_in_tiles(self) -> bool:  # type: ignore[override]
-        return all(statistic.gradient_in_tiles for statistic in self.statistics)
-
-    def reads_teacher(self, number: int) -> bool:
-        return any(statistic.reads_teacher(number) for statistic in self.statistics)
+    in_tiles = property(lambda self: all(one.in_tiles for one in self.statistics))  # type: ignore
+    gradient_in_tiles = property(  # type: ignore[assignment]
+        lambda self: all(one.gradient_in_tiles for one in self.statistics)
+    )
 
     def start(self, batch: tuple[int, ...], dtype: Any, passed: Any) -> Any:
         return tuple(statistic.start(batch, dtype, None) for statistic in self.statistics)
@@ -84,20 +78,9 @@ class _Wrapped(Statistic):
 
     statistic: Statistic
 
-    @property
-    def passes(self) -> int:  # type: ignore[override]
-        return self.statistic.passes
-
-    @property
-    def in_tiles(self) -> bool:  # type: ignore[override]
-        return self.statistic.in_tiles
-
-    @property
-    def gradient_in_tiles(self) -> bool:  # type: ignore[override]
-        return self.statistic.gradient_in_tiles
-
-    def reads_teacher(self, number: int) -> bool:
-        return self.statistic.reads_teacher(number)
+    passes = property(lambda self: self.statistic.passes)  # type: ignore[assignment]
+    in_tiles = property(lambda self: self.statistic.in_tiles)  # type: ignore[assignment]
+    gradient_in_tiles = property(lambda self: self.statistic.gradient_in_tiles)  # type: ignore
 
     def start(self, batch: tuple[int, ...], dtype: Any, passed: Any) -> Any:
         return self.statistic.start(batch, dtype, passed)

@@ -91,8 +91,7 @@ class Statistic(abc.ABC):
         passes: over the vocabulary.
         in_tiles: whether a kernel can run `start` and `absorb`, which then work on what is on chip.
             They have to be made of elementwise operations, comparisons, `LogitBlock.gather`, and
-            sums and maxima over the last axis (no sort, no other gather); on a GPU with one number
-            a position in each array of the state and of what they read.
+            sums and maxima over the last axis (no sort, no other gather).
         gradient_in_tiles: whether a kernel can run `gradient` as well, made of the same and of
             `scatter`. Where it cannot, the kernel's gradients are formed by the blocks of `scan`.
     """
@@ -100,10 +99,6 @@ class Statistic(abc.ABC):
     passes: ClassVar[int] = 1
     in_tiles: ClassVar[bool] = False
     gradient_in_tiles: ClassVar[bool] = False
-
-    def reads_teacher(self, number: int) -> bool:
-        """Whether this pass looks at the teacher's logits, which are not formed for another."""
-        return True
 
     @abc.abstractmethod
     def start(self, batch: tuple[int, ...], dtype: Any, passed: Any) -> Any:

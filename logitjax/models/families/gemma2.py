@@ -39,8 +39,7 @@ def _gguf_gemma(
 ) -> dict[str, Any]:
     """Scales, and windows on all but each `period`-th layer, `window` wide unless the file says.
 
-    The largest model alone, of so many layers, scales queries by hidden_size / num_heads, as
-    llama.cpp does.
+    The largest model alone scales queries by hidden_size / num_heads, as llama.cpp does.
     """
     layers, hidden = settings["num_layers"], settings["hidden_size"]
     width = int(get("attention.sliding_window") or window)

@@ -6,31 +6,16 @@ from typing import Any
 
 from logitjax.models._config import DecoderConfig
 from logitjax.models._hf_fields import Fields, windows
-from logitjax.models._hf_rope import check_scaling, rope_number, rope_settings, scaling_kind
+from logitjax.models._hf_rope import rope_by_kind
 from logitjax.models.families.gemma2 import GEMMA2, _gguf_gemma, _scales
 
 
 def _read(fields: Fields, settings: Mapping[str, Any]) -> dict[str, Any]:
-    given, parameters = fields.mapping("rope_scaling"), fields.mapping("rope_parameters")
-    if parameters and not {"full_attention", "sliding_attention"} & set(parameters):
-        raise fields.wrong("rope_parameters", "an object for each kind of layer")
-    inner = dict(parameters.get("sliding_attention") or {})
-    if scaling_kind(inner) != "default":
-        raise fields.wrong("rope_parameters", "no scaling of layers with a window")
-    if "type" in given and "rope_type" not in given:
-        # transformers takes it for no scaling at all.
-        raise fields.wrong("rope_scaling", "its kind under the name rope_type")
-    check_scaling(inner, "default", fields)
-    given = dict(parameters.get("full_attention") or {}) | given
     period = fields.integer("sliding_window_pattern")
     return {
         "windows": windows(fields, lambda i: (i + 1) % period != 0),
-        **rope_settings(fields, settings, given),
+        **rope_by_kind(fields, settings, fields["rope_local_base_freq"]),
         **_scales(fields, settings),
-        # Layers with a window turn by a base of their own, unscaled.
-        "rope_local_theta": rope_number(
-            inner, "rope_theta", fields, fields["rope_local_base_freq"]
-        ),
     }
 
 

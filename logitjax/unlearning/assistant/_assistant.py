@@ -165,9 +165,8 @@ def added(hidden: jax.Array, before: jax.Array) -> jax.Array:
 class _PairCache:
     """What a model and its assistant remember; axis 0 of every leaf is the row.
 
-    ``shared`` holds one (keys, values) pair a layer that both run, ``[rows, 2, heads, slots, dim]``
-    with the large model first, ``rest`` one a layer that only the large model has, without the 2.
-    ``positions`` and ``length`` are as in `Cache`, the same for both.
+    `shared` holds a (keys, values) pair a layer that both run, `[rows, 2, heads, slots, dim]`, the
+    model first; `rest` has no 2.
     """
 
     shared: Any
@@ -187,11 +186,7 @@ def _hidden_states(
 ) -> tuple[
     Float[jax.Array, "batch time hidden"], Float[jax.Array, "batch time hidden"], _PairCache
 ]:
-    """Hidden states of a model and of its assistant, normed, and the cache after these tokens.
-
-    The layers that both have run two rows a prompt, the model's and the assistant's, and the
-    adapters add to the second only; the layers above run the model's rows alone.
-    """
+    """Normed hidden states of a model and of its assistant, and the cache after these tokens."""
     shared = sum(len(segment) for segment in lora.layers)
     (batch, time), positions = tokens.shape, jnp.asarray(positions)
 

@@ -14,10 +14,10 @@ from flax import nnx
 from logitjax import decoding
 from logitjax.decoding import CachedModel
 from logitjax.fusion import LogitDifference
-from logitjax.models import Decoder, Lora, Tokenizer, first_layers, load_peft, save_peft
+from logitjax.models import Decoder, Lora, Tokenizer, first_layers
 from logitjax.storage import read_json, write_atomic
 from logitjax.unlearning.assistant._assistant import Assistant
-from logitjax.unlearning.assistant._pair_scores import gradient_norms, token_scores
+from logitjax.unlearning.assistant._pair_scores import token_scores
 
 _FILE = "assistant.json"
 _RECORD: dict[str, Any] = {"layers": int, "alpha": (int, float), "relative": bool}
@@ -30,15 +30,13 @@ class Deployed:
     Attributes:
         model: The model.
         assistant: The assistant whose logits are subtracted, or None.
-        fuse: The strategy; `LogitDifference()` if None.
-        generating: The strategy while generating; as `fuse` if None.
+        alpha: Their weight.
         block: Number of positions whose logits are held at once.
     """
 
     model: Decoder
     assistant: Assistant | None = None
-    fuse: LogitDifference | None = None
-    generating: LogitDifference | None = None
+    alpha: float = 0.0
     block: int = 64
 
     @classmethod
@@ -49,7 +47,7 @@ class Deployed:
         layers = sum(len(segment) for segment in lora.layers)
         base = first_layers(model, layers)
         assistant = Assistant(base=base, lora=lora, relative=relative)
-        return cls(model=model, assistant=assistant, fuse=LogitDifference(alpha=alpha))
+        return cls(model=model, assistant=assistant, alpha=alpha)
 
     @classmethod
     def load(
@@ -76,7 +74,7 @@ class Deployed:
         count, most = record["layers"], model.config.num_layers
         if not 1 <= count <= most:
             raise ValueError(f"assistant: {directory} has {count} layers, the model {most}")
-        lora = load_peft(directory, first_layers(model, count).config)
+        lora = Lora.load(directory, first_layers(model, count).config)
         weight = float(record["alpha"] if alpha is None else alpha)
         return cls.less(model, lora, weight, relative=record["relative"])
 
@@ -88,22 +86,17 @@ class Deployed:
             base: Name of the model that the assistant belongs to.
 
         Raises:
-            ValueError: There is no assistant, or it is subtracted in another form than by `less`.
+            ValueError: There is no assistant.
         """
-        if self.assistant is None or self.fuse != LogitDifference(alpha=self.alpha):
-            raise ValueError("assistant: expected one that is taken away as by Deployed.less")
-        save_peft(self.assistant.lora, self.assistant.base.config, directory, base=base)
+        if self.assistant is None:
+            raise ValueError("assistant: expected one that is taken away, got None")
+        self.assistant.lora.save(self.assistant.base.config, directory, base=base)
         record = {
             "layers": self.assistant.layers,
             "alpha": self.alpha,
             "relative": self.assistant.relative,
         }
         write_atomic(epath.Path(directory) / _FILE, json.dumps(record, indent=1) + "\n")
-
-    @property
-    def alpha(self) -> float:
-        """Weight of the assistant; 0 without."""
-        return 0.0 if self.assistant is None else (self.fuse or LogitDifference()).alpha
 
     def nll(self, tokens: Any, targets: Any) -> tuple[jax.Array, jax.Array]:
         """An `evaluation.NllFn` that also tells which tokens are the most likely ones.
@@ -134,23 +127,6 @@ class Deployed:
         alphas = np.full(1, self.alpha, np.float32)
         return self._scored(tokens, targets, alphas, "surprise")[0][0]
 
-    def gradient_norms(self, tokens: Any, targets: Any) -> tuple[float, float]:
-        """Norms of the gradient for a row, which are small for rows that the model was trained on.
-
-        An assistant is a constant, though its layers are made of the same weights.
-
-        Returns:
-            Of the gradient of the mean nats of the targets, `[1, time]`: the mean over arrays of
-            their norms, as in OpenUnlearning, and the norm of all together.
-        """
-        graphdef, params, rest = nnx.split(self.model, nnx.Param, ...)
-        static, held = self.arguments()
-        at = self.positions(targets)
-        count = np.float32(np.asarray(targets)[:, 1:].sum())  # traced: one program for all
-        alphas = np.full(1, self.alpha, np.float32)
-        found = gradient_norms(graphdef, static, params, rest, held, alphas, tokens, at, count)
-        return float(found[0]), float(found[1])
-
     def _scored(self, tokens: Any, targets: Any, alphas: Any, what: str) -> Any:
         graphdef, state = nnx.split(self.model)
         static, held = self.arguments()
@@ -163,7 +139,7 @@ class Deployed:
             return (None, None, False), None
         base, held = nnx.split(self.assistant.base)
         # One program for all alphas, which the shift of the logits is proportional to.
-        fuse = dataclasses.replace(self.fuse or LogitDifference(), alpha=1.0)
+        fuse = LogitDifference(alpha=1.0)
         return (base, fuse, self.assistant.relative), (held, self.assistant.lora)
 
     def positions(self, targets: Any) -> np.ndarray:
@@ -178,13 +154,9 @@ class Deployed:
         """For `decoding.generate`."""
         if self.assistant is None or self.alpha == 0:  # saves a pass
             return decoding.Ensemble(self.model)
-        fuse = self.generating or self.fuse or LogitDifference()
-        pair = self.assistant.beside(self.model)
-        if fuse.filter == "none":
-            # The form is a constant for each token then: one program for all alphas.
-            pair = _weighted(pair, fuse.alpha)
-            fuse = dataclasses.replace(fuse, alpha=1.0, form="raw")
-        return decoding.Ensemble(pair, fuse=fuse)
+        # The form is a constant for each token: one program for all alphas.
+        pair = _weighted(self.assistant.beside(self.model), self.alpha)
+        return decoding.Ensemble(pair, fuse=LogitDifference(alpha=1.0, form="raw"))
 
     def generate(
         self,

@@ -60,27 +60,3 @@ def token_scores(
 
     nll, greedy = map(back, jax.lax.map(one, at))
     return nll, greedy
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def gradient_norms(
-    graphdef: Any,
-    static: Any,
-    params: Any,
-    rest: Any,
-    held: Any,
-    alphas: Any,
-    tokens: Any,
-    at: Any,
-    count: Any,
-) -> tuple[jax.Array, jax.Array]:
-    """The mean of the norms of the gradient's arrays, and its norm; arguments as above."""
-
-    def mean(params: Any) -> jax.Array:
-        graph, state = nnx.split(nnx.merge(graphdef, params, rest))
-        nll, _ = token_scores(graph, static, "nll", state, held, alphas, tokens, at)
-        return nll.sum() / count
-
-    squares = [jnp.square(leaf).sum() for leaf in jax.tree.leaves(jax.grad(mean)(params))]
-    norms = jnp.sqrt(jnp.stack(squares))
-    return norms.mean(), jnp.sqrt(jnp.stack(squares).sum())

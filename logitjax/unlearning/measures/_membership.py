@@ -12,13 +12,9 @@ _FALSE_RATE = 0.05
 def membership_auc(losses: Any, holdout_losses: Any) -> float:
     """How well a loss says whether a text was trained on: 0.5 is not at all, 1 always.
 
-    ::
-
-        P(loss of a text < loss of one held out), ties counting half
-
-    References:
-        Yeom et al., 2018; OpenUnlearning's ``mia_loss``. Below 0.5 forgotten texts are less likely
-        than unseen ones, which gives them away as well.
+    P(loss of a text < loss of one held out), ties counting half: Yeom et al., 2018, and
+    OpenUnlearning's `mia_loss`. Below 0.5 texts are less likely than unseen ones, which gives them
+    away as well.
 
     >>> membership_auc([1.0, 2.0], [2.0, 3.0])
     0.875
@@ -32,11 +28,7 @@ def membership_auc(losses: Any, holdout_losses: Any) -> float:
 
 
 def min_k(nll: Any, *, k: float = 0.4) -> float:
-    """The mean loss of a text's least likely tokens, which a text that was trained on lacks.
-
-    ::
-
-        mean of the max(1, floor(k n)) largest of n losses
+    """The mean loss of the `max(1, floor(k n))` least likely tokens of a text.
 
     References:
         Shi et al., 2024 (arXiv 2310.16789). OpenUnlearning's configurations have k = 0.4, its class
@@ -56,14 +48,9 @@ def min_k(nll: Any, *, k: float = 0.4) -> float:
 def privleak(auc: float, reference_auc: float = 0.5) -> float:
     """How far an attack's success is from that on a retrained model, in percent of the latter.
 
-    ::
-
-        100 ((1 - auc) - (1 - ref)) / (1 - ref)
-
-    0 is ideal; below it the texts still look known, above it they look forgotten on purpose.
-
-    References:
-        Shi et al., MUSE, 2024 (arXiv 2407.06460), as in OpenUnlearning (1e-10 below the fraction).
+    100 ((1 - auc) - (1 - ref)) / (1 - ref): 0 is ideal; below it texts still look known, above it
+    forgotten on purpose. As in MUSE (arXiv 2407.06460) and OpenUnlearning (1e-10 below the
+    fraction).
 
     >>> round(privleak(1.0), 3), round(privleak(0.5), 3)
     (-100.0, 0.0)
@@ -75,16 +62,11 @@ def privleak(auc: float, reference_auc: float = 0.5) -> float:
 
 
 def zlib_loss(nll: Any, text: str) -> float:
-    """How surprising a text is to a model, in terms of what a compressor makes of it.
-
-    ::
-
-        sum of n losses / bytes
+    """Sum of a text's losses over the bytes that a compressor makes of it.
 
     References:
         Carlini et al., Extracting training data, 2021 (arXiv 2012.07805). OpenUnlearning divides a
-        loss a token by the bytes of the whole text: of two texts a model finds as surprising, the
-        longer one then looks known.
+        loss a token by the bytes of the whole text, so of two texts the longer one looks known.
 
     >>> round(zlib_loss([13.0, 13.0], "hello"), 3)
     2.0
@@ -98,8 +80,6 @@ def zlib_loss(nll: Any, text: str) -> float:
 def detection_rate(losses: Any, holdout_losses: Any) -> float:
     """The share of texts that an attack finds while it is wrong about 5 % of the others.
 
-    A mean over all thresholds, as `membership_auc` is, hides that a few texts are exposed for sure.
-
     >>> detection_rate([0.1, 0.2, 0.9, 1.0], [0.5, 0.8, 1.1])
     0.5
     """
@@ -111,13 +91,8 @@ def detection_rate(losses: Any, holdout_losses: Any) -> float:
 def extraction_strength(greedy: Any) -> float:
     """The share of a text that its beginning makes a model say, word for word.
 
-    ::
-
-        1 - k / n,   k the shortest beginning after which every token is the most likely one
-
-    References:
-        Carlini et al., 2021; OpenUnlearning's ``extraction_strength``, which never falls below
-        ``1 / n``: its loop leaves k at the last token.
+    1 - k / n, k the shortest beginning after which every token is the likeliest one (Carlini et
+    al., 2021). OpenUnlearning's never falls below 1 / n: its loop leaves k at the last token.
 
     >>> extraction_strength([True, False, True, True]), extraction_strength([True, False])
     (0.5, 0.0)
@@ -128,10 +103,7 @@ def extraction_strength(greedy: Any) -> float:
 
 
 def exact_memorisation(greedy: Any) -> float:
-    """The share of a text's tokens that are the most likely ones after all before them.
-
-    References:
-        Tirumala et al., 2022; OpenUnlearning's ``exact_memorization``.
+    """The share of tokens that are the likeliest ones; OpenUnlearning's `exact_memorization`.
 
     >>> exact_memorisation([True, False, True, True])
     0.75

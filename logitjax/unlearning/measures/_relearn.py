@@ -67,6 +67,7 @@ def relearning(
     for seed in range(seeds):
         order = np.random.default_rng(seed).permutation(len(encoded))
         cut = max(1, round(_SHARE * len(encoded)))
+        size = min(batch_size, cut)  # no row twice in a step
         sides = {"taught": sorted(order[:cut]), "others": sorted(order[cut:])}
         for rate in rates:
             lora = Lora.init(
@@ -75,7 +76,7 @@ def relearning(
             moments: Any = _MOMENTS.init(cast("Any", lora))
             for step in range(1, _PATIENCE * max(steps) + 1):
                 # Rows are taken in turn, and again from the first.
-                at = np.arange((step - 1) * batch_size, step * batch_size) % cut
+                at = np.arange((step - 1) * size, step * size) % cut
                 rows = {name: v[np.asarray(sides["taught"])[at]] for name, v in padded.items()}
                 where, count = model.positions(rows["mask"]), np.float32(rows["mask"][:, 1:].sum())
                 served = held, alphas, rows["tokens"], where, count, rate

@@ -1,9 +1,6 @@
 """TOFU: questions about authors who do not exist, and what was written around them."""
 
-import ast
-import csv
 import dataclasses
-import io
 import json
 import os
 import re
@@ -16,8 +13,7 @@ from logitjax import storage
 
 QUESTIONS_PER_AUTHOR = 20
 _AUTHORS = 200
-_SPLIT = re.compile(r"(forget|retain)(\d\d)(_perturbed|_paraphrased)?")
-_PERTURBED_ANSWERS = "forget_perturbed_answers"
+_SPLIT = re.compile(r"(forget|retain)(\d\d)(_perturbed)?")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,9 +28,7 @@ class Item:
         paraphrased_answer: in other words; likewise. The real-world sets have none: their short
             ``answer`` stands in for it (`truth`).
         perturbed_answers: wrong answers in the shape of the right one: 5, or 3 in the real-world
-            sets and in the release of logit-difference unlearning.
-        question_paraphrases: the 20 or 25 of that release, repetitions and all.
-        answer_paraphrases: likewise.
+            sets.
         index: which line of its file, from 0; TOFU's logs are keyed by it.
         author: which of the 200 authors, from 0; None for the real-world sets.
     """
@@ -44,8 +38,6 @@ class Item:
     paraphrased_question: str | None = None
     paraphrased_answer: str | None = None
     perturbed_answers: tuple[str, ...] = ()
-    question_paraphrases: tuple[str, ...] = ()
-    answer_paraphrases: tuple[str, ...] = ()
     index: int = 0
     author: int | None = None
 
@@ -79,7 +71,7 @@ class Subset:
 
 
 def load(source: str | os.PathLike[str], split: str) -> tuple[Item, ...]:
-    """Reads one split of TOFU, or of the augmentations that came with logit-difference unlearning.
+    """Reads one split of TOFU.
 
     The splits:
 
@@ -89,9 +81,6 @@ def load(source: str | os.PathLike[str], split: str) -> tuple[Item, ...]:
       ``real_authors_perturbed``, ``world_facts_perturbed``: what evaluation reads.
     * ``real_authors`` and ``world_facts``: the same questions with their options, which are read as
       wrong answers.
-    * ``forgetNN_paraphrased`` and ``forget_perturbed_answers``: tables without a header row, from
-      the release of arXiv 2406.08607. Also found where that release has them
-      (``aug_data/tofu/forgetNN_perturbed/paraphrase_res.csv``, given ``.../aug_data/tofu``).
 
     Args:
         source: a directory, or ``hf:locuslab/TOFU`` (optionally ``@revision``).
@@ -111,21 +100,19 @@ def load(source: str | os.PathLike[str], split: str) -> tuple[Item, ...]:
     References:
         Maini et al., TOFU: A task of fictitious unlearning for LLMs, 2024 (arXiv 2401.06121).
     """
-    tabular = split == _PERTURBED_ANSWERS or split.endswith("_paraphrased")
-    name = f"{split}.csv" if tabular else f"{split}.json"
+    name = f"{split}.json"
     root = _directory(source, name)
-    path = next((p for p in _places(root, split, name) if p.exists()), None)
-    if path is None:
-        there = sorted(p.name for p in root.iterdir() if p.name.endswith((".json", ".csv")))
-        hint = " (it comes with the release of arXiv 2406.08607, not with TOFU)" if tabular else ""
+    path = root / name
+    if not path.exists():
+        there = sorted(p.name for p in root.iterdir() if p.name.endswith(".json"))
         raise FileNotFoundError(
-            f"no {name} under {root}{hint}; there are {', '.join(there) or 'no such files'}"
+            f"no {name} under {root}; there are {', '.join(there) or 'no such files'}"
         )
     try:
-        text = path.read_bytes().decode()  # read_text would change line breaks in cells
+        text = path.read_bytes().decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from None
-    rows = _read_table(path, text, split) if tabular else _read_lines(path, text)
+    rows = _read_lines(path, text)
     if not rows:
         raise ValueError(f"{path}: no items")
     first = _first_author(split)
@@ -203,20 +190,10 @@ def _directory(source: str | os.PathLike[str], name: str) -> epath.Path:
     return root
 
 
-def _places(root: epath.Path, split: str, name: str) -> list[epath.Path]:
-    """Where a split may lie: flat, or as in the release of the augmentations."""
-    if split == _PERTURBED_ANSWERS:
-        return [root / name, root / "forget10_perturbed" / "perturb_res.csv"]
-    folder = split.replace("_paraphrased", "_perturbed")
-    return [root / name, root / folder / "paraphrase_res.csv"]
-
-
 def _first_author(split: str) -> int | None:
     """The author of the first line, if the split has TOFU's authors at all."""
     if split in ("full", "retain_perturbed"):
         return 0
-    if split == _PERTURBED_ANSWERS:
-        return _AUTHORS - 20
     match = _SPLIT.fullmatch(split)
     if match is None:
         return None
@@ -260,47 +237,6 @@ def _item(row: Mapping[str, Any], where: str, perturbed: bool) -> Item:
         paraphrased_answer=row.get("paraphrased_answer"),
         perturbed_answers=_texts(wrong, "perturbed_answer", where),
     )
-
-
-def _read_table(path: epath.Path, text: str, split: str) -> list[Item]:
-    """Rows of question, answer and Python lists; the first row is an item, not names."""
-    items = []
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    while True:
-        # Cells have line breaks in them: a row starts on the line after the last one's end.
-        where = f"{path}:{reader.line_num + 1}"
-        try:
-            row = next(reader, None)
-        except csv.Error as error:
-            raise ValueError(f"{where}: not CSV: {error}") from None
-        if row is None:
-            return items
-        if not row:
-            continue
-        if len(row) != 4:
-            raise ValueError(f"{where}: expected 4 cells, got {len(row)}")
-        for key, cell in (("question", row[0]), ("answer", row[1])):
-            _check_text(cell, key, where)
-        if split == _PERTURBED_ANSWERS:
-            wrong = _literal(row[3], "perturbed answers", where)
-            items.append(Item(question=row[0], answer=row[1], perturbed_answers=wrong))
-        else:
-            items.append(
-                Item(
-                    question=row[0],
-                    answer=row[1],
-                    question_paraphrases=_literal(row[2], "paraphrased questions", where),
-                    answer_paraphrases=_literal(row[3], "paraphrased answers", where),
-                )
-            )
-
-
-def _literal(cell: str, key: str, where: str) -> tuple[str, ...]:
-    try:
-        value = ast.literal_eval(cell)
-    except (ValueError, SyntaxError):
-        raise ValueError(f"{where}: {key} are not a Python list: {cell[:60]!r}") from None
-    return _texts(value, key, where)
 
 
 def _texts(value: Any, key: str, where: str) -> tuple[str, ...]:

@@ -37,11 +37,6 @@ _MARK = "_Q_A_Prob"
 Log = Mapping[str, Any]
 
 
-def log_file(name: str) -> str:
-    """The file of a set; those that TOFU does not have are named like its own."""
-    return LOG_FILES.get(name, f"eval_log_{name}.json")
-
-
 def set_name(file: str) -> str | None:
     """The set of a file, None for files that are no logs."""
     for name, known in LOG_FILES.items():

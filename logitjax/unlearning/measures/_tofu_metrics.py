@@ -35,14 +35,12 @@ class SetScores:
     """Means over the items of a set; None where the log does not say.
 
     Attributes:
-        items: how many.
-        probability: probability of the answer, for its length; in the real-world sets among the
-            wrong answers.
-        rouge_l: recall of the generated answer.
-        truth_ratio: ``max(0, 1 - R)``, in forget sets ``min(R, 1 / R)``.
-        extraction_strength: see `extraction_strength`.
-        exact_memorisation: see `exact_memorisation`.
-        preference: for the right answer, as of `preference`; in forget sets of its paraphrase.
+        items: Number of items.
+        probability: Of the answer, for its length; in the real-world sets among the wrong answers.
+        rouge_l: Recall of the generated answer.
+        truth_ratio: `max(0, 1 - R)`, in forget sets `min(R, 1 / R)`.
+        extraction_strength, exact_memorisation: See these.
+        preference: For the right answer; in forget sets of its paraphrase.
     """
 
     items: int
@@ -56,12 +54,8 @@ class SetScores:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Membership:
-    """A loss-based attack on the forget set, against authors that were never trained on.
-
-    Attributes:
-        auc: 0.5 where it learns nothing.
-        reference_auc: AUC of the retrained model, if its logs have a held-out set; else 0.5.
-        privleak: 0 where ``auc`` is the reference's.
+    """A loss-based attack on the forget set: its AUC against authors that no model was taught, the
+    retrained model's (0.5 if its logs have no such set), and `privleak`.
     """
 
     auc: float
@@ -74,15 +68,11 @@ class Evaluation:
     """What TOFU says about a model.
 
     Attributes:
-        scores: by set.
-        model_utility: the harmonic mean of nine numbers; None if one is missing.
-        forget_quality: against the retrained model; None without its logs, and of models that are
-            damaged.
-        damage: why there is no forget quality of a model: ``over-forgotten`` or ``destroyed``, and
-            what says so; else None.
-        membership: None without a set ``holdout``.
-        form: form of the truth ratio.
-        logs: by set, item by item, in TOFU's format; hand them on as ``reference_logs``.
+        scores: By set. model_utility: The harmonic mean of nine numbers; None if one is missing.
+        forget_quality: Against the retrained model; None without its logs, and of damaged models.
+        membership: None without a set `holdout`. form: Form of the truth ratio. logs: By set, item
+        by item, in TOFU's format; hand them on as `reference_logs`. damage: Why a model is
+        `over-forgotten` or `destroyed`, and has no forget quality; else None.
     """
 
     scores: Mapping[str, SetScores]
@@ -92,25 +82,6 @@ class Evaluation:
     form: str
     logs: Mapping[str, Log] = dataclasses.field(repr=False)
     damage: str | None = None
-
-    def as_dict(self) -> dict[str, float]:
-        """Every number under one name, e.g. ``forget.rouge_l``; those that are missing left out."""
-        numbers = {
-            f"{name}.{field}": value
-            for name, scores in self.scores.items()
-            for field, value in dataclasses.asdict(scores).items()
-        }
-        numbers["model_utility"] = self.model_utility
-        if self.forget_quality is not None:
-            found = self.forget_quality
-            numbers["forget_quality.statistic"] = found.statistic
-            numbers["forget_quality.low"], numbers["forget_quality.high"] = found.interval
-            numbers["forget_quality.p_value"] = found.p_value
-            numbers["forget_quality.log10_p_value"] = found.log10_p_value
-        if self.membership is not None:
-            for field, value in dataclasses.asdict(self.membership).items():
-                numbers[f"membership.{field}"] = value
-        return {name: float(value) for name, value in numbers.items() if value is not None}
 
     def table(self) -> str:
         """A Markdown table of the sets, and what is made of them."""
@@ -139,8 +110,7 @@ class Evaluation:
             lines.append(f"- forget quality: {found} (log10 p {found.log10_p_value:.2f})")
         elif self.damage is not None:
             lines.append(f"- forget quality: none, for the model is {self.damage}")
-        if self.membership is not None:
-            found = self.membership
+        if (found := self.membership) is not None:
             lines.append(
                 f"- membership attack: AUC {found.auc:.3f} (reference {found.reference_auc:.3f}), "
                 f"privleak {found.privleak:.1f}"
@@ -155,8 +125,6 @@ def metrics_from_logs(
     form: Form = "geometric",
     eps: float = 0.0,
     vocab_size: int = _LARGEST_VOCABULARY,
-    confidence: float = 0.95,
-    seed: int = 0,
 ) -> Evaluation:
     """TOFU's metrics from logs of ours, of TOFU's own code or of OpenUnlearning.
 
@@ -174,8 +142,6 @@ def metrics_from_logs(
         form: form of the truth ratio; see `truth_ratio`.
         eps: epsilon of all fractions; 1e-10 is OpenUnlearning's, for parity.
         vocab_size: vocabulary size of the model; by default the largest of today's.
-        confidence: confidence of the interval of the forget quality.
-        seed: seed of its resampling.
 
     Returns:
         `Evaluation`. Sets that are missing leave None where they are asked for.
@@ -200,7 +166,7 @@ def metrics_from_logs(
     quality = None
     if ratios is not None and damage is None:
         own, other, paired = ratios
-        quality = forget_quality(own, other, paired=paired, confidence=confidence, seed=seed)
+        quality = forget_quality(own, other, paired=paired)
     return Evaluation(
         scores=scores,
         model_utility=_utility(scores),

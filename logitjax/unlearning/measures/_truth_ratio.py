@@ -22,14 +22,9 @@ def answer_probability(average_nll: Any) -> np.ndarray:
 def normalised_probability(
     average_nll: Any, perturbed_nll: Sequence[Any], *, eps: float = 0.0
 ) -> np.ndarray:
-    """How likely an answer is among itself and wrong ones, each for its length.
+    """How likely an answer is among itself and wrong ones, for its length: `p / (p + sum_i p_i)`.
 
-    ::
-
-        p / (p + sum_i p_i) = 1 / (1 + sum_i exp(nll - nll_i))
-
-    References:
-        TOFU's probability of the real-world sets; OpenUnlearning's `probability_w_options`.
+    TOFU's probability of the real-world sets; OpenUnlearning's `probability_w_options`.
 
     >>> float(normalised_probability([0.0], [[0.0, 0.0, 0.0]])[0])
     0.25
@@ -46,13 +41,8 @@ def normalised_probability(
 def preference(truth_nll: Any, perturbed_nll: Sequence[Any], *, eps: float = 0.0) -> np.ndarray:
     """How far a model prefers the right answer to wrong ones: `prob_mean`, 0.5 for no preference.
 
-    ::
-
-        c / (c + w),   c = exp(-nll), w = exp(-mean_i nll_i)
-
-    References:
-        OpenUnlearning's `prob_mean`, which tells models that know from those that do not better
-        than all measures of generated text (AUC 0.947, arXiv 2605.24614).
+    `c / (c + w)`, c = exp(-nll), w = exp(-mean_i nll_i). OpenUnlearning's `prob_mean` tells models
+    that know from those that do not better than all measures of text (AUC 0.947, arXiv 2605.24614).
 
     >>> preference([1.0], [[2.0, 3.0]]).round(5)
     array([0.81757])
@@ -119,9 +109,7 @@ def truth_ratio_utility(log_ratio: Any) -> float:
 
 
 def truth_ratio_forget(log_ratio: Any, *, eps: float = 0.0) -> float:
-    """How little a model tells right answers from wrong ones: the mean of ``min(R, 1 / R)``.
-
-    For reporting; what decides how well something is forgotten is `forget_quality`.
+    """How little a model tells right answers from wrong ones: the mean of `min(R, 1 / R)`.
 
     >>> truth_ratio_forget(np.log([0.25, 4.0]))
     0.25

@@ -1,7 +1,7 @@
 """TOFU: its questions, and its measures of a model that was to forget some of them.
 
-`evaluate` scores every set of the benchmark item by item, writes TOFU's own logs and can be killed
-and started again; `metrics_from_logs` makes the numbers from logs, ours or others'::
+`evaluate` scores every set of the benchmark item by item; `metrics_from_logs` makes the numbers
+from logs, ours or others'::
 
     sets = {
         "retain": tofu.load(source, "retain_perturbed"),
@@ -13,8 +13,7 @@ and started again; `metrics_from_logs` makes the numbers from logs, ours or othe
     retrained = tofu.evaluate(nll_of_retrained, generate_of_retrained, tokenizer, sets,
                               template=template)
     unlearned = tofu.evaluate(nll_fn, generate_fn, tokenizer, sets, template=template,
-                              reference_logs=retrained, workdir="logs/unlearned",
-                              model_fingerprint=storage.digest(params, sample=4096))
+                              reference_logs=retrained)
     print(unlearned.table())
 
 What is reported:
@@ -32,7 +31,6 @@ The truth ratio has two published forms (``geometric``, the default, and ``arith
 by .04 in model utility: say which one a number has.
 """
 
-from logitjax.unlearning.measures._evaluate_tofu import Options as Options
 from logitjax.unlearning.measures._evaluate_tofu import evaluate as evaluate
 from logitjax.unlearning.measures._tofu import Item as Item
 from logitjax.unlearning.measures._tofu import Subset as Subset

@@ -28,26 +28,22 @@ class Difference(Method):
         mean_{forget answers} -log p(y) + beta mean_{retain} KL(uniform || p)
 
     Attributes:
-        layers: Number of the model's first layers that it is made of.
+        layers: Number of the model's first layers that it is made of; 0 for a quarter of them.
         relative: Its logits are what its adapters add to those of its layers. Without, they are all
             that the adapted layers say, as in the paper. A step of a relative one also takes a pass
             of the layers without adapters.
         retain_weight: Beta, 6.5 in the paper and 5 in its code. With these a small assistant learns
-            silence first, and little of what is to be forgotten; 0.5, 1 and 2 are alike
-            (docs/unlearning.md).
-        uniform: Where it has to be silent: where it predicts tokens of `'answers'`, or at `'all'`
-            positions, prompt and padding included, as in the released code.
+            silence first, and little of what is to be forgotten.
 
     References:
         Ji et al., Reversing the forget-retain objectives, 2024 (arXiv 2406.08607), eqs. 3-5. The
-        release splits each micro-batch by a label and counts a missing side as 0; it has dropout of
-        0.05 on the adapters' inputs, which this has not.
+        release is silent at all positions, splits each micro-batch by a label and counts a missing
+        side as 0; it has dropout of 0.05 on the adapters' inputs. This has none of these.
     """
 
-    layers: int = 8
+    layers: int = 0
     relative: bool = True
     retain_weight: float = 1.0
-    uniform: str = "answers"
 
     peak = 5e-3
     assistant = True
@@ -55,21 +51,20 @@ class Difference(Method):
     needs = (Need("forget", "states"), Need("retain", "states"))
 
     def __post_init__(self) -> None:
-        if self.uniform not in ("answers", "all"):
-            raise ValueError(f"uniform: expected 'answers' or 'all', got {self.uniform!r}")
-        if self.layers < 1:
-            raise ValueError(f"layers: expected at least 1, got {self.layers}")
+        if self.layers < 0:
+            raise ValueError(f"layers: expected at least 0, got {self.layers}")
 
     def check(self, model: Decoder, questions: Questions) -> None:
         depth = model.config.num_layers
-        if self.layers >= depth:
+        if max(1, self.layers) >= depth:
             raise ValueError(
                 f"layers: expected fewer than the model's {depth} for an assistant, got "
-                f"{self.layers}"
+                f"{max(1, self.layers)}"
             )
 
     def adapted(self, model: Decoder) -> Decoder:
-        return first_layers(model, self.layers)
+        # 8 of 30 or 32, as in the paper.
+        return first_layers(model, self.layers or -(-model.config.num_layers // 4))
 
     def deployed(self, model: Decoder, lora: Lora, strength: float) -> Deployed:
         return Deployed.less(model, lora, strength, relative=self.relative)
@@ -93,7 +88,7 @@ class Difference(Method):
         # Raises now where the head is not linear; a model of shapes alone has no arrays to ask.
         jax.eval_shape(lambda params: nnx.merge(graphdef, params, rest).head_of(), params)
         most = None
-        if counts is not None and self.uniform == "answers":
+        if counts is not None:
             most = max(1, *(sum(count.values()) for count in counts))
 
         def loss_fn(lora: Any, batch: Mapping[str, Any], rng: Any, constants: Any) -> Any:
@@ -106,8 +101,6 @@ class Difference(Method):
             else:
                 hidden, _ = base.hidden_states(tokens, lora=lora)
             labels, where = next_tokens(tokens, answers)
-            if self.uniform == "all":
-                where = where | retain[:, None]  # the rows to keep, padding included
             retain = jnp.broadcast_to(retain[:, None], tokens.shape)
             positions = Positions(where, most)
             hidden, labels, retain = map(positions.pick, (hidden, labels, retain))

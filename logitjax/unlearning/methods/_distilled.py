@@ -8,7 +8,7 @@ import optax
 from etils import epath
 
 from logitjax.losses import linear_kl_divergence
-from logitjax.models import Decoder, DecoderConfig, first_layers, load_peft
+from logitjax.models import Decoder, DecoderConfig, Lora, first_layers
 from logitjax.ops import masked_mean
 from logitjax.storage import read_json
 from logitjax.training import LossFn
@@ -63,7 +63,7 @@ class Distilled(Method):
         count = record["layers"]
         bounds = tuple(b for b in config.segment_boundaries if b < count)
         cut = dict(num_layers=count, windows=config.windows[:count], segment_boundaries=bounds)
-        return load_peft(epath.Path(self.of), dataclasses.replace(config, **cut)), record["alpha"]
+        return Lora.load(epath.Path(self.of), dataclasses.replace(config, **cut)), record["alpha"]
 
     def states_before(self, model: Decoder, tokens: Any, fixed: Any) -> jax.Array:
         hidden = super().states_before(model, tokens, fixed)

@@ -1,0 +1,218 @@
+"""Looks at candidates: the strength that meets the goal, and what is left of the rest there."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+from etils import epath
+
+from logitjax.evaluation import fluency
+from logitjax.unlearning._selection import (
+    Goal,
+    kept_shares,
+    least,
+    least_row,
+    least_share,
+    matched_strength,
+)
+from logitjax.unlearning._training import Training, name_of
+from logitjax.unlearning._ways import WAYS, search
+from logitjax.unlearning.assistant._deployed import Deployed
+from logitjax.unlearning.measures._examine import unseen
+
+_ALPHAS = 31
+
+
+class Looks:
+    """What the model says before and with each candidate, of rows that settings are chosen by.
+
+    Args:
+        training: The candidates.
+        before_file: File of what the model says before.
+    """
+
+    def __init__(self, training: Training, before_file: epath.Path):
+        self.training, self._before_file = training, before_file
+        self.questions, self.config = training.questions, training.config
+
+    @functools.cached_property
+    def before(self) -> dict[str, Any]:
+        """What the model says of these rows."""
+
+        def measure() -> dict[str, Any]:
+            model, questions = Deployed(model=self.training.model), self.questions
+            answers = questions.answers(model, "validation")
+            return {
+                "probabilities": {
+                    part: questions.probabilities(model, part).tolist()
+                    for part in ("validation", "forget")
+                },
+                "unseen": unseen(model, questions),
+                "rouge": questions.likeness(answers, "validation").tolist(),
+                "fluency": fluency(answers),
+                "perplexity": questions.perplexity(model, "validation"),
+            }
+
+        return self.training.record(self._before_file, measure)
+
+    @functools.cached_property
+    def goal(self) -> Goal:
+        """How likely forgotten answers may be."""
+        source = "answers of the holdout, which nobody was taught"
+        if not self.questions.rows["holdout"]:
+            source = "each other's answers to the questions to forget"
+        return Goal.of(self.before["unseen"], source)
+
+    @property
+    def known(self) -> float:
+        """How much likelier the likeliest answer to forget is before than the goal's worst."""
+        return self.goal.excess({"asked": self.before["probabilities"]["forget"]})["asked"]
+
+    def meets(self, candidate: Mapping[str, Any]) -> bool:
+        """Whether a candidate forgets and keeps enough."""
+        return not candidate["broken"] and self.goal.met(candidate["excess"])
+
+    def leaks(self, excess: Mapping[str, float]) -> list[str]:
+        """Ways that bring something out."""
+        return [way for way, found in excess.items() if not self.goal.met(found)]
+
+    def look(self, number: int, step: int, ways: Sequence[str]) -> dict[str, Any]:
+        """A candidate of a round: its strength, and what it has forgotten and kept."""
+        at = {"round": number, "step": step}
+        make = functools.partial(self._look, at, ways)
+        return self.judged(self.training.record(f"{name_of(at)}.json", make))
+
+    def judged(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """With the least share kept and the limits that are broken."""
+        if record.get("broken") == ["finite"]:
+            return dict(record)
+        broken = list(self.config.limits.halved().broken(record))
+        return dict(record) | {"least": least_share(record), "broken": broken}
+
+    def heard(self, candidate: Mapping[str, Any]) -> dict[str, Any]:
+        """A candidate with what is left of generated answers."""
+
+        def make() -> dict[str, Any]:
+            model = self.training.at(self.training.read(candidate), candidate["strength"])
+            answers, before = self.questions.answers(model, "validation"), self.before
+            kinds = [row.kind for row in self.questions.rows["validation"] if row.asks]
+            rouge = self.questions.likeness(answers, "validation")
+            return dict(candidate) | {
+                "rouge": least(kept_shares(rouge, before["rouge"], kinds).values()),
+                "fluency": _ratio(fluency(answers), before["fluency"]),
+            }
+
+        return self.judged(self.training.record(f"{name_of(candidate)}-answers.json", make))
+
+    def searched(self, candidate: Mapping[str, Any]) -> list[str]:
+        """Combinations of ways that bring out what a candidate does not say to any of them."""
+        tried: dict[str, float] = {}
+        # Two searches, of which the second goes on where the first found nothing.
+        for again in (0, 1):
+            make = functools.partial(self._tries, candidate, dict(tried))
+            tried |= self.training.record(f"{name_of(candidate)}-search-{again}.json", make)
+            if leaks := self.leaks(tried):
+                return leaks
+        return []
+
+    def _tries(self, candidate: Mapping[str, Any], tried: Mapping[str, float]) -> dict[str, float]:
+        model = self.training.at(self.training.read(candidate), candidate["strength"])
+
+        def excess(way: str) -> float | None:
+            rows = self.questions.probabilities(model, "forget", way)
+            return self._goal_in([way]).excess({way: rows})[way] if len(rows) else None
+
+        return search(excess, candidate["ways"], self.config.budget, tried)
+
+    def _goal_in(self, ways: Sequence[str]) -> Goal:
+        """The goal, with what is never taught asked in combinations of ways as well."""
+        part = "holdout" if self.questions.rows["holdout"] else "wrong"
+        model, worst = Deployed(model=self.training.model), dict(self.goal.worst)
+        for way in (way for way in ways if way not in WAYS):
+            rows = self.training.record(
+                f"candidates/unseen {way}.json",
+                lambda way=way: self.questions.probabilities(model, part, way).tolist(),
+            )
+            if rows:
+                worst[way] = Goal.of({"asked": rows}, "").worst["asked"]
+        return dataclasses.replace(self.goal, worst=worst)
+
+    def _look(self, at: Mapping[str, Any], ways: Sequence[str]) -> dict[str, Any]:
+        """The strength at which so many steps reach the goal, and what is left of the rest."""
+        trained, questions, before = self.training.read(at), self.questions, self.before
+        goal, method = self._goal_in(ways), self.config.method
+        # Rows and paraphrases, each, in every way.
+        asked = {w: rows for w in {**WAYS, **dict.fromkeys(ways)}
+                 if (rows := questions.in_way("forget", w))}  # fmt: skip
+        if questions.rows["reworded"]:
+            asked["in words chosen by"] = questions.encoded["reworded"]
+        said: dict[str, np.ndarray] = {}
+
+        def excess(strength: float) -> float:
+            model = self.training.at(trained, strength)
+            try:
+                for way, rows in asked.items():
+                    said[way] = np.exp(-questions.mean_nll(model, rows))
+            except ValueError as error:  # losses that are not finite
+                logging.warning("step %d, strength %.3g: %s", at["step"], strength, error)
+                return float("nan")
+            return float(np.max([*goal.excess(said).values()]))
+
+        if method.assistant:
+            # Denser where little is taken away, which is enough if much was learnt.
+            alphas = np.linspace(0.0, 1.0, _ALPHAS, dtype=np.float32)[1:] ** 2
+            alphas *= np.float32(method.most_strength)
+            model = self.training.at(trained, 1.0)
+            curves = {  # a file each: all of them take long, and a kill should not cost them
+                way: np.asarray(self.training.record(
+                    f"{name_of(at)}-{way}.json",
+                    lambda rows=rows: questions.by_alpha(model, rows, alphas).tolist(),
+                ))
+                for way, rows in asked.items()
+            }  # fmt: skip
+            curve = np.asarray([
+                np.max([*goal.excess({way: rows[i] for way, rows in curves.items()}).values()])
+                for i in range(len(alphas))
+            ])  # fmt: skip
+            # The least that reaches the goal.
+            at_goal = np.flatnonzero(curve <= goal.aim)
+            which = int(at_goal[0] if len(at_goal) else np.argmin(np.nan_to_num(curve, nan=1e9)))
+            strength, found = float(alphas[which]), float(curve[which])
+            said = {way: rows[which] for way, rows in curves.items()}
+        else:
+            most = method.most_strength
+            strength, found = matched_strength(excess, goal, most=most, without=self.known)
+            if np.isfinite(found):
+                excess(strength)  # what is said at that one
+        if not np.isfinite(found):
+            return diverged(at)
+        model = self.training.at(trained, strength)
+        kinds = [row.kind for row in questions.rows["validation"]]
+        kept = questions.probabilities(model, "validation"), before["probabilities"]["validation"]
+        shares = kept_shares(*kept, kinds)
+        return dict(at) | {
+            "strength": strength,
+            "forget": float(np.median(said["asked"])),
+            "worst": float(max(map(np.max, said.values()))),
+            "excess": found,
+            "ways": goal.excess(said),
+            "gap": goal.gap(found),
+            "kinds": shares,
+            "probability": least(shares.values()),
+            "row": least_row(*kept),
+            "perplexity": _ratio(questions.perplexity(model, "validation"), before["perplexity"]),
+        }
+
+
+def diverged(at: Mapping[str, Any]) -> dict[str, Any]:
+    """A candidate with losses that are not finite."""
+    worst = 1e9  # worse than any finite one, and still JSON
+    nothing = dict(strength=0.0, forget=0.0, excess=worst, gap=worst, probability=0.0, least=0.0)
+    return dict(at) | nothing | {"ways": {}, "broken": ["finite"]}
+
+
+def _ratio(after: float | None, before: float | None) -> float | None:
+    return None if after is None or not before else after / before

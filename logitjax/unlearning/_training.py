@@ -1,0 +1,226 @@
+"""What is trained, by round and step, and the model with so much of it as one likes."""
+
+import dataclasses
+import functools
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from absl import logging
+from etils import epath
+from flax import nnx
+
+from logitjax import training
+from logitjax.models import (
+    DECODER_RULES,
+    Decoder,
+    DecoderConfig,
+    Lora,
+    load_model,
+    save_pretrained,
+    with_layout,
+)
+from logitjax.storage import write_atomic
+from logitjax.unlearning._questions import Questions
+from logitjax.unlearning._unlearn_config import UnlearnConfig
+from logitjax.unlearning._unlearn_update import make_update
+from logitjax.unlearning.assistant._deployed import Deployed, merged, scaled
+
+# How settings begin that are limits: they may be changed without training again.
+_LIMITS = ("least", "most_")
+
+
+class Training:
+    """Candidates in a folder: trained, written, and read again.
+
+    Args:
+        model: The model, with listed layers.
+        questions: Its rows.
+        config: The method and its settings.
+        directory: Folder of the run.
+        mesh: Devices that train; the first alone if None.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        questions: Questions,
+        config: UnlearnConfig,
+        directory: epath.Path,
+        mesh: jax.sharding.Mesh | None,
+    ):
+        self.model, self.questions, self.config = model, questions, config
+        self.directory = directory
+        self.mesh = mesh or training.make_mesh("data:1", devices=jax.devices()[:1])
+
+    def record(self, name: str | epath.Path, make: Callable[[], Any]) -> Any:
+        """A record from disk, of the folder or a whole path; made and written if not there."""
+        path = self.directory / name if isinstance(name, str) else name
+        if not path.exists():
+            write_atomic(path, json.dumps(make(), indent=1) + "\n")  # a kill leaves no half record
+        return json.loads(path.read_text())  # as read, so that a resumed run sees no other digits
+
+    def read(self, candidate: Mapping[str, Any]) -> Lora | Decoder:
+        """The adapters of a candidate, or the model of which all was trained."""
+        folder = self.directory / name_of(candidate)
+        return Lora.load(folder, self._adapted) if self.config.adapters else self._model(folder)
+
+    def at(self, trained: Lora | Decoder, strength: float) -> Deployed:
+        """The model with so much of what was trained."""
+        method = self.config.method
+        strength *= method.sign
+        if isinstance(trained, Decoder):
+            return Deployed(model=_towards(self.model, trained, strength))
+        return method.deployed(self.model, trained, strength)
+
+    def write(
+        self, trained: Lora | Decoder, strength: float, base: str
+    ) -> tuple[epath.Path, Deployed]:
+        """What could be used, where nobody looks for it yet, and that as it is read again."""
+        deployed, staged = self.at(trained, strength), self.directory / "candidates" / "best"
+        if deployed.assistant is not None:
+            folder = staged / "assistant"
+            deployed.save(folder, base=base)
+            return folder, Deployed.load(self.model, folder)
+        if isinstance(trained, Decoder):
+            folder = staged / "model"
+            save_pretrained(deployed.model, self.questions.tokenizer, folder)
+            return folder, Deployed(model=self._model(folder))
+        folder = staged / "adapter"
+        adapters = scaled(trained, self.config.method.sign * strength)
+        adapters.save(self.model.config, folder, base=base)
+        return folder, Deployed(model=merged(Lora.load(folder, self.model.config), self.model))
+
+    def steps(self, number: int, ways: Sequence[str]) -> Iterator[tuple[int, bool]]:
+        """Trains a round from look to look: its step, and whether the losses were finite.
+
+        What was looked at before is not trained again.
+        """
+        config = self.config
+        update = make_update(self.model, self.questions, config, ways=ways, instead=self._instead())
+        schedule = training.Schedule(
+            config.peak,
+            "linear",
+            warmup=min(config.steps - 1, max(1, config.steps // 10)),  # leaves a step to decay in
+            total_steps=config.steps,
+        )
+        method = update.method
+        tx = method.optimizer(schedule.optimizer(b2=0.99), warmup=config.steps // 4)
+        weights: Any = nnx.to_pure_dict(nnx.state(self.model, nnx.Param))
+        if config.adapters:
+            key, layout = jax.random.key(config.seed), self.model.layout
+            weights = Lora.init(self._adapted, config.lora_rank, key=key, layout=layout)
+        step = training.TrainStep(update.loss_fn, tx, mesh=self.mesh, schedule=schedule)
+        options: Any = dict(mesh=self.mesh, rules=DECODER_RULES, seed=config.seed)
+        state: Any = functools.partial(
+            training.TrainState.create, method.start(weights), tx, **options
+        )
+        constants = update.constants
+        if constants is not None and self.mesh.size > 1:
+            constants = DECODER_RULES.place(constants, self.mesh)
+        # How it is attacked and judged afterwards changes nothing here.
+        limits = {f.name: 1.0 for f in dataclasses.fields(config) if f.name[:5] in _LIMITS}
+        same = {"thorough": False, "samples": 1, "rounds": 1, "budget": 0} | limits
+        identity = f"{dataclasses.replace(config, **same)!r} {sorted(ways)}"
+        folder = self.directory / "train" / f"round-{number}"
+        looks = [*range(config.check_every, config.steps, config.check_every), config.steps]
+
+        def done(at: int) -> bool:
+            return (self.directory / f"{name_of({'round': number, 'step': at})}.json").exists()
+
+        if not done(looks[0]):
+            self._announce(update.batches(0), weights)
+        # For resuming alone: candidates are kept elsewhere.
+        with training.Checkpointer(folder / "checkpoints") as checkpointer:
+            for at in looks:
+                if not done(at):
+                    try:
+                        state = training.train_loop(
+                            state,
+                            functools.partial(step, constants=constants),
+                            update.batches,
+                            total_steps=at,
+                            workdir=folder,
+                            checkpointer=checkpointer,
+                            writer=training.make_writer(folder),
+                            identity={"config": identity},
+                        )
+                    except FloatingPointError as error:  # earlier looks stay candidates
+                        logging.warning("stopped: %s", error)
+                        yield at, False
+                        return
+                    place = self.directory / name_of({"round": number, "step": at})
+                    self._save(method.weights(jax.device_get(state.params)), place)
+                yield at, True
+
+    @property
+    def _adapted(self) -> DecoderConfig:
+        """Of the layers that are adapted."""
+        return self.config.method.adapted(self.model).config
+
+    def _model(self, folder: epath.Path) -> Decoder:
+        return with_layout(load_model(str(folder), dtype=self.model.dtype), self.model.layout)
+
+    def _save(self, weights: Any, folder: epath.Path) -> None:
+        if self.config.adapters:
+            weights.save(self._adapted, folder)
+            return
+        graphdef, _, rest = nnx.split(self.model, nnx.Param, ...)
+        save_pretrained(nnx.merge(graphdef, weights, rest), None, folder)
+
+    def _announce(self, batch: Mapping[str, Any], weights: Any) -> None:
+        """Says what training takes, before it does."""
+        sizes = [
+            sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+            for tree in (nnx.state(self.model, nnx.Param), weights)
+        ]
+        config, tokens = self._adapted, sum(rows["tokens"].size for rows in batch.values())
+        # A gradient keeps of each layer some eight vectors of its width and three of its inner one.
+        a_layer = 4 * (8 * config.hidden_size + 3 * config.intermediate_size)
+
+        def timed() -> float:
+            begin = time.perf_counter()
+            self.questions.probabilities(Deployed(model=self.model), "validation")
+            return time.perf_counter() - begin
+
+        timed()  # may compile
+        a_token = timed() / sum(len(ids) for ids, _ in self.questions.encoded["validation"])
+        # Forward and backward, of these layers.
+        share = 3 * config.num_layers / self.model.config.num_layers
+        logging.info(
+            "training takes about %.1f GiB at its peak, and at most %.0f minutes for %d steps",
+            (sizes[0] + 4 * sizes[1] + tokens * config.num_layers * a_layer) / 2**30,
+            math.ceil(self.config.steps * tokens * share * a_token / 60),
+            self.config.steps,
+        )
+
+    def _instead(self) -> list[list[str]]:
+        """What is to be said in place of each answer to forget, where the method wants that."""
+        method = self.config.method
+        if "instead" not in method.sides:
+            return []
+        make = functools.partial(method.instead, self.model, self.questions, seed=self.config.seed)
+        texts = self.record("candidates/instead.json", make)
+        if not any(texts):
+            raise ValueError(
+                f"method: expected something for {method.name} to say instead, got none"
+            )
+        return texts
+
+
+def name_of(candidate: Mapping[str, Any]) -> str:
+    """The folder of a candidate, below that of the run."""
+    return f"candidates/round-{candidate['round']}-step-{candidate['step']}"
+
+
+@nnx.jit
+def _towards(model: Decoder, other: Decoder, share: Any) -> Decoder:
+    """A model so far on the way to another."""
+    graphdef, state = nnx.split(model)
+    there = nnx.state(other)
+    return nnx.merge(
+        graphdef, jax.tree.map(lambda x, y: (x + share * (y - x)).astype(x.dtype), state, there)
+    )
