@@ -34,7 +34,6 @@ from flax import nnx
 from logitjax import data, decoding, leakage, models, processes, storage
 from logitjax.commands.cli import field, nested
 from logitjax.commands.tables import markdown_table
-from logitjax.commands.work import Pass, Work
 
 # Exit status where a server is not what it is said to be.
 _UNLIKE = 3
@@ -97,16 +96,6 @@ class Truth:
 
     head: np.ndarray
     logits: np.ndarray
-
-
-def work(config: Config) -> Work:
-    """The sources and tokens of a run, for `--dry_run`."""
-    if config.model is None:
-        return Work(reads=[str(config.url)])
-    prompts = config.prompts or round(1.2 * models.load_config(config.model).hidden_size)
-    batch = (config.batch_size, config.prompt_length)
-    reading = Pass.reading(config.model, prompts * max(len(config.policy), 1), batch)
-    return Work(reads=[n for n in (config.model, config.url, config.data) if n], passes=[reading])
 
 
 def run(config: Config, out: epath.Path) -> None:

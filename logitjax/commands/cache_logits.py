@@ -17,7 +17,6 @@ continues it. Several processes share the work, each with its own devices.
 """
 
 import dataclasses
-import tempfile
 
 import jax
 import numpy as np
@@ -27,7 +26,6 @@ from etils import epath
 from logitjax import data, distillation, models
 from logitjax.commands.cli import field, nested
 from logitjax.commands.tables import markdown_table
-from logitjax.commands.work import Pass, Work
 from logitjax.data import SPLITS
 
 
@@ -97,26 +95,13 @@ def run(config: Config, out: epath.Path) -> None:
         print(text)
 
 
-def work(config: Config) -> Work:
-    """The cost of a run, for `--dry_run`; only packing tells the number of rows."""
-    reading = config.reading
-    with tempfile.TemporaryDirectory() as folder:
-        packed = reading.pack(models.load_tokenizer(config.student), epath.Path(folder))
-    count = sum(len(_wanted(config, packed.splits[split])) for split in config.splits)
-    batch = (reading.batch_size, reading.seq_len)
-    return Work(
-        reads=(*reading.teachers, reading.data),
-        writes={name: count * size for name, size in _row_sizes(reading, packed).items()},
-        passes=[Pass.reading(s, count, batch) for s in reading.teachers if s[:4] != "api:"],
-    )
-
-
-def _row_sizes(reading: distillation.Reading, packed: data.PackedSplits) -> dict[str, int]:
-    """Bytes of a row of each teacher's cache."""
-    sizes = {}
+def _announce(
+    reading: distillation.Reading, packed: data.PackedSplits, rows: dict[str, np.ndarray]
+) -> None:
+    """Before a model is loaded: what its cache will take at most."""
     for name, spec in zip(reading.names, reading.teachers, strict=True):
         tokenizer = packed.tokenizers[packed.names[name]]
-        sizes[name] = distillation.TeacherIdentity(
+        identity = distillation.TeacherIdentity(
             model=spec,
             tokenizer=tokenizer.fingerprint,
             # Nothing is read by this identity: it is only asked how wide a row is.
@@ -126,15 +111,13 @@ def _row_sizes(reading: distillation.Reading, packed: data.PackedSplits) -> dict
             k=reading.top_k,
             tail_samples=reading.tail_samples,
             likelihoods=reading.likelihoods,
-        ).bytes_per_row
-    return sizes
-
-
-def _announce(
-    reading: distillation.Reading, packed: data.PackedSplits, rows: dict[str, np.ndarray]
-) -> None:
-    """Before a model is loaded: what its cache will take at most."""
-    count, sizes = sum(map(len, rows.values())), _row_sizes(reading, packed)
-    for name, spec in zip(reading.names, reading.teachers, strict=True):
-        size = count * sizes[name] / 1e6
-        logging.info("%s: %d rows, top %d: %.1f MB on disk", spec, count, reading.top_k, size)
+        )
+        count = sum(map(len, rows.values()))
+        logging.info(
+            "%s: %d rows of %d positions, top %d: %.1f MB on disk",
+            spec,
+            count,
+            identity.positions,
+            identity.k,
+            count * identity.bytes_per_row / 1e6,
+        )

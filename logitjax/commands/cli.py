@@ -77,11 +77,12 @@ class _Families:
     )
 
 
-def _folder_class(name: str, *, may_rehearse: bool) -> type:
+def _folder_class(name: str) -> type:
     """A configuration with the flags of a run's folder."""
     says = "Folder of the run, also on an object store. The same command continues the run in it."
     fields: list[Any] = [(name, str, field(REQUIRED, says))]
-    if may_rehearse:
+    # Experiments have a planner, `python -m experiments.plan`.
+    if name == "out":
         says = (
             "Only say what would be read and written, how many steps there are, and how much time, "
             "memory and disk they take."
@@ -276,8 +277,7 @@ def main(
         config_class: The dataclass that `run` is given. It may nest others.
         presets: Its defaults by name, flat; the first ones hold if none is named.
         run: `(config, out)` or `(config, workdir)`, which every process calls with a folder that is
-            locked and has `config.json` in it, or `(config)`. The folder's flag has that name. If
-            its module has a function `work(config)`, `--dry_run` prints what that returns.
+            locked and has `config.json` in it, or `(config)`. The folder's flag has that name.
         program: What `--help` calls it; the module's name if omitted.
         arguments: What follows the program on the command line; `sys.argv`'s if omitted.
     """
@@ -288,8 +288,7 @@ def main(
         program = f"python -m {spec.name.removesuffix('.__main__')}" if spec else sys.argv[0]
     parameters = inspect.signature(run).parameters
     kept = next((name for name in ("out", "workdir") if name in parameters), "")
-    rehearsal = getattr(module, "work", None)
-    folder = [_folder_class(kept, may_rehearse=rehearsal is not None), _Processes] if kept else []
+    folder = [_folder_class(kept), _Processes] if kept else []
     classes = [*folder, _Families, config_class]
     # Before absl reads them, which would print its own flags.
     if set(arguments) & set(_HELP):
@@ -297,7 +296,7 @@ def main(
         return
     says = "interrupted; the same command continues" if kept else "interrupted"
     with _interruptible(says):
-        _main(classes, presets, run, rehearsal, program, arguments, kept)
+        _main(classes, presets, run, program, arguments, kept)
 
 
 @contextlib.contextmanager
@@ -323,7 +322,6 @@ def _main(
     classes: list[type],
     presets: Mapping[str, Mapping[str, Any]] | None,
     run: Callable[..., None],
-    rehearsal: Callable[[Any], Any] | None,
     program: str,
     arguments: Sequence[str],
     kept: str,
@@ -356,9 +354,10 @@ def _main(
         logging.set_verbosity(logging.INFO)
         folder = epath.Path(getattr(running[0], kept))
         if getattr(running[0], "dry_run", False):
-            assert rehearsal is not None
             with _narrated():
-                for line in rehearsal(config).lines(program, folder):
+                # Only here: a command without models starts without them.
+                work = importlib.import_module("logitjax.commands.work")
+                for line in work.estimate(config).lines(program, folder):
                     print(line, flush=True)
             return
         training.distributed.initialize(**dataclasses.asdict(running[1]))

@@ -26,7 +26,6 @@ from jax.sharding import Mesh
 from logitjax import data, models, processes, storage, training, vq
 from logitjax.commands.cli import REQUIRED, field, nested
 from logitjax.commands.tables import markdown_table
-from logitjax.commands.work import Pass, Work
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,22 +76,6 @@ def run(config: Config, out: epath.Path) -> None:
         text = _report(config, model, conversion.model, held_out)
         storage.write_atomic(out / "report.md", text)
         print(text)
-
-
-def work(config: Config) -> Work:
-    """The cost of a run without the tuning of codes, for `--dry_run`."""
-    shape, batch = models.load_config(config.model), (config.batch_rows, config.seq_len)
-    tokens = config.convert.max_tokens + config.held_out_tokens
-    reading = Pass.reading(config.model, tokens / config.seq_len, batch)
-    return Work(
-        reads=(config.model, config.data),
-        writes={
-            "hidden states": 4.0 * tokens * shape.hidden_size,
-            "head": 4.0 * config.convert.num_codes * shape.hidden_size + 8.0 * shape.vocab_size,
-        },
-        passes=[reading],
-        steps=config.convert.steps,
-    )
 
 
 def programs(config: Config, mesh: Mesh) -> Iterator[training.Program]:

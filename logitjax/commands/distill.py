@@ -43,7 +43,7 @@ from logitjax import data, distillation, models, processes, storage, training
 from logitjax.commands import figures, hub
 from logitjax.commands.cli import REQUIRED, field, flatten, nested
 from logitjax.commands.tables import markdown_table, text_cell
-from logitjax.commands.work import Pass, Work, shortened
+from logitjax.commands.work import shortened
 
 # What has to be said less often; flags win over them.
 RECIPES: Mapping[str, Mapping[str, Any]] = {
@@ -231,37 +231,6 @@ def _card(config: Config, report: str) -> str:
         tags=["distillation", *(["pruning"] if config.pruning.prunes else [])],
         report=scores,
         settings=flatten(config),
-    )
-
-
-def work(config: Config) -> Work:
-    """The cost of a run, for `--dry_run`."""
-    course, reading = config.course, config.reading
-    data.load_splits(reading.data, on_error=reading.on_error)  # Says what is wrong with it.
-    batch = (course.batch_size, reading.seq_len)
-    shape, held_out = _student_shape(config), 2 * course.eval_rows
-    validations = course.steps // (course.loop.eval_every or course.steps + 1)
-    rows = course.steps * course.batch_size
-    student = Pass(model="the student", shape=shape, tokens=rows * batch[1], batch=batch,
-                   trained=True)  # fmt: skip
-    scored = held_out + validations * course.eval_rows
-    passes = [student, dataclasses.replace(student, tokens=scored * batch[1], trained=False)]
-    models_read = [spec for spec in config.teachers if not spec.startswith(("cache:", "api:"))]
-    passes += [Pass.reading(spec, rows + held_out, batch) for spec in models_read]
-    # A log-probability and an id for each token that is kept, and two moments.
-    position = config.reading.top_k * (2 if shape.vocab_size <= 1 << 16 else 4) * 2 + 8
-    kept = len(models_read) * (rows + held_out) * (batch[1] - 1) * position
-    weights = student.weights
-    checkpoint = weights * 12 if not config.lora_rank else weights // 10
-    return Work(
-        reads=(config.student, *config.teachers, reading.data),
-        writes={
-            "model": weights * 4,
-            "checkpoints": 2 * checkpoint if course.loop.checkpoint_every else checkpoint,
-            **({"teachers": kept} if kept and reading.teacher_reads == "cache" else {}),
-        },
-        passes=passes,
-        steps=course.steps,
     )
 
 

@@ -24,7 +24,6 @@ from etils import epath
 from logitjax import data, few_shot, processes, vision
 from logitjax.commands.cli import REQUIRED, field
 from logitjax.commands.tables import markdown_table
-from logitjax.commands.work import Work
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,16 +107,6 @@ def run(config: Config, out: epath.Path) -> None:
         text = markdown_table(table)
         (out / "report.md").write_text(text + "\n")
         print(text)
-
-
-def work(config: Config) -> Work:
-    """The sources of a run, for `--dry_run`."""
-    counts = [
-        len(data.load_image_set(config.data, split=split).choose(config.rows, seed=config.seed))
-        for split in config.split
-    ]
-    named = [f"{count} pictures of {split}" for count, split in zip(counts, config.split)]
-    return Work(reads=(*config.encoder, config.data, *named))
 
 
 def slug(text: str) -> str:

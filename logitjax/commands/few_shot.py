@@ -42,7 +42,6 @@ from logitjax.commands import figures
 from logitjax.commands.cli import field
 from logitjax.commands.extract_features import slug
 from logitjax.commands.tables import markdown_table
-from logitjax.commands.work import Work
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -196,15 +195,6 @@ def run(config: Config, out: epath.Path) -> None:
     """Encodes what is not encoded, trains and tests every method, writes what came of it."""
     problem = _read(config) if config.features else _encode(config, out)
     processes.run_on_first("few-shot heads", lambda: _run(problem, out))
-
-
-def work(config: Config) -> Work:
-    """The sources and steps of a run, for `--dry_run`."""
-    names = (config.data, config.features, config.encoder, config.auxiliary, config.class_weights)
-    trainings = len(config.shots) * config.samples
-    return Work(
-        reads=[n for n in names if n], writes={"heads": 1e6}, steps=trainings * config.steps
-    )
 
 
 def _run(problem: Problem, out: epath.Path) -> None:

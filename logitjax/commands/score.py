@@ -37,7 +37,6 @@ from logitjax.commands.cli import field, nested
 from logitjax.commands.line_up import LineUp
 from logitjax.commands.strategies import strategy
 from logitjax.commands.tables import markdown_table
-from logitjax.commands.work import Pass, Work
 
 # What is lost if a run is killed: less than so many rows.
 _PART = 256
@@ -79,21 +78,6 @@ def run(config: Config, out: epath.Path) -> None:
     if not (config.data or config.choices):
         raise ValueError("data, choices: expected at least one of them")
     processes.run_on_first("score", lambda: _run(config, out))
-
-
-def work(config: Config) -> Work:
-    """The cost of a run, for `--dry_run`."""
-    items = [item for _, _, source in _sources(config) for item in source]
-    rows = [row for item in items for group in item.groups for row in group]
-    length = max(len(tokens) for tokens, _ in rows)
-    specs = (config.line_up.model, *config.line_up.expert, *config.line_up.base)
-    batch = (min(config.batch_size, len(rows)), length)
-    count = sum(len(tokens) for tokens, _ in rows) / length
-    return Work(
-        reads=(*specs, *(name for name in (config.data, config.choices) if name)),
-        writes={"scores.jsonl": 200.0 * len(items)},
-        passes=[Pass.reading(spec, count, batch) for spec in specs],
-    )
 
 
 def _run(config: Config, out: epath.Path) -> None:

@@ -48,7 +48,6 @@ from etils import epath
 from logitjax import data, fusion, models, storage, unlearning
 from logitjax.commands.cli import REQUIRED, field, nested
 from logitjax.commands.tables import markdown_table, text_cell
-from logitjax.commands.work import Pass, Work
 
 # Not 1 or 2, which mean an error: here the answer is that nothing will do.
 _NOT_FORGOTTEN = 3
@@ -105,19 +104,6 @@ class Config:
         """The settings that the room has."""
         method = unlearning.METHODS.parse(self.method)
         return dataclasses.replace(self.training, method=method, thorough=self.attacks == "all")
-
-
-def work(config: Config) -> Work:
-    """The largest cost of training, without measuring, for `--dry_run`."""
-    settings, sources = config.settings, (config.forget, config.retain, config.holdout, config.text)
-    batch, steps = (2 * settings.batch_size, config.max_length), settings.rounds * settings.steps
-    training = Pass.reading(config.model, steps * batch[0], batch)
-    return Work(
-        reads=[config.model, *(source for source in sources if source)],
-        writes={"model": 4.0 * training.weights} if config.merge or not settings.adapters else {},
-        passes=[dataclasses.replace(training, trained=True)],
-        steps=steps,
-    )
 
 
 def run(config: Config, out: epath.Path) -> None:

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from etils import epath
 from flax import nnx
 
-from logitjax import losses, models, storage
+from logitjax import data, losses, models, storage
+from logitjax.commands import _flags
 
 # Few layers compile within seconds.
 _TIMED_LAYERS = 2
@@ -88,7 +89,8 @@ class Work:
     def lines(self, program: str, out: epath.Path) -> Iterator[str]:
         """Lines of `--dry_run`; the time comes last, because it has to be measured."""
         yield f"dry run of {program}: nothing is written"
-        yield from (f"reads   {name}{_size_of(name)}" for name in dict.fromkeys(self.reads))
+        for name in dict.fromkeys(self.reads):
+            yield f"reads   {name}, {_bytes(size)}" if (size := _size(name)) else f"reads   {name}"
         yield from (f"writes  {out / name}, {_bytes(size)}" for name, size in self.writes.items())
         yield f"disk    {_bytes(sum(self.writes.values()))} of {_free_disk(out)} free"
         for one in self.passes:
@@ -107,6 +109,52 @@ class Work:
         yield f"time    about {minutes:.1f} minutes plus compilation, measured on two layers"
 
 
+def estimate(config: _flags.Dataclass) -> Work:
+    """The work of a command, from the values of its flags, whose names say what they are."""
+    v = _flags.flatten(config)
+    names = ("student", "model", "expert", "base", "reference", "encoder", "auxiliary", "teacher")
+    decoders = _specs(v, names[:5])
+    prunes = any(v.get(name) for name in ("drop_layers", "drop_share", "keep_layers", "kv_heads"))
+    teachers = _specs(v, ("teacher",)) or (decoders[:1] if prunes else [])
+    sources = _specs(v, ("data", "text", "choices", "forget", "retain", "holdout", "features"))
+    if v.get("data") and v["data"].startswith(("text:", "jsonl:")):
+        data.load_examples(v["data"])  # Says what is wrong with it.
+    batch = (
+        v.get("batch_size") or v.get("batch_rows") or 1,
+        v.get("seq_len") or v.get("max_length") or v.get("prompt_length") or 128,
+    )
+    steps, trains = v.get("steps") or 0, "student" in v or "forget" in v
+    passes, writes = [], {}
+    if trains and steps:
+        spec = decoders[0]
+        shape = models.load_config(spec)
+        dropped = v.get("drop_layers") or round((v.get("drop_share") or 0) * shape.num_layers)
+        shape = shortened(shape, len(v.get("keep_layers") or ()) or shape.num_layers - dropped)
+        tokens = steps * batch[0] * batch[1]
+        student = Pass(
+            model="the student", shape=shape, tokens=tokens, batch=batch, trained=True
+        )
+        passes, rows = [student], steps * batch[0] + 2 * (v.get("eval_rows") or 0)
+        writes = {"model": 4.0 * student.weights, "checkpoints": 24.0 * student.weights}
+        decoders = []
+    else:
+        # Some four bytes of text are a token.
+        size = sum(map(_size, sources)) / 4 or 1e5
+        rows = min(size, v.get("max_tokens") or size) / batch[1]
+    read = [spec for spec in [*decoders, *teachers] if not spec.startswith(("cache:", "api:"))]
+    passes += [Pass.reading(spec, rows, batch) for spec in read]
+    if v.get("cache_top_k") and v.get("teacher_reads") != "live":
+        # A number and an id of each token that is kept, and two moments.
+        kept = rows * batch[1] * (4 * v["cache_top_k"] + 8)
+        writes |= {f"teacher {spec}": kept for spec in teachers if spec in read}
+    return Work(reads=[*_specs(v, names), *sources], writes=writes, passes=passes, steps=steps)
+
+
+def _specs(values: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    given = [values[name] for name in names if values.get(name)]
+    return [spec for one in given for spec in ([one] if isinstance(one, str) else one)]
+
+
 def shortened(shape: models.DecoderConfig, layers: int) -> models.DecoderConfig:
     """The configuration of a decoder's first layers."""
     layers = min(layers, shape.num_layers)
@@ -114,13 +162,12 @@ def shortened(shape: models.DecoderConfig, layers: int) -> models.DecoderConfig:
     return dataclasses.replace(shape, num_layers=layers, windows=windows, segment_boundaries=())
 
 
-def _size_of(name: str) -> str:
+def _size(name: str) -> float:
+    """Bytes of the file or folder that a source names, 0 where it names none."""
     kind, _, path = name.partition(":")
     file = pathlib.Path(path if kind in ("text", "jsonl", "cache", "folder") else name)
-    if not file.exists():
-        return ""
     files = file.rglob("*") if file.is_dir() else [file]
-    return f", {_bytes(sum(one.stat().st_size for one in files if one.is_file()))}"
+    return float(sum(one.stat().st_size for one in files if one.is_file()))
 
 
 def _bytes(size: float) -> str:
