@@ -72,24 +72,12 @@ def update_programs(
     def rows(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((course.batch_size, *shape), dtype, sharding=sharding)
 
-    length, k = reading.seq_len, reading.top_k
+    length = reading.seq_len
     columns = {n: rows(jnp.int32, length) for n in ("tokens", "segment_ids", "positions")}
     batch: dict[str, Any] = {"pivot": columns | {"loss_mask": rows(jnp.bool_, length)}}
     live, heads = [], {}
     if names:
-        log_z, mean, std = (rows(jnp.float32, length - 1) for _ in range(3))
-        said = losses.GraphStatistics(
-            values=rows(jnp.float32, length - 1, k),
-            indices=rows(jnp.int32, length - 1, k),
-            log_z=log_z,
-            mean=mean,
-            std=std,
-        )
-        places, ids = rows(jnp.bool_, length - 1), rows(jnp.int32, length - 1)
-        chunks = None
-        if any(n.chunks for n in needs):
-            chunks = ChunkScores(ids=ids, ends=ids, scores=log_z, where=places)
-        teacher = Teacher(statistics=said, where=places, single=places, chunks=chunks)
+        teacher = _answer(rows, length - 1, reading.top_k, chunks=any(n.chunks for n in needs))
         batch["sources"] = dict.fromkeys(names, teacher)
         if reading.teacher_reads == "live":
             # A served teacher is taken to be as large as the student.
@@ -122,6 +110,22 @@ def update_programs(
     yield from live
     if names and reading.teacher_reads == "cache":
         yield from _cached(names, reading, course, decoder_config, mesh)
+
+
+def _answer(
+    rows: Callable[..., jax.ShapeDtypeStruct], length: int, k: int, *, chunks: bool
+) -> Teacher:
+    """What a cache holds of a teacher, for so many positions."""
+    number, places, ids = (rows(kind, length) for kind in (jnp.float32, jnp.bool_, jnp.int32))
+    statistics = losses.GraphStatistics(
+        values=rows(jnp.float32, length, k),
+        indices=rows(jnp.int32, length, k),
+        log_z=number,
+        mean=number,
+        std=number,
+    )
+    scores = ChunkScores(ids=ids, ends=ids, scores=number, where=places) if chunks else None
+    return Teacher(statistics=statistics, where=places, single=places, chunks=scores)
 
 
 def _cached(
