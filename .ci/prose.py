@@ -22,7 +22,9 @@ WORDS = (
     "mor,vie,som,fro,doubel,als"
 )
 # What these say of ASCII, of dates in tables, and of words around code that was left out.
-NOISE = re.compile(r" (typography|dates_times|lexical_illusions|skunked_terms)\.?[\w.]*: ")
+NOISE = re.compile(
+    r" (typography|dates_times|lexical_illusions|skunked_terms|needless_variants)\.?[\w.]*: "
+)
 # The reference lists are made of docstrings, and results are data.
 SKIPPED = ("docs/reference", "docs/results", "docs/claims", "docs/measurements/gallery.md")
 

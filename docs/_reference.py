@@ -87,8 +87,10 @@ def _index() -> str:
             # What is no function or class has the docstring of its type.
             if not (inspect.isclass(value) or inspect.isroutine(value)) and "." not in summary:
                 summary = "A value."
-            kind = "mod" if isinstance(value, types.ModuleType) else "obj"
-            text += f"   * - :py:{kind}:`{name} <logitjax.{package}.{name}>`\n     - {summary}\n"
+            # Modules have a section and no entry.
+            entry = f":py:obj:`{name} <logitjax.{package}.{name}>`"
+            entry = f"``{name}``" if isinstance(value, types.ModuleType) else entry
+            text += f"   * - {entry}\n     - {summary}\n"
         text += "\n"
     return text
 

@@ -17,8 +17,8 @@ as well.
 
 `--method` is a name with options, as `'npo_kl(beta=0.2)'`, or `package.module:Name`. `difference`
 trains an assistant of the model's first layers that knows what to forget and nothing else. Its
-logits are subtracted while the model answers. The model's weights stay as they are: whoever leaves
-the assistant out has everything back. All other methods train adapters of the weights, or with
+logits are subtracted while the model answers. The model's weights stay as they are: without the
+assistant everything is back. All other methods train adapters of the weights, or with
 `--noadapters` all weights.
 
 Every few steps the command finds the strength at which the goal is met, and measures there what is

@@ -131,9 +131,7 @@ def estimate(config: _flags.Dataclass) -> Work:
         dropped = v.get("drop_layers") or round((v.get("drop_share") or 0) * shape.num_layers)
         shape = shortened(shape, len(v.get("keep_layers") or ()) or shape.num_layers - dropped)
         tokens = steps * batch[0] * batch[1]
-        student = Pass(
-            model="the student", shape=shape, tokens=tokens, batch=batch, trained=True
-        )
+        student = Pass(model="the student", shape=shape, tokens=tokens, batch=batch, trained=True)
         passes, rows = [student], steps * batch[0] + 2 * (v.get("eval_rows") or 0)
         writes = {"model": 4.0 * student.weights, "checkpoints": 24.0 * student.weights}
         decoders = []
