@@ -79,8 +79,17 @@ def _run(
         # Without a size there is no room for a bar.
         fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
     begin = time.monotonic()
-    process = subprocess.Popen(command, cwd=folder, env=environment, stdout=writer, stderr=writer,
-                               stdin=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment,
+        stdout=writer,
+        stderr=writer,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        # A shell's background job, as this may be, ignores Ctrl-C, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     os.close(writer)
     text, times, sent = "", [begin], False
     while True:

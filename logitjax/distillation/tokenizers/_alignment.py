@@ -18,8 +18,8 @@ class Chunks:
     """How the labels of two tokenizers align on the same text: ours and the other's.
 
     Position t predicts token t + 1, its label. A chunk is the shortest stretch of text
-    with a token boundary of both tokenizers at either end, or a special token that both have in one place. All
-    its tokens are labels that count, on both sides.
+    with a token boundary of both tokenizers at either end, or a special token that both have in one
+    place. All its tokens are labels that count, on both sides.
 
     Attributes:
         ours: int32 `[rows, length - 1]`, the chunk of each of our labels, from 0 in every row; -1
