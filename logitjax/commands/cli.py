@@ -366,7 +366,7 @@ def _main(
             if not cached and "://" in str(folder):
                 # The next machines of this run are others, and would compile everything again.
                 jax.config.update("jax_compilation_cache_dir", f"{folder}/.compiled")
-            with processes.first_before_others("config"):
+            with processes.first_before_others("writing config.json"):
                 _config_file.write_config(config, folder, kept)
             logging.info("%s on %s, into %s", program, _devices(), folder)
             run(config, folder)
