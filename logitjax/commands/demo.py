@@ -58,10 +58,9 @@ def run(config: Config, out: epath.Path) -> None:
     whole = storage.read_json(out / "whole.json", form=dict)["perplexity"]
     scores = storage.read_json(out / "scores.json", form=dict)
     before, after = (scores[name]["perplexity"] for name in ("before", "after"))
-    back = (before - after) / (before - whole)
     print(
-        f"\nPerplexity: {whole:.1f} whole, {before:.1f} without {config.drop_layers} layers, "
-        f"{after:.1f} after {config.steps} steps: {back:.0%} of the loss is back.\n"
+        f"\nPerplexity of this text: {whole:.1f} by the whole model, {before:.1f} with "
+        f"{config.drop_layers} layers fewer, {after:.1f} after {config.steps} training steps.\n"
         "Next:\n"
         f"  logitjax generate --model={out / 'model'} --complete --prompt='The logits'\n"
         f"  logitjax distill --student={config.model} --drop_layers=6 --data=text:FILE --out=DIR"
