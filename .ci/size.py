@@ -2,17 +2,23 @@
 
 A public name is one that a package exports from its `__init__.py`, or that a module without an
 underscore defines. Commands are called by their flags, and count only as lines. A function is long
-without its docstring.
+without its docstring. Code is what is no blank line, no docstring and no comment alone; marks for
+tools (`noqa` and the like) are no comments.
 """
 
 import ast
+import io
 import pathlib
+import re
 import sys
+import tokenize
 from collections.abc import Iterator
 
 ROOT = pathlib.Path(__file__).parents[1]
 LIBRARY, TOGETHER, NAMES, LONG = 66_000, 94_000, 330, 0
 LINES_OF_A_FUNCTION = 80
+COMMENTS = 4.0
+_MARK = re.compile(r"#\s*(noqa|type:|pyright:|fmt:|ruff:)")
 
 
 def lines(folder: str) -> int:
@@ -53,8 +59,25 @@ def long_functions(place: str, tree: ast.Module) -> Iterator[str]:
                 yield f"{place}:{node.lineno} {node.name}, {size} lines"
 
 
+def comments_and_code(place: str, tree: ast.Module) -> tuple[int, int]:
+    """Comments of a file, and its lines of code."""
+    text = (ROOT / "logitjax" / place).read_text()
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
+    docstrings = [node.body[0] for node in nodes if ast.get_docstring(node) is not None]
+    apart = {n for doc in docstrings for n in range(doc.lineno, (doc.end_lineno or 0) + 1)}
+    comments = 0
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            comments += not _MARK.match(token.string)
+            if not token.line[: token.start[1]].strip():
+                apart.add(token.start[0])
+    lines = enumerate(text.splitlines(), 1)
+    return comments, sum(1 for n, line in lines if line.strip() and n not in apart)
+
+
 def main(strict: bool) -> int:
-    """Prints the counts; the status is 1 where `strict` and a count is above its bar."""
+    """Prints the counts; the status is 1 where `strict` and a count misses its bar."""
     files = list(trees())
     names = set().union(*(public_names(*file) for file in files))
     long = [function for file in files for function in long_functions(*file)]
@@ -69,8 +92,13 @@ def main(strict: bool) -> int:
         print(f"{count:7,d}  lines of {folder}")
     for name, (count, bar) in counts.items():
         print(f"{count:7,d}  {name}, of at most {bar:,d}{' MISSED' if count > bar else ''}")
+    comments, code = map(sum, zip(*(comments_and_code(*file) for file in files), strict=True))
+    share = 100 * comments / code
+    missed = " MISSED" if share < COMMENTS else ""
+    print(f"{share:7.2f}  comments in a hundred lines of code, of at least {COMMENTS:g}{missed}")
     print(*long, sep="\n")
-    return int(strict and any(count > bar for count, bar in counts.values()))
+    wrong = missed or any(count > bar for count, bar in counts.values())
+    return int(strict and bool(wrong))
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ assistant = unlearning.Assistant(base=start.base, lora=lora)
 after = decoding.Ensemble(assistant.beside(model), fuse=fusion.LogitDifference(alpha=1.5))
 for what, whole in (("before", model), ("after", after)):
     scores = decoding.score(whole, questions, answers)
-    p = np.exp(scores.totals() / scores.where.sum(axis=1))
+    p = np.exp(scores.logprobs.sum(1) / scores.where.sum(1))
     print(f"{what}: forgotten {p[:8].mean():.2f}, kept {p[8:].mean():.2f} (probability a byte)")
 assert p[:8].max() < 0.2
 assert p[8:].min() > 0.8

@@ -699,7 +699,7 @@ ELSEWHERE = {
         models.with_layout vision.load_encoder
         data.load_examples data.load_image_set data.load_splits
         data.pack data.pack_splits data.prepare data.token_windows storage.Manifest
-        storage.RowCache storage.ShardReader storage.ShardWriter storage.digest
+        storage.RowCache storage.ShardReader storage.digest storage.write_shards
         storage.hub_snapshot storage.may_pass storage.package_file storage.read_json storage.require
         storage.option storage.progress storage.read_head storage.write_atomic storage.write_head
         leakage.HttpOracle leakage.LogitOracle leakage.audit

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from logitjax import distillation, losses, ops, vq
+from logitjax.losses.sweep._run import Options
 
 HIDDEN, VOCAB, CODES = 4, 12, 5
 
@@ -101,6 +102,6 @@ def test_the_table_has_every_function_that_takes_a_temperature(room):
         for name, function in inspect.getmembers(module, inspect.isroutine)
         if "temperature" in (given := inspect.signature(function).parameters)
         # The losses of heads share their keywords.
-        or ("options" in given and given["options"].annotation == Unpack[losses.sweep.Options])
+        or ("options" in given and given["options"].annotation == Unpack[Options])
     }
     assert takes == {name for name in OF_TEMPERATURE.get(module, ()) if "." not in name}

@@ -4,20 +4,19 @@ Cross-entropy and KL with their gradients in bfloat16, at 4096 x 1024 x 151,936,
 131,072 and 32768 x 4096 x 128,256 (positions, hidden, vocabulary): dense, chunks of 1,024 positions
 under ``jax.checkpoint``, Liger's chunks, tokamax's chunked form, its kernels and levanter's where
 they are installed (``pip install tokamax marin-levanter``), and ours by default, with the engine
-``rows``, unreduced, and by kernels; then ours over a mesh of 2 x 2, whose collectives are counted.
+``rows``, unreduced, and by kernels.
 Nothing runs: a TPU's compiler, which the extra ``plan`` brings on Python 3.12 or newer, says what a
 program would hold and take. The smoke scale compiles for the CPU.
 
 ``--only=v5p,kl,small`` compiles for one chip, one loss, one shape: names of `CHIPS`, `KINDS` and
-`SHAPES`, ``mesh`` and ``padded``. ``--only=axes`` counts, on eight CPU devices, how often heads are
+`SHAPES`. ``--only=axes`` counts, on eight CPU devices, how often heads are
 gathered on the meshes of other trainers (`MESHES`). With ``models`` the heads of models are
 compiled instead, or those named, into a file a chip, ``kernels/v5p.json``, with the tiles of the
 kernels and what was refused; the file keeps the rows that it has. `tiles` makes of these files what
 ``losses/sweep/tiles.json`` has. Columns: F is the work of one product of positions, hidden and
 vocabulary; the roofline's time is the longer of all products at the chip's peak and of reading
 arguments and writing results once; cycles are the TPU compiler's own, loops as often as they run,
-and estimated time is these over the chip's clock, where that is known. ``padded`` runs on this
-machine: losses over a vocabulary that tokamax's blocks do not divide.
+and estimated time is these over the chip's clock, where that is known.
 """
 
 import contextlib
@@ -69,10 +68,7 @@ MODELS = {
     "Llama 3.1 405B": (16384, 128256),
 }
 _MODEL_POSITIONS = 8192
-# Of its blocks of 2,048 columns tokamax counts all.
-PADDED_SHAPE = (1024, 64, 1000)
 CHIPS = {"v5e": "v5e:1x1", "v5p": "v5p:1x1x1", "v6e": "v6e:1x1", "tpu7x": "tpu7x:2x2x1"}
-MESH = "v5p:2x2x1"
 # Meshes of 2 x 4: axes, their kind, how hidden states and heads lie.
 MESHES = {
     "ours": ("fsdp tensor", AxisType.Auto, ("fsdp",), ("fsdp", "tensor")),
@@ -87,8 +83,6 @@ _CHUNK = 1024
 _VMEM_KIB = {"v5e": "98304", "v6e": "98304", "v5p": "64000", "tpu7x": "64000"}
 _KERNELS = ("ours, pallas", "tokamax, Mosaic", "levanter, Mosaic")
 _PARTS = "parts"
-# Bars of the issue are about this chip.
-_BARS = "v5p"
 
 
 def _tokamax(form: str, x: Mapping[str, jax.Array]) -> jax.Array:
@@ -199,11 +193,9 @@ def arguments(shape: Shape, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: placed(name, size) for name, size in vocabulary.sizes(shape).items()}
 
 
-def _compile(
-    loss: Loss, shape: Shape, devices: Sequence[Any], sides: tuple[int, int], options: Any = None
-) -> Any:
-    """The traced and the compiled step on a mesh ``fsdp x tensor``."""
-    mesh = Mesh(np.array(devices).reshape(sides), ("fsdp", "tensor"), (AxisType.Auto,) * 2)
+def _compile(loss: Loss, shape: Shape, device: Any, options: Any = None) -> Any:
+    """The traced and the compiled step for a device."""
+    mesh = Mesh(np.array(device).reshape(1, 1), ("fsdp", "tensor"), (AxisType.Auto,) * 2)
     inputs = arguments(shape, mesh)
     placed = (inputs["hidden"].sharding, inputs["head"].sharding)
     whole = NamedSharding(mesh, PartitionSpec())
@@ -216,10 +208,10 @@ def _row(name: str, kind: str, shape: Shape, chip: chips.Chip, loss: Loss) -> di
     row: dict[str, Any] = {"chip": chip.name, "loss": kind}
     row |= {"T": shape[0], "H": shape[1], "V": shape[2], "form": name}
     try:
-        devices, options = chips.devices_of(chip)[:1], None
+        options = None
         if name == "levanter, Mosaic":
             options = {"xla_tpu_scoped_vmem_limit_kib": _VMEM_KIB[chip.name]}
-        traced, compiled = _compile(loss, shape, devices, (1, 1), options)
+        traced, compiled = _compile(loss, shape, chips.devices_of(chip)[0], options)
     except Exception as error:
         # What a chip cannot hold is a row of the table, and what no kernel can do.
         if name in _KERNELS:
@@ -299,99 +291,24 @@ def tiles(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[list[int]]]:
     return dict(sorted(table.items()))
 
 
-def _padded() -> tuple[list[dict[str, Any]], list[suite.Bar]]:
-    """Mean losses in float32 where the last block of columns is not full, beside float64."""
-    tokens, width, vocab = PADDED_SHAPE
-    rng = np.random.default_rng(0)
-    hidden, head = rng.normal(size=(tokens, width)), rng.normal(size=(width, vocab))
-    labels = rng.integers(0, vocab, tokens).astype(np.int32)
-    logits = hidden @ head / width**0.5
-    log_z = np.log(np.exp(logits).sum(-1))
-    mean = float((log_z - logits[np.arange(tokens), labels]).mean())
-    inputs = {"hidden": hidden, "head": head / width**0.5}
-    given = {name: x.astype(np.float32) for name, x in inputs.items()} | {"labels": labels}
-    rows, bars = [], []
-    for name, loss in forms("cross-entropy").items():
-        if name not in ("dense", "tokamax, chunked", "ours, default"):
-            continue
-        row: dict[str, Any] = {"chip": "this CPU", "loss": "cross-entropy"}
-        row |= {"T": tokens, "H": width, "V": vocab, "form": name}
-        found = jax.jit(lambda x, loss=loss: loss(x).mean())(given)
-        row["error of the mean"] = abs(float(found) - mean)
-        rows.append(row)
-        if name == "ours, default":
-            error = row["error of the mean"]
-            bars.append(suite.at_most(f"V={vocab}: error of the mean", error, 1e-5))
-    return rows, bars
-
-
 def _bars(rows: Sequence[Mapping[str, Any]]) -> list[suite.Bar]:
     bars = []
-    tokamax = {
-        (row["chip"], row["T"]): row["temp MiB"]
-        for row in rows
-        if row["form"] == "tokamax, chunked"
-    }
     for row in rows:
-        if row["chip"] in ("v5p", "v6e") and (row["T"], row["H"], row["V"]) == SHAPES["wide"]:
-            where = f"{row['chip']}, {row['loss']}, {row['form'].removeprefix('ours, ')}"
-            if row["form"] == "ours, pallas":
-                name = f"{where}: temporaries, MiB"
-                bars.append(suite.at_most(name, row.get("temp MiB", math.inf), 1.0))
-            elif row["form"] == "ours, unreduced" and row["loss"] == "cross-entropy":
-                name = f"{where}: cycles / dense"
-                bars.append(suite.at_most(name, row["cycles / dense"], 1.4))
-        if row["chip"] != _BARS or row["form"] not in ("ours, default", "ours, rows"):
+        size, form = (row["T"], row["H"], row["V"]), row["form"].removeprefix("ours, ")
+        where = f"{row['chip']}, {row['loss']}, T={size[0]}, H={size[1]}, {form}"
+        if form == row["form"] or row["chip"] not in ("v5p", "v6e"):
             continue
-        where = f"{row['loss']}, H={row['H']}, {row['form'].removeprefix('ours, ')}"
-        if row["form"] == "ours, default":
+        if form == "pallas" and size == SHAPES["wide"]:
+            bars.append(suite.at_most(f"{where}: MiB", row.get("temp MiB", math.inf), 1.0))
+        if form == "unreduced" and size == SHAPES["wide"] and row["loss"] == "cross-entropy":
+            bars.append(suite.at_most(f"{where}: cycles / dense", row["cycles / dense"], 1.4))
+        if form == "default":
             share = row["temp / dense"]
             bars.append(suite.at_most(f"{where}: temporaries / dense", share, 0.1))
-            theirs = tokamax.get((row["chip"], row["T"]))
-            if theirs and row["loss"] == "cross-entropy":
-                share, name = row["temp MiB"] / theirs, f"{where}: temporaries / tokamax"
-                bars.append(suite.at_most(name, share, 1.0))
-        # `rows` forms a logit once, `scan` twice, a teacher's too.
-        sides = 2 if row["loss"] == "kl" else 1
-        once = row["products, F"] < 2 + 1.5 * sides
-        most = 2 + sides * (1 if once else 2)
-        # The last block repeats columns of the one before.
-        work = row["products, F"] / most
-        bars.append(suite.at_most(f"{where}: products / {most} F", work, 1.02))
-        if (row["T"], row["H"], row["V"]) == SHAPES["large"]:
-            limit, value = 1.1 if once else 1.3, row["cycles / dense"]
-            bars.append(suite.at_most(f"{where}: cycles / dense", value, limit))
-    return bars
-
-
-def _mesh_rows(shape: Shape, chip: chips.Chip, kinds: Sequence[str]) -> list[dict[str, Any]]:
-    """Collectives of a device where rows and heads are split over 2 x 2."""
-    rows = []
-    for kind in kinds:
-        for name, loss in forms(kind).items():
-            if not name.startswith("ours"):
-                continue
-            _, compiled = _compile(loss, shape, chips.devices_of(chip)[:4], (2, 2))
-            sent = costs.collectives(compiled.as_text())
-            row: dict[str, Any] = {"chip": f"{chip.name}, 2 x 2", "loss": kind}
-            row |= {"T": shape[0], "H": shape[1], "V": shape[2], "form": name}
-            row["temp MiB"] = compiled.memory_analysis().temp_size_in_bytes / 2**20
-            for collective in ("all-gather", "reduce-scatter", "all-reduce"):
-                row[f"{collective}s"] = sent.calls.get(collective, 0)
-                row[f"{collective} MiB"] = sent.collective_bytes.get(collective, 0.0) / 2**20
-            rows.append(row)
-            logging.info("%s, %s over 2 x 2: done", kind, name)
-    return rows
-
-
-def _mesh_bars(rows: Sequence[Mapping[str, Any]]) -> list[suite.Bar]:
-    """The head is gathered once a sweep, and its gradient scattered once; a teacher has no such."""
-    bars = []
-    for row in rows:
-        where = f"2 x 2, {row['loss']}, {row['form'].removeprefix('ours, ')}"
-        heads = 2 if row["loss"] == "kl" else 1
-        for kind, most in (("all-gathers", heads), ("reduce-scatters", 1)):
-            bars.append(suite.at_most(f"{where}: {kind}", row[kind], most))
+        if form in ("default", "rows") and size == SHAPES["large"]:
+            # `rows` forms a logit once, `scan` twice.
+            limit = 1.1 if form == "rows" else 1.3
+            bars.append(suite.at_most(f"{where}: cycles / dense", row["cycles / dense"], limit))
     return bars
 
 
@@ -448,7 +365,7 @@ def run(options: suite.Options) -> suite.Result:
     shapes: Mapping[str, Shape] = SMOKE_SHAPES if options.smoke else SHAPES
     named = {"cpu": "cpu:1"} if options.smoke else CHIPS
     parts = set(filter(None, options.only.split(",")))
-    own = {*CHIPS, "cpu", "mesh", "padded", "axes", "models"}
+    own = {*CHIPS, "cpu", "axes", "models"}
     groups = (own, set(KINDS), {*SHAPES, *SMOKE_SHAPES}, set(MODELS))
     if unknown := parts - set().union(*groups):
         raise ValueError(f"only: expected parts as in its help, got {', '.join(sorted(unknown))}")
@@ -480,19 +397,8 @@ def run(options: suite.Options) -> suite.Result:
                     found.append(_kept(options, name, kind, shapes[size], chip, loss))
                 _compare(found)
                 rows += found
-    bars = _bars(rows)
-    if not options.smoke and chosen("mesh"):
-        chip = chips.parse_chip(MESH)
-        chips.prepare(chip, "data:1")
-        found = _mesh_rows(SHAPES["large"], chip, kinds)
-        rows += found
-        bars += _mesh_bars(found)
-    if options.smoke or chosen("padded"):
-        found, more = _padded()
-        rows += found
-        bars += more
     (epath.Path(options.directory) / _PARTS).rmtree(missing_ok=True)
-    return suite.Result(rows=rows, bars=bars, pictures={"accelerator": picture(rows)})
+    return suite.Result(rows=rows, bars=_bars(rows), pictures={"accelerator": picture(rows)})
 
 
 def picture(rows: Sequence[Mapping[str, Any]]) -> figures.Picture:

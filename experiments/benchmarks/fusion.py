@@ -3,8 +3,8 @@
     python -m experiments.benchmark fusion
 
 ``paper's grid`` is the search as published: at each of 21 alphas a softmax and two KL divergences,
-one alpha after another. ``grid`` is the same search from cumulants, the others are the root and
-minimum searches of `DynamicFusion`. Each returns the alphas alone. Logits are made up, with the
+one alpha after another. ``grid`` is the same search from cumulants, the others are the root
+searches of `DynamicFusion`. Each returns the alphas alone. Logits are made up, with the
 heavy tail that language models have; ``at bound`` and ``sweeps`` say what the searches met. Two
 more bars relate the default search to one decoding step of SmolLM2 with a 6-layer expert and base.
 """
@@ -24,7 +24,7 @@ from logitjax import models
 from logitjax.fusion import DynamicFusion
 
 _GRID_LIMIT, _FORWARD_LIMIT = 1 / 3, 0.08
-_METHODS = ("grid", "newton", "jeffreys", "project")
+_METHODS = ("grid", "jeffreys", "project")
 _SMALL_LAYERS = (0, 1, 2, 3, 28, 29)
 _DEFAULT = DynamicFusion().method
 

@@ -9,10 +9,9 @@ of 12 topics a Wikipedia article has. The large model itself is tuned as the cei
 
 Then it scores every way to fuse them, with one expert and with both, on held-out text of the domain
 and on general text: proxy-tuning with alpha = 1 and with the alpha that is best on validation data,
-the paper's grid, and the root and minimum searches of `logitjax.fusion`. `report.md` has NLL,
+the paper's grid, and the root searches of `logitjax.fusion`. `report.md` has NLL,
 accuracy, the share of the gap to the ceiling that is closed, as (x - base) / (ceiling - base) and
-as the paper's ratio x / ceiling, how near the searches come to their global minimum, tokens a
-second, and a plot of alpha over tokens.
+as the paper's ratio x / ceiling, tokens a second, and a plot of alpha over tokens.
 
 With `--domain=gsm8k:DIR` (or `trivia_qa`, `cnn_dm`, `truthful_qa`, `mmlu`) experts learn
 a published task and every arm answers its test questions, which are graded as published.

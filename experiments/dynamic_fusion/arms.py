@@ -1,7 +1,6 @@
 """What every arm scores, from what the models' heads see: one product with each head a position."""
 
 import functools
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.dynamic_fusion.certificate import Certificate
 from experiments.dynamic_fusion.train import Scored
 from logitjax.fusion import DynamicFusion, ProxyTuning
 from logitjax.ops import log_softmax
@@ -18,7 +16,6 @@ from logitjax.ops import log_softmax
 SINGLE: dict[str, Any] = {
     "proxy": ProxyTuning(),
     "dlf grid": DynamicFusion(method="grid"),
-    "newton": DynamicFusion(method="newton"),
     "jeffreys": DynamicFusion(method="jeffreys"),
     "project": DynamicFusion(method="project"),
 }
@@ -28,9 +25,6 @@ SEVERAL: dict[str, Any] = {
     "dlf grid, one a token": DynamicFusion(method="grid", multi="single"),
     "jeffreys, joint": DynamicFusion(method="jeffreys", multi="joint"),
 }
-
-#: Those of `SINGLE` whose answers are held against a dense scan.
-SEARCHES = ("dlf grid", "newton", "jeffreys", "project")
 
 
 class Block:
@@ -85,7 +79,6 @@ def _sums(
         values |= {
             "alpha": info["alpha"].sum(0),
             "at_bound": info["at_bound"],
-            "unconverged": ~info["converged"],
         }
     return {name: jnp.where(where, value, 0).sum() for name, value in values.items()}
 
@@ -210,20 +203,3 @@ def traces(
             _, info = _fused(block.large, block.experts, block.base, strategy=strategy)
             found[name].append(np.asarray(info["alpha"])[:, np.asarray(block.where)])
     return {name: np.concatenate(parts, 1).tolist() for name, parts in found.items()}
-
-
-def certify(
-    scored: Sequence[Scored], heads: Sequence[np.ndarray], *, rows: int, block_size: int
-) -> dict[str, dict[str, float]]:
-    """How near each search comes to the global minimum of what it minimises, on `rows` rows."""
-    certificate = Certificate()
-    for block in itertools.islice(blocks(scored, heads, block_size), -(-rows // block_size)):
-        count = min(int(block.where.sum()), rows - len(certificate))
-        found = {
-            name: jax.device_get(
-                _fused(block.large, block.experts, block.base, strategy=SINGLE[name])[1]
-            )
-            for name in SEARCHES
-        }
-        certificate.add(block.large[:count], block.experts[0, :count], block.base[:count], found)
-    return certificate.table()

@@ -48,9 +48,6 @@ class Config:
     static_alpha: tuple[float, ...] = field(_ALPHAS, "Static alphas to choose from.")
     seeds: int = field(1, "Number of seeds, each with experts and a ceiling of its own.")
     block_size: int = field(64, "Number of positions whose logits are held at once.")
-    certify_rows: int = field(
-        48, "Number of positions on which the searches are checked in float64."
-    )
     trace_tokens: int = field(96, "Number of positions in the plot of alpha.")
     decode_tokens: int = field(32, "Number of tokens to generate to measure speeds. 0 for none.")
     prompt: str = field("Enter the King", "Beginning of the generated text.")
@@ -94,14 +91,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         validation_questions=16,
         test_questions=32,
         static_alpha=(0.5, 1.0),
-        certify_rows=8,
         trace_tokens=24,
         decode_tokens=4,
         prompt="The",
         train_embeddings=True,
     ),
     "demo": dict(),
-    "report": dict(seeds=3, certify_rows=200),
+    "report": dict(seeds=3),
     # Once for each of the paper's tasks: --domain=gsm8k:DIR, truthful_qa:DIR, trivia_qa:DIR,
     # cnn_dm:DIR and, which no expert was tuned on, mmlu:DIR.
     "paper": dict(

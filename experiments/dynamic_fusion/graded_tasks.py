@@ -261,7 +261,7 @@ def _grade_choices(
         scores = decoding.score(
             model, [prompts[i] for i, _ in part], [tokenizer.encode(c) for _, c in part]
         )
-        totals[start : start + len(part)] = scores.totals()
+        totals[start : start + len(part)] = scores.logprobs.sum(1)
     grades, start = [], 0
     for q in questions:
         best = int(totals[start : start + len(q.choices)].argmax())

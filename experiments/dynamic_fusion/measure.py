@@ -43,7 +43,6 @@ class Measured:
         """The scores of every seed, and what is measured once."""
         return {
             "seeds": [self.score_seed(seed) for seed in range(self.config.seeds)],
-            "searches": self._kept("searches", self.certify),
             "traces": self._kept("traces", self.traces),
             "speeds": self._kept("speeds", self.speeds) if self.config.decode_tokens else [],
         }
@@ -167,19 +166,6 @@ class Measured:
 
     def _heads(self, variants: Sequence[Variant]) -> list[np.ndarray]:
         return [self.lineup.head_of(variant) for variant in variants]
-
-    def certify(self) -> dict[str, Any]:
-        """The searches against a dense scan in float64, on text of the domain and on questions."""
-        found = {}
-        for domain in SETS:
-            variants = self.models([domain], 0)
-            found[domain] = arms.certify(
-                self._scored(variants, domain, "test"),
-                self._heads(variants),
-                rows=self.config.certify_rows,
-                block_size=self.config.block_size,
-            )
-        return found
 
     def traces(self) -> dict[str, Any]:
         """Alphas over the first tokens of the domain, and of both experts over three data sets."""

@@ -47,7 +47,6 @@ def write(config: Config, results: Mapping[str, Any], workdir: epath.Path) -> st
         text += f"\n## {title}\n\n{markdown_table(rows)}\n"
     if "graded" in seeds[0]:
         text += f"\n## Answers to the first domain's questions\n\n{markdown_table(graded(seeds))}\n"
-    text += f"\n## The searches against a dense scan in float64\n\n{_searches(results)}\n"
     if results["speeds"]:
         text += f"\n## Greedy decoding, one row\n\n{markdown_table(results['speeds'])}\n"
     text += f"\n![alpha over tokens](alpha.png)\n\n{_NOTES}\n"
@@ -156,7 +155,6 @@ def _row(
     for key, title, factor in (
         ("alpha", "mean alpha", 1),
         ("at_bound", "at bound %", 100),
-        ("unconverged", "flagged %", 100),
     ):
         row[title] = spread(means, key, factor)
     return row
@@ -209,15 +207,6 @@ def _against(ours: Sequence[float], other: Sequence[float]) -> str:
     wins = sum(a > b for a, b in zip(ours, other, strict=True))
     word = "MORE" if statistics.fmean(ours) > statistics.fmean(other) else "NOT more"
     return f"{word} (in {wins} of {len(ours)} seeds)"
-
-
-def _searches(results: Mapping[str, Any]) -> str:
-    rows = [
-        {"data": _which(domain), "search": name, **found}
-        for domain, searches in results["searches"].items()
-        for name, found in searches.items()
-    ]
-    return markdown_table(rows)
 
 
 def traces(found: Mapping[str, Any]) -> figures.Picture:

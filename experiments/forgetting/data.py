@@ -50,7 +50,7 @@ def _tofu(config: Config) -> Scene:
     subset = tofu.subset(config.tofu_dir, authors=config.authors, forget=config.forget_authors)
     forget, retain, holdout = (
         tuple(_row_of(item) for item in items)
-        for items in (subset.forget_perturbed, subset.retain, subset.holdout)
+        for items in (subset.forget, subset.retain, subset.holdout)
     )
     split = unlearning.split_rows(forget, retain, holdout)
     parts = {
@@ -59,7 +59,7 @@ def _tofu(config: Config) -> Scene:
     }
     reworded = tuple(
         tuple(_row(item.question, text) for text in (item.truth, *item.perturbed_answers[:_WRONG]))
-        for item in subset.forget_perturbed
+        for item in subset.forget
     )
     return Scene(parts=parts, taught=(*forget, *retain), kept=retain, reworded=reworded)
 

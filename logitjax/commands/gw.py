@@ -40,8 +40,8 @@ class Config:
 
     graphs: tuple[str, ...] = field(REQUIRED, "The two graphs, as .npy files.", positional=True)
     factors: bool = field(False, "Read the files as factors Z rather than matrices.")
-    bounds: Literal["cheap", "sorted_rows", "third"] = field(
-        "cheap", "Work for the lower bound: n^2 (cheap), n^2 log n (sorted_rows) or n^3 (third)."
+    bounds: Literal["cheap", "third"] = field(
+        "cheap", "Work for the lower bound: n^2 (cheap) or n^3 (third)."
     )
     refine: Literal["none", "exchange", "search"] = field(
         "exchange", "How the coupling is improved, if both graphs have equally many nodes."

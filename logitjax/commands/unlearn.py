@@ -133,6 +133,8 @@ def run(config: Config, out: epath.Path) -> None:
     model, tokenizer = models.load(config.model, dtype=config.dtype, layout="listed")
     model = models.with_layout(model, "listed")
     storage.progress.mark("measuring what the model knows", log=True)
+    # A start that was refused may have left answers of another model.
+    said_by = storage.digest(config.model, config.dtype, config.new_tokens, length=12)
     questions = unlearning.Questions.of(
         split.parts,
         tokenizer,
@@ -142,7 +144,7 @@ def run(config: Config, out: epath.Path) -> None:
         max_length=config.max_length,
         new_tokens=config.new_tokens,
         batch_size=config.eval_batch,
-    ).with_neighbours(model, out / "candidates" / "neighbours.json")
+    ).with_neighbours(model, out / "candidates" / f"neighbours-{said_by}.json")
     forgetting = unlearning.Unlearning(
         model,
         questions,

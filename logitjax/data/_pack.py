@@ -21,7 +21,7 @@ from logitjax.data._documents import (
 from logitjax.data._examples import Example, Examples
 from logitjax.data._packed import KIND, PackedDataset, row_codec
 from logitjax.data._tokenizer import TokenizerLike
-from logitjax.storage import Manifest, ShardWriter, digest
+from logitjax.storage import Manifest, digest, write_shards
 
 _FORMAT = 1
 _ROWS_PER_SHARD = 1 << 16
@@ -154,22 +154,23 @@ def _write_rows(
     names = ("documents", "pieces", "too_long", "unlearnt", "malformed")
     statistics: dict[str, int] = dict.fromkeys(names, 0)
     statistics["malformed"] = examples.errors
-    tokens, rows = dict.fromkeys(tokenizers, 0), 0
+    tokens = dict.fromkeys(tokenizers, 0)
     pad_ids = {name: _pad_id(tokenizer) for name, tokenizer in tokenizers.items()}
-    codec, routes = row_codec(tokenizers, seq_len), dict[str, int]()
-    with ShardWriter(root, _ROWS_PER_SHARD) as writer:
+    codec, routes = row_codec(tokenizers, seq_len), dict[str | None, int]()
+
+    def records() -> Iterator[bytes]:
         for teacher, routed in _routed(examples):
-            before = rows
+            routes[teacher] = 0
             for row in best_fit(pieces(routed, statistics=statistics), seq_len):
                 columns = {}
                 for name in tokenizers:
                     columns |= _lay_out(row, name, seq_len, pad_ids[name])
-                writer.write(codec.encode(columns, 1)[0])
-                rows += 1
-                for name in tokens:
                     tokens[name] += sum(len(piece[name][0]) for piece in row)
-            if teacher is not None:
-                routes[teacher] = rows - before
+                routes[teacher] += 1
+                yield codec.encode(columns, 1)[0]
+
+    shards = write_shards(root, records(), _ROWS_PER_SHARD)
+    rows = sum(routes.values())
     if not rows:
         raise ValueError(_nothing_left(examples.source, seq_len, statistics))
     return {
@@ -177,9 +178,9 @@ def _write_rows(
         "seq_len": seq_len,
         "tokenizers": list(tokenizers),
         "pad_ids": pad_ids,
-        "shards": writer.shards,
+        "shards": shards,
         "statistics": statistics | {"rows": rows, "tokens": tokens},
-    } | ({"routes": routes} if routes else {})
+    } | ({} if None in routes else {"routes": routes})
 
 
 def _routed(examples: Examples) -> Iterator[tuple[str | None, Examples]]:

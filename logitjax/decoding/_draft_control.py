@@ -4,8 +4,6 @@ import collections
 import statistics
 from collections.abc import Hashable
 
-from logitjax.decoding._speculate import Speculation
-
 # The share of the time that trying drafts may cost, and about how many tested tokens the acceptance
 # is estimated from.
 _LOSS, _MEMORY = 0.01, 48.0
@@ -42,8 +40,9 @@ class DraftControl:
         *,
         length: int | None = None,
     ):
-        self.speculation = Speculation(draft=draft, lengths=lengths)
-        self.lengths = self.speculation.lengths
+        if not lengths or lengths[0] < 1 or list(lengths) != sorted(set(lengths)):
+            raise ValueError(f"lengths: expected ascending numbers of at least 1, got {lengths}")
+        self.draft, self.lengths = draft, tuple(lengths)
         if length is not None and length not in self.lengths:
             raise ValueError(f"length: expected one of lengths={self.lengths}, got {length}")
         self._fixed = length

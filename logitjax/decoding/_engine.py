@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from logitjax.decoding._draft_control import DraftControl
 from logitjax.decoding._ensemble import Ensemble, Plan
 from logitjax.decoding._prompts import place_row, read_piece, row_of
 from logitjax.decoding._requests import Request, fresh_rows, left_padded
-from logitjax.decoding._speculate import Drafted, Drafter, Speculation, find_drafter, run_rounds
+from logitjax.decoding._speculate import Drafted, Drafter, find_drafter, run_rounds
 from logitjax.decoding._step import (
     DecodeOptions,
     DecodeState,
@@ -85,8 +86,8 @@ class Engine:
         max_length: largest number of tokens of a slot, prompt included.
         options: what is reported, and what requests may ask for.
         extra: one slot's value of ``state.extra`` if a request brings none; a pytree of arrays.
-        speculation: `DraftControl.speculation`, for calls of ``speculate``; caches then have room
-            for drafts that are taken back.
+        drafts: who drafts and how many tokens at most, for calls of ``speculate``; caches then have
+            room for drafts that are taken back.
         rings: let windowed layers forget what lies before their window; False keeps all positions,
             which a `PromptReader` that shares prefixes needs.
 
@@ -109,22 +110,22 @@ class Engine:
         max_length: int,
         options: DecodeOptions | None = None,
         extra: Any = None,
-        speculation: Speculation | None = None,
+        drafts: DraftControl | None = None,
         rings: bool = True,
     ):
         ensemble = model if isinstance(model, Ensemble) else Ensemble(model)
         self.plan = ensemble.plan
         self.params = ensemble.params
-        self.speculation = speculation
+        self._longest_draft = 0 if drafts is None else max(drafts.lengths)
         self._room = max_length
-        if speculation is not None:
+        if drafts is not None:
             if options is not None and options.draw_keys is not None:
-                raise ValueError("draw_keys: expected None with speculation, got a function")
-            self._drafter = find_drafter(self.plan, speculation.draft)
+                raise ValueError("draw_keys: expected None with drafts, got a function")
+            self._drafter = find_drafter(self.plan, drafts.draft)
             self._draft_params = self._drafter.params(self.params)
             # A rejected draft has overwritten what a ring without slack would still need.
-            self.plan = self.plan.with_ring_slack(max(speculation.lengths))
-            self._room += max(speculation.lengths)
+            self.plan = self.plan.with_ring_slack(self._longest_draft)
+            self._room += self._longest_draft
         self.rings = rings
         if not rings:
             self.plan = self.plan.with_ring_slack(self._room)
@@ -253,14 +254,13 @@ class Engine:
             `Drafted`.
 
         Raises:
-            ValueError: without ``speculation``, or for a length that it has no room for.
+            ValueError: without ``drafts``, or for a length that it has no room for.
         """
-        if self.speculation is None:
-            raise ValueError("speculation: the engine was made without, it knows no drafter")
-        if not 1 <= length <= max(self.speculation.lengths):
+        if not self._longest_draft:
+            raise ValueError("drafts: the engine was made without, it knows no drafter")
+        if not 1 <= length <= self._longest_draft:
             raise ValueError(
-                f"length: expected a number between 1 and {max(self.speculation.lengths)}, "
-                f"got {length}"
+                f"length: expected a number between 1 and {self._longest_draft}, got {length}"
             )
         self._state, emitted, drafted = _speculate(
             self.plan,

@@ -114,7 +114,7 @@ def generate(
             slots=len(rows),
             max_length=bucket(longest + most) - most,
             options=options,
-            speculation=drafts.speculation,
+            drafts=drafts,
         )
         rounds = Rounds(engine, drafts, chunk=text.chunk, watched=text.watched)
         out = in_chunks(engine, requests, rounds.advance, text)

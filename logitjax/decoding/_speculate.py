@@ -26,20 +26,6 @@ from logitjax.ops import Array, checks
 _DRAFT, _ACCEPT, _INSTEAD = 1, 2, 3
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Speculation:
-    """The drafting member, and the lengths of drafts; as of `DraftControl`."""
-
-    draft: str | int = "expert"
-    lengths: tuple[int, ...] = (2, 5)
-
-    def __post_init__(self) -> None:
-        lengths = tuple(self.lengths)
-        if not lengths or lengths[0] < 1 or lengths != tuple(sorted(set(lengths))):
-            raise ValueError(f"lengths: expected ascending numbers of at least 1, got {lengths}")
-        object.__setattr__(self, "lengths", lengths)
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Drafted:

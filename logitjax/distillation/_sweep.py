@@ -1,7 +1,6 @@
 """As few sweeps over the vocabulary as the parts of an objective need."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,7 +46,11 @@ def swept(
         # whatever it weighs.
         hidden = jnp.where(where[..., None], hidden, 0.0)
         results = sweep.run(reading.statistic, hidden, head, tokens=reading.tokens, **options)
-        results = jax.tree.map(functools.partial(_gradient_where, where), results)
+        results = jax.tree.map(
+            # Ids have no gradient to mask.
+            lambda x: ops.gradient_where(x, where) if jnp.issubdtype(x.dtype, jnp.floating) else x,
+            results,
+        )
         sums = [_summed(*pair, where) for pair in zip(parts, reading.values(results, local))]
         pairs = zip(parts, sums, strict=True)
         return sum((_weighed(part.weight, total) for part, total in pairs), start=0.0), sums
@@ -73,11 +76,6 @@ def swept(
     return total, [_summed(*pair, where) for pair in zip(parts, values, strict=True)]
 
 
-def _gradient_where(where: Any, x: Any) -> Any:
-    # Ids have no gradient to mask.
-    return ops.gradient_where(x, where) if jnp.issubdtype(x.dtype, jnp.floating) else x
-
-
 def _weighed(weight: float, value: Any) -> Any:
     # What is only reported may be infinite.
     return weight * value if weight else jnp.zeros_like(value)
@@ -91,13 +89,8 @@ def _summed(part: Part, value: Any, where: Any) -> Any:
 class _Reading:
     """The statistic that serves some parts, and which of its results are whose.
 
-    Attributes:
-        parts: The parts.
-        statistic: What the sweep sums up.
-        tokens: What it reads at a position.
-        slices: For each part, where its ids are among those gathered; None for none.
-        numbers: For each part, which of `Several` statistics is its own; None for none.
-        has_readout: Whether the first statistic is a `losses.Readout`.
+    `slices` says for each part where its ids are among those gathered, and `numbers` which of
+    `Several` statistics is its own; None for none.
     """
 
     parts: Sequence[Part]

@@ -17,14 +17,9 @@ from logitjax.fusion._rows import by_rows
 from logitjax.fusion._solve import Solution, Visit, find_root
 from logitjax.ops import Array, AxisName, checks
 
-Method = Literal["grid", "newton", "jeffreys", "project"]
+Method = Literal["grid", "jeffreys", "project"]
 Multi = Literal["single", "joint"]
-_METHODS = ("grid", "newton", "jeffreys", "project")
-_MULTIS = ("single", "joint")
-# Each of its points is a sweep over the vocabulary.
-_LARGEST_JOINT_GRID = 10_000
-# Enough for most rows; of many rows the others are searched apart.
-_FEW_SWEEPS = 10
+_METHODS, _MULTIS = ("grid", "jeffreys", "project"), ("single", "joint")
 
 
 @jax.tree_util.register_static
@@ -37,19 +32,19 @@ class DynamicFusion:
     about as far from P as Q_t from Q. What "as far" means is the `method`::
 
         grid      least (KL(P_a||P) - KL(Q_t||Q))^2 + (KL(P||P_a) - KL(Q||Q_t))^2 on a grid
-        newton    the same objective, its least value on the whole range, certified to 1e-5 of it
         jeffreys  KL(P_a||P) + KL(P||P_a) = KL(Q_t||Q) + KL(Q||Q_t)
         project   the P_a nearest to P with E_{P_a}[log Q_t/Q] >= KL(Q_t||Q)
 
-    The first two search an objective with several minima. The last two are each the root of one
-    growing function. All of them give alpha = 1 where P equals Q.
+    The first is the paper's, whose objective may have several minima; `lower` and `upper` hold the
+    least of all. The others are each the root of one growing function. All give alpha = 1 where P
+    equals Q.
 
     With several experts `multi` says how alphas are chosen::
 
         single      one expert a token, the one that comes nearest to the mean of the
                     divergences (the paper's rule; an expert that changed nothing halves that mean)
-        joint       all alphas for the mean divergences: on the full grid, or the shortest step;
-                    with `method='project'` by `jeffreys`, as constraints have no mean
+        joint       all alphas for the sum of the mean divergences, as `jeffreys` whatever the
+                    method, by the shortest steps: one equation for several alphas
 
     Attributes:
         method: see above. Grid is the paper's; the default closed most of the gap between a large
@@ -60,7 +55,7 @@ class DynamicFusion:
         num: points of the grid, the ends included.
         max_sweeps: largest number of evaluations of a search.
         sharded_sweeps: exact number of evaluations of a search with `axis_name`, each of which is
-            an all-reduce. Newton then starts from the whole grid, which takes one.
+            an all-reduce.
         tolerance: relative tolerance of the root searches on the divergence.
 
     >>> large = jnp.array([2.0, 1.0, 0.0])
@@ -120,7 +115,7 @@ class DynamicFusion:
             `sweeps`, evaluations of the path.
 
         Raises:
-            ValueError: shapes do not fit, or a joint grid would be too large.
+            ValueError: shapes do not fit.
         """
         inputs = read_inputs(logits_large, logits_experts, logits_bases, vocab_where)
         given = [logits_large, logits_experts, logits_bases, vocab_where]
@@ -130,9 +125,7 @@ class DynamicFusion:
         decide = functools.partial(self._decide, axis_name=axis_name)
         # All-reduces are counted by the token, not by the row.
         if axis_name is None:
-            quick = dataclasses.replace(self, max_sweeps=min(self.max_sweeps, _FEW_SWEEPS))
-            first = functools.partial(quick._decide, axis_name=None)
-            info = by_rows(decide, inputs.large.shape[:-1], *frozen, first=first)
+            info = by_rows(decide, inputs.large.shape[:-1], *frozen)
         else:
             info = decide(*frozen)
         levels = info.pop("large_level"), info.pop("expert_levels"), info.pop("base_levels")
@@ -181,15 +174,9 @@ class DynamicFusion:
             targets, errors = jax.tree.map(
                 lambda x: jnp.broadcast_to(x.mean(0), x.shape), (targets, errors)
             )
-        if self.method in ("grid", "newton"):
-            # Unsharded, a point costs a sweep: most of the grid is proven away without one.
-            certified = self.method == "newton"
-            count = 3 if certified and axis_name is None else self.num
-            values = jnp.linspace(*self.alpha_range, count, dtype=path.variance.dtype)
-            sweeps = self._sweeps(axis_name) if certified else 0
-            return find_minimum(
-                path, targets, errors[:2], values, max_sweeps=sweeps, axis_name=axis_name
-            )
+        if self.method == "grid":
+            values = jnp.linspace(*self.alpha_range, self.num, dtype=path.variance.dtype)
+            return find_minimum(path, targets, errors[:2], values, axis_name=axis_name)
         visit, scale, start = _visit_mean, targets[0], path.target_mean / path.variance
         if self.method == "jeffreys":
             scale = targets[0] + targets[1]
@@ -208,46 +195,17 @@ class DynamicFusion:
         return self.max_sweeps if axis_name is None else self.sharded_sweeps
 
     def _joint(self, path: Path, axis_name: AxisName | None) -> Solution:
-        forward, reverse = path.target_forward.mean(0), path.target_reverse.mean(0)
-        count = len(path)
-        if self.method == "project":
-            return dataclasses.replace(self, method="jeffreys")._joint(path, axis_name)
-        if self.method != "grid":
-            start = self._alone(path, axis_name, mean_targets=False).alpha / count
-            return least_step(
-                path,
-                (forward, reverse),
-                start,
-                self.alpha_range,
-                summed=self.method == "jeffreys",
-                # Steps of several alphas are not bracketed, and take longer.
-                max_sweeps=self._sweeps(axis_name) * (1 if axis_name is None else 2),
-                tolerance=self.tolerance,
-                axis_name=axis_name,
-            )
-        if self.num**count > _LARGEST_JOINT_GRID:
-            raise ValueError(
-                f"num: a joint grid of {self.num} points for {count} experts has "
-                f"{self.num**count} points, at most {_LARGEST_JOINT_GRID} are tried; lower num or "
-                "take another multi"
-            )
-        values = jnp.linspace(*self.alpha_range, self.num, dtype=path.variance.dtype)
-        points = jnp.stack(jnp.meshgrid(*[values] * count, indexing="ij"), -1).reshape(-1, count)
-        batch = path.variance.shape[1:]
-
-        def visit(point: jax.Array) -> tuple[jax.Array, jax.Array]:
-            alphas = jnp.broadcast_to(point.reshape(count, *[1] * len(batch)), (count, *batch))
-            log_z, means, _ = path.joint_moments(alphas, axis_name=axis_name)
-            return (alphas * means).sum(0) - log_z, log_z
-
-        moved, back = lax.map(visit, points)
-        best = _least_gap(moved - forward, back - reverse)
-        alpha = jnp.stack([_pick(column, best) for column in points.T])
-        at = _pick(moved, best), _pick(back, best)
-        # A joint grid proves nothing of what lies between its points.
-        lower, upper = (jnp.full_like(alpha, bound) for bound in self.alpha_range)
-        converged = jnp.broadcast_to(jnp.isfinite(at[0]), alpha.shape)
-        return Solution(alpha, at, lower, upper, converged, len(points))
+        one = dataclasses.replace(self, method="jeffreys")
+        return least_step(
+            path,
+            path.target_forward.mean(0) + path.target_reverse.mean(0),
+            one._alone(path, axis_name, mean_targets=False).alpha / len(path),
+            self.alpha_range,
+            # Steps of several alphas are not bracketed, and take longer.
+            max_sweeps=self._sweeps(axis_name) * (1 if axis_name is None else 2),
+            tolerance=self.tolerance,
+            axis_name=axis_name,
+        )
 
     def _report(self, path: Path, solution: Solution) -> dict[str, jax.Array]:
         moved, back = solution.at
@@ -318,14 +276,6 @@ def _least_gap(forward: jax.Array, reverse: jax.Array) -> jax.Array:
     """Which point of the leading axis comes nearest to both divergences."""
     # The first of equal ones, as the paper's strict comparison keeps it.
     return (forward**2 + reverse**2).argmin(0).astype(jnp.int32)
-
-
-def _pick(values: jax.Array, index: jax.Array) -> jax.Array:
-    """Of `values [num, *batch]` or `[num]`, those at `index [*batch]`."""
-    # By comparison: a gather from a batch that is sharded would have to be told how.
-    values = values.reshape(*values.shape, *[1] * (1 + index.ndim - values.ndim))
-    chosen = jnp.arange(len(values)).reshape(-1, *[1] * index.ndim) == index
-    return jnp.where(chosen, values, 0).sum(0)
 
 
 def _choose(path: Path, solution: Solution) -> tuple[Solution, jax.Array]:

@@ -15,11 +15,10 @@ _DAMPING, _LEAST_DAMPING, _LARGEST_DAMPING = 1e-3, 1e-6, 1e6
 
 
 class _Visit(NamedTuple):
-    """What one sweep says of a point: how good it is, where to go, whether to stay."""
+    """What one sweep says of a point: value less target, its slopes, whether to stay."""
 
-    merit: jax.Array
-    residual: jax.Array
-    matrix: jax.Array
+    gap: jax.Array
+    slopes: jax.Array
     done: jax.Array
     means: jax.Array
     at: tuple[jax.Array, jax.Array]
@@ -27,56 +26,37 @@ class _Visit(NamedTuple):
 
 def least_step(
     path: Path,
-    targets: tuple[jax.Array, jax.Array],
+    target: jax.Array,
     start: jax.Array,
     bounds: tuple[float, float],
     *,
-    summed: bool,
     max_sweeps: int,
     tolerance: float,
     axis_name: AxisName | None,
 ) -> Solution:
-    """Alphas that meet the mean divergences, or their sum, by shortest steps from `start`.
+    """Alphas whose two divergences sum to the target, by shortest steps from `start`.
 
-    One or two equations for T alphas: which of the many solutions is found depends on the start.
+    One equation for T alphas: which of the many solutions is found depends on the start.
     """
-    forward, reverse = targets
-    jeffreys = jnp.maximum(forward + reverse, 1e-2)
+    allowed = tolerance * jnp.maximum(target, 1e-2)
 
     def visit(alphas: jax.Array, centre: jax.Array | None) -> _Visit:
         log_z, means, covariance = path.joint_moments(alphas, axis_name=axis_name, centre=centre)
         moved = (alphas * means).sum(0) - log_z
-        gaps = jnp.stack([moved - forward, log_z - reverse])
-        slopes = jnp.stack([(covariance * alphas[None]).sum(1), means])
-        if summed:
-            gaps, slopes = gaps.sum(0, keepdims=True), slopes.sum(0, keepdims=True)
+        gap, slopes = moved + log_z - target, means + (covariance * alphas[None]).sum(1)
         # A step has only the alphas that it does not push out of the box.
-        downhill = -(slopes * gaps[:, None]).sum(0)
+        downhill = -slopes * gap
         stuck = ((alphas <= bounds[0]) & (downhill <= 0)) | ((alphas >= bounds[1]) & (downhill > 0))
-        slopes, downhill = jnp.where(stuck, 0.0, slopes), jnp.where(stuck, 0.0, downhill)
+        slopes = jnp.where(stuck, 0.0, slopes)
+        square = (slopes**2).sum(0)
         # The second is less than what the linear model promises.
-        done = (jnp.abs(gaps) <= tolerance * jeffreys).all(0)
-        done |= (downhill**2).sum(0) <= 1e-9 * (slopes**2).sum((0, 1))
-        return _Visit((gaps**2).sum(0), gaps, slopes, done, means, (moved, log_z))
+        done = (jnp.abs(gap) <= allowed) | (square * gap**2 <= 1e-9 * square)
+        return _Visit(gap, slopes, done, means, (moved, log_z))
 
     def step(seen: _Visit, damping: jax.Array) -> jax.Array:
-        slopes = jnp.moveaxis(seen.matrix, (0, 1), (-2, -1))
-        square = slopes @ jnp.swapaxes(slopes, -1, -2)
-        trace = jnp.trace(square, axis1=-2, axis2=-1)
-        size = square.shape[-1]
-        damped = square + (damping * trace + 1e-12)[..., None, None] * jnp.eye(
-            size, dtype=square.dtype
-        )
-        weights = _solve(damped, seen.residual)
-        return -(seen.matrix * weights[:, None]).sum(0)
+        return -seen.slopes * (seen.gap / ((1 + damping) * (seen.slopes**2).sum(0) + 1e-12))
 
     return _damped(visit, step, start, bounds, max_sweeps, unrolled=axis_name is not None)
-
-
-def _solve(matrix: jax.Array, right: jax.Array) -> jax.Array:
-    """`matrix [*batch, n, n]` and `right [n, *batch]` to `[n, *batch]`."""
-    solved = jnp.linalg.solve(matrix, jnp.moveaxis(right, 0, -1)[..., None])[..., 0]
-    return jnp.moveaxis(solved, -1, 0)
 
 
 def _damped(
@@ -90,7 +70,7 @@ def _damped(
 ) -> Solution:
     start = jnp.clip(jnp.where(jnp.isfinite(start), start, bounds[0]), *bounds)
     seen = visit(start, None)
-    damping = jnp.full_like(seen.merit, _DAMPING)
+    damping = jnp.full_like(seen.gap, _DAMPING)
 
     def advance(carry: Any) -> Any:
         alphas, seen, damping = carry
@@ -98,7 +78,7 @@ def _damped(
         trial = jnp.where(jnp.isfinite(trial), trial, alphas)
         new = visit(trial, seen.means)
         # Near the end what merits differ by is rounding.
-        better = new.merit <= seen.merit + 1e-6 * (1 + jnp.abs(seen.merit))
+        better = new.gap**2 <= seen.gap**2 * (1 + 1e-6) + 1e-6
         taken = (better | new.done) & ~seen.done
 
         def choose(old: jax.Array, changed: jax.Array) -> jax.Array:
@@ -122,6 +102,6 @@ def _damped(
         )
     alphas, seen, _ = carry
     converged = jnp.broadcast_to(seen.done, alphas.shape)
-    # Two equations say nothing of a single one of several alphas.
+    # One equation says nothing of a single one of several alphas.
     lower, upper = (jnp.full_like(alphas, bound) for bound in bounds)
     return Solution(alphas, seen.at, lower, upper, converged, sweeps)

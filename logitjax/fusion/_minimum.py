@@ -1,4 +1,4 @@
-"""The global minimum of the paper's objective along the path, with a proof: branch and bound.
+"""The best point of a grid by the paper's objective, and what proves to hold the exact minimum.
 
 With F(a) = KL(P_a || P), R(a) = KL(P || P_a), and mean mu and variance v of h under P_a, everything
 between two evaluated points is bounded by what is known at their ends::
@@ -8,26 +8,19 @@ between two evaluated points is bounded by what is known at their ends::
     L''/2 = (a v)^2 + mu^2 + (F - f) (v + a v') + (R - r) v
     -(mu - min h) <= v'/v <= max h - mu      for v' is the third central moment
 
-All of it less what rounding may have added. An interval whose bound is no better than the best
-point seen is done with. Every other one is split, from left to right, so that few are open at once,
-and the search ends with a certificate or says that it has none. What lies below the best point at
-all, from the first points on, is where the exact minimum may be.
+All of it less what rounding may have added. The minimum may be where L may lie below the best
+point; where L'' is positive, only where L' may vanish.
 """
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from logitjax.fusion._path import Moments, Path
 from logitjax.fusion._solve import Solution
 from logitjax.ops import AxisName
 
-# Intervals that are held. More are rarely open at once; the bound of one given up is remembered.
-_HELD = 8
-# A split leaves at least this share of an interval on either side.
-_MARGIN = 0.125
 _TINY = 1e-30
 # Squares of what is smaller vanish.
 _ROOT = 1e-18
@@ -43,6 +36,20 @@ class Point(NamedTuple):
     errors: tuple[jax.Array, jax.Array, jax.Array]
     least: jax.Array
     most: jax.Array
+
+    @classmethod
+    def of(cls, at: Moments, targets: Any, errors: Any) -> "Point":
+        """With targets f and r, and what they may be off by, `[T, *batch]`."""
+        forward, reverse, mean, variance = at.errors
+        return cls(
+            at.alpha,
+            at.forward - targets[0],
+            at.reverse - targets[1],
+            at.mean,
+            (forward + errors[0] + _ROOT, reverse + errors[1] + _ROOT, mean),
+            jnp.maximum(at.variance - variance, 0.0),
+            at.variance + variance,
+        )
 
     @property
     def objective(self) -> jax.Array:
@@ -71,114 +78,38 @@ class Point(NamedTuple):
 
 
 class Interval(NamedTuple):
-    """No alpha between two points has an objective below `bound`; `split` is where to look next.
+    """No alpha between two points has an objective below `bound`.
 
     Nor below the lines that start from the least of the ends with a slope of at least `starts` and
-    at most `ends`.
+    at most `ends`; the slope grows at a rate of at least `convex`.
     """
 
     left: Point
     right: Point
     bound: jax.Array
-    split: jax.Array
     starts: jax.Array
     ends: jax.Array
+    convex: jax.Array
+    noise: jax.Array
 
     def reach(self, value: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The alphas whose objective may be below `value`; from inf to -inf where none may."""
+        """The alphas of a minimum that may be below `value`; from inf to -inf where none may."""
         above = [jnp.maximum(point.extreme(-1) - value, 0.0) for point in (self.left, self.right)]
         slopes = jnp.maximum(-self.starts, _TINY), jnp.maximum(self.ends, _TINY)
         # Less than what the quotient may be off by.
         low, high = (0.999 * x / slope for x, slope in zip(above, slopes, strict=True))
         low, high = self.left.alpha + low, self.right.alpha - high
-        some = (self.bound <= value) & (low <= high)
-        return jnp.where(some, low, jnp.inf), jnp.where(some, high, -jnp.inf)
+        # A slope that grows is zero no further from an end than it is from zero there.
+        low = jnp.maximum(low, self.right.alpha - self._zero(self.right.slope(-1)))
+        high = jnp.minimum(high, self.left.alpha + self._zero(self.left.slope(1)))
+        margin = 1e-6 * self.right.alpha
+        some = (self.bound <= value) & (low <= high + margin)
+        return jnp.where(some, low - margin, jnp.inf), jnp.where(some, high + margin, -jnp.inf)
 
-
-class _State(NamedTuple):
-    open: Interval
-    best: Point
-    given_up: jax.Array
-    lower: jax.Array
-    upper: jax.Array
-    done: jax.Array
-
-
-class _Search(NamedTuple):
-    """One search: the path, and the targets f and r with what they may be off by, `[T, *batch]`."""
-
-    path: Path
-    forward: jax.Array
-    reverse: jax.Array
-    errors: tuple[jax.Array, jax.Array]
-    axis_name: AxisName | None
-
-    def point(self, at: Moments) -> Point:
-        forward, reverse, mean, variance = at.errors
-        return Point(
-            at.alpha,
-            at.forward - self.forward,
-            at.reverse - self.reverse,
-            at.mean,
-            (forward + self.errors[0] + _ROOT, reverse + self.errors[1] + _ROOT, mean),
-            jnp.maximum(at.variance - variance, 0.0),
-            at.variance + variance,
-        )
-
-    def sufficient(self, bound: jax.Array, best: Point) -> jax.Array:
-        """Whether nothing better than a share of the objective and rounding is to be gained."""
-        scale = self.forward**2 + self.reverse**2
-        rounding = best.extreme(1) - best.extreme(-1)
-        return bound >= best.objective * (1 - 1e-5) - 1e-8 * scale - 2 * rounding
-
-    def advance(self, state: _State) -> _State:
-        """Splits the leftmost open interval of every row: one sweep over the vocabulary."""
-        intervals = state.open
-        index = jnp.arange(len(intervals.bound)).reshape(-1, *[1] * self.forward.ndim)
-        chosen = index == jnp.where(self.unsettled(state), intervals.left.alpha, jnp.inf).argmin(0)
-        whole = _only(chosen, intervals)
-        left, right, alpha = whole.left, whole.right, whole.split
-        share = (alpha - left.alpha) / jnp.maximum(right.alpha - left.alpha, _TINY)
-        centre = left.mean + share * (right.mean - left.mean)
-        at = self.path.moments(alpha, axis_name=self.axis_name, centre=centre)
-        middle = self.point(at)
-        halves = between(self.path, _stack(left, middle), _stack(middle, right))
-        # Parts are no worse than the whole, whatever rounding says.
-        halves = halves._replace(bound=jnp.maximum(halves.bound, whole.bound))
-        # One takes the place of the whole, the other that of the interval with the least to gain.
-        others = jnp.where(chosen, -jnp.inf, intervals.bound)
-        replaced = index == others.argmax(0)
-
-        def put(old: jax.Array, new: jax.Array) -> jax.Array:
-            return jnp.where(chosen, new[0], jnp.where(replaced, new[1], old))
-
-        given_up = jnp.minimum(state.given_up, others.max(0))
-        # Its place is remembered where the minimum may be in it.
-        lower, upper = _only(replaced, intervals).reach(state.best.extreme(1))
-        lower, upper = jnp.minimum(state.lower, lower), jnp.maximum(state.upper, upper)
-        better = (middle.objective < state.best.objective) & ~state.done
-        best = jax.tree.map(lambda new, old: jnp.where(better, new, old), middle, state.best)
-        intervals = jax.tree.map(put, intervals, halves)
-        return self.judged(_State(intervals, best, given_up, lower, upper, state.done))
-
-    def judged(self, state: _State) -> _State:
-        """Done where no interval, open or given up, can hold anything better."""
-        done = ~self.unsettled(state).any(0) & self.sufficient(state.given_up, state.best)
-        return state._replace(done=state.done | done)
-
-    def unsettled(self, state: _State) -> jax.Array:
-        """Intervals that may hold anything better, or into which a step from the best one leads."""
-        best, intervals = state.best, state.open
-        variance = (best.least + best.most) / 2
-        slopes = best.alpha * variance, best.mean
-        slope = best.forward * slopes[0] + best.reverse * slopes[1]
-        # What Gauss and Newton's step promises: bounds of rounding alone would end far from it.
-        gain = slope**2 / jnp.maximum(slopes[0] ** 2 + slopes[1] ** 2, _TINY)
-        scale = self.forward**2 + self.reverse**2
-        steep = gain > 1e-7 * best.objective + 1e-11 * scale
-        downhill = jnp.where(slope < 0, intervals.left.alpha, intervals.right.alpha) == best.alpha
-        steep &= downhill & (intervals.bound < jnp.inf)
-        return ~self.sufficient(intervals.bound, best) | steep
+    def _zero(self, slope: jax.Array) -> jax.Array:
+        """Where the slope may vanish, by what it is at least at an end."""
+        distance = jnp.maximum(self.noise - slope, 0.0) / jnp.maximum(0.999 * self.convex, _TINY)
+        return jnp.where((self.convex > 0) & (distance >= 0), distance, jnp.inf)
 
 
 def find_minimum(
@@ -187,58 +118,21 @@ def find_minimum(
     errors: tuple[jax.Array, jax.Array],
     values: jax.Array,
     *,
-    max_sweeps: int,
     axis_name: AxisName | None,
 ) -> Solution:
-    """Alpha whose objective no other in the range undercuts by more than a share of 1e-5.
-
-    Or of 1e-8 of the targets' squares, or by what rounding makes of it. `converged` is that
-    certificate. The first points, `values`, have the ends of the range among them, and cost one
-    all-reduce; with an axis name exactly `max_sweeps` more are made. Without any the answer is the
-    best of the values.
-    """
-    forward, reverse = targets
-    search = _Search(path, forward, reverse, errors, axis_name)
-    points = search.point(path.scan(values, axis_name=axis_name))
+    """The best alpha of `values`, the first of equal ones; one all-reduce for them all."""
+    points = Point.of(path.scan(values, axis_name=axis_name), targets, errors)
     left, right = jax.tree.map(lambda x: x[:-1], points), jax.tree.map(lambda x: x[1:], points)
-    intervals = between(path, left, right)
-    spare = max(_HELD - len(intervals.bound), 0)
-    intervals = jax.tree.map(
-        lambda x: jnp.pad(x, [(0, spare)] + [(0, 0)] * (x.ndim - 1)), intervals
-    )
-    held = jnp.arange(len(intervals.bound)) < len(values) - 1
-    held = held.reshape(-1, *[1] * forward.ndim)
-    intervals = intervals._replace(bound=jnp.where(held, intervals.bound, jnp.inf))
-    # At alpha = 0 is a maximum, and stationary: not the answer of a search that may go on.
-    allowed = jnp.where((points.alpha > 0) | (max_sweeps == 0), points.objective, jnp.inf)
-    least = jnp.arange(len(values)).reshape(-1, *[1] * forward.ndim) == allowed.argmin(0)
-    nothing = jnp.full_like(forward, jnp.inf)
-    unjudged = jnp.zeros_like(forward, bool)
-    best = _only(least, points)
-    state = search.judged(_State(intervals, best, nothing, nothing, -nothing, unjudged))
-    sweeps = jnp.zeros((), jnp.int32)
-    if axis_name is not None:
-        for _ in range(max_sweeps):
-            state = search.advance(state)
-        sweeps = sweeps + max_sweeps
-    else:
-        state, sweeps = lax.while_loop(
-            lambda carry: (carry[1] < max_sweeps) & ~carry[0].done.all(),
-            lambda carry: (search.advance(carry[0]), carry[1] + 1),
-            (state, sweeps),
-        )
-    best = state.best
-    lower, upper = state.open.reach(best.extreme(1))
-    lower, upper = jnp.minimum(state.lower, lower.min(0)), jnp.maximum(state.upper, upper.max(0))
-    # Between two neighbours in float32 there are other numbers.
-    lower, upper = jnp.minimum(lower, best.alpha) * (1 - 1e-6), jnp.maximum(upper, best.alpha)
+    index = jnp.arange(len(values)).reshape(-1, *[1] * targets[0].ndim)
+    best = _only(index == points.objective.argmin(0), points)
+    lower, upper = between(path, left, right).reach(best.extreme(1))
     return Solution(
         best.alpha,
-        (best.forward + forward, best.reverse + reverse),
-        jnp.maximum(lower, values[0]),
-        jnp.minimum(upper * (1 + 1e-6), values[-1]),
-        state.done if max_sweeps else jnp.isfinite(best.objective),
-        sweeps + len(values),
+        (best.forward + targets[0], best.reverse + targets[1]),
+        jnp.clip(jnp.minimum(lower.min(0), best.alpha), values[0], values[-1]),
+        jnp.clip(jnp.maximum(upper.max(0), best.alpha), values[0], values[-1]),
+        jnp.isfinite(best.objective),
+        len(values),
     )
 
 
@@ -260,16 +154,13 @@ def between(path: Path, left: Point, right: Point) -> Interval:
     fall = _lowest(high.forward, left.alpha * least, right.alpha * most)
     fall += _lowest(high.reverse, low.mean, mean)
     # 3. With L'' >= -2 q, the function L - q t (width - t) is convex, and lies on its tangents.
-    curvature = (
-        (left.alpha * least) ** 2
-        + low.mean**2
-        + _lowest(low.reverse, least, most)
-        + jnp.minimum(
-            jnp.minimum(low.forward, 0.0) * (1 + right.alpha * growth),
-            jnp.maximum(-high.forward, 0.0) * jnp.minimum(1 - right.alpha * decay, 0.0),
-        )
-        * most
+    square = (left.alpha * least) ** 2 + low.mean**2
+    others = _lowest(low.reverse, least, most)
+    others += most * jnp.minimum(
+        jnp.minimum(low.forward, 0.0) * (1 + right.alpha * growth),
+        jnp.maximum(-high.forward, 0.0) * jnp.minimum(1 - right.alpha * decay, 0.0),
     )
+    curvature = square + others
     bend = 1.001 * jnp.maximum(-curvature, 0.0) * width
     starts = jnp.maximum(2 * rise, left.slope(1) - bend)
     ends = jnp.minimum(-2 * fall, bend - right.slope(-1))
@@ -285,10 +176,8 @@ def between(path: Path, left: Point, right: Point) -> Interval:
     # Where an error is infinite nothing is known.
     bound = jnp.maximum(corner, jnp.where(jnp.isnan(lines), 0.0, lines))
     starts, ends = jnp.nan_to_num(starts, nan=-jnp.inf), jnp.nan_to_num(ends, nan=jnp.inf)
-    split = _split(left, right)
-    # Between neighbours there is no number.
-    empty = (split <= left.alpha) | (split >= right.alpha)
-    return Interval(left, right, jnp.where(empty, jnp.inf, bound), split, starts, ends)
+    convex = 2 * curvature - 1e-5 * (square + jnp.abs(others))
+    return Interval(left, right, bound, starts, ends, jnp.nan_to_num(convex), noise)
 
 
 def _gaps(left: Point, right: Point, which: int) -> jax.Array:
@@ -318,24 +207,6 @@ def _variances(left: Point, right: Point, growth: jax.Array, decay: jax.Array) -
     return jnp.minimum(left.least, right.least) * share, jnp.minimum(most, 1.001 * growth * decay)
 
 
-def _split(left: Point, right: Point) -> jax.Array:
-    """The minimum of the cubic through both ends if it turns in between, else the middle."""
-    width = right.alpha - left.alpha
-    middle = left.alpha + 0.5 * width
-    start, end = left.slope(1), -right.slope(-1)
-    mean = start + end - 3 * (right.objective - left.objective) / width
-    root = jnp.sqrt(jnp.maximum(mean**2 - start * end, 0.0))
-    cubic = right.alpha - width * (end + root - mean) / (end - start + 2 * root)
-    margin = _MARGIN * width
-    cubic = jnp.clip(cubic, left.alpha + margin, right.alpha - margin)
-    turns = (start < 0) & (end > 0) & (cubic > left.alpha) & (cubic < right.alpha)
-    return jnp.where(turns, cubic, middle)
-
-
 def _only(which: jax.Array, tree: Any) -> Any:
     """Of stacked values the one that is marked; by a sum, for batches may be sharded."""
     return jax.tree.map(lambda x: jnp.where(which, x, 0.0).sum(0), tree)
-
-
-def _stack(one: Any, other: Any) -> Any:
-    return jax.tree.map(lambda x, y: jnp.stack([x, y]), one, other)

@@ -56,7 +56,7 @@ class Path:
         log_p: `[*batch, vocab]`, -inf where the vocabulary does not exist; padded to whole parts.
         directions: `[T, *batch, vocab]`, h, centred under P; likewise.
         variance: Of h under P.
-        residual: At most what rounding left of E_P[h].
+        shift: What rounding left of E_P[h], and how far that may be off.
         target_forward: KL(expert || base); `target_reverse` is KL(base || expert).
         target_mean: Of h under the expert.
         target_errors: How far the three targets may be off.
@@ -67,7 +67,7 @@ class Path:
     log_p: Any
     directions: Any
     variance: Any
-    residual: Any
+    shift: tuple[Any, Any]
     target_forward: Any
     target_reverse: Any
     target_mean: Any
@@ -87,7 +87,7 @@ class Path:
         The nearer `centre` is to the mean, the more digits the variance keeps.
         """
         sums = _gathered(_sums(self.log_p, self.directions, alpha, centre), axis_name)
-        return _moments(sums, alpha, centre, self.residual, self.log_p.shape[-1], axis_name)
+        return _moments(sums, alpha, centre, self.shift, self.log_p.shape[-1], axis_name)
 
     def scan(self, values: jax.Array, *, axis_name: AxisName | None) -> Moments:
         """Moments at each of the `values`, `[num, T, *batch]`; one all-reduce for them all.
@@ -98,7 +98,7 @@ class Path:
         alpha = values.reshape(-1, *[1] * self.variance.ndim) + jnp.zeros_like(self.variance)
         sums = lax.map(lambda one: _sums(self.log_p, self.directions, one, 0.0), alpha)
         sums = _gathered(jnp.moveaxis(sums, 1, 0), axis_name)
-        return _moments(sums, alpha, 0.0, self.residual, self.log_p.shape[-1], axis_name)
+        return _moments(sums, alpha, 0.0, self.shift, self.log_p.shape[-1], axis_name)
 
     def joint_moments(
         self,
@@ -176,7 +176,7 @@ def _moments(
     sums: jax.Array,
     alpha: jax.Array,
     centre: jax.Array | float,
-    residual: jax.Array,
+    shift: tuple[jax.Array, jax.Array],
     vocab: int,
     axis_name: AxisName | None,
 ) -> Moments:
@@ -184,30 +184,35 @@ def _moments(
     peak, psi, moved, square, apart, noise, noise_square = sums
     unit, depth, share = _rounding(vocab, axis_name, sums.dtype)
     own = jnp.exp(-peak)
-    total = own + psi
+    # Less what is due to h + c in place of h: of divergences of 1e-12 that may be the larger part.
+    (c, doubt), turn = shift, alpha * shift[0]
+    moved = moved - c * (psi + own * turn)
+    psi = jnp.maximum((psi - own * (turn**2 / 2) * (1 + turn / 3)) * (1 - turn), 0.0)
+    total = (own + psi) * (1 + turn)
     near = jnp.log1p(psi * jnp.exp(jnp.minimum(peak, 80.0)))
-    reverse = jnp.where(psi < own, near, jnp.log(total) + peak)
+    reverse = jnp.where(psi < own, near, jnp.log(own + psi) + peak)
     mean, square, noise_square = moved / total, square / total, unit * noise_square / total
     # psi(x) <= x (e^x - 1): what the mean may be off by, times alpha, is that of the normaliser.
     numerator = unit * (noise / total + depth * mean)
     # Or, far from P, the mean rounding of an exponent, by the entropy, which is log vocab at most.
     steps = 8 * _STEPS + 20 * math.log(vocab) + peak + 20 * alpha * mean
     relative = jnp.minimum(share + alpha * numerator, unit * (steps + depth))
-    rest = residual * jnp.minimum(reverse, 1.0)
+    rest = doubt * jnp.minimum(reverse, 1.0)
+    rest += alpha * (doubt * (2 * jnp.abs(c) + doubt) + _STEPS * unit * c**2)
     mean_error = numerator + mean * relative + rest
     # There P_a lies near the centre, and roundings of weights move what is apart from it.
-    other = centre + apart / total
+    other = centre - c + apart / total
     other_error = jnp.sqrt(unit * steps * noise_square) + (relative + depth * unit) * jnp.sqrt(
         square
     )
-    other_error += residual + 4 * unit * (jnp.abs(centre) + jnp.abs(other))
+    other_error += doubt + 4 * unit * (jnp.abs(centre) + jnp.abs(c) + jnp.abs(other))
     better = other_error < mean_error
     mean = jnp.where(better, jnp.maximum(other, 0.0), mean)
     mean_error = jnp.minimum(mean_error, other_error)
     reverse_error = jnp.minimum(alpha * numerator, relative) + (share + _STEPS * unit) * reverse
     reverse_error += alpha * rest
     forward_error = alpha * mean_error + reverse_error + 4 * unit * alpha * mean
-    apart = mean - centre
+    apart = mean + c - centre
     variance_error = (
         noise_square
         + (relative + (depth + _STEPS) * unit) * square
@@ -296,8 +301,8 @@ def make_path(inputs: Inputs, axis_name: AxisName | None) -> Path:
     rest_p, variance, rest_b, variance_b = sums[7:]
     unit, _, share = _rounding(vocab, axis_name, variance.dtype)
     left = [share * jnp.sqrt(2 * v) for v in (variance, variance_b)]
-    residuals = [jnp.abs(r) + rest for r, rest in zip((rest_p, rest_b), left, strict=True)]
-    expert = _moments(sums[:7], jnp.ones_like(d_p), 0.0, residuals[1], vocab, axis_name)
+    base = rest_b, left[1]
+    expert = _moments(sums[:7], jnp.ones_like(d_p), 0.0, base, vocab, axis_name)
     change = means[1] - means[0]
     middle = means[0] + (top_expert - top_base)
     slack = 1e-6 * (jnp.abs(top_expert) + jnp.abs(top_base) + jnp.abs(middle))
@@ -305,7 +310,7 @@ def make_path(inputs: Inputs, axis_name: AxisName | None) -> Path:
         log_p=log_p[0],
         directions=h,
         variance=variance,
-        residual=residuals[0],
+        shift=(rest_p, left[0]),
         target_forward=expert.forward,
         target_reverse=expert.reverse,
         target_mean=expert.mean + (change + (rest_b - rest_p)),

@@ -19,7 +19,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
 from logitjax.distillation import TeacherCache, TeacherIdentity
-from logitjax.storage import ShardWriter, digest
+from logitjax.storage import digest, write_shards
 
 _LOGITS, _IDS = "top_k_logits", "top_k_indices"
 # Rows of a part of a cache, and of a file.
@@ -173,16 +173,19 @@ def store_top_k(
     for name in ("inputs", *arrays):
         if (got := arrays[name].shape if name in arrays else None) != shape:
             raise ValueError(f"columns[{name!r}]: expected {shape}, got {got}")
-    folder = epath.Path(directory)
-    with ShardWriter(folder, _PART, "teacher_top_k_part_{:05d}_host_000") as writer:
+
+    def records() -> Iterator[bytes]:
         for place, row in enumerate(rows):
             features = {name: array[place] for name, array in arrays.items()}
             # MaxText's own is Python's hash, which differs from process to process.
             hashed = hashlib.blake2b(features["inputs"].tobytes(), digest_size=8).digest()
             features["sequence_hash"] = np.frombuffer(hashed, np.int64)
             said = cache.read([row])
-            writer.write(_record(features | {_LOGITS: said["values"], _IDS: said["indices"]}))
-    return [folder / shard["file"] for shard in writer.shards]
+            yield _record(features | {_LOGITS: said["values"], _IDS: said["indices"]})
+
+    folder = epath.Path(directory)
+    shards = write_shards(folder, records(), _PART, "teacher_top_k_part_{:05d}_host_000")
+    return [folder / shard["file"] for shard in shards]
 
 
 def _record(features: Mapping[str, np.ndarray]) -> bytes:

@@ -148,8 +148,8 @@ class HttpOracle(Meter):
 
     def _asked(self, prompt: Any, fields: Mapping[str, Any]) -> Any:
         """What an answer of one token says of log-probabilities."""
-        body = {"prompt": np.asarray(prompt).tolist(), "max_tokens": 1}
-        answer = self._post(json.dumps(body | {"return_tokens_as_token_ids": True} | fields))
+        body = {"prompt": np.asarray(prompt).tolist(), "max_tokens": 1, **fields}
+        answer = self._post(json.dumps(body | {"return_tokens_as_token_ids": True}))
         try:
             said = answer["choices"][0]["logprobs"]
             _token_id(said["tokens"][0])

@@ -251,14 +251,16 @@ class LogitPolicy:
         if self.top_k is None or self.top_k >= values.shape[-1]:
             tokens = jnp.broadcast_to(jnp.arange(values.shape[-1]), values.shape)
             return Answer(values=values, tokens=tokens)
-        own = None if drawn is None else jnp.take_along_axis(values, drawn, axis=-1)
+        if drawn is None:
+            values, tokens = top_k(values, self.top_k)
+            return Answer(values=values, tokens=tokens)
+        own = jnp.take_along_axis(values, drawn, axis=-1)
         if self.top_k == 0:
             return Answer(values=own, tokens=drawn)
         values, tokens = top_k(values, self.top_k)
-        if drawn is not None:
-            values, tokens = (
-                jnp.concatenate(pair, axis=-1) for pair in ((own, values), (drawn, tokens))
-            )
+        values, tokens = (
+            jnp.concatenate(pair, axis=-1) for pair in ((own, values), (drawn, tokens))
+        )
         return Answer(values=values, tokens=tokens)
 
     def _biased(self, values: jax.Array, tokens: jax.Array, bias: Array | None) -> jax.Array:

@@ -184,7 +184,7 @@ def _choices(protocol: Protocol, oracle: Any, prompts: Any) -> None:
             return None
         same = int((again == drawn).sum())
         # Pairs of unequal seeds say how often draws agree by chance.
-        by_chance = [int((again == rng.permutation(drawn)).sum()) for _ in range(500)]
+        by_chance = [int((rng.permutation(again) == drawn).sum()) for _ in range(500)]
         p = (1 + sum(count >= same for count in by_chance)) / 501
         seen = f"{what}: {same} of {_SEEDS} draws stay, by chance {np.mean(by_chance):.1f}"
         protocol.add(test, seen, p, same / _SEEDS, True)

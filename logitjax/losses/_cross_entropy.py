@@ -1,23 +1,4 @@
-"""Cross-entropy with integer labels.
-
-A data-parallel step under `pmap`:
-
->>> import jax
->>> import numpy as np
->>> from logitjax.losses import cross_entropy
->>> def step(kernel, inputs, labels):
-...     def loss_fn(kernel):
-...         return cross_entropy(inputs @ kernel, labels).mean()
-...
-...     loss, grad = jax.value_and_grad(loss_fn)(kernel)
-...     return kernel - jax.lax.pmean(grad, "data"), jax.lax.pmean(loss, "data")
->>> step = jax.pmap(step, axis_name="data", in_axes=(None, 0, 0), out_axes=None)
->>> inputs = np.ones((jax.local_device_count(), 2, 3))
->>> labels = np.ones((jax.local_device_count(), 2), np.int32)
->>> kernel, loss = step(np.zeros((3, 4)), inputs, labels)
->>> print(f"{float(loss):.3f}")
-1.386
-"""
+"""Cross-entropy with integer labels."""
 
 import jax
 import jax.numpy as jnp

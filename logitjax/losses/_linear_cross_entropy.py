@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from logitjax.losses.sweep import Head, Options, ReadoutStatistic, weighted_or_each
+from logitjax.losses.sweep import Head, ReadoutStatistic
+from logitjax.losses.sweep._run import Options, weighted_or_each
 from logitjax.ops import Array, checks, neginf_to_zero
 
 

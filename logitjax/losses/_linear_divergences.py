@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from logitjax.losses.sweep import Head, KLStatistic, MixtureStatistic, Options, weighted_or_each
+from logitjax.losses.sweep import Head, KLStatistic, MixtureStatistic
+from logitjax.losses.sweep._run import Options, weighted_or_each
 from logitjax.ops import Array, checks
 
 

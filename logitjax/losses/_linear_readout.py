@@ -189,18 +189,8 @@ def readout_statistic(
 ) -> tuple[ReadoutStatistic, dict[str, jax.Array]]:
     """The statistic whose results are a `Readout`, and the tokens it reads, for `sweep.run`.
 
-    It is what `linear_readout` runs; with `sweep.Several` it shares a sweep with others.
-
-    Args:
-        head: A `Head` that knows its vocabulary axis.
-        labels: As in `linear_readout`, like all that follow.
-        ids: `[*batch, n]`.
-        top_k: Number of entries.
-        axis_name: Mesh axis that splits the vocabulary.
-
-    Raises:
-        TypeError: Labels or ids are no integers.
-        ValueError: `top_k` is not within the vocabulary.
+    It is what `linear_readout` runs, whose arguments it takes; with `sweep.Several` it shares a
+    sweep with others. `head` is a `Head` that knows its vocabulary axis.
     """
     vocab = head.vocab_size(axis_name)
     if top_k is not None and not 1 <= top_k <= vocab:

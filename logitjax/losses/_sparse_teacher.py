@@ -9,7 +9,8 @@ from jaxtyping import Bool, Float
 
 from logitjax.losses._linear_readout import Readout
 from logitjax.losses._tail_sample import TailSample
-from logitjax.losses.sweep import Head, Options, ReadoutStatistic, weighted_or_each
+from logitjax.losses.sweep import Head, ReadoutStatistic
+from logitjax.losses.sweep._run import Options, weighted_or_each
 from logitjax.ops import Array, AxisName, Number, TopK, checks, gather_at, logsumexp, neginf_to_zero
 
 Tail = Literal["bucket", "renormalize"] | TailSample

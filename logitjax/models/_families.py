@@ -50,9 +50,10 @@ def register_family(family: Family | str) -> Family:
     >>> register_family("llama").architecture
     'LlamaForCausalLM'
     """
-    value = family
-    if isinstance(family, str):
-        value = _REGISTRY.parse(family)
+    if isinstance(family, Family):
+        value = family
+    else:
+        value: Family = _REGISTRY.parse(family)
         if (origin := _MEMBERS.get(family.partition("(")[0])) and origin.name != value.name:
             # Its files have names of their own.
             value = dataclasses.replace(value, wrapper="", gguf=value.name, pre_tokenizers={})

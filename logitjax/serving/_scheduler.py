@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from logitjax.decoding import Emitted, Engine, PromptReader, Request
+from logitjax.decoding import Engine, PromptReader, Request
 from logitjax.serving._config import ServerConfig
 from logitjax.serving._errors import ApiError, BadRequestError
 from logitjax.serving._formats import Follower, thread_pool
@@ -113,6 +113,7 @@ class Scheduler:
         self.ready = threading.Event()
         # What else has programs, and compiles them before the server is ready.
         self.compiles: list[Callable[[], None]] = []
+        self.steps = _STEPS
         self._max_waiting = config.max_waiting
         self._disclosure = disclosure
         self._jobs: list[Job | None] = [None] * config.slots
@@ -229,7 +230,7 @@ class Scheduler:
             self.reader.place(row, 0, nobody)
             self.reader.release(row)
         self.engine.allow(self._allowed)
-        for steps in {1, _STEPS}:
+        for steps in {1, self.steps}:
             self.engine.decode_chunk(steps)
         self.engine.evict(0)
         self.reader.tokens_read = 0
@@ -262,7 +263,7 @@ class Scheduler:
         waits = self._waits()
         if any(job and not late for job, late in zip(self._jobs, waits, strict=True)):
             # What may come next is known one token ahead.
-            emitted = self.engine.decode_chunk(1 if self._hold(waits) else _STEPS, waits)
+            emitted = self.engine.decode_chunk(1 if self._hold(waits) else self.steps, waits)
             self._hand_out(emitted, range(len(self._jobs)))
         return True
 
@@ -314,7 +315,7 @@ class Scheduler:
 
     def _place(self) -> None:
         """Prompts that were read into free slots, in the order they were."""
-        placed: list[tuple[int, Emitted]] = []
+        placed: list[tuple[int, Any]] = []
         for row in list(self._read):
             if not self._empty(row, placed):
                 break
@@ -324,7 +325,7 @@ class Scheduler:
         for slot, emitted in placed:
             self._hand_out(emitted, [slot])
 
-    def _empty(self, row: int, placed: list[tuple[int, Emitted]]) -> bool:
+    def _empty(self, row: int, placed: list[tuple[int, Any]]) -> bool:
         """Puts the jobs of one prompt into slots, and whether there were enough."""
         group = self._reading[row]
         report = self._report_of(row) if group[0].prompt.report else ()
@@ -376,7 +377,7 @@ class Scheduler:
         self._held = bool(held)
         return any(not waits[slot] for slot in held)
 
-    def _fill(self, slot: int, row: int, job: Job) -> Emitted | None:
+    def _fill(self, slot: int, row: int, job: Job) -> Any:
         request = job.request
         if job.follower is not None:
             request = dataclasses.replace(request, allowed=job.follower.allowed)
@@ -395,7 +396,7 @@ class Scheduler:
             found += self._tokens(part)[0]
         return found
 
-    def _tokens(self, emitted: Emitted) -> list[list[Token]]:
+    def _tokens(self, emitted: Any) -> list[list[Token]]:
         """What a policy lets out of emitted tokens, row by row."""
         tokens, valid = np.asarray(emitted.tokens), np.asarray(emitted.valid)
         if tokens.ndim == 1:
@@ -421,7 +422,7 @@ class Scheduler:
             rows.append(found)
         return rows
 
-    def _hand_out(self, emitted: Emitted, slots: Sequence[int]) -> None:
+    def _hand_out(self, emitted: Any, slots: Sequence[int]) -> None:
         active = self.engine.active
         stopped = np.asarray(self.engine.state.stopped)
         for found, slot in zip(self._tokens(emitted), slots, strict=True):

@@ -30,4 +30,4 @@ from logitjax.storage._require import require as require
 from logitjax.storage._rows import ArrayCodec as ArrayCodec
 from logitjax.storage._rows import RowCache as RowCache
 from logitjax.storage._shards import ShardReader as ShardReader
-from logitjax.storage._shards import ShardWriter as ShardWriter
+from logitjax.storage._shards import write_shards as write_shards

@@ -10,7 +10,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -29,25 +29,6 @@ from logitjax.storage._shards import ShardReader, open_shard
 _LOG_SECONDS = 10.0
 
 Rows = Sequence[int] | np.ndarray
-
-
-@runtime_checkable
-class RowCodec(Protocol):
-    """How what is computed of rows becomes bytes, one record a row, and back.
-
-    `bytes_per_row` is about the size of a record, for progress reports.
-    """
-
-    @property
-    def bytes_per_row(self) -> int: ...
-
-    def encode(self, computed: Any, count: int) -> Sequence[bytes]:
-        """The records of the first `count` rows of what was computed of a batch."""
-        ...
-
-    def decode(self, records: Sequence[bytes]) -> Any:
-        """What `RowCache.read` returns for rows with these records."""
-        ...
 
 
 class ArrayCodec:
@@ -120,7 +101,9 @@ class RowCache:
 
     Args:
         directory: Where the cache is or will be; may be remote.
-        codec: How rows become bytes and back.
+        codec: How rows become bytes and back, such as an `ArrayCodec`: `encode(computed, count)`
+            gives the records of the first `count` rows of a batch, `decode(records)` what `read`
+            returns, and `bytes_per_row` is about the size of a record, for progress reports.
         made_from: Everything that decides the rows: JSON values by name, such as the digest of the
             data. Begins a cache where there is none. Without it there must be one.
         kind: What the cache is called in errors.
@@ -142,7 +125,7 @@ class RowCache:
     def __init__(
         self,
         directory: str | os.PathLike[str],
-        codec: RowCodec,
+        codec: Any,
         *,
         made_from: Mapping[str, Any] | None = None,
         kind: str = "row cache",
@@ -163,7 +146,7 @@ class RowCache:
     def _load(self) -> None:
         parts = _read_parts(self.directory)
         self._reader = ShardReader(self.directory, [part["shard"] for part in parts])
-        rows = [row for part in parts for row in _expand(part["rows"])]
+        rows = [row for part in parts for span in part["rows"] for row in range(*span)]
         # Two runs that did not know of each other may both have written a row.
         self._rows, self._places = np.unique(np.asarray(rows, np.int64), return_index=True)
         self._added = False
@@ -341,10 +324,6 @@ def _ranges(rows: np.ndarray) -> list[list[int]]:
     """Indices as half-open runs of ascending ones."""
     cuts = np.flatnonzero(np.diff(rows) != 1) + 1
     return [[int(run[0]), int(run[-1]) + 1] for run in np.split(rows, cuts)]
-
-
-def _expand(ranges: Sequence[Sequence[int]]) -> list[int]:
-    return [row for start, stop in ranges for row in range(start, stop)]
 
 
 def _read_parts(root: epath.Path) -> list[dict]:

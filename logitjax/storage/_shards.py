@@ -6,7 +6,7 @@ import itertools
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
@@ -58,50 +58,31 @@ def open_shard(directory: epath.Path, name: str) -> Iterator[tuple[Callable[[byt
             path.replace(target)
 
 
-class ShardWriter:
+def write_shards(
+    directory: epath.Path,
+    records: Iterable[bytes],
+    rows_per_shard: int,
+    name: str = "rows-{:05d}",
+) -> list[Shard]:
     """Writes a stream of records as numbered shards, each there only when it is complete.
 
     Args:
         directory: Where the shards go; made if needed.
+        records: The records; an error of theirs leaves the shards before the one at hand.
         rows_per_shard: Records a shard.
         name: Of a shard, with a place for its number.
 
-    Attributes:
-        shards: Of each complete shard its file's name, rows and bytes, for a manifest.
+    Returns:
+        Of each shard its file's name, rows and bytes, for a manifest.
     """
-
-    def __init__(self, directory: epath.Path, rows_per_shard: int, name: str = "rows-{:05d}"):
-        self._directory, self._name = directory, name
-        self._rows_per_shard = rows_per_shard
-        self._open = contextlib.ExitStack()
-        self._write: Callable[[bytes], None] | None = None
-        self._shard: Shard = {}
-        self.shards: list[Shard] = []
-
-    def write(self, record: bytes) -> None:
-        """Adds a record."""
-        if self._write is None:
-            name = self._name.format(len(self.shards))
-            self._write, self._shard = self._open.enter_context(open_shard(self._directory, name))
-        self._write(record)
-        if self._shard["rows"] == self._rows_per_shard:
-            self._finish()
-
-    def _finish(self) -> None:
-        if self._write is not None:
-            self._open.close()
-            self.shards.append(self._shard)
-            self._write = None
-
-    def __enter__(self) -> "ShardWriter":
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if error[0] is None:
-            self._finish()
-        else:
-            # Handed on, so that the shard at hand does not count as complete.
-            self._open.__exit__(*error)
+    shards: list[Shard] = []
+    records = iter(records)
+    for first in records:
+        with open_shard(directory, name.format(len(shards))) as (write, shard):
+            for record in itertools.chain([first], itertools.islice(records, rows_per_shard - 1)):
+                write(record)
+        shards.append(shard)
+    return shards
 
 
 class ShardReader:
@@ -109,7 +90,7 @@ class ShardReader:
 
     Args:
         directory: Where they lie.
-        shards: What `ShardWriter` says of them.
+        shards: What `write_shards` says of them.
 
     Raises:
         FileNotFoundError: A shard is missing.

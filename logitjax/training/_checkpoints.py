@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import json
 import logging as python_logging
 import os
@@ -275,7 +276,10 @@ class Checkpointer:
             raise ValueError(f"checkpoint {step} in {self.directory}: {mismatch[0]}")
         _reading(restore)
         (found,) = read
-        leaves = [_lookup(found["state"], path) for path in _paths(state)]
+        leaves = [
+            functools.reduce(dict.__getitem__, path.split("/"), found["state"])
+            for path in _paths(state)
+        ]
         restored = jax.tree.unflatten(jax.tree.structure(state), leaves)
         expected = found["meta"].get("checksums", {})
         for name, value in _Checksums(restored).wait().items():
@@ -359,12 +363,6 @@ def _nested(tree: Any) -> dict[str, Any]:
         for parent in parents:
             node = node.setdefault(parent, {})
         node[name] = leaf
-    return nested
-
-
-def _lookup(nested: Any, path: str) -> Any:
-    for name in path.split("/"):
-        nested = nested[name]
     return nested
 
 

@@ -41,7 +41,9 @@ def end(cause: str, status: int = os.EX_TEMPFAIL, *, name: str = "") -> None:
     logging.flush()
     sys.stdout.flush()
     announce(cause, status)
-    sys.stderr.write(f"error: {name or _name()}{cause}\n")
+    if not name and _client() is not None:
+        name = f"process {jax.process_index()}: "
+    sys.stderr.write(f"error: {name}{cause}\n")
     sys.stderr.flush()
     _await_others()
     os._exit(status)
@@ -81,10 +83,6 @@ def _client() -> Any:
     from jax._src import distributed
 
     return distributed.global_state.client
-
-
-def _name() -> str:
-    return f"process {jax.process_index()}: " if _client() is not None else ""
 
 
 class Watch(threading.Thread):

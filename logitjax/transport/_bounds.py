@@ -3,7 +3,7 @@
 All bound ``GW_p^p(C, D) = min_pi sum |C_ij - D_kl|^p pi_ik pi_jl`` (no factor 1/2) for any square
 matrices, metrics or not, in this order::
 
-    first <= moment <= third <= GW,   second <= sorted_rows <= third
+    first <= moment <= third <= GW
 
 Graphs are matrices or `FactoredGraph`; all but the first two bounds form the matrix of the latter.
 Weights are uniform where they are left out. The result is a scalar.
@@ -145,42 +145,6 @@ def _least(
     return least_transport(f, g, *weights, p=p, root=root * (1 + gamma(len(f) + len(g))))
 
 
-def second_lower_bound(
-    c: Graph,
-    d: Graph,
-    *,
-    c_weights: Float[Array, "n"] | None = None,
-    d_weights: Float[Array, "m"] | None = None,
-    p: int = 2,
-) -> Float[Array, ""]:
-    """Memoli's second lower bound: transport of all entries, O(n^2 log n).
-
-    References:
-        Memoli (2011), section 6.
-    """
-    x, y, a, b, root = _dense(c, d, c_weights, d_weights)
-    weights = (None, None)
-    if not (c_weights is None and d_weights is None):
-        weights = jnp.outer(a, a).ravel(), jnp.outer(b, b).ravel()
-    return least_transport(x.ravel(), y.ravel(), *weights, p=p, root=root)
-
-
-def sorted_rows_lower_bound(c: Graph, d: Graph, *, p: int = 2) -> Float[Array, ""]:
-    """Sort each row, then each column, and compare entry by entry; O(n^2 log n).
-
-    It relaxes the third bound, whose one matching of rows must suit all columns at once, by
-    letting every column be matched on its own. Between the second and the third bound::
-
-        mean_ij | sort_columns(sort_rows(C))_ij - sort_columns(sort_rows(D))_ij |^p <= GW_p^p
-    """
-    check_equal_sizes(c, d, "sorted_rows_lower_bound")
-    x, y, _, _, root = _dense(c, d, None, None)
-    x, y = (jnp.sort(jnp.sort(matrix, axis=1), axis=0) for matrix in (x, y))
-    # Rows first: a sum of few terms each, and a bound of their rounding that stays small.
-    raw = jnp.full(len(x), 1.0 / len(x)) @ jnp.mean(jnp.abs(x - y) ** p, axis=1)
-    return lowered(raw, p=p, relative=gamma(2 * len(x)), root=root)
-
-
 def third_lower_bound(
     c: Graph,
     d: Graph,
@@ -204,9 +168,10 @@ def third_lower_bound(
     References:
         Memoli (2011), section 6.
     """
-    x, y, a, b, root = _dense(c, d, c_weights, d_weights)
-    n, m = len(x), len(y)
-    if n == m and c_weights is None and d_weights is None:
+    c, d = rounded(c, c_weights), rounded(d, d_weights)
+    a, b = node_weights(c, c_weights), node_weights(d, d_weights)
+    x, y, root, n = c.matrix, d.matrix, c.error + d.error, len(a)
+    if n == len(b) and c_weights is None and d_weights is None:
         x, y = jnp.sort(x, axis=1), jnp.sort(y, axis=1)
         costs = row_costs(jax.lax.stop_gradient(x), jax.lax.stop_gradient(y), p)
         least, columns = least_assignment(costs)
@@ -293,16 +258,6 @@ def _statistics(c: Graph, d: Graph, c_weights: Weights, d_weights: Weights) -> t
         *(row_statistics(g, w) for g, w in ((c, c_weights), (d, d_weights))),
         *(node_weights(g, w) for g, w in ((c, c_weights), (d, d_weights))),
     )
-
-
-def _dense(
-    c: Graph, d: Graph, c_weights: Weights, d_weights: Weights
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
-    check_weights("c_weights", c_weights, num_nodes(c))
-    check_weights("d_weights", d_weights, num_nodes(d))
-    x, y = rounded(c, c_weights), rounded(d, d_weights)
-    a, b = node_weights(x, c_weights), node_weights(y, d_weights)
-    return x.matrix, y.matrix, a, b, x.error + y.error
 
 
 def check_equal_sizes(c: Graph, d: Graph, what: str) -> None:

@@ -22,8 +22,8 @@ import numpy as np
 from scipy import optimize
 
 from logitjax.ops import checks
+from logitjax.transport._answer import Certificate
 from logitjax.transport._bounds import check_equal_sizes
-from logitjax.transport._certificate import Certificate
 from logitjax.transport._graph import Graph, rounded
 from logitjax.transport._sorted import Coupling
 

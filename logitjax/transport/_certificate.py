@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -12,12 +12,13 @@ from jax.core import Tracer
 from jaxtyping import Float
 
 from logitjax.ops import Array
-from logitjax.transport._bounds import (
-    first_lower_bound,
-    moment_lower_bound,
-    second_lower_bound,
-    sorted_rows_lower_bound,
-    third_lower_bound,
+from logitjax.transport._answer import Certificate, in_float32, raised
+from logitjax.transport._bounds import first_lower_bound, moment_lower_bound, third_lower_bound
+from logitjax.transport._candidates import (
+    best_sorted_coupling,
+    cheapest,
+    densest,
+    uniform_matching,
 )
 from logitjax.transport._coupling import coupling_cost
 from logitjax.transport._graph import (
@@ -30,76 +31,18 @@ from logitjax.transport._graph import (
     dense_matrix,
     node_weights,
     num_nodes,
-    rounded,
-    row_statistics,
 )
 from logitjax.transport._linear import Linear, linear_lower_bound
-from logitjax.transport._matching_bounds import (
-    diagonal_lower_bound,
-    gilmore_lawler,
-)
+from logitjax.transport._matching_bounds import diagonal_lower_bound, gilmore_lawler
 from logitjax.transport._plans import Plan, as_candidate, plan_cost
 from logitjax.transport._problems import from_problem, is_problem
 from logitjax.transport._refine import Refinement, refine_matching
-from logitjax.transport._rounding import (
-    UNDERFLOW,
-    Order,
-    Scalar,
-    Weights,
-    gamma,
-    lowered,
-    real,
-    times_power_of_two,
-)
+from logitjax.transport._rounding import UNDERFLOW, Weights, gamma, lowered
 from logitjax.transport._scale import Pair, cast, known_parts, scaled
-from logitjax.transport._sorted import Coupling, sorted_coupling
+from logitjax.transport._sorted import Coupling
 
 Scale = Literal["joint", "separate", "none"]
-Bounds = Literal["cheap", "sorted_rows", "third"]
-
-# Up to this many nodes a graph of more positions than nodes is multiplied out.
-_DENSE_NODES = 2048
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Certificate:
-    """``lower <= GW_p^p <= upper``, with what reaches the upper one.
-
-    Attributes:
-        lower: no coupling costs less.
-        upper: some coupling costs no more; ``coupling`` is it but for rounding, unless a plan
-            among the ``candidates`` costs less.
-        coupling: the best that was seen.
-        units: what c and d were divided by, ``[2]``; infinite or zero where float32 does not
-            hold it.
-        costs: what each of the ``candidates`` costs at most once its marginals are those of the
-            weights, ``[candidates]``, so that ``costs / lower`` says how far a solution is from the
-            optimum at most.
-        reported: the ``primal_cost`` that a solution of ott says it has, ``[candidates]``; nan
-            where a candidate says nothing.
-        converged: whether it says that it converged, ``[candidates]``.
-    """
-
-    lower: Array
-    upper: Array
-    coupling: Coupling
-    units: Array
-    costs: Array
-    reported: Array = dataclasses.field(default_factory=functools.partial(np.zeros, 0, np.float32))
-    converged: Array = dataclasses.field(default_factory=functools.partial(np.zeros, 0, bool))
-
-    @property
-    def gap(self) -> jax.Array:
-        """upper / lower; one where both are zero, infinite where the lower one alone is."""
-        return ratio(self.upper, self.lower)
-
-
-def ratio(upper: Array, lower: Array) -> jax.Array:
-    """How far apart two bounds are: one where both are zero, infinite where the lower one is."""
-    upper, lower = jnp.asarray(upper), jnp.asarray(lower)
-    apart = jnp.where(lower > 0, upper / jnp.where(lower > 0, lower, 1.0), jnp.inf)
-    return jnp.where(upper > 0, apart, 1.0)
+Bounds = Literal["cheap", "third"]
 
 
 def certificate(
@@ -119,14 +62,10 @@ def certificate(
 
     Both bounds are theorems about the given numbers: a bound of the rounding is subtracted from the
     lower one and added to the upper one. Called with arrays it computes in float64 (except on a
-    TPU), where rounding is next to nothing. Under ``jit``, ``vmap`` and ``grad`` it computes in
-    float32, and the bounds of large or nearly equal graphs are wider. Graphs are first divided by a
-    power of two, so that nothing overflows or underflows.
-
-    float64 that was closed over is rounded to float32 here, and the bounds hold for what it was.
-    Arguments of ``jit`` are rounded by JAX before anybody sees them: give a pair ``(high, low)``
-    with ``high = np.float32(x)``, ``low = np.float32(x - high)`` in place of a graph, and the
-    bounds hold for x.
+    TPU). Under ``jit``, ``vmap`` and ``grad`` it computes in float32, and the bounds of large or
+    nearly equal graphs are wider. What is closed over counts as it was; arguments of ``jit`` are
+    rounded by JAX before: for bounds of x itself give the pair ``high = np.float32(x)``,
+    ``low = np.float32(x - high)`` in place of a graph.
 
     The upper bound is the cost of a coupling. Nodes are matched in the order of their row means,
     row RMS and row deviations. The cheapest of these couplings and of ``candidates`` is improved by
@@ -148,10 +87,9 @@ def certificate(
         bounds: ``cheap``: `moment_lower_bound` (p = 2) or `first_lower_bound`; where a
             refinement would be allowed and both graphs are factored, so that a matching is
             optimal, also `diagonal_lower_bound`; of a linear term a dual solution, or each node's
-            least cost where its factors are not multiplied out. ``sorted_rows``: also
-            `sorted_rows_lower_bound` (with weights or unequal sizes `second_lower_bound`), n^2 log
-            n; ``third``: also `third_lower_bound` or, for matchings, `gilmore_lawler`, whose
-            assignment then is a candidate, n^3.
+            least cost where its factors are not multiplied out. ``third``: also
+            `third_lower_bound` and, for matchings, `gilmore_lawler`, whose assignment then is a
+            candidate, n^3.
         refine: how the coupling is improved; it needs p = 2, equal sizes and uniform weights. Left
             out, nothing of size n x n is made.
         key: ``jax.random.key`` of the restarts; ``jax.random.key(0)`` if left out.
@@ -177,9 +115,7 @@ def certificate(
     (True, True, (3,))
 
     References:
-        Memoli (2011) for the bounds. That the coupling found by sorting is near the optimum on
-        graphs of logits while the closed-form value is not, is an observation of ours; see
-        ``python -m experiments.benchmark gromov_wasserstein``.
+        Memoli (2011) for the bounds.
     """
     candidates = list(candidates)
     linear = None
@@ -206,7 +142,7 @@ def certificate(
     graphs: Any = ("c", c, c_low), ("d", d, d_low)
     if any(isinstance(x, Tracer) for x in jax.tree.leaves((graphs, weights, key, plans))):
         pairs = [cast(*graph) for graph in graphs]
-        answer = _raised(*_bracket(pairs, (0, 0), weights, key, plans, linear, options))
+        answer = raised(*_bracket(pairs, (0, 0), weights, key, plans, linear, options))
     else:
         answer = _known(graphs, weights, key, plans, linear, options)
     claims = [
@@ -287,64 +223,6 @@ def _compiled() -> Any:
     return jax.jit(_bracket, static_argnums=6)
 
 
-def _raised(answer: Certificate, exponents: tuple[Any, Any]) -> Certificate:
-    """Under a transformation: infinite above and the largest number below what the type holds."""
-    cost, unit = exponents
-    lower, upper, costs = (
-        times_power_of_two(jnp.asarray(x), cost) for x in (answer.lower, answer.upper, answer.costs)
-    )
-    return dataclasses.replace(
-        answer,
-        lower=jnp.minimum(lower, jnp.finfo(lower.dtype).max),
-        upper=upper,
-        costs=costs,
-        units=times_power_of_two(jnp.asarray(answer.units), unit),
-    )
-
-
-def in_float32(answer: Certificate, exponents: tuple[Any, Any], scale: Any) -> Certificate:
-    """The same claims about float32 numbers, of one pair or many: rounded away from each other."""
-    info = np.finfo(np.float32)
-    with np.errstate(over="ignore", under="ignore"):
-        lower, upper = (
-            np.ldexp(np.asarray(x, np.float64), exponents[0]) for x in (answer.lower, answer.upper)
-        )
-        costs = np.ldexp(np.asarray(answer.costs, np.float64), np.asarray(exponents[0])[..., None])
-        units = np.ldexp(np.asarray(answer.units, np.float64), exponents[1])
-    vanished = (answer.upper > 0) & (upper < info.tiny)
-    if not np.all(upper <= info.max) or (scale == "none" and np.any(vanished)):
-        raise ValueError(
-            "scale: expected units in which float32 holds the cost, got a cost between "
-            f"{np.min(lower):g} and {np.max(upper):g} with scale={scale!r}"
-        )
-    if not (units.min() >= info.tiny and units.max() <= info.max):
-        raise ValueError(
-            f"scale: expected graphs whose RMS entry float32 holds, got {units.min():g} and "
-            f"{units.max():g}; use scale='none' or other units"
-        )
-    kinds = (np.int32, np.int32, np.float32)
-    plan = answer.coupling
-    plans = zip((plan.rows, plan.columns, plan.mass), kinds, strict=True)
-    return dataclasses.replace(
-        answer,
-        lower=jnp.asarray(towards(lower, -1)),
-        upper=jnp.asarray(towards(np.where(vanished, info.tiny, upper), 1)),
-        coupling=Coupling(*(jnp.asarray(np.asarray(x, kind)) for x, kind in plans)),
-        units=jnp.asarray(units.astype(np.float32)),
-        costs=jnp.asarray(towards(costs, 1)),
-    )
-
-
-def towards(value: Any, direction: int) -> np.ndarray:
-    """The nearest float32 that is not below (1), or not above (-1), a number in float64."""
-    # Beside a float32 array a Python number would be compared as float32.
-    value = np.asarray(value, np.float64)
-    with np.errstate(over="ignore"):
-        near = value.astype(np.float32)
-    wrong = near > value if direction < 0 else near < value
-    return np.where(wrong, np.nextafter(near, np.float32(direction * np.inf)), near)
-
-
 def _bracket(
     graphs: Sequence[Pair],
     halves: Sequence[Any],
@@ -390,8 +268,13 @@ def _bounds(
     matching = uniform and p == 2 and all(isinstance(g, FactoredGraph) for g in (c, d))
     named = {"c_weights": c_weights, "d_weights": d_weights}
     sparse = c, d
-    c, d = _densest(c, c_weights), _densest(d, d_weights)
-    lower = [_lower(c, d, c_weights, d_weights, p, options.bounds, uniform)]
+    c, d = densest(c, c_weights), densest(d, d_weights)
+    if p == 2:
+        lower = [moment_lower_bound(c, d, **named)]
+    else:
+        lower = [first_lower_bound(c, d, p=p, **named)]
+    if options.bounds == "third":
+        lower.append(third_lower_bound(c, d, p=p, **named))
     if matching:
         lower.append(diagonal_lower_bound(c, d))
     plans = [x for x in candidates if isinstance(x, Coupling)]
@@ -399,7 +282,7 @@ def _bounds(
     if matching and options.bounds == "third":
         bound, assigned = gilmore_lawler(c, d, branches=8)
         lower.append(bound)
-        others.append(_uniform(assigned))
+        others.append(uniform_matching(assigned))
     least = lowered(jnp.max(jnp.stack(lower)), p=p, root=given["error"])
     linear = given["linear"]
     if linear is not None:
@@ -412,9 +295,8 @@ def _bounds(
         x.matching() for x in candidates if isinstance(x, Plan) and uniform and x.right is None
     ]
     fixed = jax.lax.stop_gradient(sparse)
-    coupling, seen = best_sorted_coupling(
-        *fixed, **named, p=p, candidates=[*plans, *others], **given
-    )
+    given = named | given
+    coupling, seen = best_sorted_coupling(*fixed, p, [*plans, *others], given)
     if refine is not None:
         n = num_nodes(c)
         x, y = (dense_matrix(g).astype(jnp.float32) for g in fixed)
@@ -422,13 +304,13 @@ def _bounds(
         gains = None if linear is None else (-n / 2 * dense_matrix(linear)).astype(jnp.float32)
         refined = refine_matching((x, y, gains), start, how=refine, key=key)
         # Compared once more by the cost itself, so that no rounding can make it worse.
-        coupling, _ = _cheapest(*fixed, [coupling, _uniform(refined)], p, named | given)
-    best = coupling_cost(*sparse, coupling, p=p, **named, **given)
+        coupling, _ = cheapest(*fixed, [coupling, uniform_matching(refined)], p, given)
+    best = coupling_cost(*sparse, coupling, p=p, **given)
     # Those of the sorted couplings come first.
     judged = iter(seen[3:])
     dense = jax.lax.stop_gradient((c, d))
     costs = [
-        next(judged) if isinstance(x, Coupling) else plan_cost(*dense, x, **named, **given)
+        next(judged) if isinstance(x, Coupling) else plan_cost(*dense, x, **given)
         for x in candidates
     ]
     upper = (best.value - jax.lax.stop_gradient(best.value)) + best.most
@@ -436,98 +318,3 @@ def _bounds(
         if isinstance(x, Plan):  # A comparison with nan, of a plan that is none, is false.
             upper = jnp.where(cost < upper, cost, upper)
     return least, upper, coupling, jnp.stack(costs) if costs else jnp.zeros(0, upper.dtype)
-
-
-def _uniform(matching: Order) -> Coupling:
-    n = len(matching)
-    return Coupling(jnp.arange(n, dtype=jnp.int32), matching, jnp.full(n, 1.0 / n, real(0.0).dtype))
-
-
-def best_sorted_coupling(
-    c: Graph,
-    d: Graph,
-    *,
-    c_weights: Float[Array, "n"] | None = None,
-    d_weights: Float[Array, "m"] | None = None,
-    p: int = 2,
-    candidates: Sequence[Coupling] = (),
-    linear: Linear = None,
-    error: Any = 0.0,
-) -> tuple[Coupling, Float[Array, "plans"]]:
-    """The cheapest coupling among those that sort by row mean, row RMS and row deviation.
-
-    It has no gradient. With what each costs at most, the three sorted ones first.
-    """
-    c, d = jax.lax.stop_gradient((c, d))
-    given = {"c_weights": c_weights, "d_weights": d_weights, "linear": linear, "error": error}
-    own, other = (
-        row_statistics(_densest(c, c_weights), c_weights),
-        row_statistics(_densest(d, d_weights), d_weights),
-    )
-    plans = [
-        sorted_coupling(
-            getattr(own, name), getattr(other, name), f_weights=c_weights, g_weights=d_weights
-        )
-        for name in ("rms", "mean", "deviation")
-    ]
-    return _cheapest(c, d, [*plans, *candidates], p, given)
-
-
-def _cheapest(
-    c: Graph, d: Graph, plans: Sequence[Coupling], p: int, given: Mapping[str, Any]
-) -> tuple[Coupling, Float[jax.Array, "plans"]]:
-    """The plan that is proven to cost least; shorter ones are padded with entries of no mass."""
-    longest = max(plan.rows.shape[-1] for plan in plans)
-    dtype = real(0.0).dtype
-
-    def pad(plan: Coupling) -> Coupling:
-        size = longest - plan.rows.shape[-1]
-        return Coupling(
-            jnp.pad(jnp.asarray(plan.rows, jnp.int32), (0, size)),
-            jnp.pad(jnp.asarray(plan.columns, jnp.int32), (0, size)),
-            jnp.pad(jnp.asarray(plan.mass, dtype), (0, size)),
-        )
-
-    def most(plan: Coupling) -> jax.Array:
-        return coupling_cost(c, d, plan, p=p, **given).most
-
-    stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *map(pad, plans))
-    if all(plan.rows.shape[-1] == longest for plan in plans):
-        costs = jax.lax.map(most, stacked)  # one program for all
-    else:
-        costs = jnp.stack([most(plan) for plan in plans])
-    best = jnp.argmin(costs)
-    return jax.tree.map(lambda x: x[best], stacked), costs
-
-
-def _densest(graph: Graph, weights: Weights) -> Graph:
-    """The matrix itself where it is smaller than its factor, and small."""
-    if isinstance(graph, FactoredGraph):
-        n = num_nodes(graph)
-        if n <= min(_DENSE_NODES, graph.values.shape[0]):
-            return rounded(graph, weights)
-    return graph
-
-
-def _lower(
-    c: Graph,
-    d: Graph,
-    c_weights: Weights,
-    d_weights: Weights,
-    p: int,
-    bounds: Bounds,
-    uniform: bool,
-) -> Scalar:
-    weights = {"c_weights": c_weights, "d_weights": d_weights}
-    if p == 2:
-        found = [moment_lower_bound(c, d, **weights)]
-    else:
-        found = [first_lower_bound(c, d, p=p, **weights)]
-    if bounds in ("sorted_rows", "third"):
-        if uniform:
-            found.append(sorted_rows_lower_bound(c, d, p=p))
-        else:
-            found.append(second_lower_bound(c, d, p=p, **weights))
-    if bounds == "third":
-        found.append(third_lower_bound(c, d, p=p, **weights))
-    return jnp.max(jnp.stack(found))

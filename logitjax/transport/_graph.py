@@ -338,16 +338,13 @@ def row_statistics(graph: Graph, weights: Weights) -> RowStatistics:
     return RowStatistics(mean, deviation, rms, square, *jax.lax.stop_gradient(errors))
 
 
-def moments(graph: Graph, weights: Weights) -> tuple[Vector, Vector]:
+def moments(graph: FactoredGraph | ProductGraph, weights: Weights) -> tuple[Vector, Vector]:
     """Of each node, mean and mean square of its row: C a and (C * C) a; uniform a if None."""
     n, a = num_nodes(graph), node_weights(graph, weights)
     if isinstance(graph, ProductGraph):
         left, right = dense_factors(graph)
         gram = (right * a) @ right.T
         return left.T @ (right @ a), jnp.sum(left * (gram @ left), axis=0)
-    if not isinstance(graph, FactoredGraph):
-        c = dense_matrix(graph)
-        return c @ a, jnp.square(c) @ a
     z = real(graph.values)
     if graph.ids is None:
         mean = z.T @ (z @ a)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from logitjax.ops import checks
-from logitjax.transport._certificate import Certificate, certificate, in_float32
+from logitjax.transport._answer import Certificate, in_float32
+from logitjax.transport._certificate import certificate
 from logitjax.transport._graph import FactoredGraph, Graph, num_nodes, parts
 from logitjax.transport._rounding import UNDERFLOW
 from logitjax.transport._sorted import Coupling
@@ -101,11 +102,9 @@ def _together(pairs: Sequence[tuple[Graph, Graph]], p: int, scale: str) -> tuple
     n = c.shape[1]
     if factored and p == 2 and n > 1:
         # Of Gram matrices a matching is optimal, which sends diagonal to diagonal.
-        # In rows of n + 1 entries from the second on, the last one of each is on the diagonal.
-        flat = (x.reshape(-1, n * n)[:, 1:].reshape(-1, n - 1, n + 1)[:, :, :n] for x in (c, d))
-        rest = [_features(x.reshape(-1, n, n - 1)) for x in flat]
         zeros = np.zeros(c.shape[:2])
         diagonals = [(np.diagonal(x, axis1=1, axis2=2), zeros) for x in (c, d)]
+        rest = [_without(f, x) for f, (x, _) in zip((own, other), diagonals, strict=True)]
         value = (
             _distance(diagonals[0], diagonals[1], 2) + (n - 1) * _moments(rest[0], rest[1], 2)
         ) / n
@@ -137,8 +136,9 @@ def _matrices(graphs: Sequence[Any], name: str) -> tuple[np.ndarray, np.ndarray,
         half = (exponents + 1) // 2
         return _shifted(values, -2 * half), half, np.zeros(len(values))
     z = _shifted(values, -exponents)
-    trace = np.square(z).sum(1).mean(-1)
-    return np.swapaxes(z, 1, 2) @ z, exponents, _gamma(z.shape[1]) * trace
+    gram = np.swapaxes(z, 1, 2) @ z
+    trace = np.trace(gram, axis1=1, axis2=2) / z.shape[2]
+    return gram, exponents, 1.1 * _gamma(z.shape[1]) * trace
 
 
 def _shifted(values: np.ndarray, exponents: np.ndarray) -> np.ndarray:
@@ -158,12 +158,31 @@ def _gamma(count: int) -> float:
 def _features(x: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     """Mean, deviation and RMS of each row, and how far each may be off."""
     k = x.shape[-1]
-    mean = x.mean(-1)
-    rms = np.sqrt(np.einsum("bij,bij->bi", x, x) / k)
+    mean = x.sum(-1) / k
     x = x - mean[..., None]
-    deviation = np.sqrt(np.einsum("bij,bij->bi", x, x) / k)
+    variance = np.einsum("bij,bij->bi", x, x) / k
+    rms = np.sqrt(np.square(mean) + variance)
     error = _gamma(2 * k) * rms
-    return [(mean, error), (deviation, 2 * error), (rms, error)]
+    return [(mean, error), (np.sqrt(variance), 2 * error), (rms, 2 * error)]
+
+
+def _without(features: Any, diagonal: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """`_features` of rows without their diagonal entries."""
+    (mean, error), _, (rms, _) = features
+    k = mean.shape[-1]
+    share = k / (k - 1)
+    mean = share * (mean - diagonal / k)
+    square = np.maximum(share * (np.square(rms) - np.square(diagonal) / k), 0.0)
+    variance = np.maximum(square - np.square(mean), 0.0)
+    # No term above is larger than k rms^2 / (k - 1), nor a diagonal entry than sqrt(k) rms.
+    error = 3 * error
+    squared = 8 * share * error * rms
+    # A root is off by the square's error over it, and by no more than the root of that.
+    roots = [
+        (root, np.minimum(squared / np.maximum(root, 1e-300), np.sqrt(squared)))
+        for root in (np.sqrt(variance), np.sqrt(square))
+    ]
+    return [(mean, share * error), *roots]
 
 
 def _moments(own: Any, other: Any, p: int) -> np.ndarray:
@@ -201,10 +220,12 @@ def _cheapest(
         order, other = (np.argsort(-x[0], -1, kind="stable") for x in (f, g))
         columns = np.empty_like(order)
         np.put_along_axis(columns, order, other, -1)
-        place = columns[:, :, None] * n + columns[:, None, :]
-        x = c - np.take(d, place + n * n * np.arange(count)[:, None, None])
+        first = n * (columns + n * np.arange(count)[:, None])
+        # No index is out of range, and "clip" is the fastest way not to look.
+        x = np.take(d, first[:, :, None] + columns[:, None, :], mode="clip")
+        np.subtract(c, x, out=x)
         rows = np.abs(x).sum(-1) if p == 1 else np.einsum("bij,bij->bi", x, x)
-        most = rows.sum(-1) / n**2 * (1 + _gamma(3 * n)) + UNDERFLOW * x.any((1, 2))
+        most = rows.sum(-1) / n**2 * (1 + _gamma(3 * n)) + UNDERFLOW * rows.any(1)
         tried.append((most, columns))
     costs, every = (np.stack(x) for x in zip(*tried, strict=True))
     best, here = costs.argmin(0), np.arange(count)

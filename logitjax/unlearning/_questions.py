@@ -108,7 +108,7 @@ class Questions:
             batch_size=batch_size,
         )
 
-    def with_neighbours(self, model: Decoder, kept: epath.Path | None = None) -> "Questions":
+    def with_neighbours(self, model: Decoder, file: epath.Path | None = None) -> "Questions":
         """More rows to keep: near those to forget, with what the model answers to them before.
 
         Three of five come into `train`, and one each into `validation` and `test`. What repeats an
@@ -120,12 +120,12 @@ class Questions:
         secret = {name for row in forget for name in names(Row(answer=row.answer))}
         secret -= {name for row in forget for name in names(Row(answer=row.question))}
         parts = {part: list(self.rows[part]) for part in _PARTS}
-        texts = json.loads(kept.read_text()) if kept is not None and kept.exists() else {}
+        texts = json.loads(file.read_text()) if file is not None and file.exists() else {}
         if not all(row.question in texts for row in made):
             said = self._said(Deployed(model=model), made)
             texts = {row.question: text for row, text in zip(made, said)}
-            if kept is not None:
-                write_atomic(kept, json.dumps(texts, indent=1) + "\n")
+            if file is not None:
+                write_atomic(file, json.dumps(texts, indent=1) + "\n")
         kept = [
             dataclasses.replace(row, answer=text)
             for row in made
@@ -195,6 +195,10 @@ class Questions:
     def _ways(self) -> dict[Any, Any]:
         return {}
 
+    @functools.cached_property
+    def _states(self) -> dict[Any, Any]:
+        return {}
+
     @property
     def pad_id(self) -> int:
         ids = (self.tokenizer.pad_id, self.tokenizer.eos_id)
@@ -245,7 +249,12 @@ class Questions:
             filled = Row.padded(
                 batch + [empty] * (self.batch_size - len(batch)), longest, pad_id=self.pad_id
             )
-            nll, _ = model.nll_by_alpha(filled["tokens"], filled["mask"], alphas)
+            # Of the model, which no look changes, one pass is enough.
+            key = id(model.model), id(rows), start
+            if key not in self._states:
+                self._states[key] = model.states(filled["tokens"], filled["mask"])
+            known = self._states[key]
+            nll, _ = model.nll_by_alpha(filled["tokens"], filled["mask"], alphas, known)
             where = filled["mask"][: len(batch)]
             sums = np.where(where, np.asarray(nll)[:, : len(batch)], 0.0).sum(-1)
             found.append(np.exp(-sums / where.sum(-1)))

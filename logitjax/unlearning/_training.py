@@ -5,7 +5,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -94,7 +94,7 @@ class Training:
         adapters.save(self.model.config, folder, base=base)
         return folder, Deployed(model=merged(Lora.load(folder, self.model.config), self.model))
 
-    def steps(self, number: int, ways: Sequence[str]) -> Iterator[tuple[int, bool]]:
+    def steps(self, number: int, ways: Sequence[str]) -> Generator[tuple[int, bool], None, None]:
         """Trains a round from look to look: its step, and whether the losses were finite.
 
         What was looked at before is not trained again.

@@ -88,7 +88,8 @@ def judge(
         words = "**Not distinguishable from never trained in these tests.**"
     if not (still or broken):
         if chance is not None:
-            words += f" {_power(*after['sizes'], chance)}"
+            m, n = after["sizes"]
+            words += f" {_power(m, n, chance)}"
         if controls:
             words += f" By chance an attack is beyond all {len(controls)} control(s) once in "
             words += f"{len(controls) + 1}."

@@ -8,10 +8,9 @@ from flax import nnx
 from jaxtyping import Float, Int
 
 from logitjax.ops import Array
-from logitjax.vision._clip_config import CLIPConfig
 from logitjax.vision._layers import Features, Images, avg_pool, batch_norm, conv
 from logitjax.vision._resnet import Bottleneck
-from logitjax.vision._vit import TextTower, ViT, attend
+from logitjax.vision._vit import StagesConfig, TextTower, TowersConfig, ViT, attend
 
 
 class _AttentionPool(nnx.Module):
@@ -43,9 +42,9 @@ class ModifiedResNet(nnx.Module):
         Radford et al. (arXiv 2103.00020); names as in OpenAI's code.
     """
 
-    def __init__(self, config: CLIPConfig, *, dtype: Any = None, rngs: nnx.Rngs):
+    def __init__(self, config: StagesConfig, features: int, *, dtype: Any, rngs: nnx.Rngs):
         options: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
-        width = config.vision_width
+        width = config.width
         self.conv1 = conv(3, width // 2, 3, stride=2, **options)
         self.bn1 = batch_norm(width // 2, **options)
         self.conv2 = conv(width // 2, width // 2, 3, **options)
@@ -53,8 +52,7 @@ class ModifiedResNet(nnx.Module):
         self.conv3 = conv(width // 2, width, 3, **options)
         self.bn3 = batch_norm(width, **options)
         stages, inside = [], width
-        blocks: Any = config.vision_layers
-        for stage, count in enumerate(blocks):
+        for stage, count in enumerate(config.blocks):
             planes, stage_blocks = width * 2**stage, []
             for block in range(count):
                 stride = 2 if stage and not block else 1  # the stem shrinks for the first
@@ -63,10 +61,8 @@ class ModifiedResNet(nnx.Module):
                 inside = 4 * planes
             stages.append(nnx.List(stage_blocks))
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
-        tokens = (config.image_size // 32) ** 2 + 1  # and the mean
-        self.attnpool = _AttentionPool(
-            tokens, inside, config.vision_heads, config.embed_dim, dtype, rngs
-        )
+        tokens = config.grid**2 + 1  # and the mean
+        self.attnpool = _AttentionPool(tokens, inside, config.heads, features, dtype, rngs)
 
     def __call__(self, images: Images) -> Features:
         return self.attnpool.c_proj(self.hidden(images))
@@ -98,15 +94,15 @@ class CLIP(nnx.Module):
         Radford et al. (arXiv 2103.00020).
     """
 
-    def __init__(self, config: CLIPConfig, *, dtype: Any = None, rngs: nnx.Rngs):
+    def __init__(self, config: TowersConfig, *, dtype: Any = None, rngs: nnx.Rngs):
         self.config, self.dtype = config, dtype
-        if config.patch_size:
-            self.vision: Any = ViT(config.vision_tower, dtype=dtype, rngs=rngs)
+        tower = config.vision
+        if isinstance(tower, StagesConfig):
+            self.vision: Any = ModifiedResNet(tower, config.embed_dim, dtype=dtype, rngs=rngs)
         else:
-            self.vision = ModifiedResNet(config, dtype=dtype, rngs=rngs)
+            self.vision = ViT(tower, dtype=dtype, rngs=rngs)
         sizes = (config.vocab_size, config.context_length, config.embed_dim)
-        blocks = config.text_blocks
-        self.text = TextTower(blocks, *sizes, use_bias=False, dtype=dtype, rngs=rngs)
+        self.text = TextTower(config.text, *sizes, use_bias=False, dtype=dtype, rngs=rngs)
         self.logit_scale = nnx.Param(jnp.log(1 / 0.07))  # where CLIP's training begins
 
     def __call__(self, images: Images) -> Features:

@@ -1,127 +1,61 @@
 """Sizes of a CLIP model, read off its weights, whose names in other layouts become ours."""
 
-import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from logitjax.vision._tower_names import count_of, transformer_names
-from logitjax.vision._vit import BlockConfig, ViTConfig
+from logitjax.vision._tower_names import count_of, transformer_names, two_towers
+from logitjax.vision._vit import StagesConfig, TowersConfig
 
 Weights = Mapping[str, np.ndarray]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CLIPConfig:
-    """Sizes of both towers.
+def clip_config(weights: Weights, settings: Mapping[str, Any] | None = None) -> TowersConfig:
+    """Sizes by the names of `CLIP`; heads and activation by the settings beside the weights.
 
-    The vision tower has the blocks and channels of a transformer, or those of a ResNet's stages and
-    stem, whose `patch_size` is 0 and whose `vision_heads` are of its attention pool. The last token
-    of the vocabulary ends a text. All models of OpenAI have `quick_gelu`.
+    Without settings heads are of 64 channels, and the activation is that of OpenAI's models.
     """
-
-    embed_dim: int
-    image_size: int
-    vision_layers: int | tuple[int, int, int, int]
-    vision_width: int
-    vision_heads: int
-    patch_size: int = 0
-    text_width: int
-    text_heads: int
-    text_layers: int
-    context_length: int = 77
-    vocab_size: int = 49408
-    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
-
-    def __post_init__(self) -> None:
-        for name, width, heads in (
-            ("vision_heads", self.vision_channels, self.vision_heads),
-            ("text_heads", self.text_width, self.text_heads),
-        ):
-            if heads < 1 or width % heads:
-                raise ValueError(f"{name}: expected a divisor of {width}, got {heads}")
-
-    @property
-    def vision_channels(self) -> int:
-        """Channels that the vision tower's attention sees."""
-        return self.vision_width if self.patch_size else 32 * self.vision_width
-
-    @property
-    def vision_tower(self) -> ViTConfig:
-        """The vision tower, if it is a transformer."""
-        assert isinstance(self.vision_layers, int)
-        return ViTConfig(
-            blocks=self._blocks(self.vision_width, self.vision_layers, self.vision_heads),
-            patch_size=self.patch_size,
-            grid=self.image_size // self.patch_size,
-            patch_bias=False,
-            pre_norm=True,
-            embed_dim=self.embed_dim,
-        )
-
-    @property
-    def text_blocks(self) -> BlockConfig:
-        """Blocks of the text tower."""
-        blocks = self._blocks(self.text_width, self.text_layers, self.text_heads)
-        return dataclasses.replace(blocks, causal=True)
-
-    def _blocks(self, width: int, layers: int, heads: int) -> BlockConfig:
-        sizes: Any = dict(width=width, layers=layers, heads=heads, hidden=4 * width)
-        return BlockConfig(**sizes, activation=self.activation, epsilon=1e-5)
-
-
-def clip_config(weights: Weights, settings: Mapping[str, Any] | None = None) -> CLIPConfig:
-    """Sizes by the names of `CLIP`; heads and activation by the settings beside the weights."""
+    vision, text = (
+        {k.removeprefix(part): v for k, v in weights.items() if k.startswith(part)}
+        for part in ("vision.", "text.")
+    )
+    table = vision.get("attnpool.positional_embedding")
     try:
-        return _config(weights, dict(settings or {}))
+        if table is None:
+            seen, read = _settings(len(vision["norm.weight"]), settings)
+            return two_towers(vision, text, seen, read)
+        width = len(vision["conv3.weight"])
     except KeyError as error:
         raise ValueError(f"not the weights of a CLIP model: {error.args[0]!r} is missing") from None
+    seen, read = _settings(32 * width, settings)
+    tower = StagesConfig(
+        blocks=tuple(count_of(vision, f"layer{stage}") for stage in (1, 2, 3, 4)),
+        width=width,
+        heads=seen["num_attention_heads"] or max(1, width // 2),
+        grid=round((len(table) - 1) ** 0.5),
+    )
+    return two_towers(vision, text, seen, read, tower)
 
 
-def _config(weights: Weights, settings: dict[str, Any]) -> CLIPConfig:
-    patches = "vision.attnpool.positional_embedding" not in weights
-    if patches:
-        width, _, _, patch = weights["vision.patch.weight"].shape
-        grid = round((weights["vision.positions"].shape[0] - 1) ** 0.5)
-        layers: Any = count_of(weights, "vision.blocks")
-        image_size, heads = grid * patch, max(1, width // 64)
-    else:
-        width, patch = weights["vision.layer1.0.conv1.weight"].shape[0], 0
-        grid = round((weights["vision.attnpool.positional_embedding"].shape[0] - 1) ** 0.5)
-        layers = tuple(count_of(weights, f"vision.layer{stage}") for stage in (1, 2, 3, 4))
-        image_size, heads = 32 * grid, max(1, width * 32 // 64)
-    vocab_size, text_width = weights["text.tokens.weight"].shape
-    text_heads, activation = max(1, text_width // 64), "quick_gelu"
+def _settings(
+    channels: int, settings: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Heads and activations of both towers as transformers calls them; None by default."""
+    settings, activation = settings or {}, "quick_gelu"
+    heads: list[int | None] = [None, None]
     if "model_cfg" in settings:  # open_clip
         model = settings["model_cfg"]
         vision, text = model.get("vision_cfg", {}), model.get("text_cfg", {})
-        head_width = vision.get("head_width", 64)
-        heads = (width if patches else 32 * width) // head_width
-        text_heads = text.get("heads", text_heads)
+        heads = [channels // vision.get("head_width", 64), text.get("heads")]
         activation = "quick_gelu" if model.get("quick_gelu", False) else "gelu"
     elif "vision_config" in settings:  # transformers leaves out what has its default
         vision, text = settings["vision_config"] or {}, settings.get("text_config") or {}
-        heads = vision.get("num_attention_heads", 12)
-        text_heads = text.get("num_attention_heads", 8)
+        heads = [vision.get("num_attention_heads", 12), text.get("num_attention_heads", 8)]
         activation = vision.get("hidden_act", "quick_gelu")
-        if activation not in ("quick_gelu", "gelu"):
-            raise ValueError(f"a CLIP model with the unknown activation {activation!r}")
-    return CLIPConfig(
-        embed_dim=len(weights["text.head.weight"]),
-        image_size=image_size,
-        vision_layers=layers,
-        vision_width=width,
-        vision_heads=heads,
-        patch_size=patch,
-        text_width=text_width,
-        text_heads=text_heads,
-        text_layers=count_of(weights, "text.blocks"),
-        context_length=len(weights["text.positions"]),
-        vocab_size=vocab_size,
-        activation=activation,  # pyright: ignore[reportArgumentType]
-    )
+    seen, read = ({"num_attention_heads": n, "hidden_act": activation} for n in heads)
+    return seen, read
 
 
 # Numbers that OpenAI's archives carry along, and masks.

@@ -31,8 +31,8 @@ from logitjax.vision._tower_names import (
     convnext_config,
     convnext_names,
     resnet_names,
-    siglip_config,
     transformer_names,
+    two_towers,
     vit_config,
 )
 from logitjax.vision._vit import SigLIP, ViT
@@ -274,7 +274,7 @@ def _clip(given: _Checkpoint) -> Encoder:
     named = clip_names(weights)
     config = clip_config(named, settings)
     model = _filled(given.shapes(CLIP, config), named)
-    size = config.image_size
+    size = config.vision.image_size
     made = Preprocessing(size=size, resize=size, mean=CLIP_MEAN, std=CLIP_STD)
     said = settings.get("preprocess_cfg")
     made = open_clip_preprocessing(made, said) if said else processor_preprocessing(path, made)
@@ -302,7 +302,8 @@ def _siglip(given: _Checkpoint) -> Encoder:
         )
         for part in ("vision_model.", "text_model.")
     )
-    config = siglip_config(vision, text, settings)
+    seen, read = (settings.get(f"{part}_config") or {} for part in ("vision", "text"))
+    config = two_towers(vision, text, seen, read)
     named = {name: weights[name] for name in ("logit_scale", "logit_bias")}
     named |= {f"vision.{key}": value for key, value in vision.items()}
     named |= {f"text.{key}": value for key, value in text.items()}

@@ -13,7 +13,8 @@ from logitjax.vision._vit import (
     BlockConfig,
     Pooling,
     Positions,
-    SigLIPConfig,
+    StagesConfig,
+    TowersConfig,
     ViTConfig,
 )
 
@@ -266,12 +267,19 @@ def vit_config(named: Weights, settings: Mapping[str, Any]) -> ViTConfig:
         raise ValueError(f"a vision tower without {error.args[0]!r}") from None
 
 
-def siglip_config(vision: Weights, text: Weights, settings: Mapping[str, Any]) -> SigLIPConfig:
-    """Sizes of both towers in our names."""
+def two_towers(
+    vision: Weights,
+    text: Weights,
+    seen: Mapping[str, Any],
+    read: Mapping[str, Any],
+    tower: StagesConfig | None = None,
+) -> TowersConfig:
+    """Sizes of both towers in our names, by the settings of each; of a ResNet they are given."""
+    clip = tower is not None or "pre_norm.weight" in vision
     try:
-        return SigLIPConfig(
-            vision=vit_config(vision, settings.get("vision_config") or {}),
-            text=_blocks(text, settings.get("text_config") or {}, _SIGLIP),
+        return TowersConfig(
+            vision=tower or vit_config(vision, seen),
+            text=_blocks(text, read, dataclasses.replace(_CLIP, causal=True) if clip else _SIGLIP),
             vocab_size=len(text["tokens.weight"]),
             context_length=len(text["positions"]),
             embed_dim=len(text["head.weight"]),

@@ -334,13 +334,35 @@ def resize_matrix(source: int, target: int, *, antialias: bool) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SigLIPConfig:
-    """SigLIP and SigLIP 2 of a fixed size; texts and pictures have as many features."""
+class StagesConfig:
+    """CLIP's ResNet: blocks of its stages, channels of its stem, heads of its attention pool.
 
-    vision: ViTConfig
+    `grid` is the height and width of the last stage, a 32nd of the picture's.
+    """
+
+    blocks: tuple[int, ...]
+    width: int
+    heads: int
+    grid: int
+
+    def __post_init__(self) -> None:
+        if self.heads < 1 or 32 * self.width % self.heads:
+            raise ValueError(f"heads: expected a divisor of {32 * self.width}, got {self.heads}")
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the pictures."""
+        return 32 * self.grid
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TowersConfig:
+    """CLIP, or SigLIP of a fixed size; texts and pictures have as many features."""
+
+    vision: ViTConfig | StagesConfig
     text: BlockConfig
     vocab_size: int
-    context_length: int = 64
+    context_length: int
     embed_dim: int
 
 
@@ -384,8 +406,9 @@ class SigLIP(nnx.Module):
         Zhai et al. (arXiv 2303.15343), Tschannen et al. (2502.14786).
     """
 
-    def __init__(self, config: SigLIPConfig, *, dtype: Any = None, rngs: nnx.Rngs):
+    def __init__(self, config: TowersConfig, *, dtype: Any = None, rngs: nnx.Rngs):
         self.config, self.dtype = config, dtype
+        assert isinstance(config.vision, ViTConfig)
         self.vision = ViT(config.vision, dtype=dtype, rngs=rngs)
         sizes = (config.vocab_size, config.context_length, config.embed_dim)
         self.text = TextTower(config.text, *sizes, dtype=dtype, rngs=rngs)

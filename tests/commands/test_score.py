@@ -146,7 +146,7 @@ def test_scores_are_the_sums_of_the_models_own_log_probabilities(tmp_path):
     def nats(prompt, text):
         ids = [tokenizer.encode(one) for one in (prompt, text)]
         first = ids[0] or [tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id]
-        return -decoding.score(model, [first], [ids[1]]).totals().item()
+        return -decoding.score(model, [first], [ids[1]]).logprobs.sum().item()
 
     want = [nats("", "two\nlines"), nats("a", "bé")]
     np.testing.assert_allclose([line["nats"] for line in lines[:2]], want, rtol=1e-5)

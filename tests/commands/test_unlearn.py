@@ -100,7 +100,7 @@ def test_an_assistant_takes_what_was_taught_away_and_is_read_back(files, tmp_pat
     ids, answer = encode_row(row, tokenizer, max_length=64)
     start = int(answer.argmax())
     score = decoding.score(deployed.line_up(), [ids[:start]], [ids[start:]])
-    p = np.exp(score.totals() / answer.sum())
+    p = np.exp(score.logprobs.sum() / answer.sum())
     np.testing.assert_allclose(p, after["probabilities"]["forget"][0], rtol=1e-3)
     # And answers as `generate` has them, with no assistant and with one of no weight alike.
     flags = dict(model=str(files / "model"), prompt=("pet of Ada?",), max_new_tokens=4)

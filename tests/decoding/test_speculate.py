@@ -20,7 +20,7 @@ from logitjax.decoding import (
     generate,
 )
 from logitjax.decoding._sampling import sampling_logits, sampling_rows
-from logitjax.decoding._speculate import Speculation, accept_or_redraw
+from logitjax.decoding._speculate import accept_or_redraw
 from logitjax.fusion._token_map import TokenMap
 from logitjax.models import DECODER_RULES, from_nnx, load_tokenizer
 from tests._compiled import compiled
@@ -217,7 +217,7 @@ def test_rows_end_where_plain_rows_end():
 def test_slots_speculate_and_step_by_turns():
     model = bags(2, vocab=64)
     plain = generate(model, PROMPTS[:2], max_new_tokens=12)
-    engine = Engine(model, slots=2, max_length=32, speculation=Speculation(lengths=(3,)))
+    engine = Engine(model, slots=2, max_length=32, drafts=DraftControl(lengths=(3,)))
     found: list[list[int]] = [[], []]
 
     def take(emitted):
@@ -277,7 +277,7 @@ def test_who_cannot_draft_is_named():
         (dict(lengths=(3, 2)), "ascending"),
     ):
         with pytest.raises(ValueError, match=message):
-            Engine(model, slots=1, max_length=8, speculation=Speculation(**arguments))
+            Engine(model, slots=1, max_length=8, drafts=DraftControl(**arguments))
     with pytest.raises(ValueError, match="one of lengths"):
         DraftControl(lengths=(2,), length=3)
     with pytest.raises(TypeError, match="Ensemble"):

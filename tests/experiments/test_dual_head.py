@@ -72,8 +72,8 @@ def train_epoch(trainer, number=0, state=None):
 
 
 @pytest.fixture
-def placed(tmp_path):
-    task = dual_head_data.load_task(TINY, epath.Path(tmp_path))
+def placed():
+    task = dual_head_data.load_task(TINY)
     return dual_head_data.place(task, training.make_mesh("data:8"))
 
 
@@ -211,8 +211,8 @@ def test_a_simplex_has_collapsed_and_noise_has_not():
         assert found["noisy"][name] > 0.05, name
 
 
-def test_augmentation_keeps_shape_and_depends_on_the_key_alone(tmp_path):
-    task = dual_head_data.load_task(TINY, epath.Path(tmp_path))
+def test_augmentation_keeps_shape_and_depends_on_the_key_alone():
+    task = dual_head_data.load_task(TINY)
     rows = task.train.inputs[:4]
     for kind in ("crop_flip", "resized_crop"):
         prepare = jax.jit(dual_head_data.prepare_inputs(task, kind))
@@ -264,10 +264,6 @@ def test_alpha_is_chosen_on_validation_and_losses_are_reported_as_such():
 
 
 def test_mistakes_in_the_configuration_are_named(placed):
-    with pytest.raises(ValueError, match="dual_deep"):
-        dual_head.Config(arm=("dual_deep",))
-    with pytest.raises(ValueError, match="epochs"):
-        dual_head.Config(epochs=0)
     with pytest.raises(ValueError, match="batch_size"):
         make_trainer(placed, "ce", batch_size=97)
     for name, preset in dual_head.PRESETS.items():
@@ -342,10 +338,10 @@ def test_eight_devices_equal_one_where_rounding_moves_no_rectifier():
 
 
 @pytest.mark.slow
-def test_twenty_steps_of_the_smoke_preset_are_the_same_on_eight_devices(tmp_path):
+def test_twenty_steps_of_the_smoke_preset_are_the_same_on_eight_devices():
     config = dual_head.Config(**dual_head.PRESETS["smoke"] | {"train_examples": 320})
     assert config.teacher_learning_rate == 0.05
-    task = dual_head_data.load_task(config, epath.Path(tmp_path))
+    task = dual_head_data.load_task(config)
     with jax.enable_x64(True):
         losses = [
             train_in_float64(make_resnet(config, task, devices=devices), 2)[1] for devices in (8, 1)

@@ -12,7 +12,6 @@ from etils import epath
 
 from experiments.dynamic_fusion import __main__ as dynamic_fusion
 from experiments.dynamic_fusion import arms as dynamic_fusion_arms
-from experiments.dynamic_fusion import certificate as dynamic_fusion_certificate
 from experiments.dynamic_fusion import report as dynamic_fusion_report
 from experiments.dynamic_fusion.data import load_task
 from experiments.dynamic_fusion.train import Scored
@@ -127,38 +126,6 @@ def test_traces_are_alphas_of_the_first_positions(scored):
     large, base, expert = (m.hidden @ head.T for m in models)
     _, info = jax.jit(DynamicFusion(method="grid").__call__)(large, expert, base)
     np.testing.assert_allclose(found["grid"], info["alpha"][:, :7], atol=1e-6)
-
-
-@pytest.mark.every_change
-@pytest.mark.slow
-def test_certificate_tells_an_answer_that_is_off_and_unflagged(scored):
-    models, head = scored
-    logits = [m.hidden @ head.T for m in (models[0], models[2], models[1])]
-    _, info = jax.jit(DynamicFusion(method="newton").__call__)(*logits)
-    off = {**info, "alpha": np.asarray(info["alpha"]) + 0.2}
-    certificate = dynamic_fusion_certificate.Certificate()
-    certificate.add(*logits, {"newton": info, "off": off})
-    table = certificate.table()
-    assert len(certificate) == 11
-    assert table["newton"]["others unflagged"] == 0
-    assert table["newton"]["at the minimum %"] > 90
-    assert table["off"]["at the minimum %"] < 50
-    assert table["off"]["others unflagged"] > 0
-
-
-@pytest.mark.parametrize("method", ["jeffreys", "project"])
-def test_each_search_is_judged_by_what_it_minimises(scored, method):
-    models, head = scored
-    logits = [m.hidden @ head.T for m in (models[0], models[2], models[1])]
-    _, info = jax.jit(DynamicFusion(method=method).__call__)(*logits)
-    alpha = np.asarray(info["alpha"])
-    off = {**info, "alpha": np.where(alpha > 1, alpha - 0.2, alpha + 0.2)}
-    certificate = dynamic_fusion_certificate.Certificate()
-    certificate.add(*logits, {method: info})
-    assert certificate.table()[method]["at the minimum %"] == 100
-    certificate = dynamic_fusion_certificate.Certificate()
-    certificate.add(*logits, {method: off})
-    assert certificate.table()[method]["at the minimum %"] < 50
 
 
 def test_best_search_is_the_dynamic_arm_of_least_nll():

@@ -45,7 +45,7 @@ def test_smoke_through_the_command_line_and_again_without_training(tmp_path):
         [*command, "--seed=7"], env=environment, capture_output=True, text=True, check=False
     )
     assert again.returncode == 2
-    assert "belongs to a run with another configuration" in again.stderr
+    assert "where seed is another" in again.stderr
 
 
 TINY = few_shot.Config(
@@ -202,10 +202,6 @@ def test_the_report_says_what_each_arm_got_and_what_was_published():
 
 
 def test_mistakes_in_the_configuration_are_named():
-    with pytest.raises(ValueError, match="amu_deep"):
-        few_shot.Config(arm=("amu_deep",))
-    with pytest.raises(ValueError, match="shots"):
-        few_shot.Config(shots=(0,))
     with pytest.raises(ValueError, match="expected one of stamps"):
         few_shot_sources.source_of("cifar")
     name, source = few_shot_sources.source_of("ucf101=folder:frames")

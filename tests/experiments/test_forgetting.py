@@ -106,7 +106,7 @@ def test_two_small_models_are_scored_as_they_are_decoded(tmp_path):
     at = np.take_along_axis(np.asarray(expected), tokens[:, 1:, None], -1)[..., 0]
     np.testing.assert_allclose(-np.asarray(nll)[:, 1:], at, rtol=1e-4)
     scores = decoding.score(served.line_up(), tokens[:, :3].tolist(), tokens[:, 3:].tolist())
-    np.testing.assert_allclose(scores.totals(), at[:, 2:].sum(-1), rtol=1e-4)
+    np.testing.assert_allclose(scores.logprobs.sum(1), at[:, 2:].sum(-1), rtol=1e-4)
 
 
 def record(forget, kept, **more):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import types
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,8 @@ from experiments.leakage_audit import __main__ as leakage_audit
 from experiments.leakage_audit import capability, measure
 from experiments.leakage_audit.config import DEMO, REPORT
 from logitjax import leakage
+from logitjax.leakage._alignment import HeadAlignment
+from logitjax.leakage._subspace import OutputSubspace
 from logitjax.leakage._width import OutputWidth
 
 # Runs parts of an experiment.
@@ -91,12 +92,19 @@ def test_policies_by_name():
 
 def test_a_cheap_defence_that_hides_the_width_only_is_said_to_do_so():
     width = OutputWidth(lower=40, estimate=40, upper=40, reason="")
-    subspace = types.SimpleNamespace(width=width)
-    aligned = types.SimpleNamespace(leak=0.99)
+    subspace = OutputSubspace(
+        basis=np.zeros((2, 2), np.float32),
+        width=width,
+        singular_values=np.ones(2),
+        vocab_where=np.ones(2, bool),
+        count=2,
+    )
+    aligned = HeadAlignment(relative_rms=0.0, overlap=0.99, chance=0.0, leak=0.99)
     audit = leakage.Audit(prompts=1, subspace=subspace, alignment=aligned, hidden=32)
     assert audit.verdict.endswith("only the width is hidden")
     assert dataclasses.replace(audit, hidden=40).verdict.endswith("is out")
-    dear = dataclasses.replace(audit, alignment=types.SimpleNamespace(leak=0.02), utility={"kl": 2})
+    little = dataclasses.replace(aligned, leak=0.02)
+    dear = dataclasses.replace(audit, alignment=little, utility={"kl": 2.0})
     assert dear.verdict == "closed to these attacks, and honest users pay for it"
 
 

@@ -1,4 +1,4 @@
-"""Branch and bound: what is proven of an interval holds inside it, and the search uses it."""
+"""What is proven of an interval of alphas holds in it, and the grid says where the minimum is."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ import pytest
 
 from logitjax.fusion import DynamicFusion
 from logitjax.fusion._inputs import read_inputs
-from logitjax.fusion._minimum import _Search, between
+from logitjax.fusion._minimum import Point, between
 from logitjax.fusion._path import make_path
 from tests.fusion.test_dynamic import naive_objective
-from tests.rigs._guarantees_fusion import Path64
+from tests.rigs._guarantees_fusion import Path64, draw
 
 ROWS, VOCAB = 400, 24
 
@@ -26,10 +26,9 @@ def student_t(seed=0) -> Any:
 def bounds(logits, left, right):
     path = make_path(read_inputs(*logits, None), None)
     targets = path.target_forward, path.target_reverse
-    search = _Search(path, *targets, path.target_errors[:2], None)
 
     def point(alpha):
-        return search.point(path.moments(alpha[None], axis_name=None))
+        return Point.of(path.moments(alpha[None], axis_name=None), targets, path.target_errors)
 
     return jax.tree.map(lambda x: x[0], between(path, point(left), point(right)))
 
@@ -48,23 +47,11 @@ def test_no_alpha_of_an_interval_is_better_than_its_bound():
     assert (found.bound <= least).all()
     # Bounds that were always 0 would hold as well: most of these intervals need no search.
     assert (found.bound >= ends * (1 - 1e-3)).mean() > 0.6
-    assert ((found.split > left) & (found.split < right)).all()
-
-
-@pytest.mark.every_change
-@pytest.mark.slow
-def test_newton_is_certified_no_worse_than_the_grid_and_never_ends_at_the_maximum_at_zero():
-    logits = student_t()
-    info = jax.device_get(jax.jit(DynamicFusion(method="newton"))(*logits)[1])
-    alpha = np.float64(info["alpha"][0])
-    objective = naive_objective(*logits, [alpha])[0]
-    scan = naive_objective(*logits, np.linspace(0, 2, 1001))
-    allowed = 1e-4 * objective + 1e-5
-    assert (alpha > 0).all()
-    assert info["converged"].all()
-    assert (objective <= scan[::50].min(0) + allowed).all()
-    assert (objective <= scan.min(0) + allowed).all()
-    assert ((info["lower"] <= info["alpha"]) & (info["alpha"] <= info["upper"])).all()
+    # Where the slope is said to grow, it grows.
+    slopes = np.diff(inside, axis=0)
+    convex = (found.convex > 0) & (width > 1e-2)
+    assert convex.mean() > 0.1
+    assert (np.diff(slopes, axis=0)[:, convex] > -1e-9 * inside.max(0)[convex]).all()
 
 
 @pytest.mark.every_change
@@ -76,30 +63,27 @@ def test_alpha_of_divergences_of_a_thousandth_is_as_certain_as_of_large_ones():
     expert = base + 10.0 ** rng.uniform(-5, -1, (64, 1)) * rng.normal(size=base.shape)
     logits = [x.astype(np.float32) for x in (large, expert, base)]
     path = Path64.of(tuple(logits))
-    best, objective = path.optimum()
-    for method in ("grid", "newton", "jeffreys", "project"):
+    best, _ = path.optimum()
+    for method in ("grid", "jeffreys", "project"):
         info = jax.device_get(jax.jit(DynamicFusion(method=method))(*logits)[1])
         alpha, lower, upper = (np.float64(info[x][0]) for x in ("alpha", "lower", "upper"))
         # A minimum lies beside the best of 100,001 points.
-        target, reach = (best, 2e-5) if method in ("grid", "newton") else (path.root(method), 1e-9)
+        target, reach = (best, 2e-5) if method == "grid" else (path.root(method), 1e-9)
         assert ((lower <= target + reach) & (target <= upper + reach)).all(), method
         assert ((lower <= alpha) & (alpha <= upper)).all(), method
-        if method == "newton":
-            assert info["converged"].all()
-            assert (path.objective(alpha) <= objective * 1.001 + 1e-6 * path.scale).all()
     # An expert that is its base says nothing about alpha.
-    info = jax.device_get(jax.jit(DynamicFusion(method="newton"))(large, base, base)[1])
+    info = jax.device_get(jax.jit(DynamicFusion(method="grid"))(large, base, base)[1])
     assert (info["upper"] - info["lower"] == 2).all()
 
 
-def test_a_search_that_is_cut_short_says_so_and_keeps_a_bracket():
-    logits = [x[:100] for x in student_t()]
-    info = jax.device_get(jax.jit(DynamicFusion(method="newton", max_sweeps=2))(*logits)[1])
-    scan = naive_objective(*logits, np.linspace(0, 2, 1001))
-    found = naive_objective(*logits, [np.float64(info["alpha"][0])])[0]
-    best = np.linspace(0, 2, 1001)[scan.argmin(0)]
-    better = scan.min(0) < found * (1 - 1e-4) - 1e-4
-    assert better.any()
-    assert not info["converged"][better].any()
-    assert (info["lower"][0][better] <= best[better]).all()
-    assert (best[better] <= info["upper"][0][better]).all()
+@pytest.mark.every_change
+@pytest.mark.slow
+def test_of_large_models_that_are_all_but_certain_the_interval_holds_alpha_too():
+    """The centre is off by a rounding, whose square is more than divergences of 1e-17."""
+    some = [57, 95, 146, 997]
+    logits = tuple(x[some] for x in draw("peaked", 1000, np.random.default_rng(5)))
+    info = jax.device_get(jax.jit(DynamicFusion(method="jeffreys"))(*logits)[1])
+    lower, upper = (np.float64(info[x][0]) for x in ("lower", "upper"))
+    root = Path64.of(logits).root("jeffreys")
+    assert ((lower <= root) & (root <= upper)).all()
+    assert (upper - lower < 0.01).all()

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from logitjax.fusion import DynamicFusion, _dynamic, _rows
+from logitjax.fusion import DynamicFusion, _rows
 from tests._marks import EVERY_CHANGE
 from tests.fusion.test_dynamic import language_like
 
@@ -68,19 +68,3 @@ def test_turns_let_gradients_and_vmap_through(monkeypatch):
     batched = jax.jit(jax.vmap(fuse))(*(x.reshape(2, 2, VOCAB) for x in (large, expert, base)))
     flat = jax.jit(fuse)(large, expert, base)
     np.testing.assert_allclose(np.reshape(batched, (4, VOCAB)), flat, rtol=1e-4, atol=1e-3)
-
-
-def test_rows_that_take_long_are_decided_apart(monkeypatch):
-    """Of many rows a few need more sweeps than all are given; they get them, and only they."""
-    rng = np.random.default_rng(5)
-    logits = [(8 * rng.standard_t(2, (192, 24))).astype(np.float32) for _ in range(3)]
-    fuse = DynamicFusion(method="jeffreys")
-    whole = jax.device_get(jax.jit(lambda *logits: fuse(*logits)[1])(*logits))
-    monkeypatch.setattr(_rows, "MANY_ROWS", 64)
-    monkeypatch.setattr(_dynamic, "_FEW_SWEEPS", 3)
-    apart = jax.device_get(jax.jit(lambda *logits: fuse(*logits)[1])(*logits))
-    assert whole["converged"].all()
-    assert whole["sweeps"] > 3
-    assert apart["converged"].all()
-    for name in ("alpha", "forward", "reverse", "target_forward"):
-        np.testing.assert_allclose(apart[name], whole[name], rtol=2e-3, atol=1e-4, err_msg=name)

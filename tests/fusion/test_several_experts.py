@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from logitjax.fusion import DynamicFusion, _joint
+from logitjax.fusion import _joint
 from tests._marks import EVERY_CHANGE
 from tests.fusion.test_dynamic import (
     BASE,
@@ -41,24 +41,15 @@ def test_single_follows_the_expert_of_the_least_summed_objective(method):
     assert ((alpha > 0).sum(0) <= 1).all()
     assert {0, 1} >= set(expert.tolist())
     assert (alpha[expert, np.arange(BATCH)] >= 0).all()
-    if method == "grid":
-        joint = fuse(method="grid", multi="joint", num=21)(LARGE, EXPERTS, BASE)[1]
-        assert (np.asarray(joint["objective"]) <= np.asarray(info["objective"]) + 1e-6).all()
 
 
-@pytest.mark.parametrize("method", ["newton", "jeffreys"])
-def test_joint_steps_meet_the_mean_divergence_where_they_can(method):
-    info = fuse(method=method, multi="joint")(LARGE, EXPERTS, BASE)[1]
+def test_joint_steps_meet_the_mean_divergence_where_they_can():
+    info = fuse(method="jeffreys", multi="joint")(LARGE, EXPERTS, BASE)[1]
     free = ~np.asarray(info["at_bound"]) & np.asarray(info["converged"])
     assert free.mean() > 0.5
     reached = np.asarray(info["forward"]), np.asarray(info["reverse"])
     wanted = np.asarray(info["target_forward"]), np.asarray(info["target_reverse"])
-    if method == "jeffreys":
-        np.testing.assert_allclose(sum(reached)[free], sum(wanted)[free], rtol=1e-3, atol=1e-4)
-    grid = fuse(method="grid", multi="joint", num=11)(LARGE, EXPERTS, BASE)[1]
-    if method == "newton":
-        better = np.asarray(info["objective"]) <= np.asarray(grid["objective"]) + 1e-3
-        assert better.mean() > 0.8
+    np.testing.assert_allclose(sum(reached)[free], sum(wanted)[free], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("multi", ["joint", pytest.param("single", marks=EVERY_CHANGE)])
@@ -68,19 +59,6 @@ def test_a_base_for_each_expert(multi):
     np.testing.assert_allclose(fuse(multi=multi)(LARGE, EXPERTS, bases)[0], shared, atol=1e-3)
 
 
-def test_a_joint_grid_too_large_is_refused():
-    with pytest.raises(ValueError, match="194481 points"):
-        jax.eval_shape(DynamicFusion(method="grid", multi="joint"), jnp.asarray(LARGE), INERT, BASE)
-
-
-def test_joint_steps_end_where_two_divergences_cannot_be_met_at_once():
-    """Two experts that are one have one direction for two equations."""
-    twice = np.stack([EXPERTS[0]] * 2)
-    info = fuse(method="newton", multi="joint")(LARGE, twice, BASE)[1]
-    free = ~np.asarray(info["at_bound"])
-    assert np.asarray(info["converged"])[free].mean() > 0.8
-
-
 def test_where_every_device_has_to_agree_as_many_sweeps_are_made_as_are_said():
     visits = []
 
@@ -88,10 +66,10 @@ def test_where_every_device_has_to_agree_as_many_sweeps_are_made_as_are_said():
         visits.append(centre)
         gap = 1 - alphas
         done = jnp.zeros(alphas.shape[1:], bool)
-        return _joint._Visit((gap**2).sum(0), gap, gap[None], done, alphas, (alphas, alphas))
+        return _joint._Visit(gap[0], gap, done, alphas, (alphas, alphas))
 
     def run(start):
-        halfway = lambda seen, damping: seen.residual / 2  # noqa: E731
+        halfway = lambda seen, damping: seen.slopes / 2  # noqa: E731
         return _joint._damped(visit, halfway, start, (0.0, 2.0), 5, unrolled=True)
 
     found = jax.jit(run)(np.zeros((2, 3), np.float32))

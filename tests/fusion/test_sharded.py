@@ -27,7 +27,6 @@ STRATEGIES = {
     "clean": LogitDifference(filter="clean"),
     "official": LogitDifference(filter="official", form="raw"),
     "grid": DynamicFusion(method="grid"),
-    "newton": DynamicFusion(method="newton", sharded_sweeps=8),
     "jeffreys": DynamicFusion(method="jeffreys", max_sweeps=6, sharded_sweeps=6),
     "project": DynamicFusion(sharded_sweeps=10),
     "joint": DynamicFusion(sharded_sweeps=6),
@@ -70,7 +69,7 @@ def sharded(name):
 
 # These take seconds to compile.
 LARGE_PROGRAMS = {
-    name: [pytest.mark.slow, pytest.mark.every_change] for name in ("newton", "project", "joint")
+    name: [pytest.mark.slow, pytest.mark.every_change] for name in ("project", "joint")
 }
 
 
@@ -83,17 +82,13 @@ def test_sharded_equals_local(name):
     wanted, expected = local(name)
     np.testing.assert_allclose(fused, wanted, atol=5e-3)
     if "alpha" in info:
-        # A flat minimum has several answers that are good enough; sharded, the grid's are tried.
-        atol = 5e-3 if name == "newton" else 1e-3
-        np.testing.assert_allclose(info["alpha"], expected["alpha"], atol=atol)
+        np.testing.assert_allclose(info["alpha"], expected["alpha"], atol=1e-3)
 
 
 # One for maxima, one for normalisers, one for targets, with which a grid goes; then one a sweep.
 @pytest.mark.every_change
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "reductions"), [("grid", 3), ("jeffreys", 3 + 6), ("newton", 3 + 8)]
-)
+@pytest.mark.parametrize(("name", "reductions"), [("grid", 3), ("jeffreys", 3 + 6)])
 def test_all_reduces_a_token_are_few_and_fixed(name, reductions):
     run, _ = sharded(name)
     text = run.as_text()

@@ -87,8 +87,8 @@ def one_file(
     return write
 
 
-def _load_safetensors(directory: Path) -> int:
-    return _size(read_state_dict(directory / "model.safetensors"))
+def _read(name: str) -> Callable[[Path], int]:
+    return lambda directory: _size(read_state_dict(directory / name))
 
 
 def _load_index(directory: Path) -> int:
@@ -125,15 +125,15 @@ def _load_gguf(directory: Path) -> int:
     return 0
 
 
-def _load_model_gguf(directory: Path) -> int:
-    return _parameters(models.load_model(str(directory / "model.gguf")))
-
-
 def _parameters(model: Any) -> int:
     import jax
     from flax import nnx
 
     return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
+
+
+def _load_model(name: str = "") -> Callable[[Path], int]:
+    return lambda directory: _parameters(models.load_model(str(directory / name)))
 
 
 def _write_gguf_model(directory: Path, number: int, rng: Random) -> None:
@@ -155,10 +155,6 @@ def _in_zip(content: bytes, rng: Random) -> bytes:
 def _in_legacy(content: bytes, rng: Random) -> bytes:
     start = content.index(b"\x80\x02ccollections")
     return content[:start] + mutate.a_pickle(content[start:], rng)
-
-
-def _load_torch(directory: Path) -> int:
-    return _size(read_state_dict(directory / "weights.pth"))
 
 
 def _load_pickle(directory: Path) -> int:
@@ -200,16 +196,6 @@ def _write_config(directory: Path, number: int, rng: Random) -> None:
     (directory / "config.json").write_bytes(text)
 
 
-def _load_config(directory: Path) -> int:
-    models.load_config(str(directory))
-    return 0
-
-
-@functools.cache
-def _tokenizer() -> Any:
-    return models.load_tokenizer("tiny")
-
-
 def _tokenizer_files() -> dict[str, Any]:
     settings = {
         "bos_token": "<|end|>",
@@ -218,7 +204,7 @@ def _tokenizer_files() -> dict[str, Any]:
         "chat_template": [{"name": "default", "template": TEMPLATES[0]}],
         "added_tokens_decoder": {"256": {"content": "<|end|>", "special": True}},
     }
-    backend = json.loads(_tokenizer().backend.to_str())
+    backend = json.loads(models.load_tokenizer("tiny").backend.to_str())
     generation = {"eos_token_id": [256, 2], "temperature": 0.7, "top_p": 0.9, "top_k": 20}
     return {
         "tokenizer.json": backend,
@@ -336,10 +322,6 @@ def _write_head(directory: Path, number: int, rng: Random) -> None:
     (directory / "head.safetensors").write_bytes(content)
 
 
-def _load_head(directory: Path) -> int:
-    return _parameters(vq.load_head(directory))
-
-
 def _codec() -> Any:
     return storage.ArrayCodec({"x": ("float32", (4,))})
 
@@ -388,10 +370,6 @@ def _write_model(directory: Path, number: int, rng: Random) -> None:
     (directory / "model.safetensors").write_bytes(content)
 
 
-def _load_model(directory: Path) -> int:
-    return _parameters(models.load_model(str(directory)))
-
-
 def _write_json(directory: Path, number: int, rng: Random) -> None:
     record = {"kind": "table", "format": 1, "made_from": {"data": "d", "k": 4, "list": [1, 2]}}
     text = json.dumps(record).encode() if number == 0 else mutate.json_text(record, rng)
@@ -413,23 +391,25 @@ _ZIP = (bombs.zip_bombs, lambda: [bases.torch_zip()], _in_zip)
 _OLDER = (_legacy_bombs, lambda: [bases.torch_legacy()], _in_legacy)
 _PICKLE = (bombs.pickle_bombs, bases.numpy_pickles, mutate.a_pickle)
 KINDS: dict[str, Kind] = {
-    "safetensors": Kind(16_000, one_file("model.safetensors", *_SAFETENSORS), _load_safetensors),
+    "safetensors": Kind(
+        16_000, one_file("model.safetensors", *_SAFETENSORS), _read("model.safetensors")
+    ),
     "index": Kind(6000, _write_index, _load_index),
     "gguf": Kind(16_000, one_file("model.gguf", *_GGUF), _load_gguf),
-    "torch, zip": Kind(12_000, one_file("weights.pth", *_ZIP), _load_torch),
-    "torch, older": Kind(6000, one_file("weights.pth", *_OLDER), _load_torch),
+    "torch, zip": Kind(12_000, one_file("weights.pth", *_ZIP), _read("weights.pth")),
+    "torch, older": Kind(6000, one_file("weights.pth", *_OLDER), _read("weights.pth")),
     "numpy pickle": Kind(6000, one_file("weights.ckpt", *_PICKLE), _load_pickle),
     "npz, npy": Kind(8000, _write_arrays, _load_arrays),
-    "config": Kind(10_000, _write_config, _load_config),
+    "config": Kind(10_000, _write_config, lambda d: _size(models.load_config(str(d)))),
     "tokenizer": Kind(4000, _write_tokenizer, _load_tokenizer),
     "template": Kind(4000, _write_template, _load_template),
     "image": Kind(6000, _write_picture, _load_picture),
     "manifest": Kind(3000, _write_json, _load_json),
     "gzip": Kind(500, _write_merges, _load_merges),
     "row cache": Kind(1000, _write_rows, _load_rows),
-    "head": Kind(500, _write_head, _load_head, warm=0),
-    "model": Kind(600, _write_model, _load_model, warm=0),
-    "model, gguf": Kind(400, _write_gguf_model, _load_model_gguf, warm=0),
+    "head": Kind(500, _write_head, lambda d: _parameters(vq.load_head(d)), warm=0),
+    "model": Kind(600, _write_model, _load_model(), warm=0),
+    "model, gguf": Kind(400, _write_gguf_model, _load_model("model.gguf"), warm=0),
 }
 
 

@@ -53,7 +53,6 @@ class Store:
 
     Attributes:
         faults: Those that hold now.
-        requests: By "METHOD status" how many there were.
         faulted: By kind how many a fault has met.
     """
 
@@ -63,7 +62,6 @@ class Store:
         self._generation = 1000
         self._lock = threading.Lock()
         self.faults: list[Fault] = []
-        self.requests: dict[str, int] = {}
         self.faulted: dict[str, int] = {}
         store = self
 
@@ -207,10 +205,6 @@ class Store:
                 return fault.kind
         return ""
 
-    def count(self, what: str) -> None:
-        with self._lock:
-            self.requests[what] = self.requests.get(what, 0) + 1
-
 
 def _resource(bucket: str, name: str, found: _Object) -> dict[str, Any]:
     return {
@@ -272,7 +266,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
-        self.held.count(f"{self.command} {status}")
 
     def _serve(self) -> None:
         split = urllib.parse.urlsplit(self.path)

@@ -49,7 +49,9 @@ def post(connection: http.client.HTTPConnection, body: Any) -> tuple[int, Any, b
     return answer.status, answer.headers, answer.read()
 
 
-async def call(app: Any, body: Any) -> tuple[int, Any]:
+async def call(
+    app: Any, body: Any, *, path: str = COMPLETIONS, method: str = "POST"
+) -> tuple[int, Any]:
     """The same to an application in this process, without HTTP."""
     raw, sent = json.dumps(body).encode(), False
     status, parts = 0, []
@@ -70,8 +72,8 @@ async def call(app: Any, body: Any) -> tuple[int, Any]:
 
     scope = {
         "type": "http",
-        "method": "POST",
-        "path": COMPLETIONS,
+        "method": method,
+        "path": path,
         "query_string": b"",
         "headers": [(b"content-type", b"application/json")],
         "http_version": "1.1",

@@ -18,8 +18,7 @@ from experiments.shared import suite
 from logitjax import models
 from logitjax.decoding import Ensemble
 from logitjax.leakage import Ledger, LogitPolicy
-from logitjax.serving import ServerConfig, _scheduler, build_app
-from logitjax.serving._schema import request_model
+from logitjax.serving import ServerConfig, build_app
 from tests.rigs._red_team import CONFIDENCE, Asker, Body, Reply, attackers, choice_of, spelled
 from tests.rigs._server_client import call
 
@@ -128,14 +127,15 @@ def attacked(
         model="row", policy=policy, slots=_SLOTS, max_length=16, max_tokens=8, max_waiting=4096,
         prefill_chunk=4, policy_seed=1, **options,
     )  # fmt: skip
-    schema = request_model(config, chat=False).model_json_schema()
     letters, vocab, rows = letters_of(tokenizer), len(row), []
-    # One token is asked for, or two: further steps of a chunk would be thrown away.
-    _scheduler._STEPS = 1
     with asyncio.Runner() as runner:
         app = build_app(model, tokenizer, [tokenizer.eos_id or 0], config)
+        # One token is asked for, or two: further steps of a chunk would be thrown away.
+        app.state.service.scheduler.steps = 1
         context = app.router.lifespan_context(app)
         runner.run(context.__aenter__())
+        _, described = runner.run(call(app, None, path="/openapi.json", method="GET"))
+        schema = described["components"]["schemas"]["Completion"]
         for attacker, attack in attackers(schema).items():
             # Before a meter the second attacker would pay for what the first was told.
             app.state.service.accounts.ledger = Ledger(config.nats)

@@ -15,7 +15,7 @@ import pytest
 from etils import epath
 
 from logitjax import training
-from logitjax.storage import ShardReader, ShardWriter, progress
+from logitjax.storage import ShardReader, progress, write_shards
 from logitjax.training._loop import NonFiniteError
 from logitjax.training._watch import Watch
 from tests.training import toy
@@ -139,17 +139,15 @@ def test_corrupted_shard_of_rows_names_the_file(place, tmp_path):
     """As long as before, so that its size gives nothing away."""
     rng = np.random.default_rng(0)
     rows = [rng.bytes(400) for _ in range(64)]
-    with ShardWriter(epath.Path(tmp_path), rows_per_shard=32) as writer:
-        for row in rows:
-            writer.write(row)
-    assert ShardReader(epath.Path(tmp_path), writer.shards).read(range(64)) == rows
-    path = tmp_path / writer.shards[1]["file"]
+    shards = write_shards(epath.Path(tmp_path), rows, rows_per_shard=32)
+    assert ShardReader(epath.Path(tmp_path), shards).read(range(64)) == rows
+    path = tmp_path / shards[1]["file"]
     content = bytearray(path.read_bytes())
     at = {"start": 0, "middle": len(content) // 2, "end": len(content) - 600}[place]
     for i in range(at, at + 600):
         content[i] ^= 0x5A
     path.write_bytes(content)
-    reader = ShardReader(epath.Path(tmp_path), writer.shards)
+    reader = ShardReader(epath.Path(tmp_path), shards)
     assert reader.read(range(32)) == rows[:32]
     if place == "end":  # Padding, which nobody reads.
         assert reader.read(range(32, 64)) == rows[32:]

@@ -16,13 +16,11 @@ import scipy.stats
 
 from logitjax import transport
 from logitjax.transport import FactoredGraph, _refine
+from logitjax.transport._answer import towards
 from logitjax.transport._bounds import (
     moment_lower_bound,
-    second_lower_bound,
-    sorted_rows_lower_bound,
     third_lower_bound,
 )
-from logitjax.transport._certificate import towards
 from logitjax.transport._matching_bounds import (
     diagonal_lower_bound,
     gilmore_lawler,
@@ -33,7 +31,7 @@ from tests._compiled import compiled
 N, T = 6, 5
 certificate = compiled(transport.certificate)
 first = compiled(transport.first_lower_bound)
-second, third = compiled(second_lower_bound), compiled(third_lower_bound)
+third = compiled(third_lower_bound)
 lawler = compiled(gilmore_lawler)
 
 
@@ -73,8 +71,6 @@ def bracket(z, w):
     for p in (1, 2):
         out[f"exact{p}"] = brute_force(c, d, p)
         out[f"first{p}"] = transport.first_lower_bound(FactoredGraph(z), FactoredGraph(w), p=p)
-        out[f"second{p}"] = second_lower_bound(c, d, p=p)
-        out[f"rows{p}"] = sorted_rows_lower_bound(c, d, p=p)
         out[f"third{p}"] = third_lower_bound(c, d, p=p)
         out[f"upper{p}"] = transport.certificate(c, d, p=p, scale="none").upper
     out["moment2"] = moment_lower_bound(FactoredGraph(z), FactoredGraph(w))
@@ -121,8 +117,6 @@ def test_no_violation_in_1000_cases():
 
     for p in "12":
         in_order(f"first{p}", f"third{p}")
-        in_order(f"second{p}", f"rows{p}")
-        in_order(f"rows{p}", f"third{p}")
         below(f"third{p}", f"exact{p}")
         below(f"exact{p}", f"upper{p}")
     in_order("first2", "moment2")
@@ -235,11 +229,6 @@ def test_unequal_sizes_and_weights_equal_scipy():
     got = first(c, d)
     expected = scipy.stats.wasserstein_distance(c.mean(1), d.mean(1))
     np.testing.assert_allclose(got, expected, rtol=1e-2)
-    got = second(c, d, c_weights=a, d_weights=b, p=1)
-    expected = scipy.stats.wasserstein_distance(
-        c.ravel(), d.ravel(), np.outer(a, a).ravel(), np.outer(b, b).ravel()
-    )
-    np.testing.assert_allclose(got, expected, rtol=1e-2)
 
 
 def test_weighted_third_bound_is_just_below_the_linear_program():
@@ -302,8 +291,8 @@ def test_bad_inputs_name_the_culprit():
     c, d, a, _ = weighted_case()
     with pytest.raises(ValueError, match="refine: 'exchange' needs p=2, as many nodes"):
         transport.certificate(c, d, refine=transport.Refinement("exchange"))
-    with pytest.raises(ValueError, match=r"d: sorted_rows_lower_bound needs as many nodes as c, 7"):
-        sorted_rows_lower_bound(c, d)
+    with pytest.raises(ValueError, match="d: diagonal_lower_bound needs as many nodes as c, 7"):
+        diagonal_lower_bound(c, d)
     with pytest.raises(ValueError, match="p: expected at least 1"):
         transport.sorted_gw_lower_bound(a, a, p=0)
 

@@ -100,15 +100,10 @@ def files(tmp_path):
 
 def test_a_subset_is_split_as_all_of_tofu_is(files):
     subset = tofu.subset(files, authors=20, forget=2)
-    assert subset.full == subset.retain + subset.forget
     assert [item.question for item in subset.forget] == [f"q{i}" for i in range(3960, 4000)]
     assert [item.question for item in subset.retain] == [f"q{i}" for i in range(360)]
-    for plain, rich in (
-        (subset.retain, subset.retain_perturbed),
-        (subset.forget, subset.forget_perturbed),
-    ):
-        assert [(a.question, a.author) for a in plain] == [(a.question, a.author) for a in rich]
-        assert all(item.perturbed_answers for item in rich)
+    assert {item.author for item in subset.forget} == {198, 199}
+    assert all(item.perturbed_answers for item in subset.forget)
     assert {item.author for item in subset.holdout} == {196, 197}
 
 
@@ -121,7 +116,6 @@ def test_nobody_is_kept_and_held_out(files, authors, forget):
     assert len(kept) == authors - forget
     assert len(gone) == len(unseen) == forget
     assert len(kept | gone | unseen) == authors + forget
-    assert len(subset.retain_perturbed) == 20 * min(20, authors - forget)
 
 
 def test_subsets_that_do_not_exist(files):
@@ -129,9 +123,9 @@ def test_subsets_that_do_not_exist(files):
         tofu.subset(files, forget=0)
     with pytest.raises(ValueError, match="authors: expected a number between 3 and 198"):
         tofu.subset(files, authors=2, forget=2)
-    lines = (files / "retain_perturbed.json").read_text().split("\n")
-    (files / "retain_perturbed.json").write_text("\n".join(lines[1:]))
-    with pytest.raises(ValueError, match=r"line 1 of full\.json and line 1 of the perturbed split"):
+    lines = (files / "forget10_perturbed.json").read_text().split("\n")
+    (files / "forget10_perturbed.json").write_text("\n".join([*lines[1:], lines[0]]))
+    with pytest.raises(ValueError, match=r"line 3961 of full\.json and line 361 of forget10_"):
         tofu.subset(files)
     (files / "full.json").write_text('{"question": "q", "answer": "a"}')
     with pytest.raises(ValueError, match="has 1 items where TOFU has 4000"):

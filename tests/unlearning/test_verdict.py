@@ -1,6 +1,7 @@
 """A verdict is of every row and every way to ask, and the files and the status follow it."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -90,7 +91,8 @@ def test_a_kind_of_rows_or_one_row_that_is_lost_is_damage_whatever_the_mean():
     after = side(np.random.default_rng(2), 0.05)
     after["probabilities"]["test"][-1] = float("nan")  # of the second kind: min would pass it over
     assert "**Model damaged**" in judged(after).words
-    for more in (dict(perplexity=10.5), dict(perplexity=float("nan")), dict(fluency=None)):
+    cases: list[Any] = [{"perplexity": 10.5}, {"perplexity": float("nan")}, {"fluency": None}]
+    for more in cases:
         assert "**Model damaged**" in judged(side(np.random.default_rng(2), 0.05, **more)).words
 
 
@@ -123,8 +125,8 @@ def test_what_an_auc_has_to_be_is_exact():
     for m, n, level in ((3, 4, 0.1), (8, 10, 0.05), (9, 4, 0.02), (20, 15, 0.01)):
         least = 0.5 + chance_auc(m, n, level)
         for pairs in range(m * n // 2 + 1, m * n + 1):
-            sides = np.split(with_pairs(m, n, pairs), [m])
-            test = stats.mannwhitneyu(*sides, alternative="greater", method="exact")
+            scores = with_pairs(m, n, pairs)
+            test = stats.mannwhitneyu(scores[:m], scores[m:], alternative="greater", method="exact")
             assert (2 * test.pvalue <= level) == (pairs / (m * n) >= least - 1e-12)
 
 

@@ -20,9 +20,10 @@ from flax import nnx
 from logitjax import vision
 from logitjax.storage.weights import read_numpy_pickle, read_state_dict
 from logitjax.vision._clip import CLIP
-from logitjax.vision._clip_config import CLIPConfig, clip_config, clip_names
+from logitjax.vision._clip_config import clip_config, clip_names
 from logitjax.vision._clip_tokenizer import load_clip_tokenizer
 from logitjax.vision._resnet import ResNet
+from logitjax.vision._vit import BlockConfig, StagesConfig, TowersConfig, ViTConfig
 from tests._modules import num_params
 from tests.storage.test_torch_checkpoint import Call
 from tests.vision.goldens.make_encoder_goldens import TEXTS, TOKENS, clip_weight, pictures
@@ -119,7 +120,8 @@ def unit(x):
 def test_clip_vit_equals_transformers(tmp_path):
     encoder = vision.load_encoder(str(transformers_directory(tmp_path)))
     config = encoder.model.config
-    assert (config.image_size, config.patch_size, config.vision_heads) == (32, 8, 4)
+    tower = config.vision
+    assert (tower.image_size, tower.patch_size, tower.blocks.heads) == (32, 8, 4)
     assert (config.context_length, config.vocab_size, config.embed_dim) == (8, 20, 16)
     white = encoder.preprocessing.normalize(np.full((1, 1, 1, 3), 255, np.uint8))
     np.testing.assert_allclose(np.ravel(white), [0.9, 1.6, 2.8], rtol=1e-6)
@@ -167,7 +169,7 @@ def test_clip_resnet_equals_open_clip(tmp_path):
     config = {"model_cfg": {"quick_gelu": True, "vision_cfg": {}, "text_cfg": {"heads": 3}}}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
     encoder = vision.load_encoder(str(tmp_path))
-    assert encoder.model.config.vision_layers == (2, 1, 1, 2)
+    assert encoder.model.config.vision.blocks == (2, 1, 1, 2)
     assert encoder.preprocessing.mean == (0.48145466, 0.4578275, 0.40821073)
     features = jax.jit(encoder.model)(images(64))
     assert_close(features, GOLDENS["rn_images"])
@@ -185,18 +187,18 @@ def test_clip_without_settings_and_with_pieces_missing(tmp_path):
         k if k.startswith(("visual", "logit")) else f"text.{k}": v for k, v in weights.items()
     }
     save_file(renamed, tmp_path / "both.safetensors")
-    with pytest.raises(ValueError, match="text_heads: expected a divisor of 24") as error:
+    with pytest.raises(ValueError, match="heads: expected a divisor of 24") as error:
         clip_config(clip_names(renamed), WRONG_HEADS)
     assert "got 5" in str(error.value)
     encoder = vision.load_encoder(str(tmp_path / "both.safetensors"))
-    assert encoder.model.config.text_heads == 1
+    assert encoder.model.config.text.heads == 1
     del renamed["visual.layer2.0.conv1.weight"]
     save_file(renamed, tmp_path / "both.safetensors")
     with pytest.raises(ValueError, match=r"lack 1 entries.*vision\.layer2\.0\.conv1"):
         vision.load_encoder(str(tmp_path / "both.safetensors"))
     del renamed["text.text_projection"]
     save_file(renamed, tmp_path / "both.safetensors")
-    with pytest.raises(ValueError, match=r"'text\.head\.weight' is missing"):
+    with pytest.raises(ValueError, match=r"text tower without 'head\.weight'"):
         vision.load_encoder(str(tmp_path / "both.safetensors"))
 
 
@@ -245,7 +247,7 @@ def test_zero_shot_classifier_is_the_mean_of_prompts(tmp_path):
         return rows
 
     encoder.tokenizer = typing.cast(Any, tokenize)
-    kernel = encoder.zero_shot(["cat", "dog"], ["photo {}", "{}"], batch_size=3)
+    kernel = encoder.zero_shot(["cat", "dog"], ["photo {}", "{}"])
     assert kernel.shape == (16, 2)
     with pytest.raises(ValueError, match="n01440764 is a number of WordNet"):
         encoder.zero_shot(["n01440764"], ["{}"])
@@ -282,23 +284,27 @@ def test_moco_checkpoints_are_resnets_without_their_projection(tmp_path):
     assert (encoder.num_features, encoder.num_classes) == (2048, 3)
 
 
-TEXT = dict(text_width=512, text_heads=8, text_layers=12)
+def clip_blocks(width: int, **changes: Any) -> BlockConfig:
+    return BlockConfig(width=width, layers=12, heads=width // 64, hidden=4 * width, **changes)
+
+
+def clip_vit(patch_size: int) -> ViTConfig:
+    sizes: Any = dict(patch_size=patch_size, grid=224 // patch_size, embed_dim=512)
+    return ViTConfig(blocks=clip_blocks(768), patch_bias=False, pre_norm=True, **sizes)
 
 
 @pytest.mark.parametrize(
-    ("make", "parameters"),
+    ("tower", "features", "parameters"),
     [
-        (
-            dict(vision_layers=(3, 4, 6, 3), vision_width=64, vision_heads=32, embed_dim=1024),
-            102007137,
-        ),
-        (dict(vision_layers=12, vision_width=768, vision_heads=12, patch_size=32), 151277313),
-        (dict(vision_layers=12, vision_width=768, vision_heads=12, patch_size=16), 149620737),
+        (StagesConfig(blocks=(3, 4, 6, 3), width=64, heads=32, grid=7), 1024, 102007137),
+        (clip_vit(32), 512, 151277313),
+        (clip_vit(16), 512, 149620737),
     ],
     ids=["RN50", "ViT-B/32", "ViT-B/16"],
 )
-def test_clip_has_the_published_sizes(make, parameters):
-    config = CLIPConfig(**(dict(embed_dim=512, image_size=224) | TEXT | make))
+def test_clip_has_the_published_sizes(tower, features, parameters):
+    sizes: Any = dict(vocab_size=49408, context_length=77, embed_dim=features)
+    config = TowersConfig(vision=tower, text=clip_blocks(512, causal=True), **sizes)
     model = nnx.eval_shape(lambda: CLIP(config, rngs=nnx.Rngs(0)))
     assert num_params(model) == parameters
 

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from logitjax.vision._clip_tokenizer import SigLIPTokenizer
 from logitjax.vision._preprocessing import Preprocessing
 from logitjax.vision._processor_files import open_clip_preprocessing, processor_preprocessing
 from logitjax.vision._resnet import ResNet
-from logitjax.vision._vit import BlockConfig, SigLIP, SigLIPConfig, ViT, ViTConfig, resize_matrix
+from logitjax.vision._vit import BlockConfig, SigLIP, TowersConfig, ViT, ViTConfig, resize_matrix
 from tests._modules import num_params
 from tests.vision.goldens.make_tower_goldens import TOKENS, pictures, tower_weight
 
@@ -251,7 +252,8 @@ def test_towers_have_the_published_sizes():
     base = BlockConfig(width=768, layers=12, heads=12, hidden=3072)
     config = ViTConfig(blocks=base, patch_size=16, grid=14, class_token=False, pooling="probe")
     assert num_params(nnx.eval_shape(lambda: ViT(config, rngs=nnx.Rngs(0)))) == 92_884_224
-    both = SigLIPConfig(vision=config, text=base, vocab_size=32_000, embed_dim=768)
+    sizes: Any = dict(vocab_size=32_000, context_length=64, embed_dim=768)
+    both = TowersConfig(vision=config, text=base, **sizes)
     assert num_params(nnx.eval_shape(lambda: SigLIP(both, rngs=nnx.Rngs(0)))) == 203_155_970
     small = BlockConfig(width=384, layers=12, heads=6, hidden=1536, layer_scale=True)
     config = ViTConfig(blocks=small, patch_size=14, grid=37, registers=4)

@@ -14,23 +14,13 @@ class Rereader:
     Sampled tokens are often not what their text encodes to, and may end inside a character: the
     text is taken from their bytes, up to the first that is no UTF-8. Bytes then align the rows, and
     nothing is learned behind.
-
-    Args:
-        ours: The student's tokenizer.
-        theirs: The teacher's.
     """
 
     def __init__(self, ours: Tokenizer, theirs: Tokenizer):
         self._bytes, self._prefix, self._theirs = ours.token_bytes(), prefix_bytes(ours), theirs
 
     def row(self, tokens: np.ndarray, length: int, *, stopped: bool) -> Mapping[str, np.ndarray]:
-        """Columns `[length]` of a row, all of whose tokens but the first are to be predicted.
-
-        Args:
-            tokens: A document in the student's tokens.
-            length: Number of tokens of a row.
-            stopped: Whether it ends with a stop token.
-        """
+        """Columns `[length]` of a document; all of its tokens but the first are predicted."""
         raw = b"".join(self._bytes[token] for token in tokens.tolist())[self._prefix :]
         try:
             text, whole = raw.decode(), True

@@ -33,19 +33,8 @@ def rollout_program(
     """Compiled: `(trained, frozen, tokens, positions, seeds)` to what the student writes.
 
     The arrays are those of the train state, as they lie on the mesh: no weight is copied or
-    listed anew, whatever the layout, and adapters are not merged.
-
-    Args:
-        student: The student.
-        on_policy: The law.
-        new_tokens: Largest number of tokens of a row.
-        stop_ids: Tokens that end it.
-        mesh: Mesh of the state.
-        traced: Called whenever the function is traced, once a shape.
-
-    Returns:
-        The jitted function; its result has `tokens`, `valid` and `log_probs`, `[rows, new]`, and
-        `stopped`, `[rows]`.
+    listed anew, whatever the layout, and adapters are not merged. The result has `tokens`, `valid`
+    and `log_probs`, `[rows, new]`, and `stopped`, `[rows]`. `traced` is called once a shape.
     """
     shape = nnx.eval_shape(lambda: student.model(student.trained, student.frozen))
 

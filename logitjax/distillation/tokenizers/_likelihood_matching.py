@@ -218,7 +218,8 @@ def chunk_scores(
     np.add.at(scores, (rows, theirs[rows, places]), np.asarray(said["label"])[rows, places])
     where = np.arange(shape[1]) < chunks.counts[:, None]
     ends = np.full(shape, -1, np.int32)
-    last = {name: _last(np.asarray(x), shape) for name, x in (("ours", ids), ("theirs", theirs))}
+    sides = {"ours": ids, "theirs": theirs}
+    last = {name: _extreme(np.maximum, side, shape, -9) for name, side in sides.items()}
     closing = np.zeros(shape, bool)
     closing[rows, theirs[rows, places]] = special[rows, places]
     # What follows a chunk is predicted from the position after its last label.
@@ -229,7 +230,7 @@ def chunk_scores(
     cut = where & (closing | (known & (boundary > np.log(_LEAST_BOUNDARY))))
     # Text before a special token ends there, and so does what is not followed by more of it.
     more = np.pad(where, ((0, 0), (0, 1)))[:, 1:]
-    first = np.pad(_first(ids, shape), ((0, 0), (0, 1)))[:, 1:]
+    first = np.pad(_extreme(np.minimum, ids, shape, 1 << 30), ((0, 0), (0, 1)))[:, 1:]
     before = np.pad(closing, ((0, 0), (0, 1)))[:, 1:]
     cut |= where & known & more & (before | (first != last["ours"] + 1))
     joined = np.cumsum(cut, axis=1) - cut
@@ -250,19 +251,11 @@ def chunk_scores(
     )
 
 
-def _last(ids: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The last position of each chunk, -9 for none."""
-    out = np.full(shape, -9)
+def _extreme(extreme: np.ufunc, ids: np.ndarray, shape: tuple[int, ...], none: int) -> np.ndarray:
+    """The first (`np.minimum`) or last position of each chunk."""
+    out = np.full(shape, none)
     row, place = np.nonzero(ids >= 0)
-    np.maximum.at(out, (row, ids[row, place]), place)
-    return out
-
-
-def _first(ids: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The first position of each chunk, a large number for none."""
-    out = np.full(shape, 1 << 30)
-    row, place = np.nonzero(ids >= 0)
-    np.minimum.at(out, (row, ids[row, place]), place)
+    extreme.at(out, (row, ids[row, place]), place)
     return out
 
 

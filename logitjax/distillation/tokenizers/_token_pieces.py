@@ -120,10 +120,6 @@ def _turn_ends(tokenizer: Tokenizer) -> list[int]:
     return [id_ for id_, counts in zip(ids, learnt, strict=True) if counts and not texts[id_]]
 
 
-def _is_byte(tokenizer: Tokenizer, id_: int) -> bool:
-    return bool(_BYTE.fullmatch(tokenizer.token(id_) or ""))
-
-
 class _Cutter:
     """Cuts bytes into a tokenizer's pieces, as it would cut them where a text goes on."""
 
@@ -133,7 +129,9 @@ class _Cutter:
         self.ids: dict[bytes, int] = {}
         for id_, text in enumerate(self.bytes):
             # SentencePiece spells a comma twice. What stands for a stray byte is never read.
-            if text and (text not in self.ids or _is_byte(tokenizer, self.ids[text])):
+            if text and (
+                text not in self.ids or _BYTE.fullmatch(tokenizer.token(self.ids[text]) or "")
+            ):
                 self.ids[text] = id_
         self._longest = max(map(len, self.ids), default=0)
         self._whole = any(len(text) > 1 and text[0] >= 0x80 for text in self.ids) and not any(

@@ -15,19 +15,18 @@ from logitjax.data import PackedSplits
 from logitjax.distillation._objective import Objective
 from logitjax.distillation._teacher import Vocabularies
 from logitjax.distillation._term import TeacherNeeds, Term
-from logitjax.distillation.tokenizers._alignment import Chunks
-from logitjax.distillation.tokenizers._likelihood_matching import boundary_tokens
+from logitjax.distillation.tokenizers._likelihood_matching import TokenSet, boundary_tokens
 from logitjax.distillation.tokenizers._token_pieces import token_projection
 from logitjax.distillation.training._served_teacher import ServedTeacher
 from logitjax.distillation.training._source import Source
 from logitjax.distillation.training._teacher_cache import TeacherCache, TeacherIdentity
 from logitjax.distillation.training._teachers import (
+    Kept,
     Reader,
     cache_teacher,
     model_reader,
     open_teacher_caches,
     server_reader,
-    teacher_record,
 )
 
 # Teachers that are no model on this machine.
@@ -191,9 +190,7 @@ class Reading:
 
     def record(self, graphdef: Any, params: Any, columns: Mapping[str, Any], rows: Any) -> Any:
         """What a teacher, a decoder, says of the rows of these numbers, as it is kept."""
-        hidden = any(needs.hidden for needs in self.needs)
-        sizes: Any = {"k": self.top_k, "tail_samples": self.tail_samples, "with_hidden": hidden}
-        return teacher_record(graphdef, params, columns, rows, **sizes)
+        return _kept(self).of_model(graphdef, params, columns, rows)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -248,9 +245,11 @@ class Corpus:
             if source.columns == ours:
                 continue
             chunks = source.chunks(batch)
+            # One token on both sides.
+            single = ((chunks.our_sizes == 1) & (chunks.their_sizes == 1)).sum()
             meets = {
                 "teacher": name,
-                "chunks 1:1 %": 100 * float(_single_share(chunks)),
+                "chunks 1:1 %": 100 * float(single / max(chunks.counts.sum(), 1)),
                 "labels in 1:1 %": 100 * float(chunks.one_to_one.sum() / wanted),
                 "labels in chunks %": 100 * float((chunks.ours >= 0).sum() / wanted),
                 "starts shared %": 100 * float(chunks.starts.sum() / wanted),
@@ -302,16 +301,11 @@ class Corpus:
             yield batch
 
 
-def _single_share(chunks: Chunks) -> float:
-    """The share of chunks that are one token on both sides."""
-    single = (chunks.our_sizes == 1) & (chunks.their_sizes == 1)
-    return single.sum() / max(chunks.counts.sum(), 1)
-
-
 def _check_needs(
     reading: Reading, loss: str, needs: TeacherNeeds, spec: str, *, other_tokenizer: bool
 ) -> None:
-    if needs.top_k > 1 and (kept := _kept(reading, spec)) < needs.top_k:
+    kept = _identity(spec).k if spec.startswith("cache:") else reading.top_k
+    if needs.top_k > 1 and kept < needs.top_k:
         raise ValueError(
             f"loss {loss!r} compares the top {needs.top_k} logits, but of teacher {spec!r} {kept} "
             "are kept"
@@ -408,11 +402,6 @@ def _vocabularies(
     )
 
 
-def _kept(reading: Reading, spec: str) -> int:
-    """Logits of each position that a teacher's cache holds."""
-    return _identity(spec).k if spec.startswith("cache:") else reading.top_k
-
-
 def _identity(spec: str) -> TeacherIdentity:
     return TeacherCache(epath.Path(spec.partition(":")[2]) / data.SPLITS[0]).identity
 
@@ -428,23 +417,24 @@ def _tokenizer_of(spec: str, students: models.Tokenizer) -> models.Tokenizer:
     return models.load_tokenizer(spec)
 
 
+def _kept(reading: Reading, boundary: TokenSet | None = None) -> Kept:
+    hidden = any(needs.hidden for needs in reading.needs)
+    sizes: Any = {"k": reading.top_k, "tail_samples": reading.tail_samples}
+    return Kept(**sizes, boundary=boundary, hidden=hidden)
+
+
 def _reader(
     reading: Reading,
     spec: str,
     tokenizer: models.Tokenizer,
     known: Mapping[str, tuple[models.Decoder, models.Tokenizer]],
 ) -> Reader:
-    options: Any = dict(
-        k=reading.top_k,
-        tail_samples=reading.tail_samples,
-        boundary=boundary_tokens(tokenizer) if reading.likelihoods else None,
-        hidden=any(needs.hidden for needs in reading.needs),
-    )
+    kept = _kept(reading, boundary_tokens(tokenizer) if reading.likelihoods else None)
     if spec.startswith("api:") and reading.teacher_reads == "live":
         url = spec.removeprefix("api:")
         return ServedTeacher(
             url, tokenizer=tokenizer.fingerprint, rank=reading.served_rank, api_key=reading.api_key
-        ).reader(**options)
+        ).reader(kept)
     if spec.startswith("api:"):
         return server_reader(
             spec.removeprefix("api:"),
@@ -453,15 +443,10 @@ def _reader(
             vocab_size=tokenizer.vocab_size,
             api_key=reading.api_key,
         )
-    load = functools.partial(_load, reading, spec)
-    if spec in known:
-        load = functools.partial(known.get, spec)
-    return model_reader(load, mesh=_devices_of(reading), **options)  # type: ignore
-
-
-def _load(reading: Reading, spec: str) -> tuple[models.Decoder, models.Tokenizer]:
     mesh, dtype = _devices_of(reading), reading.dtype
-    return models.load(spec, mesh=mesh, dtype=dtype, param_dtype=dtype, layout=reading.layout)
+    options = {"dtype": dtype, "param_dtype": dtype, "layout": reading.layout}
+    load = functools.partial(models.load, spec, mesh=mesh, **options)
+    return model_reader((lambda: known[spec]) if spec in known else load, kept, mesh)
 
 
 def _devices_of(reading: Reading) -> Mesh:

@@ -21,7 +21,7 @@ from logitjax.distillation._objective import Objective
 from logitjax.distillation._teacher import Vocabularies
 from logitjax.distillation.on_policy._options import OnPolicy
 from logitjax.distillation.on_policy._rollouts import Rollouts
-from logitjax.distillation.on_policy._update import OnPolicyUpdate
+from logitjax.distillation.on_policy._update import on_policy_update
 from logitjax.distillation.training._corpus import Corpus
 from logitjax.distillation.training._loss_function import LossFunction
 from logitjax.distillation.training._student import Student
@@ -278,11 +278,11 @@ def train_student(
             sizes: Any = {"batch_size": course.batch_size, "seed": course.seed, "mesh": mesh}
             sizes["directory"] = directory / "rollouts"
             rollouts = Rollouts(student, on_policy, corpus.packed, **sizes)
-            update = OnPolicyUpdate(
-                rollouts=rollouts,
-                taught=taught,
-                step=step,
-                frozen=frozen,
+            update = on_policy_update(
+                rollouts,
+                taught,
+                step,
+                frozen,
                 oldest=lambda: min(checkpointer.steps(), default=0),
                 reported=corpus.metrics,
             )

@@ -1,6 +1,5 @@
 """A teacher that another host serves: its head once, then hidden states of each batch."""
 
-import functools
 import http.client
 import json
 import time
@@ -14,7 +13,7 @@ import numpy as np
 from absl import logging
 
 from logitjax import losses, storage
-from logitjax.distillation.training._teachers import Reader, head_record, packed_documents
+from logitjax.distillation.training._teachers import Kept, Reader, packed_documents
 
 # Seconds between two attempts to reach a server that went away, at first and at most.
 _PAUSES = (1.0, 30.0)
@@ -27,17 +26,8 @@ class ServedTeacher:
 
     One binary answer a batch has the hidden states of the positions that are learned, in bfloat16;
     with the head that came once they are the whole distribution. A server that goes away is waited
-    for; if it comes back with other weights, that is an error.
-
-    Args:
-        url: Its address, on this or another host.
-        tokenizer: Fingerprint of the tokenizer of the rows.
-        rank: Columns of the low-rank code that is sent in place of hidden states; 0 for none.
-        api_key: Key of the server.
-
-    Raises:
-        ValueError: Nobody answers, or a server that gives no hidden states or has another
-            tokenizer.
+    for; if it comes back with other weights, that is an error. `rank` is the number of columns of
+    the low-rank code that is sent in place of hidden states, 0 for none.
     """
 
     def __init__(self, url: str, *, tokenizer: str, rank: int = 0, api_key: str | None = None):
@@ -63,24 +53,22 @@ class ServedTeacher:
     def __str__(self) -> str:
         return f"teacher api:{self._url.geturl()}"
 
-    def reader(self, *, k: int, tail_samples: int, boundary: Any, hidden: bool) -> Reader:
+    def reader(self, kept: Kept) -> Reader:
         """As `model_reader`; all but the hidden states is worked out here."""
-        derived = jax.jit(
-            functools.partial(head_record, k=k, tail_samples=tail_samples, boundary=boundary)
-        )
+        derived = jax.jit(kept.of_states)
 
         def read(columns: Mapping[str, Any], rows: np.ndarray) -> Mapping[str, Any]:
             states = self.hidden_states(columns)
             record = jax.device_get(derived(states, self.head, dict(columns), rows))
-            return record | ({"hidden": states} if hidden else {})
+            return record | ({"hidden": states} if kept.hidden else {})
 
         return Reader(
             tokenizer=self.about["tokenizer"],
             vocab_size=self.head.vocab_size(),
             read=read,
             weights=self.about["weights"],
-            head=self.head if hidden else None,
-            kept=(k, tail_samples),
+            head=self.head if kept.hidden else None,
+            kept=(kept.k, kept.tail_samples),
             metrics=self.metrics,
         )
 
@@ -90,11 +78,7 @@ class ServedTeacher:
         return totals
 
     def hidden_states(self, columns: Mapping[str, Any]) -> np.ndarray:
-        """bfloat16 `[rows, length - 1, width]` where something is learned, zeros elsewhere.
-
-        Args:
-            columns: Packed columns `[rows, length]`.
-        """
+        """bfloat16 `[rows, length - 1, width]` where something is learned, zeros elsewhere."""
         tokens, segments = np.asarray(columns["tokens"]), np.asarray(columns["segment_ids"])
         learnt = np.asarray(columns["loss_mask"])[:, 1:]
         out = np.zeros((*learnt.shape, self.head.kernel.shape[1 - self.head.axis]), jnp.bfloat16)

@@ -20,12 +20,7 @@ from logitjax.distillation.training._teachers import Reader
 class Source:
     """What one teacher says about the rows that matter, from its caches on disk or read live.
 
-    Attributes:
-        columns: Which tokenizer's columns of a batch it reads.
-        packed: The rows.
-        caches: By split; empty for a live teacher.
-        vocabularies: How its vocabulary lies over the student's.
-        reader: A live teacher; None for one whose output is cached.
+    It reads the `columns` of one tokenizer; a live teacher has a `reader`, and no caches.
     """
 
     columns: str

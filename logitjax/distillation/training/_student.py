@@ -79,7 +79,9 @@ class Student:
         if head_basis is not None:
             model, frozen["basis"], trained["mix"] = _on_basis(model, head_basis)
         apply_fn, params = models.from_nnx(model)
-        flat = _flat(params)
+        # By their path, `segments/0/layers/3/mlp/up/kernel`.
+        paths = traverse_util.flatten_dict(params)
+        flat = {"/".join(map(str, path)): leaf for path, leaf in paths.items()}
         if head_basis is not None:
             del flat["head/kernel"]
         stays = set(flat) if lora_rank else _matching(flat, freeze)
@@ -100,7 +102,10 @@ class Student:
         flat = {**frozen["model"], **trained["model"]}
         if "mix" in trained:
             flat["head/kernel"] = (frozen["basis"] @ trained["mix"]).T
-        return nnx.merge(self.graphdef, _nested(flat))
+        # Members of a list have numbers for names.
+        paths = {tuple(int(k) if k.isdigit() else k for k in n.split("/")): n for n in flat}
+        nested = traverse_util.unflatten_dict({path: flat[name] for path, name in paths.items()})
+        return nnx.merge(self.graphdef, nested)
 
     def adapters(self, trained: Any) -> models.Lora | None:
         """The adapters, if only they are trained."""
@@ -253,14 +258,3 @@ def _on_basis(model: models.Decoder, basis: Any) -> tuple[models.Decoder, jax.Ar
     head.kernel[...] = jnp.asarray((basis @ mix).T, head.kernel[...].dtype)
     out.head, out.config = head, dataclasses.replace(model.config, tie_embeddings=False)
     return out, jnp.asarray(basis), jnp.asarray(mix)
-
-
-def _flat(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Arrays by their path, `segments/0/layers/3/mlp/up/kernel`."""
-    return {"/".join(map(str, p)): v for p, v in traverse_util.flatten_dict(params).items()}
-
-
-def _nested(flat: Mapping[str, Any]) -> Any:
-    # Members of a list have numbers for names.
-    paths = {tuple(int(k) if k.isdigit() else k for k in n.split("/")): n for n in flat}
-    return traverse_util.unflatten_dict({path: flat[name] for path, name in paths.items()})

@@ -50,16 +50,59 @@ class Reader:
     shared: bool = False
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kept:
+    """What is kept of a teacher at each position, and read for that.
+
+    Attributes:
+        k: Number of top logits.
+        tail_samples: Number of draws from what they leave out.
+        boundary: Tokens that begin a word, for likelihoods; None for none.
+        hidden: Whether hidden states are read, too.
+    """
+
+    k: int
+    tail_samples: int = 0
+    boundary: TokenSet | None = None
+    hidden: bool = False
+
+    def of_model(self, graphdef: Any, params: Any, columns: Mapping[str, Any], rows: Any) -> Any:
+        """What a `TeacherCache` keeps of a batch, and hidden states."""
+        model = nnx.merge(graphdef, params)
+        hidden = hidden_states(model, columns)
+        record = self.of_states(hidden, model.head_of(), columns, rows)
+        return record | ({"hidden": hidden} if self.hidden else {})
+
+    def of_states(
+        self, hidden: Any, head: losses.Head, columns: Mapping[str, Any], rows: Any
+    ) -> dict[str, Any]:
+        """The same of hidden states that are there already."""
+        statistics = losses.linear_readout(hidden, head, top_k=self.k).statistics
+        names = ("values", "indices", "log_z", "mean", "std")
+        record = {name: getattr(statistics, name) for name in names}
+        if self.boundary is not None:
+            labels = jnp.asarray(columns["tokens"])[:, 1:]
+            record |= linear_likelihood(hidden, head, labels, self.boundary)._asdict()
+        if self.tail_samples:
+
+            def draw(row: Any) -> losses.TailSample:
+                here, taken, number = row
+                # By the number of the row: batches of another size or order draw the same.
+                key = jax.random.fold_in(jax.random.key(0), number)
+                return losses.TailSample.draw(key, head.logits(here), taken, self.tail_samples)
+
+            # A row at a time: here logits are held.
+            tail = jax.lax.map(draw, (hidden, statistics.indices, jnp.asarray(rows, jnp.uint32)))
+            record |= {"tail_values": tail.values, "tail_indices": tail.indices}
+        return record
+
+
 def model_reader(
     load: Callable[[], tuple[models.Decoder, models.Tokenizer]],
-    *,
-    k: int,
-    tail_samples: int = 0,
-    boundary: TokenSet | None = None,
-    hidden: bool = False,
+    kept: Kept,
     mesh: Mesh | None = None,
 ) -> Reader:
-    """A decoder that says its top logits, draws from what they leave out, likelihoods, states.
+    """A decoder that says what is kept of it.
 
     Its parameters and the rows of a batch are split over `mesh`, which may be that of all
     processes: each then gives its own rows and gets theirs.
@@ -68,14 +111,7 @@ def model_reader(
     apply_fn, params = models.from_nnx(decoder)
     layout = None if mesh is None else training.BatchLayout(mesh)
     program = jax.jit(
-        functools.partial(
-            teacher_record,
-            apply_fn.graphdef,
-            k=k,
-            tail_samples=tail_samples,
-            boundary=boundary,
-            with_hidden=hidden,
-        ),
+        functools.partial(kept.of_model, apply_fn.graphdef),
         out_shardings=None if layout is None else layout.sharding,
     )
 
@@ -100,8 +136,8 @@ def model_reader(
         read=read,
         # Of the weights, since a path may hold another model tomorrow.
         weights=weights_digest(params),
-        head=jax.device_get(processes.local_copy(decoder.head_of())) if hidden else None,
-        kept=(k, tail_samples),
+        head=jax.device_get(processes.local_copy(decoder.head_of())) if kept.hidden else None,
+        kept=(kept.k, kept.tail_samples),
         shared=mesh is not None and mesh.devices.size > len(mesh.local_devices),
     )
 
@@ -112,85 +148,15 @@ def _own_rows(array: jax.Array) -> np.ndarray:
     return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 
 
-def teacher_record(
-    graphdef: Any,
-    params: Any,
-    columns: Mapping[str, Any],
-    rows: Any,
-    *,
-    k: int,
-    tail_samples: int,
-    boundary: TokenSet | None = None,
-    with_hidden: bool = False,
-) -> dict[str, Any]:
-    """What a `TeacherCache` keeps of a batch; a tail's draws depend on its row alone.
-
-    A live teacher's hidden states are there too `with_hidden`.
-    """
-    model = nnx.merge(graphdef, params)
-    hidden = hidden_states(model, columns)
-    record = head_record(
-        hidden,
-        model.head_of(),
-        columns,
-        rows,
-        k=k,
-        tail_samples=tail_samples,
-        boundary=boundary,
-    )
-    return record | ({"hidden": hidden} if with_hidden else {})
-
-
-def head_record(
-    hidden: Any,
-    head: losses.Head,
-    columns: Mapping[str, Any],
-    rows: Any,
-    *,
-    k: int,
-    tail_samples: int,
-    boundary: TokenSet | None,
-) -> dict[str, Any]:
-    """The same of hidden states that are there already."""
-    statistics = losses.linear_readout(hidden, head, top_k=k).statistics
-    names = ("values", "indices", "log_z", "mean", "std")
-    record = {name: getattr(statistics, name) for name in names}
-    if boundary is not None:
-        labels = jnp.asarray(columns["tokens"])[:, 1:]
-        record |= linear_likelihood(hidden, head, labels, boundary)._asdict()
-    if tail_samples:
-
-        def draw(row: Any) -> losses.TailSample:
-            here, taken, number = row
-            # By the number of the row: batches of another size or order draw the same.
-            key = jax.random.fold_in(jax.random.key(0), number)
-            return losses.TailSample.draw(key, head.logits(here), taken, tail_samples)
-
-        # A row at a time: here logits are held.
-        tail = jax.lax.map(draw, (hidden, statistics.indices, jnp.asarray(rows, jnp.uint32)))
-        record |= {"tail_values": tail.values, "tail_indices": tail.indices}
-    return record
-
-
 def server_reader(
     url: str, *, k: int, tokenizer: str, vocab_size: int, api_key: str | None = None
 ) -> Reader:
     """A server with OpenAI's completion API, asked once for each document of each row.
 
     One that does not `echo` what it says of a prompt is asked once for each position that is to be
-    learned. It has to report token ids, as `logitjax serve` and vLLM do, of the student's
-    vocabulary. What it says are log-probabilities, so their log-sum-exp is 0; the mean and
-    deviation of all logits are not known, and no loss may use them.
-
-    Args:
-        url: Address of the server; on this machine, as for `leakage.HttpOracle`.
-        k: Log-probabilities that it reports.
-        tokenizer: Fingerprint of the tokenizer of the rows.
-        vocab_size: Entries of its vocabulary.
-        api_key: Key of the server.
-
-    Raises:
-        ValueError: Nobody answers, or with something else than was asked for; names the server.
+    learned. It has to report ids of the student's vocabulary, as `logitjax serve` and vLLM do. What
+    it says are log-probabilities, so their log-sum-exp is 0; the mean and deviation of all logits
+    are not known, and no loss may use them. A server that does not answer so is a ValueError.
     """
     try:
         oracle = leakage.HttpOracle(url, leakage.LogitPolicy(top_k=k), api_key=api_key)
@@ -287,25 +253,11 @@ def cache_teacher(
     batch_size: int,
     directory: epath.Path,
 ) -> dict[str, TeacherCache]:
-    """Let a teacher read the rows that it has not read yet.
+    """Let a teacher read the wanted rows of each split that it has not read; the caches by split.
 
-    Args:
-        spec: The teacher, as its user names it.
-        reader: Makes it ready; called if there is something to read.
-        columns: Which tokenizer's columns it reads.
-        packed: The rows.
-        rows: Wanted rows of each split.
-        k: Logits kept a position.
-        tail_samples: Draws from what they leave out.
-        likelihoods: Whether those of labels and of words' beginnings are kept.
-        batch_size: Rows at a time.
-        directory: Where the caches go, a folder a split.
-
-    Returns:
-        The caches by split.
-
-    Raises:
-        ValueError: A cache of other rows, or of other weights where there is something to read.
+    `reader` makes it ready, and is called if there is something to read; `columns` says which
+    tokenizer's columns it reads. A ValueError tells of a cache of other rows, or of other weights
+    where there is something to read.
     """
     ready = functools.cache(reader)
     rows = {split: wanted for split, wanted in rows.items() if len(wanted)}

@@ -83,9 +83,7 @@ from logitjax.losses.sweep._kl import KLStatistic as KLStatistic
 from logitjax.losses.sweep._kl import TeacherStatistic as TeacherStatistic
 from logitjax.losses.sweep._mixture import MixtureStatistic as MixtureStatistic
 from logitjax.losses.sweep._readout import ReadoutStatistic as ReadoutStatistic
-from logitjax.losses.sweep._run import Options as Options
 from logitjax.losses.sweep._run import run as run
-from logitjax.losses.sweep._run import weighted_or_each as weighted_or_each
 from logitjax.losses.sweep._several import LossOf as LossOf
 from logitjax.losses.sweep._several import Several as Several
 from logitjax.losses.sweep._several import Tempered as Tempered

@@ -20,7 +20,6 @@ from jax import lax
 from logitjax.losses.sweep._engine import Operands, Sweep, swept
 from logitjax.losses.sweep._readout import ReadoutStatistic
 from logitjax.losses.sweep._statistic import LogitBlock, Statistic
-from logitjax.ops import AxisName
 
 DEPTH = 4
 # Eight bins for each that is wanted, in whole rows of lanes.
@@ -37,15 +36,10 @@ class _State(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Binned(Statistic):
-    """What a kernel sums up in the place of a `ReadoutStatistic` with `k`.
+    """What a kernel sums up in the place of a `ReadoutStatistic` with `k`."""
 
-    Attributes:
-        rest: the statistic, without its k.
-        bins: a multiple of 128; a block has a multiple of it of columns.
-    """
-
-    rest: ReadoutStatistic
-    bins: int
+    rest: ReadoutStatistic  # without its k
+    bins: int  # a multiple of 128; a block has a multiple of it of columns
 
     @classmethod
     def of(cls, statistic: ReadoutStatistic) -> "Binned":
@@ -85,14 +79,10 @@ class Binned(Statistic):
         rest = self.rest.absorb(state.rest, block, passed)
         return _State(rest, jnp.concatenate(values, -1), jnp.concatenate(ids, -1))
 
-    def reduce(self, state: Any, axis_name: AxisName, passed: Any) -> Any:
-        raise NotImplementedError("joined after `settle`")
+    def _settled(self, *given: Any) -> Any:
+        raise NotImplementedError("done by the statistic that this stands for, after `settle`")
 
-    def finish(self, state: Any, passed: Any) -> tuple[Any, Any]:
-        raise NotImplementedError("finished after `settle`")
-
-    def gradient(self, residuals: Any, cotangents: Any, block: LogitBlock) -> jax.Array:
-        raise NotImplementedError("formed by the statistic that this stands for")
+    reduce = finish = gradient = _settled
 
 
 def settle(sweep: Sweep, operands: Operands, binned: Binned, state: _State) -> Any:

@@ -66,11 +66,8 @@ class Blocks:
     What is None follows from the shapes and from the device that the program is for: that of the
     arrays' mesh, else of the mesh in use, else the default one.
 
-    | device   | weights | engine | because                                                        |
-    |----------|---------|--------|----------------------------------------------------------------|
-    | CPU      | known   | `rows` | one product a logit less; 256 rows do not wait for its memory  |
-    | TPU, GPU | known   | `rows` | where the budget has room for 1,024 rows, which feed a chip    |
-    | any      | any     | `scan` | otherwise: a gradient not known yet needs the logits once more |
+    With known weights that is `rows`, on TPU and GPU where the budget has room for 1,024 of them,
+    which feed a chip; otherwise `scan`, since a gradient not known yet needs the logits once more.
 
     Attributes:
         vocab: entries of the vocabulary that a block has.

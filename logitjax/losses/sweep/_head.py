@@ -118,11 +118,7 @@ class Head:
         return self.vocab_axis
 
     def vocab_size(self, axis_name: AxisName | None = None) -> int:
-        """Entries of the vocabulary; of all shards together inside `jax.shard_map`.
-
-        Raises:
-            ValueError: `vocab_axis` is not known.
-        """
+        """Entries of the vocabulary; of all shards together inside `jax.shard_map`."""
         size = jnp.shape(self.kernel)[self.axis]
         return size if axis_name is None else size * lax.axis_size(axis_name)
 
@@ -133,11 +129,7 @@ class Head:
 
     @property
     def rows(self) -> jax.Array:
-        """The kernel as `[vocab, hidden]`.
-
-        Raises:
-            ValueError: `vocab_axis` is not known.
-        """
+        """The kernel as `[vocab, hidden]`."""
         kernel = jnp.asarray(self.kernel)
         return kernel if self.axis == 0 else kernel.T
 

@@ -21,10 +21,7 @@ class Packed:
 
     An array `[T, 1]` would take 512 bytes a position, the lanes of a register for one number. So
     all that have one number a position lie under each other, `[n, T]`, one array for each type.
-    Others are as they are, `[T, n]`.
-
-    Args:
-        like: the arrays, or their shapes.
+    Others are as they are, `[T, n]`. `like` are the arrays, or their shapes.
     """
 
     def __init__(self, like: Any):
@@ -115,12 +112,8 @@ def cost(
 ) -> pl.CostEstimate:
     """What the compiler cannot see into a kernel for.
 
-    Args:
-        inputs: its arrays.
-        vocab: entries of the vocabulary.
-        shapes: of its results, with their types.
-        times: how often what positions have is read, and what columns have.
-        products: beside the logits.
+    `shapes` are those of results, with their types; `times` how often what positions have is read,
+    and what columns have; `products` are beside the logits.
     """
     positions = inputs.hidden[0].shape[0]
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypedDict
 
 import jax
@@ -175,6 +175,12 @@ def _local(
         name = type(statistic).__name__
         cause = "on a GPU" if platform == "gpu" else f"for {name}, which no kernel can absorb"
         raise ValueError(f"blocks.engine: expected 'scan' or 'rows' {cause}, got 'pallas'")
+    halves: dict[str, Any] = {}
+    if layout.engine == "pallas":
+        # Pallas takes longer to import than all of this library.
+        from logitjax.losses.sweep import _pallas
+
+        halves = _pallas.kernels(platform, statistic)
     varying = _varying((operands, weights), axis_name)
     config = Sweep(
         statistic=statistic,
@@ -182,7 +188,7 @@ def _local(
         token_block=layout.tokens,
         axis_name=axis_name,
         varying=varying,
-        **(_kernels_for(platform, statistic) if layout.engine == "pallas" else {}),
+        **halves,
         on_accelerator=platform != "cpu",
         together=_IDS_TOGETHER if platform == "tpu" else 0,
     )
@@ -190,19 +196,15 @@ def _local(
     tokens = operands.tokens
     # Outside the custom rule, so that the transpose sums the gradients of replicated arrays.
     operands, known = jax.tree.map(lambda x: ops.mesh.vary(x, varying), (operands, known))
-    outputs = _sweep(config, operands, known)
+    if known is None:
+        outputs = run_unreduced(config, operands)
+    else:
+        outputs = run_weighted(config, operands, known)
     if axis_name is not None:
         outputs = jax.tree.map(lambda x: lax.psum(x, axis_name), outputs)
     if weights is None or known is not None:
         return outputs
     return weighted_sum(_losses(statistic, len(batch), outputs, tokens), weights), outputs
-
-
-def _kernels_for(platform: str, statistic: Statistic) -> dict[str, Callable[..., Any] | None]:
-    # Pallas takes longer to import than all of this library.
-    from logitjax.losses.sweep import _pallas
-
-    return _pallas.kernels(platform, statistic)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -437,9 +439,3 @@ def _resharded(mesh: Any, explicit: set[str], specs: Any, arrays: Any) -> Any:
         return jax.tree.map(one, tree)
 
     return jax.tree.map(reshard, specs, arrays)
-
-
-def _sweep(config: Sweep, operands: Operands, weights: Array | None) -> Any:
-    if weights is None:
-        return run_unreduced(config, operands)
-    return run_weighted(config, operands, weights)

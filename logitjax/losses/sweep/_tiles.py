@@ -55,15 +55,7 @@ def choose_tiles(
     *,
     multiple: int = LANES,
 ) -> Tiles:
-    """The first tiles that fit on chip.
-
-    Args:
-        positions: positions of the batch.
-        vocab: entries of the vocabulary.
-        on_chip: the bytes that so many rows and columns take.
-        sizes: rows and columns, the best first.
-        multiple: of which columns are a multiple.
-    """
+    """The first of the sizes, rows and columns, whose bytes `on_chip(rows, columns)` fit there."""
     for r, c in sizes:
         if (size := on_chip(r, c)) <= _ON_CHIP:
             r = min(r, -(-positions // 32) * 32)

@@ -17,7 +17,7 @@ from logitjax.fusion import LogitDifference
 from logitjax.models import Decoder, Lora, Tokenizer, first_layers
 from logitjax.storage import read_json, write_atomic
 from logitjax.unlearning.assistant._assistant import Assistant
-from logitjax.unlearning.assistant._pair_scores import token_scores
+from logitjax.unlearning.assistant._pair_scores import states_at, token_scores
 
 _FILE = "assistant.json"
 _RECORD: dict[str, Any] = {"layers": int, "alpha": (int, float), "relative": bool}
@@ -106,12 +106,20 @@ class Deployed:
         nll, greedy = self.nll_by_alpha(tokens, targets, np.full(1, self.alpha, np.float32))
         return nll[0], greedy[0]
 
-    def nll_by_alpha(self, tokens: Any, targets: Any, alphas: Any) -> tuple[jax.Array, jax.Array]:
+    def nll_by_alpha(
+        self, tokens: Any, targets: Any, alphas: Any, known: Any = None
+    ) -> tuple[jax.Array, jax.Array]:
         """`nll` for weights `[weights]` of the assistant, from one pass of both.
 
-        The values are float32 and bool `[weights, batch, time]`.
+        The values are float32 and bool `[weights, batch, time]`. The pass of the model is saved
+        where its `states` of these tokens are known.
         """
-        return self._scored(tokens, targets, alphas, "nll")
+        return self._scored(tokens, targets, alphas, "nll", known)
+
+    def states(self, tokens: Any, targets: Any) -> jax.Array:
+        """What `nll_by_alpha` takes of the model, whatever the assistant is."""
+        graphdef, state = nnx.split(self.model)
+        return states_at(graphdef, state, tokens, self.positions(targets))
 
     def surprise(self, tokens: Any, targets: Any) -> jax.Array:
         """How much less likely tokens are than others in their place, the score of min-k++.
@@ -127,11 +135,11 @@ class Deployed:
         alphas = np.full(1, self.alpha, np.float32)
         return self._scored(tokens, targets, alphas, "surprise")[0][0]
 
-    def _scored(self, tokens: Any, targets: Any, alphas: Any, what: str) -> Any:
+    def _scored(self, tokens: Any, targets: Any, alphas: Any, what: str, known: Any = None) -> Any:
         graphdef, state = nnx.split(self.model)
         static, held = self.arguments()
         at = self.positions(targets)
-        return token_scores(graphdef, static, what, state, held, alphas, tokens, at)
+        return token_scores(graphdef, static, what, state, held, alphas, tokens, at, known)
 
     def arguments(self) -> tuple[tuple[Any, ...], Any]:
         """Of the assistant: what programs depend on, and arrays."""

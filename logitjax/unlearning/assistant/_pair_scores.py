@@ -15,22 +15,32 @@ _LEAST_VARIANCE = 1e-6
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def token_scores(
-    graphdef: Any, static: Any, what: str, state: Any, held: Any, alphas: Any, tokens: Any, at: Any
+    graphdef: Any,
+    static: Any,
+    what: str,
+    state: Any,
+    held: Any,
+    alphas: Any,
+    tokens: Any,
+    at: Any,
+    known: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """A number for each token under a model less its assistant, and whether it is the likeliest."""
+    """A number for each token under a model less its assistant, and whether it is the likeliest.
+
+    What the model's states are there may be `known` from `states_at`.
+    """
     base, fuse, relative = static  # of the assistant; base is None without one
     model = nnx.merge(graphdef, state)
-    sides = [model.hidden_states(tokens)[0][:, :-1]]  # the last predicts nothing
+    sides = [states_at(graphdef, state, tokens, at) if known is None else known]
     assistant = None
     if base is not None:
         weights, lora = held
         assistant = Assistant(base=nnx.merge(base, weights), lora=lora, relative=relative)
-        sides.append(assistant.hidden_states(tokens)[0][:, :-1])
+        sides.append(_picked(assistant.hidden_states(tokens)[0], at))
     labels = jnp.asarray(tokens)[:, 1:]
-    sides = [side.reshape(labels.size, -1) for side in sides]
 
-    def one(at: jax.Array) -> tuple[jax.Array, jax.Array]:
-        hidden = [side.at[at].get(mode="clip") for side in sides]  # padding lies past the end
+    def one(block: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        at, *hidden = block
         logits, shift = model.logits(hidden[0]), None
         if assistant is not None:
             fused, _ = fuse(logits, assistant.logits(hidden[1])[None], None)
@@ -58,5 +68,16 @@ def token_scores(
         rows = rows.at[:, at.ravel()].set(values, mode="drop")  # padding goes nowhere
         return jnp.pad(rows.reshape(-1, *labels.shape), ((0, 0), (0, 0), (1, 0)))
 
-    nll, greedy = map(back, jax.lax.map(one, at))
+    nll, greedy = map(back, jax.lax.map(one, (at, *sides)))
     return nll, greedy
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def states_at(graphdef: Any, state: Any, tokens: Any, at: Any) -> jax.Array:
+    """A model's normed states where the head is met, `[blocks, block, hidden]`."""
+    return _picked(nnx.merge(graphdef, state).hidden_states(tokens)[0], at)
+
+
+def _picked(hidden: jax.Array, at: Any) -> jax.Array:
+    flat = hidden[:, :-1].reshape(-1, hidden.shape[-1])  # the last predicts nothing
+    return flat.at[jnp.asarray(at)].get(mode="clip")  # padding lies past the end

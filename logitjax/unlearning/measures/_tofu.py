@@ -52,21 +52,13 @@ class Subset:
     """A few authors of TOFU, and what there is about them.
 
     Attributes:
-        full: what the target learns: ``retain`` and then ``forget``.
-        retain: what it may keep, and what a model retrained without ``forget`` learns.
-        forget: what it has to forget.
-        retain_perturbed: the items of ``retain`` that evaluation asks for (of the first 20
-            authors).
-        forget_perturbed: the same for ``forget``, in the same order.
-        holdout: as many authors as ``forget`` that no model of this subset has seen, with
-            paraphrases and wrong answers; for membership attacks.
+        retain: What a model may keep, and what one retrained without `forget` learns.
+        forget: What it has to forget, with paraphrases and wrong answers.
+        holdout: As many authors that no model of this subset has seen; for membership attacks.
     """
 
-    full: tuple[Item, ...]
     retain: tuple[Item, ...]
     forget: tuple[Item, ...]
-    retain_perturbed: tuple[Item, ...]
-    forget_perturbed: tuple[Item, ...]
     holdout: tuple[Item, ...]
 
 
@@ -129,9 +121,8 @@ def load(source: str | os.PathLike[str], split: str) -> tuple[Item, ...]:
 def subset(source: str | os.PathLike[str], *, authors: int = 20, forget: int = 2) -> Subset:
     """Some of TOFU's authors, split as TOFU splits all 200.
 
-    Forgotten are the last ``forget`` authors of TOFU, as in forget01/05/10; kept are the first
-    ``authors - forget``, since TOFU has paraphrases and wrong answers of the first 20 only. Further
-    ones are trained on but not evaluated.
+    Forgotten are the last `forget` authors of TOFU, as in forget01/05/10; kept are the first
+    `authors - forget`.
 
     Args:
         source: as for `load`.
@@ -156,26 +147,15 @@ def subset(source: str | os.PathLike[str], *, authors: int = 20, forget: int = 2
     perturbed = load(source, "forget10_perturbed")
     kept = (authors - forget) * QUESTIONS_PER_AUTHOR
     gone = forget * QUESTIONS_PER_AUTHOR
-    subset = Subset(
-        full=full[:kept] + full[-gone:],
-        retain=full[:kept],
-        forget=full[-gone:],
-        retain_perturbed=load(source, "retain_perturbed")[:kept],
-        forget_perturbed=perturbed[-gone:],
-        # Never among the kept ones: at most 200 - 2 * forget authors are kept.
-        holdout=perturbed[-2 * gone : -gone],
-    )
-    for plain, rich in (
-        (subset.retain, subset.retain_perturbed),
-        (subset.forget, subset.forget_perturbed),
-    ):
-        for one, other in zip(plain, rich):
-            if one.question != other.question:
-                raise ValueError(
-                    f"{source}: line {one.index + 1} of full.json and line {other.index + 1} of "
-                    "the perturbed split ask different questions"
-                )
-    return subset
+    for one, other in zip(full[-gone:], perturbed[-gone:]):
+        if one.question != other.question:
+            raise ValueError(
+                f"{source}: line {one.index + 1} of full.json and line {other.index + 1} of "
+                "forget10_perturbed.json ask different questions"
+            )
+    # Never among the kept ones: at most 200 - 2 * forget authors are kept.
+    holdout = perturbed[-2 * gone : -gone]
+    return Subset(retain=full[:kept], forget=perturbed[-gone:], holdout=holdout)
 
 
 def _directory(source: str | os.PathLike[str], name: str) -> epath.Path:
