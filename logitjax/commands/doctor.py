@@ -1,6 +1,6 @@
 """Report what this installation has: versions, devices, kernels, models and disk space.
 
-    logitjax doctor
+    logitjax doctor   # no flags
 
 Each missing part is followed by the command that installs it. The exit status is 1 if no device
 works. Include the output in bug reports.
