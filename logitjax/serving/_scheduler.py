@@ -377,7 +377,7 @@ class Scheduler:
         self._held = bool(held)
         return any(not waits[slot] for slot in held)
 
-    def _fill(self, slot: int, row: int, job: Job) -> Any:
+    def _fill(self, slot: int, row: int, job: Job) -> Any | None:
         request = job.request
         if job.follower is not None:
             request = dataclasses.replace(request, allowed=job.follower.allowed)
