@@ -262,7 +262,6 @@ def train_student(
     text = functools.partial(rows.batch, process_index=index, process_count=count, **order)
     taught = functools.partial(corpus.batch, "train", taught=bool(sources))
 
-    # A batch depends on its number alone.
     def batch(number: int) -> dict[str, Any]:
         return taught(text(number))
 
@@ -275,8 +274,7 @@ def train_student(
         checkpointer = stack.enter_context(training.Checkpointer(directory / "checkpoints"))
         update: Any = functools.partial(step, constants=frozen)
         if on_policy.share:
-            sizes: Any = {"batch_size": course.batch_size, "seed": course.seed, "mesh": mesh}
-            sizes["directory"] = directory / "rollouts"
+            sizes = {**order, "mesh": mesh, "directory": directory / "rollouts"}
             rollouts = Rollouts(student, on_policy, corpus.packed, **sizes)
             update = on_policy_update(
                 rollouts,
@@ -286,7 +284,6 @@ def train_student(
                 oldest=lambda: min(checkpointer.steps(), default=0),
                 reported=corpus.metrics,
             )
-        # Closed, so that trackers end their record where the training does.
         writer = training.make_writer(directory, track=course.track)
         stack.enter_context(contextlib.closing(writer))
         state = training.train_loop(
