@@ -86,6 +86,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/python .ci/prose.py
 	$(BIN)/python .ci/size.py --strict
 
 format: $(READY)

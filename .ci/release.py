@@ -117,8 +117,8 @@ def try_wheel(wheel: pathlib.Path, scratch: pathlib.Path) -> None:
     folder.mkdir()
     run(binaries / "python", "-m", "pip", "install", "--quiet", f"{wheel}[models]")
     readme = (ROOT / "README.md").read_text()
-    (first_loss,) = re.findall(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
-    run(binaries / "python", "-c", first_loss, cwd=folder)
+    for block in re.findall(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL):
+        run(binaries / "python", "-c", block, cwd=folder)
     run(binaries / "logitjax", "--version", cwd=folder)
     run(binaries / "logitjax", "--help", cwd=folder)
     run(binaries / "logitjax", "generate", "--model=tiny", "--complete", "--prompt=a",

@@ -14,7 +14,7 @@ import types
 from typing import Any
 
 import logitjax
-from logitjax.commands import COMMANDS
+from logitjax.commands import COMMANDS, _flags
 
 #: Packages with names of their own; `integrations` holds modules that need other programs.
 PACKAGES = tuple(name for name in logitjax._PACKAGES if name not in ("integrations",))
@@ -71,12 +71,28 @@ def _title(text: str, line: str) -> str:
 
 def _index() -> str:
     names = "\n".join(f"   {name}" for name in logitjax._PACKAGES)
-    return (
+    text = (
         _title("API reference", "=")
         + "Everything that a package exports, with shapes, errors and sources. Import the package "
-        "that you need, ``from logitjax import losses``; nothing heavy is imported before.\n\n"
-        f".. toctree::\n   :maxdepth: 1\n\n{names}\n"
+        "that you need, ``from logitjax import losses``; nothing heavy is imported before that.\n\n"
+        f".. toctree::\n   :maxdepth: 1\n\n{names}\n\n"
     )
+    for package in PACKAGES:
+        if package == "commands" or not public(imported(package)):
+            continue
+        text += _title(f"``logitjax.{package}``", "-")
+        text += ".. list-table::\n   :widths: 35 65\n\n"
+        for name, value in public(imported(package)).items():
+            summary = _plain((inspect.getdoc(value) or "").partition("\n")[0])
+            # What is no function or class has the docstring of its type.
+            if not (inspect.isclass(value) or inspect.isroutine(value)) and "." not in summary:
+                summary = "A value."
+            # Modules have a section and no entry.
+            entry = f":py:obj:`{name} <logitjax.{package}.{name}>`"
+            entry = f"``{name}``" if isinstance(value, types.ModuleType) else entry
+            text += f"   * - {entry}\n     - {summary}\n"
+        text += "\n"
+    return text
 
 
 def _page(package: types.ModuleType) -> str:
@@ -108,18 +124,19 @@ def _commands() -> str:
     text = _title("Commands", "=")
     text += (
         "``logitjax NAME --flag=value`` runs a command. A flag whose default is a list may be "
-        "given several times. ``logitjax NAME --help`` prints the same.\n\n"
+        "repeated. ``logitjax NAME --help`` prints the same.\n\n"
     )
     for name, summary in COMMANDS.items():
         module = importlib.import_module(f"logitjax.commands.{name.replace('-', '_')}")
         text += _title(f"``logitjax {name}``", "-") + summary + "\n\n"
         text += "::\n\n" + _indented(inspect.cleandoc(module.__doc__ or "")) + "\n"
+        if not dataclasses.fields(module.Config):
+            continue
         text += ".. list-table::\n   :header-rows: 1\n   :widths: 20 20 60\n\n"
-        text += "   * - flag\n     - default\n     - what it is\n"
-        for field in dataclasses.fields(module.Config):
-            help_text = " ".join(str(field.metadata.get("help", "")).split())
-            default = "required" if field.default is dataclasses.MISSING else repr(field.default)
-            text += f"   * - ``--{field.name}``\n     - ``{default}``\n     - {_plain(help_text)}\n"
+        text += "   * - flag\n     - default\n     - meaning\n"
+        for flag in _flags.flags_of(module.Config):
+            default = "required" if flag.default is dataclasses.MISSING else repr(flag.default)
+            text += f"   * - ``--{flag.name}``\n     - ``{default}``\n     - {_plain(flag.help)}\n"
         text += "\n"
     text += ".. automodule:: logitjax.commands\n   :no-members:\n\n"
     text += ".. autofunction:: logitjax.commands.main\n\n"
@@ -127,7 +144,7 @@ def _commands() -> str:
 
 
 def _constant(name: str, value: Any) -> str:
-    """Instances know no docstring but their class's, which says nothing of them."""
+    """An instance has only the docstring of its class, which says nothing about it."""
     kind = type(value).__name__
     listed = f": {', '.join(map(str, value))}" if isinstance(value, dict | tuple) else ""
     said = f"A ``{kind}``{_plain(listed)}."

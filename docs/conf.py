@@ -8,6 +8,8 @@ HERE = pathlib.Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import _reference  # noqa: E402
+import docutils.nodes  # noqa: E402
+import latex2mathml.converter  # noqa: E402
 
 import logitjax  # noqa: E402
 
@@ -22,7 +24,8 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_*", "README.md"]
 # Pages link to one another's headings as they do on the repository's page.
 myst_heading_anchors = 3
-myst_enable_extensions = ["deflist"]
+myst_enable_extensions = ["deflist", "dollarmath"]
+html_math_renderer = "mathml"
 
 autodoc_typehints = "none"  # shapes stand in the docstrings
 autodoc_member_order = "bysource"
@@ -42,6 +45,9 @@ nitpick_ignore_regex = [
 html_theme = "sphinx_book_theme"
 html_title = "logitjax"
 html_theme_options = {"show_toc_level": 2, "use_download_button": False, "home_page_in_toc": True}
+# Without the theme's second search box.
+html_sidebars = {"**": ["navbar-logo.html", "search-button-field.html", "sbt-sidebar-nav.html"]}
+html_js_files = ["tables.js"]
 html_show_sourcelink = False
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
@@ -73,16 +79,26 @@ def link_names(app, what, name, obj, options, lines):
             lines[i:end] = ["::", "", *(f"   {line}" for line in lines[i:end])]
 
 
-_OUTSIDE = re.compile(r"\[([^\]]+)\]\((\.\./[^)#]+\.md)\)")
-
-
 def offer_files(app, docname, source):
     """A page of the repository that is none of the site is offered as a file."""
-    del app, docname
-    source[0] = _OUTSIDE.sub(r"{download}`\1 <\2>`", source[0])
+    del app
+    outside = re.escape("../" * (docname.count("/") + 1))
+    link = re.compile(rf"\[([^\]]+)\]\(({outside}[^)#]+\.md)\)")
+    source[0] = link.sub(r"{download}`\1 <\2>`", source[0])
+
+
+def visit_math(self, node):
+    """Formulas as MathML, which browsers draw without scripts or fonts from elsewhere."""
+    block = isinstance(node, docutils.nodes.math_block)
+    text = latex2mathml.converter.convert(
+        node.astext(), display="block" if block else "inline", xmlns=""
+    )
+    self.body.append(text)
+    raise docutils.nodes.SkipNode
 
 
 def setup(app):
+    app.add_html_math_renderer("mathml", (visit_math, None), (visit_math, None))
     # Before napoleon, which makes field lists of the sections.
     app.connect("autodoc-process-docstring", link_names, priority=400)
     app.connect("source-read", offer_files)

@@ -1,4 +1,4 @@
-"""Make the page of results: docs/gallery.md and its pictures, from docs/results/*.json alone.
+"""Make the page of results, docs/measurements/gallery.md, from docs/results/*.json alone.
 
     python -m experiments.gallery
     python -m experiments.gallery --add=runs/few_shot --name=few_shot_stamps --page=few_shot.md
@@ -127,14 +127,14 @@ def results(docs: pathlib.Path = DOCS) -> dict[str, dict[str, Any]]:
 def pictures(docs: pathlib.Path = DOCS) -> dict[pathlib.Path, figures.Picture]:
     """The pictures of the page by the file that each is drawn into."""
     return {
-        docs / _file(name, key): figures.Picture.from_json(picture)
+        docs / "gallery" / _file(name, key): figures.Picture.from_json(picture)
         for name, record in results(docs).items()
         for key, picture in record["pictures"].items()
     }
 
 
 def _file(name: str, picture: str) -> str:
-    return f"gallery/{name}-{picture}.png"
+    return f"{name}-{picture}.png"
 
 
 def page(docs: pathlib.Path = DOCS) -> str:
@@ -143,13 +143,13 @@ def page(docs: pathlib.Path = DOCS) -> str:
     for name, record in results(docs).items():
         made_by = record["environment"]
         sections.append(
-            f"## {name}\n\n{record['title']}\n\n`{record['command']}` "
-            f"([{name}.json](results/{name}.json)), Python {made_by['python']}, jax "
-            f"{made_by['jax']}, {made_by['device']}. Discussed in "
-            f"[{record['page'].removesuffix('.md')}]({record['page']}).\n"
+            f"## {name.replace('_', ' ').capitalize()}\n\n{record['title']}\n\n"
+            f"`{record['command']}` ([{name}.json](../results/{name}.json)), Python "
+            f"{made_by['python']}, jax {made_by['jax']}, {made_by['device']}. Discussed in "
+            f"[{record['page'].removesuffix('.md')}](../{record['page']}).\n"
         )
         for key in record["pictures"]:
-            sections.append(f"![{name}: {key}]({_file(name, key)})\n")
+            sections.append(f"![{name}: {key}](../gallery/{_file(name, key)})\n")
         for key, rows in record["tables"].items():
             sections.append(f"{key.capitalize()}:\n\n{markdown_table(rows)}\n")
     return "\n".join(sections)
@@ -172,7 +172,7 @@ _MARKED = re.compile(r"^<!-- results: (\w+)/(.+) -->\n+((?:\|.*\n)+)", re.MULTIL
 def disagreements(docs: pathlib.Path = DOCS) -> list[str]:
     """Rows of pages' marked tables that are not rows of the table in the file."""
     files, wrong = results(docs), []
-    for path in sorted(docs.glob("*.md")):
+    for path in sorted(docs.rglob("*.md")):
         for name, table, text in _MARKED.findall(path.read_text()):
             rows = [
                 {key: format_value(value) for key, value in row.items()}
@@ -200,7 +200,7 @@ def main(argv: Sequence[str]) -> None:
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    storage.write_atomic(DOCS / "gallery.md", page())
+    storage.write_atomic(DOCS / "measurements" / "gallery.md", page())
     for path, picture in pictures().items():
         print(figures.draw(path, picture))
     if wrong := disagreements():
@@ -212,6 +212,6 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "name", None, "Name of its file in docs/results, in place of the workdir's."
     )
-    flags.DEFINE_string("page", "benchmarks.md", "Page that discusses it.")
+    flags.DEFINE_string("page", "measurements/benchmarks.md", "Page that discusses it.")
     flags.DEFINE_bool("parts", False, "Keep the records of the run's parts too.")
     app.run(main)

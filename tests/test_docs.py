@@ -12,7 +12,7 @@ import pytest
 import logitjax
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def blocks(page):
@@ -31,7 +31,7 @@ def test_python_blocks_run(page):
 @pytest.mark.every_change
 @pytest.mark.slow
 def test_the_readmes_first_loss_is_eight_lines_that_run(capsys):
-    (block,) = blocks(ROOT / "README.md")
+    block = blocks(ROOT / "README.md")[0]
     assert len([line for line in block.splitlines() if line.strip()]) <= 8
     exec(block, {})
     # Random rows of 64 numbers: some ten nats of uniform ones, and half their variance.
@@ -59,6 +59,60 @@ def test_the_train_step_of_ones_own_loop_trains():
 def test_links_between_pages_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+def anchors(page):
+    """Headings as links name them, each with the line where it stands."""
+    text = re.sub(
+        r"^```.*?^```", lambda m: "\n" * m[0].count("\n"), page.read_text(), flags=re.M | re.S
+    )
+    lines = enumerate(text.splitlines())
+    headings = {i: re.sub(r"[`*]", "", line.lstrip("# ")) for i, line in lines if line[:1] == "#"}
+    return {
+        re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-"): i for i, h in headings.items()
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_to_headings_lead_to_one(page):
+    for path, anchor in re.findall(r"\]\(((?!https?:)[^)#\s]*)#([^)\s]+)\)", page.read_text()):
+        target = page.parent / path if path else page
+        if target.suffix == ".md":
+            assert anchor in anchors(target), f"{path}#{anchor}"
+
+
+# Words that the answer has, within a screen of the heading that the front page leads to.
+ANSWERS = {
+    "another tokenizer": "uld",
+    "least memory": "linear_cross_entropy",
+    "start with": "take this first",
+    "resume": "same command continues",
+    "how long": "--dry_run",
+    "GPU": "NVIDIA GPUs",
+    "load": "Llama",
+    "split": "a tenth of the text",
+    "training loop": "optax",
+    "serve": "logitjax serve",
+    "forget": "logitjax unlearn",
+    "loss of my own": "class",
+}
+
+
+def test_readers_questions_are_answered_a_click_and_a_screen_away():
+    index = ROOT / "docs" / "index.md"
+    rows = re.findall(r"^\| (.+\?) \| \[[^]]+\]\(([^)#]*)#([^)]+)\) \|$", index.read_text(), re.M)
+    assert len(rows) >= 10
+    for (question, path, anchor), (topic, answer) in zip(rows, ANSWERS.items(), strict=True):
+        assert topic.lower() in question.lower()
+        page = index.parent / path if path else index
+        start = anchors(page)[anchor]
+        screen = page.read_text().splitlines()[start : start + 45]
+        assert answer in "\n".join(screen), (question, answer)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_are_short_and_measurements_lie_apart(page):
+    assert "measurements" in page.parts or len(page.read_text().split()) <= 2500
 
 
 PACKAGES = "|".join(logitjax._PACKAGES)

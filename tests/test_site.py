@@ -58,7 +58,8 @@ def test_every_public_name_has_an_entry_in_the_reference():
 def test_every_page_is_in_the_contents():
     text = (ROOT / "docs" / "index.md").read_text()
     listed = set(re.findall(r"^([\w/]+)$", text, flags=re.MULTILINE))
-    pages = {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"}
+    docs = ROOT / "docs"
+    pages = {str(path.relative_to(docs).with_suffix("")) for path in docs.rglob("*.md")} - {"index"}
     assert pages | {"reference/index"} == listed
 
 
@@ -131,6 +132,13 @@ return [...document.querySelectorAll('article *')].filter(e =>
 """
 
 
+# Tables that show a part of themselves; stacked or not, all of it has to be in sight.
+CUT_TABLES = """
+return [...document.querySelectorAll('article table')].filter(t =>
+  t.scrollWidth > t.clientWidth + 1).map(t => t.textContent.slice(0, 60))
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 390])
 def test_plots_are_drawn_and_pages_are_not_wider_than_the_screen(browser, width):
@@ -140,10 +148,12 @@ def test_plots_are_drawn_and_pages_are_not_wider_than_the_screen(browser, width)
         {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 600},
     )
     wide = {}
-    for path in sorted(SITE.glob("*.html")):
-        chrome.get(f"{address}/{path.name}")
+    for path in sorted([*SITE.glob("*.html"), *SITE.glob("measurements/*.html")]):
+        chrome.get(f"{address}/{path.relative_to(SITE)}")
         if chrome.execute_script("return document.documentElement.scrollWidth") > width:
             wide[path.name] = chrome.execute_script(WIDEST, width)
+        cut = chrome.execute_script(CUT_TABLES)
+        assert not cut, (path.name, cut)
         broken = chrome.execute_script(
             "return [...document.querySelectorAll('main img')]"
             ".filter(i => !i.complete || !i.naturalWidth).map(i => i.src)"

@@ -230,7 +230,7 @@ def _row(name: str, kind: str, shape: Shape, chip: chips.Chip, loss: Loss) -> di
     if chip.flops:
         row["roofline ms"] = 1e3 * max(flops / chip.flops, moved / chip.hbm)
     text = compiled.as_text()
-    # Of a kernel the compiler knows no cycles.
+    # Of a kernel the compiler has no cycles.
     cycles = 0 if "tpu_custom_call" in text else costs.estimated_cycles(text)
     row["Mcycles"] = cycles / 1e6 or None
     if tiles := dict(re.findall(r"logitjax_(\w+?)_(\d+x\d+)", text)):

@@ -2,7 +2,7 @@
 
     python -m experiments.claims                 # a line a claim
     python -m experiments.claims run DH-1 DH-4   # makes their records; the same command continues
-    python -m experiments.claims judge           # writes verdicts and docs/claims.md
+    python -m experiments.claims judge           # writes verdicts and docs/measurements/claims.md
     python -m experiments.claims check           # recomputes all of it; `make docs` does
 
 A claim is a file of `docs/claims`; its records lie in `docs/results/claims`. A run works below
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> None:
         claims = judge.judge(load())
         for claim in claims.values():
             write(claim)
-        (CLAIMS.parent / "claims.md").write_text(page.text(claims))
+        (CLAIMS.parent / "measurements" / "claims.md").write_text(page.text(claims))
     elif command == "check":
         wrong = check.faults()
         print(*wrong or ["claims: every number agrees with its records"], sep="\n")

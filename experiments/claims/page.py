@@ -1,4 +1,4 @@
-"""`docs/claims.md`: the claims as a reader of the papers wants them, from their files alone."""
+"""`docs/measurements/claims.md`: the claims as readers of the papers want them."""
 
 from collections.abc import Mapping
 
@@ -59,7 +59,7 @@ def text(claims: Mapping[str, Claim]) -> str:
             }
             for claim in paper
         ]
-        parts += [f"## {name}\n\nThe page: [{link}]({link}).", markdown_table(rows)]
+        parts += [f"## {name}\n\nThe page: [{link}](../{link}).", markdown_table(rows)]
         effects = [
             {
                 "claim": claim.id,

@@ -1,4 +1,4 @@
-"""Samples of a few-shot task: which pictures are learnt from, validated on and tested on."""
+"""Samples of a few-shot task: which pictures are learned from, validated on and tested on."""
 
 import dataclasses
 from typing import Any

@@ -21,10 +21,10 @@ class Divergence(unlearning.Method):
         z - rho (z_all - z_kept)
 
     Both are the first layers of the model before it was taught anything. The first begins with what
-    the second has learnt. `rho` is sought on validation, as an assistant's alpha is.
+    the second has learned. `rho` is sought on validation, as an assistant's alpha is.
 
     Attributes:
-        of: Folder of the small model that learnt the rows to keep.
+        of: Folder of the small model that learned the rows to keep.
 
     References:
         Divergence decoding, 2026 (arXiv 2605.31293).

@@ -206,7 +206,7 @@ class Run:
 
     @functools.cached_property
     def _kept_alone(self) -> str:
-        """A small model that learnt the rows to keep."""
+        """A small model that learned the rows to keep."""
         folder = self.workdir / "models" / "small"
         if not (folder / "config.json").exists():
             layers = self.config.layers or -(-self.start.config.num_layers // 4)

@@ -8,7 +8,7 @@ from logitjax.commands.cli import build, field, flatten, nested
 
 # KL alone is there to be seen beside SFT + KL.
 ARMS: tuple[str, ...] = ("sft", "kl", "uld", "gld", "uld+gld", "kl_only")
-# What is learnt from a source of another tokenizer (docs/any_tokenizer.md).
+# What is learned from a source of another tokenizer (docs/any_tokenizer.md).
 CROSS: tuple[str, ...] = ("first_piece", "pkl", "hybrid", "hkl", "alm")
 # ULD beside graphs of other rows, which say nothing of this one: the null of `uld+gld`.
 NULL = "uld+gld_other"

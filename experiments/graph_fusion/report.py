@@ -62,7 +62,7 @@ def write(config: Config, results: Record, workdir: epath.Path) -> str:
         for arm in drop["arms"].values()
         for run in arm["runs"]
     ]
-    text, pictures = _text(config, results, table), {"report": picture(first)}
+    text, pictures = _text(config, results, table), {"report": picture(first, results["whole"])}
     write_report(workdir, text, records=runs, tables={"arms": rows}, pictures=pictures)
     return f"{table}\n\nreport: {workdir}/report.md\nplot:   {workdir}/report.png"
 
@@ -237,23 +237,35 @@ def _bars(drop: Record) -> list[Record]:
     ]
 
 
-def picture(drop: Mapping[str, Any]) -> figures.Picture:
-    """Cross-entropy of the text in training, and where each arm ended."""
+def picture(drop: Mapping[str, Any], whole: Mapping[str, Any] | None = None) -> figures.Picture:
+    """How much of what pruning cost each arm wins back; else where each arm ended."""
+    arms = {NAMES[arm]: found["runs"] for arm, found in drop["arms"].items()}
+    if whole is not None and drop["layers"]:
+        best, start = whole["perplexity"], drop["before"]["perplexity"]
+        gains = []
+        for row, (name, runs) in enumerate(arms.items()):
+            end = float(np.mean([run["perplexity"] for run in runs]))
+            back = f"{name}: {(start - end) / (start - best):.0%} recovered"
+            gains.append(figures.Series(name=back, runs=[[(start, row), (end, row)]]))
+        panel = figures.Panel(
+            x="test perplexity (lower is better)",
+            y="",
+            series=gains,
+            marks={"whole model": best, f"{drop['layers']} layers removed": start},
+            y_ticks={" " * row: float(row) for row in range(len(arms))},
+            names="beside",
+        )
+        return figures.Picture(panels=[panel])
     key = "agreement" if "agreement" in drop["before"] else "accuracy"
     what = "top-1 agreement, %" if key == "agreement" else "next-token accuracy, %"
-    arms = [(NAMES[arm], found["runs"]) for arm, found in drop["arms"].items()]
-    curves = [figures.Series(name=name, runs=[r["curve"] for r in runs]) for name, runs in arms]
     ends = [
         figures.Series(
             name=name, runs=[[(r["perplexity"], 100 * r[key])] for r in runs], line=False
         )
-        for name, runs in arms
+        for name, runs in arms.items()
     ]
     return figures.Picture(
-        panels=[
-            figures.Panel(x="step", y="cross-entropy in training, nats", series=curves),
-            figures.Panel(x="test perplexity", y=what, series=ends, names="beside"),
-        ]
+        panels=[figures.Panel(x="test perplexity", y=what, series=ends, names="beside")]
     )
 
 
@@ -291,7 +303,7 @@ one; tokens/s: read. Spread is one standard deviation over seeds.
 
 {table}
 
-![training curves and test scores](report.png)
+![what training wins back of the perplexity that pruning cost](report.png)
 
 ## In the paper
 

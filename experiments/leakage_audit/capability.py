@@ -118,7 +118,7 @@ def _fit(
 ) -> Any:
     """Parameters of steps of 32 rows, as they foretold other text best; `told` has answers' rows.
 
-    A few answers are learnt by heart long before many are learnt at all.
+    A few answers are learned by heart long before many are learned at all.
     """
     looks = how.pop("looks")
     optimizer, step = _step(graphdef, **how)
@@ -158,7 +158,7 @@ def _answered(
 
 
 def run(config: Config, workdir: epath.Path) -> None:
-    """Teacher, answers, students, and a table of what each learnt."""
+    """Teacher, answers, students, and a table of what each learned."""
     size = config.prompt + config.answer
     text = "\n".join(row["text"] for row in data.load_examples(config.data))
     words = np.frombuffer(text.encode()[:8_000_000], np.uint8).astype(np.int32)

@@ -87,7 +87,7 @@ def converted_record(
         "moved": list(converted.moved),
         "decode_ms": 1e3 * statistics.median(seconds["new"]),
         "decode_speedup": paired_ratio(seconds["full"], seconds["new"]),
-        # Times of training are taken once an arm: they do not depend on what was learnt.
+        # Times of training are taken once an arm: they do not depend on what was learned.
         "training_speedup": _training_speedup(ctx, converted) if trial.seed == 0 else None,
         "cost": dataclasses.asdict(converted.cost),
     }

@@ -1,4 +1,4 @@
-"""What a user runs on their own model and data: `logitjax NAME --flag=...`.
+"""Commands that users run on their own models and data: `logitjax NAME --flag=...`.
 
 Each module is a command: its docstring is the help, `Config` its flags, `run` the work, which is a
 function of a room or a layer and ends in files. `logitjax --help` imports none of them.
@@ -9,26 +9,29 @@ import importlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 
 COMMANDS = {
-    "generate": "Talk with a model, or with a large model that small ones steer.",
-    "serve": "Serve a model, or several fused ones, over OpenAI's API.",
-    "score": "Score texts, and the choices of questions, by a model.",
+    "demo": "Watch a model shrink and recover, in a minute or two, without data of your own.",
+    "doctor": "Report versions, devices, kernels, models and disk space.",
+    "generate": "Chat with a model, or with a large model that small ones steer.",
+    "serve": "Serve one model, or several fused ones, over the OpenAI API.",
+    "score": "Compute a model's perplexity on texts and its accuracy on multiple-choice questions.",
     "prepare": "Prepare data sets of tensorflow-datasets once, to read them without TensorFlow.",
-    "cache-logits": "Keep teachers' logits on disk, to train without the teachers in memory.",
+    "cache-logits": "Cache teachers' logits on disk, to train without the teachers in memory.",
     "distill": "Make a model smaller, or teach it what other models know.",
-    "unlearn": "Make a model forget what you name, and measure what is left.",
-    "extract-features": "Keep features of frozen image encoders on disk, to train heads on them.",
-    "few-shot": "Train heads on a few labelled pictures of each class, and compare them.",
+    "unlearn": "Make a model forget what you name, and measure what remains.",
+    "extract-features": "Compute features of frozen image encoders once, to train heads on them.",
+    "few-shot": "Train and compare classifiers on a few labelled pictures per class.",
     "convert-head": "Replace a model's output head by a vector-quantised one that imitates it.",
-    "gw": "Bound the Gromov-Wasserstein distance of two graphs, beside a general solver.",
-    "audit": "Measure what the API of your model gives away of its output head.",
+    "gw": "Bound the Gromov-Wasserstein distance of two graphs, next to a general solver.",
+    "audit": "Measure what your model's API reveals about its output head.",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The console script: runs the command that comes first, with the flags that follow."""
+    """Run the command named by the first argument, with the flags that follow."""
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("--help", "-h", "help"):
         width = max(map(len, COMMANDS))
@@ -48,6 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
     # Nothing has to be unwound yet, and some packages would make another error of it.
     before = signal.signal(signal.SIGINT, _end)
+    # A slow disk may take half a minute for it, and silence looks like a hang.
+    loaded = threading.Event()
+    threading.Thread(target=_say, args=(name, loaded), daemon=True).start()
     try:
         # jax takes seconds to import: `--help` and a wrong name wait for none of it.
         command = importlib.import_module(f"logitjax.commands.{name.replace('-', '_')}")
@@ -56,8 +62,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     finally:
+        loaded.set()
         signal.signal(signal.SIGINT, before)
-    cli.main(command.Config, None, command.run, program=f"logitjax {name}", arguments=rest)
+    recipes = getattr(command, "RECIPES", None)
+    cli.main(command.Config, recipes, command.run, program=f"logitjax {name}", arguments=rest)
+
+
+def _say(name: str, loaded: threading.Event) -> None:
+    if not loaded.wait(2.0):
+        print(f"{name}: loading JAX", file=sys.stderr, flush=True)
+    while not loaded.wait(7.0):
+        print(f"{name}: still loading JAX", file=sys.stderr, flush=True)
 
 
 def _end(*_: object) -> None:

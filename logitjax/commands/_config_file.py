@@ -19,11 +19,11 @@ def read_config(path: str, sections: Collection[str], known: Collection[str]) ->
     # Here: most runs have no file, and every command imports this module.
     import yaml
 
-    place = epath.Path(path)
-    if not place.exists():
+    location = epath.Path(path)
+    if not location.exists():
         raise FileNotFoundError(f"config: no such file: {path}")
     try:
-        record = yaml.safe_load(place.read_text()) or {}
+        record = yaml.safe_load(location.read_text()) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"config: expected YAML in {path}, got {error}") from None
     values: dict[str, Any] = {}

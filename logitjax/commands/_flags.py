@@ -118,20 +118,20 @@ class Flag:
         return tuple(self._read_one(item) for item in items if item != "")
 
     def _read_one(self, value: Any) -> Any:
-        known = _WORDS[self.kind]
+        expected = _WORDS[self.kind]
         if isinstance(value, str) and self.kind is bool and value.lower() in ("true", "false"):
             return value.lower() == "true"
         scalar = isinstance(value, str | int | float)
         # A bool is an int in Python: `--steps=true` would be one step.
         if not scalar or isinstance(value, bool) != (self.kind is bool):
-            raise self._refusal(known, value)
+            raise self._refusal(expected, value)
         try:
             made = self.kind(value)
         except (ValueError, OverflowError):
-            raise self._refusal(known, value) from None
+            raise self._refusal(expected, value) from None
         # A file may say 1000.0, but 1.5 must not become 1.
         if isinstance(value, float) and self.kind is int and made != value:
-            raise self._refusal(known, value)
+            raise self._refusal(expected, value)
         if self.choices and made not in self.choices:
             raise self._refusal(f"one of {', '.join(map(str, self.choices))}", value)
         least = self.metadata.get("minimum")
@@ -287,7 +287,7 @@ def read_command_line(
     others: Mapping[str, Sequence[str]],
     arguments: Sequence[str],
 ) -> dict[str, Any]:
-    """What a command line gives, by names."""
+    """The values on a command line, by flag names."""
     defined = absl_flags.FlagValues()
     for name, choices in others.items():
         if choices:
@@ -323,17 +323,24 @@ def check_names(source: str, names: Iterable[str], known: Collection[str]) -> No
             raise ValueError(f"{source}: expected the name of a flag{hint}, got {name!r}")
 
 
+def choice_of(presets: Mapping[str, Any] | None) -> str:
+    """The flag that names a set of defaults: a recipe where a command works without one."""
+    return "recipe" if "none" in (presets or ()) else "preset"
+
+
 def help_text(
     program: str,
     doc: str | None,
     flags: Sequence[Flag],
     presets: Mapping[str, Any] | None = None,
 ) -> str:
-    """What `--help` prints: the docstring, then each flag with its help."""
+    """The text of `--help`: the docstring, then each flag with its help."""
     shown, rest = [], ""
     if presets:
         names = "|".join(presets)
-        shown.append((f"--preset={names}", "Named set of defaults. The first is the default."))
+        shown.append(
+            (f"--{choice_of(presets)}={names}", "Named set of defaults. The first is the default.")
+        )
     for flag in flags:
         says = _sentence(flag.help)
         if flag.metadata.get("positional"):

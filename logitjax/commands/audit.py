@@ -203,7 +203,7 @@ def _audit(
     out: epath.Path,
 ) -> dict[str, Any]:
     oracle = _oracle(config, name, prompts, truth)
-    found = leakage.audit(
+    result = leakage.audit(
         oracle,
         prompts,
         vocab,
@@ -211,17 +211,17 @@ def _audit(
         logits=None if truth is None else truth.logits,
         corner=min(config.corner, len(prompts)),
     )
-    _write_recovered(found, out / "recovered" / f"{name}.npz")
-    tests = [] if found.protocol is None else found.protocol.findings
+    _write_recovered(result, out / "recovered" / f"{name}.npz")
+    tests = [] if result.protocol is None else result.protocol.findings
     return {
         "policy": name,
-        "width": None if found.width is None else str(found.width),
-        "leak": found.leak,
-        "queries": found.queries,
-        "values": found.values,
-        "KL": (found.utility or {}).get("kl"),
-        "verdict": found.verdict,
-        "unlike": found.unlike,
+        "width": None if result.width is None else str(result.width),
+        "leak": result.leak,
+        "queries": result.queries,
+        "values": result.values,
+        "KL": (result.utility or {}).get("kl"),
+        "verdict": result.verdict,
+        "unlike": result.unlike,
         "tests": [dataclasses.asdict(test) for test in tests],
     }
 

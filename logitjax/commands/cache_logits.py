@@ -1,20 +1,19 @@
-"""Keep teachers' logits on disk, so that no training run has to hold the teachers in memory.
+"""Cache teachers' logits on disk, to train without the teachers in memory.
 
     logitjax cache-logits --teacher=hf:org/teacher --student=smollm2 \\
         --data=text:FILE --out=runs/cache
 
-It packs the text and writes, for each teacher and split, the top logits of every position with
-their log-sum-exp, mean and deviation, into OUT/source0, OUT/source1, ... Then
+It packs the text and writes, for each teacher and split, the top logits of every position with the
+log-sum-exp, mean and standard deviation of all to OUT/source0, OUT/source1, ... Then
 
     logitjax distill --student=smollm2 --teacher=cache:runs/cache/source0 --data=text:FILE ...
 
-trains from the cache without loading the teacher. Both commands have to pack the same rows: give
-the same --student, teachers, --data and --seq_len. A cache that does not fit is an error that says
-what differs. `--teacher=api:URL` asks a server on this machine instead.
+trains from the cache without loading the teacher. Both commands must pack the same rows, so give
+them the same --student, teachers, --data and --seq_len; otherwise an error says what differs.
+`--teacher=api:URL` queries a server on this machine instead.
 
-The size on disk is logged before the reading begins. You may kill the run at any time: the same
-command continues with the shard it was at. Several processes share the shards, and each reads with
-its own devices.
+The size on disk is logged before reading begins. You may stop the run at any time; the same command
+continues it. Several processes share the work, each with its own devices.
 """
 
 import dataclasses
@@ -34,16 +33,18 @@ from logitjax.data import SPLITS
 class Config:
     """The teachers, the text, and what is kept."""
 
-    student: str = field("smollm2", "Model that will be trained. Its tokenizer packs the rows.")
+    student: str = field("smollm2", "Model that will be trained; its tokenizer packs the rows.")
     reading: distillation.Reading = nested(
         distillation.Reading(data="tfds:wiki_summaries", teachers=("smollm2",)),
         without=["terms", "teacher_reads"],
         rename={"teachers": "teacher", "top_k": "cache_top_k"},
     )
-    rows: str = field("all", "Rows of each split to read: all, or a number counted from the start.")
+    rows: str = field(
+        "all", "Rows to read from each split: all, or a number of rows from the start."
+    )
     splits: tuple[str, ...] = field(SPLITS, "Split to read.")
     likelihoods: bool = field(
-        False, "Also keep likelihoods of labels and of beginnings of words, for alm."
+        False, "Also cache likelihoods of labels and of word beginnings, for alm."
     )
 
 

@@ -51,7 +51,7 @@ _INTERRUPTED = 128 + signal.SIGINT
 # For unwinding, such as a checkpoint that is being written; then the process ends as it is.
 _GRACE_SECONDS = 5.0
 # People take ten seconds of silence for a hang.
-_SAY_SECONDS = 9.0
+_SAY_SECONDS = 7.0
 _last_line = 0.0
 _interrupted = threading.Event()
 _PACKAGE = str(pathlib.Path(logitjax.__file__).parent)
@@ -70,7 +70,7 @@ class _Processes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Families:
-    """What models may be beside those that the library knows."""
+    """Families of models in addition to those of the library."""
 
     family: tuple[str, ...] = field(
         (), "Family of decoders of your own, as package.module:VALUE (docs/add_a_family.md)."
@@ -78,9 +78,17 @@ class _Families:
 
 
 def _folder_class(name: str) -> type:
-    """A configuration with the flag of a run's folder."""
-    says = "Folder of the run, also on an object store. The same folder continues the run."
-    return dataclasses.make_dataclass("Folder", [(name, str, field(REQUIRED, says))])
+    """A configuration with the flags of a run's folder."""
+    says = "Folder of the run, also on an object store. The same command continues the run in it."
+    fields: list[Any] = [(name, str, field(REQUIRED, says))]
+    # Experiments have a planner, `python -m experiments.plan`.
+    if name == "out":
+        says = (
+            "Only say what would be read and written, how many steps there are, and how much time, "
+            "memory and disk they take."
+        )
+        fields.append(("dry_run", bool, field(False, says)))
+    return dataclasses.make_dataclass("Folder", fields)
 
 
 def parse(
@@ -98,18 +106,19 @@ def parse(
             that no flag has, or an argument that nothing takes.
     """
     flags = _flags.flags_of(*classes)
-    known = {flag.name for flag in flags}
-    others = {"config": ()} | ({"preset": tuple(presets)} if presets else {})
+    names = {flag.name for flag in flags}
+    choice = _flags.choice_of(presets)
+    others = {"config": ()} | ({choice: tuple(presets)} if presets else {})
     given = _flags.read_command_line(program, flags, others, arguments)
     file, chosen = given.pop("config", None), {}
     if file is not None:
         sections = {name for flag in flags for name in flag.path[:-1]}
-        given = _config_file.read_config(file, sections, {*known, *others}) | given
+        given = _config_file.read_config(file, sections, {*names, *others}) | given
     if presets:
-        name = given.pop("preset", next(iter(presets)))
+        name = given.pop(choice, next(iter(presets)))
         if name not in presets:
-            raise ValueError(f"preset: expected one of {', '.join(presets)}, got {name!r}")
-        _flags.check_names(f"preset {name}", presets[name], known)
+            raise ValueError(f"{choice}: expected one of {', '.join(presets)}, got {name!r}")
+        _flags.check_names(f"{choice} {name}", presets[name], names)
         chosen = presets[name]
     # Flags win over the file, which wins over the preset.
     values = {**chosen, **given}
@@ -134,15 +143,21 @@ def _devices() -> str:
 
 @contextlib.contextmanager
 def _narrated() -> Iterator[None]:
-    """Without a terminal, where bars show nothing, silence ends with what is being done."""
+    """Says what is being done after some seconds of silence; on a terminal bars may speak."""
     done = threading.Event()
 
     def narrate() -> None:
+        marks, moved = 0, time.monotonic()
         while not done.wait(_SAY_SECONDS / 10):
-            if time.monotonic() - _last_line > _SAY_SECONDS:
-                logging.info("still %s", storage.progress.last()[1])
+            last, doing = storage.progress.last()
+            if last != marks and sys.stderr.isatty():
+                moved = time.monotonic()
+            marks = last
+            if time.monotonic() - max(moved, _last_line) > _SAY_SECONDS:
+                moved = time.monotonic()
+                logging.info("still %s", doing)
 
-    if not sys.stderr.isatty() and not (jax.distributed.is_initialized() and jax.process_index()):
+    if not (jax.distributed.is_initialized() and jax.process_index()):
         # A daemon: it must not keep a process alive that has ended.
         threading.Thread(target=narrate, name="narrator", daemon=True).start()
     try:
@@ -176,13 +191,13 @@ def _fail(
     """One line about an error, and the end: at once where others wait or a thread may hang."""
     if _interrupted.is_set():
         raise KeyboardInterrupt
-    said = " ".join(str(error).split()) or type(error).__name__
+    message = " ".join(str(error).split()) or type(error).__name__
     details = _write_details(workdir) if workdir else ""
     if status == os.EX_TEMPFAIL:
         note = note or "; this may pass, and the same command goes on"
     if jax.distributed.is_initialized() or status == os.EX_TEMPFAIL:
-        training.distributed.leave(f"{said}{details}{note}", status)
-    print(f"error: {said}{details}{note}", file=sys.stderr)
+        training.distributed.leave(f"{message}{details}{note}", status)
+    print(f"error: {message}{details}{note}", file=sys.stderr)
     sys.exit(status)
 
 
@@ -273,8 +288,8 @@ def main(
         program = f"python -m {spec.name.removesuffix('.__main__')}" if spec else sys.argv[0]
     parameters = inspect.signature(run).parameters
     kept = next((name for name in ("out", "workdir") if name in parameters), "")
-    place = [_folder_class(kept), _Processes] if kept else []
-    classes = [*place, _Families, config_class]
+    folder = [_folder_class(kept), _Processes] if kept else []
+    classes = [*folder, _Families, config_class]
     # Before absl reads them, which would print its own flags.
     if set(arguments) & set(_HELP):
         print(_flags.help_text(program, module.__doc__, _flags.flags_of(*classes), presets))
@@ -321,7 +336,7 @@ def _main(
     absl_flags.FLAGS.mark_as_parsed()  # absl's logging waits for it
     details = None
     try:
-        *place, brought, config = parse(classes, presets, arguments, program=program)
+        *running, brought, config = parse(classes, presets, arguments, program=program)
         for text in brought.family:
             # Only here: a command without models starts without them.
             importlib.import_module("logitjax.models").register_family(text)
@@ -337,14 +352,21 @@ def _main(
             return
         # A run of hours says what it does; a command that only prints is quiet.
         logging.set_verbosity(logging.INFO)
-        training.distributed.initialize(**dataclasses.asdict(place[1]))
-        folder = epath.Path(getattr(place[0], kept))
+        folder = epath.Path(getattr(running[0], kept))
+        if getattr(running[0], "dry_run", False):
+            with _narrated():
+                # Only here: a command without models starts without them.
+                work = importlib.import_module("logitjax.commands.work")
+                for line in work.estimate(config).lines(program, folder):
+                    print(line, flush=True)
+            return
+        training.distributed.initialize(**dataclasses.asdict(running[1]))
         with _narrated(), training.lock_workdir(folder), _accounted(folder):
             details = folder  # Before, it may be another run's.
             if not cached and "://" in str(folder):
                 # The next machines of this run are others, and would compile everything again.
                 jax.config.update("jax_compilation_cache_dir", f"{folder}/.compiled")
-            with processes.first_before_others("config"):
+            with processes.first_before_others("writing config.json"):
                 _config_file.write_config(config, folder, kept)
             logging.info("%s on %s, into %s", program, _devices(), folder)
             run(config, folder)

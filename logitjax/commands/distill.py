@@ -1,29 +1,31 @@
 """Make a model smaller, or teach it what other models know.
 
     logitjax distill --student=smollm2 --drop_layers=6 --data=tfds:wiki_summaries --out=runs/small
+    logitjax distill --recipe=prune-25 --student=hf:org/name --data=text:FILE --out=runs/smaller
     logitjax distill --student=DIR --teacher=DIR2 --data=jsonl:chats.jsonl --out=runs/better
     logitjax distill --student=DIR --teacher=cache:runs/cache/source0 --data=text:FILE \\
         --loss=sft:0.3 --loss=kl:0.7 --out=runs/cached
     logitjax distill --student=DIR --teacher=api:http://127.0.0.1:8000 --cache_top_k=5 \\
         --student_head=runs/audit --data=text:FILE --out=runs/replica
 
-The student is pruned if you ask for it. The teachers read the text once. The student then learns
-from the text (`sft`) and from the teachers. `kl`, `rkl` and `jsd` compare token by token and need
-one vocabulary. `first_piece`, `pkl`, `hybrid`, `hkl`, `alm`, `uld` and `gld` learn from
-another tokenizer (docs/any_tokenizer.md). A pruned student without a `--teacher` learns from the
-model that it was cut from.
+The student is pruned if you ask for it. The teachers read the text once, and the student then
+learns from the text (`sft`) and from them. `kl`, `rkl` and `jsd` compare token by token and need a
+shared vocabulary; `first_piece`, `pkl`, `hybrid`, `hkl`, `alm`, `uld` and `gld` also learn
+from other tokenizers (docs/any_tokenizer.md). Without a `--teacher`, a pruned student learns from
+the model it was pruned from.
 
-With `--on_policy=0.5` it writes half of each batch itself, and teachers that read live teach it
-there (docs/on_policy.md).
+With `--on_policy=0.5` the student writes half of each batch itself, and teachers that read live
+correct it there (docs/on_policy.md).
 
-OUT/model is the result: a Hugging Face directory, which transformers, vLLM and every other command
-here read. OUT/report.md compares the student before and after, with curves and samples.
+OUT/model is the result: a Hugging Face directory for transformers, vLLM and the other commands.
+OUT/report.md compares the student before and after, with curves and samples. `--recipe` supplies
+tried settings, and `--dry_run` estimates time, memory and disk space.
 
-A teacher is a model, `cache:DIR` as `logitjax cache-logits` writes it, or `api:URL`, a server on
-this machine that reports log-probabilities with token ids, or, read live, one anywhere that gives
-hidden states (`logitjax serve --hidden_states`). `--student_head` gives the student the
-head that `logitjax audit` recovered from that server. You may kill the run at any time: the same
-command continues it, bit for bit. See docs/distil.md.
+A teacher is a model, `cache:DIR` as written by `logitjax cache-logits`, or `api:URL`: a server on
+this machine that reports log-probabilities with token ids or, for live reading, a server anywhere
+that returns hidden states (`logitjax serve --hidden_states`). `--student_head` gives the student
+the head that `logitjax audit` recovered from that server. You may stop the run at any time; the
+same command continues it bit for bit. See docs/distil.md.
 """
 
 import dataclasses
@@ -38,9 +40,21 @@ from etils import epath
 from flax import nnx
 
 from logitjax import data, distillation, models, processes, storage, training
-from logitjax.commands import figures
-from logitjax.commands.cli import REQUIRED, field, nested
+from logitjax.commands import figures, hub
+from logitjax.commands.cli import REQUIRED, field, flatten, nested
 from logitjax.commands.tables import markdown_table, text_cell
+from logitjax.commands.work import shortened
+
+# What has to be said less often; flags win over them.
+RECIPES: Mapping[str, Mapping[str, Any]] = {
+    "none": {},
+    "prune-25": {"drop_share": 0.25, "steps": 400, "learning_rate": 3e-4, "freeze": "below"},
+    "prune-10": {"drop_share": 0.1, "steps": 200, "learning_rate": 2e-4, "freeze": "below"},
+    "quick": {"drop_share": 0.2, "steps": 200, "seq_len": 128, "batch_size": 2,
+              "learning_rate": 2e-4},
+    "same-size": {"loss": ("sft:0.3", "kl:0.7"), "steps": 1000},
+    "own-samples": {"on_policy": 0.5, "teacher_reads": "live", "loss": ("mixed_kl:1.0",)},
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,10 +66,10 @@ class Config:
         without=("terms", "fit_to", "batch_size", "dtype", "layout"),
         rename={"teachers": "teacher", "top_k": "cache_top_k"},
     )
-    teacher_weight: tuple[float, ...] = field((), "Weights of the teachers. Equal by default.")
+    teacher_weight: tuple[float, ...] = field((), "Weight of each teacher. Equal by default.")
     loss: tuple[str, ...] = field(
         ("sft:0.5", "kl:0.5"),
-        "Loss, its options and its weight, as kl(temperature=2):0.5, or a term of your own as "
+        "Loss with its options and weight, such as kl(temperature=2):0.5, or a term of your own, "
         "package.module:Name:0.5.",
         listing=distillation.terms.TERMS.help,
     )
@@ -64,15 +78,15 @@ class Config:
     )
     pruning: distillation.Pruning = distillation.Pruning()  # noqa: RUF009
     lora_rank: int = field(
-        0, "Rank of adapters to train in place of the model. 0 trains the model."
+        0, "Rank of LoRA adapters to train instead of the weights. 0 trains the weights."
     )
     freeze: str | None = field(
         None,
-        "Regular expression for paths of parameters to freeze. `below` freezes the embedding and "
-        "the layers below those that are dropped.",
+        "Regular expression for the paths of parameters to freeze. `below` freezes the embedding "
+        "and the layers below the dropped ones.",
     )
     student_head: str | None = field(
-        None, "Folder of `logitjax audit` with the recovered head for the student."
+        None, "Folder of a `logitjax audit` run whose recovered head the student gets."
     )
     course: distillation.Course = nested(
         distillation.Course(loop=training.LoopOptions(checkpoint_every=50, eval_every=50)),
@@ -80,28 +94,33 @@ class Config:
     )
     learning_rate: float | None = field(
         None,
-        "Peak learning rate. By default 3e-4 for a pruned model or adapters, and 5e-5 for a whole "
-        "model, which a larger rate would harm.",
+        "Peak learning rate. By default 3e-4 for pruned models and adapters, and 5e-5 for whole "
+        "models, which a higher rate would damage.",
     )
     dtype: Literal["float32", "bfloat16"] = field("float32", "Compute type.")
     layout: Literal["stacked", "listed"] = field(
-        "listed", "Whether layers are scanned (stacked) or unrolled (listed)."
+        "listed",
+        "Whether layers are scanned (stacked: compiles faster) or unrolled (listed: runs faster on "
+        "CPUs).",
     )
     remat: Literal["none", "dots", "full"] = field(
-        "none", "What the backward pass recomputes to save memory.", execution=True
+        "none", "How much the backward pass recomputes to save memory.", execution=True
     )
     mesh: str = field(
         "data:-1,fsdp:1,tensor:1", "Axes and sizes of the device mesh.", execution=True
     )
+    push_to_hub: str | None = field(None, hub.PUSH, execution=True)
 
     def __post_init__(self) -> None:
-        if self.freeze == "below" and (not self.pruning.drop_layers or self.layout != "listed"):
+        drops = self.pruning.drop_layers or self.pruning.drop_share
+        if self.freeze == "below" and (not drops or self.layout != "listed"):
             raise ValueError("freeze: expected drop_layers and listed layers with below")
         named = self.reading.teachers
         if self.on_policy.share:
             if self.reading.teacher_reads != "live":
                 raise ValueError(
-                    "on_policy: expected --teacher_reads=live: no cache has what a student writes"
+                    "on_policy: expected --teacher_reads=live, for a cache cannot contain what the "
+                    "student writes"
                 )
             self.on_policy.rows(self.course.batch_size)
             self.on_policy.lengths(self.reading.seq_len)
@@ -129,7 +148,7 @@ def run(config: Config, out: epath.Path) -> None:
     """Prunes, lets the teachers read, trains, writes the model and the report."""
     objective, course, reading = _objective(config), _course(config), _reading(config)
     if config.on_policy.share and objective.taught is None:
-        raise ValueError("on_policy: expected a loss that a teacher gives, got those of text alone")
+        raise ValueError("on_policy: expected a loss with a teacher, got losses of text alone")
     basis = _recovered(config.student_head) if config.student_head else None
     mesh = training.make_mesh(config.mesh)
     course.check(mesh)
@@ -142,6 +161,9 @@ def run(config: Config, out: epath.Path) -> None:
     tokenizer = models.load_tokenizer(config.student)
     reading.check(tokenizer, [objective])
     packed = reading.pack(tokenizer, out / "data")
+    for name in data.SPLITS[1:]:
+        if (rows := len(packed.splits[name])) < course.eval_rows:
+            logging.warning("%s has %d rows, eval_rows asks for %d", name, rows, course.eval_rows)
     whole, _ = models.load(
         config.student, mesh=mesh, dtype=config.dtype, layout=config.layout, remat=config.remat
     )
@@ -165,12 +187,12 @@ def run(config: Config, out: epath.Path) -> None:
         out / "teachers",
         {config.student: (whole, tokenizer)} if jax.process_count() == 1 else None,
     )
-    rows = [_whole_row(config, whole, corpus, course, mesh, out)] if config.pruning.prunes else []
+    scored = [_whole_row(config, whole, corpus, course, mesh, out)] if config.pruning.prunes else []
     del whole
     if jax.process_index() == 0 and (table := corpus.tokenizer_table()):
         storage.write_atomic(out / "tokenizers.md", markdown_table(table) + "\n")
         print(markdown_table(table))
-    found = distillation.distill(
+    result = distillation.distill(
         student,
         corpus,
         objective,
@@ -180,27 +202,41 @@ def run(config: Config, out: epath.Path) -> None:
         on_policy=config.on_policy,
     )
     storage.progress.mark(f"writing {out / 'model'}", log=True)
-    models.save_pretrained(found.model, tokenizer, out / "model")
-    rows += [
-        _row("student before", {**found.before, "parameters": student.size}),
-        _row("student after", {**found.after, "parameters": student.size}),
+    models.save_pretrained(result.model, tokenizer, out / "model")
+    scored += [
+        _row("student before", {**result.before, "parameters": student.size}),
+        _row("student after", {**result.after, "parameters": student.size}),
     ]
     if jax.process_index() == 0:
-        _plot(found.trained, out / "curves.png")
-        scores = {"before": found.before, "after": found.after}
+        _plot(result.trained, out / "curves.png")
+        scores = {"before": result.before, "after": result.after}
         storage.write_atomic(out / "scores.json", json.dumps(scores, indent=1) + "\n")
-        text = _report(config, packed, rows, found, note)
+        text = _report(config, packed, scored, result, note)
         storage.write_atomic(out / "report.md", text)
+        storage.write_atomic(out / "model" / "README.md", _card(config, text))
         print(text)
+    if config.push_to_hub:
+        hub.push(out / "model", config.push_to_hub)
+
+
+def _card(config: Config, report: str) -> str:
+    heading, _, scores = report.partition("\n")
+    # Pictures, and the line about this folder, mean nothing on the hub.
+    scores = "\n\n".join(
+        part for part in scores.split("\n\n") if not part.startswith(("![", "`model/`"))
+    )
+    return hub.model_card(
+        title=heading.removeprefix("# ").replace("`", ""),
+        made_from=list(dict.fromkeys((config.student, *config.teachers))),
+        tags=["distillation", *(["pruning"] if config.pruning.prunes else [])],
+        report=scores,
+        settings=flatten(config),
+    )
 
 
 def programs(config: Config, mesh: jax.sharding.Mesh) -> Iterator[training.Program]:
-    """What the run compiles, for `python -m experiments.plan --command=distill`."""
-    shape = models.load_config(config.student)
-    layers = len(config.pruning.keep_layers) or shape.num_layers - config.pruning.drop_layers
-    shape = dataclasses.replace(
-        shape, num_layers=layers, windows=shape.windows[:layers], segment_boundaries=()
-    )
+    """The programs of a run, for `python -m experiments.plan --command=distill`."""
+    shape = _student_shape(config)
 
     def model() -> models.Decoder:
         return models.Decoder(
@@ -217,6 +253,13 @@ def programs(config: Config, mesh: jax.sharding.Mesh) -> Iterator[training.Progr
         freeze="embedding" if config.freeze == "below" else config.freeze,
         lora_rank=config.lora_rank,
     )
+
+
+def _student_shape(config: Config) -> models.DecoderConfig:
+    shape = models.load_config(config.student)
+    dropped = config.pruning.dropped(shape.num_layers)
+    kept = len(config.pruning.keep_layers) or shape.num_layers - dropped
+    return shortened(shape, max(kept, 1))
 
 
 def _course(config: Config) -> distillation.Course:
@@ -242,7 +285,7 @@ def _objective(config: Config) -> distillation.Objective:
 
 
 def _check_weights(config: Config, whole: models.Decoder, out: epath.Path) -> None:
-    """What is in the folder was chosen for the weights that the student has now."""
+    """Refuse a folder that was begun with other weights of the student."""
     # A name may point to other weights by now.
     path, weights = out / "student.json", distillation.Student.of(whole).fingerprint
     if not processes.broadcast_from_first(path.exists):
@@ -259,10 +302,11 @@ def _pruned(
 ) -> tuple[models.Decoder, str, str | None]:
     """The student as it begins, what was cut from it in words, and what of it stays."""
     layers, notes = whole.config.num_layers, []
-    if config.pruning.drop_layers >= layers:
+    drop = config.pruning.dropped(layers)
+    if drop >= layers:
         raise ValueError(
             f"drop_layers: expected fewer than the {layers} layers of {config.student!r}, got "
-            f"{config.pruning.drop_layers}"
+            f"{drop}"
         )
     if any(not 0 <= i < layers for i in config.pruning.keep_layers):
         raise ValueError(
@@ -273,8 +317,8 @@ def _pruned(
     if not whole.config.traits.free_head_dim and 0 < config.pruning.kv_heads < heads:
         # Of all ways to prune, only this could not be written in the end.
         raise ValueError(
-            f"kv_heads: expected {heads} for {whole.config.family}, whose Hugging Face form knows "
-            f"no width of a head, got {config.pruning.kv_heads}"
+            f"kv_heads: expected {heads} for {whole.config.family}, whose Hugging Face format "
+            f"has no head width, got {config.pruning.kv_heads}"
         )
     split = packed.splits["train"]
     count = min(config.pruning.calibration_rows, len(split))
@@ -286,11 +330,11 @@ def _pruned(
         return [split.rows(range(i, min(i + size, count)))[packed.names["pivot"]] for i in starts]
 
     kept, freeze = config.pruning.keep_layers, config.freeze
-    if config.pruning.drop_layers:
+    if drop:
         path = out / "pruning.json"
         if not processes.broadcast_from_first(path.exists):
             chosen = distillation.prune_layers(
-                whole, calibration(), config.pruning.drop_layers, by=config.pruning.prune_by
+                whole, calibration(), drop, by=config.pruning.prune_by
             )
             processes.write_json(path, dataclasses.asdict(chosen))
         record = processes.broadcast_from_first(lambda: json.loads(path.read_text()))
@@ -300,7 +344,8 @@ def _pruned(
     if kept:
         gone = sorted(set(range(layers)) - set(kept))
         logging.info("student without layers %s", gone)
-        notes.append(f"without layers {', '.join(map(str, gone))}")
+        layers_gone = ", ".join(map(str, gone))
+        notes.append(f"without layer{'s' if len(gone) > 1 else ''} {layers_gone}")
     if config.pruning.kv_heads or config.pruning.mlp_channels:
         model = distillation.prune_width(
             model,
@@ -346,7 +391,7 @@ def _whole_row(
     mesh: jax.sharding.Mesh,
     out: epath.Path,
 ) -> dict[str, Any]:
-    """Scores of the model that the student is cut from, kept on disk."""
+    """Scores of the model that the student is pruned from, kept on disk."""
     path = out / "whole.json"
     if not processes.broadcast_from_first(path.exists):
         storage.progress.mark("scoring the whole model", log=True)
@@ -368,9 +413,10 @@ def _row(name: str, scores: Mapping[str, float]) -> dict[str, Any]:
         "bits a byte": scores["bits_per_byte"],
         "accuracy %": percent("accuracy"),
         "agreement %": percent("agreement"),
-        "KL to the teacher": scores.get("teacher_kl"),
+        # The whole model is its own teacher; rounding makes its zero negative.
+        "KL to the teacher": max(scores["teacher_kl"], 0.0) if "teacher_kl" in scores else None,
         "parameters": f"{int(scores['parameters']):,}",
-        "tokens/s": scores.get("tokens_per_second"),
+        "tokens/s": f"{speed:,.0f}" if (speed := scores.get("tokens_per_second")) else None,
     }
 
 
@@ -387,30 +433,35 @@ def _report(
         sum(rows.statistics.get(name, 0) for rows in packed.splits.values()) for name in counted
     )
     long = (
-        f" {skipped} conversations are longer than {reading.seq_len} tokens and were left out."
+        f" {skipped} conversations exceed {reading.seq_len} tokens and were left out."
         if skipped
         else ""
     )
-    long += f" {unlearnt} pieces hold nothing to learn and were left out." if unlearnt else ""
+    long += f" {unlearnt} pieces contain nothing to learn and were left out." if unlearnt else ""
     share = config.on_policy.share
-    own = f", {share:.0%} of the rows written by the student" if share else ""
+    written = f", with {share:.0%} of the rows written by the student" if share else ""
     teachers = ", ".join(f"`{spec}`" for spec in config.teachers) or "no teacher"
     names = ("prompt", "before", "after")
     samples = [{"": n, "text": text_cell(found.samples[n])} for n in names]
     return (
-        f"# `{config.student}`{', ' + note if note else ''}, taught\n\n"
+        f"# `{config.student}`{' ' + note if note else ''}, distilled\n\n"
         f"{' + '.join(config.loss)} with {teachers} on `{reading.data}`: {course.steps} steps of "
-        f"{course.batch_size} x {reading.seq_len} tokens{own}, learning rate {config.peak:g}, "
-        f"{found.trained.tokens_per_second:.4g} predicted tokens a second.{long}\n\n"
+        f"{course.batch_size} x {reading.seq_len} tokens{written}, learning rate {config.peak:g}, "
+        f"{found.trained.tokens_per_second:,.0f} trained tokens per second.{long}\n\n"
         f"{markdown_table(rows)}\n\n"
-        f"Scores are on {min(course.eval_rows, len(packed.splits['test']))} rows of test text. "
-        "Agreement is the share of positions where the likeliest token is the first teacher's. KL "
-        f"is from its distribution, with all but its top {reading.top_k} tokens as one. "
-        "tokens/s counts tokens read, not written.\n\n"
+        f"The text has {_split_sizes(packed)} rows to train, validate and test on. Scores are "
+        f"computed on {min(course.eval_rows, len(packed.splits['test']))} test rows. Agreement is "
+        "the share of positions at which model and teacher rank the same token highest. KL is "
+        f"computed over the teacher's top {reading.top_k} tokens, with all others as one. tokens/s "
+        "is the speed of reading text, not of generating it.\n\n"
         "![validation perplexity and loss](curves.png)\n\n"
         f"{markdown_table(samples)}\n\n"
         "`model/` has the model as a Hugging Face directory.\n"
     )
+
+
+def _split_sizes(packed: data.PackedSplits) -> str:
+    return ", ".join(f"{len(packed.splits[name]):,}" for name in data.SPLITS)
 
 
 def _plot(trained: distillation.Trained, path: epath.Path) -> None:

@@ -1,16 +1,15 @@
-"""Keep features of frozen image encoders on disk, so that heads can be trained without encoders.
+"""Compute features of frozen image encoders once, to train heads on them without the encoders.
 
     logitjax extract-features --encoder=efficientnet_lite0 --encoder=alexnet \\
         --data=folder:PICTURES --size=160 --out=runs/features
 
-For every encoder, split and kind of view it writes features (and the class head's logits) with the
-labels into OUT/ENCODER/SPLIT_VIEWS. These are array_record files, which `few_shot.FeatureCache`
-reads and checks. `--views=random:10` makes ten random crops of each picture, mirrored at random,
-the same for every encoder and in every run.
+For every encoder, split and kind of view it writes features, class logits where the encoder has
+them, and labels to OUT/ENCODER/SPLIT_VIEWS, as array_record files that `few_shot.FeatureCache`
+reads and verifies. `--views=random:10` makes ten random crops of each picture, randomly mirrored,
+identical for every encoder and in every run.
 
-You may kill the run at any time: the same command continues with the shard it was at. Several
-processes share the shards, and each encodes with its own devices. 435 stamps at 160 pixels by both
-encoders took 15 s on two CPU cores; docs/vision.md has the tables.
+You may stop the run at any time; the same command continues it. Several processes share the work.
+Two encoders took 15 s for 435 pictures of 160 pixels on two CPU cores; docs/vision.md has tables.
 """
 
 import dataclasses
@@ -23,7 +22,7 @@ from absl import logging
 from etils import epath
 
 from logitjax import data, few_shot, processes, vision
-from logitjax.commands.cli import field
+from logitjax.commands.cli import REQUIRED, field
 from logitjax.commands.tables import markdown_table
 
 
@@ -32,13 +31,11 @@ class Config:
     """The pictures, their views and the encoders; a folder takes more of all of them."""
 
     encoder: tuple[str, ...] = field(
-        ("efficientnet_lite0",),
-        "Encoder, by name, file, directory or hf:org/name.",
-        execution=True,
+        REQUIRED, "Encoder, by name, file, directory or hf:org/name.", execution=True
     )
     data: str = field(
-        "stamps",
-        "Pictures: stamps, mnist_5k, emoji:VENDOR, tfds:NAME, folder:DIR, recognition:NAME, ...",
+        REQUIRED,
+        "Pictures: folder:DIR, tfds:NAME, stamps, mnist_5k, emoji:VENDOR, recognition:NAME.",
     )
     split: tuple[str, ...] = field(
         ("all",), "Split, which may be sliced: test[:2000].", execution=True

@@ -110,10 +110,12 @@ class Config:
             raise ValueError("class_weights: expected a file to go with --features, got none")
         if not self.shots or min(self.shots) < 1:
             raise ValueError(f"shots: expected positive numbers, got {self.shots}")
-        known = few_shot.Candidate.all()
+        candidates = few_shot.Candidate.all()
         for name in self.method:
-            if name != "all" and name not in known:
-                raise ValueError(f"method: expected all or one of {', '.join(known)}, got {name!r}")
+            if name != "all" and name not in candidates:
+                raise ValueError(
+                    f"method: expected all or one of {', '.join(candidates)}, got {name!r}"
+                )
         for prompt in self.prompts:
             if "{}" not in prompt:
                 raise ValueError(f"prompts: expected {{}} where the name goes, got {prompt!r}")
@@ -163,7 +165,7 @@ class Problem:
         # One setting a sample, each chosen on its own validation pictures.
         rows = np.arange(len(best))
         record: dict[str, Any] = {"validation": [], "chosen": best.tolist()}
-        record |= {part: found["accuracy"][rows, best].tolist() for part, found in scores.items()}
+        record |= {part: result["accuracy"][rows, best].tolist() for part, result in scores.items()}
         images, labels = held_out["test"]
         # Rows of padding have the label -1, which no argmax is.
         right = np.asarray(images.zero_shot).argmax(-1) == labels
@@ -254,14 +256,14 @@ def _read(config: Config) -> Problem:
 
 def _digest(places: Sequence[Any]) -> str:
     """Of files, and of the pictures and encoders of caches: features differ by the machine."""
-    found: list[Any] = []
-    for place in map(epath.Path, places):
-        if place.is_dir():
-            cache = few_shot.FeatureCache(place)
-            found.append((cache.identity, np.asarray(cache.row_numbers)))
+    items: list[Any] = []
+    for location in map(epath.Path, places):
+        if location.is_dir():
+            cache = few_shot.FeatureCache(location)
+            items.append((cache.identity, np.asarray(cache.row_numbers)))
         else:
-            found.append(place)
-    return storage.digest(*found, length=12)
+            items.append(location)
+    return storage.digest(*items, length=12)
 
 
 def _encode(config: Config, out: epath.Path) -> Problem:
@@ -336,9 +338,13 @@ def _check_pictures(
     config: Config, encoder: vision.Encoder, split: str, test_split: str | None
 ) -> None:
     """Refuses methods and pictures that no head can be trained with."""
-    known = few_shot.Candidate.all(config.grid, steps=config.steps)
+    candidates = few_shot.Candidate.all(config.grid, steps=config.steps)
     for name in config.method:
-        if name != "all" and "auxiliary" in known[name].method.needs and config.auxiliary is None:
+        if (
+            name != "all"
+            and "auxiliary" in candidates[name].method.needs
+            and config.auxiliary is None
+        ):
             raise ValueError(f"method: expected auxiliary, which {name} needs, got none")
     data.ImageViews.of(encoder, config.views, fit=config.fit, seed=config.seed)
     images = data.load_image_set(str(config.data), split=split)
@@ -362,15 +368,15 @@ def _check_pictures(
 
 def _splits(config: Config) -> tuple[str, str | None]:
     """Which to learn from, and which to test on if any."""
-    kind, _, place = str(config.data).partition(":")
+    kind, _, location = str(config.data).partition(":")
     parted = kind in ("tfds", "recognition", "synthetic")
     if kind == "folder":
-        root = epath.Path(place).expanduser()
+        root = epath.Path(location).expanduser()
         parted = (root / "train").is_dir() and (root / "test").is_dir()
     split = config.split or ("train" if parted else "all")
     # Of a source that is read from elsewhere nobody knows which splits it has.
-    known = config.split is None or (kind == "folder" and split.partition("[")[0] == "train")
-    return split, config.test_split or ("test" if parted and known else None)
+    present = config.split is None or (kind == "folder" and split.partition("[")[0] == "train")
+    return split, config.test_split or ("test" if parted and present else None)
 
 
 def _class_weights(config: Config, encoder: vision.Encoder, class_names: Sequence[str]) -> Any:

@@ -49,7 +49,7 @@ _STYLE: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Series:
-    """What one name measured.
+    """The measurements of one name.
 
     Attributes:
         name: What is written beside it, and what its colour, marker and dashes belong to.
@@ -191,8 +191,8 @@ def compose(picture: Picture) -> Any:
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
         for axes, panel, names in zip(grid, panels, named):
-            place = place_right if panel.names == "right" else place_beside
-            place(axes, names)
+            place_labels = place_right if panel.names == "right" else place_beside
+            place_labels(axes, names)
     return figure
 
 

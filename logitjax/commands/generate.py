@@ -1,4 +1,4 @@
-"""Talk with a model, or with a large model steered by small ones, in the terminal.
+"""Chat with a model, or with a large model steered by small ones, in the terminal.
 
     logitjax generate --model=smollm2
     logitjax generate --complete --prompt="It is a truth" --temperature=0.8
@@ -8,11 +8,11 @@
 
 A model is a directory, a `.gguf` file, `hf:org/name` or `smollm2`. If it has a chat template,
 prompts are turns of a conversation; with `--complete` the model continues the text itself. Without
-`--prompt`, prompts are read from standard input, one a line.
+`--prompt`, prompts are read from standard input, one per line.
 
 `--fusion` is contrastive, dexperts, dynamic, logit_difference or proxy, with settings after a
 colon: `--fusion=dynamic:method=grid,num=21`. With `--draft=expert` the expert drafts tokens and all
-models verify them. The text follows the same distribution, and comes faster if the expert often
+models verify them: the text has the same distribution, and appears faster if the expert often
 guesses right.
 """
 
@@ -35,32 +35,33 @@ class Config:
 
     line_up: LineUp = nested(LineUp())
     draft: Literal["expert", "base"] | None = field(
-        None, "Small model that drafts tokens for all to verify."
+        None, "Small model that drafts tokens for all models to verify."
     )
-    prompt: tuple[str, ...] = field((), "Text to answer, instead of standard input.")
+    prompt: tuple[str, ...] = field((), "Text to answer, instead of reading standard input.")
     complete: bool = field(False, "Continue the text, without the chat template.")
     system: str | None = field(None, "First message of a conversation.")
-    max_new_tokens: int = field(256, "Most tokens of an answer.", minimum=1)
+    max_new_tokens: int = field(256, "Maximum number of tokens in an answer.", minimum=1)
     temperature: float | None = field(
         None,
-        "Temperature of the draws. 0 takes the likeliest token. By default the model's own, or 0.",
+        "Sampling temperature. 0 takes the most likely token. By default the model's own, or 0.",
     )
     top_k: int | None = field(
         None,
-        "Number of likeliest tokens to draw from. 0 for all. By default the model's own, or 0.",
+        "Number of most likely tokens to sample from. 0 for all. By default the model's own, or 0.",
     )
     top_p: float | None = field(
         None,
-        "Total probability of the likeliest tokens to draw from. By default the model's own, or 1.",
+        "Total probability of the tokens to sample from. By default the model's own, or 1.",
     )
     min_p: float | None = field(
         None,
-        "Least probability of a token as a share of the highest. By default the model's own, or 0.",
+        "Minimum probability of a token relative to the most likely one. By default the model's "
+        "own, or 0.",
     )
     repetition_penalty: float | None = field(
-        None, "Penalty of repeated tokens; above 1 means fewer. By default the model's own, or 1."
+        None, "Penalty on repeated tokens; above 1 repeats less. By default the model's own, or 1."
     )
-    seed: int = field(0, "Seed of the draws.")
+    seed: int = field(0, "Seed of the sampling.")
     stop: tuple[str, ...] = field((), "Text that ends an answer.")
 
 
@@ -100,7 +101,7 @@ def run(config: Config) -> None:
         # Not where the output is read by another program.
         if sys.stderr.isatty():
             seconds = time.perf_counter() - start
-            rate = f"{count} tokens in {seconds:.1f} s, the first compiling included"
+            rate = f"{count} tokens in {seconds:.1f} s, including compilation"
             print(f"[{rate}]", file=sys.stderr)
 
 
@@ -119,7 +120,7 @@ def _check(config: Config) -> None:
 
 
 def sampling_of(config: Config) -> decoding.Sampling:
-    """What the flags say, and where they say nothing what the model's publisher does."""
+    """Sampling settings of the flags, and of the model's publisher where no flag is given."""
     # Publishers' settings are tuned with the model: greedy chat models repeat themselves.
     settings = models.load_sampling(config.line_up.model)
     for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
@@ -149,7 +150,7 @@ def answer(
     max_new_tokens: int,
     options: dict[str, Any],
 ) -> tuple[str, int]:
-    """The text that continues a prompt, and its number of tokens; `generate` takes the options."""
+    """Continue a prompt: the text and its number of tokens; `generate` takes the options."""
     tokenizer = options["text"].tokenizer
     if not tokens and tokenizer.bos_id is not None:
         # Something has to be read.
@@ -170,7 +171,7 @@ def answer(
 
 
 class Conversation:
-    """Turns so far, and what the model is asked to go on from."""
+    """The turns so far, and the prompt that they make."""
 
     def __init__(self, tokenizer: models.Tokenizer, system: str | None = None):
         self._tokenizer = tokenizer

@@ -93,8 +93,8 @@ def run(config: Config) -> None:
 def _read(path: str, factors: bool) -> np.ndarray:
     array = read_npy(path)
     if array.ndim != 2 or not (factors or array.shape[0] == array.shape[1]):
-        wanted = "a factor [positions, nodes]" if factors else "a square matrix"
-        raise ValueError(f"graphs: expected {wanted} in {path}, got shape {array.shape}")
+        expected = "a factor [positions, nodes]" if factors else "a square matrix"
+        raise ValueError(f"graphs: expected {expected} in {path}, got shape {array.shape}")
     return array.astype(np.float32)
 
 

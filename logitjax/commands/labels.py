@@ -44,8 +44,8 @@ def place_right(axes: Any, names: Sequence[Label]) -> None:
         return
     box = axes.get_window_extent()
     tall = max(extent(name.artist).height for name in names)
-    wanted = [axes.transData.transform((name.x, name.y))[1] for name in names]
-    places = apart(wanted, 1.1 * tall, box.y0, box.y1)
+    items = [axes.transData.transform((name.x, name.y))[1] for name in names]
+    places = apart(items, 1.1 * tall, box.y0, box.y1)
     for name, y in zip(names, places, strict=True):
         name.artist.set_y((y - box.y0) / box.height)
 
@@ -103,12 +103,12 @@ def apart(wanted: Sequence[float], gap: float, low: float, high: float) -> np.nd
         while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
             (b, n), (a, m) = blocks.pop(), blocks.pop()
             blocks.append(((a * m + b * n) / (m + n), m + n))
-    found = np.repeat([value for value, _ in blocks], [count for _, count in blocks])
+    result = np.repeat([value for value, _ in blocks], [count for _, count in blocks])
     top = high - gap * (len(order) - 1)
     # No room for all: around the middle, they stick out alike.
     low, top = (low, top) if low <= top else ((low + top) / 2, (low + top) / 2)
     places = np.empty(len(order))
-    places[order] = np.clip(found, low, top) + steps
+    places[order] = np.clip(result, low, top) + steps
     return places
 
 

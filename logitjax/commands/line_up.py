@@ -14,12 +14,14 @@ class LineUp:
     """Models that answer, and how they are fused.
 
     Attributes:
-        model: Model that answers alone or is steered.
-        expert: Tuned small model.
-        base: Model that the experts were tuned from: one, or one for each.
-        fusion: Strategy that fuses their logits: NAME or NAME:key=value,...
-        assistant: Folder of an assistant by `logitjax unlearn`. The model forgets what it knows.
-        alpha: Weight of the assistant. By default the one that was written with it.
+        model: Model that answers, alone or steered by others.
+        expert: Small model that was fine-tuned.
+        base: Model that the experts were fine-tuned from: one for all, or one each.
+        fusion: Strategy that fuses their logits: NAME, or NAME:key=value with commas between
+            settings.
+        assistant: Folder of an assistant from `logitjax unlearn`; the model forgets what the
+            assistant knows.
+        alpha: Weight of the assistant. By default the one stored with it.
         dtype: Type of weights and computation.
     """
 

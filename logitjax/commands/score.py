@@ -1,24 +1,24 @@
-"""Score texts, and the choices of questions, by a model.
+"""Compute a model's perplexity on texts and its accuracy on multiple-choice questions.
 
     logitjax score --data=jsonl:texts.jsonl --out=runs/score
     logitjax score --model=DIR --choices=questions.jsonl --out=runs/choices
     logitjax score --model=DIR --expert=runs/expert --base=runs/base --fusion=dynamic \\
         --data=text:book.txt --out=runs/fused
 
-`--data` is text, or rows `{"text"}` or `{"prompt", "response"}`, of which responses are scored.
-The scores are nats, perplexity a token, and bits a byte of UTF-8, by which models with different
-tokenizers can be compared. A text longer than `--max_length` is read in windows that overlap by
-half, each with the mark that the model expects in front. A prompt that does not fit loses its
-beginning; `scores.jsonl` says of which rows, `results.json` and the report of how many.
+`--data` is text, or rows of `{"text"}` or `{"prompt", "response"}`, of which only responses are
+scored. Scores are nats, perplexity per token, and bits per UTF-8 byte, which compares models with
+different tokenizers. A text longer than `--max_length` is read in windows that overlap by half,
+each with the BOS token that the model expects. A prompt that does not fit loses its beginning;
+`scores.jsonl` marks these rows, and the report counts them.
 
-A space at the end of a prompt is scored with the answer, as lm-evaluation-harness does: most tokens
-of words begin with their space.
+A space at the end of a prompt is scored with the answer, as in lm-evaluation-harness, because most
+tokens include their leading space.
 
-`--choices` is a file of rows `{"prompt", "choices", "answer"}`, with answers counted from 0. The
-scores are the log-likelihood of every choice, and how often the right one is the likeliest, in
-total and per byte. Tasks of lm-evaluation-harness run over `logitjax.integrations.lm_eval`.
+`--choices` is a file of rows of `{"prompt", "choices", "answer"}`, with answers counted from 0. The
+scores are the log-likelihood of each choice, and how often the right one is the most likely, in
+total and per byte. `logitjax.integrations.lm_eval` runs tasks of lm-evaluation-harness.
 
-OUT gets `scores.jsonl` (a line for each row), `results.json` and `report.md`.
+It writes OUT/scores.jsonl (a line for each row), OUT/results.json and OUT/report.md.
 """
 
 import dataclasses
@@ -53,7 +53,7 @@ class Config:
     )
     split: str = field("train", "Split of the data, which may be sliced: train[:100].")
     choices: str | None = field(None, "File of questions with choices, as JSON lines.")
-    max_length: int = field(1024, "Most tokens that are read at once.", minimum=2)
+    max_length: int = field(1024, "Maximum number of tokens to read at once.", minimum=2)
     batch_size: int = field(8, "Number of rows read at once.", minimum=1)
 
 
@@ -122,7 +122,7 @@ def _check_fusion(fuse: Any) -> None:
 
 
 def _sources(config: Config) -> list[tuple[str, str, list[_Item]]]:
-    """What is scored: its kind, its fingerprint and its rows, none longer than models read."""
+    """The kind, fingerprint and rows of each source, no row longer than the models can read."""
     tokenizer = models.load_tokenizer(config.line_up.model)
     # No fused model may be asked for more than it can read.
     most = min(config.max_length, config.line_up.longest)
@@ -139,14 +139,14 @@ def _sources(config: Config) -> list[tuple[str, str, list[_Item]]]:
 
 
 def _cut(config: Config, results: dict[str, Any]) -> str:
-    """What no model read, in words."""
+    """A sentence about prompts that were cut, if any were."""
     cut = {name: row["cut prompts"] for name, row in results.items() if row["cut prompts"]}
     if not cut:
         return ""
     rows = ", ".join(f"{count} of the {name}" for name, count in cut.items())
     return (
-        "\n\n**Prompts that lost their beginning to "
-        f"`--max_length={config.max_length}`, or to what the models can read**: {rows}."
+        "\n\n**Prompts whose beginning was cut to fit "
+        f"`--max_length={config.max_length}` or the models' context**: {rows}."
     )
 
 
@@ -170,10 +170,10 @@ def _scored(
 ) -> list[dict[str, Any]]:
     rows = [row for item in items for group in item.groups for row in group]
     ids = [item.record["id"] for item in items for group in item.groups for _ in group]
-    found = evaluation.score_rows(
+    result = evaluation.score_rows(
         nll_fn, rows, batch_size=batch_size, describe=lambda row: str(ids[row])
     )
-    nats, tokens = iter(found.totals()), iter(found.counts())
+    nats, tokens = iter(result.totals()), iter(result.counts())
 
     def totals(values: Iterator[Any], item: _Item) -> list[Any]:
         return [sum(next(values).item() for _ in group) for group in item.groups]
@@ -212,7 +212,7 @@ def _text_item(tokenizer: models.Tokenizer, row: dict[str, Any], most: int) -> _
 
 
 def _first_id(tokenizer: models.Tokenizer) -> int:
-    """What a text without a prompt follows: the mark of a beginning, or of an end."""
+    """The BOS token, or else the EOS token, that precedes a text without a prompt."""
     for first in (tokenizer.bos_id, tokenizer.eos_id):
         if first is not None:
             return first

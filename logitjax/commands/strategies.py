@@ -45,7 +45,7 @@ def strategy(spec: str | None) -> Any:
 
 
 def _value(name: str, text: str, default: Any) -> Any:
-    """What a flag says, of the kind that the default is; texts are checked by the strategy."""
+    """The value of a setting, of the same kind as its default; strategies check texts."""
     try:
         # Numbers, tuples and booleans as Python writes them, and nothing that could run.
         value = ast.literal_eval(text)

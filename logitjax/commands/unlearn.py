@@ -17,8 +17,8 @@ as well.
 
 `--method` is a name with options, as `'npo_kl(beta=0.2)'`, or `package.module:Name`. `difference`
 trains an assistant of the model's first layers that knows what to forget and nothing else. Its
-logits are subtracted while the model answers. The model's weights stay as they are: whoever leaves
-the assistant out has everything back. All other methods train adapters of the weights, or with
+logits are subtracted while the model answers. The model's weights stay as they are: without the
+assistant everything is back. All other methods train adapters of the weights, or with
 `--noadapters` all weights.
 
 Every few steps the command finds the strength at which the goal is met, and measures there what is
@@ -161,7 +161,7 @@ def run(config: Config, out: epath.Path) -> None:
             f"{goal.limit('asked'):.3g}, twice the likeliest of {goal.source}"
         )
     storage.progress.mark(f"unlearning by {config.method}", log=True)
-    found = forgetting.run()
+    completed = forgetting.run()
     rows_of = (
         f"Rows: {'; '.join(manifest)}. {split.left_out} were linked to rows to forget and left out,"
         f" {split.alike} that say much the same were kept. Groups of rows to keep: "
@@ -169,16 +169,16 @@ def run(config: Config, out: epath.Path) -> None:
         f"this table.{'' if 'holdout' in rows else ' No holdout: membership cannot be measured.'}"
         f"{_cut(config, questions)}"
     )
-    status = finish(config, questions, found, out, rows_of)
-    if status == 0 and config.merge and found.model is not None:
-        models.save_pretrained(found.model.model, tokenizer, out / "model")
+    status = finish(config, questions, completed, out, rows_of)
+    if status == 0 and config.merge and completed.model is not None:
+        models.save_pretrained(completed.model.model, tokenizer, out / "model")
     if status:
         sys.exit(status)
 
 
 def _reference(config: Config, name: str, tokenizer: models.Tokenizer) -> models.Decoder:
-    reference, theirs = models.load(name, dtype=config.dtype, layout="listed")
-    if not fusion.vocabulary_map(tokenizer, theirs).is_identity:
+    reference, other = models.load(name, dtype=config.dtype, layout="listed")
+    if not fusion.vocabulary_map(tokenizer, other).is_identity:
         raise ValueError(
             f"reference: expected a model with the tokenizer of {config.model}, got {name}"
         )

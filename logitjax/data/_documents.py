@@ -28,7 +28,7 @@ class DocumentTooLong(ValueError):
 def render_example(example: Mapping[str, Any]) -> list[tuple[str, bool]]:
     """Text as it is; prompt and response joined as they are; messages in ChatML.
 
-    Only responses and what the assistant says (with the end mark) are learnt.
+    Only responses and what the assistant says (with the end mark) are learned.
     """
     if "text" in example:
         return [(example["text"], True)]

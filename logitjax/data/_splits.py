@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import numpy as np
 from absl import logging
 from etils import epath
 
@@ -21,9 +22,9 @@ SPLITS = ("train", "validation", "test")
 def load_splits(spec: str, *, on_error: Literal["raise", "skip"] = "raise") -> dict[str, Examples]:
     """Training, validation and test examples of a source.
 
-    The source's own splits where it has them; for each of validation and test that it lacks, a
-    tenth is held out from the end of the training examples, the test examples last. Data of tfds
-    have to have all three.
+    The source's own splits where it has them. For each of validation and test that is missing, a
+    tenth of the text is held out from the end of the training examples, the test examples last.
+    Data of tfds must have all three.
 
     Args:
         spec: As for `load_examples`, without a split.
@@ -46,7 +47,7 @@ def load_splits(spec: str, *, on_error: Literal["raise", "skip"] = "raise") -> d
 
 
 def _cut(examples: Examples, names: tuple[str, ...], spec: str) -> dict[str, Examples]:
-    """All but the last tenths for the first name, and a tenth for each of the others."""
+    """All but the last tenths of the text for the first name, a tenth for each of the others."""
     if len(examples) < len(names):
         # A text file is cut into documents between paragraphs, see `load_examples`.
         hint = "; give a longer text" if spec.startswith("text:") else ""
@@ -54,8 +55,13 @@ def _cut(examples: Examples, names: tuple[str, ...], spec: str) -> dict[str, Exa
             f"data: expected at least {len(names)} documents in {spec}, to hold some out, got "
             f"{len(examples)}{hint}"
         )
-    held = max(1, len(examples) // 10)
-    stops = [len(examples) - held * i for i in reversed(range(len(names)))]
+    # By text and not by rows: documents differ in length, and one book may be half of it.
+    sizes = np.cumsum([0, *(len(str(row)) for row in examples)])
+    stops = [len(examples)]
+    for place in reversed(range(1, len(names))):
+        start = sizes[-1] * (1 - 0.1 * (len(names) - place))
+        nearest = int(np.abs(sizes - start).argmin())
+        stops.insert(0, min(max(nearest, place), stops[0] - 1))
     return {
         name: examples[start:stop]
         for name, start, stop in zip(names, [0, *stops], stops, strict=False)

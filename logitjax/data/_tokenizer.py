@@ -1,4 +1,4 @@
-"""What packing and scoring ask of a tokenizer, whoever wrote it."""
+"""The methods that packing and scoring need of any tokenizer."""
 
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable

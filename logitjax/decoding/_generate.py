@@ -61,7 +61,7 @@ def generate(
     ``drafts`` make it faster if a member of the ensemble often guesses the fused tokens. That
     member drafts some tokens, one pass of all members verifies them, and each row advances as far
     as its draft is accepted. Acceptance uses the *fused* distribution, so tokens follow it exactly,
-    whoever drafts. Greedy tokens are the same as without drafts. The draft length follows measured
+    with any draft. Greedy tokens are the same as without drafts. The draft length follows measured
     costs and acceptance; where drafting does not pay, rows decode step by step.
 
     Args:

@@ -56,7 +56,7 @@ class Request:
         sizes = list(plan.vocab_sizes)
         if len(sizes) != plan.streams:  # Several models read one stream.
             sizes = [plan.vocab_size] * plan.streams
-        # With a token map the small models know no ids beyond those that it maps.
+        # With a token map the small models have no ids beyond those that it maps.
         mapped = sizes[0] if plan.token_map is None else plan.token_map.large_size
         same = plan.read(_tokens(self.prompt, min(sizes[0], mapped), "prompt"))
         given = zip(same, (None, *others), sizes, strict=True)

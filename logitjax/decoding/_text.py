@@ -44,7 +44,7 @@ class TextOptions:
 
 
 def last_whole(tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:
-    """A prompt's last tokens, which tell how the next is spelt; none after half a character."""
+    """A prompt's last tokens, which tell how the next is spelled; none after half a character."""
     last = [int(token) for token in prompt[-_CONTEXT:]]
     # The rest of the character would be lost, as what was there before.
     cut = tokenizer.decode(last, skip_special=True).endswith("\N{REPLACEMENT CHARACTER}")

@@ -169,7 +169,7 @@ class CrossModal(Method):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LPPlusPlus(Method):
-    """LP++: prototypes plus class weights with a learnt factor for each class.
+    """LP++: prototypes plus class weights with a learned factor for each class.
 
     Its step sizes follow from the data, so :meth:`init` runs the whole of its training: gradient
     descent with momentum on all examples, the factors moving every tenth step.

@@ -1,6 +1,6 @@
 """Few-shot logit bias: what its methods share.
 
-All of them add something to the logits of a zero-shot classifier, learnt from a few labelled
+All of them add something to the logits of a zero-shot classifier, learned from a few labelled
 images, and differ in the features, the predictor and the fusion of that something::
 
     s = s0 + beta * s_bias
@@ -165,7 +165,7 @@ class FewShotTask:
 
 
 class State(NamedTuple):
-    """What a method has learnt (`trained`) and what it keeps fixed (`fixed`): pytrees."""
+    """What a method has learned (`trained`) and what it keeps fixed (`fixed`): pytrees."""
 
     trained: Any
     fixed: Any

@@ -19,7 +19,7 @@ class ProxyTuning(Strategy):
 
         large + alpha * sum_t (expert_t - base_t)
 
-    With alpha = 1 this equals tuning the large model, if both learnt the same log-ratio.
+    With alpha = 1 this equals tuning the large model, if both learned the same log-ratio.
 
     Attributes:
         alpha: the weight.

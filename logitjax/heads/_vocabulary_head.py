@@ -27,8 +27,8 @@ class VocabularyHead(nnx.Module):
     those with a quicker way override them. A tied head takes its rows from ``embedding``.
 
     Constructors take ``hidden_size`` d and ``vocab_size`` V, ``unigram`` ``[vocab]``, counts or
-    probabilities at whose logarithm biases begin, ``dtype`` of the computation, ``param_dtype`` of
-    the parameters, and ``rngs``, the source of initial ones.
+    probabilities whose logarithms are the first biases, ``dtype`` of the computation,
+    ``param_dtype`` of the parameters, and ``rngs``, the source of initial ones.
     """
 
     dtype: Any

@@ -47,7 +47,7 @@ class LogitjaxLM(TemplateLM):
         dtype: Compute type of a model that is loaded by name.
         max_length: Most tokens read at once; what the model reads if omitted, 2,048 if it does not
             say.
-        max_gen_toks: Most tokens of an answer where a task does not say.
+        max_gen_toks: Maximum number of tokens in an answer where a task does not say.
         batch_size: Number of rows read or continued together.
         add_bos: Begin every text with the beginning mark; None for what the tokenizer says. The
             harness's `hf` model adds it only for Gemma, or with its `add_bos_token=True`.

@@ -101,9 +101,9 @@ class ObjectiveStrategy(base_strategy.BaseStrategy):
 
     Args:
         objective: What is minimised. Its terms have no arrays of their own to train.
-        pad_id: Id of padding. Then `input_mask` says which tokens are learnt, and positions and
+        pad_id: Id of padding. Then `input_mask` says which tokens are learned, and positions and
             attention follow from the ids. If None, it says which tokens there are, and all of them
-            are learnt.
+            are learned.
     """
 
     def __init__(self, objective: Objective, *, pad_id: int | None = None):

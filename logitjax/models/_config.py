@@ -53,7 +53,7 @@ class DecoderConfig:
 
     `windows` holds one entry a layer: `None` attends to all earlier positions, an int to that
     many last positions, itself included. Empty means `None` everywhere. Layers with a window use
-    `rope_local_theta` (unscaled) if it is set; the layers of `unrotated` know no positions.
+    `rope_local_theta` (unscaled) if it is set; the layers of `unrotated` have no positions.
     `segment_boundaries` are layer indices at which a segment must end, for edits that treat the
     layers before and after differently.
 

@@ -1,5 +1,6 @@
 """The decoder that the metadata of a GGUF file describes."""
 
+import math
 from typing import Any
 
 from logitjax.models._config import DecoderConfig, RopeScaling
@@ -104,8 +105,13 @@ def _rope_scaling(source: GgufSource, get: Any) -> RopeScaling | None:
         return None
     if kind not in ("linear", "yarn"):
         raise ValueError(f"{source.path}: unknown rope scaling {kind!r}")
+    factor = float(get("rope.scaling.factor", 1.0))
+    # llama.cpp multiplies it by YaRN's own amplitude, which is all where the file says nothing.
+    given = get("rope.scaling.yarn_attn_factor", get("rope.scaling.attn_factor"))
+    amplitude = 1.0 + 0.1 * math.log(max(factor, 1.0))
     return RopeScaling(
         kind=kind,
-        factor=float(get("rope.scaling.factor", 1.0)),
+        factor=factor,
         original_max_length=int(get("rope.scaling.original_context_length", 8192)),
+        attention_factor=float(given) * amplitude if given and kind == "yarn" else None,
     )

@@ -19,7 +19,8 @@ from logitjax.models._tiny import tiny_seed
 from logitjax.models._tokenizer import Tokenizer
 from logitjax.storage import guard, read_json, require
 
-_LARGE_ID = re.compile(r":\s*(\d{8,})")
+# The value of a key: `t:20241130` is a token, and a length of truncation is no id.
+_LARGE_ID = re.compile(r'(?<!max_length)"\s*:\s*(\d{8,})')
 # Every way to split a token is tried.
 _LONGEST_TOKEN = 256
 

@@ -1,7 +1,7 @@
 """The script of a process that renders chat templates, so that it imports Jinja and nothing else.
 
 A template is a program that comes with a model. Jinja's sandbox keeps it from reaching Python, not
-from running for ever or from taking all memory. Here the system ends what takes too long or too
+from running forever or from taking all memory. Here the system ends what takes too long or too
 much, in the midst of whatever step: no list of methods and filters that might has to be complete.
 """
 

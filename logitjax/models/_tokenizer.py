@@ -163,12 +163,12 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> tuple[list[int], list[bool]]:
-        """Tokens of a conversation, and which of them are to be learnt.
+        """Tokens of a conversation, and which of them are to be learned.
 
         If a template marks what the assistant wrote (`{% generation %}`), the tokens that overlap
-        such a part are learnt, as transformers counts them. Under any other template, what a
+        such a part are learned, as transformers counts them. Under any other template, what a
         message of the role `learn` adds beyond the generation prompt (its text and its end-of-turn
-        token) is learnt; a token counts if it begins inside such a part. The whole text is encoded
+        token) is learned; a token counts if it begins inside such a part. The whole text is encoded
         at once, so no token boundary is invented.
 
         Args:

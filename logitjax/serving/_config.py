@@ -37,7 +37,7 @@ class ServerConfig:
         audit_log: File that records what was given to whom; None for none.
         keys: Keys of those who may ask, and what each may spend.
         hidden_states: Also give hidden states and the head at `/v1/hidden_states`, for students of
-            this model. Whoever may ask gets what the policy withholds.
+            this model. Clients then get what the policy withholds.
         allow_origins: Origins whose pages may ask from a browser; `*` for all.
 
     Raises:

@@ -149,7 +149,7 @@ class HiddenStates:
 
 def _encoded(about: dict[str, str], **tensors: Any) -> bytes:
     arrays = {name: np.asarray(array) for name, array in tensors.items() if array is not None}
-    # The reader of safetensors for NumPy knows no bfloat16.
+    # The reader of safetensors for NumPy has no bfloat16.
     bits = {
         name: np.ascontiguousarray(x.view(np.uint16) if x.dtype == jnp.bfloat16 else x)
         for name, x in arrays.items()

@@ -17,7 +17,7 @@ from logitjax.serving._schema import CompletionRequest
 
 
 class Meter:
-    """One answer's charges: each context pays before its token is shown, whoever asked for it.
+    """One answer's charges: each context pays before its token is shown, for any client.
 
     Args:
         ledger: What was told so far, to everybody.

@@ -10,7 +10,7 @@ from typing import IO
 import fsspec.config
 from etils import epath
 
-# gcsfs keeps listings for ever, and with them files that others wrote or removed since.
+# gcsfs keeps listings forever, and with them files that others wrote or removed since.
 fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
 
 

@@ -158,7 +158,7 @@ def inside(directory: epath.PathLike, name: Any, field: str) -> epath.Path:
 
 
 def plain_file(path: epath.PathLike) -> None:
-    """Raises where a path is a device or a pipe, which could be read for ever."""
+    """Raises where a path is a device or a pipe, which could be read forever."""
     if "://" not in os.fspath(path) and not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError(f"{path}: expected a file")
 

@@ -26,7 +26,7 @@ def write_head(
     """
     root = epath.Path(directory)
     root.mkdir(parents=True, exist_ok=True)
-    # In memory, as a head is small beside its model, and `save_file` knows no remote path.
+    # In memory, as a head is small beside its model, and `save_file` has no remote path.
     content = require("safetensors.numpy", extra="models").save(dict(tensors))
     # Without it there is no head, so that none is ever half of one and half of another.
     (root / "head.json").unlink(missing_ok=True)

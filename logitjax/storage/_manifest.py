@@ -120,7 +120,7 @@ class Manifest:
         """
         record = self.read()
         held = record["made_from"]
-        # JSON knows no tuples.
+        # JSON has no tuples.
         wanted = json.loads(json.dumps(dict(expected)))
         for name, fingerprint in (names_of or {}).items():
             if name in wanted and held.get(fingerprint) == wanted.get(fingerprint):

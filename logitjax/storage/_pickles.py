@@ -181,7 +181,7 @@ class Machine:
 
 
 def _key(value: Any) -> Any:
-    # Tuples of tuples that repeat each other take for ever to be hashed.
+    # Tuples of tuples that repeat each other take forever to be hashed.
     flat = value if type(value) is tuple and len(value) <= 32 else (value,)
     if not all(isinstance(part, _PLAIN) for part in flat):
         raise ValueError(f"a key that is a {type(value).__name__}")

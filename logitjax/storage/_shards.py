@@ -32,7 +32,11 @@ def open_shard(directory: epath.Path, name: str) -> Iterator[tuple[Callable[[byt
     """
     directory.mkdir(parents=True, exist_ok=True)
     near = None if is_remote(directory) else os.fspath(directory)
-    with tempfile.TemporaryDirectory(dir=near, prefix=".unfinished-") as scratch:
+    prefix = f".unfinished-{name}-"
+    # A killed run left them; one process at a time writes a shard, so they are nobody's work.
+    for leftover in directory.glob(f"{prefix}*") if near else ():
+        leftover.rmtree()
+    with tempfile.TemporaryDirectory(dir=near, prefix=prefix) as scratch:
         target = directory / f"{name}.array_record"
         path = epath.Path(scratch) / target.name
         writer = ArrayRecordWriter(os.fspath(path), _WRITER_OPTIONS)

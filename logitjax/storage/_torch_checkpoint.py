@@ -150,7 +150,7 @@ def _read_zip(file: Any) -> Any:
             if members[name].file_size != found.count * found.dtype.itemsize:
                 raise ValueError(f"{name} does not hold {found.count} numbers")
             values = guard.member_array(archive, members[name], found.dtype)
-            # Extension types such as bfloat16 know no byte order of their own.
+            # Extension types such as bfloat16 have no byte order of their own.
             found.values = values if order == "<" else values.byteswap(inplace=True)
         return found
 

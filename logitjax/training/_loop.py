@@ -157,7 +157,7 @@ def train_loop(
                     writer.write_scalars(step, {f"eval/{k}": v for k, v in scores.items()})
                 if last or _due(step, options.checkpoint_every):
                     save(step)
-                # All processes stop after the same step, or one would wait for the others for ever.
+                # All processes stop after the same step, or one would wait for the others forever.
                 if told_to_stop(step) and not last:
                     save(step)
                     if checkpointer is not None:

@@ -2,7 +2,9 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +12,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from logitjax.storage import require, write_atomic
+from logitjax.storage import digest, require, write_atomic
 
 
 class MetricAccumulator:
@@ -136,6 +138,70 @@ class TensorBoardWriter(MetricWriter):
             self._writer = None
 
 
+class WandbWriter(MetricWriter):
+    """A Weights & Biases run; offline, for ``wandb sync``, unless ``WANDB_MODE`` is ``online``."""
+
+    def __init__(self, directory: epath.PathLike):
+        self._wandb = require("wandb", extra="wandb")
+        self._directory = str(directory)
+        self._run: Any = None
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        if self._run is None:
+            self._run = self._wandb.init(
+                project="logitjax",
+                # A folder that is continued continues its run.
+                id=digest(self._directory, length=16),
+                resume="allow",
+                dir=self._directory,
+                mode=os.environ.get("WANDB_MODE", "offline"),
+            )
+        self._run.log(dict(scalars), step=step)
+
+    def close(self) -> None:
+        if self._run is not None:
+            self._run.finish()
+            self._run = None
+
+
+class TerminalWriter(MetricWriter):
+    """Curves of the loss and of the validation perplexity, redrawn in place on a terminal."""
+
+    _NAMES, _BARS, _WIDTH = ("loss", "eval/perplexity"), "▁▂▃▄▅▆▇█", 50
+
+    def __init__(self) -> None:
+        self._curves: dict[str, list[float]] = {}
+        self._verbosity: int | None = None
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        if not sys.stderr.isatty():
+            return
+        if self._verbosity is None:
+            # Log lines would move the cursor away from the curves.
+            self._verbosity = logging.get_verbosity()
+            logging.set_verbosity(logging.WARNING)
+        up = f"\x1b[{len(self._curves)}F\x1b[J" if self._curves else ""
+        for name in self._NAMES:
+            if math.isfinite(scalars.get(name, math.nan)):
+                self._curves.setdefault(name, []).append(float(scalars[name]))
+        lines = [self._draw(name, values) for name, values in self._curves.items()]
+        print(up + "\n".join(lines), f"step {step}", file=sys.stderr, flush=True)
+
+    def _draw(self, name: str, values: list[float]) -> str:
+        # As many columns as fit, each the last value that falls into it.
+        columns = {
+            i * self._WIDTH // max(len(values), self._WIDTH): v for i, v in enumerate(values)
+        }
+        low, high = min(values), max(values)
+        levels = [round((v - low) / (high - low or 1.0) * 7) for v in columns.values()]
+        bars = "".join(self._BARS[level] for level in levels)
+        return f"{name:16}{values[0]:9.4g} {bars} {values[-1]:.4g}"
+
+    def close(self) -> None:
+        if self._verbosity is not None:
+            logging.set_verbosity(self._verbosity)
+
+
 class MultiWriter(MetricWriter):
     """Hands everything to several writers."""
 
@@ -159,21 +225,28 @@ class MultiWriter(MetricWriter):
             writer.close()
 
 
+_TRACKERS: Mapping[str, Callable[[epath.Path], MetricWriter]] = {
+    "tensorboard": lambda folder: TensorBoardWriter(folder / "tensorboard"),
+    "wandb": WandbWriter,
+    "terminal": lambda folder: TerminalWriter(),
+}
+
+
 def make_writer(
-    workdir: epath.PathLike | None, *, log: bool = True, tensorboard: bool = False
+    workdir: epath.PathLike | None, *, log: bool = True, track: Sequence[str] = ()
 ) -> MetricWriter:
-    """The usual writers, ``metrics.jsonl`` and the log; only process 0 writes.
+    """The usual writers, ``metrics.jsonl`` and the log, and trackers; only process 0 writes.
 
     Args:
-        workdir: where ``metrics.jsonl`` and ``tensorboard/`` go; None for the log alone.
+        workdir: where ``metrics.jsonl`` and the trackers' files go; None for the log alone.
         log: write log lines.
-        tensorboard: write event files too.
+        track: names of trackers: ``tensorboard``, ``wandb`` (offline by default), and ``terminal``,
+            which draws curves.
     """
     if jax.process_index() != 0:
         return MetricWriter()
     writers: list[MetricWriter] = [LogWriter()] if log else []
     if workdir is not None:
         writers.append(JsonlWriter(epath.Path(workdir) / "metrics.jsonl"))
-        if tensorboard:
-            writers.append(TensorBoardWriter(epath.Path(workdir) / "tensorboard"))
+        writers += [_TRACKERS[name](epath.Path(workdir)) for name in track]
     return MultiWriter(writers)

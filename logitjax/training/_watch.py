@@ -23,9 +23,9 @@ LATER_SECONDS = 30
 
 
 def stall_seconds(processes: int) -> float:
-    """How long nothing may move; 0 for ever.
+    """How long nothing may move; 0 forever.
 
-    `LOGITJAX_STALL_SECONDS`, else an hour with several processes and for ever with one.
+    `LOGITJAX_STALL_SECONDS`, else an hour with several processes and forever with one.
     """
     text = os.environ.get("LOGITJAX_STALL_SECONDS", "")
     try:

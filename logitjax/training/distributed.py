@@ -37,7 +37,7 @@ def initialize(
     A process with several CPU devices, also one alone, gets three threads for each
     (``PJRT_NPROC``, unless it is set). By default XLA has as many as there are cores, and runs and
     starts the devices' programs on the same ones: where some wait to start a program and others,
-    within the one before, for devices that no thread is left for, they wait for ever.
+    within the one before, for devices that no thread is left for, they wait forever.
 
     Args:
         coordinator_address: ``host:port`` of process 0.
@@ -46,11 +46,11 @@ def initialize(
         cluster: ``auto``; ``none`` to stay alone; or the kind to expect: ``tpu``, ``slurm``,
             ``k8s``, ``ompi``.
         heartbeat_seconds: after how long a process that is not heard of is lost: the others end
-            with status 75, for their collectives would wait for it for ever.
+            with status 75, for their collectives would wait for it forever.
             ``LOGITJAX_HEARTBEAT_SECONDS``, or 100.
 
     From here on a thread watches: where no process has packed, read, saved or taken a step for
-    ``LOGITJAX_STALL_SECONDS`` (an hour with several processes, for ever with one), and where one
+    ``LOGITJAX_STALL_SECONDS`` (an hour with several processes, forever with one), and where one
     is gone or has said why it ends (`leave`), this one ends too.
 
     Returns:

@@ -39,7 +39,7 @@ def refusals(count: int, *, seed: int = 0) -> list[str]:
 def invented(
     model: Decoder, questions: Questions, *, samples: int = 5, seed: int = 0
 ) -> list[list[str]]:
-    """Other answers to the questions, made up by the model that is to forget.
+    """Other answers to the questions, made up by the model that should forget.
 
     It is told to change every fact. Empty samples, those that say almost what the answer says
     (ROUGE-L over 0.7) and those that were there before are dropped.

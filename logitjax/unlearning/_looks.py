@@ -162,7 +162,7 @@ class Looks:
             return float(np.max([*goal.excess(said).values()]))
 
         if method.assistant:
-            # Denser where little is taken away, which is enough if much was learnt.
+            # Denser where little is taken away, which is enough if much was learned.
             alphas = np.linspace(0.0, 1.0, _ALPHAS, dtype=np.float32)[1:] ** 2
             alphas *= np.float32(method.most_strength)
             model = self.training.at(trained, 1.0)

@@ -32,7 +32,7 @@ class Method:
     needs: ClassVar[tuple[Need, ...]]
     # Peak learning rate of its adapters, where a run names none.
     peak: ClassVar[float] = 1e-3
-    # Of the strength of what was trained: -1 where that is learnt to be taken away.
+    # Of the strength of what was trained: -1 where that is learned to be taken away.
     sign: ClassVar[float] = 1.0
     # Largest strength that is tried, one for all. More than 1 goes further than was trained.
     most_strength: ClassVar[float] = 4.0
@@ -116,7 +116,7 @@ class Method:
         return model
 
     def deployed(self, model: Decoder, lora: Lora, strength: float) -> Deployed:
-        """A model with so much of what adapters learnt."""
+        """A model with so much of what adapters learned."""
         return Deployed(model=merged(scaled(lora, strength), model))
 
     def make_loss(
@@ -134,7 +134,7 @@ class Method:
         formed.
 
         Args:
-            model: The model that is to forget, or one like it of shapes alone (`nnx.eval_shape`).
+            model: The model that should forget, or one like it of shapes alone (`nnx.eval_shape`).
             counts: Numbers of answers' tokens of each side, of all steps that there will be. The
                 head then runs at no more positions than that. The loss is nan if there are more.
             adapters: Trains a `models.Lora` beside the model in place of its parameters. The model

@@ -26,10 +26,10 @@ class UnlearnConfig:
         budget: Number of combinations of ways to ask that each search tries.
         learning_rate: Peak learning rate. 0 takes the method's: 5e-3 for an assistant, 1e-3 to 3e-2
             for other adapters, and 3e-4 for all weights.
-        least_probability: Least share of their mean probability that answers to keep may have left,
+        least_probability: Least share of their mean probability that answers to keep must keep,
             of every kind: neighbours, paraphrases and others.
         least_row: Least share of its probability that any single answer that was known may have.
-        least_rouge: Least share of ROUGE-L F1 that answers generated for them may have left.
+        least_rouge: Least share of ROUGE-L F1 that answers generated for them must keep.
         least_fluency: Least share of the entropy of word pairs and triples in these.
         most_perplexity: Largest factor by which the perplexity of other text may rise.
         thorough: Also run attacks that train or sample.

@@ -48,7 +48,7 @@ def make_update(
     """The loss of an assistant or of adapters, on rows to forget, rows to keep and other text.
 
     Args:
-        model: The model that is to forget.
+        model: The model that should forget.
         questions: Its rows.
         config: The method and its settings.
         ways: Ways to ask rows of both sides.

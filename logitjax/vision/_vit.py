@@ -61,7 +61,7 @@ class ViTConfig:
         registers: Tokens without a position after that.
         patch_bias: Whether patches are projected with a bias.
         pre_norm: Whether a norm comes before the blocks, as in CLIP.
-        pooling: What the feature is: the output of the class token (`class`), what a learnt probe
+        pooling: What the feature is: the output of the class token (`class`), what a learned probe
             asks of all patches (`probe`, as in SigLIP), or the mean of the patches, after the last
             norm (`mean`) or before it (`mean_then_norm`).
         embed_dim: Features after a last projection; 0 for none.
@@ -187,7 +187,7 @@ def _scaled(x: jax.Array, scale: Any) -> jax.Array:
 
 
 class _Probe(nnx.Module):
-    """A learnt query asks all patches; then an MLP."""
+    """A learned query asks all patches; then an MLP."""
 
     def __init__(self, config: BlockConfig, *, dtype: Any, rngs: nnx.Rngs):
         self.config = config

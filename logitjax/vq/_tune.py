@@ -143,7 +143,7 @@ class Tuning:
             if changed:
                 held, constants = jax.device_put(changed, everywhere)
                 state = state.replace(params=held)
-        # Other code knows no mesh, and nothing of several processes.
+        # Other code has no mesh, and nothing of several processes.
         params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), state.params)
         return params, [float(total) / float(size) for total, size in jax.device_get(losses)]
 

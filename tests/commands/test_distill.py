@@ -1,13 +1,18 @@
 """The command that prunes and teaches: what it writes is read back, killed it goes on, errors."""
 
+import base64
 import dataclasses
+import http.server
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -16,8 +21,8 @@ from etils import epath
 from flax import nnx
 from safetensors.numpy import load_file
 
-from logitjax import distillation, leakage, models
-from logitjax.commands import audit, cache_logits, cli, distill
+from logitjax import commands, distillation, leakage, models
+from logitjax.commands import audit, cache_logits, cli, distill, hub
 from tests.serving._server import server
 
 TEXT = "\n\n".join(f"paragraph {i} " + "word " * 60 for i in range(120))
@@ -354,3 +359,79 @@ def test_an_empty_split_is_named(tmp_path):
         distill.run(
             config(f"jsonl:{tmp_path / 'few.jsonl'}", drop_layers=1), epath.Path(tmp_path) / "out"
         )
+
+
+class _Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the hub's API as an upload of small files needs."""
+
+    files: ClassVar[dict[str, bytes]] = {}
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        page = f"http://{self.headers['Host']}/me/small"
+        answer: dict = {"url": page, "name": "me/small"}
+        if "preupload" in self.path:
+            names = [file["path"] for file in json.loads(body)["files"]]
+            modes = [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]
+            answer = {"files": modes}
+        elif "commit" in self.path:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    value = line["value"]
+                    self.files[value["path"]] = base64.b64decode(value["content"])
+            answer = {"commitUrl": f"{page}/commit/1", "commitOid": "1" * 40}
+        self._answer(200, answer)
+
+    def do_GET(self):
+        self._answer(404, {"error": "there is no such file"})
+
+    do_HEAD = do_GET
+
+    def _answer(self, status, record):
+        body = json.dumps(record).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_model_and_its_card_go_to_the_hub(tmp_path, monkeypatch):
+    hub_api = pytest.importorskip("huggingface_hub")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        api = hub_api.HfApi(address, token="hf_x")
+        monkeypatch.setattr(hub_api, "HfApi", lambda: api)
+        card = hub.model_card(
+            title="smaller",
+            made_from=["smollm2", "/home/me/teacher"],
+            tags=["pruning"],
+            report="| perplexity |\n|---|\n| 27 |",
+            settings={"steps": 200, "loss": ("sft:0.5",)},
+        )
+        (tmp_path / "README.md").write_text(card)
+        (tmp_path / "config.json").write_text("{}")
+        hub.push(epath.Path(tmp_path), "me/small")
+        server.shutdown()
+    sent = _Hub.files["README.md"].decode()
+    assert set(_Hub.files) == {"README.md", "config.json"}
+    assert 'base_model: ["HuggingFaceTB/SmolLM2-135M-Instruct"]' in sent
+    assert 'steps: 200\nloss: ["sft:0.5"]' in sent
+    assert "| perplexity |" in sent
+
+
+@pytest.mark.every_change
+@pytest.mark.slow
+def test_a_dry_run_says_what_a_run_would_take_and_writes_nothing(text, tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = ["--student=tiny", "--drop_layers=1", f"--data={text}", "--steps=100", "--seq_len=64"]
+    commands.main(["distill", *flags, f"--out={out}", "--dry_run"])
+    said = capsys.readouterr().out
+    assert "tokens  the student is trained on 25,600" in said
+    assert "steps   100" in said
+    assert re.search(r"time    about [\d.]+ minutes", said)
+    assert not out.exists()

@@ -205,3 +205,19 @@ def test_empty_data(tmp_path):
     path = write_rows(tmp_path / "bad.jsonl", ["nonsense"])
     with pytest.raises(ValueError, match="1 malformed rows skipped"):
         load_examples(f"jsonl:{path}", on_error="skip")
+
+
+def test_what_is_held_out_of_a_folder_is_a_tenth_of_its_text_and_not_of_its_files(tmp_path):
+    # The last files are long: three of ten by number would be most of the text.
+    for i in range(30):
+        (tmp_path / f"{i:02}.txt").write_text("word " * (20 if i < 27 else 400))
+    splits = load_splits(f"text:{tmp_path}")
+    sizes = {name: sum(len(row["text"]) for row in rows) for name, rows in splits.items()}
+    assert sum(map(len, splits.values())) == 30
+    assert sizes["test"] == sizes["validation"] == 5 * 400
+    # Each part has at least one document, however few there are.
+    few = tmp_path / "few"
+    few.mkdir()
+    for i, words in enumerate((1, 1, 5000)):
+        (few / f"{i}.txt").write_text("word " * words)
+    assert [len(rows) for rows in load_splits(f"text:{few}").values()] == [1, 1, 1]

@@ -293,7 +293,7 @@ def test_a_folder_belongs_to_one_student_corpus_objective_and_course(tmp_path):
         _distill._check_folder(made_from, epath.Path(tmp_path))
 
     begin()
-    begin(eval_batch=8, tensorboard=True, loop=training.LoopOptions(log_every=1))
+    begin(eval_batch=8, track=("tensorboard",), loop=training.LoopOptions(log_every=1))
     for changes, said in (
         (dict(weight=2.0), "its student is"),
         (dict(text="b"), "its text is .* its teachers.source0 is"),

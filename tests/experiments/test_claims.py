@@ -86,7 +86,8 @@ def sound(tmp_path_factory) -> pathlib.Path:
     judged = judge.judge(claims, docs / "results" / "claims")
     for one in judged.values():
         claims_of.write(one, docs / "claims")
-    (docs / "claims.md").write_text(page.text(judged))
+    (docs / "measurements").mkdir()
+    (docs / "measurements" / "claims.md").write_text(page.text(judged))
     mark = f"<!-- claim: DH-1 -->\n\n{page.sentence(judged['DH-1'])}\n"
     (docs / "dual_head.md").write_text(mark)
     return docs
@@ -187,7 +188,7 @@ FAULTS: dict[str, tuple[Callable[[pathlib.Path], None], str]] = {
     ),
     "another setting": (_record("ours-2", lambda r: r.update(setting="0")), "another setting"),
     "a changed digit of the page": (
-        _file("claims.md", lambda text: text.replace("1 holds", "2 holds")),
+        _file("measurements/claims.md", lambda text: text.replace("1 holds", "2 holds")),
         "claims.md",
     ),
     "a changed digit elsewhere": (

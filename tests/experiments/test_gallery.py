@@ -15,7 +15,7 @@ from logitjax.commands.figures import Panel, Picture, Series
 
 def test_page_and_pictures_are_made_of_the_files():
     assert gallery.results()
-    assert (gallery.DOCS / "gallery.md").read_text() == gallery.page()
+    assert (gallery.DOCS / "measurements" / "gallery.md").read_text() == gallery.page()
     drawn = gallery.pictures()
     assert set(drawn) == set((gallery.DOCS / "gallery").iterdir())
     for path, picture in drawn.items():

@@ -88,3 +88,15 @@ def test_truncated_file_is_named(tmp_path):
         (tmp_path / "cut.gguf").write_bytes(data[:size])
         with pytest.raises(ValueError, match=rf"cut\.gguf: {why}"):
             load_model(str(tmp_path / "cut.gguf"))
+
+
+def test_the_attention_factor_of_yarn_multiplies_its_own_amplitude(tmp_path, monkeypatch):
+    write_gguf(load_model("tiny"), tmp_path / "m.gguf")
+    source = GgufSource(tmp_path / "m.gguf")
+    said = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
+    plain = source.metadata
+    monkeypatch.setattr(source, "metadata", lambda key, *more: said.get(key, plain(key, *more)))
+    assert gguf_config(source).rope_scaling.attention_factor is None
+    said["llama.rope.scaling.attn_factor"] = 0.5
+    expected = 0.5 * (1 + 0.1 * np.log(4.0))
+    assert gguf_config(source).rope_scaling.attention_factor == pytest.approx(expected)

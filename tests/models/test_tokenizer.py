@@ -139,3 +139,16 @@ def test_a_text_is_neither_cut_nor_padded_to_what_a_file_was_last_used_with(char
     for text in ("hi", "hello you."):
         assert tokenizer.encode(text) == characters.encode(text)
         assert tokenizer.backend.encode_batch([text])[0].ids == characters.encode(text)
+
+
+def test_a_date_among_the_tokens_and_a_long_truncation_are_no_large_ids(tmp_path):
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "t:20241130": 1}, []))
+    backend.add_tokens(["t:20241130"])
+    backend.enable_truncation(max_length=100_000_000)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(str(tmp_path)).encode("at:20241130") == [0, 1]
+    text = (tmp_path / "tokenizer.json").read_text().replace('"a": 0', '"a": 99999999')
+    text = text.replace('"a":0', '"a":99999999')
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(ValueError, match="id: expected less than 10,000,000, got 99999999"):
+        load_tokenizer(str(tmp_path))

@@ -138,7 +138,7 @@ def _masks(ours: Any, theirs: Any, text: str) -> str:
 
 
 def _two_turns(ours: Any) -> str:
-    """Whether both answers of a conversation are learnt, and nothing that others said."""
+    """Whether both answers of a conversation are learned, and nothing that others said."""
     try:
         text = ours.render_chat(TWO_TURNS.messages)
     except ValueError:

@@ -263,7 +263,7 @@ def test_jsonl_is_cut_on_resume(tmp_path):
 
 def test_tensorboard_writer(tmp_path):
     pytest.importorskip("tensorboardX")
-    writer = training.make_writer(tmp_path, tensorboard=True)
+    writer = training.make_writer(tmp_path, track=("tensorboard",))
     assert isinstance(writer, MetricWriter)
     writer.resume(0)
     writer.write_scalars(1, {"loss": 1.0})
@@ -464,7 +464,7 @@ def test_tensorboard_forgets_what_came_after_the_step_that_a_run_resumes_at(tmp_
             super().__init__(directory, purge_step=purge_step)
 
     monkeypatch.setattr(tensorboard, "SummaryWriter", Writer)
-    writer = training.make_writer(tmp_path, tensorboard=True)
+    writer = training.make_writer(tmp_path, track=("tensorboard",))
     writer.write_scalars(1, {"loss": 1.0})
     writer.resume(3)
     writer.write_scalars(4, {"loss": 1.0})

@@ -17,9 +17,9 @@ _SPECIALS = 1 << 4
 class Chunks:
     """How the labels of two tokenizers align on the same text: ours and the other's.
 
-    Position t predicts token t + 1, its label. A chunk is a stretch of text, as short as possible,
-    at whose ends both tokenizers end a token, or a special token that both have in one place. All
-    its tokens are labels that count, on both sides.
+    Position t predicts token t + 1, its label. A chunk is the shortest stretch of text
+    with a token boundary of both tokenizers at either end, or a special token that both have in one
+    place. All its tokens are labels that count, on both sides.
 
     Attributes:
         ours: int32 `[rows, length - 1]`, the chunk of each of our labels, from 0 in every row; -1
@@ -84,7 +84,7 @@ def align_chunks(
         their_lengths: the same of the other vocabulary.
         our_prefix: bytes that our tokenizer writes before a text (the space of Llama 2).
         their_prefix: the same of the other's.
-        by: where counting of bytes restarts: at each document, or at each learnt part of it, as in
+        by: where counting of bytes restarts: at each document, or at each learned part of it, as in
             conversations, which two chat templates spell differently.
 
     Returns:

@@ -75,7 +75,7 @@ class TokenProjection:
 
         Args:
             ids: `[*batch, k]`, different ones at each position, as `merged` gives them. Those of
-                `size` and beyond are nobody's.
+                `size` and beyond belong to no token.
 
         >>> projection = TokenProjection(
         ...     ids=np.array([[0], [2], [2], [-1]], np.int32), weights=np.ones((4, 1)), size=3)

@@ -1,12 +1,13 @@
 """Training a student on a corpus, scoring it before and after, and the model to hand on."""
 
+import contextlib
 import dataclasses
 import functools
 import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -40,7 +41,8 @@ class Course:
         eval_rows: Number of rows to score of validation text, and of test text.
         eval_batch: Number of rows that are scored at once; `batch_size` if 0.
         seed: Seed of the order of rows and of new parameters.
-        tensorboard: Also write TensorBoard event files.
+        track: Where metrics also go: TensorBoard's files, Weights & Biases (offline unless
+            `WANDB_MODE` is online), or curves in the terminal.
         loop: How often to save, log and evaluate.
     """
 
@@ -53,7 +55,9 @@ class Course:
     eval_rows: int = 32
     eval_batch: int = storage.option(0, execution=True)
     seed: int = 0
-    tensorboard: bool = storage.option(False, execution=True)
+    track: tuple[Literal["tensorboard", "wandb", "terminal"], ...] = storage.option(
+        (), execution=True
+    )
     loop: training.LoopOptions = training.LoopOptions()  # noqa: RUF009
 
     def __post_init__(self) -> None:
@@ -254,7 +258,6 @@ def train_student(
     )
     rows = corpus.packed.splits["train"]
     index, count = training.BatchLayout(mesh).share
-
     order: Any = {"seed": course.seed, "batch_size": course.batch_size}
     text = functools.partial(rows.batch, process_index=index, process_count=count, **order)
     taught = functools.partial(corpus.batch, "train", taught=bool(sources))
@@ -267,12 +270,12 @@ def train_student(
     def validate(state: training.TrainState, step: int) -> dict[str, float]:
         return scorer.scores(state.params, "validation")
 
-    with training.Checkpointer(directory / "checkpoints") as checkpointer:
+    with contextlib.ExitStack() as stack:
+        checkpointer = stack.enter_context(training.Checkpointer(directory / "checkpoints"))
         update: Any = functools.partial(step, constants=frozen)
         if on_policy.share:
-            sizes: Any = {"batch_size": course.batch_size, "seed": course.seed, "mesh": mesh}
-            place = directory / "rollouts"
-            rollouts = Rollouts(student, on_policy, corpus.packed, directory=place, **sizes)
+            sizes = {**order, "mesh": mesh, "directory": directory / "rollouts"}
+            rollouts = Rollouts(student, on_policy, corpus.packed, **sizes)
             update = on_policy_update(
                 rollouts,
                 taught,
@@ -281,6 +284,8 @@ def train_student(
                 oldest=lambda: min(checkpointer.steps(), default=0),
                 reported=corpus.metrics,
             )
+        writer = training.make_writer(directory, track=course.track)
+        stack.enter_context(contextlib.closing(writer))
         state = training.train_loop(
             start,
             update,
@@ -289,7 +294,7 @@ def train_student(
             workdir=directory,
             checkpointer=checkpointer,
             eval_fn=validate if course.loop.eval_every else None,
-            writer=training.make_writer(directory, tensorboard=course.tensorboard),
+            writer=writer,
             identity={
                 "data": rows.fingerprint,
                 "loss": _identity(objective, course),

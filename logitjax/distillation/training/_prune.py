@@ -21,6 +21,7 @@ class Pruning:
 
     Attributes:
         drop_layers: Number of layers to drop.
+        drop_share: Share of the layers to drop, instead of their number.
         prune_by: Score that chooses the layers to drop: how far each turns the residual stream
             (influence), or how far a run of layers does.
         keep_layers: Layers to keep, instead of `drop_layers`.
@@ -30,6 +31,7 @@ class Pruning:
     """
 
     drop_layers: int = 0
+    drop_share: float = 0.0
     prune_by: Literal["influence", "run"] = "run"
     keep_layers: tuple[int, ...] = ()
     kv_heads: int = 0
@@ -42,13 +44,20 @@ class Pruning:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
         if self.calibration_rows < 1:
             raise ValueError(f"calibration_rows: expected at least 1, got {self.calibration_rows}")
-        if self.drop_layers and self.keep_layers:
-            raise ValueError("drop_layers, keep_layers: expected one of them, got both")
+        if not 0 <= self.drop_share < 1:
+            raise ValueError(f"drop_share: expected a share below 1, got {self.drop_share}")
+        if sum(map(bool, (self.drop_layers, self.drop_share, self.keep_layers))) > 1:
+            raise ValueError("drop_layers, drop_share, keep_layers: expected one, got several")
+
+    def dropped(self, layers: int) -> int:
+        """How many of so many layers go; a share takes at least one."""
+        return max(1, round(self.drop_share * layers)) if self.drop_share else self.drop_layers
 
     @property
     def prunes(self) -> bool:
         """Whether anything is cut."""
-        return bool(self.drop_layers or self.keep_layers or self.kv_heads or self.mlp_channels)
+        drops = self.drop_layers or self.drop_share
+        return bool(drops or self.keep_layers or self.kv_heads or self.mlp_channels)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""SmolLM3: Llama with layers that know no positions."""
+"""SmolLM3: Llama with layers that have no positions."""
 
 import dataclasses
 from collections.abc import Callable, Mapping

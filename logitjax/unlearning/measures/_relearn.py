@@ -20,7 +20,7 @@ from logitjax.unlearning.assistant._pair_scores import token_scores
 _RANK = 16
 _SHARE = 0.25
 _MULTIPLE = 8
-# Times the most steps, where what is taught is not learnt.
+# Times the most steps, where what is taught is not learned.
 _PATIENCE = 4
 _MOMENTS = optax.scale_by_adam(b2=0.99)
 

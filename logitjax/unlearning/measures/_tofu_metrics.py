@@ -1,4 +1,4 @@
-"""TOFU's metrics from its logs, whoever wrote these."""
+"""TOFU's metrics, computed from its logs."""
 
 import dataclasses
 import math

@@ -1,0 +1,55 @@
+"""Model cards that say how a model was made, and the way to the Hugging Face hub."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from absl import logging
+from etils import epath
+
+import logitjax
+from logitjax import storage
+
+PUSH = "Repository of the hub, as org/name, that the model and its card are uploaded to. Private."
+_ORIGINS = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+
+
+def model_card(
+    *, title: str, made_from: Sequence[str], tags: Sequence[str], report: str,
+    settings: Mapping[str, Any],
+) -> str:  # fmt: skip
+    """The README.md of a model: what it was made from, with which settings, and its scores.
+
+    Args:
+        title: The heading.
+        made_from: Models that it comes from, as flags name them.
+        tags: Tags of the hub.
+        report: Markdown of the run, without its heading.
+        settings: Every option of the run.
+    """
+    bases = [_ORIGINS.get(spec, spec.removeprefix("hf:")) for spec in made_from]
+    # Paths of this machine are nobody's base model.
+    items = [base for spec, base in zip(made_from, bases) if spec in _ORIGINS or spec[:3] == "hf:"]
+    head = [f"base_model: {json.dumps(items)}"] if items else []
+    head += ["library_name: transformers", f"tags: {json.dumps(['logitjax', *tags])}"]
+    options = "".join(f"{name}: {json.dumps(value)}\n" for name, value in settings.items())
+    return (
+        "---\n" + "\n".join(head) + f"\n---\n\n# {title}\n\n"
+        f"Made from {', '.join(f'`{base}`' for base in bases)} by logitjax {logitjax.__version__} "
+        f"(jax {jax.__version__}). The license of these models holds.\n\n{report.strip()}\n\n"
+        f"## Settings\n\n```yaml\n{options}```\n"
+    )
+
+
+def push(folder: epath.Path, repository: str) -> None:
+    """Uploads a model's folder as one commit; process 0 alone."""
+    if jax.process_index() != 0:
+        return
+    api = storage.require("huggingface_hub", extra="models").HfApi()
+    storage.progress.mark(f"uploading to {repository}", log=True)
+    api.create_repo(repository, private=True, exist_ok=True)
+    commit = api.upload_folder(
+        repo_id=repository, folder_path=str(folder), commit_message="Model and card"
+    )
+    logging.info("uploaded: %s", commit)
