@@ -90,6 +90,6 @@ def _local(
     q, k, v = (jnp.swapaxes(padded(x), 1, 2) for x in (query * scale, key, value))
     # Padding sees padding, so that no row of scores is empty.
     ids = padded(segments, -1)
-    out = jax.vmap(kernel)(q, k, v, splash.SegmentIds(q=ids, kv=ids))
+    out: Any = jax.vmap(kernel)(q, k, v, splash.SegmentIds(q=ids, kv=ids))
     out = jnp.swapaxes(out, 1, 2)[:, :time]
     return jnp.where((segments >= 0)[..., None, None], out, 0).astype(value.dtype)

@@ -141,7 +141,7 @@ def _cached(
     # In whole pieces, as `model_reader` pads them.
     rows = -(-reading.batch_size // layout.pieces) * layout.pieces
     shape = jax.ShapeDtypeStruct((rows, reading.seq_len), jnp.int32, sharding=layout.sharding)
-    columns = dict.fromkeys(("tokens", "segment_ids", "positions"), shape)
+    columns: dict[str, Any] = dict.fromkeys(("tokens", "segment_ids", "positions"), shape)
     calls = course.steps * course.batch_size / rows
     for name, spec in zip(names, reading.teachers):
         if not spec.startswith("api:"):

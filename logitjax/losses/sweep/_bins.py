@@ -82,7 +82,7 @@ class Binned(Statistic):
     def _settled(self, *given: Any) -> Any:
         raise NotImplementedError("done by the statistic that this stands for, after `settle`")
 
-    reduce = finish = gradient = _settled
+    reduce = finish = gradient = _settled  # type: ignore
 
 
 def settle(sweep: Sweep, operands: Operands, binned: Binned, state: _State) -> Any:
