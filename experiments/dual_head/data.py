@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -15,8 +16,6 @@ from experiments.dual_head.config import Config
 from logitjax import data
 
 TEXT_FEATURES = 1024
-# What training rows may take of every device.
-_DEVICE_BYTES = 4 << 30
 # Rows of length one would need learning rates that no published schedule has.
 SCALE = 8.0
 _CIFAR_MEAN, _CIFAR_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
@@ -50,17 +49,17 @@ class Task:
         return self.train.inputs.shape[1:]
 
 
-def load_task(config: Config) -> Task:
+def load_task(config: Config, workdir: epath.Path) -> Task:
     """The three parts; validation comes out of training where the source has none of its own."""
     if config.data == "tfds:udhr":
         limits = {"train": config.train_examples, "validation": 0, "test": config.test_examples}
         parts = {name: _text(name, limit) for name, limit in limits.items()}
         classes, mean, std = 100, (0.0,), (1.0,)
     else:
-        size = config.image_size
+        options = {"size": config.image_size, "cache_dir": workdir / "images"}
         test_name = "val" if config.data.startswith("folder:") else "test"
-        train = data.load_images(config.data, size=size)
-        test = data.load_images(config.data, split=test_name, size=size)
+        train = data.load_images(config.data, **options)
+        test = data.load_images(config.data, split=test_name, **options)
         order = np.random.default_rng(0).permutation(len(train))
         held_out = np.sort(order[: config.validation_examples])
         kept = np.sort(order[config.validation_examples :])
@@ -82,12 +81,12 @@ def load_task(config: Config) -> Task:
 
 
 def _rows(images: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    # The whole of ImageNet must not be copied to leave a few rows out.
-    return _Subset(images, rows) if images.nbytes > _DEVICE_BYTES else images[rows]  # type: ignore
+    # A memory map of ImageNet must not be copied to leave a few rows out.
+    return _Subset(images, rows) if isinstance(images, np.memmap) else images[rows]  # type: ignore
 
 
 class _Subset:
-    """Rows of a large array, copied when they are asked for."""
+    """Rows of an array on disk, read when they are asked for."""
 
     def __init__(self, array: np.ndarray, rows: np.ndarray):
         self.array, self.rows = array, rows
@@ -182,7 +181,7 @@ class Placed:
             yield put(inputs), put(labels), put(rows), jax.random.fold_in(key, start)
 
 
-def fits_on_device(task: Task, device_bytes: int = _DEVICE_BYTES) -> bool:
+def fits_on_device(task: Task, device_bytes: int = 4 << 30) -> bool:
     """Whether every device shall hold all training rows; else they stay on the host."""
     return task.train.inputs.nbytes <= device_bytes
 

@@ -26,11 +26,11 @@ from logitjax import processes, training
 def train_all(config: Config, workdir: epath.Path) -> dict[str, Any]:
     """The teacher's record, and those of every arm by seed."""
     mesh, known = training.make_mesh(config.mesh), arms(config)
-    placed = place(load_task(config), mesh)
+    placed = place(load_task(config, workdir), mesh)
     taught = placed
     if config.teacher_examples:
         other = dataclasses.replace(config, train_examples=config.teacher_examples)
-        taught = place(load_task(other), mesh)
+        taught = place(load_task(other, workdir), mesh)
     teaching = Scorer(Trainer(config, taught, known["ce"], Course.of_teacher(config)))
     if config.teacher_weights:
         lanes, record = _load(teaching, config.teacher_weights)

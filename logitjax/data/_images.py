@@ -13,6 +13,7 @@ from etils import epath
 from logitjax.data._examples import parse_split, slice_of
 from logitjax.data._places import files_below
 from logitjax.storage import guard, require
+from logitjax.storage.weights import read_npy
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 # The longer side in shorter ones.
@@ -27,7 +28,7 @@ _CIFAR_LENGTH = {"train": 50_000, "test": 10_000}
 class LabelledImages:
     """Images and their classes, `num_classes` of them, seen or not."""
 
-    images: np.ndarray  # uint8 [count, height, width, channels]
+    images: np.ndarray  # uint8 [count, height, width, channels], perhaps a memory map
     labels: np.ndarray  # int32 [count]
     num_classes: int
     source: str
@@ -55,6 +56,7 @@ def load_images(
     split: str = "train",
     data_dir: str | os.PathLike[str] | None = None,
     size: int | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> LabelledImages:
     """Labelled images from any of the usual places.
 
@@ -73,6 +75,8 @@ def load_images(
         split: a name, perhaps sliced: ``train[:45000]``, ``train[90%:]``.
         data_dir: data directory of tfds.
         size: height and width of the result, for ``folder``.
+        cache_dir: where ``folder`` keeps the decoded arrays, once, as a memory map; in memory when
+            omitted.
 
     Returns:
         The images.
@@ -94,7 +98,7 @@ def load_images(
     elif kind == "folder" and location:
         if size is None:
             raise ValueError("size: expected pixels, for images come from a folder, got None")
-        found = _folder(epath.Path(location) / name, size)
+        found = _folder(epath.Path(location) / name, size, cache_dir)
     elif kind == "synthetic" and location.isdigit():
         found = _synthetic(int(location), name)
     else:
@@ -157,11 +161,28 @@ def _cifar100(directory: epath.Path, split: str) -> tuple[np.ndarray, np.ndarray
     return np.ascontiguousarray(images), records[:, 1].astype(np.int32), 100
 
 
-def _folder(directory: epath.Path, size: int) -> tuple[np.ndarray, np.ndarray, int]:
+def _folder(
+    directory: epath.Path, size: int, cache_dir: str | os.PathLike[str] | None
+) -> tuple[np.ndarray, np.ndarray, int]:
     files, classes = class_folders(directory)
-    images = np.empty((len(files), size, size, 3), np.uint8)
-    _decode([path for path, _ in files], images)
-    return images, np.array([label for _, label in files], np.int32), len(classes)
+    labels = np.array([label for _, label in files], np.int32)
+    shape = (len(files), size, size, 3)
+    if cache_dir is None:
+        images = np.empty(shape, np.uint8)
+        _decode([path for path, _ in files], images)
+        return images, labels, len(classes)
+    cache = epath.Path(cache_dir) / f"{directory.name}_{size}_{len(files)}.npy"
+    if not cache.exists():
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        # Memory-mapped, so what grows is the file: nothing that `write_atomic` could be given.
+        partial = cache.with_name(cache.name + ".partial")
+        mapped = np.lib.format.open_memmap(
+            os.fspath(partial), mode="w+", dtype=np.uint8, shape=shape
+        )
+        _decode([path for path, _ in files], mapped)
+        mapped.flush()
+        partial.rename(cache)
+    return read_npy(cache, mapped=True), labels, len(classes)
 
 
 def class_folders(directory: epath.Path) -> tuple[list[tuple[epath.Path, int]], list[str]]:

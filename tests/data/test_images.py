@@ -41,10 +41,11 @@ def test_folders_of_classes(tmp_path):
         folder.mkdir(parents=True)
         for number, size in enumerate([(8, 8), (12, 9)]):
             Image.new("RGB", size, (value, 0, 0)).save(folder / f"{number}.png")
-    found = load_images(f"folder:{tmp_path}", split="val", size=6)
-    assert found.images.shape == (4, 6, 6, 3)
-    assert found.labels.tolist() == [0, 0, 1, 1]
-    assert found.images[:, 0, 0, 0].tolist() == [10, 10, 200, 200]
+    for cache in (None, tmp_path / "cache", tmp_path / "cache"):
+        found = load_images(f"folder:{tmp_path}", split="val", size=6, cache_dir=cache)
+        assert found.images.shape == (4, 6, 6, 3)
+        assert found.labels.tolist() == [0, 0, 1, 1]
+        assert found.images[:, 0, 0, 0].tolist() == [10, 10, 200, 200]
     (tmp_path / "val" / "dog" / "broken.png").write_bytes(b"no")
     with pytest.raises(ValueError, match=r"broken\.png"):
         load_images(f"folder:{tmp_path}", split="val", size=6)

@@ -72,8 +72,8 @@ def train_epoch(trainer, number=0, state=None):
 
 
 @pytest.fixture
-def placed():
-    task = dual_head_data.load_task(TINY)
+def placed(tmp_path):
+    task = dual_head_data.load_task(TINY, epath.Path(tmp_path))
     return dual_head_data.place(task, training.make_mesh("data:8"))
 
 
@@ -211,8 +211,8 @@ def test_a_simplex_has_collapsed_and_noise_has_not():
         assert found["noisy"][name] > 0.05, name
 
 
-def test_augmentation_keeps_shape_and_depends_on_the_key_alone():
-    task = dual_head_data.load_task(TINY)
+def test_augmentation_keeps_shape_and_depends_on_the_key_alone(tmp_path):
+    task = dual_head_data.load_task(TINY, epath.Path(tmp_path))
     rows = task.train.inputs[:4]
     for kind in ("crop_flip", "resized_crop"):
         prepare = jax.jit(dual_head_data.prepare_inputs(task, kind))
@@ -338,10 +338,10 @@ def test_eight_devices_equal_one_where_rounding_moves_no_rectifier():
 
 
 @pytest.mark.slow
-def test_twenty_steps_of_the_smoke_preset_are_the_same_on_eight_devices():
+def test_twenty_steps_of_the_smoke_preset_are_the_same_on_eight_devices(tmp_path):
     config = dual_head.Config(**dual_head.PRESETS["smoke"] | {"train_examples": 320})
     assert config.teacher_learning_rate == 0.05
-    task = dual_head_data.load_task(config)
+    task = dual_head_data.load_task(config, epath.Path(tmp_path))
     with jax.enable_x64(True):
         losses = [
             train_in_float64(make_resnet(config, task, devices=devices), 2)[1] for devices in (8, 1)
