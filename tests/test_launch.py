@@ -20,7 +20,7 @@ import yaml
 
 ROOT = pathlib.Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
-CI = sorted(p for p in (ROOT / ".ci").iterdir() if p.is_file() and p.suffix != ".py")
+CI = sorted(p for p in (ROOT / ".ci").iterdir() if p.is_file() and p.suffix not in (".py", ".tsv"))
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch", *CI])
 JOBSETS = sorted(LAUNCH.glob("jobset*.yaml"))
 

@@ -17,6 +17,7 @@ OTHER_MEANINGS = {
     "distillation/tokenizers/_likelihood_matching.py": {"kl"},
     "distillation/tokenizers/_matched_tokens.py": {"kl"},
     "distillation/tokenizers/_token_pieces.py": {"first_piece"},
+    "leakage/_audit.py": {"kl"},
     "transport/_coupling.py": {"difference"},
 }
 

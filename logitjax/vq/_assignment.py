@@ -131,6 +131,8 @@ def _fitted(
             key=key,
             iterations=iterations,
         )
+        # A covariance decides the clusters alone: one that is no number would not be seen.
+        rows = jnp.where(plain | jnp.isfinite(hidden_cov).all(), rows, jnp.nan)
     codebook, _ = weighted_means(rows, weights, assignment, num_codes)
     bias = centred_bias(rows, codebook, assignment, hidden_mean, row_bias)
     return VQFit(assignment, codebook, bias)

@@ -59,7 +59,7 @@ def test_a_prompt_that_was_cut_is_told(tmp_path):
     records = [{"cut": cut, "nats": 1.0, "tokens": 1, "bytes": 1} for cut in (True, False, True)]
     results = {"texts": score._text_results(records)}
     assert results["texts"]["cut prompts"] == 2
-    assert "`--max_length=6`, or to what the models can read**: 2 of the texts." in score._cut(
+    assert "`--max_length=6` or the models' context**: 2 of the texts." in score._cut(
         score.Config(max_length=6), results
     )
     assert not score._cut(score.Config(), {"texts": score._text_results(records[1:2])})

@@ -90,6 +90,9 @@ def test_a_topic_is_right_if_its_first_token_is_the_likeliest_of_them():
     assert topics.accuracy(Deployed(model=model), batch_size=2) == pytest.approx(2 / 3)
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
+@pytest.mark.many_programs("two models decode, outside of one program")
 def test_two_small_models_are_scored_as_they_are_decoded(tmp_path):
     target = models.with_layout(models.load_model("tiny:1"), "listed")
     small = models.first_layers(models.with_layout(models.load_model("tiny:2"), "listed"), 1)

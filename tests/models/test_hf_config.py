@@ -85,7 +85,7 @@ def test_a_layer_type_is_needed_where_no_window_is():
         (
             "smollm3",
             {"no_rope_layers": [1]},
-            "no_rope_layers: expected 0 or 1 for each of 3 layers",
+            "no_rope_layers: expected 0 or 1 for each of 5 layers",
         ),
         ("smollm2", {"partial_rotary_factor": 0.5}, "llama rotates whole heads, got 0.5"),
         ("smollm2", {"rope_scaling": {"type": "linear"}}, "linear needs a number factor, got None"),
