@@ -178,8 +178,11 @@ class DynamicFusion:
             values = jnp.linspace(*self.alpha_range, self.num, dtype=path.variance.dtype)
             return find_minimum(path, targets, errors[:2], values, axis_name=axis_name)
         visit, scale, start = _visit_mean, targets[0], path.target_mean / path.variance
+        doubt: Any = jnp.inf
         if self.method == "jeffreys":
             scale = targets[0] + targets[1]
+            # Where the large model is all but certain, divergences of 1e-17 are rounding.
+            doubt = 0.01 * scale
             visit = functools.partial(_visit_sum, target=(scale, errors[0] + errors[1]))
             start = jnp.sqrt(scale / path.variance)
         return find_root(
@@ -189,6 +192,7 @@ class DynamicFusion:
             *self.alpha_range,
             max_sweeps=self._sweeps(axis_name),
             unrolled=axis_name is not None,
+            doubt=doubt,
         )
 
     def _sweeps(self, axis_name: AxisName | None) -> int:

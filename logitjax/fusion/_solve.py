@@ -46,6 +46,7 @@ class _State(NamedTuple):
     lower: jax.Array
     upper: jax.Array
     done: jax.Array
+    sure: jax.Array
 
 
 def find_root(
@@ -57,10 +58,12 @@ def find_root(
     *,
     max_sweeps: int,
     unrolled: bool,
+    doubt: Any = jnp.inf,
 ) -> Solution:
     """Where the gap, which grows, is 0 but for `allowed`; the bound if that lies beyond it.
 
-    `unrolled` makes exactly `max_sweeps` visits, without a loop.
+    `unrolled` makes exactly `max_sweeps` visits, without a loop. An end whose error exceeds `doubt`
+    is not called converged.
     """
 
     def advance(state: _State, sweep: Any) -> _State:
@@ -93,6 +96,7 @@ def find_root(
             lower=jnp.maximum(state.lower, seen.lower),
             upper=jnp.minimum(state.upper, seen.upper),
             done=state.done | done,
+            sure=keep(state.sure, seen.error <= doubt),
         )
 
     start = jnp.where(jnp.isfinite(start), start, 0.5 * (low + high))
@@ -100,7 +104,7 @@ def find_root(
     # Ends are infinite until the search has been beyond the wanted point.
     unknown = jnp.full_like(start, jnp.inf)
     ends = jnp.full_like(start, low), jnp.full_like(start, high)
-    state = _State(start, None, start, -unknown, unknown, *ends, jnp.zeros_like(start, bool))
+    state = _State(start, None, start, -unknown, unknown, *ends, *[jnp.zeros_like(start, bool)] * 2)
     # The first one fills in what evaluations keep.
     state, sweeps = advance(state, 0), jnp.ones((), jnp.int32)
     if unrolled:
@@ -115,4 +119,4 @@ def find_root(
         )
     # Of a root beyond the range the nearer end is the answer.
     lower, upper = jnp.minimum(state.lower, high), jnp.maximum(state.upper, low)
-    return Solution(state.alpha, state.at, lower, upper, state.done, sweeps)
+    return Solution(state.alpha, state.at, lower, upper, state.done & state.sure, sweeps)

@@ -38,6 +38,9 @@ _HIGH, _GRID, _POINTS = 2.0, 21, 100_000
 _VOCABULARIES = {"V = 4,096": (100, 4096), "V = 32,000": (20, 32_000), "V = 150,000": (5, 150_000)}
 # psi(x) / x^2 = (e^x - 1 - x) / x^2.
 _PSI = [1 / math.factorial(k) for k in range(20, 1, -1)]
+# Terms of a sum, and what they are products of, that float32 flushes to zero: a few of its smallest
+# normal number for each token. Targets below are 0 to it.
+_FLUSHED = 100 * float(np.finfo(np.float32).tiny)
 _FAILURES = ("unconverged", "worse", "false", "NaN", "outside", "whole range")
 
 Logits = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -230,7 +233,7 @@ def judge(
         answer = path.root(method)
         # A mean is rounded by a share of the largest.
         rounding = rounding + (1e-5 * np.abs(path.directions).max(-1) if method == "project" else 0)
-        allowed = 1e-4 * target + 2 * rounding
+        allowed = 1e-4 * target + 2 * rounding + _FLUSHED * path.log_p.shape[-1]
         # The root of the float32 function lies between neighbours of alpha.
         below, above = (
             path.excess(method, np.clip(alpha * (1 + step), 0, _HIGH)) for step in (-4e-7, 4e-7)
