@@ -3,8 +3,8 @@
 #
 # A solver says what its plan costs, not how much less another might. `transport.certificate` takes
 # ott's problem and solution as they are: it repairs the plan's marginals, says what it then costs
-# at most, and what no plan costs less than. Offline, two minutes on a CPU. POT is called where it is
-# installed; its plan is an array, which says nothing of itself.
+# at most, and what no plan costs less than. Offline, two minutes on a CPU. POT is called where it
+# is installed; its plan is an array, which says nothing of itself.
 
 # %%
 import importlib.util
