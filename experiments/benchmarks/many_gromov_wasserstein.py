@@ -47,7 +47,8 @@ def _cold(form: str, way: str, pairs: int, n: int) -> float:
 
 def main(form: str, way: str, pairs: int, n: int) -> float:
     """CPU-seconds of this process for the bounds of all pairs."""
-    rng, graphs = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    graphs: list[tuple[Any, Any]] = []
     for _ in range(pairs):
         z, w = rng.normal(size=(2, _WIDTH, n)).astype(np.float32)
         factored = transport.FactoredGraph(z), transport.FactoredGraph(w)
@@ -62,4 +63,4 @@ def main(form: str, way: str, pairs: int, n: int) -> float:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(*sys.argv[1:3], *map(int, sys.argv[3:]))))
+    print(json.dumps(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))))
