@@ -158,7 +158,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         relearn_rates=(5e-4,),
         relearn_steps=(2, 6),
     ),
-    # What the verdict says of authors of TOFU, in some 40 minutes of a core.
+    # What the verdict says of authors of TOFU, small enough for a laptop.
     "tofu": dict(
         scene="tofu",
         authors=6,

