@@ -13,6 +13,7 @@ import pytest
 import safetensors.numpy
 import tokenizers
 from etils import epath
+from flax import nnx
 from starlette.testclient import TestClient
 
 from logitjax import decoding, distillation, leakage, losses, models, serving, training
@@ -214,7 +215,9 @@ def test_a_run_killed_between_two_updates_that_share_rollouts_goes_on_bit_for_bi
     packed, tmp_path, monkeypatch
 ):
     law = dataclasses.replace(LAW, generate_every=2)
-    whole = learn(packed, epath.Path(tmp_path) / "whole", law=law)
+    # The ratio of the policy gradient is that of what was drawn, also after the run was killed.
+    terms = ("full_kl:1", "sampled_kl:0.1")
+    whole = learn(packed, epath.Path(tmp_path) / "whole", law=law, terms=terms)
     mix, asked = op.Rollouts.mix, []
 
     def killed(self, step, *arguments, **options):
@@ -225,8 +228,8 @@ def test_a_run_killed_between_two_updates_that_share_rollouts_goes_on_bit_for_bi
 
     monkeypatch.setattr(op.Rollouts, "mix", killed)
     with pytest.raises(KeyboardInterrupt):
-        learn(packed, epath.Path(tmp_path) / "killed", law=law)
-    again = learn(packed, epath.Path(tmp_path) / "killed", law=law)
+        learn(packed, epath.Path(tmp_path) / "killed", law=law, terms=terms)
+    again = learn(packed, epath.Path(tmp_path) / "killed", law=law, terms=terms)
     for one, other in zip(*map(jax.tree.leaves, (whole.params, again.params)), strict=True):
         np.testing.assert_array_equal(one, other)
     # Prompts of one size: a single program wrote before, and none after.
@@ -236,21 +239,24 @@ def test_a_run_killed_between_two_updates_that_share_rollouts_goes_on_bit_for_bi
     assert kept == ["0.npz", "2.npz"]
 
 
-@pytest.mark.every_change
-@pytest.mark.slow
-def test_a_teacher_of_another_tokenizer_reads_the_students_text_in_its_own_tokens(packed):
-    """Bytes that are no text end what can be read; stopping is read where all of it is."""
+def byte_pairs(size, **options):
+    """Pairs of the text's own characters, or of all bytes if there are so many."""
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    options = dict(vocab_size=300, special_tokens=["<end>"], initial_alphabet=alphabet)
-    trainer = tokenizers.trainers.BpeTrainer(show_progress=False, **options)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet() if size > 256 else []
+    sizes = dict(vocab_size=size, special_tokens=["<end>"], initial_alphabet=alphabet)
+    trainer = tokenizers.trainers.BpeTrainer(show_progress=False, **sizes)
     backend.train_from_iterator([TEXT], trainer)
-    ours, theirs = models.load_tokenizer("tiny"), models.Tokenizer(backend, eos_id=0)
+    return models.Tokenizer(backend, eos_id=0, **options)
+
+
+def test_what_is_no_text_ends_what_another_tokenizer_reads_and_stopping_is_read_where_all_is():
+    ours, theirs = models.load_tokenizer("tiny"), byte_pairs(300)
     reread = Rereader(ours, theirs)
+    blank = {"tokens": np.zeros(16, np.int32), "loss_mask": np.zeros(16, bool)}
     text = np.array([*ours.encode("word wörd"), 256], np.int32)
-    row = reread.row(text, 16, stopped=True)
+    row = reread.row(text, blank, start=3, stopped=True)
     count = row["segment_ids"].sum()
     assert theirs.decode(row["tokens"][: count - 1].tolist()) == "word wörd"
     assert row["tokens"][count - 1] == 0
@@ -258,19 +264,79 @@ def test_a_teacher_of_another_tokenizer_reads_the_students_text_in_its_own_token
     # A byte that begins no character: nothing from there on.
     stray = ours.token_bytes().index(b"\xff")
     cut = np.array([*ours.encode("word "), stray, *ours.encode("word"), 256], np.int32)
-    broken = reread.row(cut, 16, stopped=True)
+    broken = reread.row(cut, blank, start=3, stopped=True)
     assert theirs.decode(broken["tokens"][broken["segment_ids"] > 0].tolist()) == "word "
-    # And so in a batch: the columns of both cover the same text.
-    both = dataclasses.replace(packed, tokenizers={"pivot": ours, "other": theirs})
-    batch = packed.splits["train"].batch(0, seed=0, batch_size=ROWS)
-    batch["other"] = {name: array.copy() for name, array in batch["pivot"].items()}
-    taught = student()
-    mixed, *_ = rollouts(both, LAW, taught).mix(0, batch, taught.trained, taught.frozen)
-    own, other = (mixed[name]["tokens"][1] for name in ("pivot", "other"))
-    read = theirs.decode(other[mixed["other"]["segment_ids"][1] > 0].tolist()).encode()
-    assert len(read) > 4
-    assert b"".join(ours.token_bytes()[token] for token in own.tolist()).startswith(read)
-    np.testing.assert_array_equal(mixed["other"]["tokens"][0], batch["other"]["tokens"][0])
+
+
+def test_an_answer_follows_the_prompt_as_the_teachers_own_template_writes_it():
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<end>{% endfor %}"
+    ours, theirs = models.load_tokenizer("tiny"), byte_pairs(300, chat_template=template)
+    messages = [{"role": "user", "content": "word"}, {"role": "assistant", "content": "5"}]
+    ids, learnt = (np.array(column) for column in theirs.encode_chat(messages))
+    before = int(np.argmax(learnt))
+    rendered = {"tokens": np.resize(ids, 32).astype(np.int32), "loss_mask": np.resize(learnt, 32)}
+    answer = [*ours.encode("word wörd"), 256]
+    tokens = np.array([*ours.encode("Q: word A:"), *answer], np.int32)
+    start = len(tokens) - len(answer)
+    row = Rereader(ours, theirs, chat=True).row(tokens, rendered, start=start, stopped=True)
+    np.testing.assert_array_equal(row["tokens"][:before], ids[:before])
+    said = row["tokens"][row["loss_mask"]].tolist()
+    assert theirs.decode(said[:-1]) == "word wörd"
+    assert said[-1] == 0
+    # Bytes are counted from the answer on, where both meet to the token that ends the turn.
+    place = np.arange(len(tokens))
+    own = dict(tokens=tokens, segment_ids=place * 0 + 1, positions=place, loss_mask=place >= start)
+    chunks = distillation.align_chunks(
+        *({name: column[None] for name, column in side.items()} for side in (own, row)),
+        our_lengths=ours.byte_lengths(),
+        their_lengths=theirs.byte_lengths(),
+        by="turn",
+    )
+    assert chunks.counts[0] == len(said)
+    np.testing.assert_array_equal(chunks.ours[0] >= 0, own["loss_mask"][1:])
+
+
+@pytest.mark.every_change
+@pytest.mark.slow
+def test_losses_across_tokenizers_apply_to_what_the_student_writes(tmp_path, capsys):
+    out, (ours, theirs) = epath.Path(tmp_path), (byte_pairs(60), byte_pairs(90))
+    (tmp_path / "text.txt").write_text(TEXT)
+    sizes = dict(hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2, num_kv_heads=2)
+    for name, tokenizer in {"student": ours, "teacher": theirs}.items():
+        sizes |= dict(vocab_size=tokenizer.vocab_size, head_dim=8, max_length=LENGTH)
+        model = models.Decoder(models.DecoderConfig(**sizes), rngs=nnx.Rngs(0))
+        models.save_pretrained(model, tokenizer, out / name)
+    losses_ = ("first_piece", "hybrid", "alm", "uld(k=8)", "chunk_reward")
+    flags = dict(student=str(out / "student"), teacher=(str(out / "teacher"),))
+    flags |= dict(data=f"text:{tmp_path / 'text.txt'}", seq_len=LENGTH, cache_top_k=8)
+    flags |= dict(teacher_reads="live", loss=losses_, on_policy=0.5)
+    flags |= dict(steps=2, batch_size=8, eval_rows=8, eval_every=0, log_every=1)
+    config = cli.build(distill.Config, flags)
+    distill.run(config, out / "run")
+    lines = (tmp_path / "run/train/metrics.jsonl").read_text().splitlines()
+    for line in map(json.loads, lines):
+        for name in losses_:
+            name = name.partition("(")[0]
+            assert np.isfinite(line[name])
+            assert line[f"seen/{name}"] > 0.1
+    # In Python: what the teacher says at a token is what it says after the same bytes.
+    terms = tuple(term for term, _ in distillation.parse_terms(losses_[:1]))
+    reading = dataclasses.replace(config.reading, terms=terms)
+    packed = reading.pack(ours, out / "packed")
+    student = distillation.Student.of(models.load_model(str(out / "student"), layout="listed"))
+    batch, *_ = mixed(packed, rollouts(packed, LAW, student), student)
+    own = batch["pivot"]["tokens"][1][batch["pivot"]["segment_ids"][1] > 0].tolist()
+    text = [ours.token_bytes()[token] for token in own]
+    said = reading.load(packed, {}, out / "teachers").batch("train", batch, taught=True)
+    said, teacher = said["sources"]["source0"], models.load_model(flags["teacher"][0])
+    ids = theirs.encode(b"".join(text).decode())[:LENGTH]
+    ends = np.cumsum([len(theirs.token_bytes()[token]) for token in ids]).tolist()
+    logits = np.sort(np.asarray(jax.jit(teacher)(jnp.array(ids)[None]))[0])[:, ::-1]
+    places = np.flatnonzero(said.where[1])
+    assert len(places) > 8
+    for place in places:
+        expected = logits[ends.index(len(b"".join(text[: place + 1]))), :8]
+        np.testing.assert_allclose(said.statistics.values[1, place], expected, atol=1e-4)
 
 
 @pytest.mark.every_change

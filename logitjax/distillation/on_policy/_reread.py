@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from logitjax.distillation.tokenizers._token_pieces import prefix_bytes
+from logitjax.distillation.tokenizers._token_pieces import prefix_bytes, turn_ends
 from logitjax.models import Tokenizer
 
 
@@ -13,28 +13,44 @@ class Rereader:
 
     Sampled tokens are often not what their text encodes to, and may end inside a character: the
     text is taken from their bytes, up to the first that is no UTF-8. Bytes then align the rows, and
-    nothing is learned behind.
+    nothing is learned behind. Of a conversation (`chat`) the answer alone is encoded: what comes
+    before it has another template here.
     """
 
-    def __init__(self, ours: Tokenizer, theirs: Tokenizer):
-        self._bytes, self._prefix, self._theirs = ours.token_bytes(), prefix_bytes(ours), theirs
+    def __init__(self, ours: Tokenizer, theirs: Tokenizer, *, chat: bool = False):
+        if chat and prefix_bytes(theirs):
+            # Bytes of an answer are counted from its beginning, where this would add one.
+            raise ValueError(
+                "on_policy: expected a teacher whose tokenizer writes no space before a text, as "
+                "answers are encoded alone, got one that does"
+            )
+        self._bytes, self._theirs, self._chat = ours.token_bytes(), theirs, chat
+        self._prefix = 0 if chat else prefix_bytes(ours)
+        self._ends = turn_ends(theirs) if chat else [] if theirs.eos_id is None else [theirs.eos_id]
 
-    def row(self, tokens: np.ndarray, length: int, *, stopped: bool) -> Mapping[str, np.ndarray]:
-        """Columns `[length]` of a document; all of its tokens but the first are predicted."""
-        raw = b"".join(self._bytes[token] for token in tokens.tolist())[self._prefix :]
+    def row(
+        self, tokens: np.ndarray, theirs: Mapping[str, np.ndarray], *, start: int, stopped: bool
+    ) -> Mapping[str, np.ndarray]:
+        """The teacher's columns `[length]`; of a document all tokens but the first are predicted.
+
+        `start` is the number of the student's tokens that it did not write, and `theirs` are the
+        teacher's columns of the row whose beginning they are.
+        """
+        length = len(theirs["tokens"])
+        before = int(np.argmax(theirs["loss_mask"])) if self._chat else 0
+        written = tokens[start if self._chat else 0 :]
+        raw = b"".join(self._bytes[token] for token in written.tolist())[self._prefix :]
         try:
             text, whole = raw.decode(), True
         except UnicodeDecodeError as error:
             text, whole = raw[: error.start].decode(), False
-        tokenizer = self._theirs
-        ids = tokenizer.encode(text, add_bos=tokenizer.add_bos)
-        if stopped and whole and tokenizer.eos_id is not None:
-            ids.append(tokenizer.eos_id)
+        ids = self._theirs.encode(text, add_bos=self._theirs.add_bos and not self._chat)
+        ids = [*theirs["tokens"][:before], *ids, *(self._ends if stopped and whole else ())]
         here, place = np.array(ids[:length], np.int32), np.arange(length, dtype=np.int32)
         inside = place < len(here)
         return {
             "tokens": np.pad(here, (0, length - len(here))),
             "segment_ids": inside.astype(np.int32),
             "positions": np.where(inside, place, 0),
-            "loss_mask": inside & (place > 0),
+            "loss_mask": inside & (place >= max(before, 1)),
         }

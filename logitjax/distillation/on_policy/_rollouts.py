@@ -83,8 +83,8 @@ class Rollouts:
         programs: Number of programs that were compiled, one for each size of prompts.
 
     Raises:
-        ValueError: Sizes that do not fit into a row or a batch, or conversations for teachers of
-            another tokenizer.
+        ValueError: Sizes that do not fit into a row or a batch, or a teacher's tokenizer that
+            cannot encode an answer alone.
     """
 
     def __init__(
@@ -98,11 +98,6 @@ class Rollouts:
         mesh: Mesh,
         directory: epath.Path,
     ):
-        if packed.chat and len(packed.tokenizers) > 1:
-            raise ValueError(
-                "on_policy: expected teachers of the student's tokenizer for conversations, whose "
-                "templates differ, got another"
-            )
         self.programs = 0
         self._options, self._layout = on_policy, training.BatchLayout(mesh)
         self._rows, self._name = packed.splits["train"], packed.names["pivot"]
@@ -112,7 +107,7 @@ class Rollouts:
         self._drop = on_policy.truncated in ("drop", "auto" if packed.chat else "")
         ours = packed.tokenizers[self._name]
         others = {name: t for name, t in packed.tokenizers.items() if name != self._name}
-        self._rereaders = {name: Rereader(ours, theirs) for name, theirs in others.items()}
+        self._rereaders = {n: Rereader(ours, t, chat=packed.chat) for n, t in others.items()}
         config = nnx.eval_shape(lambda: student.model(student.trained, student.frozen)).config
         end = ours.eos_id
         self._program = rollout_program(
@@ -159,8 +154,11 @@ class Rollouts:
                 continue
             text = {name: rows[name][number] for name in columns[self._name]}
             tokens = text["tokens"][text["segment_ids"] > 0]
-            stopped = bool(rows["stopped"][number])
-            read = {n: r.row(tokens, shape[1], stopped=stopped) for n, r in self._rereaders.items()}
+            ends: dict[str, Any] = {n: rows[n][number].item() for n in ("start", "stopped")}
+            read = {
+                name: reader.row(tokens, {c: a[place] for c, a in columns[name].items()}, **ends)
+                for name, reader in self._rereaders.items()
+            }
             for reader, row in (read | {self._name: text}).items():
                 for name, array in columns[reader].items():
                     array[place] = row[name]

@@ -105,11 +105,11 @@ def special_pairs(ours: Tokenizer, theirs: Tokenizer) -> dict[int, int]:
         a, b = getattr(ours, role), getattr(theirs, role)
         if a is not None and b is not None:
             pairs[a] = b
-    ends = [_turn_ends(tokenizer) for tokenizer in (ours, theirs)]
+    ends = [turn_ends(tokenizer) for tokenizer in (ours, theirs)]
     return dict(zip(*ends, strict=False)) | pairs if all(ends) else pairs
 
 
-def _turn_ends(tokenizer: Tokenizer) -> list[int]:
+def turn_ends(tokenizer: Tokenizer) -> list[int]:
     """Special tokens that an answer ends with under the chat template."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:

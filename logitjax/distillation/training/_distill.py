@@ -257,13 +257,20 @@ def train_student(
         seed=course.seed,
     )
     rows = corpus.packed.splits["train"]
-    index, count = training.BatchLayout(mesh).share
+    layout = training.BatchLayout(mesh)
+    index, count = layout.share
     order: Any = {"seed": course.seed, "batch_size": course.batch_size}
     text = functools.partial(rows.batch, process_index=index, process_count=count, **order)
     taught = functools.partial(corpus.batch, "train", taught=bool(sources))
 
     def batch(number: int) -> dict[str, Any]:
-        return taught(text(number))
+        columns = taught(text(number))
+        if on_policy.share:
+            # Before anything is written: terms of samples see these rows, those of text the others.
+            drawn = np.full((course.batch_size, rows.seq_len - 1), np.nan, np.float32)
+            drawn[on_policy.rows(course.batch_size)] = 0.0
+            columns["columns"] = {"log_probs": drawn[layout.rows(course.batch_size)]}
+        return columns
 
     _check_seen(LossFunction(objective, student, sources), batch, frozen, course, mesh=mesh)
 
