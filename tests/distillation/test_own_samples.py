@@ -9,7 +9,15 @@ import pytest
 
 from logitjax import losses
 from logitjax.distillation import ChunkScores, Objective, Teacher, TokenSet, Vocabularies
-from logitjax.distillation.terms import SFT, TERMS, ChunkReward, ReverseKL, SampledKL
+from logitjax.distillation.terms import (
+    SFT,
+    TERMS,
+    ChunkReward,
+    MixedKL,
+    ReverseKL,
+    SampledKL,
+    SkewKL,
+)
 from logitjax.ops import TopK
 
 # The worked example: teacher and student, and the logits of more of them.
@@ -194,6 +202,107 @@ def test_estimates_with_a_wrong_gradient_are_reported_and_not_trained_on():
     np.testing.assert_allclose(gradient, plain, atol=1e-7)
     assert np.isposinf(metrics["sampled_kl(kind='k1')"][0])
     assert np.isposinf(metrics["sampled_kl(kind='k3')"][0])
+
+
+def test_a_discount_of_one_gives_the_policy_gradient_of_whole_samples():
+    """By all samples of two tokens: the second token's law follows from the first."""
+    first, second = LOGITS[0, :1], LOGITS[0, 1:4]
+    one, two = np.arange(9) // 3, np.arange(9) % 3
+    # A third label is text: nothing behind the samples is theirs.
+    labels = np.stack([one, two, two], 1)
+    teachers = np.stack([TEACHER[0, 0 * one], TEACHER[0, 1 + one], TEACHER[0, 0 * one]], 1)
+    law = [np.exp(log_softmax(first))[0], np.exp(log_softmax(second))]
+    log_probs = np.log([law[0][one], law[1][one, two], np.full(9, np.nan)]).T.astype(np.float32)
+
+    @jax.jit
+    def run():
+        def total(logits, term):
+            teacher = dataclasses.replace(LIVE, hidden=teachers)
+            return value_of(term, logits, labels, teacher, log_probs=log_probs)
+
+        logits = jnp.stack([first[0 * one], second[one], first[0 * one]], 1)
+        return [jax.grad(total)(logits, term) for term in (SampledKL(discount=1.0), SampledKL())]
+
+    whole, plain = jax.device_get(run())
+    weights = law[0][one] * law[1][one, two]
+
+    def exact(first, second):
+        q = np.exp(log_softmax(first))
+        later = kl(log_softmax(second), log_softmax(TEACHER[0, 1:4]))
+        return kl(log_softmax(first), log_softmax(TEACHER[0, 0])) + q @ later
+
+    steps = 1e-5 * np.eye(3)
+    slope = [(exact(first[0] + e, second) - exact(first[0] - e, second)) / 2e-5 for e in steps]
+    # Two of three labels of a row count, each for one and a half.
+    np.testing.assert_allclose(weights @ whole[:, 0], 1.5 * np.array(slope), atol=1e-5)
+    np.testing.assert_allclose(whole[:, 1:], plain[:, 1:], atol=1e-6)
+    with pytest.raises(ValueError, match=r"discount: expected a number from 0 to 0, got 0\.5"):
+        SampledKL(kind="k2", discount=0.5)
+
+
+def test_distillm2_splits_its_skew_by_who_wrote_a_row_and_keeps_its_mixture():
+    logits, teacher = (np.reshape(array[0], (2, 3, 3)) for array in (LOGITS, TEACHER))
+    log_q, log_p = log_softmax(logits), log_softmax(teacher)
+    log_probs = np.float32([[np.nan] * 3, [-1.0] * 3])
+    split = (
+        (SkewKL(rows="text"), 1.5),
+        (
+            SkewKL(direction="reverse", rows="own", fixed_mixture=True),
+            0.5,
+        ),
+    )
+
+    @jax.jit
+    @jax.value_and_grad
+    def run(logits):
+        batch = {"labels": np.zeros((2, 3), np.int32), "log_probs": log_probs}
+        teachers = [dataclasses.replace(LIVE, hidden=teacher)]
+        where = np.ones((2, 3), bool)
+        return Objective(terms=split).value(logits, HEAD, batch, teachers, where=where)[0]
+
+    value, gradient = run(jnp.asarray(logits))
+    of_text, own = skewed(log_p[0], log_q[0], 0.1), skewed(log_q[1], log_p[1], 0.1)
+    # Each is a mean over its own half of six labels.
+    np.testing.assert_allclose(value, 2 * (1.5 * of_text.sum() + 0.5 * own.sum()), rtol=1e-5)
+    log_m = np.logaddexp(np.log(0.1) + log_q[1], np.log(0.9) + log_p[1])
+    q, gap = np.exp(log_q[1]), log_q[1] - log_m
+    constant = q * (gap - (q * gap).sum(-1, keepdims=True))
+    np.testing.assert_allclose(gradient[1], constant, atol=1e-5)
+    slopes = [
+        skewed(log_p[0], log_softmax(logits[0] + e), 0.1)
+        - skewed(log_p[0], log_softmax(logits[0] - e), 0.1)
+        for e in 1e-5 * np.eye(3)
+    ]
+    np.testing.assert_allclose(gradient[0], 3 * np.stack(slopes, -1) / 2e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="fixed_mixture: expected False for the forward"):
+        SkewKL(fixed_mixture=True)
+
+
+def test_the_forward_part_counts_above_a_quantile_of_a_rows_entropies():
+    where = np.array([[True] * 5 + [False]])
+    log_p, log_q = log_softmax(TEACHER), log_softmax(LOGITS)
+    entropy = -(np.exp(log_p) * log_p).sum(-1)[0]
+    gate = entropy > np.quantile(entropy[:5], 0.6)
+    # What does not count may be anything.
+    hidden = np.where(where[..., None], TEACHER, np.nan)
+
+    @jax.jit
+    @jax.value_and_grad
+    def run(logits):
+        objective = Objective(terms=((MixedKL(entropy_quantile=0.6), 1.0),))
+        batch, teachers = (
+            {"labels": np.zeros((1, 6), np.int32)},
+            [Teacher(hidden=hidden, head=HEAD)],
+        )
+        return objective.value(logits, HEAD, batch, teachers, where=where)[0]
+
+    value, gradient = run(jnp.asarray(LOGITS))
+    exact = 0.5 * kl(log_q, log_p) + 0.5 * np.where(gate, kl(log_p, log_q), 0)
+    assert gate[:5].sum() == 2
+    np.testing.assert_allclose(value, exact[where].sum(), rtol=1e-5)
+    q, p = np.exp(log_q), np.exp(log_p)
+    slope = 0.5 * q * (log_q - log_p - kl(log_q, log_p)[..., None]) + 0.5 * gate[:, None] * (q - p)
+    np.testing.assert_allclose(gradient[where], slope[where], atol=1e-5)
 
 
 def test_a_chunk_rewards_its_tokens_by_what_the_teacher_finds_likelier():

@@ -115,18 +115,30 @@ def test_an_error_of_one_process_ends_the_job(tmp_path, monkeypatch, error, stat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reads", [(), ("--teacher_reads=live", "--loss=full_kl")])
+@pytest.mark.parametrize(
+    "reads",
+    [
+        (),
+        # The student writes half of the rows, for two updates at once.
+        ("--teacher_reads=live", "--loss=full_kl", "--loss=sampled_kl:0.1")
+        + ("--on_policy=0.5", "--generate_every=2"),
+    ],
+)
 def test_a_teacher_over_the_devices_of_two_processes_teaches_as_one_does(tmp_path, reads):
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"paragraph {i} " + "word " * 60 for i in range(60)))
     flags = ("--student=tiny", "--drop_layers=1", f"--data=text:{text}", "--seq_len=64")
     flags += ("--cache_top_k=16", "--steps=4", "--eval_rows=4", "--batch_size=2", *reads)
-    weights = []
+    weights, written = [], []
     for processes, mesh in ((1, "data:1"), (2, "data:2,tensor:2")):
         out = tmp_path / str(processes)
         command = (sys.executable, "-m", "logitjax", "distill", *flags, f"--mesh={mesh}")
         done = launch(processes, processes, *command, "--teacher_devices=all", f"--out={out}")
         assert done.returncode == 0, done.stderr[-3000:]
         weights.append(load_file(out / "model" / "model.safetensors"))
+        kept = sorted((out / "train").glob("rollouts/*.npz"))
+        written.append([np.load(path)["tokens"].tolist() for path in kept])
+    assert written[0] == written[1]
+    assert len(written[0]) == 2 * bool(reads)
     for name, array in weights[0].items():
         np.testing.assert_allclose(weights[1][name], array, atol=1e-5)

@@ -4,21 +4,33 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 
 from logitjax.distillation._term import StudentNeeds, TeacherNeeds, Term
 from logitjax.losses import sweep
 from logitjax.ops import checks
+from logitjax.ops import mesh as on_mesh
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Full(Term):
     temperature: float = 1.0
+    rows: Literal["all", "text", "own"] = "all"
     teacher = TeacherNeeds(hidden=True, same_vocabulary=True)
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise ValueError(f"temperature: expected a positive number, got {self.temperature}")
+        if self.rows not in ("all", "text", "own"):
+            raise ValueError(f"rows: expected 'all', 'text' or 'own', got {self.rows!r}")
+
+    @property
+    def batch(self) -> tuple[str, ...]:  # type: ignore[override]
+        return () if self.rows == "all" else ("log_probs",)
+
+    def seen(self, teacher: Any, batch: Mapping[str, Any]) -> Any:
+        return None if self.rows == "all" else jnp.isnan(batch["log_probs"]) != (self.rows == "own")
 
     @property
     def statistic(self) -> sweep.Statistic:
@@ -47,23 +59,37 @@ class FullKL(_Full):
         entropy_above: The forward part counts only where the teacher's entropy, in nats, is above
             this, where the reverse would lose modes. Twice this with halves is EOPD (arXiv
             2603.07079).
+        entropy_quantile: The same, where it is above this quantile of a row's labels.
         temperature: Divides the logits of both; its square multiplies the value.
+        rows: Whether it counts everywhere (`'all'`), or only on `'text'` or on what the student
+            wrote itself (`'own'`).
     """
 
     forward: float = 1.0
     entropy_above: float = 0.0
+    entropy_quantile: float = 0.0
     name = "full_kl"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         checks.between(self.forward, 0, 1, "forward")
+        checks.between(self.entropy_quantile, 0, 1, "entropy_quantile")
+
+    @property
+    def pointwise(self) -> bool:  # type: ignore[override]
+        # A quantile is known when the whole row has been read.
+        return self.entropy_quantile == 0
+
+    @property
+    def is_gated(self) -> bool:
+        return self.forward > 0 and (self.entropy_above > 0 or self.entropy_quantile > 0)
 
     @property
     def statistic(self) -> sweep.Statistic:
         parts = (
             (sweep.KLStatistic(), self.forward > 0),
             (sweep.KLStatistic(reverse=True), self.forward < 1),
-            (sweep.TeacherStatistic(), self.forward > 0 and self.entropy_above > 0),
+            (sweep.TeacherStatistic(), self.is_gated),
         )
         return sweep.Several(tuple(statistic for statistic, is_read in parts if is_read))
 
@@ -74,10 +100,24 @@ class FullKL(_Full):
             value = (1 - self.forward) * read.statistic[self.forward > 0]
         if self.forward > 0:
             part = self.forward * read.statistic[0]
-            if self.entropy_above > 0:
-                part = jnp.where(read.statistic[-1].entropy > self.entropy_above, part, 0.0)
+            if self.is_gated:
+                entropy = read.statistic[-1].entropy
+                gate = entropy > self.entropy_above
+                if self.entropy_quantile > 0:
+                    gate &= entropy > _row_quantile(entropy, batch["where"], self.entropy_quantile)
+                part = jnp.where(gate, part, 0.0)
             value = value + part
         return self.temperature**2 * value
+
+
+def _row_quantile(values: jax.Array, where: jax.Array, share: float) -> jax.Array:
+    """`[*rows, 1]`: of the values along the last axis that count."""
+
+    def quantile(values: jax.Array, where: jax.Array) -> tuple[jax.Array]:
+        counted = jnp.where(where, values, jnp.nan)
+        return (jnp.nanquantile(counted, share, axis=-1, keepdims=True),)
+
+    return on_mesh.over_batch(quantile, (values.ndim,), values, where)[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,6 +144,7 @@ class FullJSD(_Full):
         normalize: Divide by `beta (1 - beta)`, so that the value goes over to these two ends; as
             defined it falls to 0 towards either.
         temperature: Divides the logits of both; its square multiplies the value.
+        rows: Where it counts, see `FullKL`.
     """
 
     beta: float = 0.5
@@ -134,14 +175,20 @@ class SkewKL(_Full):
         forward   KL(teacher || alpha teacher + (1 - alpha) student)
         reverse   KL(student || alpha student + (1 - alpha) teacher)
 
+    The loss of DistiLLM-2 (arXiv 2503.07067), as released, is two terms: `skew_kl(rows=text)` and
+    `skew_kl(direction=reverse, rows=own, fixed_mixture=True)`, weighted by 2 - b and b.
+
     Attributes:
         alpha: Share of the first distribution in the mixture, which bounds the value.
         direction: `'forward'` for text of the teacher's, `'reverse'` for the student's own.
+        fixed_mixture: Whether the gradient of the reverse one takes the mixture for a constant.
         temperature: Divides the logits of both; its square multiplies the value.
+        rows: Where it counts, see `FullKL`.
     """
 
     alpha: float = 0.1
     direction: Literal["forward", "reverse"] = "forward"
+    fixed_mixture: bool = False
     name = "skew_kl"
 
     def __post_init__(self) -> None:
@@ -150,9 +197,13 @@ class SkewKL(_Full):
             raise ValueError(f"alpha: expected a number between 0 and 1, got {self.alpha}")
         if self.direction not in ("forward", "reverse"):
             raise ValueError(f"direction: expected 'forward' or 'reverse', got {self.direction!r}")
+        if self.fixed_mixture and self.direction == "forward":
+            # There the student is in the mixture alone, and nothing would move.
+            raise ValueError("fixed_mixture: expected False for the forward direction, got True")
 
     @property
     def statistic(self) -> sweep.Statistic:
         if self.direction == "forward":
             return sweep.MixtureStatistic(beta=self.alpha, weights=(1.0, 0.0))
-        return sweep.MixtureStatistic(beta=1 - self.alpha, weights=(0.0, 1.0))
+        fixed = self.fixed_mixture
+        return sweep.MixtureStatistic(beta=1 - self.alpha, weights=(0.0, 1.0), fixed=fixed)

@@ -14,7 +14,7 @@ from logitjax.distillation.tokenizers._likelihood_matching import (
     chunk_likelihood,
 )
 from logitjax.losses import sweep
-from logitjax.ops import gather_at
+from logitjax.ops import checks, gather_at
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +44,18 @@ def _policy(value: jax.Array, advantage: jax.Array, log_q: jax.Array) -> jax.Arr
     return lax.stop_gradient(value) - lax.stop_gradient(advantage) * moved
 
 
+def _to_come(values: jax.Array, sampled: jax.Array, discount: float) -> jax.Array:
+    """The discounted sum of what follows each position, up to the end of its run of samples."""
+
+    def after(left: Any, right: Any) -> Any:
+        # Affine maps of the sum so far, composed: so the scan is parallel.
+        return left[0] * right[0], left[1] * right[0] + right[1]
+
+    kept = jnp.where(sampled, discount, 0.0)
+    total = lax.associative_scan(after, (kept, values), reverse=True, axis=values.ndim - 1)[1]
+    return discount * jnp.pad(total, ((0, 0),) * (values.ndim - 1) + ((0, 1),))[..., 1:]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampledKL(_Sampled):
     """KL(student || teacher) at tokens that the student has sampled, of a live teacher.
@@ -58,13 +70,18 @@ class SampledKL(_Sampled):
 
     Attributes:
         kind: See above.
+        discount: Weight of the next token's KL in the reward of a token, of the one after it
+            squared, and so on: with 1 the policy gradient is that of the KL of whole samples, as
+            MiniLLM's reward-to-go, but each KL is exact.
         clip: Bounds of the ratio `w`. Of fresh samples it is 1.
 
     References:
-        arXiv 2605.07865 for the exact baseline.
+        arXiv 2605.07865 for the exact baseline; MiniLLM (arXiv 2306.08543), eq. 2, whose rewards
+        are those of the sampled tokens.
     """
 
     kind: Literal["policy", "k1", "k2", "k3"] = "policy"
+    discount: float = 0.0
     name = "sampled_kl"
     teacher = TeacherNeeds(hidden=True, same_vocabulary=True)
 
@@ -72,6 +89,11 @@ class SampledKL(_Sampled):
         super().__post_init__()
         if self.kind not in ("policy", "k1", "k2", "k3"):
             raise ValueError(f"kind: expected policy, k1, k2 or k3, got {self.kind!r}")
+        checks.between(self.discount, 0, 1 if self.kind == "policy" else 0, "discount")
+
+    @property
+    def pointwise(self) -> bool:  # type: ignore[override]
+        return self.discount == 0
 
     @property
     def trains(self) -> bool:  # type: ignore[override]
@@ -89,7 +111,11 @@ class SampledKL(_Sampled):
             kl = read.statistic[1]
             # Where the teacher lacks a token of the student's, the KL is infinite.
             baseline = jnp.where(jnp.isfinite(kl), kl, 0.0)
-            return _policy(kl, -weight * (apart - baseline), log_q)
+            cost = apart - baseline
+            if self.discount:
+                sampled = batch["where"] & self.seen(teacher, batch)
+                cost += _to_come(jnp.where(sampled, baseline, 0.0), sampled, self.discount)
+            return _policy(kl, -weight * cost, log_q)
         # exp(-d) - 1 loses all digits near d = 0, where a good student is.
         kinds = {"k1": lambda d: d, "k2": lambda d: d**2 / 2, "k3": lambda d: jnp.expm1(-d) + d}
         return weight * kinds[self.kind](apart)

@@ -25,11 +25,13 @@ class MixtureStatistic(Statistic):
         beta: The teacher's share, between 0 and 1.
         weights: `(beta, 1 - beta)` gives the generalised Jensen-Shannon divergence, `(1, 0)` and
             `(0, 1)` the two skew KL divergences.
+        fixed: Whether the gradient takes the mixture for a constant.
     """
 
     passes: ClassVar[int] = 2
     beta: float
     weights: tuple[float, float]
+    fixed: bool = False
 
     in_tiles = gradient_in_tiles = True
 
@@ -80,6 +82,6 @@ class MixtureStatistic(Statistic):
         p_weight, q_weight = self.weights
         q_part, p_part = q_weight * part(log_q), p_weight * part(log_p)
         # The mixture moves with the student, which cancels with Jensen's and Shannon's weights.
-        moved = q_weight * self.beta - p_weight * (1 - self.beta)
+        moved = 0.0 if self.fixed else q_weight * self.beta - p_weight * (1 - self.beta)
         slope = q_part + moved * jnp.exp(log_p + log_q - log_m) if moved else q_part
         return p_part + q_part, slope
