@@ -167,7 +167,7 @@ def _loss(arm: str, student: distillation.Student, teacher_graphdef: Any) -> Cal
         distillation.LossFunction(
             distillation.Objective(terms=distillation.parse_terms(terms), teachers=(1.0,)),
             student,
-            ("teacher",),
+            {"teacher": distillation.Vocabularies()},
         )
         for terms in (["sft"], [f"sft:{1 - _MIX}", f"kl:{_MIX}"])
     )

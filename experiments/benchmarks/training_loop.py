@@ -41,7 +41,7 @@ def run(options: suite.Options) -> suite.Result:
     tx, update = train.course(config, settings, 0).update(
         student,
         settings.objective(config),
-        tuple(session.corpus.sources),
+        {name: source.vocabularies for name, source in session.corpus.sources.items()},
         mesh=session.mesh,
     )
     frozen = models.DECODER_RULES.place(student.frozen, session.mesh)

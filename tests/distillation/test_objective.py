@@ -16,6 +16,7 @@ from logitjax.distillation import (
     Objective,
     Student,
     Teacher,
+    Vocabularies,
     parse_terms,
 )
 from logitjax.distillation.training import _distill
@@ -58,7 +59,9 @@ def batch(k=257):
 
 def value_of(objective, student, k=257, transform=lambda total: total):
     """`(value, (count, metrics))`, or what `transform` makes of the function that gives them."""
-    loss_fn = LossFunction(objective, student, ("source0", "source1"))
+    loss_fn = LossFunction(
+        objective, student, dict.fromkeys(("source0", "source1"), Vocabularies())
+    )
 
     @jax.jit
     def run(trained, frozen, batch):
@@ -98,7 +101,7 @@ def dense(logits, name, student_temperature=1.0, teacher_temperature=1.0):
         (("sft:0.5", "kl:0.5"), {}),
         (("kl:0.2", "rkl:0.3", "jsd:2"), {}),
         (
-            ("kl(temperature=2,teacher_temperature=3)", "jsd(temperature=2)", "rkl(temperature=2)"),
+            ("kl(temperature=2)", "jsd(temperature=2)", "rkl(temperature=2)"),
             {"kl": (2.0, 3.0), "jsd": (2.0, 2.0), "rkl": (2.0, 2.0)},
         ),
         (("sft:0.5", "kl:0.25", "uld:0.25"), {}),
@@ -258,7 +261,7 @@ def test_scores_of_no_label_are_nan_and_not_the_best():
 def test_a_term_that_sees_none_of_the_text_is_named_before_anything_is_trained():
     objective, none = Objective(terms=parse_terms(["sft", "uld(k=3)"])), np.zeros_like(WHERE)
     teacher = Teacher(statistics=batch(10)["sources"]["source0"].statistics, where=none)
-    loss = LossFunction(objective, Student.of(tiny()), ("source0",))
+    loss = LossFunction(objective, Student.of(tiny()), {"source0": Vocabularies()})
     rows = {"pivot": COLUMNS, "sources": {"source0": teacher}}
     course = distillation.Course(steps=2, batch_size=2)
     mesh = training.make_mesh("data:1", devices=jax.devices()[:1])

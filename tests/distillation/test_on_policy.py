@@ -365,7 +365,8 @@ def test_a_column_of_the_data_sends_each_row_to_its_teacher(tmp_path):
     np.testing.assert_array_equal(batch["teacher_weights"].argmax(1), odd)
     assert 0 < sum(odd) < ROWS
     objective = distillation.Objective(terms=((distillation.terms.FullKL(), 1.0),))
-    loss = distillation.LossFunction(objective, taught := student(), reading.names)
+    vocabularies = dict.fromkeys(reading.names, distillation.Vocabularies())
+    loss = distillation.LossFunction(objective, taught := student(), vocabularies)
     value = jax.jit(lambda batch, frozen: loss(taught.trained, batch, None, frozen)[0])
     frozen = {**taught.frozen, **corpus.constants}
     before = value(batch, frozen)

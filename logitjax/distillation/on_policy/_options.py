@@ -1,11 +1,12 @@
 """How much of a batch a student writes, and by which law."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+from jax.sharding import Mesh
 
-from logitjax import decoding
+from logitjax import decoding, training
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,3 +92,11 @@ class OnPolicy:
                 f"{self.share}"
             )
         return rows
+
+    def expected(self, batch_size: int, seq_len: int, mesh: Mesh) -> dict[str, Any]:
+        """Stands for what will be written in this process's rows, before anything is: zeros."""
+        if not self.share:
+            return {}
+        log_probs = np.full((batch_size, seq_len - 1), np.nan, np.float32)
+        log_probs[self.rows(batch_size)] = 0.0
+        return {"columns": {"log_probs": log_probs[training.BatchLayout(mesh).rows(batch_size)]}}

@@ -20,10 +20,7 @@ class Rereader:
     def __init__(self, ours: Tokenizer, theirs: Tokenizer, *, chat: bool = False):
         if chat and prefix_bytes(theirs):
             # Bytes of an answer are counted from its beginning, where this would add one.
-            raise ValueError(
-                "on_policy: expected a teacher whose tokenizer writes no space before a text, as "
-                "answers are encoded alone, got one that does"
-            )
+            raise ValueError("teacher: expected a tokenizer that adds no space to a text, got one")
         self._bytes, self._theirs, self._chat = ours.token_bytes(), theirs, chat
         self._prefix = 0 if chat else prefix_bytes(ours)
         self._ends = turn_ends(theirs) if chat else [] if theirs.eos_id is None else [theirs.eos_id]
@@ -33,8 +30,7 @@ class Rereader:
     ) -> Mapping[str, np.ndarray]:
         """The teacher's columns `[length]`; of a document all tokens but the first are predicted.
 
-        `start` is the number of the student's tokens that it did not write, and `theirs` are the
-        teacher's columns of the row whose beginning they are.
+        The first `start` tokens are those of a row of text, of which `theirs` are the columns.
         """
         length = len(theirs["tokens"])
         before = int(np.argmax(theirs["loss_mask"])) if self._chat else 0

@@ -61,8 +61,7 @@ class FullKL(_Full):
             2603.07079).
         entropy_quantile: The same, where it is above this quantile of a row's labels.
         temperature: Divides the logits of both; its square multiplies the value.
-        rows: Whether it counts everywhere (`'all'`), or only on `'text'` or on what the student
-            wrote itself (`'own'`).
+        rows: Where it counts: on `'all'` rows, on `'text'`, or on the student's `'own'`.
     """
 
     forward: float = 1.0
@@ -80,16 +79,14 @@ class FullKL(_Full):
         # A quantile is known when the whole row has been read.
         return self.entropy_quantile == 0
 
-    @property
-    def is_gated(self) -> bool:
-        return self.forward > 0 and (self.entropy_above > 0 or self.entropy_quantile > 0)
+    _is_gated = property(lambda self: max(self.entropy_above, self.entropy_quantile) > 0)
 
     @property
     def statistic(self) -> sweep.Statistic:
         parts = (
             (sweep.KLStatistic(), self.forward > 0),
             (sweep.KLStatistic(reverse=True), self.forward < 1),
-            (sweep.TeacherStatistic(), self.is_gated),
+            (sweep.TeacherStatistic(), self.forward > 0 and self._is_gated),
         )
         return sweep.Several(tuple(statistic for statistic, is_read in parts if is_read))
 
@@ -100,7 +97,7 @@ class FullKL(_Full):
             value = (1 - self.forward) * read.statistic[self.forward > 0]
         if self.forward > 0:
             part = self.forward * read.statistic[0]
-            if self.is_gated:
+            if self._is_gated:
                 entropy = read.statistic[-1].entropy
                 gate = entropy > self.entropy_above
                 if self.entropy_quantile > 0:
@@ -112,12 +109,10 @@ class FullKL(_Full):
 
 def _row_quantile(values: jax.Array, where: jax.Array, share: float) -> jax.Array:
     """`[*rows, 1]`: of the values along the last axis that count."""
-
-    def quantile(values: jax.Array, where: jax.Array) -> tuple[jax.Array]:
-        counted = jnp.where(where, values, jnp.nan)
-        return (jnp.nanquantile(counted, share, axis=-1, keepdims=True),)
-
-    return on_mesh.over_batch(quantile, (values.ndim,), values, where)[0]
+    counted = jnp.where(where, values, jnp.nan)
+    return on_mesh.over_batch(
+        lambda x: (jnp.nanquantile(x, share, axis=-1, keepdims=True),), (values.ndim,), counted
+    )[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -205,5 +200,5 @@ class SkewKL(_Full):
     def statistic(self) -> sweep.Statistic:
         if self.direction == "forward":
             return sweep.MixtureStatistic(beta=self.alpha, weights=(1.0, 0.0))
-        fixed = self.fixed_mixture
-        return sweep.MixtureStatistic(beta=1 - self.alpha, weights=(0.0, 1.0), fixed=fixed)
+        options: Any = {"weights": (0.0, 1.0), "fixed": self.fixed_mixture}
+        return sweep.MixtureStatistic(beta=1 - self.alpha, **options)

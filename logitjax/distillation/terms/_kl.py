@@ -27,8 +27,7 @@ class KL(SparseDivergence):
         return StudentNeeds(ids=ids)
 
     def value(self, read: Any, teacher: Any, batch: Mapping[str, Any], params: Any) -> Any:
-        at_one = self.temperature == 1.0 == (self.teacher_temperature or 1.0)
-        if teacher.tail is not None and at_one:
+        if teacher.tail is not None and self.temperature == 1.0:
             options: dict[str, Any] = dict(direction=self.direction, tail=teacher.tail)
             return losses.sparse_kl_divergence(read.top, teacher.top, **options)
         return super().value(read, teacher, batch, params)

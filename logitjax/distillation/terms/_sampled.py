@@ -46,13 +46,10 @@ def _policy(value: jax.Array, advantage: jax.Array, log_q: jax.Array) -> jax.Arr
 
 def _to_come(values: jax.Array, sampled: jax.Array, discount: float) -> jax.Array:
     """The discounted sum of what follows each position, up to the end of its run of samples."""
-
-    def after(left: Any, right: Any) -> Any:
-        # Affine maps of the sum so far, composed: so the scan is parallel.
-        return left[0] * right[0], left[1] * right[0] + right[1]
-
-    kept = jnp.where(sampled, discount, 0.0)
-    total = lax.associative_scan(after, (kept, values), reverse=True, axis=values.ndim - 1)[1]
+    # Affine maps of the sum so far, composed: so the scan is parallel.
+    composed = lambda a, b: (a[0] * b[0], a[1] * b[0] + b[1])  # noqa: E731
+    maps = (jnp.where(sampled, discount, 0.0), values)
+    total = lax.associative_scan(composed, maps, reverse=True, axis=values.ndim - 1)[1]
     return discount * jnp.pad(total, ((0, 0),) * (values.ndim - 1) + ((0, 1),))[..., 1:]
 
 
@@ -70,14 +67,13 @@ class SampledKL(_Sampled):
 
     Attributes:
         kind: See above.
-        discount: Weight of the next token's KL in the reward of a token, of the one after it
-            squared, and so on: with 1 the policy gradient is that of the KL of whole samples, as
-            MiniLLM's reward-to-go, but each KL is exact.
+        discount: Weight of the next token's KL in a token's reward, squared for the one after it,
+            and so on. With 1 the gradient is that of the KL of whole samples (MiniLLM).
         clip: Bounds of the ratio `w`. Of fresh samples it is 1.
 
     References:
-        arXiv 2605.07865 for the exact baseline; MiniLLM (arXiv 2306.08543), eq. 2, whose rewards
-        are those of the sampled tokens.
+        arXiv 2605.07865 for the exact baseline; MiniLLM (arXiv 2306.08543) for rewards to go, there
+        of sampled tokens, and here of exact KLs.
     """
 
     kind: Literal["policy", "k1", "k2", "k3"] = "policy"

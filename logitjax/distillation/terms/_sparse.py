@@ -20,31 +20,26 @@ class SparseDivergence(Term):
     multiplied by the square of the student's temperature.
 
     Attributes:
-        temperature: Divides the student's logits.
-        teacher_temperature: Divides the teacher's; the student's if None.
+        temperature: Divides the logits of both.
     """
 
     temperature: float = 1.0
-    teacher_temperature: float | None = None
     teacher = TeacherNeeds(top_k=1, rest=False, same_vocabulary=True)
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "teacher_temperature"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}: expected a positive number, got {value}")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature: expected a positive number, got {self.temperature}")
 
     def student(self, teacher: Any) -> StudentNeeds:
         return StudentNeeds(ids=teacher.top.indices)
 
     def value(self, read: Any, teacher: Any, batch: Mapping[str, Any], params: Any) -> Any:
-        warm, theirs = self.temperature, self.teacher_temperature or self.temperature
-        top = teacher.top
+        warm, top = self.temperature, teacher.top
         k = top.values.shape[-1]
         # A normaliser at temperature 1 says nothing of another temperature's.
-        if (warm, theirs) == (1.0, 1.0) and top.log_z is not None:
+        if warm == 1.0 and top.log_z is not None:
             return self.whole(losses.Readout(read.log_z, gathered=read.gathered[..., :k]), teacher)
-        pair = (read.gathered[..., :k] / warm, top.values / theirs)
+        pair = (read.gathered[..., :k] / warm, top.values / warm)
         # Gradients of the logits shrink by 1 / T^2 (Hinton et al.); this keeps their size.
         return warm**2 * self.renormalised(*pair)
 

@@ -113,7 +113,7 @@ class Course:
         self,
         student: Student,
         objective: Objective,
-        sources: Mapping[str, Vocabularies] | Sequence[str],
+        sources: Mapping[str, Vocabularies],
         *,
         mesh: Mesh,
     ) -> tuple[optax.GradientTransformation, training.TrainStep]:
@@ -245,32 +245,21 @@ def train_student(
     """
     sources = {n: s.vocabularies for n, s in corpus.sources.items()} if objective.taught else {}
     tx, step = course.update(student, objective, sources, mesh=mesh)
-    scorer = Scorer(student, corpus, course, mesh=mesh) if scorer is None else scorer
+    scorer = scorer or Scorer(student, corpus, course, mesh=mesh)
     frozen = models.DECODER_RULES.place({**student.frozen, **corpus.constants}, mesh)
     # Made whole before a checkpoint is read, which then only fills its arrays.
-    start = functools.partial(
-        training.TrainState.create,
-        student.trained,
-        tx,
-        mesh=mesh,
-        rules=models.DECODER_RULES,
-        seed=course.seed,
-    )
+    made: Any = {"mesh": mesh, "rules": models.DECODER_RULES, "seed": course.seed}
+    start = functools.partial(training.TrainState.create, student.trained, tx, **made)
     rows = corpus.packed.splits["train"]
-    layout = training.BatchLayout(mesh)
-    index, count = layout.share
+    index, count = training.BatchLayout(mesh).share
     order: Any = {"seed": course.seed, "batch_size": course.batch_size}
     text = functools.partial(rows.batch, process_index=index, process_count=count, **order)
     taught = functools.partial(corpus.batch, "train", taught=bool(sources))
 
+    written = on_policy.expected(course.batch_size, rows.seq_len, mesh)
+
     def batch(number: int) -> dict[str, Any]:
-        columns = taught(text(number))
-        if on_policy.share:
-            # Before anything is written: terms of samples see these rows, those of text the others.
-            drawn = np.full((course.batch_size, rows.seq_len - 1), np.nan, np.float32)
-            drawn[on_policy.rows(course.batch_size)] = 0.0
-            columns["columns"] = {"log_probs": drawn[layout.rows(course.batch_size)]}
-        return columns
+        return taught(text(number)) | written
 
     _check_seen(LossFunction(objective, student, sources), batch, frozen, course, mesh=mesh)
 

@@ -5,7 +5,7 @@ and what the teachers say comes with the batch.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from logitjax.distillation._objective import Objective
@@ -21,21 +21,16 @@ class LossFunction:
         student: The student, whose `trained` and `frozen` the function takes. The heads of live
             teachers are `frozen["teachers"]`, by their name.
         sources: Names under which `batch["sources"]` holds the `Teacher` of each, and how its
-            vocabulary lies over the student's, where it has another.
+            vocabulary lies over the student's.
     """
 
     def __init__(
         self,
         objective: Objective,
         student: Student,
-        sources: Mapping[str, Vocabularies] | Sequence[str] = (),
+        sources: Mapping[str, Vocabularies],
     ):
-        self._objective, self._student = objective, student
-        self._sources = (
-            dict(sources)
-            if isinstance(sources, Mapping)
-            else dict.fromkeys(sources, Vocabularies())
-        )
+        self._objective, self._student, self._sources = objective, student, dict(sources)
 
     def __call__(
         self, trained: Any, batch: Mapping[str, Any], rng: Any, frozen: Any, counts: Any = None
