@@ -170,13 +170,11 @@ class SkewKL(_Full):
         forward   KL(teacher || alpha teacher + (1 - alpha) student)
         reverse   KL(student || alpha student + (1 - alpha) teacher)
 
-    The loss of DistiLLM-2 (arXiv 2503.07067), as released, is two terms: `skew_kl(rows=text)` and
-    `skew_kl(direction=reverse, rows=own, fixed_mixture=True)`, weighted by 2 - b and b.
-
     Attributes:
         alpha: Share of the first distribution in the mixture, which bounds the value.
         direction: `'forward'` for text of the teacher's, `'reverse'` for the student's own.
-        fixed_mixture: Whether the gradient of the reverse one takes the mixture for a constant.
+        fixed_mixture: Whether the gradient of the reverse one takes the mixture for a constant, as
+            DistiLLM-2 (arXiv 2503.07067) does on the student's own rows.
         temperature: Divides the logits of both; its square multiplies the value.
         rows: Where it counts, see `FullKL`.
     """

@@ -72,8 +72,7 @@ class SampledKL(_Sampled):
         clip: Bounds of the ratio `w`. Of fresh samples it is 1.
 
     References:
-        arXiv 2605.07865 for the exact baseline; MiniLLM (arXiv 2306.08543) for rewards to go, there
-        of sampled tokens, and here of exact KLs.
+        arXiv 2605.07865 for the exact baseline; MiniLLM (arXiv 2306.08543) for rewards to go.
     """
 
     kind: Literal["policy", "k1", "k2", "k3"] = "policy"

@@ -255,7 +255,6 @@ def train_student(
     order: Any = {"seed": course.seed, "batch_size": course.batch_size}
     text = functools.partial(rows.batch, process_index=index, process_count=count, **order)
     taught = functools.partial(corpus.batch, "train", taught=bool(sources))
-
     written = on_policy.expected(course.batch_size, rows.seq_len, mesh)
 
     def batch(number: int) -> dict[str, Any]:
@@ -315,12 +314,7 @@ _ROWS_LOOKED_AT = 64
 
 
 def _check_seen(
-    loss: LossFunction,
-    batch: Callable[[int], Any],
-    frozen: Any,
-    course: Course,
-    *,
-    mesh: Mesh,
+    loss: LossFunction, batch: Callable[[int], Any], frozen: Any, course: Course, *, mesh: Mesh
 ) -> None:
     """Refuse a term that sees none of the text, which would train on zeros without a word.
 

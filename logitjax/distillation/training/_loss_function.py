@@ -24,12 +24,7 @@ class LossFunction:
             vocabulary lies over the student's.
     """
 
-    def __init__(
-        self,
-        objective: Objective,
-        student: Student,
-        sources: Mapping[str, Vocabularies],
-    ):
+    def __init__(self, objective: Objective, student: Student, sources: Mapping[str, Vocabularies]):
         self._objective, self._student, self._sources = objective, student, dict(sources)
 
     def __call__(
