@@ -102,7 +102,7 @@ def dense(logits, name, student_temperature=1.0, teacher_temperature=1.0):
         (("kl:0.2", "rkl:0.3", "jsd:2"), {}),
         (
             ("kl(temperature=2)", "jsd(temperature=2)", "rkl(temperature=2)"),
-            {"kl": (2.0, 3.0), "jsd": (2.0, 2.0), "rkl": (2.0, 2.0)},
+            {"kl": (2.0, 2.0), "jsd": (2.0, 2.0), "rkl": (2.0, 2.0)},
         ),
         (("sft:0.5", "kl:0.25", "uld:0.25"), {}),
     ],
