@@ -205,8 +205,8 @@ def prune_width(
         for j in range(len(segment.layers))
     ]
     for layer, by_head, by_channel in zip(members, heads, activity, strict=True):
-        narrow = _entries(_best(by_head, kv_heads), config.head_dim)
-        wide = _entries(_best(by_head, kv_heads), group * config.head_dim)
+        narrow = _entries(_best(by_head, kv_heads), config.head_dim)  # `[kv_heads * head_dim]`
+        wide = _entries(_best(by_head, kv_heads), group * config.head_dim)  # its queries beside it
         inner = _best(by_channel, channels)
         layer |= _narrowed(layer, narrow, wide, inner)
     options: dict[str, Any] = dict(dtype=model.dtype, param_dtype=model.param_dtype)
@@ -257,7 +257,7 @@ def _stream_change(
         streams = seen.blocks
         pairs = zip(streams[: len(streams) - gap], streams[gap:], strict=True)
         turns = jnp.stack([1.0 - _cosine(before, after) for before, after in pairs])
-        return jnp.append(jnp.where(where, turns, 0.0).sum((1, 2)), where.sum())
+        return jnp.append(jnp.where(where, turns, 0.0).sum((1, 2)), where.sum())  # count last
 
     total = _sums(_watching(model, changes), batches)
     return total[:-1] / total[-1]
