@@ -85,6 +85,7 @@ def knowledge_distillation(
         Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network (arXiv 1503.02531);
         defaults as in mdistiller.
     """
+    # T^2: gradients of softened targets shrink by its inverse.
     student, teacher = _softened(student_logits, teacher_logits, temperature)
     return jnp.square(jnp.asarray(temperature)) * _softmax_kl(
         student, teacher, vocab_where, axis, axis_name

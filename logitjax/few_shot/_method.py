@@ -259,7 +259,7 @@ def z_score(logits: Float[Array, "*batch classes"]) -> Float[jax.Array, "*batch 
 def centred(values: jax.Array, there: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Deviations from the mean of the entries that are there, 0 elsewhere; and their number."""
     count = there.sum(-1, keepdims=True)
-    for _ in range(2):
+    for _ in range(2):  # the first mean is off by rounding
         values = jnp.where(there, values, 0.0)
         mean = values.sum(-1, keepdims=True) / jnp.maximum(count, 1)
         values = jnp.where(there, values - mean, 0.0)

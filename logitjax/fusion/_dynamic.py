@@ -72,7 +72,7 @@ class DynamicFusion:
     method: Method = "project"
     multi: Multi = "joint"
     alpha_range: tuple[float, float] = (0.0, 2.0)
-    num: int = 21
+    num: int = 21  # steps of 0.1 by default
     max_sweeps: int = 64
     sharded_sweeps: int = 12
     tolerance: float = 1e-4
@@ -120,7 +120,7 @@ class DynamicFusion:
         inputs = read_inputs(logits_large, logits_experts, logits_bases, vocab_where)
         given = [logits_large, logits_experts, logits_bases, vocab_where]
         if vocab_where is not None:
-            given[3] = jnp.broadcast_to(vocab_where, logits_large.shape)
+            given[3] = jnp.broadcast_to(vocab_where, logits_large.shape)  # cut by rows
         frozen = jax.tree.map(lambda x: lax.stop_gradient(jnp.asarray(x)), given)
         decide = functools.partial(self._decide, axis_name=axis_name)
         # All-reduces are counted by the token, not by the row.

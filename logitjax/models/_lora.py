@@ -79,7 +79,7 @@ class Lora:
                 a = jax.random.normal(jax.random.fold_in(key, i), (*lead, inner, rank), jnp.float32)
                 out[name] = {
                     "a": (a * inner**-0.5).astype(dtype),
-                    "b": jnp.zeros((*lead, rank, outer), dtype),
+                    "b": jnp.zeros((*lead, rank, outer), dtype),  # `x @ a` is of the size of x
                 }
             return out
 

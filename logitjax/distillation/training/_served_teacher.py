@@ -154,7 +154,7 @@ class ServedTeacher:
                 raise
             # A server closes connections that nobody used for a while.
             return self._attempt(method, body)
-        if answer.status in (429, 502, 503, 504):
+        if answer.status in (429, 502, 503, 504):  # busy, or a proxy without it
             raise ConnectionError(f"status {answer.status}")
         if answer.status != 200:
             raise ValueError(
