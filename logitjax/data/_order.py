@@ -50,8 +50,8 @@ def permute(
         left, right = values[todo] >> half, values[todo] & low
         for key in keys:
             left, right = right, left ^ (_mix(right + key) & low)
-        values[todo] = (left << half) | right  # cycle walking
-        todo = values >= np.uint64(length)
+        values[todo] = (left << half) | right
+        todo = values >= np.uint64(length)  # cycle walking
     return values.astype(np.int64)
 
 

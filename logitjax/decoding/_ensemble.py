@@ -94,9 +94,7 @@ class Plan:
         return [jax.ShapeDtypeStruct((rows, size), jnp.float32) for size in sizes]
 
     def slot_axes(self, cache: Sequence[Any]) -> list[int] | None:
-        """Axes of the cache's leaves along which slot p holds position p (-1: none); None if
-        unknown.
-        """
+        """The axis of each cache leaf where slot p holds position p (-1: none); None if unknown."""
         found: list[int] = []
         for group, held in zip(self.groups, cache, strict=True):
             axes = getattr(group.init_cache, "slot_axes", None)

@@ -38,7 +38,7 @@ def _generate(plan: Plan, options: DecodeOptions, params, state, tokens, positio
 
 def as_prompts(prompts: Any) -> list[np.ndarray]:
     """One array of ids a row, of one prompt or several."""
-    if len(prompts) and np.ndim(prompts[0]) == 0:
+    if len(prompts) and np.ndim(prompts[0]) == 0:  # one prompt, of ids
         return [np.asarray(prompts)]
     return [np.asarray(row) for row in prompts]
 

@@ -29,9 +29,7 @@ _DRAFT, _ACCEPT, _INSTEAD = 1, 2, 3
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Drafted:
-    """Of drafts, int32 `[slots]`: rounds, tokens compared (none behind a rejected one), and
-    accepted.
-    """
+    """Of drafts, int32 `[slots]`: rounds, and tokens compared (up to a rejected one), accepted."""
 
     rounds: Any
     tested: Any

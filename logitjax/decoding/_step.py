@@ -158,9 +158,7 @@ def emit(
     logits: list[jax.Array],
     choose: Callable[[jax.Array, DecodeState], jax.Array] | None = None,
 ) -> tuple[DecodeState, Emitted]:
-    """Fuse next-token logits ``[rows, vocab]``, choose (or ``choose(adjusted, state)``), note what
-    ends.
-    """
+    """Fuse next-token logits ``[rows, vocab]``, choose or ``choose(adjusted, state)``, and end."""
     fused, info = plan.combine(logits)
     moved = moved_logits(options, state, fused)
     adjusted = moved["adjusted"]

@@ -275,9 +275,7 @@ def without_zero_shot(own: jax.Array, zero_shot: Array) -> jax.Array:
 def class_means(
     features: Float[Array, "n features"], labels: Int[Array, " n"], num_classes: int
 ) -> Float[jax.Array, "features classes"]:
-    """The mean feature of every class, as the columns of a linear predictor; zeros without an
-    example.
-    """
+    """Mean features of classes, as columns of a linear predictor; zeros without an example."""
     features = checks.as_float(features, "features")
     members = one_hot(labels, num_classes, features.dtype)
     return (features.T @ members) / jnp.maximum(members.sum(0), 1)

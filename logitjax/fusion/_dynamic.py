@@ -230,11 +230,9 @@ class DynamicFusion:
 
 
 def _visit_mean(path: Path, alpha: jax.Array, *, axis_name: AxisName | None) -> Visit:
-    """`project`: the mean of h is that of the expert.
-
-    Its slope is the variance v, and from mu on -(mu - least) <= v'/v <= most - mu: the gap is
-    closed within what its integral says.
-    """
+    """`project`: the mean of h is that of the expert."""
+    # Its slope is the variance v, and from mu on -(mu - least) <= v'/v <= most - mu: the gap is
+    # closed within what its integral says.
     # Near the root the centre is the mean.
     at = path.moments(alpha, axis_name=axis_name, centre=path.target_mean)
     gap, error = at.mean - path.target_mean, at.errors[2] + path.target_errors[2]
@@ -260,10 +258,8 @@ def _visit_sum(
     target: tuple[jax.Array, jax.Array],
     axis_name: AxisName | None,
 ) -> Visit:
-    """`jeffreys`: the sum of both divergences, alpha mu, is the target `(sum, its error)`.
-
-    mu grows, so that the sum grows at least as fast as alpha.
-    """
+    """`jeffreys`: the sum of both divergences, alpha mu, is the target `(sum, its error)`."""
+    # mu grows, so that the sum grows at least as fast as alpha.
     at = path.moments(alpha, axis_name=axis_name)
     (wanted, doubt), error = target, alpha * at.errors[2] + 1e-6 * alpha * at.mean
     value, tiny = alpha * at.mean, jnp.finfo(alpha.dtype).tiny

@@ -84,16 +84,14 @@ def _rematerialised(function: Callable, remat: str) -> Callable:
         return function
     policies = {
         "full": jax.checkpoint_policies.nothing_saveable,  # least memory: all is formed again
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # not attention's
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # all but attention's
     }
     return jax.checkpoint(function, policy=policies[remat])
 
 
 def _over_batch(x: jax.Array) -> jax.Array:
-    """Keeps activations split over batch and time where a mesh is known, as in a `TrainStep`.
-
-    Else the compiler may split them as the embedding is, and sums every matmul over all devices.
-    """
+    """Keeps activations split over batch and time where a mesh is known, as in a `TrainStep`."""
+    # Else the compiler may split them as the embedding is, and sums every matmul over all devices.
     names = ops.sharding.MeshAxes.current()
     rows = ops.mesh.auto_axes(names.rows, x.shape[0])
     time = ops.mesh.auto_axes(names.sequence, x.shape[1])
@@ -101,11 +99,9 @@ def _over_batch(x: jax.Array) -> jax.Array:
 
 
 def _look_up(table: jax.Array, ids: Array, mode: str | None = None) -> jax.Array:
-    """Rows of a table; on a mesh of which `shard_map` has taken a part, in a way that compiles.
-
-    XLA ends the process at a gather from a split table there: each device looks up all ids in its
-    part.
-    """
+    """Rows of a table; on a mesh of which `shard_map` has taken a part, in a way that compiles."""
+    # XLA ends the process at a gather from a split table there: each device looks up all ids in its
+    # part.
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     free = {name for name, kind in kinds if kind == AxisType.Auto}

@@ -153,9 +153,8 @@ class GgufSource:
         return self._tensors[name][1]
 
     def read(self, name: str, rows: slice = slice(None), *, dtype: Any = None) -> np.ndarray:
-        """A tensor, or a range of its first axis, float32 if `dtype` is None; blocks never cross
-        rows.
-        """
+        """A tensor, or a range of its first axis; float32 if `dtype` is None."""
+        # Blocks never cross rows, so any range of rows can be read by itself.
         _, shape, offset = self._tensors[name]
         width, numbers = self._row_bytes(name), self._row_width(name)
         first, last, _ = rows.indices(shape[0]) if len(shape) > 1 else (0, 1, 1)

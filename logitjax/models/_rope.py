@@ -50,9 +50,7 @@ def changes_with_length(config: DecoderConfig, window: Window, bound: int | None
 def rope_frequencies(
     config: DecoderConfig, window: Window, *, long: bool = False
 ) -> tuple[np.ndarray, float]:
-    """Angular frequency of each rotated pair, and the factor on cos and sin; `long` ones of
-    `longrope`.
-    """
+    """Angular frequency of each rotated pair, and the factor on cos and sin; `long`: longrope."""
     scaling = _scaling(config, window)
     base = config.rope_theta
     if scaling is None and window is not None and config.rope_local_theta is not None:
@@ -88,9 +86,7 @@ def rope_tables(
     positions: Int[Array, "batch time"],
     lengths: Int[Array, "batch"] | None = None,
 ) -> tuple[Float[Array, "batch time half"], Float[Array, "batch time half"]]:
-    """cos and sin of position times frequency, float32; `lengths` decide where
-    `changes_with_length`.
-    """
+    """float32 cos and sin of position times frequency; by `lengths`, if `changes_with_length`."""
     inverse, amplitude = rope_frequencies(config, window)
     inverse = jnp.asarray(inverse, jnp.float32)
     scaling = _scaling(config, window)

@@ -27,11 +27,10 @@ from logitjax.training import _watch, _workdir
 
 
 class _WithoutChatter(python_logging.Filter):
-    """Drops the dozens of lines that orbax logs for every save; its warnings stay.
+    """Drops the dozens of lines that orbax logs for every save; its warnings stay."""
 
-    A save that fails in one of several processes ends them all. Orbax logs the error, and holds it
-    back until the others have come to a barrier that they will not come to for minutes.
-    """
+    # A save that fails in one of several processes ends them all. Orbax logs the error, and holds
+    # it back until the others have come to a barrier that they will not come to for minutes.
 
     def filter(self, record: python_logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
@@ -327,11 +326,9 @@ class _UnreadableError(Exception):
 
 
 def _reading(work: Callable[[], None]) -> None:
-    """Reads on all processes, and fails on all where one could not.
-
-    A disk or a store that fails says nothing of the checkpoint: that is raised as it is, and of
-    several processes it ends all, for the others wait for this one.
-    """
+    """Reads on all processes, and fails on all where one could not."""
+    # A disk or a store that fails says nothing of the checkpoint: that is raised as it is, and of
+    # several processes it ends all, for the others wait for this one.
     said: str | None = None
     # Failing reads leave asyncio tasks behind, which complain at length.
     asyncio_log = python_logging.getLogger("asyncio")

@@ -298,7 +298,6 @@ def train_student(
             identity={
                 "data": rows.fingerprint,
                 "loss": _identity(objective, course),
-                # A run without it has the identity that it had before there was any.
                 **({"on_policy": repr(on_policy)} if on_policy.share else {}),
             },
             options=course.loop,

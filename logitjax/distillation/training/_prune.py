@@ -331,11 +331,9 @@ class _WatchedLinear(nnx.Linear):
 
 
 def _watching(model: models.Decoder, measure: Callable[..., Any]) -> Callable[..., Any]:
-    """A compiled `batch -> measure(seen, hidden, where)` of a listed model.
-
-    The model is watched from outside, so that it needs no hooks: blocks are unrolled, and a list
-    in Python holds what passes through them while they are traced.
-    """
+    """A compiled `batch -> measure(seen, hidden, where)` of a listed model."""
+    # The model is watched from outside, so that it needs no hooks: blocks are unrolled, and a list
+    # in Python holds what passes through them while they are traced.
     apply_fn, params = models.from_nnx(model)
 
     @jax.jit

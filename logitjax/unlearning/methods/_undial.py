@@ -47,7 +47,7 @@ def linear_undial(
         blocks=blocks,
         axis_name=axis_name,
     )
-    return loss if weights is None else loss[0]
+    return loss if weights is None else loss[0]  # the sum, without outputs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
