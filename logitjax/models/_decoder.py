@@ -100,8 +100,7 @@ def _over_batch(x: jax.Array) -> jax.Array:
 
 def _look_up(table: jax.Array, ids: Array, mode: str | None = None) -> jax.Array:
     """Rows of a table; on a mesh of which `shard_map` has taken a part, in a way that compiles."""
-    # XLA ends the process at a gather from a split table there: each device looks up all ids in its
-    # part.
+    # XLA ends the process at a gather from a split table there: each device looks all ids up.
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     free = {name for name, kind in kinds if kind == AxisType.Auto}
