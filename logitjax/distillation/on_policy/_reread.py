@@ -35,12 +35,14 @@ class Rereader:
         length = len(theirs["tokens"])
         before = int(np.argmax(theirs["loss_mask"])) if self._chat else 0
         written = tokens[start if self._chat else 0 :]
+        # The space that the student's tokenizer writes first is none of the text.
         raw = b"".join(self._bytes[token] for token in written.tolist())[self._prefix :]
         try:
             text, whole = raw.decode(), True
         except UnicodeDecodeError as error:
             text, whole = raw[: error.start].decode(), False
         ids = self._theirs.encode(text, add_bos=self._theirs.add_bos and not self._chat)
+        # A text that was cut short did not end there, so it teaches no stop.
         ids = [*theirs["tokens"][:before], *ids, *(self._ends if stopped and whole else ())]
         here, place = np.array(ids[:length], np.int32), np.arange(length, dtype=np.int32)
         inside = place < len(here)

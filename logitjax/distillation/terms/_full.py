@@ -43,7 +43,7 @@ class _Full(Term):
         return StudentNeeds(statistic=statistic)
 
     def value(self, read: Any, teacher: Any, batch: Mapping[str, Any], params: Any) -> Any:
-        return self.temperature**2 * read.statistic
+        return self.temperature**2 * read.statistic  # gradients shrink by 1 / T^2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -197,6 +197,7 @@ class SkewKL(_Full):
     @property
     def statistic(self) -> sweep.Statistic:
         if self.direction == "forward":
+            # The mixture has alpha of the teacher; of its two parts only one is weighed.
             return sweep.MixtureStatistic(beta=self.alpha, weights=(1.0, 0.0))
         options: Any = {"weights": (0.0, 1.0), "fixed": self.fixed_mixture}
         return sweep.MixtureStatistic(beta=1 - self.alpha, **options)
