@@ -120,8 +120,10 @@ def test_an_error_of_one_process_ends_the_job(tmp_path, monkeypatch, error, stat
     [
         (),
         # The student writes half of the rows, for two updates at once.
-        ("--teacher_reads=live", "--loss=full_kl", "--loss=sampled_kl:0.1")
-        + ("--on_policy=0.5", "--generate_every=2"),
+        (
+            *("--teacher_reads=live", "--loss=full_kl", "--loss=sampled_kl:0.1"),
+            *("--on_policy=0.5", "--generate_every=2"),
+        ),
     ],
 )
 def test_a_teacher_over_the_devices_of_two_processes_teaches_as_one_does(tmp_path, reads):
