@@ -1,7 +1,5 @@
 """A policy does what it says, and the oracle counts."""
 
-import json
-
 import jax
 import numpy as np
 import pytest
@@ -106,8 +104,8 @@ def test_a_server_may_list_the_drawn_token_beside_the_top_ones(monkeypatch):
     policy = LogitPolicy(top_k=2, sampled=True, bias="sampling")
     oracle = HttpOracle("http://127.0.0.1:9", policy)
 
-    def post(body):
-        drawn = "token_id:7" if json.loads(body).get("logit_bias") else "token_id:1"
+    def post(prompt, fields):
+        drawn = "token_id:7" if fields.get("logit_bias") else "token_id:1"
         tops = {"token_id:1": -0.5, "token_id:2": -1.0} | (
             {drawn: -9.0} if drawn[-1] == "7" else {}
         )
