@@ -75,7 +75,7 @@ def test_what_cannot_work_is_refused_with_the_reason():
     with pytest.raises(ValueError, match="a whole row"):
         recover_log_probs(oracle_of(logits, whole), [0], 20)
     policy = LogitPolicy(top_k=5, bias="reported", decimals=1)
-    with pytest.raises(ValueError, match="decimals: expected answers .*, got 1 decimals"):
+    with pytest.raises(ValueError, match=r"decimals: expected answers .*, got 1 decimals"):
         recover_log_probs(oracle_of(logits, policy), [0], 20)
     policy = LogitPolicy(top_k=5, bias="reported", bias_limit=10)
     with pytest.raises(ValueError, match=r"bias: expected a number in \(0, 10"):
