@@ -119,6 +119,19 @@ def test_a_server_may_list_the_drawn_token_beside_the_top_ones(monkeypatch):
     np.testing.assert_array_equal(plain.tokens, [[1, 1, 2]])
 
 
+def test_a_budget_that_does_not_come_back_is_not_waited_for(monkeypatch):
+    oracle, asked = HttpOracle("http://127.0.0.1:9", LogitPolicy(top_k=1)), []
+
+    def send(body):
+        asked.append(body)
+        return 429, {}, b'{"error": {"code": "insufficient_quota"}}'
+
+    monkeypatch.setattr(oracle, "_send", send)
+    with pytest.raises(BudgetExhaustedError, match="insufficient_quota"):
+        oracle.ask([[1]])
+    assert len(asked) == 1
+
+
 def test_prompts_of_several_lengths_and_a_forward_pass_each():
     calls = []
 
