@@ -99,9 +99,8 @@ def build_app(
     middleware = [Middleware(Observed, metrics=metrics, paths=paths)]
     if config.allow_origins:
         cors: dict[str, Any] = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
-        cors |= {"allow_origins": config.allow_origins}
-        cors |= {"expose_headers": ["x-request-id", "retry-after"]}
-        middleware.append(Middleware(CORSMiddleware, **cors))
+        cors["expose_headers"] = ["x-request-id", "retry-after"]
+        middleware.append(Middleware(CORSMiddleware, allow_origins=config.allow_origins, **cors))
     handlers: Any = {HTTPException: _http_error, ApiError: _api_error, Exception: _mistake}
     handlers[ClientDisconnect] = _left
     app = Starlette(

@@ -73,8 +73,6 @@ class Disclosure:
     def options(self, end_ids: Sequence[int]) -> DecodeOptions:
         """What the engine has to report and to add."""
         policy = self.policy
-        served = self._served if policy.noise else None
-        named = {"draw_keys": None if self.free else _draw_keys, "served": served}
         return DecodeOptions(
             logprobs=policy.returns == "logprobs",
             top_logprobs=self.top_k,
@@ -83,8 +81,9 @@ class Disclosure:
             masks=True,
             max_logit_bias=0 if policy.bias == "none" else policy.max_biased,
             max_stop_ids=len(end_ids) + MOST_STOP_IDS,
+            served=self._served if policy.noise else None,
             remember=_follow if policy.noise or not self.free else None,
-            **named,
+            draw_keys=None if self.free else _draw_keys,
         )
 
     def admit(self, fields: Any, vocab: int) -> Any:
@@ -130,6 +129,7 @@ class Disclosure:
 
     def seed(self, asked: int) -> int:
         """The seed of a request's draws: always the same, and not to be guessed."""
+        # Who knows the noise of a draw reads inequalities between logits off every token.
         return int.from_bytes(self._digest(b"draw" + asked.to_bytes(8, "little"), 4), "little")
 
     def report(self, values: np.ndarray) -> np.ndarray:
