@@ -73,7 +73,8 @@ def utility_loss(
     truth, served = (np.asarray(rows, np.float32) for rows in (true_log_probs, served_log_probs))
     served = served - np.log(np.exp(served, dtype=np.float64).sum(axis=-1, keepdims=True))
     width = min(5, truth.shape[-1])
-    mine, theirs = (np.asarray(top_k(np.float32(rows), width)[1]) for rows in (truth, served))
+    rows = (truth, served.astype(np.float32))
+    mine, theirs = (np.asarray(top_k(some, width)[1]) for some in rows)
     return {
         "kl": float((np.exp(truth) * (truth - served)).sum(axis=-1).mean()),
         "top1": float((mine[:, 0] == theirs[:, 0]).mean()),

@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import functools
 import http.client
 import ipaddress
 import json
@@ -89,7 +90,8 @@ class HttpOracle(Meter):
         self, queries: Sequence[tuple[Any, Mapping[str, float] | None]], temperature: float
     ) -> Answer:
         self.charge(len(queries))
-        found = list(self._pool.map(lambda query: self._one(*query, temperature), queries))
+        ask = functools.partial(self._one, temperature=temperature)
+        found = list(self._pool.map(ask, *zip(*queries, strict=True)))
         # A value that the server keeps to itself is None there, and nan here.
         if len({len(row) for row in found}) > 1:
             raise ValueError(f"url: expected {self.policy.top_k} values in each answer, got fewer")
