@@ -51,27 +51,19 @@ def align_head(
     checks.shapes(basis=(basis, "float vocab dimension"), head=(head, "float vocab hidden"))
     for name, rows in (("basis", basis), ("head", head)):
         checks.values(rows, np.isfinite, name, "finite numbers")
-    basis = np.asarray(basis, np.float64)
-    head = np.asarray(head, np.float64)
-    if centre:
-        head = head - head.mean(axis=0)
+    basis, head = np.asarray(basis, np.float64), np.asarray(head, np.float64)
+    head = head - head.mean(axis=0) if centre else head
     vocab, dimension = basis.shape
     q = np.linalg.qr(basis)[0]
-    norm = np.linalg.norm(head)
     # |W|^2 - |Q^T W|^2 would lose the digits that matter when the fit is good.
     error = np.linalg.norm(head - q @ (q.T @ head))
     # Singular values of the product of two orthonormal bases: cosines of the principal angles.
     cosines = np.linalg.svd(q.T @ np.linalg.qr(head)[0], compute_uv=False).clip(0.0, 1.0)
-    width = head.shape[1]
-    overlap = float((cosines**2).sum() / width)
+    overlap = float((cosines**2).sum() / head.shape[1])
     # A random subspace holds this share of any direction, on average.
     chance = dimension / vocab
-    return HeadAlignment(
-        relative_rms=float(error / norm),
-        overlap=overlap,
-        chance=chance,
-        leak=float((overlap - chance) / (1 - chance)),
-    )
+    leak, rms = (overlap - chance) / (1 - chance), float(error / np.linalg.norm(head))
+    return HeadAlignment(relative_rms=rms, overlap=overlap, chance=chance, leak=leak)
 
 
 def utility_loss(
@@ -81,9 +73,8 @@ def utility_loss(
     truth, served = (np.asarray(rows, np.float32) for rows in (true_log_probs, served_log_probs))
     served = served - np.log(np.exp(served, dtype=np.float64).sum(axis=-1, keepdims=True))
     width = min(5, truth.shape[-1])
-    mine, theirs = (
-        np.asarray(top_k(rows, width)[1]) for rows in (truth, served.astype(np.float32))
-    )
+    rows = (truth, served.astype(np.float32))
+    mine, theirs = (np.asarray(top_k(some, width)[1]) for some in rows)
     return {
         "kl": float((np.exp(truth) * (truth - served)).sum(axis=-1).mean()),
         "top1": float((mine[:, 0] == theirs[:, 0]).mean()),

@@ -121,9 +121,8 @@ def audit(
       log-probabilities. Without a bias a row is harvested by draws (`recover_log_probs`).
     - If one value or nothing but the token is reported, part of a row is searched for.
 
-    An API in this process does what its policy says. Any other is tested first (`Protocol`): how
-    far equal queries differ, what values are rounded to, what a bias moves. A recovered row is then
-    told again by other queries, at the same cost, and its error widened by all that was seen.
+    An API in this process does what its policy says. Any other is tested first. A recovered row is
+    then told again by other queries, at the same cost, and its error widened by all that was seen.
 
     Args:
         oracle: A `LogitOracle` of a model in this process, or an `HttpOracle` of one's own server.
@@ -153,12 +152,9 @@ def audit(
     attack = functools.partial(_attacked, oracle, prompts, vocab_size, head, logits, corner)
     found = attack() if isinstance(oracle, LogitOracle) else _tested(oracle, prompts, attack)
     # What honest users ask below is no part of the price.
-    found = dataclasses.replace(
-        found,
-        queries=oracle.queries - before[0],
-        values=oracle.values - before[1],
-        hidden=None if head is None else head.shape[1],
-    )
+    price = {"queries": oracle.queries - before[0], "values": oracle.values - before[1]}
+    hidden = None if head is None else head.shape[1]
+    found = dataclasses.replace(found, **price, hidden=hidden)
     if logits is None:
         return found
     error, utility = None, found.utility
@@ -212,37 +208,33 @@ def _tested(oracle: Any, prompts: Any, attack: Callable[[], Audit]) -> Audit:
 def _by_rows(oracle: Any, prompts: Any, vocab_size: int, head: Any, logits: Any) -> Audit:
     policy: LogitPolicy = oracle.policy
     served = _rows(oracle, prompts, vocab_size)
-    # As many directions as the head has, whatever the estimate says: one Gram matrix does for both.
-    known = None if head is None else min(head.shape[1], len(served) - 1)
-    subspace = estimate_output_subspace(
-        served, noise=policy.noise or None, decimals=policy.decimals, dimension=known
-    )
-    where, alignment, utility = subspace.vocab_where, None, None
-    if head is not None:
-        alignment = align_head(np.asarray(subspace.basis)[where], np.asarray(head)[where])
+    noise = {"noise": policy.noise or None, "decimals": policy.decimals}
+    found = _of_rows(served, head, noise)
     if logits is not None:
         utility = utility_loss(_log_softmax(logits[:_HONEST]), served[:_HONEST])
-    return Audit(prompts=len(served), subspace=subspace, alignment=alignment, utility=utility)
+        found = dataclasses.replace(found, utility=utility)
+    return found
+
+
+def _of_rows(rows: np.ndarray, head: Any, noise: Mapping[str, Any]) -> Audit:
+    """The subspace of rows, with as many directions as the head has, beside it."""
+    # Whatever the estimate says: one Gram matrix does for both.
+    known = None if head is None else min(head.shape[1], len(rows) - 1, rows.shape[1] - 1)
+    subspace = estimate_output_subspace(rows, dimension=known, **noise)
+    where, alignment = subspace.vocab_where, None
+    if head is not None:
+        alignment = align_head(subspace.basis[where], np.asarray(head)[where])
+    return Audit(prompts=len(rows), subspace=subspace, alignment=alignment)
 
 
 def _by_bias(oracle: Any, prompts: Any, vocab_size: int, head: Any, corner: int) -> Audit:
     row = recover_log_probs(oracle, prompts[0], vocab_size)
     if not corner:
         return Audit(prompts=1, row=row)
-    count = min(corner, vocab_size)
-    columns = np.random.default_rng(0).choice(vocab_size, count, replace=False)
-    asked = list(prompts[:corner])
-    subspace = estimate_output_subspace(
-        corner_matrix(oracle, asked, columns, vocab_size),
-        dimension=None if head is None else min(head.shape[1], len(asked) - 1, count - 1),
-    )
-    return Audit(
-        prompts=len(asked),
-        row=row,
-        subspace=subspace,
-        tokens=columns,
-        alignment=None if head is None else align_head(subspace.basis, np.asarray(head)[columns]),
-    )
+    columns = np.random.default_rng(0).choice(vocab_size, min(corner, vocab_size), replace=False)
+    rows = corner_matrix(oracle, list(prompts[:corner]), columns, vocab_size)
+    found = _of_rows(rows, None if head is None else np.asarray(head)[columns], {})
+    return dataclasses.replace(found, row=row, tokens=columns)
 
 
 def _row_error(row: RecoveredRow, logits: np.ndarray) -> float:

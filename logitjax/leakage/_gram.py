@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import scipy.linalg
 
+BLOCK = 8192  # tokens at a time
 _dsyrk: Any = scipy.linalg.get_blas_funcs("syrk", dtype=np.float64)
 
 
@@ -18,15 +19,13 @@ class Table:
     """Rows less their means, visited by blocks of tokens."""
 
     rows: np.ndarray  # [n, vocab]
-    block_size: int
     means: np.ndarray  # [n], zero unless rows are centred
     centre: bool
     scales: tuple[np.ndarray, np.ndarray] | None = None  # [n] and [vocab], of rows and tokens
 
     @classmethod
-    def of(cls, rows: np.ndarray, *, centre: bool, block_size: int) -> "Table":
-        table = cls(rows=rows, block_size=block_size, means=np.zeros(len(rows)), centre=centre)
-        return table.scaled(None)
+    def of(cls, rows: np.ndarray, *, centre: bool) -> "Table":
+        return cls(rows=rows, means=np.zeros(len(rows)), centre=centre).scaled(None)
 
     def scaled(self, scales: tuple[np.ndarray, np.ndarray] | None) -> "Table":
         """With other scales, and means that noise of quiet tokens is not drowned by."""
@@ -41,8 +40,8 @@ class Table:
 
     def blocks(self, left: np.ndarray | None = None) -> Iterator[tuple[slice, np.ndarray]]:
         """Float64 blocks of columns, without the directions `left`."""
-        for start in range(0, self.rows.shape[1], self.block_size):
-            where = slice(start, start + self.block_size)
+        for start in range(0, self.rows.shape[1], BLOCK):
+            where = slice(start, start + BLOCK)
             with np.errstate(invalid="ignore"):  # The caller looks for infinities.
                 block = self.rows[:, where].astype(np.float64) - self.means[:, None]
             if self.scales is not None:
@@ -99,14 +98,12 @@ def gram_matrix(table: Table, left: np.ndarray | None = None) -> np.ndarray:
     return total + np.tril(total, -1).T
 
 
-def project(
-    rows: np.ndarray, left: np.ndarray, mean: np.ndarray | None, *, block_size: int
-) -> np.ndarray:
+def project(rows: np.ndarray, left: np.ndarray, mean: np.ndarray | None) -> np.ndarray:
     """``(rows - mean)^T left`` in float32, ``[vocab, k]``; columns that BLAS copies are few."""
     left = np.ascontiguousarray(left, np.float32)
     shift = 0.0 if mean is None else mean.astype(np.float32) @ left
     product = np.empty((rows.shape[1], left.shape[1]), np.float32)
-    for start in range(0, len(product), block_size):
-        block = rows[:, start : start + block_size].astype(np.float32, copy=False)
-        product[start : start + block_size] = block.T @ left - shift
+    for start in range(0, len(product), BLOCK):
+        block = rows[:, start : start + BLOCK].astype(np.float32, copy=False)
+        product[start : start + BLOCK] = block.T @ left - shift
     return product

@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import functools
 import http.client
 import ipaddress
 import json
@@ -13,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from logitjax.leakage._oracle import Meter
+from logitjax.leakage._oracle import BudgetExhaustedError, Meter
 from logitjax.leakage._policy import Answer, LogitPolicy
+
+_AT_ONCE = 16  # requests
 
 
 class HttpOracle(Meter):
@@ -24,7 +27,6 @@ class HttpOracle(Meter):
         address: `http://127.0.0.1:PORT`. Only loopback: you audit a server that you run.
         policy: What the server is known to do; `top_k` values are asked for.
         api_key: API key of the server.
-        workers: Number of concurrent requests.
         budget: Largest number of queries; None for any.
 
     Raises:
@@ -37,7 +39,6 @@ class HttpOracle(Meter):
         policy: LogitPolicy,
         *,
         api_key: str | None = None,
-        workers: int = 16,
         budget: int | None = None,
     ):
         host = urllib.parse.urlsplit(address).hostname or ""
@@ -46,10 +47,9 @@ class HttpOracle(Meter):
         super().__init__(budget)
         self.policy = policy
         self._host = urllib.parse.urlsplit(address).netloc
-        self._headers = {"Content-Type": "application/json"}
-        if api_key is not None:
-            self._headers["Authorization"] = f"Bearer {api_key}"
-        self._pool = concurrent.futures.ThreadPoolExecutor(workers)
+        key = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        self._headers = {"Content-Type": "application/json"} | key
+        self._pool = concurrent.futures.ThreadPoolExecutor(_AT_ONCE)
         self._local = threading.local()
 
     def ask(self, prompts: Sequence[Any] | np.ndarray, *, temperature: float = 0.0) -> Answer:
@@ -75,20 +75,10 @@ class HttpOracle(Meter):
         return np.array([_token_id(one["tokens"][0]) for one in said])
 
     def read(self, prompts: Sequence[Any]) -> list[Answer]:
-        """The server's values at every position of prompts after the first, by one query each.
+        """The `top_k` values at every position of prompts after the first, by one query each.
 
-        The server has to support `echo`, as vLLM does, and `logitjax serve` unless its policy
-        forbids it.
-
-        Args:
-            prompts: Token ids, each of its own length n.
-
-        Returns:
-            For each prompt the `top_k` values and their tokens, `[n - 1, top_k]`, best first.
-
-        Raises:
-            ValueError: The server refuses, or reports something else.
-            BudgetExhaustedError: As for `ask`.
+        Each answer is `[n - 1, top_k]`, best first. The server has to support `echo`, as vLLM does;
+        one that refuses, or reports something else, is a ValueError.
         """
         self.charge(len(prompts))
         return [self.counted([one]) for one in self._pool.map(self._echoed, prompts)]
@@ -100,9 +90,8 @@ class HttpOracle(Meter):
         self, queries: Sequence[tuple[Any, Mapping[str, float] | None]], temperature: float
     ) -> Answer:
         self.charge(len(queries))
-        found = list(
-            self._pool.map(lambda query: self._one(query[0], query[1], temperature), queries)
-        )
+        ask = functools.partial(self._one, temperature=temperature)
+        found = list(self._pool.map(ask, *zip(*queries, strict=True)))
         # A value that the server keeps to itself is None there, and nan here.
         if len({len(row) for row in found}) > 1:
             raise ValueError(f"url: expected {self.policy.top_k} values in each answer, got fewer")
@@ -114,15 +103,8 @@ class HttpOracle(Meter):
 
     def _echoed(self, prompt: Any) -> tuple[np.ndarray, np.ndarray]:
         tokens, k = np.asarray(prompt).tolist(), self.policy.top_k
-        body = {
-            "prompt": tokens,
-            "max_tokens": 0,
-            "echo": True,
-            "temperature": 0,
-            "logprobs": k,
-            "return_tokens_as_token_ids": True,
-        }
-        said = self._post(json.dumps(body))["choices"][0]["logprobs"]["top_logprobs"][1:]
+        fields = {"max_tokens": 0, "echo": True, "temperature": 0, "logprobs": k}
+        said = self._post(tokens, fields)["choices"][0]["logprobs"]["top_logprobs"][1:]
         # A token of the prompt is listed beside the top ones where it is none of them.
         rows = [sorted(tops.items(), key=lambda pair: -pair[1])[:k] for tops in said]
         if len(rows) != len(tokens) - 1 or any(len(row) != k for row in rows):
@@ -148,22 +130,23 @@ class HttpOracle(Meter):
 
     def _asked(self, prompt: Any, fields: Mapping[str, Any]) -> Any:
         """What an answer of one token says of log-probabilities."""
-        body = {"prompt": np.asarray(prompt).tolist(), "max_tokens": 1, **fields}
-        answer = self._post(json.dumps(body | {"return_tokens_as_token_ids": True}))
+        answer = self._post(np.asarray(prompt).tolist(), {"max_tokens": 1, **fields})
         try:
             said = answer["choices"][0]["logprobs"]
             _token_id(said["tokens"][0])
             return said
         except (LookupError, TypeError, AttributeError, ValueError):
-            raise ValueError(
-                f"url: expected log-probabilities by token ids, got {str(answer)[:200]}"
-            ) from None
+            wrong = f"url: expected log-probabilities by token ids, got {str(answer)[:200]}"
+            raise ValueError(wrong) from None
 
-    def _post(self, body: str) -> Any:
+    def _post(self, prompt: list[int], fields: Mapping[str, Any]) -> Any:
+        body = {"prompt": prompt, "return_tokens_as_token_ids": True, **fields}
         for _ in range(200):
-            status, headers, text = self._send(body)
+            status, headers, text = self._send(json.dumps(body))
             if status == 200:
                 return json.loads(text)
+            if b"insufficient_quota" in text:  # It does not come back: waiting would be for ever.
+                raise BudgetExhaustedError(f"url: {text[:200]!r}")
             if status != 429:
                 raise ValueError(f"url: the server answered {status}: {text[:200]!r}")
             time.sleep(float(headers.get("Retry-After", "1")))

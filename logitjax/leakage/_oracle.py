@@ -96,30 +96,24 @@ class LogitOracle(Meter):
         self.prompts = 0
         self._apply = apply_fn
         self._api, self._noise, self._draws = jax.random.split(jax.random.key(seed), 3)
-        self._batch_size = batch_size
-        self._cache_size = cache_size
+        self._batch_size, self._cache_size = batch_size, cache_size
         self._cache: dict[bytes, np.ndarray] = {}
 
     def ask(
         self, prompts: Sequence[Sequence[int] | Array] | Array, *, temperature: float = 0.0
     ) -> Answer:
-        """One query a prompt, without a bias.
+        """One query a prompt, without a bias: an `Answer` ``[n, k]`` on the host.
 
         Args:
             prompts: ``n`` sequences of token ids, of any lengths.
             temperature: temperature of the drawn token, which every query draws anew.
 
-        Returns:
-            `Answer` ``[n, k]`` on the host.
-
         Raises:
             BudgetExhaustedError: the budget would be exceeded.
         """
         self.charge(len(prompts))
-        parts = [
-            prompts[start : start + self._batch_size]
-            for start in range(0, len(prompts), self._batch_size)
-        ]
+        size = self._batch_size
+        parts = [prompts[start : start + size] for start in range(0, len(prompts), size)]
         return self.counted([self._report(self._logits(p), p, temperature) for p in parts])
 
     def ask_biased(
@@ -169,10 +163,8 @@ class LogitOracle(Meter):
             tokens = jnp.asarray(np.stack([np.asarray(p, np.int32) for p in group.values()]))
             rows = np.asarray(self._apply(tokens), np.float32)
             if rows.ndim != 2 or rows.shape[0] != len(group):
-                raise ValueError(
-                    f"apply_fn: expected [{len(group)}, vocab] for the last position, "
-                    f"got {rows.shape}"
-                )
+                want = f"[{len(group)}, vocab] for the last position"
+                raise ValueError(f"apply_fn: expected {want}, got {rows.shape}")
             fresh |= dict(zip(group, rows, strict=True))
             self.prompts += len(group)
         found = np.stack([fresh[n] if n in fresh else self._cache[n] for n in names])
@@ -198,8 +190,8 @@ class LogitOracle(Meter):
             keys = _keys(self._api, np.asarray(numbers, np.uint32))
         if temperature > 0:
             self._draws, draw = jax.random.split(self._draws)
-        values, where = _answer(self.policy, rows, keys, tokens, bias, temperature, draw)
-        return np.asarray(values), np.asarray(where)
+        answer = _answer(self.policy, rows, keys, tokens, bias, temperature, draw)
+        return np.asarray(answer[0]), np.asarray(answer[1])
 
 
 @jax.jit
@@ -211,11 +203,7 @@ def _keys(key: jax.Array, numbers: jax.Array) -> jax.Array:
 def _answer(
     policy: LogitPolicy, rows: Any, keys: Any, tokens: Any, bias: Any, temperature: Any, draw: Any
 ) -> tuple[jax.Array, jax.Array]:
-    answer = policy.report(
-        policy.disturb(rows, keys),
-        bias_tokens=tokens,
-        bias_values=bias,
-        temperature=temperature,
-        key=draw,
-    )
+    biased = {"bias_tokens": tokens, "bias_values": bias}
+    disturbed = policy.disturb(rows, keys)
+    answer = policy.report(disturbed, **biased, temperature=temperature, key=draw)
     return jnp.asarray(answer.values), jnp.asarray(answer.tokens)

@@ -92,13 +92,10 @@ class LogitPolicy:
         for name, known in _CHOICES.items():
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
-        for name, value in (
-            ("top_k", self.top_k if self.top_k or not self.sampled else None),
-            ("max_biased", self.max_biased),
-            ("bias_limit", self.bias_limit),
-        ):
-            if value is not None:
-                checks.positive(value, name)
+        checks.positive(self.max_biased, "max_biased")
+        checks.positive(self.bias_limit, "bias_limit")
+        if self.top_k is not None and (self.top_k or not self.sampled):
+            checks.positive(self.top_k, "top_k")
         if self.noise < 0:
             raise ValueError(f"noise: expected at least 0, got {self.noise}")
 
@@ -206,7 +203,7 @@ class LogitPolicy:
         temperature: Number = 1.0,
         key: Key[jax.Array, ""] | None = None,
     ) -> Answer:
-        """The answer about logits from `disturb`.
+        """The answer about logits from `disturb`: `top_k` values or all, one more with `sampled`.
 
         Args:
             served: ``[*batch, vocab]``.
@@ -214,9 +211,6 @@ class LogitPolicy:
             bias_values: ``[*batch, biased]`` in nats.
             temperature: temperature of the drawn token; values are reported at 1.
             key: key of the draw; without one the likeliest token is taken, as at temperature 0.
-
-        Returns:
-            `Answer`, ``[*batch, top_k]`` or ``[*batch, vocab]``, one more with ``sampled``.
 
         Raises:
             ValueError: the bias is not allowed, or there is too much of it.
@@ -235,10 +229,9 @@ class LogitPolicy:
             values = moved if self.bias == "reported" else values
         drawn = None
         if self.sampled or self.returns == "token":
-            drawn = (
-                moved if key is None else moved / temperature + jax.random.gumbel(key, moved.shape)
-            )
-            drawn = jnp.argmax(drawn, axis=-1, keepdims=True).astype(jnp.int32)
+            if key is not None:
+                moved = moved / temperature + jax.random.gumbel(key, moved.shape)
+            drawn = jnp.argmax(moved, axis=-1, keepdims=True).astype(jnp.int32)
         if drawn is not None and self.returns == "token":
             return Answer(values=jnp.zeros((*values.shape[:-1], 0)), tokens=drawn)
         if self.returns == "logprobs":
@@ -251,16 +244,9 @@ class LogitPolicy:
         if self.top_k is None or self.top_k >= values.shape[-1]:
             tokens = jnp.broadcast_to(jnp.arange(values.shape[-1]), values.shape)
             return Answer(values=values, tokens=tokens)
-        if drawn is None:
-            values, tokens = top_k(values, self.top_k)
-            return Answer(values=values, tokens=tokens)
-        own = jnp.take_along_axis(values, drawn, axis=-1)
-        if self.top_k == 0:
-            return Answer(values=own, tokens=drawn)
-        values, tokens = top_k(values, self.top_k)
-        values, tokens = (
-            jnp.concatenate(pair, axis=-1) for pair in ((own, values), (drawn, tokens))
-        )
+        parts = [] if drawn is None else [(jnp.take_along_axis(values, drawn, axis=-1), drawn)]
+        parts += [top_k(values, self.top_k)] if self.top_k else []
+        values, tokens = (jnp.concatenate(part, axis=-1) for part in zip(*parts, strict=True))
         return Answer(values=values, tokens=tokens)
 
     def _biased(self, values: jax.Array, tokens: jax.Array, bias: Array | None) -> jax.Array:
@@ -269,13 +255,11 @@ class LogitPolicy:
         shape = None if bias is None else jnp.shape(bias)
         if bias is None or shape != tokens.shape:
             raise ValueError(f"bias_values: expected the shape {tokens.shape}, got {shape}")
-        if tokens.shape[-1] > self.max_biased:
+        if (count := tokens.shape[-1]) > self.max_biased:
             raise ValueError(
-                f"bias_tokens: expected at most {self.max_biased} a query, got {tokens.shape[-1]}"
+                f"bias_tokens: expected at most {self.max_biased} a query, got {count}"
             )
         bias = jnp.clip(jnp.asarray(bias, jnp.float32), -self.bias_limit, self.bias_limit)
-        flat, shape = values.reshape(-1, values.shape[-1]), (*values.shape[:-1], tokens.shape[-1])
-        where, add = (
-            jnp.broadcast_to(part, shape).reshape(len(flat), -1) for part in (tokens, bias)
-        )
+        flat, shape = values.reshape(-1, values.shape[-1]), (*values.shape[:-1], count)
+        where, add = (jnp.broadcast_to(x, shape).reshape(len(flat), -1) for x in (tokens, bias))
         return flat.at[jnp.arange(len(flat))[:, None], where].add(add).reshape(values.shape)

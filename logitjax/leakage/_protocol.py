@@ -80,10 +80,8 @@ class Protocol:
         fresh = self.policy.noise if self.policy.noise_per == "query" else 0.0
         rounding = _EPS * max([1.0, *map(abs, mean.values())])
         if not flips and np.abs(off).max(initial=0.0) <= rounding:
-            rate = 1 - 0.05 ** (1 / len(tokens))
-            seen = (
-                f"no difference in {len(tokens)}: at 95 % fewer than {rate:.0%} of answers differ"
-            )
+            most = f"at 95 % fewer than {1 - 0.05 ** (1 / len(tokens)):.0%} of answers differ"
+            seen = f"no difference in {len(tokens)}: {most}"
             self.add(test, seen, 0.0 if fresh else 1.0, 0.0, not fresh)
             return
         tail = float(scipy.stats.chi2.cdf(free * (sigma / fresh) ** 2, free)) if fresh else 0.0
@@ -97,17 +95,14 @@ class Protocol:
 def infer_protocol(protocol: Protocol, oracle: Any, prompts: Any) -> None:
     """Tests what a server reports, and whether it is what its policy says.
 
-    Equal queries tell noise, several prompts the lattice that values lie on, other temperatures
-    whether values stay, and growing biases what a bias moves and how far.
-
     References:
         Holm, 1979 (Scandinavian Journal of Statistics 6), for the level over all tests.
     """
     policy, prompt = oracle.policy, prompts[0]
     equal = oracle.ask([prompt] * _REPEATS)
     protocol.repeated("one prompt again", equal)
-    if policy.returns == "token" or policy.sampled:
-        _draws(protocol, oracle, prompt)
+    if policy.returns != "token" and policy.sampled:
+        _rates(protocol, oracle, prompt)
     if policy.returns != "token":
         _values(protocol, oracle, prompts, equal)
     if hasattr(oracle, "draws"):
@@ -154,16 +149,15 @@ def _means(answer: Answer) -> dict[int, float]:
     return {token: float(np.mean(some)) for token, some in values.items()}
 
 
-def _draws(protocol: Protocol, oracle: Any, prompt: Any) -> None:
+def _rates(protocol: Protocol, oracle: Any, prompt: Any) -> None:
     """Draws at temperature 1: whether values are their rates."""
     answer = oracle.ask([prompt] * _DRAWN, temperature=1.0)
-    drawn = np.asarray(answer.tokens)[:, 0]
-    if oracle.policy.returns != "token":
-        token, value = max(_pairs(answer), key=lambda pair: pair[1])
-        rate, count = float(np.exp(min(0.0, value))), int((drawn == token).sum())
-        p = float(scipy.stats.binomtest(count, _DRAWN, rate).pvalue)
-        seen = f"{count} of {_DRAWN} draws are of a token of {rate:.3f}, off by"
-        protocol.add("rates", seen, p, abs(count / _DRAWN - rate), p > LEVEL)
+    token, value = max(_pairs(answer), key=lambda pair: pair[1])
+    rate = float(np.exp(min(0.0, value)))
+    count = int((np.asarray(answer.tokens)[:, 0] == token).sum())
+    p = float(scipy.stats.binomtest(count, _DRAWN, rate).pvalue)
+    seen = f"{count} of {_DRAWN} draws are of a token of {rate:.3f}, off by"
+    protocol.add("rates", seen, p, abs(count / _DRAWN - rate), p > LEVEL)
 
 
 def _choices(protocol: Protocol, oracle: Any, prompts: Any) -> None:
@@ -227,11 +221,10 @@ def _rules(protocol: Protocol, oracle: Any, prompt: Any) -> None:
     first = oracle.draws(prompt, [{"temperature": 0.0}])
     longer = [int(first[0]), *np.asarray(prompt).tolist()]
     plain = oracle.draws(longer, [{"temperature": 0.0}])
-    rules = [{"repetition_penalty": 10.0}, {"presence_penalty": 2.0}]
-    asked = [_drawn(oracle, longer, [{"temperature": 0.0} | rule]) for rule in rules]
-    moved = [None if one is None else one[0] for one in asked]
-    others = zip(rules, moved, strict=True)
-    names = [name for rule, token in others for name in rule if token not in (None, *plain)]
+    names = []
+    for name, size in (("repetition_penalty", 10.0), ("presence_penalty", 2.0)):
+        moved = _drawn(oracle, longer, [{"temperature": 0.0, name: size}])
+        names += [name] if moved is not None and moved[0] not in plain else []
     where = "in" if plain[0] in longer else "not in"
     seen = f"the likeliest token, {where} the prompt, moves by {', '.join(names) or 'none'}"
     protocol.add("penalties", seen, 1.0, len(names), True)
@@ -334,9 +327,8 @@ def _bias(protocol: Protocol, oracle: Any, prompt: Any) -> None:
 def tell_again(protocol: Protocol, oracle: Any, prompt: Any, row: RecoveredRow) -> RecoveredRow:
     """Asks for each token of a row once more, by other queries, and widens its error.
 
-    Where biases move what is reported, tokens in another order are lifted each by what it lacks to
-    the first one. Forced tokens are forced by a smaller bias. Bounds of a search are tried at both
-    ends.
+    Tokens in another order are lifted each by what it lacks to the first one, forced ones by a
+    smaller bias. Bounds of a search are tried at both ends.
     """
     rng, limit = np.random.default_rng(1), oracle.policy.bias_limit
     log_probs, known = row.log_probs.astype(np.float64), row.known.copy()

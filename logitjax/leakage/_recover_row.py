@@ -12,6 +12,9 @@ from logitjax.leakage._policy import Answer, LogitPolicy
 from logitjax.leakage._search import search_logits
 from logitjax.ops import Array
 
+# Nats: answers with fewer decimals cannot be undone.
+_LARGEST_ERROR = 0.1
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecoveredRow:
@@ -36,7 +39,6 @@ def recover_log_probs(
     *,
     bias: float | None = None,
     tokens: Sequence[int] | Array | None = None,
-    largest_error: float = 0.1,
     draws: int = 2048,
 ) -> RecoveredRow:
     """Recover log-probabilities of the next token from answers to many queries.
@@ -51,9 +53,8 @@ def recover_log_probs(
     Where a bias moves only the drawn token, whose own value is reported without it, each token is
     `forced` in turn: V queries a row. Where no bias is taken, the values of whatever is drawn are
     `harvested`. They are those of temperature 1 whatever the draw's is, so draws at temperature 2
-    reach rarer tokens: 1,536 of 50,257 (normal logits of standard deviation 3.34) by 1,800 draws,
-    and 7,200 at temperature 1. Twice the head's width of them complete a row whose subspace is
-    known (`OutputSubspace.complete`).
+    reach rarer tokens. Twice the head's width of them complete a row whose subspace is known
+    (`OutputSubspace.complete`).
 
     If a bias moves what is reported, one query without a bias gives the most likely token and its
     log-probability, the reference. Each further query lifts the reference and k - 1 tokens by the
@@ -72,7 +73,6 @@ def recover_log_probs(
         bias: In nats; by default 30, then 80 for tokens that stay below, or what the policy allows.
         tokens: The tokens to recover; by default all. An API of logits then gives their differences
             to the most likely token, because the normaliser is a sum over all.
-        largest_error: In nats; a setting whose answers cannot be undone to this error is refused.
         draws: Number of draws where no bias is taken.
 
     Raises:
@@ -114,10 +114,10 @@ def recover_log_probs(
         raise ValueError(f"bias: expected a number in (0, {policy.bias_limit}], got {bias}")
     # What a float32 server adds to a logit costs it digits: no more than is needed.
     biases = sorted({min(x, policy.bias_limit) for x in (30.0, 80.0)}) if bias is None else [bias]
-    if 3 * policy.step > largest_error:
+    if 3 * policy.step > _LARGEST_ERROR:
         raise ValueError(
-            f"answers have {policy.decimals} decimals: log-probabilities could be off by "
-            f"{3 * policy.step:.2g} nats, more than largest_error={largest_error}"
+            f"decimals: expected answers that can be undone to {_LARGEST_ERROR} nats, got "
+            f"{policy.decimals} decimals, which leave {3 * policy.step:.2g}"
         )
     if forces:
         return _forced(oracle, prompt, wanted, vocab_size, bias or policy.bias_limit)
@@ -177,9 +177,8 @@ def _lift(
 def _normalised(logits: np.ndarray) -> np.ndarray:
     """Log-probabilities; of logits of which some are not known, differences to the largest."""
     below = logits - np.nanmax(logits, initial=-np.inf)
-    return (
-        below - np.log(np.exp(below, dtype=np.float64).sum()) if np.isfinite(below).all() else below
-    )
+    total = np.exp(below, dtype=np.float64).sum() if np.isfinite(below).all() else 1.0
+    return below - np.log(total)
 
 
 def _forced(
@@ -208,20 +207,13 @@ def _own_values(
 ) -> RecoveredRow:
     """Values of drawn tokens, which come first in an answer; those at a floor are none."""
     tokens, values = np.asarray(answer.tokens)[:, 0], np.asarray(answer.values, np.float32)[:, 0]
-    came = (
-        came & np.isfinite(values) & (values > (-np.inf if policy.floor is None else policy.floor))
-    )
+    came = came & np.isfinite(values) & (policy.floor is None or values > policy.floor)
     found, known = np.full(vocab_size, np.nan, np.float32), np.zeros(vocab_size, bool)
     found[tokens[came]] = values[came]
     known[tokens[came]] = True
     rounding = 4 * float(np.finfo(np.float32).eps) * np.abs(values[came]).max(initial=0.0)
-    return RecoveredRow(
-        log_probs=found,
-        known=known,
-        error_bound=policy.step + float(rounding),
-        queries=len(tokens),
-        method=method,
-    )
+    bound = {"error_bound": policy.step + float(rounding), "queries": len(tokens)}
+    return RecoveredRow(log_probs=found, known=known, method=method, **bound)
 
 
 def _searched(oracle: Asked, prompt: Any, tokens: np.ndarray, vocab_size: int) -> RecoveredRow:
@@ -245,10 +237,9 @@ def _searched(oracle: Asked, prompt: Any, tokens: np.ndarray, vocab_size: int) -
 def corner_matrix(
     oracle: Asked, prompts: Sequence[Any], columns: np.ndarray, vocab_size: int
 ) -> np.ndarray:
-    """Log-probabilities of chosen tokens after each prompt, ``[n, m]``, float32.
+    """Log-probabilities of chosen tokens after each prompt, ``[n, m]``, less the normalisers.
 
-    A corner of h + s rows and as many columns has the rank of the whole matrix, for
-    (h + s)^2 / (K - 1) queries instead of n V / (K - 1). Rows differ by their normalisers.
+    A corner of h + s rows and columns has the whole matrix's rank, for (h + s)^2 / (K - 1) queries.
 
     References:
         Carlini et al., 2024, section 4.2.
@@ -258,11 +249,10 @@ def corner_matrix(
     rows = []
     for prompt in prompts:
         row = recover_log_probs(oracle, prompt, vocab_size, tokens=columns)
-        missing = columns[~row.known[columns]]
-        if len(missing):
+        if len(missing := columns[~row.known[columns]]):
             raise ValueError(
-                f"{len(missing)} of {len(columns)} tokens never reached the answer, "
-                f"e.g. {missing[0]}: the bias is smaller than the range of the logits"
+                f"bias: expected more than the range of the logits, got {len(missing)} of "
+                f"{len(columns)} tokens that never reached the answer, e.g. {missing[0]}"
             )
         rows.append(row.log_probs[columns])
     return np.stack(rows)

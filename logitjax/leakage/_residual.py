@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import Bool, Float
 
-from logitjax.leakage._gram import Spectrum, Table
+from logitjax.leakage._gram import BLOCK, Spectrum, Table
 from logitjax.ops import Array
 
 # Values of a row whose differences to the nearest row are looked at, and the share of them that is
@@ -127,7 +127,7 @@ def rows_apart(gram: Float[np.ndarray, "n n"], noise: Float[np.ndarray, " n"]) -
     return len(gram) - int(np.tril(near, -1).any(axis=1).sum())
 
 
-def finite_columns(rows: np.ndarray, *, block_size: int) -> Bool[np.ndarray, " vocab"]:
+def finite_columns(rows: np.ndarray) -> Bool[np.ndarray, " vocab"]:
     """Columns without a NaN or an infinity."""
-    blocks = range(0, rows.shape[1], block_size)
-    return np.concatenate([np.isfinite(rows[:, i : i + block_size]).all(axis=0) for i in blocks])
+    blocks = range(0, rows.shape[1], BLOCK)
+    return np.concatenate([np.isfinite(rows[:, i : i + BLOCK]).all(axis=0) for i in blocks])

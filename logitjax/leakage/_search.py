@@ -26,7 +26,6 @@ class SearchedLogits:
     hold up to it only. Most answers under noise agree with some logits, so none is no proof.
     """
 
-    tokens: np.ndarray
     lower: np.ndarray
     upper: np.ndarray
     queries: int
@@ -87,22 +86,16 @@ def search_logits(
 ) -> SearchedLogits:
     """Bounds of logits when an API reports nothing but the token it draws at temperature 0.
 
-    Tokens are asked for in batches together with the token that is drawn without a bias, which no
-    other can beat; see `recover_log_probs`. The range of the logits is taken to be `span` nats, the
-    search stops where bounds are `tolerance` nats apart. Some 1e-5 nats, which float32 rounds away,
-    come on top.
+    Tokens are asked for in batches with the token that is drawn without a bias, which no other can
+    beat. The logits' range is taken to be `span` nats, and bounds end up `tolerance` nats apart,
+    and some 1e-5 that float32 rounds away.
     """
     policy = oracle.policy
     if policy.bias == "none":
-        raise ValueError(
-            "oracle: expected an API that takes a logit bias, got bias='none': nothing else "
-            "compares one token with another"
-        )
+        raise ValueError("oracle: expected an API that takes a logit bias, got bias='none'")
     if not 0 < tolerance < span <= policy.bias_limit:
-        raise ValueError(
-            f"span: expected more than tolerance={tolerance} and at most the largest bias, "
-            f"{policy.bias_limit}, got {span}"
-        )
+        want = f"more than tolerance={tolerance} and at most the largest bias, {policy.bias_limit}"
+        raise ValueError(f"span: expected {want}, got {span}")
     wanted = np.asarray(tokens, np.int64)
     winner = int(np.asarray(oracle.ask([prompt]).tokens)[0, 0])
     rest = wanted[wanted != winner]
@@ -118,13 +111,9 @@ def search_logits(
         upper |= dict(zip(batch.tolist(), ((boxes.upper - 1) * span).tolist(), strict=True))
         queries += asked
         contradictions += wrong
-    return SearchedLogits(
-        tokens=wanted,
-        lower=np.array([lower[token] for token in wanted.tolist()]),
-        upper=np.array([upper[token] for token in wanted.tolist()]),
-        queries=queries,
-        contradictions=contradictions,
-    )
+    low, high = (np.array([one[token] for token in wanted.tolist()]) for one in (lower, upper))
+    counts = {"queries": queries, "contradictions": contradictions}
+    return SearchedLogits(lower=low, upper=high, **counts)
 
 
 def _narrow(

@@ -86,9 +86,8 @@ def fit_white_noise(values: Float[np.ndarray, " n"], rows: int, columns: int) ->
     """The fewest directions beyond which a spectrum is one of white noise, at both of its ends.
 
     For k = 0, 1, ...: sigma from the values after the k-th, which then have to lie below
-    `noise_edge` and, the last of them, above the lower edge of noise of that size. The second
-    condition is what tells noise from a falling signal, of which the first would be content with
-    any. None if no k with eight values left does.
+    `noise_edge` and, the last of them, above the lower edge, which tells noise from a falling
+    signal. None if no k with eight values left does.
 
     References:
         Kritchman and Nadler, 2008 (Determining the number of components in a factor model from

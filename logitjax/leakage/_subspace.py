@@ -14,6 +14,9 @@ from logitjax.leakage._spectrum import clip_spectrum, max_gap_dimension, roundin
 from logitjax.leakage._width import OutputWidth, judge_width
 from logitjax.ops import Array, checks
 
+# Of a basis at some tokens, by which errors of their values grow.
+_CONDITION = 1e6
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OutputSubspace:
@@ -62,19 +65,16 @@ class OutputSubspace:
         self,
         tokens: Int[Array, " m"],
         values: Float[Array, "n m"],
-        *,
-        largest_condition: float = 1e6,
     ) -> np.ndarray:
         """Whole rows from a few of their values, by least squares in the basis.
 
         ``values = basis[tokens] c + shift``, then ``row = basis c + shift``, the shift each row's
-        normaliser: h + 1 values say all V.
+        normaliser: h + 1 values say all V. Errors of the values are multiplied by up to the
+        condition of the basis at the tokens; one above 1e6 is refused.
 
         Args:
             tokens: ``[m]`` where the values were taken, distinct.
             values: ``[n, m]``.
-            largest_condition: Errors of the values are multiplied by up to the condition of the
-                basis at the tokens; a larger one is refused.
 
         Returns:
             ``[n, vocab]``, NaN where ``vocab_where`` is False.
@@ -87,10 +87,11 @@ class OutputSubspace:
         if len(tokens) < unknowns:
             raise ValueError(f"tokens: expected at least {unknowns}, got {len(tokens)}")
         found, _, _, singular = np.linalg.lstsq(system, values.T, rcond=None)
-        if singular[0] > largest_condition * singular[-1]:
+        if singular[0] > _CONDITION * singular[-1]:
+            condition = singular[0] / max(singular[-1], 1e-300)
             raise ValueError(
-                f"tokens: expected a condition of at most {largest_condition:.2g}, got "
-                f"{singular[0] / max(singular[-1], 1e-300):.2g}: take more, or choose_tokens()"
+                f"tokens: expected a condition of at most {_CONDITION:.2g}, got {condition:.2g}: "
+                "take more, or choose_tokens()"
             )
         return np.where(self.vocab_where, (known @ found).T, np.nan)
 
@@ -102,7 +103,6 @@ def estimate_output_subspace(
     noise: float | None = None,
     decimals: int | None = None,
     centre: bool = True,
-    block_size: int = 8192,
 ) -> OutputSubspace:
     """Estimate hidden dimension and column space from rows of logits or log-probabilities.
 
@@ -122,7 +122,6 @@ def estimate_output_subspace(
             is compared with the rows, and sharpens the result of few rows.
         decimals: number of decimals to which the API rounds, which is more noise.
         centre: see above; False for logits.
-        block_size: tokens at a time for the Gram matrix, on the host by BLAS.
 
     Raises:
         TypeError: rows are not floating point.
@@ -150,34 +149,26 @@ def estimate_output_subspace(
     if decimals is not None:
         noise = math.hypot(noise or 0.0, rounding_noise(decimals))
     rows = np.asarray(rows)
-    table = Table.of(rows, centre=centre, block_size=block_size)
+    table = Table.of(rows, centre=centre)
     whole = spectrum(table)
     where = np.ones(vocab, bool)
     if not np.isfinite(whole.values).all():
         # NaN and infinities reach every singular value, so finite rows never pay for the search.
-        where = finite_columns(rows, block_size=block_size)
+        where = finite_columns(rows)
         if where.sum() < max(2, vocab / 2):
             raise ValueError(
                 f"rows: expected finite values in most tokens, got {vocab - where.sum()} of "
                 f"{vocab} with a NaN or an infinity"
             )
-        table = Table.of(rows[:, where], centre=centre, block_size=block_size)
+        table = Table.of(rows[:, where], centre=centre)
         whole = spectrum(table)
-    width = judge_width(
-        table,
-        whole.gram,
-        step=_largest_rounding(table.rows),
-        columns=table.rows.shape[1] - centre,
-        named=noise,
-    )
+    step, columns = _largest_rounding(table.rows), table.rows.shape[1] - centre
+    width = judge_width(table, whole.gram, step=step, columns=columns, named=noise)
     size = dimension or width.estimate or width.lower
     smallest = np.sqrt(np.finfo(np.float64).eps) * whole.values[0]
     scaled = whole.left[:, :size] / np.maximum(whole.values[:size], smallest)
-    basis = project(table.rows, scaled, table.means if centre else None, block_size=block_size)
-    if not where.all():
-        every = np.zeros((vocab, basis.shape[1]), np.float32)
-        every[where] = basis
-        basis = every
+    basis = np.zeros((vocab, scaled.shape[1]), np.float32)
+    basis[where] = project(table.rows, scaled, table.means if centre else None)
     return OutputSubspace(
         basis=basis,
         width=width,

@@ -101,15 +101,14 @@ def judge_width(
     Rows that were rounded alike count once. Where everything beyond k directions is rounding, that
     is k. Else rows and tokens are scaled until their noise has one variance, which changes no rank,
     and the smallest k is taken beyond which both ends of the spectrum are those of white noise.
-    A named noise is held against the fit, not believed. Where nothing fits there is a lower bound
-    only, which asks of the noise to be independent.
+    Where nothing fits there is a lower bound only, which asks of the noise to be independent.
 
     Args:
         table: Rows, their means taken out.
         gram: Its Gram matrix.
         step: Largest rounding error of a value, by the number format and what computed it.
         columns: Number of columns; one less where the means were taken out.
-        named: Standard deviation of the noise, if it was named.
+        named: Standard deviation of the noise, if it was named: held against the fit.
 
     References:
         Landa, Zhang and Kluger, 2022 (Biwhitening reveals the rank of a count matrix), whose
@@ -247,9 +246,7 @@ def _step(values: np.ndarray, k: int) -> float:
 
 def _less_shared(view: _View, width: OutputWidth, sigma: float) -> OutputWidth:
     """Lowers the bound by directions that may not be the model's."""
-    k = width.estimate
-    assert k is not None
-    lower, said = width.lower, width.reason
+    lower, k, said = width.lower, width.estimate or 0, width.reason
     left, values = view.spectrum.left[:, :k], view.values[:k]
     rows, tokens = view.scales
     turned = sigma * math.sqrt(max(1, view.rows - k))

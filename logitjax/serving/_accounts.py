@@ -32,12 +32,7 @@ class Spent:
 
 
 class Rate:
-    """So many a minute, a minute's worth at once.
-
-    >>> rate = Rate(60, clock=lambda: 0.0)
-    >>> rate.wait(60), rate.take(60), rate.wait(30)
-    (0.0, None, 30.0)
-    """
+    """So many a minute, a minute's worth at once."""
 
     def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic):
         self._per_second = per_minute / 60
@@ -102,24 +97,17 @@ class Accounts:
         for name, more in vars(wanted).items():
             most, used = getattr(key, name), getattr(spent, name)
             if most is not None and used + more > most:
-                raise ApiError(
-                    429,
-                    f"the budget of this key is {most:.10g} {name}: {used:.10g} are used, "
-                    f"{more:.10g} more asked; it does not come back",
-                    code="insufficient_quota",
-                )
+                left = f"{used:.10g} are used, {more:.10g} more asked; it does not come back"
+                said = f"the budget of this key is {most:.10g} {name}: {left}"
+                raise ApiError(429, said, code="insufficient_quota")
         rates = self._rates[key.name]
         waits = {name: rate.wait(getattr(wanted, name)) for name, rate in rates.items()}
         slowest = max(waits, key=lambda name: waits[name], default=None)
         if slowest is not None and waits[slowest] > 0:
             # A rate of nothing waits without end.
             seconds = 3600 if waits[slowest] >= 3600 else int(waits[slowest]) + 1
-            raise ApiError(
-                429,
-                f"too many {slowest} a minute for this key",
-                code="rate_limit_exceeded",
-                headers={"Retry-After": str(seconds)},
-            )
+            said, after = f"too many {slowest} a minute for this key", {"Retry-After": str(seconds)}
+            raise ApiError(429, said, code="rate_limit_exceeded", headers=after)
         self._take(key, wanted)
         return key, wanted
 

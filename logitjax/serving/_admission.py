@@ -50,20 +50,16 @@ async def read_body(service: Service, http: HttpRequest) -> tuple[Key, bytes]:
 
 
 def parse_json(body: bytes) -> Any:
-    """What JSON bytes say.
-
-    Raises:
-        BadRequestError: They are no JSON, nested too deeply, or hold a number that is too long.
-    """
+    """What JSON bytes say, unless they are nested too deeply or hold a number that is too long."""
     options: dict[str, Any] = {"parse_constant": _no_constant}
     if _LONG_NUMBER.search(body):
         # Only then: a function of our own for each number takes its time.
         options |= dict.fromkeys(("parse_int", "parse_float"), _number)
     try:
         return json.loads(body, **options)
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, BadRequestError):
-            raise
+    except BadRequestError:
+        raise
+    except (ValueError, RecursionError):
         raise BadRequestError("the body is not JSON") from None
 
 
@@ -113,11 +109,9 @@ def _make_jobs(
         tokens = prompt_tokens(service, asked, prompt)
         # The last new token is not read; without any, the prompt's last one is.
         if len(tokens) + max(asked.max_tokens, 1) - 1 > service.config.max_length:
-            raise BadRequestError(
-                f"{len(tokens)} prompt tokens and max_tokens={asked.max_tokens} do not fit "
-                f"{service.config.max_length}",
-                "messages" if asked.chat else "prompt",
-            )
+            got = f"{len(tokens)} prompt tokens and max_tokens={asked.max_tokens}"
+            name = "messages" if asked.chat else "prompt"
+            raise BadRequestError(f"{got} do not fit {service.config.max_length}", name)
         # One key does not learn from time what another one asked.
         salt, report = f"{key.name}\n{asked.cache_salt}", asked.prompt_shown is not None
         shared = Prompt(salt=salt, report=report)
@@ -190,6 +184,5 @@ def prompt_tokens(service: Service, asked: CompletionRequest, prompt: Any) -> li
 def _check_size(service: Service, characters: int, name: str) -> None:
     """Refuses what cannot fit before it is looked at any closer."""
     if characters > service.most_characters:
-        raise BadRequestError(
-            f"{characters} characters do not fit {service.config.max_length} tokens", name
-        )
+        most = f"{service.config.max_length} tokens"
+        raise BadRequestError(f"{characters} characters do not fit {most}", name)

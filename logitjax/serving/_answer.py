@@ -18,29 +18,19 @@ class Answer:
     """One choice of an answer: collects tokens, text and log-probabilities."""
 
     def __init__(
-        self,
-        service: Service,
-        asked: CompletionRequest,
-        job: Job,
-        index: int,
-        prompt: Sequence[int],
+        self, service: Service, asked: CompletionRequest, job: Job, index: int, prompt: Any
     ):
-        self.job = job
-        self.index = index
-        self.prompt_tokens = len(prompt)
+        self.job, self.index, self.prompt_tokens = job, index, len(prompt)
         self.shown: list[Token] = []
-        self.finish: str | None = None
         self.tokens: list[Token] = []
+        self.finish: str | None = None
         self.text = ""
-        self._service = service
-        self._asked = asked
-        self._prompt = prompt
+        self._service, self._asked, self._prompt = service, asked, prompt
         # A chat's answer is a text of its own: none of its words goes on from the template's.
         context = () if asked.chat else prompt
         least = asked.sampling.min_tokens
         self._stream = TextStream(service.tokenizer, asked.stop, context, least)
-        self._offset = 0
-        self._begun = time.monotonic()
+        self._offset, self._begun = 0, time.monotonic()
         self.meter: Meter | None = None
         if math.isfinite(service.config.nats):
             ledger, disclosure = service.accounts.ledger, service.disclosure
@@ -151,9 +141,7 @@ def usage(answers: Sequence[Answer], asked: CompletionRequest) -> dict[str, Any]
 
 def frame(service: Service, asked: CompletionRequest, *, chunk: bool) -> dict[str, Any]:
     kind = "chat.completion" if asked.chat else "text_completion"
-    return {
-        "id": f"{'chatcmpl' if asked.chat else 'cmpl'}-{secrets.token_hex(12)}",
-        "object": f"{kind}.chunk" if chunk and asked.chat else kind,
-        "created": int(time.time()),
-        "model": service.config.model,
-    }
+    kind = f"{kind}.chunk" if chunk and asked.chat else kind
+    name = f"{'chatcmpl' if asked.chat else 'cmpl'}-{secrets.token_hex(12)}"
+    about = {"id": name, "object": kind, "created": int(time.time())}
+    return about | {"model": service.config.model}

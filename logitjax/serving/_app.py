@@ -98,13 +98,9 @@ def build_app(
     paths = frozenset(route.path for route in routes)
     middleware = [Middleware(Observed, metrics=metrics, paths=paths)]
     if config.allow_origins:
-        cors: dict[str, Any] = {
-            "allow_origins": config.allow_origins,
-            "allow_methods": ["GET", "POST"],
-            "allow_headers": ["*"],
-            "expose_headers": ["x-request-id", "retry-after"],
-        }
-        middleware.append(Middleware(CORSMiddleware, **cors))
+        cors: dict[str, Any] = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
+        cors["expose_headers"] = ["x-request-id", "retry-after"]
+        middleware.append(Middleware(CORSMiddleware, allow_origins=config.allow_origins, **cors))
     handlers: Any = {HTTPException: _http_error, ApiError: _api_error, Exception: _mistake}
     handlers[ClientDisconnect] = _left
     app = Starlette(

@@ -33,12 +33,8 @@ def completions(service: Service, *, chat: bool) -> Any:
         prompt_tokens = sum(len(prompt) for _, prompt in jobs[:: asked.n])
         answers = [Answer(service, asked, job, i, p) for i, (job, p) in enumerate(jobs)]
         meters = [answer.meter for answer in answers if answer.meter is not None]
-        reserved = service.accounts.reserve(
-            key,
-            queries=len(jobs),
-            tokens=prompt_tokens + len(jobs) * asked.max_tokens,
-            nats=sum(meter.most for meter in meters),
-        )
+        tokens, nats = prompt_tokens + len(jobs) * asked.max_tokens, sum(m.most for m in meters)
+        reserved = service.accounts.reserve(key, queries=len(jobs), tokens=tokens, nats=nats)
         try:
             service.scheduler.submit([job for job, _ in jobs])
             # After it, so that an overload costs no nats; nothing is shown in between.
@@ -55,14 +51,10 @@ def completions(service: Service, *, chat: bool) -> Any:
             for answer in answers:
                 answer.job.cancelled = True
             told = sum(answer.values for answer in answers)
-            record = {
-                "request": getattr(http.state, "request_id", None),
-                "prompt_tokens": prompt_tokens,
-                "values": told,
-                "top": asked.logprobs,
-                "temperature": asked.sampling.temperature,
-                "biased": len(asked.sampling.logit_bias),
-            }
+            request, fields = getattr(http.state, "request_id", None), asked.sampling
+            record = {"request": request, "prompt_tokens": prompt_tokens, "values": told}
+            record |= {"top": asked.logprobs, "temperature": fields.temperature}
+            record |= {"biased": len(fields.logit_bias)}
             new = sum(len(answer.tokens) for answer in answers)
             nats = sum((meter.told for meter in meters), collections.Counter())
             service.metrics.told_nats.inc(nats.total())
@@ -112,11 +104,9 @@ async def _whole(
         everything.cancel()
     choices = []
     for answer in answers:
+        message = {"message": {"role": "assistant", "content": answer.text}}
         choice: dict[str, Any] = {"index": answer.index}
-        if asked.chat:
-            choice["message"] = {"role": "assistant", "content": answer.text}
-        else:
-            choice["text"] = answer.text
+        choice |= message if asked.chat else {"text": answer.text}
         choice |= {"logprobs": answer.logprobs(answer.shown), "finish_reason": answer.finish}
         if asked.prompt_logprobs is not None and not asked.chat:
             choice["prompt_logprobs"] = _prompt_logprobs(service, asked, answer)
@@ -137,12 +127,8 @@ def _prompt_logprobs(service: Service, asked: CompletionRequest, answer: Answer)
             # Its rank is known where it is among those that any request may see.
             ranks = [rank for id, _, rank in best if id == token.id]
             told.append((token.id, token.logprob, ranks[0] if ranks else None))
-        places.append(
-            {
-                str(id): {"logprob": value, "rank": rank, "decoded_token": service.names(id)[0]}
-                for id, value, rank in told
-            }
-        )
+        named = [(id, {"logprob": value, "rank": rank}) for id, value, rank in told]
+        places.append({str(i): one | {"decoded_token": service.names(i)[0]} for i, one in named})
     return places
 
 

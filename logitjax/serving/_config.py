@@ -85,10 +85,8 @@ class ServerConfig:
     def notice(self) -> str:
         """What the answers of this server give away, in a line."""
         if self.choices == "free":
-            return (
-                "choices=free: answers give the logits away, whatever is hidden of their values "
-                "(docs/leakage.md)"
-            )
+            told = "choices=free: answers give the logits away, whatever is hidden of their values"
+            return f"{told} (docs/leakage.md)"
         told = "choices=plain: a token of probability p is read from some 1/p answers"
         if self.choices == "plain":
             return told
@@ -99,9 +97,5 @@ class ServerConfig:
 def check_model(config: ServerConfig, name: str | None) -> None:
     """Whether a request means the model that is served; no name means it."""
     if name not in (None, "", config.model):
-        raise ApiError(
-            404,
-            f"the model is {config.model!r}, not {name[:60]!r}",
-            param="model",
-            code="model_not_found",
-        )
+        wrong = f"the model is {config.model!r}, not {name[:60]!r}"
+        raise ApiError(404, wrong, param="model", code="model_not_found")

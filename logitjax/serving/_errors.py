@@ -11,14 +11,7 @@ _KINDS = {401: "authentication_error", 429: "rate_limit_error"} | _SERVER
 
 
 class ApiError(Exception):
-    """A refusal on its way to the client.
-
-    Attributes:
-        status: The HTTP status.
-        param: Field of the request at fault.
-        code: Word for programs, such as `rate_limit_exceeded`.
-        headers: Headers of the answer.
-    """
+    """A refusal on its way to the client: `param` is the field at fault, `code` for programs."""
 
     def __init__(
         self,
@@ -30,10 +23,7 @@ class ApiError(Exception):
         headers: Mapping[str, str] | None = None,
     ):
         super().__init__(message)
-        self.status = status
-        self.param = param
-        self.code = code
-        self.headers = headers
+        self.status, self.param, self.code, self.headers = status, param, code, headers
 
     def body(self) -> dict[str, Any]:
         kind = _KINDS.get(self.status, "invalid_request_error")

@@ -144,11 +144,8 @@ class Formats:
 class Follower:
     """One answer on its way through a grammar.
 
-    Attributes:
-        allowed: Which tokens may come next: uint32 `[words]`, bit `v % 32` of word `v // 32` for
-            token v.
-        failed: Whether it took too long, or a limit of the library was met; what is allowed says
-            nothing then.
+    `allowed` says which tokens may come next, uint32 `[words]`: bit `v % 32` of word `v // 32` for
+    token v. If it `failed`, by time or a limit of the library, that says nothing.
     """
 
     def __init__(self, matcher: Any, vocab_size: int, allowed: np.ndarray | None = None):

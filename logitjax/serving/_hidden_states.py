@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
@@ -24,10 +24,9 @@ _ROWS = 8  # of documents read at once
 _LENGTHS = [64 << i for i in range(26)]
 
 
-class _Reading(BaseModel):
+class _Reading(BaseModel, extra="forbid", strict=True):
     """Documents, the first token of each whose prediction matters, and the rank of a code."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
     documents: list[list[int]] = Field(min_length=1)
     starts: list[int]
     rank: int = Field(default=0, ge=0)
@@ -40,10 +39,6 @@ class HiddenStates:
     hidden states that predict its tokens from `starts` on, one behind the other, in bfloat16; with
     a `rank` their best approximation of that rank, with its relative error. Both answers are in the
     form of safetensors, bfloat16 as its bits in uint16.
-
-    Args:
-        service: What the endpoints share.
-        model: The decoder.
     """
 
     def __init__(self, service: Service, model: models.Decoder):
@@ -101,22 +96,17 @@ class HiddenStates:
         most, vocab_size = self._service.config.max_length, self._service.vocab_size
         for start, document in zip(reading.starts, reading.documents, strict=True):
             if not 1 <= start < len(document) <= most:
-                raise BadRequestError(
-                    f"documents: expected at most {most} tokens, of which one after the first is "
-                    f"wanted, got {len(document)} from {start} on"
-                )
+                want = f"at most {most} tokens, of which one after the first is wanted"
+                got = f"{len(document)} from {start} on"
+                raise BadRequestError(f"documents: expected {want}, got {got}")
             if min(document) < 0 or max(document) >= vocab_size:
                 raise BadRequestError(f"documents: expected ids below {vocab_size}")
         return reading
 
     def _about(self) -> bytes:
         head = self._head
-        about = {
-            "vocab_axis": str(head.vocab_axis),
-            "soft_cap": str(head.soft_cap or ""),
-            "tokenizer": self._service.tokenizer.fingerprint,
-            "weights": self._weights,
-        }
+        about = {"tokenizer": self._service.tokenizer.fingerprint, "weights": self._weights}
+        about |= {"vocab_axis": str(head.vocab_axis), "soft_cap": str(head.soft_cap or "")}
         return _encoded(about, kernel=head.kernel, bias=head.bias)
 
     def _read(self, documents: Sequence[Sequence[int]]) -> np.ndarray:

@@ -19,15 +19,7 @@ from logitjax.serving._schema import CompletionRequest
 class Meter:
     """One answer's charges: each context pays before its token is shown, for any client.
 
-    Args:
-        ledger: What was told so far, to everybody.
-        disclosure: The policy.
-        asked: What is asked.
-        request: One answer of it.
-        vocab: Number of tokens.
-
-    Attributes:
-        told: Nats by context.
+    `ledger` has what was told so far, to everybody, `told` the nats of this answer by context.
     """
 
     def __init__(
@@ -60,11 +52,7 @@ class Meter:
         return len(self._prompt) * self._echoed + self._wants * (self._token + self._values)
 
     def begin(self) -> None:
-        """Charges the prompt, where it is echoed, and the first token.
-
-        Raises:
-            ApiError: A context has no nats left.
-        """
+        """Charges the prompt, where it is echoed, and the first token, or refuses."""
         enough = True
         for token in self._prompt:
             enough &= self._charge(b"values", self._echoed)

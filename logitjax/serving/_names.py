@@ -11,12 +11,6 @@ class TokenNames:
     A token that is text is called by it, the space in front of a word included. One that holds only
     a part of a character is called by its bytes, as `bytes:\\xc3`. Special tokens, which stand for
     no text, are called as they are written.
-
-    >>> from tokenizers import Tokenizer as Backend, models
-    >>> backend = Backend(models.BPE({"▁a": 0, "a": 1, "<0xC3>": 2}, [], byte_fallback=True))
-    >>> names = TokenNames(Tokenizer(backend))
-    >>> [names(token) for token in range(3)]
-    [(' a', b' a'), ('a', b'a'), ('bytes:\\\\xc3', b'\\xc3')]
     """
 
     def __init__(self, tokenizer: Tokenizer):

@@ -31,9 +31,8 @@ class Disclosure:
     """Keeps to a policy, whatever is asked.
 
     Values are of the distribution that the model serves: before penalties and temperature, and
-    before a bias unless the policy reports it. A token's own value is told only if it is among the
-    ``top_k`` largest, so that all requests about one position see at most so many values; the
-    policy's ``sampled`` lifts that.
+    before a bias unless the policy reports it. Unless it is `sampled`, a token's own value is told
+    only if it is among the `top_k` largest: all requests about one position see so many values.
 
     Args:
         policy: What is reported, and whether a logit bias is taken.
@@ -74,7 +73,6 @@ class Disclosure:
     def options(self, end_ids: Sequence[int]) -> DecodeOptions:
         """What the engine has to report and to add."""
         policy = self.policy
-        served = self._served if policy.noise else None
         return DecodeOptions(
             logprobs=policy.returns == "logprobs",
             top_logprobs=self.top_k,
@@ -83,17 +81,15 @@ class Disclosure:
             masks=True,
             max_logit_bias=0 if policy.bias == "none" else policy.max_biased,
             max_stop_ids=len(end_ids) + MOST_STOP_IDS,
-            served=served,
-            remember=_follow if self.policy.noise or not self.free else None,
+            served=self._served if policy.noise else None,
+            remember=_follow if policy.noise or not self.free else None,
             draw_keys=None if self.free else _draw_keys,
         )
 
     def admit(self, fields: Any, vocab: int) -> Any:
         """The sampling fields of a request as it is answered, with its choice on the grids.
 
-        Raises:
-            BadRequestError: There is a field that this policy does not take, or a value beside the
-                grids; the nearest that is taken is named.
+        A field that this policy does not take is a BadRequestError, as is a value beside the grids.
         """
         if self.free:
             return fields
@@ -113,14 +109,12 @@ class Disclosure:
             raise BadRequestError("temperature: the nearest taken here is 1", "temperature")
         return dataclasses.replace(fields, **taken)
 
-    def extra(
-        self, tokens: Sequence[int], fields: Any = None, seed: int = 0
-    ) -> dict[str, np.ndarray]:
+    def extra(self, tokens: Sequence[int], fields: Any = None, seed: int = 0) -> dict[str, Any]:
         """What the engine keeps beside a prompt: names of all tokens so far.
 
         One is for the noise of the row, and one, which begins with the request, for its draws. The
-        name of a draw depends on no logit. One that did, such as the number of tokens that are
-        kept, would change where a threshold crosses one of them, and tell every logit.
+        name of a draw depends on no logit: one that changed where a threshold crosses a token would
+        tell every logit.
         """
         # Keyed, so that nobody can look for two contexts with the same noise.
         names = {"context": b"context"} if self.policy.noise else {}
@@ -134,10 +128,8 @@ class Disclosure:
         return extra
 
     def seed(self, asked: int) -> int:
-        """The seed that a request's draws are made with: always the same, and not to be guessed.
-
-        Who knows the noise of a draw reads inequalities between logits off every token.
-        """
+        """The seed of a request's draws: always the same, and not to be guessed."""
+        # Who knows the noise of a draw reads inequalities between logits off every token.
         return int.from_bytes(self._digest(b"draw" + asked.to_bytes(8, "little"), 4), "little")
 
     def report(self, values: np.ndarray) -> np.ndarray:

@@ -47,26 +47,15 @@ class Prompt:
 
 
 class Job:
-    """An answer on its way. Its tokens arrive in `tokens`; a finish reason ends them early.
+    """An answer on its way. Its tokens arrive in `tokens`; a finish reason ends them early."""
 
-    `prompt_report` holds the prompt's tokens from the second on, where they were wanted, once
-    anything has arrived. A request for no new token ends without any. `follower` says which tokens
-    may come next, None for all; `cached` counts the prompt's tokens that were read before.
-    """
-
-    def __init__(
-        self,
-        request: Request,
-        prompt: Prompt,
-        loop: asyncio.AbstractEventLoop,
-    ):
-        self.request = request
-        self.prompt = prompt
-        self.follower: Follower | None = None
+    def __init__(self, request: Request, prompt: Prompt, loop: asyncio.AbstractEventLoop):
+        self.request, self.prompt = request, prompt
+        self.follower: Follower | None = None  # says which tokens may come next
         self.tokens: asyncio.Queue[Token | str | ApiError] = asyncio.Queue()
+        # The prompt's tokens from the second on, where they were wanted, once anything has arrived.
         self.prompt_report: Sequence[Token] = ()
-        self.cancelled = False
-        self.cached = 0
+        self.cancelled, self.cached = False, 0  # the prompt's tokens that were read before
         # Which tokens may come next, where that is still being looked for, and since when.
         self.mask: futures.Future[None] | None = None
         self.asked = 0.0
@@ -106,9 +95,8 @@ class Scheduler:
         # A piece must fit the cache, and its rows divide it.
         rows = min(config.prefill_rows, config.max_length)
         piece = max(rows, min(config.prefill_chunk, config.max_length) // rows * rows)
-        self.reader = PromptReader(
-            self.engine, rows=rows, chunk=piece, prefix_bytes=config.prefix_cache_mb << 20
-        )
+        cache = config.prefix_cache_mb << 20
+        self.reader = PromptReader(self.engine, rows=rows, chunk=piece, prefix_bytes=cache)
         self.failed: Exception | None = None
         self.ready = threading.Event()
         # What else has programs, and compiles them before the server is ready.
@@ -151,10 +139,9 @@ class Scheduler:
         self._masks.shutdown(wait=False, cancel_futures=True)
 
     def drain(self, seconds: float) -> None:
-        """What is under way may go on so long, then ends as if it were too long.
+        """What is under way, or on its way in, may go on so long, then ends as if it were too long.
 
-        So do requests that were on their way in; no new ones can come where nobody listens. The
-        engine's thread need not notice: it may be compiling.
+        The engine's thread need not notice: it may be compiling.
         """
         self._end = threading.Timer(seconds, self._expire)
         self._end.daemon = True
@@ -188,13 +175,9 @@ class Scheduler:
             if queued + len(jobs) > self._max_waiting + free:
                 # Those before take turns in all slots: when a client may come back.
                 turns = 1 + queued / max(1, len(self._jobs))
-                after = str(max(1, round(turns * self._seconds)))
-                raise ApiError(
-                    429,
-                    "too many requests are waiting",
-                    code="overloaded",
-                    headers={"Retry-After": after},
-                )
+                after = {"Retry-After": str(max(1, round(turns * self._seconds)))}
+                wait = "too many requests are waiting"
+                raise ApiError(429, wait, code="overloaded", headers=after)
             groups: dict[int, list[Job]] = {}
             for job in jobs:
                 groups.setdefault(id(job.prompt), []).append(job)
@@ -296,11 +279,9 @@ class Scheduler:
                 # What it shares with a prompt being read is not read twice.
                 if self.reader.waits(first.request.prompt, salt=first.prompt.salt):
                     return
-            before = self.reader.tokens_reused
+            before, about = self.reader.tokens_reused, dataclasses.asdict(first.prompt)
             try:
-                row = self.reader.begin(
-                    first.request, salt=first.prompt.salt, report=first.prompt.report
-                )
+                row = self.reader.begin(first.request, **about)
             except (ValueError, TypeError) as error:  # Slipped through the checks.
                 with self._wake:
                     group = self._waiting.popleft()
@@ -369,10 +350,8 @@ class Scheduler:
         if held or self._held:
             for slot, job in enumerate(self._jobs):
                 # The mask of a slot that waits is being written.
-                given = (
-                    None if job is None or waits[slot] else (job.follower or job.request).allowed
-                )
-                self._allowed[slot] = 0xFFFFFFFF if given is None else given
+                given = job and not waits[slot] and (job.follower or job.request).allowed
+                self._allowed[slot] = given if isinstance(given, np.ndarray) else 0xFFFFFFFF
             self.engine.allow(self._allowed)
         self._held = bool(held)
         return any(not waits[slot] for slot in held)
@@ -391,10 +370,7 @@ class Scheduler:
         return emitted
 
     def _report_of(self, row: int) -> list[Token]:
-        found: list[Token] = []
-        for part in self.reader.report(row):
-            found += self._tokens(part)[0]
-        return found
+        return [token for part in self.reader.report(row) for token in self._tokens(part)[0]]
 
     def _tokens(self, emitted: Any) -> list[list[Token]]:
         """What a policy lets out of emitted tokens, row by row."""
@@ -450,9 +426,6 @@ def _of_a_structure(tokens: Sequence[Token]) -> list[Token]:
 
     It chooses tokens as a bias does: their own values would be a way to read any.
     """
-    return [
-        token
-        if token.id in [id for id, _ in token.top]
-        else dataclasses.replace(token, logprob=None)
-        for token in tokens
-    ]
+    hidden = [token.id not in [id for id, _ in token.top] for token in tokens]
+    untold = [dataclasses.replace(token, logprob=None) for token in tokens]
+    return [b if hide else a for a, b, hide in zip(tokens, untold, hidden, strict=True)]

@@ -20,11 +20,10 @@ _MOST_STOPS = 32
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingFields:
-    """All fields of a request that decide which tokens are drawn.
+    """All fields of a request that decide which tokens are drawn, judged by a policy as a whole.
 
-    A policy judges this value as a whole, so that a field which is added here is not forgotten
-    there. `structure` is what an answer has to follow: a kind (`json`, `regex`, `choice`,
-    `grammar`) and its text.
+    `structure` is what an answer has to follow: a kind (`json`, `regex`, `choice`, `grammar`) and
+    its text.
     """
 
     temperature: float = 1.0
@@ -48,10 +47,7 @@ _FIELDS = dataclasses.fields(SamplingFields)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompletionRequest:
-    """A checked request of either kind, with its defaults; prompts still as they came.
-
-    `template_variables` are what a chat template may read beside the messages.
-    """
+    """A checked request of either kind, with its defaults; prompts still as they came."""
 
     prompts: Sequence[Any]
     n: int
@@ -67,7 +63,7 @@ class CompletionRequest:
     tokens_as_ids: bool
     cache_salt: str
     add_special_tokens: bool
-    template_variables: Mapping[str, Any]
+    template_variables: Mapping[str, Any]  # what a chat template reads beside the messages
     model: str | None
     chat: bool
 
@@ -294,21 +290,17 @@ def parse(body: Any, config: ServerConfig, *, chat: bool) -> CompletionRequest:
         prompts = asked.prompt
     n = asked.n or 1
     if n * len(prompts) > _MOST_PROMPTS:
-        raise BadRequestError(
-            f"at most {_MOST_PROMPTS} answers a request, got {n} for each of "
-            f"{len(prompts)} prompts",
-            "n",
-        )
+        got = f"{n} for each of {len(prompts)} prompts"
+        raise BadRequestError(f"at most {_MOST_PROMPTS} answers a request, got {got}", "n")
     if asked.prompt_logprobs is not None and asked.stream:
         raise BadRequestError("prompt_logprobs are not streamed", "prompt_logprobs")
     longest = _given(longest, min(config.max_tokens, 64 if chat else 16))
     if (asked.min_tokens or 0) > longest:
         raise BadRequestError(f"min_tokens is larger than max_tokens={longest}", "min_tokens")
-    options = asked.stream_options
-    variables = {}
+    options, variables = asked.stream_options, {}
     if chat:
-        variables = {"add_generation_prompt": _given(asked.add_generation_prompt, True)}
-        variables = (asked.chat_template_kwargs or {}) | variables
+        prompted = {"add_generation_prompt": _given(asked.add_generation_prompt, True)}
+        variables = (asked.chat_template_kwargs or {}) | prompted
     return CompletionRequest(
         prompts=prompts,
         n=n,
@@ -385,10 +377,8 @@ def _structure(asked: Any) -> tuple[str, str] | None:
         wanted += [(kind, value) for kind, value in kinds if value is not None]
         wanted += [("json", {"type": "object"})] if given.json_object else []
         if len(wanted) != 1:
-            raise BadRequestError(
-                f"structured_outputs: expected one structure, got {len(wanted)}",
-                "structured_outputs",
-            )
+            many = f"structured_outputs: expected one structure, got {len(wanted)}"
+            raise BadRequestError(many, "structured_outputs")
     if not wanted:
         return None
     ((kind, value),) = wanted
@@ -418,26 +408,18 @@ _ERROR = {"type": "object", "required": ["error"], "properties": {"error": _DETA
 
 def openapi(config: ServerConfig) -> dict[str, Any]:
     """The API's description, for clients, fuzzers and people."""
-    schemas: dict[str, Any] = {}
-
-    def described(model: type[BaseModel]) -> dict[str, str]:
-        schema = model.model_json_schema(ref_template=_REF)
-        schemas.update(schema.pop("$defs", {}))
-        schemas[model.__name__] = schema
-        return {"$ref": _REF.format(model=model.__name__)}
+    kinds: Any = [(request_model(config, chat=chat), "validation") for chat in (False, True)]
+    models, described = pydantic.json_schema.models_json_schema(kinds, ref_template=_REF)
 
     def content(schema: dict[str, Any], kind: str = "application/json") -> dict[str, Any]:
         return {kind: {"schema": schema}}
 
     refused = {"description": "What is wrong with the request.", "content": content(_ERROR)}
-    answer = {
-        "description": "Done; server-sent events where stream is true.",
-        "content": content({"type": "object"}) | content({"type": "string"}, "text/event-stream"),
-    }
+    done = content({"type": "object"}) | content({"type": "string"}, "text/event-stream")
+    answer = {"description": "Done; server-sent events where stream is true.", "content": done}
 
-    def post(summary: str, *, chat: bool) -> dict[str, Any]:
-        schema = described(request_model(config, chat=chat))
-        body = {"required": True, "content": content(schema)}
+    def post(summary: str, model: Any) -> dict[str, Any]:
+        body = {"required": True, "content": content(models[model])}
         codes = ("400", "401", "404", "413", "415", "429")
         responses = {"200": answer, **dict.fromkeys(codes, refused)}
         return {"post": {"summary": summary, "requestBody": body, "responses": responses}}
@@ -446,18 +428,14 @@ def openapi(config: ServerConfig) -> dict[str, Any]:
         responses = {"200": {"description": summary}} | dict.fromkeys(codes, refused)
         return {"get": {"summary": summary, "responses": responses}}
 
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": "logitjax completions", "version": "1"},
-        "paths": {
-            "/v1/completions": post("Goes on from a prompt.", chat=False),
-            "/v1/chat/completions": post("Answers a conversation.", chat=True),
-            "/v1/models": get("What is served.", "401"),
-            "/version": get("Which version serves."),
-            "/health": get("Whether it still decodes.", "503"),
-        },
-        "components": {
-            "schemas": schemas,
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
-        },
+    paths = {
+        "/v1/completions": post("Goes on from a prompt.", kinds[0]),
+        "/v1/chat/completions": post("Answers a conversation.", kinds[1]),
+        "/v1/models": get("What is served.", "401"),
+        "/version": get("Which version serves."),
+        "/health": get("Whether it still decodes.", "503"),
     }
+    bearer = {"key": {"type": "http", "scheme": "bearer"}}
+    components = {"schemas": described["$defs"], "securitySchemes": bearer}
+    info = {"title": "logitjax completions", "version": "1"}
+    return {"openapi": "3.1.0", "info": info, "paths": paths, "components": components}

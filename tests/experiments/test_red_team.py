@@ -67,6 +67,9 @@ def test_draws_keyed_by_the_request_tell_counts_and_no_more():
         found = judged(attack, server(by_request))
         assert found["narrowest"] > 0.2
         assert found["right"] >= 0.9 * found["read"] > 0
+        # Those of rare tokens too, although who is looked at is chosen by being drawn.
+        assert found["rare hold"] >= 0.9 * found["rare"] > 0
+        assert found["hold"] >= 0.9 * found["intervals"] > 0
         assert found["nats"] < 1000 * math.log(ROW.size)
 
 

@@ -1,7 +1,5 @@
 """A policy does what it says, and the oracle counts."""
 
-import json
-
 import jax
 import numpy as np
 import pytest
@@ -106,8 +104,8 @@ def test_a_server_may_list_the_drawn_token_beside_the_top_ones(monkeypatch):
     policy = LogitPolicy(top_k=2, sampled=True, bias="sampling")
     oracle = HttpOracle("http://127.0.0.1:9", policy)
 
-    def post(body):
-        drawn = "token_id:7" if json.loads(body).get("logit_bias") else "token_id:1"
+    def post(prompt, fields):
+        drawn = "token_id:7" if fields.get("logit_bias") else "token_id:1"
         tops = {"token_id:1": -0.5, "token_id:2": -1.0} | (
             {drawn: -9.0} if drawn[-1] == "7" else {}
         )
@@ -119,6 +117,19 @@ def test_a_server_may_list_the_drawn_token_beside_the_top_ones(monkeypatch):
     plain = oracle.ask([[1]])
     np.testing.assert_array_equal(answer.tokens, [[7, 1, 2]])
     np.testing.assert_array_equal(plain.tokens, [[1, 1, 2]])
+
+
+def test_a_budget_that_does_not_come_back_is_not_waited_for(monkeypatch):
+    oracle, asked = HttpOracle("http://127.0.0.1:9", LogitPolicy(top_k=1)), []
+
+    def send(body):
+        asked.append(body)
+        return 429, {}, b'{"error": {"code": "insufficient_quota"}}'
+
+    monkeypatch.setattr(oracle, "_send", send)
+    with pytest.raises(BudgetExhaustedError, match="insufficient_quota"):
+        oracle.ask([[1]])
+    assert len(asked) == 1
 
 
 def test_prompts_of_several_lengths_and_a_forward_pass_each():

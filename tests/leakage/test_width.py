@@ -235,7 +235,7 @@ def test_noise_is_even_only_if_tokens_are_alike_and_rows_are():
     noise = np.random.default_rng(6).standard_normal((80, 400))
 
     def even(rows):
-        table = Table.of(rows, centre=False, block_size=256)
+        table = Table.of(rows, centre=False)
         return residual(table, spectrum(table), 1).even
 
     assert even(noise)

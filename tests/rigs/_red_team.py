@@ -7,6 +7,7 @@ answer changes and checks both sides, or has the ids put in order. So a new fiel
 day it is added.
 """
 
+import collections
 import dataclasses
 import functools
 import json
@@ -15,13 +16,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 from logitjax.leakage import Choice
 
 # Logits are looked for so far below the largest, and count as read where they are known this well.
 RANGE, READ, CONFIDENCE = 40.0, 2.0, 0.95
 TOP, NORMALISER = -1, -2
+COUNTED = ("read", "right", "intervals", "hold", "rare", "rare hold")
 _STEPS = 13  # of a bisection: 40 nats to .005
 Body = dict[str, Any]
 
@@ -60,22 +62,30 @@ class Readings:
         self.found[i, j] = (max(low, old[0]), min(high, old[1]))
 
     def judge(self, row: np.ndarray, noise: float) -> dict[str, Any]:
-        """Nats that are right, how often intervals hold, and the narrowest of an unlikely token."""
+        """Nats that are right, how often intervals hold, and the narrowest of an unlikely token.
+
+        Logits are `read` where their interval is narrow. `intervals` are all that an attacker says
+        beside what it is told, `rare` those of tokens below 1e-3, each with how many `hold`.
+        """
         log_p = row - np.logaddexp.reduce(row)
         # Where a context has noise of its own, its row is not the model's.
         wider = 1.96 * math.sqrt(2) * noise
-        read, right, narrow, nats = 0, 0, math.inf, 0.0 if noise else self.other
+        seen: collections.Counter[str] = collections.Counter(dict.fromkeys(COUNTED, 0))
+        narrow, nats = math.inf, 0.0 if noise else self.other
         for (i, j), (low, high) in self.found.items():
             truth = log_p[i] if j == NORMALISER else row[i] - (row.max() if j == TOP else row[j])
             width = max(high - low + 2 * wider, 1e-6)
-            # Whoever saw a token once knows little of it, and that it was seen misleads him.
+            holds = bool(low - wider - 1e-5 <= truth <= high + wider + 1e-5)
+            # Whoever saw a token once knows little of it.
             if width < READ:
-                holds = bool(low - wider - 1e-5 <= truth <= high + wider + 1e-5)
-                read, right = read + 1, right + holds
+                seen.update({"read": 1, "right": int(holds)})
                 nats += holds * math.log(RANGE / width)
-            if log_p[i] < math.log(1e-3) and j != NORMALISER:
-                narrow = min(narrow, width)
-        return {"nats": nats, "read": read, "right": right, "narrowest": narrow}
+            if j != NORMALISER:
+                seen.update({"intervals": 1, "hold": int(holds)})
+                if log_p[i] < math.log(1e-3):
+                    seen.update({"rare": 1, "rare hold": int(holds)})
+                    narrow = min(narrow, width)
+        return {"nats": nats, "narrowest": narrow, **seen}
 
 
 def _thresholds(
@@ -147,23 +157,23 @@ def values(ask: Asker, body: Body, vocab: int, **_: Any) -> Readings:
 
 
 def counts(ask: Asker, body: Body, **_: Any) -> Readings:
-    """Fresh draws are counted beside the most frequent, by intervals that are exact."""
+    """Fresh draws are counted beside the most frequent, by intervals that are exact.
+
+    Who counts a token because it was drawn finds it too often. So the first half of the draws says
+    which tokens are counted, and the second half counts them.
+    """
     readings, half = Readings(), ask.left // 2
-    tail = (1 - CONFIDENCE) / 2
     for heat in (1.0, 2.0):
-        seeds = [body | {"temperature": heat, "seed": 10**6 + s} for s in range(half)]
-        drawn = [reply.tokens[0] for reply in ask(seeds) if reply is not None]
-        tokens, often = np.unique(drawn, return_counts=True)
-        if len(tokens) < 2:
-            continue
-        most = int(often.argmax())
-        for i, n in zip(tokens.tolist(), often.tolist(), strict=True):
-            if i != tokens[most]:
-                both = n + int(often[most])
-                low, high = stats.beta.ppf([tail, 1 - tail], [n, n + 1], [both - n + 1, both - n])
-                ends = heat * np.log(np.array([low, high]) / (1 - np.array([low, high])))
-                if (i, int(tokens[most])) not in readings.found:
-                    readings.add(i, int(tokens[most]), *ends.tolist())
+        replies = ask([body | {"temperature": heat, "seed": 10**6 + s} for s in range(half)])
+        drawn = np.array([reply.tokens[0] for reply in replies if reply is not None], int)
+        chosen, often = np.unique(drawn[: len(drawn) // 2], return_counts=True)
+        most = chosen[often.argmax()] if len(chosen) else -1
+        counted = collections.Counter(drawn[len(drawn) // 2 :].tolist())
+        for i in chosen[chosen != most].tolist():
+            if (i, int(most)) not in readings.found and (both := counted[i] + counted[most]):
+                share = stats.binomtest(counted[i], both).proportion_ci(CONFIDENCE, "exact")
+                ends = heat * special.logit([share.low, share.high])
+                readings.add(i, int(most), *ends.tolist())
     return readings
 
 
@@ -240,9 +250,6 @@ def orders(ask: Asker, body: Body, letters: Mapping[str, int], **_: Any) -> Read
         best = [c for c in left if reply is not None and reply.tokens[-1] == letters[c]]
         if not best:
             break
-        for other in left:
-            if other != best[0]:
-                readings.add(letters[other], letters[best[0]], -math.inf, 0.0)
         readings.other += math.log(len(left))
         left.remove(best[0])
     return readings

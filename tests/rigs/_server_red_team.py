@@ -19,7 +19,8 @@ from logitjax import models
 from logitjax.decoding import Ensemble
 from logitjax.leakage import Ledger, LogitPolicy
 from logitjax.serving import ServerConfig, build_app
-from tests.rigs._red_team import CONFIDENCE, Asker, Body, Reply, attackers, choice_of, spelled
+from tests.rigs import _red_team as team
+from tests.rigs._red_team import Asker, Body, Reply, attackers
 from tests.rigs._server_client import call
 
 QUERIES, _SLOTS = 1000, 8
@@ -112,9 +113,9 @@ def _charged(
     again = policy.sampled or policy.bias == "reported"
     for reply in replies:
         if reply is not None:
-            own = spelled(reply.body)
+            own = team.spelled(reply.body)
             ledger.charge("row", "values" + own * again, policy.value_nats(vocab))
-            ledger.charge("row", own, len(reply.tokens) * np.log(vocab), choice_of(reply.body))
+            ledger.charge("row", own, len(reply.tokens) * np.log(vocab), team.choice_of(reply.body))
     return replies
 
 
@@ -168,21 +169,28 @@ def red_team(options: suite.Options, spec: str) -> tuple[list[dict[str, Any]], l
     found = [attacked(spec, row, tokenizer, model, case, queries) for case in POLICIES]
     every = [line for lines in found for line in lines]
     plain = [line for line in every if not line["policy"].startswith("free")]
-    read, right = (sum(line[name] for line in plain) for name in ("read", "right"))
-    chance = float(stats.binom.cdf(right, read, CONFIDENCE)) if read else 1.0
+    shared = {line["policy"] for line in plain}
+    fastest = [_fastest(lines) for lines in found]
     over = sum(line["nats"] > line["bound"] for line in every)
     narrow = min(line["narrowest"] for line in plain)
     name = Path(spec).stem
-    return [_fastest(lines) for lines in found], [
+    bars = [
         suite.at_most(f"red team, {name}: of {len(every)} attackers above the bound", over, 0),
         suite.at_least(f"plain, {name}: narrowest interval of p < 1e-3, nats", narrow, 0.2),
-        suite.at_least(f"plain, {name}: {right} of {read} hold, chance at 95 %", chance, 0.01),
     ]
+    # Policies of one model share their draws: the worst of them, not all together.
+    for what, kind, held in (("", "intervals", "hold"), (" of p < 1e-3", "rare", "rare hold")):
+        some = [(line[held], line[kind]) for line in fastest if line["policy"] in shared]
+        worst = min(some, key=lambda pair: stats.binom.cdf(*pair, team.CONFIDENCE))
+        chance = float(stats.binom.cdf(*worst, team.CONFIDENCE))
+        said = f"plain, {name}: {worst[0]} of {worst[1]} intervals{what} hold, chance at 95 %"
+        bars.append(suite.at_least(said, chance, 0.01))
+    return fastest, bars
 
 
 def _fastest(lines: list[dict[str, Any]]) -> dict[str, Any]:
     """The line of the attacker that reads most a query; intervals are those of all attackers."""
     # Values are told in one answer, and are no rate.
     best = max(lines, key=lambda line: line["nats per 1,000"] * (line["queries"] >= 10))
-    best |= {name: sum(line[name] for line in lines) for name in ("read", "right")}
+    best |= {name: sum(line[name] for line in lines) for name in team.COUNTED}
     return best | {"narrowest": min(line["narrowest"] for line in lines)}

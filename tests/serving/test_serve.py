@@ -353,7 +353,7 @@ def test_a_row_comes_back_over_http(tmp_path):
     arguments = (f"--model={tmp_path}", "--bias=reported", "--decimals=7", "--max_length=64")
     with server(*arguments, "--slots=8", "--max_waiting=32") as (where, _):
         policy = leakage.LogitPolicy(top_k=5, bias="reported", decimals=7)
-        oracle = leakage.HttpOracle(where, policy, workers=16, budget=251)
+        oracle = leakage.HttpOracle(where, policy, budget=251)
         row = leakage.recover_log_probs(oracle, [5, 6, 7], 1000)
         assert row.coverage == 1.0
         assert np.abs(row.log_probs - truth).max() < 5e-6
