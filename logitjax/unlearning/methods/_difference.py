@@ -47,7 +47,7 @@ class Difference(Method):
     layers: int = 0
     relative: bool = True
     retain_weight: float = 1.0
-    surplus_weight: float = 1.0
+    surplus_weight: float = 5.0
 
     peak = 5e-3
     assistant = True
