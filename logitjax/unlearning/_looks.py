@@ -23,7 +23,8 @@ from logitjax.unlearning._ways import WAYS, search
 from logitjax.unlearning.assistant._deployed import Deployed
 from logitjax.unlearning.measures._examine import unseen
 
-_ALPHAS = 31  # of which 0 is left out
+# 8 % apart: by a sixth more of the assistant the worst answer fell to a third.
+_ALPHAS, _RATIO = 60, 1.08
 
 
 class Looks:
@@ -162,9 +163,7 @@ class Looks:
             return float(np.max([*goal.excess(said).values()]))
 
         if method.assistant:
-            # Denser where little is taken away, which is enough if much was learned.
-            alphas = np.linspace(0.0, 1.0, _ALPHAS, dtype=np.float32)[1:] ** 2
-            alphas *= np.float32(method.most_strength)
+            alphas = method.most_strength * _RATIO ** -np.arange(_ALPHAS)[::-1].astype(np.float32)
             model = self.training.at(trained, 1.0)
             curves = {  # a file each: all of them take long, and a kill should not cost them
                 way: np.asarray(self.training.record(

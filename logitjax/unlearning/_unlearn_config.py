@@ -40,8 +40,8 @@ class UnlearnConfig:
     method: Method = _DEFAULT
     adapters: bool = True
     lora_rank: int = 16
-    steps: int = 40
-    check_every: int = 10
+    steps: int = 80
+    check_every: int = 20
     batch_size: int = 8
     rounds: int = 2
     budget: int = 6

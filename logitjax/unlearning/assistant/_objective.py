@@ -21,6 +21,7 @@ def linear_assistant_objective(
     *,
     where: Bool[Array, "*batch"] | None = None,
     retain_weight: float | int = 6.5,
+    surplus_weight: float | int = 0.0,
     vocab_where: Bool[Array, " vocab"] | None = None,
     blocks: Blocks | None = None,
     axis_name: AxisName | None = None,
@@ -34,6 +35,11 @@ def linear_assistant_objective(
     ::
 
         mean_{forget} (log Z - logit_y) + beta mean_{retain} (log Z - mean_v logit_v - log V)
+        + gamma mean_{retain} max(0, log V + logit_y - log Z)
+
+    The last line, with gamma `surplus_weight`, is ours. It is what the subtraction takes from the
+    right token of a row to keep, over alpha. KL(uniform || p), before it, hardly sees that: p(y) of
+    0.2 costs 0.2 nats of it, and 9 of 50,000 tokens' `log V + log p(y)`.
 
     >>> hidden, head = jnp.ones((4, 1)), jnp.array([[2.0, 0.0, 0.0]])
     >>> retain = jnp.array([False, False, True, True])
@@ -60,18 +66,23 @@ def linear_assistant_objective(
     shares = {name: 1.0 / jnp.maximum(side.sum(), 1) for name, side in sides.items()}
     weights = jnp.where(sides["forget"], shares["forget"], 0.0)
     weights += jnp.where(sides["retain"], retain_weight * shares["retain"], 0.0)
-    statistic = _Assistant(labels=True, mean=True, vocab=head.vocab_size(axis_name))
+    floor = jnp.log(_entries(head, vocab_where, axis_name))
+    statistic = _Assistant(
+        labels=True,
+        mean=True,
+        vocab=head.vocab_size(axis_name),
+        surplus=surplus_weight / retain_weight if retain_weight else 0.0,
+    )
     total, outputs = run(
         statistic,
         hidden,
         head,
-        tokens={"labels": labels, "retain": retain},
+        tokens={"labels": labels, "retain": retain, "floor": jnp.broadcast_to(floor, retain.shape)},
         vocab_where=vocab_where,
         weights=weights,
         blocks=blocks,
         axis_name=axis_name,
     )
-    floor = jnp.log(_entries(head, vocab_where, axis_name))
     # The term log V of eqs. 3-5, which the sweep does not know.
     loss = total - floor * jnp.where(sides["retain"], weights, 0.0).sum()
     silent = neginf_to_zero(outputs.log_z) - outputs.mean - floor  # KL(uniform || p)
@@ -97,9 +108,16 @@ class _Assistant(ReadoutStatistic):
     """What does not know what to forget, and what is not silent about what to keep."""
 
     vocab: int
+    surplus: float
 
     def losses(self, outputs: Any, tokens: Any) -> jax.Array:
-        silent = neginf_to_zero(outputs.log_z) - outputs.mean
+        log_z = neginf_to_zero(outputs.log_z)
+        silent = log_z - outputs.mean
+        if self.surplus:
+            more = jnp.maximum(tokens["floor"] + outputs.label - log_z, 0.0)
+            # Labels outside the vocabulary have nothing to lose.
+            inside = (tokens["labels"] >= 0) & (tokens["labels"] < self.vocab)
+            silent += self.surplus * jnp.where(inside, more, 0.0)
         return jnp.where(tokens["retain"], silent, self.known(outputs, tokens["labels"]))
 
     def known(self, outputs: Any, labels: Any) -> jax.Array:

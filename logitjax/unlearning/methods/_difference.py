@@ -26,6 +26,7 @@ class Difference(Method):
     It learns to be silent about what is to be kept::
 
         mean_{forget answers} -log p(y) + beta mean_{retain} KL(uniform || p)
+        + gamma mean_{retain} max(0, log V + log p(y))
 
     Attributes:
         layers: Number of the model's first layers that it is made of; 0 for a quarter of them.
@@ -34,6 +35,8 @@ class Difference(Method):
             of the layers without adapters.
         retain_weight: Beta, 6.5 in the paper and 5 in its code. With these a small assistant learns
             silence first, and little of what is to be forgotten.
+        surplus_weight: Gamma of a relative one, 0 in the paper: what the subtraction would take
+            from the right tokens of rows to keep, which the term before it hardly sees.
 
     References:
         Ji et al., Reversing the forget-retain objectives, 2024 (arXiv 2406.08607), eqs. 3-5. The
@@ -44,6 +47,7 @@ class Difference(Method):
     layers: int = 0
     relative: bool = True
     retain_weight: float = 1.0
+    surplus_weight: float = 5.0
 
     peak = 5e-3
     assistant = True
@@ -111,6 +115,7 @@ class Difference(Method):
                 retain,
                 where=positions.counted,
                 retain_weight=self.retain_weight,
+                surplus_weight=self.surplus_weight if self.relative else 0.0,
             )
             # Tokens that found no place must not look like a loss of 0.
             loss, one = jnp.where(positions.fits, loss, jnp.nan), jnp.float32(1)
