@@ -81,6 +81,17 @@ class Candidate:
         """Gradient steps on so many labelled images."""
         return self.recipe.total_steps(images) if self.method.trains else 0
 
+    def folds(self, labels: Any) -> int:
+        """Parts of labelled images to choose settings on; 0 where a class has a single image.
+
+        One image of each class is left out at a time where nothing is trained, and else a fourth.
+        """
+        counts = np.bincount(np.asarray(labels)[np.asarray(labels) >= 0])
+        least = int(counts[counts > 0].min())
+        if least < 2 or self.method.stops:
+            return 0
+        return min(least, 4 if self.method.trains else 16)
+
     @property
     def settings(self) -> int:
         """Number of settings to choose among."""
