@@ -256,7 +256,6 @@ def test_a_class_at_minus_infinity_stays_there_in_every_method():
         methods.AMU.paper(),
         methods.CaFo(),
         methods.LinearProbe(),
-        methods.CrossModal(),
         methods.CLAP(),
         methods.TipAdapter(),
     ):

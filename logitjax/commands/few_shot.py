@@ -34,13 +34,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
+import scipy.stats
 from absl import logging
 from etils import epath
 
 from logitjax import data, few_shot, processes, storage, vision
 from logitjax.commands import figures
 from logitjax.commands.cli import field
-from logitjax.commands.pictures import Encoders, described, picture_cards, warn, write_page
+from logitjax.commands.pictures import Encoders, cards_of, describe, write_page
 from logitjax.commands.tables import markdown_table
 
 _SPLITS = ("train", "val", "valid", "validation", "test")
@@ -181,12 +182,6 @@ class Problem:
         folds = 0
         if self.config.validation == "folds" and self.validation is None:
             folds = min(candidate.folds(self.pictures.labels[one.train]) for one in samples)
-        if candidate.method.stops:
-            # The pictures that a head stopped by would praise it.
-            images, known = held_out["validation"]
-            stop, judge = few_shot.nested(np.asarray(known))
-            task = dataclasses.replace(task, validation_labels=stop)
-            held_out |= {"validation": (images, judge)}
         scores = few_shot.sweep(
             candidate.method,
             task,
@@ -198,16 +193,11 @@ class Problem:
             folds=folds,
         )
         best, by = np.zeros(len(samples), int), scores.get("train", scores.get("validation"))
-        right = None if by is None else by["right"]
+        record: dict[str, Any] = {"right": []}
         if by is not None:
-            best = few_shot.best_setting(by)
-        # One setting a sample, each chosen on its own validation pictures.
-        rows = np.arange(len(best))
-        record: dict[str, Any] = {"chosen": best.tolist(), "right": []}
-        if right is not None:
-            # 0, 1, and 2 for what does not count, a string a setting.
-            marks = np.nan_to_num(right, nan=2).astype(int)
-            record["right"] = [["".join(map(str, one)) for one in run] for run in marks.tolist()]
+            # One setting a sample, each chosen on its own validation pictures.
+            best, record["right"] = few_shot.best_setting(by), by["right"].tolist()
+        rows, record["chosen"] = np.arange(len(best)), best.tolist()
         record |= {part: result["accuracy"][rows, best].tolist() for part, result in scores.items()}
         images, labels = held_out["test"]
         # Rows of padding have the label -1, which no argmax is.
@@ -246,7 +236,7 @@ def _run(problem: Problem, out: epath.Path) -> None:
     problem = dataclasses.replace(
         problem,
         config=dataclasses.replace(problem.config, shots=tuple(names)),
-        notes=[*problem.notes, *(f"- {line}" for line in merged)],
+        notes=[*problem.notes, *merged],
     )
     most = max(names)
     chosen, left_out = _methods(problem)
@@ -263,7 +253,7 @@ def _run(problem: Problem, out: epath.Path) -> None:
             if not path.exists():
                 storage.progress.mark(f"training {name}, {shots} shots", log=True)
                 record = problem.score(candidate, shots)
-                storage.write_atomic(path, json.dumps(record, indent=1) + "\n")
+                storage.write_atomic(path, json.dumps(record) + "\n")
             records[name][shots] = json.loads(path.read_text())
             logging.info("%s, %d shots: %s", name, shots, _cell(records[name][shots]["test"]))
         directory = out / "heads" / name
@@ -281,20 +271,13 @@ def _run(problem: Problem, out: epath.Path) -> None:
     print(text)
 
 
-def _advice(marks: Mapping[str, Sequence[Sequence[str]]]) -> tuple[str, str]:
+def _advice(right: Mapping[str, Any]) -> tuple[str, str]:
     """The recommended method, and why it is."""
-    right = {
-        name: [
-            np.array([[(0.0, 1.0, np.nan)[int(mark)] for mark in one] for one in sample])
-            for sample in samples
-        ]
-        for name, samples in marks.items()
-        if samples
-    }
-    if not right:
+    judged = {name: list(map(np.asarray, samples)) for name, samples in right.items() if samples}
+    if not judged:
         # Nothing may choose among methods: the first is shown.
-        return next(iter(marks)), "the first, as nothing was held out to choose among them"
-    name, accuracy, low, high = few_shot.recommend(right)
+        return next(iter(right)), "the first, as nothing was held out to choose among them"
+    name, accuracy, low, high = few_shot.recommend(judged)
     return name, (
         "recommended: it is right most often on the pictures to choose on. On pictures that did "
         f"not choose, such a choice is right in {100 * accuracy:.1f} % "
@@ -342,7 +325,7 @@ def _encode(config: Config, out: epath.Path) -> Problem:
     """Pictures through the encoders, and classes through the text tower."""
     assert config.encoder is not None
     encoders = Encoders(
-        specs=(config.encoder, *([config.auxiliary] if config.auxiliary else [])),
+        [config.encoder, *([config.auxiliary] if config.auxiliary else [])],
         tokenizer=config.tokenizer,
         fit=config.fit,
         batch_size=config.batch_size,
@@ -362,10 +345,7 @@ def _encode(config: Config, out: epath.Path) -> Problem:
     for part, (split, images, rows) in parts.items():
         kinds = dict.fromkeys(("plain", config.views if part == "pictures" else "plain"))
         directories = [
-            encoders.encode(
-                images, rows, out / "features", name=split, views=kind, seed=config.seed
-            )
-            for kind in kinds
+            encoders.encode(images, rows, out, split, kind, config.seed) for kind in kinds
         ]
         made_of[part] = _digest([directory for kind in directories for directory in kind])
         plain, *others = directories
@@ -409,8 +389,7 @@ def _survey(config: Config, encoder: vision.Encoder) -> tuple[dict[str, Any], li
         rows = images.choose(config.rows if part == "pictures" else "all", seed=config.seed)
         if str(config.data).startswith("folder:"):
             rows, found = images.survey(rows, seen)
-            warn(found, split)
-            notes += described(found, split)
+            notes += describe(found, split)
         parts[part] = (split, images, rows)
     _, images, rows = parts["pictures"]
     for part, split in splits.items():
@@ -485,8 +464,6 @@ def _methods(problem: Problem) -> tuple[dict[str, few_shot.Candidate], dict[str,
         # Its covariance is of differences within a class, and one picture has none.
         if name == "gda" and len(learnt) == len(pictures.class_names) and not pictures.views:
             missing = ["a second picture of a class"]
-        if candidate.method.stops and config.validation in ("none", "folds"):
-            missing = ["validation pictures"]
         if not missing:
             grid = None if config.validation == "none" else candidate.grid
             if config.validation == "folds" and not candidate.folds(pictures.labels[learnt]):
@@ -564,7 +541,7 @@ def _report(
         f"{len(problem.pictures)} pictures of {len(problem.pictures.class_names)} classes; "
         f"accuracy (%) on {tested}, mean +- standard deviation of {config.samples} samples; "
         f"settings chosen by `{config.validation}`.",
-        *(["\n".join(["What was found:", "", *problem.notes])] if problem.notes else []),
+        "\n".join(["What was found among the pictures:", *(f"- {n}" for n in problem.notes)]),
         markdown_table(sizes),
         markdown_table(rows),
         f'`{best}` is {reason}; `few_shot.load("heads/{best}")` loads it.',
@@ -583,7 +560,7 @@ def _of_best(
     """How right the recommended head is, which others are level with it, and what it mistakes."""
     right = {name: (classes == test.labels).astype(float) for name, classes in predicted.items()}
     own, names = right[best], test.class_names
-    low, high = few_shot.wilson(own.mean(), len(own))
+    low, high = scipy.stats.binomtest(int(own.sum()), len(own)).proportion_ci(method="wilson")
     level = []
     for name, other in right.items():
         gap = other - own
@@ -629,9 +606,9 @@ def _mistakes(problem: Problem, head: Any, path: epath.Path) -> None:
     if not files:
         return
     probabilities = head.predict_proba(**head.inputs(test))
-    predicted, sure = probabilities.argmax(1), probabilities.max(1)
-    wrong = np.flatnonzero(predicted != test.labels)
-    cards = picture_cards(head, test, files, probabilities, wrong[np.argsort(-sure[wrong])])
+    wrong = np.flatnonzero(probabilities.argmax(1) != test.labels)
+    order = wrong[np.argsort(-probabilities.max(1)[wrong])]
+    cards = cards_of(head, test, files, order, labelled=True)
     write_page(path, "Mistakes", f"{len(wrong)} of {len(test)} pictures, the surest first.", cards)
 
 

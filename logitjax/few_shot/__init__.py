@@ -17,14 +17,14 @@ from logitjax.few_shot._feature_cache import FeatureIdentity as FeatureIdentity
 from logitjax.few_shot._feature_cache import Features as Features
 from logitjax.few_shot._head import fit as fit
 from logitjax.few_shot._head import load as load
+from logitjax.few_shot._head import zero_shot as zero_shot
 from logitjax.few_shot._labelled import Pictures as Pictures
-from logitjax.few_shot._labelled import nested as nested
 from logitjax.few_shot._labelled import read_pictures as read_pictures
 from logitjax.few_shot._method import FewShotTask as FewShotTask
 from logitjax.few_shot._method import Inputs as Inputs
 from logitjax.few_shot._method import Method as Method
 from logitjax.few_shot._recommend import recommend as recommend
-from logitjax.few_shot._recommend import wilson as wilson
 from logitjax.few_shot._sweep import best_setting as best_setting
 from logitjax.few_shot._sweep import sweep as sweep
 from logitjax.few_shot._train import Recipe as Recipe
+from logitjax.few_shot._transduction import transduce as transduce

@@ -1,4 +1,4 @@
-"""Few-shot methods that look images up among the labelled ones: Tip-Adapter, CaFo, DMN, APE."""
+"""Few-shot methods that look images up among the labelled ones: Tip-Adapter, CaFo, DMN."""
 
 import dataclasses
 from typing import ClassVar
@@ -13,7 +13,6 @@ from logitjax.few_shot._method import (
     State,
     needed,
     one_hot,
-    unit_rows,
     z_score,
 )
 from logitjax.ops import Array, Number, checks
@@ -155,114 +154,3 @@ class DMN(Method):
         square = jnp.einsum("...kl,klm,...km->...k", recalled, gram, recalled)
         length = jnp.sqrt(jnp.maximum(square, jnp.finfo(square.dtype).tiny))
         return jnp.multiply(self.scale, (recalled * cosines).sum(-1) / length)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class APE(Method):
-    """APE, without training: a cache on the channels that tell classes apart.
-
-    Labelled images that the zero-shot classifier finds hard count more.
-
-    Attributes:
-        beta: The paper's alpha.
-        sharpness: Sharpness of the cache.
-        hardness: gamma, of the weight of hard images.
-        channels: How many are kept (at most all).
-        similarity_weight: Weight of similarity in the criterion.
-        variance_weight: Weight of variance in the criterion.
-
-    References:
-        Zhu et al., Not All Features Matter (arXiv 2304.01195).
-    """
-
-    beta: Number = 2.0
-    sharpness: Number = 1.0
-    hardness: Number = 0.1
-    channels: int = 500
-    similarity_weight: Number = 0.7
-    variance_weight: Number = 0.3
-    trains: ClassVar[bool] = False
-
-    def _chosen(self, task: FewShotTask, keys: jax.Array, weights: jax.Array) -> jax.Array:
-        """Numbers of the channels that tell classes apart, by weights and keys as released.
-
-        `-w0 * mean_{i != j}(A[:, i] A[:, j]) / (s + 1)^2 + w1 * var_i(W[:, i])`, where A is W plus
-        the sum of each class's s keys (the mean number where classes differ).
-        """
-        weights, classes = checks.as_float(weights, "class_weights"), weights.shape[-1]
-        hit = one_hot(task.labels, classes, weights.dtype)
-        seen, parts = weights + keys.T @ hit, 1.0 + hit.sum() / classes
-        # The products of all pairs of classes are the square of their sum less their own squares.
-        pairs = jnp.square(seen.sum(-1)) - jnp.square(seen).sum(-1)
-        similarity = pairs / (max(classes * (classes - 1), 1) * parts**2)
-        variance = jnp.var(weights, axis=-1, ddof=1)  # as torch's in the release
-        criterion = self.variance_weight * variance - self.similarity_weight * similarity
-        return jax.lax.top_k(criterion, min(self.channels, len(criterion)))[1]
-
-    def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
-        del key
-        weights = needed(task.class_weights, "class_weights", self)
-        keys = task.mean_view("features", self)
-        chosen = self._chosen(task, keys, weights)
-        keys, weights = unit_rows(keys[:, chosen]), unit_rows(weights[chosen].T).T
-        hit = one_hot(task.labels, weights.shape[-1], keys.dtype)
-        # Bits between an image's label and the unscaled zero-shot prediction for it.
-        bits = -(hit * jax.nn.log_softmax(keys @ weights)).sum(-1) / jnp.log(2.0)
-        values = hit * jnp.exp(self.hardness * bits)[:, None]
-        return State(keys, (values, chosen))
-
-    def bias(self, state: State, inputs: Inputs) -> jax.Array:
-        values, chosen = state.fixed
-        features = unit_rows(needed(inputs.features, "features", self)[..., chosen])
-        return cache_logits(features, state.trained, values, self.sharpness)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class APET(APE):
-    """APE-T: residuals of the classes on APE's channels, trained with a weight for each key.
-
-    ::
-
-        s = scale f (W0 + R') + beta exp(-b (1 - f (F + R_y)')) @ (v L)
-
-    R, zero at first, is of the chosen channels only and enters the class weights and the keys of
-    its class alike; nothing is scaled to length one again, and keys have all their channels. The
-    weights v of the keys are 1 at first; `hardness` plays no part, as in the released training.
-
-    Attributes:
-        similarity_weight: .2 is published for training.
-        variance_weight: .8 is published for training.
-        scale: Scale of the zero-shot logits' cosines; CLIP's.
-    """
-
-    similarity_weight: Number = 0.2
-    variance_weight: Number = 0.8
-    scale: Number = 100.0
-    trains: ClassVar[bool] = True
-
-    def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
-        del key
-        weights = needed(task.class_weights, "class_weights", self)
-        keys = task.mean_view("features", self)
-        chosen = self._chosen(task, keys, weights)
-        values = one_hot(task.labels, task.num_classes, keys.dtype)
-        residual = jnp.zeros((task.num_classes, len(chosen)), keys.dtype)  # zero-shot at first
-        trained = {"residual": residual, "weights": jnp.ones(len(keys), keys.dtype)}
-        return State(trained, (keys, values, chosen))
-
-    def _parts(self, state: State, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
-        """What the residuals add to the zero-shot logits, and the cache's logits."""
-        keys, values, chosen = state.fixed
-        residual = state.trained["residual"]
-        features = needed(inputs.features, "features", self)
-        moved = keys.at[:, chosen].add(values @ residual)
-        weighted = values * state.trained["weights"][:, None]
-        cached = cache_logits(features, moved, weighted, self.sharpness)
-        return self.scale * features[..., chosen] @ residual.T, cached
-
-    def bias(self, state: State, inputs: Inputs) -> jax.Array:
-        return self._parts(state, inputs)[1]
-
-    def logits(self, state: State, inputs: Inputs) -> jax.Array:
-        text, cached = self._parts(state, inputs)
-        return checks.as_float(inputs.zero_shot, "zero_shot") + text + self.beta * cached

@@ -88,9 +88,7 @@ class Candidate:
         """
         counts = np.bincount(np.asarray(labels)[np.asarray(labels) >= 0])
         least = int(counts[counts > 0].min())
-        if least < 2 or self.method.stops:
-            return 0
-        return min(least, 4 if self.method.trains else 16)
+        return 0 if least < 2 else min(least, 4 if self.method.trains else 16)
 
     @property
     def settings(self) -> int:
@@ -190,11 +188,7 @@ def _biases(grids: _Grids, recipe: Recipe) -> dict[str, Candidate]:
 
 def _caches(grids: _Grids) -> dict[str, Candidate]:
     tuned, wide = Recipe.published("tip_adapter_f"), grids.cache(0.5, 1.17, 3.0, 10.0)
-    cafo, ape = grids.cache(0.3, 0.6, 1.2, 2.4), grids.cache(0.5, 1.0, 2.0, 5.0)
-    ape_t = grids.of(
-        {"beta": [0.5, 1.0, 2.0, 5.0], "training__learning_rate": [1e-4, 3e-4, 1e-3]},
-        {"beta": [1.0, 5.0], "training__learning_rate": [1e-4, 1e-3]},
-    )
+    cafo = grids.cache(0.3, 0.6, 1.2, 2.4)
     dmn = grids.of(
         {"beta": [0.1, 0.3, 1.0, 3.0], "sharpness": [2.0, 5.5, 10.0]},
         {"beta": [0.3, 3.0], "sharpness": [2.0, 5.5]},
@@ -204,44 +198,38 @@ def _caches(grids: _Grids) -> dict[str, Candidate]:
         {"penalty": [0.03, 0.1, 0.3, 3.0], "sharpness": [1.5, 3.0, 10.0]},
         {"penalty": [0.1, 3.0], "sharpness": [1.5, 10.0]},
     )
+    rehark = grids.of(
+        {"penalty": [0.03, 0.1, 1.0], "text": [2.0, 4.0, 8.0, 16.0]},
+        {"penalty": [0.1, 1.0], "text": [3.0, 10.0]},
+    )
     return {
         "tip_adapter": Candidate(method=methods.TipAdapter(), grid=wide),
         "tip_adapter_f": Candidate(method=methods.TipAdapterF(), recipe=tuned, grid=wide),
         "cafo": Candidate(method=methods.CaFo(), recipe=tuned, grid=cafo),
-        "ape": Candidate(method=methods.APE(), grid=ape),
-        "ape_t": Candidate(method=methods.APET(), recipe=Recipe.published("ape_t"), grid=ape_t),
         "dmn": Candidate(method=methods.DMN(), grid=dmn),
         "gda": Candidate(method=methods.GDA(), grid=gda),
         "pro_ker": Candidate(method=methods.ProKeR(), grid=pro_ker),
+        "rehark": Candidate(method=methods.ReHARK(), grid=rehark),
     }
 
 
 def _learned(grids: _Grids, short: Recipe) -> dict[str, Candidate]:
     full, clap = grids.full, Recipe.published("clap")
     rates = [0.01, 0.03, 0.1, 0.3] if full else [0.03, 0.3]
-    # A fourth is published; the small grid belongs to a run of minutes.
-    clip_adapter = methods.ClipAdapter(reduction=4 if full else 16)
     # LP++'s step sizes are not searched: they follow from the data. What is left is how much of
     # the zero-shot logits stays.
-    released = methods.LPPlusPlus(released=True)
     pro_lip = grids.of(
         {"penalty": [0.01, 0.1, 1.0], "training__learning_rate": [1e-5, 1e-4, 1e-3, 1e-2]},
         {"penalty": [0.1, 1.0], "training__learning_rate": [1e-4, 1e-2]},
     )
     auxiliary = methods.LinearProbe(source="auxiliary")
     return {
-        "clip_adapter": Candidate(
-            method=clip_adapter,
-            recipe=short,
-            grid=grids.rate(beta=[0.2, 0.5, 0.8] if full else [0.2, 0.5]),
-        ),
         "task_res": Candidate(
             method=methods.TaskRes(),
             recipe=short,
             grid=grids.rate(beta=[0.5, 1.0, 2.0] if full else [0.5, 1.0]),
         ),
         "lp_plus_plus": Candidate(method=methods.LPPlusPlus(), grid=grids.blends()),
-        "lp_plus_plus_released": Candidate(method=released, grid=grids.blends()),
         "clap": Candidate(
             method=methods.CLAP(),
             recipe=clap,
@@ -261,7 +249,6 @@ def _learned(grids: _Grids, short: Recipe) -> dict[str, Candidate]:
         ),
         "linear_probe": Candidate(method=methods.LinearProbe(), recipe=short, grid=grids.rate()),
         "linear_probe_auxiliary": Candidate(method=auxiliary, recipe=short, grid=grids.rate()),
-        "cross_modal": Candidate(method=methods.CrossModal(), recipe=short, grid=grids.rate()),
     }
 
 

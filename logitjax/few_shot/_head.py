@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 
 from logitjax.few_shot import methods
 from logitjax.few_shot._candidates import Candidate
-from logitjax.few_shot._labelled import Pictures, finite, nested, unit
+from logitjax.few_shot._labelled import Pictures, finite, unit
 from logitjax.few_shot._method import FewShotTask, Inputs, Method, State
 from logitjax.few_shot._sweep import best_setting, fold_logits, sweep
 from logitjax.ops import Array
@@ -191,7 +191,6 @@ def fit(
         pictures: Pictures to learn from.
         validation: Other pictures to choose on, with features of the same encoders. Without them
             the method keeps its published setting, which is CLAP's protocol, or chooses on folds.
-            LP++ as released also stops by them.
         folds: Number of parts of the pictures to choose on without others, as of `sweep`.
         seed: Seed of the order of pictures, and of a random start.
 
@@ -216,12 +215,6 @@ def fit(
         if getattr(pictures, name) is None:
             raise ValueError(f"{name}: expected features, which the method reads, got none")
     task = pictures.task
-    if validation is not None and candidate.method.stops:
-        seen, known = validation.inputs, validation.labels
-        # The pictures that a head stopped by would praise it.
-        stop, known = nested(known)
-        task = dataclasses.replace(task, validation=seen, validation_labels=stop)
-        validation = validation[known >= 0]
     if candidate.grid and (folds or validation is not None):
         fixed = dict.fromkeys(("class_weights", "projection", "projection_bias"))
         one = jax.tree.map(lambda x: x[None], dataclasses.replace(task, **fixed))
@@ -313,6 +306,24 @@ def _learnt(
         return fold_logits(method, lambda one: learn(one, order), task, images, folds)
 
     return run(task, order, images)
+
+
+def zero_shot(pictures: Pictures) -> FittedHead:
+    """A head that adds nothing to the zero-shot classifier of these pictures; labels play no part.
+
+    >>> pictures = Pictures(features=np.eye(2), labels=[0, 0], class_weights=np.eye(2))
+    >>> zero_shot(pictures).predict(np.eye(2)).tolist()
+    [0, 1]
+    """
+    weights = pictures.class_weights
+    return FittedHead(
+        method=methods.TipAdapter(beta=0.0),
+        state=State(weights.T[:1], np.zeros((1, weights.shape[1]), np.float32)),
+        class_weights=weights,
+        scale=pictures.scale,
+        class_names=pictures.class_names,
+        encoders=pictures.encoders[:1],
+    )
 
 
 def load(directory: str | os.PathLike[str]) -> FittedHead:

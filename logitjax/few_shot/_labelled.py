@@ -227,23 +227,14 @@ class Pictures:
         held_out = {"validation": part("validation")} if len(room.validation) else {}
         if validation is not None:
             held_out["validation"] = whole(validation)
-        seen, known = held_out.get("validation", (None, None))
         task = FewShotTask(
             support=support,
             labels=labels,
-            validation=seen,
-            validation_labels=known,
             views=len(views),
             **fixed,
         )
         held_out["test"] = part("rest") if test is None else whole(test)
         return task, held_out | {"train": part("train")}
-
-
-def nested(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Labels of every second picture and of the others: to stop by, and to choose on."""
-    first = np.arange(labels.shape[-1]) % 2 == 0
-    return np.where(first, labels, -1), np.where(first, -1, labels)
 
 
 @dataclasses.dataclass(frozen=True)

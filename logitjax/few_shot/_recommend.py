@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import scipy.stats
 
 # Random halves of the pictures; each is chosen on once and once judged on.
 _HALVES = 50
@@ -28,7 +29,7 @@ def recommend(right: Mapping[str, Sequence[np.ndarray]], *, seed: int = 0) -> Re
 
     Args:
         right: By method, of each sample `[settings, n]` whether a setting is right on a picture
-            that it did not learn from, as of `sweep`; nan where a picture does not count.
+            that it did not learn from, as of `sweep`; -1 where a picture does not count.
         seed: Seed of the halves.
 
     Raises:
@@ -63,18 +64,11 @@ def recommend(right: Mapping[str, Sequence[np.ndarray]], *, seed: int = 0) -> Re
             estimates += [_mean(one[[at]][:, ~mask])[0] for one, at, mask in others]
     accuracy = float(np.mean(estimates))
     name, _ = choose([np.ones(n, bool) for n in counts])
-    return Recommendation(name, accuracy, *wilson(accuracy, sum(counts)))
-
-
-def wilson(share: float, count: float) -> tuple[float, float]:
-    """The 95 % interval of a share of so many pictures, by Wilson."""
-    z = 1.96
-    middle, room = share + z * z / (2 * count), 1 + z * z / count
-    reach = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return (middle - reach) / room, (middle + reach) / room
+    successes = round(accuracy * sum(counts))
+    low, high = scipy.stats.binomtest(successes, sum(counts)).proportion_ci(method="wilson")
+    return Recommendation(name, accuracy, low, high)
 
 
 def _mean(right: np.ndarray) -> np.ndarray:
     """Means over pictures that count; 0 where none does."""
-    there = ~np.isnan(right)
-    return np.where(there, right, 0.0).sum(-1) / np.maximum(there.sum(-1), 1)
+    return (right == 1).sum(-1) / np.maximum((right >= 0).sum(-1), 1)

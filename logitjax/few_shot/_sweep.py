@@ -118,8 +118,8 @@ def sweep(
     Returns:
         For every name, `accuracy` and `cross_entropy` `[runs, settings]`, and of AMU also
         `auxiliary_accuracy`, that of the bias alone. Of `"train"`, which is there with folds only,
-        and of `"validation"` also `right` `[runs, settings, m]`: whether each image is, nan where
-        its label is negative.
+        and of `"validation"` also `right` `[runs, settings, m]`: 1 where an image is, -1 where its
+        label is negative.
 
     Raises:
         TypeError: Labels that are not integers.
@@ -325,7 +325,7 @@ def _scores(logits: jax.Array, labels: jax.Array, *, each: bool = False) -> dict
     right = (logits.argmax(-1) == labels) & ~jnp.isnan(logits).any(-1)
     entropy = share(cross_entropy(logits, jnp.where(known, labels, 0)))
     scores = {"accuracy": share(right), "cross_entropy": entropy}
-    return scores | ({"right": jnp.where(known, right, jnp.nan)} if each else {})
+    return scores | ({"right": jnp.where(known, right, -1).astype(jnp.int8)} if each else {})
 
 
 def best_setting(scores: Mapping[str, np.ndarray]) -> np.ndarray:
