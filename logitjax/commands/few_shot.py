@@ -16,9 +16,9 @@ file, or .npz or .safetensors with `class_weights` [features, classes] and perha
 
 Every method tries equally many settings and chooses on validation pictures of its own sample
 (`--validation=min4|shots`; with `none` it keeps its published setting). It is tested on the test
-pictures, or on those that a sample leaves. OUT/report.md has accuracies by method and shots,
-OUT/confusion.png shows which classes the best method confuses, and OUT/heads/METHOD is the head of
-the first sample at the most shots:
+pictures, or on those that a sample leaves. OUT/report.md has accuracies by method and shots and
+recommends a method, OUT/mistakes.html shows what it has wrong, and OUT/heads/METHOD is the head of
+the first sample at the most shots, which `logitjax classify` takes:
 
     head = few_shot.load("OUT/heads/gda")
     head.predict(features)
@@ -39,7 +39,6 @@ from absl import logging
 from etils import epath
 
 from logitjax import data, few_shot, processes, storage, vision
-from logitjax.commands import figures
 from logitjax.commands.cli import field
 from logitjax.commands.pictures import Encoders, cards_of, describe, write_page
 from logitjax.commands.tables import markdown_table
@@ -262,10 +261,7 @@ def _run(problem: Problem, out: epath.Path) -> None:
             problem.head(candidate, setting).save(directory)
     advice = _advice({name: records[name][most]["right"] for name in chosen})
     heads = {name: few_shot.load(out / "heads" / name) for name in chosen}
-    head, test = heads[advice[0]], problem.tested
-    predicted = head.predict(**head.inputs(test))
-    _plot(_confusion(test, predicted), head.class_names, out / "confusion.png")
-    _mistakes(problem, head, out / "mistakes.html")
+    _mistakes(problem, heads[advice[0]], out / "mistakes.html")
     text = _report(problem, chosen, records, left_out, heads, advice)
     storage.write_atomic(out / "report.md", text)
     print(text)
@@ -546,7 +542,6 @@ def _report(
         markdown_table(rows),
         f'`{best}` is {reason}; `few_shot.load("heads/{best}")` loads it.',
         *_of_best(problem.tested, predicted, best),
-        "![confusion](confusion.png)",
     ]
     if left_out:
         reasons = ", ".join(f"{name} ({reason})" for name, reason in left_out.items())
@@ -567,19 +562,15 @@ def _of_best(
         reach = 1.96 * gap.std() / math.sqrt(len(gap))
         if name != best and abs(gap.mean()) <= reach + 1 / len(gap):
             level.append(f"{name} ({100 * gap.mean():+.1f} +- {100 * reach:.1f})")
-    confusion = _confusion(test, predicted[best])
-    # The diagonal is what is right.
-    wrong = confusion * (1 - np.eye(len(confusion), dtype=int))
-    pairs = sorted(np.argwhere(wrong), key=lambda at: -wrong[tuple(at)])[:10]
-    taken = [
-        {"class": names[i], "taken for": names[j], "pictures": int(wrong[i, j])} for i, j in pairs
-    ]
-    counts = confusion.sum(1)
-    classes = [
-        {"class": names[i], "right": f"{confusion[i, i]} of {counts[i]}"}
-        for i in np.argsort(np.diag(confusion) / np.maximum(counts, 1), kind="stable")[:_CLASSES]
-        if counts[i]
-    ]
+    classes = []
+    for number in np.unique(test.labels).tolist():
+        answers = np.bincount(predicted[best][test.labels == number], minlength=len(names))
+        hits, total = int(answers[number]), int(answers.sum())
+        answers[number] = 0
+        taken = names[answers.argmax()] if answers.any() else "-"
+        row = {"class": names[number], "right": f"{hits} of {total}", "most often taken for": taken}
+        classes.append((hits / total, row))
+    worst = [row for _, row in sorted(classes, key=lambda one: one[0])[:_CLASSES]]
     return [
         f"The head of the first sample classifies {int(own.sum())} of {len(own)} pictures right, "
         f"{100 * own.mean():.1f} % [{100 * low:.1f}, {100 * high:.1f}].",
@@ -587,17 +578,8 @@ def _of_best(
         + (", ".join(level) or "none")
         + ".",
         f"By class, from the worst (at most {_CLASSES}):",
-        markdown_table(classes),
-        "Its confusions:",
-        markdown_table(taken) if taken else "None.",
+        markdown_table(worst),
     ]
-
-
-def _confusion(test: few_shot.Pictures, predicted: np.ndarray) -> np.ndarray:
-    """`[classes, predicted]` counts."""
-    counts = np.zeros((len(test.class_names),) * 2, np.int64)
-    np.add.at(counts, (test.labels, predicted), 1)
-    return counts
 
 
 def _mistakes(problem: Problem, head: Any, path: epath.Path) -> None:
@@ -610,9 +592,3 @@ def _mistakes(problem: Problem, head: Any, path: epath.Path) -> None:
     order = wrong[np.argsort(-probabilities.max(1)[wrong])]
     cards = cards_of(head, test, files, order, labelled=True)
     write_page(path, "Mistakes", f"{len(wrong)} of {len(test)} pictures, the surest first.", cards)
-
-
-def _plot(confusion: np.ndarray, names: Sequence[str], path: epath.Path) -> None:
-    # A class without test pictures has a row of zeros, not of nans.
-    shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    figures.draw_matrix(path, shares, names, x="predicted class", y="pictures of a class")

@@ -91,7 +91,7 @@ class Encoders:
     ) -> tuple[few_shot.Pictures, list[str]]:
         """Pictures anywhere below a folder, and their files; those that cannot be are said."""
         images = data.load_image_set(f"pictures:{directory}")
-        rows, notes = images.survey(np.arange(len(images)))
+        rows, notes = images.survey(np.arange(len(images)), {})
         describe(notes, directory)
         if not len(rows):
             raise ValueError(f"pictures: expected one in {directory} that can be read, got none")

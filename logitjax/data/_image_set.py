@@ -3,7 +3,7 @@
 import io
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -142,52 +142,43 @@ class ImageSet(Sequence):
             files=None if self.files is None else [self.files[row] for row in chosen],
         )
 
-    def survey(
-        self, rows: Int[np.ndarray, " rows"], seen: dict[str, str] | None = None
-    ) -> tuple[np.ndarray, dict[str, list[str]]]:
-        """The rows of files that can be learned from, and by a reason what is to be said of others.
+    def survey(self, rows: Any, seen: dict[str, str]) -> tuple[np.ndarray, dict[str, list[str]]]:
+        """The rows of files that can be used, and by a reason what is to be said of others.
 
-        Every file is read once. Left out are files that cannot be read, copies (equal pixels, once
-        upright), and all copies of a picture that lie in several classes. Turned and transparent
-        pictures stay.
-
-        Args:
-            rows: Numbers of pictures.
-            seen: Files by digest of pictures that were surveyed before, such as those to
-                test on; these rows are added. A picture that is among them is left out.
+        Left out are files that cannot be read, copies (equal pixels, once upright), all copies of a
+        picture that lie in several classes, and pictures in `seen`: files by digest, to which these
+        are added. Turned and transparent pictures stay. Every file is read once.
         """
-        assert self.files is not None
-        before, seen = dict(seen or {}), {} if seen is None else seen
-        notes: dict[str, list[str]] = {}
-        copies: dict[str, list[int]] = {}
+        files, notes = [os.fspath(path) for path in self.files or ()], {}
+        before, copies, good = dict(seen), {}, []
 
-        def look(row: int) -> tuple[str, frozenset[str]]:
+        def look(row: int) -> tuple[str, Iterable[str]]:
             try:
-                picture, done = open_picture(self.files[row])
+                picture, done = open_picture(epath.Path(files[row]))
             except ValueError as error:
-                return "", frozenset({str(error)})
+                return "", [str(error)]
             return digest(np.asarray(picture)), done
 
+        rows = np.asarray(rows).tolist()
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            looks = list(pool.map(look, np.asarray(rows).tolist()))
-        for row, (key, done) in zip(np.asarray(rows).tolist(), looks):
-            if key:
-                copies.setdefault(key, []).append(row)
-            for reason in done:
-                text = reason if not key else os.fspath(self.files[row])
-                notes.setdefault(reason if key else "unreadable", []).append(text)
-        good = []
+            for row, (key, done) in zip(rows, pool.map(look, rows)):
+                if key:
+                    copies.setdefault(key, []).append(row)
+                for what in done:
+                    line = (what, files[row]) if key else ("unreadable", what)
+                    notes.setdefault(line[0], []).append(line[1])
         for key, group in copies.items():
-            names = ", ".join(os.fspath(self.files[row]) for row in group)
+            names = ", ".join(files[row] for row in group)
             if key in before:
                 notes.setdefault("elsewhere", []).append(f"{names}, as {before[key]}")
-            elif len({int(self.labels[row]) for row in group}) > 1:
+                continue
+            seen[key] = files[group[0]]
+            if len(set(self.labels[group].tolist())) > 1:
                 notes.setdefault("contradictory", []).append(names)
-            else:
-                good.append(group[0])
-                if len(group) > 1:
-                    notes.setdefault("repeated", []).append(names)
-            seen.setdefault(key, os.fspath(self.files[group[0]]))
+                continue
+            good.append(group[0])
+            if len(group) > 1:
+                notes.setdefault("repeated", []).append(names)
         return np.sort(np.asarray(good, np.int64)), notes
 
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import scipy.stats
@@ -11,16 +10,9 @@ import scipy.stats
 _HALVES = 50
 
 
-class Recommendation(NamedTuple):
-    """A method, and an estimate of its accuracy with its 95 % interval."""
-
-    name: str
-    accuracy: float
-    low: float
-    high: float
-
-
-def recommend(right: Mapping[str, Sequence[np.ndarray]], *, seed: int = 0) -> Recommendation:
+def recommend(
+    right: Mapping[str, Sequence[np.ndarray]], *, seed: int = 0
+) -> tuple[str, float, float, float]:
     """The method that is right most often at its best setting, with an estimate without bias.
 
     The best of many looks better than it is on the pictures that chose it. So method and settings
@@ -31,6 +23,9 @@ def recommend(right: Mapping[str, Sequence[np.ndarray]], *, seed: int = 0) -> Re
         right: By method, of each sample `[settings, n]` whether a setting is right on a picture
             that it did not learn from, as of `sweep`; -1 where a picture does not count.
         seed: Seed of the halves.
+
+    Returns:
+        The method, the estimate of its accuracy, and the ends of its 95 % interval.
 
     Raises:
         ValueError: No method, or a sample without pictures.
@@ -66,7 +61,7 @@ def recommend(right: Mapping[str, Sequence[np.ndarray]], *, seed: int = 0) -> Re
     name, _ = choose([np.ones(n, bool) for n in counts])
     successes = round(accuracy * sum(counts))
     low, high = scipy.stats.binomtest(successes, sum(counts)).proportion_ci(method="wilson")
-    return Recommendation(name, accuracy, low, high)
+    return name, accuracy, float(low), float(high)
 
 
 def _mean(right: np.ndarray) -> np.ndarray:

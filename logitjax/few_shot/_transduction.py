@@ -32,8 +32,7 @@ def transduce(
         ll_ik = -|(f_i - mu_k) / sigma|^2 / 2;    mu_k of length one, sigma of all pictures
 
     y are the head's probabilities and W the cosines with each picture's nearest. A class begins at
-    the mean of its 8 surest pictures, sigma^2 at one over the number of features. What comes out
-    depends on the whole batch, so its size belongs into every table.
+    the mean of its 8 surest pictures. The result depends on the whole batch: name its size.
 
     Args:
         logits: `[n, classes]` of the head, such as `FittedHead.logits`.

@@ -1,14 +1,13 @@
 """Few-shot methods, each with its settings as fields: what `train` trains and `sweep` compares.
 
-`AMU` with the `Uncertainty` that weighs its bias; the caches `TipAdapter`, `TipAdapterF`, `CaFo`,
-`DMN`; what solves a linear system: `GDA`, `ProKeR` and `ReHARK`; and what learns
-weights: `TaskRes`, `LinearProbe`, `LPPlusPlus`, and near their start
-`CLAP` and `ProLIP`. All are `logitjax.few_shot.Method`.
+`AMU` with the `Uncertainty` that weighs its bias; the caches `TipAdapter`, `TipAdapterF` and
+`CaFo`; what solves a linear system: `GDA`, `ProKeR` and `ReHARK`; and what learns weights:
+`TaskRes`, `LinearProbe`, `LPPlusPlus`, and near their start `CLAP` and `ProLIP`. All are
+`logitjax.few_shot.Method`.
 """
 
 from logitjax.few_shot._amu import AMU as AMU
 from logitjax.few_shot._amu import Uncertainty as Uncertainty
-from logitjax.few_shot._cache_adapters import DMN as DMN
 from logitjax.few_shot._cache_adapters import CaFo as CaFo
 from logitjax.few_shot._cache_adapters import TipAdapter as TipAdapter
 from logitjax.few_shot._cache_adapters import TipAdapterF as TipAdapterF

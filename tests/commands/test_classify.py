@@ -146,7 +146,7 @@ def test_the_estimate_of_the_recommended_method_has_no_bias():
     for seed in range(40):
         # Twenty methods of four settings that are all right in 70 % of the pictures.
         right = {str(n): [(rng.random((4, 40)) < 0.7) * 1.0] for n in range(20)}
-        errors.append(few_shot.recommend(right, seed=seed).accuracy - 0.7)
+        errors.append(few_shot.recommend(right, seed=seed)[1] - 0.7)
         best = max(one[0].mean(1).max() for one in right.values())
         assert best > 0.78
     assert abs(np.mean(errors)) < 0.02

@@ -148,7 +148,6 @@ METHODS = {
     "linear_probe": few_shot.methods.LinearProbe(),
     "linear_probe_auxiliary": few_shot.methods.LinearProbe(source="auxiliary"),
     "lp_plus_plus": few_shot.methods.LPPlusPlus(),
-    "dmn": few_shot.methods.DMN(beta=0.5, shots=4),
     "gda": few_shot.methods.GDA(beta=1.0),
     "proker": few_shot.methods.ProKeR(scale=10.0),
     "clap": few_shot.methods.CLAP(scale=10.0),
