@@ -331,7 +331,7 @@ def _encode(config: Config, out: epath.Path) -> Problem:
     parts, notes = _survey(config, first)
     scale = config.scale
     if scale is None and config.class_weights is None:
-        scale = first.logit_scale
+        scale = first.logit_scale  # trained with the text tower
     names = parts["pictures"][1].class_names
     weights = _class_weights(config, first, names)
     found: dict[str, few_shot.Pictures] = {}
@@ -439,7 +439,7 @@ def _class_weights(config: Config, encoder: vision.Encoder, class_names: Sequenc
             f"class_weights: expected a file, for {encoder.name} has no text tower to name "
             "classes with, got none"
         )
-    words = [name.replace("_", " ") for name in class_names]
+    words = [name.replace("_", " ") for name in class_names]  # folders spell spaces so
     return np.asarray(encoder.zero_shot(words, config.prompts))
 
 

@@ -20,7 +20,7 @@ from logitjax.few_shot._sweep import best_setting, fold_logits, sweep
 from logitjax.ops import Array
 from logitjax.storage import guard, read_head, write_head
 
-_KIND = "few-shot head"
+_KIND = "few-shot head"  # files of other heads lie under the same names
 # Arrays that are no part of the state.
 _KEPT = ("calibration", "examples", "example_labels")
 
@@ -168,7 +168,7 @@ class FittedHead:
 def _fused(
     learnt: Any, features: Any, auxiliary: Any, hidden: Any, *, method: Method, scale: float
 ) -> jax.Array:
-    state, class_weights = learnt
+    state, class_weights = learnt  # traced: heads of one setting share a program
     inputs = Inputs.of(features, class_weights, scale=scale, auxiliary=auxiliary, hidden=hidden)
     return method.logits(state, method.prepare(inputs))
 
@@ -216,6 +216,7 @@ def fit(
             raise ValueError(f"{name}: expected features, which the method reads, got none")
     task = pictures.task
     if candidate.grid and (folds or validation is not None):
+        # `sweep` wants an axis of runs, but for what all runs share.
         fixed = dict.fromkeys(("class_weights", "projection", "projection_bias"))
         one = jax.tree.map(lambda x: x[None], dataclasses.replace(task, **fixed))
         shared = {name: getattr(task, name) for name in fixed}
@@ -227,7 +228,7 @@ def fit(
             training=candidate.recipe,
             grid=candidate.grid,
             seed=seed,
-            sequential=True,
+            sequential=True,  # the memory of one setting, not of the grid
             folds=0 if validation is not None else folds,
         )
         candidate = candidate.chosen(int(best_setting(scores[name])[0]))
@@ -288,7 +289,7 @@ def _learnt(
     method.check(task)
     order = None
     if method.trains:
-        order = recipe.order((seed, 0), len(task.labels), views=task.views)
+        order = recipe.order((seed, 0), len(task.labels), views=task.views)  # run 0 of a sweep
 
     def learn(task: FewShotTask, order: Any) -> State:
         state = method.init(task, key=jax.random.fold_in(jax.random.key(seed), 0))
@@ -363,7 +364,7 @@ def _form(tree: Any, name: str, tensors: dict[str, np.ndarray]) -> Any:
         return None
     if isinstance(tree, dict):
         return {key: _form(value, f"{name}.{key}", tensors) for key, value in tree.items()}
-    if isinstance(tree, tuple):
+    if isinstance(tree, tuple):  # a list in JSON, which `_filled` turns back
         return [_form(value, f"{name}.{i}", tensors) for i, value in enumerate(tree)]
     tensors[name] = np.ascontiguousarray(tree)
     return name
@@ -391,6 +392,7 @@ def _method_of(record: Any) -> Any:
     """The inverse of `_described`."""
     if not isinstance(record, dict):
         return record
+    # Nothing but the library's methods: a file must not name any class it likes.
     kind: Any = getattr(methods, str(record["name"]), None)
     if not hasattr(kind, "__dataclass_fields__"):
         raise ValueError(f"method: expected one that is known, got {guard.short(record['name'])}")

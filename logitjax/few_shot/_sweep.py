@@ -156,6 +156,7 @@ def sweep(
         )
     if not folds:
         held_out = {name: part for name, part in held_out.items() if name != "train"}
+    # A wrong name fails here, before anything is traced.
     with_settings(method, training, dict.fromkeys(columns, 0.0))
     numbers = np.arange(first, first + len(labels))
     orders, steps = _orders(numbers, labels, counts.pop(), training, views=task.views, seed=seed)
@@ -174,7 +175,7 @@ def sweep(
         folds=folds,
         mesh=mesh,
     )
-    return jax.tree.map(lambda x: np.asarray(x)[: len(labels)], scores)
+    return jax.tree.map(lambda x: np.asarray(x)[: len(labels)], scores)  # without padding
 
 
 def _orders(
