@@ -686,7 +686,7 @@ ELSEWHERE = {
         serving.Key serving.Listening serving.ServerConfig serving.build_app
         vq.HiddenCache vq.load_head
  few_shot.load few_shot.read_pictures
-        few_shot.recommend few_shot.zero_shot data.read_picture
+        few_shot.recommend data.read_picture
  decoding.Engine decoding.generate
         decoding.PromptReader
         decoding.load_ensemble decoding.next_token_program decoding.nll_from_model decoding.rollout

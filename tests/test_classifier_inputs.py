@@ -164,8 +164,8 @@ LABEL_CASES = {
         lambda tmp: methods.TipAdapter().init(task(scale=30.0)),
         "features: expected rows of length one, got 30 at 0",
     ),
-    "CaFo, rows that are not unit": (
-        lambda tmp: methods.CaFo().init(task(scale=30.0)),
+    "Tip-Adapter, rows that are not unit": (
+        lambda tmp: methods.TipAdapter().init(task(scale=30.0)),
         "features: expected rows of length one, got 30 at 0",
     ),
     "TipAdapterF, a test image that is not unit": (
@@ -254,7 +254,6 @@ def test_a_class_at_minus_infinity_stays_there_in_every_method():
     tests = gone(images())
     for method in (
         methods.AMU.paper(),
-        methods.CaFo(),
         methods.LinearProbe(),
         methods.CLAP(),
         methods.TipAdapter(),

@@ -8,7 +8,7 @@ from logitjax.commands.cli import field
 
 METHODS: tuple[str, ...] = (
     *("amu", "amu_kurtosis", "amu_paper", "amu_same_encoder"),
-    *("tip_adapter", "tip_adapter_f", "cafo", "gda", "pro_ker", "rehark"),
+    *("tip_adapter", "tip_adapter_f", "gda", "pro_ker", "rehark"),
     *("task_res", "lp_plus_plus", "clap", "zs_lp"),
     *("linear_probe", "linear_probe_auxiliary"),
 )

@@ -156,16 +156,12 @@ class Problem:
         return self.sample(max(self.config.shots), 0)
 
     @property
-    def tested(self) -> few_shot.Pictures:
-        """What these heads are tested on."""
-        return self.pictures[self.first.rest] if self.test is None else self.test
-
-    @property
-    def tested_files(self) -> Sequence[str]:
+    def tested(self) -> tuple[few_shot.Pictures, Sequence[str]]:
+        """What these heads are tested on, and its files if there are any."""
         if self.test is not None:
-            return self.files.get("test", ())
-        files = self.files.get("pictures", ())
-        return [files[row] for row in self.first.rest] if files else ()
+            return self.test, self.files.get("test", ())
+        rows, files = self.first.rest, self.files.get("pictures", ())
+        return self.pictures[rows], [files[row] for row in rows] if files else ()
 
     def score(self, candidate: few_shot.Candidate, shots: int) -> dict[str, Any]:
         """Accuracies of every sample at its chosen setting; one program serves all shots."""
@@ -531,7 +527,8 @@ def _report(
         cost = {"settings": chosen[name].settings, f"updates at {most}": by_shots[most]["updates"]}
         rows.append(row(name, "test", by_shots) | cost)
     tested = "other pictures" if problem.test else "what a sample leaves"
-    predicted = {name: head.predict(**head.inputs(problem.tested)) for name, head in heads.items()}
+    test, _ = problem.tested
+    predicted = {name: head.predict(**head.inputs(test)) for name, head in heads.items()}
     parts = [
         "# Few-shot heads",
         f"{len(problem.pictures)} pictures of {len(problem.pictures.class_names)} classes; "
@@ -541,7 +538,7 @@ def _report(
         markdown_table(sizes),
         markdown_table(rows),
         f'`{best}` is {reason}; `few_shot.load("heads/{best}")` loads it.',
-        *_of_best(problem.tested, predicted, best),
+        *_of_best(test, predicted, best),
     ]
     if left_out:
         reasons = ", ".join(f"{name} ({reason})" for name, reason in left_out.items())
@@ -584,7 +581,7 @@ def _of_best(
 
 def _mistakes(problem: Problem, head: Any, path: epath.Path) -> None:
     """A page of the pictures that the head has wrong, the surest first."""
-    test, files = problem.tested, problem.tested_files
+    test, files = problem.tested
     if not files:
         return
     probabilities = head.predict_proba(**head.inputs(test))

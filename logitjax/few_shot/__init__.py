@@ -17,7 +17,6 @@ from logitjax.few_shot._feature_cache import FeatureIdentity as FeatureIdentity
 from logitjax.few_shot._feature_cache import Features as Features
 from logitjax.few_shot._head import fit as fit
 from logitjax.few_shot._head import load as load
-from logitjax.few_shot._head import zero_shot as zero_shot
 from logitjax.few_shot._labelled import Pictures as Pictures
 from logitjax.few_shot._labelled import read_pictures as read_pictures
 from logitjax.few_shot._method import FewShotTask as FewShotTask

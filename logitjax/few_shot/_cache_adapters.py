@@ -1,4 +1,4 @@
-"""Few-shot methods that look images up among the labelled ones: Tip-Adapter and CaFo."""
+"""Few-shot methods that look images up among the labelled ones: Tip-Adapter."""
 
 import dataclasses
 from typing import ClassVar
@@ -13,7 +13,6 @@ from logitjax.few_shot._method import (
     State,
     needed,
     one_hot,
-    z_score,
 )
 from logitjax.ops import Array, Number, checks
 
@@ -61,41 +60,3 @@ class TipAdapterF(TipAdapter):
     """Tip-Adapter-F: the keys of the cache are trained, from the labelled images on."""
 
     trains: ClassVar[bool] = True
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CaFo(Method):
-    """CaFo's fusion of two trained caches, one on each encoder.
-
-    The whole of CaFo also generates images for the cache and prompts for the text. Standardised
-    logits are weighted by agreement with zero-shot, the released code's `mean` normalisation::
-
-        s_bias = sum_m p_m z(c_m),    p = softmax_m(<z(s0), z(c_m)>)
-
-    Attributes:
-        beta: .6 on ImageNet with 16 shots.
-        sharpness: Sharpness of both caches.
-
-    References:
-        Zhang et al., Prompt, Generate, then Cache (arXiv 2303.02151).
-    """
-
-    beta: Number = 0.6
-    sharpness: Number = 1.0
-    needs: ClassVar[tuple[str, ...]] = ("auxiliary",)
-
-    def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
-        del key
-        keys = {name: task.mean_view(name, self) for name in ("features", "auxiliary")}
-        return State(keys, one_hot(task.labels, task.num_classes))
-
-    def bias(self, state: State, inputs: Inputs) -> jax.Array:
-        given = {name: needed(getattr(inputs, name), name, self) for name in state.trained}
-        caches = [
-            cache_logits(given[name], keys, state.fixed, self.sharpness)
-            for name, keys in state.trained.items()
-        ]
-        scores = z_score(jnp.stack(caches))  # [caches, *batch, classes]
-        # A cache weighs as much as it agrees with the zero-shot logits of the same picture.
-        agreement = (z_score(inputs.zero_shot) * scores).sum(-1, keepdims=True)
-        return (jax.nn.softmax(agreement, axis=0) * scores).sum(0)

@@ -171,7 +171,7 @@ def _biases(few: bool, recipe: Recipe) -> dict[str, Candidate]:
 
 
 def _others(few: bool, short: Recipe) -> dict[str, Candidate]:
-    """Methods of one encoder, and CaFo, with the numbers that each searches."""
+    """Methods of one encoder with the numbers that each searches."""
     tuned, clap = Recipe.published("tip_adapter_f"), Recipe.published("clap")
     auxiliary = methods.LinearProbe(source="auxiliary")
     rate, probe = (3e-4, 3e-3), dict(training__learning_rate=(3e-4, 3e-3))
@@ -180,7 +180,6 @@ def _others(few: bool, short: Recipe) -> dict[str, Candidate]:
     table: dict[str, tuple[Method, Recipe, Any]] = {
         "tip_adapter": (methods.TipAdapter(), short, wide | sharp),
         "tip_adapter_f": (methods.TipAdapterF(), tuned, wide | sharp),
-        "cafo": (methods.CaFo(), tuned, dict(beta=(0.6, 2.4)) | sharp),
         "gda": (methods.GDA(), short, dict(beta=(1e-2, 1e2))),
         "pro_ker": (methods.ProKeR(), short, dict(penalty=(0.1, 3.0), sharpness=(1.5, 10.0))),
         "rehark": (methods.ReHARK(), short, dict(penalty=(0.1, 1.0), text=(3.0, 10.0))),

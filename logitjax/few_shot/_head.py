@@ -309,24 +309,6 @@ def _learnt(
     return run(task, order, images)
 
 
-def zero_shot(pictures: Pictures) -> FittedHead:
-    """A head that adds nothing to the zero-shot classifier of these pictures; labels play no part.
-
-    >>> pictures = Pictures(features=np.eye(2), labels=[0, 0], class_weights=np.eye(2))
-    >>> zero_shot(pictures).predict(np.eye(2)).tolist()
-    [0, 1]
-    """
-    weights = pictures.class_weights
-    return FittedHead(
-        method=methods.TipAdapter(beta=0.0),
-        state=State(weights.T[:1], np.zeros((1, weights.shape[1]), np.float32)),
-        class_weights=weights,
-        scale=pictures.scale,
-        class_names=pictures.class_names,
-        encoders=pictures.encoders[:1],
-    )
-
-
 def load(directory: str | os.PathLike[str]) -> FittedHead:
     """Reads what `FittedHead.save` or `logitjax few-shot` wrote.
 

@@ -35,7 +35,7 @@ def transduce(
     the mean of its 8 surest pictures. The result depends on the whole batch: name its size.
 
     Args:
-        logits: `[n, classes]` of the head, such as `FittedHead.logits`.
+        logits: `[n, classes]` of the head.
         features: `[n, features]` of the pictures.
         rounds: Updates of the Gaussians.
         neighbours: Nearest pictures of each that agree with it.

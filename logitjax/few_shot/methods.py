@@ -1,21 +1,20 @@
 """Few-shot methods, each with its settings as fields: what `train` trains and `sweep` compares.
 
-`AMU` with the `Uncertainty` that weighs its bias; the caches `TipAdapter`, `TipAdapterF` and
-`CaFo`; what solves a linear system: `GDA`, `ProKeR` and `ReHARK`; and what learns weights:
+`AMU` with the `Uncertainty` that weighs its bias; the caches `TipAdapter` and `TipAdapterF`;
+what solves a linear system: `GDA`, `ProKeR` and `ReHARK`; and what learns weights:
 `TaskRes`, `LinearProbe`, `LPPlusPlus`, and near their start `CLAP` and `ProLIP`. All are
 `logitjax.few_shot.Method`.
 """
 
 from logitjax.few_shot._amu import AMU as AMU
 from logitjax.few_shot._amu import Uncertainty as Uncertainty
-from logitjax.few_shot._cache_adapters import CaFo as CaFo
 from logitjax.few_shot._cache_adapters import TipAdapter as TipAdapter
 from logitjax.few_shot._cache_adapters import TipAdapterF as TipAdapterF
 from logitjax.few_shot._closed_form import GDA as GDA
 from logitjax.few_shot._closed_form import ProKeR as ProKeR
+from logitjax.few_shot._closed_form import ReHARK as ReHARK
 from logitjax.few_shot._linear_adapters import CLAP as CLAP
 from logitjax.few_shot._linear_adapters import LinearProbe as LinearProbe
 from logitjax.few_shot._linear_adapters import LPPlusPlus as LPPlusPlus
 from logitjax.few_shot._linear_adapters import ProLIP as ProLIP
 from logitjax.few_shot._linear_adapters import TaskRes as TaskRes
-from logitjax.few_shot._rehark import ReHARK as ReHARK

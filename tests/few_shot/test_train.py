@@ -188,7 +188,6 @@ def test_training_beats_its_start_for_every_method_that_trains():
     order = recipe.order(0, 20)
     for config in (
         few_shot.methods.TipAdapterF(),
-        few_shot.methods.CaFo(),
         few_shot.methods.TaskRes(),
         few_shot.methods.LinearProbe(),
     ):
