@@ -164,10 +164,6 @@ LABEL_CASES = {
         lambda tmp: methods.TipAdapter().init(task(scale=30.0)),
         "features: expected rows of length one, got 30 at 0",
     ),
-    "Tip-Adapter, rows that are not unit": (
-        lambda tmp: methods.TipAdapter().init(task(scale=30.0)),
-        "features: expected rows of length one, got 30 at 0",
-    ),
     "TipAdapterF, a test image that is not unit": (
         lambda tmp: methods.TipAdapterF().logits(
             methods.TipAdapterF().init(task()), images(scale=0.5)

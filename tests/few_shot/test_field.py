@@ -248,5 +248,5 @@ def test_rehark_and_transclip_equal_a_transcript_of_their_released_code():
             mu = unit_rows(z.T @ q)
             variance = (z[..., None] * np.square(q[:, None] - mu)).sum((0, 1)) / 20
     np.testing.assert_allclose(np.exp(together), z, atol=1e-8)
-    with pytest.raises(ValueError, match="features"):
+    with pytest.raises(Exception, match="features"):
         few_shot.transduce(np.zeros((3, 2)), np.zeros((4, 2)))
