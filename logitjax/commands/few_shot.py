@@ -534,7 +534,7 @@ def _report(
         f"{len(problem.pictures)} pictures of {len(problem.pictures.class_names)} classes; "
         f"accuracy (%) on {tested}, mean +- standard deviation of {config.samples} samples; "
         f"settings chosen by `{config.validation}`.",
-        "\n".join(["What was found among the pictures:", *(f"- {n}" for n in problem.notes)]),
+        "\n".join(f"- {note}" for note in problem.notes or ("Nothing was found amiss.",)),
         markdown_table(sizes),
         markdown_table(rows),
         f'`{best}` is {reason}; `few_shot.load("heads/{best}")` loads it.',

@@ -99,10 +99,8 @@ class LPPlusPlus(Method):
         V0 = class means                    blend0 = 250 mean_k <class mean_k, W0_k>
         lr_V = 4 n / lambda_max(F.T F)      lr_blend = n / (4 max_k sum_n (f_n W0_k)^2)
 
-    In the released code V0 is a sum, for its division by the number of images is commented out; the
-    factors' gradient is never set to zero, so they step down the sum of all gradients since the
-    first; and of all iterations one counts that is best on the validation images, which says
-    nothing of how good it is.
+    The released code departs from it (docs/few_shot.md), and keeps the iteration that is best on
+    the images that are to judge it.
 
     Attributes:
         beta: Share of the probe, as in :class:`LinearProbe`.
