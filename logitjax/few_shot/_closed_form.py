@@ -214,7 +214,7 @@ class ReHARK(Method):
     def _kernel(self, left: jax.Array, right: jax.Array) -> jax.Array:
         squares = 2.0 - 2.0 * left @ right.T  # rows of length one
         wide, narrow = jnp.exp(-self.wide * squares), jnp.exp(-self.narrow * squares)
-        return self.mix * wide + jnp.subtract(1.0, self.mix) * narrow
+        return narrow + self.mix * (wide - narrow)
 
     def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
         del key

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.core import Tracer
 from jaxtyping import Float, Int
 
 from logitjax.few_shot import methods
@@ -82,9 +83,9 @@ class FittedHead:
             raise ValueError(f"features: expected [batch, {width}], got {np.shape(features)}")
         given = {"features": features, "auxiliary": auxiliary, "hidden": hidden}
         for name, rows in given.items():
-            if rows is not None and not isinstance(rows, jax.core.Tracer):
+            if rows is not None and not isinstance(rows, Tracer):
                 unit(finite(rows, name, 2), name)
-        if self.likeness > -1 and not isinstance(features, jax.core.Tracer):
+        if self.likeness > -1 and not isinstance(features, Tracer):
             nearest = float(self.nearest(features, 1)[1].max())
             if nearest < self.likeness:
                 raise ValueError(
