@@ -632,6 +632,7 @@ ELSEWHERE = {
         few_shot.FewShotTask few_shot.Method few_shot.Recipe
         few_shot.best_setting few_shot.sweep few_shot.FeatureCache few_shot.Features
         few_shot.extract_features vision.Encoder data.ImageSet data.load_images""",
+    "tests/few_shot/test_field.py": "few_shot.transduce",
     "tests/commands/test_few_shot.py": """
         few_shot.Candidate few_shot.Pictures few_shot.fit""",
     "values that functions above take or give; what they refuse is tested beside them": """
@@ -685,6 +686,7 @@ ELSEWHERE = {
         serving.Key serving.Listening serving.ServerConfig serving.build_app
         vq.HiddenCache vq.load_head
  few_shot.load few_shot.read_pictures
+        few_shot.recommend data.read_picture
  decoding.Engine decoding.generate
         decoding.PromptReader
         decoding.load_ensemble decoding.next_token_program decoding.nll_from_model decoding.rollout

@@ -164,10 +164,6 @@ LABEL_CASES = {
         lambda tmp: methods.TipAdapter().init(task(scale=30.0)),
         "features: expected rows of length one, got 30 at 0",
     ),
-    "CaFo, rows that are not unit": (
-        lambda tmp: methods.CaFo().init(task(scale=30.0)),
-        "features: expected rows of length one, got 30 at 0",
-    ),
     "TipAdapterF, a test image that is not unit": (
         lambda tmp: methods.TipAdapterF().logits(
             methods.TipAdapterF().init(task()), images(scale=0.5)
@@ -254,9 +250,7 @@ def test_a_class_at_minus_infinity_stays_there_in_every_method():
     tests = gone(images())
     for method in (
         methods.AMU.paper(),
-        methods.CaFo(),
         methods.LinearProbe(),
-        methods.CrossModal(),
         methods.CLAP(),
         methods.TipAdapter(),
     ):

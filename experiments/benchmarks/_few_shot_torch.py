@@ -28,7 +28,9 @@ def main(classes: int, features: int, examples: int, threads: int) -> None:
         batch, steps = json.loads(line)
         head = torch.nn.Linear(features, classes, bias=False)
         head.weight.data.copy_(start)
-        optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3, weight_decay=0.01, eps=1e-4)
+        optimizer = torch.optim.AdamW(
+            head.parameters(), lr=1e-3, weight_decay=0.01, eps=1e-4, fused=True
+        )
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         done, loss = 0, None
         while done < steps:

@@ -8,9 +8,9 @@ from logitjax.commands.cli import field
 
 METHODS: tuple[str, ...] = (
     *("amu", "amu_kurtosis", "amu_paper", "amu_same_encoder"),
-    *("tip_adapter", "tip_adapter_f", "cafo", "ape", "ape_t", "dmn", "gda", "pro_ker"),
-    *("clip_adapter", "task_res", "lp_plus_plus", "lp_plus_plus_released", "clap", "zs_lp"),
-    *("linear_probe", "linear_probe_auxiliary", "cross_modal"),
+    *("tip_adapter", "tip_adapter_f", "gda", "pro_ker", "rehark"),
+    *("task_res", "lp_plus_plus", "clap", "zs_lp"),
+    *("linear_probe", "linear_probe_auxiliary"),
 )
 ABLATIONS = ("fixed", "fixed_kurtosis", "fixed_no_branch_loss", "fixed_random_start")
 MEASURES: tuple[str, ...] = (

@@ -21,7 +21,7 @@ _HELD_OUT = {"validation": 4 * _CLASSES, "test": 50_000}
 def programs(config: Config, mesh: Mesh) -> Iterator[Program]:
     """Sweeps of the arms that differ in what they hold, each with the most shots."""
     known = arms(config)
-    for name in ("amu", "tip_adapter_f", "cross_modal"):
+    for name in ("amu", "tip_adapter_f", "task_res"):
         if name in config.arm:
             arm = known[name].candidate
             task, held_out = _samples(config, mesh)

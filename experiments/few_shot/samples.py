@@ -37,9 +37,7 @@ class Samples:
             return dataclasses.replace(images, auxiliary=images.auxiliary[:, rows])
 
         return Samples(
-            task=dataclasses.replace(
-                self.task, support=own(self.task.support), validation=None, validation_labels=None
-            ),
+            task=dataclasses.replace(self.task, support=own(self.task.support)),
             held_out={name: (own(images), y) for name, (images, y) in self.held_out.items()},
         )
 
@@ -103,12 +101,9 @@ def draw(task: Task, shots: int, *, runs: Any, most: int, seed: int = 0, parts: 
     if task.test is not None and parts:
         for part, some in enumerate(np.array_split(np.arange(len(task.test[1])), parts)):
             held_out[f"part {part}"] = whole(*jax.tree.map(lambda x, i=some: x[i], task.test))
-    seen, known = held_out["validation"]
     sampled = few_shot.FewShotTask(
         support=support,
         labels=labels_of(rows),
-        validation=seen,
-        validation_labels=known,
         class_weights=task.class_weights,
         views=task.views,
     )

@@ -16,9 +16,9 @@ file, or .npz or .safetensors with `class_weights` [features, classes] and perha
 
 Every method tries equally many settings and chooses on validation pictures of its own sample
 (`--validation=min4|shots`; with `none` it keeps its published setting). It is tested on the test
-pictures, or on those that a sample leaves. OUT/report.md has accuracies by method and shots,
-OUT/confusion.png shows which classes the best method confuses, and OUT/heads/METHOD is the head of
-the first sample at the most shots:
+pictures, or on those that a sample leaves. OUT/report.md has accuracies by method and shots and
+recommends a method, OUT/mistakes.html shows what it has wrong, and OUT/heads/METHOD is the head of
+the first sample at the most shots, which `logitjax classify` takes:
 
     head = few_shot.load("OUT/heads/gda")
     head.predict(features)
@@ -34,14 +34,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
+import scipy.stats
 from absl import logging
 from etils import epath
 
 from logitjax import data, few_shot, processes, storage, vision
-from logitjax.commands import figures
 from logitjax.commands.cli import field
-from logitjax.commands.extract_features import slug
+from logitjax.commands.pictures import Encoders, cards_of, describe, write_page
 from logitjax.commands.tables import markdown_table
+
+_SPLITS = ("train", "val", "valid", "validation", "test")
+# Classes that a report lists.
+_CLASSES = 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,10 +82,11 @@ class Config:
         (1, 2, 4, 8, 16), "Number of pictures of each class to learn from."
     )
     samples: int = field(3, "Number of samples for each number of shots.", minimum=1)
-    validation: Literal["min4", "shots", "none"] = field(
+    validation: Literal["min4", "shots", "folds", "none"] = field(
         "min4",
         "Pictures of each class to choose settings on: as many as shots but at most 4 (min4), as "
-        "many as shots, or none.",
+        "many as shots, those to learn from in parts (folds), or none. A folder val is chosen on "
+        "as a whole instead.",
     )
     grid: Literal["small", "full"] = field("small", "Whether a method tries 4 settings or 12.")
     steps: int = field(
@@ -123,23 +128,40 @@ class Config:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
-    """Encoded pictures to sample from and to test on, and digests of what they are made of.
+    """Encoded pictures to sample from, to choose and to test on, and what they are made of.
 
-    Without pictures to test on, what a sample leaves is tested.
+    Without pictures to choose or to test on, these are of each sample. `files` has their places by
+    part, and `notes` what is to be said of them.
     """
 
     config: Config
     pictures: few_shot.Pictures
-    test: few_shot.Pictures | None
-    made_of: Mapping[str, str | None]
+    validation: few_shot.Pictures | None = None
+    test: few_shot.Pictures | None = None
+    files: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    notes: Sequence[str] = ()
+    made_of: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
 
     def sample(self, shots: int, number: int) -> Any:
         return self.pictures.sample(
             shots,
-            validation=self.config.validation,
+            validation="none" if self.validation is not None else self.config.validation,
             seed=(self.config.seed, number),
             rest=self.test is None,
         )
+
+    @property
+    def first(self) -> Any:
+        """The sample that heads are kept of."""
+        return self.sample(max(self.config.shots), 0)
+
+    @property
+    def tested(self) -> tuple[few_shot.Pictures, Sequence[str]]:
+        """What these heads are tested on, and its files if there are any."""
+        if self.test is not None:
+            return self.test, self.files.get("test", ())
+        rows, files = self.first.rest, self.files.get("pictures", ())
+        return self.pictures[rows], [files[row] for row in rows] if files else ()
 
     def score(self, candidate: few_shot.Candidate, shots: int) -> dict[str, Any]:
         """Accuracies of every sample at its chosen setting; one program serves all shots."""
@@ -149,7 +171,12 @@ class Problem:
         room = dataclasses.replace(
             self.sample(max(self.config.shots), 0), rest=self.sample(1, 0).rest
         )
-        task, held_out = self.pictures.stack(samples, room=room, test=self.test)
+        task, held_out = self.pictures.stack(
+            samples, room=room, validation=self.validation, test=self.test
+        )
+        folds = 0
+        if self.config.validation == "folds" and self.validation is None:
+            folds = min(candidate.folds(self.pictures.labels[one.train]) for one in samples)
         scores = few_shot.sweep(
             candidate.method,
             task,
@@ -158,13 +185,14 @@ class Problem:
             grid=candidate.grid,
             seed=self.config.seed,
             sequential=True,
+            folds=folds,
         )
-        best = np.zeros(len(samples), int)
-        if "validation" in scores:
-            best = few_shot.best_setting(scores["validation"])
-        # One setting a sample, each chosen on its own validation pictures.
-        rows = np.arange(len(best))
-        record: dict[str, Any] = {"validation": [], "chosen": best.tolist()}
+        best, by = np.zeros(len(samples), int), scores.get("train", scores.get("validation"))
+        record: dict[str, Any] = {"right": []}
+        if by is not None:
+            # One setting a sample, each chosen on its own validation pictures.
+            best, record["right"] = few_shot.best_setting(by), by["right"].tolist()
+        rows, record["chosen"] = np.arange(len(best)), best.tolist()
         record |= {part: result["accuracy"][rows, best].tolist() for part, result in scores.items()}
         images, labels = held_out["test"]
         # Rows of padding have the label -1, which no argmax is.
@@ -175,20 +203,20 @@ class Problem:
 
     def head(self, candidate: few_shot.Candidate, setting: int) -> Any:
         """The first sample's at the most shots: `few_shot.fit` on its parts makes the same."""
-        sample = self.sample(max(self.config.shots), 0)
-        chosen = candidate.chosen(setting)
+        sample, config = self.first, self.config
         validation = self.pictures[sample.validation] if len(sample.validation) else None
-        return few_shot.fit(chosen, self.pictures[sample.train], validation, seed=self.config.seed)
-
-    def confusion(self, head: Any) -> np.ndarray:
-        """`[classes, predicted]` counts of the pictures that `head` did not learn from."""
-        test = self.test
-        if test is None:
-            test = self.pictures[self.sample(max(self.config.shots), 0).rest]
-        predicted = head.predict(test.features, test.auxiliary, hidden=test.hidden)
-        counts = np.zeros((len(head.class_names),) * 2, np.int64)
-        np.add.at(counts, (test.labels, predicted), 1)
-        return counts
+        if self.validation is not None:
+            validation = self.validation
+        head = few_shot.fit(
+            candidate.chosen(setting), self.pictures[sample.train], validation, seed=config.seed
+        )
+        files = self.files.get("pictures", ())
+        about = {
+            name: getattr(config, name)
+            for name in ("encoder", "auxiliary", "tokenizer", "fit", "prompts", "features")
+        }
+        about["pictures"] = [files[row] for row in sample.train] if files else []
+        return dataclasses.replace(head, about=about)
 
 
 def run(config: Config, out: epath.Path) -> None:
@@ -198,7 +226,14 @@ def run(config: Config, out: epath.Path) -> None:
 
 
 def _run(problem: Problem, out: epath.Path) -> None:
-    config, most = problem.config, max(problem.config.shots)
+    names, _, merged = _columns(problem)
+    # Columns that learn from the pictures of another are that one.
+    problem = dataclasses.replace(
+        problem,
+        config=dataclasses.replace(problem.config, shots=tuple(names)),
+        notes=[*problem.notes, *merged],
+    )
+    most = max(names)
     chosen, left_out = _methods(problem)
     # What is in the folder was made of these pictures.
     manifest = storage.Manifest(out, "few-shot run")
@@ -208,26 +243,38 @@ def _run(problem: Problem, out: epath.Path) -> None:
         manifest.write(problem.made_of)
     records: dict[str, dict[int, Any]] = {name: {} for name in chosen}
     for name, candidate in chosen.items():
-        for shots in sorted(config.shots):
+        for shots in names:
             path = out / "results" / f"{name}_{shots}.json"
             if not path.exists():
                 storage.progress.mark(f"training {name}, {shots} shots", log=True)
                 record = problem.score(candidate, shots)
-                storage.write_atomic(path, json.dumps(record, indent=1) + "\n")
+                storage.write_atomic(path, json.dumps(record) + "\n")
             records[name][shots] = json.loads(path.read_text())
             logging.info("%s, %d shots: %s", name, shots, _cell(records[name][shots]["test"]))
         directory = out / "heads" / name
         if not (directory / "head.json").exists():
             setting = records[name][most]["chosen"][0]
             problem.head(candidate, setting).save(directory)
-    # Without validation pictures nothing may choose among methods: the first is shown.
-    best = max(chosen, key=lambda name: _mean(records[name][most]["validation"]))
-    head = few_shot.load(out / "heads" / best)
-    confusion = problem.confusion(head)
-    _plot(confusion, head.class_names, out / "confusion.png")
-    text = _report(problem, chosen, records, left_out, best, confusion)
+    advice = _advice({name: records[name][most]["right"] for name in chosen})
+    heads = {name: few_shot.load(out / "heads" / name) for name in chosen}
+    _mistakes(problem, heads[advice[0]], out / "mistakes.html")
+    text = _report(problem, chosen, records, left_out, heads, advice)
     storage.write_atomic(out / "report.md", text)
     print(text)
+
+
+def _advice(right: Mapping[str, Any]) -> tuple[str, str]:
+    """The recommended method, and why it is."""
+    judged = {name: list(map(np.asarray, samples)) for name, samples in right.items() if samples}
+    if not judged:
+        # Nothing may choose among methods: the first is shown.
+        return next(iter(right)), "the first, as nothing was held out to choose among them"
+    name, accuracy, low, high = few_shot.recommend(judged)
+    return name, (
+        "recommended: it is right most often on the pictures to choose on. On pictures that did "
+        f"not choose, such a choice is right in {100 * accuracy:.1f} % "
+        f"[{100 * low:.1f}, {100 * high:.1f}]"
+    )
 
 
 def _read(config: Config) -> Problem:
@@ -268,76 +315,53 @@ def _digest(places: Sequence[Any]) -> str:
 
 def _encode(config: Config, out: epath.Path) -> Problem:
     """Pictures through the encoders, and classes through the text tower."""
-    assert config.data is not None
     assert config.encoder is not None
-    specs = [config.encoder, *([config.auxiliary] if config.auxiliary else [])]
-    encoders = [
-        vision.load_encoder(spec, tokenizer=None if number else config.tokenizer)
-        for number, spec in enumerate(specs)
-    ]
-    split, test_split = _splits(config)
-    first = encoders[0]
+    encoders = Encoders(
+        [config.encoder, *([config.auxiliary] if config.auxiliary else [])],
+        tokenizer=config.tokenizer,
+        fit=config.fit,
+        batch_size=config.batch_size,
+    )
+    first = encoders.first
+    # What can be refused is refused before hours of encoding.
+    parts, notes = _survey(config, first)
     scale = config.scale
     if scale is None and config.class_weights is None:
         scale = first.logit_scale  # trained with the text tower
-    if first.projection is not None:
-        # What comes before it is what ProLIP reads; `read_pictures` makes the features of it.
-        encoders[0], specs[0] = first.before_projection(), f"{specs[0]} hidden"
-
-    made_of: dict[str, str | None] = {"pictures": None, "test": None}
+    names = parts["pictures"][1].class_names
+    weights = _class_weights(config, first, names)
+    found: dict[str, few_shot.Pictures] = {}
+    made_of: dict[str, str | None] = {"pictures": None, "validation": None, "test": None}
     if config.class_weights is not None:
         made_of["class_weights"] = _digest([config.class_weights])
-
-    def encode(
-        split: str, chosen: str, kinds: Sequence[str], weights: Any = None
-    ) -> few_shot.Pictures:
-        images = data.load_image_set(str(config.data), split=split)
-        if weights is None:
-            weights = _class_weights(config, first, images.class_names)
-        rows = images.choose(chosen, seed=config.seed)
-        caches: list[list[epath.Path]] = []
-        for kind in kinds:
-            caches.append([])
-            for spec, encoder in zip(specs, encoders):
-                views = data.ImageViews.of(encoder, kind, fit=config.fit, seed=config.seed)
-                directory = slug(split if kind == "plain" else f"{split} {kind}")
-                cache = few_shot.extract_features(
-                    encoder,
-                    images,
-                    out / "features" / slug(spec) / directory,
-                    views=views,
-                    rows=rows,
-                    batch_size=config.batch_size,
-                    dtype="float32",
-                )
-                caches[-1].append(cache.directory)
-        processes.barrier(f"features of {split}")
-        # Called once for each part, in this order.
-        part = "pictures" if made_of["pictures"] is None else "test"
-        made_of[part] = _digest([directory for kind in caches for directory in kind])
-        plain, *others = caches
-        return few_shot.read_pictures(
+    for part, (split, images, rows) in parts.items():
+        kinds = dict.fromkeys(("plain", config.views if part == "pictures" else "plain"))
+        directories = [
+            encoders.encode(images, rows, out, split, kind, config.seed) for kind in kinds
+        ]
+        made_of[part] = _digest([directory for kind in directories for directory in kind])
+        plain, *others = directories
+        found[part] = few_shot.read_pictures(
             *plain,
             class_weights=weights,
-            class_names=images.class_names,
+            class_names=names,
             scale=scale,
             projection=first.projection,
             views=others[0] if others else (),
         )
-
-    # What can be refused is refused before hours of encoding.
-    _check_pictures(config, first, split, test_split)
-    pictures = encode(split, config.rows, list(dict.fromkeys(("plain", config.views))))
-    test = None
-    if test_split is not None:
-        test = encode(test_split, "all", ("plain",), pictures.class_weights)
-    return Problem(config=config, pictures=pictures, test=test, made_of=made_of)
+        weights = found[part].class_weights
+    files = {
+        part: tuple(str(images.files[row]) for row in rows) if images.files else ()
+        for part, (_, images, rows) in parts.items()
+    }
+    return Problem(config=config, **found, files=files, notes=notes, made_of=made_of)
 
 
-def _check_pictures(
-    config: Config, encoder: vision.Encoder, split: str, test_split: str | None
-) -> None:
-    """Refuses methods and pictures that no head can be trained with."""
+def _survey(config: Config, encoder: vision.Encoder) -> tuple[dict[str, Any], list[str]]:
+    """By part its split, its pictures and the rows that can be used, and what is to be said.
+
+    Refuses methods and pictures that no head can be trained with.
+    """
     candidates = few_shot.Candidate.all(config.grid, steps=config.steps)
     for name in config.method:
         if (
@@ -347,36 +371,60 @@ def _check_pictures(
         ):
             raise ValueError(f"method: expected auxiliary, which {name} needs, got none")
     data.ImageViews.of(encoder, config.views, fit=config.fit, seed=config.seed)
-    images = data.load_image_set(str(config.data), split=split)
-    if test_split is not None:
-        others = data.load_image_set(str(config.data), split=test_split)
-        if others.class_names != images.class_names:
-            raise ValueError(f"test_split: expected the classes of {split}, got others")
-    counts = np.bincount(
-        images.labels[images.choose(config.rows, seed=config.seed)],
-        minlength=len(images.class_names),
-    )
+    parts: dict[str, Any] = {}
+    notes: list[str] = []
+    seen: dict[str, str] = {}
+    splits = _splits(config)
+    # A picture that lies in several splits stays where it is tested on.
+    for part, split in reversed(splits.items()):
+        images = data.load_image_set(str(config.data), split=split)
+        rows = images.choose(config.rows if part == "pictures" else "all", seed=config.seed)
+        if str(config.data).startswith("folder:"):
+            rows, found = images.survey(rows, seen)
+            notes += describe(found, split)
+        parts[part] = (split, images, rows)
+    _, images, rows = parts["pictures"]
+    for part, split in splits.items():
+        if parts[part][1].class_names != images.class_names:
+            raise ValueError(
+                f"{part}_split: expected the classes of {splits['pictures']}, got others"
+            )
+        if not len(parts[part][2]):
+            raise ValueError(f"{part}_split: expected pictures in {split}, got none")
+    if len(images.class_names) < 2:
+        raise ValueError(f"data: expected two classes or more, got {images.class_names[0]!r} alone")
+    counts = np.bincount(images.labels[rows], minlength=len(images.class_names))
     # A picture to learn from, and one for each of the parts that a sample is split into.
-    least = 1 + (config.validation != "none") + (test_split is None)
+    held_out = config.validation in ("min4", "shots") and "validation" not in splits
+    least = 1 + held_out + ("test" not in splits)
     if counts.min() < least:
         scarce = images.class_names[int(counts.argmin())]
         raise ValueError(
             f"data: expected at least {least} pictures of each class, got {counts.min()} of "
             f"{scarce!r}"
         )
+    return dict(reversed(parts.items())), notes
 
 
-def _splits(config: Config) -> tuple[str, str | None]:
-    """Which to learn from, and which to test on if any."""
+def _splits(config: Config) -> dict[str, str]:
+    """Which to learn from, and by part those to choose settings and to test on, if any."""
     kind, _, location = str(config.data).partition(":")
-    parted = kind in ("tfds", "recognition", "synthetic")
+    parted, inside = kind in ("tfds", "recognition", "synthetic"), []
     if kind == "folder":
         root = epath.Path(location).expanduser()
-        parted = (root / "train").is_dir() and (root / "test").is_dir()
+        inside = [name for name in _SPLITS if (root / name).is_dir()]
+        parted = "train" in inside and len(inside) > 1
     split = config.split or ("train" if parted else "all")
     # Of a source that is read from elsewhere nobody knows which splits it has.
     present = config.split is None or (kind == "folder" and split.partition("[")[0] == "train")
-    return split, config.test_split or ("test" if parted and present else None)
+    test = config.test_split
+    if test is None and parted and present and (kind != "folder" or "test" in inside):
+        test = "test"
+    splits = {"pictures": split}
+    held_out = [name for name in inside if name.startswith("val")]
+    if held_out and parted and present and config.validation != "none":
+        splits["validation"] = held_out[0]
+    return splits | ({} if test is None else {"test": test})
 
 
 def _class_weights(config: Config, encoder: vision.Encoder, class_names: Sequence[str]) -> Any:
@@ -408,10 +456,10 @@ def _methods(problem: Problem) -> tuple[dict[str, few_shot.Candidate], dict[str,
         # Its covariance is of differences within a class, and one picture has none.
         if name == "gda" and len(learnt) == len(pictures.class_names) and not pictures.views:
             missing = ["a second picture of a class"]
-        if candidate.method.stops and config.validation == "none":
-            missing = ["validation pictures"]
         if not missing:
             grid = None if config.validation == "none" else candidate.grid
+            if config.validation == "folds" and not candidate.folds(pictures.labels[learnt]):
+                grid = None
             candidate = dataclasses.replace(candidate, grid=grid)
             chosen[name] = candidate.at_scale(pictures.scale)
         elif name in config.method:
@@ -429,45 +477,68 @@ def _cell(values: Sequence[float]) -> str:
     return f"{100 * _mean(values):.1f} +- {100 * float(np.std(values)):.1f}"
 
 
+def _range(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
+def _columns(problem: Problem) -> tuple[dict[int, str], list[dict[str, Any]], list[str]]:
+    """Names of the columns by shots, what each learns from, and what was merged into which."""
+    names, rows, merged = {}, [], []
+    classes, before = len(problem.pictures.class_names), ""
+    for shots in sorted(problem.config.shots):
+        sample = problem.sample(shots, 0)
+        counts = np.bincount(problem.pictures.labels[sample.train], minlength=classes).tolist()
+        if str(counts) == before:
+            merged.append(f"{shots} a class learn from the pictures of {max(names)}, and are it.")
+            continue
+        before = str(counts)
+        names[shots] = f"{shots} a class" if min(counts) == shots else f"up to {shots} a class"
+        chosen, tested = sample.validation, sample.rest
+        rows.append(
+            {
+                "column": names[shots],
+                "learned on": f"{len(sample.train)} ({_range(counts)} a class)",
+                "chosen on": len(problem.validation or chosen) or problem.config.validation,
+                "tested on": len(tested if problem.test is None else problem.test),
+            }
+        )
+    return names, rows, merged
+
+
 def _report(
     problem: Problem,
     chosen: Mapping[str, few_shot.Candidate],
     records: Mapping[str, Mapping[int, Any]],
     left_out: Mapping[str, str],
-    best: str,
-    confusion: np.ndarray,
+    heads: Mapping[str, Any],
+    advice: tuple[str, str],
 ) -> str:
-    config, most = problem.config, max(problem.config.shots)
-    names = problem.pictures.class_names
+    config, (best, reason) = problem.config, advice
+    names, sizes, _ = _columns(problem)
+    most = max(names)
 
     def row(name: str, part: str, by_shots: Mapping[int, Any]) -> dict[str, Any]:
-        cells = {f"{n} a class": _cell(record[part]) for n, record in by_shots.items()}
+        cells = {names[n]: _cell(record[part]) for n, record in by_shots.items()}
         return {"method": name, **cells}
 
     rows = [row("zero-shot", "zero_shot", records[best])]
     for name, by_shots in records.items():
         cost = {"settings": chosen[name].settings, f"updates at {most}": by_shots[most]["updates"]}
         rows.append(row(name, "test", by_shots) | cost)
-    # The diagonal is what is right.
-    wrong = confusion * (1 - np.eye(len(confusion), dtype=int))
-    pairs = sorted(np.argwhere(wrong), key=lambda at: -wrong[tuple(at)])[:10]
-    taken = [
-        {"class": names[i], "taken for": names[j], "pictures": int(wrong[i, j])} for i, j in pairs
-    ]
-    by = f"the best on validation pictures at {most} shots"
-    if config.validation == "none":
-        by = "the first, as nothing was held out to choose among them"
-    tested = f"{len(problem.test)} other pictures" if problem.test else "what a sample leaves"
+    tested = "other pictures" if problem.test else "what a sample leaves"
+    test, _ = problem.tested
+    predicted = {name: head.predict(**head.inputs(test)) for name, head in heads.items()}
     parts = [
         "# Few-shot heads",
-        f"{len(problem.pictures)} pictures of {len(names)} classes; accuracy (%) on {tested}, mean "
-        f"+- standard deviation of {config.samples} samples; settings chosen on pictures of each "
-        f"sample, `{config.validation}`.",
+        f"{len(problem.pictures)} pictures of {len(problem.pictures.class_names)} classes; "
+        f"accuracy (%) on {tested}, mean +- standard deviation of {config.samples} samples; "
+        f"settings chosen by `{config.validation}`.",
+        "\n".join(f"- {note}" for note in problem.notes or ("Nothing was found amiss.",)),
+        markdown_table(sizes),
         markdown_table(rows),
-        f'`{best}` is {by}; `few_shot.load("heads/{best}")` loads it. It classifies '
-        f"{int(np.trace(confusion))} of {int(confusion.sum())} pictures right. Its confusions:",
-        markdown_table(taken) if taken else "None.",
-        "![confusion](confusion.png)",
+        f'`{best}` is {reason}; `few_shot.load("heads/{best}")` loads it.',
+        *_of_best(test, predicted, best),
     ]
     if left_out:
         reasons = ", ".join(f"{name} ({reason})" for name, reason in left_out.items())
@@ -475,7 +546,46 @@ def _report(
     return "\n\n".join(parts) + "\n"
 
 
-def _plot(confusion: np.ndarray, names: Sequence[str], path: epath.Path) -> None:
-    # A class without test pictures has a row of zeros, not of nans.
-    shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    figures.draw_matrix(path, shares, names, x="predicted class", y="pictures of a class")
+def _of_best(
+    test: few_shot.Pictures, predicted: Mapping[str, np.ndarray], best: str
+) -> Sequence[str]:
+    """How right the recommended head is, which others are level with it, and what it mistakes."""
+    right = {name: (classes == test.labels).astype(float) for name, classes in predicted.items()}
+    own, names = right[best], test.class_names
+    low, high = scipy.stats.binomtest(int(own.sum()), len(own)).proportion_ci(method="wilson")
+    level = []
+    for name, other in right.items():
+        gap = other - own
+        reach = 1.96 * gap.std() / math.sqrt(len(gap))
+        if name != best and abs(gap.mean()) <= reach + 1 / len(gap):
+            level.append(f"{name} ({100 * gap.mean():+.1f} +- {100 * reach:.1f})")
+    classes = []
+    for number in np.unique(test.labels).tolist():
+        answers = np.bincount(predicted[best][test.labels == number], minlength=len(names))
+        hits, total = int(answers[number]), int(answers.sum())
+        answers[number] = 0
+        taken = names[answers.argmax()] if answers.any() else "-"
+        row = {"class": names[number], "right": f"{hits} of {total}", "most often taken for": taken}
+        classes.append((hits / total, row))
+    worst = [row for _, row in sorted(classes, key=lambda one: one[0])[:_CLASSES]]
+    return [
+        f"The head of the first sample classifies {int(own.sum())} of {len(own)} pictures right, "
+        f"{100 * own.mean():.1f} % [{100 * low:.1f}, {100 * high:.1f}].",
+        "Level with it on these pictures (points, and the 95 % interval of the paired difference): "
+        + (", ".join(level) or "none")
+        + ".",
+        f"By class, from the worst (at most {_CLASSES}):",
+        markdown_table(worst),
+    ]
+
+
+def _mistakes(problem: Problem, head: Any, path: epath.Path) -> None:
+    """A page of the pictures that the head has wrong, the surest first."""
+    test, files = problem.tested
+    if not files:
+        return
+    probabilities = head.predict_proba(**head.inputs(test))
+    wrong = np.flatnonzero(probabilities.argmax(1) != test.labels)
+    order = wrong[np.argsort(-probabilities.max(1)[wrong])]
+    cards = cards_of(head, test, files, order, labelled=True)
+    write_page(path, "Mistakes", f"{len(wrong)} of {len(test)} pictures, the surest first.", cards)

@@ -148,25 +148,6 @@ def draw(path: str | os.PathLike[str], picture: Picture) -> epath.Path:
     return epath.Path(path)
 
 
-def draw_matrix(
-    path: str | os.PathLike[str], shares: np.ndarray, names: Sequence[str], *, x: str, y: str
-) -> epath.Path:
-    """Draws a square matrix of shares between 0 and 1, with a name a row and column, as PNG."""
-    with _styled():
-        figure = _blank(_INCHES)
-        axes = figure.subplots()
-        axes.grid(False)
-        picture = axes.imshow(shares, cmap="Greys", vmin=0, vmax=1)
-        figure.colorbar(picture, ax=axes, shrink=0.5, label=f"share of {y}")
-        axes.set(xlabel=x, ylabel=y)
-        if len(names) <= 60:
-            size = min(8.0, 240 / len(names))
-            axes.set_xticks(range(len(names)), labels=names, rotation=90, fontsize=size)
-            axes.set_yticks(range(len(names)), labels=names, fontsize=size)
-        _save(figure, path, storage.digest(np.asarray(shares), length=16))
-    return epath.Path(path)
-
-
 def compose(picture: Picture) -> Any:
     """The matplotlib figure of a picture without panels that are empty; `draw` writes it."""
     shown = [panel for panel in picture.panels if any(any(s.runs) for s in panel.series)]

@@ -3,7 +3,8 @@
 import io
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from logitjax.data._images import (
     class_folders,
     load_images,
     open_labelled_images,
+    open_picture,
     pictures_below,
     read_picture,
 )
@@ -50,6 +52,7 @@ class ImageSet(Sequence):
     Attributes:
         class_names: by class number.
         captions: a sentence a picture, or None.
+        files: where the pictures lie, or None.
         fingerprint: changes with the choice of pictures, their names and their classes.
         source: where they came from.
     """
@@ -64,7 +67,9 @@ class ImageSet(Sequence):
         fingerprint: str,
         source: str,
         captions: Sequence[str] | None = None,
+        files: Sequence[epath.Path] | None = None,
     ):
+        self.files = None if files is None else tuple(files)
         self._read, self._read_labels, self._count = read, labels, count
         self._labels: np.ndarray | None = None
         self.class_names = tuple(class_names)
@@ -135,7 +140,47 @@ class ImageSet(Sequence):
             fingerprint=digest(self.fingerprint, chosen),  # which, and in which order
             source=self.source,
             captions=captions,
+            files=None if self.files is None else [self.files[row] for row in chosen],
         )
+
+    def survey(self, rows: Any, seen: dict[str, str]) -> tuple[np.ndarray, dict[str, list[str]]]:
+        """The rows of files that can be used, and by a reason what is to be said of others.
+
+        Left out are files that cannot be read, copies (equal pixels, once upright), all copies of a
+        picture that lie in several classes, and pictures in `seen`: files by digest, to which these
+        are added. Turned and transparent pictures stay. Every file is read once.
+        """
+        files, notes = [os.fspath(path) for path in self.files or ()], {}
+        before, copies, good = dict(seen), {}, []
+
+        def look(row: int) -> tuple[str, Iterable[str]]:
+            try:
+                picture, done = open_picture(epath.Path(files[row]))
+            except ValueError as error:
+                return "", [str(error)]
+            return digest(np.asarray(picture)), done
+
+        rows = np.asarray(rows).tolist()
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for row, (key, done) in zip(rows, pool.map(look, rows)):
+                if key:
+                    copies.setdefault(key, []).append(row)
+                for what in done:
+                    line = (what, files[row]) if key else ("unreadable", what)
+                    notes.setdefault(line[0], []).append(line[1])
+        for key, group in copies.items():
+            names = ", ".join(files[row] for row in group)
+            if key in before:
+                notes.setdefault("elsewhere", []).append(f"{names}, as {before[key]}")
+                continue
+            seen[key] = files[group[0]]
+            if len(set(self.labels[group].tolist())) > 1:
+                notes.setdefault("contradictory", []).append(names)
+                continue
+            good.append(group[0])
+            if len(group) > 1:
+                notes.setdefault("repeated", []).append(names)
+        return np.sort(np.asarray(good, np.int64)), notes
 
 
 def load_image_set(
@@ -147,6 +192,7 @@ def load_image_set(
 
     * ``tfds:NAME`` or ``tfds:NAME:CONFIG``: prepared, with one image and one label.
     * ``folder:DIR``: ``DIR/<split>/<class>/**``, or ``DIR/<class>/**`` for the split ``all``.
+    * ``pictures:DIR``: all pictures below a folder, as one class, to be classified.
     * ``recognition:NAME`` or ``recognition:NAME:DIR``: one of `RECOGNITION_SETS`, lying as CoOp has
       it in ``DIR`` or among what is fetched by hand, else prepared by tfds; splits ``train``,
       ``val``, ``test``. ImageNet and its variants take names from CoOp's ``classnames.txt`` or
@@ -194,6 +240,9 @@ def load_image_set(
             )
         files, classes = class_folders(root if name == "all" else root / name)
         found = _files(files, classes)
+    elif kind == "pictures" and location and name == "all":
+        files = pictures_below(epath.Path(location).expanduser())
+        found = _files([(path, 0) for path in files], ["picture"])
     elif kind == "recognition" and location:
         found = _recognition(location, name, data_dir)
     elif kind == "stamps":
@@ -210,8 +259,8 @@ def load_image_set(
         found = _arrays(made.images, made.labels, [str(i) for i in range(made.num_classes)])
     else:
         raise ValueError(
-            f"unknown image source {spec!r}: expected tfds:NAME, folder:DIR, recognition:NAME, "
-            "stamps, mnist_5k, emoji:VENDOR, foolbox or synthetic:CLASSES"
+            f"unknown image source {spec!r}: expected tfds:NAME, folder:DIR, pictures:DIR, "
+            "recognition:NAME, stamps, mnist_5k, emoji:VENDOR, foolbox or synthetic:CLASSES"
         )
     if start is not None or stop is not None:
         found = found[slice_of(start, stop, len(found))]
@@ -250,6 +299,7 @@ def _files(
         fingerprint=digest(classes, described),
         source="files",
         captions=captions,
+        files=[path for path, _ in files],
     )
 
 

@@ -228,8 +228,21 @@ def pictures_below(directory: epath.Path) -> list[epath.Path]:
     return sorted(found, key=os.fspath)
 
 
+# Cameras save pixels as the sensor lay, and in EXIF how they are to be turned.
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE",
+    6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90",
+}  # fmt: skip
+
+
 def read_picture(path: epath.Path) -> Any:
-    """A PIL image in RGB; what is transparent lies on white."""
+    """A PIL image in RGB, upright; what is transparent lies on white."""
+    return open_picture(path)[0]
+
+
+def open_picture(path: epath.Path) -> tuple[Any, frozenset[str]]:
+    """As `read_picture`, and what was done to it: `turned`, `transparent` or both."""
     Image = require("PIL.Image", extra="vision")
 
     with guard.naming(path, "an image"), path.open("rb") as file:
@@ -238,6 +251,7 @@ def read_picture(path: epath.Path) -> Any:
         require("PIL.WebPImagePlugin", extra="vision")
         # Other formats are large surfaces: Pillow runs Ghostscript for PostScript in a .png.
         picture = Image.open(file, formats=_FORMATS)
+        turn = _TURNS.get(picture.getexif().get(_ORIENTATION, 1))
         width, height = picture.size
         guard.whole(width * height, "pixels", least=1, most=guard.LIMITS.pixels)
         # Scaled to 224 pixels, a line of pixels would be 224 times as long.
@@ -245,23 +259,30 @@ def read_picture(path: epath.Path) -> Any:
         if picture.mode.startswith("I"):
             # Pillow cuts greys of 16 bits off at 255; those of a file of that kind go to 65,535.
             picture = Image.fromarray(as_bytes(np.asarray(picture).clip(0).astype(np.uint16)))
+        done = {"turned"} if turn else set()
         if "A" in picture.getbands() or "transparency" in picture.info:
-            return _on_white(picture)
-        return picture.convert("RGB")
+            picture, clear = _on_white(picture)
+            done |= {"transparent"} if clear else set()
+        picture = picture.convert("RGB")
+        if turn:
+            picture = picture.transpose(Image.Transpose[turn])
+        return picture, frozenset(done)
 
 
-def _on_white(picture: Any) -> Any:
+def _on_white(picture: Any) -> tuple[Any, bool]:
+    """The picture on white, and whether any of it was transparent."""
     Image = require("PIL.Image", extra="vision")
 
-    out = Image.new("RGB", picture.size)
+    out, clear = Image.new("RGB", picture.size), False
     # In bands, for whole pictures of four bytes a pixel would be held four times.
     for top in range(0, picture.height, 256):
         box = (0, top, picture.width, min(top + 256, picture.height))
         band = picture.crop(box).convert("RGBA")
         ground = Image.new("RGBA", band.size, "white")
         ground.alpha_composite(band)
+        clear = clear or band.getchannel("A").getextrema()[0] < 255
         out.paste(ground.convert("RGB"), box)
-    return out
+    return out, clear
 
 
 def check_numbers(numbers: np.ndarray, count: int, name: str) -> None:

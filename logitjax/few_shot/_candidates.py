@@ -15,9 +15,6 @@ from logitjax.few_shot._sweep import Runs, compiled_sweep, with_settings
 from logitjax.few_shot._train import Recipe
 from logitjax.training import Program
 
-# How many settings a method tries.
-_GRID_SIZES = {"small": 4, "full": 12}
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Candidate:
@@ -60,12 +57,11 @@ class Candidate:
         >>> {len(next(iter(c.grid.values()))) for c in Candidate.all().values()}
         {4}
         """
-        if grid not in _GRID_SIZES:
-            raise ValueError(f"grid: expected one of {', '.join(_GRID_SIZES)}, got {grid!r}")
-        grids = _Grids(full=grid == "full")
+        if grid not in ("small", "full"):
+            raise ValueError(f"grid: expected small or full, got {grid!r}")
+        few = grid == "small"
         short = Recipe(steps=steps, batch_size=32)
-        amu = Recipe(epochs=epochs, batch_size=batch_size)
-        return _biases(grids, amu) | _caches(grids) | _learned(grids, short)
+        return _biases(few, Recipe(epochs=epochs, batch_size=batch_size)) | _others(few, short)
 
     def at_scale(self, scale: float) -> "Candidate":
         """The same for zero-shot logits that are cosines of this scale."""
@@ -80,6 +76,15 @@ class Candidate:
     def updates(self, images: int) -> int:
         """Gradient steps on so many labelled images."""
         return self.recipe.total_steps(images) if self.method.trains else 0
+
+    def folds(self, labels: Any) -> int:
+        """Parts of labelled images to choose settings on; 0 where a class has a single image.
+
+        One image of each class is left out at a time where nothing is trained, and else a fourth.
+        """
+        counts = np.bincount(np.asarray(labels)[np.asarray(labels) >= 0])
+        least = int(counts[counts > 0].min())
+        return 0 if least < 2 else min(least, 4 if self.method.trains else 16)
 
     @property
     def settings(self) -> int:
@@ -130,132 +135,76 @@ class Candidate:
         )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Grids:
-    """Columns of as many settings for every method, whatever it searches."""
+def _grid(few: bool, **ranges: tuple[float, float]) -> dict[str, list[float]]:
+    """Columns of 4 or 12 settings; `__` in a name stands for a dot.
 
-    full: bool
-
-    @property
-    def count(self) -> int:
-        return _GRID_SIZES["full" if self.full else "small"]
-
-    def bias(self, *betas: float) -> Mapping[str, list[float]]:
-        """AMU's: the weight of the bias, and with a full grid the rate."""
-        rates = [3e-4, 1e-3, 3e-3] if self.full else [1e-3]
-        return _product(beta=betas, training__learning_rate=rates)
-
-    def cache(self, *betas: float) -> Mapping[str, list[float]]:
-        sharp = [1.0, 3.0, 5.5] if self.full else [1.0, 5.5]
-        return _product(beta=betas if self.full else betas[1::2], sharpness=sharp)
-
-    def rate(self, **other: Sequence[float]) -> Mapping[str, list[float]]:
-        """The learning rate beside something else, weight decay by default."""
-        rates = [1e-4, 3e-4, 1e-3, 3e-3] if self.full else [3e-4, 3e-3]
-        decays = [0.0, 1e-2, 1e-1] if self.full else [0.0, 1e-2]
-        return _product(
-            training__learning_rate=rates, **(other or {"training__weight_decay": decays})
-        )
-
-    def of(
-        self, full: Mapping[str, Sequence[float]], small: Mapping[str, Sequence[float]]
-    ) -> Mapping[str, list[float]]:
-        return _product(**(full if self.full else small))
-
-    def blends(self) -> Mapping[str, list[float]]:
-        return {"beta": [(i + 1) / self.count for i in range(self.count)]}
+    One field takes all of them between its ends, two fields their product. Between the ends values
+    are factors apart, but from 0 on they are steps.
+    """
+    counts = ((4,) if few else (12,)) if len(ranges) == 1 else ((2, 2) if few else (4, 3))
+    columns = [
+        (np.geomspace if low else np.linspace)(low, high, count)
+        for (low, high), count in zip(ranges.values(), counts, strict=True)
+    ]
+    mesh = np.meshgrid(*columns, indexing="ij")
+    return {name.replace("__", "."): m.ravel().tolist() for name, m in zip(ranges, mesh)}
 
 
-def _biases(grids: _Grids, recipe: Recipe) -> dict[str, Candidate]:
+def _biases(few: bool, recipe: Recipe) -> dict[str, Candidate]:
     doubt = methods.Uncertainty(normalizer="classes")
-    betas = grids.bias(0.5, 1.0, 2.0, 4.0)
-    # Without the z-score the bias is as small as features of length one make it.
-    large = grids.bias(2.0, 8.0, 32.0, 128.0)
+
+    def grid(low: float, high: float) -> dict[str, list[float]]:
+        """The weight of the bias, and with a full grid the rate."""
+        betas = np.geomspace(low, high, 4).tolist()
+        rates = [1e-3] if few else [3e-4, 1e-3, 3e-3]
+        pairs = [(beta, rate) for beta in betas for rate in rates]
+        return dict(zip(("beta", "training.learning_rate"), map(list, zip(*pairs))))
+
     return {
-        "amu": Candidate(method=methods.AMU(), recipe=recipe, grid=betas),
-        "amu_kurtosis": Candidate(method=methods.AMU(uncertainty=doubt), recipe=recipe, grid=betas),
-        "amu_paper": Candidate(method=methods.AMU.paper(), recipe=recipe, grid=large),
+        "amu": Candidate(method=methods.AMU(), recipe=recipe, grid=grid(0.5, 4.0)),
+        "amu_kurtosis": Candidate(
+            method=methods.AMU(uncertainty=doubt), recipe=recipe, grid=grid(0.5, 4.0)
+        ),
+        # Without the z-score the bias is as small as features of length one make it.
+        "amu_paper": Candidate(method=methods.AMU.paper(), recipe=recipe, grid=grid(2.0, 128.0)),
     }
 
 
-def _caches(grids: _Grids) -> dict[str, Candidate]:
-    tuned, wide = Recipe.published("tip_adapter_f"), grids.cache(0.5, 1.17, 3.0, 10.0)
-    cafo, ape = grids.cache(0.3, 0.6, 1.2, 2.4), grids.cache(0.5, 1.0, 2.0, 5.0)
-    ape_t = grids.of(
-        {"beta": [0.5, 1.0, 2.0, 5.0], "training__learning_rate": [1e-4, 3e-4, 1e-3]},
-        {"beta": [1.0, 5.0], "training__learning_rate": [1e-4, 1e-3]},
-    )
-    dmn = grids.of(
-        {"beta": [0.1, 0.3, 1.0, 3.0], "sharpness": [2.0, 5.5, 10.0]},
-        {"beta": [0.3, 3.0], "sharpness": [2.0, 5.5]},
-    )
-    gda = {"beta": np.geomspace(1e-2, 1e2, grids.count).tolist()}
-    pro_ker = grids.of(
-        {"penalty": [0.03, 0.1, 0.3, 3.0], "sharpness": [1.5, 3.0, 10.0]},
-        {"penalty": [0.1, 3.0], "sharpness": [1.5, 10.0]},
-    )
-    return {
-        "tip_adapter": Candidate(method=methods.TipAdapter(), grid=wide),
-        "tip_adapter_f": Candidate(method=methods.TipAdapterF(), recipe=tuned, grid=wide),
-        "cafo": Candidate(method=methods.CaFo(), recipe=tuned, grid=cafo),
-        "ape": Candidate(method=methods.APE(), grid=ape),
-        "ape_t": Candidate(method=methods.APET(), recipe=Recipe.published("ape_t"), grid=ape_t),
-        "dmn": Candidate(method=methods.DMN(), grid=dmn),
-        "gda": Candidate(method=methods.GDA(), grid=gda),
-        "pro_ker": Candidate(method=methods.ProKeR(), grid=pro_ker),
-    }
-
-
-def _learned(grids: _Grids, short: Recipe) -> dict[str, Candidate]:
-    full, clap = grids.full, Recipe.published("clap")
-    rates = [0.01, 0.03, 0.1, 0.3] if full else [0.03, 0.3]
-    # A fourth is published; the small grid belongs to a run of minutes.
-    clip_adapter = methods.ClipAdapter(reduction=4 if full else 16)
-    # LP++'s step sizes are not searched: they follow from the data. What is left is how much of
-    # the zero-shot logits stays.
-    released = methods.LPPlusPlus(released=True)
-    pro_lip = grids.of(
-        {"penalty": [0.01, 0.1, 1.0], "training__learning_rate": [1e-5, 1e-4, 1e-3, 1e-2]},
-        {"penalty": [0.1, 1.0], "training__learning_rate": [1e-4, 1e-2]},
-    )
+def _others(few: bool, short: Recipe) -> dict[str, Candidate]:
+    """Methods of one encoder with the numbers that each searches."""
+    tuned, clap = Recipe.published("tip_adapter_f"), Recipe.published("clap")
     auxiliary = methods.LinearProbe(source="auxiliary")
-    return {
-        "clip_adapter": Candidate(
-            method=clip_adapter,
-            recipe=short,
-            grid=grids.rate(beta=[0.2, 0.5, 0.8] if full else [0.2, 0.5]),
+    rate, probe = (3e-4, 3e-3), dict(training__learning_rate=(3e-4, 3e-3))
+    probe |= dict(training__weight_decay=(0.0, 1e-2))
+    wide, sharp = dict(beta=(1.17, 10.0)), dict(sharpness=(1.0, 5.5))
+    table: dict[str, tuple[Method, Recipe, Any]] = {
+        "tip_adapter": (methods.TipAdapter(), short, wide | sharp),
+        "tip_adapter_f": (methods.TipAdapterF(), tuned, wide | sharp),
+        "gda": (methods.GDA(), short, dict(beta=(1e-2, 1e2))),
+        "pro_ker": (methods.ProKeR(), short, dict(penalty=(0.1, 3.0), sharpness=(1.5, 10.0))),
+        "rehark": (methods.ReHARK(), short, dict(penalty=(0.1, 1.0), text=(3.0, 10.0))),
+        "task_res": (methods.TaskRes(), short, dict(training__learning_rate=rate, beta=(0.5, 1.0))),
+        # Its step sizes follow from the data: what is left is the share of the zero-shot logits.
+        "lp_plus_plus": (methods.LPPlusPlus(), short, dict(beta=(0.25, 1.0))),
+        "clap": (
+            methods.CLAP(),
+            clap,
+            dict(penalty=(0.3, 3.0), training__learning_rate=(0.03, 0.3)),
         ),
-        "task_res": Candidate(
-            method=methods.TaskRes(),
-            recipe=short,
-            grid=grids.rate(beta=[0.5, 1.0, 2.0] if full else [0.5, 1.0]),
+        "zs_lp": (
+            methods.CLAP(penalty=0.0),
+            clap,
+            dict(beta=(0.5, 1.0), training__learning_rate=(0.03, 0.3)),
         ),
-        "lp_plus_plus": Candidate(method=methods.LPPlusPlus(), grid=grids.blends()),
-        "lp_plus_plus_released": Candidate(method=released, grid=grids.blends()),
-        "clap": Candidate(
-            method=methods.CLAP(),
-            recipe=clap,
-            grid=_product(
-                penalty=[0.1, 1.0, 10.0] if full else [0.3, 3.0], training__learning_rate=rates
-            ),
+        "pro_lip": (
+            methods.ProLIP(),
+            Recipe.published("pro_lip"),
+            dict(penalty=(0.1, 1.0), training__learning_rate=(1e-4, 1e-2)),
         ),
-        "zs_lp": Candidate(
-            method=methods.CLAP(penalty=0.0),
-            recipe=clap,
-            grid=_product(
-                beta=[0.5, 0.75, 1.0] if full else [0.5, 1.0], training__learning_rate=rates
-            ),
-        ),
-        "pro_lip": Candidate(
-            method=methods.ProLIP(), recipe=Recipe.published("pro_lip"), grid=pro_lip
-        ),
-        "linear_probe": Candidate(method=methods.LinearProbe(), recipe=short, grid=grids.rate()),
-        "linear_probe_auxiliary": Candidate(method=auxiliary, recipe=short, grid=grids.rate()),
-        "cross_modal": Candidate(method=methods.CrossModal(), recipe=short, grid=grids.rate()),
+        "linear_probe": (methods.LinearProbe(), short, probe),
+        "linear_probe_auxiliary": (auxiliary, short, probe),
     }
-
-
-def _product(**values: Sequence[float]) -> dict[str, list[float]]:
-    """The product of the values as columns of equal length; `__` in a name stands for a dot."""
-    mesh = np.meshgrid(*values.values(), indexing="ij")
-    return {name.replace("__", "."): m.ravel().tolist() for name, m in zip(values, mesh)}
+    return {
+        name: Candidate(method=method, recipe=recipe, grid=_grid(few, **ranges))
+        for name, (method, recipe, ranges) in table.items()
+    }

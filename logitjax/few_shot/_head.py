@@ -7,19 +7,23 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.core import Tracer
 from jaxtyping import Float, Int
 
 from logitjax.few_shot import methods
 from logitjax.few_shot._candidates import Candidate
-from logitjax.few_shot._labelled import Pictures
+from logitjax.few_shot._labelled import Pictures, finite, unit
 from logitjax.few_shot._method import FewShotTask, Inputs, Method, State
-from logitjax.few_shot._sweep import best_setting, sweep
+from logitjax.few_shot._sweep import best_setting, fold_logits, sweep
 from logitjax.ops import Array
 from logitjax.storage import guard, read_head, write_head
 
 _KIND = "few-shot head"  # files of other heads lie under the same names
+# Arrays that are no part of the state.
+_KEPT = ("calibration", "examples", "example_labels")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,14 @@ class FittedHead:
         class_weights: `[features, classes]` of the zero-shot classifier.
         scale: Scale of the classifier's cosines.
         class_names: Names by class number.
+        encoders: What the features are of, as of `Pictures.encoders`.
+        about: What else is worth a line in ``head.json``, such as encoders and prompts by name.
+        temperature: Divisor of the logits that makes `predict_proba` as sure as it is right on
+            pictures that the head did not learn from.
+        calibration: Probabilities of the classes of these pictures; None where there were none.
+        examples: `[n, features]` of the pictures that the head learned from, of length one.
+        example_labels: `[n]` their classes.
+        likeness: The least cosine with the nearest example that features of the encoder have.
     """
 
     method: Method
@@ -39,6 +51,13 @@ class FittedHead:
     class_weights: Any
     scale: float
     class_names: tuple[str, ...]
+    encoders: tuple[str, ...] = ()
+    about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    temperature: float = 1.0
+    calibration: Any = None
+    examples: Any = None
+    example_labels: Any = None
+    likeness: float = -1.0
 
     def logits(
         self,
@@ -56,22 +75,73 @@ class FittedHead:
                 `methods.ProLIP`.
 
         Raises:
-            ValueError: Features that the method needs are missing, or of another width.
+            ValueError: Features that the method needs are missing, of another width, not finite, or
+                so far from all that the head learned from that another encoder made them.
         """
         width = self.class_weights.shape[0]
         if np.ndim(features) != 2 or np.shape(features)[1] != width:
             raise ValueError(f"features: expected [batch, {width}], got {np.shape(features)}")
+        given = {"features": features, "auxiliary": auxiliary, "hidden": hidden}
+        for name, rows in given.items():
+            if rows is not None and not isinstance(rows, Tracer):
+                unit(finite(rows, name, 2), name)
+        if self.likeness > -1 and not isinstance(features, Tracer):
+            nearest = float(self.nearest(features, 1)[1].max())
+            if nearest < self.likeness:
+                raise ValueError(
+                    "features: expected those of the encoder that the head learned from, got a "
+                    f"cosine of at most {nearest:.3f} with its pictures, below {self.likeness:.3f}"
+                )
         learnt = (self.state, self.class_weights)
         return _fused(learnt, features, auxiliary, hidden, method=self.method, scale=self.scale)
 
-    def predict(self, *features: Any, **hidden: Any) -> Int[np.ndarray, " batch"]:
+    def predict(self, *features: Any, **named: Any) -> Int[np.ndarray, " batch"]:
         """`[batch]` numbers of classes; arguments as of `logits`."""
-        return np.asarray(self.logits(*features, **hidden)).argmax(-1)
+        return np.asarray(self.logits(*features, **named)).argmax(-1)
+
+    def predict_proba(self, *features: Any, **named: Any) -> np.ndarray:
+        """`[batch, classes]` probabilities: of logits over `temperature`."""
+        return np.asarray(jax.nn.softmax(self.logits(*features, **named) / self.temperature))
+
+    def predict_sets(self, *features: Any, coverage: float = 0.9, **named: Any) -> np.ndarray:
+        """`[batch, classes]` whether a class is in a picture's set (split conformal prediction).
+
+        Of new pictures like those that calibrated the head, a share of at least `coverage` have
+        their class in the set; it is over draws of both. Few such pictures make large sets.
+
+        Raises:
+            ValueError: The head was not calibrated.
+        """
+        if self.calibration is None:
+            raise ValueError("calibration: expected pictures that the head did not learn from")
+        number = int((len(self.calibration) + 1) * (1 - coverage))
+        least = np.sort(self.calibration)[number - 1] if number else 0.0
+        return self.predict_proba(*features, **named) >= least
+
+    def nearest(self, features: Any, count: int = 3) -> tuple[np.ndarray, np.ndarray]:
+        """`[batch, count]` numbers of the `examples` nearest to each picture, and their cosines."""
+        cosines = unit(finite(features, "features", 2), "features") @ self.examples.T
+        order = np.argsort(-cosines, axis=1, kind="stable")[:, :count]
+        return order, np.take_along_axis(cosines, order, 1)
+
+    def inputs(self, pictures: Pictures) -> dict[str, Any]:
+        """The features of pictures as `logits` takes them.
+
+        Raises:
+            ValueError: They are of another encoder, size or fit than the head's.
+        """
+        used = len(self.encoders)  # a second encoder is of no use to most methods
+        if pictures.encoders and pictures.encoders[:used] != self.encoders:
+            raise ValueError(
+                f"encoders: expected those that the head learned from, {self.encoders}, got "
+                f"{pictures.encoders}"
+            )
+        names = ("features", "auxiliary", "hidden")
+        return {name: getattr(pictures, name) for name in names}
 
     def accuracy(self, pictures: Pictures) -> float:
-        """Share of the pictures whose class is predicted."""
-        given = (pictures.features, pictures.auxiliary)  # None without a second encoder
-        return float((self.predict(*given, hidden=pictures.hidden) == pictures.labels).mean())
+        """Share of the pictures whose class is predicted; refuses what `inputs` does."""
+        return float((self.predict(**self.inputs(pictures)) == pictures.labels).mean())
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes the head as ``head.safetensors`` and ``head.json``, which names the method."""
@@ -84,7 +154,14 @@ class FittedHead:
             "state": state,
             "scale": self.scale,
             "class_names": list(self.class_names),
+            "encoders": list(self.encoders),
+            "about": dict(self.about),
+            "temperature": self.temperature,
+            "likeness": self.likeness,
         }
+        for name in _KEPT:
+            if getattr(self, name) is not None:
+                tensors[name] = np.ascontiguousarray(getattr(self, name))
         write_head(directory, record, tensors)
 
 
@@ -102,16 +179,20 @@ def fit(
     pictures: Pictures,
     validation: Pictures | None = None,
     *,
+    folds: int = 0,
     seed: int = 0,
 ) -> FittedHead:
-    """Choose a method's setting on validation pictures, and train it with that setting.
+    """Choose a method's setting, train it with that setting, and calibrate the head.
+
+    Probabilities are calibrated on the validation pictures, else on parts of those to learn from,
+    each predicted by a head that did not see it; of one picture a class there are none.
 
     Args:
         candidate: The method with its recipe and settings, or its name in `Candidate.all()`.
         pictures: Pictures to learn from.
         validation: Other pictures to choose on, with features of the same encoders. Without them
-            the method keeps its published setting, which is CLAP's protocol. LP++ as released
-            also stops by them.
+            the method keeps its published setting, which is CLAP's protocol, or chooses on folds.
+        folds: Number of parts of the pictures to choose on without others, as of `sweep`.
         seed: Seed of the order of pictures, and of a random start.
 
     Raises:
@@ -135,47 +216,98 @@ def fit(
         if getattr(pictures, name) is None:
             raise ValueError(f"{name}: expected features, which the method reads, got none")
     task = pictures.task
-    if validation is not None and candidate.method.stops:
-        seen, known = validation.inputs, validation.labels
-        task = dataclasses.replace(task, validation=seen, validation_labels=known)
-    if validation is not None and candidate.grid:
+    if candidate.grid and (folds or validation is not None):
         # `sweep` wants an axis of runs, but for what all runs share.
         fixed = dict.fromkeys(("class_weights", "projection", "projection_bias"))
         one = jax.tree.map(lambda x: x[None], dataclasses.replace(task, **fixed))
         shared = {name: getattr(task, name) for name in fixed}
+        name, shown = ("validation", validation) if validation is not None else ("train", pictures)
         scores = sweep(
             candidate.method,
             dataclasses.replace(one, **shared),
-            {"validation": (validation.inputs[None], validation.labels[None])},
+            {name: (shown.inputs[None], shown.labels[None])},
             training=candidate.recipe,
             grid=candidate.grid,
             seed=seed,
             sequential=True,  # the memory of one setting, not of the grid
+            folds=0 if validation is not None else folds,
         )
-        candidate = candidate.chosen(int(best_setting(scores["validation"])[0]))
-    return FittedHead(
+        candidate = candidate.chosen(int(best_setting(scores[name])[0]))
+    head = FittedHead(
         method=candidate.method,
         state=_learnt(candidate, task, seed),
         class_weights=pictures.class_weights,
         scale=pictures.scale,
         class_names=pictures.class_names,
+        encoders=pictures.encoders[: 1 + ("auxiliary" in candidate.method.needs)],
+        examples=pictures.features,
+        example_labels=pictures.labels,
+        likeness=_likeness(pictures.features),
     )
+    if validation is not None:
+        return _calibrated(head, head.logits(**head.inputs(validation)), validation.labels)
+    if parts := candidate.folds(pictures.labels):
+        logits = _learnt(candidate, task, seed, folds=parts, images=pictures.inputs)
+        return _calibrated(head, logits, pictures.labels)
+    return head
 
 
-def _learnt(candidate: Candidate, task: FewShotTask, seed: int) -> State:
-    """The first run of a `sweep` with this seed."""
+def _likeness(features: np.ndarray) -> float:
+    """As far below the least cosine of a picture with its nearest as that is below the median."""
+    shown = features[:1000]
+    cosines = shown @ features.T
+    np.fill_diagonal(cosines, -1.0)
+    nearest = cosines.max(1)
+    return max(-1.0, float(2 * nearest.min() - np.median(nearest)) - 1e-3)
+
+
+def _calibrated(head: FittedHead, logits: Any, labels: np.ndarray) -> FittedHead:
+    """The head at the temperature of the best likelihood of pictures that it did not learn from."""
+    logits = np.asarray(logits, np.float64)
+    logits = logits - logits.max(1, keepdims=True)
+    rows, classes = np.arange(len(labels)), logits.shape[1]
+
+    def probabilities(temperature: float) -> np.ndarray:
+        odds = np.exp(logits / temperature)
+        return odds / odds.sum(1, keepdims=True)
+
+    # A picture's worth of doubt: where all are right no head is sure without bound.
+    doubt = 1 / (1 + len(labels))
+    losses = {
+        t: -np.log((1 - doubt) * probabilities(t)[rows, labels] + doubt / classes).mean()
+        for t in np.geomspace(0.01, 100, 161).tolist()
+    }
+    temperature = min(losses, key=lambda t: losses[t])
+    right = probabilities(temperature)[rows, labels].astype(np.float32)
+    return dataclasses.replace(head, temperature=temperature, calibration=right)
+
+
+def _learnt(
+    candidate: Candidate, task: FewShotTask, seed: int, *, folds: int = 0, images: Any = None
+) -> Any:
+    """The state of a `sweep`'s first run with this seed, or with folds logits of the images."""
     method, recipe = candidate.method, candidate.recipe
     method.check(task)
     order = None
     if method.trains:
         order = recipe.order((seed, 0), len(task.labels), views=task.views)  # run 0 of a sweep
 
-    @jax.jit
-    def run(task: FewShotTask, order: Any) -> State:
+    def learn(task: FewShotTask, order: Any) -> State:
         state = method.init(task, key=jax.random.fold_in(jax.random.key(seed), 0))
-        return state if order is None else recipe.train(method, task, state, order)[0]
+        if order is None:
+            return state
+        if folds:  # of what is left out no step may see a row
+            order = jnp.where(jnp.asarray(task.labels)[order % len(task.labels)] < 0, -1, order)
+        steps = len(order) if folds else None  # counts the rows of each batch that are there
+        return recipe.train(method, task, state, order, steps=steps)[0]
 
-    return run(task, order)
+    @jax.jit
+    def run(task: FewShotTask, order: Any, images: Any) -> Any:
+        if not folds:
+            return learn(task, order)
+        return fold_logits(method, lambda one: learn(one, order), task, images, folds)
+
+    return run(task, order, images)
 
 
 def load(directory: str | os.PathLike[str]) -> FittedHead:
@@ -201,6 +333,11 @@ def load(directory: str | os.PathLike[str]) -> FittedHead:
             class_weights=weights,
             scale=float(record["scale"]),
             class_names=names,
+            encoders=tuple(map(str, record["encoders"])),
+            about=record["about"],
+            temperature=float(record["temperature"]),
+            likeness=float(record["likeness"]),
+            **{name: tensors.get(name) for name in _KEPT},
         )
 
 

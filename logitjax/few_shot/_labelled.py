@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ from logitjax.ops import checks
 from logitjax.storage import digest, guard
 from logitjax.storage.weights import SafetensorsSource, read_npy, read_npz
 
-Validation = Literal["min4", "shots", "none"]
+Validation = Literal["min4", "shots", "folds", "none"]
 """How many pictures of a class settings are chosen on: see `Pictures.sample`."""
 
 _FEATURES = ("features", "auxiliary", "hidden")
@@ -41,13 +41,15 @@ class Pictures:
         projection_bias: `[features]`.
         scale: Scale of the zero-shot classifier's cosines; CLIP's by default.
         class_names: Names by class number; the numbers if omitted.
+        encoders: What made the features: digests of the first encoder and of the second, each with
+            its size and fit. A head refuses pictures of others.
         views: Other views of the same pictures, such as random crops, which methods learn from
             instead. Settings are chosen and heads are tested on the pictures themselves.
 
     Raises:
         TypeError: Labels that are not integers.
         ValueError: Arrays of other shapes or lengths, numbers that are not finite, a picture whose
-            features are all 0, a label that is no class, or views with other labels.
+            features are all 0, one class, a label that is no class, or views with other labels.
     """
 
     features: Any
@@ -59,24 +61,25 @@ class Pictures:
     projection_bias: Any = None
     scale: float = 100.0
     class_names: tuple[str, ...] = ()
+    encoders: tuple[str, ...] = ()
     views: tuple["Pictures", ...] = ()
 
     def __post_init__(self) -> None:
-        weights = _finite(self.class_weights, "class_weights", 2)
+        weights = finite(self.class_weights, "class_weights", 2)
         labels = np.asarray(self.labels)
-        made: dict[str, Any] = {"class_weights": _unit(weights.T, "class_weights").T}  # by column
+        made: dict[str, Any] = {"class_weights": unit(weights.T, "class_weights").T}  # by column
         for name in _FEATURES:
             given = getattr(self, name)
             if given is None:
                 continue
-            found = _finite(given, name, 2)
+            found = finite(given, name, 2)
             if labels.shape != found.shape[:1]:
                 raise ValueError(
                     f"labels: expected one for each of {len(found)} rows of {name}, got shape "
                     f"{labels.shape}"
                 )
             # Its projection needs the length.
-            made[name] = found if name == "hidden" else _unit(found, name)
+            made[name] = found if name == "hidden" else unit(found, name)
         width, classes = weights.shape
         if made["features"].shape[1] != width:
             turned = "; transposed, they would fit" if made["features"].shape[1] == classes else ""
@@ -86,7 +89,9 @@ class Pictures:
             )
         for name in ("projection", "projection_bias"):
             if getattr(self, name) is not None:
-                made[name] = _finite(getattr(self, name), name, 2 if name == "projection" else 1)
+                made[name] = finite(getattr(self, name), name, 2 if name == "projection" else 1)
+        if classes < 2:
+            raise ValueError("class_weights: expected at least two classes, got one")
         checks.ids(labels, classes, "labels")
         made["labels"] = labels.astype(np.int32)
         names = self.class_names or tuple(map(str, range(classes)))
@@ -143,18 +148,20 @@ class Pictures:
         Args:
             shots: Pictures of each class to learn from.
             validation: Pictures of each class to choose on: as many as shots (`'shots'`), as many
-                but at most four, as in CoOp (`'min4'`), or `'none'`.
+                but at most four, as in CoOp (`'min4'`), or none: settings are chosen on folds of
+                what is learned from (`'folds'`), or not at all (`'none'`).
             seed: Seed of the draw.
             rest: Whether a picture of each class has to remain for testing.
 
         Raises:
             ValueError: Another name, no shots, or a class without enough pictures.
         """
-        if validation not in ("min4", "shots", "none"):
-            raise ValueError(f"validation: expected min4, shots or none, got {validation!r}")
+        kinds = get_args(Validation)
+        if validation not in kinds:
+            raise ValueError(f"validation: expected one of {', '.join(kinds)}, got {validation!r}")
         if shots < 1:
             raise ValueError(f"shots: expected at least 1, got {shots}")
-        held_out = {"min4": min(shots, 4), "shots": shots, "none": 0}[validation]
+        held_out = {"min4": min(shots, 4), "shots": shots}.get(validation, 0)
         rng = np.random.default_rng(seed)
         parts: tuple[list, list, list] = ([], [], [])
         for number, name in enumerate(self.class_names):
@@ -179,7 +186,12 @@ class Pictures:
         return Sample(train=train, validation=chosen, rest=left)
 
     def stack(
-        self, samples: Sequence["Sample"], *, room: "Sample", test: "Pictures | None" = None
+        self,
+        samples: Sequence["Sample"],
+        *,
+        room: "Sample",
+        validation: "Pictures | None" = None,
+        test: "Pictures | None" = None,
     ) -> tuple[FewShotTask, dict[str, tuple[Inputs, np.ndarray]]]:
         """Samples stacked along an axis of runs and padded, for `sweep`.
 
@@ -187,11 +199,12 @@ class Pictures:
             samples: One for each run, of these pictures.
             room: A sample that sets the number of rows of each part, so that several calls share
                 one program.
+            validation: Pictures to choose settings on; those of each sample if None.
             test: Pictures to test on; the rest of each sample if None.
 
         Returns:
-            The task to learn from, and by name the pictures of `"validation"`, if any, and
-            `"test"`.
+            The task to learn from, and by name the pictures of `"validation"`, if any, `"test"`
+            and `"train"`, which are those to learn from.
         """
         plain = [self.inputs]
         views = [view.inputs for view in self.views] or plain
@@ -206,23 +219,23 @@ class Pictures:
             return inputs, np.where(rows >= 0, self.labels[rows], -1)
 
         support, labels = part("train", views)
+
+        def whole(pictures: "Pictures") -> tuple[Inputs, np.ndarray]:
+            every = pictures.inputs, pictures.labels
+            return jax.tree.map(lambda x: np.repeat(x[None], len(samples), 0), every)
+
         fixed = {name: getattr(self, name) for name in _CLASSIFIER}
         held_out = {"validation": part("validation")} if len(room.validation) else {}
-        seen, known = held_out.get("validation", (None, None))
+        if validation is not None:
+            held_out["validation"] = whole(validation)
         task = FewShotTask(
             support=support,
             labels=labels,
-            validation=seen,
-            validation_labels=known,
             views=len(views),
             **fixed,
         )
-        if test is None:
-            held_out["test"] = part("rest")
-        else:
-            whole = test.inputs, test.labels
-            held_out["test"] = jax.tree.map(lambda x: np.repeat(x[None], len(samples), 0), whole)
-        return task, held_out
+        held_out["test"] = part("rest") if test is None else whole(test)
+        return task, held_out | {"train": part("train")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,7 +282,7 @@ def read_pictures(
     Raises:
         ValueError: A file is missing or not of such a kind, or what `Pictures` refuses.
     """
-    encoded, names = _read_views(features, auxiliary)
+    encoded, names, encoders = _read_views(features, auxiliary)
     if len(encoded) != 1:
         raise ValueError(
             f"{os.fspath(features)}: expected one view of each picture, got {len(encoded)}"
@@ -287,6 +300,7 @@ def read_pictures(
     classifier |= {
         "scale": fixed if scale is None else scale,
         "class_names": tuple(class_names) or names,
+        "encoders": encoders,
     }
     plain, *others = (Pictures(**view, **classifier) for view in encoded)
     return dataclasses.replace(plain, views=tuple(others))
@@ -294,11 +308,12 @@ def read_pictures(
 
 def _read_views(
     features: epath.PathLike, auxiliary: epath.PathLike | None = None
-) -> tuple[list[dict[str, np.ndarray]], tuple[str, ...]]:
-    """Every view's arrays by the names that `Pictures` has for them, and names of classes."""
-    first, names, rows = _read_features(epath.Path(features))
+) -> tuple[list[dict[str, np.ndarray]], tuple[str, ...], tuple[str, ...]]:
+    """Every view's arrays by the names of `Pictures`, names of classes, and the encoders."""
+    first, names, rows, *encoders = _read_features(epath.Path(features))
     if auxiliary is not None:
-        second, _, others = _read_features(epath.Path(auxiliary))
+        second, _, others, encoder = _read_features(epath.Path(auxiliary))
+        encoders.append(encoder)
         # Arrays of other programs have no fingerprint; of them only labels can be compared.
         alike = len(second) == len(first) and (rows == others or "" in (rows, others))
         if not alike or not np.array_equal(second[0]["labels"], first[0]["labels"]):
@@ -308,19 +323,22 @@ def _read_views(
             )
         for view, other in zip(first, second):
             view["auxiliary"] = other["features"]
-    return first, names
+    return first, names, tuple(encoders) if all(encoders) else ()
 
 
-def _read_features(path: epath.Path) -> tuple[list[dict[str, np.ndarray]], tuple[str, ...], str]:
-    """Arrays by view, names of classes, and a fingerprint of the pictures where there is one."""
+def _read_features(
+    path: epath.Path,
+) -> tuple[list[dict[str, np.ndarray]], tuple[str, ...], str, str]:
+    """Arrays by view, names of classes, and of a cache fingerprints of pictures and encoder."""
     if path.is_dir():
         cache = FeatureCache(path)
         rows = cache.all()
         views = np.moveaxis(rows.features, 1, 0)
         pictures = digest(cache.identity.data_fingerprint, np.asarray(cache.row_numbers))
         found = [{"features": view, "labels": rows.labels} for view in views]
-        return found, cache.class_names, pictures
-    return [_read_arrays(path, ("features", "labels"), ("hidden",))], (), ""
+        made = cache.identity
+        return found, cache.class_names, pictures, f"{made.encoder_fingerprint} {made.views}"
+    return [_read_arrays(path, ("features", "labels"), ("hidden",))], (), "", ""
 
 
 def _read_classifier(given: Any) -> dict[str, Any]:
@@ -352,11 +370,11 @@ def _read_arrays(
             raise ValueError(f"{missing[0]}: expected an array of that name, got {there}")
         for name in ("features", "hidden"):
             if name in found:
-                _finite(found[name], name, 2)
+                finite(found[name], name, 2)
     return {name: found[name] for name in (*required, *optional) if name in found}
 
 
-def _finite(values: Any, name: str, rank: int) -> np.ndarray:
+def finite(values: Any, name: str, rank: int) -> np.ndarray:
     found = np.asarray(values)
     if found.ndim != rank or not found.size:
         form = "[rows, columns]" if rank == 2 else "[numbers]"
@@ -369,7 +387,7 @@ def _finite(values: Any, name: str, rank: int) -> np.ndarray:
     return found
 
 
-def _unit(values: np.ndarray, name: str) -> np.ndarray:
+def unit(values: np.ndarray, name: str) -> np.ndarray:
     none = np.flatnonzero(~values.any(1))
     if none.size:
         raise ValueError(f"{name}: expected vectors with a direction, got zeros at {none[0]}")

@@ -1,4 +1,4 @@
-"""Few-shot methods that learn weights: CLIP-Adapter, TaskRes, linear probes, LP++, CLAP, ProLIP."""
+"""Few-shot methods that learn weights: TaskRes, linear probes, LP++, CLAP, ProLIP."""
 
 import dataclasses
 from typing import Any, ClassVar, Literal
@@ -21,50 +21,6 @@ from logitjax.losses import cross_entropy
 from logitjax.ops import Array, Number, checks
 
 CLIP_SCALE = 100.0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ClipAdapter(Method):
-    """CLIP-Adapter: a small network moves the features before they meet the class weights.
-
-    ::
-
-        A(f) = relu(relu(f @ W1) @ W2)
-        s_bias = scale (A(f) - f) @ W0
-
-    That is the published method for logits `s0 = scale f @ W0`; the released code also scales the
-    moved feature to length one again.
-
-    Attributes:
-        beta: The paper's alpha, the adapter's share of the feature.
-        reduction: Features over hidden units.
-        scale: Scale of the zero-shot logits' cosines; CLIP's.
-    """
-
-    beta: Number = 0.5
-    reduction: int = 4
-    scale: Number = CLIP_SCALE
-
-    def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
-        weights = needed(task.class_weights, "class_weights", self)
-        width = needed(task.support.features, "features", self).shape[-1]
-        hidden = max(1, width // self.reduction)
-        key = jax.random.key(0) if key is None else key
-
-        def uniform(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
-            limit = shape[0] ** -0.5  # as torch's Linear begins
-            return jax.random.uniform(key, shape, weights.dtype, -limit, limit)
-
-        down, up = jax.random.split(key)
-        trained = {"down": uniform(down, (width, hidden)), "up": uniform(up, (hidden, width))}
-        return State(trained, weights)
-
-    def bias(self, state: State, inputs: Inputs) -> jax.Array:
-        features = needed(inputs.features, "features", self)
-        hidden = jax.nn.relu(features @ state.trained["down"])
-        moved = jax.nn.relu(hidden @ state.trained["up"])
-        # beta A(f) + (1 - beta) f = f + beta (A(f) - f): the first term gives the zero-shot logits.
-        return self.scale * (moved - features) @ state.fixed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,43 +87,6 @@ class LinearProbe(Method):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CrossModal(Method):
-    """The cross-modal linear probe: class weights are further labelled examples.
-
-    The probe starts from the class weights, and half of its loss is that of classifying them. Every
-    step sees all of them, where the released code samples a batch of them.
-
-    ::
-
-        s_bias = scale * f @ W - s0
-
-    Attributes:
-        beta: Share of the probe, as in :class:`LinearProbe`.
-        scale: Fixed scale of the cosines.
-        text_share: Share of the class weights in the loss.
-    """
-
-    scale: Number = CLIP_SCALE
-    text_share: Number = 0.5
-
-    def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
-        del key
-        weights = needed(task.class_weights, "class_weights", self)
-        return State(weights, weights)
-
-    def bias(self, state: State, inputs: Inputs) -> jax.Array:
-        features = needed(inputs.features, "features", self)
-        return without_zero_shot(self.scale * features @ state.trained, inputs.zero_shot)
-
-    def loss(self, state: State, inputs: Inputs, labels: Any) -> jax.Array:
-        text = self.scale * state.fixed.T @ state.trained
-        of_text = cross_entropy(text, jnp.arange(len(text))).mean()  # weight k is of class k
-        of_images = cross_entropy(self.logits(state, inputs), labels)
-        image_share = jnp.subtract(1.0, self.text_share)  # the grid may trace it
-        return image_share * of_images + self.text_share * of_text
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class LPPlusPlus(Method):
     """LP++: prototypes plus class weights with a learned factor for each class.
 
@@ -180,10 +99,8 @@ class LPPlusPlus(Method):
         V0 = class means                    blend0 = 250 mean_k <class mean_k, W0_k>
         lr_V = 4 n / lambda_max(F.T F)      lr_blend = n / (4 max_k sum_n (f_n W0_k)^2)
 
-    In the released code (`released`) V0 is a sum, for its division by the number of images is
-    commented out; the factors' gradient is never set to zero, so they step down the sum of all
-    gradients since the first; and of all iterations the last of those counts that are best on as
-    many validation images as it learns from (`FewShotTask.validation`).
+    The released code departs from it (docs/few_shot.md), and keeps the iteration that is best on
+    the images that are to judge it.
 
     Attributes:
         beta: Share of the probe, as in :class:`LinearProbe`.
@@ -191,7 +108,6 @@ class LPPlusPlus(Method):
         momentum: Momentum of the prototypes.
         blend_every: Steps between those of the factors.
         blend_scale: The factors begin at so many times the mean logit of a class's images.
-        released: Whether as in the released code.
 
     References:
         Huang et al., LP++ (CVPR 2024, arXiv 2404.02285).
@@ -201,32 +117,19 @@ class LPPlusPlus(Method):
     momentum: float = 0.9
     blend_every: int = 10
     blend_scale: float = 250.0
-    released: bool = False
     trains: ClassVar[bool] = False
-
-    @property
-    def stops(self) -> bool:
-        return self.released
 
     def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
         del key
         weights = needed(task.class_weights, "class_weights", self)
         features = task.mean_view("features", self)
-        seen = None
-        if self.released:
-            images = task.validation
-            if images is None or task.validation_labels is None:
-                raise ValueError("validation: expected images and labels to keep the best by")
-            seen = needed(images.features, "features", self), jnp.asarray(task.validation_labels)
-        trained = self._solve(features, jnp.asarray(task.labels), weights, seen)
-        return State(trained, weights)
+        return State(self._solve(features, jnp.asarray(task.labels), weights), weights)
 
     def _solve(
         self,
         features: Float[Array, "n features"],
         labels: Int[Array, " n"],
         weights: Float[Array, "features classes"],
-        validation: tuple[jax.Array, jax.Array] | None,
     ) -> dict[str, jax.Array]:
         classes = weights.shape[-1]
         there = labels >= 0
@@ -243,45 +146,26 @@ class LPPlusPlus(Method):
         centroid_logits = (hit * text).sum(0) / jnp.maximum(hit.sum(0), 1)
         blend = jnp.full((classes,), self.blend_scale * centroid_logits.mean(), features.dtype)
         # Prototypes are sums of features: with fewer images than channels their coefficients move.
-        share = hit if self.released else hit / jnp.maximum(hit.sum(0), 1)
+        share = hit / jnp.maximum(hit.sum(0), 1)
         seen, start = (gram, share) if wide else (features, features.T @ share)
-
-        def right(probe: Any) -> jax.Array:
-            """Validation images that a state of the probe has right."""
-            assert validation is not None
-            (moving, bias), blend = probe
-            images, known = validation
-            shown = images @ features.T if wide else images
-            logits = shown @ moving + bias + blend * (images @ weights)
-            return (logits.argmax(-1) == known).sum()
 
         def loss(logits: jax.Array) -> jax.Array:
             values = cross_entropy(logits, jnp.maximum(labels, 0))  # padding is -1
             return jnp.where(there, values, 0.0).sum() / count
 
         def step(carry: Any, index: Any) -> tuple[Any, None]:
-            ((moving, bias), blend, velocity, before), best = carry
+            (moving, bias), blend, velocity = carry
             slope = jax.grad(loss)(seen @ moving + bias + blend * text)
             down = (slope if wide else features.T @ slope, slope.sum(0))
             velocity = jax.tree.map(lambda v, g: self.momentum * v + g, velocity, down)
             moving, bias = jax.tree.map(lambda x, v: x - rate * v, (moving, bias), velocity)
             due = index % self.blend_every == self.blend_every - 1  # the tenth, not the first
-            slope_of_blend = (slope * text).sum(0) + before
-            blended = blend - blend_rate * slope_of_blend
-            kept = slope_of_blend if self.released else before  # never set to zero there
-            blend = jnp.where(due, blended, blend)
-            if best is not None:
-                found = ((moving, bias), blend)
-                count, better = right(found), right(found) >= best[1]
-                best = jax.tree.map(lambda a, b: jnp.where(better, a, b), (found, count), best)
-            return (((moving, bias), blend, velocity, kept), best), None
+            blend = jnp.where(due, blend - blend_rate * (slope * text).sum(0), blend)
+            return ((moving, bias), blend, velocity), None
 
         first = (start, jnp.zeros((classes,), features.dtype))
-        carry = (first, blend, jax.tree.map(jnp.zeros_like, first), jnp.zeros_like(blend))
-        # The first iteration is as good as any before it.
-        best = None if validation is None else ((first, blend), jnp.array(-1))
-        (last, best), _ = jax.lax.scan(step, (carry, best), jnp.arange(self.iterations))
-        (moving, bias), blend = last[:2] if best is None else best[0]
+        carry = (first, blend, jax.tree.map(jnp.zeros_like, first))
+        ((moving, bias), blend, _), _ = jax.lax.scan(step, carry, jnp.arange(self.iterations))
         prototypes = features.T @ moving if wide else moving
         return {"prototypes": prototypes, "bias": bias, "blend": blend}
 

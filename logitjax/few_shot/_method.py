@@ -100,8 +100,6 @@ class FewShotTask:
             columns of any length.
         projection: `[hidden, features]`, the encoder's last one; for methods that train it.
         projection_bias: `[features]`, the projection's bias; None for none.
-        validation: Other images `[m, ...]`, for a method that stops by them.
-        validation_labels: `[m]` classes of these; -1 where there is none.
         views: Augmented views of every image.
     """
 
@@ -110,8 +108,6 @@ class FewShotTask:
     class_weights: Any = None
     projection: Any = None
     projection_bias: Any = None
-    validation: Inputs | None = None
-    validation_labels: Any = None
     views: int = dataclasses.field(default=1, metadata={"static": True})
 
     @property
@@ -187,8 +183,6 @@ class Method:
     trains: ClassVar[bool] = True
     # What it reads beside the features of the zero-shot encoder, by the names of `Pictures`.
     needs: ClassVar[tuple[str, ...]] = ()
-    # Whether it needs validation images to train at all.
-    stops: ClassVar[bool] = False
 
     def at_scale(self, scale: float) -> "Method":
         """The same for zero-shot logits that are cosines of this scale."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from logitjax.few_shot._method import FewShotTask, Inputs, Method, State
+from logitjax.few_shot._method import FewShotTask, Inputs, Method, State, one_hot
 from logitjax.few_shot._train import Recipe
 from logitjax.losses import cross_entropy
 from logitjax.ops import checks
@@ -88,6 +88,7 @@ def sweep(
     seed: int = 0,
     first: int = 0,
     sequential: bool = False,
+    folds: int = 0,
     mesh: Mesh | None = None,
 ) -> dict[str, dict[str, np.ndarray]]:
     """Trains and scores a method on several samples of images, with every setting of a grid.
@@ -109,11 +110,16 @@ def sweep(
         first: Number of the first run, so that several calls are as one.
         sequential: One run after another, and in training one setting after another: for heads too
             large to train at once, and no slower on a CPU.
+        folds: Number of parts of the images to learn from, each with a share of every class. As
+            many heads learn from all but one part and are scored on it, on the images
+            `held_out["train"]`; as many parts as images of a class leave one of each out.
         mesh: Mesh whose first axis splits the runs; everything on one device if None.
 
     Returns:
         For every name, `accuracy` and `cross_entropy` `[runs, settings]`, and of AMU also
-        `auxiliary_accuracy`, that of the bias alone.
+        `auxiliary_accuracy`, that of the bias alone. Of `"train"`, which is there with folds only,
+        and of `"validation"` also `right` `[runs, settings, m]`: 1 where an image is, -1 where its
+        label is negative.
 
     Raises:
         TypeError: Labels that are not integers.
@@ -148,6 +154,8 @@ def sweep(
         raise ValueError(
             f"labels: expected every run to start with as many images, got {sorted(counts)}"
         )
+    if not folds:
+        held_out = {name: part for name, part in held_out.items() if name != "train"}
     # A wrong name fails here, before anything is traced.
     with_settings(method, training, dict.fromkeys(columns, 0.0))
     numbers = np.arange(first, first + len(labels))
@@ -164,6 +172,7 @@ def sweep(
         method=method,
         training=training,
         sequential=sequential,
+        folds=folds,
         mesh=mesh,
     )
     return jax.tree.map(lambda x: np.asarray(x)[: len(labels)], scores)  # without padding
@@ -199,7 +208,7 @@ def _padded(runs: Runs, multiple: int) -> Runs:
     return _with(jax.tree.map(lambda x: x[rows], bare), shared)
 
 
-@functools.partial(jax.jit, static_argnames=("method", "training", "sequential", "mesh"))
+@functools.partial(jax.jit, static_argnames=("method", "training", "sequential", "folds", "mesh"))
 def compiled_sweep(
     runs: Runs,
     settings: dict[str, jax.Array],
@@ -209,12 +218,13 @@ def compiled_sweep(
     method: Method,
     training: Recipe,
     sequential: bool,
+    folds: int = 0,
     mesh: Mesh | None = None,
 ) -> Any:
     """The compiled part of :func:`sweep`: every run with every setting, trained and scored."""
     bare, shared = _apart(runs)
     arguments = (bare, settings, shared, steps, jax.random.key(seed))
-    run = functools.partial(_sweep, method, training, sequential)
+    run = functools.partial(_sweep, method, training, sequential, folds)
     if mesh is None or mesh.size == 1:
         return run(*arguments)
     split, whole = PartitionSpec(mesh.axis_names[0]), PartitionSpec()
@@ -233,6 +243,7 @@ def _sweep(
     method: Method,
     training: Recipe,
     sequential: bool,
+    folds: int,
     runs: Runs,
     settings: dict[str, jax.Array],
     shared: Mapping[str, Any],
@@ -243,13 +254,28 @@ def _sweep(
         given = {name: value for name, value in setting.items() if name}
         config, recipe = with_settings(method, training, given)
         task = _with(run, shared).task  # shared arrays are not copied for each run
-        state = config.init(task, key=jax.random.fold_in(key, run.numbers))
-        if config.trains:
-            state, _ = recipe.train(config, task, state, run.orders, steps=steps)
-        return {
-            name: _score(config, state, *images, batch_size=batch_size)
-            for name, images in run.held_out.items()
-        }
+
+        def learnt(task: FewShotTask) -> State:
+            state = config.init(task, key=jax.random.fold_in(key, run.numbers))
+            if not config.trains:
+                return state
+            # Of what is left out no step may see a row.
+            there = jnp.asarray(task.labels)[run.orders % len(task.labels)] >= 0
+            orders = jnp.where(there, run.orders, -1) if folds else run.orders
+            return recipe.train(config, task, state, orders, steps=steps)[0]
+
+        state, scores = learnt(task), {}
+        for name, (images, known) in run.held_out.items():
+            if name == "train":
+                logits = fold_logits(config, learnt, task, images, folds)
+                scores[name] = _scores(logits, known, each=True)
+                continue
+            logits = _in_batches(config.logits, state, images, batch_size)
+            scores[name] = _scores(logits, known, each=name == "validation")
+            if alone := getattr(config, "auxiliary_logits", None):
+                logits = _in_batches(alone, state, images, batch_size)
+                scores[name]["auxiliary_accuracy"] = _scores(logits, known)["accuracy"]
+        return scores
 
     if sequential and method.trains:
         return jax.lax.map(lambda run: jax.lax.map(lambda x: one(run, x), settings), runs)
@@ -262,32 +288,45 @@ def _sweep(
     return jax.vmap(over_grid, in_axes=(0, None))(runs, settings)
 
 
-def _score(
-    method: Method, state: State, inputs: Inputs, labels: jax.Array, *, batch_size: int
-) -> dict[str, jax.Array]:
+def fold_logits(
+    method: Method,
+    learn: Callable[[FewShotTask], State],
+    task: FewShotTask,
+    images: Any,
+    folds: int,
+) -> jax.Array:
+    """`[n, classes]` logits of the images to learn from, each by a head that did not see it."""
+    labels = jnp.asarray(task.labels)
+    hit = one_hot(labels, task.num_classes, jnp.int32)
+    # An image's place among those of its class: every part has a share of each class.
+    part = ((jnp.cumsum(hit, 0) - 1) * hit).sum(-1) % folds
+
+    def one(number: jax.Array) -> jax.Array:
+        others = dataclasses.replace(task, labels=jnp.where(part == number, -1, labels))
+        return method.logits(learn(others), images)
+
+    logits = jax.lax.map(one, jnp.arange(folds))
+    return jnp.take_along_axis(logits, part[None, :, None], 0)[0]
+
+
+def _in_batches(run: Callable[..., jax.Array], state: State, inputs: Any, size: int) -> jax.Array:
+    if len(inputs) <= size:
+        return run(state, inputs)
+    return jax.lax.map(lambda x: run(state, x), inputs, batch_size=size)
+
+
+def _scores(logits: jax.Array, labels: jax.Array, *, each: bool = False) -> dict[str, jax.Array]:
     known = labels >= 0
     count = jnp.maximum(known.sum(), 1)
 
     def share(values: jax.Array) -> jax.Array:
         return jnp.where(known, values, 0).sum() / count
 
-    def in_batches(run: Callable[[State, Inputs], jax.Array]) -> jax.Array:
-        if len(inputs) <= batch_size:
-            return run(state, inputs)
-        return jax.lax.map(lambda x: run(state, x), inputs, batch_size=batch_size)
-
-    def right(logits: jax.Array) -> jax.Array:
-        # The largest of logits with a nan is the first nan, and may be the label by chance.
-        return share((logits.argmax(-1) == labels) & ~jnp.isnan(logits).any(-1))
-
-    logits = in_batches(method.logits)
-    scores = {
-        "accuracy": right(logits),
-        "cross_entropy": share(cross_entropy(logits, jnp.where(known, labels, 0))),
-    }
-    if alone := getattr(method, "auxiliary_logits", None):
-        scores["auxiliary_accuracy"] = right(in_batches(alone))
-    return scores
+    # The largest of logits with a nan is the first nan, and may be the label by chance.
+    right = (logits.argmax(-1) == labels) & ~jnp.isnan(logits).any(-1)
+    entropy = share(cross_entropy(logits, jnp.where(known, labels, 0)))
+    scores = {"accuracy": share(right), "cross_entropy": entropy}
+    return scores | ({"right": jnp.where(known, right, -1).astype(jnp.int8)} if each else {})
 
 
 def best_setting(scores: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -53,12 +53,9 @@ class Recipe:
 
     @classmethod
     def published(cls, method: str) -> "Recipe":
-        """The settings of the released code of `tip_adapter_f`, `ape_t`, `clap` or `pro_lip`."""
+        """The settings of the released code of `tip_adapter_f`, `clap` or `pro_lip`."""
         known: dict[str, dict[str, Any]] = {
-            "tip_adapter_f": dict(epochs=20, batch_size=256),  # CaFo's as well
-            "ape_t": dict(
-                epochs=20, batch_size=256, learning_rate=1e-4, weight_decay=0.1, eps=1e-3
-            ),
+            "tip_adapter_f": dict(epochs=20, batch_size=256),
             # Its first epoch runs at 1e-5 there.
             "clap": dict(
                 epochs=300, batch_size=256, learning_rate=0.1, weight_decay=0.0, algorithm="sgd"

@@ -1,24 +1,19 @@
 """Few-shot methods, each with its settings as fields: what `train` trains and `sweep` compares.
 
-`AMU` with the `Uncertainty` that weighs its bias; the caches `TipAdapter`, `TipAdapterF`, `CaFo`,
-`APE`, `APET` and `DMN`; what solves a linear system: `GDA` and `ProKeR`; and what learns
-weights: `ClipAdapter`, `TaskRes`, `LinearProbe`, `CrossModal`, `LPPlusPlus`, and near their start
-`CLAP` and `ProLIP`. All are `logitjax.few_shot.Method`.
+`AMU` with the `Uncertainty` that weighs its bias; the caches `TipAdapter` and `TipAdapterF`;
+what solves a linear system: `GDA`, `ProKeR` and `ReHARK`; and what learns weights:
+`TaskRes`, `LinearProbe`, `LPPlusPlus`, and near their start `CLAP` and `ProLIP`. All are
+`logitjax.few_shot.Method`.
 """
 
 from logitjax.few_shot._amu import AMU as AMU
 from logitjax.few_shot._amu import Uncertainty as Uncertainty
-from logitjax.few_shot._cache_adapters import APE as APE
-from logitjax.few_shot._cache_adapters import APET as APET
-from logitjax.few_shot._cache_adapters import DMN as DMN
-from logitjax.few_shot._cache_adapters import CaFo as CaFo
 from logitjax.few_shot._cache_adapters import TipAdapter as TipAdapter
 from logitjax.few_shot._cache_adapters import TipAdapterF as TipAdapterF
 from logitjax.few_shot._closed_form import GDA as GDA
 from logitjax.few_shot._closed_form import ProKeR as ProKeR
+from logitjax.few_shot._closed_form import ReHARK as ReHARK
 from logitjax.few_shot._linear_adapters import CLAP as CLAP
-from logitjax.few_shot._linear_adapters import ClipAdapter as ClipAdapter
-from logitjax.few_shot._linear_adapters import CrossModal as CrossModal
 from logitjax.few_shot._linear_adapters import LinearProbe as LinearProbe
 from logitjax.few_shot._linear_adapters import LPPlusPlus as LPPlusPlus
 from logitjax.few_shot._linear_adapters import ProLIP as ProLIP

@@ -13,7 +13,6 @@ from logitjax.commands.figures import (
     Series,
     compose,
     draw,
-    draw_matrix,
     interval,
     look,
 )
@@ -155,8 +154,3 @@ def test_a_picture_comes_back_from_json_and_its_file_says_of_what_it_is(tmp_path
         assert image.info["Source"] == picture.source
         assert image.width >= 600
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["one.png"]
-
-
-def test_a_matrix_names_its_rows_and_columns(tmp_path):
-    path = draw_matrix(tmp_path / "m.png", np.eye(3), ["a", "b", "c"], x="predicted", y="class")
-    assert path.read_bytes().startswith(b"\x89PNG")

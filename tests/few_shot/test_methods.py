@@ -142,16 +142,11 @@ METHODS = {
     "amu": few_shot.methods.AMU(beta=2.0),
     "tip_adapter": few_shot.methods.TipAdapter(beta=3.0, sharpness=5.0),
     "tip_adapter_f": few_shot.methods.TipAdapterF(beta=3.0, sharpness=5.0),
-    "cafo": few_shot.methods.CaFo(beta=1.0, sharpness=3.0),
-    "ape": few_shot.methods.APE(channels=8),
-    "clip_adapter": few_shot.methods.ClipAdapter(beta=0.1),
+    "rehark": few_shot.methods.ReHARK(scale=10.0),
     "task_res": few_shot.methods.TaskRes(),
     "linear_probe": few_shot.methods.LinearProbe(),
     "linear_probe_auxiliary": few_shot.methods.LinearProbe(source="auxiliary"),
-    "cross_modal": few_shot.methods.CrossModal(),
     "lp_plus_plus": few_shot.methods.LPPlusPlus(),
-    "dmn": few_shot.methods.DMN(beta=0.5, shots=4),
-    "ape_t": few_shot.methods.APET(channels=8),
     "gda": few_shot.methods.GDA(beta=1.0),
     "proker": few_shot.methods.ProKeR(scale=10.0),
     "clap": few_shot.methods.CLAP(scale=10.0),
@@ -180,44 +175,18 @@ def test_every_method_is_zero_shot_logits_plus_a_bias(name):
     np.testing.assert_allclose(unmoved, images.zero_shot, atol=1e-5)
     # Leading axes are the caller's.
     np.testing.assert_allclose(by_shot, logits.reshape(SHOTS, CLASSES, -1), atol=1e-4)
-    if name not in ("clip_adapter", "task_res", "cross_modal") and "probe" not in name:
+    if name != "task_res" and "probe" not in name:
         accuracy = (logits.argmax(-1) == LABELS).mean()
         assert accuracy >= (images.zero_shot.argmax(-1) == LABELS).mean()
 
 
-def test_caches_and_fusions_are_the_published_formulas():
-    features, auxiliary, zero_shot, weights = problem()
-    images, class_weights = inputs()
-    hit = np.eye(CLASSES)[LABELS]
-    cache = [np.exp(-2 * (1 - f @ f.T)) @ hit for f in (features, auxiliary)]
+def test_a_cache_is_the_published_formula():
+    features, *_ = problem()
+    images, _ = inputs()
     config = few_shot.methods.TipAdapter(sharpness=2.0)
     got = logits_and_bias(config, start(config, images), images)[1]
-    np.testing.assert_allclose(got, cache[0], rtol=1e-5)
-
-    z = [oracle.z_score(c) for c in cache]
-    agreement = np.stack([(oracle.z_score(zero_shot) * c).sum(-1) for c in z], -1)
-    p = oracle.softmax(agreement)
-    config = few_shot.methods.CaFo(sharpness=2.0)
-    got = logits_and_bias(config, start(config, images), images)[1]
-    np.testing.assert_allclose(got, p[:, :1] * z[0] + p[:, 1:] * z[1], atol=1e-4)
-
-    seen = (weights + features.T @ hit) / (SHOTS + 1)
-    similarity = np.zeros(FEATURES)
-    for i in range(CLASSES):
-        for j in range(CLASSES):
-            if i != j:
-                similarity += seen[:, i] * seen[:, j] / (CLASSES * (CLASSES - 1))
-    criterion = -0.7 * similarity + 0.3 * weights.var(1, ddof=1)
-    chosen = np.argsort(-criterion)[:5]
-    kept, text = unit(features[:, chosen]), unit(weights[chosen].T).T
-    divergence = -np.log2(oracle.softmax(kept @ text)[np.arange(len(LABELS)), LABELS])
-    values = hit * np.exp(0.1 * divergence)[:, None]
-    config = few_shot.methods.APE(channels=5)
-    state = start(config, images, class_weights=class_weights)
-    np.testing.assert_array_equal(state.fixed[1], chosen)
-    expected = np.exp(-(1 - kept @ kept.T)) @ values
-    got = logits_and_bias(config, state, images)[1]
-    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    cache = np.exp(-2 * (1 - features @ features.T)) @ np.eye(CLASSES)[LABELS]
+    np.testing.assert_allclose(got, cache, rtol=1e-5)
 
 
 @pytest.mark.parametrize("scale", [100.0, 20.0])
@@ -234,18 +203,11 @@ def test_residual_methods_rewrite_their_published_classifiers(scale):
         task = few_shot.FewShotTask(support=images, labels=LABELS, class_weights=class_weights)
         config = few_shot.methods.TaskRes(beta=0.5, scale=scale)
         state = config.init(task, key=key)._replace(trained=residual)
-        adapter = few_shot.methods.ClipAdapter(beta=0.2, scale=scale)
-        own = adapter.init(task, key=key)
-        return config.logits(state, images), adapter.logits(own, images), own.trained
+        return config.logits(state, images)
 
-    found = jax.device_get(run(images, class_weights, residual, jax.random.key(0)))
-    by_residual, by_adapter, trained = found
+    by_residual = jax.device_get(run(images, class_weights, residual, jax.random.key(0)))
     moved = weights + 0.5 * residual
     np.testing.assert_allclose(by_residual, scale * features @ moved, rtol=1e-4, atol=1e-3)
-    down, up = (np.asarray(trained[name], np.float64) for name in ("down", "up"))
-    adapted = np.maximum(np.maximum(features @ down, 0) @ up, 0)
-    mixed = 0.2 * adapted + 0.8 * features
-    np.testing.assert_allclose(by_adapter, scale * mixed @ weights, rtol=1e-4, atol=1e-3)
 
 
 def test_lp_plus_plus_starts_and_steps_as_published():
@@ -317,7 +279,7 @@ def test_mistakes_are_named():
     for config, missing in [
         (few_shot.methods.AMU(), "auxiliary"),
         (few_shot.methods.TipAdapter(), "features"),
-        (few_shot.methods.CrossModal(), "class_weights"),
+        (few_shot.methods.ProKeR(), "class_weights"),
     ]:
         with pytest.raises(ValueError, match=missing):
             start(config, bare)

@@ -188,11 +188,8 @@ def test_training_beats_its_start_for_every_method_that_trains():
     order = recipe.order(0, 20)
     for config in (
         few_shot.methods.TipAdapterF(),
-        few_shot.methods.CaFo(),
-        few_shot.methods.ClipAdapter(),
         few_shot.methods.TaskRes(),
         few_shot.methods.LinearProbe(),
-        few_shot.methods.CrossModal(),
     ):
         task = few_shot.FewShotTask(support=support, labels=labels, class_weights=weights)
 

@@ -138,6 +138,20 @@ def test_clip_vit_equals_transformers(tmp_path):
     with pytest.raises(ValueError, match="has no tokenizer"):
         encoder.tokenize(["a cat"])
 
+    # As wide MLPs as in ViT-g and bigG: channels that are never on change nothing.
+    weights = clip_weights("vit")
+    for name, value in weights.items():
+        if ".mlp.fc1." in name:
+            weights[name] = np.concatenate([value, np.zeros_like(value[:12])])
+        elif name.endswith(".mlp.fc2.weight"):
+            weights[name] = np.concatenate([value, np.ones_like(value[:, :12])], 1)
+    from safetensors.numpy import save_file
+
+    save_file(weights, tmp_path / "model.safetensors")
+    wider = vision.load_encoder(str(tmp_path))
+    assert wider.model.config.vision.blocks.hidden == tower.blocks.hidden + 12
+    assert_close(wider.model(images(32)), encoder.model(images(32)))
+
 
 def test_the_hub_is_asked_for_safetensors_first(tmp_path, monkeypatch):
     asked = []

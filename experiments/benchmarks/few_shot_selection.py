@@ -1,0 +1,138 @@
+"""How good the recommended few-shot method is, and how true the accuracy that it is said to have.
+
+    python -m experiments.benchmark few_shot_selection
+
+Twenty-four sets of Gaussian classes (round or long, with names that are right or wrong) and six of
+MNIST-5k, whose zero-shot classifier is two pictures a class. Each is learned from three times.
+``regret`` is the test accuracy of the best method less that of the recommended one, and ``error``
+what `few_shot.recommend` says less the recommended method's test accuracy, both in points.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from experiments.shared import suite
+from logitjax import data, few_shot
+
+_METHODS = (
+    *("tip_adapter", "tip_adapter_f", "gda", "pro_ker", "rehark", "task_res", "lp_plus_plus"),
+    *("clap", "zs_lp", "linear_probe"),
+)
+_SAMPLES, _TEST, _WIDTH = 3, 1000, 32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Set:
+    """Pictures to sample from and others to test on."""
+
+    name: str
+    pictures: few_shot.Pictures
+    test: few_shot.Pictures
+    shots: int
+
+
+def gaussian(number: int, classes: int, shots: int) -> Set:
+    rng = np.random.default_rng(number)
+    means = rng.normal(size=(classes, _WIDTH))
+    # From round to long classes, from names that are right to names of little use.
+    axes = np.exp(rng.uniform(0, 1.2) * rng.normal(size=_WIDTH))
+    noise, wrong = rng.uniform(0.8, 2.0), rng.uniform(0.3, 1.5)
+    weights = (means + wrong * rng.normal(size=means.shape)).T
+
+    def draw(count: int) -> few_shot.Pictures:
+        labels = np.arange(count) % classes
+        spread = noise * axes * rng.normal(size=(count, _WIDTH))
+        features = means[labels] + 0.7 + spread
+        return few_shot.Pictures(features=features, labels=labels, class_weights=weights)
+
+    pictures, test = draw(classes * (shots + 4) * 2), draw(_TEST)
+    return Set(name=f"gaussian {number}", pictures=pictures, test=test, shots=shots)
+
+
+def digits(number: int, names: tuple[int, ...], shots: int) -> Set:
+    rng = np.random.default_rng(number)
+    images = data.load_image_set("mnist_5k")
+    rows = rng.permutation(np.flatnonzero(np.isin(images.labels, names)))
+    pixels = np.stack([images[row][0][..., 0].ravel() for row in rows]) / 255.0
+    # As wide as the others, so that programs serve both.
+    features = pixels @ rng.normal(size=(pixels.shape[1], _WIDTH))
+    labels = np.searchsorted(names, images.labels[rows])
+    first = np.stack([np.flatnonzero(labels == k)[:2] for k in range(len(names))])
+    weights = features[first].mean(1).T
+    rest = np.setdiff1d(np.arange(len(rows)), first)
+    every = few_shot.Pictures(features=features, labels=labels, class_weights=weights)[rest]
+    return Set(name=f"digits {number}", pictures=every[_TEST:], test=every[:_TEST], shots=shots)
+
+
+def sets(smoke: bool) -> Iterator[Set]:
+    sizes = ((5, 4), (5, 16), (10, 8))
+    for number in range(2 if smoke else 24):
+        yield gaussian(number, *sizes[0 if smoke else number % 3])
+    for number in range(0 if smoke else 6):
+        names = (
+            tuple(range(10))
+            if number % 3 == 2
+            else tuple(range(number % 2 * 5, 5 + number % 2 * 5))
+        )
+        yield digits(number, names, sizes[number % 3][1])
+
+
+def measure(one: Set, methods: tuple[str, ...], validation: Any) -> dict[str, Any]:
+    known = few_shot.Candidate.all()
+    samples = [
+        one.pictures.sample(one.shots, validation=validation, seed=(0, number), rest=False)
+        for number in range(_SAMPLES)
+    ]
+    task, held_out = one.pictures.stack(samples, room=samples[0], test=one.test)
+    right, test = {}, {}
+    for name in methods:
+        candidate = known[name].at_scale(one.pictures.scale)
+        labels = one.pictures.labels[samples[0].train]
+        scores = few_shot.sweep(
+            candidate.method,
+            task,
+            held_out,
+            training=candidate.recipe,
+            grid=candidate.grid,
+            sequential=True,
+            folds=candidate.folds(labels) if validation == "folds" else 0,
+        )
+        judged = scores["train" if validation == "folds" else "validation"]
+        chosen = few_shot.best_setting(judged)
+        right[name] = list(judged["right"])
+        test[name] = scores["test"]["accuracy"][np.arange(_SAMPLES), chosen].mean()
+    name, accuracy, *_ = few_shot.recommend(right)
+    best = max(test, key=lambda method: test[method])
+    return {
+        "set": one.name,
+        "chosen by": validation,
+        "shots": one.shots,
+        "recommended": name,
+        "best": best,
+        "test": 100 * test[name],
+        "regret": 100 * (test[best] - test[name]),
+        "error": 100 * (accuracy - test[name]),
+    }
+
+
+def run(options: suite.Options) -> suite.Result:
+    methods = _METHODS[:1] + _METHODS[3:4] if options.smoke else _METHODS
+    rows, bars = [], []
+    for validation in ("folds",) if options.smoke else ("folds", "min4"):
+        found = []
+        for one in sets(options.smoke):
+            found.append(measure(one, methods, validation))
+            print(found[-1], flush=True)
+        regret, error = (
+            float(np.mean([row[name] for row in found])) for name in ("regret", "error")
+        )
+        rows += [*found, {"set": "mean", "chosen by": validation, "regret": regret, "error": error}]
+        if not options.smoke:
+            bars += [
+                suite.at_most(f"{validation}: points behind the best method", regret, 0.5),
+                suite.at_most(f"{validation}: points of mean signed error", abs(error), 1.0),
+            ]
+    return suite.Result(rows=rows, bars=bars)

@@ -1,0 +1,210 @@
+"""Pictures through encoders, what is to be said of them, and pages that show them."""
+
+import base64
+import csv
+import dataclasses
+import html
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+from etils import epath
+
+from logitjax import data, few_shot, processes, storage, vision
+from logitjax.commands.cli import REQUIRED, field
+from logitjax.commands.extract_features import slug
+
+# What a page shows at most; the table beside it has all.
+SHOWN = 400
+_STYLE = (
+    "body{font:15px sans-serif}figure{display:inline-block;vertical-align:top;width:210px;"
+    "margin:6px;border:1px solid #ccc;overflow-wrap:anywhere}img{max-width:100%}"
+    "figure figure{width:60px;border:0;margin:2px;font-size:10px}"
+)
+_REASONS = {
+    "unreadable": "left out, as they cannot be read",
+    "repeated": "only the first of each is kept, as the pixels are equal",
+    "contradictory": "left out, as equal pixels lie in several classes",
+    "elsewhere": "left out, as other pictures of this run are equal",
+    "turned": "turned upright, as their EXIF asks",
+    "transparent": "laid on white, as they are transparent",
+}
+Card = tuple[str, Sequence[str], Sequence[tuple[str, str]]]
+"""The file of a picture, lines below it, and files of small pictures with a line each."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Folder:
+    """Pictures that a command reads with one encoder."""
+
+    pictures: str = field(REQUIRED, "Folder of the pictures.")
+    tokenizer: str | None = field(None, "Tokenizer of an encoder that brings none.")
+    batch_size: int = field(16, "Number of pictures encoded at once.", minimum=1)
+
+
+class Encoders:
+    """One or two encoders, and how pictures go through them.
+
+    Of a first encoder with a projection at its end, features from before it are kept: the
+    projection makes the others of them.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[str],
+        *,
+        tokenizer: str | None = None,
+        fit: str = "crop",
+        batch_size: int = 16,
+    ):
+        self.specs, self._fit, self._batch_size = specs, fit, batch_size
+        self._loaded = [vision.load_encoder(specs[0], tokenizer=tokenizer)]
+        self._loaded += map(vision.load_encoder, specs[1:])
+        self.first = self._loaded[0]
+
+    def encode(
+        self, images: data.ImageSet, rows: Any, out: epath.Path, name: str, *views: Any
+    ) -> list[epath.Path]:
+        """Directories of the features by each encoder, below `out`; `views` are kind and seed."""
+        kind, seed = views or ("plain", 0)
+        directories = []
+        for spec, encoder in zip(self.specs, self._loaded):
+            if encoder is self.first and encoder.projection is not None:
+                spec, encoder = f"{spec} hidden", encoder.before_projection()
+            cache = few_shot.extract_features(
+                encoder,
+                images,
+                out / "features" / slug(spec) / slug(name if kind == "plain" else f"{name} {kind}"),
+                views=data.ImageViews.of(encoder, kind, fit=self._fit, seed=seed),
+                rows=rows,
+                batch_size=self._batch_size,
+                dtype="float32",
+            )
+            directories.append(cache.directory)
+        processes.barrier(f"features of {name}")
+        return directories
+
+    def encode_folder(
+        self, directory: str, out: epath.Path, **classifier: Any
+    ) -> tuple[few_shot.Pictures, list[str]]:
+        """Pictures anywhere below a folder, and their files; those that cannot be are said."""
+        images = data.load_image_set(f"pictures:{directory}")
+        rows, notes = images.survey(np.arange(len(images)), {})
+        describe(notes, directory)
+        if not len(rows):
+            raise ValueError(f"pictures: expected one in {directory} that can be read, got none")
+        # Other pictures in the same folder have features of their own.
+        caches = self.encode(images, rows, out, f"pictures {images.fingerprint[:12]}")
+        classifier = {"projection": self.first.projection, **classifier}
+        files = [str((images.files or ())[row]) for row in rows]
+        return few_shot.read_pictures(*caches, **classifier), files
+
+
+def describe(notes: Mapping[str, Sequence[str]], where: str) -> list[str]:
+    """Warns of each reason with all of its files, and returns the same for a report."""
+    lines = [
+        f"{where}, {len(files)} {_REASONS[reason]}: {'; '.join(files)}"
+        for reason, files in notes.items()
+    ]
+    for line in lines:
+        logging.warning("%s", line)
+    return lines
+
+
+def cards_of(
+    head: Any, pictures: few_shot.Pictures, files: Sequence[str], order: np.ndarray, labelled: bool
+) -> list[Card]:
+    """Pictures in this order with their classes, and the labelled ones that are nearest."""
+    rows = order[:SHOWN]
+    if not len(rows):
+        return []
+    names, examples = head.class_names, head.about.get("pictures") or ()
+    probabilities = head.predict_proba(**head.inputs(pictures[rows]))
+    near: Any = [()] * len(rows)
+    if examples:
+        near = zip(*map(np.ndarray.tolist, head.nearest(pictures.features[rows])))
+    cards = []
+    for row, each, nearest in zip(rows.tolist(), probabilities, near):
+        lines = [f"{names[each.argmax()]}, {100 * each.max():.0f} %"]
+        lines += [f"labelled {names[pictures.labels[row]]}"] if labelled else []
+        small = [
+            (examples[i], f"{names[head.example_labels[i]]} {cosine:.2f}")
+            for i, cosine in zip(*nearest)
+        ]
+        cards.append((files[row], lines, small))
+    return cards
+
+
+def write_page(path: epath.Path, title: str, text: str, cards: Sequence[Card]) -> None:
+    """An HTML page in one file."""
+
+    def figure(card: Card, side: int) -> str:
+        file, lines, small = card
+        below = "".join(figure((name, (line,), ()), 56) for name, line in small)
+        lines = "<br>".join(map(html.escape, lines))
+        return f"<figure>{_image(file, side)}<figcaption>{lines}</figcaption>{below}</figure>"
+
+    title, text = html.escape(title), html.escape(text)
+    head = f'<!doctype html><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
+    body = "\n".join(figure(card, 208) for card in cards[:SHOWN])
+    storage.write_atomic(path, f"{head}<h1>{title}</h1><p>{text}</p>\n{body}\n")
+
+
+def _image(file: str, side: int) -> str:
+    name = html.escape(file)
+    try:
+        picture = data.read_picture(epath.Path(file))
+    except (OSError, ValueError):  # moved since
+        return f"<code>{name}</code>"
+    picture.thumbnail((side, side))
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=80)
+    content = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="{name}" title="{name}" src="data:image/jpeg;base64,{content}">'
+
+
+def write_csv(path: epath.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A table for programs; its columns are the first row's keys."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    storage.write_atomic(path, text.getvalue())
+
+
+def write_answers(
+    head: Any, pictures: few_shot.Pictures, files: Sequence[str], out: epath.Path, coverage: float
+) -> None:
+    """`predictions.csv` and `index.html`, the pictures between two classes first in the page."""
+    names, given = head.class_names, head.inputs(pictures)
+    probabilities = head.predict_proba(**given)
+    order = np.argsort(-probabilities, axis=1, kind="stable")
+    sets = np.zeros_like(probabilities, bool)
+    if head.calibration is not None:
+        sets = head.predict_sets(**given, coverage=coverage)
+    (first, second), rows = order[:, :2].T, np.arange(len(files))
+    doubtful = np.argsort(probabilities[rows, first] - probabilities[rows, second], kind="stable")
+    place = np.argsort(doubtful) + 1
+    write_csv(
+        out / "predictions.csv",
+        [
+            {
+                "picture": file,
+                "class": names[first[row]],
+                "probability": f"{probabilities[row, first[row]]:.4f}",
+                "second": names[second[row]],
+                "second_probability": f"{probabilities[row, second[row]]:.4f}",
+                "set": "|".join(names[k] for k in order[row] if sets[row, k]),
+                "label_next": place[row],
+            }
+            for row, file in enumerate(files)
+        ],
+    )
+    text = f"{len(files)} pictures, those whose labels would help most first."
+    cards = cards_of(head, pictures, files, doubtful, labelled=False)
+    write_page(out / "index.html", "Pictures and their classes", text, cards)
+    counts = np.bincount(first, minlength=len(names)).tolist()
+    told = ", ".join(f"{count} {name}" for name, count in zip(names, counts) if count)
+    print(f"{len(files)} pictures: {told}; {out / 'predictions.csv'}, {out / 'index.html'}")

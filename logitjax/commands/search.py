@@ -1,0 +1,49 @@
+"""Find the pictures that fit a text best, or are most like a picture.
+
+    logitjax search --encoder=hf:openai/clip-vit-base-patch32 --pictures=PICTURES \\
+        --query='a dog on a beach' --out=runs/found
+
+`--query` is a text, or the file of a picture, for which the encoder needs no text tower.
+OUT/found.csv and OUT/index.html have the pictures by falling cosine. The encoded pictures stay in
+OUT, so that another query there takes seconds. See docs/few_shot.md.
+"""
+
+import dataclasses
+
+import numpy as np
+from etils import epath
+
+from logitjax import data
+from logitjax.commands import pictures
+from logitjax.commands.cli import REQUIRED, field
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(pictures.Folder):
+    """The encoder, the pictures and what is looked for."""
+
+    encoder: str = field(REQUIRED, "Encoder, by name or path.")
+    query: str = field(REQUIRED, "A text, or the file of a picture.")
+
+
+def run(config: Config, out: epath.Path) -> None:
+    """Encode, compare, write."""
+    encoders = pictures.Encoders(
+        [config.encoder], tokenizer=config.tokenizer, batch_size=config.batch_size
+    )
+    first, file = encoders.first, epath.Path(config.query)
+    if file.is_file():
+        pixels = np.asarray(data.read_picture(file))
+        query = first.features(data.ImageViews.of(first, "plain")(pixels, row=0))
+    else:
+        query = first.text_features(first.tokenize([config.query]))
+    # What is looked for stands where classes have their weights; the second column is not read.
+    weights = np.stack([np.asarray(query)[0]] * 2, 1)
+    seen, files = encoders.encode_folder(config.pictures, out, class_weights=weights, scale=1.0)
+    cosines = seen.inputs.zero_shot[:, 0]
+    order = np.argsort(-cosines, kind="stable").tolist()
+    rows = [{"picture": files[row], "cosine": f"{cosines[row]:.4f}"} for row in order]
+    pictures.write_csv(out / "found.csv", rows)
+    cards = [(row["picture"], (row["cosine"],), ()) for row in rows]
+    pictures.write_page(out / "index.html", config.query, f"The nearest of {len(files)}.", cards)
+    print(f"{rows[0]['picture']} first of {len(files)}; {out / 'found.csv'}, {out / 'index.html'}")

@@ -1,0 +1,42 @@
+"""Name the classes of pictures by the names of the classes alone, without a labelled picture.
+
+    logitjax zero-shot --encoder=hf:openai/clip-vit-base-patch32 --pictures=PICTURES \\
+        --classes='barn owl,kestrel' --prompts='a photo of a {}, a kind of bird.' --out=runs/birds
+
+Writes what `logitjax classify` does, without sets and examples. With a few labelled pictures
+`logitjax few-shot` does better; see docs/few_shot.md.
+"""
+
+import dataclasses
+
+import numpy as np
+from etils import epath
+
+from logitjax import few_shot
+from logitjax.commands import pictures
+from logitjax.commands.cli import REQUIRED, field
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(pictures.Folder):
+    """The encoder, the pictures and the classes."""
+
+    encoder: str = field(REQUIRED, "Encoder with a text tower, by name or path.")
+    classes: tuple[str, ...] = field(REQUIRED, "Name of a class.")
+    prompts: tuple[str, ...] = field(("a photo of a {}.",), "Text of a class, {} for its name.")
+
+
+def run(config: Config, out: epath.Path) -> None:
+    """Encode, predict, write."""
+    encoders = pictures.Encoders(
+        [config.encoder], tokenizer=config.tokenizer, batch_size=config.batch_size
+    )
+    weights = np.asarray(encoders.first.zero_shot(config.classes, config.prompts))
+    scale = encoders.first.logit_scale
+    new, files = encoders.encode_folder(
+        config.pictures, out, class_weights=weights, class_names=config.classes, scale=scale
+    )
+    # A bias of weight 0; one picture teaches and calibrates nothing.
+    nothing = few_shot.Candidate(method=few_shot.methods.TipAdapter(beta=0.0))
+    head = few_shot.fit(nothing, new[:1])
+    pictures.write_answers(head, new, files, out, 0.9)

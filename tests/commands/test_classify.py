@@ -1,0 +1,152 @@
+"""From a folder of pictures as phones make them to a head, and to the classes of new pictures."""
+
+import csv
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from etils import epath
+
+from logitjax import few_shot
+from logitjax.commands import classify
+from logitjax.commands import few_shot as command
+
+
+def phone_folder(root):
+    """Three classes, with everything that real folders have; returns upright pixels by class."""
+    image = pytest.importorskip("PIL.Image")
+    rng = np.random.default_rng(0)
+
+    def pixels(number):
+        noise = rng.integers(0, 150, (48, 36, 3)) + 60 * (np.arange(3) == number)
+        noise[:24] //= 2  # what is up is dark
+        return noise.astype(np.uint8)
+
+    for number, name in enumerate(("blue", "red", "white")):
+        folder = root / name
+        folder.mkdir(parents=True)
+        for i in range(8):
+            image.fromarray(pixels(number)).save(folder / f"{i}.png")
+    # Turned by the camera; a copy of itself upright.
+    upright = image.open(root / "red" / "0.png")
+    exif = image.Exif()
+    exif[0x0112] = 6
+    upright.transpose(image.Transpose.ROTATE_90).save(root / "red" / "turned.png", exif=exif)
+    clear = np.dstack([pixels(1), np.full((48, 36), 90, np.uint8)])
+    image.fromarray(clear, "RGBA").save(root / "red" / "clear.png")
+    (root / "red" / "copy.png").write_bytes((root / "red" / "1.png").read_bytes())
+    for name in ("blue", "white"):
+        image.open(root / "red" / "2.png").save(root / name / "stray.png")
+    (root / "white" / "empty.jpg").write_bytes(b"")
+    (root / "white" / "half.png").write_bytes((root / "white" / "3.png").read_bytes()[:900])
+
+
+@pytest.mark.every_change
+@pytest.mark.slow
+def test_phone_pictures_become_a_head_and_new_pictures_get_classes(tmp_path, capsys):
+    phone_folder(tmp_path / "pictures")
+    np.save(tmp_path / "text.npy", np.random.default_rng(0).normal(size=(64, 3)))
+    config = command.Config(
+        data=f"folder:{tmp_path / 'pictures'}",
+        encoder="random:resnet8",
+        class_weights=str(tmp_path / "text.npy"),
+        method=("tip_adapter", "pro_ker"),
+        shots=(1, 4, 16, 32),
+        samples=2,
+    )
+    out = epath.Path(tmp_path) / "out"
+    command.run(config, out)
+    report = (out / "report.md").read_text()
+    for line in (
+        "2 left out, as they cannot be read",
+        "1 turned upright, as their EXIF asks",
+        "1 laid on white, as they are transparent",
+        "2 only the first of each is kept, as the pixels are equal",
+        "1 left out, as equal pixels lie in several classes",
+        "32 a class learn from the pictures of 4, and are it.",
+        "Level with it on these pictures",
+        "| 4 a class | 12 (4 a class) | 9         | 3         |",
+    ):
+        assert line in report, line
+    for name in ("empty.jpg", "half.png", "stray.png", "turned.png", "copy.png"):
+        assert name in report
+    assert "of 3 pictures, the surest first" in (out / "mistakes.html").read_text()
+    head = few_shot.load(out / "heads" / "pro_ker")
+    assert head.about["encoder"] == "random:resnet8"
+    assert len(head.about["pictures"]) == len(head.examples)
+
+    new = tmp_path / "new" / "deep"
+    new.mkdir(parents=True)
+    for name in ("blue/0.png", "red/clear.png", "white/half.png"):
+        (new / name.replace("/", "_")).write_bytes((tmp_path / "pictures" / name).read_bytes())
+    answers = epath.Path(tmp_path) / "answers"
+    asked = classify.Config(head=str(out / "heads" / "pro_ker"), pictures=str(tmp_path / "new"))
+    classify.run(asked, answers)
+    rows = list(csv.DictReader((answers / "predictions.csv").read_text().splitlines()))
+    assert [epath.Path(row["picture"]).name for row in rows] == ["blue_0.png", "red_clear.png"]
+    assert sorted(row["label_next"] for row in rows) == ["1", "2"]
+    assert all(1 / 3 < float(row["probability"]) <= 1 for row in rows)
+    page = (answers / "index.html").read_text()
+    # Each with its three nearest labelled pictures.
+    assert page.count("<img") == 2 * 4
+    # The head refuses features of another size, and rows that are no numbers.
+    record = json.loads((out / "heads" / "pro_ker" / "head.json").read_text())
+    (tmp_path / "other").mkdir()
+    moved = record | {"encoders": [record["encoders"][0].replace("224 px", "96 px")]}
+    (tmp_path / "other" / "head.json").write_text(json.dumps(moved))
+    tensors = (out / "heads" / "pro_ker" / "head.safetensors").read_bytes()
+    (tmp_path / "other" / "head.safetensors").write_bytes(tensors)
+    with pytest.raises(ValueError, match=r"encoders: expected those that the head learned from"):
+        classify.run(dataclasses.replace(asked, head=str(tmp_path / "other")), answers)
+    with pytest.raises(ValueError, match="features: expected finite numbers, got others in row 1"):
+        head.predict(np.where(np.arange(3)[:, None] == 1, np.nan, head.examples[:3]))
+    with pytest.raises(ValueError, match="features: expected those of the encoder"):
+        head.predict(-head.examples[:3])
+
+
+def test_a_folder_val_is_chosen_on_and_equal_pictures_are_not_tested_on(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    for split, count in (("train", 3), ("val", 2), ("test", 2)):
+        for number, name in enumerate("ab"):
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                # The first test picture is among those to learn from.
+                value = 100 * number + (0 if i == 0 and split != "val" else 7 * i + len(split))
+                image.new("RGB", (4, 4), (value, 0, 0)).save(folder / f"{i}.png")
+    config = command.Config(
+        data=f"folder:{tmp_path}", encoder="random:resnet8", class_weights="text.npy"
+    )
+    assert command._splits(config) == {"pictures": "train", "validation": "val", "test": "test"}
+    without = dataclasses.replace(config, validation="none")
+    assert command._splits(without) == {"pictures": "train", "test": "test"}
+
+
+def test_probabilities_are_as_sure_as_right_and_sets_hold_the_class():
+    rng, labels = np.random.default_rng(0), np.arange(480) % 4
+    weights = np.eye(12)[:, :4]
+    features = weights.T[labels] + 0.5 * rng.normal(size=(480, 12))
+    pictures = few_shot.Pictures(features=features, labels=labels, class_weights=weights)
+    head = few_shot.fit("tip_adapter", pictures[:32])
+    test = pictures[32:]
+    p = head.predict_proba(**head.inputs(test))
+    surest = p.max(1)
+    # The logits, cosines times 100, are far too sure.
+    assert abs(surest.mean() - head.accuracy(test)) < 0.08
+    assert head.temperature > 3
+    sets = head.predict_sets(**head.inputs(test), coverage=0.8)
+    assert 0.6 < sets[np.arange(448), test.labels].mean() < 0.95
+    assert head.predict_sets(**head.inputs(test), coverage=0.999).all()
+
+
+def test_the_estimate_of_the_recommended_method_has_no_bias():
+    rng = np.random.default_rng(0)
+    errors = []
+    for seed in range(40):
+        # Twenty methods of four settings that are all right in 70 % of the pictures.
+        right = {str(n): [(rng.random((4, 40)) < 0.7) * 1.0] for n in range(20)}
+        errors.append(few_shot.recommend(right, seed=seed)[1] - 0.7)
+        best = max(one[0].mean(1).max() for one in right.values())
+        assert best > 0.78
+    assert abs(np.mean(errors)) < 0.02
