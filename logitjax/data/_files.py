@@ -14,9 +14,9 @@ from logitjax.storage import digest, guard
 
 # A paragraph alone is too little context, and a book as one document leaves nothing to hold out.
 _MIN_DOCUMENT = 2000
-_MAX_WARNINGS = 10
+_MAX_WARNINGS = 10  # a file of another form would flood the log
 _HELD_OUT = ("validation", "test")
-_BOM = b"\xef\xbb\xbf"
+_BOM = b"\xef\xbb\xbf"  # of UTF-8
 
 
 class _Errors:
@@ -98,6 +98,7 @@ def paragraphs_to_documents(text: str, minimum: int = _MIN_DOCUMENT) -> list[str
     """
     documents: list[str] = []
     pending: list[str] = []
+    # A line of spaces is blank too.
     for block in re.split(r"\n[^\S\n]*\n\s*", text.replace("\r\n", "\n").strip()):
         pending.append(block)
         if sum(map(len, pending)) >= minimum:

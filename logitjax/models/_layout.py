@@ -72,7 +72,7 @@ def keep_layers(model: Decoder, indices: Sequence[int]) -> Decoder:
         num_layers=len(indices),
         windows=windows,
         unrotated=unrotated,
-        segment_boundaries=(),
+        segment_boundaries=(),  # cuts of layers that may be gone
     )
     listed = []
     for segment in model.segments:

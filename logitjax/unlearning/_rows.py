@@ -186,17 +186,17 @@ def _row(raw: Mapping[str, Any]) -> Row:
     more["paraphrases"] = tuple(_text(other, "paraphrases") for other in paraphrases)
     if "messages" in raw:
         return Row(**_conversation(raw["messages"]), **more)
-    if isinstance(turns := raw.get("conversations"), list):
+    if isinstance(turns := raw.get("conversations"), list):  # ShareGPT
         turns = [turn if isinstance(turn, dict) else {} for turn in turns]
         speakers = [_ROLES.get(str(turn.get("from")), turn.get("from")) for turn in turns]
         turns = [{"role": who, "content": turn.get("value")} for who, turn in zip(speakers, turns)]
         return Row(**_conversation(turns), **more)
-    if isinstance(raw.get("prompt"), list) and isinstance(raw.get("completion"), list):
+    if isinstance(raw.get("prompt"), list) and isinstance(raw.get("completion"), list):  # TRL
         return Row(**_conversation(raw["prompt"] + raw["completion"]), **more)
-    if "instruction" in raw:
+    if "instruction" in raw:  # Alpaca
         asked = text("instruction") + (f"\n{raw['input']}" if raw.get("input") else "")
         return Row(messages=({"role": "user", "content": asked},), answer=text("output"), **more)
-    if "question" in raw:
+    if "question" in raw:  # TOFU
         turn = {"role": "user", "content": text("question")}
         return Row(messages=(turn,), answer=text("answer"), **more)
     if "prompt" in raw:

@@ -52,6 +52,7 @@ class _Moments(NamedTuple):
         share = other.count / count
         deviation = unit = None
         if self.deviation is not None:
+            # Chan's merge: squares about two means, and what the means are apart.
             unit = jnp.maximum(self.unit, other.unit)
             deviation = self.deviation_in(unit) + other.deviation_in(unit)
             deviation += jnp.square(apart / unit) * self.count * share
@@ -149,7 +150,7 @@ class ReadoutStatistic(Statistic):
                 lax.all_gather(x, axis_name, axis=axis, tiled=True, to="invarying")
                 for x in (values, indices)
             )
-            values, places = lax.top_k(values, self.k)
+            values, places = lax.top_k(values, self.k)  # of shards * k
             indices = jnp.take_along_axis(indices, places, -1)
         if moments is not None:
             moments = moments.reduce(axis_name)
@@ -162,7 +163,7 @@ class ReadoutStatistic(Statistic):
             mean = state.moments.mean
             if state.moments.deviation is not None:
                 variance = state.moments.deviation / jnp.maximum(state.moments.count, 1)
-                std = state.moments.unit * jnp.sqrt(variance)
+                std = state.moments.unit * jnp.sqrt(variance)  # of all, no estimate
         out = Outputs(
             state.sums.log_sum, state.label, state.gathered, state.values, state.indices, mean, std
         )
@@ -171,6 +172,7 @@ class ReadoutStatistic(Statistic):
     def gradient(self, residuals: Any, cotangents: Outputs, block: LogitBlock) -> jax.Array:
         out, count = residuals
         z, ct = block.student, cotangents
+        # d log z / dz is the softmax; what else was asked is added where it was read.
         total = ct.log_z[..., None] * jnp.exp(z - ops.neginf_to_zero(out.log_z)[..., None])
         if ct.label is not None:
             hit = block.is_at(block.tokens["labels"])
@@ -183,7 +185,7 @@ class ReadoutStatistic(Statistic):
             count = jnp.maximum(count, 1)
             dense = (ct.mean / count)[..., None]
             if out.std is not None:
-                least = jnp.maximum(out.std, 1e-30)
+                least = jnp.maximum(out.std, 1e-30)  # equal logits: no direction
                 spread = jnp.where(out.std > 0, ct.std / count, 0.0)
                 # Logits over the deviation first: a cotangent over it may be no number of float32.
                 dense = dense - (spread * (out.mean / least))[..., None]
