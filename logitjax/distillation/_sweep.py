@@ -139,7 +139,8 @@ class _Reading:
         for part, ids, number, tokens in zip(self.parts, self.slices, self.numbers, local):
             readout = results[0] if self.has_readout else None
             if readout is not None and ids is not None:
-                readout = readout._replace(gathered=readout.gathered[..., ids])
+                gathered, ids = readout.gathered[..., ids], readout.ids[..., ids]
+                readout = readout._replace(gathered=gathered, ids=ids)
             own = None if number is None else results[number]
             values.append(part.values(readout, own, tokens))
         return values

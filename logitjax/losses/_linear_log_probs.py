@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import Tracer
 from jaxtyping import Bool, Float, Int
 
 from logitjax.losses.sweep import Blocks, Head, LogitBlock, ReadoutStatistic, run
@@ -32,7 +31,7 @@ def linear_log_probs(
     tokens: Int[Array, "*batch"],
     *,
     temperature: Number = 1.0,
-    support: Any = None,
+    support: Int[Array, "*batch n"] | None = None,
     entropy: bool = False,
     vocab_where: Bool[Array, " vocab"] | None = None,
     blocks: Blocks | None = None,
@@ -64,10 +63,10 @@ def linear_log_probs(
     Args:
         hidden: `[*batch, hidden]`, at positions that predict the tokens.
         tokens: `[*batch]` ids, over the whole vocabulary.
-        support: The sets `S` as the sampler has recorded them: `[*batch, n]` ids, padded with -1,
-            or `(ids, row_splits)`, see `pad_support`. A token that its set lacks is added, an id
-            counts once, and an empty set stands for the whole vocabulary. Sets found anew from the
-            trained model's own logits would differ from those by rounding, and later by training.
+        support: The sets `S` as the sampler has recorded them: `[*batch, n]` ids, padded with -1
+            (see `pad_support`). A token that its set lacks is added, an id counts once, and an
+            empty set stands for the whole vocabulary. Sets found anew from the trained model's own
+            logits would differ from those by rounding, and later by training.
         entropy: Whether to return it.
 
     Returns:
@@ -111,8 +110,8 @@ def pad_support(ids: Array, row_splits: Array, batch: tuple[int, ...]) -> np.nda
 
     Args:
         ids: `[total]`, the sets one after the other.
-        row_splits: `[positions + 1]`, where each begins, and the end. No tracer: the largest set
-            tells `n`, so this is done outside of `jit`.
+        row_splits: `[positions + 1]`, where each begins, and the end, outside of `jit`: the largest
+            set tells `n`.
         batch: Shape of the positions.
 
     Raises:
@@ -121,8 +120,6 @@ def pad_support(ids: Array, row_splits: Array, batch: tuple[int, ...]) -> np.nda
     >>> pad_support(np.array([5, 7, 2]), np.array([0, 2, 2, 3]), (3,)).tolist()
     [[5, 7], [-1, -1], [2, -1]]
     """
-    if isinstance(row_splits, Tracer):
-        raise ValueError("support: expected row_splits outside of jit, got a tracer: pad_support")
     ids, splits = np.asarray(ids), np.asarray(row_splits)
     counts, size = np.diff(splits), int(np.prod(batch)) + 1
     whole = splits.shape == (size,) and (splits[0], splits[-1]) == (0, ids.size)
@@ -137,9 +134,6 @@ def pad_support(ids: Array, row_splits: Array, batch: tuple[int, ...]) -> np.nda
 
 def _with_tokens(support: Any, tokens: jax.Array) -> jax.Array:
     """The sets with their tokens, each id once and the others -1; empty ones stay empty."""
-    if isinstance(support, tuple):
-        ids, row_splits = support
-        support = pad_support(ids, row_splits, tokens.shape)
     checks.shapes(tokens=(tokens, "int *batch"), support=(support, "int *batch n"))
     ids = jnp.asarray(support).astype(jnp.int32)
     tokens = jnp.where((ids >= 0).any(-1), tokens.astype(jnp.int32), -1)

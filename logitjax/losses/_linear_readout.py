@@ -21,6 +21,7 @@ class Readout(NamedTuple):
         label_logit: `[*batch]` the logit at `labels`.
         gathered: `[*batch, n]` the logits at `ids`; nan at one outside the vocabulary. With the
             ids of a teacher's `TopK` a readout is what `sparse_kl_divergence` takes as its student.
+        ids: `[*batch, n]` these ids.
         statistics: `GraphStatistics` of the top k.
         cross_entropy: `[*batch]` of the labels; nan where a label is outside the vocabulary.
     """
@@ -30,6 +31,7 @@ class Readout(NamedTuple):
     gathered: Any = None
     statistics: Any = None
     cross_entropy: Any = None
+    ids: Any = None
 
 
 def linear_readout(
@@ -171,12 +173,12 @@ class _Reading(ReadoutStatistic):
         if self.labels:
             known = (tokens["labels"] >= 0) & (tokens["labels"] < self.vocab)
             entropy = jnp.where(known, neginf_to_zero(outputs.log_z) - outputs.label, jnp.nan)
-        gathered = outputs.gathered
+        gathered, ids = outputs.gathered, tokens.get("ids")
         if gathered is not None:
             # The sweep never comes to an id that is outside of the vocabulary.
-            known = (tokens["ids"] >= 0) & (tokens["ids"] < self.vocab)
+            known = (ids >= 0) & (ids < self.vocab)
             gathered = jnp.where(known, gathered, jnp.nan)
-        return Readout(outputs.log_z, outputs.label, gathered, statistics, entropy)
+        return Readout(outputs.log_z, outputs.label, gathered, statistics, entropy, ids)
 
 
 def readout_statistic(

@@ -62,8 +62,9 @@ def sparse_kl_divergence(
         temperature: with 'renormalize' only: the mass of the tail is known at temperature 1.
 
     Returns:
-        `[*batch]`, float32. Tail masses below 2^-24 count as 2^-24, the resolution of float32.
-        Under `jit`, nan where one of the teacher's ids is outside of the student's vocabulary.
+        `[*batch]`, float32. Tail masses below 2^-24 count as 2^-24, the resolution of float32. nan
+        where a `Readout` was read at other ids, or where, under `jit`, one of the teacher's is
+        outside of the student's vocabulary.
 
     Raises:
         TypeError: the student is a `TopK`, whose tokens are its own and not the teacher's.
@@ -105,6 +106,10 @@ def sparse_kl_divergence(
             f"student: expected the teacher's batch shape and entries, {wanted.shape}, "
             f"got {gathered.shape}"
         )
+    if isinstance(student, Readout) and student.ids is not None:
+        # By rank as well a readout would be compared with other tokens than its own.
+        same = (jnp.asarray(student.ids) == wanted).all(-1, keepdims=True)
+        gathered = jnp.where(same, gathered, jnp.nan)
     if tail == "renormalize":
         gathered = gathered / temperature
         return _renormalised_kl(gathered, teacher.values, temperature, direction)

@@ -174,6 +174,21 @@ def test_logits_up_to_the_largest_of_float32_have_their_graph_and_its_gradient()
     np.testing.assert_allclose(small, gradient / np.float32(3e38), atol=np.finfo(np.float32).tiny)
 
 
+def test_a_head_of_large_logits_has_their_graph_and_its_gradient():
+    teacher, rng = data()[1], np.random.default_rng(1)
+    hidden, head = (rng.normal(size=s).astype(np.float32) for s in ((2, 8, 16), (16, 40)))
+
+    def loss(head):
+        blocks = losses.Blocks(vocab=16)
+        read = losses.linear_readout(hidden, head, top_k=4, blocks=blocks).statistics
+        return graph_on_logits_of_k4(read, teacher)
+
+    run = values_and_gradient(loss)
+    (value, gradient), (large, small) = (run(np.float32(x) * head) for x in (1, 2.0**100))
+    np.testing.assert_allclose(large, value, rtol=1e-5)
+    np.testing.assert_allclose(small * 2.0**100, gradient, rtol=1e-4, atol=1e-5)
+
+
 def graph_on_logits_of_k4(student, teacher):
     return graph_on_logits(student, teacher, config=CONFIGS[0])[0]
 

@@ -297,6 +297,13 @@ def test_the_student_s_own_top_k_is_refused_and_its_readout_at_the_teacher_s_ids
         ops.logsumexp(logits), gathered=np.take_along_axis(logits, TEACHER.indices, -1)
     )
     np.testing.assert_allclose(sparse_kl(readout, TEACHER), sparse_kl(logits, TEACHER), rtol=1e-5)
+    # At one position by another order.
+    ids = TEACHER.indices.copy()
+    ids[1, 2] = ids[1, 2, ::-1]
+    read = compiled(losses.linear_readout)(X, W, ids=ids, blocks=BLOCKS)
+    missing = np.isnan(sparse_kl(read, TEACHER))
+    assert missing[1, 2]
+    assert missing.sum() == 1
 
 
 def test_an_infinite_logit_outside_the_teacher_s_top_k_has_no_finite_divergence():

@@ -29,7 +29,8 @@ class _Moments(NamedTuple):
 
     count: jax.Array
     mean: jax.Array
-    deviation: Any  # None where only the mean was asked
+    deviation: Any  # over the square of the unit; None where only the mean was asked
+    unit: Any = None
 
     def add(self, logits: jax.Array) -> "_Moments":
         # Not `isfinite`: the mean of a nan is none of the others'.
@@ -38,18 +39,27 @@ class _Moments(NamedTuple):
         mean = jnp.where(there, logits, 0.0).sum(-1) / jnp.maximum(count, 1)
         if self.deviation is None:
             return self.merge(_Moments(count, mean, None))
-        off = jnp.where(there, logits - mean[..., None], 0.0)
-        return self.merge(_Moments(count, mean, jnp.square(off).sum(-1)))
+        # Squares of logits beyond 2^64 overflow. Below this the mean and the largest bound all
+        # others; above it logits lie so far apart that no square of a difference underflows.
+        large = jnp.maximum(jnp.abs(mean), logits.max(-1)) > 2.0**40
+        unit = jnp.where(large, 2.0**76, 1.0).astype(mean.dtype)
+        off = jnp.where(there, (logits - mean[..., None]) * (1.0 / unit)[..., None], 0.0)
+        return self.merge(_Moments(count, mean, jnp.square(off).sum(-1), unit))
 
     def merge(self, other: "_Moments") -> "_Moments":
         count = jnp.maximum(self.count + other.count, 1)
         apart = other.mean - self.mean
         share = other.count / count
-        deviation = None
+        deviation = unit = None
         if self.deviation is not None:
             # Chan's merge: squares about two means, and what the means are apart.
-            deviation = self.deviation + other.deviation + jnp.square(apart) * self.count * share
-        return _Moments(self.count + other.count, self.mean + apart * share, deviation)
+            unit = jnp.maximum(self.unit, other.unit)
+            deviation = self.deviation_in(unit) + other.deviation_in(unit)
+            deviation += jnp.square(apart / unit) * self.count * share
+        return _Moments(self.count + other.count, self.mean + apart * share, deviation, unit)
+
+    def deviation_in(self, unit: jax.Array) -> jax.Array:
+        return self.deviation * jnp.square(self.unit / unit)
 
     def reduce(self, axis_name: AxisName) -> "_Moments":
         sums = jnp.stack([self.count, self.count * self.mean])
@@ -57,8 +67,9 @@ class _Moments(NamedTuple):
         mean = total / jnp.maximum(count, 1)
         if self.deviation is None:
             return _Moments(count, mean, None)
-        deviation = self.deviation + self.count * jnp.square(self.mean - mean)
-        return _Moments(count, mean, lax.psum(deviation, axis_name))
+        unit = lax.pmax(lax.stop_gradient(self.unit), axis_name)
+        deviation = self.deviation_in(unit) + self.count * jnp.square((self.mean - mean) / unit)
+        return _Moments(count, mean, lax.psum(deviation, axis_name), unit)
 
 
 class _State(NamedTuple):
@@ -104,7 +115,7 @@ class ReadoutStatistic(Statistic):
             zeros(self.ids) if self.ids else None,
             jnp.full((*batch, self.k), -jnp.inf, dtype) if self.k else None,
             jnp.zeros((*batch, self.k), jnp.int32) if self.k else None,
-            _Moments(zeros(), zeros(), zeros() if self.moments else None)
+            _Moments(zeros(), zeros(), *((zeros(), 1 + zeros()) if self.moments else (None,)))
             if self.mean or self.moments
             else None,
         )
@@ -152,7 +163,7 @@ class ReadoutStatistic(Statistic):
             mean = state.moments.mean
             if state.moments.deviation is not None:
                 variance = state.moments.deviation / jnp.maximum(state.moments.count, 1)
-                std = jnp.sqrt(variance)  # of all entries, not an estimate
+                std = state.moments.unit * jnp.sqrt(variance)  # of all, no estimate
         out = Outputs(
             state.sums.log_sum, state.label, state.gathered, state.values, state.indices, mean, std
         )
@@ -175,7 +186,9 @@ class ReadoutStatistic(Statistic):
             dense = (ct.mean / count)[..., None]
             if out.std is not None:
                 least = jnp.maximum(out.std, 1e-30)  # equal logits: no direction
-                spread = jnp.where(out.std > 0, ct.std / (count * least), 0.0)
-                dense = dense - (spread * out.mean)[..., None] + spread[..., None] * z
+                spread = jnp.where(out.std > 0, ct.std / count, 0.0)
+                # Logits over the deviation first: a cotangent over it may be no number of float32.
+                dense = dense - (spread * (out.mean / least))[..., None]
+                dense = dense + spread[..., None] * (z * (1.0 / least)[..., None])
             total = total + jnp.where(z != -jnp.inf, dense, 0.0)
         return total
