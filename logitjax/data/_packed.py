@@ -97,6 +97,17 @@ class PackedDataset:
     def __len__(self) -> int:
         return len(self._reader)
 
+    def __getitem__(self, index: int) -> Batch:
+        """One row, as loaders of grain and PyTorch ask for it."""
+        index = range(len(self))[index]
+        batch = self.rows([index])
+        parts = {name: {k: v[0] for k, v in batch[name].items()} for name in self.names}
+        return {key: parts[key] if key in parts else value[0] for key, value in batch.items()}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Workers of a loader open the shards anew.
+        return PackedDataset, (os.fspath(self.directory),)
+
     def __repr__(self) -> str:
         return (
             f"PackedDataset({os.fspath(self.directory)!r}, {len(self)} rows of {self.seq_len}, "
