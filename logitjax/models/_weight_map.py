@@ -1,7 +1,7 @@
 """Which checkpoint tensor holds which parameters, for Hugging Face and GGUF names."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -14,14 +14,15 @@ Path = tuple[str, ...]
 class TensorSpec:
     """One checkpoint tensor: our leaves, joined along `axis` of the checkpoint's layout.
 
-    `layer` is None outside of layers. `transpose` turns `[in, out]` into `[out, in]`. Of each of
-    `rope_heads` heads' rows the first `rope_dim` have rotary pairs interleaved. `shift` was added
-    to the values.
+    `layer` is None outside of layers; of a leaf with one map an expert it is that of `expert`.
+    `transpose` turns `[in, out]` into `[out, in]`. Of each of `rope_heads` heads' rows the first
+    `rope_dim` have rotary pairs interleaved. `shift` was added to the values.
     """
 
     name: str
     leaves: tuple[Path, ...]
     layer: int | None = None
+    expert: int | None = None
     axis: int = 0
     transpose: bool = False
     rope_heads: int = 0
@@ -61,7 +62,7 @@ def _tensors(
         tensors: dict[str, list[str]] = {}
         for module in filter(modules.__contains__, names):
             tensors.setdefault(names[module].replace("*", str(i)), []).append(module)
-        for name, parts in tensors.items():
+        for name, parts, expert in _each(tensors, config.num_experts):
             for leaf in modules[parts[0]]:
                 # GPT-2's `Conv1D` stores kernels as we do; the head is a linear map there too.
                 turned = leaf == "kernel" and input_first and i is not None
@@ -72,6 +73,7 @@ def _tensors(
                             (*part.split("."), leaf) if leaf else (part,) for part in parts
                         ),
                         layer=i,
+                        expert=expert,
                         axis=1 if turned else 0,
                         transpose=leaf == "kernel" and not turned,
                         rope_heads=heads.get(parts[0], 0) if interleaved else 0,
@@ -80,6 +82,15 @@ def _tensors(
                     )
                 )
     return specs
+
+
+def _each(
+    tensors: Mapping[str, list[str]], experts: int
+) -> Iterator[tuple[str, list[str], int | None]]:
+    """Names with what they name; those with a `#` once an expert."""
+    for name, parts in tensors.items():
+        for expert in range(experts) if "#" in name else [None]:
+            yield name.replace("#", str(expert)), parts, expert
 
 
 def _modules(config: DecoderConfig) -> tuple[dict[str, Path], dict[str, Path]]:
@@ -104,8 +115,11 @@ def _modules(config: DecoderConfig) -> tuple[dict[str, Path], dict[str, Path]]:
     layer["attention.output"] = linear(config.output_bias)
     if config.qk_norm:
         layer |= {"attention.query_norm": ("scale",), "attention.key_norm": ("scale",)}
+    if config.num_experts:
+        layer["mlp.router"] = ("kernel",)
+    inside = "mlp.experts" if config.num_experts else "mlp"
     for name in ("gate", "up", "down") if config.gated_mlp else ("up", "down"):
-        layer[f"mlp.{name}"] = linear(config.mlp_bias)
+        layer[f"{inside}.{name}"] = linear(config.mlp_bias)
     return top, layer
 
 
