@@ -89,11 +89,7 @@ Piece = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 def split_document(
-    segments: Segments,
-    encoders: Mapping[str, Encoder],
-    seq_len: int,
-    *,
-    may_split: bool = True,
+    segments: Segments, encoders: Mapping[str, Encoder], seq_len: int, *, may_split: bool = True
 ) -> Iterator[Piece]:
     """Pieces that hold the same text for every tokenizer and fit into `seq_len` tokens of each.
 

@@ -9,44 +9,32 @@ from logitjax.data._files import Report, normalised, part_of
 from logitjax.storage import guard, require
 
 
-def _parsed(name: str) -> tuple[list[str], str]:
-    """`ORG/NAME[/CONFIG][:SPLIT]` as the arguments of `datasets`, and the split."""
+@contextlib.contextmanager
+def _opened(name: str, spec: str) -> Iterator[tuple[Any, list[str], str]]:
+    """`datasets`, its arguments and the split of `ORG/NAME[/CONFIG][:SPLIT]`."""
     path, _, split = name.partition(":")
     parts = path.split("/")
-    return ["/".join(parts[:2]), *parts[2:3]], split
-
-
-@contextlib.contextmanager
-def _naming(spec: str) -> Iterator[None]:
-    """A line in place of the errors of `datasets`, whose kinds are many."""
+    datasets = require("datasets", extra="datasets")
     try:
-        yield
-    except ImportError:
-        raise
-    except Exception as error:
+        yield datasets, ["/".join(parts[:2]), *parts[2:3]], split
+    except Exception as error:  # of many kinds
         raise ValueError(f"{spec}: {guard.one_line(error)}") from error
 
 
 def hub_splits(name: str, spec: str) -> set[str]:
     """The splits of a dataset; none where the source names one."""
-    arguments, split = _parsed(name)
-    if split:
-        return set()
-    datasets = require("datasets", extra="datasets")
-    with _naming(spec):
-        return set(datasets.get_dataset_split_names(*arguments))
+    with _opened(name, spec) as (datasets, arguments, split):
+        return set() if split else set(datasets.get_dataset_split_names(*arguments))
 
 
 def load_hub(
     name: str, *, split: str, on_error: str, spec: str, columns: Mapping[str, str] | None
 ) -> Examples:
     """The rows of a split, which `datasets` maps from its files and does not hold."""
-    arguments, own = _parsed(name)
-    datasets = require("datasets", extra="datasets")
     wanted, _, _ = parse_split(split)
-    if own and wanted != "train":
-        raise ValueError(f"{spec}: expected a slice of 'train', which is {own}, got {split!r}")
-    with _naming(spec):
+    with _opened(name, spec) as (datasets, arguments, own):
+        if own and wanted != "train":
+            raise ValueError(f"split: expected a slice of 'train', which is {own}, got {split!r}")
         rows = datasets.load_dataset(*arguments, split=own or wanted)
 
     def read(report: Report) -> Iterator[dict[str, Any]]:

@@ -11,13 +11,7 @@ from absl import logging
 from etils import epath
 from tqdm import tqdm
 
-from logitjax.data._documents import (
-    DocumentTooLong,
-    Encoder,
-    Piece,
-    render_example,
-    split_document,
-)
+from logitjax.data._documents import DocumentTooLong, Encoder, Piece, render_example, split_document
 from logitjax.data._examples import Example, Examples
 from logitjax.data._packed import KIND, PackedDataset, row_codec
 from logitjax.data._tokenizer import TokenizerLike

@@ -26,9 +26,7 @@ def row_codec(names: Iterable[str], seq_len: int) -> ArrayCodec:
     return ArrayCodec({f"{n}/{kind}": (t, (seq_len,)) for n in names for kind, t in kinds.items()})
 
 
-def _positions(
-    segment_ids: Int[np.ndarray, "*batch tokens"],
-) -> Int32[np.ndarray, "*batch tokens"]:
+def _positions(segment_ids: Int[np.ndarray, "*batch tokens"]) -> Int32[np.ndarray, "*batch tokens"]:
     """Positions that start again at every segment, 0 in the padding."""
     index = np.arange(segment_ids.shape[-1], dtype=np.int32)
     starts = np.ones(segment_ids.shape, bool)

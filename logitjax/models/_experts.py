@@ -22,11 +22,8 @@ class _Maps(nnx.Module):
 
 
 class _Experts(nnx.Module):
-    def __init__(self, config: DecoderConfig, **options: Any):
-        count, hidden = config.num_experts, config.hidden_size
-        wide = config.expert_size or config.intermediate_size
-        self.gate = _Maps((count, hidden, wide), **options)
-        self.up = _Maps((count, hidden, wide), **options)
+    def __init__(self, count: int, hidden: int, wide: int, **options: Any):
+        self.gate, self.up = (_Maps((count, hidden, wide), **options) for _ in range(2))
         self.down = _Maps((count, wide, hidden), **options)
 
 
@@ -48,7 +45,8 @@ class MoE(nnx.Module):
     ):
         linear = functools.partial(linear_map, rngs=rngs, dtype=dtype, use_bias=False, **kinds)
         self.router = linear(config.hidden_size, config.num_experts)
-        self.experts = _Experts(config, rngs=rngs, **kinds)
+        wide = config.expert_size or config.intermediate_size
+        self.experts = _Experts(config.num_experts, config.hidden_size, wide, rngs=rngs, **kinds)
         self.activation, self.dtype = activation, dtype
         self.chosen, self.normalised = config.experts_per_token, config.normalise_experts
 

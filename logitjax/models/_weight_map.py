@@ -1,7 +1,7 @@
 """Which checkpoint tensor holds which parameters, for Hugging Face and GGUF names."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -62,7 +62,12 @@ def _tensors(
         tensors: dict[str, list[str]] = {}
         for module in filter(modules.__contains__, names):
             tensors.setdefault(names[module].replace("*", str(i)), []).append(module)
-        for name, parts, expert in _each(tensors, config.num_experts):
+        each = [
+            (name.replace("#", str(expert)), parts, expert)
+            for name, parts in tensors.items()
+            for expert in (range(config.num_experts) if "#" in name else [None])
+        ]
+        for name, parts, expert in each:
             for leaf in modules[parts[0]]:
                 # GPT-2's `Conv1D` stores kernels as we do; the head is a linear map there too.
                 turned = leaf == "kernel" and input_first and i is not None
@@ -82,15 +87,6 @@ def _tensors(
                     )
                 )
     return specs
-
-
-def _each(
-    tensors: Mapping[str, list[str]], experts: int
-) -> Iterator[tuple[str, list[str], int | None]]:
-    """Names with what they name; those with a `#` once an expert."""
-    for name, parts in tensors.items():
-        for expert in range(experts) if "#" in name else [None]:
-            yield name.replace("#", str(expert)), parts, expert
 
 
 def _modules(config: DecoderConfig) -> tuple[dict[str, Path], dict[str, Path]]:
