@@ -1,6 +1,7 @@
 """The forms that rows of data sets have, and the three that the library reads."""
 
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,31 +25,34 @@ def own_form(row: Mapping[str, Any]) -> dict[str, Any]:
     >>> own_form({"chosen": "Q: 1+1? A: 2", "rejected": "Q: 1+1? A: 3"})
     {'prompt': 'Q: 1+1? A: ', 'response': '2'}
     """
-    # Columns of Parquet give every row every key.
-    row = {key: value for key, value in row.items() if value is not None}
+    try:
+        # Columns of Parquet give every row every key.
+        return _form({key: value for key, value in row.items() if value is not None})
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"expected texts, or lists of turns, of {sorted(row)} ({error})") from None
 
-    def asked(question: Any, answer: str) -> dict[str, Any]:
-        turns = [("user", question), ("assistant", row.pop(answer, None))]
-        return row | {"messages": [{"role": who, "content": text} for who, text in turns]}
 
+def _form(row: dict[str, Any]) -> dict[str, Any]:
     if "instruction" in row:
         row.pop("text", None)  # Alpaca's rows hold the same under a template too.
         more = row.pop("input", None)
-        return asked(row.pop("instruction") + (f"\n{more}" if more else ""), "output")
+        row["question"] = row.pop("instruction") + (f"\n{more}" if more else "")
+        row["answer"] = row.pop("output", None)
     if "question" in row:
-        return asked(row.pop("question"), "answer")
-    if isinstance(turns := row.get("conversations"), list):
-        del row["conversations"]
-        row["messages"] = [_turn(turn) if isinstance(turn, Mapping) else turn for turn in turns]
+        turns = (("user", row.pop("question")), ("assistant", row.pop("answer", None)))
+        return row | {"messages": [{"role": who, "content": text} for who, text in turns]}
+    if "conversations" in row:
+        row["messages"] = [_turn(**turn) for turn in row.pop("conversations")]
     if "chosen" in row:
         row.pop("messages", None)  # some data sets hold the chosen turns twice
-        row["completion"], worse = row.pop("chosen"), row.pop("rejected", "")
-        whole = isinstance(row["completion"], list) and len(row["completion"]) > 1
-        if whole:  # the turns of the prompt are among them
+        best, worse = row.pop("chosen"), row.pop("rejected", "")
+        if isinstance(best, list) and len(best) > 1:  # the turns of the prompt are among them
             row["prompt"] = []
         elif "prompt" not in row:
-            begin = _common(row["completion"], worse)
-            row |= {"prompt": row["completion"][:begin], "completion": row["completion"][begin:]}
+            begin = len(os.path.commonprefix([best, worse]))  # noqa: RUF071
+            begin -= len(best[:begin].split(" ")[-1])  # to the end of a word
+            row["prompt"], best = best[:begin], best[begin:]
+        row["completion"] = best
     if "completion" in row:
         prompt, completion = row.pop("prompt", ""), row.pop("completion")
         if isinstance(completion, list):
@@ -60,24 +64,10 @@ def own_form(row: Mapping[str, Any]) -> dict[str, Any]:
     return row
 
 
-def _turn(turn: Mapping[str, Any]) -> dict[str, Any]:
+def _turn(**turn: Any) -> dict[str, Any]:
     """A turn of ShareGPT under the names of chat templates."""
-    who = turn.get("role", turn.get("from"))
-    content = turn.get("content", turn.get("value"))
-    return {
-        **turn,
-        "role": _ROLES.get(who, who) if isinstance(who, str) else who,
-        "content": content,
-    }
-
-
-def _common(one: str, other: str) -> int:
-    """Characters that two texts share at their beginning, to the end of a word."""
-    pairs = zip(one, other, strict=False)
-    same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
-    while same and not one[same - 1].isspace():
-        same -= 1
-    return same
+    who, content = turn.pop("from", turn.get("role")), turn.pop("value", turn.get("content"))
+    return {**turn, "role": _ROLES.get(who, who), "content": content}
 
 
 def normalise(row: Any, columns: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -141,12 +131,11 @@ def _message(message: Any) -> dict[str, Any]:
         extras["tool_calls"], content = _calls(extras["tool_calls"]), content or ""
     if not (isinstance(role, str) and isinstance(content, str)):
         raise ValueError(f"message: expected strings 'role' and 'content', got {message!r}")
-    said = {"role": role, "content": content, **extras}
+    said = {"role": role, "content": content}
     for key, value in said.items():
-        _check_encodable(
-            key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        )
-    return said
+        _check_encodable(key, value)
+    _check_encodable("tool_calls", json.dumps(extras, ensure_ascii=False, default=str))
+    return said | extras
 
 
 def _calls(calls: Any) -> list[dict[str, Any]]:

@@ -539,3 +539,14 @@ def test_rows_open_in_loaders_of_others(packed):
         np.testing.assert_array_equal(rows, batch["words"][key])
     with pytest.raises(IndexError):
         packed[len(packed)]
+
+
+def test_a_grain_pipeline_and_a_loader_of_pytorch_give_those_rows(packed):
+    grain = pytest.importorskip("grain")
+    batch = grain.MapDataset.source(packed).batch(3)[0]
+    np.testing.assert_array_equal(batch["row"], [0, 1, 2])
+    torch = pytest.importorskip("torch")
+    batch = next(iter(torch.utils.data.DataLoader(packed, batch_size=3)))
+    np.testing.assert_array_equal(
+        batch["words"]["tokens"], packed.rows(range(3))["words"]["tokens"]
+    )
