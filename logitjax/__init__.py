@@ -37,6 +37,7 @@ _PACKAGES = (
 __all__ = ("__version__", *_PACKAGES)
 
 
+# PEP 562: a package is imported when somebody asks for it.
 def __getattr__(name: str) -> Any:
     if name in _PACKAGES:
         return importlib.import_module(f"logitjax.{name}")

@@ -33,7 +33,7 @@ def broadcast_from_first(make: Callable[[], Any]) -> Any:
         return make()
     first = jax.process_index() == 0
     text = json.dumps(make()).encode() if first else b""
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))  # all bring one shape
     sent = np.frombuffer(text, np.uint8) if first else np.zeros(size, np.uint8)
     return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(sent), np.uint8).tobytes())
 
@@ -61,7 +61,7 @@ def first_before_others(name: str) -> Iterator[None]:
             yield
     else:
         with _outcome_of_first(name):
-            pass
+            pass  # until process 0 is through
         yield
 
 
@@ -115,7 +115,7 @@ def local_copy(tree: Any) -> Any:
         if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
             return leaf
         if leaf.is_fully_replicated:
-            return leaf.addressable_data(0)
+            return leaf.addressable_data(0)  # no communication
         return jax.device_put(
             multihost_utils.process_allgather(leaf, tiled=True), jax.local_devices()[0]
         )

@@ -179,7 +179,7 @@ def _leaves(
                 (*path, name),
                 {*without, *metadata.get("without", ())},
                 {**metadata.get("rename", {}), **rename},
-            )
+            )  # the outer name wins
             continue
         yield Flag(
             rename.get(name, name),
@@ -302,7 +302,7 @@ def read_command_line(
         elif flag.kind is bool:
             define = absl_flags.DEFINE_bool
         define(flag.name, None, "", flag_values=defined)
-    rest = defined([program, *arguments])[1:]
+    rest = defined([program, *arguments])[1:]  # the program is no value
     names = [*others, *(flag.name for flag in flags)]
     given = {name: defined[name].value for name in names if defined[name].value is not None}
     for flag in flags:

@@ -210,11 +210,9 @@ def _let_others_speak(error: BaseException) -> None:
 
 @contextlib.contextmanager
 def _interruptible(says: str) -> Iterator[None]:
-    """Ctrl-C ends the process with one line: once all is unwound, or after a few seconds.
-
-    Python raises KeyboardInterrupt when the main thread comes back from what it waits for, which
-    may be a compiler for minutes. A thread hears of the signal at once, and waits no longer.
-    """
+    """Ctrl-C ends the process with one line: once all is unwound, or after a few seconds."""
+    # Python raises KeyboardInterrupt when the main thread comes back from what it waits for, which
+    # may be a compiler for minutes. A thread hears of the signal at once, and waits no longer.
     # Only the main thread may set signals: a notebook or a test calls this from another.
     if threading.current_thread() is not threading.main_thread():
         yield

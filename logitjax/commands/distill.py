@@ -141,6 +141,7 @@ class Config:
     @property
     def teachers(self) -> tuple[str, ...]:
         """Those that are named, else the model that the student is cut from."""
+        # A pruned model is healed best by the one that it was cut from.
         return self.reading.teachers or ((self.student,) if self.pruning.prunes else ())
 
 
@@ -180,7 +181,7 @@ def run(config: Config, out: epath.Path) -> None:
         objective=objective,
         seed=config.course.seed,
     )
-    del model
+    del model  # its arrays are the student's now
     corpus = reading.load(
         packed,
         course.visited_rows(packed, seeds=None if objective.taught else ()),
@@ -188,7 +189,7 @@ def run(config: Config, out: epath.Path) -> None:
         {config.student: (whole, tokenizer)} if jax.process_count() == 1 else None,
     )
     scored = [_whole_row(config, whole, corpus, course, mesh, out)] if config.pruning.prunes else []
-    del whole
+    del whole  # free, unless a live teacher holds it
     if jax.process_index() == 0 and (table := corpus.tokenizer_table()):
         storage.write_atomic(out / "tokenizers.md", markdown_table(table) + "\n")
         print(markdown_table(table))

@@ -279,7 +279,7 @@ def _encode(config: Config, out: epath.Path) -> Problem:
     first = encoders[0]
     scale = config.scale
     if scale is None and config.class_weights is None:
-        scale = first.logit_scale
+        scale = first.logit_scale  # trained with the text tower
     if first.projection is not None:
         # What comes before it is what ProLIP reads; `read_pictures` makes the features of it.
         encoders[0], specs[0] = first.before_projection(), f"{specs[0]} hidden"
@@ -387,7 +387,7 @@ def _class_weights(config: Config, encoder: vision.Encoder, class_names: Sequenc
             f"class_weights: expected a file, for {encoder.name} has no text tower to name "
             "classes with, got none"
         )
-    words = [name.replace("_", " ") for name in class_names]
+    words = [name.replace("_", " ") for name in class_names]  # folders spell spaces so
     return np.asarray(encoder.zero_shot(words, config.prompts))
 
 

@@ -51,7 +51,7 @@ from logitjax.commands.tables import markdown_table, text_cell
 
 # Not 1 or 2, which mean an error: here the answer is that nothing will do.
 _NOT_FORGOTTEN = 3
-_FEW_GROUPS = 20
+_FEW_GROUPS = 20  # each moves a share by 5 %
 # Of the rows to forget, and of those to keep.
 _SAMPLES = 8
 
@@ -222,7 +222,7 @@ def other_text(
         length=length,
         start=tokenizer.start,
     )
-    parts = np.split(windows, [count, 2 * count])
+    parts = np.split(windows, [count, 2 * count])  # one part, one, and two
     return dict(zip(("validation", "test", "train"), parts, strict=True))
 
 

@@ -19,9 +19,9 @@ from logitjax.storage import guard, require
 
 # A paragraph alone is too little context, and a book as one document leaves nothing to hold out.
 _MIN_DOCUMENT = 2000
-_MAX_WARNINGS = 10
+_MAX_WARNINGS = 10  # a file of another form would flood the log
 _HELD_OUT = ("validation", "test")
-_BOM = b"\xef\xbb\xbf"
+_BOM = b"\xef\xbb\xbf"  # of UTF-8
 _PACKED = ("", ".gz", ".zst")
 # By kind the endings of the files that a folder is searched for; a file may have any name.
 SUFFIXES = {

@@ -35,6 +35,7 @@ _STAMPS_INSTALL = (
     "apt-get install tuxpaint-stamps-default, or in {manual}: "
     "apt-get download tuxpaint-stamps-default && dpkg-deb -x tuxpaint-stamps-default_*.deb ."
 )
+# Pinned: another version draws other pictures.
 _EMOJI_INSTALL = (
     "in {{manual}}/emoji: npm pack {name}@16.0.0 && mkdir -p {name} && "
     "tar -xzf {name}-16.0.0.tgz -C {name}"
@@ -131,7 +132,7 @@ class ImageSet(Sequence):
             lambda: self.labels[chosen],
             count=len(chosen),
             class_names=self.class_names,
-            fingerprint=digest(self.fingerprint, chosen),
+            fingerprint=digest(self.fingerprint, chosen),  # which, and in which order
             source=self.source,
             captions=captions,
         )
@@ -234,6 +235,7 @@ def _files(
     classes: Sequence[str],
     captions: Sequence[str] | None = None,
 ) -> ImageSet:
+    # Names and sizes stand for the contents: no picture has to be read.
     described = [(path.name, path.stat().length, label) for path, label in files]
 
     def read(index: int) -> tuple[np.ndarray, int]:
@@ -269,7 +271,7 @@ def _arrays(images: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> I
 
 def _three_channels(image: np.ndarray) -> np.ndarray:
     image = image[..., None] if image.ndim == 2 else image
-    return np.repeat(image, 3, -1) if image.shape[-1] == 1 else image[..., :3]
+    return np.repeat(image, 3, -1) if image.shape[-1] == 1 else image[..., :3]  # no alpha
 
 
 def _tfds(name: str, split: str, data_dir: str | os.PathLike[str] | None) -> ImageSet:
@@ -285,7 +287,7 @@ def _tfds(name: str, split: str, data_dir: str | os.PathLike[str] | None) -> Ima
         return _three_channels(as_bytes(row[picture])), int(row[label])
 
     def labels() -> np.ndarray:
-        skipping = {picture: tfds.decode.SkipDecoding()}
+        skipping = {picture: tfds.decode.SkipDecoding()}  # labels alone, without pixels
         undecoded = builder.as_data_source(split=split, decoders=skipping)
         return np.array([row[label] for row in undecoded], np.int32)
 
@@ -336,13 +338,14 @@ def _emoji(vendor: str, directory: str, data_dir: str | os.PathLike[str] | None)
     install = _EMOJI_INSTALL.format(name=name)
     root = fetched(places, data_dir=data_dir, what=name, install=install)
     entries = read_json(root / "emoji.json", form=list)
+    # What all of them draw: their sets then have the same entries.
     entries = [e for e in entries if all(e[f"has_img_{v}"] for v in EMOJI_VENDORS)]
     # Vendors list them in orders of their own.
-    entries = [e for e in entries if e["category"] != "Component"]
+    entries = [e for e in entries if e["category"] != "Component"]  # swatches of skin and hair
     entries.sort(key=lambda entry: (entry["sort_order"], entry["unified"]))
     classes = sorted({entry["category"] for entry in entries})
     number = {category: i for i, category in enumerate(classes)}
-    folder = root / "img" / vendor / "64"
+    folder = root / "img" / vendor / "64"  # in pixels
     files = [(folder / entry["image"], number[entry["category"]]) for entry in entries]
     captions = [str(entry["name"] or entry["short_name"]).lower() for entry in entries]
     return _files(files, classes, captions)

@@ -12,7 +12,7 @@ from logitjax.storage import guard, require
 if TYPE_CHECKING:
     from logitjax.vision import Encoder
 
-_ASPECT = (3 / 4, 4 / 3)
+_ASPECT = (3 / 4, 4 / 3)  # torchvision's
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ class ImageViews:
             resize=encoder.preprocessing.resize,
             interpolation=encoder.preprocessing.interpolation,
             count=int(count or 1),
-            seed=seed if kind == "random" else 0,
+            seed=seed if kind == "random" else 0,  # plain views have none
             **made,
         )
 
@@ -164,7 +164,7 @@ def _random_box(
     width, height = size
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
-        ratio = math.exp(rng.uniform(*np.log(_ASPECT)))
+        ratio = math.exp(rng.uniform(*np.log(_ASPECT)))  # by logs: as often wide as tall
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))

@@ -10,7 +10,7 @@ from functools import lru_cache
 import numpy as np
 from jaxtyping import Int, Int64
 
-_ROUNDS = 8
+_ROUNDS = 8  # four are proved to look random
 _MASK64 = 0xFFFFFFFFFFFFFFFF
 
 
@@ -24,6 +24,7 @@ def _mix(values: np.ndarray) -> np.ndarray:
 @lru_cache(maxsize=16)
 def _round_keys(seed: int, epoch: int) -> np.ndarray:
     state = np.array([seed & _MASK64, (seed >> 64) & _MASK64, epoch & _MASK64], np.uint64)
+    # 0x9E37...: 2^64 by the golden ratio, splitmix64's step.
     key = np.zeros(1, np.uint64)
     for word in state:
         key = _mix(key + word + np.uint64(0x9E3779B97F4A7C15))
@@ -50,7 +51,7 @@ def permute(
         for key in keys:
             left, right = right, left ^ (_mix(right + key) & low)
         values[todo] = (left << half) | right
-        todo = values >= np.uint64(length)
+        todo = values >= np.uint64(length)  # cycle walking
     return values.astype(np.int64)
 
 

@@ -14,7 +14,7 @@ from logitjax.data._order import global_indices, process_rows
 from logitjax.storage import ArrayCodec, Manifest, ShardReader
 
 KIND = "packed dataset"
-_PREFETCH = 2
+_PREFETCH = 2  # batches in memory beside the one in use
 
 # One tokenizer's arrays, or under the key "row" the indices of the rows themselves.
 Batch = dict[str, Any]
@@ -31,7 +31,7 @@ def _positions(segment_ids: Int[np.ndarray, "*batch tokens"]) -> Int32[np.ndarra
     index = np.arange(segment_ids.shape[-1], dtype=np.int32)
     starts = np.ones(segment_ids.shape, bool)
     starts[..., 1:] = segment_ids[..., 1:] != segment_ids[..., :-1]
-    begin = np.maximum.accumulate(np.where(starts, index, 0), axis=-1)
+    begin = np.maximum.accumulate(np.where(starts, index, 0), axis=-1)  # of its segment
     return np.where(segment_ids > 0, index - begin, 0).astype(np.int32)
 
 
@@ -160,6 +160,7 @@ class PackedDataset:
         batch: Batch = {"row": indices}
         if self.routes:
             ends = np.cumsum(list(self.routes.values()))
+            # Padding, at -1, has the first teacher, and nothing that it could teach.
             batch["teacher"] = np.searchsorted(ends, np.maximum(indices, 0), side="right")
         for name in self.names:
             columns = {}

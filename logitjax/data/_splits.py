@@ -63,11 +63,13 @@ def _cut(examples: Examples, names: tuple[str, ...], spec: str) -> dict[str, Exa
             f"{len(examples)}{hint}"
         )
     # By text and not by rows: documents differ in length, and one book may be half of it.
+    # In characters: what tokens there are depends on the models.
     sizes = np.cumsum(np.fromiter(itertools.chain([0], (len(str(r)) for r in examples)), np.int64))
     stops = [len(examples)]
     for place in reversed(range(1, len(names))):
         start = sizes[-1] * (1 - 0.1 * (len(names) - place))
         nearest = int(np.abs(sizes - start).argmin())
+        # Every split keeps a document, wherever the nearest cuts fall.
         stops.insert(0, min(max(nearest, place), stops[0] - 1))
     return {
         name: examples[start:stop]

@@ -44,7 +44,7 @@ def prepare(
                 dataset,
                 data_dir=os.fspath(root),
                 file_format=FILE_FORMAT,
-                try_gcs=False,
+                try_gcs=False,  # ready-made files there have another format
                 **config_argument,
             )
         except DatasetNotFoundError:
@@ -117,7 +117,7 @@ def _parsed(name: str) -> tuple[Any, str, str]:
     if "." in module:
         builder = getattr(importlib.import_module(module), attribute)
         return builder, builder.name, ""
-    dataset, _, config = name.replace(":", "/").partition("/")
+    dataset, _, config = name.replace(":", "/").partition("/")  # NAME:CONFIG or NAME/CONFIG
     return _builders.BUILDERS.get(dataset), dataset, config
 
 
@@ -146,7 +146,7 @@ def _versions(path: epath.Path) -> list[epath.Path]:
         for p in _children(path)
         if all(part.isdigit() for part in p.name.split(".")) and (p / "features.json").exists()
     ]
-    return sorted(found, key=lambda p: [int(part) for part in p.name.split(".")])
+    return sorted(found, key=lambda p: [int(part) for part in p.name.split(".")])  # 1.9 < 1.10
 
 
 class _Rows(Sequence):

@@ -54,7 +54,7 @@ def token_windows(
             longest = max(longest, len(tokens))
             window = np.asarray([*start, *tokens[begin : begin + part]], np.int32)
             if len(window) == length:
-                found.setdefault(window.tobytes(), window)
+                found.setdefault(window.tobytes(), window)  # equal beginnings count once
             if len(found) == count:
                 return np.stack(list(found.values()))
         begin += part

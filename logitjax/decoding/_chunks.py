@@ -70,9 +70,7 @@ def in_chunks(
     advance: Callable[[], Emitted],
     text: TextOptions,
 ) -> Generated:
-    """Prefill all slots, then ``advance()`` until every row has ended, by as many tokens as it
-    likes.
-    """
+    """Prefill all slots, then ``advance()``, by any number of tokens, until every row has ended."""
     rows = [_Row(text, request.prompt) for request in requests]
     # On the host, as what is emitted would otherwise wait on the device until the end.
     parts = [one_step(jax.tree.map(np.asarray, engine.prefill_all(requests)))]

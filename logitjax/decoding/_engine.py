@@ -23,6 +23,7 @@ from logitjax.decoding._step import (
     start,
 )
 
+# Donated: caches are the bulk of the memory, and are written in place.
 _jit = functools.partial(jax.jit, static_argnames=("plan", "options"), donate_argnames="state")
 
 
@@ -128,7 +129,7 @@ class Engine:
             self._room += self._longest_draft
         self.rings = rings
         if not rings:
-            self.plan = self.plan.with_ring_slack(self._room)
+            self.plan = self.plan.with_ring_slack(self._room)  # nothing is overwritten
         self.options = DecodeOptions() if options is None else options
         self.slots = slots
         self.max_length = max_length
@@ -144,7 +145,7 @@ class Engine:
             idle = [Request(prompt=[0], max_new_tokens=1)] * self.slots
             cache = self.plan.init_cache(self.slots, self._room)
             state = fresh_rows(self.plan, self.options, idle, cache=cache, extra=self._extra)
-            state = dataclasses.replace(state, active=np.zeros(self.slots, bool))
+            state = dataclasses.replace(state, active=np.zeros(self.slots, bool))  # none decodes
             self._state = state = _laid_out(self.plan, self.options, state)
             return state
         return self._state

@@ -25,7 +25,7 @@ class Group:
 
     @property
     def batch_axis(self) -> int:
-        return len(self.streams) > 1
+        return len(self.streams) > 1  # behind the axis of streams, where there is one
 
     def empty(self, rows: int, max_length: int) -> Any:
         cache = self.init_cache(rows, max_length)
@@ -94,15 +94,13 @@ class Plan:
         return [jax.ShapeDtypeStruct((rows, size), jnp.float32) for size in sizes]
 
     def slot_axes(self, cache: Sequence[Any]) -> list[int] | None:
-        """Axes of the cache's leaves along which slot p holds position p (-1: none); None if
-        unknown.
-        """
+        """The axis of each cache leaf where slot p holds position p (-1: none); None if unknown."""
         found: list[int] = []
         for group, held in zip(self.groups, cache, strict=True):
             axes = getattr(group.init_cache, "slot_axes", None)
             if axes is None:
                 return None
-            found += [axis + group.batch_axis * (axis >= 0) for axis in axes(held)]
+            found += [axis + group.batch_axis * (axis >= 0) for axis in axes(held)]  # -1 stays
         return found
 
     def init_cache(self, rows: int, max_length: int) -> tuple:
@@ -153,7 +151,7 @@ class Plan:
         return dataclasses.replace(self, groups=tuple(groups))
 
     def _fit(self, logits: jax.Array) -> jax.Array:
-        logits = logits.astype(jnp.float32)
+        logits = logits.astype(jnp.float32)  # in bf16 differences of models would vanish
         if self.token_map is not None:
             return logits
         # Vocabularies of one tokenizer differ in rows of padding at the end.
@@ -173,6 +171,7 @@ class Plan:
         empty = jnp.zeros((0, *logits[0].shape), logits[0].dtype)
         vocab_where = None
         if min(self.vocab_sizes) < self.vocab_size and self.token_map is None:
+            # Ids that some model lacks are of no use to a fusion.
             vocab_where = np.arange(self.vocab_size) < min(self.vocab_sizes)
         return self.fuse.value(
             logits[0],
@@ -266,7 +265,7 @@ class Ensemble:
         )
         self.params: tuple = tuple(params)
         lengths = [m.max_length for m in members if m.max_length is not None]
-        self.max_length: int | None = min(lengths, default=None)
+        self.max_length: int | None = min(lengths, default=None)  # the shortest
 
     @property
     def decoder(self) -> Decoder:

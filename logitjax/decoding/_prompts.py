@@ -114,6 +114,7 @@ def place_row(
     return constrain(plan, options, put_rows(plan, state, row, slot)), emitted
 
 
+# Nothing is donated: the row goes on with the cache that a block is copied from.
 @functools.partial(jax.jit, static_argnames=("plan", "size"))
 def _taken(plan: Plan, caches: Any, start: jax.Array, size: int) -> list[jax.Array]:
     axes, leaves = plan.slot_axes(caches) or [], jax.tree.leaves(caches)
@@ -157,9 +158,9 @@ class _Reading:
     """A prompt on its way: padded streams, and the next column to be read."""
 
     tokens: np.ndarray  # [streams, columns]
-    lengths: list[int]
+    lengths: list[int]  # of each stream
     at: int
-    names: list[bytes]
+    names: list[bytes]  # of its whole blocks
     report: bool
     extra: Any = None
     logits: Any = None

@@ -51,11 +51,12 @@ def rollout(
     plan, (rows, time) = ensemble.plan, tokens.shape
     options = DecodeOptions(
         logprobs=True,
-        logprobs_of="sampled",
+        logprobs_of="sampled",  # of the law that draws, for importance ratios
         repetition=sampling.penalizes,
         max_stop_ids=max(1, len(stop_ids)),
         mesh=mesh,
     )
+    # Its prompt only fills the form: those of the rows are traced, and `start` feeds them.
     request = Request(
         prompt=[0], max_new_tokens=new_tokens, sampling=sampling, stop_ids=tuple(stop_ids)
     )

@@ -125,7 +125,7 @@ def score(
 
     def blocks(array: np.ndarray) -> np.ndarray:
         split = array.reshape(*array.shape[:-1], time // block, block)
-        return np.moveaxis(split, -2, 0)
+        return np.moveaxis(split, -2, 0)  # `[blocks, ..., block]`
 
     log_p, greedy = _score(
         plan,
@@ -136,7 +136,7 @@ def score(
     )
 
     def whole(leaf: jax.Array) -> np.ndarray:
-        parts = np.moveaxis(np.asarray(leaf), 0, -2)
+        parts = np.moveaxis(np.asarray(leaf), 0, -2)  # blocks side by side again
         return parts.reshape(*parts.shape[:-2], time)[..., :longest]
 
     scores = np.where(where, whole(log_p), 0)

@@ -29,9 +29,7 @@ _DRAFT, _ACCEPT, _INSTEAD = 1, 2, 3
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Drafted:
-    """Of drafts, int32 `[slots]`: rounds, tokens compared (none behind a rejected one), and
-    accepted.
-    """
+    """Of drafts, int32 `[slots]`: rounds, and tokens compared (up to a rejected one), accepted."""
 
     rounds: Any
     tested: Any
@@ -190,8 +188,8 @@ def _round(
     state, buffers, written, stats = carry
     rows = len(state.token)
     drafts, warm, cache = _propose(plan, drafter, options, draft_params, state, length)
-    fed = jnp.concatenate([state.token[None], drafts]).T
-    ahead = state.lengths[..., None] + jnp.arange(length + 1)
+    fed = jnp.concatenate([state.token[None], drafts]).T  # `[rows, length + 1]`
+    ahead = state.lengths[..., None] + jnp.arange(length + 1)  # `[streams, rows, length + 1]`
     positions = jnp.where(state.active[:, None], ahead, -1)
     logits, cache = plan.forward(params, jnp.stack(plan.read(fed)), positions, cache)
     # One column more, so that the last position has a draft to be told from.

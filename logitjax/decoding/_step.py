@@ -143,9 +143,10 @@ def start(
     logits, cache = plan.forward(params, tokens, positions, state.cache, last_only=True)
     seen = state.seen
     if seen is not None:
+        # Padding goes to an id beyond the vocabulary, which the scatter drops.
         ids = jnp.where(positions[0] >= 0, tokens[0], seen.shape[1])
         seen = seen.at[jnp.arange(len(seen))[:, None], ids].set(True, mode="drop")
-    lengths = positions.max(axis=-1) + 1
+    lengths = positions.max(axis=-1) + 1  # `[streams, rows]`
     state = dataclasses.replace(state, cache=cache, lengths=lengths, seen=seen)
     return emit(plan, options, state, [row[:, -1] for row in logits])
 
@@ -157,9 +158,7 @@ def emit(
     logits: list[jax.Array],
     choose: Callable[[jax.Array, DecodeState], jax.Array] | None = None,
 ) -> tuple[DecodeState, Emitted]:
-    """Fuse next-token logits ``[rows, vocab]``, choose (or ``choose(adjusted, state)``), note what
-    ends.
-    """
+    """Fuse next-token logits ``[rows, vocab]``, choose or ``choose(adjusted, state)``, and end."""
     fused, info = plan.combine(logits)
     moved = moved_logits(options, state, fused)
     adjusted = moved["adjusted"]
@@ -169,7 +168,7 @@ def emit(
     else:
         chosen = choose(adjusted, state)
     token = jnp.where(state.active, chosen, options.pad_id)
-    stopped = state.active & (token[:, None] == state.stop_ids).any(axis=-1)
+    stopped = state.active & (token[:, None] == state.stop_ids).any(axis=-1)  # filled up with -1
     left = state.left - state.active
     emitted = Emitted(tokens=token, valid=state.active, info=info if options.info else None)
     if options.logprobs or options.top_logprobs:
@@ -206,7 +205,7 @@ def mark_seen(seen: jax.Array | None, token: jax.Array, where: jax.Array) -> jax
     """One token more for the repetition penalty, where somebody keeps track."""
     if seen is None:
         return None
-    ids = jnp.where(where, token, seen.shape[1])
+    ids = jnp.where(where, token, seen.shape[1])  # beyond: dropped
     return seen.at[jnp.arange(len(seen)), ids].set(True, mode="drop")
 
 
@@ -267,6 +266,7 @@ def run_steps(
     plan: Plan, options: DecodeOptions, params: Any, state: DecodeState, steps: int
 ) -> tuple[DecodeState, Emitted]:
     """At most ``steps`` steps, fewer once every row is frozen; ``Emitted`` of ``[rows, steps]``."""
+    # Shapes alone: a loop cannot grow what it writes to.
     out = jax.eval_shape(
         lambda s, x: emit(plan, options, s, x)[1], state, plan.next_logits(len(state.token))
     )

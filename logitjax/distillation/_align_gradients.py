@@ -12,6 +12,7 @@ from logitjax.ops import mesh as on_mesh
 
 
 def _wide(x: jax.Array) -> jax.Array:
+    # In bf16 a sum over all parameters stops growing; float64 stays.
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
@@ -88,6 +89,7 @@ def align_gradients(
     coefficient = jnp.where((dot >= 0) | (task_square == 0), 0.0, dot / safe)
 
     def combine(g1: jax.Array, g2: jax.Array, use: bool) -> jax.Array:
+        # In the leaf's type: a float32 coefficient would widen gradients of bf16.
         return g1 + (g2 - coefficient.astype(g1.dtype) * g1 if use else g2)
 
     product = task_square * auxiliary_square

@@ -26,6 +26,7 @@ class MLPHead(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.hidden = torch_linear(in_features, hidden_features, dtype=dtype, rngs=rngs)
+        # torch's defaults: its momentum of 0.1 is 0.9 by flax's count.
         self.norm = nnx.BatchNorm(
             hidden_features, momentum=0.9, epsilon=1e-5, axis_name=axis_name, dtype=dtype, rngs=rngs
         )

@@ -311,7 +311,7 @@ def _sorted_coupling_value(ours, theirs, f, g):
         return FactoredGraph(graph.z, _renumber(graph.ids, features), graph.nodes)
 
     distance = matched(ours, f).squared_distance(matched(theirs, g), ours.axis)
-    return distance[0] / ours.config.k**2
+    return distance[0] / ours.config.k**2  # a mean over pairs of nodes
 
 
 def _renumber(ids, f):
@@ -326,6 +326,7 @@ def _metrics(ours, theirs, f, g):
     row_sums = ours.unscaled.sum(-1)
     low = jnp.min(jnp.where(ours.valid, row_sums, jnp.inf), axis=-1)
     high = jnp.max(jnp.where(ours.valid, row_sums, -jnp.inf), axis=-1)
+    # pmin and pmax have no derivative.
     if ours.axis is not None:
         low = jax.lax.pmin(jax.lax.stop_gradient(low), ours.axis)
         high = jax.lax.pmax(jax.lax.stop_gradient(high), ours.axis)

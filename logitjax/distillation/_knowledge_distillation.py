@@ -85,6 +85,7 @@ def knowledge_distillation(
         Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network (arXiv 1503.02531);
         defaults as in mdistiller.
     """
+    # T^2: gradients of softened targets shrink by its inverse.
     student, teacher = _softened(student_logits, teacher_logits, temperature)
     return jnp.square(jnp.asarray(temperature)) * _softmax_kl(
         student, teacher, vocab_where, axis, axis_name
@@ -144,15 +145,16 @@ def decoupled_knowledge_distillation(
     shards = 1 if axis_name is None else jax.lax.axis_size(axis_name)
     checks.ids(labels, classes * shards, "labels")
     checks.where(vocab_where, student.shape, "vocab_where")
-    first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * classes
+    first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * classes  # of this shard
     ids = first + jax.lax.broadcasted_iota(jnp.int32, student.shape, student.ndim - 1)
     target = ids == labels[..., None]
     others = ~target if vocab_where is None else ~target & vocab_where
 
     def sides(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The label's logit and the evidence for all others; -inf where there is none."""
+        # One shard has the label; the others add zeros.
         own = on_mesh.psum(jnp.sum(jnp.where(target, logits, 0.0), -1), axis_name)
-        own = jnp.where(own == jnp.inf, jnp.nan, own)
+        own = jnp.where(own == jnp.inf, jnp.nan, own)  # an error of the teacher, not certainty
         return own, logsumexp(logits, vocab_where=others, axis_name=axis_name)
 
     def log_odds(own: jax.Array, rest: jax.Array) -> jax.Array:
@@ -217,7 +219,7 @@ def standardize_logits(
 
     count = total(keep)
     deviation = jnp.where(keep, safe - total(safe) / jnp.maximum(count, 1), 0.0)
-    variance = total(jnp.square(deviation)) / jnp.maximum(count - 1, 1)
+    variance = total(jnp.square(deviation)) / jnp.maximum(count - 1, 1)  # torch's, unbiased
     # The square root has no gradient at a row of equal logits; its deviations are 0 anyway.
     std = jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1.0)), 0.0)
     return jnp.where(keep, deviation / (std + epsilon), -jnp.inf)
@@ -296,7 +298,8 @@ def dist(
     exist = (student != -jnp.inf) | (teacher != -jnp.inf)
     # Not `jax.nn.softmax`, which makes nan of a row without any class.
     student, teacher = jnp.exp(log_softmax(student)), jnp.exp(log_softmax(teacher))
-    inter = _pearson_distance(student, teacher, exist, -1)
+    inter = _pearson_distance(student, teacher, exist, -1)  # `[batch]`, over classes
+    # `[classes]`, over the examples that count.
     intra = _pearson_distance(student, teacher, jnp.broadcast_to(there[:, None], exist.shape), 0)
     intra = masked_mean(intra, (there[:, None] & exist).any(0))
     return jnp.square(jnp.asarray(temperature)) * (inter_weight * inter + intra_weight * intra)

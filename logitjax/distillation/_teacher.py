@@ -14,6 +14,7 @@ from logitjax.losses import GraphStatistics, Head, TailSample
 from logitjax.ops import TopK
 
 
+# Static under jit, so it is compared by identity: tables of ids have no hash.
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Vocabularies:
     """How a teacher's vocabulary relates to the student's; equal only to itself.
@@ -32,7 +33,7 @@ class Vocabularies:
         return Matches.of(self.projections["exact"])
 
 
-SAME_VOCABULARY = Vocabularies()
+SAME_VOCABULARY = Vocabularies()  # one object: jit compiles once
 
 
 @jax.tree_util.register_dataclass

@@ -89,6 +89,7 @@ def universal_logit_distance(
         2505.13893). The value of `top_k` is ours.
     """
     checks.positive(temperature, "temperature")
+    # 0 where nobody knows: a `TopK` does not tell the size of its vocabulary.
     if top_k is not None:
         sizes = [
             0 if isinstance(model, TopK) else _vocabulary_size(model, axis, axis_name, name)
@@ -135,8 +136,8 @@ def _sorted_probs(
     vocab = _vocabulary_size(scaled, -1, axis_name, name)
     # The k largest of all are all of them, sorted.
     values, _ = exact_top_k(scaled, min(top_k or vocab, vocab), axis_name=axis_name)
-    log_z = logsumexp(scaled, axis_name=axis_name)
-    return jnp.exp(values - neginf_to_zero(log_z)[..., None])
+    log_z = logsumexp(scaled, axis_name=axis_name)  # of all, the ranks left out too
+    return jnp.exp(values - neginf_to_zero(log_z)[..., None])  # an empty row: -inf less -inf is nan
 
 
 def _top_probs(top: TopK, top_k: int | None, name: str) -> jax.Array:
@@ -152,7 +153,7 @@ def _top_probs(top: TopK, top_k: int | None, name: str) -> jax.Array:
 
 
 def _vocabulary_size(logits: Array, axis: int, axis_name: AxisName | None, name: str) -> int:
-    size = logits.shape[checks.axis(axis, jnp.shape(logits), name)]
+    size = logits.shape[checks.axis(axis, jnp.shape(logits), name)]  # of this shard
     return size if axis_name is None else size * lax.axis_size(axis_name)
 
 

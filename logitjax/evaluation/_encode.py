@@ -91,7 +91,7 @@ class PromptTemplate:
         mark = tokenizer.eos_id if eos_id is None else eos_id
         if end and mark is not None:
             ids = np.append(ids, np.int32(mark))
-        ids = ids[:max_length]
+        ids = ids[:max_length]  # the end mark goes first
         if len(prompt) >= len(ids):
             raise ValueError(
                 f"no token of the answer fits: the prompt of {question[:60]!r} takes {len(prompt)} "

@@ -77,6 +77,7 @@ def fluency(texts: Sequence[str]) -> float | None:
     [1.7233, 0.9455, 0.0]
     """
     rows = [words for words in map(str.split, texts) if len(words) >= 3]
+    # ROME's: entropies of pairs and triples weigh 2/3 and 4/3 in their mean.
     values = [(2 / 3 * _entropy(words, 2) + 4 / 3 * _entropy(words, 3)) / 2 for words in rows]
     return float(np.mean(values)) if values else None
 

@@ -104,6 +104,7 @@ class Candidate:
         """
         array = jax.ShapeDtypeStruct
         (count, shown), recipe = task.labels.shape, self.recipe
+        # The shape of `Recipe.order`, with an axis of runs.
         order = (count, recipe.total_steps(shown), min(recipe.batch_size, shown))
         runs = Runs(
             numbers=array((count,), jnp.int32),
@@ -118,7 +119,7 @@ class Candidate:
         )
         whole = NamedSharding(mesh, PartitionSpec())
         columns = {name: len(column) for name, column in (self.grid or {}).items()}
-        columns[""] = self.settings
+        columns[""] = self.settings  # as in `sweep`: the axis, where no field is searched
         settings = {name: array((n,), jnp.float32, sharding=whole) for name, n in columns.items()}
         number = array((), jnp.int32, sharding=whole)
         return Program(

@@ -73,19 +73,20 @@ def extract_features(
     used = next(n for n in range(len(devices), 0, -1) if total % n == 0)  # a batch splits evenly
     mesh = jax.make_mesh((used,), ("data",), (AxisType.Auto,), devices=devices[:used])
     spread = NamedSharding(mesh, PartitionSpec("data"))
-    placed = encoder.placed(NamedSharding(mesh, PartitionSpec()))
+    placed = encoder.placed(NamedSharding(mesh, PartitionSpec()))  # whole on each device
 
     def fetch(row: int) -> tuple[np.ndarray, int]:
         picture, label = images[row]
         return views(picture, row=row), label
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # PIL decodes without the GIL
 
         def compute(chunk: np.ndarray) -> Features:
             fetched = list(pool.map(fetch, chunk.tolist()))
             pixels = np.concatenate([picture for picture, _ in fetched])
             features, logits = placed.encode(jax.device_put(pixels, spread))
-            shape = (len(chunk), views.count, -1)
+            shape = (len(chunk), views.count, -1)  # features or logits last
+            # Nothing is waited for: `fill` takes this when the next batch is on its way.
             return Features(
                 features=features.reshape(shape),
                 logits=None if logits is None else logits.reshape(shape),

@@ -17,6 +17,7 @@ _NAMES_OF = {
     "data": "data_fingerprint",
     "class_names": "data_fingerprint",
 }
+# Little-endian on every machine.
 _DTYPES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
 
 
@@ -83,7 +84,7 @@ class _Codec:
     def __init__(self, identity: FeatureIdentity):
         self._identity = identity
         self._sizes = {"features": identity.num_features, "logits": identity.num_logits}
-        numbers = (identity.num_views, sum(self._sizes.values()))
+        numbers = (identity.num_views, sum(self._sizes.values()))  # `[views, features + logits]`
         self._arrays = ArrayCodec(
             {"label": (np.int32, ()), "numbers": (_DTYPES[identity.dtype], numbers)}
         )
@@ -94,7 +95,7 @@ class _Codec:
         for name, size in self._sizes.items():
             value = getattr(computed, name)
             if value is None and not size:
-                continue
+                continue  # an encoder that has no classifier
             shape = () if value is None else np.shape(value)
             if shape[1:] != (self._identity.num_views, size):
                 wanted = f"[batch, {self._identity.num_views}, {size}]"
@@ -102,7 +103,7 @@ class _Codec:
             parts.append(np.asarray(value, np.float32))
         labels = np.asarray(computed.labels)[:count]
         checks.ids(labels, len(self._identity.class_names), "labels")
-        numbers = np.concatenate(parts, -1)[:count]
+        numbers = np.concatenate(parts, -1)[:count]  # a last batch is filled up
         with np.errstate(over="ignore"):  # float16 ends at 65504: checked below
             stored = numbers.astype(_DTYPES[self._identity.dtype])
         if not np.isfinite(stored).all():
@@ -179,5 +180,5 @@ class FeatureCache(RowCache):
 
 
 def _identity(made_from: Mapping[str, Any]) -> FeatureIdentity:
-    names = tuple(made_from["class_names"])
+    names = tuple(made_from["class_names"])  # a list in JSON
     return FeatureIdentity(**{**made_from, "class_names": names})

@@ -19,7 +19,7 @@ from logitjax.few_shot._sweep import best_setting, sweep
 from logitjax.ops import Array
 from logitjax.storage import guard, read_head, write_head
 
-_KIND = "few-shot head"
+_KIND = "few-shot head"  # files of other heads lie under the same names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ class FittedHead:
 def _fused(
     learnt: Any, features: Any, auxiliary: Any, hidden: Any, *, method: Method, scale: float
 ) -> jax.Array:
-    state, class_weights = learnt
+    state, class_weights = learnt  # traced: heads of one setting share a program
     inputs = Inputs.of(features, class_weights, scale=scale, auxiliary=auxiliary, hidden=hidden)
     return method.logits(state, method.prepare(inputs))
 
@@ -139,6 +139,7 @@ def fit(
         seen, known = validation.inputs, validation.labels
         task = dataclasses.replace(task, validation=seen, validation_labels=known)
     if validation is not None and candidate.grid:
+        # `sweep` wants an axis of runs, but for what all runs share.
         fixed = dict.fromkeys(("class_weights", "projection", "projection_bias"))
         one = jax.tree.map(lambda x: x[None], dataclasses.replace(task, **fixed))
         shared = {name: getattr(task, name) for name in fixed}
@@ -149,7 +150,7 @@ def fit(
             training=candidate.recipe,
             grid=candidate.grid,
             seed=seed,
-            sequential=True,
+            sequential=True,  # the memory of one setting, not of the grid
         )
         candidate = candidate.chosen(int(best_setting(scores["validation"])[0]))
     return FittedHead(
@@ -167,7 +168,7 @@ def _learnt(candidate: Candidate, task: FewShotTask, seed: int) -> State:
     method.check(task)
     order = None
     if method.trains:
-        order = recipe.order((seed, 0), len(task.labels), views=task.views)
+        order = recipe.order((seed, 0), len(task.labels), views=task.views)  # run 0 of a sweep
 
     @jax.jit
     def run(task: FewShotTask, order: Any) -> State:
@@ -209,7 +210,7 @@ def _form(tree: Any, name: str, tensors: dict[str, np.ndarray]) -> Any:
         return None
     if isinstance(tree, dict):
         return {key: _form(value, f"{name}.{key}", tensors) for key, value in tree.items()}
-    if isinstance(tree, tuple):
+    if isinstance(tree, tuple):  # a list in JSON, which `_filled` turns back
         return [_form(value, f"{name}.{i}", tensors) for i, value in enumerate(tree)]
     tensors[name] = np.ascontiguousarray(tree)
     return name
@@ -237,6 +238,7 @@ def _method_of(record: Any) -> Any:
     """The inverse of `_described`."""
     if not isinstance(record, dict):
         return record
+    # Nothing but the library's methods: a file must not name any class it likes.
     kind: Any = getattr(methods, str(record["name"]), None)
     if not hasattr(kind, "__dataclass_fields__"):
         raise ValueError(f"method: expected one that is known, got {guard.short(record['name'])}")

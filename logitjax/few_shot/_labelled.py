@@ -64,7 +64,7 @@ class Pictures:
     def __post_init__(self) -> None:
         weights = _finite(self.class_weights, "class_weights", 2)
         labels = np.asarray(self.labels)
-        made: dict[str, Any] = {"class_weights": _unit(weights.T, "class_weights").T}
+        made: dict[str, Any] = {"class_weights": _unit(weights.T, "class_weights").T}  # by column
         for name in _FEATURES:
             given = getattr(self, name)
             if given is None:
@@ -124,7 +124,7 @@ class Pictures:
         """The task of learning from these pictures, or from their views."""
         fixed = {name: getattr(self, name) for name in ("labels", *_CLASSIFIER)}
         seen = [view.inputs for view in self.views or (self,)]
-        support = jax.tree.map(lambda *views: np.concatenate(views), *seen)
+        support = jax.tree.map(lambda *views: np.concatenate(views), *seen)  # view after view
         return FewShotTask(support=support, views=len(seen), **fixed)
 
     def sample(
@@ -158,8 +158,9 @@ class Pictures:
         rng = np.random.default_rng(seed)
         parts: tuple[list, list, list] = ([], [], [])
         for number, name in enumerate(self.class_names):
+            # Shots are the beginning of one order, so that more of them contain fewer.
             rows = rng.permutation(np.flatnonzero(self.labels == number))
-            least = 1 + (held_out > 0) + rest
+            least = 1 + (held_out > 0) + rest  # one for each part
             if len(rows) < least:
                 raise ValueError(
                     f"shots: expected at least {least} pictures of each class, to learn from"
@@ -276,7 +277,7 @@ def read_pictures(
     if views:
         encoded += _read_views(*views)[0]
     classifier = _read_classifier(class_weights)
-    fixed = float(np.asarray(classifier.pop("scale", 100.0)).reshape(()))
+    fixed = float(np.asarray(classifier.pop("scale", 100.0)).reshape(()))  # CLIP's
     if projection is not None:
         kernel, bias = projection
         classifier |= {"projection": kernel, "projection_bias": bias}
@@ -298,6 +299,7 @@ def _read_views(
     first, names, rows = _read_features(epath.Path(features))
     if auxiliary is not None:
         second, _, others = _read_features(epath.Path(auxiliary))
+        # Arrays of other programs have no fingerprint; of them only labels can be compared.
         alike = len(second) == len(first) and (rows == others or "" in (rows, others))
         if not alike or not np.array_equal(second[0]["labels"], first[0]["labels"]):
             raise ValueError(

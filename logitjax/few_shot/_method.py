@@ -259,7 +259,7 @@ def z_score(logits: Float[Array, "*batch classes"]) -> Float[jax.Array, "*batch 
 def centred(values: jax.Array, there: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Deviations from the mean of the entries that are there, 0 elsewhere; and their number."""
     count = there.sum(-1, keepdims=True)
-    for _ in range(2):
+    for _ in range(2):  # the first mean is off by rounding
         values = jnp.where(there, values, 0.0)
         mean = values.sum(-1, keepdims=True) / jnp.maximum(count, 1)
         values = jnp.where(there, values - mean, 0.0)
@@ -275,9 +275,7 @@ def without_zero_shot(own: jax.Array, zero_shot: Array) -> jax.Array:
 def class_means(
     features: Float[Array, "n features"], labels: Int[Array, " n"], num_classes: int
 ) -> Float[jax.Array, "features classes"]:
-    """The mean feature of every class, as the columns of a linear predictor; zeros without an
-    example.
-    """
+    """Mean features of classes, as columns of a linear predictor; zeros without an example."""
     features = checks.as_float(features, "features")
     members = one_hot(labels, num_classes, features.dtype)
     return (features.T @ members) / jnp.maximum(members.sum(0), 1)

@@ -148,6 +148,7 @@ def sweep(
         raise ValueError(
             f"labels: expected every run to start with as many images, got {sorted(counts)}"
         )
+    # A wrong name fails here, before anything is traced.
     with_settings(method, training, dict.fromkeys(columns, 0.0))
     numbers = np.arange(first, first + len(labels))
     orders, steps = _orders(numbers, labels, counts.pop(), training, views=task.views, seed=seed)
@@ -165,7 +166,7 @@ def sweep(
         sequential=sequential,
         mesh=mesh,
     )
-    return jax.tree.map(lambda x: np.asarray(x)[: len(labels)], scores)
+    return jax.tree.map(lambda x: np.asarray(x)[: len(labels)], scores)  # without padding
 
 
 def _orders(

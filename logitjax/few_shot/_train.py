@@ -99,6 +99,7 @@ class Recipe:
             )
 
         if self.algorithm == "sgd":
+            # As in torch, decay is part of the gradient and passes through the momentum.
             decay = optax.add_decayed_weights(self.weight_decay)
             return optax.chain(decay, optax.sgd(rate, momentum=self.b1))
         return optax.adamw(
@@ -194,6 +195,7 @@ class Recipe:
             trained, opt_state = carry
 
             def mean_loss(trained: Any) -> jax.Array:
+                # Row v * count + i is view v of image i: every view has the labels.
                 values = method.loss(
                     State(trained, state.fixed), support[rows], labels[rows % count]
                 )
@@ -209,7 +211,7 @@ class Recipe:
         start = (state.trained, tx.init(state.trained))
         if steps is None:
             (trained, _), losses = jax.lax.scan(step, start, rows_of_step)
-        else:
+        else:  # the length of a scan cannot be traced
 
             def body(index: Any, carry: Any) -> Any:
                 inner, losses = carry

@@ -72,7 +72,7 @@ class DynamicFusion:
     method: Method = "project"
     multi: Multi = "joint"
     alpha_range: tuple[float, float] = (0.0, 2.0)
-    num: int = 21
+    num: int = 21  # steps of 0.1 by default
     max_sweeps: int = 64
     sharded_sweeps: int = 12
     tolerance: float = 1e-4
@@ -120,7 +120,7 @@ class DynamicFusion:
         inputs = read_inputs(logits_large, logits_experts, logits_bases, vocab_where)
         given = [logits_large, logits_experts, logits_bases, vocab_where]
         if vocab_where is not None:
-            given[3] = jnp.broadcast_to(vocab_where, logits_large.shape)
+            given[3] = jnp.broadcast_to(vocab_where, logits_large.shape)  # cut by rows
         frozen = jax.tree.map(lambda x: lax.stop_gradient(jnp.asarray(x)), given)
         decide = functools.partial(self._decide, axis_name=axis_name)
         # All-reduces are counted by the token, not by the row.
@@ -230,11 +230,9 @@ class DynamicFusion:
 
 
 def _visit_mean(path: Path, alpha: jax.Array, *, axis_name: AxisName | None) -> Visit:
-    """`project`: the mean of h is that of the expert.
-
-    Its slope is the variance v, and from mu on -(mu - least) <= v'/v <= most - mu: the gap is
-    closed within what its integral says.
-    """
+    """`project`: the mean of h is that of the expert."""
+    # Its slope is the variance v, and from mu on -(mu - least) <= v'/v <= most - mu: the gap is
+    # closed within what its integral says.
     # Near the root the centre is the mean.
     at = path.moments(alpha, axis_name=axis_name, centre=path.target_mean)
     gap, error = at.mean - path.target_mean, at.errors[2] + path.target_errors[2]
@@ -260,10 +258,8 @@ def _visit_sum(
     target: tuple[jax.Array, jax.Array],
     axis_name: AxisName | None,
 ) -> Visit:
-    """`jeffreys`: the sum of both divergences, alpha mu, is the target `(sum, its error)`.
-
-    mu grows, so that the sum grows at least as fast as alpha.
-    """
+    """`jeffreys`: the sum of both divergences, alpha mu, is the target `(sum, its error)`."""
+    # mu grows, so that the sum grows at least as fast as alpha.
     at = path.moments(alpha, axis_name=axis_name)
     (wanted, doubt), error = target, alpha * at.errors[2] + 1e-6 * alpha * at.mean
     value, tiny = alpha * at.mean, jnp.finfo(alpha.dtype).tiny

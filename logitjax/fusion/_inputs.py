@@ -64,7 +64,7 @@ class Inputs(NamedTuple):
 def _exact_difference(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
     """x - y as float32 has it, and what rounding took from it (Knuth's two-sum)."""
     difference = x - y
-    back = difference - x
+    back = difference - x  # -y, but for rounding
     return difference, (x - (difference - back)) - (y + back)
 
 
@@ -151,13 +151,14 @@ def read_inputs(
 
 
 def _stacked(logits: Array | None, large: jax.Array, name: str, *, needed: bool) -> Any:
+    # An ensemble without experts passes a stack of none.
     if logits is None or (jnp.ndim(logits) == large.ndim + 1 and not len(logits)):
         if needed:
             raise ValueError(f"{name}: expected logits, which this strategy needs, got none")
         return None
     values = checks.as_float(logits, name)
     if values.ndim == large.ndim:
-        values = values[None]
+        values = values[None]  # a single model
     if values.shape[1:] != large.shape:
         hint = ""
         if values.shape[1:-1] == large.shape[:-1]:
@@ -166,7 +167,7 @@ def _stacked(logits: Array | None, large: jax.Array, name: str, *, needed: bool)
             f"{name}: expected {large.shape} or a leading axis of models before it, got "
             f"{logits.shape}{hint}"
         )
-    return values.astype(large.dtype)
+    return values.astype(large.dtype)  # float64 where that is on
 
 
 def pmax(values: jax.Array, axis_name: AxisName | None) -> jax.Array:

@@ -90,7 +90,7 @@ class LogitDifference(Strategy):
         if self.form == "centred":
             log_z = logsumexp(assistant, vocab_where=exists, axis_name=axis_name)
             count = on_mesh.psum(exists.sum(-1), axis_name)
-            constant = log_z - jnp.log(jnp.maximum(count, 1).astype(log_z.dtype))
+            constant = log_z - jnp.log(jnp.maximum(count, 1).astype(log_z.dtype))  # log mean exp
             assistant = assistant - constant[..., None]
         fused = inputs.large - self.alpha * assistant
         changed = exists
@@ -103,11 +103,11 @@ class LogitDifference(Strategy):
         """The least large logit that is changed, `[*batch, 1]`."""
         large = inputs.fused(inputs.large)
         peak = pmax(large.max(-1, keepdims=True), axis_name)
-        threshold = peak + math.log(self.rate)
+        threshold = peak + math.log(self.rate)  # p >= rate * max p
         if self.filter == "official":
             count = int(self.rate * vocabulary_size(large, axis_name))
             if count == 0:
                 return jnp.full_like(threshold, -jnp.inf)
             largest, _ = top_k(jax.lax.stop_gradient(large), count, axis_name=axis_name)
-            threshold = jnp.minimum(threshold, largest[..., -1:])
+            threshold = jnp.minimum(threshold, largest[..., -1:])  # at least so many
         return threshold

@@ -195,10 +195,8 @@ def _lowest(gap: jax.Array, least: jax.Array, most: jax.Array) -> jax.Array:
 
 
 def _variances(left: Point, right: Point, growth: jax.Array, decay: jax.Array) -> Any:
-    """What v is at least and at most between two points.
-
-    log v neither grows faster than `growth` nor falls faster than `decay`, from either end.
-    """
+    """What v is at least and at most between two points."""
+    # log v neither grows faster than `growth` nor falls faster than `decay`, from either end.
     beyond = growth * decay / jnp.maximum(growth + decay, _TINY) * (right.alpha - left.alpha)
     # Less what the exponential may be off by.
     share = 0.999 * jnp.exp(-beyond)

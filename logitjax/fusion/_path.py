@@ -232,11 +232,9 @@ def _moments(
 
 
 def _rounding(vocab: int, axis_name: AxisName | None, dtype: Any) -> tuple[float, int, float]:
-    """Unit of rounding, additions in a sum, and the relative error of an expectation under P.
-
-    Exponents log p are rounded by a share of themselves, and E_P[(log p)^2] is at most
-    (log vocab + 1)^2: by Cauchy's inequality that is the error relative to a root mean square.
-    """
+    """Unit of rounding, additions in a sum, and the relative error of an expectation under P."""
+    # Exponents log p are rounded by a share of themselves, and E_P[(log p)^2] is at most
+    # (log vocab + 1)^2: by Cauchy's inequality that is the error relative to a root mean square.
     shards = 1 if axis_name is None else lax.axis_size(axis_name)
     depth = shards + (vocab if vocab < 4 * _PARTS else _PARTS + vocab // _PARTS)
     unit = float(jnp.finfo(dtype).eps) / 2

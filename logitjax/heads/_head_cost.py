@@ -38,7 +38,7 @@ class HeadCost:
         >>> cheap.with_rows(10, 4).read_bytes
         192
         """
-        flops = 2 * rows * hidden
+        flops = 2 * rows * hidden  # a product and a sum each
         return HeadCost(
             parameters=self.parameters + own * hidden,
             stored_bytes=self.stored_bytes + own * hidden * itemsize,

@@ -15,6 +15,7 @@ from logitjax.ops import Array, TopK, checks
 from logitjax.storage import write_head
 
 
+# No `nnx.Param`, so filters of optimizers and of gradients pass it over.
 class Assignment(nnx.Variable):
     """Integer tables of a head: saved with it, never trained."""
 
@@ -72,7 +73,7 @@ class VocabularyHead(nnx.Module):
         **options: Any,
     ) -> Float[jax.Array, "*batch"]:
         """Cross-entropy, not reduced, by blocks of the vocabulary; see `linear_cross_entropy`."""
-        hidden = jnp.asarray(hidden, self.dtype)
+        hidden = jnp.asarray(hidden, self.dtype)  # as in `__call__`
         return linear_cross_entropy(hidden, self.as_linear(embedding), labels, **options)
 
     @staticmethod

@@ -72,7 +72,7 @@ class LogitjaxLM(TemplateLM):
         loaded = decoding.load_ensemble(pretrained, dtype=dtype) if named else pretrained
         model, self.tokenizer, self.end_ids = loaded
         self.model = model if isinstance(model, decoding.Ensemble) else decoding.Ensemble(model)
-        self.max_length = int(max_length or self.model.max_length or 2048)
+        self.max_length = int(max_length or self.model.max_length or 2048)  # the harness's
         self.max_gen_toks = int(max_gen_toks)
         self.batch_size = int(batch_size)
         self._add_bos = self.tokenizer.add_bos if add_bos is None else bool(add_bos)
@@ -111,7 +111,7 @@ class LogitjaxLM(TemplateLM):
             # The last token is predicted, not read.
             ids = np.asarray([*context, *continuation][-(self.max_length + 1) :], np.int32)
             where = np.arange(len(ids)) >= len(ids) - len(continuation)
-            where[0] = False
+            where[0] = False  # nothing precedes it
             rows.append((ids, where))
         with tqdm(total=len(rows), desc="log-likelihoods", disable=disable_tqdm) as bar:
             found = evaluation.score_rows(
@@ -155,7 +155,7 @@ class LogitjaxLM(TemplateLM):
         with tqdm(total=len(requests), desc="answers", disable=disable_tqdm) as bar:
             for group in groups.values():
                 contexts = {i: self.tok_encode(requests[i].args[0]) for i in group}
-                group.sort(key=lambda i: -len(contexts[i]))
+                group.sort(key=lambda i: -len(contexts[i]))  # rows of similar length together
                 for start in range(0, len(group), self.batch_size):
                     picked = group[start : start + self.batch_size]
                     settings = requests[picked[0]].args[1]

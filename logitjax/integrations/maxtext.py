@@ -206,7 +206,7 @@ def tiling_loss(
     """
     pair = _states_and_head(model, hidden_states, dropout=is_train and config.enable_dropout)
     labels, where = data["targets"], data["targets_segmentation"] != 0
-    if not config.z_loss_multiplier:
+    if not config.z_loss_multiplier:  # no normaliser is asked for
         total = losses.linear_cross_entropy(*pair, labels, weights=where.astype(jnp.float32))
         return total, jnp.zeros_like(total)
     read = losses.linear_readout(*pair, labels=labels)

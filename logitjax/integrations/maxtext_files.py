@@ -140,7 +140,7 @@ def cache_stored_top_k(
         if ids.min() < 0 or ids.max() >= vocab_size:
             raise ValueError(f"{_IDS}: expected ids in 0..{vocab_size - 1}, got {ids.max()}")
         numbers = np.arange(start, start + len(part))
-        if not np.isin(numbers, written).all():
+        if not np.isin(numbers, written).all():  # not again what a killed run wrote
             cache.add(numbers, {"values": values, "indices": ids})
         start += len(part)
         part = list(itertools.islice(rows, _PART))

@@ -50,7 +50,7 @@ def hidden_states(
         return call(skip_lm_head=True)[0]
     if "output_hidden_states" in options:
         call(output_hidden_states=True)
-        sown: Any = nnx.pop(model, nnx.Intermediate)
+        sown: Any = nnx.pop(model, nnx.Intermediate)  # or the model keeps it
         return sown["all_hidden_states"].get_value()[0]
     if isinstance(model, llama3.Llama3):
         states = model.embedder.encode(tokens)
@@ -165,7 +165,7 @@ class ObjectiveStrategy(base_strategy.BaseStrategy):
         there = input_mask.astype(bool) if self._pad_id is None else input_tokens != self._pad_id
         positions = utils.build_positions_from_mask(there)
         mask = utils.make_causal_attn_mask(there)
-        return hidden_states(model, input_tokens, positions, mask)[:, :-1]
+        return hidden_states(model, input_tokens, positions, mask)[:, :-1]  # the last has no label
 
     def _targets(self, input_tokens: Any, input_mask: Any, **_: Any) -> tuple[Any, Any]:
         return input_tokens[:, 1:], input_mask[:, 1:].astype(bool)

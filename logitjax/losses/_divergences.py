@@ -55,7 +55,7 @@ def kl_divergence(
         student_logits, teacher_logits, temperature, vocab_where, axis, axis_name
     )
     first, second = (log_p, log_q) if direction == "forward" else (log_q, log_p)
-    scale = jnp.square(jnp.asarray(temperature, log_q.dtype))
+    scale = jnp.square(jnp.asarray(temperature, log_q.dtype))  # Hinton's T^2
     return scale * on_mesh.psum(_kl_terms(first, second).sum(axis), axis_name)
 
 

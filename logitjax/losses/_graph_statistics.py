@@ -112,10 +112,8 @@ def graph_statistics(
 
 
 def _moments(logits, axis_name):
-    """Mean and deviation of the entries that are not -inf, in one pass over the logits.
-
-    The sums are taken about the first entry, which keeps float32 from cancelling.
-    """
+    """Mean and deviation of the entries that are not -inf, in one pass over the logits."""
+    # The sums are taken about the first entry, which keeps float32 from cancelling.
     first = jax.lax.stop_gradient(logits[..., :1])
     first = jnp.where(jnp.isfinite(first), first, 0.0)
     if axis_name is not None:
@@ -139,12 +137,10 @@ def _moments(logits, axis_name):
 
 @jax.custom_jvp
 def _finite_sums(x, origin):
-    """Count, sum and sum of squares of `(x - origin) / unit` over what is not -inf; and the unit.
-
-    A mask or an offset inside the reductions makes them several times slower on CPU, so they are
-    applied only where the plain sums are not finite or would cancel; a unit other than 1 only where
-    the squares overflow.
-    """
+    """Count, sum and sum of squares of `(x - origin) / unit` over all but -inf; and the unit."""
+    # A mask or an offset inside the reductions makes them several times slower on CPU, so they are
+    # applied only where the plain sums are not finite or would cancel; a unit other than 1 only
+    # where the squares overflow.
     total, squares = x.sum(-1), jnp.square(x).sum(-1)
     n, at = x.shape[-1], origin[..., 0]
     # Also false where it is nan.

@@ -59,7 +59,7 @@ def linear_cross_entropy(
     head = Head.of(head).resolve(hidden.shape[-1])
     statistic = _CrossEntropy(
         labels=True,
-        mean=bool(label_smoothing),
+        mean=bool(label_smoothing),  # read only where it is used
         vocab=head.vocab_size(options.get("axis_name")),
         label_smoothing=label_smoothing,
         z_loss=z_loss,
@@ -77,9 +77,9 @@ class _CrossEntropy(ReadoutStatistic):
         log_z = neginf_to_zero(outputs.log_z)
         loss = log_z - outputs.label
         if self.label_smoothing:
-            uniform = log_z - outputs.mean
+            uniform = log_z - outputs.mean  # against 1 / V
             loss = (1 - self.label_smoothing) * loss + self.label_smoothing * uniform
         if self.z_loss:
-            loss = loss + self.z_loss * jnp.square(log_z)
+            loss = loss + self.z_loss * jnp.square(log_z)  # PaLM's: log Z stays near 0
         labels = tokens["labels"]
         return jnp.where((labels >= 0) & (labels < self.vocab), loss, jnp.nan)

@@ -88,7 +88,7 @@ def linear_log_probs(
     checks.shapes(hidden=(hidden, "float *batch hidden"), tokens=(tokens, "int *batch"))
     hidden, tokens = jnp.asarray(hidden), jnp.asarray(tokens)
     head = Head.of(head).resolve(hidden.shape[-1])
-    ids = jnp.zeros((*tokens.shape, 0), jnp.int32)
+    ids = jnp.zeros((*tokens.shape, 0), jnp.int32)  # none: the whole vocabulary
     if support is not None:
         ids = _with_tokens(support, tokens)
     statistic = _LogProbs(
@@ -143,6 +143,7 @@ def _with_tokens(support: Any, tokens: jax.Array) -> jax.Array:
     checks.shapes(tokens=(tokens, "int *batch"), support=(support, "int *batch n"))
     ids = jnp.asarray(support).astype(jnp.int32)
     tokens = jnp.where((ids >= 0).any(-1), tokens.astype(jnp.int32), -1)
+    # Sorted, a repeated id lies beside itself, and every -1 before all others.
     ids = jnp.sort(jnp.concatenate([ids, tokens[..., None]], -1), -1)
     repeated = jnp.concatenate([ids[..., :1] < 0, ids[..., 1:] == ids[..., :-1]], -1)
     return jnp.where(repeated, -1, ids)
@@ -173,7 +174,7 @@ class _LogProbs(ReadoutStatistic):
 
     def finish(self, state: Any, passed: Any) -> tuple[Any, Any]:
         outputs, residuals = super().finish(state[0], passed)
-        total = jnp.maximum(state[0].sums.sums[0], 1e-30)
+        total = jnp.maximum(state[0].sums.sums[0], 1e-30)  # a row without tokens
         entropy = jnp.log(total) - state[1] / total
         return (outputs, entropy), (residuals, entropy)
 
@@ -184,14 +185,14 @@ class _LogProbs(ReadoutStatistic):
             return total
         log_p = block.student - neginf_to_zero(read[0].log_z)[..., None]
         slope = jnp.where(block.student != -jnp.inf, log_p, 0.0) + entropy[..., None]
-        return total - cotangents[1][..., None] * jnp.exp(log_p) * slope
+        return total - cotangents[1][..., None] * jnp.exp(log_p) * slope  # dH/dz = -p (log p + H)
 
     def losses(self, outputs: Any, tokens: Any) -> LogProbs:
         read, entropy = outputs
         values = read.label - neginf_to_zero(read.log_z)
         if self.ids:
             ids = tokens["ids"]
-            recorded = (ids >= 0).any(-1)
+            recorded = (ids >= 0).any(-1)  # else of the whole vocabulary
             z = jnp.where(ids < 0, -jnp.inf, jnp.where(ids < self.vocab, read.gathered, jnp.nan))
             z = jnp.where(recorded[..., None], z, 0.0)
             log_z = neginf_to_zero(jax.nn.logsumexp(z, -1))

@@ -148,7 +148,7 @@ def linear_fused_loss(
         blocks=blocks,
         axis_name=axis_name,
     )
-    return value, statistic.losses(outputs, columns)
+    return value, statistic.losses(outputs, columns)  # what the losses were made of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -202,7 +202,7 @@ def readout_statistic(
             raise TypeError(f"{name}: expected integers, got {value.dtype}")
     statistic = _Reading(
         labels="labels" in tokens,
-        ids=tokens["ids"].shape[-1] if "ids" in tokens else 0,
+        ids=tokens["ids"].shape[-1] if "ids" in tokens else 0,  # a statistic has no arrays
         k=top_k or 0,
         moments=bool(top_k),
         vocab=vocab,

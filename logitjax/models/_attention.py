@@ -170,11 +170,9 @@ def _attend_in_blocks(
     context: AttentionContext,
     **options: Any,
 ) -> Float[jax.Array, "batch time heads dim"]:
-    """Blocked attention; where the mesh splits the time, each device has a part of the queries.
-
-    Keys and values are gathered, a few megabytes a layer, and the scores stay in parts. On a TPU
-    that holds whole rows the kernel of splash attention forms the blocks.
-    """
+    """Blocked attention; where the mesh splits the time, each device has a part of the queries."""
+    # Keys and values are gathered, a few megabytes a layer, and the scores stay in parts. On a TPU
+    # that holds whole rows the kernel of splash attention forms the blocks.
     options["window"] = context.window
     axes = on_mesh.auto_axes(sharding.MeshAxes.current().sequence, query.shape[1])
     if not axes and context.implementation is None and on_mesh.platform_of(query) == "tpu":

@@ -50,7 +50,7 @@ def blocked_attention(
     batch, time, heads, dim = query.shape
     slots, groups = key.shape[1], key.shape[2]
     block = min(block or BLOCK, max(time, slots))
-    rows, columns = -time % block, -slots % block
+    rows, columns = -time % block, -slots % block  # padding to whole blocks
     # [batch, groups, heads of a group, time, dim] and [batch, groups, slots, dim].
     q = jnp.moveaxis(jnp.reshape(query, (batch, time, groups, heads // groups, dim)), 1, 3)
     q = jnp.pad(q, ((0, 0),) * 3 + ((0, rows), (0, 0)))
@@ -89,7 +89,7 @@ def _forward(q: Any, k: Any, v: Any, q_ids: Any, k_ids: Any, start: Any, options
             values = _cut(v, j, size, 2)
             part = jnp.einsum(
                 "bkgqs,bksd->bkgqd",
-                weights.astype(v.dtype),
+                weights.astype(v.dtype),  # sums stay in float32
                 values,
                 preferred_element_type=jnp.float32,
             )
@@ -102,7 +102,7 @@ def _forward(q: Any, k: Any, v: Any, q_ids: Any, k_ids: Any, start: Any, options
             jnp.zeros(q_i.shape, jnp.float32),
         )
         peak, mass, total = lax.fori_loop(*_range(first, k, options), add, begin)
-        mass = jnp.where(mass > 0, mass, 1.0)
+        mass = jnp.where(mass > 0, mass, 1.0)  # a row without keys: 0 / 1
         normaliser = jnp.where(peak == -jnp.inf, 0.0, peak) + jnp.log(mass)
         return (total / mass[..., None]).astype(v.dtype), normaliser
 
@@ -136,6 +136,7 @@ def _backward(options: Any, saved: Any, cotangent: Any) -> tuple[Any, ...]:
             scores, slope, mask = _scores(q_i, k_j, ids, k_ids, first, j, options)
             weights = jnp.where(mask, jnp.exp(scores - log_z), 0.0)
             pulled = jnp.einsum("bkgqd,bksd->bkgqs", ct, v_j, preferred_element_type=f32)
+            # The softmax pulled back: P (dP - D), with D = out . cotangent of a row.
             inner = (weights * (pulled - mean) * slope * options.scale).astype(q.dtype)
             dq += jnp.einsum("bkgqs,bksd->bkgqd", inner, k_j, preferred_element_type=f32)
             new_k = jnp.einsum("bkgqs,bkgqd->bksd", inner, q_i, preferred_element_type=f32)
@@ -168,7 +169,7 @@ def _scores(
     slope: Any = 1.0
     if options.softcap is not None:
         bent = jnp.tanh(scores / options.softcap)
-        scores, slope = options.softcap * bent, 1.0 - bent**2
+        scores, slope = options.softcap * bent, 1.0 - bent**2  # tanh' = 1 - tanh^2
     row = first + lax.broadcasted_iota(jnp.int32, (size, size), 0)
     column = j * size + lax.broadcasted_iota(jnp.int32, (size, size), 1)
     near = row >= column
@@ -184,7 +185,7 @@ def _range(first: Any, k: Any, options: _Options) -> tuple[Any, Any]:
     stop = jnp.minimum((first + size - 1) // size + 1, k.shape[2] // size)
     if options.window is None:
         return jnp.zeros_like(stop), stop
-    return jnp.maximum(first - options.window + 1, 0) // size, stop
+    return jnp.maximum(first - options.window + 1, 0) // size, stop  # none before the window
 
 
 def _cut(x: Any, i: Any, size: int, axis: int) -> jax.Array:

@@ -101,7 +101,7 @@ def write_slots(
     # Two tokens of one slot in one scatter: which of them stays would be left to chance.
     if window is not None and positions.shape[1] > 1:
         keep &= positions > positions.max(axis=1, keepdims=True) - slots
-    return jnp.where(keep, positions % slots, slots)
+    return jnp.where(keep, positions % slots, slots)  # a ring
 
 
 def write_positions(
@@ -119,6 +119,7 @@ def write_vectors(
     slots: Int[Array, "batch time"],
 ) -> Float[jax.Array, "batch heads slots dim"]:
     rows = jnp.arange(cached.shape[0])[:, None]
+    # Indices on both sides of a slice put their axes first: `[batch, time, heads, dim]`, as `new`.
     return jnp.asarray(cached).at[rows, :, slots].set(new.astype(cached.dtype), mode="drop")
 
 

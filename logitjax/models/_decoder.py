@@ -88,17 +88,15 @@ def _rematerialised(function: Callable, remat: str) -> Callable:
     if remat == "none":
         return function
     policies = {
-        "full": jax.checkpoint_policies.nothing_saveable,
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "full": jax.checkpoint_policies.nothing_saveable,  # least memory: all is formed again
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # all but attention's
     }
     return jax.checkpoint(function, policy=policies[remat])
 
 
 def _over_batch(x: jax.Array) -> jax.Array:
-    """Keeps activations split over batch and time where a mesh is known, as in a `TrainStep`.
-
-    Else the compiler may split them as the embedding is, and sums every matmul over all devices.
-    """
+    """Keeps activations split over batch and time where a mesh is known, as in a `TrainStep`."""
+    # Else the compiler may split them as the embedding is, and sums every matmul over all devices.
     names = ops.sharding.MeshAxes.current()
     rows = ops.mesh.auto_axes(names.rows, x.shape[0])
     time = ops.mesh.auto_axes(names.sequence, x.shape[1])
@@ -106,11 +104,8 @@ def _over_batch(x: jax.Array) -> jax.Array:
 
 
 def _look_up(table: jax.Array, ids: Array, mode: str | None = None) -> jax.Array:
-    """Rows of a table; on a mesh of which `shard_map` has taken a part, in a way that compiles.
-
-    XLA ends the process at a gather from a split table there: each device looks up all ids in its
-    part.
-    """
+    """Rows of a table; on a mesh of which `shard_map` has taken a part, in a way that compiles."""
+    # XLA ends the process at a gather from a split table there: each device looks all ids up.
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     free = {name for name, kind in kinds if kind == AxisType.Auto}
@@ -167,7 +162,7 @@ class Segment(nnx.Module):
         loras_in = (None,) * count if loras is None else loras
 
         def layer(j: int) -> Callable:
-            context = contexts[pattern[j % len(pattern)]]
+            context = contexts[pattern[j % len(pattern)]]  # listed layers repeat the pattern
 
             def run(state: Any, x: jax.Array, cache: Any, lora: Any) -> tuple[jax.Array, Any]:
                 return nnx.merge(graphdefs[j], state)(x, context, cache, lora)
@@ -236,7 +231,7 @@ class Decoder(nnx.Module):
         self.layout: str = layout
         self.remat: str = remat
         self.attention: Implementation = attention
-        normal = nnx.initializers.normal(0.02)
+        normal = nnx.initializers.normal(0.02)  # as GPT-2 begins
         self.embedding = nnx.Param(
             normal(rngs.params(), (config.vocab_size, config.hidden_size), param_dtype)
         )
@@ -263,10 +258,11 @@ class Decoder(nnx.Module):
     ) -> Float[jax.Array, "batch time hidden"]:
         """Input embeddings, scaled as the family asks, plus learned positions where it has them."""
         x = _look_up(self.embedding[...], tokens).astype(self.dtype)
-        if self.config.embedding_scale != 1.0:
+        if self.config.embedding_scale != 1.0:  # Gemma's: the root of the width
             x = x * jnp.asarray(self.config.embedding_scale, self.dtype)
         if self.config.position == "learned":
             table = self.position_embedding[...]
+            # Padding stands at -1; what it reads here is masked.
             x += _look_up(table, jnp.maximum(positions, 0), mode="clip").astype(self.dtype)
         return _over_batch(x)
 
@@ -322,7 +318,7 @@ class Decoder(nnx.Module):
                 keys.append(tuple(k for k, _ in pairs))
                 values.append(tuple(v for _, v in pairs))
         if cache is not None:
-            length = jnp.maximum(cache.length, positions.max(axis=1) + 1)
+            length = jnp.maximum(cache.length, positions.max(axis=1) + 1)  # padding is at -1
             cache = Cache(keys=tuple(keys), values=tuple(values), positions=held, length=length)
         return self.final_norm(x), cache
 

@@ -30,7 +30,7 @@ class _Header:
         self._values = 0
 
     def scalar(self, form: str, field: str) -> Any:
-        content = self.file.read(struct.calcsize("<" + form), field)
+        content = self.file.read(struct.calcsize("<" + form), field)  # little-endian, always
         return struct.unpack("<" + form, content)[0]
 
     def string(self, field: str) -> str:
@@ -100,6 +100,7 @@ class GgufSource:
             field = f"tensor {name[:80]!r}"
             count = guard.whole(header.scalar("I", field), f"{field}: axes", least=1, most=4)
             dims = [header.scalar("Q", field) for _ in range(count)]
+            # The file lists the innermost axis first.
             shape = tuple(guard.whole(n, f"{field}: shape", least=1) for n in reversed(dims))
             kind, offset = header.scalar("I", field), header.scalar("Q", field)
             if name in self._tensors:
@@ -152,9 +153,8 @@ class GgufSource:
         return self._tensors[name][1]
 
     def read(self, name: str, rows: slice = slice(None), *, dtype: Any = None) -> np.ndarray:
-        """A tensor, or a range of its first axis, float32 if `dtype` is None; blocks never cross
-        rows.
-        """
+        """A tensor, or a range of its first axis; float32 if `dtype` is None."""
+        # Blocks never cross rows, so any range of rows can be read by itself.
         _, shape, offset = self._tensors[name]
         width, numbers = self._row_bytes(name), self._row_width(name)
         first, last, _ = rows.indices(shape[0]) if len(shape) > 1 else (0, 1, 1)

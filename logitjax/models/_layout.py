@@ -68,7 +68,11 @@ def keep_layers(model: Decoder, indices: Sequence[int]) -> Decoder:
     windows = tuple(config.layer_windows[i] for i in indices) if config.windows else ()
     unrotated = tuple(n for n, i in enumerate(indices) if i in config.unrotated)
     small = dataclasses.replace(
-        config, num_layers=len(indices), windows=windows, unrotated=unrotated, segment_boundaries=()
+        config,
+        num_layers=len(indices),
+        windows=windows,
+        unrotated=unrotated,
+        segment_boundaries=(),  # cuts of layers that may be gone
     )
     listed = []
     for segment in model.segments:

@@ -108,7 +108,7 @@ def load_sampling(spec: str) -> dict[str, float]:
     if path is None or not path.is_dir():
         return {}
     raw = _read_generation(path)
-    defaults = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}
+    defaults = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}  # transformers'
     settings = {**(defaults if raw.get("do_sample") else {}), "repetition_penalty": 1.0}
     for name in settings:
         value = raw.get(name)
@@ -182,6 +182,7 @@ def load_model(
         remat=remat,
     )
     device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
+    # XLA's CPU compiler is fast only at bfloat16 products that end in float32.
     if device.platform == "cpu" and model.dtype == jnp.bfloat16:
         use_cpu_products(model)
     return model
@@ -316,7 +317,7 @@ def _resolve_names(
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(f"{where}: tensor {missing[0]!r} is missing{more}")
     head = f"{config.traits.weights.get('head')}.weight"
-    tied = {head, inside + head} if config.tie_embeddings else set()
+    tied = {head, inside + head} if config.tie_embeddings else set()  # stored all the same
     # The configuration absorbs the rope of a GGUF file.
     unread = re.compile(rf"{config.traits.unread}|rope_(freqs|factors_).*")
     extra = sorted(n for n in names - set(rename.values()) - tied if not unread.fullmatch(n))
@@ -352,7 +353,7 @@ def _pieces(
     for spec in tensors:
         parts = [leaf_shapes[spec.layer, leaf] for leaf in spec.leaves]
         parts = parts if spec.expert is None else [shape[1:] for shape in parts]
-        parts = [tuple(reversed(s)) if spec.transpose else s for s in parts]
+        parts = [tuple(reversed(s)) if spec.transpose else s for s in parts]  # torch: `[out, in]`
         sizes = [s[spec.axis] for s in parts]
         expected = list(parts[0])
         expected[spec.axis] = sum(sizes)

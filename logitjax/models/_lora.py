@@ -78,7 +78,7 @@ class Lora:
                 inner, outer = sizes[name]
                 a = jax.random.normal(jax.random.fold_in(key, i), (*lead, inner, rank), jnp.float32)
                 out[name] = {
-                    "a": (a * inner**-0.5).astype(dtype),
+                    "a": (a * inner**-0.5).astype(dtype),  # `x @ a` is of the size of x
                     "b": jnp.zeros((*lead, rank, outer), dtype),
                 }
             return out

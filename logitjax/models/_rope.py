@@ -14,6 +14,7 @@ from logitjax.ops import Array
 def _yarn(inverse: np.ndarray, scaling: RopeScaling, dim: int, theta: float) -> np.ndarray:
     def dimension(turns: float) -> float:
         period = scaling.original_max_length / (turns * 2 * math.pi)
+        # Solved for the pair that makes so many turns over the trained length.
         return dim * math.log(period) / (2 * math.log(theta))
 
     low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
@@ -26,7 +27,7 @@ def _yarn(inverse: np.ndarray, scaling: RopeScaling, dim: int, theta: float) -> 
 
 
 def _llama3(inverse: np.ndarray, scaling: RopeScaling) -> np.ndarray:
-    turns = scaling.original_max_length * inverse / (2 * np.pi)
+    turns = scaling.original_max_length * inverse / (2 * np.pi)  # in the trained length
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     smooth = np.clip((turns - low) / (high - low), 0, 1)
     return (1 - smooth) * inverse / scaling.factor + smooth * inverse
@@ -49,9 +50,7 @@ def changes_with_length(config: DecoderConfig, window: Window, bound: int | None
 def rope_frequencies(
     config: DecoderConfig, window: Window, *, long: bool = False
 ) -> tuple[np.ndarray, float]:
-    """Angular frequency of each rotated pair, and the factor on cos and sin; `long` ones of
-    `longrope`.
-    """
+    """Angular frequency of each rotated pair, and the factor on cos and sin; `long`: longrope."""
     scaling = _scaling(config, window)
     base = config.rope_theta
     if scaling is None and window is not None and config.rope_local_theta is not None:
@@ -66,6 +65,7 @@ def rope_frequencies(
         return _llama3(inverse, scaling), 1.0
     amplitude = scaling.attention_factor
     if scaling.kind == "yarn":
+        # YaRN's sqrt(1 / t): it sharpens attention over longer texts.
         if amplitude is None:
             amplitude = 1.0 if scaling.factor <= 1 else 0.1 * math.log(scaling.factor) + 1.0
         return _yarn(inverse, scaling, dim, base), amplitude
@@ -74,6 +74,7 @@ def rope_frequencies(
     factors = np.asarray(scaling.long_factors if long else scaling.short_factors)
     if amplitude is None and scaling.factor <= 1.0:
         amplitude = 1.0
+    # LongRoPE's own rule, where the checkpoint states none.
     elif amplitude is None:
         amplitude = math.sqrt(1 + math.log(scaling.factor) / math.log(scaling.original_max_length))
     return inverse / factors, amplitude
@@ -85,9 +86,7 @@ def rope_tables(
     positions: Int[Array, "batch time"],
     lengths: Int[Array, "batch"] | None = None,
 ) -> tuple[Float[Array, "batch time half"], Float[Array, "batch time half"]]:
-    """cos and sin of position times frequency, float32; `lengths` decide where
-    `changes_with_length`.
-    """
+    """float32 cos and sin of position times frequency; by `lengths`, if `changes_with_length`."""
     inverse, amplitude = rope_frequencies(config, window)
     inverse = jnp.asarray(inverse, jnp.float32)
     scaling = _scaling(config, window)
@@ -95,7 +94,7 @@ def rope_tables(
         long = jnp.asarray(rope_frequencies(config, window, long=True)[0], jnp.float32)
         beyond = (jnp.asarray(lengths) > scaling.original_max_length)[:, None, None]
         inverse = jnp.where(beyond, long, inverse)
-    angles = jnp.maximum(positions, 0)[..., None].astype(jnp.float32) * inverse
+    angles = jnp.maximum(positions, 0)[..., None].astype(jnp.float32) * inverse  # -1 pads
     return jnp.cos(angles) * amplitude, jnp.sin(angles) * amplitude
 
 

@@ -12,7 +12,7 @@ from logitjax.models._chat import Spans, plain, plain_messages, render_template
 from logitjax.models._chat_mask import written_spans
 from logitjax.storage import digest, guard
 
-_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # SentencePiece's bytes
 
 
 class Tokenizer:
@@ -49,6 +49,7 @@ class Tokenizer:
         self.extra = dict(extra or {})
         self.template_seconds = guard.LIMITS.seconds
         self.fingerprint = digest(backend.to_str(), bos_id, eos_id, pad_id)
+        # Whether the backend writes it before any text by itself.
         self.add_bos = bos_id is not None and backend.encode("").ids[:1] == [bos_id]
 
     @property
@@ -229,19 +230,20 @@ class Tokenizer:
         out = [b""] * self.vocab_size
         for text, id_ in self.backend.get_vocab(with_added_tokens=True).items():
             if added.get(id_):
-                continue
+                continue  # of no text
+            # An added token is text as it is, also among byte-level ones.
             if byte_level and id_ not in added:
                 out[id_] = b"".join(_BYTE_OF[c] if c in _BYTE_OF else c.encode() for c in text)
             elif _BYTE.fullmatch(text):
                 out[id_] = bytes([int(text[3:5], 16)])
             else:
-                out[id_] = text.replace("▁", " ").encode()
+                out[id_] = text.replace("▁", " ").encode()  # SentencePiece's space
         return tuple(out)
 
 
 def _byte_of() -> dict[str, bytes]:
     """GPT-2's characters and the bytes they spell: printable ones as they are, others from 256."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]  # ! to ~, ¡ to ¬, ® to ÿ
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): bytes([byte]) for byte in plain} | {
         chr(256 + i): bytes([byte]) for i, byte in enumerate(others)

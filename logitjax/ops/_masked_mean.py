@@ -38,6 +38,7 @@ def masked_mean(
     2.5
     """
     values = jnp.asarray(values)
+    # In bf16 a sum of ones stops at 256.
     values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
     checks.where(where, values.shape)
     if where is None:
@@ -83,7 +84,7 @@ def gradient_where(
 
 @jax.custom_jvp
 def _gradient_where(values: jax.Array, where: jax.Array) -> jax.Array:
-    return values
+    return values  # only the derivative differs
 
 
 @_gradient_where.defjvp

@@ -15,9 +15,9 @@ class Static:
     def __init__(self, value: Any):
         self.value = value
         try:
-            self._hash, self._hashable = hash(value), True
+            self._hash, self._hashable = hash(value), True  # a graphdef's walks the whole model
         except TypeError:
-            self._hash, self._hashable = id(value), False
+            self._hash, self._hashable = id(value), False  # no other gets this id while it is held
 
     def __hash__(self) -> int:
         return self._hash

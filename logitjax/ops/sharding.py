@@ -109,14 +109,14 @@ class ShardingRules:
         size = mesh_shape.get("fsdp", 1)
         if self.unmatched == "fsdp" and size > 1:
             divisible = [i for i, n in enumerate(shape) if n and n % size == 0]
-            if divisible and len(shape) > 1:
+            if divisible and len(shape) > 1:  # a vector saves less than its gather costs
                 largest = max(divisible, key=lambda i: shape[i])
                 return P(*("fsdp" if i == largest else None for i in range(len(shape))))
         return P()
 
     def _fit(self, path: str, shape: tuple[int, ...], mesh_shape: Any, rule: tuple) -> P:
         if len(rule) > len(shape):
-            return P()
+            return P()  # a scalar of the optimizer under a parameter's path
         fitted: list[Any] = [None] * len(shape)
         for dim, axes in zip(range(len(shape) - len(rule), len(shape)), rule):
             if axes is None:
@@ -167,7 +167,7 @@ class ShardingRules:
             ):
                 return jax.device_put(leaf, sharding)
             if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-                return jax.device_put(leaf, sharding)
+                return jax.device_put(leaf, sharding)  # a key has no form in numpy
             host = np.asarray(leaf)
             return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 

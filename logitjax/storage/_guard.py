@@ -68,7 +68,7 @@ class Limits:
 
 
 LIMITS = Limits()
-_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)  # brackets inside count for nothing
 
 
 def one_line(error: BaseException) -> str:
@@ -103,8 +103,9 @@ def naming(path: object, kind: str = "") -> Iterator[None]:
 
 def whole(value: Any, field: str, *, least: int = 0, most: int = 1 << 62) -> int:
     """An integer that a file states, from `least` to `most`; a ValueError names the field."""
-    if isinstance(value, float) and value.is_integer():
+    if isinstance(value, float) and value.is_integer():  # some programs write 1.0 for 1
         value = int(value)
+    # Not by `isinstance`, for which True is a whole number.
     if type(value) is not int or not least <= value <= most:
         raise ValueError(
             f"{field}: expected a whole number from {least} to {most}, got {short(value)}"
@@ -114,7 +115,7 @@ def whole(value: Any, field: str, *, least: int = 0, most: int = 1 << 62) -> int
 
 def shape_of(value: Any, field: str) -> tuple[int, ...]:
     """A shape that a file states: at most 32 sizes that are not negative."""
-    if not isinstance(value, list | tuple) or len(value) > 32:
+    if not isinstance(value, list | tuple) or len(value) > 32:  # numpy 1's most
         raise ValueError(f"{field}: expected at most 32 sizes, got {short(value)}")
     shape = tuple(whole(size, field) for size in value)
     # Numpy counts even where a size is nought.
@@ -124,7 +125,7 @@ def shape_of(value: Any, field: str) -> tuple[int, ...]:
 
 def fits(shape: tuple[int, ...], itemsize: int, have: int, field: str) -> None:
     """Raises unless an array of this shape takes as many bytes as there are."""
-    if math.prod(shape) * itemsize != have:
+    if math.prod(shape) * itemsize != have:  # exact: numpy's product would wrap
         raise ValueError(f"{field}: {have} bytes, which is not its shape {short(shape)}")
 
 
@@ -142,6 +143,7 @@ def inside(directory: epath.PathLike, name: Any, field: str) -> epath.Path:
     """The file of a directory that another file of it names."""
     root = epath.Path(directory)
     parts = re.split(r"[/\\]", name) if isinstance(name, str) else [".."]
+    # On Windows "C:" leaves the folder; a NUL ends a path in C.
     if ".." in parts or not parts[0] or ":" in parts[0] or "\0" in str(name) or parts == ["."]:
         raise ValueError(f"{field}: expected a file's name in {root}, got {short(name)}")
     path = root / name
@@ -170,7 +172,7 @@ def read_bytes(path: epath.PathLike, *, most: int) -> bytes:
         raise ValueError(f"{path}: no such file")
     plain_file(path)
     with path.open("rb") as file:
-        content = file.read(most + 1)
+        content = file.read(most + 1)  # one more tells that there is more
     if len(content) > most:
         raise ValueError(f"{path}: expected at most {most} bytes")
     return content
@@ -185,6 +187,7 @@ def read_text(path: epath.PathLike, *, most: int) -> str:
 def parse_json(content: bytes, limits: Limits = LIMITS) -> Any:
     """What a JSON text says, unless it is nested too deeply or holds too much."""
     opened = content.count(b"[") + content.count(b"{")
+    # Fast, and never too few: brackets and commas of strings are counted too.
     if opened > limits.depth or opened + content.count(b",") > limits.elements:
         bare = np.frombuffer(_STRING.sub(b"", content), np.uint8)
         opens, closes = np.isin(bare, list(b"[{")), np.isin(bare, list(b"]}"))
@@ -353,7 +356,7 @@ def member_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, dtype: Any) 
 def gunzip(content: bytes, field: str, limits: Limits = LIMITS) -> bytes:
     """Unpacks gzip data within the limits of expansion."""
     most = max(limits.free_expansion, limits.expansion * len(content))
-    unpacker = zlib.decompressobj(31)
+    unpacker = zlib.decompressobj(31)  # 31: a window of 15 bits, and 16 for gzip's header
     try:
         out = unpacker.decompress(content, most + 1)
     except zlib.error as error:

@@ -7,6 +7,7 @@ from etils import epath
 
 from logitjax.storage._require import require
 
+# No `*.bin`: they hold the same weights, as pickles.
 _FILES = [
     "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",

@@ -46,6 +46,7 @@ def read_npy(path: epath.PathLike, *, mapped: bool = False) -> np.ndarray:
             file = guard.Reader(opened)
             guard.fits(shape, dtype.itemsize, file.left, "array")
             order = "F" if fortran else "C"
+            # Of a file without numbers there is nothing to map, which mmap calls an error.
             if mapped and "://" not in os.fspath(path) and file.left:
                 return np.memmap(os.fspath(path), dtype, "r", file.tell(), shape, order)
             count = file.left // dtype.itemsize if dtype.itemsize else 0
@@ -53,7 +54,7 @@ def read_npy(path: epath.PathLike, *, mapped: bool = False) -> np.ndarray:
 
 
 def _array(content: np.ndarray, name: str) -> np.ndarray:
-    file = io.BytesIO(content[: 1 << 16].tobytes())
+    file = io.BytesIO(content[: 1 << 16].tobytes())  # more than a header takes
     dtype, shape, fortran = _header(file, f"array {name!r}")
     content = content[file.tell() :]
     guard.fits(shape, dtype.itemsize, len(content), f"array {name!r}")
@@ -69,6 +70,7 @@ def _header(file: Any, field: str) -> tuple[np.dtype, tuple[int, ...], bool]:
         raise ValueError(f"{field}: version {version} is not supported")
     read = form.read_array_header_1_0 if version == (1, 0) else form.read_array_header_2_0
     shape, fortran, dtype = read(file)
+    # Objects would be pickles, which run code.
     if dtype.kind not in "biufcSUMmV" or dtype.hasobject or not dtype.itemsize:
         raise ValueError(f"{field}: expected plain numbers, got {str(dtype)[:40]}")
     return dtype, guard.shape_of(shape, f"{field}: shape"), fortran

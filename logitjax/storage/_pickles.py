@@ -98,7 +98,7 @@ class Machine:
             stack.append(argument.encode("latin1").decode("utf-8", "surrogateescape"))
         elif name == "MARK":
             self._marks.append(stack)
-            self._stack = []
+            self._stack = []  # what comes belongs to the mark
         elif name in ("PROTO", "FRAME", "STOP"):
             pass
         elif name == "POP":
@@ -160,7 +160,7 @@ class Machine:
 
     def _name(self, argument: Any) -> None:
         if argument is None:
-            name, module = self._stack.pop(), self._stack.pop()
+            name, module = self._stack.pop(), self._stack.pop()  # of STACK_GLOBAL, the name on top
         else:
             module, _, name = argument.partition(" ")
         found = self._names(str(module), str(name))

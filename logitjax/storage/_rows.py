@@ -73,6 +73,7 @@ class ArrayCodec:
         out, begin = {}, 0
         for name, (dtype, shape) in self.fields.items():
             end = begin + dtype.itemsize * int(np.prod(shape))
+            # `view` takes only bytes that lie together.
             field = np.ascontiguousarray(raw[:, begin:end]).view(dtype.newbyteorder("<"))
             out[name] = field.reshape(len(records), *shape).astype(dtype, copy=False)
             begin = end
@@ -271,7 +272,7 @@ class RowCache:
         self._write_part(rows, [(computed, len(rows))], lambda count: None)
 
     def _write_part(self, rows: np.ndarray, batches: Any, written: Callable[[int], Any]) -> None:
-        name = f"part-{rows[0]:08d}-{digest(rows)[:12]}"
+        name = f"part-{rows[0]:08d}-{digest(rows)[:12]}"  # the same rows, the same file
         with open_shard(self.directory, name) as (write, shard):
             for computed, count in batches:
                 for record in self._codec.encode(computed, count):

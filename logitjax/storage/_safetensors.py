@@ -75,7 +75,7 @@ class SafetensorsSource:
             raise ValueError(f"{path}: unreadable safetensors header ({text})") from None
         if not isinstance(header, dict):
             raise ValueError(f"{path}: header: expected an object, got {type(header).__name__}")
-        header.pop("__metadata__", None)
+        header.pop("__metadata__", None)  # texts, no tensor
         spans = []
         for name, entry in header.items():
             dtype, shape, begin, end = _checked(name, entry)
@@ -122,7 +122,7 @@ class SafetensorsSource:
         dtype = np.dtype(dtype or stored)
         first, last, _ = rows.indices(shape[0]) if shape else (0, 1, 1)
         stride = math.prod(shape[1:])
-        if not math.prod(shape):
+        if not math.prod(shape):  # no bytes to seek
             return np.empty((max(0, last - first), *shape[1:]), dtype)
         with guard.naming(path, "safetensors"), path.open("rb") as opened:
             file = guard.Reader(opened)

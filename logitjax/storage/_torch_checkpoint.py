@@ -25,7 +25,7 @@ _STORAGES = {
     "ShortStorage": np.int16, "CharStorage": np.int8, "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
 }  # fmt: skip
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # from torch.serialization
 _LEGACY_PROTOCOL = 1001
 # Tensors that share a storage are copied out of it: this often, beyond the storages themselves.
 _SHARED = 4
@@ -226,7 +226,7 @@ def read_torch_checkpoint(path: epath.PathLike) -> Any:
     with guard.naming(path, "a torch checkpoint"):
         guard.plain_file(path)
         with path.open("rb") as file:
-            zipped = file.read(2) == b"PK"
+            zipped = file.read(2) == b"PK"  # zip archives begin so
             file.seek(0)
             return _arrays(_read_zip(file) if zipped else _read_legacy(guard.Reader(file)))
 

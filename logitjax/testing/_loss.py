@@ -161,7 +161,7 @@ class _Loss:
             if "vmap" in self.properties:
                 axes = {name: None if name in self.shared else 0 for name in arrays}
                 several = {
-                    name: x if name in self.shared else jnp.stack([x, x[::-1]])
+                    name: x if name in self.shared else jnp.stack([x, x[::-1]])  # two unlike
                     for name, x in arrays.items()
                 }
                 mapped = jax.vmap(lambda *x: self.value_and_gradients(self.fn, *x), (axes, 0))
@@ -279,7 +279,7 @@ class _Loss:
             spoils = name in self.floats or name in self.labels
             if fits and spoils and name not in (self.where, *self.shared):
                 changes[name] = x.copy()
-                wrong = -100 if number < 0 else 10**6
+                wrong = -100 if number < 0 else 10**6  # -100 is what torch ignores
                 changes[name][where] = number if name in self.floats else wrong
         return changes
 
@@ -321,7 +321,7 @@ class _Loss:
     def check_cotangent(self) -> None:
         other = self.rng.normal(size=self.shape).astype(np.float32)
         _, second = self.run({}, other)
-        _, both = self.run({}, self.cotangent - 2 * other)
+        _, both = self.run({}, self.cotangent - 2 * other)  # a pullback is linear
         wanted = {name: g - 2 * second[name] for name, g in self.expected[1].items()}
         self.compare("cotangent", (0.0, both), (0.0, wanted), rtol=1e-3)
 
@@ -351,12 +351,12 @@ class _Loss:
     ) -> list[tuple[float, float]]:
         """Along random directions: by the gradient, and by values, where they differ."""
         x, pairs = self.arrays[name], []
-        for _ in range(3):
+        for _ in range(3):  # a kink spoils one of them at most
             along = self.rng.normal(size=x.shape)
             up, down = (np.asarray(value(x + s * along), np.float64) for s in (step, -step))
             difference = float(((up - down) * self.cotangent).sum()) / (2 * step)
             pairs.append((float((gradient * along).sum()), difference))
-        return [pair for pair in pairs if not abs(pair[0] - pair[1]) <= bound]
+        return [pair for pair in pairs if not abs(pair[0] - pair[1]) <= bound]  # nan too
 
     def in_float32(self, name: str) -> Callable[[Any], Any]:
         return lambda x: self.run({name: x.astype(np.float32)})[0]

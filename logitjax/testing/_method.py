@@ -95,6 +95,7 @@ class _Setting:
         rng, key = np.random.default_rng(seed), jax.random.key(seed)
         sizes: Any = dict(vocab_size=_VOCAB, hidden_size=8, intermediate_size=8, num_layers=2)
         config = models.DecoderConfig(**sizes, num_heads=2, num_kv_heads=1, head_dim=4)
+        # The model that is trained, and the one before.
         pair = [models.with_layout(random_decoder(config, rng), "listed") for _ in range(2)]
         weights, before = (nnx.to_pure_dict(nnx.state(model, nnx.Param)) for model in pair)
         if method.assistant:
@@ -199,7 +200,7 @@ class _Setting:
         weights = self.method.weights(self.trained)
         way = jax.tree.map(lambda x: self.rng.normal(size=x.shape).astype(np.float32), weights)
         ends = []
-        for step in (_STEP, -_STEP):
+        for step in (_STEP, -_STEP):  # central: its error falls with the square of the step
             moved = jax.tree.map(lambda x, way, step=step: x + np.float32(step) * way, weights, way)
             ends.append(float(self.results(trained=self.method.start(moved))["loss"][0][0]))
         gradient = jax.tree.leaves(self.method.weights(self.whole["loss"][1][0]))

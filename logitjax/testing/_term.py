@@ -32,6 +32,7 @@ from logitjax.testing._properties import (
     selected,
 )
 
+# Sizes are all unequal, so that a mixed-up axis cannot fit.
 _ROWS, _LENGTH, _WIDTH, _TEACHER_WIDTH, _VOCAB = 4, 3, 5, 6, 11
 _SHARED = ("head", "bias", "teacher_head", "teacher_bias")
 _OWN = ("value", "needs", "parts", "shards")
@@ -138,7 +139,7 @@ class _Setting:
                 chunks = {"ids": [0, 0, 1], "ends": [-1, 1, 2], "scores": [-1.5, -0.5, 0.0]}
                 for name, row in (chunks | {"where": [True, True, False]}).items():
                     arrays[f"chunk_{name}"] = np.tile(np.array(row), (_ROWS, 1, 1))
-                arrays["chunk_ids"][~where[:, None]] = -1
+                arrays["chunk_ids"][~where[:, None]] = -1  # no chunk where nothing counts
         params = term.init(jax.random.key(seed), _head(arrays["head"], arrays["bias"]))
         leaves, _ = jax.tree.flatten(params)
         arrays |= {f"params{i}": np.asarray(leaf) for i, leaf in enumerate(leaves)}
@@ -176,7 +177,7 @@ class _Setting:
                 size=size,
                 rule=rule or "exact",
             )
-            boundary = TokenSet(there & (np.arange(size) % 3 == 0))
+            boundary = TokenSet(there & (np.arange(size) % 3 == 0))  # every third begins a word
             projections = {rule: projection} if rule else {}
             return Vocabularies(projections=projections, boundary=boundary)
 
@@ -191,7 +192,7 @@ class _Setting:
             head=_head(arrays["teacher_head"], arrays["teacher_bias"]),
             chunks=ChunkScores(**chunks) if chunks else None,
             vocabularies=self.vocabularies(arrays["bias"].shape[0]),
-            top_k=4,
+            top_k=4,  # fewer than the vocabulary
         )
         return [teacher]
 
@@ -282,6 +283,7 @@ class _Setting:
 
         @functools.partial(jax.shard_map, mesh=mesh, in_specs=(specs,), out_specs=P())
         def total(arrays: Any) -> Any:
+            # Counts of all devices come first: each divides its part by them.
             counts = jax.tree.map(lambda x: jax.lax.psum(x, "data"), self.counts(arrays))
             return jax.lax.psum(self.total(counts, **arrays), "data")
 

@@ -27,17 +27,17 @@ from logitjax.training import _watch, _workdir
 
 
 class _WithoutChatter(python_logging.Filter):
-    """Drops the dozens of lines that orbax logs for every save; its warnings stay.
+    """Drops the dozens of lines that orbax logs for every save; its warnings stay."""
 
-    A save that fails in one of several processes ends them all. Orbax logs the error, and holds it
-    back until the others have come to a barrier that they will not come to for minutes.
-    """
+    # A save that fails in one of several processes ends them all. Orbax logs the error, and holds
+    # it back until the others have come to a barrier that they will not come to for minutes.
 
     def filter(self, record: python_logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
         saving = record.pathname.endswith("async_checkpointer.py")
         if saving and isinstance(error, Exception) and jax.process_count() > 1:
             said = " ".join(str(error).split())
+            # A supervisor takes EX_TEMPFAIL, 75, for a request to try again.
             _watch.end(f"checkpoint: {said}", os.EX_TEMPFAIL if may_pass(error) else 1)
         return record.levelno > python_logging.INFO or "orbax" not in record.pathname
 
@@ -60,7 +60,7 @@ class _MetaHandler(ocp.JsonCheckpointHandler):
         return [ocp_future.CommitFutureAwaitingContractedSignals(commit, name="meta")]
 
     async def _commit(self, directory: epath.Path, args: "_MetaSave") -> None:
-        meta = {"extra": args.extra, "checksums": args.checksums.wait()}
+        meta = {"extra": args.extra, "checksums": args.checksums.wait()}  # waits in the background
         if jax.process_index() == 0:
             # Without this file the checkpoint gets no final name.
             if not _workdir.holds_still(directory):
@@ -130,7 +130,7 @@ class Checkpointer:
                 max_to_keep=max_to_keep, cleanup_tmp_directories=True
             ),
         )
-        self._worker = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._worker = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")  # one: saves in order
         self._handover: concurrent.futures.Future | None = None
 
     def __enter__(self) -> "Checkpointer":
@@ -317,7 +317,7 @@ def _hold(state: Any) -> tuple[list[np.ndarray], Any] | None:
         for shard in () if _is_key(leaf) else leaf.addressable_shards:
             views.append(np.asarray(shard.data))
             if views[-1].ctypes.data != shard.data.unsafe_buffer_pointer():
-                return None
+                return None  # a copy, which holds nothing
     return views, state
 
 
@@ -326,11 +326,9 @@ class _UnreadableError(Exception):
 
 
 def _reading(work: Callable[[], None]) -> None:
-    """Reads on all processes, and fails on all where one could not.
-
-    A disk or a store that fails says nothing of the checkpoint: that is raised as it is, and of
-    several processes it ends all, for the others wait for this one.
-    """
+    """Reads on all processes, and fails on all where one could not."""
+    # A disk or a store that fails says nothing of the checkpoint: that is raised as it is, and of
+    # several processes it ends all, for the others wait for this one.
     said: str | None = None
     # Failing reads leave asyncio tasks behind, which complain at length.
     asyncio_log = python_logging.getLogger("asyncio")
@@ -404,7 +402,7 @@ def _sum_bits(leaves: list[jax.Array]) -> jax.Array:
             bits = leaf
         else:
             width = leaf.dtype.itemsize
-            unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(width, jnp.uint32)
+            unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(width, jnp.uint32)  # 8 bytes: two
             bits = jax.lax.bitcast_convert_type(leaf, unsigned)
         # Integer sums wrap and commute: the same on every mesh.
         return jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32)

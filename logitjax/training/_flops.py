@@ -40,10 +40,11 @@ def matmul_flops(jaxpr: Any) -> float:
             (contracted, _), _ = params["dimension_numbers"]
             shape = equation.invars[0].aval.shape
             inner = math.prod(shape[i] for i in contracted)
-            total += 2.0 * equation.outvars[0].aval.size * inner
+            total += 2.0 * equation.outvars[0].aval.size * inner  # a product and a sum
         elif name == "conv_general_dilated":
             kernel = equation.invars[1].aval
             outputs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
+            # An output is a sum over `kernel.size / outputs` products.
             work = 2.0 * equation.outvars[0].aval.size * kernel.size / outputs
             total += work / params["batch_group_count"]
         elif name == "cond":

@@ -181,7 +181,7 @@ class _Report:
         self._metrics = MetricAccumulator()
         self._clock, self._logged, self._untimed = time.perf_counter(), start, 0.0
         self._fetching, self._step_began, self._slowest = 0.0, self._clock, 0.0
-        while isinstance(step_fn, functools.partial):
+        while isinstance(step_fn, functools.partial):  # `flops` is the step's own
             step_fn = step_fn.func
         self._step_fn = step_fn
 

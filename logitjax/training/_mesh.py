@@ -86,11 +86,11 @@ def make_mesh(
     elif fixed != len(devices):
         raise ValueError(f"mesh {spec!r}: it needs {fixed} devices, there are {len(devices)}")
     for name in AXES:
-        if name not in ("dcn_data", "context", "expert"):
+        if name not in ("dcn_data", "context", "expert"):  # only where asked for
             sizes.setdefault(name, 1)
     if slices is not None:
         return _hybrid_mesh(slices, sizes, devices)
-    types = (AxisType.Auto,) * len(sizes)
+    types = (AxisType.Auto,) * len(sizes)  # the compiler splits activations
     try:
         return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
     except NotImplementedError:
@@ -120,9 +120,9 @@ def _hybrid_mesh(slices: int, sizes: dict[str, int], devices: Any) -> Mesh:
     shape, names = tuple(sizes.values()), ("dcn_data", *sizes)
     if devices[0].platform != "tpu" or slices == 1:
         ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
-        grid = np.asarray(ordered).reshape(slices, *shape)
+        grid = np.asarray(ordered).reshape(slices, *shape)  # a process's devices lie together
     else:
-        outer = (slices, *(1 for _ in shape))
+        outer = (slices, *(1 for _ in shape))  # only copies of the model talk between slices
         try:
             grid = mesh_utils.create_hybrid_device_mesh((1, *shape), outer, devices)
         except NotImplementedError:
@@ -178,6 +178,7 @@ class BatchLayout:
         rows: dict[int, set[int]] = {}
         for device, (index,) in shards.items():
             rows.setdefault(device.process_index, set()).add(index.indices(self.pieces)[0])
+        # Processes with the same rows, as `tensor` joins them, have one share.
         shares = sorted({tuple(sorted(share)) for share in rows.values()})
         flat = [row for share in shares for row in share]
         if len(flat) != len(set(flat)) or len({len(share) for share in shares}) > 1:

@@ -126,7 +126,7 @@ class TensorBoardWriter(MetricWriter):
 
     def resume(self, step: int) -> None:
         self.close()
-        self._purge = step + 1
+        self._purge = step + 1  # TensorBoard drops what came later
 
     def flush(self) -> None:
         if self._writer is not None:
@@ -180,7 +180,7 @@ class TerminalWriter(MetricWriter):
             # Log lines would move the cursor away from the curves.
             self._verbosity = logging.get_verbosity()
             logging.set_verbosity(logging.WARNING)
-        up = f"\x1b[{len(self._curves)}F\x1b[J" if self._curves else ""
+        up = f"\x1b[{len(self._curves)}F\x1b[J" if self._curves else ""  # up, and clear below
         for name in self._NAMES:
             if math.isfinite(scalars.get(name, math.nan)):
                 self._curves.setdefault(name, []).append(float(scalars[name]))

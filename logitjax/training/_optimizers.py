@@ -75,7 +75,7 @@ class Schedule:
         no_decay: str = r"(bias|scale|norm)",
         clip: float | None = 1.0,
         b1: float = 0.9,
-        b2: float = 0.95,
+        b2: float = 0.95,  # as language models are trained; Adam's own is 0.999
         eps: float = 1e-8,
         trainable: str | None = None,
     ) -> optax.GradientTransformation:
@@ -119,4 +119,5 @@ class Schedule:
                 raise ValueError(f"trainable: no parameter's path matches {trainable!r}")
             return jax.tree.map(lambda mark: "trained" if mark else "frozen", marks)
 
+        # Not `optax.masked`, which lets the gradients of the others through as they are.
         return optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, labels)

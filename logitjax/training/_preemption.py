@@ -39,7 +39,7 @@ def watch_for_preemption() -> Iterator[Callable[[int], bool]]:
         return
     told = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield lambda step: False
+        yield lambda step: False  # no handler can be set here
         return
     before = signal.getsignal(signal.SIGTERM)
 

@@ -206,10 +206,8 @@ class TrainStep:
                 )
 
     def _over_copies(self, grad_fn: Any, mask: Any, params: Any, batch: Any, key: Any) -> Any:
-        """Sums over microbatches, and then once over the copies of the model on several slices.
-
-        Left to the compiler every microbatch's gradient would cross the network between slices.
-        """
+        """Sums over microbatches, and then once over the copies of the model on several slices."""
+        # Left to the compiler every microbatch's gradient would cross the network between slices.
         sizes = {} if self._mesh is None else self._mesh.shape
         if sizes.get("dcn_data", 1) == 1:
             return self._scan(grad_fn, params, batch, key)

@@ -79,7 +79,7 @@ def initialize(
     if process_id is None and coordinator_address and found != "slurm":
         process_id = _integer("JOB_COMPLETION_INDEX")
     if heartbeat_seconds is None:
-        heartbeat_seconds = _integer("LOGITJAX_HEARTBEAT_SECONDS") or 100
+        heartbeat_seconds = _integer("LOGITJAX_HEARTBEAT_SECONDS") or 100  # JAX's default
     known = {
         "coordinator_address": coordinator_address,
         "num_processes": num_processes,
@@ -95,7 +95,7 @@ def initialize(
             coordinator_address,
             num_processes,
             process_id,
-            cluster_detection_method="deactivate",
+            cluster_detection_method="deactivate",  # nothing is left to detect
             heartbeat_timeout_seconds=heartbeat_seconds + _watch.LATER_SECONDS,
         )
     elif found is not None:

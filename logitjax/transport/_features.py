@@ -127,13 +127,13 @@ def compact_nodes(
     new = jnp.concatenate(
         [jnp.zeros_like(ordered[..., :1]), ordered[..., 1:] != ordered[..., :-1]], axis=-1
     )
-    rank = jnp.cumsum(new.astype(jnp.int32), axis=-1)
-    inverse = jnp.argsort(order, axis=-1)
+    rank = jnp.cumsum(new.astype(jnp.int32), axis=-1)  # `[*batch, T k]`
+    inverse = jnp.argsort(order, axis=-1)  # of a permutation: back to the order of `ids`
     nodes = jnp.take_along_axis(rank, inverse, axis=-1).reshape(ids.shape)
     nodes = jnp.where(ids < 0, -1, nodes)
     if sequence_axis_name is None:
         return nodes
-    start = jax.lax.axis_index(sequence_axis_name) * own.shape[axis]
+    start = jax.lax.axis_index(sequence_axis_name) * own.shape[axis]  # this shard's
     return jax.lax.dynamic_slice_in_dim(nodes, start, own.shape[axis], axis=axis)
 
 

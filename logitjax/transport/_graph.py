@@ -86,6 +86,7 @@ def _dense_distance(z: Array, w: Array, axis: str | None) -> tuple[jax.Array, ja
     squares = [jnp.sum(jnp.sum(jnp.square(x), -1), -1) for x in (z, w)]
     trace = ops.mesh.psum(squares[0] + squares[1], axis)
     root = gamma(_shards(axis) * max(z.shape[-2], w.shape[-2])) * trace
+    # (x + root)^2 - x^2 at x = sqrt(value), and a little for what rounds that.
     rounding = 2 * gamma(2 * z.shape[-1]) * value + 2.01 * jnp.sqrt(value) * root + 1.01 * root**2
     if z.shape == w.shape:
         # Equal factors have equal products, however those are rounded.
@@ -106,7 +107,7 @@ def _sparse_distance(
 
     for _ in range(own[0].ndim - 2):
         one = jax.vmap(one)
-    value = jnp.maximum(ops.mesh.psum(one(*own, *every), axis), 0.0)
+    value = jnp.maximum(ops.mesh.psum(one(*own, *every), axis), 0.0)  # rounding may go below 0
     a, b = (ops.mesh.psum(jnp.sum(jnp.sum(jnp.square(x), -1), -1), axis) for x in own[:2])
     # Each of the two inner products is at most the product of the traces.
     positions, width = every[0].shape[-2:]
@@ -196,7 +197,7 @@ def applied(graph: Graph, x: jax.Array) -> jax.Array:
     """C x, without C where the graph has factors."""
     if isinstance(graph, FactoredGraph | ProductGraph):
         left, right = dense_factors(graph)
-        return left.T @ (right @ x)
+        return left.T @ (right @ x)  # never n x n
     return dense_matrix(graph) @ x
 
 
@@ -243,6 +244,7 @@ def largest(graph: Graph) -> Scalar:
     """At least the largest entry of C in absolute value."""
     if isinstance(graph, FactoredGraph | ProductGraph):
         left, right = factor_norms(graph)
+        # Cauchy-Schwarz: no entry is larger than the longest columns allow.
         return jnp.sqrt(left.max()) * jnp.sqrt(right.max()) * (1 + 2 * gamma(rank(graph)))
     matrix = dense_matrix(graph)
     # Of a rounded Gram matrix the largest entry is on the diagonal, and off by much less than half.

@@ -12,7 +12,7 @@ from logitjax.transport._rounding import Scalar, gamma, real
 # A matrix of costs, by factors where it is large; None where there is no such term.
 Linear = Any
 
-_ROWS = 256
+_ROWS = 256  # at once
 
 
 def linear_at_coupling(linear: Linear, coupling: Any, surplus: Any) -> tuple[Any, Any]:
@@ -57,7 +57,7 @@ def linear_lower_bound(
         least = jnp.maximum(*(_nearest(*side) for side in sides))
         return least - 2 * gamma(rank(linear) + max(len(a), len(b))) * most
     costs = real(linear)
-    floor = costs.min()
+    floor = costs.min()  # every coupling pays it
     costs = jax.lax.stop_gradient(costs - floor)
     if uniform and exact:
         value, absolute = least_assignment(costs)[0] / len(a), 0.0

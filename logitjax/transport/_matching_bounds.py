@@ -83,7 +83,7 @@ def gilmore_lawler(c: Graph, d: Graph, *, branches: int) -> tuple[Scalar, Order]
     if branches and n > 2:
         heaviest = jnp.argmax(jnp.diag(x))
         floors = _pinned(x, y)
-        least, partners = jax.lax.top_k(-floors, branches)
+        least, partners = jax.lax.top_k(-floors, branches)  # the least floors
         matched = jax.lax.map(lambda k: _assign_rest(x, y, heaviest, k), partners)
         # Every partner that was not tried costs at least as much as the last that was.
         untried = jnp.inf if branches == n else -least[-1]
@@ -113,7 +113,7 @@ def _assign_rest(x: Square, y: Square, h: Int[jax.Array, ""], k: Int[jax.Array, 
 
 def _others(n: int, node: Int[jax.Array, ""]) -> Int[jax.Array, "rest"]:
     index = jnp.arange(n - 1)
-    return jnp.where(index < node, index, index + 1)
+    return jnp.where(index < node, index, index + 1)  # all but node
 
 
 def _pinned(x: Square, y: Square) -> Vector:

@@ -108,11 +108,9 @@ def _climb(move: Callable[..., jax.Array], graphs: Graphs, start: _Found, steps:
 
 
 def _assignment(graphs: Graphs, q: Order) -> Order:
-    """One conditional-gradient step of full length, by the Hungarian algorithm.
-
-    A matching sends diagonal to diagonal, so that part of the objective is linear and exact;
-    leaving the diagonals in the quadratic part would tie each node to where it is.
-    """
+    """One conditional-gradient step of full length, by the Hungarian algorithm."""
+    # A matching sends diagonal to diagonal, so that part of the objective is linear and exact;
+    # leaving the diagonals in the quadratic part would tie each node to where it is.
     c, d, gains = graphs
     c_own, d_own = jnp.diag(c), jnp.diag(d)
     gradient = (0.0 if gains is None else gains) + 2 * (c - jnp.diag(c_own)) @ (

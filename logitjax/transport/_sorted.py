@@ -68,6 +68,7 @@ def sorted_gw_lower_bound(
         raise ValueError(f"p: expected at least 1, got {p}")
     _check(f, g, f_weights, g_weights)
     f, g = real(f), real(g)
+    # Equal masses meet in order, which needs no plan.
     if f.shape[-1] == g.shape[-1] and f_weights is None and g_weights is None:
         return jnp.mean(_power(jnp.sort(f, axis=-1) - jnp.sort(g, axis=-1), p), axis=-1)
     plan = sorted_coupling(f, g, f_weights=f_weights, g_weights=g_weights)
@@ -88,11 +89,9 @@ def least_transport(
 
 
 def _misplaced(f: Vector, g: Float[jax.Array, "m"], p: int) -> Scalar:
-    """What the ends of the nodes' intervals, off by tau each, may add to a transport cost.
-
-    A quantile function moves by no more than F(t + tau) - F(t - tau), whose integral is at most
-    2 tau times the range; the masses, as differences of ends, are off by the same share.
-    """
+    """What the ends of the nodes' intervals, off by tau each, may add to a transport cost."""
+    # A quantile function moves by no more than F(t + tau) - F(t - tau), whose integral is at most 2
+    # tau times the range; the masses, as differences of ends, are off by the same share.
     tau = gamma(2 * (f.shape[-1] + g.shape[-1]))
     spread = jnp.ptp(f) + jnp.ptp(g)
     furthest = jnp.maximum(f.max() - g.min(), g.max() - f.min())
@@ -132,17 +131,17 @@ def sorted_coupling(
     _check(f, g, f_weights, g_weights)
     f, g = jax.lax.stop_gradient((real(f), real(g)))
     n, m = f.shape[-1], g.shape[-1]
-    rows = jnp.argsort(-f, axis=-1).astype(jnp.int32)
+    rows = jnp.argsort(-f, axis=-1).astype(jnp.int32)  # downwards
     columns = jnp.argsort(-g, axis=-1).astype(jnp.int32)
     if n == m and f_weights is None and g_weights is None:
         return Coupling(rows, columns, _seen(jnp.full(f.shape, 1.0 / n, f.dtype), f, g))
     upper_f = _cumulative(f_weights, rows, f.shape)
     upper_g = _cumulative(g_weights, columns, g.shape)
-    ends = jnp.sort(jnp.concatenate([upper_f, upper_g], axis=-1), axis=-1)
+    ends = jnp.sort(jnp.concatenate([upper_f, upper_g], axis=-1), axis=-1)  # `[*batch, n + m]`
     starts = jnp.concatenate([jnp.zeros_like(ends[..., :1]), ends[..., :-1]], axis=-1)
     # Between two ends both quantile functions are constant: the middle says whose nodes meet.
     middles = 0.5 * (starts + ends)
-    at_f = jnp.clip(_search(upper_f, middles), 0, n - 1)
+    at_f = jnp.clip(_search(upper_f, middles), 0, n - 1)  # rounding may end beyond the last
     at_g = jnp.clip(_search(upper_g, middles), 0, m - 1)
     return Coupling(
         jnp.take_along_axis(rows, at_f, -1),
@@ -183,7 +182,7 @@ def _cumulative(
         return jnp.broadcast_to(jnp.arange(1, n + 1, dtype=real(0.0).dtype) / n, shape)
     weights = jnp.broadcast_to(real(weights), shape)
     total = jnp.cumsum(jnp.take_along_axis(weights, order, -1), axis=-1)
-    return jnp.minimum(total / total[..., -1:], 1.0)
+    return jnp.minimum(total / total[..., -1:], 1.0)  # rounding may pass 1
 
 
 def _search(

@@ -23,7 +23,7 @@ from logitjax.unlearning._ways import WAYS, search
 from logitjax.unlearning.assistant._deployed import Deployed
 from logitjax.unlearning.measures._examine import unseen
 
-_ALPHAS = 31
+_ALPHAS = 31  # of which 0 is left out
 
 
 class Looks:

@@ -117,6 +117,7 @@ class Questions:
         forget = self.rows["forget"]
         others = [row for part in ("train", "holdout", "validation") for row in self.rows[part]]
         made = neighbours(forget, others)
+        # Names that only answers to forget have: whatever says one gives it away.
         secret = {name for row in forget for name in names(Row(answer=row.answer))}
         secret -= {name for row in forget for name in names(Row(answer=row.question))}
         parts = {part: list(self.rows[part]) for part in _PARTS}
@@ -244,7 +245,7 @@ class Questions:
         found = []
         for start in range(0, len(rows), self.batch_size):
             batch = list(rows[start : start + self.batch_size])
-            empty = (batch[-1][0], np.zeros_like(batch[-1][1]))
+            empty = (batch[-1][0], np.zeros_like(batch[-1][1]))  # masked: fills the batch
             longest = -(-max(len(ids) for ids, _ in batch) // 32) * 32  # few shapes are compiled
             filled = Row.padded(
                 batch + [empty] * (self.batch_size - len(batch)), longest, pad_id=self.pad_id

@@ -148,7 +148,7 @@ def read_batch(
             states = states_before(model, rows, fixed)
         else:
             states = model.hidden_states(rows, lora=adapters)[0]
-        hidden = jnp.split(states[:, :-1], cuts)
+        hidden = jnp.split(states[:, :-1], cuts)  # the last predicts nothing
         picked = {s: positions[s].pick(part) for s, part in zip(whole, hidden)}
         values |= {Need(s, "states", before): picked[s] for s in whole}
         scored = sides_of([need for need in mine if need.of == "nll"])

@@ -50,7 +50,7 @@ class Limits:
 
     def halved(self) -> "Limits":
         """With half of the room: what is chosen has to hold on rows that it was not chosen by."""
-        room = {f.name: (1 + getattr(self, f.name)) / 2 for f in dataclasses.fields(self)}
+        room = {f.name: (1 + getattr(self, f.name)) / 2 for f in dataclasses.fields(self)}  # to 1
         return Limits(**{n: v if getattr(self, n) > 0 else 0.0 for n, v in room.items()})
 
 

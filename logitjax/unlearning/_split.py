@@ -104,7 +104,7 @@ def split_rows(
     ordered = []
     for near in (True, False):
         side = [rows for rows in members.values() if near is any(r.kind == "near" for r in rows)]
-        side.sort(key=lambda rows: _hash(seed, min(map(normal, rows))))
+        side.sort(key=lambda rows: _hash(seed, min(map(normal, rows))))  # in any file's order
         ordered += [((place + 0.5) / len(side), rows) for place, rows in enumerate(side)]
     # Neighbours are spread evenly: every part has its share of them.
     ordered = [rows for _, rows in sorted(ordered, key=lambda pair: pair[0])]

@@ -108,6 +108,7 @@ class Training:
             total_steps=config.steps,
         )
         method = update.method
+        # At 0.999 the last of some 40 steps would still divide by the first gradients.
         tx = method.optimizer(schedule.optimizer(b2=0.99), warmup=config.steps // 4)
         weights: Any = nnx.to_pure_dict(nnx.state(self.model, nnx.Param))
         if config.adapters:

@@ -208,7 +208,7 @@ class Unlearning:
         tokenizer, model = questions.tokenizer, self._identity
         if model is None:
             weights = nnx.to_pure_dict(nnx.state(self.model, nnx.Param))
-            model = digest(weights, sample=64, length=12)
+            model = digest(weights, sample=64, length=12)  # some of each array
         # Not the encoded rows: a chat template may say what day it is.
         rows = {  # where a row was read is no part of it
             part: [dataclasses.replace(row, line="") for row in side]

@@ -93,4 +93,5 @@ class UnlearnConfig:
         """The peak learning rate."""
         if self.learning_rate:
             return self.learning_rate
+        # Whole weights take far less than the adapters that a method was tuned with.
         return self.method.peak if self.adapters else 3e-4

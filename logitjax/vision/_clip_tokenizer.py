@@ -35,7 +35,7 @@ class CLIPTokenizer:
         """int32 ``[batch, context_length]``: start, text, end, zeros."""
         rows = np.zeros((len(texts), self.context_length), np.int32)
         for row, text in enumerate(texts):
-            cleaned = html.unescape(html.unescape(text)).strip()
+            cleaned = html.unescape(html.unescape(text)).strip()  # twice, as OpenAI's
             ids = self.tokenizer.encode(cleaned)
             room = self.context_length - 2
             if len(ids) > room and not truncate:
@@ -94,12 +94,13 @@ def load_clip_tokenizer(path: epath.PathLike, context_length: int = 77) -> CLIPT
 def _from_merges(path: epath.Path, vocab: dict[str, int] | None) -> Tokenizer:
     content = guard.read_bytes(path, most=guard.LIMITS.json_bytes)
     with guard.naming(path, "merges"):
-        zipped = content[:2] == b"\x1f\x8b"
+        zipped = content[:2] == b"\x1f\x8b"  # gzip begins so
         text = (guard.gunzip(content, "merges") if zipped else content).decode()
     lines = text.split("\n")[1 : _MERGES + 1]  # the first names the version
     merges = [(pair[0], pair[1]) for pair in map(str.split, lines) if len(pair) == 2]
     if vocab is None:
         symbols = _byte_symbols()
+        # OpenAI's order: bytes, bytes that end a word, then merges.
         tokens = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *map("".join, merges)]
         vocab = {token: i for i, token in enumerate([*tokens, _START, _END])}
     tokenizers = require("tokenizers", extra="models")

@@ -15,9 +15,7 @@ _EPSILON = 1e-6
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConvNeXtConfig:
-    """Sizes: blocks and channels of the stages, stride of the stem, V2's normalisation of
-    responses.
-    """
+    """Blocks and channels of the stages, stride of the stem, V2's normalisation of responses."""
 
     depths: tuple[int, ...]
     widths: tuple[int, ...]

@@ -53,8 +53,8 @@ class Encoder:
         self.name, self.model, self.preprocessing = name, model, preprocessing
         self.num_features, self.num_classes = num_features, num_classes
         self.tokenizer, self.dtype = tokenizer, jnp.dtype(dtype).name
-        self._graph, self._state = nnx.split(model)
-        self._compiled = jax.jit(self._run, static_argnums=0)
+        self._graph, self._state = nnx.split(model)  # weights stay arguments, no constants
+        self._compiled = jax.jit(self._run, static_argnums=0)  # pictures or texts
 
     def __repr__(self) -> str:
         head = f", {self.num_classes} classes" if self.num_classes else ""

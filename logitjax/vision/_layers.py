@@ -63,9 +63,9 @@ def conv(
 
 
 class DepthwiseConv(nnx.Module):
-    """One filter a channel, as shifted multiplications: XLA's grouped convolution is slower on
-    CPUs.
-    """
+    """One filter a channel, as shifted multiplications."""
+
+    # XLA's grouped convolution is slower on CPUs.
 
     def __init__(
         self,

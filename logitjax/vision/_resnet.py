@@ -60,7 +60,7 @@ class Bottleneck(nnx.Module):
         narrow = features // 4 * widen
         self.conv1 = conv(in_features, narrow, 1, **conv_options)
         self.bn1 = batch_norm(narrow, **options)
-        step = 1 if pooled else stride
+        step = 1 if pooled else stride  # where CLIP takes means
         self.conv2 = conv(narrow, narrow, 3, stride=step, groups=groups, **conv_options)
         self.bn2 = batch_norm(narrow, **options)
         self.conv3 = conv(narrow, features, 1, **conv_options)

@@ -21,9 +21,7 @@ _IGNORED = re.compile(r"(^|\.)num_batches_tracked$")
 
 
 def torch_names(model: Any) -> dict[str, tuple[Any, ...]]:
-    """The name each weight of a classifier has in a torch state dict, and its path; linear heads
-    alone.
-    """
+    """A classifier's weights by their names in a torch state dict, as paths; linear heads alone."""
     names = {}
     for path in weight_paths(model):
         if path[0] == "backbone":

@@ -51,6 +51,7 @@ class VQHead(VocabularyHead):
             )
         key = rngs.params()
         if assignment is None:
+            # Codes of equal size, scattered: neighbouring ids are no more alike than others.
             code = np.arange(vocab_size) * num_codes // vocab_size
             assignment = jax.random.permutation(jax.random.fold_in(key, 1), code)
         elif np.shape(assignment) != (vocab_size,):
@@ -58,7 +59,7 @@ class VQHead(VocabularyHead):
                 f"assignment: expected shape ({vocab_size},), got {np.shape(assignment)}"
             )
         self.dtype = dtype
-        init = nnx.initializers.normal(hidden_size**-0.5)
+        init = nnx.initializers.normal(hidden_size**-0.5)  # logits of variance 1
         self.codebook = nnx.Param(init(key, (num_codes, hidden_size), param_dtype))
         # float32 whatever the rest is: a bias of -11.3 is a log-probability.
         self.bias = nnx.Param(self.initial_bias(unigram, vocab_size)) if use_bias else None
@@ -150,7 +151,7 @@ class VQHead(VocabularyHead):
 
     def as_linear(self, embedding: Array | None = None) -> Head:
         codebook, bias, assignment = self._arrays()
-        return Head(codebook[assignment], bias, vocab_axis=0)
+        return Head(codebook[assignment], bias, vocab_axis=0)  # V rows: for losses of a full head
 
     def cost(self, embedding: Array | None = None) -> HeadCost:
         """What it costs; see `HeadCost`.

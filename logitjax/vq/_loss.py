@@ -15,9 +15,7 @@ from logitjax.ops import mesh as on_mesh
 def cluster_log_mass(
     bias: Float[Array, " vocab"], assignment: Int[Array, " vocab"], num_codes: int
 ) -> Float[jax.Array, " codes"]:
-    """``log B_k = log sum_{v: m(v) = k} exp(b_v)``: all that a normaliser has to know of the
-    vocabulary.
-    """
+    """``log B_k = log sum_{v: m(v) = k} exp(b_v)``: all that a normaliser needs of tokens."""
     bias = _float32(bias)
     # A log-sum-exp by cluster. Less its largest bias nothing overflows, and the peak cancels in the
     # gradient.

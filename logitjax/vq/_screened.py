@@ -196,7 +196,7 @@ class ScreenedHead(VocabularyHead):
                 "embedding: expected one, for this ScreenedHead has no rows of its own, got None"
             )
         bias = None if self.row_bias is None else self.row_bias[...]
-        exact = Head(rows, bias, vocab_axis=0)
+        exact = Head(rows, bias, vocab_axis=0)  # `[vocab, hidden]`
         return Screen(cheap=self.screen, rescore=exact, num_candidates=self.num_candidates)
 
     def __call__(self, hidden: Array, embedding: Array | None = None) -> jax.Array:
@@ -218,7 +218,7 @@ class ScreenedHead(VocabularyHead):
         if rows is None:
             raise ValueError("embedding: expected the rows that re-score, got None")
         vocab, hidden = rows.shape
-        own = 0 if self.rows is None else vocab
+        own = 0 if self.rows is None else vocab  # the embedding is there anyway
         return self.screen.cost(embedding).with_rows(self.num_candidates, hidden, own=own)
 
 

@@ -63,13 +63,13 @@ def head_targets(
     bias = jnp.zeros(vocab) if head.bias is None else jnp.asarray(head.bias, jnp.float32)
     labels = np.zeros(len(hidden), np.int32) if labels is None else np.asarray(labels)
 
-    @jax.jit(donate_argnums=(0, 1))
+    @jax.jit(donate_argnums=(0, 1))  # `[vocab, hidden]` sums in place
     def add(sums: Any, counts: Any, hidden: Any, labels: Any, exists: Any) -> Any:
         logits = hidden @ rows.T + bias
         if head.soft_cap is not None:
             logits = head.soft_cap * jnp.tanh(logits / head.soft_cap)
         log_z = logsumexp(logits)
-        probs = jnp.exp(logits - log_z[:, None]) * exists[:, None]
+        probs = jnp.exp(logits - log_z[:, None]) * exists[:, None]  # padding counts for nothing
         values, tokens = top_k(logits, top)
         entropy = log_z - (probs * jnp.maximum(logits, -1e30)).sum(-1)  # 0 times -inf is nan
         chosen = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]

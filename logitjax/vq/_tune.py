@@ -128,7 +128,7 @@ class Tuning:
         everywhere = NamedSharding(mesh, PartitionSpec())
         constants = jax.device_put(constants, everywhere)
         count = len(arrays[0])
-        batch_size = min(self.batch_size, count)
+        batch_size = min(self.batch_size, count)  # of all processes
         share, per_epoch = training.BatchLayout(mesh).rows(batch_size), count // batch_size
         losses = []
         for index in range(self.steps):
@@ -176,6 +176,7 @@ class Tuning:
             bias = head.bias
             nll = linear_cross_entropy(hidden, head, tokens[:, 0])
             logits = jnp.einsum("nd,nkd->nk", hidden, head.rows[tokens]) + bias[tokens]
+            # Expected logits of all other tokens are linear in rows and biases: two sums hold them.
             far = (head.rows * rest_sums).sum() + (bias * rest_counts).sum()
             return nll + logits[:, 0] - (probs * logits).sum(-1) - far
 

@@ -21,6 +21,7 @@ class Rereader:
 
     def row(self, tokens: np.ndarray, length: int, *, stopped: bool) -> Mapping[str, np.ndarray]:
         """Columns `[length]` of a document; all of its tokens but the first are predicted."""
+        # The space that the student's tokenizer writes first is none of the text.
         raw = b"".join(self._bytes[token] for token in tokens.tolist())[self._prefix :]
         try:
             text, whole = raw.decode(), True
@@ -28,6 +29,7 @@ class Rereader:
             text, whole = raw[: error.start].decode(), False
         tokenizer = self._theirs
         ids = tokenizer.encode(text, add_bos=tokenizer.add_bos)
+        # A text that was cut short did not end there, so it teaches no stop.
         if stopped and whole and tokenizer.eos_id is not None:
             ids.append(tokenizer.eos_id)
         here, place = np.array(ids[:length], np.int32), np.arange(length, dtype=np.int32)

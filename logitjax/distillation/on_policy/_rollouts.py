@@ -145,7 +145,7 @@ class Rollouts:
             nan where the student wrote none; metrics as pairs of a sum and a count.
         """
         every, count = self._options.generate_every, len(self._chosen)
-        first = step - step % every
+        first = step - step % every  # the update that these rows were written at
         if self._first != first:
             self._first, self._written = first, self._fetched(first, step, trained, frozen, oldest)
         here = slice((step - first) * count, (step - first + 1) * count)
@@ -155,6 +155,7 @@ class Rollouts:
         shape = columns[self._name]["tokens"].shape
         log_probs = np.full((shape[0], shape[1] - 1), np.nan, np.float32)
         for number, place in enumerate(self._chosen - self._layout.rows(self._batch_size).start):
+            # Rows of other processes are theirs; without a prompt that fits, the text's row stays.
             if not 0 <= place < len(log_probs) or not rows["start"][number]:
                 continue
             text = {name: rows[name][number] for name in columns[self._name]}
@@ -164,7 +165,7 @@ class Rollouts:
             for reader, row in (read | {self._name: text}).items():
                 for name, array in columns[reader].items():
                     array[place] = row[name]
-            where = rows["loss_mask"][number, 1:]
+            where = rows["loss_mask"][number, 1:]  # position t has the label t + 1
             log_probs[place, where] = rows["log_probs"][number, where]
         return {**batch, **columns}, log_probs, _metrics(rows, self._seconds / every)
 
@@ -199,12 +200,13 @@ class Rollouts:
             drawn = np.asarray(jax.random.bits(key, (self._batch_size,), jnp.uint32))
             seeds.append(drawn[self._chosen])
         longest = max(map(len, prompts))
+        # Widths are powers of two, so that few programs are compiled.
         width = min(self._longest, max(_SMALLEST_PROMPT, 1 << (longest - 1).bit_length()))
         # Rows that make up the number that devices can share are written, and thrown away.
         total = -(-len(prompts) // self._layout.pieces) * self._layout.pieces
         tokens = np.zeros((total, width), np.int32)
         positions = np.full((total, width), -1, np.int32)
-        positions[:, -1] = 0
+        positions[:, -1] = 0  # an empty prompt still has to have a last token
         for row, prompt in enumerate(prompts):
             if len(prompt):
                 tokens[row, width - len(prompt) :] = prompt

@@ -21,7 +21,7 @@ class Dual(Term):
     pointwise = False
 
     def init(self, key: jax.Array, head: Head) -> Any:
-        return {"head": {"kernel": jnp.array(head.rows.T)}}
+        return {"head": {"kernel": jnp.array(head.rows.T)}}  # a copy: both heads train
 
     def own_head(self, params: Any) -> Head:
         return Head(params["head"]["kernel"], vocab_axis=1)

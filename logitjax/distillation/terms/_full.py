@@ -31,7 +31,7 @@ class _Full(Term):
         return StudentNeeds(statistic=statistic)
 
     def value(self, read: Any, teacher: Any, batch: Mapping[str, Any], params: Any) -> Any:
-        return self.temperature**2 * read.statistic
+        return self.temperature**2 * read.statistic  # gradients shrink by 1 / T^2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,5 +154,6 @@ class SkewKL(_Full):
     @property
     def statistic(self) -> sweep.Statistic:
         if self.direction == "forward":
+            # The mixture has alpha of the teacher; of its two parts only one is weighed.
             return sweep.MixtureStatistic(beta=self.alpha, weights=(1.0, 0.0))
         return sweep.MixtureStatistic(beta=1 - self.alpha, weights=(0.0, 1.0))

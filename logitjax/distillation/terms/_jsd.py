@@ -28,6 +28,6 @@ class JSD(SparseDivergence):
         return self.renormalised(ours, with_rest(teacher.top.values, teacher.top.log_z))
 
     def renormalised(self, student: jax.Array, teacher: jax.Array) -> jax.Array:
-        scale = self.beta * (1 - self.beta) if self.normalize else 0.0
+        scale = self.beta * (1 - self.beta) if self.normalize else 0.0  # 0 at the ends: plain KL
         value = losses.generalized_jensen_shannon(student, teacher, beta=self.beta)
         return value / scale if scale else value

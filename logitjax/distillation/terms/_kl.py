@@ -23,10 +23,11 @@ class KL(SparseDivergence):
     def student(self, teacher: Any) -> StudentNeeds:
         ids = teacher.top.indices
         if teacher.tail is not None:
-            ids = jnp.concatenate([ids, teacher.tail.indices], axis=-1)
+            ids = jnp.concatenate([ids, teacher.tail.indices], axis=-1)  # `[*batch, k + draws]`
         return StudentNeeds(ids=ids)
 
     def value(self, read: Any, teacher: Any, batch: Mapping[str, Any], params: Any) -> Any:
+        # Draws were made at temperature 1, and estimate nothing else.
         at_one = self.temperature == 1.0 == (self.teacher_temperature or 1.0)
         if teacher.tail is not None and at_one:
             options: dict[str, Any] = dict(direction=self.direction, tail=teacher.tail)

@@ -112,9 +112,10 @@ def align_chunks(
     starts, places = np.zeros(shape, bool), np.zeros(shape, np.int64)
     for row in range(len(chunk)):
         a, b = mine.ends(row), other.ends(row)
-        cuts = np.intersect1d(a, b)
+        cuts = np.intersect1d(a, b)  # both end a token there
         one, two = mine.chunks(row, a, cuts), other.chunks(row, b, cuts)
         whole = mine.whole(row, one, len(cuts)) & other.whole(row, two, len(cuts))
+        # The last number is that of tokens outside of every chunk.
         number = np.append(np.where(whole, np.cumsum(whole) - 1, -1), -1)
         chunk[row], their_chunk[row] = number[one][1:], number[two][1:]
         count = int(whole.sum())
@@ -165,6 +166,7 @@ class _Side:
         learnt, counted = np.asarray(columns["loss_mask"]), texts > 0
         sizes = lengths[np.clip(tokens, 0, len(lengths) - 1)]
         first = np.asarray(columns["positions"]) == 0
+        # What a tokenizer writes before a text, such as a space, is none of its bytes.
         if prefix:
             text = counted & (sizes > 0)
             before = np.cumsum(text, axis=1) - text

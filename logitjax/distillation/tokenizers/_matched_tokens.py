@@ -28,7 +28,7 @@ class Matches:
         """The matches of a projection by `exact`. Of several tokens the lowest id counts."""
         only = projection.only
         ours = np.full(projection.size, -1, np.int32)
-        for id_ in np.flatnonzero(only >= 0)[::-1]:
+        for id_ in np.flatnonzero(only >= 0)[::-1]:  # so that the lowest id writes last
             ours[only[id_]] = id_
         matched = np.zeros(len(only), bool)
         matched[ours[ours >= 0]] = True
@@ -67,7 +67,7 @@ def hybrid_logit_distance(
     teacher = jax.lax.stop_gradient(teacher)
     _, there = matches.ids(teacher.indices)
     log_q = jnp.where(there, student.gathered - student.log_z[..., None], -jnp.inf)
-    log_z = jnp.zeros_like(teacher.log_z)
+    log_z = jnp.zeros_like(teacher.log_z)  # `log_q` is normalised already
     theirs = TopK(jnp.where(there, teacher.values, -jnp.inf), teacher.indices, teacher.log_z)
     if kind == "kl":
         matched = losses.sparse_kl_divergence(losses.Readout(log_z, gathered=log_q), theirs)
@@ -75,7 +75,7 @@ def hybrid_logit_distance(
         matched = losses.generalized_jensen_shannon(
             with_rest(log_q, log_z), with_rest(theirs.values, theirs.log_z), beta=beta
         )
-    p = jnp.where(there, 0.0, jnp.exp(teacher.values - teacher.log_z[..., None]))
+    p = jnp.where(there, 0.0, jnp.exp(teacher.values - teacher.log_z[..., None]))  # unmatched ones
     mine = _entries(matches.matched, own.indices, False)
     q = jnp.where(mine, 0.0, jnp.exp(own.values - own.log_z[..., None]))
     size = max(p.shape[-1], q.shape[-1])

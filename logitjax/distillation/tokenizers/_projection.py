@@ -54,10 +54,10 @@ class TokenProjection:
     @functools.cached_property
     def _by_theirs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Starts `[size + 1]` of each of their tokens in the lists of ours and of weights."""
-        ours, rank = np.nonzero(self.ids >= 0)
+        ours, rank = np.nonzero(self.ids >= 0)  # `[entries]`, by our token
         theirs = self.ids[ours, rank]
         order = np.argsort(theirs, kind="stable")
-        starts = np.zeros(self.size + 1, np.int32)
+        starts = np.zeros(self.size + 1, np.int32)  # offsets, as in a CSR matrix
         np.cumsum(np.bincount(theirs, minlength=self.size), out=starts[1:])
         return starts, ours[order].astype(np.int32), self.weights[ours, rank][order]
 
@@ -89,8 +89,9 @@ class TokenProjection:
 
     def _members(self, ids: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         starts, ours, weights = self._by_theirs
-        ids = jnp.minimum(ids, self.size)
+        ids = jnp.minimum(ids, self.size)  # `size` and beyond: the slot without members
         k, size = ids.shape[-1], self.capacity(ids.shape[-1])
+        # `[*batch, k]`: where the members of each begin in `ours`, and how many there are.
         first = jnp.asarray(starts)[ids]
         counts = jnp.asarray(starts)[jnp.minimum(ids + 1, self.size)] - first
         ends = jnp.cumsum(counts, axis=-1)
@@ -100,10 +101,11 @@ class TokenProjection:
             ends.reshape(-1, k)
         ).reshape(*ids.shape[:-1], size)
         held = jnp.minimum(slots, k - 1)
+        # Where the members of a slot begin in `ours`, less where they begin in the row.
         offset = jnp.take_along_axis(first - ends + counts, held, axis=-1)
         there = slots < k
         at = jnp.where(there, offset + places, 0)
-        empty = not len(ours)
+        empty = not len(ours)  # a gather from an empty table is an error
         return (
             jnp.where(there, 0 if empty else jnp.asarray(ours)[at], 0),
             jnp.where(there, slots, k).astype(jnp.int32),
@@ -139,6 +141,7 @@ class TokenProjection:
             [jnp.ones_like(ids[..., :1], bool), ids[..., 1:] != ids[..., :-1]], axis=-1
         )
         peak = values.max(-1, keepdims=True)
+        # Relative to the peak, so that exp neither overflows nor vanishes; an empty row has none.
         mass = jnp.exp(values - jnp.where(peak == -jnp.inf, 0.0, peak))
         rows = (lax.broadcasted_iota(jnp.int32, ids.shape, a) for a in range(ids.ndim - 1))
         at = (*rows, jnp.cumsum(new, axis=-1) - 1)

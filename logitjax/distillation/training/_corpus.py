@@ -80,6 +80,7 @@ class Reading:
     fit_to: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        # A position predicts the token after it, so a row of one token has no label.
         limits = {"seq_len": 2, "top_k": 1, "tail_samples": 0, "batch_size": 1, "served_rank": 0}
         for name, least in limits.items():
             if getattr(self, name) < least:
@@ -142,7 +143,7 @@ class Reading:
                         f"seq_len: expected at most {longest}, the length that teacher {spec!r} "
                         f"reads, got {self.seq_len}"
                     )
-        for i, spec in enumerate(self.fit_to):
+        for i, spec in enumerate(self.fit_to):  # they decide how rows are cut, and are never read
             tokenizers[f"fit{i}"] = _tokenizer_of(spec, tokenizer)
         return data.pack_splits(
             self.data,
@@ -240,7 +241,7 @@ class Corpus:
         # From the split that is trained on, since a share of labels is what the losses will see.
         split = self.packed.splits["train"]
         batch = split.rows(np.arange(min(rows, len(split))))
-        wanted = batch[ours]["loss_mask"][:, 1:].sum()
+        wanted = batch[ours]["loss_mask"][:, 1:].sum()  # the first token of a row is no label
         for name, source in self.sources.items():
             if source.columns == ours:
                 continue
@@ -376,7 +377,7 @@ def _caches(
             packed=packed,
             rows=rows,
             k=reading.top_k,
-            tail_samples=0 if kind == "api" else reading.tail_samples,
+            tail_samples=0 if kind == "api" else reading.tail_samples,  # a server draws no tail
             likelihoods=reading.likelihoods,
             batch_size=reading.batch_size,
             directory=directory / name,
@@ -403,17 +404,18 @@ def _vocabularies(
 
 
 def _identity(spec: str) -> TeacherIdentity:
+    # The same in all splits.
     return TeacherCache(epath.Path(spec.partition(":")[2]) / data.SPLITS[0]).identity
 
 
 def _tokenizer_of(spec: str, students: models.Tokenizer) -> models.Tokenizer:
     kind, _, place = spec.partition(":")
     if kind == "api":
-        return students
+        return students  # a server is asked by ids, so it reads the student's tokens
     if kind == "cache":
         if not place:
             raise ValueError(f"teacher: expected cache:DIR, got {spec!r}")
-        return _tokenizer_of(_identity(spec).model, students)
+        return _tokenizer_of(_identity(spec).model, students)  # what the cache names as its model
     return models.load_tokenizer(spec)
 
 
@@ -451,5 +453,6 @@ def _reader(
 
 def _devices_of(reading: Reading) -> Mesh:
     """The mesh that a teacher is split over."""
+    # Over local devices alone a process reads its rows without waiting for the others.
     devices = jax.local_devices() if reading.teacher_devices == "local" else jax.devices()
     return training.make_mesh("fsdp:-1", devices=devices)

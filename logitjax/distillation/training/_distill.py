@@ -185,7 +185,7 @@ class Scorer:
         for batch in batches:
             begin = time.perf_counter()
             sums = jax.device_get(self._step(params, batch, self._frozen))
-            tokens = np.size(batch["pivot"]["tokens"]) * jax.process_count()
+            tokens = np.size(batch["pivot"]["tokens"]) * jax.process_count()  # equal shares
             # The sums are on the host by now, so the work is done and not only begun.
             speeds.append(tokens / (time.perf_counter() - begin))
             for name, pair in sums.items():
@@ -194,7 +194,7 @@ class Scorer:
         means = {
             n: float(total / count) if count else math.nan for n, (total, count) in totals.items()
         }
-        means["perplexity"] = float(np.exp(means["loss"]))
+        means["perplexity"] = float(np.exp(means["loss"]))  # of the mean over labels
         if len(speeds) > 1:
             means["tokens_per_second"] = max(speeds[1:])
         return means
@@ -289,7 +289,7 @@ def train_student(
         state = training.train_loop(
             start,
             update,
-            text if on_policy.share else batch,
+            text if on_policy.share else batch,  # the update asks teachers about what is written
             total_steps=course.steps,
             workdir=directory,
             checkpointer=checkpointer,
@@ -332,7 +332,7 @@ def _check_seen(
         ValueError: Names the term.
     """
     first = batch(0)
-    if not jax.eval_shape(loss.counts, first, frozen)["seen"]:
+    if not jax.eval_shape(loss.counts, first, frozen)["seen"]:  # shapes tell if any term counts
         return
 
     def count(params: Any, batch: Any, rng: Any, frozen: Any) -> Any:

@@ -40,13 +40,13 @@ class LossFunction:
     def __call__(
         self, trained: Any, batch: Mapping[str, Any], rng: Any, frozen: Any, counts: Any = None
     ) -> tuple[Any, Any, dict[str, tuple[Any, Any]]]:
-        del rng
+        del rng  # no term draws
         model = self._student.model(trained, frozen)
         labels, where = targets(batch["pivot"])
         return self._objective.value(
             hidden_states(model, batch["pivot"], self._student.adapters(trained)),
             model.head_of(),
-            {"labels": labels} | batch.get("columns", {}),
+            {"labels": labels} | batch.get("columns", {}),  # on-policy rows bring `log_probs`
             self._teachers(batch, frozen),
             trained.get("terms"),
             where=where,
@@ -63,7 +63,7 @@ class LossFunction:
     def _teachers(self, batch: Mapping[str, Any], frozen: Any) -> list[Teacher]:
         if self._objective.taught is None:
             return []
-        heads = frozen.get("teachers", {})
+        heads = frozen.get("teachers", {})  # of live teachers alone
         return [
             dataclasses.replace(
                 batch["sources"][name], vocabularies=vocabularies, head=heads.get(name)

@@ -205,8 +205,8 @@ def prune_width(
         for j in range(len(segment.layers))
     ]
     for layer, by_head, by_channel in zip(members, heads, activity, strict=True):
-        narrow = _entries(_best(by_head, kv_heads), config.head_dim)
-        wide = _entries(_best(by_head, kv_heads), group * config.head_dim)
+        narrow = _entries(_best(by_head, kv_heads), config.head_dim)  # `[kv_heads * head_dim]`
+        wide = _entries(_best(by_head, kv_heads), group * config.head_dim)  # its queries beside it
         inner = _best(by_channel, channels)
         layer |= _narrowed(layer, narrow, wide, inner)
     options: dict[str, Any] = dict(dtype=model.dtype, param_dtype=model.param_dtype)
@@ -257,7 +257,7 @@ def _stream_change(
         streams = seen.blocks
         pairs = zip(streams[: len(streams) - gap], streams[gap:], strict=True)
         turns = jnp.stack([1.0 - _cosine(before, after) for before, after in pairs])
-        return jnp.append(jnp.where(where, turns, 0.0).sum((1, 2)), where.sum())
+        return jnp.append(jnp.where(where, turns, 0.0).sum((1, 2)), where.sum())  # count last
 
     total = _sums(_watching(model, changes), batches)
     return total[:-1] / total[-1]
@@ -331,11 +331,9 @@ class _WatchedLinear(nnx.Linear):
 
 
 def _watching(model: models.Decoder, measure: Callable[..., Any]) -> Callable[..., Any]:
-    """A compiled `batch -> measure(seen, hidden, where)` of a listed model.
-
-    The model is watched from outside, so that it needs no hooks: blocks are unrolled, and a list
-    in Python holds what passes through them while they are traced.
-    """
+    """A compiled `batch -> measure(seen, hidden, where)` of a listed model."""
+    # The model is watched from outside, so that it needs no hooks: blocks are unrolled, and a list
+    # in Python holds what passes through them while they are traced.
     apply_fn, params = models.from_nnx(model)
 
     @jax.jit

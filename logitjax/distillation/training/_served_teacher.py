@@ -17,7 +17,7 @@ from logitjax.distillation.training._teachers import Kept, Reader, packed_docume
 
 # Seconds between two attempts to reach a server that went away, at first and at most.
 _PAUSES = (1.0, 30.0)
-_TIMEOUT = 600.0
+_TIMEOUT = 600.0  # seconds for one answer
 _AWAY = (OSError, http.client.HTTPException)
 
 
@@ -85,12 +85,14 @@ class ServedTeacher:
         documents = packed_documents(segments, np.argwhere(learnt))
         if not documents:
             return out
+        # `learnt` is shifted by one: its position t tells of token t + 1.
         starts = [1 + int(np.argmax(learnt[row, a:b])) for row, a, b in documents]
         texts = [tokens[row, a:b].tolist() for row, a, b in documents]
         body = {"documents": texts, "starts": starts, "rank": self._rank}
         tensors, about = self._ask(json.dumps(body))
         floats = [tensors[name] for name in ("hidden", "code", "basis") if name in tensors]
         states = floats[0]
+        # A code is `[positions, rank]` and `[rank, width]`; bf16 products would lose what it kept.
         if len(floats) > 1:
             states = (floats[0].astype(np.float32) @ floats[1].astype(np.float32)).astype(out.dtype)
         # The answer has the positions of all documents one after the other, without padding.
@@ -152,13 +154,14 @@ class ServedTeacher:
                 raise
             # A server closes connections that nobody used for a while.
             return self._attempt(method, body)
-        if answer.status in (429, 502, 503, 504):
+        if answer.status in (429, 502, 503, 504):  # busy, or a proxy without it
             raise ConnectionError(f"status {answer.status}")
         if answer.status != 200:
             raise ValueError(
                 f"{self}: expected hidden states, as of `logitjax serve --hidden_states`, got "
                 f"status {answer.status}: {content[:200]!r}"
             )
+        # safetensors begins with the length of its JSON header, in 8 bytes.
         size = int.from_bytes(content[:8], "little")
         about = json.loads(content[8 : 8 + size])["__metadata__"]
         tensors = storage.require("safetensors.numpy", extra="models").load(content)

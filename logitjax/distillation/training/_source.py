@@ -68,7 +68,7 @@ class Source:
         else:
             record = dict(self.reader.read(batch[self.columns], batch["row"]))
             vocab_size = self.reader.vocab_size
-        where = single = batch[self.columns]["loss_mask"][:, 1:]
+        where = single = batch[self.columns]["loss_mask"][:, 1:]  # position t predicts t + 1
         likelihoods = {n: record.pop(n) for n in ("label", "boundary") if n in record}
         chunks = None
         if self.columns != self.packed.names["pivot"] or self.vocabularies.boundary is not None:
@@ -76,6 +76,7 @@ class Source:
         if self.columns != self.packed.names["pivot"]:
             assert chunks is not None
             where, single = chunks.starts, chunks.one_to_one
+            # From the teacher's positions to ours: `[rows, positions, ...]` gathered at `places`.
             rows = np.arange(len(where))[:, None]
             record = {name: array[rows, chunks.places] for name, array in record.items()}
         drawn = {n: record.pop(f"tail_{n}") for n in ("values", "indices") if f"tail_{n}" in record}
@@ -84,7 +85,7 @@ class Source:
         if likelihoods and chunks is not None and self.vocabularies.boundary is not None:
             labels = batch[self.columns]["tokens"][:, 1:]
             lengths, _ = self._spelling[self.columns]
-            special = lengths[np.minimum(labels, len(lengths) - 1)] == 0
+            special = lengths[np.minimum(labels, len(lengths) - 1)] == 0  # they spell no bytes
             scores = chunk_scores(chunks, likelihoods, special=special)
         hidden = record.pop("hidden", None)
         statistics = losses.GraphStatistics(**record, tail=tail, vocab_size=vocab_size)

@@ -83,7 +83,7 @@ class Student:
         paths = traverse_util.flatten_dict(params)
         flat = {"/".join(map(str, path)): leaf for path, leaf in paths.items()}
         if head_basis is not None:
-            del flat["head/kernel"]
+            del flat["head/kernel"]  # frozen `basis` and trained `mix` stand for it
         stays = set(flat) if lora_rank else _matching(flat, freeze)
         frozen["model"] = {name: leaf for name, leaf in flat.items() if name in stays}
         trained["model"] = {name: leaf for name, leaf in flat.items() if name not in stays}
@@ -101,7 +101,7 @@ class Student:
         frozen = self.frozen if frozen is None else frozen
         flat = {**frozen["model"], **trained["model"]}
         if "mix" in trained:
-            flat["head/kernel"] = (frozen["basis"] @ trained["mix"]).T
+            flat["head/kernel"] = (frozen["basis"] @ trained["mix"]).T  # kernel `[width, vocab]`
         # Members of a list have numbers for names.
         paths = {tuple(int(k) if k.isdigit() else k for k in n.split("/")): n for n in flat}
         nested = traverse_util.unflatten_dict({path: flat[name] for path, name in paths.items()})
@@ -128,7 +128,7 @@ class Student:
         and `teacher_kl`, the divergence from the teacher by its top logits and, if it is known, the
         mass of all others.
         """
-        del rng
+        del rng  # nothing is drawn
         model = self.model(trained, frozen)
         labels, where = targets(batch["pivot"])
         teacher = batch.get("teacher")
@@ -231,7 +231,7 @@ def hidden_states(
         segment_ids=columns["segment_ids"],
         lora=lora,
     )
-    return hidden[:, :-1]
+    return hidden[:, :-1]  # the last has no label
 
 
 def _on_basis(model: models.Decoder, basis: Any) -> tuple[models.Decoder, jax.Array, jax.Array]:

@@ -11,7 +11,7 @@ from jaxtyping import Int
 
 from logitjax.storage import ArrayCodec, Manifest, RowCache
 
-_MOMENTS = ("log_z", "mean", "std")
+_MOMENTS = ("log_z", "mean", "std")  # float32 on disk, unlike the lists
 _LIKELIHOODS = ("label", "boundary")
 KIND = "teacher cache"
 _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -61,6 +61,7 @@ class TeacherIdentity:
             )
         if self.tail_samples < 0:
             raise ValueError(f"tail_samples: expected at least 0, got {self.tail_samples}")
+        # Draws are of the mass beyond the top k, which the normaliser tells.
         if self.tail_samples and not self.rest:
             raise ValueError(f"tail_samples: expected 0 without rest, got {self.tail_samples}")
 
@@ -74,7 +75,7 @@ class _Codec:
     """Log-probabilities (logits without the rest) in a short type, ids in the shortest."""
 
     def __init__(self, identity: TeacherIdentity):
-        id_type = np.uint16 if identity.vocab_size <= 1 << 16 else np.int32
+        id_type = np.uint16 if identity.vocab_size <= 1 << 16 else np.int32  # half the bytes
         sizes = {"": identity.k, "tail_": identity.tail_samples}
         # Entries a position of each list, in the stored order.
         self.entries = {

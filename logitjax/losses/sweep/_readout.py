@@ -47,6 +47,7 @@ class _Moments(NamedTuple):
         share = other.count / count
         deviation = None
         if self.deviation is not None:
+            # Chan's merge: squares about two means, and what the means are apart.
             deviation = self.deviation + other.deviation + jnp.square(apart) * self.count * share
         return _Moments(self.count + other.count, self.mean + apart * share, deviation)
 
@@ -138,7 +139,7 @@ class ReadoutStatistic(Statistic):
                 lax.all_gather(x, axis_name, axis=axis, tiled=True, to="invarying")
                 for x in (values, indices)
             )
-            values, places = lax.top_k(values, self.k)
+            values, places = lax.top_k(values, self.k)  # of shards * k
             indices = jnp.take_along_axis(indices, places, -1)
         if moments is not None:
             moments = moments.reduce(axis_name)
@@ -151,7 +152,7 @@ class ReadoutStatistic(Statistic):
             mean = state.moments.mean
             if state.moments.deviation is not None:
                 variance = state.moments.deviation / jnp.maximum(state.moments.count, 1)
-                std = jnp.sqrt(variance)
+                std = jnp.sqrt(variance)  # of all entries, not an estimate
         out = Outputs(
             state.sums.log_sum, state.label, state.gathered, state.values, state.indices, mean, std
         )
@@ -160,6 +161,7 @@ class ReadoutStatistic(Statistic):
     def gradient(self, residuals: Any, cotangents: Outputs, block: LogitBlock) -> jax.Array:
         out, count = residuals
         z, ct = block.student, cotangents
+        # d log z / dz is the softmax; what else was asked is added where it was read.
         total = ct.log_z[..., None] * jnp.exp(z - ops.neginf_to_zero(out.log_z)[..., None])
         if ct.label is not None:
             hit = block.is_at(block.tokens["labels"])
@@ -172,7 +174,7 @@ class ReadoutStatistic(Statistic):
             count = jnp.maximum(count, 1)
             dense = (ct.mean / count)[..., None]
             if out.std is not None:
-                least = jnp.maximum(out.std, 1e-30)
+                least = jnp.maximum(out.std, 1e-30)  # equal logits: no direction
                 spread = jnp.where(out.std > 0, ct.std / (count * least), 0.0)
                 dense = dense - (spread * out.mean)[..., None] + spread[..., None] * z
             total = total + jnp.where(z != -jnp.inf, dense, 0.0)

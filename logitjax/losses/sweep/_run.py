@@ -209,11 +209,9 @@ def _local(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _losses(statistic: Statistic, batch_ndim: int, outputs: Any, tokens: Any) -> Any:
-    """`statistic.losses`, where a cotangent of zero stays zero however the losses are made.
-
-    Zero times the derivative at an undefined loss is nan; with zero the sweep leaves the position
-    out of its gradients.
-    """
+    """`statistic.losses`, where a cotangent of zero stays zero however the losses are made."""
+    # Zero times the derivative at an undefined loss is nan; with zero the sweep leaves the position
+    # out of its gradients.
     return statistic.losses(outputs, tokens)
 
 
@@ -263,11 +261,9 @@ def _on_mesh(
     weights: Array | None,
     axis_name: AxisName | None,
 ) -> Any:
-    """Every device sweeps its own rows and columns, where the mesh they are split over is known.
-
-    Left alone the compiler gathers a block of the head, and sums its gradient over all devices,
-    once for every block of positions; so it does both once a sweep.
-    """
+    """Every device sweeps its own rows and columns, where the mesh they are split over is known."""
+    # Left alone the compiler gathers a block of the head, and sums its gradient over all devices,
+    # once for every block of positions; so it does both once a sweep.
     hidden, head = operands.student.hidden, operands.student.head
     mesh = _mesh_of(head.kernel, hidden)
     # Inside a `shard_map` of the caller's it has split what it wanted to.

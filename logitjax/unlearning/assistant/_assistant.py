@@ -117,6 +117,7 @@ class Assistant:
         >>> decoding.generate(both, [[1, 2, 3]], max_new_tokens=2).tokens.shape
         (1, 2)
         """
+        # Its layers have to be the target's own, since both run in one pass.
         small, config = self.base.config, target.config
         like = dataclasses.replace(
             config,
@@ -207,7 +208,7 @@ def _hidden_states(
         range(shared),
         span(flat, jax.tree.map(doubled, cache.positions), doubled(cache.length)),
         lora=lora,
-        lora_rows=jnp.tile(jnp.array([False, True]), batch),
+        lora_rows=jnp.tile(jnp.array([False, True]), batch),  # adapters on every second row
     )
     both = x.reshape(batch, 2, time, -1)  # [batch, model or assistant, time, hidden]
     x, above = model.run_layers(
@@ -218,7 +219,7 @@ def _hidden_states(
     )
     cache = _PairCache(
         shared=jax.tree.map(lambda leaf: leaf.reshape(batch, 2, *leaf.shape[1:]), pairs_of(below)),
-        rest=pairs_of(above),
+        rest=pairs_of(above),  # the target's layers above
         positions=above.positions,
         length=above.length,
     )

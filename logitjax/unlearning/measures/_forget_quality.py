@@ -72,14 +72,14 @@ def forget_quality(
         raise ValueError(
             f"reference_ratios: expected {len(a)}, one for each of ratios, got {len(b)}"
         )
-    d, p = map(float, stats.ks_2samp(a, b))
+    d, p = map(float, stats.ks_2samp(a, b))  # two-sided
     drawn = _resampled(a, b, len(a) == len(b) if paired is None else paired, resamples)
     tail = (1 - confidence) / 2
     low, high = np.quantile(drawn, [tail, 1 - tail])
     # D moves in steps of about this size, which quantiles of few items feel.
     step = (1 / len(a) + 1 / len(b)) / 2 if drawn.any() else 0.0
     bottom = 0.0 if p >= 1 - confidence else max(0.0, min(d, 2 * d - high - step))
-    top = min(1.0, max(d, 2 * d - low + step))
+    top = min(1.0, max(d, 2 * d - low + step))  # the basic bootstrap: 2 D less a quantile
     return ForgetQuality(
         statistic=d,
         interval=(float(bottom), float(top)),
@@ -101,7 +101,7 @@ def _resampled(a: np.ndarray, b: np.ndarray, paired: bool, resamples: int) -> np
     place_a, place_b = places[: len(a)], places[len(a) :]
 
     def distribution(place: np.ndarray, picks: np.ndarray) -> np.ndarray:
-        rows = np.arange(len(picks))[:, None] * len(distinct)
+        rows = np.arange(len(picks))[:, None] * len(distinct)  # a histogram a resample
         counts = np.bincount((place[picks] + rows).ravel(), minlength=len(picks) * len(distinct))
         return counts.reshape(len(picks), -1).cumsum(axis=1) / len(place)
 

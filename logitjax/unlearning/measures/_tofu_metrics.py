@@ -190,7 +190,7 @@ def _scores(log: Log, name: str, form: Form, eps: float) -> SetScores:
         probability = answer_probability(truth)
     told = None
     if ratio is not None:
-        forgets = name.startswith("forget")
+        forgets = name.startswith("forget")  # there R near 1 is good
         told = truth_ratio_forget(ratio, eps=eps) if forgets else truth_ratio_utility(ratio)
     reworded = column(log, "avg_paraphrased_loss", name)
     prefers = None

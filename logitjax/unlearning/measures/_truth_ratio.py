@@ -31,7 +31,7 @@ def normalised_probability(
     """
     truth, wrong = _check(average_nll, perturbed_nll)
     _check_eps(eps)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore"):  # infinite odds: probability 0
         odds = [np.exp(one - others).sum() for one, others in zip(truth, wrong)]
         if eps:  # 0 times infinity
             odds = odds + eps * np.exp(truth)
@@ -68,7 +68,7 @@ def log_truth_ratio(
     else:
         # The logarithm of the mean probability.
         mean = [np.logaddexp.reduce(-others) - np.log(len(others)) for others in wrong]
-    below = np.logaddexp(-truth, np.log(eps)) if eps else -truth
+    below = np.logaddexp(-truth, np.log(eps)) if eps else -truth  # log(P + eps)
     return np.asarray(mean, np.float64) - below
 
 
@@ -116,7 +116,7 @@ def truth_ratio_forget(log_ratio: Any, *, eps: float = 0.0) -> float:
     """
     log_ratio = np.asarray(log_ratio, np.float64)
     if not eps:
-        return float(np.mean(np.exp(-np.abs(log_ratio))))
+        return float(np.mean(np.exp(-np.abs(log_ratio))))  # min(R, 1 / R), without overflow
     with np.errstate(over="ignore"):
         ratio = np.exp(log_ratio)
     return float(np.mean(np.minimum(ratio, 1.0 / (ratio + eps))))

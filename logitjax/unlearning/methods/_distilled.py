@@ -88,6 +88,7 @@ class Distilled(Method):
         again, _ = GradientAscent(forget_weight=-1.0).make_loss(model, **options)
 
         def hardened(params: Any, batch: Any, rng: Any, constants: Any = None) -> Any:
+            # A step of length rho towards the answers: there, too, they must not come out.
             slope = jax.grad(lambda p: again(p, batch, rng, constants)[0])(params)
             slope = jax.lax.stop_gradient(slope)
             length = self.rho / (optax.global_norm(slope) + 1e-12)

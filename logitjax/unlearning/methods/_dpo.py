@@ -86,4 +86,4 @@ class DPO(TwoSided):
             for before in (False, True)
             for side in ("instead", "forget")
         ]
-        return self.values(*sums), None
+        return self.values(*sums), None  # `[rows]`: a value an answer, not a token

@@ -47,7 +47,7 @@ def linear_undial(
         blocks=blocks,
         axis_name=axis_name,
     )
-    return loss if weights is None else loss[0]
+    return loss if weights is None else loss[0]  # the sum, without outputs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class _Undial(KLStatistic):
     vocab: int
 
     def term(self, over: jax.Array, under: jax.Array) -> jax.Array:
-        return -under
+        return -under  # cross-entropy: that of the teacher is constant
 
     def sides(self, block: LogitBlock) -> tuple[jax.Array, jax.Array]:
         assert block.teacher is not None
@@ -124,4 +124,4 @@ class UNDIAL(TwoSided):
     def forget(self, read: Read) -> Any:
         sides = [(read.states("forget", before=b), read.head(before=b)) for b in (False, True)]
         values = self.values(*sides[0], *sides[1], read.labels("forget"))
-        return read.put("forget", values), read.where("forget")
+        return read.put("forget", values), read.where("forget")  # answers alone, back in their rows
