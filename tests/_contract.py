@@ -699,7 +699,7 @@ ELSEWHERE = {
         models.load_config models.load_model models.load_sampling models.load_tokenizer
         models.register_family models.save_pretrained
         models.with_layout vision.load_encoder
-        data.load_examples data.load_image_set data.load_splits
+        data.load_examples data.load_image_set data.load_splits data.own_form
         data.pack data.pack_splits data.prepare data.token_windows storage.Manifest
         storage.RowCache storage.ShardReader storage.digest storage.write_shards
         storage.hub_snapshot storage.may_pass storage.package_file storage.read_json storage.require

@@ -33,7 +33,7 @@ class Config:
     """The model, the kind of head, and the text to fit it on."""
 
     model: str = field(REQUIRED, "Model with a linear or tied head.")
-    data: str = field(REQUIRED, "Text to fit on: text:PATH, jsonl:PATH or tfds:NAME.")
+    data: str = field(REQUIRED, "Text to fit on: jsonl:PATH, hf:ORG/NAME, and so on.")
     on_error: Literal["raise", "skip"] = field(
         "raise", "Whether a malformed row is an error or is skipped."
     )

@@ -26,6 +26,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _EXTRAS = {
     "models": ("safetensors", "tokenizers", "gguf", "jinja2"),
     "vision": ("PIL",),
+    "datasets": ("datasets", "pyarrow", "zstandard"),
     "eval": ("rouge_score", "pyarrow"),
     "serve": ("starlette", "uvicorn", "llguidance"),
     "plots": ("matplotlib",),

@@ -49,7 +49,7 @@ class Config:
 
     line_up: LineUp = nested(LineUp(), without=["assistant", "alpha"])
     data: str | None = field(
-        None, "Texts, or prompts and responses: text:PATH, jsonl:PATH, tfds:NAME."
+        None, "Texts, or prompts and responses: jsonl:PATH, hf:ORG/NAME, and so on."
     )
     split: str = field("train", "Split of the data, which may be sliced: train[:100].")
     choices: str | None = field(None, "File of questions with choices, as JSON lines.")

@@ -75,7 +75,7 @@ class Config:
         execution=True,
     )
     text: str | None = field(
-        None, "Other text, whose perplexity has to stay: text:PATH, jsonl:PATH or tfds:NAME."
+        None, "Other text, whose perplexity has to stay: jsonl:PATH, hf:ORG/NAME, and so on."
     )
     method: str = field(
         "difference",

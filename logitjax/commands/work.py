@@ -117,7 +117,7 @@ def estimate(config: _flags.Dataclass) -> Work:
     prunes = any(v.get(name) for name in ("drop_layers", "drop_share", "keep_layers", "kv_heads"))
     teachers = _specs(v, ("teacher",)) or (decoders[:1] if prunes else [])
     sources = _specs(v, ("data", "text", "choices", "forget", "retain", "holdout", "features"))
-    if v.get("data") and v["data"].startswith(("text:", "jsonl:")):
+    if v.get("data") and v["data"].startswith(("text:", "jsonl:", "parquet:", "mix:")):
         data.load_examples(v["data"])  # Says what is wrong with it.
     batch = (
         v.get("batch_size") or v.get("batch_rows") or 1,
@@ -163,7 +163,7 @@ def shortened(shape: models.DecoderConfig, layers: int) -> models.DecoderConfig:
 def _size(name: str) -> float:
     """Bytes of the file or folder that a source names, 0 where it names none."""
     kind, _, path = name.partition(":")
-    file = pathlib.Path(path if kind in ("text", "jsonl", "cache", "folder") else name)
+    file = pathlib.Path(path if kind in ("text", "jsonl", "parquet", "cache", "folder") else name)
     files = file.rglob("*") if file.is_dir() else [file]
     return float(sum(one.stat().st_size for one in files if one.is_file()))
 

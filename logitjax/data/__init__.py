@@ -1,6 +1,7 @@
 """Sources, packing, and batches that are a pure function of the seed and the step."""
 
 from logitjax.data._examples import Examples as Examples
+from logitjax.data._forms import own_form as own_form
 from logitjax.data._image_set import ImageSet as ImageSet
 from logitjax.data._image_set import load_image_set as load_image_set
 from logitjax.data._image_views import ImageViews as ImageViews

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -39,11 +40,18 @@ def render_example(example: Mapping[str, Any]) -> list[tuple[str, bool]]:
     for message in example["messages"]:
         context += f"<|im_start|>{message['role']}\n"
         if message["role"] == "assistant":
-            segments += [(context, False), (message["content"] + "<|im_end|>", True)]
+            segments += [(context, False), (_said(message) + "<|im_end|>", True)]
             context = "\n"
         else:
             context += message["content"] + "<|im_end|>\n"
     return [*segments, (context, False)] if context else segments
+
+
+def _said(message: Mapping[str, Any]) -> str:
+    """What the assistant says, with its calls of tools as Hermes and Qwen write them."""
+    calls = (json.dumps(call["function"]) for call in message.get("tool_calls", ()))
+    parts = (message["content"], *(f"<tool_call>\n{call}\n</tool_call>" for call in calls))
+    return "\n".join(filter(None, parts))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,11 +89,7 @@ Piece = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 def split_document(
-    segments: Segments,
-    encoders: Mapping[str, Encoder],
-    seq_len: int,
-    *,
-    may_split: bool = True,
+    segments: Segments, encoders: Mapping[str, Encoder], seq_len: int, *, may_split: bool = True
 ) -> Iterator[Piece]:
     """Pieces that hold the same text for every tokenizer and fit into `seq_len` tokens of each.
 

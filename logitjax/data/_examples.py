@@ -1,7 +1,9 @@
 """Examples: what every source yields, whatever it was read from."""
 
+import hashlib
+import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 from logitjax.storage import digest
@@ -11,11 +13,62 @@ Example = Mapping[str, Any]
 _SPLIT = re.compile(r"(?P<name>\w+)(?:\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
 
 
+# Characters of rows that stay in memory; a larger source is read anew each time, in its order.
+_HELD_CHARACTERS = 1 << 25
+
+
+class Stream(Sequence):
+    """Rows that are read when they are asked for; in order they take no memory."""
+
+    def __init__(self, read: Callable[[], Iterator[Any]], start: int, stop: int):
+        self._read, self._start, self._stop = read, start, max(start, stop)
+        self._cursor: Iterator[Any] = iter(())
+        self._next, self._last = self._stop - self._start, None
+
+    def part(self, start: int, stop: int) -> "Stream":
+        """The rows of a slice."""
+        return Stream(self._read, self._start + start, self._start + stop)
+
+    def __len__(self) -> int:
+        return self._stop - self._start
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(self._read(), self._start, self._stop)
+
+    def __getitem__(self, index: Any) -> Any:
+        index = range(len(self))[index]
+        if index < self._next - 1:
+            self._cursor, self._next = iter(self), 0
+        for row in itertools.islice(self._cursor, index + 1 - self._next):
+            self._last, self._next = row, self._next + 1
+        if self._next != index + 1:
+            raise ValueError(f"row {index}: its source has changed since it was opened")
+        return self._last
+
+
+def collected(
+    read: Callable[[], Iterator[Any]], again: Callable[[], Iterator[Any]], source: str
+) -> "Examples":
+    """What `read` gives, in memory where it fits there; else `again` gives it anew each time."""
+    rows: list[Any] | None = []
+    state, count, size = hashlib.sha256(), 0, 0
+    for row in read():
+        text = str(row).encode("utf-8", "surrogatepass")
+        state.update(b"%d:" % len(text) + text)
+        count, size = count + 1, size + len(text)
+        if rows is not None:
+            rows.append(row)
+            rows = rows if size <= _HELD_CHARACTERS else None
+    kept = Stream(again, 0, count) if rows is None else rows
+    return Examples(kept, fingerprint=state.hexdigest(), source=source)
+
+
 class Examples(Sequence):
     """A sequence of examples that knows where it came from.
 
     Each example is a mapping with an ``id``, perhaps the ``teacher`` that it is for, and one of
-    ``text``, ``prompt`` + ``response``, or ``messages`` (a list of ``role``/``content`` mappings).
+    ``text``, ``prompt`` + ``response``, or ``messages`` (a list of ``role``/``content`` mappings,
+    perhaps with the ``tools`` that they call).
 
     Args:
         rows: the examples; anything with a length and random access.
@@ -58,7 +111,10 @@ class Examples(Sequence):
         if not isinstance(index, slice):
             return self._rows[index]
         start, stop, step = index.indices(len(self))
-        picked = [self._rows[i] for i in range(start, stop, step)]
+        if step == 1 and isinstance(self._rows, Stream):
+            picked: Sequence[Any] = self._rows.part(start, stop)
+        else:
+            picked = [self._rows[i] for i in range(start, stop, step)]
         fingerprint = digest(self.fingerprint, start, stop, step)
         source = f"{self.source}[{start}:{stop}:{step}]"
         # Where the malformed rows were is not known: each part says how many its source had.
@@ -94,56 +150,3 @@ def slice_of(start: str | None, stop: str | None, length: int) -> slice:
         return min(length, max(0, value + length if value < 0 else value))
 
     return slice(position(start, 0), position(stop, length))
-
-
-def normalise(row: Any, columns: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Reduce a row to one of the three forms; raises ValueError with the reason."""
-    if not isinstance(row, Mapping):
-        raise ValueError(f"expected an object, got {type(row).__name__}")
-    if columns:
-        row = {columns.get(key, key): value for key, value in row.items()}
-    forms = [f for f in (("text",), ("prompt", "response"), ("messages",)) if f[0] in row]
-    if len(forms) != 1:
-        raise ValueError(
-            "expected exactly one of 'text', 'prompt' + 'response' or 'messages', got the keys "
-            + repr(sorted(map(str, row)))
-        )
-    (form,) = forms
-    kept = {name: str(row[name]) for name in ("id", "teacher") if name in row}
-    if form == ("messages",):
-        return kept | {"messages": _check_messages(row["messages"])}
-    for key in form:
-        value = row.get(key)
-        if not isinstance(value, str):
-            raise ValueError(f"{key!r}: expected a string, got {type(value).__name__}")
-        if key != "prompt" and not value.strip():
-            raise ValueError(f"{key!r} is empty")
-        _check_encodable(key, value)
-        kept[key] = value
-    return kept
-
-
-def _check_encodable(key: str, value: str) -> None:
-    # JSON may hold half of a surrogate pair, at which tokenizers fail with a TypeError.
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{key!r}: expected Unicode text, got half a surrogate pair at character {error.start}"
-        ) from None
-
-
-def _check_messages(messages: Any) -> list[dict[str, str]]:
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("'messages': expected a list that is not empty")
-    for message in messages:
-        valid = isinstance(message, Mapping) and all(
-            isinstance(message.get(key), str) for key in ("role", "content")
-        )
-        if not valid:
-            raise ValueError(f"message: expected strings 'role' and 'content', got {message!r}")
-        for key in ("role", "content"):
-            _check_encodable(key, message[key])
-    if not any(m["role"] == "assistant" for m in messages):
-        raise ValueError("'messages' has no message of role 'assistant', so nothing to learn from")
-    return [{"role": m["role"], "content": m["content"]} for m in messages]

@@ -1,25 +1,42 @@
-"""Text and JSON-lines files as examples."""
+"""Text, JSON lines and Parquet, also compressed, as rows that can be read again and again."""
 
+import contextlib
+import gzip
+import io
+import itertools
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from absl import logging
 from etils import epath
 
-from logitjax.data._examples import Examples, normalise, parse_split, slice_of
+from logitjax.data._examples import Examples, collected, parse_split, slice_of
+from logitjax.data._forms import normalise
 from logitjax.data._places import files_below
-from logitjax.storage import digest, guard
+from logitjax.storage import guard, require
 
 # A paragraph alone is too little context, and a book as one document leaves nothing to hold out.
 _MIN_DOCUMENT = 2000
 _MAX_WARNINGS = 10  # a file of another form would flood the log
 _HELD_OUT = ("validation", "test")
 _BOM = b"\xef\xbb\xbf"  # of UTF-8
+_PACKED = ("", ".gz", ".zst")
+# By kind the endings of the files that a folder is searched for; a file may have any name.
+SUFFIXES = {
+    "text": tuple(".txt" + packed for packed in _PACKED),
+    "jsonl": tuple(".jsonl" + packed for packed in _PACKED),
+    "parquet": (".parquet",),
+}
+# As the hub names the files of a split.
+_NUMBERED = r"-\d+-of-\d+\..*"
+
+Report = Callable[[str, object], None]
+Rows = Iterator[dict[str, Any]]
 
 
-class _Errors:
+class Errors:
     """Counts malformed rows; raises on the first one unless they are to be skipped."""
 
     def __init__(self, on_error: str):
@@ -43,29 +60,35 @@ def _files(path: str, suffixes: tuple[str, ...], name: str, spec: str) -> list[e
         raise FileNotFoundError(f"{spec}: no such file or directory: {root}")
     if root.is_dir():
         below = root / name
-        files = [root / (name + suffix) for suffix in suffixes]
-        files = [file for file in files if file.exists()]
+        files = _named(root, name, suffixes)
         if below.exists() and below.is_dir():
             root = below
         elif files:
             return files
         elif name != "train":
-            raise ValueError(_no_split(spec, name))
+            raise ValueError(no_split(spec, name))
         files = sorted(file for file in files_below(root) if file.name.endswith(suffixes))
         if root != below:
             files = [file for file in files if not _held_out(file, root)]
         if not files:
-            raise FileNotFoundError(f"{spec}: no {' or '.join(suffixes)} file under {root}")
+            raise FileNotFoundError(f"{spec}: no {suffixes[0]} file under {root}")
         return files
     if name != "train":
-        raise ValueError(_no_split(spec, name))
+        raise ValueError(no_split(spec, name))
     return [root]
+
+
+def _named(root: epath.Path, name: str, suffixes: tuple[str, ...]) -> list[epath.Path]:
+    """The files that a folder has of a split: `test.jsonl`, `test-00000-of-00002.parquet`."""
+    pattern = f"{name}({_NUMBERED}|{'|'.join(map(re.escape, suffixes))})"
+    files = [file for file in root.iterdir() if re.fullmatch(pattern, file.name)]
+    return sorted(file for file in files if file.name.endswith(suffixes))
 
 
 def _held_out(file: epath.Path, root: epath.Path) -> bool:
     """Whether a file below `root` is another split's, and so none of the training data."""
     first = file.relative_to(root).parts[0]
-    return first.partition(".")[0] in _HELD_OUT
+    return re.sub(_NUMBERED, "", first).partition(".")[0] in _HELD_OUT
 
 
 def held_out_splits(path: str, suffixes: tuple[str, ...]) -> set[str]:
@@ -75,99 +98,185 @@ def held_out_splits(path: str, suffixes: tuple[str, ...]) -> set[str]:
         return set()
     found = set()
     for name in _HELD_OUT:
-        files = [root / (name + suffix) for suffix in suffixes]
         # A folder `test` of something else is no split.
         inside = files_below(root / name) if (root / name).is_dir() else iter(())
-        if any(file.exists() for file in files) or any(f.name.endswith(suffixes) for f in inside):
+        if _named(root, name, suffixes) or any(f.name.endswith(suffixes) for f in inside):
             found.add(name)
     return found
 
 
-def _no_split(spec: str, name: str) -> str:
+def no_split(spec: str, name: str) -> str:
     return (
         f"{spec} has no split {name!r}: take a part of it (split='train[95%:]') or give a "
         f"directory with one file or folder a split"
     )
 
 
-def paragraphs_to_documents(text: str, minimum: int = _MIN_DOCUMENT) -> list[str]:
+def paragraphs_to_documents(lines: Iterable[str], minimum: int = _MIN_DOCUMENT) -> Iterator[str]:
     """Join blank-line separated blocks, in order, into documents of at least `minimum` characters.
 
-    >>> paragraphs_to_documents("a b\\n\\nc\\n\\n\\nd e f", minimum=4)
+    >>> list(paragraphs_to_documents("a b\\n\\nc\\n\\n\\nd e f".split("\\n"), minimum=4))
     ['a b\\n\\nc', 'd e f']
     """
-    documents: list[str] = []
+    block: list[str] = []
     pending: list[str] = []
-    # A line of spaces is blank too.
-    for block in re.split(r"\n[^\S\n]*\n\s*", text.replace("\r\n", "\n").strip()):
-        pending.append(block)
+    for line in lines:
+        if line.strip():
+            block.append(line if block else line.lstrip())
+            continue
+        pending += ["\n".join(block)] if block else []
+        block = []
         if sum(map(len, pending)) >= minimum:
-            documents.append("\n\n".join(pending))
+            yield "\n\n".join(pending)
             pending = []
+    pending += ["\n".join(block)] if block else []
     if pending:
-        documents.append("\n\n".join(pending))
-    return [document for document in documents if document.strip()]
+        yield "\n\n".join(pending).rstrip()
 
 
-def load_text(path: str, *, split: str, on_error: str, spec: str) -> Examples:
-    """A directory's files are one document each; a single file is cut between paragraphs."""
-    whole_files = epath.Path(path).expanduser().is_dir()
-
-    def read(file: epath.Path, content: bytes, errors: _Errors) -> Iterator[dict[str, Any]]:
-        try:
-            text = content.decode()
-        except UnicodeDecodeError as error:
-            return errors.report(str(file), f"not UTF-8 at byte {error.start}")
-        documents = [text] if whole_files else paragraphs_to_documents(text)
-        for i, document in enumerate(filter(str.strip, documents)):
-            yield {"id": f"{file.name}:{i}", "text": document}
-
-    how = "files" if whole_files else f"paragraphs {_MIN_DOCUMENT}"
-    return _load(path, ".txt", read, how, split=split, on_error=on_error, spec=spec)
+@contextlib.contextmanager
+def _opened(file: epath.Path) -> Iterator[Any]:
+    """A file's bytes, unpacked as they are read."""
+    with file.open("rb") as raw:
+        if file.name.endswith(".gz"):
+            yield io.BufferedReader(gzip.GzipFile(fileobj=raw), 1 << 20)
+        elif file.name.endswith(".zst"):
+            unpacker = require("zstandard", extra="datasets").ZstdDecompressor()
+            yield io.BufferedReader(unpacker.stream_reader(raw, read_across_frames=True), 1 << 20)
+        else:
+            yield raw
 
 
-def load_jsonl(
-    path: str, *, split: str, on_error: str, spec: str, columns: Mapping[str, str] | None = None
-) -> Examples:
-    """One JSON object a line, read into memory; larger corpora belong in a tfds dataset."""
-
-    def read(file: epath.Path, content: bytes, errors: _Errors) -> Iterator[dict[str, Any]]:
-        for number, line in enumerate(content.split(b"\n"), start=1):
-            if not line.strip():
-                continue
+def _lines(file: epath.Path, report: Report) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines with their end; one longer than any row is reported."""
+    longest = guard.LIMITS.json_bytes
+    with contextlib.ExitStack() as stack:
+        opened = stack.enter_context(_opened(file))
+        for number in itertools.count(1):
             try:
-                row = normalise(guard.parse_json(line), columns)
-            except json.JSONDecodeError as error:
-                errors.report(f"{file}:{number}", f"not JSON: {error.msg} at column {error.colno}")
-            except ValueError as error:
-                errors.report(f"{file}:{number}", error)
+                line = opened.readline(longest)
+                if long := len(line) == longest and not line.endswith(b"\n"):
+                    # No line is held whole that no row can be.
+                    while (rest := opened.readline(longest)) and not rest.endswith(b"\n"):
+                        pass
+            # Errors of zstandard, which is optional, have no class to name here.
+            except Exception as error:
+                return report(str(file), f"damaged after line {number - 1} ({error})")
+            if long:
+                report(f"{file}:{number}", f"longer than {longest} bytes")
+            elif not line:
+                return None
             else:
-                yield {"id": f"{file.name}:{number}"} | row
-
-    how = dict(columns or {})
-    return _load(path, ".jsonl", read, how, split=split, on_error=on_error, spec=spec)
+                # A mark that some editors write, and no part of the first row.
+                yield number, line.removeprefix(_BOM) if number == 1 else line
 
 
-def _load(
+def _text_rows(file: epath.Path, report: Report, whole: bool) -> Rows:
+    """A whole file as a document, or a file cut between paragraphs."""
+
+    size, broken = 0, None
+
+    def lines() -> Iterator[str]:
+        nonlocal size, broken
+        for _, line in _lines(file, report):
+            try:
+                yield line.decode()
+            except UnicodeDecodeError as error:
+                broken = f"not UTF-8 at byte {size + error.start}"
+                return
+            size += len(line)
+
+    if whole:
+        text = "".join(lines())
+        documents: Iterable[str] = [] if broken else [text]
+    else:
+        bare = (line.removesuffix("\n").removesuffix("\r") for line in lines())
+        documents = paragraphs_to_documents(bare)
+    for i, document in enumerate(filter(str.strip, documents)):
+        yield {"id": f"{file.name}:{i}", "text": document}
+    if broken:
+        report(str(file), broken)
+
+
+def _jsonl_rows(file: epath.Path, report: Report) -> Iterator[tuple[int, Any]]:
+    """Objects of lines, or of one list, as Alpaca and ShareGPT are handed round."""
+    lines = _lines(file, report)
+    for number, line in lines:
+        if not line.strip():
+            continue
+        try:
+            if number == 1 and line.lstrip().startswith(b"["):
+                content = b"".join([line, *(more for _, more in lines)])
+                yield from enumerate(guard.parse_json(content), start=1)
+            else:
+                yield number, guard.parse_json(line)
+        except json.JSONDecodeError as error:
+            report(f"{file}:{number}", f"not JSON: {error.msg} at column {error.colno}")
+        except ValueError as error:
+            report(f"{file}:{number}", error)
+
+
+def _parquet_rows(file: epath.Path, report: Report) -> Iterator[tuple[int, Any]]:
+    parquet = require("pyarrow.parquet", extra="datasets")
+    count = itertools.count(1)
+    try:
+        with file.open("rb") as opened:
+            for batch in parquet.ParquetFile(opened).iter_batches(batch_size=256):
+                yield from ((next(count), row) for row in batch.to_pylist())
+    except (OSError, ValueError) as error:
+        report(str(file), guard.one_line(error))
+
+
+def normalised(
+    rows: Iterable[tuple[int, Any]],
+    where: str,
+    name: str,
+    report: Report,
+    columns: Mapping[str, str] | None,
+) -> Rows:
+    """Rows in the library's forms, with an id."""
+    for number, raw in rows:
+        try:
+            row = normalise(raw, columns)
+        except ValueError as error:
+            report(f"{where}:{number}", error)
+        else:
+            yield {"id": f"{name}:{number}"} | row
+
+
+def load_files(
+    kind: str,
     path: str,
-    suffix: str,
-    read: Callable[[epath.Path, bytes, _Errors], Iterator[dict[str, Any]]],
-    how: Any,
     *,
     split: str,
     on_error: str,
     spec: str,
+    columns: Mapping[str, str] | None = None,
 ) -> Examples:
-    """The rows that `read` makes of the files of a split; `how` it does decides them too."""
-    name, start, stop = parse_split(split)
-    errors, rows, made_from = _Errors(on_error), [], [how]
-    for file in _files(path, (suffix,), name, spec):
-        # A mark that some editors write, and no part of the first row.
-        content = file.read_bytes().removeprefix(_BOM)
-        made_from.append(digest(content))
-        rows += read(file, content, errors)
+    """The rows of the files of a split."""
+    files = _files(path, SUFFIXES[kind], parse_split(split)[0], spec)
+    whole = epath.Path(path).expanduser().is_dir()
+
+    def read(report: Report) -> Rows:
+        for file in files:
+            if kind == "text":
+                yield from _text_rows(file, report, whole)
+            else:
+                rows = (_jsonl_rows if kind == "jsonl" else _parquet_rows)(file, report)
+                yield from normalised(rows, str(file), file.name, report, columns)
+
+    return part_of(read, split=split, on_error=on_error, spec=spec)
+
+
+def part_of(read: Callable[[Report], Rows], *, split: str, on_error: str, spec: str) -> Examples:
+    """The rows of a split that `read` gives; what is malformed is said in the first reading."""
+    errors = Errors(on_error)
+    examples = collected(
+        lambda: read(errors.report), lambda: read(lambda where, reason: None), spec
+    )
+    examples.errors = errors.count
     if errors.count:
-        logging.warning("%s: %d malformed rows skipped, %d kept", spec, errors.count, len(rows))
-    part = slice_of(start, stop, len(rows))
-    fingerprint = digest(made_from, part.start, part.stop)
-    return Examples(rows[part], fingerprint=fingerprint, errors=errors.count, source=spec)
+        logging.warning("%s: %d malformed rows skipped, %d kept", spec, errors.count, len(examples))
+    _, start, stop = parse_split(split)
+    whole = start is None and stop is None
+    return examples if whole else examples[slice_of(start, stop, len(examples))]

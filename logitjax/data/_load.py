@@ -2,12 +2,20 @@
 
 import os
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from etils import epath
 
 from logitjax.data._examples import Examples
-from logitjax.data._files import load_jsonl, load_text
+from logitjax.data._files import SUFFIXES, load_files
+from logitjax.data._hub import load_hub
+from logitjax.data._mixture import mixed, parts_of
+
+_KINDS = (*SUFFIXES, "hf", "tfds", "mix")
+EXPECTED = (
+    "text:PATH, jsonl:PATH, parquet:PATH, hf:ORG/NAME[/CONFIG][:SPLIT], tfds:NAME[:CONFIG] or "
+    "mix:SOURCE@WEIGHT,SOURCE@WEIGHT"
+)
 
 
 def load_examples(
@@ -18,27 +26,38 @@ def load_examples(
     data_dir: str | os.PathLike[str] | None = None,
     columns: Mapping[str, str] | None = None,
 ) -> Examples:
-    """Read examples from text files, JSON lines or a tfds dataset.
+    """Read examples from files, the hub, a tfds dataset or a mixture of these.
 
     The sources:
 
     * ``text:PATH``. A directory's ``*.txt`` files (recursively, sorted) are one document each. A
       single file is cut between paragraphs into documents of at least 2,000 characters.
-    * ``jsonl:PATH``, a file or a directory of ``*.jsonl``. A row is ``{"text"}``,
-      ``{"prompt", "response"}`` or ``{"messages": [{"role", "content"}, ...]}``, optionally with an
-      ``id``. It is read into memory.
+    * ``jsonl:PATH``, an object a line, or one list of objects; a file or a directory of
+      ``*.jsonl``. Files of text and lines may end in ``.gz`` or ``.zst``.
+    * ``parquet:PATH``, a file or a directory; needs the extra ``datasets``, as the next does.
+    * ``hf:ORG/NAME``, ``hf:ORG/NAME/CONFIG``, perhaps with ``:SPLIT``: a dataset of the hub, or of
+      its cache.
     * ``tfds:NAME`` or ``tfds:NAME:CONFIG``, read from array_record without TensorFlow. Our own
       ``wiki_summaries`` and a builder of yours, ``tfds:PACKAGE.MODULE:NAME``, are prepared on first
       use; others have to be there already (``logitjax prepare NAME`` writes them).
+    * ``mix:SOURCE@WEIGHT,SOURCE@WEIGHT``: documents of several sources in turn, with these shares
+      of the characters, until one of them ends. It depends on the sources alone.
+
+    A row is ``{"text"}``, ``{"prompt", "response"}`` or ``{"messages": [{"role", "content"},
+    ...]}``, perhaps with calls of tools and the ``tools``, optionally with an ``id``. Those of
+    Alpaca (``instruction``, ``input``, ``output``), ShareGPT (``conversations``), TRL (``prompt``,
+    ``completion``), questions (``question``, ``answer``) and preferences (``chosen``, of which the
+    ``rejected`` is left) are read as these. A source of more than some 32 million characters is not
+    held in memory: it is read again for each pass, best in its order.
 
     ``split`` follows tfds: a name, optionally with a slice (``'train[:95%]'``, ``'train[100:]'``).
     Files have the single split ``train``, unless PATH is a directory with ``<split>/`` or
-    ``<split>.txt``/``<split>.jsonl`` in it.
+    ``<split>.txt``, ``<split>.jsonl`` or ``<split>-00000-of-00001.parquet`` in it.
 
     Args:
         spec: ``kind:location`` as above.
         split: the split, perhaps sliced.
-        on_error: what a malformed row does: ``'raise'`` names file and line; ``'skip'`` logs and
+        on_error: what a malformed row does: ``'raise'`` names file and row; ``'skip'`` logs and
             counts it in ``.errors``.
         data_dir: where tfds datasets lie; default ``$TFDS_DATA_DIR``, else
             ``~/tensorflow_datasets``.
@@ -60,23 +79,25 @@ def load_examples(
     (1, 1, '4')
     """
     kind, _, location = spec.partition(":")
-    if kind not in ("text", "jsonl", "tfds") or not location:
-        raise ValueError(
-            f"unknown data source {spec!r}: expected text:PATH, jsonl:PATH or tfds:NAME[:CONFIG]"
-        )
+    if kind not in _KINDS or not location:
+        raise ValueError(f"unknown data source {spec!r}: expected {EXPECTED}")
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error: expected 'raise' or 'skip', got {on_error!r}")
-    if kind == "text":
-        if columns:
-            raise ValueError("columns has no meaning for text files")
-        examples = load_text(location, split=split, on_error=on_error, spec=spec)
-    elif kind == "jsonl":
-        examples = load_jsonl(location, split=split, on_error=on_error, spec=spec, columns=columns)
-    else:
+    if columns and kind in ("text", "mix"):
+        raise ValueError(f"columns has no meaning for {kind}:")
+    options: Any = {"split": split, "columns": columns}
+    if kind == "mix":
+        same: Any = {"split": split, "on_error": on_error, "data_dir": data_dir}
+        examples = mixed(spec, [load_examples(part, **same) for part, _ in parts_of(spec)])
+    elif kind == "tfds":
         # tfds is slow to import, and most runs on files never need it.
         from logitjax.data._tfds import load_tfds
 
-        examples = load_tfds(location, split=split, data_dir=data_dir, spec=spec, columns=columns)
+        examples = load_tfds(location, data_dir=data_dir, spec=spec, **options)
+    elif kind == "hf":
+        examples = load_hub(location, on_error=on_error, spec=spec, **options)
+    else:
+        examples = load_files(kind, location, on_error=on_error, spec=spec, **options)
     if not len(examples):
         skipped = f" ({examples.errors} malformed rows skipped)" if examples.errors else ""
         raise ValueError(f"{spec}: no examples in split {split!r}{skipped}")

@@ -11,13 +11,7 @@ from absl import logging
 from etils import epath
 from tqdm import tqdm
 
-from logitjax.data._documents import (
-    DocumentTooLong,
-    Encoder,
-    Piece,
-    render_example,
-    split_document,
-)
+from logitjax.data._documents import DocumentTooLong, Encoder, Piece, render_example, split_document
 from logitjax.data._examples import Example, Examples
 from logitjax.data._packed import KIND, PackedDataset, row_codec
 from logitjax.data._tokenizer import TokenizerLike
@@ -278,13 +272,13 @@ def _cut(
 ) -> Iterator[Piece]:
     segments = render_example(example)
     if chats and "messages" in example:
-        piece = {}
+        piece, tools = {}, {"tools": example["tools"]} if "tools" in example else {}
         for name, encoder in encoders.items():
             if name not in chats:
                 piece[name] = encoder(segments, last=True)
                 continue
             tokenizer: Any = encoder.tokenizer
-            ids, learnt = tokenizer.encode_chat(example["messages"])
+            ids, learnt = tokenizer.encode_chat(example["messages"], **tools)
             mask = np.asarray(learnt, bool)
             mask[:1] = False
             piece[name] = (np.asarray(ids, np.int32), mask)

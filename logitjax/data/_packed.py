@@ -26,9 +26,7 @@ def row_codec(names: Iterable[str], seq_len: int) -> ArrayCodec:
     return ArrayCodec({f"{n}/{kind}": (t, (seq_len,)) for n in names for kind, t in kinds.items()})
 
 
-def _positions(
-    segment_ids: Int[np.ndarray, "*batch tokens"],
-) -> Int32[np.ndarray, "*batch tokens"]:
+def _positions(segment_ids: Int[np.ndarray, "*batch tokens"]) -> Int32[np.ndarray, "*batch tokens"]:
     """Positions that start again at every segment, 0 in the padding."""
     index = np.arange(segment_ids.shape[-1], dtype=np.int32)
     starts = np.ones(segment_ids.shape, bool)
@@ -96,6 +94,17 @@ class PackedDataset:
 
     def __len__(self) -> int:
         return len(self._reader)
+
+    def __getitem__(self, index: int) -> Batch:
+        """One row, as loaders of grain and PyTorch ask for it."""
+        index = range(len(self))[index]
+        batch = self.rows([index])
+        parts = {name: {k: v[0] for k, v in batch[name].items()} for name in self.names}
+        return {key: parts[key] if key in parts else value[0] for key, value in batch.items()}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Workers of a loader open the shards anew.
+        return PackedDataset, (os.fspath(self.directory),)
 
     def __repr__(self) -> str:
         return (

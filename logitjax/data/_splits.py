@@ -1,6 +1,7 @@
 """Training, validation and test rows of one source, packed for several models at once."""
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -10,8 +11,10 @@ from absl import logging
 from etils import epath
 
 from logitjax.data._examples import Examples
-from logitjax.data._files import held_out_splits
+from logitjax.data._files import SUFFIXES, held_out_splits
+from logitjax.data._hub import hub_splits
 from logitjax.data._load import load_examples
+from logitjax.data._mixture import mixed, parts_of
 from logitjax.data._pack import pack
 from logitjax.data._packed import PackedDataset
 from logitjax.data._tokenizer import TokenizerLike
@@ -37,8 +40,12 @@ def load_splits(spec: str, *, on_error: Literal["raise", "skip"] = "raise") -> d
         ValueError: There are too few documents to hold some out.
     """
     kind, _, place = spec.partition(":")
-    suffixes = {"text": (".txt",), "jsonl": (".jsonl",)}.get(kind, ())
-    own = set(SPLITS[1:]) if kind == "tfds" else held_out_splits(place, suffixes)
+    if kind == "mix":
+        parts = [load_splits(part, on_error=on_error) for part, _ in parts_of(spec)]
+        return {s: mixed(spec, [part[s] for part in parts]) for s in SPLITS}
+    own = set(SPLITS[1:]) if kind == "tfds" else held_out_splits(place, SUFFIXES.get(kind, ()))
+    if kind == "hf":
+        own = hub_splits(place, spec) & set(SPLITS[1:])
     loaded = {s: load_examples(spec, split=s, on_error=on_error) for s in ("train", *sorted(own))}
     lacking = [s for s in SPLITS if s not in loaded]
     if lacking:
@@ -57,7 +64,7 @@ def _cut(examples: Examples, names: tuple[str, ...], spec: str) -> dict[str, Exa
         )
     # By text and not by rows: documents differ in length, and one book may be half of it.
     # In characters: what tokens there are depends on the models.
-    sizes = np.cumsum([0, *(len(str(row)) for row in examples)])
+    sizes = np.cumsum(np.fromiter(itertools.chain([0], (len(str(r)) for r in examples)), np.int64))
     stops = [len(examples)]
     for place in reversed(range(1, len(names))):
         start = sizes[-1] * (1 - 0.1 * (len(names) - place))
@@ -170,6 +177,6 @@ def _forms(loaded: Mapping[str, Examples], *, skip: bool) -> tuple[str | None, s
                 raise
             found.setdefault("messages" in row, f"{split} row {row.get('id', number)!r}")
             # The rows of a dataset have one form, and to read all would take as long as packing.
-            if examples.source.startswith("tfds:"):
+            if examples.source.startswith("tfds:") or len(found) == 2:
                 break
     return found.get(True), found.get(False)

@@ -12,7 +12,8 @@ from etils import epath
 from tensorflow_datasets.core.registered import DatasetNotFoundError
 
 from logitjax.data import _builders
-from logitjax.data._examples import Examples, normalise, parse_split
+from logitjax.data._examples import Examples, parse_split
+from logitjax.data._forms import normalise
 from logitjax.data._places import default_data_dir
 from logitjax.storage import digest
 

@@ -97,6 +97,10 @@ class DecoderConfig:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logits_divisor: float = 1.0
+    num_experts: int = 0  # in place of the MLP
+    experts_per_token: int = 0
+    expert_size: int = 0  # of one; 0 is intermediate_size
+    normalise_experts: bool = True  # weights of those that are chosen sum to one
     tie_embeddings: bool = True
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
@@ -112,6 +116,12 @@ class DecoderConfig:
         if self.windows and len(self.windows) != self.num_layers:
             raise ValueError(
                 f"windows: expected one entry a layer ({self.num_layers}), got {len(self.windows)}"
+            )
+
+        if self.experts_per_token > self.num_experts:
+            raise ValueError(
+                f"experts_per_token: expected at most num_experts={self.num_experts}, got "
+                f"{self.experts_per_token}"
             )
 
     @property

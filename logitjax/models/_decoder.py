@@ -17,6 +17,7 @@ from logitjax.losses import Head
 from logitjax.models._attention import Attention, Implementation, Norm, make_context
 from logitjax.models._cache import Cache, kind_name
 from logitjax.models._config import DecoderConfig, SegmentSpec
+from logitjax.models._experts import MoE
 from logitjax.models._lora import Lora, linear_map, project, scaled_layers
 from logitjax.ops import Array
 
@@ -62,7 +63,11 @@ class Block(nnx.Module):
         if config.pre_norms:
             self.attention_norm, self.mlp_norm = norm(), norm()
         self.attention = Attention(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
-        self.mlp = MLP(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        kinds: Any = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
+        if config.num_experts:
+            self.mlp = MoE(config, _ACTIVATIONS[config.activation], **kinds)
+        else:
+            self.mlp = MLP(config, **kinds)
         if config.post_norms:
             self.attention_post_norm = norm()
             self.mlp_post_norm = norm()

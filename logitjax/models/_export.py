@@ -46,7 +46,9 @@ def _values(tensor: TensorSpec, params: dict, places: list) -> np.ndarray:
         leaf: Any = tree
         for key in path:
             leaf = leaf[key]
-        values = _on_host(leaf if row is None else _layer(leaf, row))
+        for index in (row, tensor.expert):
+            leaf = leaf if index is None else _layer(leaf, index)
+        values = _on_host(leaf)
         values = values.T if tensor.transpose else values
         parts.append(interleaved(values, tensor) if tensor.rope_heads else values)
     joined = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=tensor.axis)

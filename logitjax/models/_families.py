@@ -14,17 +14,19 @@ from logitjax.models.families.gpt2 import GPT2
 from logitjax.models.families.granite import GRANITE
 from logitjax.models.families.llama import LLAMA
 from logitjax.models.families.mistral import MISTRAL
+from logitjax.models.families.mixtral import MIXTRAL
 from logitjax.models.families.olmo2 import OLMO2
 from logitjax.models.families.olmo3 import OLMO3
 from logitjax.models.families.phi3 import PHI3
 from logitjax.models.families.qwen2 import QWEN2
 from logitjax.models.families.qwen3 import QWEN3
+from logitjax.models.families.qwen3_moe import QWEN3_MOE
 from logitjax.models.families.smollm3 import SMOLLM3
 from logitjax.registry import Registry
 from logitjax.storage import guard
 
 _VALUES = (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA, GEMMA2, GEMMA3, OLMO2, OLMO3, SMOLLM3)
-_OWN = {f.name: f for f in (*_VALUES, GRANITE, GLM4, GLM, GPT2)}
+_OWN = {f.name: f for f in (*_VALUES, GRANITE, GLM4, GLM, MIXTRAL, QWEN3_MOE, GPT2)}
 _MEMBERS = dict(_OWN)
 _REGISTRY = Registry(kind="family", group="logitjax.families", members=_MEMBERS, base=Family)
 

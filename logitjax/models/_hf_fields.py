@@ -15,6 +15,7 @@ from logitjax.storage import guard
 # Training, generation, tasks, precision, bookkeeping: none of it changes a logit.
 _HARMLESS = {
     "architectures", "auto_map", "dtype", "finetuning_task", "model_type", "name_or_path",
+    "quantization_config", "compression_config",
     "prefix", "tokenizer_class", "torch_dtype", "transformers_version", "transformers.js_config",
     "unsloth_fixed", "unsloth_version", "attention_dropout", "attn_dropout", "attn_pdrop",
     "classifier_dropout", "embd_pdrop", "embed_pdrop", "hidden_dropout", "hidden_dropout_prob",
@@ -69,7 +70,10 @@ def check_readable(raw: Mapping[str, Any], where: str) -> None:
                 )
         for key in ("quantization_config", "compression_config"):
             if packed := part.get(key):
-                method = packed.get("quant_method") if isinstance(packed, Mapping) else None
+                packed = packed if isinstance(packed, Mapping) else {}
+                method = packed.get("quant_method")
+                if method == "fp8" and packed.get("weight_block_size") == [128, 128]:
+                    continue  # scales of blocks, which the reader of tensors multiplies by
                 raise ValueError(
                     f"{where}: {key}: quantized weights ({guard.short(method or 'unnamed')}) are "
                     "not read, use the unquantized checkpoint or a GGUF file"

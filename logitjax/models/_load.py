@@ -1,6 +1,7 @@
 """Checkpoints into decoders, one tensor at a time, straight to where it shall live."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -228,14 +229,7 @@ def build_decoder(
         def fetch(indices: Sequence[Any]) -> list[np.ndarray]:
             if not stacked:
                 return [part.astype(leaf.dtype, copy=False) for part in readers[0](indices)]
-            shapes_ = [_sliced_shape(leaf.shape, index) for index in indices]
-            out = [guard.aligned(shape, leaf.dtype) for shape in shapes_]
-            for number, read in enumerate(readers):
-                wanted = [i for i, index in enumerate(indices) if _holds(index[0], number, layers)]
-                parts = read([indices[i][1:] for i in wanted]) if wanted else []
-                for i, part in zip(wanted, parts, strict=True):
-                    out[i][number - indices[i][0].indices(len(layers))[0]] = part
-            return out
+            return _stacked(readers, indices, leaf.shape, leaf.dtype)
 
         sharding = shardings(name, leaf.shape)
         try:
@@ -252,6 +246,22 @@ def build_decoder(
         built[i] = build(*leaves[i])
     params = jax.tree.unflatten(structure, [built[i] for i in range(len(leaves))])
     return nnx.merge(graphdef, params)
+
+
+def _stacked(
+    readers: Sequence[Callable[[Sequence[Any]], list[np.ndarray]]],
+    indices: Sequence[Any],
+    shape: tuple[int, ...],
+    dtype: Any,
+) -> list[np.ndarray]:
+    """Slices of an array of which each reader has one entry of the first axis."""
+    out = [guard.aligned(_sliced_shape(shape, index), dtype) for index in indices]
+    for number, read in enumerate(readers):
+        wanted = [i for i, index in enumerate(indices) if _holds(index[0], number, readers)]
+        parts = read([indices[i][1:] for i in wanted]) if wanted else []
+        for i, part in zip(wanted, parts, strict=True):
+            out[i][number - indices[i][0].indices(len(readers))[0]] = part
+    return out
 
 
 def _placed(
@@ -339,8 +349,10 @@ def _pieces(
             leaf_shapes[layer, inner] = leaf.shape[1:] if stacked else leaf.shape
             leaf_dtypes[layer, inner] = leaf.dtype
     pieces = {}
+    experts: dict[tuple[int | None, Path], list[Any]] = {}
     for spec in tensors:
         parts = [leaf_shapes[spec.layer, leaf] for leaf in spec.leaves]
+        parts = parts if spec.expert is None else [shape[1:] for shape in parts]
         parts = [tuple(reversed(s)) if spec.transpose else s for s in parts]  # torch: `[out, in]`
         sizes = [s[spec.axis] for s in parts]
         expected = list(parts[0])
@@ -354,8 +366,15 @@ def _pieces(
         for leaf, size in zip(spec.leaves, sizes, strict=True):
             # What is shifted is shifted in the file's own type, and is small.
             dtype = None if spec.shift else leaf_dtypes[spec.layer, leaf]
-            pieces[spec.layer, leaf] = _reader(source, spec, start, size, dtype)
+            read = _reader(source, spec, start, size, dtype)
+            if spec.expert is None:
+                pieces[spec.layer, leaf] = read
+            else:
+                experts.setdefault((spec.layer, leaf), []).append(read)
             start += size
+    for key, readers in experts.items():
+        options = {"shape": leaf_shapes[key], "dtype": leaf_dtypes[key]}
+        pieces[key] = functools.partial(_stacked, readers, **options)
     return pieces
 
 

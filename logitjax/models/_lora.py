@@ -179,6 +179,8 @@ def _sizes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
     narrow = config.num_kv_heads * config.head_dim
     sizes = {"query": (hidden, inner), "output": (inner, hidden)}
     sizes |= dict.fromkeys(("key", "value"), (hidden, narrow))
+    if config.num_experts:
+        return sizes
     sizes |= dict.fromkeys(("gate", "up") if config.gated_mlp else ("up",), (hidden, wide))
     return sizes | {"down": (wide, hidden)}
 

@@ -1,4 +1,4 @@
-"""How a decoder's parameters are split over a mesh with axes `fsdp` and `tensor`."""
+"""How a decoder's parameters are split over a mesh with axes `fsdp`, `tensor` and `expert`."""
 
 from jax.sharding import PartitionSpec as P
 
@@ -10,6 +10,8 @@ from logitjax.ops.sharding import ShardingRules
 DECODER_RULES = ShardingRules(
     rules=(
         (r"(^|/)embedding$", P("tensor", "fsdp")),
+        (r"/experts/(gate|up)/kernel$", P("expert", "fsdp", "tensor")),
+        (r"/experts/down/kernel$", P("expert", "tensor", "fsdp")),
         (r"/(query|key|value|gate|up)/kernel$", P("fsdp", "tensor")),
         (r"/(query|key|value|gate|up)/bias$", P("tensor")),
         (r"/(output|down)/kernel$", P("tensor", "fsdp")),
@@ -17,4 +19,5 @@ DECODER_RULES = ShardingRules(
         (r"(scale|bias|norm)", P()),
     ),
     unmatched="fsdp",
+    optional=("expert",),
 )

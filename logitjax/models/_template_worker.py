@@ -82,11 +82,7 @@ def _tojson(
 ) -> str:
     # Jinja's own escapes HTML, and sorts.
     return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
 
 

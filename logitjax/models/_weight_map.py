@@ -14,14 +14,15 @@ Path = tuple[str, ...]
 class TensorSpec:
     """One checkpoint tensor: our leaves, joined along `axis` of the checkpoint's layout.
 
-    `layer` is None outside of layers. `transpose` turns `[in, out]` into `[out, in]`. Of each of
-    `rope_heads` heads' rows the first `rope_dim` have rotary pairs interleaved. `shift` was added
-    to the values.
+    `layer` is None outside of layers; of a leaf with one map an expert it is that of `expert`.
+    `transpose` turns `[in, out]` into `[out, in]`. Of each of `rope_heads` heads' rows the first
+    `rope_dim` have rotary pairs interleaved. `shift` was added to the values.
     """
 
     name: str
     leaves: tuple[Path, ...]
     layer: int | None = None
+    expert: int | None = None
     axis: int = 0
     transpose: bool = False
     rope_heads: int = 0
@@ -61,7 +62,12 @@ def _tensors(
         tensors: dict[str, list[str]] = {}
         for module in filter(modules.__contains__, names):
             tensors.setdefault(names[module].replace("*", str(i)), []).append(module)
-        for name, parts in tensors.items():
+        each = [
+            (name.replace("#", str(expert)), parts, expert)
+            for name, parts in tensors.items()
+            for expert in (range(config.num_experts) if "#" in name else [None])
+        ]
+        for name, parts, expert in each:
             for leaf in modules[parts[0]]:
                 # GPT-2's `Conv1D` stores kernels as we do; the head is a linear map there too.
                 turned = leaf == "kernel" and input_first and i is not None
@@ -72,6 +78,7 @@ def _tensors(
                             (*part.split("."), leaf) if leaf else (part,) for part in parts
                         ),
                         layer=i,
+                        expert=expert,
                         axis=1 if turned else 0,
                         transpose=leaf == "kernel" and not turned,
                         rope_heads=heads.get(parts[0], 0) if interleaved else 0,
@@ -104,8 +111,11 @@ def _modules(config: DecoderConfig) -> tuple[dict[str, Path], dict[str, Path]]:
     layer["attention.output"] = linear(config.output_bias)
     if config.qk_norm:
         layer |= {"attention.query_norm": ("scale",), "attention.key_norm": ("scale",)}
+    if config.num_experts:
+        layer["mlp.router"] = ("kernel",)
+    inside = "mlp.experts" if config.num_experts else "mlp"
     for name in ("gate", "up", "down") if config.gated_mlp else ("up", "down"):
-        layer[f"mlp.{name}"] = linear(config.mlp_bias)
+        layer[f"{inside}.{name}"] = linear(config.mlp_bias)
     return top, layer
 
 

@@ -73,6 +73,7 @@ class ShardingRules:
             `layers/0/attention/query/kernel`.
         unmatched: what happens to a leaf that no rule matches: `replicate`, or `fsdp`, which splits
             its largest dimension that the `fsdp` axis divides.
+        optional: axes that a mesh may lack.
         strict: whether it is an error if a mesh axis does not divide its dimension. Otherwise that
             dimension stays whole (3 key-value heads on `tensor:2`), which is logged.
 
@@ -85,6 +86,7 @@ class ShardingRules:
     rules: tuple[tuple[str, P], ...] = ()
     unmatched: Literal["replicate", "fsdp"] = "replicate"
     strict: bool = False
+    optional: tuple[str, ...] = ()
 
     def spec(self, path: str, shape: tuple[int, ...], mesh_shape: Any) -> P:
         """The specification of one leaf.
@@ -120,6 +122,8 @@ class ShardingRules:
             if axes is None:
                 continue
             names = (axes,) if isinstance(axes, str) else tuple(axes)
+            if set(names) <= set(self.optional) - set(mesh_shape):
+                continue
             missing = [name for name in names if name not in mesh_shape]
             if missing:
                 raise ValueError(

@@ -19,6 +19,8 @@ _DTYPES = {
     "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
     "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
 }  # fmt: skip
+# Sides of the blocks of float8 that share a scale, which multiplies in spite of its name.
+_BLOCK, _SCALE = 128, "_scale_inv"
 # Numbers that are held in both types at a time.
 _PIECE = 1 << 20
 
@@ -90,7 +92,7 @@ class SafetensorsSource:
         guard.apart(spans)
 
     def names(self) -> set[str]:
-        return set(self._tensors)
+        return self._tensors.keys() - {name + _SCALE for name in self._tensors}
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._tensors[name][2]
@@ -98,8 +100,23 @@ class SafetensorsSource:
     def read(self, name: str, rows: slice = slice(None), *, dtype: Any = None) -> np.ndarray:
         """A tensor, or a range of its first axis.
 
-        `dtype` is the file's own where nothing else is said; a piece at a time becomes it.
+        `dtype` is the file's own where nothing else is said; a piece at a time becomes it. What
+        has scales of blocks, as DeepSeek stores float8, is multiplied by them in float32.
         """
+        if name + _SCALE not in self._tensors:
+            return self._stored(name, rows, dtype)
+        shape, scales = self.shape(name), self._stored(name + _SCALE, dtype=np.float32)
+        if scales.shape != tuple(-(-size // _BLOCK) for size in shape) or len(shape) != 2:
+            raise ValueError(
+                f"{self.path}: tensor {name + _SCALE!r} has shape {scales.shape}, expected one "
+                f"scale for {_BLOCK} rows and columns of {shape}"
+            )
+        values = self._stored(name, rows, np.float32)
+        of_rows = scales[np.arange(shape[0])[rows] // _BLOCK]
+        values *= np.repeat(of_rows, _BLOCK, axis=1)[:, : shape[1]]
+        return values.astype(dtype or np.float32, copy=False)
+
+    def _stored(self, name: str, rows: slice = slice(None), dtype: Any = None) -> np.ndarray:
         path, dtype_name, shape, offset = self._tensors[name]
         stored = np.dtype(_DTYPES[dtype_name])
         dtype = np.dtype(dtype or stored)

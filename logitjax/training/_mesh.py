@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from logitjax.ops.sharding import MeshAxes
 
-AXES = (*MeshAxes().rows, *MeshAxes().sequence, "tensor")
+AXES = (*MeshAxes().rows, *MeshAxes().sequence, "tensor", "expert")
 
 
 def make_mesh(
@@ -26,6 +26,8 @@ def make_mesh(
 
     ``context`` splits the positions of each row, for rows so long that a device cannot hold one.
     Devices later in a row have more keys to look at, and the others wait for them.
+
+    ``expert`` splits the experts of a mixture, whose tokens each device of the axis has.
 
     ``dcn_data`` is for several TPU slices, or nodes, with a slow network between them. Each slice
     holds a copy of the model, so only gradients cross. It is the outermost axis, and its size is
@@ -84,7 +86,7 @@ def make_mesh(
     elif fixed != len(devices):
         raise ValueError(f"mesh {spec!r}: it needs {fixed} devices, there are {len(devices)}")
     for name in AXES:
-        if name not in ("dcn_data", "context"):  # they exist only where asked for
+        if name not in ("dcn_data", "context", "expert"):  # only where asked for
             sizes.setdefault(name, 1)
     if slices is not None:
         return _hybrid_mesh(slices, sizes, devices)

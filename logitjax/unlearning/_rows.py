@@ -10,14 +10,13 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from logitjax.data import own_form
 from logitjax.evaluation import PromptTemplate
 from logitjax.models import Tokenizer
 from logitjax.storage import guard
 
 _BARE = PromptTemplate(before="", after="")
 _SHAPES = "question/answer, prompt/completion, messages or text"
-# ShareGPT's names of who speaks.
-_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,12 +48,10 @@ class Row:
         """Rows of a JSON-lines file, without duplicates.
 
         A row is `{"question", "answer"}`, `{"prompt", "completion"}` (the completion follows as it
-        is), `{"messages": [{"role", "content"}, ...]}` that end with the answer, or `{"text"}`. A
-        prompt and a completion may be messages, as TRL has them, and the rows of ShareGPT
-        (`conversations`) and Alpaca (`instruction`, `input`, `output`) are read too. A list of
-        answers is a row each. It may have a `group`, and `paraphrases`, a list, or TOFU's
-        `paraphrased_question`. Rows that differ in case and white space alone are one, with the
-        paraphrases of all.
+        is), `{"messages": [{"role", "content"}, ...]}` that end with the answer, `{"text"}`, or
+        another form that `data.own_form` reads. A list of answers is a row each. It may have a
+        `group`, and `paraphrases`, a list, or TOFU's `paraphrased_question`. Rows that differ in
+        case and white space alone are one, with the paraphrases of all.
 
         Args:
             path: The file, in UTF-8.
@@ -171,9 +168,6 @@ def _rows_of(raw: Any) -> list[Row]:
 
 
 def _row(raw: Mapping[str, Any]) -> Row:
-    def text(name: str) -> str:
-        return _text(raw.get(name), name)
-
     more: dict[str, Any] = {}
     if raw.get("group") is not None:
         more["group"] = str(raw["group"])  # a group may be a number
@@ -184,26 +178,14 @@ def _row(raw: Mapping[str, Any]) -> Row:
     if not isinstance(paraphrases, list):
         raise ValueError(f"paraphrases: expected a list of text, got {paraphrases!r}")
     more["paraphrases"] = tuple(_text(other, "paraphrases") for other in paraphrases)
-    if "messages" in raw:
-        return Row(**_conversation(raw["messages"]), **more)
-    if isinstance(turns := raw.get("conversations"), list):  # ShareGPT
-        turns = [turn if isinstance(turn, dict) else {} for turn in turns]
-        speakers = [_ROLES.get(str(turn.get("from")), turn.get("from")) for turn in turns]
-        turns = [{"role": who, "content": turn.get("value")} for who, turn in zip(speakers, turns)]
-        return Row(**_conversation(turns), **more)
-    if isinstance(raw.get("prompt"), list) and isinstance(raw.get("completion"), list):  # TRL
-        return Row(**_conversation(raw["prompt"] + raw["completion"]), **more)
-    if "instruction" in raw:  # Alpaca
-        asked = text("instruction") + (f"\n{raw['input']}" if raw.get("input") else "")
-        return Row(messages=({"role": "user", "content": asked},), answer=text("output"), **more)
-    if "question" in raw:  # TOFU
-        turn = {"role": "user", "content": text("question")}
-        return Row(messages=(turn,), answer=text("answer"), **more)
-    if "prompt" in raw:
-        name = "completion" if "completion" in raw else "answer"
-        return Row(prompt=text("prompt"), answer=text(name), **more)
-    if "text" in raw:
-        return Row(answer=text("text"), **more)
+    row = own_form(raw)
+    if "messages" in row:
+        return Row(**_conversation(row["messages"]), **more)
+    if "prompt" in row:
+        name = "response" if "response" in row else "answer"
+        return Row(prompt=_text(row["prompt"], "prompt"), answer=_text(row.get(name), name), **more)
+    if "text" in row:
+        return Row(answer=_text(row["text"], "text"), **more)
     raise ValueError(f"expected {_SHAPES}, got {', '.join(raw) or 'an empty object'}")
 
 

@@ -1,5 +1,6 @@
 import itertools
 import json
+import pickle
 import threading
 import time
 import traceback
@@ -527,3 +528,25 @@ def test_a_piece_goes_where_it_leaves_least_room_and_the_fullest_row_goes_out():
 
 def test_positions_start_again_in_every_segment_and_are_zero_behind_the_last():
     assert _positions(np.array([[1, 1, 1, 2, 2, 0, 0]])).tolist() == [[0, 1, 2, 0, 1, 0, 0]]
+
+
+def test_rows_open_in_loaders_of_others(packed):
+    packed = pickle.loads(pickle.dumps(packed))  # as workers get it
+    batch = packed.rows([2, 0])
+    assert [packed[2]["row"], packed[0]["row"]] == [2, 0]
+    for key in ("tokens", "loss_mask", "positions"):
+        rows = np.stack([packed[2]["words"][key], packed[0]["words"][key]])
+        np.testing.assert_array_equal(rows, batch["words"][key])
+    with pytest.raises(IndexError):
+        packed[len(packed)]
+
+
+def test_a_grain_pipeline_and_a_loader_of_pytorch_give_those_rows(packed):
+    grain = pytest.importorskip("grain")
+    batch = grain.MapDataset.source(packed).batch(3)[0]
+    np.testing.assert_array_equal(batch["row"], [0, 1, 2])
+    torch = pytest.importorskip("torch")
+    batch = next(iter(torch.utils.data.DataLoader(packed, batch_size=3)))
+    np.testing.assert_array_equal(
+        batch["words"]["tokens"], packed.rows(range(3))["words"]["tokens"]
+    )

@@ -81,6 +81,9 @@ BAD = [
     ({"text": "x", "prompt": "y", "response": "z"}, "exactly one of"),
     ({"text": 3}, "'text': expected a string, got int"),
     ({"text": "  "}, "'text' is empty"),
+    ({"instruction": 3, "output": "x"}, "expected texts, or lists of turns"),
+    ({"conversations": "x"}, "expected texts, or lists of turns"),
+    ({"chosen": 3, "rejected": "x"}, "expected texts, or lists of turns"),
     ({"prompt": "x"}, "'response': expected a string, got NoneType"),
     ({"prompt": "x", "response": ""}, "'response' is empty"),
     ({"messages": []}, "not empty"),
@@ -221,3 +224,142 @@ def test_what_is_held_out_of_a_folder_is_a_tenth_of_its_text_and_not_of_its_file
     for i, words in enumerate((1, 1, 5000)):
         (few / f"{i}.txt").write_text("word " * words)
     assert [len(rows) for rows in load_splits(f"text:{few}").values()] == [1, 1, 1]
+
+
+# Rows as public data sets have them, and files as they are handed round.
+
+TURNS = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+
+
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        ({"instruction": "Q", "input": "", "output": "A", "text": "Q and A"}, TURNS),
+        ({"question": "Q", "answer": "A"}, TURNS),
+        (
+            {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
+            TURNS,
+        ),
+        ({"prompt": TURNS[:1], "completion": TURNS[1:]}, TURNS),
+        ({"prompt": "Q", "messages": TURNS, "prompt_id": "7"}, TURNS),
+        ({"prompt": "Q", "chosen": TURNS, "rejected": TURNS, "messages": TURNS}, TURNS),
+        ({"prompt": "Q", "chosen": TURNS[1:], "rejected": TURNS[1:], "score": None}, TURNS),
+        (
+            {
+                "messages": [
+                    {**TURNS[0], "tool_calls": None},
+                    {
+                        "role": "assistant",
+                        "content": None,
+                        "tool_calls": [{"function": {"name": "add", "arguments": '{"a": 1}'}}],
+                    },
+                    {"role": "tool", "content": "2", "tool_call_id": "x"},
+                ],
+                "tools": '[{"type": "function", "function": {"name": "add"}}]',
+            },
+            [
+                TURNS[0],
+                {"role": "assistant", "content": "", "tool_calls": [CALL]},
+                {"role": "tool", "content": "2", "tool_call_id": "x"},
+            ],
+        ),
+        (
+            {
+                "conversations": [
+                    {"from": "human", "value": "Q"},
+                    {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
+                    {"from": "observation", "value": "2"},
+                ]
+            },
+            [
+                TURNS[0],
+                {"role": "assistant", "content": "", "tool_calls": [CALL]},
+                {"role": "tool", "content": "2"},
+            ],
+        ),
+    ],
+)
+def test_rows_of_public_data_sets_become_messages(tmp_path, row, messages):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([row], indent=1))
+    (example,) = load_examples(f"jsonl:{path}")
+    assert list(example["messages"]) == messages
+    assert ("tools" in example) == ("tools" in row)
+
+
+def test_prompts_with_completions_and_what_was_chosen_become_responses(tmp_path):
+    rows = [
+        {"prompt": "1 + 1 = ", "completion": "2"},
+        {"prompt": "1 + 1 = ", "chosen": "2", "rejected": "3"},
+        {"chosen": "1 + 1 = 2", "rejected": "1 + 1 = 23"},
+    ]
+    examples = load_examples(f"jsonl:{write_rows(tmp_path / 'a.jsonl', rows)}")
+    assert [(e["prompt"], e["response"]) for e in examples] == [("1 + 1 = ", "2")] * 3
+
+
+def test_compressed_files_and_parquet_hold_the_same_rows(tmp_path):
+    import gzip
+
+    zstandard, parquet = pytest.importorskip("zstandard"), pytest.importorskip("pyarrow.parquet")
+    rows = [{"text": f"row {i}"} for i in range(600)]
+    lines = write_rows(tmp_path / "a.jsonl", rows).read_bytes()
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(lines))
+    table = pytest.importorskip("pyarrow").Table.from_pylist(rows)
+    for split in ("train", "test"):
+        parquet.write_table(table, tmp_path / f"{split}-00000-of-00001.parquet")
+    specs = [f"jsonl:{tmp_path}/a.jsonl{end}" for end in ("", ".gz", ".zst")]
+    for spec in (*specs, f"parquet:{tmp_path}"):
+        examples = load_examples(spec)
+        assert [e["text"] for e in examples] == [row["text"] for row in rows]
+        assert [e["id"].rpartition(":")[2] for e in examples][::599] == ["1", "600"]
+    splits = load_splits(f"parquet:{tmp_path}")
+    assert {name: len(part) for name, part in splits.items()} == {
+        "train": 540, "validation": 60, "test": 600
+    }  # fmt: skip
+    broken = tmp_path / "b.jsonl.gz"
+    broken.write_bytes(gzip.compress(lines)[:-400])
+    with pytest.raises(ValueError, match=r"b.jsonl.gz: damaged after line \d+"):
+        load_examples(f"jsonl:{broken}")
+
+
+def test_what_does_not_fit_into_memory_is_read_again_and_is_the_same(tmp_path, monkeypatch):
+    rows = [{"text": f"row {i}"} for i in range(40)]
+    path = write_rows(tmp_path / "a.jsonl", [*rows[:20], "{", *rows[20:]])
+    held = load_examples(f"jsonl:{path}", on_error="skip")
+    monkeypatch.setattr("logitjax.data._examples._HELD_CHARACTERS", 100)
+    streamed = load_examples(f"jsonl:{path}", on_error="skip")
+    assert (list(streamed), streamed.fingerprint, streamed.errors) == (
+        list(held), held.fingerprint, 1
+    )  # fmt: skip
+    assert [streamed[i] for i in (30, 3, 3, 4, -1)] == [held[i] for i in (30, 3, 3, 4, -1)]
+    assert list(streamed[10:][5:]) == list(held[15:])
+    assert streamed[10:].fingerprint == held[10:].fingerprint
+    path.write_text("")
+    with pytest.raises(ValueError, match="row 7: its source has changed"):
+        streamed[7]
+
+
+def test_a_mixture_has_the_shares_it_says_and_uses_no_document_twice(tmp_path):
+    for name, words in (("a", 3), ("b", 9)):
+        write_rows(
+            tmp_path / f"{name}.jsonl", [{"text": f"{name}{i:02} " * words} for i in range(30)]
+        )
+    spec = f"mix:jsonl:{tmp_path}/a.jsonl@1,jsonl:{tmp_path}/b.jsonl@2.5"
+    texts = [e["text"] for e in load_examples(spec)]
+    sizes = {name: sum(len(t) for t in texts if t[0] == name) for name in "ab"}
+    assert 1.9 < sizes["b"] / sizes["a"] < 3.1
+    assert len(set(texts)) == len(texts) > 40
+    assert len(load_splits(spec)["test"])
+    with pytest.raises(ValueError, match="expected SOURCE@WEIGHT with a positive weight"):
+        load_examples(f"mix:jsonl:{tmp_path}/a.jsonl@0")
+
+
+def test_a_dataset_of_the_hub_says_what_to_install():
+    import importlib.util
+
+    if importlib.util.find_spec("datasets"):
+        pytest.skip("it is installed")
+    with pytest.raises(ImportError, match=r"datasets is not installed: pip install 'logitjax\[dat"):
+        load_examples("hf:org/data")

@@ -49,6 +49,16 @@ HF_CONFIGS: dict[str, dict] = {
             "original_max_position_embeddings": 16,
         },
     },
+    "mixtral": _COMMON | {"model_type": "mixtral", "num_local_experts": 4},
+    "qwen3_moe": _COMMON
+    | {
+        "model_type": "qwen3_moe",
+        "head_dim": 12,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+    },
     "gemma": _COMMON | {"model_type": "gemma", "head_dim": 12, "hidden_act": "gelu"},
     "olmo2": _COMMON | {"model_type": "olmo2"},
     "olmo3": _COMMON

@@ -32,8 +32,23 @@ def reference(raw: dict) -> np.ndarray:
     with torch.no_grad():
         for name, parameter in model.state_dict().items():
             if name not in tied:
-                parameter.copy_(torch.from_numpy(weight(name, tuple(parameter.shape))))
+                parameter.copy_(torch.from_numpy(stored(name, tuple(parameter.shape), config)))
     return logits(model)
+
+
+def stored(name: str, shape: tuple[int, ...], config) -> np.ndarray:
+    """The values of a parameter, from those of checkpoints, where each expert has its own."""
+    mixtral = config.model_type == "mixtral"
+    if mixtral:
+        name = name.replace(".mlp.", ".block_sparse_moe.")
+    before, _, kind = name.partition(".experts.")
+    if not kind:
+        return weight(name, shape)
+    gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+    parts = [down] if kind == "down_proj" else [gate, up]
+    one = (shape[1] // len(parts), shape[2])
+    names = [[f"{before}.experts.{e}.{part}.weight" for part in parts] for e in range(shape[0])]
+    return np.stack([np.concatenate([weight(n, one) for n in expert]) for expert in names])
 
 
 def logits(model) -> np.ndarray:

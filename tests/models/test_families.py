@@ -88,7 +88,7 @@ def test_an_entry_point_brings_a_family(stranger, monkeypatch):
 @pytest.mark.parametrize(
     ("said", "nearest"),
     [
-        ({"model_type": "qwen2_moe"}, "'qwen2_moe'; qwen2 is the nearest"),
+        ({"model_type": "qwen2_moe"}, "'qwen2_moe'; qwen3_moe is the nearest"),
         ({"architectures": ["GPT2Model"]}, r"\['GPT2Model'\]; gpt2 is the nearest"),
         ({"model_type": "some", "attn_logit_softcapping": 3.0}, r"gemma2\(name=some\)' reads it"),
         ({}, "got None; "),

@@ -28,7 +28,7 @@ def _values(name: str) -> dict[str, Sequence[Any]]:
 # lists of longrope are filled in for the head.
 FAMILIES = (
     *("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "olmo2"),
-    *("olmo3", "smollm3", "granite", "glm4", "glm", "gpt2"),
+    *("olmo3", "smollm3", "granite", "glm4", "glm", "mixtral", "qwen3_moe", "gpt2"),
 )
 # Of heads, where a config.json leaves it out and it does not follow from the others.
 _WIDTHS = {"qwen3": 128, "glm4": 128, "glm": 128}

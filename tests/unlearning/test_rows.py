@@ -64,7 +64,7 @@ def test_every_form_of_a_row_is_read_once(tmp_path):
     [
         ("{", "rows.jsonl:1: expected JSON"),
         ("[]", "rows.jsonl:1: expected an object, got list"),
-        ('{"question": "Who?"}', "rows.jsonl:1: answer: expected text, got None"),
+        ('{"question": "Who?"}', "rows.jsonl:1: messages: content of assistant: expected text"),
         ('{"answer": "A"}', "rows.jsonl:1: expected question/answer"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "the last by the assistant"),
         ('{"text": "a", "paraphrases": "b"}', "paraphrases: expected a list of text"),

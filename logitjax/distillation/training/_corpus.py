@@ -38,7 +38,7 @@ class Reading:
     """The text, the teachers that read it, and how much of their output is kept.
 
     Attributes:
-        data: Text to learn from: text:PATH, jsonl:PATH or tfds:NAME, as for `data.load_examples`.
+        data: Text to learn from: such as jsonl:PATH or hf:ORG/NAME, as for `data.load_examples`.
         teachers: Models to learn from, `cache:DIR` as `logitjax cache-logits` writes it, or
             `api:URL`.
         seq_len: Number of tokens in a row.

@@ -1,0 +1,160 @@
+"""The forms that rows of data sets have, and the three that the library reads."""
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+# Who speaks, by the names of ShareGPT and what came after it.
+_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "observation": "tool"}
+_CALL = "function_call"
+# What chat templates read of a message beside its role and content.
+_EXTRAS = ("tool_calls", "tool_call_id", "name", "reasoning_content")
+
+
+def own_form(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of a public data set as `text`, `prompt` and `response`, or `messages`.
+
+    Instructions (Alpaca) and questions are a user's turn. Of a preference it is what was chosen;
+    where no prompt is named, that is what the chosen and the rejected text begin with. Turns of
+    ShareGPT become messages, and so do a prompt and a completion that are lists (TRL). What has
+    none of these forms is returned as it came.
+
+    >>> own_form({"instruction": "Add.", "input": "1, 2", "output": "3"})["messages"][0]["content"]
+    'Add.\\n1, 2'
+    >>> own_form({"chosen": "Q: 1+1? A: 2", "rejected": "Q: 1+1? A: 3"})
+    {'prompt': 'Q: 1+1? A: ', 'response': '2'}
+    """
+    try:
+        # Columns of Parquet give every row every key.
+        return _form({key: value for key, value in row.items() if value is not None})
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"expected texts, or lists of turns, of {sorted(row)} ({error})") from None
+
+
+def _form(row: dict[str, Any]) -> dict[str, Any]:
+    if "instruction" in row:
+        row.pop("text", None)  # Alpaca's rows hold the same under a template too.
+        more = row.pop("input", None)
+        row["question"] = row.pop("instruction") + (f"\n{more}" if more else "")
+        row["answer"] = row.pop("output", None)
+    if "question" in row:
+        turns = (("user", row.pop("question")), ("assistant", row.pop("answer", None)))
+        return row | {"messages": [{"role": who, "content": text} for who, text in turns]}
+    if "conversations" in row:
+        row["messages"] = [_turn(**turn) for turn in row.pop("conversations")]
+    if "chosen" in row:
+        row.pop("messages", None)  # some data sets hold the chosen turns twice
+        best, worse = row.pop("chosen"), row.pop("rejected", "")
+        if isinstance(best, list) and len(best) > 1:  # the turns of the prompt are among them
+            row["prompt"] = []
+        elif "prompt" not in row:
+            begin = len(os.path.commonprefix([best, worse]))  # noqa: RUF071
+            begin -= len(best[:begin].split(" ")[-1])  # to the end of a word
+            row["prompt"], best = best[:begin], best[begin:]
+        row["completion"] = best
+    if "completion" in row:
+        prompt, completion = row.pop("prompt", ""), row.pop("completion")
+        if isinstance(completion, list):
+            prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            return row | {"messages": [*prompt, *completion]}
+        return row | {"prompt": prompt, "response": completion}
+    if "messages" in row and "response" not in row:
+        row.pop("prompt", None)  # the first turn again
+    return row
+
+
+def _turn(**turn: Any) -> dict[str, Any]:
+    """A turn of ShareGPT under the names of chat templates."""
+    who, content = turn.pop("from", turn.get("role")), turn.pop("value", turn.get("content"))
+    return {**turn, "role": _ROLES.get(who, who), "content": content}
+
+
+def normalise(row: Any, columns: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Reduce a row to one of the three forms; raises ValueError with the reason."""
+    if not isinstance(row, Mapping):
+        raise ValueError(f"expected an object, got {type(row).__name__}")
+    given = sorted(map(str, row))
+    row = own_form({(columns or {}).get(key, key): value for key, value in row.items()})
+    forms = [f for f in (("text",), ("prompt", "response"), ("messages",)) if f[0] in row]
+    if len(forms) != 1:
+        raise ValueError(
+            "expected exactly one of 'text', 'prompt' + 'response' or 'messages', or rows of "
+            f"Alpaca, ShareGPT, TRL or a preference, got the keys {given!r}"
+        )
+    (form,) = forms
+    kept: dict[str, Any] = {name: str(row[name]) for name in ("id", "teacher") if name in row}
+    if form == ("messages",):
+        kept |= {"messages": messages_of(row["messages"])}
+        if tools := _parsed(row.get("tools")):
+            _check_encodable("tools", json.dumps(tools, ensure_ascii=False, default=str))
+            kept["tools"] = tools
+        return kept
+    for key in form:
+        value = row.get(key)
+        if not isinstance(value, str):
+            raise ValueError(f"{key!r}: expected a string, got {type(value).__name__}")
+        if key != "prompt" and not value.strip():
+            raise ValueError(f"{key!r} is empty")
+        _check_encodable(key, value)
+        kept[key] = value
+    return kept
+
+
+def _check_encodable(key: str, value: str) -> None:
+    # JSON may hold half of a surrogate pair, at which tokenizers fail with a TypeError.
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{key!r}: expected Unicode text, got half a surrogate pair at character {error.start}"
+        ) from None
+
+
+def messages_of(messages: Any) -> list[dict[str, Any]]:
+    """Turns under the names of chat templates, at least one of them the assistant's."""
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("'messages': expected a list that is not empty")
+    out = [_message(message) for message in messages]
+    if not any(m["role"] == "assistant" for m in out):
+        raise ValueError("'messages' has no message of role 'assistant', so nothing to learn from")
+    return out
+
+
+def _message(message: Any) -> dict[str, Any]:
+    fields = message if isinstance(message, Mapping) else {}
+    role, content = fields.get("role"), fields.get("content")
+    extras = {name: fields[name] for name in _EXTRAS if fields.get(name) not in (None, [])}
+    if role == _CALL and isinstance(content, str):
+        role, extras, content = "assistant", {"tool_calls": [{"function": content}]}, ""
+    if "tool_calls" in extras:
+        extras["tool_calls"], content = _calls(extras["tool_calls"]), content or ""
+    if not (isinstance(role, str) and isinstance(content, str)):
+        raise ValueError(f"message: expected strings 'role' and 'content', got {message!r}")
+    said = {"role": role, "content": content}
+    for key, value in said.items():
+        _check_encodable(key, value)
+    _check_encodable("tool_calls", json.dumps(extras, ensure_ascii=False, default=str))
+    return said | extras
+
+
+def _calls(calls: Any) -> list[dict[str, Any]]:
+    """Calls of tools; templates write arguments as an object, which some data sets hold as text."""
+    out = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        call = dict(call) if isinstance(call, Mapping) else {}
+        function = _parsed(call.get("function", call))
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise ValueError(f"tool_calls: expected functions with a name, got {calls!r}")
+        arguments = _parsed(function.get("arguments")) or {}
+        function = {**function, "arguments": arguments}
+        out.append({"type": "function"} | call | {"function": function})
+    return out
+
+
+def _parsed(value: Any) -> Any:
+    """What a text says in JSON; anything else as it is."""
+    try:
+        return json.loads(value) if isinstance(value, str) and value.strip() else value
+    except (ValueError, RecursionError):
+        return value
