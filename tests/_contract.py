@@ -11,17 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from logitjax import (
-    distillation,
-    few_shot,
-    fusion,
-    leakage,
-    losses,
-    ops,
-    testing,
-    transport,
-    vq,
-)
+from logitjax import distillation, few_shot, fusion, leakage, losses, ops, testing, transport, vq
 from logitjax.losses import Blocks, Head, TailSample
 from logitjax.ops import TopK
 
@@ -116,8 +106,7 @@ UNIGRAM = np.arange(1, VOCAB + 1, dtype=np.float32)
 COVARIANCE = np.eye(HIDDEN, dtype=np.float32)
 # Of the small model's tokens the large one lacks none, and has two of its own.
 OVERLAP = fusion.OverlapFusion(
-    strategy=fusion.ProxyTuning(),
-    token_map=fusion.vocabulary_map(list("abxcdey"), list("abcde")),
+    strategy=fusion.ProxyTuning(), token_map=fusion.vocabulary_map(list("abxcdey"), list("abcde"))
 )
 # Rows of logits of a head of `HIDDEN` columns.
 DIRECTIONS = _normal(22, 12, HIDDEN)
@@ -354,11 +343,7 @@ TABLE: dict[str, Case] = {
         arrays={"hidden": STATES, "codebook": CODEBOOK, "bias": BIAS, "assignment": MAP},
         counts={"assignment": (CODES, "error")},
         logits=("bias",),
-        free=(
-            ("hidden", BATCH),
-            ("hidden", LENGTH),
-            ("codebook", CODES),
-        ),
+        free=(("hidden", BATCH), ("hidden", LENGTH), ("codebook", CODES)),
     ),
     "vq.vq_nll": Case(
         loss={"skip": ("infinity", "rows")},
@@ -421,11 +406,7 @@ TABLE: dict[str, Case] = {
             "bias": BIAS,
         },
         counts={"codes": (CODES, "error")},
-        free=(
-            ("hidden", BATCH),
-            ("hidden", LENGTH),
-            ("codebooks", CODES),
-        ),
+        free=(("hidden", BATCH), ("hidden", LENGTH), ("codebooks", CODES)),
         logits=("bias",),
     ),
     # distillation
@@ -480,11 +461,7 @@ TABLE: dict[str, Case] = {
     "few_shot.Inputs": Case(
         call=lambda features, weights: few_shot.Inputs.of(features, weights).zero_shot,
         arrays={"features": STATES, "weights": HEAD},
-        free=(
-            ("features", BATCH),
-            ("features", LENGTH),
-            ("weights", VOCAB),
-        ),
+        free=(("features", BATCH), ("features", LENGTH), ("weights", VOCAB)),
     ),
     # transport, fusion and leakage
     "transport.first_lower_bound": _graphs(transport.first_lower_bound),

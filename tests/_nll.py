@@ -17,10 +17,7 @@ def _token_nll(logits: Any, tokens: Any, targets: Any) -> tuple[jax.Array, jax.A
     nll = logsumexp(logits) - jnp.take_along_axis(logits, labels, axis=-1)[..., 0]
     greedy = logits.argmax(axis=-1) == labels[..., 0]
     first = ((0, 0), (1, 0))
-    return (
-        jnp.where(targets, jnp.pad(nll, first), 0.0),
-        jnp.pad(greedy, first) & targets,
-    )
+    return (jnp.where(targets, jnp.pad(nll, first), 0.0), jnp.pad(greedy, first) & targets)
 
 
 def nll_from_apply(

@@ -32,8 +32,7 @@ def run(options: suite.Options) -> suite.Result:
     head = step(lambda logits: logits)
     loss = step(jax.grad(lambda logits: distillation.graph_on_logits(logits, teacher)[0]))
     seconds = timing.paired_seconds(
-        {"head": lambda: head(h, kernel), "loss": lambda: loss(h, kernel)},
-        repeats=options.repeats,
+        {"head": lambda: head(h, kernel), "loss": lambda: loss(h, kernel)}, repeats=options.repeats
     )
     added = timing.paired_ratio(seconds["loss"], seconds["head"]) - 1.0
     names = {"head": "head, forward + backward", "loss": "the same with graph_on_logits"}

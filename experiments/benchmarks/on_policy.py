@@ -28,10 +28,7 @@ from logitjax import data, distillation, losses, models, training
 _LOOP = training.LoopOptions(checkpoint_every=20, log_every=1, progress=False)
 # Student's t at 97.5 % for five seeds.
 _T = 2.776
-ARMS = {
-    "off-policy": (("full_kl:1",), 0.0),
-    "on-policy": (("mixed_kl:1",), 0.5),
-}
+ARMS = {"off-policy": (("full_kl:1",), 0.0), "on-policy": (("mixed_kl:1",), 0.5)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,12 +146,7 @@ class _Lab:
     ) -> Any:
         texts, share = ARMS[arm]
         course = distillation.Course(
-            steps=steps,
-            batch_size=4,
-            learning_rate=self.rate,
-            eval_rows=4,
-            seed=seed,
-            loop=_LOOP,
+            steps=steps, batch_size=4, learning_rate=self.rate, eval_rows=4, seed=seed, loop=_LOOP
         )
         return distillation.train_student(
             student,

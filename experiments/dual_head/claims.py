@@ -45,13 +45,7 @@ def _chosen(setting: Setting, runs: list[dict[str, Any]]) -> float:
 
 
 def _record(
-    setting: Setting,
-    runs: list[dict[str, Any]],
-    *,
-    arm: str,
-    seed: int,
-    alpha: float,
-    batch: int,
+    setting: Setting, runs: list[dict[str, Any]], *, arm: str, seed: int, alpha: float, batch: int
 ) -> Record:
     run, first = runs[seed], runs[0]
     if setting.choosers > 1:

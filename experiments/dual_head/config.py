@@ -41,8 +41,7 @@ class Config:
         (1.0,), "Multiple of the learning rate to try with every alpha."
     )
     convex: bool = field(
-        False,
-        "Divide both losses by 1 + alpha, so that a large alpha is not a large step.",
+        False, "Divide both losses by 1 + alpha, so that a large alpha is not a large step."
     )
     seeds: int = field(
         1,

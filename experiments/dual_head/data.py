@@ -107,10 +107,7 @@ def _statistics(spec: str, images: Any) -> tuple[tuple[float, ...], tuple[float,
         return _IMAGENET_MEAN, _IMAGENET_STD
     sample = images[: min(len(images), 10_000)] / 255.0
     axes = (0, 1, 2)
-    return (
-        tuple(float(x) for x in sample.mean(axes)),
-        tuple(float(x) for x in sample.std(axes)),
-    )
+    return (tuple(float(x) for x in sample.mean(axes)), tuple(float(x) for x in sample.std(axes)))
 
 
 def _text(split: str, limit: int) -> Part:

@@ -76,10 +76,7 @@ def _sums(
         best = options[logits[:, options].argmax(-1)]
     values = {"nll": nll, "accuracy": best == labels}
     if "alpha" in info:
-        values |= {
-            "alpha": info["alpha"].sum(0),
-            "at_bound": info["at_bound"],
-        }
+        values |= {"alpha": info["alpha"].sum(0), "at_bound": info["at_bound"]}
     return {name: jnp.where(where, value, 0).sum() for name, value in values.items()}
 
 

@@ -9,12 +9,7 @@ from etils import epath
 
 from experiments.dynamic_fusion.arms import SEVERAL, SINGLE, static_name
 from experiments.dynamic_fusion.config import Config
-from experiments.shared.report import (
-    markdown_table,
-    mean_and_spread,
-    spread,
-    write_report,
-)
+from experiments.shared.report import markdown_table, mean_and_spread, spread, write_report
 from logitjax.commands import figures
 
 #: What is compared by which measure: (name, the greater the better).
@@ -152,10 +147,7 @@ def _row(
             row[f"gap closed, {title} %"] = mean_and_spread(known) if known else None
         ratios = [_ratio(found, seed, name) for found, seed in zip(means, seeds, strict=True)]
         row["paper's ratio %"] = mean_and_spread(ratios)
-    for key, title, factor in (
-        ("alpha", "mean alpha", 1),
-        ("at_bound", "at bound %", 100),
-    ):
+    for key, title, factor in (("alpha", "mean alpha", 1), ("at_bound", "at bound %", 100)):
         row[title] = spread(means, key, factor)
     return row
 

@@ -148,8 +148,7 @@ class Lineup:
             model, rows = variant.model, text.scored(split, config.batch_size)
             options: Any = dict(max_tokens=tokens, source=text.fingerprint)
             processes.run_on_first(
-                f"{directory}",
-                lambda: vq.HiddenCache.of(model, rows, directory, **options),
+                f"{directory}", lambda: vq.HiddenCache.of(model, rows, directory, **options)
             )
         cache = vq.HiddenCache.open(directory)
         return Scored(np.asarray(cache.hidden), cache.labels)

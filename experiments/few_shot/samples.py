@@ -102,9 +102,6 @@ def draw(task: Task, shots: int, *, runs: Any, most: int, seed: int = 0, parts: 
         for part, some in enumerate(np.array_split(np.arange(len(task.test[1])), parts)):
             held_out[f"part {part}"] = whole(*jax.tree.map(lambda x, i=some: x[i], task.test))
     sampled = few_shot.FewShotTask(
-        support=support,
-        labels=labels_of(rows),
-        class_weights=task.class_weights,
-        views=task.views,
+        support=support, labels=labels_of(rows), class_weights=task.class_weights, views=task.views
     )
     return Samples(task=sampled, held_out=held_out)

@@ -11,12 +11,7 @@ from etils import epath
 from scipy import stats
 
 from experiments.forgetting.config import Config
-from experiments.shared.report import (
-    markdown_table,
-    mean_and_spread,
-    text_cell,
-    write_report,
-)
+from experiments.shared.report import markdown_table, mean_and_spread, text_cell, write_report
 from logitjax import unlearning
 from logitjax.commands import figures
 

@@ -154,11 +154,7 @@ class Run:
         if config.topics:
             record["topics"] = self._topics.accuracy(model, batch_size=config.eval_batch)
         record["relearning"] = unlearning.relearning(
-            model,
-            questions,
-            rates=rates,
-            steps=config.relearn_steps,
-            seeds=config.relearn_seeds,
+            model, questions, rates=rates, steps=config.relearn_steps, seeds=config.relearn_seeds
         )
         return record
 

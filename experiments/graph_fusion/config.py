@@ -81,8 +81,7 @@ class Config:
         "that chooses is not reported then.",
     )
     topic_rows: int = field(
-        0,
-        "Number of test articles whose topic the student has to name. The data need topics.",
+        0, "Number of test articles whose topic the student has to name. The data need topics."
     )
     part: tuple[str, ...] = field(
         (),

@@ -39,11 +39,7 @@ class Topics:
 
     @classmethod
     def load(
-        cls,
-        source: str,
-        tokenizer: models.Tokenizer,
-        student: distillation.Student,
-        count: int,
+        cls, source: str, tokenizer: models.Tokenizer, student: distillation.Student, count: int
     ) -> "Topics":
         """Test articles of a source in an order that is always the same.
 

@@ -31,11 +31,7 @@ from logitjax.models import Decoder, DecoderConfig
 BYTES = 256
 # What an answer shows, and the policies of a server that show it. A key's budget of nats is spent
 # at log 256 a byte.
-SHOWN = {
-    "text": "free or plain, no values",
-    "top 5": "free or plain, top 5",
-    "rows": "whole rows",
-}
+SHOWN = {"text": "free or plain, no values", "top 5": "free or plain, top 5", "rows": "whole rows"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -39,12 +39,7 @@ class Text:
 
 
 def pack_splits(
-    spec: str,
-    splits: Sequence[str],
-    tokenizer: Tokenizer,
-    *,
-    seq_len: int,
-    directory: epath.Path,
+    spec: str, splits: Sequence[str], tokenizer: Tokenizer, *, seq_len: int, directory: epath.Path
 ) -> dict[str, data.PackedDataset]:
     """Packs training, validation and test text as the stream `model`.
 

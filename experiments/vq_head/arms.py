@@ -9,12 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments.vq_head.adaptive import (
-    AdaptiveConfig,
-    adaptive_cost,
-    adaptive_nll,
-    adaptive_topk,
-)
+from experiments.vq_head.adaptive import AdaptiveConfig, adaptive_cost, adaptive_nll, adaptive_topk
 from experiments.vq_head.data import Context
 from logitjax import heads, losses, ops, vq
 
@@ -109,10 +104,7 @@ def tune(
 def _tuning(ctx: Context, trial: Trial) -> vq.Tuning:
     config = ctx.config
     return vq.Tuning(
-        steps=config.steps,
-        batch_size=config.batch_size,
-        learning_rate=trial.rate,
-        seed=trial.seed,
+        steps=config.steps, batch_size=config.batch_size, learning_rate=trial.rate, seed=trial.seed
     )
 
 

@@ -13,10 +13,7 @@ NAMES = {
     "vq_bias": ("VQ + bias, weighted k-means", "VQ + bias"),
     "vq_likelihood": ("VQ + bias, likelihood reassignment", "VQ + bias, reassigned"),
     "product": ("product quantisation + bias", "product codes"),
-    "packed_product": (
-        "product quantisation, 16 codes a group, + bias",
-        "packed product codes",
-    ),
+    "packed_product": ("product quantisation, 16 codes a group, + bias", "packed product codes"),
     "adaptive": ("adaptive softmax, tuned on labels", "adaptive softmax"),
     "full_bias_labels": ("full head, biases tuned on labels (control)", "tuned biases"),
 }

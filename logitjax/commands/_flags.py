@@ -329,10 +329,7 @@ def choice_of(presets: Mapping[str, Any] | None) -> str:
 
 
 def help_text(
-    program: str,
-    doc: str | None,
-    flags: Sequence[Flag],
-    presets: Mapping[str, Any] | None = None,
+    program: str, doc: str | None, flags: Sequence[Flag], presets: Mapping[str, Any] | None = None
 ) -> str:
     """The text of `--help`: the docstring, then each flag with its help."""
     shown, rest = [], ""

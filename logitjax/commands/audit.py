@@ -195,12 +195,7 @@ def _oracle(config: Config, name: str, prompts: np.ndarray, truth: Truth | None)
 
 
 def _audit(
-    config: Config,
-    name: str,
-    prompts: np.ndarray,
-    vocab: int,
-    truth: Truth | None,
-    out: epath.Path,
+    config: Config, name: str, prompts: np.ndarray, vocab: int, truth: Truth | None, out: epath.Path
 ) -> dict[str, Any]:
     oracle = _oracle(config, name, prompts, truth)
     result = leakage.audit(

@@ -39,13 +39,7 @@ from logitjax.commands._flags import nested as nested
 
 _COMPILED = str(epath.Path("~/.cache/logitjax/compiled").expanduser())
 # What a user can mend. Anything else is a fault of ours and shows its traceback.
-_ONE_LINE_ERRORS = (
-    ValueError,
-    TypeError,
-    OSError,
-    ImportError,
-    FloatingPointError,
-)
+_ONE_LINE_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
 _HELP = ("--help", "-h", "-help", "--helpfull", "--helpshort")
 _INTERRUPTED = 128 + signal.SIGINT
 # For unwinding, such as a checkpoint that is being written; then the process ends as it is.

@@ -194,13 +194,7 @@ def run(config: Config, out: epath.Path) -> None:
         storage.write_atomic(out / "tokenizers.md", markdown_table(table) + "\n")
         print(markdown_table(table))
     result = distillation.distill(
-        student,
-        corpus,
-        objective,
-        course,
-        mesh=mesh,
-        workdir=out,
-        on_policy=config.on_policy,
+        student, corpus, objective, course, mesh=mesh, workdir=out, on_policy=config.on_policy
     )
     storage.progress.mark(f"writing {out / 'model'}", log=True)
     models.save_pretrained(result.model, tokenizer, out / "model")

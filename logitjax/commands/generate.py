@@ -50,8 +50,7 @@ class Config:
         "Number of most likely tokens to sample from. 0 for all. By default the model's own, or 0.",
     )
     top_p: float | None = field(
-        None,
-        "Total probability of the tokens to sample from. By default the model's own, or 1.",
+        None, "Total probability of the tokens to sample from. By default the model's own, or 1."
     )
     min_p: float | None = field(
         None,
@@ -145,10 +144,7 @@ def _prompts(config: Config) -> Iterator[str]:
 
 
 def answer(
-    ensemble: decoding.Ensemble,
-    tokens: list[int],
-    max_new_tokens: int,
-    options: dict[str, Any],
+    ensemble: decoding.Ensemble, tokens: list[int], max_new_tokens: int, options: dict[str, Any]
 ) -> tuple[str, int]:
     """Continue a prompt: the text and its number of tokens; `generate` takes the options."""
     tokenizer = options["text"].tokenizer
@@ -161,10 +157,7 @@ def answer(
     if room < 1:
         raise ValueError(f"prompt: {len(tokens)} tokens, the models read at most {most}")
     out = decoding.generate(
-        ensemble,
-        [np.array(tokens, np.int32)],
-        max_new_tokens=min(max_new_tokens, room),
-        **options,
+        ensemble, [np.array(tokens, np.int32)], max_new_tokens=min(max_new_tokens, room), **options
     )
     assert out.texts is not None
     return out.texts[0], int(out.lengths[0])

@@ -70,9 +70,7 @@ class Config:
         (), "Model that never knew what is forgotten, as a control for attacks; may be repeated."
     )
     attacks: Literal["quick", "all"] = field(
-        "quick",
-        "Attacks of the report. `all` adds those that train and sample.",
-        execution=True,
+        "quick", "Attacks of the report. `all` adds those that train and sample.", execution=True
     )
     text: str | None = field(
         None, "Other text, whose perplexity has to stay: jsonl:PATH, hf:ORG/NAME, and so on."

@@ -65,10 +65,7 @@ def joined(parts: Sequence[Emitted], concatenate: Callable = jnp.concatenate) ->
 
 
 def in_chunks(
-    engine: Engine,
-    requests: Sequence[Request],
-    advance: Callable[[], Emitted],
-    text: TextOptions,
+    engine: Engine, requests: Sequence[Request], advance: Callable[[], Emitted], text: TextOptions
 ) -> Generated:
     """Prefill all slots, then ``advance()``, by any number of tokens, until every row has ended."""
     rows = [_Row(text, request.prompt) for request in requests]

@@ -46,14 +46,7 @@ class Drafting:
 class Rounds:
     """Calls of an engine whose length a control chooses, timed."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        control: DraftControl,
-        *,
-        chunk: int,
-        watched: bool,
-    ):
+    def __init__(self, engine: Engine, control: DraftControl, *, chunk: int, watched: bool):
         self._engine = engine
         self._control = control
         self._chunk = chunk

@@ -14,14 +14,7 @@ from logitjax.decoding._ensemble import Ensemble, Plan
 from logitjax.decoding._prompts import place_row, read_piece, row_of
 from logitjax.decoding._requests import Request, fresh_rows, left_padded
 from logitjax.decoding._speculate import Drafted, Drafter, find_drafter, run_rounds
-from logitjax.decoding._step import (
-    DecodeOptions,
-    DecodeState,
-    Emitted,
-    constrain,
-    run_steps,
-    start,
-)
+from logitjax.decoding._step import DecodeOptions, DecodeState, Emitted, constrain, run_steps, start
 
 # Donated: caches are the bulk of the memory, and are written in place.
 _jit = functools.partial(jax.jit, static_argnames=("plan", "options"), donate_argnames="state")

@@ -8,14 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from logitjax.decoding._chunks import (
-    Generated,
-    generated,
-    in_chunks,
-    joined,
-    one_step,
-    with_texts,
-)
+from logitjax.decoding._chunks import Generated, generated, in_chunks, joined, one_step, with_texts
 from logitjax.decoding._draft_control import DraftControl
 from logitjax.decoding._drafting import Rounds
 from logitjax.decoding._engine import Engine

@@ -241,11 +241,7 @@ class _Graph:
     def features(self, feature):
         """Features per k: sums over all nodes are divided by k, not by the count of nodes."""
         f = transport.graph_features(
-            self.z,
-            self.ids,
-            feature=feature,
-            num_nodes=self.nodes,
-            sequence_axis_name=self.axis,
+            self.z, self.ids, feature=feature, num_nodes=self.nodes, sequence_axis_name=self.axis
         )
         return f * (self.nodes / self.config.k) ** 0.5 if feature == "row_rms" else f
 

@@ -6,14 +6,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from logitjax.few_shot._method import (
-    FewShotTask,
-    Inputs,
-    Method,
-    State,
-    needed,
-    one_hot,
-)
+from logitjax.few_shot._method import FewShotTask, Inputs, Method, State, needed, one_hot
 from logitjax.ops import Array, Number, checks
 
 

@@ -228,12 +228,7 @@ class Pictures:
         held_out = {"validation": part("validation")} if len(room.validation) else {}
         if validation is not None:
             held_out["validation"] = whole(validation)
-        task = FewShotTask(
-            support=support,
-            labels=labels,
-            views=len(views),
-            **fixed,
-        )
+        task = FewShotTask(support=support, labels=labels, views=len(views), **fixed)
         held_out["test"] = part("rest") if test is None else whole(test)
         return task, held_out | {"train": part("train")}
 

@@ -179,13 +179,7 @@ def sweep(
 
 
 def _orders(
-    numbers: np.ndarray,
-    labels: np.ndarray,
-    count: int,
-    training: Recipe,
-    *,
-    views: int,
-    seed: int,
+    numbers: np.ndarray, labels: np.ndarray, count: int, training: Recipe, *, views: int, seed: int
 ) -> tuple[np.ndarray, int]:
     """`[runs, steps, batch]` rows, padded to what all of the rows would need; and the steps."""
     runs, room = labels.shape

@@ -252,11 +252,7 @@ def _visit_mean(path: Path, alpha: jax.Array, *, axis_name: AxisName | None) -> 
 
 
 def _visit_sum(
-    path: Path,
-    alpha: jax.Array,
-    *,
-    target: tuple[jax.Array, jax.Array],
-    axis_name: AxisName | None,
+    path: Path, alpha: jax.Array, *, target: tuple[jax.Array, jax.Array], axis_name: AxisName | None
 ) -> Visit:
     """`jeffreys`: the sum of both divergences, alpha mu, is the target `(sum, its error)`."""
     # mu grows, so that the sum grows at least as fast as alpha.

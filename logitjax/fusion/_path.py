@@ -101,11 +101,7 @@ class Path:
         return _moments(sums, alpha, 0.0, self.shift, self.log_p.shape[-1], axis_name)
 
     def joint_moments(
-        self,
-        alphas: jax.Array,
-        *,
-        axis_name: AxisName | None,
-        centre: jax.Array | None = None,
+        self, alphas: jax.Array, *, axis_name: AxisName | None, centre: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """log_z, E[h_t] and Cov[h_s, h_t] with all experts at once; two all-reduces.
 

@@ -34,10 +34,7 @@ def _is_split(values: jax.Array) -> bool:
 
 
 def _in_turns(
-    decide: Callable[..., _Info],
-    batch: tuple[int, ...],
-    rows: int,
-    *logits: Any,
+    decide: Callable[..., _Info], batch: tuple[int, ...], rows: int, *logits: Any
 ) -> _Info:
     count = math.prod(batch)
 

@@ -175,11 +175,7 @@ class OverlapFusion:
 
 
 def vocabulary_map(
-    large: Any,
-    small: Any,
-    *,
-    probes: Iterable[str] = PROBES,
-    least_overlap: float = _LEAST_OVERLAP,
+    large: Any, small: Any, *, probes: Iterable[str] = PROBES, least_overlap: float = _LEAST_OVERLAP
 ) -> TokenMap:
     """The token map of two vocabularies of one tokenizer; different tokenizers are refused.
 

@@ -172,8 +172,7 @@ class ObjectiveStrategy(base_strategy.BaseStrategy):
 
 
 @functools.partial(
-    jax.jit,
-    static_argnames=("pad_id", "eos_id", "stop_gradient", "return_logits", "temperature"),
+    jax.jit, static_argnames=("pad_id", "eos_id", "stop_gradient", "return_logits", "temperature")
 )
 def _compute_per_token_logps(
     graphdef: Any,

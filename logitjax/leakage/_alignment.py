@@ -19,10 +19,7 @@ class HeadAlignment:
 
 
 def align_head(
-    basis: Float[Array, "vocab dimension"],
-    head: Float[Array, "_ hidden"],
-    *,
-    centre: bool = True,
+    basis: Float[Array, "vocab dimension"], head: Float[Array, "_ hidden"], *, centre: bool = True
 ) -> HeadAlignment:
     """Align a recovered subspace to the true head, up to GL(h); an audit knows both.
 

@@ -61,11 +61,7 @@ class OutputSubspace:
         size = np.einsum("vr,vr->v", basis[rest], basis[rest])
         return np.concatenate([order[:rank], rest[np.argsort(-size)[: count - rank]]])
 
-    def complete(
-        self,
-        tokens: Int[Array, " m"],
-        values: Float[Array, "n m"],
-    ) -> np.ndarray:
+    def complete(self, tokens: Int[Array, " m"], values: Float[Array, "n m"]) -> np.ndarray:
         """Whole rows from a few of their values, by least squares in the basis.
 
         ``values = basis[tokens] c + shift``, then ``row = basis c + shift``, the shift each row's

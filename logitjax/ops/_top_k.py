@@ -224,10 +224,7 @@ def _grouped_ids(values: jax.Array, k: int, group_size: int) -> jax.Array:
     first = jnp.sort(chosen, axis=-1) * group_size
     # The incomplete group at the end is always looked at: padding it would copy all of `values`.
     candidates = jnp.concatenate(
-        [
-            _windows(values, first, group_size).reshape(*batch, k * group_size),
-            values[..., whole:],
-        ],
+        [_windows(values, first, group_size).reshape(*batch, k * group_size), values[..., whole:]],
         axis=-1,
     )
     _, places = lax.top_k(candidates, k)

@@ -34,9 +34,7 @@ def write_head(
     write_atomic(root / "head.json", json.dumps(record, indent=1) + "\n")
 
 
-def read_head(
-    directory: str | os.PathLike[str],
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def read_head(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Reads what `write_head` wrote: the record and the arrays.
 
     Raises:

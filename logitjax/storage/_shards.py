@@ -59,10 +59,7 @@ def open_shard(directory: epath.Path, name: str) -> Iterator[tuple[Callable[[byt
 
 
 def write_shards(
-    directory: epath.Path,
-    records: Iterable[bytes],
-    rows_per_shard: int,
-    name: str = "rows-{:05d}",
+    directory: epath.Path, records: Iterable[bytes], rows_per_shard: int, name: str = "rows-{:05d}"
 ) -> list[Shard]:
     """Writes a stream of records as numbered shards, each there only when it is complete.
 

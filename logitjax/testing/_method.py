@@ -13,14 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from logitjax import models
 from logitjax.testing._family import random_decoder
-from logitjax.testing._properties import (
-    attempt,
-    batch_mesh,
-    equal,
-    fail,
-    frozen_value,
-    selected,
-)
+from logitjax.testing._properties import attempt, batch_mesh, equal, fail, frozen_value, selected
 from logitjax.unlearning import Method
 
 # fmt: off

@@ -42,11 +42,7 @@ _ON_MESHES = ("mesh", "explicit")
 
 
 def check_term(
-    term: Term,
-    *,
-    batch: Mapping[str, Any] | None = None,
-    skip: Sequence[str] = (),
-    seed: int = 0,
+    term: Term, *, batch: Mapping[str, Any] | None = None, skip: Sequence[str] = (), seed: int = 0
 ) -> None:
     """Checks what a term of `distillation.Objective` promises, alone and beside a live teacher.
 

@@ -122,10 +122,7 @@ class Checkpointer:
         logging.get_absl_logger().addFilter(_WITHOUT_CHATTER)
         self._manager = ocp.CheckpointManager(
             self.directory,
-            item_handlers={
-                "state": ocp.StandardCheckpointHandler(),
-                "meta": _MetaHandler(),
-            },
+            item_handlers={"state": ocp.StandardCheckpointHandler(), "meta": _MetaHandler()},
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=max_to_keep, cleanup_tmp_directories=True
             ),

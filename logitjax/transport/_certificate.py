@@ -14,12 +14,7 @@ from jaxtyping import Float
 from logitjax.ops import Array
 from logitjax.transport._answer import Certificate, in_float32, raised
 from logitjax.transport._bounds import first_lower_bound, moment_lower_bound, third_lower_bound
-from logitjax.transport._candidates import (
-    best_sorted_coupling,
-    cheapest,
-    densest,
-    uniform_matching,
-)
+from logitjax.transport._candidates import best_sorted_coupling, cheapest, densest, uniform_matching
 from logitjax.transport._coupling import coupling_cost
 from logitjax.transport._graph import (
     FactoredGraph,

@@ -243,10 +243,7 @@ def sparse_products(
 
 
 def merged_rows(
-    values: Float[Array, "*batch s k"],
-    ids: Any,
-    others: Float[Array, "*batch t j"],
-    other_ids: Any,
+    values: Float[Array, "*batch s k"], ids: Any, others: Float[Array, "*batch t j"], other_ids: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Rows of Z - W and of Z + W at common ids: ``([*batch, T, k], [*batch, T, k], ids)``.
 

@@ -209,8 +209,7 @@ RETAIN: Mapping[str, Retain] = {
     "none": Retain(needs=(), values=lambda read: None),
     "nll": Retain(needs=(Need("retain", "nll"),), values=lambda read: read.nll("retain")),
     "kl": Retain(
-        needs=(Need("retain", "states"), Need("retain", "states", before=True)),
-        values=_divergence,
+        needs=(Need("retain", "states"), Need("retain", "states", before=True)), values=_divergence
     ),
 }
 

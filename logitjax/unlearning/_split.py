@@ -56,11 +56,7 @@ class Split:
 
 
 def split_rows(
-    forget: Sequence[Row],
-    retain: Sequence[Row],
-    holdout: Sequence[Row] = (),
-    *,
-    seed: int = 0,
+    forget: Sequence[Row], retain: Sequence[Row], holdout: Sequence[Row] = (), *, seed: int = 0
 ) -> Split:
     """Split rows into parts for training, for choosing and for the report.
 

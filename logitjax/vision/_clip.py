@@ -74,11 +74,7 @@ class ModifiedResNet(nnx.Module):
 
     def hidden(self, images: Images) -> Features:
         x = jnp.asarray(images)
-        for layer, norm in (
-            (self.conv1, self.bn1),
-            (self.conv2, self.bn2),
-            (self.conv3, self.bn3),
-        ):
+        for layer, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
             x = nnx.relu(norm(layer(x), use_running_average=True))
         x = avg_pool(x, 2)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):

@@ -67,12 +67,7 @@ class EfficientNetLite0(nnx.Module):
     classifier_name = "fc"
 
     def __init__(
-        self,
-        *,
-        channels: int = 3,
-        axis_name: str | None = None,
-        dtype: Any = None,
-        rngs: nnx.Rngs,
+        self, *, channels: int = 3, axis_name: str | None = None, dtype: Any = None, rngs: nnx.Rngs
     ):
         options = {"epsilon": 1e-3, "axis_name": axis_name, "dtype": dtype, "rngs": rngs}
         self.num_features = 1280

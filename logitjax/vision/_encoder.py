@@ -188,9 +188,7 @@ class Encoder:
         return self._compiled("texts", self._state, tokens)
 
     def zero_shot(
-        self,
-        class_names: Sequence[str],
-        templates: Sequence[str] = ("a photo of a {}.",),
+        self, class_names: Sequence[str], templates: Sequence[str] = ("a photo of a {}.",)
     ) -> Float[jax.Array, "features classes"]:
         """The weights that class names give a linear head on CLIP's image features.
 

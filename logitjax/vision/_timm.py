@@ -9,12 +9,7 @@ from typing import Any
 import numpy as np
 
 from logitjax.vision._preprocessing import Preprocessing
-from logitjax.vision._tower_names import (
-    Weights,
-    flatten_tokens,
-    renamed,
-    vit_config,
-)
+from logitjax.vision._tower_names import Weights, flatten_tokens, renamed, vit_config
 from logitjax.vision._vit import Pooling, ViTConfig
 
 _NAMES = (

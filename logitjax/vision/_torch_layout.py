@@ -58,9 +58,7 @@ def _to_torch(value: np.ndarray, leaf: str) -> np.ndarray:
 
 
 def fill_weights(
-    model: nnx.Module,
-    weights: Mapping[str, np.ndarray],
-    names: Mapping[str, tuple[Any, ...]],
+    model: nnx.Module, weights: Mapping[str, np.ndarray], names: Mapping[str, tuple[Any, ...]]
 ) -> None:
     """Put torch's arrays, turned into our layout, where ``names`` says; all of them must fit."""
     weights = {k: v for k, v in weights.items() if not _IGNORED.search(k)}

@@ -232,11 +232,7 @@ class ConvertConfig:
         if jax.process_index() == 0:
             head.save(root / "head")
         return Conversion(
-            model=model.with_head(head),
-            head=head,
-            history=history,
-            cache=cache,
-            targets=targets,
+            model=model.with_head(head), head=head, history=history, cache=cache, targets=targets
         )
 
 

@@ -79,10 +79,7 @@ class VQTables:
         return _sorted(bias, assignment, temperature, vocab_where, num_codes, width)
 
     def top_k(
-        self,
-        hidden: Float[Array, "*batch hidden"],
-        codebook: Float[Array, "codes hidden"],
-        k: int,
+        self, hidden: Float[Array, "*batch hidden"], codebook: Float[Array, "codes hidden"], k: int
     ) -> TopK:
         """The k largest logits in O(K d + k^2) per token, exactly those of `vq_logits`.
 

@@ -30,8 +30,7 @@ def cluster_log_mass(
 
 
 def code_scores(
-    hidden: Float[Array, "*batch hidden"],
-    codebook: Float[Array, "codes hidden"],
+    hidden: Float[Array, "*batch hidden"], codebook: Float[Array, "codes hidden"]
 ) -> Float[jax.Array, "*batch codes"]:
     """Scores of the clusters: inputs in the dtype of ``hidden``, sums and result in float32."""
     hidden = jnp.asarray(hidden)

@@ -16,9 +16,7 @@ _PART = 256
 
 
 def row_products(
-    vectors: Float[Array, "n width"],
-    rows: Float[Array, "vocab width"],
-    ids: Int[Array, "n chosen"],
+    vectors: Float[Array, "n width"], rows: Float[Array, "vocab width"], ids: Int[Array, "n chosen"]
 ) -> Float[jax.Array, "n chosen"]:
     """``out[n, m] = vectors[n] . rows[ids[n, m]]``, on a CPU from where the rows lie."""
     vectors, rows = jnp.asarray(vectors), jnp.asarray(rows)

@@ -253,8 +253,7 @@ def test_a_served_model_is_replicated_from_its_answers_alone(text, tmp_path):
         distill.run(chosen, workdir / "out")
     cache = distillation.TeacherCache(workdir / "out" / "teachers" / "source0" / "test")
     packed = distillation.Reading(data=text, teachers=chosen.teachers, seq_len=24).pack(
-        models.load_tokenizer("tiny"),
-        workdir / "out" / "data",
+        models.load_tokenizer("tiny"), workdir / "out" / "data"
     )
     columns = packed.splits["test"].rows([0])["pivot"]
     served = models.load_model("tiny:1")

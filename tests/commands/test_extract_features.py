@@ -52,12 +52,7 @@ def test_mismatches_are_said(tmp_path, encoder):
     few_shot.extract_features(encoder, images(), tmp_path, views=plain, **options)
     other_size = vision.load_encoder(SPEC, size=24)
     for who, what, views, message in [
-        (
-            encoder,
-            images(),
-            data.ImageViews.of(encoder, "plain", fit="pad"),
-            "its views is",
-        ),
+        (encoder, images(), data.ImageViews.of(encoder, "plain", fit="pad"), "its views is"),
         (
             other_size,
             images(),

@@ -7,15 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from logitjax.commands.figures import (
-    Panel,
-    Picture,
-    Series,
-    compose,
-    draw,
-    interval,
-    look,
-)
+from logitjax.commands.figures import Panel, Picture, Series, compose, draw, interval, look
 from logitjax.commands.labels import apart, extent
 
 

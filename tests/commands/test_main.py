@@ -39,10 +39,7 @@ def test_every_command_explains_itself_in_whole_phrases(name):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (
-            ["genrate"],
-            "error: command: expected one that `logitjax --help` lists, perhaps gen",
-        ),
+        (["genrate"], "error: command: expected one that `logitjax --help` lists, perhaps gen"),
         (["serve", "--prot=1"], "error: Unknown command line flag 'prot'. Did you mean: port ?"),
         (["generate", "--top_k=a"], "error: top_k: expected a whole number, got 'a'"),
         (["prepare"], "error: name: expected a value, got none"),

@@ -157,9 +157,7 @@ def test_vocabularies_of_different_widths_meet_in_the_common_part():
 
     large = bag_of_words(3, CONFIG.vocab_size, 1)
     out = generate(
-        Ensemble(large, experts=[(narrow, params, empty)], fuse=seen),
-        PROMPTS,
-        max_new_tokens=6,
+        Ensemble(large, experts=[(narrow, params, empty)], fuse=seen), PROMPTS, max_new_tokens=6
     )
     assert out.tokens.max() < 50
 

@@ -158,9 +158,7 @@ def exact(model, prompt, steps, temperature):
 
 
 @pytest.mark.parametrize(
-    "lengths",
-    [*(pytest.param(n, marks=EVERY_CHANGE) for n in ((1,), (3,))), (3, 0, 1)],
-    ids=str,
+    "lengths", [*(pytest.param(n, marks=EVERY_CHANGE) for n in ((1,), (3,))), (3, 0, 1)], ids=str
 )
 def test_continuations_follow_the_fused_distribution(lengths):
     rows, steps, prompt = 4000, 3, [1, 4]

@@ -116,11 +116,7 @@ def test_gradients_are_averaged_before_the_inner_product(check_vma):
         return gradient, metrics
 
     split = jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(P(), P("data"), P("data")),
-        out_specs=P(),
-        check_vma=check_vma,
+        local, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=P(), check_vma=check_vma
     )
     got, split_metrics = jax.jit(split)(params, x, y)
     chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-5)

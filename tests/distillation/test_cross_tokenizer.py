@@ -404,9 +404,7 @@ def test_chunks_join_until_a_word_begins_and_the_rest_of_a_row_is_left_out():
     # The first chunk joins the second; what precedes the end closes; the end itself asks nothing.
     assert found.ids[0].tolist() == [0, 0, 0, 1, 2, 3, -1, -1]
     np.testing.assert_allclose(
-        found.scores[0, :4],
-        [-6 + np.log(0.5), -4 + np.log(0.8), -5, -6 + np.log(0.6)],
-        rtol=1e-6,
+        found.scores[0, :4], [-6 + np.log(0.5), -4 + np.log(0.8), -5, -6 + np.log(0.6)], rtol=1e-6
     )
     assert found.ends[0, :4].tolist() == [3, 4, -1, 6]
     assert found.where[0].sum() == 4

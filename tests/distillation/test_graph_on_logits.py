@@ -265,11 +265,7 @@ def test_bad_inputs_name_the_culprit():
     with pytest.raises(ValueError, match="k: expected 1 to the vocabulary size 40, got 41"):
         run(student, teacher, config=GLD(k=41))
     with pytest.raises(ValueError, match="teacher: expected batch shape"):
-        run(
-            graph_statistics(student, 4),
-            graph_statistics(teacher[:1], 4),
-            config=GLD(k=4),
-        )
+        run(graph_statistics(student, 4), graph_statistics(teacher[:1], 4), config=GLD(k=4))
 
 
 def test_metrics_show_degenerate_settings():

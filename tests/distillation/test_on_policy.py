@@ -386,10 +386,7 @@ def served(app, port=0):
         def answer(self):
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             said = client.request(
-                self.command,
-                self.path,
-                content=body,
-                headers={"content-type": "application/json"},
+                self.command, self.path, content=body, headers={"content-type": "application/json"}
             )
             self.send_response(said.status_code)
             self.send_header("Content-Length", str(len(said.content)))

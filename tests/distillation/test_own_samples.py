@@ -246,10 +246,7 @@ def test_distillm2_splits_its_skew_by_who_wrote_a_row_and_keeps_its_mixture():
     log_probs = np.float32([[np.nan] * 3, [-1.0] * 3])
     split = (
         (SkewKL(rows="text"), 1.5),
-        (
-            SkewKL(direction="reverse", rows="own", fixed_mixture=True),
-            0.5,
-        ),
+        (SkewKL(direction="reverse", rows="own", fixed_mixture=True), 0.5),
     )
 
     @jax.jit

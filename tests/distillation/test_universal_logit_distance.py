@@ -78,12 +78,7 @@ def test_tokens_that_a_mask_leaves_out_count_for_nothing(top_k):
     student, teacher = pair()
     expected = universal_logit_distance(student, teacher, top_k=top_k)
     garbage = np.pad(student, ((0, 0), (0, 0), (0, 9)), constant_values=9.0)
-    masked = universal_logit_distance(
-        garbage,
-        teacher,
-        top_k=top_k,
-        vocab_where=np.arange(26) < 17,
-    )
+    masked = universal_logit_distance(garbage, teacher, top_k=top_k, vocab_where=np.arange(26) < 17)
     np.testing.assert_allclose(masked, expected, rtol=1e-5)
 
 

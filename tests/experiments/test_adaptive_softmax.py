@@ -3,12 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.vq_head.adaptive import (
-    AdaptiveConfig,
-    adaptive_cost,
-    adaptive_nll,
-    adaptive_topk,
-)
+from experiments.vq_head.adaptive import AdaptiveConfig, adaptive_cost, adaptive_nll, adaptive_topk
 from tests._compiled import compiled
 
 VOCAB, WIDTH, COUNT = 60, 8, 30

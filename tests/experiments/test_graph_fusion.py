@@ -85,10 +85,7 @@ def test_an_arm_is_traced_once(tmp_path):
     student = train.prune(session, 1).student
     settings = arms.first_settings(chosen, "uld+gld")
     tx, step = train.course(chosen, settings, 0).update(
-        student,
-        settings.objective(chosen),
-        ("source0",),
-        mesh=session.mesh,
+        student, settings.objective(chosen), ("source0",), mesh=session.mesh
     )
     rules = models.DECODER_RULES
     state = training.TrainState.create(student.trained, tx, mesh=session.mesh, rules=rules)
@@ -129,8 +126,7 @@ def test_one_teacher_learns_from_the_rows_of_two(tmp_path):
     for name, source in sources.items():
         chosen = config(source=source, fit_to=("tiny",) if name == "own" else (), seq_len=48)
         packed = train.make_reading(chosen).pack(
-            models.load_tokenizer("smollm2"),
-            epath.Path(tmp_path / name),
+            models.load_tokenizer("smollm2"), epath.Path(tmp_path / name)
         )
         split = packed.splits["train"]
         rows[name] = split.rows(np.arange(len(split)))["pivot"]["tokens"]

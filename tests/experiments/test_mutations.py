@@ -26,10 +26,7 @@ def edits(text):
         ("a == b", {"comparison": {"a != b"}}),
         ("a - b", {"sign": {"a + b"}}),
         ("-a", {"sign": {"a"}}),
-        (
-            "jnp.where(m, a, b)",
-            {"mask": {"(a)"}},
-        ),
+        ("jnp.where(m, a, b)", {"mask": {"(a)"}}),
         ("f(a, where=m)", {"mask": {"f(a)"}}),
         ("f(where=m, other=a)", {"mask": {"f(other=a)"}}),
         ("a & b", {"mask": {"(a)", "(b)"}, "logic": {"a | b"}}),

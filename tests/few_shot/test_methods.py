@@ -52,11 +52,7 @@ def logits_and_bias(config, state, images):
     return config.logits(state, images), config.bias(state, images)
 
 
-MEASURES = [
-    dict(normalizer=250.0),
-    dict(normalizer="classes", exponent=1.3),
-    dict(of="logits"),
-]
+MEASURES = [dict(normalizer=250.0), dict(normalizer="classes", exponent=1.3), dict(of="logits")]
 
 
 @pytest.mark.parametrize("x64", [False, True])

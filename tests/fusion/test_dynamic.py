@@ -55,10 +55,7 @@ def naive(large, expert, base, alphas):
     fused = [log_softmax(p + np.asarray(a)[..., None] * (q - r)) for a in alphas]
     forward, reverse = (
         np.array([kl(*pair) for pair in pairs])
-        for pairs in (
-            [(x, p) for x in fused],
-            [(p, x) for x in fused],
-        )
+        for pairs in ([(x, p) for x in fused], [(p, x) for x in fused])
     )
     return forward, reverse, kl(q, r), kl(r, q)
 

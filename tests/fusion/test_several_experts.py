@@ -7,14 +7,7 @@ import pytest
 
 from logitjax.fusion import _joint
 from tests._marks import EVERY_CHANGE
-from tests.fusion.test_dynamic import (
-    BASE,
-    BATCH,
-    FEWER,
-    LARGE,
-    fuse,
-    language_like,
-)
+from tests.fusion.test_dynamic import BASE, BATCH, FEWER, LARGE, fuse, language_like
 
 EXPERTS = np.stack(
     [language_like(np.random.default_rng(seed))[1] - BASE for seed in (10, 11)]

@@ -5,12 +5,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from logitjax.fusion import (
-    DynamicFusion,
-    OverlapFusion,
-    ProxyTuning,
-    vocabulary_map,
-)
+from logitjax.fusion import DynamicFusion, OverlapFusion, ProxyTuning, vocabulary_map
 from logitjax.fusion._token_map import TokenMap
 from logitjax.models import Tokenizer
 from tests.fusion.test_dynamic import log_softmax

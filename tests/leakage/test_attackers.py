@@ -3,12 +3,7 @@
 import numpy as np
 import pytest
 
-from logitjax.leakage import (
-    LogitPolicy,
-    audit,
-    estimate_output_subspace,
-    recover_log_probs,
-)
+from logitjax.leakage import LogitPolicy, audit, estimate_output_subspace, recover_log_probs
 from logitjax.leakage._policy import Answer
 from logitjax.leakage._recover_row import harvested
 from logitjax.leakage._search import Boxes, _one_of_n, search_logits

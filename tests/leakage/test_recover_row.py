@@ -3,11 +3,7 @@
 import numpy as np
 import pytest
 
-from logitjax.leakage import (
-    LogitPolicy,
-    estimate_output_subspace,
-    recover_log_probs,
-)
+from logitjax.leakage import LogitPolicy, estimate_output_subspace, recover_log_probs
 from logitjax.leakage._recover_row import corner_matrix
 from tests.leakage._models import head_and_states, log_softmax, oracle_of
 

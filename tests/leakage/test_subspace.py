@@ -5,11 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from logitjax.leakage import (
-    LogitPolicy,
-    align_head,
-    estimate_output_subspace,
-)
+from logitjax.leakage import LogitPolicy, align_head, estimate_output_subspace
 from logitjax.leakage._alignment import utility_loss
 from tests.leakage._models import head_and_states, log_softmax, oracle_of
 

@@ -7,12 +7,7 @@ import pytest
 from logitjax.leakage import align_head, estimate_output_subspace
 from logitjax.leakage._gram import Table, spectrum
 from logitjax.leakage._residual import residual
-from logitjax.leakage._spectrum import (
-    clip_spectrum,
-    fit_white_noise,
-    max_gap_dimension,
-    noise_edge,
-)
+from logitjax.leakage._spectrum import clip_spectrum, fit_white_noise, max_gap_dimension, noise_edge
 from tests.leakage._models import head_and_states, log_softmax
 from tests.leakage.apis import NOISES, ROWS, draw, violates
 

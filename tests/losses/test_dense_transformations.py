@@ -12,11 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from logitjax.distillation import universal_logit_distance
-from logitjax.losses import (
-    cross_entropy,
-    generalized_jensen_shannon,
-    kl_divergence,
-)
+from logitjax.losses import cross_entropy, generalized_jensen_shannon, kl_divergence
 
 VOCAB = 32
 

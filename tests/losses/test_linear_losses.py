@@ -274,10 +274,7 @@ def test_infinite_divergence_has_a_finite_gradient():
     hidden, head = HIDDENS[0, :3].astype(np.float32), HEAD.astype(np.float32)
     teacher, teacher_head = (x.astype(np.float32) for x in (TEACHER_HIDDENS[0, :3], TEACHER_HEAD))
     absent = np.where(np.arange(VOCAB) < 4, -np.inf, 0.0).astype(np.float32)
-    for direction, biases in (
-        ("forward", (absent, None)),
-        ("reverse", (None, absent)),
-    ):
+    for direction, biases in (("forward", (absent, None)), ("reverse", (None, absent))):
 
         def linear(hidden, direction=direction, biases=biases):
             ours, theirs = losses.Head(head, biases[0]), losses.Head(teacher_head, biases[1])

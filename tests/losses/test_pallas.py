@@ -436,8 +436,7 @@ def _every_statistic(x, w, tx, tw, labels, ids):
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra `plan`")
 @pytest.mark.parametrize(
-    "topology",
-    ["v5e:1x1", pytest.param("v5p:1x1x1", marks=EVERY_CHANGE), "v6e:1x1", "tpu7x:2x2x1"],
+    "topology", ["v5e:1x1", pytest.param("v5p:1x1x1", marks=EVERY_CHANGE), "v6e:1x1", "tpu7x:2x2x1"]
 )
 def test_every_statistic_compiles_for_a_tpu_and_holds_no_logits(topology):
     mesh = _tpu_mesh(topology, (1,), ("data",))

@@ -84,8 +84,7 @@ def test_it_answers():
     model = models.load_model("smollm2", layout="listed")
     tokenizer = models.load_tokenizer("smollm2")
     prompt = tokenizer.render_chat(
-        [{"role": "user", "content": "What is the capital of France?"}],
-        add_generation_prompt=True,
+        [{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True
     )
     out = decoding.generate(
         model, tokenizer.encode(prompt), max_new_tokens=12, stop_ids=[tokenizer.eos_id]

@@ -5,13 +5,7 @@ import json
 import pytest
 import tokenizers
 
-from logitjax.models import (
-    Tokenizer,
-    config_from_hf,
-    load_model,
-    load_tokenizer,
-    save_pretrained,
-)
+from logitjax.models import Tokenizer, config_from_hf, load_model, load_tokenizer, save_pretrained
 from logitjax.models._load_tokenizer import check_tokenizer
 from tests.models._checkpoints import write_checkpoint
 from tests.models._configs import HF_CONFIGS
@@ -101,10 +95,7 @@ def test_packaged_tokenizer_and_its_chat():
     text = "The year 1813 – naïve café 你好\n\n\tdef f(x): return 'don''t'"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.encode("Hello world 2024") == [19556, 905, 216, 34, 32, 34, 36]
-    messages = [
-        {"role": "user", "content": "Hello"},
-        {"role": "assistant", "content": "Hi there."},
-    ]
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi there."}]
     tokens, mask = tokenizer.encode_chat(messages)
     learnt = tokenizer.decode([t for t, m in zip(tokens, mask, strict=True) if m])
     assert learnt == "Hi there.<|im_end|>\n"

@@ -13,13 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 EDGES = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "=="}
-EXTREMES = {
-    "max": "min",
-    "maximum": "minimum",
-    "argmax": "argmin",
-    "pmax": "pmin",
-    "any": "all",
-}
+EXTREMES = {"max": "min", "maximum": "minimum", "argmax": "argmin", "pmax": "pmin", "any": "all"}
 EXTREMES |= {after: before for before, after in EXTREMES.items()}
 # Which argument comes first decides nothing, or at once an error of another kind.
 # Pairs of arguments whose exchange goes through without an error of its own.

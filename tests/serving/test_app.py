@@ -66,12 +66,7 @@ def test_metrics_count_requests_by_known_paths_only(client):
 
 def test_texts_become_tokens_and_tokens_texts(client):
     text = {"prompt": "ab", "return_token_strs": True}
-    told = {
-        "count": 2,
-        "max_model_len": 1024,
-        "tokens": [64, 65],
-        "token_strs": ["a", "b"],
-    }
+    told = {"count": 2, "max_model_len": 1024, "tokens": [64, 65], "token_strs": ["a", "b"]}
     assert client.post("/tokenize", json=text).json() == told
     assert client.post("/detokenize", json={"tokens": [64, 65]}).json() == {"prompt": "ab"}
     for path, body, message in (

@@ -284,10 +284,7 @@ def test_what_is_no_request_at_all(address):
     assert (status, answer["error"]["message"]) == (404, "the model is 'tiny', not 'gpt'")
     # A byte-level model without a chat template cannot chat; it says so.
     status, answer, _ = post(
-        address,
-        "/v1/chat/completions",
-        {"messages": [{"role": "user", "content": "hi"}]},
-        key=KEY,
+        address, "/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}, key=KEY
     )
     assert status == 400
     assert "no chat template" in answer["error"]["message"]

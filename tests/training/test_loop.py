@@ -16,11 +16,7 @@ import pytest
 
 from logitjax import training
 from logitjax.training._loop import NonFiniteError
-from logitjax.training._metrics import (
-    JsonlWriter,
-    MetricAccumulator,
-    MetricWriter,
-)
+from logitjax.training._metrics import JsonlWriter, MetricAccumulator, MetricWriter
 from logitjax.training._state import TrainState
 from logitjax.training._step import StepOutput
 from tests.training import toy
@@ -121,8 +117,7 @@ def differ(checkpoint):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
-    ("damage", "said"),
-    [(truncate, ""), (delete, ""), (flip, ""), (differ, "the checksum of")],
+    ("damage", "said"), [(truncate, ""), (delete, ""), (flip, ""), (differ, "the checksum of")]
 )
 def test_corrupt_checkpoint_falls_back_and_says_so(damage, said, tmp_path, caplog):
     mesh = training.make_mesh("data:4,fsdp:2")

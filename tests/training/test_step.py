@@ -46,12 +46,7 @@ def reference():
 
 @pytest.mark.parametrize(
     ("mesh", "accumulate"),
-    [
-        ("data:1", 4),
-        ("data:8", 1),
-        ("data:2,fsdp:2,tensor:2", 2),
-        ("dcn_data:2,data:2,fsdp:2", 2),
-    ],
+    [("data:1", 4), ("data:8", 1), ("data:2,fsdp:2,tensor:2", 2), ("dcn_data:2,data:2,fsdp:2", 2)],
 )
 def test_equals_one_device_and_one_batch(reference, mesh, accumulate):
     devices = jax.devices()[:1] if mesh == "data:1" else None

@@ -17,14 +17,8 @@ import scipy.stats
 from logitjax import transport
 from logitjax.transport import FactoredGraph, _refine
 from logitjax.transport._answer import towards
-from logitjax.transport._bounds import (
-    moment_lower_bound,
-    third_lower_bound,
-)
-from logitjax.transport._matching_bounds import (
-    diagonal_lower_bound,
-    gilmore_lawler,
-)
+from logitjax.transport._bounds import moment_lower_bound, third_lower_bound
+from logitjax.transport._matching_bounds import diagonal_lower_bound, gilmore_lawler
 from logitjax.transport._sorted import Coupling
 from tests._compiled import compiled
 

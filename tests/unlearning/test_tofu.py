@@ -8,10 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from logitjax.evaluation import (
-    PromptTemplate,
-    score_rows,
-)
+from logitjax.evaluation import PromptTemplate, score_rows
 from logitjax.unlearning import tofu
 from tests._nll import nll_from_apply
 from tests.data._tokenizers import ByteTokenizer

@@ -36,13 +36,7 @@ def head():
 
 def _fit(head, method, **options):
     return compiled(fit_assignment)(
-        head["rows"],
-        head["unigram"],
-        head["mean"],
-        head["cov"],
-        CODES,
-        method=method,
-        **options,
+        head["rows"], head["unigram"], head["mean"], head["cov"], CODES, method=method, **options
     )
 
 

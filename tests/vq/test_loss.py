@@ -37,9 +37,7 @@ def _scattered(hidden, codebook, bias, assignment, labels, where=None, z_loss=0.
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"temperature": 0.7, "z_loss": 1e-2}],
-    ids=["plain", "temperature and z-loss"],
+    "options", [{}, {"temperature": 0.7, "z_loss": 1e-2}], ids=["plain", "temperature and z-loss"]
 )
 def test_loss_and_gradients_equal_the_scattered_reference(options):
     with jax.enable_x64(True):

@@ -4,11 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from logitjax.distillation._graph_on_logits import (
-    GraphConfig,
-    gradient_inside,
-    graph_on_logits,
-)
+from logitjax.distillation._graph_on_logits import GraphConfig, gradient_inside, graph_on_logits
 from logitjax.distillation._term import StudentNeeds, TeacherNeeds, Term
 
 

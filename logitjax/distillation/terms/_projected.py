@@ -6,11 +6,7 @@ from typing import Any, ClassVar
 
 from logitjax import losses
 from logitjax.distillation._term import StudentNeeds, TeacherNeeds, Term
-from logitjax.distillation.tokenizers._projected_kl import (
-    MOST_MEMBERS,
-    bucket_sums,
-    project_top_k,
-)
+from logitjax.distillation.tokenizers._projected_kl import MOST_MEMBERS, bucket_sums, project_top_k
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

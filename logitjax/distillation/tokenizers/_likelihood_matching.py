@@ -196,10 +196,7 @@ class ChunkScores:
 
 
 def chunk_scores(
-    chunks: Chunks,
-    said: Mapping[str, np.ndarray],
-    *,
-    special: np.ndarray,
+    chunks: Chunks, said: Mapping[str, np.ndarray], *, special: np.ndarray
 ) -> ChunkScores:
     """Sum a teacher's numbers over chunks, on the host.
 

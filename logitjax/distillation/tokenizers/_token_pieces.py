@@ -244,8 +244,4 @@ def _decayed(pieces: list[int]) -> list[tuple[int, float]]:
     return [(id_, weight / total) for id_, weight in zip(pieces, _DECAY)]
 
 
-_BUILDERS = {
-    "first_piece": _first_piece,
-    "exact": _exact,
-    "spread": _spread,
-}
+_BUILDERS = {"first_piece": _first_piece, "exact": _exact, "spread": _spread}

@@ -146,11 +146,7 @@ class Reading:
         for i, spec in enumerate(self.fit_to):  # they decide how rows are cut, and are never read
             tokenizers[f"fit{i}"] = _tokenizer_of(spec, tokenizer)
         return data.pack_splits(
-            self.data,
-            tokenizers,
-            seq_len=self.seq_len,
-            on_error=self.on_error,
-            directory=directory,
+            self.data, tokenizers, seq_len=self.seq_len, on_error=self.on_error, directory=directory
         )
 
     def load(

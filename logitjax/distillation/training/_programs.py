@@ -215,6 +215,5 @@ def _same_vocabulary(size: int, rules: Iterable[str]) -> Vocabularies:
     ids = np.arange(size, dtype=np.int32)[:, None]
     one = TokenProjection(ids=ids, weights=np.ones(ids.shape, np.float32), size=size)
     return Vocabularies(
-        projections=dict.fromkeys(rules, one),
-        boundary=TokenSet(np.ones(size, bool)),
+        projections=dict.fromkeys(rules, one), boundary=TokenSet(np.ones(size, bool))
     )

@@ -15,10 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from logitjax import data, leakage, losses, models, processes, training
-from logitjax.distillation.tokenizers._likelihood_matching import (
-    TokenSet,
-    linear_likelihood,
-)
+from logitjax.distillation.tokenizers._likelihood_matching import TokenSet, linear_likelihood
 from logitjax.distillation.training._student import hidden_states, weights_digest
 from logitjax.distillation.training._teacher_cache import KIND, TeacherCache, TeacherIdentity
 from logitjax.storage import Manifest
@@ -322,10 +319,7 @@ def _check_weights(caches: Iterable[TeacherCache], weights: str) -> None:
 
 
 def open_teacher_caches(
-    directory: epath.Path,
-    packed: data.PackedSplits,
-    tokenizer: str,
-    rows: Mapping[str, Any],
+    directory: epath.Path, packed: data.PackedSplits, tokenizer: str, rows: Mapping[str, Any]
 ) -> dict[str, TeacherCache]:
     """Caches written before, checked against data and tokenizer."""
     caches = {}

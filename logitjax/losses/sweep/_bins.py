@@ -94,11 +94,7 @@ def settle(sweep: Sweep, operands: Operands, binned: Binned, state: _State) -> A
     if sweep.axis_name is not None:
         first_id = lax.axis_index(sweep.axis_name) * operands.student.head.vocab_size()
     only_k = dataclasses.replace(
-        sweep,
-        statistic=ReadoutStatistic(k=k),
-        token_block=None,
-        axis_name=None,
-        forward=None,
+        sweep, statistic=ReadoutStatistic(k=k), token_block=None, axis_name=None, forward=None
     )
 
     def sorted_(some: Operands) -> tuple[jax.Array, jax.Array]:

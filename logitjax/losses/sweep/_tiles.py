@@ -14,13 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from logitjax.losses.sweep._bins import Binned
-from logitjax.losses.sweep._engine import (
-    Operands,
-    Sweep,
-    compute_dtype,
-    contract,
-    finished_logits,
-)
+from logitjax.losses.sweep._engine import Operands, Sweep, compute_dtype, contract, finished_logits
 from logitjax.losses.sweep._head import Head
 from logitjax.losses.sweep._ids import NOWHERE
 from logitjax.losses.sweep._kernel_inputs import Inputs, Packed, cost, make_inputs, shape_of

@@ -287,11 +287,7 @@ def leak_at(values: Any, k: int) -> float:
 
 
 def _memberships(
-    model: Deployed,
-    questions: Questions,
-    said: Scores,
-    thorough: bool,
-    reference: Deployed | None,
+    model: Deployed, questions: Questions, said: Scores, thorough: bool, reference: Deployed | None
 ) -> Attacks:
     """How well what a model says of rows tells whether it was trained on them."""
     sides = _SIDES

@@ -110,9 +110,7 @@ def load(source: str | os.PathLike[str], split: str) -> tuple[Item, ...]:
     first = _first_author(split)
     return tuple(
         dataclasses.replace(
-            row,
-            index=i,
-            author=None if first is None else first + i // QUESTIONS_PER_AUTHOR,
+            row, index=i, author=None if first is None else first + i // QUESTIONS_PER_AUTHOR
         )
         for i, row in enumerate(rows)
     )

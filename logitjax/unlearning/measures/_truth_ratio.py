@@ -52,11 +52,7 @@ def preference(truth_nll: Any, perturbed_nll: Sequence[Any], *, eps: float = 0.0
 
 
 def log_truth_ratio(
-    truth_nll: Any,
-    perturbed_nll: Sequence[Any],
-    *,
-    form: Form = "geometric",
-    eps: float = 0.0,
+    truth_nll: Any, perturbed_nll: Sequence[Any], *, form: Form = "geometric", eps: float = 0.0
 ) -> np.ndarray:
     """The logarithm of `truth_ratio`, which neither overflows nor runs into ties."""
     if form not in get_args(Form):
@@ -73,11 +69,7 @@ def log_truth_ratio(
 
 
 def truth_ratio(
-    truth_nll: Any,
-    perturbed_nll: Sequence[Any],
-    *,
-    form: Form = "geometric",
-    eps: float = 0.0,
+    truth_nll: Any, perturbed_nll: Sequence[Any], *, form: Form = "geometric", eps: float = 0.0
 ) -> np.ndarray:
     """How likely wrong answers are against the right one in other words: above 1 is wrong.
 

@@ -112,11 +112,7 @@ class Net:
         return self.linear(x, "linear", 100)
 
 
-SIZES = {
-    "resnet20": 32,
-    "shufflenet_v2": 32,
-    "imagenet_resnet18": 64,
-}
+SIZES = {"resnet20": 32, "shufflenet_v2": 32, "imagenet_resnet18": 64}
 
 
 def main() -> None:
