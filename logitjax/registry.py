@@ -166,7 +166,7 @@ def _with_options(name: str, member: Any, options: Mapping[str, Any]) -> Any:
 
 
 def _maker(member: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """What makes a value of a member, and the options that this takes with their defaults."""
+    """Return the constructor of a member's value, and its options with their defaults."""
     if _is_value(member):
         fields = [field for field in dataclasses.fields(member) if field.init]
         replace = functools.partial(dataclasses.replace, member)

@@ -108,7 +108,7 @@ def _levanter(x: Mapping[str, jax.Array]) -> jax.Array:
 
 @contextlib.contextmanager
 def _cross_compiling() -> Iterator[None]:
-    """What has others choose their kernels for the mesh's chip, not for this machine."""
+    """Have other libraries choose their kernels for the mesh's chip, not for this machine."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     with contextlib.ExitStack() as stack:
         if importlib.util.find_spec("tokamax"):
@@ -279,7 +279,7 @@ def _models(
 
 
 def tiles(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[list[int]]]:
-    """What our kernels look up: the tiles that were compiled, and none where that was refused."""
+    """Return the tiles that our kernels look up: those compiled, none where that was refused."""
     table: dict[str, list[list[int]]] = {}
     for row in rows:
         if row["form"] == "ours, pallas":

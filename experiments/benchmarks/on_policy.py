@@ -173,7 +173,7 @@ class _Lab:
         return float(np.median(np.diff(clocks[-steps + 2 :])))
 
     def scores(self, student: distillation.Student, params: Any) -> dict[str, float]:
-        """What a model writes after test text, and how far the teacher is from it there."""
+        """Let a model continue test text, and measure how far the teacher is from it there."""
         rows = {"bytes": 64, "smollm2": 16}[self.part] if not self.options.smoke else 4
         tested = dataclasses.replace(self.packed, splits={"train": self.packed.splits["test"]})
         writer = distillation.on_policy.Rollouts(

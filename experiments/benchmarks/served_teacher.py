@@ -1,4 +1,4 @@
-"""What a teacher's answer weighs and takes: hidden states from a server beside top logits on disk.
+"""Size and time of a teacher's answer: hidden states from a server beside top logits on disk.
 
     python -m experiments.benchmark served_teacher
 
@@ -49,7 +49,7 @@ def run(options: suite.Options) -> suite.Result:
         return reading.load(packed, wanted, root / options.scale / name)
 
     def read(corpus: distillation.Corpus) -> tuple[list[Any], float]:
-        """What arrives of each batch, and the seconds of one, the first of which compiles."""
+        """Read each batch, and time one; the first compiles."""
         split, seconds, views = corpus.packed.splits["train"], [], []
         source = corpus.sources["source0"]
         for numbers in (rows_of[0], *rows_of):

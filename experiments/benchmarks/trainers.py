@@ -48,7 +48,7 @@ _SLICES = {4: dict(compile_topology="v5p-8", compile_topology_num_slices=1)}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Size:
-    """What is compiled; Gemma 3 1B's own numbers."""
+    """Sizes that are compiled; Gemma 3 1B's own numbers."""
 
     layers: int = 26
     width: int = 1152

@@ -137,7 +137,7 @@ def _questions(folder: Path, tokenizer: models.Tokenizer) -> unlearning.Question
 
 
 def _measured(folder: Path, target: Path, out: Path) -> dict[str, Any]:
-    """What the command says of its result, and what comes back where that is taught again."""
+    """Read the command's verdict, and measure what comes back where it is taught again."""
     model, tokenizer = models.load(str(target), layout="listed")
     model = models.with_layout(model, "listed")
     questions = _questions(folder, tokenizer)

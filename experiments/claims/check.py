@@ -1,4 +1,4 @@
-"""What must be true of claims, records and pages; each fault is a line that names its file."""
+"""Checks of claims, records and pages; each fault is a line that names its file."""
 
 import json
 import pathlib

@@ -1,4 +1,4 @@
-"""What a file of `docs/claims` says: a sentence of a paper, what would decide it, what did."""
+"""A file of `docs/claims`: a sentence of a paper, what would decide it, what did."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ class _Strict(pydantic.BaseModel):
 
 
 class Units(_Strict):
-    """What a value is of: pictures, documents, questions."""
+    """Units of a value: pictures, documents, questions."""
 
     of: str
     n: Annotated[int, pydantic.Field(ge=1)]
@@ -141,7 +141,7 @@ class Effect(_Strict):
 
 
 class Verdict(_Strict):
-    """What the numbers say, and of what: of the setting here, or of the paper."""
+    """A verdict by the numbers, and its reach: the setting here, or the paper's."""
 
     word: Literal["holds", "refuted", "open"]
     scope: Literal["here", "paper"]
@@ -174,7 +174,7 @@ class Claim(_Strict):
 
 
 def digest(setting: Setting) -> str:
-    """What a record was made for: thresholds that change after a run no longer fit its records."""
+    """Digest a record's settings: thresholds changed after a run no longer fit its records."""
     decided = setting.model_dump(mode="json", exclude={"hours"}, exclude_defaults=True)
     # Contrasts are the claim's own: a record serves several claims.
     del decided["contrasts"]

@@ -1,4 +1,4 @@
-"""What a run leaves for a verdict: the value of every unit, and what the run was given."""
+"""Records of a run for a verdict: the value of every unit, and what the run was given."""
 
 import hashlib
 import json

@@ -1,1 +1,1 @@
-"""What the methods of the papers cost, in seconds that are taken in turns."""
+"""Costs of the papers' methods, in seconds that are taken in turns."""

@@ -1,4 +1,4 @@
-"""What a run of `experiments.dual_head` is given, and its presets."""
+"""Settings of a run of `experiments.dual_head`, and its presets."""
 
 import dataclasses
 from typing import Any
@@ -13,7 +13,7 @@ ARMS = (*_MAIN, *_BASELINES, "logit_only", "kd_and_logit")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """What one run of the experiment does."""
+    """Settings of one run of the experiment."""
 
     data: str = field(
         "tfds:udhr", "Data set: tfds:NAME, cifar100:DIR, folder:DIR or synthetic:CLASSES."

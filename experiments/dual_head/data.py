@@ -1,4 +1,4 @@
-"""What the dual-head experiment learns from: arrays of inputs and labels, and augmentation."""
+"""Data of the dual-head experiment: arrays of inputs and labels, and augmentation."""
 
 import dataclasses
 import functools

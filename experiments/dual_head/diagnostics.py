@@ -1,4 +1,4 @@
-"""What collapse looks like: do the two gradients fight, and how do features and classes lie?
+"""Signs of collapse: do the two gradients fight, and how do features and classes lie?
 
 The measures are those of the neural-collapse literature (Papyan, Han and Donoho, 2020), whose
 fourth state is met when all of them go to zero:

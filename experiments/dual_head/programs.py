@@ -1,4 +1,4 @@
-"""What dual-head distillation runs on devices: an epoch of the student under a frozen teacher."""
+"""Programs of dual-head distillation: an epoch of the student under a frozen teacher."""
 
 from collections.abc import Iterator
 

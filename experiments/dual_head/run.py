@@ -163,7 +163,7 @@ def _load(scorer: Scorer, path: str) -> tuple[Any, Record]:
 
 
 def _curves(path: epath.Path, lanes: int) -> list[dict[str, list[float]]]:
-    """What `fit` has written, a dictionary an epoch with a value of every lane under each name."""
+    """Return the curves of `fit`, a dictionary an epoch with every lane's values by name."""
     epochs: dict[int, dict[str, float]] = {}
     for text in path.read_text().splitlines():
         line = json.loads(text)

@@ -1,4 +1,4 @@
-"""What trained networks score, and how near their features are to collapse."""
+"""Scores of trained networks, and how near their features are to collapse."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -85,7 +85,7 @@ class Course:
 
 
 class Given(NamedTuple):
-    """What all steps of a program share; `on` is the share of alpha that counts."""
+    """Values that all steps of a program share; `on` is the share of alpha that counts."""
 
     inputs: Any
     labels: Any

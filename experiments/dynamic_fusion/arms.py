@@ -1,4 +1,4 @@
-"""What every arm scores, from what the models' heads see: one product with each head a position."""
+"""Scores of every arm, from what the models' heads see: one product with each head a position."""
 
 import functools
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What a run of `experiments.dynamic_fusion` is given, and its presets."""
+"""Settings of a run of `experiments.dynamic_fusion`, and its presets."""
 
 import dataclasses
 from typing import Any
@@ -12,7 +12,7 @@ _ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """What one run of the experiment does."""
+    """Settings of one run of the experiment."""
 
     large: str = field("smollm2", "Large model: a directory, a .gguf file, a known name or tiny.")
     base: str = field("", "Small base model. If empty, it is cut from the large one and healed.")

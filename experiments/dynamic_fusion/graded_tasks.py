@@ -22,7 +22,7 @@ SPLITS = ("train", "validation", "test")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Question:
-    """What is asked, and what is right.
+    """A question, and its right answer.
 
     Attributes:
         prompt: the question in words, as experts are tuned on it.

@@ -1,4 +1,4 @@
-"""What a run of dynamic fusion measures: which experts meet which data, arm by arm."""
+"""Measurements of dynamic fusion: which experts meet which data, arm by arm."""
 
 import dataclasses
 import functools

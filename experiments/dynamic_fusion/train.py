@@ -32,7 +32,7 @@ Loss = Callable[..., tuple[Any, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """What a head sees where something is predicted: `hidden [n, width]`, `labels [n]`."""
+    """A head's inputs where something is predicted: `hidden [n, width]`, `labels [n]`."""
 
     hidden: np.ndarray
     labels: np.ndarray
@@ -122,7 +122,7 @@ class Lineup:
             return np.load(file)
 
     def scored(self, variant: Variant, name: str, split: str) -> Scored:
-        """What the head of a model sees on a split of a text or of the task; computed once."""
+        """Compute a head's inputs on a split of a text or of the task, once."""
         config = self.config
         if name == "task":
             questions = self.task.splits[split]

@@ -1,4 +1,4 @@
-"""What a run of `experiments.few_shot` is given, and its presets."""
+"""Settings of a run of `experiments.few_shot`, and its presets."""
 
 import dataclasses
 from typing import Any, Literal
@@ -22,7 +22,7 @@ ARMS = METHODS + ABLATIONS + MEASURES
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """What one run of the experiment does."""
+    """Settings of one run of the experiment."""
 
     data: tuple[str, ...] = field(
         ("stamps", "fashion"),

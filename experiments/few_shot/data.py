@@ -1,4 +1,4 @@
-"""What the few-shot experiment learns from: features of two encoders, and names of classes."""
+"""Data of the few-shot experiment: features of two encoders, and names of classes."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What few-shot learning runs on devices: an arm trained and scored on samples of ImageNet."""
+"""Programs of few-shot learning: an arm trained and scored on samples of ImageNet."""
 
 import dataclasses
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What a run of `experiments.forgetting` is given, and its presets."""
+"""Settings of a run of `experiments.forgetting`, and its presets."""
 
 import dataclasses
 from typing import Any
@@ -24,7 +24,7 @@ def method_of(name: str) -> unlearning.Method:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """What a model is taught, what it forgets, how, and how it is attacked."""
+    """Settings of a run: what a model is taught, what it forgets, how, and how it is attacked."""
 
     model: str = field("smollm2", "Model: a directory, a .gguf file, a known name or tiny.")
     scene: str = field(

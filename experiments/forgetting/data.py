@@ -1,4 +1,4 @@
-"""What is taught, forgotten, kept and asked: invented facts, or authors of TOFU."""
+"""Rows to teach, to forget, to keep and to ask: invented facts, or authors of TOFU."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence

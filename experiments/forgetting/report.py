@@ -93,7 +93,7 @@ def _setting(config: Config) -> str:
 
 
 def kept_shares(after: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, float]:
-    """What is left of the rest, in percent; perplexity by its inverse."""
+    """Return the shares kept of the rest, in percent; perplexity by its inverse."""
     found = {
         "probability": np.mean(after["probabilities"]["test"])
         / np.mean(before["probabilities"]["test"])
@@ -197,7 +197,7 @@ def attack_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def answer_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What is said to the first question to forget and the first to keep."""
+    """Return the answers to the first question to forget and the first to keep."""
     columns = {"target": [results["target"]], "control": _controls(results)}
     sides = {"to a question to forget": "forget", "to one to keep": "test"}
     return [
@@ -233,7 +233,7 @@ def trial_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def hour_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What each part took."""
+    """Return the hours of each part."""
     parts = {"target": results["target"]}
     parts |= {f"control {n}": record for n, record in enumerate(results["controls"])}
     for method, records in results["methods"].items():
@@ -277,7 +277,7 @@ def verdicts(results: Mapping[str, Any]) -> str:
 
 
 def judged(config: Config, results: Mapping[str, Any]) -> list[str]:
-    """What the command would say of each method's first seed, row by row."""
+    """Judge each method's first seed row by row, as the command does."""
     before, controls = results["target"]["examined"], _controls(results)
     if not before.get("unseen"):  # of a run before rows were judged one by one
         return []
@@ -297,7 +297,7 @@ def judged(config: Config, results: Mapping[str, Any]) -> list[str]:
 
 
 def relearning(results: Mapping[str, Any]) -> figures.Picture:
-    """What comes back by steps of teaching, at the worst rate, beside a model that never knew."""
+    """Return what comes back by teaching, at the worst rate, beside a model that never knew."""
     before = results["target"]["examined"]
     back, kept = [], []
     for name, records in ({"control": _controls(results)} | dict(results["methods"])).items():

@@ -132,7 +132,7 @@ class Run:
         return first
 
     def _asked(self, model: Deployed, *, first: Record | None = None) -> Record:
-        """What a model says, how it is attacked, and what comes back by teaching.
+        """Ask a model, attack it, and teach it again.
 
         Other seeds than the `first` are taught again at the rate at which most came back there.
         """

@@ -1,4 +1,4 @@
-"""What a model knows beside the rows: the topic of an article, asked for after its text."""
+"""General knowledge beside the rows: the topic of an article, asked for after its text."""
 
 import dataclasses
 from collections.abc import Sequence

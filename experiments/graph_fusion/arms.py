@@ -15,7 +15,7 @@ from logitjax import distillation
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What distinguishes the runs of one arm before layers and seeds come in.
+    """Settings that distinguish the runs of one arm, before layers and seeds come in.
 
     Attributes:
         arm: One of `config.ARMS`, or `dual`.
@@ -45,7 +45,7 @@ class Settings:
         return self.arm not in ("sft", "kl_only")
 
     def objective(self, config: Config, *, even: float = 1.0) -> distillation.Objective:
-        """What the arm minimises; `even` is the weight at which a share in percent is 100 %."""
+        """Return the arm's objective; `even` is the weight at which a share in percent is 100 %."""
         if self.arm in ("sft", "kl_only"):
             terms = distillation.parse_terms([self.arm.removesuffix("_only")])
         else:

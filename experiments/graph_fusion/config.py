@@ -1,4 +1,4 @@
-"""What a run of `experiments.graph_fusion` is given, and its presets."""
+"""Settings of a run of `experiments.graph_fusion`, and its presets."""
 
 import dataclasses
 from typing import Any, Literal
@@ -22,7 +22,7 @@ _NOT_READ = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """What one run of the experiment does."""
+    """Settings of one run of the experiment."""
 
     student: str = field("smollm2", "Model to prune and to heal.")
     drop_layers: tuple[int, ...] = field(

@@ -1,4 +1,4 @@
-"""What graph fusion runs on devices: the update of every arm of a preset."""
+"""Programs of graph fusion: the update of every arm of a preset."""
 
 import dataclasses
 from collections.abc import Iterator

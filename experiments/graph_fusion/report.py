@@ -170,7 +170,7 @@ def write_parts(config: Config, found: Mapping[str, Record], workdir: epath.Path
 
 
 def _frozen(config: Config, drop: Record) -> str:
-    """What was not trained, in words."""
+    """Say in words what was not trained."""
     frozen = []
     if config.freeze_below and drop["layers"]:
         frozen.append("the embedding and what lies below the cut")

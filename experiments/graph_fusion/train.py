@@ -19,7 +19,7 @@ from logitjax import data, distillation, models, training
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Session:
-    """What all arms share.
+    """Values that all arms share.
 
     Attributes:
         config: Settings of the run.
@@ -42,7 +42,7 @@ def course(config: Config, settings: arms.Settings, seed: int) -> distillation.C
 
 
 def make_reading(config: Config) -> distillation.Reading:
-    """What the sources read, and how much of what they say is kept."""
+    """Describe what the sources read, and how much of their output is kept."""
     objectives = [arms.first_settings(config, arm).objective(config) for arm in config.loss]
     terms = dict.fromkeys(term for objective in objectives for term, _ in objective.terms)
     if set(config.loss) & set(CROSS):
@@ -106,7 +106,7 @@ class Pruned:
 
     @functools.cached_property
     def student(self) -> distillation.Student:
-        """What of it is trained."""
+        """Return the student's trained parameters."""
         return distillation.Student.of(self.model, freeze=self.freeze)
 
     @functools.cached_property

@@ -1,4 +1,4 @@
-"""What a student learns from the answers of an API, by what an answer shows, at equal queries.
+"""Capability of a student that learns from an API's answers, by what an answer shows.
 
     python -m experiments.leakage_audit.capability --workdir=runs/capability
 
@@ -36,7 +36,7 @@ SHOWN = {"text": "free or plain, no values", "top 5": "free or plain, top 5", "r
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """What one run of the experiment does."""
+    """Settings of one run of the experiment."""
 
     data: str = field("tfds:wiki_summaries", "Text that teacher and prompts are from.")
     queries: tuple[int, ...] = field((500, 4000), "Numbers of answers.")

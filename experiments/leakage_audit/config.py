@@ -1,4 +1,4 @@
-"""What a run of `experiments.leakage_audit` is given, and its presets."""
+"""Settings of a run of `experiments.leakage_audit`, and its presets."""
 
 import dataclasses
 from typing import Any
@@ -45,7 +45,7 @@ REPORT = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """What one run of the experiment does."""
+    """Settings of one run of the experiment."""
 
     model: str = field("smollm2", "Model: tiny, smollm2, hf:REPO, gguf:PATH or a directory.")
     data: str = field("tfds:wiki_summaries", "Text to cut prompts from.")

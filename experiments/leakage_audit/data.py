@@ -13,7 +13,7 @@ from logitjax import data, decoding, leakage, models, storage
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """What the audit knows and an API would not show.
+    """Values that the audit knows and an API would not show.
 
     Attributes:
         prompts: `[n, length]` tokens.

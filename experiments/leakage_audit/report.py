@@ -117,7 +117,7 @@ def spectra(groups: Mapping[str, Any], width: int) -> figures.Picture:
 
 
 def frontier(groups: Mapping[str, Any]) -> figures.Picture:
-    """What leaks by what honest users lose: down is safe, left is cheap."""
+    """Plot what leaks against what honest users lose: down is safe, left is cheap."""
     series = []
     for name, group in groups.items():
         if any(record.get(key) is None for record in group for key in ("kl", "leak")):

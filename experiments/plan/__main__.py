@@ -332,7 +332,7 @@ def markdown(found: Sequence[Plan]) -> str:
 
 
 def picture(found: Sequence[Plan]) -> figures.Picture:
-    """What a device needs and what it has, a row a plan; what does not fit has no need known."""
+    """Draw what a device needs and has, a row a plan; what does not fit has no need known."""
     rows = list(reversed(found))
 
     def name(plan: Plan) -> str:

@@ -1,4 +1,4 @@
-"""What a compiled program costs: floating-point work of its jaxpr, collectives of its HLO."""
+"""Costs of a compiled program: floating-point work of its jaxpr, collectives of its HLO."""
 
 import dataclasses
 import math
@@ -42,7 +42,7 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Collectives:
-    """What one device sends to or gets from others in one run of a program.
+    """Bytes that one device exchanges with others in one run of a program.
 
     Attributes:
         calls: By kind, how often.
@@ -106,7 +106,7 @@ def collectives(text: str) -> Collectives:
 
 
 def estimated_cycles(text: str) -> float:
-    """What the TPU compiler thinks that a program takes, those of loops as often as they run.
+    """Read the TPU compiler's estimate of a program's cycles, loops as often as they run.
 
     It writes its estimate beside each fusion. What runs at the same time counts one after the
     other, and copies that it starts early count nothing. Good for comparing programs of one chip.

@@ -1,4 +1,4 @@
-"""What a whole run takes, from the plans of its programs: hours, chips, disk and money."""
+"""A whole run, from the plans of its programs: hours, chips, disk and money."""
 
 import dataclasses
 import pathlib
@@ -16,7 +16,7 @@ _PRICES = pathlib.Path(__file__).with_name("prices.yaml")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Assumptions:
-    """What no compiler knows.
+    """Assumptions that no compiler can replace.
 
     Attributes:
         utilisation: Share of the chips' bfloat16 peak that products reach. Measure it with the

@@ -94,7 +94,7 @@ class Student:
 
 
 def start(kind: str, trunk: Any, teacher: Any, basis: Any, *, layers: int, seed: int) -> Any:
-    """What a student trains and what it is given, `(params, given)`.
+    """Return a student's trained parameters and its constants, `(params, given)`.
 
     Args:
         kind: One of `config.KINDS`.
@@ -129,7 +129,7 @@ def dropped(trunk: Any, layers: int) -> Any:
 
 
 def make_loss(student: Student, teacher: Trunk, config: Config) -> Callable[..., Any]:
-    """What a student minimises; the constants of its update are `given` and `teacher`."""
+    """Make a student's loss; the constants of its update are `given` and `teacher`."""
     if student.kind in ("teacher", "scratch"):
         return functools.partial(_cross_entropy, student)
     return functools.partial(_distillation, student, teacher, config)

@@ -1,4 +1,4 @@
-"""What a run of `experiments.replication` is given, and its presets."""
+"""Settings of a run of `experiments.replication`, and its presets."""
 
 import dataclasses
 from typing import Any
@@ -12,7 +12,7 @@ _ARMS += ("recovered_4", "copied_4", "none_4", "dropped_4", "scratch_4")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """What one run of the experiment does."""
+    """Settings of one run of the experiment."""
 
     tokenizer: str = field(
         "smollm2", "Model whose tokenizer is used, with its most frequent tokens."

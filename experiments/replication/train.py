@@ -21,7 +21,7 @@ from logitjax import leakage, losses, models, processes, storage, training
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What students meet.
+    """Surroundings that all students share.
 
     Attributes:
         config: Settings of the run.

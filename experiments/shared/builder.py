@@ -1,4 +1,4 @@
-"""What the data sets of experiments share that are made of files fetched by hand.
+"""Parts of experiments' data sets that are made of files fetched by hand.
 
 `tfds:PACKAGE.MODULE:NAME` makes one of them on first use, as does `logitjax prepare`.
 """

@@ -1,4 +1,4 @@
-"""What was measured lies on disk as JSON: a run that is started again measures what is missing."""
+"""Measurements on disk as JSON: a run that is started again measures what is missing."""
 
 import functools
 import json

@@ -90,7 +90,7 @@ def command() -> str:
 
 
 def environment() -> dict[str, Any]:
-    """What a measurement was made with."""
+    """Return the versions and the machine of a measurement."""
     device = jax.devices()[0]
     return {
         "python": platform.python_version(),

@@ -1,4 +1,4 @@
-"""What benchmarks and rigs share: options, bars, the files they leave, and the command."""
+"""Parts of benchmarks and rigs: options, bars, the files they leave, and the command."""
 
 import csv
 import dataclasses

@@ -172,7 +172,7 @@ def adaptive_topk(hidden: Any, params: dict[str, Any], k: int) -> ops.TopK:
 def adaptive_cost(
     params: dict[str, Any], tables: dict[str, Any], labels_in: Sequence[float]
 ) -> heads.HeadCost:
-    """What it costs if decoding looks into every tail.
+    """Return its cost if decoding looks into every tail.
 
     Args:
         params: Trained arrays.

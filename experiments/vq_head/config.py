@@ -1,4 +1,4 @@
-"""What a run of `experiments.vq_head` is given, and its presets."""
+"""Settings of a run of `experiments.vq_head`, and its presets."""
 
 import dataclasses
 from typing import Any
@@ -30,7 +30,7 @@ ARMS, SCRATCH_ARMS = tuple(NAMES), tuple(SCRATCH_NAMES)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """What one run of the experiment does."""
+    """Settings of one run of the experiment."""
 
     model: str = field("smollm2", "Model: a directory, a .gguf file, a known name or tiny.")
     data: str = field("tfds:wiki_summaries", "Text to fit on: text:PATH, jsonl:PATH or tfds:NAME.")

@@ -1,4 +1,4 @@
-"""What all converted heads share: cached hidden states, the old head's targets, token counts."""
+"""Data that converted heads share: cached hidden states, the old head's targets, token counts."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""What is measured of a converted head, and which heads are made of each arm."""
+"""Measurements of a converted head, and the heads that are made of each arm."""
 
 import dataclasses
 import functools

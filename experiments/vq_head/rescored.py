@@ -1,4 +1,4 @@
-"""What re-scores the best tokens of a converted head by better rows."""
+"""Re-scoring of the best tokens of a converted head by better rows."""
 
 from typing import Any
 

@@ -92,7 +92,7 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Truth:
-    """What an API would not show."""
+    """Quantities of a model that an API would not show."""
 
     head: np.ndarray
     logits: np.ndarray

@@ -226,7 +226,7 @@ def other_text(
 
 
 def _cut(config: Config, questions: unlearning.Questions) -> str:
-    """What nobody looked at, in words."""
+    """Describe in words what was left out."""
     cut = {part: len(which) for part, which in questions.cut.items() if which}
     if not cut:
         return ""

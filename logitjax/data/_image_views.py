@@ -87,7 +87,7 @@ class ImageViews:
         )
 
     def __str__(self) -> str:
-        """What decides the pixels, for manifests."""
+        """Return the settings that decide the pixels, for manifests."""
         parts = [f"{self.kind} {self.size} px", self.fit, self.interpolation]
         if self.kind == "plain":
             return " ".join([*parts, f"of {self.resize}" if self.fit == "crop" else "whole"])

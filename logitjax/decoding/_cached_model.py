@@ -1,4 +1,4 @@
-"""What can be stepped: a function with a cache, its parameters, and an empty cache."""
+"""A model that can be stepped: a function with a cache, its parameters, and an empty cache."""
 
 import dataclasses
 from collections.abc import Callable

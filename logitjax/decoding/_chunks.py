@@ -18,7 +18,7 @@ from logitjax.decoding._text import TextOptions, TextStream, last_whole
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generated:
-    """What `generate` made, one row a prompt.
+    """The result of `generate`, one row a prompt.
 
     Attributes:
         tokens: int32 ``[rows, new]``; after a row's end the pad token.
@@ -114,7 +114,7 @@ def _without_gaps(
 
 
 class _Row:
-    """What the host keeps of a row between chunks."""
+    """The host's record of a row between chunks."""
 
     def __init__(self, text: TextOptions, prompt: Prompt):
         context = np.asarray(prompt).tolist() if text.continues else []

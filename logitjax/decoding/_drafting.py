@@ -18,7 +18,7 @@ _STRETCH = 4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Drafting:
-    """What drafts brought to a call of `generate`.
+    """Counts of drafted and accepted tokens in a call of `generate`.
 
     Attributes:
         rounds: int32 ``[rows]``, speculative rounds that a row took part in.

@@ -1,4 +1,4 @@
-"""What prompts began with, kept in blocks so that it need not be read again."""
+"""Caches of common beginnings of prompts, kept in blocks so that they are not read again."""
 
 import collections
 import hashlib

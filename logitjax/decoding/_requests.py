@@ -1,4 +1,4 @@
-"""What goes into a slot: prompts as padded arrays, and each row's own settings."""
+"""Contents of a slot: prompts as padded arrays, and each row's own settings."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence

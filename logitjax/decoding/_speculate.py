@@ -55,7 +55,7 @@ class Drafter:
         return held if self.alone else jax.tree.map(lambda leaf: leaf[self.member], held)
 
     def with_cache(self, cache: tuple, drafted: Any) -> tuple:
-        """What was drafted into is verified into; of a stack, a copy was drafted into."""
+        """Choose the cache to verify into: the drafted one, or for a stack the original."""
         if not self.alone:
             return cache
         return (*cache[: self.group], drafted, *cache[self.group + 1 :])

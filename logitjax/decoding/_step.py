@@ -26,7 +26,7 @@ from logitjax.ops.sharding import MeshAxes
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeOptions:
-    """What a compiled step reports and supports beside stepping. A field costs only if it is used.
+    """Options of a compiled step beside stepping. A field costs only if it is used.
 
     Attributes:
         logprobs: report the log-probability of every chosen token.

@@ -1,4 +1,4 @@
-"""What a student minimises: terms and their weights, and one sweep that serves them all."""
+"""A student's objective: terms and their weights, and one sweep that serves them all."""
 
 import dataclasses
 import functools
@@ -112,7 +112,7 @@ class Objective:
     def counts(
         self, batch: Mapping[str, Any], teachers: Sequence[Teacher] = (), *, where: Any
     ) -> dict[str, Any]:
-        """What the terms see of a batch, for `value` of its parts.
+        """Count the positions that the terms see in a batch, for `value` of its parts.
 
         Sums over micro-batches and shards of these are the counts of the whole.
 

@@ -86,7 +86,7 @@ class Part:
 
     @property
     def sweep(self) -> tuple[str, int | None, str]:
-        """What parts of one sweep share: a head, a teacher whose logits are formed, itself."""
+        """Key shared by parts of one sweep: head, teacher whose logits are formed, itself."""
         statistic = self.needs.statistic
         own = self.name if self.head is not None else ""
         if statistic is None:
@@ -101,7 +101,7 @@ class Part:
         return self.term.pointwise and (self.params is None or self.head is not None)
 
     def tokens(self) -> dict[str, Any]:
-        """What its value needs at a position."""
+        """Tokens that the value needs at a position."""
         positions = {n: a for n, a in self.attributes.items() if n not in _NOT_AT_POSITIONS}
         optional = {"ids": self.needs.ids, "beside": self.needs.beside, "scale": self.scale}
         given = {name: array for name, array in optional.items() if array is not None}
@@ -146,7 +146,7 @@ class _Columns(dict):
 def declared_attributes(
     name: str, term: Term, teacher: Teacher | None, where: Any
 ) -> dict[str, Any]:
-    """What a term has declared of a teacher.
+    """List the attributes that a term has declared of a teacher.
 
     Raises:
         ValueError: Nobody provides it.

@@ -1,4 +1,4 @@
-"""What a term may know of one teacher on a batch."""
+"""A term's view of one teacher on a batch."""
 
 import dataclasses
 import functools

@@ -13,7 +13,7 @@ from logitjax.losses.sweep import Statistic
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class StudentNeeds:
-    """What a term reads of the student's logits; one sweep over the vocabulary serves all terms.
+    """Parts of the student's logits that a term reads; one sweep serves all terms.
 
     Attributes:
         label: `read.label_logit` and `read.cross_entropy` of the labels.
@@ -48,7 +48,7 @@ class StudentNeeds:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TeacherNeeds:
-    """What a term reads of each teacher.
+    """Parts of each teacher that a term reads.
 
     Attributes:
         top_k: Least number of its top logits, `teacher.top`; 0 for none. A term gets all that are
@@ -134,14 +134,14 @@ class Term(abc.ABC):
 
     @abc.abstractmethod
     def student(self, teacher: Any) -> StudentNeeds:
-        """What is to be read of the student.
+        """Return what is to be read of the student.
 
         Args:
             teacher: The declared attributes of a `Teacher`; of a term of the text alone none.
         """
 
     def seen(self, teacher: Any, batch: Mapping[str, Any]) -> Any:
-        """What the values are averaged over: a mask or weights of their shape; None for all labels.
+        """Return the mask or weights that the values are averaged over; None for all labels.
 
         It is asked before the student is read, since a sweep has to know what a position weighs.
         """

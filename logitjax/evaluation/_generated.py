@@ -1,4 +1,4 @@
-"""What generated texts have of right answers: ROUGE as TOFU counts it, and whether they repeat."""
+"""Generated texts against right answers: ROUGE as TOFU counts it, and repetition."""
 
 import collections
 import math

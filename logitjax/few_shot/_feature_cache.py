@@ -1,4 +1,4 @@
-"""What an encoder makes of pictures, on disk: features of every view, logits, and the classes."""
+"""Image features on disk: features of every view, logits, and the classes."""
 
 import dataclasses
 import os
@@ -23,7 +23,7 @@ _DTYPES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FeatureIdentity:
-    """What a cache was made from and what a row holds.
+    """Everything that a cache was made from and that a row holds.
 
     Attributes:
         encoder: its name.

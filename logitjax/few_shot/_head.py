@@ -342,7 +342,7 @@ def load(directory: str | os.PathLike[str]) -> FittedHead:
 
 
 def _form(tree: Any, name: str, tensors: dict[str, np.ndarray]) -> Any:
-    """What of a state is no array, as JSON; its arrays go to `tensors`, under their names."""
+    """Split a state into JSON, and arrays that go to `tensors` under their names."""
     if tree is None:
         return None
     if isinstance(tree, dict):

@@ -161,7 +161,7 @@ class FewShotTask:
 
 
 class State(NamedTuple):
-    """What a method has learned (`trained`) and what it keeps fixed (`fixed`): pytrees."""
+    """The state of a method: learned arrays (`trained`) and fixed ones (`fixed`), as pytrees."""
 
     trained: Any
     fixed: Any

@@ -46,7 +46,7 @@ _SHARED = ("class_weights", "projection", "projection_bias")
 
 
 def _apart(runs: Runs) -> tuple[Runs, dict[str, Any]]:
-    """What has an axis of runs, and what has none."""
+    """Split a pytree into leaves with an axis of runs, and leaves without."""
     shared = {name: getattr(runs.task, name) for name in _SHARED}
     bare = dataclasses.replace(runs.task, **dict.fromkeys(_SHARED))
     return dataclasses.replace(runs, task=bare), shared

@@ -1,4 +1,4 @@
-"""What every strategy takes: checked, in float32, with experts and bases along a leading axis."""
+"""Inputs of every strategy: checked, in float32, with experts and bases along a leading axis."""
 
 from typing import Any, ClassVar, NamedTuple
 
@@ -111,7 +111,7 @@ class Strategy:
         return self.fuse(inputs, axis_name)
 
     def fuse(self, inputs: Inputs, axis_name: AxisName | None) -> tuple[jax.Array, dict[str, Any]]:
-        """What `__call__` gives, of checked inputs."""
+        """Fuse checked inputs, as `__call__` does."""
         raise NotImplementedError
 
 

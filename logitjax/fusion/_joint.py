@@ -15,7 +15,7 @@ _DAMPING, _LEAST_DAMPING, _LARGEST_DAMPING = 1e-3, 1e-6, 1e6
 
 
 class _Visit(NamedTuple):
-    """What one sweep says of a point: value less target, its slopes, whether to stay."""
+    """One sweep's view of a point: value less target, its slopes, whether to stay."""
 
     gap: jax.Array
     slopes: jax.Array

@@ -56,7 +56,7 @@ class Point(NamedTuple):
         return self.forward**2 + self.reverse**2
 
     def extreme(self, sign: int) -> jax.Array:
-        """What L is at most (1) or at least (-1)."""
+        """Bound L from above (1) or below (-1)."""
         gaps = zip((self.forward, self.reverse), self.errors, strict=False)
         value: Any = sum(jnp.maximum(jnp.abs(gap) + sign * error, 0.0) ** 2 for gap, error in gaps)
         return value * (1 + sign * 1e-6)
@@ -71,7 +71,7 @@ class Point(NamedTuple):
         )
 
     def slope(self, sign: int) -> jax.Array:
-        """What L' times `sign` is at least, for sign 1 or -1."""
+        """Bound L' times `sign` from below, for sign 1 or -1."""
         low, most = self.less(sign), self.mean + self.errors[2]
         bend = _lowest(low.forward, self.alpha * self.least, self.alpha * self.most)
         return 2 * (bend + _lowest(low.reverse, low.mean, most))
@@ -137,7 +137,7 @@ def find_minimum(
 
 
 def between(path: Path, left: Point, right: Point) -> Interval:
-    """What the ends of an interval say of its inside."""
+    """Bound the inside of an interval by its ends."""
     width = right.alpha - left.alpha
     growth = jnp.maximum(path.most - left.less(1).mean, 0.0)
     decay = jnp.maximum(right.mean + right.errors[2] - path.least, 0.0)
@@ -195,7 +195,7 @@ def _lowest(gap: jax.Array, least: jax.Array, most: jax.Array) -> jax.Array:
 
 
 def _variances(left: Point, right: Point, growth: jax.Array, decay: jax.Array) -> Any:
-    """What v is at least and at most between two points."""
+    """Bound v between two points from below and above."""
     # log v neither grows faster than `growth` nor falls faster than `decay`, from either end.
     beyond = growth * decay / jnp.maximum(growth + decay, _TINY) * (right.alpha - left.alpha)
     # Less what the exponential may be off by.

@@ -1,4 +1,4 @@
-"""What heads cost, counted rather than timed: parameters, bytes and operations a token."""
+"""Costs of heads, counted rather than timed: parameters, bytes and operations a token."""
 
 import dataclasses
 

@@ -14,7 +14,7 @@ from logitjax.ops import Array
 
 
 class FullHead(VocabularyHead):
-    """What `LinearHead` and `TiedHead` share: a kernel over the whole vocabulary."""
+    """The shared part of `LinearHead` and `TiedHead`: a kernel over the whole vocabulary."""
 
     def __call__(self, hidden: Array, embedding: Array | None = None) -> jax.Array:
         head = self.as_linear(embedding)

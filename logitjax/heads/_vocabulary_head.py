@@ -1,4 +1,4 @@
-"""What every head offers besides logits, for heads that make all V of them anyway."""
+"""The interface of heads besides logits, for heads that make all V of them anyway."""
 
 import os
 from typing import Any
@@ -49,7 +49,7 @@ class VocabularyHead(nnx.Module):
         raise ValueError(f"head: expected one that can be saved, got a {type(self).__name__}")
 
     def cost(self, embedding: Array | None = None) -> HeadCost:
-        """What it costs; see `HeadCost`. Heads whose rows are the embedding's need its shape.
+        """Return its `HeadCost`. Heads whose rows are the embedding's need its shape.
 
         Only shapes are read: a head made under `nnx.eval_shape` has the same cost.
         """

@@ -185,7 +185,7 @@ class _StudentCheckpoints(checkpoint_manager.CheckpointManager):
 
 
 def _inputs(batch: distillation_utils.MaxTextTrainingInput) -> dict[str, Any]:
-    """What the trainer's step reads of a batch, as MaxText's `custom_gen_model_input_fn` has it."""
+    """Read the step's inputs from a batch, as MaxText's `custom_gen_model_input_fn` has it."""
     names = ("input_tokens", "positions", "decoder_segment_ids", "targets", "targets_segmentation")
     inputs = {name: getattr(batch, name) for name in names} | {"attention_mask": batch.input_mask}
     teacher = batch.top_k_logits

@@ -1,4 +1,4 @@
-"""What a logit API gives away about the model behind it, and what defences cost.
+"""Measure how much of a model a logit API gives away, and what defences cost.
 
 It is for those who run a model and choose what its API reports. `LogitOracle` puts a `LogitPolicy`
 in front of a model in the same process and counts queries. `audit` runs all attacks and sums them

@@ -66,7 +66,7 @@ def align_head(
 def utility_loss(
     true_log_probs: Float[Array, "n vocab"], served_log_probs: Float[Array, "n vocab"]
 ) -> dict[str, float]:
-    """What a defence costs honest users: mean `kl` in nats; shares of equal `top1` and `top5`."""
+    """Measure a defence's cost to users: mean `kl` in nats; shares of equal `top1`/`top5`."""
     truth, served = (np.asarray(rows, np.float32) for rows in (true_log_probs, served_log_probs))
     served = served - np.log(np.exp(served, dtype=np.float64).sum(axis=-1, keepdims=True))
     width = min(5, truth.shape[-1])

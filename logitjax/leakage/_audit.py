@@ -31,7 +31,7 @@ _HONEST = 256
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Audit:
-    """What an API gave away, and what its policy costs honest users.
+    """The result of an audit: what an API gave away, and what its policy costs honest users.
 
     Attributes:
         prompts: Number of prompts whose values the subspace comes from, or of rows.
@@ -62,7 +62,7 @@ class Audit:
 
     @property
     def unlike(self) -> list[str]:
-        """What the server does that its policy does not say; nothing is certified then."""
+        """List where the server departs from its policy; nothing is certified then."""
         tests = [] if self.protocol is None else self.protocol.unlike
         return [f"{one.test}: {one.seen} ({one.effect:.2g})" for one in tests]
 
@@ -263,7 +263,7 @@ def _rows(oracle: Any, prompts: Any, vocab_size: int) -> np.ndarray:
 
 
 def _honest(oracle: Any, prompts: Any, vocab_size: int, logits: Any) -> Mapping[str, float]:
-    """What one answer without a bias is worth to who wants the distribution."""
+    """Value one answer without a bias to a user who wants the distribution."""
     if oracle.policy.returns == "token":
         drawn = np.asarray(oracle.ask(prompts).tokens)[:, 0]
         return {"top1": float((drawn == np.argmax(logits, axis=-1)).mean())}

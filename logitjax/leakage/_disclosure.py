@@ -1,4 +1,4 @@
-"""What the answers of an API tell about a row of logits: rows still possible, bounds, a ledger."""
+"""Disclosure by an API's answers about a row of logits: rows still possible, bounds, a ledger."""
 
 import collections
 import dataclasses
@@ -141,7 +141,7 @@ class Choice:
 
     @property
     def certificate(self) -> tuple[float, float, int] | None:
-        """What a drawn token has passed: threshold in nats, mass, rank; None where nothing is cut.
+        """Bounds that a drawn token has passed: threshold in nats, mass, rank; None if none is cut.
 
         What passes has no finite divergence from what does not: no sum of `soft` covers it.
         """
@@ -179,7 +179,7 @@ class Choice:
 
 @dataclasses.dataclass
 class Told:
-    """What was told about one context, in three columns."""
+    """The disclosure about one context, in three columns."""
 
     # Nats, the logarithm of the number of answers that were possible: never too few.
     hard: float = 0.0

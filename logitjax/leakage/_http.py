@@ -129,7 +129,7 @@ class HttpOracle(Meter):
         return own + sorted(found, key=lambda pair: -pair[1])[: self.policy.top_k]
 
     def _asked(self, prompt: Any, fields: Mapping[str, Any]) -> Any:
-        """What an answer of one token says of log-probabilities."""
+        """Read the log-probabilities from an answer of one token."""
         answer = self._post(np.asarray(prompt).tolist(), {"max_tokens": 1, **fields})
         try:
             said = answer["choices"][0]["logprobs"]

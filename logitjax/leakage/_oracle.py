@@ -14,7 +14,7 @@ from logitjax.ops import Array, checks
 
 @runtime_checkable
 class Asked(Protocol):
-    """What is asked: a `LogitOracle`, or a client of a server of one's own."""
+    """The target of an audit: a `LogitOracle`, or a client of a server of one's own."""
 
     policy: LogitPolicy
 

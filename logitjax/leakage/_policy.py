@@ -1,4 +1,4 @@
-"""What an API lets out of a next-token distribution, as a frozen description of it."""
+"""A frozen description of what an API reveals of a next-token distribution."""
 
 import dataclasses
 import hashlib
@@ -35,7 +35,7 @@ _BIASED = {"": {}, "bias": {"bias": "reported", "decimals": 7}, "sampling": {"bi
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What came back: values ``[*batch, k]`` and the tokens they are of.
+    """An API's answer: values ``[*batch, k]`` and the tokens they are of.
 
     The drawn token comes first, where the policy reports its value, then the largest. Where it
     reports tokens only there is no value, and one token.

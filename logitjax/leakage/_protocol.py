@@ -1,4 +1,4 @@
-"""What a server does, tested before anything that it answers is certified."""
+"""Tests of a server's behaviour, made before anything that it answers is certified."""
 
 import dataclasses
 import math
@@ -38,7 +38,7 @@ class Finding:
 
 @dataclasses.dataclass(kw_only=True)
 class Protocol:
-    """What tests say of a server.
+    """Results of the tests of a server.
 
     `policy` has the decimals that were seen, `first` the values after the first prompt. `sigma` is
     an upper bound of a value's deviation between equal queries, `step` half a lattice's.
@@ -52,7 +52,7 @@ class Protocol:
 
     @property
     def unlike(self) -> list[Finding]:
-        """What is not as declared, by Holm's rule over all tests."""
+        """List the declarations that fail, by Holm's rule over all tests."""
         order = sorted(self.findings, key=lambda finding: finding.p)
         passed = [f.p > LEVEL / (len(order) - i) for i, f in enumerate(order)] + [True]
         return [finding for finding in order[: passed.index(True)] if not finding.declared]

@@ -1,4 +1,4 @@
-"""What lies beyond the first directions of rows, and what those directions hold."""
+"""Parts of rows beyond their first directions, and what those directions hold."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ _SAMPLE, _ALIKE = 512, 1 / 3
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Residual:
-    """What is left of a table beyond its first directions."""
+    """The rest of a table beyond its first directions."""
 
     by_row: np.ndarray  # [n], variance of each row's noise
     by_token: np.ndarray  # [vocab], likewise
@@ -26,7 +26,7 @@ class Residual:
 
 
 def residual(table: Table, whole: Spectrum, k: int) -> Residual:
-    """What the first `k` directions leave of a table, block by block.
+    """Subtract a table's first `k` directions, block by block.
 
     References:
         Bandeira and van Handel, 2016 (Annals of Probability 44), theorem 1.1, for `edge`, which is

@@ -39,7 +39,7 @@ class SearchedLogits:
 
 
 class Boxes:
-    """What answers say of u, the logits scaled to [0, 1] with the winner at 1.
+    """Bounds on u, the logits scaled to [0, 1] with the winner at 1.
 
     `apart[i, j]` is an upper bound of `u_j - u_i`. An answer gives some out of one token, and the
     matrix is kept closed under the triangle inequality, in O(N^2) an answer. A drawn token may have

@@ -20,7 +20,7 @@ _CONDITION = 1e6
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OutputSubspace:
-    """What rows of logits tell of the head that made them.
+    """A head's output subspace, read from rows of logits.
 
     Attributes:
         basis: ``[vocab, dimension]`` float32, orthonormal: the head is ``basis @ G``, G unknown.
@@ -175,7 +175,7 @@ def estimate_output_subspace(
 
 
 def _largest_rounding(rows: np.ndarray) -> float:
-    """What the number format and the products that made the rows leave of a value's last bits."""
+    """Bound the rounding of a value's last bits by the number format and the products."""
     dtype = jnp.dtype(rows.dtype)
     half = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits <= 16
     # Products of float32 lose some of the last bits; values of 16 bits are rounded once.

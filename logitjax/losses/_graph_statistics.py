@@ -1,4 +1,4 @@
-"""What graph fusion needs of a model's logits: a few numbers a position, cacheable offline."""
+"""Statistics that graph fusion needs of logits: a few numbers a position, cacheable offline."""
 
 import dataclasses
 from typing import Any

@@ -32,7 +32,7 @@ LONG = 4096
 
 @dataclasses.dataclass(frozen=True)
 class AttentionContext:
-    """What all layers of one kind share: rotations, mask and cache slots.
+    """Values shared by all layers of one kind: rotations, mask and cache slots.
 
     `key_tables` are there where a cache keeps keys unrotated, whose rotation changes with the
     length.

@@ -1,4 +1,4 @@
-"""What a family of decoders is: how its checkpoints name and say what a `Decoder` computes."""
+"""A family of decoders: how its checkpoints name and say what a `Decoder` computes."""
 
 import dataclasses
 from collections.abc import Callable, Mapping

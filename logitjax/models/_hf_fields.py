@@ -47,7 +47,7 @@ _TYPES = {field.name: field.type for field in dataclasses.fields(DecoderConfig)}
 
 
 def key_value(config: DecoderConfig, key: str) -> Any:
-    """What a configuration has at a key that is one of its fields."""
+    """Read a configuration's value at a key that is one of its fields."""
     name, family = config.traits.fields[key], config.traits
     value = getattr(config, name)
     if name != "activation":

@@ -28,7 +28,7 @@ _MORE = {
 
 
 def scaling_of(fields: Fields) -> dict[str, Any]:
-    """What a family with one rope for all layers says: `rope_scaling` wins over the newer key."""
+    """Return a single-rope family's scaling: `rope_scaling` wins over the newer key."""
     parameters = fields.mapping("rope_parameters")
     if {"full_attention", "sliding_attention"} & set(parameters):
         raise fields.wrong("rope_parameters", "one object for all layers")

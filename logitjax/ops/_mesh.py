@@ -1,4 +1,4 @@
-"""What code that runs on a mesh asks of it, and the paths of a pytree's leaves.
+"""Queries of the mesh that code runs on, and the paths of a pytree's leaves.
 
 When a mesh axis is Explicit, JAX wants to know how the result of a gather, sort or scatter is
 split. These never move data between rows of a batch, so the answer is always: as the input is.
@@ -40,7 +40,7 @@ def auto_axes(names: Sequence[str], size: int) -> tuple[str, ...]:
 
 
 def platform_of(*arrays: Any) -> str:
-    """What the program that is traced here will run on: `cpu`, `tpu` or `gpu`.
+    """Return the platform of the program that is traced here: `cpu`, `tpu` or `gpu`.
 
     Programs are compiled for devices that are not there, so the arrays' own mesh goes before the
     default device.

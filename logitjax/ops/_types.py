@@ -1,4 +1,4 @@
-"""What a public function takes for an array and for a number."""
+"""Types of arrays and numbers that public functions take."""
 
 import jax
 import numpy as np

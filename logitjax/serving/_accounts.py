@@ -1,4 +1,4 @@
-"""What each key has spent: budgets, rates, and a log of what was given out."""
+"""Accounts of each key: budgets, rates, and a log of what was given out."""
 
 import collections
 import dataclasses
@@ -86,7 +86,7 @@ class Accounts:
             self._writer.start()
 
     def spent(self, key: Key) -> Spent:
-        """What a key has used."""
+        """Return a key's consumption."""
         return self._spent[key.name]
 
     def reserve(

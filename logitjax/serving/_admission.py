@@ -87,7 +87,7 @@ def longest_token(tokenizer: Tokenizer) -> int:
 def read_request(
     service: Service, body: bytes, key: Key, loop: asyncio.AbstractEventLoop, *, chat: bool
 ) -> tuple[CompletionRequest, list[tuple[Job, Sequence[int]]]]:
-    """What is asked, and its jobs. Takes its time: called off the event loop."""
+    """Read a request into its jobs. Takes its time: called off the event loop."""
     asked = schema.parse(parse_json(body), service.config, chat=chat)
     admitted = service.disclosure.admit(asked.sampling, service.vocab_size)
     asked = dataclasses.replace(asked, sampling=admitted)

@@ -1,4 +1,4 @@
-"""What a server takes and reports."""
+"""Configuration and limits of a server."""
 
 import dataclasses
 import math
@@ -83,7 +83,7 @@ class ServerConfig:
 
     @property
     def notice(self) -> str:
-        """What the answers of this server give away, in a line."""
+        """Say in a line what the answers of this server give away."""
         if self.choices == "free":
             told = "choices=free: answers give the logits away, whatever is hidden of their values"
             return f"{told} (docs/leakage.md)"

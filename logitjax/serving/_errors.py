@@ -1,4 +1,4 @@
-"""What a request is refused with, in the form of OpenAI's API."""
+"""Errors of requests, in the form of OpenAI's API."""
 
 import json
 from collections.abc import Mapping

@@ -65,7 +65,7 @@ class Formats:
         self._end()
 
     async def follow(self, kind: str, text: str) -> "Follower":
-        """What holds one answer to a structure; others wait in line, but not too many."""
+        """Return the constraint of one answer; others wait in line, but not too many."""
         if self._waiting >= _MOST_WAITING:
             wait = {"Retry-After": "5"}
             raise ApiError(429, "too many structures are waiting", code="overloaded", headers=wait)

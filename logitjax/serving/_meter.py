@@ -1,4 +1,4 @@
-"""What an answer is charged, token by token, where choices are metered."""
+"""Charges for an answer, token by token, where choices are metered."""
 
 import collections
 import dataclasses

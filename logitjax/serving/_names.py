@@ -1,4 +1,4 @@
-"""What tokens are called in an answer, and the bytes that they stand for."""
+"""Names of tokens in an answer, and the bytes that they stand for."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""What operators see: request ids, and counts and times for Prometheus."""
+"""Observability for operators: request ids, and counts and times for Prometheus."""
 
 import re
 import secrets

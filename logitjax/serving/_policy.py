@@ -1,4 +1,4 @@
-"""What leaves the server: the engine's options, log-probabilities, and how tokens are chosen."""
+"""Release policy of a server: the engine's options, log-probabilities, the choice of tokens."""
 
 import dataclasses
 import hashlib
@@ -71,7 +71,7 @@ class Disclosure:
         return 0 if self.policy.returns == "token" else self.policy.top_k or 0
 
     def options(self, end_ids: Sequence[int]) -> DecodeOptions:
-        """What the engine has to report and to add."""
+        """Return the options of the engine: what it has to report and to add."""
         policy = self.policy
         return DecodeOptions(
             logprobs=policy.returns == "logprobs",
@@ -110,7 +110,7 @@ class Disclosure:
         return dataclasses.replace(fields, **taken)
 
     def extra(self, tokens: Sequence[int], fields: Any = None, seed: int = 0) -> dict[str, Any]:
-        """What the engine keeps beside a prompt: names of all tokens so far.
+        """Return what the engine keeps beside a prompt: names of all tokens so far.
 
         One is for the noise of the row, and one, which begins with the request, for its draws. The
         name of a draw depends on no logit: one that changed where a threshold crosses a token would
@@ -171,7 +171,7 @@ def _follow(extra: Any, tokens: jax.Array, where: jax.Array) -> Any:
 
 
 def _moving(fields: Any) -> dict[str, Any]:
-    """What decides a choice, in one spelling: no order, and nothing that moves nothing."""
+    """Spell the fields that decide a choice in one way: no order, and no field without effect."""
     if fields is None:
         return {}
     bias = tuple((token, amount) for token, amount in sorted(fields.logit_bias) if amount)

@@ -40,7 +40,7 @@ class Token:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prompt:
-    """What the copies of one prompt share."""
+    """Data that the copies of one prompt share."""
 
     salt: str = ""  # prompts of the same one share what was read of them
     report: bool = False  # whether log-probabilities of its own tokens are wanted
@@ -373,7 +373,7 @@ class Scheduler:
         return [token for part in self.reader.report(row) for token in self._tokens(part)[0]]
 
     def _tokens(self, emitted: Any) -> list[list[Token]]:
-        """What a policy lets out of emitted tokens, row by row."""
+        """Select what a policy lets out of emitted tokens, row by row."""
         tokens, valid = np.asarray(emitted.tokens), np.asarray(emitted.valid)
         if tokens.ndim == 1:
             tokens, valid = tokens[:, None], valid[:, None]

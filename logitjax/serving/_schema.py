@@ -121,7 +121,7 @@ class Message(_Part):
     function_call: None = None
 
     def as_turn(self) -> dict[str, Any]:
-        """What a chat template takes: the parts are one text, and no content is an empty one."""
+        """Convert to a template's turn: parts become one text, and no content an empty one."""
         content = self.content or ""
         if not isinstance(content, str):
             content = "".join(part.text for part in content)
@@ -130,7 +130,7 @@ class Message(_Part):
 
 
 class StreamOptions(_Part):
-    """What a stream holds beside the text."""
+    """Options of a stream: what it holds beside the text."""
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
@@ -154,7 +154,7 @@ class ResponseFormat(_Part):
 
 
 class StructuredOutputs(_Part):
-    """What an answer follows, as vLLM says it: one of these."""
+    """The structure that an answer follows, as vLLM has it: one of these."""
 
     given: dict[str, Any] | Text | None = Field(None, alias="json")
     regex: Text | None = None
@@ -361,7 +361,7 @@ def _sampling(asked: Any) -> SamplingFields:
 
 
 def _structure(asked: Any) -> tuple[str, str] | None:
-    """What an answer has to follow."""
+    """Return the structure that an answer has to follow."""
     wanted: list[tuple[str, Any]] = []
     form, given = asked.response_format, asked.structured_outputs
     if form is not None and form.type == "json_object":

@@ -1,4 +1,4 @@
-"""What the endpoints share."""
+"""Code that the endpoints share."""
 
 import dataclasses
 from concurrent.futures import Executor

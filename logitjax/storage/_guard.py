@@ -1,4 +1,4 @@
-"""What a file may ask of its reader, checked before anything is allocated.
+"""Limits on what a file may ask of its reader, checked before anything is allocated.
 
 A file that somebody else wrote is a list of claims: lengths, shapes, offsets, names, nesting. Each
 reader checks them here against what the file has left and against `LIMITS`, and says in one line
@@ -72,7 +72,7 @@ _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)  # brackets inside count 
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception says, on one line and not for long."""
+    """Shorten an exception's message to one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, KeyError):
         text = f"{text} is missing"
@@ -185,7 +185,7 @@ def read_text(path: epath.PathLike, *, most: int) -> str:
 
 
 def parse_json(content: bytes, limits: Limits = LIMITS) -> Any:
-    """What a JSON text says, unless it is nested too deeply or holds too much."""
+    """Parse a JSON text, unless it is nested too deeply or holds too much."""
     opened = content.count(b"[") + content.count(b"{")
     # Fast, and never too few: brackets and commas of strings are counted too.
     if opened > limits.depth or opened + content.count(b",") > limits.elements:
@@ -204,7 +204,7 @@ def parse_json(content: bytes, limits: Limits = LIMITS) -> Any:
 
 
 def read_json(path: str | os.PathLike[str], *, form: type | tuple[type, ...] = object) -> Any:
-    """What a JSON file holds.
+    """Read a JSON file.
 
     Args:
         path: The file.
@@ -231,7 +231,7 @@ def _form_name(form: type | tuple[type, ...]) -> str:
 
 
 def short(value: Any) -> str:
-    """What an error says of a value: one line, not for long."""
+    """Shorten a value to one line, for an error."""
     # Of a list of a million lists not even the text should be made.
     if isinstance(value, dict | list) and len(value) > 8:
         return f"{type(value).__name__} of {len(value)}"

@@ -25,7 +25,7 @@ _SHORT.maxstring = _SHORT.maxother = 100
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a directory holds, and what that was made from.
+    """Contents of a directory, and what they were made from.
 
     Attributes:
         directory: The directory.
@@ -67,7 +67,7 @@ class Manifest:
         write_atomic(self.path, json.dumps(record | dict(contents or {}), indent=1).encode())
 
     def read(self) -> dict[str, Any]:
-        """What `write` wrote: `made_from` and the contents, by name.
+        """Read what `write` wrote: `made_from` and the contents, by name.
 
         Raises:
             FileNotFoundError: The directory has no manifest.

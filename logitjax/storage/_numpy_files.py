@@ -97,7 +97,7 @@ class _Array:
 
 
 def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> _Array:
-    """What protocol 5 calls for an array whose bytes lie in the pickle."""
+    """Rebuild an array whose bytes lie in the pickle, as protocol 5 calls for it."""
     array = _Array()
     array.set_state((1, shape, dtype, order == "F", data))
     return array
@@ -121,7 +121,7 @@ def _filled(value: Any) -> Any:
 
 
 def read_numpy_pickle(path: epath.PathLike) -> Any:
-    """What a pickle of dictionaries, lists and numpy arrays holds, as old Flax checkpoints are.
+    """Read a pickle of dictionaries, lists and numpy arrays, as old Flax checkpoints
 
     Arrays are read-only views of the file's bytes.
 

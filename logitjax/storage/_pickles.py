@@ -26,7 +26,7 @@ _PLAIN = (str, int, float, bytes, bool, type(None))
 
 
 class StandIn:
-    """What the machine may call in place of what a pickle names."""
+    """Stand-ins that the machine may call for names in a pickle."""
 
     def __init__(self, call: Callable[..., Any]):
         self.call = call
@@ -52,7 +52,7 @@ class Machine:
         self._copied = 0
 
     def load(self) -> Any:
-        """What the pickle says."""
+        """Load a pickle of plain values and arrays."""
         steps = pickletools.genops(cast(IO[bytes], self._file))
         for count, (opcode, argument, _) in enumerate(steps):
             if count > guard.LIMITS.opcodes:

@@ -6,7 +6,7 @@ from absl import logging
 
 
 class _Progress:
-    """What has been noted so far.
+    """Notes made so far.
 
     A watch (`training.distributed.initialize`) ends a run in which no process has noted anything
     for too long.

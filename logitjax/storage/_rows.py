@@ -176,7 +176,7 @@ class RowCache:
         return np.setdiff1d(wanted[wanted >= 0], self.row_numbers)
 
     def read(self, rows: Rows) -> Any:
-        """What the codec makes of these rows' records, in this order.
+        """Read these rows' records, in this order, as the codec makes them.
 
         Raises:
             ValueError: The cache lacks a row, or a record is damaged.

@@ -217,7 +217,7 @@ def _arrays(content: Any) -> Any:
 
 
 def read_torch_checkpoint(path: epath.PathLike) -> Any:
-    """What a ``.pth`` file holds, with tensors as numpy arrays.
+    """Read a ``.pth`` file, with tensors as numpy arrays.
 
     Besides tensors it may hold what `_ALLOWED` names and plain Python values. A zip archive has
     checksums; in the older form a number or a name that was changed comes back changed.

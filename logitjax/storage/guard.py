@@ -1,4 +1,4 @@
-"""What a file may ask of its reader: what the readers of other packages check with.
+"""Limits on what a file may ask of its reader, for the readers of other packages.
 
 `logitjax.storage._guard` says how.
 """

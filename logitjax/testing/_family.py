@@ -1,4 +1,4 @@
-"""What a family of decoders promises: files that come back the same, and steps equal to wholes."""
+"""Promises of a family of decoders: files that come back the same, and steps equal to wholes."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""What a loss promises: the same numbers under every transformation, and none where none counts."""
+"""Promises of a loss: the same numbers under every transformation, and none where none counts."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""What a method of unlearning promises: a loss that trains weights or adapters of any decoder."""
+"""Promises of a method of unlearning: a loss that trains weights or adapters of any decoder."""
 
 import dataclasses
 import functools

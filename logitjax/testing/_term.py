@@ -1,4 +1,4 @@
-"""What a term of an objective promises: a loss that any trainer, mesh and batch can take apart."""
+"""Promises of a term of an objective: a loss that any trainer, mesh and batch can take apart."""
 
 import dataclasses
 import functools
@@ -155,7 +155,7 @@ class _Setting:
 
     @property
     def learns(self) -> list[str]:
-        """What a gradient goes to: a head of the term's own takes the place of the student's."""
+        """Return where a gradient goes: a term's own head takes the place of the student's."""
         own_head = self.params is not None and self.term.own_head(self.params) is not None
         return ["hidden", *self.own, *(() if own_head else ("head", "bias"))]
 

@@ -82,7 +82,7 @@ class _MetaRestore(ocp.args.CheckpointArgs):
 
 
 class Restored(NamedTuple):
-    """What :meth:`Checkpointer.restore` returns."""
+    """The result of :meth:`Checkpointer.restore`."""
 
     state: Any
     step: int

@@ -98,7 +98,7 @@ class Goodput:
             write()
 
     def summary(self) -> dict[str, Any]:
-        """What the wall-clock time went to, in seconds; the parts add up to `wall`.
+        """Split the wall-clock time into parts, in seconds, that add up to `wall`.
 
         `step` is time in steps that counted, the goodput. Steps that a kill lost are `redone`.
         Between two starts nothing ran, or what ran left no record: `down`. What lies between a run

@@ -236,7 +236,7 @@ class _Report:
 
 
 def _data_seconds(own: float) -> dict[str, float]:
-    """What a step waits for data; of several processes the one that all others wait for."""
+    """Seconds that a step waits for data; of several processes the one that all others wait for."""
     if jax.process_count() == 1:
         return {"data_seconds": own}
     each = np.asarray(multihost_utils.process_allgather(np.float32(own)))

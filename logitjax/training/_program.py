@@ -14,7 +14,7 @@ import jax
 
 @typing.runtime_checkable
 class Traceable(typing.Protocol):
-    """What can be traced without being run: `jax.jit(f)` or a `training.TrainStep`."""
+    """A function that can be traced without being run: `jax.jit(f)` or a `training.TrainStep`."""
 
     def trace(self, *arguments: Any, **options: Any) -> jax.stages.Traced: ...
 

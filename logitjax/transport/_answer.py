@@ -1,4 +1,4 @@
-"""What is said of two graphs: bounds, units and the coupling."""
+"""Answers about two graphs: bounds, units and the coupling."""
 
 import dataclasses
 import functools

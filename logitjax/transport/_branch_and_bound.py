@@ -312,7 +312,7 @@ def _start(x: np.ndarray, y: np.ndarray) -> _Node:
 
 
 def _assignment(costs: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-    """What every assignment costs at least, the non-negative rest of the costs, the best one."""
+    """Bound the cost of every assignment: the non-negative rest of the costs, and the best one."""
     rows, columns = optimize.linear_sum_assignment(costs)
     matched, v = costs[rows, columns], np.zeros(len(costs))
     # Prices by shortest paths; any prices are valid.

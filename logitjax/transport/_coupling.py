@@ -91,7 +91,7 @@ def gw_at_coupling(c: Graph, d: Graph, coupling: Coupling, *, p: int = 2) -> Flo
 
 
 class Cost(NamedTuple):
-    """What a coupling costs, with its gradient, and what it costs at most."""
+    """The cost of a coupling with its gradient, and an upper bound of it."""
 
     value: jax.Array
     most: jax.Array

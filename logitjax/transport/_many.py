@@ -77,7 +77,7 @@ def certificate_many(pairs: Sequence[tuple[Graph, Graph]], **options: Any) -> Ce
 
 
 def _kind(graph: Any) -> tuple[Any, int] | None:
-    """What graphs have in common that are bounded together: matrices, or factors of one shape."""
+    """Return the kind of graphs that are bounded together: matrices, or factors of one shape."""
     if isinstance(graph, FactoredGraph):
         return (graph.values.shape, num_nodes(graph)) if graph.ids is None else None
     return ("matrix", num_nodes(graph)) if hasattr(graph, "ndim") else None

@@ -125,7 +125,7 @@ def plan_cost(
     linear: Linear = None,
     error: Any = 0.0,
 ) -> Scalar:
-    """What a plan costs at most once it is `repaired`, for p = 2; O(n m (n + m)) or O(n k^2).
+    """Bound a plan's cost once it is `repaired`, for p = 2; O(n m (n + m)) or O(n k^2).
 
     ::
 

@@ -89,7 +89,7 @@ def least_transport(
 
 
 def _misplaced(f: Vector, g: Float[jax.Array, "m"], p: int) -> Scalar:
-    """What the ends of the nodes' intervals, off by tau each, may add to a transport cost."""
+    """Bound the transport cost that ends of intervals, off by tau each, may add."""
     # A quantile function moves by no more than F(t + tau) - F(t - tau), whose integral is at most 2
     # tau times the range; the masses, as differences of ends, are off by the same share.
     tau = gamma(2 * (f.shape[-1] + g.shape[-1]))

@@ -1,4 +1,4 @@
-"""What a model is to say in place of an answer that it forgets."""
+"""Answers for a model to give in place of one that it forgets."""
 
 import numpy as np
 

@@ -28,7 +28,7 @@ _ALPHAS, _RATIO = 60, 1.08
 
 
 class Looks:
-    """What the model says before and with each candidate, of rows that settings are chosen by.
+    """Answers of the model before and with each candidate, on rows that settings are chosen by.
 
     Args:
         training: The candidates.
@@ -41,7 +41,7 @@ class Looks:
 
     @functools.cached_property
     def before(self) -> dict[str, Any]:
-        """What the model says of these rows."""
+        """Return the model's values on these rows before training."""
 
         def measure() -> dict[str, Any]:
             model, questions = Deployed(model=self.training.model), self.questions

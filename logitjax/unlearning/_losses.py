@@ -1,4 +1,4 @@
-"""What losses of unlearning are made of: float32 values, and preferences between answers."""
+"""Parts of losses of unlearning: float32 values, and preferences between answers."""
 
 import jax
 import jax.numpy as jnp

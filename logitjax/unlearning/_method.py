@@ -1,4 +1,4 @@
-"""What a method of unlearning is: what it reads, what it makes of that, and what it trains."""
+"""A method of unlearning: what it reads, what it makes of that, and what it trains."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -41,7 +41,7 @@ class Method:
 
     @property
     def name(self) -> str:
-        """What errors call it."""
+        """The name that errors use."""
         return type(self).__name__
 
     @property
@@ -82,7 +82,7 @@ class Method:
         return tx
 
     def start(self, weights: Any) -> Any:
-        """What is trained: weights or adapters, and a state beside them if there is one."""
+        """Return what is trained: weights or adapters, and a state beside them if there is one."""
         state = self.state()
         return weights if state is None else {"weights": weights, "state": state}
 

@@ -1,4 +1,4 @@
-"""What a model is asked while it forgets: parts of a split, encoded once."""
+"""Questions for a model while it forgets: parts of a split, encoded once."""
 
 import dataclasses
 import functools

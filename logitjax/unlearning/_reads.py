@@ -1,4 +1,4 @@
-"""What methods read of a batch, arranged from what they declare."""
+"""Readings of a batch for methods, arranged from what they declare."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -41,7 +41,7 @@ class Need:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Read:
-    """What a method asked for, of one batch. Anything else is an error that names the method.
+    """A method's readings of one batch. Anything undeclared is an error that names the method.
 
     Attributes:
         owner: Name of the method.

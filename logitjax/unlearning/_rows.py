@@ -228,7 +228,7 @@ def _words(text: str) -> str:
 
 
 def render_prompt(row: Row, tokenizer: Tokenizer) -> str:
-    """What a model reads before a row's answer.
+    """Render what a model reads before a row's answer.
 
     Conversations are rendered by the tokenizer's chat template. Without one, a question becomes
     `Question: ...` and `Answer: `, after what the system says.

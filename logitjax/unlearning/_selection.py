@@ -16,7 +16,7 @@ _KNOWN = 0.5
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What has to be left of a model, as shares of what it was before.
+    """Limits on what has to be left of a model, as shares of what it was before.
 
     Attributes:
         probability: Of the mean probability of answers to keep, of every kind of row.

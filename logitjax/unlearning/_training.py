@@ -1,4 +1,4 @@
-"""What is trained, by round and step, and the model with so much of it as one likes."""
+"""Training by round and step, and the model with so much of it as one likes."""
 
 import dataclasses
 import functools
@@ -79,7 +79,7 @@ class Training:
     def write(
         self, trained: Lora | Decoder, strength: float, base: str
     ) -> tuple[epath.Path, Deployed]:
-        """What could be used, where nobody looks for it yet, and that as it is read again."""
+        """Write what could be used to a temporary folder, and read it again."""
         deployed, staged = self.at(trained, strength), self.directory / "candidates" / "best"
         if deployed.assistant is not None:
             folder = staged / "assistant"
@@ -199,7 +199,7 @@ class Training:
         )
 
     def _instead(self) -> list[list[str]]:
-        """What is to be said in place of each answer to forget, where the method wants that."""
+        """Make answers to say in place of each answer to forget, where the method needs them."""
         method = self.config.method
         if "instead" not in method.sides:
             return []

@@ -30,7 +30,7 @@ RESULTS = ("assistant", "adapter", "model")
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Unlearned:
-    """What unlearning came to.
+    """The result of unlearning.
 
     Attributes:
         chosen: The candidate that was chosen: its `round`, `step` and `strength`; None if none is
@@ -203,7 +203,7 @@ class Unlearning:
         return found
 
     def _check_folder(self) -> None:
-        """What is in the folder was made of these rows, this text and this model."""
+        """Check that the folder was made of these rows, this text and this model."""
         questions, manifest = self.questions, Manifest(self.directory, "unlearning run")
         tokenizer, model = questions.tokenizer, self._identity
         if model is None:

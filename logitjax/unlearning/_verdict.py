@@ -1,4 +1,4 @@
-"""What may be said of a result, and whether it may be used."""
+"""Verdicts on a result, and whether it may be used."""
 
 import dataclasses
 import functools
@@ -120,7 +120,7 @@ def _fact(way: str, rows: Sequence[float], unseen: Mapping[str, Any], limit: flo
 
 
 def shares(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    """What is left of the rows `test`, by kind, and the least of all, as `Limits` has it."""
+    """Shares left of the rows `test`, by kind, and the least of all, as `Limits` has it."""
     found: dict[str, Any] = {
         name: kept_shares(after[record]["test"], before[record]["test"], before["kinds"][record])
         for name, record in (("probability", "probabilities"), ("rouge", "rouge"))

@@ -1,4 +1,4 @@
-"""What the image classifiers share: convolutions and batch normalisation as torch defines them."""
+"""Layers that the image classifiers share: convolutions and batch normalisation as torch's."""
 
 import math
 from typing import Any

@@ -63,7 +63,7 @@ _PICKLES = ("*.bin", "*.pth", "*.pt", "*.pth.tar")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Checkpoint:
-    """What a place holds of an encoder, and what it is to be."""
+    """The files of an encoder at a path, and its type."""
 
     spec: str
     path: epath.Path
@@ -200,7 +200,7 @@ def _from_path(spec: str, tokenizer: str | None, dtype: Any) -> Encoder:
 
 
 def _settings(path: epath.Path) -> dict[str, Any]:
-    """What open_clip's or transformers' file says of the network, if there is one."""
+    """Read open_clip's or transformers' settings of the network, if there is such a file."""
     for file in ("open_clip_config.json", "config.json"):
         if path.is_dir() and (path / file).exists():
             return read_json(path / file, form=dict)
@@ -208,7 +208,7 @@ def _settings(path: epath.Path) -> dict[str, Any]:
 
 
 def _architecture(settings: Mapping[str, Any]) -> str:
-    """What a configuration calls its network, to say in an error."""
+    """Return a configuration's name of its network, for an error."""
     vision = settings.get("model_cfg", {}).get("vision_cfg", {})
     named = (
         *(settings.get("architectures") or ())[:1],

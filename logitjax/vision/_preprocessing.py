@@ -1,4 +1,4 @@
-"""What becomes of a picture before an encoder sees it."""
+"""Preprocessing of pictures before an encoder sees them."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -10,7 +10,7 @@ from logitjax.vision._preprocessing import Preprocessing
 
 
 def processor_preprocessing(path: epath.Path, default: Preprocessing) -> Preprocessing:
-    """What transformers' ``preprocessor_config.json`` says, and the family's where it does not."""
+    """Read transformers' ``preprocessor_config.json``, with the family's values as defaults."""
     file = path / "preprocessor_config.json"
     if not path.is_dir() or not file.exists():
         return default
@@ -53,7 +53,7 @@ def processor_preprocessing(path: epath.Path, default: Preprocessing) -> Preproc
 
 
 def open_clip_preprocessing(default: Preprocessing, said: Mapping[str, Any]) -> Preprocessing:
-    """What open_clip's ``preprocess_cfg`` says, and OpenAI's where it does not."""
+    """Read open_clip's ``preprocess_cfg``, with OpenAI's values as defaults."""
     mode = said.get("resize_mode")
     if mode not in (None, "shortest", "squash"):
         raise ValueError(f"resize_mode: expected shortest or squash, got {mode!r}")

@@ -123,7 +123,7 @@ def _tokens(named: dict[str, np.ndarray]) -> None:
 
 
 def timm_preprocessing(settings: Mapping[str, Any]) -> Preprocessing:
-    """What timm's ``config.json`` says of pictures."""
+    """Read the preprocessing from timm's ``config.json``."""
     said = settings.get("pretrained_cfg") or {}
     channels, height, width = said.get("input_size") or (3, 224, 224)
     mode, share = said.get("crop_mode") or "center", said.get("crop_pct") or 0.875

@@ -41,7 +41,7 @@ def weight_paths(model: nnx.Module) -> list[tuple[Any, ...]]:
 
 
 def torch_name(path: tuple[Any, ...]) -> str:
-    """What torch calls the weight at a path of a module that is named as torch's is."""
+    """Return torch's name of the weight at a path of a module that is named as torch's is."""
     return ".".join([*map(str, path[:-1]), _LEAVES.get(str(path[-1]), str(path[-1]))])
 
 

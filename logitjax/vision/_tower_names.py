@@ -199,7 +199,7 @@ def count_of(named: Weights, prefix: str) -> int:
 
 
 def _blocks(named: Weights, settings: Mapping[str, Any], default: BlockConfig) -> BlockConfig:
-    """What shapes tell; heads, activation and the norms' epsilon come from the settings."""
+    """Infer sizes from shapes; heads, activation and the norms' epsilon come from the settings."""
     width = named["norm.weight"].shape[0]
     activation = settings.get("hidden_act")
     gated = "blocks.0.gate.weight" in named

@@ -250,7 +250,7 @@ def _add_mass(total: Array, codebook: Array, log_mass: Array, hidden: Array) -> 
 
 @dataclasses.dataclass(frozen=True)
 class PerplexityFloor:
-    """What a mapping can reach at best; see `perplexity_floor`.
+    """The bound that no mapping exceeds; see `perplexity_floor`.
 
     Attributes:
         perplexity: a head without bias cannot have a perplexity below this.

@@ -28,7 +28,7 @@ from logitjax.vq._tune import Tuning, tune_vq_head
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """What `ConvertConfig.convert` gives back.
+    """The result of `ConvertConfig.convert`.
 
     Attributes:
         model: the same parameters with the new head.

@@ -17,7 +17,7 @@ from logitjax.vq._loss import cluster_log_mass, code_scores, on_batch, token_bia
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class VQTables:
-    """What decoding looks up, made once per bias and temperature by `VQTables.of`.
+    """Look-up tables of decoding, made once per bias and temperature by `VQTables.of`.
 
     Attributes:
         best: ``[codes, width]`` tokens of a cluster by falling bias, -1 where there are no more.

@@ -154,7 +154,7 @@ class VQHead(VocabularyHead):
         return Head(codebook[assignment], bias, vocab_axis=0)  # V rows: for losses of a full head
 
     def cost(self, embedding: Array | None = None) -> HeadCost:
-        """What it costs; see `HeadCost`.
+        """Return its `HeadCost`.
 
         Decoding reads the codebook and, per cluster, log-mass, best token and its bias.
         """

@@ -58,7 +58,7 @@ def _mean_and_covariance(total: Array, square: Array, shift: Array, count: Array
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeadQuality:
-    """What a head says of positions whose next token is known.
+    """Quality of a head at positions whose next token is known.
 
     Attributes:
         perplexity: Exponential of the mean cross-entropy.

@@ -211,7 +211,7 @@ class PackedCodes:
         return on_mesh.over_batch(logits, (hidden.ndim,), hidden, codebooks, packed, bias)[0]
 
     def unpacked(self) -> ProductCodes:
-        """What was packed."""
+        """Return the unpacked codes."""
         vocab, groups = jnp.shape(self.bias)[0], jnp.shape(self.codebooks)[0]
         return ProductCodes(self.codebooks, unpack_codes(self.codes, vocab, groups), self.bias)
 
@@ -251,7 +251,7 @@ def _packed(codes: jax.Array) -> jax.Array:
 def unpack_codes(
     packed: UInt8[Array, "blocks pairs 32"], vocab: int, groups: int
 ) -> UInt8[jax.Array, "vocab groups"]:
-    """What `pack_codes` packed."""
+    """Undo `pack_codes`."""
     packed = jnp.asarray(packed)
     blocks, pairs, _ = packed.shape
     by_token = packed.reshape(blocks, pairs, 2, _BLOCK // 2).transpose(0, 3, 1, 2)

@@ -95,7 +95,7 @@ class ProductHead(VocabularyHead):
         return Head(value.kernel(), value.bias, vocab_axis=0)
 
     def cost(self, embedding: Array | None = None) -> HeadCost:
-        """What it costs; see `HeadCost`: a look-up a group and token, in training a full head."""
+        """Return its `HeadCost`: a look-up a group and token, in training a full head."""
         groups, codes, part = self.codebooks.shape
         vocab, hidden = self.bias.shape[0], groups * part
         itemsize = self.codebooks.dtype.itemsize

@@ -213,7 +213,7 @@ class ScreenedHead(VocabularyHead):
         return self._screen(embedding).top_k(hidden, k, **options)
 
     def cost(self, embedding: Array | None = None) -> HeadCost:
-        """What it costs, on top of its screen; see `HeadCost`."""
+        """Return its `HeadCost`, on top of its screen."""
         rows: Any = embedding if self.rows is None else self.rows
         if rows is None:
             raise ValueError("embedding: expected the rows that re-score, got None")

@@ -1,4 +1,4 @@
-"""What an old head says on cached hidden states, kept in a form that tunes a new one cheaply."""
+"""An old head's outputs on cached hidden states, kept in a form that tunes a new one cheaply."""
 
 import dataclasses
 from typing import Any

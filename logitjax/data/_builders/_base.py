@@ -1,4 +1,4 @@
-"""What the builders share: a version, and how to get their files."""
+"""Shared parts of the builders: a version, and how to get their files."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar

@@ -1,4 +1,4 @@
-"""What a student has written, in the tokens of a teacher of another tokenizer."""
+"""A student's own text in the tokens of a teacher of another tokenizer."""
 
 from collections.abc import Mapping
 

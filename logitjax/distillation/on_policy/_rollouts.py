@@ -247,7 +247,7 @@ class Rollouts:
 
 
 def _metrics(rows: Mapping[str, np.ndarray], seconds: float) -> dict[str, tuple[float, float]]:
-    """What collapses first where a student learns on its own text, as sums and counts."""
+    """Metrics of a collapse on a student's own text, as sums and counts."""
     here = np.flatnonzero(rows["start"])
     spans = [(rows["start"][row], rows["start"][row] + rows["length"][row]) for row in here]
     written = [rows["tokens"][row, a:b].tolist() for row, (a, b) in zip(here, spans, strict=True)]

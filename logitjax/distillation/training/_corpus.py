@@ -98,7 +98,7 @@ class Reading:
 
     @property
     def needs(self) -> list[TeacherNeeds]:
-        """What the terms declare of teachers."""
+        """Return the union of what the terms declare of teachers."""
         return [term.teacher for term in self.terms if term.teacher is not None]
 
     @property
@@ -186,7 +186,7 @@ class Reading:
         return Corpus(packed=packed, sources=sources, specs=self.teachers)
 
     def record(self, graphdef: Any, params: Any, columns: Mapping[str, Any], rows: Any) -> Any:
-        """What a teacher, a decoder, says of the rows of these numbers, as it is kept."""
+        """Return a teacher's output on the rows of these numbers, as it is kept."""
         return _kept(self).of_model(graphdef, params, columns, rows)
 
 
@@ -205,7 +205,7 @@ class Corpus:
     specs: tuple[str, ...] = ()
 
     def metrics(self) -> dict[str, tuple[float, float]]:
-        """What live teachers have to report since they were asked last."""
+        """Return metrics of live teachers since the last call."""
         readers = {name: s.reader for name, s in self.sources.items() if s.reader is not None}
         return {
             f"{source}/{name}": pair
@@ -215,7 +215,7 @@ class Corpus:
 
     @property
     def constants(self) -> dict[str, Any]:
-        """What a step takes beside a batch: heads of live teachers whose hidden states are read."""
+        """Constants of a step beside a batch: heads of live teachers read by hidden states."""
         readers = {name: source.reader for name, source in self.sources.items()}
         heads = {
             name: r.head for name, r in readers.items() if r is not None and r.head is not None

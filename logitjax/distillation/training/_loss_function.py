@@ -45,7 +45,7 @@ class LossFunction:
         )
 
     def counts(self, batch: Mapping[str, Any], frozen: Any) -> Any:
-        """What the terms see of a whole batch, of which the loss may get a part."""
+        """Count what the terms see of a whole batch, of which the loss may get a part."""
         labels, where = targets(batch["pivot"])
         columns = {"labels": labels} | batch.get("columns", {})
         return self._objective.counts(columns, self._teachers(batch, frozen), where=where)

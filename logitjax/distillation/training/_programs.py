@@ -1,4 +1,4 @@
-"""What a training runs on devices, for a plan: no weights are loaded or initialised."""
+"""Programs that a training runs on devices, for a plan: no weights are loaded or initialised."""
 
 import dataclasses
 import functools
@@ -115,7 +115,7 @@ def update_programs(
 def _answer(
     rows: Callable[..., jax.ShapeDtypeStruct], length: int, k: int, *, chunks: bool
 ) -> Teacher:
-    """What a cache holds of a teacher, for so many positions."""
+    """Shapes of a cached teacher's answer for so many positions."""
     number, places, ids = (rows(kind, length) for kind in (jnp.float32, jnp.bool_, jnp.int32))
     statistics = losses.GraphStatistics(
         values=rows(jnp.float32, length, k),

@@ -17,7 +17,7 @@ from logitjax import models
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pruning:
-    """What is cut from a model before it is healed, and on which text that is chosen.
+    """Parts to be cut from a model before it is healed, and the text that decides which.
 
     Attributes:
         drop_layers: Number of layers to drop.
@@ -300,7 +300,7 @@ def _activity(
 
 
 class _Seen:
-    """What one forward pass showed: streams before each block, inputs of the maps that end one."""
+    """Activations of one pass: streams before each block, inputs of the maps that end one."""
 
     def __init__(self) -> None:
         self.blocks: list[jax.Array] = []

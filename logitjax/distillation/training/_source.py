@@ -1,4 +1,4 @@
-"""What one teacher says about a batch of packed rows, at the student's positions."""
+"""One teacher's output on a batch of packed rows, at the student's positions."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ from logitjax.distillation.training._teachers import Reader
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What one teacher says about the rows that matter, from its caches on disk or read live.
+    """One teacher's output on the rows that matter, from its caches on disk or read live.
 
     It reads the `columns` of one tokenizer; a live teacher has a `reader`, and no caches.
     """
@@ -31,7 +31,7 @@ class Source:
 
     @property
     def identity(self) -> Any:
-        """What its output is made from."""
+        """Describe everything that its output is made from."""
         if self.reader is not None:
             return {"live": (self.reader.tokenizer, self.reader.weights, self.reader.kept)}
         return {split: cache.identity for split, cache in self.caches.items()}
@@ -59,7 +59,7 @@ class Source:
         )
 
     def view(self, split: str, batch: Mapping[str, Any]) -> Teacher:
-        """What the teacher says at the student's positions, and at which."""
+        """Return the teacher's output at the student's positions, and those positions."""
         if self.reader is None:
             record, vocab_size = (
                 self.caches[split].read(batch["row"]),

@@ -1,4 +1,4 @@
-"""What a teacher says about packed rows, on disk: top logits and what makes them probabilities."""
+"""A cache of a teacher's output on disk: top logits and what makes them probabilities."""
 
 import dataclasses
 import os
@@ -21,7 +21,7 @@ Statistics = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TeacherIdentity:
-    """What a cache was made from. Losses may use a cache only if all of it matches.
+    """Everything that a cache was made from. Losses may use a cache only if all of it matches.
 
     Attributes:
         model: the teacher, as its user names it.

@@ -49,7 +49,7 @@ class Reader:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kept:
-    """What is kept of a teacher at each position, and read for that.
+    """The statistics of a teacher that are kept at each position, and read for that.
 
     Attributes:
         k: Number of top logits.
@@ -64,7 +64,7 @@ class Kept:
     hidden: bool = False
 
     def of_model(self, graphdef: Any, params: Any, columns: Mapping[str, Any], rows: Any) -> Any:
-        """What a `TeacherCache` keeps of a batch, and hidden states."""
+        """Compute the statistics that a `TeacherCache` keeps of a batch, and hidden states."""
         model = nnx.merge(graphdef, params)
         hidden = hidden_states(model, columns)
         record = self.of_states(hidden, model.head_of(), columns, rows)
@@ -208,7 +208,7 @@ def packed_documents(segments: np.ndarray, wanted: np.ndarray) -> list[tuple[int
 
 
 def _prefixes(tokens: np.ndarray, segments: np.ndarray, wanted: np.ndarray) -> list[np.ndarray]:
-    """What comes before each target that is wanted, of its own document."""
+    """Tokens before each target that is wanted, of its own document."""
     found = []
     for row, place in wanted:
         here = segments[row, : place + 1] == segments[row, place]

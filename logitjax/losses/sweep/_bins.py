@@ -36,7 +36,7 @@ class _State(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Binned(Statistic):
-    """What a kernel sums up in the place of a `ReadoutStatistic` with `k`."""
+    """Sums by bins, in place of a `ReadoutStatistic` with `k`, for kernels."""
 
     rest: ReadoutStatistic  # without its k
     bins: int  # a multiple of 128; a block has a multiple of it of columns

@@ -30,7 +30,7 @@ _LEAST_BUDGET = 64 * 2**20
 
 
 class Sizes(NamedTuple):
-    """What a rule is asked about, on one device.
+    """Sizes that a rule decides by, on one device.
 
     Attributes:
         batch: shape of the positions.
@@ -52,7 +52,7 @@ class Sizes(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """What a rule says: the engine, columns a block, positions of the last batch axis together."""
+    """A rule's decision: the engine, columns a block, positions of the last batch axis together."""
 
     engine: Engine
     columns: int
@@ -61,7 +61,7 @@ class Layout(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """What a sweep may hold at a time: it changes the cost of a loss, never its value.
+    """Limits on what a sweep holds at a time: they change the cost of a loss, never its value.
 
     What is None follows from the shapes and from the device that the program is for: that of the
     arrays' mesh, else of the mesh in use, else the default one.

@@ -108,7 +108,7 @@ def finished_logits(logits, head: Head, inverse_temperature, valid):
 
 
 class Columns(NamedTuple):
-    """What a block of columns has that does not depend on positions."""
+    """Data of a block of columns that do not depend on positions."""
 
     start: jax.Array
     columns: jax.Array
@@ -365,7 +365,7 @@ def blockwise_gradients(
 
 
 def head_and_hidden_gradient(sweep: Sweep, operands: Operands, head: Head, raw, d_hidden):
-    """What one block of columns adds: `d_hidden` with its part, and the gradient of the block."""
+    """Add one block of columns to `d_hidden`, and return the gradient of the block."""
     cast = raw.astype(head.kernel.dtype)
     if sweep.on_accelerator:
         # Written once: it would be formed anew inside of each product, at half their speed.

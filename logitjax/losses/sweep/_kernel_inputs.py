@@ -1,4 +1,4 @@
-"""What the kernels of a sweep take: its arrays with one axis of positions, packed."""
+"""Inputs of the kernels of a sweep: its arrays with one axis of positions, packed."""
 
 import dataclasses
 import math
@@ -67,7 +67,7 @@ class Packed:
 
 
 def _kind(dtype: Any) -> Any:
-    """What a type is in a kernel, where numbers have 32 bits (64 in an interpreter)."""
+    """Return a type's kernel type: numbers have 32 bits there (64 in an interpreter)."""
     wide = jnp.issubdtype(dtype, jnp.floating)
     return jnp.promote_types(dtype, jnp.float32) if wide else jnp.dtype(jnp.int32)
 
@@ -110,7 +110,7 @@ def make_inputs(sweep: Sweep, operands: Operands, packed: Packed, tree: Any, len
 def cost(
     inputs: Inputs, vocab: int, shapes: Any, times: tuple[int, int], products: int = 0
 ) -> pl.CostEstimate:
-    """What the compiler cannot see into a kernel for.
+    """Estimate the cost of a kernel, which the compiler cannot look into.
 
     `shapes` are those of results, with their types; `times` how often what positions have is read,
     and what columns have; `products` are beside the logits.

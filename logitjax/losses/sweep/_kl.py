@@ -74,7 +74,7 @@ class KLStatistic(Statistic):
         return block.teacher, block.student
 
     def term(self, over: jax.Array, under: jax.Array) -> jax.Array:
-        """What the first distribution weighs, of both log-probabilities: linear in them."""
+        """Weigh the first distribution by both log-probabilities: linear in them."""
         return over - under
 
     def _relative_to(self, peaks: Any, state: Any) -> OnlineSums:
@@ -87,7 +87,7 @@ class KLStatistic(Statistic):
 
 
 class TeacherReading(NamedTuple):
-    """What a teacher says of a position, without a gradient.
+    """A teacher's reading of a position, without a gradient.
 
     Attributes:
         label: `[*batch]` log-probability of the label.

@@ -13,7 +13,7 @@ from logitjax.ops import AxisName
 
 
 class Outputs(NamedTuple):
-    """What `ReadoutStatistic` gives: arrays, None for what was not asked."""
+    """Results of a `ReadoutStatistic`: arrays, None for what was not requested."""
 
     log_z: Any
     label: Any = None

@@ -112,7 +112,7 @@ def _operands(
     temperature: Number,
     vocab_where: Array | None,
 ) -> Operands:
-    """What a sweep reads, checked; nothing but the student gets a gradient."""
+    """Check the inputs of a sweep; only the student gets a gradient."""
     side = _projection("hidden", *student, temperature)
     batch, vocab = side.hidden.shape[:-1], side.head.vocab_size()
     if not math.prod(batch):

@@ -1,4 +1,4 @@
-"""What a sweep accumulates: the interface, and the parts that most statistics are made of."""
+"""Accumulators of a sweep: the interface, and the parts that most statistics are made of."""
 
 import abc
 from typing import Any, ClassVar, NamedTuple
@@ -121,7 +121,7 @@ class Statistic(abc.ABC):
         """Gradient by `block.student`, given that by the outputs: `[*batch, block]`."""
 
     def losses(self, outputs: Any, tokens: Any) -> Any:
-        """What `run` returns of the outputs: with weights a loss a position, `[*batch]`."""
+        """Pick the losses that `run` returns: with weights a loss a position, `[*batch]`."""
         return outputs
 
 

@@ -110,7 +110,7 @@ class Grid(NamedTuple):
         )
 
     def read(self, at: Inputs) -> tuple[Any, Inputs]:
-        """What the tile's positions have, and its small arrays."""
+        """Read the values of the tile's positions, and its small arrays."""
         heads = [dataclasses.replace(head, kernel=None) for head in at.heads]
         here = jax.tree.map(lambda ref: ref[...], at._replace(hidden=None, heads=heads))
         columns = [x.T for x in here.rows]

@@ -150,7 +150,7 @@ class Assistant:
 def relative_states(
     base: Decoder, lora: Lora, tokens: Int[Array, "batch time"]
 ) -> Float[jax.Array, "batch time hidden"]:
-    """What adapters add to normed hidden states, and by the head, which is linear, to logits."""
+    """Return the adapters' part of normed hidden states, and by the linear head of logits."""
     # Only the adapters' pass has a gradient.
     before = jax.lax.stop_gradient(base.hidden_states(tokens)[0])
     return added(base.hidden_states(tokens, lora=lora)[0], before)
@@ -164,7 +164,7 @@ def added(hidden: jax.Array, before: jax.Array) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _PairCache:
-    """What a model and its assistant remember; axis 0 of every leaf is the row.
+    """Caches of a model and its assistant; axis 0 of every leaf is the row.
 
     `shared` holds a (keys, values) pair a layer that both run, `[rows, 2, heads, slots, dim]`, the
     model first; `rest` has no 2.

@@ -1,4 +1,4 @@
-"""What answers after unlearning: a model alone, or one whose assistant is taken away."""
+"""A model after unlearning: alone, or with an assistant that is taken away."""
 
 import dataclasses
 import json
@@ -117,7 +117,7 @@ class Deployed:
         return self._scored(tokens, targets, alphas, "nll", known)
 
     def states(self, tokens: Any, targets: Any) -> jax.Array:
-        """What `nll_by_alpha` takes of the model, whatever the assistant is."""
+        """Return the states that `nll_by_alpha` takes of the model, whatever the assistant is."""
         graphdef, state = nnx.split(self.model)
         return states_at(graphdef, state, tokens, self.positions(targets))
 
@@ -210,7 +210,7 @@ class Deployed:
 def answers(
     model: Deployed, tokenizer: Tokenizer, prompts: Sequence[np.ndarray], length: int, **how: Any
 ) -> list[str]:
-    """What a model answers to prompts, up to the end mark, as text."""
+    """Generate a model's answers to prompts, up to the end mark, as text."""
     stop_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
     found = model.generate(prompts, length, stop_ids=stop_ids, **how)
     return [tokenizer.decode(ids.tolist(), skip_special=True) for ids in found]

@@ -1,4 +1,4 @@
-"""What an assistant learns: to know what is to be forgotten, and nothing about the rest."""
+"""An assistant's objective: to know what is to be forgotten, and nothing about the rest."""
 
 import dataclasses
 from typing import Any
@@ -26,7 +26,7 @@ def linear_assistant_objective(
     blocks: Blocks | None = None,
     axis_name: AxisName | None = None,
 ) -> tuple[Float[jax.Array, ""], dict[str, jax.Array]]:
-    """What the assistant of a logit difference learns, both halves in one sweep over the head.
+    """Compute the objective of a logit difference's assistant, both halves in one sweep.
 
     To know what is to be forgotten, only that: the objectives of unlearning reversed, so neither is
     unbounded. The rows to forget and to keep lie in one batch, which the assistant runs once; the
@@ -105,7 +105,7 @@ def _entries(head: Head, vocab_where: Array | None, axis_name: AxisName | None) 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Assistant(ReadoutStatistic):
-    """What does not know what to forget, and what is not silent about what to keep."""
+    """Losses for what it does not know to forget, and for what it says of rows to keep."""
 
     vocab: int
     surplus: float
@@ -127,6 +127,6 @@ class _Assistant(ReadoutStatistic):
 
 
 def next_tokens(tokens: Any, answers: Any) -> tuple[jax.Array, jax.Array]:
-    """What each position predicts, and where that is a token of the answer."""
+    """Return the target of each position, and where that is a token of the answer."""
     labels = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))  # the last position predicts nothing
     return labels, jnp.pad(jnp.asarray(answers)[:, 1:], ((0, 0), (0, 1)))

@@ -1,1 +1,1 @@
-"""What is left after unlearning: TOFU, attacks, and their statistics."""
+"""Measures of what is left after unlearning: TOFU, attacks, and their statistics."""

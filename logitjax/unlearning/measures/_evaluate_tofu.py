@@ -167,7 +167,7 @@ class _Rows:
         return log
 
     def said(self, generate_fn: GenerateFn, batch_size: int, new: int) -> dict[str, Any]:
-        """What the model answers, and how much of the right answer is in it."""
+        """Generate the model's answers, and measure how much of the right answer is in them."""
         prompts = [self.template.encode(self.tokenizer, item.question) for item in self.items]
         # Longest first: memory fails at once or never.
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))

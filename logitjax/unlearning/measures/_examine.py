@@ -1,4 +1,4 @@
-"""What a model still says of rows to forget and to keep, asked straight and under attack."""
+"""A model's memory of rows to forget and to keep, asked straight and under attack."""
 
 import dataclasses
 import functools
@@ -185,7 +185,7 @@ def _attacks(
     samples: int,
     reference: Deployed | None,
 ) -> Attacks:
-    """What comes out by other means than asking, and what gives away that rows were trained on."""
+    """Attacks other than asking: what comes out, and what gives away that rows were trained on."""
     forget = scores("forget")
     assert forget.greedy is not None
     # OpenUnlearning counts no end mark here.
@@ -246,7 +246,7 @@ def _round_weights(model: Decoder, bits: int) -> Decoder:
 
 
 def relearned(model: Deployed, questions: Questions) -> Attacks:
-    """What comes back when a quarter is taught again, by the worst of a few rates and steps."""
+    """Measure what comes back when a quarter is taught again, at the worst rate and steps."""
     if len(questions.rows["forget"]) < 2:
         return {}
     tried = relearning(model, questions)

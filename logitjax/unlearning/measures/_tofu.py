@@ -43,7 +43,7 @@ class Item:
 
     @property
     def truth(self) -> str:
-        """What the truth ratio holds against the wrong answers."""
+        """Return the truth ratio's evidence against the wrong answers."""
         return self.answer if self.paraphrased_answer is None else self.paraphrased_answer
 
 

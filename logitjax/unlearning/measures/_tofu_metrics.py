@@ -65,7 +65,7 @@ class Membership:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What TOFU says about a model.
+    """TOFU's metrics of a model.
 
     Attributes:
         scores: By set. model_utility: The harmonic mean of nine numbers; None if one is missing.

@@ -7,7 +7,7 @@ from logitjax.unlearning.methods._gradient_ascent import GradientAscent
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskVector(GradientAscent):
-    """What is to be forgotten is learned, and that change of the weights is taken away.
+    """Learn what is to be forgotten, and take that change of the weights away.
 
     References:
         Ilharco et al., 2022 (arXiv 2212.04089), as in MUSE (arXiv 2407.06460).
