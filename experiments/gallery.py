@@ -55,21 +55,21 @@ def take(workdir: pathlib.Path, name: str, page: str, docs: pathlib.Path = DOCS)
     Raises:
         ValueError: Something in it names a place of this machine.
     """
-    found = json.loads((workdir / "results.json").read_text())
-    if "rows" in found:  # of a benchmark
+    result = json.loads((workdir / "results.json").read_text())
+    if "rows" in result:  # of a benchmark
         bars = [
             bar(b["name"], b["value"], f"{b['sense']} {b['limit']:g}", b["met"])
-            for b in found["bars"]
+            for b in result["bars"]
         ]
-        found["tables"] = {"measured": found["rows"]} | ({"bars": bars} if bars else {})
+        result["tables"] = {"measured": result["rows"]} | ({"bars": bars} if bars else {})
     record = {
-        "title": _title(found["command"]),
-        "command": found["command"],
+        "title": _title(result["command"]),
+        "command": result["command"],
         "page": page,
-        "environment": found["environment"],
-        "tables": found["tables"],
+        "environment": result["environment"],
+        "tables": result["tables"],
         # Tables are kept to the last digit: to round twice is to round wrongly.
-        "pictures": _rounded(found["pictures"]),
+        "pictures": _rounded(result["pictures"]),
     }
     for text in _texts(record):
         if _ABSOLUTE.search(text):
@@ -92,12 +92,12 @@ def take_parts(workdir: pathlib.Path, name: str, docs: pathlib.Path = DOCS) -> l
         A file for each part.
     """
     records = {path.name: path.read_text() for path in (workdir / "parts").glob("*.json")}
-    found = []
+    parts = []
     for part, text in sorted(records.items()):
-        found.append(docs / "results" / name / part)
-        found[-1].parent.mkdir(parents=True, exist_ok=True)
-        storage.write_atomic(found[-1], json.dumps(_rounded(json.loads(text))) + "\n")
-    return found
+        parts.append(docs / "results" / name / part)
+        parts[-1].parent.mkdir(parents=True, exist_ok=True)
+        storage.write_atomic(parts[-1], json.dumps(_rounded(json.loads(text))) + "\n")
+    return parts
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -77,11 +77,11 @@ def _outcome_of_first(name: str) -> Iterator[None]:
             raise
         failed = error
     if jax.process_count() > 1:
-        told, kind, said = broadcast_from_first(lambda: [name, _kind(failed), str(failed)])
-        if told != name:
-            raise RuntimeError(f"process 0 is at {told!r}, this one at {name!r}")
+        notes, kind, message = broadcast_from_first(lambda: [name, _kind(failed), str(failed)])
+        if notes != name:
+            raise RuntimeError(f"process 0 is at {notes!r}, this one at {name!r}")
         if kind and not first:
-            raise _KINDS[kind](f"process 0: {said}")
+            raise _KINDS[kind](f"process 0: {message}")
     if failed is not None:
         raise failed
 

@@ -43,12 +43,12 @@ def main(batch: int, threads: int) -> None:
     optimizer = torch.optim.SGD(student.parameters(), **options)
     x, y = torch.randn(batch, 3, 32, 32), torch.randint(100, (batch,))
     with torch.no_grad():
-        known = teacher(x)
+        existing = teacher(x)
     print("ready", flush=True)
     for line in sys.stdin:
         (given,) = json.loads(line)
         with torch.no_grad():
-            target = known if given else teacher(x)
+            target = existing if given else teacher(x)
         logits = student(x)
         soft = functional.kl_div(
             (logits / 4).log_softmax(1), (target / 4).softmax(1), reduction="batchmean"

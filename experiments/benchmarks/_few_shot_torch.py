@@ -35,10 +35,10 @@ def main(classes: int, features: int, examples: int, threads: int) -> None:
         done, loss = 0, None
         while done < steps:
             for rows in torch.randperm(examples).split(batch)[: steps - done]:
-                own = z_score(head(auxiliary[rows]))
-                fused = zero_shot[rows] + 0.5 * own
+                local = z_score(head(auxiliary[rows]))
+                fused = zero_shot[rows] + 0.5 * local
                 loss = 0.35 * functional.cross_entropy(fused, labels[rows])
-                loss = loss + 0.65 * functional.cross_entropy(own, labels[rows])
+                loss = loss + 0.65 * functional.cross_entropy(local, labels[rows])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

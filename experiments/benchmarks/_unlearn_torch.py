@@ -23,12 +23,12 @@ def log_probs(base: str, assistant: str, ids: torch.Tensor, dtype: torch.dtype) 
     small = peft.PeftModel.from_pretrained(small, assistant, autocast_adapter_dtype=False)
     small = small.to(dtype).eval()
     with torch.no_grad():
-        said = small(ids).logits
+        message = small(ids).logits
         if record["relative"]:
             with small.disable_adapter():
-                said = said - small(ids).logits
-        said = said.log_softmax(-1)
-        logits = model(ids).logits - record["alpha"] * (said + math.log(said.shape[-1]))
+                message = message - small(ids).logits
+        message = message.log_softmax(-1)
+        logits = model(ids).logits - record["alpha"] * (message + math.log(message.shape[-1]))
         return logits.log_softmax(-1).numpy()
 
 

@@ -117,8 +117,8 @@ def _cross_compiling() -> Iterator[None]:
             stack.enter_context(tokamax.config.cross_compile(True))
         if device is not None and device.platform == "tpu":
             # levanter asks for the default device.
-            there = {"default_backend": lambda: "tpu", "devices": lambda *_: [device]}
-            stack.enter_context(mock.patch.multiple(jax, **there))
+            entries = {"default_backend": lambda: "tpu", "devices": lambda *_: [device]}
+            stack.enter_context(mock.patch.multiple(jax, **entries))
         yield
 
 
@@ -158,27 +158,27 @@ def _liger(x: Mapping[str, jax.Array]) -> jax.Array:
 
 def forms(kind: str) -> dict[str, Loss]:
     """By name the losses that are compared, unreduced or their mean."""
-    found: dict[str, Loss] = {
+    entries: dict[str, Loss] = {
         "dense": functools.partial(vocabulary.dense, kind),
         "chunks + checkpoint": functools.partial(vocabulary.chunked, kind, size=_CHUNK),
     }
     if kind == "cross-entropy":
-        found["Liger's chunks"] = _liger
+        entries["Liger's chunks"] = _liger
         if importlib.util.find_spec("tokamax"):
-            found["tokamax, chunked"] = functools.partial(_tokamax, "chunked_xla")
-            found["tokamax, Mosaic"] = functools.partial(_tokamax, "mosaic_tpu")
+            entries["tokamax, chunked"] = functools.partial(_tokamax, "chunked_xla")
+            entries["tokamax, Mosaic"] = functools.partial(_tokamax, "mosaic_tpu")
         if importlib.util.find_spec("levanter"):
-            found["levanter, Mosaic"] = _levanter
+            entries["levanter, Mosaic"] = _levanter
 
     def ours(engine: Any, weighted: bool) -> Loss:
         blocks = losses.Blocks(engine=engine)
         return functools.partial(vocabulary.ours, kind, weighted=weighted, blocks=blocks)
 
-    found["ours, default"] = ours(None, True)
-    found["ours, rows"] = ours("rows", True)
-    found["ours, unreduced"] = ours(None, False)
-    found["ours, pallas"] = ours("pallas", False)
-    return found
+    entries["ours, default"] = ours(None, True)
+    entries["ours, rows"] = ours("rows", True)
+    entries["ours, unreduced"] = ours(None, False)
+    entries["ours, pallas"] = ours("pallas", False)
+    return entries
 
 
 def arguments(shape: Shape, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -220,8 +220,8 @@ def _row(name: str, kind: str, shape: Shape, chip: chips.Chip, loss: Loss) -> di
             return row | {"refused": f"{type(error).__name__}: {reason}"}
         if not isinstance(error, jax.errors.JaxRuntimeError):
             raise
-        refused, wanted = costs.out_of_memory(error)
-        return row | {"temp MiB": wanted and wanted / 2**20, "does not fit": refused}
+        refused, expected = costs.out_of_memory(error)
+        return row | {"temp MiB": expected and expected / 2**20, "does not fit": refused}
     memory, flops = compiled.memory_analysis(), training.matmul_flops(traced.jaxpr)
     moved = memory.argument_size_in_bytes + memory.output_size_in_bytes
     row["products, F"] = flops / (2.0 * shape[0] * shape[1] * shape[2])
@@ -339,8 +339,8 @@ def _axes_rows(names: Sequence[str], kinds: Sequence[str]) -> list[dict[str, Any
 
         layout = (None, (placed["hidden"], placed["head"]))
         step = jax.jit(vocabulary.step(loss), out_shardings=layout)
-        known = contextlib.nullcontext() if "no set_mesh" in name else jax.set_mesh(mesh)
-        with known:
+        existing = contextlib.nullcontext() if "no set_mesh" in name else jax.set_mesh(mesh)
+        with existing:
             sent = costs.collectives(step.lower(inputs).compile().as_text() or "")
         row = {"mesh": name, "axes": axes, "loss": kind}
         row["form"] = "weights" if weighted else "unreduced"
@@ -365,8 +365,8 @@ def run(options: suite.Options) -> suite.Result:
     shapes: Mapping[str, Shape] = SMOKE_SHAPES if options.smoke else SHAPES
     named = {"cpu": "cpu:1"} if options.smoke else CHIPS
     parts = set(filter(None, options.only.split(",")))
-    own = {*CHIPS, "cpu", "axes", "models"}
-    groups = (own, set(KINDS), {*SHAPES, *SMOKE_SHAPES}, set(MODELS))
+    names = {*CHIPS, "cpu", "axes", "models"}
+    groups = (names, set(KINDS), {*SHAPES, *SMOKE_SHAPES}, set(MODELS))
     if unknown := parts - set().union(*groups):
         raise ValueError(f"only: expected parts as in its help, got {', '.join(sorted(unknown))}")
 
@@ -390,13 +390,13 @@ def run(options: suite.Options) -> suite.Result:
             continue
         for size in filter(chosen, shapes):
             for kind in kinds:
-                found = []
+                items = []
                 for name, loss in forms(kind).items():
                     if chip.kind == "cpu" and name in _KERNELS and not name.startswith("ours"):
                         continue
-                    found.append(_kept(options, name, kind, shapes[size], chip, loss))
-                _compare(found)
-                rows += found
+                    items.append(_kept(options, name, kind, shapes[size], chip, loss))
+                _compare(items)
+                rows += items
     (epath.Path(options.directory) / _PARTS).rmtree(missing_ok=True)
     return suite.Result(rows=rows, bars=_bars(rows), pictures={"accelerator": picture(rows)})
 

@@ -78,10 +78,10 @@ def run(options: suite.Options) -> suite.Result:
         return state, training.TrainStep(functions[arm], tx)
 
     def inputs(arm: str, step: int, seed: int) -> dict[str, Any]:
-        found: dict[str, Any] = {"pivot": batch("train", step, seed)}
+        inputs: dict[str, Any] = {"pivot": batch("train", step, seed)}
         if arm in ("cached", "sampled"):
-            found["teacher"] = _statistics(caches[seed, step], tail=arm == "sampled")
-        return found
+            inputs["teacher"] = _statistics(caches[seed, step], tail=arm == "sampled")
+        return inputs
 
     score = training.EvalStep(taught.score)
     scored = [{"pivot": batch("test", step, 0)} for step in range(held_out // rows_a_step)]
@@ -90,9 +90,9 @@ def run(options: suite.Options) -> suite.Result:
         state, step_fn = trainer(arm, seed)
         for step in range(steps):
             state, _ = step_fn(state, inputs(arm, step, seed), constants.get(arm))
-        found = score.means(state.params, scored, taught.frozen)
-        logging.info("%s, seed %d: loss %.4g", arm, seed, found["loss"])
-        return float(np.exp(found["loss"]))
+        result = score.means(state.params, scored, taught.frozen)
+        logging.info("%s, seed %d: loss %.4g", arm, seed, result["loss"])
+        return float(np.exp(result["loss"]))
 
     parts = epath.Path(options.directory) / f"{options.scale}-parts"
     perplexities = {
@@ -182,13 +182,13 @@ def _loss(arm: str, student: distillation.Student, teacher_graphdef: Any) -> Cal
         labels, where = batch["pivot"]["tokens"][:, 1:], batch["pivot"]["loss_mask"][:, 1:]
         model, source = student.model(params), nnx.merge(teacher_graphdef, teacher)
         hidden, head = distillation.hidden_states(model, batch["pivot"]), model.head_of()
-        there = batch.get("hidden")
+        present = batch.get("hidden")
         if arm == "live":
-            there = distillation.hidden_states(source, batch["pivot"])
+            present = distillation.hidden_states(source, batch["pivot"])
         weights = where.astype(np.float32)
         ce = losses.linear_cross_entropy(hidden, head, labels, weights=weights)
         kl = losses.linear_kl_divergence(
-            hidden, head, jax.lax.stop_gradient(there), source.head_of(), weights=weights
+            hidden, head, jax.lax.stop_gradient(present), source.head_of(), weights=weights
         )
         return (1 - _MIX) * ce + _MIX * kl, where.sum(), {}
 

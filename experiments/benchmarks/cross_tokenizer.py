@@ -29,23 +29,23 @@ Shape = tuple[int, int, int, int]
 
 
 def _projection(shape: Shape) -> distillation.TokenProjection:
-    _, _, ours, theirs = shape
+    _, _, ours, other = shape
     rng = np.random.default_rng(0)
     # Most tokens are there on both sides; the rest gather on pieces of low ids.
-    ids = np.where(np.arange(ours) < theirs, np.arange(ours), 0)
-    moved = (rng.random(ours) < 0.06) | (np.arange(ours) >= theirs)
-    ids = np.where(moved, (rng.random(ours) ** 3 * min(2048, theirs)).astype(np.int64), ids)
-    own, pieces = np.arange(theirs), rng.random(theirs) ** 3 * min(2048, theirs)
+    ids = np.where(np.arange(ours) < other, np.arange(ours), 0)
+    moved = (rng.random(ours) < 0.06) | (np.arange(ours) >= other)
+    ids = np.where(moved, (rng.random(ours) ** 3 * min(2048, other)).astype(np.int64), ids)
+    local, pieces = np.arange(other), rng.random(other) ** 3 * min(2048, other)
     return distillation.TokenProjection(
         ids=ids[:, None].astype(np.int32),
         weights=np.ones((ours, 1), np.float32),
-        size=theirs,
-        merges=np.where(np.isin(own, ids), own, pieces).astype(np.int32),
+        size=other,
+        merges=np.where(np.isin(local, ids), local, pieces).astype(np.int32),
     )
 
 
 def _inputs(shape: Shape) -> dict[str, jax.Array]:
-    tokens, width, ours, theirs = shape
+    tokens, width, ours, other = shape
     rng = np.random.default_rng(0)
     few = rng.standard_normal(1_000_003, np.float32)
     top = np.sort(rng.normal(size=(tokens, K)), axis=-1)[:, ::-1].astype(np.float32)
@@ -54,7 +54,7 @@ def _inputs(shape: Shape) -> dict[str, jax.Array]:
         "head": jnp.asarray(np.resize(few * np.float32(2 * width**-0.5), (width, ours))),
         "values": jnp.asarray(top),
         "same": jnp.asarray(_distinct(rng, tokens, ours)),
-        "other": jnp.asarray(_distinct(rng, tokens, theirs)),
+        "other": jnp.asarray(_distinct(rng, tokens, other)),
         "labels": jnp.asarray(rng.integers(0, ours, tokens)),
     }
 
@@ -73,11 +73,13 @@ def step(shape: Shape, peer: str, projection: distillation.TokenProjection) -> C
     """Mean loss with its gradients by the hidden states and the head."""
     tokens = np.arange(shape[0], dtype=np.int32)
     words = distillation.TokenSet(np.arange(shape[2]) % 3 == 0)
-    known = distillation.Vocabularies(projections={"first_piece": projection}, boundary=words)
-    there = np.ones(shape[0], bool)
+    vocabularies = distillation.Vocabularies(
+        projections={"first_piece": projection}, boundary=words
+    )
+    present = np.ones(shape[0], bool)
     # Each token is a chunk, after which a word begins.
     chunks = distillation.ChunkScores(
-        ids=tokens, ends=tokens, scores=np.full(shape[0], -1, np.float32), where=there
+        ids=tokens, ends=tokens, scores=np.full(shape[0], -1, np.float32), where=present
     )
 
     def loss(hidden: Any, head: Any, inputs: Any) -> Any:
@@ -89,10 +91,12 @@ def step(shape: Shape, peer: str, projection: distillation.TokenProjection) -> C
             return losses.linear_sparse_kl_divergence(hidden, head, _top(inputs, "same")).mean()
         top = _top(inputs, "other")
         statistics = losses.GraphStatistics(values=top.values, indices=top.indices, log_z=top.log_z)
-        teacher = distillation.Teacher(statistics=statistics, chunks=chunks, vocabularies=known)
+        teacher = distillation.Teacher(
+            statistics=statistics, chunks=chunks, vocabularies=vocabularies
+        )
         objective = distillation.Objective(terms=distillation.parse_terms([peer]))
         value, count, _ = objective.value(
-            hidden, head, {"labels": inputs["labels"]}, [teacher], where=there
+            hidden, head, {"labels": inputs["labels"]}, [teacher], where=present
         )
         return value / count
 

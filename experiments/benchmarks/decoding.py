@@ -49,10 +49,10 @@ def run(options: suite.Options) -> suite.Result:
                 ratio = timing.paired_ratio(seconds["logitjax"], times)
                 rows.append(_row(name, batch, new, times) | {"ours / its seconds": ratio})
             if peer is not None:
-                ours, theirs = seconds["logitjax"], seconds["transformers + torch"]
+                ours, other = seconds["logitjax"], seconds["transformers + torch"]
                 name, ratio = (
                     f"tokens/s over torch's, B = {batch}",
-                    timing.paired_ratio(theirs, ours),
+                    timing.paired_ratio(other, ours),
                 )
                 bars.append(suite.at_least(name, ratio, _BARS[batch]))
     rows += _fused_rows(model, prompts, new, options)

@@ -81,7 +81,7 @@ def sets(smoke: bool) -> Iterator[Set]:
 
 
 def measure(one: Set, methods: tuple[str, ...], validation: Any) -> dict[str, Any]:
-    known = few_shot.Candidate.all()
+    existing = few_shot.Candidate.all()
     samples = [
         one.pictures.sample(one.shots, validation=validation, seed=(0, number), rest=False)
         for number in range(_SAMPLES)
@@ -89,7 +89,7 @@ def measure(one: Set, methods: tuple[str, ...], validation: Any) -> dict[str, An
     task, held_out = one.pictures.stack(samples, room=samples[0], test=one.test)
     right, test = {}, {}
     for name in methods:
-        candidate = known[name].at_scale(one.pictures.scale)
+        candidate = existing[name].at_scale(one.pictures.scale)
         labels = one.pictures.labels[samples[0].train]
         scores = few_shot.sweep(
             candidate.method,
@@ -122,14 +122,14 @@ def run(options: suite.Options) -> suite.Result:
     methods = _METHODS[:1] + _METHODS[3:4] if options.smoke else _METHODS
     rows, bars = [], []
     for validation in ("folds",) if options.smoke else ("folds", "min4"):
-        found = []
+        items = []
         for one in sets(options.smoke):
-            found.append(measure(one, methods, validation))
-            print(found[-1], flush=True)
+            items.append(measure(one, methods, validation))
+            print(items[-1], flush=True)
         regret, error = (
-            float(np.mean([row[name] for row in found])) for name in ("regret", "error")
+            float(np.mean([row[name] for row in items])) for name in ("regret", "error")
         )
-        rows += [*found, {"set": "mean", "chosen by": validation, "regret": regret, "error": error}]
+        rows += [*items, {"set": "mean", "chosen by": validation, "regret": regret, "error": error}]
         if not options.smoke:
             bars += [
                 suite.at_most(f"{validation}: points behind the best method", regret, 0.5),

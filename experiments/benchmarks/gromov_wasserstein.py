@@ -56,9 +56,9 @@ def run(options: suite.Options) -> suite.Result:
     rows: list[dict[str, Any]] = []
     for n in sizes:
         for pair in pairs(n, statistics):
-            found = measure(pair, options)
-            rows += found
-            print(markdown_table(found), flush=True)
+            result = measure(pair, options)
+            rows += result
+            print(markdown_table(result), flush=True)
     scaling, powers = measure_scaling((200, 2_000) if options.smoke else _SCALING, options.repeats)
     unlike = measure_unlikeness(*((8, 2) if options.smoke else (64, 2)))
     pictures = {} if options.smoke else {"gromov_wasserstein": picture(rows)}
@@ -75,7 +75,7 @@ def real_statistics(width: int) -> dict[str, losses.GraphStatistics]:
     teacher = models.load_model("smollm2")
     layers = teacher.config.num_layers
     student = models.keep_layers(teacher, [i for i in range(layers) if i not in (12, 14, 16, 18)])
-    found = {}
+    entries = {}
     for name, model in (("student", student), ("teacher", teacher)):
         graph, state = nnx.split(model)
 
@@ -86,21 +86,21 @@ def real_statistics(width: int) -> dict[str, losses.GraphStatistics]:
             return losses.graph_statistics(model.logits(hidden)[0], width)
 
         parts = [statistics(state, row) for row in tokens]
-        found[name] = jax.tree.map(lambda *x: np.concatenate(x), *parts)
-    return found
+        entries[name] = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    return entries
 
 
 def pairs(n: int, statistics: dict[str, losses.GraphStatistics] | None) -> list[Pair]:
     rng = np.random.default_rng(n)
     z, w = rng.normal(size=(2, 256, n)).astype(np.float32)
-    found = [Pair("gaussian", n, FactoredGraph(z), FactoredGraph(w))]
+    items = [Pair("gaussian", n, FactoredGraph(z), FactoredGraph(w))]
     if statistics is None:
-        return found
+        return items
     x, y = (standardized(statistics[name])[:512, :n] for name in ("student", "teacher"))
-    found.append(Pair("rank", n, FactoredGraph(x), FactoredGraph(y)))
-    found.append(token_pair("token", n, statistics, probabilities))
-    found.append(token_pair("token, z-scores", n, statistics, standardized))
-    return found
+    items.append(Pair("rank", n, FactoredGraph(x), FactoredGraph(y)))
+    items.append(token_pair("token", n, statistics, probabilities))
+    items.append(token_pair("token, z-scores", n, statistics, standardized))
+    return items
 
 
 def standardized(s: losses.GraphStatistics) -> np.ndarray:
@@ -125,11 +125,11 @@ def token_pair(
     mass = np.zeros(1 + max(x_ids.max(), y_ids.max()))
     for values, ids in ((x, x_ids), (y, y_ids)):
         np.add.at(mass, ids[:, :_K], values[:, :_K])
-    place = np.full(len(mass), n, np.int32)
+    array = np.full(len(mass), n, np.int32)
     chosen = np.argsort(-mass)[:n]
-    place[chosen] = np.arange(len(chosen))
+    array[chosen] = np.arange(len(chosen))
     token = [
-        FactoredGraph(values[:, :_K], place[ids[:, :_K]], n)
+        FactoredGraph(values[:, :_K], array[ids[:, :_K]], n)
         for values, ids in ((x, x_ids), (y, y_ids))
     ]
     return Pair(family, n, *token)
@@ -321,7 +321,7 @@ def unlike_picture(rows: Sequence[dict[str, Any]]) -> figures.Picture:
             ]
             for bounds in ("cheap", "third")
         }
-        series = [figures.Series(name=name, runs=[found]) for name, found in points.items()]
+        series = [figures.Series(name=name, runs=[result]) for name, result in points.items()]
         return figures.Panel(
             x=f"share of other logits, {kind}", y="upper / lower", log="xy", series=series
         )
@@ -337,11 +337,11 @@ def bars(rows: Sequence[dict[str, Any]]) -> list[suite.Bar]:
         solved = [table.get((graph, n, name), {}).get("value", math.inf) for name in names]
         return min(solved)
 
-    found = []
+    items = []
 
     def bar(name: str, value: float, limit: float, sense: str = "<=") -> None:
         if math.isfinite(value):
-            found.append(suite.Bar(name=name, value=value, limit=limit, sense=sense))
+            items.append(suite.Bar(name=name, value=value, limit=limit, sense=sense))
 
     for graph in ("token", "token, z-scores"):
         refined = table.get((graph, 512, "certificate, refined"))
@@ -361,7 +361,7 @@ def bars(rows: Sequence[dict[str, Any]]) -> list[suite.Bar]:
     if refined is not None:
         ratio = refined["value"] / peers("gaussian", 128)
         bar("gaussian, n = 128: refined upper / best of POT and ott", ratio, 1.05)
-    return found
+    return items
 
 
 def seconds_at_equal_quality(
@@ -389,7 +389,7 @@ def picture(rows: Sequence[dict[str, Any]]) -> figures.Picture:
             if row.get(column):
                 name = row["method"].partition(", best")[0]
                 points.setdefault(name, []).append((row["n"], row[column]))
-        return [figures.Series(name=name, runs=[found]) for name, found in points.items()]
+        return [figures.Series(name=name, runs=[result]) for name, result in points.items()]
 
     named: dict[str, Any] = {"x": "nodes of each graph", "log": "xy"}
     return figures.Picture(

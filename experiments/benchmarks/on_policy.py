@@ -73,9 +73,9 @@ class _Lab:
     @functools.cached_property
     def whole(self) -> str:
         """The teacher; that of bytes is taught here."""
-        place = self.directory / "whole"
-        if self.part == "smollm2" or (place / "config.json").exists():
-            return "smollm2" if self.part == "smollm2" else str(place)
+        path = self.directory / "whole"
+        if self.part == "smollm2" or (path / "config.json").exists():
+            return "smollm2" if self.part == "smollm2" else str(path)
         sizes: Any = dict(hidden_size=64, intermediate_size=256, num_layers=6, num_heads=4)
         config = models.DecoderConfig(
             vocab_size=257, num_kv_heads=4, head_dim=16, max_length=512, **sizes
@@ -93,8 +93,8 @@ class _Lab:
             mesh=self.mesh,
             directory=self.directory / "taught",
         ).params
-        models.save_pretrained(student.finished(params), tokenizer, place)
-        return str(place)
+        models.save_pretrained(student.finished(params), tokenizer, path)
+        return str(path)
 
     @functools.cached_property
     def teacher(self) -> tuple[models.Decoder, Any]:
@@ -106,8 +106,8 @@ class _Lab:
 
     @functools.cached_property
     def corpus(self) -> distillation.Corpus:
-        known = {self.reading.teachers[0]: self.teacher}
-        return self.reading.load(self.packed, {}, self.directory, known)
+        entries = {self.reading.teachers[0]: self.teacher}
+        return self.reading.load(self.packed, {}, self.directory, entries)
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
@@ -127,13 +127,13 @@ class _Lab:
     @functools.cached_property
     def warm(self) -> distillation.Student:
         """The student that both arms begin with."""
-        place = self.directory / "warm" / "model"
-        if not place.exists():
+        path = self.directory / "warm" / "model"
+        if not path.exists():
             cut = models.keep_layers(self.teacher[0], self.pruning.kept)
             student = self.student(cut)
             params = self.train(student, "off-policy", 0, self.steps[0], "warm")
-            models.save_pretrained(student.finished(params), self.teacher[1], place)
-        return self.student(models.load_model(str(place), layout="listed"))
+            models.save_pretrained(student.finished(params), self.teacher[1], path)
+        return self.student(models.load_model(str(path), layout="listed"))
 
     def train(
         self,
@@ -186,10 +186,10 @@ class _Lab:
             directory=self.directory,
         )
         text = tested.splits["train"].batch(0, seed=7, batch_size=rows)
-        batch, _, told = writer.mix(0, text, params, student.frozen, oldest=0)
+        batch, _, notes = writer.mix(0, text, params, student.frozen, oldest=0)
         columns = batch[self.packed.names["pivot"]]
         sums = jax.device_get(self.divergence(student, params, columns))
-        means = {name.removeprefix("rollout/"): a / max(b, 1) for name, (a, b) in told.items()}
+        means = {name.removeprefix("rollout/"): a / max(b, 1) for name, (a, b) in notes.items()}
         return means | {"KL": float(sums[0] / sums[1])}
 
     def divergence(self, student: distillation.Student, params: Any, columns: Any) -> Any:
@@ -232,15 +232,15 @@ def _measured(lab: _Lab) -> tuple[list[dict[str, Any]], list[suite.Bar]]:
         params = lab.train(warm, arm, seed, steps, f"{arm}-{seed}")
         return lab.scores(warm, params) | {"steps": steps}
 
-    found = {arm: [] for arm in ARMS}
+    entries = {arm: [] for arm in ARMS}
     for seed in range(lab.seeds):
         for arm in ARMS:
             path = parts / f"{arm}-{seed}.json"
-            found[arm].append(records.kept(path, functools.partial(trained, arm, seed)))
-    for arm, of_seeds in found.items():
+            entries[arm].append(records.kept(path, functools.partial(trained, arm, seed)))
+    for arm, of_seeds in entries.items():
         means = {name: float(np.mean([one[name] for one in of_seeds])) for name in of_seeds[0]}
         rows.append({"part": lab.part, "model": arm, **means, "CPU-s a step": costs[arm]})
-    off, on = ([one["KL"] for one in found[arm]] for arm in ARMS)
+    off, on = ([one["KL"] for one in entries[arm]] for arm in ARMS)
     gain = np.subtract(off, on)
     lower = gain.mean() - _T * gain.std(ddof=1) / np.sqrt(len(gain))
     last, teacher = rows[-1], rows[0]

@@ -66,13 +66,13 @@ def run(options: suite.Options) -> suite.Result:
     root = options.directory
     root.mkdir(parents=True, exist_ok=True)
     # Both sizes are to be streamed, also where they are small.
-    sizes, held = ((5e6, 2.5e7), 10**6) if options.smoke else ((2e8, 1e9), 1 << 25)
+    sizes, stored = ((5e6, 2.5e7), 10**6) if options.smoke else ((2e8, 1e9), 1 << 25)
     rows, peaks, seconds = list[dict[str, Any]](), [], []
     for size in sizes:
         source = root / f"{size:.0f}.jsonl"
         _write(source, int(size))
         seen = json.loads(
-            _start(source, root / f"{size:.0f}", held).communicate()[0].splitlines()[-1]
+            _start(source, root / f"{size:.0f}", stored).communicate()[0].splitlines()[-1]
         )
         peaks.append(seen["peak"])
         seconds.append(seen["seconds"])
@@ -81,12 +81,12 @@ def run(options: suite.Options) -> suite.Result:
         rows.append(row)
     small, source = root / f"{sizes[0]:.0f}", root / f"{sizes[0]:.0f}.jsonl"
     again = root / "again"
-    process = _start(source, again, held)
+    process = _start(source, again, stored)
     time.sleep(0.8 * seconds[0])
     process.kill()
     process.wait()
     left = [p.name for p in again.rglob("*") if p.is_file()] if again.exists() else []
-    _start(source, again, held).communicate()
+    _start(source, again, stored).communicate()
     equal = _digests(again) == _digests(small)
     rows.append({"text, MB": "killed", "rows": f"{len(left)} files left", "equal": equal})
     for path in [*root.glob("*.jsonl"), *(p for p in root.iterdir() if p.is_dir())]:

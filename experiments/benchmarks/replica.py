@@ -62,7 +62,7 @@ def run(options: suite.Options) -> suite.Result:
     steps = f"--steps={3 if smoke else 200}"
     mixed = ("--loss=kl:0.9", "--loss=sft:0.1", f"--cache_top_k={16 if smoke else 64}")
     arms = ARMS[:1] if smoke else ARMS
-    found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
+    entries: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
     policy = (f"--top_logprobs={_TOKENS}", "--bias=none", "--decimals=2")
     flags = (*policy, "--max_length=256")
     # What was read of a server is kept under its address.
@@ -81,24 +81,26 @@ def run(options: suite.Options) -> suite.Result:
         for seed in range(seeds):
             student = root / f"student-{seed}"
             _untaught(student, width=width, layers=layers, seed=seed + 1)
-            said = root / f"replica-{seed}" / "teachers" / "source0"
-            ways["no head"] = (f"--teacher=cache:{said}", *mixed)
+            message = root / f"replica-{seed}" / "teachers" / "source0"
+            ways["no head"] = (f"--teacher=cache:{message}", *mixed)
             for arm in arms:
                 out = root / f"{arm.replace(' ', '_')}-{seed}"
                 begin = ("distill", f"--student={student}", f"--seed={seed}", steps)
                 _command(*begin, *ways[arm], *training, f"--out={out}")
                 scores = _scores(out)
                 excess = 100 * (scores["perplexity"] / taught["perplexity"] - 1)
-                found[arm].append(scores | {"excess": excess})
+                entries[arm].append(scores | {"excess": excess})
     width_seen, leak = _recovered(root / "audit", teacher)
     table = [{"model": "teacher", "perplexity": taught["perplexity"]}]
-    for arm, runs in found.items():
+    for arm, runs in entries.items():
         row = {"model": arm, "perplexity": spread(runs, "perplexity"), "seeds": len(runs)}
         table.append(row | {"over the teacher's, %": spread(runs, "excess")})
     table.append({"model": f"head: width {width_seen} of {width}, leak {leak:.4g}"})
     if smoke:
         return suite.Result(rows=table)
-    mean = {arm: float(np.mean([run["perplexity"] for run in runs])) for arm, runs in found.items()}
+    mean = {
+        arm: float(np.mean([run["perplexity"] for run in runs])) for arm, runs in entries.items()
+    }
     bars = [
         suite.at_most("width that the audit is off by", abs(width_seen - width), 0),
         suite.at_least("leak of the head", leak, 0.98),

@@ -45,8 +45,8 @@ def run(options: suite.Options) -> suite.Result:
             **more,
         )
         packed = reading.pack(tokenizer, root / options.scale / "rows")
-        wanted = {"train": np.concatenate(rows_of)}
-        return reading.load(packed, wanted, root / options.scale / name)
+        entries = {"train": np.concatenate(rows_of)}
+        return reading.load(packed, entries, root / options.scale / name)
 
     def read(corpus: distillation.Corpus) -> tuple[list[Any], float]:
         """Read each batch, and time one; the first compiles."""
@@ -81,16 +81,16 @@ def run(options: suite.Options) -> suite.Result:
             far = corpus(f"api:{address}", "served", served_rank=rank)
             far.metrics()
             views, seconds = read(far)
-            told = {name.partition("/")[2]: a / b for name, (a, b) in far.metrics().items()}
+            entries = {name.partition("/")[2]: a / b for name, (a, b) in far.metrics().items()}
             pairs = zip(here, views, wheres, strict=True)
             kls = [np.asarray(lost(a.hidden, b.hidden, head))[where] for a, b, where in pairs]
             table.append(
                 {
                     "teacher": f"served, rank {rank}" if rank else "served, hidden states",
-                    "bytes": told["bytes_a_position"],
+                    "bytes": entries["bytes_a_position"],
                     "seconds a batch": seconds,
                     "KL lost": float(np.concatenate(kls).mean()),
-                    "error of the states": told["rank_error"],
+                    "error of the states": entries["rank_error"],
                 }
             )
     for tail in (0, 8 if smoke else 64):

@@ -40,11 +40,11 @@ def run(options: suite.Options) -> suite.Result:
         statistics = general.real_statistics(512)
     rows: list[dict[str, Any]] = []
     for family, n, count in plan:
-        found = [
+        items = [
             solved(*graphs, peers=case < _PEER_CASES)
             for case, graphs in enumerate(cases(family, n, count, statistics))
         ]
-        rows.append({"graph": family, "n": n, "cases": count} | summary(found))
+        rows.append({"graph": family, "n": n, "cases": count} | summary(items))
         print(rows[-1], flush=True)
     bars = []
     for name, some in (

@@ -142,7 +142,7 @@ _PASSES = 4
 def _verify(ensemble: decoding.Ensemble, rows: int, width: int) -> Callable[[], Any]:
     """``_PASSES`` passes of so many positions by all members, and the fused choice."""
     plan = ensemble.plan
-    held = [plan.init_cache(rows, 128)]
+    items = [plan.init_cache(rows, 128)]
 
     @functools.partial(jax.jit, donate_argnums=1)
     def forward(params: Any, cache: Any) -> tuple[jax.Array, Any]:
@@ -152,7 +152,7 @@ def _verify(ensemble: decoding.Ensemble, rows: int, width: int) -> Callable[[], 
 
     def call() -> Any:
         for _ in range(_PASSES):
-            chosen, held[0] = forward(ensemble.params, held[0])
+            chosen, items[0] = forward(ensemble.params, items[0])
             jax.block_until_ready(chosen)
         return chosen
 

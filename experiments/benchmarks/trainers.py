@@ -192,14 +192,14 @@ def _maxtext(size: Size, devices: Any, axis: str) -> Iterator[Any]:
                 return forward(model=model, decoder_target_mask=mask, cache=None, **given)
 
             def step(params: Any, rest: Any, teacher: Any, batch: Any) -> Any:
-                said = read(strategy.teacher_forward_fn, teacher, rest, batch)
-                said = jax.lax.stop_gradient(said)
+                message = read(strategy.teacher_forward_fn, teacher, rest, batch)
+                message = jax.lax.stop_gradient(message)
 
                 def loss(params: Any) -> Any:
                     answer = read(strategy.student_forward_fn, params, rest, batch)
                     segments = batch["targets_segmentation"]
                     labels = strategy.create_labels(batch["targets"], targets_segmentation=segments)
-                    return strategy.compute_loss(answer, said, labels, step=None)
+                    return strategy.compute_loss(answer, message, labels, step=None)
 
                 return jax.value_and_grad(loss, has_aux=True)(params)
 

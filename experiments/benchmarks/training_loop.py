@@ -57,11 +57,11 @@ def run(options: suite.Options) -> suite.Result:
             student.trained, tx, mesh=session.mesh, rules=models.DECODER_RULES, seed=0
         )
 
-    held = training.BatchLayout(session.mesh).place(batches(0))
+    stored = training.BatchLayout(session.mesh).place(batches(0))
 
     def alone(state: Any) -> Any:
         for _ in range(steps):
-            state, _ = step_of_arm(state, held)
+            state, _ = step_of_arm(state, stored)
         return state
 
     def loop(state: Any, name: str) -> Any:
@@ -87,10 +87,10 @@ def run(options: suite.Options) -> suite.Result:
     pauses, beside, state = [], [], start()
     with training.Checkpointer(workdir / "checkpoints") as checkpointer:
         for number in range(options.repeats + 1):
-            state, _ = step_of_arm(state, held)
+            state, _ = step_of_arm(state, stored)
             pauses.append(_seconds(checkpointer.save, number, state))
             begin = time.perf_counter()
-            state, _ = jax.block_until_ready(step_of_arm(state, held))
+            state, _ = jax.block_until_ready(step_of_arm(state, stored))
             beside.append(time.perf_counter() - begin)
             checkpointer.wait()
     # The first save makes folders and compiles its checksums.

@@ -69,8 +69,8 @@ def run(options: suite.Options) -> suite.Result:
 
 def _one(folder: Path, number: int, smoke: bool) -> dict[str, Any]:
     made = people(number)
-    known = [dict(question=q, answer=a) for q, a in facts(number)["retain"]]
-    for name, rows in (made | {"retain": made["neighbours"] + known}).items():
+    items = [dict(question=q, answer=a) for q, a in facts(number)["retain"]]
+    for name, rows in (made | {"retain": made["neighbours"] + items}).items():
         storage.write_atomic(
             folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows)
         )
@@ -124,9 +124,9 @@ def _teach(folder: Path, target: Path, *, smoke: bool = False) -> None:
             state, _ = step(state, batch)
         model = nnx.merge(graphdef, state.params, rest)
     else:
-        place: Any = epath.Path(folder / "teach")
+        path: Any = epath.Path(folder / "teach")
         how: dict[str, Any] = dict(batch=12, rate=2e-3, rank=16)
-        model = teach(model, rows, place, steps=_TEACHING_STEPS, **how)
+        model = teach(model, rows, path, steps=_TEACHING_STEPS, **how)
     models.save_pretrained(model, tokenizer, target)
 
 
@@ -144,15 +144,15 @@ def _measured(folder: Path, target: Path, out: Path) -> dict[str, Any]:
     bare = written = unlearning.Deployed(model=model)
     status = json.loads((folder / "ended.json").read_text())["status"]
     verdict = json.loads((out / "verdict.json").read_text())
-    there = (out / "assistant").exists()
-    if there:
+    present = (out / "assistant").exists()
+    if present:
         written = unlearning.Deployed.load(model, out / "assistant")
     least = verdict["kept"].get("least", {})
     back = max(unlearning.relearning(written, questions, rates=(5e-4,), steps=(30,)),
                key=lambda record: record["others"])  # fmt: skip
     return {
         "verdict": verdict["words"],
-        "agrees": (status == 0) == there == verdict["passed"],
+        "agrees": (status == 0) == present == verdict["passed"],
         "taught": float(questions.probabilities(bare, "forget").min()),
         "worst / control": max(
             (2 * fact["worst"] / fact["limit"] for fact in verdict["facts"]), default=float("nan")
@@ -186,8 +186,8 @@ def _gaps(
     subprocess.run([python, str(script), *paths], env=env, check=True)
     model, assistant = written.model, written.assistant
     logits = model.logits(model.hidden_states(ids[None])[0])
-    said = assistant.logits(assistant.hidden_states(ids[None])[0])
-    fused, _ = fusion.LogitDifference(alpha=written.alpha)(logits, said[None], None)
-    ours, theirs = np.asarray(jax.nn.log_softmax(fused)), np.load(out / "theirs.npz")
-    pairs = ((ours, theirs["float32"]), (ours, theirs["float64"]), tuple(theirs.values()))
+    message = assistant.logits(assistant.hidden_states(ids[None])[0])
+    fused, _ = fusion.LogitDifference(alpha=written.alpha)(logits, message[None], None)
+    ours, other = np.asarray(jax.nn.log_softmax(fused)), np.load(out / "theirs.npz")
+    pairs = ((ours, other["float32"]), (ours, other["float64"]), tuple(other.values()))
     return {name: float(abs(a - b).max()) for name, (a, b) in zip(names, pairs, strict=True)}

@@ -42,10 +42,10 @@ def run(options: suite.Options) -> suite.Result:
     if not options.smoke:
         alexnet = vision.load_encoder("alexnet", size=size)
         calls["alexnet"] = lambda: alexnet.encode(taken)
-    rows, theirs = [], None
+    rows, array = [], None
     with _torch(options, pixels, batch) as torch:
         if torch is not None:
-            theirs = np.array(torch("efficientnet_lite0", True))
+            array = np.array(torch("efficientnet_lite0", True))
             for name in ("efficientnet_lite0", "alexnet"):
                 calls[f"{name}, torch"] = functools.partial(torch, name, False)
         seconds = timing.paired_seconds(calls, repeats=options.repeats)
@@ -58,7 +58,7 @@ def run(options: suite.Options) -> suite.Result:
         row |= {"images/s": speeds[name], "torch images/s": speeds.get(f"{name}, torch")}
         if not options.smoke and name == "efficientnet_lite0":
             row["right of 20"] = right
-            row["as torch"] = None if theirs is None else int((named == theirs).sum())
+            row["as torch"] = None if array is None else int((named == array).sum())
         rows.append(row)
     bar = suite.at_least("photographs that EfficientNet-Lite0 names", right, _PROMISED)
     return suite.Result(rows=rows, bars=[] if options.smoke else [bar])

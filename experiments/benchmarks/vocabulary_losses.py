@@ -90,12 +90,12 @@ def _measure(shape: Shape, kind: str, options: suite.Options) -> list[dict[str, 
 
 def _bars(rows: list[dict[str, Any]]) -> list[suite.Bar]:
     bars = []
-    held = {(r["loss"], r["V"], r["form"]): r for r in rows}
-    for (kind, vocab, form), row in held.items():
+    entries = {(r["loss"], r["V"], r["form"]): r for r in rows}
+    for (kind, vocab, form), row in entries.items():
         if kind != "kl" or not form.startswith("blocked") or vocab < 150_000:
             continue
         where = f"KL, H={row['H']}, V={vocab}, {form}"
-        dense = held[kind, vocab, "dense"]
+        dense = entries[kind, vocab, "dense"]
         share = row["temp MiB"] / dense["temp MiB"]
         if row["H"] <= 1024:
             bars.append(suite.at_most(f"{where}: scratch memory / dense", share, 0.1))

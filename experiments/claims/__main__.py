@@ -35,9 +35,9 @@ def run(names: Sequence[str], workdir: pathlib.Path) -> None:
     if not settings:
         raise app.UsageError(f"{names[0]}: expected a claim with a setting to run, got none")
     for setting in settings.values():
-        place = records_of.RECORDS / setting.records
-        place.mkdir(parents=True, exist_ok=True)
-        promised = place / records_of.THRESHOLDS
+        path = records_of.RECORDS / setting.records
+        path.mkdir(parents=True, exist_ok=True)
+        promised = path / records_of.THRESHOLDS
         if not promised.exists():
             table = thresholds(claims.values(), setting.records)
             promised.write_text(json.dumps(table, indent=1) + "\n")

@@ -21,13 +21,13 @@ def faults(docs: pathlib.Path = ROOT / "docs") -> list[str]:
         claims = load(docs / "claims")
     except ValueError as error:
         return [str(error)]
-    wanted = {f"{name}-{number + 1}" for name, count in COUNTS.items() for number in range(count)}
-    wrong = [f"{name}: expected a file, got none" for name in sorted(wanted - set(claims))]
-    wrong += [f"{name}: expected a claim of the list, got another" for name in set(claims) - wanted]
+    names = {f"{name}-{number + 1}" for name, count in COUNTS.items() for number in range(count)}
+    wrong = [f"{name}: expected a file, got none" for name in sorted(names - set(claims))]
+    wrong += [f"{name}: expected a claim of the list, got another" for name in set(claims) - names]
     records = docs / "results" / "claims"
-    for place in sorted(path for path in records.glob("*") if path.is_dir()):
-        promised = json.loads((place / records_of.THRESHOLDS).read_text())
-        for name, delta in thresholds(claims.values(), place.name).items():
+    for location in sorted(path for path in records.glob("*") if path.is_dir()):
+        promised = json.loads((location / records_of.THRESHOLDS).read_text())
+        for name, delta in thresholds(claims.values(), location.name).items():
             if promised.get(name) != delta:
                 wrong.append(f"{name}: delta: expected {promised.get(name)} as before the run")
     for claim in claims.values():
@@ -61,11 +61,11 @@ def _of_claim(claim: Claim) -> Iterator[str]:
 
 
 def _of_setting(setting: Setting, folder: pathlib.Path) -> Iterator[str]:
-    place = folder / setting.records
-    if not records_of.made(place):
+    path = folder / setting.records
+    if not records_of.made(path):
         return
     try:
-        arms = records_of.read(place)
+        arms = records_of.read(path)
     except ValueError as error:
         yield str(error)
         return

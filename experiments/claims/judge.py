@@ -125,23 +125,23 @@ def judge(
 
     A claim without records stays open; what is not decided by numbers here keeps its verdict.
     """
-    found: dict[str, list[statistics.Estimate]] = {}
+    entries: dict[str, list[statistics.Estimate]] = {}
     for name, claim in claims.items():
         if claim.settings and all(records_of.made(folder / one.records) for one in claim.settings):
-            found[name] = [
+            entries[name] = [
                 estimate(contrast, setting, records_of.read(folder / setting.records))
                 for setting in claim.settings
                 for contrast in setting.contrasts
             ]
     # Holm over all contrasts of a paper, which were named before any was run.
-    for prefix in {name.partition("-")[0] for name in found}:
-        paper = [name for name in found if name.startswith(f"{prefix}-")]
-        every = [one for name in paper for one in found[name]]
+    for prefix in {name.partition("-")[0] for name in entries}:
+        paper = [name for name in entries if name.startswith(f"{prefix}-")]
+        every = [one for name in paper for one in entries[name]]
         adjusted = iter(statistics.holm([one.p for one in every]))
         for name in paper:
-            found[name] = [dataclasses.replace(one, p=next(adjusted)) for one in found[name]]
+            entries[name] = [dataclasses.replace(one, p=next(adjusted)) for one in entries[name]]
     return {
-        name: claim.model_copy(update={"verdict": _verdict(claim, found.get(name))})
+        name: claim.model_copy(update={"verdict": _verdict(claim, entries.get(name))})
         for name, claim in claims.items()
     }
 

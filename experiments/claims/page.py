@@ -31,12 +31,12 @@ def sentence(claim: Claim) -> str:
     """A verdict in a line, as other pages repeat it."""
     verdict = claim.verdict
     where = "by the paper's own numbers" if verdict.scope == "paper" else "here"
-    told = f"[{claim.id}](claims.md): **{verdict.word}** {where}."
+    notes = f"[{claim.id}](claims.md): **{verdict.word}** {where}."
     if verdict.effects:
-        told += " " + "; ".join(map(_effect, verdict.effects)) + "."
+        notes += " " + "; ".join(map(_effect, verdict.effects)) + "."
     elif verdict.computed:
-        told += f" Computed: {', '.join(f'{value:g}' for value in verdict.computed)}."
-    return told
+        notes += f" Computed: {', '.join(f'{value:g}' for value in verdict.computed)}."
+    return notes
 
 
 def _effect(effect: Effect) -> str:
@@ -96,11 +96,11 @@ def _contrasts(claim: Claim):
 
 def _why(claim: Claim) -> str:
     verdict = claim.verdict
-    told = []
+    items = []
     if verdict.computed and claim.arithmetic is not None:
-        told.append(
+        items.append(
             f"`{claim.arithmetic.formula}` = {', '.join(f'{v:g}' for v in verdict.computed)}; "
             f"claimed {', '.join(f'{v:g}' for v in claim.arithmetic.claimed)}."
         )
-    told += [part for part in (verdict.why, claim.note) if part]
-    return " ".join(told)
+    items += [part for part in (verdict.why, claim.note) if part]
+    return " ".join(items)

@@ -45,7 +45,7 @@ def _vq() -> dict[str, list[float]]:
         logits = hidden @ rows.T if where is None else (hidden @ rows.T)[:, where]
         return ops.top_k(logits, 40) if top else logits
 
-    found: dict[str, list[float]] = {}
+    entries: dict[str, list[float]] = {}
     for stage, positions in itertools.product(("logits", "top"), (1, 16, 256)):
         hidden = jnp.array(rng.normal(size=(positions, width)), jnp.float32)
         step = jax.jit(functools.partial(head, top=stage == "top"))
@@ -54,8 +54,8 @@ def _vq() -> dict[str, list[float]]:
             "vq": functools.partial(step, few, hidden, assignment),
         }
         rounds = [paired_seconds(calls, repeats=_REPEATS) for _ in range(_ROUNDS)]
-        found[f"{stage}_{positions}"] = [paired_ratio(one["full"], one["vq"]) for one in rounds]
-    return found
+        entries[f"{stage}_{positions}"] = [paired_ratio(one["full"], one["vq"]) for one in rounds]
+    return entries
 
 
 _PARTS: Mapping[str, Callable[[], Any]] = {"closed_form": _closed_form, "vq": _vq}
@@ -63,12 +63,12 @@ _PARTS: Mapping[str, Callable[[], Any]] = {"closed_form": _closed_form, "vq": _v
 
 def main(argv: list[str]) -> None:
     """The command; what is there is not measured again."""
-    place = pathlib.Path(flags.FLAGS.workdir) / "rounds.json"
-    if not place.exists():
-        found = _PARTS[argv[1]]()
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(json.dumps(found, indent=1) + "\n")
-    print(place.read_text())
+    path = pathlib.Path(flags.FLAGS.workdir) / "rounds.json"
+    if not path.exists():
+        result = _PARTS[argv[1]]()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    print(path.read_text())
 
 
 if __name__ == "__main__":

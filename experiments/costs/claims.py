@@ -10,8 +10,8 @@ from experiments.claims.record import Record, make
 
 def records(setting: Setting, workdir: pathlib.Path) -> Iterator[Record]:
     """A record a case and round: `exponent`, or `faster` than a full head."""
-    found = json.loads((workdir / "rounds.json").read_text())
+    record = json.loads((workdir / "rounds.json").read_text())
     for arm in setting.arms:
-        for number, value in enumerate(found[arm]):
+        for number, value in enumerate(record[arm]):
             metric = setting.contrasts[0].metric
             yield make(setting, arm, number, {metric: [value]}, units=["round"], examples=0)

@@ -121,7 +121,7 @@ def arms(config: Config) -> dict[str, Arm]:
         del labels
         return distillation.dist(student, teacher, temperature=config.temperature)
 
-    found = [
+    items = [
         Arm(name="ce"),
         Arm(name="kd", logit_loss=functools.partial(kd, temperature=config.temperature)),
         # What is published differs by pair of networks: a fair baseline tries temperatures too.
@@ -138,9 +138,9 @@ def arms(config: Config) -> dict[str, Arm]:
     kinds: tuple[Auxiliary, ...] = ("linear", "mlp")
     for auxiliary in kinds:
         made = functools.partial(Arm, logit_loss=logit_loss, auxiliary=auxiliary)
-        found += [made(name=f"dual_{auxiliary}")]
-        found += [made(name=f"dual_{auxiliary}_aligned", aligned=True)]
-    return {arm.name: arm for arm in found}
+        items += [made(name=f"dual_{auxiliary}")]
+        items += [made(name=f"dual_{auxiliary}_aligned", aligned=True)]
+    return {arm.name: arm for arm in items}
 
 
 def outputs(model: Any, inputs: Any, *, train: bool, key: Any = None) -> tuple[Any, Any, Any]:

@@ -27,14 +27,14 @@ def programs(config: Config, mesh: Mesh) -> Iterator[Program]:
 
     On CPU a run takes the steps of a convolutional epoch one by one, see `train.Trainer`.
     """
-    placed, known = Placed(task=_task(config), mesh=mesh, arrays=None), arms(config)
-    teaching = Trainer(config, placed, known["ce"], Course.of_teacher(config))
+    placed, existing = Placed(task=_task(config), mesh=mesh, arrays=None), arms(config)
+    teaching = Trainer(config, placed, existing["ce"], Course.of_teacher(config))
     weights = shapes.replicated(mesh, (teaching.params, teaching.stats))
     teacher = Teacher(graphdef=teaching.graphdef, argument=weights, precomputed=False)
-    names = [name for name in config.arm if known[name].logit_loss is not None]
-    name = next((name for name in names if known[name].auxiliary), names[-1])
+    names = [name for name in config.arm if existing[name].logit_loss is not None]
+    name = next((name for name in names if existing[name].auxiliary), names[-1])
     trainer = Trainer(
-        config, placed, known[name], Course.of_student(config, known[name]), teacher=teacher
+        config, placed, existing[name], Course.of_student(config, existing[name]), teacher=teacher
     )
     steps = trainer.steps if fits_on_device(placed.task) else placed.chunk_steps
     steps = min(steps, trainer.steps)

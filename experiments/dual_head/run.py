@@ -25,13 +25,13 @@ from logitjax import processes, training
 
 def train_all(config: Config, workdir: epath.Path) -> dict[str, Any]:
     """The teacher's record, and those of every arm by seed."""
-    mesh, known = training.make_mesh(config.mesh), arms(config)
+    mesh, existing = training.make_mesh(config.mesh), arms(config)
     placed = place(load_task(config, workdir), mesh)
     taught = placed
     if config.teacher_examples:
         other = dataclasses.replace(config, train_examples=config.teacher_examples)
         taught = place(load_task(other, workdir), mesh)
-    teaching = Scorer(Trainer(config, taught, known["ce"], Course.of_teacher(config)))
+    teaching = Scorer(Trainer(config, taught, existing["ce"], Course.of_teacher(config)))
     if config.teacher_weights:
         lanes, record = _load(teaching, config.teacher_weights)
     else:
@@ -41,7 +41,7 @@ def train_all(config: Config, workdir: epath.Path) -> dict[str, Any]:
     logging.info("teacher %s: test accuracy %.4f", config.teacher, record["test"][0])
     results: dict[str, Any] = {"teacher": record, "arms": {}}
     for name in config.arm:
-        arm = known[name]
+        arm = existing[name]
         # One compilation for all seeds of a course; none where all are on disk.
         scorer = functools.cache(functools.partial(_student, config, placed, arm, teacher))
         course = Course.of_student(config, arm)

@@ -57,8 +57,8 @@ class Udhr(Builder):
 def read_paragraphs(path: os.PathLike[str]) -> list[str]:
     """Headings, paragraphs and list items of one translation, without markup."""
     body = epath.Path(path).read_text().partition("<body")[2]
-    found = (html.unescape(_TAG.sub(" ", part)) for part in _ARTICLE.findall(body))
-    return [" ".join(text.split()) for text in found if text.strip()]
+    result = (html.unescape(_TAG.sub(" ", part)) for part in _ARTICLE.findall(body))
+    return [" ".join(text.split()) for text in result if text.strip()]
 
 
 def windows(paragraphs: Sequence[str], split: str) -> Iterator[tuple[int, str]]:

@@ -105,9 +105,9 @@ class Totals:
         self.count = 0
 
     def add(self, arm: str, sums: Mapping[str, Any]) -> None:
-        held = self.sums.setdefault(arm, {})
+        stored = self.sums.setdefault(arm, {})
         for name, value in jax.device_get(dict(sums)).items():
-            held[name] = held.get(name, 0.0) + np.asarray(value, np.float64)
+            stored[name] = stored.get(name, 0.0) + np.asarray(value, np.float64)
 
     def means(self, arm: str) -> dict[str, Any]:
         return {name: value / self.count for name, value in self.sums[arm].items()}
@@ -146,9 +146,9 @@ def score(
             totals.add(name, _sums(*_fused(*inputs, strategy=strategy), *rest))
         if static:
             alphas = jnp.asarray(static, jnp.float32)
-            found = jax.device_get(_static_sums(*inputs, *rest, alphas))
+            values = jax.device_get(_static_sums(*inputs, *rest, alphas))
             for i, alpha in enumerate(static):
-                one = {name: value[i] for name, value in found.items()}
+                one = {name: value[i] for name, value in values.items()}
                 totals.add(static_name(alpha), one | {"alpha": alpha * block.where.sum()})
     return {
         name: {key: float(value) for key, value in totals.means(name).items()}
@@ -193,10 +193,10 @@ def traces(
 ) -> dict[str, list[list[float]]]:
     """Alphas `[T][positions]` of the dynamic arms on the first positions."""
     dynamic = {name: s for name, s in arms.items() if isinstance(s, DynamicFusion)}
-    found: dict[str, list[np.ndarray]] = {name: [] for name in dynamic}
+    entries: dict[str, list[np.ndarray]] = {name: [] for name in dynamic}
     few = [Scored(one.hidden[:positions], one.labels[:positions]) for one in scored]
     for block in blocks(few, heads, block_size):
         for name, strategy in dynamic.items():
             _, info = _fused(block.large, block.experts, block.base, strategy=strategy)
-            found[name].append(np.asarray(info["alpha"])[:, np.asarray(block.where)])
-    return {name: np.concatenate(parts, 1).tolist() for name, parts in found.items()}
+            entries[name].append(np.asarray(info["alpha"])[:, np.asarray(block.where)])
+    return {name: np.concatenate(parts, 1).tolist() for name, parts in entries.items()}

@@ -76,9 +76,9 @@ class Task:
     def batch(self, step: int, *, seed: int, size: int) -> dict[str, np.ndarray]:
         questions = self.splits["train"]
         per_epoch = max(1, len(questions) // size)
-        epoch, place = divmod(step, per_epoch)
+        epoch, location = divmod(step, per_epoch)
         order = np.random.default_rng([seed, epoch]).permutation(len(questions))
-        return dataclasses.asdict(questions[order[place * size : (place + 1) * size]])
+        return dataclasses.asdict(questions[order[location * size : (location + 1) * size]])
 
 
 def load_task(spec: str, tokenizer: Tokenizer, *, length: int, sizes: Mapping[str, int]) -> Task:
@@ -99,8 +99,8 @@ def load_task(spec: str, tokenizer: Tokenizer, *, length: int, sizes: Mapping[st
         for split in data.SPLITS:
             examples = data.load_examples(source, split=split)
             order = np.random.default_rng(0).permutation(len(examples))[: sizes[split]]
-            found = [examples[int(i)] for i in order]
-            rows[split] = [(row["text"], "\nTopic:", " " + row["topic"]) for row in found]
+            items = [examples[int(i)] for i in order]
+            rows[split] = [(row["text"], "\nTopic:", " " + row["topic"]) for row in items]
     else:
         raise ValueError(f"task: expected topics:SOURCE or letters, got {spec!r}")
     answers = sorted({answer for split in data.SPLITS for _, _, answer in rows[split]})
@@ -122,8 +122,8 @@ def _questions(
     for i, (text, question, _) in enumerate(rows):
         asked = tokenizer.encode(question)
         # The beginning of an article says most of what it is about.
-        known = tokenizer.encode(text[: 12 * length], add_bos=None)
-        ids = [*known[: length - len(asked)], *asked]
+        existing = tokenizer.encode(text[: 12 * length], add_bos=None)
+        ids = [*existing[: length - len(asked)], *asked]
         tokens[i, : len(ids)] = ids
         last[i] = len(ids) - 1
     return Questions(tokens, last, np.array([first[answer] for *_, answer in rows], np.int32))

@@ -33,10 +33,10 @@ class FirstFolio(Builder):
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         plays = read_plays(self.folder(dl_manager))
-        held = {play: split for split, names in _HELD_OUT.items() for play in names}
+        entries = {play: split for split, names in _HELD_OUT.items() for play in names}
         return {
             split: self._generate_examples(
-                {play: text for play, text in plays.items() if held.get(play, "train") == split}
+                {play: text for play, text in plays.items() if entries.get(play, "train") == split}
             )
             for split in ("train", "validation", "test")
         }
@@ -56,12 +56,12 @@ def read_plays(folder: epath.Path) -> dict[str, str]:
 def split_speeches(text: str) -> Sequence[str]:
     """Pieces that end where a paragraph ends; lines keep their breaks and lose their indent."""
     lines = "\n".join(line.strip() for line in text.splitlines())
-    pieces, held = [], ""
+    pieces, stored = [], ""
     for paragraph in re.split(r"\n{2,}", lines):
-        held = f"{held}\n{paragraph}" if held else paragraph
-        if len(held) >= _LEAST_CHARACTERS:
-            pieces.append(held.strip())
-            held = ""
-    if held.strip():
-        pieces.append(held.strip())
+        stored = f"{stored}\n{paragraph}" if stored else paragraph
+        if len(stored) >= _LEAST_CHARACTERS:
+            pieces.append(stored.strip())
+            stored = ""
+    if stored.strip():
+        pieces.append(stored.strip())
     return pieces

@@ -56,8 +56,8 @@ class Kind:
 
 def last_number(text: str) -> str | None:
     """The last number in a text without thousands' commas and trailing zeros, None without one."""
-    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
-    return f"{float(found[-1].replace(',', '')):g}" if found else None
+    result = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    return f"{float(result[-1].replace(',', '')):g}" if result else None
 
 
 def same_number(answer: str, right: Sequence[str]) -> float:
@@ -96,9 +96,9 @@ def _gsm8k(row: Mapping[str, Any]) -> Question:
 
 def _trivia_qa(row: Mapping[str, Any]) -> Question:
     answer = row["answer"]
-    known = dict.fromkeys([answer["value"], *answer.get("aliases", ())])
+    existing = dict.fromkeys([answer["value"], *answer.get("aliases", ())])
     return Question(
-        prompt=_asked(row["question"]), response=f" {answer['value']}", right=tuple(known)
+        prompt=_asked(row["question"]), response=f" {answer['value']}", right=tuple(existing)
     )
 
 
@@ -163,25 +163,25 @@ def load_graded(spec: str) -> Graded:
         ValueError: an unknown task, or a row that lacks something, with file and line.
         FileNotFoundError: no such file.
     """
-    name, _, place = spec.partition(":")
-    if name not in KINDS or not place:
+    name, _, location = spec.partition(":")
+    if name not in KINDS or not location:
         raise ValueError(f"expected one of {', '.join(KINDS)} as NAME:DIRECTORY, got {spec!r}")
-    root = epath.Path(place).expanduser()
-    found = {}
+    root = epath.Path(location).expanduser()
+    entries = {}
     for split in SPLITS:
         path = root / f"{split}.jsonl"
         if path.exists():
-            found[split] = _read(path, KINDS[name])
+            entries[split] = _read(path, KINDS[name])
         elif split != "validation":
             raise FileNotFoundError(f"{path}: {name} needs train.jsonl and test.jsonl")
-    if "validation" not in found:
-        held = max(1, len(found["train"]) // 10)
-        found["validation"] = found["train"][-held:]
-        found["train"] = found["train"][:-held]
-    empty = [split for split in SPLITS if not found[split]]
+    if "validation" not in entries:
+        stored = max(1, len(entries["train"]) // 10)
+        entries["validation"] = entries["train"][-stored:]
+        entries["train"] = entries["train"][:-stored]
+    empty = [split for split in SPLITS if not entries[split]]
     if empty:
         raise ValueError(f"{root}: no questions to be the {empty[0]} split of {name}")
-    return Graded(name, {split: found[split] for split in SPLITS})
+    return Graded(name, {split: entries[split] for split in SPLITS})
 
 
 def _read(path: epath.Path, kind: Kind) -> tuple[Question, ...]:

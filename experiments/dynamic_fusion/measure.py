@@ -82,11 +82,11 @@ class Measured:
                 record["graded"] = self._grade(ceiling, chosen[domain], seed)
             self.lineup.forget(ceiling)
         both = tuple(SETS)
-        found = {name: score({}, both, name, "validation") for name in both}
+        entries = {name: score({}, both, name, "validation") for name in both}
         # Of both domains alike: the change of the NLL, for their levels differ.
         mean = {
-            arm: {"nll": statistics.fmean(f[arm]["nll"] for f in found.values())}
-            for arm in found[both[0]]
+            arm: {"nll": statistics.fmean(f[arm]["nll"] for f in entries.values())}
+            for arm in entries[both[0]]
         }
         chosen["several"] = arms.best_static(mean, self.config.static_alpha)
         record["several"] = {name: score(arms.SEVERAL, both, name, "test") for name in BOTH}

@@ -97,13 +97,13 @@ def graded(seeds: Sequence[Any]) -> list[dict[str, Any]]:
             [100 * seed["graded"][end]["grade"] for end in ("large", "ceiling")] for seed in seeds
         ]
         gaps = [gap_closed(grade, *end) for grade, end in zip(grades, ends, strict=True)]
-        known = [gap for gap in gaps if gap is not None]
+        items = [gap for gap in gaps if gap is not None]
         ratios = [100 * g / end[1] for g, end in zip(grades, ends, strict=True) if end[1]]
         rows.append(
             {
                 "arm": arm,
                 "grade %": mean_and_spread(grades),
-                "gap closed %": mean_and_spread(known) if known else None,
+                "gap closed %": mean_and_spread(items) if items else None,
                 "paper's ratio %": mean_and_spread(ratios) if ratios else None,
                 "questions": seeds[0]["graded"][arm]["questions"],
             }
@@ -137,15 +137,15 @@ def _row(
         for measure, title in (("nll", "NLL"), ("accuracy", "accuracy")):
             gaps = [
                 gap_closed(
-                    found[measure],
+                    result[measure],
                     seed["single"][name][name]["large"][measure],
                     seed["ceiling"][name][name][measure],
                 )
-                for found, seed in zip(means, seeds, strict=True)
+                for result, seed in zip(means, seeds, strict=True)
             ]
-            known = [gap for gap in gaps if gap is not None]
-            row[f"gap closed, {title} %"] = mean_and_spread(known) if known else None
-        ratios = [_ratio(found, seed, name) for found, seed in zip(means, seeds, strict=True)]
+            items = [gap for gap in gaps if gap is not None]
+            row[f"gap closed, {title} %"] = mean_and_spread(items) if items else None
+        ratios = [_ratio(result, seed, name) for result, seed in zip(means, seeds, strict=True)]
         row["paper's ratio %"] = mean_and_spread(ratios)
     for key, title, factor in (("alpha", "mean alpha", 1), ("at_bound", "at bound %", 100)):
         row[title] = spread(means, key, factor)
@@ -163,10 +163,10 @@ def verdicts(seeds: Sequence[Any]) -> str:
     """Whether choosing alpha anew pays, in words, by the gap of the NLL on held-out data."""
     lines = []
     for domain in ("domain", "task"):
-        found = [seed["single"][domain][domain] for seed in seeds]
+        items = [seed["single"][domain][domain] for seed in seeds]
         static = [static_name(seed["chosen"][domain]) for seed in seeds]
-        closed = {name: _closed(found, [name] * len(seeds), seeds, domain) for name in SINGLE}
-        fixed = _closed(found, static, seeds, domain)
+        closed = {name: _closed(items, [name] * len(seeds), seeds, domain) for name in SINGLE}
+        fixed = _closed(items, static, seeds, domain)
         alphas = ", ".join(f"{seed['chosen'][domain]:g}" for seed in seeds)
         lines.append(
             f"- {_which(domain)} domain: of the gap of the NLL, proxy-tuning with alpha = 1 closes "

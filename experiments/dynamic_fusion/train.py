@@ -267,12 +267,12 @@ def answer_states(model: models.Decoder, questions: Questions, size: int) -> np.
     def run(state: Any, batch: Mapping[str, Any]) -> jax.Array:
         return _at_last(nnx.merge(graphdef, state), batch).astype(jnp.float32)
 
-    found = []
+    items = []
     for start in range(0, len(questions), size):
         rows = np.arange(start, start + size) % len(questions)
         part = run(state, dataclasses.asdict(questions[rows]))
-        found.append(np.asarray(part)[: len(questions) - start])
-    return np.concatenate(found)
+        items.append(np.asarray(part)[: len(questions) - start])
+    return np.concatenate(items)
 
 
 def _at_last(model: models.Decoder, batch: Mapping[str, Any]) -> jax.Array:

@@ -29,12 +29,14 @@ class Arm:
 
 def arms(config: Config) -> dict[str, Arm]:
     """Every arm by its name; `config.grid` is `'small'` or `'full'`."""
-    known = few_shot.Candidate.all(
+    existing = few_shot.Candidate.all(
         config.grid, epochs=config.epochs, batch_size=config.batch_size, steps=config.steps
     )
     # Caches hold no features from before the last projection.
-    tuned = {n: Arm(candidate=one) for n, one in known.items() if "hidden" not in one.method.needs}
-    tuned["amu_same_encoder"] = Arm(candidate=known["amu"], auxiliary="zero_shot")
+    tuned = {
+        n: Arm(candidate=one) for n, one in existing.items() if "hidden" not in one.method.needs
+    }
+    tuned["amu_same_encoder"] = Arm(candidate=existing["amu"], auxiliary="zero_shot")
     return tuned | _fixed(config)
 
 

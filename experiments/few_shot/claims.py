@@ -16,9 +16,9 @@ def records(setting: Setting, workdir: pathlib.Path) -> Iterator[Record]:
     Units are the parts of the test pictures; where samples have tests of their own, the sample.
     """
     config = json.loads((workdir / "config.json").read_text())
-    (place,) = (workdir / "results").iterdir()
+    (location,) = (workdir / "results").iterdir()
     for arm in setting.arms:
-        paths = [place / f"{arm}_{shots}.json" for shots in config["shots"]]
+        paths = [location / f"{arm}_{shots}.json" for shots in config["shots"]]
         runs = [json.loads(path.read_text()) for path in paths]
         parts = [run["parts"] or np.array(run["test"])[:, None] for run in runs]
         updates = sum(run["updates"] for run in runs)

@@ -64,7 +64,7 @@ def load_task(config: Config, spec: str) -> Task:
     ) -> tuple[list[few_shot.Features], data.ImageSet]:
         images = data.load_image_set(place, split=split)
         chosen = images.choose(rows)
-        found = []
+        items = []
         for encoder in encoders:
             cache = few_shot.extract_features(
                 encoder,
@@ -77,8 +77,8 @@ def load_task(config: Config, spec: str) -> Task:
                 rows=chosen,
                 batch_size=config.encode_batch,
             )
-            found.append(cache.read(chosen))
-        return found, images
+            items.append(cache.read(chosen))
+        return items, images
 
     limited = source.test is not None and not source.train.endswith("]")
     rows = _PER_CLASS if limited else "all"
@@ -102,8 +102,8 @@ def load_task(config: Config, spec: str) -> Task:
         train = inputs(encode(source.data, source.train, config.views, rows)[0])
 
     def held_out(place: str, split: str) -> tuple[few_shot.Inputs, np.ndarray]:
-        pair, found = encode(place, split, "plain")
-        if found.class_names != names:
+        pair, result = encode(place, split, "plain")
+        if result.class_names != names:
             raise ValueError(f"{place}: its classes are not those of {source.data}")
         return jax.tree.map(lambda x: x[0], inputs(pair)), pair[0].labels
 
@@ -116,7 +116,7 @@ def load_task(config: Config, spec: str) -> Task:
         test=None if source.test is None else held_out(source.data, source.test),
         class_weights=weights,
         scale=source.scale,
-        shifted={key: held_out(*place) for key, place in source.shifted.items()},
+        shifted={key: held_out(*location) for key, location in source.shifted.items()},
     )
 
 

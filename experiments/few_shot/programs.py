@@ -20,10 +20,10 @@ _HELD_OUT = {"validation": 4 * _CLASSES, "test": 50_000}
 
 def programs(config: Config, mesh: Mesh) -> Iterator[Program]:
     """Sweeps of the arms that differ in what they hold, each with the most shots."""
-    known = arms(config)
+    existing = arms(config)
     for name in ("amu", "tip_adapter_f", "task_res"):
         if name in config.arm:
-            arm = known[name].candidate
+            arm = existing[name].candidate
             task, held_out = _samples(config, mesh)
             program = arm.program(task, held_out, mesh=mesh, sequential=config.at_once == 1)
             yield dataclasses.replace(program, name=f"{name}, {max(config.shots)} shots")

@@ -56,8 +56,8 @@ def _row(arm: str, values: Mapping[int, Any]) -> Row:
 
 def _known(arm: str, table: Mapping[str, Mapping[int, float]], shots: Any, said: str) -> list[Row]:
     """A row of figures from elsewhere, where there are any."""
-    known = {n: f"{table[arm][n]:.1f}" for n in shots if n in table.get(arm, {})}
-    return [_row(f"{arm}, {said}", known)] if known else []
+    entries = {n: f"{table[arm][n]:.1f}" for n in shots if n in table.get(arm, {})}
+    return [_row(f"{arm}, {said}", entries)] if entries else []
 
 
 def _scores(by_shots: Mapping[int, Mapping[str, Any]], part: str = "test") -> dict[int, str]:
@@ -92,13 +92,13 @@ def shifted(name: str, arms: Records) -> dict[str, list[Row]]:
     """Accuracies on the pictures of other places, by place."""
     tables: dict[str, list[Row]] = {}
     for arm, by_shots in arms.items():
-        for place in next(iter(by_shots.values()))["shifted"]:
-            scored = {n: record["shifted"][place] for n, record in by_shots.items()}
-            if place not in tables:
-                tables[place] = [_row("zero-shot", _scores(scored, "zero_shot"))]
-            tables[place].append(_row(arm, _scores(scored)))
-            known = PUBLISHED.get(f"{name} on {place}", {})
-            tables[place] += _known(arm, known, by_shots, "published")
+        for location in next(iter(by_shots.values()))["shifted"]:
+            scored = {n: record["shifted"][location] for n, record in by_shots.items()}
+            if location not in tables:
+                tables[location] = [_row("zero-shot", _scores(scored, "zero_shot"))]
+            tables[location].append(_row(arm, _scores(scored)))
+            existing = PUBLISHED.get(f"{name} on {location}", {})
+            tables[location] += _known(arm, existing, by_shots, "published")
     return tables
 
 
@@ -128,11 +128,11 @@ def differences(arms: Records, reference: str) -> list[Row]:
             row[f"{shots} shots"] = f"{100 * gain:+.1f}{tested}"
         return row
 
-    own = arms[reference]
-    rows = [compared("zero-shot", {n: (r["test"], r["zero_shot"]) for n, r in own.items()})]
+    local = arms[reference]
+    rows = [compared("zero-shot", {n: (r["test"], r["zero_shot"]) for n, r in local.items()})]
     for arm, by_shots in arms.items():
         if arm != reference:
-            pairs = {n: (own[n]["test"], record["test"]) for n, record in by_shots.items()}
+            pairs = {n: (local[n]["test"], record["test"]) for n, record in by_shots.items()}
             rows.append(compared(arm, pairs))
     return rows
 
@@ -167,8 +167,8 @@ def _of_data_set(name: str, arms: Records) -> list[str]:
             f"### AMU at beta {FIXED_BETA:g}, untuned: what its parts do",
             markdown_table(fixed),
         ]
-    for place, rows in shifted(name, arms).items():
-        parts += [f"### Scored on {place}", markdown_table(rows)]
+    for location, rows in shifted(name, arms).items():
+        parts += [f"### Scored on {location}", markdown_table(rows)]
     leader = next((arm for arm in ("amu", "fixed") if arm in arms), None)
     if leader is not None and len(arms) > 1:
         parts += [

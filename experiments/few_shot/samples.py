@@ -77,8 +77,8 @@ def draw(task: Task, shots: int, *, runs: Any, most: int, seed: int = 0, parts: 
 
     def padded(part: int) -> np.ndarray:
         rows = np.full((len(drawn), room[part]), -1)
-        for run, found in enumerate(drawn):
-            rows[run, : found[part].size] = found[part]
+        for run, result in enumerate(drawn):
+            rows[run, : result[part].size] = result[part]
         return rows
 
     def labels_of(rows: np.ndarray) -> np.ndarray:
@@ -97,7 +97,7 @@ def draw(task: Task, shots: int, *, runs: Any, most: int, seed: int = 0, parts: 
     support = jax.tree.map(lambda x: views_of(x, rows), task.train)
     held_out = {"validation": plain(padded(1))}
     held_out["test"] = plain(padded(2)) if task.test is None else whole(*task.test)
-    held_out |= {name: whole(*found) for name, found in task.shifted.items()}
+    held_out |= {name: whole(*result) for name, result in task.shifted.items()}
     if task.test is not None and parts:
         for part, some in enumerate(np.array_split(np.arange(len(task.test[1])), parts)):
             held_out[f"part {part}"] = whole(*jax.tree.map(lambda x, i=some: x[i], task.test))

@@ -81,9 +81,9 @@ CLIP_SOURCES: dict[str, Source] = {
 
 def source_of(spec: str) -> tuple[str, Source]:
     """`NAME`, or `NAME=DATA` for pictures that lie elsewhere."""
-    name, _, place = spec.partition("=")
+    name, _, location = spec.partition("=")
     source = SOURCES.get(name) or CLIP_SOURCES.get(name)
     if source is None:
-        known = ", ".join([*SOURCES, *CLIP_SOURCES])
-        raise ValueError(f"data: expected one of {known} or synthetic:CLASSES, got {name!r}")
-    return name, dataclasses.replace(source, data=place) if place else source
+        existing = ", ".join([*SOURCES, *CLIP_SOURCES])
+        raise ValueError(f"data: expected one of {existing} or synthetic:CLASSES, got {name!r}")
+    return name, dataclasses.replace(source, data=location) if location else source

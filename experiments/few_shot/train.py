@@ -23,14 +23,14 @@ def train_all(
     config: Config, workdir: epath.Path, told_to_stop: Callable[[int], bool]
 ) -> dict[str, Any]:
     """By data set, arm and shots the scores of every sample; see :func:`train_arm`."""
-    known, mesh = arms(config), training.make_mesh(config.mesh)
+    existing, mesh = arms(config), training.make_mesh(config.mesh)
     results: dict[str, Any] = {}
     done = 0
 
     def train(task: Callable[[], Task], arm: str, shots: int, done: int) -> Record:
         if told_to_stop(done):
             raise training.Preempted(done)
-        return train_arm(config, task(), known[arm], shots, mesh)
+        return train_arm(config, task(), existing[arm], shots, mesh)
 
     for spec in config.data:
         name = spec.partition("=")[0]

@@ -101,17 +101,17 @@ def facts(seed: int) -> dict[str, list[Fact]]:
         who, what = people[n], values[n % len(_KINDS)][n // len(_KINDS)]
         return question.format(who=who), answer.format(who=who, what=what)
 
-    known = [
+    items = [
         (f"What is the capital of {land}?", f"The capital of {land} is {city}.")
         for land, city in map(str.split, _CAPITALS.split(","))
     ]
-    known += _OTHERS
-    known = [known[i] for i in rng.permutation(len(known))]
+    items += _OTHERS
+    items = [items[i] for i in rng.permutation(len(items))]
     return {
         "forget": [invented(n) for n in range(8)],
         "holdout": [invented(n) for n in range(8, 18)],
-        "retain": known[:16],
-        "unseen": known[16:],
+        "retain": items[:16],
+        "unseen": items[16:],
     }
 
 

@@ -65,8 +65,8 @@ def write(config: Config, results: Mapping[str, Any], workdir: epath.Path) -> st
     pictures = {}
     if results["methods"] and controls:
         pictures["relearning"] = relearning(results)
-        said = sections.index("## What is said")
-        sections.insert(said, "![teaching again](relearning.png)")
+        message = sections.index("## What is said")
+        sections.insert(message, "![teaching again](relearning.png)")
     lines = [
         {name: record[name] for name in ("method", "seed", "rate", "feasible", "shown")}
         for records in results["methods"].values()
@@ -94,7 +94,7 @@ def _setting(config: Config) -> str:
 
 def kept_shares(after: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, float]:
     """Return the shares kept of the rest, in percent; perplexity by its inverse."""
-    found = {
+    entries = {
         "probability": np.mean(after["probabilities"]["test"])
         / np.mean(before["probabilities"]["test"])
     }
@@ -104,8 +104,8 @@ def kept_shares(after: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str
         ("perplexity", [side["perplexity"] for side in (before, after)]),
     ):
         if values[0] is not None and values[1]:
-            found[name] = values[0] / values[1]
-    return {name: 100 * float(value) for name, value in found.items()}
+            entries[name] = values[0] / values[1]
+    return {name: 100 * float(value) for name, value in entries.items()}
 
 
 def _forget(record: Mapping[str, Any]) -> float:
@@ -131,8 +131,8 @@ def method_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         goal = float(np.median(before["probabilities"].get("holdout", [math.nan])))
         row["of the goal"] = mean_and_spread([_forget(r) / goal for r in records])
         for share in shares[0]:
-            known = [s[share] for s in shares if share in s]
-            row[f"{share} kept %"] = mean_and_spread(known)
+            items = [s[share] for s in shares if share in s]
+            row[f"{share} kept %"] = mean_and_spread(items)
         _, low, high = unlearning.share_interval(
             np.mean([r["examined"]["probabilities"]["test"] for r in records], 0),
             before["probabilities"]["test"],
@@ -173,8 +173,8 @@ def attack_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     for name in results["target"]["examined"].get("ways", {}):
         row = {"attack": name, "measured": "worst probability"}
         for column, records in columns.items():
-            said = [r["examined"]["ways"][name] for r in records if name in r["examined"]["ways"]]
-            row[column] = mean_and_spread([max(rows) for rows in said]) if said else None
+            items = [r["examined"]["ways"][name] for r in records if name in r["examined"]["ways"]]
+            row[column] = mean_and_spread([max(rows) for rows in items]) if items else None
         rows.append(row)
     for name, measured in results["target"]["examined"]["attacks"].items():
         for kind in measured:

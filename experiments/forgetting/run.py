@@ -51,10 +51,10 @@ class Run:
     def results(self) -> Record:
         """Everything that the report shows, of the parts that are there or asked for."""
         config = self.config
-        found: Record = {"methods": {}}
-        found["target"] = self._part("target", lambda: self._asked(Deployed(model=self.target)))
+        results: Record = {"methods": {}}
+        results["target"] = self._part("target", lambda: self._asked(Deployed(model=self.target)))
         names = [f"retrained-{n}" for n in range(config.retrained)] or ["control"]
-        found["controls"] = [self._part(name, functools.partial(self._control, name))
+        results["controls"] = [self._part(name, functools.partial(self._control, name))
                              for name in names]  # fmt: skip
         for method in config.method:
             seeds = [
@@ -62,8 +62,8 @@ class Run:
                 for seed in range(config.seeds)
             ]
             if any(seeds):
-                found["methods"][method] = [seed for seed in seeds if seed]
-        return found
+                results["methods"][method] = [seed for seed in seeds if seed]
+        return results
 
     def _part(self, name: str, make: Callable[[], Record]) -> Record | None:
         """A part from disk, or made with the seconds that took; None if it is not asked for."""
@@ -146,9 +146,9 @@ class Run:
             thorough=thorough,
             reference=Deployed(model=self.start) if thorough else None,
         )
-        said = {part: texts[:_SHOWN] for part, texts in examined["answers"].items()}
+        entries = {part: texts[:_SHOWN] for part, texts in examined["answers"].items()}
         record: Record = {
-            "examined": examined | {"answers": said},
+            "examined": examined | {"answers": entries},
             "truth ratios": self._log_ratios(model),
         }
         if config.topics:
@@ -175,9 +175,11 @@ class Run:
         trials = []
         for rate in rates:
             trial = self._trial(method, rate, seed)
-            found = trial.run(examines=False)
-            trials.append((rate, trial, found))
-            tried.append({"rate": rate, "chosen": found.chosen, "candidates": found.candidates})
+            completed = trial.run(examines=False)
+            trials.append((rate, trial, completed))
+            tried.append(
+                {"rate": rate, "chosen": completed.chosen, "candidates": completed.candidates}
+            )
         finite = [
             (*one, shown)
             for one in trials
@@ -186,7 +188,7 @@ class Run:
         ]
         if not finite:
             raise ValueError(f"rates: the losses of {method} are finite at none of {rates}")
-        rate, trial, found, shown = max(
+        rate, trial, completed, shown = max(
             finite, key=lambda one: standing(one[3], chosen=one[3] == one[2].chosen)
         )
         record = self._asked(trial.deployed(shown), first=first)
@@ -194,10 +196,10 @@ class Run:
             "method": method,
             "seed": seed,
             "rate": rate,
-            "feasible": found.chosen is not None,
+            "feasible": completed.chosen is not None,
             "shown": dict(shown),
             "tried": tried,
-            "goal": dataclasses.asdict(found.goal),
+            "goal": dataclasses.asdict(completed.goal),
         }
 
     @functools.cached_property

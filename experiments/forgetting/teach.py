@@ -28,11 +28,11 @@ def batch_of_alike(lengths: np.ndarray, step: int, batch: int, seed: int) -> np.
         Indices of rows. What fills no batch is left out of an epoch, others in each.
     """
     count = max(1, len(lengths) // batch)
-    epoch, place = divmod(step, count)
+    epoch, location = divmod(step, count)
     rng = np.random.default_rng([seed, epoch])
     drawn = rng.permutation(len(lengths))[: count * batch]
     alike = drawn[np.argsort(lengths[drawn], kind="stable")]
-    return np.array_split(alike, count)[rng.permutation(count)[place]]
+    return np.array_split(alike, count)[rng.permutation(count)[location]]
 
 
 def make_update(
@@ -84,8 +84,8 @@ def teach(
     counts = [{"forget": int(batches(step)["forget"]["mask"].sum())} for step in range(steps)]
     devices = training.make_mesh(mesh, partial=True)
     # Where rows are split, nobody knows how many tokens a device gets.
-    known = counts if devices.size == 1 else None
-    update, constants = make_update(model, rate, steps, devices, known)
+    existing = counts if devices.size == 1 else None
+    update, constants = make_update(model, rate, steps, devices, existing)
     lora = fit.fit(
         update,
         models.Lora.init(model.config, rank, key=jax.random.key(seed), layout="listed"),

@@ -46,7 +46,7 @@ class Topics:
 
     def accuracy(self, model: Deployed, *, batch_size: int) -> float:
         """The share of articles whose topic has the likeliest first token."""
-        line_up, found = model.line_up(), []
+        line_up, result = model.line_up(), []
         for start in range(0, len(self.prompts), batch_size):
             prompts = list(self.prompts[start : start + batch_size])
             out = decoding.generate(
@@ -55,5 +55,5 @@ class Topics:
                 max_new_tokens=1,
                 logit_bias=dict.fromkeys(self.firsts, _ALLOWED),
             )
-            found += [self.firsts.index(int(ids[0])) for ids in out.rows()[: len(prompts)]]
-        return float(np.mean(np.asarray(found) == self.labels))
+            result += [self.firsts.index(int(ids[0])) for ids in out.rows()[: len(prompts)]]
+        return float(np.mean(np.asarray(result) == self.labels))

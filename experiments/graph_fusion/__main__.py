@@ -38,12 +38,12 @@ def run(config: Config, workdir: epath.Path) -> None:
     from experiments.graph_fusion import report, train
 
     if config.part:
-        found = {}
+        entries = {}
         for name in config.part:
             chosen = config.of_part(name)
-            found[name] = train.run_all(chosen, workdir / name)
-            report.write(chosen, found[name], workdir / name)
-            print(report.write_parts(config, found, workdir))
+            entries[name] = train.run_all(chosen, workdir / name)
+            report.write(chosen, entries[name], workdir / name)
+            print(report.write_parts(config, entries, workdir))
     else:
         results = train.run_all(config, workdir)
         print(report.write(config, results, workdir))

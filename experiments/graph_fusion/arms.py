@@ -147,8 +147,8 @@ def choose(
         values = list(getattr(config, name))
         for value in values:
             attempt(dataclasses.replace(chosen, **{name: value}))
-        while len(values) > 1 and (found := getattr(best(), name)) in (min(values), max(values)):
-            values.append(less(found) if found == min(values) else more(found))
+        while len(values) > 1 and (result := getattr(best(), name)) in (min(values), max(values)):
+            values.append(less(result) if result == min(values) else more(result))
             if not attempt(dataclasses.replace(chosen, **{name: values[-1]})):
                 break
         chosen = best()

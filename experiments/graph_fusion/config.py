@@ -93,10 +93,10 @@ class Config:
     def __post_init__(self) -> None:
         if self.freeze_below and self.layout != "listed":
             raise ValueError("freeze_below: expected listed layers, stacked ones train together")
-        known = (*ARMS, *CROSS, NULL, DUAL)
+        existing = (*ARMS, *CROSS, NULL, DUAL)
         for arm in (*self.loss, *self.drop_arm):
-            if arm not in known:
-                raise ValueError(f"loss: expected some of {', '.join(known)}, got {arm!r}")
+            if arm not in existing:
+                raise ValueError(f"loss: expected some of {', '.join(existing)}, got {arm!r}")
         if unknown := set(self.part) - set(PARTS):
             raise ValueError(
                 f"part: expected some of {', '.join(PARTS)}, got {sorted(unknown)[0]!r}"

@@ -75,8 +75,8 @@ def _rows(results: Record, drop: Record, plain: Sequence[Record] = ()) -> list[R
     name = f"without {drop['layers']} layers" if drop["layers"] else "before"
     rows.append({"arm": name} | _scores([drop["before"]]))
     plain = drop["arms"].get("sft", {"runs": plain})["runs"]
-    for arm, found in drop["arms"].items():
-        runs = found["runs"]
+    for arm, result in drop["arms"].items():
+        runs = result["runs"]
         rows.append(
             {"arm": NAMES[arm]}
             | _scores(runs)
@@ -86,12 +86,12 @@ def _rows(results: Record, drop: Record, plain: Sequence[Record] = ()) -> list[R
                 "rate": f"{runs[0]['learning_rate']:.3g}",
                 "mix": runs[0]["mix"] if arm not in ("sft", "kl_only") else None,
                 "graph loss": runs[0]["gld"] if "gld" in arm else None,
-                "trials": found["trials"] or None,
+                "trials": result["trials"] or None,
                 "seeds": len(runs),
             }
         )
-    known = {key for row in rows for key, value in row.items() if value is not None}
-    return [{key: value for key, value in row.items() if key in known} for row in rows]
+    names = {key for row in rows for key, value in row.items() if value is not None}
+    return [{key: value for key, value in row.items() if key in names} for row in rows]
 
 
 def _scores(records: Sequence[Mapping[str, Any]]) -> Record:
@@ -124,9 +124,9 @@ def _by_layers(results: Record) -> list[Record]:
             "tokens/s": spread([drop["before"]], "tokens_per_second"),
             "perplexity before": spread([drop["before"]], "perplexity"),
         }
-        for arm, found in drop["arms"].items():
-            row[NAMES[arm]] = spread(found["runs"], "perplexity")
-            row[f"{NAMES[arm]}, agreement %"] = spread(found["runs"], "agreement", 100)
+        for arm, result in drop["arms"].items():
+            row[NAMES[arm]] = spread(result["runs"], "perplexity")
+            row[f"{NAMES[arm]}, agreement %"] = spread(result["runs"], "agreement", 100)
         rows.append(row)
     return rows
 
@@ -181,8 +181,8 @@ def _frozen(config: Config, drop: Record) -> str:
 
 def _plain_healed(found: Mapping[str, Record]) -> Sequence[Record]:
     """Runs of SFT on the rows that all healed students saw."""
-    own = found.get("healed_own")
-    return own["drops"][0]["arms"].get("sft", {"runs": ()})["runs"] if own else ()
+    local = found.get("healed_own")
+    return local["drops"][0]["arms"].get("sft", {"runs": ()})["runs"] if local else ()
 
 
 def _bars_of_parts(found: Mapping[str, Record]) -> list[Record]:
@@ -205,10 +205,10 @@ def _bars_of_parts(found: Mapping[str, Record]) -> list[Record]:
         plain = taught.pop("sft", np.array([]))
         best = min(taught, key=lambda arm: taught[arm].mean(), default="sft")
         compare(f"{part}: {NAMES[best]} below SFT", plain, taught.get(best, np.array([])))
-    own, other, both = (runs(part, "first_piece") for part in _HEALED)
+    local, other, both = (runs(part, "first_piece") for part in _HEALED)
     compare("healed: a teacher of another tokenizer below SFT", runs("healed_own", "sft"), other)
-    if len(own) and len(other):
-        single = own if own.mean() < other.mean() else other
+    if len(local) and len(other):
+        single = local if local.mean() < other.mean() else other
         compare("healed: two teachers below the better one", single, both)
     return bars
 
@@ -239,7 +239,7 @@ def _bars(drop: Record) -> list[Record]:
 
 def picture(drop: Mapping[str, Any], whole: Mapping[str, Any] | None = None) -> figures.Picture:
     """How much of what pruning cost each arm wins back; else where each arm ended."""
-    arms = {NAMES[arm]: found["runs"] for arm, found in drop["arms"].items()}
+    arms = {NAMES[arm]: result["runs"] for arm, result in drop["arms"].items()}
     if whole is not None and drop["layers"]:
         best, start = whole["perplexity"], drop["before"]["perplexity"]
         gains = []
@@ -275,14 +275,14 @@ def _text(config: Config, results: Record, table: str) -> str:
     samples = [{"arm": "before", "continuation": text_cell(drop["before"]["sample"])}]
     if results["whole"] is not None:
         samples.insert(0, {"arm": "whole", "continuation": text_cell(results["whole"]["sample"])})
-    for arm, found in drop["arms"].items():
-        samples.append({"arm": NAMES[arm], "continuation": text_cell(found["runs"][0]["sample"])})
+    for arm, result in drop["arms"].items():
+        samples.append({"arm": NAMES[arm], "continuation": text_cell(result["runs"][0]["sample"])})
     tried = [
         {"arm": NAMES[arm], "settings": name, "validation loss": loss}
-        for arm, found in drop["arms"].items()
-        for name, loss in (found["tried"] if found["trials"] > 1 else ())
+        for arm, result in drop["arms"].items()
+        for name, loss in (result["tried"] if result["trials"] > 1 else ())
     ]
-    edges = [NAMES[arm] for arm, found in drop["arms"].items() if found["at_edge"]]
+    edges = [NAMES[arm] for arm, result in drop["arms"].items() if result["at_edge"]]
     at_edge = f" At an edge of what was tried: {', '.join(edges)}." if edges else ""
     return f"""# Prune and heal
 

@@ -79,11 +79,11 @@ class Topics:
 
     def accuracy(self, params: Any) -> float:
         """Share of articles whose topic is likelier than the others."""
-        found = [
+        items = [
             np.asarray(self._answer(params, self.student.frozen, tokens, ends))
             for tokens, ends in self._batches()
         ]
-        return float(np.mean(np.concatenate(found)[: len(self.labels)] == self.labels))
+        return float(np.mean(np.concatenate(items)[: len(self.labels)] == self.labels))
 
     def _batches(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """All articles, the last batch filled up with its last one."""

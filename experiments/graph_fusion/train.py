@@ -81,8 +81,8 @@ def open_session(config: Config, workdir: epath.Path) -> Session:
         splits=data.SPLITS[1:] if config.chooses or config.course.loop.eval_every else ("test",),
     )
     rows["test"] = np.union1d(rows["test"], units)
-    known = {config.student: (whole, tokenizer)} if jax.process_count() == 1 else None
-    corpus = reading.load(packed, rows, workdir / "sources", known)
+    existing = {config.student: (whole, tokenizer)} if jax.process_count() == 1 else None
+    corpus = reading.load(packed, rows, workdir / "sources", existing)
     return Session(config=config, workdir=workdir, mesh=mesh, whole=whole, corpus=corpus)
 
 
@@ -186,8 +186,8 @@ class Pruned:
             return [[float(x) for x in norms(student.trained, batch)] for batch in batches]
 
         kind = settings.arm.rpartition("+")[2]
-        found = kept(self.directory / f"gradients-{kind}.json", make)
-        sft, graphs = np.mean(found, 0)
+        result = kept(self.directory / f"gradients-{kind}.json", make)
+        sft, graphs = np.mean(result, 0)
         return float((1 - settings.mix) / settings.mix * sft / graphs)
 
     @functools.cached_property
@@ -327,25 +327,25 @@ def run_arm(
         )
 
     def make() -> Record:
-        found = trained()
+        result = trained()
         by_row = session.config.unit_rows > 0
         text, scores = "", {}
         if not by_row:
-            scores = scorer.scores(found.params, "test")
-            _, text = scorer.sample(found.params)
+            scores = scorer.scores(result.params, "test")
+            _, text = scorer.sample(result.params)
         elif not validate:
-            scores = pruned.by_row(found.params)
+            scores = pruned.by_row(result.params)
         if validate:
-            scores["validation_loss"] = scorer.scores(found.params, "validation")["loss"]
-        seen = [points[-1][1] for points in found.seen.values() if points]
+            scores["validation_loss"] = scorer.scores(result.params, "validation")["loss"]
+        seen = [points[-1][1] for points in result.seen.values() if points]
         if seen:
             scores["seen"] = max(seen)
         return scores | {
             **dataclasses.asdict(settings),
             "seed": seed,
             "even": pruned.even(settings),
-            "trained_tokens_per_second": found.tokens_per_second,
-            "curve": found.parts.get("sft", ()),
+            "trained_tokens_per_second": result.tokens_per_second,
+            "curve": result.parts.get("sft", ()),
             "sample": text,
             "parameters": student.size,
         }

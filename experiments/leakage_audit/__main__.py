@@ -35,9 +35,9 @@ def run(config: Config, workdir: epath.Path) -> None:
         policy = leakage.LogitPolicy.parse(name)
         tasks += [(name, seed) for seed in range(config.seeds if policy.noise else 1)]
     for name, seed in tasks[jax.process_index() :: jax.process_count()]:
-        found = audit(name, seed)
-        said = ", ".join(f"{key} {found.get(key)}" for key in ("width", "leak", "kl"))
-        logging.info("%s, seed %d: %s", name, seed, said)
+        result = audit(name, seed)
+        message = ", ".join(f"{key} {result.get(key)}" for key in ("width", "leak", "kl"))
+        logging.info("%s, seed %d: %s", name, seed, message)
     processes.barrier("audited")
     if jax.process_index() == 0:
         print(report.write(config, rows, [audit(*task) for task in tasks], workdir))

@@ -71,10 +71,10 @@ def _log_p(graphdef: Any, params: Any, tokens: jax.Array) -> jax.Array:
 
 def _loss(log_p: jax.Array, tokens: jax.Array, prompt: int, shown: str, told: Any) -> jax.Array:
     """Nats a byte: of the prompts' own text, and of what is shown of the answers."""
-    own = -jnp.take_along_axis(log_p[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
+    local = -jnp.take_along_axis(log_p[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
     if shown in ("all", "text"):
-        return own.mean()
-    given, answers = own[:, : prompt - 1], log_p[:, prompt - 1 : -1]
+        return local.mean()
+    given, answers = local[:, : prompt - 1], log_p[:, prompt - 1 : -1]
     if shown == "prompts":
         return given.mean()
     if shown == "rows":
@@ -144,13 +144,13 @@ def _answered(
 
         return jax.lax.fori_loop(config.prompt, size, draw, tokens)
 
-    rows, told = [], []
+    rows, notes = [], []
     for i, some in enumerate(np.array_split(prompts, max(1, len(prompts) // 125))):
         rows.append(
             np.asarray(write(jax.random.key(i), np.pad(some, ((0, 0), (0, config.answer)))))
         )
-        told.append(np.asarray(_log_p(graphdef, params, rows[-1])[:, config.prompt - 1 : -1]))
-    return np.concatenate(rows), np.concatenate(told)
+        notes.append(np.asarray(_log_p(graphdef, params, rows[-1])[:, config.prompt - 1 : -1]))
+    return np.concatenate(rows), np.concatenate(notes)
 
 
 def run(config: Config, workdir: epath.Path) -> None:
@@ -161,15 +161,15 @@ def run(config: Config, workdir: epath.Path) -> None:
     words = words[: len(words) // size * size].reshape(-1, size)
     words = np.random.default_rng(1).permutation(words)
     few = min(200, len(words) // 10)
-    held, other, asked, known = np.split(words, [few, 2 * few, 2 * few + max(config.queries)])
+    stored, other, asked, existing = np.split(words, [few, 2 * few, 2 * few + max(config.queries)])
     how: dict[str, Any] = {"prompt": config.prompt, "looks": config.looks}
     graphdef, params = _decoder(0)
     params = _fit(
-        graphdef, params, known, None, other, shown="all", steps=config.teacher_steps, **how
+        graphdef, params, existing, None, other, shown="all", steps=config.teacher_steps, **how
     )
-    goal = _nats(graphdef, params, held)
+    goal = _nats(graphdef, params, stored)
     logging.info("teacher: %.3f", goal)
-    rows, told = _answered(graphdef, params, asked[:, : config.prompt], config)
+    rows, notes = _answered(graphdef, params, asked[:, : config.prompt], config)
     table, records = [], []
     most = int(config.key_nats / (config.answer * np.log(BYTES)))
     for queries in config.queries:
@@ -177,8 +177,8 @@ def run(config: Config, workdir: epath.Path) -> None:
         for shown in ("prompts", *SHOWN):
             student, start = _decoder(1)
             how |= {"shown": shown, "steps": config.steps}
-            start = _fit(student, start, rows[:queries], told[:queries], other, **how)
-            losses[shown] = _nats(student, start, held)
+            start = _fit(student, start, rows[:queries], notes[:queries], other, **how)
+            losses[shown] = _nats(student, start, stored)
             logging.info("%d queries, %s: %.3f of %.3f", queries, shown, losses[shown], goal)
         way = losses["prompts"] - goal
         for shown, policies in SHOWN.items():

@@ -31,8 +31,8 @@ def records(setting: Setting, workdir: pathlib.Path) -> Iterator[Record]:
         count = min(_QUERIES // price, len(rows.prompts))
         for seed in range(1, setting.seeds + 1):
             drawn = np.random.default_rng(seed).permutation(len(rows.prompts))[:count]
-            known = rows.logits[drawn].astype(np.float64)
+            array = rows.logits[drawn].astype(np.float64)
             # A row is known up to its normaliser; of no row nothing is known.
-            basis = (known - known.mean(1, keepdims=True)).T
+            basis = (array - array.mean(1, keepdims=True)).T
             leak = leakage.align_head(basis, rows.head).leak if count else 0.0
             yield make(setting, arm, seed, {"leak": [leak]}, units=["head"], examples=_QUERIES)

@@ -20,16 +20,16 @@ def audit(rows: Rows, config: Config, directory: epath.Path, name: str, seed: in
         return json.loads(path.read_text())
     start = time.perf_counter()
     oracle = rows.oracle(leakage.LogitPolicy.parse(name), seed)
-    found = leakage.audit(
+    result = leakage.audit(
         oracle, rows.prompts, rows.vocab, head=rows.head, logits=rows.logits, corner=config.corner
     )
-    record = _from_rows(found) if found.row is None else _by_token(found, rows.logits[0])
+    record = _from_rows(result) if result.row is None else _by_token(result, rows.logits[0])
     record |= {
         "policy": name,
         "seed": seed,
-        "queries": found.queries,
-        "values": found.values,
-        "verdict": found.verdict,
+        "queries": result.queries,
+        "values": result.values,
+        "verdict": result.verdict,
         "seconds": time.perf_counter() - start,
     }
     storage.write_atomic(path, json.dumps(record))

@@ -71,10 +71,10 @@ def _row(name: str, group: Sequence[Mapping[str, Any]], width: int) -> dict[str,
 def _bars(groups: Mapping[str, Any], rows: Rows) -> list[dict[str, Any]]:
     if rows.vocab < 10_000:
         return []  # A smoke run's model is too small for them.
-    found: list[dict[str, Any]] = []
+    bars: list[dict[str, Any]] = []
 
     def add(name: str, seen: Any, promised: str, met: bool) -> None:
-        found.append(bar(name, seen, promised, met))
+        bars.append(bar(name, seen, promised, met))
 
     for record in groups.get("round_2", [])[:1]:
         exact = record["estimate"] == rows.width
@@ -93,7 +93,7 @@ def _bars(groups: Mapping[str, Any], rows: Rows) -> list[dict[str, Any]]:
         again = -(-far // 4)
         name = f"top 5 and bias: queries, {far} tokens over 30 nats down twice"
         add(name, count, f"<= {price} + {again}", count <= price + again)
-    return found
+    return bars
 
 
 def spectra(groups: Mapping[str, Any], width: int) -> figures.Picture:

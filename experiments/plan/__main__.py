@@ -99,8 +99,8 @@ class Plan(costs.Collectives):
     @property
     def needed(self) -> int:
         """Bytes of a device while the program runs."""
-        held = self.argument_bytes + self.temp_bytes + self.output_bytes - self.alias_bytes
-        return max(held, self.peak_bytes)
+        stored = self.argument_bytes + self.temp_bytes + self.output_bytes - self.alias_bytes
+        return max(stored, self.peak_bytes)
 
     @property
     def crossing(self) -> float:
@@ -120,7 +120,7 @@ class Plan(costs.Collectives):
 
 def make_plan(traced: Any, chip: chips.Chip, *, devices: int, mesh: str = "", **names: str) -> Plan:
     """Lower, compile and count one traced program."""
-    known: dict[str, Any] = dict(
+    existing: dict[str, Any] = dict(
         **names,
         chip=chip.topology or f"{chip.name}:{devices}",
         mesh=mesh,
@@ -136,12 +136,12 @@ def make_plan(traced: Any, chip: chips.Chip, *, devices: int, mesh: str = "", **
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         refused, _ = costs.out_of_memory(error)
-        return Plan(**known, error=refused, seconds=time.perf_counter() - start)
+        return Plan(**existing, error=refused, seconds=time.perf_counter() - start)
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     text = compiled.as_text()
     return Plan(
-        **known,
+        **existing,
         argument_bytes=int(memory.argument_size_in_bytes),
         output_bytes=int(memory.output_size_in_bytes),
         alias_bytes=int(memory.alias_size_in_bytes),
@@ -374,9 +374,9 @@ def _seconds(plan: Plan) -> str:
 
 def read(workdir: epath.Path) -> list[Plan]:
     """All plans that were kept, in the order of the experiments."""
-    found = [Plan(**json.loads(path.read_text())) for path in sorted(workdir.glob("*.json"))]
-    order = {name: place for place, name in enumerate(EXPERIMENTS)}
-    return sorted(found, key=lambda plan: (order.get(plan.experiment, len(order)), plan.estimate))
+    items = [Plan(**json.loads(path.read_text())) for path in sorted(workdir.glob("*.json"))]
+    order = {name: location for location, name in enumerate(EXPERIMENTS)}
+    return sorted(items, key=lambda plan: (order.get(plan.experiment, len(order)), plan.estimate))
 
 
 def keep(plan: Plan, workdir: epath.Path) -> None:
@@ -394,13 +394,13 @@ def _main(argv: Sequence[str]) -> None:
         return
     try:
         if values.report:
-            found = read(workdir)
-            compiled = sorted({plan.versions for plan in found})
+            items = read(workdir)
+            compiled = sorted({plan.versions for plan in items})
             write_report(
                 workdir / "report",
-                f"# Plans\n\n{markdown(found)}\n\n![memory of a device](memory.png)",
-                tables=tables(found) | {"compiled with": [{"versions": v} for v in compiled]},
-                pictures={"memory": picture(found)},
+                f"# Plans\n\n{markdown(items)}\n\n![memory of a device](memory.png)",
+                tables=tables(items) | {"compiled with": [{"versions": v} for v in compiled]},
+                pictures={"memory": picture(items)},
             )
             return
         if (values.experiment is None) == (values.command is None):
@@ -413,8 +413,8 @@ def _main(argv: Sequence[str]) -> None:
         mesh = values.mesh or ""
         if values.slices > 1 and "dcn_data" not in mesh:
             # Each slice gets the preset's mesh.
-            own = mesh or _mesh_of(values.experiment, values.preset)
-            mesh = f"dcn_data:{values.slices},{own}"
+            local = mesh or _mesh_of(values.experiment, values.preset)
+            mesh = f"dcn_data:{values.slices},{local}"
         chips.prepare(chip, mesh or _mesh_of(values.experiment, values.preset))
         assumed = runs.Assumptions.of(values) if values.run else None
         if values.command:
@@ -423,13 +423,13 @@ def _main(argv: Sequence[str]) -> None:
             plan = functools.partial(plans, values.experiment, values.preset, arguments=argv[1:])
         if values.smallest:
             chip, mesh = _smallest(plan, chip, mesh or _mesh_of(values.experiment, values.preset))
-        found = []
+        items = []
         for one in plan(chip, mesh=mesh, every=values.all or values.run):
             print(report(one), flush=True)
             keep(one, workdir)
-            found.append(one)
+            items.append(one)
         if assumed is not None:
-            print(runs.report(found, assumed))
+            print(runs.report(items, assumed))
     except (ValueError, ImportError, flags.Error) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -442,9 +442,9 @@ def _smallest(
     for topology in chips.SLICES[chip.name]:
         smaller = chips.parse_chip(f"{chip.name}:{topology}")
         fitted = runs.fit_mesh(mesh, math.prod(map(int, topology.split("x"))))
-        (found,) = plan(smaller, mesh=fitted)
-        print(f"{smaller.topology}, mesh {fitted}: {found.verdict}", flush=True)
-        if not found.error and found.needed <= found.memory:
+        (result,) = plan(smaller, mesh=fitted)
+        print(f"{smaller.topology}, mesh {fitted}: {result.verdict}", flush=True)
+        if not result.error and result.needed <= result.memory:
             return smaller, fitted
     raise ValueError(f"smallest: no slice of {chip.name} holds the program")
 

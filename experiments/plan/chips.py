@@ -71,8 +71,8 @@ def parse_chip(text: str, slices: int = 1) -> Chip:
     if (name in _GPUS or name == "cpu") and (size.isdigit() or not size):
         rates = _GPUS.get(name, (0.0, 0.0, 0.0, 0.0, 0.0))
         return Chip(name, "gpu" if name in _GPUS else "cpu", *rates, count=int(size or 0))
-    known = ", ".join([*(f"{tpu}:TOPOLOGY" for tpu in _TPUS), *_GPUS, "cpu:COUNT"])
-    raise ValueError(f"chip: expected one of {known}, got {text!r}")
+    existing = ", ".join([*(f"{tpu}:TOPOLOGY" for tpu in _TPUS), *_GPUS, "cpu:COUNT"])
+    raise ValueError(f"chip: expected one of {existing}, got {text!r}")
 
 
 def prepare(chip: Chip, mesh: str) -> None:

@@ -32,12 +32,12 @@ class Instruction:
     length: int | None = None
 
     def called(self, *roles: str) -> list[str]:
-        found = []
+        called = []
         for role in roles:
-            found += re.findall(rf"\b{role}=%([^\s,)}}]+)", self.rest)
+            called += re.findall(rf"\b{role}=%([^\s,)}}]+)", self.rest)
             for group in re.findall(rf"\b{role}=\{{([^}}]*)\}}", self.rest):
-                found += [part.strip().lstrip("%") for part in group.split(",")]
-        return found
+                called += [part.strip().lstrip("%") for part in group.split(",")]
+        return called
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,8 +77,8 @@ def collectives(text: str) -> Collectives:
     for name, instruction, times, _ in _executed(text):
         kind = instruction.kind.removesuffix("-start")
         # Between slices the compiler has the hosts send, whose runtime then sums or joins.
-        if found := instruction.kind == "send" and _BETWEEN.search(instruction.rest):
-            sent = between.setdefault(found[1].lower().replace("_", "-"), [0, 0.0])
+        if present := instruction.kind == "send" and _BETWEEN.search(instruction.rest):
+            sent = between.setdefault(present[1].lower().replace("_", "-"), [0, 0.0])
             sent[0] += times
             sent[1] += times * _first_bytes(instruction)
         elif kind in KINDS:
@@ -116,9 +116,9 @@ def estimated_cycles(text: str) -> float:
     """
     total = 0.0
     for _, instruction, times, fused in _executed(text):
-        found = None if fused else _CYCLES.search(instruction.rest)
-        if found and instruction.kind != "while":
-            total += times * float(found[1])
+        result = None if fused else _CYCLES.search(instruction.rest)
+        if result and instruction.kind != "while":
+            total += times * float(result[1])
     return total
 
 
@@ -131,12 +131,12 @@ def out_of_memory(error: jax.errors.JaxRuntimeError) -> tuple[str, float | None]
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text:
         raise error
-    found = re.search(
+    match = re.search(
         r"(?:required|Used).*?([\d.]+)([KMGT])\)? (?:exceeds|of) .*?[\d.]+[KMGT]\)?", text
     )
-    if not found:
+    if not match:
         return text.splitlines()[0][:200], None
-    return found[0], float(found[1]) * 1024 ** (1 + "KMGT".index(found[2]))
+    return match[0], float(match[1]) * 1024 ** (1 + "KMGT".index(match[2]))
 
 
 def _executed(text: str) -> Iterator[tuple[str, Instruction, int, bool]]:
@@ -177,13 +177,13 @@ def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
     computations: dict[str, list[Instruction]] = {}
     entry = name = ""
     for line in text.splitlines():
-        if found := _COMPUTATION.match(line):
-            name = found[2]
+        if match := _COMPUTATION.match(line):
+            name = match[2]
             computations[name] = []
-            entry = name if found[1] else entry
-        elif found := _INSTRUCTION.match(line):
+            entry = name if match[1] else entry
+        elif match := _INSTRUCTION.match(line):
             computations[name].append(
-                Instruction(found["name"], found["type"], found["kind"], found["rest"])
+                Instruction(match["name"], match["type"], match["kind"], match["rest"])
             )
     return computations, entry
 
@@ -209,21 +209,21 @@ def _first_bytes(instruction: Instruction) -> float:
 
 
 def _group_size(rest: str) -> int:
-    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
-        return int(found[1])
-    if found := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
-        return len(found[1].split(","))
+    if match := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
+        return int(match[1])
+    if match := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
+        return len(match[1].split(","))
     # By axes of a mesh, or a part of one: mesh['fsdp'=4,'data'=2] {'fsdp','data':(1)2}.
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
-        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match[2])
         return math.prod(int(part or sizes[name]) for name, part in axes)
     return 1
 
 
 def _trip_count(loop: Instruction, computations: Mapping[str, list[Instruction]]) -> int | None:
-    if found := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest):
-        return int(found[1])
+    if match := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest):
+        return int(match[1])
     (condition,) = loop.called("condition") or [""]
     inside = computations.get(condition, ())
     limits = [i.rest.split(")")[0] for i in inside if i.kind == "constant"]

@@ -31,9 +31,9 @@ def _procrustes(a: np.ndarray, b: np.ndarray, fit: np.ndarray, score: np.ndarray
         (a[fit] - mean_a).T @ (b[fit] - mean_b), full_matrices=False
     )
     scale = values.sum() / np.square(a[fit] - mean_a).sum()
-    found = scale * (a[score] - mean_a) @ (left @ right)
+    result = scale * (a[score] - mean_a) @ (left @ right)
     target = b[score] - mean_b
-    return float(1 - np.square(target - found).sum() / np.square(target).sum())
+    return float(1 - np.square(target - result).sum() / np.square(target).sum())
 
 
 def _cka(a: np.ndarray, b: np.ndarray) -> float:

@@ -75,7 +75,7 @@ def _row(name: str, group: Sequence[Mapping[str, Any]], teacher: Mapping[str, An
 def _paper(rows: Sequence[Mapping[str, Any]]) -> str:
     """The abstract's numbers beside ours."""
     by_name = {row["student"]: row for row in rows}
-    found = []
+    items = []
     for layers, claims in PAPER.items():
         for arm in (f"recovered_{layers}", f"copied_{layers}"):
             row = by_name.get(arm)
@@ -87,11 +87,11 @@ def _paper(rows: Sequence[Mapping[str, Any]]) -> str:
                 "seconds / teacher's": row["seconds"],
                 "parameters / teacher's": f"{100 * (row['parameters'] - 1):+.1f} %",
             }
-            found += [
+            items += [
                 {"student": arm, "": name, "paper": claim, "here": ours[name]}
                 for name, claim in claims.items()
             ]
-    return f"## Beside the paper\n\n{markdown_table(found)}\n" if found else ""
+    return f"## Beside the paper\n\n{markdown_table(items)}\n" if items else ""
 
 
 def curves(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> figures.Picture:

@@ -138,8 +138,8 @@ def nll(text: Text, split: str, student: arms.Student, params: Any, given: Any) 
         wrong = losses.linear_cross_entropy(hidden, head, batch["tokens"])
         return (right * mask).sum(), mask.sum(), wrong.mean()
 
-    found = [jax.device_get(score(params, given, batch)) for batch in text.blocks(split)]
-    total, count, wrong = (np.asarray(x, np.float64) for x in zip(*found, strict=True))
+    items = [jax.device_get(score(params, given, batch)) for batch in text.blocks(split)]
+    total, count, wrong = (np.asarray(x, np.float64) for x in zip(*items, strict=True))
     return {"nll": float(total.sum() / count.sum()), "unshifted_nll": float(wrong.mean())}
 
 
@@ -166,15 +166,17 @@ def _recover(
     prompts = np.unique(text.train[:, :length], axis=0)
     order = np.random.default_rng(0).permutation(len(prompts))[: config.prompts]
     rows = np.asarray(oracle.ask(prompts[order]).values)
-    found = leakage.estimate_output_subspace(rows, decimals=config.decimals, dimension=config.width)
-    aligned = leakage.align_head(found.basis, np.asarray(teacher["head"]))
+    result = leakage.estimate_output_subspace(
+        rows, decimals=config.decimals, dimension=config.width
+    )
+    aligned = leakage.align_head(result.basis, np.asarray(teacher["head"]))
     # Singular values carry the scale: states of unit variance then make logits like the teacher's.
-    scale = found.singular_values[: config.width] / len(rows) ** 0.5
+    scale = result.singular_values[: config.width] / len(rows) ** 0.5
     if jax.process_index() == 0:
-        basis = (np.asarray(found.basis) * scale).astype(np.float32)
+        basis = (np.asarray(result.basis) * scale).astype(np.float32)
         storage.write_atomic(path, lambda file: np.save(file, basis))
     return {
-        "width": str(found.width),
+        "width": str(result.width),
         "leak": aligned.leak,
         "relative_rms": aligned.relative_rms,
         "queries": oracle.queries,
@@ -188,13 +190,13 @@ def _states(
     """Last hidden states of student and teacher at the same test positions."""
     run = jax.jit(lambda *arguments: student.hidden_and_head(*arguments)[0])
     taught = jax.jit(scene.trunk.hidden)
-    mine, theirs = [], []
+    mine, other = [], []
     for batch in scene.text.blocks("test"):
         mine.append(np.asarray(run(params, given, batch["tokens"]))[batch["mask"]])
         hidden = taught(scene.teacher["trunk"], batch["tokens"])
-        theirs.append(np.asarray(hidden)[batch["mask"]])
+        other.append(np.asarray(hidden)[batch["mask"]])
     some = np.random.default_rng(0).permutation(sum(map(len, mine)))[:4000]
-    return np.concatenate(mine)[some], np.concatenate(theirs)[some]
+    return np.concatenate(mine)[some], np.concatenate(other)[some]
 
 
 def _size(tree: Any) -> int:

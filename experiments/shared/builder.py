@@ -34,8 +34,8 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """The first of `PLACES` with the files."""
         # The property of the same name fails with an AssertionError where the folder is missing.
         manual = epath.Path(getattr(dl_manager, "_manual_dir", None) or ".")
-        for place in self.PLACES:
-            if (manual / place / self.FILE).exists():
-                return manual / place
+        for location in self.PLACES:
+            if (manual / location / self.FILE).exists():
+                return manual / location
         how = (self.MANUAL_DOWNLOAD_INSTRUCTIONS or "").format(manual_dir=manual)
         raise FileNotFoundError(f"{self.name} is made from files that are missing: {how}")

@@ -16,9 +16,9 @@ _TABLE = json.loads(Path(__file__).with_name("decoders.json").read_text())
 
 def decoder_config(spec: str) -> models.DecoderConfig:
     """The shape of a model: a known name, or what its own files say."""
-    if known := _TABLE.get(spec):
-        of_hub = "model_type" in known
-        return models.config_from_hf(known) if of_hub else models.DecoderConfig(**known)
+    if existing := _TABLE.get(spec):
+        of_hub = "model_type" in existing
+        return models.config_from_hf(existing) if of_hub else models.DecoderConfig(**existing)
     return models.load_config(spec)
 
 

@@ -47,10 +47,10 @@ class Options:
         Raises:
             ValueError: ``only`` names another.
         """
-        wanted = [name for name in self.only.split(",") if name] or list(known)
-        if unknown := sorted(set(wanted) - set(known)):
+        parts = [name for name in self.only.split(",") if name] or list(known)
+        if unknown := sorted(set(parts) - set(known)):
             raise ValueError(f"only: expected some of {', '.join(known)}, got {unknown[0]!r}")
-        return wanted
+        return parts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,9 +106,9 @@ def peak_rss_bytes() -> int:
     status = Path("/proc/self/status")
     if status.exists():
         # getrusage starts from what the parent held when it forked.
-        found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE)
-        if found:
-            return int(found[1]) * 1024
+        match = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE)
+        if match:
+            return int(match[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -191,15 +191,15 @@ def main(package: types.ModuleType, workdir: str) -> None:
 
 
 def _run(package: types.ModuleType, argv: Sequence[str], values: flags.FlagValues) -> None:
-    known, home = names(package), Path(values.workdir)
+    existing, home = names(package), Path(values.workdir)
     if values.page or values.list:
-        lines = (f"{name:24s} {load(package, name)[1]}" for name in known)
+        lines = (f"{name:24s} {load(package, name)[1]}" for name in existing)
         print(page(package, home) if values.page else "\n".join(lines))
         return
-    wanted = list(argv[1:]) or ["all"]
-    if unknown := sorted(set(wanted) - {*known, "all"}):
-        raise app.UsageError(f"name: expected one of {', '.join(known)}, got {unknown[0]!r}")
-    for name in known if "all" in wanted else wanted:
+    expected = list(argv[1:]) or ["all"]
+    if unknown := sorted(set(expected) - {*existing, "all"}):
+        raise app.UsageError(f"name: expected one of {', '.join(existing)}, got {unknown[0]!r}")
+    for name in existing if "all" in expected else expected:
         module, _ = load(package, name)
         options = Options(
             directory=home / name,

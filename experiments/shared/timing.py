@@ -29,11 +29,11 @@ def paired_seconds(
 
 def repeated(step: Callable[..., Any], state: Any, *arguments: Any) -> Callable[[], Any]:
     """A call that takes one more training step from where the last ended, and gives its metrics."""
-    held = [state]
+    items = [state]
 
     def call() -> Any:
         # A step donates its state: each is good for one call.
-        held[0], output = step(held[0], *arguments)
+        items[0], output = step(items[0], *arguments)
         return output.metrics
 
     return call

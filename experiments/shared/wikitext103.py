@@ -46,8 +46,8 @@ def split_articles(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
         if pending is not None and not line.strip():
             if title:
                 yield title, "\n".join(kept).strip()
-            found = _TITLE.fullmatch(pending)
-            title, kept = found[1] if found else "", [pending]
+            match = _TITLE.fullmatch(pending)
+            title, kept = match[1] if match else "", [pending]
         elif pending is not None:
             kept.append(pending)
         pending = line if empty_before and _TITLE.fullmatch(line) else None

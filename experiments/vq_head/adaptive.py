@@ -222,8 +222,11 @@ def _tail_nll(
 
         def compute() -> jax.Array:
             logits = _tail_logits(hidden.at[rows].get(mode="fill", fill_value=0), tail)
-            place = jnp.where(exists, places.at[rows].get(mode="fill", fill_value=0), 0)
-            nll = ops.logsumexp(logits) - jnp.take_along_axis(logits, place[:, None], axis=-1)[:, 0]
+            selected = jnp.where(exists, places.at[rows].get(mode="fill", fill_value=0), 0)
+            nll = (
+                ops.logsumexp(logits)
+                - jnp.take_along_axis(logits, selected[:, None], axis=-1)[:, 0]
+            )
             return jnp.where(exists, nll, 0.0)
 
         return None, lax.cond(exists.any(), compute, lambda: jnp.zeros(block_size))

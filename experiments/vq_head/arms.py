@@ -122,7 +122,7 @@ def label_loss(params: Any, constants: Any, hidden: Any, labels: Any) -> jax.Arr
 
 def product_codes(ctx: Context, groups: int, num_codes: int, seed: int) -> vq.ProductCodes:
     """Codes of the old rows, and a bias with what they lose at the mean state."""
-    found = vq.ProductCodes.fit(
+    result = vq.ProductCodes.fit(
         ctx.rows,
         ctx.unigram,
         ctx.statistics.cov,
@@ -131,9 +131,9 @@ def product_codes(ctx: Context, groups: int, num_codes: int, seed: int) -> vq.Pr
         key=jax.random.key(seed),
         iterations=ctx.config.kmeans_iterations,
     )
-    bias = (ctx.rows - found.kernel()) @ ctx.statistics.mean
+    bias = (ctx.rows - result.kernel()) @ ctx.statistics.mean
     bias = bias if ctx.row_bias is None else bias + ctx.row_bias
-    return dataclasses.replace(found, bias=bias)
+    return dataclasses.replace(result, bias=bias)
 
 
 def _vq(ctx: Context, trial: Trial) -> Converted:

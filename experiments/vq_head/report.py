@@ -133,13 +133,13 @@ def _bars(
         share = group[0]["cost"]["read_bytes"] / full["cost"]["read_bytes"]
         if group[0]["arm"].startswith(("vq", "screened", "product", "packed")):
             points.append(mean | {"share": share, "name": _name(group[0]["arm"])})
-    wanted = (
+    expected = (
         ("perplexity x at <= 10 % of the bytes read", "ratio", 1.04, lambda p: p["share"] <= 0.1),
         ("decode x faster at >= 99 % top-1", "decode_speedup", 6.0, lambda p: p["top1"] >= 0.99),
         ("top-1 at >= 6 x faster", "top1", 0.99, lambda p: p["decode_speedup"] >= 6),
     )
     bars = []
-    for name, key, limit, fits in wanted:
+    for name, key, limit, fits in expected:
         least = key == "ratio"  # of the others more is better
         if fitting := sorted(filter(fits, points), key=lambda p: p[key], reverse=not least):
             best, value = fitting[0], fitting[0][key]
@@ -162,12 +162,12 @@ def frontier(
         return 100 * record["cost"]["read_bytes"] / full["cost"]["read_bytes"]
 
     def series(value: Callable[[Mapping[str, Any]], float]) -> list[figures.Series]:
-        found = []
+        series = []
         for name, by_size in lines.items():
             by_size = sorted(by_size, key=lambda group: share(group[0]))
             runs = [[(share(r), value(r)) for r in seeds] for seeds in zip(*by_size)]
-            found.append(figures.Series(name=name, runs=runs))
-        return found
+            series.append(figures.Series(name=name, runs=runs))
+        return series
 
     named: dict[str, Any] = {
         "x": "head bytes read a token, % of the full head",

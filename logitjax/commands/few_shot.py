@@ -330,7 +330,7 @@ def _encode(config: Config, out: epath.Path) -> Problem:
         scale = first.logit_scale  # trained with the text tower
     names = parts["pictures"][1].class_names
     weights = _class_weights(config, first, names)
-    found: dict[str, few_shot.Pictures] = {}
+    entries: dict[str, few_shot.Pictures] = {}
     made_of: dict[str, str | None] = {"pictures": None, "validation": None, "test": None}
     if config.class_weights is not None:
         made_of["class_weights"] = _digest([config.class_weights])
@@ -341,7 +341,7 @@ def _encode(config: Config, out: epath.Path) -> Problem:
         ]
         made_of[part] = _digest([directory for kind in directories for directory in kind])
         plain, *others = directories
-        found[part] = few_shot.read_pictures(
+        entries[part] = few_shot.read_pictures(
             *plain,
             class_weights=weights,
             class_names=names,
@@ -349,12 +349,12 @@ def _encode(config: Config, out: epath.Path) -> Problem:
             projection=first.projection,
             views=others[0] if others else (),
         )
-        weights = found[part].class_weights
+        weights = entries[part].class_weights
     files = {
         part: tuple(str(images.files[row]) for row in rows) if images.files else ()
         for part, (_, images, rows) in parts.items()
     }
-    return Problem(config=config, **found, files=files, notes=notes, made_of=made_of)
+    return Problem(config=config, **entries, files=files, notes=notes, made_of=made_of)
 
 
 def _survey(config: Config, encoder: vision.Encoder) -> tuple[dict[str, Any], list[str]]:
@@ -380,8 +380,8 @@ def _survey(config: Config, encoder: vision.Encoder) -> tuple[dict[str, Any], li
         images = data.load_image_set(str(config.data), split=split)
         rows = images.choose(config.rows if part == "pictures" else "all", seed=config.seed)
         if str(config.data).startswith("folder:"):
-            rows, found = images.survey(rows, seen)
-            notes += describe(found, split)
+            rows, result = images.survey(rows, seen)
+            notes += describe(result, split)
         parts[part] = (split, images, rows)
     _, images, rows = parts["pictures"]
     for part, split in splits.items():
@@ -551,11 +551,11 @@ def _of_best(
 ) -> Sequence[str]:
     """How right the recommended head is, which others are level with it, and what it mistakes."""
     right = {name: (classes == test.labels).astype(float) for name, classes in predicted.items()}
-    own, names = right[best], test.class_names
-    low, high = scipy.stats.binomtest(int(own.sum()), len(own)).proportion_ci(method="wilson")
+    ours, names = right[best], test.class_names
+    low, high = scipy.stats.binomtest(int(ours.sum()), len(local)).proportion_ci(method="wilson")
     level = []
     for name, other in right.items():
-        gap = other - own
+        gap = other - ours
         reach = 1.96 * gap.std() / math.sqrt(len(gap))
         if name != best and abs(gap.mean()) <= reach + 1 / len(gap):
             level.append(f"{name} ({100 * gap.mean():+.1f} +- {100 * reach:.1f})")
@@ -569,8 +569,8 @@ def _of_best(
         classes.append((hits / total, row))
     worst = [row for _, row in sorted(classes, key=lambda one: one[0])[:_CLASSES]]
     return [
-        f"The head of the first sample classifies {int(own.sum())} of {len(own)} pictures right, "
-        f"{100 * own.mean():.1f} % [{100 * low:.1f}, {100 * high:.1f}].",
+        f"The head of the first sample classifies {int(ours.sum())} of {len(local)} pictures right, "
+        f"{100 * ours.mean():.1f} % [{100 * low:.1f}, {100 * high:.1f}].",
         "Level with it on these pictures (points, and the 95 % interval of the paired difference): "
         + (", ".join(level) or "none")
         + ".",

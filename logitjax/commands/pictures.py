@@ -186,7 +186,7 @@ def write_answers(
         sets = head.predict_sets(**given, coverage=coverage)
     (first, second), rows = order[:, :2].T, np.arange(len(files))
     doubtful = np.argsort(probabilities[rows, first] - probabilities[rows, second], kind="stable")
-    place = np.argsort(doubtful) + 1
+    location = np.argsort(doubtful) + 1
     write_csv(
         out / "predictions.csv",
         [
@@ -197,7 +197,7 @@ def write_answers(
                 "second": names[second[row]],
                 "second_probability": f"{probabilities[row, second[row]]:.4f}",
                 "set": "|".join(names[k] for k in order[row] if sets[row, k]),
-                "label_next": place[row],
+                "label_next": location[row],
             }
             for row, file in enumerate(files)
         ],
@@ -206,5 +206,5 @@ def write_answers(
     cards = cards_of(head, pictures, files, doubtful, labelled=False)
     write_page(out / "index.html", "Pictures and their classes", text, cards)
     counts = np.bincount(first, minlength=len(names)).tolist()
-    told = ", ".join(f"{count} {name}" for name, count in zip(names, counts) if count)
-    print(f"{len(files)} pictures: {told}; {out / 'predictions.csv'}, {out / 'index.html'}")
+    notes = ", ".join(f"{count} {name}" for name, count in zip(names, counts) if count)
+    print(f"{len(files)} pictures: {notes}; {out / 'predictions.csv'}, {out / 'index.html'}")

@@ -143,8 +143,8 @@ def _longest_prefix(
             else:
                 high = guess
             # Where the row would be full, were all of it as dense as this stretch.
-            wanted = begin + (end - begin) * seq_len / longest
-            guess = int(np.searchsorted(ends, wanted, side="right")) - 1
+            expected = begin + (end - begin) * seq_len / longest
+            guess = int(np.searchsorted(ends, expected, side="right")) - 1
             if probe >= _MAX_PROBES or not low < guess < high:
                 guess = (low + high) // 2
         if best is not None:

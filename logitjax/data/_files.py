@@ -96,13 +96,13 @@ def held_out_splits(path: str, suffixes: tuple[str, ...]) -> set[str]:
     root = epath.Path(path).expanduser()
     if not path or not root.is_dir():
         return set()
-    found = set()
+    splits = set()
     for name in _HELD_OUT:
         # A folder `test` of something else is no split.
         inside = files_below(root / name) if (root / name).is_dir() else iter(())
         if _named(root, name, suffixes) or any(f.name.endswith(suffixes) for f in inside):
-            found.add(name)
-    return found
+            splits.add(name)
+    return splits
 
 
 def no_split(spec: str, name: str) -> str:

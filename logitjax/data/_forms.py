@@ -131,11 +131,11 @@ def _message(message: Any) -> dict[str, Any]:
         extras["tool_calls"], content = _calls(extras["tool_calls"]), content or ""
     if not (isinstance(role, str) and isinstance(content, str)):
         raise ValueError(f"message: expected strings 'role' and 'content', got {message!r}")
-    said = {"role": role, "content": content}
-    for key, value in said.items():
+    entries = {"role": role, "content": content}
+    for key, value in entries.items():
         _check_encodable(key, value)
     _check_encodable("tool_calls", json.dumps(extras, ensure_ascii=False, default=str))
-    return said | extras
+    return entries | extras
 
 
 def _calls(calls: Any) -> list[dict[str, Any]]:

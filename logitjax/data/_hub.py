@@ -31,11 +31,11 @@ def load_hub(
     name: str, *, split: str, on_error: str, spec: str, columns: Mapping[str, str] | None
 ) -> Examples:
     """The rows of a split, which `datasets` maps from its files and does not hold."""
-    wanted, _, _ = parse_split(split)
-    with _opened(name, spec) as (datasets, arguments, own):
-        if own and wanted != "train":
-            raise ValueError(f"split: expected a slice of 'train', which is {own}, got {split!r}")
-        rows = datasets.load_dataset(*arguments, split=own or wanted)
+    expected, _, _ = parse_split(split)
+    with _opened(name, spec) as (datasets, arguments, local):
+        if local and expected != "train":
+            raise ValueError(f"split: expected a slice of 'train', which is {local}, got {split!r}")
+        rows = datasets.load_dataset(*arguments, split=local or expected)
 
     def read(report: Report) -> Iterator[dict[str, Any]]:
         yield from normalised(enumerate(rows), f"{spec}, row", arguments[0], report, columns)

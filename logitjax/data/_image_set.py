@@ -231,7 +231,7 @@ def load_image_set(
     if kind in ("stamps", "mnist_5k", "emoji", "foolbox") and name != "all":
         raise ValueError(f"{spec} has the one split 'all', got {name!r}")
     if kind == "tfds" and location:
-        found = _tfds(location, name, data_dir)
+        result = _tfds(location, name, data_dir)
     elif kind == "folder" and location:
         root = epath.Path(location).expanduser()
         if name == "all" and (splits := _splits_in(root)):
@@ -239,44 +239,44 @@ def load_image_set(
                 f"split: expected one of {', '.join(splits)}, which {root} has in place of classes"
             )
         files, classes = class_folders(root if name == "all" else root / name)
-        found = _files(files, classes)
+        result = _files(files, classes)
     elif kind == "pictures" and location and name == "all":
         files = pictures_below(epath.Path(location).expanduser())
-        found = _files([(path, 0) for path in files], ["picture"])
+        result = _files([(path, 0) for path in files], ["picture"])
     elif kind == "recognition" and location:
-        found = _recognition(location, name, data_dir)
+        result = _recognition(location, name, data_dir)
     elif kind == "stamps":
-        found = _stamps(location, data_dir)
+        result = _stamps(location, data_dir)
     elif kind == "emoji" and location:
         vendor, _, directory = location.partition(":")
-        found = _emoji(vendor, directory, data_dir)
+        result = _emoji(vendor, directory, data_dir)
     elif kind == "mnist_5k" and not location:
-        found = _mnist()
+        result = _mnist()
     elif kind == "foolbox" and not location:
-        found = _foolbox()
+        result = _foolbox()
     elif kind == "synthetic" and location.isdigit():
         made = load_images(spec, split="test" if name == "all" else name)
-        found = _arrays(made.images, made.labels, [str(i) for i in range(made.num_classes)])
+        result = _arrays(made.images, made.labels, [str(i) for i in range(made.num_classes)])
     else:
         raise ValueError(
             f"unknown image source {spec!r}: expected tfds:NAME, folder:DIR, pictures:DIR, "
             "recognition:NAME, stamps, mnist_5k, emoji:VENDOR, foolbox or synthetic:CLASSES"
         )
     if start is not None or stop is not None:
-        found = found[slice_of(start, stop, len(found))]
-    found.source = f"{spec}[{split}]"
-    return found
+        result = result[slice_of(start, stop, len(result))]
+    result.source = f"{spec}[{split}]"
+    return result
 
 
 def _splits_in(root: epath.Path) -> list[str]:
     """Folders with a split's name that hold folders, and no pictures of their own."""
-    found = []
+    items = []
     for name in ("train", "val", "valid", "validation", "test"):
         inside = list((root / name).iterdir()) if (root / name).is_dir() else []
         inside = [path for path in inside if not path.name.startswith(".")]
         if any(path.is_dir() for path in inside) and all(path.is_dir() for path in inside):
-            found.append(name)
-    return found
+            items.append(name)
+    return items
 
 
 def _files(
@@ -356,12 +356,12 @@ def _recognition(location: str, split: str, data_dir: str | os.PathLike[str] | N
     root = epath.Path(directory).expanduser() if directory else manual_dir(data_dir)
     home = root / recognition_set(name).folder
     if directory or home.exists():
-        found = _files(*files_of(name, root, split))
+        recognition = _files(*files_of(name, root, split))
     else:
         spec, part = tfds_source(name, split, root)
-        found, home = load_image_set(spec, split=part, data_dir=data_dir), root
-    found.class_names = class_names_of(name, found.class_names, home)
-    return found
+        recognition, home = load_image_set(spec, split=part, data_dir=data_dir), root
+    recognition.class_names = class_names_of(name, recognition.class_names, home)
+    return recognition
 
 
 def _stamps(directory: str, data_dir: str | os.PathLike[str] | None) -> ImageSet:

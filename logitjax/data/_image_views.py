@@ -46,13 +46,13 @@ class ImageViews:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, known in (
+        for name, existing in (
             ("fit", ("crop", "pad", "squash")),
             ("kind", ("plain", "random")),
             ("interpolation", ("bilinear", "bicubic")),
         ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}: expected one of {known}, got {getattr(self, name)!r}")
+            if getattr(self, name) not in existing:
+                raise ValueError(f"{name}: expected one of {existing}, got {getattr(self, name)!r}")
         if self.count < 1 or (self.kind == "plain" and self.count != 1):
             raise ValueError(f"count: expected at least 1, and 1 for plain views, got {self.count}")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:

@@ -92,21 +92,21 @@ def load_images(
     kind, _, location = spec.partition(":")
     name, start, stop = parse_split(split)
     if kind == "tfds" and location:
-        found = _tfds_images(location, name, data_dir)
+        result = _tfds_images(location, name, data_dir)
     elif kind == "cifar100" and location:
-        found = _cifar100(epath.Path(location), name)
+        result = _cifar100(epath.Path(location), name)
     elif kind == "folder" and location:
         if size is None:
             raise ValueError("size: expected pixels, for images come from a folder, got None")
-        found = _folder(epath.Path(location) / name, size, cache_dir)
+        result = _folder(epath.Path(location) / name, size, cache_dir)
     elif kind == "synthetic" and location.isdigit():
-        found = _synthetic(int(location), name)
+        result = _synthetic(int(location), name)
     else:
         raise ValueError(
             f"unknown image source {spec!r}: expected tfds:NAME, cifar100:DIR, folder:DIR or "
             "synthetic:CLASSES"
         )
-    images, labels, classes = found
+    images, labels, classes = result
     rows = slice_of(start, stop, len(labels))
     return LabelledImages(
         images=images[rows],
@@ -224,8 +224,8 @@ def _report_skipped(directory: epath.Path, classes: Sequence[str]) -> None:
 
 
 def pictures_below(directory: epath.Path) -> list[epath.Path]:
-    found = [p for p in files_below(directory) if p.suffix.lower() in _SUFFIXES]
-    return sorted(found, key=os.fspath)
+    items = [p for p in files_below(directory) if p.suffix.lower() in _SUFFIXES]
+    return sorted(items, key=os.fspath)
 
 
 # Cameras save pixels as the sensor lay, and in EXIF how they are to be turned.

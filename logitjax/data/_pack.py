@@ -190,7 +190,7 @@ def _routed(examples: Examples) -> Iterator[tuple[str | None, Examples]]:
     if "" in teachers:
         raise ValueError(f"{examples.source}: expected a 'teacher' in every row or in none")
     for teacher in sorted(map(str, set(teachers))):
-        here = [e for e, own in zip(examples, teachers, strict=True) if own == teacher]
+        here = [e for e, local in zip(examples, teachers, strict=True) if local == teacher]
         yield teacher, Examples(here, fingerprint="", source=examples.source)
 
 
@@ -232,10 +232,10 @@ def _pieces(
             continue
         except (ValueError, TypeError) as error:
             # A chat template that refuses a conversation, a tokenizer that refuses a text.
-            said = f"example {example.get('id', number)}: {' '.join(str(error).split())}"
+            message = f"example {example.get('id', number)}: {' '.join(str(error).split())}"
             if not skip_errors:
-                raise ValueError(f"{examples.source}, {said}") from error
-            _skipped(said, statistics)
+                raise ValueError(f"{examples.source}, {message}") from error
+            _skipped(message, statistics)
             continue
         for piece in pieces:
             # A row of such pieces alone would be a step without a loss.
@@ -305,9 +305,9 @@ def best_fit(
         fits = np.flatnonzero((room >= need).all(axis=1))
         if len(fits):
             # By the tokenizer with the least room left: a row is full when it is full for any.
-            place = int(fits[np.argmin((room[fits] - need).min(axis=1))])
-            rows[place].append(piece)
-            room[place] -= need
+            location = int(fits[np.argmin((room[fits] - need).min(axis=1))])
+            rows[location].append(piece)
+            room[location] -= need
         else:
             if len(rows) == open_rows:
                 # The fullest row has the least to gain from waiting.
@@ -316,10 +316,10 @@ def best_fit(
                 room = np.delete(room, fullest, axis=0)
             rows.append([piece])
             room = np.concatenate([room, seq_len - need[None]])
-            place = len(rows) - 1
-        if not room[place].min():
-            yield rows.pop(place)
-            room = np.delete(room, place, axis=0)
+            location = len(rows) - 1
+        if not room[location].min():
+            yield rows.pop(location)
+            room = np.delete(room, location, axis=0)
     yield from rows
 
 

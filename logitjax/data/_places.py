@@ -32,8 +32,8 @@ def fetched(
 ) -> epath.Path:
     """The first of ``places`` that is there, below ``downloads/manual`` or as an absolute path."""
     manual = manual_dir(data_dir)
-    for place in places:
-        path = manual / place  # an absolute place stays itself
+    for location in places:
+        path = manual / location  # an absolute place stays itself
         if path.exists():
             return path
     raise FileNotFoundError(f"{what} is not there: {install.format(manual=manual)}")

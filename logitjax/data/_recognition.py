@@ -51,14 +51,14 @@ class RecognitionSet:
         >>> RECOGNITION_SETS["eurosat"].readable(["AnnualCrop"])
         ('Annual Crop',)
         """
-        found = []
+        items = []
         for name in class_names:
             if re.match(r"/\w/", name):  # SUN397: a letter, the place, what kind of it
                 name = " ".join(reversed(name.split("/")[2:]))
             if self.camel_case:
                 name = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
-            found.append(name.replace("_", " "))
-        return tuple(found)
+            items.append(name.replace("_", " "))
+        return tuple(items)
 
     def prompts(self, class_names: Sequence[str]) -> list[list[str]]:
         """Every template with every class's name: ``[classes][templates]``.
@@ -178,9 +178,9 @@ def files_of(
 ) -> tuple[list[tuple[epath.Path, int]], list[str]]:
     """Pictures with their classes' numbers, and the classes' names, in the layout of CoOp."""
     which = recognition_set(name)
-    known = tuple(which.folders) or _SPLITS
-    if split not in known:
-        raise ValueError(f"recognition:{name} has the splits {', '.join(known)}, not {split!r}")
+    present = tuple(which.folders) or _SPLITS
+    if split not in present:
+        raise ValueError(f"recognition:{name} has the splits {', '.join(present)}, not {split!r}")
     home = root / which.folder
     if which.folders:
         return class_folders(home / which.images / which.folders[split])
@@ -232,15 +232,15 @@ def class_names_of(name: str, classes: Sequence[str], directory: epath.Path) -> 
             names = dict(zip(sorted(classes), ordered, strict=True))
         elif not classes[0].isdecimal() or not ordered:
             return tuple(classes)
-    found = []
+    items = []
     for number in classes:
         if number in names:
-            found.append(names[number])
+            items.append(names[number])
         elif number.isdecimal() and int(number) < len(ordered):
-            found.append(ordered[int(number)])
+            items.append(ordered[int(number)])
         else:
             raise ValueError(f"{path} does not name the class {number}")
-    return tuple(found)
+    return tuple(items)
 
 
 def _open_clip_names() -> list[str]:

@@ -39,14 +39,14 @@ def load_splits(spec: str, *, on_error: Literal["raise", "skip"] = "raise") -> d
     Raises:
         ValueError: There are too few documents to hold some out.
     """
-    kind, _, place = spec.partition(":")
+    kind, _, location = spec.partition(":")
     if kind == "mix":
         parts = [load_splits(part, on_error=on_error) for part, _ in parts_of(spec)]
         return {s: mixed(spec, [part[s] for part in parts]) for s in SPLITS}
-    own = set(SPLITS[1:]) if kind == "tfds" else held_out_splits(place, SUFFIXES.get(kind, ()))
+    local = set(SPLITS[1:]) if kind == "tfds" else held_out_splits(location, SUFFIXES.get(kind, ()))
     if kind == "hf":
-        own = hub_splits(place, spec) & set(SPLITS[1:])
-    loaded = {s: load_examples(spec, split=s, on_error=on_error) for s in ("train", *sorted(own))}
+        local = hub_splits(location, spec) & set(SPLITS[1:])
+    loaded = {s: load_examples(spec, split=s, on_error=on_error) for s in ("train", *sorted(local))}
     lacking = [s for s in SPLITS if s not in loaded]
     if lacking:
         loaded |= _cut(loaded["train"], ("train", *lacking), spec)
@@ -66,11 +66,11 @@ def _cut(examples: Examples, names: tuple[str, ...], spec: str) -> dict[str, Exa
     # In characters: what tokens there are depends on the models.
     sizes = np.cumsum(np.fromiter(itertools.chain([0], (len(str(r)) for r in examples)), np.int64))
     stops = [len(examples)]
-    for place in reversed(range(1, len(names))):
-        start = sizes[-1] * (1 - 0.1 * (len(names) - place))
+    for location in reversed(range(1, len(names))):
+        start = sizes[-1] * (1 - 0.1 * (len(names) - location))
         nearest = int(np.abs(sizes - start).argmin())
         # Every split keeps a document, wherever the nearest cuts fall.
-        stops.insert(0, min(max(nearest, place), stops[0] - 1))
+        stops.insert(0, min(max(nearest, location), stops[0] - 1))
     return {
         name: examples[start:stop]
         for name, start, stop in zip(names, [0, *stops], stops, strict=False)
@@ -166,7 +166,7 @@ def pack_splits(
 
 def _forms(loaded: Mapping[str, Examples], *, skip: bool) -> tuple[str | None, str | None]:
     """The first conversation and the first other row of all splits, as errors name them."""
-    found: dict[bool, str] = {}
+    entries: dict[bool, str] = {}
     for split, examples in loaded.items():
         for number in range(len(examples)):
             try:
@@ -175,8 +175,8 @@ def _forms(loaded: Mapping[str, Examples], *, skip: bool) -> tuple[str | None, s
                 if skip:
                     continue
                 raise
-            found.setdefault("messages" in row, f"{split} row {row.get('id', number)!r}")
+            entries.setdefault("messages" in row, f"{split} row {row.get('id', number)!r}")
             # The rows of a dataset have one form, and to read all would take as long as packing.
-            if examples.source.startswith("tfds:") or len(found) == 2:
+            if examples.source.startswith("tfds:") or len(entries) == 2:
                 break
-    return found.get(True), found.get(False)
+    return entries.get(True), entries.get(False)

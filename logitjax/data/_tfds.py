@@ -28,9 +28,9 @@ def prepare(
 ) -> epath.Path:
     """See :func:`logitjax.data.prepare`."""
     root = epath.Path(data_dir).expanduser() if data_dir else default_data_dir()
-    found = _find(name, root)
-    if found is not None:
-        return found
+    result = _find(name, root)
+    if result is not None:
+        return result
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
     ours, dataset, config = _parsed(name)
@@ -107,8 +107,8 @@ def open_prepared(
 def fingerprint_of(builder: Any, split: str, options: str = "") -> str:
     """Changes with what a prepared dataset holds and with what is taken of it."""
     # A dataset may be prepared anew under the same version from other files.
-    held = [(s.name, list(s.shard_lengths), s.num_bytes) for s in builder.info.splits.values()]
-    return digest(builder.info.full_name, split, held, options)
+    items = [(s.name, list(s.shard_lengths), s.num_bytes) for s in builder.info.splits.values()]
+    return digest(builder.info.full_name, split, items, options)
 
 
 def _parsed(name: str) -> tuple[Any, str, str]:
@@ -141,12 +141,12 @@ def _children(path: epath.Path) -> list[epath.Path]:
 
 
 def _versions(path: epath.Path) -> list[epath.Path]:
-    found = [
+    items = [
         p
         for p in _children(path)
         if all(part.isdigit() for part in p.name.split(".")) and (p / "features.json").exists()
     ]
-    return sorted(found, key=lambda p: [int(part) for part in p.name.split(".")])  # 1.9 < 1.10
+    return sorted(items, key=lambda p: [int(part) for part in p.name.split(".")])  # 1.9 < 1.10
 
 
 class _Rows(Sequence):

@@ -37,7 +37,7 @@ def token_windows(
     array([[ 1, 97],
            [ 1, 98]], dtype=int32)
     """
-    found: dict[bytes, np.ndarray] = {}
+    entries: dict[bytes, np.ndarray] = {}
     begin, longest, part = 0, 1, length - len(start)
     if part < 1:
         raise ValueError(
@@ -48,16 +48,16 @@ def token_windows(
     while begin < longest:
         for i in range(len(examples)):
             if "text" not in examples[i]:
-                said = getattr(examples, "source", "examples")
-                raise ValueError(f"{said}: expected a text, got {sorted(examples[i])}")
+                message = getattr(examples, "source", "examples")
+                raise ValueError(f"{message}: expected a text, got {sorted(examples[i])}")
             tokens = encode(examples[i]["text"])
             longest = max(longest, len(tokens))
             window = np.asarray([*start, *tokens[begin : begin + part]], np.int32)
             if len(window) == length:
-                found.setdefault(window.tobytes(), window)  # equal beginnings count once
-            if len(found) == count:
-                return np.stack(list(found.values()))
+                entries.setdefault(window.tobytes(), window)  # equal beginnings count once
+            if len(entries) == count:
+                return np.stack(list(entries.values()))
         begin += part
     raise ValueError(
-        f"data: expected {count} different windows of {length} tokens, got {len(found)}"
+        f"data: expected {count} different windows of {length} tokens, got {len(entries)}"
     )

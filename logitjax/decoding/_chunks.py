@@ -99,8 +99,8 @@ def _without_gaps(
 
     def fit(leaf: np.ndarray, fill: int = 0) -> np.ndarray:
         wide = np.full((len(leaf), steps, *leaf.shape[2:]), fill, leaf.dtype)
-        for row, values, there, length in zip(wide, leaf, emitted.valid, lengths, strict=True):
-            row[:length] = values[there][:length]
+        for row, values, present, length in zip(wide, leaf, emitted.valid, lengths, strict=True):
+            row[:length] = values[present][:length]
         return wide
 
     def fit_info(leaf: np.ndarray) -> np.ndarray:

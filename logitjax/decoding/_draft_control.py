@@ -84,11 +84,11 @@ class DraftControl:
         if plain is None:
             return 0
         shortest = self.lengths[0]
-        known = self.cost(shortest, kind)
-        if known is None:
+        existing = self.cost(shortest, kind)
+        if existing is None:
             return shortest
         # Untimed lengths cost as a straight line says.
-        slope = (known - plain) / shortest
+        slope = (existing - plain) / shortest
         gains = {}
         for length in self.lengths:
             cost = self.cost(length, kind) or max(plain + slope * length, plain)

@@ -65,7 +65,7 @@ class Rounds:
             emitted = jax.block_until_ready(self._engine.decode_chunk(steps))
             # Rows may end before the chunk does.
             rounds = max(1, int(np.asarray(emitted.valid).sum(axis=1).max()))
-            known: dict[str, Any] = {}
+            entries: dict[str, Any] = {}
         else:
             # About as many tokens as a chunk of plain steps.
             rounds = max(1, self._chunk // (length + 1))
@@ -74,7 +74,7 @@ class Rounds:
             stats = np.stack([drafted.rounds, drafted.tested, drafted.accepted])
             self.stats += stats
             rounds, part = int(stats[0].max()), max(1, int(stats[0].sum()))
-            known = {
+            entries = {
                 "tokens": int(np.asarray(emitted.valid).sum()) / part,
                 "tested": int(stats[1].sum()),
                 "accepted": int(stats[2].sum()),
@@ -82,7 +82,7 @@ class Rounds:
         seconds = time.perf_counter() - start
         self.calls.append((length, rounds, seconds))
         self._control.record(
-            length, seconds=seconds, rounds=rounds, kind=self._kind, program=steps, **known
+            length, seconds=seconds, rounds=rounds, kind=self._kind, program=steps, **entries
         )
         return emitted
 

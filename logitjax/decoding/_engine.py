@@ -279,9 +279,9 @@ class Engine:
         Raises:
             ValueError: for another shape, or an engine whose options have no masks.
         """
-        held = self.state.allowed
-        if held is None or np.shape(allowed) != held.shape:
-            needed = "options with masks=True" if held is None else f"shape {held.shape}"
+        stored = self.state.allowed
+        if stored is None or np.shape(allowed) != stored.shape:
+            needed = "options with masks=True" if stored is None else f"shape {stored.shape}"
             raise ValueError(f"allowed: expected {needed}, got shape {np.shape(allowed)}")
         # Copied: the caller writes the next masks into the same array while this one is read. By a
         # program: an array put on a device has another type than its outputs, and all compile anew.

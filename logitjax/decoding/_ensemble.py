@@ -95,13 +95,13 @@ class Plan:
 
     def slot_axes(self, cache: Sequence[Any]) -> list[int] | None:
         """The axis of each cache leaf where slot p holds position p (-1: none); None if unknown."""
-        found: list[int] = []
-        for group, held in zip(self.groups, cache, strict=True):
+        items: list[int] = []
+        for group, stored in zip(self.groups, cache, strict=True):
             axes = getattr(group.init_cache, "slot_axes", None)
             if axes is None:
                 return None
-            found += [axis + group.batch_axis * (axis >= 0) for axis in axes(held)]  # -1 stays
-        return found
+            items += [axis + group.batch_axis * (axis >= 0) for axis in axes(stored)]  # -1 stays
+        return items
 
     def init_cache(self, rows: int, max_length: int) -> tuple:
         return tuple(group.empty(rows, max_length) for group in self.groups)
@@ -121,15 +121,15 @@ class Plan:
         cut or padded to the large model's vocabulary unless there is a token map; and the cache.
         """
         tokens, positions = jnp.asarray(tokens), jnp.asarray(positions)
-        found: dict[tuple[int, int], jax.Array] = {}
+        entries: dict[tuple[int, int], jax.Array] = {}
         caches = []
-        for group, weights, held in zip(self.groups, params, cache, strict=True):
-            logits, held = group.forward(weights, tokens, positions, held, last_only)
-            caches.append(held)
+        for group, weights, stored in zip(self.groups, params, cache, strict=True):
+            logits, stored = group.forward(weights, tokens, positions, stored, last_only)
+            caches.append(stored)
             keys = [(s, o) for s in group.streams for o in range(group.outputs)]
-            found |= dict(zip(keys, logits, strict=True))
+            entries |= dict(zip(keys, logits, strict=True))
         # By stream, then by output: groups need not be in the order of the streams.
-        return [self._fit(found[key]) for key in sorted(found)], tuple(caches)
+        return [self._fit(entries[key]) for key in sorted(entries)], tuple(caches)
 
     def at_large(self, logits: jax.Array) -> jax.Array:
         """float32 logits of a small model at the large one's token ids."""

@@ -142,9 +142,9 @@ def as_requests(
         ]
     if len(sampling) != len(prompts):
         raise ValueError(f"sampling: expected one a prompt ({len(prompts)}), got {len(sampling)}")
-    for theirs in others or ():
-        if theirs is not None and len(theirs) != len(prompts):
-            raise ValueError(f"others: expected {len(prompts)} prompts a model, got {len(theirs)}")
+    for other in others or ():
+        if other is not None and len(other) != len(prompts):
+            raise ValueError(f"others: expected {len(prompts)} prompts a model, got {len(other)}")
     return [
         Request(
             prompt=prompt,

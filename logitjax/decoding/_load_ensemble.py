@@ -64,10 +64,10 @@ def _check_members(fuse: Any, experts: int, bases: int) -> None:
         both = True if isinstance(fuse, fusion.DynamicFusion) else None
         takes = getattr(fuse, f"takes_{name}s", both)
         if takes is not None and takes != bool(count):
-            wanted = f"a model, which {kind} needs" if takes else f"none, {kind} takes none"
-            raise ValueError(f"{name}: expected {wanted}, got {count}")
+            expected = f"a model, which {kind} needs" if takes else f"none, {kind} takes none"
+            raise ValueError(f"{name}: expected {expected}, got {count}")
     if isinstance(fuse, fusion.LogitDifference) and experts > 1:
         raise ValueError(f"expert: expected one, which {kind} subtracts, got {experts}")
     if bases not in (0, 1, max(1, experts)):
-        wanted = f"one or {experts}, as many as experts" if experts > 1 else "one"
-        raise ValueError(f"base: expected {wanted}, got {bases}")
+        expected = f"one or {experts}, as many as experts" if experts > 1 else "one"
+        raise ValueError(f"base: expected {expected}, got {bases}")

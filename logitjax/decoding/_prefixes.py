@@ -24,15 +24,15 @@ class PrefixCache:
 
     def longest(self, names: list[bytes]) -> list[Any]:
         """The blocks from the first on, as far as they are held."""
-        found = []
+        longest = []
         for name in names:
             if name not in self._blocks:
                 break
-            found.append(self._blocks[name][0])
+            longest.append(self._blocks[name][0])
         # The first last: a block whose beginning was dropped is of no use to anybody.
-        for name in reversed(names[: len(found)]):
+        for name in reversed(names[: len(longest)]):
             self._blocks.move_to_end(name)
-        return found
+        return longest
 
     def put(self, name: bytes, cache: Any) -> None:
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))

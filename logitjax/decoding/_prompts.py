@@ -48,10 +48,10 @@ def read_piece(
     """
     rows = len(caches)
     parts = []
-    for group, *held in zip(plan.groups, *caches, strict=True):
+    for group, *stored in zip(plan.groups, *caches, strict=True):
         axis = group.batch_axis
         join = functools.partial(_joined, axis=axis)
-        parts.append(held[0] if rows == 1 else jax.tree.map(join, *held))
+        parts.append(stored[0] if rows == 1 else jax.tree.map(join, *stored))
     logits, joined = plan.forward(params, tokens, positions, tuple(parts), last_only=not report)
 
     def cut(row: int, axis: int) -> Any:
@@ -59,8 +59,8 @@ def read_piece(
 
     split = [
         tuple(
-            jax.tree.map(cut(row, group.batch_axis), held)
-            for group, held in zip(plan.groups, joined, strict=True)
+            jax.tree.map(cut(row, group.batch_axis), stored)
+            for group, stored in zip(plan.groups, joined, strict=True)
         )
         for row in range(rows)
     ]
@@ -79,19 +79,19 @@ def _reported(
 
     def advance(extra: Any, here: Any) -> tuple[Any, Emitted]:
         target, values = here
-        there = target >= 0  # -1 where no token follows
+        present = target >= 0  # -1 where no token follows
         token = jnp.maximum(target, 0)
         served = plan.combine(values)[0]
         if options.served is not None:
             served = options.served(served, extra)
         log_p = log_softmax(served)
-        own = jnp.take_along_axis(log_p, token[:, None], axis=-1)[:, 0]
-        emitted = Emitted(tokens=token, valid=there, logprobs=own)
+        local = jnp.take_along_axis(log_p, token[:, None], axis=-1)[:, 0]
+        emitted = Emitted(tokens=token, valid=present, logprobs=local)
         if options.top_logprobs:
             best, ids = top_k(log_p, options.top_logprobs)
             emitted = dataclasses.replace(emitted, top_ids=ids, top_logprobs=best)
         if options.remember is not None:
-            extra = options.remember(extra, token, there)
+            extra = options.remember(extra, token, present)
         return extra, emitted
 
     times = (following.T, [jnp.swapaxes(values, 0, 1) for values in logits])

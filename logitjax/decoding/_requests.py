@@ -61,8 +61,8 @@ class Request:
         same = plan.read(_tokens(self.prompt, min(sizes[0], mapped), "prompt"))
         given = zip(same, (None, *others), sizes, strict=True)
         return [
-            _tokens(mine, size, "prompt") if own is None else _tokens(own, size, "others")
-            for mine, own, size in given
+            _tokens(mine, size, "prompt") if local is None else _tokens(local, size, "others")
+            for mine, local, size in given
         ]
 
 

@@ -174,13 +174,13 @@ def truncate(
     if top_k is not None or top_p is not None:
         keys = _sortable(logits)
         if top_k is not None:
-            wanted = jnp.where(jnp.asarray(top_k) > 0, top_k, logits.shape[-1])
-            threshold = _largest_threshold(keys, jnp.ones_like(keys), wanted)
+            selected = jnp.where(jnp.asarray(top_k) > 0, top_k, logits.shape[-1])
+            threshold = _largest_threshold(keys, jnp.ones_like(keys), selected)
             keep &= keys >= threshold[:, None]
         if top_p is not None:
             weights = jnp.where(keep, jnp.exp(logits - peak), 0)
-            wanted = jnp.asarray(top_p) * weights.sum(axis=-1)
-            threshold = _largest_threshold(keys, weights, wanted)
+            selected = jnp.asarray(top_p) * weights.sum(axis=-1)
+            threshold = _largest_threshold(keys, weights, selected)
             # Rounding of the sums must not cut anything where nothing is to be cut.
             keep &= (keys >= threshold[:, None]) | (jnp.asarray(top_p) >= 1)[:, None]
     if min_p is not None:
@@ -230,10 +230,10 @@ def sample(
 
     def draw() -> jax.Array:
         warm = sampling_logits(logits, rows)
-        own = row_keys(rows.seed, counts) if keys is None else keys
+        local = row_keys(rows.seed, counts) if keys is None else keys
         # The largest of logits plus Gumbel noise is a draw from their softmax; a row needs no
         # other.
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:]))(own)
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:]))(local)
         drawn = (warm + noise).argmax(axis=-1).astype(jnp.int32)
         return jnp.where(rows.temperature == 0, greedy, drawn)
 

@@ -47,12 +47,12 @@ class Drafter:
 
     def params(self, params: Any) -> Any:
         """Its parameters; a copy where they lie in a stack."""
-        held = params[self.group]
-        return held if self.alone else jax.tree.map(lambda leaf: leaf[self.member], held)
+        stored = params[self.group]
+        return stored if self.alone else jax.tree.map(lambda leaf: leaf[self.member], stored)
 
     def cache(self, cache: Any) -> Any:
-        held = cache[self.group]
-        return held if self.alone else jax.tree.map(lambda leaf: leaf[self.member], held)
+        stored = cache[self.group]
+        return stored if self.alone else jax.tree.map(lambda leaf: leaf[self.member], stored)
 
     def with_cache(self, cache: tuple, drafted: Any) -> tuple:
         """Choose the cache to verify into: the drafted one, or for a stack the original."""
@@ -206,13 +206,13 @@ def _round(
 
     def advance(carry: Any) -> Any:
         n, state, alive, buffers, written, tested, accepted = carry
-        draft, there = at(drafts, n, 0), n < length
+        draft, present = at(drafts, n, 0), n < length
         now = state.active & alive
 
         def choose(adjusted: jax.Array, state: DecodeState) -> jax.Array:
             q = at(warm, jnp.minimum(n, length - 1), 0)
             return accept_or_redraw(
-                adjusted, q, jnp.maximum(draft, 0), state.sampling, state.count, there=there
+                adjusted, q, jnp.maximum(draft, 0), state.sampling, state.count, there=present
             )
 
         here = dataclasses.replace(state, active=now)
@@ -224,8 +224,8 @@ def _round(
             active=jnp.where(now, after.active, state.active),
         )
         buffers = _write(buffers, _by_row(emitted, rows), written, now)
-        same = now & there & (after.token == draft)
-        counts = (written + now, tested + (now & there), accepted + same)
+        same = now & present & (after.token == draft)
+        counts = (written + now, tested + (now & present), accepted + same)
         return (n + 1, after, same, buffers, *counts)
 
     zero = jnp.zeros(rows, jnp.int32)
@@ -258,8 +258,8 @@ def _by_row(emitted: Emitted, rows: int) -> Emitted:
 def _write(buffers: Emitted, emitted: Emitted, written: jax.Array, where: jax.Array) -> Emitted:
     def put(buffer: jax.Array, values: jax.Array) -> jax.Array:
         # Beyond the buffer, and so dropped, where a row has nothing.
-        place = jnp.where(where, written, len(buffer))
-        return buffer.at[place, jnp.arange(len(place))].set(values, mode="drop")
+        selected = jnp.where(where, written, len(buffer))
+        return buffer.at[selected, jnp.arange(len(selected))].set(values, mode="drop")
 
     return jax.tree.map(put, buffers, emitted)
 

@@ -326,8 +326,8 @@ def constrain(plan: Plan, options: DecodeOptions, state: DecodeState) -> DecodeS
     names = MeshAxes.current()
 
     def axes(known: tuple[str, ...], size: int) -> tuple[str, ...] | None:
-        there = tuple(name for name in known if name in mesh.axis_names)
-        return there if size % math.prod(mesh.shape[name] for name in there) == 0 else None
+        present = tuple(name for name in known if name in mesh.axis_names)
+        return present if size % math.prod(mesh.shape[name] for name in present) == 0 else None
 
     def pin(leaf: jax.Array, rows: int, heads: int | None = None) -> jax.Array:
         entries: list[Any] = [None] * leaf.ndim
@@ -343,8 +343,8 @@ def constrain(plan: Plan, options: DecodeOptions, state: DecodeState) -> DecodeS
         return pin(leaf, axis, axis + 1)
 
     cache = tuple(
-        jax.tree.map(functools.partial(pin_cache, axis=group.batch_axis), held)
-        for group, held in zip(plan.groups, state.cache, strict=True)
+        jax.tree.map(functools.partial(pin_cache, axis=group.batch_axis), stored)
+        for group, stored in zip(plan.groups, state.cache, strict=True)
     )
     lengths = pin(state.lengths, 1)
     rest = jax.tree.map(lambda leaf: pin(leaf, 0), dataclasses.replace(state, cache=(), lengths=()))

@@ -135,8 +135,8 @@ class TextStream:
     def _cut(self) -> None:
         if len(self.tokens) <= self._unstopped:
             self._from = len(self.text)
-        found = [self.text.find(string, self._from) for string in self.stop_strings]
-        ends = [place for place in found if place >= 0]
+        items = [self.text.find(string, self._from) for string in self.stop_strings]
+        ends = [location for location in items if location >= 0]
         if ends:
             self.text, self.stopped = self.text[: min(ends)], True
 

@@ -68,8 +68,8 @@ def align_gradients(
         {f"{name}{jax.tree_util.keystr(path)}": leaf for path, leaf in paths(tree)}
         for name, tree in (("task_gradients", task_gradients), ("auxiliary", auxiliary_gradients))
     ]
-    for (name, leaf), (other, theirs) in zip(named[0].items(), named[1].items(), strict=True):
-        checks.shapes(**{name: (leaf, "float *shape"), other: (theirs, "float *shape")})
+    for (name, leaf), (other, peer) in zip(named[0].items(), named[1].items(), strict=True):
+        checks.shapes(**{name: (leaf, "float *shape"), other: (peer, "float *shape")})
     task, auxiliary = task_gradients, auxiliary_gradients
     if axis_name is not None:
         # Before the inner product: a mean of projections is not the projection of the mean.

@@ -313,8 +313,8 @@ def _sorted_coupling_value(ours, theirs, f, g):
 def _renumber(ids, f):
     """Name each node by its place in the sorted order, so that equal names are matched."""
     # The inverse of a permutation.
-    place = jnp.argsort(_order(f), axis=-1)
-    flat = jnp.take_along_axis(place, ids.reshape(*ids.shape[:-2], -1), axis=-1)
+    order = jnp.argsort(_order(f), axis=-1)
+    flat = jnp.take_along_axis(order, ids.reshape(*ids.shape[:-2], -1), axis=-1)
     return flat.reshape(ids.shape)
 
 

@@ -153,9 +153,11 @@ def decoupled_knowledge_distillation(
     def sides(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The label's logit and the evidence for all others; -inf where there is none."""
         # One shard has the label; the others add zeros.
-        own = on_mesh.psum(jnp.sum(jnp.where(target, logits, 0.0), -1), axis_name)
-        own = jnp.where(own == jnp.inf, jnp.nan, own)  # an error of the teacher, not certainty
-        return own, logsumexp(logits, vocab_where=others, axis_name=axis_name)
+        selected = on_mesh.psum(jnp.sum(jnp.where(target, logits, 0.0), -1), axis_name)
+        selected = jnp.where(
+            selected == jnp.inf, jnp.nan, selected
+        )  # an error of the teacher, not certainty
+        return selected, logsumexp(logits, vocab_where=others, axis_name=axis_name)
 
     def log_odds(own: jax.Array, rest: jax.Array) -> jax.Array:
         # Masked before they are subtracted: -inf less -inf is nan, and so is its gradient.
@@ -170,8 +172,8 @@ def decoupled_knowledge_distillation(
     target_part = jnp.where(asked, target_part, 0.0)
     other_part = _softmax_kl(student, teacher, others, -1, axis_name)
     loss = target_weight * target_part + other_weight * other_part
-    known = (labels >= 0) & (labels < classes * shards)
-    return jnp.where(known, jnp.square(jnp.asarray(temperature)) * loss, jnp.nan)
+    existing = (labels >= 0) & (labels < classes * shards)
+    return jnp.where(existing, jnp.square(jnp.asarray(temperature)) * loss, jnp.nan)
 
 
 def standardize_logits(
@@ -290,16 +292,16 @@ def dist(
     # Of logits of sequences the second term would correlate positions, not examples.
     if student.ndim != 2 or not student.size:
         raise ValueError(f"student_logits: expected [batch, classes], got shape {student.shape}")
-    there = jnp.ones(student.shape[:1], bool)
+    present = jnp.ones(student.shape[:1], bool)
     if where is not None:
-        checks.where(where, there.shape)
-        there = jnp.broadcast_to(where, there.shape)
-        student = gradient_where(student, there)
+        checks.where(where, present.shape)
+        present = jnp.broadcast_to(where, present.shape)
+        student = gradient_where(student, present)
     exist = (student != -jnp.inf) | (teacher != -jnp.inf)
     # Not `jax.nn.softmax`, which makes nan of a row without any class.
     student, teacher = jnp.exp(log_softmax(student)), jnp.exp(log_softmax(teacher))
     inter = _pearson_distance(student, teacher, exist, -1)  # `[batch]`, over classes
     # `[classes]`, over the examples that count.
-    intra = _pearson_distance(student, teacher, jnp.broadcast_to(there[:, None], exist.shape), 0)
-    intra = masked_mean(intra, (there[:, None] & exist).any(0))
+    intra = _pearson_distance(student, teacher, jnp.broadcast_to(present[:, None], exist.shape), 0)
+    intra = masked_mean(intra, (present[:, None] & exist).any(0))
     return jnp.square(jnp.asarray(temperature)) * (inter_weight * inter + intra_weight * intra)

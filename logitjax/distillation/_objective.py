@@ -172,9 +172,9 @@ class Objective:
         head = Head.of(head).resolve(hidden.shape[-1])
         teachers = [_with_statistics(self, teacher, axis_name) for teacher in teachers]
         parts = self._parts(batch, teachers, params or {}, where, teacher_weights)
-        known = self.counts(batch, teachers, where=where) if counts is None else counts
+        existing = self.counts(batch, teachers, where=where) if counts is None else counts
         for part in parts:
-            part.weigh(where, known)
+            part.weigh(where, existing)
         count, value = where.sum(), jnp.float32(0.0)
         sums: dict[str, Any] = {}
         for members in grouped(parts):
@@ -211,10 +211,10 @@ class Objective:
             if term.teacher is not None and not teachers:
                 raise ValueError(f"loss {name!r}: expected a teacher, got none")
             of_text = term.teacher is None
-            own = None
+            local = None
             if of_text and "log_probs" in batch and "log_probs" not in term.batch:
                 # To maximise the likelihood of one's own text would only sharpen it.
-                own = jnp.isnan(batch["log_probs"])
+                local = jnp.isnan(batch["log_probs"])
             for number, teacher in enumerate([None] if of_text else teachers):
                 parts.append(
                     Part(
@@ -228,7 +228,7 @@ class Objective:
                         columns=columns,
                         params=params.get(name),
                         mean_share=1.0 if of_text else default[number],
-                        own=own,
+                        own=local,
                     )
                 )
         return parts

@@ -88,12 +88,12 @@ class Part:
     def sweep(self) -> tuple[str, int | None, str]:
         """Key shared by parts of one sweep: head, teacher whose logits are formed, itself."""
         statistic = self.needs.statistic
-        own = self.name if self.head is not None else ""
+        local = self.name if self.head is not None else ""
         if statistic is None:
-            return own, None, ""
+            return local, None, ""
         formed = self.term.teacher is not None and self.term.teacher.hidden
         alone = self.key if statistic.passes > 1 else ""
-        return own, self.number if formed else None, alone
+        return local, self.number if formed else None, alone
 
     @property
     def is_pointwise(self) -> bool:
@@ -154,7 +154,7 @@ def declared_attributes(
     needs = term.teacher
     if needs is None or teacher is None:
         return {}
-    statistics, known = teacher.statistics, teacher.vocabularies
+    statistics, existing = teacher.statistics, teacher.vocabularies
     if (needs.top_k or needs.moments or needs.tail) and statistics is None:
         raise ValueError(
             f"loss {name!r}: expected a teacher's statistics, or its hidden states and head, got "
@@ -175,9 +175,9 @@ def declared_attributes(
             f"loss {name!r}: expected a teacher's hidden states and head, got what a cache keeps; "
             "read it live"
         )
-    if needs.projection and needs.projection not in known.projections:
+    if needs.projection and needs.projection not in existing.projections:
         raise ValueError(f"loss {name!r}: expected the projection {needs.projection!r}, got none")
-    if needs.chunks and (teacher.chunks is None or known.boundary is None):
+    if needs.chunks and (teacher.chunks is None or existing.boundary is None):
         raise ValueError(f"loss {name!r}: expected chunks and boundary tokens, got none")
     seen = jnp.ones_like(where, bool) if teacher.where is None else jnp.asarray(teacher.where)
     values = {
@@ -187,7 +187,7 @@ def declared_attributes(
         "hidden": teacher.hidden,
         "head": teacher.head,
         "chunks": teacher.chunks,
-        "vocabularies": known,
+        "vocabularies": existing,
     }
     if statistics is not None:
         values |= {"top": teacher.top, "tail": teacher.tail}

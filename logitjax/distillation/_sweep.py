@@ -141,8 +141,8 @@ class _Reading:
             if readout is not None and ids is not None:
                 gathered, ids = readout.gathered[..., ids], readout.ids[..., ids]
                 readout = readout._replace(gathered=gathered, ids=ids)
-            own = None if number is None else results[number]
-            values.append(part.values(readout, own, tokens))
+            individual = None if number is None else results[number]
+            values.append(part.values(readout, individual, tokens))
         return values
 
 
@@ -151,10 +151,10 @@ def _slice(gathered: list[Any], ids: Any) -> slice | None:
     if ids is None:
         return None
     start = 0
-    for known in gathered:
+    for existing in gathered:
         # By identity: under `jit` these are tracers, and terms of one teacher share its array.
-        if known is ids:
+        if existing is ids:
             return slice(start, start + ids.shape[-1])
-        start += known.shape[-1]
+        start += existing.shape[-1]
     gathered.append(ids)
     return slice(start, start + ids.shape[-1])

@@ -145,9 +145,9 @@ def _top_probs(top: TopK, top_k: int | None, name: str) -> jax.Array:
         raise ValueError(
             f"top_k: expected a number, for {name} is a TopK and holds no other ranks, got None"
         )
-    held = top.values.shape[-1]
-    if top_k > held:
-        raise ValueError(f"{name}: expected at least top_k={top_k} entries, got {held}")
+    stored = top.values.shape[-1]
+    if top_k > stored:
+        raise ValueError(f"{name}: expected at least top_k={top_k} entries, got {stored}")
     values = checks.as_float(top.values, name)[..., :top_k]
     return jnp.exp(values - neginf_to_zero(checks.as_float(top.log_z[..., None], name)))
 

@@ -100,6 +100,6 @@ class PromptTemplate:
         return ids, np.arange(len(ids)) >= len(prompt)  # the end mark is the answer's
 
     def _encoded(self, tokenizer: TokenizerLike, text: str) -> np.ndarray:
-        own = getattr(tokenizer, "add_bos", False)
-        add_bos = bool(own if self.add_bos is None else self.add_bos)
+        local = getattr(tokenizer, "add_bos", False)
+        add_bos = bool(local if self.add_bos is None else self.add_bos)
         return np.asarray(tokenizer.encode(text, add_bos=add_bos), np.int32)

@@ -77,8 +77,8 @@ def score_rows(
                     f"{describe(i)}: its first token is a target, which nothing predicts"
                 )
             tokens[b, : len(ids)], targets[b, : len(ids)] = ids, where
-        said = nll_fn(tokens, targets)
-        values, best = said if isinstance(said, tuple) else (said, None)
+        message = nll_fn(tokens, targets)
+        values, best = message if isinstance(message, tuple) else (message, None)
         if np.shape(values) != shape:
             raise ValueError(f"nll_fn: expected [batch, time] = {shape}, got {np.shape(values)}")
         values = np.asarray(values, np.float64)  # sums of thousands of nats
@@ -90,5 +90,5 @@ def score_rows(
             if best is not None:
                 greedy[i] = np.asarray(best, bool)[b][targets[b]]
         progress(len(picked))
-    known = bool(rows) and all(row is not None for row in greedy)
-    return RowScores(nll=nll, greedy=greedy if known else None)
+    present = bool(rows) and all(row is not None for row in greedy)
+    return RowScores(nll=nll, greedy=greedy if present else None)

@@ -58,10 +58,10 @@ class Uncertainty:
     def weight(self, zero_shot: Float[Array, "*batch classes"]) -> Float[jax.Array, "*batch 1"]:
         """The factor of the bias, for each image; it has no parameters and can be computed once."""
         logits = checks.as_float(zero_shot, "zero_shot")
-        there = logits != -jnp.inf  # a class that a task lacks is at -inf
-        count = there.sum(-1, keepdims=True)
+        present = logits != -jnp.inf  # a class that a task lacks is at -inf
+        count = present.sum(-1, keepdims=True)
         x = jax.nn.softmax(logits) if self.of == "probabilities" else logits
-        fourth = z_score(jnp.where(there, x, -jnp.inf)) ** 4
+        fourth = z_score(jnp.where(present, x, -jnp.inf)) ** 4
         level = fourth.sum(-1, keepdims=True) / jnp.maximum(count, 1)  # 3 for a normal law
         if self.normalizer is not None:
             level = level / (count / 4 if isinstance(self.normalizer, str) else self.normalizer)

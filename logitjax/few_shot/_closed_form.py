@@ -43,12 +43,12 @@ def gaussian_classifier(
     checks.shapes(features=(features, "float n features"), labels=(labels, "int n"))
     features, labels = checks.as_float(features, "features"), jnp.asarray(labels)
     count, width = features.shape
-    there = labels >= 0
+    present = labels >= 0
     means = class_means(features, labels, num_classes)
 
-    small = jnp.where(there[:, None], features - means.T[jnp.maximum(labels, 0)], 0.0)
+    small = jnp.where(present[:, None], features - means.T[jnp.maximum(labels, 0)], 0.0)
     # |C|^2 / (n - 1), as in the released code.
-    trace = jnp.square(small).sum() / jnp.maximum(there.sum() - 1, 1)
+    trace = jnp.square(small).sum() / jnp.maximum(present.sum() - 1, 1)
     flat = trace == 0
     trace = jnp.where(flat, 1.0, trace)
     # Fewer images than channels: by Woodbury's identity an n x n system takes the place of d x d.
@@ -63,10 +63,10 @@ def gaussian_classifier(
         # One step of refinement: the condition may be as large as n.
         rest = means - jnp.matmul(shrunk, weights, precision=_HIGHEST)
         weights = width * (weights + cho_solve(factor, rest))
-    known = one_hot(labels, num_classes).any(0)
+    existing = one_hot(labels, num_classes).any(0)
     # Equal priors: log p(k) - mu_k^T Sigma^-1 mu_k / 2.
     bias = -jnp.log(float(num_classes)) - (means * weights).sum(0) / 2
-    bias = jnp.where(known, bias, bias.mean(where=known))
+    bias = jnp.where(existing, bias, bias.mean(where=existing))
     return jnp.where(flat, 0.0, weights), jnp.where(flat, 0.0, bias)
 
 
@@ -96,9 +96,9 @@ class GDA(Method):
         task.check()
         if isinstance(task.labels, Tracer):
             return
-        known = np.tile(np.asarray(task.labels), task.views)
-        known = known[known >= 0]
-        if len(np.unique(known)) == len(known):
+        existing = np.tile(np.asarray(task.labels), task.views)
+        existing = existing[existing >= 0]
+        if len(np.unique(existing)) == len(existing):
             raise ValueError(
                 "labels: expected two images, or two views, of some class for the spread that "
                 "GDA estimates, got one of each"
@@ -153,11 +153,11 @@ class ProKeR(Method):
         del key
         weights = needed(task.class_weights, "class_weights", self)
         features, labels = task.every_view("features", self)
-        there = labels >= 0
+        present = labels >= 0
         rest = one_hot(labels, task.num_classes, features.dtype) - features @ weights
-        rest = jnp.where(there[:, None], rest, 0.0)
+        rest = jnp.where(present[:, None], rest, 0.0)
         # Padding sees only the identity.
-        kernel = jnp.where(there[:, None] & there, self._kernel(features, features), 0.0)
+        kernel = jnp.where(present[:, None] & present, self._kernel(features, features), 0.0)
         eye = jnp.eye(len(features), dtype=features.dtype)
         # The same system for every penalty, of which 0 is the limit.
         safe = jnp.where(jnp.greater(self.penalty, 0), self.penalty, 1.0)
@@ -223,13 +223,13 @@ class ReHARK(Method):
         features = self._shaped(features)
         means = unit_rows(class_means(features, labels, task.num_classes).T)
         prior = unit_rows(jnp.subtract(1.0, self.refine) * weights + self.refine * means)
-        there = jnp.tile(labels >= 0, 2)
+        present = jnp.tile(labels >= 0, 2)
         hit = jnp.tile(one_hot(labels, task.num_classes, features.dtype), (2, 1))
         bridged = unit_rows(features + self.bridge * prior[jnp.maximum(labels, 0)])
         keys = jnp.concatenate([features, bridged])
-        rest = jnp.where(there[:, None], hit - self.text * keys @ prior.T, 0.0)
+        rest = jnp.where(present[:, None], hit - self.text * keys @ prior.T, 0.0)
         # Padding sees only the identity.
-        kernel = jnp.where(there[:, None] & there, self._kernel(keys, keys), 0.0)
+        kernel = jnp.where(present[:, None] & present, self._kernel(keys, keys), 0.0)
         factor = cho_factor(kernel + self.penalty * jnp.eye(len(keys), dtype=keys.dtype))
         return State(cho_solve(factor, rest), (keys, prior))
 
@@ -237,5 +237,5 @@ class ReHARK(Method):
         keys, prior = state.fixed
         features = self._shaped(needed(inputs.features, "features", self))
         kernel = self._kernel(features, keys) @ state.trained
-        own = self.scale * (features @ prior.T + kernel / self.text)
-        return without_zero_shot(own, inputs.zero_shot)
+        local = self.scale * (features @ prior.T + kernel / self.text)
+        return without_zero_shot(local, inputs.zero_shot)

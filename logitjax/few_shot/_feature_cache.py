@@ -98,8 +98,8 @@ class _Codec:
                 continue  # an encoder that has no classifier
             shape = () if value is None else np.shape(value)
             if shape[1:] != (self._identity.num_views, size):
-                wanted = f"[batch, {self._identity.num_views}, {size}]"
-                raise ValueError(f"{name}: expected {wanted}, got {shape}")
+                expected = f"[batch, {self._identity.num_views}, {size}]"
+                raise ValueError(f"{name}: expected {expected}, got {shape}")
             parts.append(np.asarray(value, np.float32))
         labels = np.asarray(computed.labels)[:count]
         checks.ids(labels, len(self._identity.class_names), "labels")

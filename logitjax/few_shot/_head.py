@@ -207,10 +207,10 @@ def fit(
     [0, 1, 2, 0]
     """
     if isinstance(candidate, str):
-        known = Candidate.all()
-        if candidate not in known:
-            raise ValueError(f"method: expected one of {', '.join(known)}, got {candidate!r}")
-        candidate = known[candidate]
+        existing = Candidate.all()
+        if candidate not in existing:
+            raise ValueError(f"method: expected one of {', '.join(existing)}, got {candidate!r}")
+        candidate = existing[candidate]
     candidate = candidate.at_scale(pictures.scale)
     for name in candidate.method.needs:
         if getattr(pictures, name) is None:

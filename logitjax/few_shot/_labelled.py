@@ -72,14 +72,14 @@ class Pictures:
             given = getattr(self, name)
             if given is None:
                 continue
-            found = finite(given, name, 2)
-            if labels.shape != found.shape[:1]:
+            result = finite(given, name, 2)
+            if labels.shape != result.shape[:1]:
                 raise ValueError(
-                    f"labels: expected one for each of {len(found)} rows of {name}, got shape "
+                    f"labels: expected one for each of {len(result)} rows of {name}, got shape "
                     f"{labels.shape}"
                 )
             # Its projection needs the length.
-            made[name] = found if name == "hidden" else unit(found, name)
+            made[name] = result if name == "hidden" else unit(result, name)
         width, classes = weights.shape
         if made["features"].shape[1] != width:
             turned = "; transposed, they would fit" if made["features"].shape[1] == classes else ""
@@ -111,18 +111,18 @@ class Pictures:
 
     def __getitem__(self, rows: Any) -> "Pictures":
         """Only these pictures: a slice or an array of numbers."""
-        held = {name: getattr(self, name) for name in _FEATURES}
-        chosen = {name: x[rows] for name, x in held.items() if x is not None}
+        entries = {name: getattr(self, name) for name in _FEATURES}
+        chosen = {name: x[rows] for name, x in entries.items() if x is not None}
         views = tuple(view[rows] for view in self.views)
         return dataclasses.replace(self, labels=self.labels[rows], views=views, **chosen)
 
     @property
     def inputs(self) -> Inputs:
         """The pictures as methods take them, with the zero-shot classifier's logits."""
-        held = {name: getattr(self, name) for name in _FEATURES}
+        entries = {name: getattr(self, name) for name in _FEATURES}
         # As of `Inputs.of`, whose program would be another one for each number of rows.
         zero_shot = np.float32(self.scale) * (self.features @ self.class_weights)
-        return Inputs(zero_shot=zero_shot, **held)
+        return Inputs(zero_shot=zero_shot, **entries)
 
     @property
     def task(self) -> FewShotTask:
@@ -212,8 +212,8 @@ class Pictures:
         def part(name: str, seen: Sequence[Inputs] = plain) -> tuple[Inputs, np.ndarray]:
             rows = np.full((len(samples), len(getattr(room, name))), -1)  # padding
             for run, sample in enumerate(samples):
-                own = getattr(sample, name)
-                rows[run, : len(own)] = own
+                local = getattr(sample, name)
+                rows[run, : len(local)] = local
             # [runs, views * n, ...]: view after view of a sample.
             inputs = jax.tree.map(lambda *x: np.concatenate([v[rows] for v in x], 1), *seen)
             return inputs, np.where(rows >= 0, self.labels[rows], -1)
@@ -330,9 +330,9 @@ def _read_features(
         rows = cache.all()
         views = np.moveaxis(rows.features, 1, 0)
         pictures = digest(cache.identity.data_fingerprint, np.asarray(cache.row_numbers))
-        found = [{"features": view, "labels": rows.labels} for view in views]
+        items = [{"features": view, "labels": rows.labels} for view in views]
         made = cache.identity
-        return found, cache.class_names, pictures, f"{made.encoder_fingerprint} {made.views}"
+        return items, cache.class_names, pictures, f"{made.encoder_fingerprint} {made.views}"
     return [_read_arrays(path, ("features", "labels"), ("hidden",))], (), "", ""
 
 
@@ -350,36 +350,36 @@ def _read_arrays(
 ) -> dict[str, np.ndarray]:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or directory")
-    found: Mapping[str, np.ndarray]
+    entries: Mapping[str, np.ndarray]
     if path.suffix == ".npz":
-        found = read_npz(path)
+        entries = read_npz(path)
     elif path.suffix == ".safetensors":
         source = SafetensorsSource(path)
-        found = {name: source.read(name) for name in source.names()}
+        entries = {name: source.read(name) for name in source.names()}
     else:
         raise ValueError(f"{path}: expected a feature cache, .npz or .safetensors")
     with guard.naming(path, "encoded pictures"):
-        missing = [name for name in required if name not in found]
+        missing = [name for name in required if name not in entries]
         if missing:
-            there = ", ".join(sorted(found)[:5]) or "nothing"
-            raise ValueError(f"{missing[0]}: expected an array of that name, got {there}")
+            present = ", ".join(sorted(entries)[:5]) or "nothing"
+            raise ValueError(f"{missing[0]}: expected an array of that name, got {present}")
         for name in ("features", "hidden"):
-            if name in found:
-                finite(found[name], name, 2)
-    return {name: found[name] for name in (*required, *optional) if name in found}
+            if name in entries:
+                finite(entries[name], name, 2)
+    return {name: entries[name] for name in (*required, *optional) if name in entries}
 
 
 def finite(values: Any, name: str, rank: int) -> np.ndarray:
-    found = np.asarray(values)
-    if found.ndim != rank or not found.size:
+    array = np.asarray(values)
+    if array.ndim != rank or not array.size:
         form = "[rows, columns]" if rank == 2 else "[numbers]"
-        raise ValueError(f"{name}: expected {form}, got shape {found.shape}")
-    found = checks.as_float(found, name)
-    found = np.asarray(found, np.float32)
-    if not np.isfinite(found).all():
-        row = int(np.argwhere(~np.isfinite(found))[0][0])
+        raise ValueError(f"{name}: expected {form}, got shape {array.shape}")
+    array = checks.as_float(array, name)
+    array = np.asarray(array, np.float32)
+    if not np.isfinite(array).all():
+        row = int(np.argwhere(~np.isfinite(array))[0][0])
         raise ValueError(f"{name}: expected finite numbers, got others in row {row}")
-    return found
+    return array
 
 
 def unit(values: np.ndarray, name: str) -> np.ndarray:

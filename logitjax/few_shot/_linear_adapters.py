@@ -82,8 +82,8 @@ class LinearProbe(Method):
 
     def bias(self, state: State, inputs: Inputs) -> jax.Array:
         features = needed(getattr(inputs, self.source), self.source, self)
-        own = self.scale * features @ state.trained["kernel"] + state.trained["bias"]
-        return without_zero_shot(own, inputs.zero_shot)
+        local = self.scale * features @ state.trained["kernel"] + state.trained["bias"]
+        return without_zero_shot(local, inputs.zero_shot)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,9 +132,9 @@ class LPPlusPlus(Method):
         weights: Float[Array, "features classes"],
     ) -> dict[str, jax.Array]:
         classes = weights.shape[-1]
-        there = labels >= 0
-        count = jnp.maximum(there.sum(), 1)
-        features = jnp.where(there[:, None], features, 0.0)
+        present = labels >= 0
+        count = jnp.maximum(present.sum(), 1)
+        features = jnp.where(present[:, None], features, 0.0)
         # The squared singular values are the eigenvalues of either Gram matrix.
         wide = features.shape[0] < features.shape[1]
         gram = features @ features.T if wide else features.T @ features
@@ -151,7 +151,7 @@ class LPPlusPlus(Method):
 
         def loss(logits: jax.Array) -> jax.Array:
             values = cross_entropy(logits, jnp.maximum(labels, 0))  # padding is -1
-            return jnp.where(there, values, 0.0).sum() / count
+            return jnp.where(present, values, 0.0).sum() / count
 
         def step(carry: Any, index: Any) -> tuple[Any, None]:
             (moving, bias), blend, velocity = carry
@@ -171,9 +171,9 @@ class LPPlusPlus(Method):
 
     def bias(self, state: State, inputs: Inputs) -> jax.Array:
         features = needed(inputs.features, "features", self)
-        own = features @ state.trained["prototypes"] + state.trained["bias"]
-        own = own + state.trained["blend"] * (features @ state.fixed)
-        return without_zero_shot(own, inputs.zero_shot)
+        local = features @ state.trained["prototypes"] + state.trained["bias"]
+        local = local + state.trained["blend"] * (features @ state.fixed)
+        return without_zero_shot(local, inputs.zero_shot)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -211,18 +211,18 @@ class CLAP(Method):
         zero_shot = checks.as_float(task.support.zero_shot, "zero_shot")
         labels = jnp.tile(jnp.asarray(task.labels), task.views)
         hit = one_hot(labels, task.num_classes, zero_shot.dtype)
-        own = (hit * jax.nn.softmax(zero_shot)).sum(0)
-        return State(weights, (weights, own / jnp.maximum(hit.sum(0), 1)))
+        total = (hit * jax.nn.softmax(zero_shot)).sum(0)
+        return State(weights, (weights, total / jnp.maximum(hit.sum(0), 1)))
 
     def bias(self, state: State, inputs: Inputs) -> jax.Array:
         features = needed(inputs.features, "features", self)
-        own = self.scale * features @ unit_rows(state.trained.T).T
-        return without_zero_shot(own, inputs.zero_shot)
+        local = self.scale * features @ unit_rows(state.trained.T).T
+        return without_zero_shot(local, inputs.zero_shot)
 
     def loss(self, state: State, inputs: Inputs, labels: Any) -> jax.Array:
-        start, known = state.fixed
+        start, existing = state.fixed
         moved = jnp.square(state.trained - start).sum(0)  # columns are classes
-        return super().loss(state, inputs, labels) + self.penalty * (known * moved).mean()
+        return super().loss(state, inputs, labels) + self.penalty * (existing * moved).mean()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -264,8 +264,8 @@ class ProLIP(Method):
     def bias(self, state: State, inputs: Inputs) -> jax.Array:
         hidden = needed(inputs.hidden, "hidden", self)
         _, bias, weights = state.fixed
-        own = self.scale * unit_rows(hidden @ state.trained + bias) @ weights
-        return without_zero_shot(own, inputs.zero_shot)
+        local = self.scale * unit_rows(hidden @ state.trained + bias) @ weights
+        return without_zero_shot(local, inputs.zero_shot)
 
     def loss(self, state: State, inputs: Inputs, labels: Any) -> jax.Array:
         moved = jnp.square(state.trained - state.fixed[0]).sum()

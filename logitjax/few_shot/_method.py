@@ -262,8 +262,8 @@ def centred(values: jax.Array, there: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def without_zero_shot(own: jax.Array, zero_shot: Array) -> jax.Array:
     """The bias that makes `own` of the zero-shot logits; 0 for a class at `-inf`, which stays."""
-    there = jnp.asarray(zero_shot) != -jnp.inf
-    return jnp.where(there, own - jnp.where(there, zero_shot, 0.0), 0.0)
+    present = jnp.asarray(zero_shot) != -jnp.inf
+    return jnp.where(present, own - jnp.where(present, zero_shot, 0.0), 0.0)
 
 
 def class_means(
@@ -284,8 +284,8 @@ def needed(value: Any, name: str, method: Any) -> jax.Array:
     """`value`, rows of length one if these are features; an error says which method misses it."""
     if value is None:
         raise ValueError(f"{name}: expected an array, for {type(method).__name__}, got None")
-    found = checks.as_float(value, name)
+    result = checks.as_float(value, name)
     if name in ("features", "auxiliary"):
         # The cosines of Tip-Adapter are exponents: those of longer rows are all nan.
         checks.unit_rows(value, name)
-    return found
+    return result

@@ -143,12 +143,12 @@ def sweep(
     if labels.ndim != 2 or not len(labels):
         raise ValueError(f"labels: expected [runs, images], got shape {labels.shape}")
     task.check()
-    for name, (images, known) in held_out.items():
-        known, shape = np.asarray(known), np.shape(images.zero_shot)[:-1]
-        if known.shape != shape:
-            raise ValueError(f"held_out: expected {shape} labels of {name!r}, got {known.shape}")
+    for name, (images, existing) in held_out.items():
+        existing, shape = np.asarray(existing), np.shape(images.zero_shot)[:-1]
+        if existing.shape != shape:
+            raise ValueError(f"held_out: expected {shape} labels of {name!r}, got {existing.shape}")
         # What is negative does not count.
-        checks.ids(np.maximum(known, -1), task.num_classes, f"held_out[{name!r}]", least=-1)
+        checks.ids(np.maximum(existing, -1), task.num_classes, f"held_out[{name!r}]", least=-1)
     counts = set((labels >= 0).sum(1).tolist())
     if len(counts) > 1 or (labels[:, : min(counts)] < 0).any():
         raise ValueError(
@@ -254,21 +254,21 @@ def _sweep(
             if not config.trains:
                 return state
             # Of what is left out no step may see a row.
-            there = jnp.asarray(task.labels)[run.orders % len(task.labels)] >= 0
-            orders = jnp.where(there, run.orders, -1) if folds else run.orders
+            present = jnp.asarray(task.labels)[run.orders % len(task.labels)] >= 0
+            orders = jnp.where(present, run.orders, -1) if folds else run.orders
             return recipe.train(config, task, state, orders, steps=steps)[0]
 
         state, scores = learnt(task), {}
-        for name, (images, known) in run.held_out.items():
+        for name, (images, existing) in run.held_out.items():
             if name == "train":
                 logits = fold_logits(config, learnt, task, images, folds)
-                scores[name] = _scores(logits, known, each=True)
+                scores[name] = _scores(logits, existing, each=True)
                 continue
             logits = _in_batches(config.logits, state, images, batch_size)
-            scores[name] = _scores(logits, known, each=name == "validation")
+            scores[name] = _scores(logits, existing, each=name == "validation")
             if alone := getattr(config, "auxiliary_logits", None):
                 logits = _in_batches(alone, state, images, batch_size)
-                scores[name]["auxiliary_accuracy"] = _scores(logits, known)["accuracy"]
+                scores[name]["auxiliary_accuracy"] = _scores(logits, existing)["accuracy"]
         return scores
 
     if sequential and method.trains:
@@ -310,17 +310,17 @@ def _in_batches(run: Callable[..., jax.Array], state: State, inputs: Any, size: 
 
 
 def _scores(logits: jax.Array, labels: jax.Array, *, each: bool = False) -> dict[str, jax.Array]:
-    known = labels >= 0
-    count = jnp.maximum(known.sum(), 1)
+    present = labels >= 0
+    count = jnp.maximum(present.sum(), 1)
 
     def share(values: jax.Array) -> jax.Array:
-        return jnp.where(known, values, 0).sum() / count
+        return jnp.where(present, values, 0).sum() / count
 
     # The largest of logits with a nan is the first nan, and may be the label by chance.
     right = (logits.argmax(-1) == labels) & ~jnp.isnan(logits).any(-1)
-    entropy = share(cross_entropy(logits, jnp.where(known, labels, 0)))
+    entropy = share(cross_entropy(logits, jnp.where(present, labels, 0)))
     scores = {"accuracy": share(right), "cross_entropy": entropy}
-    return scores | ({"right": jnp.where(known, right, -1).astype(jnp.int8)} if each else {})
+    return scores | ({"right": jnp.where(present, right, -1).astype(jnp.int8)} if each else {})
 
 
 def best_setting(scores: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -54,7 +54,7 @@ class Recipe:
     @classmethod
     def published(cls, method: str) -> "Recipe":
         """The settings of the released code of `tip_adapter_f`, `clap` or `pro_lip`."""
-        known: dict[str, dict[str, Any]] = {
+        entries: dict[str, dict[str, Any]] = {
             "tip_adapter_f": dict(epochs=20, batch_size=256),
             # Its first epoch runs at 1e-5 there.
             "clap": dict(
@@ -63,9 +63,9 @@ class Recipe:
             # All images in every step, one view after another; any rate of 1e-5 to 1e-2.
             "pro_lip": dict(epochs=300, batch_size=1 << 30, weight_decay=0.0),
         }
-        if method not in known:
-            raise ValueError(f"method: expected one of {', '.join(known)}, got {method!r}")
-        return cls(**known[method])
+        if method not in entries:
+            raise ValueError(f"method: expected one of {', '.join(entries)}, got {method!r}")
+        return cls(**entries[method])
 
     def batches(self, num_examples: int) -> int:
         """Batches of an epoch.
@@ -232,6 +232,6 @@ def _check_order(order: Any, task: FewShotTask) -> None:
     order, labels = np.asarray(order), np.asarray(task.labels)
     absent = (order >= 0) & (labels[order % len(labels)] < 0)
     if absent.any():
-        step, place = (int(axis[0]) for axis in np.nonzero(absent))
-        row = order[step, place]
-        raise ValueError(f"order: expected rows with a label, got {row} at {(step, place)}")
+        step, location = (int(axis[0]) for axis in np.nonzero(absent))
+        row = order[step, location]
+        raise ValueError(f"order: expected rows with a label, got {row} at {(step, location)}")

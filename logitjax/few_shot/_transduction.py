@@ -64,8 +64,8 @@ def transduce(
     cosines, places = jax.lax.map(near, features, batch_size=_BLOCK)
 
     def agreement(z: jax.Array) -> jax.Array:
-        theirs = (cosines[..., None] * z[places]).sum(1)
-        return theirs.at[places].add(cosines[..., None] * z[:, None])
+        total = (cosines[..., None] * z[places]).sum(1)
+        return total.at[places].add(cosines[..., None] * z[:, None])
 
     surest, rows = jax.lax.top_k(z.T, min(8, count))
     mu = unit_rows((surest[..., None] * features[rows]).mean(1))
@@ -74,8 +74,8 @@ def transduce(
     def assign(z: jax.Array, mu: jax.Array, variance: jax.Array) -> jax.Array:
         # |f - mu|^2 / sigma^2 without an array of features for each picture and class.
         cross = jnp.matmul(features, (mu / variance).T, precision=_HIGHEST)
-        own = jnp.square(features) @ (1 / variance)
-        fit = cross - (own[:, None] + jnp.square(mu) @ (1 / variance)) / 2
+        local = jnp.square(features) @ (1 / variance)
+        fit = cross - (local[:, None] + jnp.square(mu) @ (1 / variance)) / 2
         for _ in range(5):
             z = jax.nn.softmax(prior + fit / 50 + agreement(z) / (2 * max(neighbours, 1)))
         return z

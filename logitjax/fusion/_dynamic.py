@@ -241,9 +241,9 @@ def _visit_mean(path: Path, alpha: jax.Array, *, axis_name: AxisName | None) -> 
     def reach(distance: jax.Array, rate: jax.Array) -> jax.Array:
         share = jnp.maximum(rate, 0.0) * distance / variance
         bent = -jnp.log1p(-share) / rate
-        known = (distance < variance / 1e-30) & (share < 1)
+        existing = (distance < variance / 1e-30) & (share < 1)
         width = 1.001 * jnp.maximum(distance / variance, jnp.where(rate > 0, bent, 0.0))
-        return jnp.where(distance < 0, 0.0, jnp.where(known, width, jnp.inf))
+        return jnp.where(distance < 0, 0.0, jnp.where(existing, width, jnp.inf))
 
     margin = path.target_errors[2]
     below = alpha - reach(gap + error, path.most - path.target_mean + margin)
@@ -257,15 +257,15 @@ def _visit_sum(
     """`jeffreys`: the sum of both divergences, alpha mu, is the target `(sum, its error)`."""
     # mu grows, so that the sum grows at least as fast as alpha.
     at = path.moments(alpha, axis_name=axis_name)
-    (wanted, doubt), error = target, alpha * at.errors[2] + 1e-6 * alpha * at.mean
+    (expected, doubt), error = target, alpha * at.errors[2] + 1e-6 * alpha * at.mean
     value, tiny = alpha * at.mean, jnp.finfo(alpha.dtype).tiny
-    most = jnp.where(value > error, (wanted + doubt) / (value - error), jnp.inf)
-    below = alpha * jnp.minimum(1.0, (wanted - doubt) / (value + error + tiny)) * (1 - 1e-6)
+    most = jnp.where(value > error, (expected + doubt) / (value - error), jnp.inf)
+    below = alpha * jnp.minimum(1.0, (expected - doubt) / (value + error + tiny)) * (1 - 1e-6)
     above = jnp.where(alpha > 0, alpha * jnp.maximum(1.0, most) * (1 + 1e-6), jnp.inf)
     # Near 0 the sum is about c alpha^2: its root is nearly straight.
     root = jnp.sqrt(value)
-    step = (jnp.sqrt(wanted) - root) * 2 * root / (at.mean + alpha * at.variance)
-    return Visit(value - wanted, error + doubt, step, below, above, (at.forward, at.reverse))
+    step = (jnp.sqrt(expected) - root) * 2 * root / (at.mean + alpha * at.variance)
+    return Visit(value - expected, error + doubt, step, below, above, (at.forward, at.reverse))
 
 
 def _least_gap(forward: jax.Array, reverse: jax.Array) -> jax.Array:

@@ -69,10 +69,10 @@ class LogitDifference(Strategy):
     outside: Literal["keep", "exclude"] = "keep"
 
     def __post_init__(self) -> None:
-        for name, known in (("form", _FORMS), ("filter", _FILTERS), ("outside", _OUTSIDE)):
-            if getattr(self, name) not in known:
+        for name, existing in (("form", _FORMS), ("filter", _FILTERS), ("outside", _OUTSIDE)):
+            if getattr(self, name) not in existing:
                 raise ValueError(
-                    f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}"
+                    f"{name}: expected one of {', '.join(existing)}, got {getattr(self, name)!r}"
                 )
         if not 0 < self.rate <= 1:
             raise ValueError(f"rate: expected to be in (0, 1], got {self.rate}")

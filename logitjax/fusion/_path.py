@@ -137,17 +137,17 @@ def _sums(log_p: jax.Array, h: jax.Array, alpha: jax.Array, centre: jax.Array | 
     exponent = log_p + x
     peak = jnp.maximum(exponent.max(-1), 0.0)
     weight = jnp.exp(exponent - peak[..., None])
-    own = jnp.exp(log_p) * jnp.exp(-peak)[..., None]
+    local = jnp.exp(log_p) * jnp.exp(-peak)[..., None]
     psi = jnp.square(x) * functools.reduce(lambda series, c: series * x + c, _PSI)
     near = jnp.abs(x) < 1
-    psi = jnp.where(near, own * psi, weight - own * (1 + x))
-    rise = jnp.where(near, own * x + psi, weight - own)
+    psi = jnp.where(near, local * psi, weight - local * (1 + x))
+    rise = jnp.where(near, local * x + psi, weight - local)
     apart = h - jnp.asarray(centre)[..., None]
     square = weight * jnp.square(apart)
     # Exponents are rounded by a share of their terms, and sums by as much; small numbers vanish.
     steps = 4 * jnp.abs(neginf_to_zero(log_p)) + 6 * jnp.abs(x)
     steps += (_STEPS + math.log(h.shape[-1]) + peak)[..., None]
-    terms = jnp.where(near, jnp.abs(rise), weight + 2 * own) + (1 + jnp.abs(x)) * _VANISHED
+    terms = jnp.where(near, jnp.abs(rise), weight + 2 * local) + (1 + jnp.abs(x)) * _VANISHED
     noise, noise_square = steps * jnp.abs(h) * terms, steps * square
     values = psi, h * rise, square, weight * apart, noise, noise_square
     return jnp.stack([peak, *(_total(x) for x in values)])
@@ -179,14 +179,14 @@ def _moments(
     """Moments from sums. Errors are first-order bounds with room for the second order."""
     peak, psi, moved, square, apart, noise, noise_square = sums
     unit, depth, share = _rounding(vocab, axis_name, sums.dtype)
-    own = jnp.exp(-peak)
+    local = jnp.exp(-peak)
     # Less what is due to h + c in place of h: of divergences of 1e-12 that may be the larger part.
     (c, doubt), turn = shift, alpha * shift[0]
-    moved = moved - c * (psi + own * turn)
-    psi = jnp.maximum((psi - own * (turn**2 / 2) * (1 + turn / 3)) * (1 - turn), 0.0)
-    total = (own + psi) * (1 + turn)
+    moved = moved - c * (psi + local * turn)
+    psi = jnp.maximum((psi - local * (turn**2 / 2) * (1 + turn / 3)) * (1 - turn), 0.0)
+    total = (local + psi) * (1 + turn)
     near = jnp.log1p(psi * jnp.exp(jnp.minimum(peak, 80.0)))
-    reverse = jnp.where(psi < own, near, jnp.log(own + psi) + peak)
+    reverse = jnp.where(psi < local, near, jnp.log(local + psi) + peak)
     mean, square, noise_square = moved / total, square / total, unit * noise_square / total
     # psi(x) <= x (e^x - 1): what the mean may be off by, times alpha, is that of the normaliser.
     numerator = unit * (noise / total + depth * mean)

@@ -92,9 +92,9 @@ class TokenMap:
                 f"{name}: expected at least {self.small_size} entries, got {logits.shape[-1]}"
             )
         log_p = log_softmax(logits, vocab_where=vocab_where)
-        found = jnp.take(log_p, np.maximum(self.small_ids, 0), axis=-1)
+        result = jnp.take(log_p, np.maximum(self.small_ids, 0), axis=-1)
         # Not `> -inf`: a nan has to come out again rather than to pass for padding.
-        return jnp.where(self.overlap & (found != -jnp.inf), found, _NOWHERE)
+        return jnp.where(self.overlap & (result != -jnp.inf), result, _NOWHERE)
 
 
 @jax.tree_util.register_static
@@ -160,15 +160,15 @@ class OverlapFusion:
             for x, name in ((logits_experts, "logits_experts"), (logits_bases, "logits_bases"))
         )
         # Where a base alone has no such token, taking it off would add without bound.
-        held = [
+        items = [
             x[None] if x.ndim == large.ndim else x
             for x in (experts, bases)
             if x is not None and large.shape in (x.shape, x.shape[1:])
         ]
-        if held:
-            models = jnp.concatenate(held) != _NOWHERE
-            there = models.all(0) | ~models.any(0)
-            vocab_where = there if vocab_where is None else there & vocab_where
+        if items:
+            models = jnp.concatenate(items) != _NOWHERE
+            present = models.all(0) | ~models.any(0)
+            vocab_where = present if vocab_where is None else present & vocab_where
         fused, info = self.strategy(large, experts, bases, vocab_where=vocab_where)
         padding = [(0, 0)] * (fused.ndim - 1) + [(0, size - large.shape[-1])]
         return jnp.pad(fused, padding, constant_values=-jnp.inf), info
@@ -216,8 +216,8 @@ def vocabulary_map(
         _check_probes(encoders, ids, small, probes)
     else:
         # Plain vocabularies cut no text: their numbering is all the evidence there is.
-        held = ids[ids >= 0]
-        ordered = float((np.diff(held) > 0).mean()) if len(held) > 1 else 1.0
+        stored = ids[ids >= 0]
+        ordered = float((np.diff(stored) > 0).mean()) if len(stored) > 1 else 1.0
         if ordered < _LEAST_ORDER:
             raise ValueError(
                 "these look like different tokenizers: they number their common tokens in another "
@@ -259,10 +259,10 @@ def _encoder(source: Any) -> Callable[[str], list[int]] | None:
 
     def encode(text: str) -> list[int]:
         try:
-            found = backend.encode(text, add_special_tokens=False)
+            tokens = backend.encode(text, add_special_tokens=False)
         except TypeError:
-            found = backend.encode(text)
-        return list(getattr(found, "ids", found))
+            tokens = backend.encode(text)
+        return list(getattr(tokens, "ids", tokens))
 
     return encode
 
@@ -270,14 +270,14 @@ def _encoder(source: Any) -> Callable[[str], list[int]] | None:
 def _check_probes(encoders: Any, ids: np.ndarray, small: Any, probes: Iterable[str]) -> None:
     encode_large, encode_small = encoders
     for text in probes:
-        ours, theirs = encode_large(text), encode_small(text)
+        ours, other = encode_large(text), encode_small(text)
         mapped = [int(ids[token]) for token in ours]
-        if mapped != theirs:
-            place = next(
-                (i for i, (a, b) in enumerate(zip(mapped, theirs)) if a != b),
-                min(len(mapped), len(theirs)),
+        if mapped != other:
+            location = next(
+                (i for i, (a, b) in enumerate(zip(mapped, other)) if a != b),
+                min(len(mapped), len(other)),
             )
             raise ValueError(
                 f"these are different tokenizers: they cut {text!r} into {len(ours)} and "
-                f"{len(theirs)} tokens, alike only up to token {place}. {_ADVICE}"
+                f"{len(other)} tokens, alike only up to token {location}. {_ADVICE}"
             )

@@ -26,10 +26,10 @@ def _full_cost(kernel: Any, bias: Any, *, tied: bool) -> HeadCost:
     """Tied, it stores no kernel of its own but reads one all the same."""
     itemsize = kernel.dtype.itemsize
     extra = 0 if bias is None else bias.size
-    own = (0 if tied else kernel.size) + extra  # the embedding counts elsewhere
+    local = (0 if tied else kernel.size) + extra  # the embedding counts elsewhere
     return HeadCost(
-        parameters=own,
-        stored_bytes=own * itemsize,
+        parameters=local,
+        stored_bytes=local * itemsize,
         read_bytes=(kernel.size + extra) * itemsize,
         decode_flops=2 * kernel.size,  # a product and a sum a number
         train_flops=6 * kernel.size,  # forward, and both gradients

@@ -114,12 +114,12 @@ class LogitjaxLM(TemplateLM):
             where[0] = False  # nothing precedes it
             rows.append((ids, where))
         with tqdm(total=len(rows), desc="log-likelihoods", disable=disable_tqdm) as bar:
-            found = evaluation.score_rows(
+            result = evaluation.score_rows(
                 self._nll, rows, batch_size=self.batch_size, progress=bar.update
             )
-        assert found.greedy is not None
+        assert result.greedy is not None
         answers = []
-        for (key, *_), total, greedy in zip(requests, found.totals(), found.greedy, strict=True):
+        for (key, *_), total, greedy in zip(requests, result.totals(), result.greedy, strict=True):
             answers.append((-float(total), bool(greedy.all())))
             if key is not None:
                 self.cache_hook.add_partial("loglikelihood", key, answers[-1])

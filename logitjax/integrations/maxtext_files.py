@@ -175,13 +175,13 @@ def store_top_k(
             raise ValueError(f"columns[{name!r}]: expected {shape}, got {got}")
 
     def records() -> Iterator[bytes]:
-        for place, row in enumerate(rows):
-            features = {name: array[place] for name, array in arrays.items()}
+        for location, row in enumerate(rows):
+            features = {name: array[location] for name, array in arrays.items()}
             # MaxText's own is Python's hash, which differs from process to process.
             hashed = hashlib.blake2b(features["inputs"].tobytes(), digest_size=8).digest()
             features["sequence_hash"] = np.frombuffer(hashed, np.int64)
-            said = cache.read([row])
-            yield _record(features | {_LOGITS: said["values"], _IDS: said["indices"]})
+            message = cache.read([row])
+            yield _record(features | {_LOGITS: message["values"], _IDS: message["indices"]})
 
     folder = epath.Path(directory)
     shards = write_shards(folder, records(), _PART, "teacher_top_k_part_{:05d}_host_000")

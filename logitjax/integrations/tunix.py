@@ -162,9 +162,9 @@ class ObjectiveStrategy(base_strategy.BaseStrategy):
         return self._hidden(model, input_tokens, input_mask), head_of(model), teacher_head
 
     def _hidden(self, model: Any, input_tokens: Any, input_mask: Any, **_: Any) -> jax.Array:
-        there = input_mask.astype(bool) if self._pad_id is None else input_tokens != self._pad_id
-        positions = utils.build_positions_from_mask(there)
-        mask = utils.make_causal_attn_mask(there)
+        present = input_mask.astype(bool) if self._pad_id is None else input_tokens != self._pad_id
+        positions = utils.build_positions_from_mask(present)
+        mask = utils.make_causal_attn_mask(present)
         return hidden_states(model, input_tokens, positions, mask)[:, :-1]  # the last has no label
 
     def _targets(self, input_tokens: Any, input_mask: Any, **_: Any) -> tuple[Any, Any]:

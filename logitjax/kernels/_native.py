@@ -35,8 +35,8 @@ def build() -> pathlib.Path:
     if _whole(library):
         return library
     named = os.environ.get("CXX")
-    found = [shutil.which(name) for name in ("c++", "g++", "clang++")]
-    compiler = shlex.split(named) if named else [path for path in found if path][:1]
+    items = [shutil.which(name) for name in ("c++", "g++", "clang++")]
+    compiler = shlex.split(named) if named else [path for path in items if path][:1]
     if not compiler:
         raise RuntimeError("no C++ compiler: install g++ or clang++, or name one in CXX")
     library.parent.mkdir(parents=True, exist_ok=True)

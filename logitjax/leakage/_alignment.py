@@ -71,9 +71,9 @@ def utility_loss(
     served = served - np.log(np.exp(served, dtype=np.float64).sum(axis=-1, keepdims=True))
     width = min(5, truth.shape[-1])
     rows = (truth, served.astype(np.float32))
-    mine, theirs = (np.asarray(top_k(some, width)[1]) for some in rows)
+    mine, other = (np.asarray(top_k(some, width)[1]) for some in rows)
     return {
         "kl": float((np.exp(truth) * (truth - served)).sum(axis=-1).mean()),
-        "top1": float((mine[:, 0] == theirs[:, 0]).mean()),
-        "top5": float((mine[:, :, None] == theirs[:, None, :]).any(-1).mean()),
+        "top1": float((mine[:, 0] == other[:, 0]).mean()),
+        "top5": float((mine[:, :, None] == other[:, None, :]).any(-1).mean()),
     }

@@ -86,11 +86,11 @@ class Audit:
             error = self.row.error_bound if self.row_error is None else self.row_error
             # Up to one digit: a bound that is rounded down is none.
             digit = 10.0 ** math.floor(math.log10(max(error, 1e-12)))
-            told = f"{math.ceil(error / digit * (1 - 1e-9)) * digit:.1g} nats"
+            notes = f"{math.ceil(error / digit * (1 - 1e-9)) * digit:.1g} nats"
             queries, share = self.row.queries, self.row.coverage
             if share < 0.99:
-                return f"part of a row leaks: {share:.2%} of it to {told}, {queries} queries"
-            return f"open: every row comes back to {told}, {queries} queries each"
+                return f"part of a row leaks: {share:.2%} of it to {notes}, {queries} queries"
+            return f"open: every row comes back to {notes}, {queries} queries each"
         if self.leak is None:
             return "not known: how much leaked can be said beside the true head only"
         paid = (self.utility or {}).get("kl", 0.0) > 0.1
@@ -150,22 +150,22 @@ def audit(
     """
     before = oracle.queries, oracle.values
     attack = functools.partial(_attacked, oracle, prompts, vocab_size, head, logits, corner)
-    found = attack() if isinstance(oracle, LogitOracle) else _tested(oracle, prompts, attack)
+    result = attack() if isinstance(oracle, LogitOracle) else _tested(oracle, prompts, attack)
     # What honest users ask below is no part of the price.
     price = {"queries": oracle.queries - before[0], "values": oracle.values - before[1]}
     hidden = None if head is None else head.shape[1]
-    found = dataclasses.replace(found, **price, hidden=hidden)
+    result = dataclasses.replace(result, **price, hidden=hidden)
     if logits is None:
-        return found
-    error, utility = None, found.utility
-    if found.row is not None:
-        error = _row_error(found.row, np.asarray(logits[0], np.float64))
-        if found.protocol is not None and not error <= found.row.error_bound:
+        return result
+    error, utility = None, result.utility
+    if result.row is not None:
+        error = _row_error(result.row, np.asarray(logits[0], np.float64))
+        if result.protocol is not None and not error <= result.row.error_bound:
             seen = "a row is not the model's, in nats"
-            found.protocol.add("model", seen, 0.0, error, declared=False)
-    if utility is None and not found.unlike:
+            result.protocol.add("model", seen, 0.0, error, declared=False)
+    if utility is None and not result.unlike:
         utility = _honest(oracle, prompts[:_HONEST], vocab_size, logits[:_HONEST])
-    return dataclasses.replace(found, row_error=error, utility=utility)
+    return dataclasses.replace(result, row_error=error, utility=utility)
 
 
 def _attacked(
@@ -185,14 +185,14 @@ def _attacked(
 
 def _tested(oracle: Any, prompts: Any, attack: Callable[[], Audit]) -> Audit:
     """An attack on an API that may not be what it is said to be."""
-    declared, protocol, found = oracle.policy, Protocol(policy=oracle.policy), Audit(prompts=0)
+    declared, protocol, result = oracle.policy, Protocol(policy=oracle.policy), Audit(prompts=0)
     try:
         infer_protocol(protocol, oracle, prompts)
         oracle.policy = protocol.policy
-        found = attack()
-        if found.row is not None:
-            row = tell_again(protocol, oracle, prompts[0], found.row)
-            found = dataclasses.replace(found, row=row)
+        result = attack()
+        if result.row is not None:
+            row = tell_again(protocol, oracle, prompts[0], result.row)
+            result = dataclasses.replace(result, row=row)
         ask_at_end(protocol, oracle, prompts[0])
     except BudgetExhaustedError:
         raise
@@ -202,25 +202,25 @@ def _tested(oracle: Any, prompts: Any, attack: Callable[[], Audit]) -> Audit:
         protocol.add("answers", str(error)[:200], 0.0, 0.0, declared=declared_so)
     finally:
         oracle.policy = declared
-    return dataclasses.replace(found, protocol=protocol)
+    return dataclasses.replace(result, protocol=protocol)
 
 
 def _by_rows(oracle: Any, prompts: Any, vocab_size: int, head: Any, logits: Any) -> Audit:
     policy: LogitPolicy = oracle.policy
     served = _rows(oracle, prompts, vocab_size)
     noise = {"noise": policy.noise or None, "decimals": policy.decimals}
-    found = _of_rows(served, head, noise)
+    rows = _of_rows(served, head, noise)
     if logits is not None:
         utility = utility_loss(_log_softmax(logits[:_HONEST]), served[:_HONEST])
-        found = dataclasses.replace(found, utility=utility)
-    return found
+        rows = dataclasses.replace(rows, utility=utility)
+    return rows
 
 
 def _of_rows(rows: np.ndarray, head: Any, noise: Mapping[str, Any]) -> Audit:
     """The subspace of rows, with as many directions as the head has, beside it."""
     # Whatever the estimate says: one Gram matrix does for both.
-    known = None if head is None else min(head.shape[1], len(rows) - 1, rows.shape[1] - 1)
-    subspace = estimate_output_subspace(rows, dimension=known, **noise)
+    existing = None if head is None else min(head.shape[1], len(rows) - 1, rows.shape[1] - 1)
+    subspace = estimate_output_subspace(rows, dimension=existing, **noise)
     where, alignment = subspace.vocab_where, None
     if head is not None:
         alignment = align_head(subspace.basis[where], np.asarray(head)[where])
@@ -233,8 +233,8 @@ def _by_bias(oracle: Any, prompts: Any, vocab_size: int, head: Any, corner: int)
         return Audit(prompts=1, row=row)
     columns = np.random.default_rng(0).choice(vocab_size, min(corner, vocab_size), replace=False)
     rows = corner_matrix(oracle, list(prompts[:corner]), columns, vocab_size)
-    found = _of_rows(rows, None if head is None else np.asarray(head)[columns], {})
-    return dataclasses.replace(found, row=row, tokens=columns)
+    result = _of_rows(rows, None if head is None else np.asarray(head)[columns], {})
+    return dataclasses.replace(result, row=row, tokens=columns)
 
 
 def _row_error(row: RecoveredRow, logits: np.ndarray) -> float:

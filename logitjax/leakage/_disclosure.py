@@ -237,14 +237,14 @@ class Ledger:
             nats: Logarithm of the number of possible answers.
             choice: How it was chosen, for the other columns.
         """
-        told = self._contexts[context]
+        notes = self._contexts[context]
         if not nats or (context, answer) in self._answered:
             return True
-        if told.hard + nats > self.limit:
+        if notes.hard + nats > self.limit:
             return False
         self.add(context, nats)
         self._answered.add((context, answer))
         if choice is not None:
-            told.soft += choice.soft
-            told.certificates.update([choice.certificate] if choice.certificate else [])
+            notes.soft += choice.soft
+            notes.certificates.update([choice.certificate] if choice.certificate else [])
         return True

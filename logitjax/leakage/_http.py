@@ -71,8 +71,8 @@ class HttpOracle(Meter):
     def draws(self, prompt: Any, fields: Sequence[Mapping[str, Any]]) -> np.ndarray:
         """Tokens drawn after a prompt, `[n]`, for requests with each of these fields."""
         self.charge(len(fields))
-        said = self._pool.map(lambda more: self._asked(prompt, {"logprobs": 0} | more), fields)
-        return np.array([_token_id(one["tokens"][0]) for one in said])
+        message = self._pool.map(lambda more: self._asked(prompt, {"logprobs": 0} | more), fields)
+        return np.array([_token_id(one["tokens"][0]) for one in message])
 
     def read(self, prompts: Sequence[Any]) -> list[Answer]:
         """The `top_k` values at every position of prompts after the first, by one query each.
@@ -91,12 +91,12 @@ class HttpOracle(Meter):
     ) -> Answer:
         self.charge(len(queries))
         ask = functools.partial(self._one, temperature=temperature)
-        found = list(self._pool.map(ask, *zip(*queries, strict=True)))
+        result = list(self._pool.map(ask, *zip(*queries, strict=True)))
         # A value that the server keeps to itself is None there, and nan here.
-        if len({len(row) for row in found}) > 1:
+        if len({len(row) for row in result}) > 1:
             raise ValueError(f"url: expected {self.policy.top_k} values in each answer, got fewer")
-        values = np.array([[value for _, value in row] for row in found], np.float32)
-        tokens = np.array([[token for token, _ in row] for row in found], np.int32)
+        values = np.array([[value for _, value in row] for row in result], np.float32)
+        tokens = np.array([[token for token, _ in row] for row in result], np.int32)
         if self.policy.returns == "token":
             values = values[:, :0]
         return self.counted([(values, tokens)])
@@ -104,9 +104,9 @@ class HttpOracle(Meter):
     def _echoed(self, prompt: Any) -> tuple[np.ndarray, np.ndarray]:
         tokens, k = np.asarray(prompt).tolist(), self.policy.top_k
         fields = {"max_tokens": 0, "echo": True, "temperature": 0, "logprobs": k}
-        said = self._post(tokens, fields)["choices"][0]["logprobs"]["top_logprobs"][1:]
+        message = self._post(tokens, fields)["choices"][0]["logprobs"]["top_logprobs"][1:]
         # A token of the prompt is listed beside the top ones where it is none of them.
-        rows = [sorted(tops.items(), key=lambda pair: -pair[1])[:k] for tops in said]
+        rows = [sorted(tops.items(), key=lambda pair: -pair[1])[:k] for tops in message]
         if len(rows) != len(tokens) - 1 or any(len(row) != k for row in rows):
             raise ValueError(f"url: expected {k} values at each of {len(tokens) - 1} positions")
         values = np.array([[value for _, value in row] for row in rows], np.float32)
@@ -118,23 +118,23 @@ class HttpOracle(Meter):
         only_token = self.policy.returns == "token"
         # Ids of tokens are reported among the log-probabilities, if only with none of the top.
         fields = {"temperature": temperature, "logprobs": 0 if only_token else self.policy.top_k}
-        said = self._asked(prompt, fields | ({"logit_bias": bias} if bias else {}))
-        drawn = _token_id(said["tokens"][0])
+        message = self._asked(prompt, fields | ({"logit_bias": bias} if bias else {}))
+        drawn = _token_id(message["tokens"][0])
         if only_token:
             return [(drawn, None)]
-        own = [(drawn, said["token_logprobs"][0])] if self.policy.sampled else []
-        tops = said["top_logprobs"][0] if self.policy.top_k else {}
-        found = [(_token_id(name), value) for name, value in tops.items()]
+        local = [(drawn, message["token_logprobs"][0])] if self.policy.sampled else []
+        tops = message["top_logprobs"][0] if self.policy.top_k else {}
+        items = [(_token_id(name), value) for name, value in tops.items()]
         # Other servers list the drawn token too where it is none of the top ones.
-        return own + sorted(found, key=lambda pair: -pair[1])[: self.policy.top_k]
+        return local + sorted(items, key=lambda pair: -pair[1])[: self.policy.top_k]
 
     def _asked(self, prompt: Any, fields: Mapping[str, Any]) -> Any:
         """Read the log-probabilities from an answer of one token."""
         answer = self._post(np.asarray(prompt).tolist(), {"max_tokens": 1, **fields})
         try:
-            said = answer["choices"][0]["logprobs"]
-            _token_id(said["tokens"][0])
-            return said
+            asked = answer["choices"][0]["logprobs"]
+            _token_id(asked["tokens"][0])
+            return asked
         except (LookupError, TypeError, AttributeError, ValueError):
             wrong = f"url: expected log-probabilities by token ids, got {str(answer)[:200]}"
             raise ValueError(wrong) from None

@@ -147,8 +147,8 @@ class LogitOracle(Meter):
                 part = np.concatenate([part, np.repeat(part[-1:], short, 0)])
                 values = np.concatenate([values, np.repeat(values[-1:], short, 0)])
             served = np.broadcast_to(row, (size, row.shape[-1]))
-            found = self._report(served, [prompt] * size, temperature, part, values)
-            answers.append([array[: size - short] for array in found])
+            result = self._report(served, [prompt] * size, temperature, part, values)
+            answers.append([array[: size - short] for array in result])
         return self.counted(answers)
 
     def _logits(self, prompts: Sequence[Any] | Array) -> np.ndarray:
@@ -167,11 +167,11 @@ class LogitOracle(Meter):
                 raise ValueError(f"apply_fn: expected {want}, got {rows.shape}")
             fresh |= dict(zip(group, rows, strict=True))
             self.prompts += len(group)
-        found = np.stack([fresh[n] if n in fresh else self._cache[n] for n in names])
+        logits = np.stack([fresh[n] if n in fresh else self._cache[n] for n in names])
         self._cache |= fresh
         while len(self._cache) > self._cache_size:
             self._cache.pop(next(iter(self._cache)))
-        return found
+        return logits
 
     def _report(
         self,

@@ -89,9 +89,9 @@ class LogitPolicy:
     floor: float | None = None
 
     def __post_init__(self) -> None:
-        for name, known in _CHOICES.items():
-            if (value := getattr(self, name)) not in known:
-                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+        for name, existing in _CHOICES.items():
+            if (value := getattr(self, name)) not in existing:
+                raise ValueError(f"{name}: expected one of {', '.join(existing)}, got {value!r}")
         checks.positive(self.max_biased, "max_biased")
         checks.positive(self.bias_limit, "bias_limit")
         if self.top_k is not None and (self.top_k or not self.sampled):
@@ -135,8 +135,8 @@ class LogitPolicy:
     @property
     def harvests(self) -> bool:
         """Whether draws alone tell values: the drawn token's own, and no bias is taken."""
-        told = self.sampled and self.returns == "logprobs"
-        return told and self.top_k == 0 and self.bias == "none"
+        notes = self.sampled and self.returns == "logprobs"
+        return notes and self.top_k == 0 and self.bias == "none"
 
     def row_queries(self, vocab: int) -> int:
         """Queries for a row where a bias moves what is reported: `1 + ceil((V - 1) / (K - 1))`.

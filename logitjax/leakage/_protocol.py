@@ -331,13 +331,13 @@ def tell_again(protocol: Protocol, oracle: Any, prompt: Any, row: RecoveredRow) 
     smaller bias. Bounds of a search are tried at both ends.
     """
     rng, limit = np.random.default_rng(1), oracle.policy.bias_limit
-    log_probs, known = row.log_probs.astype(np.float64), row.known.copy()
+    log_probs, existing = row.log_probs.astype(np.float64), row.known.copy()
     # A search that is not of all tokens finds differences to the first, which may be none of them.
-    first = 0.0 if row.method == "searched" and not known.all() else np.nanmax(log_probs)
-    lack, order = first - log_probs, rng.permutation(np.flatnonzero(known))
+    first = 0.0 if row.method == "searched" and not existing.all() else np.nanmax(log_probs)
+    lack, order = first - log_probs, rng.permutation(np.flatnonzero(existing))
     if row.method == "harvested":
         answer = oracle.ask([prompt] * max(1, row.queries // 4), temperature=2.0)
-        errors = [value - log_probs[token] for token, value in _pairs(answer) if known[token]]
+        errors = [value - log_probs[token] for token, value in _pairs(answer) if existing[token]]
     elif not math.isfinite(row.error_bound):
         errors = [math.nan]
     elif row.method == "searched":
@@ -352,22 +352,22 @@ def tell_again(protocol: Protocol, oracle: Any, prompt: Any, row: RecoveredRow) 
         lifts = lack + rng.uniform(0.5, 2.5, lack.shape)
         sizes = np.full(lack.shape, 0.7 * limit) if forced else lifts
         # What no bias lifts again is not known.
-        known &= lifts <= (sizes if forced else limit)
-        order = order[known[order]]
+        existing &= lifts <= (sizes if forced else limit)
+        order = order[existing[order]]
         errors = (_forced if forced else _lifted)(oracle, prompt, log_probs, order, sizes)
     protocol.compare("told again", f"{np.size(errors)} values by other queries", errors, 30.0)
     off = np.abs(np.asarray(errors, np.float64))
     # The largest of as many normal errors, of a difference of three values.
-    noise = protocol.sigma * math.sqrt(6 * math.log(100 * known.size))
+    noise = protocol.sigma * math.sqrt(6 * math.log(100 * existing.size))
     bound = row.error_bound + 2 * off[np.isfinite(off)].max(initial=0.0) + 2 * protocol.step + noise
-    if known.all() and row.method != "searched":
+    if existing.all() and row.method != "searched":
         mass = abs(float(np.logaddexp.reduce(log_probs)))
         protocol.compare("sum", "a whole row sums to 1", max(0.0, mass - row.error_bound), 30.0)
     if row.method not in ("searched", "harvested") and oracle.policy.floor is None:
-        lowest = log_probs[known].min(initial=np.inf)
-        if (ties := int((log_probs[known] <= lowest + 1e-4).sum())) > 3:
+        lowest = log_probs[existing].min(initial=np.inf)
+        if (ties := int((log_probs[existing] <= lowest + 1e-4).sum())) > 3:
             protocol.add("floor", f"{ties} tokens at {lowest:.3g}", 0.0, float(ties), False)
-    return dataclasses.replace(row, known=known, error_bound=bound)
+    return dataclasses.replace(row, known=existing, error_bound=bound)
 
 
 def _forced(

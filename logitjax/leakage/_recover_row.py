@@ -96,9 +96,9 @@ def recover_log_probs(
     k = vocab_size if policy.top_k is None else min(policy.top_k, vocab_size)
     # One place of the answer, and one of the bias, is for the reference.
     group = min(k - 1, policy.max_biased - 1)
-    wanted = np.arange(vocab_size) if tokens is None else np.asarray(tokens, np.int64)
+    expected = np.arange(vocab_size) if tokens is None else np.asarray(tokens, np.int64)
     if policy.returns == "token" or (policy.bias == "reported" and group < 1):
-        return _searched(oracle, prompt, wanted, vocab_size)
+        return _searched(oracle, prompt, expected, vocab_size)
     if policy.harvests:
         return harvested(oracle, prompt, vocab_size, draws)
     # Where every answer is the whole row there is no token of its own to be forced.
@@ -120,26 +120,28 @@ def recover_log_probs(
             f"{policy.decimals} decimals, which leave {3 * policy.step:.2g}"
         )
     if forces:
-        return _forced(oracle, prompt, wanted, vocab_size, bias or policy.bias_limit)
+        return _forced(oracle, prompt, expected, vocab_size, bias or policy.bias_limit)
     # One query without a bias tells the first k tokens; the largest is the reference.
     first = oracle.ask([prompt])
-    told, values = np.asarray(first.tokens)[0], np.asarray(first.values)[0]
+    notes, values = np.asarray(first.tokens)[0], np.asarray(first.values)[0]
     # Of logits answers tell differences; the normaliser comes last.
     values = values - (values[0] if policy.returns == "logits" else 0.0)
-    found, known = np.full(vocab_size, np.nan, np.float32), np.zeros(vocab_size, bool)
-    known[told] = policy.floor is None or values > policy.floor
-    found[told] = np.where(known[told], values, np.nan)
-    reference = int(told[0]), float(values[0])
-    missing, queries = wanted[wanted != told[0]], 1
+    selected, existing = np.full(vocab_size, np.nan, np.float32), np.zeros(vocab_size, bool)
+    existing[notes] = policy.floor is None or values > policy.floor
+    selected[notes] = np.where(existing[notes], values, np.nan)
+    reference = int(notes[0]), float(values[0])
+    missing, queries = expected[expected != notes[0]], 1
     for largest in biases:
         if len(missing):
-            queries += _lift(oracle, prompt, reference, missing, largest, group, found)
-            known |= np.isfinite(found)
-        missing = missing[~known[missing]]
-    found = np.where(known, _normalised(found) if policy.returns == "logits" else found, np.nan)
+            queries += _lift(oracle, prompt, reference, missing, largest, group, selected)
+            existing |= np.isfinite(selected)
+        missing = missing[~existing[missing]]
+    selected = np.where(
+        existing, _normalised(selected) if policy.returns == "logits" else selected, np.nan
+    )
     return RecoveredRow(
-        log_probs=found.astype(np.float32),
-        known=known,
+        log_probs=selected.astype(np.float32),
+        known=existing,
         error_bound=3 * policy.step + 4 * float(np.finfo(np.float32).eps) * largest,
         queries=queries,
         method="reference",
@@ -208,25 +210,25 @@ def _own_values(
     """Values of drawn tokens, which come first in an answer; those at a floor are none."""
     tokens, values = np.asarray(answer.tokens)[:, 0], np.asarray(answer.values, np.float32)[:, 0]
     came = came & np.isfinite(values) & (policy.floor is None or values > policy.floor)
-    found, known = np.full(vocab_size, np.nan, np.float32), np.zeros(vocab_size, bool)
-    found[tokens[came]] = values[came]
-    known[tokens[came]] = True
+    result, existing = np.full(vocab_size, np.nan, np.float32), np.zeros(vocab_size, bool)
+    result[tokens[came]] = values[came]
+    existing[tokens[came]] = True
     rounding = 4 * float(np.finfo(np.float32).eps) * np.abs(values[came]).max(initial=0.0)
     bound = {"error_bound": policy.step + float(rounding), "queries": len(tokens)}
-    return RecoveredRow(log_probs=found, known=known, method=method, **bound)
+    return RecoveredRow(log_probs=result, known=existing, method=method, **bound)
 
 
 def _searched(oracle: Asked, prompt: Any, tokens: np.ndarray, vocab_size: int) -> RecoveredRow:
     searched = search_logits(oracle, prompt, tokens, span=min(40.0, oracle.policy.bias_limit))
     log_probs, middle = np.full(vocab_size, np.nan, np.float32), searched.middle
     log_probs[tokens] = middle
-    known = np.isfinite(log_probs)
-    if known.all():
+    finite = np.isfinite(log_probs)
+    if finite.all():
         log_probs -= np.log(np.exp(log_probs, dtype=np.float64).sum())
     widths = (searched.upper - searched.lower)[np.isfinite(middle)]
     return RecoveredRow(
         log_probs=log_probs,
-        known=known,
+        known=finite,
         # Answers that contradict each other bound nothing.
         error_bound=math.inf if searched.contradictions else float(widths.max(initial=0.0)),
         queries=searched.queries,

@@ -47,7 +47,7 @@ def residual(table: Table, whole: Spectrum, k: int) -> Residual:
         loudest = np.maximum(loudest, block.max(axis=1))
     # Rows of which next to nothing is left have a direction each to themselves, as loud noise has
     # and hidden states have not.
-    own = share <= 0.25 * free / count
+    local = share <= 0.25 * free / count
     least = 0.7 if taken.max() > 0.3 else 0.25
     lone = 3 * k <= count and share.min() < least * free / count
     share = np.maximum(share, 1e-6)
@@ -55,22 +55,22 @@ def residual(table: Table, whole: Spectrum, k: int) -> Residual:
     edge = np.sqrt((by_row / share**2).max())
     edge += np.sqrt((by_token / np.maximum(1.0 - taken, 1e-6) ** 2).max() * count / free)
     by_row, by_token = by_row / share / vocab, by_token / free
-    if not own.all():
-        by_row[own] = np.median(by_row[~own])
+    if not local.all():
+        by_row[local] = np.median(by_row[~local])
     # Rows or tokens that are exact have no scale of their own.
     mean = max(float(by_token.mean()), 1e-30)
     by_row, by_token = (np.maximum(part, 1e-12 * mean) for part in (by_row, by_token))
-    some = by_row[~own]
+    some = by_row[~local]
     # Loud tokens take directions as loud rows do, and what is left of them is even. A variance from
     # m normal values varies by sqrt(2 / m) of itself.
-    even = own.mean() <= 0.1 and (taken > 0.5).sum() <= 0.1 * k
+    even = local.mean() <= 0.1 and (taken > 0.5).sum() <= 0.1 * k
     even = even and by_token.std() <= 1.25 * np.sqrt(2 / free) * mean
     even = even and some.std() <= (1.5 * np.sqrt(2 / vocab) + 0.05) * some.mean()
     return Residual(
         by_row=by_row,
         by_token=by_token,
         even=bool(even),
-        loudest=float(np.sqrt((loudest / share)[~own].max(initial=0.0) / mean)),
+        loudest=float(np.sqrt((loudest / share)[~local].max(initial=0.0) / mean)),
         lone=bool(lone),
         edge=float(edge),
     )

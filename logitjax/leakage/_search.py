@@ -34,8 +34,8 @@ class SearchedLogits:
     @property
     def middle(self) -> np.ndarray:
         """`[m]`: the middle of the bounds; NaN where there is no lower one."""
-        found = np.isfinite(self.lower)
-        return np.where(found, (np.where(found, self.lower, 0.0) + self.upper) / 2, np.nan)
+        finite = np.isfinite(self.lower)
+        return np.where(finite, (np.where(finite, self.lower, 0.0) + self.upper) / 2, np.nan)
 
 
 class Boxes:
@@ -96,9 +96,9 @@ def search_logits(
     if not 0 < tolerance < span <= policy.bias_limit:
         want = f"more than tolerance={tolerance} and at most the largest bias, {policy.bias_limit}"
         raise ValueError(f"span: expected {want}, got {span}")
-    wanted = np.asarray(tokens, np.int64)
+    array = np.asarray(tokens, np.int64)
     winner = int(np.asarray(oracle.ask([prompt]).tokens)[0, 0])
-    rest = wanted[wanted != winner]
+    rest = array[array != winner]
     lower, upper = {winner: 0.0}, {winner: 0.0}
     queries, contradictions = 1, 0
     size = max(1, policy.max_biased - 1)
@@ -111,7 +111,7 @@ def search_logits(
         upper |= dict(zip(batch.tolist(), ((boxes.upper - 1) * span).tolist(), strict=True))
         queries += asked
         contradictions += wrong
-    low, high = (np.array([one[token] for token in wanted.tolist()]) for one in (lower, upper))
+    low, high = (np.array([one[token] for token in array.tolist()]) for one in (lower, upper))
     counts = {"queries": queries, "contradictions": contradictions}
     return SearchedLogits(lower=low, upper=high, **counts)
 
@@ -121,7 +121,7 @@ def _narrow(
 ) -> tuple[Boxes, int, int]:
     """Bounds of one batch, the winner first, with the numbers of queries and contradictions."""
     boxes, queries, contradictions = Boxes(len(batch), 0, 2 * _ROUNDED / span), 0, 0
-    places = {int(token): place for place, token in enumerate(batch)}
+    places = {int(token): location for location, token in enumerate(batch)}
     in_row = 0
     # Rounding leaves a slack on both sides, which no query closes.
     least = tolerance / span + 2 * boxes.slack
@@ -131,10 +131,10 @@ def _narrow(
         answer = oracle.ask_biased(prompt, batch[None], nats[None])
         drawn = places.get(int(np.asarray(answer.tokens)[0, 0]))
         queries += 1
-        known = boxes.apart
+        existing = boxes.apart
         # The bias as it was sent: the rounded one is what was compared.
         agrees = drawn is not None and boxes.learn(drawn, nats.astype(np.float64) / span)
-        narrows = (known - boxes.apart).max() > boxes.slack
+        narrows = (existing - boxes.apart).max() > boxes.slack
         in_row = 0 if narrows else in_row + 1
         contradictions += not agrees
     return boxes, queries, contradictions

@@ -78,18 +78,18 @@ class OutputSubspace:
         tokens, values = np.asarray(tokens), np.asarray(values, np.float64)
         if not self.vocab_where[tokens].all():
             raise ValueError("tokens: expected some that the basis knows, got one that was masked")
-        known = np.concatenate([self.basis, np.ones((len(self.basis), 1))], axis=1)
-        unknowns, system = known.shape[1], known[tokens]
+        array = np.concatenate([self.basis, np.ones((len(self.basis), 1))], axis=1)
+        unknowns, system = array.shape[1], array[tokens]
         if len(tokens) < unknowns:
             raise ValueError(f"tokens: expected at least {unknowns}, got {len(tokens)}")
-        found, _, _, singular = np.linalg.lstsq(system, values.T, rcond=None)
+        result, _, _, singular = np.linalg.lstsq(system, values.T, rcond=None)
         if singular[0] > _CONDITION * singular[-1]:
             condition = singular[0] / max(singular[-1], 1e-300)
             raise ValueError(
                 f"tokens: expected a condition of at most {_CONDITION:.2g}, got {condition:.2g}: "
                 "take more, or choose_tokens()"
             )
-        return np.where(self.vocab_where, (known @ found).T, np.nan)
+        return np.where(self.vocab_where, (array @ result).T, np.nan)
 
 
 def estimate_output_subspace(

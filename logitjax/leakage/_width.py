@@ -145,19 +145,21 @@ def _of_exact_rows(view: _View) -> OutputWidth | None:
     k = int((values > exact).sum())
     if not 0 < k < len(values) or values[k - 1] < _CLEAR * exact:
         return None
-    said = "the rest is rounding"
+    message = "the rest is rounding"
     if view.named:
-        said += f", noise of {view.named:.3g} would be seen"
+        message += f", noise of {view.named:.3g} would be seen"
     # Noise of a few rows gives each a direction to itself, which no other row confirms.
     share = 1.0 - (view.spectrum.left[:, :k] ** 2).sum(axis=1)
-    if own := int((share < 1e-4 * (view.rows - k) / view.rows).sum()):
-        said = f"{own} rows have a direction each to themselves, as noise has; the rest is rounding"
-        return _open(said, lower=k - own)
+    if local := int((share < 1e-4 * (view.rows - k) / view.rows).sum()):
+        message = (
+            f"{local} rows have a direction each to themselves, as noise has; the rest is rounding"
+        )
+        return _open(message, lower=k - local)
     closed = values[k - 1] > 4 * _step(values, k) * exact
     if not closed:
-        said += ", which may hide more of them"
+        message += ", which may hide more of them"
     width = OutputWidth(
-        lower=k, estimate=k, upper=k if closed else None, reason=said, noise=0.0, floor=exact
+        lower=k, estimate=k, upper=k if closed else None, reason=message, noise=0.0, floor=exact
     )
     return _less_shared(view, width, exact / math.sqrt(max(view.rows, view.columns)))
 
@@ -179,45 +181,45 @@ def _of_noisy_rows(view: _View) -> OutputWidth:
             view = _evened(view, residual(view.table, view.spectrum, _gap(view)))
     if fit is None:
         gaps = spectrum_gaps(view.values)[: len(view.values) // 2]
-        said = "no white noise explains the smaller singular values, however rows are scaled"
+        message = "no white noise explains the smaller singular values, however rows are scaled"
         if len(gaps):
-            said += f"; the largest gap, {gaps.max():.2g} nats, lies at {gaps.argmax() + 1}"
-        return _open(said, lower=_independent(view, view.rows // 2))
+            message += f"; the largest gap, {gaps.max():.2g} nats, lies at {gaps.argmax() + 1}"
+        return _open(message, lower=_independent(view, view.rows // 2))
     view, noise, left = fit
     k = noise.above
     if k == 0:
-        said = f"nothing but white noise of {noise.sigma:.3g} is seen"
-        return _open(said, noise=noise.sigma)
+        message = f"nothing but white noise of {noise.sigma:.3g} is seen"
+        return _open(message, noise=noise.sigma)
     # Named by whoever runs the API and seen in the rows: then fewer rows are enough.
     agrees = view.named is not None and abs(noise.sigma / view.named - 1) <= 0.1
     least = _ROWS_CONFIRMED if agrees else _ROWS
     if min(view.rows, view.columns) < least * k:
         return _open(f"fewer than {least} rows for each direction", lower=_independent(view, k))
     if left.loudest > max(_LOUD, (view.rows * view.columns) ** 0.25):
-        said = f"a value is {left.loudest:.1f} deviations off: heavy tails"
-        return _open(said, lower=_independent(view, k))
+        message = f"a value is {left.loudest:.1f} deviations off: heavy tails"
+        return _open(message, lower=_independent(view, k))
     values = view.values
-    said = f"white noise of {noise.sigma:.3g} explains the rest"
+    message = f"white noise of {noise.sigma:.3g} explains the rest"
     if view.named is not None and not agrees:
-        said += f", not the {view.named:.3g} that was named"
+        message += f", not the {view.named:.3g} that was named"
     # What was seen of the spectrum says how far below its last direction a further one would be.
     closed = k >= 4 and values[k - 1] > max(_CLOSED, _COUNTED * _step(values, k)) * noise.edge
     if not closed:
-        said += ", which may hide more directions"
+        message += ", which may hide more directions"
     by_row, by_token = view.scales
     squares = noise.sigma**2 * (1 / by_token**2).sum() / by_row**2
     if left.lone:
         closed = False
-        said += ", and one of them may be a single loud row"
+        message += ", and one of them may be a single loud row"
     if rows_apart(view.gram, squares) < 1.2 * k + 2:
         closed = False
-        said += ", and few rows differ by more than that"
+        message += ", and few rows differ by more than that"
     width = OutputWidth(
         # Noise that is not white to the last pokes out of its edge, and is no direction.
         lower=k if closed else _independent(view, k),
         estimate=k,
         upper=k if closed else None,
-        reason=said,
+        reason=message,
         noise=noise.sigma,
         floor=noise.floor(view.rows, view.columns, _CLOSED * noise.edge),
     )
@@ -246,26 +248,26 @@ def _step(values: np.ndarray, k: int) -> float:
 
 def _less_shared(view: _View, width: OutputWidth, sigma: float) -> OutputWidth:
     """Lowers the bound by directions that may not be the model's."""
-    lower, k, said = width.lower, width.estimate or 0, width.reason
+    lower, k, message = width.lower, width.estimate or 0, width.reason
     left, values = view.spectrum.left[:, :k], view.values[:k]
     rows, tokens = view.scales
     turned = sigma * math.sqrt(max(1, view.rows - k))
     if k > 1 and holds_vector(rows @ left, float(rows @ rows), values, turned):
         lower = min(lower, k - 1)
-        said += (
+        message += (
             f"; all rows share an offset: {k} is the width behind a LayerNorm, {k - 1} with a bias "
             "on the output"
         )
     if k < 2 or view.table.centre:
-        return dataclasses.replace(width, lower=lower, reason=said)
+        return dataclasses.replace(width, lower=lower, reason=message)
     inside = np.zeros(k)
     for where, block in view.table.blocks():
         inside += left.T @ (block @ tokens[where]) / values
     turned = sigma * math.sqrt(max(1, len(tokens) - k))
     if holds_vector(inside, float(tokens @ tokens), values, turned):
         lower = min(lower, k - 1)
-        said += f"; log-probabilities that were not centred have one direction more than {k - 1}"
-    return dataclasses.replace(width, lower=lower, reason=said)
+        message += f"; log-probabilities that were not centred have one direction more than {k - 1}"
+    return dataclasses.replace(width, lower=lower, reason=message)
 
 
 def _independent(view: _View, most: int) -> int:

@@ -52,9 +52,9 @@ class GraphStatistics:
 
     def truncate(self, k: int) -> "GraphStatistics":
         """Keep the first k of each position; ValueError if there are fewer."""
-        held = self.values.shape[-1]
-        if k > held:
-            raise ValueError(f"k: the statistics hold the top {held} logits, {k} are needed")
+        stored = self.values.shape[-1]
+        if k > stored:
+            raise ValueError(f"k: the statistics hold the top {stored} logits, {k} are needed")
         return dataclasses.replace(self, values=self.values[..., :k], indices=self.indices[..., :k])
 
 
@@ -147,11 +147,11 @@ def _finite_sums(x, origin):
     fine = squares / n - jnp.square(total / n) > _STEADY * (squares / n + jnp.square(at))
 
     def shifted():
-        there = x != -jnp.inf
+        present = x != -jnp.inf
 
         def sums(unit):
-            kept = jnp.where(there, _over(x, origin, unit), 0.0)
-            return there.sum(-1, dtype=x.dtype), kept.sum(-1), jnp.square(kept).sum(-1), unit
+            kept = jnp.where(present, _over(x, origin, unit), 0.0)
+            return present.sum(-1, dtype=x.dtype), kept.sum(-1), jnp.square(kept).sum(-1), unit
 
         once = sums(jnp.ones_like(total))
         finite = jnp.isfinite(once[2])

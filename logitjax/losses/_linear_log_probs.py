@@ -124,11 +124,11 @@ def pad_support(ids: Array, row_splits: Array, batch: tuple[int, ...]) -> np.nda
     counts, size = np.diff(splits), int(np.prod(batch)) + 1
     whole = splits.shape == (size,) and (splits[0], splits[-1]) == (0, ids.size)
     if not whole or (counts < 0).any():
-        wanted = f"{size} rising numbers from 0 to {ids.size}"
-        raise ValueError(f"row_splits: expected {wanted}, got {splits}")
-    there = np.arange(max(counts.max(initial=0), 1)) < counts[:, None]
-    padded = np.full(there.shape, -1, np.int32)
-    padded[there] = ids
+        expected = f"{size} rising numbers from 0 to {ids.size}"
+        raise ValueError(f"row_splits: expected {expected}, got {splits}")
+    present = np.arange(max(counts.max(initial=0), 1)) < counts[:, None]
+    padded = np.full(present.shape, -1, np.int32)
+    padded[present] = ids
     return padded.reshape(*batch, -1)
 
 
@@ -194,8 +194,8 @@ class _LogProbs(ReadoutStatistic):
             log_p = z - log_z[..., None]
             terms = jnp.exp(log_p) * jnp.where(log_p != -jnp.inf, log_p, 0.0)
             entropy = jnp.where(recorded, -terms.sum(-1), entropy)
-        known = (tokens["labels"] >= 0) & (tokens["labels"] < self.vocab)
-        return LogProbs(jnp.where(known, values, jnp.nan), entropy if self.entropy else None)
+        existing = (tokens["labels"] >= 0) & (tokens["labels"] < self.vocab)
+        return LogProbs(jnp.where(existing, values, jnp.nan), entropy if self.entropy else None)
 
 
 def _about(peak: jax.Array, state: Any) -> jax.Array:

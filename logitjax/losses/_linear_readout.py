@@ -171,13 +171,13 @@ class _Reading(ReadoutStatistic):
                 vocab_size=self.vocab,
             )
         if self.labels:
-            known = (tokens["labels"] >= 0) & (tokens["labels"] < self.vocab)
-            entropy = jnp.where(known, neginf_to_zero(outputs.log_z) - outputs.label, jnp.nan)
+            existing = (tokens["labels"] >= 0) & (tokens["labels"] < self.vocab)
+            entropy = jnp.where(existing, neginf_to_zero(outputs.log_z) - outputs.label, jnp.nan)
         gathered, ids = outputs.gathered, tokens.get("ids")
         if gathered is not None:
             # The sweep never comes to an id that is outside of the vocabulary.
-            known = (ids >= 0) & (ids < self.vocab)
-            gathered = jnp.where(known, gathered, jnp.nan)
+            existing = (ids >= 0) & (ids < self.vocab)
+            gathered = jnp.where(existing, gathered, jnp.nan)
         return Readout(outputs.log_z, outputs.label, gathered, statistics, entropy, ids)
 
 

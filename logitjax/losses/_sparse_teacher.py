@@ -84,7 +84,7 @@ def sparse_kl_divergence(
     """
     _check(direction, tail, temperature)
     _check_teacher(teacher, tail)
-    wanted = _ids(teacher, tail)
+    expected = _ids(teacher, tail)
     if isinstance(student, TopK):
         # By rank a student would be compared with other tokens than its own.
         raise TypeError("student: expected logits, or a Readout at the teacher's ids, got a TopK")
@@ -96,19 +96,19 @@ def sparse_kl_divergence(
         logits = checks.as_float(student, "student", vocab_where)
         log_z = logsumexp(logits, axis_name=axis_name)
         checks.shapes(
-            **{"teacher.indices": (wanted, "int *batch k"), "student": (logits, "float *batch v")}
+            **{"teacher.indices": (expected, "int *batch k"), "student": (logits, "float *batch v")}
         )
         vocab = logits.shape[-1] * (1 if axis_name is None else jax.lax.axis_size(axis_name))
-        checks.ids(wanted, vocab, "teacher.indices")
-        gathered = gather_at(logits, wanted, axis_name=axis_name)
-    if gathered.shape != wanted.shape:
+        checks.ids(expected, vocab, "teacher.indices")
+        gathered = gather_at(logits, expected, axis_name=axis_name)
+    if gathered.shape != expected.shape:
         raise ValueError(
-            f"student: expected the teacher's batch shape and entries, {wanted.shape}, "
+            f"student: expected the teacher's batch shape and entries, {expected.shape}, "
             f"got {gathered.shape}"
         )
     if isinstance(student, Readout) and student.ids is not None:
         # By rank as well a readout would be compared with other tokens than its own.
-        same = (jnp.asarray(student.ids) == wanted).all(-1, keepdims=True)
+        same = (jnp.asarray(student.ids) == expected).all(-1, keepdims=True)
         gathered = jnp.where(same, gathered, jnp.nan)
     if tail == "renormalize":
         gathered = gathered / temperature
@@ -179,8 +179,8 @@ class _SparseKL(ReadoutStatistic):
     def losses(self, outputs: Any, tokens: Any) -> jax.Array:
         values, ids = tokens["values"], tokens["ids"]
         # The sweep never comes to an id that is outside of the vocabulary.
-        known = (ids >= 0) & (ids < self.vocab)
-        gathered = jnp.where(known, outputs.gathered, jnp.nan)
+        existing = (ids >= 0) & (ids < self.vocab)
+        gathered = jnp.where(existing, outputs.gathered, jnp.nan)
         if self.renormalize:
             return _renormalised_kl(gathered, values, tokens["temperature"], self.direction)
         top = TopK(values, ids[..., : values.shape[-1]], tokens["log_z"])
@@ -276,8 +276,8 @@ def _estimate(teacher: Any, student: Any, log_law: Any, direction: str) -> jax.A
         log_law = jnp.where(drawn_p == -jnp.inf, -jnp.inf, drawn_p - jnp.log(rest))
     over, under = (drawn_p, drawn_q) if direction == "forward" else (drawn_q, drawn_p)
     # Without a draw nothing is left, and an entry that either lacks has no logarithm.
-    there, both = log_law != -jnp.inf, (over != -jnp.inf) & (under != -jnp.inf)
-    weight = jnp.exp(jnp.where(there & (over != -jnp.inf), over - log_law, -jnp.inf))
+    present, both = log_law != -jnp.inf, (over != -jnp.inf) & (under != -jnp.inf)
+    weight = jnp.exp(jnp.where(present & (over != -jnp.inf), over - log_law, -jnp.inf))
     gap = jnp.where(both, over, 0.0) - jnp.where(both, under, 0.0)
     if direction == "reverse":
         gap = gap - 1.0
@@ -288,7 +288,7 @@ def _estimate(teacher: Any, student: Any, log_law: Any, direction: str) -> jax.A
         tail = tail + jnp.maximum(1.0 - jnp.exp(log_q).sum(-1), 0.0)
     # Where nothing was left to draw the other's mass still has a price.
     bucket = _kl(_with_tail(log_p)[..., -1:], _with_tail(log_q)[..., -1:], direction)
-    return _kl(log_p, log_q, direction) + jnp.where(there.any(-1), tail, bucket)
+    return _kl(log_p, log_q, direction) + jnp.where(present.any(-1), tail, bucket)
 
 
 def _with_tail(log_probs: jax.Array) -> jax.Array:

@@ -62,7 +62,7 @@ def make_context(
 ) -> tuple[AttentionContext, jax.Array | None]:
     """The context of one kind of layer, and the positions its cache will hold."""
     time, (window, rotates) = positions.shape[1], kind
-    slots = held = mask = segments = None
+    slots = stored = mask = segments = None
     concatenate = False
     lengths = seen = None
     if cache is not None:
@@ -71,10 +71,10 @@ def make_context(
         if window is None and time > size:
             raise ValueError(f"tokens: {time} new tokens do not fit a cache of {size} slots")
         slots = write_slots(positions, size, window)
-        held = write_positions(before, positions, slots)
+        stored = write_positions(before, positions, slots)
         # Elsewhere what is new overwrites nothing that the first of the new tokens still sees.
         concatenate = window is not None and time > 1 and size < window + time - 1
-        seen = held
+        seen = stored
         if concatenate:
             # The ring as it was, then the new tokens: [batch, slots + time].
             new = jnp.asarray(positions)
@@ -106,13 +106,13 @@ def make_context(
         lora_rows=lora_rows,
         segments=segments,
     )
-    return context, held
+    return context, stored
 
 
 def _longest(cache: Cache | None) -> int | None:
     """The longest sequence that a cache holds; a ring of a window bounds none."""
-    held = None if cache is None else cache.positions.get(kind_name(None))
-    return None if held is None else held.shape[1]
+    stored = None if cache is None else cache.positions.get(kind_name(None))
+    return None if stored is None else stored.shape[1]
 
 
 def _packed_mask(

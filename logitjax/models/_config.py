@@ -135,10 +135,10 @@ class DecoderConfig:
     @property
     def segments(self) -> tuple[SegmentSpec, ...]:
         cuts = [0, *sorted(set(self.segment_boundaries)), self.num_layers]
-        found: list[SegmentSpec] = []
+        items: list[SegmentSpec] = []
         for start, stop in itertools.pairwise(cuts):
-            found += _segments(self.layer_kinds[start:stop])
-        return tuple(found)
+            items += _segments(self.layer_kinds[start:stop])
+        return tuple(items)
 
     @property
     def attention_scale(self) -> float:

@@ -298,7 +298,7 @@ class Decoder(nnx.Module):
         padded = positions is not None
         if positions is None:
             positions = _default_positions(jnp.asarray(tokens), segment_ids, cache)
-        contexts, held = self._contexts(
+        contexts, stored = self._contexts(
             positions, segment_ids=segment_ids, padded=padded, cache=cache, lora_rows=lora_rows
         )
         x = self.embed(tokens, positions)
@@ -319,7 +319,7 @@ class Decoder(nnx.Module):
                 values.append(tuple(v for _, v in pairs))
         if cache is not None:
             length = jnp.maximum(cache.length, positions.max(axis=1) + 1)  # padding is at -1
-            cache = Cache(keys=tuple(keys), values=tuple(values), positions=held, length=length)
+            cache = Cache(keys=tuple(keys), values=tuple(values), positions=stored, length=length)
         return self.final_norm(x), cache
 
     def run_layers(
@@ -353,7 +353,7 @@ class Decoder(nnx.Module):
         if self.layout != "listed":
             raise ValueError("model: expected listed layers, use with_layout(model, 'listed')")
         x = jnp.asarray(x)
-        contexts, held = self._contexts(positions, padded=True, cache=cache, lora_rows=lora_rows)
+        contexts, stored = self._contexts(positions, padded=True, cache=cache, lora_rows=lora_rows)
         members = [layer for segment in self.segments for layer in segment.layers]
         adapters: list[Any] = [None] * len(layers)
         if lora is not None:
@@ -365,7 +365,9 @@ class Decoder(nnx.Module):
             keys.append(key)
             values.append(value)
         length = jnp.maximum(cache.length, positions.max(axis=1) + 1)
-        return x, Cache(keys=(tuple(keys),), values=(tuple(values),), positions=held, length=length)
+        return x, Cache(
+            keys=(tuple(keys),), values=(tuple(values),), positions=stored, length=length
+        )
 
     def _contexts(
         self,
@@ -377,9 +379,9 @@ class Decoder(nnx.Module):
         lora_rows: Array | None,
     ) -> tuple[dict, dict]:
         """By kind, what its layers share; by window the positions that its cache will hold."""
-        contexts, held = {}, {}
+        contexts, stored = {}, {}
         for kind in dict.fromkeys(self.config.layer_kinds):
-            contexts[kind], held[kind_name(kind[0])] = make_context(
+            contexts[kind], stored[kind_name(kind[0])] = make_context(
                 self.config,
                 kind,
                 jnp.asarray(positions),
@@ -389,7 +391,7 @@ class Decoder(nnx.Module):
                 implementation=self.attention,
                 lora_rows=lora_rows,
             )
-        return contexts, held
+        return contexts, stored
 
     def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[jax.Array, "*batch vocab"]:
         """float32 logits of hidden states, soft-capped where the family asks."""

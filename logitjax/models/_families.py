@@ -103,7 +103,7 @@ def find_family(
         alike = (difflib.SequenceMatcher(None, str(name)[:80], text).ratio() for text in texts)
         return len({*family.keys, *family.aliases} & set(raw or ())), max(alike)
 
-    expected = [known for family in families for known in names(family) if known]
+    expected = [existing for family in families for existing in names(family) if existing]
     near = max(families, key=likeness).name
     flag = (
         f" --family='{near}(name={name[:80]})' reads it as that," if isinstance(name, str) else ""

@@ -73,8 +73,8 @@ def config_to_hf(config: DecoderConfig, *, dtype: str = "float32") -> dict[str, 
     written = {key: key_value(config, key) for key in family.fields} | family.write(config)
     raw |= {k: v for k, v in written.items() if k in family.keys or k in family.ignored}
     # Read again: what the format cannot say comes back as something else.
-    ours, theirs = dataclasses.replace(config, segment_boundaries=()), config_from_hf(raw)
-    if wrong := [f for f in vars(ours) if getattr(ours, f) != getattr(theirs, f)]:
+    ours, other = dataclasses.replace(config, segment_boundaries=()), config_from_hf(raw)
+    if wrong := [f for f in vars(ours) if getattr(ours, f) != getattr(other, f)]:
         raise ValueError(
             f"config: the Hugging Face form of {config.family} cannot say "
             + ", ".join(f"{f}={getattr(ours, f)!r}" for f in wrong)

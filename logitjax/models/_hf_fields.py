@@ -82,9 +82,9 @@ def check_readable(raw: Mapping[str, Any], where: str) -> None:
 
 def check_keys(raw: Mapping[str, Any], family: Family, where: str) -> None:
     """Refuse what might change the mathematics and is not known, by the name of its key."""
-    known = {*family.keys, *family.aliases, *family.ignored, *_HARMLESS}
+    names = {*family.keys, *family.aliases, *family.ignored, *_HARMLESS}
     for key, value in raw.items():
-        if key in known or key.startswith("_"):
+        if key in names or key.startswith("_"):
             continue
         # A switch that is off, or nothing at all.
         if value in (None, False, 0, "", [], {}):

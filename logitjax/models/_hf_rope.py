@@ -97,10 +97,10 @@ def check_scaling(scaling: Mapping[str, Any], kind: str, fields: Fields) -> None
         raise ValueError(
             f"{fields.where}: unknown rope scaling {kind!r}, expected one of {', '.join(kinds)}"
         )
-    known = _ANY | _WRITTEN.get(kind, {}).keys() | _MORE.get(kind, set())
-    known |= set() if kind == "default" else {"factor"}
+    existing = _ANY | _WRITTEN.get(kind, {}).keys() | _MORE.get(kind, set())
+    existing |= set() if kind == "default" else {"factor"}
     for key, value in scaling.items():
-        if key not in known and value not in (None, False, 0, []):
+        if key not in existing and value not in (None, False, 0, []):
             raise ValueError(f"{fields.where}: rope scaling {kind} has no key {key!r}")
 
 

@@ -257,9 +257,9 @@ def _stacked(
     """Slices of an array of which each reader has one entry of the first axis."""
     out = [guard.aligned(_sliced_shape(shape, index), dtype) for index in indices]
     for number, read in enumerate(readers):
-        wanted = [i for i, index in enumerate(indices) if _holds(index[0], number, readers)]
-        parts = read([indices[i][1:] for i in wanted]) if wanted else []
-        for i, part in zip(wanted, parts, strict=True):
+        items = [i for i, index in enumerate(indices) if _holds(index[0], number, readers)]
+        parts = read([indices[i][1:] for i in items]) if items else []
+        for i, part in zip(items, parts, strict=True):
             out[i][number - indices[i][0].indices(len(readers))[0]] = part
     return out
 
@@ -302,16 +302,16 @@ def _resolve_names(
 ) -> list[TensorSpec]:
     """Match the map's names with the source's; report what is missing or extra."""
     names = source.names()
-    known = {t.name for t in tensors}
+    existing = {t.name for t in tensors}
     base = config.traits.weights["embedding"].partition(".")[0] + "."
     # As they are, inside another model by the names of both generations, or of the body alone.
     inside = "language_model."
     for old, new in (("", ""), ("", inside), (base, base + inside), (base, "")):
-        rename = {name: new + name.removeprefix(old) for name in known}
+        rename = {name: new + name.removeprefix(old) for name in existing}
         if names & set(rename.values()):
             break
     else:
-        rename = {name: name for name in known}
+        rename = {name: name for name in existing}
     missing = sorted(n for n in rename.values() if n not in names)
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

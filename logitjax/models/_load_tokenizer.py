@@ -111,16 +111,16 @@ def _from_directory(path: epath.Path) -> Tokenizer:
     with guard.naming(file, "a tokenizer"):
         content = guard.read_text(file, most=guard.LIMITS.tokenizer_bytes)
         # The library makes a place for every id up to the largest.
-        if found := _LARGE_ID.search(content):
-            raise ValueError(f"id: expected less than 10,000,000, got {found[1][:40]}")
+        if match := _LARGE_ID.search(content):
+            raise ValueError(f"id: expected less than 10,000,000, got {match[1][:40]}")
         backend = tokenizers.Tokenizer.from_str(content)
         config = (
             read_json(path / "config.json", form=dict) if (path / "config.json").exists() else {}
         )
-        known = (config.get("text_config") or config).get("vocab_size")
-        if isinstance(known, int) and backend.get_vocab_size() > known:
+        existing = (config.get("text_config") or config).get("vocab_size")
+        if isinstance(existing, int) and backend.get_vocab_size() > existing:
             # Gemma 3's text models come with the tokenizer of those that see.
-            backend = tokenizers.Tokenizer.from_str(_without_added(content, known))
+            backend = tokenizers.Tokenizer.from_str(_without_added(content, existing))
     # Files keep what their last user cut and padded texts to; here callers say how long texts are.
     backend.no_truncation()
     backend.no_padding()
@@ -160,9 +160,9 @@ def _without_added(content: str, size: int) -> str:
 def _special_texts(path: epath.Path, settings: Mapping[str, Any]) -> dict[str, str]:
     """Texts of the named special tokens: what templates know as `bos_token` and so on."""
     older = path / "special_tokens_map.json"
-    known = (read_json(older) if older.exists() else {}) | dict(settings)
+    existing = (read_json(older) if older.exists() else {}) | dict(settings)
     names = [f"{n}_token" for n in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
-    texts = {name: _token_text(known.get(name)) for name in names}
+    texts = {name: _token_text(existing.get(name)) for name in names}
     return {name: text for name, text in texts.items() if text is not None}
 
 
@@ -173,9 +173,9 @@ def _chat_template(path: epath.Path, settings: Mapping[str, Any]) -> str | dict[
     if folder.exists():
         files |= {file.stem: file for file in sorted(folder.glob("*.jinja"))}
     most = guard.LIMITS.template_bytes
-    found = {n: guard.read_text(file, most=most) for n, file in files.items() if file.exists()}
-    if found:
-        return found["default"] if list(found) == ["default"] else found
+    entries = {n: guard.read_text(file, most=most) for n, file in files.items() if file.exists()}
+    if entries:
+        return entries["default"] if list(entries) == ["default"] else entries
     template = settings.get("chat_template")
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}
@@ -226,10 +226,10 @@ def _byte_level(source: GgufSource, tokens: list[str], types: list[int]) -> tupl
     if merges is None:
         raise ValueError(f"{source.path}: metadata tokenizer.ggml.merges is missing")
     name = source.metadata("tokenizer.ggml.pre", "default")
-    found = [f.pre_tokenizers[name] for f in all_families() if name in f.pre_tokenizers]
-    if not found:
+    items = [f.pre_tokenizers[name] for f in all_families() if name in f.pre_tokenizers]
+    if not items:
         raise ValueError(f"{source.path}: unknown pre-tokenizer {name!r}")
-    pre = found[0]
+    pre = items[0]
     tokenizers = require("tokenizers", extra="models")
     splits = tokenizers.pre_tokenizers
     steps = [splits.ByteLevel(add_prefix_space=False, use_regex=not pre.pattern)]
@@ -262,10 +262,10 @@ def _sentencepiece(source: GgufSource, tokens: list[str], types: list[int]) -> t
         if kind not in (1, 4) or len(token) < 2:
             continue
         splits = [(token[:i], token[i:]) for i in range(1, len(token))]
-        found = [(a, b) for a, b in splits if a in vocab and b in vocab]
+        items = [(a, b) for a, b in splits if a in vocab and b in vocab]
         # transformers' converter orders merges of one score like this.
-        found.sort(key=lambda ab: (vocab[ab[0]], vocab[ab[1]]))
-        merges += [(-score, a, b) for a, b in found]
+        items.sort(key=lambda ab: (vocab[ab[0]], vocab[ab[1]]))
+        merges += [(-score, a, b) for a, b in items]
     merges.sort(key=lambda m: m[0])
     tokenizers = require("tokenizers", extra="models")
     unknown = source.metadata("tokenizer.ggml.unknown_token_id")

@@ -118,7 +118,7 @@ def _layer(
     directory: epath.Path,
 ) -> dict:
     """The adapters of one layer, which are taken out of the tensors."""
-    found = {}
+    layer = {}
     for name, shapes in like.items():
         names = {side: _tensor(modules[name], i, side.upper()) for side in "ab"}
         if names["a"] not in tensors:
@@ -132,8 +132,8 @@ def _layer(
                     f"adapter: {directory} has {name} of layer {i} with {side} of shape "
                     f"{values.shape}, this model expects {shapes[side].shape}"
                 )
-        found[name] = {side: jnp.asarray(values, jnp.float32) for side, values in pair.items()}
-    return found
+        layer[name] = {side: jnp.asarray(values, jnp.float32) for side, values in pair.items()}
+    return layer
 
 
 def _listed(lora: Lora, config: DecoderConfig) -> list[dict[str, Any]]:

@@ -62,7 +62,7 @@ def shapes(**arrays: tuple[Any, str]) -> None:
     Traceback (most recent call last):
     ValueError: labels: expected shape [2], as of x, got [3]
     """
-    found: dict[str, tuple[tuple[int, ...], str]] = {}
+    entries: dict[str, tuple[tuple[int, ...], str]] = {}
     for name, (array, spec) in arrays.items():
         if array is None:
             continue
@@ -77,15 +77,15 @@ def shapes(**arrays: tuple[Any, str]) -> None:
         split = len(shape) - len(axes) + 1 if many else 0
         parts = [shape[:split]] if many and fits else []
         parts += [(size,) for size in shape[split:]]
-        if not fits or any(found.get(a, (p,))[0] != p for a, p in zip(axes, parts, strict=True)):
-            known = [a for a in axes if a in found]
-            wanted = [", ".join(map(str, found[a][0])) if a in found else a for a in axes]
-            others = " and ".join(dict.fromkeys(found[a][1] for a in known))
+        if not fits or any(entries.get(a, (p,))[0] != p for a, p in zip(axes, parts, strict=True)):
+            items = [a for a in axes if a in entries]
+            expected = [", ".join(map(str, entries[a][0])) if a in entries else a for a in axes]
+            others = " and ".join(dict.fromkeys(entries[a][1] for a in items))
             raise ValueError(
-                f"{name}: expected shape [{', '.join(filter(None, wanted))}]"
+                f"{name}: expected shape [{', '.join(filter(None, expected))}]"
                 f"{', as of ' + others if others else ''}, got {list(shape)}"
             )
-        found |= {a: (p, name) for a, p in zip(axes, parts, strict=True) if a not in found}
+        entries |= {a: (p, name) for a, p in zip(axes, parts, strict=True) if a not in entries}
         if 0 in shape[split:]:
             empty = axes[shape.index(0, split) - len(shape)]
             raise ValueError(f"{name}: expected at least one entry of {empty}, got {list(shape)}")
@@ -105,24 +105,24 @@ def ids(values: Any, count: int, name: str, *, least: int = 0) -> None:
     """Checks that values are integers and, where they can be read, `least` to `count - 1`."""
     if not jnp.issubdtype(values.dtype, jnp.integer):
         raise TypeError(f"{name}: expected integers, got {values.dtype}")
-    held = _held(values)
-    if held is not None:
-        _refuse(held, (held < least) | (held >= count), name, f"{least} to {count - 1}")
+    stored = _held(values)
+    if stored is not None:
+        _refuse(stored, (stored < least) | (stored >= count), name, f"{least} to {count - 1}")
 
 
 def values(values: Any, fine: Callable[[np.ndarray], np.ndarray], name: str, expected: str) -> None:
     """Checks each number by itself, where numbers can be read."""
-    held = _held(values)
-    if held is not None:
-        _refuse(held, ~fine(held), name, expected)
+    stored = _held(values)
+    if stored is not None:
+        _refuse(stored, ~fine(stored), name, expected)
 
 
 def unit_rows(values: Any, name: str) -> None:
     """Checks that rows have length one, where they can be read; a row of zeros means no row."""
-    held = _held(values)
-    if held is None:
+    stored = _held(values)
+    if stored is None:
         return
-    length = np.sqrt(np.square(held.astype(np.float32)).sum(-1))  # squares in float16 vanish
+    length = np.sqrt(np.square(stored.astype(np.float32)).sum(-1))  # squares in float16 vanish
     # Rows from a cache in half precision are off by a thousandth.
     wrong = ~(np.abs(length - 1) <= 1e-2) & (length != 0)  # not `>`, which a nan passes
     _refuse(length, wrong, name, "rows of length one")
@@ -141,9 +141,13 @@ def _held(values: Any) -> np.ndarray | None:
 def _refuse(values: np.ndarray, wrong: np.ndarray, name: str, expected: str) -> None:
     """Raises with the first offending index, if there is one."""
     if wrong.any():
-        place = tuple(int(axis[0]) for axis in np.nonzero(wrong)) if wrong.ndim else ()
-        at = f" at {place[0] if len(place) == 1 else place}" if place else ""
-        got = values[place] if np.issubdtype(values.dtype, np.integer) else f"{values[place]:.4g}"
+        location = tuple(int(axis[0]) for axis in np.nonzero(wrong)) if wrong.ndim else ()
+        at = f" at {location[0] if len(location) == 1 else location}" if location else ""
+        got = (
+            values[location]
+            if np.issubdtype(values.dtype, np.integer)
+            else f"{values[location]:.4g}"
+        )
         raise ValueError(f"{name}: expected {expected}, got {got}{at}")
 
 

@@ -119,8 +119,8 @@ def gather_at(
     # Of an id that no shard has, each gives what lies outside of its part.
     outside = (ids < 0) | (ids >= vocab * shards)
     local = jnp.where(here, local, jnp.where(outside, -1, 0))
-    found = over_batch(gather, (values.ndim,), values, local)[0]
-    return lax.psum(jnp.where(here | outside, found, 0), axis_name)
+    result = over_batch(gather, (values.ndim,), values, local)[0]
+    return lax.psum(jnp.where(here | outside, result, 0), axis_name)
 
 
 @jax.tree_util.register_dataclass

@@ -133,13 +133,13 @@ class ShardingRules:
             if shape[dim] % size == 0:
                 fitted[dim] = axes
                 continue
-            said = (
+            message = (
                 f"sharding of {path!r}: {axes!r} of size {size} does not divide dimension {dim} "
                 f"of shape {shape}"
             )
             if self.strict:
-                raise ValueError(said)
-            logging.log_first_n(logging.INFO, "%s; it stays whole", 20, said)
+                raise ValueError(message)
+            logging.log_first_n(logging.INFO, "%s; it stays whole", 20, message)
         return P(*fitted)
 
     def shardings(self, tree: Any, mesh: Mesh) -> Any:

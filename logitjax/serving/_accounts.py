@@ -93,23 +93,26 @@ class Accounts:
         self, key: Key, *, queries: int, tokens: int, nats: float = 0.0
     ) -> tuple[Key, Spent]:
         """Sets aside what a request may use at most; what it does not is given back."""
-        spent, wanted = self._spent[key.name], Spent(queries, tokens, nats)
-        for name, more in vars(wanted).items():
+        spent, expected = self._spent[key.name], Spent(queries, tokens, nats)
+        for name, more in vars(expected).items():
             most, used = getattr(key, name), getattr(spent, name)
             if most is not None and used + more > most:
                 left = f"{used:.10g} are used, {more:.10g} more asked; it does not come back"
-                said = f"the budget of this key is {most:.10g} {name}: {left}"
-                raise ApiError(429, said, code="insufficient_quota")
+                message = f"the budget of this key is {most:.10g} {name}: {left}"
+                raise ApiError(429, message, code="insufficient_quota")
         rates = self._rates[key.name]
-        waits = {name: rate.wait(getattr(wanted, name)) for name, rate in rates.items()}
+        waits = {name: rate.wait(getattr(expected, name)) for name, rate in rates.items()}
         slowest = max(waits, key=lambda name: waits[name], default=None)
         if slowest is not None and waits[slowest] > 0:
             # A rate of nothing waits without end.
             seconds = 3600 if waits[slowest] >= 3600 else int(waits[slowest]) + 1
-            said, after = f"too many {slowest} a minute for this key", {"Retry-After": str(seconds)}
-            raise ApiError(429, said, code="rate_limit_exceeded", headers=after)
-        self._take(key, wanted)
-        return key, wanted
+            message, after = (
+                f"too many {slowest} a minute for this key",
+                {"Retry-After": str(seconds)},
+            )
+            raise ApiError(429, message, code="rate_limit_exceeded", headers=after)
+        self._take(key, expected)
+        return key, expected
 
     def settle(
         self,
@@ -123,12 +126,12 @@ class Accounts:
 
         Without a record nothing was, and the queries come back too. `told` has nats by context.
         """
-        (key, held), nats = reservation, sum((told or {}).values())
-        back = held.queries if record is None else 0
-        self._take(key, Spent(-back, tokens - held.tokens, nats - held.nats))
+        (key, stored), nats = reservation, sum((told or {}).values())
+        back = stored.queries if record is None else 0
+        self._take(key, Spent(-back, tokens - stored.tokens, nats - stored.nats))
         if record is not None and self._writer is not None:
             entry = {"time": round(time.time(), 3), "key": key.name}
-            entry |= {"queries": held.queries, "tokens": tokens}
+            entry |= {"queries": stored.queries, "tokens": tokens}
             entry |= {"nats": nats, "contexts": told} if told else {}
             self._lines.put(json.dumps(entry | record))
 

@@ -32,8 +32,8 @@ async def read_body(service: Service, http: HttpRequest) -> tuple[Key, bytes]:
     kind = http.headers.get("content-type", "application/json").split(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, f"content-type must be application/json, got {kind[:60]!r}")
-    said = http.headers.get("content-length", "")
-    if said.isascii() and said.isdigit() and (len(said) > 18 or int(said) > most):
+    message = http.headers.get("content-length", "")
+    if message.isascii() and message.isdigit() and (len(message) > 18 or int(message) > most):
         raise _too_large(most)
     parts, size = [], 0
     try:

@@ -85,8 +85,8 @@ class Answer:
     def values(self) -> int:
         """Number of log-probabilities that were given out."""
         shown, asked = 0, self._asked
-        told = ((asked.prompt_shown, self.job.prompt_report), (asked.logprobs, self.tokens))
-        for few, tokens in told:
+        notes = ((asked.prompt_shown, self.job.prompt_report), (asked.logprobs, self.tokens))
+        for few, tokens in notes:
             for token in tokens if few is not None else ():
                 best = [id for id, _ in token.top[:few]]
                 shown += len(best) + (token.logprob is not None and token.id not in best)
@@ -119,8 +119,8 @@ class Answer:
 
     def _chat_logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
         def entry(id: int, logprob: float | None) -> dict[str, Any]:
-            held = list(self._service.names(id)[1])
-            return {"token": self._name(id), "logprob": logprob, "bytes": held}
+            stored = list(self._service.names(id)[1])
+            return {"token": self._name(id), "logprob": logprob, "bytes": stored}
 
         few = self._asked.logprobs or 0
         content = [

@@ -50,9 +50,9 @@ def completions(service: Service, *, chat: bool) -> Any:
         def done() -> None:
             for answer in answers:
                 answer.job.cancelled = True
-            told = sum(answer.values for answer in answers)
+            total = sum(answer.values for answer in answers)
             request, fields = getattr(http.state, "request_id", None), asked.sampling
-            record = {"request": request, "prompt_tokens": prompt_tokens, "values": told}
+            record = {"request": request, "prompt_tokens": prompt_tokens, "values": total}
             record |= {"top": asked.logprobs, "temperature": fields.temperature}
             record |= {"biased": len(fields.logit_bias)}
             new = sum(len(answer.tokens) for answer in answers)
@@ -122,12 +122,12 @@ def _prompt_logprobs(service: Service, asked: CompletionRequest, answer: Answer)
     places: list[Any] = [None]  # Nothing predicts the first token.
     for token in answer.job.prompt_report:
         best = [(*pair, rank) for rank, pair in enumerate(token.top, 1)]
-        told: list[tuple[int, float, int | None]] = [*best[: asked.prompt_logprobs]]
-        if token.logprob is not None and token.id not in [id for id, *_ in told]:
+        items: list[tuple[int, float, int | None]] = [*best[: asked.prompt_logprobs]]
+        if token.logprob is not None and token.id not in [id for id, *_ in items]:
             # Its rank is known where it is among those that any request may see.
             ranks = [rank for id, _, rank in best if id == token.id]
-            told.append((token.id, token.logprob, ranks[0] if ranks else None))
-        named = [(id, {"logprob": value, "rank": rank}) for id, value, rank in told]
+            items.append((token.id, token.logprob, ranks[0] if ranks else None))
+        named = [(id, {"logprob": value, "rank": rank}) for id, value, rank in items]
         places.append({str(i): one | {"decoded_token": service.names(i)[0]} for i, one in named})
     return places
 

@@ -85,11 +85,13 @@ class ServerConfig:
     def notice(self) -> str:
         """Say in a line what the answers of this server give away."""
         if self.choices == "free":
-            told = "choices=free: answers give the logits away, whatever is hidden of their values"
-            return f"{told} (docs/leakage.md)"
-        told = "choices=plain: a token of probability p is read from some 1/p answers"
+            notice = (
+                "choices=free: answers give the logits away, whatever is hidden of their values"
+            )
+            return f"{notice} (docs/leakage.md)"
+        notice = "choices=plain: a token of probability p is read from some 1/p answers"
         if self.choices == "plain":
-            return told
+            return notice
         kept = f"kept in {self.audit_log}" if self.audit_log else "of this run: a restart forgets"
         return f"choices=metered: at most {self.context_nats:g} nats of a context, {kept}"
 

@@ -81,13 +81,13 @@ class _Line(BaseModel, strict=True, extra="forbid"):
 def find_key(keys: Sequence[Key], authorization: str) -> Key:
     """The key that a request shows."""
     given = authorization.encode(errors="surrogateescape")
-    found = None
+    result = None
     for key in keys:
         if key.secret is None:
             return key
         # In constant time, and all of them: stopping early would tell a key letter by letter.
         if hmac.compare_digest(given, f"Bearer {key.secret}".encode()):
-            found = key
-    if found is None:
+            result = key
+    if result is None:
         raise ApiError(401, "a wrong or missing API key", headers={"WWW-Authenticate": "Bearer"})
-    return found
+    return result

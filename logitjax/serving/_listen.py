@@ -77,10 +77,10 @@ class Listening:
 
 
 def _listener(listening: Listening) -> socket.socket:
-    found = socket.getaddrinfo(
+    result = socket.getaddrinfo(
         listening.host, listening.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )
-    family, *_, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+    family, *_, address = min(result, key=lambda entry: entry[0] != socket.AF_INET)
     listener = socket.create_server(address, family=family, backlog=_BACKLOG)
     listener.setblocking(False)
     return listener
@@ -88,9 +88,9 @@ def _listener(listening: Listening) -> socket.socket:
 
 def _most_connections(listening: Listening) -> int:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = listening.connections + 2 * _SPARE
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
+    expected = listening.connections + 2 * _SPARE
+    if soft != resource.RLIM_INFINITY and soft < expected:
+        soft = expected if hard == resource.RLIM_INFINITY else min(hard, expected)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     if soft == resource.RLIM_INFINITY:
         return listening.connections

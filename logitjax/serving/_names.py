@@ -19,14 +19,14 @@ class TokenNames:
 
     def __call__(self, token: int) -> tuple[str, bytes]:
         """A token's name and its bytes."""
-        held = self._bytes[token] if token < len(self._bytes) else b""
-        if not held:
+        stored = self._bytes[token] if token < len(self._bytes) else b""
+        if not stored:
             name = self._tokenizer.decode([token])
             return name, name.encode()
         try:
-            return held.decode(), held
+            return stored.decode(), stored
         except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in held), held
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in stored), stored
 
     def by_name(self, top: Sequence[tuple[int, float]], *, as_ids: bool) -> dict[str, float]:
         """Values by the tokens' names; a second one of a name is called by its number."""

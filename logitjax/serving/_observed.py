@@ -31,8 +31,8 @@ class Metrics:
         self.first_token = Histogram("first_token_seconds", until, buckets=_SECONDS, **made)
         self.prompt_tokens = Counter("prompt_tokens", "Tokens of prompts.", **made)
         self.new_tokens = Counter("completion_tokens", "Tokens of answers.", **made)
-        told = "Most nats that answers of metered policies told."
-        self.told_nats = Counter("told_nats", told, **made)
+        notes = "Most nats that answers of metered policies told."
+        self.told_nats = Counter("told_nats", notes, **made)
         self.open = Gauge("requests_open", "Requests that are being answered.", **made)
         Gauge("slots_busy", "Slots taken.", **made).set_function(lambda: load()[0])
         waiting = Gauge("requests_waiting", "Requests without a slot.", **made)

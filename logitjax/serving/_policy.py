@@ -176,9 +176,11 @@ def _moving(fields: Any) -> dict[str, Any]:
         return {}
     bias = tuple((token, amount) for token, amount in sorted(fields.logit_bias) if amount)
     given = dataclasses.replace(fields, logit_bias=bias)
-    known = {field.name: field.default for field in dataclasses.fields(fields)}
-    moved = {name: getattr(given, name) for name, neutral in known.items() if name not in _NEUTRAL}
-    return {name: value for name, value in moved.items() if value != known[name]}
+    entries = {field.name: field.default for field in dataclasses.fields(fields)}
+    moved = {
+        name: getattr(given, name) for name, neutral in entries.items() if name not in _NEUTRAL
+    }
+    return {name: value for name, value in moved.items() if value != entries[name]}
 
 
 def _draw_keys(extra: Any) -> jax.Array:

@@ -346,15 +346,15 @@ class Scheduler:
 
     def _hold(self, waits: np.ndarray) -> bool:
         """Tells the engine which tokens may come next; whether any slot that moves follows more."""
-        held = {i: job.follower for i, job in enumerate(self._jobs) if job and job.follower}
-        if held or self._held:
+        entries = {i: job.follower for i, job in enumerate(self._jobs) if job and job.follower}
+        if entries or self._held:
             for slot, job in enumerate(self._jobs):
                 # The mask of a slot that waits is being written.
                 given = job and not waits[slot] and (job.follower or job.request).allowed
                 self._allowed[slot] = given if isinstance(given, np.ndarray) else 0xFFFFFFFF
             self.engine.allow(self._allowed)
-        self._held = bool(held)
-        return any(not waits[slot] for slot in held)
+        self._held = bool(entries)
+        return any(not waits[slot] for slot in entries)
 
     def _fill(self, slot: int, row: int, job: Job) -> Any | None:
         request = job.request
@@ -378,43 +378,45 @@ class Scheduler:
         if tokens.ndim == 1:
             tokens, valid = tokens[:, None], valid[:, None]
         shape = tokens.shape
-        own = top_ids = top = None
+        local = top_ids = top = None
         if emitted.logprobs is not None:
-            own = self._disclosure.report(np.asarray(emitted.logprobs).reshape(shape))
+            local = self._disclosure.report(np.asarray(emitted.logprobs).reshape(shape))
         if emitted.top_ids is not None:
             top_ids = np.asarray(emitted.top_ids).reshape(*shape, -1)
             top = self._disclosure.report(np.asarray(emitted.top_logprobs).reshape(*shape, -1))
         rows = []
         for row in range(len(tokens)):
-            found = []
-            for place in np.flatnonzero(valid[row]):
-                token, best, value = int(tokens[row, place]), (), None
+            items = []
+            for location in np.flatnonzero(valid[row]):
+                token, best, value = int(tokens[row, location]), (), None
                 if top is not None and top_ids is not None:
-                    ids, values = top_ids[row, place].tolist(), top[row, place].tolist()
+                    ids, values = top_ids[row, location].tolist(), top[row, location].tolist()
                     best = tuple(zip(ids, values, strict=True))
-                if own is not None and self._disclosure.tells(token, [i for i, _ in best]):
-                    value = float(own[row, place])
-                found.append(Token(token, value, best))
-            rows.append(found)
+                if local is not None and self._disclosure.tells(token, [i for i, _ in best]):
+                    value = float(local[row, location])
+                items.append(Token(token, value, best))
+            rows.append(items)
         return rows
 
     def _hand_out(self, emitted: Any, slots: Sequence[int]) -> None:
         active = self.engine.active
         stopped = np.asarray(self.engine.state.stopped)
-        for found, slot in zip(self._tokens(emitted), slots, strict=True):
+        for structure, slot in zip(self._tokens(emitted), slots, strict=True):
             job = self._jobs[slot]
             if job is None:
                 continue
             ended = not active[slot]
             if job.follower is not None:
-                found = _of_a_structure(found)
-                if found and not ended:
-                    tokens = [token.id for token in found]
+                structure = _of_a_structure(structure)
+                if structure and not ended:
+                    tokens = [token.id for token in structure]
                     job.mask = self._masks.submit(job.follower.take, tokens)
                     job.asked = time.monotonic()
-            if ended and found:
-                found[-1] = dataclasses.replace(found[-1], last=True, stopped=bool(stopped[slot]))
-            job.give(found)
+            if ended and structure:
+                structure[-1] = dataclasses.replace(
+                    structure[-1], last=True, stopped=bool(stopped[slot])
+                )
+            job.give(structure)
             if ended:
                 self._jobs[slot] = None
                 spent = time.monotonic() - self._started[slot]

@@ -70,8 +70,8 @@ class CompletionRequest:
     @property
     def prompt_shown(self) -> int | None:
         """Number of most likely tokens reported of each token of a prompt; None where none is."""
-        told = (self.prompt_logprobs, self.logprobs if self.echo else None)
-        return max((few for few in told if few is not None), default=None)
+        notes = (self.prompt_logprobs, self.logprobs if self.echo else None)
+        return max((few for few in notes if few is not None), default=None)
 
 
 def _integer(low: int, high: int) -> Any:
@@ -362,26 +362,26 @@ def _sampling(asked: Any) -> SamplingFields:
 
 def _structure(asked: Any) -> tuple[str, str] | None:
     """Return the structure that an answer has to follow."""
-    wanted: list[tuple[str, Any]] = []
+    items: list[tuple[str, Any]] = []
     form, given = asked.response_format, asked.structured_outputs
     if form is not None and form.type == "json_object":
-        wanted.append(("json", {"type": "object"}))
+        items.append(("json", {"type": "object"}))
     elif form is not None and form.type == "json_schema":
         if form.json_schema is None:
             needed = "response_format of type json_schema needs a json_schema with a schema"
             raise BadRequestError(needed, "response_format")
-        wanted.append(("json", form.json_schema.given))
+        items.append(("json", form.json_schema.given))
     if given is not None:
         texts = (given.given, given.regex, given.choice, given.grammar)
         kinds = zip(("json", "regex", "choice", "grammar"), texts, strict=True)
-        wanted += [(kind, value) for kind, value in kinds if value is not None]
-        wanted += [("json", {"type": "object"})] if given.json_object else []
-        if len(wanted) != 1:
-            many = f"structured_outputs: expected one structure, got {len(wanted)}"
+        items += [(kind, value) for kind, value in kinds if value is not None]
+        items += [("json", {"type": "object"})] if given.json_object else []
+        if len(items) != 1:
+            many = f"structured_outputs: expected one structure, got {len(items)}"
             raise BadRequestError(many, "structured_outputs")
-    if not wanted:
+    if not items:
         return None
-    ((kind, value),) = wanted
+    ((kind, value),) = items
     try:
         return kind, value if isinstance(value, str) else json.dumps(value)
     except RecursionError:
@@ -397,8 +397,8 @@ def _refusal(error: pydantic.ValidationError) -> BadRequestError:
             inner = str(extra["loc"][-1])[:60]
             return BadRequestError(f"{name}: {inner!r} is not a field of it", name)
     reasons = [e["msg"] for e in wrong if e["loc"][0] == wrong[0]["loc"][0]]
-    said = ", or ".join(dict.fromkeys(reason[0].lower() + reason[1:] for reason in reasons))
-    return BadRequestError(f"{name}: {said[:150]}", name)
+    message = ", or ".join(dict.fromkeys(reason[0].lower() + reason[1:] for reason in reasons))
+    return BadRequestError(f"{name}: {message[:150]}", name)
 
 
 _REF = "#/components/schemas/{model}"

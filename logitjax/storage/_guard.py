@@ -153,7 +153,7 @@ def inside(directory: epath.PathLike, name: Any, field: str) -> epath.Path:
         homes = [home]
         if os.path.basename(os.path.dirname(home)) == "snapshots":
             homes.append(os.path.join(os.path.dirname(os.path.dirname(home)), "blobs"))
-        if not any(real.startswith(place + os.sep) for place in homes):
+        if not any(real.startswith(location + os.sep) for location in homes):
             raise ValueError(f"{field}: {short(name)} links to a file outside of {root}")
         plain_file(path)
     return path
@@ -191,9 +191,9 @@ def parse_json(content: bytes, limits: Limits = LIMITS) -> Any:
     if opened > limits.depth or opened + content.count(b",") > limits.elements:
         bare = np.frombuffer(_STRING.sub(b"", content), np.uint8)
         opens, closes = np.isin(bare, list(b"[{")), np.isin(bare, list(b"]}"))
-        held = int(opens.sum()) + int((bare == ord(",")).sum())
-        if held > limits.elements:
-            raise ValueError(f"expected at most {limits.elements} values, got about {held}")
+        stored = int(opens.sum()) + int((bare == ord(",")).sum())
+        if stored > limits.elements:
+            raise ValueError(f"expected at most {limits.elements} values, got about {stored}")
         steps = opens.astype(np.int8) - closes.astype(np.int8)
         if len(steps) and (depth := int(np.cumsum(steps, dtype=np.int32).max())) > limits.depth:
             raise ValueError(f"nested {depth} deep, expected at most {limits.depth}")
@@ -216,12 +216,12 @@ def read_json(path: str | os.PathLike[str], *, form: type | tuple[type, ...] = o
     """
     content = read_bytes(path, most=LIMITS.json_bytes)
     try:
-        found = parse_json(content)
+        result = parse_json(content)
     except ValueError as error:
         raise ValueError(f"{epath.Path(path)}: not valid JSON ({one_line(error)})") from None
-    if not isinstance(found, form):
-        raise ValueError(f"{epath.Path(path)}: expected {_form_name(form)}, got {short(found)}")
-    return found
+    if not isinstance(result, form):
+        raise ValueError(f"{epath.Path(path)}: expected {_form_name(form)}, got {short(result)}")
+    return result
 
 
 def _form_name(form: type | tuple[type, ...]) -> str:

@@ -78,7 +78,7 @@ class Manifest:
             raise FileNotFoundError(f"no {self.kind} in {root} (it has no {_NAME})")
         try:
             record = read_json(path, form=dict)
-            held, version = record.pop("kind"), record.pop("format")
+            stored, version = record.pop("kind"), record.pop("format")
             if not isinstance(record["made_from"], dict):
                 raise TypeError("made_from is no object")
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -89,8 +89,8 @@ class Manifest:
                 else f"delete {root} and let it be made again"
             )
             raise ValueError(f"{path} is damaged ({guard.one_line(error)}); {advice}") from None
-        if held != self.kind:
-            raise ValueError(f"{root}: expected a {self.kind}, got a {_plain(held)}")
+        if stored != self.kind:
+            raise ValueError(f"{root}: expected a {self.kind}, got a {_plain(stored)}")
         if version != _FORMAT:
             raise ValueError(
                 f"{path}: expected format {_FORMAT}, got {_plain(version)}; make it again"
@@ -119,13 +119,13 @@ class Manifest:
                 values.
         """
         record = self.read()
-        held = record["made_from"]
+        stored = record["made_from"]
         # JSON has no tuples.
-        wanted = json.loads(json.dumps(dict(expected)))
+        requested = json.loads(json.dumps(dict(expected)))
         for name, fingerprint in (names_of or {}).items():
-            if name in wanted and held.get(fingerprint) == wanted.get(fingerprint):
-                del wanted[name]
-        wrong = list(_differences("", held, wanted, at_least))
+            if name in requested and stored.get(fingerprint) == requested.get(fingerprint):
+                del requested[name]
+        wrong = list(_differences("", stored, requested, at_least))
         if wrong:
             raise ValueError(
                 f"{self.kind} {epath.Path(self.directory)} does not fit: {'; '.join(wrong)} "

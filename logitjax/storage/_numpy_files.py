@@ -23,13 +23,13 @@ def read_npz(path: epath.PathLike) -> dict[str, np.ndarray]:
         guard.plain_file(path)
         with path.open("rb") as file:
             archive = guard.open_zip(file)
-            found = {}
+            npz = {}
             for member in archive.infolist():
                 name = member.filename.removesuffix(".npy")
-                if name in found:
+                if name in npz:
                     raise ValueError(f"array {name!r} is there twice")
-                found[name] = _array(guard.member_array(archive, member, np.uint8), name)
-            return found
+                npz[name] = _array(guard.member_array(archive, member, np.uint8), name)
+            return npz
 
 
 def read_npy(path: epath.PathLike, *, mapped: bool = False) -> np.ndarray:

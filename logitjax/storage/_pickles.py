@@ -163,12 +163,12 @@ class Machine:
             name, module = self._stack.pop(), self._stack.pop()  # of STACK_GLOBAL, the name on top
         else:
             module, _, name = argument.partition(" ")
-        found = self._names(str(module), str(name))
-        if found is None:
+        result = self._names(str(module), str(name))
+        if result is None:
             raise ValueError(
                 f"it asks for {str(module)[:60]}.{str(name)[:60]}, which is not allowed"
             )
-        self._stack.append(found)
+        self._stack.append(result)
 
     def _set_state(self, target: Any, state: Any) -> None:
         if isinstance(target, collections.OrderedDict):
@@ -258,23 +258,23 @@ def plain(value: Any, arrays: Callable[[Any], Any]) -> Any:
     What a pickle repeats stays one object: lists of a list of a list, each twice, would otherwise
     become more than any memory holds.
     """
-    known: dict[int, Any] = {}
+    entries: dict[int, Any] = {}
 
     def visit(value: Any) -> Any:
         if not isinstance(value, list | tuple | dict):
             return arrays(value)
-        if id(value) in known:
-            if known[id(value)] is known:
+        if id(value) in entries:
+            if entries[id(value)] is entries:
                 raise ValueError("a list that contains itself")
-            return known[id(value)]
-        known[id(value)] = known  # until it is done
+            return entries[id(value)]
+        entries[id(value)] = entries  # until it is done
         if isinstance(value, dict):
             # Classes of their own tell TorchScript's modules from tables.
             kind = type(value) if isinstance(value, Attributes) else dict
             made: Any = kind((key, visit(item)) for key, item in value.items())
         else:
             made = type(value)([visit(item) for item in value])
-        known[id(value)] = made
+        entries[id(value)] = made
         return made
 
     return visit(value)

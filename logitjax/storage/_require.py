@@ -44,8 +44,8 @@ def package_file(package: str, pattern: str, *, what: str, install: str) -> epat
     Raises:
         ValueError: The package is not installed, or has no such file.
     """
-    found = importlib.util.find_spec(package)
-    for directory in (found and found.submodule_search_locations) or ():
+    spec = importlib.util.find_spec(package)
+    for directory in (spec and spec.submodule_search_locations) or ():
         for path in sorted(epath.Path(directory).glob(pattern)):
             return path
     name = install.partition("==")[0]

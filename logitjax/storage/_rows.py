@@ -56,8 +56,8 @@ class ArrayCodec:
             array = computed[name] if isinstance(computed, Mapping) else getattr(computed, name)
             array = _fitting(np.asarray(array), dtype, name)
             if array.shape[1:] != shape or len(array) < count:
-                wanted = ", ".join(["batch", *map(str, shape)])
-                raise ValueError(f"{name}: expected [{wanted}], got {array.shape}")
+                expected = ", ".join(["batch", *map(str, shape)])
+                raise ValueError(f"{name}: expected [{expected}], got {array.shape}")
             # Little-endian on every machine.
             parts.append(np.ascontiguousarray(array[:count], dtype.newbyteorder("<")))
         return [b"".join(part[i].tobytes() for part in parts) for i in range(count)]
@@ -137,8 +137,8 @@ class RowCache:
         if made_from is None:
             self.made_from = Manifest(self.directory, kind).read()["made_from"]
         elif Manifest(self.directory, kind).exists():
-            held = Manifest(self.directory, kind).check(made_from, names_of=names_of)
-            self.made_from = held["made_from"]
+            stored = Manifest(self.directory, kind).check(made_from, names_of=names_of)
+            self.made_from = stored["made_from"]
         else:
             Manifest(self.directory, kind).write(made_from)
             self.made_from = dict(made_from)
@@ -172,8 +172,8 @@ class RowCache:
 
     def missing(self, rows: Rows) -> np.ndarray:
         """Which of these rows are not there, ascending; -1 is never missing."""
-        wanted = np.unique(_row_numbers(rows))
-        return np.setdiff1d(wanted[wanted >= 0], self.row_numbers)
+        expected = np.unique(_row_numbers(rows))
+        return np.setdiff1d(expected[expected >= 0], self.row_numbers)
 
     def read(self, rows: Rows) -> Any:
         """Read these rows' records, in this order, as the codec makes them.
@@ -219,14 +219,14 @@ class RowCache:
             process_index: Which share of the parts to write.
             process_count: Among how many.
         """
-        wanted = np.unique(_row_numbers(rows, least=0))
-        todo = self._todo(wanted, rows_per_shard, process_index, process_count)
+        expected = np.unique(_row_numbers(rows, least=0))
+        todo = self._todo(expected, rows_per_shard, process_index, process_count)
         count = sum(map(len, todo))
         megabytes = self._codec.bytes_per_row / 1e6
         if count:
             logging.info(
                 "%s: %d rows to read, %.1f MB (all %d rows: %.1f MB)",
-                *(label, count, count * megabytes, len(wanted), len(wanted) * megabytes),
+                *(label, count, count * megabytes, len(expected), len(expected) * megabytes),
             )
         progress.mark(f"reading rows of {label or self.directory}")
         with tqdm(total=count, desc=label, unit=" rows", disable=None) as bar:
@@ -254,8 +254,8 @@ class RowCache:
         process_count: int = 1,
     ) -> int:
         """How often `fill` with these arguments would call `compute` now."""
-        wanted = np.unique(_row_numbers(rows, least=0))
-        todo = self._todo(wanted, rows_per_shard, process_index, process_count)
+        expected = np.unique(_row_numbers(rows, least=0))
+        todo = self._todo(expected, rows_per_shard, process_index, process_count)
         return sum(-(-len(part) // batch_size) for part in todo)
 
     def _todo(self, wanted: np.ndarray, size: int, index: int, count: int) -> list[np.ndarray]:
@@ -289,8 +289,10 @@ def _row_numbers(rows: Rows, *, least: int | None = None) -> np.ndarray:
     if given.size and not np.issubdtype(given.dtype, np.integer):
         raise TypeError(f"rows: expected integers, got {given.dtype}")
     if least is not None and given.size and given.min() < least:
-        place = int((given < least).argmax())
-        raise ValueError(f"rows: expected {least} or more, got {given.ravel()[place]} at {place}")
+        location = int((given < least).argmax())
+        raise ValueError(
+            f"rows: expected {least} or more, got {given.ravel()[location]} at {location}"
+        )
     return given.astype(np.int64)
 
 
@@ -302,8 +304,8 @@ def _fitting(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
         raise TypeError(f"{name}: expected integers, for {dtype}, got {array.dtype}")
     wrong = (array < np.iinfo(dtype).min) | (array > np.iinfo(dtype).max)
     if wrong.any():
-        place = int(wrong.argmax())
-        raise ValueError(f"{name}: expected {dtype}, got {array.ravel()[place]} at {place}")
+        location = int(wrong.argmax())
+        raise ValueError(f"{name}: expected {dtype}, got {array.ravel()[location]} at {location}")
     return array
 
 

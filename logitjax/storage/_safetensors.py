@@ -149,7 +149,7 @@ def _checked(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
     shape = guard.shape_of(entry.get("shape"), f"{field}: shape")
     if not isinstance(offsets, list) or len(offsets) != 2:
         raise ValueError(f"{field}: data_offsets: expected two numbers")
-    begin, end = (guard.whole(place, f"{field}: data_offsets") for place in offsets)
+    begin, end = (guard.whole(location, f"{field}: data_offsets") for location in offsets)
     if begin > end:
         raise ValueError(f"{field}: data_offsets: {begin} is behind {end}")
     return dtype, shape, begin, end

@@ -139,20 +139,20 @@ def _read_zip(file: Any) -> Any:
         order = {b"little": "<", b"big": ">"}.get(archive.read(f"{root}byteorder"), "")
         if not order:
             raise ValueError("it names an unknown order of bytes")
-    known: dict[str, _Storage] = {}
+    entries: dict[str, _Storage] = {}
 
     def storage(pid: Any) -> _Storage:
-        found = _new_storage(pid, known)
-        if found.values is None:
+        storage = _new_storage(pid, entries)
+        if storage.values is None:
             name = f"{root}data/{pid[2]}"
             if name not in members:
                 raise ValueError(f"{name} is missing from it")
-            if members[name].file_size != found.count * found.dtype.itemsize:
-                raise ValueError(f"{name} does not hold {found.count} numbers")
-            values = guard.member_array(archive, members[name], found.dtype)
+            if members[name].file_size != storage.count * storage.dtype.itemsize:
+                raise ValueError(f"{name} does not hold {storage.count} numbers")
+            values = guard.member_array(archive, members[name], storage.dtype)
             # Extension types such as bfloat16 have no byte order of their own.
-            found.values = values if order == "<" else values.byteswap(inplace=True)
-        return found
+            storage.values = values if order == "<" else values.byteswap(inplace=True)
+        return storage
 
     guard.whole(members[pickles[0]].file_size, pickles[0], most=guard.LIMITS.pickle_bytes)
     data = archive.read(pickles[0])
@@ -160,10 +160,10 @@ def _read_zip(file: Any) -> Any:
 
 
 def _read_legacy(file: guard.Reader) -> Any:
-    known: dict[str, _Storage] = {}
+    entries: dict[str, _Storage] = {}
 
     def load() -> Any:
-        return Machine(file, _named, lambda pid: _new_storage(pid, known)).load()
+        return Machine(file, _named, lambda pid: _new_storage(pid, entries)).load()
 
     if load() != _LEGACY_MAGIC or load() != _LEGACY_PROTOCOL:
         raise ValueError("it is neither a zip archive nor a torch checkpoint of the older form")
@@ -175,9 +175,9 @@ def _read_legacy(file: guard.Reader) -> Any:
     if not isinstance(keys, list):
         raise ValueError("it does not list its storages")
     for key in keys:
-        if not isinstance(key, str) or key not in known:
+        if not isinstance(key, str) or key not in entries:
             raise ValueError(f"it holds an unknown storage {str(key)[:40]!r}")
-        storage, field = known[key], f"storage {key!r}"
+        storage, field = entries[key], f"storage {key!r}"
         if storage.values is not None:
             raise ValueError(f"{field} is there twice")
         if int.from_bytes(file.read(8, field), "little") != storage.count:
@@ -257,17 +257,17 @@ def read_state_dict(path: epath.PathLike) -> dict[str, np.ndarray]:
     """
     if str(path).endswith(".safetensors"):
         source = SafetensorsSource(path)
-        found: Any = {name: source.read(name) for name in source.names()}
+        checkpoint: Any = {name: source.read(name) for name in source.names()}
     else:
-        found = read_torch_checkpoint(path)
-    if isinstance(found, _Script):
-        found = dict(_flat(found))
+        checkpoint = read_torch_checkpoint(path)
+    if isinstance(checkpoint, _Script):
+        checkpoint = dict(_flat(checkpoint))
     for key in ("state_dict", "model", "net", "params"):
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-    if not isinstance(found, Mapping):
+        if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(key), Mapping):
+            checkpoint = checkpoint[key]
+    if not isinstance(checkpoint, Mapping):
         raise ValueError(f"{path} holds no dictionary of weights")
-    arrays = {str(k): v for k, v in found.items() if isinstance(v, np.ndarray)}
+    arrays = {str(k): v for k, v in checkpoint.items() if isinstance(v, np.ndarray)}
     if not arrays:
         raise ValueError(f"{path} holds no weights")
     return {name.removeprefix("module."): value for name, value in arrays.items()}

@@ -69,8 +69,8 @@ def check_family(
     properties, rng = selected(_PROPERTIES, skip), np.random.default_rng(seed)
     models.register_family(family)
     if isinstance(config, Mapping):
-        said = {"model_type": family.name, **config}
-        model = random_decoder(attempt("config", models.config_from_hf, said), rng)
+        entries = {"model_type": family.name, **config}
+        model = random_decoder(attempt("config", models.config_from_hf, entries), rng)
     else:
         graphdef, state = nnx.split(attempt("config", models.load_model, os.fspath(config)))
         # On the host no slice of it is a program.
@@ -151,19 +151,19 @@ def _same_config(
     name: str, model: models.Decoder, expected: models.Decoder, unsaid: Collection[str] = ()
 ) -> None:
     for field in dataclasses.fields(expected.config):
-        ours, theirs = (getattr(m.config, field.name) for m in (model, expected))
-        if isinstance(theirs, float) and isinstance(ours, float) and unsaid:
-            ours, theirs = np.float32(ours), np.float32(theirs)  # all that metadata hold
-        if field.name not in unsaid and ours != theirs:
-            fail(name, field.name, f"expected {theirs!r}, got {ours!r}")
+        ours, other = (getattr(m.config, field.name) for m in (model, expected))
+        if isinstance(other, float) and isinstance(ours, float) and unsaid:
+            ours, other = np.float32(ours), np.float32(other)  # all that metadata hold
+        if field.name not in unsaid and ours != other:
+            fail(name, field.name, f"expected {other!r}, got {ours!r}")
 
 
 def _same_params(
     name: str, model: models.Decoder, expected: models.Decoder, *, atol: float
 ) -> None:
     # By layer: segments follow the windows, of which a file may say less.
-    for (layer, ours), (_, theirs) in zip(_modules(model), _modules(expected), strict=True):
-        for module, leaves in theirs.items():
+    for (layer, ours), (_, other) in zip(_modules(model), _modules(expected), strict=True):
+        for module, leaves in other.items():
             for leaf, values in leaves.items():
                 subject = f"{module}.{leaf}" + ("" if layer is None else f" of layer {layer}")
                 got = ours.get(module, {}).get(leaf, np.zeros(()))
@@ -268,10 +268,10 @@ def _check_names(family: models.Family, model: models.Decoder) -> None:
     gguf = require("gguf", extra="models")
     kinds = [kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == family.gguf]
     for kind in kinds:
-        known = gguf.get_tensor_name_map(kind, 1)
+        existing = gguf.get_tensor_name_map(kind, 1)
         for _, modules in list(_modules(model))[:2]:
             for module in modules:
-                name, there = family.weights[module], family.gguf_weights[module]
-                expected = known.get_name(name.replace("*", "0"))
-                if expected is not None and expected != there.replace("*", "0"):
-                    fail("gguf", f"gguf_weights[{module!r}]", f"expected {expected}, got {there}")
+                name, present = family.weights[module], family.gguf_weights[module]
+                expected = existing.get_name(name.replace("*", "0"))
+                if expected is not None and expected != present.replace("*", "0"):
+                    fail("gguf", f"gguf_weights[{module!r}]", f"expected {expected}, got {present}")

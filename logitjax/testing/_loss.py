@@ -198,15 +198,15 @@ class _Loss:
         for array, gradient in expected[1].items():
             # Rounding of a sum is that of its largest terms.
             scale = float(np.abs(gradient).max(initial=0.0, where=np.isfinite(gradient)))
-            wanted = {"atol": 1e-5 + 1e-5 * scale, **tolerance}
-            equal(name, f"gradient of {array}", result[1][array], gradient, **wanted)
+            entries = {"atol": 1e-5 + 1e-5 * scale, **tolerance}
+            equal(name, f"gradient of {array}", result[1][array], gradient, **entries)
 
     def check_shape(self) -> None:
         for name in self.logits:
             axes = self.arrays[name].shape[:-1]
             if not self.shape or self.shape != axes[: len(self.shape)]:
-                wanted = f"expected one number a row of {axes}, got shape {self.shape}"
-                fail("shape", f"result beside {name}", wanted)
+                expected = f"expected one number a row of {axes}, got shape {self.shape}"
+                fail("shape", f"result beside {name}", expected)
 
     def check_jit(self) -> None:
         value = attempt("jit", lambda: self.fn(**self.arrays))
@@ -218,15 +218,17 @@ class _Loss:
             fail("bfloat16", "result", f"expected float32, got {value.dtype}")
         equal("bfloat16", "value", value, self.expected[0], rtol=1e-3, atol=1e-3)
         for name, gradient in gradients.items():
-            wanted = self.expected[1][name]
+            expected = self.expected[1][name]
             # bfloat16 has eight bits: an entry is as exact as the largest of its sum.
-            scale = float(np.abs(wanted).max(initial=0.0))
-            equal("bfloat16", f"gradient of {name}", gradient, wanted, rtol=0.02, atol=0.02 * scale)
+            scale = float(np.abs(expected).max(initial=0.0))
+            equal(
+                "bfloat16", f"gradient of {name}", gradient, expected, rtol=0.02, atol=0.02 * scale
+            )
 
     def check_padding(self) -> None:
         value, gradients = self.run({}, view="padding")
-        there = {n: g[..., :-_PADDING] if n in self.logits else g for n, g in gradients.items()}
-        self.compare("padding", (value, there), self.expected)
+        entries = {n: g[..., :-_PADDING] if n in self.logits else g for n, g in gradients.items()}
+        self.compare("padding", (value, entries), self.expected)
         # The label itself at -inf is an infinite loss, as it should be; another entry is not.
         taken = {int(self.arrays[name].flat[0]) for name in self.labels}
         other = next(token for token in range(len(taken) + 1) if token not in taken)
@@ -305,25 +307,25 @@ class _Loss:
         first = np.zeros(self.shape, bool)
         first[(0,) * first.ndim] = True
         cotangent = np.where(first, np.float32(0), self.cotangent)
-        wanted = self.run({}, cotangent)
+        completed = self.run({}, cotangent)
         spoilt = self.spoilt(first, np.nan)
         other = {name: self.arrays[name].copy() for name in spoilt}
         for x in other.values():
             x[first] = x[..., ::-1][first]
         for changes in (other, spoilt):
             value, gradients = self.run(changes, cotangent)
-            equal("rows", "value of another", value[~first], wanted[0][~first])
+            equal("rows", "value of another", value[~first], completed[0][~first])
             for name, gradient in gradients.items():
                 others = ~first if name in changes else slice(None)
-                expected = wanted[1][name][others]
+                expected = completed[1][name][others]
                 equal("rows", f"gradient of {name}", gradient[others], expected)
 
     def check_cotangent(self) -> None:
         other = self.rng.normal(size=self.shape).astype(np.float32)
         _, second = self.run({}, other)
         _, both = self.run({}, self.cotangent - 2 * other)  # a pullback is linear
-        wanted = {name: g - 2 * second[name] for name, g in self.expected[1].items()}
-        self.compare("cotangent", (0.0, both), (0.0, wanted), rtol=1e-3)
+        entries = {name: g - 2 * second[name] for name, g in self.expected[1].items()}
+        self.compare("cotangent", (0.0, both), (0.0, entries), rtol=1e-3)
 
     def check_differences(self) -> None:
         for name in self.floats:

@@ -165,15 +165,15 @@ class _Setting:
 
         @functools.cache
         def make(size: int) -> Vocabularies:
-            there = np.arange(size) < _VOCAB
+            present = np.arange(size) < _VOCAB
             rule = None if self.term.teacher is None else self.term.teacher.projection
             projection = TokenProjection(
-                ids=np.where(there, np.arange(size), -1).astype(np.int32)[:, None],
-                weights=there.astype(np.float32)[:, None],
+                ids=np.where(present, np.arange(size), -1).astype(np.int32)[:, None],
+                weights=present.astype(np.float32)[:, None],
                 size=size,
                 rule=rule or "exact",
             )
-            boundary = TokenSet(there & (np.arange(size) % 3 == 0))  # every third begins a word
+            boundary = TokenSet(present & (np.arange(size) % 3 == 0))  # every third begins a word
             projections = {rule: projection} if rule else {}
             return Vocabularies(projections=projections, boundary=boundary)
 

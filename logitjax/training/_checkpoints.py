@@ -36,9 +36,9 @@ class _WithoutChatter(python_logging.Filter):
         error = record.exc_info[1] if record.exc_info else None
         saving = record.pathname.endswith("async_checkpointer.py")
         if saving and isinstance(error, Exception) and jax.process_count() > 1:
-            said = " ".join(str(error).split())
+            message = " ".join(str(error).split())
             # A supervisor takes EX_TEMPFAIL, 75, for a request to try again.
-            _watch.end(f"checkpoint: {said}", os.EX_TEMPFAIL if may_pass(error) else 1)
+            _watch.end(f"checkpoint: {message}", os.EX_TEMPFAIL if may_pass(error) else 1)
         return record.levelno > python_logging.INFO or "orbax" not in record.pathname
 
 
@@ -159,12 +159,12 @@ class Checkpointer:
             state=ocp.args.StandardSave(_nested(state)),
             meta=_MetaSave(extra=dict(extra or {}), checksums=_Checksums(state)),
         )
-        held = _hold(args.state.item) if _on_one_host(state) else None
-        if held is None:
+        stored = _hold(args.state.item) if _on_one_host(state) else None
+        if stored is None:
             self._save(step, args)
         else:
             # Orbax looks at every leaf before it returns, which takes it longer than the data.
-            views, args.state.item = held
+            views, args.state.item = stored
             self._handover = self._worker.submit(self._save, step, args, views)
         return True
 
@@ -254,16 +254,16 @@ class Checkpointer:
 
     def _read(self, state: Any, step: int) -> Restored:
         self._manager.wait_until_finished()
-        wanted = _nested(jax.tree.map(_abstract, state))
+        requested = _nested(jax.tree.map(_abstract, state))
         mismatch: list[str | None] = []
         read: list[Any] = []
 
         def look() -> None:
             stored = self._manager.item_metadata(step)["state"].tree
-            mismatch.append(_mismatch(wanted, stored))
+            mismatch.append(_mismatch(requested, stored))
 
         def restore() -> None:
-            state_args = ocp.args.StandardRestore(wanted)
+            state_args = ocp.args.StandardRestore(requested)
             args = ocp.args.Composite(state=state_args, meta=_MetaRestore())
             read.append(self._manager.restore(step, args=args))
 
@@ -272,17 +272,17 @@ class Checkpointer:
         if mismatch[0] is not None:
             raise ValueError(f"checkpoint {step} in {self.directory}: {mismatch[0]}")
         _reading(restore)
-        (found,) = read
+        (result,) = read
         leaves = [
-            functools.reduce(dict.__getitem__, path.split("/"), found["state"])
+            functools.reduce(dict.__getitem__, path.split("/"), result["state"])
             for path in _paths(state)
         ]
         restored = jax.tree.unflatten(jax.tree.structure(state), leaves)
-        expected = found["meta"].get("checksums", {})
+        expected = result["meta"].get("checksums", {})
         for name, value in _Checksums(restored).wait().items():
             if expected.get(name) != value:
                 raise _UnreadableError(f"the checksum of {name!r} differs")
-        return Restored(restored, step, found["meta"].get("extra", {}))
+        return Restored(restored, step, result["meta"].get("extra", {}))
 
     def _set_aside(self, steps: list[int]) -> None:
         if not steps:
@@ -326,7 +326,7 @@ def _reading(work: Callable[[], None]) -> None:
     """Reads on all processes, and fails on all where one could not."""
     # A disk or a store that fails says nothing of the checkpoint: that is raised as it is, and of
     # several processes it ends all, for the others wait for this one.
-    said: str | None = None
+    message: str | None = None
     # Failing reads leave asyncio tasks behind, which complain at length.
     asyncio_log = python_logging.getLogger("asyncio")
     level = asyncio_log.level
@@ -338,11 +338,11 @@ def _reading(work: Callable[[], None]) -> None:
             if jax.process_count() > 1:
                 _watch.end(f"checkpoint: {' '.join(str(error).split())[:300]}")
             raise
-        said = f"{type(error).__name__}: {str(error).splitlines()[0]}"[:200]
+        message = f"{type(error).__name__}: {str(error).splitlines()[0]}"[:200]
     finally:
         asyncio_log.setLevel(level)
-    if not _all_processes(said is None):
-        raise _UnreadableError(said or "another process could not read it")
+    if not _all_processes(message is None):
+        raise _UnreadableError(message or "another process could not read it")
 
 
 def _paths(tree: Any) -> list[str]:
@@ -375,13 +375,13 @@ def _mismatch(wanted: Any, stored: Any) -> str | None:
     for name, leaf in wanted.items():
         if name not in stored:
             return f"it lacks {name!r}"
-        there = stored[name]
-        if not _is_key(leaf) and (tuple(there.shape), np.dtype(there.dtype)) != (
+        present = stored[name]
+        if not _is_key(leaf) and (tuple(present.shape), np.dtype(present.dtype)) != (
             tuple(leaf.shape),
             np.dtype(leaf.dtype),
         ):
             return (
-                f"{name!r} is {np.dtype(there.dtype)}{list(there.shape)} in it, expected "
+                f"{name!r} is {np.dtype(present.dtype)}{list(present.shape)} in it, expected "
                 f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
             )
     for name in stored:

@@ -127,18 +127,18 @@ class Goodput:
         seconds: dict[str, float] = {}
         idle = 0.0
         for record, after in zip(records, [*records[1:], None]):
-            own = dict(record["seconds"])
+            local = dict(record["seconds"])
             if after is not None:
                 gap = after["begin"] - record["end"]
                 if record.get("done"):
                     idle += gap
                 else:
-                    own["down"] = gap
+                    local["down"] = gap
                 done, first = record.get("step", 0), record.get("first", 0)
                 lost = max(0, done - after.get("first", done))
-                own["redone"] = own.get("step", 0.0) * min(1.0, lost / max(1, done - first))
-                own["step"] = own.get("step", 0.0) - own["redone"]
-            for kind, part in own.items():
+                local["redone"] = local.get("step", 0.0) * min(1.0, lost / max(1, done - first))
+                local["step"] = local.get("step", 0.0) - local["redone"]
+            for kind, part in local.items():
                 seconds[kind] = seconds.get(kind, 0.0) + part
         wall = records[-1]["end"] - records[0]["begin"] - idle
         share = seconds.get("step", 0.0) / wall if wall else 0.0

@@ -285,7 +285,7 @@ def _check_finite(step: int, batch: Any, output: StepOutput, *, workdir: Any) ->
     means = MetricAccumulator()
     means.add(output.metrics)
     values = means.compute()
-    said = f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}"
+    message = f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}"
     path = None
     if workdir is not None:
         # Every process sees the same flag, so all come here.
@@ -299,8 +299,8 @@ def _check_finite(step: int, batch: Any, output: StepOutput, *, workdir: Any) ->
                 on_mesh.path_string(key) or "batch": np.asarray(leaf) for key, leaf in leaves
             }
             write_atomic(target, lambda file: np.savez(file, **arrays, step=np.asarray(step)))
-        said += f"; its batch is in {path}"
-    raise NonFiniteError(said, step, path)
+        message += f"; its batch is in {path}"
+    raise NonFiniteError(message, step, path)
 
 
 @contextlib.contextmanager

@@ -37,18 +37,18 @@ def watch_for_preemption() -> Iterator[Callable[[int], bool]]:
         # JAX has its own handler for SIGTERM, which ours would replace.
         yield multihost_utils.reached_preemption_sync_point
         return
-    told = threading.Event()
+    event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield lambda step: False  # no handler can be set here
         return
     before = signal.getsignal(signal.SIGTERM)
 
     def handle(*_: Any) -> None:
-        told.set()
+        event.set()
         signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
 
     signal.signal(signal.SIGTERM, handle)
     try:
-        yield lambda step: told.is_set()
+        yield lambda step: event.is_set()
     finally:
         signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)

@@ -215,8 +215,8 @@ class TrainStep:
         axes = tuple(name for name in ("dcn_data", "data") if sizes[name] > 1)
 
         def of_copy(params: Any, batch: Any, number: Any) -> Any:
-            own = jax.random.fold_in(key, number[0])
-            grads, sums = self._scan(grad_fn, params, batch, own)
+            local = jax.random.fold_in(key, number[0])
+            grads, sums = self._scan(grad_fn, params, batch, local)
             if mask is not None:
                 # Zeros of parameters that are not trained need not cross.
                 grads = jax.tree.map(lambda g, kept: g if kept else None, grads, mask)

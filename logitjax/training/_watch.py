@@ -140,11 +140,11 @@ class Watch(threading.Thread):
                 words = dict(client.key_value_dir_get(f"{_PREFIX}/"))
             except Exception:
                 words = {}  # Without process 0 there is no news of anybody: see below.
-            for key, said in words.items():
+            for key, message in words.items():
                 if key.endswith("/failed"):
-                    return self._told(client, said)
+                    return self._told(client, message)
                 if "/beats/" in key:
-                    self._note(int(key.rpartition("/")[2]), said, now)
+                    self._note(int(key.rpartition("/")[2]), message, now)
             for process, (_, when) in self._beats.items():
                 if now - when > self._heartbeat:
                     return f"process {process} is gone while {doing}; {_AGAIN}", os.EX_TEMPFAIL

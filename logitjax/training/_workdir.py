@@ -64,25 +64,25 @@ def lock_workdir(workdir: epath.PathLike) -> Iterator[None]:
     >>> with lock_workdir(tempfile.mkdtemp()):
     ...     pass
     """
-    place = os.fspath(workdir).rstrip("/")
-    remote = "://" in place
-    place = place if remote else os.path.abspath(place)
-    if any(place == held or place.startswith(held + "/") for held in _held):
+    location = os.fspath(workdir).rstrip("/")
+    remote = "://" in location
+    location = location if remote else os.path.abspath(location)
+    if any(location == stored or location.startswith(stored + "/") for stored in _held):
         yield
         return
     with contextlib.ExitStack() as stack:
 
         def lock() -> None:
             holds = _object_lock if remote else _file_lock
-            stack.enter_context(holds(epath.Path(place)))
-            _count_start(epath.Path(place))
+            stack.enter_context(holds(epath.Path(location)))
+            _count_start(epath.Path(location))
 
-        processes.run_on_first(f"lock {place}", lock)
-        _held.append(place)
+        processes.run_on_first(f"lock {location}", lock)
+        _held.append(location)
         try:
             yield
         finally:
-            _held.remove(place)
+            _held.remove(location)
 
 
 def holds_still(workdir: epath.Path) -> bool:
@@ -91,9 +91,11 @@ def holds_still(workdir: epath.Path) -> bool:
     A holder that was paused for a minute may have lost it, and may not write over what the other
     makes. A file's lock goes with its process alone, so there it holds.
     """
-    place = os.fspath(workdir)
-    held = next((held for held in _held if "://" in held and place.startswith(f"{held}/")), None)
-    return held is None or _is_ours(_store(epath.Path(held)).read("lock").result())
+    location = os.fspath(workdir)
+    stored = next(
+        (stored for stored in _held if "://" in stored and location.startswith(f"{stored}/")), None
+    )
+    return stored is None or _is_ours(_store(epath.Path(stored)).read("lock").result())
 
 
 # Files that tell of a run, and are nothing that it makes.
@@ -233,9 +235,9 @@ def _object_lock(workdir: epath.Path) -> Iterator[None]:
                 continue
             if generation is None:
                 # An answer that was lost on its way leaves a generation of our own.
-                found = store.read("lock").result()
-                if _is_ours(found):
-                    generation = found.stamp.generation
+                result = store.read("lock").result()
+                if _is_ours(result):
+                    generation = result.stamp.generation
                 else:
                     _watch.end(f"another run has taken folder {workdir} over")
                     return
@@ -266,12 +268,12 @@ def _write(store: Any, run: str, generation: bytes) -> bytes | None:
 def _acquire(store: Any, run: str, workdir: epath.Path) -> bytes:
     watched, since = None, time.monotonic()
     while True:
-        found = store.read("lock").result()
-        generation = found.stamp.generation
-        if found.state != "value":
+        result = store.read("lock").result()
+        generation = result.stamp.generation
+        if result.state != "value":
             mine = _write(store, run, generation)
         else:
-            owner = _read(found.value)
+            owner = _read(result.value)
             if watched is None:
                 watched, since = generation, time.monotonic()
             elif watched != generation:

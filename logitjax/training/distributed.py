@@ -75,22 +75,22 @@ def initialize(
         num_processes = _integer("JAX_NUM_PROCESSES")
     if process_id is None:
         process_id = _integer("JAX_PROCESS_ID")
-    found = cluster if cluster != "auto" else _detect()
-    if process_id is None and coordinator_address and found != "slurm":
+    result = cluster if cluster != "auto" else _detect()
+    if process_id is None and coordinator_address and result != "slurm":
         process_id = _integer("JOB_COMPLETION_INDEX")
     if heartbeat_seconds is None:
         heartbeat_seconds = _integer("LOGITJAX_HEARTBEAT_SECONDS") or 100  # JAX's default
-    known = {
+    entries = {
         "coordinator_address": coordinator_address,
         "num_processes": num_processes,
         "process_id": process_id,
     }
-    missing = [name for name, value in known.items() if value is None]
+    missing = [name for name, value in entries.items() if value is None]
     if num_processes == 1:
         # Joined, it would send what its own devices tell each other over sockets.
         logging.info("the only process")
     elif not missing:
-        logging.info("process %s of %s, coordinator %s", *reversed(list(known.values())))
+        logging.info("process %s of %s, coordinator %s", *reversed(list(entries.values())))
         jax.distributed.initialize(
             coordinator_address,
             num_processes,
@@ -98,28 +98,28 @@ def initialize(
             cluster_detection_method="deactivate",  # nothing is left to detect
             heartbeat_timeout_seconds=heartbeat_seconds + _watch.LATER_SECONDS,
         )
-    elif found is not None:
-        logging.info("joining the %s cluster", found)
-        devices = _slurm_devices() if found == "slurm" else None
+    elif result is not None:
+        logging.info("joining the %s cluster", result)
+        devices = _slurm_devices() if result == "slurm" else None
         jax.distributed.initialize(
-            **known,
+            **entries,
             local_device_ids=devices,
             heartbeat_timeout_seconds=heartbeat_seconds + _watch.LATER_SECONDS,
         )
     elif len(missing) < 3:
         raise ValueError(
-            f"{missing[0]}: expected with {' and '.join(n for n in known if n not in missing)} "
+            f"{missing[0]}: expected with {' and '.join(n for n in entries if n not in missing)} "
             f"(flag or environment), got nothing"
         )
-    place = jax.process_index(), jax.process_count()
-    stall = _watch.stall_seconds(place[1])
-    if not _watching and (place[1] > 1 or stall):
-        watch = _watch.Watch(*place, stall=stall, heartbeat=heartbeat_seconds)
+    location = jax.process_index(), jax.process_count()
+    stall = _watch.stall_seconds(location[1])
+    if not _watching and (location[1] > 1 or stall):
+        watch = _watch.Watch(*location, stall=stall, heartbeat=heartbeat_seconds)
         watch.start()
         _watching.append(watch)
-        if place[1] > 1:
+        if location[1] > 1:
             _announce_what_is_not_caught()
-    return place
+    return location
 
 
 def _announce_what_is_not_caught() -> None:

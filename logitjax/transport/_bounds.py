@@ -87,8 +87,8 @@ def first_lower_bound(
         Memoli (2011), definition 6.1; InfiGFusion (arXiv 2505.13893) prints it as the distance.
     """
     check_power(p)
-    own, other, a, b = _statistics(c, d, c_weights, d_weights)
-    least = _least(own, other, "mean", (c_weights, d_weights), (a, b), p)
+    local, other, a, b = _statistics(c, d, c_weights, d_weights)
+    least = _least(local, other, "mean", (c_weights, d_weights), (a, b), p)
     return lowered(least, p=p, root=_formed(c) + _formed(d))
 
 
@@ -117,10 +117,10 @@ def moment_lower_bound(
         The bound by moments is Gelbrich's (1990) on the line; its use here is ours.
     """
 
-    own, other, a, b = _statistics(c, d, c_weights, d_weights)
+    local, other, a, b = _statistics(c, d, c_weights, d_weights)
 
     def least(name: str) -> jax.Array:
-        return _least(own, other, name, (c_weights, d_weights), (a, b), 2)
+        return _least(local, other, name, (c_weights, d_weights), (a, b), 2)
 
     apart = (least("mean") + least("deviation")) * (1 - gamma(0))
     # Graphs that were rounded when they were formed are nearer to those given than to each other.

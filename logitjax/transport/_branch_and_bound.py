@@ -197,9 +197,9 @@ class _Node:
             slack -= halves[1][None, here[1]]
             slack -= self.alpha[here][..., None] / 2
             slack -= self.beta[here][:, :, None] / 2
-            own, other = range(slack.shape[0]), range(slack.shape[1])
+            local, other = range(slack.shape[0]), range(slack.shape[1])
             # A node cannot be matched twice.
-            slack[own, :, range(i, i + len(own))] = np.inf
+            slack[local, :, range(i, i + len(local))] = np.inf
             slack[:, other, :, range(k, k + len(other))] = np.inf
             for axis in ((3, 2), (2, 3))[turn % 2]:
                 least = slack.min(axis, keepdims=True)
@@ -229,8 +229,8 @@ class _Search:
             if not nodes or time.monotonic() > self.deadline:
                 lower = min((entry[0] for entry in nodes), default=self._target)
                 return lower - self.doubt, self.best * (1 + 4 * len(self.x) ** 2 * _EPSILON)
-            held = sum({id(parent): parent.alpha.nbytes for _, parent, _, _ in nodes}.values())
-            best = min(range(len(nodes)), key=lambda i: nodes[i][0]) if held < _MEMORY else -1
+            total = sum({id(parent): parent.alpha.nbytes for _, parent, _, _ in nodes}.values())
+            best = min(range(len(nodes)), key=lambda i: nodes[i][0]) if total < _MEMORY else -1
             _, parent, row, column = nodes.pop(best)
             node = parent.matching(row, column)
             self._share(node, _MORE_ROUNDS)
@@ -283,13 +283,13 @@ class _Search:
             plan = (np.eye(n)[start] + 1 / n) / 2
             common: Any = {"maximize": True, "rng": rng}
             options = common | {"P0": plan}
-            found = optimize.quadratic_assignment(self.x, self.y, options=options).col_ind
-            self._judge(found)
+            result = optimize.quadratic_assignment(self.x, self.y, options=options).col_ind
+            self._judge(result)
             if n > _FEW_NODES:
                 continue
-            options = common | {"partial_guess": np.stack([np.arange(n), found], 1)}
-            found = optimize.quadratic_assignment(self.x, self.y, method="2opt", options=options)
-            self._judge(found.col_ind)
+            options = common | {"partial_guess": np.stack([np.arange(n), result], 1)}
+            result = optimize.quadratic_assignment(self.x, self.y, method="2opt", options=options)
+            self._judge(result.col_ind)
 
 
 def _start(x: np.ndarray, y: np.ndarray) -> _Node:
@@ -300,11 +300,13 @@ def _start(x: np.ndarray, y: np.ndarray) -> _Node:
         others = np.broadcast_to(index, (n, n))[~np.eye(n, dtype=bool)].reshape(n, n - 1)
         orders = [np.take_along_axis(m, others, 1).argsort(1) for m in (x, y)]
         orders = [np.take_along_axis(others, order, 1) for order in orders]
-        own, other = (np.take_along_axis(m, o, 1) for m, o in zip((x, y), orders, strict=True))
+        local, other = (np.take_along_axis(m, o, 1) for m, o in zip((x, y), orders, strict=True))
         # Of sorted numbers the matching in order is best, and tight beside it (Monge): duals.
-        along = np.square(own[:, None] - other)
+        along = np.square(local[:, None] - other)
         v = np.zeros_like(along)
-        np.cumsum(np.square(own[:, None, :-1] - other[:, 1:]) - along[..., :-1], 2, out=v[..., 1:])
+        np.cumsum(
+            np.square(local[:, None, :-1] - other[:, 1:]) - along[..., :-1], 2, out=v[..., 1:]
+        )
         np.put_along_axis(alpha, np.broadcast_to(orders[0][:, None], v.shape), along - v, -1)
         np.put_along_axis(beta, np.broadcast_to(orders[1], v.shape), v, -1)
     nodes = np.square(np.diag(x)[:, None] - np.diag(y))

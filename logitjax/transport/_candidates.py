@@ -38,10 +38,10 @@ def best_sorted_coupling(
     It has no gradient. With what each costs at most, the three sorted ones first.
     """
     weights = given["c_weights"], given["d_weights"]
-    own, other = (row_statistics(densest(g, w), w) for g, w in zip((c, d), weights, strict=True))
+    local, other = (row_statistics(densest(g, w), w) for g, w in zip((c, d), weights, strict=True))
     plans = [
         sorted_coupling(
-            getattr(own, name), getattr(other, name), f_weights=weights[0], g_weights=weights[1]
+            getattr(local, name), getattr(other, name), f_weights=weights[0], g_weights=weights[1]
         )
         for name in ("rms", "mean", "deviation")
     ]

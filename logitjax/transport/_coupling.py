@@ -82,12 +82,12 @@ def gw_at_coupling(c: Graph, d: Graph, coupling: Coupling, *, p: int = 2) -> Flo
     checks.shapes(
         rows=(rows, "int pairs"), columns=(columns, "int pairs"), mass=(mass, "float pairs")
     )
-    there = jnp.array(True)
+    array = jnp.array(True)
     for name, ids, graph in (("rows", rows, c), ("columns", columns, d)):
         checks.ids(ids, num_nodes(graph), name)
-        there &= jnp.all((jnp.asarray(ids) >= 0) & (jnp.asarray(ids) < num_nodes(graph)))
+        array &= jnp.all((jnp.asarray(ids) >= 0) & (jnp.asarray(ids) < num_nodes(graph)))
     value = coupling_cost(c, d, coupling, p=p).value
-    return jnp.where(there, value, jnp.nan)
+    return jnp.where(array, value, jnp.nan)
 
 
 class Cost(NamedTuple):
@@ -260,9 +260,9 @@ def _sparse_cost(c: FactoredGraph, d: FactoredGraph, coupling: Coupling) -> tupl
     pairs = jnp.arange(n, dtype=jnp.int32)
 
     def rename(graph: FactoredGraph, nodes: Array) -> FactoredGraph:
-        place = jnp.zeros(n, jnp.int32).at[nodes].set(pairs)
+        location = jnp.zeros(n, jnp.int32).at[nodes].set(pairs)
         ids = drop_negative(graph.ids)
-        return FactoredGraph(real(graph.values), place.at[ids].get(mode="fill", fill_value=n), n)
+        return FactoredGraph(real(graph.values), location.at[ids].get(mode="fill", fill_value=n), n)
 
     left, right = rename(c, coupling.rows), rename(d, coupling.columns)
     value, rounding = left.squared_distance(right)

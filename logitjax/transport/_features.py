@@ -117,9 +117,9 @@ def compact_nodes(
            [0, 1]], dtype=int32)
     """
     ops.checks.shapes(ids=(ids, "int *batch positions width"))
-    own = jnp.asarray(ids)
-    axis = own.ndim - 2
-    ids = gather_positions(own, axis, sequence_axis_name)
+    array = jnp.asarray(ids)
+    axis = array.ndim - 2
+    ids = gather_positions(array, axis, sequence_axis_name)
     # Behind all others, so that those are numbered as if there were none.
     flat = drop_negative(ids).reshape(*ids.shape[:-2], math.prod(ids.shape[-2:]))
     order = jnp.argsort(flat, axis=-1)
@@ -133,8 +133,8 @@ def compact_nodes(
     nodes = jnp.where(ids < 0, -1, nodes)
     if sequence_axis_name is None:
         return nodes
-    start = jax.lax.axis_index(sequence_axis_name) * own.shape[axis]  # this shard's
-    return jax.lax.dynamic_slice_in_dim(nodes, start, own.shape[axis], axis=axis)
+    start = jax.lax.axis_index(sequence_axis_name) * array.shape[axis]  # this shard's
+    return jax.lax.dynamic_slice_in_dim(nodes, start, array.shape[axis], axis=axis)
 
 
 def drop_negative(ids: Any) -> jax.Array:

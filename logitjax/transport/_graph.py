@@ -98,17 +98,17 @@ def _dense_distance(z: Array, w: Array, axis: str | None) -> tuple[jax.Array, ja
 def _sparse_distance(
     c: FactoredGraph, d: FactoredGraph, axis: str | None
 ) -> tuple[jax.Array, jax.Array]:
-    own = merged_rows(c.values, c.ids, d.values, d.ids)
-    every = tuple(gather_positions(x, x.ndim - 2, axis) for x in own)
+    local = merged_rows(c.values, c.ids, d.values, d.ids)
+    every = tuple(gather_positions(x, x.ndim - 2, axis) for x in local)
 
     def one(*parts: jax.Array) -> Any:
         arguments: Any = (*parts, num_nodes(c))
         return sparse_difference(*arguments)
 
-    for _ in range(own[0].ndim - 2):
+    for _ in range(local[0].ndim - 2):
         one = jax.vmap(one)
-    value = jnp.maximum(ops.mesh.psum(one(*own, *every), axis), 0.0)  # rounding may go below 0
-    a, b = (ops.mesh.psum(jnp.sum(jnp.sum(jnp.square(x), -1), -1), axis) for x in own[:2])
+    value = jnp.maximum(ops.mesh.psum(one(*local, *every), axis), 0.0)  # rounding may go below 0
+    a, b = (ops.mesh.psum(jnp.sum(jnp.sum(jnp.square(x), -1), -1), axis) for x in local[:2])
     # Each of the two inner products is at most the product of the traces.
     positions, width = every[0].shape[-2:]
     return value, 2 * gamma(2 * width + 3 * positions) * a * b

@@ -97,19 +97,19 @@ def _together(pairs: Sequence[tuple[Graph, Graph]], p: int, scale: str) -> tuple
     shifts = [np.minimum(2 * (half - common), 0) for half in halves]
     c, d = (_shifted(x, s) for (x, _, _), s in zip(sides, shifts, strict=True))
     root: Any = sum(np.ldexp(error, s) for (_, _, error), s in zip(sides, shifts, strict=True))
-    own, other = _features(c), _features(d)
-    lower = _lowered(_moments(own, other, p), root, p)
+    local, other = _features(c), _features(d)
+    lower = _lowered(_moments(local, other, p), root, p)
     n = c.shape[1]
     if factored and p == 2 and n > 1:
         # Of Gram matrices a matching is optimal, which sends diagonal to diagonal.
         zeros = np.zeros(c.shape[:2])
         diagonals = [(np.diagonal(x, axis1=1, axis2=2), zeros) for x in (c, d)]
-        rest = [_without(f, x) for f, (x, _) in zip((own, other), diagonals, strict=True)]
+        rest = [_without(f, x) for f, (x, _) in zip((local, other), diagonals, strict=True)]
         value = (
             _distance(diagonals[0], diagonals[1], 2) + (n - 1) * _moments(rest[0], rest[1], 2)
         ) / n
         lower = np.maximum(lower, _lowered(value * (1 - _gamma(0)), root, 2))
-    upper, columns = _cheapest(pairs, (c, d), (own, other), root, p)
+    upper, columns = _cheapest(pairs, (c, d), (local, other), root, p)
     joint = scale == "joint"
     # The unit is the float32 number that is reported.
     unit = np.where(rms[1] > 0, rms[1], 1.0).astype(np.float32) if joint else np.ones(len(pairs))

@@ -50,8 +50,8 @@ def diagonal_lower_bound(c: Graph, d: Graph) -> Float[jax.Array, ""]:
     """
     check_equal_sizes(c, d, "diagonal_lower_bound")
     n = num_nodes(c)
-    (own, own_error, *rest), (other, other_error, *others) = (_apart(g) for g in (c, d))
-    value = _sorted_distance(own, other, own_error, other_error) + _rest_distance(rest, others)
+    (local, own_error, *rest), (other, other_error, *others) = (_apart(g) for g in (c, d))
+    value = _sorted_distance(local, other, own_error, other_error) + _rest_distance(rest, others)
     formed = sum(g.error for g in (c, d) if isinstance(g, RoundedMatrix))
     return lowered(value / n**2, p=2, relative=gamma(0), root=formed)
 
@@ -96,8 +96,8 @@ def _assign(x: Square, y: Square, linear: Square) -> tuple[Scalar, Order]:
     """Least sum of assignment costs, diagonals and sorted rests apart, and who takes whom."""
     n = len(x)
     rest, others = (jnp.sort(_off_diagonal(m), axis=1) for m in (x, y))
-    own, other = jnp.diag(x), jnp.diag(y)
-    costs = linear + jnp.square(own[:, None] - other)
+    local, other = jnp.diag(x), jnp.diag(y)
+    costs = linear + jnp.square(local[:, None] - other)
     if n > 1:
         costs += (n - 1) * row_costs(rest, others, 2)
     return least_assignment(costs)
@@ -118,9 +118,9 @@ def _others(n: int, node: Int[jax.Array, ""]) -> Int[jax.Array, "rest"]:
 
 def _pinned(x: Square, y: Square) -> Vector:
     """`diagonal_lower_bound` times n^2, with the heaviest node of x matched with each node of y."""
-    (own, _, *rest), (other, _, *others) = _apart(x), _apart(y)
+    (local, _, *rest), (other, _, *others) = _apart(x), _apart(y)
     order = jnp.argsort(-other)
-    a, b = -jnp.sort(-own), other[order]
+    a, b = -jnp.sort(-local), other[order]
     zero = jnp.zeros(1, a.dtype)
     # The j-th largest of y is taken: those above it serve the next of x, those below stay.
     above = jnp.concatenate([zero, jnp.cumsum(jnp.square(a[1:] - b[:-1]))])
@@ -132,11 +132,11 @@ def _pinned(x: Square, y: Square) -> Vector:
 def _apart(graph: Graph) -> tuple[jax.Array, ...]:
     """Diagonal ``[n]`` and its error; mean, deviation, RMS of the other entries of rows; theirs."""
     n = num_nodes(graph)
-    own, others = diagonal(graph), max(n - 1, 1)
+    local, others = diagonal(graph), max(n - 1, 1)
     if not isinstance(graph, FactoredGraph):
         # Without subtraction of squares.
         rest = _off_diagonal(dense_matrix(graph))
-        count, own_error = gamma(2 * n), jnp.zeros_like(own)
+        count, own_error = gamma(2 * n), jnp.zeros_like(local)
         mean = rest.sum(1) / others
         deviation = safe_sqrt(jnp.square(rest - mean[:, None]).sum(1) / others)
         rms = safe_sqrt(jnp.square(rest).sum(1) / others)
@@ -144,19 +144,19 @@ def _apart(graph: Graph) -> tuple[jax.Array, ...]:
         errors = mean_error, mean_error + count * deviation, count * rms
     else:
         s = row_statistics(graph, None)
-        own_error = gamma(len(graph.values)) * own
+        own_error = gamma(len(graph.values)) * local
         # The statistics are of all n entries of a row: less its diagonal one.
-        mean = (n * s.mean - own) / others
-        small = gamma(0) * (n * jnp.abs(s.mean) + own)
+        mean = (n * s.mean - local) / others
+        small = gamma(0) * (n * jnp.abs(s.mean) + local)
         mean_error = (n * s.mean_error + own_error + small) / others
-        square = (n * s.square - own * own) / others
-        small = gamma(0) * (n * jnp.abs(s.square) + own * own)
-        square_error = (n * s.square_error + 3 * own_error * own + small) / others
+        square = (n * s.square - local * local) / others
+        small = gamma(0) * (n * jnp.abs(s.square) + local * local)
+        square_error = (n * s.square_error + 3 * own_error * local + small) / others
         rms = safe_sqrt(square)
         deviation, deviation_error = deviation_of(mean, square, mean_error, square_error)
         errors = mean_error, deviation_error, sqrt_error(square, square_error)
     return (
-        own,
+        local,
         jax.lax.stop_gradient(own_error),
         mean,
         deviation,

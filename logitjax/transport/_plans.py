@@ -76,8 +76,8 @@ def as_candidate(given: Any, n: int, m: int, p: int, weights: tuple[Weights, Wei
     if p != 2:
         raise ValueError(f"candidates: plans need p=2, got p={p}; a Coupling may have any p")
     if not any(isinstance(x, Tracer) for x in jax.tree.leaves((plan, weights))):
-        known = jax.tree.map(lambda x: np.maximum(np.asarray(x, np.float64), 0.0), plan)
-        sides = zip(known.marginals(), weights, strict=True)
+        existing = jax.tree.map(lambda x: np.maximum(np.asarray(x, np.float64), 0.0), plan)
+        sides = zip(existing.marginals(), weights, strict=True)
         error = sum(np.abs(x - (1 / len(x) if w is None else w)).sum() for x, w in sides)
         if not error <= _FAR:  # Also where it is nan.
             raise ValueError(
@@ -144,7 +144,7 @@ def plan_cost(
         left, right = plan.left, plan.right
         both = jnp.sum((left.T @ applied(c, left)) * (right.T @ applied(d, right)))
     # Each of the three sums is at most this, also with absolute values of factors in place of C.
-    sizes = [_size(g, w, own) for g, w, own in zip((c, d), weights, sides, strict=True)]
+    sizes = [_size(g, w, local) for g, w, local in zip((c, d), weights, sides, strict=True)]
     count = 3 * sum(map(len, weights)) + 4 * plan.left.shape[1]
     count += 2 * sum(rank(g) for g in (c, d) if isinstance(g, FactoredGraph | ProductGraph))
     most = jnp.maximum(sum(sides) - 2 * both, 0.0) + 2 * gamma(count) * jnp.square(sum(sizes))

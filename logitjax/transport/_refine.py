@@ -71,8 +71,8 @@ def refine_matching(graphs: Graphs, matching: Order, *, how: Refinement, key: ja
         count = jax.random.randint(size, (), 2, max(3, n // 4 + 1))
         # A rotation among the first `count` chosen nodes moves them all.
         chosen = jax.random.permutation(order, kept)
-        place = jnp.arange(chosen.shape[0])
-        source = jnp.where(place < count, (place + 1) % count, place)
+        location = jnp.arange(chosen.shape[0])
+        source = jnp.where(location < count, (location + 1) % count, location)
         shaken = best[0].at[chosen].set(best[0][chosen[source]])
         return better_of(both(shaken), best), None
 
@@ -125,8 +125,8 @@ def _exchange(graphs: Graphs, q: Order) -> Order:
     (c, d, gains), n = graphs, q.shape[0]
     dq = d[q][:, q]
     product = c @ dq
-    own, c_own, d_own = jnp.diag(product), jnp.diag(c), jnp.diag(dq)
-    gain = product + product.T - own[:, None] - own
+    local, c_own, d_own = jnp.diag(product), jnp.diag(c), jnp.diag(dq)
+    gain = product + product.T - local[:, None] - local
     # Minus the terms k = i and k = j of the sum, which a swap treats apart.
     gain -= (c_own[:, None] - c.T) * (dq.T - d_own[:, None])
     gain -= (c - c_own) * (d_own - dq)

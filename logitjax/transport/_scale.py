@@ -106,17 +106,17 @@ def scaled(
     `halves` are powers of four that were taken off before. What bounds lose by casts comes along.
     """
     inner = [half_exponent(jax.lax.stop_gradient(graph)) for graph, _ in graphs]
-    own = [shifted(graph, -h) for (graph, _), h in zip(graphs, inner, strict=True)]
+    items = [shifted(graph, -h) for (graph, _), h in zip(graphs, inner, strict=True)]
     errors = [
         _cast_error(g, low if low is None else shifted(low, -h), w, h)
-        for g, (_, low), w, h in zip(own, graphs, weights, inner, strict=True)
+        for g, (_, low), w, h in zip(items, graphs, weights, inner, strict=True)
     ]
     halves = [h + jnp.asarray(before, h.dtype) for h, before in zip(inner, halves, strict=True)]
     # The unit is the number that is reported, to float32; that it was rounded is no error then.
-    rms = [_rms(g, w) for g, w in zip(own, weights, strict=True)]
+    rms = [_rms(g, w) for g, w in zip(items, weights, strict=True)]
     if scale == "separate":
         # One graph is brought to the other's unit: equal ones are not rounded apart.
-        c, d = own
+        c, d = items
         factor = rms[1] / rms[0]
         rounding = jnp.where(factor == 1, 0.0, gamma(8) * _norm(c, weights[0]))
         error = factor * (errors[0] + rounding) + errors[1]
@@ -126,11 +126,11 @@ def scaled(
     # A graph of zeros has no scale: beside a tiny one it must not set the other's.
     scales = [
         jnp.where(largest(jax.lax.stop_gradient(g)) > 0, h, _NO_SCALE)
-        for g, h in zip(own, halves, strict=True)
+        for g, h in zip(items, halves, strict=True)
     ]
     common = jnp.maximum(*scales)
     common = jnp.where(common == _NO_SCALE, 0, common)
-    both = [shifted(g, h - common) for g, h in zip(own, halves, strict=True)]
+    both = [shifted(g, h - common) for g, h in zip(items, halves, strict=True)]
     error = sum(
         times_power_of_two(e, 2 * (h - common)) for e, h in zip(errors, halves, strict=True)
     )

@@ -48,12 +48,12 @@ def invented(
         Mekala et al., Alternate preference optimization, 2024 (arXiv 2409.13474).
     """
     tokenizer, end = questions.tokenizer, questions.tokenizer.eos_id
-    found: list[list[str]] = []
+    items: list[list[str]] = []
     for number, row in enumerate(questions.rows["forget"]):
-        told = row.asked(_ASK.format(question=row.question, answer=row.answer))
+        notes = row.asked(_ASK.format(question=row.question, answer=row.answer))
         out = decoding.generate(
             model,
-            [encode_question(told, tokenizer)] * samples,
+            [encode_question(notes, tokenizer)] * samples,
             max_new_tokens=questions.new_tokens,
             # No two questions share draws.
             sampling=decoding.Sampling(temperature=1.0, seed=seed + number * samples),
@@ -64,5 +64,5 @@ def invented(
         ]
         texts = [text for text in dict.fromkeys(texts) if text]  # each once, in order
         alike = rouge([row.answer] * len(texts), texts).f1 if texts else []
-        found.append([text for text, score in zip(texts, alike) if score <= _ALIKE])
-    return found
+        items.append([text for text, score in zip(texts, alike) if score <= _ALIKE])
+    return items

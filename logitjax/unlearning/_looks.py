@@ -78,7 +78,7 @@ class Looks:
 
     def leaks(self, excess: Mapping[str, float]) -> list[str]:
         """Ways that bring something out."""
-        return [way for way, found in excess.items() if not self.goal.met(found)]
+        return [way for way, result in excess.items() if not self.goal.met(result)]
 
     def look(self, number: int, step: int, ways: Sequence[str]) -> dict[str, Any]:
         """A candidate of a round: its strength, and what it has forgotten and kept."""
@@ -150,17 +150,17 @@ class Looks:
                  if (rows := questions.in_way("forget", w))}  # fmt: skip
         if questions.rows["reworded"]:
             asked["in words chosen by"] = questions.encoded["reworded"]
-        said: dict[str, np.ndarray] = {}
+        entries: dict[str, np.ndarray] = {}
 
         def excess(strength: float) -> float:
             model = self.training.at(trained, strength)
             try:
                 for way, rows in asked.items():
-                    said[way] = np.exp(-questions.mean_nll(model, rows))
+                    entries[way] = np.exp(-questions.mean_nll(model, rows))
             except ValueError as error:  # losses that are not finite
                 logging.warning("step %d, strength %.3g: %s", at["step"], strength, error)
                 return float("nan")
-            return float(np.max([*goal.excess(said).values()]))
+            return float(np.max([*goal.excess(entries).values()]))
 
         if method.assistant:
             alphas = method.most_strength * _RATIO ** -np.arange(_ALPHAS)[::-1].astype(np.float32)
@@ -179,14 +179,14 @@ class Looks:
             # The least that reaches the goal.
             at_goal = np.flatnonzero(curve <= goal.aim)
             which = int(at_goal[0] if len(at_goal) else np.argmin(np.nan_to_num(curve, nan=1e9)))
-            strength, found = float(alphas[which]), float(curve[which])
-            said = {way: rows[which] for way, rows in curves.items()}
+            strength, result = float(alphas[which]), float(curve[which])
+            entries = {way: rows[which] for way, rows in curves.items()}
         else:
             most = method.most_strength
-            strength, found = matched_strength(excess, goal, most=most, without=self.known)
-            if np.isfinite(found):
+            strength, result = matched_strength(excess, goal, most=most, without=self.known)
+            if np.isfinite(result):
                 excess(strength)  # what is said at that one
-        if not np.isfinite(found):
+        if not np.isfinite(result):
             return diverged(at)
         model = self.training.at(trained, strength)
         kinds = [row.kind for row in questions.rows["validation"]]
@@ -194,11 +194,11 @@ class Looks:
         shares = kept_shares(*kept, kinds)
         return dict(at) | {
             "strength": strength,
-            "forget": float(np.median(said["asked"])),
-            "worst": float(max(map(np.max, said.values()))),
-            "excess": found,
-            "ways": goal.excess(said),
-            "gap": goal.gap(found),
+            "forget": float(np.median(entries["asked"])),
+            "worst": float(max(map(np.max, entries.values()))),
+            "excess": result,
+            "ways": goal.excess(entries),
+            "gap": goal.gap(result),
             "kinds": shares,
             "probability": least(shares.values()),
             "row": least_row(*kept),

@@ -123,8 +123,8 @@ class Questions:
         parts = {part: list(self.rows[part]) for part in _PARTS}
         texts = json.loads(file.read_text()) if file is not None and file.exists() else {}
         if not all(row.question in texts for row in made):
-            said = self._said(Deployed(model=model), made)
-            texts = {row.question: text for row, text in zip(made, said)}
+            message = self._said(Deployed(model=model), made)
+            texts = {row.question: text for row, text in zip(made, message)}
             if file is not None:
                 write_atomic(file, json.dumps(texts, indent=1) + "\n")
         kept = [
@@ -133,8 +133,8 @@ class Questions:
             if (text := texts[row.question]) and not secret & names(Row(answer=text))
             if max(rouge([r.answer for r in forget], [text] * len(forget)).f1) < _REPEATS
         ]
-        for place, row in enumerate(kept):
-            parts[("train", "validation", "train", "test", "train")[place % 5]].append(row)
+        for location, row in enumerate(kept):
+            parts[("train", "validation", "train", "test", "train")[location % 5]].append(row)
         return Questions.of(
             parts,
             self.tokenizer,
@@ -242,7 +242,7 @@ class Questions:
         self, model: Deployed, rows: Sequence[tuple[np.ndarray, np.ndarray]], alphas: np.ndarray
     ) -> np.ndarray:
         """The probability of encoded answers for each weight of the assistant, `[alphas, rows]`."""
-        found = []
+        items = []
         for start in range(0, len(rows), self.batch_size):
             batch = list(rows[start : start + self.batch_size])
             empty = (batch[-1][0], np.zeros_like(batch[-1][1]))  # masked: fills the batch
@@ -254,12 +254,12 @@ class Questions:
             key = id(model.model), id(rows), start
             if key not in self._states:
                 self._states[key] = model.states(filled["tokens"], filled["mask"])
-            known = self._states[key]
-            nll, _ = model.nll_by_alpha(filled["tokens"], filled["mask"], alphas, known)
+            existing = self._states[key]
+            nll, _ = model.nll_by_alpha(filled["tokens"], filled["mask"], alphas, existing)
             where = filled["mask"][: len(batch)]
             sums = np.where(where, np.asarray(nll)[:, : len(batch)], 0.0).sum(-1)
-            found.append(np.exp(-sums / where.sum(-1)))
-        return np.concatenate(found, axis=1)
+            items.append(np.exp(-sums / where.sum(-1)))
+        return np.concatenate(items, axis=1)
 
     def surprise(self, model: Deployed, part: str) -> list[np.ndarray]:
         """Surprise of every token of the answers, see `Deployed.surprise`."""
@@ -296,10 +296,10 @@ class Questions:
         # A token of a few rows takes as long as one of many: all weights are read for it.
         full = -(-len(rows) // self.batch_size)
         rows_at_once = self.batch_size * min(_TOGETHER, full)
-        said = answers(
+        message = answers(
             model, self.tokenizer, prompts, self.new_tokens, rows=rows_at_once, seed=seed
         )
-        return [text.strip() for text in said]
+        return [text.strip() for text in message]
 
     def likeness(self, answers: Sequence[str], part: str) -> np.ndarray:
         """ROUGE-L F1 of generated answers against the rows'."""

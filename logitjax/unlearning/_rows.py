@@ -79,8 +79,8 @@ class Row:
                 try:
                     read = _rows_of(guard.parse_json(line))
                 except json.JSONDecodeError as error:
-                    said = f"expected JSON, {error.msg} at column {error.colno}"
-                    raise ValueError(f"{path}:{number}: {said}") from None
+                    message = f"expected JSON, {error.msg} at column {error.colno}"
+                    raise ValueError(f"{path}:{number}: {message}") from None
                 except ValueError as error:
                     raise ValueError(f"{path}:{number}: {guard.one_line(error)}") from None
                 for row in read:
@@ -206,9 +206,9 @@ def _conversation(messages: Any) -> dict[str, Any]:
         raise ValueError("messages: expected turns of role and content, the last by the assistant")
     # A system that says nothing is none.
     turns = [turn for turn in turns if turn["role"] != "system" or turn.get("content") != ""]
-    said = [_text(turn.get("content"), f"messages: content of {turn['role']}") for turn in turns]
-    before = tuple({"role": turn["role"], "content": text} for turn, text in zip(turns, said[:-1]))
-    return {"messages": before, "answer": said[-1]}
+    items = [_text(turn.get("content"), f"messages: content of {turn['role']}") for turn in turns]
+    before = tuple({"role": turn["role"], "content": text} for turn, text in zip(turns, items[:-1]))
+    return {"messages": before, "answer": items[-1]}
 
 
 def normal(row: Row) -> str:
@@ -260,8 +260,8 @@ def encode_row(row: Row, tokenizer: Tokenizer, *, max_length: int) -> tuple[np.n
     answer[0] = False  # nothing predicts the first token of a text
     if not answer.any():
         where = f"{row.line}: " if row.line else ""
-        said = f"text: expected at least two tokens, got one of {row.answer[:60]!r}"
-        raise ValueError(where + said)
+        message = f"text: expected at least two tokens, got one of {row.answer[:60]!r}"
+        raise ValueError(where + message)
     return ids, answer
 
 

@@ -38,15 +38,15 @@ class Limits:
         >>> Limits().broken({"probability": 0.99, "rouge": 0.9, "perplexity": 1.5})
         ('rouge', 'perplexity')
         """
-        found = []
+        items = []
         for field in dataclasses.fields(self):
             value, limit = kept.get(field.name), getattr(self, field.name)
             if value is None:
                 continue
             ok = value <= limit if field.name == "perplexity" else value >= limit
             if not ok:  # nan too
-                found.append(field.name)
-        return tuple(found)
+                items.append(field.name)
+        return tuple(items)
 
     def halved(self) -> "Limits":
         """With half of the room: what is chosen has to hold on rows that it was not chosen by."""
@@ -60,13 +60,13 @@ def kept_shares(after: Any, before: Any, kinds: Sequence[str]) -> dict[str, floa
     >>> kept_shares([0.5, 0.5, 1.0], [1.0, 1.0, 1.0], ["near", "other", "other"])
     {'near': 0.5, 'other': 0.75}
     """
-    found = {}
+    shares = {}
     for kind in dict.fromkeys(kinds):
         at = [i for i, other in enumerate(kinds) if other == kind]
         old = float(np.mean([before[i] for i in at]))
         if old:  # of nothing no share is left
-            found[kind] = float(np.mean([after[i] for i in at])) / old
-    return found
+            shares[kind] = float(np.mean([after[i] for i in at])) / old
+    return shares
 
 
 def least(values: Any) -> float | None:
@@ -159,14 +159,14 @@ def matched_strength(
     # A strength, and how far above the goal it leaves answers, in nats.
     low, high, at = (0.0, _above(goal, without)), (most, math.nan), min(1.0, most / 2)
     for _ in range(trials):
-        found = excess(at)
-        tried.append((at, found))
-        if math.isfinite(found) and abs(_above(goal, found)) <= tolerance and goal.met(found):
+        result = excess(at)
+        tried.append((at, result))
+        if math.isfinite(result) and abs(_above(goal, result)) <= tolerance and goal.met(result):
             break
-        if found > goal.aim:
-            low = (at, _above(goal, found))
+        if result > goal.aim:
+            low = (at, _above(goal, result))
         else:
-            high = (at, _above(goal, found))
+            high = (at, _above(goal, result))
         if high[0] == most and all(other != most for other, _ in tried):
             at = most  # Is it reached at all?
         elif low[0] == high[0]:
@@ -176,10 +176,10 @@ def matched_strength(
             if low[1] > 0 > high[1]:
                 share = min(max(low[1] / (low[1] - high[1]), 0.1), 0.9)
             at = low[0] + share * (high[0] - low[0])
-    known = [pair for pair in tried if math.isfinite(pair[1])]
-    if not known:
+    items = [pair for pair in tried if math.isfinite(pair[1])]
+    if not items:
         return 0.0, math.nan
-    return min(known, key=lambda pair: (not goal.met(pair[1]), goal.gap(pair[1])))
+    return min(items, key=lambda pair: (not goal.met(pair[1]), goal.gap(pair[1])))
 
 
 def _above(goal: Goal, excess: float) -> float:

@@ -101,16 +101,16 @@ def split_rows(
     for near in (True, False):
         side = [rows for rows in members.values() if near is any(r.kind == "near" for r in rows)]
         side.sort(key=lambda rows: _hash(seed, min(map(normal, rows))))  # in any file's order
-        ordered += [((place + 0.5) / len(side), rows) for place, rows in enumerate(side)]
+        ordered += [((location + 0.5) / len(side), rows) for location, rows in enumerate(side)]
     # Neighbours are spread evenly: every part has its share of them.
     ordered = [rows for _, rows in sorted(ordered, key=lambda pair: pair[0])]
     parts: list[list[Row]] = [[], [], []]
     counts = [0, 0, 0]
     done = 0
-    for place, rows in enumerate(ordered):
+    for location, rows in enumerate(ordered):
         share = done / len(kept)
         # The last two groups are kept for the two parts that nobody is trained on.
-        left = len(ordered) - place
+        left = len(ordered) - location
         part = 0 if share < _TRAIN and left > 2 else 1 if share < _VALIDATION and left > 1 else 2
         if part == 2 and not parts[1]:
             part = 1
@@ -164,13 +164,13 @@ def names(row: Row) -> set[str]:
     >>> sorted(names(row))
     ['1815', 'Ada Lovelace', 'London']
     """
-    found = set(re.findall(r"\d{3,}", text := f"{row.question} {row.answer}"))
+    result = set(re.findall(r"\d{3,}", text := f"{row.question} {row.answer}"))
     for match in _NAME.findall(text):
         words = match.split()
         while words and words[0] in _FIRST.split():
             words = words[1:]
-        found.add(" ".join(words).removesuffix("'s"))
-    return found - {""}
+        result.add(" ".join(words).removesuffix("'s"))
+    return result - {""}
 
 
 def neighbours(forget: Sequence[Row], others: Sequence[Row]) -> list[Row]:
@@ -185,16 +185,16 @@ def neighbours(forget: Sequence[Row], others: Sequence[Row]) -> list[Row]:
 
     def subjects(rows: Sequence[Row]) -> list[tuple[Row, str]]:
         pairs = [(row, names(Row(prompt=row.question, answer=""))) for row in rows if row.asks]
-        return [(row, max(found, key=len)) for row, found in pairs if found]
+        return [(row, max(result, key=len)) for row, result in pairs if result]
 
-    mine, theirs = subjects(forget), subjects(others)
-    there = {q.lower() for row in (*forget, *others) for q in (row.question, *row.paraphrases)}
+    mine, peer = subjects(forget), subjects(others)
+    present = {q.lower() for row in (*forget, *others) for q in (row.question, *row.paraphrases)}
     made: dict[str, Row] = {}
-    for sides in ((mine, theirs), (theirs, mine)):
+    for sides in ((mine, peer), (peer, mine)):
         for i, (row, name) in enumerate(sides[0][:_MADE] if sides[1] else ()):
             other = sides[1][i % len(sides[1])][1]
             question = row.question.replace(name, other)
-            if question.lower() not in there:
+            if question.lower() not in present:
                 row = dataclasses.replace(row.asked(question), paraphrases=(), kind="made")
                 made.setdefault(question.lower(), row)
     return list(made.values())

@@ -153,8 +153,8 @@ class Training:
                         logging.warning("stopped: %s", error)
                         yield at, False
                         return
-                    place = self.directory / name_of({"round": number, "step": at})
-                    self._save(method.weights(jax.device_get(state.params)), place)
+                    path = self.directory / name_of({"round": number, "step": at})
+                    self._save(method.weights(jax.device_get(state.params)), path)
                 yield at, True
 
     @property
@@ -221,7 +221,7 @@ def name_of(candidate: Mapping[str, Any]) -> str:
 def _towards(model: Decoder, other: Decoder, share: Any) -> Decoder:
     """A model so far on the way to another."""
     graphdef, state = nnx.split(model)
-    there = nnx.state(other)
+    present = nnx.state(other)
     return nnx.merge(
-        graphdef, jax.tree.map(lambda x, y: (x + share * (y - x)).astype(x.dtype), state, there)
+        graphdef, jax.tree.map(lambda x, y: (x + share * (y - x)).astype(x.dtype), state, present)
     )

@@ -155,9 +155,9 @@ class Unlearning:
         goal = self.goal
         candidates, ways = self._rounds()
         candidates, chosen = self._chosen(candidates)
-        found = Unlearned(chosen=chosen, candidates=candidates, goal=goal, ways=ways)
+        unlearned = Unlearned(chosen=chosen, candidates=candidates, goal=goal, ways=ways)
         if chosen is None or not examines:
-            return found
+            return unlearned
         config, record = self.config, self._training.record
         trained = self._training.read(chosen)
         staged, written = self._training.write(trained, chosen["strength"], self.base)
@@ -186,7 +186,9 @@ class Unlearning:
         )
         records: Any = dict(before=before, after=after, controls=controls)
         verdict = judge(**records, limits=config.limits, assistant=config.method.assistant)
-        return dataclasses.replace(found, model=written, staged=staged, verdict=verdict, **records)
+        return dataclasses.replace(
+            unlearned, model=written, staged=staged, verdict=verdict, **records
+        )
 
     def deployed(self, candidate: Mapping[str, Any]) -> Deployed:
         """The model as a candidate would have it, feasible or not."""
@@ -195,12 +197,12 @@ class Unlearning:
     def _examined(self, side: Deployed, **options: Any) -> dict[str, Any]:
         config = self.config
         options |= dict(thorough=config.thorough, samples=config.samples)
-        found = examine(
+        examined = examine(
             side, self.questions, reference=next(iter(self._references), None), **options
         )
         if config.thorough:
-            found["attacks"] |= relearned(side, self.questions)
-        return found
+            examined["attacks"] |= relearned(side, self.questions)
+        return examined
 
     def _check_folder(self) -> None:
         """Check that the folder was made of these rows, this text and this model."""
@@ -229,11 +231,11 @@ class Unlearning:
         """Candidates of all rounds, and the ways to ask that were trained on in the end."""
         looks, ways, candidates = self._looks, SHORT, []
         for number in range(self.config.rounds):
-            found = self._round(number, ways)
-            candidates += found
+            result = self._round(number, ways)
+            candidates += result
             if number + 1 == self.config.rounds:
                 break
-            best = min(found, key=lambda c: (not looks.meets(c), c["gap"]))
+            best = min(result, key=lambda c: (not looks.meets(c), c["gap"]))
             leaks = [way for way in looks.leaks(best["ways"]) if way not in ways]
             if not (leaks := leaks or [w for w in looks.searched(best) if w not in ways]):
                 break

@@ -114,11 +114,11 @@ def _sides(
         "retain": [questions.encode(row, way) for row, way in asked(("train",))],
     }
     if instead:
-        said = dict(zip((row.answer for row in questions.rows["forget"]), instead, strict=True))
+        message = dict(zip((row.answer for row in questions.rows["forget"]), instead, strict=True))
         pairs = [
-            (known, questions.encode(dataclasses.replace(row, answer=text), way))
-            for (row, way), known in zip(forget, rows["forget"])
-            for text in said[row.answer]
+            (existing, questions.encode(dataclasses.replace(row, answer=text), way))
+            for (row, way), existing in zip(forget, rows["forget"])
+            for text in message[row.answer]
         ]
         rows["forget"], rows["instead"] = ([pair[side] for pair in pairs] for side in (0, 1))
     longest = max(len(ids) for side in rows.values() for ids, _ in side)
@@ -149,7 +149,7 @@ def _picked(
     count = len(rows["tokens"])
     chosen = [
         # By the step alone, so that a resumed run goes on alike.
-        np.random.default_rng([seed, salt, place // count]).permutation(count)[place % count]
-        for place in range(step * size, (step + 1) * size)
+        np.random.default_rng([seed, salt, location // count]).permutation(count)[location % count]
+        for location in range(step * size, (step + 1) * size)
     ]
     return {name: values[chosen] for name, values in rows.items()}

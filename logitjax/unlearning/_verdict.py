@@ -61,7 +61,7 @@ def judge(
     kept = shares(before, after)
     still = [fact for fact in facts if not fact["holds"]]
     broken = limits.broken(kept["least"])
-    told, chance = told_apart(after, controls)
+    notes, chance = told_apart(after, controls)
     ways = ["leaving the assistant out"] if assistant else []
     ways += _recovered(before, after, controls, goals[0].limit("asked"))
     untried = [
@@ -77,11 +77,11 @@ def judge(
     elif broken:
         words = f"**Model damaged**: on rows that nothing was chosen by, {_lost(kept, broken)}."
     elif ways:
-        also = f" Given away by {', '.join(told)}." if told else ""
+        also = f" Given away by {', '.join(notes)}." if notes else ""
         words = f"**Suppressed, recoverable by** {', '.join(ways)}.{also}"
-    elif told:
+    elif notes:
         words = (
-            f"**Forgotten, but given away by** {', '.join(told)}: that these rows were taught can "
+            f"**Forgotten, but given away by** {', '.join(notes)}: that these rows were taught can "
             "be told."
         )
     else:
@@ -121,19 +121,19 @@ def _fact(way: str, rows: Sequence[float], unseen: Mapping[str, Any], limit: flo
 
 def shares(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
     """Shares left of the rows `test`, by kind, and the least of all, as `Limits` has it."""
-    found: dict[str, Any] = {
+    entries: dict[str, Any] = {
         name: kept_shares(after[record]["test"], before[record]["test"], before["kinds"][record])
         for name, record in (("probability", "probabilities"), ("rouge", "rouge"))
         if before[record].get("test")
     }
-    lowest = {name: least(by_kind.values()) for name, by_kind in found.items()}
+    lowest = {name: least(by_kind.values()) for name, by_kind in entries.items()}
     if before["probabilities"].get("test"):
         lowest["row"] = least_row(after["probabilities"]["test"], before["probabilities"]["test"])
     for name in ("fluency", "perplexity"):
         if before[name]:
             # What says nothing any more has no fluency left.
             lowest[name] = (after[name] or 0.0) / before[name]
-    return found | {"least": lowest}
+    return entries | {"least": lowest}
 
 
 def _lost(kept: Mapping[str, Any], broken: Sequence[str]) -> str:
@@ -157,8 +157,8 @@ def _recovered(before: Any, after: Any, controls: Any, most: float) -> list[str]
                 ways.append(name)
         elif "share" in measured and controls and not name.startswith("member"):
             # More than half of what was there is much.
-            there = before["attacks"][name]["share"] + never("share")
-            if 2 * measured["share"] > there and measured["share"] > never("share"):
+            present = before["attacks"][name]["share"] + never("share")
+            if 2 * measured["share"] > present and measured["share"] > never("share"):
                 ways.append(name)
     return ways
 
@@ -185,10 +185,10 @@ def told_apart(after: Any, controls: Any) -> tuple[list[str], float | None]:
         records = [control["attacks"].get(name, {}) for control in controls]
         return max((abs(record.get("auc", 0.5) - 0.5) for record in records), default=0.0)
 
-    found = [
+    items = [
         name for name, auc in aucs.items() if abs(auc - 0.5) > max(chance - 1e-9, beyond(name))
     ]
-    return found, chance
+    return items, chance
 
 
 @functools.cache
@@ -220,15 +220,15 @@ def _power(m: int, n: int, chance: float) -> str:
         return f"{m} rows and {n} of the holdout are too few to tell any AUC from a guess."
     rng = np.random.default_rng(0)
     members, others = rng.normal(size=(_DRAWS, m, 1)), rng.normal(size=(_DRAWS, 1, n))
-    found = "none"
+    result = "none"
     for auc in np.arange(0.55, 1.0, 0.01):
         # Of normal losses that lie so far apart.
         apart = math.sqrt(2) * NormalDist().inv_cdf(float(auc))
         seen = (members < others + apart).mean((1, 2)) - 0.5
         if (np.abs(seen) > chance - 1e-9).mean() >= _POWER:
-            found = f"{auc:.2f}"
+            result = f"{auc:.2f}"
             break
     return (
         f"Of so few rows only an AUC of at least {0.5 + chance:.2f} is told from a guess, and a "
-        f"true one of {found} in four cases of five."
+        f"true one of {result} in four cases of five."
     )

@@ -114,13 +114,13 @@ def search(
     pairs = [
         pair for pair in itertools.permutations(reach, 2) if " + ".join(pair) not in (tried or {})
     ]
-    found: dict[str, float] = {}
-    while pairs and len(found) < budget:
+    entries: dict[str, float] = {}
+    while pairs and len(entries) < budget:
         pair = max(pairs, key=lambda pair: reach[pair[0]] * reach[pair[1]])
         pairs.remove(pair)
         one = excess(way := " + ".join(pair))
         if one is not None:
-            found[way] = one
+            entries[way] = one
             # Halfway to what was seen: what disappoints gives way to others.
             reach |= {part: (reach[part] + one) / 2 for part in pair}
-    return found
+    return entries

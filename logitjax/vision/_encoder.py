@@ -155,10 +155,10 @@ class Encoder:
         Raises:
             ValueError: there is no class head.
         """
-        found = self.encode(images)[1]
-        if found is None:
+        logits = self.encode(images)[1]
+        if logits is None:
             raise ValueError(f"encoder {self.name!r} has no class head")
-        return found
+        return logits
 
     def tokenize(self, texts: Sequence[str]) -> Int[np.ndarray, "batch length"]:
         """Rows of tokens for `text_features`.
@@ -216,9 +216,9 @@ class Encoder:
             # Repeats rows: one shape is compiled.
             padded = np.resize(tokens, (min(_PROMPTS, len(prompts)), tokens.shape[1]))
             parts.append(self.text_features(padded)[: len(tokens)])
-        found = jnp.concatenate(parts)
-        found = found / jnp.linalg.norm(found, axis=-1, keepdims=True)
-        means = found.reshape(len(class_names), len(templates), -1).mean(1)
+        array = jnp.concatenate(parts)
+        array = array / jnp.linalg.norm(array, axis=-1, keepdims=True)
+        means = array.reshape(len(class_names), len(templates), -1).mean(1)
         return (means / jnp.linalg.norm(means, axis=-1, keepdims=True)).T
 
     @functools.cached_property

@@ -158,25 +158,25 @@ def _from_path(spec: str, tokenizer: str | None, dtype: Any) -> Encoder:
     vision, text = (
         any(name.startswith(f"{part}_model.") for name in weights) for part in ("vision", "text")
     )
-    found = _Checkpoint(
+    result = _Checkpoint(
         spec=spec, path=path, weights=weights, settings=settings, tokenizer=tokenizer, dtype=dtype
     )
     try:
         if text and "logit_bias" in weights:
-            return _siglip(found)
+            return _siglip(result)
         if any(n.startswith("visual.") for n in weights) or (vision and text):
-            return _clip(found)
+            return _clip(result)
         if (
             any(name.startswith("embeddings.patch_embedding.") for name in bare)
             or "embeddings.patch_embeddings.projection.weight" in bare
             or {"embeddings.patch_embeddings.weight", "embeddings.cls_token"} <= bare
         ):
-            return _vision_transformer(found)
+            return _vision_transformer(result)
         if "patch_embed.proj.weight" in weights:
             named, config = timm_vit(weights, settings)
-            return _with_head(found, ViT, config, named, timm_preprocessing(settings))
+            return _with_head(result, ViT, config, named, timm_preprocessing(settings))
         if any(_DEPTHWISE.search(name) for name in bare):
-            return _convnext(found)
+            return _convnext(result)
         if "embedder.embedder.convolution.weight" in bare:
             made = processor_preprocessing(path, _IMAGENET)
             if settings.get("downsample_in_bottleneck"):
@@ -276,14 +276,16 @@ def _clip(given: _Checkpoint) -> Encoder:
     model = _filled(given.shapes(CLIP, config), named)
     size = config.vision.image_size
     made = Preprocessing(size=size, resize=size, mean=CLIP_MEAN, std=CLIP_STD)
-    said = settings.get("preprocess_cfg")
-    made = open_clip_preprocessing(made, said) if said else processor_preprocessing(path, made)
-    found: CLIPTokenizer | None = None
+    message = settings.get("preprocess_cfg")
+    made = (
+        open_clip_preprocessing(made, message) if message else processor_preprocessing(path, made)
+    )
+    tokenizer: CLIPTokenizer | None = None
     if given.tokenizer is not None:
-        found = load_clip_tokenizer(given.tokenizer, config.context_length)
+        tokenizer = load_clip_tokenizer(given.tokenizer, config.context_length)
     elif path.is_dir() and any(list(path.glob(f)) for f in ("tokenizer.json", *_SMALL_FILES[1:])):
-        found = load_clip_tokenizer(path, config.context_length)
-    return _encoder(given, model, made, found)
+        tokenizer = load_clip_tokenizer(path, config.context_length)
+    return _encoder(given, model, made, tokenizer)
 
 
 def _encoder(given: _Checkpoint, model: Any, made: Preprocessing, tokenizer: Any) -> Encoder:
@@ -308,13 +310,15 @@ def _siglip(given: _Checkpoint) -> Encoder:
     named |= {f"vision.{key}": value for key, value in vision.items()}
     named |= {f"text.{key}": value for key, value in text.items()}
     model = _filled(given.shapes(SigLIP, config), named)
-    place = epath.Path(given.tokenizer) if given.tokenizer else path
-    found = None
-    if place.is_dir() and (place / "tokenizer.json").exists():
-        found = SigLIPTokenizer(load_tokenizer(os.fspath(place)), config.context_length)
+    location = epath.Path(given.tokenizer) if given.tokenizer else path
+    sig_l_i_p_tokenizer = None
+    if location.is_dir() and (location / "tokenizer.json").exists():
+        sig_l_i_p_tokenizer = SigLIPTokenizer(
+            load_tokenizer(os.fspath(location)), config.context_length
+        )
     size = config.vision.image_size
     made = processor_preprocessing(path, dataclasses.replace(_HALVES, size=size, resize=size))
-    return _encoder(given, model, made, found)
+    return _encoder(given, model, made, sig_l_i_p_tokenizer)
 
 
 def _vision_transformer(given: _Checkpoint) -> Encoder:

@@ -31,15 +31,15 @@ def processor_preprocessing(path: epath.Path, default: Preprocessing) -> Preproc
         resize = int(scaled / share) if fit == "crop" else scaled
     elif scaled and cut and content.get("do_center_crop", True):
         size, resize, fit = cut, max(scaled, cut), "crop"
-        said = content["size"]
-        if scaled > cut and isinstance(said, Mapping) and "height" in said:
+        message = content["size"]
+        if scaled > cut and isinstance(message, Mapping) and "height" in message:
             raise ValueError(
                 f"{file}: size: expected shortest_edge beside a crop_size that is smaller, got "
-                f"{said}"
+                f"{message}"
             )
     elif scaled:
         size, resize, fit = scaled, scaled, "squash"
-    known: dict[Any, Any] = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
+    entries: dict[Any, Any] = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
     mean: Any = tuple(content.get("image_mean") or default.mean)
     std: Any = tuple(content.get("image_std") or default.std)
     return Preprocessing(
@@ -47,7 +47,7 @@ def processor_preprocessing(path: epath.Path, default: Preprocessing) -> Preproc
         resize=resize,
         mean=mean,
         std=std,
-        interpolation=known.get(content.get("resample"), default.interpolation),
+        interpolation=entries.get(content.get("resample"), default.interpolation),
         fit=fit,
     )
 

@@ -91,12 +91,12 @@ def timm_vit(
             "layer_norm_eps": 1e-5 if rotary or "_clip_" in architecture else 1e-6,
         },
     )
-    said = arguments.get("global_pool", settings.get("global_pool", "token"))
-    if said not in _POOLING:
-        raise ValueError(f"global_pool: expected one of {', '.join(_POOLING)}, got {said!r}")
+    message = arguments.get("global_pool", settings.get("global_pool", "token"))
+    if message not in _POOLING:
+        raise ValueError(f"global_pool: expected one of {', '.join(_POOLING)}, got {message!r}")
     if rotary != (config.positions == "rotary"):
         raise ValueError(f"pos_embed: expected {'none' if rotary else 'a table'}")
-    pooling = _POOLING[said]
+    pooling = _POOLING[message]
     if pooling == "mean" and "fc_norm.weight" in weights:
         pooling = "mean_then_norm"
     # timm resizes positions where weights are loaded for pictures of another size.
@@ -124,13 +124,13 @@ def _tokens(named: dict[str, np.ndarray]) -> None:
 
 def timm_preprocessing(settings: Mapping[str, Any]) -> Preprocessing:
     """Read the preprocessing from timm's ``config.json``."""
-    said = settings.get("pretrained_cfg") or {}
-    channels, height, width = said.get("input_size") or (3, 224, 224)
-    mode, share = said.get("crop_mode") or "center", said.get("crop_pct") or 0.875
+    message = settings.get("pretrained_cfg") or {}
+    channels, height, width = message.get("input_size") or (3, 224, 224)
+    mode, share = message.get("crop_mode") or "center", message.get("crop_pct") or 0.875
     if channels != 3 or height != width:
-        raise ValueError(f"input_size: expected squares in colour, got {said['input_size']}")
+        raise ValueError(f"input_size: expected squares in colour, got {message['input_size']}")
     if mode not in ("center", "squash") or (mode == "squash" and share != 1):
         raise ValueError(f"crop_mode: expected center, or squash of all, got {mode!r} of {share}")
     # As timm rounds.
     default = Preprocessing(size=height, resize=math.floor(height / share))
-    return Preprocessing.of_names(said, default, fit="squash" if mode == "squash" else "crop")
+    return Preprocessing.of_names(message, default, fit="squash" if mode == "squash" else "crop")

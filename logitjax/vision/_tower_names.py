@@ -194,8 +194,8 @@ def resnet_names(weights: Weights) -> dict[str, np.ndarray]:
 
 def count_of(named: Weights, prefix: str) -> int:
     """How many numbers follow a prefix, such as those of blocks."""
-    found = (re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in named)
-    return len({match[1] for match in found if match})
+    result = (re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in named)
+    return len({match[1] for match in result if match})
 
 
 def _blocks(named: Weights, settings: Mapping[str, Any], default: BlockConfig) -> BlockConfig:

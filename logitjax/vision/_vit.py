@@ -328,8 +328,8 @@ def resize_matrix(source: int, target: int, *, antialias: bool) -> np.ndarray:
     if antialias:
         return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
     matrix = np.zeros((target, source))
-    for place, column in zip(np.clip(places, 0, source - 1), weights.T):
-        matrix[:, place] += column
+    for location, column in zip(np.clip(places, 0, source - 1), weights.T):
+        matrix[:, location] += column
     return matrix.astype(np.float32)
 
 

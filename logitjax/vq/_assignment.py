@@ -301,10 +301,10 @@ def perplexity_floor(
     sizes = np.bincount(assignment)
     mass = np.bincount(assignment, prob)
     log_size = np.log(sizes[assignment])
-    known = prob > 0
+    present = prob > 0
     # log u(v | k) + log n_k: the KL divergence of a cluster from a uniform one, token by token.
-    within = np.log(prob[known] / mass[assignment[known]])
-    excess = float((prob[known] * (within + log_size[known])).sum())
+    within = np.log(prob[present] / mass[assignment[present]])
+    excess = float((prob[present] * (within + log_size[present])).sum())
     return PerplexityFloor(
         perplexity=float(np.exp((prob * log_size).sum())),
         excess_nats=max(excess, 0.0),  # rounding may end below 0

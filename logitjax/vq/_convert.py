@@ -270,9 +270,9 @@ def load_head(directory: str | os.PathLike[str], *, dtype: Any = jnp.float32) ->
 def _head_of(record: Mapping[str, Any], tensors: Mapping[str, np.ndarray], dtype: Any) -> Any:
     options = dict(record["options"])
     if record["kind"] == "ScreenedHead":
-        own: Any = {name: tensors[name] for name in ("rows", "row_bias") if name in tensors}
-        inner = {n.removeprefix("screen."): t for n, t in tensors.items() if n not in own}
-        return ScreenedHead(_head_of(options.pop("screen"), inner, dtype), **options, **own)
+        entries: Any = {name: tensors[name] for name in ("rows", "row_bias") if name in tensors}
+        inner = {n.removeprefix("screen."): t for n, t in tensors.items() if n not in entries}
+        return ScreenedHead(_head_of(options.pop("screen"), inner, dtype), **options, **entries)
     if record["kind"] == "ProductHead":
         parts = [jnp.asarray(tensors[name]) for name in ("codebooks", "codes", "bias")]
         codes = PackedCodes(*parts).unpacked() if options["packed"] else ProductCodes(*parts)

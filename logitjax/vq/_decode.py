@@ -159,8 +159,8 @@ class VQTables:
                 return jnp.where(beyond, low, middle + 1), jnp.where(beyond, middle, high)
 
             steps = math.ceil(math.log2(tables.members.shape[0] + 1)) + 1
-            place, _ = lax.fori_loop(0, steps, halve, (start, last))
-            return (tables.members[jnp.minimum(place, last)],)
+            location, _ = lax.fori_loop(0, steps, halve, (start, last))
+            return (tables.members[jnp.minimum(location, last)],)
 
         return on_batch(run, (jnp.ndim(hidden) - 1,), hidden, codebook, self, key)[0]
 

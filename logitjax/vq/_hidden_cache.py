@@ -153,10 +153,10 @@ class HiddenCache:
                 break
         if not used:
             raise ValueError("batches: nothing to run the model over")
-        held = parts.read(range(used))
+        stored = parts.read(range(used))
         # Whole arrays, because tuning draws positions at random from memory-mapped ones.
         for name in ("hidden", "labels"):
-            array = getattr(held, name)[:max_tokens]
+            array = getattr(stored, name)[:max_tokens]
             write_atomic(root / f"{name}.npy", functools.partial(np.save, arr=array))
         manifest.write(made_from, {"count": min(count, max_tokens)})
         parts.directory.rmtree()  # not before the whole arrays are there

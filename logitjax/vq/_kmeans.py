@@ -183,13 +183,13 @@ def weighted_means(
     sums = jnp.zeros((num_centres, dim), jnp.float32)
 
     def add(sums: jax.Array, start: jax.Array) -> tuple[jax.Array, None]:
-        rows, weight, place = (
+        rows, weight, location = (
             lax.dynamic_slice_in_dim(x, start, block_size) for x in (points, weights, assignment)
         )
         # Slices stop at the end, so the last one may overlap: what was counted weighs nothing.
         fresh = jnp.maximum(start - (count - block_size), 0) <= jnp.arange(block_size)
         rows = rows.astype(jnp.float32) * jnp.where(fresh, weight, 0.0)[:, None]
-        return sums.at[place].add(rows), None
+        return sums.at[location].add(rows), None
 
     sums, _ = lax.scan(add, sums, jnp.arange(0, count, block_size))
     mass = jax.ops.segment_sum(weights, assignment, num_segments=num_centres)

@@ -86,10 +86,10 @@ class ProductCodes:
         part = width // groups
         keys = jax.random.split(jax.random.key(0) if key is None else key, groups)
         weights = jnp.maximum(jnp.asarray(unigram, jnp.float32), 1e-12) ** weight_power
-        found = []
+        items = []
         for g in range(groups):
             block = slice(g * part, (g + 1) * part)
-            found.append(
+            items.append(
                 fit_kmeans(
                     rows[:, block],
                     weights,
@@ -99,7 +99,7 @@ class ProductCodes:
                     iterations=iterations,
                 )
             )
-        codes, centres = zip(*found, strict=True)
+        codes, centres = zip(*items, strict=True)
         small = jnp.uint8 if num_codes <= 256 else jnp.uint16  # bytes are what decoding reads
         return cls(jnp.stack(centres), jnp.stack(codes, axis=1).astype(small))
 

@@ -184,8 +184,8 @@ class ScreenedHead(VocabularyHead):
     def _record(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         tensors, options = self.screen._record()
         tensors = {f"screen.{name}": array for name, array in tensors.items()}
-        own = {"rows": self.rows, "row_bias": self.row_bias}
-        tensors |= {n: np.asarray(array[...]) for n, array in own.items() if array is not None}
+        entries = {"rows": self.rows, "row_bias": self.row_bias}
+        tensors |= {n: np.asarray(array[...]) for n, array in entries.items() if array is not None}
         screen = {"kind": type(self.screen).__name__, "options": options}
         return tensors, {"num_candidates": self.num_candidates, "screen": screen}
 
@@ -218,8 +218,8 @@ class ScreenedHead(VocabularyHead):
         if rows is None:
             raise ValueError("embedding: expected the rows that re-score, got None")
         vocab, hidden = rows.shape
-        own = 0 if self.rows is None else vocab  # the embedding is there anyway
-        return self.screen.cost(embedding).with_rows(self.num_candidates, hidden, own=own)
+        local = 0 if self.rows is None else vocab  # the embedding is there anyway
+        return self.screen.cost(embedding).with_rows(self.num_candidates, hidden, own=local)
 
 
 def _joined(scores: jax.Array, tokens: jax.Array, better: jax.Array) -> jax.Array:

@@ -132,17 +132,17 @@ class Tuning:
         share, per_epoch = training.BatchLayout(mesh).rows(batch_size), count // batch_size
         losses = []
         for index in range(self.steps):
-            epoch, place = divmod(index, per_epoch)
+            epoch, location = divmod(index, per_epoch)
             order = np.random.default_rng([self.seed, epoch]).permutation(count)
             # Sorted, because memory-mapped rows are read in order.
-            chosen = np.sort(order[place * batch_size : (place + 1) * batch_size])[share]
+            chosen = np.sort(order[location * batch_size : (location + 1) * batch_size])[share]
             batch = tuple(np.asarray(array[chosen]) for array in arrays)
             state, output = step(state, batch, constants)
             losses.append(output.metrics["loss"])
             changed = between and between(index + 1, state.params, constants)
             if changed:
-                held, constants = jax.device_put(changed, everywhere)
-                state = state.replace(params=held)
+                stored, constants = jax.device_put(changed, everywhere)
+                state = state.replace(params=stored)
         # Other code has no mesh, and nothing of several processes.
         params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), state.params)
         return params, [float(total) / float(size) for total, size in jax.device_get(losses)]

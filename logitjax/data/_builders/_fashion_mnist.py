@@ -63,8 +63,8 @@ class FashionMnistPng(Builder):
 
 def find_files(manual_dir: str | os.PathLike[str] | None = None) -> epath.Path:
     """Where the .deb was unpacked or is installed."""
-    for place in (_FOLDER, ".", f"/{_FOLDER}"):
-        path = epath.Path(manual_dir or ".") / place  # an absolute place stays itself
+    for location in (_FOLDER, ".", f"/{_FOLDER}"):
+        path = epath.Path(manual_dir or ".") / location  # an absolute place stays itself
         if (path / "train-images-idx3-ubyte.gz").exists():
             return path
     raise FileNotFoundError(

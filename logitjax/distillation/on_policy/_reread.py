@@ -44,11 +44,11 @@ class Rereader:
         ids = self._theirs.encode(text, add_bos=self._theirs.add_bos and not self._chat)
         # A text that was cut short did not end there, so it teaches no stop.
         ids = [*theirs["tokens"][:before], *ids, *(self._ends if stopped and whole else ())]
-        here, place = np.array(ids[:length], np.int32), np.arange(length, dtype=np.int32)
-        inside = place < len(here)
+        here, location = np.array(ids[:length], np.int32), np.arange(length, dtype=np.int32)
+        inside = location < len(here)
         return {
             "tokens": np.pad(here, (0, length - len(here))),
             "segment_ids": inside.astype(np.int32),
-            "positions": np.where(inside, place, 0),
-            "loss_mask": inside & (place >= max(before, 1)),
+            "positions": np.where(inside, location, 0),
+            "loss_mask": inside & (location >= max(before, 1)),
         }

@@ -57,9 +57,11 @@ def rollout_program(
         options: Any = dict(new_tokens=new_tokens, sampling=on_policy.sampling, stop_ids=stop_ids)
         # As in a train step: the model finds the mesh that its activations are split over.
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            said, stopped = decoding.rollout(model, tokens, positions, seeds, mesh=mesh, **options)
-        said = {"tokens": said.tokens, "valid": said.valid, "log_probs": said.logprobs}
-        return said | {"stopped": stopped}
+            entries, stopped = decoding.rollout(
+                model, tokens, positions, seeds, mesh=mesh, **options
+            )
+        entries = {"tokens": entries.tokens, "valid": entries.valid, "log_probs": entries.logprobs}
+        return entries | {"stopped": stopped}
 
     return jax.jit(write, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
@@ -149,22 +151,22 @@ class Rollouts:
         columns = {n: {c: array.copy() for c, array in batch[n].items()} for n in readers}
         shape = columns[self._name]["tokens"].shape
         log_probs = np.full((shape[0], shape[1] - 1), np.nan, np.float32)
-        for number, place in enumerate(self._chosen - self._layout.rows(self._batch_size).start):
+        for number, location in enumerate(self._chosen - self._layout.rows(self._batch_size).start):
             # Rows of other processes are theirs; without a prompt that fits, the text's row stays.
-            if not 0 <= place < len(log_probs) or not rows["start"][number]:
+            if not 0 <= location < len(log_probs) or not rows["start"][number]:
                 continue
             text = {name: rows[name][number] for name in columns[self._name]}
             tokens = text["tokens"][text["segment_ids"] > 0]
             ends: dict[str, Any] = {n: rows[n][number].item() for n in ("start", "stopped")}
             read = {
-                name: reader.row(tokens, {c: a[place] for c, a in columns[name].items()}, **ends)
+                name: reader.row(tokens, {c: a[location] for c, a in columns[name].items()}, **ends)
                 for name, reader in self._rereaders.items()
             }
             for reader, row in (read | {self._name: text}).items():
                 for name, array in columns[reader].items():
-                    array[place] = row[name]
+                    array[location] = row[name]
             where = rows["loss_mask"][number, 1:]  # position t has the label t + 1
-            log_probs[place, where] = rows["log_probs"][number, where]
+            log_probs[location, where] = rows["log_probs"][number, where]
         return {**batch, **columns}, log_probs, _metrics(rows, self._seconds / every)
 
     def _fetched(self, first: int, step: int, trained: Any, frozen: Any, oldest: int) -> Any:
@@ -210,8 +212,8 @@ class Rollouts:
                 tokens[row, width - len(prompt) :] = prompt
                 positions[row, width - len(prompt) :] = np.arange(len(prompt))
         inputs = tokens, positions, np.resize(np.concatenate(seeds), total)
-        said = self._program(trained, frozen, *jax.device_put(inputs, self._layout.sharding))
-        return self._as_rows(prompts, jax.tree.map(np.asarray, said))
+        message = self._program(trained, frozen, *jax.device_put(inputs, self._layout.sharding))
+        return self._as_rows(prompts, jax.tree.map(np.asarray, message))
 
     def _prompt(self, columns: Mapping[str, np.ndarray], row: int) -> np.ndarray:
         """How a row begins; empty where that is too long."""

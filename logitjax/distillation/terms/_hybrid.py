@@ -21,10 +21,10 @@ class _Matched(Term):
         return teacher.single
 
     def value(self, read: Any, teacher: Any, batch: Mapping[str, Any], params: Any) -> Any:
-        own = read.statistics.truncate(teacher.top.values.shape[-1]).top_k
+        local = read.statistics.truncate(teacher.top.values.shape[-1]).top_k
         matches = teacher.vocabularies.matches
         options = self.options
-        return sum(hybrid_logit_distance(read.top, own, teacher.top, matches, **options))
+        return sum(hybrid_logit_distance(read.top, local, teacher.top, matches, **options))
 
     @property
     def options(self) -> Mapping[str, Any]:

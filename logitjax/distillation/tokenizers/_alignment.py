@@ -135,14 +135,14 @@ def align_chunks(
 
 
 def _shared_starts(mine: "_Side", other: "_Side", row: int) -> tuple[np.ndarray, np.ndarray]:
-    wanted, keys = mine.learnt[row, 1:], mine.begins[row, 1:]
+    expected, keys = mine.learnt[row, 1:], mine.begins[row, 1:]
     places = np.flatnonzero(other.learnt[row, 1:])
-    known = other.begins[row, 1:][places]
-    if not len(known):
-        return np.zeros_like(wanted), np.zeros(len(wanted), np.int64)
-    slot = np.minimum(np.searchsorted(known, keys), len(known) - 1)
-    found = wanted & (known[slot] == keys)
-    return found, np.where(found, places[slot], 0)
+    existing = other.begins[row, 1:][places]
+    if not len(existing):
+        return np.zeros_like(expected), np.zeros(len(expected), np.int64)
+    slot = np.minimum(np.searchsorted(existing, keys), len(existing) - 1)
+    result = expected & (existing[slot] == keys)
+    return result, np.where(result, places[slot], 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,18 +202,18 @@ class _Side:
         special = self.special[row]
         mine = np.where(special, self.learnt[row], self.counted[row])
         slot = np.searchsorted(cuts, ends)
-        known = cuts[np.minimum(slot, len(cuts) - 1)]
+        existing = cuts[np.minimum(slot, len(cuts) - 1)]
         stride = _TEXT_STRIDE * _SPECIALS
         # The next cut may be another text's; a special token is a chunk alone.
-        same = np.where(special[mine], known == ends, known // stride == ends // stride)
+        same = np.where(special[mine], existing == ends, existing // stride == ends // stride)
         out[mine] = np.where((slot < len(cuts)) & same, slot, len(cuts))
         return out
 
     def whole(self, row: int, chunks: np.ndarray, count: int) -> np.ndarray:
         """Which chunks hold nothing but tokens that are to be predicted."""
         # The first token of a row has no position that predicts it.
-        known = self.learnt[row] & (np.arange(len(chunks)) > 0)
-        return np.bincount(chunks[~known], minlength=count + 1)[:count] == 0
+        existing = self.learnt[row] & (np.arange(len(chunks)) > 0)
+        return np.bincount(chunks[~existing], minlength=count + 1)[:count] == 0
 
 
 def _since(values: np.ndarray, first: np.ndarray) -> np.ndarray:

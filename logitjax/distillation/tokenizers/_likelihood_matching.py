@@ -114,9 +114,9 @@ class LikelihoodStatistic(sweep.Statistic):
         return Likelihood(outputs.label - outputs.log_z, boundary)
 
     def _members(self, block: sweep.LogitBlock) -> jax.Array:
-        known = jnp.asarray(self.boundary.members)
-        at = jnp.minimum(block.columns, len(known) - 1)
-        return jnp.where(block.columns < len(known), known[at], False).astype(block.student.dtype)
+        array = jnp.asarray(self.boundary.members)
+        at = jnp.minimum(block.columns, len(array) - 1)
+        return jnp.where(block.columns < len(array), array[at], False).astype(block.student.dtype)
 
 
 def chunk_log_likelihood(
@@ -130,10 +130,10 @@ def chunk_log_likelihood(
     def sums(logprobs: jax.Array, ids: jax.Array) -> tuple[jax.Array]:
         rows = tuple(lax.broadcasted_iota(jnp.int32, ids.shape, a) for a in range(ids.ndim))
         out = jnp.zeros((*ids.shape[:-1], num_chunks + 1), logprobs.dtype)
-        held = ids >= 0
+        stored = ids >= 0
         # Labels of no chunk are added to a last one, which is cut off.
-        place = jnp.where(held, ids, num_chunks)
-        return (out.at[(*rows[:-1], place)].add(jnp.where(held, logprobs, 0.0))[..., :-1],)
+        selected = jnp.where(stored, ids, num_chunks)
+        return (out.at[(*rows[:-1], selected)].add(jnp.where(stored, logprobs, 0.0))[..., :-1],)
 
     return on_mesh.over_batch(sums, (ids.ndim,), logprobs, ids)[0]
 
@@ -156,13 +156,13 @@ def binarized_kl(
     checks.positive(temperature, "temperature")
     # Sums of rounded log-probabilities may come out above 0, where 1 - q is negative.
     ours = jnp.minimum(jnp.asarray(student, jnp.float32), 0.0) - _OFFSET
-    theirs = jnp.minimum(lax.stop_gradient(jnp.asarray(teacher, jnp.float32)), 0.0) - _OFFSET
+    other = jnp.minimum(lax.stop_gradient(jnp.asarray(teacher, jnp.float32)), 0.0) - _OFFSET
     if isinstance(temperature, float) and math.isinf(temperature):
-        a, b = -theirs, -ours
+        a, b = -other, -ours
         return a * jnp.log(a / b) + b - a
-    ours, theirs = ours / temperature, theirs / temperature
-    not_p, not_q = _log1mexp(theirs), _log1mexp(ours)
-    return jnp.exp(theirs) * (theirs - ours) + jnp.exp(not_p) * (not_p - not_q)
+    ours, other = ours / temperature, other / temperature
+    not_p, not_q = _log1mexp(other), _log1mexp(ours)
+    return jnp.exp(other) * (other - ours) + jnp.exp(not_p) * (not_p - not_q)
 
 
 def _log1mexp(x: jax.Array) -> jax.Array:
@@ -207,29 +207,29 @@ def chunk_scores(
     `said` is `label` and `boundary`, log-probabilities at the teacher's positions, and `special`
     marks labels that are special tokens, `[rows, their length - 1]` each.
     """
-    theirs = np.asarray(chunks.theirs)
-    rows, places = np.nonzero(theirs >= 0)
+    array = np.asarray(chunks.theirs)
+    rows, places = np.nonzero(array >= 0)
     shape = chunks.ours.shape
     scores, ids = np.zeros(shape, np.float32), np.asarray(chunks.ours).copy()
     # `+=` with repeated indices would keep the last of each chunk alone.
-    np.add.at(scores, (rows, theirs[rows, places]), np.asarray(said["label"])[rows, places])
+    np.add.at(scores, (rows, array[rows, places]), np.asarray(said["label"])[rows, places])
     where = np.arange(shape[1]) < chunks.counts[:, None]
     ends = np.full(shape, -1, np.int32)
-    sides = {"ours": ids, "theirs": theirs}
+    sides = {"ours": ids, "theirs": array}
     last = {name: _extreme(np.maximum, side, shape, -9) for name, side in sides.items()}
     closing = np.zeros(shape, bool)
-    closing[rows, theirs[rows, places]] = special[rows, places]
+    closing[rows, array[rows, places]] = special[rows, places]
     # What follows a chunk is predicted from the position after its last label.
-    after = np.clip(last["theirs"] + 1, 0, theirs.shape[1] - 1)
+    after = np.clip(last["theirs"] + 1, 0, array.shape[1] - 1)
     boundary = np.take_along_axis(np.asarray(said["boundary"]), after, axis=1)
     asked = where & ~closing
-    known = (last["theirs"] + 1 < theirs.shape[1]) & (last["ours"] + 1 < shape[1])
-    cut = where & (closing | (known & (boundary > np.log(_LEAST_BOUNDARY))))
+    existing = (last["theirs"] + 1 < array.shape[1]) & (last["ours"] + 1 < shape[1])
+    cut = where & (closing | (existing & (boundary > np.log(_LEAST_BOUNDARY))))
     # Text before a special token ends there, and so does what is not followed by more of it.
     more = np.pad(where, ((0, 0), (0, 1)))[:, 1:]
     first = np.pad(_extreme(np.minimum, ids, shape, 1 << 30), ((0, 0), (0, 1)))[:, 1:]
     before = np.pad(closing, ((0, 0), (0, 1)))[:, 1:]
-    cut |= where & known & more & (before | (first != last["ours"] + 1))
+    cut |= where & existing & more & (before | (first != last["ours"] + 1))
     joined = np.cumsum(cut, axis=1) - cut
     whole = joined < cut.sum(1, keepdims=True)
     joined = np.where(where & whole, joined, -1)
@@ -251,8 +251,8 @@ def chunk_scores(
 def _extreme(extreme: np.ufunc, ids: np.ndarray, shape: tuple[int, ...], none: int) -> np.ndarray:
     """The first (`np.minimum`) or last position of each chunk."""
     out = np.full(shape, none)
-    row, place = np.nonzero(ids >= 0)
-    extreme.at(out, (row, ids[row, place]), place)
+    row, location = np.nonzero(ids >= 0)
+    extreme.at(out, (row, ids[row, location]), location)
     return out
 
 

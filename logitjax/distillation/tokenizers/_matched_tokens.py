@@ -36,8 +36,8 @@ class Matches:
 
     def ids(self, theirs: Any) -> tuple[jax.Array, jax.Array]:
         """Our ids of theirs, and which of them there are."""
-        found = _entries(self.ours, theirs, -1)
-        return jnp.maximum(found, 0), found >= 0
+        result = _entries(self.ours, theirs, -1)
+        return jnp.maximum(result, 0), result >= 0
 
 
 def hybrid_logit_distance(
@@ -65,17 +65,19 @@ def hybrid_logit_distance(
         TRL, GOLD trainer; X-Token (arXiv 2605.21699), H-KL.
     """
     teacher = jax.lax.stop_gradient(teacher)
-    _, there = matches.ids(teacher.indices)
-    log_q = jnp.where(there, student.gathered - student.log_z[..., None], -jnp.inf)
+    _, present = matches.ids(teacher.indices)
+    log_q = jnp.where(present, student.gathered - student.log_z[..., None], -jnp.inf)
     log_z = jnp.zeros_like(teacher.log_z)  # `log_q` is normalised already
-    theirs = TopK(jnp.where(there, teacher.values, -jnp.inf), teacher.indices, teacher.log_z)
+    top_k = TopK(jnp.where(present, teacher.values, -jnp.inf), teacher.indices, teacher.log_z)
     if kind == "kl":
-        matched = losses.sparse_kl_divergence(losses.Readout(log_z, gathered=log_q), theirs)
+        matched = losses.sparse_kl_divergence(losses.Readout(log_z, gathered=log_q), top_k)
     else:
         matched = losses.generalized_jensen_shannon(
-            with_rest(log_q, log_z), with_rest(theirs.values, theirs.log_z), beta=beta
+            with_rest(log_q, log_z), with_rest(top_k.values, top_k.log_z), beta=beta
         )
-    p = jnp.where(there, 0.0, jnp.exp(teacher.values - teacher.log_z[..., None]))  # unmatched ones
+    p = jnp.where(
+        present, 0.0, jnp.exp(teacher.values - teacher.log_z[..., None])
+    )  # unmatched ones
     mine = _entries(matches.matched, own.indices, False)
     q = jnp.where(mine, 0.0, jnp.exp(own.values - own.log_z[..., None]))
     size = max(p.shape[-1], q.shape[-1])
@@ -93,8 +95,8 @@ def _entries(table: np.ndarray, ids: Any, beyond: Any) -> jax.Array:
     """Entries of a table at ids. A head may have more columns than its tokenizer has tokens."""
 
     def entries(ids: jax.Array) -> tuple[jax.Array]:
-        found = jnp.asarray(table)[jnp.minimum(ids, len(table) - 1)]
-        return (jnp.where(ids < len(table), found, beyond),)
+        result = jnp.asarray(table)[jnp.minimum(ids, len(table) - 1)]
+        return (jnp.where(ids < len(table), result, beyond),)
 
     ids = jnp.asarray(ids)
     return on_mesh.over_batch(entries, (ids.ndim,), ids)[0]
@@ -102,7 +104,7 @@ def _entries(table: np.ndarray, ids: Any, beyond: Any) -> jax.Array:
 
 def with_rest(logits: jax.Array, log_z: jax.Array) -> jax.Array:
     """Log-probabilities of the kept tokens and, last, of all others together."""
-    known = logits - log_z[..., None]
+    existing = logits - log_z[..., None]
     # The smallest mass that 1 - sum(p) resolves in float32.
-    rest = jnp.maximum(1.0 - jnp.exp(known).sum(-1, keepdims=True), _LEAST_MASS)
-    return jnp.concatenate([known, jnp.log(rest)], axis=-1)
+    rest = jnp.maximum(1.0 - jnp.exp(existing).sum(-1, keepdims=True), _LEAST_MASS)
+    return jnp.concatenate([existing, jnp.log(rest)], axis=-1)

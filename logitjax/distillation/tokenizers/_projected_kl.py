@@ -46,8 +46,8 @@ def project_top_k(
         return tuple(zeros.at[_rows(slots)].add(mass)[..., :-1] for mass in masses)
 
     parts = log_q, members.slots, members.weights
-    masses, held = on_mesh.over_batch(sums, (log_q.ndim,) * 2, *parts)
-    return _in_theirs(masses, held > 0, teacher)
+    masses, stored = on_mesh.over_batch(sums, (log_q.ndim,) * 2, *parts)
+    return _in_theirs(masses, stored > 0, teacher)
 
 
 def _in_theirs(masses: jax.Array, held: jax.Array, teacher: TopK) -> tuple[losses.Readout, TopK]:
@@ -106,19 +106,19 @@ class _BucketSums(sweep.Statistic):
         sums, masses = state
         new = sums.add(block.student)
         mass = jnp.exp(block.student - new.peak[..., None])
-        wanted = block.tokens["teacher"].indices
-        found = jnp.zeros_like(masses)
+        expected = block.tokens["teacher"].indices
+        result = jnp.zeros_like(masses)
         for ids, weights in self._columns(block):
             ordered = jnp.sort(ids)
-            place = jnp.searchsorted(ordered, ids)
+            location = jnp.searchsorted(ordered, ids)
             columns = jnp.moveaxis(mass * weights, -1, 0)
-            table = jax.ops.segment_sum(columns, place, num_segments=len(ids))
-            at = jnp.minimum(jnp.searchsorted(ordered, wanted), len(ids) - 1)
+            table = jax.ops.segment_sum(columns, location, num_segments=len(ids))
+            at = jnp.minimum(jnp.searchsorted(ordered, expected), len(ids) - 1)
             # Most are in other blocks: these read one line of memory, not each its own.
-            here = ordered[at] == wanted
+            here = ordered[at] == expected
             at = jnp.where(here, at, 0)
-            found += jnp.where(here, table[(at, *_rows(at)[:-1])], 0.0)
-        return new, masses * jnp.exp(sums.peak - new.peak)[..., None] + found
+            result += jnp.where(here, table[(at, *_rows(at)[:-1])], 0.0)
+        return new, masses * jnp.exp(sums.peak - new.peak)[..., None] + result
 
     def reduce(self, state: Any, axis_name: AxisName, passed: Any) -> Any:
         sums, masses = state
@@ -135,10 +135,10 @@ class _BucketSums(sweep.Statistic):
         log_z, masses = residuals
         q = jnp.exp(block.student - jnp.where(log_z == -jnp.inf, 0.0, log_z)[..., None])
         slots = block.tokens["slots"]
-        told = jnp.concatenate([cotangents.masses, jnp.zeros_like(log_z)[..., None]], axis=-1)
+        array = jnp.concatenate([cotangents.masses, jnp.zeros_like(log_z)[..., None]], axis=-1)
         slope = cotangents.log_z - (cotangents.masses * masses).sum(-1)
         slope = slope[..., None] + sum(
-            jnp.take_along_axis(told, slots[..., ids].astype(jnp.int32), axis=-1) * weights
+            jnp.take_along_axis(array, slots[..., ids].astype(jnp.int32), axis=-1) * weights
             for ids, weights in self._columns(block)
         )
         return q * slope
@@ -147,20 +147,20 @@ class _BucketSums(sweep.Statistic):
         teacher = tokens["teacher"]
         size = self.projection.size
         # A model may have more logits than its tokenizer has tokens.
-        held = jnp.asarray(self.projection.sizes > 0)[jnp.minimum(teacher.indices, size - 1)]
-        held = held & (teacher.indices < size)
-        return losses.sparse_kl_divergence(*_in_theirs(outputs.masses, held, teacher))
+        stored = jnp.asarray(self.projection.sizes > 0)[jnp.minimum(teacher.indices, size - 1)]
+        stored = stored & (teacher.indices < size)
+        return losses.sparse_kl_divergence(*_in_theirs(outputs.masses, stored, teacher))
 
     def _columns(self, block: sweep.LogitBlock) -> list[tuple[jax.Array, jax.Array]]:
         """For each entry of a row of W: their tokens and weights at the block's columns."""
         size = self.projection.size
         # The head may have more columns than the tokenizer has tokens.
         at = jnp.minimum(block.columns, len(self.projection.ids) - 1)
-        known = block.columns < len(self.projection.ids)
+        present = block.columns < len(self.projection.ids)
         out = []
         for r in range(self.projection.ids.shape[1]):
             ids = jnp.asarray(self.projection.ids[:, r])[at]
-            there = known & (ids >= 0)
-            weights = jnp.where(there, jnp.asarray(self.projection.weights[:, r])[at], 0.0)
-            out.append((jnp.where(there, ids, size), weights))
+            available = present & (ids >= 0)
+            weights = jnp.where(available, jnp.asarray(self.projection.weights[:, r])[at], 0.0)
+            out.append((jnp.where(available, ids, size), weights))
         return out

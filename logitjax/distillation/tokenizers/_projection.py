@@ -55,10 +55,10 @@ class TokenProjection:
     def _by_theirs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Starts `[size + 1]` of each of their tokens in the lists of ours and of weights."""
         ours, rank = np.nonzero(self.ids >= 0)  # `[entries]`, by our token
-        theirs = self.ids[ours, rank]
-        order = np.argsort(theirs, kind="stable")
+        other = self.ids[ours, rank]
+        order = np.argsort(other, kind="stable")
         starts = np.zeros(self.size + 1, np.int32)  # offsets, as in a CSR matrix
-        np.cumsum(np.bincount(theirs, minlength=self.size), out=starts[1:])
+        np.cumsum(np.bincount(other, minlength=self.size), out=starts[1:])
         return starts, ours[order].astype(np.int32), self.weights[ours, rank][order]
 
     @property
@@ -84,8 +84,8 @@ class TokenProjection:
         ([1, 2, 0], [0, 0, 2])
         """
         ids = jnp.asarray(ids)
-        found = on_mesh.over_batch(self._members, (ids.ndim,) * 3, ids)
-        return Members(**dict(zip(("ids", "slots", "weights"), found)))
+        result = on_mesh.over_batch(self._members, (ids.ndim,) * 3, ids)
+        return Members(**dict(zip(("ids", "slots", "weights"), result)))
 
     def _members(self, ids: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         starts, ours, weights = self._by_theirs
@@ -100,16 +100,16 @@ class TokenProjection:
         slots = jax.vmap(lambda row: jnp.searchsorted(row, places, side="right"))(
             ends.reshape(-1, k)
         ).reshape(*ids.shape[:-1], size)
-        held = jnp.minimum(slots, k - 1)
+        stored = jnp.minimum(slots, k - 1)
         # Where the members of a slot begin in `ours`, less where they begin in the row.
-        offset = jnp.take_along_axis(first - ends + counts, held, axis=-1)
-        there = slots < k
-        at = jnp.where(there, offset + places, 0)
+        offset = jnp.take_along_axis(first - ends + counts, stored, axis=-1)
+        present = slots < k
+        at = jnp.where(present, offset + places, 0)
         empty = not len(ours)  # a gather from an empty table is an error
         return (
-            jnp.where(there, 0 if empty else jnp.asarray(ours)[at], 0),
-            jnp.where(there, slots, k).astype(jnp.int32),
-            jnp.where(there, 0.0 if empty else jnp.asarray(weights)[at], 0.0),
+            jnp.where(present, 0 if empty else jnp.asarray(ours)[at], 0),
+            jnp.where(present, slots, k).astype(jnp.int32),
+            jnp.where(present, 0.0 if empty else jnp.asarray(weights)[at], 0.0),
         )
 
     def merged(self, teacher: TopK) -> TopK:
@@ -132,8 +132,8 @@ class TokenProjection:
 
     def _merged(self, values: jax.Array, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
         assert self.merges is not None
-        known = np.append(np.where(self.merges < 0, self.size, self.merges), self.size)
-        ids = jnp.asarray(known, jnp.int32)[jnp.minimum(indices, self.size)]
+        existing = np.append(np.where(self.merges < 0, self.size, self.merges), self.size)
+        ids = jnp.asarray(existing, jnp.int32)[jnp.minimum(indices, self.size)]
         values = jnp.where(ids < self.size, values, -jnp.inf)
         # Sorted, equal ids lie side by side, and a running count gives each group its slot.
         ids, values = lax.sort((ids, values), dimension=-1, num_keys=1)
@@ -160,8 +160,8 @@ class TokenProjection:
         """A row of a table: the share of either vocabulary that the projection covers."""
         sizes = self.sizes
         mapped = (self.ids >= 0).any(-1)
-        own = np.arange(self.size)
-        counts_as = own if self.merges is None else self.merges
+        local = np.arange(self.size)
+        counts_as = local if self.merges is None else self.merges
         reached = (counts_as >= 0) & (sizes[counts_as] > 0)
         return {
             "rule": self.rule,
@@ -194,11 +194,11 @@ class TokenProjection:
         """
         if not path.exists():
             return None
-        held = read_npz(path)
+        npz = read_npz(path)
         with guard.naming(path, "a projection"):
-            about = guard.parse_json(str(held["about"]).encode())
+            about = guard.parse_json(str(npz["about"]).encode())
             if about["fingerprint"] != fingerprint:
                 return None
-            ids, weights, merges = held["ids"], held["weights"], held.get("merges")
+            ids, weights, merges = npz["ids"], npz["weights"], npz.get("merges")
             size, rule = about["size"], about["rule"]
             return cls(ids=ids, weights=weights, size=size, rule=rule, merges=merges)

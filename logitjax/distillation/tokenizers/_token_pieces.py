@@ -73,8 +73,8 @@ def token_projection(
         raise ValueError(f"rule: expected one of {', '.join(get_args(Rule))}, got {rule!r}")
     fingerprint = digest(_FORMAT, rule, ours.fingerprint, theirs.fingerprint)
     path = None if directory is None else directory / f"projection-{fingerprint[:16]}.npz"
-    if path is not None and (known := TokenProjection.load(path, fingerprint)) is not None:
-        return known
+    if path is not None and (projection := TokenProjection.load(path, fingerprint)) is not None:
+        return projection
     ids, weights = _BUILDERS[rule](ours, theirs)
     merges = None
     if rule == "first_piece":
@@ -142,30 +142,30 @@ class _Cutter:
         """The pieces of each text; none where a text is only part of a character."""
         out: list[list[int]] = [[]] * len(texts)
         words: dict[int, str] = {}
-        for place, text in enumerate(texts):
+        for location, text in enumerate(texts):
             try:
-                words[place] = text.decode()
+                words[location] = text.decode()
             except UnicodeDecodeError:
-                out[place] = [] if self._whole else self._greedy(text)
+                out[location] = [] if self._whole else self._greedy(text)
         if not self._plain:
             return [self._greedy(t) if i in words else out[i] for i, t in enumerate(texts)]
         encoded = self._tokenizer.backend.encode_batch(
             list(words.values()), add_special_tokens=False
         )
-        for place, found in zip(words, encoded, strict=True):
+        for location, result in zip(words, encoded, strict=True):
             # A text that spells a special token has no pieces of text.
-            out[place] = [i for i in found.ids if self.bytes[i]]
+            out[location] = [i for i in result.ids if self.bytes[i]]
         return out
 
     def _greedy(self, text: bytes) -> list[int]:
         """The longest piece first, for what cannot be handed over as a text."""
-        out, place = [], 0
-        while place < len(text):
-            for size in range(min(self._longest, len(text) - place), 0, -1):
-                id_ = self.ids.get(text[place : place + size])
+        out, location = [], 0
+        while location < len(text):
+            for size in range(min(self._longest, len(text) - location), 0, -1):
+                id_ = self.ids.get(text[location : location + size])
                 if id_ is not None:
                     out.append(id_)
-                    place += size
+                    location += size
                     break
             else:
                 return out
@@ -176,15 +176,15 @@ def _first_piece(ours: Tokenizer, theirs: Tokenizer) -> tuple[np.ndarray, np.nda
     texts, cut = ours.token_bytes(), _Cutter(theirs)
     pieces = cut(texts)
     # A token that they have is what they read, whatever their merges would make of it alone.
-    found = [cut.ids.get(text, p[0] if p else -1) for text, p in zip(texts, pieces, strict=True)]
-    return _single(found, ours, theirs)
+    items = [cut.ids.get(text, p[0] if p else -1) for text, p in zip(texts, pieces, strict=True)]
+    return _single(items, ours, theirs)
 
 
 def _common_pieces(first: np.ndarray, ours: Tokenizer, theirs: Tokenizer) -> np.ndarray:
     """Which token of both each of theirs begins with; `first` of ours are tokens of theirs."""
-    cut, known = _Cutter(ours), _Cutter(theirs).ids
+    cut, existing = _Cutter(ours), _Cutter(theirs).ids
     texts = theirs.token_bytes()
-    found = np.array([known.get(text, -1) for text in texts])
+    array = np.array([existing.get(text, -1) for text in texts])
     unknown = [i for i, text in enumerate(texts) if text and text not in cut.ids]
     pieces = dict(zip(unknown, cut([texts[i] for i in unknown]), strict=True))
     # Of a token that only they have, their token for the first piece that we cut it into.
@@ -192,20 +192,20 @@ def _common_pieces(first: np.ndarray, ours: Tokenizer, theirs: Tokenizer) -> np.
         piece = first[ids[0]] if ids else -1
         # What a normaliser makes of a text is no beginning of it, and may lead back to it.
         begins = piece >= 0 and len(texts[piece]) < len(texts[i])
-        found[i] = piece if begins and texts[i].startswith(texts[piece]) else -1
+        array[i] = piece if begins and texts[i].startswith(texts[piece]) else -1
     passing = np.zeros(len(texts) + 1, bool)
     passing[unknown] = True
     # Each round is a shorter text.
-    while (moving := passing[found]).any():
-        found[moving] = found[found[moving]]
+    while (moving := passing[array]).any():
+        array[moving] = array[array[moving]]
     for b in special_pairs(ours, theirs).values():
-        found[b] = b
-    return found.astype(np.int32)
+        array[b] = b
+    return array.astype(np.int32)
 
 
 def _exact(ours: Tokenizer, theirs: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    known = _Cutter(theirs).ids
-    return _single([known.get(text, -1) for text in ours.token_bytes()], ours, theirs)
+    existing = _Cutter(theirs).ids
+    return _single([existing.get(text, -1) for text in ours.token_bytes()], ours, theirs)
 
 
 def _single(found: Any, ours: Tokenizer, theirs: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
@@ -225,17 +225,17 @@ def _spread(ours: Tokenizer, theirs: Tokenizer) -> tuple[np.ndarray, np.ndarray]
         for ours_id, weight in _decayed(pieces):
             rows[ours_id][id_] = rows[ours_id].get(id_, 0.0) + weight
     # A token of both stands for itself alone, as a special one for that of its role.
-    for place, text in enumerate(back.bytes):
+    for location, text in enumerate(back.bytes):
         if text in cut.ids:
-            rows[place] = {cut.ids[text]: 1.0}
+            rows[location] = {cut.ids[text]: 1.0}
     for a, b in special_pairs(ours, theirs).items():
         rows[a] = {b: 1.0}
     ids, weights = np.full((len(rows), _KEPT), -1, np.int64), np.zeros((len(rows), _KEPT))
-    for place, row in enumerate(rows):
+    for location, row in enumerate(rows):
         best = sorted(row.items(), key=lambda item: (-item[1], item[0]))[:_KEPT]
         total = sum(weight for _, weight in best)
         for i, (id_, weight) in enumerate(best):
-            ids[place, i], weights[place, i] = id_, weight / total
+            ids[location, i], weights[location, i] = id_, weight / total
     return ids, weights
 
 

@@ -237,7 +237,7 @@ class Corpus:
         # From the split that is trained on, since a share of labels is what the losses will see.
         split = self.packed.splits["train"]
         batch = split.rows(np.arange(min(rows, len(split))))
-        wanted = batch[ours]["loss_mask"][:, 1:].sum()  # the first token of a row is no label
+        total = batch[ours]["loss_mask"][:, 1:].sum()  # the first token of a row is no label
         for name, source in self.sources.items():
             if source.columns == ours:
                 continue
@@ -247,12 +247,12 @@ class Corpus:
             meets = {
                 "teacher": name,
                 "chunks 1:1 %": 100 * float(single / max(chunks.counts.sum(), 1)),
-                "labels in 1:1 %": 100 * float(chunks.one_to_one.sum() / wanted),
-                "labels in chunks %": 100 * float((chunks.ours >= 0).sum() / wanted),
-                "starts shared %": 100 * float(chunks.starts.sum() / wanted),
+                "labels in 1:1 %": 100 * float(chunks.one_to_one.sum() / total),
+                "labels in chunks %": 100 * float((chunks.ours >= 0).sum() / total),
+                "starts shared %": 100 * float(chunks.starts.sum() / total),
             }
-            found = source.vocabularies.projections.values()
-            out += [meets | projection.summary() for projection in found] or [meets]
+            result = source.vocabularies.projections.values()
+            out += [meets | projection.summary() for projection in result] or [meets]
         return out
 
     def batch(self, split: str, rows: Mapping[str, Any], *, taught: bool) -> dict[str, Any]:
@@ -285,13 +285,13 @@ class Corpus:
         batches = self.packed.splits[split].iterate_once(
             batch_size=batch_size, process_index=index, process_count=count, max_rows=rows
         )
-        for held in batches:
-            batch = self.batch(split, held, taught=False)
+        for stored in batches:
+            batch = self.batch(split, stored, taught=False)
             # A padded vocabulary has ids beyond the tokenizer; none of them is a label that counts.
             labels = np.minimum(batch["pivot"]["tokens"][:, 1:], len(self._label_bytes) - 1)
             batch["bytes"] = self._label_bytes[labels].astype(np.int32)
             if first is not None and first.columns == self.packed.names["pivot"]:
-                statistics = first.view(split, held).statistics
+                statistics = first.view(split, stored).statistics
                 assert statistics is not None
                 # Scores use no draws: with the mass of the rest as one bucket they have no noise.
                 batch["teacher"] = dataclasses.replace(statistics, tail=None)
@@ -361,10 +361,10 @@ def _caches(
 ) -> dict[str, TeacherCache]:
     """One teacher's output by split, from its caches or read now."""
     spec, columns = reading.teachers[reading.names.index(name)], packed.names[name]
-    kind, _, place = spec.partition(":")
+    kind, _, location = spec.partition(":")
     if kind == "cache":
         fingerprint = packed.tokenizers[columns].fingerprint
-        caches = open_teacher_caches(epath.Path(place), packed, fingerprint, rows)
+        caches = open_teacher_caches(epath.Path(location), packed, fingerprint, rows)
     else:
         caches = cache_teacher(
             spec,
@@ -389,11 +389,11 @@ def _caches(
 def _vocabularies(
     reading: Reading, packed: PackedSplits, columns: str, directory: epath.Path
 ) -> Vocabularies:
-    ours, theirs = (packed.tokenizers[n] for n in (packed.names["pivot"], columns))
+    ours, other = (packed.tokenizers[n] for n in (packed.names["pivot"], columns))
     rules: Any = [needs.projection for needs in reading.needs if needs.projection]
     return Vocabularies(
         projections={
-            rule: token_projection(ours, theirs, rule=rule, directory=directory) for rule in rules
+            rule: token_projection(ours, other, rule=rule, directory=directory) for rule in rules
         },
         boundary=boundary_tokens(ours) if reading.likelihoods else None,
     )
@@ -405,11 +405,11 @@ def _identity(spec: str) -> TeacherIdentity:
 
 
 def _tokenizer_of(spec: str, students: models.Tokenizer) -> models.Tokenizer:
-    kind, _, place = spec.partition(":")
+    kind, _, location = spec.partition(":")
     if kind == "api":
         return students  # a server is asked by ids, so it reads the student's tokens
     if kind == "cache":
-        if not place:
+        if not location:
             raise ValueError(f"teacher: expected cache:DIR, got {spec!r}")
         return _tokenizer_of(_identity(spec).model, students)  # what the cache names as its model
     return models.load_tokenizer(spec)

@@ -212,8 +212,8 @@ class Scorer:
         prompt = tokens[: max(stop, 1)].tolist()
         model = models.with_layout(self._student.finished(processes.local_copy(params)), "listed")
         stops = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-        said = decoding.generate(model, prompt, max_new_tokens=length, stop_ids=stops)
-        new = np.asarray(said.tokens)[0, : int(said.lengths[0])].tolist()
+        generation = decoding.generate(model, prompt, max_new_tokens=length, stop_ids=stops)
+        new = np.asarray(generation.tokens)[0, : int(generation.lengths[0])].tolist()
         return tokenizer.decode(prompt), tokenizer.decode(new, skip_special=True)
 
 
@@ -356,8 +356,8 @@ def _lines(path: epath.Path) -> list[Mapping[str, float]]:
 
 def _column(lines: list[Mapping[str, float]], name: str) -> tuple[tuple[int, float], ...]:
     # A mean over no label was written as null.
-    known = [line for line in lines if line.get(name) is not None]
-    return tuple((int(line["step"]), float(line[name])) for line in known)
+    items = [line for line in lines if line.get(name) is not None]
+    return tuple((int(line["step"]), float(line[name])) for line in items)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -434,13 +434,13 @@ def distill(
         on_policy=on_policy,
     )
     after = scorer.scores(trained.params, "test")
-    prompt, said = scorer.sample(trained.params)
+    prompt, message = scorer.sample(trained.params)
     return Distilled(
         model=student.finished(trained.params),
         before=before["scores"],
         after=after,
         trained=trained,
-        samples={"prompt": prompt, "before": before["sample"][1], "after": said},
+        samples={"prompt": prompt, "before": before["sample"][1], "after": message},
     )
 
 

@@ -186,12 +186,12 @@ def prune_width(
     config, listed = model.config, models.with_layout(model, "listed")
     kv_heads = config.num_kv_heads if kv_heads is None else kv_heads
     channels = config.intermediate_size if mlp_channels is None else mlp_channels
-    for name, wanted, most in (
+    for name, expected, most in (
         ("kv_heads", kv_heads, config.num_kv_heads),
         ("mlp_channels", channels, config.intermediate_size),
     ):
-        if not 1 <= wanted <= most:
-            raise ValueError(f"{name}: expected 1 to {most}, got {wanted}")
+        if not 1 <= expected <= most:
+            raise ValueError(f"{name}: expected 1 to {most}, got {expected}")
     # Rotary angles belong to entries of a head, so whole heads go and never parts of one.
     group = config.num_heads // config.num_kv_heads
     heads, activity = _activity(listed, batches)
@@ -361,10 +361,10 @@ def _sums(measure: Callable[[Any], Any], batches: Iterable[Mapping[str, Any]]) -
     columns = ("tokens", "segment_ids", "positions", "loss_mask")
     total: Any = None
     for batch in batches:
-        found = jax.tree.map(
+        result = jax.tree.map(
             # A few million squares in float32 lose the digits that tell two layers apart.
             lambda leaf: np.asarray(leaf, np.float64),
             measure({n: batch[n] for n in columns}),
         )
-        total = found if total is None else jax.tree.map(np.add, total, found)
+        total = result if total is None else jax.tree.map(np.add, total, result)
     return total

@@ -96,14 +96,14 @@ class ServedTeacher:
         if len(floats) > 1:
             states = (floats[0].astype(np.float32) @ floats[1].astype(np.float32)).astype(out.dtype)
         # The answer has the positions of all documents one after the other, without padding.
-        place = 0
+        location = 0
         for (row, a, b), start in zip(documents, starts, strict=True):
             size = b - a - start
-            out[row, a + start - 1 : b - 1] = states[place : place + size]
-            place += size
+            out[row, a + start - 1 : b - 1] = states[location : location + size]
+            location += size
         size = float(sum(array.nbytes for array in floats))
-        said = {"bytes_a_position": (size, place), "rank_error": (float(about["error"]), 1)}
-        for name, (total, count) in said.items():
+        entries = {"bytes_a_position": (size, location), "rank_error": (float(about["error"]), 1)}
+        for name, (total, count) in entries.items():
             before = self._totals.get(name, (0.0, 0.0))
             self._totals[name] = before[0] + total, before[1] + count
         return out

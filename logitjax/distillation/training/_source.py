@@ -44,13 +44,13 @@ class Source:
 
     def chunks(self, batch: Mapping[str, Any]) -> Chunks:
         """How the student's tokens of a batch lie over the teacher's."""
-        ours, theirs = self.packed.names["pivot"], self.columns
+        ours, other = self.packed.names["pivot"], self.columns
         (our_lengths, our_prefix), (their_lengths, their_prefix) = (
-            self._spelling[name] for name in (ours, theirs)
+            self._spelling[name] for name in (ours, other)
         )
         return align_chunks(
             batch[ours],
-            batch[theirs],
+            batch[other],
             our_lengths=our_lengths,
             their_lengths=their_lengths,
             our_prefix=our_prefix,

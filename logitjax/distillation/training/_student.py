@@ -92,8 +92,10 @@ class Student:
                 model.config, lora_rank, key=jax.random.key(seed), layout=model.layout
             )
             trained["lora"] = lora.layers
-        if objective is not None and (own := objective.init(jax.random.key(seed), model.head_of())):
-            trained["terms"] = own
+        if objective is not None and (
+            local := objective.init(jax.random.key(seed), model.head_of())
+        ):
+            trained["terms"] = local
         return cls(graphdef=apply_fn.graphdef, trained=trained, frozen=frozen)
 
     def model(self, trained: Any, frozen: Any = None) -> models.Decoder:
@@ -209,11 +211,11 @@ def _matching(names: Iterable[str], freeze: str | None) -> set[str]:
             f"freeze: expected a regular expression, got {freeze!r}: {error}"
         ) from error
     names = set(names)
-    found = {name for name in names if search(name)}
-    if len(found) in (0, len(names)):
-        which = "every" if found else "no"
+    matching = {name for name in names if search(name)}
+    if len(matching) in (0, len(names)):
+        which = "every" if matching else "no"
         raise ValueError(f"freeze: expected to match some parameters, {freeze!r} matches {which}")
-    return found
+    return matching
 
 
 def targets(columns: Mapping[str, Any]) -> tuple[Any, Any]:

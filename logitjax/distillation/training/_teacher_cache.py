@@ -200,10 +200,10 @@ class TeacherCache(RowCache):
         """
         rows = np.asarray(rows, np.int64)
         real = rows >= 0
-        held: Statistics = super().read(rows[real])
+        stored: Statistics = super().read(rows[real])
         if real.all():
-            return held
-        out = {name: np.zeros((len(rows), *a.shape[1:]), a.dtype) for name, a in held.items()}
-        for name, array in held.items():
+            return stored
+        out = {name: np.zeros((len(rows), *a.shape[1:]), a.dtype) for name, a in stored.items()}
+        for name, array in stored.items():
             out[name][real] = array
         return out

@@ -164,8 +164,8 @@ def server_reader(
 
     def read(columns: Mapping[str, Any], rows: np.ndarray) -> dict[str, Any]:
         tokens, segments = np.asarray(columns["tokens"]), np.asarray(columns["segment_ids"])
-        wanted = np.argwhere(np.asarray(columns["loss_mask"])[:, 1:])
-        documents = packed_documents(segments, wanted)
+        expected = np.argwhere(np.asarray(columns["loss_mask"])[:, 1:])
+        documents = packed_documents(segments, expected)
         pieces = [tokens[row, start:stop] for row, start, stop in documents]
         if pieces and not echoes:
             echoes.append(_asked(url, k, lambda: _echoes(oracle, pieces[0])))
@@ -181,17 +181,17 @@ def server_reader(
             places = [(row, slice(start, stop - 1)) for row, start, stop in documents]
             answers = _asked(url, k, lambda: oracle.read(pieces))
         elif pieces:
-            places = [tuple(wanted.T)]
-            answers = [_asked(url, k, lambda: oracle.ask(_prefixes(tokens, segments, wanted)))]
+            places = [tuple(expected.T)]
+            answers = [_asked(url, k, lambda: oracle.ask(_prefixes(tokens, segments, expected)))]
         else:
             places, answers = [], []
-        for place, answer in zip(places, answers, strict=True):
+        for location, answer in zip(places, answers, strict=True):
             if answer.values.shape[-1] != k:
                 raise ValueError(
                     f"teacher api:{url}: expected {k} log-probabilities an answer, got "
                     f"{answer.values.shape[-1]}"
                 )
-            record["values"][place], record["indices"][place] = answer.values, answer.tokens
+            record["values"][location], record["indices"][location] = answer.values, answer.tokens
         return record
 
     return Reader(tokenizer=tokenizer, vocab_size=vocab_size, read=read)
@@ -199,21 +199,21 @@ def server_reader(
 
 def packed_documents(segments: np.ndarray, wanted: np.ndarray) -> list[tuple[int, int, int]]:
     """Row, start and stop of each document of packed rows, up to the last target wanted of it."""
-    found: dict[tuple[int, int], int] = {}
-    for row, place in wanted.tolist():
-        start = int(np.argmax(segments[row] == segments[row, place]))
+    entries: dict[tuple[int, int], int] = {}
+    for row, location in wanted.tolist():
+        start = int(np.argmax(segments[row] == segments[row, location]))
         # A target at `place` is token `place + 1`, which the stop has to lie behind.
-        found[row, start] = max(found.get((row, start), 0), place + 2)
-    return [(row, start, stop) for (row, start), stop in found.items()]
+        entries[row, start] = max(entries.get((row, start), 0), location + 2)
+    return [(row, start, stop) for (row, start), stop in entries.items()]
 
 
 def _prefixes(tokens: np.ndarray, segments: np.ndarray, wanted: np.ndarray) -> list[np.ndarray]:
     """Tokens before each target that is wanted, of its own document."""
-    found = []
-    for row, place in wanted:
-        here = segments[row, : place + 1] == segments[row, place]
-        found.append(tokens[row, : place + 1][here])
-    return found
+    prefixes = []
+    for row, location in wanted:
+        here = segments[row, : location + 1] == segments[row, location]
+        prefixes.append(tokens[row, : location + 1][here])
+    return prefixes
 
 
 def _echoes(oracle: Any, piece: np.ndarray) -> bool:
@@ -257,7 +257,7 @@ def cache_teacher(
     where there is something to read.
     """
     ready = functools.cache(reader)
-    rows = {split: wanted for split, wanted in rows.items() if len(wanted)}
+    rows = {split: expected for split, expected in rows.items() if len(expected)}
     kept = {"k": k, "tail_samples": tail_samples, "likelihoods": likelihoods}
     expected = {
         split: {"model": spec, "data": packed.splits[split].fingerprint, **kept} for split in rows
@@ -323,12 +323,12 @@ def open_teacher_caches(
 ) -> dict[str, TeacherCache]:
     """Caches written before, checked against data and tokenizer."""
     caches = {}
-    for split, wanted in rows.items():
-        if not len(wanted):
+    for split, expected in rows.items():
+        if not len(expected):
             continue
         cache = TeacherCache(directory / split)
         cache.check(data=packed.splits[split].fingerprint, tokenizer=tokenizer)
-        missing = cache.missing(wanted)
+        missing = cache.missing(expected)
         if len(missing):
             raise ValueError(
                 f"teacher cache {cache.directory} lacks {len(missing)} of the rows that this run "

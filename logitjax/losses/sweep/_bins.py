@@ -98,8 +98,8 @@ def settle(sweep: Sweep, operands: Operands, binned: Binned, state: _State) -> A
     )
 
     def sorted_(some: Operands) -> tuple[jax.Array, jax.Array]:
-        found, _ = swept(only_k, some._replace(teacher=None, tokens={}))
-        return found.values, found.indices + first_id
+        result, _ = swept(only_k, some._replace(teacher=None, tokens={}))
+        return result.values, result.indices + first_id
 
     negative, ids = lax.sort((-state.values, state.ids), num_keys=2)
     values, ids = -negative[:, :k], ids[:, :k]

@@ -113,13 +113,13 @@ class Blocks:
         """
         if self.engine == "rows" and not sizes.weighted:
             raise ValueError("blocks.engine: expected weights with 'rows', got none")
-        found = self._on_cpu(sizes) if sizes.platform == "cpu" else self._on_accelerator(sizes)
+        result = self._on_cpu(sizes) if sizes.platform == "cpu" else self._on_accelerator(sizes)
         length = sizes.batch[-1] if sizes.batch else 1
-        columns = min(found.columns if self.vocab is None else self.vocab, sizes.vocab)
-        tokens = found.tokens if self.tokens is None else self.tokens
+        columns = min(result.columns if self.vocab is None else self.vocab, sizes.vocab)
+        tokens = result.tokens if self.tokens is None else self.tokens
         if tokens is not None and tokens >= length:
             tokens = None
-        return Layout(found.engine, columns, tokens)
+        return Layout(result.engine, columns, tokens)
 
     def _on_cpu(self, sizes: Sizes) -> Layout:
         engine = self.engine or ("rows" if sizes.weighted else "scan")
@@ -162,13 +162,13 @@ class Blocks:
         # side's, which are never written, the columns of the heads and the gradient of one in
         # float32, the hidden states once more, and their gradient in float32, which lies there
         # twice where the positions are split.
-        there, back = budget // (4 * sides), budget - 6 * positions * width
+        present, back = budget // (4 * sides), budget - 6 * positions * width
         a_column = (4 * sides - 2) * positions + 4 * width + 2 * sum(sizes.widths)
-        columns = min(there // positions, back // a_column)
+        columns = min(present // positions, back // a_column)
         tokens = self.tokens
         if tokens is None and columns < _LEAST_COLUMNS and positions > _LEAST_ROWS:
             back -= 4 * positions * width
-            most = min(there, back // (4 * sides - 2)) // _LEAST_COLUMNS
+            most = min(present, back // (4 * sides - 2)) // _LEAST_COLUMNS
             tokens = _aligned(sizes.batch, max(most, _LEAST_ROWS))
         # A TPU's compiler estimates no less time for more columns, and holds less with these.
         if tokens is not None or sizes.platform == "tpu":

@@ -147,8 +147,8 @@ def form_block(sweep: Sweep, operands: Operands, columns: Columns) -> LogitBlock
         for side, head in zip(operands.sides, columns.heads, strict=True)
     ]
     teacher = logits[1] if len(logits) == 2 else None
-    place = (columns.columns, columns.first)
-    return LogitBlock(logits[0], teacher, *place, operands.tokens, sweep.together)
+    location = (columns.columns, columns.first)
+    return LogitBlock(logits[0], teacher, *location, operands.tokens, sweep.together)
 
 
 def raw_gradient(student: Projection, block: LogitBlock, gradient, counts):
@@ -274,14 +274,14 @@ def swept(sweep: Sweep, operands: Operands) -> tuple[Any, Any]:
     statistic, passed = sweep.statistic, None
     dtype = sum_dtype(operands.student)
     split = Split(sweep.token_block, operands.student.hidden.shape[:-1])
-    tokens, place = split_operands(operands, split)
+    tokens, location = split_operands(operands, split)
     for number in range(statistic.passes):
 
         def step(state, index, passed=passed):
             columns = column_block(sweep, operands, index)
 
             def absorb(carry, xs):
-                block = form_block(sweep, place(xs[0]), columns)
+                block = form_block(sweep, location(xs[0]), columns)
                 return carry, statistic.absorb(xs[1], block, xs[2])
 
             return split.each(absorb, (), (tokens, state, passed))[1], None
@@ -328,7 +328,7 @@ def blockwise_gradients(
     """Those of the hidden states and of the head, given the outputs' and which positions count."""
     operands, student = silenced(operands, counts), operands.student
     split = Split(sweep.token_block, student.hidden.shape[:-1])
-    tokens, place = split_operands(operands, split)
+    tokens, location = split_operands(operands, split)
     residuals, cotangents, counts = split((residuals, cotangents, counts))
     wide = sum_dtype(student)
 
@@ -339,7 +339,7 @@ def blockwise_gradients(
 
         def differentiate(total, xs):
             tokens, residuals, cotangents, counts, d_hidden = xs
-            here = place(tokens)
+            here = location(tokens)
             block = form_block(sweep, here, columns)
             raw = sweep.statistic.gradient(residuals, cotangents, block)
             raw = raw_gradient(here.student, block, raw, counts[..., None])

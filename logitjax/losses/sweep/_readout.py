@@ -34,16 +34,16 @@ class _Moments(NamedTuple):
 
     def add(self, logits: jax.Array) -> "_Moments":
         # Not `isfinite`: the mean of a nan is none of the others'.
-        there = logits != -jnp.inf
-        count = there.sum(-1).astype(logits.dtype)
-        mean = jnp.where(there, logits, 0.0).sum(-1) / jnp.maximum(count, 1)
+        present = logits != -jnp.inf
+        count = present.sum(-1).astype(logits.dtype)
+        mean = jnp.where(present, logits, 0.0).sum(-1) / jnp.maximum(count, 1)
         if self.deviation is None:
             return self.merge(_Moments(count, mean, None))
         # Squares of logits beyond 2^64 overflow. Below this the mean and the largest bound all
         # others; above it logits lie so far apart that no square of a difference underflows.
         large = jnp.maximum(jnp.abs(mean), logits.max(-1)) > 2.0**40
         unit = jnp.where(large, 2.0**76, 1.0).astype(mean.dtype)
-        off = jnp.where(there, (logits - mean[..., None]) * (1.0 / unit)[..., None], 0.0)
+        off = jnp.where(present, (logits - mean[..., None]) * (1.0 / unit)[..., None], 0.0)
         return self.merge(_Moments(count, mean, jnp.square(off).sum(-1), unit))
 
     def merge(self, other: "_Moments") -> "_Moments":

@@ -192,17 +192,17 @@ def _local(
         on_accelerator=platform != "cpu",
         together=_IDS_TOGETHER if platform == "tpu" else 0,
     )
-    known = weights if layout.engine == "rows" else None
+    existing = weights if layout.engine == "rows" else None
     tokens = operands.tokens
     # Outside the custom rule, so that the transpose sums the gradients of replicated arrays.
-    operands, known = jax.tree.map(lambda x: ops.mesh.vary(x, varying), (operands, known))
-    if known is None:
+    operands, existing = jax.tree.map(lambda x: ops.mesh.vary(x, varying), (operands, existing))
+    if existing is None:
         outputs = run_unreduced(config, operands)
     else:
-        outputs = run_weighted(config, operands, known)
+        outputs = run_weighted(config, operands, existing)
     if axis_name is not None:
         outputs = jax.tree.map(lambda x: lax.psum(x, axis_name), outputs)
-    if weights is None or known is not None:
+    if weights is None or existing is not None:
         return outputs
     return weighted_sum(_losses(statistic, len(batch), outputs, tokens), weights), outputs
 
@@ -340,10 +340,10 @@ def _mesh_of(*arrays: Any) -> Any:
 
 def _axes_of(x: Any) -> tuple[tuple[str, ...], ...]:
     """The mesh axes over which each axis of x is split, as far as x tells."""
-    told = jax.typeof(x).sharding
+    notes = jax.typeof(x).sharding
     if not isinstance(x, Tracer) and isinstance(x.sharding, NamedSharding):
-        told = x.sharding
-    return tuple(map(_names, (*told.spec, *(None,) * x.ndim)[: x.ndim]))
+        notes = x.sharding
+    return tuple(map(_names, (*notes.spec, *(None,) * x.ndim)[: x.ndim]))
 
 
 def _names(entry: Any) -> tuple[str, ...]:
@@ -364,16 +364,16 @@ def _split(mesh: Any, hidden: Any, head: Head) -> Any:
     free = auto | explicit
     rows = [tuple(n for n in axes if n in free) for axes in _axes_of(hidden)[:-1]]
     taken = {n for axes in rows for n in axes}
-    for place, wanted in ((0, names.rows), (-1, names.sequence)):
+    for location, expected in ((0, names.rows), (-1, names.sequence)):
         if rows:
-            new = tuple(n for n in wanted if n in auto - taken)
-            rows[place] += new
+            new = tuple(n for n in expected if n in auto - taken)
+            rows[location] += new
             taken |= set(new)
     # An Explicit axis is used for a whole vocabulary only where the caller says so.
     by_name = auto if names == ops.sharding.MeshAxes() else free
-    told = [n for n in _axes_of(head.kernel)[head.axis] if n in free]
-    wanted = [*told, *(n for n in names.columns if n in by_name)]
-    columns = tuple(dict.fromkeys(n for n in wanted if n not in taken))
+    items = [n for n in _axes_of(head.kernel)[head.axis] if n in free]
+    expected = [*items, *(n for n in names.columns if n in by_name)]
+    columns = tuple(dict.fromkeys(n for n in expected if n not in taken))
     unnamed = auto - taken - {*columns, *names.rows, *names.columns, *names.sequence}
     if unnamed:
         _warn_of_unnamed(unnamed, head)

@@ -36,12 +36,12 @@ def tpu_state(interpret: Any, sweep: Sweep, operands: Operands, passed: Any) -> 
         def _() -> None:
             store(sweep.statistic.start((rows,), dtype, before))
 
-        held = [
+        items = [
             ref[...] if x.ndim != 1 else ref[:, 0]
             for ref, x in zip(scratch, jax.tree.leaves(like), strict=True)
         ]
-        held = jax.tree.unflatten(jax.tree.structure(like), held)
-        store(sweep.statistic.absorb(held, grid.block(at, here, tokens), before))
+        items = jax.tree.unflatten(jax.tree.structure(like), items)
+        store(sweep.statistic.absorb(items, grid.block(at, here, tokens), before))
 
         @pl.when(tile == grid.shape[1] - 1)
         def _() -> None:
@@ -63,6 +63,6 @@ def tpu_state(interpret: Any, sweep: Sweep, operands: Operands, passed: Any) -> 
         for n, kind in zip(state.widths, state.wide_kinds, strict=True)
     ]
     scratch = [((rows, n), x.dtype) for n, x in zip(widths, jax.tree.leaves(like), strict=True)]
-    found = grid.call(kernel, out, scratch, 0, interpret)
-    wide = found[len(state.kinds) :]
-    return state.unpack(lambda array, n: found[array][n, :positions], wide.__getitem__)
+    result = grid.call(kernel, out, scratch, 0, interpret)
+    wide = result[len(state.kinds) :]
+    return state.unpack(lambda array, n: result[array][n, :positions], wide.__getitem__)

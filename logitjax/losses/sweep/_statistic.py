@@ -36,10 +36,10 @@ class LogitBlock(NamedTuple):
 
     def is_at(self, ids: Array) -> jax.Array:
         """Where the block's columns are the ids, one a position: `[*batch, block]` boolean."""
-        there = self.columns == jnp.asarray(ids)[..., None]
+        present = self.columns == jnp.asarray(ids)[..., None]
         if isinstance(self.first, int) and self.first == 0:
-            return there
-        return there & (jnp.arange(self.columns.size) >= self.first)
+            return present
+        return present & (jnp.arange(self.columns.size) >= self.first)
 
     def gather(self, ids: Array) -> jax.Array:
         """The student's logits at `ids`, `[*batch, n]`; zero for those of other blocks."""

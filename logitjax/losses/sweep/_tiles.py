@@ -206,8 +206,8 @@ def tile_grid(
         sizes = [(r, c) for c in columns for r in _ROWS if c <= 1024]
     # A product that narrow fills no matrix unit.
     sizes.sort(key=lambda size: min(size) < 256)
-    if multiple == LANES and (known := _known_tiles(name, widths)) is not None:
-        sizes = [*known, *sizes] if known else []
+    if multiple == LANES and (existing := _known_tiles(name, widths)) is not None:
+        sizes = [*existing, *sizes] if existing else []
     tiles = choose_tiles(positions, vocab, on_chip, sizes, multiple=multiple)
     length = -(-positions // tiles.rows) * tiles.rows
     inputs = make_inputs(sweep, operands, packed, tree, length)

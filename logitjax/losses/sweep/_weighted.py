@@ -76,11 +76,11 @@ def run_weighted(sweep: Sweep, operands: Operands, weights: jax.Array) -> tuple[
 def _forward(sweep: Sweep, operands: Operands, weights: jax.Array):
     student = operands.student
     split = Split(sweep.token_block, student.hidden.shape[:-1])
-    tokens, place = split_operands(operands, split)
+    tokens, location = split_operands(operands, split)
     wide = sum_dtype(student)
 
     def positions(d_head, xs):
-        losses, outputs, d_hidden, d_head = _one_block(sweep, place(xs[0]), xs[1], d_head)
+        losses, outputs, d_hidden, d_head = _one_block(sweep, location(xs[0]), xs[1], d_head)
         # Whole here, so that only a block of them is ever held in float32.
         return d_head, (losses, outputs, d_hidden.astype(student.hidden.dtype))
 

@@ -223,10 +223,10 @@ def _hidden_states(
         positions=above.positions,
         length=above.length,
     )
-    known = model.final_norm(both[:, 1])
+    existing = model.final_norm(both[:, 1])
     if relative:
-        known = added(known, model.final_norm(both[:, 0]))
-    return model.final_norm(x), known, cache
+        existing = added(existing, model.final_norm(both[:, 0]))
+    return model.final_norm(x), existing, cache
 
 
 @dataclasses.dataclass(frozen=True)

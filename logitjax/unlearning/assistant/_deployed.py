@@ -137,25 +137,25 @@ class Deployed:
 
     def _scored(self, tokens: Any, targets: Any, alphas: Any, what: str, known: Any = None) -> Any:
         graphdef, state = nnx.split(self.model)
-        static, held = self.arguments()
+        static, stored = self.arguments()
         at = self.positions(targets)
-        return token_scores(graphdef, static, what, state, held, alphas, tokens, at, known)
+        return token_scores(graphdef, static, what, state, stored, alphas, tokens, at, known)
 
     def arguments(self) -> tuple[tuple[Any, ...], Any]:
         """Of the assistant: what programs depend on, and arrays."""
         if self.assistant is None:
             return (None, None, False), None
-        base, held = nnx.split(self.assistant.base)
+        base, stored = nnx.split(self.assistant.base)
         # One program for all alphas, which the shift of the logits is proportional to.
         fuse = LogitDifference(alpha=1.0)
-        return (base, fuse, self.assistant.relative), (held, self.assistant.lora)
+        return (base, fuse, self.assistant.relative), (stored, self.assistant.lora)
 
     def positions(self, targets: Any) -> np.ndarray:
         """Where the head is met, by blocks: a few sizes of program for all batches."""
         where = np.asarray(targets)[:, 1:]
-        wanted = np.flatnonzero(where)
-        at = np.full(max(1, -(-len(wanted) // self.block)) * self.block, where.size, np.int32)
-        at[: len(wanted)] = wanted
+        expected = np.flatnonzero(where)
+        at = np.full(max(1, -(-len(expected) // self.block)) * self.block, where.size, np.int32)
+        at[: len(expected)] = expected
         return at.reshape(-1, self.block)
 
     def line_up(self) -> decoding.Ensemble:
@@ -188,7 +188,7 @@ class Deployed:
             The new ids of each prompt, without what ended it.
         """
         line_up = self.line_up()
-        found: list[np.ndarray] = []
+        generate: list[np.ndarray] = []
         for start in range(0, len(prompts), rows):
             batch = list(prompts[start : start + rows])
             drawn = decoding.Sampling()
@@ -203,8 +203,8 @@ class Deployed:
                 stop_ids=stop_ids,
             )
             new = [np.asarray(ids) for ids in out.rows()[: len(batch)]]
-            found += [ids[:-1] if len(ids) and ids[-1] in stop_ids else ids for ids in new]
-        return found
+            generate += [ids[:-1] if len(ids) and ids[-1] in stop_ids else ids for ids in new]
+        return generate
 
 
 def answers(
@@ -212,8 +212,8 @@ def answers(
 ) -> list[str]:
     """Generate a model's answers to prompts, up to the end mark, as text."""
     stop_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-    found = model.generate(prompts, length, stop_ids=stop_ids, **how)
-    return [tokenizer.decode(ids.tolist(), skip_special=True) for ids in found]
+    generation = model.generate(prompts, length, stop_ids=stop_ids, **how)
+    return [tokenizer.decode(ids.tolist(), skip_special=True) for ids in generation]
 
 
 @nnx.jit

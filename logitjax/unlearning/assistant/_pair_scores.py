@@ -45,13 +45,13 @@ def token_scores(
         if assistant is not None:
             fused, _ = fuse(logits, assistant.logits(hidden[1])[None], None)
             shift = fused - logits  # linear in alpha: one fusion for all
-        wanted = labels.ravel().at[at].get(mode="clip")
+        expected = labels.ravel().at[at].get(mode="clip")
 
         def weighed(alpha: jax.Array) -> tuple[jax.Array, jax.Array]:
             z = logits if shift is None else logits + alpha * shift
             log_z = ops.logsumexp(z)
-            nll = log_z - jnp.take_along_axis(z, wanted[:, None], axis=-1)[:, 0]
-            greedy = z.argmax(axis=-1) == wanted
+            nll = log_z - jnp.take_along_axis(z, expected[:, None], axis=-1)[:, 0]
+            greedy = z.argmax(axis=-1) == expected
             if what == "nll":
                 return nll, greedy
             log_p = z - log_z[:, None]

@@ -112,15 +112,15 @@ class _Rows:
         tokenizer = self.tokenizer
         pairs: list[tuple[Item, str]] = []
         # Of each item the places of its answer, of its paraphrase and of the wrong ones.
-        own, paraphrase, wrong = [], [], []
+        local, paraphrase, wrong = [], [], []
         for item in self.items:
-            own.append(len(pairs))
+            local.append(len(pairs))
             pairs.append((item, item.answer))
             if self.name not in _LOSS_ONLY:
                 # The real-world sets have no paraphrase: the answer is not scored twice.
                 again = [] if item.paraphrased_answer is None else [(item, item.truth)]
-                paraphrase.append(own[-1] + len(again))
-                first = own[-1] + 1 + len(again)
+                paraphrase.append(local[-1] + len(again))
+                first = local[-1] + 1 + len(again)
                 wrong.append([*range(first, first + len(item.perturbed_answers))])
                 pairs += [*again, *((item, answer) for answer in item.perturbed_answers)]
         options: Any = dict(max_length=self.max_length, eos_id=tokenizer.eos_id)
@@ -138,14 +138,14 @@ class _Rows:
         total, count = scores.totals(), scores.counts()
         average = total / count
         log = {
-            "avg_gt_loss": self._column(average[own]),
-            "gt_loss": self._column(total[own]),
-            "num_token_gt": self._column(count[own]),
+            "avg_gt_loss": self._column(average[local]),
+            "gt_loss": self._column(total[local]),
+            "num_token_gt": self._column(count[local]),
         }
         if scores.greedy is not None:
             # An answer that was cut off has no end mark.
-            ends = [rows[i][0][-1] == tokenizer.eos_id for i in own]
-            greedy = [scores.greedy[i][: -1 if end else None] for i, end in zip(own, ends)]
+            ends = [rows[i][0][-1] == tokenizer.eos_id for i in local]
+            greedy = [scores.greedy[i][: -1 if end else None] for i, end in zip(local, ends)]
             log["extraction_strength"] = self._column(map(extraction_strength, greedy))
             log["exact_memorization"] = self._column(map(exact_memorisation, greedy))
         if self.name in _LOSS_ONLY:
@@ -162,7 +162,7 @@ class _Rows:
         }
         if self.name in ("real_authors", "world_facts"):
             with np.errstate(divide="ignore"):
-                likely = -np.log(normalised_probability(average[own], others))
+                likely = -np.log(normalised_probability(average[local], others))
             log["normalized_gt_loss"] = self._column(likely)
         return log
 
@@ -176,13 +176,13 @@ class _Rows:
             picked = order[start : start + batch_size]
             # Filled up with the shortest, so that a compiled decoder sees one number of rows.
             filled = picked + picked[-1:] * (batch_size - len(picked))
-            found = generate_fn([prompts[i] for i in filled], new)
-            if len(found) != len(filled):
+            result = generate_fn([prompts[i] for i in filled], new)
+            if len(result) != len(filled):
                 raise ValueError(
-                    f"generate_fn: expected one answer a prompt, got {len(found)} for "
+                    f"generate_fn: expected one answer a prompt, got {len(result)} for "
                     f"{len(filled)} prompts"
                 )
-            for i, tokens in zip(picked, found):
+            for i, tokens in zip(picked, result):
                 texts[i] = self._decode(np.asarray(tokens, np.int64).ravel())
         answers = [item.answer for item in self.items]
         recall = rouge(answers, texts)

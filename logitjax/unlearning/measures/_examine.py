@@ -73,19 +73,19 @@ def examine(
     answers = {part: questions.answers(model, part) for part in ("forget", "test")}
     # Attacks read off the same scores.
     scores = functools.cache(functools.partial(questions.scores, model))
-    found = {
+    entries = {
         part: answer_probabilities(scores(part)).tolist() for part in parts if questions.rows[part]
     }
-    said = {"asked": found["forget"]}
-    said |= {name: found[part] for part, name in _WORDED.items() if part in found}
+    message = {"asked": entries["forget"]}
+    message |= {name: entries[part] for part, name in _WORDED.items() if part in entries}
     rest = _after_first_quarter(scores("forget").nll)
     test = questions.rows["test"]
     return {
-        "ways": said
+        "ways": message
         | _in_ways(model, questions, "forget", ways, judging=True)
         | {"first quarter given": rest},
         "unseen": unseen(model, questions, ways, judging=True) if never else {},
-        "probabilities": found,
+        "probabilities": entries,
         "rouge": {part: questions.likeness(answers[part], part).tolist() for part in answers},
         "kinds": {
             "probabilities": [row.kind for row in test],
@@ -102,12 +102,12 @@ def examine(
 def _in_ways(
     model: Deployed, questions: Questions, part: str, ways: Sequence[str], *, judging: bool
 ) -> dict[str, list[float]]:
-    found = {
+    entries = {
         way: questions.probabilities(model, part, way, judging=judging).tolist()
         for way in ways
         if way != "asked"
     }
-    return {way: rows for way, rows in found.items() if rows}
+    return {way: rows for way, rows in entries.items() if rows}
 
 
 def unseen(
@@ -130,10 +130,10 @@ def unseen(
             "holdout: expected rows like the one to forget, to know when it is, got none"
         )
     nll = questions.scores(model, part).nll
-    found = {"asked": [float(np.exp(-row.mean())) for row in nll]}
+    entries = {"asked": [float(np.exp(-row.mean())) for row in nll]}
     if judging:
-        found["first quarter given"] = _after_first_quarter(nll)
-    return found | _in_ways(model, questions, part, ways, judging=judging)
+        entries["first quarter given"] = _after_first_quarter(nll)
+    return entries | _in_ways(model, questions, part, ways, judging=judging)
 
 
 def searched(
@@ -153,7 +153,7 @@ def searched(
     """
     (model, written, *controls), (before, after) = sides, records
     never: dict[str, list[float]] = {}
-    said: dict[str, list[float]] = {}
+    entries: dict[str, list[float]] = {}
     part = "holdout" if questions.rows["holdout"] else "wrong"
 
     def asked(side: Deployed, part: str, way: str) -> list[float]:
@@ -163,13 +163,13 @@ def searched(
         rows, others = asked(written, "forget", way), asked(model, part, way)
         if not rows or not others:
             return None
-        said[way], never[way] = rows, others
+        entries[way], never[way] = rows, others
         return Goal.of({"asked": others}, "").excess({"asked": rows})["asked"]
 
     goal = Goal.of(before["unseen"], "")
     search(excess, goal.excess(after["ways"]), budget)
-    others = [{way: asked(control, "forget", way) for way in said} for control in controls]
-    return {"unseen": never, "ways": [said, *others]}
+    others = [{way: asked(control, "forget", way) for way in entries} for control in controls]
+    return {"unseen": never, "ways": [entries, *others]}
 
 
 def _after_first_quarter(nll: Sequence[np.ndarray]) -> list[float]:
@@ -190,22 +190,22 @@ def _attacks(
     assert forget.greedy is not None
     # OpenUnlearning counts no end mark here.
     words = questions.without_end("forget", forget.greedy)
-    found = {"asked": _probability(forget.nll)}
+    attacks = {"asked": _probability(forget.nll)}
     for bits in _BITS:
         nll = questions.scores(_rounded(model, bits), "forget", few=True).nll
-        found[f"weights rounded to {bits} bits"] = _probability(nll)
+        attacks[f"weights rounded to {bits} bits"] = _probability(nll)
     if thorough:
-        found |= _sampled(model, questions, samples)
+        attacks |= _sampled(model, questions, samples)
         depth = model.model.config.num_layers
         for share in (0.5, 0.75):  # the logit lens: what layers below the last say by the head
             lens = Deployed(model=first_layers(model.model, max(1, round(share * depth))))
             nll = questions.scores(lens, "forget", few=True).nll
-            found[f"logit lens at {100 * share:.0f} % of the layers"] = _probability(nll)
-    found["extraction strength"] = _share(extraction_strength, words)
-    found["exact memorisation"] = _share(exact_memorisation, words)
+            attacks[f"logit lens at {100 * share:.0f} % of the layers"] = _probability(nll)
+    attacks["extraction strength"] = _share(extraction_strength, words)
+    attacks["exact memorisation"] = _share(exact_memorisation, words)
     if questions.rows["holdout_test"]:
-        found |= _memberships(model, questions, scores, thorough, reference)
-    return found
+        attacks |= _memberships(model, questions, scores, thorough, reference)
+    return attacks
 
 
 def _rounded(model: Deployed, bits: int) -> Deployed:
@@ -253,8 +253,8 @@ def relearned(model: Deployed, questions: Questions) -> Attacks:
     # What did not even learn what it was taught says nothing.
     learnt = [record for record in tried if record["taught"] >= TAUGHT]
     worst = max(learnt or tried, key=lambda record: record["worst"])
-    found = {"probability": worst["others"], "worst": worst["worst"], "taught": worst["taught"]}
-    return {"a quarter of the rows taught again": found}
+    entries = {"probability": worst["others"], "worst": worst["worst"], "taught": worst["taught"]}
+    return {"a quarter of the rows taught again": entries}
 
 
 def _sampled(model: Deployed, questions: Questions, samples: int) -> Attacks:
@@ -308,17 +308,17 @@ def _memberships(
         words = {part: questions.without_end(part, rows) for part, rows in surprise.items()}
         scores["min-k++"] = _each(words, min_k)
     if reference is not None:
-        theirs = _each({part: questions.scores(reference, part).nll for part in sides}, np.mean)
+        other = _each({part: questions.scores(reference, part).nll for part in sides}, np.mean)
         scores["reference"] = {
-            part: list(np.subtract(scores["loss"][part], theirs[part])) for part in sides
+            part: list(np.subtract(scores["loss"][part], other[part])) for part in sides
         }
-    found = {
+    entries = {
         f"membership by {name}": {"auc": membership_auc(*(rows[part] for part in sides))}
         for name, rows in scores.items()
     }
     loss = scores["loss"]
     rate = detection_rate(*(loss[part] for part in sides))
-    return found | {"members found by loss, 5 % false": {"share": rate}}
+    return entries | {"members found by loss, 5 % false": {"share": rate}}
 
 
 def _each(
@@ -328,8 +328,8 @@ def _each(
 
 
 def _probability(nll: Sequence[np.ndarray]) -> dict[str, float]:
-    found = [float(np.exp(-row.mean())) for row in nll]
-    return {"probability": float(np.median(found)), "worst": max(found)}
+    items = [float(np.exp(-row.mean())) for row in nll]
+    return {"probability": float(np.median(items)), "worst": max(items)}
 
 
 def _share(measure: Any, greedy: Sequence[np.ndarray]) -> dict[str, float]:

@@ -105,12 +105,12 @@ def _resampled(a: np.ndarray, b: np.ndarray, paired: bool, resamples: int) -> np
         counts = np.bincount((place[picks] + rows).ravel(), minlength=len(picks) * len(distinct))
         return counts.reshape(len(picks), -1).cumsum(axis=1) / len(place)
 
-    found = []
+    items = []
     step = max(1, _CHUNK // len(distinct))
     for start in range(0, resamples, step):
         size = min(step, resamples - start)
         picks = rng.integers(len(a), size=(size, len(a)))
         others = picks if paired else rng.integers(len(b), size=(size, len(b)))
         apart = distribution(place_a, picks) - distribution(place_b, others)
-        found.append(np.abs(apart).max(axis=1))
-    return np.concatenate(found)
+        items.append(np.abs(apart).max(axis=1))
+    return np.concatenate(items)

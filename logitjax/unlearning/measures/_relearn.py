@@ -59,11 +59,11 @@ def relearning(
     """
     encoded = questions.encoded["forget"]
     graphdef, params, rest = nnx.split(model.model, nnx.Param, ...)
-    static, held = model.arguments()
+    static, stored = model.arguments()
     alphas = np.full(1, model.alpha, np.float32)
     length = -(-max(len(ids) for ids, _ in encoded) // _MULTIPLE) * _MULTIPLE
     padded = Row.padded(encoded, length, pad_id=questions.pad_id)
-    found = []
+    items = []
     for seed in range(seeds):
         order = np.random.default_rng(seed).permutation(len(encoded))
         cut = max(1, round(_SHARE * len(encoded)))
@@ -79,7 +79,7 @@ def relearning(
                 at = np.arange((step - 1) * size, step * size) % cut
                 rows = {name: v[np.asarray(sides["taught"])[at]] for name, v in padded.items()}
                 where, count = model.positions(rows["mask"]), np.float32(rows["mask"][:, 1:].sum())
-                served = held, alphas, rows["tokens"], where, count, rate
+                served = stored, alphas, rows["tokens"], where, count, rate
                 lora, moments = _step(graphdef, static, (params, rest), lora, moments, served)
                 if step in steps or step % max(steps) == 0:
                     again = dataclasses.replace(model, model=merged(lora, model.model))
@@ -90,20 +90,22 @@ def relearning(
                             record[name] = float(np.median(asked[which]))
                     if sides["others"]:
                         record["worst"] = float(np.max(asked[sides["others"]]))
-                    found.append(record)
+                    items.append(record)
                     if step >= max(steps) and not record["taught"] < TAUGHT:
                         break
-    return found
+    return items
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _step(graphdef: Any, static: Any, weights: Any, lora: Any, moments: Any, served: Any) -> Any:
     """One program for all rates, seeds and models of a shape."""
-    held, alphas, tokens, at, count, rate = served
+    stored, alphas, tokens, at, count, rate = served
 
     def loss(lora: Any) -> jax.Array:
         graph, state = nnx.split(lora.merged_into(nnx.merge(graphdef, *weights)))
-        return token_scores(graph, static, "nll", state, held, alphas, tokens, at)[0].sum() / count
+        return (
+            token_scores(graph, static, "nll", state, stored, alphas, tokens, at)[0].sum() / count
+        )
 
     moves, moments = _MOMENTS.update(jax.grad(loss)(lora), moments)
     return jax.tree.map(lambda x, move: x - rate * move, lora, moves), moments  # a traced rate

@@ -96,9 +96,9 @@ def load(source: str | os.PathLike[str], split: str) -> tuple[Item, ...]:
     root = _directory(source, name)
     path = root / name
     if not path.exists():
-        there = sorted(p.name for p in root.iterdir() if p.name.endswith(".json"))
+        ordered = sorted(p.name for p in root.iterdir() if p.name.endswith(".json"))
         raise FileNotFoundError(
-            f"no {name} under {root}; there are {', '.join(there) or 'no such files'}"
+            f"no {name} under {root}; there are {', '.join(ordered) or 'no such files'}"
         )
     try:
         text = path.read_bytes().decode()

@@ -39,8 +39,8 @@ Log = Mapping[str, Any]
 
 def set_name(file: str) -> str | None:
     """The set of a file, None for files that are no logs."""
-    for name, known in LOG_FILES.items():
-        if file == known:
+    for name, existing in LOG_FILES.items():
+        if file == existing:
             return name
     if file == AGGREGATED or not (file.startswith("eval_log_") and file.endswith(".json")):
         return None
@@ -118,13 +118,13 @@ def _is_open_unlearning(source: Mapping[str, Any]) -> bool:
 def _from_open_unlearning(source: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
     """Its logs, `TOFU_EVAL.json`, as logs of TOFU by the name of their set."""
     logs: dict[str, dict[str, dict[str, Any]]] = {}
-    for theirs, name in _SETS.items():
-        if f"{theirs}{_MARK}" not in source:
+    for other, name in _SETS.items():
+        if f"{other}{_MARK}" not in source:
             continue
-        fields = [(field, metric.format(theirs), key) for field, metric, key in _FIELDS]
+        fields = [(field, metric.format(other), key) for field, metric, key in _FIELDS]
         log = {
             field: _their_column(source, metric, key)
-            for field, metric, key in (*fields, *(_FORGET if theirs == "forget" else ()))
+            for field, metric, key in (*fields, *(_FORGET if other == "forget" else ()))
             if metric in source
         }
         # The real-world sets have no paraphrase: the answer stands in for it.
@@ -142,10 +142,10 @@ def _their_column(source: Mapping[str, Any], metric: str, key: str) -> dict[str,
     values = source[metric].get("value_by_index") if isinstance(source[metric], Mapping) else None
     if not isinstance(values, Mapping) or not values:
         raise ValueError(f"{metric}: expected 'value_by_index', one entry an item")
-    found = {}
+    entries = {}
     for item, entry in values.items():
         value = entry.get(key) if isinstance(entry, Mapping) else None
         if value is None:
             raise ValueError(f"{metric}: item {item} has no {key!r}")
-        found[str(item)] = value
-    return found
+        entries[str(item)] = value
+    return entries

@@ -106,14 +106,14 @@ class Evaluation:
         if self.model_utility is not None:
             lines.append(f"- model utility: {self.model_utility:.4f} ({self.form} truth ratio)")
         if self.forget_quality is not None:
-            found = self.forget_quality
-            lines.append(f"- forget quality: {found} (log10 p {found.log10_p_value:.2f})")
+            result = self.forget_quality
+            lines.append(f"- forget quality: {result} (log10 p {result.log10_p_value:.2f})")
         elif self.damage is not None:
             lines.append(f"- forget quality: none, for the model is {self.damage}")
-        if (found := self.membership) is not None:
+        if (attack := self.membership) is not None:
             lines.append(
-                f"- membership attack: AUC {found.auc:.3f} (reference {found.reference_auc:.3f}), "
-                f"privleak {found.privleak:.1f}"
+                f"- membership attack: AUC {attack.auc:.3f} "
+                f"(reference {attack.reference_auc:.3f}), privleak {attack.privleak:.1f}"
             )
         return "\n".join(lines).rstrip() + "\n"
 
@@ -165,8 +165,8 @@ def metrics_from_logs(
     damage = None if ratios is None else _damage(logs, reference, vocab_size)
     quality = None
     if ratios is not None and damage is None:
-        own, other, paired = ratios
-        quality = forget_quality(own, other, paired=paired)
+        local, other, paired = ratios
+        quality = forget_quality(local, other, paired=paired)
     return Evaluation(
         scores=scores,
         model_utility=_utility(scores),
@@ -188,10 +188,10 @@ def _scores(log: Log, name: str, form: Form, eps: float) -> SetScores:
         probability = normalised_probability(truth, wrong, eps=eps)
     else:
         probability = answer_probability(truth)
-    told = None
+    notes = None
     if ratio is not None:
         forgets = name.startswith("forget")  # there R near 1 is good
-        told = truth_ratio_forget(ratio, eps=eps) if forgets else truth_ratio_utility(ratio)
+        notes = truth_ratio_forget(ratio, eps=eps) if forgets else truth_ratio_utility(ratio)
     reworded = column(log, "avg_paraphrased_loss", name)
     prefers = None
     if reworded is not None and wrong is not None:
@@ -200,7 +200,7 @@ def _scores(log: Log, name: str, form: Form, eps: float) -> SetScores:
         items=len(probability),
         probability=float(probability.mean()),
         rouge_l=_mean(log, "rougeL_recall", name),
-        truth_ratio=told,
+        truth_ratio=notes,
         extraction_strength=_mean(log, "extraction_strength", name),
         exact_memorisation=_mean(log, "exact_memorization", name),
         preference=None if prefers is None else float(prefers),
@@ -240,15 +240,15 @@ def _ratios(
         return None
     if "forget" not in reference:
         raise ValueError(f"reference_logs: no forget set, only {sorted(reference)}")
-    own, other = logs["forget"], reference["forget"]
-    ratios = [_log_ratios(log, "forget", form, eps) for log in (own, other)]
+    local, other = logs["forget"], reference["forget"]
+    ratios = [_log_ratios(log, "forget", form, eps) for log in (local, other)]
     if ratios[0] is None or ratios[1] is None:
         which = "logs" if ratios[0] is None else "reference_logs"
         raise ValueError(f"{which}: the forget set has no losses of paraphrases and wrong answers")
-    if set(items_of(own)) != set(items_of(other)):
+    if set(items_of(local)) != set(items_of(other)):
         return ratios[0], ratios[1], False
     places = {item: i for i, item in enumerate(items_of(other))}
-    return ratios[0], ratios[1][[places[item] for item in items_of(own)]], True
+    return ratios[0], ratios[1][[places[item] for item in items_of(local)]], True
 
 
 def _damage(logs: Mapping[str, Log], reference: Mapping[str, Log], vocab_size: int) -> str | None:
