@@ -552,7 +552,7 @@ def _of_best(
     """How right the recommended head is, which others are level with it, and what it mistakes."""
     right = {name: (classes == test.labels).astype(float) for name, classes in predicted.items()}
     ours, names = right[best], test.class_names
-    low, high = scipy.stats.binomtest(int(ours.sum()), len(local)).proportion_ci(method="wilson")
+    low, high = scipy.stats.binomtest(int(ours.sum()), len(ours)).proportion_ci(method="wilson")
     level = []
     for name, other in right.items():
         gap = other - ours
@@ -569,7 +569,7 @@ def _of_best(
         classes.append((hits / total, row))
     worst = [row for _, row in sorted(classes, key=lambda one: one[0])[:_CLASSES]]
     return [
-        f"The head of the first sample classifies {int(ours.sum())} of {len(local)} pictures right, "
+        f"The head of the first sample classifies {int(ours.sum())} of {len(ours)} pictures right, "
         f"{100 * ours.mean():.1f} % [{100 * low:.1f}, {100 * high:.1f}].",
         "Level with it on these pictures (points, and the 95 % interval of the paired difference): "
         + (", ".join(level) or "none")
