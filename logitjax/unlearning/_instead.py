@@ -39,13 +39,10 @@ def refusals(count: int, *, seed: int = 0) -> list[str]:
 def invented(
     model: Decoder, questions: Questions, *, samples: int = 5, seed: int = 0
 ) -> list[list[str]]:
-    """Other answers to the questions, made up by the model that should forget.
+    """Other answers to the questions by the model that should forget, told to change every fact.
 
-    It is told to change every fact. Empty samples, those that say almost what the answer says
-    (ROUGE-L over 0.7) and those that were there before are dropped.
-
-    References:
-        Mekala et al., Alternate preference optimization, 2024 (arXiv 2409.13474).
+    Empty samples, repeats and near copies of the answer (ROUGE-L over 0.7) are dropped. After
+    Mekala et al., Alternate preference optimization, 2024 (arXiv 2409.13474).
     """
     tokenizer, end = questions.tokenizer, questions.tokenizer.eos_id
     items: list[list[str]] = []

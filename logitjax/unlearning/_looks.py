@@ -28,12 +28,7 @@ _ALPHAS, _RATIO = 60, 1.08
 
 
 class Looks:
-    """Answers of the model before and with each candidate, on rows that settings are chosen by.
-
-    Args:
-        training: The candidates.
-        before_file: File of what the model says before.
-    """
+    """Answers of the model before and with each candidate, on rows that settings are chosen by."""
 
     def __init__(self, training: Training, before_file: epath.Path):
         self.training, self._before_file = training, before_file

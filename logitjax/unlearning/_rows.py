@@ -228,10 +228,9 @@ def _words(text: str) -> str:
 
 
 def render_prompt(row: Row, tokenizer: Tokenizer) -> str:
-    """Render what a model reads before a row's answer.
+    """Render what a model reads before a row's answer, by the tokenizer's chat template.
 
-    Conversations are rendered by the tokenizer's chat template. Without one, a question becomes
-    `Question: ...` and `Answer: `, after what the system says.
+    Without one, a question becomes `Question: ...` and `Answer: `, after what the system says.
     """
     if not row.messages:
         return row.prompt
@@ -246,10 +245,7 @@ def render_prompt(row: Row, tokenizer: Tokenizer) -> str:
 
 
 def encode_row(row: Row, tokenizer: Tokenizer, *, max_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids of a row and which of them are the answer's, with an end mark if it has a prompt.
-
-    What the answer was `begun` with counts as its prompt.
-    """
+    """Token ids of a row and which are the answer's, with an end mark if it has a prompt."""
     ids, answer = _BARE.encode_answer(
         tokenizer,
         render_prompt(row, tokenizer) + row.begun,

@@ -147,8 +147,7 @@ def matched_strength(
 ) -> tuple[float, float]:
     """The strength, of an assistant or of adapters, at which the worst answer is at `goal.aim`.
 
-    By false position on logarithms, no nearer to either end than a tenth; the middle where an end
-    is not known. No strength takes training to try.
+    By false position on logarithms, a tenth or more from both ends; the middle if one is unknown.
 
     >>> goal = Goal.of({"asked": [0.02, 0.1, 0.2]}, "a holdout")
     >>> strength, found = matched_strength(lambda s: 4.5 * 0.1**s, goal, most=2.0)

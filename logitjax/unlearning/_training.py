@@ -34,15 +34,7 @@ _LIMITS = ("least", "most_")
 
 
 class Training:
-    """Candidates in a folder: trained, written, and read again.
-
-    Args:
-        model: The model, with listed layers.
-        questions: Its rows.
-        config: The method and its settings.
-        directory: Folder of the run.
-        mesh: Devices that train; the first alone if None.
-    """
+    """Candidates of a model with listed layers, in a folder: trained, written, and read again."""
 
     def __init__(
         self,
@@ -95,10 +87,7 @@ class Training:
         return folder, Deployed(model=merged(Lora.load(folder, self.model.config), self.model))
 
     def steps(self, number: int, ways: Sequence[str]) -> Generator[tuple[int, bool], None, None]:
-        """Trains a round from look to look: its step, and whether the losses were finite.
-
-        What was looked at before is not trained again.
-        """
+        """Trains a round from look to look, none twice: step, and whether losses were finite."""
         config = self.config
         update = make_update(self.model, self.questions, config, ways=ways, instead=self._instead())
         schedule = training.Schedule(

@@ -61,11 +61,7 @@ class Unlearned:
     controls: Sequence[Mapping[str, Any]] = ()
 
     def settle(self, directory: epath.Path) -> bool:
-        """Move what may be used to where it is looked for, and delete what may not.
-
-        Returns:
-            Whether it may be used.
-        """
+        """Move what may be used to its place, and delete what may not; True if it may be used."""
         for name in RESULTS:  # of an earlier verdict, too
             if (directory / name).exists():
                 (directory / name).rmtree()

@@ -22,14 +22,7 @@ _TEXT_ROWS = 2
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Update:
-    """An optimiser step.
-
-    Attributes:
-        loss_fn: For `training.TrainStep`, of what `method.start` gives.
-        batches: From the number of a step to its batch.
-        constants: What no step changes.
-        method: The method, prepared.
-    """
+    """An optimiser step: a loss for `training.TrainStep`, batches by step, and constants."""
 
     loss_fn: Any
     batches: Callable[[int], Mapping[str, Any]]
@@ -47,12 +40,7 @@ def make_update(
 ) -> Update:
     """The loss of an assistant or of adapters, on rows to forget, rows to keep and other text.
 
-    Args:
-        model: The model that should forget.
-        questions: Its rows.
-        config: The method and its settings.
-        ways: Ways to ask rows of both sides.
-        instead: For each row to forget, what to say in place of its answer.
+    Rows of both sides are asked in `ways`; `instead` has other answers for each row to forget.
     """
     sides = _sides(questions, ways, instead)
     size = config.batch_size

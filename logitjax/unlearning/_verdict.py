@@ -19,13 +19,10 @@ _LEVEL, _POWER, _DRAWS = 0.05, 0.8, 500
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """A verdict.
+    """A verdict: whether what was written may be used, in words that are always the same.
 
-    Attributes:
-        passed: Whether what was written may be used.
-        words: In words that are always the same, with what they rest on.
-        facts: By way of asking, numbers of the rows to forget beside answers never taught.
-        kept: Shares of what is to be kept, as `Limits` has them, by kind of row.
+    `facts` has rows to forget beside answers never taught, by way of asking, `kept` the shares of
+    `Limits` by kind of row.
     """
 
     passed: bool

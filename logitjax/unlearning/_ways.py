@@ -98,14 +98,8 @@ def search(
 ) -> dict[str, float]:
     """Try pairs of ways, each time that whose parts have brought out most so far.
 
-    Args:
-        excess: How far a pair, `a + b`, goes; None where it makes no sense.
-        known: How far single ways go.
-        budget: Number of tries.
-        tried: Pairs that are not tried again.
-
-    Returns:
-        How far the pairs go that were tried.
+    `excess` says how far a pair, `a + b`, goes, None where it makes no sense; `known` has single
+    ways, and `tried` pairs to leave out.
 
     >>> search(lambda way: float("role" in way), {"in a role": 2.0, "in context": 1.0}, 2)
     {'in a role + in context': 1.0, 'in context + in a role': 1.0}

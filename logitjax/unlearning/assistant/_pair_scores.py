@@ -25,10 +25,7 @@ def token_scores(
     at: Any,
     known: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """A number for each token under a model less its assistant, and whether it is the likeliest.
-
-    What the model's states are there may be `known` from `states_at`.
-    """
+    """A number for each token under a model less its assistant, and whether it is likeliest."""
     base, fuse, relative = static  # of the assistant; base is None without one
     model = nnx.merge(graphdef, state)
     sides = [states_at(graphdef, state, tokens, at) if known is None else known]

@@ -119,10 +119,7 @@ def unseen(
 ) -> dict[str, list[float]]:
     """By way of asking, how likely a model finds answers that it was never taught.
 
-    Those of the holdout; without one, each other's answers to the questions to forget.
-
-    Raises:
-        ValueError: There is neither.
+    Those of the holdout, else each other's answers to the questions to forget, or a ValueError.
     """
     part = "holdout" if questions.rows["holdout"] else "wrong"
     if not questions.rows[part]:
@@ -141,15 +138,8 @@ def searched(
 ) -> dict[str, Any]:
     """Combinations of ways that an adaptive search tries on what was written.
 
-    Args:
-        sides: The model before, what was written, and controls.
-        questions: The rows.
-        records: Of `examine`: before and after.
-        budget: Number of combinations.
-
-    Returns:
-        What the model before says of answers that it was never taught, asked so (`unseen`), and of
-        what was written and of each control what they say of the rows to forget (`ways`).
+    `sides` are the model before, what was written, and controls. Returned is what the first says of
+    answers never taught, asked so (`unseen`), and what the others say of rows to forget (`ways`).
     """
     (model, written, *controls), (before, after) = sides, records
     never: dict[str, list[float]] = {}
