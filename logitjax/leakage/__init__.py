@@ -3,8 +3,7 @@
 It is for those who run a model and choose what its API reports. `LogitOracle` puts a `LogitPolicy`
 in front of a model in the same process and counts queries. `audit` runs all attacks and sums them
 up. The attacks are `recover_log_probs` and `estimate_output_subspace`; `align_head` measures how
-much of the head has leaked. `Choice` and `Ledger` bound what chosen
-tokens tell.
+much of the head has leaked. `Choice` and `Ledger` bound what chosen tokens tell.
 """
 
 from logitjax.leakage._alignment import align_head as align_head

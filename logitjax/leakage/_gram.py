@@ -1,7 +1,4 @@
-"""Gram matrix and projection of rows in the host's memory, by BLAS.
-
-XLA's products on CPU compute both halves of a symmetric matrix and copy transposed operands.
-"""
+"""Gram matrix and projection of rows by BLAS: XLA on CPU computes both halves, and copies."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -64,8 +61,7 @@ class Spectrum:
 def spectrum(table: Table, gram: np.ndarray | None = None, *, fine: bool = False) -> Spectrum:
     """The spectrum of a table by its Gram matrix, from `gram` if that is at hand.
 
-    The float64 Gram matrix loses what lies below 1e-8 of the first value. `fine` takes the first
-    directions out and visits the table again, which shows the rest as exactly.
+    Float64 loses what lies below 1e-8 of the first value; `fine` visits the table again for it.
     """
     gram = gram_matrix(table) if gram is None else gram
     if not np.isfinite(gram).all():

@@ -93,11 +93,7 @@ class Protocol:
 
 
 def infer_protocol(protocol: Protocol, oracle: Any, prompts: Any) -> None:
-    """Tests what a server reports, and whether it is what its policy says.
-
-    References:
-        Holm, 1979 (Scandinavian Journal of Statistics 6), for the level over all tests.
-    """
+    """Test what a server reports against its policy, at one level over all tests (Holm, 1979)."""
     policy, prompt = oracle.policy, prompts[0]
     equal = oracle.ask([prompt] * _REPEATS)
     protocol.repeated("one prompt again", equal)
@@ -161,11 +157,7 @@ def _rates(protocol: Protocol, oracle: Any, prompt: Any) -> None:
 
 
 def _choices(protocol: Protocol, oracle: Any, prompts: Any) -> None:
-    """Draws by their seeds: what they depend on, and by which law they come.
-
-    None of it is part of a policy of values, so nothing is declared; each says what a client may
-    move (docs/leakage.md).
-    """
+    """Draws by their seeds: what they depend on, and by which law. No policy declares any of it."""
     seeds = [{"temperature": 1.0, "seed": seed} for seed in range(_SEEDS)]
     prompt, rng = prompts[0], np.random.default_rng(0)
 
@@ -325,11 +317,7 @@ def _bias(protocol: Protocol, oracle: Any, prompt: Any) -> None:
 
 
 def tell_again(protocol: Protocol, oracle: Any, prompt: Any, row: RecoveredRow) -> RecoveredRow:
-    """Asks for each token of a row once more, by other queries, and widens its error.
-
-    Tokens in another order are lifted each by what it lacks to the first one, forced ones by a
-    smaller bias. Bounds of a search are tried at both ends.
-    """
+    """Asks for each token of a row once more, by other queries, and widens its error."""
     rng, limit = np.random.default_rng(1), oracle.policy.bias_limit
     log_probs, existing = row.log_probs.astype(np.float64), row.known.copy()
     # A search that is not of all tokens finds differences to the first, which may be none of them.

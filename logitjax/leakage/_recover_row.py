@@ -241,10 +241,7 @@ def corner_matrix(
 ) -> np.ndarray:
     """Log-probabilities of chosen tokens after each prompt, ``[n, m]``, less the normalisers.
 
-    A corner of h + s rows and columns has the whole matrix's rank, for (h + s)^2 / (K - 1) queries.
-
-    References:
-        Carlini et al., 2024, section 4.2.
+    A corner of h + s rows and columns has the matrix's rank (Carlini et al., 2024, section 4.2).
     """
     if oracle.policy.top_k is None:
         return np.asarray(oracle.ask(prompts).values)[:, columns]

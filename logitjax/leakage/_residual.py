@@ -28,9 +28,7 @@ class Residual:
 def residual(table: Table, whole: Spectrum, k: int) -> Residual:
     """Subtract a table's first `k` directions, block by block.
 
-    References:
-        Bandeira and van Handel, 2016 (Annals of Probability 44), theorem 1.1, for `edge`, which is
-        ``max_i |row_i| + max_v |column_v|``.
+    `edge` is ``max_i |row_i| + max_v |column_v|`` (Bandeira and van Handel, 2016, theorem 1.1).
     """
     count, vocab = table.rows.shape
     left = whole.left[:, :k]
@@ -79,8 +77,7 @@ def residual(table: Table, whole: Spectrum, k: int) -> Residual:
 def first_of_alike(rows: np.ndarray, gram: Float[np.ndarray, "n n"], step: float) -> np.ndarray:
     """Rows that were not rounded as an earlier one was, whose noise is then not independent.
 
-    Of two such rows many values differ by one number: those that share their cells. Rows that were
-    asked for twice are alike, and all rows of an API that rounds coarsely.
+    Of two such rows many values differ by one number: those that share their cells.
     """
     squares = np.diagonal(gram)
     apart = squares[:, None] + squares[None, :] - 2 * gram

@@ -86,9 +86,8 @@ def search_logits(
 ) -> SearchedLogits:
     """Bounds of logits when an API reports nothing but the token it draws at temperature 0.
 
-    Tokens are asked for in batches with the token that is drawn without a bias, which no other can
-    beat. The logits' range is taken to be `span` nats, and bounds end up `tolerance` nats apart,
-    and some 1e-5 that float32 rounds away.
+    Tokens are asked for in batches with the one drawn without a bias, which no other can beat.
+    Their range is taken to be `span` nats, and bounds end up `tolerance` nats apart, and some 1e-5.
     """
     policy = oracle.policy
     if policy.bias == "none":

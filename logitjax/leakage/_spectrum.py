@@ -29,13 +29,9 @@ def spectrum_gaps(singular_values: Float[Array, " n"]) -> Float[np.ndarray, " n-
 
 
 def max_gap_dimension(singular_values: Float[Array, " n"]) -> int:
-    """The number of singular values before the largest gap: what the literature reads off.
+    """The number of singular values before the largest gap (Carlini et al., 2024, section 4.2).
 
-    It answers whatever it is given: 1 on a real, anisotropic spectrum under noise of 0.2 nats, and
-    nearly n on noise alone. `estimate_output_subspace` does not rest on it.
-
-    References:
-        Carlini et al., 2024, section 4.2.
+    It answers whatever it is given: 1 on a real spectrum under noise, nearly n on noise alone.
     """
     return int(np.argmax(spectrum_gaps(singular_values))) + 1
 
@@ -43,12 +39,9 @@ def max_gap_dimension(singular_values: Float[Array, " n"]) -> int:
 def noise_edge(sigma: Any, rows: Any, columns: Any) -> Any:
     """The largest singular value of white noise, which one matrix in a hundred passes; elementwise.
 
-    ::
+    By Johnstone, 2001 (Annals of Statistics 29), theorem 1.1::
 
         sigma sqrt((a + b)^2 + q (a + b) (1 / a + 1 / b)^(1/3)),   a = sqrt(n - 1), b = sqrt(V)
-
-    References:
-        Johnstone, 2001 (Annals of Statistics 29), theorem 1.1.
     """
     a, b = np.sqrt(np.maximum(np.asarray(rows) - 1.0, 1.0)), np.sqrt(columns)
     spread = _TRACY_WIDOM_99 * (a + b) * np.cbrt(1 / a + 1 / b)
@@ -72,10 +65,8 @@ class WhiteNoise:
     def floor(self, rows: int, columns: int, observed: float) -> float:
         """Singular value without noise of a direction that shows at `observed` with it.
 
-        Noise lifts what it is added to: `observed^2 = (s^2 + n sigma^2) (s^2 + V sigma^2) / s^2`.
-
-        References:
-            Benaych-Georges and Nadakuditi, 2012, section 3.1.
+        `observed^2 = (s^2 + n sigma^2) (s^2 + V sigma^2) / s^2`, by Benaych-Georges and Nadakuditi,
+        2012, section 3.1.
         """
         both = observed**2 - self.sigma**2 * (rows + columns)
         inner = both**2 - 4 * self.sigma**4 * rows * columns
@@ -86,12 +77,8 @@ def fit_white_noise(values: Float[np.ndarray, " n"], rows: int, columns: int) ->
     """The fewest directions beyond which a spectrum is one of white noise, at both of its ends.
 
     For k = 0, 1, ...: sigma from the values after the k-th, which then have to lie below
-    `noise_edge` and, the last of them, above the lower edge, which tells noise from a falling
-    signal. None if no k with eight values left does.
-
-    References:
-        Kritchman and Nadler, 2008 (Determining the number of components in a factor model from
-        limited noisy data) for the upper end; the lower one is ours.
+    `noise_edge` (Kritchman and Nadler, 2008) and, the last of them, above the lower edge, which is
+    ours and tells noise from a falling signal. None if no k with eight values left does.
     """
     if len(values) <= _FEWEST:
         return None

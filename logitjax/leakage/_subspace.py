@@ -48,10 +48,7 @@ class OutputSubspace:
         return max_gap_dimension(self.singular_values)
 
     def choose_tokens(self, count: int) -> Int[np.ndarray, " count"]:
-        """Tokens at which to ask, so that `complete` is well-conditioned.
-
-        Pivoted QR picks as many as the basis has columns; the rest have the largest rows of it.
-        """
+        """Tokens at which `complete` is well-conditioned: by pivoted QR, then large rows."""
         basis = self.basis.astype(np.float64)
         vocab, rank = basis.shape
         if not rank <= count <= vocab:

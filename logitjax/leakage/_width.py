@@ -54,10 +54,7 @@ class OutputWidth:
 
     @property
     def certain(self) -> bool:
-        """Whether it is one number, and nothing but rounding is left that could hide another.
-
-        Under noise it never is: directions weaker than `floor` cannot be excluded.
-        """
+        """Whether it is one number; under noise never: weak directions cannot be excluded."""
         return self.lower == self.estimate == self.upper and self.noise == 0.0
 
     def __str__(self) -> str:
@@ -103,12 +100,7 @@ def judge_width(
     and the smallest k is taken beyond which both ends of the spectrum are those of white noise.
     Where nothing fits there is a lower bound only, which asks of the noise to be independent.
 
-    Args:
-        table: Rows, their means taken out.
-        gram: Its Gram matrix.
-        step: Largest rounding error of a value, by the number format and what computed it.
-        columns: Number of columns; one less where the means were taken out.
-        named: Standard deviation of the noise, if it was named: held against the fit.
+    `step` is the largest rounding error of a value, `named` the noise to hold against the fit.
 
     References:
         Landa, Zhang and Kluger, 2022 (Biwhitening reveals the rank of a count matrix), whose
@@ -271,10 +263,7 @@ def _less_shared(view: _View, width: OutputWidth, sigma: float) -> OutputWidth:
 
 
 def _independent(view: _View, most: int) -> int:
-    """So many directions, up to `most`, stand above independent noise of any variances.
-
-    If there were fewer directions, what lies beyond them would be noise, and below its edge.
-    """
+    """So many directions, up to `most`, stand above independent noise of any variances."""
 
     def stands(k: int) -> bool:
         edge = residual(view.table, view.spectrum, k).edge
