@@ -54,12 +54,9 @@ class Rate:
 
 
 class Accounts:
-    """Who may still ask how much.
+    """Who may still ask how much; kept over a restart where there is a log, which is summed up.
 
-    Queries are the currency of extraction attacks: what a policy does not close, a budget of
-    answers and tokens bounds. Budgets outlive a restart where there is a log, which has a JSON
-    object for each request: it is summed up. So do the nats that were told of each context, to
-    all keys together: several keys have no more of them than one.
+    Nats are counted by context, of all keys together: several keys have no more of them than one.
     """
 
     def __init__(
@@ -122,10 +119,7 @@ class Accounts:
         record: dict[str, Any] | None,
         told: Mapping[str, float] | None = None,
     ) -> None:
-        """Gives back the tokens that were not used, and logs what was given out.
-
-        Without a record nothing was, and the queries come back too. `told` has nats by context.
-        """
+        """Gives back what was not used, all of it without a record, and logs what was told."""
         (key, stored), nats = reservation, sum((told or {}).values())
         back = stored.queries if record is None else 0
         self._take(key, Spent(-back, tokens - stored.tokens, nats - stored.nats))

@@ -61,8 +61,7 @@ class Doorkeeper:
 class _HalfClosing:
     """A transport that, closed while the client is `sending`, only says that its answer is whole.
 
-    To close a socket that holds unread bytes resets the connection, and many clients send all of a
-    body before they read: they would see a broken pipe in place of the reason for it.
+    To close a socket with unread bytes resets it, and clients that still send miss the answer.
     """
 
     def __init__(self, transport: Any, sending: Callable[[], bool]):
@@ -89,11 +88,7 @@ class _HalfClosing:
 
 
 class Protocol(H11Protocol):
-    """HTTP of uvicorn that tells a doorkeeper whether it waits for a request.
-
-    What a client sends of a body after its answer is thrown away, up to `discard_bytes`; the
-    doorkeeper bounds for how long.
-    """
+    """HTTP of uvicorn that tells a doorkeeper if it waits, and discards a body sent too late."""
 
     doorkeeper: Doorkeeper
     discard_bytes: int
@@ -141,10 +136,7 @@ class Protocol(H11Protocol):
         super().connection_lost(exc)
 
     def shutdown(self) -> None:
-        """Ends with the answer under way, or with that to a request that lies there unread.
-
-        Who has sent nothing is the doorkeeper's to turn out.
-        """
+        """Ends with the answer under way, or with that to a request that lies there unread."""
         self._last = True
         if self._busy:
             super().shutdown()

@@ -1,7 +1,6 @@
 """Answers that follow a structure: which tokens may come next.
 
-Structures are programs of strangers. Each is tried in a process that the system ends, then begun in
-a thread that makes room for others, and remembered.
+Structures are programs of strangers, so each is first tried in a process that the system ends.
 """
 
 import asyncio

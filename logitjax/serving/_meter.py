@@ -17,10 +17,7 @@ from logitjax.serving._schema import CompletionRequest
 
 
 class Meter:
-    """One answer's charges: each context pays before its token is shown, for any client.
-
-    `ledger` has what was told so far, to everybody, `told` the nats of this answer by context.
-    """
+    """One answer's charges: each context pays before its token is shown, for any client."""
 
     def __init__(
         self,

@@ -44,10 +44,9 @@ class Metrics:
 
 
 class Observed:
-    """ASGI middleware: every answer has an id in `X-Request-Id`, and is counted.
+    """ASGI middleware: counts answers, each with an id in `X-Request-Id`, the client's if valid.
 
-    A client's own id is kept where it is one. Starlette's base class would read streams on its own
-    task, and hide that a client has left.
+    Starlette's base class would read streams on its own task, and hide that a client has left.
     """
 
     def __init__(self, app: Any, metrics: Metrics, paths: frozenset[str]):

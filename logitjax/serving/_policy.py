@@ -33,14 +33,7 @@ class Disclosure:
     Values are of the distribution that the model serves: before penalties and temperature, and
     before a bias unless the policy reports it. Unless it is `sampled`, a token's own value is told
     only if it is among the `top_k` largest: all requests about one position see so many values.
-
-    Args:
-        policy: What is reported, and whether a logit bias is taken.
-        seed: Seed of the policy's noise and of what seeds of requests are mixed with; None draws
-            one.
-        choices: How tokens may be chosen: `free` as requests say, else on joint grids, with a key
-            of its own for each draw.
-        schemas: Whether requests may hold answers to schemas where choices are not free.
+    The `seed` is of the policy's noise and of what seeds of requests are mixed with.
     """
 
     def __init__(
@@ -87,10 +80,7 @@ class Disclosure:
         )
 
     def admit(self, fields: Any, vocab: int) -> Any:
-        """The sampling fields of a request as it is answered, with its choice on the grids.
-
-        A field that this policy does not take is a BadRequestError, as is a value beside the grids.
-        """
+        """The sampling fields of a request, on the grids; a BadRequestError if one is refused."""
         if self.free:
             return fields
         given = {name: getattr(fields, name) for name in _TUNED}
@@ -110,11 +100,9 @@ class Disclosure:
         return dataclasses.replace(fields, **taken)
 
     def extra(self, tokens: Sequence[int], fields: Any = None, seed: int = 0) -> dict[str, Any]:
-        """Return what the engine keeps beside a prompt: names of all tokens so far.
+        """Names of all tokens so far: for the row's noise and, with the request, for its draws.
 
-        One is for the noise of the row, and one, which begins with the request, for its draws. The
-        name of a draw depends on no logit: one that changed where a threshold crosses a token would
-        tell every logit.
+        A draw's name depends on no logit: one that changed at a threshold would tell every logit.
         """
         # Keyed, so that nobody can look for two contexts with the same noise.
         names = {"context": b"context"} if self.policy.noise else {}

@@ -75,11 +75,7 @@ class Job:
 
 
 class Scheduler:
-    """Requests in, tokens out; many at a time over the slots of one engine.
-
-    Between two looks at the queue it reads one piece of a prompt and decodes a few steps, so that
-    nobody waits for somebody else's prompt for longer than a piece takes.
-    """
+    """Requests in, tokens out over one engine's slots; prompts are read in pieces between steps."""
 
     def __init__(
         self, model: Any, disclosure: Disclosure, end_ids: Sequence[int], config: ServerConfig
@@ -139,10 +135,7 @@ class Scheduler:
         self._masks.shutdown(wait=False, cancel_futures=True)
 
     def drain(self, seconds: float) -> None:
-        """What is under way, or on its way in, may go on so long, then ends as if it were too long.
-
-        The engine's thread need not notice: it may be compiling.
-        """
+        """What is under way, or on its way in, may go on so long, then ends as if too long."""
         self._end = threading.Timer(seconds, self._expire)
         self._end.daemon = True
         self._end.start()

@@ -22,8 +22,7 @@ _MOST_STOPS = 32
 class SamplingFields:
     """All fields of a request that decide which tokens are drawn, judged by a policy as a whole.
 
-    `structure` is what an answer has to follow: a kind (`json`, `regex`, `choice`, `grammar`) and
-    its text.
+    `structure` is a kind to follow (`json`, `regex`, `choice`, `grammar`) and its text.
     """
 
     temperature: float = 1.0

@@ -1,8 +1,6 @@
 """The script of a process that tries structures out, so that what takes too long ends there.
 
-llguidance bounds the steps of a grammar, not how long it takes to begin: thirty patterns at once
-take minutes, in one call that nobody can interrupt. Here each one begins in a child of its own,
-which the system ends. Nothing but llguidance is imported.
+llguidance bounds a grammar's steps, not its beginning. Nothing else than llguidance is imported.
 """
 
 import json
