@@ -1,8 +1,6 @@
 """Limits on what a file may ask of its reader, checked before anything is allocated.
 
-A file that somebody else wrote is a list of claims: lengths, shapes, offsets, names, nesting. Each
-reader checks them here against what the file has left and against `LIMITS`, and says in one line
-which file and which field is wrong. Nothing here runs what a file says.
+Readers check lengths, shapes and nesting against what the file has left and against `LIMITS`.
 """
 
 import contextlib

@@ -1,8 +1,4 @@
-"""The file that says what a directory was made from, and the one rule about it.
-
-What was made for something else is refused, never read and never silently made again: the error
-names every part that differs, and a person decides what to remove.
-"""
+"""The file that says what a directory was made from; one of something else is refused."""
 
 import dataclasses
 import json

@@ -1,8 +1,6 @@
 """Pickles taken as data: a small machine that follows their steps and calls nothing of theirs.
 
-A pickle is a program: it may name any function of any module and call it, and a kilobyte of it can
-ask for more steps, or more memory, than there are. This machine knows the steps that values and
-tensors need. What a pickle calls is a stand-in from the reader's table, whatever it is named.
+It knows the steps that values and tensors need; calls go to stand-ins from the reader's table.
 """
 
 import collections
@@ -255,8 +253,7 @@ ALLOWED: Mapping[tuple[str, str], Any] = {
 def plain(value: Any, arrays: Callable[[Any], Any]) -> Any:
     """Dictionaries, lists and tuples with `arrays(leaf)` for each leaf.
 
-    What a pickle repeats stays one object: lists of a list of a list, each twice, would otherwise
-    become more than any memory holds.
+    What a pickle repeats stays one object, else lists of lists would outgrow any memory.
     """
     entries: dict[int, Any] = {}
 

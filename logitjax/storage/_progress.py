@@ -6,11 +6,7 @@ from absl import logging
 
 
 class _Progress:
-    """Notes made so far.
-
-    A watch (`training.distributed.initialize`) ends a run in which no process has noted anything
-    for too long.
-    """
+    """Notes made so far; a watch (`training.distributed.initialize`) ends a run without any."""
 
     def __init__(self) -> None:
         self._marks, self._doing = 0, "starting"
@@ -18,11 +14,7 @@ class _Progress:
         self.listener: Callable[[str], None] | None = None
 
     def mark(self, doing: str = "", *, log: bool = False) -> None:
-        """Notes that something was done, and what comes next where that changes.
-
-        Args:
-            doing: What comes next.
-            log: Whether it is a phase of a run that a user should see in its log.
+        """Notes that something was done, and what comes next; `log` shows it to users as a phase.
 
         >>> progress.mark("packing")
         >>> progress.mark()

@@ -1,8 +1,6 @@
 """Rows that something expensive was computed of, in parts that can be added to.
 
-A cache is a directory with a manifest and parts: a shard of records and a small JSON file with the
-rows they belong to. A part counts once both are there, so processes need not talk, a killed run
-loses at most the part it was at, and rows can follow later.
+A part, a shard and a JSON file of its rows, counts once both are there: processes need not talk.
 """
 
 import json

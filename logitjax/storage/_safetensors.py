@@ -1,8 +1,4 @@
-"""Reading safetensors byte range by byte range.
-
-The safetensors library maps whole files, and mapped pages count as host memory until they are
-dropped; reading just the rows a device needs keeps the peak at the model plus one buffer.
-"""
+"""Reading safetensors by byte ranges: pages of a mapped file would count as host memory."""
 
 import math
 from typing import Any

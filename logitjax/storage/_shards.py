@@ -26,9 +26,7 @@ Shard = dict[str, Any]
 def open_shard(directory: epath.Path, name: str) -> Iterator[tuple[Callable[[bytes], None], Shard]]:
     """`(write, shard)`: a file that appears under its name when the body has ended well.
 
-    array_record itself writes to local disks only, so a shard for elsewhere is written locally
-    and then copied. `shard` says then what the file is called, how many rows and how many bytes it
-    has.
+    `shard` then has its name, rows and bytes. array_record itself writes to local disks only.
     """
     directory.mkdir(parents=True, exist_ok=True)
     near = None if is_remote(directory) else os.fspath(directory)

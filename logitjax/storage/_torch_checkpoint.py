@@ -1,8 +1,6 @@
 """Reading torch checkpoints without torch, and without running what is inside.
 
-Both forms are read: the zip archive that torch writes since 1.6, and the bare sequence of pickles
-from before, in which the older distillation checkpoints lie. Storages are read into memory once,
-and a tensor that is all of its storage is that memory.
+Both forms are read: the zip archive since torch 1.6, and the sequence of pickles from before.
 """
 
 import dataclasses
@@ -217,10 +215,9 @@ def _arrays(content: Any) -> Any:
 
 
 def read_torch_checkpoint(path: epath.PathLike) -> Any:
-    """Read a ``.pth`` file, with tensors as numpy arrays.
+    """Read a ``.pth`` file: numpy arrays, plain Python values and what `_ALLOWED` names.
 
-    Besides tensors it may hold what `_ALLOWED` names and plain Python values. A zip archive has
-    checksums; in the older form a number or a name that was changed comes back changed.
+    The older form has no checksums: a number or a name that was changed comes back changed.
     """
     path = epath.Path(path)
     with guard.naming(path, "a torch checkpoint"):
@@ -245,12 +242,6 @@ def read_state_dict(path: epath.PathLike) -> dict[str, np.ndarray]:
     The dictionary may lie under ``state_dict``, ``model``, ``net`` or ``params``; a ``module.``
     prefix, which data-parallel training adds, is taken off. Of a TorchScript archive the weights
     are read and the code is not.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Arrays by name.
 
     Raises:
         ValueError: the file is damaged, refused, or holds no named arrays.

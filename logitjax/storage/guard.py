@@ -1,7 +1,4 @@
-"""Limits on what a file may ask of its reader, for the readers of other packages.
-
-`logitjax.storage._guard` says how.
-"""
+"""Limits on what a file may ask of its reader (`logitjax.storage._guard`), for other packages."""
 
 from logitjax.storage._guard import LIMITS as LIMITS
 from logitjax.storage._guard import Limits as Limits
