@@ -149,10 +149,7 @@ class Engine:
         return np.asarray(self.state.active)
 
     def prefill(self, slot: int, request: Request) -> Emitted:
-        """Read a prompt into a slot, whatever was in it, and choose its first token.
-
-        Returns:
-            `Emitted` of one row.
+        """Read a prompt into a slot, whatever was in it; gives `Emitted` of one row.
 
         Raises:
             ValueError: for a slot that does not exist, or a request longer than ``max_length``.
@@ -175,7 +172,7 @@ class Engine:
     def place(
         self, slot: int, request: Request, lengths: list[int], cache: Any, logits: Any
     ) -> Emitted:
-        """Fill a slot from a cache of one row that has read a request's prompts.
+        """Fill a slot from a cache of one row that read the prompts; gives `Emitted` of one row.
 
         Args:
             slot: which.
@@ -183,9 +180,6 @@ class Engine:
             lengths: tokens of each stream's prompt.
             cache: as `empty_row`, filled.
             logits: after the last token, of each model ``[1, vocab]``.
-
-        Returns:
-            `Emitted` of one row.
 
         Raises:
             ValueError: for a slot that does not exist.

@@ -42,9 +42,8 @@ def read_piece(
 ) -> tuple[list, list, Any]:
     """``tokens [streams, rows, time]`` into caches of a row each.
 
-    `following` are the tokens after these `[rows, time]`, -1 for none, and each row's extra: of
-    them log-probabilities are reported. Gives each row's logits after its last token, its cache,
-    and the report with the extra after it.
+    `following` are the tokens after these `[rows, time]`, -1 for none, whose log-probabilities are
+    reported, and each row's extra. Gives each row's last logits, its cache, and the report.
     """
     rows = len(caches)
     parts = []
@@ -291,11 +290,7 @@ class PromptReader:
         return [row for row in read if not self._reading(row).left]
 
     def place(self, row: int, slot: int, request: Request) -> Emitted:
-        """Put what a row has read into a slot, also into several, and choose the first token.
-
-        Returns:
-            `Emitted` of one row.
-        """
+        """Put what a row has read into a slot, or several; gives `Emitted` of one row."""
         reading = self._reading(row)
         if reading.left:
             raise ValueError(f"row: expected one that is through, {reading.left} tokens are left")
