@@ -149,7 +149,10 @@ class Engine:
         return np.asarray(self.state.active)
 
     def prefill(self, slot: int, request: Request) -> Emitted:
-        """Read a prompt into a slot, whatever was in it; gives `Emitted` of one row.
+        """Read a prompt into a slot, whatever was in it, and choose its first token.
+
+        Returns:
+            `Emitted` of one row.
 
         Raises:
             ValueError: for a slot that does not exist, or a request longer than ``max_length``.

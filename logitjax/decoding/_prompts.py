@@ -290,7 +290,11 @@ class PromptReader:
         return [row for row in read if not self._reading(row).left]
 
     def place(self, row: int, slot: int, request: Request) -> Emitted:
-        """Put what a row has read into a slot, or several; gives `Emitted` of one row."""
+        """Put what a row has read into a slot, also into several, and choose the first token.
+
+        Returns:
+            `Emitted` of one row.
+        """
         reading = self._reading(row)
         if reading.left:
             raise ValueError(f"row: expected one that is through, {reading.left} tokens are left")
