@@ -1,4 +1,4 @@
-"""Values of a config.json by key, and the keys that change nothing; others that are set are refused."""
+"""Values of a config.json by key, and the keys that change nothing; others are refused if set."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
