@@ -64,8 +64,7 @@ class CachedModel:
 
         Raises:
             TypeError: for anything else.
-            ValueError: for a triple whose cache has no leaf, or leaves that disagree about the
-                rows.
+            ValueError: for a triple whose cache has no leaf, or leaves that differ in rows.
         """
         if isinstance(model, cls):
             return model

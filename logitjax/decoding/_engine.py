@@ -175,7 +175,7 @@ class Engine:
     def place(
         self, slot: int, request: Request, lengths: list[int], cache: Any, logits: Any
     ) -> Emitted:
-        """Fill a slot from a cache of one row that has read a request's prompts.
+        """Fill a slot from a cache of one row that read the prompts; gives `Emitted` of one row.
 
         Args:
             slot: which.
@@ -183,9 +183,6 @@ class Engine:
             lengths: tokens of each stream's prompt.
             cache: as `empty_row`, filled.
             logits: after the last token, of each model ``[1, vocab]``.
-
-        Returns:
-            `Emitted` of one row.
 
         Raises:
             ValueError: for a slot that does not exist.

@@ -117,8 +117,7 @@ class Plan:
     ) -> tuple[list[jax.Array], tuple]:
         """One pass of all models; ``tokens`` and ``positions`` ``[streams, rows, time]``.
 
-        Gives float32 logits ``[rows, time, vocab]`` of the large model, the experts and the bases,
-        cut or padded to the large model's vocabulary unless there is a token map; and the cache.
+        Gives float32 logits ``[rows, time, vocab]`` by stream, and the cache.
         """
         tokens, positions = jnp.asarray(tokens), jnp.asarray(positions)
         entries: dict[tuple[int, int], jax.Array] = {}

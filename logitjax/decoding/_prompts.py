@@ -42,9 +42,8 @@ def read_piece(
 ) -> tuple[list, list, Any]:
     """``tokens [streams, rows, time]`` into caches of a row each.
 
-    `following` are the tokens after these `[rows, time]`, -1 for none, and each row's extra: of
-    them log-probabilities are reported. Gives each row's logits after its last token, its cache,
-    and the report with the extra after it.
+    `following` are the tokens after these `[rows, time]`, -1 for none, whose log-probabilities are
+    reported, and each row's extra. Gives each row's last logits, its cache, and the report.
     """
     rows = len(caches)
     parts = []

@@ -99,11 +99,7 @@ def penalize_repetition(
     seen: Bool[Array, "rows vocab"],
     penalty: Float[Array, " rows"],
 ) -> Float[jax.Array, "rows vocab"]:
-    """Logits of seen tokens divided by the penalty where positive, multiplied where negative.
-
-    References:
-        Keskar et al., CTRL, 2019, arXiv:1909.05858; negative logits as in transformers.
-    """
+    """Logits with seen tokens penalised: CTRL (arXiv 1909.05858), negative as in transformers."""
     logits, factor = checks.as_float(logits, "logits"), jnp.asarray(penalty)[:, None]
     # Towards less probable on either side of zero.
     return jnp.where(seen, jnp.where(logits > 0, logits / factor, logits * factor), logits)
@@ -115,11 +111,8 @@ def penalize_counts(
     presence: Float[Array, " rows"],
     frequency: Float[Array, " rows"],
 ) -> Float[jax.Array, "rows vocab"]:
-    """Logits less a penalty for every time that their token was generated.
-
-    ``z[v] - presence [counts[v] > 0] - frequency counts[v]``, which counts what was generated and
-    not the prompt, as the API reference of OpenAI has it.
-    """
+    """Logits less a penalty for every time that their token was generated."""
+    # As the API reference of OpenAI has it: what was generated counts, the prompt does not.
     logits, often = checks.as_float(logits, "logits"), jnp.asarray(counts, jnp.float32)
     presence, frequency = (jnp.asarray(p)[:, None] for p in (presence, frequency))
     return logits - presence * (often > 0) - frequency * often
@@ -163,11 +156,7 @@ def truncate(
     top_p: Float[Array, " rows"] | None = None,
     min_p: Float[Array, " rows"] | None = None,
 ) -> Float[jax.Array, "rows vocab"]:
-    """Logits of the tokens that stay, by `Sampling`'s thresholds; `-inf` for the others.
-
-    The thresholds are found exactly, by 32 sweeps that fix them bit by bit: no sort, another k a
-    row.
-    """
+    """Logits of the tokens that stay, by `Sampling`'s thresholds; `-inf` for the others."""
     logits = checks.as_float(logits, "logits")
     peak = logits.max(axis=-1, keepdims=True)
     keep = jnp.isfinite(logits)
@@ -201,10 +190,7 @@ def row_keys(
 def sampling_logits(
     logits: Float[Array, "rows vocab"], rows: SamplingRows
 ) -> Float[jax.Array, "rows vocab"]:
-    """Logits whose softmax is the distribution that tokens are drawn from.
-
-    A row of temperature 0 keeps only its largest logits; what no row asks for costs nothing.
-    """
+    """Logits whose softmax is the distribution that tokens are drawn from."""
     logits = checks.as_float(logits, "logits")
     cold = rows.temperature == 0
     warm = logits / jnp.where(cold, 1, rows.temperature)[:, None]

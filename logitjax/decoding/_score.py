@@ -146,12 +146,10 @@ def score(
 def nll_from_model(model: Any) -> Callable[[Any, Any], tuple[np.ndarray, np.ndarray]]:
     """A function for the negative log-likelihood of given tokens under a model or ensemble.
 
-    ::
+    Tokens before a row's first target are read through the cache, without logits. So many short
+    answers to long questions cost little more than the questions. ::
 
         nll[b, t] = -log p(tokens[b, t] | tokens[b, :t])   where targets[b, t], else 0
-
-    Tokens before a row's first target are read through the cache, without logits. So many short
-    answers to long questions cost little more than the questions.
 
     Args:
         model: as for `generate`.

@@ -90,12 +90,10 @@ def accept_or_redraw(
 ) -> Int[jax.Array, " rows"]:
     """The drafted token, or another one, such that what comes out is drawn from the target.
 
-    ::
+    `logits` are the target's, before temperature and truncation; the softmax of `draft_logits` is
+    what the draft was drawn from. Where nothing is `there`, it is a plain draw. ::
 
         x ~ q;   accept with probability min(1, p(x) / q(x)),   else draw from (p - q)+ / |(p - q)+|
-
-    `logits` are the target's, before temperature and truncation; the softmax of `draft_logits` is
-    what the draft was drawn from. Where nothing is `there`, it is a plain draw.
 
     References:
         Leviathan et al., 2023 (arXiv 2211.17192), algorithm 1; p may be a fused distribution (Fu et

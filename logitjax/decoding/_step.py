@@ -77,21 +77,16 @@ class DecodeOptions:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """All slots: axis 0 of every leaf is the slot, except in the cache and ``lengths [streams,
-    slots]``.
-
-    ``token`` was emitted but not fed yet, `left` may still be emitted, `count` were, and none of
-    the first `least` stops.
-    """
+    """All slots: axis 0 of every leaf but the cache and `lengths` is the slot."""
 
     cache: Any
-    lengths: Any
-    token: Any
+    lengths: Any  # [streams, slots]
+    token: Any  # emitted, but not fed yet
     active: Any
     stopped: Any
-    left: Any
-    count: Any
-    least: Any
+    left: Any  # tokens that may still be emitted
+    count: Any  # tokens that were
+    least: Any  # of so many first tokens none stops
     sampling: SamplingRows
     stop_ids: Any
     bias_ids: Any
@@ -105,13 +100,10 @@ class DecodeState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Emitted:
-    """Tokens of one step, axis 0 the slot; of several, ``[slots, steps, ...]``.
-
-    ``valid`` is false where a slot was frozen. The rest is None unless asked for.
-    """
+    """Tokens of one step, axis 0 the slot; of several, ``[slots, steps, ...]``."""
 
     tokens: Any
-    valid: Any
+    valid: Any  # false where a slot was frozen
     logprobs: Any = None
     top_ids: Any = None
     top_logprobs: Any = None

@@ -11,16 +11,12 @@ from logitjax.ops import Array, AxisName, checks
 
 
 class Inputs(NamedTuple):
-    """Logits of all models where they exist.
-
-    `exists` broadcasts to `large`; `experts` and `bases` are `[T, *batch, vocab]` (or
-    None), `bases` with a leading axis of T or 1.
-    """
+    """Logits of all models where they exist."""
 
     large: jax.Array
-    experts: Any
-    bases: Any
-    exists: jax.Array
+    experts: Any  # [T, *batch, vocab], or None
+    bases: Any  # the same, with a leading axis of T or 1
+    exists: jax.Array  # broadcasts to `large`
 
     @property
     def differences(self) -> jax.Array:
@@ -43,10 +39,7 @@ class Inputs(NamedTuple):
     def differences_below(
         self, levels: tuple[jax.Array, jax.Array, jax.Array], *, less: jax.Array | None = None
     ) -> jax.Array:
-        """`differences` of `below(levels)`, `less` a number a row, to float32 whatever both are.
-
-        And whatever fillers are: of two entries of -1e9 the difference is that of the levels.
-        """
+        """`differences` of `below(levels)`, `less` a number a row, to float32 whatever both are."""
         _, expert, base = levels
         difference, rest = _exact_difference(self.experts, self.bases)
         shift, shift_rest = _exact_difference(expert, base)

@@ -34,10 +34,7 @@ def least_step(
     tolerance: float,
     axis_name: AxisName | None,
 ) -> Solution:
-    """Alphas whose two divergences sum to the target, by shortest steps from `start`.
-
-    One equation for T alphas: which of the many solutions is found depends on the start.
-    """
+    """Alphas whose two divergences sum to the target: shortest steps from `start` choose which."""
     allowed = tolerance * jnp.maximum(target, 1e-2)
 
     def visit(alphas: jax.Array, centre: jax.Array | None) -> _Visit:

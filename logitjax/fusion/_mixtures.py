@@ -34,9 +34,7 @@ class _Mixture(Strategy):
 class TeacherMixture(_Mixture):
     """Samples from a mixture of the student, which is the large model, and its teacher, the expert.
 
-    ::
-
-        share p + (1 - share) q
+    The law is ``share p + (1 - share) q``.
 
     Attributes:
         share: the teacher's.
@@ -63,11 +61,9 @@ class TeacherMixture(_Mixture):
 class TeacherRedraw(_Mixture):
     """Samples as the student, and draws anew from the teacher what is not in the teacher's top k.
 
-    ::
+    The student is the large model, the teacher the expert. ::
 
         q [v in top_k(p)] + (1 - sum_{top_k(p)} q) p
-
-    The student is the large model, the teacher the expert.
 
     Attributes:
         top_k: how many of the teacher's likeliest tokens are accepted; equal logits all count.

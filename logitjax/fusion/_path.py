@@ -82,18 +82,13 @@ class Path:
     def moments(
         self, alpha: jax.Array, *, axis_name: AxisName | None, centre: jax.Array | float = 0.0
     ) -> Moments:
-        """Moments at `alpha` `[T, *batch]`, each expert alone; one all-reduce.
-
-        The nearer `centre` is to the mean, the more digits the variance keeps.
-        """
+        """Moments at `alpha` `[T, *batch]`, each expert alone; one all-reduce."""
+        # The nearer `centre` is to the mean, the more digits the variance keeps.
         sums = _gathered(_sums(self.log_p, self.directions, alpha, centre), axis_name)
         return _moments(sums, alpha, centre, self.shift, self.log_p.shape[-1], axis_name)
 
     def scan(self, values: jax.Array, *, axis_name: AxisName | None) -> Moments:
-        """Moments at each of the `values`, `[num, T, *batch]`; one all-reduce for them all.
-
-        One value after another: nothing of the size of the vocabulary is held for each.
-        """
+        """Moments at each of the `values`, `[num, T, *batch]`; one all-reduce for them all."""
         # Sharded as the batch is.
         alpha = values.reshape(-1, *[1] * self.variance.ndim) + jnp.zeros_like(self.variance)
         sums = lax.map(lambda one: _sums(self.log_p, self.directions, one, 0.0), alpha)
@@ -103,10 +98,7 @@ class Path:
     def joint_moments(
         self, alphas: jax.Array, *, axis_name: AxisName | None, centre: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """log_z, E[h_t] and Cov[h_s, h_t] with all experts at once; two all-reduces.
-
-        The nearer `centre` is to the means, the more digits the covariances keep.
-        """
+        """log_z, E[h_t] and Cov[h_s, h_t] with all experts at once; two all-reduces."""
         h = self.directions
         x = self.log_p + (alphas[..., None] * h).sum(0)
         if centre is not None:
@@ -154,10 +146,7 @@ def _sums(log_p: jax.Array, h: jax.Array, alpha: jax.Array, centre: jax.Array | 
 
 
 def _gathered(sums: jax.Array, axis_name: AxisName | None, plain: int = 0) -> jax.Array:
-    """Peak and sums of all shards by one all-reduce: a maximum first would be another.
-
-    The last `plain` ones are sums without a peak.
-    """
+    """Peak and sums of all shards by one all-reduce; the last `plain` are sums without a peak."""
     if axis_name is None:
         return sums
     mine = jnp.arange(lax.axis_size(axis_name)) == lax.axis_index(axis_name)
@@ -256,10 +245,7 @@ def _padded(inputs: Inputs) -> Inputs:
 
 
 def make_path(inputs: Inputs, axis_name: AxisName | None) -> Path:
-    """Normalises, centres, and finds what the experts differ from their bases by.
-
-    Three all-reduces, whatever the number of experts; the compiler joins a scan to the last.
-    """
+    """Normalises, centres, and finds what experts differ from bases by; three all-reduces."""
     inputs = _padded(inputs)
     raw, count, vocab = inputs.differences, len(inputs.experts), inputs.large.shape[-1]
 

@@ -15,10 +15,8 @@ MOST_ENTRIES = 1 << 18
 
 
 def by_rows(decide: Callable[..., _Info], batch: Sequence[int], *logits: Any) -> _Info:
-    """`decide(*logits)`, on CPU in turns of as many rows as the caches like.
-
-    What is decided has the batch's axes last, or is a scalar: the largest of the turns is returned.
-    """
+    """`decide(*logits)`, on CPU in turns of as many rows as the caches like."""
+    # What is decided has the batch's axes last, or is a scalar: then the largest is returned.
     count = math.prod(batch)
     most = max(MOST_ENTRIES // max(logits[0].shape[-1], 1), 1)
     rows = max((n for n in range(1, min(count, most) + 1) if count % n == 0), default=0)

@@ -1,7 +1,6 @@
 """Roots along the path of what grows, for all rows at once.
 
-Every step keeps a bracket and falls back to its middle, so that the worst row ends as surely as the
-easy ones. Rows that are done stay where they are.
+Every step keeps a bracket and falls back to its middle, so that the worst rows end too.
 """
 
 from collections.abc import Callable
@@ -62,8 +61,7 @@ def find_root(
 ) -> Solution:
     """Where the gap, which grows, is 0 but for `allowed`; the bound if that lies beyond it.
 
-    `unrolled` makes exactly `max_sweeps` visits, without a loop. An end whose error exceeds `doubt`
-    is not called converged.
+    An end whose error exceeds `doubt` is not called converged.
     """
 
     def advance(state: _State, sweep: Any) -> _State:

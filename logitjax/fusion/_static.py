@@ -15,11 +15,9 @@ from logitjax.ops import AxisName, checks, log_softmax
 class ProxyTuning(Strategy):
     """Adds the difference of experts and their bases, with the same weight at every token.
 
-    ::
+    With alpha = 1 this equals tuning the large model, if both learned the same log-ratio. ::
 
         large + alpha * sum_t (expert_t - base_t)
-
-    With alpha = 1 this equals tuning the large model, if both learned the same log-ratio.
 
     Attributes:
         alpha: the weight.
@@ -45,12 +43,10 @@ class ProxyTuning(Strategy):
 class DExperts(Strategy):
     """Moves towards an expert and away from an anti-expert, within the large model's top-p set.
 
-    ::
+    The anti-expert takes the place of the base. Where the vocabulary is split over devices, `top_p`
+    must be 1: it would have to be sorted. ::
 
         large + alpha * (expert - antiexpert)   where p_large is in its top-p set, -inf elsewhere
-
-    The anti-expert takes the place of the base. Where the vocabulary is split over devices, `top_p`
-    must be 1: it would have to be sorted.
 
     Attributes:
         alpha: the weight.
@@ -94,11 +90,9 @@ class DExperts(Strategy):
 class ContrastiveDecoding(Strategy):
     """Prefers tokens that the large model finds likelier than an amateur, among plausible ones.
 
-    ::
+    The amateur is passed as the base, and there are no experts. ::
 
         weight * large - amateur_weight * amateur   where p_large >= plausibility * max p_large
-
-    The amateur is passed as the base, and there are no experts.
 
     Attributes:
         weight: weight of the large model.

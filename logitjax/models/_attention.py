@@ -32,15 +32,11 @@ LONG = 4096
 
 @dataclasses.dataclass(frozen=True)
 class AttentionContext:
-    """Values shared by all layers of one kind: rotations, mask and cache slots.
-
-    `key_tables` are there where a cache keeps keys unrotated, whose rotation changes with the
-    length.
-    """
+    """Values shared by all layers of one kind: rotations, mask and cache slots."""
 
     window: Window
     tables: Any
-    key_tables: Any
+    key_tables: Any  # where a cache keeps keys unrotated, whose rotation changes with the length
     mask: Any
     slots: Any
     concatenate: bool

@@ -25,8 +25,7 @@ def dot_general(
     """`jax.lax.dot_general`, faster for `[*batch, inner]` and `[inner, outer]` in bfloat16.
 
     XLA's CPU compiler has bfloat16 instructions (AMX, AVX512-BF16) only for products that end in
-    float32: one of these is used and then rounded, as other devices do. Its derivative rounds
-    what comes back first. It has no forward mode.
+    float32: one of these is used and then rounded. It has no forward mode.
     """
     plain = dimension_numbers == (((lhs.ndim - 1,), (0,)), ((), ())) and rhs.ndim == 2
     narrow = lhs.dtype == rhs.dtype == jnp.bfloat16

@@ -40,9 +40,7 @@ def blocked_attention(
     """Causal attention within segments; memory grows with `time`, not with its square.
 
     Query `t` stands at place `start + t` and sees keys of its own segment at its place and before,
-    at most `window` of them; keys of segment -1 are padding. Blocks that no query may see are not
-    formed, and the backward pass forms the others again from saved normalisers. A query without a
-    key gets 0.
+    at most `window` of them; keys of segment -1 are padding. A query without a key gets 0.
 
     References:
         Dao, FlashAttention-2 (arXiv 2307.08691), algorithms 1 and 2.

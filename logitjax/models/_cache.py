@@ -43,8 +43,7 @@ class Cache:
     ) -> "Cache":
         """An empty cache for `batch` rows of at most `max_length` tokens.
 
-        Windowed layers keep only their window. Past `max_length` the oldest tokens are
-        overwritten.
+        Windowed layers keep only their window. Past `max_length` the oldest tokens are overwritten.
 
         Args:
             config: the decoder's configuration.
@@ -54,9 +53,6 @@ class Cache:
             layout: `'listed'` or `'stacked'`, as the model's.
             ring_slack: slots of windowed layers beyond their window: the number of tokens by which
                 one may go back without losing what the window still needs.
-
-        Returns:
-            A `Cache`.
 
         >>> from logitjax.models import load_config
         >>> cache = jax.jit(lambda: Cache.init(load_config("tiny"), 3, 16))()

@@ -24,9 +24,8 @@ def render_template(
 ) -> tuple[str, Spans | None]:
     """The text that a chat template makes, and where its `{% generation %}` blocks lie in it.
 
-    The environment is that of `transformers.apply_chat_template`, in a process of its own, within
-    `storage.guard.LIMITS` and `seconds` of the processor. Spans are None where a template has no
-    such blocks. What ends in an error of whatever kind is a ValueError.
+    The environment is that of `transformers.apply_chat_template`, in a process of its own. Spans
+    are None where a template has no such blocks.
     """
     limits = guard.LIMITS
     guard.whole(len(template), "chat template: length", most=limits.template_bytes)

@@ -16,12 +16,9 @@ def written_spans(
     messages: Sequence[Mapping[str, Any]],
     role: str,
     text: str,
-    boundaries: Sequence[int],
+    boundaries: Sequence[int],  # where tokens begin
 ) -> Spans:
-    """Spans of `text`, all rendered, that hold what messages of `role` add beyond the prompt.
-
-    Tokens of `text` begin at the `boundaries`. A part that cannot be told apart is a ValueError.
-    """
+    """Spans of `text`, all rendered, that hold what messages of `role` add beyond the prompt."""
     spans = []
     for i, message in enumerate(messages):
         if message.get("role") != role:

@@ -332,7 +332,7 @@ class Decoder(nnx.Module):
         lora: Lora | None = None,
         lora_rows: Array | None = None,
     ) -> tuple[Float[jax.Array, "batch time hidden"], Cache]:
-        """Activations after some of the layers, for steps that regroup rows between layers.
+        """Activations after some layers, and the new cache, for steps that regroup rows in between.
 
         After all layers, `final_norm(x)` gives the hidden states of `hidden_states`.
 
@@ -343,9 +343,6 @@ class Decoder(nnx.Module):
             cache: keys and values of these layers alone, as one segment; positions of all windows.
             lora: adapters of these layers, listed.
             lora_rows: bool `[batch]`, the rows that use the adapters; all when omitted.
-
-        Returns:
-            The activations and the new cache.
 
         Raises:
             ValueError: for a stacked model.

@@ -28,11 +28,7 @@ class _Experts(nnx.Module):
 
 
 class MoE(nnx.Module):
-    """A weighted sum of gated MLPs; on a mesh with an axis `expert` each device has some of them.
-
-    Tokens are on all devices of that axis, which sums what its experts add. Memory grows with the
-    tokens, not with tokens times experts.
-    """
+    """A weighted sum of gated MLPs; on a mesh with an axis `expert` each device has some."""
 
     def __init__(
         self,

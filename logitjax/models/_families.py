@@ -32,7 +32,7 @@ _REGISTRY = Registry(kind="family", group="logitjax.families", members=_MEMBERS,
 
 
 def register_family(family: Family | str) -> Family:
-    """Make a family of decoders known to every reader and writer of models in this process.
+    """Make a family of decoders known to this process's readers and writers; returns its value.
 
     A configuration names its family, and so does a `config.json`: loading, exporting, adapters and
     loading again find the value by that name.
@@ -41,9 +41,6 @@ def register_family(family: Family | str) -> Family:
         family: The value, or the text of `--family`: `package.module:NAME`, the name of an entry
             point of the group `logitjax.families` (which are also found without this call), or
             `llama(name=other)`, which reads the models that call themselves `other` as Llama.
-
-    Returns:
-        The value.
 
     Raises:
         ValueError: Its name, wrapper or GGUF architecture is that of another family; a value of
@@ -90,8 +87,7 @@ def find_family(
 ) -> Family:
     """The family of which one of the `names` is this one.
 
-    Where there is none, the error says which is nearest, by the keys of its config.json (`raw`) and
-    then by name, and how to read it as that one or to bring another.
+    Where there is none, the error names the nearest, by its config.json (`raw`) and then by name.
     """
     families = list(all_families())
     for family in families:

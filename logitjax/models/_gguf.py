@@ -1,8 +1,6 @@
 """Reading GGUF files: the header at once, tensors dequantised some rows at a time.
 
-`gguf.GGUFReader` makes an array object of every token and merge, seconds and hundreds of
-megabytes for a vocabulary; here the header becomes plain Python values. Block formats are the
-library's.
+`gguf.GGUFReader` makes an array object of every token and merge: seconds, hundreds of megabytes.
 """
 
 import math

@@ -19,9 +19,6 @@ def config_from_hf(raw: Mapping[str, Any], *, where: str = "config.json") -> Dec
         raw: the parsed file. Of a multimodal one, such as Gemma 3's, the text part is taken.
         where: named in errors.
 
-    Returns:
-        A `DecoderConfig`.
-
     Raises:
         ValueError: for an unknown family, key or setting, or a value of the wrong type.
 
@@ -56,10 +53,7 @@ def config_from_hf(raw: Mapping[str, Any], *, where: str = "config.json") -> Dec
 
 
 def config_to_hf(config: DecoderConfig, *, dtype: str = "float32") -> dict[str, Any]:
-    """The `config.json` of a configuration and a type of tensors, as transformers and vLLM read it.
-
-    What Hugging Face's format of this family cannot say is a ValueError.
-    """
+    """The `config.json` of a configuration, as transformers and vLLM read it."""
     family = config.traits
     eos = config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids) or None
     raw: dict[str, Any] = {

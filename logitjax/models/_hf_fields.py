@@ -1,8 +1,4 @@
-"""Values of a config.json by key, and the keys that change nothing.
-
-A key that neither the family nor the list below knows is refused where its value says anything: a
-model that computes something else than its configuration asks for is worse than none.
-"""
+"""Values of a config.json by key, and the keys that change nothing; others are refused if set."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -178,11 +174,9 @@ def windows(
     off: bool = False,
     heeds_types: bool = True,
 ) -> tuple[Window, ...]:
-    """The window of each layer: by `layer_types` where they are given, else by `is_local`, else of
-    all.
+    """The window of each layer, by `layer_types` where given, else `is_local`, else one for all.
 
-    `off` says that a window means nothing. Where transformers heeds no `layer_types`, and other
-    programs do, they are to say what the rule says.
+    Where transformers heeds no `layer_types`, and other programs do, they must agree with the rule.
     """
     layers, kinds = fields.integer("num_hidden_layers"), fields["layer_types"]
     if kinds is not None and (

@@ -44,8 +44,7 @@ def rope_settings(
 ) -> dict[str, Any]:
     """Base, scaling and rotated dimensions, as `DecoderConfig` has them.
 
-    What the scaling (that of `scaling_of` when omitted) says wins over the keys beside it. Only
-    where `partial` is true may a head turn in part.
+    What the scaling (that of `scaling_of` when omitted) says wins over the keys beside it.
     """
     scaling = scaling_of(fields) if scaling is None else scaling
     kind, head_dim = scaling_kind(scaling), settings["head_dim"]

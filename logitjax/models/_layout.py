@@ -41,16 +41,13 @@ def with_layout(model: Decoder, layout: str) -> Decoder:
 
 
 def keep_layers(model: Decoder, indices: Sequence[int]) -> Decoder:
-    """A smaller model made of copies of the embedding, the chosen layers, norm and head.
+    """A smaller model of copies of embedding, chosen layers, norm and head, in the same layout.
 
     Every array is copied, so training or donating the new model does not affect the old one.
 
     Args:
         model: the model to cut from.
         indices: layers to keep, in the order in which they run.
-
-    Returns:
-        A decoder of `len(indices)` layers in the same layout.
 
     Raises:
         ValueError: for no indices or one out of range.
@@ -96,7 +93,7 @@ def keep_layers(model: Decoder, indices: Sequence[int]) -> Decoder:
 
 
 def first_layers(model: Decoder, count: int) -> Decoder:
-    """The model of the first layers: embedding, these layers, final norm and head.
+    """The model of the first layers in the same layout: embedding, these, final norm and head.
 
     Nothing is copied: its parameters are the arrays of the given model, so it must not be trained
     or donated as a whole. `keep_layers` makes copies.
@@ -105,9 +102,6 @@ def first_layers(model: Decoder, count: int) -> Decoder:
         model: the model to cut.
         count: layers to keep. Stacked layers can only be cut where a segment ends
             (`DecoderConfig.segment_boundaries`), listed ones anywhere.
-
-    Returns:
-        A decoder in the same layout.
 
     Raises:
         ValueError: for a count out of range, or inside a stacked segment.

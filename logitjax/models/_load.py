@@ -150,9 +150,6 @@ def load_model(
             `segments/0/layers/0/attention/query/kernel`. Without rules every device holds
             everything.
 
-    Returns:
-        The `Decoder`.
-
     Raises:
         ValueError: one line naming the path or tensor that is wrong, missing, extra or misshapen.
     """

@@ -39,7 +39,7 @@ class Lora:
         dtype: jax.typing.DTypeLike = jnp.float32,
         layout: str = "stacked",
     ) -> "Lora":
-        """Adapters that change nothing before training: random `a`, zero `b`.
+        """Adapters for `hidden_states(lora=)` that at first change nothing: random `a`, zero `b`.
 
         Args:
             config: the decoder's configuration.
@@ -50,9 +50,6 @@ class Lora:
                 omitted.
             dtype: type of the adapters.
             layout: `'stacked'` or `'listed'`, as the model's.
-
-        Returns:
-            A `Lora` for `hidden_states(..., lora=)`.
 
         Raises:
             ValueError: for an unknown target.
@@ -148,9 +145,6 @@ class Lora:
 
         Args:
             model: the decoder under the adapters, in their layout.
-
-        Returns:
-            A decoder that needs no adapters.
 
         >>> import numpy as np
         >>> from logitjax.models import load_model

@@ -28,14 +28,11 @@ def splash_attention(
     window: Window = None,
     interpret: bool = False,
 ) -> Float[jax.Array, "batch time heads dim"]:
-    """`blocked_attention` of whole rows on a TPU; blocks that no query may see are not read.
-
-    A kernel has no rule for a mesh. Where one is in context, each device has its rows and heads.
-    Padding, of segment -1, gets zeros.
-    """
+    """`blocked_attention` of whole rows on a TPU; padding, of segment -1, gets zeros."""
     run = functools.partial(
         _local, scale=scale, softcap=softcap, window=window, interpret=interpret
     )
+    # A kernel has no rule for a mesh: each device has its rows and heads.
     names = sharding.MeshAxes.current()
     rows = on_mesh.auto_axes(names.rows, query.shape[0])
     heads = on_mesh.auto_axes(names.columns, key.shape[2])

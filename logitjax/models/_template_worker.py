@@ -1,8 +1,7 @@
 """The script of a process that renders chat templates, so that it imports Jinja and nothing else.
 
-A template is a program that comes with a model. Jinja's sandbox keeps it from reaching Python, not
-from running forever or from taking all memory. Here the system ends what takes too long or too
-much, in the midst of whatever step: no list of methods and filters that might has to be complete.
+Jinja's sandbox keeps a model's template from reaching Python, not from running forever or taking
+all memory: here the system ends what takes too long or too much, in the midst of whatever step.
 """
 
 import datetime

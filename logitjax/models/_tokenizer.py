@@ -199,10 +199,9 @@ class Tokenizer:
         return encoded.ids, [any(a <= start < b for a, b in spans) for start in starts]
 
     def byte_lengths(self) -> np.ndarray:
-        """Number of UTF-8 bytes of each token's text, by which two tokenizations are aligned.
+        """UTF-8 bytes of each token's text, int64 `[vocab_size]`; 0 for special and unused ids.
 
-        Returns:
-            int64 `[vocab_size]`; 0 for special tokens and unused ids.
+        By them two tokenizations are aligned.
         """
         return np.array([len(text) for text in self.token_bytes()], np.int64)
 

@@ -22,9 +22,7 @@ def logsumexp(
     """Logarithm of the summed exponentials over the vocabulary.
 
     Entries that are `-inf` or excluded by `vocab_where` count as absent. A row without any entry
-    gives `-inf`, with a gradient of zero rather than nan.
-
-    ::
+    gives `-inf`, with a gradient of zero rather than nan. ::
 
         log Z = m + log sum_v exp(logits_v - m),    m = max_v logits_v
 
@@ -59,11 +57,9 @@ def log_softmax(
 ) -> Float[jax.Array, "..."]:
     """Log-probabilities over the vocabulary, `-inf` for entries that do not exist.
 
-    ::
+    Arguments and errors are those of `logsumexp`. ::
 
         log p_v = logits_v - log Z
-
-    Arguments and errors are those of `logsumexp`.
 
     Returns:
         The shape of `logits`, float32. A row without any entry is `-inf` throughout.

@@ -149,7 +149,7 @@ class TopK:
         vocab_where: Bool[Array, "..."] | None = None,
         axis_name: AxisName | None = None,
     ) -> "TopK":
-        """The top k of full logits; for a temperature, give `logits / temperature`.
+        """The top k of full logits, in float32; for a temperature, give `logits / temperature`.
 
         Args:
             logits: `[*batch, vocab]`.
@@ -157,9 +157,6 @@ class TopK:
             vocab_where: boolean, broadcastable to `logits`: True for the entries that exist.
             axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that
                 axis.
-
-        Returns:
-            `TopK` with float32 values.
 
         Raises:
             ValueError: as `top_k`.

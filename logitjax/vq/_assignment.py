@@ -51,9 +51,7 @@ def fit_assignment(
 
     The other methods are ``'random'``, clusters of equal size, and ``'kmeans'``, plain rows,
     unweighted (the paper's). `reassign` improves the mapping by the full head's distribution on
-    hidden states.
-
-    Blocks keep memory at the rows themselves plus 2,048 x codes, whatever the vocabulary.
+    hidden states. Memory is the rows plus 2,048 x codes, whatever the vocabulary.
 
     Args:
         rows: ``[vocab, hidden]``, rows of the full head, also in bfloat16.
@@ -213,10 +211,7 @@ def matched_bias(
     counts: Float[Array, " vocab"],
     hidden: Float[Array, "count hidden"],
 ) -> Float[jax.Array, " vocab"]:
-    """Biases under which every token gets the mass that it should, to first order.
-
-    ``b_v <- log counts_v - A_{m(v)}``, with A of `code_mass`.
-    """
+    """Biases under which every token gets the mass that it should, to first order."""
     codebook = jnp.asarray(codebook, jnp.float32)
     mass = code_mass(codebook, bias, assignment, hidden)
     return _matched(jnp.asarray(counts, jnp.float32), mass, assignment)
@@ -274,13 +269,11 @@ def perplexity_floor(
 ) -> PerplexityFloor:
     """The least perplexity that any training can reach if all tokens of a cluster share one logit.
 
-    ::
+    A bias per token removes both bounds. What is then still lost is what the context says about the
+    token within its cluster. ::
 
         perplexity >= exp(E log n_{m(X)})
         excess >= sum_k u_k KL(u(. | k) || uniform over the cluster)
-
-    A bias per token removes both. What is then still lost is what the context says about the token
-    within its cluster.
 
     Raises:
         TypeError: arrays of another kind.

@@ -116,10 +116,7 @@ class VQHead(VocabularyHead):
         return vq_nll(hidden, *self._arrays(), labels, **options)
 
     def tables(self, *, width: int = 64, **options: Any) -> VQTables:
-        """Tables for `top_k` and `sample`, to be made once; options as of `VQTables.of`.
-
-        Without them both sort the vocabulary on every call.
-        """
+        """Tables that spare `top_k` and `sample` a sort a call; options as of `VQTables.of`."""
         _, bias, assignment = self._arrays()
         return VQTables.of(bias, assignment, self.num_codes, width=width, **options)
 

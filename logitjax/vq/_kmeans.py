@@ -27,11 +27,9 @@ def fit_kmeans(
 ) -> tuple[jax.Array, jax.Array]:
     """Lloyd's algorithm for ``sum_i w_i |x_i - c|^2_M`` from a blocked k-means++ start.
 
-    Gives the centre of each point, int32, and the centres, weighted means of their points. Points
-    keep their coordinates: only the centres are multiplied by the metric. The start draws
-    centres in 16 batches, each point with odds of weight times squared distance to
-    the centres so far (k-means|| without oversampling): one at a time would read all points
-    ``num_centres`` times. A centre that loses its points moves to one of the worst served points.
+    Gives the centre of each point, int32, and the centres. The start draws centres in 16 batches,
+    each point with odds of weight times squared distance to the centres so far (k-means|| without
+    oversampling). A centre that loses its points moves to one of the worst served points.
 
     References:
         Arthur and Vassilvitskii, k-means++, 2007. Bahmani et al., Scalable k-means++, 2012.

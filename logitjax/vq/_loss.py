@@ -68,7 +68,7 @@ def vq_logits(
     temperature: float | Array = 1.0,
     vocab_where: Bool[Array, " vocab"] | None = None,
 ) -> Float[jax.Array, "*batch vocab"]:
-    """All V logits of the head, for checks and for code that needs logits.
+    """All V logits ``[*batch, vocab]``, float32, for checks and for code that needs logits.
 
     Training with it costs the memory of a full head; `vq_nll` and `VQTables` give the same
     numbers without it. ::
@@ -76,9 +76,6 @@ def vq_logits(
         logit_v = (h . C_{m(v)} + b_v) / T
 
     Arguments and errors are those of `vq_nll`. Without a bias logits within a cluster are equal.
-
-    Returns:
-        ``[*batch, vocab]``, float32.
 
     >>> codebook, assignment = jnp.array([[1.0], [5.0]]), jnp.array([0, 1, 1, 0])
     >>> jax.jit(vq_logits)(jnp.ones((1, 1)), codebook, None, assignment)

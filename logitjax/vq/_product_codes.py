@@ -28,9 +28,7 @@ _CODES = 16
 class ProductCodes:
     """Rows of a head as product codes: one code in each group of dimensions.
 
-    ::
-
-        w_v = [C^1_{m_1(v)}; ...; C^G_{m_G(v)}]
+    A row is ``w_v = [C^1_{m_1(v)}; ...; C^G_{m_G(v)}]``.
 
     Attributes:
         codebooks: ``[groups, codes, hidden / groups]``.
@@ -121,12 +119,9 @@ class ProductCodes:
     def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[jax.Array, "*batch vocab"]:
         """All V logits in O(K d + V groups) per token: one small table a group, then look-ups.
 
-        ::
+        Gives ``[*batch, vocab]``, float32. ::
 
             logit_v = sum_g (h_g . C^g_{m_g(v)}) + b_v
-
-        Returns:
-            ``[*batch, vocab]``, float32.
 
         >>> codes = ProductCodes(np.arange(4.0).reshape(2, 2, 1), np.array([[0, 1]]))
         >>> jax.jit(ProductCodes.logits)(codes, np.ones((1, 2)))
@@ -187,12 +182,10 @@ class PackedCodes:
     def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[jax.Array, "*batch vocab"]:
         """Logits with tables rounded to bytes, whose sums a CPU takes 32 at a time.
 
-        ::
+        A logit is at most ``groups * s / 2`` from that of `ProductCodes`: enough to screen. ::
 
             t_gk = h_g . C^g_k,  low_g = min_k t_gk,  s = max_gk (t_gk - low_g) / 255
             logit_v = s sum_g round((t_g,m_g(v) - low_g) / s) + sum_g low_g + b_v
-
-        A logit is at most ``groups * s / 2`` from that of `ProductCodes`: enough to screen.
         """
         hidden, codebooks = jnp.asarray(hidden), jnp.asarray(self.codebooks)
         packed, bias = jnp.asarray(self.codes), jnp.asarray(self.bias)
@@ -219,12 +212,9 @@ class PackedCodes:
 def pack_codes(codes: Integer[Array, "vocab groups"]) -> UInt8[jax.Array, "blocks pairs 32"]:
     """Two codes a byte, in the order in which 32 tokens are looked up at once.
 
-    Byte ``16 s + j`` of block b (32 tokens) and pair p (two groups) holds the codes of group ``2 p
-    + s`` for the tokens ``32 b + j`` (low half) and ``32 b + 16 + j`` (high half); 0 completes
-    both.
-
-    References:
-        Andre et al., Product quantization fast scan, 2015, for the layout's idea.
+    Byte ``16 s + j`` of block b (32 tokens) and pair p (two groups) holds group ``2 p + s`` of the
+    tokens ``32 b + j`` (low half) and ``32 b + 16 + j`` (high half); 0 completes both. The idea:
+    Andre et al., Product quantization fast scan, 2015.
     """
     codes = jnp.asarray(codes)
     if not jnp.issubdtype(codes.dtype, jnp.integer):

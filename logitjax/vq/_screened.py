@@ -75,13 +75,10 @@ class Screen:
         z_loss: float = 0.0,
         block_size: int = 256,
     ) -> Float[jax.Array, "*batch"]:
-        """Cross-entropy of `logits`, by blocks of positions.
+        """Cross-entropy of `logits`, by blocks of positions: ``[*batch]``, float32, not reduced.
 
         The choice of candidates has no gradient. Memory is block_size x vocab; other options are
         those of `vq_nll`.
-
-        Returns:
-            ``[*batch]``, float32, not reduced.
 
         Raises:
             ValueError: ``num_candidates`` is not in 1..vocab, or ``labels`` do not fit ``hidden``.

@@ -18,9 +18,8 @@ from logitjax.ops import Array, logsumexp, top_k
 class HeadTargets:
     """Expectations of a full head over cached hidden states.
 
-    The cross-entropy of a VQ head against the full one is linear in codebook and biases but for its
-    own normaliser. So sums over all positions, and the largest probabilities of each position
-    (which keep the noise of mini-batches low), are all that tuning needs: no V logits ever again.
+    A VQ head's cross-entropy against the full one is linear in codebook and biases but for its own
+    normaliser: tuning needs sums, and large probabilities to keep the noise of mini-batches low.
 
     Attributes:
         sums, counts: ``[vocab, hidden]`` and ``[vocab]``, ``sum_n p(v | h_n) h_n`` and without h.

@@ -198,13 +198,10 @@ def vq_distillation_loss(
 ) -> jax.Array:
     """Cross-entropy of a VQ head against the old head's whole distribution, from `HeadTargets`.
 
-    ::
+    ``R`` and ``r`` sum over all N positions what lies outside the top tokens: the mean is exact. ::
 
         log Z_q(h_n) - sum_{v in top(n)} p_n(v) (z_{n,m(v)} + b_v)
                      - 1/N (sum_k C_k . R_k + sum_v r_v b_v)
-
-    ``R`` and ``r`` hold what lies outside the top tokens, summed over all N positions. Its mean
-    over positions is exact, and less the teacher's entropy it is the KL divergence.
     """
     codebook, assignment = params["codebook"], constants["assignment"]
     bias = params.get("bias")

@@ -37,12 +37,10 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
 def _gguf_gemma(
     get: Callable[..., Any], settings: Mapping[str, Any], period: int, window: int, largest: int
 ) -> dict[str, Any]:
-    """Scales, and windows on all but each `period`-th layer, `window` wide unless the file says.
-
-    The largest model alone scales queries by hidden_size / num_heads, as llama.cpp does.
-    """
+    """Scales, and windows on all but each `period`-th layer, `window` wide unless the file says."""
     layers, hidden = settings["num_layers"], settings["hidden_size"]
     width = int(get("attention.sliding_window") or window)
+    # As in llama.cpp, the largest model alone scales queries by hidden_size / num_heads.
     scalar = hidden / settings["num_heads"] if layers == largest else settings["head_dim"]
     return {
         "embedding_scale": hidden**0.5,
