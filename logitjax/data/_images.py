@@ -181,7 +181,7 @@ def _folder(
 
 
 def class_folders(directory: epath.Path) -> tuple[list[tuple[epath.Path, int]], list[str]]:
-    """Pictures and the numbers of their classes, and these: sorted folder names, numbers as such."""
+    """Pictures and their classes' numbers; the classes' names, sorted, numbers as such."""
     if not directory.is_dir():
         raise FileNotFoundError(f"no image folder {directory}")
     classes = sorted(
