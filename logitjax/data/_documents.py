@@ -27,10 +27,8 @@ class DocumentTooLong(ValueError):
 
 
 def render_example(example: Mapping[str, Any]) -> list[tuple[str, bool]]:
-    """Text as it is; prompt and response joined as they are; messages in ChatML.
-
-    Only responses and what the assistant says (with the end mark) are learned.
-    """
+    """Text as it is; prompt and response joined as they are; messages in ChatML."""
+    # Only responses and what the assistant says (with the end mark) are learned.
     if "text" in example:
         return [(example["text"], True)]
     if "messages" not in example:
@@ -91,10 +89,8 @@ Piece = dict[str, tuple[np.ndarray, np.ndarray]]
 def split_document(
     segments: Segments, encoders: Mapping[str, Encoder], seq_len: int, *, may_split: bool = True
 ) -> Iterator[Piece]:
-    """Pieces that hold the same text for every tokenizer and fit into `seq_len` tokens of each.
-
-    A document is cut only when it does not fit, before white space where there is some.
-    """
+    """Pieces that hold the same text for every tokenizer and fit into `seq_len` tokens of each."""
+    # A document is cut only when it does not fit, before white space where there is some.
     text = "".join(t for t, _ in segments)
     limit = seq_len * _CHARACTERS_PER_TOKEN
     if len(text) <= limit or not may_split:

@@ -214,9 +214,6 @@ def load_image_set(
         data_dir: data directory of tfds; what is fetched by hand is looked for in
             ``<data_dir>/downloads/manual``.
 
-    Returns:
-        The pictures.
-
     Raises:
         FileNotFoundError: nothing lies there; says how to get it.
         ValueError: an unknown source or split, or a package that is not installed.

@@ -60,8 +60,6 @@ def load_images(
 ) -> LabelledImages:
     """Labelled images from any of the usual places.
 
-    The sources:
-
     * ``tfds:NAME``: a prepared tfds dataset with one image and one label, read without TensorFlow.
       Our own ``fashion_mnist_png`` is prepared on first use.
     * ``cifar100:DIR``: CIFAR-100's binary version (``train.bin``, ``test.bin``).
@@ -77,9 +75,6 @@ def load_images(
         size: height and width of the result, for ``folder``.
         cache_dir: where ``folder`` keeps the decoded arrays, once, as a memory map; in memory when
             omitted.
-
-    Returns:
-        The images.
 
     Raises:
         FileNotFoundError: nothing lies there.
@@ -186,10 +181,7 @@ def _folder(
 
 
 def class_folders(directory: epath.Path) -> tuple[list[tuple[epath.Path, int]], list[str]]:
-    """Pictures with the numbers of their classes, and the classes: the folders' names, sorted.
-
-    Names that are all numbers are sorted as such.
-    """
+    """Pictures and their classes' numbers; the classes' names, sorted, numbers as such."""
     if not directory.is_dir():
         raise FileNotFoundError(f"no image folder {directory}")
     classes = sorted(

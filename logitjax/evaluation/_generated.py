@@ -63,9 +63,7 @@ def rouge(references: Sequence[str], predictions: Sequence[str]) -> Rouge:
 def fluency(texts: Sequence[str]) -> float | None:
     """Mean entropy of texts' pairs and triples of words: low where they repeat themselves.
 
-    ::
-
-        mean of (2/3 H_2 + 4/3 H_3) / 2   bits
+    The mean of `(2/3 H_2 + 4/3 H_3) / 2`, in bits.
 
     Args:
         texts: Generated; those of fewer than three words do not count.

@@ -24,9 +24,7 @@ from logitjax.ops import Array, Number, checks
 class Uncertainty:
     """The factor of the bias: large where the zero-shot classifier is unsure, by kurtosis.
 
-    ::
-
-        (mean(z(x)^4) / normalizer) ^ -rho,    z as `z_score`, x the probabilities or the logits
+    `(mean(z(x)^4) / normalizer) ^ -rho`, with z as `z_score` and x the probabilities or the logits.
 
     The kurtosis of probabilities grows with the number of classes K (one-hot: about K), so a fixed
     normaliser makes beta mean something else on every data set; `'classes'`, K / 4, is 250 at
@@ -142,9 +140,7 @@ class AMU(Method):
     def loss(self, state: State, inputs: Inputs, labels: Any) -> jax.Array:
         """Of the fused logits, and of the bias alone so that it can stand by itself.
 
-        ::
-
-            (1 - lambda) * CE(bias, y) + lambda * CE(s0 + beta * weight * bias, y)
+        `(1 - lambda) * CE(bias, y) + lambda * CE(s0 + beta * weight * bias, y)`
         """
         inputs = self.prepare(inputs) if inputs.weight is None else inputs
         bias = self.auxiliary_logits(state, inputs)

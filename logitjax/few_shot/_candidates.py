@@ -136,11 +136,8 @@ class Candidate:
 
 
 def _grid(few: bool, **ranges: tuple[float, float]) -> dict[str, list[float]]:
-    """Columns of 4 or 12 settings; `__` in a name stands for a dot.
-
-    One field takes all of them between its ends, two fields their product. Between the ends values
-    are factors apart, but from 0 on they are steps.
-    """
+    """Columns of 4 or 12 settings, the product of two fields; `__` in a name stands for a dot."""
+    # Between the ends values are factors apart, but from 0 on they are steps.
     counts = ((4,) if few else (12,)) if len(ranges) == 1 else ((2, 2) if few else (4, 3))
     columns = [
         (np.geomspace if low else np.linspace)(low, high, count)

@@ -74,12 +74,8 @@ def gaussian_classifier(
 class GDA(Method):
     """Gaussian discriminant analysis on the labelled images, every view of them an example.
 
-    ::
-
-        s_bias = f @ W + b,    W and b of Gaussian classes with one covariance
-
-    The released code chooses beta on all of a data set's validation images, on ImageNet on the test
-    images.
+    `s_bias = f @ W + b`, with W and b of Gaussian classes with one covariance. The released code
+    chooses beta on all of a data set's validation images, on ImageNet on the test images.
 
     Attributes:
         beta: .0001 to 100 in factors of ten are searched.

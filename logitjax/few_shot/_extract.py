@@ -18,7 +18,6 @@ from logitjax.ops import checks
 def _identity(
     encoder: vision.Encoder, images: data.ImageSet, views: data.ImageViews, *, dtype: str
 ) -> FeatureIdentity:
-    """Return the identity that a cache of these features gets."""
     colours = dataclasses.asdict(encoder.preprocessing)
     return FeatureIdentity(
         encoder=encoder.name,

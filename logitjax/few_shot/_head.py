@@ -125,11 +125,7 @@ class FittedHead:
         return order, np.take_along_axis(cosines, order, 1)
 
     def inputs(self, pictures: Pictures) -> dict[str, Any]:
-        """The features of pictures as `logits` takes them.
-
-        Raises:
-            ValueError: They are of another encoder, size or fit than the head's.
-        """
+        """The features as `logits` takes them; ValueError for another encoder, size or fit."""
         used = len(self.encoders)  # a second encoder is of no use to most methods
         if pictures.encoders and pictures.encoders[:used] != self.encoders:
             raise ValueError(

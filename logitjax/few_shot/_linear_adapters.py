@@ -27,11 +27,8 @@ CLIP_SCALE = 100.0
 class TaskRes(Method):
     """TaskRes: a residual of the class weights, zero at first.
 
-    ::
-
-        s_bias = scale f @ R
-
-    Exact for `s0 = scale f @ W0`; the released code also scales `W0 + beta R` to length one again.
+    `s_bias = scale f @ R`, exact for `s0 = scale f @ W0`; the released code also scales
+    `W0 + beta R` to length one again.
 
     Attributes:
         beta: The paper's alpha.
@@ -54,9 +51,7 @@ class TaskRes(Method):
 class LinearProbe(Method):
     """A linear classifier of one encoder's features; its bias takes the zero-shot logits back.
 
-    ::
-
-        s_bias = scale * f @ W + b - s0
+    `s_bias = scale * f @ W + b - s0`
 
     Attributes:
         beta: 1 is the probe by itself, less mixes it with the zero-shot logits.
@@ -91,9 +86,7 @@ class LPPlusPlus(Method):
     """LP++: prototypes plus class weights with a learned factor for each class.
 
     Its step sizes follow from the data, so :meth:`init` runs the whole of its training: gradient
-    descent with momentum on all examples, the factors moving every tenth step.
-
-    ::
+    descent with momentum on all examples, the factors moving every tenth step::
 
         s = f @ V + b + blend * (f @ W0)
         V0 = class means                    blend0 = 250 mean_k <class mean_k, W0_k>

@@ -1,12 +1,4 @@
-"""Few-shot logit bias: what its methods share.
-
-All of them add something to the logits of a zero-shot classifier, learned from a few labelled
-images, and differ in the features, the predictor and the fusion of that something::
-
-    s = s0 + beta * s_bias
-
-Encoders are frozen, so a method sees features that were computed once.
-"""
+"""What few-shot methods share: all add to logits, `s = s0 + beta * s_bias`, of frozen encoders."""
 
 import dataclasses
 from typing import Any, ClassVar, NamedTuple
@@ -52,9 +44,7 @@ class Inputs:
     ) -> "Inputs":
         """Features of any length, with the logits of a zero-shot classifier: scaled cosines.
 
-        ::
-
-            scale * (f / |f|) @ W0
+        `scale * (f / |f|) @ W0`
 
         Args:
             features: `[*batch, features]` of the images.

@@ -68,11 +68,7 @@ class Recipe:
         return cls(**entries[method])
 
     def batches(self, num_examples: int) -> int:
-        """Batches of an epoch.
-
-        Raises:
-            ValueError: There is no image.
-        """
+        """Batches of an epoch; ValueError if there is no image."""
         if num_examples < 1:
             raise ValueError(f"num_examples: expected at least one image, got {num_examples}")
         return -(-num_examples // min(self.batch_size, num_examples))
@@ -82,10 +78,8 @@ class Recipe:
         return self.steps or self.epochs * self.batches(num_examples)
 
     def optimizer(self, total_steps: Any) -> optax.GradientTransformation:
-        """The algorithm with its course, a formula here because `total_steps` may be traced.
-
-        One program then serves every number of images; `training.Schedule` takes an `int`.
-        """
+        """The algorithm with its course, a formula as `total_steps` may be traced."""
+        # `training.Schedule` takes an `int`; this way one program serves every number of images.
 
         def rate(step: Any) -> Any:
             rest = jnp.maximum(1, total_steps - self.warmup)

@@ -79,9 +79,7 @@ def on_cpu(native: Callable[..., Any], otherwise: Callable[..., Any], *args: jax
 def lookup_sums(tables: jax.Array, blocks: jax.Array) -> jax.Array:
     """Sums of look-ups in tables of 16 bytes, for 32 tokens a block.
 
-    ::
-
-        sum_g tables[n, g, code_g(v)]
+    `sum_g tables[n, g, code_g(v)]`
 
     Args:
         tables: ``[n, 2 * pairs, 16]``, uint8.

@@ -22,15 +22,12 @@ def cross_entropy(
     """Negative log-probability of the label, position by position.
 
     The label's logit is found by comparing an iota with the label, not by a gather, so batch and
-    vocabulary may lie on any mesh axis, Auto or Explicit.
-
-    ::
+    vocabulary may lie on any mesh axis, Auto or Explicit. The loss is::
 
         (1 - e) (log Z - logits_y) + e mean_v (log Z - logits_v) + c (log Z)^2
 
     with `e = label_smoothing`, `c = z_loss`. The mean is over the entries that exist: neither
     `-inf` nor excluded by `vocab_where`.
-
     What all losses take, return and raise is written in `logitjax.losses`.
 
     Args:

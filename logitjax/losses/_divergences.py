@@ -28,7 +28,6 @@ def kl_divergence(
         reverse   T^2 sum_v q_v (log q_v - log p_v)     seeks one of its modes
 
     `T^2` keeps the size of the gradient when the temperature changes.
-
     What all losses take, return and raise is written in `logitjax.losses`.
 
     Args:
@@ -80,7 +79,6 @@ def generalized_jensen_shannon(
 
     The formula itself tends to 0 at both ends, and divided by beta or 1 - beta to those two
     divergences; as in TRL the ends are these divergences. Not multiplied by `T^2`, as in TRL.
-
     What all losses take, return and raise is written in `logitjax.losses`.
 
     Args:

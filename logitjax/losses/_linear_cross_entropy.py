@@ -25,9 +25,7 @@ def linear_cross_entropy(
 
     The vocabulary is visited in blocks, once for the value and once more for the gradient, which
     forms the logits of a block again and writes the head's gradient in place. What is saved between
-    the two is a few numbers a position.
-
-    ::
+    the two is a few numbers a position. The loss is::
 
         (1 - e) (log Z - logits_y) + e mean_v (log Z - logits_v) + c (log Z)^2
 

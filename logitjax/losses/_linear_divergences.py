@@ -24,12 +24,8 @@ def linear_kl_divergence(
 
     Both heads are visited block by block of one shared vocabulary, with the sums of both softmaxes
     and the expected log-ratio kept online: one sweep for the value, one for the gradient. The
-    teacher gets no gradient, and nothing is kept for it. Forward and reverse cost the same.
-
-    ::
-
-        T^2 KL(teacher || student), or T^2 KL(student || teacher), of logits / T
-
+    teacher gets no gradient, and nothing is kept for it. Forward and reverse cost the same. It
+    is `T^2 KL(teacher || student)`, or `T^2 KL(student || teacher)`, of `logits / T`.
     What all losses take, return and raise is written in `logitjax.losses`.
 
     Args:
@@ -62,9 +58,7 @@ def linear_generalized_jensen_shannon(
     """`generalized_jensen_shannon` of two linear heads, without the logits of either.
 
     The mixture needs both normalisers before its first term, so the value takes two sweeps over
-    the vocabulary and the gradient a third; with `weights` there is one.
-
-    ::
+    the vocabulary and the gradient a third; with `weights` there is one. It is::
 
         m = beta p + (1 - beta) q
         beta KL(p || m) + (1 - beta) KL(q || m),    KL(p || q) at beta = 0, KL(q || p) at beta = 1

@@ -51,9 +51,7 @@ def linear_log_probs(
 
     The sampler of tunix divides by the temperature and normalises over the whole vocabulary, even
     where it has cut the vocabulary. Penalties and biases that differ from token to token cannot be
-    given here.
-
-    ::
+    given here. Values, entropy and gradient are::
 
         log p_y = z_y - log sum_{v in S} exp z_v,    H = -sum_{v in S} p_v log p_v,
         d z_v   = g (1[v = y] - p_v) - e p_v (log p_v + H)    for cotangents g, e

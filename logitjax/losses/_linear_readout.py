@@ -106,13 +106,9 @@ def linear_fused_loss(
     What `linear_readout` followed by the loss gives, but a quarter cheaper: with the weights of the
     positions known, no logit is formed twice. The loss must treat positions apart, because it is
     called on a few of them at a time. Entries that do not exist have a bias of `-inf` here; for a
-    temperature divide hidden states, bias and cap.
-
-    ::
-
-        sum(weights * loss(readout, tokens))
-
-    `labels`, `ids` and `top_k` are those of `linear_readout`.
+    temperature divide hidden states, bias and cap. The value is
+    `sum(weights * loss(readout, tokens))`; `labels`, `ids` and `top_k` are those of
+    `linear_readout`.
 
     Args:
         loss: `(readout, tokens) -> [*batch]`. It must not refer to traced arrays of its
@@ -155,8 +151,6 @@ def linear_fused_loss(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Reading(ReadoutStatistic):
-    """Gives a `Readout`."""
-
     vocab: int
 
     def losses(self, outputs: Any, tokens: Any) -> Any:

@@ -34,9 +34,7 @@ def sparse_kl_divergence(
     The teacher's probabilities of its top k tokens are exact, because the log-normaliser is that of
     the whole vocabulary. Everything else is one bucket, whose mass is exact as well: this is the
     KL divergence between the two distributions after merging the tail, hence a lower bound of the
-    full one, and zero only where the student agrees on all k tokens.
-
-    ::
+    full one, and zero only where the student agrees on all k tokens. By `tail`::
 
         bucket        sum_{i<=k} p_i log(p_i / q_i) + p_rest log(p_rest / q_rest),
                       p_rest = 1 - sum_{i<=k} p_i,  q_rest = 1 - sum_{i<=k} q_i

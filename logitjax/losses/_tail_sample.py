@@ -37,9 +37,7 @@ class TailSample:
     ) -> "TailSample":
         """Draw tokens outside the top k in proportion to their probabilities.
 
-        ::
-
-            v_s ~ p_v / p_rest  for v outside the top k,   s = 1..m
+        `v_s ~ p_v / p_rest` for v outside the top k, `s = 1..m`.
 
         Args:
             key: `jax.random.key`.
@@ -48,8 +46,7 @@ class TailSample:
             samples: m, at least 1.
 
         Returns:
-            `TailSample`. Where nothing is left outside the top k, any id with a logit of
-            `-inf`.
+            `TailSample`. Where nothing is left outside the top k, any id with a logit of `-inf`.
 
         Raises:
             TypeError: logits that are not floating point, or ids that are not integers.

@@ -200,7 +200,6 @@ class _Setting:
         return self.objective.counts(self.batch(arrays), teachers, where=arrays["where"])
 
     def total(self, counts: Any = None, **arrays: Any) -> jax.Array:
-        """The objective's sum."""
         leaves = [arrays[name] for name in self.own]
         params = jax.tree.unflatten(jax.tree.structure(self.params), leaves)
         name = self.objective.names[0]

@@ -6,7 +6,6 @@ matrices, metrics or not, in this order::
     first <= moment <= third <= GW
 
 Graphs are matrices or `FactoredGraph`; all but the first two bounds form the matrix of the latter.
-Weights are uniform where they are left out. The result is a scalar.
 
 What rounding may have added is subtracted from each, so that the order holds up to rounding and the
 last inequality without exception; `logitjax.transport._rounding` says why. Bounds that hold for
@@ -59,11 +58,8 @@ def first_lower_bound(
 ) -> Float[Array, ""]:
     """Memoli's first lower bound: transport of the row means. With p = 1 the closed form.
 
-    What rounding may have added is subtracted, so that it is a bound even of nearly equal graphs.
-
-    ::
-
-        W_p^p(C a, D b) <= GW_p^p(C, D)
+    `W_p^p(C a, D b) <= GW_p^p(C, D)`. What rounding may have added is subtracted, so that it is a
+    bound even of nearly equal graphs.
 
     Args:
         c: matrix ``[n, n]`` or `FactoredGraph`.
@@ -153,20 +149,15 @@ def third_lower_bound(
     d_weights: Float[Array, "m"] | None = None,
     p: int = 2,
 ) -> Float[Array, ""]:
-    """Memoli's third lower bound: transport of the rows' distributions, O(n^3).
+    """Memoli's third lower bound (2011, section 6): transport of the rows' distributions, O(n^3).
 
-    ::
-
-        min_pi sum_ik W_p^p(C_i., D_k.) pi_ik <= GW_p^p(C, D)
+    `min_pi sum_ik W_p^p(C_i., D_k.) pi_ik <= GW_p^p(C, D)`
 
     Equal sizes without weights: exact, by the Hungarian algorithm. Otherwise the dual of that
     transport problem is ascended. In both cases the value of a dual solution counts, which is a
     lower bound however far from the optimum it may be.
 
     The gradient is that of the cost at the matching found.
-
-    References:
-        Memoli (2011), section 6.
     """
     c, d = rounded(c, c_weights), rounded(d, d_weights)
     a, b = node_weights(c, c_weights), node_weights(d, d_weights)

@@ -33,10 +33,8 @@ def uniform_matching(matching: Order) -> Coupling:
 def best_sorted_coupling(
     c: Graph, d: Graph, p: int, candidates: Sequence[Coupling], given: Mapping[str, Any]
 ) -> tuple[Coupling, Float[jax.Array, "plans"]]:
-    """The cheapest coupling among those that sort by row mean, row RMS and row deviation.
-
-    It has no gradient. With what each costs at most, the three sorted ones first.
-    """
+    """The cheapest of three sorted couplings and `candidates`, and what each of them costs."""
+    # In this order; without a gradient.
     weights = given["c_weights"], given["d_weights"]
     local, other = (row_statistics(densest(g, w), w) for g, w in zip((c, d), weights, strict=True))
     plans = [

@@ -37,9 +37,7 @@ _BLOCK_ENTRIES = 1 << 22
 def gw_at_coupling(c: Graph, d: Graph, coupling: Coupling, *, p: int = 2) -> Float[Array, ""]:
     """The cost of a coupling, which up to rounding is at least the Gromov-Wasserstein optimum.
 
-    `certificate` adds a bound of the rounding.
-
-    ::
+    `certificate` adds a bound of the rounding. The cost is::
 
         sum_{s, s'} m_s m_s' | C[r_s, r_s'] - D[k_s, k_s'] |^p
 

@@ -308,10 +308,7 @@ class RowStatistics(NamedTuple):
 
 
 def row_statistics(graph: Graph, weights: Weights) -> RowStatistics:
-    """Statistics of the rows of the graph as it is given, rounding bounds without gradient.
-
-    For a `RoundedMatrix` they are those of its matrix.
-    """
+    """Statistics of the rows of the graph, or of its matrix; rounding bounds have no gradient."""
     n, a = num_nodes(graph), node_weights(graph, weights)
     if not isinstance(graph, FactoredGraph | ProductGraph):
         c = dense_matrix(graph)

@@ -90,10 +90,8 @@ def as_candidate(given: Any, n: int, m: int, p: int, weights: tuple[Weights, Wei
 def repaired(plan: Plan, a: jax.Array, b: jax.Array) -> tuple[Plan, Scalar]:
     """A plan with marginals a and b near the given one, and how far a true coupling may be from it.
 
-    Rows, then columns are scaled down to their weights; what is missing is added as a product.
-
-    References:
-        Altschuler, Weed and Rigollet (2017), algorithm 2, and lemma 7 for the distance.
+    Rows, then columns are scaled down to their weights; what is missing is added as a product
+    (Altschuler, Weed and Rigollet, 2017, algorithm 2, and lemma 7 for the distance).
     """
     plan = jax.tree.map(lambda x: jnp.maximum(real(x), 0.0), plan)
     rows, _ = plan.marginals()
@@ -127,9 +125,7 @@ def plan_cost(
 ) -> Scalar:
     """Bound a plan's cost once it is `repaired`, for p = 2; O(n m (n + m)) or O(n k^2).
 
-    ::
-
-        sum_ij C_ij^2 a_i a_j + sum_kl D_kl^2 b_k b_l - 2 <C P D^T, P>
+    `sum_ij C_ij^2 a_i a_j + sum_kl D_kl^2 b_k b_l - 2 <C P D^T, P>`
     """
     weights = node_weights(c, c_weights), node_weights(d, d_weights)
     far = sum(jnp.abs(x - w).sum() for x, w in zip(plan.marginals(), weights, strict=True))

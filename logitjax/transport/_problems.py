@@ -1,7 +1,4 @@
-"""Problems of ott as graphs: point clouds, low-rank and dense geometries, fused or not.
-
-ott is recognised by its attributes, so that nothing here imports it.
-"""
+"""Problems of ott as graphs; known by their attributes, so that nothing here imports ott."""
 
 from typing import Any, NamedTuple
 

@@ -36,10 +36,8 @@ class _AttentionPool(nnx.Module):
 class ModifiedResNet(nnx.Module):
     """CLIP's ResNet: three convolutions in the stem, pooling before strides, an attention pool.
 
-    Batch statistics are always the running ones: this is for frozen features.
-
-    References:
-        Radford et al. (arXiv 2103.00020); names as in OpenAI's code.
+    Radford et al. (arXiv 2103.00020), names as in OpenAI's code. Batch statistics are always the
+    running ones: this is for frozen features.
     """
 
     def __init__(self, config: StagesConfig, features: int, *, dtype: Any, rngs: nnx.Rngs):
@@ -84,11 +82,7 @@ class ModifiedResNet(nnx.Module):
 
 
 class CLIP(nnx.Module):
-    """Both towers; called with pictures it is the vision tower.
-
-    References:
-        Radford et al. (arXiv 2103.00020).
-    """
+    """Both towers (arXiv 2103.00020); called with pictures it is the vision tower."""
 
     def __init__(self, config: TowersConfig, *, dtype: Any = None, rngs: nnx.Rngs):
         self.config, self.dtype = config, dtype

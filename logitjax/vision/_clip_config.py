@@ -13,10 +13,8 @@ Weights = Mapping[str, np.ndarray]
 
 
 def clip_config(weights: Weights, settings: Mapping[str, Any] | None = None) -> TowersConfig:
-    """Sizes by the names of `CLIP`; heads and activation by the settings beside the weights.
-
-    Without settings heads are of 64 channels, and the activation is that of OpenAI's models.
-    """
+    """Sizes by the names of `CLIP`; heads and activation by the settings beside the weights."""
+    # Without settings heads are of 64 channels, and the activation is that of OpenAI's models.
     vision, text = (
         {k.removeprefix(part): v for k, v in weights.items() if k.startswith(part)}
         for part in ("vision.", "text.")

@@ -46,10 +46,7 @@ class CLIPTokenizer:
 
 
 class SigLIPTokenizer:
-    """Texts to the rows of tokens that SigLIP's text tower takes, padded as it was trained.
-
-    Both versions were trained on lower-case texts; the first also on texts without punctuation.
-    """
+    """Texts to the rows of tokens that SigLIP's text tower takes, padded as it was trained."""
 
     def __init__(self, tokenizer: Tokenizer, context_length: int = 64):
         self.tokenizer, self.context_length = tokenizer, context_length
@@ -65,7 +62,7 @@ class SigLIPTokenizer:
         """int32 ``[batch, context_length]``: text, end, padding; a long text is cut."""
         rows = np.full((len(texts), self.context_length), self.pad, np.int32)
         for row, text in enumerate(texts):
-            text = text.lower()
+            text = text.lower()  # Both versions were trained so, the first without punctuation.
             if self.plain:
                 text = " ".join(text.translate(_NO_PUNCTUATION).split())
             ids = self.tokenizer.encode(text)[: self.context_length - 1]

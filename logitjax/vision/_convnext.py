@@ -89,8 +89,7 @@ class _Stage(nnx.Module):
 class ConvNeXt(nnx.Module):
     """ConvNeXt: a stem of patches, four stages of depthwise convolutions, the mean, a norm.
 
-    References:
-        Liu et al. (arXiv 2201.03545), Woo et al. (2301.00808); names are ours.
+    Liu et al. (arXiv 2201.03545), Woo et al. (2301.00808); names are ours.
     """
 
     classifier_name = "fc"

@@ -58,10 +58,8 @@ class _Block(nnx.Module):
 class EfficientNetLite0(nnx.Module):
     """EfficientNet-Lite0: 4.7 million weights, 1280 features, made for 224 pixels.
 
-    References:
-        Tan and Le (arXiv 1905.11946) and the authors' Lite variants: ReLU6, no squeeze and
-        excitation, TensorFlow's padding, variance epsilon 1e-3. Names as in the torch port without
-        their underscores.
+    Tan and Le (arXiv 1905.11946) and the authors' Lite variants: ReLU6, no squeeze and excitation,
+    TensorFlow's padding, variance epsilon 1e-3. Names as in the torch port without underscores.
     """
 
     classifier_name = "fc"

@@ -150,22 +150,14 @@ class Encoder:
     def logits(
         self, images: Num[Array, "batch height width channels"]
     ) -> Float[jax.Array, "batch classes"]:
-        """Logits of the class head; see `encode`.
-
-        Raises:
-            ValueError: there is no class head.
-        """
+        """Logits of the class head, as of `encode`; ValueError if there is no class head."""
         logits = self.encode(images)[1]
         if logits is None:
             raise ValueError(f"encoder {self.name!r} has no class head")
         return logits
 
     def tokenize(self, texts: Sequence[str]) -> Int[np.ndarray, "batch length"]:
-        """Rows of tokens for `text_features`.
-
-        Raises:
-            ValueError: the checkpoint came without a tokenizer.
-        """
+        """Rows of tokens for `text_features`; ValueError if the checkpoint has no tokenizer."""
         if self.tokenizer is None:
             raise ValueError(
                 f"encoder {self.name!r} has no tokenizer: give load_encoder(tokenizer=) a "

@@ -289,7 +289,6 @@ def _clip(given: _Checkpoint) -> Encoder:
 
 
 def _encoder(given: _Checkpoint, model: Any, made: Preprocessing, tokenizer: Any) -> Encoder:
-    """An encoder of both towers."""
     features = model.config.embed_dim
     return Encoder(
         given.spec, model, made, num_features=features, tokenizer=tokenizer, dtype=given.dtype

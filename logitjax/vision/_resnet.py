@@ -110,8 +110,7 @@ def _stage(
 class CifarResNet(nnx.Module):
     """ResNet of depth 6n + 2 for images of about 32 pixels: three stages of n basic blocks.
 
-    References:
-        He et al. (arXiv 1512.03385) with 1x1 projections; widths and names as in mdistiller.
+    He et al. (arXiv 1512.03385) with 1x1 projections; widths and names as in mdistiller.
     """
 
     classifier_name = "fc"

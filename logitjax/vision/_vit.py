@@ -212,9 +212,8 @@ class _Probe(nnx.Module):
 class ViT(nnx.Module):
     """A vision transformer: CLIP's tower, ViT, DINOv2 and DINOv3, SigLIP's tower.
 
-    References:
-        Dosovitskiy et al. (arXiv 2010.11929), Oquab et al. (2304.07193), Darcet et al.
-        (2309.16588), Zhai et al. (2303.15343), Simeoni et al. (2508.10104).
+    Dosovitskiy et al. (arXiv 2010.11929), Oquab et al. (2304.07193), Darcet et al. (2309.16588),
+    Zhai et al. (2303.15343), Simeoni et al. (2508.10104).
     """
 
     classifier_name = "fc"
@@ -335,15 +334,12 @@ def resize_matrix(source: int, target: int, *, antialias: bool) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StagesConfig:
-    """CLIP's ResNet: blocks of its stages, channels of its stem, heads of its attention pool.
-
-    `grid` is the height and width of the last stage, a 32nd of the picture's.
-    """
+    """CLIP's ResNet: blocks of its stages, channels of its stem, heads of its attention pool."""
 
     blocks: tuple[int, ...]
     width: int
     heads: int
-    grid: int
+    grid: int  # Height and width of the last stage, a 32nd of the picture's.
 
     def __post_init__(self) -> None:
         if self.heads < 1 or 32 * self.width % self.heads:
@@ -400,11 +396,7 @@ class TextTower(nnx.Module):
 
 
 class SigLIP(nnx.Module):
-    """Both towers of SigLIP; called with pictures it is the vision tower.
-
-    References:
-        Zhai et al. (arXiv 2303.15343), Tschannen et al. (2502.14786).
-    """
+    """Both towers (arXiv 2303.15343, 2502.14786); called with pictures it is the vision tower."""
 
     def __init__(self, config: TowersConfig, *, dtype: Any = None, rngs: nnx.Rngs):
         self.config, self.dtype = config, dtype

@@ -20,15 +20,10 @@ costs nothing; of a split vocabulary every shard sweeps its own columns and `Sta
 their states, once a sweep. A statistic may ask for several passes where its terms need a normaliser
 first. The head and its teacher's are `Head`s.
 
-That engine is `scan`: a block of columns stays while its positions go by, so that the gradient of
-these columns is summed up in float32 and cast once. With the weights of the positions known there
-is `rows` as well: the weighted sum of the losses and its gradient come out of one sweep, the logits
-of some positions being kept over the whole vocabulary just long enough to turn them into their
-gradient. That is a product a logit less, for a gradient of the whole head in float32. And `pallas`
-forms the logits of a tile on a TPU's chip, in kernels that call the statistic: the forward half for
-those that say `in_tiles`, the gradients for those that say `gradient_in_tiles`. That is a product a
-logit more than `scan`, which holds blocks of them. `Blocks` holds the sizes of the blocks, the
-engine, and the rule that chooses them for a device and a budget of memory.
+That engine is `scan`. With the weights of the positions known there is `rows` as well, where the
+weighted sum of the losses and its gradient come out of one sweep, and for TPUs there is `pallas`,
+whose kernels call the statistic. `Blocks` says what each costs, and holds the sizes of the blocks,
+the engine, and the rule that chooses them for a device and a budget of memory.
 
 A statistic of one's own: the entropy of the next token, with its gradient `-p (log p + H)`.
 

@@ -106,11 +106,7 @@ class Blocks:
             raise ValueError(f"blocks.engine: expected one of {engines}, got {self.engine!r}")
 
     def layout(self, sizes: Sizes) -> Layout:
-        """The rule.
-
-        Raises:
-            ValueError: `rows` is asked for and no weights are known.
-        """
+        """The rule's decision; ValueError if `rows` is asked for and no weights are known."""
         if self.engine == "rows" and not sizes.weighted:
             raise ValueError("blocks.engine: expected weights with 'rows', got none")
         result = self._on_cpu(sizes) if sizes.platform == "cpu" else self._on_accelerator(sizes)

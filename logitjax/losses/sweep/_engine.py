@@ -1,8 +1,4 @@
-"""The sweep itself: blocks of columns, their logits, and the gradient of what they were summed to.
-
-No logits outlive their block: the backward sweep forms them again and writes the head's gradient
-where it belongs.
-"""
+"""The sweep itself: blocks of columns, their logits, the gradient of what they were summed to."""
 
 import dataclasses
 import functools
@@ -152,10 +148,7 @@ def form_block(sweep: Sweep, operands: Operands, columns: Columns) -> LogitBlock
 
 
 def raw_gradient(student: Projection, block: LogitBlock, gradient, counts):
-    """From the gradient at the tempered, capped logits back to `hidden @ kernel + bias`.
-
-    Zero at positions that do not count, `[*batch, 1]`, whatever their gradient is.
-    """
+    """The gradient at `hidden @ kernel + bias`; zero where a position does not count."""
     exists = block.student != -jnp.inf
     slope = student.inverse_temperature
     cap = student.head.soft_cap
@@ -297,11 +290,8 @@ def swept(sweep: Sweep, operands: Operands) -> tuple[Any, Any]:
 
 
 def first_shard(sweep: Sweep, tree: Any) -> Any:
-    """Zero on all vocabulary shards but the first.
-
-    The caller's `psum` then restores the value, and its transpose hands every shard the whole
-    cotangent under either setting of `check_vma`.
-    """
+    """Zero on all vocabulary shards but the first, for the caller's `psum` to restore the value."""
+    # Its transpose hands every shard the whole cotangent under either setting of `check_vma`.
     if sweep.axis_name is None:
         return tree
     first = lax.axis_index(sweep.axis_name) == 0

@@ -108,11 +108,7 @@ class Head:
 
     @property
     def axis(self) -> int:
-        """`vocab_axis` where it is known; `resolve` makes it so.
-
-        Raises:
-            ValueError: it is not.
-        """
+        """`vocab_axis` where it is known, as `resolve` makes it; ValueError where it is not."""
         if self.vocab_axis is None:
             raise ValueError("vocab_axis: expected 0 or 1, got None")
         return self.vocab_axis

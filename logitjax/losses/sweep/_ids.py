@@ -117,10 +117,7 @@ def _over_tiles(step: Callable[..., Any], carry: Any, columns: jax.Array) -> Any
 def _each_id(
     together: int, ids: jax.Array, at: jax.Array, step: Callable[..., Any], carry: Any
 ) -> Any:
-    """`step(carry, id)` with the ids of the rows that are among the columns, in order.
-
-    They are `[*batch, 1]`; a row that has none left gives the end, which is no column.
-    """
+    """`step(carry, id)` with ids in order, `[*batch, 1]`; a row with none left gives the end."""
     end = at.max() + 1
     first = jnp.where(at == NOWHERE, end, at).min()
 

@@ -14,11 +14,7 @@ from logitjax.ops import AxisName
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KLStatistic(Statistic):
-    """`KL(teacher || student)` in one pass.
-
-    Attributes:
-        reverse: `KL(student || teacher)` instead.
-    """
+    """`KL(teacher || student)` in one pass, or with `reverse` `KL(student || teacher)`."""
 
     reverse: bool = False
 
@@ -87,12 +83,7 @@ class KLStatistic(Statistic):
 
 
 class TeacherReading(NamedTuple):
-    """A teacher's reading of a position, without a gradient.
-
-    Attributes:
-        label: `[*batch]` log-probability of the label.
-        entropy: `[*batch]`, in nats.
-    """
+    """A teacher's log-probability of the label and entropy in nats, `[*batch]`; no gradient."""
 
     label: jax.Array
     entropy: jax.Array

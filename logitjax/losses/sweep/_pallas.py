@@ -1,16 +1,12 @@
 """The engine `pallas`: a sweep as kernels, whatever the statistic.
 
 A program of the grid has a tile of positions and a tile of the vocabulary on chip, forms their
-logits, and calls `Statistic.absorb`, or `Statistic.gradient`, on them: a statistic is traced inside
-the kernels, so each has its own without another line. No logits reach the device's memory.
+logits, and calls `Statistic.absorb`, or `Statistic.gradient`, on them, traced inside the kernel.
 
 On a TPU (Mosaic) there are three kernels. The first sums up the state of a tile of positions while
-the vocabulary goes by. The gradients take one each, for each is a sum over what the other is split
-by: that of the hidden states stays on chip while the vocabulary goes by, that of the head while the
-positions do. Both form the logits again, so a step is five products of the head's size where blocks
-take four, and holds nothing but a few numbers a position. Where a statistic does not say
-`gradient_in_tiles` the gradients are those of `scan`. On CPU these kernels are interpreted, which
-is for tests. For a GPU there are none.
+the vocabulary goes by. Each gradient takes one, for each is a sum over what the other is split by.
+Where a statistic does not say `gradient_in_tiles` the gradients are those of `scan`. On CPU these
+kernels are interpreted, which is for tests. For a GPU there are none.
 """
 
 import dataclasses

@@ -352,11 +352,8 @@ def _names(entry: Any) -> tuple[str, ...]:
 
 
 def _split(mesh: Any, hidden: Any, head: Head) -> Any:
-    """Mesh axes of each batch axis, and of the vocabulary; None where nothing is split.
-
-    Explicit axes, and Auto ones of arrays outside of `jit`, are read. Other Auto axes go by
-    `MeshAxes`.
-    """
+    """Mesh axes of each batch axis, and of the vocabulary; None where nothing is split."""
+    # Explicit axes, and Auto ones of arrays outside of `jit`, are read; others go by `MeshAxes`.
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     names = ops.sharding.MeshAxes.current()
     auto = {n for n, kind in kinds.items() if kind == AxisType.Auto and mesh.shape[n] > 1}

@@ -17,9 +17,6 @@ class Several(Statistic):
     The tokens given to `run` are `{"0": ..., "1": ...}`, those of each statistic by its number;
     one without any reads what there is. `run` returns a tuple of what each statistic gives.
 
-    Attributes:
-        statistics: The statistics.
-
     Raises:
         ValueError: One needs more than one pass over the vocabulary.
     """
@@ -106,11 +103,7 @@ class _Wrapped(Statistic):
 
 @dataclasses.dataclass(frozen=True)
 class Tempered(_Wrapped):
-    """A statistic of both models' logits over a temperature of its own.
-
-    Attributes:
-        temperature: Divides the logits.
-    """
+    """A statistic of both models' logits over a `temperature` of its own, which divides them."""
 
     temperature: float
 

@@ -1,8 +1,6 @@
 """The engine `rows`: with the weights of the positions known, one sweep gives value and gradients.
 
-Unreduced losses cannot do this, because their cotangents arrive only with the backward pass. Here
-the logits of a few positions are kept over the whole vocabulary, just long enough to turn them into
-their gradient, so nothing is computed twice.
+Unreduced losses cannot do this, because their cotangents arrive only with the backward pass.
 """
 
 import functools
@@ -66,10 +64,7 @@ def _value_only(sweep: Sweep, operands: Operands, weights):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def run_weighted(sweep: Sweep, operands: Operands, weights: jax.Array) -> tuple[jax.Array, Any]:
-    """`sum(weights * losses)`, and the statistic's outputs, which get no gradient.
-
-    Under `axis_name` on the first shard only, zero elsewhere.
-    """
+    """`run_unreduced` with weights: `sum(weights * losses)`, and outputs without a gradient."""
     return _value_only(sweep, operands, weights)
 
 
