@@ -112,11 +112,7 @@ class Reading:
         return tuple(f"source{i}" for i in range(len(self.teachers)))
 
     def check(self, tokenizer: models.Tokenizer, objectives: Sequence[Objective]) -> None:
-        """Refuse losses that a teacher cannot serve, before anything is packed or read.
-
-        Raises:
-            ValueError: Names the loss and the teacher.
-        """
+        """Refuse losses that a teacher cannot serve; a ValueError names loss and teacher."""
         specs = self.teachers
         prints = [_tokenizer_of(spec, tokenizer).fingerprint for spec in specs]
         for objective in objectives:
