@@ -127,7 +127,11 @@ class Term(abc.ABC):
 
     @abc.abstractmethod
     def student(self, teacher: Any) -> StudentNeeds:
-        """Return what is to be read of the student; a term of the text alone sees no teacher."""
+        """Return what is to be read of the student.
+
+        Args:
+            teacher: The declared attributes of a `Teacher`; of a term of the text alone none.
+        """
 
     def seen(self, teacher: Any, batch: Mapping[str, Any]) -> Any:
         """Return the mask or weights that the values are averaged over; None for all labels.

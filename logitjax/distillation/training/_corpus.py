@@ -112,7 +112,10 @@ class Reading:
         return tuple(f"source{i}" for i in range(len(self.teachers)))
 
     def check(self, tokenizer: models.Tokenizer, objectives: Sequence[Objective]) -> None:
-        """Refuse losses that a teacher cannot serve; a ValueError names loss and teacher."""
+        """Refuse losses that a teacher cannot serve, before anything is packed or read.
+
+        A ValueError names the loss and the teacher.
+        """
         specs = self.teachers
         prints = [_tokenizer_of(spec, tokenizer).fingerprint for spec in specs]
         for objective in objectives:

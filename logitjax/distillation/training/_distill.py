@@ -68,7 +68,7 @@ class Course:
             raise ValueError(f"warmup: expected a share of the steps, got {self.warmup}")
 
     def check(self, mesh: Mesh) -> None:
-        """Refuse batches that a mesh cannot share: a ValueError names the option."""
+        """Refuse batches a mesh cannot share; a ValueError names `batch_size` or `eval_batch`."""
         pieces = training.BatchLayout(mesh).pieces
         if self.batch_size % (self.accumulate * pieces):
             raise ValueError(
