@@ -84,7 +84,7 @@ class TrainState:
 
         A checkpoint restores into it, and a step for a pod is compiled ahead of time with it.
 
-        Arguments are those of `create`; parameters may be ``jax.ShapeDtypeStruct``.
+        Arguments as in `create`; parameters may be ``jax.ShapeDtypeStruct``, as in the result.
 
         >>> from logitjax.training import make_mesh
         >>> mesh = make_mesh("data:1", devices=jax.devices()[:1])
