@@ -101,8 +101,7 @@ def binary_kl(
         student_logits: `[*batch, classes]` (classes along `axis`); the teacher's have its shape.
         teacher_logits: the same shape; absolute logits, not log-probabilities.
         temperature: `t` above.
-        reduction: over classes: `'sum'` as published, whose scale grows with the number of classes,
-            or `'mean'`.
+        reduction: over classes: `'sum'` as published, growing with their number, or `'mean'`.
         vocab_where: the classes to compare. A class at `-inf` on either side is left out as well.
         axis: the class axis.
         axis_name: mesh axis over which the classes are split, inside `shard_map`.
@@ -147,8 +146,7 @@ def binary_kl_norm(
 
         t^2 * sum_c log cosh( (z_s[c] - z_t[c]) / (2 t) )
 
-    Arguments, result and errors are those of `binary_kl`; the teacher's logits are absolute here
-    too.
+    Arguments, result and errors are those of `binary_kl`; the teacher's logits are absolute.
 
     >>> jax.jit(binary_kl_norm)(jnp.array([[2.0, -1.0]]), jnp.array([[2.0, -1.0]]))
     Array([0.], dtype=float32)

@@ -58,8 +58,7 @@ class DualHead(nnx.Module):
     Args:
         in_features: number of features of the backbone.
         num_classes: number of classes of both heads.
-        auxiliary: `'linear'`, or `'mlp'` (see :class:`MLPHead`) where teacher and student differ
-            in structure.
+        auxiliary: `'linear'`, or `'mlp'` (see :class:`MLPHead`) for a teacher of another structure.
         hidden_features: number of hidden features of the MLP.
         dropout: dropout rate of the MLP.
         axis_name: mesh axis of the batch inside `shard_map` or `pmap`; not needed under `jit`.

@@ -110,8 +110,7 @@ def graph_on_logits(
         - `student_row_sum_min`, `student_row_sum_max`: range of Z 1. If both are one, C 1 is
           the summed distribution and co-activation has cancelled.
         - `moved`: share of the student's nodes that sorting moves. Zero for rank nodes whose
-          row sums are positive: the loss is then a row-sum-weighted, time-averaged L1 of sorted
-          logits.
+          row sums are positive: the loss is then a row-sum-weighted, time-averaged sorted L1.
         - `student_rank_one`: share of the energy of C along f (rank nodes); near one means that
           the graph holds a single direction.
         - `student_tokens`, `teacher_tokens`: valid positions.
@@ -119,8 +118,7 @@ def graph_on_logits(
         `transport.certificate` bounds the Gromov-Wasserstein cost itself.
 
     Raises:
-        ValueError: if k exceeds a vocabulary, or batches differ, or the setting is identically
-            zero.
+        ValueError: k exceeds a vocabulary, batches differ, or the setting is identically zero.
 
     A step with a `pmap` over devices (`jit` with a mesh is the modern form):
 

@@ -56,8 +56,7 @@ def knowledge_distillation(
 ) -> Float[jax.Array, "..."]:
     """Hinton's distillation: match the teacher's softened class probabilities.
 
-    The factor `T^2` keeps the gradient's scale when the temperature changes. The teacher gets no
-    gradient.
+    The factor `T^2` keeps the gradient's scale at any temperature. The teacher gets no gradient.
 
     ::
 
@@ -272,13 +271,11 @@ def dist(
         where: the examples that count in the second term; the others get no gradient.
 
     Returns:
-        float32 `[batch]`. Classes at `-inf` in every example that counts, on both sides, are not
-        there.
+        float32 `[batch]`. Classes at `-inf` on both sides of all examples that count are left out.
 
     Raises:
         TypeError: logits are not floating point, or `where` not boolean.
-        ValueError: logits that are not `[batch, classes]`, different shapes, or a temperature that
-            is not positive.
+        ValueError: shapes that differ or are not `[batch, classes]`, or a temperature not above 0.
 
     >>> z = jnp.array([[2.0, 0.0, -1.0], [0.0, 1.0, 0.5]])
     >>> [f"{abs(loss):.4f}" for loss in jax.device_get(jax.jit(dist)(z, z))]

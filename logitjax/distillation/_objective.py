@@ -32,8 +32,7 @@ class Objective:
         L = sum_t weight_t  sum_i share_i  (sum seen_ti value_ti) / (sum seen_ti)
 
     Each term is averaged over what it has seen: all labels, or positions where both models have
-    read the same text, or chunks. `seen/NAME` in the metrics is the share of the labels that it
-    learns from.
+    read the same text, or chunks. Metric `seen/NAME`: the share of the labels it learns from.
 
     Attributes:
         terms: Terms and their weights. One of weight 0 is only reported.
@@ -97,12 +96,7 @@ class Objective:
         return next((term for term, _ in self.terms if term.teacher is not None), None)
 
     def init(self, key: jax.Array, head: Head) -> dict[str, Any]:
-        """The arrays of terms that have some of their own, by the terms' names.
-
-        Args:
-            key: A key of `jax.random`.
-            head: The student's head.
-        """
+        """The arrays of terms that have some of their own, by the terms' names."""
         arrays = {
             name: term.init(jax.random.fold_in(key, number), head)
             for number, (name, (term, _)) in enumerate(zip(self.names, self.terms, strict=True))
@@ -114,12 +108,7 @@ class Objective:
     ) -> dict[str, Any]:
         """Count the positions that the terms see in a batch, for `value` of its parts.
 
-        Sums over micro-batches and shards of these are the counts of the whole.
-
-        Args:
-            batch: As in `value`, like all that follow.
-            teachers: The teachers.
-            where: Positions whose labels count.
+        Arguments are those of `value`. Over micro-batches and shards, counts add up to the whole's.
         """
         teachers = [_with_statistics(self, teacher, None) for teacher in teachers]
         parts = self._parts(batch, teachers, {}, where)
@@ -146,19 +135,16 @@ class Objective:
 
         Args:
             hidden: `[*batch, hidden]`, the student's, at positions that predict `labels`.
-            head: Its `losses.Head`, or a kernel alone. Entries that do not exist have a bias of
-                `-inf`.
+            head: Its `losses.Head`, or a kernel alone. Entries that do not exist have bias `-inf`.
             batch: `labels`, `[*batch]`, and what terms declare in `Term.batch`. Of labels that
                 have `log_probs`, which the student wrote, terms of the text alone learn nothing.
             teachers: A `Teacher` each, if a term needs them.
             params: The arrays of `init`.
-            where: `[*batch]` boolean: positions whose labels count. At others nothing is looked at,
-                not even a NaN.
+            where: `[*batch]` boolean: positions whose labels count; at others not even a NaN does.
             teacher_weights: `[teachers]`, or `[rows, teachers]` to send each row to its teacher;
                 `teachers` of the objective by default.
             counts: The result of `counts` for the whole batch, where this is a part of it.
-            axis_name: Inside `jax.shard_map` with the head's vocabulary split over this mesh axis:
-                that axis.
+            axis_name: Mesh axis that splits the head's vocabulary, inside `jax.shard_map`.
 
         Returns:
             The sum, float32; the number of labels; for each term the pair of its sum and that

@@ -146,11 +146,7 @@ class _Columns(dict):
 def declared_attributes(
     name: str, term: Term, teacher: Teacher | None, where: Any
 ) -> dict[str, Any]:
-    """List the attributes that a term has declared of a teacher.
-
-    Raises:
-        ValueError: Nobody provides it.
-    """
+    """The attributes that a term has declared of a teacher; a ValueError where one is missing."""
     needs = term.teacher
     if needs is None or teacher is None:
         return {}

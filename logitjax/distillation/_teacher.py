@@ -48,8 +48,7 @@ class Teacher:
         statistics: `losses.GraphStatistics` of the next token, `[*batch]`.
         hidden: `[*batch, width]` hidden states. They get no gradient.
         head: Their `losses.Head`.
-        where: `[*batch]` positions where both models have read the same text and predict what
-            follows; None for all.
+        where: `[*batch]` positions where both predict what follows the same text; None for all.
         single: Those of them whose label is one token on both sides; None for the same.
         chunks: `ChunkScores` of the text.
         vocabularies: How its vocabulary relates to the student's; static.

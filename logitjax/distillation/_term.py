@@ -51,8 +51,7 @@ class TeacherNeeds:
     """Parts of each teacher that a term reads.
 
     Attributes:
-        top_k: Least number of its top logits, `teacher.top`; 0 for none. A term gets all that are
-            kept or read.
+        top_k: Least number of its top logits, `teacher.top`; 0 for none. A term gets all there are.
         moments: Also mean and deviation of all its logits, `teacher.statistics`.
         rest: Whether it needs the mass of what they leave out. A term that does without declares
             False, and `teacher.top.log_z` is None where nobody knows it.
@@ -95,8 +94,7 @@ class Term(abc.ABC):
 
     Attributes:
         name: Its name in flags and metrics.
-        teacher: What it reads of each teacher; None for a term of the text alone, which is taken
-            once.
+        teacher: What it reads of each teacher; None for a term of the text alone, taken once.
         batch: Names of what else it reads of the batch, `[*batch]` each, such as the sampled
             `log_probs` or `rewards`.
         pointwise: Whether its values are `[*batch]` and each is a function of its own position.
@@ -120,12 +118,7 @@ class Term(abc.ABC):
         return f"{self.name or type(self).__name__}" + (f"({options})" if options else "")
 
     def init(self, key: jax.Array, head: Head) -> Any:
-        """Arrays of the term's own that train beside the student, or None.
-
-        Args:
-            key: A key of `jax.random`.
-            head: The student's head, which tells the sizes.
-        """
+        """Arrays of its own that train beside the student, or None; the head tells the sizes."""
         return None
 
     def own_head(self, params: Any) -> Head | None:

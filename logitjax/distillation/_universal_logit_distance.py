@@ -58,8 +58,7 @@ def universal_logit_distance(
         teacher: `[*batch, teacher_vocab]` logits, or the `TopK` of a cached teacher, which must
             hold at least `top_k` entries. Differentiable as well.
         top_k: how many ranks to compare; None for all of them.
-        temperature: `T`, positive; may be traced. A `TopK` is taken as it is: make it from
-            `logits / T`.
+        temperature: `T`, positive; may be traced. Make a `TopK` from `logits / T` yourself.
         vocab_where: boolean, broadcastable to `student`: True for its entries that exist. Entries
             at `-inf`, of the teacher too, do not.
         axis: the vocabulary axis of the logits.

@@ -45,8 +45,7 @@ class LogitjaxLM(TemplateLM):
             in the place of the ensemble. Of a model inside a trainer that is `(apply, params)`:
             `apply(params, tokens)` gives logits, `[rows, time, vocab]`, and keeps nothing.
         dtype: Compute type of a model that is loaded by name.
-        max_length: Most tokens read at once; what the model reads if omitted, 2,048 if it does not
-            say.
+        max_length: Most tokens read at once; by default what the model reads, or 2,048.
         max_gen_toks: Maximum number of tokens in an answer where a task does not say.
         batch_size: Number of rows read or continued together.
         add_bos: Begin every text with the beginning mark; None for what the tokenizer says. The

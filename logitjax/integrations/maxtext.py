@@ -32,13 +32,7 @@ Output = distillation_utils.DistillationForwardOutput
 
 
 def _states_and_head(model: Any, hidden: Any, *, dropout: bool = False) -> tuple[Any, losses.Head]:
-    """A MaxText model's hidden states after its final norm, and its head.
-
-    Args:
-        model: A MaxText decoder model.
-        hidden: `[batch, positions, width]`, as vocabulary tiling shows them: before the norm.
-        dropout: Whether there is dropout before the head.
-    """
+    """`hidden`, from before a MaxText model's final norm, after it; and the model's head."""
     config, decoder = model.config, model.decoder
     hidden = decoder.dropout(decoder.decoder_norm(hidden), deterministic=not dropout)
     # Cast here, not block by block (`Head.compute_dtype`): over a mesh that splits the model the
@@ -201,8 +195,7 @@ def tiling_loss(
 
     MaxText tiles tokens, with whole rows of logits and one-hot targets; this visits the vocabulary
     in blocks. Set `maxtext.trainers.pre_train.train.vocab_tiling_nnx_loss` to it. It takes and
-    returns the same: sums over targets whose segment is not 0, of the cross-entropy with its z-loss
-    and of the z-loss.
+    returns the same: sums, where the segment is not 0, of cross-entropy with z-loss, and of z-loss.
     """
     pair = _states_and_head(model, hidden_states, dropout=is_train and config.enable_dropout)
     labels, where = data["targets"], data["targets_segmentation"] != 0

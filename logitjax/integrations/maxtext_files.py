@@ -153,7 +153,7 @@ def store_top_k(
     columns: Mapping[str, Any],
     directory: str | os.PathLike[str],
 ) -> list[epath.Path]:
-    """Writes rows of a cache as MaxText reads them (`offline_data_dir`); the rest is lost.
+    """Writes files of rows of a cache as MaxText reads them (`offline_data_dir`), without the rest.
 
     Args:
         cache: What the teacher says.
@@ -161,9 +161,6 @@ def store_top_k(
         columns: `inputs`, `[rows, positions]`, and what else MaxText keeps: `inputs_position`,
             `inputs_segmentation`, `targets`, `targets_segmentation`.
         directory: Where the files go.
-
-    Returns:
-        The files.
 
     Raises:
         ValueError: A column of another shape.

@@ -102,8 +102,7 @@ class ObjectiveStrategy(base_strategy.BaseStrategy):
     Args:
         objective: What is minimised. Its terms have no arrays of their own to train.
         pad_id: Id of padding. Then `input_mask` says which tokens are learned, and positions and
-            attention follow from the ids. If None, it says which tokens there are, and all of them
-            are learned.
+            attention follow from the ids. If None, it says which tokens there are; all are learned.
     """
 
     def __init__(self, objective: Objective, *, pad_id: int | None = None):
@@ -188,10 +187,7 @@ def _compute_per_token_logps(
     segment_positions: jax.Array | None = None,
     temperature: float = 1.0,
 ) -> Any:
-    """Compute what tunix's function of this name does, from hidden states and a head.
-
-    `return_logits` gives entropies, `[B, T]`, in the place of logits: see `blocked_log_probs`.
-    """
+    """The result of tunix's function of this name; `return_logits` gives entropies, `[B, T]`."""
     model: Any = nnx.merge(graphdef, state)
     tokens, positions, mask, segments = common.process_ids(
         prompt_tokens, completion_tokens, pad_id, eos_id, segment_ids, segment_positions

@@ -96,8 +96,7 @@ class Checkpointer:
     held, so that the next step does not get its buffers). The files appear under their final name
     only when they are complete. A failure of a save is raised by the next call. Each checkpoint
     has a checksum of every leaf, so a changed bit is noticed, and not only a missing or short file.
-    All processes must call every method. Leaves are stored under their path, and restore into any
-    tree with these paths.
+    All processes must call every method. Leaves restore into any tree that has their paths.
 
     Args:
         directory: directory of the checkpoints; ``gs://`` works.

@@ -71,13 +71,10 @@ def _jaxprs(params: Mapping[str, Any]) -> Iterator[Any]:
 
 
 def utilisation(flops: float, seconds: float) -> dict[str, float]:
-    """`tflops_per_second` of all devices, and `mfu`, the share of their peak where that is known.
-
-    Matrix products of the step as traced count, recomputation included.
-    """
+    """`tflops_per_second` of all devices, and `mfu`, the share of their peak where it is known."""
     if not flops:
         return {}
-    rate, kind = flops / seconds, jax.devices()[0].device_kind
+    rate, kind = flops / seconds, jax.devices()[0].device_kind  # recomputation included
     # The longest name that fits: `TPU v5` is also the beginning of `TPU v5 lite`.
     peaks = sorted((name for name in _PEAKS if name in kind), key=len)
     out = {"tflops_per_second": rate / 1e12}

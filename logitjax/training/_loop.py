@@ -94,9 +94,6 @@ def train_loop(
             checkpoint with another one is refused.
         options: how often to save, log and evaluate.
 
-    Returns:
-        The final state.
-
     Raises:
         NonFiniteError: after the batch is saved; the update was not applied.
         Preempted: after SIGTERM and saving.

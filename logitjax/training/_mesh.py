@@ -44,8 +44,7 @@ def make_mesh(
 
     Raises:
         ValueError: on another axis or syntax, sizes that do not multiply to the device count, or a
-            ``dcn_data`` that is not the number of slices; with `partial`, if a process would have
-            none of the devices.
+            ``dcn_data`` that is not the number of slices; with `partial`, if a process gets none.
 
     >>> dict(make_mesh("fsdp:-1", devices=jax.devices()[:1]).shape)
     {'fsdp': 1, 'data': 1, 'tensor': 1}
@@ -137,8 +136,7 @@ class BatchLayout:
     """How a batch is laid out on a mesh, and which of its rows this process feeds.
 
     Attributes:
-        mesh: The mesh. The first dimension of a batch is split over its ``dcn_data``, ``data`` and
-            ``fsdp``.
+        mesh: Its ``dcn_data``, ``data`` and ``fsdp`` split the first dimension of a batch.
 
     >>> layout = BatchLayout(make_mesh("data:1", devices=jax.devices()[:1]))
     >>> layout.share, layout.rows(4)

@@ -240,8 +240,7 @@ def make_writer(
     Args:
         workdir: where ``metrics.jsonl`` and the trackers' files go; None for the log alone.
         log: write log lines.
-        track: names of trackers: ``tensorboard``, ``wandb`` (offline by default), and ``terminal``,
-            which draws curves.
+        track: trackers: ``tensorboard``, ``wandb`` (offline by default), ``terminal`` for curves.
     """
     if jax.process_index() != 0:
         return MetricWriter()

@@ -89,11 +89,7 @@ class Schedule:
             b1: decay of the first moment.
             b2: decay of the second.
             eps: epsilon beside the root of the second.
-            trainable: if given, parameters whose path it does not match are frozen, without any
-                state.
-
-        Returns:
-            The optax transformation.
+            trainable: if given, parameters whose path it does not match freeze, without state.
 
         >>> import numpy as np
         >>> tx = Schedule(0.1, "constant").optimizer(trainable="lora")

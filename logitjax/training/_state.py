@@ -45,7 +45,7 @@ class TrainState:
         rules: ShardingRules = FSDP_RULES,
         seed: int = 0,
     ) -> "TrainState":
-        """Creates the state under ``jit``, straight into its shards.
+        """Creates the state at step 0 under ``jit``, straight into its shards.
 
         Every leaf is a global array, counters included, as multi-host checkpoints require.
         Parameters that come as arrays are copied, because a train step donates its state.
@@ -56,9 +56,6 @@ class TrainState:
             mesh: the mesh.
             rules: where each leaf goes.
             seed: seed of the initial parameters and of the steps' keys.
-
-        Returns:
-            The state at step 0.
 
         >>> from logitjax.training import make_mesh
         >>> mesh = make_mesh("data:1", devices=jax.devices()[:1])
@@ -87,8 +84,7 @@ class TrainState:
 
         A checkpoint restores into it, and a step for a pod is compiled ahead of time with it.
 
-        Arguments are those of `create`; parameters may be ``jax.ShapeDtypeStruct``, as the result's
-        leaves are.
+        Arguments as in `create`; parameters may be ``jax.ShapeDtypeStruct``, as in the result.
 
         >>> from logitjax.training import make_mesh
         >>> mesh = make_mesh("data:1", devices=jax.devices()[:1])

@@ -43,8 +43,7 @@ class TrainStep:
     whichever microbatch, device or process they are in. With ``accumulate`` the microbatches run in
     a ``lax.scan`` and sum in float32. On several slices (``dcn_data``) each copy of the model then
     calls the loss with its own rows and key, and sums cross the network once a step. A step whose
-    loss or gradient is not finite leaves parameters and optimizer state unchanged and reports it in
-    its output.
+    loss or gradient is not finite leaves parameters and optimizer state unchanged, and reports it.
 
     Args:
         loss_fn: ``(params, batch, rng) -> (loss_sum, count, {name: (sum, count)})``; with constants
@@ -105,11 +104,7 @@ class TrainStep:
         Args:
             state: The state, on the step's mesh.
             batch: A pytree of rows.
-            constants: A pytree that every step gets and none changes: a teacher's parameters, the
-                model under a LoRA.
-
-        Returns:
-            The next state and what the step reports.
+            constants: A pytree that no step changes: a teacher's weights, the model under a LoRA.
         """
         if self._mesh is not None:
             batch = BatchLayout(self._mesh).place(batch)

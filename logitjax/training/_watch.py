@@ -23,10 +23,7 @@ LATER_SECONDS = 30
 
 
 def stall_seconds(processes: int) -> float:
-    """How long nothing may move; 0 forever.
-
-    `LOGITJAX_STALL_SECONDS`, else an hour with several processes and forever with one.
-    """
+    """`LOGITJAX_STALL_SECONDS`, else an hour with several processes and forever (0) with one."""
     text = os.environ.get("LOGITJAX_STALL_SECONDS", "")
     try:
         return float(text or _DEFAULT_SECONDS * (processes > 1))

@@ -44,8 +44,7 @@ def lock_workdir(workdir: epath.PathLike) -> Iterator[None]:
     two runs that start at once one wins. The holder renews it every ten seconds. Another run takes
     it over when it has not been renewed for 45 seconds. No clock is compared. A restart by the
     script that started the run (with the same `LOGITJAX_RUN`, which `launch/` sets) takes it over
-    at once. A holder that finds its lock taken, or cannot renew it for as long, ends with status
-    75.
+    at once. A holder that finds it taken, or cannot renew it for as long, ends with status 75.
 
     Folders within a locked workdir are locked too. Process 0 locks for all.
 

@@ -28,10 +28,7 @@ class Rereader:
     def row(
         self, tokens: np.ndarray, theirs: Mapping[str, np.ndarray], *, start: int, stopped: bool
     ) -> Mapping[str, np.ndarray]:
-        """The teacher's columns `[length]`; of a document all tokens but the first are predicted.
-
-        The first `start` tokens are those of a row of text, of which `theirs` are the columns.
-        """
+        """The teacher's columns `[length]`; the first `start` tokens are those of a row of text."""
         length = len(theirs["tokens"])
         before = int(np.argmax(theirs["loss_mask"])) if self._chat else 0
         written = tokens[start if self._chat else 0 :]

@@ -21,11 +21,7 @@ def on_policy_update(
     oldest: Callable[[], int],
     reported: Callable[[], dict[str, tuple[float, float]]],
 ) -> Callable[[training.TrainState, Mapping[str, Any]], Any]:
-    """`(state, rows) -> (state, output)` for `training.train_loop`, with the seconds of each part.
-
-    `rollouts` writes a part of the rows, and `taught` adds what the teachers say of them; `oldest`
-    is the step of the oldest checkpoint, and `reported` what teachers tell of the last reading.
-    """
+    """`(state, rows) -> (state, output)` for `train_loop`, with the seconds of each part."""
 
     def update(state: training.TrainState, rows: Mapping[str, Any]) -> Any:
         number = int(state.step)

@@ -22,11 +22,9 @@ class Chunks:
     place. All its tokens are labels that count, on both sides.
 
     Attributes:
-        ours: int32 `[rows, length - 1]`, the chunk of each of our labels, from 0 in every row; -1
-            for none.
+        ours: int32 `[rows, length - 1]`, chunk of each of our labels, from 0 in a row; -1: none.
         theirs: The same of the other's labels.
-        our_sizes: int32 `[rows, length - 1]`, how many of our labels each chunk has; 0 beyond the
-            last chunk of a row.
+        our_sizes: int32 `[rows, length - 1]`, our labels in each chunk; 0 beyond the last.
         their_sizes: How many of theirs.
         starts: bool `[rows, length - 1]`, our positions whose label begins where one of theirs
             does: both models have read the same text. Where the row ends inside a chunk, its start
@@ -79,16 +77,12 @@ def align_chunks(
         ours: one tokenizer's columns of a packed batch (`tokens`, `segment_ids`, `positions`,
             `loss_mask`, each `[rows, length]`).
         theirs: the other's columns of the same rows.
-        our_lengths: `[vocab]`, how many bytes of text each of our tokens stands for; 0 for
-            special tokens.
+        our_lengths: `[vocab]`, bytes of text of each of our tokens; 0 for special tokens.
         their_lengths: the same of the other vocabulary.
         our_prefix: bytes that our tokenizer writes before a text (the space of Llama 2).
         their_prefix: the same of the other's.
         by: where counting of bytes restarts: at each document, or at each learned part of it, as in
             conversations, which two chat templates spell differently.
-
-    Returns:
-        The `Chunks`.
 
     >>> columns = lambda tokens: {
     ...     "tokens": np.array([[0, *tokens]]), "segment_ids": np.ones((1, 5), int),
@@ -147,10 +141,9 @@ def _shared_starts(mine: "_Side", other: "_Side", row: int) -> tuple[np.ndarray,
 
 @dataclasses.dataclass(frozen=True)
 class _Side:
-    """One tokenizer's rows as numbers that ascend along each row.
+    """One tokenizer's rows as numbers that ascend: a token begins at its text and the byte of it.
 
-    A token begins at its text and the byte of it; a special one also has its number at this byte,
-    and ends where it begins. `counted` tokens are part of a text that both sides have.
+    A special one ends where it begins. `counted` tokens are part of a text that both sides have.
     """
 
     begins: np.ndarray

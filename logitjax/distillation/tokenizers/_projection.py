@@ -41,8 +41,7 @@ class TokenProjection:
         weights: float32 `[ours, r]`; 0 for none.
         size: Entries of their vocabulary.
         rule: How it was made.
-        merges: int32 `[size]`, the token of theirs that each of theirs counts as; -1 for none. None
-            if each counts as itself.
+        merges: int32 `[size]`, what each of their tokens counts as; -1 for none. None: as itself.
     """
 
     ids: np.ndarray

@@ -50,9 +50,6 @@ def token_projection(
         rule: as above.
         directory: keeps what was built, a file for each pair and rule.
 
-    Returns:
-        The `TokenProjection`.
-
     Raises:
         ValueError: an unknown rule.
 

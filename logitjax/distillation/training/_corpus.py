@@ -114,8 +114,7 @@ class Reading:
     def check(self, tokenizer: models.Tokenizer, objectives: Sequence[Objective]) -> None:
         """Refuse losses that a teacher cannot serve, before anything is packed or read.
 
-        Raises:
-            ValueError: Names the loss and the teacher.
+        A ValueError names the loss and the teacher.
         """
         specs = self.teachers
         prints = [_tokenizer_of(spec, tokenizer).fingerprint for spec in specs]

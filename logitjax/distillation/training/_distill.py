@@ -68,11 +68,7 @@ class Course:
             raise ValueError(f"warmup: expected a share of the steps, got {self.warmup}")
 
     def check(self, mesh: Mesh) -> None:
-        """Refuse batches that the devices of a mesh cannot share.
-
-        Raises:
-            ValueError: Names `batch_size` or `eval_batch`.
-        """
+        """Refuse batches a mesh cannot share; a ValueError names `batch_size` or `eval_batch`."""
         pieces = training.BatchLayout(mesh).pieces
         if self.batch_size % (self.accumulate * pieces):
             raise ValueError(
@@ -239,9 +235,6 @@ def train_student(
         directory: Folder of checkpoints and of `metrics.jsonl`.
         scorer: Scores validation rows during training.
         on_policy: How much of each batch the student writes; its teachers have to read live.
-
-    Returns:
-        The `Trained`.
     """
     sources = {n: s.vocabularies for n, s in corpus.sources.items()} if objective.taught else {}
     tx, step = course.update(student, objective, sources, mesh=mesh)
@@ -316,11 +309,7 @@ _ROWS_LOOKED_AT = 64
 def _check_seen(
     loss: LossFunction, batch: Callable[[int], Any], frozen: Any, course: Course, *, mesh: Mesh
 ) -> None:
-    """Refuse a term that sees none of the text, which would train on zeros without a word.
-
-    Raises:
-        ValueError: Names the term.
-    """
+    """Refuse a term that sees none of the text, which would train on zeros without a word."""
     first = batch(0)
     if not jax.eval_shape(loss.counts, first, frozen)["seen"]:  # shapes tell if any term counts
         return
@@ -402,9 +391,6 @@ def distill(
         mesh: Mesh of training.
         workdir: Folder of everything that is kept.
         on_policy: How much of each batch the student writes; its teachers have to read live.
-
-    Returns:
-        The `Distilled`.
 
     Raises:
         ValueError: The folder was begun with something else (names all that differs), or the

@@ -1,8 +1,4 @@
-"""An objective as the function that training takes.
-
-Nothing here holds logits: one sweep over the vocabulary yields what the terms need of the student,
-and what the teachers say comes with the batch.
-"""
+"""An objective as the function that training takes; nothing here holds logits."""
 
 import dataclasses
 from collections.abc import Mapping

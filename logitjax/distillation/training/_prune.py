@@ -1,7 +1,4 @@
-"""A smaller model out of a model: without the layers, heads and channels that matter least on text.
-
-Nothing is trained here. What is left is healed afterwards, best by the model it was cut from.
-"""
+"""A smaller model out of a model: without the layers, heads and channels that matter least."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
@@ -67,8 +64,7 @@ class LayerPruning:
     Attributes:
         kept: Layers to keep, ascending; what `models.keep_layers` takes.
         dropped: The others, in the order in which they were chosen.
-        scores: Score of each layer before any was dropped, see `prune_layers`. Low means that it
-            may go.
+        scores: Score of each layer before any was dropped, see `prune_layers`; low ones may go.
     """
 
     kept: tuple[int, ...]
@@ -107,9 +103,6 @@ def prune_layers(
             `loss_mask`, each `[rows, length]`. Some thousand tokens will do.
         count: How many layers to drop, fewer than there are.
         by: The score.
-
-    Returns:
-        The `LayerPruning`.
 
     Raises:
         ValueError: Too few layers, no batch, or an unknown score.

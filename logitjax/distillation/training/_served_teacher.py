@@ -24,10 +24,9 @@ _AWAY = (OSError, http.client.HTTPException)
 class ServedTeacher:
     """`logitjax serve --hidden_states` as a teacher that reads beside the student.
 
-    One binary answer a batch has the hidden states of the positions that are learned, in bfloat16;
-    with the head that came once they are the whole distribution. A server that goes away is waited
-    for; if it comes back with other weights, that is an error. `rank` is the number of columns of
-    the low-rank code that is sent in place of hidden states, 0 for none.
+    One binary answer a batch has the hidden states of the positions that are learned, in bfloat16.
+    A server that goes away is waited for; if it comes back with other weights, that is an error.
+    `rank` is the number of columns of a low-rank code in place of hidden states, 0 for none.
     """
 
     def __init__(self, url: str, *, tokenizer: str, rank: int = 0, api_key: str | None = None):

@@ -18,10 +18,7 @@ from logitjax.distillation.training._teachers import Reader
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One teacher's output on the rows that matter, from its caches on disk or read live.
-
-    It reads the `columns` of one tokenizer; a live teacher has a `reader`, and no caches.
-    """
+    """One teacher's output on the rows that matter, from its caches on disk or read live."""
 
     columns: str
     packed: data.PackedSplits

@@ -31,8 +31,7 @@ class TeacherIdentity:
         positions: positions a row.
         k: logits kept a position.
         dtype: 'float16', 'bfloat16' or 'float32': how log-probabilities are stored.
-        tail_samples: tokens a position drawn from outside the top k, for an unbiased estimate of
-            divergences; 0 for none.
+        tail_samples: tokens a position drawn outside the top k, for unbiased divergences; 0: none.
         likelihoods: whether it keeps the log-probability of each label and that of a word's
             beginning in its place, 8 bytes a position, for `alm`.
         rest: whether it keeps the log-normaliser, mean and deviation of all logits. Without, only
@@ -150,8 +149,7 @@ class TeacherCache(RowCache):
 
     Args:
         directory: Where the cache is or will be; may be remote.
-        identity: What it is made from; begins a cache where there is none. Without it there must be
-            one.
+        identity: What it is made from; needed to begin a cache where there is none.
 
     Raises:
         FileNotFoundError: There is no cache, and no `identity` to begin one with.
@@ -186,8 +184,7 @@ class TeacherCache(RowCache):
         """The fields of `losses.GraphStatistics` for a batch's rows.
 
         Args:
-            rows: `[batch]` row indices of the packed data, as `batch["row"]` has them; -1 gives
-                zeros.
+            rows: `[batch]` rows of the packed data, as `batch["row"]` has them; -1 gives zeros.
 
         Returns:
             `values` (float32) and `indices` (int32), both `[batch, positions, k]`; with `rest`

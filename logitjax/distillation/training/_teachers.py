@@ -26,15 +26,12 @@ class Reader:
     """A teacher ready to read.
 
     Attributes:
-        tokenizer: Fingerprint of its tokenizer.
-        vocab_size: Entries of its vocabulary.
         read: Columns `[rows, length]` and the rows' numbers to a record of a `TeacherCache`.
         weights: Digest of its weights; empty for a server, which does not show them.
         head: Its `losses.Head`, if hidden states are among what it reads.
         kept: Numbers of top logits and of draws from the rest.
         metrics: Pairs of a sum and a count since they were asked for last.
-        shared: Whether it is split over the devices of all processes, which then all have to call
-            `read`, equally often and with as many rows.
+        shared: Whether all processes have to call `read`, equally often and with as many rows.
     """
 
     tokenizer: str
@@ -52,8 +49,6 @@ class Kept:
     """The statistics of a teacher that are kept at each position, and read for that.
 
     Attributes:
-        k: Number of top logits.
-        tail_samples: Number of draws from what they leave out.
         boundary: Tokens that begin a word, for likelihoods; None for none.
         hidden: Whether hidden states are read, too.
     """
@@ -99,11 +94,7 @@ def model_reader(
     kept: Kept,
     mesh: Mesh | None = None,
 ) -> Reader:
-    """A decoder that says what is kept of it.
-
-    Its parameters and the rows of a batch are split over `mesh`, which may be that of all
-    processes: each then gives its own rows and gets theirs.
-    """
+    """A decoder that says what is kept of it; `mesh` may be that of all processes."""
     decoder, tokenizer = load()
     apply_fn, params = models.from_nnx(decoder)
     layout = None if mesh is None else training.BatchLayout(mesh)
@@ -151,9 +142,8 @@ def server_reader(
     """A server with OpenAI's completion API, asked once for each document of each row.
 
     One that does not `echo` what it says of a prompt is asked once for each position that is to be
-    learned. It has to report ids of the student's vocabulary, as `logitjax serve` and vLLM do. What
-    it says are log-probabilities, so their log-sum-exp is 0; the mean and deviation of all logits
-    are not known, and no loss may use them. A server that does not answer so is a ValueError.
+    learned. It has to report ids of the student's vocabulary, else a ValueError. It reports
+    log-probabilities, whose log-sum-exp is 0; mean and deviation of all logits are not known.
     """
     try:
         oracle = leakage.HttpOracle(url, leakage.LogitPolicy(top_k=k), api_key=api_key)
@@ -252,9 +242,7 @@ def cache_teacher(
 ) -> dict[str, TeacherCache]:
     """Let a teacher read the wanted rows of each split that it has not read; the caches by split.
 
-    `reader` makes it ready, and is called if there is something to read; `columns` says which
-    tokenizer's columns it reads. A ValueError tells of a cache of other rows, or of other weights
-    where there is something to read.
+    A ValueError tells of a cache of other rows, or of other weights where something is to be read.
     """
     ready = functools.cache(reader)
     rows = {split: expected for split, expected in rows.items() if len(expected)}
