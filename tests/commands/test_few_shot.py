@@ -32,6 +32,7 @@ def write_features(directory, count=80) -> dict[str, Any]:
     return {"features": f"{first},{second}", "class_weights": str(text)}
 
 
+@pytest.mark.many_programs("features, a sweep, a choice by folds, and the head read again")
 def test_own_features_give_a_report_and_the_head_of_the_python_interface(tmp_path, monkeypatch):
     files = write_features(tmp_path)
     out = epath.Path(tmp_path) / "out"
