@@ -50,7 +50,7 @@ def _form(row: dict[str, Any]) -> dict[str, Any]:
             row["prompt"] = []
         elif "prompt" not in row:
             begin = len(os.path.commonprefix([best, worse]))  # noqa: RUF071
-            begin -= len(best[:begin].split(" ")[-1])  # to the end of a word
+            begin -= len(str(best[:begin]).split(" ")[-1])  # to the end of a word
             row["prompt"], best = best[:begin], best[begin:]
         row["completion"] = best
     if "completion" in row:
@@ -75,7 +75,8 @@ def normalise(row: Any, columns: Mapping[str, str] | None = None) -> dict[str, A
     if not isinstance(row, Mapping):
         raise ValueError(f"expected an object, got {type(row).__name__}")
     given = sorted(map(str, row))
-    row = own_form({(columns or {}).get(key, key): value for key, value in row.items()})
+    names: Mapping[Any, Any] = columns or {}
+    row = own_form({names.get(key, key): value for key, value in row.items()})
     forms = [f for f in (("text",), ("prompt", "response"), ("messages",)) if f[0] in row]
     if len(forms) != 1:
         raise ValueError(
