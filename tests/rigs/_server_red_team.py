@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import json
 import re
 import string
 from collections.abc import Mapping
@@ -12,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from etils import epath
 from scipy import stats
 
-from experiments.shared import suite
+from experiments.shared import records, suite
 from logitjax import models
 from logitjax.decoding import Ensemble
 from logitjax.leakage import Ledger, LogitPolicy
@@ -120,9 +122,15 @@ def _charged(
 
 
 def attacked(
-    spec: str, row: np.ndarray, tokenizer: Any, model: Ensemble, case: Any, queries: int
+    spec: str,
+    row: np.ndarray,
+    tokenizer: Any,
+    model: Ensemble,
+    case: Any,
+    queries: int,
+    folder: epath.Path,
 ) -> list[dict[str, Any]]:
-    """A row of the table for each attacker of one policy."""
+    """A row of the table for each attacker of one policy; those in the folder are not run again."""
     name, policy, options = case
     config = ServerConfig(
         model="row", policy=policy, slots=_SLOTS, max_length=16, max_tokens=8, max_waiting=4096,
@@ -138,6 +146,10 @@ def attacked(
         _, described = runner.run(call(app, None, path="/openapi.json", method="GET"))
         schema = described["components"]["schemas"]["Completion"]
         for attacker, attack in attackers(schema).items():
+            file = folder / f"{Path(spec).stem}, {name}, {attacker}.json"
+            if file.exists():
+                rows.append(json.loads(file.read_text()))
+                continue
             # Before a meter the second attacker would pay for what the first was told.
             app.state.service.accounts.ledger = Ledger(config.nats)
             ledger = Ledger()
@@ -153,8 +165,8 @@ def attacked(
             line["nats per 1,000"] = 1000 * line["nats"] / max(1, line["queries"])
             line["bound"] = float(ledger["row"].hard)
             line["bound per 1,000"] = 1000 * line["bound"] / max(1, line["queries"])
-            rows.append(line)
-            logging.info("%s", rows[-1])
+            rows.append(records.kept(file, lambda line=line: line))
+            logging.info("%s", line)
         runner.run(context.__aexit__(None, None, None))
     return rows
 
@@ -166,7 +178,8 @@ def red_team(options: suite.Options, spec: str) -> tuple[list[dict[str, Any]], l
         return [], []
     row, tokenizer = row_of("tiny" if options.smoke else spec)
     model, queries = one_row(row), 200 if options.smoke else QUERIES
-    found = [attacked(spec, row, tokenizer, model, case, queries) for case in POLICIES]
+    folder = epath.Path(options.directory) / f"red_team-{options.scale}"
+    found = [attacked(spec, row, tokenizer, model, case, queries, folder) for case in POLICIES]
     every = [line for lines in found for line in lines]
     plain = [line for line in every if not line["policy"].startswith("free")]
     shared = {line["policy"] for line in plain}
