@@ -158,7 +158,7 @@ def _image(file: str, side: int) -> str:
         picture = data.read_picture(epath.Path(file))
     except (OSError, ValueError):  # moved since
         return f"<code>{name}</code>"
-    picture.thumbnail((side, side))
+    picture.thumbnail((side, side))  # in place, its shape kept
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=80)
     content = base64.b64encode(buffer.getvalue()).decode()
@@ -184,9 +184,9 @@ def write_answers(
     sets = np.zeros_like(probabilities, bool)
     if head.calibration is not None:
         sets = head.predict_sets(**given, coverage=coverage)
-    (first, second), rows = order[:, :2].T, np.arange(len(files))
+    (first, second), rows = order[:, :2].T, np.arange(len(files))  # heads have two classes
     doubtful = np.argsort(probabilities[rows, first] - probabilities[rows, second], kind="stable")
-    location = np.argsort(doubtful) + 1
+    location = np.argsort(doubtful) + 1  # ranks, the most doubtful first
     write_csv(
         out / "predictions.csv",
         [

@@ -64,12 +64,13 @@ def transduce(
     cosines, places = jax.lax.map(near, features, batch_size=_BLOCK)
 
     def agreement(z: jax.Array) -> jax.Array:
-        total = (cosines[..., None] * z[places]).sum(1)
+        total = (cosines[..., None] * z[places]).sum(1)  # W z, [n, classes]
+        # W' z: being near is not mutual.
         return total.at[places].add(cosines[..., None] * z[:, None])
 
-    surest, rows = jax.lax.top_k(z.T, min(8, count))
+    surest, rows = jax.lax.top_k(z.T, min(8, count))  # [classes, 8]
     mu = unit_rows((surest[..., None] * features[rows]).mean(1))
-    variance = jnp.full((width,), 1 / width, features.dtype)
+    variance = jnp.full((width,), 1 / width, features.dtype)  # of unit rows that lie evenly
 
     def assign(z: jax.Array, mu: jax.Array, variance: jax.Array) -> jax.Array:
         # |f - mu|^2 / sigma^2 without an array of features for each picture and class.
@@ -85,6 +86,7 @@ def transduce(
         sums, counts = jnp.matmul(z.T, features, precision=_HIGHEST), z.sum(0)[:, None]
         mu = unit_rows(sums / jnp.maximum(counts, jnp.finfo(z.dtype).tiny))
         spread = jnp.square(features).sum(0) - 2 * (mu * sums).sum(0) + (counts * mu * mu).sum(0)
+        # A column that never varies would divide by zero.
         return z, mu, jnp.maximum(spread / count, jnp.finfo(z.dtype).tiny)
 
     z = assign(*jax.lax.fori_loop(0, rounds, one, (z, mu, variance)))
