@@ -26,11 +26,11 @@ class KLStatistic(Statistic):
     def absorb(self, state: Any, block: LogitBlock, passed: Any) -> Any:
         over, under = self.sides(block)
         both = (over != -jnp.inf) & (under != -jnp.inf)
-        # Less the largest of each side: an offset of a side, whose digits hide those of the
-        # difference, never enters the sums.
+        # Less nearly the largest of each side: an offset of a side, whose digits hide those of the
+        # difference, never enters the sums. XLA would write out what the sums of `add` share.
         peaks = [sums.raised(x) for sums, x in zip(state, (over, under), strict=True)]
-        gap = self.term(over - peaks[0][..., None], under - peaks[1][..., None])
-        terms = jnp.where(both, gap, 0.0), jnp.where(both, 0.0, 1.0)
+        gap = self.term(*(x - _base(peak)[..., None] for x, peak in zip((over, under), peaks)))
+        terms = jnp.where(both, gap, 0.0), (under == -jnp.inf).astype(over.dtype)
         return self._relative_to(peaks, state).add(over, *terms), state[1].add(under)
 
     def reduce(self, state: Any, axis_name: AxisName, passed: Any) -> Any:
@@ -43,12 +43,16 @@ class KLStatistic(Statistic):
         # Mass where the other distribution has none: the divergence is infinite, and its gradient
         # that of the other entries. Of nothing at all there is nothing to share.
         shared = jnp.where(total > 0, 1.0 - escaped / jnp.maximum(total, 1e-30), 0.0)
-        logs = [ops.neginf_to_zero(jnp.log(side.sums[0])) for side in state]
+        bases = [_base(side.peak) for side in state]
+        logs = [
+            side.peak - base + ops.neginf_to_zero(jnp.log(side.sums[0]))
+            for side, base in zip(state, bases)
+        ]
         finite = gap / jnp.maximum(total, 1e-30) - shared * self.term(logs[0], logs[1])
         value = jnp.where(escaped > 0, jnp.inf, finite)
         if not self.reverse:
             return value, (over.log_z, under.log_z, shared)
-        offset = (over.peak - under.peak) + (logs[0] - logs[1])
+        offset = (bases[0] - bases[1]) + (logs[0] - logs[1])
         return value, (over.log_z, offset, finite + shared)
 
     def gradient(self, residuals: Any, cotangents: Any, block: LogitBlock) -> jax.Array:
@@ -76,10 +80,16 @@ class KLStatistic(Statistic):
     def _relative_to(self, peaks: Any, state: Any) -> OnlineSums:
         """The first side's sums so far, with the gap relative to these peaks."""
         (over, (total, gap, escaped)), under = state
-        moved = self.term(over - peaks[0], under.peak - peaks[1])
+        sides = zip((over, under.peak), peaks)
+        moved = self.term(*(_base(peak) - _base(new) for peak, new in sides))
         # Of nothing yet the peaks are far below any logit.
         gap += jnp.where(total > escaped, (total - escaped) * moved, 0.0)
         return OnlineSums(over, (total, gap, escaped))
+
+
+def _base(peak: jax.Array) -> jax.Array:
+    """The whole number below: of few digits, so that differences with it are exact."""
+    return jnp.floor(peak)
 
 
 class TeacherReading(NamedTuple):
