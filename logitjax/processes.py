@@ -33,7 +33,8 @@ def broadcast_from_first(make: Callable[[], Any]) -> Any:
         return make()
     first = jax.process_index() == 0
     text = json.dumps(make()).encode() if first else b""
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))  # all bring one shape
+    # All bring one shape.
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
     sent = np.frombuffer(text, np.uint8) if first else np.zeros(size, np.uint8)
     return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(sent), np.uint8).tobytes())
 
@@ -61,7 +62,8 @@ def first_before_others(name: str) -> Iterator[None]:
             yield
     else:
         with _outcome_of_first(name):
-            pass  # until process 0 is through
+            # Until process 0 is through.
+            pass
         yield
 
 

@@ -135,7 +135,8 @@ def _options(kind: str, name: str, text: str) -> dict[str, Any]:
         call = ast.parse(f"_({text})", mode="eval").body
         assert isinstance(call, ast.Call)
         if call.args or not all(keyword.arg for keyword in call.keywords):
-            raise SyntaxError  # a bare value, or **mapping
+            # a bare value, or **mapping.
+            raise SyntaxError
         return {str(keyword.arg): _literal(keyword.value) for keyword in call.keywords}
     except (SyntaxError, ValueError):
         raise ValueError(
@@ -146,7 +147,8 @@ def _options(kind: str, name: str, text: str) -> dict[str, Any]:
 def _literal(node: ast.expr) -> Any:
     """A literal, `inf` or a bare word."""
     if isinstance(node, ast.Name):
-        return math.inf if node.id == "inf" else node.id  # Python has no literal of it
+        # Python has no literal of it.
+        return math.inf if node.id == "inf" else node.id
     return ast.literal_eval(node)
 
 

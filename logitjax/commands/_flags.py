@@ -302,7 +302,8 @@ def read_command_line(
         elif flag.kind is bool:
             define = absl_flags.DEFINE_bool
         define(flag.name, None, "", flag_values=defined)
-    rest = defined([program, *arguments])[1:]  # the program is no value
+    # The program is no value.
+    rest = defined([program, *arguments])[1:]
     names = [*others, *(flag.name for flag in flags)]
     given = {name: defined[name].value for name in names if defined[name].value is not None}
     for flag in flags:

@@ -107,7 +107,8 @@ def _announce(
             # Nothing is read by this identity: it is only asked how wide a row is.
             data="",
             vocab_size=tokenizer.vocab_size,
-            positions=reading.seq_len - 1,  # the last token predicts nothing
+            # The last token predicts nothing.
+            positions=reading.seq_len - 1,
             k=reading.top_k,
             tail_samples=reading.tail_samples,
             likelihoods=reading.likelihoods,

@@ -214,7 +214,8 @@ def _interruptible(says: str) -> Iterator[None]:
     ending = threading.Lock()
 
     def end() -> None:
-        ending.acquire()  # By whoever comes first, for ever.
+        # By whoever comes first, for ever.
+        ending.acquire()
         if jax.distributed.is_initialized():
             training.distributed.leave(says, _INTERRUPTED)
         logging.flush()
@@ -325,7 +326,8 @@ def _main(
             return
     logging.use_absl_handler()
     logging.get_absl_handler().addFilter(_is_ours)
-    absl_flags.FLAGS.mark_as_parsed()  # absl's logging waits for it
+    # absl's logging waits for it.
+    absl_flags.FLAGS.mark_as_parsed()
     details = None
     try:
         *running, brought, config = parse(classes, presets, arguments, program=program)
@@ -354,7 +356,8 @@ def _main(
             return
         training.distributed.initialize(**dataclasses.asdict(running[1]))
         with _narrated(), training.lock_workdir(folder), _accounted(folder):
-            details = folder  # Before, it may be another run's.
+            # Before, it may be another run's.
+            details = folder
             if not cached and "://" in str(folder):
                 # The next machines of this run are others, and would compile everything again.
                 jax.config.update("jax_compilation_cache_dir", f"{folder}/.compiled")

@@ -181,7 +181,8 @@ def run(config: Config, out: epath.Path) -> None:
         objective=objective,
         seed=config.course.seed,
     )
-    del model  # its arrays are the student's now
+    # Its arrays are the student's now.
+    del model
     corpus = reading.load(
         packed,
         course.visited_rows(packed, seeds=None if objective.taught else ()),
@@ -189,7 +190,8 @@ def run(config: Config, out: epath.Path) -> None:
         {config.student: (whole, tokenizer)} if jax.process_count() == 1 else None,
     )
     scored = [_whole_row(config, whole, corpus, course, mesh, out)] if config.pruning.prunes else []
-    del whole  # free, unless a live teacher holds it
+    # Free, unless a live teacher holds it.
+    del whole
     if jax.process_index() == 0 and (table := corpus.tokenizer_table()):
         storage.write_atomic(out / "tokenizers.md", markdown_table(table) + "\n")
         print(markdown_table(table))

@@ -327,7 +327,8 @@ def _encode(config: Config, out: epath.Path) -> Problem:
     parts, notes = _survey(config, first)
     scale = config.scale
     if scale is None and config.class_weights is None:
-        scale = first.logit_scale  # trained with the text tower
+        # Trained with the text tower.
+        scale = first.logit_scale
     names = parts["pictures"][1].class_names
     weights = _class_weights(config, first, names)
     entries: dict[str, few_shot.Pictures] = {}
@@ -435,7 +436,8 @@ def _class_weights(config: Config, encoder: vision.Encoder, class_names: Sequenc
             f"class_weights: expected a file, for {encoder.name} has no text tower to name "
             "classes with, got none"
         )
-    words = [name.replace("_", " ") for name in class_names]  # folders spell spaces so
+    # Folders spell spaces so.
+    words = [name.replace("_", " ") for name in class_names]
     return np.asarray(encoder.zero_shot(words, config.prompts))
 
 

@@ -54,7 +54,8 @@ def run(config: Config) -> None:
     if len(config.graphs) != 2:
         raise ValueError(f"graphs: expected two files, got {len(config.graphs)}")
     if config.solver == "pot":
-        _pot()  # Refused before the certificate is made, not after.
+        # Refused before the certificate is made, not after.
+        _pot()
     matrices = [_read(path, config.factors) for path in config.graphs]
     c, d = (transport.FactoredGraph(x) if config.factors else x for x in matrices)
     sizes = [x.shape[-1] for x in matrices]
@@ -141,7 +142,8 @@ def entropic_gw(
             break
     sides = (jnp.abs(plan.sum(1) - a).sum(), jnp.abs(plan.sum(0) - b).sum())
     error = max(map(float, sides))
-    if not error <= _MARGINALS:  # Also where it is nan.
+    # Also where it is nan.
+    if not error <= _MARGINALS:
         return plan, cost, f"marginals are off by {error:.2e}, more than {_MARGINALS:g}"
     return plan, cost, "" if converged else f"not converged in {max_iterations} iterations"
 

@@ -69,7 +69,8 @@ def place_beside(axes: Any, names: Sequence[Label]) -> None:
             annotation_clip=False,
             arrowprops=_leader(name.color),
         )
-        size = np.array(extent(name.artist).size) + np.array([6, 0])  # pixels between names
+        # Pixels between names.
+        size = np.array(extent(name.artist).size) + np.array([6, 0])
         places = []
         for far, side in itertools.product(_FAR, _SIDES):
             offset = np.array(side) * far + (np.array(side) - 1) / 2 * size

@@ -158,7 +158,8 @@ def _image(file: str, side: int) -> str:
         picture = data.read_picture(epath.Path(file))
     except (OSError, ValueError):  # moved since
         return f"<code>{name}</code>"
-    picture.thumbnail((side, side))  # in place, its shape kept
+    # In place, its shape kept.
+    picture.thumbnail((side, side))
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=80)
     content = base64.b64encode(buffer.getvalue()).decode()
@@ -184,9 +185,11 @@ def write_answers(
     sets = np.zeros_like(probabilities, bool)
     if head.calibration is not None:
         sets = head.predict_sets(**given, coverage=coverage)
-    (first, second), rows = order[:, :2].T, np.arange(len(files))  # heads have two classes
+    # Heads have two classes.
+    (first, second), rows = order[:, :2].T, np.arange(len(files))
     doubtful = np.argsort(probabilities[rows, first] - probabilities[rows, second], kind="stable")
-    location = np.argsort(doubtful) + 1  # ranks, the most doubtful first
+    # Ranks, the most doubtful first.
+    location = np.argsort(doubtful) + 1
     write_csv(
         out / "predictions.csv",
         [

@@ -51,7 +51,8 @@ from logitjax.commands.tables import markdown_table, text_cell
 
 # Not 1 or 2, which mean an error: here the answer is that nothing will do.
 _NOT_FORGOTTEN = 3
-_FEW_GROUPS = 20  # each moves a share by 5 %
+# Each moves a share by 5 %.
+_FEW_GROUPS = 20
 # Of the rows to forget, and of those to keep.
 _SAMPLES = 8
 
@@ -221,7 +222,8 @@ def other_text(
         length=length,
         start=tokenizer.start,
     )
-    parts = np.split(windows, [count, 2 * count])  # one part, one, and two
+    # One part, one, and two.
+    parts = np.split(windows, [count, 2 * count])
     return dict(zip(("validation", "test", "train"), parts, strict=True))
 
 

@@ -68,7 +68,8 @@ class Pass:
             return losses.linear_cross_entropy(hidden, model.head_of(), tokens).mean()
 
         step = jax.jit(jax.grad(loss))
-        jax.block_until_ready(step(params))  # The first call compiles.
+        # The first call compiles.
+        jax.block_until_ready(step(params))
         begin, count = time.perf_counter(), 0
         while not count or time.perf_counter() - begin < 1.0:
             jax.block_until_ready(step(params))
@@ -118,7 +119,8 @@ def estimate(config: _flags.Dataclass) -> Work:
     teachers = _specs(v, ("teacher",)) or (decoders[:1] if prunes else [])
     sources = _specs(v, ("data", "text", "choices", "forget", "retain", "holdout", "features"))
     if v.get("data") and v["data"].startswith(("text:", "jsonl:", "parquet:", "mix:")):
-        data.load_examples(v["data"])  # Says what is wrong with it.
+        # Says what is wrong with it.
+        data.load_examples(v["data"])
     batch = (
         v.get("batch_size") or v.get("batch_rows") or 1,
         v.get("seq_len") or v.get("max_length") or v.get("prompt_length") or 128,

@@ -19,7 +19,8 @@ from logitjax.storage import guard, require
 
 # A paragraph alone is too little context, and a book as one document leaves nothing to hold out.
 _MIN_DOCUMENT = 2000
-_MAX_WARNINGS = 10  # a file of another form would flood the log
+# a file of another form would flood the log.
+_MAX_WARNINGS = 10
 _HELD_OUT = ("validation", "test")
 _BOM = b"\xef\xbb\xbf"  # of UTF-8
 _PACKED = ("", ".gz", ".zst")

@@ -34,7 +34,8 @@ def own_form(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _form(row: dict[str, Any]) -> dict[str, Any]:
     if "instruction" in row:
-        row.pop("text", None)  # Alpaca's rows hold the same under a template too.
+        # Alpaca's rows hold the same under a template too.
+        row.pop("text", None)
         more = row.pop("input", None)
         row["question"] = row.pop("instruction") + (f"\n{more}" if more else "")
         row["answer"] = row.pop("output", None)
@@ -44,13 +45,16 @@ def _form(row: dict[str, Any]) -> dict[str, Any]:
     if "conversations" in row:
         row["messages"] = [_turn(**turn) for turn in row.pop("conversations")]
     if "chosen" in row:
-        row.pop("messages", None)  # some data sets hold the chosen turns twice
+        # Some data sets hold the chosen turns twice.
+        row.pop("messages", None)
         best, worse = row.pop("chosen"), row.pop("rejected", "")
-        if isinstance(best, list) and len(best) > 1:  # the turns of the prompt are among them
+        # The turns of the prompt are among them.
+        if isinstance(best, list) and len(best) > 1:
             row["prompt"] = []
         elif "prompt" not in row:
             begin = len(os.path.commonprefix([best, worse]))  # noqa: RUF071
-            begin -= len(str(best[:begin]).split(" ")[-1])  # to the end of a word
+            # To the end of a word.
+            begin -= len(str(best[:begin]).split(" ")[-1])
             row["prompt"], best = best[:begin], best[begin:]
         row["completion"] = best
     if "completion" in row:
@@ -60,7 +64,8 @@ def _form(row: dict[str, Any]) -> dict[str, Any]:
             return row | {"messages": [*prompt, *completion]}
         return row | {"prompt": prompt, "response": completion}
     if "messages" in row and "response" not in row:
-        row.pop("prompt", None)  # the first turn again
+        # The first turn again.
+        row.pop("prompt", None)
     return row
 
 

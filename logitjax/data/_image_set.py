@@ -137,7 +137,8 @@ class ImageSet(Sequence):
             lambda: self.labels[chosen],
             count=len(chosen),
             class_names=self.class_names,
-            fingerprint=digest(self.fingerprint, chosen),  # which, and in which order
+            # Which, and in which order.
+            fingerprint=digest(self.fingerprint, chosen),
             source=self.source,
             captions=captions,
             files=None if self.files is None else [self.files[row] for row in chosen],
@@ -334,7 +335,8 @@ def _tfds(name: str, split: str, data_dir: str | os.PathLike[str] | None) -> Ima
         return _three_channels(as_bytes(row[picture])), int(row[label])
 
     def labels() -> np.ndarray:
-        skipping = {picture: tfds.decode.SkipDecoding()}  # labels alone, without pixels
+        # Labels alone, without pixels.
+        skipping = {picture: tfds.decode.SkipDecoding()}
         undecoded = builder.as_data_source(split=split, decoders=skipping)
         return np.array([row[label] for row in undecoded], np.int32)
 
@@ -369,7 +371,8 @@ def _stamps(directory: str, data_dir: str | os.PathLike[str] | None) -> ImageSet
     for number, folder in enumerate(STAMPS):
         for path in pictures_below(root / folder):
             text = path.with_suffix(".txt")
-            if text.exists():  # mirrored copies have none
+            # Mirrored copies have none.
+            if text.exists():
                 files.append((path, number))
                 captions.append(text.read_bytes().decode(errors="replace").split("\n")[0].strip())
     if not files:
@@ -388,7 +391,8 @@ def _emoji(vendor: str, directory: str, data_dir: str | os.PathLike[str] | None)
     # What all of them draw: their sets then have the same entries.
     entries = [e for e in entries if all(e[f"has_img_{v}"] for v in EMOJI_VENDORS)]
     # Vendors list them in orders of their own.
-    entries = [e for e in entries if e["category"] != "Component"]  # swatches of skin and hair
+    # Swatches of skin and hair.
+    entries = [e for e in entries if e["category"] != "Component"]
     entries.sort(key=lambda entry: (entry["sort_order"], entry["unified"]))
     classes = sorted({entry["category"] for entry in entries})
     number = {category: i for i, category in enumerate(classes)}

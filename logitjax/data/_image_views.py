@@ -82,7 +82,8 @@ class ImageViews:
             resize=encoder.preprocessing.resize,
             interpolation=encoder.preprocessing.interpolation,
             count=int(count or 1),
-            seed=seed if kind == "random" else 0,  # plain views have none
+            # Plain views have none.
+            seed=seed if kind == "random" else 0,
             **made,
         )
 
@@ -164,7 +165,8 @@ def _random_box(
     width, height = size
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
-        ratio = math.exp(rng.uniform(*np.log(_ASPECT)))  # by logs: as often wide as tall
+        # By logs: as often wide as tall.
+        ratio = math.exp(rng.uniform(*np.log(_ASPECT)))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))

@@ -28,7 +28,8 @@ _CIFAR_LENGTH = {"train": 50_000, "test": 10_000}
 class LabelledImages:
     """Images and their classes, `num_classes` of them, seen or not."""
 
-    images: np.ndarray  # uint8 [count, height, width, channels], perhaps a memory map
+    # uint8 [count, height, width, channels], perhaps a memory map.
+    images: np.ndarray
     labels: np.ndarray  # int32 [count]
     num_classes: int
     source: str
@@ -151,7 +152,8 @@ def _cifar100(directory: epath.Path, split: str) -> tuple[np.ndarray, np.ndarray
     data = np.frombuffer(path.read_bytes(), np.uint8)
     if data.size != _CIFAR_LENGTH[split] * 3074:
         raise ValueError(f"{path} has {data.size} bytes, not {_CIFAR_LENGTH[split]} records")
-    records = data.reshape(-1, 3074)  # coarse label, fine label, planes of red, green and blue
+    # Coarse label, fine label, planes of red, green and blue.
+    records = data.reshape(-1, 3074)
     images = records[:, 2:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return np.ascontiguousarray(images), records[:, 1].astype(np.int32), 100
 
@@ -188,7 +190,8 @@ def class_folders(directory: epath.Path) -> tuple[list[tuple[epath.Path, int]], 
         path.name for path in directory.iterdir() if path.is_dir() and not path.name.startswith(".")
     )
     if all(name.isdecimal() for name in classes):
-        classes.sort(key=int)  # ImageNet-V2 has 0, 1, ... 999
+        # ImageNet-V2 has 0, 1, ... 999.
+        classes.sort(key=int)
     files: list[tuple[epath.Path, int]] = []
     for number, name in enumerate(classes):
         files += [(path, number) for path in pictures_below(directory / name)]

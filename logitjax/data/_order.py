@@ -9,7 +9,8 @@ from functools import lru_cache
 import numpy as np
 from jaxtyping import Int, Int64
 
-_ROUNDS = 8  # four are proved to look random
+# Four are proved to look random.
+_ROUNDS = 8
 _MASK64 = 0xFFFFFFFFFFFFFFFF
 
 

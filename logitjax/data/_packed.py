@@ -14,7 +14,8 @@ from logitjax.data._order import global_indices, process_rows
 from logitjax.storage import ArrayCodec, Manifest, ShardReader
 
 KIND = "packed dataset"
-_PREFETCH = 2  # batches in memory beside the one in use
+# Batches in memory beside the one in use.
+_PREFETCH = 2
 
 # One tokenizer's arrays, or under the key "row" the indices of the rows themselves.
 Batch = dict[str, Any]

@@ -33,7 +33,8 @@ def fetched(
     """The first of ``places`` that is there, below ``downloads/manual`` or as an absolute path."""
     manual = manual_dir(data_dir)
     for location in places:
-        path = manual / location  # an absolute place stays itself
+        # An absolute place stays itself.
+        path = manual / location
         if path.exists():
             return path
     raise FileNotFoundError(f"{what} is not there: {install.format(manual=manual)}")

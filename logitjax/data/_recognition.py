@@ -34,14 +34,19 @@ class RecognitionSet:
     """
 
     num_classes: int
-    templates: tuple[str, ...] = _PHOTO  # Tip-Adapter's, with {} where a class's name goes
-    folder: str  # below that of all data sets
+    # Tip-Adapter's, with {} where a class's name goes.
+    templates: tuple[str, ...] = _PHOTO
+    # Below that of all data sets.
+    folder: str
     images: str = "images"  # inside of it
-    split_file: str = ""  # JSON; ImageNet and its variants have folders, FGVC-Aircraft lists
-    folders: Mapping[str, str] = dataclasses.field(default_factory=dict)  # by split, in `images`
+    # JSON; ImageNet and its variants have folders, FGVC-Aircraft lists.
+    split_file: str = ""
+    # By split, in `images`.
+    folders: Mapping[str, str] = dataclasses.field(default_factory=dict)
     tfds: str | None = None
     tfds_splits: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    camel_case: bool = False  # tfds and folders write names without spaces
+    # tfds and folders write names without spaces.
+    camel_case: bool = False
 
     def readable(self, class_names: Sequence[str]) -> tuple[str, ...]:
         """Names as they can stand in a sentence.
@@ -53,7 +58,8 @@ class RecognitionSet:
         """
         items = []
         for name in class_names:
-            if re.match(r"/\w/", name):  # SUN397: a letter, the place, what kind of it
+            # SUN397: a letter, the place, what kind of it.
+            if re.match(r"/\w/", name):
                 name = " ".join(reversed(name.split("/")[2:]))
             if self.camel_case:
                 name = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)

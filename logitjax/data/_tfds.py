@@ -44,7 +44,8 @@ def prepare(
                 dataset,
                 data_dir=os.fspath(root),
                 file_format=FILE_FORMAT,
-                try_gcs=False,  # ready-made files there have another format
+                # ready-made files there have another format.
+                try_gcs=False,
                 **config_argument,
             )
         except DatasetNotFoundError:
@@ -117,7 +118,8 @@ def _parsed(name: str) -> tuple[Any, str, str]:
     if "." in module:
         builder = getattr(importlib.import_module(module), attribute)
         return builder, builder.name, ""
-    dataset, _, config = name.replace(":", "/").partition("/")  # NAME:CONFIG or NAME/CONFIG
+    # NAME:CONFIG or NAME/CONFIG.
+    dataset, _, config = name.replace(":", "/").partition("/")
     return _builders.BUILDERS.get(dataset), dataset, config
 
 

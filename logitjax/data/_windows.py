@@ -54,7 +54,8 @@ def token_windows(
             longest = max(longest, len(tokens))
             window = np.asarray([*start, *tokens[begin : begin + part]], np.int32)
             if len(window) == length:
-                entries.setdefault(window.tobytes(), window)  # equal beginnings count once
+                # Equal beginnings count once.
+                entries.setdefault(window.tobytes(), window)
             if len(entries) == count:
                 return np.stack(list(entries.values()))
         begin += part

@@ -122,7 +122,8 @@ class Engine:
             self._room += self._longest_draft
         self.rings = rings
         if not rings:
-            self.plan = self.plan.with_ring_slack(self._room)  # nothing is overwritten
+            # Nothing is overwritten.
+            self.plan = self.plan.with_ring_slack(self._room)
         self.options = DecodeOptions() if options is None else options
         self.slots = slots
         self.max_length = max_length

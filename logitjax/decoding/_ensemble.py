@@ -25,7 +25,8 @@ class Group:
 
     @property
     def batch_axis(self) -> int:
-        return len(self.streams) > 1  # behind the axis of streams, where there is one
+        # Behind the axis of streams, where there is one.
+        return len(self.streams) > 1
 
     def empty(self, rows: int, max_length: int) -> Any:
         cache = self.init_cache(rows, max_length)
@@ -150,7 +151,8 @@ class Plan:
         return dataclasses.replace(self, groups=tuple(groups))
 
     def _fit(self, logits: jax.Array) -> jax.Array:
-        logits = logits.astype(jnp.float32)  # in bf16 differences of models would vanish
+        # In bf16 differences of models would vanish.
+        logits = logits.astype(jnp.float32)
         if self.token_map is not None:
             return logits
         # Vocabularies of one tokenizer differ in rows of padding at the end.

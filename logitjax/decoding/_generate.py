@@ -25,13 +25,15 @@ from logitjax.decoding._text import TextOptions
 def _generate(plan: Plan, options: DecodeOptions, params, state, tokens, positions, steps: int):
     state = constrain(plan, options, state)
     state, first = start(plan, options, params, state, tokens, positions)
-    state, rest = run_steps(plan, options, params, state, steps - 1)  # `start` chose the first
+    # `start` chose the first.
+    state, rest = run_steps(plan, options, params, state, steps - 1)
     return state, joined([one_step(first), rest])
 
 
 def as_prompts(prompts: Any) -> list[np.ndarray]:
     """One array of ids a row, of one prompt or several."""
-    if len(prompts) and np.ndim(prompts[0]) == 0:  # one prompt, of ids
+    # One prompt, of ids.
+    if len(prompts) and np.ndim(prompts[0]) == 0:
         return [np.asarray(prompts)]
     return [np.asarray(row) for row in prompts]
 
@@ -105,14 +107,16 @@ def generate(
         engine = Engine(
             ensemble,
             slots=len(rows),
-            max_length=bucket(longest + most) - most,  # the engine adds `most`: a bucket again
+            # The engine adds `most`: a bucket again.
+            max_length=bucket(longest + most) - most,
             options=options,
             drafts=drafts,
         )
         rounds = Rounds(engine, drafts, chunk=text.chunk, watched=text.watched)
         out = in_chunks(engine, requests, rounds.advance, text)
         return replace(out, drafting=rounds.drafting())
-    slots = bucket(longest)  # few lengths, few programs
+    # Few lengths, few programs.
+    slots = bucket(longest)
     if text.watched:
         engine = Engine(ensemble, slots=len(rows), max_length=slots, options=options)
         # Always the same number of steps, so one program: the budget freezes rows by itself.

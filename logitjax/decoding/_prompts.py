@@ -78,7 +78,8 @@ def _reported(
 
     def advance(extra: Any, here: Any) -> tuple[Any, Emitted]:
         target, values = here
-        present = target >= 0  # -1 where no token follows
+        # -1 where no token follows.
+        present = target >= 0
         token = jnp.maximum(target, 0)
         served = plan.combine(values)[0]
         if options.served is not None:
@@ -159,7 +160,8 @@ class _Reading:
     tokens: np.ndarray  # [streams, columns]
     lengths: list[int]  # of each stream
     at: int
-    names: list[bytes]  # of its whole blocks
+    # Of its whole blocks.
+    names: list[bytes]
     report: bool
     extra: Any = None
     logits: Any = None

@@ -54,7 +54,8 @@ class Request:
         if len(others) != count:
             raise ValueError(f"others: expected {count} prompts, got {len(others)}")
         sizes = list(plan.vocab_sizes)
-        if len(sizes) != plan.streams:  # Several models read one stream.
+        # Several models read one stream.
+        if len(sizes) != plan.streams:
             sizes = [plan.vocab_size] * plan.streams
         # With a token map the small models have no ids beyond those that it maps.
         mapped = sizes[0] if plan.token_map is None else plan.token_map.large_size

@@ -51,7 +51,8 @@ def rollout(
     plan, (rows, time) = ensemble.plan, tokens.shape
     options = DecodeOptions(
         logprobs=True,
-        logprobs_of="sampled",  # of the law that draws, for importance ratios
+        # Of the law that draws, for importance ratios.
+        logprobs_of="sampled",
         repetition=sampling.penalizes,
         max_stop_ids=max(1, len(stop_ids)),
         mesh=mesh,

@@ -125,7 +125,8 @@ def score(
 
     def blocks(array: np.ndarray) -> np.ndarray:
         split = array.reshape(*array.shape[:-1], time // block, block)
-        return np.moveaxis(split, -2, 0)  # `[blocks, ..., block]`
+        # `[blocks, ..., block]`.
+        return np.moveaxis(split, -2, 0)
 
     log_p, greedy = _score(
         plan,
@@ -136,7 +137,8 @@ def score(
     )
 
     def whole(leaf: jax.Array) -> np.ndarray:
-        parts = np.moveaxis(np.asarray(leaf), 0, -2)  # blocks side by side again
+        # Blocks side by side again.
+        parts = np.moveaxis(np.asarray(leaf), 0, -2)
         return parts.reshape(*parts.shape[:-2], time)[..., :longest]
 
     scores = np.where(where, whole(log_p), 0)

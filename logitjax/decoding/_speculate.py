@@ -186,8 +186,10 @@ def _round(
     state, buffers, written, stats = carry
     rows = len(state.token)
     drafts, warm, cache = _propose(plan, drafter, options, draft_params, state, length)
-    fed = jnp.concatenate([state.token[None], drafts]).T  # `[rows, length + 1]`
-    ahead = state.lengths[..., None] + jnp.arange(length + 1)  # `[streams, rows, length + 1]`
+    # `[rows, length + 1]`.
+    fed = jnp.concatenate([state.token[None], drafts]).T
+    # `[streams, rows, length + 1]`.
+    ahead = state.lengths[..., None] + jnp.arange(length + 1)
     positions = jnp.where(state.active[:, None], ahead, -1)
     logits, cache = plan.forward(params, jnp.stack(plan.read(fed)), positions, cache)
     # One column more, so that the last position has a draft to be told from.

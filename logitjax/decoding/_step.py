@@ -81,12 +81,15 @@ class DecodeState:
 
     cache: Any
     lengths: Any  # [streams, slots]
-    token: Any  # emitted, but not fed yet
+    # Emitted, but not fed yet.
+    token: Any
     active: Any
     stopped: Any
-    left: Any  # tokens that may still be emitted
+    # Tokens that may still be emitted.
+    left: Any
     count: Any  # tokens that were
-    least: Any  # of so many first tokens none stops
+    # Of so many first tokens none stops.
+    least: Any
     sampling: SamplingRows
     stop_ids: Any
     bias_ids: Any
@@ -103,7 +106,8 @@ class Emitted:
     """Tokens of one step, axis 0 the slot; of several, ``[slots, steps, ...]``."""
 
     tokens: Any
-    valid: Any  # false where a slot was frozen
+    # False where a slot was frozen.
+    valid: Any
     logprobs: Any = None
     top_ids: Any = None
     top_logprobs: Any = None

@@ -305,7 +305,8 @@ def _sorted_coupling_value(ours, theirs, f, g):
         return FactoredGraph(graph.z, _renumber(graph.ids, features), graph.nodes)
 
     distance = matched(ours, f).squared_distance(matched(theirs, g), ours.axis)
-    return distance[0] / ours.config.k**2  # a mean over pairs of nodes
+    # a mean over pairs of nodes.
+    return distance[0] / ours.config.k**2
 
 
 def _renumber(ids, f):

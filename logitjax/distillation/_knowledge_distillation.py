@@ -297,7 +297,8 @@ def dist(
     exist = (student != -jnp.inf) | (teacher != -jnp.inf)
     # Not `jax.nn.softmax`, which makes nan of a row without any class.
     student, teacher = jnp.exp(log_softmax(student)), jnp.exp(log_softmax(teacher))
-    inter = _pearson_distance(student, teacher, exist, -1)  # `[batch]`, over classes
+    # `[batch]`, over classes.
+    inter = _pearson_distance(student, teacher, exist, -1)
     # `[classes]`, over the examples that count.
     intra = _pearson_distance(student, teacher, jnp.broadcast_to(present[:, None], exist.shape), 0)
     intra = masked_mean(intra, (present[:, None] & exist).any(0))

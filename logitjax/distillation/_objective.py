@@ -58,7 +58,8 @@ class Objective:
         for term, _ in self.terms:
             if not isinstance(term, Term):
                 raise TypeError(f"loss: expected a Term, got {term!r}")
-            hash(term)  # It is a static argument of the sweep.
+            # It is a static argument of the sweep.
+            hash(term)
         values = [term for term, _ in self.terms]
         if not values or len(set(values)) < len(values):
             listed = ", ".join(map(str, values)) or "none"

@@ -33,7 +33,8 @@ class Vocabularies:
         return Matches.of(self.projections["exact"])
 
 
-SAME_VOCABULARY = Vocabularies()  # one object: jit compiles once
+# One object: jit compiles once.
+SAME_VOCABULARY = Vocabularies()
 
 
 @jax.tree_util.register_dataclass

@@ -135,8 +135,10 @@ def _sorted_probs(
     vocab = _vocabulary_size(scaled, -1, axis_name, name)
     # The k largest of all are all of them, sorted.
     values, _ = exact_top_k(scaled, min(top_k or vocab, vocab), axis_name=axis_name)
-    log_z = logsumexp(scaled, axis_name=axis_name)  # of all, the ranks left out too
-    return jnp.exp(values - neginf_to_zero(log_z)[..., None])  # an empty row: -inf less -inf is nan
+    # Of all, the ranks left out too.
+    log_z = logsumexp(scaled, axis_name=axis_name)
+    # An empty row: -inf less -inf is nan.
+    return jnp.exp(values - neginf_to_zero(log_z)[..., None])
 
 
 def _top_probs(top: TopK, top_k: int | None, name: str) -> jax.Array:

@@ -91,13 +91,15 @@ class PromptTemplate:
         mark = tokenizer.eos_id if eos_id is None else eos_id
         if end and mark is not None:
             ids = np.append(ids, np.int32(mark))
-        ids = ids[:max_length]  # the end mark goes first
+        # The end mark goes first.
+        ids = ids[:max_length]
         if len(prompt) >= len(ids):
             raise ValueError(
                 f"no token of the answer fits: the prompt of {question[:60]!r} takes {len(prompt)} "
                 f"of max_length={max_length} tokens"
             )
-        return ids, np.arange(len(ids)) >= len(prompt)  # the end mark is the answer's
+        # The end mark is the answer's.
+        return ids, np.arange(len(ids)) >= len(prompt)
 
     def _encoded(self, tokenizer: TokenizerLike, text: str) -> np.ndarray:
         local = getattr(tokenizer, "add_bos", False)

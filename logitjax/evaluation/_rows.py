@@ -10,7 +10,8 @@ import numpy as np
 # whether each token was the most likely one, bool [batch, time].
 NllFn = Callable[[Any, Any], Any]
 
-_LENGTHS = 32  # few shapes, few compilations
+# Few shapes, few compilations.
+_LENGTHS = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +82,8 @@ def score_rows(
         values, best = message if isinstance(message, tuple) else (message, None)
         if np.shape(values) != shape:
             raise ValueError(f"nll_fn: expected [batch, time] = {shape}, got {np.shape(values)}")
-        values = np.asarray(values, np.float64)  # sums of thousands of nats
+        # Sums of thousands of nats.
+        values = np.asarray(values, np.float64)
         for b, i in enumerate(picked):
             nll[i] = values[b][targets[b]]
             if not np.isfinite(nll[i]).all():

@@ -56,11 +56,13 @@ class Uncertainty:
     def weight(self, zero_shot: Float[Array, "*batch classes"]) -> Float[jax.Array, "*batch 1"]:
         """The factor of the bias, for each image; it has no parameters and can be computed once."""
         logits = checks.as_float(zero_shot, "zero_shot")
-        present = logits != -jnp.inf  # a class that a task lacks is at -inf
+        # a class that a task lacks is at -inf.
+        present = logits != -jnp.inf
         count = present.sum(-1, keepdims=True)
         x = jax.nn.softmax(logits) if self.of == "probabilities" else logits
         fourth = z_score(jnp.where(present, x, -jnp.inf)) ** 4
-        level = fourth.sum(-1, keepdims=True) / jnp.maximum(count, 1)  # 3 for a normal law
+        # 3 for a normal law.
+        level = fourth.sum(-1, keepdims=True) / jnp.maximum(count, 1)
         if self.normalizer is not None:
             level = level / (count / 4 if isinstance(self.normalizer, str) else self.normalizer)
         return level**-self.exponent
@@ -118,7 +120,8 @@ class AMU(Method):
             kernel = class_means(features, task.labels, shape[1])
         else:
             key = jax.random.key(0) if key is None else key
-            limit = shape[0] ** -0.5  # as torch's Linear begins
+            # As torch's Linear begins.
+            limit = shape[0] ** -0.5
             kernel = jax.random.uniform(key, shape, features.dtype, -limit, limit)
         return State(kernel, None)
 

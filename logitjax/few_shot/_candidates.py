@@ -124,7 +124,8 @@ class Candidate:
         )
         whole = NamedSharding(mesh, PartitionSpec())
         columns = {name: len(column) for name, column in (self.grid or {}).items()}
-        columns[""] = self.settings  # as in `sweep`: the axis, where no field is searched
+        # As in `sweep`: the axis, where no field is searched.
+        columns[""] = self.settings
         settings = {name: array((n,), jnp.float32, sharding=whole) for name, n in columns.items()}
         number = array((), jnp.int32, sharding=whole)
         return Program(

@@ -208,7 +208,8 @@ class ReHARK(Method):
         return unit_rows(jnp.sign(rows) * jnp.abs(rows) ** self.power)
 
     def _kernel(self, left: jax.Array, right: jax.Array) -> jax.Array:
-        squares = 2.0 - 2.0 * left @ right.T  # rows of length one
+        # Rows of length one.
+        squares = 2.0 - 2.0 * left @ right.T
         wide, narrow = jnp.exp(-self.wide * squares), jnp.exp(-self.narrow * squares)
         return narrow + self.mix * (wide - narrow)
 

@@ -69,22 +69,26 @@ def extract_features(
     checks.ids(chosen, len(images), "rows")
     total = batch_size * views.count
     devices = jax.local_devices()
-    used = next(n for n in range(len(devices), 0, -1) if total % n == 0)  # a batch splits evenly
+    # a batch splits evenly.
+    used = next(n for n in range(len(devices), 0, -1) if total % n == 0)
     mesh = jax.make_mesh((used,), ("data",), (AxisType.Auto,), devices=devices[:used])
     spread = NamedSharding(mesh, PartitionSpec("data"))
-    placed = encoder.placed(NamedSharding(mesh, PartitionSpec()))  # whole on each device
+    # Whole on each device.
+    placed = encoder.placed(NamedSharding(mesh, PartitionSpec()))
 
     def fetch(row: int) -> tuple[np.ndarray, int]:
         picture, label = images[row]
         return views(picture, row=row), label
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # PIL decodes without the GIL
+    # PIL decodes without the GIL.
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
 
         def compute(chunk: np.ndarray) -> Features:
             fetched = list(pool.map(fetch, chunk.tolist()))
             pixels = np.concatenate([picture for picture, _ in fetched])
             features, logits = placed.encode(jax.device_put(pixels, spread))
-            shape = (len(chunk), views.count, -1)  # features or logits last
+            # Features or logits last.
+            shape = (len(chunk), views.count, -1)
             # Nothing is waited for: `fill` takes this when the next batch is on its way.
             return Features(
                 features=features.reshape(shape),

@@ -84,7 +84,8 @@ class _Codec:
     def __init__(self, identity: FeatureIdentity):
         self._identity = identity
         self._sizes = {"features": identity.num_features, "logits": identity.num_logits}
-        numbers = (identity.num_views, sum(self._sizes.values()))  # `[views, features + logits]`
+        # `[views, features + logits]`.
+        numbers = (identity.num_views, sum(self._sizes.values()))
         self._arrays = ArrayCodec(
             {"label": (np.int32, ()), "numbers": (_DTYPES[identity.dtype], numbers)}
         )
@@ -95,7 +96,8 @@ class _Codec:
         for name, size in self._sizes.items():
             value = getattr(computed, name)
             if value is None and not size:
-                continue  # an encoder that has no classifier
+                # An encoder that has no classifier.
+                continue
             shape = () if value is None else np.shape(value)
             if shape[1:] != (self._identity.num_views, size):
                 expected = f"[batch, {self._identity.num_views}, {size}]"
@@ -103,8 +105,10 @@ class _Codec:
             parts.append(np.asarray(value, np.float32))
         labels = np.asarray(computed.labels)[:count]
         checks.ids(labels, len(self._identity.class_names), "labels")
-        numbers = np.concatenate(parts, -1)[:count]  # a last batch is filled up
-        with np.errstate(over="ignore"):  # float16 ends at 65504: checked below
+        # a last batch is filled up.
+        numbers = np.concatenate(parts, -1)[:count]
+        # float16 ends at 65504: checked below.
+        with np.errstate(over="ignore"):
             stored = numbers.astype(_DTYPES[self._identity.dtype])
         if not np.isfinite(stored).all():
             raise ValueError(

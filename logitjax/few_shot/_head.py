@@ -21,7 +21,8 @@ from logitjax.few_shot._sweep import best_setting, fold_logits, sweep
 from logitjax.ops import Array
 from logitjax.storage import guard, read_head, write_head
 
-_KIND = "few-shot head"  # files of other heads lie under the same names
+# Files of other heads lie under the same names.
+_KIND = "few-shot head"
 # Arrays that are no part of the state.
 _KEPT = ("calibration", "examples", "example_labels")
 
@@ -126,7 +127,8 @@ class FittedHead:
 
     def inputs(self, pictures: Pictures) -> dict[str, Any]:
         """The features as `logits` takes them; ValueError for another encoder, size or fit."""
-        used = len(self.encoders)  # a second encoder is of no use to most methods
+        # a second encoder is of no use to most methods.
+        used = len(self.encoders)
         if pictures.encoders and pictures.encoders[:used] != self.encoders:
             raise ValueError(
                 f"encoders: expected those that the head learned from, {self.encoders}, got "
@@ -165,7 +167,8 @@ class FittedHead:
 def _fused(
     learnt: Any, features: Any, auxiliary: Any, hidden: Any, *, method: Method, scale: float
 ) -> jax.Array:
-    state, class_weights = learnt  # traced: heads of one setting share a program
+    # traced: heads of one setting share a program.
+    state, class_weights = learnt
     inputs = Inputs.of(features, class_weights, scale=scale, auxiliary=auxiliary, hidden=hidden)
     return method.logits(state, method.prepare(inputs))
 
@@ -225,7 +228,8 @@ def fit(
             training=candidate.recipe,
             grid=candidate.grid,
             seed=seed,
-            sequential=True,  # the memory of one setting, not of the grid
+            # The memory of one setting, not of the grid.
+            sequential=True,
             folds=0 if validation is not None else folds,
         )
         candidate = candidate.chosen(int(best_setting(scores[name])[0]))
@@ -292,9 +296,11 @@ def _learnt(
         state = method.init(task, key=jax.random.fold_in(jax.random.key(seed), 0))
         if order is None:
             return state
-        if folds:  # of what is left out no step may see a row
+        # Of what is left out no step may see a row.
+        if folds:
             order = jnp.where(jnp.asarray(task.labels)[order % len(task.labels)] < 0, -1, order)
-        steps = len(order) if folds else None  # counts the rows of each batch that are there
+        # Counts the rows of each batch that are there.
+        steps = len(order) if folds else None
         return recipe.train(method, task, state, order, steps=steps)[0]
 
     @jax.jit
@@ -343,7 +349,8 @@ def _form(tree: Any, name: str, tensors: dict[str, np.ndarray]) -> Any:
         return None
     if isinstance(tree, dict):
         return {key: _form(value, f"{name}.{key}", tensors) for key, value in tree.items()}
-    if isinstance(tree, tuple):  # a list in JSON, which `_filled` turns back
+    # a list in JSON, which `_filled` turns back.
+    if isinstance(tree, tuple):
         return [_form(value, f"{name}.{i}", tensors) for i, value in enumerate(tree)]
     tensors[name] = np.ascontiguousarray(tree)
     return name

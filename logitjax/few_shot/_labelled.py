@@ -104,7 +104,8 @@ class Pictures:
             if not np.array_equal(view.labels, labels):
                 raise ValueError("views: expected the labels of the pictures, got others")
         for name, value in (made | {"class_names": tuple(names)}).items():
-            object.__setattr__(self, name, value)  # the class is frozen
+            # The class is frozen.
+            object.__setattr__(self, name, value)
 
     def __len__(self) -> int:
         return len(self.labels)

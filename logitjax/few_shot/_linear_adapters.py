@@ -67,7 +67,8 @@ class LinearProbe(Method):
         return ("auxiliary",) if self.source == "auxiliary" else ()
 
     def at_scale(self, scale: float) -> "LinearProbe":
-        return self  # starts at zero and has a temperature of its own
+        # Starts at zero and has a temperature of its own.
+        return self
 
     def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
         del key
@@ -152,7 +153,8 @@ class LPPlusPlus(Method):
             down = (slope if wide else features.T @ slope, slope.sum(0))
             velocity = jax.tree.map(lambda v, g: self.momentum * v + g, velocity, down)
             moving, bias = jax.tree.map(lambda x, v: x - rate * v, (moving, bias), velocity)
-            due = index % self.blend_every == self.blend_every - 1  # the tenth, not the first
+            # The tenth, not the first.
+            due = index % self.blend_every == self.blend_every - 1
             blend = jnp.where(due, blend - blend_rate * (slope * text).sum(0), blend)
             return ((moving, bias), blend, velocity), None
 
@@ -214,7 +216,8 @@ class CLAP(Method):
 
     def loss(self, state: State, inputs: Inputs, labels: Any) -> jax.Array:
         start, existing = state.fixed
-        moved = jnp.square(state.trained - start).sum(0)  # columns are classes
+        # Columns are classes.
+        moved = jnp.square(state.trained - start).sum(0)
         return super().loss(state, inputs, labels) + self.penalty * (existing * moved).mean()
 
 

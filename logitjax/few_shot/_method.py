@@ -74,7 +74,8 @@ class Inputs:
         return len(self.zero_shot)
 
     def __getitem__(self, rows: Any) -> "Inputs":
-        return jax.tree.map(lambda x: x[rows], self)  # what is absent is no leaf
+        # What is absent is no leaf.
+        return jax.tree.map(lambda x: x[rows], self)
 
 
 @jax.tree_util.register_dataclass
@@ -243,7 +244,8 @@ def z_score(logits: Float[Array, "*batch classes"]) -> Float[jax.Array, "*batch 
 def centred(values: jax.Array, there: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Deviations from the mean of the entries that are there, 0 elsewhere; and their number."""
     count = there.sum(-1, keepdims=True)
-    for _ in range(2):  # the first mean is off by rounding
+    # The first mean is off by rounding.
+    for _ in range(2):
         values = jnp.where(there, values, 0.0)
         mean = values.sum(-1, keepdims=True) / jnp.maximum(count, 1)
         values = jnp.where(there, values - mean, 0.0)

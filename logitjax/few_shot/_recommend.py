@@ -50,7 +50,8 @@ def recommend(
                 best = score, name, [int(m.argmax()) for m in means]
         return best[1], best[2]
 
-    estimates = []  # no picture both chooses and judges
+    # No picture both chooses and judges.
+    estimates = []
     for _ in range(_HALVES):
         halves = [rng.permutation(n) < n / 2 for n in counts]
         for masks in (halves, [~half for half in halves]):
@@ -58,7 +59,8 @@ def recommend(
             others = zip(right[name], settings, masks)
             estimates += [_mean(one[[at]][:, ~mask])[0] for one, at, mask in others]
     accuracy = float(np.mean(estimates))
-    name, _ = choose([np.ones(n, bool) for n in counts])  # all pictures choose what is said
+    # All pictures choose what is said.
+    name, _ = choose([np.ones(n, bool) for n in counts])
     # Halves overlap: each picture counts once in the interval.
     successes = round(accuracy * sum(counts))
     low, high = scipy.stats.binomtest(successes, sum(counts)).proportion_ci(method="wilson")

@@ -166,7 +166,8 @@ def sweep(
         runs = jax.device_put(runs, runs.shardings(mesh))
     scores = compiled_sweep(
         runs,
-        columns | {"": np.zeros(lengths.pop(), np.float32)},  # the axis, where no field is searched
+        # The axis, where no field is searched.
+        columns | {"": np.zeros(lengths.pop(), np.float32)},
         steps if method.trains else 0,
         seed,
         method=method,
@@ -247,7 +248,8 @@ def _sweep(
     def one(run: Runs, setting: dict[str, jax.Array], batch_size: int = _SCORED) -> Any:
         given = {name: value for name, value in setting.items() if name}
         config, recipe = with_settings(method, training, given)
-        task = _with(run, shared).task  # shared arrays are not copied for each run
+        # Shared arrays are not copied for each run.
+        task = _with(run, shared).task
 
         def learnt(task: FewShotTask) -> State:
             state = config.init(task, key=jax.random.fold_in(key, run.numbers))

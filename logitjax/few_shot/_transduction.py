@@ -59,7 +59,8 @@ def transduce(
 
     def near(row: jax.Array) -> tuple[jax.Array, jax.Array]:
         cosines, places = jax.lax.top_k(features @ row, neighbours + 1)
-        return cosines[1:], places[1:]  # the first is the picture itself
+        # The first is the picture itself.
+        return cosines[1:], places[1:]
 
     cosines, places = jax.lax.map(near, features, batch_size=_BLOCK)
 
@@ -70,7 +71,8 @@ def transduce(
 
     surest, rows = jax.lax.top_k(z.T, min(8, count))  # [classes, 8]
     mu = unit_rows((surest[..., None] * features[rows]).mean(1))
-    variance = jnp.full((width,), 1 / width, features.dtype)  # of unit rows that lie evenly
+    # Of unit rows that lie evenly.
+    variance = jnp.full((width,), 1 / width, features.dtype)
 
     def assign(z: jax.Array, mu: jax.Array, variance: jax.Array) -> jax.Array:
         # |f - mu|^2 / sigma^2 without an array of features for each picture and class.

@@ -72,7 +72,8 @@ class DynamicFusion:
     method: Method = "project"
     multi: Multi = "joint"
     alpha_range: tuple[float, float] = (0.0, 2.0)
-    num: int = 21  # steps of 0.1 by default
+    # Steps of 0.1 by default.
+    num: int = 21
     max_sweeps: int = 64
     sharded_sweeps: int = 12
     tolerance: float = 1e-4

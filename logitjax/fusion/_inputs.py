@@ -15,8 +15,10 @@ class Inputs(NamedTuple):
 
     large: jax.Array
     experts: Any  # [T, *batch, vocab], or None
-    bases: Any  # the same, with a leading axis of T or 1
-    exists: jax.Array  # broadcasts to `large`
+    # The same, with a leading axis of T or 1.
+    bases: Any
+    # Broadcasts to `large`.
+    exists: jax.Array
 
     @property
     def differences(self) -> jax.Array:
@@ -57,7 +59,8 @@ class Inputs(NamedTuple):
 def _exact_difference(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
     """x - y as float32 has it, and what rounding took from it (Knuth's two-sum)."""
     difference = x - y
-    back = difference - x  # -y, but for rounding
+    # -y, but for rounding.
+    back = difference - x
     return difference, (x - (difference - back)) - (y + back)
 
 
@@ -160,7 +163,8 @@ def _stacked(logits: Array | None, large: jax.Array, name: str, *, needed: bool)
             f"{name}: expected {large.shape} or a leading axis of models before it, got "
             f"{logits.shape}{hint}"
         )
-    return values.astype(large.dtype)  # float64 where that is on
+    # float64 where that is on.
+    return values.astype(large.dtype)
 
 
 def pmax(values: jax.Array, axis_name: AxisName | None) -> jax.Array:

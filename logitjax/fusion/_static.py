@@ -34,7 +34,8 @@ class ProxyTuning(Strategy):
     alpha: float = 1.0
 
     def fuse(self, inputs: Inputs, axis_name: AxisName | None) -> tuple[jax.Array, dict[str, Any]]:
-        del axis_name  # entries are fused each by itself
+        # Entries are fused each by itself.
+        del axis_name
         return inputs.fused(inputs.large + self.alpha * inputs.differences.sum(0)), {}
 
 

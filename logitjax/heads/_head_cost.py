@@ -38,11 +38,13 @@ class HeadCost:
         >>> cheap.with_rows(10, 4).read_bytes
         192
         """
-        flops = 2 * rows * hidden  # a product and a sum each
+        # a product and a sum each.
+        flops = 2 * rows * hidden
         return HeadCost(
             parameters=self.parameters + own * hidden,
             stored_bytes=self.stored_bytes + own * hidden * itemsize,
             read_bytes=self.read_bytes + rows * hidden * itemsize,
             decode_flops=self.decode_flops + flops,
-            train_flops=self.train_flops + 3 * flops,  # forward, and both gradients
+            # Forward, and both gradients.
+            train_flops=self.train_flops + 3 * flops,
         )

@@ -26,13 +26,16 @@ def _full_cost(kernel: Any, bias: Any, *, tied: bool) -> HeadCost:
     """Tied, it stores no kernel of its own but reads one all the same."""
     itemsize = kernel.dtype.itemsize
     extra = 0 if bias is None else bias.size
-    local = (0 if tied else kernel.size) + extra  # the embedding counts elsewhere
+    # The embedding counts elsewhere.
+    local = (0 if tied else kernel.size) + extra
     return HeadCost(
         parameters=local,
         stored_bytes=local * itemsize,
         read_bytes=(kernel.size + extra) * itemsize,
-        decode_flops=2 * kernel.size,  # a product and a sum a number
-        train_flops=6 * kernel.size,  # forward, and both gradients
+        # a product and a sum a number.
+        decode_flops=2 * kernel.size,
+        # Forward, and both gradients.
+        train_flops=6 * kernel.size,
         exact=True,
     )
 
@@ -111,7 +114,8 @@ def torch_linear(
     """
 
     def uniform(key: jax.Array, shape: Any, dtype: Any = None, out_sharding: Any = None) -> Any:
-        del out_sharding  # flax passes it to every initialiser
+        # Flax passes it to every initialiser.
+        del out_sharding
         limit = in_features**-0.5
         return jax.random.uniform(key, shape, dtype, -limit, limit)
 

@@ -81,7 +81,8 @@ class VocabularyHead(nnx.Module):
         """Log-frequencies, tokens never seen as a tenth of one; zeros where `unigram` is None."""
         if unigram is None:
             return jnp.zeros(vocab_size)
-        counts = jnp.asarray(unigram, jnp.float32)  # counts may be integers
+        # Counts may be integers.
+        counts = jnp.asarray(unigram, jnp.float32)
         if counts.shape != (vocab_size,):
             raise ValueError(f"unigram: expected shape ({vocab_size},), got {counts.shape}")
         return _log_frequencies(counts)

@@ -110,7 +110,8 @@ class LogitjaxLM(TemplateLM):
             # The last token is predicted, not read.
             ids = np.asarray([*context, *continuation][-(self.max_length + 1) :], np.int32)
             where = np.arange(len(ids)) >= len(ids) - len(continuation)
-            where[0] = False  # nothing precedes it
+            # Nothing precedes it.
+            where[0] = False
             rows.append((ids, where))
         with tqdm(total=len(rows), desc="log-likelihoods", disable=disable_tqdm) as bar:
             result = evaluation.score_rows(
@@ -154,7 +155,8 @@ class LogitjaxLM(TemplateLM):
         with tqdm(total=len(requests), desc="answers", disable=disable_tqdm) as bar:
             for group in groups.values():
                 contexts = {i: self.tok_encode(requests[i].args[0]) for i in group}
-                group.sort(key=lambda i: -len(contexts[i]))  # rows of similar length together
+                # Rows of similar length together.
+                group.sort(key=lambda i: -len(contexts[i]))
                 for start in range(0, len(group), self.batch_size):
                     picked = group[start : start + self.batch_size]
                     settings = requests[picked[0]].args[1]

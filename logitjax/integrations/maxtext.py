@@ -53,7 +53,8 @@ def _forward(
 ) -> Output | None:
     """A forward function of MaxText's trainer, whose `logits` are hidden states and the head."""
     if model is None:
-        return None  # No teacher: the objective says whether it needs one.
+        # No teacher: the objective says whether it needs one.
+        return None
     targets = {name: array for name, array in other.items() if name.startswith("decoder_target")}
     dropout = model.config.enable_dropout
     logits = model(input_tokens, positions, decoder_segment_ids, enable_dropout=dropout, **targets)
@@ -199,7 +200,8 @@ def tiling_loss(
     """
     pair = _states_and_head(model, hidden_states, dropout=is_train and config.enable_dropout)
     labels, where = data["targets"], data["targets_segmentation"] != 0
-    if not config.z_loss_multiplier:  # no normaliser is asked for
+    # No normaliser is asked for.
+    if not config.z_loss_multiplier:
         total = losses.linear_cross_entropy(*pair, labels, weights=where.astype(jnp.float32))
         return total, jnp.zeros_like(total)
     read = losses.linear_readout(*pair, labels=labels)

@@ -84,7 +84,8 @@ def stored_rows(files: Iterable[str | os.PathLike[str]]) -> Iterator[dict[str, n
 def _row(record: bytes) -> dict[str, np.ndarray]:
     values = {e.key: e.value for e in _example().FromString(record).features.feature}
     positions = len(values["inputs"].ints.value)
-    values.pop("sequence_hash", None)  # The only number beyond 32 bits.
+    # The only number beyond 32 bits.
+    values.pop("sequence_hash", None)
     columns: dict[str, np.ndarray] = {
         n: np.array(v.ints.value, np.int32) for n, v in values.items()
     }
@@ -140,7 +141,8 @@ def cache_stored_top_k(
         if ids.min() < 0 or ids.max() >= vocab_size:
             raise ValueError(f"{_IDS}: expected ids in 0..{vocab_size - 1}, got {ids.max()}")
         numbers = np.arange(start, start + len(part))
-        if not np.isin(numbers, written).all():  # not again what a killed run wrote
+        # Not again what a killed run wrote.
+        if not np.isin(numbers, written).all():
             cache.add(numbers, {"values": values, "indices": ids})
         start += len(part)
         part = list(itertools.islice(rows, _PART))

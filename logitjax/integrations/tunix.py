@@ -50,7 +50,8 @@ def hidden_states(
         return call(skip_lm_head=True)[0]
     if "output_hidden_states" in options:
         call(output_hidden_states=True)
-        sown: Any = nnx.pop(model, nnx.Intermediate)  # or the model keeps it
+        # Or the model keeps it.
+        sown: Any = nnx.pop(model, nnx.Intermediate)
         return sown["all_hidden_states"].get_value()[0]
     if isinstance(model, llama3.Llama3):
         states = model.embedder.encode(tokens)
@@ -164,7 +165,8 @@ class ObjectiveStrategy(base_strategy.BaseStrategy):
         present = input_mask.astype(bool) if self._pad_id is None else input_tokens != self._pad_id
         positions = utils.build_positions_from_mask(present)
         mask = utils.make_causal_attn_mask(present)
-        return hidden_states(model, input_tokens, positions, mask)[:, :-1]  # the last has no label
+        # The last has no label.
+        return hidden_states(model, input_tokens, positions, mask)[:, :-1]
 
     def _targets(self, input_tokens: Any, input_mask: Any, **_: Any) -> tuple[Any, Any]:
         return input_tokens[:, 1:], input_mask[:, 1:].astype(bool)

@@ -73,7 +73,8 @@ def on_cpu(native: Callable[..., Any], otherwise: Callable[..., Any], *args: jax
     """``native(*args)`` on a CPU if the kernels are `in_use`, else ``otherwise(*args)``."""
     if not in_use():
         return otherwise(*args)
-    return lax.platform_dependent(*args, cpu=native, default=otherwise)  # chosen at lowering
+    # Chosen at lowering.
+    return lax.platform_dependent(*args, cpu=native, default=otherwise)
 
 
 def lookup_sums(tables: jax.Array, blocks: jax.Array) -> jax.Array:

@@ -12,10 +12,14 @@ from logitjax.ops import Array, checks, top_k
 class HeadAlignment:
     """A recovered subspace beside the head that made it."""
 
-    relative_rms: float  # |W - basis G| / |W|, with the best G
-    overlap: float  # mean squared cosine of the principal angles, over the head's dimensions
-    chance: float  # overlap of a random subspace of this size: dimension / V
-    leak: float  # overlap beyond chance: 0 for a random subspace, 1 for the head's own
+    # |W - basis G| / |W|, with the best G.
+    relative_rms: float
+    # Mean squared cosine of the principal angles, over the head's dimensions.
+    overlap: float
+    # Overlap of a random subspace of this size: dimension / V.
+    chance: float
+    # Overlap beyond chance: 0 for a random subspace, 1 for the head's own.
+    leak: float
 
 
 def align_head(

@@ -39,7 +39,8 @@ class Table:
         """Float64 blocks of columns, without the directions `left`."""
         for start in range(0, self.rows.shape[1], BLOCK):
             where = slice(start, start + BLOCK)
-            with np.errstate(invalid="ignore"):  # The caller looks for infinities.
+            # The caller looks for infinities.
+            with np.errstate(invalid="ignore"):
                 block = self.rows[:, where].astype(np.float64) - self.means[:, None]
             if self.scales is not None:
                 block *= self.scales[0][:, None] * self.scales[1][where]

@@ -145,7 +145,8 @@ class HttpOracle(Meter):
             status, headers, text = self._send(json.dumps(body))
             if status == 200:
                 return json.loads(text)
-            if b"insufficient_quota" in text:  # It does not come back: waiting would be for ever.
+            # It does not come back: waiting would be for ever.
+            if b"insufficient_quota" in text:
                 raise BudgetExhaustedError(f"url: {text[:200]!r}")
             if status != 429:
                 raise ValueError(f"url: the server answered {status}: {text[:200]!r}")

@@ -143,7 +143,8 @@ class LogitOracle(Meter):
         for start in range(0, len(tokens), size):
             part, values = tokens[start : start + size], bias[start : start + size]
             short = size - len(part)
-            if short:  # One compiled shape: the last is filled up and cut again.
+            # One compiled shape: the last is filled up and cut again.
+            if short:
                 part = np.concatenate([part, np.repeat(part[-1:], short, 0)])
                 values = np.concatenate([values, np.repeat(values[-1:], short, 0)])
             served = np.broadcast_to(row, (size, row.shape[-1]))

@@ -22,9 +22,11 @@ class RecoveredRow:
 
     log_probs: np.ndarray  # [vocab], float32 nats; NaN where nothing was found
     known: np.ndarray  # [vocab]
-    error_bound: float  # nats, from the decimals and the number format of the answers
+    # Nats, from the decimals and the number format of the answers.
+    error_bound: float
     queries: int
-    method: str  # reference, forced or harvested, see `recover_log_probs`; searched
+    # Reference, forced or harvested, see `recover_log_probs`; searched.
+    method: str
 
     @property
     def coverage(self) -> float:

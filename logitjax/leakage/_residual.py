@@ -19,10 +19,14 @@ class Residual:
 
     by_row: np.ndarray  # [n], variance of each row's noise
     by_token: np.ndarray  # [vocab], likewise
-    even: bool  # whether the variance is one in all tokens and in all rows
-    loudest: float  # the largest residual, in standard deviations
-    lone: bool  # whether a direction may be one loud row, or one loud value of it
-    edge: float  # a singular value that independent noise of any variances stays below
+    # Whether the variance is one in all tokens and in all rows.
+    even: bool
+    # The largest residual, in standard deviations.
+    loudest: float
+    # Whether a direction may be one loud row, or one loud value of it.
+    lone: bool
+    # a singular value that independent noise of any variances stays below.
+    edge: float
 
 
 def residual(table: Table, whole: Spectrum, k: int) -> Residual:

@@ -57,7 +57,8 @@ def linear_cross_entropy(
     head = Head.of(head).resolve(hidden.shape[-1])
     statistic = _CrossEntropy(
         labels=True,
-        mean=bool(label_smoothing),  # read only where it is used
+        # Read only where it is used.
+        mean=bool(label_smoothing),
         vocab=head.vocab_size(options.get("axis_name")),
         label_smoothing=label_smoothing,
         z_loss=z_loss,
@@ -78,6 +79,7 @@ class _CrossEntropy(ReadoutStatistic):
             uniform = log_z - outputs.mean  # against 1 / V
             loss = (1 - self.label_smoothing) * loss + self.label_smoothing * uniform
         if self.z_loss:
-            loss = loss + self.z_loss * jnp.square(log_z)  # PaLM's: log Z stays near 0
+            # PaLM's: log Z stays near 0.
+            loss = loss + self.z_loss * jnp.square(log_z)
         labels = tokens["labels"]
         return jnp.where((labels >= 0) & (labels < self.vocab), loss, jnp.nan)

@@ -85,7 +85,8 @@ def linear_log_probs(
     checks.shapes(hidden=(hidden, "float *batch hidden"), tokens=(tokens, "int *batch"))
     hidden, tokens = jnp.asarray(hidden), jnp.asarray(tokens)
     head = Head.of(head).resolve(hidden.shape[-1])
-    ids = jnp.zeros((*tokens.shape, 0), jnp.int32)  # none: the whole vocabulary
+    # none: the whole vocabulary.
+    ids = jnp.zeros((*tokens.shape, 0), jnp.int32)
     if support is not None:
         ids = _with_tokens(support, tokens)
     statistic = _LogProbs(
@@ -166,7 +167,8 @@ class _LogProbs(ReadoutStatistic):
 
     def finish(self, state: Any, passed: Any) -> tuple[Any, Any]:
         outputs, residuals = super().finish(state[0], passed)
-        total = jnp.maximum(state[0].sums.sums[0], 1e-30)  # a row without tokens
+        # a row without tokens.
+        total = jnp.maximum(state[0].sums.sums[0], 1e-30)
         entropy = jnp.log(total) - state[1] / total
         return (outputs, entropy), (residuals, entropy)
 
@@ -177,14 +179,16 @@ class _LogProbs(ReadoutStatistic):
             return total
         log_p = block.student - neginf_to_zero(read[0].log_z)[..., None]
         slope = jnp.where(block.student != -jnp.inf, log_p, 0.0) + entropy[..., None]
-        return total - cotangents[1][..., None] * jnp.exp(log_p) * slope  # dH/dz = -p (log p + H)
+        # dH/dz = -p (log p + H)
+        return total - cotangents[1][..., None] * jnp.exp(log_p) * slope
 
     def losses(self, outputs: Any, tokens: Any) -> LogProbs:
         read, entropy = outputs
         values = read.label - neginf_to_zero(read.log_z)
         if self.ids:
             ids = tokens["ids"]
-            recorded = (ids >= 0).any(-1)  # else of the whole vocabulary
+            # Else of the whole vocabulary.
+            recorded = (ids >= 0).any(-1)
             z = jnp.where(ids < 0, -jnp.inf, jnp.where(ids < self.vocab, read.gathered, jnp.nan))
             z = jnp.where(recorded[..., None], z, 0.0)
             log_z = neginf_to_zero(jax.nn.logsumexp(z, -1))

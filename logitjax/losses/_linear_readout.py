@@ -146,7 +146,8 @@ def linear_fused_loss(
         blocks=blocks,
         axis_name=axis_name,
     )
-    return value, statistic.losses(outputs, columns)  # what the losses were made of
+    # What the losses were made of.
+    return value, statistic.losses(outputs, columns)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -198,7 +199,8 @@ def readout_statistic(
             raise TypeError(f"{name}: expected integers, got {value.dtype}")
     statistic = _Reading(
         labels="labels" in tokens,
-        ids=tokens["ids"].shape[-1] if "ids" in tokens else 0,  # a statistic has no arrays
+        # a statistic has no arrays.
+        ids=tokens["ids"].shape[-1] if "ids" in tokens else 0,
         k=top_k or 0,
         moments=bool(top_k),
         vocab=vocab,

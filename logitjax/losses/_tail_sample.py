@@ -70,7 +70,8 @@ class TailSample:
         batch, vocab = logits.shape[:-1], logits.shape[-1]
         rows = logits.reshape(math.prod(batch), vocab)
         taken = jnp.asarray(top_indices).reshape(len(rows), top_indices.shape[-1])
-        taken = jnp.where(taken < 0, vocab, taken)  # not counted from the end
+        # Not counted from the end.
+        taken = jnp.where(taken < 0, vocab, taken)
         rest = rows.at[jnp.arange(len(rows))[:, None], taken].set(-jnp.inf)  # beyond: dropped
         log_rest = logsumexp(rest)
         some = log_rest != -jnp.inf
@@ -81,7 +82,8 @@ class TailSample:
             key, (len(rows), samples), minval=jnp.finfo(jnp.float32).tiny, maxval=1.0
         )
         drawn = jax.vmap(jnp.searchsorted)(cumulative, uniform * cumulative[:, -1:])
-        ids = jnp.minimum(drawn, vocab - 1).astype(jnp.int32)  # rounding may go beyond
+        # Rounding may go beyond.
+        ids = jnp.minimum(drawn, vocab - 1).astype(jnp.int32)
         values = jnp.where(some[:, None], jnp.take_along_axis(rows, ids, axis=-1), -jnp.inf)
         odd = jnp.isnan(log_rest) | (taken >= vocab).any(-1)
         values = jnp.where(odd[:, None], jnp.nan, values).reshape(*batch, samples)

@@ -36,7 +36,8 @@ class AttentionContext:
 
     window: Window
     tables: Any
-    key_tables: Any  # where a cache keeps keys unrotated, whose rotation changes with the length
+    # Where a cache keeps keys unrotated, whose rotation changes with the length.
+    key_tables: Any
     mask: Any
     slots: Any
     concatenate: bool

@@ -48,7 +48,8 @@ def blocked_attention(
     batch, time, heads, dim = query.shape
     slots, groups = key.shape[1], key.shape[2]
     block = min(block or BLOCK, max(time, slots))
-    rows, columns = -time % block, -slots % block  # padding to whole blocks
+    # Padding to whole blocks.
+    rows, columns = -time % block, -slots % block
     # [batch, groups, heads of a group, time, dim] and [batch, groups, slots, dim].
     q = jnp.moveaxis(jnp.reshape(query, (batch, time, groups, heads // groups, dim)), 1, 3)
     q = jnp.pad(q, ((0, 0),) * 3 + ((0, rows), (0, 0)))
@@ -87,7 +88,8 @@ def _forward(q: Any, k: Any, v: Any, q_ids: Any, k_ids: Any, start: Any, options
             values = _cut(v, j, size, 2)
             part = jnp.einsum(
                 "bkgqs,bksd->bkgqd",
-                weights.astype(v.dtype),  # sums stay in float32
+                # Sums stay in float32.
+                weights.astype(v.dtype),
                 values,
                 preferred_element_type=jnp.float32,
             )
@@ -100,7 +102,8 @@ def _forward(q: Any, k: Any, v: Any, q_ids: Any, k_ids: Any, start: Any, options
             jnp.zeros(q_i.shape, jnp.float32),
         )
         peak, mass, total = lax.fori_loop(*_range(first, k, options), add, begin)
-        mass = jnp.where(mass > 0, mass, 1.0)  # a row without keys: 0 / 1
+        # a row without keys: 0 / 1.
+        mass = jnp.where(mass > 0, mass, 1.0)
         normaliser = jnp.where(peak == -jnp.inf, 0.0, peak) + jnp.log(mass)
         return (total / mass[..., None]).astype(v.dtype), normaliser
 
@@ -167,7 +170,8 @@ def _scores(
     slope: Any = 1.0
     if options.softcap is not None:
         bent = jnp.tanh(scores / options.softcap)
-        scores, slope = options.softcap * bent, 1.0 - bent**2  # tanh' = 1 - tanh^2
+        # tanh' = 1 - tanh^2.
+        scores, slope = options.softcap * bent, 1.0 - bent**2
     row = first + lax.broadcasted_iota(jnp.int32, (size, size), 0)
     column = j * size + lax.broadcasted_iota(jnp.int32, (size, size), 1)
     near = row >= column
@@ -183,7 +187,8 @@ def _range(first: Any, k: Any, options: _Options) -> tuple[Any, Any]:
     stop = jnp.minimum((first + size - 1) // size + 1, k.shape[2] // size)
     if options.window is None:
         return jnp.zeros_like(stop), stop
-    return jnp.maximum(first - options.window + 1, 0) // size, stop  # none before the window
+    # None before the window.
+    return jnp.maximum(first - options.window + 1, 0) // size, stop
 
 
 def _cut(x: Any, i: Any, size: int, axis: int) -> jax.Array:

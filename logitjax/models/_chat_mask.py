@@ -16,7 +16,8 @@ def written_spans(
     messages: Sequence[Mapping[str, Any]],
     role: str,
     text: str,
-    boundaries: Sequence[int],  # where tokens begin
+    # Where tokens begin.
+    boundaries: Sequence[int],
 ) -> Spans:
     """Spans of `text`, all rendered, that hold what messages of `role` add beyond the prompt."""
     spans = []

@@ -80,7 +80,8 @@ class DecoderConfig:
     pre_norms: bool = True
     post_norms: bool = False
     qk_norm: bool = False
-    qk_norm_joint: bool = False  # over all heads at once
+    # Over all heads at once.
+    qk_norm_joint: bool = False
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
@@ -97,10 +98,13 @@ class DecoderConfig:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logits_divisor: float = 1.0
-    num_experts: int = 0  # in place of the MLP
+    # In place of the MLP.
+    num_experts: int = 0
     experts_per_token: int = 0
-    expert_size: int = 0  # of one; 0 is intermediate_size
-    normalise_experts: bool = True  # weights of those that are chosen sum to one
+    # Of one; 0 is intermediate_size.
+    expert_size: int = 0
+    # Weights of those that are chosen sum to one.
+    normalise_experts: bool = True
     tie_embeddings: bool = True
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
@@ -153,7 +157,8 @@ class DecoderConfig:
     @property
     def traits(self) -> Family:
         """The family itself, which says what its checkpoints look like."""
-        from logitjax.models._families import find_family  # which reads configurations
+        # Which reads configurations.
+        from logitjax.models._families import find_family
 
         return find_family(self.family, "config: family")
 

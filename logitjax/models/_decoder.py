@@ -88,8 +88,10 @@ def _rematerialised(function: Callable, remat: str) -> Callable:
     if remat == "none":
         return function
     policies = {
-        "full": jax.checkpoint_policies.nothing_saveable,  # least memory: all is formed again
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # all but attention's
+        # Least memory: all is formed again.
+        "full": jax.checkpoint_policies.nothing_saveable,
+        # All but attention's.
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     }
     return jax.checkpoint(function, policy=policies[remat])
 
@@ -162,7 +164,8 @@ class Segment(nnx.Module):
         loras_in = (None,) * count if loras is None else loras
 
         def layer(j: int) -> Callable:
-            context = contexts[pattern[j % len(pattern)]]  # listed layers repeat the pattern
+            # Listed layers repeat the pattern.
+            context = contexts[pattern[j % len(pattern)]]
 
             def run(state: Any, x: jax.Array, cache: Any, lora: Any) -> tuple[jax.Array, Any]:
                 return nnx.merge(graphdefs[j], state)(x, context, cache, lora)
@@ -258,7 +261,8 @@ class Decoder(nnx.Module):
     ) -> Float[jax.Array, "batch time hidden"]:
         """Input embeddings, scaled as the family asks, plus learned positions where it has them."""
         x = _look_up(self.embedding[...], tokens).astype(self.dtype)
-        if self.config.embedding_scale != 1.0:  # Gemma's: the root of the width
+        # Gemma's: the root of the width.
+        if self.config.embedding_scale != 1.0:
             x = x * jnp.asarray(self.config.embedding_scale, self.dtype)
         if self.config.position == "learned":
             table = self.position_embedding[...]

@@ -82,7 +82,8 @@ def _scanned(
 ) -> jax.Array:
     """One expert after the other, each over all tokens; ids of other devices' experts give zero."""
 
-    @jax.checkpoint  # else what the backward pass keeps is tokens times experts
+    # Else what the backward pass keeps is tokens times experts.
+    @jax.checkpoint
     def add(total: jax.Array, expert: Any) -> tuple[jax.Array, None]:
         number, gate, up, down = expert
         weight = jnp.where(ids == number, weights, 0).sum(-1, keepdims=True)

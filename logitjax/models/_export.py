@@ -59,7 +59,8 @@ def _layer(leaf: Array, row: int) -> Array:
     return leaf[row] if isinstance(leaf, np.ndarray) else _sliced(leaf, row)
 
 
-_sliced = jax.jit(operator.getitem)  # one program for all rows
+# One program for all rows.
+_sliced = jax.jit(operator.getitem)
 
 
 def _on_host(array: Array) -> np.ndarray:

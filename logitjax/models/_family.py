@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # which ask the family themselves
+# Which ask the family themselves.
+if TYPE_CHECKING:
     from logitjax.models._config import DecoderConfig
     from logitjax.models._hf_fields import Fields
 
@@ -40,11 +41,16 @@ def gguf_windows(get: Callable[..., Any], settings: Mapping[str, Any]) -> dict[s
 class PreTokenizer:
     """How byte-level tokenizers of GGUF files split a text before they merge."""
 
-    pattern: str = ""  # of the pieces; that of GPT-2 where it is empty
-    digits: bool = False  # each is split off first
-    ignore_merges: bool = False  # a piece that is a token stays whole
-    nfc: bool = False  # Unicode's composed form first
-    add_bos: bool = False  # texts begin with the mark, where the file does not say
+    # Of the pieces; that of GPT-2 where it is empty.
+    pattern: str = ""
+    # Each is split off first.
+    digits: bool = False
+    # a piece that is a token stays whole.
+    ignore_merges: bool = False
+    # Unicode's composed form first.
+    nfc: bool = False
+    # Texts begin with the mark, where the file does not say.
+    add_bos: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,8 @@ class _Header:
         self._values = 0
 
     def scalar(self, form: str, field: str) -> Any:
-        content = self.file.read(struct.calcsize("<" + form), field)  # little-endian, always
+        # little-endian, always.
+        content = self.file.read(struct.calcsize("<" + form), field)
         return struct.unpack("<" + form, content)[0]
 
     def string(self, field: str) -> str:

@@ -69,7 +69,8 @@ def check_readable(raw: Mapping[str, Any], where: str) -> None:
                 packed = packed if isinstance(packed, Mapping) else {}
                 method = packed.get("quant_method")
                 if method == "fp8" and packed.get("weight_block_size") == [128, 128]:
-                    continue  # scales of blocks, which the reader of tensors multiplies by
+                    # Scales of blocks, which the reader of tensors multiplies by.
+                    continue
                 raise ValueError(
                     f"{where}: {key}: quantized weights ({guard.short(method or 'unnamed')}) are "
                     "not read, use the unquantized checkpoint or a GGUF file"

@@ -69,7 +69,8 @@ def keep_layers(model: Decoder, indices: Sequence[int]) -> Decoder:
         num_layers=len(indices),
         windows=windows,
         unrotated=unrotated,
-        segment_boundaries=(),  # cuts of layers that may be gone
+        # Cuts of layers that may be gone.
+        segment_boundaries=(),
     )
     listed = []
     for segment in model.segments:

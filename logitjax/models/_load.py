@@ -314,7 +314,8 @@ def _resolve_names(
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(f"{where}: tensor {missing[0]!r} is missing{more}")
     head = f"{config.traits.weights.get('head')}.weight"
-    tied = {head, inside + head} if config.tie_embeddings else set()  # stored all the same
+    # Stored all the same.
+    tied = {head, inside + head} if config.tie_embeddings else set()
     # The configuration absorbs the rope of a GGUF file.
     unread = re.compile(rf"{config.traits.unread}|rope_(freqs|factors_).*")
     extra = sorted(n for n in names - set(rename.values()) - tied if not unread.fullmatch(n))
@@ -350,7 +351,8 @@ def _pieces(
     for spec in tensors:
         parts = [leaf_shapes[spec.layer, leaf] for leaf in spec.leaves]
         parts = parts if spec.expert is None else [shape[1:] for shape in parts]
-        parts = [tuple(reversed(s)) if spec.transpose else s for s in parts]  # torch: `[out, in]`
+        # torch: `[out, in]`.
+        parts = [tuple(reversed(s)) if spec.transpose else s for s in parts]
         sizes = [s[spec.axis] for s in parts]
         expected = list(parts[0])
         expected[spec.axis] = sum(sizes)

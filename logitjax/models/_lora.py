@@ -13,7 +13,8 @@ from logitjax.models._config import DecoderConfig
 from logitjax.models._stacking import convert, twin
 from logitjax.ops import Array
 
-if TYPE_CHECKING:  # which needs the adapters
+# Which needs the adapters.
+if TYPE_CHECKING:
     from logitjax.models._decoder import Decoder
 
 _TARGETS = ("query", "key", "value", "output", "gate", "up", "down")
@@ -75,7 +76,8 @@ class Lora:
                 inner, outer = sizes[name]
                 a = jax.random.normal(jax.random.fold_in(key, i), (*lead, inner, rank), jnp.float32)
                 out[name] = {
-                    "a": (a * inner**-0.5).astype(dtype),  # `x @ a` is of the size of x
+                    # `x @ a` is of the size of x.
+                    "a": (a * inner**-0.5).astype(dtype),
                     "b": jnp.zeros((*lead, rank, outer), dtype),
                 }
             return out
@@ -111,7 +113,8 @@ class Lora:
         Raises:
             ValueError: The family's checkpoints keep several of our maps in one tensor.
         """
-        from logitjax.models._peft import save_peft  # which knows this class
+        # Which knows this class.
+        from logitjax.models._peft import save_peft
 
         save_peft(self, config, directory, base)
 
@@ -133,7 +136,8 @@ class Lora:
             FileNotFoundError: A file is missing.
             ValueError: Adapters of another kind, or of a model of other sizes.
         """
-        from logitjax.models._peft import load_peft  # which knows this class
+        # Which knows this class.
+        from logitjax.models._peft import load_peft
 
         lora = load_peft(directory, config)
         return lora if layout == "listed" else lora.with_layout(config, layout)

@@ -138,6 +138,7 @@ def _layer(
 
 def _listed(lora: Lora, config: DecoderConfig) -> list[dict[str, Any]]:
     """One mapping of adapters a layer, in the order of the layers."""
-    if jax.tree.leaves(lora)[0].ndim == 3:  # a leading axis of layers
+    # a leading axis of layers.
+    if jax.tree.leaves(lora)[0].ndim == 3:
         lora = lora.with_layout(config, "listed")
     return [layer for segment in lora.layers for layer in segment]

@@ -27,7 +27,8 @@ def _yarn(inverse: np.ndarray, scaling: RopeScaling, dim: int, theta: float) -> 
 
 
 def _llama3(inverse: np.ndarray, scaling: RopeScaling) -> np.ndarray:
-    turns = scaling.original_max_length * inverse / (2 * np.pi)  # in the trained length
+    # In the trained length.
+    turns = scaling.original_max_length * inverse / (2 * np.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     smooth = np.clip((turns - low) / (high - low), 0, 1)
     return (1 - smooth) * inverse / scaling.factor + smooth * inverse

@@ -15,8 +15,10 @@ from typing import Any
 import jinja2
 from jinja2 import ext, nodes, sandbox
 
-_TRACK = "logitjax generation track"  # no name that a template can spell
-_MEMORY = 1 << 28  # of addresses; the interpreter and Jinja take 40 MB
+# No name that a template can spell.
+_TRACK = "logitjax generation track"
+# Of addresses; the interpreter and Jinja take 40 MB.
+_MEMORY = 1 << 28
 
 
 class _Generation(ext.Extension):
@@ -42,7 +44,8 @@ class _Namespace(jinja2.utils.Namespace):
     """Jinja's own without attributes that begin with `_`, by which a template may get further."""
 
     def __init__(*arguments: Any, **attributes: Any):
-        self, *given = arguments  # `self` may be an attribute
+        # `self` may be an attribute.
+        self, *given = arguments
         values = dict(*given, **attributes)
         for name in values:
             _check_attribute(name)
@@ -143,7 +146,8 @@ def _answer(line: bytes) -> str:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # that of the terminal is the parent's
+    # That of the terminal is the parent's.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _, most = resource.getrlimit(resource.RLIMIT_AS)
     least = _MEMORY if most == resource.RLIM_INFINITY else min(_MEMORY, most)
     resource.setrlimit(resource.RLIMIT_AS, (least, most))

@@ -24,7 +24,8 @@ def tiny_seed(spec: str) -> int | None:
 def tiny_config(*, layers: int = 2) -> DecoderConfig:
     """The shape of `tiny_decoder`."""
     return DecoderConfig(
-        vocab_size=257,  # bytes and the end of a text, as of `byte_tokenizer`
+        # Bytes and the end of a text, as of `byte_tokenizer`.
+        vocab_size=257,
         hidden_size=32,
         intermediate_size=64,
         num_layers=layers,

@@ -12,7 +12,8 @@ from logitjax.models._chat import Spans, plain, plain_messages, render_template
 from logitjax.models._chat_mask import written_spans
 from logitjax.storage import digest, guard
 
-_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # SentencePiece's bytes
+# SentencePiece's bytes.
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 class Tokenizer:
@@ -29,7 +30,8 @@ class Tokenizer:
 
     def __init__(
         self,
-        backend: Any,  # tokenizers.Tokenizer
+        # tokenizers.Tokenizer.
+        backend: Any,
         *,
         bos_id: int | None = None,
         eos_id: int | None = None,
@@ -236,13 +238,15 @@ class Tokenizer:
             elif _BYTE.fullmatch(text):
                 out[id_] = bytes([int(text[3:5], 16)])
             else:
-                out[id_] = text.replace("▁", " ").encode()  # SentencePiece's space
+                # SentencePiece's space.
+                out[id_] = text.replace("▁", " ").encode()
         return tuple(out)
 
 
 def _byte_of() -> dict[str, bytes]:
     """GPT-2's characters and the bytes they spell: printable ones as they are, others from 256."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]  # ! to ~, ¡ to ¬, ® to ÿ
+    # ! to ~, ¡ to ¬, ® to ÿ.
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): bytes([byte]) for byte in plain} | {
         chr(256 + i): bytes([byte]) for i, byte in enumerate(others)

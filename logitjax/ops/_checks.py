@@ -122,9 +122,11 @@ def unit_rows(values: Any, name: str) -> None:
     stored = _held(values)
     if stored is None:
         return
-    length = np.sqrt(np.square(stored.astype(np.float32)).sum(-1))  # squares in float16 vanish
+    # Squares in float16 vanish.
+    length = np.sqrt(np.square(stored.astype(np.float32)).sum(-1))
     # Rows from a cache in half precision are off by a thousandth.
-    wrong = ~(np.abs(length - 1) <= 1e-2) & (length != 0)  # not `>`, which a nan passes
+    # Not `>`, which a nan passes.
+    wrong = ~(np.abs(length - 1) <= 1e-2) & (length != 0)
     _refuse(length, wrong, name, "rows of length one")
 
 
@@ -182,7 +184,8 @@ def between(value: Any, low: float | int, high: float | int, name: str) -> None:
 
 def vocabulary_unsharded(values: jax.Array, name: str, operation: str) -> None:
     """Raises when the last axis of `values` is sharded over an Explicit mesh axis."""
-    spec = jax.typeof(values).sharding.spec  # Auto axes do not show in it
+    # Auto axes do not show in it.
+    spec = jax.typeof(values).sharding.spec
     if len(spec) == values.ndim and values.ndim and spec[-1] is not None:
         raise ValueError(
             f"{name}: expected an unsharded vocabulary, or axis_name={spec[-1]!r} inside "

@@ -82,7 +82,8 @@ def gradient_where(
 
 @jax.custom_jvp
 def _gradient_where(values: jax.Array, where: jax.Array) -> jax.Array:
-    return values  # only the derivative differs
+    # Only the derivative differs.
+    return values
 
 
 @_gradient_where.defjvp

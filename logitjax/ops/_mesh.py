@@ -34,7 +34,8 @@ def auto_axes(names: Sequence[str], size: int) -> tuple[str, ...]:
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types))
     if AxisType.Explicit in kinds.values():
-        return ()  # there types say it
+        # There types say it.
+        return ()
     axes = tuple(name for name in names if kinds.get(name) == AxisType.Auto)
     return () if size % math.prod(mesh.shape[name] for name in axes) else axes
 
@@ -68,10 +69,12 @@ def over_batch(fn: Callable[..., Any], out_ndims: tuple[int, ...], *args: jax.Ar
     )
     if not explicit:
         return fn(*args)
-    batch = tuple(sharding.spec[:-1])  # rows as they are split; their own axis is whole
+    # Rows as they are split; their own axis is whole.
+    batch = tuple(sharding.spec[:-1])
 
     def spec(ndim: int) -> NamedSharding:
-        entries = (batch + (None,) * ndim)[:ndim]  # further axes are whole
+        # Further axes are whole.
+        entries = (batch + (None,) * ndim)[:ndim]
         return NamedSharding(mesh, P(*entries))
 
     out_sharding = tuple(spec(ndim) for ndim in out_ndims)

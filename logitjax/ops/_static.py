@@ -15,9 +15,11 @@ class Static:
     def __init__(self, value: Any):
         self.value = value
         try:
-            self._hash, self._hashable = hash(value), True  # a graphdef's walks the whole model
+            # a graphdef's walks the whole model.
+            self._hash, self._hashable = hash(value), True
         except TypeError:
-            self._hash, self._hashable = id(value), False  # no other gets this id while it is held
+            # No other gets this id while it is held.
+            self._hash, self._hashable = id(value), False
 
     def __hash__(self) -> int:
         return self._hash

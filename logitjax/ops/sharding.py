@@ -109,14 +109,16 @@ class ShardingRules:
         size = mesh_shape.get("fsdp", 1)
         if self.unmatched == "fsdp" and size > 1:
             divisible = [i for i, n in enumerate(shape) if n and n % size == 0]
-            if divisible and len(shape) > 1:  # a vector saves less than its gather costs
+            # a vector saves less than its gather costs.
+            if divisible and len(shape) > 1:
                 largest = max(divisible, key=lambda i: shape[i])
                 return P(*("fsdp" if i == largest else None for i in range(len(shape))))
         return P()
 
     def _fit(self, path: str, shape: tuple[int, ...], mesh_shape: Any, rule: tuple) -> P:
         if len(rule) > len(shape):
-            return P()  # a scalar of the optimizer under a parameter's path
+            # a scalar of the optimizer under a parameter's path.
+            return P()
         fitted: list[Any] = [None] * len(shape)
         for dim, axes in zip(range(len(shape) - len(rule), len(shape)), rule):
             if axes is None:
@@ -167,7 +169,8 @@ class ShardingRules:
             ):
                 return jax.device_put(leaf, sharding)
             if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-                return jax.device_put(leaf, sharding)  # a key has no form in numpy
+                # a key has no form in numpy.
+                return jax.device_put(leaf, sharding)
             host = np.asarray(leaf)
             return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 

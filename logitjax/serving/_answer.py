@@ -45,7 +45,8 @@ class Answer:
                 raise item
             if self._asked.echo and not self.shown:
                 yield self._echoed()
-            if isinstance(item, str):  # Ended between two tokens.
+            # Ended between two tokens.
+            if isinstance(item, str):
                 self.finish = item
                 text = self._stream.finish()
                 self.text += text

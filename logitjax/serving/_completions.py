@@ -119,7 +119,8 @@ async def _whole(
 
 def _prompt_logprobs(service: Service, asked: CompletionRequest, answer: Answer) -> list[Any]:
     """Of each token of a prompt the most likely ones and its own, by their ids as vLLM has them."""
-    places: list[Any] = [None]  # Nothing predicts the first token.
+    # Nothing predicts the first token.
+    places: list[Any] = [None]
     for token in answer.job.prompt_report:
         best = [(*pair, rank) for rank, pair in enumerate(token.top, 1)]
         items: list[tuple[int, float, int | None]] = [*best[: asked.prompt_logprobs]]

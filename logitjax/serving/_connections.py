@@ -81,7 +81,8 @@ class _HalfClosing:
         self.lingers = self._sending()
         if self.lingers:
             self._transport.resume_reading()
-            with contextlib.suppress(OSError):  # The client has gone.
+            # The client has gone.
+            with contextlib.suppress(OSError):
                 self._transport.write_eof()
         else:
             self._transport.close()
@@ -114,7 +115,8 @@ class Protocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
-            self.transport.abort()  # It has its answer, or a part of it.
+            # It has its answer, or a part of it.
+            self.transport.abort()
             return
         body = json.dumps(ApiError(400, msg).body()).encode()
         headers = {"content-type": "application/json", "connection": "close"}
@@ -123,7 +125,8 @@ class Protocol(H11Protocol):
         for event in (response, h11.Data(data=body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
-        if self.cycle is not None:  # It waits for the rest of what was no body.
+        # It waits for the rest of what was no body.
+        if self.cycle is not None:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
 

@@ -124,7 +124,8 @@ class Formats:
         self._start()
         self._say({"grammar": grammar, "seconds": _TO_BEGIN})
         answer = self._process.stdout.readline()
-        if not answer:  # It has ended itself, and begins anew with the next one.
+        # It has ended itself, and begins anew with the next one.
+        if not answer:
             self._end()
         return answer == b"passed\n"
 
@@ -161,7 +162,8 @@ class Follower:
     def take(self, tokens: Sequence[int]) -> None:
         """Goes on by tokens that were chosen. Takes its time: called off the engine's thread."""
         start = time.thread_time()
-        for token in tokens:  # The plural takes no end.
+        # The plural takes no end.
+        for token in tokens:
             self._matcher.consume_token(token)
         self.allowed = self._mask()
         self._seconds += time.thread_time() - start

@@ -20,7 +20,8 @@ from logitjax.serving._errors import BadRequestError
 from logitjax.serving._keys import find_key
 from logitjax.serving._service import Service
 
-_ROWS = 8  # of documents read at once
+# Of documents read at once.
+_ROWS = 8
 _LENGTHS = [64 << i for i in range(26)]
 
 
@@ -57,7 +58,8 @@ class HiddenStates:
         """Every program once, before the server is ready."""
         for length in self._lengths:
             self._read([[0] * length])
-        assert self._weights  # slices of arrays are programs too
+        # Slices of arrays are programs too.
+        assert self._weights
 
     @functools.cached_property
     def _weights(self) -> str:

@@ -177,7 +177,8 @@ class _Server(uvicorn.Server):
                 keeper.turn_out()
                 await asyncio.sleep(0.05)
                 continue
-            await asyncio.shield(self._let_in(connection))  # The end comes between two.
+            # The end comes between two.
+            await asyncio.shield(self._let_in(connection))
 
     async def _let_in(self, connection: socket.socket) -> None:
         with contextlib.suppress(OSError):

@@ -63,7 +63,8 @@ class Observed:
         scope.setdefault("state", {})["request_id"] = name.decode()
         # All others are counted as one, lest strangers make new series.
         path = scope["path"] if scope["path"] in self._paths else "other"
-        status = 499  # Where nothing is sent, the client has left.
+        # Where nothing is sent, the client has left.
+        status = 499
         start = time.monotonic()
 
         async def observed_send(message: Any) -> None:
@@ -78,7 +79,8 @@ class Observed:
             try:
                 await self._app(scope, receive, observed_send)
             except Exception:
-                status = 500  # Sent by what lies around this.
+                # Sent by what lies around this.
+                status = 500
                 raise
             finally:
                 self._metrics.requests.labels(path, status).inc()

@@ -17,7 +17,8 @@ from logitjax.leakage import Choice, LogitPolicy
 from logitjax.serving._errors import BadRequestError
 
 CHOICES = ("free", "plain", "metered")
-MOST_STOP_IDS = 32  # of a request, beside those that end any answer
+# Of a request, beside those that end any answer.
+MOST_STOP_IDS = 32
 _TUNED = tuple(field.name for field in dataclasses.fields(Choice))
 # What ends an answer is a function of its tokens. A seed is mixed in by itself, copy by copy. All
 # other fields name a draw, and are refused where choices are not free and no grid has them.

@@ -42,8 +42,10 @@ class Token:
 class Prompt:
     """Data that the copies of one prompt share."""
 
-    salt: str = ""  # prompts of the same one share what was read of them
-    report: bool = False  # whether log-probabilities of its own tokens are wanted
+    # Prompts of the same one share what was read of them.
+    salt: str = ""
+    # Whether log-probabilities of its own tokens are wanted.
+    report: bool = False
 
 
 class Job:
@@ -51,11 +53,13 @@ class Job:
 
     def __init__(self, request: Request, prompt: Prompt, loop: asyncio.AbstractEventLoop):
         self.request, self.prompt = request, prompt
-        self.follower: Follower | None = None  # says which tokens may come next
+        # Says which tokens may come next.
+        self.follower: Follower | None = None
         self.tokens: asyncio.Queue[Token | str | ApiError] = asyncio.Queue()
         # The prompt's tokens from the second on, where they were wanted, once anything has arrived.
         self.prompt_report: Sequence[Token] = ()
-        self.cancelled, self.cached = False, 0  # the prompt's tokens that were read before
+        # The prompt's tokens that were read before.
+        self.cancelled, self.cached = False, 0
         # Which tokens may come next, where that is still being looked for, and since when.
         self.mask: futures.Future[None] | None = None
         self.asked = 0.0
@@ -108,7 +112,8 @@ class Scheduler:
         self._closing = False
         self._end: threading.Timer | None = None
         self._expired = False
-        self._seconds = 1.0  # A running mean of how long a slot is taken.
+        # A running mean of how long a slot is taken.
+        self._seconds = 1.0
         self._started = [0.0] * config.slots
         # A bit a token: what a row may say.
         words = -(-self.engine.plan.vocab_size // 32)

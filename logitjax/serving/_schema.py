@@ -14,7 +14,8 @@ from logitjax.serving._errors import BadRequestError
 from logitjax.serving._policy import MOST_STOP_IDS, Disclosure
 
 _TOKEN = r"^[0-9]{1,9}$"
-_MOST_PROMPTS = 16  # of one request, and of its answers
+# Of one request, and of its answers.
+_MOST_PROMPTS = 16
 _MOST_STOPS = 32
 
 
@@ -62,7 +63,8 @@ class CompletionRequest:
     tokens_as_ids: bool
     cache_salt: str
     add_special_tokens: bool
-    template_variables: Mapping[str, Any]  # what a chat template reads beside the messages
+    # What a chat template reads beside the messages.
+    template_variables: Mapping[str, Any]
     model: str | None
     chat: bool
 
@@ -133,7 +135,8 @@ class StreamOptions(_Part):
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
-    include_obfuscation: bool | None = None  # OpenAI's padding; nothing is padded here
+    # OpenAI's padding; nothing is padded here.
+    include_obfuscation: bool | None = None
 
 
 class JsonSchema(_Part):
@@ -160,7 +163,8 @@ class StructuredOutputs(_Part):
     choice: _list(Text, min_length=1) | None = None
     grammar: Text | None = None
     json_object: bool | None = None
-    disable_any_whitespace: bool | None = None  # JSON has one layout here, with or without it
+    # JSON has one layout here, with or without it.
+    disable_any_whitespace: bool | None = None
 
 
 # Whatever these say, the answer is the same one.
@@ -348,7 +352,8 @@ def _sampling(asked: Any) -> SamplingFields:
         if getattr(asked, name):
             raise BadRequestError(f"{name} does not go with a structure", name)
     given = {field.name: getattr(asked, field.name, None) for field in _FIELDS} | {
-        "top_k": max(asked.top_k or 0, 0),  # -1 keeps all, as 0 does
+        # -1 keeps all, as 0 does.
+        "top_k": max(asked.top_k or 0, 0),
         "seed": None if asked.seed in (None, -1) else asked.seed % 2**32,
         # In one order, however they were written.
         "logit_bias": tuple(sorted((int(token), value) for token, value in biases.items())),

@@ -26,6 +26,8 @@ class Service:
     disclosure: Disclosure
     metrics: Metrics
     accounts: Accounts
-    readers: Executor  # of requests: long prompts take long to check and to encode
+    # Of requests: long prompts take long to check and to encode.
+    readers: Executor
     formats: Formats
-    most_characters: int  # a longer prompt cannot fit, whatever its tokens are
+    # a longer prompt cannot fit, whatever its tokens are.
+    most_characters: int

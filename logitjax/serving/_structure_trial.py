@@ -11,8 +11,10 @@ import sys
 
 import llguidance
 
-_MEMORY = 1 << 29  # of addresses, beyond what the tokens take
-_CLOCK = 10  # seconds, where others leave it no processor
+# Of addresses, beyond what the tokens take.
+_MEMORY = 1 << 29
+# Seconds, where others leave it no processor.
+_CLOCK = 10
 
 
 def main() -> None:
@@ -39,5 +41,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # that of the terminal is the parent's
+    # That of the terminal is the parent's.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     main()

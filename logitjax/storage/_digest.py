@@ -43,7 +43,8 @@ def digest(*values: Any, length: int = 64, sample: int | None = None) -> str:
 
 def _update(state: Any, value: Any, sample: int | None) -> None:
     # Kind and length first, so that no two sequences of values give the same bytes.
-    jax = sys.modules.get("jax")  # who has a jax array has imported it; reading files needs none
+    # Who has a jax array has imported it; reading files needs none.
+    jax = sys.modules.get("jax")
     if jax and isinstance(value, jax.Array):
         is_key = jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
         value = jax.random.key_data(value) if is_key else value

@@ -63,7 +63,8 @@ def _passes(error: BaseException) -> bool:
     if names & _PASSING:
         return True
     if "huggingface_hub.errors.OfflineModeIsEnabled" in names:
-        return False  # asked for, and yet a ConnectionError
+        # Asked for, and yet a ConnectionError.
+        return False
     # gcsfs and huggingface_hub: the answer of a server.
     response = getattr(error, "response", None)
     code = getattr(error, "code", None) or getattr(response, "status_code", None)

@@ -66,7 +66,8 @@ class Limits:
 
 
 LIMITS = Limits()
-_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)  # brackets inside count for nothing
+# Brackets inside count for nothing.
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 
 
 def one_line(error: BaseException) -> str:
@@ -101,7 +102,8 @@ def naming(path: object, kind: str = "") -> Iterator[None]:
 
 def whole(value: Any, field: str, *, least: int = 0, most: int = 1 << 62) -> int:
     """An integer that a file states, from `least` to `most`; a ValueError names the field."""
-    if isinstance(value, float) and value.is_integer():  # some programs write 1.0 for 1
+    # Some programs write 1.0 for 1.
+    if isinstance(value, float) and value.is_integer():
         value = int(value)
     # Not by `isinstance`, for which True is a whole number.
     if type(value) is not int or not least <= value <= most:
@@ -123,7 +125,8 @@ def shape_of(value: Any, field: str) -> tuple[int, ...]:
 
 def fits(shape: tuple[int, ...], itemsize: int, have: int, field: str) -> None:
     """Raises unless an array of this shape takes as many bytes as there are."""
-    if math.prod(shape) * itemsize != have:  # exact: numpy's product would wrap
+    # exact: numpy's product would wrap.
+    if math.prod(shape) * itemsize != have:
         raise ValueError(f"{field}: {have} bytes, which is not its shape {short(shape)}")
 
 
@@ -170,7 +173,8 @@ def read_bytes(path: epath.PathLike, *, most: int) -> bytes:
         raise ValueError(f"{path}: no such file")
     plain_file(path)
     with path.open("rb") as file:
-        content = file.read(most + 1)  # one more tells that there is more
+        # One more tells that there is more.
+        content = file.read(most + 1)
     if len(content) > most:
         raise ValueError(f"{path}: expected at most {most} bytes")
     return content
@@ -354,7 +358,8 @@ def member_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, dtype: Any) 
 def gunzip(content: bytes, field: str, limits: Limits = LIMITS) -> bytes:
     """Unpacks gzip data within the limits of expansion."""
     most = max(limits.free_expansion, limits.expansion * len(content))
-    unpacker = zlib.decompressobj(31)  # 31: a window of 15 bits, and 16 for gzip's header
+    # 31: a window of 15 bits, and 16 for gzip's header.
+    unpacker = zlib.decompressobj(31)
     try:
         out = unpacker.decompress(content, most + 1)
     except zlib.error as error:

@@ -54,7 +54,8 @@ def read_npy(path: epath.PathLike, *, mapped: bool = False) -> np.ndarray:
 
 
 def _array(content: np.ndarray, name: str) -> np.ndarray:
-    file = io.BytesIO(content[: 1 << 16].tobytes())  # more than a header takes
+    # More than a header takes.
+    file = io.BytesIO(content[: 1 << 16].tobytes())
     dtype, shape, fortran = _header(file, f"array {name!r}")
     content = content[file.tell() :]
     guard.fits(shape, dtype.itemsize, len(content), f"array {name!r}")
@@ -87,7 +88,8 @@ class _Array:
             raise ValueError("an array of an unknown form")
         _, shape, dtype, fortran, data = state
         if isinstance(data, str):
-            data = data.encode("latin1")  # as Python 2 wrote it
+            # As Python 2 wrote it.
+            data = data.encode("latin1")
         if not isinstance(dtype, Dtype) or not isinstance(data, bytes | bytearray):
             raise ValueError("an array that does not hold plain numbers")
         shape = guard.shape_of(shape, "an array's shape")
@@ -105,7 +107,8 @@ def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> _Array:
 
 _ALLOWED: dict[tuple[str, str], Any] = {
     **ALLOWED,
-    ("numpy", "ndarray"): object(),  # a word in an argument list
+    # a word in an argument list.
+    ("numpy", "ndarray"): object(),
 }
 for _core in ("core", "_core"):  # of NumPy 1 and 2
     _ALLOWED[f"numpy.{_core}.multiarray", "_reconstruct"] = StandIn(_Array)

@@ -96,7 +96,8 @@ class Machine:
             stack.append(argument.encode("latin1").decode("utf-8", "surrogateescape"))
         elif name == "MARK":
             self._marks.append(stack)
-            self._stack = []  # what comes belongs to the mark
+            # What comes belongs to the mark.
+            self._stack = []
         elif name in ("PROTO", "FRAME", "STOP"):
             pass
         elif name == "POP":
@@ -158,7 +159,8 @@ class Machine:
 
     def _name(self, argument: Any) -> None:
         if argument is None:
-            name, module = self._stack.pop(), self._stack.pop()  # of STACK_GLOBAL, the name on top
+            # Of STACK_GLOBAL, the name on top.
+            name, module = self._stack.pop(), self._stack.pop()
         else:
             module, _, name = argument.partition(" ")
         result = self._names(str(module), str(name))
@@ -170,7 +172,8 @@ class Machine:
 
     def _set_state(self, target: Any, state: Any) -> None:
         if isinstance(target, collections.OrderedDict):
-            return  # attributes such as `_metadata`, which nothing reads
+            # Attributes such as `_metadata`, which nothing reads.
+            return
         if not hasattr(type(target), "set_state"):
             raise ValueError(f"it sets the state of a {type(target).__name__}")
         if isinstance(state, dict | list):

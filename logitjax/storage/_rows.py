@@ -270,7 +270,8 @@ class RowCache:
         self._write_part(rows, [(computed, len(rows))], lambda count: None)
 
     def _write_part(self, rows: np.ndarray, batches: Any, written: Callable[[int], Any]) -> None:
-        name = f"part-{rows[0]:08d}-{digest(rows)[:12]}"  # the same rows, the same file
+        # The same rows, the same file.
+        name = f"part-{rows[0]:08d}-{digest(rows)[:12]}"
         with open_shard(self.directory, name) as (write, shard):
             for computed, count in batches:
                 for record in self._codec.encode(computed, count):
@@ -278,7 +279,8 @@ class RowCache:
                 written(count)
         part = {"rows": _ranges(rows), "shard": shard}
         write_atomic(self.directory / f"{name}.json", json.dumps(part))
-        self._added = True  # read when somebody asks: to look at all parts after each is slow
+        # Read when somebody asks: to look at all parts after each is slow.
+        self._added = True
 
 
 def _row_numbers(rows: Rows, *, least: int | None = None) -> np.ndarray:

@@ -23,7 +23,8 @@ _STORAGES = {
     "ShortStorage": np.int16, "CharStorage": np.int8, "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
 }  # fmt: skip
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # from torch.serialization
+# From torch.serialization.
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 # Tensors that share a storage are copied out of it: this often, beyond the storages themselves.
 _SHARED = 4
@@ -53,7 +54,8 @@ class _Tensor:
     """A view of a storage, made an array once the storage is there."""
 
     def __init__(self, storage: Any, offset: Any, size: Any, stride: Any, *unused: Any):
-        del unused  # requires_grad, hooks, metadata
+        # requires_grad, hooks, metadata.
+        del unused
         if not isinstance(storage, _Storage):
             raise ValueError("a tensor without a storage")
         self.storage = storage
@@ -223,7 +225,8 @@ def read_torch_checkpoint(path: epath.PathLike) -> Any:
     with guard.naming(path, "a torch checkpoint"):
         guard.plain_file(path)
         with path.open("rb") as file:
-            zipped = file.read(2) == b"PK"  # zip archives begin so
+            # Zip archives begin so.
+            zipped = file.read(2) == b"PK"
             file.seek(0)
             return _arrays(_read_zip(file) if zipped else _read_legacy(guard.Reader(file)))
 

@@ -129,7 +129,8 @@ def _forward(graphdef: Any, state: Any, tokens: Any) -> tuple[Any, Any, Any]:
     model = nnx.merge(graphdef, state)
     count, half = tokens.shape[1], tokens.shape[1] // 2
     # A prompt in two pieces, then single steps.
-    cache, pieces = model.init_cache(2, count + 12), []  # some slots stay empty
+    # Some slots stay empty.
+    cache, pieces = model.init_cache(2, count + 12), []
     for piece in (tokens[:, : half - 2], tokens[:, half - 2 : half]):
         hidden, cache = model.hidden_states(piece, cache=cache)
         pieces.append(hidden)
@@ -153,7 +154,8 @@ def _same_config(
     for field in dataclasses.fields(expected.config):
         ours, other = (getattr(m.config, field.name) for m in (model, expected))
         if isinstance(other, float) and isinstance(ours, float) and unsaid:
-            ours, other = np.float32(ours), np.float32(other)  # all that metadata hold
+            # All that metadata hold.
+            ours, other = np.float32(ours), np.float32(other)
         if field.name not in unsaid and ours != other:
             fail(name, field.name, f"expected {other!r}, got {ours!r}")
 
@@ -251,7 +253,8 @@ def _stored(config: models.DecoderConfig, module: str, leaf: str, values: np.nda
     """An array as llama.cpp's converter stores it."""
     values = values.T if leaf == "kernel" else values
     if leaf == "scale":
-        values = values + np.float32(config.norm_offset)  # Gemma's files hold 1 + w
+        # Gemma's files hold 1 + w.
+        values = values + np.float32(config.norm_offset)
     heads = {"attention.query": config.num_heads, "attention.key": config.num_kv_heads}
     if config.traits.gguf_interleaved and module in heads:
         # llama.cpp turns pairs of neighbours, Hugging Face a half against the other.

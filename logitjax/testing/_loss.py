@@ -281,7 +281,8 @@ class _Loss:
             spoils = name in self.floats or name in self.labels
             if fits and spoils and name not in (self.where, *self.shared):
                 changes[name] = x.copy()
-                wrong = -100 if number < 0 else 10**6  # -100 is what torch ignores
+                # -100 is what torch ignores.
+                wrong = -100 if number < 0 else 10**6
                 changes[name][where] = number if name in self.floats else wrong
         return changes
 
@@ -323,7 +324,8 @@ class _Loss:
     def check_cotangent(self) -> None:
         other = self.rng.normal(size=self.shape).astype(np.float32)
         _, second = self.run({}, other)
-        _, both = self.run({}, self.cotangent - 2 * other)  # a pullback is linear
+        # a pullback is linear.
+        _, both = self.run({}, self.cotangent - 2 * other)
         entries = {name: g - 2 * second[name] for name, g in self.expected[1].items()}
         self.compare("cotangent", (0.0, both), (0.0, entries), rtol=1e-3)
 
@@ -353,7 +355,8 @@ class _Loss:
     ) -> list[tuple[float, float]]:
         """Along random directions: by the gradient, and by values, where they differ."""
         x, pairs = self.arrays[name], []
-        for _ in range(3):  # a kink spoils one of them at most
+        # a kink spoils one of them at most.
+        for _ in range(3):
             along = self.rng.normal(size=x.shape)
             up, down = (np.asarray(value(x + s * along), np.float64) for s in (step, -step))
             difference = float(((up - down) * self.cotangent).sum()) / (2 * step)

@@ -193,7 +193,8 @@ class _Setting:
         weights = self.method.weights(self.trained)
         way = jax.tree.map(lambda x: self.rng.normal(size=x.shape).astype(np.float32), weights)
         ends = []
-        for step in (_STEP, -_STEP):  # central: its error falls with the square of the step
+        # central: its error falls with the square of the step.
+        for step in (_STEP, -_STEP):
             moved = jax.tree.map(lambda x, way, step=step: x + np.float32(step) * way, weights, way)
             ends.append(float(self.results(trained=self.method.start(moved))["loss"][0][0]))
         gradient = jax.tree.leaves(self.method.weights(self.whole["loss"][1][0]))

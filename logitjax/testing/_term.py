@@ -135,7 +135,8 @@ class _Setting:
                 chunks = {"ids": [0, 0, 1], "ends": [-1, 1, 2], "scores": [-1.5, -0.5, 0.0]}
                 for name, row in (chunks | {"where": [True, True, False]}).items():
                     arrays[f"chunk_{name}"] = np.tile(np.array(row), (_ROWS, 1, 1))
-                arrays["chunk_ids"][~where[:, None]] = -1  # no chunk where nothing counts
+                # No chunk where nothing counts.
+                arrays["chunk_ids"][~where[:, None]] = -1
         params = term.init(jax.random.key(seed), _head(arrays["head"], arrays["bias"]))
         leaves, _ = jax.tree.flatten(params)
         arrays |= {f"params{i}": np.asarray(leaf) for i, leaf in enumerate(leaves)}
@@ -173,7 +174,8 @@ class _Setting:
                 size=size,
                 rule=rule or "exact",
             )
-            boundary = TokenSet(present & (np.arange(size) % 3 == 0))  # every third begins a word
+            # Every third begins a word.
+            boundary = TokenSet(present & (np.arange(size) % 3 == 0))
             projections = {rule: projection} if rule else {}
             return Vocabularies(projections=projections, boundary=boundary)
 
@@ -188,7 +190,8 @@ class _Setting:
             head=_head(arrays["teacher_head"], arrays["teacher_bias"]),
             chunks=ChunkScores(**chunks) if chunks else None,
             vocabularies=self.vocabularies(arrays["bias"].shape[0]),
-            top_k=4,  # fewer than the vocabulary
+            # Fewer than the vocabulary.
+            top_k=4,
         )
         return [teacher]
 

@@ -60,7 +60,8 @@ class _MetaHandler(ocp.JsonCheckpointHandler):
         return [ocp_future.CommitFutureAwaitingContractedSignals(commit, name="meta")]
 
     async def _commit(self, directory: epath.Path, args: "_MetaSave") -> None:
-        meta = {"extra": args.extra, "checksums": args.checksums.wait()}  # waits in the background
+        # Waits in the background.
+        meta = {"extra": args.extra, "checksums": args.checksums.wait()}
         if jax.process_index() == 0:
             # Without this file the checkpoint gets no final name.
             if not _workdir.holds_still(directory):
@@ -126,7 +127,8 @@ class Checkpointer:
                 max_to_keep=max_to_keep, cleanup_tmp_directories=True
             ),
         )
-        self._worker = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")  # one: saves in order
+        # one: saves in order.
+        self._worker = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._handover: concurrent.futures.Future | None = None
 
     def __enter__(self) -> "Checkpointer":
@@ -243,7 +245,8 @@ class Checkpointer:
 
     def _save(self, step: int, args: Any, views: list[np.ndarray] | None = None) -> None:
         self._manager.save(step, args=args, force=True)
-        if views is not None:  # and until then held
+        # And until then held.
+        if views is not None:
             self._manager.wait_until_finished()
 
     def _handed_over(self) -> None:
@@ -313,7 +316,8 @@ def _hold(state: Any) -> tuple[list[np.ndarray], Any] | None:
         for shard in () if _is_key(leaf) else leaf.addressable_shards:
             views.append(np.asarray(shard.data))
             if views[-1].ctypes.data != shard.data.unsafe_buffer_pointer():
-                return None  # a copy, which holds nothing
+                # a copy, which holds nothing.
+                return None
     return views, state
 
 

@@ -40,7 +40,8 @@ def matmul_flops(jaxpr: Any) -> float:
             (contracted, _), _ = params["dimension_numbers"]
             shape = equation.invars[0].aval.shape
             inner = math.prod(shape[i] for i in contracted)
-            total += 2.0 * equation.outvars[0].aval.size * inner  # a product and a sum
+            # a product and a sum.
+            total += 2.0 * equation.outvars[0].aval.size * inner
         elif name == "conv_general_dilated":
             kernel = equation.invars[1].aval
             outputs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
@@ -74,7 +75,8 @@ def utilisation(flops: float, seconds: float) -> dict[str, float]:
     """`tflops_per_second` of all devices, and `mfu`, the share of their peak where it is known."""
     if not flops:
         return {}
-    rate, kind = flops / seconds, jax.devices()[0].device_kind  # recomputation included
+    # Recomputation included.
+    rate, kind = flops / seconds, jax.devices()[0].device_kind
     # The longest name that fits: `TPU v5` is also the beginning of `TPU v5 lite`.
     peaks = sorted((name for name in _PEAKS if name in kind), key=len)
     out = {"tflops_per_second": rate / 1e12}

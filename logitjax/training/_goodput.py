@@ -69,11 +69,13 @@ class Goodput:
             written = last
             record = {"begin": begin, "end": last, "seconds": seconds, "done": done}
             line = json.dumps(record | steps) + "\n"
-            if remote:  # An object store cannot append, and is slow: one line a start.
+            # An object store cannot append, and is slow: one line a start.
+            if remote:
                 write_atomic(folder / "goodput" / f"{begin:.0f}.jsonl", line)
                 return
             with path.open("a") as file:
-                file.write("\n" + line)  # a kill may have left half a line before
+                # a kill may have left half a line before.
+                file.write("\n" + line)
 
         def hear(said: str) -> None:
             nonlocal doing
@@ -118,9 +120,11 @@ class Goodput:
         for line in b"".join(path.read_bytes() for path in files if path.exists()).splitlines():
             try:
                 record = json.loads(line)
-                starts[record["begin"]] = record  # The last line of a start holds all before it.
+                # The last line of a start holds all before it.
+                starts[record["begin"]] = record
             except (ValueError, KeyError, TypeError):
-                continue  # A kill cut it off.
+                # A kill cut it off.
+                continue
         if not starts:
             raise ValueError(f"{folder}: expected {_FILE}, which a run writes, got none")
         records = [starts[begin] for begin in sorted(starts)]

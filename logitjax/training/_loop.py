@@ -125,7 +125,8 @@ def train_loop(
         def save(step: int) -> None:
             check_finite(0)
             progress.mark(f"saving checkpoint {step}")
-            writer.flush()  # A run that goes on from here has no other way to what led to it.
+            # A run that goes on from here has no other way to what led to it.
+            writer.flush()
             if checkpointer is not None and checkpointer.save(step, state, identity):
                 logging.info("saving checkpoint %d", step)
 
@@ -178,7 +179,8 @@ class _Report:
         self._metrics = MetricAccumulator()
         self._clock, self._logged, self._untimed = time.perf_counter(), start, 0.0
         self._fetching, self._step_began, self._slowest = 0.0, self._clock, 0.0
-        while isinstance(step_fn, functools.partial):  # `flops` is the step's own
+        # `flops` is the step's own.
+        while isinstance(step_fn, functools.partial):
             step_fn = step_fn.func
         self._step_fn = step_fn
 
@@ -257,7 +259,8 @@ def _resume(
     )
     progress.mark("restoring a checkpoint")
     for leaf in jax.tree.leaves(state):
-        leaf.delete()  # The memory never holds two states.
+        # The memory never holds two states.
+        leaf.delete()
     restored = checkpointer.restore_latest(shapes)
     if restored is None:
         if not callable(start):

@@ -85,11 +85,13 @@ def make_mesh(
     elif fixed != len(devices):
         raise ValueError(f"mesh {spec!r}: it needs {fixed} devices, there are {len(devices)}")
     for name in AXES:
-        if name not in ("dcn_data", "context", "expert"):  # only where asked for
+        # Only where asked for.
+        if name not in ("dcn_data", "context", "expert"):
             sizes.setdefault(name, 1)
     if slices is not None:
         return _hybrid_mesh(slices, sizes, devices)
-    types = (AxisType.Auto,) * len(sizes)  # the compiler splits activations
+    # The compiler splits activations.
+    types = (AxisType.Auto,) * len(sizes)
     try:
         return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
     except NotImplementedError:
@@ -119,9 +121,11 @@ def _hybrid_mesh(slices: int, sizes: dict[str, int], devices: Any) -> Mesh:
     shape, names = tuple(sizes.values()), ("dcn_data", *sizes)
     if devices[0].platform != "tpu" or slices == 1:
         ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
-        grid = np.asarray(ordered).reshape(slices, *shape)  # a process's devices lie together
+        # a process's devices lie together.
+        grid = np.asarray(ordered).reshape(slices, *shape)
     else:
-        outer = (slices, *(1 for _ in shape))  # only copies of the model talk between slices
+        # Only copies of the model talk between slices.
+        outer = (slices, *(1 for _ in shape))
         try:
             grid = mesh_utils.create_hybrid_device_mesh((1, *shape), outer, devices)
         except NotImplementedError:

@@ -92,7 +92,8 @@ class JsonlWriter(MetricWriter):
                 if json.loads(line)["step"] <= step:
                     kept.append(line.decode())
             except (ValueError, KeyError, TypeError):
-                continue  # The last line of a killed run may be half a line, and any be damaged.
+                # The last line of a killed run may be half a line, and any be damaged.
+                continue
         self._lines = kept if self._remote else []
         text = "".join(line + "\n" for line in kept)
         write_atomic(self._path, text)
@@ -126,7 +127,8 @@ class TensorBoardWriter(MetricWriter):
 
     def resume(self, step: int) -> None:
         self.close()
-        self._purge = step + 1  # TensorBoard drops what came later
+        # TensorBoard drops what came later.
+        self._purge = step + 1
 
     def flush(self) -> None:
         if self._writer is not None:
@@ -180,7 +182,8 @@ class TerminalWriter(MetricWriter):
             # Log lines would move the cursor away from the curves.
             self._verbosity = logging.get_verbosity()
             logging.set_verbosity(logging.WARNING)
-        up = f"\x1b[{len(self._curves)}F\x1b[J" if self._curves else ""  # up, and clear below
+        # Up, and clear below.
+        up = f"\x1b[{len(self._curves)}F\x1b[J" if self._curves else ""
         for name in self._NAMES:
             if math.isfinite(scalars.get(name, math.nan)):
                 self._curves.setdefault(name, []).append(float(scalars[name]))

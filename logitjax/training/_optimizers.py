@@ -75,7 +75,8 @@ class Schedule:
         no_decay: str = r"(bias|scale|norm)",
         clip: float | None = 1.0,
         b1: float = 0.9,
-        b2: float = 0.95,  # as language models are trained; Adam's own is 0.999
+        # As language models are trained; Adam's own is 0.999.
+        b2: float = 0.95,
         eps: float = 1e-8,
         trainable: str | None = None,
     ) -> optax.GradientTransformation:

@@ -39,7 +39,8 @@ def watch_for_preemption() -> Iterator[Callable[[int], bool]]:
         return
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield lambda step: False  # no handler can be set here
+        # No handler can be set here.
+        yield lambda step: False
         return
     before = signal.getsignal(signal.SIGTERM)
 

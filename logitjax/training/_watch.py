@@ -128,7 +128,8 @@ class Watch(threading.Thread):
         self._note(self._index, f"{beat} {marks}", now)
         client = _client() if self._count > 1 else None
         if self._count > 1 and client is None:
-            return None  # This process has left the others, all of them at their end.
+            # This process has left the others, all of them at their end.
+            return None
         if client is not None:
             try:
                 client.key_value_set(
@@ -136,7 +137,8 @@ class Watch(threading.Thread):
                 )
                 words = dict(client.key_value_dir_get(f"{_PREFIX}/"))
             except Exception:
-                words = {}  # Without process 0 there is no news of anybody: see below.
+                # Without process 0 there is no news of anybody: see below.
+                words = {}
             for key, message in words.items():
                 if key.endswith("/failed"):
                     return self._told(client, message)

@@ -184,7 +184,8 @@ def _file_lock(workdir: epath.Path) -> Iterator[None]:
         with contextlib.suppress(FileNotFoundError):
             if os.stat(path).st_ino == os.fstat(file.fileno()).st_ino:
                 break
-        file.close()  # The last holder has removed this file since it was opened.
+        # The last holder has removed this file since it was opened.
+        file.close()
     with file:
         file.truncate(0)
         file.write(_owner(""))

@@ -95,7 +95,8 @@ def initialize(
             coordinator_address,
             num_processes,
             process_id,
-            cluster_detection_method="deactivate",  # nothing is left to detect
+            # Nothing is left to detect.
+            cluster_detection_method="deactivate",
             heartbeat_timeout_seconds=heartbeat_seconds + _watch.LATER_SECONDS,
         )
     elif result is not None:

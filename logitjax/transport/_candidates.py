@@ -66,7 +66,8 @@ def cheapest(
 
     stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *map(pad, plans))
     if all(plan.rows.shape[-1] == longest for plan in plans):
-        costs = jax.lax.map(most, stacked)  # one program for all
+        # One program for all.
+        costs = jax.lax.map(most, stacked)
     else:
         costs = jnp.stack([most(plan) for plan in plans])
     best = jnp.argmin(costs)

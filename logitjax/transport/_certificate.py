@@ -310,6 +310,7 @@ def _bounds(
     ]
     upper = (best.value - jax.lax.stop_gradient(best.value)) + best.most
     for x, cost in zip(candidates, costs, strict=True):
-        if isinstance(x, Plan):  # A comparison with nan, of a plan that is none, is false.
+        # A comparison with nan, of a plan that is none, is false.
+        if isinstance(x, Plan):
             upper = jnp.where(cost < upper, cost, upper)
     return least, upper, coupling, jnp.stack(costs) if costs else jnp.zeros(0, upper.dtype)

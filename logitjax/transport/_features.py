@@ -128,7 +128,8 @@ def compact_nodes(
         [jnp.zeros_like(ordered[..., :1]), ordered[..., 1:] != ordered[..., :-1]], axis=-1
     )
     rank = jnp.cumsum(new.astype(jnp.int32), axis=-1)  # `[*batch, T k]`
-    inverse = jnp.argsort(order, axis=-1)  # of a permutation: back to the order of `ids`
+    # Of a permutation: back to the order of `ids`.
+    inverse = jnp.argsort(order, axis=-1)
     nodes = jnp.take_along_axis(rank, inverse, axis=-1).reshape(ids.shape)
     nodes = jnp.where(ids < 0, -1, nodes)
     if sequence_axis_name is None:

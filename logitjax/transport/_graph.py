@@ -107,7 +107,8 @@ def _sparse_distance(
 
     for _ in range(local[0].ndim - 2):
         one = jax.vmap(one)
-    value = jnp.maximum(ops.mesh.psum(one(*local, *every), axis), 0.0)  # rounding may go below 0
+    # Rounding may go below 0.
+    value = jnp.maximum(ops.mesh.psum(one(*local, *every), axis), 0.0)
     a, b = (ops.mesh.psum(jnp.sum(jnp.sum(jnp.square(x), -1), -1), axis) for x in local[:2])
     # Each of the two inner products is at most the product of the traces.
     positions, width = every[0].shape[-2:]

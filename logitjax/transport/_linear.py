@@ -57,7 +57,8 @@ def linear_lower_bound(
         least = jnp.maximum(*(_nearest(*side) for side in sides))
         return least - 2 * gamma(rank(linear) + max(len(a), len(b))) * most
     costs = real(linear)
-    floor = costs.min()  # every coupling pays it
+    # Every coupling pays it.
+    floor = costs.min()
     costs = jax.lax.stop_gradient(costs - floor)
     if uniform and exact:
         value, absolute = least_assignment(costs)[0] / len(a), 0.0

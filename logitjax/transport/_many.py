@@ -144,7 +144,8 @@ def _matrices(graphs: Sequence[Any], name: str) -> tuple[np.ndarray, np.ndarray,
 def _shifted(values: np.ndarray, exponents: np.ndarray) -> np.ndarray:
     if not exponents.any():
         return values
-    if np.abs(exponents).max() < 1000:  # Powers of two that float64 holds: three times as fast.
+    # Powers of two that float64 holds: three times as fast.
+    if np.abs(exponents).max() < 1000:
         return values * np.ldexp(1.0, exponents)[:, None, None]
     return np.ldexp(values, exponents[:, None, None])
 

@@ -79,7 +79,8 @@ def as_candidate(given: Any, n: int, m: int, p: int, weights: tuple[Weights, Wei
         existing = jax.tree.map(lambda x: np.maximum(np.asarray(x, np.float64), 0.0), plan)
         sides = zip(existing.marginals(), weights, strict=True)
         error = sum(np.abs(x - (1 / len(x) if w is None else w)).sum() for x, w in sides)
-        if not error <= _FAR:  # Also where it is nan.
+        # Also where it is nan.
+        if not error <= _FAR:
             raise ValueError(
                 "candidates: expected a plan whose marginals are the weights of the nodes, got "
                 f"one whose marginals are off by {error:.3g} in L1, more than {_FAR:g}"

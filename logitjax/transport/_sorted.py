@@ -141,7 +141,8 @@ def sorted_coupling(
     starts = jnp.concatenate([jnp.zeros_like(ends[..., :1]), ends[..., :-1]], axis=-1)
     # Between two ends both quantile functions are constant: the middle says whose nodes meet.
     middles = 0.5 * (starts + ends)
-    at_f = jnp.clip(_search(upper_f, middles), 0, n - 1)  # rounding may end beyond the last
+    # Rounding may end beyond the last.
+    at_f = jnp.clip(_search(upper_f, middles), 0, n - 1)
     at_g = jnp.clip(_search(upper_g, middles), 0, m - 1)
     return Coupling(
         jnp.take_along_axis(rows, at_f, -1),
@@ -182,7 +183,8 @@ def _cumulative(
         return jnp.broadcast_to(jnp.arange(1, n + 1, dtype=real(0.0).dtype) / n, shape)
     weights = jnp.broadcast_to(real(weights), shape)
     total = jnp.cumsum(jnp.take_along_axis(weights, order, -1), axis=-1)
-    return jnp.minimum(total / total[..., -1:], 1.0)  # rounding may pass 1
+    # Rounding may pass 1.
+    return jnp.minimum(total / total[..., -1:], 1.0)
 
 
 def _search(

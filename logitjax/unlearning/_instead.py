@@ -59,7 +59,8 @@ def invented(
         texts = [
             tokenizer.decode(list(map(int, ids)), skip_special=True).strip() for ids in out.rows()
         ]
-        texts = [text for text in dict.fromkeys(texts) if text]  # each once, in order
+        # Each once, in order.
+        texts = [text for text in dict.fromkeys(texts) if text]
         alike = rouge([row.answer] * len(texts), texts).f1 if texts else []
         items.append([text for text, score in zip(texts, alike) if score <= _ALIKE])
     return items

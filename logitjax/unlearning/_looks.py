@@ -160,7 +160,8 @@ class Looks:
         if method.assistant:
             alphas = method.most_strength * _RATIO ** -np.arange(_ALPHAS)[::-1].astype(np.float32)
             model = self.training.at(trained, 1.0)
-            curves = {  # a file each: all of them take long, and a kill should not cost them
+            # a file each: all of them take long, and a kill should not cost them.
+            curves = {
                 way: np.asarray(self.training.record(
                     f"{name_of(at)}-{way}.json",
                     lambda rows=rows: questions.by_alpha(model, rows, alphas).tolist(),
@@ -180,7 +181,8 @@ class Looks:
             most = method.most_strength
             strength, result = matched_strength(excess, goal, most=most, without=self.known)
             if np.isfinite(result):
-                excess(strength)  # what is said at that one
+                # What is said at that one.
+                excess(strength)
         if not np.isfinite(result):
             return diverged(at)
         model = self.training.at(trained, strength)
@@ -203,7 +205,8 @@ class Looks:
 
 def diverged(at: Mapping[str, Any]) -> dict[str, Any]:
     """A candidate with losses that are not finite."""
-    worst = 1e9  # worse than any finite one, and still JSON
+    # Worse than any finite one, and still JSON.
+    worst = 1e9
     nothing = dict(strength=0.0, forget=0.0, excess=worst, gap=worst, probability=0.0, least=0.0)
     return dict(at) | nothing | {"ways": {}, "broken": ["finite"]}
 

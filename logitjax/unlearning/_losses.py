@@ -25,4 +25,5 @@ def preference(gap: jax.Array, beta: float) -> jax.Array:
     """`-(2 / beta) log sigmoid(beta gap)`: near a gap of 0 a descent, far above it nothing."""
     checks.positive(beta, "beta")
     # The factor 2 / beta is that of NPO's code: it changes the step, and not the minimum.
-    return 2.0 / beta * jax.nn.softplus(-beta * gap)  # log sigmoid overflows nowhere as softplus
+    # Log sigmoid overflows nowhere as softplus.
+    return 2.0 / beta * jax.nn.softplus(-beta * gap)

@@ -179,8 +179,10 @@ class Method:
             lora = weights if adapters else None
             reads = read_batch(self.needs, batch, (model, before), lora=lora, **options)
             loss, means = self.loss(reads, state)
-            one = jnp.float32(1)  # the means are means already: a weight of one
-            loss = jnp.where(reads.fits, loss, jnp.nan)  # tokens left out must not go unnoticed
+            # The means are means already: a weight of one.
+            one = jnp.float32(1)
+            # Tokens left out must not go unnoticed.
+            loss = jnp.where(reads.fits, loss, jnp.nan)
             return loss, one, {name: (value, one) for name, value in means.items()}
 
         return loss_fn, nnx.to_pure_dict(params) if adapters or compares else None

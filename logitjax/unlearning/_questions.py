@@ -79,7 +79,8 @@ class Questions:
         forget = rows["forget"]
         # A text has no question that another's answer could be given to.
         asked = [row for row in forget if row.asks]
-        shifted = [row.answer for row in (*asked[1:], *asked[:1])]  # of the next question
+        # Of the next question.
+        shifted = [row.answer for row in (*asked[1:], *asked[:1])]
         wrong = [dataclasses.replace(row, answer=a) for row, a in zip(asked, shifted)]
         rows["wrong"] = tuple(wrong) if len(asked) > 1 else ()
         encoded = {
@@ -245,8 +246,10 @@ class Questions:
         items = []
         for start in range(0, len(rows), self.batch_size):
             batch = list(rows[start : start + self.batch_size])
-            empty = (batch[-1][0], np.zeros_like(batch[-1][1]))  # masked: fills the batch
-            longest = -(-max(len(ids) for ids, _ in batch) // 32) * 32  # few shapes are compiled
+            # masked: fills the batch.
+            empty = (batch[-1][0], np.zeros_like(batch[-1][1]))
+            # Few shapes are compiled.
+            longest = -(-max(len(ids) for ids, _ in batch) // 32) * 32
             filled = Row.padded(
                 batch + [empty] * (self.batch_size - len(batch)), longest, pad_id=self.pad_id
             )
@@ -279,7 +282,8 @@ class Questions:
         windows = self.texts.get(part)
         if windows is None or not len(windows):
             return None
-        where = np.arange(windows.shape[1]) > 0  # nothing predicts the first token
+        # Nothing predicts the first token.
+        where = np.arange(windows.shape[1]) > 0
         rows = [(window, where) for window in windows]
         scores = self._scored(model.nll, rows)
         return float(np.exp(scores.totals().sum() / scores.counts().sum()))

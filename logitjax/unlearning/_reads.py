@@ -148,7 +148,8 @@ def read_batch(
             states = states_before(model, rows, fixed)
         else:
             states = model.hidden_states(rows, lora=adapters)[0]
-        hidden = jnp.split(states[:, :-1], cuts)  # the last predicts nothing
+        # The last predicts nothing.
+        hidden = jnp.split(states[:, :-1], cuts)
         picked = {s: positions[s].pick(part) for s, part in zip(whole, hidden)}
         values |= {Need(s, "states", before): picked[s] for s in whole}
         scored = sides_of([need for need in mine if need.of == "nll"])
@@ -194,7 +195,8 @@ def _together(parts: Sequence[Any]) -> tuple[jax.Array, np.ndarray]:
 def _layer_states(model: Decoder, count: int, tokens: Any, lora: Lora | None) -> jax.Array:
     """The residual stream after so many layers, without the final norm."""
     cut: Any = first_layers(model, count)
-    cut.final_norm = _Identity()  # the last layer kept is not the model's last
+    # The last layer kept is not the model's last.
+    cut.final_norm = _Identity()
     if lora is not None:
         counts = [len(segment.layers) for segment in cut.segments]
         segments = [tuple(layers[:n]) for layers, n in zip(lora.layers, counts)]

@@ -170,7 +170,8 @@ def _rows_of(raw: Any) -> list[Row]:
 def _row(raw: Mapping[str, Any]) -> Row:
     more: dict[str, Any] = {}
     if raw.get("group") is not None:
-        more["group"] = str(raw["group"])  # a group may be a number
+        # a group may be a number.
+        more["group"] = str(raw["group"])
     paraphrases = raw.get("paraphrases")
     if paraphrases in (None, ""):
         again = raw.get("paraphrased_question") or []
@@ -253,7 +254,8 @@ def encode_row(row: Row, tokenizer: Tokenizer, *, max_length: int) -> tuple[np.n
         max_length=max_length,
         end=row.asks,
     )
-    answer[0] = False  # nothing predicts the first token of a text
+    # Nothing predicts the first token of a text.
+    answer[0] = False
     if not answer.any():
         where = f"{row.line}: " if row.line else ""
         message = f"text: expected at least two tokens, got one of {row.answer[:60]!r}"

@@ -64,7 +64,8 @@ def kept_shares(after: Any, before: Any, kinds: Sequence[str]) -> dict[str, floa
     for kind in dict.fromkeys(kinds):
         at = [i for i, other in enumerate(kinds) if other == kind]
         old = float(np.mean([before[i] for i in at]))
-        if old:  # of nothing no share is left
+        # Of nothing no share is left.
+        if old:
             shares[kind] = float(np.mean([after[i] for i in at])) / old
     return shares
 
@@ -167,7 +168,8 @@ def matched_strength(
         else:
             high = (at, _above(goal, result))
         if high[0] == most and all(other != most for other, _ in tried):
-            at = most  # Is it reached at all?
+            # Is it reached at all?
+            at = most
         elif low[0] == high[0]:
             break
         else:

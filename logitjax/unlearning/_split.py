@@ -100,7 +100,8 @@ def split_rows(
     ordered = []
     for near in (True, False):
         side = [rows for rows in members.values() if near is any(r.kind == "near" for r in rows)]
-        side.sort(key=lambda rows: _hash(seed, min(map(normal, rows))))  # in any file's order
+        # In any file's order.
+        side.sort(key=lambda rows: _hash(seed, min(map(normal, rows))))
         ordered += [((location + 0.5) / len(side), rows) for location, rows in enumerate(side)]
     # Neighbours are spread evenly: every part has its share of them.
     ordered = [rows for _, rows in sorted(ordered, key=lambda pair: pair[0])]
@@ -227,7 +228,8 @@ def _groups(rows: Sequence[Row]) -> list[int]:
 
     def root(i: int) -> int:
         while parent[i] != i:
-            parent[i] = parent[parent[i]]  # halves the path for the next look
+            # Halves the path for the next look.
+            parent[i] = parent[parent[i]]
             i = parent[i]
         return i
 

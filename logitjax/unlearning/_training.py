@@ -52,8 +52,10 @@ class Training:
         """A record from disk, of the folder or a whole path; made and written if not there."""
         path = self.directory / name if isinstance(name, str) else name
         if not path.exists():
-            write_atomic(path, json.dumps(make(), indent=1) + "\n")  # a kill leaves no half record
-        return json.loads(path.read_text())  # as read, so that a resumed run sees no other digits
+            # a kill leaves no half record.
+            write_atomic(path, json.dumps(make(), indent=1) + "\n")
+        # As read, so that a resumed run sees no other digits.
+        return json.loads(path.read_text())
 
     def read(self, candidate: Mapping[str, Any]) -> Lora | Decoder:
         """The adapters of a candidate, or the model of which all was trained."""
@@ -93,7 +95,8 @@ class Training:
         schedule = training.Schedule(
             config.peak,
             "linear",
-            warmup=min(config.steps - 1, max(1, config.steps // 10)),  # leaves a step to decay in
+            # Leaves a step to decay in.
+            warmup=min(config.steps - 1, max(1, config.steps // 10)),
             total_steps=config.steps,
         )
         method = update.method

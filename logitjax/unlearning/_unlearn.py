@@ -62,7 +62,8 @@ class Unlearned:
 
     def settle(self, directory: epath.Path) -> bool:
         """Move what may be used to its place, and delete what may not; True if it may be used."""
-        for name in RESULTS:  # of an earlier verdict, too
+        # Of an earlier verdict, too.
+        for name in RESULTS:
             if (directory / name).exists():
                 (directory / name).rmtree()
         if self.staged is None or self.verdict is None:
@@ -157,7 +158,8 @@ class Unlearning:
         config, record = self.config, self._training.record
         trained = self._training.read(chosen)
         staged, written = self._training.write(trained, chosen["strength"], self.base)
-        asked = tuple(dict.fromkeys((*WAYS, *ways)))  # with the combinations that a search found
+        # With the combinations that a search found.
+        asked = tuple(dict.fromkeys((*WAYS, *ways)))
         kind = "-all-attacks" if config.thorough else ""
         kind += f"-{len(asked)}-ways" if len(asked) > len(WAYS) else ""
         # Other limits may choose another candidate.
@@ -206,9 +208,11 @@ class Unlearning:
         tokenizer, model = questions.tokenizer, self._identity
         if model is None:
             weights = nnx.to_pure_dict(nnx.state(self.model, nnx.Param))
-            model = digest(weights, sample=64, length=12)  # some of each array
+            # Some of each array.
+            model = digest(weights, sample=64, length=12)
         # Not the encoded rows: a chat template may say what day it is.
-        rows = {  # where a row was read is no part of it
+        # Where a row was read is no part of it.
+        rows = {
             part: [dataclasses.replace(row, line="") for row in side]
             for part, side in questions.rows.items()
         }

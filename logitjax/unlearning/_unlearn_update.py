@@ -91,7 +91,8 @@ def _sides(
             (again, way)
             for way in ways
             for part in parts
-            if questions.in_way(part, way)  # the chat template may refuse it
+            # The chat template may refuse it.
+            if questions.in_way(part, way)
             for row in questions.rows[part]
             if (again := questions.changed(row, way)) is not None
         ]

@@ -147,7 +147,8 @@ def _recovered(before: Any, after: Any, controls: Any, most: float) -> list[str]
     ways = []
     for name, measured in after["attacks"].items():
         never = _never(controls, name)
-        if "worst" in measured and name != "asked":  # a way to ask, which is judged as such
+        # a way to ask, which is judged as such.
+        if "worst" in measured and name != "asked":
             # Only a control says how much such an attack makes of nothing.
             limit = max(most, Goal.most * never("worst"))
             if not measured["worst"] <= limit and measured.get("taught", 1.0) >= TAUGHT:

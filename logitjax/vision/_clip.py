@@ -53,7 +53,8 @@ class ModifiedResNet(nnx.Module):
         for stage, count in enumerate(config.blocks):
             planes, stage_blocks = width * 2**stage, []
             for block in range(count):
-                stride = 2 if stage and not block else 1  # the stem shrinks for the first
+                # The stem shrinks for the first.
+                stride = 2 if stage and not block else 1
                 norms = options | {"axis_name": None}
                 stage_blocks.append(Bottleneck(inside, 4 * planes, stride, norms, pooled=True))
                 inside = 4 * planes
@@ -93,7 +94,8 @@ class CLIP(nnx.Module):
             self.vision = ViT(tower, dtype=dtype, rngs=rngs)
         sizes = (config.vocab_size, config.context_length, config.embed_dim)
         self.text = TextTower(config.text, *sizes, use_bias=False, dtype=dtype, rngs=rngs)
-        self.logit_scale = nnx.Param(jnp.log(1 / 0.07))  # where CLIP's training begins
+        # Where CLIP's training begins.
+        self.logit_scale = nnx.Param(jnp.log(1 / 0.07))
 
     def __call__(self, images: Images) -> Features:
         """float32 ``[batch, embed_dim]`` of normalised pictures; not of length one."""

@@ -61,7 +61,8 @@ _NO_WEIGHTS = re.compile(
     r"(input_resolution|context_length|vocab_size|attn_mask|logit_bias|.*position_ids)$"
 )
 _OPENAI = (
-    (r"^text\.", ""),  # of models with a separate text module
+    # Of models with a separate text module.
+    (r"^text\.", ""),
     (r"^visual\.", "vision."),
     (r"^(transformer|ln_final)\.", r"text.\1."),
     (r"^token_embedding\.", "text.tokens."),

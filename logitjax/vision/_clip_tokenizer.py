@@ -35,7 +35,8 @@ class CLIPTokenizer:
         """int32 ``[batch, context_length]``: start, text, end, zeros."""
         rows = np.zeros((len(texts), self.context_length), np.int32)
         for row, text in enumerate(texts):
-            cleaned = html.unescape(html.unescape(text)).strip()  # twice, as OpenAI's
+            # Twice, as OpenAI's.
+            cleaned = html.unescape(html.unescape(text)).strip()
             ids = self.tokenizer.encode(cleaned)
             room = self.context_length - 2
             if len(ids) > room and not truncate:
@@ -62,7 +63,8 @@ class SigLIPTokenizer:
         """int32 ``[batch, context_length]``: text, end, padding; a long text is cut."""
         rows = np.full((len(texts), self.context_length), self.pad, np.int32)
         for row, text in enumerate(texts):
-            text = text.lower()  # Both versions were trained so, the first without punctuation.
+            # Both versions were trained so, the first without punctuation.
+            text = text.lower()
             if self.plain:
                 text = " ".join(text.translate(_NO_PUNCTUATION).split())
             ids = self.tokenizer.encode(text)[: self.context_length - 1]
@@ -93,7 +95,8 @@ def _from_merges(path: epath.Path, vocab: dict[str, int] | None) -> Tokenizer:
     with guard.naming(path, "merges"):
         zipped = content[:2] == b"\x1f\x8b"  # gzip begins so
         text = (guard.gunzip(content, "merges") if zipped else content).decode()
-    lines = text.split("\n")[1 : _MERGES + 1]  # the first names the version
+    # The first names the version.
+    lines = text.split("\n")[1 : _MERGES + 1]
     merges = [(pair[0], pair[1]) for pair in map(str.split, lines) if len(pair) == 2]
     if vocab is None:
         symbols = _byte_symbols()
@@ -130,5 +133,6 @@ def _byte_symbols() -> list[str]:
     """A printable character for each byte, in the order of OpenAI's vocabulary."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)]
     plain += range(ord("®"), ord("ÿ") + 1)
-    others = len([byte for byte in range(256) if byte not in plain])  # what does not print
+    # What does not print.
+    others = len([byte for byte in range(256) if byte not in plain])
     return [chr(byte) for byte in plain] + [chr(256 + i) for i in range(others)]

@@ -52,12 +52,14 @@ class ConvFeatures(nnx.Module):
                 rngs=rngs,
             )
             order.append((str(number), 0))
-            number, previous = number + 2, width  # the ReLU has a number too
+            # The ReLU has a number too.
+            number, previous = number + 2, width
         self.features: Any = nnx.Dict(modules)
         self.order, self.num_features = tuple(order), previous
 
     def __call__(self, images: Images, *, train: bool = False) -> Features:
-        del train  # nothing here differs
+        # Nothing here differs.
+        del train
         x = jnp.asarray(images)
         for name, pool in self.order:
             x = max_pool(x, pool, 2) if pool else nnx.relu(self.features[name](x))

@@ -35,11 +35,13 @@ class _Responses(nnx.Module):
     """Channels compete: each is scaled by its length over positions, relative to the others'."""
 
     def __init__(self, width: int):
-        self.scale = nnx.Param(jnp.zeros(width))  # the identity at first
+        # The identity at first.
+        self.scale = nnx.Param(jnp.zeros(width))
         self.bias = nnx.Param(jnp.zeros(width))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.float32)  # many squares are summed
+        # Many squares are summed.
+        wide = x.astype(jnp.float32)
         length = jnp.sqrt(jnp.square(wide).sum((1, 2), keepdims=True))
         relative = length / (length.mean(-1, keepdims=True) + _EPSILON)
         return (self.scale[...] * (wide * relative) + self.bias[...] + wide).astype(x.dtype)
@@ -49,7 +51,8 @@ class _Block(nnx.Module):
     def __init__(self, width: int, config: ConvNeXtConfig, *, dtype: Any, rngs: nnx.Rngs):
         options: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         self.dwconv = DepthwiseConv(width, kernel=7, **options)
-        self.dwbias = nnx.Param(jnp.zeros(width))  # the convolution has none
+        # The convolution has none.
+        self.dwbias = nnx.Param(jnp.zeros(width))
         self.norm = _norm(width, config.epsilon, rngs)
         self.up = nnx.Linear(width, 4 * width, **options)
         self.grn: Any = _Responses(4 * width) if config.response_norm else None
@@ -101,7 +104,8 @@ class ConvNeXt(nnx.Module):
         patch, first = config.patch_size, config.widths[0]
         self.patch = conv(3, first, patch, stride=patch, pad=0, use_bias=True, **options)
         self.patch_norm = _norm(first, config.epsilon, rngs)
-        inside = [None, *config.widths[:-1]]  # the stem shrinks for the first
+        # The stem shrinks for the first.
+        inside = [None, *config.widths[:-1]]
         self.stages = nnx.List(
             [
                 _Stage(before, width, depth, config, **options)
@@ -112,7 +116,8 @@ class ConvNeXt(nnx.Module):
         self.norm = _norm(config.widths[-1], last, rngs)
 
     def __call__(self, images: Images, *, train: bool = False) -> Features:
-        del train  # nothing here depends on the batch
+        # Nothing here depends on the batch.
+        del train
         x = self.patch(jnp.asarray(images, self.dtype))
         x = self.patch_norm(x).astype(x.dtype)
         for stage in self.stages:

@@ -35,7 +35,8 @@ class _Block(nnx.Module):
         conv_options = {key: options[key] for key in ("dtype", "rngs")}
         wide = in_features * expand
         self.residual = stride == 1 and in_features == features
-        self.expand = expand > 1  # else a 1x1 convolution of the same width
+        # Else a 1x1 convolution of the same width.
+        self.expand = expand > 1
         if self.expand:
             self.expand_conv = conv(in_features, wide, 1, **conv_options)
             self.bn0 = batch_norm(wide, **options)
@@ -74,7 +75,8 @@ class EfficientNetLite0(nnx.Module):
         blocks, previous = [], 32
         for features, count, kernel, stride, expand in _STAGES:
             for block in range(count):
-                step = stride if block == 0 else 1  # a stage shrinks once
+                # a stage shrinks once.
+                step = stride if block == 0 else 1
                 blocks.append(_Block(previous, features, kernel, step, expand, options))
                 previous = features
         self.blocks = nnx.List(blocks)

@@ -53,7 +53,8 @@ class Encoder:
         self.name, self.model, self.preprocessing = name, model, preprocessing
         self.num_features, self.num_classes = num_features, num_classes
         self.tokenizer, self.dtype = tokenizer, jnp.dtype(dtype).name
-        self._graph, self._state = nnx.split(model)  # weights stay arguments, no constants
+        # Weights stay arguments, no constants.
+        self._graph, self._state = nnx.split(model)
         self._compiled = jax.jit(self._run, static_argnums=0)  # pictures or texts
 
     def __repr__(self) -> str:
@@ -106,7 +107,8 @@ class Encoder:
         It shares what was compiled. For pictures that are spread over devices weights should be
         replicated on these: ``NamedSharding(mesh, PartitionSpec())``.
         """
-        other = copy.copy(self)  # what is compiled goes along
+        # What is compiled goes along.
+        other = copy.copy(self)
         other._state = jax.device_put(self._state, sharding)
         return other
 

@@ -44,7 +44,8 @@ _IMAGENET = Preprocessing(size=224, resize=256)
 _HALVES = Preprocessing(
     size=224, resize=224, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), fit="squash"
 )
-_LITE_MEAN, _LITE_STD = 127 / 255, 128 / 255  # TensorFlow's (x - 127) / 128
+# TensorFlow's (x - 127) / 128.
+_LITE_MEAN, _LITE_STD = 127 / 255, 128 / 255
 _LITE = Preprocessing(
     size=224,
     resize=256,
@@ -251,7 +252,8 @@ def _without_text(name: str, weights: Weights, made: Preprocessing, dtype: Any) 
         return _efficientnet(name, weights, dtype)
     if "features.0.weight" in weights:
         layers = {k: v for k, v in weights.items() if k.startswith("features.")}
-        kernel = layers["features.0.weight"].shape[-1]  # tells the two apart
+        # Tells the two apart.
+        kernel = layers["features.0.weight"].shape[-1]
         numbers = sorted({int(key.split(".")[1]) for key in layers})
         ordered = {
             f"features.{numbers.index(int(k.split('.')[1]))}.{k.split('.')[2]}": v
@@ -421,7 +423,8 @@ def _random(name: str, dtype: Any) -> Encoder:
             value = np.ones_like(value)
         weights[key] = value
     fill_weights(model, weights, names)
-    features = model.backbone.num_features  # of a network by name
+    # Of a network by name.
+    features = model.backbone.num_features
     return Encoder(name, model, _IMAGENET, num_features=features, num_classes=10, dtype=dtype)
 
 

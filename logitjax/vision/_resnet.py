@@ -60,7 +60,8 @@ class Bottleneck(nnx.Module):
         narrow = features // 4 * widen
         self.conv1 = conv(in_features, narrow, 1, **conv_options)
         self.bn1 = batch_norm(narrow, **options)
-        step = 1 if pooled else stride  # where CLIP takes means
+        # Where CLIP takes means.
+        step = 1 if pooled else stride
         self.conv2 = conv(narrow, narrow, 3, stride=step, groups=groups, **conv_options)
         self.bn2 = batch_norm(narrow, **options)
         self.conv3 = conv(narrow, features, 1, **conv_options)
@@ -171,7 +172,8 @@ class ResNet(nnx.Module):
         block: Any = BasicBlock
         if bottleneck:
             block = functools.partial(Bottleneck, widen=widen, groups=groups)
-        more = 4 if bottleneck else 1  # what a bottleneck widens its output by
+        # What a bottleneck widens its output by.
+        more = 4 if bottleneck else 1
         self.num_features, self.small_stem = 512 * more, small_stem
         kernel, stride = (3, 1) if small_stem else (7, 2)
         self.conv1 = conv(channels, 64, kernel, stride=stride, dtype=dtype, rngs=rngs)

@@ -46,7 +46,8 @@ def torch_name(path: tuple[Any, ...]) -> str:
 
 
 def _to_ours(value: np.ndarray, leaf: str) -> np.ndarray:
-    if leaf != "kernel":  # tables and vectors lie the same way on both sides
+    # Tables and vectors lie the same way on both sides.
+    if leaf != "kernel":
         return value
     return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T  # OIHW to HWIO
 

@@ -136,7 +136,8 @@ def renamed(weights: Weights, rules: Any) -> dict[str, np.ndarray]:
 def transformer_names(weights: Weights) -> dict[str, np.ndarray]:
     """A tower of CLIP, SigLIP, ViT or DINO in the names of `ViT`, its projections joined."""
     named = renamed(weights, _TRANSFORMER)
-    if "positions" not in named:  # DINOv3, whose keys have no bias
+    # DINOv3, whose keys have no bias.
+    if "positions" not in named:
         for name in [n for n in named if re.search(r"\.[qkv]\.weight$", n)]:
             named.setdefault(name.replace(".weight", ".bias"), np.zeros_like(named[name][:, 0]))
     for name in [n for n in named if re.search(r"\.q\.(weight|bias)$", n)]:
@@ -145,7 +146,8 @@ def transformer_names(weights: Weights) -> dict[str, np.ndarray]:
             raise ValueError(f"weights lack {k if k not in named else v}, which goes with {q}")
         joined = np.concatenate([named.pop(part) for part in (q, k, v)])
         named[re.sub(r"\.q\.", ".qkv.", name)] = joined
-    for name in [n for n in named if ".mlp.weights_in." in n]:  # SwiGLU's halves in one
+    # SwiGLU's halves in one.
+    for name in [n for n in named if ".mlp.weights_in." in n]:
         gate, up = np.split(named.pop(name), 2)
         named[name.replace("mlp.weights_in", "gate")] = gate
         named[name.replace("mlp.weights_in", "up")] = up
@@ -203,7 +205,8 @@ def _blocks(named: Weights, settings: Mapping[str, Any], default: BlockConfig) -
     width = named["norm.weight"].shape[0]
     activation = settings.get("hidden_act")
     gated = "blocks.0.gate.weight" in named
-    if gated and "positions" in named:  # DINOv2, which does not read what its file says
+    # DINOv2, which does not read what its file says.
+    if gated and "positions" in named:
         activation = "silu"
     if activation is not None and activation not in _ACTIVATIONS:
         raise ValueError(
@@ -245,7 +248,8 @@ def vit_config(named: Weights, settings: Mapping[str, Any]) -> ViTConfig:
         grid = 0
         positions: Positions = "rotary"
         if family is not _DINO3:
-            grid = round((len(named["positions"]) - class_token) ** 0.5)  # pictures are squares
+            # Pictures are squares.
+            grid = round((len(named["positions"]) - class_token) ** 0.5)
             positions = "fixed"
         if family is _DINO:
             positions = "antialias" if "registers" in named else "bicubic"

@@ -20,7 +20,8 @@ Positions = Literal["fixed", "bicubic", "antialias", "rotary"]
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # as in OpenAI's CLIP
+    # As in OpenAI's CLIP.
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "silu": jax.nn.silu,
 }
 
@@ -106,8 +107,10 @@ def _norm(config: BlockConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(
         config.width,
         epsilon=config.epsilon,
-        use_fast_variance=False,  # E[x^2] - E[x]^2 cancels
-        dtype=jnp.float32,  # whatever blocks compute in
+        # E[x^2] - E[x]^2 cancels.
+        use_fast_variance=False,
+        # Whatever blocks compute in.
+        dtype=jnp.float32,
         rngs=rngs,
     )
 
@@ -250,7 +253,8 @@ class ViT(nnx.Module):
         )
 
     def __call__(self, images: Images, *, train: bool = False) -> Features:
-        del train  # nothing here depends on the batch
+        # Nothing here depends on the batch.
+        del train
         x = self.hidden(images)
         return x if self.projection is None else self.projection(x)
 
@@ -284,7 +288,8 @@ class ViT(nnx.Module):
         for block in self.blocks:
             x = block(x, angles)
         if config.pooling == "class":
-            return self.norm(x[:, 0])  # the class token comes first
+            # The class token comes first.
+            return self.norm(x[:, 0])
         x = x[:, config.class_token + config.registers :]
         if config.pooling == "mean_then_norm":
             return self.norm(x.astype(jnp.float32).mean(1))
@@ -317,7 +322,8 @@ def resize_matrix(source: int, target: int, *, antialias: bool) -> np.ndarray:
     """
     a, step = (-0.5 if antialias else -0.75), source / target
     wide = max(step, 1.0) if antialias else 1.0
-    centre = (np.arange(target) + 0.5) * step - 0.5  # torch's align_corners=False
+    # torch's align_corners=False.
+    centre = (np.arange(target) + 0.5) * step - 0.5
     # Twice the kernel's reach beyond both edges, which hold what is repeated.
     places = np.arange(-2, source + 2) if not antialias else np.arange(source)
     x = np.abs(places - centre[:, None]) / wide
@@ -339,7 +345,8 @@ class StagesConfig:
     blocks: tuple[int, ...]
     width: int
     heads: int
-    grid: int  # Height and width of the last stage, a 32nd of the picture's.
+    # Height and width of the last stage, a 32nd of the picture's.
+    grid: int
 
     def __post_init__(self) -> None:
         if self.heads < 1 or 32 * self.width % self.heads:

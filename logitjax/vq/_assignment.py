@@ -114,10 +114,12 @@ def _fitted(
 ) -> VQFit:
     vocab = rows.shape[0]
     weights = unigram / jnp.maximum(unigram.sum(), 1e-30)
-    weights = jnp.maximum(weights, 0.01 / vocab)  # tokens never seen need a code too
+    # Tokens never seen need a code too.
+    weights = jnp.maximum(weights, 0.01 / vocab)
     if method == "random":
         order = jax.random.permutation(key, vocab)
-        code = (jnp.arange(vocab) * num_codes // vocab).astype(jnp.int32)  # sizes differ by one
+        # Sizes differ by one.
+        code = (jnp.arange(vocab) * num_codes // vocab).astype(jnp.int32)
         assignment = jnp.zeros(vocab, jnp.int32).at[order].set(code)
     else:
         plain = method == "kmeans"
@@ -152,7 +154,8 @@ def centred_bias(
     """Biases that make VQ logits equal the full head's at the mean hidden state."""
     mean = jnp.asarray(hidden_mean, jnp.float32)
     full = over_rows(lambda block: block.astype(jnp.float32) @ mean, jnp.asarray(rows), _BLOCK)
-    bias = full - (codebook @ mean)[assignment]  # no error at the mean hidden state
+    # No error at the mean hidden state.
+    bias = full - (codebook @ mean)[assignment]
     return bias if row_bias is None else bias + jnp.asarray(row_bias, jnp.float32)
 
 
@@ -197,7 +200,8 @@ def _best_codes(
 
     stacked = jnp.concatenate([jnp.asarray(sums), counts[:, None]], axis=1)
     best, _ = over_rows(block, stacked, _BLOCK)
-    enough = counts >= min_count  # few positions say little of a token
+    # Few positions say little of a token.
+    enough = counts >= min_count
     new = jnp.where(enough, best, assignment)
     # b_v = log counts_v - A: the mass that the head gives the token is then what was counted.
     fitted = jnp.log(jnp.maximum(counts, 1e-9)) - mass[new]
@@ -300,7 +304,8 @@ def perplexity_floor(
     excess = float((prob[present] * (within + log_size[present])).sum())
     return PerplexityFloor(
         perplexity=float(np.exp((prob * log_size).sum())),
-        excess_nats=max(excess, 0.0),  # rounding may end below 0
+        # Rounding may end below 0.
+        excess_nats=max(excess, 0.0),
         ratio=float(np.exp(max(excess, 0.0))),
         singleton_mass=float(mass[sizes == 1].sum()) if (sizes == 1).any() else 0.0,
         codes_used=int((sizes > 0).sum()),

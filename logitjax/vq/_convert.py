@@ -118,7 +118,8 @@ class ConvertConfig:
         """
         statistics = head_statistics(hidden) if statistics is None else statistics
         kmeans: Any = dict(
-            unigram=jnp.asarray(targets.counts),  # what the old head expects
+            # What the old head expects.
+            unigram=jnp.asarray(targets.counts),
             key=jax.random.key(self.seed),
             weight_power=self.weight_power,
             iterations=self.kmeans_iterations,
@@ -212,7 +213,8 @@ class ConvertConfig:
         """
         root = epath.Path(workdir)
         old = model.head_of()
-        size = "screen" if self.screen else "num_codes"  # a screen has no clusters
+        # a screen has no clusters.
+        size = "screen" if self.screen else "num_codes"
         checks.between(getattr(self, size), 1, old.rows.shape[0], size)
         if self.screen and old.soft_cap is not None:
             raise ValueError(f"screen: expected 0 for a head with a soft cap, got {self.screen}")
@@ -245,7 +247,8 @@ def _product_codes(
     # Groups of three dimensions, of four where three do not divide: what was measured.
     groups = next(width // size for size in (3, 4, 2, 1) if width % size == 0)
     fit = ProductCodes.fit(rows, hidden_cov=statistics.cov, groups=groups, num_codes=16, **kmeans)
-    bias = (rows - fit.kernel()) @ statistics.mean  # what the codes lose at the mean state
+    # What the codes lose at the mean state.
+    bias = (rows - fit.kernel()) @ statistics.mean
     bias = bias if head.bias is None else bias + head.bias
 
     def head_of(params: Any, codes: Array) -> Head:

@@ -190,7 +190,8 @@ def _sorted(
     best_bias = jnp.where(exists, added[best], -jnp.inf)
     code = jnp.argsort(jnp.where(best[:, 0] < 0, vocab, best[:, 0])).astype(jnp.int32)
     log_mass = cluster_log_mass(added, assignment, num_codes)
-    finite = jnp.where(jnp.isfinite(log_mass), log_mass, 0.0)  # of an empty cluster
+    # Of an empty cluster.
+    finite = jnp.where(jnp.isfinite(log_mass), log_mass, 0.0)
     shares = jnp.exp(added - finite[assignment])[members]
     return VQTables(
         best=best[code],

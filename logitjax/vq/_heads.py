@@ -59,7 +59,8 @@ class VQHead(VocabularyHead):
                 f"assignment: expected shape ({vocab_size},), got {np.shape(assignment)}"
             )
         self.dtype = dtype
-        init = nnx.initializers.normal(hidden_size**-0.5)  # logits of variance 1
+        # Logits of variance 1.
+        init = nnx.initializers.normal(hidden_size**-0.5)
         self.codebook = nnx.Param(init(key, (num_codes, hidden_size), param_dtype))
         # float32 whatever the rest is: a bias of -11.3 is a log-probability.
         self.bias = nnx.Param(self.initial_bias(unigram, vocab_size)) if use_bias else None
@@ -148,7 +149,8 @@ class VQHead(VocabularyHead):
 
     def as_linear(self, embedding: Array | None = None) -> Head:
         codebook, bias, assignment = self._arrays()
-        return Head(codebook[assignment], bias, vocab_axis=0)  # V rows: for losses of a full head
+        # V rows: for losses of a full head.
+        return Head(codebook[assignment], bias, vocab_axis=0)
 
     def cost(self, embedding: Array | None = None) -> HeadCost:
         """Return its `HeadCost`.
@@ -158,7 +160,8 @@ class VQHead(VocabularyHead):
         (codes, hidden), vocab = self.codebook.shape, self.vocab_size
         itemsize = self.codebook.dtype.itemsize
         parameters = codes * hidden + (0 if self.bias is None else vocab)
-        tables = 2 * vocab * 4 + codes * 16  # members and sums, four numbers a code
+        # Members and sums, four numbers a code.
+        tables = 2 * vocab * 4 + codes * 16
         return HeadCost(
             parameters=parameters,
             stored_bytes=parameters * itemsize + tables,

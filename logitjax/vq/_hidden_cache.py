@@ -53,7 +53,8 @@ def _add_moments(total: Array, square: Array, block: Array, shift: Array) -> Any
 @jax.jit
 def _mean_and_covariance(total: Array, square: Array, shift: Array, count: Array | int) -> Any:
     mean = jnp.asarray(total) / count
-    return mean + shift, square / count - jnp.outer(mean, mean)  # E xx' - Ex Ex' about the shift
+    # E xx' - Ex Ex' about the shift.
+    return mean + shift, square / count - jnp.outer(mean, mean)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,7 +141,8 @@ class HiddenCache:
         for index, batch in enumerate(batches):
             if index not in finished:
                 hidden = run(state, batch["tokens"], batch["positions"], batch["segment_ids"])
-                keep = np.asarray(batch["loss_mask"])[:, 1:]  # position t predicts t + 1
+                # Position t predicts t + 1.
+                keep = np.asarray(batch["loss_mask"])[:, 1:]
                 labels = np.asarray(batch["tokens"])[:, 1:][keep]
                 parts.add([index], HiddenCache(np.asarray(hidden)[:, :-1][keep], labels))
                 count += len(labels)
@@ -159,7 +161,8 @@ class HiddenCache:
             array = getattr(stored, name)[:max_tokens]
             write_atomic(root / f"{name}.npy", functools.partial(np.save, arr=array))
         manifest.write(made_from, {"count": min(count, max_tokens)})
-        parts.directory.rmtree()  # not before the whole arrays are there
+        # Not before the whole arrays are there.
+        parts.directory.rmtree()
         return cls.open(root)
 
     @classmethod
@@ -168,7 +171,8 @@ class HiddenCache:
         root = epath.Path(directory)
         Manifest(root, _KIND).read()
         return cls(
-            hidden=read_npy(root / "hidden.npy", mapped=True),  # gigabytes, read where they lie
+            # Gigabytes, read where they lie.
+            hidden=read_npy(root / "hidden.npy", mapped=True),
             labels=read_npy(root / "labels.npy", mapped=True),
         )
 
@@ -223,7 +227,8 @@ class HiddenCache:
             chosen = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
             return jax.nn.logsumexp(logits, axis=-1) - chosen, logits.argmax(-1)
 
-        losses, tokens, block_size = [], [], 256  # memory is of so many rows of V
+        # Memory is of so many rows of V.
+        losses, tokens, block_size = [], [], 256
         for start in range(0, len(self), block_size):
             hidden = np.asarray(self.hidden[start : start + block_size], np.float32)
             labels = np.asarray(self.labels[start : start + block_size])
@@ -249,7 +254,8 @@ def sampled_digest(arrays: Any) -> str:
 class _Codec:
     """A batch's positions, as many as its mask leaves: their count and width, labels, states."""
 
-    bytes_per_row = 0  # differs from batch to batch
+    # Differs from batch to batch.
+    bytes_per_row = 0
 
     def encode(self, computed: HiddenCache, count: int) -> list[bytes]:
         header = np.asarray(computed.hidden.shape, "<i8")

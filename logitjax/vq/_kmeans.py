@@ -64,7 +64,8 @@ def nearest(
 ) -> tuple[jax.Array, jax.Array]:
     """The nearest centre of each point, and the squared distance less the point's own square."""
     centres = jnp.asarray(centres, jnp.float32)
-    mapped = centres if metric is None else centres @ metric  # centres are fewer than points
+    # Centres are fewer than points.
+    mapped = centres if metric is None else centres @ metric
     offset = (mapped * centres).sum(-1)
 
     def block(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -130,7 +131,8 @@ def _seed(
         distance = jnp.minimum(distance, jnp.maximum(cost + squares, 0.0))
         return (distance.at[chosen].set(0.0),), chosen
 
-    start = jnp.full((count,), 1.0)  # the first centres by weight alone
+    # The first centres by weight alone.
+    start = jnp.full((count,), 1.0)
     _, chosen = lax.scan(draw, (start,), jax.random.split(key, rounds))
     return points[chosen.reshape(-1)[:num_centres]].astype(jnp.float32)
 
@@ -164,7 +166,8 @@ def _lloyd(
     centres, _ = lax.scan(update, centres, None, length=iterations)
     assignment, _ = nearest(points, centres, metric, block_size=block_size)
     means, mass = weighted_means(points, weights, assignment, num_centres, block_size=block_size)
-    return assignment, jnp.where(mass[:, None] > 0, means, centres)  # an empty one stays
+    # An empty one stays.
+    return assignment, jnp.where(mass[:, None] > 0, means, centres)
 
 
 def weighted_means(

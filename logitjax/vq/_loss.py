@@ -157,7 +157,8 @@ def vq_nll(
         # K terms stand for V: sum_v exp(s_m(v) + b_v) = sum_k exp(s_k) sum_{v in k} exp(b_v).
         log_z = logsumexp(scores + mass)
         chosen = jnp.take_along_axis(scores, assignment[labels][..., None], axis=-1)[..., 0]
-        nll = log_z - chosen - added[labels]  # the label's score is its code's and its bias
+        # The label's score is its code's and its bias.
+        nll = log_z - chosen - added[labels]
         nll = nll + z_loss * log_z**2 if z_loss else nll
         fine = fine[..., 0] & (labels >= 0) & (labels < len(added))
         return (jnp.where(fine, nll, jnp.nan),)

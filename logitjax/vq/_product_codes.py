@@ -98,7 +98,8 @@ class ProductCodes:
                 )
             )
         codes, centres = zip(*items, strict=True)
-        small = jnp.uint8 if num_codes <= 256 else jnp.uint16  # bytes are what decoding reads
+        # Bytes are what decoding reads.
+        small = jnp.uint8 if num_codes <= 256 else jnp.uint16
         return cls(jnp.stack(centres), jnp.stack(codes, axis=1).astype(small))
 
     def kernel(self) -> Float[jax.Array, "vocab hidden"]:
@@ -219,7 +220,8 @@ def pack_codes(codes: Integer[Array, "vocab groups"]) -> UInt8[jax.Array, "block
     codes = jnp.asarray(codes)
     if not jnp.issubdtype(codes.dtype, jnp.integer):
         raise TypeError(f"codes: expected integers, got {codes.dtype}")
-    with contextlib.suppress(jax.errors.ConcretizationTypeError):  # while it is traced
+    # While it is traced.
+    with contextlib.suppress(jax.errors.ConcretizationTypeError):
         least, most = int(codes.min(initial=0)), int(codes.max(initial=0))
         if least < 0 or most >= _CODES:
             raise ValueError(f"codes: expected 0 to 15, got {least} to {most}")

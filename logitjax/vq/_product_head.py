@@ -46,13 +46,15 @@ class ProductHead(VocabularyHead):
             raise ValueError(
                 f"groups: expected a divisor of hidden_size={hidden_size}, got {groups}"
             )
-        small = jnp.uint8 if num_codes <= 256 else jnp.uint16  # a byte where it will do
+        # a byte where it will do.
+        small = jnp.uint8 if num_codes <= 256 else jnp.uint16
         if codes is None:
             codes = jax.random.randint(rngs.params(), (vocab_size, groups), 0, num_codes)
         elif codes.shape != (vocab_size, groups):
             raise ValueError(f"codes: expected shape {(vocab_size, groups)}, got {codes.shape}")
         self.dtype = dtype
-        init = nnx.initializers.normal(hidden_size**-0.5)  # logits of variance 1
+        # Logits of variance 1.
+        init = nnx.initializers.normal(hidden_size**-0.5)
         shape = (groups, num_codes, hidden_size // groups)
         self.codebooks = nnx.Param(init(rngs.params(), shape, param_dtype))
         self.bias = nnx.Param(jnp.zeros(vocab_size))
@@ -109,5 +111,6 @@ class ProductHead(VocabularyHead):
             stored_bytes=parameters * itemsize + assignment,
             read_bytes=parameters * itemsize + assignment,
             decode_flops=2 * codes * hidden + vocab * groups,
-            train_flops=6 * vocab * hidden,  # forward, and both gradients
+            # Forward, and both gradients.
+            train_flops=6 * vocab * hidden,
         )

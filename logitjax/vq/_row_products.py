@@ -23,7 +23,8 @@ def row_products(
     ids = jnp.asarray(ids)
     if not rows.shape[0] and ids.size:
         raise ValueError(f"rows: expected at least one row, got shape {rows.shape}")
-    ids = jnp.clip(ids, 0, rows.shape[0] - 1)  # the kernel reads without a check
+    # The kernel reads without a check.
+    ids = jnp.clip(ids, 0, rows.shape[0] - 1)
 
     def products(vectors: jax.Array, rows: jax.Array, ids: jax.Array) -> tuple[jax.Array]:
         if vectors.dtype == jnp.float32 and rows.dtype in (jnp.float32, jnp.bfloat16):

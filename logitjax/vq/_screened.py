@@ -129,7 +129,8 @@ class Screen:
         scores, tokens, better = self._look(flat)
         values, places = top_k(better, k)
         chosen = gather_at(tokens, places)
-        log_z = jnp.zeros(len(flat), jnp.float32)  # it would take a pass over V
+        # It would take a pass over V.
+        log_z = jnp.zeros(len(flat), jnp.float32)
         if with_log_z:
             log_z = logsumexp(_joined(scores, tokens, better))
         return TopK(values.reshape(*batch, k), chosen.reshape(*batch, k), log_z.reshape(batch))
@@ -215,7 +216,8 @@ class ScreenedHead(VocabularyHead):
         if rows is None:
             raise ValueError("embedding: expected the rows that re-score, got None")
         vocab, hidden = rows.shape
-        local = 0 if self.rows is None else vocab  # the embedding is there anyway
+        # The embedding is there anyway.
+        local = 0 if self.rows is None else vocab
         return self.screen.cost(embedding).with_rows(self.num_candidates, hidden, own=local)
 
 
@@ -252,6 +254,7 @@ def in_blocks(block: Callable, inputs: tuple[jax.Array, ...], block_size: int) -
             jnp.pad(x, [(0, blocks * block_size - count)] + [(0, 0)] * (x.ndim - 1)) for x in flat
         ]
         cut = tuple(x.reshape(blocks, block_size, *x.shape[1:]) for x in padded)
-        out = lax.map(jax.checkpoint(block), cut)  # rows gathered are not kept
+        # Rows gathered are not kept.
+        out = lax.map(jax.checkpoint(block), cut)
         out = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], out)
     return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), out)

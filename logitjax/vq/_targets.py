@@ -62,15 +62,18 @@ def head_targets(
     bias = jnp.zeros(vocab) if head.bias is None else jnp.asarray(head.bias, jnp.float32)
     labels = np.zeros(len(hidden), np.int32) if labels is None else np.asarray(labels)
 
-    @jax.jit(donate_argnums=(0, 1))  # `[vocab, hidden]` sums in place
+    # `[vocab, hidden]` sums in place.
+    @jax.jit(donate_argnums=(0, 1))
     def add(sums: Any, counts: Any, hidden: Any, labels: Any, exists: Any) -> Any:
         logits = hidden @ rows.T + bias
         if head.soft_cap is not None:
             logits = head.soft_cap * jnp.tanh(logits / head.soft_cap)
         log_z = logsumexp(logits)
-        probs = jnp.exp(logits - log_z[:, None]) * exists[:, None]  # padding counts for nothing
+        # Padding counts for nothing.
+        probs = jnp.exp(logits - log_z[:, None]) * exists[:, None]
         values, tokens = top_k(logits, top)
-        entropy = log_z - (probs * jnp.maximum(logits, -1e30)).sum(-1)  # 0 times -inf is nan
+        # 0 times -inf is nan.
+        entropy = log_z - (probs * jnp.maximum(logits, -1e30)).sum(-1)
         chosen = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
         out = (jnp.exp(values - log_z[:, None]), tokens, entropy, log_z - chosen)
         return sums + probs.T @ hidden, counts + probs.sum(0), out
@@ -83,7 +86,8 @@ def head_targets(
         pad = block_size - here
         block = np.pad(block, ((0, pad), (0, 0)))
         label = np.pad(labels[start : start + block_size], (0, pad))
-        exists = np.arange(block_size) < here  # the last block is padded
+        # The last block is padded.
+        exists = np.arange(block_size) < here
         sums, counts, out = add(sums, counts, block, label, exists)
         parts.append([np.asarray(x)[:here] for x in out])
         if start // block_size % 20 == 0:
@@ -112,5 +116,6 @@ def _rest(
     kept = scipy.sparse.csr_matrix(
         (probs.reshape(-1), (tokens.reshape(-1), places)), shape=(len(counts), count)
     )
-    rest = sums - kept @ np.asarray(hidden, np.float32)  # sparse: few of V a position
+    # sparse: few of V a position.
+    rest = sums - kept @ np.asarray(hidden, np.float32)
     return rest, counts - np.asarray(kept.sum(1))[:, 0]

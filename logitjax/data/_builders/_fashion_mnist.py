@@ -64,7 +64,8 @@ class FashionMnistPng(Builder):
 def find_files(manual_dir: str | os.PathLike[str] | None = None) -> epath.Path:
     """Where the .deb was unpacked or is installed."""
     for location in (_FOLDER, ".", f"/{_FOLDER}"):
-        path = epath.Path(manual_dir or ".") / location  # an absolute place stays itself
+        # An absolute place stays itself.
+        path = epath.Path(manual_dir or ".") / location
         if (path / "train-images-idx3-ubyte.gz").exists():
             return path
     raise FileNotFoundError(

@@ -50,7 +50,8 @@ class OnPolicy:
             raise ValueError(
                 f"truncated: expected 'auto', 'keep' or 'drop', got {self.truncated!r}"
             )
-        _ = self.sampling  # Which refuses what is no law.
+        # Which refuses what is no law.
+        _ = self.sampling
 
     @property
     def sampling(self) -> decoding.Sampling:

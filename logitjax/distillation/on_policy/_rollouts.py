@@ -142,7 +142,8 @@ class Rollouts:
             nan where the student wrote none; metrics as pairs of a sum and a count.
         """
         every, count = self._options.generate_every, len(self._chosen)
-        first = step - step % every  # the update that these rows were written at
+        # The update that these rows were written at.
+        first = step - step % every
         if self._first != first:
             self._first, self._written = first, self._fetched(first, step, trained, frozen, oldest)
         here = slice((step - first) * count, (step - first + 1) * count)
@@ -165,7 +166,8 @@ class Rollouts:
             for reader, row in (read | {self._name: text}).items():
                 for name, array in columns[reader].items():
                     array[location] = row[name]
-            where = rows["loss_mask"][number, 1:]  # position t has the label t + 1
+            # Position t has the label t + 1.
+            where = rows["loss_mask"][number, 1:]
             log_probs[location, where] = rows["log_probs"][number, where]
         return {**batch, **columns}, log_probs, _metrics(rows, self._seconds / every)
 
@@ -206,7 +208,8 @@ class Rollouts:
         total = -(-len(prompts) // self._layout.pieces) * self._layout.pieces
         tokens = np.zeros((total, width), np.int32)
         positions = np.full((total, width), -1, np.int32)
-        positions[:, -1] = 0  # an empty prompt still has to have a last token
+        # An empty prompt still has to have a last token.
+        positions[:, -1] = 0
         for row, prompt in enumerate(prompts):
             if len(prompt):
                 tokens[row, width - len(prompt) :] = prompt

@@ -21,7 +21,8 @@ class Dual(Term):
     pointwise = False
 
     def init(self, key: jax.Array, head: Head) -> Any:
-        return {"head": {"kernel": jnp.array(head.rows.T)}}  # a copy: both heads train
+        # a copy: both heads train.
+        return {"head": {"kernel": jnp.array(head.rows.T)}}
 
     def own_head(self, params: Any) -> Head:
         return Head(params["head"]["kernel"], vocab_axis=1)

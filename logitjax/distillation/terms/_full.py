@@ -43,7 +43,8 @@ class _Full(Term):
         return StudentNeeds(statistic=statistic)
 
     def value(self, read: Any, teacher: Any, batch: Mapping[str, Any], params: Any) -> Any:
-        return self.temperature**2 * read.statistic  # gradients shrink by 1 / T^2
+        # Gradients shrink by 1 / T^2.
+        return self.temperature**2 * read.statistic
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,7 @@ class JSD(SparseDivergence):
         return self.renormalised(ours, with_rest(teacher.top.values, teacher.top.log_z))
 
     def renormalised(self, student: jax.Array, teacher: jax.Array) -> jax.Array:
-        scale = self.beta * (1 - self.beta) if self.normalize else 0.0  # 0 at the ends: plain KL
+        # 0 at the ends: plain KL.
+        scale = self.beta * (1 - self.beta) if self.normalize else 0.0
         value = losses.generalized_jensen_shannon(student, teacher, beta=self.beta)
         return value / scale if scale else value

@@ -23,7 +23,8 @@ class KL(SparseDivergence):
     def student(self, teacher: Any) -> StudentNeeds:
         ids = teacher.top.indices
         if teacher.tail is not None:
-            ids = jnp.concatenate([ids, teacher.tail.indices], axis=-1)  # `[*batch, k + draws]`
+            # `[*batch, k + draws]`.
+            ids = jnp.concatenate([ids, teacher.tail.indices], axis=-1)
         return StudentNeeds(ids=ids)
 
     def value(self, read: Any, teacher: Any, batch: Mapping[str, Any], params: Any) -> Any:

@@ -106,7 +106,8 @@ def align_chunks(
     starts, places = np.zeros(shape, bool), np.zeros(shape, np.int64)
     for row in range(len(chunk)):
         a, b = mine.ends(row), other.ends(row)
-        cuts = np.intersect1d(a, b)  # both end a token there
+        # Both end a token there.
+        cuts = np.intersect1d(a, b)
         one, two = mine.chunks(row, a, cuts), other.chunks(row, b, cuts)
         whole = mine.whole(row, one, len(cuts)) & other.whole(row, two, len(cuts))
         # The last number is that of tokens outside of every chunk.

@@ -28,7 +28,8 @@ class Matches:
         """The matches of a projection by `exact`. Of several tokens the lowest id counts."""
         only = projection.only
         ours = np.full(projection.size, -1, np.int32)
-        for id_ in np.flatnonzero(only >= 0)[::-1]:  # so that the lowest id writes last
+        # So that the lowest id writes last.
+        for id_ in np.flatnonzero(only >= 0)[::-1]:
             ours[only[id_]] = id_
         matched = np.zeros(len(only), bool)
         matched[ours[ours >= 0]] = True
@@ -67,7 +68,8 @@ def hybrid_logit_distance(
     teacher = jax.lax.stop_gradient(teacher)
     _, present = matches.ids(teacher.indices)
     log_q = jnp.where(present, student.gathered - student.log_z[..., None], -jnp.inf)
-    log_z = jnp.zeros_like(teacher.log_z)  # `log_q` is normalised already
+    # `log_q` is normalised already.
+    log_z = jnp.zeros_like(teacher.log_z)
     top_k = TopK(jnp.where(present, teacher.values, -jnp.inf), teacher.indices, teacher.log_z)
     if kind == "kl":
         matched = losses.sparse_kl_divergence(losses.Readout(log_z, gathered=log_q), top_k)

@@ -53,10 +53,12 @@ class TokenProjection:
     @functools.cached_property
     def _by_theirs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Starts `[size + 1]` of each of their tokens in the lists of ours and of weights."""
-        ours, rank = np.nonzero(self.ids >= 0)  # `[entries]`, by our token
+        # `[entries]`, by our token.
+        ours, rank = np.nonzero(self.ids >= 0)
         other = self.ids[ours, rank]
         order = np.argsort(other, kind="stable")
-        starts = np.zeros(self.size + 1, np.int32)  # offsets, as in a CSR matrix
+        # Offsets, as in a CSR matrix.
+        starts = np.zeros(self.size + 1, np.int32)
         np.cumsum(np.bincount(other, minlength=self.size), out=starts[1:])
         return starts, ours[order].astype(np.int32), self.weights[ours, rank][order]
 
@@ -88,7 +90,8 @@ class TokenProjection:
 
     def _members(self, ids: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         starts, ours, weights = self._by_theirs
-        ids = jnp.minimum(ids, self.size)  # `size` and beyond: the slot without members
+        # `size` and beyond: the slot without members.
+        ids = jnp.minimum(ids, self.size)
         k, size = ids.shape[-1], self.capacity(ids.shape[-1])
         # `[*batch, k]`: where the members of each begin in `ours`, and how many there are.
         first = jnp.asarray(starts)[ids]
@@ -104,7 +107,8 @@ class TokenProjection:
         offset = jnp.take_along_axis(first - ends + counts, stored, axis=-1)
         present = slots < k
         at = jnp.where(present, offset + places, 0)
-        empty = not len(ours)  # a gather from an empty table is an error
+        # a gather from an empty table is an error.
+        empty = not len(ours)
         return (
             jnp.where(present, 0 if empty else jnp.asarray(ours)[at], 0),
             jnp.where(present, slots, k).astype(jnp.int32),

@@ -142,7 +142,8 @@ class Reading:
                         f"seq_len: expected at most {longest}, the length that teacher {spec!r} "
                         f"reads, got {self.seq_len}"
                     )
-        for i, spec in enumerate(self.fit_to):  # they decide how rows are cut, and are never read
+        # They decide how rows are cut, and are never read.
+        for i, spec in enumerate(self.fit_to):
             tokenizers[f"fit{i}"] = _tokenizer_of(spec, tokenizer)
         return data.pack_splits(
             self.data, tokenizers, seq_len=self.seq_len, on_error=self.on_error, directory=directory
@@ -236,7 +237,8 @@ class Corpus:
         # From the split that is trained on, since a share of labels is what the losses will see.
         split = self.packed.splits["train"]
         batch = split.rows(np.arange(min(rows, len(split))))
-        total = batch[ours]["loss_mask"][:, 1:].sum()  # the first token of a row is no label
+        # The first token of a row is no label.
+        total = batch[ours]["loss_mask"][:, 1:].sum()
         for name, source in self.sources.items():
             if source.columns == ours:
                 continue
@@ -372,7 +374,8 @@ def _caches(
             packed=packed,
             rows=rows,
             k=reading.top_k,
-            tail_samples=0 if kind == "api" else reading.tail_samples,  # a server draws no tail
+            # a server draws no tail.
+            tail_samples=0 if kind == "api" else reading.tail_samples,
             likelihoods=reading.likelihoods,
             batch_size=reading.batch_size,
             directory=directory / name,
@@ -406,11 +409,13 @@ def _identity(spec: str) -> TeacherIdentity:
 def _tokenizer_of(spec: str, students: models.Tokenizer) -> models.Tokenizer:
     kind, _, location = spec.partition(":")
     if kind == "api":
-        return students  # a server is asked by ids, so it reads the student's tokens
+        # a server is asked by ids, so it reads the student's tokens.
+        return students
     if kind == "cache":
         if not location:
             raise ValueError(f"teacher: expected cache:DIR, got {spec!r}")
-        return _tokenizer_of(_identity(spec).model, students)  # what the cache names as its model
+        # What the cache names as its model.
+        return _tokenizer_of(_identity(spec).model, students)
     return models.load_tokenizer(spec)
 
 

@@ -190,7 +190,8 @@ class Scorer:
         means = {
             n: float(total / count) if count else math.nan for n, (total, count) in totals.items()
         }
-        means["perplexity"] = float(np.exp(means["loss"]))  # of the mean over labels
+        # Of the mean over labels.
+        means["perplexity"] = float(np.exp(means["loss"]))
         if len(speeds) > 1:
             means["tokens_per_second"] = max(speeds[1:])
         return means
@@ -277,7 +278,8 @@ def train_student(
         state = training.train_loop(
             start,
             update,
-            text if on_policy.share else batch,  # the update asks teachers about what is written
+            # The update asks teachers about what is written.
+            text if on_policy.share else batch,
             total_steps=course.steps,
             workdir=directory,
             checkpointer=checkpointer,
@@ -311,7 +313,8 @@ def _check_seen(
 ) -> None:
     """Refuse a term that sees none of the text, which would train on zeros without a word."""
     first = batch(0)
-    if not jax.eval_shape(loss.counts, first, frozen)["seen"]:  # shapes tell if any term counts
+    # Shapes tell if any term counts.
+    if not jax.eval_shape(loss.counts, first, frozen)["seen"]:
         return
 
     def count(params: Any, batch: Any, rng: Any, frozen: Any) -> Any:

@@ -32,7 +32,8 @@ class LossFunction:
         return self._objective.value(
             hidden_states(model, batch["pivot"], self._student.adapters(trained)),
             model.head_of(),
-            {"labels": labels} | batch.get("columns", {}),  # on-policy rows bring `log_probs`
+            # on-policy rows bring `log_probs`.
+            {"labels": labels} | batch.get("columns", {}),
             self._teachers(batch, frozen),
             trained.get("terms"),
             where=where,
@@ -49,7 +50,8 @@ class LossFunction:
     def _teachers(self, batch: Mapping[str, Any], frozen: Any) -> list[Teacher]:
         if self._objective.taught is None:
             return []
-        heads = frozen.get("teachers", {})  # of live teachers alone
+        # Of live teachers alone.
+        heads = frozen.get("teachers", {})
         return [
             dataclasses.replace(
                 batch["sources"][name], vocabularies=vocabularies, head=heads.get(name)

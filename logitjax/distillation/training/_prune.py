@@ -198,8 +198,10 @@ def prune_width(
         for j in range(len(segment.layers))
     ]
     for layer, by_head, by_channel in zip(members, heads, activity, strict=True):
-        narrow = _entries(_best(by_head, kv_heads), config.head_dim)  # `[kv_heads * head_dim]`
-        wide = _entries(_best(by_head, kv_heads), group * config.head_dim)  # its queries beside it
+        # `[kv_heads * head_dim]`.
+        narrow = _entries(_best(by_head, kv_heads), config.head_dim)
+        # Its queries beside it.
+        wide = _entries(_best(by_head, kv_heads), group * config.head_dim)
         inner = _best(by_channel, channels)
         layer |= _narrowed(layer, narrow, wide, inner)
     options: dict[str, Any] = dict(dtype=model.dtype, param_dtype=model.param_dtype)

@@ -17,7 +17,8 @@ from logitjax.distillation.training._teachers import Kept, Reader, packed_docume
 
 # Seconds between two attempts to reach a server that went away, at first and at most.
 _PAUSES = (1.0, 30.0)
-_TIMEOUT = 600.0  # seconds for one answer
+# Seconds for one answer.
+_TIMEOUT = 600.0
 _AWAY = (OSError, http.client.HTTPException)
 
 
@@ -153,7 +154,8 @@ class ServedTeacher:
                 raise
             # A server closes connections that nobody used for a while.
             return self._attempt(method, body)
-        if answer.status in (429, 502, 503, 504):  # busy, or a proxy without it
+        # Busy, or a proxy without it.
+        if answer.status in (429, 502, 503, 504):
             raise ConnectionError(f"status {answer.status}")
         if answer.status != 200:
             raise ValueError(

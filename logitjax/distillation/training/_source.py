@@ -65,7 +65,8 @@ class Source:
         else:
             record = dict(self.reader.read(batch[self.columns], batch["row"]))
             vocab_size = self.reader.vocab_size
-        where = single = batch[self.columns]["loss_mask"][:, 1:]  # position t predicts t + 1
+        # Position t predicts t + 1.
+        where = single = batch[self.columns]["loss_mask"][:, 1:]
         likelihoods = {n: record.pop(n) for n in ("label", "boundary") if n in record}
         chunks = None
         if self.columns != self.packed.names["pivot"] or self.vocabularies.boundary is not None:
@@ -82,7 +83,8 @@ class Source:
         if likelihoods and chunks is not None and self.vocabularies.boundary is not None:
             labels = batch[self.columns]["tokens"][:, 1:]
             lengths, _ = self._spelling[self.columns]
-            special = lengths[np.minimum(labels, len(lengths) - 1)] == 0  # they spell no bytes
+            # They spell no bytes.
+            special = lengths[np.minimum(labels, len(lengths) - 1)] == 0
             scores = chunk_scores(chunks, likelihoods, special=special)
         hidden = record.pop("hidden", None)
         statistics = losses.GraphStatistics(**record, tail=tail, vocab_size=vocab_size)

@@ -83,7 +83,8 @@ class Student:
         paths = traverse_util.flatten_dict(params)
         flat = {"/".join(map(str, path)): leaf for path, leaf in paths.items()}
         if head_basis is not None:
-            del flat["head/kernel"]  # frozen `basis` and trained `mix` stand for it
+            # Frozen `basis` and trained `mix` stand for it.
+            del flat["head/kernel"]
         stays = set(flat) if lora_rank else _matching(flat, freeze)
         frozen["model"] = {name: leaf for name, leaf in flat.items() if name in stays}
         trained["model"] = {name: leaf for name, leaf in flat.items() if name not in stays}
@@ -103,7 +104,8 @@ class Student:
         frozen = self.frozen if frozen is None else frozen
         flat = {**frozen["model"], **trained["model"]}
         if "mix" in trained:
-            flat["head/kernel"] = (frozen["basis"] @ trained["mix"]).T  # kernel `[width, vocab]`
+            # Kernel `[width, vocab]`.
+            flat["head/kernel"] = (frozen["basis"] @ trained["mix"]).T
         # Members of a list have numbers for names.
         paths = {tuple(int(k) if k.isdigit() else k for k in n.split("/")): n for n in flat}
         nested = traverse_util.unflatten_dict({path: flat[name] for path, name in paths.items()})
@@ -233,7 +235,8 @@ def hidden_states(
         segment_ids=columns["segment_ids"],
         lora=lora,
     )
-    return hidden[:, :-1]  # the last has no label
+    # The last has no label.
+    return hidden[:, :-1]
 
 
 def _on_basis(model: models.Decoder, basis: Any) -> tuple[models.Decoder, jax.Array, jax.Array]:

@@ -11,7 +11,8 @@ from jaxtyping import Int
 
 from logitjax.storage import ArrayCodec, Manifest, RowCache
 
-_MOMENTS = ("log_z", "mean", "std")  # float32 on disk, unlike the lists
+# float32 on disk, unlike the lists.
+_MOMENTS = ("log_z", "mean", "std")
 _LIKELIHOODS = ("label", "boundary")
 KIND = "teacher cache"
 _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -167,7 +168,8 @@ class TeacherCache(RowCache):
         self._entries = codec.entries
         made_from = dataclasses.asdict(identity)
         if not identity.weights:
-            del made_from["weights"]  # As caches of earlier versions have it.
+            # As caches of earlier versions have it.
+            del made_from["weights"]
         super().__init__(directory, codec, made_from=made_from, kind=KIND)
 
     def __repr__(self) -> str:

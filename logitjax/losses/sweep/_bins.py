@@ -29,7 +29,8 @@ _REREAD = 16
 
 
 class _State(NamedTuple):
-    rest: Any  # of the statistic without its k
+    # Of the statistic without its k.
+    rest: Any
     values: jax.Array  # [*batch, depth * bins], the best of all bins first
     ids: jax.Array
 
@@ -39,7 +40,8 @@ class Binned(Statistic):
     """Sums by bins, in place of a `ReadoutStatistic` with `k`, for kernels."""
 
     rest: ReadoutStatistic  # without its k
-    bins: int  # a multiple of 128; a block has a multiple of it of columns
+    # a multiple of 128; a block has a multiple of it of columns.
+    bins: int
 
     @classmethod
     def of(cls, statistic: ReadoutStatistic) -> "Binned":

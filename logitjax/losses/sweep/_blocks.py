@@ -56,7 +56,8 @@ class Layout(NamedTuple):
 
     engine: Engine
     columns: int
-    tokens: int | None  # None for all of them
+    # None for all of them.
+    tokens: int | None
 
 
 @dataclasses.dataclass(frozen=True)

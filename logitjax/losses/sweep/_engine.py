@@ -20,8 +20,10 @@ class Projection(NamedTuple):
     """Hidden states and the head that turns them into logits."""
 
     hidden: Array  # [*batch, hidden]
-    head: Head  # its vocab_axis known
-    inverse_temperature: Any  # scalar; None in a gradient
+    # Its vocab_axis known.
+    head: Head
+    # scalar; None in a gradient.
+    inverse_temperature: Any
 
 
 class Operands(NamedTuple):

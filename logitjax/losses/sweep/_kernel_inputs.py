@@ -76,9 +76,11 @@ class Inputs(NamedTuple):
     """A kernel's arrays, of two axes each; or how they are cut, or what a program has of them."""
 
     hidden: Any  # [T, H], a side each
-    rows: Any  # `Packed`: [n, T] each
+    # `Packed`: [n, T] each.
+    rows: Any
     wide: Any  # [T, n] each
-    heads: Any  # a side each: its kernel, and its bias as [1, V]
+    # a side each: its kernel, and its bias as [1, V].
+    heads: Any
     where: Any  # [1, V], or None
     scales: Any  # [1, 1], a side each
     start: Any  # [1, 1], id of the first column of this shard

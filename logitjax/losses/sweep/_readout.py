@@ -29,7 +29,8 @@ class _Moments(NamedTuple):
 
     count: jax.Array
     mean: jax.Array
-    deviation: Any  # over the square of the unit; None where only the mean was asked
+    # Over the square of the unit; None where only the mean was asked.
+    deviation: Any
     unit: Any = None
 
     def add(self, logits: jax.Array) -> "_Moments":
@@ -163,7 +164,8 @@ class ReadoutStatistic(Statistic):
             mean = state.moments.mean
             if state.moments.deviation is not None:
                 variance = state.moments.deviation / jnp.maximum(state.moments.count, 1)
-                std = state.moments.unit * jnp.sqrt(variance)  # of all, no estimate
+                # Of all, no estimate.
+                std = state.moments.unit * jnp.sqrt(variance)
         out = Outputs(
             state.sums.log_sum, state.label, state.gathered, state.values, state.indices, mean, std
         )
@@ -185,7 +187,8 @@ class ReadoutStatistic(Statistic):
             count = jnp.maximum(count, 1)
             dense = (ct.mean / count)[..., None]
             if out.std is not None:
-                least = jnp.maximum(out.std, 1e-30)  # equal logits: no direction
+                # Equal logits: no direction.
+                least = jnp.maximum(out.std, 1e-30)
                 spread = jnp.where(out.std > 0, ct.std / count, 0.0)
                 # Logits over the deviation first: a cotangent over it may be no number of float32.
                 dense = dense - (spread * (out.mean / least))[..., None]

@@ -24,5 +24,6 @@ MISTRAL = dataclasses.replace(
     read=_read,
     # Parameters decide: a bias too many or too few is an error when tensors are read.
     ignored=frozenset({"attention_bias"}),
-    gguf=None,  # llama.cpp calls it llama
+    # llama.cpp calls it llama.
+    gguf=None,
 )  # fmt: skip

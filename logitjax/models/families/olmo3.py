@@ -38,5 +38,6 @@ OLMO3 = dataclasses.replace(
     keys=OLMO2.keys | {"sliding_window": 4096, "rope_theta": _THETA},
     read=_read,
     write=_write,
-    gguf=None,  # llama.cpp calls it olmo2
+    # llama.cpp calls it olmo2.
+    gguf=None,
 )

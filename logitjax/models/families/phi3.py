@@ -14,7 +14,8 @@ from logitjax.models.families import llama
 def _read(fields: Fields, settings: Mapping[str, Any]) -> dict[str, Any]:
     scaling = scaling_of(fields)
     kind = scaling_kind(scaling)
-    if kind in ("su", "yarn"):  # Names of longrope in early configurations.
+    # Names of longrope in early configurations.
+    if kind in ("su", "yarn"):
         kind = "longrope"
     if kind not in ("default", "longrope"):
         raise ValueError(f"{fields.where}: rope scaling: phi3 has longrope only, got {kind!r}")

@@ -27,7 +27,8 @@ QWEN3_MOE = dataclasses.replace(
         "mlp.router": "model.layers.*.mlp.gate",
         **{f"mlp.experts.{name}": f"{_EXPERT}{name}_proj" for name in ("gate", "up", "down")},
     },
-    aliases={"num_local_experts": "num_experts"},  # as transformers 5 writes it
+    # As transformers 5 writes it.
+    aliases={"num_local_experts": "num_experts"},
     ignored=frozenset({"max_window_layers", "sliding_window"}),
     ignored_at={"decoder_sparse_step": 1},
     gguf=None,

@@ -192,7 +192,8 @@ def _hidden_states(
     (batch, time), positions = tokens.shape, jnp.asarray(positions)
 
     def doubled(leaf: jax.Array) -> jax.Array:
-        return jnp.repeat(leaf, 2, axis=0)  # model and assistant take turns
+        # Model and assistant take turns.
+        return jnp.repeat(leaf, 2, axis=0)
 
     def span(pairs: Any, positions: Any, length: jax.Array) -> Cache:
         keys, values = (tuple(pair[i] for pair in pairs) for i in (0, 1))
@@ -208,7 +209,8 @@ def _hidden_states(
         range(shared),
         span(flat, jax.tree.map(doubled, cache.positions), doubled(cache.length)),
         lora=lora,
-        lora_rows=jnp.tile(jnp.array([False, True]), batch),  # adapters on every second row
+        # Adapters on every second row.
+        lora_rows=jnp.tile(jnp.array([False, True]), batch),
     )
     both = x.reshape(batch, 2, time, -1)  # [batch, model or assistant, time, hidden]
     x, above = model.run_layers(
@@ -219,7 +221,8 @@ def _hidden_states(
     )
     cache = _PairCache(
         shared=jax.tree.map(lambda leaf: leaf.reshape(batch, 2, *leaf.shape[1:]), pairs_of(below)),
-        rest=pairs_of(above),  # the target's layers above
+        # The target's layers above.
+        rest=pairs_of(above),
         positions=above.positions,
         length=above.length,
     )
@@ -252,7 +255,8 @@ class _PairCaches:
     def __call__(self, rows: int, max_length: int) -> _PairCache:
         cache = Cache.init(self.config, rows, max_length, self.dtype)
         keys = [k for segment in cache.keys for k in segment]
-        pairs = [(k, jnp.zeros_like(k)) for k in keys]  # values have the keys' shape
+        # Values have the keys' shape.
+        pairs = [(k, jnp.zeros_like(k)) for k in keys]
 
         def doubled(leaf: jax.Array) -> jax.Array:
             return jnp.zeros((leaf.shape[0], 2, *leaf.shape[1:]), leaf.dtype)

@@ -197,7 +197,8 @@ class Deployed:
                 drawn = decoding.Sampling(temperature=1.0, seed=seed * len(prompts) + start)
             out = decoding.generate(
                 line_up,
-                batch + batch[-1:] * (rows - len(batch)),  # one shape of batch, one program
+                # One shape of batch, one program.
+                batch + batch[-1:] * (rows - len(batch)),
                 max_new_tokens=max_new_tokens,
                 sampling=drawn,
                 stop_ids=stop_ids,

@@ -128,5 +128,6 @@ class _Assistant(ReadoutStatistic):
 
 def next_tokens(tokens: Any, answers: Any) -> tuple[jax.Array, jax.Array]:
     """Return the target of each position, and where that is a token of the answer."""
-    labels = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))  # the last position predicts nothing
+    # The last position predicts nothing.
+    labels = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
     return labels, jnp.pad(jnp.asarray(answers)[:, 1:], ((0, 0), (0, 1)))

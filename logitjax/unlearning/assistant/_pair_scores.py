@@ -26,7 +26,8 @@ def token_scores(
     known: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """A number for each token under a model less its assistant, and whether it is likeliest."""
-    base, fuse, relative = static  # of the assistant; base is None without one
+    # Of the assistant; base is None without one.
+    base, fuse, relative = static
     model = nnx.merge(graphdef, state)
     sides = [states_at(graphdef, state, tokens, at) if known is None else known]
     assistant = None
@@ -41,7 +42,8 @@ def token_scores(
         logits, shift = model.logits(hidden[0]), None
         if assistant is not None:
             fused, _ = fuse(logits, assistant.logits(hidden[1])[None], None)
-            shift = fused - logits  # linear in alpha: one fusion for all
+            # Linear in alpha: one fusion for all.
+            shift = fused - logits
         expected = labels.ravel().at[at].get(mode="clip")
 
         def weighed(alpha: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -57,12 +59,14 @@ def token_scores(
             off = jnp.where(p > 0, p * jnp.square(log_p - mean[:, None]), 0.0).sum(-1)
             return (mean + nll) / jnp.sqrt(jnp.maximum(off, _LEAST_VARIANCE)), greedy
 
-        return jax.lax.map(weighed, alphas)  # not vmap: logits of one alpha at a time
+        # Not vmap: logits of one alpha at a time.
+        return jax.lax.map(weighed, alphas)
 
     def back(values: jax.Array) -> jax.Array:
         values = jnp.moveaxis(values, 1, 0).reshape(len(alphas), -1)
         rows = jnp.zeros((len(alphas), labels.size), values.dtype)
-        rows = rows.at[:, at.ravel()].set(values, mode="drop")  # padding goes nowhere
+        # Padding goes nowhere.
+        rows = rows.at[:, at.ravel()].set(values, mode="drop")
         return jnp.pad(rows.reshape(-1, *labels.shape), ((0, 0), (0, 0), (1, 0)))
 
     nll, greedy = map(back, jax.lax.map(one, (at, *sides)))
@@ -76,5 +80,7 @@ def states_at(graphdef: Any, state: Any, tokens: Any, at: Any) -> jax.Array:
 
 
 def _picked(hidden: jax.Array, at: Any) -> jax.Array:
-    flat = hidden[:, :-1].reshape(-1, hidden.shape[-1])  # the last predicts nothing
-    return flat.at[jnp.asarray(at)].get(mode="clip")  # padding lies past the end
+    # The last predicts nothing.
+    flat = hidden[:, :-1].reshape(-1, hidden.shape[-1])
+    # Padding lies past the end.
+    return flat.at[jnp.asarray(at)].get(mode="clip")

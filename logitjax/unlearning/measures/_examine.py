@@ -30,14 +30,16 @@ from logitjax.unlearning.measures._relearn import relearning
 
 _PREFIX = 0.25
 _BITS = (8, 4)
-_GROUP = 64  # inputs that share a scale, as in common formats of 4 bits
+# Inputs that share a scale, as in common formats of 4 bits.
+_GROUP = 64
 # What membership is told by: rows to forget, and those of the holdout that set no goal.
 _SIDES = ("forget", "holdout_test")
 # Paraphrases by part; those that were trained on and chosen by are named so.
 _WORDED = {"reworded": "in words chosen by", "reworded_test": "in other words"}
 
 Attacks = dict[str, dict[str, float]]
-Scores = Callable[[str], Any]  # what `score_rows` gives for a part of the questions
+# What `score_rows` gives for a part of the questions.
+Scores = Callable[[str], Any]
 
 
 def examine(
@@ -187,7 +189,8 @@ def _attacks(
     if thorough:
         attacks |= _sampled(model, questions, samples)
         depth = model.model.config.num_layers
-        for share in (0.5, 0.75):  # the logit lens: what layers below the last say by the head
+        # The logit lens: what layers below the last say by the head.
+        for share in (0.5, 0.75):
             lens = Deployed(model=first_layers(model.model, max(1, round(share * depth))))
             nll = questions.scores(lens, "forget", few=True).nll
             attacks[f"logit lens at {100 * share:.0f} % of the layers"] = _probability(nll)
@@ -272,7 +275,8 @@ def leak_at(values: Any, k: int) -> float:
     """
     ordered = sorted(values)
     n = len(ordered)
-    shares = [math.comb(i, k - 1) / math.comb(n, k) for i in range(n)]  # i others are smaller
+    # i others are smaller.
+    shares = [math.comb(i, k - 1) / math.comb(n, k) for i in range(n)]
     return float(np.dot(shares, ordered))
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-_CHUNK = 2**22  # counts at once, 32 MiB
+# Counts at once, 32 MiB.
+_CHUNK = 2**22
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,8 @@ def forget_quality(
     # D moves in steps of about this size, which quantiles of few items feel.
     step = (1 / len(a) + 1 / len(b)) / 2 if drawn.any() else 0.0
     bottom = 0.0 if p >= 1 - confidence else max(0.0, min(d, 2 * d - high - step))
-    top = min(1.0, max(d, 2 * d - low + step))  # the basic bootstrap: 2 D less a quantile
+    # The basic bootstrap: 2 D less a quantile.
+    top = min(1.0, max(d, 2 * d - low + step))
     return ForgetQuality(
         statistic=d,
         interval=(float(bottom), float(top)),
@@ -101,7 +103,8 @@ def _resampled(a: np.ndarray, b: np.ndarray, paired: bool, resamples: int) -> np
     place_a, place_b = places[: len(a)], places[len(a) :]
 
     def distribution(place: np.ndarray, picks: np.ndarray) -> np.ndarray:
-        rows = np.arange(len(picks))[:, None] * len(distinct)  # a histogram a resample
+        # a histogram a resample.
+        rows = np.arange(len(picks))[:, None] * len(distinct)
         counts = np.bincount((place[picks] + rows).ravel(), minlength=len(picks) * len(distinct))
         return counts.reshape(len(picks), -1).cumsum(axis=1) / len(place)
 

@@ -98,7 +98,8 @@ def extraction_strength(greedy: Any) -> float:
     (0.5, 0.0)
     """
     wrong = np.flatnonzero(~np.asarray(greedy, bool))
-    begun = wrong[-1] + 1 if len(wrong) else 0  # all after the last wrong token are right
+    # All after the last wrong token are right.
+    begun = wrong[-1] + 1 if len(wrong) else 0
     return float((len(greedy) - begun) / max(len(greedy), 1))
 
 

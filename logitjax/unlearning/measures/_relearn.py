@@ -67,7 +67,8 @@ def relearning(
     for seed in range(seeds):
         order = np.random.default_rng(seed).permutation(len(encoded))
         cut = max(1, round(_SHARE * len(encoded)))
-        size = min(batch_size, cut)  # no row twice in a step
+        # No row twice in a step.
+        size = min(batch_size, cut)
         sides = {"taught": sorted(order[:cut]), "others": sorted(order[cut:])}
         for rate in rates:
             lora = Lora.init(

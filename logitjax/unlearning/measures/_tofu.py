@@ -142,7 +142,8 @@ def subset(source: str | os.PathLike[str], *, authors: int = 20, forget: int = 2
     full = load(source, "full")
     if len(full) != _AUTHORS * QUESTIONS_PER_AUTHOR:
         raise ValueError(f"{source}: full.json has {len(full)} items where TOFU has 4000")
-    perturbed = load(source, "forget10_perturbed")  # the last 400 of full, with wrong answers
+    # The last 400 of full, with wrong answers.
+    perturbed = load(source, "forget10_perturbed")
     kept = (authors - forget) * QUESTIONS_PER_AUTHOR
     gone = forget * QUESTIONS_PER_AUTHOR
     for one, other in zip(full[-gone:], perturbed[-gone:]):
@@ -201,7 +202,8 @@ def _item(row: Mapping[str, Any], where: str, perturbed: bool) -> Item:
     for key in ("paraphrased_question", "paraphrased_answer"):
         if key in row:
             _check_text(row[key], key, where)
-    if "option1" in row:  # real authors, world facts
+    # Real authors, world facts.
+    if "option1" in row:
         options = [row[key] for key in sorted(row) if re.fullmatch(r"option\d+", key)]
         wrong = [option for option in options if option != row["answer"]]  # one is right
     else:

@@ -190,7 +190,8 @@ def _scores(log: Log, name: str, form: Form, eps: float) -> SetScores:
         probability = answer_probability(truth)
     notes = None
     if ratio is not None:
-        forgets = name.startswith("forget")  # there R near 1 is good
+        # There R near 1 is good.
+        forgets = name.startswith("forget")
         notes = truth_ratio_forget(ratio, eps=eps) if forgets else truth_ratio_utility(ratio)
     reworded = column(log, "avg_paraphrased_loss", name)
     prefers = None

@@ -31,7 +31,8 @@ def normalised_probability(
     """
     truth, wrong = _check(average_nll, perturbed_nll)
     _check_eps(eps)
-    with np.errstate(over="ignore"):  # infinite odds: probability 0
+    # Infinite odds: probability 0.
+    with np.errstate(over="ignore"):
         odds = [np.exp(one - others).sum() for one, others in zip(truth, wrong)]
         if eps:  # 0 times infinity
             odds = odds + eps * np.exp(truth)
@@ -108,7 +109,8 @@ def truth_ratio_forget(log_ratio: Any, *, eps: float = 0.0) -> float:
     """
     log_ratio = np.asarray(log_ratio, np.float64)
     if not eps:
-        return float(np.mean(np.exp(-np.abs(log_ratio))))  # min(R, 1 / R), without overflow
+        # min(R, 1 / R), without overflow.
+        return float(np.mean(np.exp(-np.abs(log_ratio))))
     with np.errstate(over="ignore"):
         ratio = np.exp(log_ratio)
     return float(np.mean(np.minimum(ratio, 1.0 / (ratio + eps))))

@@ -86,4 +86,5 @@ class DPO(TwoSided):
             for before in (False, True)
             for side in ("instead", "forget")
         ]
-        return self.values(*sums), None  # `[rows]`: a value an answer, not a token
+        # `[rows]`: a value an answer, not a token.
+        return self.values(*sums), None

@@ -16,7 +16,8 @@ from logitjax.unlearning._reads import Need, Read
 def faded_ascent(nll: Array, beta: float) -> jax.Array:
     """`-p^beta nll` of tokens; the weight is a constant, as in WGA's code."""
     nll = as_losses(nll, "nll")
-    gone = nll == jnp.inf  # has a limit: without a weight -inf, else 0
+    # Has a limit: without a weight -inf, else 0.
+    gone = nll == jnp.inf
     finite = jnp.where(gone, 0.0, nll)
     weight = jax.lax.stop_gradient(jnp.exp(-beta * finite))
     return jnp.where(gone, 0.0 if beta > 0 else -jnp.inf, -weight * finite)

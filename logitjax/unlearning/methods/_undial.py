@@ -47,7 +47,8 @@ def linear_undial(
         blocks=blocks,
         axis_name=axis_name,
     )
-    return loss if weights is None else loss[0]  # the sum, without outputs
+    # The sum, without outputs.
+    return loss if weights is None else loss[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,8 @@ class _Undial(KLStatistic):
     vocab: int
 
     def term(self, over: jax.Array, under: jax.Array) -> jax.Array:
-        return -under  # cross-entropy: that of the teacher is constant
+        # cross-entropy: that of the teacher is constant.
+        return -under
 
     def sides(self, block: LogitBlock) -> tuple[jax.Array, jax.Array]:
         assert block.teacher is not None
@@ -124,4 +126,5 @@ class UNDIAL(TwoSided):
     def forget(self, read: Read) -> Any:
         sides = [(read.states("forget", before=b), read.head(before=b)) for b in (False, True)]
         values = self.values(*sides[0], *sides[1], read.labels("forget"))
-        return read.put("forget", values), read.where("forget")  # answers alone, back in their rows
+        # Answers alone, back in their rows.
+        return read.put("forget", values), read.where("forget")
