@@ -63,11 +63,9 @@ def knowledge_distillation(
         T^2 * KL( softmax(z_t / T) || softmax(z_s / T) )
 
     Args:
-        student_logits: `[*batch, classes]` (classes along `axis`).
-        teacher_logits: the same shape.
+        student_logits, teacher_logits: `[*batch, classes]` (classes along `axis`).
         temperature: 4 with weights .1 (labels) and .9 on CIFAR; 1 with .5 and .5 on ImageNet.
         vocab_where: the classes that exist.
-        axis: the class axis.
         axis_name: mesh axis over which the classes are split, inside `shard_map`.
 
     Returns:
@@ -113,8 +111,7 @@ def decoupled_knowledge_distillation(
               + other_weight  * KL(p_t without y || p_s without y) )
 
     Args:
-        student_logits: `[*batch, classes]`, as all that follows those of `knowledge_distillation`.
-        teacher_logits: the same shape.
+        student_logits, teacher_logits: `[*batch, classes]`, as in `knowledge_distillation`.
         labels: the true classes, numbers of the whole where classes are split.
         target_weight: alpha of the paper.
         other_weight: beta of the paper: 8 by default, 2 or 6 for some published pairs.
@@ -263,8 +260,7 @@ def dist(
               + intra_weight * mean_c (1 - pearson(p_s[:, c], p_t[:, c])) )
 
     Args:
-        student_logits: `[batch, classes]`.
-        teacher_logits: the same shape.
+        student_logits, teacher_logits: `[batch, classes]`.
         inter_weight: beta of the paper (2 on ImageNet).
         intra_weight: gamma of the paper (2 on ImageNet).
         temperature: 1 on ImageNet, 4 on CIFAR.

@@ -32,9 +32,8 @@ def rollout_program(
 ) -> Any:
     """Compiled: `(trained, frozen, tokens, positions, seeds)` to what the student writes.
 
-    The arrays are those of the train state, as they lie on the mesh: no weight is copied or
-    listed anew, whatever the layout, and adapters are not merged. The result has `tokens`, `valid`
-    and `log_probs`, `[rows, new]`, and `stopped`, `[rows]`. `traced` is called once a shape.
+    The arrays lie as in the train state: no weight is copied, no adapter merged. `traced` is called
+    once a shape. The result has `tokens`, `valid`, `log_probs` `[rows, new]`, `stopped` `[rows]`.
     """
     shape = nnx.eval_shape(lambda: student.model(student.trained, student.frozen))
 
@@ -73,12 +72,9 @@ class Rollouts:
     since the weights that wrote it are gone by then.
 
     Args:
-        student: The student.
-        on_policy: How much it writes, and by which law.
         packed: The rows of the text, whose training rows begin what is written.
         batch_size: Number of rows of a global batch.
         seed: Seed of the order of rows, and of what is drawn.
-        mesh: Mesh of the state.
         directory: Folder for what has to be kept.
 
     Attributes:
@@ -133,8 +129,6 @@ class Rollouts:
         Args:
             step: Number of the update, counted from 0.
             batch: The rows of the text.
-            trained: The student's parameters now.
-            frozen: The others.
             oldest: Step of the oldest checkpoint from which the run may go on.
 
         Returns:

@@ -90,7 +90,6 @@ class Course:
         """The rows of each split for which a run needs the teachers' output, ascending.
 
         Args:
-            packed: The rows.
             seeds: Seeds of the runs, by default the course's; none where no teacher is heard.
             splits: The held-out splits that are scored.
         """
@@ -153,11 +152,7 @@ class Trained:
 class Scorer:
     """Held-out scores and samples of a student; one compiled program serves all its parameters.
 
-    Args:
-        student: The student.
-        corpus: Text and teachers, of which the held-out rows are used.
-        course: How many rows are scored, and how many at once.
-        mesh: Mesh of what is scored.
+    Of `corpus` the held-out rows are used; `course` tells how many, and how many at once.
     """
 
     def __init__(self, student: Student, corpus: Corpus, course: Course, *, mesh: Mesh):
@@ -228,11 +223,6 @@ def train_student(
     """Train a student; continue bit for bit from the newest checkpoint, or read a finished run.
 
     Args:
-        student: The trained and the frozen parameters.
-        corpus: Text and teachers.
-        objective: What is minimised.
-        course: How long and how fast.
-        mesh: Mesh of the state.
         directory: Folder of checkpoints and of `metrics.jsonl`.
         scorer: Scores validation rows during training.
         on_policy: How much of each batch the student writes; its teachers have to read live.
@@ -358,9 +348,7 @@ class Distilled:
 
     Attributes:
         model: The model to hand on, adapters merged.
-        before: Scores on test rows before training.
-        after: Scores after it.
-        trained: The training.
+        before, after: Scores on test rows before and after training.
         samples: A `prompt`, and the student's continuation `before` and `after` training.
     """
 
@@ -389,9 +377,6 @@ def distill(
     Args:
         student: The decoder and what of it is trained, see `Student.of`.
         corpus: Text and teachers, see `Reading.load`.
-        objective: What is minimised.
-        course: How long and how fast.
-        mesh: Mesh of training.
         workdir: Folder of everything that is kept.
         on_policy: How much of each batch the student writes; its teachers have to read live.
 

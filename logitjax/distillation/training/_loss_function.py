@@ -13,7 +13,6 @@ class LossFunction:
     """An objective as `loss(trained, batch, rng, frozen, counts=None) -> (sum, count, metrics)`.
 
     Args:
-        objective: What is minimised.
         student: The student, whose `trained` and `frozen` the function takes. The heads of live
             teachers are `frozen["teachers"]`, by their name.
         sources: Names under which `batch["sources"]` holds the `Teacher` of each, and how its

@@ -98,11 +98,9 @@ def prune_layers(
     Both cost one forward pass.
 
     Args:
-        model: The decoder.
         batches: Calibration text: packed columns `tokens`, `segment_ids`, `positions` and
             `loss_mask`, each `[rows, length]`. Some thousand tokens will do.
         count: How many layers to drop, fewer than there are.
-        by: The score.
 
     Raises:
         ValueError: Too few layers, no batch, or an unknown score.

@@ -126,11 +126,10 @@ class Student:
     ) -> tuple[Any, Any, dict[str, tuple[Any, Any]]]:
         """Held-out scores of a batch, for `training.EvalStep`: a sum, a count and metrics.
 
-        The sum is of negative log-likelihoods. The metrics have `accuracy`. With `batch["bytes"]`,
-        the number of bytes of each label, they have `bits_per_byte`. With `batch["teacher"]`, the
-        output of a teacher of the same vocabulary, they have `agreement` of the likeliest tokens
-        and `teacher_kl`, the divergence from the teacher by its top logits and, if it is known, the
-        mass of all others.
+        The sum is of negative log-likelihoods. The metrics have `accuracy`; with `batch["bytes"]`
+        of each label `bits_per_byte`; with `batch["teacher"]`, the output of one of the same
+        vocabulary, `agreement` of the likeliest tokens and `teacher_kl`, the divergence from it by
+        its top logits and, if it is known, the mass of all others.
         """
         del rng  # nothing is drawn
         model = self.model(trained, frozen)

@@ -26,8 +26,7 @@ class TeacherIdentity:
 
     Attributes:
         model: the teacher, as its user names it.
-        tokenizer: fingerprint of the teacher's tokenizer.
-        data: fingerprint of the packed rows.
+        tokenizer, data: fingerprints of the teacher's tokenizer and of the packed rows.
         vocab_size: entries of the teacher's vocabulary.
         positions: positions a row.
         k: logits kept a position.
