@@ -30,9 +30,6 @@ def kl_divergence(
     `T^2` keeps the size of the gradient when the temperature changes.
     What all losses take, return and raise is written in `logitjax.losses`.
 
-    Args:
-        direction: 'forward' for KL(teacher || student), 'reverse' for KL(student || teacher).
-
     Returns:
         `[*batch]`, float32. `inf` where the first distribution has mass on an entry that is `-inf`
         in the second; its gradient is then that of the other entries, and finite.

@@ -72,7 +72,6 @@ def graph_statistics(
 
     Args:
         logits: `[*batch, positions, vocab]`, any float type.
-        k: how many to keep, at most the vocabulary.
         vocab_where: vocabulary entries that count, broadcastable to the logits.
         axis_name: mesh axis that shards the vocabulary, inside `shard_map`.
 

@@ -1,5 +1,3 @@
-"""Log-probabilities of given tokens, and entropies, from hidden states."""
-
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -59,13 +57,11 @@ def linear_log_probs(
     What all losses take and raise is written in `logitjax.losses`.
 
     Args:
-        hidden: `[*batch, hidden]`, at positions that predict the tokens.
-        tokens: `[*batch]` ids, over the whole vocabulary.
+        tokens: `[*batch]` ids, over the whole vocabulary, which the positions of `hidden` predict.
         support: The sets `S` as the sampler has recorded them: `[*batch, n]` ids, padded with -1
             (see `pad_support`). A token that its set lacks is added, an id counts once, and an
             empty set stands for the whole vocabulary. Sets found anew from the trained model's own
             logits would differ from those by rounding, and later by training.
-        entropy: Whether to return it.
 
     Returns:
         `LogProbs`; `-inf` where the token's entry does not exist, nan where an id is past the

@@ -47,7 +47,6 @@ def sparse_kl_divergence(
     student, now or some steps ago, the last is an unbiased estimate of the whole divergence, and so
     is its gradient; a single position's value may be negative. For the reverse let the student
     draw, at its own top k: of a teacher's draws the weights have no bound.
-
     What all losses take, return and raise is written in `logitjax.losses`.
 
     Args:
@@ -129,7 +128,6 @@ def linear_sparse_kl_divergence(
     Costs what `linear_cross_entropy` costs: the sweep over the vocabulary picks the student's
     logits at the teacher's ids as it passes them. `linear_fused_loss` adds the labels'
     cross-entropy in the same sweep.
-
     What all losses take, return and raise is written in `logitjax.losses`.
 
     Args:
