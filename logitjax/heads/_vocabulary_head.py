@@ -56,11 +56,7 @@ class VocabularyHead(nnx.Module):
         raise NotImplementedError
 
     def as_linear(self, embedding: Any = None) -> Head:
-        """The equivalent full head, for the losses that start at hidden states.
-
-        Raises:
-            ValueError: its logits are not linear in the hidden state.
-        """
+        """The equivalent full head, for losses of hidden states; ValueError if it is not linear."""
         raise ValueError(
             f"head: expected one with a kernel, got a {type(self).__name__}: use nll()"
         )
