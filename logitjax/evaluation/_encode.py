@@ -69,9 +69,6 @@ class PromptTemplate:
         apart.
 
         Args:
-            tokenizer: tokenizer of the model.
-            question: question of the item.
-            answer: right or wrong.
             max_length: largest length of the row; the rest is cut off. TOFU's is 200,
                 OpenUnlearning's 512.
             eos_id: the end mark, if it is not the tokenizer's.

@@ -29,12 +29,8 @@ def rouge(references: Sequence[str], predictions: Sequence[str]) -> Rouge:
     Words are lower-case runs of letters and digits, stemmed by Porter's rules where longer than
     three letters. A reference without words scores 0.
 
-    Args:
-        references: the right answers.
-        predictions: as many texts.
-
     Raises:
-        ValueError: unequal numbers.
+        ValueError: unequal numbers of references and predictions.
 
     References:
         Lin, 2004; ``rouge_score`` with ``use_stemmer=True``, as in TOFU and OpenUnlearning; F1 as
