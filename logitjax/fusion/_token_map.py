@@ -184,9 +184,8 @@ def vocabulary_map(
     tokenizers that were derived from one another keep the order of ids.
 
     Args:
-        large: a tokenizer (with `encode` and `get_vocab`, itself or in its `backend`), a
+        large, small: a tokenizer (with `encode` and `get_vocab`, itself or in its `backend`), a
             mapping from token to id, or the tokens in the order of their ids.
-        small: likewise.
         probes: texts that both have to cut alike.
         least_overlap: share of the small vocabulary that has to be in the large one.
 
