@@ -1,5 +1,3 @@
-"""Class-by-class logit losses: the two that dual-head distillation trains its second head with."""
-
 import math
 from collections.abc import Callable
 from typing import Literal

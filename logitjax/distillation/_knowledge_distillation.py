@@ -1,5 +1,3 @@
-"""Softmax distillation of classifiers: KD, decoupled KD, logit standardisation and DIST."""
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int

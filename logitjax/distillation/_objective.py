@@ -1,5 +1,3 @@
-"""A student's objective: terms and their weights, and one sweep that serves them all."""
-
 import dataclasses
 import functools
 import math

@@ -98,7 +98,6 @@ class Part:
         return self.term.pointwise and (self.params is None or self.head is not None)
 
     def tokens(self) -> dict[str, Any]:
-        """Tokens that the value needs at a position."""
         positions = {n: a for n, a in self.attributes.items() if n not in _NOT_AT_POSITIONS}
         optional = {"ids": self.needs.ids, "beside": self.needs.beside, "scale": self.scale}
         given = {name: array for name, array in optional.items() if array is not None}

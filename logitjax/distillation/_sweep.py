@@ -131,7 +131,6 @@ class _Reading:
         return cls(parts, statistic, tokens, slices, numbers, has_readout)
 
     def values(self, results: Any, local: Sequence[Mapping[str, Any]]) -> list[Any]:
-        """The values of each part."""
         # A part's own statistic may be `Several` as well.
         count = self.has_readout + sum(number is not None for number in self.numbers)
         results = results if count > 1 else (results,)

@@ -1,5 +1,3 @@
-"""A student's own text in the tokens of a teacher of another tokenizer."""
-
 from collections.abc import Mapping
 
 import numpy as np

@@ -1,5 +1,3 @@
-"""Rows that a student writes, in the form of packed rows: all that follows reads them alike."""
-
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -69,16 +67,14 @@ class Rollouts:
     """Writes the rows of each update: a function of the seed, the step and the weights alone.
 
     What is written at once for several updates is kept in a file until no checkpoint needs it,
-    since the weights that wrote it are gone by then.
+    since the weights that wrote it are gone by then. `programs` counts those that were compiled,
+    one for each size of prompts.
 
     Args:
         packed: The rows of the text, whose training rows begin what is written.
         batch_size: Number of rows of a global batch.
         seed: Seed of the order of rows, and of what is drawn.
         directory: Folder for what has to be kept.
-
-    Attributes:
-        programs: Number of programs that were compiled, one for each size of prompts.
 
     Raises:
         ValueError: Sizes that do not fit into a row or a batch, or a teacher's tokenizer that

@@ -1,5 +1,3 @@
-"""Divergences from a teacher of another vocabulary, in that vocabulary."""
-
 import dataclasses
 from typing import Any, NamedTuple
 

@@ -1,5 +1,3 @@
-"""One vocabulary seen from another: a sparse matrix, and what it makes of a teacher's top k."""
-
 import dataclasses
 import functools
 import io

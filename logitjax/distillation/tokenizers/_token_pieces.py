@@ -1,5 +1,3 @@
-"""Which of another vocabulary's tokens each of ours stands for, from the bytes of their texts."""
-
 import re
 from collections.abc import Sequence
 from typing import Any, Literal, get_args

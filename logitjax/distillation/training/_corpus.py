@@ -112,7 +112,7 @@ class Reading:
         return tuple(f"source{i}" for i in range(len(self.teachers)))
 
     def check(self, tokenizer: models.Tokenizer, objectives: Sequence[Objective]) -> None:
-        """Refuse, before any reading, a loss that a teacher cannot serve: a ValueError names both."""
+        """Refuse, before any reading, losses that a teacher cannot serve; ValueError names both."""
         specs = self.teachers
         prints = [_tokenizer_of(spec, tokenizer).fingerprint for spec in specs]
         for objective in objectives:
@@ -444,7 +444,6 @@ def _reader(
 
 
 def _devices_of(reading: Reading) -> Mesh:
-    """The mesh that a teacher is split over."""
     # Over local devices alone a process reads its rows without waiting for the others.
     devices = jax.local_devices() if reading.teacher_devices == "local" else jax.devices()
     return training.make_mesh("fsdp:-1", devices=devices)

@@ -135,7 +135,6 @@ class Trained:
     """The result of a training.
 
     Attributes:
-        params: The trained parameters.
         curve: Pairs of a step and its validation perplexity; empty if `eval_every` is 0.
         parts: For `loss` and each of its terms, pairs of a step and the mean since the last one.
         tokens_per_second: Predicted tokens a second of training, the median over log lines.

@@ -1,5 +1,3 @@
-"""An objective as the function that training takes; nothing here holds logits."""
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any

@@ -1,5 +1,3 @@
-"""A decoder under training: what of it moves, what stays, and the model that comes of it."""
-
 import dataclasses
 import math
 import re

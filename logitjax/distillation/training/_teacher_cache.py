@@ -1,5 +1,3 @@
-"""A cache of a teacher's output on disk: top logits and what makes them probabilities."""
-
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
@@ -27,9 +25,7 @@ class TeacherIdentity:
     Attributes:
         model: the teacher, as its user names it.
         tokenizer, data: fingerprints of the teacher's tokenizer and of the packed rows.
-        vocab_size: entries of the teacher's vocabulary.
-        positions: positions a row.
-        k: logits kept a position.
+        vocab_size, positions, k: entries of its vocabulary, positions a row, logits a position.
         dtype: 'float16', 'bfloat16' or 'float32': how log-probabilities are stored.
         tail_samples: tokens a position drawn outside the top k, for unbiased divergences; 0: none.
         likelihoods: whether it keeps the log-probability of each label and that of a word's
