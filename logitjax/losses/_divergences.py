@@ -1,5 +1,3 @@
-"""Divergences between a student's and a teacher's distribution over one shared vocabulary."""
-
 from typing import Literal
 
 import jax

@@ -1,5 +1,3 @@
-"""Statistics that graph fusion needs of logits: a few numbers a position, cacheable offline."""
-
 import dataclasses
 from typing import Any
 

@@ -1,5 +1,3 @@
-"""Divergences between a student's and a teacher's linear head, without the logits of either."""
-
 from typing import Literal, Unpack
 
 import jax

@@ -107,7 +107,6 @@ def pad_support(ids: Array, row_splits: Array, batch: tuple[int, ...]) -> np.nda
         ids: `[total]`, the sets one after the other.
         row_splits: `[positions + 1]`, where each begins, and the end, outside of `jit`: the largest
             set tells `n`.
-        batch: Shape of the positions.
 
     Raises:
         ValueError: The splits are none of these positions and ids.

@@ -1,5 +1,3 @@
-"""Divergences from a teacher of which only the top logits are known, as a cache holds them."""
-
 import dataclasses
 from typing import Any, Literal, Unpack
 

@@ -1,5 +1,3 @@
-"""Draws from what some top k leaves out: from them the whole divergence is estimated."""
-
 import dataclasses
 import math
 from typing import Any

@@ -1,5 +1,3 @@
-"""An output head as a value: what turns hidden states into logits."""
-
 import dataclasses
 from typing import Any
 

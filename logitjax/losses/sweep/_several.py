@@ -1,5 +1,3 @@
-"""Several statistics in one sweep, and a loss made of a statistic."""
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any
