@@ -1,5 +1,3 @@
-"""The interface of heads besides logits, for heads that make all V of them anyway."""
-
 import os
 from typing import Any
 
