@@ -1,5 +1,3 @@
-"""Questions and answers as rows of tokens, the same for training, scoring and generating."""
-
 import dataclasses
 
 import numpy as np

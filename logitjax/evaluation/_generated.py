@@ -1,5 +1,3 @@
-"""Generated texts against right answers: ROUGE as TOFU counts it, and repetition."""
-
 import collections
 import math
 from collections.abc import Sequence

@@ -1,5 +1,3 @@
-"""Rows of any lengths through a function of fixed shapes."""
-
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
