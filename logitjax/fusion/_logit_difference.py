@@ -1,5 +1,3 @@
-"""Unlearning at decoding time: the large model less an assistant that knows what to forget."""
-
 import dataclasses
 import math
 from typing import Any, ClassVar, Literal
