@@ -1,5 +1,3 @@
-"""As few sweeps over the vocabulary as the parts of an objective need."""
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,5 +1,3 @@
-"""ALM: how likely two models find the same stretches of text, whatever their vocabularies."""
-
 import dataclasses
 import math
 from collections.abc import Mapping

@@ -1,5 +1,3 @@
-"""Rows of text that a student learns from, and what its teachers say about them."""
-
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,5 +1,3 @@
-"""Training a student on a corpus, scoring it before and after, and the model to hand on."""
-
 import contextlib
 import dataclasses
 import functools

@@ -1,5 +1,3 @@
-"""A smaller model out of a model: without the layers, heads and channels that matter least."""
-
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
