@@ -36,8 +36,6 @@ class Looks:
 
     @functools.cached_property
     def before(self) -> dict[str, Any]:
-        """Return the model's values on these rows before training."""
-
         def measure() -> dict[str, Any]:
             model, questions = Deployed(model=self.training.model), self.questions
             answers = questions.answers(model, "validation")
@@ -56,7 +54,6 @@ class Looks:
 
     @functools.cached_property
     def goal(self) -> Goal:
-        """How likely forgotten answers may be."""
         source = "answers of the holdout, which nobody was taught"
         if not self.questions.rows["holdout"]:
             source = "each other's answers to the questions to forget"
@@ -68,11 +65,9 @@ class Looks:
         return self.goal.excess({"asked": self.before["probabilities"]["forget"]})["asked"]
 
     def meets(self, candidate: Mapping[str, Any]) -> bool:
-        """Whether a candidate forgets and keeps enough."""
         return not candidate["broken"] and self.goal.met(candidate["excess"])
 
     def leaks(self, excess: Mapping[str, float]) -> list[str]:
-        """Ways that bring something out."""
         return [way for way, result in excess.items() if not self.goal.met(result)]
 
     def look(self, number: int, step: int, ways: Sequence[str]) -> dict[str, Any]:
@@ -204,7 +199,6 @@ class Looks:
 
 
 def diverged(at: Mapping[str, Any]) -> dict[str, Any]:
-    """A candidate with losses that are not finite."""
     # Worse than any finite one, and still JSON.
     worst = 1e9
     nothing = dict(strength=0.0, forget=0.0, excess=worst, gap=worst, probability=0.0, least=0.0)

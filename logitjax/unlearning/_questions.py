@@ -35,7 +35,6 @@ class Questions:
     Attributes:
         rows: Rows by part: those of `split_rows`, and `wrong`, questions to forget with each
             other's answers.
-        tokenizer: The model's tokenizer.
         encoded: Encoded rows by part, for `evaluation.score_rows`.
         cut: Indices of rows of a part that are longer than `max_length`: only their beginnings are
             trained on and asked.
@@ -212,11 +211,7 @@ class Questions:
         return encode_row(row, self.tokenizer, max_length=room * self.max_length)
 
     def scores(self, model: Deployed, part: str, *, few: bool = False) -> Any:
-        """`score_rows` of the answers, or of at most 40 evenly spaced ones.
-
-        Raises:
-            ValueError: One is not finite.
-        """
+        """`score_rows` of the answers, or of 40 spread evenly; ValueError if one is not finite."""
         rows = self.encoded[part]
         return self._scored(model.nll, _evenly(rows) if few else rows)
 

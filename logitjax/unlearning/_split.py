@@ -62,15 +62,9 @@ def split_rows(
 
     Rows are linked if they share a `group`, or half of the runs of eight words of question (of a
     conversation the last turn) and answer, or if one asks what another does, in its words or in
-    those of its paraphrases. Linked rows come into one part, and rows that are linked
-    to a row to forget are left out of the others. Groups are ordered by a hash of the seed and
-    their text, and cut after 60 and 80 % of the rows.
-
-    Args:
-        forget: Rows to forget.
-        retain: Rows to keep.
-        holdout: Rows like those to forget that no model was trained on.
-        seed: Seed of the order.
+    those of its paraphrases. Linked rows come into one part, and rows that are linked to a row to
+    forget are left out of the others. Groups are ordered by a hash of the seed and their text, and
+    cut after 60 and 80 % of the rows. No model was trained on the `holdout`.
 
     Raises:
         ValueError: Fewer than three groups of rows to keep are left.

@@ -43,12 +43,10 @@ def relearning(
     how such answers begin.
 
     Args:
-        model: The model as it is deployed.
         questions: Their rows to `forget` are taught or asked.
         rates: Learning rates of Adam, ten times those of all weights.
         steps: Numbers of steps after which to ask, ascending.
         seeds: Number of repetitions, with other rows taught and other adapters.
-        batch_size: Number of rows in a step.
 
     Returns:
         Records of `rate`, `seed`, `steps`, and median probabilities of the rows `taught` and of the
