@@ -61,7 +61,6 @@ class Looks:
 
     @property
     def known(self) -> float:
-        """How much likelier the likeliest answer to forget is before than the goal's worst."""
         return self.goal.excess({"asked": self.before["probabilities"]["forget"]})["asked"]
 
     def meets(self, candidate: Mapping[str, Any]) -> bool:
@@ -71,7 +70,6 @@ class Looks:
         return [way for way, result in excess.items() if not self.goal.met(result)]
 
     def look(self, number: int, step: int, ways: Sequence[str]) -> dict[str, Any]:
-        """A candidate of a round: its strength, and what it has forgotten and kept."""
         at = {"round": number, "step": step}
         make = functools.partial(self._look, at, ways)
         return self.judged(self.training.record(f"{name_of(at)}.json", make))
@@ -84,8 +82,6 @@ class Looks:
         return dict(record) | {"least": least_share(record), "broken": broken}
 
     def heard(self, candidate: Mapping[str, Any]) -> dict[str, Any]:
-        """A candidate with what is left of generated answers."""
-
         def make() -> dict[str, Any]:
             model = self.training.at(self.training.read(candidate), candidate["strength"])
             answers, before = self.questions.answers(model, "validation"), self.before

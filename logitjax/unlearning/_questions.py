@@ -211,7 +211,7 @@ class Questions:
         return encode_row(row, self.tokenizer, max_length=room * self.max_length)
 
     def scores(self, model: Deployed, part: str, *, few: bool = False) -> Any:
-        """`score_rows` of the answers, or of 40 spread evenly; ValueError if one is not finite."""
+        """`score_rows` of the answers, or of 40, spread evenly; ValueError if one is not finite."""
         rows = self.encoded[part]
         return self._scored(model.nll, _evenly(rows) if few else rows)
 
@@ -317,7 +317,6 @@ def _cut(
     tokenizer: Tokenizer,
     max_length: int,
 ) -> frozenset[int]:
-    """Which rows had to be cut."""
     full = [i for i, (ids, _) in enumerate(encoded) if len(ids) == max_length]
     # Tells a cut row from one that just fits.
     longer = [encode_row(rows[i], tokenizer, max_length=max_length + 1)[0] for i in full]

@@ -76,7 +76,6 @@ class Read:
         return self._value(Need(side, "layer", before))
 
     def head(self, *, before: bool = False) -> Head:
-        """The head of the model, for `states`."""
         return self._heads[before]
 
     def where(self, side: str) -> jax.Array:

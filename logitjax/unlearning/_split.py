@@ -45,14 +45,12 @@ class Split:
             if they are the paraphrase of another, and `other`.
         left_out: Number of rows to keep or of the holdout that are linked to rows to forget, and of
             the holdout to rows to keep.
-        groups: Number of groups of `train`, `validation` and `test`.
-        alike: Number of rows to keep that say much the same as one to forget, and are kept.
     """
 
     parts: Mapping[str, tuple[Row, ...]]
     left_out: int
-    groups: tuple[int, int, int]
-    alike: int = 0
+    groups: tuple[int, int, int]  # of `train`, `validation` and `test`
+    alike: int = 0  # rows to keep, and kept, that say much the same as one to forget
 
 
 def split_rows(

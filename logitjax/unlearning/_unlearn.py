@@ -40,13 +40,11 @@ class Unlearned:
             the worst of the control in any way to ask, and that by `ways`, `gap` from the goal in
             nats, the shares kept (`probability`, `row`, `rouge`, `fluency`, `perplexity`), the
             `least` of them (perplexity by its inverse), and the limits that they break, `broken`.
-        goal: How likely forgotten answers were to become.
         ways: Ways to ask that were trained on in the end.
         verdict: What may be said of it; None where nothing was written.
         staged: Folder of what was written, in the folder of candidates; None if none is feasible.
         model: What was written, read again; None likewise.
         before, after: Of `examine`, what the model and what was written say; empty likewise.
-        controls: What the references say.
     """
 
     chosen: Mapping[str, Any] | None

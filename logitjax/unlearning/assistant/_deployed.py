@@ -122,9 +122,7 @@ class Deployed:
     def surprise(self, tokens: Any, targets: Any) -> jax.Array:
         """How much less likely tokens are than others in their place, the score of min-k++.
 
-        ::
-
-            (mu - log p_y) / sigma,   of log p_v under p
+        It is `(mu - log p_y) / sigma`, of `log p_v` under p.
 
         References:
             Zhang et al., Min-K%++, 2024 (arXiv 2404.02936). The variance is at least 1e-6, as in

@@ -261,9 +261,7 @@ def _sampled(model: Deployed, questions: Questions, samples: int) -> Attacks:
 def leak_at(values: Any, k: int) -> float:
     """The expected largest of k values that are drawn from n without repetition.
 
-    ::
-
-        sum_i C(i - 1, k - 1) / C(n, k) x_(i),   x_(1) <= ... <= x_(n)
+    That is `sum_i C(i - 1, k - 1) / C(n, k) x_(i)`, with `x_(1) <= ... <= x_(n)`.
 
     >>> round(leak_at([0.1, 0.2, 0.9], 1), 4), round(leak_at([0.1, 0.2, 0.9], 2), 4)
     (0.4, 0.6667)

@@ -109,7 +109,6 @@ def plain(values: Any) -> Any:
 
 
 def _is_open_unlearning(source: Mapping[str, Any]) -> bool:
-    """Whether these are its metrics by name."""
     return any(f"{name}{_MARK}" in source for name in _SETS)
 
 

@@ -32,22 +32,15 @@ _LARGEST_VOCABULARY = 2**18
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SetScores:
-    """Means over the items of a set; None where the log does not say.
-
-    Attributes:
-        probability: Of the answer, for its length; in the real-world sets among the wrong answers.
-        rouge_l: Recall of the generated answer.
-        truth_ratio: `max(0, 1 - R)`, in forget sets `min(R, 1 / R)`.
-        preference: For the right answer; in forget sets of its paraphrase.
-    """
+    """Means over the items of a set; None where the log does not say."""
 
     items: int
-    probability: float
-    rouge_l: float | None = None
-    truth_ratio: float | None = None
+    probability: float  # of the answer, for its length; in real-world sets among the wrong answers
+    rouge_l: float | None = None  # recall of the generated answer
+    truth_ratio: float | None = None  # `max(0, 1 - R)`, in forget sets `min(R, 1 / R)`
     extraction_strength: float | None = None
     exact_memorisation: float | None = None
-    preference: float | None = None
+    preference: float | None = None  # for the right answer; in forget sets of its paraphrase
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
