@@ -69,8 +69,6 @@ class _Header:
 
 
 class GgufSource:
-    """Tensors and metadata of a GGUF file."""
-
     def __init__(self, path: epath.PathLike):
         self.path = epath.Path(path)
         if not self.path.exists():

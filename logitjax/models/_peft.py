@@ -20,7 +20,6 @@ _UNKNOWN = ("alora_invocation_tokens", "alpha_pattern", "layer_replication", "ra
 
 
 def save_peft(lora: Lora, config: DecoderConfig, directory: epath.PathLike, base: str) -> None:
-    """See `Lora.save`."""
     modules, layers = _modules(config), _listed(lora, config)
     tensors: dict[str, np.ndarray] = {}
     for i, layer in enumerate(layers):
