@@ -52,8 +52,6 @@ def check_family(
         config: A config.json of a small model, which gets random weights; or a checkpoint's
             directory, such as one that another program wrote.
         tokens: `[2, time]`, at least 12 each; random ones when omitted.
-        skip: Properties that are not checked.
-        seed: Seed of weights and tokens.
 
     Returns:
         The logits `[2, time, vocab]`, for comparison with another program's.

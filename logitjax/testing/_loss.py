@@ -72,8 +72,6 @@ def check_loss(
         where: The mask of positions, boolean or weights, if the function takes one.
         shared: Arrays without a batch axis, such as a head. All others begin with it.
         constant: Arrays that get no gradient, such as a teacher's.
-        skip: Properties that the loss does not promise.
-        seed: Seed of cotangents and directions.
 
     Raises:
         AssertionError: The first property that does not hold, in one line with the argument and the
@@ -124,7 +122,6 @@ class _Loss:
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
-        """Of the result, which is traced here for the first time."""
         result = attempt("jit", lambda: jax.eval_shape(lambda x: self.fn(**x), dict(self.arrays)))
         if not hasattr(result, "shape"):
             fail("shape", "result", f"expected one array, got {type(result).__name__}")
@@ -185,8 +182,6 @@ class _Loss:
         return cast, cotangent
 
     def padded(self, arrays: Any, cotangent: Any) -> Any:
-        """With columns of logits that do not exist."""
-
         def pad(x: Any) -> Any:
             widths = ((0, 0),) * (x.ndim - 1) + ((0, _PADDING),)
             return jnp.pad(x, widths, constant_values=-jnp.inf)
