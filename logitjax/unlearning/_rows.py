@@ -147,7 +147,6 @@ def _joined(row: Row, again: Row) -> Row:
 
 
 def _rows_of(raw: Any) -> list[Row]:
-    """The rows of a line: one for each answer."""
     if not isinstance(raw, dict):
         raise ValueError(f"expected an object, got {type(raw).__name__}")
     for name in ("answer", "completion", "output"):
