@@ -29,8 +29,6 @@ _ACTIVATIONS = {
 
 
 class MLP(nnx.Module):
-    """Gated or plain two-layer perceptron."""
-
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any):
         kinds: Any = {"dtype": dtype, "param_dtype": param_dtype, "use_bias": config.mlp_bias}
         linear = functools.partial(linear_map, rngs=rngs, **kinds)

@@ -21,8 +21,6 @@ _PIECE = 1 << 20
 
 
 class _Header:
-    """Reads values off the front of a file."""
-
     def __init__(self, file: guard.Reader):
         self.file = file
         self._values = 0

@@ -54,7 +54,6 @@ def save_peft(lora: Lora, config: DecoderConfig, directory: epath.PathLike, base
 
 
 def load_peft(directory: epath.PathLike, config: DecoderConfig) -> Lora:
-    """See `Lora.load`; listed."""
     directory = epath.Path(directory)
     for name in (_CONFIG, _WEIGHTS):
         if not (directory / name).exists():
@@ -136,7 +135,6 @@ def _layer(
 
 
 def _listed(lora: Lora, config: DecoderConfig) -> list[dict[str, Any]]:
-    """One mapping of adapters a layer, in the order of the layers."""
     # a leading axis of layers.
     if jax.tree.leaves(lora)[0].ndim == 3:
         lora = lora.with_layout(config, "listed")
