@@ -65,7 +65,7 @@ def hidden_states(
 
 
 def head_of(model: Any) -> Head:
-    """A tunix model's output head, tied or not, with its soft cap; ValueError if it has adapters."""
+    """A tunix model's head, tied or not, with its soft cap; a ValueError if it has adapters."""
     config = getattr(model, "config", None)
     cap = getattr(config, "final_logit_softcap", None)
     options = {
