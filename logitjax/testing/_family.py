@@ -248,7 +248,6 @@ def write_gguf(model: models.Decoder, path: os.PathLike) -> None:
 
 
 def _stored(config: models.DecoderConfig, module: str, leaf: str, values: np.ndarray) -> np.ndarray:
-    """An array as llama.cpp's converter stores it."""
     values = values.T if leaf == "kernel" else values
     if leaf == "scale":
         # Gemma's files hold 1 + w.

@@ -242,7 +242,6 @@ class _Loss:
             self.compare("vmap", mapped, single)
 
     def changed(self, name: str, number: float, entry: int = 0) -> Any:
-        """The value with another number in the first row."""
         changed = self.arrays[name].copy()
         changed.flat[entry] = number
         return self.run({name: changed})[0]
