@@ -89,7 +89,7 @@ class Method:
         return params if self.state() is None else params["weights"]
 
     def check(self, model: Decoder, questions: Questions) -> None:
-        """Raises a `ValueError` for plain text, if it says something instead of answers."""
+        """Refuses a model or rows that it cannot learn from, as plain text, by a ValueError."""
         if "instead" in self.sides and not all(row.asks for row in questions.rows["forget"]):
             raise ValueError(f"forget: {self.name} expects questions, got plain text")
 

@@ -211,7 +211,7 @@ class Questions:
         return encode_row(row, self.tokenizer, max_length=room * self.max_length)
 
     def scores(self, model: Deployed, part: str, *, few: bool = False) -> Any:
-        """`score_rows` of all answers, or at most 40 of them; a ValueError if one is not finite."""
+        """`score_rows` of answers, or of at most 40, evenly spaced; a ValueError if not finite."""
         rows = self.encoded[part]
         return self._scored(model.nll, _evenly(rows) if few else rows)
 

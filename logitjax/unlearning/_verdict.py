@@ -166,6 +166,7 @@ def told_apart(after: Any, controls: Any) -> tuple[list[str], float | None]:
     """Attacks that tell rows to forget from the holdout, and how far from a guess that begins.
 
     Beyond all controls, and beyond what all attacks together reach by chance in 5 % of cases.
+    None without a holdout.
     """
     m, n = after["sizes"]
     if not n:
