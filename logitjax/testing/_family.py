@@ -52,6 +52,8 @@ def check_family(
         config: A config.json of a small model, which gets random weights; or a checkpoint's
             directory, such as one that another program wrote.
         tokens: `[2, time]`, at least 12 each; random ones when omitted.
+        skip: Properties that are not checked.
+        seed: Seed of weights and tokens.
 
     Returns:
         The logits `[2, time, vocab]`, for comparison with another program's.
@@ -248,6 +250,7 @@ def write_gguf(model: models.Decoder, path: os.PathLike) -> None:
 
 
 def _stored(config: models.DecoderConfig, module: str, leaf: str, values: np.ndarray) -> np.ndarray:
+    """An array as llama.cpp's converter stores it."""
     values = values.T if leaf == "kernel" else values
     if leaf == "scale":
         # Gemma's files hold 1 + w.

@@ -72,6 +72,8 @@ def check_loss(
         where: The mask of positions, boolean or weights, if the function takes one.
         shared: Arrays without a batch axis, such as a head. All others begin with it.
         constant: Arrays that get no gradient, such as a teacher's.
+        skip: Properties that the loss does not promise.
+        seed: Seed of cotangents and directions.
 
     Raises:
         AssertionError: The first property that does not hold, in one line with the argument and the
@@ -122,6 +124,7 @@ class _Loss:
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
+        """Of the result, which is traced here for the first time."""
         result = attempt("jit", lambda: jax.eval_shape(lambda x: self.fn(**x), dict(self.arrays)))
         if not hasattr(result, "shape"):
             fail("shape", "result", f"expected one array, got {type(result).__name__}")
@@ -182,6 +185,8 @@ class _Loss:
         return cast, cotangent
 
     def padded(self, arrays: Any, cotangent: Any) -> Any:
+        """With columns of logits that do not exist."""
+
         def pad(x: Any) -> Any:
             widths = ((0, 0),) * (x.ndim - 1) + ((0, _PADDING),)
             return jnp.pad(x, widths, constant_values=-jnp.inf)
@@ -242,6 +247,7 @@ class _Loss:
             self.compare("vmap", mapped, single)
 
     def changed(self, name: str, number: float, entry: int = 0) -> Any:
+        """The value with another number in the first row."""
         changed = self.arrays[name].copy()
         changed.flat[entry] = number
         return self.run({name: changed})[0]

@@ -51,6 +51,8 @@ def check_method(method: Method, *, skip: Collection[str] = (), seed: int = 0) -
 
     Args:
         method: The method, which is `prepared` with a likelihood loss of 1.
+        skip: Properties that the method does not promise.
+        seed: Seed of weights, tokens and of what the method draws.
 
     Raises:
         AssertionError: The first property that does not hold, in one line.
@@ -247,4 +249,5 @@ class _Setting:
 
 
 def _adapters(model: models.Decoder, key: Any) -> models.Lora:
+    """Adapters that change nothing yet."""
     return models.Lora.init(model.config, 2, key=key, layout="listed")

@@ -18,6 +18,7 @@ Arrays = Mapping[str, Any]
 
 
 def fail(name: str, subject: str, message: str) -> NoReturn:
+    """Raises an `AssertionError` of one line."""
     raise AssertionError(f"{name}: {subject}: {' '.join(message.split())}")
 
 
@@ -37,6 +38,7 @@ def equal(
 
 
 def attempt(name: str, call: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls, and fails with what went wrong."""
     try:
         return call(*arguments)
     except AssertionError:
@@ -47,6 +49,7 @@ def attempt(name: str, call: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def selected(properties: Sequence[str], skip: Collection[str]) -> tuple[str, ...]:
+    """The properties that are left."""
     unknown = sorted(set(skip) - set(properties))
     if unknown:
         raise ValueError(f"skip: expected some of {', '.join(properties)}, got {unknown[0]}")

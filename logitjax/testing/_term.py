@@ -59,7 +59,10 @@ def check_term(
     - `shards`: So do those of devices, inside `shard_map`.
 
     Args:
+        term: The term.
         batch: Arrays `[4, 3]` of the columns that `Term.batch` names.
+        skip: Properties that the term does not promise.
+        seed: Seed of the numbers.
 
     Raises:
         AssertionError: The first property that does not hold.
