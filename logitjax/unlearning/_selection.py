@@ -16,21 +16,13 @@ _KNOWN = 0.5
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Limits on what has to be left of a model, as shares of what it was before.
+    """Limits on what has to be left of a model, as shares of what it was before."""
 
-    Attributes:
-        probability: Of the mean probability of answers to keep, of every kind of row.
-        row: Of the probability of any single one that the model knew.
-        rouge: Of the ROUGE-L F1 of what is generated for them, of every kind.
-        fluency: Of the entropy of word pairs and triples in that.
-        perplexity: Largest factor of the perplexity of other text.
-    """
-
-    probability: float = 0.97
-    row: float = 0.9
-    rouge: float = 0.97
-    fluency: float = 0.95
-    perplexity: float = 1.02
+    probability: float = 0.97  # of the mean probability of answers to keep, of every kind
+    row: float = 0.9  # of the probability of any single one that the model knew
+    rouge: float = 0.97  # of the ROUGE-L F1 of what is generated for them, of every kind
+    fluency: float = 0.95  # of the entropy of word pairs and triples in that
+    perplexity: float = 1.02  # largest factor of the perplexity of other text
 
     def broken(self, kept: Mapping[str, Any]) -> tuple[str, ...]:
         """Names of the limits that these shares do not keep to; what is None was not measured.
@@ -87,16 +79,11 @@ class Goal:
 
     Every answer counts, and every way to ask: `excess` is the largest of their probabilities over
     that of the likeliest of the control, asked in the same way.
-
-    Attributes:
-        worst: By way of asking, the largest probability of an answer that was never taught.
-        probability: The median of those, asked straight.
-        source: What this was taken from, in words.
     """
 
-    worst: Mapping[str, float]
-    probability: float
-    source: str
+    worst: Mapping[str, float]  # by way of asking, of answers that were never taught
+    probability: float  # the median of those, asked straight
+    source: str  # what this was taken from, in words
 
     # What the excess is brought to, and what it may be: other wordings bring out more.
     aim: ClassVar[float] = 1.0
@@ -184,7 +171,6 @@ def matched_strength(
 
 
 def _above(goal: Goal, excess: float) -> float:
-    """How far above what is aimed at, in nats."""
     return math.log(max(excess, 1e-300)) - math.log(goal.aim)
 
 
@@ -203,17 +189,11 @@ def least_share(kept: Mapping[str, Any]) -> float:
 def share_interval(
     after: Any, before: Any, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """The share of a mean that is left, with its bootstrap interval over rows.
+    """The share of a mean that is left, and the ends of its bootstrap interval over rows.
 
     Args:
         after: One number for each row.
         before: Numbers of the same rows before.
-        confidence: Confidence of the interval.
-        resamples: Number of resamplings of rows.
-        seed: Seed of the resamplings.
-
-    Returns:
-        The ratio of the means, and the interval's ends.
 
     >>> share_interval([1.0, 2.0], [2.0, 4.0])
     (0.5, 0.5, 0.5)

@@ -45,14 +45,12 @@ class Split:
             if they are the paraphrase of another, and `other`.
         left_out: Number of rows to keep or of the holdout that are linked to rows to forget, and of
             the holdout to rows to keep.
-        groups: Number of groups of `train`, `validation` and `test`.
-        alike: Number of rows to keep that say much the same as one to forget, and are kept.
     """
 
     parts: Mapping[str, tuple[Row, ...]]
     left_out: int
-    groups: tuple[int, int, int]
-    alike: int = 0
+    groups: tuple[int, int, int]  # of `train`, `validation` and `test`
+    alike: int = 0  # rows to keep, and kept, that say much the same as one to forget
 
 
 def split_rows(
@@ -62,15 +60,9 @@ def split_rows(
 
     Rows are linked if they share a `group`, or half of the runs of eight words of question (of a
     conversation the last turn) and answer, or if one asks what another does, in its words or in
-    those of its paraphrases. Linked rows come into one part, and rows that are linked
-    to a row to forget are left out of the others. Groups are ordered by a hash of the seed and
-    their text, and cut after 60 and 80 % of the rows.
-
-    Args:
-        forget: Rows to forget.
-        retain: Rows to keep.
-        holdout: Rows like those to forget that no model was trained on.
-        seed: Seed of the order.
+    those of its paraphrases. Linked rows come into one part, and rows that are linked to a row to
+    forget are left out of the others. Groups are ordered by a hash of the seed and their text, and
+    cut after 60 and 80 % of the rows. No model was trained on the `holdout`.
 
     Raises:
         ValueError: Fewer than three groups of rows to keep are left.

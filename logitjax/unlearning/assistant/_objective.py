@@ -29,8 +29,7 @@ def linear_assistant_objective(
     """Compute the objective of a logit difference's assistant, both halves in one sweep.
 
     To know what is to be forgotten, only that: the objectives of unlearning reversed, so neither is
-    unbounded. The rows to forget and to keep lie in one batch, which the assistant runs once; the
-    gradient is formed in the same sweep as the value.
+    unbounded. The assistant runs once; its gradient is formed in the same sweep as the value.
 
     ::
 

@@ -12,21 +12,13 @@ _CHUNK = 2**22
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ForgetQuality:
-    """How far two models' truth ratios on the forget set are apart.
+    """How far two models' truth ratios on the forget set are apart."""
 
-    Attributes:
-        statistic: D of Kolmogorov and Smirnov, 0 (alike) to 1.
-        interval: Interval of D, from resampled items.
-        p_value: TOFU's forget quality. It measures the number of items as much as the model.
-        log10_p_value: Finite where `p_value` is too small for a float.
-        items: Items of the model and of the reference.
-    """
-
-    statistic: float
-    interval: tuple[float, float]
-    p_value: float
-    log10_p_value: float
-    items: tuple[int, int]
+    statistic: float  # D of Kolmogorov and Smirnov, 0 (alike) to 1
+    interval: tuple[float, float]  # of D, from resampled items
+    p_value: float  # TOFU's forget quality: it measures the number of items as much as the model
+    log10_p_value: float  # finite where `p_value` is too small for a float
+    items: tuple[int, int]  # of the model and of the reference
 
     def __str__(self) -> str:
         low, high = self.interval

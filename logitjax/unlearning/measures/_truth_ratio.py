@@ -74,10 +74,7 @@ def truth_ratio(
 ) -> np.ndarray:
     """How likely wrong answers are against the right one in other words: above 1 is wrong.
 
-    ::
-
-        geometric   exp(-mean_i nll_i)  / exp(-nll)
-        arithmetic  mean_i exp(-nll_i)  / exp(-nll)
+    It is `exp(-mean_i nll_i) / exp(-nll)`, or `mean_i exp(-nll_i) / exp(-nll)` if arithmetic.
 
     References:
         Maini et al., 2024 (arXiv 2401.06121), equation 1, which has no eps.
