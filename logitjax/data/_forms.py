@@ -70,7 +70,6 @@ def _form(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _turn(**turn: Any) -> dict[str, Any]:
-    """A turn of ShareGPT under the names of chat templates."""
     who, content = turn.pop("from", turn.get("role")), turn.pop("value", turn.get("content"))
     return {**turn, "role": _ROLES.get(who, who), "content": content}
 
@@ -159,7 +158,6 @@ def _calls(calls: Any) -> list[dict[str, Any]]:
 
 
 def _parsed(value: Any) -> Any:
-    """What a text says in JSON; anything else as it is."""
     try:
         return json.loads(value) if isinstance(value, str) and value.strip() else value
     except (ValueError, RecursionError):

@@ -30,7 +30,6 @@ def hub_splits(name: str, spec: str) -> set[str]:
 def load_hub(
     name: str, *, split: str, on_error: str, spec: str, columns: Mapping[str, str] | None
 ) -> Examples:
-    """The rows of a split, which `datasets` maps from its files and does not hold."""
     expected, _, _ = parse_split(split)
     with _opened(name, spec) as (datasets, arguments, local):
         if local and expected != "train":

@@ -99,9 +99,7 @@ class ImageSet(Sequence):
     def choose(self, spec: str, *, seed: int = 0) -> np.ndarray:
         """Numbers of pictures by a spec, ascending.
 
-        Args:
-            spec: `all`, a number counted from the start, or `per_class:N` at random.
-            seed: Seed of the choice.
+        The spec is `all`, a number counted from the start, or `per_class:N`, at random by the seed.
 
         Raises:
             ValueError: The spec is none of these.
@@ -189,8 +187,6 @@ def load_image_set(
 ) -> ImageSet:
     """Labelled pictures of any size.
 
-    The sources:
-
     * ``tfds:NAME`` or ``tfds:NAME:CONFIG``: prepared, with one image and one label.
     * ``folder:DIR``: ``DIR/<split>/<class>/**``, or ``DIR/<class>/**`` for the split ``all``.
     * ``pictures:DIR``: all pictures below a folder, as one class, to be classified.
@@ -210,7 +206,6 @@ def load_image_set(
     Sources without splits have the one split ``all``.
 
     Args:
-        spec: one of the above.
         split: a name, perhaps sliced: ``test[:2000]``.
         data_dir: data directory of tfds; what is fetched by hand is looked for in
             ``<data_dir>/downloads/manual``.

@@ -72,9 +72,6 @@ class PackedDataset:
     >>> bool((np.concatenate(halves) == batch["row"]).all())
     True
 
-    Args:
-        directory: What `pack` was given.
-
     Raises:
         FileNotFoundError: There is nothing packed, or a shard is missing.
         ValueError: The manifest or a shard is damaged.
@@ -97,7 +94,6 @@ class PackedDataset:
         return len(self._reader)
 
     def __getitem__(self, index: int) -> Batch:
-        """One row, as loaders of grain and PyTorch ask for it."""
         index = range(len(self))[index]
         batch = self.rows([index])
         parts = {name: {k: v[0] for k, v in batch[name].items()} for name in self.names}
@@ -124,8 +120,8 @@ class PackedDataset:
     ) -> Int64[np.ndarray, "batch"]:
         """The rows that batch `step` reads on this process, int64 [batch_size / process_count].
 
-        Each epoch visits every row once, in an order of its own; a batch may straddle two epochs.
-        The concatenation over processes is the same whatever their number.
+        Each epoch visits every row once, in its own order; a batch may straddle two epochs. The
+        concatenation over processes is the same whatever their number.
         """
         if step < 0:
             raise ValueError(f"step: expected at least 0, got {step}")

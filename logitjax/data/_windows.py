@@ -27,8 +27,7 @@ def token_windows(
         `[count, length]` int32.
 
     Raises:
-        ValueError: There are not so many different windows, a document has no text, or a window
-            holds nothing but `start`.
+        ValueError: Too few different windows, a document without text, or a window of only `start`.
 
     >>> token_windows([{"text": "abcd"}, {"text": "ab"}], lambda t: t.encode(), count=2, length=2)
     array([[ 97,  98],
