@@ -52,8 +52,7 @@ def branch_and_bound(
     host in float64, and is not differentiable.
 
     Args:
-        c: symmetric matrix `[n, n]` or `FactoredGraph`.
-        d: the same.
+        c: symmetric matrix `[n, n]` or `FactoredGraph`, as d.
         seconds: Time after which the search ends.
         tolerance: Relative gap of the bounds at which it ends.
 

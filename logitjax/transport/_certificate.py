@@ -87,7 +87,7 @@ def certificate(
             candidate, n^3.
         refine: how the coupling is improved; it needs p = 2, equal sizes and uniform weights. Left
             out, nothing of size n x n is made.
-        key: ``jax.random.key`` of the restarts; ``jax.random.key(0)`` if left out.
+        key: of the restarts; ``jax.random.key(0)`` if left out.
         candidates: more couplings to start from, for example the identity where nodes are the
             tokens of one vocabulary, and plans ``[n, m]`` of other solvers (POT's arrays, ott's
             outputs) to be judged; the latter need p = 2.

@@ -36,13 +36,10 @@ def graph_features(
         off_diagonal  (C - diag C) 1                     O(T k)
         row_rms       f_u^2 = mean_w C_uw^2              O(T^2 k)
 
-    ``row_rms`` goes through blocks of positions.
-
     Args:
         values: rows of Z, ``[*batch, positions, width]``.
         ids: node of each value, in ``[0, num_nodes)``; out-of-range ids are dropped.
         where: positions that count.
-        feature: which feature.
         num_nodes: number of nodes; needed with ``ids``, otherwise it is the width.
         sequence_axis_name: mesh axis that shards the positions, inside ``shard_map``; the
             features come back complete on every shard.
@@ -215,8 +212,7 @@ def sparse_products(
 ) -> tuple[jax.Array, jax.Array]:
     """For sparse Z (values, ids) and W (others), blockwise: ``(||Z W^T||_F^2, Z W^T W at ids)``.
 
-    ``left`` stands in for the values of Z within Z W^T (where nodes have weights). A block of W's
-    rows is laid out densely and read at ``ids``: the work is O(T_z T_w k), the memory one block's.
+    ``left`` stands in for Z within Z W^T (where nodes have weights). O(T_z T_w k), block by block.
     """
     positions, width = others.shape
     block = _block(positions, max(num_nodes, values.size))
@@ -248,8 +244,7 @@ def merged_rows(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Rows of Z - W and of Z + W at common ids: ``([*batch, T, k], [*batch, T, k], ids)``.
 
-    What both rows hold at a node is subtracted before anything is multiplied, so that nearly equal
-    rows lose no digits. Rows that one side lacks count as zero.
+    Rows are subtracted before anything is multiplied: nearly equal ones lose no digits.
     """
     positions = max(values.shape[-2], others.shape[-2])
 

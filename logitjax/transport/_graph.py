@@ -269,7 +269,6 @@ def multiply(graph: Graph, factor: Any) -> Any:
 
 
 def parts(graph: Any) -> list[Any]:
-    """The arrays of numbers that make up the graph."""
     if isinstance(graph, ProductGraph):
         return [graph.left, graph.right]
     return [graph.values if isinstance(graph, FactoredGraph) else graph]

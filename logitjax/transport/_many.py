@@ -168,7 +168,6 @@ def _features(x: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def _without(features: Any, diagonal: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """`_features` of rows without their diagonal entries."""
     (mean, error), _, (rms, _) = features
     k = mean.shape[-1]
     share = k / (k - 1)
