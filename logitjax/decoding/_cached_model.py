@@ -36,7 +36,6 @@ class CachedModel:
         experts: number of experts whose logits the same pass gives, as for models with the same
             first layers. ``apply`` then returns ``[1 + experts + bases, rows, time, vocab]``: the
             large model's logits, then the experts', then the bases'.
-        bases: see ``experts``.
         takes_last_only: ``apply`` understands ``last_only=True``: logits of the last token only.
         max_length: largest number of tokens that the model was made to read; None: unknown.
     """

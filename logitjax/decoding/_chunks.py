@@ -161,7 +161,6 @@ def with_texts(out: Generated, requests: Sequence[Request], text: TextOptions) -
 
 
 def generated(emitted: Emitted, stopped: np.ndarray) -> Generated:
-    """Of whole rows."""
     emitted = jax.tree.map(np.asarray, emitted)
     lengths = emitted.valid.sum(axis=1).astype(np.int32)
     return Generated(

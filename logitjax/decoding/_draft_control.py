@@ -114,12 +114,9 @@ class DraftControl:
 
         Args:
             length: drafted tokens a round; 0: plain steps.
-            seconds: seconds of the call.
-            rounds: rounds (or steps) in it.
-            tokens: average number that a row got in a round; 1 for plain steps; from the acceptance
-                if omitted.
+            rounds: rounds (or steps) in the call.
+            tokens: average number that a row got in a round; from the acceptance if omitted.
             tested: drafted tokens that were compared.
-            accepted: drafted tokens that were accepted.
             kind: as of `choose`.
             program: tells apart calls of one kind and length that are compiled each for itself.
         """

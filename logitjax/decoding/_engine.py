@@ -69,10 +69,9 @@ def _laid_out(plan: Plan, options: DecodeOptions, state: DecodeState):
 class Engine:
     """A fixed number of slots, each with its own prompt, settings and end.
 
-    Slots are independent: what a slot emits does not depend on the others. Every program is
-    compiled once, for all slots. For continuous batching, fill a slot (``prefill``), let all decode
-    some tokens (``decode_chunk``), read what they emitted, empty slots and fill them again.
-    `generate` does the same with all slots filled at once.
+    What a slot emits does not depend on the others. Every program is compiled once, for all slots.
+    For continuous batching, fill a slot (``prefill``), let all decode some tokens
+    (``decode_chunk``), read what they emitted, empty slots and fill them again.
 
     Args:
         model: a `Decoder`, a `CachedModel`, ``(apply_fn, params, cache)`` or an `Ensemble`.
@@ -150,10 +149,7 @@ class Engine:
         return np.asarray(self.state.active)
 
     def prefill(self, slot: int, request: Request) -> Emitted:
-        """Read a prompt into a slot, whatever was in it, and choose its first token.
-
-        Returns:
-            `Emitted` of one row.
+        """Read a prompt into a slot and choose its first token; gives `Emitted` of one row.
 
         Raises:
             ValueError: for a slot that does not exist, or a request longer than ``max_length``.
@@ -179,8 +175,6 @@ class Engine:
         """Fill a slot from a cache of one row that read the prompts; gives `Emitted` of one row.
 
         Args:
-            slot: which.
-            request: how to go on.
             lengths: tokens of each stream's prompt.
             cache: as `empty_row`, filled.
             logits: after the last token, of each model ``[1, vocab]``.
@@ -195,7 +189,6 @@ class Engine:
         return emitted
 
     def empty_row(self) -> Any:
-        """An empty cache of one row, as slots have them."""
         return self.plan.init_cache(1, self._room)
 
     def extra_of(self, request: Request | None) -> Any:
@@ -223,7 +216,6 @@ class Engine:
         """Decode at most ``steps`` tokens in every active slot, but those of ``waits``.
 
         Args:
-            steps: how many.
             waits: bool ``[slots]``: which slots stay as they are; None for none.
 
         Returns:

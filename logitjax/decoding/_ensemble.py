@@ -116,10 +116,7 @@ class Plan:
         *,
         last_only: bool = False,
     ) -> tuple[list[jax.Array], tuple]:
-        """One pass of all models; ``tokens`` and ``positions`` ``[streams, rows, time]``.
-
-        Gives float32 logits ``[rows, time, vocab]`` by stream, and the cache.
-        """
+        """``[streams, rows, time]`` to float32 logits ``[rows, time, vocab]`` by stream; caches."""
         tokens, positions = jnp.asarray(tokens), jnp.asarray(positions)
         entries: dict[tuple[int, int], jax.Array] = {}
         caches = []
@@ -191,7 +188,6 @@ def _kind(model: CachedModel) -> Any:
 class Ensemble:
     """A large model with experts and bases, stepped together and fused token by token.
 
-    Small models of one architecture are stacked along a leading axis and run as one vmapped call.
     Each model has its own prompt, positions and cache; the generated tokens are common to all.
 
     Args:
@@ -203,7 +199,8 @@ class Ensemble:
             a base that serves all, of length 0 for none); any strategy of `logitjax.fusion`.
             ``info`` is a pytree of arrays for the caller. A strategy with a
             ``token_map`` gets the small models' logits as they are, and they read mapped tokens.
-        stack: run small models of one architecture as one call. This copies their parameters.
+        stack: run small models of one architecture as one vmapped call, of a copy of their
+            parameters along a leading axis.
 
     Raises:
         ValueError: for several models without ``fuse``, or bases that are neither one nor as many

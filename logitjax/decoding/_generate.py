@@ -53,11 +53,10 @@ def generate(
 ) -> Generated:
     """Continue prompts of any lengths, all rows together, in one compiled loop.
 
-    ``drafts`` make it faster if a member of the ensemble often guesses the fused tokens. That
-    member drafts some tokens, one pass of all members verifies them, and each row advances as far
-    as its draft is accepted. Acceptance uses the *fused* distribution, so tokens follow it exactly,
-    with any draft. Greedy tokens are the same as without drafts. The draft length follows measured
-    costs and acceptance; where drafting does not pay, rows decode step by step.
+    ``drafts`` make it faster if a member of the ensemble often guesses the fused tokens. It drafts
+    some, one pass of all members verifies them, and each row advances as far as its draft is
+    accepted. Acceptance uses the *fused* distribution, so tokens follow it exactly, and greedy ones
+    are the same as without drafts. Where drafting does not pay, rows decode step by step.
 
     Args:
         model: a `Decoder`, a `CachedModel`, ``(apply_fn, params, cache)`` or an `Ensemble`. A

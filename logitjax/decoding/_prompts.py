@@ -40,10 +40,10 @@ def read_piece(
     *,
     report: bool,
 ) -> tuple[list, list, Any]:
-    """``tokens [streams, rows, time]`` into caches of a row each.
+    """``tokens [streams, rows, time]`` into caches of a row each: last logits, caches, report.
 
-    `following` are the tokens after these `[rows, time]`, -1 for none, whose log-probabilities are
-    reported, and each row's extra. Gives each row's last logits, its cache, and the report.
+    `following`, the tokens after these `[rows, time]`, -1 for none, and each row's extra, are for
+    the report.
     """
     rows = len(caches)
     parts = []
@@ -145,7 +145,6 @@ def row_of(
     cache: Any,
     extra: Any,
 ) -> DecodeState:
-    """The state of a row that has read prompts of these lengths."""
     row = fresh_rows(plan, options, [request], cache=cache, extra=extra)
     if row.seen is not None:
         # The repetition penalty counts prompts too, the others do not.
@@ -213,7 +212,6 @@ class PromptReader:
 
     @property
     def free(self) -> bool:
-        """Whether another prompt can be begun."""
         return None in self._rows
 
     def waits(self, prompt: Prompt, *, salt: str = "") -> bool:
@@ -230,7 +228,6 @@ class PromptReader:
         """Take a prompt; returns the row that reads it.
 
         Args:
-            request: the request with the prompt.
             salt: only prompts with the same salt share what was read.
             report: also report log-probabilities of the prompt's tokens; the prompt is then read
                 from its beginning. Where options remember tokens, an idle slot's extra is that of
@@ -292,11 +289,7 @@ class PromptReader:
         return [row for row in read if not self._reading(row).left]
 
     def place(self, row: int, slot: int, request: Request) -> Emitted:
-        """Put what a row has read into a slot, also into several, and choose the first token.
-
-        Returns:
-            `Emitted` of one row.
-        """
+        """Put what a row has read into a slot, also into several; gives `Emitted` of one row."""
         reading = self._reading(row)
         if reading.left:
             raise ValueError(f"row: expected one that is through, {reading.left} tokens are left")
@@ -307,7 +300,6 @@ class PromptReader:
         return self._reading(row).reported
 
     def release(self, row: int) -> None:
-        """Give a row to the next prompt."""
         self._rows[row] = None
         self._turns.remove(row)
 

@@ -85,7 +85,6 @@ class SamplingRows:
 
 
 def sampling_rows(settings: Sequence[Sampling]) -> SamplingRows:
-    """Settings as arrays."""
     kinds = {"top_k": np.int32, "seed": np.uint32}
     names = [field.name for field in dataclasses.fields(SamplingRows)]
     columns = {name: [getattr(s, name) for s in settings] for name in names}
