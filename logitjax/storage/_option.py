@@ -13,10 +13,10 @@ def option(
     Args:
         default: Its default.
         choices: All its values, for text that has no narrower type.
-        execution: Whether it says how a run executes, and not what its result is: a folder may be
-            continued with another value.
-        secret: Whether it is a key or a password: it is written to no file, and a folder may be
-            continued with another one.
+        execution: It says how a run executes, not what results: a folder may be continued with
+            another value.
+        secret: It is a key or a password: written to no file, and a folder may be continued with
+            another one.
 
     >>> @dataclasses.dataclass(frozen=True)
     ... class Loop:

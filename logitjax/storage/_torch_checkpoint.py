@@ -1,7 +1,4 @@
-"""Reading torch checkpoints without torch, and without running what is inside.
-
-Both forms are read: the zip archive since torch 1.6, and the sequence of pickles from before.
-"""
+"""Reading torch checkpoints, legacy ones too, without torch and without running what is inside."""
 
 import dataclasses
 import io
@@ -36,8 +33,6 @@ class _Script(Attributes):
 
 @dataclasses.dataclass(frozen=True)
 class _StorageType:
-    """Stands in for the class of a storage."""
-
     dtype: np.dtype
 
 
