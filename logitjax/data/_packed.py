@@ -94,6 +94,7 @@ class PackedDataset:
         return len(self._reader)
 
     def __getitem__(self, index: int) -> Batch:
+        """One row, as loaders of grain and PyTorch ask for it."""
         index = range(len(self))[index]
         batch = self.rows([index])
         parts = {name: {k: v[0] for k, v in batch[name].items()} for name in self.names}

@@ -189,6 +189,7 @@ class Engine:
         return emitted
 
     def empty_row(self) -> Any:
+        """An empty cache of one row, as slots have them."""
         return self.plan.init_cache(1, self._room)
 
     def extra_of(self, request: Request | None) -> Any:

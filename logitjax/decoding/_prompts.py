@@ -212,6 +212,7 @@ class PromptReader:
 
     @property
     def free(self) -> bool:
+        """Whether another prompt can be begun."""
         return None in self._rows
 
     def waits(self, prompt: Prompt, *, salt: str = "") -> bool:
@@ -300,6 +301,7 @@ class PromptReader:
         return self._reading(row).reported
 
     def release(self, row: int) -> None:
+        """Give a row to the next prompt."""
         self._rows[row] = None
         self._turns.remove(row)
 

@@ -76,7 +76,7 @@ def one_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def naming(path: object, kind: str = "") -> Iterator[None]:
-    """Turns what a reader trips over into a `ValueError` that names the file and the `kind` it is not."""
+    """Turns what a reader trips over into a `ValueError` that names the file and its `kind`."""
     try:
         yield
     except FileNotFoundError:
@@ -246,6 +246,7 @@ class Reader:
         return self._at
 
     def seek(self, place: int) -> None:
+        """Goes to a place in the file."""
         whole(place, "offset", most=self.size)
         self._at = self._file.seek(place)
 
@@ -255,6 +256,7 @@ class Reader:
             raise ValueError(f"truncated: {field} claims {count} bytes of the {self.left} left")
 
     def read(self, count: int, field: str = "a value") -> bytes:
+        """So many bytes."""
         self.need(count, field)
         content = self._file.read(count)
         self._at += len(content)

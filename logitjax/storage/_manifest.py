@@ -38,6 +38,7 @@ class Manifest:
 
     @property
     def path(self) -> epath.Path:
+        """The manifest's file."""
         return epath.Path(self.directory).expanduser() / _NAME
 
     def exists(self) -> bool:

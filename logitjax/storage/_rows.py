@@ -147,6 +147,7 @@ class RowCache:
 
     @property
     def row_numbers(self) -> np.ndarray:
+        """The rows there are, ascending."""
         if self._added:
             self._load()
         return self._rows

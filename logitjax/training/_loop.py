@@ -85,14 +85,12 @@ def train_loop(
             the run then begins anew, and says so.
         step_fn: a `TrainStep`; with constants, ``functools.partial`` of it.
         batches: step -> this process's rows of the global batch.
-        total_steps: number of updates at the end.
         workdir: locked while the loop runs; gets ``nonfinite/step_STEP.npz``.
         checkpointer: saves and restores; it is left open.
         eval_fn: ``(state, step) -> scalars``, logged as ``eval/NAME``.
         writer: where metrics go (:func:`make_writer`).
         identity: a JSON dictionary kept in the checkpoints, such as the fingerprint of the data. A
             checkpoint with another one is refused.
-        options: how often to save, log and evaluate.
 
     Raises:
         NonFiniteError: after the batch is saved; the update was not applied.
@@ -226,7 +224,6 @@ class _Report:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Stops the clock."""
         paused = time.perf_counter()
         yield
         paused = time.perf_counter() - paused

@@ -206,8 +206,6 @@ class TerminalWriter(MetricWriter):
 
 
 class MultiWriter(MetricWriter):
-    """Hands everything to several writers."""
-
     def __init__(self, writers: Iterable[MetricWriter]):
         self._writers = tuple(writers)
 
@@ -242,7 +240,6 @@ def make_writer(
 
     Args:
         workdir: where ``metrics.jsonl`` and the trackers' files go; None for the log alone.
-        log: write log lines.
         track: trackers: ``tensorboard``, ``wandb`` (offline by default), ``terminal`` for curves.
     """
     if jax.process_index() != 0:

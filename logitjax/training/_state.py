@@ -52,8 +52,6 @@ class TrainState:
 
         Args:
             params: a function from a key to the initial parameters, or the parameters.
-            tx: the optimizer.
-            mesh: the mesh.
             rules: where each leaf goes.
             seed: seed of the initial parameters and of the steps' keys.
 
@@ -83,7 +81,6 @@ class TrainState:
         """The state's shapes, dtypes and shardings, without its arrays.
 
         A checkpoint restores into it, and a step for a pod is compiled ahead of time with it.
-
         Arguments as in `create`; parameters may be ``jax.ShapeDtypeStruct``, as in the result.
 
         >>> from logitjax.training import make_mesh

@@ -52,9 +52,6 @@ def lock_workdir(workdir: epath.PathLike) -> Iterator[None]:
     its starts. The count begins anew with each file that was not there before: a checkpoint, or a
     part of a cache. `LOGITJAX_MAX_STARTS` (20) without one are an error.
 
-    Args:
-        workdir: Folder or prefix; made if needed.
-
     Raises:
         WorkdirInUseError: On every process, if another run holds it.
         ValueError: A launcher has started the run so often, and it has made nothing.

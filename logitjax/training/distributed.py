@@ -41,8 +41,6 @@ def initialize(
 
     Args:
         coordinator_address: ``host:port`` of process 0.
-        num_processes: how many processes there are.
-        process_id: which one this is.
         cluster: ``auto``; ``none`` to stay alone; or the kind to expect: ``tpu``, ``slurm``,
             ``k8s``, ``ompi``.
         heartbeat_seconds: after how long a process that is not heard of is lost: the others end
@@ -143,7 +141,6 @@ def _enough_threads() -> None:
 
 
 def _cores() -> int:
-    """Those this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
