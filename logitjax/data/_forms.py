@@ -17,8 +17,7 @@ def own_form(row: Mapping[str, Any]) -> dict[str, Any]:
 
     Instructions (Alpaca) and questions are a user's turn. Of a preference it is what was chosen;
     where no prompt is named, that is what the chosen and the rejected text begin with. Turns of
-    ShareGPT become messages, and so do a prompt and a completion that are lists (TRL). What has
-    none of these forms is returned as it came.
+    ShareGPT become messages, and so do lists of prompt and completion (TRL). Others stay.
 
     >>> own_form({"instruction": "Add.", "input": "1, 2", "output": "3"})["messages"][0]["content"]
     'Add.\\n1, 2'

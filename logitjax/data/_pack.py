@@ -50,9 +50,8 @@ def pack(
         examples: what :func:`logitjax.data.load_examples` returns, or any sequence of such rows.
         tokenizers: a name of your choice to a tokenizer (one alone is refused with what to write).
         directory: where the rows go; may be remote (``gs://``).
-        on_long: what happens to a document longer than a row: it is cut, left out (and counted in
-            ``.statistics``), or an error; with ``"split_or_skip"`` a conversation is left out and
-            other text is cut.
+        on_long: a document longer than a row is cut, left out (and counted in ``.statistics``), or
+            an error; by ``"split_or_skip"`` a conversation is left out and other text is cut.
         on_error: what an example does that cannot be read, or that a tokenizer or its chat template
             refuses: it is an error that names it, or left out and counted as malformed.
 

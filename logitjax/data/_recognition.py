@@ -154,7 +154,6 @@ RECOGNITION_SETS: dict[str, RecognitionSet] = {
 
 
 def recognition_set(name: str) -> RecognitionSet:
-    """The entry of `RECOGNITION_SETS`, or a ValueError that lists them."""
     if name not in RECOGNITION_SETS:
         raise ValueError(
             f"recognition set: expected one of {', '.join(RECOGNITION_SETS)}, got {name!r}"
