@@ -1,7 +1,6 @@
 """Lower bounds of the Gromov-Wasserstein cost, from O(T k) to O(n^3).
 
-All bound ``GW_p^p(C, D) = min_pi sum |C_ij - D_kl|^p pi_ik pi_jl`` (no factor 1/2) for any square
-matrices, metrics or not, in this order::
+They bound ``GW_p^p(C, D) = min_pi sum |C_ij - D_kl|^p pi_ik pi_jl`` (no 1/2) of any matrices::
 
     first <= moment <= third <= GW
 
@@ -55,8 +54,7 @@ def first_lower_bound(
 ) -> Float[Array, ""]:
     """Memoli's first lower bound: transport of the row means. With p = 1 the closed form.
 
-    `W_p^p(C a, D b) <= GW_p^p(C, D)`. What rounding may have added is subtracted, so that it is a
-    bound even of nearly equal graphs.
+    `W_p^p(C a, D b) <= GW_p^p(C, D)`, also of nearly equal graphs: rounding is subtracted.
 
     Args:
         c: matrix ``[n, n]`` or `FactoredGraph`.

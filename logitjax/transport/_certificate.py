@@ -85,12 +85,10 @@ def certificate(
             least cost where its factors are not multiplied out. ``third``: also
             `third_lower_bound` and, for matchings, `gilmore_lawler`, whose assignment then is a
             candidate, n^3.
-        refine: how the coupling is improved; it needs p = 2, equal sizes and uniform weights. Left
-            out, nothing of size n x n is made.
+        refine: needs p = 2, equal sizes and uniform weights. Left out, nothing n x n is made.
         key: of the restarts; ``jax.random.key(0)`` if left out.
-        candidates: more couplings to start from, for example the identity where nodes are the
-            tokens of one vocabulary, and plans ``[n, m]`` of other solvers (POT's arrays, ott's
-            outputs) to be judged; the latter need p = 2.
+        candidates: more couplings to start from, such as the identity of one vocabulary, and, with
+            p = 2, plans ``[n, m]`` of other solvers (POT's arrays, ott's outputs) to be judged.
 
     Returns:
         A `Certificate`. Gradients of ``upper`` are taken at the fixed coupling (envelope).

@@ -49,8 +49,7 @@ def gw_at_coupling(c: Graph, d: Graph, coupling: Coupling, *, p: int = 2) -> Flo
 
     and O(T^2 k) for sparse ones under a permutation. Nothing cancels where the graphs agree.
 
-    The gradient is that at a fixed coupling: by the envelope theorem a subgradient of the cost
-    where the coupling is optimal.
+    The gradient at the fixed coupling is, where that is optimal, a subgradient (envelope theorem).
 
     Args:
         c: matrix ``[n, n]`` or `FactoredGraph`.

@@ -41,8 +41,7 @@ def graph_features(
         ids: node of each value, in ``[0, num_nodes)``; out-of-range ids are dropped.
         where: positions that count.
         num_nodes: number of nodes; needed with ``ids``, otherwise it is the width.
-        sequence_axis_name: mesh axis that shards the positions, inside ``shard_map``; the
-            features come back complete on every shard.
+        sequence_axis_name: mesh axis of the positions in ``shard_map``; each shard gets all nodes.
 
     Returns:
         Float32 features ``[*batch, nodes]``.
@@ -96,8 +95,7 @@ def compact_nodes(
     """Renumber token ids to 0, 1, ... in order of id, so that T k nodes hold any vocabulary.
 
     The number of nodes stays static (positions times width); those left over are isolated nodes
-    of feature zero, which two graphs of different vocabularies need as padding anyway. A negative
-    id, which belongs to no node, becomes -1.
+    of feature zero. A negative id, which belongs to no node, becomes -1.
 
     Args:
         ids: token ids, `[*batch, positions, width]`.
@@ -142,7 +140,6 @@ def drop_negative(ids: Any) -> jax.Array:
 
 
 def gather_positions(x: jax.Array, axis: int, axis_name: str | None) -> jax.Array:
-    """All shards' positions, in order, on each shard."""
     if axis_name is None:
         return x
     return jax.lax.all_gather(x, axis_name, axis=axis, tiled=True)

@@ -53,9 +53,8 @@ class FactoredGraph:
     ) -> tuple[Float[jax.Array, "*batch"], Float[jax.Array, "*batch"]]:
         """The squared Frobenius norm of C - D of graphs of the same nodes, and its rounding.
 
-        Dense factors are multiplied out; sparse ones are compared by their rows alone. A difference
-        of squares would cancel where the graphs nearly agree. With A = Z - W and B = Z + W, rows of
-        zeros added where one has fewer::
+        Dense factors are multiplied out; sparse ones are compared by their rows alone. So that
+        nothing cancels, with A = Z - W and B = Z + W, padded to as many rows::
 
             |C - D|^2 = |A^T B + B^T A|^2 / 4 = (<A A^T, B B^T> + <A B^T, B A^T>) / 2
 
@@ -177,7 +176,6 @@ def dense_factor(graph: FactoredGraph) -> jax.Array:
 
 
 def dense_matrix(graph: Any) -> jax.Array:
-    """C as ``[n, n]``, for the bounds that look at every entry."""
     if isinstance(graph, RoundedMatrix):
         return jnp.asarray(graph.matrix)
     if not isinstance(graph, FactoredGraph | ProductGraph):
@@ -253,7 +251,6 @@ def largest(graph: Graph) -> Scalar:
 
 
 def diagonal(graph: Graph) -> Vector:
-    """The diagonal of C, ``[n]``, without C."""
     if isinstance(graph, FactoredGraph):
         return norms_squared(graph)
     return jnp.diag(dense_matrix(graph))

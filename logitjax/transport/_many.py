@@ -30,8 +30,7 @@ def certificate_many(pairs: Sequence[tuple[Graph, Graph]], **options: Any) -> Ce
         options: those of `certificate` that all pairs share; no candidates.
 
     Returns:
-        A `Certificate` whose fields have a leading axis ``[pairs]``. Shorter couplings are padded
-        with entries of mass zero.
+        A `Certificate` with a leading axis ``[pairs]``. Couplings are padded with masses of zero.
 
     Raises:
         ValueError: there is no pair, or what `certificate` refuses.

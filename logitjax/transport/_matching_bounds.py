@@ -38,14 +38,12 @@ from logitjax.transport._rounding import (
 def diagonal_lower_bound(c: Graph, d: Graph) -> Float[jax.Array, ""]:
     """`moment_lower_bound` with the diagonals apart; no n x n numbers.
 
-    With c the diagonal of C and mu, s, r mean, deviation and RMS of the n - 1 other entries of each
-    row, all sorted::
+    With c the diagonal and mu, s, r mean, deviation and RMS of the rest of each row, all sorted::
 
         (|c - d|^2 + (n - 1) max(|mu - mu'|^2 + |s - s'|^2, |r - r'|^2)) / n^2 <= GW_2^2(C, D)
 
     References:
-        A relaxation of the bound of Gilmore (1962) and Lawler (1963) by Gelbrich's moments; its use
-        for Gromov-Wasserstein is ours.
+        Gilmore (1962) and Lawler (1963), relaxed by Gelbrich's moments; its use here is ours.
     """
     check_equal_sizes(c, d, "diagonal_lower_bound")
     n = num_nodes(c)

@@ -46,8 +46,7 @@ def gamma(count: int) -> float:
 def lowered(raw: Any, *, p: int, relative: Any = 0.0, absolute: Any = 0.0, root: Any = 0.0) -> Any:
     """A proven lower bound by a computed one; its gradient is that of the computed one.
 
-    Rounding may have added a `relative` share and `absolute` to the cost; its p-th root may be too
-    large by `root`.
+    Rounding may have added a `relative` share and `absolute` to the cost, and `root` to its root.
     """
     least = jnp.maximum(raw * (1 - relative) - absolute, 0.0)
     if p == 1:
