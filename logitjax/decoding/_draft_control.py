@@ -19,10 +19,8 @@ class DraftControl:
     compiled. Reuse one control for calls of one kind, so that it keeps its estimates.
 
     Args:
-        draft: the member that drafts: ``'expert'`` or ``'base'`` (the first of them), or its place
-            among large model, experts and bases.
-        lengths: numbers of tokens that may be drafted at once, ascending; each compiles a program.
-            None always may.
+        draft: ``'expert'`` or ``'base'`` (the first), or a place among large, experts and bases.
+        lengths: numbers of tokens to draft at once, ascending, beside 0; each compiles a program.
         length: always draft this many, one of the lengths, instead of adapting.
 
     >>> control = DraftControl(lengths=(2, 5))

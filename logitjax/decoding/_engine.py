@@ -75,12 +75,10 @@ class Engine:
 
     Args:
         model: a `Decoder`, a `CachedModel`, ``(apply_fn, params, cache)`` or an `Ensemble`.
-        slots: how many rows are decoded together.
         max_length: largest number of tokens of a slot, prompt included.
         options: what is reported, and what requests may ask for.
         extra: one slot's value of ``state.extra`` if a request brings none; a pytree of arrays.
-        drafts: who drafts and how many tokens at most, for calls of ``speculate``; caches then have
-            room for drafts that are taken back.
+        drafts: who drafts and how many tokens at most, for ``speculate``; caches get room for them.
         rings: let windowed layers forget what lies before their window; False keeps all positions,
             which a `PromptReader` that shares prefixes needs.
 
@@ -235,8 +233,7 @@ class Engine:
         advances as far as its draft is accepted. Tokens are distributed as ``decode_chunk``'s are.
 
         Returns:
-            `Emitted` of ``[slots, rounds * (length + 1)]``, each slot's tokens without gaps, and
-            `Drafted`.
+            `Emitted` of ``[slots, rounds * (length + 1)]``, without gaps, and `Drafted`.
 
         Raises:
             ValueError: without ``drafts``, or for a length that it has no room for.

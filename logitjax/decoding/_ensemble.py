@@ -199,12 +199,10 @@ class Ensemble:
             a base that serves all, of length 0 for none); any strategy of `logitjax.fusion`.
             ``info`` is a pytree of arrays for the caller. A strategy with a
             ``token_map`` gets the small models' logits as they are, and they read mapped tokens.
-        stack: run small models of one architecture as one vmapped call, of a copy of their
-            parameters along a leading axis.
+        stack: run small models of one architecture as one vmapped call, on a stacked copy.
 
     Raises:
-        ValueError: for several models without ``fuse``, or bases that are neither one nor as many
-            as the experts.
+        ValueError: for several models without ``fuse``, or bases neither one nor as many as experts.
 
     >>> from logitjax.models import load_model
     >>> models = [load_model(f"tiny:{seed}") for seed in range(3)]

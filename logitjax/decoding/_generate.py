@@ -62,10 +62,8 @@ def generate(
         model: a `Decoder`, a `CachedModel`, ``(apply_fn, params, cache)`` or an `Ensemble`. A
             stacked decoder is converted on every call: pass a listed one to decode often.
         prompts: token ids, one prompt or several.
-        max_new_tokens: largest number of tokens to add.
         sampling: for all rows (row i draws with ``seed + i``) or one a row.
-        others: prompts of the experts, then of the bases, each a list with one a row; None: the
-            same.
+        others: prompts of the experts, then of the bases, each one a row; None: the same.
         stop_ids: rows end after any of these; the token itself is kept.
         logit_bias: added to the logits of these tokens, in every row.
         text: asks for text, stop strings, and a function that receives tokens as they come.
@@ -74,8 +72,7 @@ def generate(
         options: what else to report; room for penalties, biases and stop tokens is made as needed.
 
     Raises:
-        ValueError: for empty prompts, arguments that do not fit together, or a drafting member that
-            is not there.
+        ValueError: for empty prompts, arguments that do not fit together, or no drafting member.
         TypeError: drafts of a model that is not an ensemble.
 
     >>> from logitjax.models import load_model

@@ -42,8 +42,7 @@ def read_piece(
 ) -> tuple[list, list, Any]:
     """``tokens [streams, rows, time]`` into caches of a row each: last logits, caches, report.
 
-    `following`, the tokens after these `[rows, time]`, -1 for none, and each row's extra, are for
-    the report.
+    The report is of `following`, the tokens after these `[rows, time]`, -1 for none.
     """
     rows = len(caches)
     parts = []
@@ -230,9 +229,8 @@ class PromptReader:
 
         Args:
             salt: only prompts with the same salt share what was read.
-            report: also report log-probabilities of the prompt's tokens; the prompt is then read
-                from its beginning. Where options remember tokens, an idle slot's extra is that of
-                no token.
+            report: also log-probabilities of the prompt's tokens; it is then read from its
+                beginning. Where options remember tokens, an idle slot's extra is of no token.
 
         Raises:
             ValueError: where no row is free, or a prompt is wrong or too long.

@@ -21,8 +21,7 @@ class Request:
 
     Attributes:
         prompt: token ids, at least one.
-        others: the prompts of the experts, then of the bases, where theirs differ; None (for one of
-            them, or for all) is the same prompt.
+        others: prompts of the experts, then of the bases; None (for one or all): the same.
         max_new_tokens: the row freezes after so many.
         min_new_tokens: no stop token is drawn among so many first ones.
         sampling: how tokens are chosen.
