@@ -25,8 +25,7 @@ def write_atomic(
 
     Args:
         path: The file, local or remote; its folder is made.
-        content: Bytes, a text (UTF-8), or a function that writes into an open binary file, for
-            what should not lie in memory twice.
+        content: Bytes, a text (UTF-8), or a function that writes into an open binary file.
 
     >>> import tempfile
     >>> path = epath.Path(tempfile.mkdtemp()) / "notes" / "one.txt"

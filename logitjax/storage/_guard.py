@@ -324,7 +324,6 @@ def open_zip(file: Any, limits: Limits = LIMITS) -> zipfile.ZipFile:
 
 
 def expanded(bytes_: int, size: int, field: str, limits: Limits = LIMITS) -> None:
-    """Raises where data of `size` bytes claims to grow to `bytes_`, beyond the limits."""
     most = max(limits.free_expansion, limits.expansion * size)
     if bytes_ > most:
         raise ValueError(f"{field}: {size} bytes grow to {bytes_}, expected at most {most}")

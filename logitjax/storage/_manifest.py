@@ -52,8 +52,7 @@ class Manifest:
 
         Args:
             made_from: Everything that decides the content: JSON values by name.
-            contents: What else readers need, such as the files' names and sizes. Written last, the
-                manifest also says that these are complete.
+            contents: What else readers need, such as names and sizes of files; write it last.
         """
         record = {"kind": self.kind, "format": _FORMAT, "made_from": dict(made_from)}
         write_atomic(self.path, json.dumps(record | dict(contents or {}), indent=1).encode())

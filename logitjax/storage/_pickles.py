@@ -231,7 +231,6 @@ def latin_bytes(text: Any = "", encoding: Any = "latin1") -> bytes:
 
 
 def number(dtype: Any, data: Any = b"") -> Any:
-    """A numpy scalar."""
     if isinstance(data, str):
         data = data.encode("latin1")
     if not isinstance(dtype, Dtype) or not isinstance(data, bytes):

@@ -81,9 +81,8 @@ class ArrayCodec:
 class RowCache:
     """Something expensive about numbered rows, computed once and kept on disk.
 
-    The directory remembers what it was made from, and is refused for anything else. Rows are
-    computed in batches, in any order, by one or several processes; a run that was killed goes on
-    with the same call.
+    The directory is refused for anything else than it was made from. Rows are computed in batches,
+    in any order, by one or several processes; a killed run goes on with the same call.
 
     >>> import tempfile
     >>> directory = tempfile.mkdtemp()

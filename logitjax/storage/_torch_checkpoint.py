@@ -237,9 +237,8 @@ def _flat(module: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 def read_state_dict(path: epath.PathLike) -> dict[str, np.ndarray]:
     """The named arrays of a ``.safetensors`` or torch checkpoint file.
 
-    The dictionary may lie under ``state_dict``, ``model``, ``net`` or ``params``; a ``module.``
-    prefix, which data-parallel training adds, is taken off. Of a TorchScript archive the weights
-    are read and the code is not.
+    They may lie under ``state_dict``, ``model``, ``net`` or ``params``; data-parallel training's
+    prefix ``module.`` is taken off. Of a TorchScript archive the code is not read.
 
     Raises:
         ValueError: the file is damaged, refused, or holds no named arrays.
