@@ -411,7 +411,6 @@ class _Checksums:
         self._names, self._sums = _paths(tree), sums
 
     def wait(self) -> dict[str, int]:
-        """Their values by path."""
         return {name: int(value) for name, value in zip(self._names, np.asarray(self._sums))}
 
 

@@ -28,10 +28,9 @@ def make_mesh(
     Devices later in a row have more keys to look at, and the others wait for them. ``expert``
     splits the experts of a mixture, whose tokens each device of the axis has.
 
-    ``dcn_data`` is for several TPU slices, or nodes, with a slow network between them. Each slice
-    holds a copy of the model, so only gradients cross. It is the outermost axis, and its size is
-    the number of slices (``dcn_data:-1`` counts them, or processes if devices have no slices). The
-    other axes share the devices of one slice.
+    ``dcn_data`` is for TPU slices, or nodes, with a slow network between them. Each holds a copy of
+    the model, so only gradients cross. It is the outermost axis, its size the number of slices
+    (``dcn_data:-1`` counts them, or processes); the other axes share the devices of one slice.
 
     Args:
         spec: comma-separated ``axis:size``, outermost axis first.

@@ -43,9 +43,8 @@ def initialize(
         coordinator_address: ``host:port`` of process 0.
         cluster: ``auto``; ``none`` to stay alone; or the kind to expect: ``tpu``, ``slurm``,
             ``k8s``, ``ompi``.
-        heartbeat_seconds: after how long a process that is not heard of is lost: the others end
-            with status 75, for their collectives would wait for it forever.
-            ``LOGITJAX_HEARTBEAT_SECONDS``, or 100.
+        heartbeat_seconds: after how long a silent process is lost and the others, whose collectives
+            would wait forever, end with status 75; ``LOGITJAX_HEARTBEAT_SECONDS``, or 100.
 
     From here on a thread watches: where no process has packed, read, saved or taken a step for
     ``LOGITJAX_STALL_SECONDS`` (an hour with several processes, forever with one), and where one
@@ -55,8 +54,8 @@ def initialize(
         ``(process_index, process_count)``.
 
     Raises:
-        ValueError: if some but not all three are known, ``cluster`` is unknown, or a variable is
-            not a number.
+        ValueError: if only some of the three are known, ``cluster`` is not, or a variable is no
+            number.
 
     >>> initialize(cluster="none")
     (0, 1)
