@@ -251,7 +251,6 @@ def load_files(
     spec: str,
     columns: Mapping[str, str] | None = None,
 ) -> Examples:
-    """The rows of the files of a split."""
     files = _files(path, SUFFIXES[kind], parse_split(split)[0], spec)
     whole = epath.Path(path).expanduser().is_dir()
 

@@ -19,8 +19,7 @@ def token_windows(
     Args:
         examples: Documents with a `text`.
         encode: Text to token ids.
-        count: Number of windows.
-        length: Number of tokens in each.
+        count, length: Number of windows, and of tokens in each.
         start: Token ids that each begins with, `Tokenizer.start` of a model; they count.
 
     Returns:
