@@ -1,6 +1,6 @@
 """Lower bounds of the Gromov-Wasserstein cost, from O(T k) to O(n^3).
 
-They bound ``GW_p^p(C, D) = min_pi sum |C_ij - D_kl|^p pi_ik pi_jl`` (no 1/2) of any matrices::
+All bound ``GW_p^p(C, D) = min_pi sum |C_ij - D_kl|^p pi_ik pi_jl`` (no factor 1/2), any matrices::
 
     first <= moment <= third <= GW
 
@@ -57,10 +57,8 @@ def first_lower_bound(
     `W_p^p(C a, D b) <= GW_p^p(C, D)`, also of nearly equal graphs: rounding is subtracted.
 
     Args:
-        c: matrix ``[n, n]`` or `FactoredGraph`.
-        d: matrix ``[m, m]`` or `FactoredGraph`.
-        c_weights: node weights a that sum to one; uniform if left out.
-        d_weights: node weights b.
+        c, d: matrices ``[n, n]`` and ``[m, m]``, or `FactoredGraph`.
+        c_weights, d_weights: node weights a, b that sum to one; uniform if left out.
         p: power of the cost, 1 or 2.
 
     Raises:

@@ -51,7 +51,7 @@ def branch_and_bound(
     proven until then is returned. It computes on the host in float64, and is not differentiable.
 
     Args:
-        c: symmetric matrix `[n, n]` or `FactoredGraph`, as d.
+        c, d: symmetric matrices `[n, n]` or `FactoredGraph`.
         seconds: Time after which the search ends.
         tolerance: Relative gap of the bounds at which it ends.
 

@@ -52,8 +52,7 @@ def gw_at_coupling(c: Graph, d: Graph, coupling: Coupling, *, p: int = 2) -> Flo
     The gradient at the fixed coupling is, where that is optimal, a subgradient (envelope theorem).
 
     Args:
-        c: matrix ``[n, n]`` or `FactoredGraph`.
-        d: matrix ``[m, m]`` or `FactoredGraph`.
+        c, d: matrices ``[n, n]`` and ``[m, m]``, or `FactoredGraph`.
         coupling: for example from `sorted_coupling` or `certificate`.
         p: power of the cost, 1 or 2.
 

@@ -219,7 +219,6 @@ def product_error(
 
 
 def factor_norms(graph: FactoredGraph | ProductGraph) -> tuple[Vector, Vector]:
-    """Squared norms of the columns of L and of R."""
     if isinstance(graph, ProductGraph):
         return jnp.square(real(graph.left)).sum(0), jnp.square(real(graph.right)).sum(0)
     norms = norms_squared(graph)
@@ -359,7 +358,6 @@ def moments(graph: FactoredGraph | ProductGraph, weights: Weights) -> tuple[Vect
 
 
 def node_weights(graph: Graph, weights: Weights) -> Vector:
-    """Weights that sum to one: uniform ones, or those given divided by their sum."""
     n = num_nodes(graph)
     if weights is None:
         return jnp.full(n, 1.0 / n, real(0.0).dtype)

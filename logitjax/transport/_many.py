@@ -76,7 +76,6 @@ def certificate_many(pairs: Sequence[tuple[Graph, Graph]], **options: Any) -> Ce
 
 
 def _kind(graph: Any) -> tuple[Any, int] | None:
-    """Return the kind of graphs that are bounded together: matrices, or factors of one shape."""
     if isinstance(graph, FactoredGraph):
         return (graph.values.shape, num_nodes(graph)) if graph.ids is None else None
     return ("matrix", num_nodes(graph)) if hasattr(graph, "ndim") else None
@@ -156,7 +155,6 @@ def _gamma(count: int) -> float:
 
 
 def _features(x: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Mean, deviation and RMS of each row, and how far each may be off."""
     k = x.shape[-1]
     mean = x.sum(-1) / k
     x = x - mean[..., None]

@@ -77,7 +77,6 @@ def times_power_of_two(
 
 
 def distance(errors: Vector, weights: Vector, p: int) -> Scalar:
-    """Norm of errors of features in L_p of the weights."""
     if p == 1:
         return jnp.sum(weights * errors)
     return jnp.sqrt(jnp.sum(weights * jnp.square(errors)))
