@@ -107,7 +107,6 @@ class _DecoderCache:
         )
 
     def slot_axes(self, cache: Cache) -> list[int]:
-        """The axis of each leaf along which positions lie; -1 for none."""
         # Keys and values are [rows, heads, slots, dim], positions [rows, slots].
         vectors, positions = jax.tree.leaves((cache.keys, cache.values)), cache.positions
         return [2] * len(vectors) + [1] * len(positions) + [-1]

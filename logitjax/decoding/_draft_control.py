@@ -147,5 +147,4 @@ class DraftControl:
 
 
 def expected_tokens(acceptance: float, length: int) -> float:
-    """Tokens of a round whose drafts are accepted with this probability, independently."""
     return sum(acceptance**n for n in range(length + 1))

@@ -63,7 +63,7 @@ def generate(
             stacked decoder is converted on every call: pass a listed one to decode often.
         prompts: token ids, one prompt or several.
         sampling: for all rows (row i draws with ``seed + i``) or one a row.
-        others: prompts of the experts, then of the bases, each one a row; None: the same.
+        others: prompts of the experts, then of the bases, each a list, one a row; None: the same.
         stop_ids: rows end after any of these; the token itself is kept.
         logit_bias: added to the logits of these tokens, in every row.
         text: asks for text, stop strings, and a function that receives tokens as they come.

@@ -185,8 +185,7 @@ class PromptReader:
             whose caches say where positions lie, as decoders' do.
 
     Attributes:
-        tokens_read: number of tokens that went through the model.
-        tokens_reused: number of tokens that were read before.
+        tokens_read, tokens_reused: numbers of tokens that the model read, and had read before.
 
     Raises:
         ValueError: for a ``chunk`` that ``rows`` does not divide, or an engine whose windowed

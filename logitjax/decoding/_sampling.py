@@ -128,7 +128,6 @@ def allow_only(
 
 
 def _sortable(values: jax.Array) -> jax.Array:
-    """float32 as uint32 in the same order."""
     # Floats of one sign are ordered as their bits are; those of negative ones backwards.
     bits = lax.bitcast_convert_type(values, jnp.uint32)
     # Both zeros are one value.
