@@ -83,8 +83,6 @@ class _MetaRestore(ocp.args.CheckpointArgs):
 
 
 class Restored(NamedTuple):
-    """The result of :meth:`Checkpointer.restore`."""
-
     state: Any
     step: int
     extra: dict[str, Any]
@@ -148,7 +146,6 @@ class Checkpointer:
 
         Args:
             state: a pytree of global arrays. It may be donated as soon as this returns.
-            extra: a JSON dictionary.
         """
         if step in self.steps():
             return False

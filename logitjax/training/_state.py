@@ -23,7 +23,6 @@ class TrainState:
     Attributes:
         step: int32 scalar, the number of updates so far. The data state is this number too.
         params: any pytree of arrays: a dict, an ``nnx.State``, LoRA matrices alone.
-        opt_state: state of the optax transformation.
         rng: a typed key that stays the same; the key of a step is folded from it.
     """
 
@@ -52,7 +51,6 @@ class TrainState:
 
         Args:
             params: a function from a key to the initial parameters, or the parameters.
-            rules: where each leaf goes.
             seed: seed of the initial parameters and of the steps' keys.
 
         >>> from logitjax.training import make_mesh

@@ -54,8 +54,8 @@ def initialize(
         ``(process_index, process_count)``.
 
     Raises:
-        ValueError: if only some of the three are known, ``cluster`` is not, or a variable is no
-            number.
+        ValueError: if some but not all three are known, ``cluster`` is unknown, or a variable is
+            not a number.
 
     >>> initialize(cluster="none")
     (0, 1)
