@@ -196,7 +196,7 @@ class Ensemble:
         fuse: ``fuse(large, experts, bases, vocab_where=None) -> (fused, info)`` with logits
             ``[*batch, vocab]``, experts and bases along a new leading axis (of length 1 for a base
             that serves all, 0 for none); any strategy of `logitjax.fusion`. ``info`` is a pytree of
-            arrays. With a ``token_map`` small models read mapped tokens; their logits come as they are.
+            arrays. With a ``token_map`` small models read mapped tokens; logits come unmapped.
         stack: run small models of one architecture as one vmapped call, on a stacked copy.
 
     Raises:

@@ -95,7 +95,8 @@ def accept_or_redraw(
         x ~ q;   accept with probability min(1, p(x) / q(x)),   else draw from (p - q)+ / |(p - q)+|
 
     References:
-        Leviathan et al., 2023 (arXiv 2211.17192), algorithm 1; fused p: Fu et al. (arXiv 2502.01662).
+        Leviathan et al., 2023 (arXiv 2211.17192), algorithm 1; p may be a fused distribution (Fu et
+        al., arXiv 2502.01662).
     """
     logits = checks.as_float(logits, "logits")
     greedy = logits.argmax(axis=-1).astype(jnp.int32)
