@@ -198,7 +198,6 @@ def emit(
 
 
 def mark_seen(seen: jax.Array | None, token: jax.Array, where: jax.Array) -> jax.Array | None:
-    """One token more for the repetition penalty, where somebody keeps track."""
     if seen is None:
         return None
     ids = jnp.where(where, token, seen.shape[1])  # beyond: dropped

@@ -94,10 +94,9 @@ class SafetensorsSource:
         return self._tensors[name][2]
 
     def read(self, name: str, rows: slice = slice(None), *, dtype: Any = None) -> np.ndarray:
-        """A tensor, or a range of its first axis.
+        """A tensor, or a range of its first axis, a piece at a time in `dtype`, or the file's own.
 
-        `dtype` is the file's own where nothing else is said; a piece at a time becomes it. What
-        has scales of blocks, as DeepSeek stores float8, is multiplied by them in float32.
+        What has scales of blocks, as DeepSeek stores float8, is multiplied by them in float32.
         """
         if name + _SCALE not in self._tensors:
             return self._stored(name, rows, dtype)

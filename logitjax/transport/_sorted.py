@@ -42,10 +42,8 @@ def sorted_gw_lower_bound(
     quantile functions are compared. The gradient is the subgradient of the sorted matching.
 
     Args:
-        f: features of the first graph, ``[*batch, n]``.
-        g: features of the second graph, ``[*batch, m]``; m may differ from n.
-        f_weights: node weights that sum to one, ``[*batch, n]``; uniform if left out.
-        g_weights: the same for g.
+        f, g: features of the two graphs, ``[*batch, n]`` and ``[*batch, m]``.
+        f_weights, g_weights: node weights of these shapes that sum to one; uniform if left out.
         p: 1 or 2 (any power from 1 works).
 
     Returns:
@@ -115,10 +113,8 @@ def sorted_coupling(
     coupling the derivative of the cost is that of the graphs alone).
 
     Args:
-        f: features of the first graph, ``[*batch, n]``.
-        g: features of the second graph, ``[*batch, m]``.
-        f_weights: node weights that sum to one; uniform if left out.
-        g_weights: the same for g.
+        f, g: features of the two graphs, ``[*batch, n]`` and ``[*batch, m]``.
+        f_weights, g_weights: node weights that sum to one; uniform if left out.
 
     Returns:
         A `Coupling` with fields ``[*batch, n]`` or ``[*batch, n + m]``, in descending order.
