@@ -59,7 +59,6 @@ class Formats:
         self._pool.submit(self._start)
 
     def close(self) -> None:
-        """Ends the process and the thread."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._end()
 
@@ -156,7 +155,6 @@ class Follower:
         self.allowed = self._mask() if allowed is None else allowed
 
     def copy(self) -> "Follower":
-        """Another answer, as far as this one is."""
         return Follower(self._matcher.deep_copy(), self._vocab_size, self.allowed)
 
     def take(self, tokens: Sequence[int]) -> None:

@@ -79,7 +79,6 @@ class _Line(BaseModel, strict=True, extra="forbid"):
 
 
 def find_key(keys: Sequence[Key], authorization: str) -> Key:
-    """The key that a request shows."""
     given = authorization.encode(errors="surrogateescape")
     result = None
     for key in keys:

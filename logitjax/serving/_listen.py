@@ -58,8 +58,7 @@ class Listening:
     def serve(self, app: Starlette) -> None:
         """Serve an application of `build_app` until a signal; prints one line with the address.
 
-        After SIGTERM and SIGINT running answers may go on for `drain_seconds`; they then end with
-        the reason `length`.
+        After SIGTERM or SIGINT answers go on for at most `drain_seconds`, then end as `length`.
 
         Raises:
             OSError: The address is not available.
