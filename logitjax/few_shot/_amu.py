@@ -34,8 +34,7 @@ class Uncertainty:
     Attributes:
         of: `'probabilities'`, as in the released code, or `'logits'`, as in the paper.
         exponent: rho.
-        normalizer: What the kurtosis is divided by: a number (released code: 250), `'classes'` or
-            None for 1.
+        normalizer: Divisor of the kurtosis: a number (released code: 250), `'classes'`, or None: 1.
 
     References:
         Tang et al., AMU-Tuning (arXiv 2404.08958); constants from `clip/amu.py` of its repository.
@@ -84,7 +83,7 @@ class AMU(Method):
 
     Without the z-score the bias keeps the scale of features of length one, and weight decay and
     learning rate decide how much it says. The released code takes the best epoch on the test set;
-    nothing here does.
+    nothing here does. Source: Tang et al., AMU-Tuning (arXiv 2404.08958), multi-branch training.
 
     Attributes:
         beta: Factor of the bias.
@@ -92,9 +91,6 @@ class AMU(Method):
         uncertainty: Factor of the bias in each image; None for none.
         standardize: z-score of the bias.
         initial: The predictor starts from `'features'` (class means), or `'random'`.
-
-    References:
-        Tang et al., AMU-Tuning (arXiv 2404.08958), multi-branch training; its released code.
     """
 
     beta: Number = 0.5

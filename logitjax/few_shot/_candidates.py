@@ -46,13 +46,8 @@ class Candidate:
         images.
 
         Args:
-            grid: `'small'` for 4 settings, `'full'` for 12.
-            epochs: Number of epochs of AMU.
-            batch_size: Number of images in a batch of AMU.
-            steps: Number of steps of methods without a published recipe.
-
-        Raises:
-            ValueError: An unknown grid.
+            grid: `'small'` for 4 settings, `'full'` for 12; others are a ValueError.
+            epochs, batch_size: Those of AMU.
 
         >>> {len(next(iter(c.grid.values()))) for c in Candidate.all().values()}
         {4}
@@ -101,11 +96,7 @@ class Candidate:
     ) -> Program:
         """The program of its `sweep` with abstract arguments, for a plan.
 
-        Args:
-            task: As of `sweep`, of `jax.ShapeDtypeStruct`; every label is there.
-            held_out: As of `sweep`, of `jax.ShapeDtypeStruct`.
-            mesh: Mesh whose first axis splits the runs.
-            sequential: As of `sweep`.
+        Arguments are those of `sweep`, arrays as `jax.ShapeDtypeStruct`; every label is there.
         """
         array = jax.ShapeDtypeStruct
         (count, shown), recipe = task.labels.shape, self.recipe

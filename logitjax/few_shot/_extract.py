@@ -52,7 +52,6 @@ def extract_features(
     Processes share the shards.
 
     Args:
-        encoder: The frozen encoder.
         images: Pictures with their labels.
         directory: Folder of the cache: empty, or a cache of the same encoder, pictures and views.
         views: Views of each picture, such as `data.ImageViews.of` makes.

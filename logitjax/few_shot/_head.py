@@ -72,8 +72,7 @@ class FittedHead:
         Args:
             features: Features of the encoder that names classes, of any length.
             auxiliary: Features of the other encoder, if the head was trained with one.
-            hidden: Features of the first encoder before its last projection, for
-                `methods.ProLIP`.
+            hidden: Features of the first encoder before its last projection, for `methods.ProLIP`.
 
         Raises:
             ValueError: Features that the method needs are missing, of another width, not finite, or
@@ -109,9 +108,7 @@ class FittedHead:
 
         Of new pictures like those that calibrated the head, a share of at least `coverage` have
         their class in the set; it is over draws of both. Few such pictures make large sets.
-
-        Raises:
-            ValueError: The head was not calibrated.
+        ValueError if the head was not calibrated.
         """
         if self.calibration is None:
             raise ValueError("calibration: expected pictures that the head did not learn from")
@@ -315,9 +312,7 @@ def _learnt(
 def load(directory: str | os.PathLike[str]) -> FittedHead:
     """Reads what `FittedHead.save` or `logitjax few-shot` wrote.
 
-    Raises:
-        FileNotFoundError: There is no head in the directory.
-        ValueError: It is damaged; names the file.
+    FileNotFoundError if no head is in the directory; ValueError names a damaged file.
     """
     record, tensors = read_head(directory)
     with guard.naming(epath.Path(directory), "a few-shot head"):

@@ -151,7 +151,6 @@ class Pictures:
             validation: Pictures of each class to choose on: as many as shots (`'shots'`), as many
                 but at most four, as in CoOp (`'min4'`), or none: settings are chosen on folds of
                 what is learned from (`'folds'`), or not at all (`'none'`).
-            seed: Seed of the draw.
             rest: Whether a picture of each class has to remain for testing.
 
         Raises:
@@ -269,8 +268,7 @@ def read_pictures(
             `scale`.
         class_names: Names by class number; by default those of a cache.
         scale: Scale of the zero-shot classifier's cosines; by default the file's, or CLIP's 100.
-        projection: The first encoder's last projection and its bias or None,
-            `vision.Encoder.projection`, if its features are from
+        projection: `vision.Encoder.projection` of the first encoder, if its features are from
             `vision.Encoder.before_projection`.
         views: Directories that `extract_features` filled with several views of the same pictures,
             by the first encoder and by the second if there is one, to learn from.

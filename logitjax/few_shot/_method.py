@@ -51,8 +51,7 @@ class Inputs:
             class_weights: `[features, classes]`: in CLIP the mean, over prompt templates, of a
                 class's text features of length one, scaled to length one again.
             scale: 100, to which CLIP's learned scale was clipped; the published methods fix it.
-            auxiliary: `[*batch, auxiliary]` of another encoder.
-            hidden: `[*batch, hidden]`, features before the last projection.
+            auxiliary, hidden: As in `Inputs`.
 
         >>> logits = Inputs.of(jnp.array([[3.0, 4.0]]), jnp.eye(2)).zero_shot
         >>> [f"{logit:.2f}" for logit in logits.ravel().tolist()]
@@ -139,11 +138,7 @@ class FewShotTask:
         return unit_rows(features.reshape(self.views, -1, features.shape[-1]).mean(0))
 
     def every_view(self, name: str, method: Any) -> tuple[jax.Array, Any]:
-        """`[views * n, features]` of the encoder `name`, and a label for each row.
-
-        Raises:
-            ValueError: As of `mean_view`.
-        """
+        """`[views * n, features]` of the encoder `name`, and labels; errors as of `mean_view`."""
         self.check()
         labels = self.labels
         if self.views > 1:

@@ -22,7 +22,6 @@ def recommend(
     Args:
         right: By method, of each sample `[settings, n]` whether a setting is right on a picture
             that it did not learn from, as of `sweep`; -1 where a picture does not count.
-        seed: Seed of the halves.
 
     Returns:
         The method, the estimate of its accuracy, and the ends of its 95 % interval.

@@ -97,7 +97,6 @@ def sweep(
     the grid. A run's order of images depends on the seed and its number alone.
 
     Args:
-        method: The method.
         task: `[runs, views * n, ...]` images and `[runs, n]` labels; class weights and a projection
             without an axis of runs. Rows at the end may have the label -1, as many in each run:
             they are not there, and calls with fewer of them share one program.
@@ -328,13 +327,11 @@ def _scores(logits: jax.Array, labels: jax.Array, *, each: bool = False) -> dict
 def best_setting(scores: Mapping[str, np.ndarray]) -> np.ndarray:
     """The setting of each run with the best accuracy; among equals, with the lower cross-entropy.
 
-    A setting with a nan score is never chosen: its logits were not numbers.
+    A setting with a nan score is never chosen: its logits were not numbers. It is a ValueError if a
+    run has no other.
 
     Args:
         scores: Scores of validation images, as :func:`sweep` returns them; never of test images.
-
-    Raises:
-        ValueError: A run without a setting of which both scores are numbers.
 
     >>> scores = {"accuracy": np.array([[0.5, 0.8, 0.8]]), "cross_entropy": np.array([[1, 3, 2]])}
     >>> best_setting(scores)

@@ -108,16 +108,11 @@ class Recipe:
         """Rows of every batch: a new permutation and the next view in each epoch.
 
         Args:
-            seed: Seed of the permutations.
-            num_examples: Labelled images.
             views: Augmented views; the rows of view `v` start at `v * stride`.
             stride: `num_examples` when omitted.
 
         Returns:
-            int32 `[steps, batch]`; -1 fills up short batches.
-
-        Raises:
-            ValueError: No labelled image.
+            int32 `[steps, batch]`; -1 fills up short batches. ValueError if there is no image.
 
         >>> order = Recipe(epochs=1, batch_size=2).order(0, 5)
         >>> order.shape, sorted(order.ravel().tolist())
@@ -149,8 +144,6 @@ class Recipe:
         this: the host calls its update once for each batch.)
 
         Args:
-            method: The method.
-            task: Labelled images.
             state: Where training starts, see `Method.init`.
             order: `[steps, batch]` rows of `task.support`, see `order`; -1 is none.
             steps: Number of steps of the order to take; all when omitted. It may be traced, so that
