@@ -79,11 +79,7 @@ class Encoder:
         return np.asarray(kernel), None if bias is None else np.asarray(bias)
 
     def before_projection(self) -> "Encoder":
-        """An encoder with the same weights, whose features are the inputs of `projection`.
-
-        Raises:
-            ValueError: there is no such projection.
-        """
+        """The encoder whose features are the inputs of `projection`; ValueError without one."""
         if self.projection is None:
             raise ValueError(f"encoder {self.name!r} has no linear projection at its end")
         return Encoder(
@@ -172,10 +168,7 @@ class Encoder:
     ) -> Float[jax.Array, "batch features"]:
         """Features of texts, in the space of the pictures' and not normalised either.
 
-        Tokens are as `tokenize` makes them, the result is float32.
-
-        Raises:
-            ValueError: there is no text tower.
+        Tokens are those of `tokenize`, the result is float32; ValueError without a text tower.
         """
         if not self.has_text:
             raise ValueError(f"encoder {self.name!r} has no text tower")
@@ -186,19 +179,14 @@ class Encoder:
     ) -> Float[jax.Array, "features classes"]:
         """The weights that class names give a linear head on CLIP's image features.
 
-        Every prompt's feature is scaled to length one, then the mean over a class's prompts is::
+        Every prompt's feature is scaled to length one, then the mean over a class's prompts, as in
+        Radford et al. (arXiv 2103.00020), section 3.1.4::
 
             w_k = m_k / ||m_k||,   m_k = mean_t  f(t(name_k)) / ||f(t(name_k))||
 
         Args:
-            class_names: as they shall stand in a sentence.
+            class_names: as they shall stand in a sentence; ImageNet's numbers are a ValueError.
             templates: with ``{}`` where the name goes.
-
-        Raises:
-            ValueError: ImageNet's classes are given by their numbers.
-
-        References:
-            Radford et al. (arXiv 2103.00020), section 3.1.4.
         """
         number = next((name for name in class_names if re.fullmatch(r"n\d{8}", name)), None)
         if number is not None:
