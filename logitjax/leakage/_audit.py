@@ -125,16 +125,13 @@ def audit(
     then told again by other queries, at the same cost, and its error widened by all that was seen.
 
     Args:
-        oracle: A `LogitOracle` of a model in this process, or an `HttpOracle` of one's own server.
+        oracle: A `LogitOracle` of a model in this process, or an `HttpOracle` of one's own server;
+            BudgetExhaustedError if its budget does not suffice.
         prompts: Token ids, more prompts than the hidden dimension.
-        vocab_size: Number of tokens.
         head: `[vocab, hidden]`, the true head, for the share that leaked.
         logits: `[n, vocab]`, the true logits of the prompts, for errors and for what users lose.
         corner: Number of prompts and of tokens in the corner that is asked for through a bias; 0
             for none.
-
-    Raises:
-        BudgetExhaustedError: The oracle's budget does not suffice.
 
     References:
         Carlini et al., 2024 (arXiv:2403.06634), sections 4 and 5.

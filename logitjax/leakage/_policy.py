@@ -108,10 +108,7 @@ class LogitPolicy:
                 and no bias), `top_K_bias` (with a bias that moves what is reported),
                 `top_K_sampling` (with one that does not), `draws` (the drawn token's own value, no
                 bias), `sampling` (the same, and a bias moves what is drawn) or `argmax` (the token
-                alone, and a bias moves it).
-
-        Raises:
-            ValueError: The name is none of these, or its numbers make no policy.
+                alone, and a bias moves it). Others, and impossible numbers, are a ValueError.
 
         >>> LogitPolicy.parse("top_5").top_k
         5
@@ -167,10 +164,8 @@ class LogitPolicy:
     def noise_nats(self, deviation: float) -> float:
         """Most nats a token that any number of answers tells of a row under this noise.
 
-        For normal logits, and noise that a context always gets again: `log(1 + s^2 / noise^2) / 2`.
-
-        Args:
-            deviation: Standard deviation s of the logits.
+        For normal logits of standard deviation s, the argument, and noise that a context always
+        gets again: `log(1 + s^2 / noise^2) / 2`.
         """
         return 0.5 * math.log1p((deviation / self.noise) ** 2) if self.noise else math.inf
 

@@ -70,7 +70,6 @@ def recover_log_probs(
 
     Args:
         oracle: The API, e.g. a `LogitOracle`.
-        prompt: Token ids.
         vocab_size: V.
         bias: In nats; by default 30, then 80 for tokens that stay below, or what the policy allows.
         tokens: The tokens to recover; by default all. An API of logits then gives their differences

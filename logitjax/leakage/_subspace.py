@@ -63,14 +63,8 @@ class OutputSubspace:
 
         ``values = basis[tokens] c + shift``, then ``row = basis c + shift``, the shift each row's
         normaliser: h + 1 values say all V. Errors of the values are multiplied by up to the
-        condition of the basis at the tokens; one above 1e6 is refused.
-
-        Args:
-            tokens: ``[m]`` where the values were taken, distinct.
-            values: ``[n, m]``.
-
-        Returns:
-            ``[n, vocab]``, NaN where ``vocab_where`` is False.
+        condition of the basis at the tokens; one above 1e6 is refused. Values ``[n, m]`` at ``[m]``
+        distinct tokens become ``[n, vocab]``, NaN where ``vocab_where`` is False.
         """
         tokens, values = np.asarray(tokens), np.asarray(values, np.float64)
         if not self.vocab_where[tokens].all():
@@ -118,8 +112,7 @@ def estimate_output_subspace(
 
     Raises:
         TypeError: rows are not floating point.
-        ValueError: rows of another rank, a dimension that n rows cannot show, or
-            values that are not finite in most tokens.
+        ValueError: rows of another rank, a dimension beyond n rows, or most tokens left out.
 
     References:
         Carlini et al., 2024, section 4; Finlayson et al., 2024, section 4. Both read the width off
