@@ -58,9 +58,7 @@ def fit_assignment(
         unigram: ``[vocab]``, probabilities or counts.
         hidden_mean, hidden_cov: mean and covariance of the hidden states.
         num_codes: clusters K, at most vocab.
-        method: see above.
         row_bias: ``[vocab]``, bias of the full head.
-        key: key of random choices.
         weight_power: the power p; 0.5 to 1 are sensible.
         iterations: number of iterations of Lloyd's algorithm.
 

@@ -105,16 +105,13 @@ class ConvertConfig:
         """Fit and tune a head on cached hidden states: `convert` without the model.
 
         Args:
-            head: the old head.
             targets: from `HiddenCache.head_targets`, for the same positions.
-            statistics: statistics of ``hidden``.
             start: a fit to tune, instead of a new one; not of a `ScreenedHead`.
             rows: ``[vocab, hidden]`` that re-score; None takes the model's embedding.
             mesh: as for `Tuning.run`.
 
         Returns:
-            The head, and the tuning's history (``loss``: KL divergence from the old head,
-            ``moved``).
+            The head, and the tuning's history (``loss``: KL divergence from ``head``, ``moved``).
         """
         statistics = head_statistics(hidden) if statistics is None else statistics
         kmeans: Any = dict(
@@ -261,9 +258,7 @@ def _product_codes(
 def load_head(directory: str | os.PathLike[str], *, dtype: Any = jnp.float32) -> Any:
     """Reads what the ``save`` of a head of `logitjax.vq` wrote.
 
-    Raises:
-        FileNotFoundError: there is no head in the directory.
-        ValueError: it is damaged; names the file.
+    FileNotFoundError if no head is in the directory; ValueError names a damaged file.
     """
     record, tensors = read_head(directory)
     with guard.naming(epath.Path(directory), "a head"):

@@ -58,9 +58,7 @@ class VQTables:
         Args:
             bias: ``[vocab]``, or None for the head as published.
             assignment: ``[vocab]``, cluster of each entry.
-            num_codes: number of clusters.
             width: the largest ``k`` that `top_k` will be asked for.
-            temperature: divides the logits.
             vocab_where: ``[vocab]``, True for the entries that exist.
 
         Raises:
@@ -90,14 +88,11 @@ class VQTables:
 
         Args:
             codebook: ``[codes, hidden]``.
-            k: how many, at most the width of the tables.
+            k: how many, 1 to the width of the tables; others are a ValueError.
 
         Returns:
             `TopK` of ``[*batch, k]`` logits (over the temperature) and tokens, and ``log_z`` over
             the whole vocabulary: ``values - log_z[..., None]`` are log-probabilities.
-
-        Raises:
-            ValueError: ``k`` is not in 1..width.
 
         >>> tables = VQTables.of(jnp.array([0.0, 1.0, 2.0]), jnp.array([1, 0, 1]), 2, width=2)
         >>> tables.top_k(jnp.ones((1, 1)), jnp.array([[5.0], [1.0]]), 2).indices

@@ -189,8 +189,6 @@ class HiddenCache:
         """A full head's distribution at these positions, kept in a directory for the next time.
 
         Args:
-            directory: where they are or will be.
-            head: the full head.
             top: probabilities kept per position.
 
         Raises:

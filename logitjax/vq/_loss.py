@@ -122,7 +122,6 @@ def vq_nll(
         assignment: ``[vocab]``, cluster of each entry, 0 to codes - 1.
         labels: ``[*batch]``, each in 0 to vocab - 1.
         temperature: divides the logits.
-        z_loss: weight of the squared log-normaliser.
         vocab_where: ``[vocab]``, True for the entries that exist.
 
     Returns:
@@ -138,8 +137,7 @@ def vq_nll(
     [1.3862944 1.3862944]
 
     References:
-        VQ-Logits, arXiv:2505.10202, which scatters to V logits; the normaliser over clusters is
-        ours.
+        VQ-Logits, arXiv:2505.10202, scatters to V logits; the normaliser over clusters is ours.
     """
     check_head(hidden, codebook, bias, assignment, labels)
     hidden, labels = jnp.asarray(hidden), jnp.asarray(labels)

@@ -47,11 +47,7 @@ class Screen:
                   s_v + shift(h)      otherwise
             shift = logsumexp_{v in c} rescore(h, v) - logsumexp_{v in c} s_v
 
-        Returns:
-            ``[*batch, vocab]``, float32.
-
-        Raises:
-            ValueError: ``num_candidates`` is not in 1..vocab.
+        It is float32 ``[*batch, vocab]``; ValueError if ``num_candidates`` is not in 1..vocab.
 
         >>> cheap = lambda h: jnp.array([[0.0, 1.0, 2.0]])
         >>> screen = Screen(cheap=cheap, rescore=jnp.full((3, 1), 5.0), num_candidates=1)
@@ -78,10 +74,7 @@ class Screen:
         """Cross-entropy of `logits`, by blocks of positions: ``[*batch]``, float32, not reduced.
 
         The choice of candidates has no gradient. Memory is block_size x vocab; other options are
-        those of `vq_nll`.
-
-        Raises:
-            ValueError: ``num_candidates`` is not in 1..vocab, or ``labels`` do not fit ``hidden``.
+        those of `vq_nll`. ValueError as of `logits`, or if ``labels`` do not fit ``hidden``.
         """
         hidden, labels = jnp.asarray(hidden), jnp.asarray(labels)
         if labels.shape != hidden.shape[:-1]:
@@ -105,14 +98,11 @@ class Screen:
         They are the full head's wherever its k best tokens are among the candidates.
 
         Args:
-            k: how many, at most ``num_candidates``.
+            k: how many, at most ``num_candidates``; ValueError for others, and as of `logits`.
             with_log_z: False leaves ``log_z`` zero, which greedy decoding does not need.
 
         Returns:
             `TopK`: ``[*batch, k]`` logits and tokens, ``log_z`` over the whole vocabulary.
-
-        Raises:
-            ValueError: ``k`` is not in 1..num_candidates, or that is not in 1..vocab.
 
         >>> cheap = lambda h: jnp.array([[0.0, 1.0, 2.0]])
         >>> exact = jnp.array([[9.0], [4.0], [3.0]])
