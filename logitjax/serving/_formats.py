@@ -55,7 +55,6 @@ class Formats:
             self._wrong = f"this model's tokens cannot be held to one ({error})"
 
     def start(self) -> None:
-        """Begins the process that tries structures out, which takes a moment."""
         self._pool.submit(self._start)
 
     def close(self) -> None:

@@ -409,7 +409,6 @@ _ERROR = {"type": "object", "required": ["error"], "properties": {"error": _DETA
 
 
 def openapi(config: ServerConfig) -> dict[str, Any]:
-    """The API's description, for clients, fuzzers and people."""
     kinds: Any = [(request_model(config, chat=chat), "validation") for chat in (False, True)]
     models, described = pydantic.json_schema.models_json_schema(kinds, ref_template=_REF)
 
