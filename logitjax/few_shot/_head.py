@@ -33,7 +33,6 @@ class FittedHead:
 
     Attributes:
         method: The method, at the chosen setting.
-        state: Its trained state.
         class_weights: `[features, classes]` of the zero-shot classifier.
         scale: Scale of the classifier's cosines.
         class_names: Names by class number.

@@ -107,10 +107,8 @@ class FewShotTask:
     def check(self) -> None:
         """Refuses labels that do not fit the images or the classes, and no labels at all.
 
-        Raises:
-            TypeError: The labels are not integers.
-            ValueError: Not one label for each image, a label that is neither a class nor -1, or no
-                image that is there.
+        TypeError for labels that are not integers, else ValueError: not one label for each image, a
+        label that is neither a class nor -1, or no image that is there.
         """
         images, labels = np.shape(self.support.zero_shot)[:-1], np.shape(self.labels)
         count = labels[-1] if labels else 0
@@ -127,9 +125,7 @@ class FewShotTask:
     def mean_view(self, name: str, method: Any) -> jax.Array:
         """`[n, features]` of the encoder `name`: means over views, of length one again.
 
-        Raises:
-            ValueError: The images have no such features (the error names who needs them), or what
-                `check` refuses.
+        ValueError if the images have no such features (it names who needs them), or as of `check`.
         """
         self.check()
         features = needed(getattr(self.support, name), name, method)
@@ -157,10 +153,8 @@ class State(NamedTuple):
 class Method:
     """A few-shot method: the initial state, the bias and the loss.
 
-    Numeric fields may be traced, so a grid over them is a `vmap` over `dataclasses.replace`.
-
-    Attributes:
-        beta: Factor of the bias.
+    Numeric fields, such as `beta`, the factor of the bias, may be traced: a grid over them is a
+    `vmap` over `dataclasses.replace`.
     """
 
     beta: Number = 1.0
@@ -178,9 +172,7 @@ class Method:
     def check(self, task: FewShotTask) -> None:
         """Refuses, outside of `jit`, images that it cannot learn from; by default as the task does.
 
-        Raises:
-            TypeError: Labels that are not integers.
-            ValueError: Images or labels that the method has no use for.
+        TypeError for labels that are not integers, ValueError for what the method has no use for.
         """
         task.check()
 

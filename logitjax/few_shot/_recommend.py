@@ -22,12 +22,10 @@ def recommend(
     Args:
         right: By method, of each sample `[settings, n]` whether a setting is right on a picture
             that it did not learn from, as of `sweep`; -1 where a picture does not count.
+            No method, or a sample without pictures, is a ValueError.
 
     Returns:
         The method, the estimate of its accuracy, and the ends of its 95 % interval.
-
-    Raises:
-        ValueError: No method, or a sample without pictures.
 
     >>> good, bad = np.tile([1.0, 1, 1, 0], (2, 5)), np.tile([1.0, 0, 0, 0], (2, 5))
     >>> recommend({"bad": [bad], "good": [good]})[:2]

@@ -33,16 +33,14 @@ def transduce(
 
     y are the head's probabilities and W the cosines with each picture's nearest. A class begins at
     the mean of its 8 surest pictures. The result depends on the whole batch: name its size.
+    Source: Zanella et al., Boosting Vision-Language Models with Transduction (NeurIPS 2024, arXiv
+    2406.01837), without its labelled pictures: the head has learned from them.
 
     Args:
         logits: `[n, classes]` of the head.
         features: `[n, features]` of the pictures.
         rounds: Updates of the Gaussians.
         neighbours: Nearest pictures of each that agree with it.
-
-    References:
-        Zanella et al., Boosting Vision-Language Models with Transduction (NeurIPS 2024, arXiv
-        2406.01837), without its labelled pictures: the head has learned from them.
 
     >>> import numpy as np
     >>> features = np.repeat(np.eye(2), 4, 0) + np.arange(8)[:, None] / 100
