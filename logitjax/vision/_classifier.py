@@ -94,10 +94,8 @@ class ImageClassifier(nnx.Module):
         carry the ``module.`` prefix of data-parallel training.
 
         Args:
-            weights: a file, or the arrays by their torch names.
-
-        Raises:
-            ValueError: weights missing, unknown or of another shape, or a file not safe to read.
+            weights: a file, or the arrays by their torch names; ValueError if some are missing,
+                unknown or of another shape, or the file is not safe to read.
         """
         given = dict(weights) if isinstance(weights, Mapping) else read_state_dict(weights)
         fill_weights(self, given, torch_names(self))

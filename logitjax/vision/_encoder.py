@@ -31,9 +31,7 @@ class Encoder:
 
     Attributes:
         name: as its user calls it.
-        model: the `flax.nnx` module.
         preprocessing: size and colours; normalisation happens inside.
-        num_features: length of a feature vector.
         num_classes: number of classes of the class head; 0 where there is none.
         tokenizer: tokenizer of the text tower, or None.
         dtype: the name of what it computes in.

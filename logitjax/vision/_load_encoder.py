@@ -106,15 +106,12 @@ def load_encoder(
     * EfficientNet-Lite0, AlexNet and VGG-16, the last two without their linear layers.
 
     Args:
-        spec: one of these.
+        spec: one of these; ValueError if nothing is there, or no encoder's weights.
         size: size of the pictures, where it shall not be the one the network was trained with.
             Position embeddings are for one size, except those of DINO and timm.
         tokenizer: directory or file of merges for CLIP, or ``open_clip`` (`load_clip_tokenizer`),
             where the checkpoint brings none; of SigLIP a directory with ``tokenizer.json``.
         dtype: type of the computation; weights stay float32.
-
-    Raises:
-        ValueError: nothing is there, or what is there is not an encoder's weights.
     """
     progress.mark(f"loading encoder {spec}", log=True)
     if spec == "efficientnet_lite0":
