@@ -35,7 +35,6 @@ class Audit:
 
     Attributes:
         prompts: Number of prompts whose values the subspace comes from, or of rows.
-        queries: Number of queries that were asked.
         values: Number of values that were reported.
         subspace: The recovered subspace, with the hidden dimension as `width`; None without one.
         tokens: Tokens that the rows of its basis stand for; None for all.

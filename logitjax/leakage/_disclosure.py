@@ -198,9 +198,7 @@ class Ledger:
         I(row; answers) <= log A_1 + ... + log A_n
 
     It bounds rows. Of h + 1 contexts the head comes out, however little is told of each.
-
-    Args:
-        limit: Most nats of a context.
+    `limit` is the most nats of a context.
 
     >>> ledger = Ledger(limit=25.0)
     >>> [ledger.charge("a context", request, 10.8) for request in (1, 1, 2, 3)]

@@ -101,10 +101,8 @@ def judge_width(
     Where nothing fits there is a lower bound only, which asks of the noise to be independent.
 
     `step` is the largest rounding error of a value, `named` the noise to hold against the fit.
-
-    References:
-        Landa, Zhang and Kluger, 2022 (Biwhitening reveals the rank of a count matrix), whose
-        scales whiten noise of other variances as well.
+    Scales as of Landa, Zhang and Kluger, 2022 (Biwhitening reveals the rank of a count matrix),
+    which whiten noise of other variances as well.
     """
     exact = step * (math.sqrt(len(gram)) + math.sqrt(table.rows.shape[1]))
     if not np.trace(gram) > exact**2:
