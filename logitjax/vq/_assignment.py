@@ -272,7 +272,8 @@ def perplexity_floor(
     """The least perplexity that any training can reach if all tokens of a cluster share one logit.
 
     A bias per token removes both bounds. What is then still lost is what the context says about the
-    token within its cluster. ::
+    token within its cluster. These bounds, ours, follow exactly from the logits of VQ-Logits,
+    arXiv:2505.10202. ::
 
         perplexity >= exp(E log n_{m(X)})
         excess >= sum_k u_k KL(u(. | k) || uniform over the cluster)
@@ -284,9 +285,6 @@ def perplexity_floor(
     >>> floor = perplexity_floor(jnp.array([0, 0, 1]), jnp.array([1.0, 1.0, 2.0]))
     >>> round(floor.perplexity, 3), floor.ratio, floor.singleton_mass
     (1.414, 1.0, 0.5)
-
-    References:
-        Exact consequences of VQ-Logits, arXiv:2505.10202, eq. for its logits; ours.
     """
     checks.shapes(assignment=(assignment, "int vocab"), unigram=(unigram, "number vocab"))
     assignment, prob = np.asarray(assignment), np.asarray(unigram, np.float64)

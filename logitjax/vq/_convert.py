@@ -32,7 +32,6 @@ class Conversion:
 
     Attributes:
         model: the same parameters with the new head.
-        head: the head.
         history: KL divergence by step, and tokens moved by each reassignment.
         cache: hidden states and labels it was tuned on.
         targets: what the old head says there.

@@ -188,12 +188,8 @@ class HiddenCache:
     ) -> HeadTargets:
         """A full head's distribution at these positions, kept in a directory for the next time.
 
-        Args:
-            top: probabilities kept per position.
-
-        Raises:
-            ValueError: the directory holds those of other positions, another head or other options;
-                names all that differs.
+        Of each position the `top` largest probabilities are kept. ValueError if the directory holds
+        those of other positions, another head or other options; it names all that differs.
         """
         root = epath.Path(directory)
         made_from = {

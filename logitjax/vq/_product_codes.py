@@ -56,7 +56,8 @@ class ProductCodes:
         """Codes for the rows of a head, by k-means in each group of dimensions.
 
         Each group uses its own block of the covariance: correlations between groups are left out.
-        The codes are uint8 or uint16, without a bias.
+        The codes are uint8 or uint16, without a bias. By Jegou et al., Product quantization for
+        nearest neighbor search, 2011.
 
         Args:
             rows, unigram, hidden_cov, key, iterations, weight_power: as of `fit_assignment`.
@@ -66,9 +67,6 @@ class ProductCodes:
         >>> found = ProductCodes.fit(np.eye(4), np.ones(4), np.eye(4), groups=2, num_codes=3)
         >>> np.allclose(jax.jit(ProductCodes.kernel)(found), np.eye(4))
         True
-
-        References:
-            Jegou et al., Product quantization for nearest neighbor search, 2011.
         """
         rows, cov = jnp.asarray(rows), jnp.asarray(hidden_cov, jnp.float32)
         vocab, width = rows.shape

@@ -48,14 +48,12 @@ class Screen:
             shift = logsumexp_{v in c} rescore(h, v) - logsumexp_{v in c} s_v
 
         It is float32 ``[*batch, vocab]``; ValueError if ``num_candidates`` is not in 1..vocab.
+        Shim et al., SVD-softmax, 2017, screen by a low rank; here any cheap head may screen.
 
         >>> cheap = lambda h: jnp.array([[0.0, 1.0, 2.0]])
         >>> screen = Screen(cheap=cheap, rescore=jnp.full((3, 1), 5.0), num_candidates=1)
         >>> jax.jit(screen.logits)(jnp.ones((1, 1)))
         Array([[3., 4., 5.]], dtype=float32)
-
-        References:
-            Shim et al., SVD-softmax, 2017, for a low-rank screen; here any cheap head may screen.
         """
         hidden = jnp.asarray(hidden)
         flat = hidden.reshape(-1, hidden.shape[-1])
