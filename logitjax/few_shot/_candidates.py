@@ -42,8 +42,7 @@ class Candidate:
         """Every method by name, each with the same number of settings to choose among.
 
         A method whose paper searches two numbers has a grid of two columns, others of one. Recipes
-        are the published ones. Methods without a recipe for arbitrary features take `steps` of 32
-        images.
+        are the published ones; methods without one for all features take `steps` of 32 images.
 
         Args:
             grid: `'small'` for 4 settings, `'full'` for 12; others are a ValueError.

@@ -74,10 +74,9 @@ def gaussian_classifier(
 class GDA(Method):
     """Gaussian discriminant analysis on the labelled images, every view of them an example.
 
-    `s_bias = f @ W + b`, with W and b of Gaussian classes with one covariance (Wang et al., A
-    Hard-to-Beat Baseline for Training-Free CLIP-Based Adaptation, ICLR 2024, arXiv 2402.04087). The
-    released code chooses beta on all of a data set's validation images, on ImageNet on the test
-    images.
+    `s_bias = f @ W + b`, with W and b of Gaussian classes with one covariance (Wang et al., ICLR
+    2024, arXiv 2402.04087). The released code chooses beta on all of a data set's validation
+    images, on ImageNet on the test images.
 
     Attributes:
         beta: .0001 to 100 in factors of ten are searched.
@@ -171,8 +170,7 @@ class ReHARK(Method):
         S = [F, unit(F + bridge P_y)];  k = mix exp(-wide |.|^2) + (1 - mix) exp(-narrow |.|^2)
         A = (k(S, S) + penalty I)^-1 (Y - text S P');    logits = scale (f P' + k(f, S) A / text)
 
-    The order of the classes is that of the code of ReHARK (arXiv 2603.11542) at
-    `soft = var_adj = 0`.
+    Classes are in the order of ReHARK's code (arXiv 2603.11542) at `soft = var_adj = 0`.
 
     Attributes:
         wide: beta1, of which .1 to 30 are searched.

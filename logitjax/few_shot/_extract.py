@@ -47,9 +47,8 @@ def extract_features(
 ) -> FeatureCache:
     """Encode pictures once by a frozen encoder, and keep the features.
 
-    Rows that the directory already holds are left alone, so a killed call continues when it is
-    repeated. All views of a batch are encoded in one call, spread over this process's devices.
-    Processes share the shards.
+    Rows that the directory already holds are left alone, so a killed call continues when repeated.
+    All views of a batch are encoded at once on this process's devices. Processes share the shards.
 
     Args:
         images: Pictures with their labels.

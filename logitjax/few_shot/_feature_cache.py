@@ -123,8 +123,7 @@ class _Codec:
 class FeatureCache(RowCache):
     """Features of pictures by one encoder, found by their number in the image set.
 
-    `fill` encodes missing pictures; its `compute` gives `Features`. `read` returns them in the
-    requested order.
+    `fill` encodes missing pictures (`compute` gives `Features`), `read` keeps the order of `rows`.
 
     >>> import tempfile
     >>> identity = FeatureIdentity(

@@ -106,8 +106,7 @@ class FittedHead:
         """`[batch, classes]` whether a class is in a picture's set (split conformal prediction).
 
         Of new pictures like those that calibrated the head, a share of at least `coverage` have
-        their class in the set; it is over draws of both. Few such pictures make large sets.
-        ValueError if the head was not calibrated.
+        their class in it, over draws of both; few such pictures make large sets, none a ValueError.
         """
         if self.calibration is None:
             raise ValueError("calibration: expected pictures that the head did not learn from")

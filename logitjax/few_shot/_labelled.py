@@ -197,8 +197,7 @@ class Pictures:
 
         Args:
             samples: One for each run, of these pictures.
-            room: A sample that sets the number of rows of each part, so that several calls share
-                one program.
+            room: A sample that sets the rows of each part, so that calls share one program.
             validation: Pictures to choose settings on; those of each sample if None.
             test: Pictures to test on; the rest of each sample if None.
 

@@ -182,8 +182,7 @@ class CLAP(Method):
     under the published command; a class without an image has none. The released class weights
     `t_k` are means of text features that are not scaled to length one, and the penalty is measured
     at that length: `FewShotTask.class_weights` may have columns of any length here. Source:
-    Silva-Rodriguez et al., A Closer Look at the Few-Shot Adaptation of Large Vision-Language Models
-    (CVPR 2024, arXiv 2312.12730).
+    Silva-Rodriguez et al. (CVPR 2024, arXiv 2312.12730).
 
     Attributes:
         beta: 1 is the probe by itself, less mixes it with the zero-shot logits.
@@ -227,8 +226,7 @@ class ProLIP(Method):
 
     h is what the encoder projects last, `Inputs.hidden`; `FewShotTask.projection` has P0. The norm
     is a sum, as released. Without validation images the authors take `penalty = 1 / shots` and any
-    rate of 1e-5 to 1e-2. Source: Fahes et al., CLIP's Visual Embedding Projector is a Few-shot
-    Cornucopia (arXiv 2410.05270).
+    rate of 1e-5 to 1e-2. Source: Fahes et al. (arXiv 2410.05270).
 
     Attributes:
         beta: 1 is the method by itself, less mixes it with the zero-shot logits.

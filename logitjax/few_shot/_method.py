@@ -217,8 +217,7 @@ def z_score(logits: Float[Array, "*batch classes"]) -> Float[jax.Array, "*batch 
 
     ``(z - mean(z)) / std(z)``, std over the number of classes - 1. A row of equal logits becomes
     zeros and gets no gradient (the released code divides by 0 there). A class at `-inf` is not
-    there, and becomes 0. `distillation.standardize_logits` is the form for distillation, which adds
-    to the deviation.
+    there, and becomes 0. (`distillation.standardize_logits` adds to the deviation.)
     """
     logits = checks.as_float(logits, "logits")
     deviation, count = centred(logits, logits != -jnp.inf)

@@ -16,8 +16,7 @@ def recommend(
     """The method that is right most often at its best setting, with an estimate without bias.
 
     The best of many looks better than it is on the pictures that chose it. So method and settings
-    are chosen again on halves of the pictures, and the estimate is how often these choices are
-    right on the other halves.
+    are chosen again on halves of the pictures, and estimated on the other halves.
 
     Args:
         right: By method, of each sample `[settings, n]` whether a setting is right on a picture

@@ -123,8 +123,7 @@ def sweep(
     Raises:
         TypeError: Labels that are not integers.
         ValueError: A grid with an unknown name, columns of different lengths or no settings; runs
-            with different numbers of images, or with none; labels that do not fit the images or the
-            classes.
+            with different numbers of images, or none; labels that do not fit images or classes.
 
     >>> from logitjax.few_shot.methods import TipAdapter
     >>> images = Inputs(zero_shot=jnp.zeros((1, 3, 3)), features=jnp.eye(3)[None])
@@ -327,8 +326,7 @@ def _scores(logits: jax.Array, labels: jax.Array, *, each: bool = False) -> dict
 def best_setting(scores: Mapping[str, np.ndarray]) -> np.ndarray:
     """The setting of each run with the best accuracy; among equals, with the lower cross-entropy.
 
-    A setting with a nan score is never chosen: its logits were not numbers. It is a ValueError if a
-    run has no other.
+    A nan score, of logits that were not numbers, is never chosen; ValueError if a run has no other.
 
     Args:
         scores: Scores of validation images, as :func:`sweep` returns them; never of test images.

@@ -25,8 +25,7 @@ def transduce(
 ) -> Float[jax.Array, "n classes"]:
     """Log-probabilities of pictures that are seen together, from those of a head.
 
-    Classes are Gaussians with one diagonal covariance, fitted to all of the pictures, and near
-    pictures agree::
+    Classes are Gaussians of one diagonal covariance, fitted to all, and near pictures agree::
 
         z = softmax(log y + (ll + 50 / (2 neighbours) (W'z + W z)) / 50)     five times a round
         ll_ik = -|(f_i - mu_k) / sigma|^2 / 2;    mu_k of length one, sigma of all pictures
