@@ -131,8 +131,7 @@ class Encoder:
 
         Raises:
             TypeError: pixels that are no numbers.
-            ValueError: another shape, or (outside of ``jit``) pixels out of range; under ``jit``
-                their features are nan.
+            ValueError: another shape, or pixels out of range (under ``jit``: features of nan).
         """
         self.preprocessing.check(images)
         return self._compiled("images", self._state, images)

@@ -96,8 +96,7 @@ def load_encoder(
 
     * CLIP in the names of OpenAI, open_clip or transformers, both towers, or a vision tower alone.
     * SigLIP and SigLIP 2 of a fixed size in the names of transformers, both towers or one.
-    * ViT, DINOv2 with or without registers, DINOv3, ConvNeXt and ConvNeXt V2 in the names of
-      transformers.
+    * ViT, DINOv2 with or without registers, DINOv3, ConvNeXt and its V2 as transformers has them.
     * ViT, DeiT, DINOv2, DINOv3 and SigLIP's vision tower as timm has them, with its
       ``config.json``, and its ConvNeXt.
     * a ResNet as torchvision or transformers names it, ResNeXt and wide ones and those of MoCo v3
