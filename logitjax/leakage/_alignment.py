@@ -32,12 +32,10 @@ def align_head(
         G = argmin |W - basis G|_F,     leak = (mean cos^2 - d / V) / (1 - d / V)
 
     Args:
-        basis: ``[vocab, dimension]``, any columns that span the subspace; ValueError for another
-            vocabulary than the head's.
+        basis: ``[vocab, dimension]``, which span the subspace; ValueError for other vocabularies.
         head: ``[vocab, hidden]``, W with its final norm's gain or without: the span of the rows
             over the vocabulary does not depend on it.
-        centre: compare with ``W`` less its mean over the vocabulary, which is all that
-            log-probabilities hold.
+        centre: compare with ``W`` less its vocabulary mean, all that log-probabilities hold.
 
     References:
         Carlini et al., 2024, appendix B: error after least squares. Chance correction ours.

@@ -129,8 +129,7 @@ def audit(
         prompts: Token ids, more prompts than the hidden dimension.
         head: `[vocab, hidden]`, the true head, for the share that leaked.
         logits: `[n, vocab]`, the true logits of the prompts, for errors and for what users lose.
-        corner: Number of prompts and of tokens in the corner that is asked for through a bias; 0
-            for none.
+        corner: Number of prompts and tokens in the corner asked for through a bias; 0 for none.
 
     References:
         Carlini et al., 2024 (arXiv:2403.06634), sections 4 and 5.

@@ -123,8 +123,7 @@ class LogitOracle(Meter):
     ) -> Answer:
         """Many queries about one prompt, each with its own logit bias.
 
-        As `ask`, with ``[n, biased]`` tokens and nats. A bias that the policy refuses is a
-        ValueError.
+        As `ask`, with ``[n, biased]`` tokens and nats; ValueError for what the policy refuses.
         """
         tokens = np.asarray(bias_tokens, np.int32)
         bias = np.broadcast_to(np.asarray(bias_values, np.float32), tokens.shape)

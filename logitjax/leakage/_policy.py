@@ -73,8 +73,7 @@ class LogitPolicy:
         floor: lowest value that is reported.
 
     References:
-        Carlini et al., Stealing part of a production language model, 2024, sections 4 to 8, for the
-        kinds of API and for the defences.
+        Carlini et al., Stealing part of a production language model, 2024, sections 4 to 8.
     """
 
     returns: str = option("logprobs", choices=_CHOICES["returns"])

@@ -49,8 +49,7 @@ def recover_log_probs(
     under a bias: if token t is drawn at temperature 0 under biases b, then `z_j + b_j <= z_t + b_t`
     for all j. Tokens are biased so that each is equally likely to be drawn, which is within a
     factor two of the best that one of N answers can tell: 2.6 queries a token to 1e-4 of the range.
-    Tokens 40 nats below the largest stay unknown, and unless all are known the row is less its
-    largest value.
+    Tokens 40 nats below the largest stay unknown; with some unknown the row is less its largest.
 
     Where a bias moves only the drawn token, whose own value is reported without it, each token is
     `forced` in turn: V queries a row. Where no bias is taken, the values of whatever is drawn are
@@ -65,8 +64,7 @@ def recover_log_probs(
 
         log p_i = (y_i - y_r) + log p_r
 
-    The bias has to exceed the range of the logits, else tokens stay below the top k, and are
-    reported as missing, not guessed.
+    A bias below the range of the logits leaves tokens below the top k: they count as missing.
 
     Args:
         oracle: The API, e.g. a `LogitOracle`.
@@ -77,8 +75,7 @@ def recover_log_probs(
         draws: Number of draws where no bias is taken.
 
     Raises:
-        ValueError: The API's answers do not depend on a bias, or have too few decimals; the message
-            says which.
+        ValueError: The API's answers do not depend on a bias, or have too few decimals.
         BudgetExhaustedError: The oracle's budget is spent.
 
     References:

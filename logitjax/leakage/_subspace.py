@@ -95,15 +95,13 @@ def estimate_output_subspace(
 
     Rows are W h_i (- c_i 1), so they span at most h dimensions, h + 1 with the normalisers.
     Centring each row removes the normalisers and leaves the head modulo multiples of the ones
-    vector. The float64 n x n Gram matrix of the rows and its eigenvectors are exact to half of
-    float64's digits, and show the whole spectrum.
+    vector. The float64 n x n Gram matrix shows the whole spectrum, to half of float64's digits.
 
     The width is tested: everything beyond k directions has to be rounding, or white noise of a
     fitted size (`OutputWidth`). A token with a NaN or an infinity in some row is left out.
 
     Args:
-        rows: ``[n, vocab]``, n > h. Those of an accelerator are fetched; on the host they are never
-            copied whole, unless tokens are left out.
+        rows: ``[n, vocab]``, n > h; those on the host are copied whole only to leave tokens out.
         dimension: columns of the basis, if the width is known; the width is still tested.
         noise: standard deviation of the API's noise on a value, 0 for none, None if not known. It
             is compared with the rows, and sharpens the result of few rows.
