@@ -83,8 +83,7 @@ class VQTables:
 
         Inside a cluster the order is that of the biases, whatever the hidden state. Each of the k
         best clusters has a token that beats all tokens of clusters ranked lower. So k tokens from
-        each of k clusters are enough. Of equal logits the lowest token comes first, as in
-        `jax.lax.top_k`.
+        each of k clusters are enough. Of equal logits the lowest token comes first.
 
         Args:
             codebook: ``[codes, hidden]``.

@@ -105,15 +105,12 @@ class HiddenCache:
             batches: one tokenizer's part of the batches of a `logitjax.data.PackedDataset`:
                 ``tokens``, ``positions``, ``segment_ids``, ``loss_mask``, each ``[batch, time]``.
                 The same ones on every call.
-            directory: becomes the cache; memory-mapped where it is local, read whole from an
-                object store.
+            directory: becomes the cache; memory-mapped if local, read whole from an object store.
             max_tokens: stop at so many positions.
-            source: names the batches, e.g. by a `PackedDataset`'s fingerprint; a cache of others is
-                refused.
+            source: names the batches, e.g. a `PackedDataset`'s fingerprint; others are refused.
 
         Raises:
-            ValueError: the directory holds, in full or in part, the cache of another
-                ``max_tokens``, model or ``source``.
+            ValueError: the directory holds (part of) another ``max_tokens``, model or ``source``.
         """
         root = epath.Path(directory)
         graphdef, state = nnx.split(model)

@@ -70,8 +70,7 @@ def vq_logits(
 ) -> Float[jax.Array, "*batch vocab"]:
     """All V logits ``[*batch, vocab]``, float32, for checks and for code that needs logits.
 
-    Training with it costs the memory of a full head; `vq_nll` and `VQTables` give the same
-    numbers without it. ::
+    It takes a full head's memory; `vq_nll` and `VQTables` give the same numbers without it. ::
 
         logit_v = (h . C_{m(v)} + b_v) / T
 
@@ -117,8 +116,7 @@ def vq_nll(
     Args:
         hidden: ``[*batch, hidden]``. bfloat16 is multiplied as such and summed in float32.
         codebook: ``[codes, hidden]``.
-        bias: ``[vocab]``, or None for the head as published (``log B_k`` is then the log of the
-            cluster's size).
+        bias: ``[vocab]``, or None for the head as published (``B_k`` is then the cluster's size).
         assignment: ``[vocab]``, cluster of each entry, 0 to codes - 1.
         labels: ``[*batch]``, each in 0 to vocab - 1.
         temperature: divides the logits.

@@ -139,8 +139,7 @@ class Screen:
 class ScreenedHead(VocabularyHead):
     """A cheap head screens, rows of the (tied) embedding re-score.
 
-    It suits a model whose embedding is in memory anyway: it gets its own logits back while reading
-    a tenth of the rows.
+    A model whose embedding is in memory gets its own logits back, for a tenth of the rows read.
 
     Args:
         screen: any head that makes V cheap logits: a `ProductHead`, a `VQHead`.
