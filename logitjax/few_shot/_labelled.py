@@ -144,7 +144,8 @@ class Pictures:
         """Draw pictures to learn from, to choose settings on and to test on.
 
         Samples of one seed are nested: those with more shots contain those with fewer. A class with
-        too few pictures gives what it has, at least one for each part.
+        too few pictures gives what it has, at least one for each part. ValueError for fewer, no
+        shots or another name.
 
         Args:
             shots: Pictures of each class to learn from.
@@ -152,9 +153,6 @@ class Pictures:
                 but at most four, as in CoOp (`'min4'`), or none: settings are chosen on folds of
                 what is learned from (`'folds'`), or not at all (`'none'`).
             rest: Whether a picture of each class has to remain for testing.
-
-        Raises:
-            ValueError: Another name, no shots, or a class without enough pictures.
         """
         kinds = get_args(Validation)
         if validation not in kinds:

@@ -17,14 +17,12 @@ def recommend(
 
     The best of many looks better than it is on the pictures that chose it. So method and settings
     are chosen again on halves of the pictures, and estimated on the other halves.
+    Gives the method, the estimate of its accuracy, and the ends of its 95 % interval.
 
     Args:
         right: By method, of each sample `[settings, n]` whether a setting is right on a picture
             that it did not learn from, as of `sweep`; -1 where a picture does not count.
             No method, or a sample without pictures, is a ValueError.
-
-    Returns:
-        The method, the estimate of its accuracy, and the ends of its 95 % interval.
 
     >>> good, bad = np.tile([1.0, 1, 1, 0], (2, 5)), np.tile([1.0, 0, 0, 0], (2, 5))
     >>> recommend({"bad": [bad], "good": [good]})[:2]

@@ -107,12 +107,11 @@ class Recipe:
     ) -> np.ndarray:
         """Rows of every batch: a new permutation and the next view in each epoch.
 
+        It is int32 `[steps, batch]`; -1 fills up short batches. ValueError if there is no image.
+
         Args:
             views: Augmented views; the rows of view `v` start at `v * stride`.
             stride: `num_examples` when omitted.
-
-        Returns:
-            int32 `[steps, batch]`; -1 fills up short batches. ValueError if there is no image.
 
         >>> order = Recipe(epochs=1, batch_size=2).order(0, 5)
         >>> order.shape, sorted(order.ravel().tolist())
@@ -141,16 +140,14 @@ class Recipe:
 
         Everything but the trained arrays is constant, so a step only gathers cached rows. The steps
         are one scan, which is mapped over samples and settings. (`training.TrainStep` cannot do
-        this: the host calls its update once for each batch.)
+        this: the host calls its update once for each batch.) Gives the trained state and the loss
+        of every step, `[steps]` (0 for those not taken).
 
         Args:
             state: Where training starts, see `Method.init`.
             order: `[steps, batch]` rows of `task.support`, see `order`; -1 is none.
             steps: Number of steps of the order to take; all when omitted. It may be traced, so that
                 one program serves any number of images. The rest of the order is ignored.
-
-        Returns:
-            The trained state and the loss of every step, `[steps]` (0 for those not taken).
 
         Raises:
             TypeError: Labels or an order that are not integers.
