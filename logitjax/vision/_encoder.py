@@ -122,12 +122,10 @@ class Encoder:
     ) -> tuple[Float[jax.Array, "batch features"], Float[jax.Array, "batch classes"] | None]:
         """Features and, where there is a class head, logits, from one pass.
 
+        Float32 ``[batch, num_features]``, not normalised, and ``[batch, num_classes]`` or None.
+
         Args:
             images: ``[batch, height, width, 3]``, uint8 or floats between 0 and 1.
-
-        Returns:
-            Features, float32 ``[batch, num_features]``, not normalised; logits, float32
-            ``[batch, num_classes]``, or None.
 
         Raises:
             TypeError: pixels that are no numbers.
