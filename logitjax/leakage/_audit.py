@@ -122,6 +122,7 @@ def audit(
 
     An API in this process does what its policy says. Any other is tested first. A recovered row is
     then told again by other queries, at the same cost, and its error widened by all that was seen.
+    Attacks are those of Carlini et al., 2024 (arXiv:2403.06634), sections 4 and 5.
 
     Args:
         oracle: A `LogitOracle` of a model in this process, or an `HttpOracle` of one's own server;
@@ -130,9 +131,6 @@ def audit(
         head: `[vocab, hidden]`, the true head, for the share that leaked.
         logits: `[n, vocab]`, the true logits of the prompts, for errors and for what users lose.
         corner: Number of prompts and tokens in the corner asked for through a bias; 0 for none.
-
-    References:
-        Carlini et al., 2024 (arXiv:2403.06634), sections 4 and 5.
 
     >>> from logitjax.leakage import LogitOracle, LogitPolicy
     >>> rng = np.random.default_rng(0)

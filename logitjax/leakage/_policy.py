@@ -49,7 +49,8 @@ class Answer:
 class LogitPolicy:
     """The policy of a logit API: what it reports, and how it changes logits before.
 
-    ::
+    Kinds and defences of Carlini et al., Stealing part of a production language model, 2024,
+    sections 4 to 8. ::
 
         z <- z + noise e         e of the prompt
         y = z + bias             where bias moves what is reported
@@ -71,9 +72,6 @@ class LogitPolicy:
         noise_per: ``prompt``: the same prompt gets the same noise, so repeated queries average
             nothing. ``query``: fresh noise, which can be averaged away.
         floor: lowest value that is reported.
-
-    References:
-        Carlini et al., Stealing part of a production language model, 2024, sections 4 to 8.
     """
 
     returns: str = option("logprobs", choices=_CHOICES["returns"])
@@ -201,13 +199,10 @@ class LogitPolicy:
 
         Args:
             served: ``[*batch, vocab]``.
-            bias_tokens: ``[*batch, biased]`` the tokens of a query's bias.
+            bias_tokens: ``[*batch, biased]``; ValueError for a bias beyond what is allowed.
             bias_values: ``[*batch, biased]`` in nats.
             temperature: temperature of the drawn token; values are reported at 1.
             key: key of the draw; without one the likeliest token is taken, as at temperature 0.
-
-        Raises:
-            ValueError: the bias is not allowed, or there is too much of it.
 
         >>> policy = LogitPolicy(returns="logits", top_k=1, bias="reported", decimals=1)
         >>> @jax.jit
