@@ -50,8 +50,9 @@ def fit_assignment(
         sum_v u_v^p (w_v - C_{m(v)})^T Cov(h) (w_v - C_{m(v)})
 
     The other methods are ``'random'``, clusters of equal size, and ``'kmeans'``, plain rows,
-    unweighted (the paper's). `reassign` improves the mapping by the full head's distribution on
-    hidden states. Memory is the rows plus 2,048 x codes, whatever the vocabulary.
+    unweighted, of VQ-Logits (arXiv:2505.10202), which also names fixed mappings; weights, metric
+    and `reassign`, by the full head's distribution on hidden states, are ours. Memory is the rows
+    plus 2,048 x codes, whatever the vocabulary.
 
     Args:
         rows: ``[vocab, hidden]``, rows of the full head, also in bfloat16.
@@ -72,10 +73,6 @@ def fit_assignment(
     >>> first, second, third, fourth = fit.assignment.tolist()
     >>> first == second, third == fourth, first == third
     (True, True, False)
-
-    References:
-        VQ-Logits, arXiv:2505.10202, names k-means over rows and fixed mappings. Weights, metric and
-        reassignment are ours.
     """
     checks.shapes(
         rows=(rows, "float vocab hidden"),

@@ -103,14 +103,13 @@ class ConvertConfig:
     ) -> tuple[Any, dict[str, list[float]]]:
         """Fit and tune a head on cached hidden states: `convert` without the model.
 
+        Gives the head and the tuning's history (``loss``: KL divergence from ``head``, ``moved``).
+
         Args:
             targets: from `HiddenCache.head_targets`, for the same positions.
             start: a fit to tune, instead of a new one; not of a `ScreenedHead`.
             rows: ``[vocab, hidden]`` that re-score; None takes the model's embedding.
             mesh: as for `Tuning.run`.
-
-        Returns:
-            The head, and the tuning's history (``loss``: KL divergence from ``head``, ``moved``).
         """
         statistics = head_statistics(hidden) if statistics is None else statistics
         kmeans: Any = dict(
@@ -184,7 +183,8 @@ class ConvertConfig:
         to the old head's distribution, with tokens reassigned in between. The head is written to
         ``workdir/head``. A killed call continues with the hidden states it has, and another
         configuration with the same ``max_tokens`` reuses them. A workdir of another model, head or
-        ``source`` is refused.
+        ``source`` is refused. K-means over rows is the "pre-trained initialisation" of VQ-Logits,
+        arXiv:2505.10202; what is done beyond it is ours, see docs/vq_logits.md.
 
         Args:
             model: a `logitjax.models.Decoder` with a linear or tied head.
@@ -202,10 +202,6 @@ class ConvertConfig:
         Raises:
             ValueError: the model's head is not linear, or the workdir holds hidden states of
                 another model, ``source`` or number of tokens.
-
-        References:
-            VQ-Logits, arXiv:2505.10202, "pre-trained initialisation"; what is done here beyond
-            k-means over rows is ours, see docs/vq_logits.md.
         """
         root = epath.Path(workdir)
         old = model.head_of()

@@ -94,13 +94,11 @@ class Screen:
         """The k best candidates by their better logits.
 
         They are the full head's wherever its k best tokens are among the candidates.
+        Gives the `TopK`: ``[*batch, k]`` logits and tokens, ``log_z`` over the whole vocabulary.
 
         Args:
             k: how many, at most ``num_candidates``; ValueError for others, and as of `logits`.
             with_log_z: False leaves ``log_z`` zero, which greedy decoding does not need.
-
-        Returns:
-            `TopK`: ``[*batch, k]`` logits and tokens, ``log_z`` over the whole vocabulary.
 
         >>> cheap = lambda h: jnp.array([[0.0, 1.0, 2.0]])
         >>> exact = jnp.array([[9.0], [4.0], [3.0]])
