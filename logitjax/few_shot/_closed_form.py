@@ -128,7 +128,6 @@ class ProKeR(Method):
     Attributes:
         sharpness: kappa; 1.5 to 10 are searched on ImageNet.
         penalty: lambda; .05 to .25 are searched on ImageNet.
-        scale: Scale of the zero-shot logits' cosines.
     """
 
     sharpness: Number = 3.0
@@ -181,7 +180,6 @@ class ReHARK(Method):
         refine: Share of the class means in the class weights.
         bridge: Share of the class weights in the second half of the examples.
         power: Exponent of every channel, .5 to 1.
-        scale: Scale of the zero-shot logits' cosines.
     """
 
     wide: Number = 5.0

@@ -51,7 +51,6 @@ def extract_features(
     All views of a batch are encoded at once on this process's devices. Processes share the shards.
 
     Args:
-        images: Pictures with their labels.
         directory: Folder of the cache: empty, or a cache of the same encoder, pictures and views.
         views: Views of each picture, such as `data.ImageViews.of` makes.
         rows: Numbers of the pictures, such as `ImageSet.choose` gives; all if omitted.

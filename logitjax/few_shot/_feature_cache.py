@@ -30,7 +30,6 @@ class FeatureIdentity:
         preprocessing: how colours become inputs.
         views: how pictures were scaled and cut (``str`` of `ImageViews`).
         data: the pictures' source.
-        class_names: names by class number.
         num_logits: logits of a view; 0 if the encoder has no class head.
         compute_dtype: type that the encoder computed in.
         dtype: 'float32' or 'float16': how both are stored.

@@ -193,15 +193,14 @@ class Pictures:
     ) -> tuple[FewShotTask, dict[str, tuple[Inputs, np.ndarray]]]:
         """Samples stacked along an axis of runs and padded, for `sweep`.
 
+        Gives the task to learn from, and by name the pictures of `"validation"`, if any, `"test"`
+        and `"train"`, which are those to learn from.
+
         Args:
             samples: One for each run, of these pictures.
             room: A sample that sets the rows of each part, so that calls share one program.
             validation: Pictures to choose settings on; those of each sample if None.
             test: Pictures to test on; the rest of each sample if None.
-
-        Returns:
-            The task to learn from, and by name the pictures of `"validation"`, if any, `"test"`
-            and `"train"`, which are those to learn from.
         """
         plain = [self.inputs]
         views = [view.inputs for view in self.views] or plain

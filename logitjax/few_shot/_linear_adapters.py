@@ -56,7 +56,6 @@ class LinearProbe(Method):
     Attributes:
         beta: 1 is the probe by itself, less mixes it with the zero-shot logits.
         source: The encoder, `'features'` or `'auxiliary'`.
-        scale: Scale of the cosines.
     """
 
     source: Literal["features", "auxiliary"] = "features"
@@ -98,8 +97,6 @@ class LPPlusPlus(Method):
 
     Attributes:
         beta: Share of the probe, as in :class:`LinearProbe`.
-        iterations: Steps of gradient descent.
-        momentum: Momentum of the prototypes.
         blend_every: Steps between those of the factors.
         blend_scale: The factors begin at so many times the mean logit of a class's images.
     """
@@ -187,7 +184,6 @@ class CLAP(Method):
     Attributes:
         beta: 1 is the probe by itself, less mixes it with the zero-shot logits.
         penalty: Factor of the constraint; 1 is published.
-        scale: Scale of the cosines.
     """
 
     penalty: Number = 1.0
@@ -231,7 +227,6 @@ class ProLIP(Method):
     Attributes:
         beta: 1 is the method by itself, less mixes it with the zero-shot logits.
         penalty: lambda; 10 to .0001 and 0 are searched.
-        scale: Scale of the zero-shot logits' cosines.
     """
 
     penalty: Number = 0.1

@@ -47,11 +47,10 @@ class Inputs:
         `scale * (f / |f|) @ W0`
 
         Args:
-            features: `[*batch, features]` of the images.
             class_weights: `[features, classes]`: in CLIP the mean, over prompt templates, of a
                 class's text features of length one, scaled to length one again.
             scale: 100, to which CLIP's learned scale was clipped; the published methods fix it.
-            auxiliary, hidden: As in `Inputs`.
+            features, auxiliary, hidden: As in `Inputs`, of any length.
 
         >>> logits = Inputs.of(jnp.array([[3.0, 4.0]]), jnp.eye(2)).zero_shot
         >>> [f"{logit:.2f}" for logit in logits.ravel().tolist()]

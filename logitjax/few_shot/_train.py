@@ -31,8 +31,6 @@ class Recipe:
         weight_decay: Weight decay, decoupled in AdamW.
         algorithm: `'adamw'`, or `'sgd'` with momentum b1, which ignores `eps` and b2.
         eps: Term that AdamW adds to the root of the second moment.
-        b1: Decay of the first moment.
-        b2: Decay of the second moment.
     """
 
     epochs: int = 50
