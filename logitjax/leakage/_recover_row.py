@@ -66,6 +66,10 @@ def recover_log_probs(
 
     A bias below the range of the logits leaves tokens below the top k: they count as missing.
 
+    After openlogprobs and Carlini et al., 2024, section 5, but for the reference token: their form
+    without one loses 4 nats at a bias of 20 in float32. Their searches keep one interval a token,
+    or close all constraints at O(N^3) an answer; here it is O(N^2).
+
     Args:
         oracle: The API, e.g. a `LogitOracle`.
         vocab_size: V.
@@ -77,11 +81,6 @@ def recover_log_probs(
     Raises:
         ValueError: The API's answers do not depend on a bias, or have too few decimals.
         BudgetExhaustedError: The oracle's budget is spent.
-
-    References:
-        openlogprobs; Carlini et al., 2024, section 5. Departs from both in the reference token:
-        their form without one loses 4 nats at a bias of 20 in float32. Their searches keep one
-        interval a token, or close all constraints at O(N^3) an answer; here it is O(N^2).
 
     >>> from logitjax.leakage import LogitOracle, LogitPolicy
     >>> table = np.log(np.array([[0.5, 0.3, 0.2, 1e-30]], np.float32))

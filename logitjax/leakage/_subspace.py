@@ -28,7 +28,6 @@ class OutputSubspace:
         width: the hidden dimension as an interval with its reason, or a refusal.
         singular_values: singular values of the rows, falling.
         vocab_where: ``[vocab]``, tokens whose values were finite in all rows.
-        count: number of rows.
     """
 
     basis: np.ndarray
@@ -99,6 +98,8 @@ def estimate_output_subspace(
 
     The width is tested: everything beyond k directions has to be rounding, or white noise of a
     fitted size (`OutputWidth`). A token with a NaN or an infinity in some row is left out.
+    Carlini et al., 2024, section 4, and Finlayson et al., 2024, section 4, read the width off the
+    largest gap, which answers n where n < h, and 1 on a real spectrum under noise.
 
     Args:
         rows: ``[n, vocab]``, n > h; those on the host are copied whole only to leave tokens out.
@@ -111,10 +112,6 @@ def estimate_output_subspace(
     Raises:
         TypeError: rows are not floating point.
         ValueError: rows of another rank, a dimension beyond n rows, or most tokens left out.
-
-    References:
-        Carlini et al., 2024, section 4; Finlayson et al., 2024, section 4. Both read the width off
-        the largest gap, which answers n where n < h, and 1 on a real spectrum under noise.
 
     >>> rng = np.random.default_rng(0)
     >>> head, states = rng.standard_normal((50, 3)), rng.standard_normal((12, 3))
