@@ -186,18 +186,16 @@ class ConvertConfig:
         ``source`` is refused. K-means over rows is the "pre-trained initialisation" of VQ-Logits,
         arXiv:2505.10202; what is done beyond it is ours, see docs/vq_logits.md.
 
+        The `Conversion`'s model shares the old one's parameters. Where the old logits were
+        soft-capped the new head imitates the capped ones, and the new model caps nothing.
+
         Args:
             model: a `logitjax.models.Decoder` with a linear or tied head.
-            batches: packed batches of one tokenizer, as for `HiddenCache.of`.
+            batches, source: as for `HiddenCache.of`: packed batches of one tokenizer, their name.
             workdir: a directory or an object store: what is kept there is memory-mapped from a
                 local disk, and read whole from a store.
-            source: names the batches, see `HiddenCache.of`.
             mesh: tuning splits its positions over it; every process of a run calls this with the
                 same arguments, and process 0 writes.
-
-        Returns:
-            `Conversion`. Its model shares the old one's parameters. Where the old logits were
-            soft-capped the new head imitates the capped ones, and the new model caps nothing.
 
         Raises:
             ValueError: the model's head is not linear, or the workdir holds hidden states of

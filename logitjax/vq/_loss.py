@@ -106,7 +106,8 @@ def vq_nll(
     """Cross-entropy of a vector-quantised head, exact, in O(N K d) and N x K memory.
 
     Equal to the cross-entropy of `vq_logits`, in value and gradient, without making them. The
-    paper (VQ-Logits, arXiv:2505.10202) scatters to V logits; our normaliser is over clusters. ::
+    paper (VQ-Logits, arXiv:2505.10202) scatters to V logits; our normaliser is over clusters.
+    Gives float32 ``[*batch]``, not reduced; nan where the label is outside the vocabulary. ::
 
         z_k = h . C_k
         log Z = logsumexp_k (z_k + log B_k),   log B_k = logsumexp_{v in k} b_v
@@ -120,9 +121,6 @@ def vq_nll(
         labels: ``[*batch]``, each in 0 to vocab - 1.
         temperature: divides the logits.
         vocab_where: ``[vocab]``, True for the entries that exist.
-
-    Returns:
-        ``[*batch]``, float32, not reduced; nan where the label is outside the vocabulary.
 
     Raises:
         TypeError: arrays of another kind.

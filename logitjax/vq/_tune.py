@@ -29,11 +29,9 @@ class Tuning:
     """Tunes a head by Adam with a cosine schedule, on mini-batches of cached positions.
 
     Attributes:
-        steps: Steps of the whole run.
         batch_size: Positions a step.
         learning_rate: Peak.
         warmup: Share of the steps.
-        seed: Seed of the order of positions.
     """
 
     steps: int
