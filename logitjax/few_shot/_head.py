@@ -35,7 +35,6 @@ class FittedHead:
         method: The method, at the chosen setting.
         class_weights: `[features, classes]` of the zero-shot classifier.
         scale: Scale of the classifier's cosines.
-        class_names: Names by class number.
         encoders: What the features are of, as of `Pictures.encoders`.
         about: What else is worth a line in ``head.json``, such as encoders and prompts by name.
         temperature: Divisor of the logits that makes `predict_proba` as sure as it is right on
@@ -180,6 +179,7 @@ def fit(
 
     Probabilities are calibrated on the validation pictures, else on parts of those to learn from,
     each predicted by a head that did not see it; of one picture a class there are none.
+    ValueError for an unknown method, missing features, or pictures that the method refuses.
 
     Args:
         candidate: The method with its recipe and settings, or its name in `Candidate.all()`.
@@ -188,9 +188,6 @@ def fit(
             the method keeps its published setting, which is CLAP's protocol, or chooses on folds.
         folds: Number of parts of the pictures to choose on without others, as of `sweep`.
         seed: Seed of the order of pictures, and of a random start.
-
-    Raises:
-        ValueError: An unknown method, missing features, or pictures that the method refuses.
 
     >>> rng = np.random.default_rng(0)
     >>> labels = np.arange(12) % 3

@@ -256,6 +256,8 @@ def read_pictures(
 
         numpy.savez("train.npz", features=features.numpy(), labels=labels.numpy())
 
+    It is a ValueError if a file is missing or of another kind, or if `Pictures` refuses it.
+
     Args:
         features: File of the encoder that names classes.
         auxiliary: File of another encoder, with the same pictures in the same order.
@@ -268,9 +270,6 @@ def read_pictures(
             `vision.Encoder.before_projection`.
         views: Directories that `extract_features` filled with several views of the same pictures,
             by the first encoder and by the second if there is one, to learn from.
-
-    Raises:
-        ValueError: A file is missing or not of such a kind, or what `Pictures` refuses.
     """
     encoded, names, encoders = _read_views(features, auxiliary)
     if len(encoded) != 1:
