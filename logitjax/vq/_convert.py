@@ -182,9 +182,10 @@ class ConvertConfig:
         ``workdir``. Mapping and codebook are fitted to the old rows. Codebook and biases are tuned
         to the old head's distribution, with tokens reassigned in between. The head is written to
         ``workdir/head``. A killed call continues with the hidden states it has, and another
-        configuration with the same ``max_tokens`` reuses them. A workdir of another model, head or
-        ``source`` is refused. K-means over rows is the "pre-trained initialisation" of VQ-Logits,
-        arXiv:2505.10202; what is done beyond it is ours, see docs/vq_logits.md.
+        configuration with the same ``max_tokens`` reuses them. A workdir of another model, head,
+        ``source`` or number of tokens is a ValueError, as is a head that is not linear. K-means
+        over rows is the "pre-trained initialisation" of VQ-Logits, arXiv:2505.10202; what is done
+        beyond it is ours, see docs/vq_logits.md.
 
         The `Conversion`'s model shares the old one's parameters. Where the old logits were
         soft-capped the new head imitates the capped ones, and the new model caps nothing.
@@ -196,10 +197,6 @@ class ConvertConfig:
                 local disk, and read whole from a store.
             mesh: tuning splits its positions over it; every process of a run calls this with the
                 same arguments, and process 0 writes.
-
-        Raises:
-            ValueError: the model's head is not linear, or the workdir holds hidden states of
-                another model, ``source`` or number of tokens.
         """
         root = epath.Path(workdir)
         old = model.head_of()

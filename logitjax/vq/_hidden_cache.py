@@ -98,7 +98,8 @@ class HiddenCache:
 
         If the directory already holds the cache of this model and ``source``, it is read instead. A
         killed run continues after the batches it has finished. Positions whose next token is not to
-        be predicted are left out.
+        be predicted are left out. ValueError if the directory holds, in full or in part, that of
+        another ``max_tokens``, model or ``source``.
 
         Args:
             model: a `logitjax.models.Decoder`, or anything with its ``hidden_states``.
@@ -108,9 +109,6 @@ class HiddenCache:
             directory: becomes the cache; memory-mapped if local, read whole from an object store.
             max_tokens: stop at so many positions.
             source: names the batches, e.g. a `PackedDataset`'s fingerprint; others are refused.
-
-        Raises:
-            ValueError: the directory holds (part of) another ``max_tokens``, model or ``source``.
         """
         root = epath.Path(directory)
         graphdef, state = nnx.split(model)

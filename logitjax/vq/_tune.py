@@ -29,7 +29,6 @@ class Tuning:
     """Tunes a head by Adam with a cosine schedule, on mini-batches of cached positions.
 
     Attributes:
-        batch_size: Positions a step.
         learning_rate: Peak.
         warmup: Share of the steps.
     """
