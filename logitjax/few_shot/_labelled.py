@@ -144,18 +144,15 @@ class Pictures:
         """Draw pictures to learn from, to choose settings on and to test on.
 
         Samples of one seed are nested: those with more shots contain those with fewer. A class with
-        too few pictures gives what it has, at least one for each part.
+        too few pictures gives what it has, at least one for each part. ValueError for fewer, no
+        shots or another name.
 
         Args:
             shots: Pictures of each class to learn from.
             validation: Pictures of each class to choose on: as many as shots (`'shots'`), as many
                 but at most four, as in CoOp (`'min4'`), or none: settings are chosen on folds of
                 what is learned from (`'folds'`), or not at all (`'none'`).
-            seed: Seed of the draw.
             rest: Whether a picture of each class has to remain for testing.
-
-        Raises:
-            ValueError: Another name, no shots, or a class without enough pictures.
         """
         kinds = get_args(Validation)
         if validation not in kinds:
@@ -196,16 +193,14 @@ class Pictures:
     ) -> tuple[FewShotTask, dict[str, tuple[Inputs, np.ndarray]]]:
         """Samples stacked along an axis of runs and padded, for `sweep`.
 
+        Gives the task to learn from, and by name the pictures of `"validation"`, if any, `"test"`
+        and `"train"`, which are those to learn from.
+
         Args:
             samples: One for each run, of these pictures.
-            room: A sample that sets the number of rows of each part, so that several calls share
-                one program.
+            room: A sample that sets the rows of each part, so that calls share one program.
             validation: Pictures to choose settings on; those of each sample if None.
             test: Pictures to test on; the rest of each sample if None.
-
-        Returns:
-            The task to learn from, and by name the pictures of `"validation"`, if any, `"test"`
-            and `"train"`, which are those to learn from.
         """
         plain = [self.inputs]
         views = [view.inputs for view in self.views] or plain
@@ -261,6 +256,8 @@ def read_pictures(
 
         numpy.savez("train.npz", features=features.numpy(), labels=labels.numpy())
 
+    It is a ValueError if a file is missing or of another kind, or if `Pictures` refuses it.
+
     Args:
         features: File of the encoder that names classes.
         auxiliary: File of another encoder, with the same pictures in the same order.
@@ -269,14 +266,10 @@ def read_pictures(
             `scale`.
         class_names: Names by class number; by default those of a cache.
         scale: Scale of the zero-shot classifier's cosines; by default the file's, or CLIP's 100.
-        projection: The first encoder's last projection and its bias or None,
-            `vision.Encoder.projection`, if its features are from
+        projection: `vision.Encoder.projection` of the first encoder, if its features are from
             `vision.Encoder.before_projection`.
         views: Directories that `extract_features` filled with several views of the same pictures,
             by the first encoder and by the second if there is one, to learn from.
-
-    Raises:
-        ValueError: A file is missing or not of such a kind, or what `Pictures` refuses.
     """
     encoded, names, encoders = _read_views(features, auxiliary)
     if len(encoded) != 1:

@@ -234,7 +234,6 @@ _VIT = dataclasses.replace(_CLIP, activation="gelu", epsilon=1e-12)
 
 
 def vit_config(named: Weights, settings: Mapping[str, Any]) -> ViTConfig:
-    """Sizes of a tower in our names."""
     try:
         patch, class_token = named["patch.weight"], "class_token" in named
         pooling: Pooling = "probe" if "pool.probe" in named else "class"
@@ -293,7 +292,6 @@ def two_towers(
 
 
 def convnext_config(named: Weights, settings: Mapping[str, Any]) -> ConvNeXtConfig:
-    """Sizes of a ConvNeXt in our names."""
     stages, last = range(count_of(named, "stages")), settings.get("layer_norm_eps")
     try:
         return ConvNeXtConfig(
