@@ -32,7 +32,8 @@ def _positions(segment_ids: Int[np.ndarray, "*batch tokens"]) -> Int32[np.ndarra
     index = np.arange(segment_ids.shape[-1], dtype=np.int32)
     starts = np.ones(segment_ids.shape, bool)
     starts[..., 1:] = segment_ids[..., 1:] != segment_ids[..., :-1]
-    begin = np.maximum.accumulate(np.where(starts, index, 0), axis=-1)  # of its segment
+    # Of its segment.
+    begin = np.maximum.accumulate(np.where(starts, index, 0), axis=-1)
     return np.where(segment_ids > 0, index - begin, 0).astype(np.int32)
 
 

@@ -156,7 +156,8 @@ class _Reading:
     """A prompt on its way: padded streams, and the next column to be read."""
 
     tokens: np.ndarray  # [streams, columns]
-    lengths: list[int]  # of each stream
+    # Of each stream.
+    lengths: list[int]
     at: int
     # Of its whole blocks.
     names: list[bytes]

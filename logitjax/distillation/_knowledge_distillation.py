@@ -215,7 +215,8 @@ def standardize_logits(
 
     count = total(keep)
     deviation = jnp.where(keep, safe - total(safe) / jnp.maximum(count, 1), 0.0)
-    variance = total(jnp.square(deviation)) / jnp.maximum(count - 1, 1)  # torch's, unbiased
+    # torch's, unbiased.
+    variance = total(jnp.square(deviation)) / jnp.maximum(count - 1, 1)
     # The square root has no gradient at a row of equal logits; its deviations are 0 anyway.
     std = jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1.0)), 0.0)
     return jnp.where(keep, deviation / (std + epsilon), -jnp.inf)

@@ -178,5 +178,6 @@ class FeatureCache(RowCache):
 
 
 def _identity(made_from: Mapping[str, Any]) -> FeatureIdentity:
-    names = tuple(made_from["class_names"])  # a list in JSON
+    # a list in JSON.
+    names = tuple(made_from["class_names"])
     return FeatureIdentity(**{**made_from, "class_names": names})

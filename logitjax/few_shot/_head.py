@@ -282,7 +282,8 @@ def _learnt(
     method.check(task)
     order = None
     if method.trains:
-        order = recipe.order((seed, 0), len(task.labels), views=task.views)  # run 0 of a sweep
+        # Run 0 of a sweep.
+        order = recipe.order((seed, 0), len(task.labels), views=task.views)
 
     def learn(task: FewShotTask, order: Any) -> State:
         state = method.init(task, key=jax.random.fold_in(jax.random.key(seed), 0))

@@ -130,7 +130,8 @@ class Pictures:
         """The task of learning from these pictures, or from their views."""
         fixed = {name: getattr(self, name) for name in ("labels", *_CLASSIFIER)}
         seen = [view.inputs for view in self.views or (self,)]
-        support = jax.tree.map(lambda *views: np.concatenate(views), *seen)  # view after view
+        # View after view.
+        support = jax.tree.map(lambda *views: np.concatenate(views), *seen)
         return FewShotTask(support=support, views=len(seen), **fixed)
 
     def sample(
@@ -165,7 +166,8 @@ class Pictures:
         for number, name in enumerate(self.class_names):
             # Shots are the beginning of one order, so that more of them contain fewer.
             rows = rng.permutation(np.flatnonzero(self.labels == number))
-            least = 1 + (held_out > 0) + rest  # one for each part
+            # One for each part.
+            least = 1 + (held_out > 0) + rest
             if len(rows) < least:
                 raise ValueError(
                     f"shots: expected at least {least} pictures of each class, to learn from"

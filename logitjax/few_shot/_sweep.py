@@ -174,7 +174,8 @@ def sweep(
         folds=folds,
         mesh=mesh,
     )
-    return jax.tree.map(lambda x: np.asarray(x)[: len(labels)], scores)  # without padding
+    # Without padding.
+    return jax.tree.map(lambda x: np.asarray(x)[: len(labels)], scores)
 
 
 def _orders(

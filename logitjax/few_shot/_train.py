@@ -118,7 +118,8 @@ class Recipe:
         batches, batch = self.batches(num_examples), min(self.batch_size, num_examples)
         steps = self.total_steps(num_examples)
         epochs = -(-steps // batches)
-        order = np.full((epochs, batches * batch), -1, np.int32)  # -1 is no image
+        # -1 is no image.
+        order = np.full((epochs, batches * batch), -1, np.int32)
         for epoch in range(epochs):
             rows = np.random.default_rng([*np.atleast_1d(seed), epoch]).permutation(num_examples)
             # Each epoch the next view.

@@ -62,7 +62,8 @@ def transduce(
     cosines, places = jax.lax.map(near, features, batch_size=_BLOCK)
 
     def agreement(z: jax.Array) -> jax.Array:
-        total = (cosines[..., None] * z[places]).sum(1)  # W z, [n, classes]
+        # W z, [n, classes].
+        total = (cosines[..., None] * z[places]).sum(1)
         # W' z: being near is not mutual.
         return total.at[places].add(cosines[..., None] * z[:, None])
 

@@ -67,7 +67,8 @@ class VocabularyHead(nnx.Module):
         **options: Any,
     ) -> Float[jax.Array, "*batch"]:
         """Cross-entropy, not reduced, by blocks of the vocabulary; see `linear_cross_entropy`."""
-        hidden = jnp.asarray(hidden, self.dtype)  # as in `__call__`
+        # As in `__call__`.
+        hidden = jnp.asarray(hidden, self.dtype)
         return linear_cross_entropy(hidden, self.as_linear(embedding), labels, **options)
 
     @staticmethod

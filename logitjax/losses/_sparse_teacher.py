@@ -265,7 +265,8 @@ def _of_teacher(values: jax.Array, log_z: jax.Array) -> jax.Array:
 def _estimate(teacher: Any, student: Any, log_law: Any, direction: str) -> jax.Array:
     """The divergence by log-probabilities at the top k and at draws, weighed by importance."""
     (log_p, drawn_p), (log_q, drawn_q) = teacher, student
-    if log_law is None:  # The teacher drew.
+    # The teacher drew.
+    if log_law is None:
         rest = jnp.maximum(1.0 - jnp.exp(log_p).sum(-1, keepdims=True), 0.0)
         log_law = jnp.where(drawn_p == -jnp.inf, -jnp.inf, drawn_p - jnp.log(rest))
     over, under = (drawn_p, drawn_q) if direction == "forward" else (drawn_q, drawn_p)

@@ -226,7 +226,8 @@ class Decoder(nnx.Module):
         self.layout: str = layout
         self.remat: str = remat
         self.attention: Implementation = attention
-        normal = nnx.initializers.normal(0.02)  # as GPT-2 begins
+        # As GPT-2 begins.
+        normal = nnx.initializers.normal(0.02)
         self.embedding = nnx.Param(
             normal(rngs.params(), (config.vocab_size, config.hidden_size), param_dtype)
         )
@@ -310,7 +311,8 @@ class Decoder(nnx.Module):
                 keys.append(tuple(k for k, _ in pairs))
                 values.append(tuple(v for _, v in pairs))
         if cache is not None:
-            length = jnp.maximum(cache.length, positions.max(axis=1) + 1)  # padding is at -1
+            # Padding is at -1.
+            length = jnp.maximum(cache.length, positions.max(axis=1) + 1)
             cache = Cache(keys=tuple(keys), values=tuple(values), positions=stored, length=length)
         return self.final_norm(x), cache
 

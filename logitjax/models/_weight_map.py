@@ -16,13 +16,18 @@ class TensorSpec:
 
     name: str
     leaves: tuple[Path, ...]
-    layer: int | None = None  # None outside of layers
-    expert: int | None = None  # where a leaf has one map an expert
+    # None outside of layers.
+    layer: int | None = None
+    # Where a leaf has one map an expert.
+    expert: int | None = None
     axis: int = 0
-    transpose: bool = False  # `[in, out]` to `[out, in]`
+    # `[in, out]` to `[out, in]`.
+    transpose: bool = False
     rope_heads: int = 0
-    rope_dim: int = 0  # so many rows of each of `rope_heads` heads have rotary pairs interleaved
-    shift: float = 0.0  # added to the values
+    # So many rows of each of `rope_heads` heads have rotary pairs interleaved.
+    rope_dim: int = 0
+    # Added to the values.
+    shift: float = 0.0
 
 
 def hf_tensors(config: DecoderConfig) -> list[TensorSpec]:

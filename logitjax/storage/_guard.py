@@ -108,7 +108,8 @@ def whole(value: Any, field: str, *, least: int = 0, most: int = 1 << 62) -> int
 
 def shape_of(value: Any, field: str) -> tuple[int, ...]:
     """A shape that a file states: at most 32 sizes that are not negative."""
-    if not isinstance(value, list | tuple) or len(value) > 32:  # numpy 1's most
+    # numpy 1's most.
+    if not isinstance(value, list | tuple) or len(value) > 32:
         raise ValueError(f"{field}: expected at most 32 sizes, got {short(value)}")
     shape = tuple(whole(size, field) for size in value)
     # Numpy counts even where a size is nought.

@@ -109,7 +109,8 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     # a word in an argument list.
     ("numpy", "ndarray"): object(),
 }
-for _core in ("core", "_core"):  # of NumPy 1 and 2
+# Of NumPy 1 and 2.
+for _core in ("core", "_core"):
     _ALLOWED[f"numpy.{_core}.multiarray", "_reconstruct"] = StandIn(_Array)
     _ALLOWED[f"numpy.{_core}.numeric", "_frombuffer"] = StandIn(_from_buffer)
 

@@ -263,7 +263,8 @@ def plain(value: Any, arrays: Callable[[Any], Any]) -> Any:
             if entries[id(value)] is entries:
                 raise ValueError("a list that contains itself")
             return entries[id(value)]
-        entries[id(value)] = entries  # until it is done
+        # Until it is done.
+        entries[id(value)] = entries
         if isinstance(value, dict):
             # Classes of their own tell TorchScript's modules from tables.
             kind = type(value) if isinstance(value, Attributes) else dict

@@ -71,7 +71,8 @@ class SafetensorsSource:
             raise ValueError(f"{path}: unreadable safetensors header ({text})") from None
         if not isinstance(header, dict):
             raise ValueError(f"{path}: header: expected an object, got {type(header).__name__}")
-        header.pop("__metadata__", None)  # texts, no tensor
+        # Texts, no tensor.
+        header.pop("__metadata__", None)
         spans = []
         for name, entry in header.items():
             dtype, shape, begin, end = _checked(name, entry)
@@ -117,7 +118,8 @@ class SafetensorsSource:
         dtype = np.dtype(dtype or stored)
         first, last, _ = rows.indices(shape[0]) if shape else (0, 1, 1)
         stride = math.prod(shape[1:])
-        if not math.prod(shape):  # no bytes to seek
+        # No bytes to seek.
+        if not math.prod(shape):
             return np.empty((max(0, last - first), *shape[1:]), dtype)
         with guard.naming(path, "safetensors"), path.open("rb") as opened:
             file = guard.Reader(opened)

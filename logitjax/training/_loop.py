@@ -97,7 +97,7 @@ def train_loop(
         ValueError: if the checkpoint is of another state or identity, or none can be read and
             `state` is no function, or a profile has no workdir.
     """
-    options = LoopOptions() if options is None else options
+    options = options or LoopOptions()
     if options.profile_steps and workdir is None:
         raise ValueError("profile_steps: a trace needs a workdir to lie in")
     writer = MetricWriter() if writer is None else writer
@@ -127,7 +127,6 @@ def train_loop(
                 logging.info("saving checkpoint %d", step)
 
         progress.mark(f"training from step {start} to {total_steps}", log=True)
-        progress.mark("compiling and taking the first step")
         for step in range(start + 1, total_steps + 1):
             profile(step, state)
             progress.mark("fetching a batch")

@@ -122,7 +122,8 @@ def compact_nodes(
     new = jnp.concatenate(
         [jnp.zeros_like(ordered[..., :1]), ordered[..., 1:] != ordered[..., :-1]], axis=-1
     )
-    rank = jnp.cumsum(new.astype(jnp.int32), axis=-1)  # `[*batch, T k]`
+    # `[*batch, T k]`.
+    rank = jnp.cumsum(new.astype(jnp.int32), axis=-1)
     # Of a permutation: back to the order of `ids`.
     inverse = jnp.argsort(order, axis=-1)
     nodes = jnp.take_along_axis(rank, inverse, axis=-1).reshape(ids.shape)

@@ -79,7 +79,8 @@ def gilmore_lawler(c: Graph, d: Graph, *, branches: int) -> tuple[Scalar, Order]
     if branches and n > 2:
         heaviest = jnp.argmax(jnp.diag(x))
         floors = _pinned(x, y)
-        least, partners = jax.lax.top_k(-floors, branches)  # the least floors
+        # The least floors.
+        least, partners = jax.lax.top_k(-floors, branches)
         matched = jax.lax.map(lambda k: _assign_rest(x, y, heaviest, k), partners)
         # Every partner that was not tried costs at least as much as the last that was.
         untried = jnp.inf if branches == n else -least[-1]

@@ -133,7 +133,8 @@ def sorted_coupling(
         return Coupling(rows, columns, _seen(jnp.full(f.shape, 1.0 / n, f.dtype), f, g))
     upper_f = _cumulative(f_weights, rows, f.shape)
     upper_g = _cumulative(g_weights, columns, g.shape)
-    ends = jnp.sort(jnp.concatenate([upper_f, upper_g], axis=-1), axis=-1)  # `[*batch, n + m]`
+    # `[*batch, n + m]`.
+    ends = jnp.sort(jnp.concatenate([upper_f, upper_g], axis=-1), axis=-1)
     starts = jnp.concatenate([jnp.zeros_like(ends[..., :1]), ends[..., :-1]], axis=-1)
     # Between two ends both quantile functions are constant: the middle says whose nodes meet.
     middles = 0.5 * (starts + ends)

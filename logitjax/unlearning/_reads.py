@@ -44,7 +44,8 @@ class Read:
     """A method's readings of one batch. Anything undeclared is an error that names the method."""
 
     owner: str
-    fits: jax.Array  # whether no side has more answers' tokens than there are places
+    # Whether no side has more answers' tokens than there are places.
+    fits: jax.Array
     _fixed: Any
     _values: Mapping[Need, jax.Array]
     _heads: Mapping[bool, Head]

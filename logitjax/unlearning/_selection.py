@@ -18,11 +18,16 @@ _KNOWN = 0.5
 class Limits:
     """Limits on what has to be left of a model, as shares of what it was before."""
 
-    probability: float = 0.97  # of the mean probability of answers to keep, of every kind
-    row: float = 0.9  # of the probability of any single one that the model knew
-    rouge: float = 0.97  # of the ROUGE-L F1 of what is generated for them, of every kind
-    fluency: float = 0.95  # of the entropy of word pairs and triples in that
-    perplexity: float = 1.02  # largest factor of the perplexity of other text
+    # Of the mean probability of answers to keep, of every kind.
+    probability: float = 0.97
+    # Of the probability of any single one that the model knew.
+    row: float = 0.9
+    # Of the ROUGE-L F1 of what is generated for them, of every kind.
+    rouge: float = 0.97
+    # Of the entropy of word pairs and triples in that.
+    fluency: float = 0.95
+    # Largest factor of the perplexity of other text.
+    perplexity: float = 1.02
 
     def broken(self, kept: Mapping[str, Any]) -> tuple[str, ...]:
         """Names of the limits that these shares do not keep to; what is None was not measured.
@@ -81,9 +86,12 @@ class Goal:
     that of the likeliest of the control, asked in the same way.
     """
 
-    worst: Mapping[str, float]  # by way of asking, of answers that were never taught
-    probability: float  # the median of those, asked straight
-    source: str  # what this was taken from, in words
+    # By way of asking, of answers that were never taught.
+    worst: Mapping[str, float]
+    # The median of those, asked straight.
+    probability: float
+    # What this was taken from, in words.
+    source: str
 
     # What the excess is brought to, and what it may be: other wordings bring out more.
     aim: ClassVar[float] = 1.0

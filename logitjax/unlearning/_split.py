@@ -49,8 +49,10 @@ class Split:
 
     parts: Mapping[str, tuple[Row, ...]]
     left_out: int
-    groups: tuple[int, int, int]  # of `train`, `validation` and `test`
-    alike: int = 0  # rows to keep, and kept, that say much the same as one to forget
+    # Of `train`, `validation` and `test`.
+    groups: tuple[int, int, int]
+    # Rows to keep, and kept, that say much the same as one to forget.
+    alike: int = 0
 
 
 def split_rows(
@@ -245,7 +247,8 @@ def _groups(rows: Sequence[Row]) -> list[int]:
             if len(with_it) < _COMMON:
                 with_it.append(i)
         for j, both in others.items():
-            if both >= _ALIKE * (len(grams[i]) + len(grams[j]) - both):  # Jaccard's index
+            # Jaccard's index.
+            if both >= _ALIKE * (len(grams[i]) + len(grams[j]) - both):
                 parent[root(i)] = root(j)
     return [root(i) for i in range(len(rows))]
 

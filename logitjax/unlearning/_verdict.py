@@ -23,8 +23,10 @@ class Verdict:
 
     passed: bool
     words: str
-    facts: Sequence[Mapping[str, Any]] = ()  # rows to forget and answers never taught, by way
-    kept: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # shares, by kind of row
+    # Rows to forget and answers never taught, by way.
+    facts: Sequence[Mapping[str, Any]] = ()
+    # Shares, by kind of row.
+    kept: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def judge(

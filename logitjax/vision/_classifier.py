@@ -17,7 +17,8 @@ from logitjax.vision._efficientnet import EfficientNetLite0
 from logitjax.vision._resnet import CifarResNet, ResNet
 from logitjax.vision._torch_layout import fill_weights, torch_names
 
-_X4 = (32, 64, 128, 256)  # mdistiller's `x4`
+# mdistiller's `x4`.
+_X4 = (32, 64, 128, 256)
 
 _MODELS: dict[str, Callable[..., Any]] = {
     **{f"resnet{depth}": functools.partial(CifarResNet, depth) for depth in (8, 14, 20, 32)},

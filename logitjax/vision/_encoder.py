@@ -53,7 +53,8 @@ class Encoder:
         self.tokenizer, self.dtype = tokenizer, jnp.dtype(dtype).name
         # Weights stay arguments, no constants.
         self._graph, self._state = nnx.split(model)
-        self._compiled = jax.jit(self._run, static_argnums=0)  # pictures or texts
+        # Pictures or texts.
+        self._compiled = jax.jit(self._run, static_argnums=0)
 
     def __repr__(self) -> str:
         head = f", {self.num_classes} classes" if self.num_classes else ""
@@ -93,7 +94,8 @@ class Encoder:
         """The trained scale of cosines of pictures and texts; None without texts."""
         if not self.has_text:
             return None
-        return float(np.exp(np.asarray(self.model.logit_scale[...]).reshape(())))  # SigLIP's is [1]
+        # SigLIP's is [1].
+        return float(np.exp(np.asarray(self.model.logit_scale[...]).reshape(())))
 
     def placed(self, sharding: jax.sharding.Sharding) -> "Encoder":
         """The same encoder with its weights placed in this sharding, once and not on every call.

@@ -279,7 +279,8 @@ def _logits_jvp(primals: Any, tangents: Any) -> Any:
         return ProductCodes(codebooks, codes, bias).logits(hidden)
 
     moving = (hidden, codebooks, bias)
-    changes = (tangents[0], tangents[1], tangents[3])  # codes do not move
+    # Codes do not move.
+    changes = (tangents[0], tangents[1], tangents[3])
     return _logits(*primals), jax.jvp(unrounded, moving, changes)[1]
 
 

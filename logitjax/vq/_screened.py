@@ -179,7 +179,8 @@ class ScreenedHead(VocabularyHead):
                 "embedding: expected one, for this ScreenedHead has no rows of its own, got None"
             )
         bias = None if self.row_bias is None else self.row_bias[...]
-        exact = Head(rows, bias, vocab_axis=0)  # `[vocab, hidden]`
+        # `[vocab, hidden]`.
+        exact = Head(rows, bias, vocab_axis=0)
         return Screen(cheap=self.screen, rescore=exact, num_candidates=self.num_candidates)
 
     def __call__(self, hidden: Array, embedding: Array | None = None) -> jax.Array:

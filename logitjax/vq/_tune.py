@@ -121,7 +121,8 @@ class Tuning:
         everywhere = NamedSharding(mesh, PartitionSpec())
         constants = jax.device_put(constants, everywhere)
         count = len(arrays[0])
-        batch_size = min(self.batch_size, count)  # of all processes
+        # Of all processes.
+        batch_size = min(self.batch_size, count)
         share, per_epoch = training.BatchLayout(mesh).rows(batch_size), count // batch_size
         losses = []
         for index in range(self.steps):

@@ -129,7 +129,8 @@ class Student:
         vocabulary, `agreement` of the likeliest tokens and `teacher_kl`, the divergence from it by
         its top logits and, if it is known, the mass of all others.
         """
-        del rng  # nothing is drawn
+        # Nothing is drawn.
+        del rng
         model = self.model(trained, frozen)
         labels, where = targets(batch["pivot"])
         teacher = batch.get("teacher")

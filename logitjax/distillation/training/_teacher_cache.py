@@ -70,7 +70,8 @@ class _Codec:
     """Log-probabilities (logits without the rest) in a short type, ids in the shortest."""
 
     def __init__(self, identity: TeacherIdentity):
-        id_type = np.uint16 if identity.vocab_size <= 1 << 16 else np.int32  # half the bytes
+        # Half the bytes.
+        id_type = np.uint16 if identity.vocab_size <= 1 << 16 else np.int32
         sizes = {"": identity.k, "tail_": identity.tail_samples}
         # Entries a position of each list, in the stored order.
         self.entries = {

@@ -161,7 +161,8 @@ def added(hidden: jax.Array, before: jax.Array) -> jax.Array:
 class _PairCache:
     """Caches of a model and its assistant; axis 0 of every leaf is the row."""
 
-    shared: Any  # (keys, values) a common layer, `[rows, 2, heads, slots, dim]`, the model first
+    # (keys, values) a common layer, `[rows, 2, heads, slots, dim]`, the model first.
+    shared: Any
     rest: Any  # has no 2
     positions: Any
     length: Any

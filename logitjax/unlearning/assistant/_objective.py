@@ -84,7 +84,8 @@ def linear_assistant_objective(
     )
     # The term log V of eqs. 3-5, which the sweep does not know.
     loss = total - floor * jnp.where(sides["retain"], weights, 0.0).sum()
-    silent = neginf_to_zero(outputs.log_z) - outputs.mean - floor  # KL(uniform || p)
+    # KL(uniform || p)
+    silent = neginf_to_zero(outputs.log_z) - outputs.mean - floor
     means = {
         "forget": masked_mean(statistic.known(outputs, labels), sides["forget"]),
         "retain": masked_mean(silent, sides["retain"]),

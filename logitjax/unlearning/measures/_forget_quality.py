@@ -14,11 +14,16 @@ _CHUNK = 2**22
 class ForgetQuality:
     """How far two models' truth ratios on the forget set are apart."""
 
-    statistic: float  # D of Kolmogorov and Smirnov, 0 (alike) to 1
-    interval: tuple[float, float]  # of D, from resampled items
-    p_value: float  # TOFU's forget quality: it measures the number of items as much as the model
-    log10_p_value: float  # finite where `p_value` is too small for a float
-    items: tuple[int, int]  # of the model and of the reference
+    # D of Kolmogorov and Smirnov, 0 (alike) to 1.
+    statistic: float
+    # Of D, from resampled items.
+    interval: tuple[float, float]
+    # TOFU's forget quality: it measures the number of items as much as the model.
+    p_value: float
+    # Finite where `p_value` is too small for a float.
+    log10_p_value: float
+    # Of the model and of the reference.
+    items: tuple[int, int]
 
     def __str__(self) -> str:
         low, high = self.interval

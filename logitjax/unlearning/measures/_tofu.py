@@ -168,7 +168,8 @@ def _first_author(split: str) -> int | None:
     match = _SPLIT.fullmatch(split)
     if match is None:
         return None
-    return 0 if match[1] == "retain" else _AUTHORS - 2 * int(match[2])  # 2 authors are 1 %
+    # 2 authors are 1 %.
+    return 0 if match[1] == "retain" else _AUTHORS - 2 * int(match[2])
 
 
 def _read_lines(path: epath.Path, text: str) -> list[Item]:

@@ -35,12 +35,16 @@ class SetScores:
     """Means over the items of a set; None where the log does not say."""
 
     items: int
-    probability: float  # of the answer, for its length; in real-world sets among the wrong answers
-    rouge_l: float | None = None  # recall of the generated answer
-    truth_ratio: float | None = None  # `max(0, 1 - R)`, in forget sets `min(R, 1 / R)`
+    # Of the answer, for its length; in real-world sets among the wrong answers.
+    probability: float
+    # Recall of the generated answer.
+    rouge_l: float | None = None
+    # `max(0, 1 - R)`, in forget sets `min(R, 1 / R)`.
+    truth_ratio: float | None = None
     extraction_strength: float | None = None
     exact_memorisation: float | None = None
-    preference: float | None = None  # for the right answer; in forget sets of its paraphrase
+    # For the right answer; in forget sets of its paraphrase.
+    preference: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,8 @@ def normalised_probability(
     # Infinite odds: probability 0.
     with np.errstate(over="ignore"):
         odds = [np.exp(one - others).sum() for one, others in zip(truth, wrong)]
-        if eps:  # 0 times infinity
+        # 0 times infinity.
+        if eps:
             odds = odds + eps * np.exp(truth)
     return 1.0 / (1.0 + np.asarray(odds, np.float64))
 

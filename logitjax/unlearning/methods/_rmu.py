@@ -67,7 +67,8 @@ class RMU(TwoSided):
             raise ValueError("RMU: key: expected a PRNG key for its direction, got None")
         # As released: positive entries, drawn once.
         direction = jax.random.uniform(key, (config.hidden_size,), jnp.float32)
-        return self.scale * direction / jnp.linalg.norm(direction)  # of length `scale`
+        # Of length `scale`.
+        return self.scale * direction / jnp.linalg.norm(direction)
 
     def values(
         self, hidden: Float[Array, "*batch hidden"], target: Float[Array, "..."]
