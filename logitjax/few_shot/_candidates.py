@@ -171,6 +171,8 @@ def _others(few: bool, short: Recipe) -> dict[str, Candidate]:
         "gda": (methods.GDA(), short, dict(beta=(1e-2, 1e2))),
         "pro_ker": (methods.ProKeR(), short, dict(penalty=(0.1, 3.0), sharpness=(1.5, 10.0))),
         "rehark": (methods.ReHARK(), short, dict(penalty=(0.1, 1.0), text=(3.0, 10.0))),
+        "timo": (methods.TIMO(), short, dict(text=(1.0, 1e4))),
+        "timo_s": (methods.TIMO(), short, dict(text=(10.0, 1e3), sharpness=(5.0, 100.0))),
         "task_res": (methods.TaskRes(), short, dict(training__learning_rate=rate, beta=(0.5, 1.0))),
         # Its step sizes follow from the data: what is left is the share of the zero-shot logits.
         "lp_plus_plus": (methods.LPPlusPlus(), short, dict(beta=(0.25, 1.0))),
@@ -186,6 +188,11 @@ def _others(few: bool, short: Recipe) -> dict[str, Candidate]:
         ),
         "pro_lip": (
             methods.ProLIP(),
+            Recipe.published("pro_lip"),
+            dict(penalty=(0.1, 1.0), training__learning_rate=(1e-4, 1e-2)),
+        ),
+        "pro_lip_text": (
+            methods.ProLIPText(),
             Recipe.published("pro_lip"),
             dict(penalty=(0.1, 1.0), training__learning_rate=(1e-4, 1e-2)),
         ),

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from logitjax.few_shot import methods
 from logitjax.few_shot._candidates import Candidate
 from logitjax.few_shot._labelled import Pictures, finite, unit
-from logitjax.few_shot._method import FewShotTask, Inputs, Method, State
+from logitjax.few_shot._method import CLASSIFIER, FewShotTask, Inputs, Method, State
 from logitjax.few_shot._sweep import best_setting, fold_logits, sweep
 from logitjax.ops import Array
 from logitjax.storage import guard, read_head, write_head
@@ -209,7 +209,7 @@ def fit(
     task = pictures.task
     if candidate.grid and (folds or validation is not None):
         # `sweep` wants an axis of runs, but for what all runs share.
-        fixed = dict.fromkeys(("class_weights", "projection", "projection_bias"))
+        fixed = dict.fromkeys(CLASSIFIER)
         one = jax.tree.map(lambda x: x[None], dataclasses.replace(task, **fixed))
         shared = {name: getattr(task, name) for name in fixed}
         name, shown = ("validation", validation) if validation is not None else ("train", pictures)

@@ -11,7 +11,7 @@ from etils import epath
 from jaxtyping import Int
 
 from logitjax.few_shot._feature_cache import FeatureCache
-from logitjax.few_shot._method import FewShotTask, Inputs
+from logitjax.few_shot._method import CLASSIFIER, FewShotTask, Inputs
 from logitjax.ops import checks
 from logitjax.storage import digest, guard
 from logitjax.storage.weights import SafetensorsSource, read_npy, read_npz
@@ -20,7 +20,6 @@ Validation = Literal["min4", "shots", "folds", "none"]
 """How many pictures of a class settings are chosen on: see `Pictures.sample`."""
 
 _FEATURES = ("features", "auxiliary", "hidden")
-_CLASSIFIER = ("class_weights", "projection", "projection_bias")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +38,8 @@ class Pictures:
             which also needs the next two.
         projection: `[hidden, features]`.
         projection_bias: `[features]`.
+        texts: `[classes, prompts, width]` features of every prompt, for `methods.TIMO`; before
+            `text_projection` `[width, features]`, which `methods.ProLIPText` trains.
         scale: Scale of the zero-shot classifier's cosines; CLIP's by default.
         class_names: Names by class number; the numbers if omitted.
         encoders: What made the features: digests of the first encoder and of the second, each with
@@ -59,6 +60,8 @@ class Pictures:
     hidden: Any = None
     projection: Any = None
     projection_bias: Any = None
+    texts: Any = None
+    text_projection: Any = None
     scale: float = 100.0
     class_names: tuple[str, ...] = ()
     encoders: tuple[str, ...] = ()
@@ -87,9 +90,16 @@ class Pictures:
                 f"class_weights: expected [{made['features'].shape[1]}, classes] for the features, "
                 f"got {weights.shape}{turned}"
             )
-        for name in ("projection", "projection_bias"):
+        for name, rank in zip(CLASSIFIER[1:], (2, 1, 3, 2)):
             if getattr(self, name) is not None:
-                made[name] = finite(getattr(self, name), name, 2 if name == "projection" else 1)
+                made[name] = finite(getattr(self, name), name, rank)
+        if "texts" in made:
+            shape, last = made["texts"].shape, made.get("text_projection", np.empty((width, width)))
+            if (shape[0], shape[2], width) != (classes, *last.shape):
+                raise ValueError(
+                    f"texts: expected [{classes}, prompts, {len(last)}] and a projection to {width}"
+                    f" features, if any, got {shape} and {last.shape}"
+                )
         if classes < 2:
             raise ValueError("class_weights: expected at least two classes, got one")
         checks.ids(labels, classes, "labels")
@@ -128,7 +138,7 @@ class Pictures:
     @property
     def task(self) -> FewShotTask:
         """The task of learning from these pictures, or from their views."""
-        fixed = {name: getattr(self, name) for name in ("labels", *_CLASSIFIER)}
+        fixed = {name: getattr(self, name) for name in ("labels", *CLASSIFIER)}
         seen = [view.inputs for view in self.views or (self,)]
         # View after view.
         support = jax.tree.map(lambda *views: np.concatenate(views), *seen)
@@ -222,7 +232,7 @@ class Pictures:
             every = pictures.inputs, pictures.labels
             return jax.tree.map(lambda x: np.repeat(x[None], len(samples), 0), every)
 
-        fixed = {name: getattr(self, name) for name in _CLASSIFIER}
+        fixed = {name: getattr(self, name) for name in CLASSIFIER}
         held_out = {"validation": part("validation")} if len(room.validation) else {}
         if validation is not None:
             held_out["validation"] = whole(validation)
@@ -264,8 +274,8 @@ def read_pictures(
         features: File of the encoder that names classes.
         auxiliary: File of another encoder, with the same pictures in the same order.
         class_weights: `[features, classes]`: an array, or a file of it: ``.npy``, or ``.npz`` or
-            ``.safetensors`` with `class_weights` and perhaps `projection`, `projection_bias` and
-            `scale`.
+            ``.safetensors`` with `class_weights` and perhaps `projection`, `projection_bias`,
+            `texts`, `text_projection` and `scale`.
         class_names: Names by class number; by default those of a cache.
         scale: Scale of the zero-shot classifier's cosines; by default the file's, or CLIP's 100.
         projection: `vision.Encoder.projection` of the first encoder, if its features are from
@@ -338,7 +348,7 @@ def _read_classifier(given: Any) -> dict[str, Any]:
     path = epath.Path(given)
     if path.suffix == ".npy":
         return {"class_weights": read_npy(path)}
-    return _read_arrays(path, ("class_weights",), ("projection", "projection_bias", "scale"))
+    return _read_arrays(path, CLASSIFIER[:1], (*CLASSIFIER[1:], "scale"))
 
 
 def _read_arrays(
@@ -368,7 +378,7 @@ def _read_arrays(
 def finite(values: Any, name: str, rank: int) -> np.ndarray:
     array = np.asarray(values)
     if array.ndim != rank or not array.size:
-        form = "[rows, columns]" if rank == 2 else "[numbers]"
+        form = ("[numbers]", "[rows, columns]", "[classes, prompts, width]")[rank - 1]
         raise ValueError(f"{name}: expected {form}, got shape {array.shape}")
     array = checks.as_float(array, name)
     array = np.asarray(array, np.float32)

@@ -221,15 +221,15 @@ class ProLIP(Method):
         loss = cross-entropy + penalty |P - P0|_F^2
 
     h is what the encoder projects last, `Inputs.hidden`; `FewShotTask.projection` has P0. The norm
-    is a sum, as released. Without validation images the authors take `penalty = 1 / shots` and any
-    rate of 1e-5 to 1e-2. Source: Fahes et al. (arXiv 2410.05270).
+    is a sum, as released. Source: Fahes et al. (arXiv 2410.05270).
 
     Attributes:
         beta: 1 is the method by itself, less mixes it with the zero-shot logits.
-        penalty: lambda; 10 to .0001 and 0 are searched.
+        penalty: lambda; 10 to .0001 and 0 are searched. None is 1 / shots, which the authors take
+            without validation images, with any rate of 1e-5 to 1e-2.
     """
 
-    penalty: Number = 0.1
+    penalty: Number | None = None
     scale: Number = CLIP_SCALE
     needs: ClassVar[tuple[str, ...]] = ("hidden", "projection")
 
@@ -241,14 +241,43 @@ class ProLIP(Method):
         bias = task.projection_bias
         if bias is None:
             bias = jnp.zeros(projection.shape[-1:], projection.dtype)
-        return State(projection, (projection, checks.as_float(bias, "projection_bias"), weights))
+        bias = checks.as_float(bias, "projection_bias")
+        return State(projection, (projection, self._penalty(task), bias, weights))
+
+    def _penalty(self, task: FewShotTask) -> jax.Array:
+        return jnp.asarray(1 / task.shots if self.penalty is None else self.penalty)
 
     def bias(self, state: State, inputs: Inputs) -> jax.Array:
         hidden = needed(inputs.hidden, "hidden", self)
-        _, bias, weights = state.fixed
+        *_, bias, weights = state.fixed
         local = self.scale * unit_rows(hidden @ state.trained + bias) @ weights
         return without_zero_shot(local, inputs.zero_shot)
 
     def loss(self, state: State, inputs: Inputs, labels: Any) -> jax.Array:
         moved = jnp.square(state.trained - state.fixed[0]).sum()
-        return super().loss(state, inputs, labels) + self.penalty * moved
+        return super().loss(state, inputs, labels) + state.fixed[1] * moved
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProLIPText(ProLIP):
+    """ProLIP on the side of the texts: their last projection is trained.
+
+    `logits = scale f . unit(mean_p h_kp P)` with the loss of `ProLIP`; h are the features of class
+    k's prompts before `FewShotTask.text_projection`. Prompts are not scaled to length one before
+    their mean, as released, so the start is not quite zero-shot.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("texts", "text_projection")
+
+    def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
+        del key
+        task.check()
+        projection = needed(task.text_projection, "text_projection", self)
+        # A mean of linear maps is the map of a mean.
+        texts = needed(task.texts, "texts", self).mean(1)
+        return State(projection, (projection, self._penalty(task), texts))
+
+    def bias(self, state: State, inputs: Inputs) -> jax.Array:
+        features = needed(inputs.features, "features", self)
+        weights = unit_rows(state.fixed[-1] @ state.trained)
+        return without_zero_shot(self.scale * features @ weights.T, inputs.zero_shot)

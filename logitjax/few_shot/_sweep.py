@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from logitjax.few_shot._method import FewShotTask, Inputs, Method, State, one_hot
+from logitjax.few_shot._method import CLASSIFIER, FewShotTask, Inputs, Method, State, one_hot
 from logitjax.few_shot._train import Recipe
 from logitjax.losses import cross_entropy
 from logitjax.ops import checks
@@ -41,14 +41,11 @@ class Runs:
         return _with(jax.tree.map(lambda _: split, bare), jax.tree.map(lambda _: whole, shared))
 
 
-# Fields of a task that say nothing of an image: one for all runs.
-_SHARED = ("class_weights", "projection", "projection_bias")
-
-
 def _apart(runs: Runs) -> tuple[Runs, dict[str, Any]]:
     """Split a pytree into leaves with an axis of runs, and leaves without."""
-    shared = {name: getattr(runs.task, name) for name in _SHARED}
-    bare = dataclasses.replace(runs.task, **dict.fromkeys(_SHARED))
+    # One for all runs.
+    shared = {name: getattr(runs.task, name) for name in CLASSIFIER}
+    bare = dataclasses.replace(runs.task, **dict.fromkeys(CLASSIFIER))
     return dataclasses.replace(runs, task=bare), shared
 
 

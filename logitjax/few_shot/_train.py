@@ -27,7 +27,10 @@ class Recipe:
         steps: Steps of the whole run, instead of `epochs`.
         batch_size: Images of a step; the last batch of an epoch is short where they do not divide.
         learning_rate: Learning rate of the first step, which a cosine lowers to 0 step by step.
+        floor: Rate that the cosine ends at.
         warmup: Steps from 0 to `learning_rate`, before the cosine.
+        first_epoch_rate: Rate of the whole first epoch, after which the cosine falls from epoch to
+            epoch and not step by step; None for neither. CLAP's code does so.
         weight_decay: Weight decay, decoupled in AdamW.
         algorithm: `'adamw'`, or `'sgd'` with momentum b1, which ignores `eps` and b2.
         eps: Term that AdamW adds to the root of the second moment.
@@ -37,7 +40,9 @@ class Recipe:
     steps: int | None = None
     batch_size: int = 8
     learning_rate: Any = 1e-3
+    floor: float = 0.0
     warmup: int = 0
+    first_epoch_rate: float | None = None
     weight_decay: Any = 0.01
     algorithm: Literal["adamw", "sgd"] = "adamw"
     eps: float = 1e-4
@@ -50,14 +55,28 @@ class Recipe:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
 
     @classmethod
-    def published(cls, method: str) -> "Recipe":
-        """The settings of the released code of `tip_adapter_f`, `clap` or `pro_lip`."""
+    def published(cls, method: str, *, shots: int = 1) -> "Recipe":
+        """The settings of a method's released code.
+
+        They are `tip_adapter_f`, `clap` (also ZS-LP's), `pro_lip`, and of `tune_towers` and what
+        follows `clip_lora`, `two_stage_norms` and `two_stage` (on :class:`methods.CLAP` without a
+        penalty), whose steps grow with the `shots`. Others are a ValueError.
+        """
+        tower = dict(batch_size=32, learning_rate=2e-4, floor=1e-6, eps=1e-8)
         entries: dict[str, dict[str, Any]] = {
             "tip_adapter_f": dict(epochs=20, batch_size=256),
-            # Its first epoch runs at 1e-5 there.
             "clap": dict(
-                epochs=300, batch_size=256, learning_rate=0.1, weight_decay=0.0, algorithm="sgd"
+                epochs=300,
+                batch_size=256,
+                learning_rate=0.1,
+                weight_decay=0.0,
+                algorithm="sgd",
+                first_epoch_rate=1e-5,
             ),
+            "clip_lora": dict(steps=500 * shots, **tower),
+            # .6 and .4 of 300 steps a shot.
+            "two_stage_norms": dict(steps=180 * shots, **tower),
+            "two_stage": dict(steps=120 * shots, **tower),
             # All images in every step, one view after another; any rate of 1e-5 to 1e-2.
             "pro_lip": dict(epochs=300, batch_size=1 << 30, weight_decay=0.0),
         }
@@ -82,18 +101,44 @@ class Recipe:
         def rate(step: Any) -> Any:
             rest = jnp.maximum(1, total_steps - self.warmup)
             share = jnp.clip((step - self.warmup) / rest, 0.0, 1.0)
+            if self.first_epoch_rate is not None:
+                epoch = step * self.epochs // total_steps
+                share = jnp.maximum(epoch - 1, 0) / self.epochs
             cosine = 0.5 * (1.0 + jnp.cos(math.pi * share))
-            return self.learning_rate * jnp.where(
-                step < self.warmup, step / max(1, self.warmup), cosine
-            )
+            falling = self.floor + (self.learning_rate - self.floor) * cosine
+            if self.first_epoch_rate is not None:
+                return jnp.where(epoch > 0, falling, self.first_epoch_rate)
+            rising = self.learning_rate * step / max(1, self.warmup)
+            return jnp.where(step < self.warmup, rising, falling)
 
         if self.algorithm == "sgd":
             # As in torch, decay is part of the gradient and passes through the momentum.
             decay = optax.add_decayed_weights(self.weight_decay)
             return optax.chain(decay, optax.sgd(rate, momentum=self.b1))
-        return optax.adamw(
-            rate, b1=self.b1, b2=self.b2, eps=self.eps, weight_decay=self.weight_decay
-        )
+
+        def init(trained: Any) -> Any:
+            zeros = jax.tree.map(jnp.zeros_like, trained)
+            return jnp.zeros((), jnp.int32), zeros, zeros
+
+        def update(gradient: Any, state: Any, trained: Any = None) -> tuple[Any, Any]:
+            step, first, second = state
+            now, count = rate(step), step + 1
+            # optax divides both moments by their corrections: three divisions a weight for one.
+            size = now / (1 - self.b1**count)
+            root = jax.lax.rsqrt(1 - jnp.asarray(self.b2, jnp.result_type(float)) ** count)
+            first = jax.tree.map(lambda m, g: self.b1 * m + (1 - self.b1) * g, first, gradient)
+            second = jax.tree.map(
+                lambda v, g: self.b2 * v + (1 - self.b2) * g * g, second, gradient
+            )
+            updates = jax.tree.map(
+                lambda m, v, w: (
+                    -size * m / (jnp.sqrt(v) * root + self.eps) - now * self.weight_decay * w
+                ),
+                *(first, second, trained),
+            )
+            return updates, (count, first, second)
+
+        return optax.GradientTransformation(init, update)
 
     def order(
         self,

@@ -1,9 +1,9 @@
 """Few-shot methods, each with its settings as fields: what `train` trains and `sweep` compares.
 
 `AMU` with the `Uncertainty` that weighs its bias; the caches `TipAdapter` and `TipAdapterF`;
-what solves a linear system: `GDA`, `ProKeR` and `ReHARK`; and what learns weights:
-`TaskRes`, `LinearProbe`, `LPPlusPlus`, and near their start `CLAP` and `ProLIP`. All are
-`logitjax.few_shot.Method`.
+what solves a linear system: `GDA`, `ProKeR`, `ReHARK` and `TIMO`; and what learns weights:
+`TaskRes`, `LinearProbe`, `LPPlusPlus`, and near their start `CLAP`, `ProLIP` and `ProLIPText`. All
+are `logitjax.few_shot.Method`.
 """
 
 from logitjax.few_shot._amu import AMU as AMU
@@ -17,4 +17,6 @@ from logitjax.few_shot._linear_adapters import CLAP as CLAP
 from logitjax.few_shot._linear_adapters import LinearProbe as LinearProbe
 from logitjax.few_shot._linear_adapters import LPPlusPlus as LPPlusPlus
 from logitjax.few_shot._linear_adapters import ProLIP as ProLIP
+from logitjax.few_shot._linear_adapters import ProLIPText as ProLIPText
 from logitjax.few_shot._linear_adapters import TaskRes as TaskRes
+from logitjax.few_shot._timo import TIMO as TIMO
