@@ -1,0 +1,141 @@
+"""What `logitjax few-shot` writes about its heads: columns, the best method, and its mistakes."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import scipy.stats
+from etils import epath
+
+from logitjax import few_shot
+from logitjax.commands.pictures import cards_of, write_page
+from logitjax.commands.tables import markdown_table
+
+if TYPE_CHECKING:
+    from logitjax.commands.few_shot import Problem
+
+# Classes that a report lists.
+_CLASSES = 20
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values) if values else 0.0
+
+
+def cell(values: Sequence[float]) -> str:
+    return f"{100 * _mean(values):.1f} +- {100 * float(np.std(values)):.1f}"
+
+
+def _range(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
+def columns(problem: "Problem") -> tuple[dict[int, str], list[dict[str, Any]], list[str]]:
+    """Names of the columns by shots, what each learns from, and what was merged into which."""
+    names, rows, merged = {}, [], []
+    classes, before = len(problem.pictures.class_names), ""
+    for shots in sorted(problem.config.shots):
+        sample = problem.sample(shots, 0)
+        counts = np.bincount(problem.pictures.labels[sample.train], minlength=classes).tolist()
+        if str(counts) == before:
+            merged.append(f"{shots} a class learn from the pictures of {max(names)}, and are it.")
+            continue
+        before = str(counts)
+        names[shots] = f"{shots} a class" if min(counts) == shots else f"up to {shots} a class"
+        chosen, tested = sample.validation, sample.rest
+        rows.append(
+            {
+                "column": names[shots],
+                "learned on": f"{len(sample.train)} ({_range(counts)} a class)",
+                "chosen on": len(problem.validation or chosen) or problem.config.validation,
+                "tested on": len(tested if problem.test is None else problem.test),
+            }
+        )
+    return names, rows, merged
+
+
+def report(
+    problem: "Problem",
+    chosen: Mapping[str, few_shot.Candidate],
+    records: Mapping[str, Mapping[int, Any]],
+    left_out: Mapping[str, str],
+    heads: Mapping[str, Any],
+    advice: tuple[str, str],
+) -> str:
+    config, (best, reason) = problem.config, advice
+    names, sizes, _ = columns(problem)
+    most = max(names)
+
+    def row(name: str, part: str, by_shots: Mapping[int, Any]) -> dict[str, Any]:
+        cells = {names[n]: cell(record[part]) for n, record in by_shots.items()}
+        return {"method": name, **cells}
+
+    rows = [row("zero-shot", "zero_shot", records[best])]
+    for name, by_shots in records.items():
+        cost = {"settings": chosen[name].settings, f"updates at {most}": by_shots[most]["updates"]}
+        rows.append(row(name, "test", by_shots) | cost)
+    tested = "other pictures" if problem.test else "what a sample leaves"
+    test, _ = problem.tested
+    predicted = {name: head.predict(**head.inputs(test)) for name, head in heads.items()}
+    parts = [
+        "# Few-shot heads",
+        f"{len(problem.pictures)} pictures of {len(problem.pictures.class_names)} classes; "
+        f"accuracy (%) on {tested}, mean +- standard deviation of {config.samples} samples; "
+        f"settings chosen by `{config.validation}`.",
+        "\n".join(f"- {note}" for note in problem.notes or ("Nothing was found amiss.",)),
+        markdown_table(sizes),
+        markdown_table(rows),
+        f'`{best}` is {reason}; `few_shot.load("heads/{best}")` loads it.',
+        *_of_best(test, predicted, best),
+    ]
+    if left_out:
+        reasons = ", ".join(f"{name} ({reason})" for name, reason in left_out.items())
+        parts.append(f"Methods that were left out, and what they need: {reasons}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _of_best(
+    test: few_shot.Pictures, predicted: Mapping[str, np.ndarray], best: str
+) -> Sequence[str]:
+    """How right the recommended head is, which others are level with it, and what it mistakes."""
+    right = {name: (classes == test.labels).astype(float) for name, classes in predicted.items()}
+    ours, names = right[best], test.class_names
+    low, high = scipy.stats.binomtest(int(ours.sum()), len(ours)).proportion_ci(method="wilson")
+    level = []
+    for name, other in right.items():
+        gap = other - ours
+        reach = 1.96 * gap.std() / math.sqrt(len(gap))
+        if name != best and abs(gap.mean()) <= reach + 1 / len(gap):
+            level.append(f"{name} ({100 * gap.mean():+.1f} +- {100 * reach:.1f})")
+    classes = []
+    for number in np.unique(test.labels).tolist():
+        answers = np.bincount(predicted[best][test.labels == number], minlength=len(names))
+        hits, total = int(answers[number]), int(answers.sum())
+        answers[number] = 0
+        taken = names[answers.argmax()] if answers.any() else "-"
+        row = {"class": names[number], "right": f"{hits} of {total}", "most often taken for": taken}
+        classes.append((hits / total, row))
+    worst = [row for _, row in sorted(classes, key=lambda one: one[0])[:_CLASSES]]
+    return [
+        f"The head of the first sample classifies {int(ours.sum())} of {len(ours)} pictures right, "
+        f"{100 * ours.mean():.1f} % [{100 * low:.1f}, {100 * high:.1f}].",
+        "Level with it on these pictures (points, and the 95 % interval of the paired difference): "
+        + (", ".join(level) or "none")
+        + ".",
+        f"By class, from the worst (at most {_CLASSES}):",
+        markdown_table(worst),
+    ]
+
+
+def mistakes(problem: "Problem", head: Any, path: epath.Path) -> None:
+    """A page of the pictures that the head has wrong, the surest first."""
+    test, files = problem.tested
+    if not files:
+        return
+    probabilities = head.predict_proba(**head.inputs(test))
+    wrong = np.flatnonzero(probabilities.argmax(1) != test.labels)
+    order = wrong[np.argsort(-probabilities.max(1)[wrong])]
+    cards = cards_of(head, test, files, order, labelled=True)
+    write_page(path, "Mistakes", f"{len(wrong)} of {len(test)} pictures, the surest first.", cards)
