@@ -26,5 +26,6 @@ from logitjax.few_shot._online import adapt_online as adapt_online
 from logitjax.few_shot._recommend import recommend as recommend
 from logitjax.few_shot._sweep import best_setting as best_setting
 from logitjax.few_shot._sweep import sweep as sweep
+from logitjax.few_shot._towers import tune_towers as tune_towers
 from logitjax.few_shot._train import Recipe as Recipe
 from logitjax.few_shot._transduction import transduce as transduce

@@ -1,0 +1,148 @@
+"""Training the two towers of CLIP on a few pictures: CLIP-LoRA, and the first stage of 2SFS."""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Int, Num
+
+from logitjax import vision
+from logitjax.few_shot._method import unit_rows
+from logitjax.few_shot._train import Recipe
+from logitjax.losses import cross_entropy
+from logitjax.ops import Array
+
+
+class _Adapter(nnx.Param):
+    """Weights that CLIP-LoRA learns."""
+
+
+class _LowRank(nnx.Module):
+    """Queries, keys and values, each with an adapter: `x W + drop(x) A B / sqrt(rank)`."""
+
+    def __init__(self, linear: nnx.Linear, rank: int, drop: float, rng: np.random.Generator):
+        width = linear.in_features
+        # As torch's Linear begins; B at 0 leaves the tower as it was.
+        down = rng.uniform(-1, 1, (3, width, rank)) / np.sqrt(width)
+        self.linear, self.drop = linear, drop
+        self.down = _Adapter(jnp.asarray(down, jnp.float32))
+        self.up = _Adapter(jnp.zeros((3, rank, width), jnp.float32))
+        # The key of the step, which the loop sets; None where nothing is dropped.
+        self.key: Any = None
+
+    @property
+    def added(self) -> jax.Array:
+        """`[width, 3 * width]`, what the adapters add to the kernel: not alpha / rank."""
+        down, up = self.down[...], self.up[...]
+        product = jnp.einsum("qir,qro->iqo", down, up) / np.sqrt(down.shape[-1])
+        return product.reshape(len(product), -1)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.key is None:
+            return self.linear(x) + x @ self.added.astype(x.dtype)
+        stay = jax.random.bernoulli(self.key, 1 - self.drop, (3, *x.shape))
+        dropped = jnp.where(stay, x / (1 - self.drop), 0.0)
+        inner = jnp.einsum("q...i,qir->q...r", dropped, self.down[...])
+        added = jnp.einsum("q...r,qro->...qo", inner, self.up[...])
+        added = added.reshape(*x.shape[:-1], -1) / np.sqrt(inner.shape[-1])
+        return self.linear(x) + added.astype(x.dtype)
+
+
+def tune_towers(
+    encoder: vision.Encoder,
+    images: Num[Array, "n height width channels"],
+    labels: Int[Array, " n"],
+    tokens: Int[Array, "classes length"],
+    *,
+    learn: Literal["lora", "norms"] = "lora",
+    recipe: Recipe,
+    rank: int = 2,
+    dropout: float = 0.25,
+    seed: int = 0,
+) -> vision.Encoder:
+    """Train both towers on labelled pictures, and give the encoder that they become.
+
+    `lora` is CLIP-LoRA (Zanella and Ben Ayed, arXiv 2405.18541): adapters on queries, keys and
+    values of every block of both towers, with dropout of their input. `norms` is the first stage of
+    2SFS (Farina et al., arXiv 2503.11609): gains and offsets of the norms inside the blocks; those
+    before and after them stay, for the released code forgets to unfreeze them. Both minimise the
+    cross-entropy of scaled cosines with the texts, which every step encodes again, and take no
+    validation. Of 2SFS the second stage trains `methods.CLAP(penalty=0.0)` on features of the tuned
+    encoder, with `Recipe.published("two_stage", shots=...)`. Such an encoder has another
+    fingerprint: heads of the one refuse features of the other. It is not written to a file.
+
+    Args:
+        encoder: A CLIP whose picture tower is a transformer.
+        images: Pictures as `vision.Encoder.encode` takes them.
+        labels: Their classes.
+        tokens: A prompt for each class, of `vision.Encoder.tokenize`.
+        learn: Which weights.
+        recipe: `Recipe.published("clip_lora", shots=...)` or `"two_stage_norms"`.
+        rank, dropout: Of the adapters.
+        seed: Seed of the order, the adapters and the dropout.
+
+    Raises:
+        ValueError: Another kind of weights, or an encoder without two towers of transformers.
+    """
+    model: Any = encoder.model
+    towers = [getattr(model, name, None) for name in ("vision", "text")]
+    if not encoder.has_text or not all(hasattr(tower, "blocks") for tower in towers):
+        raise ValueError(f"encoder: expected a CLIP of two transformers, got {encoder.name!r}")
+    if learn not in ("lora", "norms"):
+        raise ValueError(f"learn: expected lora or norms, got {learn!r}")
+    # The encoder that is given stays as it is.
+    model = nnx.clone(model)
+    blocks = [*model.vision.blocks, *model.text.blocks]
+    if learn == "lora":
+        rng = np.random.default_rng(seed)
+        for block in blocks:
+            block.qkv = _LowRank(block.qkv, rank, dropout, rng)
+
+    def learns(path: Any, value: Any) -> bool:
+        if learn == "lora":
+            return isinstance(value, _Adapter)
+        return "blocks" in path and bool({"norm1", "norm2"} & set(path))
+
+    graph, trained, rest = nnx.split(model, learns, ...)
+    order = recipe.order(seed, len(labels))
+    tx, scale = recipe.optimizer(len(order)), encoder.logit_scale
+    normalize = encoder.preprocessing.normalize
+
+    def loss(trained: Any, rest: Any, images: Any, labels: Any, key: Any) -> jax.Array:
+        whole = nnx.merge(graph, trained, rest)
+        if learn == "lora" and dropout:
+            for number, block in enumerate((*whole.vision.blocks, *whole.text.blocks)):
+                block.qkv.key = jax.random.fold_in(key, number)
+        texts = unit_rows(whole.text_features(tokens))
+        cosines = unit_rows(whole(normalize(images))) @ texts.T
+        there = labels >= 0
+        values = cross_entropy(scale * cosines, jnp.maximum(labels, 0))
+        return jnp.where(there, values, 0.0).sum() / there.sum()
+
+    @jax.jit
+    def step(trained: Any, state: Any, rest: Any, *batch: Any) -> tuple[Any, Any]:
+        gradient = jax.grad(loss)(trained, rest, *batch)
+        updates, state = tx.update(gradient, state, trained)
+        return optax.apply_updates(trained, updates), state
+
+    state, keys = tx.init(trained), jax.random.split(jax.random.key(seed), len(order))
+    images, labels = np.asarray(images), np.asarray(labels)
+    for rows, key in zip(order, keys):
+        shown = np.where(rows < 0, -1, labels[rows])
+        trained, state = step(trained, state, rest, images[rows], shown, key)
+    model = nnx.merge(graph, trained, rest)
+    for block in (*model.vision.blocks, *model.text.blocks) if learn == "lora" else ():
+        linear, added = block.qkv.linear, block.qkv.added
+        linear.kernel[...] = linear.kernel[...] + added
+        block.qkv = linear
+    return vision.Encoder(
+        f"{encoder.name} tuned ({learn})",
+        model,
+        encoder.preprocessing,
+        num_features=encoder.num_features,
+        tokenizer=encoder.tokenizer,
+        dtype=encoder.dtype,
+    )
