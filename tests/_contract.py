@@ -609,7 +609,7 @@ ELSEWHERE = {
         few_shot.FewShotTask few_shot.Method few_shot.Recipe
         few_shot.best_setting few_shot.sweep few_shot.FeatureCache few_shot.Features
         few_shot.extract_features vision.Encoder data.ImageSet data.load_images""",
-    "tests/few_shot/test_field.py": "few_shot.transduce",
+    "tests/few_shot/test_field.py": "few_shot.adapt_online few_shot.transduce",
     "tests/commands/test_few_shot.py": """
         few_shot.Candidate few_shot.Pictures few_shot.fit""",
     "values that functions above take or give; what they refuse is tested beside them": """
@@ -662,7 +662,7 @@ ELSEWHERE = {
  unlearning.share_interval unlearning.split_rows
         serving.Key serving.Listening serving.ServerConfig serving.build_app
         vq.HiddenCache vq.load_head
- few_shot.load few_shot.read_pictures
+ few_shot.load few_shot.read_pictures few_shot.tune_towers
         few_shot.recommend data.read_picture
  decoding.Engine decoding.generate
         decoding.PromptReader

@@ -23,6 +23,7 @@ from logitjax.vision._convnext import ConvNeXt
 from logitjax.vision._encoder import Encoder
 from logitjax.vision._preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
 from logitjax.vision._processor_files import open_clip_preprocessing, processor_preprocessing
+from logitjax.vision._refused import refused
 from logitjax.vision._resnet import ResNet
 from logitjax.vision._timm import timm_preprocessing, timm_vit
 from logitjax.vision._torch_layout import blank, fill_weights, torch_name, torch_names, weight_paths
@@ -159,6 +160,8 @@ def _from_path(spec: str, tokenizer: str | None, dtype: Any) -> Encoder:
         spec=spec, path=path, weights=weights, settings=settings, tokenizer=tokenizer, dtype=dtype
     )
     try:
+        if family := refused(_names(settings), weights):
+            raise ValueError(f"{family} is not supported; docs/vision.md lists what is")
         if text and "logit_bias" in weights:
             return _siglip(result)
         if any(n.startswith("visual.") for n in weights) or (vision and text):
@@ -204,8 +207,8 @@ def _settings(path: epath.Path) -> dict[str, Any]:
     return {}
 
 
-def _architecture(settings: Mapping[str, Any]) -> str:
-    """Return a configuration's name of its network, for an error."""
+def _names(settings: Mapping[str, Any]) -> list[str]:
+    """Return what a configuration calls its network, the most telling first."""
     vision = settings.get("model_cfg", {}).get("vision_cfg", {})
     named = (
         *(settings.get("architectures") or ())[:1],
@@ -213,8 +216,12 @@ def _architecture(settings: Mapping[str, Any]) -> str:
         vision.get("timm_model_name"),
         settings.get("model_type"),
     )
-    name = next((name for name in named if name), None)
-    return f"{name}:" if name else "a network without a configuration:"
+    return [str(name) for name in named if name]
+
+
+def _architecture(settings: Mapping[str, Any]) -> str:
+    """Return a configuration's name of its network, for an error."""
+    return f"{(*_names(settings), 'a network without a configuration')[0]}:"
 
 
 def _read(path: epath.Path) -> dict[str, np.ndarray]:

@@ -250,3 +250,98 @@ def test_rehark_and_transclip_equal_a_transcript_of_their_released_code():
     np.testing.assert_allclose(np.exp(together), z, atol=1e-8)
     with pytest.raises(Exception, match="features"):
         few_shot.transduce(np.zeros((3, 2)), np.zeros((4, 2)))
+
+
+def test_timo_weighs_texts_by_hand_and_is_gda_of_pictures_and_texts():
+    # Of the paper's card: v = (.9, .3) / |.|, three texts.
+    texts = np.array([[[1, 0], [0.8, 0.6], [0.6, 0.8]], [[0, 1], [0.6, 0.8], [0.8, 0.6]]])
+
+    @jax.jit
+    def run(given, kept, query):
+        every = methods.TIMO().init(given)
+        few = methods.TIMO(kept=kept)
+        state = few.init(given)
+        return every.trained, state.trained, few.logits(state, query)
+
+    with jax.enable_x64(True):
+        every, few, logits = jax.device_get(run(task(texts=texts), 4, inputs(Q)))
+    np.testing.assert_allclose(every["guided"][0], [0.946979, 0.321297], atol=1e-6)
+    match = np.array([0.948683, 0.948683, 0.822192])
+    # Four of three: the best counts twice.
+    for chosen, learnt in (((0, 1, 2), every), ((0, 1, 2, 0), few)):
+        chosen = list(chosen)
+        taught = np.concatenate([t[chosen] * match[chosen, None] for t in texts] + [F])
+        labels = np.concatenate([np.repeat([0, 1], len(chosen)), Y])
+        kernel, bias = gaussian_oracle(taught, labels, 2)
+        np.testing.assert_allclose(learnt["kernel"], kernel, atol=1e-4)
+        np.testing.assert_allclose(learnt["bias"], bias, atol=1e-4)
+    expected = 10 * Q @ few["guided"].T + Q @ few["kernel"] + few["bias"]
+    np.testing.assert_allclose(logits, expected, atol=1e-6)
+
+
+def test_pictures_in_their_order_are_scored_with_caches_that_hold_them_already():
+    f, classes = unit_rows(np.random.default_rng(0).normal(size=(30, 4))), 3
+    logits = 3 * f[:, :classes]
+    found = np.asarray(few_shot.adapt_online(logits, f, shots=2))
+    kept, off = {}, {}
+    for row, (feature, score) in enumerate(zip(f, logits)):
+        p = oracle.softmax(score)
+        entropy = -(p * np.log(p)).sum()
+
+        k = int(score.argmax())
+
+        def put(cache, most, item, k=k, entropy=entropy):
+            entries = cache.setdefault(k, [])
+            if len(entries) < most:
+                entries.append((entropy, item))
+            elif entropy < entries[-1][0]:
+                entries[-1] = (entropy, item)
+            entries.sort(key=lambda one: one[0])
+
+        put(kept, 2, feature)
+        # Nats over bits, as released.
+        if 0.2 < entropy / np.log2(classes) < 0.5:
+            put(off, 2, (feature, (p > 0.03) & (p < 1)))
+        expected = score.copy()
+        for k, entries in kept.items():
+            expected[k] += 2 * sum(np.exp(-5 * (1 - feature @ g)) for _, g in entries)
+        for entries in off.values():
+            for _, (g, named) in entries:
+                expected -= 0.117 * np.exp(-(1 - feature @ g)) * named
+        np.testing.assert_allclose(found[row], expected, atol=2e-5)
+    assert off
+
+
+def test_the_rate_of_clap_waits_an_epoch_and_falls_by_epochs():
+    recipe = few_shot.Recipe(
+        epochs=3,
+        learning_rate=0.1,
+        weight_decay=0.0,
+        algorithm="sgd",
+        b1=0.0,
+        first_epoch_rate=1e-5,
+    )
+    tx, rates = recipe.optimizer(6), []
+    state = tx.init(np.ones(()))
+    for _ in range(6):
+        step, state = tx.update(np.ones(()), state, np.ones(()))
+        rates.append(-float(step))
+    np.testing.assert_allclose(rates, np.repeat([1e-5, 0.1, 0.075], 2), rtol=1e-5)
+
+
+def test_prolip_of_texts_starts_at_their_mean_and_its_penalty_is_one_over_the_shots():
+    texts, start = np.array([[[2.0, 0], [0, 1]], [[0, 1], [0, 3]]]), np.eye(2)
+
+    @jax.jit
+    def run(given):
+        lip = methods.ProLIPText(scale=10.0)
+        state = lip.init(given)
+        moved = state._replace(trained=start + np.array([[0, 1], [0, 0]]))
+        return state.fixed[1], lip.logits(state, given.support), lip.loss(moved, given.support, Y)
+
+    with jax.enable_x64(True):
+        penalty, logits, loss = jax.device_get(run(task(texts=texts, text_projection=start)))
+    assert penalty == 0.5
+    np.testing.assert_allclose(logits, 10 * F @ unit_rows(texts.mean(1)).T, atol=1e-9)
+    p = oracle.softmax(10 * F @ unit_rows(texts.mean(1) @ [[1, 1], [0, 1]]).T)
+    np.testing.assert_allclose(loss, -np.log(p[np.arange(4), Y]) + 0.5, atol=1e-9)

@@ -24,7 +24,7 @@ _STUBS = (
     *("clip", "optuna", "wandb", "yaml", "torchvision", "torchvision.transforms", "PIL", "dassl"),
     *("dassl.metrics", "dassl.utils", "dassl.optim", "datasets", "datasets.imagenet"),
     *("datasets.imagenet_templates", "datasets.utils", "matplotlib", "matplotlib.pyplot"),
-    *("clip.simple_tokenizer", "ftfy"),
+    *("clip.simple_tokenizer", "ftfy", "scipy", "scipy.linalg"),
 )
 Rows = dict[str, torch.Tensor]
 
@@ -179,7 +179,11 @@ def clap(clone: Path, rows: Rows, *, constraint: str) -> torch.Tensor:
         LR_SCHEDULER="cosine", MAX_EPOCH=12, WARMUP_EPOCH=1, WARMUP_TYPE="constant",
         WARMUP_RECOUNT=True, WARMUP_CONS_LR=1e-5, STEPSIZE=[-1], GAMMA=0.1,
     )  # fmt: skip
-    rate = schedule.build_lr_scheduler(optimizer, course)
+    # Newer schedules of torch do not take what dassl says last: whether to print.
+    start = torch.optim.lr_scheduler.LRScheduler.__init__
+    quiet = lambda self, optimizer, last=-1, *_: start(self, optimizer, last)  # noqa: E731
+    with mock.patch.object(torch.optim.lr_scheduler.LRScheduler, "__init__", quiet):
+        rate = schedule.build_lr_scheduler(optimizer, course)
     for _ in range(12):
         loss = functional.cross_entropy(logits(whole, rows["support"]), rows["labels"])
         if constraint != "none":

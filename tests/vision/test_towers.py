@@ -13,6 +13,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from logitjax import models, vision
+from logitjax.vision import _refused
 from logitjax.vision._clip_tokenizer import SigLIPTokenizer
 from logitjax.vision._preprocessing import Preprocessing
 from logitjax.vision._processor_files import open_clip_preprocessing, processor_preprocessing
@@ -195,15 +196,17 @@ def test_networks_that_are_not_known_are_called_by_their_name(tmp_path):
     )
     refused(
         "vit",
-        r"eva02_base: open_clip's towers of timm are not supported",
+        r"eva02_base: EVA is not supported; docs/vision\.md lists what is",
         rename=lambda k: f"visual.trunk.{k}",
         config={"model_cfg": {"vision_cfg": {"timm_model_name": "eva02_base"}}},
     )
     timm = json.loads(str(GOLDENS["timm_vit/config"])) | {"model_args": {}}
     for changes, message in [
         # Its rotations do not show in the weights.
-        ({"architecture": "vit_pe_core_base_patch16_224"}, r"vit_pe_core_base.*: of timm's"),
-        ({"architecture": "swin_tiny_patch4_window7_224"}, r"swin_tiny.*: of timm's"),
+        ({"architecture": "vit_pe_core_base_patch16_224"}, "vit_pe_core_base.*: PE is not"),
+        ({"architecture": "swin_tiny_patch4_window7_224"}, "swin_tiny.*: Swin is not"),
+        ({"architecture": "swinv2_tiny_window8_256"}, "swinv2_tiny.*: SwinV2 is not"),
+        ({"architecture": "vit_relpos_base_patch16_rpn_224"}, r"rpn_224: of timm's"),
         ({"model_args": {"act_layer": "relu"}}, r"model_args: act_layer is not supported"),
         ({"global_pool": "avgmax"}, r"global_pool: expected one of token, avg, map, got 'avgmax'"),
     ]:
@@ -268,3 +271,26 @@ def test_towers_have_the_published_sizes():
     made = dict(bottleneck=True, widen=2, groups=32)
     backbone = nnx.eval_shape(lambda: ResNet(blocks, rngs=nnx.Rngs(0), **made))
     assert num_params(backbone) == 25_028_904 - 2049 * 1000
+
+
+@pytest.mark.parametrize(
+    ("family", "called", "weight"),
+    [
+        ("SwinV2", "Swinv2Model", "encoder.layers.0.blocks.0.attn.cpb_mlp.0.weight"),
+        ("EVA", "eva02_large_patch14_clip_336", "visual.blocks.0.mlp.w1.weight"),
+        ("PE", "vit_pe_core_large_patch14_336", "visual.attn_pool.probe"),
+        ("MobileCLIP", "fastvit_mci0", "visual.trunk.stem.0.reparam_conv.weight"),
+        ("AIMv2", "Aimv2Model", "preprocessor.patchifier.proj.weight"),
+        ("I-JEPA", "IJepaModel", "encoder.module.patch_embed.proj.weight"),
+        ("InternViT", "InternVisionModel", "vision_model.encoder.layers.0.attn.qkv.weight"),
+    ],
+)
+def test_an_encoder_that_is_not_built_is_named_by_its_configuration_or_its_weights(
+    family, called, weight
+):
+    assert _refused.refused([called], ["patch_embed.proj.weight"]) == family
+    assert _refused.refused([], [weight]) == family
+    ours = ["blocks.0.attn.qkv.weight", "encoder.layer.0.norm1.weight", "text_model.head.weight"]
+    assert (
+        _refused.refused(["ViTModel", "vit_base_patch16_siglip_224", "Dinov2Model"], ours) is None
+    )

@@ -1,0 +1,25 @@
+"""Encoders that people have and that are not built here, recognised so that an error names them."""
+
+import re
+from collections.abc import Iterable
+
+# Family, what its configuration calls it, and names that only its weights have.
+_FAMILIES = (
+    ("SwinV2", r"swinv2", r"\.(cpb_mlp|continuous_position_bias_mlp)\."),
+    ("Swin", r"swin(?!v2)", r"layers\.\d+\.blocks\..*relative_position_bias_table$"),
+    ("EVA", r"^eva", r"\.(inner_attn_ln|ffn_ln)\.|blocks\.\d+\.(attn\.[qv]_bias$|mlp\.w[123]\.)"),
+    ("PE", r"(^|_)pe(_|-|$)|^pe(core|lang|spatial)", r"(^|\.)visual\.attn_pool\.probe$"),
+    ("MobileCLIP", r"mobileclip|fastvit|^mci", r"\.reparam_conv\.|^image_encoder\.model\."),
+    ("AIMv2", r"aimv2", r"(^|\.)(preprocessor\.patchifier|trunk\.post_trunk_norm)\."),
+    ("I-JEPA", r"i_?jepa", r"^(encoder|predictor)\.module\.|^ijepa\."),
+    ("InternViT", r"intern_?vit", r"\.layers\.\d+\.(attn\.qkv\.weight|ls1$)"),
+)
+
+
+def refused(called: Iterable[str], weights: Iterable[str]) -> str | None:
+    """The family of a network that is known and not built; None for others."""
+    kinds, names = [name.lower() for name in called], list(weights)
+    for family, kind, own in _FAMILIES:
+        if any(re.search(kind, name) for name in kinds) or any(re.search(own, n) for n in names):
+            return family
+    return None
