@@ -347,6 +347,13 @@ def _encode(config: Config, out: epath.Path) -> Problem:
             views=others[0] if others else (),
         )
         weights = entries[part].class_weights
+    if config.class_weights is None:
+        last = first.text_projection
+        texts = first.prompt_features(_words(names), config.prompts, projected=last is None)
+        entries = {
+            part: dataclasses.replace(one, texts=texts, text_projection=last)
+            for part, one in entries.items()
+        }
     files = {
         part: tuple(str(images.files[row]) for row in rows) if images.files else ()
         for part, (_, images, rows) in parts.items()
@@ -432,9 +439,12 @@ def _class_weights(config: Config, encoder: vision.Encoder, class_names: Sequenc
             f"class_weights: expected a file, for {encoder.name} has no text tower to name "
             "classes with, got none"
         )
+    return np.asarray(encoder.zero_shot(_words(class_names), config.prompts))
+
+
+def _words(class_names: Sequence[str]) -> list[str]:
     # Folders spell spaces so.
-    words = [name.replace("_", " ") for name in class_names]
-    return np.asarray(encoder.zero_shot(words, config.prompts))
+    return [name.replace("_", " ") for name in class_names]
 
 
 def _methods(problem: Problem) -> tuple[dict[str, few_shot.Candidate], dict[str, str]]:

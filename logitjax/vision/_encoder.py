@@ -110,6 +110,8 @@ class Encoder:
 
     def _run(self, kind: str, state: Any, inputs: Any) -> Any:
         model = nnx.merge(self._graph, state)
+        if kind == "hidden texts":
+            return jnp.asarray(model.text.hidden(inputs), jnp.float32)
         return self._images(model, inputs) if kind == "images" else model.text_features(inputs)
 
     def _images(self, model: Any, images: Any) -> tuple[jax.Array, jax.Array | None]:
@@ -185,6 +187,24 @@ class Encoder:
             class_names: as they shall stand in a sentence; ImageNet's numbers are a ValueError.
             templates: with ``{}`` where the name goes.
         """
+        array = self.prompt_features(class_names, templates)
+        array = array / jnp.linalg.norm(array, axis=-1, keepdims=True)
+        means = array.mean(1)
+        return (means / jnp.linalg.norm(means, axis=-1, keepdims=True)).T
+
+    @functools.cached_property
+    def text_projection(self) -> np.ndarray | None:
+        """`[width, features]`, the text tower's last linear map, if it is one without a bias."""
+        head = getattr(getattr(self.model, "text", None), "head", None)
+        return None if head is None or head.bias is not None else np.asarray(head.kernel[...])
+
+    def prompt_features(
+        self, class_names: Sequence[str], templates: Sequence[str], *, projected: bool = True
+    ) -> Float[jax.Array, "classes templates features"]:
+        """Features of every prompt, of any length; with `projected=False` before `text_projection`.
+
+        Arguments and errors are those of `zero_shot`.
+        """
         number = next((name for name in class_names if re.fullmatch(r"n\d{8}", name)), None)
         if number is not None:
             raise ValueError(f"class_names: {number} is a number of WordNet, not a name")
@@ -194,11 +214,11 @@ class Encoder:
             tokens = self.tokenize(prompts[start : start + _PROMPTS])
             # Repeats rows: one shape is compiled.
             padded = np.resize(tokens, (min(_PROMPTS, len(prompts)), tokens.shape[1]))
-            parts.append(self.text_features(padded)[: len(tokens)])
-        array = jnp.concatenate(parts)
-        array = array / jnp.linalg.norm(array, axis=-1, keepdims=True)
-        means = array.reshape(len(class_names), len(templates), -1).mean(1)
-        return (means / jnp.linalg.norm(means, axis=-1, keepdims=True)).T
+            if projected:
+                parts.append(self.text_features(padded)[: len(tokens)])
+            else:
+                parts.append(self._compiled("hidden texts", self._state, padded)[: len(tokens)])
+        return jnp.concatenate(parts).reshape(len(class_names), len(templates), -1)
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -388,13 +388,17 @@ class TextTower(nnx.Module):
         self.head = nnx.Linear(blocks.width, embed_dim, use_bias=use_bias, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
+        return self.head(self.hidden(tokens))
+
+    def hidden(self, tokens: jax.Array) -> jax.Array:
+        """float32 `[batch, width]`, what `head` projects."""
         x = self.tokens.embedding[...][tokens] + self.positions[...][: tokens.shape[1]]
         x = x if self.dtype is None else x.astype(self.dtype)
         for block in self.blocks:
             x = block(x)
         # CLIP's end has the largest id, so `argmax` is its first place. SigLIP sees the padding.
         end = jnp.argmax(tokens, -1) if self.causal else jnp.full(len(tokens), x.shape[1] - 1)
-        return self.head(self.norm(jnp.take_along_axis(x, end[:, None, None], 1)[:, 0]))
+        return self.norm(jnp.take_along_axis(x, end[:, None, None], 1)[:, 0])
 
 
 class SigLIP(nnx.Module):

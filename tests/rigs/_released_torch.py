@@ -24,7 +24,7 @@ _STUBS = (
     *("clip", "optuna", "wandb", "yaml", "torchvision", "torchvision.transforms", "PIL", "dassl"),
     *("dassl.metrics", "dassl.utils", "dassl.optim", "datasets", "datasets.imagenet"),
     *("datasets.imagenet_templates", "datasets.utils", "matplotlib", "matplotlib.pyplot"),
-    *("clip.simple_tokenizer", "ftfy", "scipy", "scipy.linalg"),
+    *("clip.simple_tokenizer", "ftfy", "scipy", "scipy.linalg", "sklearn", "sklearn.linear_model"),
 )
 Rows = dict[str, torch.Tensor]
 
@@ -244,6 +244,7 @@ def amu(clone: Path, rows: Rows, *, moment: bool) -> torch.Tensor:
 
 def second_stage(clone: Path, rows: Rows) -> torch.Tensor:
     module = load(clone, "fs.twostage")
+    recorded(module)
     module.SingleStreamClassifier._init_classifier = lambda *_: None
     model = types.SimpleNamespace(
         visual=torch.nn.Identity(), logit_scale=torch.tensor(math.log(100))
