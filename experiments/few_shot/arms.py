@@ -32,9 +32,11 @@ def arms(config: Config) -> dict[str, Arm]:
     existing = few_shot.Candidate.all(
         config.grid, epochs=config.epochs, batch_size=config.batch_size, steps=config.steps
     )
-    # Caches hold no features from before the last projection.
+    # Caches hold no features from before the last projection, and none of single prompts.
     tuned = {
-        n: Arm(candidate=one) for n, one in existing.items() if "hidden" not in one.method.needs
+        n: Arm(candidate=one)
+        for n, one in existing.items()
+        if not {"hidden", "texts"} & {*one.method.needs}
     }
     tuned["amu_same_encoder"] = Arm(candidate=existing["amu"], auxiliary="zero_shot")
     return tuned | _fixed(config)
