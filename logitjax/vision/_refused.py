@@ -12,7 +12,7 @@ _FAMILIES = (
     ("MobileCLIP", r"mobileclip|fastvit|^mci", r"\.reparam_conv\.|^image_encoder\.model\."),
     ("AIMv2", r"aimv2", r"(^|\.)(preprocessor\.patchifier|trunk\.post_trunk_norm)\."),
     ("I-JEPA", r"i_?jepa", r"^(encoder|predictor)\.module\.|^ijepa\."),
-    ("InternViT", r"intern_?vit", r"\.layers\.\d+\.(attn\.qkv\.weight|ls1$)"),
+    ("InternViT", r"intern_?vi(t|sion)", r"\.layers\.\d+\.(attn\.qkv\.weight|ls1$)"),
 )
 
 
