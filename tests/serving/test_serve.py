@@ -259,6 +259,7 @@ def test_models_and_health(client, address):
             "response_format",
             "needs a json_schema",
         ),
+        ({"prompt": "a", "structured_outputs": {"regex": "("}}, "structured_outputs", ": "),
         ({"prompt": "a", "n": 17}, "n", "equal to 16"),
         ({"prompt": "\ud800"}, "prompt", ""),
     ],
