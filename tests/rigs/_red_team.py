@@ -337,11 +337,10 @@ def _agree(one: Reply, two: Reply) -> bool:
     return one.tokens[:size] == two.tokens[:size]
 
 
-def listed(ask: Asker, body: Body, vocab: int, name: str, most: int, **_: Any) -> Readings:
+def listed(ask: Asker, body: Body, vocab: int, name: str, **_: Any) -> Readings:
     """A field of token ids, of unknown meaning: where it allows them, they are put in order."""
     readings, fixed = Readings(), body | {"temperature": 0.0}
-    few = min(vocab, ask.left, most)
-    left = np.random.default_rng(0).choice(vocab, few, replace=False).tolist()
+    left = np.random.default_rng(0).choice(vocab, min(vocab, ask.left, 500), replace=False).tolist()
     while len(left) > 1 and ask.left:
         (reply,) = ask([fixed | {name: left}])
         if reply is None or reply.tokens[0] not in left:
@@ -369,8 +368,7 @@ def attackers(schema: Mapping[str, Any]) -> dict[str, Callable[..., Readings]]:
     for name, field in fields.items():
         for kind in field.get("anyOf", [field]):
             if kind.get("items", {}).get("type") == "integer" and name != "prompt":
-                most = kind.get("maxItems", 1 << 30)
-                found[f"field {name}"] = functools.partial(listed, name=name, most=most)
+                found[f"field {name}"] = functools.partial(listed, name=name)
             if kind.get("type") not in ("integer", "number"):
                 continue
             low = kind.get("minimum", kind.get("exclusiveMinimum", -100) + 1e-6)

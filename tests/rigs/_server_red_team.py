@@ -160,11 +160,13 @@ def attacked(
             app.state.service.accounts.ledger = Ledger(config.nats)
             ledger = Ledger()
             ask = functools.partial(_charged, Server(app, runner), ledger, policy, vocab)
-            asker = Asker(ask, queries)
+            # What knows nothing of a field is one of many, and has a quarter.
+            budget = queries // 4 if attacker.startswith("field") else queries
+            asker = Asker(ask, budget)
             body = {"prompt": [1], "max_tokens": 1, "return_tokens_as_token_ids": True}
             readings = attack(asker, body | {"logprobs": 0}, vocab=vocab, letters=letters)
             line = {"model": Path(spec).stem, "policy": name, "attacker": attacker}
-            line |= {"queries": queries - asker.left}
+            line |= {"queries": budget - asker.left}
             line |= readings.judge(row.astype(float), policy.noise)
             line["nats per 1,000"] = 1000 * line["nats"] / max(1, line["queries"])
             line["bound"] = float(ledger["row"].hard)
@@ -181,7 +183,7 @@ def red_team(options: suite.Options, spec: str) -> tuple[list[dict[str, Any]], l
     if spec.endswith(".gguf") and not Path(spec).exists():
         return [], []
     row, tokenizer = row_of("tiny" if options.smoke else spec)
-    model, queries = one_row(row), 100 if options.smoke else QUERIES
+    model, queries = one_row(row), 200 if options.smoke else QUERIES
     folder = epath.Path(options.directory) / f"red_team-{options.scale}"
     found = [attacked(spec, row, tokenizer, model, case, queries, folder) for case in POLICIES]
     every = [line for lines in found for line in lines]
