@@ -270,7 +270,6 @@ def request_model(config: ServerConfig, *, chat: bool) -> type[BaseModel]:
 
 
 def parse(body: Any, config: ServerConfig, *, chat: bool) -> CompletionRequest:
-    """A request from JSON."""
     if not isinstance(body, dict):
         raise BadRequestError(f"the body must be a JSON object, got {type(body).__name__}")
     model = request_model(config, chat=chat)
@@ -415,7 +414,6 @@ _ERROR = {"type": "object", "required": ["error"], "properties": {"error": _DETA
 
 
 def openapi(config: ServerConfig) -> dict[str, Any]:
-    """The API's description, for clients, fuzzers and people."""
     kinds: Any = [(request_model(config, chat=chat), "validation") for chat in (False, True)]
     models, described = pydantic.json_schema.models_json_schema(kinds, ref_template=_REF)
 
