@@ -2,8 +2,9 @@
 
     python -m experiments.benchmark few_shot
 
-AMU as released: 1000 classes, 2048 features, 16 images a class, AdamW, which torch runs fused. The whole run (50 epochs of
-batches of 256) is timed, and its memory read, in a process that does nothing else. Where the
+AMU as released: 1000 classes, 2048 features, 16 images a class, AdamW, which torch runs fused.
+The whole run (50 epochs of batches of 256) is timed, and its memory read, in a process that does
+nothing else. Where the
 interpreter in ``LOGITJAX_TORCH_PYTHON`` has torch, the same steps are taken there with as many
 threads, in turns with ours; a step costs the same wherever in the run it is.
 """
