@@ -179,9 +179,10 @@ def test_every_method_is_zero_shot_logits_plus_a_bias(name):
 def test_a_cache_is_the_published_formula():
     features, *_ = problem()
     images, _ = inputs()
-    config = few_shot.methods.TipAdapter(sharpness=2.0)
+    # The published sharpness, 1.
+    config = few_shot.methods.TipAdapter()
     got = logits_and_bias(config, start(config, images), images)[1]
-    cache = np.exp(-2 * (1 - features @ features.T)) @ np.eye(CLASSES)[LABELS]
+    cache = np.exp(features @ features.T - 1) @ np.eye(CLASSES)[LABELS]
     np.testing.assert_allclose(got, cache, rtol=1e-5)
 
 
@@ -252,7 +253,8 @@ def test_lp_plus_plus_is_its_gradient_descent(count):
     np.testing.assert_allclose(found["bias"], moving[1], rtol=1e-8, atol=1e-8)
     np.testing.assert_allclose(found["blend"], blend, rtol=1e-8)
     # Rows that are not there change nothing.
-    padded = jax.tree.map(lambda x: np.pad(x[:count], ((0, 3), (0, 0))), images)
+    wide = ((0, 3), (0, 0))
+    padded = jax.tree.map(lambda x: np.pad(x[:count], wide, constant_values=2.0), images)
     fewer = np.pad(labels, (0, 3), constant_values=-1)
     state = start(config, padded, fewer, class_weights=class_weights)
     np.testing.assert_allclose(state.trained["blend"], blend, rtol=1e-4)
