@@ -67,6 +67,9 @@ def test_uncertainty_weights_are_the_published_formulas(x64):
             assert got.dtype == given.dtype
             expected = oracle.weight(np.asarray(given, np.float64), config)
             np.testing.assert_allclose(got, expected, rtol=1e-12 if x64 else 1e-6, err_msg=options)
+    # A class that a task lacks counts for nothing.
+    lacking = np.pad(given, ((0, 0), (0, 1)), constant_values=-np.inf)
+    np.testing.assert_allclose(run(lacking)[1], run(given)[1], rtol=1e-5)
 
 
 def test_kurtosis_over_a_fourth_of_the_classes_does_not_depend_on_their_number():
