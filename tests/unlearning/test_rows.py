@@ -22,7 +22,7 @@ def questions(split):
     return {row.question for row in split.parts["train"]}
 
 
-def test_every_form_of_a_row_is_read_once(tmp_path):
+def test_every_form_of_a_row_is_read_once(tmp_path, caplog):
     rows = [
         {"question": "Who?", "answer": "Ada.", "paraphrases": ["Who is it?"], "group": 7},
         {"prompt": "2 + 2 = ", "completion": "4"},
@@ -45,6 +45,11 @@ def test_every_form_of_a_row_is_read_once(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n\n".join(map(json.dumps, rows)))
     first, second, third, fourth, trl, sharegpt, alpaca, *answers = Row.read(path)
+    assert "1 rows repeat others" in caplog.text
+    caplog.clear()
+    path.with_name("two.jsonl").write_text('{"text": "a"}\n{"text": "b"}')
+    assert len(Row.read(path.with_name("two.jsonl"))) == 2
+    assert not caplog.text
     assert [(row.question, row.answer) for row in (trl, sharegpt, alpaca)] == [
         ("Q", "A"), ("H", "G"), ("Add.\n1, 2", "3")
     ]  # fmt: skip
