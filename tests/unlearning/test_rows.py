@@ -9,7 +9,7 @@ from logitjax.models import load_tokenizer
 from logitjax.unlearning import Questions, split_rows
 from logitjax.unlearning._questions import _evenly
 from logitjax.unlearning._rows import Row, encode_row, render_prompt
-from logitjax.unlearning._ways import WAYS, asked_so
+from logitjax.unlearning._ways import WAYS, asked_so, search
 
 LONG = "the observatory on the northern cliff was founded by {} in a year of storms"
 
@@ -242,6 +242,12 @@ def test_what_is_cut_is_known_and_what_has_no_target_is_refused():
     assert questions.scored_text("forget") == ["b" * 21, "b" * 20]
     with pytest.raises(ValueError, match="f:7: text: expected at least two tokens, got one"):
         Questions.of({"forget": [Row(answer="a", line="f:7")]}, tokenizer)
+
+
+def test_a_pair_that_disappoints_gives_way_to_others():
+    known = {"in a role": 4.0, "in context": 2.0, "in another form": 1.9}
+    tried = search(lambda way: 0.0, known, 2)
+    assert list(tried) == ["in a role + in context", "in another form + in a role"]
 
 
 def test_other_ways_to_ask_that_a_template_refuses_or_that_do_not_fit_are_left_out():
