@@ -261,6 +261,7 @@ def test_lp_plus_plus_is_its_gradient_descent(count):
     fewer = np.pad(labels, (0, 3), constant_values=-1)
     state = start(config, padded, fewer, class_weights=class_weights)
     np.testing.assert_allclose(state.trained["blend"], blend, rtol=1e-4)
+    np.testing.assert_allclose(state.trained["prototypes"], moving[0], rtol=1e-3, atol=1e-3)
 
 
 def test_views_of_an_image_are_averaged_and_class_means_are_not_of_length_one():

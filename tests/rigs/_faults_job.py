@@ -48,7 +48,8 @@ def train(
     """The state after so many steps of a run that saves every few of them."""
     # A restart may ask for more steps, and no rate may change by that.
     tx = training.Schedule(1e-2, warmup=2, total_steps=1000).optimizer()
-    state = training.TrainState.create(init, tx, mesh=mesh)
+    # A function: with no checkpoint that can be read the run begins anew.
+    state = functools.partial(training.TrainState.create, init, tx, mesh=mesh)
     with training.Checkpointer(workdir / "checkpoints") as checkpointer:
         return training.train_loop(
             state,
