@@ -10,7 +10,6 @@ bits of one in peace. Faults are kept in `faults.jsonl`, so that a rig that was 
 
 import collections
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
@@ -44,10 +43,10 @@ def _distill(folder: Path) -> None:
     text = folder.parent / "text.txt"
     if not text.exists():
         text.write_text("\n\n".join(f"paragraph {i} " + "word " * 60 for i in range(120)))
-    flags = (
-        "--student=tiny --teacher=tiny:1 --seq_len=32 --batch_size=2 --cache_top_k=16 --steps=24"
+    flags = "--student=tiny --teacher=tiny:1 --seq_len=32 --batch_size=2 --cache_top_k=16"
+    flags += (
+        " --steps=24 --eval_rows=2 --eval_every=0 --checkpoint_every=5 --log_every=1 --mesh=data:1"
     )
-    flags += " --eval_rows=2 --eval_every=0 --checkpoint_every=5 --log_every=1 --mesh=data:1"
     sys.argv = ["logitjax", "distill", f"--data=text:{text}", f"--out={folder}", *flags.split()]
     commands.main()
 
@@ -56,17 +55,11 @@ def _weights(folder: Path) -> str:
     return hashlib.sha256((folder / "model/model.safetensors").read_bytes()).hexdigest()
 
 
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """What a start runs in a folder, and the digest of what it made."""
-
-    run: Callable[[Path], None]
-    result: Callable[[Path], str]
-
-
-_JOBS = {
-    "loop": _Job(lambda folder: _faults_job.main([str(folder), "40"]), lambda folder: ""),
-    "distill": _Job(_distill, _weights),
+# What a start runs in a folder, and the digest of what it made; empty where the log has it.
+_Job = tuple[Callable[[Path], None], Callable[[Path], str]]
+_JOBS: dict[str, _Job] = {
+    "loop": (lambda folder: _faults_job.main([str(folder), "40"]), lambda folder: ""),
+    "distill": (_distill, _weights),
 }
 
 
@@ -85,7 +78,7 @@ class _Start:
                 os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), number)
             now = time.time
             time.time = lambda: now() + shift
-            job.run(folder)
+            job[0](folder)
             status = 0
         except SystemExit as error:
             status = error.code if isinstance(error.code, int) else int(error.code is not None)
@@ -102,7 +95,7 @@ class _Start:
             self.status = os.waitstatus_to_exitcode(status) if pid else None
         return self.status
 
-    def until(self, reached: Callable[[], bool], seconds: float = 300.0) -> int | None:
+    def until(self, reached: Callable[[], bool], seconds: float = 1800.0) -> int | None:
         """Waits until something is reached, or the start has ended."""
         end = time.monotonic() + seconds
         while self.poll() is None and not reached():
@@ -158,7 +151,7 @@ class _Run:
         self._readable: list[int] = []
 
     def fault(self, kind: str, draw: random.Random) -> dict[str, Any]:
-        """One start with a fault; `ended` where the run has come to its end."""
+        """One start with a fault: its status, what was damaged after it, and what went wrong."""
         wrong: list[str] = []
         shift = draw.uniform(-30, 30) * _DAY if kind == "clock" else 0.0
         if kind == "full":
@@ -166,14 +159,9 @@ class _Run:
         start = _Start(self.job, self.folder, self.log, shift)
         # After so many steps, or once something new is saved: saves end long after their step.
         steps, before = draw.randint(0, 2 * _faults_job.EVERY), _complete(self.folder)
-        status = start.until(
-            draw.choice(
-                (
-                    lambda: len(_STEP.findall(_jobs.said(self.log))) >= steps,
-                    lambda: _complete(self.folder) != before,
-                )
-            )
-        )
+        logged: Any = lambda: len(_STEP.findall(_jobs.said(self.log))) >= steps  # noqa: E731
+        saved: Any = lambda: _complete(self.folder) != before  # noqa: E731
+        status = start.until(draw.choice((logged, saved)))
         if kind == "two" and status is None:
             wrong += self._second()
         if kind == "full":
@@ -223,7 +211,7 @@ class _Run:
         return wrong
 
     def result(self) -> str:
-        return self.job.result(self.folder) or _jobs.digest(self.log)
+        return self.job[1](self.folder) or _jobs.digest(self.log)
 
     def finish(self) -> list[str]:
         """Goes on to the end; twice where a file has to be mended first."""
