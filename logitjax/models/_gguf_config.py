@@ -17,7 +17,10 @@ def gguf_config(source: GgufSource) -> DecoderConfig:
     """The decoder that a GGUF file describes."""
     architecture = source.metadata("general.architecture")
     where = f"{source.path}: general.architecture"
-    family = find_family(architecture, where, lambda f: (f.gguf,))
+    # Mixtral's files are of the architecture of Llama.
+    mixed = "+experts" if source.metadata(f"{architecture}.expert_count") else ""
+    name = f"{architecture}{mixed}" if isinstance(architecture, str) else architecture
+    family = find_family(name, where, lambda f: (f.gguf,))
 
     def get(key: str, default: Any = None) -> Any:
         return source.metadata(f"{architecture}.{key}", default)
@@ -69,7 +72,7 @@ def gguf_config(source: GgufSource) -> DecoderConfig:
         "pad_id": source.metadata("tokenizer.ggml.padding_token_id"),
         "qkv_bias": there("attention.query"),
         "output_bias": there("attention.output"),
-        "mlp_bias": there("mlp.up"),
+        "mlp_bias": there("mlp.up") if not mixed else False,
         # No metadata say it: what is usual where a config.json says nothing.
         "activation": Fields({}, family, where).activation(activation),
     }

@@ -14,9 +14,10 @@ Path = tuple[str, ...]
 class TensorSpec:
     """One checkpoint tensor: our leaves, joined along `axis` of the checkpoint's layout.
 
-    `layer` is None outside of layers; of a leaf with one map an expert it is that of `expert`.
-    `transpose` turns `[in, out]` into `[out, in]`. Of each of `rope_heads` heads' rows the first
-    `rope_dim` have rotary pairs interleaved. `shift` was added to the values.
+    `layer` is None outside of layers; of a leaf with one map an expert it is that of `expert`, or
+    of all where that is None. `transpose` turns `[in, out]` into `[out, in]`. Of each of
+    `rope_heads` heads' rows the first `rope_dim` have rotary pairs interleaved. `shift` was added
+    to the values.
     """
 
     name: str
@@ -28,6 +29,10 @@ class TensorSpec:
     rope_heads: int = 0
     rope_dim: int = 0
     shift: float = 0.0
+
+    def stored(self, axes: tuple) -> tuple:
+        """Sizes or indices of a leaf as the checkpoint has them, and back."""
+        return (*axes[:-2], *reversed(axes[-2:])) if self.transpose else tuple(axes)
 
 
 def hf_tensors(config: DecoderConfig) -> list[TensorSpec]:
