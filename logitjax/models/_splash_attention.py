@@ -36,14 +36,14 @@ def splash_attention(
     names = sharding.MeshAxes.current()
     rows = on_mesh.auto_axes(names.rows, query.shape[0])
     heads = on_mesh.auto_axes(names.columns, key.shape[2])
-    if not rows and not heads:
+    if not (free := on_mesh.free_axes()):
         return run(query, key, value, segments)
     spec, ids = PartitionSpec(rows, None, heads), PartitionSpec(rows)
     return jax.shard_map(
         run,
         in_specs=(spec, spec, spec, ids),
         out_specs=spec,
-        axis_names={*rows, *heads},
+        axis_names=free,
         check_vma=False,
     )(query, key, value, segments)
 

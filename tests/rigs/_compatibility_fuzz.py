@@ -118,6 +118,9 @@ def raw_config(family: str, row: Mapping[str, Any]) -> dict[str, Any]:
     if raw.get("no_rope_layers") == "every other":
         raw["no_rope_layers"] = [i % 2 for i in range(layers)]
     scaling = raw.get("rope_scaling")
+    if family == "mixtral" and (scaling or raw.get("rope_parameters")):
+        # transformers scales the rope of these where a width is said alone.
+        raw["head_dim"] = raw.get("head_dim") or 12
     if scaling and scaling.get("type", scaling.get("rope_type")) in ("longrope", "su", "yarn"):
         heads = raw.get("num_attention_heads", 8)
         wide, share = _WIDTHS.get(family), 0.5 if family.startswith("glm") else 1.0

@@ -96,7 +96,8 @@ def _family(
     shown = {f"worst {name}": f"{value:.1e}" for name, value in worst.items()} | files
     pairs = fuzz.pairs_of(fuzz.VALUES[family], drawn[:count])
     row = _row(family, count, equal, refused=refused, pairs=f"{pairs:.1%}", **shown)
-    bars = [suite.at_least(f"{family}: share equal at {_TOLERANCE:g}", equal / count, 1.0)]
+    share = equal / max(count - refused, 1)
+    bars = [suite.at_least(f"{family}: share equal at {_TOLERANCE:g}", share, 1.0)]
     if files:
         bars.append(suite.at_most(f"{family}: GGUF files that differ", files["gguf differs"], 0))
     return row, bars
