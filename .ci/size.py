@@ -2,8 +2,8 @@
 
 A public name is one that a package exports from its `__init__.py`, or that a module without an
 underscore defines. Commands are called by their flags, and count only as lines. A function is long
-without its docstring. Comments are counted in a hundred lines that are not blank, docstrings
-included; marks for tools (`noqa` and the like) are no comments.
+without its docstring. Of a hundred lines that are not blank, docstrings included, those are counted
+that hold a comment and nothing else; marks for tools (`noqa` and the like) are no comments.
 """
 
 import ast
@@ -60,11 +60,12 @@ def long_functions(place: str, tree: ast.Module) -> Iterator[str]:
 
 
 def comments_and_lines(place: str) -> tuple[int, int]:
-    """Comments of a file, and its lines that are not blank."""
+    """Lines of a file that hold a comment alone, and those that are not blank."""
     text = (ROOT / "logitjax" / place).read_text()
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)
-    comments = [token.string for token in tokens if token.type == tokenize.COMMENT]
-    count = sum(not _MARK.match(comment) for comment in comments)
+    comments = [token for token in tokens if token.type == tokenize.COMMENT]
+    alone = [token.string for token in comments if token.line.lstrip().startswith("#")]
+    count = sum(not _MARK.match(comment) for comment in alone)
     return count, sum(bool(line.strip()) for line in text.splitlines())
 
 

@@ -117,7 +117,8 @@ def local_copy(tree: Any) -> Any:
         if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
             return leaf
         if leaf.is_fully_replicated:
-            return leaf.addressable_data(0)  # no communication
+            # No communication.
+            return leaf.addressable_data(0)
         return jax.device_put(
             multihost_utils.process_allgather(leaf, tiled=True), jax.local_devices()[0]
         )

@@ -60,7 +60,6 @@ class Encoder:
 
     @property
     def add_bos(self) -> bool:
-        """Return the tokenizer's own setting, or no."""
         return bool(getattr(self.tokenizer, "add_bos", False))
 
     def __call__(self, segments: Segments, *, last: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -26,7 +26,6 @@ class Stream(Sequence):
         self._next, self._last = self._stop - self._start, None
 
     def part(self, start: int, stop: int) -> "Stream":
-        """The rows of a slice."""
         return Stream(self._read, self._start + start, self._start + stop)
 
     def __len__(self) -> int:

@@ -137,7 +137,6 @@ def paragraphs_to_documents(lines: Iterable[str], minimum: int = _MIN_DOCUMENT) 
 
 @contextlib.contextmanager
 def _opened(file: epath.Path) -> Iterator[Any]:
-    """A file's bytes, unpacked as they are read."""
     with file.open("rb") as raw:
         if file.name.endswith(".gz"):
             yield io.BufferedReader(gzip.GzipFile(fileobj=raw), 1 << 20)
@@ -173,8 +172,6 @@ def _lines(file: epath.Path, report: Report) -> Iterator[tuple[int, bytes]]:
 
 
 def _text_rows(file: epath.Path, report: Report, whole: bool) -> Rows:
-    """A whole file as a document, or a file cut between paragraphs."""
-
     size, broken = 0, None
 
     def lines() -> Iterator[str]:
@@ -254,7 +251,6 @@ def load_files(
     spec: str,
     columns: Mapping[str, str] | None = None,
 ) -> Examples:
-    """The rows of the files of a split."""
     files = _files(path, SUFFIXES[kind], parse_split(split)[0], spec)
     whole = epath.Path(path).expanduser().is_dir()
 

@@ -17,8 +17,7 @@ def own_form(row: Mapping[str, Any]) -> dict[str, Any]:
 
     Instructions (Alpaca) and questions are a user's turn. Of a preference it is what was chosen;
     where no prompt is named, that is what the chosen and the rejected text begin with. Turns of
-    ShareGPT become messages, and so do a prompt and a completion that are lists (TRL). What has
-    none of these forms is returned as it came.
+    ShareGPT become messages, and so do lists of prompt and completion (TRL). Others stay.
 
     >>> own_form({"instruction": "Add.", "input": "1, 2", "output": "3"})["messages"][0]["content"]
     'Add.\\n1, 2'
@@ -70,7 +69,6 @@ def _form(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _turn(**turn: Any) -> dict[str, Any]:
-    """A turn of ShareGPT under the names of chat templates."""
     who, content = turn.pop("from", turn.get("role")), turn.pop("value", turn.get("content"))
     return {**turn, "role": _ROLES.get(who, who), "content": content}
 
@@ -159,7 +157,6 @@ def _calls(calls: Any) -> list[dict[str, Any]]:
 
 
 def _parsed(value: Any) -> Any:
-    """What a text says in JSON; anything else as it is."""
     try:
         return json.loads(value) if isinstance(value, str) and value.strip() else value
     except (ValueError, RecursionError):

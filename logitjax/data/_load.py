@@ -28,15 +28,12 @@ def load_examples(
 ) -> Examples:
     """Read examples from files, the hub, a tfds dataset or a mixture of these.
 
-    The sources:
-
     * ``text:PATH``. A directory's ``*.txt`` files (recursively, sorted) are one document each. A
       single file is cut between paragraphs into documents of at least 2,000 characters.
     * ``jsonl:PATH``, an object a line, or one list of objects; a file or a directory of
       ``*.jsonl``. Files of text and lines may end in ``.gz`` or ``.zst``.
     * ``parquet:PATH``, a file or a directory; needs the extra ``datasets``, as the next does.
-    * ``hf:ORG/NAME``, ``hf:ORG/NAME/CONFIG``, perhaps with ``:SPLIT``: a dataset of the hub, or of
-      its cache.
+    * ``hf:ORG/NAME``, ``hf:ORG/NAME/CONFIG``, perhaps with ``:SPLIT``: of the hub or its cache.
     * ``tfds:NAME`` or ``tfds:NAME:CONFIG``, read from array_record without TensorFlow. Our own
       ``wiki_summaries`` and a builder of yours, ``tfds:PACKAGE.MODULE:NAME``, are prepared on first
       use; others have to be there already (``logitjax prepare NAME`` writes them).
@@ -55,17 +52,9 @@ def load_examples(
     ``<split>.txt``, ``<split>.jsonl`` or ``<split>-00000-of-00001.parquet`` in it.
 
     Args:
-        spec: ``kind:location`` as above.
-        split: the split, perhaps sliced.
-        on_error: what a malformed row does: ``'raise'`` names file and row; ``'skip'`` logs and
-            counts it in ``.errors``.
-        data_dir: where tfds datasets lie; default ``$TFDS_DATA_DIR``, else
-            ``~/tensorflow_datasets``.
-        columns: names to read under other names, e.g. ``{"question": "prompt", "answer":
-            "response"}``.
-
-    Returns:
-        The examples, with ``.errors`` and ``.fingerprint``.
+        on_error: ``'raise'`` names a malformed row; ``'skip'`` logs and counts it in ``.errors``.
+        data_dir: where tfds datasets lie; ``$TFDS_DATA_DIR``, else ``~/tensorflow_datasets``.
+        columns: names to read under other names, e.g. ``{"question": "prompt"}``.
 
     Raises:
         FileNotFoundError: a path, or a dataset that nobody has prepared.
@@ -118,8 +107,7 @@ def prepare(
     Args:
         name: ``NAME``, ``NAME:CONFIG`` or, of a builder of yours, ``PACKAGE.MODULE:NAME``.
         data_dir: where it goes; default ``$TFDS_DATA_DIR``, else ``~/tensorflow_datasets``.
-        manual_dir: where files lie that are fetched by hand; default
-            ``<data_dir>/downloads/manual``.
+        manual_dir: where files fetched by hand lie; default ``<data_dir>/downloads/manual``.
 
     Raises:
         FileNotFoundError: what the dataset is made from is missing; says how to get it.

@@ -47,23 +47,17 @@ def pack(
     the tokenizer's own ``add_bos`` says so, and ends with the end-of-sequence token.
     A piece with nothing to learn, such as the beginning of a prompt longer than a row, is left out
     and counted in ``.statistics["unlearnt"]``. A packing that was killed goes on behind its last
-    whole shard, with the same rows.
-
-    On several hosts with a common disk let process 0 pack and the others call it after a barrier.
+    whole shard. On several hosts with a common disk let process 0 pack and the others call it
+    after a barrier.
 
     Args:
         examples: what :func:`logitjax.data.load_examples` returns, or any sequence of such rows.
         tokenizers: a name of your choice to a tokenizer (one alone is refused with what to write).
-        seq_len: tokens a row.
         directory: where the rows go; may be remote (``gs://``).
-        on_long: what happens to a document longer than a row: it is cut, left out (and counted in
-            ``.statistics``), or an error; with ``"split_or_skip"`` a conversation is left out and
-            other text is cut.
+        on_long: a document longer than a row is cut, left out (and counted in ``.statistics``), or
+            an error; by ``"split_or_skip"`` a conversation is left out and other text is cut.
         on_error: what an example does that cannot be read, or that a tokenizer or its chat template
             refuses: it is an error that names it, or left out and counted as malformed.
-
-    Returns:
-        The rows as a :class:`logitjax.data.PackedDataset`.
 
     Raises:
         TypeError: `tokenizers` is one tokenizer instead of a mapping.
@@ -206,13 +200,13 @@ def _write_rows(
     progress: _Progress,
     seq_len: int,
 ) -> dict[str, Any]:
-    """Writes the shards, and returns what the manifest says of them."""
     names = ("documents", "pieces", "too_long", "unlearnt", "malformed")
     progress.statistics = dict.fromkeys(names, 0) | {"malformed": examples.errors}
     progress.tokens = dict.fromkeys(tokenizers, 0)
     pad_ids = {name: _pad_id(tokenizer) for name, tokenizer in tokenizers.items()}
     progress.resume()
-    rows_per_shard, root = _TOKENS_PER_SHARD // seq_len, epath.Path(progress.begun.directory).parent
+    rows_per_shard = max(1, _TOKENS_PER_SHARD // seq_len)
+    root = epath.Path(progress.begun.directory).parent
 
     def encoded(row: list[Piece]) -> bytes:
         columns = {}
@@ -423,7 +417,6 @@ def best_fit(
 
 
 def _lay_out(row: Sequence[Piece], name: str, seq_len: int, pad_id: int) -> dict[str, np.ndarray]:
-    """One tokenizer's columns of a row, `[1, seq_len]` each."""
     tokens = np.full((1, seq_len), pad_id, np.int32)
     segment_ids = np.zeros((1, seq_len), np.int32)
     loss_mask = np.zeros((1, seq_len), np.uint8)

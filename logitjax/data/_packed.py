@@ -33,7 +33,8 @@ def _positions(segment_ids: Int[np.ndarray, "*batch tokens"]) -> Int32[np.ndarra
     index = np.arange(segment_ids.shape[-1], dtype=np.int32)
     starts = np.ones(segment_ids.shape, bool)
     starts[..., 1:] = segment_ids[..., 1:] != segment_ids[..., :-1]
-    begin = np.maximum.accumulate(np.where(starts, index, 0), axis=-1)  # of its segment
+    # Of its segment.
+    begin = np.maximum.accumulate(np.where(starts, index, 0), axis=-1)
     return np.where(segment_ids > 0, index - begin, 0).astype(np.int32)
 
 
@@ -45,15 +46,13 @@ class PackedDataset:
     "positions", "loss_mask"}, "row"}`` of NumPy arrays [batch, seq_len] (int32, the mask bool) and
     [batch] (int64), where ``name`` is a tokenizer's name given to ``pack``:
 
-    * ``segment_ids`` counts the documents of a row from 1; 0 is padding. Segment s holds the same
-      text for every tokenizer.
+    * ``segment_ids`` counts a row's documents, the same for every tokenizer, from 1; 0 is padding.
     * ``positions`` start at 0 in every segment.
     * ``teacher``, [batch] beside ``row``, is there where examples name one: its place in `routes`.
     * ``loss_mask[t]`` says whether ``tokens[t]`` is to be predicted, from ``t - 1``. It is false
       for the first token of a segment, so no prediction crosses documents.
 
-    Nothing depends on what was read before: batch ``step`` can be had alone, in any order, and the
-    state of a data pipeline is the step.
+    Batch ``step`` can be had alone, in any order: the state of a data pipeline is the step.
 
     >>> import tempfile
     >>> from logitjax import data
@@ -72,9 +71,6 @@ class PackedDataset:
     ...           for p in range(2)]
     >>> bool((np.concatenate(halves) == batch["row"]).all())
     True
-
-    Args:
-        directory: What `pack` was given.
 
     Raises:
         FileNotFoundError: There is nothing packed, or a shard is missing.
@@ -125,8 +121,8 @@ class PackedDataset:
     ) -> Int64[np.ndarray, "batch"]:
         """The rows that batch `step` reads on this process, int64 [batch_size / process_count].
 
-        Each epoch visits every row once, in an order of its own; a batch may straddle two epochs.
-        The concatenation over processes is the same whatever their number.
+        Each epoch visits every row once, in its own order; a batch may straddle two epochs. The
+        concatenation over processes is the same whatever their number.
         """
         if step < 0:
             raise ValueError(f"step: expected at least 0, got {step}")

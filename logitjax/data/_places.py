@@ -12,7 +12,6 @@ def default_data_dir() -> epath.Path:
 
 
 def manual_dir(data_dir: str | os.PathLike[str] | None) -> epath.Path:
-    """Where files lie that were fetched by hand: ``downloads/manual``, as tfds has it."""
     root = epath.Path(data_dir).expanduser() if data_dir else default_data_dir()
     return root / "downloads" / "manual"
 

@@ -29,8 +29,7 @@ _IMAGENET_TEMPLATES = (
 class RecognitionSet:
     """A data set of the few-shot literature, in the layout of CoOp, and its name in tfds.
 
-    The published numbers were measured on CoOp's splits. What train, val and test are in tfds are
-    other ones, save for ImageNet and its variants.
+    Published numbers are of CoOp's splits; tfds has others, save for ImageNet and its variants.
     """
 
     num_classes: int
@@ -155,7 +154,6 @@ RECOGNITION_SETS: dict[str, RecognitionSet] = {
 
 
 def recognition_set(name: str) -> RecognitionSet:
-    """The entry of `RECOGNITION_SETS`, or a ValueError that lists them."""
     if name not in RECOGNITION_SETS:
         raise ValueError(
             f"recognition set: expected one of {', '.join(RECOGNITION_SETS)}, got {name!r}"

@@ -23,18 +23,14 @@ SPLITS = ("train", "validation", "test")
 
 
 def load_splits(spec: str, *, on_error: Literal["raise", "skip"] = "raise") -> dict[str, Examples]:
-    """Training, validation and test examples of a source.
+    """Training, validation and test examples of a source, by the names in `SPLITS`.
 
-    The source's own splits where it has them. For each of validation and test that is missing, a
-    tenth of the text is held out from the end of the training examples, the test examples last.
-    Data of tfds must have all three.
+    For each of validation and test that the source lacks, a tenth of the text is held out from the
+    end of the training examples, the test examples last. Data of tfds must have all three.
 
     Args:
         spec: As for `load_examples`, without a split.
-        on_error: What a malformed row does, as for `load_examples`.
-
-    Returns:
-        The examples by the names in `SPLITS`.
+        on_error: As for `load_examples`.
 
     Raises:
         ValueError: There are too few documents to hold some out.
@@ -114,10 +110,8 @@ def pack_splits(
     Args:
         spec: As for `load_examples`, without a split.
         tokenizers: A model's name to its tokenizer.
-        seq_len: Tokens a row.
         directory: Where the rows go, a folder a split; may be remote.
-        on_error: What a malformed row does, as for `load_examples`, or one that a tokenizer or its
-            chat template refuses, as for `pack`.
+        on_error: As for `load_examples` and `pack`.
 
     Raises:
         ValueError: Conversations, and a tokenizer without a chat template; or conversations beside

@@ -26,7 +26,6 @@ def prepare(
     data_dir: str | os.PathLike[str] | None = None,
     manual_dir: str | os.PathLike[str] | None = None,
 ) -> epath.Path:
-    """See :func:`logitjax.data.prepare`."""
     root = epath.Path(data_dir).expanduser() if data_dir else default_data_dir()
     result = _find(name, root)
     if result is not None:
@@ -124,7 +123,6 @@ def _parsed(name: str) -> tuple[Any, str, str]:
 
 
 def _find(name: str, root: epath.Path) -> epath.Path | None:
-    """The newest prepared version of the dataset."""
     _, dataset, config = _parsed(name)
     base = root / dataset
     # NAME/VERSION, or NAME/CONFIG/VERSION.

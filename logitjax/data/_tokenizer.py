@@ -8,8 +8,7 @@ from typing import Protocol, runtime_checkable
 class TokenizerLike(Protocol):
     """Text to token ids and back, as `logitjax.models.Tokenizer` does it.
 
-    ``fingerprint`` changes whenever any encoding could.
-    ``bos_id``, ``eos_id`` and ``pad_id`` may be ``None``. A tokenizer whose model expects a
+    ``fingerprint`` changes whenever any encoding could. A tokenizer whose model expects a
     beginning-of-sequence token may carry ``add_bos = True``: :func:`logitjax.data.pack` obeys it.
     """
 

@@ -19,16 +19,14 @@ def token_windows(
     Args:
         examples: Documents with a `text`.
         encode: Text to token ids.
-        count: Number of windows.
-        length: Number of tokens in each.
+        count, length: Number of windows, and of tokens in each.
         start: Token ids that each begins with, `Tokenizer.start` of a model; they count.
 
     Returns:
         `[count, length]` int32.
 
     Raises:
-        ValueError: There are not so many different windows, a document has no text, or a window
-            holds nothing but `start`.
+        ValueError: Too few different windows, a document without text, or a window of only `start`.
 
     >>> token_windows([{"text": "abcd"}, {"text": "ab"}], lambda t: t.encode(), count=2, length=2)
     array([[ 97,  98],

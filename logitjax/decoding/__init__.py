@@ -1,26 +1,20 @@
 """Decoding with key/value caches: one model or several fused ones, in batches or step by step.
 
-- `generate(model, prompts, max_new_tokens=...)` continues prompts of any lengths in one compiled
-  loop. `score` gives log-probabilities of given continuations, `nll_from_model` gives them to
-  `evaluation`.
+- `generate(model, prompts, max_new_tokens=...)` continues prompts in one compiled loop. `score`
+  gives log-probabilities of given continuations, `nll_from_model` gives them to `evaluation`.
 - `Ensemble(large, experts=..., bases=..., fuse=...)` steps several models together, each on its
   own prompt, and decodes from the fused logits. Functions that take a model take an ensemble.
-- `load_ensemble` makes an ensemble by the models' names.
+  `load_ensemble` makes one by the models' names.
 - `Engine` is what `generate` is built on: slots that are filled (`Engine.prefill` with a
   `Request`), stepped (`Engine.decode_chunk`) and emptied (`Engine.evict`) independently, as
   continuous batching needs. `DecodeOptions` chooses what is reported.
-- `PromptReader` fills slots from prompts that it reads in pieces while other slots decode. It
-  reads a common beginning of prompts once.
+- `PromptReader` reads prompts in pieces while other slots decode, a common beginning once.
 - `generate(..., drafts=DraftControl("expert"))` lets a small member of an ensemble draft and all
-  members verify in one pass: the same distribution and the same greedy tokens, faster where drafts
-  are accepted.
-- `rollout` writes inside of a program of one's own, with the log-probabilities of the law that
-  drew the tokens: for training on samples.
+  members verify in one pass: the same distribution and greedy tokens, often faster.
+- `rollout` writes inside of a program of one's own, for training on samples.
 - `Sampling` is how a row chooses its tokens. `TextOptions` asks for text. `TextStream` turns
   tokens into text as they come and finds stop strings.
-- A model is a `logitjax.models.Decoder`, a triple ``(apply_fn, params, cache)`` of your own, a
-  `CachedModel`, whose docstring has the contract of such a function, or a pair ``(apply_fn,
-  params)`` that keeps no cache and reads the whole text for every token.
+- A model is a `logitjax.models.Decoder`, or what else `CachedModel.of` takes.
 """
 
 from logitjax.decoding._cached_model import CachedModel as CachedModel

@@ -20,23 +20,20 @@ class CachedModel:
     ``positions`` ``[rows, time]`` and float ``logits [rows, time, vocab]``. Its contract:
 
     - a token of position p >= 0 is stored under p and attends to what is stored of positions up to
-      p; passing p again replaces what was there, and what the cache holds of later positions is not
-      seen (so rejected drafts can be taken back);
+      p, not to later ones; passing p again replaces what was there (drafts can be taken back);
     - position -1 is padding: neither stored nor attended to, and its logits are ignored;
     - ``rows`` is axis 0 of every leaf of the cache, and rows do not mix.
 
     Attributes:
         apply: the function; hashable, equal for models that can be stacked.
         params: a pytree of arrays.
-        init_cache: ``(rows, max_length) -> cache``, an empty one. May be a frozen dataclass, as for
-            a decoder. Drafts then raise its field `ring_slack` to their length. Its method
-            ``slot_axes(cache)``, the axis of each leaf along which slot p holds position p (-1:
-            none), lets prompts share prefixes.
+        init_cache: ``(rows, max_length) -> cache``, an empty one. May be a frozen dataclass: drafts
+            raise its field `ring_slack` to their length. Its method ``slot_axes(cache)``, the axis
+            of each leaf where slot p holds position p (-1: none), lets prompts share prefixes.
         vocab_size: last axis of the logits.
         experts: number of experts whose logits the same pass gives, as for models with the same
             first layers. ``apply`` then returns ``[1 + experts + bases, rows, time, vocab]``: the
             large model's logits, then the experts', then the bases'.
-        bases: see ``experts``.
         takes_last_only: ``apply`` understands ``last_only=True``: logits of the last token only.
         max_length: largest number of tokens that the model was made to read; None: unknown.
     """
@@ -110,7 +107,6 @@ class _DecoderCache:
         )
 
     def slot_axes(self, cache: Cache) -> list[int]:
-        """The axis of each leaf along which positions lie; -1 for none."""
         # Keys and values are [rows, heads, slots, dim], positions [rows, slots].
         vectors, positions = jax.tree.leaves((cache.keys, cache.values)), cache.positions
         return [2] * len(vectors) + [1] * len(positions) + [-1]

@@ -48,14 +48,11 @@ class Generated:
 
 
 def one_step(emitted: Emitted) -> Emitted:
-    """As one of several steps."""
     wide = jax.tree.map(lambda leaf: leaf[:, None], replace(emitted, info=None))
     return replace(wide, info=jax.tree.map(lambda leaf: leaf[None], emitted.info))
 
 
 def joined(parts: Sequence[Emitted], concatenate: Callable = jnp.concatenate) -> Emitted:
-    """Consecutive pieces of ``[rows, steps]`` as one."""
-
     def along(axis: int) -> Callable[..., Any]:
         return lambda *leaves: concatenate(leaves, axis=axis)
 
@@ -146,7 +143,6 @@ class _Row:
 
 
 def with_texts(out: Generated, requests: Sequence[Request], text: TextOptions) -> Generated:
-    """With the texts of whole rows, if there is a tokenizer."""
     tokenizer = text.tokenizer
     if tokenizer is None:
         return out
@@ -161,7 +157,6 @@ def with_texts(out: Generated, requests: Sequence[Request], text: TextOptions) -
 
 
 def generated(emitted: Emitted, stopped: np.ndarray) -> Generated:
-    """Of whole rows."""
     emitted = jax.tree.map(np.asarray, emitted)
     lengths = emitted.valid.sum(axis=1).astype(np.int32)
     return Generated(

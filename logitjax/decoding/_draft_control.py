@@ -19,10 +19,8 @@ class DraftControl:
     compiled. Reuse one control for calls of one kind, so that it keeps its estimates.
 
     Args:
-        draft: the member that drafts: ``'expert'`` or ``'base'`` (the first of them), or its place
-            among large model, experts and bases.
-        lengths: numbers of tokens that may be drafted at once, ascending; each compiles a program.
-            None always may.
+        draft: ``'expert'`` or ``'base'`` (the first), or a place among large, experts and bases.
+        lengths: numbers of tokens to draft at once, ascending, beside 0; each compiles a program.
         length: always draft this many, one of the lengths, instead of adapting.
 
     >>> control = DraftControl(lengths=(2, 5))
@@ -114,12 +112,9 @@ class DraftControl:
 
         Args:
             length: drafted tokens a round; 0: plain steps.
-            seconds: seconds of the call.
-            rounds: rounds (or steps) in it.
-            tokens: average number that a row got in a round; 1 for plain steps; from the acceptance
-                if omitted.
+            rounds: rounds (or steps) in the call.
+            tokens: average number that a row got in a round; from the acceptance if omitted.
             tested: drafted tokens that were compared.
-            accepted: drafted tokens that were accepted.
             kind: as of `choose`.
             program: tells apart calls of one kind and length that are compiled each for itself.
         """
@@ -152,5 +147,4 @@ class DraftControl:
 
 
 def expected_tokens(acceptance: float, length: int) -> float:
-    """Tokens of a round whose drafts are accepted with this probability, independently."""
     return sum(acceptance**n for n in range(length + 1))

@@ -69,19 +69,16 @@ def _laid_out(plan: Plan, options: DecodeOptions, state: DecodeState):
 class Engine:
     """A fixed number of slots, each with its own prompt, settings and end.
 
-    Slots are independent: what a slot emits does not depend on the others. Every program is
-    compiled once, for all slots. For continuous batching, fill a slot (``prefill``), let all decode
-    some tokens (``decode_chunk``), read what they emitted, empty slots and fill them again.
-    `generate` does the same with all slots filled at once.
+    What a slot emits does not depend on the others. Every program is compiled once, for all slots.
+    For continuous batching, fill a slot (``prefill``), let all decode some tokens
+    (``decode_chunk``), read what they emitted, empty slots and fill them again.
 
     Args:
         model: a `Decoder`, a `CachedModel`, ``(apply_fn, params, cache)`` or an `Ensemble`.
-        slots: how many rows are decoded together.
         max_length: largest number of tokens of a slot, prompt included.
         options: what is reported, and what requests may ask for.
         extra: one slot's value of ``state.extra`` if a request brings none; a pytree of arrays.
-        drafts: who drafts and how many tokens at most, for calls of ``speculate``; caches then have
-            room for drafts that are taken back.
+        drafts: who drafts and how many tokens at most, for ``speculate``; caches get room for them.
         rings: let windowed layers forget what lies before their window; False keeps all positions,
             which a `PromptReader` that shares prefixes needs.
 
@@ -150,10 +147,7 @@ class Engine:
         return np.asarray(self.state.active)
 
     def prefill(self, slot: int, request: Request) -> Emitted:
-        """Read a prompt into a slot, whatever was in it, and choose its first token.
-
-        Returns:
-            `Emitted` of one row.
+        """Read a prompt into a slot and choose its first token; gives `Emitted` of one row.
 
         Raises:
             ValueError: for a slot that does not exist, or a request longer than ``max_length``.
@@ -179,8 +173,6 @@ class Engine:
         """Fill a slot from a cache of one row that read the prompts; gives `Emitted` of one row.
 
         Args:
-            slot: which.
-            request: how to go on.
             lengths: tokens of each stream's prompt.
             cache: as `empty_row`, filled.
             logits: after the last token, of each model ``[1, vocab]``.
@@ -223,7 +215,6 @@ class Engine:
         """Decode at most ``steps`` tokens in every active slot, but those of ``waits``.
 
         Args:
-            steps: how many.
             waits: bool ``[slots]``: which slots stay as they are; None for none.
 
         Returns:
@@ -242,8 +233,7 @@ class Engine:
         advances as far as its draft is accepted. Tokens are distributed as ``decode_chunk``'s are.
 
         Returns:
-            `Emitted` of ``[slots, rounds * (length + 1)]``, each slot's tokens without gaps, and
-            `Drafted`.
+            `Emitted` of ``[slots, rounds * (length + 1)]``, without gaps, and `Drafted`.
 
         Raises:
             ValueError: without ``drafts``, or for a length that it has no room for.

@@ -69,7 +69,6 @@ class Plan:
 
     @property
     def token_map(self) -> Any:
-        """How small models' token ids differ from the large one's; strategies may bring one."""
         return None if self.fuse is None else getattr(self.fuse.value, "token_map", None)
 
     def read(self, tokens: Array) -> list[Array]:
@@ -116,10 +115,7 @@ class Plan:
         *,
         last_only: bool = False,
     ) -> tuple[list[jax.Array], tuple]:
-        """One pass of all models; ``tokens`` and ``positions`` ``[streams, rows, time]``.
-
-        Gives float32 logits ``[rows, time, vocab]`` by stream, and the cache.
-        """
+        """``[streams, rows, time]`` to float32 logits ``[rows, time, vocab]`` by stream; caches."""
         tokens, positions = jnp.asarray(tokens), jnp.asarray(positions)
         entries: dict[tuple[int, int], jax.Array] = {}
         caches = []
@@ -191,7 +187,6 @@ def _kind(model: CachedModel) -> Any:
 class Ensemble:
     """A large model with experts and bases, stepped together and fused token by token.
 
-    Small models of one architecture are stacked along a leading axis and run as one vmapped call.
     Each model has its own prompt, positions and cache; the generated tokens are common to all.
 
     Args:
@@ -199,15 +194,13 @@ class Ensemble:
         experts: models tuned towards something.
         bases: models that the experts were tuned from: one for all, or one for each expert.
         fuse: ``fuse(large, experts, bases, vocab_where=None) -> (fused, info)`` with logits
-            ``[*batch, vocab]``, experts and bases along a new leading axis (of length 1 for
-            a base that serves all, of length 0 for none); any strategy of `logitjax.fusion`.
-            ``info`` is a pytree of arrays for the caller. A strategy with a
-            ``token_map`` gets the small models' logits as they are, and they read mapped tokens.
-        stack: run small models of one architecture as one call. This copies their parameters.
+            ``[*batch, vocab]``, experts and bases along a new leading axis (of length 1 for a base
+            that serves all, 0 for none); any strategy of `logitjax.fusion`. ``info`` is a pytree of
+            arrays. With a ``token_map`` small models read mapped tokens; logits come unmapped.
+        stack: run small models of one architecture as one vmapped call, on a stacked copy.
 
     Raises:
-        ValueError: for several models without ``fuse``, or bases that are neither one nor as many
-            as the experts.
+        ValueError: several models without ``fuse``, or bases neither one nor one for each expert.
 
     >>> from logitjax.models import load_model
     >>> models = [load_model(f"tiny:{seed}") for seed in range(3)]

@@ -53,20 +53,17 @@ def generate(
 ) -> Generated:
     """Continue prompts of any lengths, all rows together, in one compiled loop.
 
-    ``drafts`` make it faster if a member of the ensemble often guesses the fused tokens. That
-    member drafts some tokens, one pass of all members verifies them, and each row advances as far
-    as its draft is accepted. Acceptance uses the *fused* distribution, so tokens follow it exactly,
-    with any draft. Greedy tokens are the same as without drafts. The draft length follows measured
-    costs and acceptance; where drafting does not pay, rows decode step by step.
+    ``drafts`` make it faster if a member of the ensemble often guesses the fused tokens. It drafts
+    some, one pass of all members verifies them, and each row advances as far as its draft is
+    accepted. Acceptance uses the *fused* distribution, so tokens follow it exactly, and greedy ones
+    are the same as without drafts. Where drafting does not pay, rows decode step by step.
 
     Args:
         model: a `Decoder`, a `CachedModel`, ``(apply_fn, params, cache)`` or an `Ensemble`. A
             stacked decoder is converted on every call: pass a listed one to decode often.
         prompts: token ids, one prompt or several.
-        max_new_tokens: largest number of tokens to add.
         sampling: for all rows (row i draws with ``seed + i``) or one a row.
-        others: prompts of the experts, then of the bases, each a list with one a row; None: the
-            same.
+        others: prompts of the experts, then of the bases, each a list, one a row; None: the same.
         stop_ids: rows end after any of these; the token itself is kept.
         logit_bias: added to the logits of these tokens, in every row.
         text: asks for text, stop strings, and a function that receives tokens as they come.
@@ -75,8 +72,7 @@ def generate(
         options: what else to report; room for penalties, biases and stop tokens is made as needed.
 
     Raises:
-        ValueError: for empty prompts, arguments that do not fit together, or a drafting member that
-            is not there.
+        ValueError: for empty prompts, arguments that do not fit together, or no drafting member.
         TypeError: drafts of a model that is not an ensemble.
 
     >>> from logitjax.models import load_model

@@ -17,8 +17,7 @@ def load_ensemble(
 ) -> tuple[Ensemble, models.Tokenizer, tuple[int, ...]]:
     """Load models by name as one ensemble.
 
-    Small models whose tokenizer differs from the large one's are fused over the tokens that both
-    have.
+    Small models with another tokenizer than the large one's are fused over their common tokens.
 
     Args:
         large: The model that is steered, or decodes alone; as for `logitjax.models.load`.

@@ -40,10 +40,9 @@ def read_piece(
     *,
     report: bool,
 ) -> tuple[list, list, Any]:
-    """``tokens [streams, rows, time]`` into caches of a row each.
+    """``tokens [streams, rows, time]`` into caches of a row each: last logits, caches, report.
 
-    `following` are the tokens after these `[rows, time]`, -1 for none, whose log-probabilities are
-    reported, and each row's extra. Gives each row's last logits, its cache, and the report.
+    The report is of `following`, the tokens after these `[rows, time]`, -1 for none.
     """
     rows = len(caches)
     parts = []
@@ -145,7 +144,6 @@ def row_of(
     cache: Any,
     extra: Any,
 ) -> DecodeState:
-    """The state of a row that has read prompts of these lengths."""
     row = fresh_rows(plan, options, [request], cache=cache, extra=extra)
     if row.seen is not None:
         # The repetition penalty counts prompts too, the others do not.
@@ -158,7 +156,8 @@ class _Reading:
     """A prompt on its way: padded streams, and the next column to be read."""
 
     tokens: np.ndarray  # [streams, columns]
-    lengths: list[int]  # of each stream
+    # Of each stream.
+    lengths: list[int]
     at: int
     # Of its whole blocks.
     names: list[bytes]
@@ -187,8 +186,7 @@ class PromptReader:
             whose caches say where positions lie, as decoders' do.
 
     Attributes:
-        tokens_read: number of tokens that went through the model.
-        tokens_reused: number of tokens that were read before.
+        tokens_read, tokens_reused: numbers of tokens that the model read, and had read before.
 
     Raises:
         ValueError: for a ``chunk`` that ``rows`` does not divide, or an engine whose windowed
@@ -230,11 +228,9 @@ class PromptReader:
         """Take a prompt; returns the row that reads it.
 
         Args:
-            request: the request with the prompt.
             salt: only prompts with the same salt share what was read.
-            report: also report log-probabilities of the prompt's tokens; the prompt is then read
-                from its beginning. Where options remember tokens, an idle slot's extra is that of
-                no token.
+            report: also log-probabilities of the prompt's tokens; it is then read from its
+                beginning. Where options remember tokens, an idle slot's extra is of no token.
 
         Raises:
             ValueError: where no row is free, or a prompt is wrong or too long.
@@ -292,11 +288,7 @@ class PromptReader:
         return [row for row in read if not self._reading(row).left]
 
     def place(self, row: int, slot: int, request: Request) -> Emitted:
-        """Put what a row has read into a slot, also into several, and choose the first token.
-
-        Returns:
-            `Emitted` of one row.
-        """
+        """Put what a row has read into a slot, also into several; gives `Emitted` of one row."""
         reading = self._reading(row)
         if reading.left:
             raise ValueError(f"row: expected one that is through, {reading.left} tokens are left")

@@ -21,11 +21,9 @@ class Request:
 
     Attributes:
         prompt: token ids, at least one.
-        others: the prompts of the experts, then of the bases, where theirs differ; None (for one of
-            them, or for all) is the same prompt.
+        others: prompts of the experts, then of the bases; None (for one or all): the same.
         max_new_tokens: the row freezes after so many.
         min_new_tokens: no stop token is drawn among so many first ones.
-        sampling: how tokens are chosen.
         stop_ids: the row freezes after any of these, which is still emitted.
         logit_bias: added to the logits of these tokens.
         allowed: which tokens may come first, as a row of `Engine.allow`; None for all.

@@ -38,7 +38,6 @@ def rollout(
         tokens: Prompts, the last token of each in the last column.
         positions: Position of each token, -1 before a prompt.
         seeds: uint32 seed of each row.
-        new_tokens: Number of tokens that a row may write.
         sampling: The law; its own `seed` is not used.
         stop_ids: A row ends after any of these, which is part of what it wrote.
         mesh: Devices, as in `DecodeOptions`.

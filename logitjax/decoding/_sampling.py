@@ -85,7 +85,6 @@ class SamplingRows:
 
 
 def sampling_rows(settings: Sequence[Sampling]) -> SamplingRows:
-    """Settings as arrays."""
     kinds = {"top_k": np.int32, "seed": np.uint32}
     names = [field.name for field in dataclasses.fields(SamplingRows)]
     columns = {name: [getattr(s, name) for s in settings] for name in names}
@@ -129,7 +128,6 @@ def allow_only(
 
 
 def _sortable(values: jax.Array) -> jax.Array:
-    """float32 as uint32 in the same order."""
     # Floats of one sign are ordered as their bits are; those of negative ones backwards.
     bits = lax.bitcast_convert_type(values, jnp.uint32)
     # Both zeros are one value.

@@ -18,10 +18,7 @@ from logitjax.ops import log_softmax
 
 
 def next_token_program(graphdef: Any) -> Any:
-    """Compiled: `(state, tokens [rows, length])` to the logits of the next token, float32.
-
-    Without a cache: for tables of many short prompts.
-    """
+    """Compiled, without a cache: `(state, tokens [rows, length])` to next-token logits, float32."""
 
     @jax.jit
     def last(state: Any, tokens: jax.Array) -> jax.Array:
@@ -76,11 +73,9 @@ def score(
     once. The models of an `Ensemble` read their own prompts and then the same continuation.
 
     Args:
-        model: as for `generate`.
+        model, others: as for `generate`.
         prompts: token ids, at least one each.
         continuations: as many.
-        others: as for `generate`.
-        block: positions at a time.
 
     Raises:
         ValueError: for empty prompts or continuations, or unequal numbers of them.
@@ -152,9 +147,6 @@ def nll_from_model(model: Any) -> Callable[[Any, Any], tuple[np.ndarray, np.ndar
     answers to long questions cost little more than the questions. ::
 
         nll[b, t] = -log p(tokens[b, t] | tokens[b, :t])   where targets[b, t], else 0
-
-    Args:
-        model: as for `generate`.
 
     Returns:
         ``nll_fn(tokens, targets)`` of int32 and bool ``[batch, time]``, giving float32 ``[batch,

@@ -62,7 +62,6 @@ class Drafter:
 
 
 def find_drafter(plan: Plan, draft: str | int) -> Drafter:
-    """The member that ``draft`` names."""
     if plan.outputs != plan.streams:
         raise ValueError("draft: the members share one pass, none can run ahead of the others")
     places = {"expert": 1 if plan.experts else None, "base": plan.experts + 1}
@@ -90,8 +89,8 @@ def accept_or_redraw(
 ) -> Int[jax.Array, " rows"]:
     """The drafted token, or another one, such that what comes out is drawn from the target.
 
-    `logits` are the target's, before temperature and truncation; the softmax of `draft_logits` is
-    what the draft was drawn from. Where nothing is `there`, it is a plain draw. ::
+    `logits` are before temperature and truncation; the draft was drawn from the softmax of
+    `draft_logits`. Where nothing is `there`, it is a plain draw. ::
 
         x ~ q;   accept with probability min(1, p(x) / q(x)),   else draw from (p - q)+ / |(p - q)+|
 

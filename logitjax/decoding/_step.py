@@ -87,7 +87,8 @@ class DecodeState:
     stopped: Any
     # Tokens that may still be emitted.
     left: Any
-    count: Any  # tokens that were
+    # Tokens that were.
+    count: Any
     # Of so many first tokens none stops.
     least: Any
     sampling: SamplingRows
@@ -142,7 +143,8 @@ def start(
         # Padding goes to an id beyond the vocabulary, which the scatter drops.
         ids = jnp.where(positions[0] >= 0, tokens[0], seen.shape[1])
         seen = seen.at[jnp.arange(len(seen))[:, None], ids].set(True, mode="drop")
-    lengths = positions.max(axis=-1) + 1  # `[streams, rows]`
+    # `[streams, rows]`.
+    lengths = positions.max(axis=-1) + 1
     state = dataclasses.replace(state, cache=cache, lengths=lengths, seen=seen)
     return emit(plan, options, state, [row[:, -1] for row in logits])
 
@@ -164,7 +166,8 @@ def emit(
     else:
         chosen = choose(adjusted, state)
     token = jnp.where(state.active, chosen, options.pad_id)
-    stopped = state.active & (token[:, None] == state.stop_ids).any(axis=-1)  # filled up with -1
+    # Filled up with -1.
+    stopped = state.active & (token[:, None] == state.stop_ids).any(axis=-1)
     left = state.left - state.active
     emitted = Emitted(tokens=token, valid=state.active, info=info if options.info else None)
     if options.logprobs or options.top_logprobs:
@@ -198,10 +201,10 @@ def emit(
 
 
 def mark_seen(seen: jax.Array | None, token: jax.Array, where: jax.Array) -> jax.Array | None:
-    """One token more for the repetition penalty, where somebody keeps track."""
     if seen is None:
         return None
-    ids = jnp.where(where, token, seen.shape[1])  # beyond: dropped
+    # beyond: dropped.
+    ids = jnp.where(where, token, seen.shape[1])
     return seen.at[jnp.arange(len(seen)), ids].set(True, mode="drop")
 
 

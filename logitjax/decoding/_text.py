@@ -58,7 +58,6 @@ class TextStream:
     stop string. Special tokens leave no text.
 
     Args:
-        tokenizer: tokenizer of the model.
         stop_strings: the text ends before the first of them.
         context: tokens that the text goes on from; none for a text that begins anew.
         unstopped: number of first tokens in whose text no stop string counts.
@@ -93,10 +92,7 @@ class TextStream:
         self._prefix, self._read = 0, len(self._ids)
 
     def push(self, tokens: Sequence[int]) -> str:
-        """Take more tokens, and return the text that is newly certain.
-
-        Tokens after the one that completes a stop string are not taken.
-        """
+        """Take more tokens, none after a stop string, and return the text that is newly certain."""
         for token in tokens:
             if self.stopped:
                 break

@@ -1,5 +1,3 @@
-"""Two gradients on one backbone: taking out of the second what works against the first."""
-
 from collections.abc import Callable
 from typing import Any
 
@@ -38,8 +36,7 @@ def align_gradients(
     inner product is exactly not negative.
 
     Args:
-        task_gradients: a pytree.
-        auxiliary_gradients: a pytree of the same structure.
+        task_gradients, auxiliary_gradients: pytrees of the same structure.
         trunk: a regular expression on paths (`backbone`): the shared parameters. None projects over
             all parameters, as the released code does.
         axis_name: the mesh axes of the batch inside `pmap` or `shard_map`, where gradients are each
@@ -114,8 +111,7 @@ def aligned_value_and_grad(
     Args:
         loss_fn: `(params, *args) -> ((task, auxiliary), extra)`: two scalars, weights included, and
             anything else, such as new batch statistics.
-        trunk: as for :func:`align_gradients`.
-        axis_name: as there.
+        trunk, axis_name: as for :func:`align_gradients`.
 
     Returns:
         `(params, *args) -> (((task, auxiliary), extra), gradients, metrics)`. Losses and `extra`

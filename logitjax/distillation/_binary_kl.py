@@ -1,5 +1,3 @@
-"""Class-by-class logit losses: the two that dual-head distillation trains its second head with."""
-
 import math
 from collections.abc import Callable
 from typing import Literal
@@ -98,12 +96,10 @@ def binary_kl(
         t^2 * sum_c KL( Bern(sigmoid(z_t[c] / t)) || Bern(sigmoid(z_s[c] / t)) )
 
     Args:
-        student_logits: `[*batch, classes]` (classes along `axis`); the teacher's have its shape.
-        teacher_logits: the same shape; absolute logits, not log-probabilities.
-        temperature: `t` above.
+        student_logits, teacher_logits: `[*batch, classes]` (classes along `axis`); absolute logits,
+            not log-probabilities.
         reduction: over classes: `'sum'` as published, growing with their number, or `'mean'`.
         vocab_where: the classes to compare. A class at `-inf` on either side is left out as well.
-        axis: the class axis.
         axis_name: mesh axis over which the classes are split, inside `shard_map`.
 
     Returns:

@@ -1,5 +1,3 @@
-"""Two heads on one backbone: one learns the labels, the other the teacher's logits."""
-
 from typing import Any, Literal
 
 import jax
@@ -56,11 +54,8 @@ class DualHead(nnx.Module):
     the logits of the two; `without_auxiliary` is what to export.
 
     Args:
-        in_features: number of features of the backbone.
-        num_classes: number of classes of both heads.
-        auxiliary: `'linear'`, or `'mlp'` (see :class:`MLPHead`) for a teacher of another structure.
-        hidden_features: number of hidden features of the MLP.
-        dropout: dropout rate of the MLP.
+        auxiliary: `'linear'`, or `'mlp'` (see :class:`MLPHead`) for a teacher of another structure,
+            with `hidden_features` and `dropout`.
         axis_name: mesh axis of the batch inside `shard_map` or `pmap`; not needed under `jit`.
         dtype: type of the computation; logits are float32.
         rngs: needs `params`.

@@ -1,5 +1,3 @@
-"""Graph-on-logits distillation: match the co-activation graphs of two models' top logits."""
-
 import dataclasses
 from typing import Any, Literal, get_args
 
@@ -93,11 +91,9 @@ def graph_on_logits(
     identity another loss must anchor. The teacher is under `stop_gradient`.
 
     Args:
-        student: logits `[*batch, positions, vocab]`, or their `GraphStatistics`.
-        teacher: the same for the teacher; positions and vocabulary may differ.
+        student, teacher: logits `[*batch, positions, vocab]`, or their `GraphStatistics`.
         config: what to compare, a `terms.GLD`.
-        student_where: valid student positions, `[*batch, positions]`.
-        teacher_where: valid teacher positions.
+        student_where, teacher_where: valid positions, `[*batch, positions]`.
         axis_name: mesh axis that shards both vocabularies, inside `shard_map`.
         sequence_axis_name: mesh axis that shards both models' positions, inside `shard_map`.
 

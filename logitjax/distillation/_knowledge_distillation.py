@@ -1,5 +1,3 @@
-"""Softmax distillation of classifiers: KD, decoupled KD, logit standardisation and DIST."""
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
@@ -63,11 +61,9 @@ def knowledge_distillation(
         T^2 * KL( softmax(z_t / T) || softmax(z_s / T) )
 
     Args:
-        student_logits: `[*batch, classes]` (classes along `axis`).
-        teacher_logits: the same shape.
+        student_logits, teacher_logits: `[*batch, classes]` (classes along `axis`).
         temperature: 4 with weights .1 (labels) and .9 on CIFAR; 1 with .5 and .5 on ImageNet.
         vocab_where: the classes that exist.
-        axis: the class axis.
         axis_name: mesh axis over which the classes are split, inside `shard_map`.
 
     Returns:
@@ -113,8 +109,7 @@ def decoupled_knowledge_distillation(
               + other_weight  * KL(p_t without y || p_s without y) )
 
     Args:
-        student_logits: `[*batch, classes]`, as all that follows those of `knowledge_distillation`.
-        teacher_logits: the same shape.
+        student_logits, teacher_logits: `[*batch, classes]`, as in `knowledge_distillation`.
         labels: the true classes, numbers of the whole where classes are split.
         target_weight: alpha of the paper.
         other_weight: beta of the paper: 8 by default, 2 or 6 for some published pairs.
@@ -220,7 +215,8 @@ def standardize_logits(
 
     count = total(keep)
     deviation = jnp.where(keep, safe - total(safe) / jnp.maximum(count, 1), 0.0)
-    variance = total(jnp.square(deviation)) / jnp.maximum(count - 1, 1)  # torch's, unbiased
+    # torch's, unbiased.
+    variance = total(jnp.square(deviation)) / jnp.maximum(count - 1, 1)
     # The square root has no gradient at a row of equal logits; its deviations are 0 anyway.
     std = jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1.0)), 0.0)
     return jnp.where(keep, deviation / (std + epsilon), -jnp.inf)
@@ -263,8 +259,7 @@ def dist(
               + intra_weight * mean_c (1 - pearson(p_s[:, c], p_t[:, c])) )
 
     Args:
-        student_logits: `[batch, classes]`.
-        teacher_logits: the same shape.
+        student_logits, teacher_logits: `[batch, classes]`.
         inter_weight: beta of the paper (2 on ImageNet).
         intra_weight: gamma of the paper (2 on ImageNet).
         temperature: 1 on ImageNet, 4 on CIFAR.

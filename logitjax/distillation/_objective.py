@@ -1,5 +1,3 @@
-"""A student's objective: terms and their weights, and one sweep that serves them all."""
-
 import dataclasses
 import functools
 import math
@@ -224,10 +222,7 @@ class Objective:
 def parse_terms(texts: Sequence[str]) -> tuple[tuple[Term, float], ...]:
     """Terms as flags name them: `NAME`, `NAME(option=value)` or `package:Name`, and a weight.
 
-    The weight follows a colon; it is 1 where none is given.
-
-    Raises:
-        ValueError: No such term, module or option.
+    The weight follows a colon, and is 1 by default. Unknown terms or options are ValueErrors.
 
     >>> [(str(term), weight) for term, weight in parse_terms(["sft", "kl(temperature=2):0.3"])]
     [('sft', 1.0), ('kl(temperature=2.0)', 0.3)]

@@ -1,5 +1,3 @@
-"""One term and one teacher of an objective: what was declared, and nothing else."""
-
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -22,8 +20,7 @@ class Part:
     Attributes:
         number: Which teacher.
         share: The teacher's weight, a number or an array, `[]` or `[rows]`.
-        attributes: What the term declared of it.
-        columns: What it declared of the batch.
+        attributes, columns: What the term declared of it, and of the batch.
         mean_share: The share as a number, for metrics.
         own: `[*batch]` mask of the labels that a term of its kind learns from; None for all.
         scale: By what its values are multiplied; None for one at every label.
@@ -101,7 +98,6 @@ class Part:
         return self.term.pointwise and (self.params is None or self.head is not None)
 
     def tokens(self) -> dict[str, Any]:
-        """Tokens that the value needs at a position."""
         positions = {n: a for n, a in self.attributes.items() if n not in _NOT_AT_POSITIONS}
         optional = {"ids": self.needs.ids, "beside": self.needs.beside, "scale": self.scale}
         given = {name: array for name, array in optional.items() if array is not None}

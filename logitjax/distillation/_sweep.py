@@ -1,5 +1,3 @@
-"""As few sweeps over the vocabulary as the parts of an objective need."""
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -131,7 +129,6 @@ class _Reading:
         return cls(parts, statistic, tokens, slices, numbers, has_readout)
 
     def values(self, results: Any, local: Sequence[Mapping[str, Any]]) -> list[Any]:
-        """The values of each part."""
         # A part's own statistic may be `Several` as well.
         count = self.has_readout + sum(number is not None for number in self.numbers)
         results = results if count > 1 else (results,)

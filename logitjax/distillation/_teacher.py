@@ -1,5 +1,3 @@
-"""A term's view of one teacher on a batch."""
-
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -19,9 +17,7 @@ from logitjax.ops import TopK
 class Vocabularies:
     """How a teacher's vocabulary relates to the student's; equal only to itself.
 
-    Attributes:
-        projections: By their rule.
-        boundary: The student's tokens that begin a word, for `terms.ALM`.
+    `projections` go by their rule; `boundary` are the student's tokens that begin a word (`ALM`).
     """
 
     projections: Mapping[str, TokenProjection] = dataclasses.field(default_factory=dict)

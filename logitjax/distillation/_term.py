@@ -1,5 +1,3 @@
-"""A loss as a value: what it needs, declared, and what it makes of that."""
-
 import abc
 import dataclasses
 from collections.abc import Mapping
@@ -127,11 +125,7 @@ class Term(abc.ABC):
 
     @abc.abstractmethod
     def student(self, teacher: Any) -> StudentNeeds:
-        """Return what is to be read of the student.
-
-        Args:
-            teacher: The declared attributes of a `Teacher`; of a term of the text alone none.
-        """
+        """Return what is to be read of the student, by a `Teacher`'s declared attributes if any."""
 
     def seen(self, teacher: Any, batch: Mapping[str, Any]) -> Any:
         """Return the mask or weights that the values are averaged over; None for all labels.
@@ -148,11 +142,9 @@ class Term(abc.ABC):
     def value(self, read: Any, teacher: Any, batch: Mapping[str, Any], params: Any) -> Any:
         """The loss for one teacher, not reduced.
 
-        Args:
-            read: What was read of the student: the attributes that `student` asked for.
-            teacher: The declared attributes of a `Teacher`.
-            batch: `labels`, `where` they count, and what `batch` names.
-            params: The arrays of `init`; None in a sweep, if the term has a head of its own.
+        `read` has the attributes that `student` asked for, `teacher` the declared ones, and `batch`
+        `labels`, `where` they count, and what `Term.batch` names. `params` are the arrays of
+        `init`; None in a sweep, if the term has a head of its own.
 
         Returns:
             `[*batch]`, or, of a term that is not pointwise, whatever shape `seen` has.

@@ -61,7 +61,6 @@ def universal_logit_distance(
         temperature: `T`, positive; may be traced. Make a `TopK` from `logits / T` yourself.
         vocab_where: boolean, broadcastable to `student`: True for its entries that exist. Entries
             at `-inf`, of the teacher too, do not.
-        axis: the vocabulary axis of the logits.
         axis_name: inside `jax.shard_map` with the vocabularies split over this mesh axis: that
             axis. A `TopK` is whole on every shard.
 

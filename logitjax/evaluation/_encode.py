@@ -1,5 +1,3 @@
-"""Questions and answers as rows of tokens, the same for training, scoring and generating."""
-
 import dataclasses
 
 import numpy as np
@@ -69,9 +67,6 @@ class PromptTemplate:
         apart.
 
         Args:
-            tokenizer: tokenizer of the model.
-            question: question of the item.
-            answer: right or wrong.
             max_length: largest length of the row; the rest is cut off. TOFU's is 200,
                 OpenUnlearning's 512.
             eos_id: the end mark, if it is not the tokenizer's.

@@ -1,5 +1,3 @@
-"""Generated texts against right answers: ROUGE as TOFU counts it, and repetition."""
-
 import collections
 import math
 from collections.abc import Sequence
@@ -29,12 +27,8 @@ def rouge(references: Sequence[str], predictions: Sequence[str]) -> Rouge:
     Words are lower-case runs of letters and digits, stemmed by Porter's rules where longer than
     three letters. A reference without words scores 0.
 
-    Args:
-        references: the right answers.
-        predictions: as many texts.
-
     Raises:
-        ValueError: unequal numbers.
+        ValueError: unequal numbers of references and predictions.
 
     References:
         Lin, 2004; ``rouge_score`` with ``use_stemmer=True``, as in TOFU and OpenUnlearning; F1 as

@@ -1,5 +1,3 @@
-"""Rows of any lengths through a function of fixed shapes."""
-
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,12 +14,7 @@ _LENGTHS = 32
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RowScores:
-    """Scores of the targets of each row.
-
-    Attributes:
-        nll: one float64 array a row, over its targets.
-        greedy: one bool array a row, or None where the function does not say.
-    """
+    """An array a row over its targets: `nll`, float64; `greedy`, bool, or None where not known."""
 
     nll: list[np.ndarray]
     greedy: list[np.ndarray] | None
@@ -50,9 +43,7 @@ def score_rows(
     32; the last one is filled up with empty rows.
 
     Args:
-        nll_fn: an `NllFn`.
         rows: token ids and which of them are targets, as from `encode_answer`.
-        batch_size: size of every batch.
         pad_id: any id the model has.
         progress: told how many rows were done.
         describe: a row's name, for errors.

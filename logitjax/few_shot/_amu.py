@@ -29,16 +29,13 @@ class Uncertainty:
     The kurtosis of probabilities grows with the number of classes K (one-hot: about K), so a fixed
     normaliser makes beta mean something else on every data set; `'classes'`, K / 4, is 250 at
     K = 1000 and does not. The kurtosis of logits is 2 to 3 for any K and hardly depends on how sure
-    the classifier is. A class at `-inf` is not there and not counted in K.
+    the classifier is. A class at `-inf` is not there and not counted in K. Source: Tang et al.,
+    AMU-Tuning (arXiv 2404.08958); constants from `clip/amu.py` of its repository.
 
     Attributes:
         of: `'probabilities'`, as in the released code, or `'logits'`, as in the paper.
         exponent: rho.
-        normalizer: What the kurtosis is divided by: a number (released code: 250), `'classes'` or
-            None for 1.
-
-    References:
-        Tang et al., AMU-Tuning (arXiv 2404.08958); constants from `clip/amu.py` of its repository.
+        normalizer: Divisor of the kurtosis: a number (released code: 250), `'classes'`, or None: 1.
     """
 
     of: Literal["probabilities", "logits"] = "probabilities"
@@ -84,17 +81,13 @@ class AMU(Method):
 
     Without the z-score the bias keeps the scale of features of length one, and weight decay and
     learning rate decide how much it says. The released code takes the best epoch on the test set;
-    nothing here does.
+    nothing here does. Source: Tang et al., AMU-Tuning (arXiv 2404.08958), multi-branch training.
 
     Attributes:
-        beta: Factor of the bias.
         fusion_share: lambda, the share of the fused logits' loss.
         uncertainty: Factor of the bias in each image; None for none.
         standardize: z-score of the bias.
         initial: The predictor starts from `'features'` (class means), or `'random'`.
-
-    References:
-        Tang et al., AMU-Tuning (arXiv 2404.08958), multi-branch training; its released code.
     """
 
     beta: Number = 0.5

@@ -20,15 +20,12 @@ def cache_logits(features: Array, keys: Array, values: Array, sharpness: Number)
 class TipAdapter(Method):
     """Tip-Adapter: a cache of the labelled images, without training.
 
-    `s_bias = exp(-b (1 - f @ F.T)) @ L`. The released code searches sharpness and beta on the
-    evaluation set; search them on other data.
+    `s_bias = exp(-b (1 - f @ F.T)) @ L` (Zhang et al., arXiv 2207.09519, eq. 4). The released code
+    searches sharpness and beta on the evaluation set; search them on other data.
 
     Attributes:
         beta: The paper's alpha; 1.17 on ImageNet.
         sharpness: The paper's beta.
-
-    References:
-        Zhang et al., Tip-Adapter (arXiv 2207.09519), eq. 4.
     """
 
     beta: Number = 1.17

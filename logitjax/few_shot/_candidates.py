@@ -42,17 +42,11 @@ class Candidate:
         """Every method by name, each with the same number of settings to choose among.
 
         A method whose paper searches two numbers has a grid of two columns, others of one. Recipes
-        are the published ones. Methods without a recipe for arbitrary features take `steps` of 32
-        images.
+        are the published ones; methods without one for all features take `steps` of 32 images.
 
         Args:
-            grid: `'small'` for 4 settings, `'full'` for 12.
-            epochs: Number of epochs of AMU.
-            batch_size: Number of images in a batch of AMU.
-            steps: Number of steps of methods without a published recipe.
-
-        Raises:
-            ValueError: An unknown grid.
+            grid: `'small'` for 4 settings, `'full'` for 12; others are a ValueError.
+            epochs, batch_size: Those of AMU.
 
         >>> {len(next(iter(c.grid.values()))) for c in Candidate.all().values()}
         {4}
@@ -101,11 +95,7 @@ class Candidate:
     ) -> Program:
         """The program of its `sweep` with abstract arguments, for a plan.
 
-        Args:
-            task: As of `sweep`, of `jax.ShapeDtypeStruct`; every label is there.
-            held_out: As of `sweep`, of `jax.ShapeDtypeStruct`.
-            mesh: Mesh whose first axis splits the runs.
-            sequential: As of `sweep`.
+        Arguments are those of `sweep`, arrays as `jax.ShapeDtypeStruct`; every label is there.
         """
         array = jax.ShapeDtypeStruct
         (count, shown), recipe = task.labels.shape, self.recipe

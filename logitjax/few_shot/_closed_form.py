@@ -74,15 +74,12 @@ def gaussian_classifier(
 class GDA(Method):
     """Gaussian discriminant analysis on the labelled images, every view of them an example.
 
-    `s_bias = f @ W + b`, with W and b of Gaussian classes with one covariance. The released code
-    chooses beta on all of a data set's validation images, on ImageNet on the test images.
+    `s_bias = f @ W + b`, with W and b of Gaussian classes with one covariance (Wang et al., ICLR
+    2024, arXiv 2402.04087). The released code chooses beta on all of a data set's validation
+    images, on ImageNet on the test images.
 
     Attributes:
         beta: .0001 to 100 in factors of ten are searched.
-
-    References:
-        Wang et al., A Hard-to-Beat Baseline for Training-Free CLIP-Based Adaptation (ICLR 2024,
-        arXiv 2402.04087).
     """
 
     trains: ClassVar[bool] = False
@@ -126,15 +123,11 @@ class ProKeR(Method):
     Cosines of the class weights enter without a scale, so `scale` brings the bias to that of the
     zero-shot logits; the order of the classes is that of the released `f W0 + k alpha`. Every view
     of an image is an example. A penalty near 0 leaves it at zero-shot, and a large one makes it a
-    cache of residuals.
+    cache of residuals. Source: Bendou et al., ProKeR (CVPR 2025, arXiv 2501.11175).
 
     Attributes:
         sharpness: kappa; 1.5 to 10 are searched on ImageNet.
         penalty: lambda; .05 to .25 are searched on ImageNet.
-        scale: Scale of the zero-shot logits' cosines.
-
-    References:
-        Bendou et al., ProKeR (CVPR 2025, arXiv 2501.11175).
     """
 
     sharpness: Number = 3.0
@@ -176,7 +169,7 @@ class ReHARK(Method):
         S = [F, unit(F + bridge P_y)];  k = mix exp(-wide |.|^2) + (1 - mix) exp(-narrow |.|^2)
         A = (k(S, S) + penalty I)^-1 (Y - text S P');    logits = scale (f P' + k(f, S) A / text)
 
-    The order of the classes is that of the released code at `soft = var_adj = 0`.
+    Classes are in the order of ReHARK's code (arXiv 2603.11542) at `soft = var_adj = 0`.
 
     Attributes:
         wide: beta1, of which .1 to 30 are searched.
@@ -187,10 +180,6 @@ class ReHARK(Method):
         refine: Share of the class means in the class weights.
         bridge: Share of the class weights in the second half of the examples.
         power: Exponent of every channel, .5 to 1.
-        scale: Scale of the zero-shot logits' cosines.
-
-    References:
-        ReHARK (arXiv 2603.11542).
     """
 
     wide: Number = 5.0

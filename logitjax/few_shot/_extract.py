@@ -47,13 +47,10 @@ def extract_features(
 ) -> FeatureCache:
     """Encode pictures once by a frozen encoder, and keep the features.
 
-    Rows that the directory already holds are left alone, so a killed call continues when it is
-    repeated. All views of a batch are encoded in one call, spread over this process's devices.
-    Processes share the shards.
+    Rows that the directory already holds are left alone, so a killed call continues when repeated.
+    All views of a batch are encoded at once on this process's devices. Processes share the shards.
 
     Args:
-        encoder: The frozen encoder.
-        images: Pictures with their labels.
         directory: Folder of the cache: empty, or a cache of the same encoder, pictures and views.
         views: Views of each picture, such as `data.ImageViews.of` makes.
         rows: Numbers of the pictures, such as `ImageSet.choose` gives; all if omitted.

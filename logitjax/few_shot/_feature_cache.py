@@ -26,15 +26,10 @@ class FeatureIdentity:
     """Everything that a cache was made from and that a row holds.
 
     Attributes:
-        encoder: its name.
         encoder_fingerprint: a hash of its weights.
         preprocessing: how colours become inputs.
         views: how pictures were scaled and cut (``str`` of `ImageViews`).
         data: the pictures' source.
-        data_fingerprint: a fingerprint of the pictures.
-        class_names: names by class number.
-        num_views: views in a row.
-        num_features: features of a view.
         num_logits: logits of a view; 0 if the encoder has no class head.
         compute_dtype: type that the encoder computed in.
         dtype: 'float32' or 'float16': how both are stored.
@@ -127,8 +122,7 @@ class _Codec:
 class FeatureCache(RowCache):
     """Features of pictures by one encoder, found by their number in the image set.
 
-    `fill` encodes missing pictures; its `compute` gives `Features`. `read` returns them in the
-    requested order.
+    `fill` encodes missing pictures (`compute` gives `Features`), `read` keeps the order of `rows`.
 
     >>> import tempfile
     >>> identity = FeatureIdentity(
@@ -184,5 +178,6 @@ class FeatureCache(RowCache):
 
 
 def _identity(made_from: Mapping[str, Any]) -> FeatureIdentity:
-    names = tuple(made_from["class_names"])  # a list in JSON
+    # a list in JSON.
+    names = tuple(made_from["class_names"])
     return FeatureIdentity(**{**made_from, "class_names": names})

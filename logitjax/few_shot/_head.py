@@ -33,10 +33,8 @@ class FittedHead:
 
     Attributes:
         method: The method, at the chosen setting.
-        state: Its trained state.
         class_weights: `[features, classes]` of the zero-shot classifier.
         scale: Scale of the classifier's cosines.
-        class_names: Names by class number.
         encoders: What the features are of, as of `Pictures.encoders`.
         about: What else is worth a line in ``head.json``, such as encoders and prompts by name.
         temperature: Divisor of the logits that makes `predict_proba` as sure as it is right on
@@ -72,8 +70,7 @@ class FittedHead:
         Args:
             features: Features of the encoder that names classes, of any length.
             auxiliary: Features of the other encoder, if the head was trained with one.
-            hidden: Features of the first encoder before its last projection, for
-                `methods.ProLIP`.
+            hidden: Features of the first encoder before its last projection, for `methods.ProLIP`.
 
         Raises:
             ValueError: Features that the method needs are missing, of another width, not finite, or
@@ -108,10 +105,7 @@ class FittedHead:
         """`[batch, classes]` whether a class is in a picture's set (split conformal prediction).
 
         Of new pictures like those that calibrated the head, a share of at least `coverage` have
-        their class in the set; it is over draws of both. Few such pictures make large sets.
-
-        Raises:
-            ValueError: The head was not calibrated.
+        their class in it, over draws of both; few such pictures make large sets, none a ValueError.
         """
         if self.calibration is None:
             raise ValueError("calibration: expected pictures that the head did not learn from")
@@ -185,6 +179,7 @@ def fit(
 
     Probabilities are calibrated on the validation pictures, else on parts of those to learn from,
     each predicted by a head that did not see it; of one picture a class there are none.
+    ValueError for an unknown method, missing features, or pictures that the method refuses.
 
     Args:
         candidate: The method with its recipe and settings, or its name in `Candidate.all()`.
@@ -193,9 +188,6 @@ def fit(
             the method keeps its published setting, which is CLAP's protocol, or chooses on folds.
         folds: Number of parts of the pictures to choose on without others, as of `sweep`.
         seed: Seed of the order of pictures, and of a random start.
-
-    Raises:
-        ValueError: An unknown method, missing features, or pictures that the method refuses.
 
     >>> rng = np.random.default_rng(0)
     >>> labels = np.arange(12) % 3
@@ -290,7 +282,8 @@ def _learnt(
     method.check(task)
     order = None
     if method.trains:
-        order = recipe.order((seed, 0), len(task.labels), views=task.views)  # run 0 of a sweep
+        # Run 0 of a sweep.
+        order = recipe.order((seed, 0), len(task.labels), views=task.views)
 
     def learn(task: FewShotTask, order: Any) -> State:
         state = method.init(task, key=jax.random.fold_in(jax.random.key(seed), 0))
@@ -315,9 +308,7 @@ def _learnt(
 def load(directory: str | os.PathLike[str]) -> FittedHead:
     """Reads what `FittedHead.save` or `logitjax few-shot` wrote.
 
-    Raises:
-        FileNotFoundError: There is no head in the directory.
-        ValueError: It is damaged; names the file.
+    FileNotFoundError if no head is in the directory; ValueError names a damaged file.
     """
     record, tensors = read_head(directory)
     with guard.naming(epath.Path(directory), "a few-shot head"):

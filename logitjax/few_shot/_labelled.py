@@ -130,7 +130,8 @@ class Pictures:
         """The task of learning from these pictures, or from their views."""
         fixed = {name: getattr(self, name) for name in ("labels", *_CLASSIFIER)}
         seen = [view.inputs for view in self.views or (self,)]
-        support = jax.tree.map(lambda *views: np.concatenate(views), *seen)  # view after view
+        # View after view.
+        support = jax.tree.map(lambda *views: np.concatenate(views), *seen)
         return FewShotTask(support=support, views=len(seen), **fixed)
 
     def sample(
@@ -144,18 +145,15 @@ class Pictures:
         """Draw pictures to learn from, to choose settings on and to test on.
 
         Samples of one seed are nested: those with more shots contain those with fewer. A class with
-        too few pictures gives what it has, at least one for each part.
+        too few pictures gives what it has, at least one for each part. ValueError for fewer, no
+        shots or another name.
 
         Args:
             shots: Pictures of each class to learn from.
             validation: Pictures of each class to choose on: as many as shots (`'shots'`), as many
                 but at most four, as in CoOp (`'min4'`), or none: settings are chosen on folds of
                 what is learned from (`'folds'`), or not at all (`'none'`).
-            seed: Seed of the draw.
             rest: Whether a picture of each class has to remain for testing.
-
-        Raises:
-            ValueError: Another name, no shots, or a class without enough pictures.
         """
         kinds = get_args(Validation)
         if validation not in kinds:
@@ -168,7 +166,8 @@ class Pictures:
         for number, name in enumerate(self.class_names):
             # Shots are the beginning of one order, so that more of them contain fewer.
             rows = rng.permutation(np.flatnonzero(self.labels == number))
-            least = 1 + (held_out > 0) + rest  # one for each part
+            # One for each part.
+            least = 1 + (held_out > 0) + rest
             if len(rows) < least:
                 raise ValueError(
                     f"shots: expected at least {least} pictures of each class, to learn from"
@@ -196,16 +195,14 @@ class Pictures:
     ) -> tuple[FewShotTask, dict[str, tuple[Inputs, np.ndarray]]]:
         """Samples stacked along an axis of runs and padded, for `sweep`.
 
+        Gives the task to learn from, and by name the pictures of `"validation"`, if any, `"test"`
+        and `"train"`, which are those to learn from.
+
         Args:
             samples: One for each run, of these pictures.
-            room: A sample that sets the number of rows of each part, so that several calls share
-                one program.
+            room: A sample that sets the rows of each part, so that calls share one program.
             validation: Pictures to choose settings on; those of each sample if None.
             test: Pictures to test on; the rest of each sample if None.
-
-        Returns:
-            The task to learn from, and by name the pictures of `"validation"`, if any, `"test"`
-            and `"train"`, which are those to learn from.
         """
         plain = [self.inputs]
         views = [view.inputs for view in self.views] or plain
@@ -261,6 +258,8 @@ def read_pictures(
 
         numpy.savez("train.npz", features=features.numpy(), labels=labels.numpy())
 
+    It is a ValueError if a file is missing or of another kind, or if `Pictures` refuses it.
+
     Args:
         features: File of the encoder that names classes.
         auxiliary: File of another encoder, with the same pictures in the same order.
@@ -269,14 +268,10 @@ def read_pictures(
             `scale`.
         class_names: Names by class number; by default those of a cache.
         scale: Scale of the zero-shot classifier's cosines; by default the file's, or CLIP's 100.
-        projection: The first encoder's last projection and its bias or None,
-            `vision.Encoder.projection`, if its features are from
+        projection: `vision.Encoder.projection` of the first encoder, if its features are from
             `vision.Encoder.before_projection`.
         views: Directories that `extract_features` filled with several views of the same pictures,
             by the first encoder and by the second if there is one, to learn from.
-
-    Raises:
-        ValueError: A file is missing or not of such a kind, or what `Pictures` refuses.
     """
     encoded, names, encoders = _read_views(features, auxiliary)
     if len(encoded) != 1:

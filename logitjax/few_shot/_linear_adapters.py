@@ -56,7 +56,6 @@ class LinearProbe(Method):
     Attributes:
         beta: 1 is the probe by itself, less mixes it with the zero-shot logits.
         source: The encoder, `'features'` or `'auxiliary'`.
-        scale: Scale of the cosines.
     """
 
     source: Literal["features", "auxiliary"] = "features"
@@ -94,17 +93,12 @@ class LPPlusPlus(Method):
         lr_V = 4 n / lambda_max(F.T F)      lr_blend = n / (4 max_k sum_n (f_n W0_k)^2)
 
     The released code departs from it (docs/few_shot.md), and keeps the iteration that is best on
-    the images that are to judge it.
+    the images that are to judge it. Source: Huang et al., LP++ (CVPR 2024, arXiv 2404.02285).
 
     Attributes:
         beta: Share of the probe, as in :class:`LinearProbe`.
-        iterations: Steps of gradient descent.
-        momentum: Momentum of the prototypes.
         blend_every: Steps between those of the factors.
         blend_scale: The factors begin at so many times the mean logit of a class's images.
-
-    References:
-        Huang et al., LP++ (CVPR 2024, arXiv 2404.02285).
     """
 
     iterations: int = 300
@@ -184,16 +178,12 @@ class CLAP(Method):
     `penalty=0` is ZS-LP, the probe without the constraint. `a` is fixed, as in the released code
     under the published command; a class without an image has none. The released class weights
     `t_k` are means of text features that are not scaled to length one, and the penalty is measured
-    at that length: `FewShotTask.class_weights` may have columns of any length here.
+    at that length: `FewShotTask.class_weights` may have columns of any length here. Source:
+    Silva-Rodriguez et al. (CVPR 2024, arXiv 2312.12730).
 
     Attributes:
         beta: 1 is the probe by itself, less mixes it with the zero-shot logits.
         penalty: Factor of the constraint; 1 is published.
-        scale: Scale of the cosines.
-
-    References:
-        Silva-Rodriguez et al., A Closer Look at the Few-Shot Adaptation of Large Vision-Language
-        Models (CVPR 2024, arXiv 2312.12730).
     """
 
     penalty: Number = 1.0
@@ -232,15 +222,11 @@ class ProLIP(Method):
 
     h is what the encoder projects last, `Inputs.hidden`; `FewShotTask.projection` has P0. The norm
     is a sum, as released. Without validation images the authors take `penalty = 1 / shots` and any
-    rate of 1e-5 to 1e-2.
+    rate of 1e-5 to 1e-2. Source: Fahes et al. (arXiv 2410.05270).
 
     Attributes:
         beta: 1 is the method by itself, less mixes it with the zero-shot logits.
         penalty: lambda; 10 to .0001 and 0 are searched.
-        scale: Scale of the cosines.
-
-    References:
-        Fahes et al., CLIP's Visual Embedding Projector is a Few-shot Cornucopia (arXiv 2410.05270).
     """
 
     penalty: Number = 0.1

@@ -47,12 +47,10 @@ class Inputs:
         `scale * (f / |f|) @ W0`
 
         Args:
-            features: `[*batch, features]` of the images.
             class_weights: `[features, classes]`: in CLIP the mean, over prompt templates, of a
                 class's text features of length one, scaled to length one again.
             scale: 100, to which CLIP's learned scale was clipped; the published methods fix it.
-            auxiliary: `[*batch, auxiliary]` of another encoder.
-            hidden: `[*batch, hidden]`, features before the last projection.
+            features, auxiliary, hidden: As in `Inputs`, of any length.
 
         >>> logits = Inputs.of(jnp.array([[3.0, 4.0]]), jnp.eye(2)).zero_shot
         >>> [f"{logit:.2f}" for logit in logits.ravel().tolist()]
@@ -108,10 +106,8 @@ class FewShotTask:
     def check(self) -> None:
         """Refuses labels that do not fit the images or the classes, and no labels at all.
 
-        Raises:
-            TypeError: The labels are not integers.
-            ValueError: Not one label for each image, a label that is neither a class nor -1, or no
-                image that is there.
+        TypeError for labels that are not integers, else ValueError: not one label for each image, a
+        label that is neither a class nor -1, or no image that is there.
         """
         images, labels = np.shape(self.support.zero_shot)[:-1], np.shape(self.labels)
         count = labels[-1] if labels else 0
@@ -128,9 +124,7 @@ class FewShotTask:
     def mean_view(self, name: str, method: Any) -> jax.Array:
         """`[n, features]` of the encoder `name`: means over views, of length one again.
 
-        Raises:
-            ValueError: The images have no such features (the error names who needs them), or what
-                `check` refuses.
+        ValueError if the images have no such features (it names who needs them), or as of `check`.
         """
         self.check()
         features = needed(getattr(self.support, name), name, method)
@@ -139,11 +133,7 @@ class FewShotTask:
         return unit_rows(features.reshape(self.views, -1, features.shape[-1]).mean(0))
 
     def every_view(self, name: str, method: Any) -> tuple[jax.Array, Any]:
-        """`[views * n, features]` of the encoder `name`, and a label for each row.
-
-        Raises:
-            ValueError: As of `mean_view`.
-        """
+        """`[views * n, features]` of the encoder `name`, and labels; errors as of `mean_view`."""
         self.check()
         labels = self.labels
         if self.views > 1:
@@ -162,10 +152,8 @@ class State(NamedTuple):
 class Method:
     """A few-shot method: the initial state, the bias and the loss.
 
-    Numeric fields may be traced, so a grid over them is a `vmap` over `dataclasses.replace`.
-
-    Attributes:
-        beta: Factor of the bias.
+    Numeric fields, such as `beta`, the factor of the bias, may be traced: a grid over them is a
+    `vmap` over `dataclasses.replace`.
     """
 
     beta: Number = 1.0
@@ -183,9 +171,7 @@ class Method:
     def check(self, task: FewShotTask) -> None:
         """Refuses, outside of `jit`, images that it cannot learn from; by default as the task does.
 
-        Raises:
-            TypeError: Labels that are not integers.
-            ValueError: Images or labels that the method has no use for.
+        TypeError for labels that are not integers, ValueError for what the method has no use for.
         """
         task.check()
 
@@ -230,8 +216,7 @@ def z_score(logits: Float[Array, "*batch classes"]) -> Float[jax.Array, "*batch 
 
     ``(z - mean(z)) / std(z)``, std over the number of classes - 1. A row of equal logits becomes
     zeros and gets no gradient (the released code divides by 0 there). A class at `-inf` is not
-    there, and becomes 0. `distillation.standardize_logits` is the form for distillation, which adds
-    to the deviation.
+    there, and becomes 0. (`distillation.standardize_logits` adds to the deviation.)
     """
     logits = checks.as_float(logits, "logits")
     deviation, count = centred(logits, logits != -jnp.inf)

@@ -16,19 +16,13 @@ def recommend(
     """The method that is right most often at its best setting, with an estimate without bias.
 
     The best of many looks better than it is on the pictures that chose it. So method and settings
-    are chosen again on halves of the pictures, and the estimate is how often these choices are
-    right on the other halves.
+    are chosen again on halves of the pictures, and estimated on the other halves.
+    Gives the method, the estimate of its accuracy, and the ends of its 95 % interval.
 
     Args:
         right: By method, of each sample `[settings, n]` whether a setting is right on a picture
             that it did not learn from, as of `sweep`; -1 where a picture does not count.
-        seed: Seed of the halves.
-
-    Returns:
-        The method, the estimate of its accuracy, and the ends of its 95 % interval.
-
-    Raises:
-        ValueError: No method, or a sample without pictures.
+            No method, or a sample without pictures, is a ValueError.
 
     >>> good, bad = np.tile([1.0, 1, 1, 0], (2, 5)), np.tile([1.0, 0, 0, 0], (2, 5))
     >>> recommend({"bad": [bad], "good": [good]})[:2]

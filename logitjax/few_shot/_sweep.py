@@ -97,7 +97,6 @@ def sweep(
     the grid. A run's order of images depends on the seed and its number alone.
 
     Args:
-        method: The method.
         task: `[runs, views * n, ...]` images and `[runs, n]` labels; class weights and a projection
             without an axis of runs. Rows at the end may have the label -1, as many in each run:
             they are not there, and calls with fewer of them share one program.
@@ -124,8 +123,7 @@ def sweep(
     Raises:
         TypeError: Labels that are not integers.
         ValueError: A grid with an unknown name, columns of different lengths or no settings; runs
-            with different numbers of images, or with none; labels that do not fit the images or the
-            classes.
+            with different numbers of images, or none; labels that do not fit images or classes.
 
     >>> from logitjax.few_shot.methods import TipAdapter
     >>> images = Inputs(zero_shot=jnp.zeros((1, 3, 3)), features=jnp.eye(3)[None])
@@ -176,7 +174,8 @@ def sweep(
         folds=folds,
         mesh=mesh,
     )
-    return jax.tree.map(lambda x: np.asarray(x)[: len(labels)], scores)  # without padding
+    # Without padding.
+    return jax.tree.map(lambda x: np.asarray(x)[: len(labels)], scores)
 
 
 def _orders(
@@ -328,13 +327,10 @@ def _scores(logits: jax.Array, labels: jax.Array, *, each: bool = False) -> dict
 def best_setting(scores: Mapping[str, np.ndarray]) -> np.ndarray:
     """The setting of each run with the best accuracy; among equals, with the lower cross-entropy.
 
-    A setting with a nan score is never chosen: its logits were not numbers.
+    A nan score, of logits that were not numbers, is never chosen; ValueError if a run has no other.
 
     Args:
         scores: Scores of validation images, as :func:`sweep` returns them; never of test images.
-
-    Raises:
-        ValueError: A run without a setting of which both scores are numbers.
 
     >>> scores = {"accuracy": np.array([[0.5, 0.8, 0.8]]), "cross_entropy": np.array([[1, 3, 2]])}
     >>> best_setting(scores)

@@ -31,8 +31,6 @@ class Recipe:
         weight_decay: Weight decay, decoupled in AdamW.
         algorithm: `'adamw'`, or `'sgd'` with momentum b1, which ignores `eps` and b2.
         eps: Term that AdamW adds to the root of the second moment.
-        b1: Decay of the first moment.
-        b2: Decay of the second moment.
     """
 
     epochs: int = 50
@@ -107,17 +105,11 @@ class Recipe:
     ) -> np.ndarray:
         """Rows of every batch: a new permutation and the next view in each epoch.
 
+        It is int32 `[steps, batch]`; -1 fills up short batches. ValueError if there is no image.
+
         Args:
-            seed: Seed of the permutations.
-            num_examples: Labelled images.
             views: Augmented views; the rows of view `v` start at `v * stride`.
             stride: `num_examples` when omitted.
-
-        Returns:
-            int32 `[steps, batch]`; -1 fills up short batches.
-
-        Raises:
-            ValueError: No labelled image.
 
         >>> order = Recipe(epochs=1, batch_size=2).order(0, 5)
         >>> order.shape, sorted(order.ravel().tolist())
@@ -126,7 +118,8 @@ class Recipe:
         batches, batch = self.batches(num_examples), min(self.batch_size, num_examples)
         steps = self.total_steps(num_examples)
         epochs = -(-steps // batches)
-        order = np.full((epochs, batches * batch), -1, np.int32)  # -1 is no image
+        # -1 is no image.
+        order = np.full((epochs, batches * batch), -1, np.int32)
         for epoch in range(epochs):
             rows = np.random.default_rng([*np.atleast_1d(seed), epoch]).permutation(num_examples)
             # Each epoch the next view.
@@ -146,18 +139,14 @@ class Recipe:
 
         Everything but the trained arrays is constant, so a step only gathers cached rows. The steps
         are one scan, which is mapped over samples and settings. (`training.TrainStep` cannot do
-        this: the host calls its update once for each batch.)
+        this: the host calls its update once for each batch.) Gives the trained state and the loss
+        of every step, `[steps]` (0 for those not taken).
 
         Args:
-            method: The method.
-            task: Labelled images.
             state: Where training starts, see `Method.init`.
             order: `[steps, batch]` rows of `task.support`, see `order`; -1 is none.
             steps: Number of steps of the order to take; all when omitted. It may be traced, so that
                 one program serves any number of images. The rest of the order is ignored.
-
-        Returns:
-            The trained state and the loss of every step, `[steps]` (0 for those not taken).
 
         Raises:
             TypeError: Labels or an order that are not integers.

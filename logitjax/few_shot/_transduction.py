@@ -25,24 +25,21 @@ def transduce(
 ) -> Float[jax.Array, "n classes"]:
     """Log-probabilities of pictures that are seen together, from those of a head.
 
-    Classes are Gaussians with one diagonal covariance, fitted to all of the pictures, and near
-    pictures agree::
+    Classes are Gaussians of one diagonal covariance, fitted to all, and near pictures agree::
 
         z = softmax(log y + (ll + 50 / (2 neighbours) (W'z + W z)) / 50)     five times a round
         ll_ik = -|(f_i - mu_k) / sigma|^2 / 2;    mu_k of length one, sigma of all pictures
 
     y are the head's probabilities and W the cosines with each picture's nearest. A class begins at
     the mean of its 8 surest pictures. The result depends on the whole batch: name its size.
+    Source: Zanella et al., Boosting Vision-Language Models with Transduction (NeurIPS 2024, arXiv
+    2406.01837), without its labelled pictures: the head has learned from them.
 
     Args:
         logits: `[n, classes]` of the head.
         features: `[n, features]` of the pictures.
         rounds: Updates of the Gaussians.
         neighbours: Nearest pictures of each that agree with it.
-
-    References:
-        Zanella et al., Boosting Vision-Language Models with Transduction (NeurIPS 2024, arXiv
-        2406.01837), without its labelled pictures: the head has learned from them.
 
     >>> import numpy as np
     >>> features = np.repeat(np.eye(2), 4, 0) + np.arange(8)[:, None] / 100
@@ -65,7 +62,8 @@ def transduce(
     cosines, places = jax.lax.map(near, features, batch_size=_BLOCK)
 
     def agreement(z: jax.Array) -> jax.Array:
-        total = (cosines[..., None] * z[places]).sum(1)  # W z, [n, classes]
+        # W z, [n, classes].
+        total = (cosines[..., None] * z[places]).sum(1)
         # W' z: being near is not mutual.
         return total.at[places].add(cosines[..., None] * z[:, None])
 

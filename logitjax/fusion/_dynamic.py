@@ -1,5 +1,3 @@
-"""Dynamic logit fusion: how far to follow the experts, token by token."""
-
 import dataclasses
 import functools
 from typing import Literal

@@ -154,7 +154,8 @@ def _stacked(logits: Array | None, large: jax.Array, name: str, *, needed: bool)
         return None
     values = checks.as_float(logits, name)
     if values.ndim == large.ndim:
-        values = values[None]  # a single model
+        # a single model.
+        values = values[None]
     if values.shape[1:] != large.shape:
         hint = ""
         if values.shape[1:-1] == large.shape[:-1]:

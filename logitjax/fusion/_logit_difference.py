@@ -1,5 +1,3 @@
-"""Unlearning at decoding time: the large model less an assistant that knows what to forget."""
-
 import dataclasses
 import math
 from typing import Any, ClassVar, Literal
@@ -103,11 +101,13 @@ class LogitDifference(Strategy):
         """The least large logit that is changed, `[*batch, 1]`."""
         large = inputs.fused(inputs.large)
         peak = pmax(large.max(-1, keepdims=True), axis_name)
-        threshold = peak + math.log(self.rate)  # p >= rate * max p
+        # p >= rate * max p.
+        threshold = peak + math.log(self.rate)
         if self.filter == "official":
             count = int(self.rate * vocabulary_size(large, axis_name))
             if count == 0:
                 return jnp.full_like(threshold, -jnp.inf)
             largest, _ = top_k(jax.lax.stop_gradient(large), count, axis_name=axis_name)
-            threshold = jnp.minimum(threshold, largest[..., -1:])  # at least so many
+            # At least so many.
+            threshold = jnp.minimum(threshold, largest[..., -1:])
         return threshold

@@ -1,5 +1,3 @@
-"""A student that samples with its teacher's help: mixtures of two distributions."""
-
 import dataclasses
 from typing import Any, ClassVar
 

@@ -1,7 +1,4 @@
-"""Roots along the path of what grows, for all rows at once.
-
-Every step keeps a bracket and falls back to its middle, so that the worst rows end too.
-"""
+"""Roots along the path of what grows, for all rows at once; every step keeps a bracket."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,5 +1,3 @@
-"""Fusion with fixed weights: proxy-tuning and its relatives."""
-
 import dataclasses
 from typing import Any, ClassVar
 

@@ -106,9 +106,7 @@ class OverlapFusion:
     log-probabilities. Other tokens keep the large model's logits, up to normalisation. A token
     that some of the small models have at ``-inf`` and others do not is ``-inf``.
 
-    Attributes:
-        strategy: any strategy of this package.
-        token_map: from `vocabulary_map`; experts and bases share it.
+    `strategy` is any of this package. Experts and bases share `token_map`, from `vocabulary_map`.
 
     >>> mapping = vocabulary_map(["a", "b", "c", "new"], ["a", "b", "c"], least_overlap=0.7)
     >>> from logitjax.fusion import ProxyTuning
@@ -184,9 +182,8 @@ def vocabulary_map(
     tokenizers that were derived from one another keep the order of ids.
 
     Args:
-        large: a tokenizer (with `encode` and `get_vocab`, itself or in its `backend`), a
+        large, small: a tokenizer (with `encode` and `get_vocab`, itself or in its `backend`), a
             mapping from token to id, or the tokens in the order of their ids.
-        small: likewise.
         probes: texts that both have to cut alike.
         least_overlap: share of the small vocabulary that has to be in the large one.
 

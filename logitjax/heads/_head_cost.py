@@ -1,5 +1,3 @@
-"""Costs of heads, counted rather than timed: parameters, bytes and operations a token."""
-
 import dataclasses
 
 
@@ -28,10 +26,8 @@ class HeadCost:
         """The cost of this head and of exact rows that re-score some of its tokens.
 
         Args:
-            rows: rows read a token.
-            hidden: numbers a row.
+            rows, hidden, itemsize: rows read a token, numbers a row, bytes a number.
             own: rows that are stored for this; 0 where they are a tied embedding's.
-            itemsize: bytes a number.
 
         >>> cheap = HeadCost(parameters=8, stored_bytes=32, read_bytes=32, decode_flops=16,
         ...                  train_flops=48)

@@ -1,5 +1,3 @@
-"""The full output head: an affine map from hidden states to logits."""
-
 import dataclasses
 from typing import Any
 
@@ -41,10 +39,7 @@ def _full_cost(kernel: Any, bias: Any, *, tied: bool) -> HeadCost:
 
 
 class LinearHead(FullHead):
-    """A head with its own kernel ``[hidden, vocab]``.
-
-    Args:
-        use_bias: one number a vocabulary entry.
+    """A head with its own kernel ``[hidden, vocab]``, and a bias ``[vocab]`` if ``use_bias``.
 
     >>> head = nnx.jit(lambda: LinearHead(4, 10, rngs=nnx.Rngs(0)))()
     >>> head(jnp.ones((2, 4))).shape

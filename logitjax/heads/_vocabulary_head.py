@@ -1,5 +1,3 @@
-"""The interface of heads besides logits, for heads that make all V of them anyway."""
-
 import os
 from typing import Any
 
@@ -56,11 +54,7 @@ class VocabularyHead(nnx.Module):
         raise NotImplementedError
 
     def as_linear(self, embedding: Any = None) -> Head:
-        """The equivalent full head, for the losses that start at hidden states.
-
-        Raises:
-            ValueError: its logits are not linear in the hidden state.
-        """
+        """The equivalent full head, for losses of hidden states; ValueError if it is not linear."""
         raise ValueError(
             f"head: expected one with a kernel, got a {type(self).__name__}: use nll()"
         )
@@ -73,7 +67,8 @@ class VocabularyHead(nnx.Module):
         **options: Any,
     ) -> Float[jax.Array, "*batch"]:
         """Cross-entropy, not reduced, by blocks of the vocabulary; see `linear_cross_entropy`."""
-        hidden = jnp.asarray(hidden, self.dtype)  # as in `__call__`
+        # As in `__call__`.
+        hidden = jnp.asarray(hidden, self.dtype)
         return linear_cross_entropy(hidden, self.as_linear(embedding), labels, **options)
 
     @staticmethod

@@ -50,8 +50,7 @@ class LogitjaxLM(TemplateLM):
         batch_size: Number of rows read or continued together.
         add_bos: Begin every text with the beginning mark; None for what the tokenizer says. The
             harness's `hf` model adds it only for Gemma, or with its `add_bos_token=True`.
-        device: Ignored; the harness hands it to every model.
-        max_batch_size: Ignored, likewise.
+        device, max_batch_size: Ignored; the harness hands them to every model.
     """
 
     def __init__(

@@ -144,13 +144,11 @@ def distillation_trainer(
     """MaxText's distillation trainer, ready for `train(MaxTextToTunixIterator(batches))`.
 
     Args:
-        student: A MaxText model.
         teacher: A MaxText model of the same vocabulary; None where batches bring the teacher.
         strategy: An `ObjectiveStrategy`, or one of MaxText's.
         optimizer: From `optax.inject_hyperparams`, as MaxText asks.
         training_config: tunix's `TrainingConfig`.
-        student_config: MaxText's configuration of the student.
-        teacher_config: That of the teacher; None where there is none.
+        student_config, teacher_config: MaxText's; the latter is None without a teacher.
         checkpoint_directory: Where student and optimizer are saved, and taken up again; give the
             batches from the first one. None saves nothing.
     """

@@ -39,7 +39,6 @@ _MESSAGES = {
 
 @functools.cache
 def _example() -> Any:
-    """The class of `tf.train.Example`."""
     file = descriptor_pb2.FileDescriptorProto(name="stored.proto", syntax="proto3")
     for message, fields in _MESSAGES.items():
         described = file.message_type.add(name=message)
@@ -113,7 +112,6 @@ def cache_stored_top_k(
         directory: Where the cache goes; parts that are there already are not written again.
         model: The teacher, as its user names it.
         tokenizer: Fingerprint of its tokenizer.
-        vocab_size: Entries of its vocabulary.
         data: Fingerprint of the packed rows, if these are some; else a digest of the files.
 
     Raises:
@@ -158,11 +156,9 @@ def store_top_k(
     """Writes files of rows of a cache as MaxText reads them (`offline_data_dir`), without the rest.
 
     Args:
-        cache: What the teacher says.
         rows: `[rows]` which of its rows, in this order.
         columns: `inputs`, `[rows, positions]`, and what else MaxText keeps: `inputs_position`,
             `inputs_segmentation`, `targets`, `targets_segmentation`.
-        directory: Where the files go.
 
     Raises:
         ValueError: A column of another shape.

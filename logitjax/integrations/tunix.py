@@ -65,11 +65,7 @@ def hidden_states(
 
 
 def head_of(model: Any) -> Head:
-    """The output head of a tunix model, tied to the embedding or not, with its soft cap.
-
-    Raises:
-        ValueError: The head has adapters of its own.
-    """
+    """A tunix model's head, tied or not, with its soft cap; a ValueError if it has adapters."""
     config = getattr(model, "config", None)
     cap = getattr(config, "final_logit_softcap", None)
     options = {
@@ -97,7 +93,6 @@ class ObjectiveStrategy(base_strategy.BaseStrategy):
     Or the batch brings what a cache keeps: then the trainer's teacher is None,
     `trainer.with_gen_model_input_fn(strategy.inputs)` is called, and `teacher_output` of a batch is
     a `Teacher`, or several, with arrays `[B, T - 1, ...]` at the positions that predict a token.
-
     Evaluation is the cross-entropy of the text.
 
     Args:

@@ -1,5 +1,3 @@
-"""Building, loading and calling the C++ kernels."""
-
 import ctypes
 import functools
 import os

@@ -27,22 +27,15 @@ def align_head(
 ) -> HeadAlignment:
     """Align a recovered subspace to the true head, up to GL(h); an audit knows both.
 
-    ::
+    As Carlini et al., 2024, appendix B: error after least squares. Chance correction ours. ::
 
         G = argmin |W - basis G|_F,     leak = (mean cos^2 - d / V) / (1 - d / V)
 
     Args:
-        basis: ``[vocab, dimension]``, any columns that span the subspace.
+        basis: ``[vocab, dimension]``, a span of the subspace; ValueError for other vocabularies.
         head: ``[vocab, hidden]``, W with its final norm's gain or without: the span of the rows
             over the vocabulary does not depend on it.
-        centre: compare with ``W`` less its mean over the vocabulary, which is all that
-            log-probabilities hold.
-
-    Raises:
-        ValueError: vocabularies differ.
-
-    References:
-        Carlini et al., 2024, appendix B: error after least squares. Chance correction ours.
+        centre: compare with ``W`` less its vocabulary mean, all that log-probabilities hold.
 
     >>> head = np.random.default_rng(0).standard_normal((30, 2))
     >>> found = align_head(head @ np.array([[2.0, 1.0], [0.0, 1.0]]), head, centre=False)

@@ -35,7 +35,6 @@ class Audit:
 
     Attributes:
         prompts: Number of prompts whose values the subspace comes from, or of rows.
-        queries: Number of queries that were asked.
         values: Number of values that were reported.
         subspace: The recovered subspace, with the hidden dimension as `width`; None without one.
         tokens: Tokens that the rows of its basis stand for; None for all.
@@ -123,21 +122,15 @@ def audit(
 
     An API in this process does what its policy says. Any other is tested first. A recovered row is
     then told again by other queries, at the same cost, and its error widened by all that was seen.
+    Attacks are those of Carlini et al., 2024 (arXiv:2403.06634), sections 4 and 5.
 
     Args:
-        oracle: A `LogitOracle` of a model in this process, or an `HttpOracle` of one's own server.
+        oracle: A `LogitOracle` of a model in this process, or an `HttpOracle` of one's own server;
+            BudgetExhaustedError if its budget does not suffice.
         prompts: Token ids, more prompts than the hidden dimension.
-        vocab_size: Number of tokens.
         head: `[vocab, hidden]`, the true head, for the share that leaked.
         logits: `[n, vocab]`, the true logits of the prompts, for errors and for what users lose.
-        corner: Number of prompts and of tokens in the corner that is asked for through a bias; 0
-            for none.
-
-    Raises:
-        BudgetExhaustedError: The oracle's budget does not suffice.
-
-    References:
-        Carlini et al., 2024 (arXiv:2403.06634), sections 4 and 5.
+        corner: Number of prompts and tokens in the corner asked for through a bias; 0 for none.
 
     >>> from logitjax.leakage import LogitOracle, LogitPolicy
     >>> rng = np.random.default_rng(0)

@@ -66,8 +66,6 @@ class Choice:
         """Log-probabilities that tokens are drawn with, float64.
 
         Args:
-            rows: Logits.
-            bias: Added to them.
             seen: Tokens that the repetition penalty moves.
             counts: How often the answer has written each token.
             vocab_where: Tokens that a schema allows.
@@ -109,10 +107,7 @@ class Choice:
         """Log-probability of an answer for each row that might be behind it, `[rows]`.
 
         Args:
-            rows: Candidates.
-            token: The answer.
-            noise: Gumbel noise of the draw, where it is known: then nothing lies between 0 and
-                `-inf`.
+            noise: Gumbel noise of the draw where it is known: all is then 0 or `-inf`.
             moved: What else moves the law.
         """
         law = self.law(rows, **moved)
@@ -203,9 +198,7 @@ class Ledger:
         I(row; answers) <= log A_1 + ... + log A_n
 
     It bounds rows. Of h + 1 contexts the head comes out, however little is told of each.
-
-    Args:
-        limit: Most nats of a context.
+    `limit` is the most nats of a context.
 
     >>> ledger = Ledger(limit=25.0)
     >>> [ledger.charge("a context", request, 10.8) for request in (1, 1, 2, 3)]
@@ -232,7 +225,6 @@ class Ledger:
         """Charges an answer once; False, and no charge, where it goes beyond the limit.
 
         Args:
-            context: What the answer is about.
             answer: The request as far as it decides the answer.
             nats: Logarithm of the number of possible answers.
             choice: How it was chosen, for the other columns.

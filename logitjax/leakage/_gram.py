@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import scipy.linalg
 
-BLOCK = 8192  # tokens at a time
+# Tokens at a time.
+BLOCK = 8192
 _dsyrk: Any = scipy.linalg.get_blas_funcs("syrk", dtype=np.float64)
 
 

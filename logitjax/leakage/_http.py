@@ -24,13 +24,9 @@ class HttpOracle(Meter):
     """Asks a completion server, one token at a time, and counts.
 
     Args:
-        address: `http://127.0.0.1:PORT`. Only loopback: you audit a server that you run.
+        address: `http://127.0.0.1:PORT`. Only loopback, else ValueError: you audit your own server.
         policy: What the server is known to do; `top_k` values are asked for.
-        api_key: API key of the server.
         budget: Largest number of queries; None for any.
-
-    Raises:
-        ValueError: The address is not of this machine.
     """
 
     def __init__(

@@ -59,7 +59,7 @@ class LogitOracle(Meter):
     Args:
         apply_fn: ``tokens [n, length] -> [n, vocab]``: logits of the position after the last.
         policy: what the API does.
-        budget: largest number of queries; None for any.
+        budget: largest number of queries, then BudgetExhaustedError; None for any.
         seed: seed of the API's noise and draws.
         batch_size: number of prompts in a forward pass.
         cache_size: number of prompts whose logits are kept.
@@ -107,9 +107,6 @@ class LogitOracle(Meter):
         Args:
             prompts: ``n`` sequences of token ids, of any lengths.
             temperature: temperature of the drawn token, which every query draws anew.
-
-        Raises:
-            BudgetExhaustedError: the budget would be exceeded.
         """
         self.charge(len(prompts))
         size = self._batch_size
@@ -126,8 +123,7 @@ class LogitOracle(Meter):
     ) -> Answer:
         """Many queries about one prompt, each with its own logit bias.
 
-        As `ask`, with ``[n, biased]`` tokens and nats. A bias that the policy refuses is a
-        ValueError.
+        As `ask`, with ``[n, biased]`` tokens and nats; ValueError for what the policy refuses.
         """
         tokens = np.asarray(bias_tokens, np.int32)
         bias = np.broadcast_to(np.asarray(bias_values, np.float32), tokens.shape)

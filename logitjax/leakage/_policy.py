@@ -49,7 +49,8 @@ class Answer:
 class LogitPolicy:
     """The policy of a logit API: what it reports, and how it changes logits before.
 
-    ::
+    Kinds and defences of Carlini et al., Stealing part of a production language model, 2024,
+    sections 4 to 8. ::
 
         z <- z + noise e         e of the prompt
         y = z + bias             where bias moves what is reported
@@ -71,10 +72,6 @@ class LogitPolicy:
         noise_per: ``prompt``: the same prompt gets the same noise, so repeated queries average
             nothing. ``query``: fresh noise, which can be averaged away.
         floor: lowest value that is reported.
-
-    References:
-        Carlini et al., Stealing part of a production language model, 2024, sections 4 to 8, for the
-        kinds of API and for the defences.
     """
 
     returns: str = option("logprobs", choices=_CHOICES["returns"])
@@ -108,10 +105,7 @@ class LogitPolicy:
                 and no bias), `top_K_bias` (with a bias that moves what is reported),
                 `top_K_sampling` (with one that does not), `draws` (the drawn token's own value, no
                 bias), `sampling` (the same, and a bias moves what is drawn) or `argmax` (the token
-                alone, and a bias moves it).
-
-        Raises:
-            ValueError: The name is none of these, or its numbers make no policy.
+                alone, and a bias moves it). Others, and impossible numbers, are a ValueError.
 
         >>> LogitPolicy.parse("top_5").top_k
         5
@@ -167,10 +161,8 @@ class LogitPolicy:
     def noise_nats(self, deviation: float) -> float:
         """Most nats a token that any number of answers tells of a row under this noise.
 
-        For normal logits, and noise that a context always gets again: `log(1 + s^2 / noise^2) / 2`.
-
-        Args:
-            deviation: Standard deviation s of the logits.
+        For normal logits of standard deviation s, the argument, and noise that a context always
+        gets again: `log(1 + s^2 / noise^2) / 2`.
         """
         return 0.5 * math.log1p((deviation / self.noise) ** 2) if self.noise else math.inf
 
@@ -207,13 +199,10 @@ class LogitPolicy:
 
         Args:
             served: ``[*batch, vocab]``.
-            bias_tokens: ``[*batch, biased]`` the tokens of a query's bias.
+            bias_tokens: ``[*batch, biased]``; ValueError for a bias beyond what is allowed.
             bias_values: ``[*batch, biased]`` in nats.
             temperature: temperature of the drawn token; values are reported at 1.
             key: key of the draw; without one the likeliest token is taken, as at temperature 0.
-
-        Raises:
-            ValueError: the bias is not allowed, or there is too much of it.
 
         >>> policy = LogitPolicy(returns="logits", top_k=1, bias="reported", decimals=1)
         >>> @jax.jit

@@ -49,8 +49,7 @@ def recover_log_probs(
     under a bias: if token t is drawn at temperature 0 under biases b, then `z_j + b_j <= z_t + b_t`
     for all j. Tokens are biased so that each is equally likely to be drawn, which is within a
     factor two of the best that one of N answers can tell: 2.6 queries a token to 1e-4 of the range.
-    Tokens 40 nats below the largest stay unknown, and unless all are known the row is less its
-    largest value.
+    Tokens 40 nats below the largest stay unknown; with some unknown the row is less its largest.
 
     Where a bias moves only the drawn token, whose own value is reported without it, each token is
     `forced` in turn: V queries a row. Where no bias is taken, the values of whatever is drawn are
@@ -65,12 +64,14 @@ def recover_log_probs(
 
         log p_i = (y_i - y_r) + log p_r
 
-    The bias has to exceed the range of the logits, else tokens stay below the top k, and are
-    reported as missing, not guessed.
+    A bias below the range of the logits leaves tokens below the top k: they count as missing.
+
+    After openlogprobs and Carlini et al., 2024, section 5, but for the reference token: their form
+    without one loses 4 nats at a bias of 20 in float32. Their searches keep one interval a token,
+    or close all constraints at O(N^3) an answer; here it is O(N^2).
 
     Args:
         oracle: The API, e.g. a `LogitOracle`.
-        prompt: Token ids.
         vocab_size: V.
         bias: In nats; by default 30, then 80 for tokens that stay below, or what the policy allows.
         tokens: The tokens to recover; by default all. An API of logits then gives their differences
@@ -78,14 +79,8 @@ def recover_log_probs(
         draws: Number of draws where no bias is taken.
 
     Raises:
-        ValueError: The API's answers do not depend on a bias, or have too few decimals; the message
-            says which.
+        ValueError: The API's answers do not depend on a bias, or have too few decimals.
         BudgetExhaustedError: The oracle's budget is spent.
-
-    References:
-        openlogprobs; Carlini et al., 2024, section 5. Departs from both in the reference token:
-        their form without one loses 4 nats at a bias of 20 in float32. Their searches keep one
-        interval a token, or close all constraints at O(N^3) an answer; here it is O(N^2).
 
     >>> from logitjax.leakage import LogitOracle, LogitPolicy
     >>> table = np.log(np.array([[0.5, 0.3, 0.2, 1e-30]], np.float32))

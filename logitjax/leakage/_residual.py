@@ -129,6 +129,5 @@ def rows_apart(gram: Float[np.ndarray, "n n"], noise: Float[np.ndarray, " n"]) -
 
 
 def finite_columns(rows: np.ndarray) -> Bool[np.ndarray, " vocab"]:
-    """Columns without a NaN or an infinity."""
     blocks = range(0, rows.shape[1], BLOCK)
     return np.concatenate([np.isfinite(rows[:, i : i + BLOCK]).all(axis=0) for i in blocks])

@@ -28,7 +28,6 @@ class OutputSubspace:
         width: the hidden dimension as an interval with its reason, or a refusal.
         singular_values: singular values of the rows, falling.
         vocab_where: ``[vocab]``, tokens whose values were finite in all rows.
-        count: number of rows.
     """
 
     basis: np.ndarray
@@ -63,14 +62,8 @@ class OutputSubspace:
 
         ``values = basis[tokens] c + shift``, then ``row = basis c + shift``, the shift each row's
         normaliser: h + 1 values say all V. Errors of the values are multiplied by up to the
-        condition of the basis at the tokens; one above 1e6 is refused.
-
-        Args:
-            tokens: ``[m]`` where the values were taken, distinct.
-            values: ``[n, m]``.
-
-        Returns:
-            ``[n, vocab]``, NaN where ``vocab_where`` is False.
+        condition of the basis at the tokens; one above 1e6 is refused. Values ``[n, m]`` at ``[m]``
+        distinct tokens become ``[n, vocab]``, NaN where ``vocab_where`` is False.
         """
         tokens, values = np.asarray(tokens), np.asarray(values, np.float64)
         if not self.vocab_where[tokens].all():
@@ -101,15 +94,15 @@ def estimate_output_subspace(
 
     Rows are W h_i (- c_i 1), so they span at most h dimensions, h + 1 with the normalisers.
     Centring each row removes the normalisers and leaves the head modulo multiples of the ones
-    vector. The float64 n x n Gram matrix of the rows and its eigenvectors are exact to half of
-    float64's digits, and show the whole spectrum.
+    vector. The float64 n x n Gram matrix shows the whole spectrum, to half of float64's digits.
 
     The width is tested: everything beyond k directions has to be rounding, or white noise of a
     fitted size (`OutputWidth`). A token with a NaN or an infinity in some row is left out.
+    Carlini et al., 2024, section 4, and Finlayson et al., 2024, section 4, read the width off the
+    largest gap, which answers n where n < h, and 1 on a real spectrum under noise.
 
     Args:
-        rows: ``[n, vocab]``, n > h. Those of an accelerator are fetched; on the host they are never
-            copied whole, unless tokens are left out.
+        rows: ``[n, vocab]``, n > h; those on the host are copied whole only to leave tokens out.
         dimension: columns of the basis, if the width is known; the width is still tested.
         noise: standard deviation of the API's noise on a value, 0 for none, None if not known. It
             is compared with the rows, and sharpens the result of few rows.
@@ -118,12 +111,7 @@ def estimate_output_subspace(
 
     Raises:
         TypeError: rows are not floating point.
-        ValueError: rows of another rank, a dimension that n rows cannot show, or
-            values that are not finite in most tokens.
-
-    References:
-        Carlini et al., 2024, section 4; Finlayson et al., 2024, section 4. Both read the width off
-        the largest gap, which answers n where n < h, and 1 on a real spectrum under noise.
+        ValueError: rows of another rank, a dimension beyond n rows, or most tokens left out.
 
     >>> rng = np.random.default_rng(0)
     >>> head, states = rng.standard_normal((50, 3)), rng.standard_normal((12, 3))

@@ -37,11 +37,9 @@ class OutputWidth:
     Attributes:
         lower: At least so many.
         estimate: The most likely number; None where none can be established.
-        upper: At most so many, as far as directions stronger than `floor` go; None where the rows
-            leave it open.
+        upper: At most so many directions stronger than `floor`; None where rows leave it open.
         reason: What that rests on, or why there is no more to say.
-        noise: Standard deviation of a value's noise as it was fitted, 0 for rounding; None where
-            none fits.
+        noise: Fitted standard deviation of a value's noise, 0 for rounding; None where none fits.
         floor: A direction whose singular value without noise is smaller could have gone unseen.
     """
 
@@ -101,10 +99,8 @@ def judge_width(
     Where nothing fits there is a lower bound only, which asks of the noise to be independent.
 
     `step` is the largest rounding error of a value, `named` the noise to hold against the fit.
-
-    References:
-        Landa, Zhang and Kluger, 2022 (Biwhitening reveals the rank of a count matrix), whose
-        scales whiten noise of other variances as well.
+    Scales as of Landa, Zhang and Kluger, 2022 (Biwhitening reveals the rank of a count matrix),
+    which whiten noise of other variances as well.
     """
     exact = step * (math.sqrt(len(gram)) + math.sqrt(table.rows.shape[1]))
     if not np.trace(gram) > exact**2:

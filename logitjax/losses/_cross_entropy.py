@@ -1,5 +1,3 @@
-"""Cross-entropy with integer labels."""
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -31,7 +29,6 @@ def cross_entropy(
     What all losses take, return and raise is written in `logitjax.losses`.
 
     Args:
-        labels: `[*batch]` integers in `0..vocab - 1`.
         label_smoothing: the weight `e` of the uniform distribution, in `[0, 1)`.
         z_loss: the weight `c` of the squared log-normaliser, which keeps logits from drifting.
 

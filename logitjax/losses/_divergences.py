@@ -1,5 +1,3 @@
-"""Divergences between a student's and a teacher's distribution over one shared vocabulary."""
-
 from typing import Literal
 
 import jax
@@ -29,9 +27,6 @@ def kl_divergence(
 
     `T^2` keeps the size of the gradient when the temperature changes.
     What all losses take, return and raise is written in `logitjax.losses`.
-
-    Args:
-        direction: 'forward' for KL(teacher || student), 'reverse' for KL(student || teacher).
 
     Returns:
         `[*batch]`, float32. `inf` where the first distribution has mass on an entry that is `-inf`

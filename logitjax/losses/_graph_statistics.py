@@ -1,5 +1,3 @@
-"""Statistics that graph fusion needs of logits: a few numbers a position, cacheable offline."""
-
 import dataclasses
 from typing import Any
 
@@ -72,7 +70,6 @@ def graph_statistics(
 
     Args:
         logits: `[*batch, positions, vocab]`, any float type.
-        k: how many to keep, at most the vocabulary.
         vocab_where: vocabulary entries that count, broadcastable to the logits.
         axis_name: mesh axis that shards the vocabulary, inside `shard_map`.
 

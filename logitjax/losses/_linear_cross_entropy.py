@@ -1,5 +1,3 @@
-"""Cross-entropy from hidden states, without the logits."""
-
 import dataclasses
 from typing import Any, Unpack
 
@@ -25,16 +23,11 @@ def linear_cross_entropy(
 
     The vocabulary is visited in blocks, once for the value and once more for the gradient, which
     forms the logits of a block again and writes the head's gradient in place. What is saved between
-    the two is a few numbers a position. The loss is::
+    the two is a few numbers a position. With `e = label_smoothing` and `c = z_loss` the loss is::
 
         (1 - e) (log Z - logits_y) + e mean_v (log Z - logits_v) + c (log Z)^2
 
     What all losses take, return and raise is written in `logitjax.losses`.
-
-    Args:
-        labels: `[*batch]` integers in `0..vocab - 1`.
-        label_smoothing: `e`.
-        z_loss: `c`.
 
     Returns:
         `[*batch]` float32, or a scalar with `weights`. As `cross_entropy`: `inf` where the label's

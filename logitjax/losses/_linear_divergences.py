@@ -1,5 +1,3 @@
-"""Divergences between a student's and a teacher's linear head, without the logits of either."""
-
 from typing import Literal, Unpack
 
 import jax
@@ -28,9 +26,6 @@ def linear_kl_divergence(
     is `T^2 KL(teacher || student)`, or `T^2 KL(student || teacher)`, of `logits / T`.
     What all losses take, return and raise is written in `logitjax.losses`.
 
-    Args:
-        direction: 'forward' for KL(teacher || student), 'reverse' for KL(student || teacher).
-
     >>> import jax.numpy as jnp
     >>> one = jnp.ones((1,))
     >>> head, teacher_head = jnp.log(jnp.array([[0.5, 0.5]])), jnp.log(jnp.array([[0.25, 0.75]]))
@@ -58,15 +53,12 @@ def linear_generalized_jensen_shannon(
     """`generalized_jensen_shannon` of two linear heads, without the logits of either.
 
     The mixture needs both normalisers before its first term, so the value takes two sweeps over
-    the vocabulary and the gradient a third; with `weights` there is one. It is::
+    the vocabulary and the gradient a third; with `weights` there is one. For `beta` in `[0, 1]`::
 
         m = beta p + (1 - beta) q
         beta KL(p || m) + (1 - beta) KL(q || m),    KL(p || q) at beta = 0, KL(q || p) at beta = 1
 
     What all losses take, return and raise is written in `logitjax.losses`.
-
-    Args:
-        beta: the teacher's weight, in `[0, 1]`.
 
     >>> import jax.numpy as jnp
     >>> one = jnp.ones((1,))

@@ -1,5 +1,3 @@
-"""Log-probabilities of given tokens, and entropies, from hidden states."""
-
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -59,13 +57,11 @@ def linear_log_probs(
     What all losses take and raise is written in `logitjax.losses`.
 
     Args:
-        hidden: `[*batch, hidden]`, at positions that predict the tokens.
-        tokens: `[*batch]` ids, over the whole vocabulary.
+        tokens: `[*batch]` ids, over the whole vocabulary, which the positions of `hidden` predict.
         support: The sets `S` as the sampler has recorded them: `[*batch, n]` ids, padded with -1
             (see `pad_support`). A token that its set lacks is added, an id counts once, and an
             empty set stands for the whole vocabulary. Sets found anew from the trained model's own
             logits would differ from those by rounding, and later by training.
-        entropy: Whether to return it.
 
     Returns:
         `LogProbs`; `-inf` where the token's entry does not exist, nan where an id is past the
@@ -111,7 +107,6 @@ def pad_support(ids: Array, row_splits: Array, batch: tuple[int, ...]) -> np.nda
         ids: `[total]`, the sets one after the other.
         row_splits: `[positions + 1]`, where each begins, and the end, outside of `jit`: the largest
             set tells `n`.
-        batch: Shape of the positions.
 
     Raises:
         ValueError: The splits are none of these positions and ids.

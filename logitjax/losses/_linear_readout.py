@@ -1,5 +1,3 @@
-"""A few numbers per position of a linear head's logits, differentiable, without the logits."""
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -52,7 +50,6 @@ def linear_readout(
     label or of a teacher's top tokens, the own top k with mean and deviation) can be written on top
     of this as if the logits were there: every float of the result is differentiable, and the
     backward pass is one more sweep however many of them are used.
-
     What all losses take, return and raise is written in `logitjax.losses`.
 
     Args:

@@ -1,5 +1,3 @@
-"""Divergences from a teacher of which only the top logits are known, as a cache holds them."""
-
 import dataclasses
 from typing import Any, Literal, Unpack
 
@@ -47,7 +45,6 @@ def sparse_kl_divergence(
     student, now or some steps ago, the last is an unbiased estimate of the whole divergence, and so
     is its gradient; a single position's value may be negative. For the reverse let the student
     draw, at its own top k: of a teacher's draws the weights have no bound.
-
     What all losses take, return and raise is written in `logitjax.losses`.
 
     Args:
@@ -129,7 +126,6 @@ def linear_sparse_kl_divergence(
     Costs what `linear_cross_entropy` costs: the sweep over the vocabulary picks the student's
     logits at the teacher's ids as it passes them. `linear_fused_loss` adds the labels'
     cross-entropy in the same sweep.
-
     What all losses take, return and raise is written in `logitjax.losses`.
 
     Args:
@@ -269,7 +265,8 @@ def _of_teacher(values: jax.Array, log_z: jax.Array) -> jax.Array:
 def _estimate(teacher: Any, student: Any, log_law: Any, direction: str) -> jax.Array:
     """The divergence by log-probabilities at the top k and at draws, weighed by importance."""
     (log_p, drawn_p), (log_q, drawn_q) = teacher, student
-    if log_law is None:  # The teacher drew.
+    # The teacher drew.
+    if log_law is None:
         rest = jnp.maximum(1.0 - jnp.exp(log_p).sum(-1, keepdims=True), 0.0)
         log_law = jnp.where(drawn_p == -jnp.inf, -jnp.inf, drawn_p - jnp.log(rest))
     over, under = (drawn_p, drawn_q) if direction == "forward" else (drawn_q, drawn_p)

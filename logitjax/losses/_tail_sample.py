@@ -1,5 +1,3 @@
-"""Draws from what some top k leaves out: from them the whole divergence is estimated."""
-
 import dataclasses
 import math
 from typing import Any
@@ -72,7 +70,8 @@ class TailSample:
         taken = jnp.asarray(top_indices).reshape(len(rows), top_indices.shape[-1])
         # Not counted from the end.
         taken = jnp.where(taken < 0, vocab, taken)
-        rest = rows.at[jnp.arange(len(rows))[:, None], taken].set(-jnp.inf)  # beyond: dropped
+        # beyond: dropped.
+        rest = rows.at[jnp.arange(len(rows))[:, None], taken].set(-jnp.inf)
         log_rest = logsumexp(rest)
         some = log_rest != -jnp.inf
         shares = jnp.exp(rest - jnp.where(some, log_rest, 0.0)[:, None])

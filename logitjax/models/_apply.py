@@ -7,18 +7,14 @@ from flax import nnx
 
 
 def from_nnx(module: Any, *, method: str | None = None) -> tuple[Callable, dict]:
-    """Turn an nnx module into `(apply_fn, params)`.
+    """Turn an nnx module into `(apply_fn, params)`; `apply_fn(params, *args, **kwargs)` calls it.
 
     `params` is a pure dict of the `nnx.Param` arrays; everything else the module holds (PRNG
     streams, statistics) stays fixed inside `apply_fn`. To call several methods, write
     `nnx.merge(apply_fn.graphdef, params, apply_fn.rest)` yourself.
 
     Args:
-        module: any nnx module.
         method: the method to call; `__call__` when omitted.
-
-    Returns:
-        `apply_fn(params, *args, **kwargs)` and the parameters.
 
     Raises:
         TypeError: for something else, such as a Linen module, whose `apply` is pure already.

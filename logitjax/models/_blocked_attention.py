@@ -41,9 +41,7 @@ def blocked_attention(
 
     Query `t` stands at place `start + t` and sees keys of its own segment at its place and before,
     at most `window` of them; keys of segment -1 are padding. A query without a key gets 0.
-
-    References:
-        Dao, FlashAttention-2 (arXiv 2307.08691), algorithms 1 and 2.
+    Algorithms 1 and 2 of Dao, FlashAttention-2 (arXiv 2307.08691).
     """
     batch, time, heads, dim = query.shape
     slots, groups = key.shape[1], key.shape[2]

@@ -46,10 +46,7 @@ class Cache:
         Windowed layers keep only their window. Past `max_length` the oldest tokens are overwritten.
 
         Args:
-            config: the decoder's configuration.
-            batch: number of rows.
             max_length: slots of layers without a window.
-            dtype: type of keys and values.
             layout: `'listed'` or `'stacked'`, as the model's.
             ring_slack: slots of windowed layers beyond their window: the number of tokens by which
                 one may go back without losing what the window still needs.

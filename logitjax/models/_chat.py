@@ -22,11 +22,7 @@ _SCRIPT = pathlib.Path(__file__).with_name("_template_worker.py")
 def render_template(
     template: str, variables: Mapping[str, Any], seconds: float
 ) -> tuple[str, Spans | None]:
-    """The text that a chat template makes, and where its `{% generation %}` blocks lie in it.
-
-    The environment is that of `transformers.apply_chat_template`, in a process of its own. Spans
-    are None where a template has no such blocks.
-    """
+    """The text that a template makes, and its `{% generation %}` spans; None without any."""
     limits = guard.LIMITS
     guard.whole(len(template), "chat template: length", most=limits.template_bytes)
     asked = json.dumps({"source": template, "variables": variables, "seconds": seconds})
@@ -52,7 +48,6 @@ class _Worker:
         self._process: Any = None
 
     def ask(self, line: str, seconds: float) -> dict[str, Any]:
-        """The answer to one request; one at a time."""
         with self._lock:
             if self._process is None:
                 require("jinja2", extra="models")
@@ -77,7 +72,6 @@ class _Worker:
         return {"error": f"it takes {reason}"}
 
     def end(self) -> None:
-        """Ends the process, if there is one."""
         process, self._process = self._process, None
         if process is not None:
             process.kill()

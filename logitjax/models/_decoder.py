@@ -29,8 +29,6 @@ _ACTIVATIONS = {
 
 
 class MLP(nnx.Module):
-    """Gated or plain two-layer perceptron."""
-
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any):
         kinds: Any = {"dtype": dtype, "param_dtype": param_dtype, "use_bias": config.mlp_bias}
         linear = functools.partial(linear_map, rngs=rngs, **kinds)
@@ -52,8 +50,6 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One transformer layer."""
-
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any):
         def norm() -> Norm:
             return Norm(config, config.hidden_size, param_dtype=param_dtype)
@@ -192,11 +188,7 @@ class Decoder(nnx.Module):
     training) or listed and unrolled (`'listed'`, for decoding); `with_layout` converts.
 
     Args:
-        config: sizes and switches.
-        rngs: source of the initial parameters.
         dtype: compute dtype. Norms, softmax and logits are float32 always.
-        param_dtype: dtype of the parameters.
-        layout: `'stacked'` or `'listed'`.
         remat: what the backward pass keeps of a layer: `'none'` recomputes nothing, `'dots'`
             keeps matmul results, `'full'` keeps the layer's input only.
         head: a module `head(hidden, embedding) -> logits` with `as_linear(embedding)`;
@@ -234,7 +226,8 @@ class Decoder(nnx.Module):
         self.layout: str = layout
         self.remat: str = remat
         self.attention: Implementation = attention
-        normal = nnx.initializers.normal(0.02)  # as GPT-2 begins
+        # As GPT-2 begins.
+        normal = nnx.initializers.normal(0.02)
         self.embedding = nnx.Param(
             normal(rngs.params(), (config.vocab_size, config.hidden_size), param_dtype)
         )
@@ -280,19 +273,15 @@ class Decoder(nnx.Module):
         lora: Lora | None = None,
         lora_rows: Array | None = None,
     ) -> tuple[Float[jax.Array, "batch time hidden"], Cache | None]:
-        """Normed hidden states before the head, and the cache after these tokens.
+        """Normed hidden states in the compute dtype, and the cache after these tokens, if any.
 
         Args:
-            tokens: token ids.
             positions: position of each token, -1 for padding, which is never attended. Counted
                 from 0 (within each segment) or on from `cache.length` when omitted.
             segment_ids: packed documents; tokens attend within equal ids only. Not with a cache.
             cache: cache from `init_cache`, in the model's layout.
             lora: adapters in the model's layout.
             lora_rows: bool `[batch]`, the rows that use the adapters; all when omitted.
-
-        Returns:
-            Hidden states in the compute dtype, and the new cache (None without one).
 
         Raises:
             ValueError: for `segment_ids` together with a cache, or more new tokens than slots.
@@ -322,7 +311,8 @@ class Decoder(nnx.Module):
                 keys.append(tuple(k for k, _ in pairs))
                 values.append(tuple(v for _, v in pairs))
         if cache is not None:
-            length = jnp.maximum(cache.length, positions.max(axis=1) + 1)  # padding is at -1
+            # Padding is at -1.
+            length = jnp.maximum(cache.length, positions.max(axis=1) + 1)
             cache = Cache(keys=tuple(keys), values=tuple(values), positions=stored, length=length)
         return self.final_norm(x), cache
 
@@ -343,13 +333,10 @@ class Decoder(nnx.Module):
         Args:
             x: activations before these layers, from `embed` before the first.
             positions: position of each token, -1 for padding.
-            layers: which layers; those of a listed model only.
+            layers: which layers, of a listed model; a ValueError for a stacked one.
             cache: keys and values of these layers alone, as one segment; positions of all windows.
             lora: adapters of these layers, listed.
             lora_rows: bool `[batch]`, the rows that use the adapters; all when omitted.
-
-        Raises:
-            ValueError: for a stacked model.
         """
         if self.layout != "listed":
             raise ValueError("model: expected listed layers, use with_layout(model, 'listed')")

@@ -15,8 +15,6 @@ from logitjax.models._lora import linear_map
 
 
 class _Maps(nnx.Module):
-    """One linear map an expert."""
-
     def __init__(self, shape: tuple[int, ...], *, rngs: nnx.Rngs, param_dtype: Any):
         self.kernel = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), shape, param_dtype))
 

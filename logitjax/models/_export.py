@@ -86,7 +86,6 @@ def save_pretrained(
         model: a decoder with a full or tied head.
         tokenizer: written along, unless None.
         directory: folder, made if it does not exist.
-        max_shard_bytes: largest size of a shard.
 
     Raises:
         ValueError: for a setting that the format of the model's family lacks, or a head of another

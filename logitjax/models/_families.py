@@ -85,10 +85,7 @@ def find_family(
     names: Callable[[Family], tuple[str | None, ...]] = lambda family: (family.name,),
     raw: Mapping[str, Any] | None = None,
 ) -> Family:
-    """The family of which one of the `names` is this one.
-
-    Where there is none, the error names the nearest, by its config.json (`raw`) and then by name.
-    """
+    """The family with one of the `names`; else an error with the nearest, by `raw` or by name."""
     families = list(all_families())
     for family in families:
         if name is not None and name in names(family):

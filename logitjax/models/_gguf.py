@@ -21,8 +21,6 @@ _PIECE = 1 << 20
 
 
 class _Header:
-    """Reads values off the front of a file."""
-
     def __init__(self, file: guard.Reader):
         self.file = file
         self._values = 0
@@ -69,8 +67,6 @@ class _Header:
 
 
 class GgufSource:
-    """Tensors and metadata of a GGUF file."""
-
     def __init__(self, path: epath.PathLike):
         self.path = epath.Path(path)
         if not self.path.exists():

@@ -14,7 +14,6 @@ _TURN_ENDS = frozenset({"<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<e
 
 
 def gguf_config(source: GgufSource) -> DecoderConfig:
-    """The decoder that a GGUF file describes."""
     architecture = source.metadata("general.architecture")
     where = f"{source.path}: general.architecture"
     # Mixtral's files are of the architecture of Llama.

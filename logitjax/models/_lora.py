@@ -43,13 +43,9 @@ class Lora:
         """Adapters for `hidden_states(lora=)` that at first change nothing: random `a`, zero `b`.
 
         Args:
-            config: the decoder's configuration.
-            rank: inner size.
-            key: PRNG key.
             alpha: the update is scaled by `alpha / rank`; `rank` when omitted.
             targets: linear maps to adapt, of `query key value output gate up down`; all when
                 omitted.
-            dtype: type of the adapters.
             layout: `'stacked'` or `'listed'`, as the model's.
 
         Raises:
@@ -122,15 +118,11 @@ class Lora:
     def load(
         cls, directory: epath.PathLike, config: DecoderConfig, *, layout: str = "listed"
     ) -> "Lora":
-        """Adapters from a directory that `save` or PEFT wrote.
+        """Adapters from a directory that `save` or PEFT wrote, one for each map that it names.
 
         Args:
             directory: With `adapter_config.json` and `adapter_model.safetensors`.
-            config: Configuration of the model they are for.
             layout: `'listed'` or `'stacked'`, as the model's.
-
-        Returns:
-            The adapters, one for each map that the directory names.
 
         Raises:
             FileNotFoundError: A file is missing.
@@ -143,12 +135,9 @@ class Lora:
         return lora if layout == "listed" else lora.with_layout(config, layout)
 
     def merged_into(self, model: "Decoder") -> "Decoder":
-        """The model with the adapters in its kernels, `kernel + a @ b * scale`.
+        """The model with the adapters, of its layout, in its kernels: `kernel + a @ b * scale`.
 
         The adapted kernels are new arrays; all others are shared with the given model.
-
-        Args:
-            model: the decoder under the adapters, in their layout.
 
         >>> import numpy as np
         >>> from logitjax.models import load_model

@@ -20,7 +20,6 @@ _UNKNOWN = ("alora_invocation_tokens", "alpha_pattern", "layer_replication", "ra
 
 
 def save_peft(lora: Lora, config: DecoderConfig, directory: epath.PathLike, base: str) -> None:
-    """See `Lora.save`."""
     modules, layers = _modules(config), _listed(lora, config)
     tensors: dict[str, np.ndarray] = {}
     for i, layer in enumerate(layers):
@@ -55,7 +54,6 @@ def save_peft(lora: Lora, config: DecoderConfig, directory: epath.PathLike, base
 
 
 def load_peft(directory: epath.PathLike, config: DecoderConfig) -> Lora:
-    """See `Lora.load`; listed."""
     directory = epath.Path(directory)
     for name in (_CONFIG, _WEIGHTS):
         if not (directory / name).exists():
@@ -137,7 +135,6 @@ def _layer(
 
 
 def _listed(lora: Lora, config: DecoderConfig) -> list[dict[str, Any]]:
-    """One mapping of adapters a layer, in the order of the layers."""
     # a leading axis of layers.
     if jax.tree.leaves(lora)[0].ndim == 3:
         lora = lora.with_layout(config, "listed")

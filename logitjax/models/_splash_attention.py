@@ -40,11 +40,7 @@ def splash_attention(
         return run(query, key, value, segments)
     spec, ids = PartitionSpec(rows, None, heads), PartitionSpec(rows)
     return jax.shard_map(
-        run,
-        in_specs=(spec, spec, spec, ids),
-        out_specs=spec,
-        axis_names=free,
-        check_vma=False,
+        run, in_specs=(spec, spec, spec, ids), out_specs=spec, axis_names=free, check_vma=False
     )(query, key, value, segments)
 
 

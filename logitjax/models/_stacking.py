@@ -18,7 +18,6 @@ def stack_layers(layers: Sequence[Any], spec: SegmentSpec) -> list[Any]:
 
 
 def list_layers(stacked: Sequence[Any], spec: SegmentSpec) -> list[Any]:
-    """Undoes `stack_layers`."""
     return _listed(list(stacked[: len(spec.pattern)]), spec.repeats)
 
 

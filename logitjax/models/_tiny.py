@@ -22,7 +22,6 @@ def tiny_seed(spec: str) -> int | None:
 
 
 def tiny_config(*, layers: int = 2) -> DecoderConfig:
-    """The shape of `tiny_decoder`."""
     return DecoderConfig(
         # Bytes and the end of a text, as of `byte_tokenizer`.
         vocab_size=257,

@@ -68,7 +68,6 @@ class Tokenizer:
         """Token ids of `text`; special tokens written out in it are recognised.
 
         Args:
-            text: a text, or a part of one.
             add_bos: whether to begin with the beginning mark (once, also where the text spells it
                 out); None for a text from its beginning, as the model expects it.
         """
@@ -103,7 +102,8 @@ class Tokenizer:
     ) -> str:
         """The text of a conversation under the chat template, byte for byte transformers'.
 
-        The template runs in jinja2's sandbox, as it comes with a downloaded model.
+        The template runs in jinja2's sandbox, as it comes with a downloaded model. Special
+        tokens are written out.
 
         Args:
             messages: dicts with `role` and `content`, and what else a template reads
@@ -113,9 +113,6 @@ class Tokenizer:
             documents: dicts with `title` and `text`.
             add_generation_prompt: end where the assistant's next answer begins.
             **variables: more names the template may use (`enable_thinking`...).
-
-        Returns:
-            The text, special tokens written out.
 
         Raises:
             ValueError: without a template, or where the template refuses the messages.
@@ -174,11 +171,7 @@ class Tokenizer:
         token) is learned; a token counts if it begins inside such a part. The whole text is encoded
         at once, so no token boundary is invented.
 
-        Args:
-            messages: as for `render_chat`.
-            learn: the role to learn from.
-            tools: as for `render_chat`.
-            **variables: more names the template may use.
+        Messages, tools and variables are those of `render_chat`.
 
         Returns:
             `(tokens, loss_mask)`, equally long; `loss_mask[t]` says that `tokens[t]` is a target.
@@ -201,10 +194,7 @@ class Tokenizer:
         return encoded.ids, [any(a <= start < b for a, b in spans) for start in starts]
 
     def byte_lengths(self) -> np.ndarray:
-        """UTF-8 bytes of each token's text, int64 `[vocab_size]`; 0 for special and unused ids.
-
-        By them two tokenizations are aligned.
-        """
+        """UTF-8 bytes of each token's text, int64 `[vocab_size]`; 0 for special and unused ids."""
         return np.array([len(text) for text in self.token_bytes()], np.int64)
 
     def token_bytes(self) -> tuple[bytes, ...]:

@@ -12,22 +12,21 @@ Path = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TensorSpec:
-    """One checkpoint tensor: our leaves, joined along `axis` of the checkpoint's layout.
-
-    `layer` is None outside of layers; of a leaf with one map an expert it is that of `expert`, or
-    of all where that is None. `transpose` turns `[in, out]` into `[out, in]`. Of each of
-    `rope_heads` heads' rows the first `rope_dim` have rotary pairs interleaved. `shift` was added
-    to the values.
-    """
+    """One checkpoint tensor: our leaves, joined along `axis` of the checkpoint's layout."""
 
     name: str
     leaves: tuple[Path, ...]
+    # None outside of layers.
     layer: int | None = None
+    # Of a leaf with one map an expert; None where the tensor has all of them.
     expert: int | None = None
     axis: int = 0
+    # `[in, out]` to `[out, in]`.
     transpose: bool = False
     rope_heads: int = 0
+    # So many rows of each of `rope_heads` heads have rotary pairs interleaved.
     rope_dim: int = 0
+    # Added to the values.
     shift: float = 0.0
 
     def stored(self, axes: tuple) -> tuple:
@@ -36,13 +35,11 @@ class TensorSpec:
 
 
 def hf_tensors(config: DecoderConfig) -> list[TensorSpec]:
-    """The tensors of a Hugging Face checkpoint of this configuration."""
     family = config.traits
     return _tensors(config, family.weights, family.interleaved, input_first=family.input_first)
 
 
 def gguf_tensors(config: DecoderConfig) -> list[TensorSpec]:
-    """The tensors of a GGUF file of this configuration."""
     family = config.traits
     # llama.cpp stores Gemma's norms as 1 + weight.
     shift = config.norm_offset

@@ -1,5 +1,3 @@
-"""logsumexp and log_softmax whose gradients stay finite whatever is masked."""
-
 import functools
 
 import jax
@@ -28,7 +26,6 @@ def logsumexp(
 
     Args:
         logits: `[*batch, vocab]` (the vocabulary at `axis`).
-        axis: the vocabulary axis.
         vocab_where: boolean, broadcastable to `logits`: True for the entries that exist.
         axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
 

@@ -1,5 +1,3 @@
-"""The mean over the positions that a mask keeps, and gradients from these positions alone."""
-
 from typing import Any
 
 import jax
@@ -59,9 +57,6 @@ def gradient_where(
     Args:
         values: `[*batch, ...]`, with any number of axes after those of `where`.
         where: `[*batch]` boolean.
-
-    Returns:
-        `values`.
 
     Raises:
         TypeError: `where` is not boolean.

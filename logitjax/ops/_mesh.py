@@ -51,8 +51,7 @@ def free_axes() -> set[str]:
 def platform_of(*arrays: Any) -> str:
     """Return the platform of the program that is traced here: `cpu`, `tpu` or `gpu`.
 
-    Programs are compiled for devices that are not there, so the arrays' own mesh goes before the
-    default device.
+    Programs are compiled for devices that are not there, so the arrays' mesh goes first.
     """
     meshes = [jax.typeof(x).sharding.mesh for x in arrays]
     for mesh in (*meshes, jax.sharding.get_abstract_mesh()):

@@ -1,5 +1,3 @@
-"""Gathers the few positions that count into an array of fixed length."""
-
 import math
 from typing import Any
 
@@ -18,16 +16,13 @@ class Positions:
     `counted` is False for them.
 
     Attributes:
-        counted: bool `[most]`, True for places that hold a position that counts. It is `where`
-            itself when all positions are kept.
-        fits: bool scalar, whether at most `most` positions count. If more do, the last ones are
-            missing.
+        counted: bool `[most]`, places that hold a position that counts; `where` if all are kept.
+        fits: bool scalar, whether at most `most` positions count; else the last ones are missing.
 
     Args:
         where: bool `[...]`, which positions count.
-        most: number of places. With None, or with no more positions than that, all positions stay
-            where they are. Leave it None where positions are split over devices, because gathering
-            would move them between devices.
+        most: number of places. With None, or no more positions, all stay where they are. Leave it
+            None where positions are split over devices: gathering would move them between these.
 
     Raises:
         ValueError: `most` is not positive.

@@ -1,5 +1,3 @@
-"""Python values as static arguments of `jax.jit`."""
-
 from typing import Any
 
 

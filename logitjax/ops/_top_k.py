@@ -38,10 +38,8 @@ def top_k(
         values: `[*batch, vocab]`. `-inf` entries come last. The two stages in XLA may miss a nan,
             and may take a -0.0 where a 0.0 of another group should come first. A single stage and
             `logitjax.kernels` order these too as `jax.lax.top_k` does.
-        k: number of entries, at most the size of the vocabulary.
         axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
             Each shard then sends its own k candidates, and indices refer to the whole vocabulary.
-        group_size: number of neighbours in a group.
 
     Returns:
         `(values, indices)`, both `[*batch, k]`: the dtype of `values`, and int32. Differentiable in
@@ -153,7 +151,6 @@ class TopK:
 
         Args:
             logits: `[*batch, vocab]`.
-            k: number of logits to keep, at most the size of the vocabulary.
             vocab_where: boolean, broadcastable to `logits`: True for the entries that exist.
             axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that
                 axis.

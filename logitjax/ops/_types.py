@@ -1,5 +1,3 @@
-"""Types of arrays and numbers that public functions take."""
-
 import jax
 import numpy as np
 

@@ -89,15 +89,7 @@ class ShardingRules:
     optional: tuple[str, ...] = ()
 
     def spec(self, path: str, shape: tuple[int, ...], mesh_shape: Any) -> P:
-        """The specification of one leaf.
-
-        Args:
-            path: its path.
-            shape: its shape.
-            mesh_shape: sizes of the mesh axes, `mesh.shape`.
-
-        Returns:
-            A PartitionSpec that fits the shape.
+        """The PartitionSpec of one leaf, which fits its shape; `mesh_shape` is `mesh.shape`.
 
         Raises:
             ValueError: if a rule names an axis that the mesh lacks, or, if `strict`, one that does

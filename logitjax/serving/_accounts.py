@@ -54,10 +54,7 @@ class Rate:
 
 
 class Accounts:
-    """Who may still ask how much; kept over a restart where there is a log, which is summed up.
-
-    Nats are counted by context, of all keys together: several keys have no more of them than one.
-    """
+    """Who may still ask how much; kept over a restart where there is a log, which is summed up."""
 
     def __init__(
         self,
@@ -83,7 +80,6 @@ class Accounts:
             self._writer.start()
 
     def spent(self, key: Key) -> Spent:
-        """Return a key's consumption."""
         return self._spent[key.name]
 
     def reserve(
@@ -135,7 +131,6 @@ class Accounts:
             rate.take(getattr(more, name))
 
     def close(self) -> None:
-        """Writes what is still to be written."""
         if self._writer is not None:
             self._lines.put(None)
             self._writer.join(timeout=10)

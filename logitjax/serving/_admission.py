@@ -151,7 +151,6 @@ def _allowed(
 
 
 def prompt_tokens(service: Service, asked: CompletionRequest, prompt: Any) -> list[int]:
-    """The tokens of one of a request's prompts."""
     name = "messages" if asked.chat else "prompt"
     if asked.chat:
         _check_size(service, sum(len(message["content"]) for message in prompt), name)

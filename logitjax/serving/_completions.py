@@ -18,8 +18,6 @@ from logitjax.serving._service import Service
 
 
 def completions(service: Service, *, chat: bool) -> Any:
-    """The endpoint of completions, or of chats."""
-
     async def endpoint(http: HttpRequest) -> Response:
         loop = asyncio.get_running_loop()
         key, body = await read_body(service, http)

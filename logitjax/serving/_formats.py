@@ -55,11 +55,9 @@ class Formats:
             self._wrong = f"this model's tokens cannot be held to one ({error})"
 
     def start(self) -> None:
-        """Begins the process that tries structures out, which takes a moment."""
         self._pool.submit(self._start)
 
     def close(self) -> None:
-        """Ends the process and the thread."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._end()
 
@@ -156,7 +154,6 @@ class Follower:
         self.allowed = self._mask() if allowed is None else allowed
 
     def copy(self) -> "Follower":
-        """Another answer, as far as this one is."""
         return Follower(self._matcher.deep_copy(), self._vocab_size, self.allowed)
 
     def take(self, tokens: Sequence[int]) -> None:

@@ -55,7 +55,6 @@ class HiddenStates:
         self._states = jax.jit(states)
 
     def compile(self) -> None:
-        """Every program once, before the server is ready."""
         for length in self._lengths:
             self._read([[0] * length])
         # Slices of arrays are programs too.

@@ -38,9 +38,8 @@ class Key:
     def read(cls, path: str) -> tuple["Key", ...]:
         """The keys of a file: one JSON object a line, with these fields.
 
-        Raises:
-            ValueError: A line is not a key, or a name or secret occurs twice; the message has the
-                line's number, never its text.
+        ValueError, with the line's number and never its text, if a line is no key, or a name or a
+        secret occurs twice.
         """
         keys: list[Key] = []
         for number, line in enumerate(epath.Path(path).read_text().splitlines(), 1):
@@ -79,7 +78,6 @@ class _Line(BaseModel, strict=True, extra="forbid"):
 
 
 def find_key(keys: Sequence[Key], authorization: str) -> Key:
-    """The key that a request shows."""
     given = authorization.encode(errors="surrogateescape")
     result = None
     for key in keys:

@@ -58,12 +58,8 @@ class Listening:
     def serve(self, app: Starlette) -> None:
         """Serve an application of `build_app` until a signal; prints one line with the address.
 
-        After SIGTERM and SIGINT running answers may go on for `drain_seconds`; they then end with
-        the reason `length`.
-
-        Raises:
-            OSError: The address is not available.
-            RuntimeError: The engine died before it could answer anything.
+        After SIGTERM or SIGINT answers go on for at most `drain_seconds`, then end as `length`.
+        OSError if the address is not available, RuntimeError if the engine died before any answer.
         """
         with contextlib.closing(_listener(self)) as listener:
             doorkeeper = Doorkeeper(_most_connections(self), self.idle_seconds)

@@ -8,9 +8,8 @@ from logitjax.models import Tokenizer
 class TokenNames:
     """Tokens of one model as OpenAI's API writes them.
 
-    A token that is text is called by it, the space in front of a word included. One that holds only
-    a part of a character is called by its bytes, as `bytes:\\xc3`. Special tokens, which stand for
-    no text, are called as they are written.
+    A token is called by its text, a space in front included; by its bytes, as `bytes:\\xc3`, where
+    it holds only a part of a character; and as it is written where it is special.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -18,7 +17,6 @@ class TokenNames:
         self._bytes = tokenizer.token_bytes()
 
     def __call__(self, token: int) -> tuple[str, bytes]:
-        """A token's name and its bytes."""
         stored = self._bytes[token] if token < len(self._bytes) else b""
         if not stored:
             name = self._tokenizer.decode([token])

@@ -65,7 +65,6 @@ class Disclosure:
         return 0 if self.policy.returns == "token" else self.policy.top_k or 0
 
     def options(self, end_ids: Sequence[int]) -> DecodeOptions:
-        """Return the options of the engine: what it has to report and to add."""
         policy = self.policy
         return DecodeOptions(
             logprobs=policy.returns == "logprobs",
@@ -122,7 +121,6 @@ class Disclosure:
         return int.from_bytes(self._digest(b"draw" + asked.to_bytes(8, "little"), 4), "little")
 
     def report(self, values: np.ndarray) -> np.ndarray:
-        """Log-probabilities as they leave."""
         floor, decimals = self.policy.floor, self.policy.decimals
         values = np.maximum(values, -1e30 if floor is None else floor)
         return values if decimals is None else np.round(values.astype(float), decimals)

@@ -152,12 +152,10 @@ class Scheduler:
 
     @property
     def draining(self) -> bool:
-        """Whether the end has begun."""
         return self._end is not None
 
     @property
     def load(self) -> tuple[int, int]:
-        """Slots taken, and requests waiting."""
         return len(self._jobs) - self._jobs.count(None), self._queued()
 
     def submit(self, jobs: Sequence[Job]) -> None:
@@ -422,10 +420,7 @@ class Scheduler:
 
 
 def _of_a_structure(tokens: Sequence[Token]) -> list[Token]:
-    """Takes back the values of those tokens that only a structure made likely.
-
-    It chooses tokens as a bias does: their own values would be a way to read any.
-    """
+    """Takes back values of tokens that only a structure made likely: like a bias, it reads any."""
     hidden = [token.id not in [id for id, _ in token.top] for token in tokens]
     untold = [dataclasses.replace(token, logprob=None) for token in tokens]
     return [b if hide else a for a, b, hide in zip(tokens, untold, hidden, strict=True)]

@@ -268,7 +268,6 @@ def request_model(config: ServerConfig, *, chat: bool) -> type[BaseModel]:
 
 
 def parse(body: Any, config: ServerConfig, *, chat: bool) -> CompletionRequest:
-    """A request from JSON."""
     if not isinstance(body, dict):
         raise BadRequestError(f"the body must be a JSON object, got {type(body).__name__}")
     model = request_model(config, chat=chat)
@@ -365,7 +364,6 @@ def _sampling(asked: Any) -> SamplingFields:
 
 
 def _structure(asked: Any) -> tuple[str, str] | None:
-    """Return the structure that an answer has to follow."""
     items: list[tuple[str, Any]] = []
     form, given = asked.response_format, asked.structured_outputs
     if form is not None and form.type == "json_object":
@@ -411,7 +409,6 @@ _ERROR = {"type": "object", "required": ["error"], "properties": {"error": _DETA
 
 
 def openapi(config: ServerConfig) -> dict[str, Any]:
-    """The API's description, for clients, fuzzers and people."""
     kinds: Any = [(request_model(config, chat=chat), "validation") for chat in (False, True)]
     models, described = pydantic.json_schema.models_json_schema(kinds, ref_template=_REF)
 

@@ -26,7 +26,6 @@ def tokenize(service: Service, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def detokenize(service: Service, body: dict[str, Any]) -> dict[str, Any]:
-    """The text of tokens."""
     tokens = body.get("tokens")
     if not isinstance(tokens, list) or body.keys() - {"model", "tokens"}:
         raise BadRequestError("tokens: expected a list of ids, and no field but model", "tokens")

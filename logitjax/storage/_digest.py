@@ -49,7 +49,8 @@ def _update(state: Any, value: Any, sample: int | None) -> None:
         is_key = jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
         value = jax.random.key_data(value) if is_key else value
     if isinstance(value, np.generic):
-        value = value.item()  # np.int64(3) is 3
+        # np.int64(3) is 3.
+        value = value.item()
     if value is None or isinstance(value, bool | int | float | str):
         kind, content = type(value).__name__, repr(value).encode()
         state.update(f"{kind}:{len(content)}:".encode() + content)

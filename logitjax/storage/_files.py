@@ -19,14 +19,12 @@ def write_atomic(
 ) -> None:
     """Writes a file so that readers see the old one or the new one, never a part of it.
 
-    The content goes to a hidden file beside the target, which is synced and then renamed. What a
-    killed run leaves is that hidden file, which nothing reads. An object store shows whole files
-    only: there the target is written itself.
+    The content goes to a hidden file beside the target, which is synced and then renamed; a killed
+    run leaves only that. An object store shows whole files only: there the target is written.
 
     Args:
         path: The file, local or remote; its folder is made.
-        content: Bytes, a text (UTF-8), or a function that writes into an open binary file, for
-            what should not lie in memory twice.
+        content: Bytes, a text (UTF-8), or a function that writes into an open binary file.
 
     >>> import tempfile
     >>> path = epath.Path(tempfile.mkdtemp()) / "notes" / "one.txt"

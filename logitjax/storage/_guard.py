@@ -1,7 +1,4 @@
-"""Limits on what a file may ask of its reader, checked before anything is allocated.
-
-Readers check lengths, shapes and nesting against what the file has left and against `LIMITS`.
-"""
+"""Limits on what a file may ask of its reader, checked before anything is allocated."""
 
 import contextlib
 import dataclasses
@@ -21,10 +18,9 @@ from etils import epath
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """The most that a file may ask for beside its tensors.
+    """The most that a file may ask for beside its tensors: together under 200 MB and ten seconds.
 
-    The whole of it together takes less than 200 MB and ten seconds. Models with vocabularies of
-    half a million tokens stay within each limit.
+    Models with vocabularies of half a million tokens stay within each limit.
 
     Attributes:
         header_bytes: The header of a safetensors or GGUF file.
@@ -80,10 +76,7 @@ def one_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def naming(path: object, kind: str = "") -> Iterator[None]:
-    """Turns whatever a reader trips over inside of a file into a `ValueError` that names the file.
-
-    `kind` is what it should have been, such as `an image`.
-    """
+    """Turns what a reader trips over into a `ValueError` that names the file and its `kind`."""
     try:
         yield
     except FileNotFoundError:
@@ -115,7 +108,8 @@ def whole(value: Any, field: str, *, least: int = 0, most: int = 1 << 62) -> int
 
 def shape_of(value: Any, field: str) -> tuple[int, ...]:
     """A shape that a file states: at most 32 sizes that are not negative."""
-    if not isinstance(value, list | tuple) or len(value) > 32:  # numpy 1's most
+    # numpy 1's most.
+    if not isinstance(value, list | tuple) or len(value) > 32:
         raise ValueError(f"{field}: expected at most 32 sizes, got {short(value)}")
     shape = tuple(whole(size, field) for size in value)
     # Numpy counts even where a size is nought.
@@ -206,15 +200,10 @@ def parse_json(content: bytes, limits: Limits = LIMITS) -> Any:
 
 
 def read_json(path: str | os.PathLike[str], *, form: type | tuple[type, ...] = object) -> Any:
-    """Read a JSON file.
-
-    Args:
-        path: The file.
-        form: What it must be at the top, such as `dict`.
+    """Read a JSON file, `form` at the top.
 
     Raises:
-        ValueError: There is no such file, it is not JSON, beyond `LIMITS` or of another form; names
-            the file.
+        ValueError: No such file, not JSON, beyond `LIMITS` or of another form; names the file.
     """
     content = read_bytes(path, most=LIMITS.json_bytes)
     try:
@@ -336,7 +325,6 @@ def open_zip(file: Any, limits: Limits = LIMITS) -> zipfile.ZipFile:
 
 
 def expanded(bytes_: int, size: int, field: str, limits: Limits = LIMITS) -> None:
-    """Raises where data of `size` bytes claims to grow to `bytes_`, beyond the limits."""
     most = max(limits.free_expansion, limits.expansion * size)
     if bytes_ > most:
         raise ValueError(f"{field}: {size} bytes grow to {bytes_}, expected at most {most}")

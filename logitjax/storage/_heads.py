@@ -17,13 +17,7 @@ from logitjax.storage._safetensors import SafetensorsSource
 def write_head(
     directory: str | os.PathLike[str], record: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
 ) -> None:
-    """Writes ``head.safetensors`` and ``head.json``, each whole or not at all.
-
-    Args:
-        directory: Made where it is not there.
-        record: What goes into JSON.
-        tensors: Contiguous arrays by name.
-    """
+    """Writes ``head.safetensors`` of contiguous arrays, and ``head.json``, whole or not at all."""
     root = epath.Path(directory)
     root.mkdir(parents=True, exist_ok=True)
     # In memory, as a head is small beside its model, and `save_file` has no remote path.

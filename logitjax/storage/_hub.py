@@ -21,9 +21,7 @@ def hub_snapshot(
     """The local directory of ``org/name`` or ``org/name@revision``, downloaded where needed.
 
     Args:
-        name: name of the repository.
         files: patterns of what to download.
-        kind: what the repository holds.
 
     Raises:
         ValueError: one line: the name is not a repository's, or it is neither here nor to be had.

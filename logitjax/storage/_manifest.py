@@ -21,11 +21,7 @@ _SHORT.maxstring = _SHORT.maxother = 100
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """Contents of a directory, and what they were made from.
-
-    Attributes:
-        directory: The directory.
-        kind: What it holds, such as `teacher cache`.
+    """Contents of a directory, of a `kind` such as `teacher cache`, and what they were made from.
 
     >>> import tempfile
     >>> manifest = Manifest(tempfile.mkdtemp(), "table")
@@ -56,8 +52,7 @@ class Manifest:
 
         Args:
             made_from: Everything that decides the content: JSON values by name.
-            contents: What else readers need, such as the files' names and sizes. Written last, the
-                manifest also says that these are complete.
+            contents: What else readers need, such as names and sizes of files; write it last.
         """
         record = {"kind": self.kind, "format": _FORMAT, "made_from": dict(made_from)}
         write_atomic(self.path, json.dumps(record | dict(contents or {}), indent=1).encode())
@@ -106,13 +101,11 @@ class Manifest:
             expected: What it must have been made from; parts that are left out may be anything.
             at_least: Parts that may also be larger.
             names_of: Parts that only name what another part is the digest of: `{name: digest}`.
-                They may differ where the digest is the same, as a file that was moved is still the
-                same.
+                They may differ where the digest is the same, as of a file that was moved.
 
         Raises:
             FileNotFoundError: The directory has no manifest.
-            ValueError: It was made for something else; names every part that differs, with both
-                values.
+            ValueError: It was made for something else; names every part that differs, and how.
         """
         record = self.read()
         stored = record["made_from"]

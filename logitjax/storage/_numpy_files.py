@@ -15,8 +15,7 @@ def read_npz(path: epath.PathLike) -> dict[str, np.ndarray]:
     """The arrays of an ``.npz`` file, by name.
 
     Raises:
-        ValueError: there is no such file, or it is not one, holds objects, or claims more than it
-            has; names the file.
+        ValueError: no such file, not one, of objects, or claiming more than it has; names it.
     """
     path = epath.Path(path)
     with guard.naming(path, "an .npz file"):
@@ -110,7 +109,8 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     # a word in an argument list.
     ("numpy", "ndarray"): object(),
 }
-for _core in ("core", "_core"):  # of NumPy 1 and 2
+# Of NumPy 1 and 2.
+for _core in ("core", "_core"):
     _ALLOWED[f"numpy.{_core}.multiarray", "_reconstruct"] = StandIn(_Array)
     _ALLOWED[f"numpy.{_core}.numeric", "_frombuffer"] = StandIn(_from_buffer)
 
@@ -124,9 +124,7 @@ def _filled(value: Any) -> Any:
 
 
 def read_numpy_pickle(path: epath.PathLike) -> Any:
-    """Read a pickle of dictionaries, lists and numpy arrays, as old Flax checkpoints
-
-    Arrays are read-only views of the file's bytes.
+    """Read a pickle of dictionaries, lists and numpy arrays (read-only), as old Flax checkpoints.
 
     Raises:
         ValueError: the pickle asks for anything else, or is damaged.

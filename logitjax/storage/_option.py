@@ -13,10 +13,8 @@ def option(
     Args:
         default: Its default.
         choices: All its values, for text that has no narrower type.
-        execution: Whether it says how a run executes, and not what its result is: a folder may be
-            continued with another value.
-        secret: Whether it is a key or a password: it is written to no file, and a folder may be
-            continued with another one.
+        execution: It says how a run executes; a folder may be continued with another value.
+        secret: A key or a password: written to no file; a folder may be continued with another.
 
     >>> @dataclasses.dataclass(frozen=True)
     ... class Loop:

@@ -1,7 +1,4 @@
-"""Pickles taken as data: a small machine that follows their steps and calls nothing of theirs.
-
-It knows the steps that values and tensors need; calls go to stand-ins from the reader's table.
-"""
+"""Pickles taken as data: a machine follows their steps and calls only stand-ins of the reader's."""
 
 import collections
 import pickletools
@@ -234,7 +231,6 @@ def latin_bytes(text: Any = "", encoding: Any = "latin1") -> bytes:
 
 
 def number(dtype: Any, data: Any = b"") -> Any:
-    """A numpy scalar."""
     if isinstance(data, str):
         data = data.encode("latin1")
     if not isinstance(dtype, Dtype) or not isinstance(data, bytes):
@@ -267,7 +263,8 @@ def plain(value: Any, arrays: Callable[[Any], Any]) -> Any:
             if entries[id(value)] is entries:
                 raise ValueError("a list that contains itself")
             return entries[id(value)]
-        entries[id(value)] = entries  # until it is done
+        # Until it is done.
+        entries[id(value)] = entries
         if isinstance(value, dict):
             # Classes of their own tell TorchScript's modules from tables.
             kind = type(value) if isinstance(value, Attributes) else dict

@@ -8,11 +8,7 @@ from etils import epath
 
 
 def require(package: str, *, extra: str) -> Any:
-    """Import a module of an optional package where it is used.
-
-    Args:
-        package: The module's name, such as `gguf` or `safetensors.numpy`.
-        extra: The extra of logitjax that installs it.
+    """Import a module, such as `safetensors.numpy`, that an extra of logitjax installs.
 
     Raises:
         ImportError: One line that says what to install.
@@ -36,7 +32,6 @@ def package_file(package: str, pattern: str, *, what: str, install: str) -> epat
     """The first file of an installed package, which is not imported, that fits a pattern.
 
     Args:
-        package: Its import name.
         pattern: Pattern of the path inside it, as for `glob`.
         what: Named in the error.
         install: The pip requirement that has the file.

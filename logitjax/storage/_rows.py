@@ -81,9 +81,8 @@ class ArrayCodec:
 class RowCache:
     """Something expensive about numbered rows, computed once and kept on disk.
 
-    The directory remembers what it was made from, and is refused for anything else. Rows are
-    computed in batches, in any order, by one or several processes; a run that was killed goes on
-    with the same call.
+    The directory is refused for anything else than it was made from. Rows are computed in batches,
+    in any order, by one or several processes; a killed run goes on with the same call.
 
     >>> import tempfile
     >>> directory = tempfile.mkdtemp()
@@ -108,14 +107,9 @@ class RowCache:
         kind: What the cache is called in errors.
         names_of: As in `Manifest.check`.
 
-    Attributes:
-        directory: Where the cache is.
-        made_from: What it was made from.
-
     Raises:
         FileNotFoundError: There is no cache, and no `made_from` to begin one with.
-        ValueError: The directory was made for something else (names all that differs), or is
-            damaged.
+        ValueError: It was made for something else (names all that differs), or is damaged.
     """
 
     # Parts of `made_from` of which a cache may have more than is asked for.
@@ -161,11 +155,7 @@ class RowCache:
         return len(self.row_numbers)
 
     def check(self, **expected: Any) -> None:
-        """Raises unless the cache was made from these.
-
-        Raises:
-            ValueError: Names every part that differs, with both values.
-        """
+        """Raises a `ValueError` naming all that differs unless the cache was made from these."""
         Manifest(self.directory, self._kind).check(expected, at_least=self._at_least)
 
     def missing(self, rows: Rows) -> np.ndarray:
@@ -211,11 +201,8 @@ class RowCache:
             compute: `rows [batch_size] -> ` what the codec encodes. Always called with `batch_size`
                 rows, repeated ones in the last call, so that it compiles once. What it has only
                 dispatched runs while the next batch is fetched.
-            batch_size: Rows a call.
             rows_per_shard: Rows a file, and what a kill can lose.
             label: On the progress bar.
-            process_index: Which share of the parts to write.
-            process_count: Among how many.
         """
         expected = np.unique(_row_numbers(rows, least=0))
         todo = self._todo(expected, rows_per_shard, process_index, process_count)

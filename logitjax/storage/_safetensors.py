@@ -71,7 +71,8 @@ class SafetensorsSource:
             raise ValueError(f"{path}: unreadable safetensors header ({text})") from None
         if not isinstance(header, dict):
             raise ValueError(f"{path}: header: expected an object, got {type(header).__name__}")
-        header.pop("__metadata__", None)  # texts, no tensor
+        # Texts, no tensor.
+        header.pop("__metadata__", None)
         spans = []
         for name, entry in header.items():
             dtype, shape, begin, end = _checked(name, entry)
@@ -94,10 +95,9 @@ class SafetensorsSource:
         return self._tensors[name][2]
 
     def read(self, name: str, rows: slice = slice(None), *, dtype: Any = None) -> np.ndarray:
-        """A tensor, or a range of its first axis.
+        """A tensor, or a range of its first axis, a piece at a time in `dtype`, or the file's own.
 
-        `dtype` is the file's own where nothing else is said; a piece at a time becomes it. What
-        has scales of blocks, as DeepSeek stores float8, is multiplied by them in float32.
+        What has scales of blocks, as DeepSeek stores float8, is multiplied by them in float32.
         """
         if name + _SCALE not in self._tensors:
             return self._stored(name, rows, dtype)
@@ -118,7 +118,8 @@ class SafetensorsSource:
         dtype = np.dtype(dtype or stored)
         first, last, _ = rows.indices(shape[0]) if shape else (0, 1, 1)
         stride = math.prod(shape[1:])
-        if not math.prod(shape):  # no bytes to seek
+        # No bytes to seek.
+        if not math.prod(shape):
             return np.empty((max(0, last - first), *shape[1:]), dtype)
         with guard.naming(path, "safetensors"), path.open("rb") as opened:
             file = guard.Reader(opened)

@@ -64,7 +64,6 @@ def write_shards(
     Args:
         directory: Where the shards go; made if needed.
         records: The records; an error of theirs leaves the shards before the one at hand.
-        rows_per_shard: Records a shard.
         name: Of a shard, with a place for its number.
 
     Returns:
@@ -81,11 +80,7 @@ def write_shards(
 
 
 class ShardReader:
-    """Random access over shards, checked against the sizes they were written with.
-
-    Args:
-        directory: Where they lie.
-        shards: What `write_shards` says of them.
+    """Random access over shards, checked against the sizes that `write_shards` returned.
 
     Raises:
         FileNotFoundError: A shard is missing.

@@ -1,7 +1,4 @@
-"""Reading torch checkpoints without torch, and without running what is inside.
-
-Both forms are read: the zip archive since torch 1.6, and the sequence of pickles from before.
-"""
+"""Reading torch checkpoints, legacy ones too, without torch and without running what is inside."""
 
 import dataclasses
 import io
@@ -36,8 +33,6 @@ class _Script(Attributes):
 
 @dataclasses.dataclass(frozen=True)
 class _StorageType:
-    """Stands in for the class of a storage."""
-
     dtype: np.dtype
 
 
@@ -242,9 +237,8 @@ def _flat(module: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 def read_state_dict(path: epath.PathLike) -> dict[str, np.ndarray]:
     """The named arrays of a ``.safetensors`` or torch checkpoint file.
 
-    The dictionary may lie under ``state_dict``, ``model``, ``net`` or ``params``; a ``module.``
-    prefix, which data-parallel training adds, is taken off. Of a TorchScript archive the weights
-    are read and the code is not.
+    They may lie under ``state_dict``, ``model``, ``net`` or ``params``; data-parallel training's
+    prefix ``module.`` is taken off. Of a TorchScript archive the code is not read.
 
     Raises:
         ValueError: the file is damaged, refused, or holds no named arrays.

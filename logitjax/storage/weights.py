@@ -1,8 +1,4 @@
-"""Readers of weights in the formats people have, none of which runs code from the file.
-
-`SafetensorsSource` reads rows of tensors, `read_state_dict` PyTorch's checkpoints and scripts,
-`read_numpy_pickle` pickles of NumPy arrays, `read_npy` and `read_npz` NumPy's own files.
-"""
+"""Readers of weights in the formats people have, none of which runs code from the file."""
 
 from logitjax.storage._numpy_files import read_npy as read_npy
 from logitjax.storage._numpy_files import read_npz as read_npz

@@ -83,8 +83,6 @@ class _MetaRestore(ocp.args.CheckpointArgs):
 
 
 class Restored(NamedTuple):
-    """The result of :meth:`Checkpointer.restore`."""
-
     state: Any
     step: int
     extra: dict[str, Any]
@@ -144,15 +142,10 @@ class Checkpointer:
         # Of several processes the others may never come to where this one would wait for them.
 
     def save(self, step: int, state: Any, extra: Mapping[str, Any] | None = None) -> bool:
-        """Saves the state, unless this step is there already.
+        """Saves the state, unless this step is there already, and says whether it was saved.
 
         Args:
-            step: its step.
             state: a pytree of global arrays. It may be donated as soon as this returns.
-            extra: a JSON dictionary.
-
-        Returns:
-            Whether it was saved.
         """
         if step in self.steps():
             return False
@@ -180,10 +173,6 @@ class Checkpointer:
         Args:
             state: a pytree of arrays or ``ShapeDtypeStruct`` with shardings, as from
                 `TrainState.abstract`. Arrays are not written to.
-            step: which one.
-
-        Returns:
-            ``(state, step, extra)``.
 
         Raises:
             ValueError: if the checkpoint is not there, not readable, or of another state.
@@ -199,13 +188,10 @@ class Checkpointer:
         """Restores the newest checkpoint that can be read.
 
         An unreadable one is reported in the log and renamed to ``corrupt_STEP``, and the one before
-        it is used. With none that can be read a run begins anew.
+        it is used; None where none can be read.
 
         Args:
             state: as for :meth:`restore`.
-
-        Returns:
-            ``(state, step, extra)``, or None if there is no checkpoint that can be read.
 
         Raises:
             ValueError: if one is of another state.
@@ -422,7 +408,6 @@ class _Checksums:
         self._names, self._sums = _paths(tree), sums
 
     def wait(self) -> dict[str, int]:
-        """Their values by path."""
         return {name: int(value) for name, value in zip(self._names, np.asarray(self._sums))}
 
 

@@ -23,9 +23,8 @@ _PEAKS = {
 def matmul_flops(jaxpr: Any) -> float:
     """Multiplications and additions of all matrix products and convolutions of a jaxpr.
 
-    Loops and kernels count as often as they run, a branch as its most expensive one. What
-    `shard_map` runs on every device counts that often. Elementwise work is left out. A `while`
-    loop, whose length no jaxpr says, counts once.
+    Loops and kernels count as often as they run, a branch as its most expensive one, `shard_map`
+    on every device. Elementwise work is left out. A `while` loop, of unknown length, counts once.
 
     >>> import jax
     >>> x = jax.numpy.ones((2, 3))

@@ -36,11 +36,7 @@ _FILE = "goodput.jsonl"
 
 @dataclasses.dataclass(frozen=True)
 class Goodput:
-    """The time of a run, kept in its folder over all its starts.
-
-    Attributes:
-        folder: Folder of the run.
-    """
+    """The time of a run, kept in its folder over all its starts."""
 
     folder: epath.Path
 

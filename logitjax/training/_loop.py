@@ -81,18 +81,14 @@ def train_loop(
 
     Args:
         state: the state to start from if there is no checkpoint, or a function that makes it. It is
-            consumed. A function is called again where checkpoints are there but none can be read:
-            the run then begins anew, and says so.
+            consumed. With a function, a run whose checkpoints cannot be read begins anew.
         step_fn: a `TrainStep`; with constants, ``functools.partial`` of it.
         batches: step -> this process's rows of the global batch.
-        total_steps: number of updates at the end.
         workdir: locked while the loop runs; gets ``nonfinite/step_STEP.npz``.
         checkpointer: saves and restores; it is left open.
         eval_fn: ``(state, step) -> scalars``, logged as ``eval/NAME``.
         writer: where metrics go (:func:`make_writer`).
-        identity: a JSON dictionary kept in the checkpoints, such as the fingerprint of the data. A
-            checkpoint with another one is refused.
-        options: how often to save, log and evaluate.
+        identity: JSON, such as the data's fingerprint; checkpoints with another one are refused.
 
     Raises:
         NonFiniteError: after the batch is saved; the update was not applied.
@@ -101,7 +97,7 @@ def train_loop(
         ValueError: if the checkpoint is of another state or identity, or none can be read and
             `state` is no function, or a profile has no workdir.
     """
-    options = LoopOptions() if options is None else options
+    options = options or LoopOptions()
     if options.profile_steps and workdir is None:
         raise ValueError("profile_steps: a trace needs a workdir to lie in")
     writer = MetricWriter() if writer is None else writer
@@ -131,7 +127,6 @@ def train_loop(
                 logging.info("saving checkpoint %d", step)
 
         progress.mark(f"training from step {start} to {total_steps}", log=True)
-        progress.mark("compiling and taking the first step")
         for step in range(start + 1, total_steps + 1):
             profile(step, state)
             progress.mark("fetching a batch")
@@ -219,14 +214,12 @@ class _Report:
 
     @contextlib.contextmanager
     def fetching(self) -> Iterator[None]:
-        """Counts what this process waits for its data."""
         begin = time.perf_counter()
         yield
         self._fetching += time.perf_counter() - begin
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Stops the clock."""
         paused = time.perf_counter()
         yield
         paused = time.perf_counter() - paused

@@ -25,22 +25,17 @@ def make_mesh(
     are ``Auto``: the compiler propagates shardings.
 
     ``context`` splits the positions of each row, for rows so long that a device cannot hold one.
-    Devices later in a row have more keys to look at, and the others wait for them.
+    Devices later in a row have more keys to look at, and the others wait for them. ``expert``
+    splits the experts of a mixture, and the rows of a batch as ``data`` does.
 
-    ``expert`` splits the experts of a mixture, and the rows of a batch as ``data`` does.
-
-    ``dcn_data`` is for several TPU slices, or nodes, with a slow network between them. Each slice
-    holds a copy of the model, so only gradients cross. It is the outermost axis, and its size is
-    the number of slices (``dcn_data:-1`` counts them, or processes if devices have no slices). The
-    other axes share the devices of one slice.
+    ``dcn_data`` is for TPU slices, or nodes, with a slow network between them. Each holds a copy of
+    the model, so only gradients cross. It is the outermost axis, its size the number of slices
+    (``dcn_data:-1`` counts them, or processes); the other axes share the devices of one slice.
 
     Args:
         spec: comma-separated ``axis:size``, outermost axis first.
         devices: the devices, by default all of them; those of an ahead-of-time topology will do.
         partial: a specification without a -1 uses only the first devices, as many as it names.
-
-    Returns:
-        The mesh over exactly these devices, or over the first of them with `partial`.
 
     Raises:
         ValueError: on another axis or syntax, sizes that do not multiply to the device count, or a
@@ -205,11 +200,7 @@ class BatchLayout:
     def place(self, batch: Any) -> Any:
         """Make one global array of every process's rows.
 
-        Args:
-            batch: A pytree of numpy arrays ``[local_batch, ...]``, this process's `share`.
-
-        Returns:
-            The same pytree of ``jax.Array`` ``[global_batch, ...]``.
+        Numpy arrays ``[local_batch, ...]``, this process's `share`, become ``[global_batch, ...]``.
 
         Raises:
             ValueError: A leaf has no batch dimension, or the mesh does not divide it.

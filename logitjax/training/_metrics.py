@@ -25,7 +25,6 @@ class MetricAccumulator:
         self._pending.append(dict(metrics))
 
     def sums(self) -> dict[str, tuple[float, float]]:
-        """The total (sum, count) of every name."""
         totals: dict[str, np.ndarray] = {}
         # One transfer for all steps, and sums in float64: counts of tokens exceed 2^24.
         for metrics in jax.device_get(self._pending):
@@ -104,8 +103,6 @@ class JsonlWriter(MetricWriter):
 
 
 class LogWriter(MetricWriter):
-    """One log line per step, through absl."""
-
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         logging.info("step %d: %s", step, "  ".join(f"{k} {v:.5g}" for k, v in scalars.items()))
 
@@ -206,8 +203,6 @@ class TerminalWriter(MetricWriter):
 
 
 class MultiWriter(MetricWriter):
-    """Hands everything to several writers."""
-
     def __init__(self, writers: Iterable[MetricWriter]):
         self._writers = tuple(writers)
 
@@ -242,7 +237,6 @@ def make_writer(
 
     Args:
         workdir: where ``metrics.jsonl`` and the trackers' files go; None for the log alone.
-        log: write log lines.
         track: trackers: ``tensorboard``, ``wandb`` (offline by default), ``terminal`` for curves.
     """
     if jax.process_index() != 0:

@@ -83,13 +83,9 @@ class Schedule:
         """AdamW with this learning rate, decay, clipping and frozen parameters.
 
         Args:
-            weight_decay: decoupled weight decay.
             no_decay: parameters whose path matches this regular expression do not decay. The number
                 of dimensions cannot decide this: the norms of a stack of layers are matrices.
             clip: bound on the global norm of the gradient, or None.
-            b1: decay of the first moment.
-            b2: decay of the second.
-            eps: epsilon beside the root of the second.
             trainable: if given, parameters whose path it does not match freeze, without state.
 
         >>> import numpy as np

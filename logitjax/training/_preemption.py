@@ -25,9 +25,8 @@ class Preempted(SystemExit):
 def watch_for_preemption() -> Iterator[Callable[[int], bool]]:
     """Return a function to ask once per step whether to save and stop now.
 
-    A single process notices its own SIGTERM; a second SIGTERM ends it at once. With several
-    processes, JAX's preemption service notices it. A SIGTERM to any process makes all answer yes at
-    the same step, so all must ask at every step.
+    A second SIGTERM ends a single process at once. Of several, JAX's preemption service makes all
+    answer yes at the same step after a SIGTERM to any, so all must ask at every step.
 
     >>> with watch_for_preemption() as told_to_stop:
     ...     told_to_stop(1)

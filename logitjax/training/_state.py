@@ -23,7 +23,6 @@ class TrainState:
     Attributes:
         step: int32 scalar, the number of updates so far. The data state is this number too.
         params: any pytree of arrays: a dict, an ``nnx.State``, LoRA matrices alone.
-        opt_state: state of the optax transformation.
         rng: a typed key that stays the same; the key of a step is folded from it.
     """
 
@@ -52,9 +51,6 @@ class TrainState:
 
         Args:
             params: a function from a key to the initial parameters, or the parameters.
-            tx: the optimizer.
-            mesh: the mesh.
-            rules: where each leaf goes.
             seed: seed of the initial parameters and of the steps' keys.
 
         >>> from logitjax.training import make_mesh
@@ -83,7 +79,6 @@ class TrainState:
         """The state's shapes, dtypes and shardings, without its arrays.
 
         A checkpoint restores into it, and a step for a pod is compiled ahead of time with it.
-
         Arguments as in `create`; parameters may be ``jax.ShapeDtypeStruct``, as in the result.
 
         >>> from logitjax.training import make_mesh

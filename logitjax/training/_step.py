@@ -101,10 +101,7 @@ class TrainStep:
     ) -> tuple[TrainState, StepOutput]:
         """Updates the state, which is donated: do not use the old one again.
 
-        Args:
-            state: The state, on the step's mesh.
-            batch: A pytree of rows.
-            constants: A pytree that no step changes: a teacher's weights, the model under a LoRA.
+        `constants` are a pytree that no step changes: a teacher's weights, the model under a LoRA.
         """
         if self._mesh is not None:
             batch = BatchLayout(self._mesh).place(batch)
@@ -279,11 +276,7 @@ def _float32(leaf: Any) -> jax.Array:
 
 
 class EvalStep:
-    """A jitted evaluation with the loss function of a `TrainStep`.
-
-    Args:
-        loss_fn: As there; its key is constant.
-        mesh: As there.
+    """A jitted evaluation with the loss function of a `TrainStep`, whose key is constant here.
 
     >>> score = EvalStep(lambda params, batch, rng: (batch.sum(), batch.size, {}))
     >>> score.means({}, [jnp.ones(3), jnp.zeros(1)])

@@ -108,11 +108,9 @@ class Watch(threading.Thread):
         self._last_move = time.monotonic()
 
     def stop(self) -> None:
-        """Ends the watch."""
         self._done.set()
 
     def run(self) -> None:
-        """The body of the thread."""
         pause = min(1.0, self._stall / 4 or 1.0, self._heartbeat / 4)
         beat = 0
         while not self._done.wait(max(pause, self._count / 100)):

@@ -46,14 +46,9 @@ def lock_workdir(workdir: epath.PathLike) -> Iterator[None]:
     script that started the run (with the same `LOGITJAX_RUN`, which `launch/` sets) takes it over
     at once. A holder that finds it taken, or cannot renew it for as long, ends with status 75.
 
-    Folders within a locked workdir are locked too. Process 0 locks for all.
-
-    A launcher starts a run again for as long as it is only interrupted, and `starts.json` counts
-    its starts. The count begins anew with each file that was not there before: a checkpoint, or a
-    part of a cache. `LOGITJAX_MAX_STARTS` (20) without one are an error.
-
-    Args:
-        workdir: Folder or prefix; made if needed.
+    Folders within a locked workdir are locked too. Process 0 locks for all. `starts.json` counts
+    how often a launcher starts a run, anew with each file that was not there before: a checkpoint,
+    or a part of a cache. `LOGITJAX_MAX_STARTS` (20) without one are an error.
 
     Raises:
         WorkdirInUseError: On every process, if another run holds it.

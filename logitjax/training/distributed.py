@@ -41,13 +41,10 @@ def initialize(
 
     Args:
         coordinator_address: ``host:port`` of process 0.
-        num_processes: how many processes there are.
-        process_id: which one this is.
         cluster: ``auto``; ``none`` to stay alone; or the kind to expect: ``tpu``, ``slurm``,
             ``k8s``, ``ompi``.
-        heartbeat_seconds: after how long a process that is not heard of is lost: the others end
-            with status 75, for their collectives would wait for it forever.
-            ``LOGITJAX_HEARTBEAT_SECONDS``, or 100.
+        heartbeat_seconds: after how long a silent process is lost and the others, whose collectives
+            would wait forever, end with status 75; ``LOGITJAX_HEARTBEAT_SECONDS``, or 100.
 
     From here on a thread watches: where no process has packed, read, saved or taken a step for
     ``LOGITJAX_STALL_SECONDS`` (an hour with several processes, forever with one), and where one
@@ -143,7 +140,6 @@ def _enough_threads() -> None:
 
 
 def _cores() -> int:
-    """Those this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

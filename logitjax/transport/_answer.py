@@ -23,13 +23,10 @@ class Certificate:
         upper: some coupling costs no more; ``coupling`` is it but for rounding, unless a plan
             among the ``candidates`` costs less.
         coupling: the best that was seen.
-        units: what c and d were divided by, ``[2]``; infinite or zero where float32 does not
-            hold it.
-        costs: what each of the ``candidates`` costs at most once its marginals are those of the
-            weights, ``[candidates]``, so that ``costs / lower`` says how far a solution is from the
-            optimum at most.
-        reported: the ``primal_cost`` that a solution of ott says it has, ``[candidates]``; nan
-            where a candidate says nothing.
+        units: what c and d were divided by, ``[2]``; infinite or zero beyond float32.
+        costs: what each of the ``candidates`` costs at most once its marginals are the weights,
+            ``[candidates]``: ``costs / lower`` is how far it is from the optimum at most.
+        reported: the ``primal_cost`` that a solution of ott states, ``[candidates]``; else nan.
         converged: whether it says that it converged, ``[candidates]``.
     """
 

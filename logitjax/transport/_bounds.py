@@ -1,15 +1,11 @@
 """Lower bounds of the Gromov-Wasserstein cost, from O(T k) to O(n^3).
 
-All bound ``GW_p^p(C, D) = min_pi sum |C_ij - D_kl|^p pi_ik pi_jl`` (no factor 1/2) for any square
-matrices, metrics or not, in this order::
+All bound ``GW_p^p(C, D) = min_pi sum |C_ij - D_kl|^p pi_ik pi_jl`` (no factor 1/2), any matrices::
 
     first <= moment <= third <= GW
 
-Graphs are matrices or `FactoredGraph`; all but the first two bounds form the matrix of the latter.
-
-What rounding may have added is subtracted from each, so that the order holds up to rounding and the
-last inequality without exception; `logitjax.transport._rounding` says why. Bounds that hold for
-matchings only, and are nearer, are in `logitjax.transport._matching_bounds`.
+All but the first two form the matrix of a `FactoredGraph`. What rounding may have added is
+subtracted (`logitjax.transport._rounding`), so that the last inequality holds without exception.
 """
 
 from typing import Any
@@ -58,18 +54,12 @@ def first_lower_bound(
 ) -> Float[Array, ""]:
     """Memoli's first lower bound: transport of the row means. With p = 1 the closed form.
 
-    `W_p^p(C a, D b) <= GW_p^p(C, D)`. What rounding may have added is subtracted, so that it is a
-    bound even of nearly equal graphs.
+    `W_p^p(C a, D b) <= GW_p^p(C, D)`, also of nearly equal graphs: rounding is subtracted.
 
     Args:
-        c: matrix ``[n, n]`` or `FactoredGraph`.
-        d: matrix ``[m, m]`` or `FactoredGraph`.
-        c_weights: node weights a that sum to one; uniform if left out.
-        d_weights: node weights b.
+        c, d: matrices ``[n, n]`` and ``[m, m]``, or `FactoredGraph`.
+        c_weights, d_weights: node weights a, b that sum to one; uniform if left out.
         p: power of the cost, 1 or 2.
-
-    Returns:
-        A scalar.
 
     Raises:
         ValueError: for another p, or weights of another shape or, where their values are known,
@@ -153,11 +143,8 @@ def third_lower_bound(
 
     `min_pi sum_ik W_p^p(C_i., D_k.) pi_ik <= GW_p^p(C, D)`
 
-    Equal sizes without weights: exact, by the Hungarian algorithm. Otherwise the dual of that
-    transport problem is ascended. In both cases the value of a dual solution counts, which is a
-    lower bound however far from the optimum it may be.
-
-    The gradient is that of the cost at the matching found.
+    Equal sizes without weights: exact, by the Hungarian algorithm; else its dual is ascended. The
+    value of any dual solution is a lower bound. The gradient is that at the matching found.
     """
     c, d = rounded(c, c_weights), rounded(d, d_weights)
     a, b = node_weights(c, c_weights), node_weights(d, d_weights)
@@ -182,9 +169,8 @@ def third_lower_bound(
 def least_assignment(costs: Square) -> tuple[Scalar, Order]:
     """A sum that no assignment of these costs ``[n, n]`` is below, and an assignment near it.
 
-    The Hungarian algorithm in floating point is exact for no known problem. Its assignment gives
-    column prices by shortest paths, and any prices give a bound: ``sum_k v_k + sum_i min_k (c_ik -
-    v_k)``.
+    The Hungarian algorithm rounds, but any column prices, here those of its assignment by shortest
+    paths, give a bound: ``sum_k v_k + sum_i min_k (c_ik - v_k)``.
     """
     n = len(costs)
     i, k = optax.assignment.hungarian_algorithm(costs)

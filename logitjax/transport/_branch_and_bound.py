@@ -48,12 +48,10 @@ def branch_and_bound(
 
     Graphs have as many nodes each, at most 512, and uniform weights. For Gram matrices, as graphs
     of logits are, some 16 nodes take seconds; beyond 30 the time is likely to run out, and what is
-    proven until then is returned, mostly much more than `certificate` proves. It computes on the
-    host in float64, and is not differentiable.
+    proven until then is returned. It computes on the host in float64, and is not differentiable.
 
     Args:
-        c: symmetric matrix `[n, n]` or `FactoredGraph`.
-        d: the same.
+        c, d: symmetric matrices `[n, n]` or `FactoredGraph`.
         seconds: Time after which the search ends.
         tolerance: Relative gap of the bounds at which it ends.
 

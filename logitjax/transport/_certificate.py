@@ -72,25 +72,21 @@ def certificate(
             multiplied out by the cheap bounds, and whose linear term counts.
         d: matrix ``[m, m]`` or `FactoredGraph`; after a problem, a solution of it or None. A
             solution of ``LRGromovWasserstein`` keeps its problem and may stand alone.
-        c_weights: node weights; uniform if left out. Where their values are known they have to
-            sum to one within 1e-3. They are divided by their sum.
-        d_weights: the same for d.
+        c_weights, d_weights: node weights; uniform if left out. Where their values are known they
+            have to sum to one within 1e-3. They are divided by their sum.
         p: power of the cost; 1 or 2.
         scale: ``joint`` divides both graphs by the RMS entry of d, ``separate`` each by its own,
             ``none`` neither. The bounds are in these units. Left out, ``joint``, and ``none`` for
             problems of ott, so that its costs compare.
-        bounds: ``cheap``: `moment_lower_bound` (p = 2) or `first_lower_bound`; where a
-            refinement would be allowed and both graphs are factored, so that a matching is
-            optimal, also `diagonal_lower_bound`; of a linear term a dual solution, or each node's
-            least cost where its factors are not multiplied out. ``third``: also
-            `third_lower_bound` and, for matchings, `gilmore_lawler`, whose assignment then is a
-            candidate, n^3.
-        refine: how the coupling is improved; it needs p = 2, equal sizes and uniform weights. Left
-            out, nothing of size n x n is made.
-        key: ``jax.random.key`` of the restarts; ``jax.random.key(0)`` if left out.
-        candidates: more couplings to start from, for example the identity where nodes are the
-            tokens of one vocabulary, and plans ``[n, m]`` of other solvers (POT's arrays, ott's
-            outputs) to be judged; the latter need p = 2.
+        bounds: ``cheap``: `moment_lower_bound` (p = 2) or `first_lower_bound`; where a refinement
+            would be allowed and both graphs are factored, so that a matching is optimal, also
+            `diagonal_lower_bound`; of a linear term a dual solution, or each node's least cost
+            where its factors are not multiplied out. ``third``: also `third_lower_bound` and, for
+            matchings, `gilmore_lawler`, whose assignment then is a candidate, n^3.
+        refine: needs p = 2, equal sizes and uniform weights. Left out, nothing n x n is made.
+        key: of the restarts; ``jax.random.key(0)`` if left out.
+        candidates: more couplings to start from, such as the identity of one vocabulary, and, with
+            p = 2, plans ``[n, m]`` of other solvers (POT's arrays, ott's outputs) to be judged.
 
     Returns:
         A `Certificate`. Gradients of ``upper`` are taken at the fixed coupling (envelope).

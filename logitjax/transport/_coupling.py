@@ -49,22 +49,17 @@ def gw_at_coupling(c: Graph, d: Graph, coupling: Coupling, *, p: int = 2) -> Flo
 
     and O(T^2 k) for sparse ones under a permutation. Nothing cancels where the graphs agree.
 
-    The gradient is that at a fixed coupling: by the envelope theorem a subgradient of the cost
-    where the coupling is optimal.
+    The gradient at the fixed coupling is, where that is optimal, a subgradient (envelope theorem).
 
     Args:
-        c: matrix ``[n, n]`` or `FactoredGraph`.
-        d: matrix ``[m, m]`` or `FactoredGraph`.
+        c, d: matrices ``[n, n]`` and ``[m, m]``, or `FactoredGraph`.
         coupling: for example from `sorted_coupling` or `certificate`.
         p: power of the cost, 1 or 2.
-
-    Returns:
-        A scalar; nan under ``jit`` where the coupling names a node that is not there.
 
     Raises:
         TypeError: nodes of the coupling are no integers, or its masses not floating point.
         ValueError: p is neither 1 nor 2, a graph is not square, the coupling's arrays differ in
-            length, or, where values are known, it names a node that is not there.
+            length, or it names a node that is not there (the cost is nan under ``jit``).
 
     >>> import jax, numpy as np
     >>> from logitjax.transport import sorted_coupling
@@ -108,9 +103,8 @@ def coupling_cost(
 ) -> Cost:
     """The cost of a coupling, and a proven bound of the cost of the true coupling nearest to it.
 
-    Of equal sizes without weights a permutation is taken as one, whatever the rounding of its
-    masses. Otherwise what the marginals lack is moved anywhere, at the price of the largest
-    difference of two entries.
+    A permutation of equal sizes without weights is taken as one. Otherwise what the marginals lack
+    is moved anywhere, at the price of the largest difference of two entries.
     """
     pairs, n, m = coupling.rows.shape[-1], num_nodes(c), num_nodes(d)
     rows, columns = jnp.asarray(coupling.rows), jnp.asarray(coupling.columns)

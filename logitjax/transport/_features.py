@@ -36,16 +36,12 @@ def graph_features(
         off_diagonal  (C - diag C) 1                     O(T k)
         row_rms       f_u^2 = mean_w C_uw^2              O(T^2 k)
 
-    ``row_rms`` goes through blocks of positions.
-
     Args:
         values: rows of Z, ``[*batch, positions, width]``.
         ids: node of each value, in ``[0, num_nodes)``; out-of-range ids are dropped.
         where: positions that count.
-        feature: which feature.
         num_nodes: number of nodes; needed with ``ids``, otherwise it is the width.
-        sequence_axis_name: mesh axis that shards the positions, inside ``shard_map``; the
-            features come back complete on every shard.
+        sequence_axis_name: mesh axis of the positions in ``shard_map``; each shard gets all nodes.
 
     Returns:
         Float32 features ``[*batch, nodes]``.
@@ -99,8 +95,7 @@ def compact_nodes(
     """Renumber token ids to 0, 1, ... in order of id, so that T k nodes hold any vocabulary.
 
     The number of nodes stays static (positions times width); those left over are isolated nodes
-    of feature zero, which two graphs of different vocabularies need as padding anyway. A negative
-    id, which belongs to no node, becomes -1.
+    of feature zero. A negative id, which belongs to no node, becomes -1.
 
     Args:
         ids: token ids, `[*batch, positions, width]`.
@@ -127,7 +122,8 @@ def compact_nodes(
     new = jnp.concatenate(
         [jnp.zeros_like(ordered[..., :1]), ordered[..., 1:] != ordered[..., :-1]], axis=-1
     )
-    rank = jnp.cumsum(new.astype(jnp.int32), axis=-1)  # `[*batch, T k]`
+    # `[*batch, T k]`.
+    rank = jnp.cumsum(new.astype(jnp.int32), axis=-1)
     # Of a permutation: back to the order of `ids`.
     inverse = jnp.argsort(order, axis=-1)
     nodes = jnp.take_along_axis(rank, inverse, axis=-1).reshape(ids.shape)
@@ -145,7 +141,6 @@ def drop_negative(ids: Any) -> jax.Array:
 
 
 def gather_positions(x: jax.Array, axis: int, axis_name: str | None) -> jax.Array:
-    """All shards' positions, in order, on each shard."""
     if axis_name is None:
         return x
     return jax.lax.all_gather(x, axis_name, axis=axis, tiled=True)
@@ -215,8 +210,7 @@ def sparse_products(
 ) -> tuple[jax.Array, jax.Array]:
     """For sparse Z (values, ids) and W (others), blockwise: ``(||Z W^T||_F^2, Z W^T W at ids)``.
 
-    ``left`` stands in for the values of Z within Z W^T (where nodes have weights). A block of W's
-    rows is laid out densely and read at ``ids``: the work is O(T_z T_w k), the memory one block's.
+    ``left`` stands in for Z within Z W^T (where nodes have weights). O(T_z T_w k), block by block.
     """
     positions, width = others.shape
     block = _block(positions, max(num_nodes, values.size))
@@ -248,8 +242,7 @@ def merged_rows(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Rows of Z - W and of Z + W at common ids: ``([*batch, T, k], [*batch, T, k], ids)``.
 
-    What both rows hold at a node is subtracted before anything is multiplied, so that nearly equal
-    rows lose no digits. Rows that one side lacks count as zero.
+    Rows are subtracted before anything is multiplied: nearly equal ones lose no digits.
     """
     positions = max(values.shape[-2], others.shape[-2])
 

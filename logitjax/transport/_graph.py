@@ -53,9 +53,8 @@ class FactoredGraph:
     ) -> tuple[Float[jax.Array, "*batch"], Float[jax.Array, "*batch"]]:
         """The squared Frobenius norm of C - D of graphs of the same nodes, and its rounding.
 
-        Dense factors are multiplied out; sparse ones are compared by their rows alone. A difference
-        of squares would cancel where the graphs nearly agree. With A = Z - W and B = Z + W, rows of
-        zeros added where one has fewer::
+        Dense factors are multiplied out; sparse ones are compared by their rows alone. So that
+        nothing cancels, with A = Z - W and B = Z + W, padded to as many rows::
 
             |C - D|^2 = |A^T B + B^T A|^2 / 4 = (<A A^T, B B^T> + <A B^T, B A^T>) / 2
 
@@ -177,7 +176,6 @@ def dense_factor(graph: FactoredGraph) -> jax.Array:
 
 
 def dense_matrix(graph: Any) -> jax.Array:
-    """C as ``[n, n]``, for the bounds that look at every entry."""
     if isinstance(graph, RoundedMatrix):
         return jnp.asarray(graph.matrix)
     if not isinstance(graph, FactoredGraph | ProductGraph):
@@ -221,7 +219,6 @@ def product_error(
 
 
 def factor_norms(graph: FactoredGraph | ProductGraph) -> tuple[Vector, Vector]:
-    """Squared norms of the columns of L and of R."""
     if isinstance(graph, ProductGraph):
         return jnp.square(real(graph.left)).sum(0), jnp.square(real(graph.right)).sum(0)
     norms = norms_squared(graph)
@@ -253,7 +250,6 @@ def largest(graph: Graph) -> Scalar:
 
 
 def diagonal(graph: Graph) -> Vector:
-    """The diagonal of C, ``[n]``, without C."""
     if isinstance(graph, FactoredGraph):
         return norms_squared(graph)
     return jnp.diag(dense_matrix(graph))
@@ -269,7 +265,6 @@ def multiply(graph: Graph, factor: Any) -> Any:
 
 
 def parts(graph: Any) -> list[Any]:
-    """The arrays of numbers that make up the graph."""
     if isinstance(graph, ProductGraph):
         return [graph.left, graph.right]
     return [graph.values if isinstance(graph, FactoredGraph) else graph]
@@ -363,7 +358,6 @@ def moments(graph: FactoredGraph | ProductGraph, weights: Weights) -> tuple[Vect
 
 
 def node_weights(graph: Graph, weights: Weights) -> Vector:
-    """Weights that sum to one: uniform ones, or those given divided by their sum."""
     n = num_nodes(graph)
     if weights is None:
         return jnp.full(n, 1.0 / n, real(0.0).dtype)

@@ -30,8 +30,7 @@ def certificate_many(pairs: Sequence[tuple[Graph, Graph]], **options: Any) -> Ce
         options: those of `certificate` that all pairs share; no candidates.
 
     Returns:
-        A `Certificate` whose fields have a leading axis ``[pairs]``. Shorter couplings are padded
-        with entries of mass zero.
+        A `Certificate` with a leading axis ``[pairs]``. Couplings are padded with masses of zero.
 
     Raises:
         ValueError: there is no pair, or what `certificate` refuses.
@@ -77,7 +76,6 @@ def certificate_many(pairs: Sequence[tuple[Graph, Graph]], **options: Any) -> Ce
 
 
 def _kind(graph: Any) -> tuple[Any, int] | None:
-    """Return the kind of graphs that are bounded together: matrices, or factors of one shape."""
     if isinstance(graph, FactoredGraph):
         return (graph.values.shape, num_nodes(graph)) if graph.ids is None else None
     return ("matrix", num_nodes(graph)) if hasattr(graph, "ndim") else None
@@ -157,7 +155,6 @@ def _gamma(count: int) -> float:
 
 
 def _features(x: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Mean, deviation and RMS of each row, and how far each may be off."""
     k = x.shape[-1]
     mean = x.sum(-1) / k
     x = x - mean[..., None]
@@ -168,7 +165,6 @@ def _features(x: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def _without(features: Any, diagonal: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """`_features` of rows without their diagonal entries."""
     (mean, error), _, (rms, _) = features
     k = mean.shape[-1]
     share = k / (k - 1)

@@ -1,9 +1,8 @@
 """Lower bounds that hold for matchings: of Gram matrices a permutation is an optimal coupling.
 
 GW_2^2 of two positive semi-definite matrices of equal size and uniform weights is the minimum of a
-concave function, taken at a permutation. A permutation sends diagonal to diagonal, which couplings
-in general do not, so that diagonals can be compared apart; in graphs of logits they carry most of
-the mass. Beyond the order in `logitjax.transport._bounds`::
+concave function, taken at a permutation. It sends diagonal to diagonal, so that diagonals, which
+carry most of the mass in graphs of logits, can be compared apart. Beyond the order in `_bounds`::
 
     diagonal <= gilmore_lawler <= GW,   third <= gilmore_lawler
 """
@@ -37,16 +36,14 @@ from logitjax.transport._rounding import (
 
 
 def diagonal_lower_bound(c: Graph, d: Graph) -> Float[jax.Array, ""]:
-    """Diagonals, and means and deviations of the rest of each row, each sorted; no n x n numbers.
+    """`moment_lower_bound` with the diagonals apart; no n x n numbers.
 
-    What `moment_lower_bound` is to all entries, with the diagonals apart. With c the diagonal of C
-    and mu, s, r mean, deviation and RMS of the n - 1 other entries of each row, all sorted::
+    With c the diagonal and mu, s, r mean, deviation and RMS of the rest of each row, all sorted::
 
         (|c - d|^2 + (n - 1) max(|mu - mu'|^2 + |s - s'|^2, |r - r'|^2)) / n^2 <= GW_2^2(C, D)
 
     References:
-        A relaxation of the bound of Gilmore (1962) and Lawler (1963) by Gelbrich's moments; its use
-        for Gromov-Wasserstein is ours.
+        Gilmore (1962) and Lawler (1963), relaxed by Gelbrich's moments; its use here is ours.
     """
     check_equal_sizes(c, d, "diagonal_lower_bound")
     n = num_nodes(c)
@@ -67,8 +64,7 @@ def gilmore_lawler(c: Graph, d: Graph, *, branches: int) -> tuple[Scalar, Order]
 
         min_q sum_i [(C_ii - D_qq)^2 + sum_j (sort(C_i.)_j - sort(D_q.)_j)^2] / n^2 <= GW_2^2
 
-    Returns:
-        The bound, and the matching ``[n]`` of the plain assignment, a good one to start from.
+    The matching ``[n]`` of the plain assignment, a good one to start from, comes with the bound.
 
     References:
         Gilmore, Optimal and suboptimal algorithms for the quadratic assignment problem (1962);
@@ -83,7 +79,8 @@ def gilmore_lawler(c: Graph, d: Graph, *, branches: int) -> tuple[Scalar, Order]
     if branches and n > 2:
         heaviest = jnp.argmax(jnp.diag(x))
         floors = _pinned(x, y)
-        least, partners = jax.lax.top_k(-floors, branches)  # the least floors
+        # The least floors.
+        least, partners = jax.lax.top_k(-floors, branches)
         matched = jax.lax.map(lambda k: _assign_rest(x, y, heaviest, k), partners)
         # Every partner that was not tried costs at least as much as the last that was.
         untried = jnp.inf if branches == n else -least[-1]
@@ -183,7 +180,6 @@ def _sorted_distance(f: Vector, g: Vector, f_error: Vector, g_error: Vector) -> 
 
 
 def _off_diagonal(x: Square) -> Float[jax.Array, "n rest"]:
-    """``[n, n - 1]``: each row without its diagonal entry."""
     n = len(x)
     column = jnp.arange(n - 1)
     row = jnp.arange(n)[:, None]

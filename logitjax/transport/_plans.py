@@ -43,7 +43,6 @@ class Plan:
         return Coupling(jnp.arange(n, dtype=jnp.int32), columns, jnp.full(n, 1.0 / n))
 
     def marginals(self) -> tuple[Any, Any]:
-        """Sums of the rows and of the columns."""
         if self.right is None:
             return self.left.sum(1), self.left.sum(0)
         return self.left @ self.right.sum(0), self.right @ self.left.sum(0)

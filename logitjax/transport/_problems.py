@@ -62,7 +62,6 @@ def from_problem(given: Any) -> Problem:
 
 
 def _matrix(geometry: Any, *, square: bool) -> Any:
-    """The costs of a geometry, by factors where it has them."""
     # Factors are off by a few roundings of float64, for which every bound of products has room.
     if hasattr(geometry, "cost_1"):
         left, right = (np.asarray(x, np.float64) for x in (geometry.cost_1, geometry.cost_2))

@@ -1,6 +1,5 @@
 """How far computed numbers may lie from the numbers they stand for.
 
-Every bound of this package is a theorem about the numbers given, not about their computed images.
 Three facts carry it, with u the unit roundoff and ``gamma(n) = n u / (1 - n u)``:
 
 - A sum of n products is off by at most ``gamma(n)`` times the sum of their absolute values,
@@ -9,8 +8,7 @@ Three facts carry it, with u the unit roundoff and ``gamma(n) = n u / (1 - n u)`
   L_p(a x a), when C becomes C'; so it is enough to know how far a computed matrix is off.
 - A transport cost of features moves, as a p-th root, by at most the norm of their errors.
 
-Given concrete arrays all is computed in float64, and the rounding bounds are far below float32's
-resolution. Under a transformation it is computed in float32 and they are subtracted in full.
+Concrete arrays are computed with in float64, traced ones in float32.
 """
 
 from typing import Any
@@ -35,7 +33,6 @@ UNDERFLOW = 1e-30
 
 
 def real(x: Any) -> jax.Array:
-    """As float64 where that is on, else as float32."""
     return jnp.asarray(x, jnp.float64 if jax.config.jax_enable_x64 else jnp.float32)  # pyright: ignore
 
 
@@ -49,8 +46,7 @@ def gamma(count: int) -> float:
 def lowered(raw: Any, *, p: int, relative: Any = 0.0, absolute: Any = 0.0, root: Any = 0.0) -> Any:
     """A proven lower bound by a computed one; its gradient is that of the computed one.
 
-    Rounding may have added a `relative` share and `absolute` to the cost; its p-th root may be too
-    large by `root`.
+    Rounding may have added a `relative` share and `absolute` to the cost, and `root` to its root.
     """
     least = jnp.maximum(raw * (1 - relative) - absolute, 0.0)
     if p == 1:
@@ -81,7 +77,6 @@ def times_power_of_two(
 
 
 def distance(errors: Vector, weights: Vector, p: int) -> Scalar:
-    """Norm of errors of features in L_p of the weights."""
     if p == 1:
         return jnp.sum(weights * errors)
     return jnp.sqrt(jnp.sum(weights * jnp.square(errors)))

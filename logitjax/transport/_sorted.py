@@ -42,10 +42,8 @@ def sorted_gw_lower_bound(
     quantile functions are compared. The gradient is the subgradient of the sorted matching.
 
     Args:
-        f: features of the first graph, ``[*batch, n]``.
-        g: features of the second graph, ``[*batch, m]``; m may differ from n.
-        f_weights: node weights that sum to one, ``[*batch, n]``; uniform if left out.
-        g_weights: the same for g.
+        f, g: features of the two graphs, ``[*batch, n]`` and ``[*batch, m]``.
+        f_weights, g_weights: node weights of these shapes that sum to one; uniform if left out.
         p: 1 or 2 (any power from 1 works).
 
     Returns:
@@ -115,10 +113,8 @@ def sorted_coupling(
     coupling the derivative of the cost is that of the graphs alone).
 
     Args:
-        f: features of the first graph, ``[*batch, n]``.
-        g: features of the second graph, ``[*batch, m]``.
-        f_weights: node weights that sum to one; uniform if left out.
-        g_weights: the same for g.
+        f, g: features of the two graphs, ``[*batch, n]`` and ``[*batch, m]``.
+        f_weights, g_weights: node weights that sum to one; uniform if left out.
 
     Returns:
         A `Coupling` with fields ``[*batch, n]`` or ``[*batch, n + m]``, in descending order.
@@ -137,7 +133,8 @@ def sorted_coupling(
         return Coupling(rows, columns, _seen(jnp.full(f.shape, 1.0 / n, f.dtype), f, g))
     upper_f = _cumulative(f_weights, rows, f.shape)
     upper_g = _cumulative(g_weights, columns, g.shape)
-    ends = jnp.sort(jnp.concatenate([upper_f, upper_g], axis=-1), axis=-1)  # `[*batch, n + m]`
+    # `[*batch, n + m]`.
+    ends = jnp.sort(jnp.concatenate([upper_f, upper_g], axis=-1), axis=-1)
     starts = jnp.concatenate([jnp.zeros_like(ends[..., :1]), ends[..., :-1]], axis=-1)
     # Between two ends both quantile functions are constant: the middle says whose nodes meet.
     middles = 0.5 * (starts + ends)

@@ -3,8 +3,7 @@
 `METHODS` are the methods by name, each a `Method`: a frozen dataclass that says what it reads and
 what it minimises. Most train a model's own weights. The default trains an `Assistant`, whose logits
 are subtracted while decoding (`Assistant.beside`). `Unlearning` does either on rows of your own,
-and chooses without a retrained model. ``unlearning.tofu`` is the benchmark: its items, its measures
-and its logs.
+and chooses without a retrained model. ``unlearning.tofu`` is the benchmark.
 """
 
 from logitjax.unlearning._method import Method as Method

@@ -36,8 +36,6 @@ class Looks:
 
     @functools.cached_property
     def before(self) -> dict[str, Any]:
-        """Return the model's values on these rows before training."""
-
         def measure() -> dict[str, Any]:
             model, questions = Deployed(model=self.training.model), self.questions
             answers = questions.answers(model, "validation")
@@ -56,7 +54,6 @@ class Looks:
 
     @functools.cached_property
     def goal(self) -> Goal:
-        """How likely forgotten answers may be."""
         source = "answers of the holdout, which nobody was taught"
         if not self.questions.rows["holdout"]:
             source = "each other's answers to the questions to forget"
@@ -64,19 +61,15 @@ class Looks:
 
     @property
     def known(self) -> float:
-        """How much likelier the likeliest answer to forget is before than the goal's worst."""
         return self.goal.excess({"asked": self.before["probabilities"]["forget"]})["asked"]
 
     def meets(self, candidate: Mapping[str, Any]) -> bool:
-        """Whether a candidate forgets and keeps enough."""
         return not candidate["broken"] and self.goal.met(candidate["excess"])
 
     def leaks(self, excess: Mapping[str, float]) -> list[str]:
-        """Ways that bring something out."""
         return [way for way, result in excess.items() if not self.goal.met(result)]
 
     def look(self, number: int, step: int, ways: Sequence[str]) -> dict[str, Any]:
-        """A candidate of a round: its strength, and what it has forgotten and kept."""
         at = {"round": number, "step": step}
         make = functools.partial(self._look, at, ways)
         return self.judged(self.training.record(f"{name_of(at)}.json", make))
@@ -89,8 +82,6 @@ class Looks:
         return dict(record) | {"least": least_share(record), "broken": broken}
 
     def heard(self, candidate: Mapping[str, Any]) -> dict[str, Any]:
-        """A candidate with what is left of generated answers."""
-
         def make() -> dict[str, Any]:
             model = self.training.at(self.training.read(candidate), candidate["strength"])
             answers, before = self.questions.answers(model, "validation"), self.before
@@ -204,7 +195,6 @@ class Looks:
 
 
 def diverged(at: Mapping[str, Any]) -> dict[str, Any]:
-    """A candidate with losses that are not finite."""
     # Worse than any finite one, and still JSON.
     worst = 1e9
     nothing = dict(strength=0.0, forget=0.0, excess=worst, gap=worst, probability=0.0, least=0.0)

@@ -52,9 +52,7 @@ class Method:
     def loss(self, read: Read, state: Any) -> tuple[jax.Array, Means]:
         """The scalar that is minimised, and the means to report.
 
-        Args:
-            read: The needs, by side.
-            state: Arrays of its own as they are now, which train beside the weights.
+        `state` holds arrays of its own as they are now, which train beside the weights.
         """
         raise TypeError(f"{self.name}: expected `loss`, what it minimises")
 
@@ -91,20 +89,12 @@ class Method:
         return params if self.state() is None else params["weights"]
 
     def check(self, model: Decoder, questions: Questions) -> None:
-        """Refuses a model or rows that it cannot learn from.
-
-        Raises:
-            ValueError: Plain text, for a method that says something instead of answers.
-        """
+        """Refuses a model or rows that it cannot learn from, as plain text, by a ValueError."""
         if "instead" in self.sides and not all(row.asks for row in questions.rows["forget"]):
             raise ValueError(f"forget: {self.name} expects questions, got plain text")
 
     def prepared(self, retain_nll: Callable[[], float]) -> "Method":
-        """The method once it knows how likely the model before finds the rows to keep.
-
-        Args:
-            retain_nll: Gives their mean nats a token, which takes a pass over them.
-        """
+        """The method once it has the mean nats a token of rows to keep, a pass by `retain_nll`."""
         return self
 
     def instead(self, model: Decoder, questions: Questions, *, seed: int) -> list[list[str]]:
@@ -220,12 +210,8 @@ RETAIN: Mapping[str, Retain] = {
 class TwoSided(Method):
     """A method with a loss on rows to forget and one on rows to keep.
 
-    ::
-
-        gamma mean(forget losses) + alpha mean(retain losses)
-
-    The retain loss counts answers' tokens. Published codes also average the divergence over prompts
-    and padding.
+    The loss is `gamma mean(forget losses) + alpha mean(retain losses)`, the latter of answers'
+    tokens. Published codes also average the divergence over prompts and padding.
 
     Attributes:
         forget_weight: Gamma.

@@ -35,7 +35,6 @@ class Questions:
     Attributes:
         rows: Rows by part: those of `split_rows`, and `wrong`, questions to forget with each
             other's answers.
-        tokenizer: The model's tokenizer.
         encoded: Encoded rows by part, for `evaluation.score_rows`.
         cut: Indices of rows of a part that are longer than `max_length`: only their beginnings are
             trained on and asked.
@@ -212,11 +211,7 @@ class Questions:
         return encode_row(row, self.tokenizer, max_length=room * self.max_length)
 
     def scores(self, model: Deployed, part: str, *, few: bool = False) -> Any:
-        """`score_rows` of the answers, or of at most 40 evenly spaced ones.
-
-        Raises:
-            ValueError: One is not finite.
-        """
+        """`score_rows` of answers, or of at most 40, evenly spaced; a ValueError if not finite."""
         rows = self.encoded[part]
         return self._scored(model.nll, _evenly(rows) if few else rows)
 
@@ -322,7 +317,6 @@ def _cut(
     tokenizer: Tokenizer,
     max_length: int,
 ) -> frozenset[int]:
-    """Which rows had to be cut."""
     full = [i for i, (ids, _) in enumerate(encoded) if len(ids) == max_length]
     # Tells a cut row from one that just fits.
     longer = [encode_row(rows[i], tokenizer, max_length=max_length + 1)[0] for i in full]

@@ -41,14 +41,10 @@ class Need:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Read:
-    """A method's readings of one batch. Anything undeclared is an error that names the method.
-
-    Attributes:
-        owner: Name of the method.
-        fits: Whether no side has more answers' tokens than there are places.
-    """
+    """A method's readings of one batch. Anything undeclared is an error that names the method."""
 
     owner: str
+    # Whether no side has more answers' tokens than there are places.
     fits: jax.Array
     _fixed: Any
     _values: Mapping[Need, jax.Array]
@@ -81,7 +77,6 @@ class Read:
         return self._value(Need(side, "layer", before))
 
     def head(self, *, before: bool = False) -> Head:
-        """The head of the model, for `states`."""
         return self._heads[before]
 
     def where(self, side: str) -> jax.Array:
@@ -178,7 +173,6 @@ def sides_of(needs: Sequence[Need]) -> list[str]:
 
 
 def check_sides(sides: Sequence[str], batch: Mapping[str, Any], owner: str) -> None:
-    """Refuses a batch without a side that is read."""
     for side in sides:
         if side not in batch:
             raise ValueError(

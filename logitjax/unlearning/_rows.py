@@ -26,7 +26,6 @@ class Row:
     Attributes:
         prompt: Text before the answer; empty for plain text.
         messages: Turns of a conversation before it, in place of a prompt.
-        answer: The answer to forget or to keep.
         group: Rows of one group, such as a person, come into one part of a split.
         paraphrases: The prompt, or the last turn, in other words.
         begun: Text that the answer was begun with, which counts as asked.
@@ -45,16 +44,13 @@ class Row:
 
     @classmethod
     def read(cls, path: epath.PathLike) -> tuple["Row", ...]:
-        """Rows of a JSON-lines file, without duplicates.
+        """Rows of a JSON-lines file in UTF-8, without duplicates.
 
         A row is `{"question", "answer"}`, `{"prompt", "completion"}` (the completion follows as it
         is), `{"messages": [{"role", "content"}, ...]}` that end with the answer, `{"text"}`, or
         another form that `data.own_form` reads. A list of answers is a row each. It may have a
         `group`, and `paraphrases`, a list, or TOFU's `paraphrased_question`. Rows that differ in
         case and white space alone are one, with the paraphrases of all.
-
-        Args:
-            path: The file, in UTF-8.
 
         Raises:
             FileNotFoundError: There is no such file.
@@ -122,15 +118,12 @@ class Row:
     def padded(
         rows: Sequence[tuple[np.ndarray, np.ndarray]], length: int, *, pad_id: int = 0
     ) -> dict[str, np.ndarray]:
-        """Rows of one length, padded at the end, as losses of this package take them.
+        """Rows padded to one length: `{"tokens", "mask"}`, int32 and bool `[rows, length]`.
 
         Args:
             rows: Token ids and which of them are answers', as of `PromptTemplate.encode_answer`.
             length: Length of every row; the rest is cut off.
             pad_id: Any id of the vocabulary.
-
-        Returns:
-            `{"tokens", "mask"}`, int32 and bool `[rows, length]`.
 
         >>> one = (np.array([5, 6, 7]), np.array([False, True, True]))
         >>> Row.padded([one], 4)["tokens"]
@@ -154,7 +147,6 @@ def _joined(row: Row, again: Row) -> Row:
 
 
 def _rows_of(raw: Any) -> list[Row]:
-    """The rows of a line: one for each answer."""
     if not isinstance(raw, dict):
         raise ValueError(f"expected an object, got {type(raw).__name__}")
     for name in ("answer", "completion", "output"):
@@ -229,10 +221,7 @@ def _words(text: str) -> str:
 
 
 def render_prompt(row: Row, tokenizer: Tokenizer) -> str:
-    """Render what a model reads before a row's answer, by the tokenizer's chat template.
-
-    Without one, a question becomes `Question: ...` and `Answer: `, after what the system says.
-    """
+    """Render what a model reads before a row's answer: by its chat template, or as a question."""
     if not row.messages:
         return row.prompt
     messages = [dict(turn) for turn in row.messages]

@@ -16,20 +16,17 @@ _KNOWN = 0.5
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Limits on what has to be left of a model, as shares of what it was before.
+    """Limits on what has to be left of a model, as shares of what it was before."""
 
-    Attributes:
-        probability: Of the mean probability of answers to keep, of every kind of row.
-        row: Of the probability of any single one that the model knew.
-        rouge: Of the ROUGE-L F1 of what is generated for them, of every kind.
-        fluency: Of the entropy of word pairs and triples in that.
-        perplexity: Largest factor of the perplexity of other text.
-    """
-
+    # Of the mean probability of answers to keep, of every kind.
     probability: float = 0.97
+    # Of the probability of any single one that the model knew.
     row: float = 0.9
+    # Of the ROUGE-L F1 of what is generated for them, of every kind.
     rouge: float = 0.97
+    # Of the entropy of word pairs and triples in that.
     fluency: float = 0.95
+    # Largest factor of the perplexity of other text.
     perplexity: float = 1.02
 
     def broken(self, kept: Mapping[str, Any]) -> tuple[str, ...]:
@@ -87,15 +84,13 @@ class Goal:
 
     Every answer counts, and every way to ask: `excess` is the largest of their probabilities over
     that of the likeliest of the control, asked in the same way.
-
-    Attributes:
-        worst: By way of asking, the largest probability of an answer that was never taught.
-        probability: The median of those, asked straight.
-        source: What this was taken from, in words.
     """
 
+    # By way of asking, of answers that were never taught.
     worst: Mapping[str, float]
+    # The median of those, asked straight.
     probability: float
+    # What this was taken from, in words.
     source: str
 
     # What the excess is brought to, and what it may be: other wordings bring out more.
@@ -184,7 +179,6 @@ def matched_strength(
 
 
 def _above(goal: Goal, excess: float) -> float:
-    """How far above what is aimed at, in nats."""
     return math.log(max(excess, 1e-300)) - math.log(goal.aim)
 
 
@@ -203,17 +197,11 @@ def least_share(kept: Mapping[str, Any]) -> float:
 def share_interval(
     after: Any, before: Any, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """The share of a mean that is left, with its bootstrap interval over rows.
+    """The share of a mean that is left, and the ends of its bootstrap interval over rows.
 
     Args:
         after: One number for each row.
         before: Numbers of the same rows before.
-        confidence: Confidence of the interval.
-        resamples: Number of resamplings of rows.
-        seed: Seed of the resamplings.
-
-    Returns:
-        The ratio of the means, and the interval's ends.
 
     >>> share_interval([1.0, 2.0], [2.0, 4.0])
     (0.5, 0.5, 0.5)

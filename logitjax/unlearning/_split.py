@@ -45,13 +45,13 @@ class Split:
             if they are the paraphrase of another, and `other`.
         left_out: Number of rows to keep or of the holdout that are linked to rows to forget, and of
             the holdout to rows to keep.
-        groups: Number of groups of `train`, `validation` and `test`.
-        alike: Number of rows to keep that say much the same as one to forget, and are kept.
     """
 
     parts: Mapping[str, tuple[Row, ...]]
     left_out: int
+    # Of `train`, `validation` and `test`.
     groups: tuple[int, int, int]
+    # Rows to keep, and kept, that say much the same as one to forget.
     alike: int = 0
 
 
@@ -62,15 +62,9 @@ def split_rows(
 
     Rows are linked if they share a `group`, or half of the runs of eight words of question (of a
     conversation the last turn) and answer, or if one asks what another does, in its words or in
-    those of its paraphrases. Linked rows come into one part, and rows that are linked
-    to a row to forget are left out of the others. Groups are ordered by a hash of the seed and
-    their text, and cut after 60 and 80 % of the rows.
-
-    Args:
-        forget: Rows to forget.
-        retain: Rows to keep.
-        holdout: Rows like those to forget that no model was trained on.
-        seed: Seed of the order.
+    those of its paraphrases. Linked rows come into one part, and rows that are linked to a row to
+    forget are left out of the others. Groups are ordered by a hash of the seed and their text, and
+    cut after 60 and 80 % of the rows. No model was trained on the `holdout`.
 
     Raises:
         ValueError: Fewer than three groups of rows to keep are left.
@@ -253,7 +247,8 @@ def _groups(rows: Sequence[Row]) -> list[int]:
             if len(with_it) < _COMMON:
                 with_it.append(i)
         for j, both in others.items():
-            if both >= _ALIKE * (len(grams[i]) + len(grams[j]) - both):  # Jaccard's index
+            # Jaccard's index.
+            if both >= _ALIKE * (len(grams[i]) + len(grams[j]) - both):
                 parent[root(i)] = root(j)
     return [root(i) for i in range(len(rows))]
 

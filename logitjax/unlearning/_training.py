@@ -63,7 +63,6 @@ class Training:
         return Lora.load(folder, self._adapted) if self.config.adapters else self._model(folder)
 
     def at(self, trained: Lora | Decoder, strength: float) -> Deployed:
-        """The model with so much of what was trained."""
         method = self.config.method
         strength *= method.sign
         if isinstance(trained, Decoder):
@@ -151,7 +150,6 @@ class Training:
 
     @property
     def _adapted(self) -> DecoderConfig:
-        """Of the layers that are adapted."""
         return self.config.method.adapted(self.model).config
 
     def _model(self, folder: epath.Path) -> Decoder:
@@ -165,7 +163,6 @@ class Training:
         save_pretrained(nnx.merge(graphdef, weights, rest), None, folder)
 
     def _announce(self, batch: Mapping[str, Any], weights: Any) -> None:
-        """Says what training takes, before it does."""
         sizes = [
             sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
             for tree in (nnx.state(self.model, nnx.Param), weights)
@@ -211,7 +208,6 @@ def name_of(candidate: Mapping[str, Any]) -> str:
 
 @nnx.jit
 def _towards(model: Decoder, other: Decoder, share: Any) -> Decoder:
-    """A model so far on the way to another."""
     graphdef, state = nnx.split(model)
     present = nnx.state(other)
     return nnx.merge(

@@ -40,13 +40,11 @@ class Unlearned:
             the worst of the control in any way to ask, and that by `ways`, `gap` from the goal in
             nats, the shares kept (`probability`, `row`, `rouge`, `fluency`, `perplexity`), the
             `least` of them (perplexity by its inverse), and the limits that they break, `broken`.
-        goal: How likely forgotten answers were to become.
         ways: Ways to ask that were trained on in the end.
         verdict: What may be said of it; None where nothing was written.
         staged: Folder of what was written, in the folder of candidates; None if none is feasible.
         model: What was written, read again; None likewise.
         before, after: Of `examine`, what the model and what was written say; empty likewise.
-        controls: What the references say.
     """
 
     chosen: Mapping[str, Any] | None
@@ -81,7 +79,6 @@ class Unlearning:
     Args:
         model: The model, with listed layers. It is never changed.
         questions: Rows to forget and to keep, from `split_rows`.
-        config: The method, its settings, and the limits of what may be lost.
         directory: Folder of checkpoints, candidates, records, and of the result: `assistant`,
             `adapter` or `model`.
         base: Name of the model, which is written beside the adapters.
@@ -130,11 +127,7 @@ class Unlearning:
 
     @functools.cached_property
     def goal(self) -> Goal:
-        """The goal: how likely forgotten answers may be.
-
-        Raises:
-            ValueError: Nothing says how likely unseen answers are.
-        """
+        """How likely forgotten answers may be; a ValueError where no unseen answers tell it."""
         self._check_folder()
         return self._looks.goal
 
@@ -146,8 +139,7 @@ class Unlearning:
     def run(self, *, examines: bool = True) -> Unlearned:
         """Train until the goal is met twice in a row, choose, write, examine and judge.
 
-        Args:
-            examines: Whether to write and examine the result; without, only candidates are kept.
+        Without `examines`, only candidates are kept.
         """
         goal = self.goal
         candidates, ways = self._rounds()
@@ -203,7 +195,6 @@ class Unlearning:
         return examined
 
     def _check_folder(self) -> None:
-        """Check that the folder was made of these rows, this text and this model."""
         questions, manifest = self.questions, Manifest(self.directory, "unlearning run")
         tokenizer, model = questions.tokenizer, self._identity
         if model is None:

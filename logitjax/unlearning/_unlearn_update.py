@@ -38,10 +38,7 @@ def make_update(
     ways: Sequence[str] = ("asked",),
     instead: Sequence[Sequence[str]] = (),
 ) -> Update:
-    """The loss of an assistant or of adapters, on rows to forget, rows to keep and other text.
-
-    Rows of both sides are asked in `ways`; `instead` has other answers for each row to forget.
-    """
+    """The loss of an assistant or of adapters, on rows to forget, rows to keep and other text."""
     sides = _sides(questions, ways, instead)
     size = config.batch_size
     # One row to keep at least.

@@ -19,15 +19,13 @@ _LEVEL, _POWER, _DRAWS = 0.05, 0.8, 500
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """A verdict: whether what was written may be used, in words that are always the same.
-
-    `facts` has rows to forget beside answers never taught, by way of asking, `kept` the shares of
-    `Limits` by kind of row.
-    """
+    """A verdict: whether what was written may be used, in words that are always the same."""
 
     passed: bool
     words: str
+    # Rows to forget and answers never taught, by way.
     facts: Sequence[Mapping[str, Any]] = ()
+    # Shares, by kind of row.
     kept: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -45,7 +43,6 @@ def judge(
         before: Of the model before, with what it says of rows that nobody was taught (`unseen`).
         after: Of what was written, as it is served.
         controls: Of models that never knew; what none of them does counts.
-        limits: What has to be left of rows to keep.
         assistant: Whether leaving an assistant out brings everything back.
     """
     goals = [Goal.of(before["unseen"], "the holdout")]
@@ -170,8 +167,8 @@ def _never(controls: Any, name: str) -> Callable[[str], float]:
 def told_apart(after: Any, controls: Any) -> tuple[list[str], float | None]:
     """Attacks that tell rows to forget from the holdout, and how far from a guess that begins.
 
-    Beyond all controls, and beyond chance, which all attacks together exceed in 5 % of cases at
-    most. None without a holdout.
+    Beyond all controls, and beyond what all attacks together reach by chance in 5 % of cases.
+    None without a holdout.
     """
     m, n = after["sizes"]
     if not n:

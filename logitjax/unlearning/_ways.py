@@ -98,8 +98,7 @@ def search(
 ) -> dict[str, float]:
     """Try pairs of ways, each time that whose parts have brought out most so far.
 
-    `excess` says how far a pair, `a + b`, goes, None where it makes no sense; `known` has single
-    ways, and `tried` pairs to leave out.
+    `excess` of a pair, `a + b`, is None where it makes no sense; `known` has single ways.
 
     >>> search(lambda way: float("role" in way), {"in a role": 2.0, "in context": 1.0}, 2)
     {'in a role + in context': 1.0, 'in context + in a role': 1.0}

@@ -17,7 +17,8 @@ from logitjax.vision._efficientnet import EfficientNetLite0
 from logitjax.vision._resnet import CifarResNet, ResNet
 from logitjax.vision._torch_layout import fill_weights, torch_names
 
-_X4 = (32, 64, 128, 256)  # mdistiller's `x4`
+# mdistiller's `x4`.
+_X4 = (32, 64, 128, 256)
 
 _MODELS: dict[str, Callable[..., Any]] = {
     **{f"resnet{depth}": functools.partial(CifarResNet, depth) for depth in (8, 14, 20, 32)},
@@ -35,8 +36,7 @@ class ImageClassifier(nnx.Module):
     """A backbone, which makes features of images, and a head, which makes logits of features.
 
     Args:
-        backbone: a module ``(inputs, train=) -> [batch, num_features]``; of images or anything
-            else.
+        backbone: a module ``(inputs, train=) -> [batch, num_features]``; inputs are often images.
         head: a module ``features -> logits``: ``nnx.Linear``, `distillation.DualHead`, ...
     """
 
@@ -70,15 +70,10 @@ class ImageClassifier(nnx.Module):
         """A network of the literature by its name.
 
         Args:
-            name: ``resnet20``, ``resnet32x4``, ``imagenet_resnet18``, ``efficientnet_lite0``, ...
+            name: ``resnet20``, ``resnet32x4``, ``imagenet_resnet18``, ``efficientnet_lite0``, ...;
+                others are a ValueError.
             head: makes the head, called as ``head(num_features, num_classes, rngs=rngs)``; a linear
-                layer when omitted.
-            axis_name: mesh axis of the batch inside ``shard_map`` or ``pmap``; not needed under
-                ``jit``.
-            dtype: type of the backbone's computation.
-
-        Raises:
-            ValueError: an unknown name.
+                layer when omitted. Other options are those of all networks, see `logitjax.vision`.
 
         >>> def logits(images):
         ...     return ImageClassifier.create("resnet8", 10, rngs=nnx.Rngs(0))(images)
@@ -100,11 +95,8 @@ class ImageClassifier(nnx.Module):
         carry the ``module.`` prefix of data-parallel training.
 
         Args:
-            weights: a file, or the arrays by their torch names.
-
-        Raises:
-            ValueError: weights are missing, unknown, of another shape, or the file is not safe to
-                read.
+            weights: a file, or the arrays by their torch names; ValueError if some are missing,
+                unknown or of another shape, or the file is not safe to read.
         """
         given = dict(weights) if isinstance(weights, Mapping) else read_state_dict(weights)
         fill_weights(self, given, torch_names(self))

@@ -93,7 +93,8 @@ def load_clip_tokenizer(path: epath.PathLike, context_length: int = 77) -> CLIPT
 def _from_merges(path: epath.Path, vocab: dict[str, int] | None) -> Tokenizer:
     content = guard.read_bytes(path, most=guard.LIMITS.json_bytes)
     with guard.naming(path, "merges"):
-        zipped = content[:2] == b"\x1f\x8b"  # gzip begins so
+        # Gzip begins so.
+        zipped = content[:2] == b"\x1f\x8b"
         text = (guard.gunzip(content, "merges") if zipped else content).decode()
     # The first names the version.
     lines = text.split("\n")[1 : _MERGES + 1]

@@ -31,9 +31,7 @@ class Encoder:
 
     Attributes:
         name: as its user calls it.
-        model: the `flax.nnx` module.
         preprocessing: size and colours; normalisation happens inside.
-        num_features: length of a feature vector.
         num_classes: number of classes of the class head; 0 where there is none.
         tokenizer: tokenizer of the text tower, or None.
         dtype: the name of what it computes in.
@@ -55,7 +53,8 @@ class Encoder:
         self.tokenizer, self.dtype = tokenizer, jnp.dtype(dtype).name
         # Weights stay arguments, no constants.
         self._graph, self._state = nnx.split(model)
-        self._compiled = jax.jit(self._run, static_argnums=0)  # pictures or texts
+        # Pictures or texts.
+        self._compiled = jax.jit(self._run, static_argnums=0)
 
     def __repr__(self) -> str:
         head = f", {self.num_classes} classes" if self.num_classes else ""
@@ -79,11 +78,7 @@ class Encoder:
         return np.asarray(kernel), None if bias is None else np.asarray(bias)
 
     def before_projection(self) -> "Encoder":
-        """An encoder with the same weights, whose features are the inputs of `projection`.
-
-        Raises:
-            ValueError: there is no such projection.
-        """
+        """The encoder whose features are the inputs of `projection`; ValueError without one."""
         if self.projection is None:
             raise ValueError(f"encoder {self.name!r} has no linear projection at its end")
         return Encoder(
@@ -99,7 +94,8 @@ class Encoder:
         """The trained scale of cosines of pictures and texts; None without texts."""
         if not self.has_text:
             return None
-        return float(np.exp(np.asarray(self.model.logit_scale[...]).reshape(())))  # SigLIP's is [1]
+        # SigLIP's is [1].
+        return float(np.exp(np.asarray(self.model.logit_scale[...]).reshape(())))
 
     def placed(self, sharding: jax.sharding.Sharding) -> "Encoder":
         """The same encoder with its weights placed in this sharding, once and not on every call.
@@ -128,17 +124,14 @@ class Encoder:
     ) -> tuple[Float[jax.Array, "batch features"], Float[jax.Array, "batch classes"] | None]:
         """Features and, where there is a class head, logits, from one pass.
 
+        Float32 ``[batch, num_features]``, not normalised, and ``[batch, num_classes]`` or None.
+
         Args:
             images: ``[batch, height, width, 3]``, uint8 or floats between 0 and 1.
 
-        Returns:
-            Features, float32 ``[batch, num_features]``, not normalised; logits, float32
-            ``[batch, num_classes]``, or None.
-
         Raises:
             TypeError: pixels that are no numbers.
-            ValueError: another shape, or (outside of ``jit``) pixels out of range; under ``jit``
-                their features are nan.
+            ValueError: another shape, or pixels out of range (under ``jit``: features of nan).
         """
         self.preprocessing.check(images)
         return self._compiled("images", self._state, images)
@@ -172,10 +165,7 @@ class Encoder:
     ) -> Float[jax.Array, "batch features"]:
         """Features of texts, in the space of the pictures' and not normalised either.
 
-        Tokens are as `tokenize` makes them, the result is float32.
-
-        Raises:
-            ValueError: there is no text tower.
+        Tokens are those of `tokenize`, the result is float32; ValueError without a text tower.
         """
         if not self.has_text:
             raise ValueError(f"encoder {self.name!r} has no text tower")
@@ -186,19 +176,14 @@ class Encoder:
     ) -> Float[jax.Array, "features classes"]:
         """The weights that class names give a linear head on CLIP's image features.
 
-        Every prompt's feature is scaled to length one, then the mean over a class's prompts is::
+        Every prompt's feature is scaled to length one, then the mean over a class's prompts, as in
+        Radford et al. (arXiv 2103.00020), section 3.1.4::
 
             w_k = m_k / ||m_k||,   m_k = mean_t  f(t(name_k)) / ||f(t(name_k))||
 
         Args:
-            class_names: as they shall stand in a sentence.
+            class_names: as they shall stand in a sentence; ImageNet's numbers are a ValueError.
             templates: with ``{}`` where the name goes.
-
-        Raises:
-            ValueError: ImageNet's classes are given by their numbers.
-
-        References:
-            Radford et al. (arXiv 2103.00020), section 3.1.4.
         """
         number = next((name for name in class_names if re.fullmatch(r"n\d{8}", name)), None)
         if number is not None:

@@ -96,8 +96,7 @@ def load_encoder(
 
     * CLIP in the names of OpenAI, open_clip or transformers, both towers, or a vision tower alone.
     * SigLIP and SigLIP 2 of a fixed size in the names of transformers, both towers or one.
-    * ViT, DINOv2 with or without registers, DINOv3, ConvNeXt and ConvNeXt V2 in the names of
-      transformers.
+    * ViT, DINOv2 with or without registers, DINOv3, ConvNeXt and its V2 as transformers has them.
     * ViT, DeiT, DINOv2, DINOv3 and SigLIP's vision tower as timm has them, with its
       ``config.json``, and its ConvNeXt.
     * a ResNet as torchvision or transformers names it, ResNeXt and wide ones and those of MoCo v3
@@ -106,15 +105,12 @@ def load_encoder(
     * EfficientNet-Lite0, AlexNet and VGG-16, the last two without their linear layers.
 
     Args:
-        spec: one of these.
+        spec: one of these; ValueError if nothing is there, or no encoder's weights.
         size: size of the pictures, where it shall not be the one the network was trained with.
             Position embeddings are for one size, except those of DINO and timm.
         tokenizer: directory or file of merges for CLIP, or ``open_clip`` (`load_clip_tokenizer`),
             where the checkpoint brings none; of SigLIP a directory with ``tokenizer.json``.
         dtype: type of the computation; weights stay float32.
-
-    Raises:
-        ValueError: nothing is there, or what is there is not an encoder's weights.
     """
     progress.mark(f"loading encoder {spec}", log=True)
     if spec == "efficientnet_lite0":

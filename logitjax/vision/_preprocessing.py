@@ -63,8 +63,7 @@ class Preprocessing:
     ) -> Float[jax.Array, "*batch height width channels"]:
         """Whole numbers 0..255, or floats 0..1, to what the network takes.
 
-        Interpolation may overshoot a little; what is further off, such as floats of 0..255, becomes
-        nan.
+        Interpolation may overshoot a little; what is further off, as floats of 0..255, becomes nan.
         """
         x: Any = jnp.asarray(images)
         if jnp.issubdtype(x.dtype, jnp.integer):

@@ -123,7 +123,6 @@ def _tokens(named: dict[str, np.ndarray]) -> None:
 
 
 def timm_preprocessing(settings: Mapping[str, Any]) -> Preprocessing:
-    """Read the preprocessing from timm's ``config.json``."""
     message = settings.get("pretrained_cfg") or {}
     channels, height, width = message.get("input_size") or (3, 224, 224)
     mode, share = message.get("crop_mode") or "center", message.get("crop_pct") or 0.875

@@ -35,7 +35,6 @@ def torch_names(model: Any) -> dict[str, tuple[Any, ...]]:
 
 
 def weight_paths(model: nnx.Module) -> list[tuple[Any, ...]]:
-    """The paths of parameters and running statistics."""
     state = nnx.state(model, (nnx.Param, nnx.BatchStat))
     return [tuple(path) for path, _ in nnx.to_flat_state(state)]
 

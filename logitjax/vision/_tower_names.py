@@ -33,7 +33,8 @@ _TRANSFORMER = (
     (r"^embeddings\.class_embedding$", "class_token"),
     (r"^embeddings\.patch_embedding\.", "patch."),
     (r"^embeddings\.position_embedding\.weight$", "positions"),
-    (r"^pre_layrnorm\.", "pre_norm."),  # their spelling
+    # Their spelling.
+    (r"^pre_layrnorm\.", "pre_norm."),
     (r"^post_layernorm\.", "norm."),
     (r"^final_layer_norm\.", "norm."),
     (r"^embeddings\.token_embedding\.", "tokens."),
@@ -216,7 +217,8 @@ def _blocks(named: Weights, settings: Mapping[str, Any], default: BlockConfig) -
         default,
         width=width,
         layers=count_of(named, "blocks"),
-        heads=int(settings.get("num_attention_heads") or max(1, width // 64)),  # 64 channels each
+        # 64 channels each.
+        heads=int(settings.get("num_attention_heads") or max(1, width // 64)),
         hidden=named["blocks.0.up.weight"].shape[0],
         activation=_ACTIVATIONS.get(str(activation), default.activation),
         epsilon=float(settings.get("layer_norm_eps") or default.epsilon),
@@ -234,7 +236,6 @@ _VIT = dataclasses.replace(_CLIP, activation="gelu", epsilon=1e-12)
 
 
 def vit_config(named: Weights, settings: Mapping[str, Any]) -> ViTConfig:
-    """Sizes of a tower in our names."""
     try:
         patch, class_token = named["patch.weight"], "class_token" in named
         pooling: Pooling = "probe" if "pool.probe" in named else "class"
@@ -293,7 +294,6 @@ def two_towers(
 
 
 def convnext_config(named: Weights, settings: Mapping[str, Any]) -> ConvNeXtConfig:
-    """Sizes of a ConvNeXt in our names."""
     stages, last = range(count_of(named, "stages")), settings.get("layer_norm_eps")
     try:
         return ConvNeXtConfig(

@@ -55,12 +55,8 @@ class ViTConfig:
     """A vision transformer.
 
     Attributes:
-        blocks: Its blocks.
-        patch_size: Height and width of a patch.
         grid: Patches of a side that there are positions for; 0 where these are angles.
-        class_token: Whether a token of its own comes first.
-        registers: Tokens without a position after that.
-        patch_bias: Whether patches are projected with a bias.
+        registers: Tokens without a position after the class token.
         pre_norm: Whether a norm comes before the blocks, as in CLIP.
         pooling: What the feature is: the output of the class token (`class`), what a learned probe
             asks of all patches (`probe`, as in SigLIP), or the mean of the patches, after the last
@@ -354,7 +350,6 @@ class StagesConfig:
 
     @property
     def image_size(self) -> int:
-        """Height and width of the pictures."""
         return 32 * self.grid
 
 

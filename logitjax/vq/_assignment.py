@@ -50,17 +50,16 @@ def fit_assignment(
         sum_v u_v^p (w_v - C_{m(v)})^T Cov(h) (w_v - C_{m(v)})
 
     The other methods are ``'random'``, clusters of equal size, and ``'kmeans'``, plain rows,
-    unweighted (the paper's). `reassign` improves the mapping by the full head's distribution on
-    hidden states. Memory is the rows plus 2,048 x codes, whatever the vocabulary.
+    unweighted, of VQ-Logits (arXiv:2505.10202), which also names fixed mappings; weights, metric
+    and `reassign`, by the full head's distribution on hidden states, are ours. Memory is the rows
+    plus 2,048 x codes, whatever the vocabulary.
 
     Args:
         rows: ``[vocab, hidden]``, rows of the full head, also in bfloat16.
         unigram: ``[vocab]``, probabilities or counts.
         hidden_mean, hidden_cov: mean and covariance of the hidden states.
         num_codes: clusters K, at most vocab.
-        method: see above.
         row_bias: ``[vocab]``, bias of the full head.
-        key: key of random choices.
         weight_power: the power p; 0.5 to 1 are sensible.
         iterations: number of iterations of Lloyd's algorithm.
 
@@ -74,10 +73,6 @@ def fit_assignment(
     >>> first, second, third, fourth = fit.assignment.tolist()
     >>> first == second, third == fourth, first == third
     (True, True, False)
-
-    References:
-        VQ-Logits, arXiv:2505.10202, names k-means over rows and fixed mappings. Weights, metric and
-        reassignment are ours.
     """
     checks.shapes(
         rows=(rows, "float vocab hidden"),
@@ -274,7 +269,8 @@ def perplexity_floor(
     """The least perplexity that any training can reach if all tokens of a cluster share one logit.
 
     A bias per token removes both bounds. What is then still lost is what the context says about the
-    token within its cluster. ::
+    token within its cluster. These bounds, ours, follow exactly from the logits of VQ-Logits,
+    arXiv:2505.10202. ::
 
         perplexity >= exp(E log n_{m(X)})
         excess >= sum_k u_k KL(u(. | k) || uniform over the cluster)
@@ -286,9 +282,6 @@ def perplexity_floor(
     >>> floor = perplexity_floor(jnp.array([0, 0, 1]), jnp.array([1.0, 1.0, 2.0]))
     >>> round(floor.perplexity, 3), floor.ratio, floor.singleton_mass
     (1.414, 1.0, 0.5)
-
-    References:
-        Exact consequences of VQ-Logits, arXiv:2505.10202, eq. for its logits; ours.
     """
     checks.shapes(assignment=(assignment, "int vocab"), unigram=(unigram, "number vocab"))
     assignment, prob = np.asarray(assignment), np.asarray(unigram, np.float64)

@@ -32,7 +32,6 @@ class Conversion:
 
     Attributes:
         model: the same parameters with the new head.
-        head: the head.
         history: KL divergence by step, and tokens moved by each reassignment.
         cache: hidden states and labels it was tuned on.
         targets: what the old head says there.
@@ -104,17 +103,13 @@ class ConvertConfig:
     ) -> tuple[Any, dict[str, list[float]]]:
         """Fit and tune a head on cached hidden states: `convert` without the model.
 
+        Gives the head and the tuning's history (``loss``: KL divergence from ``head``, ``moved``).
+
         Args:
-            head: the old head.
             targets: from `HiddenCache.head_targets`, for the same positions.
-            statistics: statistics of ``hidden``.
             start: a fit to tune, instead of a new one; not of a `ScreenedHead`.
             rows: ``[vocab, hidden]`` that re-score; None takes the model's embedding.
             mesh: as for `Tuning.run`.
-
-        Returns:
-            The head, and the tuning's history (``loss``: KL divergence from the old head,
-            ``moved``).
         """
         statistics = head_statistics(hidden) if statistics is None else statistics
         kmeans: Any = dict(
@@ -187,29 +182,21 @@ class ConvertConfig:
         ``workdir``. Mapping and codebook are fitted to the old rows. Codebook and biases are tuned
         to the old head's distribution, with tokens reassigned in between. The head is written to
         ``workdir/head``. A killed call continues with the hidden states it has, and another
-        configuration with the same ``max_tokens`` reuses them. A workdir of another model, head or
-        ``source`` is refused.
+        configuration with the same ``max_tokens`` reuses them. A workdir of another model, head,
+        ``source`` or number of tokens is a ValueError, as is a head that is not linear. K-means
+        over rows is the "pre-trained initialisation" of VQ-Logits, arXiv:2505.10202; what is done
+        beyond it is ours, see docs/vq_logits.md.
+
+        The `Conversion`'s model shares the old one's parameters. Where the old logits were
+        soft-capped the new head imitates the capped ones, and the new model caps nothing.
 
         Args:
             model: a `logitjax.models.Decoder` with a linear or tied head.
-            batches: packed batches of one tokenizer, as for `HiddenCache.of`.
+            batches, source: as for `HiddenCache.of`: packed batches of one tokenizer, their name.
             workdir: a directory or an object store: what is kept there is memory-mapped from a
                 local disk, and read whole from a store.
-            source: names the batches, see `HiddenCache.of`.
             mesh: tuning splits its positions over it; every process of a run calls this with the
                 same arguments, and process 0 writes.
-
-        Returns:
-            `Conversion`. Its model shares the old one's parameters. Where the old logits were
-            soft-capped the new head imitates the capped ones, and the new model caps nothing.
-
-        Raises:
-            ValueError: the model's head is not linear, or the workdir holds hidden states of
-                another model, ``source`` or number of tokens.
-
-        References:
-            VQ-Logits, arXiv:2505.10202, "pre-trained initialisation"; what is done here beyond
-            k-means over rows is ours, see docs/vq_logits.md.
         """
         root = epath.Path(workdir)
         old = model.head_of()
@@ -261,9 +248,7 @@ def _product_codes(
 def load_head(directory: str | os.PathLike[str], *, dtype: Any = jnp.float32) -> Any:
     """Reads what the ``save`` of a head of `logitjax.vq` wrote.
 
-    Raises:
-        FileNotFoundError: there is no head in the directory.
-        ValueError: it is damaged; names the file.
+    FileNotFoundError if no head is in the directory; ValueError names a damaged file.
     """
     record, tensors = read_head(directory)
     with guard.naming(epath.Path(directory), "a head"):

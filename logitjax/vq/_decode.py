@@ -58,9 +58,7 @@ class VQTables:
         Args:
             bias: ``[vocab]``, or None for the head as published.
             assignment: ``[vocab]``, cluster of each entry.
-            num_codes: number of clusters.
             width: the largest ``k`` that `top_k` will be asked for.
-            temperature: divides the logits.
             vocab_where: ``[vocab]``, True for the entries that exist.
 
         Raises:
@@ -85,19 +83,13 @@ class VQTables:
 
         Inside a cluster the order is that of the biases, whatever the hidden state. Each of the k
         best clusters has a token that beats all tokens of clusters ranked lower. So k tokens from
-        each of k clusters are enough. Of equal logits the lowest token comes first, as in
-        `jax.lax.top_k`.
+        each of k clusters are enough. Of equal logits the lowest token comes first.
+        Gives ``[*batch, k]`` logits (over the temperature) and tokens, and ``log_z`` over
+        the whole vocabulary: ``values - log_z[..., None]`` are log-probabilities.
 
         Args:
             codebook: ``[codes, hidden]``.
-            k: how many, at most the width of the tables.
-
-        Returns:
-            `TopK` of ``[*batch, k]`` logits (over the temperature) and tokens, and ``log_z`` over
-            the whole vocabulary: ``values - log_z[..., None]`` are log-probabilities.
-
-        Raises:
-            ValueError: ``k`` is not in 1..width.
+            k: how many, 1 to the width of the tables; others are a ValueError.
 
         >>> tables = VQTables.of(jnp.array([0.0, 1.0, 2.0]), jnp.array([1, 0, 1]), 2, width=2)
         >>> tables.top_k(jnp.ones((1, 1)), jnp.array([[5.0], [1.0]]), 2).indices

@@ -153,10 +153,7 @@ class VQHead(VocabularyHead):
         return Head(codebook[assignment], bias, vocab_axis=0)
 
     def cost(self, embedding: Array | None = None) -> HeadCost:
-        """Return its `HeadCost`.
-
-        Decoding reads the codebook and, per cluster, log-mass, best token and its bias.
-        """
+        """Return its `HeadCost`: decoding reads the codebook and three numbers a cluster."""
         (codes, hidden), vocab = self.codebook.shape, self.vocab_size
         itemsize = self.codebook.dtype.itemsize
         parameters = codes * hidden + (0 if self.bias is None else vocab)

@@ -98,22 +98,17 @@ class HiddenCache:
 
         If the directory already holds the cache of this model and ``source``, it is read instead. A
         killed run continues after the batches it has finished. Positions whose next token is not to
-        be predicted are left out.
+        be predicted are left out. ValueError if the directory holds, in full or in part, that of
+        another ``max_tokens``, model or ``source``.
 
         Args:
             model: a `logitjax.models.Decoder`, or anything with its ``hidden_states``.
             batches: one tokenizer's part of the batches of a `logitjax.data.PackedDataset`:
                 ``tokens``, ``positions``, ``segment_ids``, ``loss_mask``, each ``[batch, time]``.
                 The same ones on every call.
-            directory: becomes the cache; memory-mapped where it is local, read whole from an
-                object store.
+            directory: becomes the cache; memory-mapped if local, read whole from an object store.
             max_tokens: stop at so many positions.
-            source: names the batches, e.g. by a `PackedDataset`'s fingerprint; a cache of others is
-                refused.
-
-        Raises:
-            ValueError: the directory holds, in full or in part, the cache of another
-                ``max_tokens``, model or ``source``.
+            source: names the batches, e.g. a `PackedDataset`'s fingerprint; others are refused.
         """
         root = epath.Path(directory)
         graphdef, state = nnx.split(model)
@@ -188,14 +183,8 @@ class HiddenCache:
     ) -> HeadTargets:
         """A full head's distribution at these positions, kept in a directory for the next time.
 
-        Args:
-            directory: where they are or will be.
-            head: the full head.
-            top: probabilities kept per position.
-
-        Raises:
-            ValueError: the directory holds those of other positions, another head or other options;
-                names all that differs.
+        Of each position the `top` largest probabilities are kept. ValueError if the directory holds
+        those of other positions, another head or other options; it names all that differs.
         """
         root = epath.Path(directory)
         made_from = {

@@ -30,9 +30,7 @@ def fit_kmeans(
     Gives the centre of each point, int32, and the centres. The start draws centres in 16 batches,
     each point with odds of weight times squared distance to the centres so far (k-means|| without
     oversampling). A centre that loses its points moves to one of the worst served points.
-
-    References:
-        Arthur and Vassilvitskii, k-means++, 2007. Bahmani et al., Scalable k-means++, 2012.
+    Arthur and Vassilvitskii, k-means++, 2007; Bahmani et al., Scalable k-means++, 2012.
     """
     points, weights = jnp.asarray(points), jnp.asarray(weights, jnp.float32)
     count = points.shape[0]

@@ -70,20 +70,17 @@ def vq_logits(
 ) -> Float[jax.Array, "*batch vocab"]:
     """All V logits ``[*batch, vocab]``, float32, for checks and for code that needs logits.
 
-    Training with it costs the memory of a full head; `vq_nll` and `VQTables` give the same
-    numbers without it. ::
+    It takes a full head's memory; `vq_nll` and `VQTables` give the same numbers without it. ::
 
         logit_v = (h . C_{m(v)} + b_v) / T
 
-    Arguments and errors are those of `vq_nll`. Without a bias logits within a cluster are equal.
+    Arguments and errors are those of `vq_nll`. Without a bias, as in the paper (VQ-Logits,
+    arXiv:2505.10202), logits within a cluster are equal, and perplexity cannot fall below the
+    geometric mean of the cluster sizes (`perplexity_floor`).
 
     >>> codebook, assignment = jnp.array([[1.0], [5.0]]), jnp.array([0, 1, 1, 0])
     >>> jax.jit(vq_logits)(jnp.ones((1, 1)), codebook, None, assignment)
     Array([[1., 5., 5., 1.]], dtype=float32)
-
-    References:
-        VQ-Logits, arXiv:2505.10202. The bias is not in the paper: without it perplexity cannot fall
-        below the geometric mean of the cluster sizes (`perplexity_floor`).
     """
     check_head(hidden, codebook, bias, assignment)
     added = token_bias(bias, assignment, temperature=temperature, vocab_where=vocab_where)
@@ -108,7 +105,9 @@ def vq_nll(
 ) -> Float[jax.Array, "*batch"]:
     """Cross-entropy of a vector-quantised head, exact, in O(N K d) and N x K memory.
 
-    Equal to the cross-entropy of `vq_logits`, in value and gradient, without making them. ::
+    Equal to the cross-entropy of `vq_logits`, in value and gradient, without making them. The
+    paper (VQ-Logits, arXiv:2505.10202) scatters to V logits; our normaliser is over clusters.
+    Gives float32 ``[*batch]``, not reduced; nan where the label is outside the vocabulary. ::
 
         z_k = h . C_k
         log Z = logsumexp_k (z_k + log B_k),   log B_k = logsumexp_{v in k} b_v
@@ -117,16 +116,11 @@ def vq_nll(
     Args:
         hidden: ``[*batch, hidden]``. bfloat16 is multiplied as such and summed in float32.
         codebook: ``[codes, hidden]``.
-        bias: ``[vocab]``, or None for the head as published (``log B_k`` is then the log of the
-            cluster's size).
+        bias: ``[vocab]``, or None for the head as published (``B_k`` is then the cluster's size).
         assignment: ``[vocab]``, cluster of each entry, 0 to codes - 1.
         labels: ``[*batch]``, each in 0 to vocab - 1.
         temperature: divides the logits.
-        z_loss: weight of the squared log-normaliser.
         vocab_where: ``[vocab]``, True for the entries that exist.
-
-    Returns:
-        ``[*batch]``, float32, not reduced; nan where the label is outside the vocabulary.
 
     Raises:
         TypeError: arrays of another kind.
@@ -136,10 +130,6 @@ def vq_nll(
     >>> assignment, labels = np.array([0, 1, 1, 0]), np.array([0, 3])
     >>> print(jax.jit(vq_nll)(np.ones((2, 1)), np.zeros((2, 1)), None, assignment, labels))
     [1.3862944 1.3862944]
-
-    References:
-        VQ-Logits, arXiv:2505.10202, which scatters to V logits; the normaliser over clusters is
-        ours.
     """
     check_head(hidden, codebook, bias, assignment, labels)
     hidden, labels = jnp.asarray(hidden), jnp.asarray(labels)

@@ -56,26 +56,17 @@ class ProductCodes:
         """Codes for the rows of a head, by k-means in each group of dimensions.
 
         Each group uses its own block of the covariance: correlations between groups are left out.
+        The codes are uint8 or uint16, without a bias. By Jegou et al., Product quantization for
+        nearest neighbor search, 2011.
 
         Args:
-            rows, unigram, hidden_cov, key: as of `fit_assignment`.
-            groups: number of parts into which the hidden dimensions are cut.
+            rows, unigram, hidden_cov, key, iterations, weight_power: as of `fit_assignment`.
+            groups: number of parts of the hidden dimensions; ValueError if it does not divide them.
             num_codes: number of codes in a group; with at most 256 a code is one byte.
-            iterations: number of iterations of Lloyd's algorithm.
-            weight_power: rows are weighted by ``unigram ** weight_power``.
-
-        Returns:
-            `ProductCodes` without a bias; the codes are uint8 or uint16.
-
-        Raises:
-            ValueError: ``groups`` does not divide the hidden dimensions.
 
         >>> found = ProductCodes.fit(np.eye(4), np.ones(4), np.eye(4), groups=2, num_codes=3)
         >>> np.allclose(jax.jit(ProductCodes.kernel)(found), np.eye(4))
         True
-
-        References:
-            Jegou et al., Product quantization for nearest neighbor search, 2011.
         """
         rows, cov = jnp.asarray(rows), jnp.asarray(hidden_cov, jnp.float32)
         vocab, width = rows.shape
@@ -205,7 +196,6 @@ class PackedCodes:
         return on_mesh.over_batch(logits, (hidden.ndim,), hidden, codebooks, packed, bias)[0]
 
     def unpacked(self) -> ProductCodes:
-        """Return the unpacked codes."""
         vocab, groups = jnp.shape(self.bias)[0], jnp.shape(self.codebooks)[0]
         return ProductCodes(self.codebooks, unpack_codes(self.codes, vocab, groups), self.bias)
 
@@ -243,7 +233,6 @@ def _packed(codes: jax.Array) -> jax.Array:
 def unpack_codes(
     packed: UInt8[Array, "blocks pairs 32"], vocab: int, groups: int
 ) -> UInt8[jax.Array, "vocab groups"]:
-    """Undo `pack_codes`."""
     packed = jnp.asarray(packed)
     blocks, pairs, _ = packed.shape
     by_token = packed.reshape(blocks, pairs, 2, _BLOCK // 2).transpose(0, 3, 1, 2)
@@ -290,7 +279,8 @@ def _logits_jvp(primals: Any, tangents: Any) -> Any:
         return ProductCodes(codebooks, codes, bias).logits(hidden)
 
     moving = (hidden, codebooks, bias)
-    changes = (tangents[0], tangents[1], tangents[3])  # codes do not move
+    # Codes do not move.
+    changes = (tangents[0], tangents[1], tangents[3])
     return _logits(*primals), jax.jvp(unrounded, moving, changes)[1]
 
 

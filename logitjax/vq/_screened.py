@@ -47,19 +47,13 @@ class Screen:
                   s_v + shift(h)      otherwise
             shift = logsumexp_{v in c} rescore(h, v) - logsumexp_{v in c} s_v
 
-        Returns:
-            ``[*batch, vocab]``, float32.
-
-        Raises:
-            ValueError: ``num_candidates`` is not in 1..vocab.
+        It is float32 ``[*batch, vocab]``; ValueError if ``num_candidates`` is not in 1..vocab.
+        Shim et al., SVD-softmax, 2017, screen by a low rank; here any cheap head may screen.
 
         >>> cheap = lambda h: jnp.array([[0.0, 1.0, 2.0]])
         >>> screen = Screen(cheap=cheap, rescore=jnp.full((3, 1), 5.0), num_candidates=1)
         >>> jax.jit(screen.logits)(jnp.ones((1, 1)))
         Array([[3., 4., 5.]], dtype=float32)
-
-        References:
-            Shim et al., SVD-softmax, 2017, for a low-rank screen; here any cheap head may screen.
         """
         hidden = jnp.asarray(hidden)
         flat = hidden.reshape(-1, hidden.shape[-1])
@@ -78,10 +72,7 @@ class Screen:
         """Cross-entropy of `logits`, by blocks of positions: ``[*batch]``, float32, not reduced.
 
         The choice of candidates has no gradient. Memory is block_size x vocab; other options are
-        those of `vq_nll`.
-
-        Raises:
-            ValueError: ``num_candidates`` is not in 1..vocab, or ``labels`` do not fit ``hidden``.
+        those of `vq_nll`. ValueError as of `logits`, or if ``labels`` do not fit ``hidden``.
         """
         hidden, labels = jnp.asarray(hidden), jnp.asarray(labels)
         if labels.shape != hidden.shape[:-1]:
@@ -103,16 +94,11 @@ class Screen:
         """The k best candidates by their better logits.
 
         They are the full head's wherever its k best tokens are among the candidates.
+        Gives the `TopK`: ``[*batch, k]`` logits and tokens, ``log_z`` over the whole vocabulary.
 
         Args:
-            k: how many, at most ``num_candidates``.
+            k: how many, at most ``num_candidates``; ValueError for others, and as of `logits`.
             with_log_z: False leaves ``log_z`` zero, which greedy decoding does not need.
-
-        Returns:
-            `TopK`: ``[*batch, k]`` logits and tokens, ``log_z`` over the whole vocabulary.
-
-        Raises:
-            ValueError: ``k`` is not in 1..num_candidates, or that is not in 1..vocab.
 
         >>> cheap = lambda h: jnp.array([[0.0, 1.0, 2.0]])
         >>> exact = jnp.array([[9.0], [4.0], [3.0]])
@@ -151,8 +137,7 @@ class Screen:
 class ScreenedHead(VocabularyHead):
     """A cheap head screens, rows of the (tied) embedding re-score.
 
-    It suits a model whose embedding is in memory anyway: it gets its own logits back while reading
-    a tenth of the rows.
+    A model whose embedding is in memory gets its own logits back, for a tenth of the rows read.
 
     Args:
         screen: any head that makes V cheap logits: a `ProductHead`, a `VQHead`.
@@ -194,7 +179,8 @@ class ScreenedHead(VocabularyHead):
                 "embedding: expected one, for this ScreenedHead has no rows of its own, got None"
             )
         bias = None if self.row_bias is None else self.row_bias[...]
-        exact = Head(rows, bias, vocab_axis=0)  # `[vocab, hidden]`
+        # `[vocab, hidden]`.
+        exact = Head(rows, bias, vocab_axis=0)
         return Screen(cheap=self.screen, rescore=exact, num_candidates=self.num_candidates)
 
     def __call__(self, hidden: Array, embedding: Array | None = None) -> jax.Array:

@@ -29,11 +29,8 @@ class Tuning:
     """Tunes a head by Adam with a cosine schedule, on mini-batches of cached positions.
 
     Attributes:
-        steps: Steps of the whole run.
-        batch_size: Positions a step.
         learning_rate: Peak.
         warmup: Share of the steps.
-        seed: Seed of the order of positions.
     """
 
     steps: int
@@ -47,10 +44,8 @@ class Tuning:
     ) -> tuple[optax.GradientTransformation, training.TrainStep]:
         """The optimizer, and the compiled step that `run` takes.
 
-        Args:
-            mesh: Mesh of the step.
-            loss_fn: As of `run`; that of `ConvertConfig` when omitted. Batches of the step are
-                tuples of arrays, as it takes them after `constants`.
+        `loss_fn` is that of `ConvertConfig` when omitted, and else as of `run`. Batches of the step
+        are tuples of arrays, as it takes them after `constants`.
         """
         of_position = vq_distillation_loss if loss_fn is None else loss_fn
         # The larger epsilon keeps codes and tokens that hardly occur from drifting with the noise.
@@ -109,11 +104,9 @@ class Tuning:
             constants: Pytree that is not trained: assignments, tables.
             between: `(step, params, constants)`, called after so many steps; returns None, or
                 others to continue with, as reassignment does. The moments of the optimizer stay.
-            mesh: Its data and fsdp axes share the positions of a step; parameters and constants are
-                on every device. Every process has all `arrays` and gets all results.
-
-        Raises:
-            ValueError: The mesh does not divide the positions of a step.
+            mesh: Its data and fsdp axes share the positions of a step (ValueError if they do not
+                divide them); parameters and constants are on every device. Every process has all
+                `arrays` and gets all results.
 
         >>> loss = lambda params, _, x: (params - x) ** 2
         >>> tuning = Tuning(steps=60, batch_size=4, learning_rate=0.1)
@@ -128,7 +121,8 @@ class Tuning:
         everywhere = NamedSharding(mesh, PartitionSpec())
         constants = jax.device_put(constants, everywhere)
         count = len(arrays[0])
-        batch_size = min(self.batch_size, count)  # of all processes
+        # Of all processes.
+        batch_size = min(self.batch_size, count)
         share, per_epoch = training.BatchLayout(mesh).rows(batch_size), count // batch_size
         losses = []
         for index in range(self.steps):

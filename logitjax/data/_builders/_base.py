@@ -7,12 +7,7 @@ import tensorflow_datasets as tfds
 
 
 class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """A builder whose files the user fetches, with what `INSTALL` says.
-
-    Attributes:
-        INSTALL: The command or the instruction, with `{manual_dir}` where the files go.
-        INFO: Arguments of its `DatasetInfo`; `features` by name.
-    """
+    """A builder whose files the user fetches, as `INSTALL` says, into `{manual_dir}`."""
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First version."}

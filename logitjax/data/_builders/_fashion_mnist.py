@@ -75,7 +75,6 @@ def find_files(manual_dir: str | os.PathLike[str] | None = None) -> epath.Path:
 
 
 def read_idx(path: os.PathLike[str], magic: int) -> np.ndarray:
-    """A gzipped IDX file of bytes."""
     data = guard.gunzip(epath.Path(path).read_bytes(), os.fspath(path))
     axes = magic % 256
     header = struct.unpack_from(f">{1 + axes}i", data) if len(data) >= 4 + 4 * axes else (0,)

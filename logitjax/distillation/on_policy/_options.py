@@ -1,5 +1,3 @@
-"""How much of a batch a student writes, and by which law."""
-
 import dataclasses
 from typing import Any, Literal
 
@@ -61,11 +59,7 @@ class OnPolicy:
         )
 
     def lengths(self, seq_len: int) -> tuple[int, int]:
-        """Largest numbers of tokens of a prompt and of what is written after it.
-
-        Raises:
-            ValueError: Together they are longer than a row.
-        """
+        """Most tokens of a prompt and of what follows it; ValueError if that exceeds a row."""
         prompt = self.prompt_tokens or seq_len // 2
         new = self.new_tokens or seq_len - prompt
         if new < 1 or prompt + new > seq_len:
@@ -76,10 +70,7 @@ class OnPolicy:
         return prompt, new
 
     def rows(self, batch_size: int) -> np.ndarray:
-        """The rows of a global batch that the student writes, evenly spaced.
-
-        Raises:
-            ValueError: The share is less than a row.
+        """Rows of a global batch that the student writes, evenly spaced; ValueError for none.
 
         >>> OnPolicy(share=0.5).rows(4)
         array([1, 3])

@@ -1,5 +1,3 @@
-"""A student's own text in the tokens of a teacher of another tokenizer."""
-
 from collections.abc import Mapping
 
 import numpy as np
@@ -9,12 +7,11 @@ from logitjax.models import Tokenizer
 
 
 class Rereader:
-    """Encodes a student's rows anew.
+    """Encodes a student's rows anew, from the bytes of its tokens up to the first that is no UTF-8.
 
-    Sampled tokens are often not what their text encodes to, and may end inside a character: the
-    text is taken from their bytes, up to the first that is no UTF-8. Bytes then align the rows, and
-    nothing is learned behind. Of a conversation (`chat`) the answer alone is encoded: what comes
-    before it has another template here.
+    Sampled tokens are often not what their text encodes to, and may end inside a character. Bytes
+    then align the rows, and nothing is learned behind. Of a conversation (`chat`) the answer alone
+    is encoded: what comes before it has another template here.
     """
 
     def __init__(self, ours: Tokenizer, theirs: Tokenizer, *, chat: bool = False):

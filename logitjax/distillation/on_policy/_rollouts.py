@@ -1,5 +1,3 @@
-"""Rows that a student writes, in the form of packed rows: all that follows reads them alike."""
-
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -32,9 +30,8 @@ def rollout_program(
 ) -> Any:
     """Compiled: `(trained, frozen, tokens, positions, seeds)` to what the student writes.
 
-    The arrays are those of the train state, as they lie on the mesh: no weight is copied or
-    listed anew, whatever the layout, and adapters are not merged. The result has `tokens`, `valid`
-    and `log_probs`, `[rows, new]`, and `stopped`, `[rows]`. `traced` is called once a shape.
+    The arrays lie as in the train state: no weight is copied, no adapter merged. `traced` is called
+    once a shape. The result has `tokens`, `valid`, `log_probs` `[rows, new]`, `stopped` `[rows]`.
     """
     shape = nnx.eval_shape(lambda: student.model(student.trained, student.frozen))
 
@@ -70,19 +67,14 @@ class Rollouts:
     """Writes the rows of each update: a function of the seed, the step and the weights alone.
 
     What is written at once for several updates is kept in a file until no checkpoint needs it,
-    since the weights that wrote it are gone by then.
+    since the weights that wrote it are gone by then. `programs` counts those that were compiled,
+    one for each size of prompts.
 
     Args:
-        student: The student.
-        on_policy: How much it writes, and by which law.
         packed: The rows of the text, whose training rows begin what is written.
         batch_size: Number of rows of a global batch.
         seed: Seed of the order of rows, and of what is drawn.
-        mesh: Mesh of the state.
         directory: Folder for what has to be kept.
-
-    Attributes:
-        programs: Number of programs that were compiled, one for each size of prompts.
 
     Raises:
         ValueError: Sizes that do not fit into a row or a batch, or a teacher's tokenizer that
@@ -133,8 +125,6 @@ class Rollouts:
         Args:
             step: Number of the update, counted from 0.
             batch: The rows of the text.
-            trained: The student's parameters now.
-            frozen: The others.
             oldest: Step of the oldest checkpoint from which the run may go on.
 
         Returns:

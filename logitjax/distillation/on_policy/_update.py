@@ -1,5 +1,3 @@
-"""One update on one's own samples: write, let the teachers read, learn."""
-
 import dataclasses
 import time
 from collections.abc import Callable, Mapping

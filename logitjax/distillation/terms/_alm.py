@@ -1,5 +1,3 @@
-"""Approximate likelihood matching of chunks of text."""
-
 import dataclasses
 import math
 from collections.abc import Mapping

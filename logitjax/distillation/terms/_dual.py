@@ -1,5 +1,3 @@
-"""Dual-head distillation: a second head learns the teacher's logits."""
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any

@@ -1,5 +1,3 @@
-"""Divergences over the whole vocabulary, from a teacher that reads beside the student."""
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal

@@ -1,5 +1,3 @@
-"""Graph-on-logits distillation."""
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any

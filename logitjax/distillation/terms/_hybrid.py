@@ -1,5 +1,3 @@
-"""Tokens of both vocabularies compared, all others sorted (GOLD, X-Token's H-KL)."""
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any

@@ -1,5 +1,3 @@
-"""The generalised Jensen-Shannon divergence from cached top logits."""
-
 import dataclasses
 from typing import Any
 

@@ -1,5 +1,3 @@
-"""KL divergences from top logits of a teacher, as a cache keeps them."""
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal

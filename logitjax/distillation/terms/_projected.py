@@ -1,5 +1,3 @@
-"""KL over the vocabulary of a teacher with another tokenizer, through a projection."""
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar

@@ -1,5 +1,3 @@
-"""Losses on what a student has sampled: policy gradients, and estimates of the reverse KL."""
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal

@@ -1,5 +1,3 @@
-"""Cross-entropy of the text itself."""
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any

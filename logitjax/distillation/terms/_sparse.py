@@ -1,5 +1,3 @@
-"""Divergences from a teacher of the same vocabulary that is known by its top logits."""
-
 import abc
 import dataclasses
 from collections.abc import Mapping

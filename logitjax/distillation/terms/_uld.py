@@ -1,5 +1,3 @@
-"""Universal logit distance: sorted probabilities of any two vocabularies."""
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any

@@ -1,5 +1,3 @@
-"""Where two tokenizations of one text meet: chunks that both cut alike, and shared starts."""
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -22,10 +20,8 @@ class Chunks:
     place. All its tokens are labels that count, on both sides.
 
     Attributes:
-        ours: int32 `[rows, length - 1]`, chunk of each of our labels, from 0 in a row; -1: none.
-        theirs: The same of the other's labels.
-        our_sizes: int32 `[rows, length - 1]`, our labels in each chunk; 0 beyond the last.
-        their_sizes: How many of theirs.
+        ours, theirs: int32 `[rows, length - 1]`, chunk of each label, from 0 in a row; -1: none.
+        our_sizes, their_sizes: int32 `[rows, length - 1]`, labels in each chunk; 0 beyond the last.
         starts: bool `[rows, length - 1]`, our positions whose label begins where one of theirs
             does: both models have read the same text. Where the row ends inside a chunk, its start
             is still here.
@@ -74,13 +70,10 @@ def align_chunks(
         chunk(t) = number of cuts below A[t]
 
     Args:
-        ours: one tokenizer's columns of a packed batch (`tokens`, `segment_ids`, `positions`,
-            `loss_mask`, each `[rows, length]`).
-        theirs: the other's columns of the same rows.
-        our_lengths: `[vocab]`, bytes of text of each of our tokens; 0 for special tokens.
-        their_lengths: the same of the other vocabulary.
-        our_prefix: bytes that our tokenizer writes before a text (the space of Llama 2).
-        their_prefix: the same of the other's.
+        ours, theirs: each tokenizer's columns of the same packed rows (`tokens`, `segment_ids`,
+            `positions`, `loss_mask`, each `[rows, length]`).
+        our_lengths, their_lengths: `[vocab]`, bytes of text of each token; 0 for special tokens.
+        our_prefix, their_prefix: bytes that a tokenizer writes before a text (Llama 2's space).
         by: where counting of bytes restarts: at each document, or at each learned part of it, as in
             conversations, which two chat templates spell differently.
 

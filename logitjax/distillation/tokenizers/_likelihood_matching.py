@@ -1,5 +1,3 @@
-"""ALM: how likely two models find the same stretches of text, whatever their vocabularies."""
-
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -26,11 +24,7 @@ _LEAST_BOUNDARY = 0.1
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenSet:
-    """A set of tokens, as a static argument that is equal only to itself.
-
-    Attributes:
-        members: bool `[vocab]`.
-    """
+    """A set of tokens, bool `[vocab]`, as a static argument that is equal only to itself."""
 
     members: np.ndarray
 
@@ -200,9 +194,9 @@ def chunk_scores(
 ) -> ChunkScores:
     """Sum a teacher's numbers over chunks, on the host.
 
-    A sequence of tokens also claims that no longer token covers its end. Two corrections follow
-    tokenkit's recommended recipe. Chunks are joined until the teacher finds it probable enough that
-    a word begins after them. The log-probability of that is added, on both sides.
+    A sequence of tokens also claims that no longer token covers its end. So, as tokenkit
+    recommends, chunks are joined until the teacher finds it probable enough that a word begins
+    after them, and the log-probability of that is added, on both sides.
 
     `said` is `label` and `boundary`, log-probabilities at the teacher's positions, and `special`
     marks labels that are special tokens, `[rows, their length - 1]` each.

@@ -1,5 +1,3 @@
-"""Hybrid distances: tokens that both vocabularies have are compared, all others are sorted."""
-
 import dataclasses
 from typing import Any, Literal
 

@@ -1,5 +1,3 @@
-"""Divergences from a teacher of another vocabulary, in that vocabulary."""
-
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -60,10 +58,7 @@ def _in_theirs(masses: jax.Array, held: jax.Array, teacher: TopK) -> tuple[losse
 
 
 def bucket_sums(teacher: TopK, projection: TokenProjection) -> tuple[sweep.Statistic, Any, Blocks]:
-    """The statistic of a projected divergence from sums over whole rows, its tokens and blocks.
-
-    It takes a byte for each of the teacher's tokens and each position.
-    """
+    """The statistic of sums over whole rows, its tokens and blocks: a byte a token and position."""
     teacher = projection.merged(teacher)
     statistic = _BucketSums(projection=projection, k=teacher.indices.shape[-1])
     tokens = {"teacher": teacher, "slots": _slots(teacher.indices, projection.size)}

@@ -1,5 +1,3 @@
-"""One vocabulary seen from another: a sparse matrix, and what it makes of a teacher's top k."""
-
 import dataclasses
 import functools
 import io
@@ -74,9 +72,8 @@ class TokenProjection:
     def members(self, ids: Int[Array, "*batch k"]) -> Members:
         """Our tokens for the top k of theirs at each position, `m = capacity(k)` of them.
 
-        Args:
-            ids: `[*batch, k]`, different ones at each position, as `merged` gives them. Those of
-                `size` and beyond belong to no token.
+        `ids`, `[*batch, k]`, differ at each position, as `merged` gives them; from `size` on they
+        belong to no token.
 
         >>> projection = TokenProjection(
         ...     ids=np.array([[0], [2], [2], [-1]], np.int32), weights=np.ones((4, 1)), size=3)
@@ -118,12 +115,8 @@ class TokenProjection:
     def merged(self, teacher: TopK) -> TopK:
         """A teacher's top k with the mass of tokens that count as the same one added up.
 
-        Args:
-            teacher: `TopK`, `[*batch, k]`.
-
-        Returns:
-            `TopK` `[*batch, k]` of different tokens; `-inf` and an index of `size` where fewer are
-            left. The mass of tokens that count as none is part of the rest.
+        Both are `TopK` `[*batch, k]`, the result's tokens all different, with `-inf` and an index
+        of `size` where fewer are left. The mass of those that count as none is part of the rest.
         """
         if self.merges is None:
             return teacher
@@ -190,11 +183,7 @@ class TokenProjection:
 
     @classmethod
     def load(cls, path: epath.Path, fingerprint: str) -> "TokenProjection | None":
-        """The matrix that `save` wrote, or None if it was made from something else.
-
-        Raises:
-            ValueError: The file is damaged; names it.
-        """
+        """What `save` wrote, None if it was of something else; ValueError names a damaged file."""
         if not path.exists():
             return None
         npz = read_npz(path)

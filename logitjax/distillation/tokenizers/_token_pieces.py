@@ -1,5 +1,3 @@
-"""Which of another vocabulary's tokens each of ours stands for, from the bytes of their texts."""
-
 import re
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
@@ -45,9 +43,7 @@ def token_projection(
     they spell whole have no first piece either.
 
     Args:
-        ours: the student's tokenizer.
-        theirs: the teacher's.
-        rule: as above.
+        ours, theirs: the student's tokenizer, and the teacher's.
         directory: keeps what was built, a file for each pair and rule.
 
     Raises:
@@ -60,11 +56,10 @@ def token_projection(
     (True, 1)
 
     References:
-        X-Token (arXiv 2605.21699) and its release in NeMo-RL for `spread`.
-        `first_piece` is ours: X-Token's later pieces of a token are no
-        continuations of what was read, and its mass on them pulls at other tokens. A token of both
-        stands for itself alone there, so what the teacher says with a longer token (" Gains") pulls
-        at the student's way to begin it (" G").
+        X-Token (arXiv 2605.21699) and its release in NeMo-RL for `spread`. `first_piece` is ours:
+        X-Token's later pieces of a token are no continuations of what was read, and its mass on
+        them pulls at other tokens. A token of both stands for itself alone there, so a longer token
+        of the teacher's (" Gains") pulls at the student's way to begin it (" G").
     """
     if rule not in get_args(Rule):
         raise ValueError(f"rule: expected one of {', '.join(get_args(Rule))}, got {rule!r}")

@@ -1,5 +1,3 @@
-"""Rows of text that a student learns from, and what its teachers say about them."""
-
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
@@ -112,10 +110,7 @@ class Reading:
         return tuple(f"source{i}" for i in range(len(self.teachers)))
 
     def check(self, tokenizer: models.Tokenizer, objectives: Sequence[Objective]) -> None:
-        """Refuse losses that a teacher cannot serve, before anything is packed or read.
-
-        A ValueError names the loss and the teacher.
-        """
+        """Refuse, before any reading, losses that a teacher cannot serve; ValueError names both."""
         specs = self.teachers
         prints = [_tokenizer_of(spec, tokenizer).fingerprint for spec in specs]
         for objective in objectives:
@@ -159,7 +154,6 @@ class Reading:
         """The teachers' output on the rows that some run visits, from their caches or read now.
 
         Args:
-            packed: Rows of `pack`.
             rows: The rows of each split that are visited, see `Course.visited_rows`.
             directory: Where the teachers' caches go.
             known: Teachers that are loaded already, by their spec.
@@ -228,11 +222,7 @@ class Corpus:
         return self.packed.tokenizers[name].byte_lengths()
 
     def tokenizer_table(self, rows: int = 64) -> list[dict[str, Any]]:
-        """Of each teacher of another tokenizer: projections, and how much of the text meets.
-
-        Args:
-            rows: Training rows that are looked at.
-        """
+        """For teachers of other tokenizers: projections, and how much of training `rows` meets."""
         ours, out = self.packed.names["pivot"], []
         # From the split that is trained on, since a share of labels is what the losses will see.
         split = self.packed.splits["train"]
@@ -452,7 +442,6 @@ def _reader(
 
 
 def _devices_of(reading: Reading) -> Mesh:
-    """The mesh that a teacher is split over."""
     # Over local devices alone a process reads its rows without waiting for the others.
     devices = jax.local_devices() if reading.teacher_devices == "local" else jax.devices()
     return training.make_mesh("fsdp:-1", devices=devices)

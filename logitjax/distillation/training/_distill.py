@@ -1,5 +1,3 @@
-"""Training a student on a corpus, scoring it before and after, and the model to hand on."""
-
 import contextlib
 import dataclasses
 import functools
@@ -90,7 +88,6 @@ class Course:
         """The rows of each split for which a run needs the teachers' output, ascending.
 
         Args:
-            packed: The rows.
             seeds: Seeds of the runs, by default the course's; none where no teacher is heard.
             splits: The held-out splits that are scored.
         """
@@ -136,7 +133,6 @@ class Trained:
     """The result of a training.
 
     Attributes:
-        params: The trained parameters.
         curve: Pairs of a step and its validation perplexity; empty if `eval_every` is 0.
         parts: For `loss` and each of its terms, pairs of a step and the mean since the last one.
         tokens_per_second: Predicted tokens a second of training, the median over log lines.
@@ -153,11 +149,7 @@ class Trained:
 class Scorer:
     """Held-out scores and samples of a student; one compiled program serves all its parameters.
 
-    Args:
-        student: The student.
-        corpus: Text and teachers, of which the held-out rows are used.
-        course: How many rows are scored, and how many at once.
-        mesh: Mesh of what is scored.
+    Of `corpus` the held-out rows are used; `course` tells how many, and how many at once.
     """
 
     def __init__(self, student: Student, corpus: Corpus, course: Course, *, mesh: Mesh):
@@ -228,11 +220,6 @@ def train_student(
     """Train a student; continue bit for bit from the newest checkpoint, or read a finished run.
 
     Args:
-        student: The trained and the frozen parameters.
-        corpus: Text and teachers.
-        objective: What is minimised.
-        course: How long and how fast.
-        mesh: Mesh of the state.
         directory: Folder of checkpoints and of `metrics.jsonl`.
         scorer: Scores validation rows during training.
         on_policy: How much of each batch the student writes; its teachers have to read live.
@@ -358,9 +345,7 @@ class Distilled:
 
     Attributes:
         model: The model to hand on, adapters merged.
-        before: Scores on test rows before training.
-        after: Scores after it.
-        trained: The training.
+        before, after: Scores on test rows before and after training.
         samples: A `prompt`, and the student's continuation `before` and `after` training.
     """
 
@@ -389,9 +374,6 @@ def distill(
     Args:
         student: The decoder and what of it is trained, see `Student.of`.
         corpus: Text and teachers, see `Reading.load`.
-        objective: What is minimised.
-        course: How long and how fast.
-        mesh: Mesh of training.
         workdir: Folder of everything that is kept.
         on_policy: How much of each batch the student writes; its teachers have to read live.
 

@@ -1,5 +1,3 @@
-"""An objective as the function that training takes; nothing here holds logits."""
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +11,6 @@ class LossFunction:
     """An objective as `loss(trained, batch, rng, frozen, counts=None) -> (sum, count, metrics)`.
 
     Args:
-        objective: What is minimised.
         student: The student, whose `trained` and `frozen` the function takes. The heads of live
             teachers are `frozen["teachers"]`, by their name.
         sources: Names under which `batch["sources"]` holds the `Teacher` of each, and how its

@@ -39,10 +39,7 @@ def update_programs(
 
     Args:
         model: Makes the decoder; it is only traced.
-        objective: What is minimised.
-        course: How long and how fast.
         reading: Sizes of rows and of the teachers' output.
-        mesh: Mesh of the state.
         name: What the update does, in words.
         on_policy: How much of each batch the student writes.
         decoder_config: The shape of the teacher that a text names.

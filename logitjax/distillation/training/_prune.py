@@ -1,5 +1,3 @@
-"""A smaller model out of a model: without the layers, heads and channels that matter least."""
-
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
@@ -98,11 +96,9 @@ def prune_layers(
     Both cost one forward pass.
 
     Args:
-        model: The decoder.
         batches: Calibration text: packed columns `tokens`, `segment_ids`, `positions` and
             `loss_mask`, each `[rows, length]`. Some thousand tokens will do.
         count: How many layers to drop, fewer than there are.
-        by: The score.
 
     Raises:
         ValueError: Too few layers, no batch, or an unknown score.

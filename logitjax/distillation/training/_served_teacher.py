@@ -1,5 +1,3 @@
-"""A teacher that another host serves: its head once, then hidden states of each batch."""
-
 import http.client
 import json
 import time

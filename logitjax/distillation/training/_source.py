@@ -1,5 +1,3 @@
-"""One teacher's output on a batch of packed rows, at the student's positions."""
-
 import dataclasses
 import functools
 from collections.abc import Mapping

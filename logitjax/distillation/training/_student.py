@@ -1,5 +1,3 @@
-"""A decoder under training: what of it moves, what stays, and the model that comes of it."""
-
 import dataclasses
 import math
 import re
@@ -126,13 +124,13 @@ class Student:
     ) -> tuple[Any, Any, dict[str, tuple[Any, Any]]]:
         """Held-out scores of a batch, for `training.EvalStep`: a sum, a count and metrics.
 
-        The sum is of negative log-likelihoods. The metrics have `accuracy`. With `batch["bytes"]`,
-        the number of bytes of each label, they have `bits_per_byte`. With `batch["teacher"]`, the
-        output of a teacher of the same vocabulary, they have `agreement` of the likeliest tokens
-        and `teacher_kl`, the divergence from the teacher by its top logits and, if it is known, the
-        mass of all others.
+        The sum is of negative log-likelihoods. The metrics have `accuracy`; with `batch["bytes"]`
+        of each label `bits_per_byte`; with `batch["teacher"]`, the output of one of the same
+        vocabulary, `agreement` of the likeliest tokens and `teacher_kl`, the divergence from it by
+        its top logits and, if it is known, the mass of all others.
         """
-        del rng  # nothing is drawn
+        # Nothing is drawn.
+        del rng
         model = self.model(trained, frozen)
         labels, where = targets(batch["pivot"])
         teacher = batch.get("teacher")

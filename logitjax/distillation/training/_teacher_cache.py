@@ -1,5 +1,3 @@
-"""A cache of a teacher's output on disk: top logits and what makes them probabilities."""
-
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
@@ -26,11 +24,8 @@ class TeacherIdentity:
 
     Attributes:
         model: the teacher, as its user names it.
-        tokenizer: fingerprint of the teacher's tokenizer.
-        data: fingerprint of the packed rows.
-        vocab_size: entries of the teacher's vocabulary.
-        positions: positions a row.
-        k: logits kept a position.
+        tokenizer, data: fingerprints of the teacher's tokenizer and of the packed rows.
+        vocab_size, positions, k: entries of its vocabulary, positions a row, logits a position.
         dtype: 'float16', 'bfloat16' or 'float32': how log-probabilities are stored.
         tail_samples: tokens a position drawn outside the top k, for unbiased divergences; 0: none.
         likelihoods: whether it keeps the log-probability of each label and that of a word's
@@ -75,7 +70,8 @@ class _Codec:
     """Log-probabilities (logits without the rest) in a short type, ids in the shortest."""
 
     def __init__(self, identity: TeacherIdentity):
-        id_type = np.uint16 if identity.vocab_size <= 1 << 16 else np.int32  # half the bytes
+        # Half the bytes.
+        id_type = np.uint16 if identity.vocab_size <= 1 << 16 else np.int32
         sizes = {"": identity.k, "tail_": identity.tail_samples}
         # Entries a position of each list, in the stored order.
         self.entries = {

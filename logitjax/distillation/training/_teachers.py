@@ -48,9 +48,7 @@ class Reader:
 class Kept:
     """The statistics of a teacher that are kept at each position, and read for that.
 
-    Attributes:
-        boundary: Tokens that begin a word, for likelihoods; None for none.
-        hidden: Whether hidden states are read, too.
+    `boundary` are tokens that begin a word, for likelihoods, or None; `hidden` asks for states too.
     """
 
     k: int

@@ -32,12 +32,8 @@ _LEAST_BUDGET = 64 * 2**20
 class Sizes(NamedTuple):
     """Sizes that a rule decides by, on one device.
 
-    Attributes:
-        batch: shape of the positions.
-        vocab: entries of the vocabulary.
-        widths: entries of a hidden state: the student's, and a teacher's.
-        weighted: whether the weights of the positions are known.
-        platform: `cpu`, `tpu` or `gpu`.
+    `widths` are entries of a hidden state: the student's, and a teacher's. `weighted` says whether
+    the weights of the positions are known.
     """
 
     batch: tuple[int, ...]

@@ -47,7 +47,6 @@ class Sweep:
         forward: what forms outputs and residuals in the place of `swept`.
         gradients: what forms the gradients in the place of `blockwise_gradients`.
         on_accelerator: whether the compiler is a TPU's or a GPU's, which has to be told more.
-        together: as `LogitBlock.together`.
     """
 
     statistic: Statistic

@@ -1,5 +1,3 @@
-"""The kernels of a sweep's gradients on a TPU: of the hidden states, and of the head."""
-
 import dataclasses
 import functools
 from typing import Any

@@ -1,5 +1,3 @@
-"""An output head as a value: what turns hidden states into logits."""
-
 import dataclasses
 from typing import Any
 
@@ -69,9 +67,7 @@ class Head:
     def resolve(self, width: int, name: str = "head") -> "Head":
         """The same head with its vocabulary axis known, checked against hidden states.
 
-        Args:
-            width: entries of a hidden state.
-            name: what errors call it.
+        `width` is that of a hidden state; errors call the head by `name`.
 
         Raises:
             TypeError: an array is not floating point.
@@ -132,12 +128,7 @@ class Head:
     def logits(self, hidden: Array) -> jax.Array:
         """The logits that the blocked functions never hold, `[*batch, vocab]`, in float32.
 
-        Args:
-            hidden: `[*batch, hidden]`.
-
-        Raises:
-            TypeError: an array is not floating point.
-            ValueError: as `resolve`.
+        `hidden` is `[*batch, hidden]`; the errors are those of `resolve`.
         """
         hidden = jnp.asarray(hidden)
         head = self.resolve(hidden.shape[-1])

@@ -27,11 +27,9 @@ _COLUMNS, _LANES = 8192, 128
 def pick(together: int, logits: jax.Array, columns: jax.Array, ids: jax.Array) -> jax.Array:
     """The logits at `ids`; zero for those that are not among the columns.
 
-    Args:
-        together: ids of a row that are looked for at a time, while a column is on chip.
-        logits: `[*batch, block]`.
-        columns: `[block]` or `[1, block]` int32, ascending, `NOWHERE` where one does not count.
-        ids: `[*batch, n]` int32, in any order; may repeat.
+    `together` ids of a row are looked for at a time, while a column is on chip. `columns`,
+    `[block]` or `[1, block]` int32, ascend, `NOWHERE` where one does not count. `ids`,
+    `[*batch, n]` int32, are in any order and may repeat. Logits are `[*batch, block]`.
     """
 
     def look(found: jax.Array, start: Any, at: jax.Array) -> jax.Array:

@@ -20,8 +20,8 @@ class Packed:
     """Arrays that start with the positions, `[T, ...]`, as a kernel takes and gives them.
 
     An array `[T, 1]` would take 512 bytes a position, the lanes of a register for one number. So
-    all that have one number a position lie under each other, `[n, T]`, one array for each type.
-    Others are as they are, `[T, n]`. `like` are the arrays, or their shapes.
+    those lie under each other, `[n, T]`, one array for each type; others stay, `[T, n]`. `like`
+    are the arrays, or their shapes.
     """
 
     def __init__(self, like: Any):

@@ -1,5 +1,3 @@
-"""Statistics of a Kullback-Leibler divergence, and of the teacher alone."""
-
 import dataclasses
 from typing import Any, NamedTuple
 

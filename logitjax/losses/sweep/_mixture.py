@@ -1,5 +1,3 @@
-"""The statistic of a mixture of teacher and student, which needs both normalisers first."""
-
 import dataclasses
 import math
 from typing import Any, ClassVar

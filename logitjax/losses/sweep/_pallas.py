@@ -2,11 +2,9 @@
 
 A program of the grid has a tile of positions and a tile of the vocabulary on chip, forms their
 logits, and calls `Statistic.absorb`, or `Statistic.gradient`, on them, traced inside the kernel.
-
-On a TPU (Mosaic) there are three kernels. The first sums up the state of a tile of positions while
-the vocabulary goes by. Each gradient takes one, for each is a sum over what the other is split by.
-Where a statistic does not say `gradient_in_tiles` the gradients are those of `scan`. On CPU these
-kernels are interpreted, which is for tests. For a GPU there are none.
+On a TPU (Mosaic) one kernel sums up the state of a tile of positions while the vocabulary goes by,
+and one forms each gradient, for each is a sum over what the other is split by. On CPU these kernels
+are interpreted, which is for tests. For a GPU there are none.
 """
 
 import dataclasses

@@ -1,5 +1,3 @@
-"""The statistic behind most losses: a few numbers that are read off the logits."""
-
 import dataclasses
 from typing import Any, NamedTuple
 

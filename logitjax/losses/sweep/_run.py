@@ -70,10 +70,7 @@ def run(
     that `grad` of `grad` gives second derivatives. With the weights of the positions known and
     memory for `rows` (see `Blocks`), the gradient is formed in the same sweep as the value and no
     logit is formed twice. A position whose weight or cotangent is zero adds nothing, even where its
-    hidden states are nan.
-
-    What hidden states, head, temperature, `vocab_where`, weights, blocks and `axis_name` are, and
-    what is raised, is written in `logitjax.losses`.
+    hidden states are nan. Other arguments, and what is raised, are written in `logitjax.losses`.
 
     Args:
         statistic: what to sum up; static.

@@ -1,5 +1,3 @@
-"""Several statistics in one sweep, and a loss made of a statistic."""
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -15,10 +13,8 @@ class Several(Statistic):
     """Statistics of one pass each that share a sweep: their gradients are added block by block.
 
     The tokens given to `run` are `{"0": ..., "1": ...}`, those of each statistic by its number;
-    one without any reads what there is. `run` returns a tuple of what each statistic gives.
-
-    Raises:
-        ValueError: One needs more than one pass over the vocabulary.
+    one without any reads what there is. `run` returns a tuple of what each statistic gives. One
+    that needs more than one pass over the vocabulary is a ValueError.
     """
 
     statistics: tuple[Statistic, ...]
@@ -119,11 +115,9 @@ class Tempered(_Wrapped):
 class LossOf(_Wrapped):
     """A loss a position made of what a statistic gives, so that a weighted sum takes one sweep.
 
-    The tokens given to `run` are `{"statistic": ..., "loss": ...}`.
-
-    Attributes:
-        loss: `(results, tokens) -> [*batch]`. It is called on a few positions at a time, and must
-            not refer to traced arrays of its surroundings.
+    The tokens given to `run` are `{"statistic": ..., "loss": ...}`. `loss(results, tokens)`,
+    `[*batch]`, is called on a few positions at a time, and must not refer to traced arrays of its
+    surroundings.
     """
 
     loss: Callable[[Any, Any], jax.Array]

@@ -1,5 +1,3 @@
-"""The kernel of a sweep's forward half on a TPU: the state of the statistic."""
-
 import math
 from typing import Any
 

@@ -119,7 +119,6 @@ class Grid(NamedTuple):
         ), here
 
     def block(self, at: Inputs, here: Inputs, tokens: Any) -> LogitBlock:
-        """The logits of the tile."""
         size = self.tiles.columns
         first = pl.program_id(1 - self.rows_axis) * size
         ids = first + lax.broadcasted_iota(jnp.int32, (1, size), 1)

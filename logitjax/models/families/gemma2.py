@@ -16,7 +16,6 @@ def _read(fields: Fields, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _scales(fields: Fields, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Factors of the embedding and of queries."""
     return {
         "embedding_scale": settings["hidden_size"] ** 0.5,
         "query_scale": fields.number("query_pre_attn_scalar") ** -0.5,

@@ -58,12 +58,9 @@ class Assistant:
         """The first layers of a model, with fresh adapters that change nothing yet.
 
         Args:
-            model: the large model.
             layers: number of its layers, 8 of 32 in the paper.
             rank: rank of the adapters; 32 in the paper, 16 in its code.
             alpha: scale times rank, as in `Lora.init`; 32 in both, so a scale of 1 or of 2.
-            key: PRNG key.
-            relative: see the class.
 
         Raises:
             ValueError: as `first_layers` and `Lora.init`.
@@ -98,10 +95,8 @@ class Assistant:
 
             Ensemble(assistant.beside(target), fuse=fusion.LogitDifference())
 
-        Only the adapters of the assistant are read: the weights below them are the target's.
-
-        Args:
-            target: the large model. A stacked one is converted to listed layers, which copies them.
+        Only the assistant's adapters are read: the weights below them are the target's. A stacked
+        target is converted to listed layers, which copies them.
 
         Raises:
             ValueError: the assistant is not made of a model like ``target``.
@@ -164,14 +159,11 @@ def added(hidden: jax.Array, before: jax.Array) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _PairCache:
-    """Caches of a model and its assistant; axis 0 of every leaf is the row.
+    """Caches of a model and its assistant; axis 0 of every leaf is the row."""
 
-    `shared` holds a (keys, values) pair a layer that both run, `[rows, 2, heads, slots, dim]`, the
-    model first; `rest` has no 2.
-    """
-
+    # (keys, values) a common layer, `[rows, 2, heads, slots, dim]`, the model first.
     shared: Any
-    rest: Any
+    rest: Any  # has no 2
     positions: Any
     length: Any
 

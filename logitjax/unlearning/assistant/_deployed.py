@@ -28,7 +28,6 @@ class Deployed:
     """A model as users query it, perhaps with an assistant.
 
     Attributes:
-        model: The model.
         assistant: The assistant whose logits are subtracted, or None.
         alpha: Their weight.
         block: Number of positions whose logits are held at once.
@@ -57,7 +56,6 @@ class Deployed:
 
         Args:
             model: The model that the assistant was made of, with listed layers.
-            directory: Folder of the assistant.
             alpha: Weight of the assistant; as written if None.
 
         Raises:
@@ -124,9 +122,7 @@ class Deployed:
     def surprise(self, tokens: Any, targets: Any) -> jax.Array:
         """How much less likely tokens are than others in their place, the score of min-k++.
 
-        ::
-
-            (mu - log p_y) / sigma,   of log p_v under p
+        It is `(mu - log p_y) / sigma`, of `log p_v` under p.
 
         References:
             Zhang et al., Min-K%++, 2024 (arXiv 2404.02936). The variance is at least 1e-6, as in
@@ -175,17 +171,12 @@ class Deployed:
         rows: int = 8,
         seed: int | None = None,
     ) -> list[np.ndarray]:
-        """The likeliest tokens after each prompt, or drawn ones, in batches of one size.
+        """The likeliest tokens after each prompt, or drawn ones, without what ended them.
 
         Args:
-            prompts: Token ids.
-            max_new_tokens: Largest number of new tokens.
             stop_ids: Tokens that end an answer.
             rows: Number of prompts at once; the last batch is filled up.
             seed: Seed of draws at temperature 1; None takes the likeliest tokens.
-
-        Returns:
-            The new ids of each prompt, without what ended it.
         """
         line_up = self.line_up()
         generate: list[np.ndarray] = []
@@ -219,7 +210,6 @@ def answers(
 
 @nnx.jit
 def merged(lora: Lora, model: Decoder) -> Decoder:
-    """A model with adapters in its weights."""
     return lora.merged_into(model)
 
 

@@ -29,8 +29,7 @@ def linear_assistant_objective(
     """Compute the objective of a logit difference's assistant, both halves in one sweep.
 
     To know what is to be forgotten, only that: the objectives of unlearning reversed, so neither is
-    unbounded. The rows to forget and to keep lie in one batch, which the assistant runs once; the
-    gradient is formed in the same sweep as the value.
+    unbounded. The assistant runs once; its gradient is formed in the same sweep as the value.
 
     ::
 
@@ -85,7 +84,8 @@ def linear_assistant_objective(
     )
     # The term log V of eqs. 3-5, which the sweep does not know.
     loss = total - floor * jnp.where(sides["retain"], weights, 0.0).sum()
-    silent = neginf_to_zero(outputs.log_z) - outputs.mean - floor  # KL(uniform || p)
+    # KL(uniform || p)
+    silent = neginf_to_zero(outputs.log_z) - outputs.mean - floor
     means = {
         "forget": masked_mean(statistic.known(outputs, labels), sides["forget"]),
         "retain": masked_mean(silent, sides["retain"]),

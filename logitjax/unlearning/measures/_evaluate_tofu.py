@@ -47,14 +47,12 @@ def evaluate(
             answers' tokens without the end mark.
         generate_fn: `(prompts, max_new_tokens)`, a list of int32 arrays and a number, to what
             follows each prompt, greedily. None leaves out ROUGE and with it the model utility.
-        tokenizer: Tokenizer of the model.
         sets: By name. `retain`, `real_authors`, `world_facts` make the model utility, `forget` the
             forget quality; `holdout` (only its losses are taken) allows a membership attack. Others
             are reported as the first are; with names that begin in `forget`, as that.
         template: What stands around the question; the one the model was trained with.
         batch_size: Rows, and prompts, at a time; lengths are padded to multiples of 32.
         max_length: Largest length of prompt and answer; TOFU's is 200, OpenUnlearning's 512.
-        max_new_tokens: Largest number of tokens of generated answers.
         form: Form of the truth ratio in the metrics. Logs hold the geometric one, as TOFU's.
         reference_logs: Logs of the model retrained without the forget set: its `Evaluation`, or
             what `metrics_from_logs` takes.
@@ -108,7 +106,6 @@ class _Rows:
         self.tokenizer, self.template, self.max_length = tokenizer, template, max_length
 
     def log(self, nll_fn: NllFn, batch_size: int) -> dict[str, Any]:
-        """Losses of all answers, and what is made of them."""
         tokenizer = self.tokenizer
         pairs: list[tuple[Item, str]] = []
         # Of each item the places of its answer, of its paraphrase and of the wrong ones.
@@ -167,7 +164,6 @@ class _Rows:
         return log
 
     def said(self, generate_fn: GenerateFn, batch_size: int, new: int) -> dict[str, Any]:
-        """Generate the model's answers, and measure how much of the right answer is in them."""
         prompts = [self.template.encode(self.tokenizer, item.question) for item in self.items]
         # Longest first: memory fails at once or never.
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))

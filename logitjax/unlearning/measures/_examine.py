@@ -55,7 +55,6 @@ def examine(
     """All measurements of a report, on parts that nothing was chosen by.
 
     Args:
-        model: The model as it is deployed.
         questions: Parts of `split_rows`, of which any may be empty but `forget`.
         thorough: Also run attacks that sample or look inside, which take minutes.
         samples: Number of answers drawn to each question by a thorough attack.
@@ -119,10 +118,7 @@ def unseen(
     *,
     judging: bool = False,
 ) -> dict[str, list[float]]:
-    """By way of asking, how likely a model finds answers that it was never taught.
-
-    Those of the holdout, else each other's answers to the questions to forget, or a ValueError.
-    """
+    """How likely a model finds answers never taught, by way: the holdout's, else each other's."""
     part = "holdout" if questions.rows["holdout"] else "wrong"
     if not questions.rows[part]:
         raise ValueError(
@@ -140,8 +136,7 @@ def searched(
 ) -> dict[str, Any]:
     """Combinations of ways that an adaptive search tries on what was written.
 
-    `sides` are the model before, what was written, and controls. Returned is what the first says of
-    answers never taught, asked so (`unseen`), and what the others say of rows to forget (`ways`).
+    Of `sides`, the model before gives `unseen`, and what was written and the controls `ways`.
     """
     (model, written, *controls), (before, after) = sides, records
     never: dict[str, list[float]] = {}
@@ -266,9 +261,7 @@ def _sampled(model: Deployed, questions: Questions, samples: int) -> Attacks:
 def leak_at(values: Any, k: int) -> float:
     """The expected largest of k values that are drawn from n without repetition.
 
-    ::
-
-        sum_i C(i - 1, k - 1) / C(n, k) x_(i),   x_(1) <= ... <= x_(n)
+    That is `sum_i C(i - 1, k - 1) / C(n, k) x_(i)`, with `x_(1) <= ... <= x_(n)`.
 
     >>> round(leak_at([0.1, 0.2, 0.9], 1), 4), round(leak_at([0.1, 0.2, 0.9], 2), 4)
     (0.4, 0.6667)

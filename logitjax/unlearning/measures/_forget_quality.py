@@ -12,20 +12,17 @@ _CHUNK = 2**22
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ForgetQuality:
-    """How far two models' truth ratios on the forget set are apart.
+    """How far two models' truth ratios on the forget set are apart."""
 
-    Attributes:
-        statistic: D of Kolmogorov and Smirnov, 0 (alike) to 1.
-        interval: Interval of D, from resampled items.
-        p_value: TOFU's forget quality. It measures the number of items as much as the model.
-        log10_p_value: Finite where `p_value` is too small for a float.
-        items: Items of the model and of the reference.
-    """
-
+    # D of Kolmogorov and Smirnov, 0 (alike) to 1.
     statistic: float
+    # Of D, from resampled items.
     interval: tuple[float, float]
+    # TOFU's forget quality: it measures the number of items as much as the model.
     p_value: float
+    # Finite where `p_value` is too small for a float.
     log10_p_value: float
+    # Of the model and of the reference.
     items: tuple[int, int]
 
     def __str__(self) -> str:

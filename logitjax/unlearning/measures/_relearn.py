@@ -40,22 +40,18 @@ def relearning(
     away that stays as it is. Other answers that come back were hidden, not gone. Where the rows
     that are taught stay below a probability of 0.9, teaching goes on four times as long. Compare
     with a model that never knew them and is taught the same, because a few steps teach any model
-    how such answers begin.
+    how such answers begin. Rates and steps are those of arXiv 2410.08827, which finds 88 % of the
+    accuracy to come back.
 
     Args:
-        model: The model as it is deployed.
         questions: Their rows to `forget` are taught or asked.
         rates: Learning rates of Adam, ten times those of all weights.
         steps: Numbers of steps after which to ask, ascending.
         seeds: Number of repetitions, with other rows taught and other adapters.
-        batch_size: Number of rows in a step.
 
     Returns:
         Records of `rate`, `seed`, `steps`, and median probabilities of the rows `taught` and of the
         `others`, which a single row has none of, with the largest of these, `worst`.
-
-    References:
-        Rates and steps as of arXiv 2410.08827, which finds 88 % of the accuracy to come back.
     """
     encoded = questions.encoded["forget"]
     graphdef, params, rest = nnx.split(model.model, nnx.Param, ...)

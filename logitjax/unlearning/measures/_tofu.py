@@ -21,8 +21,6 @@ class Item:
     """A question, its answer, and what else was written about the two.
 
     Attributes:
-        question: as asked.
-        answer: as published.
         paraphrased_question: in other words; only in the ``_perturbed`` splits of TOFU's own
             authors.
         paraphrased_answer: in other words; likewise. The real-world sets have none: their short
@@ -76,7 +74,6 @@ def load(source: str | os.PathLike[str], split: str) -> tuple[Item, ...]:
 
     Args:
         source: a directory, or ``hf:locuslab/TOFU`` (optionally ``@revision``).
-        split: as above.
 
     Raises:
         FileNotFoundError: no such directory or file; names what is there.
@@ -119,13 +116,8 @@ def load(source: str | os.PathLike[str], split: str) -> tuple[Item, ...]:
 def subset(source: str | os.PathLike[str], *, authors: int = 20, forget: int = 2) -> Subset:
     """Some of TOFU's authors, split as TOFU splits all 200.
 
-    Forgotten are the last `forget` authors of TOFU, as in forget01/05/10; kept are the first
-    `authors - forget`.
-
-    Args:
-        source: as for `load`.
-        authors: in all.
-        forget: of these; at most 10, so that as many are left that nobody has seen.
+    Forgotten are the last `forget` authors of TOFU, as in forget01/05/10, at most 10, so that as
+    many are left that nobody has seen; kept are the first `authors - forget`.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -176,7 +168,8 @@ def _first_author(split: str) -> int | None:
     match = _SPLIT.fullmatch(split)
     if match is None:
         return None
-    return 0 if match[1] == "retain" else _AUTHORS - 2 * int(match[2])  # 2 authors are 1 %
+    # 2 authors are 1 %.
+    return 0 if match[1] == "retain" else _AUTHORS - 2 * int(match[2])
 
 
 def _read_lines(path: epath.Path, text: str) -> list[Item]:

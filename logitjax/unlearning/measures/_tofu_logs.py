@@ -48,7 +48,6 @@ def set_name(file: str) -> str | None:
 
 
 def read_logs(source: Any) -> dict[str, Log]:
-    """Logs by the name of their set."""
     source = getattr(source, "logs", source)
     if isinstance(source, Mapping):
         if _is_open_unlearning(source):
@@ -98,7 +97,6 @@ def column(log: Log, field: str, where: str) -> list[Any] | None:
 
 
 def items_of(log: Log) -> list[str]:
-    """Which items a log is about."""
     first = log["avg_gt_loss"]
     return [str(i) for i in range(len(first))] if isinstance(first, list) else list(first)
 
@@ -111,7 +109,6 @@ def plain(values: Any) -> Any:
 
 
 def _is_open_unlearning(source: Mapping[str, Any]) -> bool:
-    """Whether these are its metrics by name."""
     return any(f"{name}{_MARK}" in source for name in _SETS)
 
 

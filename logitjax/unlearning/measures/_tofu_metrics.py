@@ -32,23 +32,18 @@ _LARGEST_VOCABULARY = 2**18
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SetScores:
-    """Means over the items of a set; None where the log does not say.
-
-    Attributes:
-        items: Number of items.
-        probability: Of the answer, for its length; in the real-world sets among the wrong answers.
-        rouge_l: Recall of the generated answer.
-        truth_ratio: `max(0, 1 - R)`, in forget sets `min(R, 1 / R)`.
-        extraction_strength, exact_memorisation: See these.
-        preference: For the right answer; in forget sets of its paraphrase.
-    """
+    """Means over the items of a set; None where the log does not say."""
 
     items: int
+    # Of the answer, for its length; in real-world sets among the wrong answers.
     probability: float
+    # Recall of the generated answer.
     rouge_l: float | None = None
+    # `max(0, 1 - R)`, in forget sets `min(R, 1 / R)`.
     truth_ratio: float | None = None
     extraction_strength: float | None = None
     exact_memorisation: float | None = None
+    # For the right answer; in forget sets of its paraphrase.
     preference: float | None = None
 
 
@@ -136,15 +131,11 @@ def metrics_from_logs(
 
     Args:
         logs: a directory, an ``eval_log_aggregated.json``, a ``TOFU_EVAL.json`` of OpenUnlearning
-            (with an ``eps`` of 1e-10 its numbers come out), or what is in it.
+            (an ``eps`` of 1e-10 gives its numbers), or what is in it. Missing sets leave None.
         reference_logs: the same for the model that was retrained without the forget set; those of
             Llama-2 and Phi come with TOFU's repository.
-        form: form of the truth ratio; see `truth_ratio`.
         eps: epsilon of all fractions; 1e-10 is OpenUnlearning's, for parity.
         vocab_size: vocabulary size of the model; by default the largest of today's.
-
-    Returns:
-        `Evaluation`. Sets that are missing leave None where they are asked for.
 
     Raises:
         FileNotFoundError: no such path.

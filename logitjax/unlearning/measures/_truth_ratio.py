@@ -34,7 +34,8 @@ def normalised_probability(
     # Infinite odds: probability 0.
     with np.errstate(over="ignore"):
         odds = [np.exp(one - others).sum() for one, others in zip(truth, wrong)]
-        if eps:  # 0 times infinity
+        # 0 times infinity.
+        if eps:
             odds = odds + eps * np.exp(truth)
     return 1.0 / (1.0 + np.asarray(odds, np.float64))
 
@@ -74,10 +75,7 @@ def truth_ratio(
 ) -> np.ndarray:
     """How likely wrong answers are against the right one in other words: above 1 is wrong.
 
-    ::
-
-        geometric   exp(-mean_i nll_i)  / exp(-nll)
-        arithmetic  mean_i exp(-nll_i)  / exp(-nll)
+    It is `exp(-mean_i nll_i) / exp(-nll)`, or `mean_i exp(-nll_i) / exp(-nll)` if arithmetic.
 
     References:
         Maini et al., 2024 (arXiv 2401.06121), equation 1, which has no eps.

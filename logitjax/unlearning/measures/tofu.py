@@ -22,8 +22,7 @@ What is reported:
   the model utility, the harmonic mean of nine numbers.
 - the forget quality: whether truth ratios on the forget set can be told from those of a model that
   was retrained without it. TOFU reports the p-value, which falls with the number of items at the
-  same distance; D and its interval do not. A model that is over-forgotten or destroyed has none:
-  its ratios mean nothing (see `metrics_from_logs`).
+  same distance; D and its interval do not. Damaged models have none (see `metrics_from_logs`).
 - extraction strength and exact memorisation; membership AUC and PrivLeak where there are authors
   that no model has seen.
 

@@ -14,11 +14,8 @@ from logitjax.unlearning.methods._undial import linear_undial
 class CEU(TwoSided):
     """Self-distillation without the memorised token.
 
-    ::
-
-        cross-entropy( q, softmax(logits) ),    q = softmax(logits, logit_y = -inf), a constant
-
-    This is `UNDIAL` from the model itself with a `beta` of infinity. Its gradient by the logits,
+    `cross-entropy(q, softmax(logits))`, q = `softmax(logits, logit_y = -inf)`, a constant. This is
+    `UNDIAL` from the model itself with a `beta` of infinity. Its gradient by the logits,
     `p_y (onehot(y) - q)`, fades as the token is forgotten.
 
     References:

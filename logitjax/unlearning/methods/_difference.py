@@ -81,11 +81,9 @@ class Difference(Method):
         adapters: bool = True,
         key: Any = None,
     ) -> tuple[LossFn, Any]:
-        """The loss of an assistant's adapters, see `Method.make_loss`.
+        """The loss of an assistant's adapters, see `Method.make_loss`, without a model before.
 
-        Both sides run as one batch, and one sweep over blocks of the vocabulary gives the value and
-        its gradient. There is no gradient of the head, no pass of the large model, and no model
-        before. The frozen weights are constants of the step, so none of them is copied or donated.
+        The frozen weights are constants of the step, so none of them is copied or donated.
         """
         base = self.adapted(model)
         graphdef, params, rest = nnx.split(base, nnx.Param, ...)

@@ -23,10 +23,7 @@ from logitjax.unlearning.methods._gradient_ascent import GradientAscent
 class Distilled(Method):
     """The weights learn what a model says less its assistant, which nobody can leave out then.
 
-    ::
-
-        mean_{forget} KL(served || model) + beta mean_{retain} KL(served || model)
-
+    The loss is `mean_{forget} KL(served || model) + beta mean_{retain} KL(served || model)`.
     With `rho` both are taken after a step of that length towards the answers to forget, as whoever
     teaches them again would take it, so that such steps do not bring them back.
 
@@ -83,7 +80,6 @@ class Distilled(Method):
         return means["forget"] + self.retain_weight * means["retain"], means
 
     def make_loss(self, model: Decoder, **options: Any) -> tuple[LossFn, Any]:
-        """See `Method.make_loss`."""
         distil, before = super().make_loss(model, **options)
         again, _ = GradientAscent(forget_weight=-1.0).make_loss(model, **options)
 

@@ -22,11 +22,8 @@ _PEAKS = {"refusal": 1e-2, "invented": 1e-3}
 class DPO(TwoSided):
     """Direct preference optimisation towards another answer.
 
-    ::
-
-        -(2 / beta) log sigmoid( beta ( (n_l - n_l,ref) - (n_w - n_w,ref) ) )
-
-    `n` are summed over the tokens of the answer to forget (`l`) and of the other (`w`).
+    The loss is `-(2 / beta) log sigmoid(beta ((n_l - n_l,ref) - (n_w - n_w,ref)))`, with `n` summed
+    over the tokens of the answer to forget (`l`) and of the other (`w`).
 
     Attributes:
         beta: Inverse temperature.

@@ -27,9 +27,8 @@ def faded_ascent(nll: Array, beta: float) -> jax.Array:
 class GradientAscent(TwoSided):
     """Gradient ascent on tokens; with a retain loss gradient difference, with beta WGA.
 
-    It has no bound without a beta. The weight is a constant for the gradient::
-
-        -p^beta nll,    p = exp(-nll)
+    The loss is `-p^beta nll`, p = exp(-nll). The weight is a constant for the gradient. Without a
+    beta there is no bound.
 
     Attributes:
         beta: How soon the weight of a token fades as it becomes unlikely; 1 in WGA.

@@ -16,9 +16,8 @@ from logitjax.unlearning._reads import Need, Read
 class NPO(TwoSided):
     """Negative preference optimisation: gradient ascent that fades as an answer is forgotten.
 
-    Bounded from below, unlike gradient ascent, which it becomes as `beta` goes to 0::
-
-        -(2 / beta) log sigmoid( beta (n - n_ref) ),    n summed over an answer's tokens
+    The loss is `-(2 / beta) log sigmoid(beta (n - n_ref))`, n summed over an answer's tokens. It is
+    bounded from below, unlike gradient ascent, which it becomes as `beta` goes to 0.
 
     Attributes:
         beta: Inverse temperature.

@@ -21,10 +21,8 @@ _ABOVE = 1.05
 class PDU(TwoSided):
     """Flat logits, while a multiplier holds the loss on rows to keep below a bound.
 
-    ::
-
-        (max_v logits_v - mean_v logits_v)^2,    0 where all tokens are equally likely
-        multiplier <- max(0, multiplier + dual_step (retain loss - bound)),    at every step
+    `(max_v logits_v - mean_v logits_v)^2` is 0 where all tokens are equally likely; each step sets
+    `multiplier <- max(0, multiplier + dual_step (retain loss - bound))`.
 
     Attributes:
         retain_weight: The multiplier at the start.

@@ -31,9 +31,7 @@ def _distance(hidden: Array, target: Array) -> jax.Array:
 class RMU(TwoSided):
     """Representation misdirection: states of one layer are moved to a random direction.
 
-    On what is to be kept, the states before unlearning are the target::
-
-        mean_d (h_d - target_d)^2
+    The loss is `mean_d (h_d - target_d)^2`; on what is to be kept, the target is the states before.
 
     Attributes:
         retain: Rows to keep have the `'hidden'` states of before.
@@ -69,7 +67,8 @@ class RMU(TwoSided):
             raise ValueError("RMU: key: expected a PRNG key for its direction, got None")
         # As released: positive entries, drawn once.
         direction = jax.random.uniform(key, (config.hidden_size,), jnp.float32)
-        return self.scale * direction / jnp.linalg.norm(direction)  # of length `scale`
+        # Of length `scale`.
+        return self.scale * direction / jnp.linalg.norm(direction)
 
     def values(
         self, hidden: Float[Array, "*batch hidden"], target: Float[Array, "..."]

@@ -18,9 +18,8 @@ from logitjax.unlearning.methods._gradient_ascent import faded_ascent
 class SatImp(TwoSided):
     """Gradient ascent on tokens that are likely but not certain.
 
-    The weight is a constant for the gradient, and largest at `p = beta1 / (beta1 + beta2)`::
-
-        -p^beta1 (1 - p)^beta2 nll,    p = exp(-nll)
+    The loss is `-p^beta1 (1 - p)^beta2 nll`, p = exp(-nll). The weight is a constant for the
+    gradient, and largest at `p = beta1 / (beta1 + beta2)`.
 
     Attributes:
         beta1: How soon the weight fades as a token becomes unlikely.

@@ -17,9 +17,7 @@ from logitjax.unlearning._reads import Need, Read
 class SimNPO(TwoSided):
     """Negative preference by likelihood per token, without a model before.
 
-    ::
-
-        -(2 / beta) log sigmoid( beta (n / |y| - delta) ),    n summed over an answer's tokens
+    The loss is `-(2 / beta) log sigmoid(beta (n / |y| - delta))`, n summed over an answer's tokens.
 
     Attributes:
         beta: Inverse temperature.

@@ -9,8 +9,7 @@ from logitjax.unlearning.methods._gradient_ascent import GradientAscent
 class TaskVector(GradientAscent):
     """Learn what is to be forgotten, and take that change of the weights away.
 
-    References:
-        Ilharco et al., 2022 (arXiv 2212.04089), as in MUSE (arXiv 2407.06460).
+    After Ilharco et al., 2022 (arXiv 2212.04089), as in MUSE (arXiv 2407.06460).
     """
 
     forget_weight: float = -1.0

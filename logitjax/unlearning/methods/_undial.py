@@ -77,9 +77,7 @@ class _Undial(KLStatistic):
 class UNDIAL(TwoSided):
     """Self-distillation from the model before, with the memorised token's logit lowered.
 
-    ::
-
-        cross-entropy( softmax(reference - beta onehot(y)), softmax(logits) )
+    The loss is `cross-entropy(softmax(reference - beta onehot(y)), softmax(logits))`.
 
     Attributes:
         beta: How far it is lowered.
@@ -106,14 +104,8 @@ class UNDIAL(TwoSided):
     ) -> Float[jax.Array, "*losses"]:
         """Losses of tokens from hidden states and heads, now and before, in blocks of the logits.
 
-        Args:
-            hidden: States that predict the tokens.
-            head: Head of the model.
-            reference_hidden: States of the model before, which get no gradient.
-            reference_head: Head of the model before.
-            labels: The tokens to forget.
-            options: `weights`, `vocab_where`, `blocks` and `axis_name` of
-                `losses.linear_kl_divergence`.
+        The model before gets no gradient. `options` are `weights`, `vocab_where`, `blocks` and
+        `axis_name` of `losses.linear_kl_divergence`.
 
         >>> import numpy as np
         >>> one, head = np.ones((1, 1), np.float32), np.zeros((1, 4), np.float32)
