@@ -292,19 +292,14 @@ def compared_gguf(place: Path) -> tuple[float, list[str]]:
     config = models.load_config(str(place / "model"))
     largest = max(1.0, float(np.abs(expected["whole"]).max()))
     difference = np.abs(_whole(model, expected["tokens"].astype(np.int32)) - expected["whole"])
-    pairs = {f: (getattr(config, f), getattr(model.config, f)) for f in vars(config)}
-    unsaid = [f for f, (a, b) in pairs.items() if a != b and f not in _BESIDE]
-    # Metadata hold float32.
-    unsaid = [f for f in unsaid if not _close(*pairs[f])]
-    return float(difference.max()) / largest, unsaid
-
-
-# What no logit depends on.
-_BESIDE = ("family", "bos_id", "eos_ids", "pad_id", "max_length", "segment_boundaries")
-
-
-def _close(a: Any, b: Any) -> bool:
-    return isinstance(a, float) and isinstance(b, float) and np.float32(a) == np.float32(b)
+    unsaid = []
+    # No logit depends on these.
+    for field in vars(config).keys() - {"family", "bos_id", "eos_ids", "pad_id", "max_length"}:
+        ours, said = getattr(config, field), getattr(model.config, field)
+        # Metadata hold float32.
+        close = isinstance(ours, float) and np.float32(ours) == np.float32(said)
+        unsaid += [] if ours == said or close else [field]
+    return float(difference.max()) / largest, sorted(unsaid)
 
 
 def _whole(model: Any, tokens: Any) -> Any:
