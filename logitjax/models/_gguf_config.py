@@ -115,5 +115,7 @@ def _rope_scaling(source: GgufSource, get: Any) -> RopeScaling | None:
         kind=kind,
         factor=factor,
         original_max_length=int(get("rope.scaling.original_context_length", 8192)),
+        beta_fast=float(get("rope.scaling.yarn_beta_fast", 32.0)),
+        beta_slow=float(get("rope.scaling.yarn_beta_slow", 1.0)),
         attention_factor=float(given) * amplitude if given and kind == "yarn" else None,
     )
