@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -175,11 +174,10 @@ class _Progress:
     def keep(self, records: Iterable[bytes]) -> None:
         """Write it down, with the open rows as records."""
         # Under a name of its own: the files that the last manifest names stay as they are.
-        name = f"open-{len(self.shards):05d}"
-        folder = epath.Path(self.begun.directory)
-        contents = {"open": write_shards(folder, records, sys.maxsize, name)}
-        for field in ("shards", "statistics", "tokens", "routes", "read"):
-            contents[field] = getattr(self, field)
+        name, folder = f"open-{len(self.shards):05d}", epath.Path(self.begun.directory)
+        fields = ("shards", "statistics", "tokens", "routes", "read")
+        contents: dict[str, Any] = {field: getattr(self, field) for field in fields}
+        contents["open"] = write_shards(folder, records, sys.maxsize, name)
         self.begun.write(self.made_from, contents)
 
 
@@ -234,11 +232,9 @@ def _write_rows(
                     yield None
 
     stream = records()
+    until_none = functools.partial(next, stream, None)
     while shard := write_shards(
-        root,
-        iter(lambda: next(stream, None), None),
-        sys.maxsize,
-        f"rows-{len(progress.shards):05d}",
+        root, iter(until_none, None), sys.maxsize, f"rows-{len(progress.shards):05d}"
     ):
         progress.shards += shard
         progress.keep(map(encoded, progress.rows))
@@ -292,16 +288,18 @@ def _documents(
 ) -> Iterator[list[Piece]]:
     """The pieces of each document, from the first that `progress` has not read."""
     statistics, first = progress.statistics, progress.read
-    rows = itertools.islice(enumerate(examples), first, None)
-    for number, example in tqdm(
-        _readable(examples, first, statistics) if skip_errors else rows,
-        desc="packing",
-        unit="doc",
-        initial=first,
-        total=len(examples),
-        leave=False,
-        disable=not sys.stderr.isatty(),
+    shown = {"initial": first, "total": len(examples), "disable": not sys.stderr.isatty()}
+    for number in tqdm(
+        range(first, len(examples)), desc="packing", unit="doc", leave=False, **shown
     ):
+        try:
+            # A dataset reads when asked for a row.
+            example = examples[number]
+        except ValueError as error:
+            if not skip_errors:
+                raise
+            _skipped(str(error), statistics)
+            continue
         statistics["documents"] += 1
         try:
             # All of a document or nothing: its last piece may be the one that is refused.
@@ -325,19 +323,6 @@ def _documents(
         progress.read = number + 1
         yield learnt
     progress.read = len(examples)
-
-
-def _readable(
-    examples: Examples, first: int, statistics: dict[str, int]
-) -> Iterator[tuple[int, Example]]:
-    """The examples that can be read, with their numbers; a dataset reads when asked for a row."""
-    for number in range(first, len(examples)):
-        try:
-            example = examples[number]
-        except ValueError as error:
-            _skipped(str(error), statistics)
-        else:
-            yield number, example
 
 
 def _skipped(said: str, statistics: dict[str, int]) -> None:

@@ -9,6 +9,10 @@ field by field. Chat templates come out of the archives that carry them, which a
     pip download --no-deps --no-binary :all: -d DIR llama-cpp-python==0.3.36
     python -m tests.rigs compatibility --templates=DIR
 
+With them each configuration is also written as GGUF by llama.cpp's own converter, which the archive
+of llama-cpp-python carries, and read. A file that does not say all of a model (no file names an
+activation) is no fault; the table names what was not said.
+
 ``--only`` names families, ``published`` and ``templates``.
 """
 
