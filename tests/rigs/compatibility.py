@@ -108,27 +108,28 @@ def _family(
 
 
 def _files(family: str, places: Sequence[Path]) -> dict[str, Any]:
-    """What became of the GGUF files: equal, different, or they do not say all of a model."""
+    """What became of the GGUF files: equal, different, refused, or not all of a model in them."""
     total: Counter[str] = Counter()
     unsaid: Counter[str] = Counter()
+    refused: Counter[str] = Counter()
     for place in places:
         if not (place / "model.gguf").exists():
             continue
         try:
             difference, fields = fuzz.compared_gguf(place)
         except ValueError as error:
-            difference, fields = 1.0, []
-            print(f"{family} {place.name}: {error}", flush=True)
+            refused[str(error).rpartition(": ")[2]] += 1
+            continue
         kind = "equal" if difference <= _TOLERANCE else "unsaid" if fields else "differs"
         total[kind] += 1
         unsaid.update(fields if kind == "unsaid" else ())
         if kind == "differs":
             print(f"{family} {place.name}: GGUF: {difference}", flush=True)
-    words = ", ".join(f"{field} {count}" for field, count in unsaid.most_common())
+    words = ", ".join(f"{field} {count}" for field, count in (unsaid + refused).most_common())
     return {
         "gguf": f"{total['equal']} of {total['equal'] + total['differs']}",
         "gguf differs": total["differs"],
-        "not said in gguf": f"{total['unsaid']}: {words}" if unsaid else "0",
+        "gguf not all said": f"{total['unsaid'] + refused.total()}: {words}",
     }
 
 
