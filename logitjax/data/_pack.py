@@ -288,9 +288,14 @@ def _documents(
 ) -> Iterator[list[Piece]]:
     """The pieces of each document, from the first that `progress` has not read."""
     statistics, first = progress.statistics, progress.read
-    shown = {"initial": first, "total": len(examples), "disable": not sys.stderr.isatty()}
     for number in tqdm(
-        range(first, len(examples)), desc="packing", unit="doc", leave=False, **shown
+        range(first, len(examples)),
+        desc="packing",
+        unit="doc",
+        initial=first,
+        total=len(examples),
+        leave=False,
+        disable=not sys.stderr.isatty(),
     ):
         try:
             # A dataset reads when asked for a row.

@@ -77,8 +77,8 @@ def _family(
     files: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         said = fuzz.torch_models(raws, Path(scratch))
+        places = [Path(scratch) / str(i) for i, refusal in enumerate(said) if refusal is None]
         if archives:
-            places = [Path(scratch) / str(i) for i, refusal in enumerate(said) if refusal is None]
             fuzz.write_gguf([place / "model" for place in places], archives)
         for number, refusal in enumerate(said):
             if refusal is not None:
