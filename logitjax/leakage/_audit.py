@@ -21,8 +21,8 @@ from logitjax.ops import Array
 
 #: Nats below the most likely token within which a row has to come back exactly.
 SPAN = 25.0
-#: Shares of the head beyond chance up to which a policy counts as closed, and from which as open.
-CLOSED, OPEN = 0.1, 0.9
+#: Shares of the head beyond chance up to which little is out, and from which a policy is open.
+LITTLE, OPEN = 0.1, 0.9
 #: Tokens of a row that are searched for by comparisons, which cost several queries each.
 SEARCHED = 256
 #: Prompts by which honest users' loss is measured.
@@ -98,7 +98,9 @@ class Audit:
             seen = self.width is not None and self.width.estimate == self.hidden
             hidden = "" if seen else "; only the width is hidden"
             return f"open: the head's subspace is out{hidden}{cost}"
-        kind = "closed to these attacks" if self.leak <= CLOSED else "part of the head leaks"
+        # Nothing is proved of attacks that were not tried, so no policy is called closed.
+        little = "these attacks recover little of the head"
+        kind = little if self.leak <= LITTLE else "part of the head leaks"
         return kind + cost
 
 

@@ -25,7 +25,8 @@ def completions(service: Service, *, chat: bool) -> Any:
         read = functools.partial(read_request, service, body, key, loop, chat=chat)
         asked, jobs = await loop.run_in_executor(service.readers, read)
         if asked.sampling.structure is not None:
-            follower = await service.formats.follow(*asked.sampling.structure)
+            about = (*asked.sampling.structure, asked.sampling.structure_field)
+            follower = await service.formats.follow(*about)
             for job, _ in jobs:
                 job.follower = follower.copy()
         prompt_tokens = sum(len(prompt) for _, prompt in jobs[:: asked.n])

@@ -61,7 +61,7 @@ class Formats:
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._end()
 
-    async def follow(self, kind: str, text: str) -> "Follower":
+    async def follow(self, kind: str, text: str, field: str) -> "Follower":
         """Return the constraint of one answer; others wait in line, but not too many."""
         if self._waiting >= _MOST_WAITING:
             wait = {"Retry-After": "5"}
@@ -69,45 +69,46 @@ class Formats:
         self._waiting += 1
         try:
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._pool, self.begin, kind, text)
+            return await loop.run_in_executor(self._pool, self.begin, kind, text, field)
         finally:
             self._waiting -= 1
 
-    def begin(self, kind: str, text: str) -> "Follower":
-        """The same in this thread: a copy of what is remembered, or a new one."""
+    def begin(self, kind: str, text: str, field: str = "response_format") -> "Follower":
+        """The same in this thread: a copy of what is remembered, or a new one.
+
+        Errors name the request's `field`.
+        """
         begun = self._known.pop((kind, text), None)
         if begun is None:
             try:
                 begun = self._begin(kind, text)
-            except BadRequestError as error:
-                begun = error
+            except ValueError as error:
+                # Its text alone: an error that is raised again holds all frames that it has seen.
+                begun = " ".join(str(error).split())[:300]
         self._known[kind, text] = begun
         if len(self._known) > _REMEMBERED:
             self._known.popitem(last=False)
-        if isinstance(begun, BadRequestError):
-            raise begun
-        return begun.copy()
+        if isinstance(begun, str):
+            raise BadRequestError(f"{field}: {begun}", field)
+        return begun.copy(field)
 
     def _begin(self, kind: str, text: str) -> "Follower":
         if self._wrong:
-            raise _refused(self._wrong)
+            raise ValueError(self._wrong)
         if len(text) > _MOST_BYTES:
-            raise _refused(f"a structure of {len(text)} bytes, at most {_MOST_BYTES} are taken")
-        try:
-            if kind == "json":
-                grammar = llguidance.LLMatcher.grammar_from_json_schema(text, overrides=_LAYOUT)
-            else:
-                grammar = llguidance.grammar_from(kind, text)  # pyright: ignore[reportArgumentType]
-        except ValueError as error:
-            raise _refused(str(error)) from None
+            raise ValueError(f"a structure of {len(text)} bytes, at most {_MOST_BYTES} are taken")
+        if kind == "json":
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(text, overrides=_LAYOUT)
+        else:
+            grammar = llguidance.grammar_from(kind, text)  # pyright: ignore[reportArgumentType]
         if not self._passes(grammar):
-            raise _refused(f"it takes more than {_TO_BEGIN:g} s or too much memory to begin")
+            raise ValueError(f"it takes more than {_TO_BEGIN:g} s or too much memory to begin")
         matcher = llguidance.LLMatcher(self._tokens, grammar, log_level=0)
         if matcher.is_error():
-            raise _refused(matcher.get_error())
+            raise ValueError(matcher.get_error())
         follower = Follower(matcher, self._vocab_size)
         if follower.failed:
-            raise _refused(matcher.get_error().partition("<")[0])
+            raise ValueError(matcher.get_error().partition("<")[0])
         return follower
 
     def _start(self) -> None:
@@ -143,18 +144,21 @@ class Follower:
     """One answer on its way through a grammar.
 
     `allowed` says which tokens may come next, uint32 `[words]`: bit `v % 32` of word `v // 32` for
-    token v. If it `failed`, by time or a limit of the library, that says nothing.
+    token v. If it `failed`, by time or a limit of the library, that says nothing. `field` is the
+    request's field that asked for it.
     """
 
-    def __init__(self, matcher: Any, vocab_size: int, allowed: np.ndarray | None = None):
-        self._matcher = matcher
-        self._vocab_size = vocab_size
+    def __init__(
+        self, matcher: Any, vocab_size: int, allowed: np.ndarray | None = None, field: str = ""
+    ):
+        self._matcher, self._vocab_size, self.field = matcher, vocab_size, field
         self._seconds = 0.0
         self.failed = False
         self.allowed = self._mask() if allowed is None else allowed
 
-    def copy(self) -> "Follower":
-        return Follower(self._matcher.deep_copy(), self._vocab_size, self.allowed)
+    def copy(self, field: str = "") -> "Follower":
+        matcher, field = self._matcher.deep_copy(), field or self.field
+        return Follower(matcher, self._vocab_size, self.allowed, field)
 
     def take(self, tokens: Sequence[int]) -> None:
         """Goes on by tokens that were chosen. Takes its time: called off the engine's thread."""
@@ -181,7 +185,3 @@ def thread_pool(name: str, threads: int) -> ThreadPoolExecutor:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
     return ThreadPoolExecutor(threads, name, initializer=step_aside)
-
-
-def _refused(reason: str) -> BadRequestError:
-    return BadRequestError(f"response_format: {' '.join(reason.split())[:300]}", "response_format")

@@ -22,7 +22,7 @@ MOST_STOP_IDS = 32
 _TUNED = tuple(field.name for field in dataclasses.fields(Choice))
 # What ends an answer is a function of its tokens. A seed is mixed in by itself, copy by copy. All
 # other fields name a draw, and are refused where choices are not free and no grid has them.
-_NEUTRAL = {"seed", "stop_token_ids", "ignore_eos"}
+_NEUTRAL = {"seed", "stop_token_ids", "ignore_eos", "structure_field"}
 # Clients spell grids in decimals.
 _CLOSE = 2e-3
 _TWO, _LANES = np.uint32(2), np.array([1, 2], np.uint32)
@@ -92,7 +92,7 @@ class Disclosure:
                 raise BadRequestError(f"{name}: the nearest taken here is {taken[name]:.5g}", name)
         for name, value in _moving(fields).items():
             if name not in _TUNED and not (self._schemas and name == "structure"):
-                name = {"structure": "response_format"}.get(name, name)
+                name = fields.structure_field if name == "structure" else name
                 raise BadRequestError(f"this server takes no {name}, got {value!r:.40}", name)
         # Two tokens that a schema leaves are weighed ever more finely the lower the temperature.
         if fields.structure and 0 < fields.temperature < 1:

@@ -333,7 +333,8 @@ class Scheduler:
             waits[slot] = not mask.done()
             late = waits[slot] and time.monotonic() - job.asked > _MASK_PATIENCE
             if late or (mask.done() and (mask.exception() or job.follower.failed)):
-                job.give([BadRequestError("response_format: too complex", "response_format")])
+                name = job.follower.field
+                job.give([BadRequestError(f"{name}: too complex", name)])
                 self._jobs[slot] = None
                 self.engine.evict(slot)
             elif mask.done():

@@ -23,7 +23,8 @@ _MOST_STOPS = 32
 class SamplingFields:
     """All fields of a request that decide which tokens are drawn, judged by a policy as a whole.
 
-    `structure` is a kind to follow (`json`, `regex`, `choice`, `grammar`) and its text.
+    `structure` is a kind to follow (`json`, `regex`, `choice`, `grammar`) and its text, and
+    `structure_field` the field that a client named it in.
     """
 
     temperature: float = 1.0
@@ -40,6 +41,7 @@ class SamplingFields:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     structure: tuple[str, str] | None = None
+    structure_field: str = dataclasses.field(default="response_format", compare=False)
 
 
 _FIELDS = dataclasses.fields(SamplingFields)
@@ -345,7 +347,7 @@ def _of_use(body: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
 
 def _sampling(asked: Any) -> SamplingFields:
     biases, allowed = asked.logit_bias or {}, asked.allowed_token_ids
-    structure = _structure(asked)
+    structure, structure_field = _structure(asked)
     for name in ("allowed_token_ids", "min_tokens", "ignore_eos") if structure else ():
         # It may leave no token but those that they rule out.
         if getattr(asked, name):
@@ -359,11 +361,13 @@ def _sampling(asked: Any) -> SamplingFields:
         "allowed_token_ids": None if allowed is None else tuple(sorted(set(allowed))),
         "stop_token_ids": tuple(sorted(set(asked.stop_token_ids or ()))),
         "structure": structure,
+        "structure_field": structure_field,
     }
     return SamplingFields(**{name: value for name, value in given.items() if value is not None})
 
 
-def _structure(asked: Any) -> tuple[str, str] | None:
+def _structure(asked: Any) -> tuple[tuple[str, str] | None, str]:
+    """Return the structure that an answer has to follow, and the field that has it."""
     items: list[tuple[str, Any]] = []
     form, given = asked.response_format, asked.structured_outputs
     if form is not None and form.type == "json_object":
@@ -373,6 +377,7 @@ def _structure(asked: Any) -> tuple[str, str] | None:
             needed = "response_format of type json_schema needs a json_schema with a schema"
             raise BadRequestError(needed, "response_format")
         items.append(("json", form.json_schema.given))
+    name = "response_format" if items or given is None else "structured_outputs"
     if given is not None:
         texts = (given.given, given.regex, given.choice, given.grammar)
         kinds = zip(("json", "regex", "choice", "grammar"), texts, strict=True)
@@ -382,12 +387,12 @@ def _structure(asked: Any) -> tuple[str, str] | None:
             many = f"structured_outputs: expected one structure, got {len(items)}"
             raise BadRequestError(many, "structured_outputs")
     if not items:
-        return None
+        return None, name
     ((kind, value),) = items
     try:
-        return kind, value if isinstance(value, str) else json.dumps(value)
+        return (kind, value if isinstance(value, str) else json.dumps(value)), name
     except RecursionError:
-        raise BadRequestError("the schema is nested too deeply", "response_format") from None
+        raise BadRequestError(f"{name}: nested too deeply", name) from None
 
 
 def _refusal(error: pydantic.ValidationError) -> BadRequestError:

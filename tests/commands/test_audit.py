@@ -29,7 +29,7 @@ def test_rules_are_audited_and_what_leaked_is_written(tmp_path, monkeypatch):
     records = _records(workdir)
     assert records["full"]["width"] == "32"
     assert records["full"]["leak"] > 0.999
-    assert records["top_5"]["verdict"] == "closed to these attacks"
+    assert records["top_5"]["verdict"] == "these attacks recover little of the head"
     assert records["top_5_bias"]["width"] == "32"
     # A bias that moves only what is drawn hides nothing.
     assert records["sampling"]["width"] == "32"

@@ -105,7 +105,7 @@ def test_a_cheap_defence_that_hides_the_width_only_is_said_to_do_so():
     assert dataclasses.replace(audit, hidden=40).verdict.endswith("is out")
     little = dataclasses.replace(aligned, leak=0.02)
     dear = dataclasses.replace(audit, alignment=little, utility={"kl": 2.0})
-    assert dear.verdict == "closed to these attacks, and honest users pay for it"
+    assert dear.verdict == "these attacks recover little of the head, and honest users pay for it"
 
 
 def test_what_an_answer_shows_is_learnt_best_by_its_own_writer():

@@ -25,7 +25,10 @@ from tests.rigs import _red_team as team
 from tests.rigs._red_team import Asker, Body, Reply, attackers
 from tests.rigs._server_client import call
 
-QUERIES, _SLOTS = 1000, 8
+# A request is a token or two long: more slots would be decoded empty.
+QUERIES, _SLOTS = 1000, 2
+# Of the table; the read ones and the narrowest are of all attackers of a policy.
+_COLUMNS = "policy|model|attacker|queries|nats per 1,000|bound per 1,000|read|right|narrowest"
 MODELS = ("tiny", "smollm2", ".cache/models/gemma-3-270m.gguf")
 _TOKEN = LogitPolicy(returns="token")
 _TOP = LogitPolicy(top_k=5)
@@ -134,7 +137,7 @@ def attacked(
     name, policy, options = case
     config = ServerConfig(
         model="row", policy=policy, slots=_SLOTS, max_length=16, max_tokens=8, max_waiting=4096,
-        prefill_chunk=4, policy_seed=1, **options,
+        prefill_chunk=2, prefill_rows=2, policy_seed=1, **options,
     )  # fmt: skip
     letters, vocab, rows = letters_of(tokenizer), len(row), []
     with asyncio.Runner() as runner:
@@ -160,11 +163,10 @@ def attacked(
             body = {"prompt": [1], "max_tokens": 1, "return_tokens_as_token_ids": True}
             readings = attack(asker, body | {"logprobs": 0}, vocab=vocab, letters=letters)
             line = {"model": Path(spec).stem, "policy": name, "attacker": attacker}
-            line |= {"queries": budget - asker.left}
+            line |= {"queries": budget - asker.left, "bound": float(ledger["row"].hard)}
             line |= readings.judge(row.astype(float), policy.noise)
-            line["nats per 1,000"] = 1000 * line["nats"] / max(1, line["queries"])
-            line["bound"] = float(ledger["row"].hard)
-            line["bound per 1,000"] = 1000 * line["bound"] / max(1, line["queries"])
+            for what in ("nats", "bound"):
+                line[f"{what} per 1,000"] = 1000 * line[what] / max(1, line["queries"])
             rows.append(records.kept(file, lambda line=line: line))
             logging.info("%s", line)
         runner.run(context.__aexit__(None, None, None))
@@ -198,7 +200,7 @@ def red_team(options: suite.Options, spec: str) -> tuple[list[dict[str, Any]], l
         chance = float(stats.binom.cdf(*worst, team.CONFIDENCE))
         said = f"plain, {name}: {worst[0]} of {worst[1]} intervals{what} hold, chance at 95 %"
         bars.append(suite.at_least(said, chance, 0.01))
-    return fastest, bars
+    return [{name: line[name] for name in _COLUMNS.split("|")} for line in fastest], bars
 
 
 def _fastest(lines: list[dict[str, Any]]) -> dict[str, Any]:

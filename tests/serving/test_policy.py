@@ -82,6 +82,7 @@ def admitted(**fields):
         ({"frequency_penalty": 0.5}, "frequency_penalty: the nearest taken here is 0"),
         ({"repetition_penalty": 1.1}, "repetition_penalty: the nearest taken here is 1"),
         ({"response_format": {"type": "json_object"}}, "this server takes no response_format"),
+        ({"structured_outputs": {"regex": "a"}}, "this server takes no structured_outputs"),
         ({"temperature": 0.0, "presence_penalty": 1.0}, "presence_penalty: the nearest"),
         ({"allowed_token_ids": [5, 6]}, "this server takes no allowed_token_ids"),
         ({"min_tokens": 1}, "this server takes no min_tokens"),

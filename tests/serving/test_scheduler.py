@@ -104,7 +104,7 @@ class Slow:
 
     def __init__(self, seconds, failed=False):
         self.allowed = np.full(1, 0xFFFFFFFF, np.uint32)
-        self.failed = False
+        self.failed, self.field = False, "structured_outputs"
         self._seconds, self._fails = seconds, failed
 
     def take(self, _):
@@ -145,4 +145,4 @@ def test_a_slow_structure_keeps_nobody_waiting_and_one_that_fails_ends():
     assert len(free) == 24
     # Three masks take longer than 24 free tokens.
     assert at_once < at_last - 0.3
-    assert str(failing[-1]) == "response_format: too complex"
+    assert str(failing[-1]) == "structured_outputs: too complex"

@@ -160,10 +160,12 @@ def test_a_structure_is_one_value_however_it_is_asked_for():
     bodies = [{"prompt": "a"} | more for more in same]
     fields = {schema.parse(body, LIMITS, chat=False).sampling for body in bodies}
     assert [each.structure for each in fields] == [("json", json.dumps(object_))]
+    named = [schema.parse(body, LIMITS, chat=False).sampling.structure_field for body in bodies]
+    assert named == ["response_format"] * 2 + ["structured_outputs"] * 3
     deep: dict = {}
     for _ in range(900):
         deep = {"anyOf": [deep]}
-    with pytest.raises(BadRequestError, match="nested too deeply"):
+    with pytest.raises(BadRequestError, match=r"^structured_outputs: nested too deeply"):
         schema.parse({"prompt": "a", "structured_outputs": {"json": deep}}, LIMITS, chat=False)
     for name, value in (("min_tokens", 1), ("ignore_eos", True), ("allowed_token_ids", [1])):
         with pytest.raises(BadRequestError, match=f"^{name} does not go with a structure"):

@@ -113,6 +113,10 @@ def test_prompts_of_tokens_several_and_copies(client):
     )
     assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
     assert answer.usage.prompt_tokens == 5
+    _, twice = (
+        client.completions.create(model="tiny", prompt="x" * 90, max_tokens=1) for _ in range(2)
+    )
+    assert twice.usage.prompt_tokens_details.cached_tokens > 45
     texts = [choice.text for choice in answer.choices]
     again = client.completions.create(
         model="tiny", prompt=[4, 5], max_tokens=3, seed=3, temperature=1.0
@@ -259,6 +263,7 @@ def test_models_and_health(client, address):
             "response_format",
             "needs a json_schema",
         ),
+        ({"prompt": "a", "structured_outputs": {"regex": "("}}, "structured_outputs", ": "),
         ({"prompt": "a", "n": 17}, "n", "equal to 16"),
         ({"prompt": "\ud800"}, "prompt", ""),
     ],
