@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Float, Int
 
 from logitjax.models._config import Window
@@ -34,15 +34,14 @@ def splash_attention(
     )
     # A kernel has no rule for a mesh: each device has its rows and heads. Axes that divide neither,
     # such as 3 key heads on two devices, repeat the work.
-    names, mesh = sharding.MeshAxes.current(), jax.sharding.get_abstract_mesh()
+    names = sharding.MeshAxes.current()
     rows = on_mesh.auto_axes(names.rows, query.shape[0])
     heads = on_mesh.auto_axes(names.columns, key.shape[2])
-    auto = {n for n, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Auto}
-    if not auto:
+    if not (free := on_mesh.free_axes()):
         return run(query, key, value, segments)
     spec, ids = PartitionSpec(rows, None, heads), PartitionSpec(rows)
     return jax.shard_map(
-        run, in_specs=(spec, spec, spec, ids), out_specs=spec, axis_names=auto, check_vma=False
+        run, in_specs=(spec, spec, spec, ids), out_specs=spec, axis_names=free, check_vma=False
     )(query, key, value, segments)
 
 
