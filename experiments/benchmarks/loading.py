@@ -1,9 +1,11 @@
 """Host memory and seconds to load a checkpoint, as multiples of the model's size.
 
-On CPU the loaded model itself lies in host memory, so 1.0 is the least there can be.
+On CPU the loaded model itself lies in host memory, so 1.0 is the least there can be. A mixture of
+experts is spread over a mesh of 8 devices of this host.
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +17,7 @@ _CHILD = """
 import json, sys, time
 import jax, jax.numpy as jnp
 from flax import nnx
-from logitjax.models import load_model
+from logitjax import models, training
 
 def status(field):
     with open("/proc/self/status") as file:
@@ -25,7 +27,10 @@ spec, layout, dtype = sys.argv[1:]
 jnp.zeros(()).block_until_ready()
 # A child inherits its parent's peak through getrusage, not through VmHWM.
 before, start = status("VmRSS"), time.perf_counter()
-model = load_model(spec, layout=layout, param_dtype=jnp.dtype(dtype))
+mesh = training.make_mesh("expert:8") if "experts" in spec else None
+model = models.load_model(
+    spec, layout=layout, param_dtype=jnp.dtype(dtype), mesh=mesh, rules=models.DECODER_RULES
+)
 leaves = jax.tree.leaves(nnx.state(model))
 jax.block_until_ready(leaves)
 seconds = time.perf_counter() - start
@@ -45,6 +50,13 @@ if spec == "random":
         vocab_size=32_000, hidden_size=512, intermediate_size=1408, num_layers=8, num_heads=8,
         num_kv_heads=4, head_dim=64, max_length=2048,
     )
+elif spec == "experts":
+    config = models.DecoderConfig(
+        family="qwen3_moe", qk_norm=True, vocab_size=8_000, hidden_size=512, intermediate_size=512,
+        num_layers=8, num_heads=8, num_kv_heads=4, head_dim=64, max_length=2048,
+        num_experts=16, experts_per_token=4, expert_size=256,
+    )
+if spec in ("random", "experts"):
     model = models.Decoder(config, rngs=nnx.Rngs(0))
 else:
     model = models.load_model(spec)
@@ -54,7 +66,9 @@ models.save_pretrained(model, None, directory, max_shard_bytes=2**28)
 
 def _child(program: str, *arguments: str) -> str:
     command = [sys.executable, "-c", program, *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    # Of which a mixture takes all, and others the first.
+    devices = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=devices).stdout
 
 
 def _measure(spec: str, layout: str, dtype: str) -> dict[str, Any]:
@@ -65,18 +79,20 @@ def run(options: suite.Options) -> suite.Result:
     """Exports a model, then loads it in a fresh process for every layout and dtype."""
     options.directory.mkdir(parents=True, exist_ok=True)
     name = "random" if options.smoke else "smollm2"
-    directory = str(Path(options.directory) / f"{name}-safetensors")
-    _child(_EXPORT, name, directory)
-    sources = {"safetensors": directory} | ({} if options.smoke else {"gguf": "smollm2"})
+    sources = {} if options.smoke else {"smollm2 gguf": "smollm2"}
+    for model in (name, "experts"):
+        directory = str(Path(options.directory) / f"{model}-safetensors")
+        _child(_EXPORT, model, directory)
+        sources[f"{model} safetensors"] = directory
     rows, worst = [], 0.0
     for kind, spec in sources.items():
         for layout in ("stacked", "listed"):
             for dtype in ("float32", "bfloat16"):
                 seen = _measure(spec, layout, dtype)
                 ratio = seen["peak"] / seen["size"]
-                if kind == "safetensors" and dtype == "float32":
+                if "safetensors" in kind and dtype == "float32":
                     worst = max(worst, ratio)
-                row = {"from": f"{name} {kind}", "layout": layout, "parameters": dtype}
+                row = {"from": kind, "layout": layout, "parameters": dtype}
                 row |= {"model, MB": round(seen["size"] / 1e6, 1), "peak / model": round(ratio, 3)}
                 rows.append(row | {"seconds": round(seen["seconds"], 2)})
     bars = (suite.at_most("host memory at its peak / model, safetensors", worst, 1.3),)

@@ -1,5 +1,6 @@
 """Pack documents into rows, once, for all processes and runs."""
 
+import dataclasses
 import functools
 import os
 import sys
@@ -13,12 +14,13 @@ from tqdm import tqdm
 
 from logitjax.data._documents import DocumentTooLong, Encoder, Piece, render_example, split_document
 from logitjax.data._examples import Example, Examples
-from logitjax.data._packed import KIND, PackedDataset, row_codec
+from logitjax.data._packed import KIND, KINDS, PackedDataset, row_codec
 from logitjax.data._tokenizer import TokenizerLike
-from logitjax.storage import Manifest, digest, write_shards
+from logitjax.storage import ArrayCodec, Manifest, ShardReader, digest, write_shards
 
 _FORMAT = 1
-_ROWS_PER_SHARD = 1 << 16
+# What a killed packing does again at most.
+_TOKENS_PER_SHARD = 1 << 24
 # Rows kept open for documents that fill their rest; more fill better and cost time.
 _OPEN_ROWS = 64
 
@@ -43,8 +45,9 @@ def pack(
     prompt and its response are joined. A document begins with the beginning-of-sequence token where
     the tokenizer's own ``add_bos`` says so, and ends with the end-of-sequence token.
     A piece with nothing to learn, such as the beginning of a prompt longer than a row, is left out
-    and counted in ``.statistics["unlearnt"]``. On several hosts with a common disk let process 0
-    pack and the others call it after a barrier.
+    and counted in ``.statistics["unlearnt"]``. A packing that was killed goes on behind its last
+    whole shard. On several hosts with a common disk let process 0 pack and the others call it
+    after a barrier.
 
     Args:
         examples: what :func:`logitjax.data.load_examples` returns, or any sequence of such rows.
@@ -102,14 +105,20 @@ def pack(
 
     cut = functools.partial(_cut, encoders=encoders, seq_len=seq_len, on_long=on_long, chats=chats)
     skips = {"skip_long": "skip" in on_long, "skip_errors": on_error == "skip"}
+    begun = Manifest(root / "unfinished", "unfinished packing")
     contents = _write_rows(
-        examples, tokenizers, functools.partial(_pieces, cut=cut, **skips), root, seq_len
+        examples,
+        tokenizers,
+        functools.partial(_documents, cut=cut, **skips),
+        _Progress(begun, made_from | {"on_error": on_error}, row_codec(tokenizers, seq_len)),
+        seq_len,
     )
     # Rows that an earlier version packed with such pieces must not pass for these.
     unlearnt = contents["statistics"]["unlearnt"]
     fingerprint = digest(made_from | ({"unlearnt": unlearnt} if unlearnt else {}))
     # The manifest comes last: without it the shards do not count.
     Manifest(root, KIND).write(made_from, {"fingerprint": fingerprint} | contents)
+    begun.path.parent.rmtree(missing_ok=True)
     logging.info("packed %s into %s: %s", examples.source, root, contents["statistics"])
     return PackedDataset(root)
 
@@ -131,53 +140,125 @@ def _check_arguments(
         raise ValueError(f"on_error: expected 'raise' or 'skip', got {on_error!r}")
 
 
+@dataclasses.dataclass
+class _Progress:
+    """How far a packing has come: with each shard so much is kept that a killed one goes on."""
+
+    begun: Manifest
+    made_from: Mapping[str, Any]
+    codec: ArrayCodec
+    shards: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    statistics: dict[str, int] = dataclasses.field(default_factory=dict)
+    # Of each tokenizer.
+    tokens: dict[str, int] = dataclasses.field(default_factory=dict)
+    # Rows for each teacher so far; of the examples of the last one so many are read.
+    routes: dict[str, int] = dataclasses.field(default_factory=dict)
+    read: int = 0
+    # Those that have room for more.
+    rows: list[list[Piece]] = dataclasses.field(default_factory=list)
+
+    def resume(self) -> None:
+        """Take up what `keep` left, if that was made from the same."""
+        if not self.begun.exists():
+            return
+        entries = self.begun.read()
+        if entries.pop("made_from") != self.made_from:
+            return
+        folder, stored = self.begun.path.parent, entries.pop("open")
+        for name, value in entries.items():
+            setattr(self, name, value)
+        reader = ShardReader(folder, stored)
+        columns = self.codec.decode(reader.read(range(len(reader))))
+        self.rows = [_taken_apart(columns, row, list(self.tokens)) for row in range(len(reader))]
+
+    def keep(self, records: Iterable[bytes]) -> None:
+        """Write it down, with the open rows as records."""
+        # Under a name of its own: the files that the last manifest names stay as they are.
+        name, folder = f"open-{len(self.shards):05d}", epath.Path(self.begun.directory)
+        fields = ("shards", "statistics", "tokens", "routes", "read")
+        contents: dict[str, Any] = {field: getattr(self, field) for field in fields}
+        contents["open"] = write_shards(folder, records, sys.maxsize, name)
+        self.begun.write(self.made_from, contents)
+
+
+def _taken_apart(columns: Mapping[str, np.ndarray], row: int, names: list[str]) -> list[Piece]:
+    """The pieces of a row; one may have no token of some tokenizer."""
+    parts = {n: [columns[f"{n}/{kind}"][row] for kind in KINDS] for n in names}
+    count = max(segments.max() for _, segments, _ in parts.values())
+    return [
+        {n: (ids[at == i], learnt[at == i] != 0) for n, (ids, at, learnt) in parts.items()}
+        for i in range(1, count + 1)
+    ]
+
+
 def _write_rows(
     examples: Examples,
     tokenizers: Mapping[str, TokenizerLike],
-    pieces: Callable[..., Iterator[Piece]],
-    root: epath.Path,
+    documents: Callable[..., Iterator[list[Piece]]],
+    progress: _Progress,
     seq_len: int,
 ) -> dict[str, Any]:
     names = ("documents", "pieces", "too_long", "unlearnt", "malformed")
-    statistics: dict[str, int] = dict.fromkeys(names, 0)
-    statistics["malformed"] = examples.errors
-    tokens = dict.fromkeys(tokenizers, 0)
+    progress.statistics = dict.fromkeys(names, 0) | {"malformed": examples.errors}
+    progress.tokens = dict.fromkeys(tokenizers, 0)
     pad_ids = {name: _pad_id(tokenizer) for name, tokenizer in tokenizers.items()}
-    codec, routes = row_codec(tokenizers, seq_len), dict[str | None, int]()
+    progress.resume()
+    rows_per_shard = max(1, _TOKENS_PER_SHARD // seq_len)
+    root = epath.Path(progress.begun.directory).parent
 
-    def records() -> Iterator[bytes]:
+    def encoded(row: list[Piece]) -> bytes:
+        columns = {}
+        for name in tokenizers:
+            columns |= _lay_out(row, name, seq_len, pad_ids[name])
+        return progress.codec.encode(columns, 1)[0]
+
+    def records() -> Iterator[bytes | None]:
+        """Records of rows, and None where a shard ends: behind a document."""
+        count = 0
         for teacher, routed in _routed(examples):
-            routes[teacher] = 0
-            for row in best_fit(pieces(routed, statistics=statistics), seq_len):
-                columns = {}
-                for name in tokenizers:
-                    columns |= _lay_out(row, name, seq_len, pad_ids[name])
-                    tokens[name] += sum(len(piece[name][0]) for piece in row)
-                routes[teacher] += 1
-                yield codec.encode(columns, 1)[0]
+            if teacher not in progress.routes:
+                progress.routes[teacher] = progress.read = 0
+            elif teacher != list(progress.routes)[-1]:
+                continue
+            for rows in best_fit(documents(routed, progress), seq_len, progress.rows):
+                for row in rows:
+                    for name in tokenizers:
+                        progress.tokens[name] += sum(len(piece[name][0]) for piece in row)
+                    progress.routes[teacher] += 1
+                    yield encoded(row)
+                count += len(rows)
+                if count >= rows_per_shard:
+                    count = 0
+                    yield None
 
-    shards = write_shards(root, records(), _ROWS_PER_SHARD)
-    rows = sum(routes.values())
+    stream = records()
+    until_none = functools.partial(next, stream, None)
+    while shard := write_shards(
+        root, iter(until_none, None), sys.maxsize, f"rows-{len(progress.shards):05d}"
+    ):
+        progress.shards += shard
+        progress.keep(map(encoded, progress.rows))
+    rows = sum(progress.routes.values())
     if not rows:
-        raise ValueError(_nothing_left(examples.source, seq_len, statistics))
+        raise ValueError(_nothing_left(examples.source, seq_len, progress.statistics))
     return {
         "source": examples.source,
         "seq_len": seq_len,
         "tokenizers": list(tokenizers),
         "pad_ids": pad_ids,
-        "shards": shards,
-        "statistics": statistics | {"rows": rows, "tokens": tokens},
-    } | ({} if None in routes else {"routes": routes})
+        "shards": progress.shards,
+        "statistics": progress.statistics | {"rows": rows, "tokens": progress.tokens},
+    } | ({} if "" in progress.routes else {"routes": progress.routes})
 
 
-def _routed(examples: Examples) -> Iterator[tuple[str | None, Examples]]:
-    """The examples of each teacher, whose rows hold no other's; all of them where none is named."""
+def _routed(examples: Examples) -> Iterator[tuple[str, Examples]]:
+    """The examples of each teacher, whose rows hold no other's; of "" where none is named."""
     try:
         named = "teacher" in examples[0]
     except ValueError:  # It is malformed, and said so where it is read.
         named = False
     if not named:
-        yield None, examples
+        yield "", examples
         return
     teachers = [str(example.get("teacher") or "") for example in examples]
     if "" in teachers:
@@ -197,23 +278,33 @@ def _nothing_left(source: str, seq_len: int, statistics: Mapping[str, int]) -> s
     )
 
 
-def _pieces(
+def _documents(
     examples: Examples,
+    progress: _Progress,
     *,
     cut: Callable[[Example], Iterator[Piece]],
-    statistics: dict[str, int],
     skip_long: bool,
     skip_errors: bool,
-) -> Iterator[Piece]:
-    rows = _readable(examples, statistics) if skip_errors else enumerate(examples)
-    for number, example in tqdm(
-        rows,
+) -> Iterator[list[Piece]]:
+    """The pieces of each document, from the first that `progress` has not read."""
+    statistics, first = progress.statistics, progress.read
+    for number in tqdm(
+        range(first, len(examples)),
         desc="packing",
         unit="doc",
+        initial=first,
         total=len(examples),
         leave=False,
         disable=not sys.stderr.isatty(),
     ):
+        try:
+            # A dataset reads when asked for a row.
+            example = examples[number]
+        except ValueError as error:
+            if not skip_errors:
+                raise
+            _skipped(str(error), statistics)
+            continue
         statistics["documents"] += 1
         try:
             # All of a document or nothing: its last piece may be the one that is refused.
@@ -230,24 +321,13 @@ def _pieces(
                 raise ValueError(f"{examples.source}, {message}") from error
             _skipped(message, statistics)
             continue
-        for piece in pieces:
-            # A row of such pieces alone would be a step without a loss.
-            if not any(learnt.any() for _, learnt in piece.values()):
-                statistics["unlearnt"] += 1
-                continue
-            statistics["pieces"] += 1
-            yield piece
-
-
-def _readable(examples: Examples, statistics: dict[str, int]) -> Iterator[tuple[int, Example]]:
-    """The examples that can be read, with their numbers; a dataset reads when asked for a row."""
-    for number in range(len(examples)):
-        try:
-            example = examples[number]
-        except ValueError as error:
-            _skipped(str(error), statistics)
-        else:
-            yield number, example
+        # A row of such pieces alone would be a step without a loss.
+        learnt = [piece for piece in pieces if any(mask.any() for _, mask in piece.values())]
+        statistics["unlearnt"] += len(pieces) - len(learnt)
+        statistics["pieces"] += len(learnt)
+        progress.read = number + 1
+        yield learnt
+    progress.read = len(examples)
 
 
 def _skipped(said: str, statistics: dict[str, int]) -> None:
@@ -287,33 +367,43 @@ def _cut(
 
 
 def best_fit(
-    pieces: Iterable[Piece], seq_len: int, open_rows: int = _OPEN_ROWS
-) -> Iterator[list[Piece]]:
-    """Put each piece into the open row that it fills best; a row that must make room goes out."""
-    rows: list[list[Piece]] = []
-    room = np.zeros((0, 0), np.int64)
-    for piece in pieces:
-        need = np.asarray([len(ids) for ids, _ in piece.values()], np.int64)
-        room = room.reshape(len(rows), len(need))
-        fits = np.flatnonzero((room >= need).all(axis=1))
-        if len(fits):
-            # By the tokenizer with the least room left: a row is full when it is full for any.
-            location = int(fits[np.argmin((room[fits] - need).min(axis=1))])
-            rows[location].append(piece)
-            room[location] -= need
-        else:
-            if len(rows) == open_rows:
-                # The fullest row has the least to gain from waiting.
-                fullest = int(np.argmin(room.min(axis=1)))
-                yield rows.pop(fullest)
-                room = np.delete(room, fullest, axis=0)
-            rows.append([piece])
-            room = np.concatenate([room, seq_len - need[None]])
-            location = len(rows) - 1
-        if not room[location].min():
-            yield rows.pop(location)
-            room = np.delete(room, location, axis=0)
-    yield from rows
+    documents: Iterable[Sequence[Piece]],
+    seq_len: int,
+    rows: list[list[Piece]],
+    open_rows: int = _OPEN_ROWS,
+) -> Iterator[list[list[Piece]]]:
+    """Put each piece into the one of `rows` that it fills best; after each document those gone.
+
+    A row goes when it is full or must make room for another, and the rest at the end.
+    """
+    used = [[sum(len(p[name][0]) for p in row) for name in row[0]] for row in rows]
+    room = seq_len - np.asarray(used, np.int64)
+    for document in documents:
+        gone = []
+        for piece in document:
+            need = np.asarray([len(ids) for ids, _ in piece.values()], np.int64)
+            room = room.reshape(len(rows), len(need))
+            fits = np.flatnonzero((room >= need).all(axis=1))
+            if len(fits):
+                # By the tokenizer with the least room left: a row is full when it is for any.
+                location = int(fits[np.argmin((room[fits] - need).min(axis=1))])
+                rows[location].append(piece)
+                room[location] -= need
+            else:
+                if len(rows) == open_rows:
+                    # The fullest row has the least to gain from waiting.
+                    fullest = int(np.argmin(room.min(axis=1)))
+                    gone.append(rows.pop(fullest))
+                    room = np.delete(room, fullest, axis=0)
+                rows.append([piece])
+                room = np.concatenate([room, seq_len - need[None]])
+                location = len(rows) - 1
+            if not room[location].min():
+                gone.append(rows.pop(location))
+                room = np.delete(room, location, axis=0)
+        yield gone
+    while rows:
+        yield [rows.pop(0)]
 
 
 def _lay_out(row: Sequence[Piece], name: str, seq_len: int, pad_id: int) -> dict[str, np.ndarray]:

@@ -14,6 +14,8 @@ from logitjax.data._order import global_indices, process_rows
 from logitjax.storage import ArrayCodec, Manifest, ShardReader
 
 KIND = "packed dataset"
+# Of a tokenizer's columns.
+KINDS = {"tokens": "int32", "segment_ids": "int32", "loss_mask": "uint8"}
 # Batches in memory beside the one in use.
 _PREFETCH = 2
 
@@ -23,8 +25,7 @@ Batch = dict[str, Any]
 
 def row_codec(names: Iterable[str], seq_len: int) -> ArrayCodec:
     """Tokens, segment ids and loss mask of each tokenizer, one after the other."""
-    kinds = {"tokens": "int32", "segment_ids": "int32", "loss_mask": "uint8"}
-    return ArrayCodec({f"{n}/{kind}": (t, (seq_len,)) for n in names for kind, t in kinds.items()})
+    return ArrayCodec({f"{n}/{kind}": (t, (seq_len,)) for n in names for kind, t in KINDS.items()})
 
 
 def _positions(segment_ids: Int[np.ndarray, "*batch tokens"]) -> Int32[np.ndarray, "*batch tokens"]:
@@ -161,7 +162,7 @@ class PackedDataset:
             batch["teacher"] = np.searchsorted(ends, np.maximum(indices, 0), side="right")
         for name in self.names:
             columns = {}
-            for kind in ("tokens", "segment_ids", "loss_mask"):
+            for kind in KINDS:
                 fill = self.pad_ids[name] if kind == "tokens" else 0
                 columns[kind] = np.full((len(indices), self.seq_len), fill, np.int32)
                 columns[kind][real] = stored[f"{name}/{kind}"]

@@ -129,7 +129,10 @@ def pack_splits(
     chat, plain = _forms(loaded, skip=on_error == "skip")
     bare = [n for n, t in distinct.items() if getattr(t, "chat_template", None) is None]
     if chat and bare:
-        raise ValueError(f"tokenizers: {bare[0]!r} has no chat template for conversations")
+        raise ValueError(
+            f"tokenizers: {bare[0]!r} has no chat template for conversations, such as {chat}; rows "
+            f"of a prompt and a response need none"
+        )
     if chat and plain and len(distinct) > 1:
         # They are aligned turn by turn, or document by document.
         raise ValueError(

@@ -172,7 +172,10 @@ def _attend_in_blocks(
     # that holds whole rows the kernel of splash attention forms the blocks.
     options["window"] = context.window
     axes = on_mesh.auto_axes(sharding.MeshAxes.current().sequence, query.shape[1])
-    if not axes and context.implementation is None and on_mesh.platform_of(query) == "tpu":
+    # Without a mesh that is known here, devices of its operands may be many.
+    known = jax.device_count() == 1 or not jax.sharding.get_abstract_mesh().empty
+    whole = not axes and known and context.implementation is None
+    if whole and on_mesh.platform_of(query) == "tpu":
         # Pallas takes a second to import.
         from logitjax.models._splash_attention import splash_attention
 

@@ -45,9 +45,8 @@ class MoE(nnx.Module):
         self.chosen, self.normalised = config.experts_per_token, config.normalise_experts
 
     def __call__(self, x: jax.Array, lora: Any, rows: jax.Array | None) -> jax.Array:
-        flat = x.reshape(-1, x.shape[-1])
         weights, ids = jax.lax.top_k(
-            jax.nn.softmax(self.router(flat).astype(jnp.float32)), self.chosen
+            jax.nn.softmax(self.router(x).astype(jnp.float32)), self.chosen
         )
         if self.normalised:
             weights = weights / weights.sum(-1, keepdims=True)
@@ -57,22 +56,34 @@ class MoE(nnx.Module):
         ]
         # XLA:CPU multiplies every row of a ragged product by every expert.
         kind = _scanned if ops.mesh.platform_of(x) == "cpu" else _ragged
-        summed = functools.partial(kind, self.activation)
-        arrays = (flat, weights.astype(self.dtype), ids)
-        if not (axes := ops.mesh.auto_axes(("expert",), kernels[0].shape[0])):
-            return summed(*arrays, kernels).reshape(x.shape)
+
+        def summed(*arrays: Any) -> jax.Array:
+            *rows, kernels = arrays
+            flat = [array.reshape(-1, array.shape[-1]) for array in rows]
+            return kind(self.activation, *flat, kernels).reshape(rows[0].shape)
+
+        arrays = (x, weights.astype(self.dtype), ids)
+        if not (free := ops.mesh.free_axes()):
+            return summed(*arrays, kernels)
+        # Rows that the axis of the experts splits are gathered: each of its devices sees them all.
+        names = ops.sharding.MeshAxes.current()
+        rows = ops.mesh.auto_axes([n for n in names.rows if n != "expert"], x.shape[0])
+        rows = P(rows, ops.mesh.auto_axes(names.sequence, x.shape[1]))
+        axes = ops.mesh.auto_axes(("expert",), kernels[0].shape[0])
+        wide = ops.mesh.auto_axes(names.columns, kernels[0].shape[2])
+        kernel = P(axes, None, wide)
 
         @functools.partial(
             jax.shard_map,
-            in_specs=(P(), P(), P(), P("expert")),
-            out_specs=P(),
-            axis_names={"expert"},
+            in_specs=(rows, rows, rows, [kernel, kernel, P(axes, wide)]),
+            out_specs=rows,
+            axis_names=free,
         )
-        def shared(flat: Any, weights: Any, ids: Any, kernels: Any) -> jax.Array:
-            first = jax.lax.axis_index("expert") * kernels[0].shape[0]
-            return jax.lax.psum(summed(flat, weights, ids - first, kernels), axes)
+        def shared(x: Any, weights: Any, ids: Any, kernels: Any) -> jax.Array:
+            first = jax.lax.axis_index(axes) * kernels[0].shape[0] if axes else 0
+            return jax.lax.psum(summed(x, weights, ids - first, kernels), (*axes, *wide))
 
-        return shared(*arrays, kernels).reshape(x.shape)
+        return shared(*arrays, kernels)
 
 
 def _scanned(
@@ -89,7 +100,8 @@ def _scanned(
 
     numbers = jnp.arange(kernels[0].shape[0], dtype=ids.dtype)
     # The carry differs between the devices of an axis as what is added to it does.
-    start = ops.mesh.vary(jnp.zeros_like(x), ops.mesh.varying_axes(kernels[0]))
+    differs = ops.mesh.varying_axes(kernels[0]) | ops.mesh.varying_axes(x)
+    start = ops.mesh.vary(jnp.zeros_like(x), differs)
     return jax.lax.scan(add, start, (numbers, *kernels))[0]
 
 

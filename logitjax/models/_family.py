@@ -28,6 +28,11 @@ GGUF_WEIGHTS = {
     "mlp.gate": "blk.*.ffn_gate",
     "mlp.up": "blk.*.ffn_up",
     "mlp.down": "blk.*.ffn_down",
+    "mlp.router": "blk.*.ffn_gate_inp",
+    # All experts are one tensor.
+    "mlp.experts.gate": "blk.*.ffn_gate_exps",
+    "mlp.experts.up": "blk.*.ffn_up_exps",
+    "mlp.experts.down": "blk.*.ffn_down_exps",
 }
 
 
@@ -35,6 +40,16 @@ def gguf_windows(get: Callable[..., Any], settings: Mapping[str, Any]) -> dict[s
     """One window for all layers, if the metadata of a GGUF file give any."""
     window = get("attention.sliding_window")
     return {"windows": (int(window),) * settings["num_layers"]} if window else {}
+
+
+def gguf_experts(get: Callable[..., Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers and width of experts; llama.cpp always makes their weights sum to one."""
+    return {
+        "num_experts": int(get("expert_count")),
+        "experts_per_token": int(get("expert_used_count")),
+        "expert_size": int(get("expert_feed_forward_length", 0)),
+        "normalise_experts": True,
+    }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +96,8 @@ class Family:
         ignored: Keys that change no logit.
         ignored_at: Keys that change no logit at this value.
         unread: Regular expression of tensors that nothing reads.
-        gguf: Architecture of its GGUF files; None where they are not read.
+        gguf: Architecture of its GGUF files, with `+experts` where these have experts; None where
+            they are not read.
         gguf_read: As `read`, from `get(key, default=None)` of the architecture's metadata.
         gguf_weights: As `weights`, of GGUF files.
         gguf_interleaved: As `interleaved`, of GGUF files.

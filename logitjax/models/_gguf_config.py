@@ -16,7 +16,10 @@ _TURN_ENDS = frozenset({"<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<e
 def gguf_config(source: GgufSource) -> DecoderConfig:
     architecture = source.metadata("general.architecture")
     where = f"{source.path}: general.architecture"
-    family = find_family(architecture, where, lambda f: (f.gguf,))
+    # Mixtral's files are of the architecture of Llama.
+    mixed = "+experts" if source.metadata(f"{architecture}.expert_count") else ""
+    name = f"{architecture}{mixed}" if isinstance(architecture, str) else architecture
+    family = find_family(name, where, lambda f: (f.gguf,))
 
     def get(key: str, default: Any = None) -> Any:
         return source.metadata(f"{architecture}.{key}", default)
@@ -68,7 +71,7 @@ def gguf_config(source: GgufSource) -> DecoderConfig:
         "pad_id": source.metadata("tokenizer.ggml.padding_token_id"),
         "qkv_bias": there("attention.query"),
         "output_bias": there("attention.output"),
-        "mlp_bias": there("mlp.up"),
+        "mlp_bias": there("mlp.up") if not mixed else False,
         # No metadata say it: what is usual where a config.json says nothing.
         "activation": Fields({}, family, where).activation(activation),
     }
@@ -112,5 +115,7 @@ def _rope_scaling(source: GgufSource, get: Any) -> RopeScaling | None:
         kind=kind,
         factor=factor,
         original_max_length=int(get("rope.scaling.original_context_length", 8192)),
+        beta_fast=float(get("rope.scaling.yarn_beta_fast", 32.0)),
+        beta_slow=float(get("rope.scaling.yarn_beta_slow", 1.0)),
         attention_factor=float(given) * amplitude if given and kind == "yarn" else None,
     )

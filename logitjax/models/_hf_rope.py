@@ -79,6 +79,9 @@ def rope_by_kind(fields: Fields, settings: Mapping[str, Any], local: Any) -> dic
         raise fields.wrong("rope_scaling", "its kind under the name rope_type")
     check_scaling(inner, "default", fields)
     full = dict(parameters.get("full_attention") or {}) | given
+    if full.get("rope_type") == "default":
+        # transformers merges the two as well; what is left of another kind changes nothing.
+        full = {key: value for key, value in full.items() if key in _ANY}
     theta = rope_number(inner, "rope_theta", fields, local)
     return rope_settings(fields, settings, full) | {"rope_local_theta": theta}
 

@@ -346,7 +346,7 @@ def _pieces(
         parts = [leaf_shapes[spec.layer, leaf] for leaf in spec.leaves]
         parts = parts if spec.expert is None else [shape[1:] for shape in parts]
         # torch: `[out, in]`.
-        parts = [tuple(reversed(s)) if spec.transpose else s for s in parts]
+        parts = [spec.stored(s) for s in parts]
         sizes = [s[spec.axis] for s in parts]
         expected = list(parts[0])
         expected[spec.axis] = sum(sizes)
@@ -375,7 +375,7 @@ def _reader(
     source: TensorSource, spec: TensorSpec, start: int, size: int, dtype: Any
 ) -> Callable[[Sequence[Any]], list[np.ndarray]]:
     def read(indices: Sequence[Any]) -> list[np.ndarray]:
-        indices = [tuple(reversed(i)) if spec.transpose else tuple(i) for i in indices]
+        indices = [spec.stored(tuple(i)) for i in indices]
         if spec.rope_heads or spec.axis == 1:
             # Interleaved or side-by-side parts do not lie in consecutive rows.
             values, first = source.read(spec.name, dtype=dtype), 0
@@ -400,4 +400,4 @@ def _part(values: np.ndarray, index: Any, first: int, spec: TensorSpec) -> np.nd
     out = values[(slice(low - first, high - first), *index[1:])]
     if spec.shift:
         out = out - spec.shift
-    return out.T if spec.transpose else out
+    return out.swapaxes(-1, -2) if spec.transpose else out

@@ -32,19 +32,16 @@ def splash_attention(
     run = functools.partial(
         _local, scale=scale, softcap=softcap, window=window, interpret=interpret
     )
-    # A kernel has no rule for a mesh: each device has its rows and heads.
+    # A kernel has no rule for a mesh: each device has its rows and heads. Axes that divide neither,
+    # such as 3 key heads on two devices, repeat the work.
     names = sharding.MeshAxes.current()
     rows = on_mesh.auto_axes(names.rows, query.shape[0])
     heads = on_mesh.auto_axes(names.columns, key.shape[2])
-    if not rows and not heads:
+    if not (free := on_mesh.free_axes()):
         return run(query, key, value, segments)
     spec, ids = PartitionSpec(rows, None, heads), PartitionSpec(rows)
     return jax.shard_map(
-        run,
-        in_specs=(spec, spec, spec, ids),
-        out_specs=spec,
-        axis_names={*rows, *heads},
-        check_vma=False,
+        run, in_specs=(spec, spec, spec, ids), out_specs=spec, axis_names=free, check_vma=False
     )(query, key, value, segments)
 
 

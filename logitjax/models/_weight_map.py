@@ -18,7 +18,7 @@ class TensorSpec:
     leaves: tuple[Path, ...]
     # None outside of layers.
     layer: int | None = None
-    # Where a leaf has one map an expert.
+    # Of a leaf with one map an expert; None where the tensor has all of them.
     expert: int | None = None
     axis: int = 0
     # `[in, out]` to `[out, in]`.
@@ -28,6 +28,10 @@ class TensorSpec:
     rope_dim: int = 0
     # Added to the values.
     shift: float = 0.0
+
+    def stored(self, axes: tuple) -> tuple:
+        """Sizes or indices of a leaf as the checkpoint has them, and back."""
+        return (*axes[:-2], *reversed(axes[-2:])) if self.transpose else tuple(axes)
 
 
 def hf_tensors(config: DecoderConfig) -> list[TensorSpec]:

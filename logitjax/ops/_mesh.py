@@ -40,6 +40,14 @@ def auto_axes(names: Sequence[str], size: int) -> tuple[str, ...]:
     return () if size % math.prod(mesh.shape[name] for name in axes) else axes
 
 
+def free_axes() -> set[str]:
+    """The Auto axes of the mesh, which `shard_map` must take all of around a kernel for a chip."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types))
+    explicit = AxisType.Explicit in kinds.values()
+    return set() if explicit else {n for n, kind in kinds.items() if kind == AxisType.Auto}
+
+
 def platform_of(*arrays: Any) -> str:
     """Return the platform of the program that is traced here: `cpu`, `tpu` or `gpu`.
 

@@ -39,7 +39,7 @@ class MeshAxes:
     ('mlp',)
     """
 
-    rows: tuple[str, ...] = ("dcn_data", "data", "fsdp")
+    rows: tuple[str, ...] = ("dcn_data", "data", "fsdp", "expert")
     columns: tuple[str, ...] = ("tensor", "tp", "model")
     sequence: tuple[str, ...] = ("context",)
 

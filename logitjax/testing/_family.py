@@ -207,7 +207,8 @@ def _modules(model: models.Decoder) -> Iterator[tuple[int | None, dict[str, dict
 def write_gguf(model: models.Decoder, path: os.PathLike) -> None:
     """A GGUF file with the metadata and tensors that llama.cpp's converter writes."""
     config, family = model.config, model.config.traits
-    writer = require("gguf", extra="models").GGUFWriter(os.fspath(path), family.gguf)
+    architecture = str(family.gguf).partition("+")[0]
+    writer = require("gguf", extra="models").GGUFWriter(os.fspath(path), architecture)
     writer.add_context_length(config.max_length)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_layers)
@@ -228,6 +229,9 @@ def write_gguf(model: models.Decoder, path: os.PathLike) -> None:
         (writer.add_embedding_scale, config.embedding_scale),
         (writer.add_residual_scale, config.residual_scale),
         (writer.add_logit_scale, config.logits_divisor),
+        (writer.add_expert_count, config.num_experts or None),
+        (writer.add_expert_used_count, config.experts_per_token or None),
+        (writer.add_expert_feed_forward_length, config.expert_size or None),
         (writer.add_bos_token_id, config.bos_id),
         (writer.add_eos_token_id, next(iter(config.eos_ids), None)),
         (writer.add_pad_token_id, config.pad_id),
@@ -251,7 +255,7 @@ def write_gguf(model: models.Decoder, path: os.PathLike) -> None:
 
 def _stored(config: models.DecoderConfig, module: str, leaf: str, values: np.ndarray) -> np.ndarray:
     """An array as llama.cpp's converter stores it."""
-    values = values.T if leaf == "kernel" else values
+    values = values.swapaxes(-1, -2) if leaf == "kernel" else values
     if leaf == "scale":
         # Gemma's files hold 1 + w.
         values = values + np.float32(config.norm_offset)
@@ -269,7 +273,8 @@ def _stored(config: models.DecoderConfig, module: str, leaf: str, values: np.nda
 def _check_names(family: models.Family, model: models.Decoder) -> None:
     """By the names of the `gguf` package, where it knows the architecture."""
     gguf = require("gguf", extra="models")
-    kinds = [kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == family.gguf]
+    architecture = str(family.gguf).partition("+")[0]
+    kinds = [kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture]
     for kind in kinds:
         existing = gguf.get_tensor_name_map(kind, 1)
         for _, modules in list(_modules(model))[:2]:

@@ -26,7 +26,7 @@ def make_mesh(
 
     ``context`` splits the positions of each row, for rows so long that a device cannot hold one.
     Devices later in a row have more keys to look at, and the others wait for them. ``expert``
-    splits the experts of a mixture, whose tokens each device of the axis has.
+    splits the experts of a mixture, and the rows of a batch as ``data`` does.
 
     ``dcn_data`` is for TPU slices, or nodes, with a slow network between them. Each holds a copy of
     the model, so only gradients cross. It is the outermost axis, its size the number of slices
@@ -135,7 +135,7 @@ class BatchLayout:
     """How a batch is laid out on a mesh, and which of its rows this process feeds.
 
     Attributes:
-        mesh: Its ``dcn_data``, ``data`` and ``fsdp`` split the first dimension of a batch.
+        mesh: Its ``dcn_data``, ``data``, ``fsdp`` and ``expert`` split a batch's first dimension.
 
     >>> layout = BatchLayout(make_mesh("data:1", devices=jax.devices()[:1]))
     >>> layout.share, layout.rows(4)

@@ -21,7 +21,7 @@ from etils import epath
 from flax import nnx
 from safetensors.numpy import load_file
 
-from logitjax import commands, distillation, leakage, models
+from logitjax import commands, distillation, leakage, models, training
 from logitjax.commands import audit, cache_logits, cli, distill, hub
 from tests.serving._server import server
 
@@ -434,3 +434,37 @@ def test_a_dry_run_says_what_a_run_would_take_and_writes_nothing(text, tmp_path,
     assert "steps   100" in said
     assert re.search(r"time    about [\d.]+ minutes", said)
     assert not out.exists()
+
+
+@pytest.mark.slow
+def test_where_the_time_of_a_run_that_is_killed_ten_times_went(text, tmp_path):
+    """Parts add up to the clock of who waits; a step's arithmetic is what the planner counts."""
+    flags = "--student=tiny --teacher=tiny:1 --seq_len=64 --batch_size=4 --cache_top_k=16"
+    flags += " --steps=3000 --eval_rows=4 --checkpoint_every=50 --log_every=20 --mesh=data:1"
+    words = ["distill", f"--data={text}", *flags.split()]
+    out, begin, status = tmp_path / "out", 0.0, None
+    variables = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": ""}
+    for start in range(11):
+        log = tmp_path / f"{start}.log"
+        command = [sys.executable, "-m", "logitjax", *words, f"--out={out}"]
+        with log.open("wb") as file, subprocess.Popen(command, env=variables, stderr=file) as run:
+            while (status := run.poll()) is None:
+                # Python's own start comes before the record.
+                begin = begin or (time.time() if out.exists() else 0.0)
+                if start < 10 and re.search(r"\bstep \d+:", log.read_text()):
+                    run.kill()
+                time.sleep(0.01)
+        assert (status == 0) == (start == 10), log.read_text()[-2000:]
+    waited = time.time() - begin
+    total = training.Goodput(epath.Path(out)).summary()
+    assert total["starts"] == 11
+    assert sum(total["seconds"].values()) == pytest.approx(total["wall"], rel=1e-6)
+    assert total["wall"] == pytest.approx(waited, rel=0.01)
+    last = json.loads((out / "train/metrics.jsonl").read_text().splitlines()[-1])
+    plan = [sys.executable, "-m", "experiments.plan", "--command=distill", "--chip=cpu:1"]
+    plan += [f"--workdir={tmp_path / 'plans'}", "--", *words[1:]]
+    subprocess.run(plan, env=variables, check=True)
+    (kept,) = (tmp_path / "plans").glob("*.json")
+    flops = last["tflops_per_second"] * 1e12 * last["seconds_per_step"]
+    assert flops == pytest.approx(json.loads(kept.read_text())["flops"], rel=0.05)
+    print(total, waited, flops)

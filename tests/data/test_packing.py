@@ -214,7 +214,7 @@ def test_a_row_that_cannot_be_read_is_skipped_where_that_is_asked_for(tmp_path):
     class Lazy(list):
         def __getitem__(self, index):
             # Who checks types looks at any row too.
-            reads = any(f.name == "_readable" for f in traceback.extract_stack(limit=5))
+            reads = any(f.name == "_documents" for f in traceback.extract_stack(limit=5))
             if index == 1 and reads:
                 raise ValueError("tfds x, row 1: 'text' is empty")
             return super().__getitem__(index)
@@ -451,25 +451,46 @@ def test_other_arguments_are_refused_by_name(tmp_path):
     assert pack_here().statistics["documents"] == 40
 
 
-def test_an_interrupted_packing_starts_again(tmp_path):
-    def examples():
-        yield from EXAMPLES[:30]
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("teachers", [1, 2])
+def test_a_killed_packing_goes_on_and_ends_in_the_same_bytes(tmp_path, monkeypatch, teachers):
+    # Two of forty are too long: left out, and counted once.
+    rows = [{"text": "long " * 40} if i % 40 > 37 else EXAMPLES[i % 40] for i in range(760)]
+    rows = [row | {"teacher": f"t{i % 2}"} if teachers > 1 else row for i, row in enumerate(rows)]
+    monkeypatch.setattr("logitjax.data._pack._TOKENS_PER_SHARD", 30 * 64)
 
-    class Interrupted(Examples):
-        def __iter__(self):
-            return examples()
+    class Tokenizer(ByteTokenizer):
+        count, most = 0, 10**9
 
-    with pytest.raises(KeyboardInterrupt):
-        pack(Interrupted(EXAMPLES), {"b": ByteTokenizer()}, seq_len=64, directory=tmp_path)
-    with pytest.raises(FileNotFoundError, match="no packed data"):
-        PackedDataset(tmp_path)
-    assert list(tmp_path.iterdir()) == []
-    assert pack(EXAMPLES, {"b": ByteTokenizer()}, seq_len=64, directory=tmp_path)
+        def encode(self, text, add_bos=False):
+            self.count += 1
+            if self.count > self.most:
+                raise KeyboardInterrupt
+            return super().encode(text, add_bos)
+
+    def packed(name, tokenizer):
+        tokenizers = {"b": tokenizer, "w": WordTokenizer()}
+        return pack(rows, tokenizers, seq_len=64, directory=tmp_path / name, on_long="skip")
+
+    def content(name):
+        return {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()}
+
+    whole = Tokenizer()
+    packed("whole", whole)
+    # Before the first shard is whole, and behind some of them.
+    for most in (9, whole.count // 2, whole.count - 9):
+        killed, again = Tokenizer(), Tokenizer()
+        killed.most = most
+        with pytest.raises(KeyboardInterrupt):
+            packed(f"{most}", killed)
+        with pytest.raises(FileNotFoundError, match="no packed data"):
+            PackedDataset(tmp_path / f"{most}")
+        packed(f"{most}", again)
+        assert again.count < whole.count or most == 9
+        assert content(f"{most}") == content("whole")
 
 
 def test_several_shards_and_a_remote_directory(tmp_path, monkeypatch):
-    monkeypatch.setattr("logitjax.data._pack._ROWS_PER_SHARD", 3)
+    monkeypatch.setattr("logitjax.data._pack._TOKENS_PER_SHARD", 3 * 64)
     here = pack(EXAMPLES, {"b": ByteTokenizer()}, seq_len=64, directory=tmp_path / "here")
     assert len(here.manifest["shards"]) > 3
     monkeypatch.setattr(_shards, "is_remote", lambda path: True)
@@ -522,7 +543,8 @@ def test_bad_arguments(tmp_path, arguments, message):
 def test_a_piece_goes_where_it_leaves_least_room_and_the_fullest_row_goes_out():
     lengths = [5, 6, 4, 8, 9]
     pieces = [{"b": (np.zeros(n, np.int32), np.ones(n, bool))} for n in lengths]
-    rows = [[len(piece["b"][0]) for piece in row] for row in best_fit(pieces, 10, open_rows=2)]
+    gone = best_fit([[piece] for piece in pieces], 10, [], open_rows=2)
+    rows = [[len(piece["b"][0]) for piece in row] for row in itertools.chain(*gone)]
     assert rows == [[6, 4], [8], [5], [9]]
 
 

@@ -81,7 +81,9 @@ def test_what_is_held_near_its_start_by_hand():
         state = clap.init(given)
         images = given.support
         at = state._replace(trained=w)
-        parts = [m.loss(at, images, Y).mean() for m in (clap, free)]
+        # Only the first class is held.
+        one = at._replace(fixed=(start, np.array([1.0, 0.0])))
+        parts = [m.loss(at, images, Y).mean() for at in (at, one) for m in (clap, free)]
         lip = methods.ProLIP(scale=10.0, penalty=0.5)
         of_lip = few_shot.FewShotTask(
             support=of_hidden, labels=Y[:1], class_weights=W0, projection=start
@@ -93,13 +95,14 @@ def test_what_is_held_near_its_start_by_hand():
     # The zero-shot logits are at CLAP's own scale here.
     given = dataclasses.replace(task(), support=inputs(F, 10.0))
     with jax.enable_x64(True):
-        known, logits, (loss, free), lip = jax.device_get(
+        known, logits, (loss, free, *one), lip = jax.device_get(
             run(given, np.array([[0.9, 0.3], [0.1, 1]]))
         )
     np.testing.assert_allclose(known, [0.940376, 0.940376], atol=1e-6)
     np.testing.assert_allclose(logits, 10 * F, atol=1e-12)  # before a step it is zero-shot
     np.testing.assert_allclose(loss - free, 0.051721, atol=1e-6)
     np.testing.assert_allclose(free, 0.131488, atol=1e-6)
+    np.testing.assert_allclose(one[0] - one[1], (0.1**2 + 0.1**2) / 2, atol=1e-6)
     p = oracle.softmax(10 * np.array([1, 0.5]) / np.sqrt(1.25))
     np.testing.assert_allclose(lip[0], -np.log(p[0]) + 0.125, atol=1e-12)
 

@@ -67,6 +67,9 @@ def test_uncertainty_weights_are_the_published_formulas(x64):
             assert got.dtype == given.dtype
             expected = oracle.weight(np.asarray(given, np.float64), config)
             np.testing.assert_allclose(got, expected, rtol=1e-12 if x64 else 1e-6, err_msg=options)
+    # A class that a task lacks counts for nothing.
+    lacking = np.pad(given, ((0, 0), (0, 1)), constant_values=-np.inf)
+    np.testing.assert_allclose(run(lacking)[1], run(given)[1], rtol=1e-5)
 
 
 def test_kurtosis_over_a_fourth_of_the_classes_does_not_depend_on_their_number():
@@ -179,9 +182,10 @@ def test_every_method_is_zero_shot_logits_plus_a_bias(name):
 def test_a_cache_is_the_published_formula():
     features, *_ = problem()
     images, _ = inputs()
-    config = few_shot.methods.TipAdapter(sharpness=2.0)
+    # The published sharpness, 1.
+    config = few_shot.methods.TipAdapter()
     got = logits_and_bias(config, start(config, images), images)[1]
-    cache = np.exp(-2 * (1 - features @ features.T)) @ np.eye(CLASSES)[LABELS]
+    cache = np.exp(features @ features.T - 1) @ np.eye(CLASSES)[LABELS]
     np.testing.assert_allclose(got, cache, rtol=1e-5)
 
 
@@ -252,10 +256,12 @@ def test_lp_plus_plus_is_its_gradient_descent(count):
     np.testing.assert_allclose(found["bias"], moving[1], rtol=1e-8, atol=1e-8)
     np.testing.assert_allclose(found["blend"], blend, rtol=1e-8)
     # Rows that are not there change nothing.
-    padded = jax.tree.map(lambda x: np.pad(x[:count], ((0, 3), (0, 0))), images)
+    wide = ((0, 3), (0, 0))
+    padded = jax.tree.map(lambda x: np.pad(x[:count], wide, constant_values=2.0), images)
     fewer = np.pad(labels, (0, 3), constant_values=-1)
     state = start(config, padded, fewer, class_weights=class_weights)
     np.testing.assert_allclose(state.trained["blend"], blend, rtol=1e-4)
+    np.testing.assert_allclose(state.trained["prototypes"], moving[0], rtol=1e-3, atol=1e-3)
 
 
 def test_views_of_an_image_are_averaged_and_class_means_are_not_of_length_one():

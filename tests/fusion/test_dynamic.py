@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from logitjax.fusion import DynamicFusion
+from logitjax.fusion._solve import Visit, find_root
 from tests._marks import EVERY_CHANGE
 
 BATCH, VOCAB = 24, 384
@@ -63,6 +64,17 @@ def naive(large, expert, base, alphas):
 def naive_objective(large, expert, base, alphas):
     forward, reverse, target, back = naive(large, expert, base, alphas)
     return (forward - target) ** 2 + (reverse - back) ** 2
+
+
+def test_a_search_that_sees_no_number_does_not_end_as_converged():
+    def visit(alpha):
+        unknown, one = jnp.full_like(alpha, jnp.nan), jnp.ones_like(alpha)
+        return Visit(unknown, one, unknown, 0 * one, 2 * one, None)
+
+    start = jnp.ones(1)
+    search = functools.partial(find_root, visit, max_sweeps=99, unrolled=False)
+    found = jax.jit(lambda start: search(0 * start, start, 0.0, 2.0))(start)
+    assert not found.converged[0]
 
 
 @pytest.mark.every_change

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import re
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import pytest
 from flax import nnx
 
 from logitjax import training
-from logitjax.models import Decoder, _blocked_attention, config_from_hf
+from logitjax.models import Decoder, _attention, _blocked_attention, config_from_hf
 from logitjax.models._blocked_attention import blocked_attention
 from logitjax.models._splash_attention import splash_attention
 from tests._modules import with_weights
@@ -81,6 +82,18 @@ def test_splash_attention_equals_blocked_attention(softcap, window):
     found = of(lambda q, k, v: splash_attention(q, k, v, ids, interpret=True, **options))
     for one, other in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
+
+
+def test_a_kernel_that_no_partitioner_splits_waits_for_a_known_mesh(monkeypatch):
+    """Eight devices might hold the operands; the kernel itself would be refused on a CPU."""
+    monkeypatch.setattr(_attention.on_mesh, "platform_of", lambda *arrays: "tpu")
+    query, key = np.ones((1, 4, 2, 8), np.float32), np.ones((1, 4, 1, 8), np.float32)
+    context = mock.Mock(spec=_attention.AttentionContext)
+    context.window, context.implementation, context.segments = None, None, np.ones((1, 4), int)
+    out = jax.jit(
+        lambda q, k: _attention._attend_in_blocks(q, k, k, context, scale=1.0, softcap=None)
+    )
+    np.testing.assert_allclose(out(query, key), query)
 
 
 TOKENS = np.random.default_rng(1).integers(0, 60, (2, 40))

@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -65,13 +64,25 @@ def test_a_mesh_of_experts_gives_what_one_device_gives(name, tmp_path):
     split = models.load_model(spec, mesh=mesh, rules=DECODER_RULES)
     kernel = split.segments[0].layers[0].mlp.experts.gate.kernel[...]
     assert kernel.addressable_shards[0].data.shape[1] == 1
-    expected = np.asarray(nnx.jit(lambda model, tokens: model(tokens))(whole, TOKENS))
+    weights = np.random.default_rng(0).normal(size=(8, 10, 96)).astype(np.float32)
+
+    def loss(model, tokens):
+        logits = model(tokens)
+        return (logits * weights).sum(), logits
+
+    # Rows enough that the axis of the experts splits them too.
+    tokens, program = (
+        TOKENS.reshape(-1)[:40].repeat(2).reshape(8, 10),
+        nnx.jit(nnx.grad(loss, has_aux=True)),
+    )
+    expected, other = jax.tree.map(np.asarray, program(whole, tokens))
     with jax.set_mesh(mesh):
-        tokens = jax.device_put(TOKENS, NamedSharding(mesh, P()))
-        program = nnx.jit(lambda model, tokens: model(tokens))
-        found = np.asarray(program(split, tokens))
-        gathered = program.lower(split, jnp.asarray(tokens)).compile().as_text()
-    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+        rows = jax.device_put(tokens, NamedSharding(mesh, P(("data", "expert"))))
+        found, logits = jax.tree.map(np.asarray, program(split, rows))
+        gathered = program.lower(split, rows).compile().as_text()
+    np.testing.assert_allclose(logits, other, atol=1e-5 * np.abs(other).max())
+    for ours, one in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, one, atol=1e-5 * np.abs(one).max())
     # No device asks for the experts of another.
     wide = models.load_config(spec).expert_size or models.load_config(spec).intermediate_size
     assert f"f32[{experts},32,{wide}]" not in gathered

@@ -51,6 +51,19 @@ def test_windows_and_scales_are_those_of_the_checkpoint(tmp_path, name):
         assert getattr(there, field) == pytest.approx(getattr(config, field)), field
 
 
+def test_files_of_olmo_3_say_which_layers_have_a_window(tmp_path, monkeypatch):
+    config = config_from_hf(HF_CONFIGS["olmo2"])
+    write_gguf(random_decoder(config, np.random.default_rng(0)), tmp_path / "m.gguf")
+    source = GgufSource(tmp_path / "m.gguf")
+    plain, said = source.metadata, {"olmo2.attention.sliding_window": 6}
+    monkeypatch.setattr(source, "metadata", lambda key, *more: said.get(key, plain(key, *more)))
+    assert gguf_config(source).windows == (6, 6, 6)
+    said["olmo2.attention.sliding_window_pattern"] = [False, True, False]
+    said["olmo2.rope.freq_base_swa"] = 90.0
+    there = gguf_config(source)
+    assert (there.windows, there.rope_local_theta) == ((None, 6, None), 90.0)
+
+
 def test_a_turn_ends_where_its_tokens_say_so(tmp_path, monkeypatch):
     write_gguf(load_model("tiny"), tmp_path / "m.gguf")
     source = GgufSource(tmp_path / "m.gguf")
@@ -97,6 +110,7 @@ def test_the_attention_factor_of_yarn_multiplies_its_own_amplitude(tmp_path, mon
     plain = source.metadata
     monkeypatch.setattr(source, "metadata", lambda key, *more: said.get(key, plain(key, *more)))
     assert gguf_config(source).rope_scaling.attention_factor is None
-    said["llama.rope.scaling.attn_factor"] = 0.5
+    said |= {"llama.rope.scaling.attn_factor": 0.5, "llama.rope.scaling.yarn_beta_fast": 8.0}
+    assert gguf_config(source).rope_scaling.beta_fast == 8.0
     expected = 0.5 * (1 + 0.1 * np.log(4.0))
     assert gguf_config(source).rope_scaling.attention_factor == pytest.approx(expected)

@@ -129,6 +129,15 @@ def test_what_published_files_of_a_family_say_beside_it_changes_nothing(name, no
     assert config_from_hf(HF_CONFIGS[name] | notes) == config_from_hf(HF_CONFIGS[name])
 
 
+def test_what_is_left_of_another_ropes_kind_changes_nothing_in_olmo3():
+    """transformers merges `rope_scaling` into what the layers without a window have."""
+    kinds = {"full_attention": {"rope_type": "linear", "factor": 3.0, "rope_theta": 700.0}}
+    scaled = HF_CONFIGS["olmo3"] | {"rope_parameters": kinds}
+    scaled |= {"rope_scaling": {"rope_type": "default"}}
+    config = config_from_hf(scaled)
+    assert (config.rope_scaling, config.rope_theta) == (None, 700.0)
+
+
 def test_gpt2_without_scaled_scores_has_none():
     raw = HF_CONFIGS["gpt2"] | {"scale_attn_weights": False, "hidden_size": 40}
     raw.pop("n_embd")

@@ -264,12 +264,17 @@ def test_packaged_config():
 
 
 @pytest.mark.parametrize(
-    ("spec", "dtype"),
-    [("data:8", "float32"), ("fsdp:8", "bfloat16"), ("fsdp:4,tensor:2", "float32")],
+    ("name", "spec", "dtype"),
+    [
+        ("smollm2", "data:8", "float32"),
+        ("smollm2", "fsdp:8", "bfloat16"),
+        ("smollm2", "fsdp:4,tensor:2", "float32"),
+        ("qwen3_moe", "expert:4,fsdp:2", "bfloat16"),
+    ],
 )
-def test_a_process_reads_each_byte_once(tmp_path, monkeypatch, spec, dtype):
+def test_a_process_reads_each_byte_once(tmp_path, monkeypatch, name, spec, dtype):
     """However many of its devices hold a part of a tensor, or all; in the type asked for."""
-    directory = write_checkpoint("smollm2", tmp_path / "in")
+    directory = write_checkpoint(name, tmp_path / "in")
     source = sys.modules[load_model.__module__].SafetensorsSource
     read, counted = source.read, []
 
@@ -281,7 +286,7 @@ def test_a_process_reads_each_byte_once(tmp_path, monkeypatch, spec, dtype):
     monkeypatch.setattr(source, "read", counting)
     mesh = training.make_mesh(spec)
     load_model(str(directory), mesh=mesh, rules=models.DECODER_RULES, param_dtype=jnp.dtype(dtype))
-    numbers = sum(value.size for value in tensors("smollm2").values())
+    numbers = sum(value.size for value in tensors(name).values())
     assert sum(counted) == numbers * jnp.dtype(dtype).itemsize
 
 

@@ -1,11 +1,21 @@
 """Configurations in which every two values of every two keys meet, against transformers' models."""
 
+import functools
 import itertools
 import json
+import os
 import random
+import subprocess
+import sys
+import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 
 from tests.rigs import _tables
 
@@ -108,6 +118,9 @@ def raw_config(family: str, row: Mapping[str, Any]) -> dict[str, Any]:
     if raw.get("no_rope_layers") == "every other":
         raw["no_rope_layers"] = [i % 2 for i in range(layers)]
     scaling = raw.get("rope_scaling")
+    if family == "mixtral" and (scaling or raw.get("rope_parameters")):
+        # transformers scales the rope of these where a width is said alone.
+        raw["head_dim"] = raw.get("head_dim") or 12
     if scaling and scaling.get("type", scaling.get("rope_type")) in ("longrope", "su", "yarn"):
         heads = raw.get("num_attention_heads", 8)
         wide, share = _WIDTHS.get(family), 0.5 if family.startswith("glm") else 1.0
@@ -128,7 +141,6 @@ def torch_models(raws: Sequence[dict[str, Any]], directory: Path) -> list[str | 
     Returns:
         For each what transformers said where it refused.
     """
-    import numpy as np
     import torch
     import transformers
 
@@ -162,6 +174,39 @@ def torch_models(raws: Sequence[dict[str, Any]], directory: Path) -> list[str | 
     return out
 
 
+_CONVERT = """
+import json, sys
+from pathlib import Path
+folder, *places = sys.argv[1:]
+sys.path[:0] = [folder, folder + "/gguf-py"]
+import gguf
+from conversion import ModelType, get_model_architecture, get_model_class
+from conversion.base import ModelBase
+for place in map(Path, places):
+    raw = ModelBase.load_hparams(place, False)
+    kind = get_model_class(get_model_architecture(raw, ModelType.TEXT))
+    kind.set_vocab = lambda self: None
+    try:
+        kind(place, gguf.LlamaFileType.ALL_F32, place.parent / "model.gguf", eager=True).write()
+    except Exception as error:
+        print(place.parent.name, "llama.cpp refuses it:", repr(error)[:150], flush=True)
+"""
+
+
+def write_gguf(models: Sequence[Path], archives: Path) -> None:
+    """Has llama.cpp's own converter write each of transformers' models, without a tokenizer."""
+    (archive,) = archives.glob("llama_cpp_python-*.tar.gz")
+    with tarfile.open(archive) as packed:
+        inside = f"{archive.name.removesuffix('.tar.gz')}/vendor/llama.cpp"
+        parts = (f"{inside}/conversion/", f"{inside}/gguf-py/")
+        members = [m for m in packed.getmembers() if m.name.startswith(parts)]
+        packed.extractall(models[0].parents[1], members, filter="data")
+    command = [sys.executable, "-c", _CONVERT, str(models[0].parents[1] / inside)]
+    # What this process finds beside its own packages, the other finds too.
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([*command, *map(str, models)], env=environment, check=True)
+
+
 # Beyond the original length 16 of the scaled ones, and beyond their windows.
 LENGTH, PROMPT = 20, 17
 
@@ -182,7 +227,6 @@ def _logits(model: Any, tokens: Any) -> dict[str, Any]:
 
 def exported_logits(place: Path) -> Any:
     """Logits of transformers' model from our export."""
-    import numpy as np
     import torch
     import transformers
 
@@ -194,15 +238,11 @@ def exported_logits(place: Path) -> Any:
         return model(tokens).logits.numpy()
 
 
+_FAST = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
 def compared(place: Path) -> dict[str, float]:
     """Largest differences of a configuration, as shares of the largest logit (at least 1)."""
-    import functools
-
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-    from flax import nnx
-
     from logitjax import models
 
     expected = np.load(place / "logits.npz")
@@ -217,13 +257,8 @@ def compared(place: Path) -> dict[str, float]:
         wrong = [f for f in vars(theirs) if getattr(theirs, f) != getattr(model.config, f)]
         raise ValueError(f"transformers' own form differs in {', '.join(wrong)}")
     graphdef, state = nnx.split(model)
-    fast = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
-    @fast
-    def whole(state: Any, tokens: Any) -> Any:
-        return nnx.merge(graphdef, state)(tokens)
-
-    @fast
+    @_FAST
     def steps(state: Any, tokens: Any) -> Any:
         model = nnx.merge(graphdef, state)
         # Room beyond what is used: what is held must not decide.
@@ -240,9 +275,35 @@ def compared(place: Path) -> dict[str, float]:
     tokens = expected["tokens"].astype(np.int32)
     models.save_pretrained(model, None, place / "export")
     found = {
-        "whole": np.asarray(whole(state, tokens)) - expected["whole"],
+        "whole": _whole(model, tokens) - expected["whole"],
         "steps": np.asarray(steps(state, tokens)) - expected["steps"],
         "export": exported_logits(place) - expected["whole"],
     }
     largest = max(1.0, float(np.abs(expected["whole"]).max()))
     return {name: float(np.abs(values).max()) / largest for name, values in found.items()}
+
+
+def compared_gguf(place: Path) -> tuple[float, list[str]]:
+    """The largest difference of llama.cpp's file, and what of the configuration it does not say."""
+    from logitjax import models
+
+    expected, unsaid = np.load(place / "logits.npz"), []
+    config, stored = (models.load_config(str(place / name)) for name in ("model", "model.gguf"))
+    # No logit depends on these.
+    for field in vars(config).keys() - {"family", "bos_id", "eos_ids", "pad_id", "max_length"}:
+        ours, said = getattr(config, field), getattr(stored, field)
+        # Metadata hold float32.
+        close = isinstance(ours, float) and np.float32(ours) == np.float32(said)
+        unsaid += [] if ours == said or close else [field]
+    if "head_dim" in unsaid:
+        # Granite's, which llama.cpp cannot load either.
+        return np.inf, unsaid
+    model = models.load_model(str(place / "model.gguf"), layout="listed")
+    largest = max(1.0, float(np.abs(expected["whole"]).max()))
+    difference = np.abs(_whole(model, expected["tokens"].astype(np.int32)) - expected["whole"])
+    return float(difference.max()) / largest, sorted(unsaid)
+
+
+def _whole(model: Any, tokens: Any) -> Any:
+    graphdef, state = nnx.split(model)
+    return np.asarray(_FAST(lambda state: nnx.merge(graphdef, state)(tokens))(state))

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -47,7 +48,8 @@ def train(
     """The state after so many steps of a run that saves every few of them."""
     # A restart may ask for more steps, and no rate may change by that.
     tx = training.Schedule(1e-2, warmup=2, total_steps=1000).optimizer()
-    state = training.TrainState.create(init, tx, mesh=mesh)
+    # A function: with no checkpoint that can be read the run begins anew.
+    state = functools.partial(training.TrainState.create, init, tx, mesh=mesh)
     with training.Checkpointer(workdir / "checkpoints") as checkpointer:
         return training.train_loop(
             state,
@@ -61,14 +63,18 @@ def train(
         )
 
 
-if __name__ == "__main__":
+def main(words: Sequence[str]) -> None:
     logging.set_verbosity(logging.INFO)
-    place, wanted, *more = sys.argv[1:]
-    with training.lock_workdir(place):
+    folder, wanted, *more = words
+    with training.lock_workdir(folder):
         rows = functools.partial(batches, seconds=float(*more or ["0.004"]))
         one = training.make_mesh("data:1", devices=jax.devices()[:1])
-        final = train(epath.Path(place), rows, one, steps=int(wanted))
+        final = train(epath.Path(folder), rows, one, steps=int(wanted))
     text = hashlib.sha256()
     for leaf in jax.tree.leaves((final.params, final.opt_state, final.step)):
         text.update(np.asarray(leaf).tobytes())
     print("digest", text.hexdigest(), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -9,6 +9,10 @@ field by field. Chat templates come out of the archives that carry them, which a
     pip download --no-deps --no-binary :all: -d DIR llama-cpp-python==0.3.36
     python -m tests.rigs compatibility --templates=DIR
 
+With them each configuration is also written as GGUF by llama.cpp's own converter, which the archive
+of llama-cpp-python carries, and read. A file that does not say all of a model (no file names an
+activation) is no fault; the table names what was not said.
+
 ``--only`` names families, ``published`` and ``templates``.
 """
 
@@ -45,7 +49,7 @@ def run(options: suite.Options) -> suite.Result:
     if options.smoke and not options.only:
         families = families[-1:]
     for family in families:
-        row, more = _family(family, 3 if options.smoke else 60)
+        row, more = _family(family, 3 if options.smoke else 60, options.templates)
         rows.append(row)
         bars += more
     if "published" in parts:
@@ -63,13 +67,19 @@ def _row(part: str, count: int, equal: int, **more: Any) -> dict[str, Any]:
     return {"part": part, "cases": count, "equal": equal, **more}
 
 
-def _family(family: str, count: int) -> tuple[dict[str, Any], Sequence[suite.Bar]]:
+def _family(
+    family: str, count: int, archives: Path | None
+) -> tuple[dict[str, Any], Sequence[suite.Bar]]:
     drawn = fuzz.covering(fuzz.VALUES[family], 60, _SEED)
     raws = [fuzz.raw_config(family, row) for row in drawn[:count]]
     worst: dict[str, float] = {"whole": 0.0, "steps": 0.0, "export": 0.0}
     equal = refused = 0
+    files: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         said = fuzz.torch_models(raws, Path(scratch))
+        places = [Path(scratch) / str(i) for i, refusal in enumerate(said) if refusal is None]
+        if archives:
+            fuzz.write_gguf([place / "model" for place in places], archives)
         for number, refusal in enumerate(said):
             if refusal is not None:
                 refused += 1
@@ -85,12 +95,42 @@ def _family(family: str, count: int) -> tuple[dict[str, Any], Sequence[suite.Bar
             equal += same
             if not same:
                 print(f"{family} {number}: {found}: {json.dumps(raws[number])}", flush=True)
-    shown = {f"worst {name}": f"{value:.1e}" for name, value in worst.items()}
+        if archives:
+            files = _files(family, places)
+    shown = {f"worst {name}": f"{value:.1e}" for name, value in worst.items()} | files
     pairs = fuzz.pairs_of(fuzz.VALUES[family], drawn[:count])
     row = _row(family, count, equal, refused=refused, pairs=f"{pairs:.1%}", **shown)
-    return row, [
-        suite.at_least(f"{family}: share equal at {_TOLERANCE:g}", equal / count, 1.0)
-    ]  # fmt: skip
+    share = equal / max(count - refused, 1)
+    bars = [suite.at_least(f"{family}: share equal at {_TOLERANCE:g}", share, 1.0)]
+    if files:
+        bars.append(suite.at_most(f"{family}: GGUF files that differ", files["gguf differs"], 0))
+    return row, bars
+
+
+def _files(family: str, places: Sequence[Path]) -> dict[str, Any]:
+    """What became of the GGUF files: equal, different, refused, or not all of a model in them."""
+    total: Counter[str] = Counter()
+    unsaid: Counter[str] = Counter()
+    refused: Counter[str] = Counter()
+    for place in places:
+        if not (place / "model.gguf").exists():
+            continue
+        try:
+            difference, fields = fuzz.compared_gguf(place)
+        except ValueError as error:
+            refused[str(error).rpartition(": ")[2]] += 1
+            continue
+        kind = "equal" if difference <= _TOLERANCE else "unsaid" if fields else "differs"
+        total[kind] += 1
+        unsaid.update(fields if kind == "unsaid" else ())
+        if kind == "differs":
+            print(f"{family} {place.name}: GGUF: {difference}", flush=True)
+    words = ", ".join(f"{field} {count}" for field, count in (unsaid + refused).most_common())
+    return {
+        "gguf": f"{total['equal']} of {total['equal'] + total['differs']}",
+        "gguf differs": total["differs"],
+        "gguf not all said": f"{total['unsaid'] + refused.total()}: {words}",
+    }
 
 
 def _published() -> tuple[dict[str, Any], Sequence[suite.Bar]]:

@@ -1,123 +1,297 @@
-"""A run is killed at random moments, many times: is a checkpoint lost, do bits differ?"""
+"""Runs are killed, their files damaged, their disks filled: is anything lost, wrong or unclear?
 
+Each start is a fork of a process that has imported the library: it takes what the run takes. Kinds
+of faults: `kill`; `flip` of a bit, `cut` of a file and `torn` (files of the newest checkpoint
+emptied or cut, as after a power loss), each of a run that was killed; `full` disks; a `clock` that
+jumps between starts; `two` runs in one folder. A run goes on until it ends, and has to have the
+bits of one in peace. Faults are kept in `faults.jsonl`, so that a rig that was ended goes on.
+`--only=loop,distill` runs the training loop, or `logitjax distill` with a teacher's cache.
+"""
+
+import collections
+import contextlib
+import hashlib
+import json
+import os
 import random
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import time
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from absl import logging
+import jax
 
 from experiments.shared import suite
+from logitjax import commands
+from logitjax.commands import distill as _distill_command  # noqa: F401
 from tests.rigs import _faults_job, _jobs
 
-_STEP = re.compile(r"\bstep \d+:")
+_STEP, _FROM = re.compile(r"\bstep (\d+):"), re.compile(r"resuming at step (\d+)")
+_KINDS = ("kill", "flip", "cut", "torn", "full", "clock", "two")
+_FULL = {"loop": 860, "distill": 140}
+_DAY = 86_400.0
+_SMALL_DISK, _LARGE_DISK = 24 << 10, 64 << 20
 
 
-def _command(workdir: Path, steps: int) -> list[str]:
-    return _jobs.module("tests.rigs._faults_job", str(workdir), str(steps))
+def _distill(folder: Path) -> None:
+    text = folder.parent / "text.txt"
+    if not text.exists():
+        text.write_text("\n\n".join(f"paragraph {i} " + "word " * 60 for i in range(120)))
+    flags = "--student=tiny --teacher=tiny:1 --seq_len=32 --batch_size=2 --cache_top_k=16"
+    flags += (
+        " --steps=24 --eval_rows=2 --eval_every=0 --checkpoint_every=5 --log_every=1 --mesh=data:1"
+    )
+    sys.argv = ["logitjax", "distill", f"--data=text:{text}", f"--out={folder}", *flags.split()]
+    commands.main()
 
 
-def _lines(workdir: Path) -> int:
-    metrics = workdir / "metrics.jsonl"
-    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+def _weights(folder: Path) -> str:
+    return hashlib.sha256((folder / "model/model.safetensors").read_bytes()).hexdigest()
 
 
-def _complete(workdir: Path) -> list[int]:
-    """Steps of the checkpoints that have their final name."""
-    found = (workdir / "checkpoints").glob("[0-9]*")
-    return sorted(int(path.name) for path in found if path.name.isdigit())
+# What a start runs in a folder, and the digest of what it made; empty where the log has it.
+_Job = tuple[Callable[[Path], None], Callable[[Path], str]]
+_JOBS: dict[str, _Job] = {
+    "loop": (lambda folder: _faults_job.main([str(folder), "40"]), lambda folder: ""),
+    "distill": (_distill, _weights),
+}
 
 
-def _life(workdir: Path, steps: int, draw: random.Random) -> dict[str, Any] | None:
-    """One start that ends with SIGKILL; None if it came to its end before."""
-    before, log = _complete(workdir), workdir / "log"
-    # What this start says, not metrics.jsonl: that holds the lines of earlier starts too.
-    log.unlink(missing_ok=True)
-    process = _jobs.start(_command(workdir, steps), log)
-    newest, told = (before[-1] if before else 0), None
-    # Into the middle of starting, restoring, training or saving.
-    patience = draw.uniform(0.0, 3.0) if draw.random() < 0.2 else None
-    deadline = time.monotonic() + (120 if patience is None else patience)
-    # Counted in steps, so that a busy machine comes to its checkpoints too.
-    wanted = draw.randint(1, 3 * _faults_job.EVERY)
-    moved = None
-    while process.poll() is None and time.monotonic() < deadline:
-        if patience is None and moved is None and len(_STEP.findall(_jobs.said(log))) >= wanted:
-            moved = time.monotonic() + draw.uniform(0.0, 0.3)
-        if moved is not None and time.monotonic() >= moved:
-            break
-        time.sleep(0.001)
-    ended = process.poll()
-    process.kill()
-    process.wait()
-    said = _jobs.said(log)
-    if ended not in (None, 0):
-        raise RuntimeError(f"the run failed by itself: {said[-2000:]}")
-    for reason in re.findall(r"checkpoint \d+ in .* is corrupt: .*", said):
-        logging.warning("%s", reason)
-    if found := re.search(r"resuming at step (\d+)", said):
-        told = int(found[1])
-    if ended == 0:
-        return None
-    after, reached = _complete(workdir), _lines(workdir)
-    return {
-        "training": _STEP.search(said) is not None,
-        "checkpointed": bool(before or after),
-        # It said which one it took, and took another than the newest that there was.
-        "lost": int(told is not None and told != newest) + int(bool(newest) and not after),
-        "steps to do again": max(0, reached - (after[-1] if after else 0)),
-        "corrupt": len(list((workdir / "checkpoints").glob("corrupt_*"))),
-    }
+class _Start:
+    """A fork that runs a job; its log tells how far it is."""
+
+    def __init__(self, job: _Job, folder: Path, log: Path, shift: float = 0.0):
+        log.write_text("")
+        self.log, self.status = log, None
+        self._pid = os.fork()
+        if self._pid:
+            return
+        status = 1
+        try:
+            for number in (1, 2):
+                os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), number)
+            now = time.time
+            time.time = lambda: now() + shift
+            job[0](folder)
+            status = 0
+        except SystemExit as error:
+            status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    def poll(self) -> int | None:
+        if self.status is None:
+            pid, status = os.waitpid(self._pid, os.WNOHANG)
+            self.status = os.waitstatus_to_exitcode(status) if pid else None
+        return self.status
+
+    def until(self, reached: Callable[[], bool], seconds: float = 1800.0) -> int | None:
+        """Waits until something is reached, or the start has ended."""
+        end = time.monotonic() + seconds
+        while self.poll() is None and not reached():
+            if time.monotonic() > end:
+                raise RuntimeError(f"nothing for {seconds:g} s: {_jobs.said(self.log)[-2000:]}")
+            time.sleep(0.01)
+        return self.status
+
+    def end(self) -> int | None:
+        return self.until(lambda: False)
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            os.kill(self._pid, signal.SIGKILL)
+            self.status = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+
+
+def _damage(kind: str, folder: Path, draw: random.Random) -> list[Path]:
+    """Damages files of a run, and says which."""
+    newest = max(_complete(folder), default=None)
+    inside = [] if newest is None else sorted((folder / "checkpoints" / str(newest)).rglob("*"))
+    inside = [path for path in inside if path.is_file() and path.stat().st_size]
+    others = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.stat().st_size]
+    others = [p for p in others if "checkpoints" not in p.parts and p.name not in ("lock", "log")]
+    if kind == "torn":
+        chosen = draw.sample(inside, min(len(inside), draw.randint(1, 4)))
+    else:
+        pool = inside if others == [] or (inside and draw.random() < 0.7) else others
+        chosen = [draw.choice(pool)] if pool else []
+    for path in chosen:
+        content = bytearray(path.read_bytes())
+        if kind == "flip":
+            content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        else:
+            del content[draw.choice((0, draw.randrange(len(content)))) :]
+        path.write_bytes(content)
+    return chosen
+
+
+def _complete(folder: Path) -> list[int]:
+    paths = (folder / "checkpoints").glob("[0-9]*")
+    return sorted(int(path.name) for path in paths if path.name.isdigit())
+
+
+class _Run:
+    """One run of a job in a folder, from its first start to its end."""
+
+    def __init__(self, job: _Job, folder: Path, disk: Callable[[int], None], peace: str):
+        self.job, self.folder, self.disk, self.peace = job, folder, disk, peace
+        # Beside the disk that fills up.
+        self.log = folder.parents[1] / f"{folder.parent.name}-{folder.name}.log"
+        self._copies: dict[Path, bytes] = {}
+        self._readable: list[int] = []
+
+    def fault(self, kind: str, draw: random.Random) -> dict[str, Any]:
+        """One start with a fault: its status, what was damaged after it, and what went wrong."""
+        wrong: list[str] = []
+        shift = draw.uniform(-30, 30) * _DAY if kind == "clock" else 0.0
+        if kind == "full":
+            self.disk(_SMALL_DISK + draw.randrange(1 << 16))
+        start = _Start(self.job, self.folder, self.log, shift)
+        # After so many steps, or once something new is saved: saves end long after their step.
+        steps, before = draw.randint(0, 2 * _faults_job.EVERY), _complete(self.folder)
+        logged: Any = lambda: len(_STEP.findall(_jobs.said(self.log))) >= steps  # noqa: E731
+        saved: Any = lambda: _complete(self.folder) != before  # noqa: E731
+        status = start.until(draw.choice((logged, saved)))
+        if kind == "two" and status is None:
+            wrong += self._second()
+        if kind == "full":
+            status = start.end()
+            self.disk(_LARGE_DISK)
+        elif status is None:
+            time.sleep(draw.uniform(0.0, 0.05))
+            start.kill()
+            status = start.status
+        wrong += self._look(status, kind)
+        self._copies, self._readable = {}, _complete(self.folder)
+        if kind in ("flip", "cut", "torn") and status == -signal.SIGKILL:
+            copies = {p: p.read_bytes() for p in self.folder.rglob("*") if p.is_file()}
+            chosen = _damage(kind, self.folder, draw)
+            self._copies = {path: copies[path] for path in chosen}
+            touched = {part for path in chosen for part in path.parts}
+            self._readable = [step for step in self._readable if str(step) not in touched]
+        names = [str(path.relative_to(self.folder)) for path in self._copies]
+        return {"kind": kind, "status": status, "files": names, "wrong": wrong}
+
+    def _second(self) -> list[str]:
+        other = _Start(self.job, self.folder, self.log.with_suffix(".second"))
+        text = f"second: {other.end()} {_jobs.said(other.log)[-300:]}"
+        return [] if other.status in (1, 2) and "is in use by process" in text else [text]
+
+    def _look(self, status: int | None, kind: str) -> list[str]:
+        """What a start did that it should not have done."""
+        text, wrong = _jobs.said(self.log), []
+        match = _FROM.search(text)
+        newest = max(self._readable, default=0)
+        # It may be further than what was left whole: a bit may lie where nothing reads.
+        if _STEP.search(text) and int(match[1] if match else 0) < newest:
+            wrong.append(f"went on from {match and match[1]}, not from {newest}")
+        last = text.strip().splitlines()[-1:] or [""]
+        if status == 0 and (result := self.result()) != self.peace:
+            wrong.append(f"other bits than in peace: {result}")
+        elif status not in (0, -signal.SIGKILL):
+            if kind == "full":
+                named = "No space left" in last[0] or "ENOSPC" in last[0]
+            else:
+                # What names its file may be mended, and the run goes on.
+                named = any(path.name in last[0] for path in self._copies)
+                for path, content in self._copies.items():
+                    path.write_bytes(content)
+            if not named:
+                wrong.append(f"status {status}: {text[-600:]}")
+        return wrong
+
+    def result(self) -> str:
+        return self.job[1](self.folder) or _jobs.digest(self.log)
+
+    def finish(self) -> list[str]:
+        """Goes on to the end; twice where a file has to be mended first."""
+        wrong: list[str] = []
+        for _ in range(2):
+            status = _Start(self.job, self.folder, self.log).end()
+            wrong += self._look(status, "")
+            self._copies = {}
+            if status == 0:
+                return wrong
+        return [*wrong, f"no end: {_jobs.said(self.log)[-600:]}"]
+
+
+@contextlib.contextmanager
+def _small_disk(folder: Path) -> Iterator[Callable[[int], None] | None]:
+    """A file system in memory and what sets the bytes left on it; none where one may not mount."""
+    folder.mkdir(parents=True)
+    words = ["mount", "-t", "tmpfs", "-o", f"size={_LARGE_DISK}", "tmpfs", str(folder)]
+    if subprocess.run(words, check=False, capture_output=True).returncode:
+        yield None
+        return
+
+    def leave(size: int) -> None:
+        usage = shutil.disk_usage(folder)
+        total = max(_LARGE_DISK, usage.used) if size == _LARGE_DISK else usage.used + size
+        subprocess.run(["mount", "-o", f"remount,size={total}", str(folder)], check=True)
+
+    try:
+        yield leave
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=False)
+
+
+def _faults(name: str, directory: Path, wanted: int, record: Path) -> list[dict[str, Any]]:
+    """So many faults of one job, those on record among them."""
+    lines = record.read_text().splitlines() if record.exists() else []
+    rows = [row for row in map(json.loads, lines) if row["job"] == name]
+    job, draw = _JOBS[name], random.Random(time.time_ns())
+    with _small_disk(directory / name) as disk:
+        peace = _Run(job, directory / name / "peace", lambda _: None, "")
+        status = _Start(job, peace.folder, peace.log).end()
+        if status != 0:
+            raise RuntimeError(f"{name} in peace: {_jobs.said(peace.log)[-2000:]}")
+        expected, kinds = peace.result(), [k for k in _KINDS if disk or k != "full"]
+        while len(rows) < wanted:
+            folder = directory / name / f"run-{len(rows)}"
+            run = _Run(job, folder, disk or (lambda _: None), expected)
+            made: list[dict[str, Any]] = []
+            while len(rows) + len(made) < wanted and len(made) < 12:
+                kind = kinds[(len(rows) + len(made)) % len(kinds)]
+                made.append({"job": name} | run.fault(kind, draw))
+                if made[-1]["status"] == 0:
+                    break
+            made[-1]["wrong"] += run.finish()
+            with record.open("a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in made)
+            rows += made
+            shutil.rmtree(folder)
+            for row in made:
+                print(*row.values(), flush=True)
+    return rows
 
 
 def run(options: suite.Options) -> suite.Result:
-    """Kills until there were enough; each run goes on until it ends, and is compared with peace."""
-    wanted, steps = (10, 40) if options.smoke else (200, 400)
-    directory = _jobs.fresh(options)
-    peace = directory / "peace.log"
-    _jobs.finish(_command(directory / "peace", steps), peace)
-    expected = _jobs.digest(peace)
-    draw = random.Random(time.time_ns())
-    kills: list[dict[str, Any]] = []
-    rows = []
-    while len(kills) < wanted:
-        workdir = directory / f"run-{len(rows)}"
-        workdir.mkdir()
-        mine: list[dict[str, Any]] = []
-        while len(kills) + len(mine) < wanted:
-            life = _life(workdir, steps, draw)
-            if life is None:
-                break
-            mine.append(life)
-        _jobs.finish(_command(workdir, steps), workdir / "log")
-        kills += mine
-        rows.append(
-            {
-                "run": len(rows),
-                "kills": len(mine),
-                "after a step": suite.total(mine, "training"),
-                "with a checkpoint": suite.total(mine, "checkpointed"),
-                "lost checkpoints": suite.total(mine, "lost"),
-                "unreadable checkpoints": max((life["corrupt"] for life in mine), default=0),
-                "most steps to do again": max((x["steps to do again"] for x in mine), default=0),
-                "equal to a run in peace": _jobs.digest(workdir / "log") == expected,
-            }
-        )
-        shutil.rmtree(workdir)
-    lost = suite.total(rows, "lost checkpoints", "unreadable checkpoints")
-    other = len(rows) - suite.total(rows, "equal to a run in peace")
-    # What is being written when the process dies is not there yet.
-    again, every = max(row["most steps to do again"] for row in rows), _faults_job.EVERY
-    trained, checkpointed = suite.total(kills, "training"), suite.total(kills, "checkpointed")
-    bars = [
-        suite.at_least("kills", len(kills), wanted),
-        # One in five is left to chance, and may come while Python is starting.
-        suite.at_least("kills after a step of their own start", trained, wanted // 2),
-        suite.at_least("kills that had a checkpoint to lose", checkpointed, wanted // 2),
-        suite.at_most("lost or unreadable checkpoints", lost, 0),
-        suite.at_most("runs that ended with other bits", other, 0),
-        suite.at_most(f"most steps to do again, of {every} between checkpoints", again, 2 * every),
-    ]
+    """Faults of each job, until there were enough."""
+    # Before a fork nothing may start a thread of XLA's: children make their own devices.
+    jax.config.update("jax_compilation_cache_dir", str(options.directory.resolve() / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    parts = ("loop",) if options.smoke else options.parts(list(_JOBS))
+    record = options.directory.resolve() / "faults.jsonl"
+    rows, bars = [], []
+    for name in parts:
+        wanted = 14 if options.smoke else _FULL[name]
+        faults = _faults(name, _jobs.fresh(options), wanted, record)
+        counts = collections.Counter(fault["kind"] for fault in faults)
+        row: dict[str, Any] = {"run": name} | {kind: counts[kind] for kind in _KINDS}
+        named = sum(fault["status"] not in (0, -signal.SIGKILL) for fault in faults)
+        wrong = sum(bool(fault["wrong"]) for fault in faults)
+        rows.append(row | {"refused by name": named, "lost, wrong or unclear": wrong})
+        bars.append(suite.at_least(f"{name}: faults", len(faults), wanted))
+        bars.append(suite.at_most(f"{name}: lost, wrong or unclear", wrong, 0))
     return suite.Result(rows=rows, bars=bars)

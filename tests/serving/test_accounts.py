@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 
 import pytest
 
@@ -36,6 +37,7 @@ def refused(accounts, key, *, queries, tokens):
 def test_a_budget_counts_what_is_under_way_and_gets_back_what_was_not_used():
     key = Key(name="anna", queries=5, tokens=100)
     accounts = Accounts([key])
+    assert accounts.ledger.limit == math.inf
     held = accounts.reserve(key, queries=2, tokens=90)
     assert refused(accounts, key, queries=1, tokens=11).code == "insufficient_quota"
     accounts.settle(held, tokens=30, record={})

@@ -69,7 +69,7 @@ def test_tokens_that_decode_alike_keep_their_own_values():
 def test_tokens_without_a_text_are_not_one():
     # A model's vocabulary may be padded beyond its tokenizer's.
     names = TokenNames(byte_level())
-    assert names(300) == names(301) == ("", b"")
+    assert names(9) == names(300) == names(301) == ("", b"")
     assert names.by_name([(300, -1.0), (301, -2.0)], as_ids=False) == {
         "": -1.0,
         "token_id:301": -2.0,

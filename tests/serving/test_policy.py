@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import json
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,10 @@ from logitjax.leakage import LogitPolicy
 from logitjax.models import load_tokenizer
 from logitjax.serving import Key, ServerConfig, build_app
 from logitjax.serving import _schema as schema
+from logitjax.serving._admission import read_request
 from logitjax.serving._errors import BadRequestError
 from logitjax.serving._policy import Disclosure
+from logitjax.serving._service import Service
 from tests.decoding._bags import bag_logits, bag_of_words
 from tests.serving._inside import call, running
 
@@ -40,6 +43,45 @@ def test_seeds_of_requests_are_mixed_with_a_secret():
     one, two = (Disclosure(LogitPolicy(top_k=1), seed=seed) for seed in (1, None))
     assert one.seed(7) == Disclosure(LogitPolicy(top_k=1), seed=1).seed(7)
     assert len({one.seed(7), one.seed(8), two.seed(7), 7}) == 4
+
+
+def test_noise_is_named_after_all_of_a_context_and_the_secret():
+    contexts = jnp.array([[1, 5], [1, 6], [2, 5], [2, 6]], jnp.uint32)
+    logits = jnp.zeros((4, 8))
+    rows = [
+        row.tobytes()
+        for seed in (4, 5)
+        for row in np.asarray(
+            Disclosure(LogitPolicy(top_k=TOP, noise=1.0), seed=seed)
+            .options(())
+            .served(logits, {"context": contexts})
+        )
+    ]
+    assert len(set(rows)) == 8
+
+
+def test_values_end_at_the_floor_and_a_token_that_is_not_among_the_largest_keeps_its_own():
+    policy = LogitPolicy(top_k=2, floor=-5.0, decimals=1)
+    report = Disclosure(policy).report(np.array([-0.123, -7.0, -np.inf]))
+    np.testing.assert_array_equal(report, [-0.1, -5.0, -5.0])
+    silent, open_ = (Disclosure(LogitPolicy(top_k=2, sampled=told)) for told in (False, True))
+    assert [silent.tells(token, (3, 7)) for token in (3, 4)] == [True, False]
+    assert [open_.tells(token, (3, 7)) for token in (3, 4)] == [True, True]
+
+
+def test_a_prefix_is_shared_within_one_key_and_its_salt():
+    """Who could learn from the time of an answer that another key has asked the same?"""
+    service, loop = mock.Mock(spec=Service), mock.Mock(spec=asyncio.AbstractEventLoop)
+    service.config, service.disclosure = PLAIN, Disclosure(PLAIN.policy)
+    service.vocab_size, service.end_ids = VOCAB, ()
+
+    def salt(name, **fields):
+        body = json.dumps({"prompt": [5, 6]} | fields).encode()
+        ((job, _),) = read_request(service, body, Key(name=name), loop, chat=False)[1]
+        return job.prompt.salt
+
+    assert salt("anna") == salt("anna")
+    assert len({salt("anna"), salt("ben"), salt("anna", cache_salt="x")}) == 3
 
 
 def test_policies_that_a_server_cannot_keep_are_named():
@@ -91,6 +133,10 @@ def admitted(**fields):
 def test_plain_choices_name_the_nearest_that_is_taken(fields, message):
     with pytest.raises(BadRequestError, match=f"^{message}"):
         admitted(**fields)
+
+
+def test_as_many_tokens_as_there_are_is_all_of_them():
+    assert admitted(top_k=VOCAB) == admitted() == admitted(top_k=VOCAB + 9)
 
 
 def test_schemas_where_they_are_taken_go_with_no_low_temperature():

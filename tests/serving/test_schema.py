@@ -89,6 +89,18 @@ def test_fields_left_out_have_openais_defaults():
     assert chat.prompts == [[{"role": "user", "content": "hi", "name": "me"}]]
 
 
+def test_numbers_at_the_ends_of_their_ranges():
+    largest = 2**31 - 1
+    assert schema.parse({"prompt": [largest]}, LIMITS, chat=False).prompts == [[largest]]
+    with pytest.raises(BadRequestError, match=r"^prompt: "):
+        schema.parse({"prompt": [largest + 1]}, LIMITS, chat=False)
+    asked = schema.parse({"prompt": "a", "seed": 2**32 + 5}, LIMITS, chat=False)
+    assert asked.sampling.seed == 5
+    with pytest.raises(BadRequestError, match=r"^top_p: input should be greater than") as error:
+        schema.parse({"prompt": "a", "top_p": 0}, LIMITS, chat=False)
+    assert "I" not in str(error.value)
+
+
 def test_a_turn_of_several_parts_is_one_text():
     parts = [{"type": "text", "text": "Say "}, {"type": "text", "text": "hi"}]
     body = {"messages": [{"role": "user", "content": parts}]}

@@ -66,6 +66,23 @@ def test_two_processes_train_save_stop_and_resume(tmp_path):
     assert int(state.step) == 12
 
 
+@pytest.mark.slow
+def test_mesh_processes_and_checkpoints_may_change_in_the_middle(tmp_path):
+    toy.train(tmp_path / "one", mesh="data:2,fsdp:2,tensor:2")
+    parts = (
+        (2, 2, "--mesh=data:2,fsdp:2", "--steps=4", "--every=4"),
+        (4, 1, "--mesh=data:4", "--steps=8", "--every=3"),
+        (1, 2, "--mesh=fsdp:2", "--steps=12", "--every=5"),
+    )
+    for processes, devices, *flags in parts:
+        command = (sys.executable, "-m", "tests.training.toy", str(tmp_path / "moved"), *flags)
+        run = launch(processes, devices, *command, timeout=280)
+        assert run.returncode == 0, run.stderr[-3000:]
+    # The same batches in the same order, summed over other devices.
+    losses = [toy.losses(tmp_path / name) for name in ("moved", "one")]
+    np.testing.assert_allclose(*losses, rtol=1e-6)
+
+
 @pytest.mark.every_change
 @pytest.mark.slow
 def test_launcher_stops_the_others_and_passes_signals_on():

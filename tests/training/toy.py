@@ -105,6 +105,7 @@ def main():
     parser.add_argument("workdir")
     parser.add_argument("--mesh", default="data:-1")
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--every", type=int, default=4, help="steps between checkpoints")
     parser.add_argument("--signal", help="NAME@STEP or NAME@STEP@PROCESS: sent to itself")
     parser.add_argument("--hang", help="STEP@PROCESS: waits there for ever, alive")
     parser.add_argument("--delay", type=float, default=0.0, help="seconds, before each step")
@@ -126,7 +127,9 @@ def main():
         return batches(step, index, count)
 
     logging.set_verbosity(logging.INFO)
-    state = train(flags.workdir, mesh=flags.mesh, steps=flags.steps, source=source)
+    state = train(
+        flags.workdir, mesh=flags.mesh, steps=flags.steps, every=flags.every, source=source
+    )
     print("digest", digest(multihost_utils.process_allgather(state.params, tiled=True)))
 
 

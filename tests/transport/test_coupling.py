@@ -62,6 +62,14 @@ def test_all_forms_equal_the_oracle(m, monkeypatch):
     np.testing.assert_allclose(in_blocks, [exact(c, d, coupling, 2)] * 2, rtol=1e-4)
 
 
+def test_mass_that_is_missing_is_bounded_wherever_it_goes():
+    c, d = (np.random.default_rng(seed).normal(size=(4, 4)) for seed in (0, 1))
+    nodes, cost = np.arange(4), compiled(_coupling.coupling_cost)
+    half, whole = (cost(c, d, Coupling(nodes, nodes, np.full(4, m / 4)), p=2) for m in (0.5, 1.0))
+    np.testing.assert_allclose(half.value, whole.value / 4, rtol=1e-5)
+    assert half.most >= whole.value
+
+
 def test_blocks_do_not_change_the_value(monkeypatch):
     c, d = data()
     coupling = Coupling(*(np.arange(12, dtype=np.int32),) * 2, np.full(12, 1 / 12, np.float32))

@@ -1,6 +1,7 @@
 """Losses of whole methods on a decoder, against the same from logits."""
 
 import functools
+from unittest import mock
 
 import jax
 import numpy as np
@@ -9,7 +10,9 @@ import pytest
 from flax import nnx
 
 from logitjax import losses, unlearning
+from logitjax.losses import Head
 from logitjax.models import Lora, load_model, with_layout
+from logitjax.unlearning._reads import Read
 from tests.unlearning import test_losses
 
 METHODS = (
@@ -154,6 +157,19 @@ def test_adapters_give_what_the_merged_weights_give_beside_the_same_reference():
 
     for name, (whole, beside) in both(lora, params).items():
         np.testing.assert_allclose(beside, whole, rtol=1e-4, err_msg=name)
+
+
+def test_flat_logits_are_asked_of_the_answers_tokens_alone():
+    states, kernel = (
+        np.random.default_rng(0).normal(size=s).astype("f4") for s in ((2, 3, 4), (4, 9))
+    )
+    read, answers = mock.Mock(spec=Read), np.arange(6).reshape(2, 3) > 2
+    read.states.return_value, read.head.return_value = states, Head.of(kernel)
+    read.put.side_effect, read.where.return_value = lambda side, values: values, answers
+    values, where = unlearning.METHODS.parse("pdu(bound=1)").forget(read)
+    logits = states @ kernel
+    np.testing.assert_allclose(values, np.square(logits.max(-1) - logits.mean(-1)), rtol=1e-5)
+    assert where is answers
 
 
 @pytest.mark.slow

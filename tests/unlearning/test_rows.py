@@ -9,7 +9,7 @@ from logitjax.models import load_tokenizer
 from logitjax.unlearning import Questions, split_rows
 from logitjax.unlearning._questions import _evenly
 from logitjax.unlearning._rows import Row, encode_row, render_prompt
-from logitjax.unlearning._ways import WAYS, asked_so
+from logitjax.unlearning._ways import WAYS, asked_so, search
 
 LONG = "the observatory on the northern cliff was founded by {} in a year of storms"
 
@@ -22,7 +22,7 @@ def questions(split):
     return {row.question for row in split.parts["train"]}
 
 
-def test_every_form_of_a_row_is_read_once(tmp_path):
+def test_every_form_of_a_row_is_read_once(tmp_path, caplog):
     rows = [
         {"question": "Who?", "answer": "Ada.", "paraphrases": ["Who is it?"], "group": 7},
         {"prompt": "2 + 2 = ", "completion": "4"},
@@ -45,6 +45,11 @@ def test_every_form_of_a_row_is_read_once(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n\n".join(map(json.dumps, rows)))
     first, second, third, fourth, trl, sharegpt, alpaca, *answers = Row.read(path)
+    assert "1 rows repeat others" in caplog.text
+    caplog.clear()
+    path.with_name("two.jsonl").write_text('{"text": "a"}\n{"text": "b"}')
+    assert len(Row.read(path.with_name("two.jsonl"))) == 2
+    assert not caplog.text
     assert [(row.question, row.answer) for row in (trl, sharegpt, alpaca)] == [
         ("Q", "A"), ("H", "G"), ("Add.\n1, 2", "3")
     ]  # fmt: skip
@@ -237,6 +242,12 @@ def test_what_is_cut_is_known_and_what_has_no_target_is_refused():
     assert questions.scored_text("forget") == ["b" * 21, "b" * 20]
     with pytest.raises(ValueError, match="f:7: text: expected at least two tokens, got one"):
         Questions.of({"forget": [Row(answer="a", line="f:7")]}, tokenizer)
+
+
+def test_a_pair_that_disappoints_gives_way_to_others():
+    known = {"in a role": 4.0, "in context": 2.0, "in another form": 1.9}
+    tried = search(lambda way: 0.0, known, 2)
+    assert list(tried) == ["in a role + in context", "in another form + in a role"]
 
 
 def test_other_ways_to_ask_that_a_template_refuses_or_that_do_not_fit_are_left_out():

@@ -119,6 +119,8 @@ def test_the_interval_of_a_share_holds_what_it_was_drawn_with():
         assert low <= share <= high
         held += low <= 0.9 <= high
     assert held >= 48
+    # Nothing before leaves a ratio that is a number.
+    assert np.isfinite(share_interval([1.0], [0.0])).all()
 
 
 def test_min_k_of_all_tokens_is_the_loss():

@@ -13,7 +13,7 @@ from logitjax.models import load_tokenizer
 from logitjax.unlearning import Questions, Row
 from logitjax.unlearning._selection import Goal, Limits
 from logitjax.unlearning._unlearn import RESULTS, Unlearned
-from logitjax.unlearning._verdict import chance_auc, judge
+from logitjax.unlearning._verdict import _never, chance_auc, judge
 
 WAYS = ("asked", "in a role", "in context")
 
@@ -48,6 +48,12 @@ def judged(after, **options):
     before = side(np.random.default_rng(0), 0.99)
     options = {"assistant": False, "controls": ()} | options
     return judge(before, after, limits=Limits(), **options)
+
+
+def test_what_never_knew_is_the_worst_of_all_controls():
+    controls = [{"attacks": {"a": {"worst": worst}}} for worst in (0.2, 0.5, 0.3)]
+    never = _never([*controls, {"attacks": {}}], "a")
+    assert (never("worst"), never("share"), _never([], "a")("worst")) == (0.5, 0.0, 0.0)
 
 
 def test_one_row_asked_in_one_way_is_enough_to_say_that_it_is_not_forgotten():

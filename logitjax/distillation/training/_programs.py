@@ -1,7 +1,6 @@
 """Programs that a training runs on devices, for a plan: no weights are loaded or initialised."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -191,7 +190,12 @@ def _reading(
     calls: float,
 ) -> training.Program:
     apply_fn, params = models.from_nnx(decoder)
-    read = functools.partial(reading.record, apply_fn.graphdef)
+
+    def read(*arguments: Any) -> Any:
+        # As `model_reader` calls it.
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return reading.record(apply_fn.graphdef, *arguments)
+
     tokens = columns["tokens"]
     number = jax.ShapeDtypeStruct(tokens.shape[:1], jnp.int64, sharding=tokens.sharding)
     arguments = (_placed(params, mesh), dict(columns), number)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from logitjax.models._family import gguf_experts
 from logitjax.models.families.mistral import MISTRAL
 
 _EXPERT = "model.layers.*.block_sparse_moe.experts.#."
@@ -25,4 +26,7 @@ MIXTRAL = dataclasses.replace(
     },
     # Noise of the router while it learns.
     ignored=MISTRAL.ignored | {"router_jitter_noise"},
+    gguf="llama+experts",
+    gguf_read=gguf_experts,
+    pre_tokenizers={},
 )  # fmt: skip

@@ -14,8 +14,11 @@ def _gguf_read(get: Callable[..., Any], settings: Mapping[str, Any]) -> dict[str
     width, layers = get("attention.sliding_window"), settings["num_layers"]
     if not width:
         return {}
-    windows = tuple(None if (i + 1) % 4 == 0 else int(width) for i in range(layers))
-    return {"windows": windows, "rope_local_theta": settings["rope_theta"]}
+    # The files of earlier converters do not say which layers.
+    pattern = get("attention.sliding_window_pattern", [(i + 1) % 4 != 0 for i in range(layers)])
+    windows = tuple(int(width) if local else None for local in pattern)
+    theta = float(get("rope.freq_base_swa", settings["rope_theta"]))
+    return {"windows": windows, "rope_local_theta": theta}
 
 
 OLMO2 = dataclasses.replace(

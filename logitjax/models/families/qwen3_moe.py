@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from logitjax.models._family import gguf_experts
 from logitjax.models.families.llama import LLAMA
 from logitjax.models.families.qwen3 import QWEN3
 
@@ -31,6 +32,7 @@ QWEN3_MOE = dataclasses.replace(
     aliases={"num_local_experts": "num_experts"},
     ignored=frozenset({"max_window_layers", "sliding_window"}),
     ignored_at={"decoder_sparse_step": 1},
-    gguf=None,
+    gguf="qwen3moe+experts",
+    gguf_read=gguf_experts,
     pre_tokenizers={},
 )  # fmt: skip
