@@ -138,7 +138,8 @@ class Recipe:
             )
             return updates, (count, first, second)
 
-        return optax.GradientTransformation(init, update)
+        functions: Any = (init, update)
+        return optax.GradientTransformation(*functions)
 
     def order(
         self,

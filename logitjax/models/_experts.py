@@ -59,24 +59,24 @@ class MoE(nnx.Module):
 
         def summed(*arrays: Any) -> jax.Array:
             *rows, kernels = arrays
-            flat = [array.reshape(-1, array.shape[-1]) for array in rows]
-            return kind(self.activation, *flat, kernels).reshape(rows[0].shape)
+            x, weights, ids = (array.reshape(-1, array.shape[-1]) for array in rows)
+            return kind(self.activation, x, weights, ids, kernels).reshape(rows[0].shape)
 
         arrays = (x, weights.astype(self.dtype), ids)
         if not (free := ops.mesh.free_axes()):
             return summed(*arrays, kernels)
         # Rows that the axis of the experts splits are gathered: each of its devices sees them all.
         names = ops.sharding.MeshAxes.current()
-        rows = ops.mesh.auto_axes([n for n in names.rows if n != "expert"], x.shape[0])
-        rows = P(rows, ops.mesh.auto_axes(names.sequence, x.shape[1]))
+        row_axes = ops.mesh.auto_axes([n for n in names.rows if n != "expert"], x.shape[0])
+        split = P(row_axes, ops.mesh.auto_axes(names.sequence, x.shape[1]))
         axes = ops.mesh.auto_axes(("expert",), kernels[0].shape[0])
         wide = ops.mesh.auto_axes(names.columns, kernels[0].shape[2])
         kernel = P(axes, None, wide)
 
         @functools.partial(
             jax.shard_map,
-            in_specs=(rows, rows, rows, [kernel, kernel, P(axes, wide)]),
-            out_specs=rows,
+            in_specs=(split, split, split, [kernel, kernel, P(axes, wide)]),
+            out_specs=split,
             axis_names=free,
         )
         def shared(x: Any, weights: Any, ids: Any, kernels: Any) -> jax.Array:

@@ -75,7 +75,7 @@ def rehark(clone: Path, rows: Rows) -> torch.Tensor:
 
 def transclip(clone: Path, rows: Rows, *, head: bool) -> torch.Tensor:
     TransCLIP = load(clone, "TransCLIP_solver.TransCLIP")
-    utils = sys.modules["TransCLIP_solver.TransCLIP_utils"]
+    utils: Any = sys.modules["TransCLIP_solver.TransCLIP_utils"]
     # Accuracies are of no interest, and newer numpy refuses how they are read.
     TransCLIP.cls_acc = utils.cls_acc = lambda *_, **__: 0.0
     queries, weights = rows["queries"], rows["weights"].T
@@ -214,7 +214,9 @@ def tip_adapter(clone: Path, rows: Rows, *, trained: bool) -> torch.Tensor:
     values = functional.one_hot(rows["labels"]).float()
     given = (rows["support"].T.clone(), values, *(rows["queries"], rows["query_labels"]) * 2)
     with tempfile.TemporaryDirectory() as root:
-        config = dict(init_beta=5.5, init_alpha=1.17, lr=1e-3, train_epoch=20, shots=4)
+        config: dict[str, Any] = dict(
+            init_beta=5.5, init_alpha=1.17, lr=1e-3, train_epoch=20, shots=4
+        )
         config["cache_dir"] = root
         if not trained:
             module.run_tip_adapter(config, *given, rows["weights"].T)

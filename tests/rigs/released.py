@@ -12,6 +12,7 @@ the paper's and not the released one, the table says so.
 import os
 import subprocess
 import tempfile
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def run(options: suite.Options) -> suite.Result:
     table, bars = [], []
     with tempfile.TemporaryDirectory() as directory:
         given, taken = Path(directory) / "given.npz", Path(directory) / "taken.npz"
-        np.savez(given, **rows)
+        np.savez(given, **typing.cast(Any, rows))
         released = {}
         if python and clones and not options.smoke:
             script = Path(__file__).with_name("_released_torch.py")
@@ -159,7 +160,8 @@ def _ours(rows: dict[str, np.ndarray], clip: Path) -> dict[str, np.ndarray]:
     if clip.exists():
         encoder, shown = vision.load_encoder(str(clip)), rows["pixels"]
         stage = few_shot.Recipe(steps=12, batch_size=99, learning_rate=2e-4, floor=1e-6, eps=1e-8)
-        for name, learn in (("2SFS, norms", "norms"), ("CLIP-LoRA", "lora")):
+        learned: Any = {"2SFS, norms": "norms", "CLIP-LoRA": "lora"}
+        for name, learn in learned.items():
             given = (encoder, shown, rows["image_labels"], rows["tokens"])
             tuned = few_shot.tune_towers(*given, learn=learn, recipe=stage, dropout=0.0)
             pictures, classes = tuned.features(shown), tuned.text_features(rows["tokens"])
