@@ -136,9 +136,10 @@ def shares(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any
 def _lost(kept: Mapping[str, Any], broken: Sequence[str]) -> str:
     parts = []
     for name in broken:
-        by_kind = {k: v for k, v in kept.get(name, {}).items() if k != "unknown"}
-        kind = f" of {min(by_kind, key=by_kind.get)} rows" if by_kind else ""
-        parts.append(f"{name}{kind} is at {100 * kept['least'][name]:.1f} %")
+        least = kept["least"][name]
+        kinds = [kind for kind, share in kept.get(name, {}).items() if share == least]
+        kind = f" of {kinds[0]} rows" if kinds else ""
+        parts.append(f"{name}{kind} is at {100 * least:.1f} %")
     return ", ".join(parts)
 
 
