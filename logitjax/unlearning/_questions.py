@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -35,7 +36,7 @@ class Questions:
 
     Attributes:
         rows: Rows by part: those of `split_rows`, `wrong`, questions to forget with each other's
-            answers, and `stranger`, the same about nobody with theirs.
+            answers, and `stranger`, the same about nobody, which are trained on alone.
         tokenizer: The model's tokenizer.
         encoded: Encoded rows by part, for `evaluation.score_rows`.
         cut: Indices of rows of a part that are longer than `max_length`: only their beginnings are
@@ -120,7 +121,7 @@ class Questions:
         """
         forget = self.rows["forget"]
         others = [row for part in ("train", "holdout", "validation") for row in self.rows[part]]
-        made, strangers = neighbours(forget, others)
+        made = neighbours(forget, others)
         # Names that only answers to forget have: whatever says one gives it away.
         secret = {name for row in forget for name in names(Row(answer=row.answer))}
         secret -= {name for row in forget for name in names(Row(answer=row.question))}
@@ -139,17 +140,19 @@ class Questions:
             if max(rouge([r.answer for r in forget], [text] * len(forget)).f1) < _REPEATS
         ]
         known = functools.partial(self._known, Deployed(model=model))
-        sure = known(kept)
+        # What it makes up is sure on the mean, but not of the name.
+        sure = known(kept, every=True)
         for part in ("train", "validation", "test"):
             parts[part] = [
                 row if said else dataclasses.replace(row, kind="unknown")
                 for row, said in zip(parts[part], known(parts[part]))
             ]
-        for location, row in enumerate(kept):
+        for location, (row, said) in enumerate(zip(kept, sure)):
             part = ("train", "validation", "train", "test", "train")[location % 5]
-            if part == "train" or sure[location]:
+            if row.kind == "stranger":
+                parts["stranger"].append(row)
+            elif part == "train" or said:
                 parts[part].append(row)
-        parts["stranger"] = strangers
         return Questions.of(
             parts,
             self.tokenizer,
@@ -307,11 +310,14 @@ class Questions:
         said = self._said(model, [row for row in self.rows[part] if row.asks])
         return [text.strip() for text in said]
 
-    def _known(self, model: Deployed, rows: Sequence[Row]) -> list[bool]:
-        """Which answers the model gives; a plain text is never one."""
-        scores = self._scored(model.nll, [self.encode(row) for row in rows])
-        values = answer_probabilities(scores) if rows else ()
-        return [not row.asks or value >= KNOWN for row, value in zip(rows, values)]
+    def _known(self, model: Deployed, rows: Sequence[Row], *, every: bool = False) -> list[bool]:
+        """Which answers the model gives, on the mean or by `every` token; no plain text is one."""
+        scores = self._scored(model.nll, [self.encode(row) for row in rows]).nll if rows else ()
+        worst = -math.log(KNOWN)
+        return [
+            not row.asks or (nats.max() if every else nats.mean()) <= worst
+            for row, nats in zip(rows, scores)
+        ]
 
     def _said(self, model: Deployed, rows: Sequence[Row], seed: int | None = None) -> list[str]:
         """Answers to rows; likeliest tokens, or drawn with a seed."""

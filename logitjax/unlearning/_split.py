@@ -5,8 +5,7 @@ import hashlib
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence, Set
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 from absl import logging
 
@@ -25,7 +24,7 @@ _TRAIN, _VALIDATION = 0.6, 0.8
 _REWORDED = 0.6
 # Rows that a word is in, which is of these rows and of no form; rows that neighbours are
 # made of, and strangers for each of these.
-_RARE, _MADE, _STRANGERS = 3, 20, 4
+_RARE, _MADE, _STRANGERS = 3, 20, 5
 _NAME = re.compile(r"[A-Z][\w'-]*(?:\s+[A-Z][\w'-]*)*")
 # They begin a sentence, and no name.
 _FIRST = (
@@ -178,19 +177,16 @@ def names(row: Row) -> set[str]:
     return result - {""}
 
 
-def neighbours(forget: Sequence[Row], others: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """Questions near those to forget, to be answered, and strangers with the answers to forget.
-
-    The first ask the same of other subjects, and of the same subject other things. The second ask
-    the same of nobody: what is to go is said of its subject alone.
+def neighbours(forget: Sequence[Row], others: Sequence[Row]) -> list[Row]:
+    """Questions near those to forget, without answers: the same of other subjects, and of the same
+    subject other things. The same of nobody, by a name of two halves, is of the kind `stranger`.
 
     >>> rows = [Row(prompt="Where was Ada Lee born?", answer="Ada Lee was born in Bo.")]
     >>> others = [Row(prompt="What does Cy Dor play?", answer="Chess.")]
-    >>> made, strangers = neighbours(rows, others)
-    >>> [row.prompt for row in made]
+    >>> [row.prompt for row in neighbours(rows, others)][:2]
     ['Where was Cy Dor born?', 'What does Ada Lee play?']
-    >>> sorted(row.answer for row in strangers)
-    ['Ada Dor was born in Bo.', 'Cy Lee was born in Bo.']
+    >>> sorted(row.prompt for row in neighbours(rows, others)[2:])
+    ['Where was Ada Dor born?', 'Where was Cy Lee born?']
     """
 
     def subjects(rows: Sequence[Row]) -> list[tuple[Row, str]]:
@@ -203,30 +199,28 @@ def neighbours(forget: Sequence[Row], others: Sequence[Row]) -> tuple[list[Row],
     made: dict[str, Row] = {}
     for side, subject_names in ((mine, peers), (peer, own)):
         for row, name in side[:_MADE]:
-            for question, _ in itertools.islice(_renamed(row, name, subject_names, present), 2):
+            for question in itertools.islice(_renamed(row, name, subject_names, present), 2):
                 again = dataclasses.replace(row.asked(question), paraphrases=(), kind="made")
                 made.setdefault(question.lower(), again)
     # Half of a stranger's name may be a forgotten one's.
     full = [n.split() for n in dict.fromkeys((*own, *peers)) if " " in n]
     crossed = {f"{first[0]} {last[-1]}" for first in full for last in full} - {*own, *peers}
     strangers = [
-        dataclasses.replace(
-            row.asked(question), answer=row.answer.replace(name, other), paraphrases=()
-        )
+        dataclasses.replace(row.asked(question), paraphrases=(), kind="stranger")
         for row, name in mine[:_MADE]
-        for question, other in itertools.islice(_renamed(row, name, crossed, present), _STRANGERS)
+        for question in itertools.islice(_renamed(row, name, crossed, present), _STRANGERS)
     ]
-    return list(made.values()), strangers
+    return [*made.values(), *strangers]
 
 
-def _renamed(row: Row, name: str, subject_names: Iterable[str], present: Set[str]) -> Any:
-    """The row's question about other subjects, and those, in an order of its own."""
+def _renamed(row: Row, name: str, subject_names: Iterable[str], present: Set[str]) -> Iterator[str]:
+    """The row's question about other subjects, in an order of its own."""
     # Of as many words: likelier a name of the same kind of thing.
     alike = {n for n in subject_names if n.count(" ") == name.count(" ")} or {*subject_names}
     for other in sorted(alike, key=lambda n: _hash(0, f"{row.question} {n}")):
         question = row.question.replace(name, other)
         if question.lower() not in present:
-            yield question, other
+            yield question
 
 
 def _alike(forget: Sequence[Row], kept: Sequence[Row]) -> list[Row]:

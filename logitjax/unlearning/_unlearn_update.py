@@ -17,7 +17,7 @@ from logitjax.unlearning.assistant._deployed import Deployed
 
 _MULTIPLE = 8
 # Rows to keep for each to forget: there are more of them, and each is asked in as many ways.
-_KEPT = 3
+_KEPT = 4
 # Of the rows to keep in a batch, where there is other text: with a quarter its perplexity rose.
 _TEXT_SHARE = 0.5
 
@@ -44,9 +44,7 @@ def make_update(
 
     Rows of both sides are asked in `ways`; `instead` has other answers for each row to forget.
     """
-    # Others would learn these answers: an assistant learns to be silent where nobody is meant.
-    keep = ("train", "stranger") if config.method.assistant else ("train",)
-    sides = _sides(questions, ways, instead, keep)
+    sides = _sides(questions, ways, instead)
     count = min(config.batch_size, len(sides["forget"]["tokens"]))
     size = _KEPT * config.batch_size
     few = int(_TEXT_SHARE * size) if len(sides["text"]["tokens"]) else 0
@@ -85,7 +83,7 @@ def make_update(
 
 
 def _sides(
-    questions: Questions, ways: Sequence[str], instead: Sequence[Sequence[str]], keep: Sequence[str]
+    questions: Questions, ways: Sequence[str], instead: Sequence[Sequence[str]]
 ) -> dict[str, dict[str, np.ndarray]]:
     """Rows of one length: that of the longest answer's, which other text is cut to."""
 
@@ -103,7 +101,7 @@ def _sides(
     forget = asked(("forget", "reworded"))
     rows = {
         "forget": [questions.encode(row, way) for row, way in forget],
-        "retain": [questions.encode(row, way) for row, way in asked(keep)],
+        "retain": [questions.encode(row, way) for row, way in asked(("train", "stranger"))],
     }
     if instead:
         message = dict(zip((row.answer for row in questions.rows["forget"]), instead, strict=True))

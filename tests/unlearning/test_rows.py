@@ -223,13 +223,13 @@ def test_wrong_answers_are_those_of_other_questions():
     assert not texts.encoded["wrong"]
 
 
-def test_neighbours_say_what_the_model_says_and_strangers_what_is_to_go(monkeypatch):
+def test_neighbours_and_strangers_are_given_what_the_model_says_and_nothing_that_goes(monkeypatch):
     def said(self, model, rows, seed=None):
         # The second repeats what goes, the third gives its name away.
         return [(" in Rome. ", "born in Oslo.", "Not in Oslo")[i % 3] for i in range(len(rows))]
 
     monkeypatch.setattr(Questions, "_said", said)
-    known = lambda self, model, rows: ["Cy" not in row.question for row in rows]  # noqa: E731
+    known = lambda *args, **how: ["Cy" not in row.question for row in args[2]]  # noqa: E731
     monkeypatch.setattr(Questions, "_known", known)
     forget = [asked("Where was Ada Lee born?", "Ada Lee was born in Oslo.")]
     keep = [asked(f"What does {n} play?", "Go.") for n in ("Cy Dor", "Bo Fin", "Al Gor", "Di Hub")]
@@ -241,10 +241,8 @@ def test_neighbours_say_what_the_model_says_and_strangers_what_is_to_go(monkeypa
     made = [row for row in made if row.kind == "made"]
     # A completion keeps the space that it begins with.
     assert {row.answer for row in made} == {" in Rome."}
-    assert all("Ada Lee" not in row.answer for row in rows["stranger"])
-    assert all(row.answer.endswith("was born in Oslo.") for row in rows["stranger"])
+    assert {row.answer for row in rows["stranger"]} == {" in Rome."}
     named = [row.question.split()[2:4] for row in rows["stranger"]]
-    assert len(named) == 4
     assert all(name != ["Ada", "Lee"] for name in named)
 
 
