@@ -210,15 +210,15 @@ def finish(
 def other_text(
     text: str | None, tokenizer: models.Tokenizer, *, count: int, length: int
 ) -> dict[str, np.ndarray]:
-    """Windows of other text: as many for choosing as for the end, and eight times for training."""
+    """Windows of other text: as many for choosing as for the end, and thirty times for training."""
     if text is None:
         return {}
     # Disjoint windows: what chose a strength must not judge it as well.
     windows = data.token_windows(
         data.load_examples(text),
         tokenizer.encode,
-        # An assistant that meets sixteen of them ten times each learns them by heart.
-        count=10 * count,
+        # An assistant that meets sixty of them ten times each learns them by heart.
+        count=32 * count,
         length=length,
         start=tokenizer.start,
     )

@@ -13,7 +13,7 @@ from logitjax.evaluation import fluency
 from logitjax.unlearning._selection import (
     Goal,
     kept_shares,
-    least,
+    least_kind,
     least_row,
     least_share,
     matched_strength,
@@ -88,7 +88,7 @@ class Looks:
             kinds = [row.kind for row in self.questions.rows["validation"] if row.asks]
             rouge = self.questions.likeness(answers, "validation")
             return dict(candidate) | {
-                "rouge": least(kept_shares(rouge, before["rouge"], kinds).values()),
+                "rouge": least_kind(kept_shares(rouge, before["rouge"], kinds)),
                 "fluency": _ratio(fluency(answers), before["fluency"]),
             }
 
@@ -163,11 +163,18 @@ class Looks:
                 np.max([*goal.excess({way: rows[i] for way, rows in curves.items()}).values()])
                 for i in range(len(alphas))
             ])  # fmt: skip
-            # The least that reaches the goal.
+            # The least that reaches the goal, on the line between two in logarithms.
             at_goal = np.flatnonzero(curve <= goal.aim)
             which = int(at_goal[0] if len(at_goal) else np.argmin(np.nan_to_num(curve, nan=1e9)))
-            strength, result = float(alphas[which]), float(curve[which])
-            entries = {way: rows[which] for way, rows in curves.items()}
+            ends, share = np.log(curve[max(which - 1, 0) : which + 1]), 1.0
+            if len(at_goal) and len(ends) == 2 and np.isfinite(ends).all():
+                share = (ends[0] - np.log(goal.aim)) / (ends[0] - ends[1])
+
+            def between(values: np.ndarray) -> Any:
+                return values[which - 1] ** (1 - share) * values[which] ** share
+
+            strength, result = float(between(alphas)), float(between(curve))
+            entries = {way: between(rows) for way, rows in curves.items()}
         else:
             most = method.most_strength
             strength, result = matched_strength(excess, goal, most=most, without=self.known)
@@ -188,7 +195,7 @@ class Looks:
             "ways": goal.excess(entries),
             "gap": goal.gap(result),
             "kinds": shares,
-            "probability": least(shares.values()),
+            "probability": least_kind(shares),
             "row": least_row(*kept),
             "perplexity": _ratio(questions.perplexity(model, "validation"), before["perplexity"]),
         }

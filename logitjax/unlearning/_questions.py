@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ from logitjax.evaluation import NllFn, rouge, score_rows
 from logitjax.models import Decoder, Tokenizer
 from logitjax.storage import guard, write_atomic
 from logitjax.unlearning._rows import Row, encode_question, encode_row
+from logitjax.unlearning._selection import KNOWN
 from logitjax.unlearning._split import names, neighbours
 from logitjax.unlearning._ways import SHOTS, asked_so
 from logitjax.unlearning.assistant._deployed import Deployed, answers
@@ -24,7 +26,7 @@ _REPEATS = 0.7
 _TOGETHER = 4
 _PARTS = (
     *("forget", "reworded", "reworded_test", "train", "validation", "test"),
-    *("holdout", "holdout_test"),
+    *("holdout", "holdout_test", "stranger"),
 )
 
 
@@ -33,8 +35,8 @@ class Questions:
     """Rows as token ids, by part.
 
     Attributes:
-        rows: Rows by part: those of `split_rows`, and `wrong`, questions to forget with each
-            other's answers.
+        rows: Rows by part: those of `split_rows`, `wrong`, questions to forget with each other's
+            answers, and `stranger`, the same about nobody, which are trained on alone.
         encoded: Encoded rows by part, for `evaluation.score_rows`.
         cut: Indices of rows of a part that are longer than `max_length`: only their beginnings are
             trained on and asked.
@@ -112,7 +114,9 @@ class Questions:
         """More rows to keep: near those to forget, with what the model answers to them before.
 
         Three of five come into `train`, and one each into `validation` and `test`. What repeats an
-        answer to forget is dropped. Answers are written to a file and read from it the next time.
+        answer to forget is dropped; what the model is not sure of is trained on alone. Rows to keep
+        that it did not know get the kind `unknown`: no limit holds for them. Answers are written to
+        a file and read from it the next time.
         """
         forget = self.rows["forget"]
         others = [row for part in ("train", "holdout", "validation") for row in self.rows[part]]
@@ -124,7 +128,8 @@ class Questions:
         texts = json.loads(file.read_text()) if file is not None and file.exists() else {}
         if not all(row.question in texts for row in made):
             message = self._said(Deployed(model=model), made)
-            texts = {row.question: text for row, text in zip(made, message)}
+            # A completion begins with a space, without which its tokens are others.
+            texts = {row.question: text.rstrip() for row, text in zip(made, message)}
             if file is not None:
                 write_atomic(file, json.dumps(texts, indent=1) + "\n")
         kept = [
@@ -133,8 +138,20 @@ class Questions:
             if (text := texts[row.question]) and not secret & names(Row(answer=text))
             if max(rouge([r.answer for r in forget], [text] * len(forget)).f1) < _REPEATS
         ]
-        for location, row in enumerate(kept):
-            parts[("train", "validation", "train", "test", "train")[location % 5]].append(row)
+        known = functools.partial(self._known, Deployed(model=model))
+        # What it makes up is sure on the mean, but not of the name.
+        sure = known(kept, every=True)
+        for part in ("train", "validation", "test"):
+            parts[part] = [
+                row if said else dataclasses.replace(row, kind="unknown")
+                for row, said in zip(parts[part], known(parts[part]))
+            ]
+        for location, (row, said) in enumerate(zip(kept, sure)):
+            part = ("train", "validation", "train", "test", "train")[location % 5]
+            if row.kind == "stranger":
+                parts["stranger"].append(row)
+            elif part == "train" or said:
+                parts[part].append(row)
         return Questions.of(
             parts,
             self.tokenizer,
@@ -285,7 +302,17 @@ class Questions:
 
     def answers(self, model: Deployed, part: str) -> list[str]:
         """Greedy answers to the questions of a part; plain texts are left out."""
-        return self._said(model, [row for row in self.rows[part] if row.asks])
+        said = self._said(model, [row for row in self.rows[part] if row.asks])
+        return [text.strip() for text in said]
+
+    def _known(self, model: Deployed, rows: Sequence[Row], *, every: bool = False) -> list[bool]:
+        """Which answers the model gives, on the mean or by `every` token; no plain text is one."""
+        scores = self._scored(model.nll, [self.encode(row) for row in rows]).nll if rows else ()
+        worst = -math.log(KNOWN)
+        return [
+            not row.asks or (nats.max() if every else nats.mean()) <= worst
+            for row, nats in zip(rows, scores)
+        ]
 
     def _said(self, model: Deployed, rows: Sequence[Row], seed: int | None = None) -> list[str]:
         """Answers to rows; likeliest tokens, or drawn with a seed."""
@@ -295,10 +322,9 @@ class Questions:
         # A token of a few rows takes as long as one of many: all weights are read for it.
         full = -(-len(rows) // self.batch_size)
         rows_at_once = self.batch_size * min(_TOGETHER, full)
-        message = answers(
+        return answers(
             model, self.tokenizer, prompts, self.new_tokens, rows=rows_at_once, seed=seed
         )
-        return [text.strip() for text in message]
 
     def likeness(self, answers: Sequence[str], part: str) -> np.ndarray:
         """ROUGE-L F1 of generated answers against the rows'."""

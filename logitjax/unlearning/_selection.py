@@ -11,7 +11,7 @@ import numpy as np
 # whatever a control says.
 _STILL_SAID, _NOT_SAID = 0.5, 0.005
 # Rows to keep that are known: what is left of those that are not is noise.
-_KNOWN = 0.5
+KNOWN = 0.5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,6 +67,12 @@ def kept_shares(after: Any, before: Any, kinds: Sequence[str]) -> dict[str, floa
     return shares
 
 
+def least_kind(shares: Mapping[str, float]) -> float | None:
+    """The least share of the kinds that a model knew, of all if it knew none."""
+    known = [share for kind, share in shares.items() if kind != "unknown"]
+    return least(known or shares.values())
+
+
 def least(values: Any) -> float | None:
     """The least number, nan where one is nan, which `min` may pass over; None of none."""
     values = list(values)
@@ -75,7 +81,7 @@ def least(values: Any) -> float | None:
 
 def least_row(after: Any, before: Any) -> float | None:
     """The least share that is left of a row that was known; None where none was."""
-    return least(new / old for new, old in zip(after, before, strict=True) if old >= _KNOWN)
+    return least(new / old for new, old in zip(after, before, strict=True) if old >= KNOWN)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,7 +100,7 @@ class Goal:
     source: str
 
     # What the excess is brought to, and what it may be: other wordings bring out more.
-    aim: ClassVar[float] = 1.0
+    aim: ClassVar[float] = 1.4
     most: ClassVar[float] = 2.0
 
     @classmethod
@@ -147,7 +153,7 @@ def matched_strength(
 
     >>> goal = Goal.of({"asked": [0.02, 0.1, 0.2]}, "a holdout")
     >>> strength, found = matched_strength(lambda s: 4.5 * 0.1**s, goal, most=2.0)
-    >>> 0.77 < found < 1.29
+    >>> 1.09 < found < 1.8
     True
     """
     tried: list[tuple[float, float]] = []

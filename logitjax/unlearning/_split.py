@@ -2,9 +2,10 @@
 
 import dataclasses
 import hashlib
+import itertools
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 from absl import logging
 
@@ -21,13 +22,15 @@ _WORD = re.compile(
 _TRAIN, _VALIDATION = 0.6, 0.8
 # Share of their words that a row in other words has with another: a question is short.
 _REWORDED = 0.6
-# Rows that a word is in, which is of these rows and of no form; and neighbours made of each kind.
-_RARE, _MADE = 3, 20
+# Rows that a word is in, which is of these rows and of no form; rows that neighbours are
+# made of, and strangers for each of these.
+_RARE, _MADE, _STRANGERS = 3, 20, 5
 _NAME = re.compile(r"[A-Z][\w'-]*(?:\s+[A-Z][\w'-]*)*")
 # They begin a sentence, and no name.
 _FIRST = (
-    "A An And Are At By Can Did Do Does For From Has He How I In Is It Name Of On Or She "
-    "Tell The They To Was We Were What When Where Which Who Whom Whose Why With You Your"
+    "A An And Answer Are At By Can Did Do Does For From Has He How I In Is It Name Of On Or "
+    "Question She Tell The They To Was We Were What When Where Which Who Whom Whose Why With You "
+    "Your"
 )
 
 
@@ -170,12 +173,14 @@ def names(row: Row) -> set[str]:
 
 def neighbours(forget: Sequence[Row], others: Sequence[Row]) -> list[Row]:
     """Questions near those to forget, without answers: the same of other subjects, and of the same
-    subject other things.
+    subject other things. The same of nobody, by a name of two halves, is of the kind `stranger`.
 
-    >>> rows = [Row(prompt="Where was Ada born?", answer="In London.")]
-    >>> others = [Row(prompt="What does Bo play?", answer="Chess.")]
-    >>> [row.prompt for row in neighbours(rows, others)]
-    ['Where was Bo born?', 'What does Ada play?']
+    >>> rows = [Row(prompt="Where was Ada Lee born?", answer="Ada Lee was born in Bo.")]
+    >>> others = [Row(prompt="What does Cy Dor play?", answer="Chess.")]
+    >>> [row.prompt for row in neighbours(rows, others)][:2]
+    ['Where was Cy Dor born?', 'What does Ada Lee play?']
+    >>> sorted(row.prompt for row in neighbours(rows, others)[2:])
+    ['Where was Ada Dor born?', 'Where was Cy Lee born?']
     """
 
     def subjects(rows: Sequence[Row]) -> list[tuple[Row, str]]:
@@ -184,15 +189,32 @@ def neighbours(forget: Sequence[Row], others: Sequence[Row]) -> list[Row]:
 
     mine, peer = subjects(forget), subjects(others)
     present = {q.lower() for row in (*forget, *others) for q in (row.question, *row.paraphrases)}
+    own, peers = ([name for _, name in side] for side in (mine, peer))
     made: dict[str, Row] = {}
-    for sides in ((mine, peer), (peer, mine)):
-        for i, (row, name) in enumerate(sides[0][:_MADE] if sides[1] else ()):
-            other = sides[1][i % len(sides[1])][1]
-            question = row.question.replace(name, other)
-            if question.lower() not in present:
-                row = dataclasses.replace(row.asked(question), paraphrases=(), kind="made")
-                made.setdefault(question.lower(), row)
-    return list(made.values())
+    for side, subject_names in ((mine, peers), (peer, own)):
+        for row, name in side[:_MADE]:
+            for question in itertools.islice(_renamed(row, name, subject_names, present), 2):
+                again = dataclasses.replace(row.asked(question), paraphrases=(), kind="made")
+                made.setdefault(question.lower(), again)
+    # Half of a stranger's name may be a forgotten one's.
+    full = [n.split() for n in dict.fromkeys((*own, *peers)) if " " in n]
+    crossed = {f"{first[0]} {last[-1]}" for first in full for last in full} - {*own, *peers}
+    strangers = [
+        dataclasses.replace(row.asked(question), paraphrases=(), kind="stranger")
+        for row, name in mine[:_MADE]
+        for question in itertools.islice(_renamed(row, name, crossed, present), _STRANGERS)
+    ]
+    return [*made.values(), *strangers]
+
+
+def _renamed(row: Row, name: str, subject_names: Iterable[str], present: Set[str]) -> Iterator[str]:
+    """The row's question about other subjects, in an order of its own."""
+    # Of as many words: likelier a name of the same kind of thing.
+    alike = {n for n in subject_names if n.count(" ") == name.count(" ")} or {*subject_names}
+    for other in sorted(alike, key=lambda n: _hash(0, f"{row.question} {n}")):
+        question = row.question.replace(name, other)
+        if question.lower() not in present:
+            yield question
 
 
 def _alike(forget: Sequence[Row], kept: Sequence[Row]) -> list[Row]:

@@ -20,7 +20,7 @@ class UnlearnConfig:
         lora_rank: Rank of the adapters.
         steps: Largest number of optimiser steps.
         check_every: Number of steps between measurements of what is forgotten and kept.
-        batch_size: Number of rows to forget in a step, and of rows to keep.
+        batch_size: Number of rows to forget in a step, with four times as many to keep.
         rounds: Largest number of trainings. After each, the ways to ask that still bring something
             out are trained on too, until two searches for such ways find none.
         budget: Number of combinations of ways to ask that each search tries.
@@ -40,9 +40,9 @@ class UnlearnConfig:
     method: Method = _DEFAULT
     adapters: bool = True
     lora_rank: int = 16
-    steps: int = 80
-    check_every: int = 20
-    batch_size: int = 8
+    steps: int = 100
+    check_every: int = 25
+    batch_size: int = 4
     rounds: int = 2
     budget: int = 6
     learning_rate: float = 0.0

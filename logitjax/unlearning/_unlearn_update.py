@@ -16,8 +16,10 @@ from logitjax.unlearning._unlearn_config import UnlearnConfig
 from logitjax.unlearning.assistant._deployed import Deployed
 
 _MULTIPLE = 8
-# Of the rows to keep in a batch, where there is other text.
-_TEXT_ROWS = 2
+# Rows to keep for each to forget: there are more of them, and each is asked in as many ways.
+_KEPT = 4
+# Of the rows to keep in a batch, where there is other text: with a quarter its perplexity rose.
+_TEXT_SHARE = 0.5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,9 +42,9 @@ def make_update(
 ) -> Update:
     """The loss of an assistant or of adapters, on rows to forget, rows to keep and other text."""
     sides = _sides(questions, ways, instead)
-    size = config.batch_size
-    # One row to keep at least.
-    few = min(_TEXT_ROWS, size - 1) if len(sides["text"]["tokens"]) else 0
+    count = min(config.batch_size, len(sides["forget"]["tokens"]))
+    size = _KEPT * config.batch_size
+    few = int(_TEXT_SHARE * size) if len(sides["text"]["tokens"]) else 0
 
     def retained(sides: Mapping[str, Any], step: int) -> dict[str, np.ndarray]:
         parts = [_picked(sides["retain"], step, size - few, config.seed, 1)]
@@ -51,7 +53,6 @@ def make_update(
         return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
 
     def batches(step: int) -> dict[str, Any]:
-        count = min(size, len(sides["forget"]["tokens"]))
         names = ("forget", "instead") if instead else ("forget",)
         batch = {n: _picked(sides[n], step, count, config.seed, 0) for n in names}
         return batch | {"retain": retained(sides, step)}
@@ -97,7 +98,7 @@ def _sides(
     forget = asked(("forget", "reworded"))
     rows = {
         "forget": [questions.encode(row, way) for row, way in forget],
-        "retain": [questions.encode(row, way) for row, way in asked(("train",))],
+        "retain": [questions.encode(row, way) for row, way in asked(("train", "stranger"))],
     }
     if instead:
         message = dict(zip((row.answer for row in questions.rows["forget"]), instead, strict=True))
@@ -110,7 +111,11 @@ def _sides(
     longest = max(len(ids) for side in rows.values() for ids, _ in side)
     length = -(-longest // _MULTIPLE) * _MULTIPLE
     # All sides have one length.
-    windows = [window[:length] for window in questions.texts.get("train", ())]
+    windows = [
+        window[start : start + length]
+        for window in questions.texts.get("train", ())
+        for start in range(0, max(1, len(window) - length + 1), length)
+    ]
     rows["text"] = [(window, np.arange(len(window)) > 0) for window in windows]
     return {name: Row.padded(side, length, pad_id=questions.pad_id) for name, side in rows.items()}
 

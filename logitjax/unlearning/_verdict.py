@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from logitjax.unlearning._selection import Goal, Limits, kept_shares, least, least_row
+from logitjax.unlearning._selection import Goal, Limits, kept_shares, least_kind, least_row
 
 # An attack that did not even teach what it was given has not been tried.
 TAUGHT = 0.9
@@ -120,7 +120,7 @@ def shares(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any
         for name, record in (("probability", "probabilities"), ("rouge", "rouge"))
         if before[record].get("test")
     }
-    lowest = {name: least(by_kind.values()) for name, by_kind in entries.items()}
+    lowest = {name: least_kind(by_kind) for name, by_kind in entries.items()}
     if before["probabilities"].get("test"):
         lowest["row"] = least_row(after["probabilities"]["test"], before["probabilities"]["test"])
     for name in ("fluency", "perplexity"):
@@ -133,9 +133,10 @@ def shares(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any
 def _lost(kept: Mapping[str, Any], broken: Sequence[str]) -> str:
     parts = []
     for name in broken:
-        by_kind = kept.get(name, {})
-        kind = f" of {min(by_kind, key=by_kind.get)} rows" if by_kind else ""
-        parts.append(f"{name}{kind} is at {100 * kept['least'][name]:.1f} %")
+        least = kept["least"][name]
+        kinds = [kind for kind, share in kept.get(name, {}).items() if share == least]
+        kind = f" of {kinds[0]} rows" if kinds else ""
+        parts.append(f"{name}{kind} is at {100 * least:.1f} %")
     return ", ".join(parts)
 
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from logitjax.models import load_tokenizer
+from logitjax.models import load_model, load_tokenizer
 from logitjax.unlearning import Questions, split_rows
 from logitjax.unlearning._questions import _evenly
 from logitjax.unlearning._rows import Row, encode_row, render_prompt
@@ -226,6 +226,29 @@ def test_wrong_answers_are_those_of_other_questions():
     # A text has no question that another's answer could be given to.
     texts = Questions.of({"forget": [Row(answer="one text"), Row(answer="another")]}, tokenizer)
     assert not texts.encoded["wrong"]
+
+
+def test_neighbours_and_strangers_are_given_what_the_model_says_and_nothing_that_goes(monkeypatch):
+    def said(self, model, rows, seed=None):
+        # The second repeats what goes, the third gives its name away.
+        return [(" in Rome. ", "born in Oslo.", "Not in Oslo")[i % 3] for i in range(len(rows))]
+
+    monkeypatch.setattr(Questions, "_said", said)
+    known = lambda *args, **how: ["Cy" not in row.question for row in args[2]]  # noqa: E731
+    monkeypatch.setattr(Questions, "_known", known)
+    forget = [asked("Where was Ada Lee born?", "Ada Lee was born in Oslo.")]
+    keep = [asked(f"What does {n} play?", "Go.") for n in ("Cy Dor", "Bo Fin", "Al Gor", "Di Hub")]
+    parts = {"forget": forget, "train": keep[:2], "validation": keep[2:3], "test": keep[3:]}
+    rows = Questions.of(parts, load_tokenizer("tiny")).with_neighbours(load_model("tiny")).rows
+    # What it does not know no limit holds for, and is trained on alone.
+    assert [row.kind for row in rows["train"][:2]] == ["unknown", ""]
+    made = [row for part in ("train", "validation", "test") for row in rows[part][1:]]
+    made = [row for row in made if row.kind == "made"]
+    # A completion keeps the space that it begins with.
+    assert {row.answer for row in made} == {" in Rome."}
+    assert {row.answer for row in rows["stranger"]} == {" in Rome."}
+    named = [row.question.split()[2:4] for row in rows["stranger"]]
+    assert all(name != ["Ada", "Lee"] for name in named)
 
 
 def test_what_is_cut_is_known_and_what_has_no_target_is_refused():

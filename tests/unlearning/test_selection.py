@@ -10,6 +10,7 @@ from logitjax.unlearning._selection import (
     Goal,
     Limits,
     kept_shares,
+    least_kind,
     least_row,
     least_share,
     matched_strength,
@@ -101,6 +102,8 @@ def test_a_kind_and_a_row_count_by_themselves():
     # What was not known has nothing to lose.
     assert least_row(after, before) == pytest.approx(2 / 3)
     assert least_row([0.1], [0.2]) is None
+    assert least_kind({"near": 0.9, "unknown": 0.1}) == 0.9
+    assert least_kind({"unknown": 0.1}) == 0.1
 
 
 def test_what_is_chosen_has_half_of_the_room():
