@@ -140,6 +140,7 @@ def pro_lip(clone: Path, rows: Rows, *, text: bool) -> torch.Tensor:
     start = kind.__init__
     kind.__init__ = lambda self, *given: (start(self, *given), made.append(self))[0]
     module.compute_image_features = lambda *_: (rows["query_hidden"], rows["query_labels"])
+    module.cls_acc = lambda *_, **__: 0.0
     with tempfile.TemporaryDirectory() as root:
         place = Path(root) / "features_ViTB16_random" / "4_shot" / "seed1"
         place.mkdir(parents=True)
@@ -150,7 +151,11 @@ def pro_lip(clone: Path, rows: Rows, *, text: bool) -> torch.Tensor:
         method = getattr(module, "ProLIP_text" if text else "ProLIP")(
             mock.MagicMock(wraps=options, __getitem__=lambda _, key: options.get(key, False))
         )
-        state = {"visual.proj": rows["projection"], "text_projection": rows["text_projection"]}
+        # Trained in place.
+        state = {
+            "visual.proj": rows["projection"].clone(),
+            "text_projection": rows["text_projection"].clone(),
+        }
         # [prompts, classes, width]
         before = rows["text_hidden"].transpose(0, 1)
         nothing = (None,) * 7

@@ -4,7 +4,7 @@ Each start is a fork of a process that has imported the library: it takes what t
 of faults: `kill`; `flip` of a bit, `cut` of a file and `torn` (files of the newest checkpoint
 emptied or cut, as after a power loss), each of a run that was killed; `full` disks; a `clock` that
 jumps between starts; `two` runs in one folder. A run goes on until it ends, and has to have the
-bits of one in peace. Faults are kept in `faults.jsonl`, so that a rig that was ended goes on.
+bits of an uninterrupted one. Faults are kept in `faults.jsonl`, so that a rig that was ended goes on.
 `--only=loop,distill` runs the training loop, or `logitjax distill` with a teacher's cache.
 """
 
@@ -197,7 +197,7 @@ class _Run:
             wrong.append(f"went on from {match and match[1]}, not from {newest}")
         last = text.strip().splitlines()[-1:] or [""]
         if status == 0 and (result := self.result()) != self.peace:
-            wrong.append(f"other bits than in peace: {result}")
+            wrong.append(f"other bits than without faults: {result}")
         elif status not in (0, -signal.SIGKILL):
             if kind == "full":
                 named = "No space left" in last[0] or "ENOSPC" in last[0]
@@ -254,7 +254,7 @@ def _faults(name: str, directory: Path, wanted: int, record: Path) -> list[dict[
         peace = _Run(job, directory / name / "peace", lambda _: None, "")
         status = _Start(job, peace.folder, peace.log).end()
         if status != 0:
-            raise RuntimeError(f"{name} in peace: {_jobs.said(peace.log)[-2000:]}")
+            raise RuntimeError(f"{name} without faults: {_jobs.said(peace.log)[-2000:]}")
         expected, kinds = peace.result(), [k for k in _KINDS if disk or k != "full"]
         while len(rows) < wanted:
             folder = directory / name / f"run-{len(rows)}"
