@@ -4,7 +4,7 @@ Each start is a fork of a process that has imported the library: it takes what t
 of faults: `kill`; `flip` of a bit, `cut` of a file and `torn` (files of the newest checkpoint
 emptied or cut, as after a power loss), each of a run that was killed; `full` disks; a `clock` that
 jumps between starts; `two` runs in one folder. A run goes on until it ends, and has to have the
-bits of an uninterrupted one. Faults are kept in `faults.jsonl`, so that a rig that was ended goes on.
+bits of an uninterrupted one. Faults are kept in `faults.jsonl`, so that an ended rig goes on.
 `--only=loop,distill` runs the training loop, or `logitjax distill` with a teacher's cache.
 """
 

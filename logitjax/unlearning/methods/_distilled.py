@@ -24,8 +24,8 @@ class Distilled(Method):
     """The weights learn what a model says less its assistant, which nobody can leave out then.
 
     The loss is `mean_{forget} KL(served || model) + beta mean_{retain} KL(served || model)`.
-    With `rho` both are taken after a step of that length towards the answers to forget, as a user who
-    teaches them again would take, so that such steps do not bring them back.
+    With `rho` both are taken after a step of that length towards the answers to forget, as teaching
+    them again would take it, so that such steps do not bring them back.
 
     Attributes:
         of: Folder of the assistant that `difference` wrote.
