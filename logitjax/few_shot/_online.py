@@ -46,8 +46,9 @@ def adapt_online(
 
     >>> import numpy as np
     >>> features = np.array([[1.0, 0], [0, 1], [0.8, 0.6]])
-    >>> adapt_online(8 * features, features, sharpness=1.0)[2].round(2).tolist()
-    [10.04, 6.14]
+    >>> scores = adapt_online(8 * features, features, sharpness=1.0)
+    >>> print(*(f"{score:.2f}" for score in scores[2]))
+    9.92 6.02
     """
     checks.shapes(logits=(logits, "float n classes"), features=(features, "float n features"))
     logits, features = checks.as_float(logits, "logits"), unit_rows(features)
