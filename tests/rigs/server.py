@@ -3,7 +3,7 @@
 Parts, for `--only`: `red_team_*` (attackers made from the request's schema before each policy, on a
 row of each model, in one process), `prefix` (what 32 prompts with a common beginning cost),
 `health` (while 50 prompts of a megabyte come in), `gaps` (of other streams beside a prompt of 900
-tokens), `bombs` (of short answers beside schemas), `half_open` (a thousand connections that
+tokens), `bombs` (of short answers beside slow schemas), `half_open` (a thousand connections that
 say nothing, at 256 files), `signal` (SIGTERM among streams), `fuzz` (nonsense) and `load` (200
 clients for a minute). A small random decoder answers over loopback where not said otherwise;
 `health`, `gaps` and `bombs` ask SmolLM2-135M. tests/serving/test_serve.py has requests of the
