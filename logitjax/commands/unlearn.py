@@ -1,4 +1,4 @@
-"""Make a model forget what you name, keep the rest, and measure what is left of both.
+"""Make a model forget rows that you name, keep the rest, and measure both.
 
     logitjax unlearn --model=smollm2 --forget=forget.jsonl --retain=retain.jsonl \\
         --holdout=unseen.jsonl --text=tfds:wiki_summaries --out=runs/forgotten
@@ -7,29 +7,29 @@
 
 A row of a file is `{"question", "answer"}` or `{"messages"}`, asked through the model's chat
 template, `{"prompt", "completion"}` or `{"text"}`. It may have a `group`, such as a person, and
-`paraphrases`, a list. `--holdout` has rows like those to forget that the model was never taught.
-One half of it sets the goal: no answer to forget, asked as in the file, in its paraphrases or in
-any of several other ways, may be likelier than twice the likeliest of these, asked alike. The other
-half tells whether it shows that something was removed.
+`paraphrases`, a list. `--holdout` has rows like those to forget on which the model was never
+trained. Half of them set the goal: no answer to forget, asked as in the file, in its paraphrases or
+in several other phrasings, may be more than twice as likely as the likeliest holdout answer in the
+same phrasing. The other half tests whether the removal can be detected.
 
-Prompts and completions of messages, the rows of ShareGPT and Alpaca, and lists of answers are read
-as well.
+Prompts and completions made of messages, the rows of ShareGPT and Alpaca, and lists of answers are
+read as well.
 
-`--method` is a name with options, as `'npo_kl(beta=0.2)'`, or `package.module:Name`. `difference`
-trains an assistant of the model's first layers that knows what to forget and nothing else. Its
-logits are subtracted while the model answers. The model's weights stay as they are: without the
-assistant everything is back. All other methods train adapters of the weights, or with
-`--noadapters` all weights.
+`--method` is a name with options, such as `'npo_kl(beta=0.2)'`, or `package.module:Name`.
+`difference` trains an assistant on the model's first layers that learns only what to forget. Its
+logits are subtracted while the model answers. The weights do not change: without the assistant
+everything is back. All other methods train adapters of the weights, or with `--noadapters` all
+weights.
 
-Every few steps the command finds the strength at which the goal is met, and measures there what is
-left of the rows to keep. Generated answers decide in the end. OUT/assistant or OUT/adapter is then
-a PEFT adapter. OUT/model is a model with the adapter in its weights (`--merge`), or with new
-weights (`--noadapters`).
+Every few steps the command finds the strength at which the goal is met, and measures the rows to
+keep at that strength. The final choice is based on generated answers. OUT/assistant or OUT/adapter
+is then a PEFT adapter. OUT/model is a model with the adapter in its weights (`--merge`), or with
+new weights (`--noadapters`).
 
-OUT/report.md compares before and after, with intervals, attacks, samples, and all that was tried.
-If nothing both forgets and keeps, on rows that it was not chosen by as well, only the report is
-written, and the status is 3. Limits may be changed without training again. You may kill the run at
-any time: the same command continues it. See docs/unlearning.md.
+OUT/report.md compares before and after, with intervals, attacks, samples, and all candidates. If no
+candidate both forgets and keeps, on held-out rows as well, only the report is written, and the exit
+status is 3. Limits may be changed without training again. You may kill the run at any time: the
+same command continues it. See docs/unlearning.md.
 """
 
 import dataclasses
@@ -61,33 +61,33 @@ _SAMPLES = 8
 class Config:
     """The model, the rows to forget and to keep, the method, and the limits."""
 
-    model: str = field(REQUIRED, "Model that is to forget.")
-    forget: str = field(REQUIRED, "JSON lines to forget.")
-    retain: str = field(REQUIRED, "JSON lines to keep. Some are held out of training.")
+    model: str = field(REQUIRED, "Model to change.")
+    forget: str = field(REQUIRED, "JSON lines with rows to forget.")
+    retain: str = field(REQUIRED, "JSON lines with rows to keep. Some are held out of training.")
     holdout: str | None = field(
-        None, "JSON lines like those to forget, which the model was never taught."
+        None, "JSON lines with rows like those to forget, on which the model was never trained."
     )
     reference: tuple[str, ...] = field(
-        (), "Model that never knew what is forgotten, as a control for attacks; may be repeated."
+        (), "Model that never learned the rows to forget, as a control for attacks."
     )
     attacks: Literal["quick", "all"] = field(
-        "quick", "Attacks of the report. `all` adds those that train and sample.", execution=True
+        "quick", "Attacks in the report. `all` adds those that train and sample.", execution=True
     )
     text: str | None = field(
-        None, "Other text, whose perplexity has to stay: jsonl:PATH, hf:ORG/NAME, and so on."
+        None, "Other text whose perplexity must not rise: jsonl:PATH, hf:ORG/NAME, and so on."
     )
     method: str = field(
         "difference",
-        "Method with its options, as npo_kl(beta=0.2), or one of your own as package.module:Name.",
+        "Method with its options, such as npo_kl(beta=0.2), or your own as package.module:Name.",
         listing=unlearning.METHODS.help,
     )
     training: unlearning.UnlearnConfig = nested(without=("method", "thorough"))
     merge: bool = field(False, "Also write the model with the adapter in its weights.")
-    max_length: int = field(256, "Largest number of tokens of a row.", minimum=8)
-    new_tokens: int = field(48, "Largest number of tokens of a generated answer.", minimum=1)
+    max_length: int = field(256, "Maximum number of tokens of a row.", minimum=8)
+    new_tokens: int = field(48, "Maximum number of tokens of a generated answer.", minimum=1)
     text_windows: int = field(8, "Number of pieces of other text to score.", minimum=1)
     text_length: int = field(128, "Number of tokens in each piece of other text.", minimum=8)
-    eval_batch: int = field(4, "Number of rows that are scored at once.", minimum=1)
+    eval_batch: int = field(4, "Number of rows scored at once.", minimum=1)
     dtype: Literal["float32", "bfloat16"] = field("float32", "Compute type.")
 
     def __post_init__(self) -> None:

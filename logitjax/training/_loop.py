@@ -42,14 +42,13 @@ class LoopOptions:
 
     Attributes:
         checkpoint_every: steps between checkpoints; the last step is always saved.
-        log_every: steps between log lines: means of all metrics since the last,
-            ``seconds_per_step``, and ``tokens_per_second`` by the count of the loss, unless that
-            counts one a step.
+        log_every: steps between log lines: means of all metrics since the last line,
+            ``seconds_per_step``, and ``tokens_per_second`` if the loss counts tokens.
         eval_every: steps between evaluations; the last step is always evaluated.
         progress: a tqdm bar, if standard error is a terminal.
-        profile_steps: number of steps that ``jax.profiler`` traces into ``workdir/profile``, from
-            this call's third step on, because the first one compiles. SIGUSR1 traces as many of
-            the next steps, or three.
+        profile_steps: number of steps that ``jax.profiler`` traces into ``workdir/profile``,
+            starting with this call's third step, because the first one compiles. SIGUSR1 traces as
+            many of the next steps, or three.
     """
 
     checkpoint_every: int = option(0, execution=True)

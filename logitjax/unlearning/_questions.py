@@ -41,8 +41,8 @@ class Questions:
         cut: Indices of rows of a part that are longer than `max_length`: only their beginnings are
             trained on and asked.
         texts: Windows of other text by part, `train`, `validation` and `test`; may be empty.
-        max_length: Largest number of tokens of a row.
-        new_tokens: Largest number of tokens of a generated answer.
+        max_length: Maximum number of tokens of a row.
+        new_tokens: Maximum number of tokens of a generated answer.
         batch_size: Number of rows that are asked at once.
     """
 

@@ -36,29 +36,28 @@ class Reading:
     """The text, the teachers that read it, and how much of their output is kept.
 
     Attributes:
-        data: Text to learn from: such as jsonl:PATH or hf:ORG/NAME, as for `data.load_examples`.
-        teachers: Models to learn from, `cache:DIR` as `logitjax cache-logits` writes it, or
+        data: Text to learn from, such as jsonl:PATH or hf:ORG/NAME (see `data.load_examples`).
+        teachers: Model to learn from, `cache:DIR` as written by `logitjax cache-logits`, or
             `api:URL`.
         seq_len: Number of tokens in a row.
-        on_error: Whether a malformed row of the text is an error (raise) or left out (skip).
-        top_k: Number of top logits of each position of a teacher that are kept, or that a server
-            reports.
-        tail_samples: Number of draws from the other tokens, which make `kl` unbiased.
+        on_error: Whether a malformed row of the text is an error (raise) or is skipped (skip).
+        top_k: Number of a teacher's top logits to cache per position, or to request from a server.
+        tail_samples: Number of samples of the other tokens, which make `kl` unbiased.
         batch_size: Number of rows that a teacher reads at once.
         dtype: Type that teachers compute in.
         layout: Layout of teachers.
         api_key: Key of servers.
-        served_rank: Columns of the low-rank code in which a server that reads live sends hidden
-            states; 0 asks for them as they are.
+        served_rank: Rank of the code in which a live server sends hidden states; 0 requests the
+            states themselves.
         terms: The terms that will use it: what they declare of teachers is read and kept.
-        teacher_reads: Whether teachers read the text once, before the training, into a `'cache'` on
-            disk, or beside the student (`'live'`): then they stay in memory, nothing is kept, and
-            terms may ask for their hidden states.
-        teacher_devices: Over which devices a teacher is split: those of each process (`'local'`),
-            which then reads its share of the rows by itself, or those of all (`'all'`), for one
-            that no host can hold.
-        fit_to: Models whose tokenizers cut the rows as the teachers' do: runs with other teachers
-            then learn from the same rows, and their scores can be compared.
+        teacher_reads: Whether teachers read the text once before training, into a `'cache'` on
+            disk, or during training (`'live'`): then they stay in memory, nothing is cached, and
+            terms may use their hidden states.
+        teacher_devices: Devices that a teacher is split over: those of each process (`'local'`),
+            which then reads its share of the rows by itself, or those of all processes (`'all'`),
+            for a teacher too large for one host.
+        fit_to: Further models whose tokenizers the rows must fit. Runs with other teachers then
+            learn from the same rows, so that their scores can be compared.
     """
 
     data: str
