@@ -84,7 +84,7 @@ class Config:
         if self.model is None and self.url is None:
             raise ValueError("model: expected a model, a url or both, got neither")
         if self.model is None and not (self.vocab_size and self.prompts):
-            raise ValueError("vocab_size, prompts: expected numbers where no model says them")
+            raise ValueError("vocab_size, prompts: expected numbers, as no model provides them")
         if self.model is None and self.data:
             raise ValueError("data: expected a model whose tokenizer reads it, got none")
 

@@ -39,7 +39,9 @@ def run(config: Config, out: epath.Path) -> None:
     if "auxiliary" in head.method.needs:
         specs.append(config.auxiliary or head.about.get("auxiliary"))
     if None in specs:
-        raise ValueError(f"encoder: expected one, as {config.head} learned from files, got none")
+        raise ValueError(
+            f"encoder: expected one, because {config.head} was trained on files, got none"
+        )
     encoders = pictures.Encoders(
         list(map(str, specs)), fit=head.about.get("fit", "crop"), batch_size=config.batch_size
     )

@@ -119,14 +119,14 @@ class Config:
         if self.on_policy.share:
             if self.reading.teacher_reads != "live":
                 raise ValueError(
-                    "on_policy: expected --teacher_reads=live, for a cache cannot contain what the "
-                    "student writes"
+                    "on_policy: expected --teacher_reads=live, because a cache cannot contain the "
+                    "student's samples"
                 )
             self.on_policy.rows(self.course.batch_size)
             self.on_policy.lengths(self.reading.seq_len)
         if self.teacher_weight and len(self.teacher_weight) != len(named):
             raise ValueError(
-                f"teacher_weight: expected {len(named)}, one a teacher, got "
+                f"teacher_weight: expected {len(named)}, one per teacher, got "
                 f"{len(self.teacher_weight)}"
             )
 
@@ -289,7 +289,7 @@ def _check_weights(config: Config, whole: models.Decoder, out: epath.Path) -> No
         processes.write_json(path, {"weights": weights})
     if processes.broadcast_from_first(lambda: json.loads(path.read_text()))["weights"] != weights:
         raise ValueError(
-            f"student: expected the weights that {out} was begun with, got others in "
+            f"student: expected the weights that {out} was started with, got others in "
             f"{config.student!r}; name a new --out"
         )
 

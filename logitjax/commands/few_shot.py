@@ -104,11 +104,11 @@ class Config:
         if self.features is not None:
             for name in ("split", "test_split", "encoder", "auxiliary", "tokenizer"):
                 if getattr(self, name) is not None:
-                    raise ValueError(f"{name}: expected none beside --features")
+                    raise ValueError(f"{name}: expected none with --features")
         if self.data is not None and self.test_features is not None:
-            raise ValueError("test_features: expected --test_split beside --data")
+            raise ValueError("test_features: expected --test_split with --data")
         if self.test_features is not None and self.test_features == self.features:
-            raise ValueError("test_features: expected other pictures than --features")
+            raise ValueError("test_features: expected pictures other than those of --features")
         if self.test_split is not None and self.test_split == (self.split or "train"):
             raise ValueError(f"test_split: expected another than --split, got {self.test_split!r}")
         if self.features is not None and self.class_weights is None:
@@ -123,7 +123,7 @@ class Config:
                 )
         for prompt in self.prompts:
             if "{}" not in prompt:
-                raise ValueError(f"prompts: expected {{}} where the name goes, got {prompt!r}")
+                raise ValueError(f"prompts: expected {{}} in place of the name, got {prompt!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -440,8 +440,7 @@ def _class_weights(config: Config, encoder: vision.Encoder, class_names: Sequenc
         return config.class_weights
     if not encoder.has_text:
         raise ValueError(
-            f"class_weights: expected a file, for {encoder.name} has no text tower to name "
-            "classes with, got none"
+            f"class_weights: expected a file, because {encoder.name} has no text tower, got none"
         )
     return np.asarray(encoder.zero_shot(_words(class_names), config.prompts))
 

@@ -120,7 +120,7 @@ def run(config: Config, out: epath.Path) -> None:
     if min(split.groups) < _FEW_GROUPS:
         logging.warning(
             "%d, %d and %d groups of rows to keep for training, choosing and testing: with fewer "
-            "than %d the numbers say little",
+            "than %d the numbers are unreliable",
             *split.groups,
             _FEW_GROUPS,
         )
@@ -156,7 +156,7 @@ def run(config: Config, out: epath.Path) -> None:
     # Whoever forgets what was never known would find every method perfect.
     if goal.met(forgetting.known):
         raise ValueError(
-            f"forget: expected answers that the model was taught, got none that is likelier than "
+            f"forget: expected answers that the model has learned, got none more likely than "
             f"{goal.limit('asked'):.3g}, twice the likeliest of {goal.source}"
         )
     storage.progress.mark(f"unlearning by {config.method}", log=True)

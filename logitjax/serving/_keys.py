@@ -53,7 +53,7 @@ class Key:
                 field = ".".join(map(str, first["loc"])) or "line"
                 raise ValueError(f"{path}:{number}: {field}: {first['msg']}") from None
             if any(other.name == key.name or other.secret == key.secret for other in keys):
-                raise ValueError(f"{path}:{number}: its name or its secret is there twice")
+                raise ValueError(f"{path}:{number}: its name or its secret occurs twice")
             keys.append(key)
         if not keys:
             raise ValueError(f"{path}: expected at least one key, got none")

@@ -174,7 +174,7 @@ def _read_legacy(file: guard.Reader) -> Any:
             raise ValueError(f"it holds an unknown storage {str(key)[:40]!r}")
         storage, field = entries[key], f"storage {key!r}"
         if storage.values is not None:
-            raise ValueError(f"{field} is there twice")
+            raise ValueError(f"{field} occurs twice")
         if int.from_bytes(file.read(8, field), "little") != storage.count:
             raise ValueError(f"{field} is truncated")
         storage.values = file.array(storage.dtype, storage.count, field)

@@ -65,7 +65,7 @@ class _MetaHandler(ocp.JsonCheckpointHandler):
         if jax.process_index() == 0:
             # Without this file the checkpoint gets no final name.
             if not _workdir.holds_still(directory):
-                raise ConnectionError(f"another run has taken the folder of {directory} over")
+                raise ConnectionError(f"another run has taken over the folder of {directory}")
             (directory / self._FILE).write_text(json.dumps(meta))
 
 

@@ -98,7 +98,7 @@ def train_loop(
     """
     options = options or LoopOptions()
     if options.profile_steps and workdir is None:
-        raise ValueError("profile_steps: a trace needs a workdir to lie in")
+        raise ValueError("profile_steps: a trace needs a workdir")
     writer = MetricWriter() if writer is None else writer
     with contextlib.ExitStack() as stack:
         if workdir is not None:
@@ -161,7 +161,7 @@ def train_loop(
         if checkpointer is not None:
             progress.mark(f"saving checkpoint {total_steps}")
             checkpointer.wait()
-        progress.mark("going on after the training")
+        progress.mark("continuing after the training")
     return state
 
 
@@ -257,7 +257,7 @@ def _resume(
     if restored is None:
         if not callable(start):
             raise ValueError(f"no checkpoint in {checkpointer.directory} can be read")
-        logging.warning("no checkpoint in %s can be read: beginning anew", checkpointer.directory)
+        logging.warning("no checkpoint in %s can be read: starting over", checkpointer.directory)
         state = start()
         return state, int(state.step)
     for name, value in identity.items():

@@ -111,8 +111,8 @@ def _count_start(workdir: epath.Path) -> None:
     count = int(before.get("starts", 0)) + 1 if same else 1
     if count > most:
         raise ValueError(
-            f"folder {str(workdir)!r}: expected something new from {most} starts, got nothing; its "
-            f"error.txt may say why (remove {path.name} to go on)"
+            f"folder {str(workdir)!r}: expected progress in {most} starts, got none; its "
+            f"error.txt may give the reason (remove {path.name} to continue)"
         )
     write_atomic(path, json.dumps({"run": run, "made": made, "starts": count}))
 

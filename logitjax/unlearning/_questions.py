@@ -92,8 +92,8 @@ class Questions:
         for part, which in cut.items():
             if which:
                 logging.warning(
-                    "%s: %d of %d rows are longer than max_length=%d tokens; what is beyond is "
-                    "neither trained on nor asked",
+                    "%s: %d of %d rows are longer than max_length=%d tokens; the rest is neither "
+                    "trained on nor asked",
                     part,
                     len(which),
                     len(rows[part]),

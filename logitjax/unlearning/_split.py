@@ -122,8 +122,8 @@ def split_rows(
     alike = _alike(forget, [row for part in parts for row in part if row.kind != "reworded"])
     if alike:
         logging.warning(
-            "retain: %d rows say much the same as one to forget, such as %r; where they are the "
-            "same fact, leave them out or give both one `group`",
+            "retain: %d rows are similar to one to forget, such as %r; if they state the same "
+            "fact, remove them or give both the same `group`",
             len(alike),
             f"{alike[0].question} {alike[0].answer}"[:80],
         )

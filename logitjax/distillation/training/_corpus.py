@@ -294,13 +294,12 @@ def _check_needs(
     kept = _identity(spec).k if spec.startswith("cache:") else reading.top_k
     if needs.top_k > 1 and kept < needs.top_k:
         raise ValueError(
-            f"loss {loss!r} compares the top {needs.top_k} logits, but of teacher {spec!r} {kept} "
-            "are kept"
+            f"loss {loss!r} compares the top {needs.top_k} logits, but teacher {spec!r} has {kept}"
         )
     if needs.top_k and needs.rest and spec.startswith("cache:") and not _identity(spec).rest:
         raise ValueError(
-            f"loss {loss!r} needs the mass of all but the top logits, which teacher {spec!r} does "
-            "not keep; use kl"
+            f"loss {loss!r} needs the mass of all but the top logits, which teacher {spec!r} "
+            f"lacks; use kl"
         )
     if needs.same_vocabulary and other_tokenizer:
         raise ValueError(
@@ -311,17 +310,17 @@ def _check_needs(
     if needs.moments and asked:
         raise ValueError(
             f"loss {loss!r} needs the mean and deviation of all logits, which teacher {spec!r} "
-            "does not say; use kl or uld"
+            f"does not report; use kl or uld"
         )
     if needs.chunks and asked:
         raise ValueError(
-            f"loss {loss!r} needs the log-probability of every label, which teacher {spec!r} is "
-            "not asked for; use first_piece or kl"
+            f"loss {loss!r} needs the log-probability of every label, which teacher {spec!r} does "
+            f"not report; use first_piece or kl"
         )
     if needs.hidden and reading.teacher_reads != "live":
         raise ValueError(
-            f"loss {loss!r} needs hidden states of teacher {spec!r}, which no cache keeps; read "
-            "live (--teacher_reads=live), or use kl"
+            f"loss {loss!r} needs hidden states of teacher {spec!r}, which no cache contains; use "
+            f"--teacher_reads=live, or kl"
         )
 
 

@@ -420,7 +420,7 @@ def _is_readable(path: epath.Path) -> bool:
     try:
         return path.exists() and storage.read_json(path) is not None
     except ValueError as error:
-        logging.warning("%s: making it again", error)
+        logging.warning("%s: creating it again", error)
         return False
 
 

@@ -191,7 +191,7 @@ def tile_grid(
     row_bytes += sum(4 * -(-n // LANES) * LANES for n in packed.widths)
 
     def on_chip(rows: int, columns: int) -> int:
-        # All that moves is there twice: the next comes while one is read.
+        # All that moves occurs twice: the next comes while one is read.
         moved = sum(2 * (rows + columns) * width for width in widths)
         logits = _TILE_ARRAYS * 4 * rows * columns * len(widths)
         copied = (rows + columns) * max(min(width, 4 * _STEP) for width in widths)

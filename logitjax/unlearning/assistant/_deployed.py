@@ -87,7 +87,7 @@ class Deployed:
             ValueError: There is no assistant.
         """
         if self.assistant is None:
-            raise ValueError("assistant: expected one that is taken away, got None")
+            raise ValueError("assistant: expected one that is subtracted, got None")
         self.assistant.lora.save(self.assistant.base.config, directory, base=base)
         record = {
             "layers": self.assistant.layers,
