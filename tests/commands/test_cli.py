@@ -226,7 +226,7 @@ def test_a_run_that_made_nothing_does_not_claim_its_folder(tmp_path):
         (folder / name).touch()
     _config_file.write_config(Config(name="typo"), folder, "out")
     (folder / "data" / "rows").touch()
-    with pytest.raises(ValueError, match="where name is another"):
+    with pytest.raises(ValueError, match="with another name"):
         _config_file.write_config(Config(name="tpyo"), folder, "out")
 
 

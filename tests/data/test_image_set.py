@@ -51,7 +51,7 @@ def test_splits_are_not_taken_for_classes(tmp_path):
         for name in ("cat", "dog", ".ipynb_checkpoints"):
             save(tmp_path / split / name / "one.png")
         (tmp_path / split / ".DS_Store").write_bytes(b"")
-    with pytest.raises(ValueError, match="split: expected one of train, val, which"):
+    with pytest.raises(ValueError, match="split: expected one of train, val, the splits"):
         data.load_image_set(f"folder:{tmp_path}")
     found = data.load_image_set(f"folder:{tmp_path}", split="val")
     assert found.class_names == ("cat", "dog")
