@@ -247,8 +247,8 @@ def _report(
     return (
         f"# Leakage audit\n\n`{config.url or config.model}`: vocabulary {vocab:,}{width}; "
         f"{len(prompts)} prompts of {prompts.shape[1]} tokens from {source}.\n\n"
-        f"{markdown_table(records)}\n\n`width` is `seen` where noise may hide weaker directions. "
+        f"{markdown_table(records)}\n\n`width` is `seen` if noise may hide weaker directions. "
         "`leak` is the share of the head's subspace that leaked, beyond chance; for a corner, at "
-        "its tokens. `KL` is what honest users lose by one answer, in nats.\n"
+        "its tokens. `KL` is the loss of honest users per answer, in nats.\n"
         f"{evidence}"
     )

@@ -122,9 +122,9 @@ def _report(config: Config, old: Any, new: Any, held_out: Any) -> str:
     # Perplexity may be equal where heads disagree: greedy decoding sees that.
     same = float((before.tokens == after.tokens).mean())
     return (
-        f"# `{config.model}`: its head as a {type(new.head).__name__}\n\n"
+        f"# `{config.model}`: its head replaced with a {type(new.head).__name__}\n\n"
         f"{markdown_table(table)}\n\n"
-        f"On {len(held_out):,} held-out positions of `{config.data}`. Perplexity times "
-        f"{after.perplexity / before.perplexity:.4g}; the likeliest token is the same at "
-        f"{same:.1%} of them.\n"
+        f"On {len(held_out):,} held-out positions of `{config.data}`. Perplexity changes by a "
+        f"factor of {after.perplexity / before.perplexity:.4g}; the most likely token is the same "
+        f"at {same:.1%} of them.\n"
     )

@@ -60,8 +60,8 @@ def run(config: Config, out: epath.Path) -> None:
     scores = storage.read_json(out / "scores.json", form=dict)
     before, after = (scores[name]["perplexity"] for name in ("before", "after"))
     print(
-        f"\nPerplexity of this text: {whole:.1f} by the whole model, {before:.1f} with "
-        f"{config.drop_layers} layers fewer, {after:.1f} after {config.steps} training steps.\n"
+        f"\nPerplexity of this text: {whole:.1f} for the whole model, {before:.1f} without "
+        f"{config.drop_layers} layers, {after:.1f} after {config.steps} training steps.\n"
         "Next:\n"
         f"  logitjax generate --model={out / 'model'} --complete --prompt='The logits'\n"
         f"  logitjax distill --student={config.model} --drop_layers=6 --data=text:FILE --out=DIR"

@@ -37,7 +37,7 @@ def model_card(
     return (
         "---\n" + "\n".join(head) + f"\n---\n\n# {title}\n\n"
         f"Made from {', '.join(f'`{base}`' for base in bases)} by logitjax {logitjax.__version__} "
-        f"(jax {jax.__version__}). The license of these models holds.\n\n{report.strip()}\n\n"
+        f"(jax {jax.__version__}). The license of these models applies.\n\n{report.strip()}\n\n"
         f"## Settings\n\n```yaml\n{options}```\n"
     )
 

@@ -196,7 +196,7 @@ def finish(
         _what(config, found),
         rows_of,
         *(_measures(config, questions, found) if found.verdict is not None else ()),
-        "## What was tried",
+        "## Candidates",
         markdown_table([_candidate_row(candidate) for candidate in found.candidates]),
     ]
     text = "\n\n".join(filter(None, sections)) + "\n"
@@ -234,8 +234,8 @@ def _cut(config: Config, questions: unlearning.Questions) -> str:
         return ""
     parts = ", ".join(f"{count} of `{part}`" for part, count in cut.items())
     return (
-        f" **Cut at {config.max_length} tokens (`--max_length`), and what is beyond neither "
-        f"trained on nor measured**: {parts}."
+        f" **Cut at {config.max_length} tokens (`--max_length`); the rest was neither trained on "
+        f"nor measured**: {parts}."
     )
 
 
@@ -246,7 +246,7 @@ def _as_json(verdict: Any) -> str:
 
 def _nothing(config: Config, found: Any) -> str:
     """The verdict where no candidate will do."""
-    advice = "More steps, more rows to keep, another method or wider limits may help."
+    advice = "More steps, more rows to keep, another method or looser limits may help."
     # Only then: one candidate of many that diverged says nothing about the rate.
     if all("finite" in candidate["broken"] for candidate in found.candidates):
         advice = "Its losses were not finite: a lower `--learning_rate` may help."
@@ -259,20 +259,21 @@ def _nothing(config: Config, found: Any) -> str:
 def _what(config: Config, found: Any) -> str:
     limits = ", ".join(f"{way} {limit:.3g}" for way, limit in found.goal.worst.items())
     goal = (
-        f"The goal is that no answer is likelier than twice the likeliest of {found.goal.source}, "
-        f"asked in the same way: {limits}. Their median is {found.goal.probability:.4g}. Trained "
-        f"on and chosen by: {', '.join(found.ways)}; judged in other wordings of these."
+        f"The goal is that no answer is more than twice as likely as the likeliest of "
+        f"{found.goal.source} in the same phrasing: {limits}. Their median is "
+        f"{found.goal.probability:.4g}. Used for training and selection: {', '.join(found.ways)}; "
+        "the final measurements use other wordings of these."
     )
     if found.chosen is None:
         return goal
     filters = config.settings.method.assistant
     kind = "other weights"
     if filters:
-        kind = "a filter: an assistant whose logits are subtracted; the weights are as they were"
+        kind = "a filter: an assistant whose logits are subtracted; the weights are unchanged"
     elif config.settings.adapters:
         kind = "an adapter that changes the weights"
     step, strength = found.chosen["step"], found.chosen["strength"]
-    name = "alpha" if filters else "factor of what was trained"
+    name = "alpha" if filters else "factor of the trained change"
     return f"`{config.method}`, {kind}. Step {step}, {name} {strength:.4g}. {goal}"
 
 
@@ -306,25 +307,26 @@ def _measures(config: Config, questions: unlearning.Questions, found: Any) -> li
     return [
         "## To forget",
         markdown_table(verdict.facts),
-        "Every answer by itself, asked in every way. `above` counts those that are likelier than "
-        "any answer never taught. The rows and the paraphrases `in words chosen by` were trained "
-        "on and chosen by, nothing else of this table was.",
+        "Every answer by itself, in every phrasing. `above` counts those that are likelier than "
+        "any answer never taught. Only the rows and the paraphrases `in words chosen by` were "
+        "used for training and selection.",
         "## To keep",
         markdown_table(_kept_rows(before, after, verdict)),
-        "Measured on what was written, read again, on rows that nothing was trained on or chosen "
-        "by. `kept %` is the ratio with its 95 % bootstrap interval over rows.",
+        "Measured on the written files, with rows that were used neither for training nor for "
+        "selection. `kept %` is the ratio with its 95 % bootstrap interval over rows.",
         "## Attacks",
         markdown_table(attacks),
         "`measured` is the median probability of the answers to forget, the `worst` of them, of "
-        "those that were `taught` again the median, a share of their tokens, or how well an attack "
-        "tells them from the holdout (AUC: 0.5 is a guess, and less also gives them away). "
+        "those that were `taught` again the median, a share of their tokens, or how well an "
+        "attack distinguishes them from the holdout (AUC: 0.5 is a guess, and less also reveals "
+        "them). "
         + ("" if config.attacks == "all" else "`--attacks=all` runs more attacks. ")
         + (
-            "A control never knew the answers."
+            "A control never learned the answers."
             if found.controls
-            else "There is no control: name some by `--reference`."
+            else "There is no control: add one with `--reference`."
         ),
-        "## What it says",
+        "## Sample answers",
         markdown_table(samples),
     ]
 

@@ -241,7 +241,7 @@ def test_a_method_with_a_constraint_runs_and_every_attack_is_reported(files, tmp
     assert attacks["before"]["membership by loss"]["auc"] == 1.0
     assert attacks["before"]["extraction strength"]["share"] > 0.8
     assert attacks["control-0"]["extraction strength"]["share"] < 0.3
-    assert "A control never knew the answers." in (out / "report.md").read_text()
+    assert "A control never learned the answers." in (out / "report.md").read_text()
 
 
 @pytest.mark.slow
