@@ -157,7 +157,7 @@ class Problem:
 
     @property
     def tested(self) -> tuple[few_shot.Pictures, Sequence[str]]:
-        """What these heads are tested on, and its files if there are any."""
+        """The pictures that these heads are tested on, and their files if there are any."""
         if self.test is not None:
             return self.test, self.files.get("test", ())
         rows, files = self.first.rest, self.files.get("pictures", ())

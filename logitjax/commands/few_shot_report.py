@@ -1,4 +1,4 @@
-"""What `logitjax few-shot` writes about its heads: columns, the best method, and its mistakes."""
+"""The report of `logitjax few-shot` on its heads: columns, the best method, and its mistakes."""
 
 import math
 from collections.abc import Mapping, Sequence

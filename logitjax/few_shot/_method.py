@@ -1,4 +1,4 @@
-"""What few-shot methods share: all add to logits, `s = s0 + beta * s_bias`, of frozen encoders."""
+"""The form of few-shot methods: all add to logits, `s = s0 + beta * s_bias`, of frozen encoders."""
 
 import dataclasses
 from typing import Any, ClassVar, NamedTuple

@@ -346,7 +346,7 @@ def test_bad_input_is_one_line_that_names_the_culprit(tmp_path, arguments, culpr
 
 @pytest.fixture
 def ended(monkeypatch):
-    """What the process would have ended with."""
+    """The exit status that the process would have had."""
 
     def leave(cause, status):
         print(f"error: {cause}", file=sys.stderr)

@@ -27,7 +27,7 @@ def task(**more):
 
 @pytest.fixture(scope="module")
 def worked():
-    """What every method says of one query, in float64 and one program."""
+    """Logits of every method for one query, in float64 and one program."""
     kernel = dict(sharpness=2.0, penalty=0.5, scale=1.0)
     chosen = {
         "gda": methods.GDA(),

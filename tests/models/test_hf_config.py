@@ -1,4 +1,4 @@
-"""What a config.json means: defaults of transformers, and nothing that is not understood."""
+"""The meaning of a config.json: defaults of transformers, and nothing that is not understood."""
 
 import json
 import pathlib

@@ -1,4 +1,4 @@
-"""What goes in: files in every form, wrong files of every kind, and where parameters land."""
+"""Loading: files in every form, wrong files of every kind, and where parameters land."""
 
 import dataclasses
 import importlib.util

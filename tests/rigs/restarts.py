@@ -28,7 +28,7 @@ _HOLD_SECONDS = 15.0
 
 
 def _in_a_pod() -> list[str]:
-    """What makes a command process 1; nothing where only the administrator may."""
+    """The prefix that makes a command process 1; empty if only the administrator may."""
     words = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
     if shutil.which("unshare") is None or subprocess.run([*words, "true"]).returncode:
         return []

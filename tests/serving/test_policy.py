@@ -1,4 +1,4 @@
-"""What a policy lets out, whatever is asked."""
+"""Limits of what a policy reveals, whatever is asked."""
 
 import asyncio
 import dataclasses
