@@ -183,7 +183,7 @@ class TokenProjection:
 
     @classmethod
     def load(cls, path: epath.Path, fingerprint: str) -> "TokenProjection | None":
-        """The projection of `save`, None if made from something else; ValueError names a damaged file."""
+        """The saved projection, None if made from something else; a damaged file is a ValueError."""
         if not path.exists():
             return None
         npz = read_npz(path)
