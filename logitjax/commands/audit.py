@@ -220,15 +220,15 @@ def _audit(
     }
 
 
-def _write_recovered(found: leakage.Audit, path: epath.Path) -> None:
+def _write_recovered(audit: leakage.Audit, path: epath.Path) -> None:
     arrays: dict[str, Any] = {}
-    if found.subspace is not None:
-        basis = np.asarray(found.subspace.basis)
+    if audit.subspace is not None:
+        basis = np.asarray(audit.subspace.basis)
         arrays["basis"] = basis
-        arrays["tokens"] = np.arange(len(basis)) if found.tokens is None else found.tokens
-        arrays["singular_values"] = found.subspace.singular_values
-    if found.row is not None:
-        arrays |= {"log_probs": found.row.log_probs, "known": found.row.known}
+        arrays["tokens"] = np.arange(len(basis)) if audit.tokens is None else audit.tokens
+        arrays["singular_values"] = audit.subspace.singular_values
+    if audit.row is not None:
+        arrays |= {"log_probs": audit.row.log_probs, "known": audit.row.known}
     storage.write_atomic(path, lambda file: np.savez(file, **arrays))
 
 

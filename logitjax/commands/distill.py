@@ -355,9 +355,9 @@ def _pruned(
     return model, ", ".join(notes), freeze
 
 
-def _recovered(place: str) -> np.ndarray:
+def _recovered(spec: str) -> np.ndarray:
     """The columns of a head that an audit recovered."""
-    path = epath.Path(place)
+    path = epath.Path(spec)
     if path.is_dir():
         folder = path / "recovered" if (path / "recovered").exists() else path
         # An audit of several policies leaves one file each: which one is meant has to be said.
@@ -421,7 +421,7 @@ def _report(
     config: Config,
     packed: data.PackedSplits,
     rows: list[dict[str, Any]],
-    found: distillation.Distilled,
+    distilled: distillation.Distilled,
     note: str,
 ) -> str:
     reading, course = config.reading, config.course
@@ -439,12 +439,12 @@ def _report(
     written = f", with {share:.0%} of the rows written by the student" if share else ""
     teachers = ", ".join(f"`{spec}`" for spec in config.teachers) or "no teacher"
     names = ("prompt", "before", "after")
-    samples = [{"": n, "text": text_cell(found.samples[n])} for n in names]
+    samples = [{"": n, "text": text_cell(distilled.samples[n])} for n in names]
     return (
         f"# `{config.student}`{' ' + note if note else ''}, distilled\n\n"
         f"{' + '.join(config.loss)} with {teachers} on `{reading.data}`: {course.steps} steps of "
         f"{course.batch_size} x {reading.seq_len} tokens{written}, learning rate {config.peak:g}, "
-        f"{found.trained.tokens_per_second:,.0f} trained tokens per second.{long}\n\n"
+        f"{distilled.trained.tokens_per_second:,.0f} trained tokens per second.{long}\n\n"
         f"{markdown_table(rows)}\n\n"
         f"The text has {_split_sizes(packed)} rows to train, validate and test on. Scores are "
         f"computed on {min(course.eval_rows, len(packed.splits['test']))} test rows. Agreement is "

@@ -185,22 +185,22 @@ def _reference(config: Config, name: str, tokenizer: models.Tokenizer) -> models
 
 
 def finish(
-    config: Config, questions: unlearning.Questions, found: Any, out: epath.Path, rows_of: str
+    config: Config, questions: unlearning.Questions, outcome: Any, out: epath.Path, rows_of: str
 ) -> int:
     """Keeps what was written or deletes it, as the verdict says, and reports; the exit status."""
-    passed = found.settle(out)
+    passed = outcome.settle(out)
     sections = [
         f"# `{config.model}`, unlearned",
-        _nothing(config, found) if found.verdict is None else found.verdict.words,
+        _nothing(config, outcome) if outcome.verdict is None else outcome.verdict.words,
         "" if passed else "No model was written.",
-        _what(config, found),
+        _what(config, outcome),
         rows_of,
-        *(_measures(config, questions, found) if found.verdict is not None else ()),
+        *(_measures(config, questions, outcome) if outcome.verdict is not None else ()),
         "## Candidates",
-        markdown_table([_candidate_row(candidate) for candidate in found.candidates]),
+        markdown_table([_candidate_row(candidate) for candidate in outcome.candidates]),
     ]
     text = "\n\n".join(filter(None, sections)) + "\n"
-    verdict = found.verdict or {"passed": False, "words": _nothing(config, found)}
+    verdict = outcome.verdict or {"passed": False, "words": _nothing(config, outcome)}
     storage.write_atomic(out / "report.md", text)
     storage.write_atomic(out / "verdict.json", _as_json(verdict))
     print(text)
@@ -244,11 +244,11 @@ def _as_json(verdict: Any) -> str:
     return json.dumps({"facts": [], "kept": {}} | record, indent=1) + "\n"
 
 
-def _nothing(config: Config, found: Any) -> str:
+def _nothing(config: Config, outcome: Any) -> str:
     """The verdict where no candidate will do."""
     advice = "More steps, more rows to keep, another method or looser limits may help."
     # Only then: one candidate of many that diverged says nothing about the rate.
-    if all("finite" in candidate["broken"] for candidate in found.candidates):
+    if all("finite" in candidate["broken"] for candidate in outcome.candidates):
         advice = "Its losses were not finite: a lower `--learning_rate` may help."
     return (
         f"**Nothing was forgotten**: no candidate of `{config.method}` both forgets and stays "
@@ -256,15 +256,15 @@ def _nothing(config: Config, found: Any) -> str:
     )
 
 
-def _what(config: Config, found: Any) -> str:
-    limits = ", ".join(f"{way} {limit:.3g}" for way, limit in found.goal.worst.items())
+def _what(config: Config, outcome: Any) -> str:
+    limits = ", ".join(f"{way} {limit:.3g}" for way, limit in outcome.goal.worst.items())
     goal = (
         f"The goal is that no answer is more than twice as likely as the likeliest of "
-        f"{found.goal.source} in the same phrasing: {limits}. Their median is "
-        f"{found.goal.probability:.4g}. Used for training and selection: {', '.join(found.ways)}; "
-        "the final measurements use other wordings of these."
+        f"{outcome.goal.source} in the same phrasing: {limits}. Their median is "
+        f"{outcome.goal.probability:.4g}. Used for training and selection: "
+        f"{', '.join(outcome.ways)}; the final measurements use other wordings of these."
     )
-    if found.chosen is None:
+    if outcome.chosen is None:
         return goal
     filters = config.settings.method.assistant
     kind = "other weights"
@@ -272,16 +272,16 @@ def _what(config: Config, found: Any) -> str:
         kind = "a filter: an assistant whose logits are subtracted; the weights are unchanged"
     elif config.settings.adapters:
         kind = "an adapter that changes the weights"
-    step, strength = found.chosen["step"], found.chosen["strength"]
+    step, strength = outcome.chosen["step"], outcome.chosen["strength"]
     name = "alpha" if filters else "factor of the trained change"
     return f"`{config.method}`, {kind}. Step {step}, {name} {strength:.4g}. {goal}"
 
 
-def _measures(config: Config, questions: unlearning.Questions, found: Any) -> list[str]:
+def _measures(config: Config, questions: unlearning.Questions, outcome: Any) -> list[str]:
     """Before and after, attacks, and what the model says."""
-    before, after, verdict = found.before, found.after, found.verdict
+    before, after, verdict = outcome.before, outcome.after, outcome.verdict
     sides = {"before": before, "after": after}
-    sides |= {f"control {n}": side for n, side in enumerate(found.controls, 1)}
+    sides |= {f"control {n}": side for n, side in enumerate(outcome.controls, 1)}
     attacks = [
         {"attack": name, "measured": kind}
         | {side: record["attacks"].get(name, {}).get(kind) for side, record in sides.items()}
@@ -323,7 +323,7 @@ def _measures(config: Config, questions: unlearning.Questions, found: Any) -> li
         + ("" if config.attacks == "all" else "`--attacks=all` runs more attacks. ")
         + (
             "A control never learned the answers."
-            if found.controls
+            if outcome.controls
             else "There is no control: add one with `--reference`."
         ),
         "## Sample answers",

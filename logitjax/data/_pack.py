@@ -330,9 +330,9 @@ def _documents(
     progress.read = len(examples)
 
 
-def _skipped(said: str, statistics: dict[str, int]) -> None:
+def _skipped(reason: str, statistics: dict[str, int]) -> None:
     statistics["malformed"] += 1
-    logging.log_first_n(logging.WARNING, "skipped malformed %s", 10, said)
+    logging.log_first_n(logging.WARNING, "skipped malformed %s", 10, reason)
 
 
 def _cut(

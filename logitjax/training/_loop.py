@@ -226,11 +226,11 @@ class _Report:
         self._step_began += paused
 
 
-def _data_seconds(own: float) -> dict[str, float]:
+def _data_seconds(seconds: float) -> dict[str, float]:
     """Seconds that a step waits for data; of several processes the one that all others wait for."""
     if jax.process_count() == 1:
-        return {"data_seconds": own}
-    each = np.asarray(multihost_utils.process_allgather(np.float32(own)))
+        return {"data_seconds": seconds}
+    each = np.asarray(multihost_utils.process_allgather(np.float32(seconds)))
     return {"data_seconds": float(each.max()), "slowest_process": float(each.argmax())}
 
 
@@ -333,8 +333,8 @@ def _profiler(workdir: Any, first: int, count: int) -> Iterator[Callable[[int, A
 
 
 @contextlib.contextmanager
-def _progress_bar(start: int, total: int, wanted: bool) -> Any:
-    if not wanted or jax.process_index() != 0 or not sys.stderr.isatty():
+def _progress_bar(start: int, total: int, enabled: bool) -> Any:
+    if not enabled or jax.process_index() != 0 or not sys.stderr.isatty():
         yield None
         return
     import tqdm

@@ -249,8 +249,8 @@ def _object_lock(workdir: epath.Path) -> Iterator[None]:
             store.write("lock", None, if_equal=generation).result(timeout=_BEAT_SECONDS)
 
 
-def _is_ours(found: Any) -> bool:
-    return found.state == "value" and _read(found.value).get("holder") == _ME
+def _is_ours(lock: Any) -> bool:
+    return lock.state == "value" and _read(lock.value).get("holder") == _ME
 
 
 def _write(store: Any, run: str, generation: bytes) -> bytes | None:

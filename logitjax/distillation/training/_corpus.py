@@ -148,27 +148,28 @@ class Reading:
         packed: PackedSplits,
         rows: Mapping[str, np.ndarray],
         directory: epath.Path,
-        known: Mapping[str, tuple[models.Decoder, models.Tokenizer]] | None = None,
+        loaded: Mapping[str, tuple[models.Decoder, models.Tokenizer]] | None = None,
     ) -> "Corpus":
         """The teachers' output on the rows that some run visits, from their caches or read now.
 
         Args:
             rows: The rows of each split that are visited, see `Course.visited_rows`.
             directory: Where the teachers' caches go.
-            known: Teachers that are loaded already, by their spec.
+            loaded: Teachers that are loaded already, by their spec.
 
         Raises:
             ValueError: A cache of something else, or a server that does not answer.
         """
         named = dict(zip(self.names, self.teachers, strict=True))
         if self.teacher_reads == "live":
-            live = _live_sources(self, packed, directory, known or {})
+            live = _live_sources(self, packed, directory, loaded or {})
             return Corpus(packed=packed, sources=live, specs=self.teachers)
         # What is refused, or does not answer, is said before models read for hours.
         order = {"cache": 0, "api": 1}
         soonest = sorted(named, key=lambda name: order.get(named[name].partition(":")[0], 2))
         caches = {
-            name: _caches(self, packed, rows, directory, known or {}, name=name) for name in soonest
+            name: _caches(self, packed, rows, directory, loaded or {}, name=name)
+            for name in soonest
         }
         sources = {}
         # In the order of the user, which weights and batches follow.
@@ -328,12 +329,12 @@ def _live_sources(
     reading: Reading,
     packed: PackedSplits,
     directory: epath.Path,
-    known: Mapping[str, tuple[models.Decoder, models.Tokenizer]],
+    loaded: Mapping[str, tuple[models.Decoder, models.Tokenizer]],
 ) -> dict[str, Source]:
     sources = {}
     for name, spec in zip(reading.names, reading.teachers, strict=True):
         columns = packed.names[name]
-        reader = _reader(reading, spec, packed.tokenizers[columns], known)
+        reader = _reader(reading, spec, packed.tokenizers[columns], loaded)
         vocabularies = _vocabularies(reading, packed, columns, directory)
         sources[name] = Source(columns, packed, {}, vocabularies, reader)
     return sources
@@ -344,7 +345,7 @@ def _caches(
     packed: PackedSplits,
     rows: Mapping[str, np.ndarray],
     directory: epath.Path,
-    known: Mapping[str, tuple[models.Decoder, models.Tokenizer]],
+    loaded: Mapping[str, tuple[models.Decoder, models.Tokenizer]],
     *,
     name: str,
 ) -> dict[str, TeacherCache]:
@@ -357,7 +358,7 @@ def _caches(
     else:
         caches = cache_teacher(
             spec,
-            functools.partial(_reader, reading, spec, packed.tokenizers[columns], known),
+            functools.partial(_reader, reading, spec, packed.tokenizers[columns], loaded),
             columns=columns,
             packed=packed,
             rows=rows,
@@ -417,7 +418,7 @@ def _reader(
     reading: Reading,
     spec: str,
     tokenizer: models.Tokenizer,
-    known: Mapping[str, tuple[models.Decoder, models.Tokenizer]],
+    loaded: Mapping[str, tuple[models.Decoder, models.Tokenizer]],
 ) -> Reader:
     kept = _kept(reading, boundary_tokens(tokenizer) if reading.likelihoods else None)
     if spec.startswith("api:") and reading.teacher_reads == "live":
@@ -436,7 +437,7 @@ def _reader(
     mesh, dtype = _devices_of(reading), reading.dtype
     options = {"dtype": dtype, "param_dtype": dtype, "layout": reading.layout}
     load = functools.partial(models.load, spec, mesh=mesh, **options)
-    return model_reader((lambda: known[spec]) if spec in known else load, kept, mesh)
+    return model_reader((lambda: loaded[spec]) if spec in loaded else load, kept, mesh)
 
 
 def _devices_of(reading: Reading) -> Mesh:
