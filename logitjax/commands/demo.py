@@ -5,9 +5,8 @@
 
 It removes a fifth of SmolLM2-135M's layers and trains the rest to match the whole model, on the
 text of this library's own documentation. Curves in the terminal show the loss and the perplexity
-fall. The last lines show the loss and recovery in perplexity, and the path of the small model. It
-is `logitjax distill` with small numbers: OUT/config.json has them, and OUT/report.md the
-comparison.
+fall. The last lines show the perplexity before and after, and the next commands. It is
+`logitjax distill` with small numbers: OUT/config.json has them, and OUT/report.md the comparison.
 """
 
 import ast

@@ -132,9 +132,7 @@ def _find(name: str, root: epath.Path) -> epath.Path | None:
     configs = [p for p in _children(base) if _versions(p)]
     if len(configs) > 1:
         choices = sorted(p.name for p in configs)
-        raise ValueError(
-            f"tfds:{name} is prepared in several configurations, choose one of {choices}"
-        )
+        raise ValueError(f"tfds:{name} has several configurations, choose one of {choices}")
     return _versions(configs[0])[-1] if configs else None
 
 

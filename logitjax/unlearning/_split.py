@@ -189,19 +189,16 @@ def neighbours(forget: Sequence[Row], others: Sequence[Row]) -> list[Row]:
 
     mine, peer = subjects(forget), subjects(others)
     present = {q.lower() for row in (*forget, *others) for q in (row.question, *row.paraphrases)}
-    forget_names, peers = ([name for _, name in side] for side in (mine, peer))
+    asked, peers = ([name for _, name in side] for side in (mine, peer))
     made: dict[str, Row] = {}
-    for side, subject_names in ((mine, peers), (peer, forget_names)):
+    for side, subject_names in ((mine, peers), (peer, asked)):
         for row, name in side[:_MADE]:
             for question in itertools.islice(_renamed(row, name, subject_names, present), 2):
                 again = dataclasses.replace(row.asked(question), paraphrases=(), kind="made")
                 made.setdefault(question.lower(), again)
     # Half of a stranger's name may be a forgotten one's.
-    full = [n.split() for n in dict.fromkeys((*forget_names, *peers)) if " " in n]
-    crossed = {f"{first[0]} {last[-1]}" for first in full for last in full} - {
-        *forget_names,
-        *peers,
-    }
+    full = [n.split() for n in dict.fromkeys((*asked, *peers)) if " " in n]
+    crossed = {f"{first[0]} {last[-1]}" for first in full for last in full} - {*asked, *peers}
     strangers = [
         dataclasses.replace(row.asked(question), paraphrases=(), kind="stranger")
         for row, name in mine[:_MADE]
