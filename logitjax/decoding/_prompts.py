@@ -265,27 +265,26 @@ class PromptReader:
         return row
 
     def advance(self) -> list[int]:
-        """Read one piece; returns the rows that have read their whole prompts."""
+        """Read at most ``chunk`` tokens; returns the rows that have read their whole prompts."""
         turns = [row for row in self._turns if self._reading(row).left]
         if not turns:
             return []
         plain = [row for row in turns if not self._reading(row).report]
-        # With two of four, whole pieces by turns waste less than half of a common one.
+        # With two of four, pieces of their own waste less than half of a common one.
         if len(self._rows) > 1 and 2 * len(plain) > len(self._rows):
-            rows, width = list(range(len(self._rows))), self.block
-            read = dict.fromkeys(plain, self.block)
+            pieces = [(list(range(len(self._rows))), plain, self.block)]
         else:
-            row = turns[0]
-            width = self.block if self._reading(row).left <= self.block else self.chunk
-            rows, read = [row], {row: width}
-        self._read(
-            rows, {row: min(most, self._reading(row).left) for row, most in read.items()}, width
-        )
-        # To the end of the line: a long prompt does not keep the others waiting.
-        for row in read:
-            self._turns.remove(row)
-            self._turns.append(row)
-        return [row for row in read if not self._reading(row).left]
+            wide = [self._reading(row).left > self.block for row in turns]
+            # Short ones together, or a long one.
+            some = turns[: max(1, wide.index(True) if any(wide) else len(turns))]
+            pieces = [([row], [row], self.chunk if wide[0] else self.block) for row in some]
+        for rows, read, width in pieces:
+            self._read(rows, {row: min(width, self._reading(row).left) for row in read}, width)
+            # To the end of the line: a long prompt does not keep the others waiting.
+            for row in read:
+                self._turns.remove(row)
+                self._turns.append(row)
+        return [row for _, read, _ in pieces for row in read if not self._reading(row).left]
 
     def place(self, row: int, slot: int, request: Request) -> Emitted:
         """Put what a row has read into a slot, also into several; gives `Emitted` of one row."""
