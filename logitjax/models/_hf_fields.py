@@ -58,6 +58,9 @@ def check_readable(raw: Mapping[str, Any], where: str) -> None:
     inner = raw.get("text_config")
     for part in (raw, inner if isinstance(inner, Mapping) else {}):
         kinds = part.get("layer_types")
+        # The first files of Qwen3-Next say it so.
+        if part.get("full_attention_interval", 1) != 1:
+            kinds = ["linear_attention"]
         for kind in kinds if isinstance(kinds, list) else ():
             if kind not in ("full_attention", "sliding_attention"):
                 raise ValueError(

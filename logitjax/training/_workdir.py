@@ -86,10 +86,8 @@ def holds_still(workdir: epath.Path) -> bool:
     makes. A file's lock goes with its process alone, so there it holds.
     """
     location = os.fspath(workdir)
-    stored = next(
-        (stored for stored in _held if "://" in stored and location.startswith(f"{stored}/")), None
-    )
-    return stored is None or _is_ours(_store(epath.Path(stored)).read("lock").result())
+    outer = [stored for stored in _held if "://" in stored and location.startswith(f"{stored}/")]
+    return all(_is_ours(_store(epath.Path(stored)).read("lock").result()) for stored in outer)
 
 
 # Files that tell of a run, and are nothing that it makes.
@@ -104,9 +102,7 @@ def _count_start(workdir: epath.Path) -> None:
         return
     path, most = workdir / "starts.json", int(os.environ.get("LOGITJAX_MAX_STARTS", "20"))
     made = digest(sorted(_made_files(workdir)))
-    before = {}
-    if path.exists():
-        before = _read(path.read_bytes())
+    before = _read(path.read_bytes()) if path.exists() else {}
     same = before.get("run") == run and before.get("made") == made
     count = int(before.get("starts", 0)) + 1 if same else 1
     if count > most:

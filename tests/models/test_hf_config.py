@@ -78,6 +78,7 @@ def test_a_layer_type_is_needed_where_no_window_is():
         ("smollm2", {"quantization_config": {"bits": 4}}, "use the unquantized checkpoint"),
         ("smollm2", {"quantization_config": {"quant_method": "mxfp4"}}, r"\('mxfp4'\) are"),
         ("qwen3", {"layer_types": ["linear_attention"] * 3}, "hybrids, such as Qwen3-Next,"),
+        ("qwen3", {"full_attention_interval": 4}, "hybrids, such as Qwen3-Next,"),
         (
             "smollm3",
             {"no_rope_layers": [1]},

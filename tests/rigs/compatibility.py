@@ -120,7 +120,7 @@ def _files(family: str, places: Sequence[Path]) -> dict[str, Any]:
         except ValueError as error:
             refused[str(error).rpartition(": ")[2]] += 1
             continue
-        kind = "equal" if difference <= _TOLERANCE else "unsaid" if fields else "differs"
+        kind = "differs" if difference > _TOLERANCE else "unsaid" if fields else "equal"
         total[kind] += 1
         unsaid.update(fields if kind == "unsaid" else ())
         if kind == "differs":
