@@ -106,7 +106,7 @@ def open_prepared(
 
 def fingerprint_of(builder: Any, split: str, options: str = "") -> str:
     """Changes with what a prepared dataset holds and with what is taken of it."""
-    # A dataset may be prepared anew under the same version from other files.
+    # A dataset may be prepared again under the same version from other files.
     items = [(s.name, list(s.shard_lengths), s.num_bytes) for s in builder.info.splits.values()]
     return digest(builder.info.full_name, split, items, options)
 

@@ -1,4 +1,4 @@
-"""Unlearning rows of one's own: train, choose what has forgotten enough, and write it."""
+"""Unlearning rows of your own: train, choose what has forgotten enough, and write it."""
 
 import contextlib
 import dataclasses

@@ -7,7 +7,7 @@ from logitjax.models import Tokenizer
 
 
 class Rereader:
-    """Encodes a student's rows anew, from the bytes of its tokens up to the first that is no UTF-8.
+    """Re-encodes a student's rows, from the bytes of its tokens up to the first that is no UTF-8.
 
     Sampled tokens are often not what their text encodes to, and may end inside a character. Bytes
     then align the rows, and nothing is learned behind. Of a conversation (`chat`) the answer alone
