@@ -68,9 +68,12 @@ def _local(
     )
     sizes = dict.fromkeys(("block_q", "block_kv", "block_kv_compute"), block)
     sizes |= dict.fromkeys(("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute"), block)
+    # The fused backward kernel keeps a gradient of the queries for every block of keys: 10 GiB of
+    # 32,768 tokens and 20 heads, and four times that of twice the tokens.
+    sizes |= dict.fromkeys(("block_q_dq", "block_kv_dq"), block)
     kernel = splash.make_splash_mha(
         splash.MultiHeadMask([mask] * heads),
-        block_sizes=splash.BlockSizes(**sizes, use_fused_bwd_kernel=True),
+        block_sizes=splash.BlockSizes(**sizes),
         attn_logits_soft_cap=softcap,
         head_shards=1,
         q_seq_shards=1,
