@@ -57,9 +57,9 @@ class _Processes:
     """Which of several processes this is."""
 
     coordinator_address: str | None = field(
-        None, "Host and port of process 0, if no cluster says them."
+        None, "Host and port of process 0, if no cluster provides them."
     )
-    num_processes: int | None = field(None, "Number of processes, if no cluster says it.")
+    num_processes: int | None = field(None, "Number of processes, if no cluster provides it.")
     process_id: int | None = field(None, "Number of this process, from 0.")
 
 
@@ -79,8 +79,8 @@ def _folder_class(name: str) -> type:
     # Experiments have a planner, `python -m experiments.plan`.
     if name == "out":
         says = (
-            "Only say what would be read and written, how many steps there are, and how much time, "
-            "memory and disk they take."
+            "Only print what would be read and written, the number of steps, and an estimate of "
+            "time, memory and disk space."
         )
         fields.append(("dry_run", bool, field(False, says)))
     return dataclasses.make_dataclass("Folder", fields)

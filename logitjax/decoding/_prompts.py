@@ -1,8 +1,8 @@
 """Prompts read in pieces, beside slots that go on decoding."""
 
-import collections
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -175,8 +175,8 @@ class PromptReader:
     """Reads prompts in pieces of a fixed size, several at a time, and puts them into slots.
 
     Between two pieces an engine's slots decode, so a long prompt delays the others by no more than
-    a piece takes. Every piece has one of three shapes: one prompt with ``chunk`` or ``chunk //
-    rows`` tokens, or all ``rows`` prompts with ``chunk // rows``.
+    a piece takes. Every piece has one of five shapes: one prompt with ``chunk`` tokens, and one or
+    all ``rows`` prompts with ``chunk // rows`` or a quarter of that.
 
     Args:
         engine: its model reads, and its slots are filled.
@@ -199,11 +199,13 @@ class PromptReader:
         self.engine = engine
         self.chunk = chunk
         self.block = chunk // rows
+        # What is short, or left of a prompt whose beginning is known, is not read as a whole block.
+        self._widths = sorted({max(1, self.block // 4), self.block, chunk})
         self.tokens_read = 0
         self.tokens_reused = 0
         self._caches = [engine.empty_row() for _ in range(rows)]
         self._rows: list[_Reading | None] = [None] * rows
-        self._turns: collections.deque[int] = collections.deque()
+        self._turns: list[int] = []
         shares = prefix_bytes > 0 and engine.plan.slot_axes(self._caches[0]) is not None
         if shares and engine.rings:
             raise ValueError("prefix_bytes: expected 0 of an engine with rings, got more")
@@ -265,33 +267,32 @@ class PromptReader:
         return row
 
     def advance(self) -> list[int]:
-        """Read one piece; returns the rows that have read their whole prompts."""
+        """Read at most ``chunk`` tokens; returns the rows that have read their whole prompts."""
         turns = [row for row in self._turns if self._reading(row).left]
         if not turns:
             return []
         plain = [row for row in turns if not self._reading(row).report]
-        # With two of four, whole pieces by turns waste less than half of a common one.
+        # With two of four, pieces of their own waste less than half of a common one.
         if len(self._rows) > 1 and 2 * len(plain) > len(self._rows):
-            rows, width = list(range(len(self._rows))), self.block
-            read = dict.fromkeys(plain, self.block)
+            pieces = [(list(range(len(self._rows))), plain)]
         else:
-            row = turns[0]
-            width = self.block if self._reading(row).left <= self.block else self.chunk
-            rows, read = [row], {row: width}
-        self._read(
-            rows, {row: min(most, self._reading(row).left) for row, most in read.items()}, width
-        )
+            # Short ones one after the other, or a long one.
+            short = itertools.takewhile(lambda row: self._reading(row).left <= self.block, turns)
+            pieces = [([row], [row]) for row in list(short) or turns[:1]]
+        read = [row for _, some in pieces for row in some]
+        for rows, some in pieces:
+            self._read(rows, some)
         # To the end of the line: a long prompt does not keep the others waiting.
-        for row in read:
-            self._turns.remove(row)
-            self._turns.append(row)
+        self._turns = [row for row in self._turns if row not in read] + read
         return [row for row in read if not self._reading(row).left]
 
     def place(self, row: int, slot: int, request: Request) -> Emitted:
         """Put what a row has read into a slot, also into several; gives `Emitted` of one row."""
         reading = self._reading(row)
         if reading.left:
-            raise ValueError(f"row: expected one that is through, {reading.left} tokens are left")
+            raise ValueError(
+                f"row: expected a prompt read to its end, {reading.left} tokens are left"
+            )
         return self.engine.place(slot, request, reading.lengths, self._caches[row], reading.logits)
 
     def report(self, row: int) -> list[Emitted]:
@@ -305,9 +306,11 @@ class PromptReader:
 
     def compile(self, *, report: bool = False) -> None:
         """Compile every program that reading and placing can need, on rows that nobody reads."""
-        shapes = [([0], self.block), ([0], self.chunk), (list(range(len(self._rows))), self.block)]
-        for rows, width in shapes:
-            self._read(rows, {}, width)
+        for width in self._widths:
+            self._run([0], {}, width, None)
+            # All rows together read a block at most.
+            if width < self.chunk:
+                self._run(list(range(len(self._rows))), {}, width, None)
         if report:
             extra = jax.tree.map(lambda leaf: np.asarray(leaf)[None], self.engine.extra_of(None))
             for width in (self.block, self.chunk):
@@ -334,10 +337,17 @@ class PromptReader:
         self.tokens_reused += len(blocks) * self.block
         return len(blocks) * self.block
 
-    def _read(self, rows: list[int], read: dict[int, int], width: int) -> None:
-        following = None
-        only = self._rows[rows[0]] if len(read) == 1 else None
-        if only is not None and only.report:
+    def _read(self, rows: list[int], some: list[int]) -> None:
+        """Read the next piece of some prompts by a program of these rows."""
+        only = self._reading(rows[0]) if len(rows) == 1 else None
+        report, following = only is not None and only.report, None
+        # Reports have no program of the smallest width, all rows together none of the largest.
+        least, most = self.block * report, self.chunk if only is not None else self.block
+        widths = [width for width in self._widths if least <= width <= most]
+        left = {row: self._reading(row).left for row in some}
+        width = next((width for width in widths if width >= max(left.values())), most)
+        read = {row: min(width, count) for row, count in left.items()}
+        if only is not None and report:
             next_ones = np.full((1, width), -1, np.int32)
             taken = read[rows[0]]
             after = only.tokens[0, only.at + 1 : only.at + taken + 1]

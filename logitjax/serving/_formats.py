@@ -28,9 +28,9 @@ from logitjax.serving._errors import ApiError, BadRequestError
 _LAYOUT: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _MOST_BYTES = 1 << 15
 _SCRIPT = pathlib.Path(__file__).with_name("_structure_trial.py")
-# Of the processor's time: a schema of a thousand properties begins in a tenth of a second.
-_TO_BEGIN = 0.5
-_TO_FOLLOW = 5.0
+# Of the processor's time: a schema of a thousand properties begins in a tenth of a second. Trials
+# of all structures together take at most a tenth of all processors.
+_TO_BEGIN, _TO_FOLLOW, _SHARE = 0.5, 5.0, 0.1
 _REMEMBERED = 64
 _MOST_WAITING = 64
 
@@ -48,6 +48,7 @@ class Formats:
         text = tokenizer.backend.to_str()
         self._about = {"tokenizer": text} | about
         self._process: Any = None
+        self._next, self._closed = 0.0, threading.Event()
         self._wrong = "" if end_ids else "this model has no token that ends an answer"
         try:
             self._tokens = llguidance.LLTokenizer(text, **about)
@@ -58,11 +59,14 @@ class Formats:
         self._pool.submit(self._start)
 
     def close(self) -> None:
+        self._closed.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._end()
 
     async def follow(self, kind: str, text: str, field: str) -> "Follower":
-        """Return the constraint of one answer; others wait in line, but not too many."""
+        """Return the constraint of one answer; new ones wait in line, but not too many."""
+        if begun := self._remembered(kind, text):
+            return _copied(begun, field)
         if self._waiting >= _MOST_WAITING:
             wait = {"Retry-After": "5"}
             raise ApiError(429, "too many structures are waiting", code="overloaded", headers=wait)
@@ -78,7 +82,7 @@ class Formats:
 
         Errors name the request's `field`.
         """
-        begun = self._known.pop((kind, text), None)
+        begun = self._remembered(kind, text)
         if begun is None:
             try:
                 begun = self._begin(kind, text)
@@ -88,9 +92,13 @@ class Formats:
         self._known[kind, text] = begun
         if len(self._known) > _REMEMBERED:
             self._known.popitem(last=False)
-        if isinstance(begun, str):
-            raise BadRequestError(f"{field}: {begun}", field)
-        return begun.copy(field)
+        return _copied(begun, field)
+
+    def _remembered(self, kind: str, text: str) -> Any:
+        # Asked from two threads: it may be forgotten at any time.
+        with contextlib.suppress(KeyError):
+            self._known.move_to_end((kind, text))
+            return self._known[kind, text]
 
     def _begin(self, kind: str, text: str) -> "Follower":
         if self._wrong:
@@ -120,13 +128,16 @@ class Formats:
 
     def _passes(self, grammar: str) -> bool:
         """Whether a structure begins in time, tried where that can be ended."""
+        self._closed.wait(self._next - time.monotonic())
         self._start()
         self._say({"grammar": grammar, "seconds": _TO_BEGIN})
-        answer = self._process.stdout.readline()
+        passed, _, seconds = self._process.stdout.readline().decode().partition(" ")
         # It has ended itself, and begins anew with the next one.
-        if not answer:
+        if not passed:
             self._end()
-        return answer == b"passed\n"
+        rest = max(0.0, 1 / _SHARE / (os.cpu_count() or 1) - 1)
+        self._next = time.monotonic() + rest * float(seconds or _TO_BEGIN)
+        return passed == "passed"
 
     def _say(self, what: dict[str, Any]) -> None:
         with contextlib.suppress(BrokenPipeError):
@@ -174,6 +185,12 @@ class Follower:
         words = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
         self.failed = self._matcher.is_error()
         return words[: -(-self._vocab_size // 32)]
+
+
+def _copied(begun: Any, field: str) -> Follower:
+    if isinstance(begun, str):
+        raise BadRequestError(f"{field}: {begun}", field)
+    return begun.copy(field)
 
 
 def thread_pool(name: str, threads: int) -> ThreadPoolExecutor:

@@ -102,6 +102,8 @@ class Scheduler:
         # What else has programs, and compiles them before the server is ready.
         self.compiles: list[Callable[[], None]] = []
         self.steps = _STEPS
+        # Decoding steps since prompts were read.
+        self._since = 0
         self._max_waiting = config.max_waiting
         self._disclosure = disclosure
         self._jobs: list[Job | None] = [None] * config.slots
@@ -140,7 +142,7 @@ class Scheduler:
         self._masks.shutdown(wait=False, cancel_futures=True)
 
     def drain(self, seconds: float) -> None:
-        """What is under way, or on its way in, may go on so long, then ends as if too long."""
+        """Requests under way, or on their way in, may continue so long, then end as if too long."""
         self._end = threading.Timer(seconds, self._expire)
         self._end.daemon = True
         self._end.start()
@@ -236,14 +238,22 @@ class Scheduler:
             if self._closing:
                 return False
         self._drop_cancelled()
-        self._begin()
-        self._read += self.reader.advance()
+        # Where masks make steps single ones, prompts do not come between each two of them: answers
+        # that follow nothing would else wait for four times as many.
+        plain = any(job and job.follower is None for job in self._jobs)
+        if not (plain and 0 < self._since < self.steps):
+            self._since = 0
+            self._begin()
+            self._read += self.reader.advance()
         self._place()
         waits = self._waits()
         if any(job and not late for job, late in zip(self._jobs, waits, strict=True)):
             # What may come next is known one token ahead.
-            emitted = self.engine.decode_chunk(1 if self._hold(waits) else self.steps, waits)
-            self._hand_out(emitted, range(len(self._jobs)))
+            steps = 1 if self._hold(waits) else self.steps
+            self._hand_out(self.engine.decode_chunk(steps, waits), range(len(self._jobs)))
+            self._since += steps
+        else:
+            self._since = 0
         return True
 
     def _drop_cancelled(self) -> None:

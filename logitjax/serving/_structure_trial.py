@@ -18,7 +18,7 @@ _CLOCK = 10
 
 
 def main() -> None:
-    """Reads the tokens, then a structure a line; writes a line for each."""
+    """Reads the tokens, then a structure a line; writes a line for each, with its seconds."""
     os.nice(10)
     about = json.loads(sys.stdin.buffer.readline())
     tokens = llguidance.LLTokenizer(about.pop("tokenizer"), **about)
@@ -35,8 +35,9 @@ def main() -> None:
             matcher = llguidance.LLMatcher(tokens, asked["grammar"], log_level=0)
             matcher.compute_bitmask()
             os._exit(0)
-        _, status = os.waitpid(child, 0)
-        sys.stdout.write("passed\n" if status == 0 else "ended\n")
+        _, status, usage = os.wait4(child, 0)
+        seconds = usage.ru_utime + usage.ru_stime
+        sys.stdout.write(f"{'ended' if status else 'passed'} {seconds}\n")
         sys.stdout.flush()
 
 

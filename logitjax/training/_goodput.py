@@ -73,10 +73,10 @@ class Goodput:
                 # a kill may have left half a line before.
                 file.write("\n" + line)
 
-        def hear(said: str) -> None:
+        def hear(phase: str) -> None:
             nonlocal doing
             note(time.time())
-            doing = said or doing
+            doing = phase or doing
             if match := _FROM.match(doing):
                 steps.setdefault("first", int(match[1]))
                 steps["step"] = int(match[1])

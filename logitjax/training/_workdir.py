@@ -107,8 +107,8 @@ def _count_start(workdir: epath.Path) -> None:
     count = int(before.get("starts", 0)) + 1 if same else 1
     if count > most:
         raise ValueError(
-            f"folder {str(workdir)!r}: expected something new from {most} starts, got nothing; its "
-            f"error.txt may say why (remove {path.name} to go on)"
+            f"folder {str(workdir)!r}: expected progress in {most} starts, got none; its "
+            f"error.txt may give the reason (remove {path.name} to continue)"
         )
     write_atomic(path, json.dumps({"run": run, "made": made, "starts": count}))
 
@@ -245,8 +245,8 @@ def _object_lock(workdir: epath.Path) -> Iterator[None]:
             store.write("lock", None, if_equal=generation).result(timeout=_BEAT_SECONDS)
 
 
-def _is_ours(found: Any) -> bool:
-    return found.state == "value" and _read(found.value).get("holder") == _ME
+def _is_ours(lock: Any) -> bool:
+    return lock.state == "value" and _read(lock.value).get("holder") == _ME
 
 
 def _write(store: Any, run: str, generation: bytes) -> bytes | None:

@@ -310,7 +310,7 @@ def test_a_served_model_is_replicated_from_its_answers_alone(text, tmp_path):
         ),
         (
             dict(teacher=("tiny:1",), loss=("uld",), cache_top_k=5),
-            "loss 'uld' compares the top 10 logits, but of teacher 'tiny:1' 5 are kept",
+            "loss 'uld' compares the top 10 logits, but teacher 'tiny:1' has 5",
         ),
     ],
 )

@@ -94,7 +94,7 @@ class Server:
             if status not in (400, 429):
                 raise RuntimeError(f"the server answered {status}: {answer}")
             error = answer["error"]
-            nearest = re.search(r"the nearest taken here is (\S+)", error["message"])
+            nearest = re.search(r"the nearest accepted value is (\S+)", error["message"])
             if nearest is None:
                 return None
             value = type(body[error["param"]])(float(nearest[1]))
@@ -157,13 +157,11 @@ def attacked(
             app.state.service.accounts.ledger = Ledger(config.nats)
             ledger = Ledger()
             ask = functools.partial(_charged, Server(app, runner), ledger, policy, vocab)
-            # What knows nothing of a field is one of many, and has a quarter.
-            budget = queries // 4 if attacker.startswith("field") else queries
-            asker = Asker(ask, budget)
+            asker = Asker(ask, queries)
             body = {"prompt": [1], "max_tokens": 1, "return_tokens_as_token_ids": True}
             readings = attack(asker, body | {"logprobs": 0}, vocab=vocab, letters=letters)
             line = {"model": Path(spec).stem, "policy": name, "attacker": attacker}
-            line |= {"queries": budget - asker.left, "bound": float(ledger["row"].hard)}
+            line |= {"queries": queries - asker.left, "bound": float(ledger["row"].hard)}
             line |= readings.judge(row.astype(float), policy.noise)
             for what in ("nats", "bound"):
                 line[f"{what} per 1,000"] = 1000 * line[what] / max(1, line["queries"])

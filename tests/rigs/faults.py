@@ -211,7 +211,7 @@ class _Run:
         return [] if refused else [text]
 
     def _look(self, status: int | None, kind: str) -> list[str]:
-        """What a start did that it should not have done."""
+        """Mistakes of a start."""
         text, wrong = _jobs.said(self.log), []
         match = _FROM.search(text)
         newest = max(self._readable, default=0)
