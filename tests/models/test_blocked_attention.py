@@ -81,7 +81,7 @@ def test_splash_attention_equals_blocked_attention(softcap, window):
     expected = of(lambda q, k, v: blocked_attention(q, k, v, ids, ids, **options))
     found = of(lambda q, k, v: splash_attention(q, k, v, ids, interpret=True, **options))
     for one, other in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
-        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
 def test_a_kernel_that_no_partitioner_splits_waits_for_a_known_mesh(monkeypatch):

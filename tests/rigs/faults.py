@@ -35,7 +35,7 @@ from tests.rigs import _faults_job, _jobs
 
 _STEP, _FROM = re.compile(r"\bstep (\d+):"), re.compile(r"resuming at step (\d+)")
 _KINDS = ("kill", "flip", "cut", "torn", "full", "clock", "two")
-_FULL = {"loop": 700, "distill": 300}
+_FULL = {"loop": 860, "distill": 140}
 _DAY = 86_400.0
 _SMALL_DISK, _LARGE_DISK = 24 << 10, 64 << 20
 
@@ -156,6 +156,7 @@ class _Run:
         # Beside the disk that fills up.
         self.log = folder.parents[1] / f"{folder.parent.name}-{folder.name}.log"
         self._copies: dict[Path, bytes] = {}
+        self._spoilt: set[int] = set()
         self._readable: list[int] = []
 
     def fault(self, kind: str, draw: random.Random) -> dict[str, Any]:
@@ -183,14 +184,18 @@ class _Run:
             start.kill()
             status = start.status
         wrong += self._look(status, kind)
-        self._copies, self._readable = {}, _complete(self.folder)
+        if _STEP.search(_jobs.said(self.log)):
+            # Else it was killed before it read what the fault before this one damaged.
+            self._copies, self._spoilt = {}, set()
+        chosen: list[Path] = []
         if kind in ("flip", "cut", "torn") and status == -signal.SIGKILL:
             copies = {p: p.read_bytes() for p in self.folder.rglob("*") if p.is_file()}
             chosen = _damage(kind, self.folder, draw)
-            self._copies = {path: copies[path] for path in chosen}
-            touched = {part for path in chosen for part in path.parts}
-            self._readable = [step for step in self._readable if str(step) not in touched]
-        names = [str(path.relative_to(self.folder)) for path in self._copies]
+            self._copies = {path: copies[path] for path in chosen} | self._copies
+            steps = (part for path in chosen for part in path.parts if part.isdigit())
+            self._spoilt |= set(map(int, steps))
+        self._readable = [s for s in _complete(self.folder) if s not in self._spoilt]
+        names = [str(path.relative_to(self.folder)) for path in chosen]
         return {"kind": kind, "status": status, "files": names, "wrong": wrong}
 
     def _second(self, first: _Start) -> list[str]:

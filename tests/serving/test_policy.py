@@ -15,7 +15,7 @@ from logitjax.leakage import LogitPolicy
 from logitjax.models import load_tokenizer
 from logitjax.serving import Key, ServerConfig, build_app
 from logitjax.serving import _schema as schema
-from logitjax.serving._admission import read_request
+from logitjax.serving._admission import _allowed, read_request
 from logitjax.serving._errors import BadRequestError
 from logitjax.serving._policy import Disclosure
 from logitjax.serving._service import Service
@@ -23,6 +23,18 @@ from tests.decoding._bags import bag_logits, bag_of_words
 from tests.serving._inside import call, running
 
 VOCAB, TOP = 257, 3
+
+
+def test_allowed_tokens_are_bits_of_whole_words_and_others_are_refused():
+    service, fields = mock.Mock(spec=Service), mock.Mock(spec=schema.SamplingFields)
+    service.vocab_size, fields.min_tokens = 65, 0
+    fields.logit_bias, fields.stop_token_ids, fields.allowed_token_ids = {}, (), (0, 64)
+    words = _allowed(service, fields, ())
+    bits = np.unpackbits(words.view(np.uint8), bitorder="little")
+    assert np.flatnonzero(bits).tolist() == [0, 64]
+    fields.stop_token_ids = (65,)
+    with pytest.raises(BadRequestError, match="stop_token_ids: there is no token 65"):
+        _allowed(service, fields, ())
 
 
 def test_a_context_has_one_name_whether_given_or_generated():

@@ -94,8 +94,9 @@ def test_numbers_at_the_ends_of_their_ranges():
     assert schema.parse({"prompt": [largest]}, LIMITS, chat=False).prompts == [[largest]]
     with pytest.raises(BadRequestError, match=r"^prompt: "):
         schema.parse({"prompt": [largest + 1]}, LIMITS, chat=False)
-    asked = schema.parse({"prompt": "a", "seed": 2**32 + 5}, LIMITS, chat=False)
-    assert asked.sampling.seed == 5
+    asked = schema.parse({"prompt": "a", "seed": 2**32 + 5, "top_k": 3}, LIMITS, chat=False)
+    assert (asked.sampling.seed, asked.sampling.top_k) == (5, 3)
+    assert (asked.sampling.presence_penalty, asked.sampling.frequency_penalty) == (0.0, 0.0)
     with pytest.raises(BadRequestError, match=r"^top_p: input should be greater than") as error:
         schema.parse({"prompt": "a", "top_p": 0}, LIMITS, chat=False)
     assert "I" not in str(error.value)

@@ -172,6 +172,17 @@ def test_flat_logits_are_asked_of_the_answers_tokens_alone():
     assert where is answers
 
 
+def test_a_multiplier_climbs_by_what_its_constraint_is_missed_by(monkeypatch):
+    """Minus the slack is its gradient in a descent; by itself it adds nothing to the loss."""
+    method = unlearning.METHODS.parse("pdu(bound=1)")
+    means = {"forget": 2.0, "retain": 1.5}
+    monkeypatch.setattr(type(method).__mro__[1], "loss", lambda *_: (None, means))
+    read = mock.Mock(spec=Read)
+    loss, slope = jax.value_and_grad(lambda state: method.loss(read, state)[0])(3.0)
+    assert loss == method.forget_weight * 2.0 + 3.0 * 0.5
+    assert slope == -0.5
+
+
 @pytest.mark.slow
 def test_a_multiplier_grows_while_its_constraint_is_broken_and_never_below_nothing():
     method = unlearning.METHODS.parse(f"pdu(retain_weight=1, bound={BOUND})")

@@ -71,6 +71,7 @@ def test_every_form_of_a_row_is_read_once(tmp_path, caplog):
         ("[]", "rows.jsonl:1: expected an object, got list"),
         ('{"question": "Who?"}', "rows.jsonl:1: messages: content of assistant: expected text"),
         ('{"answer": "A"}', "rows.jsonl:1: expected question/answer"),
+        ('{"question": "Who?", "answer": ["A", 2]}', r"expected text, got \['A', 2\]"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "the last by the assistant"),
         ('{"text": "a", "paraphrases": "b"}', "paraphrases: expected a list of text"),
         ('{"text": "a", "paraphrases": 5}', "paraphrases: expected a list of text, got 5"),

@@ -122,6 +122,8 @@ def test_the_interval_of_a_share_holds_what_it_was_drawn_with():
         assert low <= share <= high
         held += low <= 0.9 <= high
     assert held >= 48
+    _, low, high = share_interval(after, before, confidence=0.5)
+    assert low < high
     # Nothing before leaves a ratio that is a number.
     assert np.isfinite(share_interval([1.0], [0.0])).all()
 
