@@ -397,4 +397,9 @@ def _part(values: np.ndarray, index: Any, first: int, spec: TensorSpec) -> np.nd
     out = values[(slice(low - first, high - first), *index[1:])]
     if spec.shift:
         out = out - spec.shift
-    return out.swapaxes(-1, -2) if spec.transpose else out
+    if not spec.transpose:
+        return out
+    # A view that is turned round JAX would copy for every device.
+    turned = guard.aligned((*out.shape[:-2], *out.shape[:-3:-1]), out.dtype)
+    turned[...] = out.swapaxes(-1, -2)
+    return turned

@@ -99,24 +99,21 @@ def check_tokenizer(config: DecoderConfig, tokenizer: Tokenizer) -> None:
         )
 
 
-def _token_text(value: Any) -> str | None:
-    return value.get("content") if isinstance(value, dict) else value
-
-
 def _from_directory(path: epath.Path) -> Tokenizer:
     file = path / "tokenizer.json"
     if not file.exists():
         raise ValueError(f"{file}: no such file")
     tokenizers = require("tokenizers", extra="models")
+    config, settings = (
+        read_json(path / name, form=dict) if (path / name).exists() else {}
+        for name in ("config.json", "tokenizer_config.json")
+    )
     with guard.naming(file, "a tokenizer"):
         content = guard.read_text(file, most=guard.LIMITS.tokenizer_bytes)
         # The library makes a place for every id up to the largest.
         if match := _LARGE_ID.search(content):
             raise ValueError(f"id: expected less than 10,000,000, got {match[1][:40]}")
         backend = tokenizers.Tokenizer.from_str(content)
-        config = (
-            read_json(path / "config.json", form=dict) if (path / "config.json").exists() else {}
-        )
         existing = (config.get("text_config") or config).get("vocab_size")
         if isinstance(existing, int) and backend.get_vocab_size() > existing:
             # Gemma 3's text models come with the tokenizer of those that see.
@@ -124,9 +121,6 @@ def _from_directory(path: epath.Path) -> Tokenizer:
     # Files keep what their last user cut and padded texts to; here callers say how long texts are.
     backend.no_truncation()
     backend.no_padding()
-    settings = {}
-    if (path / "tokenizer_config.json").exists():
-        settings = read_json(path / "tokenizer_config.json", form=dict)
     texts = _special_texts(path, settings)
     ids = {}
     for name in ("bos", "eos", "pad"):
@@ -162,7 +156,8 @@ def _special_texts(path: epath.Path, settings: Mapping[str, Any]) -> dict[str, s
     older = path / "special_tokens_map.json"
     existing = (read_json(older) if older.exists() else {}) | dict(settings)
     names = [f"{n}_token" for n in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
-    texts = {name: _token_text(existing.get(name)) for name in names}
+    values = {name: existing.get(name) for name in names}
+    texts = {n: v.get("content") if isinstance(v, dict) else v for n, v in values.items()}
     return {name: text for name, text in texts.items() if text is not None}
 
 

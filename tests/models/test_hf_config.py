@@ -89,7 +89,7 @@ def test_a_layer_type_is_needed_where_no_window_is():
         ("smollm2", {"rope_scaling": {"type": "dynamic", "factor": 2}}, "unknown rope scaling"),
         ("llama_yarn", {"rope_scaling": {"type": "yarn", "a": 1}}, "yarn has no key 'a'"),
         ("phi4_mini", {"partial_rotary_factor": 1.0}, "longrope needs 4 numbers short_factor"),
-        ("mistral", {"layer_types": ["full_attention"] * 3}, "what sliding_window=7 says"),
+        ("mistral", {"layer_types": ["full_attention"] * 3}, "those that sliding_window=7 implies"),
         ("qwen2", {"layer_types": ["full_attention"]}, "for each of 3 layers"),
         ("qwen2", {"num_key_value_heads": 2.5}, "num_key_value_heads: expected an integer"),
         ("qwen2", {"tie_word_embeddings": "yes"}, "expected true or false, got 'yes'"),

@@ -110,7 +110,7 @@ def test_wrong_files_are_named(llama, tmp_path):
 def test_missing_shard_is_named(tmp_path):
     directory = write_checkpoint("smollm2", tmp_path / "sharded", shards=3)
     (directory / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"shard 'model-00002-of-00003\.safetensors' is missing"):
+    with pytest.raises(ValueError, match=r"shard 'model-00002-of-00003\.safetensors' is not there"):
         load_model(str(directory))
 
 
@@ -237,7 +237,7 @@ def test_what_a_format_cannot_say_is_refused(tmp_path):
     import dataclasses
 
     mixed = dataclasses.replace(mistral.config, family="mistral")
-    with pytest.raises(ValueError, match="form of mistral cannot say"):
+    with pytest.raises(ValueError, match="format of mistral cannot express"):
         config_to_hf(mixed)
 
 
