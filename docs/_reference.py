@@ -26,7 +26,7 @@ def imported(package: str) -> types.ModuleType:
 
 
 def public(module: types.ModuleType) -> dict[str, Any]:
-    """What a package exports (`from x import name as name`) or a module defines, sorted."""
+    """Names that a package exports (`from x import name as name`) or a module defines, sorted."""
     names = set()
     for node in ast.parse(inspect.getsource(module)).body:
         if isinstance(node, ast.ImportFrom):

@@ -3,7 +3,7 @@
 A toy Gemma 3 learns to count, and another one learns from it by the KL of all tokens, which is read
 block by block through both heads. Real models and meshes take the same calls.
 
-    pip install 'logitjax[tunix]' && python examples/train_in_tunix.py     # a minute on a CPU
+    pip install '.[tunix]' && python examples/train_in_tunix.py     # a minute on a CPU
 """
 
 import jax.numpy as jnp

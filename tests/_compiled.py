@@ -1,4 +1,4 @@
-"""What is under test, called as one program: each operation by itself would be one as well."""
+"""Functions under test as one program each: every operation alone would be one as well."""
 
 import functools
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def values_and_gradient(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What `function` gives and the gradient of its sum in the first argument, in one program."""
+    """The value of `function` and the gradient of its sum in the first argument, in one program."""
 
     def run(first, *others, **options):
         def total(first):

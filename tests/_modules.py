@@ -1,4 +1,4 @@
-"""What tests ask of any flax module."""
+"""Helpers for tests of any flax module."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ def num_params(model: nnx.Module) -> int:
 
 
 def with_weights(make: Callable[[], Model], *, seed: int = 0, size: float = 0.02) -> Model:
-    """What `make` makes, with normal numbers from numpy, ones for scales and zeros for biases.
+    """The module of `make`, with normal numbers from numpy, ones for scales and zeros for biases.
 
     Initialisers compile programs for every shape; this needs none.
     """

@@ -1,4 +1,4 @@
-"""What may import what: layers below rooms below commands, private names at home, no circles."""
+"""Allowed imports: layers below rooms below commands, private names at home, no circles."""
 
 import ast
 import collections

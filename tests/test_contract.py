@@ -1,4 +1,4 @@
-"""What every public function does with what nobody should give it.
+"""Every public function with arguments that nobody should give it.
 
 `tests/_contract.py` has the functions with valid arguments. Here these are spoilt one at a time. A
 function refuses, in one line that names the argument, or gives a number that is seen to be none, or
@@ -49,7 +49,7 @@ def numbers(tree):
 
 
 def refusal(call, arrays):
-    """What an error says, or None without one. Of another error that is no message of ours."""
+    """The message of an error, None without one; other errors than ours have none."""
     try:
         call(**arrays)
     except (TypeError, ValueError) as error:

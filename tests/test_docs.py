@@ -1,4 +1,4 @@
-"""What the README and the docs show runs."""
+"""Code in the README and the docs runs."""
 
 import importlib
 import importlib.util

@@ -9,9 +9,11 @@ import pathlib
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 
 import jsonschema
@@ -117,6 +119,32 @@ def test_tpu_vm_keeps_a_run_alive():
     assert "--worker=3" in logs
     (gone,) = dry("tpu_vm.sh", "delete", **SLICE)
     assert gone[3:6] == ["queued-resources", "delete", "fusion"]
+
+
+def test_copy_takes_tracked_files_as_they_are_and_says_what_it_leaves(tmp_path):
+    """What was tried here, and nobody has committed, is what runs there."""
+    tree, tool = tmp_path / "tree", tmp_path / "gcloud"
+    (tree / "launch").mkdir(parents=True)
+    shutil.copy(LAUNCH / "tpu_vm.sh", tree / "launch")
+    for name in ("code.py", "gone.py"):
+        (tree / name).write_text("as it was added")
+    for words in (["init", "-q"], ["add", "."]):
+        subprocess.run(["git", *words], cwd=tree, check=True)
+    (tree / "code.py").write_text("as it is")
+    (tree / "gone.py").unlink()
+    (tree / "new.py").write_text("")
+    tool.write_text(f'#!/bin/sh\nif [ "$4" = scp ]; then cp "$5" {tmp_path}/sent; fi\n')
+    tool.chmod(0o755)
+    run = subprocess.run(
+        ["bash", tree / "launch/tpu_vm.sh", "copy"],
+        env={**os.environ, **SLICE, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"},
+        check=True,
+        capture_output=True,
+    )
+    assert b"files that git does not track are not copied" in run.stderr
+    with tarfile.open(tmp_path / "sent") as archive:
+        assert sorted(archive.getnames()) == ["code.py", "launch/tpu_vm.sh"]
+        assert archive.extractfile("code.py").read() == b"as it is"
 
 
 @pytest.fixture
@@ -406,6 +434,22 @@ def test_jobset(path):
     preset = next(word for word in container["command"] if word.startswith("--preset="))
     assert preset.partition("=")[2] in module.PRESETS
     assert f"jobset-name={name}," in path.read_text()
+    policy = jobset["spec"]["failurePolicy"]
+
+    def action(status):
+        """What the cluster does where a pod ends so, or is taken away (None)."""
+        (rule,) = job["podFailurePolicy"]["rules"]
+        reason = (
+            "PodFailurePolicy"
+            if status in rule["onExitCodes"]["values"]
+            else "BackoffLimitExceeded"
+        )
+        named = [r for r in policy["rules"] if reason in r.get("onJobFailureReasons", [reason])]
+        return named[0]["action"]
+
+    assert {action(status) for status in (1, 2)} == {"FailJobSet"}
+    again = {action(status) for status in (None, 75, 134, 137, 143)}
+    assert again == {"RestartJobSetAndIgnoreMaxRestarts"}
     variables = {item["name"]: item.get("value") for item in container.get("env", [])}
     # Or a restarted pod would wait for its own lock to become stale.
     assert "LOGITJAX_RUN" in variables

@@ -34,7 +34,7 @@ def members(registry):
 
 
 def conditions(tree):
-    """What decides something: tests, comparisons, cases, and the keys that a dictionary has."""
+    """Nodes that decide something: tests, comparisons, cases, and the keys of a dictionary."""
     for node in ast.walk(tree):
         if isinstance(node, ast.If | ast.IfExp | ast.While | ast.Assert):
             yield node.test

@@ -1,4 +1,4 @@
-"""What ``import logitjax`` offers."""
+"""The surface of ``import logitjax``."""
 
 import pathlib
 import subprocess

@@ -1,4 +1,4 @@
-"""What a release consists of: one version, files that newcomers and indices look for."""
+"""Parts of a release: one version, files that newcomers and indices look for."""
 
 import configparser
 import importlib.util

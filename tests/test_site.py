@@ -111,8 +111,8 @@ def test_a_browser_finds_its_way_from_the_front_page_to_a_name(browser):
     chrome, address = browser
     chrome.set_window_size(1280, 900)
     chrome.get(f"{address}/index.html")
-    chrome.find_element("link text", "Prune a model, teach it, hand it on").click()
-    assert chrome.title.startswith("Prune a model")
+    chrome.find_element("link text", "Prune and distil a model").click()
+    assert chrome.title.startswith("Prune and distil")
     assert "logitjax distill" in chrome.find_element("tag name", "main").text
     chrome.get(f"{address}/search.html?q=linear_cross_entropy")
     first = chrome.find_element("css selector", "#search-results li a")

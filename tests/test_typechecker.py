@@ -1,4 +1,4 @@
-"""What tests rely on: an annotation that is wrong, or that a caller does not keep to, is seen."""
+"""Wrong annotations, and callers that do not keep to them, are found."""
 
 import dataclasses
 from typing import Any

@@ -38,12 +38,14 @@ print(json.dumps({"peak": peak, "seconds": time.perf_counter() - start, "rows": 
 
 
 def _write(path: Path, size: int) -> None:
-    """Documents of some 2,000 characters, about `size` bytes of them."""
+    """A thousand documents of some 2,000 characters, again and again to about `size` bytes."""
     words = np.array([f"w{i:x}" for i in range(20_000)])
     rng = np.random.default_rng(0)
+    texts = (" ".join(rng.choice(words, 400)) for _ in range(1000))
+    lines = [json.dumps({"text": text}) + "\n" for text in texts]
     with path.open("w") as file:
         while file.tell() < size:
-            file.write(json.dumps({"text": " ".join(rng.choice(words, 400))}) + "\n")
+            file.writelines(lines)
 
 
 def _start(source: Path, directory: Path, held: int) -> subprocess.Popen:

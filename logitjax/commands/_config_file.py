@@ -14,7 +14,7 @@ from logitjax.commands import _flags
 _RECORDS = ("config.json", "lock", "starts.json", "goodput.jsonl", "goodput")
 
 
-def read_config(path: str, sections: Collection[str], known: Collection[str]) -> dict[str, Any]:
+def read_config(path: str, sections: Collection[str], flags: Collection[str]) -> dict[str, Any]:
     """Values by flags' names from a YAML file, of which `config.json` beside a result is one."""
     # Here: most runs have no file, and every command imports this module.
     import yaml
@@ -33,10 +33,10 @@ def read_config(path: str, sections: Collection[str], known: Collection[str]) ->
             raise ValueError(f"config: expected names and values in {path}, got {mapping!r:.40}")
         for name, value in mapping.items():
             # Sections are for the reader: names are flat, and unique over all of them.
-            if name in sections and name not in known:
+            if name in sections and name not in flags:
                 gather(value)
             else:
-                _flags.check_names(f"config: {path}", [name], known)
+                _flags.check_names(f"config: {path}", [name], flags)
                 values[name] = value
 
     gather(record)
@@ -63,8 +63,8 @@ def write_config(config: _flags.Dataclass, folder: epath.Path, flag: str) -> Non
         changed = sorted(k for k in {*old, *new} - free if old.get(k) != new.get(k))
         if changed and _has_results(folder):
             raise ValueError(
-                f"{flag}: expected a folder of this configuration, got {folder}, where "
-                f"{', '.join(changed)} is another; name a new --{flag}"
+                f"{flag}: expected a folder of this configuration, got {folder} with another "
+                f"{', '.join(changed)}; choose a new --{flag}"
             )
     # Others have only compared: two writers of one file on a store would race.
     if jax.process_index() == 0:

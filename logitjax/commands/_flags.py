@@ -314,12 +314,12 @@ def read_command_line(
     return given
 
 
-def check_names(source: str, names: Iterable[str], known: Collection[str]) -> None:
+def check_names(source: str, names: Iterable[str], flags: Collection[str]) -> None:
     """Refuses names that are no flags'."""
     for name in names:
-        if name not in known:
+        if name not in flags:
             # Most wrong names are typing errors.
-            near = difflib.get_close_matches(str(name), known, n=1)
+            near = difflib.get_close_matches(str(name), flags, n=1)
             hint = f", perhaps {near[0]}" if near else ""
             raise ValueError(f"{source}: expected the name of a flag{hint}, got {name!r}")
 
@@ -355,7 +355,12 @@ def help_text(
         value = "|".join(map(str, flag.choices)) or ("TEXT" if flag.kind is str else "NUMBER")
         name = f"--[no]{flag.name}" if flag.kind is bool else f"--{flag.name}={value}"
         shown.append((name, says))
-    shown.append(("--config=TEXT", "YAML file of flags' values. Flags win over it."))
+    shown.append(
+        (
+            "--config=TEXT",
+            "YAML file with values of flags. Flags on the command line take precedence.",
+        )
+    )
     lines = [f"usage: {program} [--flag=value ...]{rest}", "", inspect.cleandoc(doc or ""), ""]
     for name, says in shown:
         lines += [f"  {name}", textwrap.indent(textwrap.fill(says, 90), " " * 6)]

@@ -1,24 +1,25 @@
-"""Measure what the API of your model gives away of its output head.
+"""Measure what your model's API reveals about its output head.
 
     logitjax audit --model=DIR --policy=full --policy=round_2 --policy=top_5_bias --out=OUT
     logitjax audit --model=DIR --url=http://127.0.0.1:8000 --corner=640 --out=OUT
 
-With `--model` alone each `--policy` is put in front of the model in this process: `full`, `round_D`
-(D decimals), `noise_S` (S nats), `floor_F`, `top_K`, `top_K_bias` (a logit bias moves what is
-reported), `draws` (the drawn token's own log-probability), `sampling` (the
-same, and a bias moves what is drawn) or `argmax` (the token alone, and a bias moves it).
+With `--model` alone each `--policy` is applied to the model in this process: `full`, `round_D` (D
+decimals), `noise_S` (S nats), `floor_F`, `top_K`, `top_K_bias` (a logit bias changes the reported
+values), `draws` (the drawn token's own log-probability), `sampling` (the same, and a bias changes
+the drawn token) or `argmax` (only the token, which a bias changes).
 
-With `--url` a server on this machine is asked instead: `logitjax serve`, or any other with OpenAI's
-completion API that reports token ids (`return_tokens_as_token_ids`), as vLLM does.
-`--top_logprobs`, `--sampled`, `--bias`, `--decimals` and `--noise` say what the server is known to
-do; other servers than ours are `--sampled`. That is tested first, each test is printed with its
-evidence, and a row is told twice by different queries. A server that does something else certifies
-nothing, and ends with status 3. Only loopback addresses are asked, because you audit what you run.
+With `--url` a server on this machine is queried instead: `logitjax serve`, or any other with
+OpenAI's completion API that reports token ids (`return_tokens_as_token_ids`), as vLLM does.
+`--top_logprobs`, `--sampled`, `--bias`, `--decimals` and `--noise` describe the expected behaviour
+of the server; servers other than ours need `--sampled`. The audit tests this first, prints each
+test with its evidence, and recovers a row twice by different queries. If the server behaves
+differently, nothing is certified and the exit status is 3. Only loopback addresses are queried,
+because you audit what you run.
 
 OUT/report.md has a line for each policy: hidden width, share of the head that leaks, cost in
-queries, cost to honest users, verdict. OUT/recovered/POLICY.npz holds what was recovered:
-`basis` (the head's columns up to an invertible matrix), `tokens` (of its rows), `singular_values`,
-and `log_probs` if a row was recovered. Finished policies are not asked again. See docs/leakage.md.
+queries, cost to honest users, verdict. OUT/recovered/POLICY.npz holds the recovered arrays: `basis`
+(the head's columns up to an invertible matrix), `tokens` (of its rows), `singular_values`, and
+`log_probs` if a row was recovered. Finished policies are not queried again. See docs/leakage.md.
 """
 
 import dataclasses
@@ -43,11 +44,9 @@ _UNLIKE = 3
 class Config:
     """The model or server, its policies, and the prompts."""
 
-    model: str | None = field(
-        None, "Model to audit. Its own head is what the recovered one is compared with."
-    )
+    model: str | None = field(None, "Model to audit. The recovered head is compared with its own.")
     url: str | None = field(
-        None, "Address of your server, to ask it instead of policies in this process."
+        None, "Address of your server, to query it instead of policies in this process."
     )
     policy: tuple[str, ...] = field(
         ("full", "round_2", "noise_0.3", "top_5", "top_5_bias", "sampling", "argmax"),
@@ -60,20 +59,20 @@ class Config:
         rename={"top_k": "top_logprobs"},
     )
     budget: int | None = field(
-        None, "Largest number of queries to the server. It is an error to need more."
+        None, "Maximum number of queries to the server. Needing more is an error."
     )
     vocab_size: int = field(
         0, "Vocabulary size of the server's model, if --model is not given.", minimum=0
     )
     data: str | None = field(None, "Text to cut prompts from. By default random tokens.")
     prompts: int = field(
-        0, "Number of prompts. 0 takes a fifth more than the model is wide.", minimum=0
+        0, "Number of prompts. 0 takes the width of the model plus a fifth.", minimum=0
     )
     prompt_length: int = field(24, "Number of tokens in a prompt.", minimum=1)
     batch_size: int = field(16, "Number of prompts in a forward pass.", minimum=1)
     corner: int = field(
         0,
-        "Number of rows and columns of the corner that is asked for through a bias. 0 for none.",
+        "Number of rows and columns of the corner that is recovered through a bias. 0 for none.",
         minimum=0,
     )
     seed: int = field(0, "Seed of noise and of random prompts.")
@@ -85,7 +84,7 @@ class Config:
         if self.model is None and self.url is None:
             raise ValueError("model: expected a model, a url or both, got neither")
         if self.model is None and not (self.vocab_size and self.prompts):
-            raise ValueError("vocab_size, prompts: expected numbers where no model says them")
+            raise ValueError("vocab_size, prompts: expected numbers, as no model provides them")
         if self.model is None and self.data:
             raise ValueError("data: expected a model whose tokenizer reads it, got none")
 
@@ -221,15 +220,15 @@ def _audit(
     }
 
 
-def _write_recovered(found: leakage.Audit, path: epath.Path) -> None:
+def _write_recovered(audit: leakage.Audit, path: epath.Path) -> None:
     arrays: dict[str, Any] = {}
-    if found.subspace is not None:
-        basis = np.asarray(found.subspace.basis)
+    if audit.subspace is not None:
+        basis = np.asarray(audit.subspace.basis)
         arrays["basis"] = basis
-        arrays["tokens"] = np.arange(len(basis)) if found.tokens is None else found.tokens
-        arrays["singular_values"] = found.subspace.singular_values
-    if found.row is not None:
-        arrays |= {"log_probs": found.row.log_probs, "known": found.row.known}
+        arrays["tokens"] = np.arange(len(basis)) if audit.tokens is None else audit.tokens
+        arrays["singular_values"] = audit.subspace.singular_values
+    if audit.row is not None:
+        arrays |= {"log_probs": audit.row.log_probs, "known": audit.row.known}
     storage.write_atomic(path, lambda file: np.savez(file, **arrays))
 
 
@@ -248,8 +247,8 @@ def _report(
     return (
         f"# Leakage audit\n\n`{config.url or config.model}`: vocabulary {vocab:,}{width}; "
         f"{len(prompts)} prompts of {prompts.shape[1]} tokens from {source}.\n\n"
-        f"{markdown_table(records)}\n\n`width` is `seen` where noise may hide weaker directions. "
+        f"{markdown_table(records)}\n\n`width` is `seen` if noise may hide weaker directions. "
         "`leak` is the share of the head's subspace that leaked, beyond chance; for a corner, at "
-        "its tokens. `KL` is what honest users lose by one answer, in nats.\n"
+        "its tokens. `KL` is the loss of honest users per answer, in nats.\n"
         f"{evidence}"
     )

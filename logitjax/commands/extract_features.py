@@ -43,7 +43,7 @@ class Config:
     views: tuple[str, ...] = field(
         ("plain",), "Views of every picture: plain or random:COUNT.", execution=True
     )
-    fit: Literal["crop", "pad"] = field("crop", "How pictures become square: cropped, or padded.")
+    fit: Literal["crop", "pad"] = field("crop", "How to make pictures square: crop or pad.")
     size: int = field(0, "Height and width of the views in pixels. 0 takes the encoder's own.")
     rows: str = field(
         "all", "Pictures to encode: all, a number counted from the start, or per_class:N."

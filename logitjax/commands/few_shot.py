@@ -1,24 +1,24 @@
-"""Train heads on a few labelled pictures of each class, and compare them.
+"""Train classifiers on a few labelled pictures per class, and compare them.
 
     logitjax few-shot --data=folder:PICTURES --encoder=hf:openai/clip-vit-base-patch32 \\
         --prompts='a photo of a {}.' --shots=1,4,16 --out=runs/birds
     logitjax few-shot --features=train.npz,train_moco.npz --test_features=test.npz,test_moco.npz \\
         --class_weights=text.npz --method=gda --method=amu --shots=4 --out=runs/mine
 
-The pictures come from a folder with a folder for each class (or with folders `train` and `test` of
-such), from tfds, or already encoded: a directory that `logitjax extract-features` filled, or an
-.npz or .safetensors file with `features` [n, features] and `labels` [n], which any torch program
-can write. Methods that read a second encoder take it from `--auxiliary`, or from a second file.
-With `--views=random:10` methods learn from ten random crops of each picture.
+The pictures come from a folder with a subfolder for each class (or with folders `train` and `test`
+that have them), from tfds, or already encoded: a directory written by `logitjax extract-features`,
+or an .npz or .safetensors file with `features` [n, features] and `labels` [n], which any torch
+program can write. A second encoder, which some methods need, comes from `--auxiliary` or a second
+file. With `--views=random:10` methods learn from ten random crops of each picture.
 
-Classes are named by `--prompts` through the encoder's text tower, or by `--class_weights`: an .npy
-file, or .npz or .safetensors with `class_weights` [features, classes] and perhaps `scale`.
+Class names go through the encoder's text tower as `--prompts`, or `--class_weights` is given: an
+.npy file, or .npz or .safetensors with `class_weights` [features, classes] and optionally `scale`.
 
-Every method tries equally many settings and chooses on validation pictures of its own sample
+Every method tries the same number of settings and chooses on validation pictures of its own sample
 (`--validation=min4|shots`; with `none` it keeps its published setting). It is tested on the test
-pictures, or on those that a sample leaves. OUT/report.md has accuracies by method and shots and
-recommends a method, OUT/mistakes.html shows what it has wrong, and OUT/heads/METHOD is the head of
-the first sample at the most shots, which `logitjax classify` takes:
+pictures, or on those outside the sample. OUT/report.md has accuracies by method and shots and
+recommends a method, OUT/mistakes.html shows its mistakes, and OUT/heads/METHOD is the head of the
+first sample with the most shots, for `logitjax classify`:
 
     head = few_shot.load("OUT/heads/gda")
     head.predict(features)
@@ -53,42 +53,46 @@ class Config:
         None, "Split to learn from. By default train if there is one, else all."
     )
     test_split: str | None = field(
-        None, "Split to test on. By default test if there is one, else what a sample leaves."
+        None, "Split to test on. By default test if there is one, else pictures outside the sample."
     )
     encoder: str | None = field(None, "Encoder that also names the classes, by name or path.")
     auxiliary: str | None = field(None, "Second encoder, by name or path.")
-    tokenizer: str | None = field(None, "Tokenizer of an encoder that brings none.")
+    tokenizer: str | None = field(None, "Tokenizer for an encoder without one.")
     prompts: tuple[str, ...] = field(
-        ("a photo of a {}.",), "Text of a class, with {} for its name."
+        ("a photo of a {}.",), "Prompt for a class, with {} for its name."
     )
-    fit: Literal["crop", "pad"] = field("crop", "How pictures become square: cropped, or padded.")
+    fit: Literal["crop", "pad"] = field("crop", "How to make pictures square: crop or pad.")
     rows: str = field("all", "Pictures to learn from: all, a number, or per_class:N.")
     views: str = field("plain", "Views of the pictures to learn from: plain or random:COUNT.")
     batch_size: int = field(16, "Number of pictures encoded at once.", minimum=1)
     features: str | None = field(
-        None, "File of encoded pictures, and after a comma the file of the second encoder."
+        None, "File of encoded pictures, and after a comma that of the second encoder."
     )
     test_features: str | None = field(None, "Files of the encoded pictures to test on, likewise.")
     class_weights: str | None = field(None, "File of the zero-shot classifier's weights.")
     scale: float | None = field(
         None, "Scale of the classifier's cosines. By default the file's, or CLIP's 100."
     )
-    method: tuple[str, ...] = field(("all",), "Method, or all that the features allow.")
+    method: tuple[str, ...] = field(
+        ("all",), "Method, or all for every method that the features allow."
+    )
     shots: tuple[int, ...] = field(
         (1, 2, 4, 8, 16), "Number of pictures of each class to learn from."
     )
     samples: int = field(3, "Number of samples for each number of shots.", minimum=1)
     validation: Literal["min4", "shots", "folds", "none"] = field(
         "min4",
-        "Pictures of each class to choose settings on: as many as shots but at most 4 (min4), as "
-        "many as shots, those to learn from in parts (folds), or none. A folder val is chosen on "
-        "as a whole instead.",
+        "Validation pictures per class for choosing settings: as many as shots but at most 4 "
+        "(min4), as many as shots, cross-validation (folds), or none. A folder val is used as a "
+        "whole instead.",
     )
-    grid: Literal["small", "full"] = field("small", "Whether a method tries 4 settings or 12.")
+    grid: Literal["small", "full"] = field(
+        "small", "Number of settings that each method tries: 4 or 12."
+    )
     steps: int = field(
         60, "Number of steps of 32 pictures, for methods without a published recipe.", minimum=1
     )
-    seed: int = field(0, "Seed of samples, of orders and of random starts.")
+    seed: int = field(0, "Seed of samples, orders and initial parameters.")
 
     def __post_init__(self) -> None:
         if (self.data is None) == (self.features is None):
@@ -100,11 +104,11 @@ class Config:
         if self.features is not None:
             for name in ("split", "test_split", "encoder", "auxiliary", "tokenizer"):
                 if getattr(self, name) is not None:
-                    raise ValueError(f"{name}: expected none beside --features")
+                    raise ValueError(f"{name}: expected none with --features")
         if self.data is not None and self.test_features is not None:
-            raise ValueError("test_features: expected --test_split beside --data")
+            raise ValueError("test_features: expected --test_split with --data")
         if self.test_features is not None and self.test_features == self.features:
-            raise ValueError("test_features: expected other pictures than --features")
+            raise ValueError("test_features: expected pictures other than those of --features")
         if self.test_split is not None and self.test_split == (self.split or "train"):
             raise ValueError(f"test_split: expected another than --split, got {self.test_split!r}")
         if self.features is not None and self.class_weights is None:
@@ -119,7 +123,7 @@ class Config:
                 )
         for prompt in self.prompts:
             if "{}" not in prompt:
-                raise ValueError(f"prompts: expected {{}} where the name goes, got {prompt!r}")
+                raise ValueError(f"prompts: expected {{}} in place of the name, got {prompt!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -153,7 +157,7 @@ class Problem:
 
     @property
     def tested(self) -> tuple[few_shot.Pictures, Sequence[str]]:
-        """What these heads are tested on, and its files if there are any."""
+        """The pictures that these heads are tested on, and their files if there are any."""
         if self.test is not None:
             return self.test, self.files.get("test", ())
         rows, files = self.first.rest, self.files.get("pictures", ())
@@ -436,8 +440,7 @@ def _class_weights(config: Config, encoder: vision.Encoder, class_names: Sequenc
         return config.class_weights
     if not encoder.has_text:
         raise ValueError(
-            f"class_weights: expected a file, for {encoder.name} has no text tower to name "
-            "classes with, got none"
+            f"class_weights: expected a file, because {encoder.name} has no text tower, got none"
         )
     return np.asarray(encoder.zero_shot(_words(class_names), config.prompts))
 

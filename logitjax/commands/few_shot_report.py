@@ -1,4 +1,4 @@
-"""What `logitjax few-shot` writes about its heads: columns, the best method, and its mistakes."""
+"""The report of `logitjax few-shot` on its heads: columns, the best method, and its mistakes."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -40,7 +40,9 @@ def columns(problem: "Problem") -> tuple[dict[int, str], list[dict[str, Any]], l
         sample = problem.sample(shots, 0)
         counts = np.bincount(problem.pictures.labels[sample.train], minlength=classes).tolist()
         if str(counts) == before:
-            merged.append(f"{shots} a class learn from the pictures of {max(names)}, and are it.")
+            merged.append(
+                f"{shots} a class have the same pictures as {max(names)} and are not repeated."
+            )
             continue
         before = str(counts)
         names[shots] = f"{shots} a class" if min(counts) == shots else f"up to {shots} a class"
@@ -76,15 +78,15 @@ def report(
     for name, by_shots in records.items():
         cost = {"settings": chosen[name].settings, f"updates at {most}": by_shots[most]["updates"]}
         rows.append(row(name, "test", by_shots) | cost)
-    tested = "other pictures" if problem.test else "what a sample leaves"
+    tested = "other pictures" if problem.test else "pictures outside the sample"
     test, _ = problem.tested
     predicted = {name: head.predict(**head.inputs(test)) for name, head in heads.items()}
     parts = [
         "# Few-shot heads",
         f"{len(problem.pictures)} pictures of {len(problem.pictures.class_names)} classes; "
         f"accuracy (%) on {tested}, mean +- standard deviation of {config.samples} samples; "
-        f"settings chosen by `{config.validation}`.",
-        "\n".join(f"- {note}" for note in problem.notes or ("Nothing was found amiss.",)),
+        f"settings chosen with `{config.validation}`.",
+        "\n".join(f"- {note}" for note in problem.notes or ("No problems were found.",)),
         markdown_table(sizes),
         markdown_table(rows),
         f'`{best}` is {reason}; `few_shot.load("heads/{best}")` loads it.',
@@ -92,7 +94,7 @@ def report(
     ]
     if left_out:
         reasons = ", ".join(f"{name} ({reason})" for name, reason in left_out.items())
-        parts.append(f"Methods that were left out, and what they need: {reasons}.")
+        parts.append(f"Methods that did not run, and what they need: {reasons}.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -119,7 +121,8 @@ def _of_best(
         classes.append((hits / total, row))
     worst = [row for _, row in sorted(classes, key=lambda one: one[0])[:_CLASSES]]
     return [
-        f"The head of the first sample classifies {int(ours.sum())} of {len(ours)} pictures right, "
+        f"The head of the first sample classifies {int(ours.sum())} of {len(ours)} pictures "
+        f"correctly, "
         f"{100 * ours.mean():.1f} % [{100 * low:.1f}, {100 * high:.1f}].",
         "Level with it on these pictures (points, and the 95 % interval of the paired difference): "
         + (", ".join(level) or "none")
@@ -138,4 +141,6 @@ def mistakes(problem: "Problem", head: Any, path: epath.Path) -> None:
     wrong = np.flatnonzero(probabilities.argmax(1) != test.labels)
     order = wrong[np.argsort(-probabilities.max(1)[wrong])]
     cards = cards_of(head, test, files, order, labelled=True)
-    write_page(path, "Mistakes", f"{len(wrong)} of {len(test)} pictures, the surest first.", cards)
+    write_page(
+        path, "Mistakes", f"{len(wrong)} of {len(test)} pictures, most confident first.", cards
+    )

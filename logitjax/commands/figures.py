@@ -65,7 +65,9 @@ class Series:
     def __post_init__(self) -> None:
         lengths = {len(run) for run in self.runs}
         if len(lengths) > 1:
-            raise ValueError(f"runs: expected equally many points of {self.name}, got {lengths}")
+            raise ValueError(
+                f"runs: expected the same number of points of {self.name}, got {lengths}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,13 +1,13 @@
-"""Bound the Gromov-Wasserstein distance of two graphs, with proofs, beside a general solver.
+"""Bound the Gromov-Wasserstein distance of two graphs, with proofs, next to a general solver.
 
     logitjax gw A.npy B.npy
     logitjax gw A.npy B.npy --solver=ott --bounds=third
 
 A and B are square matrices, or with `--factors` the factors Z `[positions, nodes]` of graphs Z^T Z,
 in numpy's .npy format. Nodes have equal weights. The values are Gromov-Wasserstein costs with p =
-2, in units of the mean squared entry of B. `gap` is the value over the lower bound: no solution can
-be better than the one shown by more than that factor. A solver's value is the cost of its plan once
-its marginals are repaired. `--solver=pot` needs `pip install 'logitjax[benchmark]'`.
+2, in units of the mean squared entry of B. `gap` is the value divided by the lower bound: no
+solution can be better by more than that factor. A solver's value is the cost of its plan once its
+marginals are repaired. `--solver=pot` needs `pip install 'logitjax[benchmark]'`.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ class Config:
         "cheap", "Work for the lower bound: n^2 (cheap) or n^3 (third)."
     )
     refine: Literal["none", "exchange", "search"] = field(
-        "exchange", "How the coupling is improved, if both graphs have equally many nodes."
+        "exchange", "How to improve the coupling, if both graphs have the same number of nodes."
     )
     solver: Literal["none", "ott", "pot"] = field("none", "General solver to compare with.")
 

@@ -11,7 +11,7 @@ from etils import epath
 import logitjax
 from logitjax import storage
 
-PUSH = "Repository of the hub, as org/name, that the model and its card are uploaded to. Private."
+PUSH = "Private repository of the hub, as org/name, to upload the model and its card to."
 _ORIGINS = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 
@@ -37,7 +37,7 @@ def model_card(
     return (
         "---\n" + "\n".join(head) + f"\n---\n\n# {title}\n\n"
         f"Made from {', '.join(f'`{base}`' for base in bases)} by logitjax {logitjax.__version__} "
-        f"(jax {jax.__version__}). The license of these models holds.\n\n{report.strip()}\n\n"
+        f"(jax {jax.__version__}). The license of these models applies.\n\n{report.strip()}\n\n"
         f"## Settings\n\n```yaml\n{options}```\n"
     )
 

@@ -86,7 +86,7 @@ def place_beside(axes: Any, names: Sequence[Label]) -> None:
         taken, put = np.concatenate([taken, way]), np.concatenate([put, box[None]])
 
 
-def apart(wanted: Sequence[float], gap: float, low: float, high: float) -> np.ndarray:
+def apart(centres: Sequence[float], gap: float, low: float, high: float) -> np.ndarray:
     """Places at least `gap` apart and as near what is wanted as can be, in the same order.
 
     The sum of squares of what they are moved by is least (isotonic regression). Where there is no
@@ -96,10 +96,10 @@ def apart(wanted: Sequence[float], gap: float, low: float, high: float) -> np.nd
     array([ 0., 10., 40.])
     """
     # Subtracting the steps turns "at least a gap apart" into "not decreasing".
-    order = np.argsort(wanted, kind="stable")
+    order = np.argsort(centres, kind="stable")
     steps = gap * np.arange(len(order))
     blocks: list[tuple[float, int]] = []
-    for value in np.asarray(wanted, np.float64)[order] - steps:
+    for value in np.asarray(centres, np.float64)[order] - steps:
         blocks.append((float(value), 1))
         while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
             (b, n), (a, m) = blocks.pop(), blocks.pop()

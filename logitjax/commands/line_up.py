@@ -48,7 +48,7 @@ class LineUp:
                 self.model, self.expert, self.base, strategy(self.fusion), dtype=self.dtype
             )
         if self.expert or self.base or self.fusion:
-            raise ValueError("assistant: expected no expert, base or fusion beside it")
+            raise ValueError("assistant: expected no expert, base or fusion with it")
         # Before the model's weights are read.
         record = epath.Path(self.assistant) / "assistant.json"
         if not record.exists():

@@ -24,12 +24,12 @@ _STYLE = (
     "figure figure{width:60px;border:0;margin:2px;font-size:10px}"
 )
 _REASONS = {
-    "unreadable": "left out, as they cannot be read",
+    "unreadable": "skipped, as they cannot be read",
     "repeated": "only the first of each is kept, as the pixels are equal",
-    "contradictory": "left out, as equal pixels lie in several classes",
-    "elsewhere": "left out, as other pictures of this run are equal",
-    "turned": "turned upright, as their EXIF asks",
-    "transparent": "laid on white, as they are transparent",
+    "contradictory": "skipped, as equal pixels occur in several classes",
+    "elsewhere": "skipped, as they equal other pictures of this run",
+    "turned": "rotated by their EXIF tag",
+    "transparent": "put on a white background, as they are transparent",
 }
 Card = tuple[str, Sequence[str], Sequence[tuple[str, str]]]
 """The file of a picture, lines below it, and files of small pictures with a line each."""
@@ -40,7 +40,7 @@ class Folder:
     """Pictures that a command reads with one encoder."""
 
     pictures: str = field(REQUIRED, "Folder of the pictures.")
-    tokenizer: str | None = field(None, "Tokenizer of an encoder that brings none.")
+    tokenizer: str | None = field(None, "Tokenizer for an encoder without one.")
     batch_size: int = field(16, "Number of pictures encoded at once.", minimum=1)
 
 
@@ -205,7 +205,7 @@ def write_answers(
             for row, file in enumerate(files)
         ],
     )
-    text = f"{len(files)} pictures, those whose labels would help most first."
+    text = f"{len(files)} pictures; those whose labels would help most come first."
     cards = cards_of(head, pictures, files, doubtful, labelled=False)
     write_page(out / "index.html", "Pictures and their classes", text, cards)
     counts = np.bincount(first, minlength=len(names)).tolist()

@@ -2,10 +2,9 @@
 
     logitjax prepare wiki_summaries my_package.my_builders:MyText
 
-The data sets are written as array_record files. Our own (`wiki_summaries`,
-`fashion_mnist_png`) and builders of yours need no TensorFlow. Those that come with tfds need it
-while they are prepared: first `pip install 'logitjax[prepare]'`. A data set that exists is left
-alone.
+The data sets are written as array_record files. Our own (`wiki_summaries`, `fashion_mnist_png`) and
+your own builders need no TensorFlow. Those that come with tfds need it for preparation: first
+`pip install 'logitjax[prepare]'`. Existing data sets are not changed.
 """
 
 import dataclasses
@@ -23,7 +22,7 @@ class Config:
         None, "Directory of the data sets. By default $TFDS_DATA_DIR or ~/tensorflow_datasets."
     )
     manual_dir: str | None = field(
-        None, "Directory of files fetched by hand. By default DATA_DIR/downloads/manual."
+        None, "Directory of manually downloaded files. By default DATA_DIR/downloads/manual."
     )
 
 

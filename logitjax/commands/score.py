@@ -116,7 +116,7 @@ def _check_fusion(fuse: Any) -> None:
     ):
         if isinstance(fuse, kind) and getattr(fuse, name) != keeps_all:
             raise ValueError(
-                f"fusion: expected {name}={keeps_all}, which rules no token of a text out, got "
+                f"fusion: expected {name}={keeps_all}, which excludes no token of a text, got "
                 f"{name}={getattr(fuse, name)}"
             )
 
@@ -217,7 +217,8 @@ def _first_id(tokenizer: models.Tokenizer) -> int:
         if first is not None:
             return first
     raise ValueError(
-        "model: its tokenizer marks neither beginning nor end, nothing predicts a text"
+        "model: its tokenizer has no BOS or EOS token, so nothing predicts the first token of a "
+        "text"
     )
 
 

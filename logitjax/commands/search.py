@@ -1,11 +1,11 @@
-"""Find the pictures that fit a text best, or are most like a picture.
+"""Find the pictures that match a text or are most similar to a picture.
 
     logitjax search --encoder=hf:openai/clip-vit-base-patch32 --pictures=PICTURES \\
         --query='a dog on a beach' --out=runs/found
 
-`--query` is a text, or the file of a picture, for which the encoder needs no text tower.
-OUT/found.csv and OUT/index.html have the pictures by falling cosine. The encoded pictures stay in
-OUT, so that another query there takes seconds. See docs/few_shot.md.
+`--query` is a text, or a picture file, which needs no text tower. OUT/found.csv and OUT/index.html
+list the pictures by decreasing cosine similarity. The encoded pictures stay in OUT, so that another
+query there takes seconds. See docs/few_shot.md.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ class Config(pictures.Folder):
     """The encoder, the pictures and what is looked for."""
 
     encoder: str = field(REQUIRED, "Encoder, by name or path.")
-    query: str = field(REQUIRED, "A text, or the file of a picture.")
+    query: str = field(REQUIRED, "Text, or path of a picture.")
 
 
 def run(config: Config, out: epath.Path) -> None:

@@ -10,16 +10,15 @@ It prints one line with its address, and answers `/v1/completions`, `/v1/chat/co
 `/openapi.json`. Any OpenAI client works with `base_url=http://127.0.0.1:8000/v1`. It listens on
 loopback unless `--host` says otherwise.
 
-Requests share the slots of one decoding engine and come and go independently. If too many wait,
-others get 429 with `Retry-After`. Prompts are read in pieces while other requests decode, and a
-common beginning of prompts is read once. After SIGTERM running answers may go on for
-`--drain_seconds`.
+Requests share the slots of one decoding engine and start and end independently. If too many wait,
+others get 429 with `Retry-After`. Prompts are read in chunks while other requests decode, and
+shared prefixes are read once. After SIGTERM running answers may continue for `--drain_seconds`.
 
-The flags of the policy set what reported log-probabilities give away: `--top_logprobs`,
-`--sampled`, `--bias` (none, sampling, reported), `--decimals`, `--noise`, `--floor`.
-A chosen token's own value is reported if it is among the top ones, or with `--sampled`. What tokens
-are chosen tells the same logits, unless `--choices` is `plain` or `metered`. See
-docs/leakage.md for what each flag is worth, and `logitjax audit` to measure it.
+The flags of the policy limit what log-probabilities reveal: `--top_logprobs`, `--sampled`, `--bias`
+(none, sampling, reported), `--decimals`, `--noise`, `--floor`. A chosen token's own value is
+reported if it is among the top ones, or with `--sampled`. The choice of tokens reveals the same
+logits, unless `--choices` is `plain` or `metered`. docs/leakage.md describes the effect of each
+flag, and `logitjax audit` measures it.
 """
 
 import dataclasses
@@ -49,15 +48,15 @@ class Config:
     )
     listening: serving.Listening = nested(serving.Listening())
     api_key: str | None = field(
-        None, "Key that clients have to send. Without keys anybody may ask.", secret=True
+        None, "Key that clients have to send. Without keys anyone may send requests.", secret=True
     )
     api_keys: str | None = field(
-        None, "File of keys, one JSON object a line: name, secret, and what the key may spend."
+        None, "File of keys, one JSON object per line: name, secret, and the budget of the key."
     )
     max_length: int | None = field(
         None,
-        "Largest number of tokens of a request, prompt included. By default 1024, or fewer if the "
-        "models read no more.",
+        "Maximum number of tokens of a request, prompt included. By default 1024, or fewer if the "
+        "models cannot read more.",
         minimum=2,
     )
 

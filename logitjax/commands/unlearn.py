@@ -1,4 +1,4 @@
-"""Make a model forget what you name, keep the rest, and measure what is left of both.
+"""Make a model forget rows that you name, keep the rest, and measure both.
 
     logitjax unlearn --model=smollm2 --forget=forget.jsonl --retain=retain.jsonl \\
         --holdout=unseen.jsonl --text=tfds:wiki_summaries --out=runs/forgotten
@@ -7,29 +7,29 @@
 
 A row of a file is `{"question", "answer"}` or `{"messages"}`, asked through the model's chat
 template, `{"prompt", "completion"}` or `{"text"}`. It may have a `group`, such as a person, and
-`paraphrases`, a list. `--holdout` has rows like those to forget that the model was never taught.
-One half of it sets the goal: no answer to forget, asked as in the file, in its paraphrases or in
-any of several other ways, may be likelier than twice the likeliest of these, asked alike. The other
-half tells whether it shows that something was removed.
+`paraphrases`, a list. `--holdout` has rows like those to forget on which the model was never
+trained. Half of them set the goal: no answer to forget, asked as in the file, in its paraphrases or
+in several other phrasings, may be more than twice as likely as the likeliest holdout answer in the
+same phrasing. The other half tests whether the removal can be detected.
 
-Prompts and completions of messages, the rows of ShareGPT and Alpaca, and lists of answers are read
-as well.
+Prompts and completions made of messages, the rows of ShareGPT and Alpaca, and lists of answers are
+read as well.
 
-`--method` is a name with options, as `'npo_kl(beta=0.2)'`, or `package.module:Name`. `difference`
-trains an assistant of the model's first layers that knows what to forget and nothing else. Its
-logits are subtracted while the model answers. The model's weights stay as they are: without the
-assistant everything is back. All other methods train adapters of the weights, or with
-`--noadapters` all weights.
+`--method` is a name with options, such as `'npo_kl(beta=0.2)'`, or `package.module:Name`.
+`difference` trains an assistant on the model's first layers that learns only what to forget. Its
+logits are subtracted while the model answers. The weights do not change: without the assistant
+everything is back. All other methods train adapters of the weights, or with `--noadapters` all
+weights.
 
-Every few steps the command finds the strength at which the goal is met, and measures there what is
-left of the rows to keep. Generated answers decide in the end. OUT/assistant or OUT/adapter is then
-a PEFT adapter. OUT/model is a model with the adapter in its weights (`--merge`), or with new
-weights (`--noadapters`).
+Every few steps the command finds the strength at which the goal is met, and measures the rows to
+keep at that strength. The final choice is based on generated answers. OUT/assistant or OUT/adapter
+is then a PEFT adapter. OUT/model is a model with the adapter in its weights (`--merge`), or with
+new weights (`--noadapters`).
 
-OUT/report.md compares before and after, with intervals, attacks, samples, and all that was tried.
-If nothing both forgets and keeps, on rows that it was not chosen by as well, only the report is
-written, and the status is 3. Limits may be changed without training again. You may kill the run at
-any time: the same command continues it. See docs/unlearning.md.
+OUT/report.md compares before and after, with intervals, attacks, samples, and all candidates. If no
+candidate both forgets and keeps, on held-out rows as well, only the report is written, and the exit
+status is 3. Limits may be changed without training again. You may kill the run at any time: the
+same command continues it. See docs/unlearning.md.
 """
 
 import dataclasses
@@ -61,33 +61,33 @@ _SAMPLES = 8
 class Config:
     """The model, the rows to forget and to keep, the method, and the limits."""
 
-    model: str = field(REQUIRED, "Model that is to forget.")
-    forget: str = field(REQUIRED, "JSON lines to forget.")
-    retain: str = field(REQUIRED, "JSON lines to keep. Some are held out of training.")
+    model: str = field(REQUIRED, "Model to change.")
+    forget: str = field(REQUIRED, "JSON lines with rows to forget.")
+    retain: str = field(REQUIRED, "JSON lines with rows to keep. Some are held out of training.")
     holdout: str | None = field(
-        None, "JSON lines like those to forget, which the model was never taught."
+        None, "JSON lines with rows like those to forget, on which the model was never trained."
     )
     reference: tuple[str, ...] = field(
-        (), "Model that never knew what is forgotten, as a control for attacks; may be repeated."
+        (), "Model that never learned the rows to forget, as a control for attacks."
     )
     attacks: Literal["quick", "all"] = field(
-        "quick", "Attacks of the report. `all` adds those that train and sample.", execution=True
+        "quick", "Attacks in the report. `all` adds those that train and sample.", execution=True
     )
     text: str | None = field(
-        None, "Other text, whose perplexity has to stay: jsonl:PATH, hf:ORG/NAME, and so on."
+        None, "Other text whose perplexity must not rise: jsonl:PATH, hf:ORG/NAME, and so on."
     )
     method: str = field(
         "difference",
-        "Method with its options, as npo_kl(beta=0.2), or one of your own as package.module:Name.",
+        "Method with its options, such as npo_kl(beta=0.2), or your own as package.module:Name.",
         listing=unlearning.METHODS.help,
     )
     training: unlearning.UnlearnConfig = nested(without=("method", "thorough"))
     merge: bool = field(False, "Also write the model with the adapter in its weights.")
-    max_length: int = field(256, "Largest number of tokens of a row.", minimum=8)
-    new_tokens: int = field(48, "Largest number of tokens of a generated answer.", minimum=1)
+    max_length: int = field(256, "Maximum number of tokens of a row.", minimum=8)
+    new_tokens: int = field(48, "Maximum number of tokens of a generated answer.", minimum=1)
     text_windows: int = field(8, "Number of pieces of other text to score.", minimum=1)
     text_length: int = field(128, "Number of tokens in each piece of other text.", minimum=8)
-    eval_batch: int = field(4, "Number of rows that are scored at once.", minimum=1)
+    eval_batch: int = field(4, "Number of rows scored at once.", minimum=1)
     dtype: Literal["float32", "bfloat16"] = field("float32", "Compute type.")
 
     def __post_init__(self) -> None:
@@ -120,7 +120,7 @@ def run(config: Config, out: epath.Path) -> None:
     if min(split.groups) < _FEW_GROUPS:
         logging.warning(
             "%d, %d and %d groups of rows to keep for training, choosing and testing: with fewer "
-            "than %d the numbers say little",
+            "than %d the numbers are unreliable",
             *split.groups,
             _FEW_GROUPS,
         )
@@ -156,7 +156,7 @@ def run(config: Config, out: epath.Path) -> None:
     # Whoever forgets what was never known would find every method perfect.
     if goal.met(forgetting.known):
         raise ValueError(
-            f"forget: expected answers that the model was taught, got none that is likelier than "
+            f"forget: expected answers that the model has learned, got none more likely than "
             f"{goal.limit('asked'):.3g}, twice the likeliest of {goal.source}"
         )
     storage.progress.mark(f"unlearning by {config.method}", log=True)
@@ -185,22 +185,22 @@ def _reference(config: Config, name: str, tokenizer: models.Tokenizer) -> models
 
 
 def finish(
-    config: Config, questions: unlearning.Questions, found: Any, out: epath.Path, rows_of: str
+    config: Config, questions: unlearning.Questions, outcome: Any, out: epath.Path, rows_of: str
 ) -> int:
     """Keeps what was written or deletes it, as the verdict says, and reports; the exit status."""
-    passed = found.settle(out)
+    passed = outcome.settle(out)
     sections = [
         f"# `{config.model}`, unlearned",
-        _nothing(config, found) if found.verdict is None else found.verdict.words,
+        _nothing(config, outcome) if outcome.verdict is None else outcome.verdict.words,
         "" if passed else "No model was written.",
-        _what(config, found),
+        _what(config, outcome),
         rows_of,
-        *(_measures(config, questions, found) if found.verdict is not None else ()),
-        "## What was tried",
-        markdown_table([_candidate_row(candidate) for candidate in found.candidates]),
+        *(_measures(config, questions, outcome) if outcome.verdict is not None else ()),
+        "## Candidates",
+        markdown_table([_candidate_row(candidate) for candidate in outcome.candidates]),
     ]
     text = "\n\n".join(filter(None, sections)) + "\n"
-    verdict = found.verdict or {"passed": False, "words": _nothing(config, found)}
+    verdict = outcome.verdict or {"passed": False, "words": _nothing(config, outcome)}
     storage.write_atomic(out / "report.md", text)
     storage.write_atomic(out / "verdict.json", _as_json(verdict))
     print(text)
@@ -234,8 +234,8 @@ def _cut(config: Config, questions: unlearning.Questions) -> str:
         return ""
     parts = ", ".join(f"{count} of `{part}`" for part, count in cut.items())
     return (
-        f" **Cut at {config.max_length} tokens (`--max_length`), and what is beyond neither "
-        f"trained on nor measured**: {parts}."
+        f" **Cut at {config.max_length} tokens (`--max_length`); the rest was neither trained on "
+        f"nor measured**: {parts}."
     )
 
 
@@ -244,11 +244,11 @@ def _as_json(verdict: Any) -> str:
     return json.dumps({"facts": [], "kept": {}} | record, indent=1) + "\n"
 
 
-def _nothing(config: Config, found: Any) -> str:
+def _nothing(config: Config, outcome: Any) -> str:
     """The verdict where no candidate will do."""
-    advice = "More steps, more rows to keep, another method or wider limits may help."
+    advice = "More steps, more rows to keep, another method or looser limits may help."
     # Only then: one candidate of many that diverged says nothing about the rate.
-    if all("finite" in candidate["broken"] for candidate in found.candidates):
+    if all("finite" in candidate["broken"] for candidate in outcome.candidates):
         advice = "Its losses were not finite: a lower `--learning_rate` may help."
     return (
         f"**Nothing was forgotten**: no candidate of `{config.method}` both forgets and stays "
@@ -256,31 +256,32 @@ def _nothing(config: Config, found: Any) -> str:
     )
 
 
-def _what(config: Config, found: Any) -> str:
-    limits = ", ".join(f"{way} {limit:.3g}" for way, limit in found.goal.worst.items())
+def _what(config: Config, outcome: Any) -> str:
+    limits = ", ".join(f"{way} {limit:.3g}" for way, limit in outcome.goal.worst.items())
     goal = (
-        f"The goal is that no answer is likelier than twice the likeliest of {found.goal.source}, "
-        f"asked in the same way: {limits}. Their median is {found.goal.probability:.4g}. Trained "
-        f"on and chosen by: {', '.join(found.ways)}; judged in other wordings of these."
+        f"The goal is that no answer is more than twice as likely as the likeliest of "
+        f"{outcome.goal.source} in the same phrasing: {limits}. Their median is "
+        f"{outcome.goal.probability:.4g}. Used for training and selection: "
+        f"{', '.join(outcome.ways)}; the final measurements use other wordings of these."
     )
-    if found.chosen is None:
+    if outcome.chosen is None:
         return goal
     filters = config.settings.method.assistant
     kind = "other weights"
     if filters:
-        kind = "a filter: an assistant whose logits are subtracted; the weights are as they were"
+        kind = "a filter: an assistant whose logits are subtracted; the weights are unchanged"
     elif config.settings.adapters:
         kind = "an adapter that changes the weights"
-    step, strength = found.chosen["step"], found.chosen["strength"]
-    name = "alpha" if filters else "factor of what was trained"
+    step, strength = outcome.chosen["step"], outcome.chosen["strength"]
+    name = "alpha" if filters else "factor of the trained change"
     return f"`{config.method}`, {kind}. Step {step}, {name} {strength:.4g}. {goal}"
 
 
-def _measures(config: Config, questions: unlearning.Questions, found: Any) -> list[str]:
+def _measures(config: Config, questions: unlearning.Questions, outcome: Any) -> list[str]:
     """Before and after, attacks, and what the model says."""
-    before, after, verdict = found.before, found.after, found.verdict
+    before, after, verdict = outcome.before, outcome.after, outcome.verdict
     sides = {"before": before, "after": after}
-    sides |= {f"control {n}": side for n, side in enumerate(found.controls, 1)}
+    sides |= {f"control {n}": side for n, side in enumerate(outcome.controls, 1)}
     attacks = [
         {"attack": name, "measured": kind}
         | {side: record["attacks"].get(name, {}).get(kind) for side, record in sides.items()}
@@ -306,25 +307,26 @@ def _measures(config: Config, questions: unlearning.Questions, found: Any) -> li
     return [
         "## To forget",
         markdown_table(verdict.facts),
-        "Every answer by itself, asked in every way. `above` counts those that are likelier than "
-        "any answer never taught. The rows and the paraphrases `in words chosen by` were trained "
-        "on and chosen by, nothing else of this table was.",
+        "Every answer by itself, in every phrasing. `above` counts those that are likelier than "
+        "any answer never taught. Only the rows and the paraphrases `in words chosen by` were "
+        "used for training and selection.",
         "## To keep",
         markdown_table(_kept_rows(before, after, verdict)),
-        "Measured on what was written, read again, on rows that nothing was trained on or chosen "
-        "by. `kept %` is the ratio with its 95 % bootstrap interval over rows.",
+        "Measured on the written files, with rows that were used neither for training nor for "
+        "selection. `kept %` is the ratio with its 95 % bootstrap interval over rows.",
         "## Attacks",
         markdown_table(attacks),
         "`measured` is the median probability of the answers to forget, the `worst` of them, of "
-        "those that were `taught` again the median, a share of their tokens, or how well an attack "
-        "tells them from the holdout (AUC: 0.5 is a guess, and less also gives them away). "
+        "those that were `taught` again the median, a share of their tokens, or how well an "
+        "attack distinguishes them from the holdout (AUC: 0.5 is a guess, and less also reveals "
+        "them). "
         + ("" if config.attacks == "all" else "`--attacks=all` runs more attacks. ")
         + (
-            "A control never knew the answers."
-            if found.controls
-            else "There is no control: name some by `--reference`."
+            "A control never learned the answers."
+            if outcome.controls
+            else "There is no control: add one with `--reference`."
         ),
-        "## What it says",
+        "## Sample answers",
         markdown_table(samples),
     ]
 

@@ -1,10 +1,10 @@
-"""Name the classes of pictures by the names of the classes alone, without a labelled picture.
+"""Classify pictures by the names of the classes, without labelled pictures.
 
     logitjax zero-shot --encoder=hf:openai/clip-vit-base-patch32 --pictures=PICTURES \\
         --classes='barn owl,kestrel' --prompts='a photo of a {}, a kind of bird.' --out=runs/birds
 
-Writes what `logitjax classify` does, without sets and examples. With a few labelled pictures
-`logitjax few-shot` does better; see docs/few_shot.md.
+Writes the same files as `logitjax classify`, without sets and examples. With a few labelled
+pictures `logitjax few-shot` is more accurate; see docs/few_shot.md.
 """
 
 import dataclasses
@@ -23,7 +23,9 @@ class Config(pictures.Folder):
 
     encoder: str = field(REQUIRED, "Encoder with a text tower, by name or path.")
     classes: tuple[str, ...] = field(REQUIRED, "Name of a class.")
-    prompts: tuple[str, ...] = field(("a photo of a {}.",), "Text of a class, {} for its name.")
+    prompts: tuple[str, ...] = field(
+        ("a photo of a {}.",), "Prompt for a class, with {} for its name."
+    )
 
 
 def run(config: Config, out: epath.Path) -> None:

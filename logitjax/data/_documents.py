@@ -46,7 +46,7 @@ def render_example(example: Mapping[str, Any]) -> list[tuple[str, bool]]:
 
 
 def _said(message: Mapping[str, Any]) -> str:
-    """What the assistant says, with its calls of tools as Hermes and Qwen write them."""
+    """The assistant's text, with its tool calls as Hermes and Qwen write them."""
     calls = (json.dumps(call["function"]) for call in message.get("tool_calls", ()))
     parts = (message["content"], *(f"<tool_call>\n{call}\n</tool_call>" for call in calls))
     return "\n".join(filter(None, parts))

@@ -48,7 +48,7 @@ class Stream(Sequence):
 def collected(
     read: Callable[[], Iterator[Any]], again: Callable[[], Iterator[Any]], source: str
 ) -> "Examples":
-    """What `read` gives, in memory where it fits there; else `again` gives it anew each time."""
+    """The rows of `read`, in memory if they fit; else `again` reads them each time."""
     rows: list[Any] | None = []
     state, count, size = hashlib.sha256(), 0, 0
     for row in read():

@@ -51,7 +51,7 @@ class Errors:
         if self.count <= _MAX_WARNINGS:
             logging.warning("skipped malformed row %s: %s", where, reason)
         if self.count == _MAX_WARNINGS:
-            logging.warning("further malformed rows are counted silently")
+            logging.warning("further malformed rows are counted without a message")
 
 
 def _files(path: str, suffixes: tuple[str, ...], name: str, spec: str) -> list[epath.Path]:

@@ -220,15 +220,13 @@ def load_image_set(
     kind, _, location = spec.partition(":")
     name, start, stop = parse_split(split)
     if kind in ("stamps", "mnist_5k", "emoji", "foolbox") and name != "all":
-        raise ValueError(f"{spec} has the one split 'all', got {name!r}")
+        raise ValueError(f"{spec} has only the split 'all', got {name!r}")
     if kind == "tfds" and location:
         result = _tfds(location, name, data_dir)
     elif kind == "folder" and location:
         root = epath.Path(location).expanduser()
         if name == "all" and (splits := _splits_in(root)):
-            raise ValueError(
-                f"split: expected one of {', '.join(splits)}, which {root} has in place of classes"
-            )
+            raise ValueError(f"split: expected one of {', '.join(splits)}, the splits of {root}")
         files, classes = class_folders(root if name == "all" else root / name)
         result = _files(files, classes)
     elif kind == "pictures" and location and name == "all":
@@ -375,7 +373,7 @@ def _stamps(directory: str, data_dir: str | os.PathLike[str] | None) -> ImageSet
 
 def _emoji(vendor: str, directory: str, data_dir: str | os.PathLike[str] | None) -> ImageSet:
     if vendor not in EMOJI_VENDORS:
-        raise ValueError(f"emoji are drawn by {', '.join(EMOJI_VENDORS)}; got {vendor!r}")
+        raise ValueError(f"emoji: expected one of {', '.join(EMOJI_VENDORS)}, got {vendor!r}")
     name = f"emoji-datasource-{vendor}"
     places = [directory] if directory else [f"emoji/{name}/package"]
     install = _EMOJI_INSTALL.format(name=name)

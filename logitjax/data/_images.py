@@ -90,7 +90,7 @@ def load_images(
         result = _cifar100(epath.Path(location), name)
     elif kind == "folder" and location:
         if size is None:
-            raise ValueError("size: expected pixels, for images come from a folder, got None")
+            raise ValueError("size: expected pixels for images from a folder, got None")
         result = _folder(epath.Path(location) / name, size, cache_dir)
     elif kind == "synthetic" and location.isdigit():
         result = _synthetic(int(location), name)

@@ -201,7 +201,11 @@ def _write_rows(
     names = ("documents", "pieces", "too_long", "unlearnt", "malformed")
     progress.statistics = dict.fromkeys(names, 0) | {"malformed": examples.errors}
     progress.tokens = dict.fromkeys(tokenizers, 0)
-    pad_ids = {name: _pad_id(tokenizer) for name, tokenizer in tokenizers.items()}
+    # Padding is masked everywhere, so any id does where the tokenizer has none of its own.
+    pad_ids = {
+        name: next(i for i in (tokenizer.pad_id, tokenizer.eos_id, 0) if i is not None)
+        for name, tokenizer in tokenizers.items()
+    }
     progress.resume()
     rows_per_shard = max(1, _TOKENS_PER_SHARD // seq_len)
     root = epath.Path(progress.begun.directory).parent
@@ -330,9 +334,9 @@ def _documents(
     progress.read = len(examples)
 
 
-def _skipped(said: str, statistics: dict[str, int]) -> None:
+def _skipped(reason: str, statistics: dict[str, int]) -> None:
     statistics["malformed"] += 1
-    logging.log_first_n(logging.WARNING, "skipped malformed %s", 10, said)
+    logging.log_first_n(logging.WARNING, "skipped malformed %s", 10, reason)
 
 
 def _cut(
@@ -418,11 +422,3 @@ def _lay_out(row: Sequence[Piece], name: str, seq_len: int, pad_id: int) -> dict
         begin += len(ids)
     columns = {"tokens": tokens, "segment_ids": segment_ids, "loss_mask": loss_mask}
     return {f"{name}/{kind}": column for kind, column in columns.items()}
-
-
-def _pad_id(tokenizer: TokenizerLike) -> int:
-    """Padding is masked everywhere, so any valid id does when the tokenizer has none of its own."""
-    for candidate in (tokenizer.pad_id, tokenizer.eos_id):
-        if candidate is not None:
-            return candidate
-    return 0

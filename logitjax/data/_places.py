@@ -36,4 +36,4 @@ def fetched(
         path = manual / location
         if path.exists():
             return path
-    raise FileNotFoundError(f"{what} is not there: {install.format(manual=manual)}")
+    raise FileNotFoundError(f"{what} is missing: {install.format(manual=manual)}")

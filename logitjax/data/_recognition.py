@@ -75,8 +75,9 @@ class RecognitionSet:
         number = next((name for name in names if _WORDNET.fullmatch(name)), None)
         if number is not None:
             raise ValueError(
-                f"class_names: {number} is a number of WordNet and no name; install the package "
-                "open_clip_torch (--no-deps will do), or put CoOp's classnames.txt (lines such as "
+                f"class_names: {number} is a WordNet id, not a name; install the package "
+                "open_clip_torch (--no-deps is enough), or put CoOp's classnames.txt (lines such "
+                "as "
                 f"'n01440764 tench') into {self.folder}, or into downloads/manual for tfds"
             )
         return [[template.format(name) for template in self.templates] for name in names]
@@ -192,7 +193,7 @@ def files_of(
         return _aircraft(home, split)
     path = home / which.split_file
     if not path.exists():
-        raise FileNotFoundError(f"recognition:{name} is split by {path}, which is not there")
+        raise FileNotFoundError(f"recognition:{name} is split by {path}, which is missing")
     content = read_json(path, form=dict)
     with guard.naming(path, "a split"):
         entries = content[split]
@@ -207,7 +208,7 @@ def _aircraft(home: epath.Path, split: str) -> tuple[list[tuple[epath.Path, int]
     lists = (home / "variants.txt", home / f"images_variant_{split}.txt")
     for path in lists:
         if not path.exists():
-            raise FileNotFoundError(f"recognition:fgvc_aircraft needs {path}, which is not there")
+            raise FileNotFoundError(f"recognition:fgvc_aircraft needs {path}, which is missing")
     classes = [line.strip() for line in lists[0].read_text().splitlines() if line.strip()]
     number = {variant: i for i, variant in enumerate(classes)}
     files = []

@@ -88,8 +88,8 @@ def open_prepared(
         directory = prepare(name, data_dir=data_dir)
     if directory is None:
         raise FileNotFoundError(
-            f"{spec} is not in {root}: run `logitjax prepare {name}`, or say "
-            f"where it is (data_dir= or TFDS_DATA_DIR)"
+            f"{spec} is not in {root}: run `logitjax prepare {name}`, or give its location "
+            f"(data_dir= or TFDS_DATA_DIR)"
         )
     builder = tfds.builder_from_directory(os.fspath(directory))
     file_format = getattr(builder.info.file_format, "value", builder.info.file_format)
@@ -132,7 +132,9 @@ def _find(name: str, root: epath.Path) -> epath.Path | None:
     configs = [p for p in _children(base) if _versions(p)]
     if len(configs) > 1:
         choices = sorted(p.name for p in configs)
-        raise ValueError(f"tfds:{name} is prepared in several configurations, say which: {choices}")
+        raise ValueError(
+            f"tfds:{name} is prepared in several configurations, choose one of {choices}"
+        )
     return _versions(configs[0])[-1] if configs else None
 
 
@@ -171,7 +173,7 @@ class _Rows(Sequence):
             texts = [k for k, v in features.items() if isinstance(v, tfds.features.Text)]
             if len(texts) != 1:
                 raise ValueError(
-                    f"{spec}: which feature is the text? Name it with columns=; there are "
+                    f"{spec}: which feature is the text? Name it with columns=; its features are "
                     f"{sorted(features)}"
                 )
             self._columns[texts[0]] = "text"

@@ -231,7 +231,7 @@ class Engine:
             ValueError: without ``drafts``, or for a length that it has no room for.
         """
         if not self._longest_draft:
-            raise ValueError("drafts: the engine was made without, it knows no drafter")
+            raise ValueError("drafts: expected an engine with drafts, got one without")
         if not 1 <= length <= self._longest_draft:
             raise ValueError(
                 f"length: expected a number between 1 and {self._longest_draft}, got {length}"

@@ -223,12 +223,12 @@ class Ensemble:
         members = [CachedModel.of(m) for m in (large, *experts, *bases)]
         several = len(members) > 1 or members[0].outputs > 1
         if several and fuse is None:
-            raise ValueError("fuse: several models need a function that makes one of their logits")
+            raise ValueError("fuse: several models need a function that fuses their logits")
         if len(bases) not in (0, 1, max(1, len(experts))):
             raise ValueError(f"bases: expected one or {len(experts)} of them, got {len(bases)}")
         inner = [m for m in members if m.outputs > 1]
         if inner and len(members) > 1:
-            raise ValueError("large: a model that brings its experts with it takes no others")
+            raise ValueError("large: a model with its own experts accepts no others")
         kinds: dict[Any, list[int]] = {}
         for i, member in enumerate(members):
             # The large model keeps its own call: stacking would copy the most memory for the least.

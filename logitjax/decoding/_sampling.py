@@ -135,13 +135,13 @@ def _sortable(values: jax.Array) -> jax.Array:
     return jnp.where(bits >> 31, ~bits, bits | jnp.uint32(1 << 31))
 
 
-def _largest_threshold(keys: jax.Array, weights: jax.Array, wanted: jax.Array) -> jax.Array:
-    """The largest t, bit by bit, such that weights of keys >= t reach ``wanted``; ``[rows]``."""
+def _largest_threshold(keys: jax.Array, weights: jax.Array, total: jax.Array) -> jax.Array:
+    """The largest t, bit by bit, such that weights of keys >= t reach ``total``; ``[rows]``."""
 
     def bit(i: jax.Array, threshold: jax.Array) -> jax.Array:
         candidate = threshold | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
         reached = jnp.where(keys >= candidate[:, None], weights, 0).sum(axis=-1)
-        return jnp.where(reached >= wanted, candidate, threshold)
+        return jnp.where(reached >= total, candidate, threshold)
 
     # A bit at a time from above: 32 sums in place of a sort of the vocabulary.
     return lax.fori_loop(0, 32, bit, jnp.zeros_like(keys, shape=keys.shape[:1]))

@@ -85,12 +85,12 @@ def accept_or_redraw(
     rows: SamplingRows,
     counts: Int[Array, " rows"],
     *,
-    there: Array | bool = True,
+    present: Array | bool = True,
 ) -> Int[jax.Array, " rows"]:
     """The drafted token, or another one, such that what comes out is drawn from the target.
 
     `logits` are before temperature and truncation; the draft was drawn from the softmax of
-    `draft_logits`. Where nothing is `there`, it is a plain draw. ::
+    `draft_logits`. Where nothing is `present`, it is a plain draw. ::
 
         x ~ q;   accept with probability min(1, p(x) / q(x)),   else draw from (p - q)+ / |(p - q)+|
 
@@ -110,11 +110,11 @@ def accept_or_redraw(
         keys = row_keys(rows.seed, counts)
         # Without a division, as q may be nought: u < p / q.
         accepted = _uniform(keys) * q_x < p_x
-        left = jnp.maximum(p - jnp.where(there, q, 0), 0)
+        left = jnp.maximum(p - jnp.where(present, q, 0), 0)
         # Nothing is left where p equals q up to rounding.
         left = jnp.where(left.sum(axis=-1, keepdims=True) > 0, left, p)
         other = (jnp.log(left) + _gumbel(keys, _INSTEAD, left.shape[-1])).argmax(axis=-1)
-        chosen = jnp.where(accepted & there, drafted, other).astype(jnp.int32)
+        chosen = jnp.where(accepted & present, drafted, other).astype(jnp.int32)
         return jnp.where(rows.temperature == 0, greedy, chosen)
 
     return lax.cond((jnp.asarray(rows.temperature) > 0).any(), draw, lambda: greedy)
@@ -211,7 +211,7 @@ def _round(
         def choose(adjusted: jax.Array, state: DecodeState) -> jax.Array:
             q = at(warm, jnp.minimum(n, length - 1), 0)
             return accept_or_redraw(
-                adjusted, q, jnp.maximum(draft, 0), state.sampling, state.count, there=present
+                adjusted, q, jnp.maximum(draft, 0), state.sampling, state.count, present=present
             )
 
         here = dataclasses.replace(state, active=now)

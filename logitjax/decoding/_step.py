@@ -324,8 +324,8 @@ def constrain(plan: Plan, options: DecodeOptions, state: DecodeState) -> DecodeS
 
     names = MeshAxes.current()
 
-    def axes(known: tuple[str, ...], size: int) -> tuple[str, ...] | None:
-        present = tuple(name for name in known if name in mesh.axis_names)
+    def axes(names: tuple[str, ...], size: int) -> tuple[str, ...] | None:
+        present = tuple(name for name in names if name in mesh.axis_names)
         return present if size % math.prod(mesh.shape[name] for name in present) == 0 else None
 
     def pin(leaf: jax.Array, rows: int, heads: int | None = None) -> jax.Array:

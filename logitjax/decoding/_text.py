@@ -36,7 +36,7 @@ class TextOptions:
 
     def __post_init__(self) -> None:
         if self.stop_strings and self.tokenizer is None:
-            raise ValueError("stop_strings: a tokenizer is needed to see them")
+            raise ValueError("stop_strings: a tokenizer is needed to find them")
 
     @property
     def watched(self) -> bool:

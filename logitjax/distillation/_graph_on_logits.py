@@ -175,19 +175,19 @@ _METRICS = (
 )
 
 
-def _compare(ours, theirs):
-    config = ours.config
+def _compare(student, teacher):
+    config = student.config
     if config.node == "token":
         # A node for each token of either: those that one vocabulary has not are empty.
-        ours.nodes = theirs.nodes = max(ours.nodes, theirs.nodes)
-    f, g = (graph.features(config.feature) for graph in (ours, theirs))
+        student.nodes = teacher.nodes = max(student.nodes, teacher.nodes)
+    f, g = (graph.features(config.feature) for graph in (student, teacher))
     closed_form = jnp.sum(jnp.abs(jnp.sort(f, axis=-1) - jnp.sort(g, axis=-1)), axis=-1) / config.k
-    metrics = _metrics(ours, theirs, f, g) | {"closed_form": closed_form}
+    metrics = _metrics(student, teacher, f, g) | {"closed_form": closed_form}
     loss = closed_form
     if config.compare == "sorted_coupling":
-        loss = _sorted_coupling_value(ours, theirs, f, g)
+        loss = _sorted_coupling_value(student, teacher, f, g)
     # Beside an empty graph the distance would be the size of the other, which pulls towards zero.
-    both = (ours.tokens > 0) & (theirs.tokens > 0)
+    both = (student.tokens > 0) & (teacher.tokens > 0)
     return jnp.where(both, loss, 0.0), metrics
 
 
@@ -292,7 +292,7 @@ def _order(f):
     return jnp.argsort(-jax.lax.stop_gradient(f), axis=-1)
 
 
-def _sorted_coupling_value(ours, theirs, f, g):
+def _sorted_coupling_value(student, teacher, f, g):
     """The cost of the matching that sorting finds."""
 
     def matched(graph, features):
@@ -300,9 +300,9 @@ def _sorted_coupling_value(ours, theirs, f, g):
             return FactoredGraph(jnp.take_along_axis(graph.z, _order(features)[..., None, :], -1))
         return FactoredGraph(graph.z, _renumber(graph.ids, features), graph.nodes)
 
-    distance = matched(ours, f).squared_distance(matched(theirs, g), ours.axis)
+    distance = matched(student, f).squared_distance(matched(teacher, g), student.axis)
     # a mean over pairs of nodes.
-    return distance[0] / ours.config.k**2
+    return distance[0] / student.config.k**2
 
 
 def _renumber(ids, f):
@@ -313,26 +313,26 @@ def _renumber(ids, f):
     return flat.reshape(ids.shape)
 
 
-def _metrics(ours, theirs, f, g):
-    row_sums = ours.unscaled.sum(-1)
-    low = jnp.min(jnp.where(ours.valid, row_sums, jnp.inf), axis=-1)
-    high = jnp.max(jnp.where(ours.valid, row_sums, -jnp.inf), axis=-1)
+def _metrics(student, teacher, f, g):
+    row_sums = student.unscaled.sum(-1)
+    low = jnp.min(jnp.where(student.valid, row_sums, jnp.inf), axis=-1)
+    high = jnp.max(jnp.where(student.valid, row_sums, -jnp.inf), axis=-1)
     # pmin and pmax have no derivative.
-    if ours.axis is not None:
-        low = jax.lax.pmin(jax.lax.stop_gradient(low), ours.axis)
-        high = jax.lax.pmax(jax.lax.stop_gradient(high), ours.axis)
+    if student.axis is not None:
+        low = jax.lax.pmin(jax.lax.stop_gradient(low), student.axis)
+        high = jax.lax.pmax(jax.lax.stop_gradient(high), student.axis)
     ordered = jnp.sort(f, axis=-1, descending=True)
     metrics = {
         "student_scale": jnp.max(jnp.abs(f), axis=-1),
         "teacher_scale": jnp.max(jnp.abs(g), axis=-1),
-        "student_row_sum_min": jnp.where(ours.tokens > 0, low, 0.0),
-        "student_row_sum_max": jnp.where(ours.tokens > 0, high, 0.0),
+        "student_row_sum_min": jnp.where(student.tokens > 0, low, 0.0),
+        "student_row_sum_max": jnp.where(student.tokens > 0, high, 0.0),
         "moved": jnp.mean(ordered != f, axis=-1),
-        "student_tokens": ours.tokens,
-        "teacher_tokens": theirs.tokens,
+        "student_tokens": student.tokens,
+        "teacher_tokens": teacher.tokens,
     }
-    if ours.ids is None:
-        c = ours.matrix()
+    if student.ids is None:
+        c = student.matrix()
         along = jnp.square(jnp.einsum("...uw,...w->...u", c, f)).sum(-1)
         energy = jnp.square(c).sum((-2, -1)) * jnp.square(f).sum(-1)
         metrics["student_rank_one"] = along / _positive(energy)

@@ -153,11 +153,11 @@ def decoupled_knowledge_distillation(
         )  # an error of the teacher, not certainty
         return selected, logsumexp(logits, vocab_where=others, axis_name=axis_name)
 
-    def log_odds(own: jax.Array, rest: jax.Array) -> jax.Array:
+    def log_odds(label: jax.Array, rest: jax.Array) -> jax.Array:
         # Masked before they are subtracted: -inf less -inf is nan, and so is its gradient.
-        both = (own != -jnp.inf) & (rest != -jnp.inf)
-        odds = jnp.where(both, own, 0.0) - jnp.where(both, rest, 0.0)
-        return jnp.where(both, odds, jnp.where(own == -jnp.inf, -jnp.inf, jnp.inf))
+        both = (label != -jnp.inf) & (rest != -jnp.inf)
+        odds = jnp.where(both, label, 0.0) - jnp.where(both, rest, 0.0)
+        return jnp.where(both, odds, jnp.where(label == -jnp.inf, -jnp.inf, jnp.inf))
 
     of_teacher = sides(teacher)
     target_part = bernoulli_kl(log_odds(*sides(student)), log_odds(*of_teacher))

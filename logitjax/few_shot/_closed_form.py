@@ -93,8 +93,8 @@ class GDA(Method):
         existing = existing[existing >= 0]
         if len(np.unique(existing)) == len(existing):
             raise ValueError(
-                "labels: expected two images, or two views, of some class for the spread that "
-                "GDA estimates, got one of each"
+                "labels: expected two images, or two views, of some class, to estimate GDA's "
+                "covariance, got one of each"
             )
 
     def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:

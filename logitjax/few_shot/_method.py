@@ -1,4 +1,4 @@
-"""What few-shot methods share: all add to logits, `s = s0 + beta * s_bias`, of frozen encoders."""
+"""The form of few-shot methods: all add to logits, `s = s0 + beta * s_bias`, of frozen encoders."""
 
 import dataclasses
 from typing import Any, ClassVar, NamedTuple
@@ -240,21 +240,21 @@ def z_score(logits: Float[Array, "*batch classes"]) -> Float[jax.Array, "*batch 
     return deviation * jnp.where(flat, 0.0, jax.lax.rsqrt(jnp.where(flat, 1.0, variance)))
 
 
-def centred(values: jax.Array, there: jax.Array) -> tuple[jax.Array, jax.Array]:
+def centred(values: jax.Array, where: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Deviations from the mean of the entries that are there, 0 elsewhere; and their number."""
-    count = there.sum(-1, keepdims=True)
+    count = where.sum(-1, keepdims=True)
     # The first mean is off by rounding.
     for _ in range(2):
-        values = jnp.where(there, values, 0.0)
+        values = jnp.where(where, values, 0.0)
         mean = values.sum(-1, keepdims=True) / jnp.maximum(count, 1)
-        values = jnp.where(there, values - mean, 0.0)
+        values = jnp.where(where, values - mean, 0.0)
     return values, count
 
 
-def without_zero_shot(own: jax.Array, zero_shot: Array) -> jax.Array:
-    """The bias that makes `own` of the zero-shot logits; 0 for a class at `-inf`, which stays."""
+def without_zero_shot(logits: jax.Array, zero_shot: Array) -> jax.Array:
+    """The bias from zero-shot logits to `logits`; 0 for a class at `-inf`, which stays."""
     present = jnp.asarray(zero_shot) != -jnp.inf
-    return jnp.where(present, own - jnp.where(present, zero_shot, 0.0), 0.0)
+    return jnp.where(present, logits - jnp.where(present, zero_shot, 0.0), 0.0)
 
 
 def class_means(

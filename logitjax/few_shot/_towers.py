@@ -118,9 +118,9 @@ def tune_towers(
                 block.qkv.key = jax.random.fold_in(key, number)
         texts = unit_rows(whole.text_features(tokens))
         cosines = unit_rows(whole(normalize(images))) @ texts.T
-        there = labels >= 0
+        labelled = labels >= 0
         values = cross_entropy(scale * cosines, jnp.maximum(labels, 0))
-        return jnp.where(there, values, 0.0).sum() / there.sum()
+        return jnp.where(labelled, values, 0.0).sum() / labelled.sum()
 
     @jax.jit
     def step(trained: Any, state: Any, rest: Any, *batch: Any) -> tuple[Any, Any]:

@@ -22,12 +22,14 @@ class HeadCost:
     train_flops: int
     exact: bool = False
 
-    def with_rows(self, rows: int, hidden: int, *, own: int = 0, itemsize: int = 4) -> "HeadCost":
+    def with_rows(
+        self, rows: int, hidden: int, *, stored: int = 0, itemsize: int = 4
+    ) -> "HeadCost":
         """The cost of this head and of exact rows that re-score some of its tokens.
 
         Args:
             rows, hidden, itemsize: rows read a token, numbers a row, bytes a number.
-            own: rows that are stored for this; 0 where they are a tied embedding's.
+            stored: rows that are stored for this; 0 where they are a tied embedding's.
 
         >>> cheap = HeadCost(parameters=8, stored_bytes=32, read_bytes=32, decode_flops=16,
         ...                  train_flops=48)
@@ -37,8 +39,8 @@ class HeadCost:
         # a product and a sum each.
         flops = 2 * rows * hidden
         return HeadCost(
-            parameters=self.parameters + own * hidden,
-            stored_bytes=self.stored_bytes + own * hidden * itemsize,
+            parameters=self.parameters + stored * hidden,
+            stored_bytes=self.stored_bytes + stored * hidden * itemsize,
             read_bytes=self.read_bytes + rows * hidden * itemsize,
             decode_flops=self.decode_flops + flops,
             # Forward, and both gradients.

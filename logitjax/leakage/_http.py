@@ -26,7 +26,7 @@ class HttpOracle(Meter):
     Args:
         address: `http://127.0.0.1:PORT`. Only loopback, else ValueError: you audit your own server.
         policy: What the server is known to do; `top_k` values are asked for.
-        budget: Largest number of queries; None for any.
+        budget: Maximum number of queries; None for no limit.
     """
 
     def __init__(

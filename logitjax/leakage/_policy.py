@@ -58,20 +58,20 @@ class LogitPolicy:
         y <- max(y, floor), rounded to decimals, the top_k largest
 
     Attributes:
-        returns: what an answer holds: ``logits``, ``logprobs``, or the drawn ``token`` alone.
-        top_k: number of the largest values in an answer; None for all, 0 only with ``sampled``.
-        sampled: whether an answer holds the drawn token's own value, whatever its rank, as
-            completion APIs do.
-        bias: ``none``: a query with a bias is refused. ``sampling``: a bias moves the drawn token,
-            but the reported values are those without it (commercial APIs changed to this in 2024).
-            ``reported``: a bias moves both.
-        max_biased: largest number of tokens that a query may bias.
+        returns: what an answer contains: ``logits``, ``logprobs``, or only the drawn ``token``.
+        top_k: number of top values in an answer; None for all, 0 only with ``sampled``.
+        sampled: whether an answer includes the drawn token's own value whatever its rank, as in
+            completion APIs.
+        bias: ``none``: queries with a bias are rejected. ``sampling``: a bias changes the drawn
+            token, but not the reported values (commercial APIs changed to this in 2024).
+            ``reported``: a bias changes both.
+        max_biased: maximum number of tokens that a query may bias.
         bias_limit: largest bias, in nats.
         decimals: number of decimals of reported values.
         noise: standard deviation of Gaussian noise on the logits, in nats.
-        noise_per: ``prompt``: the same prompt gets the same noise, so repeated queries average
-            nothing. ``query``: fresh noise, which can be averaged away.
-        floor: lowest value that is reported.
+        noise_per: ``prompt``: the same prompt gets the same noise, so repeating a query reveals
+            nothing more. ``query``: fresh noise, which can be averaged away.
+        floor: lowest reported value.
     """
 
     returns: str = option("logprobs", choices=_CHOICES["returns"])

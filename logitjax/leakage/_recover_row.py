@@ -152,9 +152,9 @@ def _lift(
     tokens: np.ndarray,
     bias: float,
     group: int,
-    found: np.ndarray,
+    row: np.ndarray,
 ) -> int:
-    """Asks for tokens in groups, the reference with each, all lifted by one bias, into `found`."""
+    """Asks for tokens in groups, the reference with each, all lifted by one bias, into `row`."""
     short = -len(tokens) % group
     filled = np.concatenate([tokens, np.repeat(tokens[-1:], short)]).reshape(-1, group)
     groups = np.concatenate([np.full((len(filled), 1), reference[0]), filled], axis=1)
@@ -169,7 +169,7 @@ def _lift(
     lifted = (listed[:, :, None] == groups[:, None, :]).any(-1) & here.any(axis=1)[:, None]
     if oracle.policy.floor is not None:
         lifted &= values > oracle.policy.floor
-    found[listed[lifted]] = (values - anchor + np.float32(reference[1]))[lifted]
+    row[listed[lifted]] = (values - anchor + np.float32(reference[1]))[lifted]
     return len(groups)
 
 

@@ -173,8 +173,8 @@ def _attend_in_blocks(
     options["window"] = context.window
     axes = on_mesh.auto_axes(sharding.MeshAxes.current().sequence, query.shape[1])
     # Without a mesh that is known here, devices of its operands may be many.
-    known = jax.device_count() == 1 or not jax.sharding.get_abstract_mesh().empty
-    whole = not axes and known and context.implementation is None
+    has_mesh = jax.device_count() == 1 or not jax.sharding.get_abstract_mesh().empty
+    whole = not axes and has_mesh and context.implementation is None
     if whole and on_mesh.platform_of(query) == "tpu":
         # Pallas takes a second to import.
         from logitjax.models._splash_attention import splash_attention

@@ -98,12 +98,12 @@ def write_slots(
 
 
 def write_positions(
-    held: Int[Array, "batch slots"],
+    stored: Int[Array, "batch slots"],
     positions: Int[Array, "batch time"],
     slots: Int[Array, "batch time"],
 ) -> Int[jax.Array, "batch slots"]:
-    rows = jnp.arange(held.shape[0])[:, None]
-    return jnp.asarray(held).at[rows, slots].set(positions, mode="drop")
+    rows = jnp.arange(stored.shape[0])[:, None]
+    return jnp.asarray(stored).at[rows, slots].set(positions, mode="drop")
 
 
 def write_vectors(

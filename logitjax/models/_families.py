@@ -59,12 +59,12 @@ def register_family(family: Family | str) -> Family:
     for other in _MEMBERS.values():
         same = other.name == value.name
         if same and value.name in _OWN and other != value:
-            raise ValueError(f"family {value.name}: expected a name that the library does not have")
+            raise ValueError(f"family {value.name}: expected a name that is not taken")
         for field in ("wrapper", "gguf"):
             name = getattr(value, field)
             if not same and name and name == getattr(other, field):
                 raise ValueError(
-                    f"family {value.name}: {field}: expected a name of its own or none, got "
+                    f"family {value.name}: {field}: expected a unique name or none, got "
                     f"{name!r}, which is of {other.name}"
                 )
     _MEMBERS[value.name] = value
@@ -103,5 +103,5 @@ def find_family(
     )
     raise ValueError(
         f"{where}: expected one of {', '.join(expected)}, got {guard.short(name)}; {near} is the "
-        f"nearest,{flag} and --family=package:NAME or models.register_family bring another"
+        f"closest,{flag} and --family=package:NAME or models.register_family add another"
     )

@@ -99,7 +99,7 @@ class GgufSource:
             shape = tuple(guard.whole(n, f"{field}: shape", least=1) for n in reversed(dims))
             kind, offset = header.scalar("I", field), header.scalar("Q", field)
             if name in self._tensors:
-                raise ValueError(f"{field} is there twice")
+                raise ValueError(f"{field} occurs twice")
             self._tensors[name] = (kind, shape, guard.whole(offset, f"{field}: offset"))
         alignment = self._metadata.get("general.alignment", 32)
         alignment = guard.whole(alignment, "general.alignment", least=1, most=1 << 20)

@@ -70,7 +70,7 @@ def config_to_hf(config: DecoderConfig, *, dtype: str = "float32") -> dict[str, 
     ours, other = dataclasses.replace(config, segment_boundaries=()), config_from_hf(raw)
     if wrong := [f for f in vars(ours) if getattr(ours, f) != getattr(other, f)]:
         raise ValueError(
-            f"config: the Hugging Face form of {config.family} cannot say "
+            f"config: the Hugging Face format of {config.family} cannot express "
             + ", ".join(f"{f}={getattr(ours, f)!r}" for f in wrong)
         )
     return raw

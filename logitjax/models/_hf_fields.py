@@ -58,11 +58,14 @@ def check_readable(raw: Mapping[str, Any], where: str) -> None:
     inner = raw.get("text_config")
     for part in (raw, inner if isinstance(inner, Mapping) else {}):
         kinds = part.get("layer_types")
+        # The first files of Qwen3-Next say it so.
+        if part.get("full_attention_interval", 1) != 1:
+            kinds = ["linear_attention"]
         for kind in kinds if isinstance(kinds, list) else ():
             if kind not in ("full_attention", "sliding_attention"):
                 raise ValueError(
                     f"{where}: layer_types: expected full_attention or sliding_attention, got "
-                    f"{guard.short(kind)}: hybrids, such as Qwen3-Next, are not read"
+                    f"{guard.short(kind)}: hybrids, such as Qwen3-Next, are not supported"
                 )
         for key in ("quantization_config", "compression_config"):
             if packed := part.get(key):
@@ -73,7 +76,7 @@ def check_readable(raw: Mapping[str, Any], where: str) -> None:
                     continue
                 raise ValueError(
                     f"{where}: {key}: quantized weights ({guard.short(method or 'unnamed')}) are "
-                    "not read, use the unquantized checkpoint or a GGUF file"
+                    f"not supported; use the unquantized checkpoint or a GGUF file"
                 )
 
 
@@ -92,7 +95,7 @@ def check_keys(raw: Mapping[str, Any], family: Family, where: str) -> None:
         shown = shown if len(shown) <= 60 else shown[:57] + "..."
         raise ValueError(
             f"{where}: {key}={shown} is not known of {family.name} and may change its logits; "
-            "take the key out if it does not"
+            "remove the key if it does not"
         )
 
 
@@ -194,8 +197,8 @@ def windows(
         local = [window is not None if is_local is None else is_local(i) for i in range(layers)]
         if kinds is not None and local != given:
             raise ValueError(
-                f"{fields.where}: layer_types: expected what sliding_window={window!r} says "
-                f"of {fields.family}, got {sorted(set(kinds))}"
+                f"{fields.where}: layer_types: expected those that sliding_window={window!r} "
+                f"implies for {fields.family}, got {sorted(set(kinds))}"
             )
     if not any(local):
         return ()

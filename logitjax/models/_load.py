@@ -247,11 +247,12 @@ def _stacked(
 ) -> list[np.ndarray]:
     """Slices of an array of which each reader has one entry of the first axis."""
     out = [guard.aligned(_sliced_shape(shape, index), dtype) for index in indices]
+    spans = [range(*index[0].indices(len(readers))) for index in indices]
     for number, read in enumerate(readers):
-        items = [i for i, index in enumerate(indices) if _holds(index[0], number, readers)]
+        items = [i for i, span in enumerate(spans) if number in span]
         parts = read([indices[i][1:] for i in items]) if items else []
         for i, part in zip(items, parts, strict=True):
-            out[i][number - indices[i][0].indices(len(readers))[0]] = part
+            out[i][number - spans[i].start] = part
     return out
 
 
@@ -270,10 +271,6 @@ def _placed(
 
 def _sliced_shape(shape: tuple[int, ...], index: Any) -> tuple[int, ...]:
     return tuple(len(range(*part.indices(size))) for part, size in zip(index, shape, strict=True))
-
-
-def _holds(part: slice, number: int, layers: Sequence[Any]) -> bool:
-    return number in range(*part.indices(len(layers)))
 
 
 def _layers_of(keys: Path, config: DecoderConfig, layout: str) -> tuple[list[int | None], Path]:

@@ -98,8 +98,8 @@ def _modules(config: DecoderConfig) -> dict[str, str]:
     """By target of an adapter its module's name in a checkpoint, with `*` for the layer."""
     if config.fused_maps:
         raise ValueError(
-            f"lora: adapters of the family {config.family!r} have no form in PEFT, for which its "
-            "maps of queries, keys and values are one"
+            f"lora: PEFT has no format for adapters of the family {config.family!r}, whose maps "
+            f"of queries, keys and values are fused"
         )
     return {path.rpartition(".")[2]: name for path, name in config.traits.weights.items()}
 

@@ -50,7 +50,7 @@ async def read_body(service: Service, http: HttpRequest) -> tuple[Key, bytes]:
 
 
 def parse_json(body: bytes) -> Any:
-    """What JSON bytes say, unless they are nested too deeply or hold a number that is too long."""
+    """The value of JSON bytes; too deep nesting and too long numbers are refused."""
     options: dict[str, Any] = {"parse_constant": _no_constant}
     if _LONG_NUMBER.search(body):
         # Only then: a function of our own for each number takes its time.

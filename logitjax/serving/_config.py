@@ -17,28 +17,30 @@ class ServerConfig:
 
     Attributes:
         model: Name of the model in the API.
-        policy: What is reported of its log-probabilities, and whether a logit bias is accepted.
+        policy: Which log-probabilities are reported, and whether a logit bias is accepted.
         choices: How requests may choose tokens. `free`: by every field, which gives the logits away
-            whatever is hidden of their values. `plain`: by temperature, top_k, top_p and min_p on
-            coarse joint grids, each draw with a key of its own, so that reading a token of
-            probability p takes some 1/p answers. `metered`: the same, and budgets of nats.
-        schemas: Whether `plain` and `metered` hold answers to schemas, which reach unlikely tokens.
-        context_nats: Most nats that `metered` tells of one context, to all keys together.
-        policy_seed: Seed of the policy's noise and of draws; None takes a new one at every start.
+            even if their values are hidden. `plain`: by temperature, top_k, top_p and min_p on
+            coarse joint grids, with an independent key for each draw, so that observing a token of
+            probability p takes about 1/p answers. `metered`: the same, with budgets in nats.
+        schemas: Whether `plain` and `metered` allow schemas, which can force unlikely tokens.
+        context_nats: Maximum number of nats that `metered` reveals about one context, to all keys
+            together.
+        policy_seed: Seed of the policy's noise and of sampling; None takes a new one at every
+            start.
         slots: Number of requests decoded together.
         max_waiting: Number of requests that may wait for a slot.
-        max_length: Largest number of tokens of a request, prompt included.
-        max_tokens: Largest number of new tokens of a request.
-        max_body_bytes: Largest number of bytes of a request.
-        body_seconds: Longest time that the body of a request may take to arrive.
-        prefill_chunk: Largest number of prompt tokens read between two decoding steps.
+        max_length: Maximum number of tokens of a request, prompt included.
+        max_tokens: Maximum number of new tokens of a request.
+        max_body_bytes: Maximum number of bytes of a request.
+        body_seconds: Maximum number of seconds for the body of a request to arrive.
+        prefill_chunk: Maximum number of prompt tokens read between two decoding steps.
         prefill_rows: Number of prompts read at once.
-        prefix_cache_mb: Memory in MB for common beginnings of prompts; 0 shares nothing.
-        audit_log: File that records what was given to whom; None for none.
-        keys: Keys of those who may ask, and what each may spend.
-        hidden_states: Also give hidden states and the head at `/v1/hidden_states`, for students of
-            this model. Clients then get what the policy withholds.
-        allow_origins: Origins whose pages may ask from a browser; `*` for all.
+        prefix_cache_mb: Memory in MB for shared prefixes of prompts; 0 turns sharing off.
+        audit_log: File that records what each key received; None for none.
+        keys: Keys of clients, with the budget of each.
+        hidden_states: Also serve hidden states and the head at `/v1/hidden_states`, for students of
+            this model. This reveals everything that the policy withholds.
+        allow_origins: Origins whose pages may send requests from a browser; `*` for all.
 
     Raises:
         ValueError: A server cannot keep this policy.

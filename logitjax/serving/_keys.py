@@ -14,16 +14,16 @@ from logitjax.serving._errors import ApiError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Key:
-    """One API key and what it may spend.
+    """One API key and its budget.
 
     Attributes:
         name: Name in logs and metrics, where the secret never appears.
-        secret: Text that the client has to send; None lets anybody ask.
-        queries: Largest number of answers in all (prompts times copies).
-        tokens: Largest number of tokens in all, of prompts and answers.
-        queries_per_minute: Largest number of answers a minute.
-        tokens_per_minute: Largest number of tokens a minute.
-        nats: Most nats in all that answers may tell, where choices are metered.
+        secret: Text that the client has to send; None accepts any client.
+        queries: Maximum number of answers in total (prompts times copies).
+        tokens: Maximum number of tokens in total, of prompts and answers.
+        queries_per_minute: Maximum number of answers per minute.
+        tokens_per_minute: Maximum number of tokens per minute.
+        nats: Maximum number of nats in total that answers may reveal, with metered choices.
     """
 
     name: str = "anybody"
@@ -53,7 +53,7 @@ class Key:
                 field = ".".join(map(str, first["loc"])) or "line"
                 raise ValueError(f"{path}:{number}: {field}: {first['msg']}") from None
             if any(other.name == key.name or other.secret == key.secret for other in keys):
-                raise ValueError(f"{path}:{number}: its name or its secret is there twice")
+                raise ValueError(f"{path}:{number}: its name or its secret occurs twice")
             keys.append(key)
         if not keys:
             raise ValueError(f"{path}: expected at least one key, got none")

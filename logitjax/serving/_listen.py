@@ -33,14 +33,13 @@ class Listening:
     Attributes:
         host: Address to listen on.
         port: Port to listen on; 0 takes a free one.
-        connections: Largest number of connections at once; fewer if the process may open fewer
+        connections: Maximum number of simultaneous connections; fewer if the process may open fewer
             files.
-        idle_seconds: Longest time that a connection may be open without a whole request head, or
-            keep sending a body after its answer.
-        discard_bytes: Largest number of bytes of a body that are read after its answer, and thrown
-            away.
-        request_seconds: Longest time that a client may take to read an answer.
-        drain_seconds: Longest time that answers may go on after SIGTERM.
+        idle_seconds: Maximum number of seconds that a connection may be open without a complete
+            request head, or keep sending a body after its answer.
+        discard_bytes: Maximum number of bytes of a body to read and discard after its answer.
+        request_seconds: Maximum number of seconds for a client to read an answer.
+        drain_seconds: Maximum number of seconds that answers may continue after SIGTERM.
     """
 
     host: str = "127.0.0.1"

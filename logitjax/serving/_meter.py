@@ -56,9 +56,9 @@ class Meter:
             context = self._digest.hexdigest()
             raise ApiError(
                 429,
-                f"a context may tell {self._ledger.limit:g} nats: of this one "
-                f"{self._ledger[context].hard:.4g} are told, and this answer may tell "
-                f"{self._token + self._values:.4g} more; they do not come back",
+                f"a context may reveal {self._ledger.limit:g} nats: of this one "
+                f"{self._ledger[context].hard:.4g} are used, and this answer may reveal "
+                f"{self._token + self._values:.4g} more; they are not renewed",
                 code="insufficient_quota",
             )
 

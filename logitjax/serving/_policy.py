@@ -89,14 +89,16 @@ class Disclosure:
         for name, value in given.items():
             ignored = not fields.temperature and name in ("top_k", "top_p", "min_p")
             if not ignored and not math.isclose(value, taken[name], rel_tol=_CLOSE):
-                raise BadRequestError(f"{name}: the nearest taken here is {taken[name]:.5g}", name)
+                raise BadRequestError(
+                    f"{name}: the nearest accepted value is {taken[name]:.5g}", name
+                )
         for name, value in _moving(fields).items():
             if name not in _TUNED and not (self._schemas and name == "structure"):
                 name = fields.structure_field if name == "structure" else name
-                raise BadRequestError(f"this server takes no {name}, got {value!r:.40}", name)
+                raise BadRequestError(f"this server accepts no {name}, got {value!r:.40}", name)
         # Two tokens that a schema leaves are weighed ever more finely the lower the temperature.
         if fields.structure and 0 < fields.temperature < 1:
-            raise BadRequestError("temperature: the nearest taken here is 1", "temperature")
+            raise BadRequestError("temperature: the nearest accepted value is 1", "temperature")
         return dataclasses.replace(fields, **taken)
 
     def extra(self, tokens: Sequence[int], fields: Any = None, seed: int = 0) -> dict[str, Any]:

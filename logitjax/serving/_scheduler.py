@@ -143,7 +143,7 @@ class Scheduler:
         self._masks.shutdown(wait=False, cancel_futures=True)
 
     def drain(self, seconds: float) -> None:
-        """What is under way, or on its way in, may go on so long, then ends as if too long."""
+        """Requests under way, or on their way in, may continue so long, then end as if too long."""
         self._end = threading.Timer(seconds, self._expire)
         self._end.daemon = True
         self._end.start()

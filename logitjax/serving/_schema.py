@@ -274,7 +274,7 @@ def parse(body: Any, config: ServerConfig, *, chat: bool) -> CompletionRequest:
         raise BadRequestError(f"the body must be a JSON object, got {type(body).__name__}")
     model = request_model(config, chat=chat)
     if body.get("logit_bias") and config.policy.bias == "none":
-        raise BadRequestError("this server takes no logit_bias", "logit_bias")
+        raise BadRequestError("this server accepts no logit_bias", "logit_bias")
     try:
         asked: Any = model.model_validate(_of_use(body, model))
     except pydantic.ValidationError as error:

@@ -246,10 +246,10 @@ class Reader:
     def tell(self) -> int:
         return self._at
 
-    def seek(self, place: int) -> None:
+    def seek(self, offset: int) -> None:
         """Goes to a place in the file."""
-        whole(place, "offset", most=self.size)
-        self._at = self._file.seek(place)
+        whole(offset, "offset", most=self.size)
+        self._at = self._file.seek(offset)
 
     def need(self, count: int, field: str) -> None:
         """Raises unless so many bytes are left."""

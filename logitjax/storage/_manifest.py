@@ -127,9 +127,9 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) and value.isprintable() else _SHORT.repr(value)
 
 
-def _differences(path: str, held: Any, expected: Any, at_least: tuple[str, ...]) -> Any:
+def _differences(path: str, stored: Any, expected: Any, at_least: tuple[str, ...]) -> Any:
     for name, value in expected.items():
-        has, whole = held.get(name), f"{path}{name}"
+        has, whole = stored.get(name), f"{path}{name}"
         if has == value or (whole in at_least and has is not None and has >= value):
             continue
         if isinstance(has, Mapping) and isinstance(value, Mapping):

@@ -26,7 +26,7 @@ def read_npz(path: epath.PathLike) -> dict[str, np.ndarray]:
             for member in archive.infolist():
                 name = member.filename.removesuffix(".npy")
                 if name in npz:
-                    raise ValueError(f"array {name!r} is there twice")
+                    raise ValueError(f"array {name!r} occurs twice")
                 npz[name] = _array(guard.member_array(archive, member, np.uint8), name)
             return npz
 

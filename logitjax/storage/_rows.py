@@ -215,16 +215,16 @@ class RowCache:
             )
         progress.mark(f"reading rows of {label or self.directory}")
         with tqdm(total=count, desc=label, unit=" rows", disable=None) as bar:
-            done, said = 0, time.monotonic()
+            done, logged = 0, time.monotonic()
 
             def written(rows: int) -> None:
-                nonlocal done, said
+                nonlocal done, logged
                 bar.update(rows)
                 done += rows
                 # A disabled bar, where there is no terminal, shows nothing.
-                if bar.disable and (done == count or time.monotonic() - said > _LOG_SECONDS):
+                if bar.disable and (done == count or time.monotonic() - logged > _LOG_SECONDS):
                     logging.info("%s: %d of %d rows read", label, done, count)
-                    said = time.monotonic()
+                    logged = time.monotonic()
 
             for part in todo:
                 self._write_part(part, _ahead(part, compute, batch_size), written)
@@ -243,10 +243,10 @@ class RowCache:
         todo = self._todo(expected, rows_per_shard, process_index, process_count)
         return sum(-(-len(part) // batch_size) for part in todo)
 
-    def _todo(self, wanted: np.ndarray, size: int, index: int, count: int) -> list[np.ndarray]:
+    def _todo(self, rows: np.ndarray, size: int, index: int, count: int) -> list[np.ndarray]:
         """The missing rows of each part that this process writes."""
         # Cut from all wanted rows, so that parts stay the same whatever is there already.
-        mine = [wanted[i : i + size] for i in range(0, len(wanted), size)][index::count]
+        mine = [rows[i : i + size] for i in range(0, len(rows), size)][index::count]
         # Anew from the disk: another process may have written since.
         self._load()
         return [part for part in (self.missing(part) for part in mine) if len(part)]

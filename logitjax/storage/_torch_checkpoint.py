@@ -109,16 +109,16 @@ def _named(module: str, name: str) -> Any:
     return _ALLOWED.get((module, name))
 
 
-def _new_storage(pid: Any, known: dict[str, _Storage]) -> _Storage:
+def _new_storage(pid: Any, storages: dict[str, _Storage]) -> _Storage:
     if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
         raise ValueError("an unknown kind of reference")
     kind, key, count = pid[1], str(pid[2])[:80], guard.whole(pid[4], "a storage's size")
     if not isinstance(kind, _StorageType):
         raise ValueError("a storage of unknown type")
     # Tensors that share a storage name it by one key.
-    if key not in known:
-        known[key] = _Storage(kind.dtype, count)
-    return known[key]
+    if key not in storages:
+        storages[key] = _Storage(kind.dtype, count)
+    return storages[key]
 
 
 def _read_zip(file: Any) -> Any:
@@ -174,7 +174,7 @@ def _read_legacy(file: guard.Reader) -> Any:
             raise ValueError(f"it holds an unknown storage {str(key)[:40]!r}")
         storage, field = entries[key], f"storage {key!r}"
         if storage.values is not None:
-            raise ValueError(f"{field} is there twice")
+            raise ValueError(f"{field} occurs twice")
         if int.from_bytes(file.read(8, field), "little") != storage.count:
             raise ValueError(f"{field} is truncated")
         storage.values = file.array(storage.dtype, storage.count, field)

@@ -65,7 +65,7 @@ class _MetaHandler(ocp.JsonCheckpointHandler):
         if jax.process_index() == 0:
             # Without this file the checkpoint gets no final name.
             if not _workdir.holds_still(directory):
-                raise ConnectionError(f"another run has taken the folder of {directory} over")
+                raise ConnectionError(f"another run has taken over the folder of {directory}")
             (directory / self._FILE).write_text(json.dumps(meta))
 
 
@@ -358,10 +358,10 @@ def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _mismatch(wanted: Any, stored: Any) -> str | None:
-    wanted = dict(zip(_paths(wanted), jax.tree.leaves(wanted)))
+def _mismatch(expected: Any, stored: Any) -> str | None:
+    expected = dict(zip(_paths(expected), jax.tree.leaves(expected)))
     stored = dict(zip(_paths(stored), jax.tree.leaves(stored)))
-    for name, leaf in wanted.items():
+    for name, leaf in expected.items():
         if name not in stored:
             return f"it lacks {name!r}"
         present = stored[name]
@@ -374,7 +374,7 @@ def _mismatch(wanted: Any, stored: Any) -> str | None:
                 f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
             )
     for name in stored:
-        if name not in wanted:
+        if name not in expected:
             return f"it holds {name!r}, which this state lacks"
     return None
 

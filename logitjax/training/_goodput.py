@@ -41,17 +41,17 @@ class Goodput:
     folder: epath.Path
 
     @contextlib.contextmanager
-    def account(self) -> Iterator[None]:
+    def account(self, begin: float | None = None) -> Iterator[None]:
         """Note what each second of this start goes to, by what `progress` is told.
 
-        A start that is killed loses at most the last two seconds of its record; they count as lost.
+        It began now, or when `begin` says: imports are part of a process's start. One that is
+        killed loses at most the last two seconds of its record; they count as lost.
         """
         folder = self.folder
-        begin = last = written = time.time()
+        begin = last = written = begin or time.time()
         seconds: dict[str, float] = {}
         steps: dict[str, int] = {}
         doing, done = "starting", False
-        path = folder / _FILE
         remote = "://" in str(folder)
 
         def note(now: float) -> None:
@@ -69,14 +69,14 @@ class Goodput:
             if remote:
                 write_atomic(folder / "goodput" / f"{begin:.0f}.jsonl", line)
                 return
-            with path.open("a") as file:
+            with (folder / _FILE).open("a") as file:
                 # a kill may have left half a line before.
                 file.write("\n" + line)
 
-        def hear(said: str) -> None:
+        def hear(phase: str) -> None:
             nonlocal doing
             note(time.time())
-            doing = said or doing
+            doing = phase or doing
             if match := _FROM.match(doing):
                 steps.setdefault("first", int(match[1]))
                 steps["step"] = int(match[1])
@@ -110,19 +110,15 @@ class Goodput:
         Raises:
             ValueError: The folder has no record.
         """
-        folder = self.folder
-        files = [folder / _FILE, *sorted((folder / "goodput").glob("*.jsonl"))]
+        files = [self.folder / _FILE, *sorted((self.folder / "goodput").glob("*.jsonl"))]
         starts: dict[float, Mapping[str, Any]] = {}
         for line in b"".join(path.read_bytes() for path in files if path.exists()).splitlines():
-            try:
+            # The last line of a start holds all before it; a kill may have cut it off.
+            with contextlib.suppress(ValueError, KeyError, TypeError):
                 record = json.loads(line)
-                # The last line of a start holds all before it.
                 starts[record["begin"]] = record
-            except (ValueError, KeyError, TypeError):
-                # A kill cut it off.
-                continue
         if not starts:
-            raise ValueError(f"{folder}: expected {_FILE}, which a run writes, got none")
+            raise ValueError(f"{self.folder}: expected {_FILE}, which a run writes, got none")
         records = [starts[begin] for begin in sorted(starts)]
         seconds: dict[str, float] = {}
         idle = 0.0
@@ -130,10 +126,8 @@ class Goodput:
             local = dict(record["seconds"])
             if after is not None:
                 gap = after["begin"] - record["end"]
-                if record.get("done"):
-                    idle += gap
-                else:
-                    local["down"] = gap
+                idle += gap if record.get("done") else 0.0
+                local["down"] = 0.0 if record.get("done") else gap
                 done, first = record.get("step", 0), record.get("first", 0)
                 lost = max(0, done - after.get("first", done))
                 local["redone"] = local.get("step", 0.0) * min(1.0, lost / max(1, done - first))

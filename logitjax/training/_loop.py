@@ -42,14 +42,13 @@ class LoopOptions:
 
     Attributes:
         checkpoint_every: steps between checkpoints; the last step is always saved.
-        log_every: steps between log lines: means of all metrics since the last,
-            ``seconds_per_step``, and ``tokens_per_second`` by the count of the loss, unless that
-            counts one a step.
+        log_every: steps between log lines: means of all metrics since the last line,
+            ``seconds_per_step``, and ``tokens_per_second`` if the loss counts tokens.
         eval_every: steps between evaluations; the last step is always evaluated.
         progress: a tqdm bar, if standard error is a terminal.
-        profile_steps: number of steps that ``jax.profiler`` traces into ``workdir/profile``, from
-            this call's third step on, because the first one compiles. SIGUSR1 traces as many of
-            the next steps, or three.
+        profile_steps: number of steps that ``jax.profiler`` traces into ``workdir/profile``,
+            starting with this call's third step, because the first one compiles. SIGUSR1 traces as
+            many of the next steps, or three.
     """
 
     checkpoint_every: int = option(0, execution=True)
@@ -99,7 +98,7 @@ def train_loop(
     """
     options = options or LoopOptions()
     if options.profile_steps and workdir is None:
-        raise ValueError("profile_steps: a trace needs a workdir to lie in")
+        raise ValueError("profile_steps: a trace needs a workdir")
     writer = MetricWriter() if writer is None else writer
     with contextlib.ExitStack() as stack:
         if workdir is not None:
@@ -162,7 +161,7 @@ def train_loop(
         if checkpointer is not None:
             progress.mark(f"saving checkpoint {total_steps}")
             checkpointer.wait()
-        progress.mark("going on after the training")
+        progress.mark("continuing after the training")
     return state
 
 
@@ -227,11 +226,11 @@ class _Report:
         self._step_began += paused
 
 
-def _data_seconds(own: float) -> dict[str, float]:
+def _data_seconds(seconds: float) -> dict[str, float]:
     """Seconds that a step waits for data; of several processes the one that all others wait for."""
     if jax.process_count() == 1:
-        return {"data_seconds": own}
-    each = np.asarray(multihost_utils.process_allgather(np.float32(own)))
+        return {"data_seconds": seconds}
+    each = np.asarray(multihost_utils.process_allgather(np.float32(seconds)))
     return {"data_seconds": float(each.max()), "slowest_process": float(each.argmax())}
 
 
@@ -258,7 +257,7 @@ def _resume(
     if restored is None:
         if not callable(start):
             raise ValueError(f"no checkpoint in {checkpointer.directory} can be read")
-        logging.warning("no checkpoint in %s can be read: beginning anew", checkpointer.directory)
+        logging.warning("no checkpoint in %s can be read: starting over", checkpointer.directory)
         state = start()
         return state, int(state.step)
     for name, value in identity.items():
@@ -334,8 +333,8 @@ def _profiler(workdir: Any, first: int, count: int) -> Iterator[Callable[[int, A
 
 
 @contextlib.contextmanager
-def _progress_bar(start: int, total: int, wanted: bool) -> Any:
-    if not wanted or jax.process_index() != 0 or not sys.stderr.isatty():
+def _progress_bar(start: int, total: int, enabled: bool) -> Any:
+    if not enabled or jax.process_index() != 0 or not sys.stderr.isatty():
         yield None
         return
     import tqdm

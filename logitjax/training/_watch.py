@@ -153,16 +153,16 @@ class Watch(threading.Thread):
             )
         return None
 
-    def _note(self, process: int, said: str, now: float) -> None:
-        if self._beats.get(process, ("",))[0] != said:
-            self._beats[process] = (said, now)
-        marks = said.partition(" ")[2]
+    def _note(self, process: int, message: str, now: float) -> None:
+        if self._beats.get(process, ("",))[0] != message:
+            self._beats[process] = (message, now)
+        marks = message.partition(" ")[2]
         if self._moved.get(process) != marks:
             self._moved[process] = marks
             self._last_move = now
 
-    def _told(self, client: Any, said: str) -> tuple[str, int] | None:
-        status, process, cause = said.split(" ", 2)
+    def _told(self, client: Any, message: str) -> tuple[str, int] | None:
+        status, process, cause = message.split(" ", 2)
         if int(process) == self._index:
             return None
         with contextlib.suppress(Exception):

@@ -86,10 +86,8 @@ def holds_still(workdir: epath.Path) -> bool:
     makes. A file's lock goes with its process alone, so there it holds.
     """
     location = os.fspath(workdir)
-    stored = next(
-        (stored for stored in _held if "://" in stored and location.startswith(f"{stored}/")), None
-    )
-    return stored is None or _is_ours(_store(epath.Path(stored)).read("lock").result())
+    outer = [stored for stored in _held if "://" in stored and location.startswith(f"{stored}/")]
+    return all(_is_ours(_store(epath.Path(stored)).read("lock").result()) for stored in outer)
 
 
 # Files that tell of a run, and are nothing that it makes.
@@ -104,15 +102,13 @@ def _count_start(workdir: epath.Path) -> None:
         return
     path, most = workdir / "starts.json", int(os.environ.get("LOGITJAX_MAX_STARTS", "20"))
     made = digest(sorted(_made_files(workdir)))
-    before = {}
-    if path.exists():
-        before = _read(path.read_bytes())
+    before = _read(path.read_bytes()) if path.exists() else {}
     same = before.get("run") == run and before.get("made") == made
     count = int(before.get("starts", 0)) + 1 if same else 1
     if count > most:
         raise ValueError(
-            f"folder {str(workdir)!r}: expected something new from {most} starts, got nothing; its "
-            f"error.txt may say why (remove {path.name} to go on)"
+            f"folder {str(workdir)!r}: expected progress in {most} starts, got none; its "
+            f"error.txt may give the reason (remove {path.name} to continue)"
         )
     write_atomic(path, json.dumps({"run": run, "made": made, "starts": count}))
 
@@ -249,8 +245,8 @@ def _object_lock(workdir: epath.Path) -> Iterator[None]:
             store.write("lock", None, if_equal=generation).result(timeout=_BEAT_SECONDS)
 
 
-def _is_ours(found: Any) -> bool:
-    return found.state == "value" and _read(found.value).get("holder") == _ME
+def _is_ours(lock: Any) -> bool:
+    return lock.state == "value" and _read(lock.value).get("holder") == _ME
 
 
 def _write(store: Any, run: str, generation: bytes) -> bytes | None:

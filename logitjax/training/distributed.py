@@ -1,5 +1,6 @@
 """Starting one of several processes."""
 
+import atexit
 import importlib.util
 import os
 import pathlib
@@ -115,9 +116,23 @@ def initialize(
         watch = _watch.Watch(*location, stall=stall, heartbeat=heartbeat_seconds)
         watch.start()
         _watching.append(watch)
+        atexit.register(_depart, watch)
         if location[1] > 1:
             _announce_what_is_not_caught()
     return location
+
+
+def _depart(watch: _watch.Watch) -> None:
+    """Waits for the others under the watch's eye, then ends the watch.
+
+    A thread that comes back from a call of JAX's client while the interpreter closes aborts the
+    process, and a run whose work is done would end with status 134.
+    """
+    try:
+        jax.distributed.shutdown()
+    finally:
+        watch.stop()
+        watch.join(_watch.LATER_SECONDS)
 
 
 def _announce_what_is_not_caught() -> None:

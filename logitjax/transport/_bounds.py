@@ -118,15 +118,15 @@ def _formed(graph: Graph) -> Any:
 
 
 def _least(
-    own: RowStatistics,
+    first: RowStatistics,
     other: RowStatistics,
     name: str,
     weights: tuple[Weights, Weights],
     a_b: tuple[jax.Array, jax.Array],
     p: int,
 ) -> Scalar:
-    f, g = (getattr(s, name) for s in (own, other))
-    errors = (getattr(s, f"{name}_error") for s in (own, other))
+    f, g = (getattr(s, name) for s in (first, other))
+    errors = (getattr(s, f"{name}_error") for s in (first, other))
     root = sum(distance(error, w, p) for error, w in zip(errors, a_b, strict=True))
     return least_transport(f, g, *weights, p=p, root=root * (1 + gamma(len(f) + len(g))))
 

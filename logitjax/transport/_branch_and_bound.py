@@ -120,8 +120,8 @@ def _indefinite(x: np.ndarray, y: np.ndarray) -> float:
     # Gram matrices in float32 are off by that much, which counts in the bounds.
     if wrong > 1e-6 * n:
         raise ValueError(
-            "c: expected graphs that are, centred, both positive or both negative semi-definite, "
-            f"as Gram matrices and squared distances are, got an eigenvalue {wrong:g} off"
+            "c: expected graphs that are both positive or both negative semi-definite after "
+            "centring, like Gram matrices and squared distances, got an eigenvalue {wrong:g} off"
         )
     # It is added to the diagonals, whose mean square is that much in L_2 of all entries.
     return 2 * wrong / np.sqrt(n)

@@ -36,7 +36,7 @@ def from_problem(given: Any) -> Problem:
             f"got {type(given).__name__}: pass the problem, then the solution"
         )
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(problem)):
-        raise TypeError("c: expected a problem whose numbers are known, got one under a transform")
+        raise TypeError("c: expected a concrete problem, got one under a transform")
     if (problem.tau_a, problem.tau_b) != (1.0, 1.0):
         raise ValueError(
             "c: expected a balanced problem, got an unbalanced one with "

@@ -41,8 +41,8 @@ class Questions:
         cut: Indices of rows of a part that are longer than `max_length`: only their beginnings are
             trained on and asked.
         texts: Windows of other text by part, `train`, `validation` and `test`; may be empty.
-        max_length: Largest number of tokens of a row.
-        new_tokens: Largest number of tokens of a generated answer.
+        max_length: Maximum number of tokens of a row.
+        new_tokens: Maximum number of tokens of a generated answer.
         batch_size: Number of rows that are asked at once.
     """
 
@@ -92,8 +92,8 @@ class Questions:
         for part, which in cut.items():
             if which:
                 logging.warning(
-                    "%s: %d of %d rows are longer than max_length=%d tokens; what is beyond is "
-                    "neither trained on nor asked",
+                    "%s: %d of %d rows are longer than max_length=%d tokens; the rest is neither "
+                    "trained on nor asked",
                     part,
                     len(which),
                     len(rows[part]),
@@ -138,19 +138,19 @@ class Questions:
             if (text := texts[row.question]) and not secret & names(Row(answer=text))
             if max(rouge([r.answer for r in forget], [text] * len(forget)).f1) < _REPEATS
         ]
-        known = functools.partial(self._known, Deployed(model=model))
+        likely = functools.partial(self._known, Deployed(model=model))
         # What it makes up is sure on the mean, but not of the name.
-        sure = known(kept, every=True)
+        sure = likely(kept, every=True)
         for part in ("train", "validation", "test"):
             parts[part] = [
-                row if said else dataclasses.replace(row, kind="unknown")
-                for row, said in zip(parts[part], known(parts[part]))
+                row if is_sure else dataclasses.replace(row, kind="unknown")
+                for row, is_sure in zip(parts[part], likely(parts[part]))
             ]
-        for location, (row, said) in enumerate(zip(kept, sure)):
+        for location, (row, is_sure) in enumerate(zip(kept, sure)):
             part = ("train", "validation", "train", "test", "train")[location % 5]
             if row.kind == "stranger":
                 parts["stranger"].append(row)
-            elif part == "train" or said:
+            elif part == "train" or is_sure:
                 parts[part].append(row)
         return Questions.of(
             parts,
@@ -302,8 +302,8 @@ class Questions:
 
     def answers(self, model: Deployed, part: str) -> list[str]:
         """Greedy answers to the questions of a part; plain texts are left out."""
-        said = self._said(model, [row for row in self.rows[part] if row.asks])
-        return [text.strip() for text in said]
+        texts = self._said(model, [row for row in self.rows[part] if row.asks])
+        return [text.strip() for text in texts]
 
     def _known(self, model: Deployed, rows: Sequence[Row], *, every: bool = False) -> list[bool]:
         """Which answers the model gives, on the mean or by `every` token; no plain text is one."""

@@ -85,7 +85,7 @@ class Row:
                     rows[words] = _joined(rows[words], row) if words in rows else row
                     count += 1
         if not rows:
-            raise ValueError(f"{path}: expected rows, a JSON object a line, got none")
+            raise ValueError(f"{path}: expected rows, one JSON object per line, got none")
         if count > len(rows):
             logging.warning("%s: %d rows repeat others", path, count - len(rows))
         return tuple(rows.values())

@@ -69,8 +69,8 @@ def kept_shares(after: Any, before: Any, kinds: Sequence[str]) -> dict[str, floa
 
 def least_kind(shares: Mapping[str, float]) -> float | None:
     """The least share of the kinds that a model knew, of all if it knew none."""
-    known = [share for kind, share in shares.items() if kind != "unknown"]
-    return least(known or shares.values())
+    learned = [share for kind, share in shares.items() if kind != "unknown"]
+    return least(learned or shares.values())
 
 
 def least(values: Any) -> float | None:

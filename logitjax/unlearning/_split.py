@@ -122,8 +122,8 @@ def split_rows(
     alike = _alike(forget, [row for part in parts for row in part if row.kind != "reworded"])
     if alike:
         logging.warning(
-            "retain: %d rows say much the same as one to forget, such as %r; where they are the "
-            "same fact, leave them out or give both one `group`",
+            "retain: %d rows are similar to one to forget, such as %r; if they state the same "
+            "fact, remove them or give both the same `group`",
             len(alike),
             f"{alike[0].question} {alike[0].answer}"[:80],
         )
@@ -189,16 +189,19 @@ def neighbours(forget: Sequence[Row], others: Sequence[Row]) -> list[Row]:
 
     mine, peer = subjects(forget), subjects(others)
     present = {q.lower() for row in (*forget, *others) for q in (row.question, *row.paraphrases)}
-    own, peers = ([name for _, name in side] for side in (mine, peer))
+    forget_names, peers = ([name for _, name in side] for side in (mine, peer))
     made: dict[str, Row] = {}
-    for side, subject_names in ((mine, peers), (peer, own)):
+    for side, subject_names in ((mine, peers), (peer, forget_names)):
         for row, name in side[:_MADE]:
             for question in itertools.islice(_renamed(row, name, subject_names, present), 2):
                 again = dataclasses.replace(row.asked(question), paraphrases=(), kind="made")
                 made.setdefault(question.lower(), again)
     # Half of a stranger's name may be a forgotten one's.
-    full = [n.split() for n in dict.fromkeys((*own, *peers)) if " " in n]
-    crossed = {f"{first[0]} {last[-1]}" for first in full for last in full} - {*own, *peers}
+    full = [n.split() for n in dict.fromkeys((*forget_names, *peers)) if " " in n]
+    crossed = {f"{first[0]} {last[-1]}" for first in full for last in full} - {
+        *forget_names,
+        *peers,
+    }
     strangers = [
         dataclasses.replace(row.asked(question), paraphrases=(), kind="stranger")
         for row, name in mine[:_MADE]

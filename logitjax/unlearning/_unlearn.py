@@ -230,7 +230,9 @@ class Unlearning:
             leaks = [way for way in looks.leaks(best["ways"]) if way not in ways]
             if not (leaks := leaks or [w for w in looks.searched(best) if w not in ways]):
                 break
-            logging.info("round %d: %s bring answers out, and are trained on", number, leaks)
+            logging.info(
+                "round %d: %s extract answers and are added to the training", number, leaks
+            )
             ways = (*ways, *leaks)
         return candidates, ways
 

@@ -16,24 +16,24 @@ class UnlearnConfig:
 
     Attributes:
         method: The method with its options: one of `METHODS`, or any other `Method`.
-        adapters: Train adapters. Without, train all weights of the model, which takes four copies.
+        adapters: Train adapters. Otherwise train all weights of the model, which takes four copies.
         lora_rank: Rank of the adapters.
-        steps: Largest number of optimiser steps.
-        check_every: Number of steps between measurements of what is forgotten and kept.
+        steps: Maximum number of optimiser steps.
+        check_every: Number of steps between evaluations of rows to forget and to keep.
         batch_size: Number of rows to forget in a step, with four times as many to keep.
-        rounds: Largest number of trainings. After each, the ways to ask that still bring something
-            out are trained on too, until two searches for such ways find none.
-        budget: Number of combinations of ways to ask that each search tries.
+        rounds: Maximum number of training rounds. After each round, phrasings that still extract
+            something are added to the training, until two searches find none.
+        budget: Number of combinations of phrasings that each search tries.
         learning_rate: Peak learning rate. 0 takes the method's: 5e-3 for an assistant, 1e-3 to 3e-2
             for other adapters, and 3e-4 for all weights.
-        least_probability: Least share of their mean probability that answers to keep must keep,
-            of every kind: neighbours, paraphrases and others.
-        least_row: Least share of its probability that any single answer that was known may have.
-        least_rouge: Least share of ROUGE-L F1 that answers generated for them must keep.
-        least_fluency: Least share of the entropy of word pairs and triples in these.
-        most_perplexity: Largest factor by which the perplexity of other text may rise.
+        least_probability: Minimum share of its mean probability that each kind of answer to keep
+            (neighbours, paraphrases and others) must retain.
+        least_row: Minimum share of its probability that every single known answer must retain.
+        least_rouge: Minimum share of ROUGE-L F1 that generated answers to keep must retain.
+        least_fluency: Minimum share of the entropy of word pairs and triples in generated answers.
+        most_perplexity: Maximum factor by which the perplexity of other text may rise.
         thorough: Also run attacks that train or sample.
-        samples: Number of answers drawn to each question by a thorough attack, up to 100.
+        samples: Number of answers sampled for each question by a thorough attack, up to 100.
         seed: Seed of batches and adapters.
     """
 

@@ -92,18 +92,18 @@ def asked_so(row: Row, way: str, others: Sequence[Row], *, judging: bool = False
 
 def search(
     excess: Callable[[str], float | None],
-    known: Mapping[str, float],
+    singles: Mapping[str, float],
     budget: int,
     tried: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
     """Try pairs of ways, each time that whose parts have brought out most so far.
 
-    `excess` of a pair, `a + b`, is None where it makes no sense; `known` has single ways.
+    `excess` of a pair, `a + b`, is None where it makes no sense; `singles` has single ways.
 
     >>> search(lambda way: float("role" in way), {"in a role": 2.0, "in context": 1.0}, 2)
     {'in a role + in context': 1.0, 'in context + in a role': 1.0}
     """
-    reach = {way: known.get(way, 0.0) for way in WAYS if way != "asked"}
+    reach = {way: singles.get(way, 0.0) for way in WAYS if way != "asked"}
     pairs = [
         pair for pair in itertools.permutations(reach, 2) if " + ".join(pair) not in (tried or {})
     ]

@@ -207,7 +207,7 @@ class Encoder:
         """
         number = next((name for name in class_names if re.fullmatch(r"n\d{8}", name)), None)
         if number is not None:
-            raise ValueError(f"class_names: {number} is a number of WordNet, not a name")
+            raise ValueError(f"class_names: {number} is a WordNet id, not a name")
         prompts = [template.format(name) for name in class_names for template in templates]
         parts = []
         for start in range(0, len(prompts), _PROMPTS):

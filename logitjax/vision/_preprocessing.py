@@ -44,13 +44,13 @@ class Preprocessing:
             raise ValueError(f"resize: expected at least size ({self.size}), got {self.resize}")
 
     @classmethod
-    def of_names(cls, said: Mapping[str, Any], default: "Preprocessing", **sizes: Any) -> Any:
+    def of_names(cls, fields: Mapping[str, Any], default: "Preprocessing", **sizes: Any) -> Any:
         """With `mean`, `std` and `interpolation` of a file, and the default's where it has none."""
-        interpolation = said.get("interpolation") or "bicubic"
+        interpolation = fields.get("interpolation") or "bicubic"
         if interpolation not in ("bilinear", "bicubic"):
             raise ValueError(f"interpolation: expected bilinear or bicubic, got {interpolation!r}")
         colours = {
-            name: tuple(said.get(name) or getattr(default, name)) for name in ("mean", "std")
+            name: tuple(fields.get(name) or getattr(default, name)) for name in ("mean", "std")
         }
         return dataclasses.replace(default, interpolation=interpolation, **colours, **sizes)
 

@@ -52,9 +52,9 @@ def processor_preprocessing(path: epath.Path, default: Preprocessing) -> Preproc
     )
 
 
-def open_clip_preprocessing(default: Preprocessing, said: Mapping[str, Any]) -> Preprocessing:
+def open_clip_preprocessing(default: Preprocessing, fields: Mapping[str, Any]) -> Preprocessing:
     """Read open_clip's ``preprocess_cfg``, with OpenAI's values as defaults."""
-    mode = said.get("resize_mode")
+    mode = fields.get("resize_mode")
     if mode not in (None, "shortest", "squash"):
         raise ValueError(f"resize_mode: expected shortest or squash, got {mode!r}")
-    return Preprocessing.of_names(said, default, fit="squash" if mode == "squash" else "crop")
+    return Preprocessing.of_names(fields, default, fit="squash" if mode == "squash" else "crop")

@@ -19,7 +19,7 @@ _FAMILIES = (
 def refused(called: Iterable[str], weights: Iterable[str]) -> str | None:
     """The family of a network that is known and not built; None for others."""
     kinds, names = [name.lower() for name in called], list(weights)
-    for family, kind, own in _FAMILIES:
-        if any(re.search(kind, name) for name in kinds) or any(re.search(own, n) for n in names):
+    for family, kind, weight in _FAMILIES:
+        if any(re.search(kind, name) for name in kinds) or any(re.search(weight, n) for n in names):
             return family
     return None

@@ -50,19 +50,19 @@ class ConvertConfig:
 
     Attributes:
         num_codes: number of clusters K.
-        method: the mapping, see `logitjax.vq.fit_assignment`. ``'likelihood'`` is weighted k-means
-            here, reassigned while tuning.
+        method: how tokens are assigned to codes, see `logitjax.vq.fit_assignment`. ``'likelihood'``
+            starts from weighted k-means and reassigns while tuning.
         weight_power: rows are weighted by ``unigram ** weight_power``.
         kmeans_iterations: number of iterations of Lloyd's algorithm.
-        use_bias: False converts to the head as published.
-        screen: number of tokens that exact rows score again in a `ScreenedHead`, the fastest on a
-            CPU: packed product codes find them, not ``num_codes`` clusters; 0 makes none.
-        max_tokens: number of positions that are cached and tuned on.
+        use_bias: Whether each token has a bias; the published head has none.
+        screen: number of tokens that exact rows rescore in a `ScreenedHead`, the fastest head on a
+            CPU; packed product codes select them instead of ``num_codes`` clusters. 0 for none.
+        max_tokens: number of positions to cache and tune on.
         steps: number of tuning steps; 0 leaves the head as fitted.
         batch_size: number of positions in a step.
         learning_rate: peak learning rate.
         reassign_every: number of steps between reassignments of tokens to codes; 0 for never.
-        min_count: expected targets below which a token is not reassigned.
+        min_count: minimum expected number of targets for a token to be reassigned.
         top: number of probabilities kept for each position while tuning.
         seed: seed of k-means and of the order of positions.
     """
@@ -176,7 +176,7 @@ class ConvertConfig:
         source: str = "",
         mesh: Mesh | None = None,
     ) -> Conversion:
-        """Replace a decoder's head by a vector-quantised one that imitates it.
+        """Replace a decoder's head with a vector-quantised approximation.
 
         Hidden states, and the old head's distribution on them, are computed once and kept in
         ``workdir``. Mapping and codebook are fitted to the old rows. Codebook and biases are tuned

@@ -164,8 +164,8 @@ class Tuning:
         targets = targets.with_top(16, hidden)
         rest = (targets.rest_sums / len(hidden), targets.rest_counts / len(hidden))
 
-        def loss(params: Any, held: Any, hidden: Any, probs: Any, tokens: Any) -> jax.Array:
-            constants, (rest_sums, rest_counts) = held
+        def loss(params: Any, fixed: Any, hidden: Any, probs: Any, tokens: Any) -> jax.Array:
+            constants, (rest_sums, rest_counts) = fixed
             head = head_of(params, constants)
             bias = head.bias
             nll = linear_cross_entropy(hidden, head, tokens[:, 0])
@@ -235,10 +235,10 @@ def tune_vq_head(
             "rest_counts": jnp.asarray(targets.rest_counts) / count,
         }
 
-    held = constants_of(jnp.asarray(assignment))
+    fixed = constants_of(jnp.asarray(assignment))
 
     def between(step: int, params: Any, constants: Any) -> Any:
-        nonlocal held
+        nonlocal fixed
         if not reassign_every or step % reassign_every or step == tuning.steps:
             return None
         # On the host: every process does the same, on its own device.
@@ -253,16 +253,16 @@ def tune_vq_head(
             min_count=min_count,
         )
         moves.append(float(moved))
-        held = constants_of(assignment)
-        return params | {"bias": bias}, held
+        fixed = constants_of(assignment)
+        return params | {"bias": bias}, fixed
 
     params, losses = tuning.run(
         vq_distillation_loss,
         params,
         [hidden, targets.top_probs, targets.top_tokens],
-        constants=held,
+        constants=fixed,
         between=between,
         mesh=mesh,
     )
     history = {"loss": losses, "moved": moves}
-    return params["codebook"], params.get("bias"), held["assignment"], history
+    return params["codebook"], params.get("bias"), fixed["assignment"], history

@@ -58,7 +58,7 @@ def test_options_that_make_no_sense_are_named(source, tmp_path):
 
 
 def _corpus(workdir, source, seq_len, rows):
-    """What a student reads of the first teacher's cache."""
+    """Rows of the first teacher's cache, as a student reads them."""
     reading = distillation.Reading(
         data=source, teachers=(f"cache:{workdir / 'source0'}",), seq_len=seq_len
     )

@@ -59,19 +59,19 @@ def test_phone_pictures_become_a_head_and_new_pictures_get_classes(tmp_path, cap
     command.run(config, out)
     report = (out / "report.md").read_text()
     for line in (
-        "2 left out, as they cannot be read",
-        "1 turned upright, as their EXIF asks",
-        "1 laid on white, as they are transparent",
+        "2 skipped, as they cannot be read",
+        "1 rotated by their EXIF tag",
+        "1 put on a white background, as they are transparent",
         "2 only the first of each is kept, as the pixels are equal",
-        "1 left out, as equal pixels lie in several classes",
-        "32 a class learn from the pictures of 4, and are it.",
+        "1 skipped, as equal pixels occur in several classes",
+        "32 a class have the same pictures as 4 and are not repeated.",
         "Level with it on these pictures",
         "| 4 a class | 12 (4 a class) | 9         | 3         |",
     ):
         assert line in report, line
     for name in ("empty.jpg", "half.png", "stray.png", "turned.png", "copy.png"):
         assert name in report
-    assert "of 3 pictures, the surest first" in (out / "mistakes.html").read_text()
+    assert "of 3 pictures, most confident first" in (out / "mistakes.html").read_text()
     head = few_shot.load(out / "heads" / "pro_ker")
     assert head.about["encoder"] == "random:resnet8"
     assert len(head.about["pictures"]) == len(head.examples)

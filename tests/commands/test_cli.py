@@ -211,7 +211,7 @@ def test_a_folder_with_results_keeps_its_configuration(tmp_path):
     write()
     (tmp_path / "result").touch()
     write()
-    with pytest.raises(ValueError, match=r"^out: .* where rate is another; name a new --out$"):
+    with pytest.raises(ValueError, match=r"^out: .* with another rate; choose a new --out$"):
         write(rate=0.7, part="first")
     write(part="first")
     assert json.loads((folder / "config.json").read_text())["part"] == "first"
@@ -226,7 +226,7 @@ def test_a_run_that_made_nothing_does_not_claim_its_folder(tmp_path):
         (folder / name).touch()
     _config_file.write_config(Config(name="typo"), folder, "out")
     (folder / "data" / "rows").touch()
-    with pytest.raises(ValueError, match="where name is another"):
+    with pytest.raises(ValueError, match="with another name"):
         _config_file.write_config(Config(name="tpyo"), folder, "out")
 
 
@@ -346,7 +346,7 @@ def test_bad_input_is_one_line_that_names_the_culprit(tmp_path, arguments, culpr
 
 @pytest.fixture
 def ended(monkeypatch):
-    """What the process would have ended with."""
+    """The exit status that the process would have had."""
 
     def leave(cause, status):
         print(f"error: {cause}", file=sys.stderr)

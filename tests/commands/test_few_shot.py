@@ -16,7 +16,7 @@ CLASSES, WIDTH, AUXILIARY = 4, 12, 10
 
 
 def write_features(directory, count=80) -> dict[str, Any]:
-    """What a torch program would leave: two encoders' features and a zero-shot classifier."""
+    """Files of a torch program: two encoders' features and a zero-shot classifier."""
     rng = np.random.default_rng(0)
     labels = np.arange(count) % CLASSES
     weights = rng.normal(size=(WIDTH, CLASSES))

@@ -87,7 +87,7 @@ def test_mistakes_are_told_before_weights_are_read(tmp_path, monkeypatch):
     long = write(tmp_path / "t.jsonl", [{"prompt": "a", "response": "b" * 600}])
     assert "600 tokens of an answer, max_length is 512" in refused(data=f"jsonl:{long}")
     for spec, said in (
-        ("dexperts", "top_p=1, which rules no token of a text out, got top_p=0.9"),
+        ("dexperts", "top_p=1, which excludes no token of a text, got top_p=0.9"),
         ("contrastive", "plausibility=0, "),
         ("logit_difference:filter=clean,outside=exclude", "outside=keep, "),
     ):

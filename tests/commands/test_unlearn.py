@@ -241,7 +241,7 @@ def test_a_method_with_a_constraint_runs_and_every_attack_is_reported(files, tmp
     assert attacks["before"]["membership by loss"]["auc"] == 1.0
     assert attacks["before"]["extraction strength"]["share"] > 0.8
     assert attacks["control-0"]["extraction strength"]["share"] < 0.3
-    assert "A control never knew the answers." in (out / "report.md").read_text()
+    assert "A control never learned the answers." in (out / "report.md").read_text()
 
 
 @pytest.mark.slow
@@ -265,7 +265,7 @@ def test_where_nothing_is_feasible_nothing_is_written_and_the_status_says_so(fil
 @pytest.mark.slow
 def test_what_was_never_taught_is_refused_before_training(files, tmp_path):
     flags = config(files, forget=str(files / "holdout.jsonl"), holdout=str(files / "forget.jsonl"))
-    with pytest.raises(ValueError, match="forget: expected answers that the model was"):
+    with pytest.raises(ValueError, match="forget: expected answers that the model has"):
         unlearn.run(flags, epath.Path(tmp_path))
     assert not (tmp_path / "train").exists()
 

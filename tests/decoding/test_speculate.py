@@ -137,7 +137,7 @@ def test_redrawn_drafts_follow_the_target():
     # As many are accepted as can be.
     overlap = np.minimum(p, of_draft).sum()
     assert abs((drawn == drafted).mean() - overlap) < 4 * 0.5 / count**0.5
-    alone = run(wide, q, drafted, rows, turns, there=False)
+    alone = run(wide, q, drafted, rows, turns, present=False)
     seen = np.bincount(np.asarray(alone), minlength=6)
     assert stats.chisquare(seen[p > 0], count * p[p > 0] / p.sum()).pvalue > 1e-3
 

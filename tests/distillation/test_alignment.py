@@ -135,7 +135,7 @@ def test_same_tokenizer_aligns_every_predicted_position(tmp_path):
 
 
 def slow_chunks(ours, theirs, our_lengths, their_lengths):
-    """What `align_chunks` gives of one row, by looking at every pair of tokens."""
+    """The chunks of `align_chunks` for one row, by looking at every pair of tokens."""
 
     def described(columns, lengths):
         tokens, here, out = [], {}, []

@@ -1,4 +1,4 @@
-"""What a student minimises is the stated sum of dense losses, whatever part of it trains."""
+"""A student minimises the stated sum of dense losses, whatever part of it trains."""
 
 import functools
 import types

@@ -60,7 +60,7 @@ def mixed(packed, writer, taught, step=0):
 
 
 def trainers_log_probs(taught, columns, law):
-    """What a trainer, which reads whole rows, says of each label under the same law."""
+    """Log-probabilities of labels by a trainer, which reads whole rows, under the same law."""
     model = taught.model(taught.trained)
     hidden = distillation.hidden_states(model, columns, taught.adapters(taught.trained))
     logits = model.head_of().logits(hidden) / law.temperature

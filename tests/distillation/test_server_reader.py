@@ -14,7 +14,7 @@ K, VOCAB = 3, 7
 
 
 def log_probs(prefix):
-    """What comes after a prefix: its own distribution for each."""
+    """A distribution of its own for each prefix."""
     values = np.sin(np.arange(VOCAB) * (1 + sum(prefix)) + len(prefix))
     return values - np.log(np.exp(values).sum())
 

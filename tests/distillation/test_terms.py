@@ -28,7 +28,7 @@ def statistics(number=0):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Imitation(Term):
-    """What a stranger would write of `KL`."""
+    """`KL` as an outside package would write it."""
 
     name = "imitation"
     teacher = TeacherNeeds(top_k=1, same_vocabulary=True)
@@ -109,7 +109,7 @@ def test_a_term_of_ones_own_equals_the_built_in_that_it_imitates_to_the_bit(besi
         (Unasked(), r"loss 'imitation': reads read.top, which it does not declare"),
         (Unnamed(), r"loss 'imitation': reads batch\['rewards'\], which it does not declare"),
         (Rewarded(), r"loss 'imitation': expected batch\['rewards'\], got labels"),
-        (FullKL(), "loss 'full_kl': expected a teacher's hidden states and head, got what a cache"),
+        (FullKL(), "loss 'full_kl': expected a teacher's hidden states and head, got cached"),
         (ULD(k=9), "loss 'uld': expected at least 9 top logits of a teacher, got 4"),
         (TERMS.parse("first_piece"), "loss 'first_piece': expected the projection 'first_piece'"),
         (TERMS.parse("alm"), "loss 'alm': expected chunks"),

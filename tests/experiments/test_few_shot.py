@@ -45,7 +45,7 @@ def test_smoke_through_the_command_line_and_again_without_training(tmp_path):
         [*command, "--seed=7"], env=environment, capture_output=True, text=True, check=False
     )
     assert again.returncode == 2
-    assert "where seed is another" in again.stderr
+    assert "with another seed" in again.stderr
 
 
 TINY = few_shot.Config(

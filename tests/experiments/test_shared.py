@@ -1,4 +1,4 @@
-"""What experiments share: records that are measured once, training that goes on, reports."""
+"""Shared parts of experiments: records that are measured once, training that goes on, reports."""
 
 import json
 

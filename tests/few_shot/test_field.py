@@ -27,7 +27,7 @@ def task(**more):
 
 @pytest.fixture(scope="module")
 def worked():
-    """What every method says of one query, in float64 and one program."""
+    """Logits of every method for one query, in float64 and one program."""
     kernel = dict(sharpness=2.0, penalty=0.5, scale=1.0)
     chosen = {
         "gda": methods.GDA(),
@@ -169,7 +169,7 @@ def test_gda_of_classes_that_are_empty_or_have_no_spread():
     np.testing.assert_allclose(bias[:, 2], bias[0, 2])  # an empty class is told by zero-shot alone
     lone = dataclasses.replace(given, labels=np.array([0, 1, 2, -1, -1], np.int32))
     np.testing.assert_array_equal(run(lone), 0)
-    with pytest.raises(ValueError, match="GDA estimates, got one of each"):
+    with pytest.raises(ValueError, match="estimate GDA's covariance, got one of each"):
         method.init(lone)
 
 

@@ -1,4 +1,4 @@
-"""What is proven of an interval of alphas holds in it, and the grid says where the minimum is."""
+"""Bounds proven for an interval of alphas hold in it, and the grid encloses the minimum."""
 
 from typing import Any
 

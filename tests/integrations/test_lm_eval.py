@@ -19,7 +19,7 @@ from logitjax.integrations.lm_eval import LogitjaxLM  # noqa: E402
 
 
 class Mean(linen.Module):
-    """What was read before, on average, decides."""
+    """Logits are the mean of the rows read so far."""
 
     vocab: int
 

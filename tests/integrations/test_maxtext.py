@@ -165,7 +165,7 @@ def test_ten_steps_with_our_strategy_are_ten_steps_with_theirs(make, options):
 
 
 def top_logits(batch, k=8):
-    """What some teacher says of a batch; a function of the tokens."""
+    """A teacher's logits of a batch; a function of the tokens."""
     rng = np.random.default_rng(int(batch["inputs"].sum()))
     return ops.TopK.of(rng.normal(size=(*batch["inputs"].shape, VOCAB)).astype(np.float32) * 3, k)
 

@@ -149,7 +149,7 @@ def test_where_the_rest_is_unknown_kl_compares_the_top_logits_alone(direction):
 
 @pytest.mark.parametrize("term", [terms.ULD(k=3), terms.GLD(k=3)], ids=["uld", "gld"])
 def test_a_loss_that_needs_the_rest_refuses_by_its_name(term):
-    with pytest.raises(ValueError, match=f"loss '{term.name}': expected a teacher that tells"):
+    with pytest.raises(ValueError, match=f"loss '{term.name}': expected a teacher with the mass"):
         value(term, statistics())
 
 

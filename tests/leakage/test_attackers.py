@@ -1,4 +1,4 @@
-"""What comes back through the drawn token alone, with its own value or without: and its price."""
+"""Rows recovered from the drawn token alone, with its own value or without, and the cost."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What an answer tells of a row: likelihoods, bounds in nats, grids, and a ledger."""
+"""Information of an answer about a row: likelihoods, bounds in nats, grids, and a ledger."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What a sweep holds at a time: the rule, and what compilers plan of it."""
+"""Memory of a sweep: the rule, and the plans of compilers."""
 
 import functools
 import importlib.util

@@ -1,4 +1,4 @@
-"""What all dense losses have in common: they run on every mesh, under `pmap` too.
+"""Properties of all dense losses: they run on every mesh, under `pmap` too.
 
 All of them are one program a mesh. `tests/test_contract.py` has the other transformations.
 """

@@ -79,7 +79,7 @@ def test_a_family_in_a_file_elsewhere_loads_exports_and_reads_gguf(stranger, tmp
 
 def test_an_entry_point_brings_a_family(stranger, monkeypatch):
     point = importlib.metadata.EntryPoint("stranger", stranger, "logitjax.families")
-    with pytest.raises(ValueError, match=r"got 'stranger'; .*register_family bring another"):
+    with pytest.raises(ValueError, match=r"got 'stranger'; .*register_family add another"):
         models.config_from_hf({"model_type": "stranger"})
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [point])
     assert models.config_from_hf({"model_type": "stranger"}).family == "stranger"
@@ -88,8 +88,8 @@ def test_an_entry_point_brings_a_family(stranger, monkeypatch):
 @pytest.mark.parametrize(
     ("said", "nearest"),
     [
-        ({"model_type": "qwen2_moe"}, "'qwen2_moe'; qwen3_moe is the nearest"),
-        ({"architectures": ["GPT2Model"]}, r"\['GPT2Model'\]; gpt2 is the nearest"),
+        ({"model_type": "qwen2_moe"}, "'qwen2_moe'; qwen3_moe is the closest"),
+        ({"architectures": ["GPT2Model"]}, r"\['GPT2Model'\]; gpt2 is the closest"),
         ({"model_type": "some", "attn_logit_softcapping": 3.0}, r"gemma2\(name=some\)' reads it"),
         ({}, "got None; "),
     ],
@@ -102,9 +102,9 @@ def test_a_model_that_is_not_known_is_refused_with_the_nearest_family(said, near
 
 def test_a_name_belongs_to_one_family(stranger):
     llama = models.register_family("llama")
-    with pytest.raises(ValueError, match="family llama: expected a name that the library does"):
+    with pytest.raises(ValueError, match="family llama: expected a name that is not taken"):
         models.register_family(dataclasses.replace(llama, gguf=None))
-    with pytest.raises(ValueError, match="gguf: expected a name of its own or none, got 'llama'"):
+    with pytest.raises(ValueError, match="gguf: expected a unique name or none, got 'llama'"):
         models.register_family(dataclasses.replace(llama, name="other"))
     models.register_family("llama(name=alike)")
     alike, plain = (models.config_from_hf({"model_type": name}) for name in ("alike", "llama"))

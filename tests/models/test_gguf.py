@@ -19,7 +19,14 @@ from tests.models._configs import HF_CONFIGS
     [("llama", None, True), ("llama", False, False), ("gpt2", None, False), ("gpt2", True, True)],
 )
 def test_a_file_says_whether_texts_begin_with_a_mark(tmp_path, kind, said, begins):
-    writer = gguf.GGUFWriter(str(tmp_path / "tokenizer.gguf"), "llama")
+    tokenizer = load_tokenizer(_tokenizer_file(tmp_path, kind, add_bos_token=said))
+    assert tokenizer.encode("ab", add_bos=None) == [1] * begins + [2, 3]
+    # What is written elsewhere says so too.
+    assert tokenizer.backend.encode("ab").ids == [1] * begins + [2, 3]
+
+
+def _tokenizer_file(folder, kind, **said):
+    writer = gguf.GGUFWriter(str(folder / "tokenizer.gguf"), "llama")
     writer.add_tokenizer_model(kind)
     writer.add_token_list(["<unk>", "<s>", "a", "b", "c", "bc"])
     writer.add_token_scores([0.0, 0.0, -1.0, -2.0, -3.0, -4.0])
@@ -27,15 +34,36 @@ def test_a_file_says_whether_texts_begin_with_a_mark(tmp_path, kind, said, begin
     writer.add_token_merges(["b c"])
     writer.add_bos_token_id(1)
     writer.add_add_space_prefix(False)
-    if said is not None:
-        writer.add_add_bos_token(said)
+    if said.get("add_bos_token") is not None:
+        writer.add_add_bos_token(said["add_bos_token"])
+    if "pre" in said:
+        writer.add_tokenizer_pre(said["pre"])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    tokenizer = load_tokenizer(str(tmp_path / "tokenizer.gguf"))
-    assert tokenizer.encode("ab", add_bos=None) == [1] * begins + [2, 3]
-    # What is written elsewhere says so too.
-    assert tokenizer.backend.encode("ab").ids == [1] * begins + [2, 3]
+    return str(folder / "tokenizer.gguf")
+
+
+@pytest.mark.parametrize(
+    ("pre", "pieces"),
+    [
+        ("smollm", "fooBar 1 2 3 4"),
+        ("refact", "fooBar 1 2 3 4"),
+        ("smaug-bpe", "fooBar 123 4"),
+        ("glm4", "fooBar 123 4"),
+        ("gpt-4o", "foo Bar 123 4"),
+        ("qwen2", "fooBar 1 2 3 4"),
+    ],
+)
+def test_texts_are_split_as_the_pre_tokenizer_of_a_file_says(tmp_path, pre, pieces):
+    tokenizer = load_tokenizer(_tokenizer_file(tmp_path, "gpt2", pre=pre))
+    split = tokenizer.backend.pre_tokenizer.pre_tokenize_str("fooBar1234")
+    assert " ".join(piece for piece, _ in split) == pieces
+
+
+def test_an_unknown_pre_tokenizer_is_named(tmp_path):
+    with pytest.raises(ValueError, match="unknown pre-tokenizer 'another'"):
+        load_tokenizer(_tokenizer_file(tmp_path, "gpt2", pre="another"))
 
 
 @pytest.mark.parametrize("name", ["phi3", "gemma2", "gemma3"])

@@ -1,4 +1,4 @@
-"""What a config.json means: defaults of transformers, and nothing that is not understood."""
+"""The meaning of a config.json: defaults of transformers, and nothing that is not understood."""
 
 import json
 import pathlib
@@ -74,10 +74,11 @@ def test_a_layer_type_is_needed_where_no_window_is():
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx="),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention=True is not known of gpt2"),
         ("smollm2", {"sliding_window": 5}, "sliding_window=5 is not known of llama"),
-        ("smollm2", {"residual_multiplier": 0.2}, "take the key out if it does not"),
+        ("smollm2", {"residual_multiplier": 0.2}, "remove the key if it does not"),
         ("smollm2", {"quantization_config": {"bits": 4}}, "use the unquantized checkpoint"),
         ("smollm2", {"quantization_config": {"quant_method": "mxfp4"}}, r"\('mxfp4'\) are"),
         ("qwen3", {"layer_types": ["linear_attention"] * 3}, "hybrids, such as Qwen3-Next,"),
+        ("qwen3", {"full_attention_interval": 4}, "hybrids, such as Qwen3-Next,"),
         (
             "smollm3",
             {"no_rope_layers": [1]},

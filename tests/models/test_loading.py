@@ -1,4 +1,4 @@
-"""What goes in: files in every form, wrong files of every kind, and where parameters land."""
+"""Loading: files in every form, wrong files of every kind, and where parameters land."""
 
 import dataclasses
 import importlib.util
@@ -98,7 +98,7 @@ def test_wrong_files_are_named(llama, tmp_path):
     (cut / "config.json").write_text("{")
     fails(cut, "config.json: not valid JSON")
     (cut / "config.json").write_text(json.dumps({"model_type": "mamba"}))
-    fails(cut, "model_type: expected one of llama, .* got 'mamba'; llama is the nearest")
+    fails(cut, "model_type: expected one of llama, .* got 'mamba'; llama is the closest")
     with pytest.raises(ValueError, match=rf"^{re.escape(str(cut))}/config\.json: model_type"):
         load_config(str(cut))
     (cut / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": "big"}))
@@ -110,7 +110,7 @@ def test_wrong_files_are_named(llama, tmp_path):
 def test_missing_shard_is_named(tmp_path):
     directory = write_checkpoint("smollm2", tmp_path / "sharded", shards=3)
     (directory / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"shard 'model-00002-of-00003\.safetensors' is not there"):
+    with pytest.raises(ValueError, match=r"shard 'model-00002-of-00003\.safetensors' is missing"):
         load_model(str(directory))
 
 

@@ -103,5 +103,5 @@ def test_adapters_of_another_model_are_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3"}')
     with pytest.raises(ValueError, match="expected plain LORA"):
         Lora.load(tmp_path, CONFIG)
-    with pytest.raises(ValueError, match="have no form in PEFT"):
+    with pytest.raises(ValueError, match="PEFT has no format"):
         adapters().save(dataclasses.replace(CONFIG, family="phi3"), tmp_path)

@@ -32,7 +32,7 @@ def _round_trip(most, where, values):
 
 
 def round_trip(most, where, values):
-    """What is picked, which of it counts, whether it fits, and what comes back of what counts."""
+    """The picked values, which of them count, whether they fit, and those that come back."""
     return jax.device_get(_round_trip(most, where, values))
 
 

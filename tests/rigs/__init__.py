@@ -1,1 +1,1 @@
-"""What hardens: one module a rig, each with ``run(options) -> Result``; the command finds them."""
+"""Rigs that harden: one module each, with ``run(options) -> Result``; the command finds them."""

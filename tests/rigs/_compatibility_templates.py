@@ -37,7 +37,7 @@ def known() -> dict[str, dict[str, str]]:
 
 
 def archives() -> str:
-    """What to download, as pip takes it."""
+    """The download, in pip's form."""
     return " ".join(sorted(known()))
 
 

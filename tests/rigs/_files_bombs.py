@@ -304,7 +304,7 @@ def gzip_bombs() -> list[bytes]:
 
 @functools.cache
 def index_maps() -> list[Any]:
-    """What a weight map may not name."""
+    """Names that a weight map must not have."""
     wrong = ([], 3, None, {}, {"a": None}, {"a": ["x"]}, {"a": {}}, "x")
     maps = [*({"a.weight": name} for name in TABLE["paths"]), *wrong]
     many = {f"{i}": f"{i}.safetensors" for i in range(50_000)}

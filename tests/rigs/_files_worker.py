@@ -62,7 +62,7 @@ def _forget() -> None:
 
 
 def read(kind: str, number: int, home: Path, watch: Watch) -> dict[str, Any]:
-    """What came of one file: its fate, CPU-seconds, and bytes over 1.3 times its tensors."""
+    """The outcome of one file: its fate, CPU-seconds, and bytes over 1.3 times its tensors."""
     directory = home / "file"
     directory.mkdir()
     KINDS[kind].write(directory, number, seeded(kind, number))

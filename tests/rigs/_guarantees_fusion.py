@@ -187,7 +187,7 @@ class Path64(NamedTuple):
         return tuple(np.array(answers).T)
 
     def rounding(self, alpha: np.ndarray) -> np.ndarray:
-        """What float32 may make of a divergence: a share of it, small or large."""
+        """The float32 error of a divergence: a share of it, small or large."""
         forward, reverse, _ = self.at(alpha)
         return 1e-4 * (forward + reverse + self.forward + self.reverse)
 
@@ -256,7 +256,7 @@ def judge(
 
 @functools.cache
 def _search(method: Any) -> Callable[..., Any]:
-    """What a search says of logits."""
+    """The result of a search on logits."""
     return jax.jit(lambda *logits: DynamicFusion(method=method)(*logits)[1])
 
 

@@ -351,7 +351,7 @@ def bound(c, d, a, b, p, matching, bounds, weighted) -> float | None:
 
 
 def _share_lost(case: dict[str, Any]) -> float:
-    """What rounding bounds cost, of the distance from the exact lower bound to the upper one."""
+    """Share that rounding takes of the distance from the exact lower bound to the upper one."""
     return max(case["exact"] - case["lower"], 0.0) / case["gap"]
 
 

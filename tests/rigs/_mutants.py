@@ -346,7 +346,7 @@ def _is_docstring(node: ast.AST) -> bool:
 
 
 def _parts(node: ast.AST) -> Iterator[ast.AST]:
-    """What of a node is looked into."""
+    """The parts of a node to look into."""
     skipped: set[str] = {"annotation", "returns", "decorator_list", "type_params"}
     if isinstance(node, ast.If) and _only_raises(node.body):
         skipped |= {"test", "body"}

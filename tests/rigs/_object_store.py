@@ -38,7 +38,7 @@ class _Refused(Exception):
 
 @dataclasses.dataclass
 class Fault:
-    """What happens to requests: `kind` is `503` or `hang`.
+    """Faults of requests: `kind` is `503` or `hang`.
 
     Attributes:
         concerns: Regular expression of "METHOD object"; all if empty.
@@ -77,7 +77,7 @@ class Store:
         self._server.server_close()
 
     def variables(self) -> dict[str, str]:
-        """What tells gcsfs, Google's own client and tensorstore to come here."""
+        """Variables that send gcsfs, Google's own client and tensorstore here."""
         return {
             "STORAGE_EMULATOR_HOST": self.address,
             "TENSORSTORE_GCS_HTTP_URL": self.address,
@@ -183,7 +183,7 @@ class Store:
         return key
 
     def more(self, key: str, data: bytes, last: bool) -> dict[str, Any] | int:
-        """What of an upload is here, or the object once it is complete."""
+        """The received part of an upload, or the object once it is complete."""
         with self._lock:
             if key not in self._uploads:
                 raise _Refused(410, "No such upload")

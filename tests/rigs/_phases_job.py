@@ -39,7 +39,7 @@ class _Bytes:
 
 
 def _read_source(rows: data.PackedDataset, directory: epath.Path) -> storage.RowCache:
-    """What a source says of each row, each process its share; here the mean of its tokens."""
+    """Values of a source for each row, each process its share; here the mean of its tokens."""
     codec = storage.ArrayCodec({"mean": ("float32", (1,))})
 
     def compute(chunk: np.ndarray) -> Any:

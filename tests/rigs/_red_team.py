@@ -119,7 +119,7 @@ def _thresholds(
 
 
 def values(ask: Asker, body: Body, vocab: int, **_: Any) -> Readings:
-    """What is told by itself, and of what is drawn, lifted or forced."""
+    """Values reported by themselves, and those of drawn, lifted or forced tokens."""
     readings = Readings()
 
     def take(replies: Sequence[Reply | None], beside: int | None = None) -> int:

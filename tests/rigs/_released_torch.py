@@ -1,4 +1,4 @@
-"""What the authors' code makes of the features of `tests.rigs.released`, for torch's interpreter.
+"""Results of the authors' code on the features of `tests.rigs.released`, for torch's interpreter.
 
 Run as ``python _released_torch.py CLONES GIVEN.npz TAKEN.npz``. Encoders are replaced by the
 features that they would give, and a search by one setting.

@@ -94,7 +94,7 @@ class Server:
             if status not in (400, 429):
                 raise RuntimeError(f"the server answered {status}: {answer}")
             error = answer["error"]
-            nearest = re.search(r"the nearest taken here is (\S+)", error["message"])
+            nearest = re.search(r"the nearest accepted value is (\S+)", error["message"])
             if nearest is None:
                 return None
             value = type(body[error["param"]])(float(nearest[1]))

@@ -108,7 +108,7 @@ def _family(
 
 
 def _files(family: str, places: Sequence[Path]) -> dict[str, Any]:
-    """What became of the GGUF files: equal, different, refused, or not all of a model in them."""
+    """Outcomes of the GGUF files: equal, different, refused, or not all of a model in them."""
     total: Counter[str] = Counter()
     unsaid: Counter[str] = Counter()
     refused: Counter[str] = Counter()
@@ -120,7 +120,7 @@ def _files(family: str, places: Sequence[Path]) -> dict[str, Any]:
         except ValueError as error:
             refused[str(error).rpartition(": ")[2]] += 1
             continue
-        kind = "equal" if difference <= _TOLERANCE else "unsaid" if fields else "differs"
+        kind = "differs" if difference > _TOLERANCE else "unsaid" if fields else "equal"
         total[kind] += 1
         unsaid.update(fields if kind == "unsaid" else ())
         if kind == "differs":

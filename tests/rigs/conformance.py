@@ -30,7 +30,7 @@ from tests.rigs import _conformance_peers as peers
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """What is asked: sizes, types and options; `weights` multiply the tokens' losses.
+    """A case: sizes, types and options; `weights` multiply the tokens' losses.
 
     With a `teacher` the loss is KL(teacher || student). `masked` takes every seventh entry from the
     vocabulary, a logit of -inf. Over several `devices` the vocabulary is split.

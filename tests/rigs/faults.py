@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import matplotlib.backends.backend_agg  # noqa: F401
 
 from experiments.shared import suite
 from logitjax import commands
@@ -34,7 +35,7 @@ from tests.rigs import _faults_job, _jobs
 
 _STEP, _FROM = re.compile(r"\bstep (\d+):"), re.compile(r"resuming at step (\d+)")
 _KINDS = ("kill", "flip", "cut", "torn", "full", "clock", "two")
-_FULL = {"loop": 860, "distill": 140}
+_FULL = {"loop": 700, "distill": 300}
 _DAY = 86_400.0
 _SMALL_DISK, _LARGE_DISK = 24 << 10, 64 << 20
 
@@ -69,8 +70,8 @@ class _Start:
     def __init__(self, job: _Job, folder: Path, log: Path, shift: float = 0.0):
         log.write_text("")
         self.log, self.status = log, None
-        self._pid = os.fork()
-        if self._pid:
+        self.pid = os.fork()
+        if self.pid:
             return
         status = 1
         try:
@@ -91,7 +92,7 @@ class _Start:
 
     def poll(self) -> int | None:
         if self.status is None:
-            pid, status = os.waitpid(self._pid, os.WNOHANG)
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
             self.status = os.waitstatus_to_exitcode(status) if pid else None
         return self.status
 
@@ -107,10 +108,17 @@ class _Start:
     def end(self) -> int | None:
         return self.until(lambda: False)
 
+    def pause(self) -> bool:
+        """Stops a start until SIGCONT; False if it has ended."""
+        os.kill(self.pid, signal.SIGSTOP)
+        _, status = os.waitpid(self.pid, os.WUNTRACED)
+        self.status = None if os.WIFSTOPPED(status) else os.waitstatus_to_exitcode(status)
+        return self.status is None
+
     def kill(self) -> None:
         if self.poll() is None:
-            os.kill(self._pid, signal.SIGKILL)
-            self.status = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+            os.kill(self.pid, signal.SIGKILL)
+            self.status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
 def _damage(kind: str, folder: Path, draw: random.Random) -> list[Path]:
@@ -158,12 +166,15 @@ class _Run:
             self.disk(_SMALL_DISK + draw.randrange(1 << 16))
         start = _Start(self.job, self.folder, self.log, shift)
         # After so many steps, or once something new is saved: saves end long after their step.
-        steps, before = draw.randint(0, 2 * _faults_job.EVERY), _complete(self.folder)
+        # A second start comes once the first is sure to have the folder.
+        steps = draw.randint(int(kind == "two"), 2 * _faults_job.EVERY)
+        before = _complete(self.folder)
         logged: Any = lambda: len(_STEP.findall(_jobs.said(self.log))) >= steps  # noqa: E731
         saved: Any = lambda: _complete(self.folder) != before  # noqa: E731
         status = start.until(draw.choice((logged, saved)))
         if kind == "two" and status is None:
-            wrong += self._second()
+            wrong += self._second(start)
+            status = start.poll()
         if kind == "full":
             status = start.end()
             self.disk(_LARGE_DISK)
@@ -182,13 +193,20 @@ class _Run:
         names = [str(path.relative_to(self.folder)) for path in self._copies]
         return {"kind": kind, "status": status, "files": names, "wrong": wrong}
 
-    def _second(self) -> list[str]:
-        other = _Start(self.job, self.folder, self.log.with_suffix(".second"))
-        text = f"second: {other.end()} {_jobs.said(other.log)[-300:]}"
-        return [] if other.status in (1, 2) and "is in use by process" in text else [text]
+    def _second(self, first: _Start) -> list[str]:
+        """A start beside one that is paused, or it might end before the other looks."""
+        if not first.pause():
+            return []
+        other, text = None, ""
+        if (self.folder / "lock").exists():
+            other = _Start(self.job, self.folder, self.log.with_suffix(".second"))
+            text = f"second: {other.end()} {_jobs.said(other.log)[-300:]}"
+        os.kill(first.pid, signal.SIGCONT)
+        refused = other is None or (other.status in (1, 2) and "is in use by process" in text)
+        return [] if refused else [text]
 
     def _look(self, status: int | None, kind: str) -> list[str]:
-        """What a start did that it should not have done."""
+        """Mistakes of a start."""
         text, wrong = _jobs.said(self.log), []
         match = _FROM.search(text)
         newest = max(self._readable, default=0)

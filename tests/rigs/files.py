@@ -39,7 +39,7 @@ _FILES = {"smoke": _SMOKE * len(KINDS), "full": 100_000}
 
 
 def read_files(wanted: list[tuple[str, int]]) -> Iterator[dict[str, Any]]:
-    """What came of files `(kind, number)`, one by one; those that had to be killed are `killed`."""
+    """Outcomes of files `(kind, number)`, one by one; those that had to be killed are `killed`."""
     left = collections.deque(wanted)
     # In memory where that is to be had: a hundred thousand small files.
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None

@@ -28,7 +28,7 @@ _HOLD_SECONDS = 15.0
 
 
 def _in_a_pod() -> list[str]:
-    """What makes a command process 1; nothing where only the administrator may."""
+    """The prefix that makes a command process 1; empty if only the administrator may."""
     words = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
     if shutil.which("unshare") is None or subprocess.run([*words, "true"]).returncode:
         return []
@@ -112,10 +112,10 @@ def run(options: suite.Options) -> suite.Result:
         while len(winners) < rounds:
             winners += _winners(store, directory, min(20, rounds - len(winners)))
     for row in rows:
-        row["equal to a run in peace"] = row.pop("digests") == [expected]
+        row["equal to an uninterrupted run"] = row.pop("digests") == [expected]
     pods = "in pods of their own" if _in_a_pod() else "not in process namespaces"
     failed = suite.total(rows, "starts that failed")
-    other = len(rows) - suite.total(rows, "equal to a run in peace")
+    other = len(rows) - suite.total(rows, "equal to an uninterrupted run")
     bars = [
         suite.at_least(f"kills, {pods}", suite.total(rows, "kills"), lanes * kills),
         suite.at_most("starts that were refused or failed", failed, 0),

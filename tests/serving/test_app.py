@@ -1,4 +1,4 @@
-"""What the server says without decoding: models, metrics, request ids, pages of other origins."""
+"""Answers of the server without decoding: models, metrics, request ids, pages of other origins."""
 
 import pytest
 from starlette.testclient import TestClient

@@ -53,7 +53,7 @@ async def refuse(request):
 
 
 def started():
-    """What a server asks of the thread that decodes."""
+    """The decoding thread, as far as a server needs it."""
     ready = threading.Event()
     ready.set()
     return SimpleNamespace(drain=lambda seconds: None, ready=ready, failed=None)
@@ -81,7 +81,7 @@ async def refusing(keeper=None, scheduler=None, **options):
 
 
 def ask(port, path, size, *, pause=0.0, pieces=16):
-    """What comes back to a client that reads only once it has sent everything."""
+    """The answer to a client that reads only once it has sent everything."""
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
         head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Length: {size}\r\n\r\n"
         connection.sendall(head.encode())

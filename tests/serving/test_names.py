@@ -1,4 +1,4 @@
-"""What tokens are called in answers: parts of characters, and tokens that decode alike."""
+"""Names of tokens in answers: parts of characters, and tokens that decode alike."""
 
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, pre_tokenizers

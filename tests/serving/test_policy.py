@@ -1,4 +1,4 @@
-"""What a policy lets out, whatever is asked."""
+"""Limits of what a policy reveals, whatever is asked."""
 
 import asyncio
 import dataclasses
@@ -115,19 +115,19 @@ def admitted(**fields):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"temperature": 0.73}, "temperature: the nearest taken here is 0.7"),
-        ({"min_p": 0.1}, "min_p: the nearest taken here is 0.082085"),
-        ({"min_p": 0.1, "temperature": 2.0}, "min_p: the nearest taken here is 0.1054"),
-        ({"top_p": 0.91}, "top_p: the nearest taken here is 0.9"),
-        ({"top_p": 0.9, "temperature": 0.7}, "temperature: the nearest taken here is 1$"),
-        ({"top_k": 40}, "top_k: the nearest taken here is 50"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty: the nearest taken here is 0"),
-        ({"repetition_penalty": 1.1}, "repetition_penalty: the nearest taken here is 1"),
-        ({"response_format": {"type": "json_object"}}, "this server takes no response_format"),
-        ({"structured_outputs": {"regex": "a"}}, "this server takes no structured_outputs"),
+        ({"temperature": 0.73}, "temperature: the nearest accepted value is 0.7"),
+        ({"min_p": 0.1}, "min_p: the nearest accepted value is 0.082085"),
+        ({"min_p": 0.1, "temperature": 2.0}, "min_p: the nearest accepted value is 0.1054"),
+        ({"top_p": 0.91}, "top_p: the nearest accepted value is 0.9"),
+        ({"top_p": 0.9, "temperature": 0.7}, "temperature: the nearest accepted value is 1$"),
+        ({"top_k": 40}, "top_k: the nearest accepted value is 50"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty: the nearest accepted value is 0"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty: the nearest accepted value is 1"),
+        ({"response_format": {"type": "json_object"}}, "this server accepts no response_format"),
+        ({"structured_outputs": {"regex": "a"}}, "this server accepts no structured_outputs"),
         ({"temperature": 0.0, "presence_penalty": 1.0}, "presence_penalty: the nearest"),
-        ({"allowed_token_ids": [5, 6]}, "this server takes no allowed_token_ids"),
-        ({"min_tokens": 1}, "this server takes no min_tokens"),
+        ({"allowed_token_ids": [5, 6]}, "this server accepts no allowed_token_ids"),
+        ({"min_tokens": 1}, "this server accepts no min_tokens"),
     ],
 )
 def test_plain_choices_name_the_nearest_that_is_taken(fields, message):
@@ -146,7 +146,7 @@ def test_schemas_where_they_are_taken_go_with_no_low_temperature():
         asked = schema.parse(told | {"temperature": temperature}, PLAIN, chat=False)
         assert open_.admit(asked.sampling, VOCAB).structure is not None
     asked = schema.parse(told | {"temperature": 0.5}, PLAIN, chat=False)
-    with pytest.raises(BadRequestError, match=r"^temperature: the nearest taken here is 1$"):
+    with pytest.raises(BadRequestError, match=r"^temperature: the nearest accepted value is 1$"):
         open_.admit(asked.sampling, VOCAB)
 
 
@@ -215,7 +215,7 @@ def test_same_request_same_answer_and_one_charge(tmp_path):
     assert shown[2][1] == shown[0][0][:1]
     status, refused = answers[3]
     assert (status, refused["error"]["code"]) == (429, "insufficient_quota")
-    assert "they do not come back" in refused["error"]["message"]
+    assert "they are not renewed" in refused["error"]["message"]
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     told = [line.get("nats", 0.0) for line in lines]
     np.testing.assert_allclose(told, [2 * token, 0.0, token], atol=1e-6)

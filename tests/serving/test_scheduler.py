@@ -100,7 +100,7 @@ def test_no_more_is_read_than_the_models_can():
 
 
 class Slow:
-    """What follows a structure, and takes its time or fails."""
+    """A follower of a structure that takes its time or fails."""
 
     def __init__(self, seconds, failed=False):
         self.allowed = np.full(1, 0xFFFFFFFF, np.uint32)

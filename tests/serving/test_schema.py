@@ -124,7 +124,7 @@ def test_what_depends_on_several_fields_is_said():
     with pytest.raises(BadRequestError, match="at most 16 answers a request, got 9 for each"):
         schema.parse({"prompt": ["a", "b"], "n": 9}, LIMITS, chat=False)
     closed = ServerConfig(model="m", policy=LogitPolicy(top_k=1))
-    with pytest.raises(BadRequestError, match="takes no logit_bias"):
+    with pytest.raises(BadRequestError, match="accepts no logit_bias"):
         schema.parse({"prompt": "a", "logit_bias": {"1": 1}}, closed, chat=False)
 
 

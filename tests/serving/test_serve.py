@@ -407,4 +407,4 @@ def test_noise_is_the_prompt_s_and_decimals_are_kept():
         assert abs(first["logprobs"]["token_logprobs"][0] - quiet) > 0.01
         status, answer, _ = post(where, COMPLETIONS, ask | {"logit_bias": {"1": 2}})
         assert status == 400
-        assert answer["error"]["message"] == "this server takes no logit_bias"
+        assert answer["error"]["message"] == "this server accepts no logit_bias"

@@ -1,4 +1,4 @@
-"""What files may not ask for: more than they have, more than the limits, what lies elsewhere."""
+"""Refused demands of files: more than they have, more than the limits, other folders."""
 
 import dataclasses
 import gzip

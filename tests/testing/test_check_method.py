@@ -28,7 +28,7 @@ def test_a_method_keeps_what_methods_promise(name):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ascent(TwoSided):
-    """What a stranger would write of gradient ascent."""
+    """Gradient ascent as an outside package would write it."""
 
     reads = (Need("forget", "nll"),)
 

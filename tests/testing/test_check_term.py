@@ -28,7 +28,7 @@ def test_a_term_keeps_what_terms_promise(name):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Imitation(Term):
-    """What a stranger would write of `KL`."""
+    """`KL` as an outside package would write it."""
 
     name = "imitation"
     teacher = TeacherNeeds(top_k=1, same_vocabulary=True)

@@ -1,4 +1,4 @@
-"""What goes wrong outside of the program: processes, disks, files, numbers."""
+"""Faults outside of the program: processes, disks, files, numbers."""
 
 import errno
 import os

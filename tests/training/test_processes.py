@@ -3,9 +3,9 @@
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -94,10 +94,11 @@ def test_launcher_stops_the_others_and_passes_signals_on():
     said = launch(2, 3, "bash", "-c", text)
     assert sorted(said.stdout.split("\n")[:2]) == ["[0] 2 3 127.0.0.1", "[1] 2 3 127.0.0.1"]
     assert launch(1, 1).returncode == 2
+    command = [LAUNCH, "2", "1", "bash", "-c", "echo ready; exec sleep 60"]
     with subprocess.Popen(
-        [LAUNCH, "2", "1", "sleep", "60"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as process:
-        time.sleep(0.7)
+        assert "ready" in process.stdout.readline()
         process.terminate()
         assert process.wait(timeout=20) == 128 + signal.SIGTERM
 
@@ -213,3 +214,37 @@ def test_more_programs_in_flight_than_threads():
     command = [sys.executable, "-c", MANY_IN_FLIGHT]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
     assert done.stdout.strip() == "4", done.stderr[-2000:]
+
+
+# A watch that is always in a call of JAX's client, also after the client has closed.
+BUSY_WATCH = """
+import sys, time
+import jax
+from logitjax.training import _watch, distributed
+_watch.Watch._look = lambda self, beat: [call() for _ in range(20)] and None
+_watch.Watch.start = lambda self: (setattr(self._done, "wait", lambda _: self._done.is_set()),
+                                   super(_watch.Watch, self).start())
+def call():
+    try:
+        client.key_value_set("a", "b", allow_overwrite=True)
+    except Exception:
+        pass
+jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", 1, 0, cluster_detection_method="deactivate")
+client = _watch._client()
+distributed.jax.distributed.is_initialized = lambda: False
+distributed.jax.distributed.initialize = lambda *_, **__: None
+distributed.jax.process_count = lambda: 2
+distributed.initialize("127.0.0.1:1", 2, 0)
+time.sleep(0.3)
+"""
+
+
+@pytest.mark.every_change
+@pytest.mark.slow
+def test_the_watch_does_not_outlive_the_interpreter():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", BUSY_WATCH, str(port)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -1,4 +1,4 @@
-"""What the processes of a run agree on, with two of them."""
+"""Agreement among the processes of a run, with two of them."""
 
 import json
 import sys

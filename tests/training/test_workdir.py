@@ -196,7 +196,7 @@ def test_a_launcher_starts_a_run_again_while_it_makes_something_new(tmp_path, mo
         made.write_text("")
     for _ in range(3):
         start()
-    with pytest.raises(ValueError, match=r"expected something new from 3 starts, got nothing"):
+    with pytest.raises(ValueError, match=r"expected progress in 3 starts, got none"):
         start()
     # Another job begins its own count, and a damaged record is none.
     monkeypatch.setenv("LOGITJAX_RUN", "job-8")

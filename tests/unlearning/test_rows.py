@@ -84,7 +84,7 @@ def test_every_form_of_a_row_is_read_once(tmp_path, caplog):
             "]}",
             "messages: content of user: expected text, got ''",
         ),
-        ("", "expected rows, a JSON object a line, got none"),
+        ("", "expected rows, one JSON object per line, got none"),
     ],
 )
 def test_a_row_that_is_none_is_named(tmp_path, line, said):
@@ -151,7 +151,7 @@ def test_what_asks_the_same_is_linked_and_neighbours_are_told_from_the_rest(capl
     ]  # fmt: skip
     # Said in other words, it stays, and that is said.
     assert split.alike == 1
-    assert "1 rows say much the same as one to forget, such as 'At which port" in caplog.text
+    assert "1 rows are similar to one to forget, such as 'At which port" in caplog.text
     # One holdout sets the goal, another judges; what is kept was taught, and is in neither.
     sides = [{r.question for r in split.parts[p]} for p in ("holdout", "holdout_test")]
     assert list(map(len, sides)) == [3, 2]

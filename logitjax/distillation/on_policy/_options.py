@@ -15,18 +15,18 @@ class OnPolicy:
     of a conversation, or with the beginning of a document.
 
     Attributes:
-        share: Share of the rows of a batch that the student writes; none if 0. The others are
-            rows of the text.
-        generate_every: Number of updates that the student writes for at once. All but the first
-            of them learn from text of a student that is that much older.
-        prompt_tokens: Largest number of tokens of a prompt; half of a row if 0. A conversation
-            with a longer one stays as it is.
-        new_tokens: Largest number of tokens that are written; the rest of a row if 0.
-        temperature: Divides the logits that tokens are drawn from.
-        sample_top_k: Number of likeliest tokens that are drawn from; all if 0.
-        sample_top_p: Probability that the likeliest tokens that are drawn from have together.
-        truncated: Whether a row that ends for want of room is learned from (`'keep'`) or not
-            (`'drop'`); `'auto'` drops answers in conversations, which have an end.
+        share: Share of the rows of a batch that the student writes; the others are rows of the
+            text.
+        generate_every: Number of updates per round of sampling. All but the first learn from
+            samples of an older student.
+        prompt_tokens: Maximum number of tokens of a prompt; half of a row if 0. Conversations with
+            a longer one remain text.
+        new_tokens: Maximum number of new tokens; the rest of a row if 0.
+        temperature: Sampling temperature.
+        sample_top_k: Number of most likely tokens to sample from; all if 0.
+        sample_top_p: Total probability of the most likely tokens to sample from.
+        truncated: Whether samples cut off at the maximum length are learned (`'keep'`) or not
+            (`'drop'`); `'auto'` drops answers in conversations, which should have an end.
     """
 
     share: float = 0.0

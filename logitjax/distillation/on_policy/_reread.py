@@ -14,20 +14,22 @@ class Rereader:
     is encoded: what comes before it has another template here.
     """
 
-    def __init__(self, ours: Tokenizer, theirs: Tokenizer, *, chat: bool = False):
-        if chat and prefix_bytes(theirs):
+    def __init__(self, student: Tokenizer, teacher: Tokenizer, *, chat: bool = False):
+        if chat and prefix_bytes(teacher):
             # Bytes of an answer are counted from its beginning, where this would add one.
             raise ValueError("teacher: expected a tokenizer that adds no space to a text, got one")
-        self._bytes, self._theirs, self._chat = ours.token_bytes(), theirs, chat
-        self._prefix = 0 if chat else prefix_bytes(ours)
-        self._ends = turn_ends(theirs) if chat else [] if theirs.eos_id is None else [theirs.eos_id]
+        self._bytes, self._theirs, self._chat = student.token_bytes(), teacher, chat
+        self._prefix = 0 if chat else prefix_bytes(student)
+        self._ends = (
+            turn_ends(teacher) if chat else [] if teacher.eos_id is None else [teacher.eos_id]
+        )
 
     def row(
-        self, tokens: np.ndarray, theirs: Mapping[str, np.ndarray], *, start: int, stopped: bool
+        self, tokens: np.ndarray, text_row: Mapping[str, np.ndarray], *, start: int, stopped: bool
     ) -> Mapping[str, np.ndarray]:
         """The teacher's columns `[length]`; the first `start` tokens are those of a row of text."""
-        length = len(theirs["tokens"])
-        before = int(np.argmax(theirs["loss_mask"])) if self._chat else 0
+        length = len(text_row["tokens"])
+        before = int(np.argmax(text_row["loss_mask"])) if self._chat else 0
         written = tokens[start if self._chat else 0 :]
         # The space that the student's tokenizer writes first is none of the text.
         raw = b"".join(self._bytes[token] for token in written.tolist())[self._prefix :]
@@ -37,7 +39,7 @@ class Rereader:
             text, whole = raw[: error.start].decode(), False
         ids = self._theirs.encode(text, add_bos=self._theirs.add_bos and not self._chat)
         # A text that was cut short did not end there, so it teaches no stop.
-        ids = [*theirs["tokens"][:before], *ids, *(self._ends if stopped and whole else ())]
+        ids = [*text_row["tokens"][:before], *ids, *(self._ends if stopped and whole else ())]
         here, location = np.array(ids[:length], np.int32), np.arange(length, dtype=np.int32)
         inside = location < len(here)
         return {

@@ -48,8 +48,8 @@ class Chunks:
 
 
 def align_chunks(
-    ours: Mapping[str, Any],
-    theirs: Mapping[str, Any],
+    student: Mapping[str, Any],
+    teacher: Mapping[str, Any],
     *,
     our_lengths: np.ndarray,
     their_lengths: np.ndarray,
@@ -70,7 +70,7 @@ def align_chunks(
         chunk(t) = number of cuts below A[t]
 
     Args:
-        ours, theirs: each tokenizer's columns of the same packed rows (`tokens`, `segment_ids`,
+        student, teacher: each tokenizer's columns of the same packed rows (`tokens`, `segment_ids`,
             `positions`, `loss_mask`, each `[rows, length]`).
         our_lengths, their_lengths: `[vocab]`, bytes of text of each token; 0 for special tokens.
         our_prefix, their_prefix: bytes that a tokenizer writes before a text (Llama 2's space).
@@ -91,8 +91,8 @@ def align_chunks(
         Minixhofer et al., ALM (arXiv 2503.20083), whose chunks these are; TRL's GOLD trainer cuts
         by bytes as well.
     """
-    mine = _Side.of(ours, our_lengths, our_prefix, by)
-    other = _Side.of(theirs, their_lengths, their_prefix, by)
+    mine = _Side.of(student, our_lengths, our_prefix, by)
+    other = _Side.of(teacher, their_lengths, their_prefix, by)
     shape, their_shape = mine.learnt[:, 1:].shape, other.learnt[:, 1:].shape
     chunk, their_chunk = np.full(shape, -1, np.int32), np.full(their_shape, -1, np.int32)
     sizes, their_sizes = np.zeros(shape, np.int32), np.zeros(shape, np.int32)

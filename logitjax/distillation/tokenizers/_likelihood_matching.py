@@ -190,7 +190,7 @@ class ChunkScores:
 
 
 def chunk_scores(
-    chunks: Chunks, said: Mapping[str, np.ndarray], *, special: np.ndarray
+    chunks: Chunks, likelihoods: Mapping[str, np.ndarray], *, special: np.ndarray
 ) -> ChunkScores:
     """Sum a teacher's numbers over chunks, on the host.
 
@@ -198,15 +198,15 @@ def chunk_scores(
     recommends, chunks are joined until the teacher finds it probable enough that a word begins
     after them, and the log-probability of that is added, on both sides.
 
-    `said` is `label` and `boundary`, log-probabilities at the teacher's positions, and `special`
-    marks labels that are special tokens, `[rows, their length - 1]` each.
+    `likelihoods` is `label` and `boundary`, log-probabilities at the teacher's positions, and
+    `special` marks labels that are special tokens, `[rows, their length - 1]` each.
     """
     array = np.asarray(chunks.theirs)
     rows, places = np.nonzero(array >= 0)
     shape = chunks.ours.shape
     scores, ids = np.zeros(shape, np.float32), np.asarray(chunks.ours).copy()
     # `+=` with repeated indices would keep the last of each chunk alone.
-    np.add.at(scores, (rows, array[rows, places]), np.asarray(said["label"])[rows, places])
+    np.add.at(scores, (rows, array[rows, places]), np.asarray(likelihoods["label"])[rows, places])
     where = np.arange(shape[1]) < chunks.counts[:, None]
     ends = np.full(shape, -1, np.int32)
     sides = {"ours": ids, "theirs": array}
@@ -215,7 +215,7 @@ def chunk_scores(
     closing[rows, array[rows, places]] = special[rows, places]
     # What follows a chunk is predicted from the position after its last label.
     after = np.clip(last["theirs"] + 1, 0, array.shape[1] - 1)
-    boundary = np.take_along_axis(np.asarray(said["boundary"]), after, axis=1)
+    boundary = np.take_along_axis(np.asarray(likelihoods["boundary"]), after, axis=1)
     asked = where & ~closing
     existing = (last["theirs"] + 1 < array.shape[1]) & (last["ours"] + 1 < shape[1])
     cut = where & (closing | (existing & (boundary > np.log(_LEAST_BOUNDARY))))

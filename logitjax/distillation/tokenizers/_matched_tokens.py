@@ -33,15 +33,15 @@ class Matches:
         matched[ours[ours >= 0]] = True
         return cls(ours=ours, matched=matched)
 
-    def ids(self, theirs: Any) -> tuple[jax.Array, jax.Array]:
+    def ids(self, teacher_ids: Any) -> tuple[jax.Array, jax.Array]:
         """Our ids of theirs, and which of them there are."""
-        result = _entries(self.ours, theirs, -1)
+        result = _entries(self.ours, teacher_ids, -1)
         return jnp.maximum(result, 0), result >= 0
 
 
 def hybrid_logit_distance(
     student: losses.Readout,
-    own: TopK,
+    student_top: TopK,
     teacher: TopK,
     matches: Matches,
     *,
@@ -58,7 +58,7 @@ def hybrid_logit_distance(
 
     The bucket makes the first part a divergence: it is 0 where both models agree, and its gradient
     does not push unmatched tokens down. No mass is renormalised, so the parts need no weights.
-    `student` is at `matches.ids(teacher.indices)`, and `own` the student's own top logits.
+    `student` is at `matches.ids(teacher.indices)`, and `student_top` the student's own top logits.
 
     References:
         TRL, GOLD trainer; X-Token (arXiv 2605.21699), H-KL.
@@ -78,8 +78,8 @@ def hybrid_logit_distance(
     p = jnp.where(
         present, 0.0, jnp.exp(teacher.values - teacher.log_z[..., None])
     )  # unmatched ones
-    mine = _entries(matches.matched, own.indices, False)
-    q = jnp.where(mine, 0.0, jnp.exp(own.values - own.log_z[..., None]))
+    mine = _entries(matches.matched, student_top.indices, False)
+    q = jnp.where(mine, 0.0, jnp.exp(student_top.values - student_top.log_z[..., None]))
     size = max(p.shape[-1], q.shape[-1])
     p, q = (
         jnp.pad(

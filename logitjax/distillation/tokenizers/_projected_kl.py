@@ -48,9 +48,9 @@ def project_top_k(
     return _in_theirs(masses, stored > 0, teacher)
 
 
-def _in_theirs(masses: jax.Array, held: jax.Array, teacher: TopK) -> tuple[losses.Readout, TopK]:
-    log_q = jnp.where(held, jnp.log(jnp.maximum(masses, _LEAST)), -jnp.inf)
-    values = jnp.where(held, teacher.values, -jnp.inf)
+def _in_theirs(masses: jax.Array, covered: jax.Array, teacher: TopK) -> tuple[losses.Readout, TopK]:
+    log_q = jnp.where(covered, jnp.log(jnp.maximum(masses, _LEAST)), -jnp.inf)
+    values = jnp.where(covered, teacher.values, -jnp.inf)
     return (
         losses.Readout(jnp.zeros_like(teacher.log_z), gathered=log_q),
         TopK(values, teacher.indices, teacher.log_z),
@@ -66,14 +66,14 @@ def bucket_sums(teacher: TopK, projection: TokenProjection) -> tuple[sweep.Stati
     return statistic, tokens, Blocks(engine="scan")
 
 
-def _slots(wanted: jax.Array, size: int) -> jax.Array:
-    """Which of the k `wanted` each of their tokens is, `[*batch, size + 1]`; k if none."""
-    k = wanted.shape[-1]
+def _slots(ids: jax.Array, size: int) -> jax.Array:
+    """Which of the k `ids` each of their tokens is, `[*batch, size + 1]`; k if none."""
+    k = ids.shape[-1]
     small = jnp.uint8 if k < 1 << 8 else jnp.int32
-    table = jnp.full((*wanted.shape[:-1], size + 1), k, small)
-    numbers = lax.broadcasted_iota(jnp.int32, wanted.shape, wanted.ndim - 1)
+    table = jnp.full((*ids.shape[:-1], size + 1), k, small)
+    numbers = lax.broadcasted_iota(jnp.int32, ids.shape, ids.ndim - 1)
     # What a model has beyond its tokenizer is nobody's.
-    return table.at[_rows(wanted)].set(numbers.astype(small), mode="drop").at[..., size].set(k)
+    return table.at[_rows(ids)].set(numbers.astype(small), mode="drop").at[..., size].set(k)
 
 
 def _rows(ids: jax.Array) -> tuple[jax.Array, ...]:

@@ -183,7 +183,7 @@ class TokenProjection:
 
     @classmethod
     def load(cls, path: epath.Path, fingerprint: str) -> "TokenProjection | None":
-        """What `save` wrote, None if it was of something else; ValueError names a damaged file."""
+        """The saved projection, None if made from something else; a damaged file an error."""
         if not path.exists():
             return None
         npz = read_npz(path)

@@ -19,8 +19,8 @@ _BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 def token_projection(
-    ours: Tokenizer,
-    theirs: Tokenizer,
+    student: Tokenizer,
+    teacher: Tokenizer,
     *,
     rule: Rule = "first_piece",
     directory: epath.Path | None = None,
@@ -43,7 +43,7 @@ def token_projection(
     they spell whole have no first piece either.
 
     Args:
-        ours, theirs: the student's tokenizer, and the teacher's.
+        student, teacher: their tokenizers.
         directory: keeps what was built, a file for each pair and rule.
 
     Raises:
@@ -63,19 +63,19 @@ def token_projection(
     """
     if rule not in get_args(Rule):
         raise ValueError(f"rule: expected one of {', '.join(get_args(Rule))}, got {rule!r}")
-    fingerprint = digest(_FORMAT, rule, ours.fingerprint, theirs.fingerprint)
+    fingerprint = digest(_FORMAT, rule, student.fingerprint, teacher.fingerprint)
     path = None if directory is None else directory / f"projection-{fingerprint[:16]}.npz"
     if path is not None and (projection := TokenProjection.load(path, fingerprint)) is not None:
         return projection
-    ids, weights = _BUILDERS[rule](ours, theirs)
+    ids, weights = _BUILDERS[rule](student, teacher)
     merges = None
     if rule == "first_piece":
-        merges = _common_pieces(ids[:, 0], ours, theirs)
+        merges = _common_pieces(ids[:, 0], student, teacher)
         ids = np.where(ids < 0, -1, merges[ids])
     made = TokenProjection(
         ids=ids.astype(np.int32),
         weights=(weights * (ids >= 0)).astype(np.float32),
-        size=theirs.vocab_size,
+        size=teacher.vocab_size,
         rule=rule,
         merges=merges,
     )
@@ -90,14 +90,14 @@ def prefix_bytes(tokenizer: Tokenizer) -> int:
     return sum(len(texts[id_]) for id_ in tokenizer.encode("a")) - 1
 
 
-def special_pairs(ours: Tokenizer, theirs: Tokenizer) -> dict[int, int]:
+def special_pairs(student: Tokenizer, teacher: Tokenizer) -> dict[int, int]:
     """Special tokens of one role: those that end texts, and those that end a turn."""
     pairs: dict[int, int] = {}
     for role in ("bos_id", "eos_id"):
-        a, b = getattr(ours, role), getattr(theirs, role)
+        a, b = getattr(student, role), getattr(teacher, role)
         if a is not None and b is not None:
             pairs[a] = b
-    ends = [turn_ends(tokenizer) for tokenizer in (ours, theirs)]
+    ends = [turn_ends(tokenizer) for tokenizer in (student, teacher)]
     return dict(zip(*ends, strict=False)) | pairs if all(ends) else pairs
 
 
@@ -164,18 +164,18 @@ class _Cutter:
         return out
 
 
-def _first_piece(ours: Tokenizer, theirs: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    texts, cut = ours.token_bytes(), _Cutter(theirs)
+def _first_piece(student: Tokenizer, teacher: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    texts, cut = student.token_bytes(), _Cutter(teacher)
     pieces = cut(texts)
     # A token that they have is what they read, whatever their merges would make of it alone.
     items = [cut.ids.get(text, p[0] if p else -1) for text, p in zip(texts, pieces, strict=True)]
-    return _single(items, ours, theirs)
+    return _single(items, student, teacher)
 
 
-def _common_pieces(first: np.ndarray, ours: Tokenizer, theirs: Tokenizer) -> np.ndarray:
+def _common_pieces(first: np.ndarray, student: Tokenizer, teacher: Tokenizer) -> np.ndarray:
     """Which token of both each of theirs begins with; `first` of ours are tokens of theirs."""
-    cut, existing = _Cutter(ours), _Cutter(theirs).ids
-    texts = theirs.token_bytes()
+    cut, existing = _Cutter(student), _Cutter(teacher).ids
+    texts = teacher.token_bytes()
     array = np.array([existing.get(text, -1) for text in texts])
     unknown = [i for i, text in enumerate(texts) if text and text not in cut.ids]
     pieces = dict(zip(unknown, cut([texts[i] for i in unknown]), strict=True))
@@ -190,25 +190,25 @@ def _common_pieces(first: np.ndarray, ours: Tokenizer, theirs: Tokenizer) -> np.
     # Each round is a shorter text.
     while (moving := passing[array]).any():
         array[moving] = array[array[moving]]
-    for b in special_pairs(ours, theirs).values():
+    for b in special_pairs(student, teacher).values():
         array[b] = b
     return array.astype(np.int32)
 
 
-def _exact(ours: Tokenizer, theirs: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    existing = _Cutter(theirs).ids
-    return _single([existing.get(text, -1) for text in ours.token_bytes()], ours, theirs)
+def _exact(student: Tokenizer, teacher: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    existing = _Cutter(teacher).ids
+    return _single([existing.get(text, -1) for text in student.token_bytes()], student, teacher)
 
 
-def _single(found: Any, ours: Tokenizer, theirs: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    ids = np.asarray(found, np.int64)[:, None]
-    for a, b in special_pairs(ours, theirs).items():
+def _single(pieces: Any, student: Tokenizer, teacher: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    ids = np.asarray(pieces, np.int64)[:, None]
+    for a, b in special_pairs(student, teacher).items():
         ids[a] = b
     return ids, (ids >= 0).astype(np.float32)
 
 
-def _spread(ours: Tokenizer, theirs: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    cut, back = _Cutter(theirs), _Cutter(ours)
+def _spread(student: Tokenizer, teacher: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    cut, back = _Cutter(teacher), _Cutter(student)
     rows: list[dict[int, float]] = [{} for _ in back.bytes]
     for row, pieces in zip(rows, cut(back.bytes), strict=True):
         for id_, weight in _decayed(pieces):
@@ -220,7 +220,7 @@ def _spread(ours: Tokenizer, theirs: Tokenizer) -> tuple[np.ndarray, np.ndarray]
     for location, text in enumerate(back.bytes):
         if text in cut.ids:
             rows[location] = {cut.ids[text]: 1.0}
-    for a, b in special_pairs(ours, theirs).items():
+    for a, b in special_pairs(student, teacher).items():
         rows[a] = {b: 1.0}
     ids, weights = np.full((len(rows), _KEPT), -1, np.int64), np.zeros((len(rows), _KEPT))
     for location, row in enumerate(rows):

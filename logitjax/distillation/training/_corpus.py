@@ -36,29 +36,28 @@ class Reading:
     """The text, the teachers that read it, and how much of their output is kept.
 
     Attributes:
-        data: Text to learn from: such as jsonl:PATH or hf:ORG/NAME, as for `data.load_examples`.
-        teachers: Models to learn from, `cache:DIR` as `logitjax cache-logits` writes it, or
+        data: Text to learn from, such as jsonl:PATH or hf:ORG/NAME (see `data.load_examples`).
+        teachers: Model to learn from, `cache:DIR` as written by `logitjax cache-logits`, or
             `api:URL`.
         seq_len: Number of tokens in a row.
-        on_error: Whether a malformed row of the text is an error (raise) or left out (skip).
-        top_k: Number of top logits of each position of a teacher that are kept, or that a server
-            reports.
-        tail_samples: Number of draws from the other tokens, which make `kl` unbiased.
+        on_error: Whether a malformed row of the text is an error (raise) or is skipped (skip).
+        top_k: Number of a teacher's top logits to cache per position, or to request from a server.
+        tail_samples: Number of samples of the other tokens, which make `kl` unbiased.
         batch_size: Number of rows that a teacher reads at once.
         dtype: Type that teachers compute in.
         layout: Layout of teachers.
         api_key: Key of servers.
-        served_rank: Columns of the low-rank code in which a server that reads live sends hidden
-            states; 0 asks for them as they are.
+        served_rank: Rank of the code in which a live server sends hidden states; 0 requests the
+            states themselves.
         terms: The terms that will use it: what they declare of teachers is read and kept.
-        teacher_reads: Whether teachers read the text once, before the training, into a `'cache'` on
-            disk, or beside the student (`'live'`): then they stay in memory, nothing is kept, and
-            terms may ask for their hidden states.
-        teacher_devices: Over which devices a teacher is split: those of each process (`'local'`),
-            which then reads its share of the rows by itself, or those of all (`'all'`), for one
-            that no host can hold.
-        fit_to: Models whose tokenizers cut the rows as the teachers' do: runs with other teachers
-            then learn from the same rows, and their scores can be compared.
+        teacher_reads: Whether teachers read the text once before training, into a `'cache'` on
+            disk, or during training (`'live'`): then they stay in memory, nothing is cached, and
+            terms may use their hidden states.
+        teacher_devices: Devices that a teacher is split over: those of each process (`'local'`),
+            which then reads its share of the rows by itself, or those of all processes (`'all'`),
+            for a teacher too large for one host.
+        fit_to: Further models whose tokenizers the rows must fit. Runs with other teachers then
+            learn from the same rows, so that their scores can be compared.
     """
 
     data: str
@@ -149,27 +148,28 @@ class Reading:
         packed: PackedSplits,
         rows: Mapping[str, np.ndarray],
         directory: epath.Path,
-        known: Mapping[str, tuple[models.Decoder, models.Tokenizer]] | None = None,
+        loaded: Mapping[str, tuple[models.Decoder, models.Tokenizer]] | None = None,
     ) -> "Corpus":
         """The teachers' output on the rows that some run visits, from their caches or read now.
 
         Args:
             rows: The rows of each split that are visited, see `Course.visited_rows`.
             directory: Where the teachers' caches go.
-            known: Teachers that are loaded already, by their spec.
+            loaded: Teachers that are loaded already, by their spec.
 
         Raises:
             ValueError: A cache of something else, or a server that does not answer.
         """
         named = dict(zip(self.names, self.teachers, strict=True))
         if self.teacher_reads == "live":
-            live = _live_sources(self, packed, directory, known or {})
+            live = _live_sources(self, packed, directory, loaded or {})
             return Corpus(packed=packed, sources=live, specs=self.teachers)
         # What is refused, or does not answer, is said before models read for hours.
         order = {"cache": 0, "api": 1}
         soonest = sorted(named, key=lambda name: order.get(named[name].partition(":")[0], 2))
         caches = {
-            name: _caches(self, packed, rows, directory, known or {}, name=name) for name in soonest
+            name: _caches(self, packed, rows, directory, loaded or {}, name=name)
+            for name in soonest
         }
         sources = {}
         # In the order of the user, which weights and batches follow.
@@ -295,13 +295,12 @@ def _check_needs(
     kept = _identity(spec).k if spec.startswith("cache:") else reading.top_k
     if needs.top_k > 1 and kept < needs.top_k:
         raise ValueError(
-            f"loss {loss!r} compares the top {needs.top_k} logits, but of teacher {spec!r} {kept} "
-            "are kept"
+            f"loss {loss!r} compares the top {needs.top_k} logits, but teacher {spec!r} has {kept}"
         )
     if needs.top_k and needs.rest and spec.startswith("cache:") and not _identity(spec).rest:
         raise ValueError(
-            f"loss {loss!r} needs the mass of all but the top logits, which teacher {spec!r} does "
-            "not keep; use kl"
+            f"loss {loss!r} needs the mass of all but the top logits, which teacher {spec!r} "
+            f"lacks; use kl"
         )
     if needs.same_vocabulary and other_tokenizer:
         raise ValueError(
@@ -312,17 +311,17 @@ def _check_needs(
     if needs.moments and asked:
         raise ValueError(
             f"loss {loss!r} needs the mean and deviation of all logits, which teacher {spec!r} "
-            "does not say; use kl or uld"
+            f"does not report; use kl or uld"
         )
     if needs.chunks and asked:
         raise ValueError(
-            f"loss {loss!r} needs the log-probability of every label, which teacher {spec!r} is "
-            "not asked for; use first_piece or kl"
+            f"loss {loss!r} needs the log-probability of every label, which teacher {spec!r} does "
+            f"not report; use first_piece or kl"
         )
     if needs.hidden and reading.teacher_reads != "live":
         raise ValueError(
-            f"loss {loss!r} needs hidden states of teacher {spec!r}, which no cache keeps; read "
-            "live (--teacher_reads=live), or use kl"
+            f"loss {loss!r} needs hidden states of teacher {spec!r}, which no cache contains; use "
+            f"--teacher_reads=live, or kl"
         )
 
 
@@ -330,12 +329,12 @@ def _live_sources(
     reading: Reading,
     packed: PackedSplits,
     directory: epath.Path,
-    known: Mapping[str, tuple[models.Decoder, models.Tokenizer]],
+    loaded: Mapping[str, tuple[models.Decoder, models.Tokenizer]],
 ) -> dict[str, Source]:
     sources = {}
     for name, spec in zip(reading.names, reading.teachers, strict=True):
         columns = packed.names[name]
-        reader = _reader(reading, spec, packed.tokenizers[columns], known)
+        reader = _reader(reading, spec, packed.tokenizers[columns], loaded)
         vocabularies = _vocabularies(reading, packed, columns, directory)
         sources[name] = Source(columns, packed, {}, vocabularies, reader)
     return sources
@@ -346,7 +345,7 @@ def _caches(
     packed: PackedSplits,
     rows: Mapping[str, np.ndarray],
     directory: epath.Path,
-    known: Mapping[str, tuple[models.Decoder, models.Tokenizer]],
+    loaded: Mapping[str, tuple[models.Decoder, models.Tokenizer]],
     *,
     name: str,
 ) -> dict[str, TeacherCache]:
@@ -359,7 +358,7 @@ def _caches(
     else:
         caches = cache_teacher(
             spec,
-            functools.partial(_reader, reading, spec, packed.tokenizers[columns], known),
+            functools.partial(_reader, reading, spec, packed.tokenizers[columns], loaded),
             columns=columns,
             packed=packed,
             rows=rows,
@@ -419,7 +418,7 @@ def _reader(
     reading: Reading,
     spec: str,
     tokenizer: models.Tokenizer,
-    known: Mapping[str, tuple[models.Decoder, models.Tokenizer]],
+    loaded: Mapping[str, tuple[models.Decoder, models.Tokenizer]],
 ) -> Reader:
     kept = _kept(reading, boundary_tokens(tokenizer) if reading.likelihoods else None)
     if spec.startswith("api:") and reading.teacher_reads == "live":
@@ -438,7 +437,7 @@ def _reader(
     mesh, dtype = _devices_of(reading), reading.dtype
     options = {"dtype": dtype, "param_dtype": dtype, "layout": reading.layout}
     load = functools.partial(models.load, spec, mesh=mesh, **options)
-    return model_reader((lambda: known[spec]) if spec in known else load, kept, mesh)
+    return model_reader((lambda: loaded[spec]) if spec in loaded else load, kept, mesh)
 
 
 def _devices_of(reading: Reading) -> Mesh:

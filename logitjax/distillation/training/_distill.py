@@ -34,12 +34,12 @@ class Course:
         batch_size: Number of rows in a step, summed over processes.
         accumulate: Number of microbatches in a step.
         learning_rate: Peak learning rate. It rises linearly, then falls to a tenth by a cosine.
-        warmup: Share of the steps in which the learning rate rises.
+        warmup: Share of the steps during which the learning rate rises.
         weight_decay: Weight decay of AdamW.
-        eval_rows: Number of rows to score of validation text, and of test text.
+        eval_rows: Number of rows to score, of the validation and of the test text each.
         eval_batch: Number of rows that are scored at once; `batch_size` if 0.
         seed: Seed of the order of rows and of new parameters.
-        track: Where metrics also go: TensorBoard's files, Weights & Biases (offline unless
+        track: Where else to send metrics: TensorBoard files, Weights & Biases (offline unless
             `WANDB_MODE` is online), or curves in the terminal.
         loop: How often to save, log and evaluate.
     """
@@ -420,7 +420,7 @@ def _is_readable(path: epath.Path) -> bool:
     try:
         return path.exists() and storage.read_json(path) is not None
     except ValueError as error:
-        logging.warning("%s: making it again", error)
+        logging.warning("%s: creating it again", error)
         return False
 
 

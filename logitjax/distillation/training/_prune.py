@@ -22,7 +22,7 @@ class Pruning:
         keep_layers: Layers to keep, instead of `drop_layers`.
         kv_heads: Number of key-value heads to keep in each layer; 0 keeps all.
         mlp_channels: Number of MLP channels to keep in each layer; 0 keeps all.
-        calibration_rows: Number of rows of text that pruning is chosen on.
+        calibration_rows: Number of rows of text used to choose what to prune.
     """
 
     drop_layers: int = 0

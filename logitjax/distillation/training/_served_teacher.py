@@ -126,8 +126,8 @@ class ServedTeacher:
                 continue
             if about != self.about:
                 raise ValueError(
-                    f"{self}: expected the weights {self.about['weights']} that it had before it "
-                    f"went away, got {about['weights']}"
+                    f"{self}: expected the weights {self.about['weights']} from before the "
+                    f"connection was lost, got {about['weights']}"
                 )
             logging.warning("%s: answers again after %.0f s", self, time.monotonic() - begin)
             return answer

@@ -185,20 +185,20 @@ def server_reader(
     return Reader(tokenizer=tokenizer, vocab_size=vocab_size, read=read)
 
 
-def packed_documents(segments: np.ndarray, wanted: np.ndarray) -> list[tuple[int, int, int]]:
+def packed_documents(segments: np.ndarray, targets: np.ndarray) -> list[tuple[int, int, int]]:
     """Row, start and stop of each document of packed rows, up to the last target wanted of it."""
     entries: dict[tuple[int, int], int] = {}
-    for row, location in wanted.tolist():
+    for row, location in targets.tolist():
         start = int(np.argmax(segments[row] == segments[row, location]))
         # A target at `place` is token `place + 1`, which the stop has to lie behind.
         entries[row, start] = max(entries.get((row, start), 0), location + 2)
     return [(row, start, stop) for (row, start), stop in entries.items()]
 
 
-def _prefixes(tokens: np.ndarray, segments: np.ndarray, wanted: np.ndarray) -> list[np.ndarray]:
+def _prefixes(tokens: np.ndarray, segments: np.ndarray, targets: np.ndarray) -> list[np.ndarray]:
     """Tokens before each target that is wanted, of its own document."""
     prefixes = []
-    for row, location in wanted:
+    for row, location in targets:
         here = segments[row, : location + 1] == segments[row, location]
         prefixes.append(tokens[row, : location + 1][here])
     return prefixes

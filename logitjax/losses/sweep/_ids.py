@@ -32,14 +32,14 @@ def pick(together: int, logits: jax.Array, columns: jax.Array, ids: jax.Array) -
     `[*batch, n]` int32, are in any order and may repeat. Logits are `[*batch, block]`.
     """
 
-    def look(found: jax.Array, start: Any, at: jax.Array) -> jax.Array:
+    def look(picked: jax.Array, start: Any, at: jax.Array) -> jax.Array:
         some = _cut(logits, start, at)
 
-        def step(found: jax.Array, id_: jax.Array) -> jax.Array:
+        def step(picked: jax.Array, id_: jax.Array) -> jax.Array:
             value = jnp.where(at == id_, some, 0.0).sum(-1, keepdims=True)
-            return jnp.where(ids == id_, value, found)
+            return jnp.where(ids == id_, value, picked)
 
-        return _each_id(together, ids, at, step, found)
+        return _each_id(together, ids, at, step, picked)
 
     # Not `zeros`: over a mesh it would not vary as the ids do.
     return _over_tiles(look, (ids * 0).astype(logits.dtype), columns)

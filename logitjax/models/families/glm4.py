@@ -1,21 +1,16 @@
 """GLM-4: norms on both sides, half of a head rotated in pairs of neighbours, a fused MLP."""
 
 import dataclasses
-from collections.abc import Mapping
+import functools
 from typing import Any
 
 from logitjax.models._config import DecoderConfig
-from logitjax.models._family import GGUF_WEIGHTS
-from logitjax.models._hf_fields import Fields
+from logitjax.models._family import GGUF_WEIGHTS, PreTokenizer
 from logitjax.models._hf_rope import rope_settings
 from logitjax.models.families import llama
 
 _ENDS = [151_329, 151_336, 151_338]
 _MLP = ("mlp.gate", "mlp.up")
-
-
-def _read(fields: Fields, settings: Mapping[str, Any]) -> dict[str, Any]:
-    return rope_settings(fields, settings, partial=True)
 
 
 def _write(config: DecoderConfig) -> dict[str, Any]:
@@ -35,7 +30,7 @@ GLM4 = dataclasses.replace(
     fields={k: v for k, v in llama.LLAMA.fields.items() if k != "mlp_bias"}
     | {"attention_bias": "qkv_bias"},
     settings={"post_norms": True},
-    read=_read,
+    read=functools.partial(rope_settings, partial=True),
     write=_write,
     weights=llama.LLAMA.weights
     | dict.fromkeys(_MLP, "model.layers.*.mlp.gate_up_proj")
@@ -46,7 +41,7 @@ GLM4 = dataclasses.replace(
     interleaved=True,
     gguf="glm4",
     gguf_weights=GGUF_WEIGHTS | dict.fromkeys(_MLP, "blk.*.ffn_up"),
-    pre_tokenizers={},
+    pre_tokenizers={"glm4": PreTokenizer(pattern=llama.PATTERN, ignore_merges=True)},
 )  # fmt: skip
 
 # GLM-4-9B, the version before, has the first norms alone.

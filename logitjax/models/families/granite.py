@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from logitjax.models._family import PreTokenizer
 from logitjax.models.families import llama
 
 # By key of a config.json the field, and the key of GGUF files.
@@ -27,5 +28,5 @@ GRANITE = dataclasses.replace(
     fields=llama.LLAMA.fields | {key: field for key, (field, _) in _FACTORS.items()},
     gguf="granite",
     gguf_read=_gguf_read,
-    pre_tokenizers={},
+    pre_tokenizers={"refact": PreTokenizer(digits=True)},
 )

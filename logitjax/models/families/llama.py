@@ -84,7 +84,7 @@ LLAMA = Family(
     pre_tokenizers={
         "llama-bpe": _LLAMA3,
         "llama3": _LLAMA3,
-        "dbrx": PreTokenizer(pattern=PATTERN),
+        **dict.fromkeys(("dbrx", "smaug-bpe"), PreTokenizer(pattern=PATTERN)),
         "smollm": PreTokenizer(digits=True),
     },
 )  # fmt: skip

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from logitjax.models._config import DecoderConfig
-from logitjax.models._family import GGUF_WEIGHTS
+from logitjax.models._family import GGUF_WEIGHTS, PreTokenizer
 from logitjax.models._hf_fields import Fields, windows
 from logitjax.models._hf_rope import rope_settings, scaling_kind, scaling_of
 from logitjax.models.families import llama
@@ -37,6 +37,12 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
     return raw
 
 
+# Words of Phi-4-mini end where capitals begin, as those of GPT-4o.
+_GPT4O = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve"
+    r"|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _QKV, _MLP = ("attention.query", "attention.key", "attention.value"), ("mlp.gate", "mlp.up")
 
 PHI3 = dataclasses.replace(
@@ -62,4 +68,5 @@ PHI3 = dataclasses.replace(
     | dict.fromkeys(_QKV, "blk.*.attn_qkv")
     | dict.fromkeys(_MLP, "blk.*.ffn_up"),
     gguf_interleaved=False,
+    pre_tokenizers={"gpt-4o": PreTokenizer(pattern=_GPT4O)},
 )  # fmt: skip

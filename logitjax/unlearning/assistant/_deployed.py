@@ -87,7 +87,7 @@ class Deployed:
             ValueError: There is no assistant.
         """
         if self.assistant is None:
-            raise ValueError("assistant: expected one that is taken away, got None")
+            raise ValueError("assistant: expected one that is subtracted, got None")
         self.assistant.lora.save(self.assistant.base.config, directory, base=base)
         record = {
             "layers": self.assistant.layers,
@@ -105,14 +105,14 @@ class Deployed:
         return nll[0], greedy[0]
 
     def nll_by_alpha(
-        self, tokens: Any, targets: Any, alphas: Any, known: Any = None
+        self, tokens: Any, targets: Any, alphas: Any, states: Any = None
     ) -> tuple[jax.Array, jax.Array]:
         """`nll` for weights `[weights]` of the assistant, from one pass of both.
 
         The values are float32 and bool `[weights, batch, time]`. The pass of the model is saved
         where its `states` of these tokens are known.
         """
-        return self._scored(tokens, targets, alphas, "nll", known)
+        return self._scored(tokens, targets, alphas, "nll", states)
 
     def states(self, tokens: Any, targets: Any) -> jax.Array:
         """Return the states that `nll_by_alpha` takes of the model, whatever the assistant is."""
@@ -131,11 +131,11 @@ class Deployed:
         alphas = np.full(1, self.alpha, np.float32)
         return self._scored(tokens, targets, alphas, "surprise")[0][0]
 
-    def _scored(self, tokens: Any, targets: Any, alphas: Any, what: str, known: Any = None) -> Any:
+    def _scored(self, tokens: Any, targets: Any, alphas: Any, what: str, states: Any = None) -> Any:
         graphdef, state = nnx.split(self.model)
         static, stored = self.arguments()
         at = self.positions(targets)
-        return token_scores(graphdef, static, what, state, stored, alphas, tokens, at, known)
+        return token_scores(graphdef, static, what, state, stored, alphas, tokens, at, states)
 
     def arguments(self) -> tuple[tuple[Any, ...], Any]:
         """Of the assistant: what programs depend on, and arrays."""

@@ -19,20 +19,20 @@ def token_scores(
     static: Any,
     what: str,
     state: Any,
-    held: Any,
+    assistant_state: Any,
     alphas: Any,
     tokens: Any,
     at: Any,
-    known: Any = None,
+    states: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """A number for each token under a model less its assistant, and whether it is likeliest."""
     # Of the assistant; base is None without one.
     base, fuse, relative = static
     model = nnx.merge(graphdef, state)
-    sides = [states_at(graphdef, state, tokens, at) if known is None else known]
+    sides = [states_at(graphdef, state, tokens, at) if states is None else states]
     assistant = None
     if base is not None:
-        weights, lora = held
+        weights, lora = assistant_state
         assistant = Assistant(base=nnx.merge(base, weights), lora=lora, relative=relative)
         sides.append(_picked(assistant.hidden_states(tokens)[0], at))
     labels = jnp.asarray(tokens)[:, 1:]

@@ -52,7 +52,7 @@ def evaluate(
             are reported as the first are; with names that begin in `forget`, as that.
         template: What stands around the question; the one the model was trained with.
         batch_size: Rows, and prompts, at a time; lengths are padded to multiples of 32.
-        max_length: Largest length of prompt and answer; TOFU's is 200, OpenUnlearning's 512.
+        max_length: Maximum length of prompt and answer; TOFU's is 200, OpenUnlearning's 512.
         form: Form of the truth ratio in the metrics. Logs hold the geometric one, as TOFU's.
         reference_logs: Logs of the model retrained without the forget set: its `Evaluation`, or
             what `metrics_from_logs` takes.

@@ -274,11 +274,15 @@ def leak_at(values: Any, k: int) -> float:
 
 
 def _memberships(
-    model: Deployed, questions: Questions, said: Scores, thorough: bool, reference: Deployed | None
+    model: Deployed,
+    questions: Questions,
+    likelihoods: Scores,
+    thorough: bool,
+    reference: Deployed | None,
 ) -> Attacks:
     """How well what a model says of rows tells whether it was trained on them."""
     sides = _SIDES
-    nll = {part: said(part).nll for part in sides}
+    nll = {part: likelihoods(part).nll for part in sides}
     texts = {part: questions.scored_text(part) for part in sides}
     # Min-k(++) is of the answer without its end mark.
     words = {part: questions.without_end(part, rows) for part, rows in nll.items()}

@@ -99,11 +99,11 @@ def _resampled(a: np.ndarray, b: np.ndarray, paired: bool, resamples: int) -> np
     distinct, places = np.unique(np.concatenate([a, b]), return_inverse=True)
     place_a, place_b = places[: len(a)], places[len(a) :]
 
-    def distribution(place: np.ndarray, picks: np.ndarray) -> np.ndarray:
+    def distribution(bins: np.ndarray, picks: np.ndarray) -> np.ndarray:
         # a histogram a resample.
         rows = np.arange(len(picks))[:, None] * len(distinct)
-        counts = np.bincount((place[picks] + rows).ravel(), minlength=len(picks) * len(distinct))
-        return counts.reshape(len(picks), -1).cumsum(axis=1) / len(place)
+        counts = np.bincount((bins[picks] + rows).ravel(), minlength=len(picks) * len(distinct))
+        return counts.reshape(len(picks), -1).cumsum(axis=1) / len(bins)
 
     items = []
     step = max(1, _CHUNK // len(distinct))
