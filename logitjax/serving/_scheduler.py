@@ -102,9 +102,8 @@ class Scheduler:
         self.ready = threading.Event()
         # What else has programs, and compiles them before the server is ready.
         self.compiles: list[Callable[[], None]] = []
-        self.steps = _STEPS
-        # Decoding steps since prompts were read.
-        self._since = 0
+        # Of a chunk, and since prompts were read.
+        self.steps, self._since = _STEPS, 0
         self._max_waiting = config.max_waiting
         self._disclosure = disclosure
         self._jobs: list[Job | None] = [None] * config.slots
