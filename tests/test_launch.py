@@ -122,7 +122,7 @@ def test_tpu_vm_keeps_a_run_alive():
 
 
 def test_copy_takes_tracked_files_as_they_are_and_says_what_it_leaves(tmp_path):
-    """What was tried here, and nobody has committed, is what runs there."""
+    """Uncommitted changes run there too."""
     tree, tool = tmp_path / "tree", tmp_path / "gcloud"
     (tree / "launch").mkdir(parents=True)
     shutil.copy(LAUNCH / "tpu_vm.sh", tree / "launch")
@@ -437,7 +437,7 @@ def test_jobset(path):
     policy = jobset["spec"]["failurePolicy"]
 
     def action(status):
-        """What the cluster does where a pod ends so, or is taken away (None)."""
+        """The cluster's reaction to a pod that ends so, or is taken away (None)."""
         (rule,) = job["podFailurePolicy"]["rules"]
         reason = (
             "PodFailurePolicy"

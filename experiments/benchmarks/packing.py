@@ -48,8 +48,8 @@ def _write(path: Path, size: int) -> None:
             file.writelines(lines)
 
 
-def _start(source: Path, directory: Path, held: int) -> subprocess.Popen:
-    command = [sys.executable, "-c", _CHILD, f"jsonl:{source}", str(directory), str(held)]
+def _start(source: Path, directory: Path, memory: int) -> subprocess.Popen:
+    command = [sys.executable, "-c", _CHILD, f"jsonl:{source}", str(directory), str(memory)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
 

@@ -68,8 +68,8 @@ def run(options: suite.Options) -> suite.Result:
     here, seconds = read(exact)
 
     @jax.jit
-    def lost(ours: Any, theirs: Any, head: Any) -> Any:
-        return losses.linear_kl_divergence(theirs, head, ours, head)
+    def lost(whole: Any, served: Any, head: Any) -> Any:
+        return losses.linear_kl_divergence(served, head, whole, head)
 
     table = [
         {"teacher": "logits in 16 bits", "bytes": 2 * vocab},

@@ -107,14 +107,16 @@ def solved(c: np.ndarray, d: np.ndarray, *, peers: bool) -> dict[str, Any]:
     return case
 
 
-def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
-    row: dict[str, Any] = {"proven": float(np.mean([case["gap"] <= 1 + 2.1e-6 for case in found]))}
+def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "proven": float(np.mean([case["gap"] <= 1 + 2.1e-6 for case in records]))
+    }
     for name in ("seconds", "gap"):
-        values = [case[name] for case in found]
+        values = [case[name] for case in records]
         row |= {name: float(np.median(values)), f"{name}, 95 %": float(np.quantile(values, 0.95))}
-    row["gap of third"] = float(np.median([x["gap of third"] for x in found if len(x) > 2]))
+    row["gap of third"] = float(np.median([x["gap of third"] for x in records if len(x) > 2]))
     for name in ("POT", "ott"):
-        ratios = np.array([case[name] for case in found if name in case])
+        ratios = np.array([case[name] for case in records if name in case])
         if len(ratios):
             row |= {f"{name} / lower": float(np.nanmedian(ratios))}
             row |= {f"{name} worse": float(np.mean(~(ratios <= 1.001)))}

@@ -152,11 +152,11 @@ def _row(
     return row
 
 
-def _ratio(found: Mapping[str, float], seed: Any, name: str) -> float:
+def _ratio(scores: Mapping[str, float], seed: Any, name: str) -> float:
     ceiling = seed["ceiling"][name][name]
     if name == "task":
-        return 100 * found["accuracy"] / ceiling["accuracy"] if ceiling["accuracy"] else 0.0
-    return 100 * math.exp(ceiling["nll"] - found["nll"])
+        return 100 * scores["accuracy"] / ceiling["accuracy"] if ceiling["accuracy"] else 0.0
+    return 100 * math.exp(ceiling["nll"] - scores["nll"])
 
 
 def verdicts(seeds: Sequence[Any]) -> str:
@@ -186,11 +186,11 @@ def verdicts(seeds: Sequence[Any]) -> str:
 
 
 def _closed(
-    found: Sequence[Any], arms: Sequence[str], seeds: Sequence[Any], domain: str
+    scores: Sequence[Any], arms: Sequence[str], seeds: Sequence[Any], domain: str
 ) -> list[float]:
     gaps = [
         gap_closed(f[arm]["nll"], f["large"]["nll"], seed["ceiling"][domain][domain]["nll"])
-        for f, arm, seed in zip(found, arms, seeds, strict=True)
+        for f, arm, seed in zip(scores, arms, seeds, strict=True)
     ]
     return [0.0 if gap is None else gap for gap in gaps]
 
@@ -201,7 +201,7 @@ def _against(ours: Sequence[float], other: Sequence[float]) -> str:
     return f"{word} (in {wins} of {len(ours)} seeds)"
 
 
-def traces(found: Mapping[str, Any]) -> figures.Picture:
+def traces(record: Mapping[str, Any]) -> figures.Picture:
     """Alpha over tokens: one expert on its domain, and both over three kinds of text."""
 
     def series(name: str, alphas: Sequence[float]) -> figures.Series:
@@ -211,11 +211,11 @@ def traces(found: Mapping[str, Any]) -> figures.Picture:
     panels = [
         figures.Panel(
             title="one expert, text of its domain",
-            series=[series(name, alphas[0]) for name, alphas in found["single"].items()],
+            series=[series(name, alphas[0]) for name, alphas in record["single"].items()],
             **named,
         )
     ]
-    for name, alphas in found["several"].items():
+    for name, alphas in record["several"].items():
         if "jeffreys, joint" in name:
             continue
         experts = ("expert of the first domain", "of the second")
@@ -223,7 +223,7 @@ def traces(found: Mapping[str, Any]) -> figures.Picture:
             figures.Panel(
                 title=name,
                 series=[series(*one) for one in zip(experts, alphas, strict=True)],
-                marks={"questions": found["part"], "general text": 2 * found["part"]},
+                marks={"questions": record["part"], "general text": 2 * record["part"]},
                 **named,
             )
         )

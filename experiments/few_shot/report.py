@@ -54,10 +54,10 @@ def _row(arm: str, values: Mapping[int, Any]) -> Row:
     return {"arm": arm} | {f"{n} shots": text for n, text in values.items()}
 
 
-def _known(arm: str, table: Mapping[str, Mapping[int, float]], shots: Any, said: str) -> list[Row]:
+def _known(arm: str, table: Mapping[str, Mapping[int, float]], shots: Any, label: str) -> list[Row]:
     """A row of figures from elsewhere, where there are any."""
     entries = {n: f"{table[arm][n]:.1f}" for n in shots if n in table.get(arm, {})}
-    return [_row(f"{arm}, {said}", entries)] if entries else []
+    return [_row(f"{arm}, {label}", entries)] if entries else []
 
 
 def _scores(by_shots: Mapping[int, Mapping[str, Any]], part: str = "test") -> dict[int, str]:

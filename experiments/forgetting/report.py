@@ -141,17 +141,17 @@ def method_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         if "topics" in records[0]:
             row["topics right %"] = mean_and_spread([100 * r["topics"] for r in records])
         row["least kept %"] = mean_and_spread([min(s.values()) for s in shares])
-        if distances := _distances(records, results["controls"], own=name == "control"):
+        if distances := _distances(records, results["controls"], inside=name == "control"):
             row["D"] = mean_and_spread(distances)
         rows.append(row)
     return rows
 
 
 def _distances(
-    records: Sequence[Any], controls: Sequence[Any], *, own: bool = False
+    records: Sequence[Any], controls: Sequence[Any], *, inside: bool = False
 ) -> list[float]:
     """Kolmogorov-Smirnov distances of truth ratios; of the controls, from each other: the floor."""
-    pairs = itertools.combinations(controls, 2) if own else itertools.product(records, controls)
+    pairs = itertools.combinations(controls, 2) if inside else itertools.product(records, controls)
     return [
         _distance(a["truth ratios"], b["truth ratios"])
         for a, b in pairs

@@ -131,29 +131,29 @@ def _by_layers(results: Record) -> list[Record]:
     return rows
 
 
-def write_parts(config: Config, found: Mapping[str, Record], workdir: epath.Path) -> str:
+def write_parts(config: Config, parts: Mapping[str, Record], workdir: epath.Path) -> str:
     """The report of all parts: one table each, and what they were for."""
     sections, tables = [], {}
-    for name, results in found.items():
+    for name, results in parts.items():
         chosen = config.of_part(name)
         sources = " and ".join(f"`{source}`" for source in chosen.sources)
         drop = results["drops"][0]
         cut = f" without {drop['layers']} layers" if drop["layers"] else ", whole"
         topics = f", topics on {chosen.topic_rows} articles" if chosen.topic_rows else ""
-        tables[name] = _rows(results, drop, _plain_healed(found) if name in _HEALED else ())
+        tables[name] = _rows(results, drop, _plain_healed(parts) if name in _HEALED else ())
         sections.append(
             f"## {name}: {sources} into `{chosen.student}`{cut}\n\n{chosen.course.steps} steps"
             f"{_frozen(chosen, drop)}{topics}.\n\n{markdown_table(tables[name])}"
         )
     text = "\n\n".join(sections)
-    bars = _bars_of_parts(found)
+    bars = _bars_of_parts(parts)
     if bars:
         text += f"\n\n## Bars\n\n{markdown_table(bars)}"
         tables["bars"] = bars
     if jax.process_index() == 0:
         runs = [
             {"part": name} | run
-            for name, results in found.items()
+            for name, results in parts.items()
             for arm in results["drops"][0]["arms"].values()
             for run in arm["runs"]
         ]
@@ -179,18 +179,18 @@ def _frozen(config: Config, drop: Record) -> str:
     return f"; {' and '.join(frozen)} stayed as before" if frozen else ""
 
 
-def _plain_healed(found: Mapping[str, Record]) -> Sequence[Record]:
+def _plain_healed(parts: Mapping[str, Record]) -> Sequence[Record]:
     """Runs of SFT on the rows that all healed students saw."""
-    local = found.get("healed_own")
+    local = parts.get("healed_own")
     return local["drops"][0]["arms"].get("sft", {"runs": ()})["runs"] if local else ()
 
 
-def _bars_of_parts(found: Mapping[str, Record]) -> list[Record]:
+def _bars_of_parts(parts: Mapping[str, Record]) -> list[Record]:
     """Whether a source of another tokenizer helps beyond the spread, and whether two help more."""
     bars = []
 
     def runs(part: str, arm: str) -> np.ndarray:
-        arms = found[part]["drops"][0]["arms"] if part in found else {}
+        arms = parts[part]["drops"][0]["arms"] if part in parts else {}
         return np.array([run["bits_per_byte"] for run in arms.get(arm, {"runs": ()})["runs"]])
 
     def compare(who: str, worse: np.ndarray, better: np.ndarray) -> None:
@@ -200,8 +200,8 @@ def _bars_of_parts(found: Mapping[str, Record]) -> list[Record]:
                 bar(f"{who}, bits a byte", gain, f"> {least:.2g}, the spread", gain > least)
             )
 
-    for part in [name for name in ("pair", "reverse") if name in found]:
-        taught = {arm: runs(part, arm) for arm in found[part]["drops"][0]["arms"]}
+    for part in [name for name in ("pair", "reverse") if name in parts]:
+        taught = {arm: runs(part, arm) for arm in parts[part]["drops"][0]["arms"]}
         plain = taught.pop("sft", np.array([]))
         best = min(taught, key=lambda arm: taught[arm].mean(), default="sft")
         compare(f"{part}: {NAMES[best]} below SFT", plain, taught.get(best, np.array([])))

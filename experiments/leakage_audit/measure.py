@@ -36,46 +36,46 @@ def audit(rows: Rows, config: Config, directory: epath.Path, name: str, seed: in
     return record
 
 
-def _from_rows(found: leakage.Audit) -> Record:
-    subspace, aligned = found.subspace, found.alignment
+def _from_rows(audit: leakage.Audit) -> Record:
+    subspace, aligned = audit.subspace, audit.alignment
     assert subspace is not None
     assert aligned is not None
-    assert found.utility is not None
+    assert audit.utility is not None
     return {
-        "prompts": found.prompts,
-        **_width(found),
+        "prompts": audit.prompts,
+        **_width(audit),
         "leak": aligned.leak,
         "relative_rms": aligned.relative_rms,
-        "spectrum": subspace.singular_values[:: max(1, found.prompts // 500)].tolist(),
-        **found.utility,
+        "spectrum": subspace.singular_values[:: max(1, audit.prompts // 500)].tolist(),
+        **audit.utility,
     }
 
 
-def _by_token(found: leakage.Audit, logits: np.ndarray) -> Record:
+def _by_token(audit: leakage.Audit, logits: np.ndarray) -> Record:
     """A row that came back token by token, beside the truth, and the width from a corner."""
-    row = found.row
+    row = audit.row
     assert row is not None
-    assert found.utility is not None
+    assert audit.utility is not None
     truth = np.asarray(jax.nn.log_softmax(logits))
     record: Record = {
-        "prompts": found.prompts,
+        "prompts": audit.prompts,
         "row_queries": row.queries,
         "row_coverage": row.coverage,
-        "row_error": found.row_error,
+        "row_error": audit.row_error,
         # A bias of 30 nats does not lift these; they are asked for once more.
         "row_far": int((truth.max() - truth >= 30.0).sum()),
         "row_span": float(np.ptp(truth)),
-        "leak": found.leak,
-        **found.utility,
+        "leak": audit.leak,
+        **audit.utility,
     }
-    if found.subspace is not None:
-        record |= _width(found)
+    if audit.subspace is not None:
+        record |= _width(audit)
     return record
 
 
-def _width(found: leakage.Audit) -> Record:
+def _width(audit: leakage.Audit) -> Record:
     """The width as it is said and as numbers, and the published estimate."""
-    subspace = found.subspace
+    subspace = audit.subspace
     assert subspace is not None
     width = subspace.width
     return {

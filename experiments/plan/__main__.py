@@ -292,10 +292,10 @@ def report(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def tables(found: Sequence[Plan]) -> dict[str, list[dict[str, Any]]]:
+def tables(plans: Sequence[Plan]) -> dict[str, list[dict[str, Any]]]:
     """Rows of memory and of work, one a program."""
     memory, work = [], []
-    for plan in found:
+    for plan in plans:
         name = {"experiment": plan.experiment, "program": plan.program, "chip": plan.chip}
         failed = bool(plan.error)
         memory.append(
@@ -324,16 +324,16 @@ def tables(found: Sequence[Plan]) -> dict[str, list[dict[str, Any]]]:
     return {"memory": memory, "work": work}
 
 
-def markdown(found: Sequence[Plan]) -> str:
+def markdown(plans: Sequence[Plan]) -> str:
     """Both tables as text."""
-    versions = sorted({plan.versions for plan in found})
-    shown = map(markdown_table, tables(found).values())
+    versions = sorted({plan.versions for plan in plans})
+    shown = map(markdown_table, tables(plans).values())
     return "\n\n".join([*shown, f"Compiled with {'; '.join(versions)}."])
 
 
-def picture(found: Sequence[Plan]) -> figures.Picture:
+def picture(plans: Sequence[Plan]) -> figures.Picture:
     """Draw what a device needs and has, a row a plan; what does not fit has no need known."""
-    rows = list(reversed(found))
+    rows = list(reversed(plans))
 
     def name(plan: Plan) -> str:
         slices = f"{plan.slices} slices of " if plan.slices > 1 else ""

@@ -41,15 +41,15 @@ class Options:
     def smoke(self) -> bool:
         return self.scale == "smoke"
 
-    def parts(self, known: Sequence[str]) -> list[str]:
+    def parts(self, names: Sequence[str]) -> list[str]:
         """Those of the known parts that ``only`` names, in its order; all if it names none.
 
         Raises:
             ValueError: ``only`` names another.
         """
-        parts = [name for name in self.only.split(",") if name] or list(known)
-        if unknown := sorted(set(parts) - set(known)):
-            raise ValueError(f"only: expected some of {', '.join(known)}, got {unknown[0]!r}")
+        parts = [name for name in self.only.split(",") if name] or list(names)
+        if unknown := sorted(set(parts) - set(names)):
+            raise ValueError(f"only: expected some of {', '.join(names)}, got {unknown[0]!r}")
         return parts
 
 

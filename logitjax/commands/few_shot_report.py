@@ -40,9 +40,7 @@ def columns(problem: "Problem") -> tuple[dict[int, str], list[dict[str, Any]], l
         sample = problem.sample(shots, 0)
         counts = np.bincount(problem.pictures.labels[sample.train], minlength=classes).tolist()
         if str(counts) == before:
-            merged.append(
-                f"{shots} a class have the same pictures as {max(names)} and are not repeated."
-            )
+            merged.append(f"{shots} a class have the same pictures as {max(names)}.")
             continue
         before = str(counts)
         names[shots] = f"{shots} a class" if min(counts) == shots else f"up to {shots} a class"
@@ -121,8 +119,7 @@ def _of_best(
         classes.append((hits / total, row))
     worst = [row for _, row in sorted(classes, key=lambda one: one[0])[:_CLASSES]]
     return [
-        f"The head of the first sample classifies {int(ours.sum())} of {len(ours)} pictures "
-        f"correctly, "
+        f"The head of the first sample gets {int(ours.sum())} of {len(ours)} pictures right, "
         f"{100 * ours.mean():.1f} % [{100 * low:.1f}, {100 * high:.1f}].",
         "Level with it on these pictures (points, and the 95 % interval of the paired difference): "
         + (", ".join(level) or "none")
@@ -141,6 +138,5 @@ def mistakes(problem: "Problem", head: Any, path: epath.Path) -> None:
     wrong = np.flatnonzero(probabilities.argmax(1) != test.labels)
     order = wrong[np.argsort(-probabilities.max(1)[wrong])]
     cards = cards_of(head, test, files, order, labelled=True)
-    write_page(
-        path, "Mistakes", f"{len(wrong)} of {len(test)} pictures, most confident first.", cards
-    )
+    text = f"{len(wrong)} of {len(test)} pictures, most confident first."
+    write_page(path, "Mistakes", text, cards)

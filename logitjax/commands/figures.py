@@ -65,9 +65,7 @@ class Series:
     def __post_init__(self) -> None:
         lengths = {len(run) for run in self.runs}
         if len(lengths) > 1:
-            raise ValueError(
-                f"runs: expected the same number of points of {self.name}, got {lengths}"
-            )
+            raise ValueError(f"runs: expected as many points of {self.name} in each, got {lengths}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

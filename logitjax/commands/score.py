@@ -217,8 +217,7 @@ def _first_id(tokenizer: models.Tokenizer) -> int:
         if first is not None:
             return first
     raise ValueError(
-        "model: its tokenizer has no BOS or EOS token, so nothing predicts the first token of a "
-        "text"
+        "model: its tokenizer has no BOS or EOS token, nothing predicts a text's first token"
     )
 
 

@@ -85,7 +85,7 @@ class Config:
     merge: bool = field(False, "Also write the model with the adapter in its weights.")
     max_length: int = field(256, "Maximum number of tokens of a row.", minimum=8)
     new_tokens: int = field(48, "Maximum number of tokens of a generated answer.", minimum=1)
-    text_windows: int = field(8, "Number of pieces of other text to score.", minimum=1)
+    text_windows: int = field(32, "Number of pieces of other text to score.", minimum=1)
     text_length: int = field(128, "Number of tokens in each piece of other text.", minimum=8)
     eval_batch: int = field(4, "Number of rows scored at once.", minimum=1)
     dtype: Literal["float32", "bfloat16"] = field("float32", "Compute type.")

@@ -23,9 +23,7 @@ class Config(pictures.Folder):
 
     encoder: str = field(REQUIRED, "Encoder with a text tower, by name or path.")
     classes: tuple[str, ...] = field(REQUIRED, "Name of a class.")
-    prompts: tuple[str, ...] = field(
-        ("a photo of a {}.",), "Prompt for a class, with {} for its name."
-    )
+    prompts: tuple[str, ...] = field(("a photo of a {}.",), "Prompt with {} for a class's name.")
 
 
 def run(config: Config, out: epath.Path) -> None:

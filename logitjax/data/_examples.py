@@ -13,7 +13,7 @@ Example = Mapping[str, Any]
 _SPLIT = re.compile(r"(?P<name>\w+)(?:\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
 
 
-# Characters of rows that stay in memory; a larger source is read anew each time, in its order.
+# Characters of rows that stay in memory; a larger source is read again each time, in its order.
 _HELD_CHARACTERS = 1 << 25
 
 

@@ -57,7 +57,7 @@ def load_examples(
         columns: names to read under other names, e.g. ``{"question": "prompt"}``.
 
     Raises:
-        FileNotFoundError: a path, or a dataset that nobody has prepared.
+        FileNotFoundError: a missing path, or a dataset that is not prepared.
         ValueError: an unknown source or split, a malformed row, or no examples at all.
 
     >>> import pathlib, tempfile

@@ -101,7 +101,7 @@ class PackedDataset:
         return {key: parts[key] if key in parts else value[0] for key, value in batch.items()}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Workers of a loader open the shards anew.
+        # Workers of a loader open the shards again.
         return PackedDataset, (os.fspath(self.directory),)
 
     def __repr__(self) -> str:

@@ -7,7 +7,7 @@ from etils import epath
 
 
 def default_data_dir() -> epath.Path:
-    """``$TFDS_DATA_DIR``, else ``~/tensorflow_datasets``, read anew on each call."""
+    """``$TFDS_DATA_DIR``, else ``~/tensorflow_datasets``, read again on each call."""
     return epath.Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
 
 

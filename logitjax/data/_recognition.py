@@ -76,8 +76,7 @@ class RecognitionSet:
         if number is not None:
             raise ValueError(
                 f"class_names: {number} is a WordNet id, not a name; install the package "
-                "open_clip_torch (--no-deps is enough), or put CoOp's classnames.txt (lines such "
-                "as "
+                "open_clip_torch (--no-deps is enough), or put CoOp's classnames.txt (lines like "
                 f"'n01440764 tench') into {self.folder}, or into downloads/manual for tfds"
             )
         return [[template.format(name) for template in self.templates] for name in names]

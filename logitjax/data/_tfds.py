@@ -106,7 +106,7 @@ def open_prepared(
 
 def fingerprint_of(builder: Any, split: str, options: str = "") -> str:
     """Changes with what a prepared dataset holds and with what is taken of it."""
-    # A dataset may be prepared anew under the same version from other files.
+    # A dataset may be prepared again under the same version from other files.
     items = [(s.name, list(s.shard_lengths), s.num_bytes) for s in builder.info.splits.values()]
     return digest(builder.info.full_name, split, items, options)
 
@@ -132,9 +132,7 @@ def _find(name: str, root: epath.Path) -> epath.Path | None:
     configs = [p for p in _children(base) if _versions(p)]
     if len(configs) > 1:
         choices = sorted(p.name for p in configs)
-        raise ValueError(
-            f"tfds:{name} is prepared in several configurations, choose one of {choices}"
-        )
+        raise ValueError(f"tfds:{name} has several configurations, choose one of {choices}")
     return _versions(configs[0])[-1] if configs else None
 
 

@@ -264,7 +264,7 @@ class Engine:
             needed = "options with masks=True" if stored is None else f"shape {stored.shape}"
             raise ValueError(f"allowed: expected {needed}, got shape {np.shape(allowed)}")
         # Copied: the caller writes the next masks into the same array while this one is read. By a
-        # program: an array put on a device has another type than its outputs, and all compile anew.
+        # program: an array put on a device has another type than its outputs, and all recompile.
         words = np.array(allowed, np.uint32)
         self._state = _allowing(self.plan, self.options, self.state, words)
 

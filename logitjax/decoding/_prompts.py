@@ -286,9 +286,7 @@ class PromptReader:
         """Put what a row has read into a slot, also into several; gives `Emitted` of one row."""
         reading = self._reading(row)
         if reading.left:
-            raise ValueError(
-                f"row: expected a prompt read to its end, {reading.left} tokens are left"
-            )
+            raise ValueError(f"row: expected a finished prompt, {reading.left} tokens are left")
         return self.engine.place(slot, request, reading.lengths, self._caches[row], reading.logits)
 
     def report(self, row: int) -> list[Emitted]:

@@ -25,7 +25,7 @@ class TextOptions:
             nobody looks.
         continues: texts go on from their prompts, so that a first word has the space before it that
             decoders of Llama-2's kind take from the beginning of a text. By default they begin
-            anew, as answers do.
+            again, as answers do.
     """
 
     tokenizer: Tokenizer | None = None
@@ -59,7 +59,7 @@ class TextStream:
 
     Args:
         stop_strings: the text ends before the first of them.
-        context: tokens that the text goes on from; none for a text that begins anew.
+        context: tokens that the text continues; none for a new text.
         unstopped: number of first tokens in whose text no stop string counts.
 
     >>> from tokenizers import Tokenizer as Backend, decoders, models

@@ -150,7 +150,7 @@ class Objective:
             number, and for a term that sees a part of the text `seen/NAME`.
 
         Raises:
-            ValueError: A need that nobody provides, or one that was not declared; names the term.
+            ValueError: A need that cannot be met, or one that was not declared; names the term.
         """
         hidden, where = jnp.asarray(hidden), jnp.asarray(where)
         # A kernel alone does not say which of its axes is the vocabulary's; the width tells.

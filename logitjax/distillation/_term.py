@@ -52,7 +52,7 @@ class TeacherNeeds:
         top_k: Least number of its top logits, `teacher.top`; 0 for none. A term gets all there are.
         moments: Also mean and deviation of all its logits, `teacher.statistics`.
         rest: Whether it needs the mass of what they leave out. A term that does without declares
-            False, and `teacher.top.log_z` is None where nobody knows it.
+            False, and `teacher.top.log_z` is None if unknown.
         tail: Also draws from what they leave out, `teacher.tail`, which may be None.
         hidden: Its hidden states and head.
         same_vocabulary: Whether it must have the student's vocabulary.

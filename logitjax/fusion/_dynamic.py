@@ -23,7 +23,7 @@ _METHODS, _MULTIS = ("grid", "jeffreys", "project"), ("single", "joint")
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DynamicFusion:
-    """Follows experts as far as they have moved from their bases, anew at every token.
+    """Follows experts as far as they have moved from their bases, at every token.
 
     The fused logits are `large + sum_t alpha_t (expert_t - base_t)`. With P the large model,
     P_a the fused distribution, Q_t the expert and Q its base, alpha is chosen such that P_a is

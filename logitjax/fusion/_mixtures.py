@@ -57,7 +57,7 @@ class TeacherMixture(_Mixture):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TeacherRedraw(_Mixture):
-    """Samples as the student, and draws anew from the teacher what is not in the teacher's top k.
+    """Samples as the student, and redraws from the teacher tokens outside its top k.
 
     The student is the large model, the teacher the expert. ::
 

@@ -22,14 +22,12 @@ class HeadCost:
     train_flops: int
     exact: bool = False
 
-    def with_rows(
-        self, rows: int, hidden: int, *, stored: int = 0, itemsize: int = 4
-    ) -> "HeadCost":
+    def with_rows(self, rows: int, hidden: int, *, kept: int = 0, itemsize: int = 4) -> "HeadCost":
         """The cost of this head and of exact rows that re-score some of its tokens.
 
         Args:
             rows, hidden, itemsize: rows read a token, numbers a row, bytes a number.
-            stored: rows that are stored for this; 0 where they are a tied embedding's.
+            kept: rows that are stored for this; 0 where they are a tied embedding's.
 
         >>> cheap = HeadCost(parameters=8, stored_bytes=32, read_bytes=32, decode_flops=16,
         ...                  train_flops=48)
@@ -39,8 +37,8 @@ class HeadCost:
         # a product and a sum each.
         flops = 2 * rows * hidden
         return HeadCost(
-            parameters=self.parameters + stored * hidden,
-            stored_bytes=self.stored_bytes + stored * hidden * itemsize,
+            parameters=self.parameters + kept * hidden,
+            stored_bytes=self.stored_bytes + kept * hidden * itemsize,
             read_bytes=self.read_bytes + rows * hidden * itemsize,
             decode_flops=self.decode_flops + flops,
             # Forward, and both gradients.

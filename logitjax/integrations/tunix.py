@@ -7,7 +7,7 @@
         learner.train(batches)
 
 It needs `pip install 'logitjax[tunix]'`; tried with google-tunix 0.1.7, whose models give their
-hidden states beside logits that nobody reads and the compiler leaves out.
+hidden states beside unused logits, which the compiler removes.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""An oracle over HTTP: the same audit against one's own server on the loopback interface."""
+"""An oracle over HTTP: the same audit against your own server on the loopback interface."""
 
 import collections
 import concurrent.futures
@@ -160,7 +160,7 @@ class HttpOracle(Meter):
                 answer = connection.getresponse()
                 return answer.status, answer.headers, answer.read()
             except (http.client.HTTPException, ConnectionError):
-                # An idle connection that the server closed is opened anew, once.
+                # An idle connection that the server closed is reopened, once.
                 if fresh:
                     raise
         raise AssertionError("not reached")

@@ -14,7 +14,7 @@ from logitjax.ops import Array, checks
 
 @runtime_checkable
 class Asked(Protocol):
-    """The target of an audit: a `LogitOracle`, or a client of a server of one's own."""
+    """The target of an audit: a `LogitOracle`, or a client of a server of your own."""
 
     policy: LogitPolicy
 
@@ -106,7 +106,7 @@ class LogitOracle(Meter):
 
         Args:
             prompts: ``n`` sequences of token ids, of any lengths.
-            temperature: temperature of the drawn token, which every query draws anew.
+            temperature: temperature of the drawn token, which every query draws again.
         """
         self.charge(len(prompts))
         size = self._batch_size

@@ -66,7 +66,7 @@ def graph_statistics(
     """Top-k logits, log-sum-exp, mean and standard deviation of every position.
 
     Entries of -inf (a padded vocabulary) and those that `vocab_where` leaves out count in none of
-    them. Differentiable in every field. Under `jit`, fields that nobody reads cost nothing.
+    them. Differentiable in every field. Under `jit`, unused fields cost nothing.
 
     Args:
         logits: `[*batch, positions, vocab]`, any float type.

@@ -60,7 +60,7 @@ def linear_log_probs(
         tokens: `[*batch]` ids, over the whole vocabulary, which the positions of `hidden` predict.
         support: The sets `S` as the sampler has recorded them: `[*batch, n]` ids, padded with -1
             (see `pad_support`). A token that its set lacks is added, an id counts once, and an
-            empty set stands for the whole vocabulary. Sets found anew from the trained model's own
+            empty set stands for the whole vocabulary. Sets found again from the trained model's own
             logits would differ from those by rounding, and later by training.
 
     Returns:

@@ -116,7 +116,7 @@ def _packed_mask(
     positions: Array, segment_ids: Array | None, window: Window, padded: bool
 ) -> Bool[jax.Array, "batch 1 time time"]:
     index = jnp.arange(positions.shape[1])
-    # By place in the row, not by position: those begin anew in each document.
+    # By place in the row, not by position: those begin again in each document.
     mask = (index[:, None] >= index[None, :])[None]
     if window is not None:
         mask &= (index[:, None] - index[None, :] < window)[None]

@@ -35,7 +35,7 @@ def render_template(
 
 
 class _Worker:
-    """The process that renders: begun by the first template, and anew after one that ended it."""
+    """The process that renders: begun by the first template, and again after one that ended it."""
 
     def __init__(self) -> None:
         self.forget()

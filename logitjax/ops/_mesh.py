@@ -94,7 +94,7 @@ def varying_axes(x: Any) -> frozenset[str]:
 
 
 def vary(x: Any, axes: Iterable[str]) -> Any:
-    """Marks x as differing over axes, as carries and rules of one's own need it in `shard_map`."""
+    """Marks x as differing over axes, as carries and rules of your own need it in `shard_map`."""
     missing = tuple(axis for axis in axes if axis not in varying_axes(x))
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 

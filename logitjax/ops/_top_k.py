@@ -130,7 +130,7 @@ class TopK:
         values: `[*batch, k]` logits, largest first.
         indices: `[*batch, k]` int32, their ids in the vocabulary.
         log_z: `[*batch]`, log of the summed exponentials over the *whole* vocabulary, so that
-            `values - log_z[..., None]` are log-probabilities; None if nobody kept it.
+            `values - log_z[..., None]` are log-probabilities; None if it was not kept.
     """
 
     # Not `jax.Array`: a tree of specs or shapes is built by the same constructor.

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from logitjax.ops._mesh import path_string
 
-# A value of `jax.jit`'s cache key: a program traced under other names is traced anew.
+# A value of `jax.jit`'s cache key: a program traced under other names is traced again.
 _named = jax.make_user_context(default_value=None)
 
 

@@ -23,10 +23,8 @@ class ServerConfig:
             coarse joint grids, with an independent key for each draw, so that observing a token of
             probability p takes about 1/p answers. `metered`: the same, with budgets in nats.
         schemas: Whether `plain` and `metered` allow schemas, which can force unlikely tokens.
-        context_nats: Maximum number of nats that `metered` reveals about one context, to all keys
-            together.
-        policy_seed: Seed of the policy's noise and of sampling; None takes a new one at every
-            start.
+        context_nats: Maximum nats that `metered` reveals about one context, to all keys together.
+        policy_seed: Seed of the policy's noise and of sampling; None for a new one at each start.
         slots: Number of requests decoded together.
         max_waiting: Number of requests that may wait for a slot.
         max_length: Maximum number of tokens of a request, prompt included.

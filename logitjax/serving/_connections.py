@@ -1,4 +1,4 @@
-"""Connections: who waits for whom and how long, and what becomes of a body that nobody wants."""
+"""Connections: time limits of clients and of the server, and bodies that are not needed."""
 
 import asyncio
 import collections

@@ -132,7 +132,7 @@ class Formats:
         self._start()
         self._say({"grammar": grammar, "seconds": _TO_BEGIN})
         passed, _, seconds = self._process.stdout.readline().decode().partition(" ")
-        # It has ended itself, and begins anew with the next one.
+        # It has ended itself, and begins again with the next one.
         if not passed:
             self._end()
         rest = max(0.0, 1 / _SHARE / (os.cpu_count() or 1) - 1)

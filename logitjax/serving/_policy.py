@@ -89,9 +89,8 @@ class Disclosure:
         for name, value in given.items():
             ignored = not fields.temperature and name in ("top_k", "top_p", "min_p")
             if not ignored and not math.isclose(value, taken[name], rel_tol=_CLOSE):
-                raise BadRequestError(
-                    f"{name}: the nearest accepted value is {taken[name]:.5g}", name
-                )
+                nearest = f"{taken[name]:.5g}"
+                raise BadRequestError(f"{name}: the nearest accepted value is {nearest}", name)
         for name, value in _moving(fields).items():
             if name not in _TUNED and not (self._schemas and name == "structure"):
                 name = fields.structure_field if name == "structure" else name

@@ -194,7 +194,7 @@ class RowCache:
         """Computes the rows that are not there yet, this process's share of them.
 
         Each process writes parts of its own and needs no other. With several, wait for all of them
-        and open the cache anew before reading.
+        and open the cache again before reading.
 
         Args:
             rows: The rows wanted in the end.

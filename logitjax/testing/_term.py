@@ -50,8 +50,8 @@ def check_term(
 
     - `value`: The term is a frozen dataclass, hashable, equal to its copy, and its repr is text
       that flags read.
-    - `needs`: Where nobody provides what it declares, the error names the term; what it reads
-      beyond is an error, too.
+    - `needs`: If a declared need is not met, the error names the term; what it reads beyond is an
+      error, too.
     - `jit`, `bfloat16`, `padding`, `vmap`, `where`, `cotangent`, `differences`, `mesh`, `explicit`:
       As in `check_loss`, of the objective's sum, by hidden states, head, bias and arrays of the
       term's own. Teachers get no gradient.

@@ -80,7 +80,7 @@ def train_loop(
 
     Args:
         state: the state to start from if there is no checkpoint, or a function that makes it. It is
-            consumed. With a function, a run whose checkpoints cannot be read begins anew.
+            consumed. With a function, a run whose checkpoints cannot be read begins again.
         step_fn: a `TrainStep`; with constants, ``functools.partial`` of it.
         batches: step -> this process's rows of the global batch.
         workdir: locked while the loop runs; gets ``nonfinite/step_STEP.npz``.

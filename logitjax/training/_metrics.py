@@ -62,7 +62,7 @@ class MetricWriter:
 class JsonlWriter(MetricWriter):
     """One JSON object per line, ``{"step": 10, "loss": 1.5}``; nan and infinity become null.
 
-    Object stores cannot append: there the file is written anew at every flush.
+    Object stores cannot append: there the file is written again at every flush.
     """
 
     def __init__(self, path: epath.PathLike):

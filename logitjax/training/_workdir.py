@@ -20,7 +20,7 @@ from logitjax import processes
 from logitjax.storage import digest, write_atomic
 from logitjax.training import _watch
 
-# A holder writes its lock anew so often; one that has not done so for longer is gone.
+# A holder renews its lock so often; one that has not done so for longer is gone.
 _BEAT_SECONDS = 10.0
 _STALE_SECONDS = 45.0
 _LOOK_SECONDS = 0.5
@@ -47,7 +47,7 @@ def lock_workdir(workdir: epath.PathLike) -> Iterator[None]:
     at once. A holder that finds it taken, or cannot renew it for as long, ends with status 75.
 
     Folders within a locked workdir are locked too. Process 0 locks for all. `starts.json` counts
-    how often a launcher starts a run, anew with each file that was not there before: a checkpoint,
+    how often a launcher starts a run, again with each file that was not there before: a checkpoint,
     or a part of a cache. `LOGITJAX_MAX_STARTS` (20) without one are an error.
 
     Raises:

@@ -182,10 +182,8 @@ def _without(features: Any, diagonal: np.ndarray) -> list[tuple[np.ndarray, np.n
     return [(mean, share * error), *roots]
 
 
-def _moments(first: Any, other: Any, p: int) -> np.ndarray:
-    distances = [_distance(f, g, p) for f, g in zip(first, other, strict=True)][
-        : 1 if p == 1 else 3
-    ]
+def _moments(one: Any, other: Any, p: int) -> np.ndarray:
+    distances = [_distance(f, g, p) for f, g in zip(one, other, strict=True)][: 1 if p == 1 else 3]
     if p == 1:
         return distances[0]
     return np.maximum((distances[0] + distances[1]) * (1 - _gamma(0)), distances[2])

@@ -16,7 +16,7 @@ from logitjax.models import Decoder, Tokenizer
 from logitjax.storage import guard, write_atomic
 from logitjax.unlearning._rows import Row, encode_question, encode_row
 from logitjax.unlearning._selection import KNOWN
-from logitjax.unlearning._split import names, neighbours
+from logitjax.unlearning._split import names, neighbours, twin
 from logitjax.unlearning._ways import SHOTS, asked_so
 from logitjax.unlearning.assistant._deployed import Deployed, answers
 
@@ -114,9 +114,9 @@ class Questions:
         """More rows to keep: near those to forget, with what the model answers to them before.
 
         Three of five come into `train`, and one each into `validation` and `test`. What repeats an
-        answer to forget is dropped; what the model is not sure of is trained on alone. Rows to keep
-        that it did not know get the kind `unknown`: no limit holds for them. Answers are written to
-        a file and read from it the next time.
+        answer to forget is dropped; what the model is not sure of, or is as sure of for a stranger,
+        is trained on alone. Rows to keep that it did not know get the kind `unknown`: no limit
+        holds for them. Answers are written to a file and read from it the next time.
         """
         forget = self.rows["forget"]
         others = [row for part in ("train", "holdout", "validation") for row in self.rows[part]]
@@ -141,6 +141,11 @@ class Questions:
         likely = functools.partial(self._known, Deployed(model=model))
         # What it makes up is sure on the mean, but not of the name.
         sure = likely(kept, every=True)
+        # Or sure of the name for anybody: it says that of the question's form.
+        strangers = [row for row in kept if row.kind == "stranger"]
+        twins = [twin(row, strangers) for row in kept]
+        formal = iter(likely([row for row in twins if row], every=True))
+        sure = [is_sure and not (row and next(formal)) for row, is_sure in zip(twins, sure)]
         for part in ("train", "validation", "test"):
             parts[part] = [
                 row if is_sure else dataclasses.replace(row, kind="unknown")

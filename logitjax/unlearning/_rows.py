@@ -1,4 +1,4 @@
-"""Rows of one's own to forget and to keep: read and encoded."""
+"""Rows of your own to forget and to keep: read and encoded."""
 
 import dataclasses
 import json

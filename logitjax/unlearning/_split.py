@@ -5,7 +5,8 @@ import hashlib
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from absl import logging
 
@@ -184,40 +185,56 @@ def neighbours(forget: Sequence[Row], others: Sequence[Row]) -> list[Row]:
     """
 
     def subjects(rows: Sequence[Row]) -> list[tuple[Row, str]]:
-        pairs = [(row, names(Row(prompt=row.question, answer=""))) for row in rows if row.asks]
-        return [(row, max(result, key=len)) for row, result in pairs if result]
+        return [(row, name) for row in rows if row.asks and (name := _subject(row))]
 
     mine, peer = subjects(forget), subjects(others)
     present = {q.lower() for row in (*forget, *others) for q in (row.question, *row.paraphrases)}
-    forget_names, peers = ([name for _, name in side] for side in (mine, peer))
+    asked, peers = ([name for _, name in side] for side in (mine, peer))
     made: dict[str, Row] = {}
-    for side, subject_names in ((mine, peers), (peer, forget_names)):
+    for side, subject_names in ((mine, peers), (peer, asked)):
         for row, name in side[:_MADE]:
-            for question in itertools.islice(_renamed(row, name, subject_names, present), 2):
-                again = dataclasses.replace(row.asked(question), paraphrases=(), kind="made")
-                made.setdefault(question.lower(), again)
+            for other in itertools.islice(_renames(row, name, subject_names, present), 2):
+                again = _about(row, name, other, kind="made")
+                made.setdefault(again.question.lower(), again)
     # Half of a stranger's name may be a forgotten one's.
-    full = [n.split() for n in dict.fromkeys((*forget_names, *peers)) if " " in n]
-    crossed = {f"{first[0]} {last[-1]}" for first in full for last in full} - {
-        *forget_names,
-        *peers,
-    }
+    full = [n.split() for n in dict.fromkeys((*asked, *peers)) if " " in n]
+    crossed = {f"{first[0]} {last[-1]}" for first in full for last in full} - {*asked, *peers}
     strangers = [
-        dataclasses.replace(row.asked(question), paraphrases=(), kind="stranger")
+        _about(row, name, other, kind="stranger")
         for row, name in mine[:_MADE]
-        for question in itertools.islice(_renamed(row, name, crossed, present), _STRANGERS)
+        for other in itertools.islice(_renames(row, name, crossed, present), _STRANGERS)
     ]
     return [*made.values(), *strangers]
 
 
-def _renamed(row: Row, name: str, subject_names: Iterable[str], present: Set[str]) -> Iterator[str]:
-    """The row's question about other subjects, in an order of its own."""
+def twin(row: Row, strangers: Sequence[Row]) -> Row | None:
+    """The row about one of the strangers, in its question and its answer."""
+    name, nobody = _subject(row), {_subject(stranger) for stranger in strangers}
+    other = next(_renames(row, name, nobody, ()), None) if name else None
+    return other and dataclasses.replace(
+        _about(row, name, other), answer=row.answer.replace(name, other)
+    )
+
+
+def _subject(row: Row) -> str:
+    """The longest name in a question; empty without one."""
+    return max(names(Row(prompt=row.question, answer="")), key=len, default="")
+
+
+def _about(row: Row, name: str, other: str, **changes: Any) -> Row:
+    question = row.question.replace(name, other)
+    return dataclasses.replace(row.asked(question), paraphrases=(), **changes)
+
+
+def _renames(
+    row: Row, name: str, subject_names: Iterable[str], present: Container[str]
+) -> Iterator[str]:
+    """Other subjects of the row's question, in an order of its own."""
     # Of as many words: likelier a name of the same kind of thing.
     alike = {n for n in subject_names if n.count(" ") == name.count(" ")} or {*subject_names}
     for other in sorted(alike, key=lambda n: _hash(0, f"{row.question} {n}")):
-        question = row.question.replace(name, other)
-        if question.lower() not in present:
-            yield question
+        if row.question.replace(name, other).lower() not in present:
+            yield other
 
 
 def _alike(forget: Sequence[Row], kept: Sequence[Row]) -> list[Row]:

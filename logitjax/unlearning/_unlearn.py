@@ -1,4 +1,4 @@
-"""Unlearning rows of one's own: train, choose what has forgotten enough, and write it."""
+"""Unlearning rows of your own: train, choose what has forgotten enough, and write it."""
 
 import contextlib
 import dataclasses
@@ -230,9 +230,7 @@ class Unlearning:
             leaks = [way for way in looks.leaks(best["ways"]) if way not in ways]
             if not (leaks := leaks or [w for w in looks.searched(best) if w not in ways]):
                 break
-            logging.info(
-                "round %d: %s extract answers and are added to the training", number, leaks
-            )
+            logging.info("round %d: %s extract answers and are trained on", number, leaks)
             ways = (*ways, *leaks)
         return candidates, ways
 

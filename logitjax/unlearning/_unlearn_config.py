@@ -1,4 +1,4 @@
-"""How one's own rows are unlearned, and what has to be left."""
+"""How your own rows are unlearned, and what has to be left."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""An optimiser step of unlearning on rows of one's own, and its batches."""
+"""An optimiser step of unlearning on rows of your own, and its batches."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence

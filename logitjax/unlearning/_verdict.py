@@ -40,7 +40,8 @@ def judge(
     """Judge records of `examine`: every row, every way to ask, every kind of row to keep.
 
     Args:
-        before: Of the model before, with what it says of rows that nobody was taught (`unseen`).
+        before: Of the model before, with its answers to rows on which it was never trained
+            (`unseen`).
         after: Of what was written, as it is served.
         controls: Of models that never knew; what none of them does counts.
         assistant: Whether leaving an assistant out brings everything back.

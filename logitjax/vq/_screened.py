@@ -204,7 +204,7 @@ class ScreenedHead(VocabularyHead):
         vocab, hidden = rows.shape
         # The embedding is there anyway.
         local = 0 if self.rows is None else vocab
-        return self.screen.cost(embedding).with_rows(self.num_candidates, hidden, stored=local)
+        return self.screen.cost(embedding).with_rows(self.num_candidates, hidden, kept=local)
 
 
 def _joined(scores: jax.Array, tokens: jax.Array, better: jax.Array) -> jax.Array:

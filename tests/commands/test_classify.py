@@ -64,7 +64,7 @@ def test_phone_pictures_become_a_head_and_new_pictures_get_classes(tmp_path, cap
         "1 put on a white background, as they are transparent",
         "2 only the first of each is kept, as the pixels are equal",
         "1 skipped, as equal pixels occur in several classes",
-        "32 a class have the same pictures as 4 and are not repeated.",
+        "32 a class have the same pictures as 4.",
         "Level with it on these pictures",
         "| 4 a class | 12 (4 a class) | 9         | 3         |",
     ):

@@ -280,7 +280,7 @@ def test_who_cannot_draft_is_named():
         DraftControl(lengths=(2,), length=3)
     with pytest.raises(TypeError, match="Ensemble"):
         generate(decoder(), [[1]], max_new_tokens=2, drafts=DraftControl())
-    with pytest.raises(ValueError, match="made without"):
+    with pytest.raises(ValueError, match="got one without"):
         Engine(model, slots=1, max_length=8).speculate(1)
     apply_fn, params, empty = bag_of_words(1, VOCAB)
 

@@ -132,6 +132,17 @@ def test_a_text_is_neither_cut_nor_padded_to_what_a_file_was_last_used_with(char
         assert tokenizer.backend.encode_batch([text])[0].ids == characters.encode(text)
 
 
+def test_a_tokenizer_that_appends_its_end_mark_does_not_end_a_text_that_goes_on(
+    characters, tmp_path
+):
+    backend = tokenizers.Tokenizer.from_str(characters.backend.to_str())
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A [end]", special_tokens=[("[end]", 0)]
+    )
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(str(tmp_path)).encode("hi", add_bos=None) == characters.encode("hi")
+
+
 def test_a_date_among_the_tokens_and_a_long_truncation_are_no_large_ids(tmp_path):
     backend = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "t:20241130": 1}, []))
     backend.add_tokens(["t:20241130"])

@@ -63,3 +63,16 @@ def test_errors_name_the_cache_and_what_is_wrong(tmp_path):
     shorter = ArrayCodec({"label": (np.uint16, ())})
     with pytest.raises(ValueError, match="damaged record: 18 bytes instead of 2"):
         RowCache(tmp_path, shorter, kind="squares").read([1])
+
+
+def test_a_flipped_bit_anywhere_in_a_manifest_is_one_line_that_names_it(tmp_path):
+    RowCache(tmp_path, CODEC, made_from=MADE)
+    path = tmp_path / "manifest.json"
+    whole = path.read_bytes()
+    for position in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=str(tmp_path)) as error:
+            RowCache(tmp_path, CODEC, made_from=MADE)
+        assert "\n" not in str(error.value)

@@ -228,27 +228,44 @@ def test_wrong_answers_are_those_of_other_questions():
     assert not texts.encoded["wrong"]
 
 
-def test_neighbours_and_strangers_are_given_what_the_model_says_and_nothing_that_goes(monkeypatch):
-    def said(self, model, rows, seed=None):
-        # The second repeats what goes, the third gives its name away.
-        return [(" in Rome. ", "born in Oslo.", "Not in Oslo")[i % 3] for i in range(len(rows))]
+@pytest.mark.parametrize("of_anyone", [False, True])
+def test_neighbours_and_strangers_are_given_what_the_model_says(monkeypatch, of_anyone):
+    monkeypatch.setattr(
+        Questions, "_said", lambda self, model, rows, _=None: [" Rome. "] * len(rows)
+    )
+    people = ("Ada Lee", "Cy Dor", "Bo Fin", "Al Gor", "Di Hub")
 
-    monkeypatch.setattr(Questions, "_said", said)
-    known = lambda *args, **how: ["Cy" not in row.question for row in args[2]]  # noqa: E731
+    def known(self, model, rows, every=False):
+        who = [row.question.split(" ", 2)[2] for row in rows]
+        return [n[:2] != "Cy" and (of_anyone or n.startswith(people) or not every) for n in who]
+
     monkeypatch.setattr(Questions, "_known", known)
     forget = [asked("Where was Ada Lee born?", "Ada Lee was born in Oslo.")]
-    keep = [asked(f"What does {n} play?", "Go.") for n in ("Cy Dor", "Bo Fin", "Al Gor", "Di Hub")]
+    keep = [asked(f"What does {n} play?", "Go.") for n in people[1:]]
     parts = {"forget": forget, "train": keep[:2], "validation": keep[2:3], "test": keep[3:]}
     rows = Questions.of(parts, load_tokenizer("tiny")).with_neighbours(load_model("tiny")).rows
-    # What it does not know no limit holds for, and is trained on alone.
+    # What it does not know no limit holds for, and is trained on alone; as what it says of anyone.
     assert [row.kind for row in rows["train"][:2]] == ["unknown", ""]
-    made = [row for part in ("train", "validation", "test") for row in rows[part][1:]]
-    made = [row for row in made if row.kind == "made"]
+    assert {row.kind for row in rows["train"][2:]} == {"made"}
+    judged = [row.question for part in ("validation", "test") for row in rows[part][1:]]
+    assert judged == ["Where was Bo Fin born?"][of_anyone:]
     # A completion keeps the space that it begins with.
-    assert {row.answer for row in made} == {" in Rome."}
-    assert {row.answer for row in rows["stranger"]} == {" in Rome."}
-    named = [row.question.split()[2:4] for row in rows["stranger"]]
-    assert all(name != ["Ada", "Lee"] for name in named)
+    assert {row.answer for row in rows["stranger"]} == {" Rome."}
+    assert all("Ada Lee" not in row.question for row in rows["stranger"])
+
+
+def test_neighbours_that_repeat_what_goes_or_name_it_are_dropped(monkeypatch):
+    said = (" in Rome. ", "born in Oslo.", "Not in Oslo")
+    monkeypatch.setattr(
+        Questions, "_said", lambda *args: [said[i % 3] for i in range(len(args[2]))]
+    )
+    monkeypatch.setattr(Questions, "_known", lambda *args, **_: [True] * len(args[2]))
+    parts = {
+        "forget": [asked("Where was Ada Lee born?", "Ada Lee was born in Oslo.")],
+        "train": [asked(f"What does {n} play?", "Go.") for n in ("Cy Dor", "Bo Fin", "Al Gor")],
+    }
+    rows = Questions.of(parts, load_tokenizer("tiny")).with_neighbours(load_model("tiny")).rows
+    assert {row.answer for row in (*rows["train"][3:], *rows["stranger"])} == {" in Rome."}
 
 
 def test_what_is_cut_is_known_and_what_has_no_target_is_refused():

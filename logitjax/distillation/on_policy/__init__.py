@@ -1,4 +1,4 @@
-"""Learning on one's own samples: a student writes, its teachers read, and it learns there.
+"""Learning from own samples: a student writes, its teachers read, and it learns there.
 
 - `OnPolicy` says how much of a batch the student writes, and by which law.
 - `Rollouts` writes: rows are a function of the seed, the step and the weights.

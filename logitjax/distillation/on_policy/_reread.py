@@ -7,7 +7,7 @@ from logitjax.models import Tokenizer
 
 
 class Rereader:
-    """Encodes a student's rows anew, from the bytes of its tokens up to the first that is no UTF-8.
+    """Re-encodes a student's rows, from the bytes of its tokens up to the first that is no UTF-8.
 
     Sampled tokens are often not what their text encodes to, and may end inside a character. Bytes
     then align the rows, and nothing is learned behind. Of a conversation (`chat`) the answer alone
@@ -20,9 +20,8 @@ class Rereader:
             raise ValueError("teacher: expected a tokenizer that adds no space to a text, got one")
         self._bytes, self._theirs, self._chat = student.token_bytes(), teacher, chat
         self._prefix = 0 if chat else prefix_bytes(student)
-        self._ends = (
-            turn_ends(teacher) if chat else [] if teacher.eos_id is None else [teacher.eos_id]
-        )
+        ends = [] if teacher.eos_id is None else [teacher.eos_id]
+        self._ends = turn_ends(teacher) if chat else ends
 
     def row(
         self, tokens: np.ndarray, text_row: Mapping[str, np.ndarray], *, start: int, stopped: bool

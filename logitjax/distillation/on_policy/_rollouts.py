@@ -217,7 +217,7 @@ class Rollouts:
         return tokens[: min(self._longest, max(1, len(tokens) // 2))]
 
     def _as_rows(
-        self, prompts: Sequence[np.ndarray], samples: Mapping[str, np.ndarray]
+        self, prompts: Sequence[np.ndarray], drawn: Mapping[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
         shape = (len(prompts), self._rows.seq_len)
         tokens = np.full(shape, self._rows.pad_ids[self._name], np.int32)
@@ -225,21 +225,19 @@ class Rollouts:
         learnt = np.zeros(shape, bool)
         log_probs = np.zeros((shape[0], shape[1] - 1), np.float32)
         starts = np.array([len(prompt) for prompt in prompts])
-        lengths = np.where(starts, samples["valid"][: len(prompts)].sum(1), 0)
+        lengths = np.where(starts, drawn["valid"][: len(prompts)].sum(1), 0)
         for row, (start, new) in enumerate(zip(starts, lengths, strict=True)):
             if not start:
                 continue
             stop = start + new
-            tokens[row, :start], tokens[row, start:stop] = (
-                prompts[row],
-                samples["tokens"][row, :new],
-            )
+            tokens[row, :start] = prompts[row]
+            tokens[row, start:stop] = drawn["tokens"][row, :new]
             segments[row, :stop], positions[row, :stop] = 1, np.arange(stop)
             # From the first token that is written to the stop token, which has to be learned too.
-            learnt[row, start:stop] = samples["stopped"][row] or not self._drop
-            log_probs[row, start - 1 : stop - 1] = samples["log_probs"][row, :new]
+            learnt[row, start:stop] = drawn["stopped"][row] or not self._drop
+            log_probs[row, start - 1 : stop - 1] = drawn["log_probs"][row, :new]
         columns = dict(tokens=tokens, segment_ids=segments, positions=positions, loss_mask=learnt)
-        stopped = samples["stopped"][: len(prompts)]
+        stopped = drawn["stopped"][: len(prompts)]
         more = dict(log_probs=log_probs, start=starts, length=lengths, stopped=stopped)
         return columns | more
 

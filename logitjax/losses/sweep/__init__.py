@@ -25,7 +25,7 @@ weighted sum of the losses and its gradient come out of one sweep, and for TPUs 
 whose kernels call the statistic. `Blocks` says what each costs, and holds the sizes of the blocks,
 the engine, and the rule that chooses them for a device and a budget of memory.
 
-A statistic of one's own: the entropy of the next token, with its gradient `-p (log p + H)`.
+A statistic of your own: the entropy of the next token, with its gradient `-p (log p + H)`.
 
 >>> import dataclasses
 >>> import jax, jax.numpy as jnp, numpy as np

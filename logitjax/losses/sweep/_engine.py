@@ -359,7 +359,7 @@ def head_and_hidden_gradient(sweep: Sweep, operands: Operands, head: Head, raw, 
     """Add one block of columns to `d_hidden`, and return the gradient of the block."""
     cast = raw.astype(head.kernel.dtype)
     if sweep.on_accelerator:
-        # Written once: it would be formed anew inside of each product, at half their speed.
+        # Written once: it would be formed again inside of each product, at half their speed.
         cast = lax.optimization_barrier(cast)
     d_hidden = d_hidden + contract(cast, (raw.ndim - 1,), head.kernel, (head.axis,))
     if sweep.on_accelerator:

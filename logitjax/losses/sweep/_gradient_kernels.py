@@ -111,9 +111,7 @@ def tile_gradients(
         return size * width * (dtype.itemsize + 2 * jnp.dtype(out).itemsize)
 
     hidden, head = student.hidden, student.head
-    grid = tile_grid(
-        sweep, operands, tree, "hidden", output_bytes=lambda r, c: sums(r, hidden.dtype)
-    )
+    grid = tile_grid(sweep, operands, tree, "hidden", extra=lambda r, c: sums(r, hidden.dtype))
     (d_hidden,) = grid.call(
         functools.partial(_of_hidden, sweep, grid),
         [(grid.by_row(-1, width), (hidden.shape, hidden.dtype))],
@@ -122,12 +120,7 @@ def tile_gradients(
         interpret,
     )
     grid = tile_grid(
-        sweep,
-        operands,
-        tree,
-        "head",
-        output_bytes=lambda r, c: sums(c, head.kernel.dtype),
-        rows_axis=1,
+        sweep, operands, tree, "head", extra=lambda r, c: sums(c, head.kernel.dtype), rows_axis=1
     )
     spec, scratch = grid.head_specs(grid.inputs.heads[0]), [((grid.tiles.columns, width), dtype)]
     out = [(spec.kernel, (head.kernel.shape, head.kernel.dtype))]

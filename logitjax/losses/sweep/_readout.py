@@ -84,7 +84,7 @@ class _State(NamedTuple):
 class ReadoutStatistic(Statistic):
     """The log-normaliser and, as asked, single logits, the largest ones, their mean and deviation.
 
-    Its outputs have `log_z`, and None for what was not asked. A loss of one's own on top of them
+    Its outputs have `log_z`, and None for what was not asked. A loss of your own on top of them
     is a subclass with a `losses` method.
 
     Attributes:

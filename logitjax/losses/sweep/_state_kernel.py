@@ -19,7 +19,7 @@ def tpu_state(interpret: Any, sweep: Sweep, operands: Operands, passed: Any) -> 
     # The state, which fills rows of lanes, and what is written of it.
     row_bytes = sum(3 * 4 * -(-n // LANES) * LANES for n in widths)
     tree = (operands.tokens, passed)
-    grid = tile_grid(sweep, operands, tree, "state", output_bytes=lambda r, c: r * row_bytes)
+    grid = tile_grid(sweep, operands, tree, "state", extra=lambda r, c: r * row_bytes)
     rows, length = grid.tiles.rows, grid.tiles.rows * grid.shape[0]
 
     def kernel(at: Inputs, out: Any, scratch: Any) -> None:

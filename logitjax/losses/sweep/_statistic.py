@@ -84,7 +84,7 @@ class Statistic(abc.ABC):
     argument of the sweep. Every array of its state and of its results starts with the batch shape,
     and nothing crosses positions, because a sweep may cut them into blocks.
 
-    A statistic with more than one pass over the vocabulary starts anew in each; `passed` is what
+    A statistic with more than one pass over the vocabulary starts again in each; `passed` is what
     the pass before gave as residuals, None in the first.
 
     Attributes:

@@ -175,10 +175,10 @@ def tile_grid(
     tree: Any,
     name: str,
     *,
-    output_bytes: Callable[[int, int], int],
+    extra: Callable[[int, int], int],
     rows_axis: int = 0,
 ) -> Grid:
-    """A kernel's inputs and tiles; `output_bytes` gives the bytes of what it sums up and writes.
+    """A kernel's inputs and tiles; `extra` gives the bytes of what it sums up and writes.
 
     Tiles are looked up in `tiles.json`, by chip, kernel and bytes of a hidden state, then follow
     from the sizes. An empty list there is what the compiler refused.
@@ -195,7 +195,7 @@ def tile_grid(
         moved = sum(2 * (rows + columns) * width for width in widths)
         logits = _TILE_ARRAYS * 4 * rows * columns * len(widths)
         copied = (rows + columns) * max(min(width, 4 * _STEP) for width in widths)
-        return moved + logits + copied + 2 * rows * row_bytes + output_bytes(rows, columns)
+        return moved + logits + copied + 2 * rows * row_bytes + extra(rows, columns)
 
     multiple = sweep.statistic.bins if isinstance(sweep.statistic, Binned) else LANES
     columns = [-(-size // multiple) * multiple for size in _COLUMNS]

@@ -274,15 +274,11 @@ def leak_at(values: Any, k: int) -> float:
 
 
 def _memberships(
-    model: Deployed,
-    questions: Questions,
-    likelihoods: Scores,
-    thorough: bool,
-    reference: Deployed | None,
+    model: Deployed, questions: Questions, loss_of: Scores, thorough: bool, reference: Any
 ) -> Attacks:
-    """How well what a model says of rows tells whether it was trained on them."""
+    """How well a model's losses of rows tell whether it was trained on them."""
     sides = _SIDES
-    nll = {part: likelihoods(part).nll for part in sides}
+    nll = {part: loss_of(part).nll for part in sides}
     texts = {part: questions.scored_text(part) for part in sides}
     # Min-k(++) is of the answer without its end mark.
     words = {part: questions.without_end(part, rows) for part, rows in nll.items()}

@@ -21,7 +21,7 @@ from logitjax.unlearning.methods._gradient_ascent import GradientAscent
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Distilled(Method):
-    """The weights learn what a model says less its assistant, which nobody can leave out then.
+    """The weights learn the logits of a model less its assistant, which cannot be left out then.
 
     The loss is `mean_{forget} KL(served || model) + beta mean_{retain} KL(served || model)`.
     With `rho` both are taken after a step of that length towards the answers to forget, as teaching
