@@ -155,16 +155,8 @@ class Engine:
         streams = self.streams_of(request)
         tokens, positions = left_padded([streams])
         # What the row held of another prompt is not seen: later positions never are.
-        logits, (self._row,), _ = read_piece(
-            self.plan,
-            self.options,
-            self.params,
-            (self._row,),
-            tokens,
-            positions,
-            None,
-            report=False,
-        )
+        given = (self.plan, self.options, self.params, (self._row,), tokens, positions, None)
+        logits, (self._row,), _ = read_piece(*given, report=False)
         return self.place(slot, request, [len(s) for s in streams], self._row, logits[0])
 
     def place(
@@ -244,12 +236,12 @@ class Engine:
             raise ValueError(
                 f"length: expected a number between 1 and {self._longest_draft}, got {length}"
             )
+        params = (self.params, self._draft_params)
         self._state, emitted, drafted = _speculate(
             self.plan,
             self._drafter,
             self.options,
-            self.params,
-            self._draft_params,
+            *params,
             self.state,
             rounds=rounds,
             length=length,

@@ -196,13 +196,10 @@ class PromptReader:
     def __init__(self, engine: Any, *, rows: int = 4, chunk: int = 128, prefix_bytes: int = 0):
         if rows < 1 or chunk < rows or chunk % rows:
             raise ValueError(f"chunk: expected a multiple of rows={rows}, got {chunk}")
-        self.engine = engine
-        self.chunk = chunk
-        self.block = chunk // rows
+        self.engine, self.chunk, self.block = engine, chunk, chunk // rows
         # What is short, or left of a prompt whose beginning is known, is not read as a whole block.
         self._widths = sorted({max(1, self.block // 4), self.block, chunk})
-        self.tokens_read = 0
-        self.tokens_reused = 0
+        self.tokens_read = self.tokens_reused = 0
         self._caches = [engine.empty_row() for _ in range(rows)]
         self._rows: list[_Reading | None] = [None] * rows
         self._turns: list[int] = []
@@ -274,17 +271,16 @@ class PromptReader:
         plain = [row for row in turns if not self._reading(row).report]
         # With two of four, pieces of their own waste less than half of a common one.
         if len(self._rows) > 1 and 2 * len(plain) > len(self._rows):
-            pieces = [(list(range(len(self._rows))), plain)]
+            pieces = [plain]
         else:
             # Short ones one after the other, or a long one.
             short = itertools.takewhile(lambda row: self._reading(row).left <= self.block, turns)
-            pieces = [([row], [row]) for row in list(short) or turns[:1]]
-        read = [row for _, some in pieces for row in some]
-        for rows, some in pieces:
-            self._read(rows, some)
-        # To the end of the line: a long prompt does not keep the others waiting.
-        self._turns = [row for row in self._turns if row not in read] + read
-        return [row for row in read if not self._reading(row).left]
+            pieces = [[row] for row in short] or [turns[:1]]
+        for read in pieces:
+            self._read(read)
+            # To the end of the line: a long prompt does not keep the others waiting.
+            self._turns = [row for row in self._turns if row not in read] + read
+        return [row for read in pieces for row in read if not self._reading(row).left]
 
     def place(self, row: int, slot: int, request: Request) -> Emitted:
         """Put what a row has read into a slot, also into several; gives `Emitted` of one row."""
@@ -335,17 +331,17 @@ class PromptReader:
         self.tokens_reused += len(blocks) * self.block
         return len(blocks) * self.block
 
-    def _read(self, rows: list[int], some: list[int]) -> None:
-        """Read the next piece of some prompts by a program of these rows."""
-        only = self._reading(rows[0]) if len(rows) == 1 else None
-        report, following = only is not None and only.report, None
+    def _read(self, some: list[int]) -> None:
+        """Read the next piece of one prompt, or of several, whose program has all rows."""
+        only = self._reading(some[0]) if len(some) == 1 else None
+        rows, most = (some, self.chunk) if only else (list(range(len(self._rows))), self.block)
         # Reports have no program of the smallest width, all rows together none of the largest.
-        least, most = self.block * report, self.chunk if only is not None else self.block
-        widths = [width for width in self._widths if least <= width <= most]
+        least, following = self.block if only and only.report else 0, None
         left = {row: self._reading(row).left for row in some}
-        width = next((width for width in widths if width >= max(left.values())), most)
+        fitting = [width for width in self._widths if least <= width >= max(left.values())]
+        width = min([*fitting, most])
         read = {row: min(width, count) for row, count in left.items()}
-        if only is not None and report:
+        if only is not None and only.report:
             next_ones = np.full((1, width), -1, np.int32)
             taken = read[rows[0]]
             after = only.tokens[0, only.at + 1 : only.at + taken + 1]
@@ -381,16 +377,9 @@ class PromptReader:
             for stream, length in enumerate(reading.lengths):
                 at = columns - (reading.tokens.shape[1] - length)
                 positions[stream, i, width - taken :] = np.maximum(at, -1)
-        logits, caches, reported = read_piece(
-            self.engine.plan,
-            self.engine.options,
-            self.engine.params,
-            tuple(self._caches[row] for row in rows),
-            tokens,
-            positions,
-            following,
-            report=following is not None,
-        )
-        for row, cache in zip(rows, caches, strict=True):
+        engine, before = self.engine, tuple(self._caches[row] for row in rows)
+        given = (engine.plan, engine.options, engine.params, before, tokens, positions, following)
+        logits, after, reported = read_piece(*given, report=following is not None)
+        for row, cache in zip(rows, after, strict=True):
             self._caches[row] = cache
         return logits, reported

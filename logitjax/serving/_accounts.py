@@ -37,8 +37,7 @@ class Rate:
     def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic):
         self._per_second = per_minute / 60
         self._most = self._left = float(per_minute)
-        self._clock = clock
-        self._at = clock()
+        self._clock, self._at = clock, clock()
 
     def wait(self, amount: int) -> float:
         """Seconds until so many may be taken."""

@@ -85,10 +85,8 @@ class ServerConfig:
     def notice(self) -> str:
         """Say in a line what the answers of this server give away."""
         if self.choices == "free":
-            notice = (
-                "choices=free: answers give the logits away, whatever is hidden of their values"
-            )
-            return f"{notice} (docs/leakage.md)"
+            told = "answers give the logits away, whatever is hidden of their values"
+            return f"choices=free: {told} (docs/leakage.md)"
         notice = "choices=plain: a token of probability p is read from some 1/p answers"
         if self.choices == "plain":
             return notice

@@ -18,8 +18,7 @@ class Doorkeeper:
     """Knows every connection, and which of them wait for a request, the longest first."""
 
     def __init__(self, most: int, idle_seconds: float):
-        self.most = most
-        self.idle_seconds = idle_seconds
+        self.most, self.idle_seconds = most, idle_seconds
         self.open: set[Any] = set()
         self._idle: collections.OrderedDict[Any, float] = collections.OrderedDict()
 
@@ -65,9 +64,7 @@ class _HalfClosing:
     """
 
     def __init__(self, transport: Any, sending: Callable[[], bool]):
-        self._transport = transport
-        self._sending = sending
-        self.lingers = False
+        self._transport, self._sending, self.lingers = transport, sending, False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
@@ -95,8 +92,7 @@ class Protocol(H11Protocol):
     discard_bytes: int
 
     def connection_made(self, transport: Any) -> None:
-        self._discarded = 0
-        self._last = False
+        self._discarded, self._last = 0, False
         super().connection_made(_HalfClosing(transport, self._sending))  # pyright: ignore[reportArgumentType]
         self.doorkeeper.note(self, busy=False)
 

@@ -159,12 +159,9 @@ class Follower:
     request's field that asked for it.
     """
 
-    def __init__(
-        self, matcher: Any, vocab_size: int, allowed: np.ndarray | None = None, field: str = ""
-    ):
+    def __init__(self, matcher: Any, vocab_size: int, allowed: Any = None, field: str = ""):
         self._matcher, self._vocab_size, self.field = matcher, vocab_size, field
-        self._seconds = 0.0
-        self.failed = False
+        self._seconds, self.failed = 0.0, False
         self.allowed = self._mask() if allowed is None else allowed
 
     def copy(self, field: str = "") -> "Follower":

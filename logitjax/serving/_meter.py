@@ -29,9 +29,8 @@ class Meter:
     ):
         policy = disclosure.policy
         self.told: Any = collections.Counter()
-        self._ledger = ledger
+        self._ledger, self._token = ledger, math.log(vocab)
         self._draw = np.asarray(request.extra["draw"])
-        self._token = math.log(vocab)
         cells = policy.value_nats(vocab)
         self._values = 0.0 if asked.logprobs is None else cells
         self._echoed = 0.0 if asked.prompt_shown is None else cells
@@ -40,8 +39,7 @@ class Meter:
         names = [field.name for field in dataclasses.fields(Choice)]
         self._choice = Choice(**{name: getattr(asked.sampling, name) for name in names})
         self._prompt: Sequence[int] = np.asarray(request.prompt).tolist()
-        self._wants = request.max_new_tokens
-        self._digest = hashlib.blake2b(digest_size=8)
+        self._wants, self._digest = request.max_new_tokens, hashlib.blake2b(digest_size=8)
 
     @property
     def most(self) -> float:

@@ -13,8 +13,7 @@ class TokenNames:
     """
 
     def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._bytes = tokenizer.token_bytes()
+        self._tokenizer, self._bytes = tokenizer, tokenizer.token_bytes()
 
     def __call__(self, token: int) -> tuple[str, bytes]:
         stored = self._bytes[token] if token < len(self._bytes) else b""

@@ -50,9 +50,7 @@ class Observed:
     """
 
     def __init__(self, app: Any, metrics: Metrics, paths: frozenset[str]):
-        self._app = app
-        self._metrics = metrics
-        self._paths = paths
+        self._app, self._metrics, self._paths = app, metrics, paths
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":

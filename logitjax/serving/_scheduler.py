@@ -23,8 +23,9 @@ _STEPS = 4
 # Seconds that the end waits for the engine's thread.
 _PATIENCE = 2.0
 # Seconds that a step waits for the masks of structures: most take a tenth of that. Slots whose
-# masks come later are left out of the step, and given up after so long.
-_MASK_SECONDS, _MASK_PATIENCE = 0.005, 10.0
+# masks come later are left out of the step, and given up after so long. Longer where nothing else
+# can move, but not so long that a prompt that comes in would notice.
+_MASK_SECONDS, _IDLE_SECONDS, _MASK_PATIENCE = 0.005, 0.05, 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,9 +102,8 @@ class Scheduler:
         self.ready = threading.Event()
         # What else has programs, and compiles them before the server is ready.
         self.compiles: list[Callable[[], None]] = []
-        self.steps = _STEPS
-        # Decoding steps since prompts were read.
-        self._since = 0
+        # Of a chunk, and since prompts were read.
+        self.steps, self._since = _STEPS, 0
         self._max_waiting = config.max_waiting
         self._disclosure = disclosure
         self._jobs: list[Job | None] = [None] * config.slots
@@ -252,8 +252,6 @@ class Scheduler:
             steps = 1 if self._hold(waits) else self.steps
             self._hand_out(self.engine.decode_chunk(steps, waits), range(len(self._jobs)))
             self._since += steps
-        else:
-            self._since = 0
         return True
 
     def _drop_cancelled(self) -> None:
@@ -336,7 +334,7 @@ class Scheduler:
         idle = len(masks) == len(self._jobs) - self._jobs.count(None) and not self._reading
         # Where nobody else would move, the first mask is waited for.
         when = futures.FIRST_COMPLETED if idle else futures.ALL_COMPLETED
-        futures.wait(masks.values(), timeout=_PATIENCE if idle else _MASK_SECONDS, return_when=when)
+        futures.wait(masks.values(), _IDLE_SECONDS if idle else _MASK_SECONDS, when)
         waits = np.zeros(len(self._jobs), bool)
         for slot, mask in masks.items():
             job: Any = self._jobs[slot]

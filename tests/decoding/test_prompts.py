@@ -51,6 +51,10 @@ def test_pieces_by_turns_and_together_are_whole_prompts(engine):
         assert np.asarray(engine.decode_chunk(1).tokens)[1, 0] == after.argmax()
     reader.release(rows[0])
     assert reader.begin(Request(prompt=[1], max_new_tokens=1)) == rows[0]
+    reader.release(rows[1])
+    short = [rows[0], reader.begin(Request(prompt=[2], max_new_tokens=1))]
+    # Two that are short do not wait for each other's decoding steps.
+    assert reader.advance() == short
 
 
 def test_copies_are_placed_from_one_reading_each_with_its_seed(engine):

@@ -1,5 +1,6 @@
 """Token masks of JSON schemas: whatever is drawn under them is valid, and nothing else may end."""
 
+import asyncio
 import json
 import time
 
@@ -88,3 +89,20 @@ def test_schemas_that_cannot_be_followed_are_refused_in_one_line(tiny, schema):
         assert "\n" not in str(error.value)
     # What was refused once is refused at once.
     assert time.process_time() - start < 0.05
+
+
+def test_new_structures_rest_after_a_slow_one_and_known_ones_wait_for_nobody(tiny):
+    formats, known = tiny[1], '{"type": "null"}'
+    formats.begin("json", known)
+    formats._next = time.monotonic() + 0.5
+
+    async def both():
+        new = asyncio.create_task(formats.follow("json", '{"enum": ["new"]}', "response_format"))
+        await asyncio.sleep(0)
+        await formats.follow("json", known, "response_format")
+        assert not new.done()
+        await new
+
+    start = time.monotonic()
+    asyncio.run(both())
+    assert time.monotonic() - start >= 0.5
