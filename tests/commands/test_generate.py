@@ -114,8 +114,8 @@ def test_flags_that_do_not_fit_are_refused_before_weights_are_read(
         ),
         ("proxy:alpha: expected a number, got 'O.5'", dict(fusion="proxy:alpha=O.5", **pair)),
         ("dynamic:num: expected a whole number", dict(fusion="dynamic:num=2.5", **pair)),
-        ("draft: expected a model by --expert", dict(draft="expert")),
-        ("draft: expected a model by --expert", dict(draft="expert", assistant=directory)),
+        ("draft: expected a model from --expert", dict(draft="expert")),
+        ("draft: expected a model from --expert", dict(draft="expert", assistant=directory)),
         ("system: expected a chat template that takes it", dict(system="a", complete=True)),
         ("system: expected a chat template that takes it", dict(system="a")),
     ):

@@ -148,7 +148,7 @@ def test_other_datasets_name_their_columns(reviews, monkeypatch):
         data.load_examples("tfds:reviews:large")
     builder = Reviews(data_dir=os.fspath(reviews), config="large", file_format="array_record")
     builder.download_and_prepare(file_format="array_record")
-    with pytest.raises(ValueError, match=r"say which: \['large', 'small'\]"):
+    with pytest.raises(ValueError, match=r"choose one of \['large', 'small'\]"):
         data.load_examples("tfds:reviews")
 
 

@@ -39,5 +39,5 @@ def test_a_configuration_with_such_blocks_is_read_and_others_are_refused():
     )
     assert models.config_from_hf(raw).family == "llama"
     raw["quantization_config"]["weight_block_size"] = [64, 64]
-    with pytest.raises(ValueError, match=r"\('fp8'\) are not read"):
+    with pytest.raises(ValueError, match=r"\('fp8'\) are not supported"):
         models.config_from_hf(raw)
