@@ -117,28 +117,39 @@ def test_a_slow_structure_keeps_nobody_waiting_and_one_that_fails_ends():
     policy = LogitPolicy(returns="token")
     config = ServerConfig(model="bags", policy=policy, slots=3, max_length=32, prefill_chunk=4)
     scheduler = Scheduler(Ensemble(bag_of_words(3, 16)), Disclosure(policy), (), config)
+    steps = [0]
+    advance, decode = scheduler.reader.advance, scheduler.engine.decode_chunk
 
-    async def ask():
-        def job(new, follower=None):
-            request = Request(prompt=[1], max_new_tokens=new)
-            made = Job(request, Prompt(), asyncio.get_running_loop())
-            made.follower = follower
-            return made
+    def decode_chunk(count, *waits):
+        steps[-1] += count
+        return decode(count, *waits)
 
+    scheduler.reader.advance = lambda: steps.append(0) or advance()
+    scheduler.engine.decode_chunk = decode_chunk
+
+    async def ask(*limits):
         async def read(job):
             found = []
             while not (found and (isinstance(found[-1], Exception) or found[-1].last)):
                 found.append(await job.tokens.get())
             return found, time.monotonic()
 
-        jobs = [job(4, Slow(0.4)), job(24), job(4, Slow(0, failed=True))]
+        jobs = []
+        for new, follower in limits:
+            request = Request(prompt=[1], max_new_tokens=new)
+            jobs.append(Job(request, Prompt(), asyncio.get_running_loop()))
+            jobs[-1].follower = follower
         scheduler.submit(jobs)
         async with asyncio.timeout(60):
             return await asyncio.gather(*map(read, jobs))
 
     scheduler.start()
     try:
-        (slow, at_last), (free, at_once), (failing, _) = asyncio.run(ask())
+        (slow, at_last), (free, at_once), (failing, _) = asyncio.run(
+            ask((4, Slow(0.4)), (24, None), (4, Slow(0, failed=True)))
+        )
+        steps[:] = [0]
+        asyncio.run(ask((24, None), (24, Slow(0))))
     finally:
         scheduler.close()
     assert len(slow) == 4
@@ -146,3 +157,6 @@ def test_a_slow_structure_keeps_nobody_waiting_and_one_that_fails_ends():
     # Three masks take longer than 24 free tokens.
     assert at_once < at_last - 0.3
     assert str(failing[-1]) == "structured_outputs: too complex"
+    # Steps beside a structure are single ones: four of them lie between two looks at prompts.
+    during = [count for i, count in enumerate(steps) if 0 < sum(steps[: i + 1]) < 20]
+    assert min(during) >= 4
