@@ -68,7 +68,7 @@ def _local(
     )
     # All but the layouts. The fused backward kernel would keep a gradient of the queries for every
     # block of keys: 10 GiB of 32,768 tokens and 20 heads, and four times that of twice the tokens.
-    sizes = splash.BlockSizes(*[block] * 8)
+    sizes = splash.BlockSizes(block, block, block, block, block, block, block, block)
     kernel = splash.make_splash_mha(
         splash.MultiHeadMask([mask] * heads),
         block_sizes=sizes,

@@ -211,9 +211,9 @@ def twin(row: Row, strangers: Sequence[Row]) -> Row | None:
     """The row about one of the strangers, in its question and its answer."""
     name, nobody = _subject(row), {_subject(stranger) for stranger in strangers}
     other = next(_renames(row, name, nobody, ()), None) if name else None
-    return other and dataclasses.replace(
-        _about(row, name, other), answer=row.answer.replace(name, other)
-    )
+    if other is None:
+        return None
+    return dataclasses.replace(_about(row, name, other), answer=row.answer.replace(name, other))
 
 
 def _subject(row: Row) -> str:

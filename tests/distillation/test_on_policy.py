@@ -467,7 +467,8 @@ def test_a_teacher_that_goes_away_is_waited_for_and_may_not_come_back_as_another
     monkeypatch.setattr(
         _served_teacher.time, "sleep", lambda _: stack.enter_context(served(other, port))
     )
-    with stack, pytest.raises(ValueError, match=r"expected the weights .* from before the connection was lost"):
+    lost = r"expected the weights .* from before the connection was lost"
+    with stack, pytest.raises(ValueError, match=lost):
         far.hidden_states(columns)
 
 

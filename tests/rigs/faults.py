@@ -192,8 +192,8 @@ class _Run:
             copies = {p: p.read_bytes() for p in self.folder.rglob("*") if p.is_file()}
             chosen = _damage(kind, self.folder, draw)
             self._copies = {path: copies[path] for path in chosen} | self._copies
-            steps = (part for path in chosen for part in path.parts if part.isdigit())
-            self._spoilt |= set(map(int, steps))
+            numbers = (part for path in chosen for part in path.parts if part.isdigit())
+            self._spoilt |= set(map(int, numbers))
         self._readable = [s for s in _complete(self.folder) if s not in self._spoilt]
         names = [str(path.relative_to(self.folder)) for path in chosen]
         return {"kind": kind, "status": status, "files": names, "wrong": wrong}
