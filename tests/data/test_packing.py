@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from logitjax.data import Examples, PackedDataset, pack, pack_splits
+from logitjax.data import Examples, PackedDataset, load_examples, pack, pack_splits
 from logitjax.data._documents import Encoder, split_document
 from logitjax.data._pack import best_fit
 from logitjax.data._packed import _positions, read_ahead
@@ -451,11 +451,15 @@ def test_other_arguments_are_refused_by_name(tmp_path):
     assert pack_here().statistics["documents"] == 40
 
 
-@pytest.mark.parametrize("teachers", [1, 2])
-def test_a_killed_packing_goes_on_and_ends_in_the_same_bytes(tmp_path, monkeypatch, teachers):
+@pytest.mark.parametrize("source", ["one teacher", "two teachers", "a mixture"])
+def test_a_killed_packing_goes_on_and_ends_in_the_same_bytes(tmp_path, monkeypatch, source):
     # Two of forty are too long: left out, and counted once.
     rows = [{"text": "long " * 40} if i % 40 > 37 else EXAMPLES[i % 40] for i in range(760)]
-    rows = [row | {"teacher": f"t{i % 2}"} if teachers > 1 else row for i, row in enumerate(rows)]
+    if source == "two teachers":
+        rows = [row | {"teacher": f"t{i % 2}"} for i, row in enumerate(rows)]
+    spec = f"mix:jsonl:{tmp_path}/a.jsonl@1,jsonl:{tmp_path}/b.jsonl@2.5"
+    for name, some in (("a", rows[:200]), ("b", rows[200:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
     monkeypatch.setattr("logitjax.data._pack._TOKENS_PER_SHARD", 30 * 64)
 
     class Tokenizer(ByteTokenizer):
@@ -469,7 +473,9 @@ def test_a_killed_packing_goes_on_and_ends_in_the_same_bytes(tmp_path, monkeypat
 
     def packed(name, tokenizer):
         tokenizers = {"b": tokenizer, "w": WordTokenizer()}
-        return pack(rows, tokenizers, seq_len=64, directory=tmp_path / name, on_long="skip")
+        # A mixture is drawn again by each start.
+        examples = load_examples(spec) if source == "a mixture" else rows
+        return pack(examples, tokenizers, seq_len=64, directory=tmp_path / name, on_long="skip")
 
     def content(name):
         return {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()}
