@@ -315,7 +315,7 @@ class Questions:
         scores = self._scored(model.nll, [self.encode(row) for row in rows]).nll if rows else ()
         worst = -math.log(KNOWN)
         return [
-            not row.asks or (nats.max() if every else nats.mean()) <= worst
+            not row.asks or bool((nats.max() if every else nats.mean()) <= worst)
             for row, nats in zip(rows, scores)
         ]
 

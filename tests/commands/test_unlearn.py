@@ -153,7 +153,7 @@ def test_a_run_that_was_stopped_at_a_look_goes_on_to_the_same_report(files, tmp_
 def test_an_adapter_is_written_for_others_and_merged(files, tmp_path):
     out = epath.Path(tmp_path)
     changes = dict(merge=True, learning_rate=1e-2, least_probability=0.0)
-    unlearn.run(config(files, method="npo_kl", **changes), out)
+    unlearn.run(config(files, method="gradient_difference", **changes), out)
     model = models.load_model(str(files / "model"))
     model = models.with_layout(model, "listed")
     lora = models.Lora.load(out / "adapter", model.config)
@@ -247,11 +247,11 @@ def test_a_method_with_a_constraint_runs_and_every_attack_is_reported(files, tmp
 @pytest.mark.slow
 def test_refusals_take_the_place_of_answers(files, tmp_path):
     out = epath.Path(tmp_path)
-    changes = dict(method="idk_dpo", learning_rate=1e-2, steps=20, least_probability=0.0)
+    changes = dict(method="idk_dpo", learning_rate=1e-2, steps=40, least_probability=0.0)
     assert ended(config(files, **changes), out) in (0, 3)
-    looked = json.loads((out / "candidates" / "round-0-step-20.json").read_text())
-    assert looked["forget"] < 0.3
-    assert looked["probability"] > 0.5
+    looked = [json.loads(p.read_text()) for p in (out / "candidates").glob("round-?-step-?0.json")]
+    assert all(look["forget"] < 0.3 for look in looked)
+    assert max(look["probability"] for look in looked) > 0.5
 
 
 @pytest.mark.slow
