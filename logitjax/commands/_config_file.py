@@ -52,11 +52,17 @@ def write_config(config: _flags.Dataclass, folder: epath.Path, flag: str) -> Non
     values = _flags.flatten(config)
     text = json.dumps(values, indent=1, sort_keys=True) + "\n"
     path = folder / "config.json"
-    if path.exists() and path.read_text() != text:
+    if path.exists() and path.read_bytes() != text.encode():
+        again = "remove this file, which is then written again"
         try:
             old, new = storage.read_json(path, form=dict), json.loads(text)
         except ValueError as error:
-            raise ValueError(f"{error}; remove this file, which is then written again") from None
+            raise ValueError(f"{error}; {again}") from None
+        unknown, missing = ({*a} - {*b} for a, b in ((old, new), (new, old)))
+        # One bit makes another name of a flag's; another command has more of its own.
+        if len(unknown) == len(missing) == 1:
+            name, stored = missing.pop(), unknown.pop()
+            raise ValueError(f"{path}: expected a flag {name!r}, got {stored!r}; {again}")
         flags = _flags.flags_of(type(config))
         # Another mesh computes the same result: such a run may be continued.
         free = {f.name for f in flags if f.metadata.get("execution") or f.metadata.get("secret")}

@@ -100,7 +100,7 @@ class Truth:
 def run(config: Config, out: epath.Path) -> None:
     """Asks, policy by policy, and writes what came of it; of several processes the first."""
     processes.run_on_first("audit", lambda: _run(config, out))
-    records = [json.loads(path.read_text()) for path in (out / "policies").glob("*.json")]
+    records = [storage.read_json(path) for path in (out / "policies").glob("*.json")]
     if any(record["unlike"] for record in records):
         sys.exit(_UNLIKE)
 
@@ -128,7 +128,7 @@ def _run(config: Config, out: epath.Path) -> None:
             storage.progress.mark(f"asking {name}", log=True)
             record = _audit(config, name, prompts, vocab, truth, out)
             storage.write_atomic(path, json.dumps(record, indent=1) + "\n")
-        records.append(json.loads(path.read_text()))
+        records.append(storage.read_json(path))
         logging.info("%s: %s", name, records[-1]["verdict"])
     text = _report(config, prompts, vocab, truth, records)
     storage.write_atomic(out / "report.md", text)

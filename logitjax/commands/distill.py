@@ -287,7 +287,7 @@ def _check_weights(config: Config, whole: models.Decoder, out: epath.Path) -> No
     path, weights = out / "student.json", distillation.Student.of(whole).fingerprint
     if not processes.broadcast_from_first(path.exists):
         processes.write_json(path, {"weights": weights})
-    if processes.broadcast_from_first(lambda: json.loads(path.read_text()))["weights"] != weights:
+    if _stored(path, "weights")["weights"] != weights:
         raise ValueError(
             f"student: expected the weights that {out} was started with, got others in "
             f"{config.student!r}; name a new --out"
@@ -334,8 +334,9 @@ def _pruned(
                 whole, calibration(), drop, by=config.pruning.prune_by
             )
             processes.write_json(path, dataclasses.asdict(chosen))
-        record = processes.broadcast_from_first(lambda: json.loads(path.read_text()))
-        chosen = distillation.LayerPruning(**{name: tuple(value) for name, value in record.items()})
+        names = [field.name for field in dataclasses.fields(distillation.LayerPruning)]
+        record = _stored(path, *names)
+        chosen = distillation.LayerPruning(**{name: tuple(record[name]) for name in names})
         kept, freeze = chosen.kept, chosen.below if freeze == "below" else freeze
     model = models.keep_layers(whole, kept) if kept else whole
     if kept:
@@ -396,8 +397,20 @@ def _whole_row(
         scorer = distillation.Scorer(student, corpus, course, mesh=mesh)
         scores = scorer.scores(student.trained, "test")
         processes.write_json(path, scores | {"parameters": student.size})
-    scores = processes.broadcast_from_first(lambda: json.loads(path.read_text()))
+    scores = _stored(path, "perplexity", "bits_per_byte", "parameters")
     return _row(f"{config.student}, whole", scores)
+
+
+def _stored(path: epath.Path, *names: str) -> dict[str, Any]:
+    """A record that an earlier start left, with these names."""
+    record = processes.broadcast_from_first(lambda: storage.read_json(path, form=dict))
+    for name in names:
+        if name not in record:
+            raise ValueError(
+                f"{path}: expected {name!r} in it, got {storage.guard.short(sorted(record))}; "
+                "remove this file, which is then written again"
+            )
+    return record
 
 
 def _row(name: str, scores: Mapping[str, float]) -> dict[str, Any]:

@@ -245,7 +245,7 @@ def _run(problem: Problem, out: epath.Path) -> None:
                 storage.progress.mark(f"training {name}, {shots} shots", log=True)
                 record = problem.score(candidate, shots)
                 storage.write_atomic(path, json.dumps(record) + "\n")
-            records[name][shots] = json.loads(path.read_text())
+            records[name][shots] = storage.read_json(path)
             logging.info("%s, %d shots: %s", name, shots, cell(records[name][shots]["test"]))
         directory = out / "heads" / name
         if not (directory / "head.json").exists():

@@ -161,7 +161,7 @@ def _records(
             picked = items[start : start + _PART]
             storage.write_atomic(path, json.dumps(_scored(nll_fn, picked, batch_size)))
             logging.info("%s: %d of %d rows", parts.name, start + len(picked), len(items))
-        records += json.loads(path.read_text())
+        records += storage.read_json(path)
     return records
 
 

@@ -13,7 +13,7 @@ from etils import epath
 
 from logitjax.evaluation import NllFn, rouge, score_rows
 from logitjax.models import Decoder, Tokenizer
-from logitjax.storage import guard, write_atomic
+from logitjax.storage import guard, read_json, write_atomic
 from logitjax.unlearning._rows import Row, encode_question, encode_row
 from logitjax.unlearning._selection import KNOWN
 from logitjax.unlearning._split import names, neighbours, twin
@@ -125,7 +125,7 @@ class Questions:
         secret = {name for row in forget for name in names(Row(answer=row.answer))}
         secret -= {name for row in forget for name in names(Row(answer=row.question))}
         parts = {part: list(self.rows[part]) for part in _PARTS}
-        texts = json.loads(file.read_text()) if file is not None and file.exists() else {}
+        texts = read_json(file, form=dict) if file is not None and file.exists() else {}
         if not all(row.question in texts for row in made):
             message = self._said(Deployed(model=model), made)
             # A completion begins with a space, without which its tokens are others.

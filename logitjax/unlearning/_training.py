@@ -23,7 +23,7 @@ from logitjax.models import (
     save_pretrained,
     with_layout,
 )
-from logitjax.storage import write_atomic
+from logitjax.storage import read_json, write_atomic
 from logitjax.unlearning._questions import Questions
 from logitjax.unlearning._unlearn_config import UnlearnConfig
 from logitjax.unlearning._unlearn_update import make_update
@@ -55,7 +55,7 @@ class Training:
             # a kill leaves no half record.
             write_atomic(path, json.dumps(make(), indent=1) + "\n")
         # As read, so that a resumed run sees no other digits.
-        return json.loads(path.read_text())
+        return read_json(path)
 
     def read(self, candidate: Mapping[str, Any]) -> Lora | Decoder:
         """The adapters of a candidate, or the model of which all was trained."""

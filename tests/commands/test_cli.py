@@ -1,5 +1,6 @@
 """Flags to dataclass: presets, overrides, and a workdir that keeps its configuration."""
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -214,7 +215,23 @@ def test_a_folder_with_results_keeps_its_configuration(tmp_path):
     with pytest.raises(ValueError, match=r"^out: .* with another rate; choose a new --out$"):
         write(rate=0.7, part="first")
     write(part="first")
-    assert json.loads((folder / "config.json").read_text())["part"] == "first"
+    content = (folder / "config.json").read_bytes()
+    assert json.loads(content)["part"] == "first"
+    # A flipped bit in a value is another value; anywhere else the file is named.
+    for i in range(len(content)):
+        flipped = bytes([*content[:i], content[i] ^ (1 << i % 8), *content[i + 1 :]])
+        (folder / "config.json").write_bytes(flipped)
+        with contextlib.suppress(ValueError):
+            json.loads(flipped.decode())
+            write(part="first")
+            continue
+        with pytest.raises(ValueError, match=r"config\.json: |with another "):
+            write(part="first")
+    (folder / "config.json").write_bytes(content.replace(b'"rate"', b'"rave"'))
+    with pytest.raises(
+        ValueError, match=r"config\.json: expected a flag 'rate', got 'rave'; remove"
+    ):
+        write(part="first")
 
 
 def test_a_run_that_made_nothing_does_not_claim_its_folder(tmp_path):

@@ -1,6 +1,7 @@
 """The command that prunes and teaches: what it writes is read back, killed it goes on, errors."""
 
 import base64
+import contextlib
 import dataclasses
 import http.server
 import json
@@ -470,3 +471,17 @@ def test_where_the_time_of_a_run_that_is_killed_ten_times_went(text, tmp_path):
     flops = last["tflops_per_second"] * 1e12 * last["seconds_per_step"]
     assert flops == pytest.approx(json.loads(kept.read_text())["flops"], rel=0.05)
     print(total, waited, flops)
+
+
+def test_a_record_with_a_flipped_bit_is_named(tmp_path):
+    path = epath.Path(tmp_path) / "student.json"
+    content = json.dumps({"weights": "3777d4e00283"}).encode()
+    for i in range(len(content)):
+        for bit in range(8):
+            path.write_bytes(bytes([*content[:i], content[i] ^ (1 << bit), *content[i + 1 :]]))
+            # A digit of another fingerprint is what other weights have, and said so.
+            with contextlib.suppress(ValueError, KeyError):
+                assert json.loads(path.read_bytes().decode())["weights"]
+                continue
+            with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}: .*$"):
+                distill._stored(path, "weights")
