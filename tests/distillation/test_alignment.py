@@ -65,6 +65,7 @@ def test_hand_worked_row():
     assert found.theirs[0].tolist() == [-1, 0, 0, -1, 1, -1][: found.theirs.shape[1]]
     assert (found.our_sizes[0, :2].tolist(), found.their_sizes[0, :2].tolist()) == ([2, 1], [2, 1])
     assert found.one_to_one[0].tolist() == [False, False, False, True, False]
+    assert found.counts.tolist() == [2]
 
 
 @given(st.lists(st.sampled_from(["ab", "c", " d", "é"]), min_size=2, max_size=12), st.data())

@@ -27,6 +27,14 @@ def test_inference_uses_and_keeps_the_first_head_only(auxiliary):
     np.testing.assert_allclose(logits, call(model.head, features), rtol=1e-5, atol=1e-6)
     assert other.shape == logits.shape
     assert np.abs(other - logits).max() > 0.01
+    if auxiliary == "mlp":
+        aux = model.head.aux
+        hidden = np.asarray(call(aux.hidden, features))
+        kept = jax.random.bernoulli(options["key"], 0.9, hidden.shape)
+        hidden = np.where(kept, hidden / 0.9, 0.0)
+        hidden = (hidden - hidden.mean(0)) / np.sqrt(hidden.var(0) + 1e-5)
+        hidden = np.maximum(hidden * aux.norm.scale[...] + aux.norm.bias[...], 0.0)
+        np.testing.assert_allclose(other, call(aux.out, hidden), rtol=1e-4, atol=1e-5)
     exported = torch_names(model)
     assert {name for name in exported if name.startswith("fc")} == {"fc.weight", "fc.bias"}
     model.head = model.head.without_auxiliary()

@@ -250,3 +250,13 @@ def test_too_few_rows_for_a_fit_of_noise_are_refused():
     width = estimate_output_subspace(rows.astype(np.float32), centre=False).width
     assert width.estimate is None
     assert width.reason == "fewer than 1.7 rows for each direction"
+
+
+def test_a_fine_spectrum_has_all_values_also_below_what_squares_can_tell():
+    rng = np.random.default_rng(0)
+    (left, _), (right, _) = (np.linalg.qr(rng.normal(size=(n, 6))) for n in (6, 40))
+    values = 10.0 ** -np.arange(0, 12, 2)
+    table = Table.of(left * values @ right.T, centre=False)
+    fine = spectrum(table, fine=True)
+    np.testing.assert_allclose(fine.values, values, rtol=1e-3)
+    np.testing.assert_allclose(abs(fine.left.T @ left), np.eye(6), atol=1e-3)
