@@ -28,7 +28,7 @@ def each(path):
 @pytest.mark.parametrize("path", [each(path) for path in EXAMPLES])
 def test_an_example_runs_and_says_that_it_worked(path, tmp_path):
     # Of another trainer's the docstring says by which extra it comes.
-    for extra in re.findall(r"'\.\[(\w+)\]'", path.read_text()):
+    for extra in re.findall(r"(?:logitjax|'\.)\[(\w+)\]", path.read_text()):
         pytest.importorskip(extra)
     # As a user has it: outside of the repository, and with one device but for the mesh's own eight.
     environment = {k: v for k, v in os.environ.items() if k != "JAX_NUM_CPU_DEVICES"}
