@@ -1,6 +1,7 @@
 """Continuous batching: one thread owns the engine, fills its slots and hands out what they emit."""
 
 import asyncio
+import atexit
 import collections
 import dataclasses
 import threading
@@ -139,6 +140,9 @@ class Scheduler:
         if self._thread.is_alive():
             # Nobody can interrupt a compilation, which may take minutes.
             self._thread.join(timeout=_PATIENCE)
+        if self._thread.is_alive():
+            # Coming back from XLA while Python closes, it would abort the process.
+            atexit.register(self._thread.join)
         self._masks.shutdown(wait=False, cancel_futures=True)
 
     def drain(self, seconds: float) -> None:

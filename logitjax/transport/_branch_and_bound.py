@@ -121,7 +121,7 @@ def _indefinite(x: np.ndarray, y: np.ndarray) -> float:
     if wrong > 1e-6 * n:
         raise ValueError(
             "c: expected graphs that are both positive or both negative semi-definite after "
-            "centring, like Gram matrices and squared distances, got an eigenvalue {wrong:g} off"
+            f"centring, like Gram matrices and squared distances, got an eigenvalue {wrong:g} off"
         )
     # It is added to the diagonals, whose mean square is that much in L_2 of all entries.
     return 2 * wrong / np.sqrt(n)

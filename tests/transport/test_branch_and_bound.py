@@ -52,7 +52,7 @@ def test_what_time_did_not_allow_is_no_proof():
 @pytest.mark.parametrize(
     ("c", "d", "message"),
     [
-        (np.eye(4)[::-1], np.eye(4), "got an eigenvalue"),
+        (np.eye(4)[::-1], np.eye(4), r"got an eigenvalue -?\d"),
         (np.eye(3), np.eye(4), "as many nodes"),
         (np.triu(np.ones((3, 3))), np.eye(3), "symmetric"),
         (np.full((3, 3), np.nan), np.eye(3), "finite"),

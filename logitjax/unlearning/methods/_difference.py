@@ -33,8 +33,8 @@ class Difference(Method):
         relative: Its logits are what its adapters add to those of its layers. Without, they are all
             that the adapted layers say, as in the paper. A step of a relative one also takes a pass
             of the layers without adapters.
-        retain_weight: Beta, 6.5 in the paper and 5 in its code. Below 3 the perplexity of other
-            text rises by 3 % and more; 8 takes 75 steps to forget as much.
+        retain_weight: Beta, 6.5 in the paper and 5 in its code. With 1 rows are kept but not other
+            text, whose perplexity rose by 5.6 % in 100 steps; with 8 it rose by 1.1 %.
         surplus_weight: Gamma of a relative one, 0 in the paper: what the subtraction would take
             from the right tokens of rows to keep, which the term before it hardly sees.
 
