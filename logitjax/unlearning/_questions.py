@@ -145,7 +145,8 @@ class Questions:
         strangers = [row for row in kept if row.kind == "stranger"]
         twins = [twin(row, strangers) for row in kept]
         formal = iter(likely([row for row in twins if row], every=True))
-        sure = [is_sure and not (row and next(formal)) for row, is_sure in zip(twins, sure)]
+        of_anyone = [row is not None and next(formal) for row in twins]
+        sure = [is_sure and not anyone for is_sure, anyone in zip(sure, of_anyone)]
         for part in ("train", "validation", "test"):
             parts[part] = [
                 row if is_sure else dataclasses.replace(row, kind="unknown")

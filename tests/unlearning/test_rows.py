@@ -238,7 +238,9 @@ def test_neighbours_and_strangers_are_given_what_the_model_says(monkeypatch, of_
 
     def known(self, model, rows, every=False):
         who = [row.question.split(" ", 2)[2] for row in rows]
-        return [n[:2] != "Cy" and (of_anyone or n.startswith(people) or not every) for n in who]
+        # Of the twin of the row that could be judged, or of that of another row.
+        sure = (*people[2:], "Ada Lee", "Cy Gor" if of_anyone else "Ada Dor")
+        return [n[:6] != "Cy Dor" and (n.startswith(sure) or not every) for n in who]
 
     monkeypatch.setattr(Questions, "_known", known)
     forget = [asked("Where was Ada Lee born?", "Ada Lee was born in Oslo.")]
