@@ -156,7 +156,7 @@ def run(config: Config, out: epath.Path) -> None:
     # Whoever forgets what was never known would find every method perfect.
     if goal.met(forgetting.known):
         raise ValueError(
-            f"forget: expected answers that the model has learned, got none more likely than "
+            "forget: expected answers that the model has learned, got none more likely than "
             f"{goal.limit('asked'):.3g}, twice the likeliest of {goal.source}"
         )
     storage.progress.mark(f"unlearning by {config.method}", log=True)
@@ -259,7 +259,7 @@ def _nothing(config: Config, outcome: Any) -> str:
 def _what(config: Config, outcome: Any) -> str:
     limits = ", ".join(f"{way} {limit:.3g}" for way, limit in outcome.goal.worst.items())
     goal = (
-        f"The goal is that no answer is more than twice as likely as the likeliest of "
+        "The goal is that no answer is more than twice as likely as the likeliest of "
         f"{outcome.goal.source} in the same phrasing: {limits}. Their median is "
         f"{outcome.goal.probability:.4g}. Used for training and selection: "
         f"{', '.join(outcome.ways)}; the final measurements use other wordings of these."

@@ -89,7 +89,7 @@ def open_prepared(
     if directory is None:
         raise FileNotFoundError(
             f"{spec} is not in {root}: run `logitjax prepare {name}`, or give its location "
-            f"(data_dir= or TFDS_DATA_DIR)"
+            "(data_dir= or TFDS_DATA_DIR)"
         )
     builder = tfds.builder_from_directory(os.fspath(directory))
     file_format = getattr(builder.info.file_format, "value", builder.info.file_format)

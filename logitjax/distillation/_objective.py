@@ -68,7 +68,7 @@ class Objective:
             if weight and not term.trains:
                 raise ValueError(
                     f"loss {str(term)!r}: expected weight 0, which reports it, got {weight}: its "
-                    f"gradient is not that of its value"
+                    "gradient is not that of its value"
                 )
         if not any(weight for _, weight in self.terms):
             raise ValueError("loss: expected a weight above 0, got none")

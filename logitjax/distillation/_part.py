@@ -160,12 +160,12 @@ def declared_attributes(
     if needs.top_k and needs.rest and statistics.log_z is None:  # type: ignore[union-attr]
         raise ValueError(
             f"loss {name!r}: expected a teacher with the mass outside its top logits, got only "
-            f"top logits"
+            "top logits"
         )
     if needs.hidden and (teacher.hidden is None or teacher.head is None):
         raise ValueError(
             f"loss {name!r}: expected a teacher's hidden states and head, got cached statistics; "
-            f"use a live teacher"
+            "use a live teacher"
         )
     if needs.projection and needs.projection not in existing.projections:
         raise ValueError(f"loss {name!r}: expected the projection {needs.projection!r}, got none")

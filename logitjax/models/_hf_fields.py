@@ -76,7 +76,7 @@ def check_readable(raw: Mapping[str, Any], where: str) -> None:
                     continue
                 raise ValueError(
                     f"{where}: {key}: quantized weights ({guard.short(method or 'unnamed')}) are "
-                    f"not supported; use the unquantized checkpoint or a GGUF file"
+                    "not supported; use the unquantized checkpoint or a GGUF file"
                 )
 
 

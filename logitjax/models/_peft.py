@@ -99,7 +99,7 @@ def _modules(config: DecoderConfig) -> dict[str, str]:
     if config.fused_maps:
         raise ValueError(
             f"lora: PEFT has no format for adapters of the family {config.family!r}, whose maps "
-            f"of queries, keys and values are fused"
+            "of queries, keys and values are fused"
         )
     return {path.rpartition(".")[2]: name for path, name in config.traits.weights.items()}
 

@@ -300,7 +300,7 @@ def _check_needs(
     if needs.top_k and needs.rest and spec.startswith("cache:") and not _identity(spec).rest:
         raise ValueError(
             f"loss {loss!r} needs the mass of all but the top logits, which teacher {spec!r} "
-            f"lacks; use kl"
+            "lacks; use kl"
         )
     if needs.same_vocabulary and other_tokenizer:
         raise ValueError(
@@ -311,17 +311,17 @@ def _check_needs(
     if needs.moments and asked:
         raise ValueError(
             f"loss {loss!r} needs the mean and deviation of all logits, which teacher {spec!r} "
-            f"does not report; use kl or uld"
+            "does not report; use kl or uld"
         )
     if needs.chunks and asked:
         raise ValueError(
             f"loss {loss!r} needs the log-probability of every label, which teacher {spec!r} does "
-            f"not report; use first_piece or kl"
+            "not report; use first_piece or kl"
         )
     if needs.hidden and reading.teacher_reads != "live":
         raise ValueError(
             f"loss {loss!r} needs hidden states of teacher {spec!r}, which no cache contains; use "
-            f"--teacher_reads=live, or kl"
+            "--teacher_reads=live, or kl"
         )
 
 
