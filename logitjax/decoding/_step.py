@@ -99,6 +99,8 @@ class DecodeState:
     counts: Any
     allowed: Any
     extra: Any
+    # The large model's tokens so far `[slots, room]`, the last of them not yet fed; None: not kept.
+    text: Any = None
 
 
 @jax.tree_util.register_dataclass
@@ -186,6 +188,10 @@ def emit(
     extra = state.extra
     if options.remember is not None:
         extra = options.remember(extra, token, state.active)
+    text = state.text
+    if text is not None:
+        places = jnp.where(state.active, state.lengths[0], text.shape[1])
+        text = text.at[jnp.arange(len(text)), places].set(token, mode="drop")
     state = dataclasses.replace(
         state,
         token=token,
@@ -196,6 +202,7 @@ def emit(
         seen=seen,
         counts=counts,
         extra=extra,
+        text=text,
     )
     return state, emitted
 
