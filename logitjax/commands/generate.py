@@ -11,16 +11,17 @@ prompts are turns of a conversation; with `--complete` the model continues the t
 `--prompt`, prompts are read from standard input, one per line.
 
 `--fusion` is contrastive, dexperts, dynamic, logit_difference or proxy, with settings after a
-colon: `--fusion=dynamic:method=grid,num=21`. With `--draft=expert` the expert drafts tokens and all
-models verify them: the text has the same distribution, and appears faster if the expert often
-guesses right.
+colon: `--fusion=dynamic:method=grid,num=21`. With `--draft` somebody drafts tokens and all models
+verify them: the text has the same distribution, and appears faster if drafts are often right.
+`--draft=prompt` copies what followed the last tokens before, `--draft=DIR` loads a small model, and
+`--draft=expert` is a member of the ensemble.
 """
 
 import dataclasses
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -34,9 +35,6 @@ class Config:
     """The models, how they are fused, the prompts and the sampling."""
 
     line_up: LineUp = nested(LineUp())
-    draft: Literal["expert", "base"] | None = field(
-        None, "Small model that drafts tokens for all models to verify."
-    )
     prompt: tuple[str, ...] = field((), "Text to answer, instead of reading standard input.")
     complete: bool = field(False, "Continue the text, without the chat template.")
     system: str | None = field(None, "First message of a conversation.")
@@ -70,9 +68,7 @@ def run(config: Config) -> None:
     sampling = sampling_of(config)
     _check(config)
     ensemble, tokenizer, ends = config.line_up.load()
-    drafts = None
-    if config.draft is not None:
-        drafts = decoding.DraftControl(config.draft)
+    drafts = config.line_up.drafts(tokenizer)
     chat = tokenizer.chat_template is not None and not config.complete
     # Few steps a call, so that text comes as it is made.
     shown = decoding.TextOptions(
@@ -106,8 +102,7 @@ def run(config: Config) -> None:
 
 def _check(config: Config) -> None:
     """Refuses flags that do not fit together: nobody drafts, or no template takes the system."""
-    if config.draft is not None and not getattr(config.line_up, config.draft):
-        raise ValueError(f"draft: expected a model from --{config.draft}, got none")
+    config.line_up.check()
     if config.system is None:
         return
     if config.complete:

@@ -5,7 +5,7 @@ from typing import Literal
 
 from etils import epath
 
-from logitjax import decoding, models, unlearning
+from logitjax import decoding, fusion, models, unlearning
 from logitjax.commands.strategies import strategy
 
 
@@ -23,6 +23,8 @@ class LineUp:
             assistant knows.
         alpha: Weight of the assistant. By default the one stored with it.
         dtype: Type of weights and computation.
+        draft: Who drafts tokens for all models to verify: `expert` or `base`, `prompt` (what
+            followed the last tokens earlier in the text), or another model.
     """
 
     model: str = "smollm2"
@@ -32,12 +34,28 @@ class LineUp:
     assistant: str | None = None
     alpha: float | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
+    draft: str | None = None
 
     @property
     def longest(self) -> int:
         """Most tokens that each of the models can read; no weights are read for it."""
         specs = (self.model, *self.expert, *self.base)
         return min(models.load_config(spec).max_length for spec in specs)
+
+    def check(self) -> None:
+        """Refuses a draft of nobody, before anything is loaded."""
+        if self.draft in ("expert", "base") and not getattr(self, self.draft):
+            raise ValueError(f"draft: expected a model from --{self.draft}, got none")
+
+    def drafts(self, tokenizer: models.Tokenizer) -> decoding.DraftControl | None:
+        """Who drafts for the models of this tokenizer, loaded if need be."""
+        if self.draft is None or self.draft in ("expert", "base", "prompt"):
+            return None if self.draft is None else decoding.DraftControl(self.draft)
+        mapping = fusion.vocabulary_map(tokenizer, models.load_tokenizer(self.draft))
+        kinds = dict(dtype=self.dtype, param_dtype=self.dtype, layout="listed")
+        model, _ = models.load(self.draft, **kinds)
+        token_map = None if mapping.is_identity else mapping
+        return decoding.DraftControl(model, token_map=token_map)
 
     def load(self) -> tuple[decoding.Ensemble, models.Tokenizer, tuple[int, ...]]:
         """Loads the models, as `decoding.load_ensemble` returns them."""

@@ -43,7 +43,7 @@ class Rounds:
     """Calls of an engine whose length a control chooses, timed."""
 
     def __init__(self, engine: Any, control: DraftControl, *, rests: bool):
-        self._engine, self._control, self._rests = engine, control, rests
+        self._engine, self.control, self._rests = engine, control, rests
         self._kind: Hashable = (engine.slots, engine.max_length)
         self.calls: list[tuple[int, int, float]] = []
         self.stats = np.zeros((3, engine.slots), np.int32)
@@ -54,7 +54,7 @@ class Rounds:
         return steps if self._rests else max(1, steps // (length + 1))
 
     def advance(self, steps: int, stretch: int = 1) -> Emitted:
-        control, kind = self._control, (*self._kind, steps)
+        control, kind = self.control, (*self._kind, steps)
         self._last = kind
         length = control.choose(kind)
         start, plain = time.perf_counter(), 0
@@ -96,6 +96,6 @@ class Rounds:
             tested=self.stats[1],
             accepted=self.stats[2],
             calls=tuple(self.calls),
-            speedup=self._control.speedup,
-            predicted=1.0 if used == 0 else self._control.predicted(used, self._last),
+            speedup=self.control.speedup,
+            predicted=1.0 if used == 0 else self.control.predicted(used, self._last),
         )

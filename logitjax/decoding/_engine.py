@@ -253,6 +253,12 @@ class Engine:
             return self.decode_chunk(steps)
         return self.rounds.advance(steps, stretch)
 
+    def compile_drafts(self, steps: int) -> None:
+        """Compile what ``advance(steps)`` may need; no slot may be active."""
+        if self.rounds is not None:
+            for length in self.rounds.control.lengths:
+                self.speculate(length, self.rounds.rounds(length, steps))
+
     def allow(self, allowed: np.ndarray) -> None:
         """Set which tokens every slot may emit, until it is set again.
 
