@@ -23,6 +23,7 @@ class LineUp:
             assistant knows.
         alpha: Weight of the assistant. By default the one stored with it.
         dtype: Type of weights and computation.
+        quantize: Weights in 8 or 4 bits; sums and activations stay in `dtype`.
         draft: Who drafts tokens for all models to verify: `expert` or `base`, `prompt` (what
             followed the last tokens earlier in the text), or another model.
     """
@@ -34,6 +35,7 @@ class LineUp:
     assistant: str | None = None
     alpha: float | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
+    quantize: Literal["int8", "int4"] | None = None
     draft: str | None = None
 
     @property
@@ -46,6 +48,8 @@ class LineUp:
         """Refuses a draft of nobody, before anything is loaded."""
         if self.draft in ("expert", "base") and not getattr(self, self.draft):
             raise ValueError(f"draft: expected a model from --{self.draft}, got none")
+        if self.draft not in (None, "expert", "base", "prompt"):
+            models.load_config(self.draft)
 
     def drafts(self, tokenizer: models.Tokenizer) -> decoding.DraftControl | None:
         """Who drafts for the models of this tokenizer, loaded if need be."""
@@ -54,6 +58,7 @@ class LineUp:
         mapping = fusion.vocabulary_map(tokenizer, models.load_tokenizer(self.draft))
         kinds = dict(dtype=self.dtype, param_dtype=self.dtype, layout="listed")
         model, _ = models.load(self.draft, **kinds)
+        model = model if self.quantize is None else models.quantize(model, self.quantize)
         token_map = None if mapping.is_identity else mapping
         return decoding.DraftControl(model, token_map=token_map)
 
@@ -62,9 +67,9 @@ class LineUp:
         if self.assistant is None:
             if self.alpha is not None:
                 raise ValueError("alpha: expected an assistant to weigh, got none")
-            return decoding.load_ensemble(
-                self.model, self.expert, self.base, strategy(self.fusion), dtype=self.dtype
-            )
+            kinds = dict(dtype=self.dtype, quantize=self.quantize)
+            fuse = strategy(self.fusion)
+            return decoding.load_ensemble(self.model, self.expert, self.base, fuse, **kinds)
         if self.expert or self.base or self.fusion:
             raise ValueError("assistant: expected no expert, base or fusion with it")
         # Before the model's weights are read.
@@ -74,6 +79,8 @@ class LineUp:
         model, tokenizer = models.load(
             self.model, dtype=self.dtype, param_dtype=self.dtype, layout="listed"
         )
+        if self.quantize is not None:
+            model = models.quantize(model, self.quantize)
         deployed = unlearning.Deployed.load(
             models.with_layout(model, "listed"), self.assistant, alpha=self.alpha
         )

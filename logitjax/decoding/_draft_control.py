@@ -24,8 +24,7 @@ class DraftControl:
             of the ensemble, ``'expert'`` or ``'base'`` (the first) or a place among large, experts
             and bases; or ``'prompt'``: what followed the last tokens earlier in the text.
         lengths: numbers of tokens to draft at once, ascending, beside 0; each compiles a program.
-            By default (4, 9) for ``'prompt'`` and (2, 5) for models.
-        length: always draft this many, one of the lengths, instead of adapting.
+            By default (4, 9) for ``'prompt'`` and (2, 5) for models. One number is drafted always.
         token_map: of a drafting model with other token ids, from `fusion.vocabulary_map`.
 
     >>> control = DraftControl(lengths=(2, 5))
@@ -39,20 +38,18 @@ class DraftControl:
     def __init__(
         self,
         draft: Any = "expert",
-        lengths: tuple[int, ...] | None = None,
+        lengths: tuple[int, ...] | int | None = None,
         *,
-        length: int | None = None,
         token_map: Any = None,
     ):
         if lengths is None:
             looked_up = isinstance(draft, str) and draft == "prompt"
             lengths = (4, 9) if looked_up else (2, 5)
+        self._fixed = lengths if isinstance(lengths, int) else None
+        lengths = (lengths,) if isinstance(lengths, int) else lengths
         if not lengths or lengths[0] < 1 or list(lengths) != sorted(set(lengths)):
             raise ValueError(f"lengths: expected ascending numbers of at least 1, got {lengths}")
         self.draft, self.lengths, self.token_map = draft, tuple(lengths), token_map
-        if length is not None and length not in self.lengths:
-            raise ValueError(f"length: expected one of lengths={self.lengths}, got {length}")
-        self._fixed = length
         # Even odds, worth less than two tokens: a first look decides.
         self._accepted, self._tested = 0.75, 1.5
         self._costs: dict[Hashable, collections.deque] = {}

@@ -14,7 +14,7 @@ from logitjax.decoding._engine import Engine
 from logitjax.decoding._ensemble import Ensemble, Plan
 from logitjax.decoding._requests import Prompt, Request, bucket, fresh_rows, left_padded
 from logitjax.decoding._sampling import GREEDY, Sampling
-from logitjax.decoding._step import DecodeOptions, constrain, run_steps, start
+from logitjax.decoding._step import DecodeOptions, Emitted, constrain, run_steps, start
 from logitjax.decoding._text import TextOptions
 
 # Chunks at once while drafting does not pay.
@@ -118,10 +118,18 @@ def generate(
         # Always the same number of steps, so one program: the budget freezes rows by itself.
         return in_chunks(engine, requests, lambda: engine.decode_chunk(text.chunk), text)
     state = fresh_rows(plan, options, requests, cache=plan.init_cache(len(rows), slots))
+    # Rows end by their budgets, so a larger number of steps costs nothing but columns.
     state, emitted = _generate(
-        plan, options, ensemble.params, state, *left_padded(rows), steps=max_new_tokens
+        plan, options, ensemble.params, state, *left_padded(rows), steps=bucket(max_new_tokens)
     )
+    emitted = _cut(emitted, max_new_tokens)
     return with_texts(generated(emitted, np.asarray(state.stopped)), requests, text)
+
+
+def _cut(emitted: Emitted, steps: int) -> Emitted:
+    emitted = jax.tree.map(np.asarray, emitted)
+    rows = jax.tree.map(lambda leaf: leaf[:, :steps], replace(emitted, info=None))
+    return replace(rows, info=jax.tree.map(lambda leaf: leaf[:steps], emitted.info))
 
 
 def as_requests(
@@ -160,9 +168,10 @@ def as_requests(
 
 def with_room(options: DecodeOptions, requests: Sequence[Request]) -> DecodeOptions:
     penalties = any(r.sampling.penalizes for r in requests)
+    biases = max(len(r.logit_bias or ()) for r in requests)
     return replace(
         options,
         repetition=options.repetition or penalties,
-        max_logit_bias=max(options.max_logit_bias, *(len(r.logit_bias or ()) for r in requests)),
+        max_logit_bias=max(options.max_logit_bias, bucket(biases, 8) if biases else 0),
         max_stop_ids=max(options.max_stop_ids, *(len(r.stop_ids) for r in requests)),
     )

@@ -124,6 +124,7 @@ def _verified(
             token=jnp.where(now, after.token, state.token),
             active=jnp.where(now, after.active, state.active),
         )
+        now = emitted.valid
         buffers = _write(buffers, _by_row(emitted, rows), written, now)
         same = now & (after.token == draft)
         counts = (written + now, tested + (now & present), accepted + same)

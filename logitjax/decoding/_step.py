@@ -162,6 +162,9 @@ def emit(
     fused, info = plan.combine(logits)
     moved = moved_logits(options, state, fused)
     adjusted = moved["adjusted"]
+    # What is nan, or nowhere likely, has no next token: the row ends before it, not stopped.
+    now = state.active & (adjusted.max(axis=-1) > -jnp.inf)
+    state = dataclasses.replace(state, active=now)
     if choose is None:
         keys = None if options.draw_keys is None else options.draw_keys(state.extra)
         chosen = sample(adjusted, state.sampling, state.count, keys)

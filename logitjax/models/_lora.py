@@ -11,7 +11,7 @@ from flax import nnx
 
 from logitjax.models._config import DecoderConfig
 from logitjax.models._stacking import convert, twin
-from logitjax.ops import Array
+from logitjax.ops import Array, Codes
 
 # Which needs the adapters.
 if TYPE_CHECKING:
@@ -156,7 +156,10 @@ class Lora:
                     owner = layer.mlp if hasattr(layer.mlp, name) else layer.attention
                     kernel = getattr(owner, name).kernel
                     update = adapter["a"].astype(jnp.float32) @ adapter["b"].astype(jnp.float32)
-                    kernel[...] = (kernel[...] + update * self.scale).astype(kernel[...].dtype)
+                    stored = kernel[...]
+                    codes = isinstance(stored, Codes)
+                    new = (stored.dense() if codes else stored) + update * self.scale
+                    kernel.value = stored.again(new) if codes else new.astype(stored.dtype)
         return out
 
 

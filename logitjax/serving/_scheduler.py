@@ -436,7 +436,8 @@ class Scheduler:
                 structure[-1] = dataclasses.replace(
                     structure[-1], last=True, stopped=bool(stopped[slot])
                 )
-            job.give(structure)
+            # A row ends without a token where the logits are nan, or -inf everywhere.
+            job.give(structure or [ApiError(500, "the model gave no probabilities")] * ended)
             if ended:
                 self._jobs[slot] = None
                 spent = time.monotonic() - self._started[slot]

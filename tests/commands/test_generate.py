@@ -1,6 +1,7 @@
 """The command that talks: what it prints, what it refuses, in one line."""
 
 import io
+import json
 
 import jax
 import pytest
@@ -48,6 +49,26 @@ def test_goes_on_from_prompts(directory, capsys):
     )
     shown = said(capsys, model=directory, prompt=("abc", "abc"), **FEW)
     assert shown == 2 * f"abc{out.texts[0]}\n"
+
+
+@pytest.mark.every_change
+@pytest.mark.slow
+def test_lines_of_json_go_in_and_come_out_with_log_probabilities(directory, capsys, tmp_path):
+    path, prompts = tmp_path / "asked.jsonl", ["abc", "no"]
+    path.write_text("\n".join(json.dumps({"prompt": p, "id": i}) for i, p in enumerate(prompts)))
+    given = dict(model=directory, prompt_file=str(path), json=True, logprobs=2, **FEW)
+    answers = [json.loads(line) for line in said(capsys, **given).splitlines()]
+    assert [(a["id"], a["prompt"]) for a in answers] == [(0, "abc"), (1, "no")]
+    tokenizer, model = load_tokenizer("tiny"), models.load_model(directory)
+    for answer in answers:
+        tokens = [token["id"] for token in answer["logprobs"]]
+        scores = decoding.score(model, [tokenizer.encode(answer["prompt"])], [tokens])
+        assert answer["text"] == tokenizer.decode(tokens)
+        found = [token["logprob"] for token in answer["logprobs"]]
+        assert found == pytest.approx(scores.logprobs[0].tolist(), abs=1e-4)
+        assert all(token["top"][0][1] >= token["logprob"] - 1e-6 for token in answer["logprobs"])
+    shown = said(capsys, **(given | dict(json=False, prompt_file=None, prompt=("abc",))))
+    assert len(shown.splitlines()) >= 1 + len(answers[0]["logprobs"])
 
 
 @pytest.mark.every_change
@@ -101,6 +122,12 @@ def test_flags_that_do_not_fit_are_refused_before_weights_are_read(
     directory, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("weights are read"))
+
+    def lines(text):
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
+        path.write_text(text)
+        return str(path)
+
     small, pair = dict(expert=("tiny",)), dict(expert=("tiny",), base=("tiny",))
     for said, values in (
         ("base: expected a model, which ProxyTuning needs", dict(fusion="proxy", **small)),
@@ -118,6 +145,14 @@ def test_flags_that_do_not_fit_are_refused_before_weights_are_read(
         ("draft: expected a model from --expert", dict(draft="expert", assistant=directory)),
         ("system: expected a chat template that takes it", dict(system="a", complete=True)),
         ("system: expected a chat template that takes it", dict(system="a")),
+    ):
+        assert said in refused(model=directory, **values)
+    for said, values in (
+        ("stop_pattern: expected a regular expression, ", dict(stop_pattern="(")),
+        ("line 2: no JSON", dict(prompt_file=lines('{"prompt": "a"}\n{'))),
+        ("line 1: expected an object with a text `prompt`", dict(prompt_file=lines("[]"))),
+        ("expected one of them, got both", dict(prompt_file=lines("{}"), prompt=("a",))),
+        ("nowhere", dict(draft=str(tmp_path / "nowhere"))),
     ):
         assert said in refused(model=directory, **values)
     typo = str(tmp_path / "typo")

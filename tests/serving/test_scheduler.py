@@ -167,7 +167,7 @@ def test_drafted_answers_are_those_of_plain_decoding():
     policy = LogitPolicy(returns="token")
     config = ServerConfig(model="bags", policy=policy, slots=2, max_length=32, prefill_chunk=4)
     model, prompts = Ensemble(bag_of_words(2, 16)), [[3, 4, 5, 3, 4, 5, 3, 4], [1, 2]]
-    drafts = DraftControl("prompt", (2,), length=2)
+    drafts = DraftControl("prompt", 2)
     scheduler = Scheduler(model, Disclosure(policy), (), config, drafts)
 
     async def ask():
