@@ -86,7 +86,9 @@ class Beside:
         rows, index = jnp.arange(len(at))[:, None], jnp.arange(state.text.shape[1])
         mapping = self.token_map
         if mapping is None:
-            ids = _Ids(lambda x: x, lambda x: _as_wide(x.astype(jnp.float32), plan.vocab_size))
+            # Rows of padding at the end of a vocabulary, which one has and the other lacks.
+            last = self.plan.vocab_size - 1
+            ids = _Ids(lambda x: jnp.minimum(x, last), lambda x: _as_wide(x, plan.vocab_size))
         else:
             ids = _Ids(lambda x: mapping.to_small(x, 0), mapping.to_large)
 
@@ -168,7 +170,7 @@ class _Ids(NamedTuple):
 
 
 def _as_wide(logits: jax.Array, size: int) -> jax.Array:
-    missing = max(0, size - logits.shape[-1])
+    logits, missing = logits.astype(jnp.float32), max(0, size - logits.shape[-1])
     pad = [(0, 0)] * (logits.ndim - 1) + [(0, missing)]
     return jnp.pad(logits[..., :size], pad, constant_values=-jnp.inf)
 

@@ -1,5 +1,6 @@
 """Decoding by rounds of drafted tokens, as many at a time as pay."""
 
+import collections
 import dataclasses
 import time
 from collections.abc import Hashable
@@ -17,9 +18,9 @@ class Drafting:
     """Counts of drafted and accepted tokens in a call of `generate`.
 
     Attributes:
-        rounds: int32 ``[rows]``, speculative rounds that a row took part in.
-        tested: int32 ``[rows]``, drafted tokens that were compared.
-        accepted: int32 ``[rows]``, those that were accepted.
+        rounds: int64 ``[rows]``, speculative rounds that a row took part in.
+        tested: int64 ``[rows]``, drafted tokens that were compared.
+        accepted: int64 ``[rows]``, those that were accepted.
         calls: (draft length, rounds, seconds) of every call in order, 0 for plain steps.
         speedup: measured, by the control's timing of plain steps; None before it has any.
         predicted: what acceptance and costs predict for the length that was used most.
@@ -45,8 +46,9 @@ class Rounds:
     def __init__(self, engine: Any, control: DraftControl, *, rests: bool):
         self._engine, self.control, self._rests = engine, control, rests
         self._kind: Hashable = (engine.slots, engine.max_length)
-        self.calls: list[tuple[int, int, float]] = []
-        self.stats = np.zeros((3, engine.slots), np.int32)
+        # A server's engine calls without an end.
+        self.calls: collections.deque[tuple[int, int, float]] = collections.deque(maxlen=4096)
+        self.stats = np.zeros((3, engine.slots), np.int64)
         self._last: Hashable = None
 
     def rounds(self, length: int, steps: int) -> int:

@@ -14,7 +14,7 @@ from logitjax.ops import Array, Codes
 class FullHead(VocabularyHead):
     """The shared part of `LinearHead` and `TiedHead`: a kernel over the whole vocabulary."""
 
-    def __call__(self, hidden: Array, embedding: Array | None = None) -> jax.Array:
+    def __call__(self, hidden: Array, embedding: Any = None) -> jax.Array:
         stored: Any = self.kernel[...] if hasattr(self, "kernel") else embedding
         hidden = jnp.asarray(hidden, self.dtype)
         if isinstance(stored, Codes):
@@ -107,7 +107,7 @@ class TiedHead(FullHead):
             raise ValueError("embedding: expected the rows of a TiedHead, got None")
         return Head(_dense(embedding), None if self.bias is None else self.bias[...], vocab_axis=0)
 
-    def cost(self, embedding: Array | None = None) -> HeadCost:
+    def cost(self, embedding: Any = None) -> HeadCost:
         if embedding is None:
             raise ValueError("embedding: expected the rows of a TiedHead, got None")
         return _full_cost(embedding, self.bias, tied=True)

@@ -84,6 +84,19 @@ def test_reads_standard_input_and_fuses(directory, capsys, monkeypatch):
     assert set(texts) == {texts[0]}
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
+def test_a_model_is_its_own_base_with_another_prompt(directory, capsys):
+    tokenizer, model = load_tokenizer("tiny"), models.load_model(directory)
+    line_up = decoding.Ensemble(model, bases=[model], fuse=fusion.Guidance(weight=4.0))
+    asked, other = tokenizer.encode("abc"), tokenizer.encode("not abc!")
+    out = decoding.generate(line_up, [asked], others=[[other]], **FEW)
+    given = dict(model=directory, base=(directory,), prompt=("abc",), base_prompt="not {prompt}!")
+    shown = said(capsys, fusion="context_aware:weight=4", **given, **FEW)
+    assert shown == f"abc{tokenizer.decode(out.rows()[0])}\n"
+    assert shown != said(capsys, fusion="cfg:weight=1", **given, **FEW)
+
+
 def test_what_no_flag_says_is_as_the_publisher_samples(directory, tmp_path):
     def sampling(text, **flags):
         (tmp_path / "generation_config.json").write_text(text)
@@ -142,6 +155,7 @@ def test_flags_that_do_not_fit_are_refused_before_weights_are_read(
         ("proxy:alpha: expected a number, got 'O.5'", dict(fusion="proxy:alpha=O.5", **pair)),
         ("dynamic:num: expected a whole number", dict(fusion="dynamic:num=2.5", **pair)),
         ("draft: expected a model from --expert", dict(draft="expert")),
+        ("base_prompt: expected a model from --base", dict(base_prompt="a")),
         ("draft: expected a model from --expert", dict(draft="expert", assistant=directory)),
         ("system: expected a chat template that takes it", dict(system="a", complete=True)),
         ("system: expected a chat template that takes it", dict(system="a")),
