@@ -43,6 +43,20 @@ def config(text, **changes):
     return cli.build(distill.Config, small | few | changes)
 
 
+def test_fewer_rows_than_are_to_be_scored_are_told_before_weights_are_read(
+    text, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setattr(models, "load", lambda *_, **__: exec("raise EOFError"))
+    with pytest.raises(EOFError):
+        distill.run(config(text, eval_rows=1000), epath.Path(tmp_path))
+    assert re.search(r"test has \d+ rows, eval_rows asks for 1000", caplog.text)
+
+
+def test_speed_is_written_without_an_exponent():
+    scores = dict(perplexity=2.0, bits_per_byte=1.0, parameters=3, tokens_per_second=49720.4)
+    assert distill._row("x", scores)["tokens/s"] == "49,720"
+
+
 def tokens(seed=0):
     return np.random.default_rng(seed).integers(0, 256, (2, 12))
 
@@ -61,6 +75,7 @@ def test_a_pruned_student_is_healed_and_its_directory_read_back(text, tmp_path):
         "| student after ",
         "bits a byte",
         "prompt",
+        " rows to train, validate and test on. Scores are computed on 4 test rows.",
     ):
         assert phrase in report
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -251,11 +251,24 @@ def test_scores_of_no_label_are_nan_and_not_the_best():
     scorer._corpus = types.SimpleNamespace(scored=lambda *_, **__: iter([batch]))
     scorer._course, scorer._size, scorer._mesh = distillation.Course(), 2, None
     scorer._frozen = {}
-    scorer._step = lambda *_: {"loss": (0.0, 0.0), "accuracy": (1.0, 2.0)}
+    sums = {"loss": (0.0, 0.0), "accuracy": (1.0, 2.0), "teacher_kl": (-6.4e-8, 1.0)}
+    scorer._step = lambda *_: sums
     scores = scorer.scores({}, "test")
+    assert scores["teacher_kl"] == 0.0
     assert np.isnan(scores["loss"])
     assert np.isnan(scores["perplexity"])
     assert scores["accuracy"] == 0.5
+
+
+def test_speed_leaves_out_the_batch_that_compiles(monkeypatch):
+    clock = iter([0.0, 9.0, 9.0, 9.5])
+    monkeypatch.setattr(_distill.time, "perf_counter", lambda: next(clock))
+    scorer = object.__new__(distillation.Scorer)
+    batches = 2 * [{"pivot": {"tokens": TOKENS}}]
+    scorer._corpus = types.SimpleNamespace(scored=lambda *_, **__: batches)
+    scorer._course, scorer._size, scorer._mesh = distillation.Course(), 2, None
+    scorer._frozen, scorer._step = {}, lambda *_: {"loss": (1.0, 1.0)}
+    assert scorer.scores({}, "test")["tokens_per_second"] == 2 * TOKENS.size
 
 
 def test_a_term_that_sees_none_of_the_text_is_named_before_anything_is_trained():
