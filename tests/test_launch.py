@@ -493,6 +493,11 @@ def test_dockerfile_installs_what_there_is():
         assert (accelerator in chosen) == (accelerator != "cpu")
     wrong = subprocess.run(["sh", "-ec", shell], env={"ACCELERATOR": "rocm"}, check=False)
     assert wrong.returncode == 2
+    (health,) = [line for line in lines if line.startswith("HEALTHCHECK")]
+    path = re.search(r"127\.0\.0\.1:8000(/\w+)", health)
+    assert path is not None
+    assert f'Route("{path[1]}"' in (ROOT / "logitjax" / "serving" / "_app.py").read_text()
+    assert "port: int = 8000" in (ROOT / "logitjax" / "serving" / "_listen.py").read_text()
     command = json.loads(lines[-1].removeprefix("CMD "))
     assert (ROOT / command[2].replace(".", "/") / "__main__.py").exists()
 
