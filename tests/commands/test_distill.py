@@ -23,7 +23,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from logitjax import commands, distillation, leakage, models, training
-from logitjax.commands import audit, cache_logits, cli, distill, hub
+from logitjax.commands import audit, cache_logits, cli, distill, hub, work
 from tests.serving._server import server
 
 TEXT = "\n\n".join(f"paragraph {i} " + "word " * 60 for i in range(120))
@@ -456,6 +456,15 @@ def test_a_dry_run_says_what_a_run_would_take_and_writes_nothing(text, tmp_path,
     assert "steps   100" in printed
     assert re.search(r"time    about [\d.]+ minutes", printed)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("recipe", distill.RECIPES)
+def test_every_recipe_parses_and_its_work_is_estimated(text, recipe):
+    words = [f"--recipe={recipe}", "--student=tiny", "--teacher=tiny:1", f"--data={text}"]
+    (parsed,) = cli.parse([distill.Config], distill.RECIPES, words)
+    planned = work.estimate(parsed)
+    assert planned.steps == distill.RECIPES[recipe].get("steps", parsed.course.steps)
+    assert planned.passes[0].trained
 
 
 @pytest.mark.slow
