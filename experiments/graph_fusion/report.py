@@ -8,9 +8,9 @@ import numpy as np
 from etils import epath
 
 from experiments.graph_fusion.config import Config
+from experiments.shared import figures
 from experiments.shared.records import Record
 from experiments.shared.report import bar, markdown_table, spread, text_cell, write_report
-from logitjax.commands import figures
 
 NAMES = {
     "sft": "SFT",

@@ -31,9 +31,10 @@ from absl import app, flags
 from etils import epath
 
 from experiments.plan import chips, costs, runs
+from experiments.shared import figures
 from experiments.shared.report import markdown_table, write_report
 from logitjax import ops, training
-from logitjax.commands import cli, figures
+from logitjax.commands import cli
 
 # By experiment the slice to plan for where no chip is named.
 EXPERIMENTS = {

@@ -40,7 +40,7 @@ from etils import epath
 from flax import nnx
 
 from logitjax import data, distillation, models, processes, storage, training
-from logitjax.commands import figures, hub
+from logitjax.commands import hub
 from logitjax.commands.cli import REQUIRED, field, flatten, nested
 from logitjax.commands.tables import markdown_table, text_cell
 from logitjax.commands.work import shortened
@@ -475,13 +475,21 @@ def _split_sizes(packed: data.PackedSplits) -> str:
 
 
 def _plot(trained: distillation.Trained, path: epath.Path) -> None:
-    losses = [figures.Series(name=name, runs=[points]) for name, points in trained.parts.items()]
-    curve = [figures.Series(name="validation", runs=[trained.curve])] if trained.curve else []
-    panels = [
-        figures.Panel(x="step", y="loss in training, nats", log="y", series=losses),
-        figures.Panel(x="step", y="perplexity of a token", series=curve),
-    ]
     try:
-        figures.draw(path, figures.Picture(panels=panels))
+        storage.require("matplotlib", extra="plots")
     except ImportError as error:
         logging.warning("no picture of the curves: %s", error)
+        return
+    # Without pyplot, which picks a backend for the whole process.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 5), dpi=150, layout="constrained")
+    above, below = figure.subplots(2)
+    for name, points in trained.parts.items():
+        above.plot(*zip(*points), label=name)
+    above.set(xlabel="step", ylabel="loss in training, nats", yscale="log")
+    above.legend()
+    if trained.curve:
+        below.plot(*zip(*trained.curve))
+    below.set(xlabel="step", ylabel="perplexity of a token")
+    storage.write_atomic(path, figure.savefig)
