@@ -287,7 +287,7 @@ def _text(config: Config, results: Record, table: str) -> str:
     return f"""# Prune and heal
 
 Student `{config.student}`{
-        f" without layers {cut}, chosen by {config.pruning.prune_by}" if cut else ""
+        f" without layers {cut}, the run that turns the stream least" if cut else ""
     }; sources
 {", ".join(f"`{source}`" for source in config.sources)}; data `{
         config.reading.data

@@ -330,9 +330,7 @@ def _pruned(
     if drop:
         path = out / "pruning.json"
         if not processes.broadcast_from_first(path.exists):
-            chosen = distillation.prune_layers(
-                whole, calibration(), drop, by=config.pruning.prune_by
-            )
+            chosen = distillation.prune_layers(whole, calibration(), drop)
             processes.write_json(path, dataclasses.asdict(chosen))
         names = [field.name for field in dataclasses.fields(distillation.LayerPruning)]
         record = _stored(path, *names)
