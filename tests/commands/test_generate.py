@@ -24,7 +24,7 @@ def directory(tmp_path_factory):
     return str(path)
 
 
-def said(capsys, **values):
+def printed(capsys, **values):
     generate.run(_flags.build(generate.Config, values))
     return capsys.readouterr().out
 
@@ -47,7 +47,7 @@ def test_goes_on_from_prompts(directory, capsys):
         stop_ids=[tokenizer.eos_id],
         text=decoding.TextOptions(tokenizer=tokenizer),
     )
-    shown = said(capsys, model=directory, prompt=("abc", "abc"), **FEW)
+    shown = printed(capsys, model=directory, prompt=("abc", "abc"), **FEW)
     assert shown == 2 * f"abc{out.texts[0]}\n"
 
 
@@ -57,7 +57,7 @@ def test_lines_of_json_go_in_and_come_out_with_log_probabilities(directory, caps
     path, prompts = tmp_path / "asked.jsonl", ["abc", "no"]
     path.write_text("\n".join(json.dumps({"prompt": p, "id": i}) for i, p in enumerate(prompts)))
     given = dict(model=directory, prompt_file=str(path), json=True, logprobs=2, **FEW)
-    answers = [json.loads(line) for line in said(capsys, **given).splitlines()]
+    answers = [json.loads(line) for line in printed(capsys, **given).splitlines()]
     assert [(a["id"], a["prompt"]) for a in answers] == [(0, "abc"), (1, "no")]
     tokenizer, model = load_tokenizer("tiny"), models.load_model(directory)
     for answer in answers:
@@ -67,7 +67,7 @@ def test_lines_of_json_go_in_and_come_out_with_log_probabilities(directory, caps
         found = [token["logprob"] for token in answer["logprobs"]]
         assert found == pytest.approx(scores.logprobs[0].tolist(), abs=1e-4)
         assert all(token["top"][0][1] >= token["logprob"] - 1e-6 for token in answer["logprobs"])
-    shown = said(capsys, **(given | dict(json=False, prompt_file=None, prompt=("abc",))))
+    shown = printed(capsys, **(given | dict(json=False, prompt_file=None, prompt=("abc",))))
     assert len(shown.splitlines()) >= 1 + len(answers[0]["logprobs"])
 
 
@@ -78,7 +78,7 @@ def test_reads_standard_input_and_fuses(directory, capsys, monkeypatch):
     texts = []
     for draft in (None, "expert", "prompt", "tiny:1"):
         monkeypatch.setattr("sys.stdin", io.StringIO("one\n\ntwo\n"))
-        texts.append(said(capsys, fusion="proxy:alpha=0.5", draft=draft, **small))
+        texts.append(printed(capsys, fusion="proxy:alpha=0.5", draft=draft, **small))
     assert texts[0].startswith("one")
     assert "\ntwo" in texts[0]
     assert set(texts) == {texts[0]}
@@ -92,9 +92,9 @@ def test_a_model_is_its_own_base_with_another_prompt(directory, capsys):
     asked, other = tokenizer.encode("abc"), tokenizer.encode("not abc!")
     out = decoding.generate(line_up, [asked], others=[[other]], **FEW)
     given = dict(model=directory, base=(directory,), prompt=("abc",), base_prompt="not {prompt}!")
-    shown = said(capsys, fusion="context_aware:weight=4", **given, **FEW)
+    shown = printed(capsys, fusion="context_aware:weight=4", **given, **FEW)
     assert shown == f"abc{tokenizer.decode(out.rows()[0])}\n"
-    assert shown != said(capsys, fusion="cfg:weight=1", **given, **FEW)
+    assert shown != printed(capsys, fusion="cfg:weight=1", **given, **FEW)
 
 
 def test_what_no_flag_says_is_as_the_publisher_samples(directory, tmp_path):
@@ -103,11 +103,11 @@ def test_what_no_flag_says_is_as_the_publisher_samples(directory, tmp_path):
         return generate.sampling_of(_flags.build(generate.Config, flags | {"model": str(tmp_path)}))
 
     assert sampling('{"eos_token_id": 1}') == decoding.Sampling()
-    own = '{"do_sample": true, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1}'
-    assert sampling(own) == decoding.Sampling(
+    published = '{"do_sample": true, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1}'
+    assert sampling(published) == decoding.Sampling(
         temperature=0.6, top_k=50, top_p=0.9, repetition_penalty=1.1
     )
-    assert sampling(own, temperature=0.0, top_k=0).temperature == 0
+    assert sampling(published, temperature=0.0, top_k=0).temperature == 0
     with pytest.raises(ValueError, match=r"generation_config\.json: top_p: expected a number"):
         sampling('{"do_sample": true, "top_p": "most"}')
     (tmp_path / "generation_config.json").write_text("[]")
@@ -142,7 +142,7 @@ def test_flags_that_do_not_fit_are_refused_before_weights_are_read(
         return str(path)
 
     small, pair = dict(expert=("tiny",)), dict(expert=("tiny",), base=("tiny",))
-    for said, values in (
+    for message, values in (
         ("base: expected a model, which ProxyTuning needs", dict(fusion="proxy", **small)),
         ("base: expected a model, which DynamicFusion needs", dict(fusion="dynamic", **small)),
         ("expert: expected none, Contrastive", dict(fusion="contrastive", **pair)),
@@ -160,15 +160,15 @@ def test_flags_that_do_not_fit_are_refused_before_weights_are_read(
         ("system: expected a chat template that takes it", dict(system="a", complete=True)),
         ("system: expected a chat template that takes it", dict(system="a")),
     ):
-        assert said in refused(model=directory, **values)
-    for said, values in (
+        assert message in refused(model=directory, **values)
+    for message, values in (
         ("stop_pattern: expected a regular expression, ", dict(stop_pattern="(")),
         ("line 2: no JSON", dict(prompt_file=lines('{"prompt": "a"}\n{'))),
         ("line 1: expected an object with a text `prompt`", dict(prompt_file=lines("[]"))),
         ("expected one of them, got both", dict(prompt_file=lines("{}"), prompt=("a",))),
         ("nowhere", dict(draft=str(tmp_path / "nowhere"))),
     ):
-        assert said in refused(model=directory, **values)
+        assert message in refused(model=directory, **values)
     typo = str(tmp_path / "typo")
     with pytest.raises(FileNotFoundError, match="assistant: no such file"):
         LineUp(model=directory, assistant=typo).load()
@@ -204,6 +204,6 @@ def test_a_prompt_begins_with_the_mark_that_the_model_expects(tmp_path, capsys, 
         return original(model, prompts, **options)
 
     monkeypatch.setattr(decoding, "generate", generate_and_keep)
-    shown = said(capsys, model=str(tmp_path), prompt=("abc",), **FEW)
+    shown = printed(capsys, model=str(tmp_path), prompt=("abc",), **FEW)
     assert asked == [[256, *marked.encode("abc")]]
     assert shown.startswith("abc")
