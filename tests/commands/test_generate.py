@@ -122,7 +122,7 @@ def test_weights_are_loaded_in_the_type_asked_for(directory):
 
 def test_mistakes_are_one_line(directory, tmp_path):
     assert "no strategy" not in refused(model=directory, fusion="proxy")
-    assert "expected one of contrastive" in refused(
+    assert "expected one of cfg, context_aware, contrastive" in refused(
         model=directory, expert=("tiny",), fusion="magic"
     )
     assert "proxy takes alpha" in refused(model=directory, expert=("tiny",), fusion="proxy:beta=1")

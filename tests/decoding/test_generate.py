@@ -192,7 +192,7 @@ def test_new_shapes_cost_at_most_one_compilation_a_bucket():
     model = bag_of_words(1, 16, slots=64)
     before = _generate._cache_size()
     for length, new in ((3, 2), (5, 9), (11, 16), (16, 16), (7, 1)):
-        out = generate(model, [list(range(length % 16))], max_new_tokens=new)
+        out = generate(model, [[i % 16 for i in range(length)]], max_new_tokens=new)
         assert out.tokens.shape == (1, new)
     # Prompts of up to 16 tokens, 16 new ones, and caches of 16 or 32.
     assert _generate._cache_size() - before <= 2
@@ -203,10 +203,10 @@ def test_a_row_without_probabilities_ends_and_the_coldest_sampling_is_greedy():
     logits[:, 2], logits[1], logits[2, 0] = 1e-3, -np.inf, np.nan
 
     def apply_fn(params, tokens):
-        return jnp.broadcast_to(params[:, None], (*tokens.shape, 4))
+        return jnp.broadcast_to(params[tokens[:, :1]], (*tokens.shape, 4))
 
     cold = Sampling(temperature=1e-38)
-    out = generate((apply_fn, logits), [[1]] * 3, max_new_tokens=3, sampling=cold)
+    out = generate((apply_fn, logits), [[0], [1], [2]], max_new_tokens=3, sampling=cold)
     assert out.rows() == [[2, 2, 2], [], []]
     assert not out.stopped.any()
     with pytest.raises(ValueError, match="temperature"):

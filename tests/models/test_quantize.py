@@ -10,7 +10,6 @@ from logitjax import models
 from logitjax.decoding import Ensemble, generate
 from logitjax.ops import Codes
 from tests._marks import EVERY_CHANGE
-from tests.decoding._models import decoder
 
 BITS = pytest.mark.parametrize("bits", ["int8", pytest.param("int4", marks=EVERY_CHANGE)])
 
@@ -42,11 +41,11 @@ def test_products_are_those_of_the_numbers_that_the_codes_stand_for(bits):
 
 @BITS
 def test_a_small_model_decodes_takes_adapters_and_is_written(bits, tmp_path):
-    model = decoder()
+    model = models.load_model("tiny")
     small = models.quantize(model, bits)
     stored = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.to_pure_dict(nnx.state(small))))
     assert stored < 0.6 * sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
-    init = jax.jit(lambda key: models.Lora.init(model.config, 2, key=key, layout="listed"))
+    init = jax.jit(lambda key: models.Lora.init(model.config, 2, key=key))
     lora = jax.tree.map(lambda leaf: leaf + 0.02, init(jax.random.key(0)))
 
     @nnx.jit
@@ -61,7 +60,7 @@ def test_a_small_model_decodes_takes_adapters_and_is_written(bits, tmp_path):
         np.asarray(logits(small, lora)) - coded, adapted, atol=0.3 * np.ptp(adapted)
     )
     models.save_pretrained(small, None, tmp_path)
-    written = models.load_model(str(tmp_path), layout="listed")
+    written = models.load_model(str(tmp_path))
     np.testing.assert_allclose(logits(written, None), coded, atol=1e-3)
     # Beside a model of other weights; one that drafts need not be of the same kind.
     both = Ensemble(small, experts=[model], fuse=lambda large, *_, **__: (large, {}))
