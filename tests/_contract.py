@@ -624,7 +624,7 @@ ELSEWHERE = {
         distillation.TeacherIdentity unlearning.Assistant unlearning.Deployed
         unlearning.Method unlearning.Need unlearning.Questions unlearning.Row unlearning.TwoSided
         unlearning.UnlearnConfig decoding.DecodeOptions
-        decoding.DraftControl decoding.Request decoding.Sampling
+        decoding.ByteEnsemble decoding.DraftControl decoding.Request decoding.Sampling
         decoding.TextOptions decoding.TextStream decoding.Ensemble
         decoding.CachedModel training.BatchLayout training.Goodput training.LoopOptions
         training.Preempted

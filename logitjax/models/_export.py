@@ -56,7 +56,7 @@ def _values(tensor: TensorSpec, params: dict, places: list, dtype: Any) -> np.nd
     return np.ascontiguousarray(joined)
 
 
-def _layer(leaf: Array, row: int) -> Array:
+def _layer(leaf: Any, row: int) -> Any:
     return leaf[row] if isinstance(leaf, np.ndarray) else _sliced(leaf, row)
 
 

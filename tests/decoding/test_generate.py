@@ -189,7 +189,7 @@ def test_what_does_not_fit_is_refused():
 
 
 def test_new_shapes_cost_at_most_one_compilation_a_bucket():
-    model = bag_of_words(1, 16, slots=64)
+    model = decoding.Ensemble(bag_of_words(1, 16, slots=64))
     before = _generate._cache_size()
     for length, new in ((3, 2), (5, 9), (11, 16), (16, 16), (7, 1)):
         out = generate(model, [[i % 16 for i in range(length)]], max_new_tokens=new)
