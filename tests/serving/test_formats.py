@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import os
 import time
+import types
 
 import jsonschema
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 
 from logitjax import models
 from logitjax.serving._errors import BadRequestError
-from logitjax.serving._formats import Formats
+from logitjax.serving._formats import Follower, Formats
 
 SCHEMA = {
     "type": "object",
@@ -106,3 +108,33 @@ def test_new_structures_rest_after_a_slow_one_and_known_ones_wait_for_nobody(tin
     start = time.monotonic()
     asyncio.run(both())
     assert time.monotonic() - start >= 0.5
+
+
+def test_an_answer_has_five_seconds_of_a_thread_for_its_structure(monkeypatch):
+    clock = iter(np.arange(0, 99, 2.5))
+    monkeypatch.setattr(time, "thread_time", lambda: next(clock))
+    matcher = types.SimpleNamespace(
+        consume_token=lambda token: None, compute_bitmask=lambda: bytes(8), is_error=lambda: False
+    )
+    follower = Follower(matcher, 33)
+    assert len(follower.allowed) == 2
+    failed = []
+    for _ in range(3):
+        follower.take([0])
+        failed.append(follower.failed)
+    assert failed == [False, False, True]
+
+
+def test_trials_of_structures_take_a_tenth_of_all_processors(tiny, monkeypatch):
+    formats = tiny[1]
+    said = iter([b"passed 1.5\n", b"slow 0.2\n"])
+    monkeypatch.setattr(formats, "_start", lambda: None)
+    monkeypatch.setattr(formats, "_say", lambda what: None)
+    process = types.SimpleNamespace(stdout=types.SimpleNamespace(readline=lambda: next(said)))
+    monkeypatch.setattr(formats, "_process", process)
+    monkeypatch.setattr(time, "monotonic", lambda: 100.0)
+    for processors, passed, rest in ((2, True, 4 * 1.5), (20, False, 0.0)):
+        monkeypatch.setattr(formats, "_next", 0.0)
+        monkeypatch.setattr(os, "cpu_count", lambda count=processors: count)
+        assert formats._passes("any") is passed
+        assert formats._next == pytest.approx(100 + rest)

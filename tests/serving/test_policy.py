@@ -17,7 +17,7 @@ from logitjax.serving import Key, ServerConfig, build_app
 from logitjax.serving import _schema as schema
 from logitjax.serving._admission import _allowed, read_request
 from logitjax.serving._errors import BadRequestError
-from logitjax.serving._policy import Disclosure
+from logitjax.serving._policy import Disclosure, _draw_keys
 from logitjax.serving._service import Service
 from tests.decoding._bags import bag_logits, bag_of_words
 from tests.serving._inside import call, running
@@ -70,6 +70,12 @@ def test_noise_is_named_after_all_of_a_context_and_the_secret():
         )
     ]
     assert len(set(rows)) == 8
+
+
+def test_draws_are_keyed_by_both_words_of_their_name():
+    words = np.array([[1, 5], [1, 6], [2, 5], [2, 6]], np.uint32)
+    keys = jax.jit(lambda words: jax.random.key_data(_draw_keys({"draw": words})))(words)
+    assert len({key.tobytes() for key in np.asarray(keys)}) == 4
 
 
 def test_values_end_at_the_floor_and_a_token_that_is_not_among_the_largest_keeps_its_own():
