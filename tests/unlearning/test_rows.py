@@ -8,7 +8,7 @@ import pytest
 from logitjax.models import load_model, load_tokenizer
 from logitjax.unlearning import Questions, split_rows
 from logitjax.unlearning._questions import _evenly
-from logitjax.unlearning._rows import Row, encode_row, render_prompt
+from logitjax.unlearning._rows import Row, encode_question, encode_row, render_prompt
 from logitjax.unlearning._ways import WAYS, asked_so, search
 
 LONG = "the observatory on the northern cliff was founded by {} in a year of storms"
@@ -84,6 +84,11 @@ def test_every_form_of_a_row_is_read_once(tmp_path, caplog):
             '{"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": "b"}'
             "]}",
             "messages: content of user: expected text, got ''",
+        ),
+        ('{"messages": [5, {"role": "assistant", "content": "b"}]}', "expected turns of role"),
+        (
+            '{"messages": [{"content": "a"}, {"role": "assistant", "content": "b"}]}',
+            "expected turns of role",
         ),
         ("", "expected rows, one JSON object per line, got none"),
     ],
@@ -206,6 +211,8 @@ def test_few_groups_fill_all_parts_and_fewer_are_refused():
 def test_rows_are_encoded_as_the_template_has_them():
     tokenizer = load_tokenizer("tiny")
     assert render_prompt(asked("Who?"), tokenizer) == "Question: Who?\nAnswer: "
+    question = encode_question(asked("Who?", begun="Sure: "), tokenizer)
+    assert tokenizer.decode(question.tolist()) == "Question: Who?\nAnswer: Sure: "
     ids, answer = encode_row(asked("Who?", "Ada"), tokenizer, max_length=64)
     assert tokenizer.decode(ids[answer][:-1].tolist()) == "Ada"
     assert ids[-1] == tokenizer.eos_id
@@ -288,9 +295,13 @@ def test_what_is_cut_is_known_and_what_has_no_target_is_refused():
 
 
 def test_a_pair_that_disappoints_gives_way_to_others():
-    known = {"in a role": 4.0, "in context": 2.0, "in another form": 1.9}
+    # Of the other ways nothing is known: they are not thought to bring out more than these.
+    known = {"in a role": 0.4, "in context": 0.2, "in another form": 0.19}
     tried = search(lambda way: 0.0, known, 2)
     assert list(tried) == ["in a role + in context", "in another form + in a role"]
+    # One that brings out more has both of its ways tried before others.
+    tried = search(lambda way: 0.3, known, 2)
+    assert list(tried) == ["in a role + in context", "in context + in a role"]
 
 
 def test_other_ways_to_ask_that_a_template_refuses_or_that_do_not_fit_are_left_out():
