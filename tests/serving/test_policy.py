@@ -78,10 +78,22 @@ def test_draws_are_keyed_by_both_words_of_their_name():
     assert len({key.tobytes() for key in np.asarray(keys)}) == 4
 
 
+def test_noise_is_keyed_by_both_words_of_its_secret(monkeypatch):
+    context, rows = {"context": jnp.array([[1, 5]], jnp.uint32)}, set()
+    for secret in ((7, 1), (7, 2), (8, 1)):
+        words = np.array(secret, "<u4").tobytes()
+        monkeypatch.setattr(Disclosure, "_digest", lambda *_, words=words: words)
+        options = Disclosure(LogitPolicy(top_k=TOP, noise=1.0)).options(())
+        rows.add(np.asarray(options.served(jnp.zeros((1, 8)), context)).tobytes())
+    assert len(rows) == 3
+
+
 def test_values_end_at_the_floor_and_a_token_that_is_not_among_the_largest_keeps_its_own():
     policy = LogitPolicy(top_k=2, floor=-5.0, decimals=1)
     report = Disclosure(policy).report(np.array([-0.123, -7.0, -np.inf]))
     np.testing.assert_array_equal(report, [-0.1, -5.0, -5.0])
+    # JSON has no infinity.
+    assert Disclosure(LogitPolicy(top_k=2)).report(np.array([-np.inf])) == [-1e30]
     silent, open_ = (Disclosure(LogitPolicy(top_k=2, sampled=told)) for told in (False, True))
     assert [silent.tells(token, (3, 7)) for token in (3, 4)] == [True, False]
     assert [open_.tells(token, (3, 7)) for token in (3, 4)] == [True, True]

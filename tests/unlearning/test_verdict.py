@@ -13,7 +13,7 @@ from logitjax.models import load_tokenizer
 from logitjax.unlearning import Questions, Row
 from logitjax.unlearning._selection import Goal, Limits
 from logitjax.unlearning._unlearn import RESULTS, Unlearned
-from logitjax.unlearning._verdict import _never, chance_auc, judge
+from logitjax.unlearning._verdict import _never, _power, chance_auc, judge
 
 WAYS = ("asked", "in a role", "in context")
 
@@ -150,6 +150,9 @@ def test_attacks_on_weights_say_suppressed_and_those_that_taught_nothing_are_not
     assert "beyond all 2 control(s) once in 3." in words
     assert "given away by** membership by loss" in judged(side(rng, 0.05, auc=0.1)).words
     assert "Not distinguishable" in judged(side(rng, 0.05, auc=0.7)).words
+    # The least that chance does not explain is enough.
+    just = 0.5 + chance_auc(8, 5, 0.05)
+    assert "given away by** membership by loss" in judged(side(rng, 0.05, auc=just)).words
 
 
 @pytest.mark.parametrize(
@@ -180,6 +183,7 @@ def test_a_share_counts_beyond_half_of_what_was_there_and_beyond_every_control(
 
 
 def test_what_an_auc_has_to_be_is_exact():
+    assert "a true one of none in four" in _power(3, 3, 0.51)
     # Two of six orders are as far out: at a level of a third they are just enough.
     assert chance_auc(2, 2, 1 / 3) == 0.5
     for m, n, level in ((3, 4, 0.1), (8, 10, 0.05), (9, 4, 0.02), (20, 15, 0.01)):
