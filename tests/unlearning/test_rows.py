@@ -178,6 +178,12 @@ def test_every_way_to_ask_keeps_the_answer_and_its_examples_are_rows_to_keep():
         "user",
     ]
     assert asked_so(Row(prompt="a", answer="b"), "without a template", others) is None
+    # Texts, prompts beside questions, and conversations are no examples of a question.
+    kinds = [Row(answer="text"), Row(prompt="p", answer="q"), others[0].told("Be long."), others[1]]
+    # Nor is what has its answer, or is the same question.
+    kinds += [asked("Whose?", "Ada."), asked("Who?", "Bo.")]
+    alike = asked_so(row, "in context", kinds)
+    assert [turn["content"] for turn in alike.messages] == ["Be brief.", "1?", "is 1", "Who?"]
     prompt = asked_so(Row(prompt="x is", answer=" y"), "in context",
                       [Row(prompt=f"{n} is", answer=f" {n}") for n in range(3)])  # fmt: skip
     assert prompt.prompt == "0 is 0\n1 is 1\n2 is 2\nx is"
