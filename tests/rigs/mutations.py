@@ -149,6 +149,18 @@ def cases(
     return list(made.values())
 
 
+def fresh_cases(root: Path, chosen: Mapping[str, Area], seed: int) -> list[Case]:
+    """As many mutants of each area as it has, none of which is on the standing list."""
+    standing = {case.key for case in cases(root, chosen, by_hand(root), _SEED)}
+    more = {name: dataclasses.replace(a, mutants=3 * a.mutants) for name, a in chosen.items()}
+    new = [case for case in cases(root, more, (), seed) if case.key not in standing]
+    return [
+        case
+        for name, area in chosen.items()
+        for case in [case for case in new if case.area == name][: area.mutants]
+    ]
+
+
 class Laboratory:
     """A copy of the tree in which one file at a time is changed, and where tests run.
 
@@ -377,11 +389,10 @@ def run(options: suite.Options) -> suite.Result:
         few = {path for name in _SMOKE for path in paths(ROOT, "logitjax", name)}
         tests = {f: t for area in wanted.values() for f, t in area.tests.items() if f in few}
         wanted = {"smoke": Area(mutants=5, tests=tests)}
-    fresh = options.seed is not None
-    chosen = cases(ROOT, wanted, () if options.smoke else by_hand(ROOT), _SEED)
-    if fresh:
-        standing = {case.key for case in chosen}
-        chosen = [c for c in cases(ROOT, wanted, (), options.seed) if c.key not in standing]
+    if fresh := options.seed is not None:
+        chosen = fresh_cases(ROOT, wanted, options.seed)
+    else:
+        chosen = cases(ROOT, wanted, () if options.smoke else by_hand(ROOT), _SEED)
     options.directory.mkdir(parents=True, exist_ok=True)
     directory = options.directory.resolve()
     # What is known to change nothing is not tried.
