@@ -120,6 +120,7 @@ def test_a_request_for_a_completion_that_says_everything_is_taken_as_it_says():
     plain = schema.parse({"prompt": "a"}, LIMITS, chat=False)
     assert (plain.prompt_shown, plain.cache_salt, plain.stop) == (None, "", [])
     assert plain.add_special_tokens
+    assert plain.sampling.min_p == 0.0
     for name in ("include_usage", "continuous_usage"):
         options = {name + "_stats" * (name == "continuous_usage"): True}
         asked = schema.parse({"prompt": "a", "stream_options": options}, LIMITS, chat=False)
