@@ -1,5 +1,6 @@
 """Rows of one's own: what is read and refused, and a split that nothing leaks through."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -178,6 +179,9 @@ def test_every_way_to_ask_keeps_the_answer_and_its_examples_are_rows_to_keep():
         "user",
     ]
     assert asked_so(Row(prompt="a", answer="b"), "without a template", others) is None
+    assert asked_so(row, "in context", []) is None
+    talk = dataclasses.replace(row, messages=2 * row.messages)
+    assert asked_so(talk, "in context", others) is None
     # Texts, prompts beside questions, and conversations are no examples of a question.
     kinds = [Row(answer="text"), Row(prompt="p", answer="q"), others[0].told("Be long."), others[1]]
     # Nor is what has its answer, or is the same question.
