@@ -145,7 +145,7 @@ def test_trials_of_structures_take_a_tenth_of_all_processors(tiny, monkeypatch):
     # The last one has ended itself.
     said, asked = iter([b"passed 1.5\n", b"slow 0.2\n", b""]), []
     monkeypatch.setattr(formats, "_start", lambda: None)
-    monkeypatch.setattr(formats, "_end", lambda: None)
+    monkeypatch.setattr(formats, "_end", lambda: asked.append("end"))
     monkeypatch.setattr(formats, "_say", asked.append)
     process = types.SimpleNamespace(stdout=types.SimpleNamespace(readline=lambda: next(said)))
     monkeypatch.setattr(formats, "_process", process)
@@ -155,4 +155,4 @@ def test_trials_of_structures_take_a_tenth_of_all_processors(tiny, monkeypatch):
         monkeypatch.setattr(os, "cpu_count", lambda count=processors: count)
         assert formats._passes("any") is passed
         assert formats._next == pytest.approx(100 + rest)
-    assert asked == [{"grammar": "any", "seconds": 0.5}] * 3
+    assert asked == [*[{"grammar": "any", "seconds": 0.5}] * 3, "end"]

@@ -237,6 +237,8 @@ def test_a_structure_is_one_value_however_it_is_asked_for():
     assert [each.structure for each in fields] == [("json", json.dumps(object_))]
     named = [schema.parse(body, LIMITS, chat=False).sampling.structure_field for body in bodies]
     assert named == ["response_format"] * 2 + ["structured_outputs"] * 3
+    beside = schema.parse(bodies[0] | {"structured_outputs": {}}, LIMITS, chat=False)
+    assert beside.sampling.structure_field == "response_format"
     deep: dict = {}
     for _ in range(900):
         deep = {"anyOf": [deep]}
