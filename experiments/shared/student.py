@@ -209,7 +209,7 @@ def _reading(
 
 def _placed(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         tree,
         models.DECODER_RULES.shardings(tree, mesh),
     )

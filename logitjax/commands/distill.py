@@ -403,8 +403,7 @@ def _row(name: str, scores: Mapping[str, float]) -> dict[str, Any]:
         "bits a byte": scores["bits_per_byte"],
         "accuracy %": percent("accuracy"),
         "agreement %": percent("agreement"),
-        # The whole model is its own teacher; rounding makes its zero negative.
-        "KL to the teacher": max(scores["teacher_kl"], 0.0) if "teacher_kl" in scores else None,
+        "KL to the teacher": scores.get("teacher_kl"),
         "parameters": f"{int(scores['parameters']):,}",
         "tokens/s": f"{speed:,.0f}" if (speed := scores.get("tokens_per_second")) else None,
     }

@@ -51,8 +51,8 @@ def test_splits_are_not_taken_for_classes(tmp_path):
         (tmp_path / split / ".DS_Store").write_bytes(b"")
     with pytest.raises(ValueError, match="split: expected one of train, val, the splits"):
         data.load_image_set(f"folder:{tmp_path}")
-    found = data.load_image_set(f"folder:{tmp_path}", split="val")
-    assert found.class_names == ("cat", "dog")
+    validation = data.load_image_set(f"folder:{tmp_path}", split="val")
+    assert validation.class_names == ("cat", "dog")
     # A class may have the name of a split.
     save(tmp_path / "train" / "engine.png")
     (tmp_path / "val").rename(tmp_path / "ship")
@@ -275,12 +275,12 @@ def test_imagenet_takes_names_out_of_open_clip_without_importing_it(tmp_path, mo
     (root / "zero_shot_metadata.py").write_text(
         "T = (lambda c: 1 / 0,)\nIMAGENET_CLASSNAMES = ('tench', 'goldfish')\n"
     )
-    found = [
+    names = [
         _recognition.class_names_of("imagenet", classes, epath.Path(tmp_path))
         for classes in (("n01443537", "n01440764"), ("1", "0"), ("n01443537",))
     ]
     # WordNet's numbers are told apart only where all of them are there.
-    assert found == [("goldfish", "tench"), ("goldfish", "tench"), ("n01443537",)]
+    assert names == [("goldfish", "tench"), ("goldfish", "tench"), ("n01443537",)]
 
 
 def test_prompts_of_every_set():
@@ -308,7 +308,7 @@ def test_names_of_sets_are_known_to_tfds():
         "print(json.dumps(tfds.list_builders(with_community_datasets=False)))"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    known = set(json.loads(done.stdout.splitlines()[-1]))
+    builders = set(json.loads(done.stdout.splitlines()[-1]))
     for which in data.RECOGNITION_SETS.values():
         if which.tfds:
-            assert which.tfds.partition(":")[0] in known
+            assert which.tfds.partition(":")[0] in builders

@@ -116,9 +116,9 @@ def test_what_nothing_is_known_of_has_no_panel():
 
 
 def test_what_nothing_is_known_of_has_no_name_beside_what_is_known():
-    known = Series(name="known", runs=[[(0.0, 1.0)]])
+    dated = Series(name="known", runs=[[(0.0, 1.0)]])
     unknown = [Series(name="no run", runs=[]), Series(name="no point", runs=[[], []])]
-    axes = compose(Picture(panels=[Panel(x="x", y="y", series=[*unknown, known])])).axes[0]
+    axes = compose(Picture(panels=[Panel(x="x", y="y", series=[*unknown, dated])])).axes[0]
     assert list(names_of(axes)) == ["known"]
 
 
