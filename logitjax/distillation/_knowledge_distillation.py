@@ -3,6 +3,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from logitjax.distillation._binary_kl import bernoulli_kl
+from logitjax.losses import kl_divergence
 from logitjax.ops import (
     Array,
     AxisName,
@@ -26,17 +27,6 @@ def _softened(
     checks.shapes(**pair)
     checks.positive(temperature, "temperature")
     return student / temperature, teacher / temperature
-
-
-def _softmax_kl(
-    student: jax.Array, teacher: jax.Array, vocab_where: Array | None, axis_name: AxisName | None
-) -> jax.Array:
-    log_q = log_softmax(student, vocab_where=vocab_where, axis_name=axis_name)
-    log_p = log_softmax(teacher, vocab_where=vocab_where, axis_name=axis_name)
-    # A class with no teacher mass contributes nothing, also where the student has none either.
-    live = log_p != -jnp.inf
-    gap = jnp.where(live, log_p, 0.0) - jnp.where(live, log_q, 0.0)
-    return on_mesh.psum(jnp.sum(jnp.where(live, jnp.exp(log_p) * gap, 0.0), -1), axis_name)
 
 
 def knowledge_distillation(
@@ -77,8 +67,8 @@ def knowledge_distillation(
     """
     # T^2: gradients of softened targets shrink by its inverse.
     student, teacher = _softened(student_logits, teacher_logits, temperature)
-    return jnp.square(jnp.asarray(temperature)) * _softmax_kl(
-        student, teacher, vocab_where, axis_name
+    return jnp.square(jnp.asarray(temperature)) * kl_divergence(
+        student, teacher, vocab_where=vocab_where, axis_name=axis_name
     )
 
 
@@ -159,7 +149,7 @@ def decoupled_knowledge_distillation(
     # A teacher without any class asks for nothing.
     asked = (of_teacher[0] != -jnp.inf) | (of_teacher[1] != -jnp.inf)
     target_part = jnp.where(asked, target_part, 0.0)
-    other_part = _softmax_kl(student, teacher, others, axis_name)
+    other_part = kl_divergence(student, teacher, vocab_where=others, axis_name=axis_name)
     loss = target_weight * target_part + other_weight * other_part
     existing = (labels >= 0) & (labels < classes * shards)
     return jnp.where(existing, jnp.square(jnp.asarray(temperature)) * loss, jnp.nan)

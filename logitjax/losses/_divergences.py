@@ -47,7 +47,7 @@ def kl_divergence(
     log_q, log_p = _log_probs(student_logits, teacher_logits, temperature, vocab_where, axis_name)
     first, second = (log_p, log_q) if direction == "forward" else (log_q, log_p)
     scale = jnp.square(jnp.asarray(temperature, log_q.dtype))  # Hinton's T^2
-    return scale * on_mesh.psum(_kl_terms(first, second).sum(-1), axis_name)
+    return scale * on_mesh.psum(kl_terms(first, second).sum(-1), axis_name)
 
 
 def generalized_jensen_shannon(
@@ -92,9 +92,9 @@ def generalized_jensen_shannon(
     checks.between(beta, 0, 1, "beta")
     log_q, log_p = _log_probs(student_logits, teacher_logits, temperature, vocab_where, axis_name)
     if beta == 0:
-        terms = _kl_terms(log_p, log_q)
+        terms = kl_terms(log_p, log_q)
     elif beta == 1:
-        terms = _kl_terms(log_q, log_p)
+        terms = kl_terms(log_q, log_p)
     else:
         p, q = jnp.exp(log_p), jnp.exp(log_q)
         mixture = beta * p + (1 - beta) * q
@@ -131,7 +131,7 @@ def _log_probs(
     return log_probs(student), log_probs(teacher)
 
 
-def _kl_terms(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+def kl_terms(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
     """`p (log p - log q)` entry by entry."""
     p = jnp.exp(log_p)
     # Masked before they are subtracted: -inf less -inf is nan, and so is nought times it.
