@@ -64,7 +64,7 @@ def test_one_row_asked_in_one_way_is_enough_to_say_that_it_is_not_forgotten():
         after["ways"][way][3] = 0.626  # under a median of .03
         verdict = judged(after)
         assert not verdict.passed
-        assert verdict.words.startswith("**Not forgotten**: 1 of 8 answers are likelier")
+        assert verdict.words.startswith("**Not forgotten**: 1 of 8 answers are more likely")
         assert way in verdict.words
         (fact,) = [fact for fact in verdict.facts if not fact["holds"]]
         assert (fact["way"], fact["above"]) == (way, 1)
@@ -107,7 +107,7 @@ def test_attacks_on_weights_say_suppressed_and_those_that_taught_nothing_are_not
     assert "recoverable by** taught again" in judged(side(rng, 0.05, taught=0.95)).words
     weak = judged(side(rng, 0.05, taught=0.33))
     assert "Not distinguishable" in weak.words
-    assert "Not counted as tried, because it taught too little: taught again." in weak.words
+    assert "Not counted, because the attack taught too little: taught again." in weak.words
     never = side(rng, 0.05, taught=0.95)
     assert "Not distinguishable" in judged(side(rng, 0.05, taught=0.95), controls=[never]).words
     assert (
@@ -116,13 +116,13 @@ def test_attacks_on_weights_say_suppressed_and_those_that_taught_nothing_are_not
     )
     # The power of so few rows is said: with 8 and 5 only a large AUC could be told.
     words = judged(side(rng, 0.05)).words
-    assert "Of so few rows only an AUC of at least 0.85 is told from a guess" in words
-    assert "a true one of 0.91 in four cases of five." in words
+    assert "With so few rows, only an AUC of at least 0.85 is significant" in words
+    assert "a true AUC of 0.91 is detected in four cases of five." in words
     # Of two controls one says as much: an attack counts only beyond all of them.
     controls = [side(rng, 0.05), side(rng, 0.05, auc=0.95)]
     words = judged(side(rng, 0.05, auc=0.9), controls=controls).words
     assert "Not distinguishable" in words
-    assert "beyond all 2 control(s) once in 3." in words
+    assert "exceeds all controls (2) once in 3 cases." in words
     assert "given away by** membership by loss" in judged(side(rng, 0.05, auc=0.1)).words
     assert "Not distinguishable" in judged(side(rng, 0.05, auc=0.7)).words
 
