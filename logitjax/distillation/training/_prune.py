@@ -71,7 +71,7 @@ class LayerPruning:
 
     @property
     def below(self) -> str:
-        """Paths of what lies below the cut, for `freeze` of `Student.of`; for listed layers.
+        """Paths below the cut, for `freeze` of `Student.of`; for listed layers.
 
         >>> LayerPruning(kept=(0, 1, 4), dropped=(3, 2), scores=()).below
         'embedding|layers/(0|1)/'
