@@ -49,7 +49,7 @@ def field(
 
     Args:
         default: Its value where nothing gives one; `REQUIRED` for none.
-        help: What it is, as a whole phrase.
+        help: Description, as a whole phrase.
         choices: All its values, for text.
         minimum: Lowest value, for numbers.
         positional: Whether arguments without a flag are its values; for one tuple of text.
@@ -83,14 +83,14 @@ def nested(
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-    """A field of a configuration, or of what it nests, as a flag.
+    """A field of a configuration, or of a nested one, as a flag.
 
     Attributes:
         path: Names of the fields that lead to it.
         owner: Dataclass that has the field.
         kind: Type of its value, or of each of its values.
         default: Its default, or `REQUIRED`.
-        help: What it is, or nothing where its owner does not say.
+        help: Description; empty if its owner has none.
     """
 
     name: str

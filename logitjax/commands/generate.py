@@ -105,7 +105,7 @@ def run(config: Config) -> None:
 
 
 def _check(config: Config) -> None:
-    """Refuses flags that do not fit together: nobody drafts, or no template takes the system."""
+    """Reject flags that do not fit together: no model drafts, or no template takes a system."""
     if config.draft is not None and not getattr(config.line_up, config.draft):
         raise ValueError(f"draft: expected a model from --{config.draft}, got none")
     if config.system is None:

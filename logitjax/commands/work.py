@@ -1,4 +1,4 @@
-"""Estimates of what a run reads, writes and costs, before it begins: `--dry_run`."""
+"""Estimates of a run's inputs, outputs and cost before it begins: `--dry_run`."""
 
 import dataclasses
 import os
@@ -111,7 +111,7 @@ class Work:
 
 
 def estimate(config: _flags.Dataclass) -> Work:
-    """The work of a command, from the values of its flags, whose names say what they are."""
+    """The work of a command, derived from the names and values of its flags."""
     v = _flags.flatten(config)
     names = ("student", "model", "expert", "base", "reference", "encoder", "auxiliary", "teacher")
     decoders = _specs(v, names[:5])

@@ -76,7 +76,7 @@ def load_images(
 
     Raises:
         FileNotFoundError: nothing lies there.
-        ValueError: an unknown source, or files that are not what they should be.
+        ValueError: an unknown source, or files of an unexpected form.
 
     >>> digits = load_images("synthetic:10", split="train[:100]")
     >>> digits.images.shape, digits.num_classes
@@ -234,7 +234,7 @@ def read_picture(path: epath.Path) -> Any:
 
 
 def open_picture(path: epath.Path) -> tuple[Any, frozenset[str]]:
-    """As `read_picture`, and what was done to it: `turned`, `transparent` or both."""
+    """As `read_picture`, with the changes made: `turned`, `transparent` or both."""
     Image = require("PIL.Image", extra="vision")
 
     with guard.naming(path, "an image"), path.open("rb") as file:

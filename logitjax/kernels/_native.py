@@ -27,7 +27,7 @@ def build() -> pathlib.Path:
     """Compiles the kernels for this machine unless that is done, and returns the library's path.
 
     Raises:
-        RuntimeError: there is no C++ compiler, or it fails; the message has what it printed.
+        RuntimeError: there is no C++ compiler, or it fails; the message has its output.
     """
     library = _library()
     if _whole(library):
