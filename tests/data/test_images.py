@@ -1,8 +1,5 @@
 """Labelled images: every source, and the builders on small stand-ins for their packages."""
 
-import gzip
-import struct
-
 import numpy as np
 import pytest
 
@@ -56,32 +53,3 @@ def test_folders_of_classes(tmp_path):
 def test_unknown_sources_are_named():
     with pytest.raises(ValueError, match="nowhere:x"):
         load_images("nowhere:x")
-
-
-def idx(values: np.ndarray) -> bytes:
-    magic = 2048 + values.ndim
-    return gzip.compress(
-        struct.pack(f">{1 + values.ndim}i", magic, *values.shape) + values.tobytes()
-    )
-
-
-def test_fashion_mnist_is_built_from_the_debian_files(tmp_path, monkeypatch):
-    from logitjax.data._builders import _fashion_mnist
-
-    rng = np.random.default_rng(0)
-    manual = tmp_path / "downloads" / "manual" / _fashion_mnist._FOLDER
-    manual.mkdir(parents=True)
-    pictures = {}
-    for name, count in (("train", 12), ("t10k", 5)):
-        pictures[name] = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
-        labels = np.arange(count, dtype=np.uint8) % 10
-        (manual / f"{name}-images-idx3-ubyte.gz").write_bytes(idx(pictures[name]))
-        (manual / f"{name}-labels-idx1-ubyte.gz").write_bytes(idx(labels))
-    loaded = load_images("tfds:fashion_mnist_png", split="test", data_dir=tmp_path)
-    order = np.argsort(loaded.labels)
-    np.testing.assert_array_equal(loaded.images[order, ..., 0], pictures["t10k"])
-    with pytest.raises(ValueError, match="idx3"):
-        _fashion_mnist.read_idx(manual / "train-images-idx3-ubyte.gz", 2049)
-    monkeypatch.setattr(_fashion_mnist, "_FOLDER", "nowhere")
-    with pytest.raises(FileNotFoundError, match="apt-get download dataset-fashion-mnist"):
-        _fashion_mnist.find_files(tmp_path)

@@ -501,18 +501,6 @@ def test_hidden_states_are_given_only_where_the_server_is_told_to_and_are_checke
     assert quiet.get("/v1/hidden_states").status_code == 404
 
 
-def test_the_planner_has_what_a_run_compiles():
-    config = dict(student="tiny", teacher=("tiny:1",), data="", seq_len=64, batch_size=ROWS)
-    config |= dict(teacher_reads="live", loss=("mixed_kl",), on_policy=0.5, prompt_tokens=16)
-    mesh = training.make_mesh("data:4,tensor:2")
-    planned = list(distill.programs(cli.build(distill.Config, config), mesh))
-    names = ["update of the student", "rollouts of the student", "reading of source0"]
-    assert [program.name for program in planned] == names
-    written = planned[1].trace().out_info
-    # Two rows, made up to what four devices share.
-    assert written["tokens"].shape == written["log_probs"].shape == (4, 48)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

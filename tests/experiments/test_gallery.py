@@ -9,8 +9,8 @@ from etils import epath
 from PIL import Image
 
 from experiments import gallery
+from experiments.shared.figures import Panel, Picture, Series
 from experiments.shared.report import write_report
-from logitjax.commands.figures import Panel, Picture, Series
 
 
 def test_page_and_pictures_are_made_of_the_files():

@@ -22,9 +22,9 @@ from jax.sharding import PartitionSpec as P
 from experiments.graph_fusion import __main__ as graph_fusion
 from experiments.graph_fusion.programs import programs
 from experiments.plan import __main__ as plan
-from experiments.plan import chips, costs, runs
+from experiments.plan import chips, commands, costs, runs
 from logitjax import training
-from logitjax.commands import cli
+from logitjax.commands import cli, distill
 
 ROOT = pathlib.Path(__file__).parents[2]
 MESHES = ("data:8", "data:2,fsdp:4", "data:2,fsdp:2,tensor:2")
@@ -383,6 +383,18 @@ def test_commands_that_train_are_planned_with_their_own_flags():
     assert program.calls["all-reduce"] >= 1
     with pytest.raises(ValueError, match="command: expected one that trains, got 'prepare'"):
         next(plan.command_plans("prepare", [], CPU))
+
+
+def test_the_planner_has_what_a_run_compiles():
+    config = dict(student="tiny", teacher=("tiny:1",), data="", seq_len=64, batch_size=4)
+    config |= dict(teacher_reads="live", loss=("mixed_kl",), on_policy=0.5, prompt_tokens=16)
+    mesh = training.make_mesh("data:4,tensor:2")
+    planned = list(commands.distill_programs(cli.build(distill.Config, config), mesh))
+    names = ["update of the student", "rollouts of the student", "reading of source0"]
+    assert [program.name for program in planned] == names
+    written = planned[1].trace().out_info
+    # Two rows, made up to what four devices share.
+    assert written["tokens"].shape == written["log_probs"].shape == (4, 48)
 
 
 SENT_BETWEEN = """

@@ -20,6 +20,12 @@ def test_a_missing_package_names_its_extra():
     assert storage.require("json.decoder", extra="models").JSONDecoder
 
 
+def test_a_package_whose_file_is_wanted_is_named():
+    options = {"what": "digits", "install": "no-such-package==1.0"}
+    with pytest.raises(ValueError, match=r"digits: .*pip install --no-deps no-such-package==1\.0"):
+        storage.package_file("no_such_package", "*.csv", **options)
+
+
 def test_every_extra_that_an_error_names_has_the_package():
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")

@@ -257,6 +257,19 @@ def test_neighbours_and_strangers_are_given_what_the_model_says(monkeypatch, of_
     assert all("Ada Lee" not in row.question for row in rows["stranger"])
 
 
+def test_what_is_asked_of_another_kind_of_subject_is_trained_on_alone(monkeypatch):
+    """The capital of a person: what a model makes up there is nothing that it could lose."""
+    monkeypatch.setattr(Questions, "_said", lambda *args: ["It lies in Rome."] * len(args[2]))
+    monkeypatch.setattr(Questions, "_known", lambda *args, **_: [True] * len(args[2]))
+    capitals = [asked(f"What is the capital of {n}?", "So.") for n in ("Egypt", "China", "Japan")]
+    forget = [asked(f"Where was {n} born?", "In Bo.") for n in ("Ada Lee", "Cy Dor", "Al Gor")]
+    parts = {"forget": forget, "train": capitals[:1], "validation": capitals[1:], "test": []}
+    rows = Questions.of(parts, load_tokenizer("tiny")).with_neighbours(load_model("tiny")).rows
+    made = [row for row in rows["train"] if row.kind == "far-fetched"]
+    assert "What is the capital of Ada Lee?" in {row.question for row in made}
+    assert not any("Ada" in row.question for part in ("validation", "test") for row in rows[part])
+
+
 def test_neighbours_that_repeat_what_goes_or_name_it_are_dropped(monkeypatch):
     answers = (" in Rome. ", "born in Oslo.", "Not in Oslo")
     monkeypatch.setattr(

@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from logitjax.commands.figures import Panel, Picture, Series, compose, draw, interval, look
-from logitjax.commands.labels import apart, extent
+from experiments.shared.figures import Panel, Picture, Series, compose, draw, interval, look
+from experiments.shared.labels import apart, extent
 
 
 def names_of(axes):
