@@ -29,9 +29,9 @@ def test_fashion_mnist_is_built_from_the_debian_files(tmp_path, monkeypatch):
         labels = np.arange(count, dtype=np.uint8) % 10
         (manual / f"{name}-images-idx3-ubyte.gz").write_bytes(idx(pictures[name]))
         (manual / f"{name}-labels-idx1-ubyte.gz").write_bytes(idx(labels))
-    found = load_images(source, split="test", data_dir=tmp_path)
-    order = np.argsort(found.labels)
-    np.testing.assert_array_equal(found.images[order, ..., 0], pictures["t10k"])
+    loaded = load_images(source, split="test", data_dir=tmp_path)
+    order = np.argsort(loaded.labels)
+    np.testing.assert_array_equal(loaded.images[order, ..., 0], pictures["t10k"])
     with pytest.raises(ValueError, match="idx3"):
         fashion_mnist.read_idx(manual / "train-images-idx3-ubyte.gz", 2049)
     monkeypatch.setattr(fashion_mnist.FashionMnistPng, "PLACES", ("nowhere",))
