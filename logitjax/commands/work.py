@@ -18,6 +18,8 @@ from logitjax.commands import _flags
 
 # Few layers compile within seconds.
 _TIMED_LAYERS = 2
+# Measured on a CPU: libraries with compiled programs, and how a step's peak exceeds the arrays.
+_HOST_BYTES, _PEAK = 9e8, 1.4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,6 +106,8 @@ class Work:
         # A model that is both trained and scored is in memory once.
         ascending = sorted(self.passes, key=lambda one: one.memory)
         memory = sum({one.model: one.memory for one in ascending}.values())
+        if jax.devices()[0].platform == "cpu":
+            memory = _HOST_BYTES + _PEAK * memory
         yield f"memory  about {_bytes(memory)} of {_memory()}"
         storage.progress.mark("timing two layers")
         minutes = sum(one.products for one in self.passes) / self.passes[0].pace() / 60
