@@ -89,7 +89,7 @@ def test_what_is_as_likely_as_the_worst_never_taught_is_not_above_it_and_a_limit
     after["ways"]["asked"][1], after["ways"]["in a role"][5] = 0.31, 0.47
     words = judged(after).words
     assert "has a probability of 0.47," in words
-    assert words.endswith("asked and in a role.")
+    assert words.endswith("asked, in a role.")
 
 
 def test_a_control_that_says_much_itself_excuses_no_answer_that_is_still_said():
