@@ -18,17 +18,16 @@ from logitjax import unlearning
 # Utility levels at which the methods that no other dominates are named, in percent kept.
 _LEVELS = (98.0, 95.0, 90.0, 75.0, 50.0)
 _NOTES = (
-    "Forget probability: the median over rows to forget; the goal is that of answers which nobody "
-    "taught. Kept: on rows that nothing was trained on or chosen by, with the 95 % interval of the "
-    "mean over seeds for rows drawn again. A method that is not feasible is shown where it keeps "
-    "most at the goal: the rule would write nothing. Least kept: the least of the shares, "
-    "perplexity by "
-    "its inverse."
+    "Forget probability: the median over rows to forget; the goal is that of answers that were "
+    "never taught. Kept: on rows used neither for training nor for choosing, with a 95 % interval "
+    "of the mean over seeds, from resampled rows. A method without a feasible candidate is shown "
+    "where it reaches the goal and keeps most; the command would write nothing. Least kept: the "
+    "smallest of the shares, with the inverse of perplexity."
 )
 _ATTACKS = (
-    "Median probabilities of the answers to forget, shares of them, or AUC (0.5 is a guess; far "
-    "from it, on either side, rows are given away). Only what is above the control counts. Attacks "
-    "that sample: first seed."
+    "Median probabilities of the answers to forget, shares of them, or AUC (0.5 is chance; a value "
+    "far from it, on either side, reveals the rows). Only values above the control count. Attacks "
+    "that sample use the first seed."
 )
 
 
@@ -54,10 +53,10 @@ def write(config: Config, results: Mapping[str, Any], workdir: epath.Path) -> st
         "## Attacks",
         markdown_table(tables["attacks"]),
         _ATTACKS,
-        "## What is said",
+        "## Sample answers",
         markdown_table(tables["answers"]),
-        "Likeliest answers to the first question of each part, of the first seed.",
-        "## What was tried",
+        "Greedy answers to the first question of each part, with the first seed.",
+        "## Trials",
         markdown_table(trial_rows(results)),
         "## Hours",
         markdown_table(hour_rows(results)),
@@ -65,8 +64,8 @@ def write(config: Config, results: Mapping[str, Any], workdir: epath.Path) -> st
     pictures = {}
     if results["methods"] and controls:
         pictures["relearning"] = relearning(results)
-        message = sections.index("## What is said")
-        sections.insert(message, "![teaching again](relearning.png)")
+        message = sections.index("## Sample answers")
+        sections.insert(message, "![relearning](relearning.png)")
     lines = [
         {name: record[name] for name in ("method", "seed", "rate", "feasible", "shown")}
         for records in results["methods"].values()
@@ -272,7 +271,7 @@ def verdicts(results: Mapping[str, Any]) -> str:
     ]
     lines.append(f"- not dominated by another: {', '.join(front)}")
     never = [m for m, records in results["methods"].items() if not records[0]["feasible"]]
-    lines.append(f"- feasible with no rate that was tried: {', '.join(never) or 'none'}")
+    lines.append(f"- feasible at none of the rates tried: {', '.join(never) or 'none'}")
     return "\n".join(lines)
 
 
@@ -297,7 +296,7 @@ def judged(config: Config, results: Mapping[str, Any]) -> list[str]:
 
 
 def relearning(results: Mapping[str, Any]) -> figures.Picture:
-    """Return what comes back by teaching, at the worst rate, beside a model that never knew."""
+    """Return the curves of relearning at the worst rate, beside a model that never knew."""
     before = results["target"]["examined"]
     back, kept = [], []
     for name, records in ({"control": _controls(results)} | dict(results["methods"])).items():

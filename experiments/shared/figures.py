@@ -1,6 +1,6 @@
 """Pictures for people: numbers in, a PNG in one style out.
 
-A `Picture` and its panels are plain values: what is drawn can be kept as JSON, checked without a
+A `Picture` and its panels are plain values: they can be kept as JSON, checked without a
 renderer, and drawn again. Every name has its colour, marker and dashes, so that series
 can be told apart in grey; names stand at the ends of their lines or beside their points, where they
 cover nothing; a page shows a picture 600 pixels wide, and letters are sized for that.
@@ -52,7 +52,7 @@ class Series:
     """The measurements of one name.
 
     Attributes:
-        name: What is written beside it, and what its colour, marker and dashes belong to.
+        name: Its label, which determines colour, marker and dashes.
         runs: Points `(x, y)` of each run, such as a seed. All runs have equally many: the i-th
             points of all are one measurement, drawn as their mean and its interval.
         line: Whether the means are joined.
@@ -73,11 +73,11 @@ class Panel:
     """One pair of axes.
 
     Attributes:
-        x: What is to the right, with its unit; so is `y`.
+        x: Label of the horizontal axis, with its unit; `y` is that of the vertical one.
         log: Axes that are logarithmic: `x`, `y` or `xy`.
         low: The least y that is shown, where what lies below would squeeze the rest.
         rules: Values of y by name, drawn as lines across; `marks` are values of x.
-        x_ticks: Places by what is written there, in place of numbers; so are `y_ticks`.
+        x_ticks: Positions by label, instead of numbers; so are `y_ticks`.
         names: `right` of the axes, at the ends of lines, or `beside` the last point.
         height: Inches; the picture is six wide.
     """
@@ -141,7 +141,7 @@ def look(number: int) -> dict[str, Any]:
 def draw(path: str | os.PathLike[str], picture: Picture) -> epath.Path:
     """Draws a picture into a PNG file, which appears whole or not at all.
 
-    The file says what it was drawn of: its text `Source` is the picture's `source`.
+    The file names its data: its text `Source` is the picture's `source`.
     """
     with _styled():
         _save(compose(picture), path, picture.source)

@@ -1,4 +1,4 @@
-"""Names of what is drawn, where they cover nothing: right of the axes, or beside their points."""
+"""Labels that cover nothing: right of the axes, or beside their points."""
 
 import dataclasses
 import itertools
@@ -15,7 +15,7 @@ _FAR = (9, 18, 30, 45, 60, 80, 105, 135, 170, 210)
 
 @dataclasses.dataclass
 class Label:
-    """A name of the point `(x, y)` of matplotlib axes, and what is drawn of it, if anything is."""
+    """A label of the point `(x, y)` of matplotlib axes, and the artist of it, if any."""
 
     axes: Any
     text: str

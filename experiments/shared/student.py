@@ -37,14 +37,14 @@ def update_programs(
     decoder_config: Callable[[str], models.DecoderConfig] = models.load_config,
     **options: Any,
 ) -> Iterator[training.Program]:
-    """The update of a student; then what it writes, and what its teachers read.
+    """The update of a student, then its sampling, and the reading of its teachers.
 
     Args:
         model: Makes the decoder; it is only traced.
         reading: Sizes of rows and of the teachers' output.
-        name: What the update does, in words.
+        name: Description of the update.
         on_policy: How much of each batch the student writes.
-        decoder_config: The shape of the teacher that a text names.
+        decoder_config: Function from a model's name to its configuration.
         **options: For `Student.of`.
     """
     made: list[Student] = []

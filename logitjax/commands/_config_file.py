@@ -79,7 +79,7 @@ def write_config(config: _flags.Dataclass, folder: epath.Path, flag: str) -> Non
 
 
 def _has_results(folder: epath.Path) -> bool:
-    """Whether there is a file besides the record of a run and what was left unfinished."""
+    """Whether there is any file except the record of a run and unfinished leftovers."""
     for path in folder.iterdir():
         record = path.name in _RECORDS or path.name.startswith((".", "error."))
         if not record and (_has_results(path) if path.is_dir() else True):

@@ -49,7 +49,7 @@ def field(
 
     Args:
         default: Its value where nothing gives one; `REQUIRED` for none.
-        help: What it is, as a whole phrase.
+        help: Description, as a whole phrase.
         choices, minimum: All its values, for text; the lowest, for numbers.
         positional: Whether arguments without a flag are its values; for one tuple of text.
         execution, secret: As of `storage.option`.

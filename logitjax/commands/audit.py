@@ -136,7 +136,7 @@ def _run(config: Config, out: epath.Path) -> None:
 
 
 def _prepare(config: Config) -> tuple[np.ndarray, int, Truth | None]:
-    """Prompts, the number of tokens, and what is true of the model."""
+    """Prompts, the number of tokens, and the true values of the model."""
     rng = np.random.default_rng(config.seed)
     shape = (config.prompts, config.prompt_length)
     if config.model is None:

@@ -31,7 +31,7 @@ from logitjax.data import SPLITS
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """The teachers, the text, and what is kept."""
+    """The teachers, the text, and the values to keep."""
 
     student: str = field("smollm2", "Model that will be trained; its tokenizer packs the rows.")
     reading: distillation.Reading = nested(

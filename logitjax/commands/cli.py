@@ -119,7 +119,7 @@ def parse(
 
 
 def _is_ours(record: Any) -> bool:
-    """Libraries' own progress notes would bury ours, which may lie among theirs; warnings stay."""
+    """Hide progress notes of libraries, which would bury ours; warnings stay."""
     global _last_line
     ours = record.pathname.startswith(_PACKAGE) or "site-packages" not in record.pathname
     shown = ours or record.levelno > py_logging.INFO
@@ -135,7 +135,7 @@ def _devices() -> str:
 
 @contextlib.contextmanager
 def _narrated() -> Iterator[None]:
-    """Says what is being done after some seconds of silence; on a terminal bars may speak."""
+    """Log the current activity after some seconds of silence; on a terminal, bars do so."""
     done = threading.Event()
 
     def narrate() -> None:

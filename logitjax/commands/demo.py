@@ -34,7 +34,7 @@ class Config:
 
 
 def run(config: Config, out: epath.Path) -> None:
-    """Writes the text, distils, and says what was gained."""
+    """Write the text, distil, and print the gain."""
     text = out / "documentation.txt"
     storage.write_atomic(text, "\n\n".join(_documentation())[:_CHARACTERS])
     loop = training.LoopOptions(log_every=2, eval_every=4, progress=False)

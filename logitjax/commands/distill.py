@@ -279,7 +279,7 @@ def _check_weights(config: Config, whole: models.Decoder, out: epath.Path) -> No
 def _pruned(
     config: Config, whole: models.Decoder, packed: data.PackedSplits, out: epath.Path
 ) -> tuple[models.Decoder, str, str | None]:
-    """The student as it begins, what was cut from it in words, and what of it stays."""
+    """The student at the start, a description of the pruning, and the pattern to freeze."""
     layers, notes = whole.config.num_layers, []
     drop = config.pruning.dropped(layers)
     if drop >= layers:

@@ -56,7 +56,7 @@ class Config:
 
 
 def run(config: Config, out: epath.Path) -> None:
-    """Read, encode, write; then a table of what there is."""
+    """Read, encode, write; then print a table of the contents."""
     table = []
     for spec in config.encoder:
         encoder = vision.load_encoder(

@@ -19,7 +19,7 @@ def model_card(
     *, title: str, made_from: Sequence[str], tags: Sequence[str], report: str,
     settings: Mapping[str, Any],
 ) -> str:  # fmt: skip
-    """The README.md of a model: what it was made from, with which settings, and its scores.
+    """The README.md of a model: its sources, settings and scores.
 
     `made_from` are models as flags name them, `report` is Markdown without its heading.
     """

@@ -228,7 +228,7 @@ def other_text(
 
 
 def _cut(config: Config, questions: unlearning.Questions) -> str:
-    """Describe in words what was left out."""
+    """Describe the rows that were cut."""
     cut = {part: len(which) for part, which in questions.cut.items() if which}
     if not cut:
         return ""
@@ -354,7 +354,7 @@ def _candidate_row(candidate: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _kept_rows(before: Mapping[str, Any], after: Mapping[str, Any], verdict: Any) -> list[Any]:
-    """By kind of row and measure: before, after, and what is left with its interval."""
+    """Values before and after, and the share kept with its interval, by kind of row and measure."""
     table = []
     for name, record in (("probability", "probabilities"), ("rouge", "rouge")):
         for kind in verdict.kept.get(name, {}):

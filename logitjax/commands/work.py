@@ -1,4 +1,4 @@
-"""Estimates of what a run reads, writes and costs, before it begins: `--dry_run`."""
+"""Estimates of a run's inputs, outputs and cost before it begins: `--dry_run`."""
 
 import dataclasses
 import os
@@ -18,6 +18,8 @@ from logitjax.commands import _flags
 
 # Few layers compile within seconds.
 _TIMED_LAYERS = 2
+# Measured on a CPU: libraries with compiled programs, and how a step's peak exceeds the arrays.
+_HOST_BYTES, _PEAK = 9e8, 1.4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,6 +106,8 @@ class Work:
         # A model that is both trained and scored is in memory once.
         ascending = sorted(self.passes, key=lambda one: one.memory)
         memory = sum({one.model: one.memory for one in ascending}.values())
+        if jax.devices()[0].platform == "cpu":
+            memory = _HOST_BYTES + _PEAK * memory
         yield f"memory  about {_bytes(memory)} of {_memory()}"
         storage.progress.mark("timing two layers")
         minutes = sum(one.products for one in self.passes) / self.passes[0].pace() / 60
@@ -111,7 +115,7 @@ class Work:
 
 
 def estimate(config: _flags.Dataclass) -> Work:
-    """The work of a command, from the values of its flags, whose names say what they are."""
+    """The work of a command, derived from the names and values of its flags."""
     v = _flags.flatten(config)
     names = ("student", "model", "expert", "base", "reference", "encoder", "auxiliary", "teacher")
     decoders = _specs(v, names[:5])
@@ -126,7 +130,7 @@ def estimate(config: _flags.Dataclass) -> Work:
         v.get("seq_len") or v.get("max_length") or v.get("prompt_length") or 128,
     )
     steps, trains = v.get("steps") or 0, "student" in v or "forget" in v
-    passes, writes = [], {}
+    passes, writes, more = [], {}, {}
     if trains and steps:
         spec = decoders[0]
         shape = models.load_config(spec)
@@ -134,15 +138,25 @@ def estimate(config: _flags.Dataclass) -> Work:
         shape = shortened(shape, len(v.get("keep_layers") or ()) or shape.num_layers - dropped)
         tokens = steps * batch[0] * batch[1]
         student = Pass(model="the student", shape=shape, tokens=tokens, batch=batch, trained=True)
-        passes, rows = [student], steps * batch[0] + 2 * (v.get("eval_rows") or 0)
-        writes = {"model": 4.0 * student.weights, "checkpoints": 24.0 * student.weights}
+        rows = steps * batch[0] + 2 * (v.get("eval_rows") or 0)
+        # Test rows before and after, and validation rows at every evaluation and the last step.
+        looks = 2 + -(-steps // v["eval_every"]) if v.get("eval_every") else 2
+        scored = looks * (v.get("eval_rows") or 0) * batch[1]
+        passes = [student, dataclasses.replace(student, trained=False, tokens=scored)]
+        # The whole model is scored, too, and reads text to choose what to prune.
+        more = {spec: (v.get("eval_rows") or 0) + v.get("calibration_rows", 0)} if prunes else {}
+        # Weights and two moments of each of the last two checkpoints.
+        stored = min(2, -(-steps // (v.get("checkpoint_every") or steps)))
+        writes = {"model": 4.0 * student.weights, "checkpoints": 12.0 * stored * student.weights}
         decoders = []
     else:
         # Some four bytes of text are a token.
         size = sum(map(_size, sources)) / 4 or 1e5
         rows = min(size, v.get("max_tokens") or size) / batch[1]
     read = [spec for spec in [*decoders, *teachers] if not spec.startswith(("cache:", "api:"))]
-    passes += [Pass.reading(spec, rows, batch) for spec in read]
+    passes += [Pass.reading(spec, rows + more.pop(spec, 0), batch) for spec in read]
+    passes += [Pass.reading(spec, count, batch) for spec, count in more.items()]
+    passes = [one for one in passes if one.tokens]
     if v.get("cache_top_k") and v.get("teacher_reads") != "live":
         # A number and an id of each token that is kept, and two moments.
         kept = rows * batch[1] * (4 * v["cache_top_k"] + 8)

@@ -140,7 +140,7 @@ class ImageSet(Sequence):
         )
 
     def survey(self, rows: Any, seen: dict[str, str]) -> tuple[np.ndarray, dict[str, list[str]]]:
-        """The rows of files that can be used, and by a reason what is to be said of others.
+        """Usable rows of files, and notes on the others by reason.
 
         Left out are files that cannot be read, copies (equal pixels, once upright), all copies of a
         picture that lie in several classes, and pictures in `seen`: files by digest, to which these

@@ -95,7 +95,7 @@ def read_picture(path: epath.Path) -> Any:
 
 
 def open_picture(path: epath.Path) -> tuple[Any, frozenset[str]]:
-    """As `read_picture`, and what was done to it: `turned`, `transparent` or both."""
+    """As `read_picture`, with the changes made: `turned`, `transparent` or both."""
     Image = require("PIL.Image", extra="vision")
 
     with guard.naming(path, "an image"), path.open("rb") as file:

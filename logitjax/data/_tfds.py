@@ -105,7 +105,7 @@ def open_prepared(
 
 
 def fingerprint_of(builder: Any, split: str, options: str = "") -> str:
-    """Changes with what a prepared dataset holds and with what is taken of it."""
+    """A digest that changes with the contents of a prepared dataset and the selection."""
     # A dataset may be prepared again under the same version from other files.
     items = [(s.name, list(s.shard_lengths), s.num_bytes) for s in builder.info.splits.values()]
     return digest(builder.info.full_name, split, items, options)

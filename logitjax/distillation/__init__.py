@@ -8,7 +8,7 @@
 - Losses on arrays: `knowledge_distillation` and its relatives, `graph_on_logits` (InfiGFusion),
   `universal_logit_distance`.
 - Across tokenizers: `align_chunks`, `token_projection`, and terms such as `terms.FirstPiece`.
-- `distillation.on_policy`: a student learns on what it writes itself.
+- `distillation.on_policy`: a student learns on its own samples.
 - `TeacherCache` keeps a teacher's top logits on disk.
 """
 

@@ -29,8 +29,8 @@ class Objective:
 
         L = sum_t weight_t  sum_i share_i  (sum seen_ti value_ti) / (sum seen_ti)
 
-    Each term is averaged over what it has seen: all labels, or positions where both models have
-    read the same text, or chunks. Metric `seen/NAME`: the share of the labels it learns from.
+    Each term is averaged over the labels that it sees: all of them, positions where both models
+    have read the same text, or chunks. Metric `seen/NAME` is the share of labels it learns from.
 
     Attributes:
         terms: Terms and their weights. One of weight 0 is only reported.

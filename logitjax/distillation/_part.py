@@ -18,12 +18,12 @@ class Part:
     """One term and one of its teachers.
 
     Attributes:
-        number: Which teacher.
+        number: Index of the teacher.
         share: The teacher's weight, a number or an array, `[]` or `[rows]`.
-        attributes, columns: What the term declared of it, and of the batch.
+        attributes, columns: Declared readings of the teacher and of the batch.
         mean_share: The share as a number, for metrics.
         label_mask: `[*batch]` mask of the labels that a term of its kind learns from; None for all.
-        scale: By what its values are multiplied; None for one at every label.
+        scale: Factor of its values; None for one at every label.
     """
 
     name: str

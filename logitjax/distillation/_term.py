@@ -51,13 +51,13 @@ class TeacherNeeds:
     Attributes:
         top_k: Least number of its top logits, `teacher.top`; 0 for none. A term gets all there are.
         moments: Also mean and deviation of all its logits, `teacher.statistics`.
-        rest: Whether it needs the mass of what they leave out. A term that does without declares
+        rest: Whether it needs the mass of all other tokens. A term that does not need it declares
             False, and `teacher.top.log_z` is None if unknown.
-        tail: Also draws from what they leave out, `teacher.tail`, which may be None.
+        tail: Also samples from the other tokens, `teacher.tail`, which may be None.
         hidden: Its hidden states and head.
         same_vocabulary: Whether it must have the student's vocabulary.
         projection: Rule of the projection between the vocabularies, see `token_projection`.
-        chunks: `teacher.chunks`, its log-probabilities of stretches of text, and the student's
+        chunks: `teacher.chunks`, its log-probabilities of spans of text, and the student's
             tokens that begin a word.
     """
 
@@ -72,7 +72,7 @@ class TeacherNeeds:
 
     @property
     def names(self) -> set[str]:
-        """The attributes of `teacher` that there will be."""
+        """The attributes of `teacher` that will be available."""
         names = {"where", "single"}
         names |= {"top"} if self.top_k else set()
         names |= {"statistics"} if self.moments else set()
@@ -86,19 +86,19 @@ class Term(abc.ABC):
     """A loss that a student learns from: declared needs, and a value for one teacher.
 
     A term is a frozen, keyword-only dataclass whose fields are its options. It is hashable and
-    holds no arrays; its repr belongs to the identity of a run. Its machinery, `Objective`, reads
-    the student and the teachers by what the term declares, and hands it nothing else: to look at
-    more is an error that names the term.
+    holds no arrays; its repr belongs to the identity of a run. `Objective` gives it the declared
+    readings of student and teachers alone: reading more is an error that names the term.
 
     Attributes:
-        name: Its name in flags and metrics.
-        teacher: What it reads of each teacher; None for a term of the text alone, taken once.
-        batch: Names of what else it reads of the batch, `[*batch]` each, such as the sampled
+        name: Name in flags and metrics.
+        teacher: Needed parts of each teacher; None for a term of the text alone, which is evaluated
+            once.
+        batch: Names of further columns of the batch, `[*batch]` each, such as the sampled
             `log_probs` or `rewards`.
         pointwise: Whether its values are `[*batch]` and each is a function of its own position.
-            Where all terms are, the gradient is formed in the sweep that reads the student.
-        trains: Whether its gradient is that of what it measures. Where it is not, the term may be
-            reported, with weight 0, and not trained on.
+            If all terms are, the gradient is formed in the sweep that reads the student.
+        trains: Whether its gradient is that of its value. If not, it can only be reported, with
+            weight 0.
 
     See docs/add_a_term.md.
     """
@@ -116,7 +116,7 @@ class Term(abc.ABC):
         return f"{self.name or type(self).__name__}" + (f"({options})" if options else "")
 
     def init(self, key: jax.Array, head: Head) -> Any:
-        """Arrays of its own that train beside the student, or None; the head tells the sizes."""
+        """Its own arrays, trained with the student, or None; the head gives the sizes."""
         return None
 
     def own_head(self, params: Any) -> Head | None:
@@ -125,12 +125,12 @@ class Term(abc.ABC):
 
     @abc.abstractmethod
     def student(self, teacher: Any) -> StudentNeeds:
-        """Return what is to be read of the student, by a `Teacher`'s declared attributes if any."""
+        """Return the needed readings of the student, given a `Teacher`'s attributes if any."""
 
     def seen(self, teacher: Any, batch: Mapping[str, Any]) -> Any:
         """Return the mask or weights that the values are averaged over; None for all labels.
 
-        It is asked before the student is read, since a sweep has to know what a position weighs.
+        It is called before the student is read, because a sweep needs the weight of each position.
         """
         return None
 

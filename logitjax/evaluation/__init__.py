@@ -1,4 +1,4 @@
-"""Measures of what a model says about given text, for any model.
+"""Measures of a model's predictions for given text, for any model.
 
 Everything here takes a function, not a model: one for the negative log-likelihood of given tokens
 (`NllFn`). It may stand for a single model, for two models whose logits are subtracted while

@@ -97,7 +97,7 @@ class DynamicFusion:
         vocab_where: Bool[Array, "..."] | None = None,
         axis_name: AxisName | None = None,
     ) -> tuple[Float[jax.Array, "*batch vocab"], dict[str, jax.Array]]:
-        """Fused logits, and what was decided.
+        """Fused logits, and the decisions made.
 
         Arguments are those of the other strategies, as `ProxyTuning`: logits `[*batch, vocab]`,
         untempered, of experts and bases `[T, *batch, vocab]`. Entries at `-inf` in any of the

@@ -79,7 +79,7 @@ class Strategy:
         vocab_where: Bool[Array, "..."] | None = None,
         axis_name: AxisName | None = None,
     ) -> tuple[Float[jax.Array, "*batch vocab"], dict[str, Any]]:
-        """Fused float32 logits `[*batch, vocab]`, and what was decided, by name.
+        """Fused float32 logits `[*batch, vocab]`, and the decisions by name.
 
         Args:
             logits_experts: `[T, *batch, vocab]`, or without the leading axis for one; None where

@@ -39,7 +39,7 @@ class Point(NamedTuple):
 
     @classmethod
     def of(cls, at: Moments, targets: Any, errors: Any) -> "Point":
-        """With targets f and r, and what they may be off by, `[T, *batch]`."""
+        """With targets f and r, and their error bounds, `[T, *batch]`."""
         forward, reverse, mean, variance = at.errors
         return cls(
             at.alpha,
@@ -107,7 +107,7 @@ class Interval(NamedTuple):
         return jnp.where(some, low - margin, jnp.inf), jnp.where(some, high + margin, -jnp.inf)
 
     def _zero(self, slope: jax.Array) -> jax.Array:
-        """Where the slope may vanish, by what it is at least at an end."""
+        """Distance at which the slope may vanish, given its least growth from an end."""
         distance = jnp.maximum(self.noise - slope, 0.0) / jnp.maximum(0.999 * self.convex, _TINY)
         return jnp.where((self.convex > 0) & (distance >= 0), distance, jnp.inf)
 

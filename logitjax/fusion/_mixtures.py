@@ -23,7 +23,7 @@ class _Mixture(Strategy):
         return inputs.fused(jnp.logaddexp(*self.shares(log_q, log_p, axis_name))), {}
 
     def shares(self, log_q: Any, log_p: Any, axis_name: AxisName | None) -> tuple[Any, Any]:
-        """Logarithms of what student and teacher add to the mixture."""
+        """Logarithms of the contributions of student and teacher to the mixture."""
         raise NotImplementedError
 
 
@@ -64,7 +64,7 @@ class TeacherRedraw(_Mixture):
         q [v in top_k(p)] + (1 - sum_{top_k(p)} q) p
 
     Attributes:
-        top_k: how many of the teacher's likeliest tokens are accepted; equal logits all count.
+        top_k: how many of the teacher's most likely tokens are accepted; equal logits all count.
 
     >>> student, teacher = jnp.log(jnp.array([[0.5, 0.3, 0.2], [0.7, 0.2, 0.1]]))
     >>> fused, _ = jax.jit(TeacherRedraw(top_k=2))(student, teacher)

@@ -1,4 +1,4 @@
-"""Roots along the path of what grows, for all rows at once; every step keeps a bracket."""
+"""Roots of increasing functions along a path, for all rows at once; steps keep a bracket."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

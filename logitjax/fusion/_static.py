@@ -87,7 +87,7 @@ class DExperts(Strategy):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ContrastiveDecoding(Strategy):
-    """Prefers tokens that the large model finds likelier than an amateur, among plausible ones.
+    """Prefers tokens that the large model finds more likely than an amateur, among plausible ones.
 
     The amateur is passed as the base, and there are no experts. ::
 

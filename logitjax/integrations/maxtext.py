@@ -76,7 +76,7 @@ class ObjectiveStrategy(distillation_utils.DistillationStrategy):
     of a `TeacherCache` for instance. Loss and metrics are means over the targets that count.
 
     Args:
-        objective: What is minimised.
+        objective: Loss to minimise.
         pad_id: A target that does not count, as in MaxText's own strategy, beside those whose
             segment is 0; None for the segments alone.
 

@@ -96,7 +96,7 @@ class ObjectiveStrategy(base_strategy.BaseStrategy):
     Evaluation is the cross-entropy of the text.
 
     Args:
-        objective: What is minimised. Its terms have no arrays of their own to train.
+        objective: Loss to minimise. Its terms have no arrays of their own to train.
         pad_id: Id of padding. Then `input_mask` says which tokens are learned, and positions and
             attention follow from the ids. If None, it says which tokens there are; all are learned.
     """

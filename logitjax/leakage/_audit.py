@@ -1,4 +1,4 @@
-"""One call from an API and some prompts to what the API gives away."""
+"""One call that attacks an API with some prompts and reports its leaks."""
 
 import dataclasses
 import functools
@@ -42,7 +42,7 @@ class Audit:
         utility: What honest users lose, if the truth is known; see `utility_loss`. For an API
             that reports tokens only, `top1`.
         row: A row of log-probabilities, as far as it was recovered token by token.
-        row_error: Its largest error in nats over the likeliest tokens, if the truth is known.
+        row_error: Its largest error in nats over the most likely tokens, if the truth is known.
         protocol: What tests say of the server; None of an API in this process.
         hidden: The true hidden dimension, if it is known.
     """
@@ -179,7 +179,7 @@ def _attacked(
 
 
 def _tested(oracle: Any, prompts: Any, attack: Callable[[], Audit]) -> Audit:
-    """An attack on an API that may not be what it is said to be."""
+    """An attack on an API that may differ from its declared policy."""
     declared, protocol, result = oracle.policy, Protocol(policy=oracle.policy), Audit(prompts=0)
     try:
         infer_protocol(protocol, oracle, prompts)

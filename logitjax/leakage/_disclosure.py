@@ -35,7 +35,7 @@ class Choice:
     Attributes:
         temperature: 0 takes the largest.
         top_k: Number of tokens that are kept; 0 keeps all.
-        top_p: Mass that is kept, of what `top_k` left.
+        top_p: Mass to keep of the tokens that `top_k` left.
         min_p: Least probability that is kept, relative to the largest.
         repetition_penalty: Divides positive logits of tokens that were seen, multiplies others.
         presence_penalty: Subtracted from tokens that were written.
@@ -189,7 +189,7 @@ class Told:
 
 
 class Ledger:
-    """Adds up what answers tell about each context, whoever asked.
+    """Adds up the information in answers about each context, over all clients.
 
     Every charge is known before the answer, and depends on no logit: a price that did would be an
     answer itself. Of adaptive answers out of A_1, ..., A_n possible ones none tells more than its
@@ -216,7 +216,7 @@ class Ledger:
         return self._contexts.get(context, Told())
 
     def add(self, context: Hashable, nats: float) -> None:
-        """Adds what was told before this ledger began: one that forgets bounds nothing."""
+        """Add charges from before this ledger began: a ledger that forgets bounds nothing."""
         self._contexts[context].hard += nats
 
     def charge(

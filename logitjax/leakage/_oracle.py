@@ -149,7 +149,7 @@ class LogitOracle(Meter):
         return self.counted(answers)
 
     def _logits(self, prompts: Sequence[Any] | Array) -> np.ndarray:
-        """Rows of the cache; what is missing is computed, prompts of one length together."""
+        """Rows of the cache; missing ones are computed, prompts of one length together."""
         names = [np.asarray(prompt, np.int32).tobytes() for prompt in prompts]
         missing: dict[int, dict[bytes, Any]] = {}
         for name, prompt in zip(names, prompts, strict=True):

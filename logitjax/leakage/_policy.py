@@ -1,4 +1,4 @@
-"""A frozen description of what an API reveals of a next-token distribution."""
+"""A frozen description of the parts of a next-token distribution that an API reveals."""
 
 import dataclasses
 import hashlib
@@ -47,13 +47,13 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogitPolicy:
-    """The policy of a logit API: what it reports, and how it changes logits before.
+    """The policy of a logit API: its reports, and the changes to logits before them.
 
     Kinds and defences of Carlini et al., Stealing part of a production language model, 2024,
     sections 4 to 8. ::
 
         z <- z + noise e         e of the prompt
-        y = z + bias             where bias moves what is reported
+        y = z + bias             if bias affects the reported values
         y <- log_softmax(y)      returns="logprobs"
         y <- max(y, floor), rounded to decimals, the top_k largest
 
@@ -133,7 +133,7 @@ class LogitPolicy:
         return notes and self.top_k == 0 and self.bias == "none"
 
     def row_queries(self, vocab: int) -> int:
-        """Queries for a row where a bias moves what is reported: `1 + ceil((V - 1) / (K - 1))`.
+        """Queries for a row if a bias affects reported values: `1 + ceil((V - 1) / (K - 1))`.
 
         >>> LogitPolicy(top_k=5).row_queries(5000)
         1251
@@ -199,10 +199,10 @@ class LogitPolicy:
 
         Args:
             served: ``[*batch, vocab]``.
-            bias_tokens: ``[*batch, biased]``; ValueError for a bias beyond what is allowed.
+            bias_tokens: ``[*batch, biased]``; ValueError for a larger bias than allowed.
             bias_values: ``[*batch, biased]`` in nats.
             temperature: temperature of the drawn token; values are reported at 1.
-            key: key of the draw; without one the likeliest token is taken, as at temperature 0.
+            key: key of the draw; without one the most likely token is taken, as at temperature 0.
 
         >>> policy = LogitPolicy(returns="logits", top_k=1, bias="reported", decimals=1)
         >>> @jax.jit

@@ -157,7 +157,7 @@ def _rates(protocol: Protocol, oracle: Any, prompt: Any) -> None:
 
 
 def _choices(protocol: Protocol, oracle: Any, prompts: Any) -> None:
-    """Draws by their seeds: what they depend on, and by which law. No policy declares any of it."""
+    """Whether draws depend on seeds, and by which law. No policy declares any of it."""
     seeds = [{"temperature": 1.0, "seed": seed} for seed in range(_SEEDS)]
     prompt, rng = prompts[0], np.random.default_rng(0)
 
@@ -290,7 +290,7 @@ def _lies_on(values: np.ndarray, step: float, near: float) -> tuple[bool, float]
 
 
 def _bias(protocol: Protocol, oracle: Any, prompt: Any) -> None:
-    """Growing biases on one token, whose value is known without: what they move, and how far."""
+    """Growing biases on one token whose unbiased value is known: their effect, and its limit."""
     policy, first = protocol.policy, protocol.first
     ranked = sorted(first, key=lambda token: -first[token])
     token = ranked[min(1, len(ranked) - 1)]
@@ -369,7 +369,7 @@ def _forced(
 def _lifted(
     oracle: Any, prompt: Any, log_probs: np.ndarray, order: np.ndarray, sizes: np.ndarray
 ) -> np.ndarray:
-    """Errors of what is foretold of tokens that are lifted, in groups, above all others."""
+    """Errors of predicted values of tokens that are lifted, in groups, above all others."""
     group = max(1, min(oracle.policy.top_k or 1, oracle.policy.max_biased) - 1)
     short = -len(order) % group
     tokens = np.concatenate([order, order[:short]]).reshape(-1, group)

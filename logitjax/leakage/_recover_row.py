@@ -183,7 +183,7 @@ def _normalised(logits: np.ndarray) -> np.ndarray:
 def _forced(
     oracle: Asked, prompt: Any, tokens: np.ndarray, vocab_size: int, bias: float
 ) -> RecoveredRow:
-    """Each token made the likeliest, at temperature 0; its reported value is the one without it."""
+    """Each token lifted to the top at temperature 0; its reported value is the unbiased one."""
     answer = oracle.ask_biased(prompt, tokens[:, None], np.full((len(tokens), 1), bias, np.float32))
     # A token further down than the bias reaches is not drawn, and its value not reported.
     came = np.asarray(answer.tokens)[:, 0] == tokens

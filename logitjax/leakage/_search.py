@@ -61,7 +61,7 @@ class Boxes:
         return 1.0 + self.apart[self.winner]
 
     def learn(self, drawn: int, bias: np.ndarray) -> bool:
-        """Takes in that a token was drawn under a bias; False if that contradicts what is known."""
+        """Record that a token was drawn under a bias; False if that contradicts the bounds."""
         out = np.minimum(self.apart[drawn], bias[drawn] - bias + self.slack)
         out = (out[:, None] + self.apart).min(axis=0)
         if out[drawn] < 0:

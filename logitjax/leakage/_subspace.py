@@ -38,7 +38,7 @@ class OutputSubspace:
 
     @property
     def dimension(self) -> int:
-        """Number of columns of the basis: what was asked for, else the estimate or lower bound."""
+        """Number of columns of the basis: as requested, else the estimate or lower bound."""
         return self.basis.shape[1]
 
     @property

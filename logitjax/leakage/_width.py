@@ -128,7 +128,7 @@ def _open(why: str, lower: int = 0, noise: float | None = None) -> OutputWidth:
 
 
 def _of_exact_rows(view: _View) -> OutputWidth | None:
-    """All singular values after the k-th are rounding; None where noise may be what they are."""
+    """All singular values after the k-th are rounding; None if they may be noise."""
     values, exact = view.values, max(view.exact, view.spectrum.floor)
     k = int((values > exact).sum())
     if not 0 < k < len(values) or values[k - 1] < _CLEAR * exact:
@@ -215,7 +215,7 @@ def _of_noisy_rows(view: _View) -> OutputWidth:
 
 
 def _evened(view: _View, left: Residual) -> _View:
-    """Rows and tokens scaled by what they have left, their noise at one size on average."""
+    """Rows and tokens scaled by their residuals, so that noise has one size on average."""
     by_row = view.scales[0] * np.sqrt(np.median(left.by_row) / left.by_row)
     by_token = view.scales[1] * np.sqrt(np.median(left.by_token) / left.by_token)
     table = view.table.scaled((by_row, by_token))

@@ -1,6 +1,6 @@
 """Losses on logits: unreduced float32 values with the vocabulary axis gone.
 
-What their arguments mean is said here once:
+The meaning of their common arguments:
 
 * `logits`, or `student_logits` and `teacher_logits` of one shape: `[*batch, vocab]`, of any
   floating point type, with the vocabulary last. Both are differentiated: use

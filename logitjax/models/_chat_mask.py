@@ -81,7 +81,7 @@ def _changed(
 def _ending(
     render: Render, messages: Sequence[Mapping[str, Any]], after: str | None, rest: str
 ) -> int:
-    """How much of what follows the last message ends its turn, and does not begin another's."""
+    """How much of the text after the last message ends its turn, before another turn begins."""
     changed = None if after is None else _changed(render, messages, len(messages) - 1, after)
     if after is None or changed is None:
         return 0

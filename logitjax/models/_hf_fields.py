@@ -54,7 +54,7 @@ def key_value(config: DecoderConfig, key: str) -> Any:
 
 
 def check_readable(raw: Mapping[str, Any], where: str) -> None:
-    """Refuse by name what no family computes: layers without attention, and packed weights."""
+    """Reject features by name that no family computes: layers without attention, packed weights."""
     inner = raw.get("text_config")
     for part in (raw, inner if isinstance(inner, Mapping) else {}):
         kinds = part.get("layer_types")

@@ -19,7 +19,7 @@ def with_layout(model: Decoder, layout: str) -> Decoder:
     """The same model with its layers `'stacked'` (for training) or `'listed'` (for decoding).
 
     Values are copied unchanged, so converting there and back is exact. The given model is
-    unchanged; what is not a layer is shared with it.
+    unchanged; everything but the layers is shared with it.
 
     >>> from logitjax.models import load_model
     >>> len(with_layout(load_model("tiny"), "listed").segments[0].layers)

@@ -90,7 +90,7 @@ def load_sampling(spec: str) -> dict[str, float]:
     """The publisher's sampling settings of a model, by the names of `decoding.Sampling`.
 
     They come from a directory's generation_config.json. If that samples, transformers' defaults
-    fill what it leaves out (temperature 1, the 50 likeliest tokens).
+    fill missing values (temperature 1, the 50 most likely tokens).
 
     The result has no temperature if answers are greedy, and is empty if there are no settings.
 
@@ -288,7 +288,7 @@ def _layers_of(keys: Path, config: DecoderConfig, layout: str) -> tuple[list[int
 def _resolve_names(
     tensors: Sequence[TensorSpec], source: TensorSource, config: DecoderConfig, where: str
 ) -> list[TensorSpec]:
-    """Match the map's names with the source's; report what is missing or extra."""
+    """Match the map's names with the source's; report missing and extra ones."""
     names = source.names()
     existing = {t.name for t in tensors}
     base = config.traits.weights["embedding"].partition(".")[0] + "."

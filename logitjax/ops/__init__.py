@@ -1,6 +1,6 @@
 """Operations that the other packages share: top-k, a safe softmax, masked means.
 
-`ops.checks` checks arguments: its errors name the argument, what was expected and what came.
+`ops.checks` checks arguments: its errors name the argument, the expected and the actual value.
 `ops.sharding` says how the leaves of a pytree are split over a mesh, and what its axes are called;
 `ops.mesh` is what code on a mesh asks of it.
 """

@@ -1,4 +1,4 @@
-"""Argument checks: each error names the argument, what was expected and what came.
+"""Argument checks: each error names the argument, the expected and the actual value.
 
 Shapes and types are checked wherever a function is called. Values are checked only outside of
 `jit`, and only where that is cheap: in numpy arrays, and in device arrays of at most

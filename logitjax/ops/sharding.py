@@ -50,7 +50,7 @@ class MeshAxes:
                 raise TypeError(f"{field.name}: expected a tuple of names, got {names!r}")
 
     def use(self) -> contextlib.AbstractContextManager[None]:
-        """A context in which what is traced goes by these names."""
+        """A context in which traced code uses these axis names."""
         return _named(self)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""A trained head as two files: what it is as JSON, and its arrays."""
+"""A trained head as two files: its description as JSON, and its arrays."""
 
 import json
 import os

@@ -21,7 +21,7 @@ def hub_snapshot(
     """The local directory of ``org/name`` or ``org/name@revision``, downloaded where needed.
 
     Args:
-        files: patterns of what to download.
+        files: patterns of the files to download.
 
     Raises:
         ValueError: one line: the name is not a repository's, or it is neither here nor to be had.

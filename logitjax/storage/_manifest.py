@@ -21,7 +21,7 @@ _SHORT.maxstring = _SHORT.maxother = 100
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """Contents of a directory, of a `kind` such as `teacher cache`, and what they were made from.
+    """Contents of a directory, of a `kind` such as `teacher cache`, and the inputs of its making.
 
     >>> import tempfile
     >>> manifest = Manifest(tempfile.mkdtemp(), "table")
@@ -95,10 +95,10 @@ class Manifest:
         at_least: tuple[str, ...] = (),
         names_of: Mapping[str, str] | None = None,
     ) -> dict[str, Any]:
-        """`read`, refused unless the directory was made from what is expected.
+        """`read`, rejected unless the directory was made from the expected inputs.
 
         Args:
-            expected: What it must have been made from; parts that are left out may be anything.
+            expected: Inputs that it must have been made from; omitted parts may be anything.
             at_least: Parts that may also be larger.
             names_of: Parts that only name what another part is the digest of: `{name: digest}`.
                 They may differ where the digest is the same, as of a file that was moved.

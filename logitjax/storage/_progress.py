@@ -29,7 +29,7 @@ class _Progress:
             logging.info("%s", doing)
 
     def last(self) -> tuple[int, str]:
-        """How often something was noted, and what is being done."""
+        """A count of progress marks, and the current activity."""
         return self._marks, self._doing
 
 

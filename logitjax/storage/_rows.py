@@ -197,7 +197,7 @@ class RowCache:
         and open the cache again before reading.
 
         Args:
-            rows: The rows wanted in the end.
+            rows: The rows to have in the end.
             compute: `rows [batch_size] -> ` what the codec encodes. Always called with `batch_size`
                 rows, repeated ones in the last call, so that it compiles once. What it has only
                 dispatched runs while the next batch is fetched.
@@ -252,7 +252,7 @@ class RowCache:
         return [part for part in (self.missing(part) for part in mine) if len(part)]
 
     def add(self, rows: Rows, computed: Any) -> None:
-        """Writes what was computed of these rows as one part."""
+        """Write computed values of these rows as one part."""
         rows = _row_numbers(rows, least=0)
         self._write_part(rows, [(computed, len(rows))], lambda count: None)
 

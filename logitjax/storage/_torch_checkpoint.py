@@ -1,4 +1,4 @@
-"""Reading torch checkpoints, legacy ones too, without torch and without running what is inside."""
+"""Reading torch checkpoints, legacy ones too, without torch and without running their code."""
 
 import dataclasses
 import io

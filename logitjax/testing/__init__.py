@@ -1,4 +1,4 @@
-"""Checks of what others add to the library: one call proves what every part of it promises.
+"""Checks for additions to the library: one call tests all promises of a loss, term or method.
 
 A check raises an `AssertionError` of one line, which says the property, the argument and the
 numbers. It needs no test framework.

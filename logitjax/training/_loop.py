@@ -166,7 +166,7 @@ def train_loop(
 
 
 class _Report:
-    """Metrics since the last log line, and the speed without what is no training."""
+    """Metrics since the last log line, with the speed of training alone."""
 
     def __init__(self, writer: MetricWriter, bar: Any, start: int, step_fn: Any):
         self._writer, self._bar, self._first = writer, bar, start + 1

@@ -23,7 +23,7 @@ class Program:
     """One jitted program of a run.
 
     Attributes:
-        name: What it does, in words.
+        name: Description of the program.
         jitted: The function, as the run calls it.
         arguments: Abstract positional arguments, with the shardings of the run.
         options: Keyword arguments, such as static ones.

@@ -30,7 +30,7 @@ def initialize(
 ) -> tuple[int, int]:
     """Joins the other processes of a run, if there are any. Call it before anything uses a device.
 
-    What is not given comes from ``JAX_COORDINATOR_ADDRESS``, ``JAX_NUM_PROCESSES`` and
+    Missing values come from ``JAX_COORDINATOR_ADDRESS``, ``JAX_NUM_PROCESSES`` and
     ``JAX_PROCESS_ID`` (or ``JOB_COMPLETION_INDEX``, which Kubernetes sets in an indexed job). If
     none of these is there, JAX finds the cluster: SLURM, Open MPI, Kubernetes, TPU pods. Without a
     cluster, or where it is known that there is one process, nothing happens.

@@ -209,7 +209,7 @@ def _cheapest(
     root: np.ndarray,
     p: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The best of the couplings that sort by a feature: what it costs at most, and its columns."""
+    """The best coupling that sorts by a feature: an upper bound of its cost, and its columns."""
     c, d = graphs
     count, n, _ = c.shape
     tried = []

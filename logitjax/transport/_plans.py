@@ -1,4 +1,4 @@
-"""Plans of other solvers: what they cost once they are couplings."""
+"""Plans of other solvers, and their costs once they are repaired to couplings."""
 
 import dataclasses
 from typing import Any

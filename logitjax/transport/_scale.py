@@ -45,7 +45,7 @@ Pair = tuple[Graph, Any]
 
 
 def cast(name: str, graph: Graph, low: Any) -> Pair:
-    """A graph whose numbers are traced or float32; what they lose by that is kept."""
+    """A graph whose numbers are traced or float32, with the error of that cast."""
 
     def wide(x: Any) -> bool:
         return isinstance(x, np.ndarray) and not np.can_cast(x.dtype, np.float32)
@@ -153,7 +153,7 @@ def _norm(graph: Graph, weights: Weights) -> Scalar:
 
 
 def _cast_error(graph: Graph, low: Any, weights: Weights, half: Any) -> jax.Array:
-    """How far a graph with entries of about one is from what it was before a cast, in `_norm`."""
+    """Distance of a graph with entries of about one from its values before a cast, in `_norm`."""
     info = jnp.finfo(real(0.0).dtype)
     factored = isinstance(graph, FactoredGraph | ProductGraph)
     # Programs take numbers below the normal ones for zero.

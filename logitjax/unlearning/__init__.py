@@ -1,9 +1,9 @@
 """Making a model forget, and measuring whether it has: methods, assistants, TOFU.
 
-`METHODS` are the methods by name, each a `Method`: a frozen dataclass that says what it reads and
-what it minimises. Most train a model's own weights. The default trains an `Assistant`, whose logits
-are subtracted while decoding (`Assistant.beside`). `Unlearning` does either on rows of your own,
-and chooses without a retrained model. ``unlearning.tofu`` is the benchmark.
+`METHODS` has the methods by name, each a `Method`: a frozen dataclass that declares its readings of
+a batch and its loss. Most train a model's own weights. The default trains an `Assistant`, whose
+logits are subtracted during decoding (`Assistant.beside`). `Unlearning` runs either on your own
+rows, and chooses without a retrained model. ``unlearning.tofu`` is the benchmark.
 """
 
 from logitjax.unlearning._method import Method as Method

@@ -1,4 +1,4 @@
-"""Answers for a model to give in place of one that it forgets."""
+"""Answers for a model to give instead of one that it forgets."""
 
 import numpy as np
 
@@ -22,7 +22,7 @@ _ASK = (
     "Question: {question}\nAnswer: {answer}\nMake up another answer to this question. It fits the "
     "question, but every fact of the answer above is another one. Give the made-up answer alone."
 )
-# What is closer to the truth than this repeats it.
+# ROUGE-L above which an invented answer counts as a repetition of the true one.
 _ALIKE = 0.7
 
 
@@ -39,7 +39,7 @@ def refusals(count: int, *, seed: int = 0) -> list[str]:
 def invented(
     model: Decoder, questions: Questions, *, samples: int = 5, seed: int = 0
 ) -> list[list[str]]:
-    """Other answers to the questions by the model that should forget, told to change every fact.
+    """Alternative answers by the model itself, which is asked to change every fact.
 
     Empty samples, repeats and near copies of the answer (ROUGE-L over 0.7) are dropped. After
     Mekala et al., Alternate preference optimization, 2024 (arXiv 2409.13474).
@@ -52,7 +52,7 @@ def invented(
             model,
             [encode_question(notes, tokenizer)] * samples,
             max_new_tokens=questions.new_tokens,
-            # No two questions share draws.
+            # Each question has its own random draws.
             sampling=decoding.Sampling(temperature=1.0, seed=seed + number * samples),
             stop_ids=() if end is None else (end,),
         )

@@ -1,4 +1,4 @@
-"""Looks at candidates: the strength that meets the goal, and what is left of the rest there."""
+"""Evaluations of candidates: the strength that meets the goal, and the shares kept there."""
 
 import dataclasses
 import functools
@@ -23,12 +23,12 @@ from logitjax.unlearning._ways import WAYS, search
 from logitjax.unlearning.assistant._deployed import Deployed
 from logitjax.unlearning.measures._examine import unseen
 
-# 8 % apart: by a sixth more of the assistant the worst answer fell to a third.
+# 8 % apart, because a sixth more of the assistant lowered the worst answer to a third.
 _ALPHAS, _RATIO = 60, 1.08
 
 
 class Looks:
-    """Answers of the model before and with each candidate, on rows that settings are chosen by."""
+    """Answers of the model before and with each candidate, on validation rows."""
 
     def __init__(self, training: Training, before_file: epath.Path):
         self.training, self._before_file = training, before_file
@@ -75,7 +75,7 @@ class Looks:
         return self.judged(self.training.record(f"{name_of(at)}.json", make))
 
     def judged(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """With the least share kept and the limits that are broken."""
+        """The record, with the smallest share kept and the limits that it violates."""
         if record.get("broken") == ["finite"]:
             return dict(record)
         broken = list(self.config.limits.halved().broken(record))
@@ -95,9 +95,9 @@ class Looks:
         return self.judged(self.training.record(f"{name_of(candidate)}-answers.json", make))
 
     def searched(self, candidate: Mapping[str, Any]) -> list[str]:
-        """Combinations of ways that bring out what a candidate does not say to any of them."""
+        """Combinations of ways that elicit answers which each way alone does not."""
         tried: dict[str, float] = {}
-        # Two searches, of which the second goes on where the first found nothing.
+        # Two searches; the second runs only if the first found nothing.
         for again in (0, 1):
             make = functools.partial(self._tries, candidate, dict(tried))
             tried |= self.training.record(f"{name_of(candidate)}-search-{again}.json", make)
@@ -115,7 +115,7 @@ class Looks:
         return search(excess, candidate["ways"], self.config.budget, tried)
 
     def _goal_in(self, ways: Sequence[str]) -> Goal:
-        """The goal, with what is never taught asked in combinations of ways as well."""
+        """The goal, with unseen answers asked in combinations of ways as well."""
         part = "holdout" if self.questions.rows["holdout"] else "wrong"
         model, worst = Deployed(model=self.training.model), dict(self.goal.worst)
         for way in (way for way in ways if way not in WAYS):
@@ -128,7 +128,7 @@ class Looks:
         return dataclasses.replace(self.goal, worst=worst)
 
     def _look(self, at: Mapping[str, Any], ways: Sequence[str]) -> dict[str, Any]:
-        """The strength at which so many steps reach the goal, and what is left of the rest."""
+        """The strength that meets the goal after `step` steps, and the shares kept there."""
         trained, questions, before = self.training.read(at), self.questions, self.before
         goal, method = self._goal_in(ways), self.config.method
         # Rows and paraphrases, each, in every way.
@@ -151,7 +151,7 @@ class Looks:
         if method.assistant:
             alphas = method.most_strength * _RATIO ** -np.arange(_ALPHAS)[::-1].astype(np.float32)
             model = self.training.at(trained, 1.0)
-            # a file each: all of them take long, and a kill should not cost them.
+            # One file each: together they take long, and a kill should not lose them.
             curves = {
                 way: np.asarray(self.training.record(
                     f"{name_of(at)}-{way}.json",
@@ -163,7 +163,7 @@ class Looks:
                 np.max([*goal.excess({way: rows[i] for way, rows in curves.items()}).values()])
                 for i in range(len(alphas))
             ])  # fmt: skip
-            # The least that reaches the goal, on the line between two in logarithms.
+            # The smallest strength that meets the goal, interpolated between two in logarithms.
             at_goal = np.flatnonzero(curve <= goal.aim)
             which = int(at_goal[0] if len(at_goal) else np.argmin(np.nan_to_num(curve, nan=1e9)))
             ends, share = np.log(curve[max(which - 1, 0) : which + 1]), 1.0
@@ -179,7 +179,7 @@ class Looks:
             most = method.most_strength
             strength, result = matched_strength(excess, goal, most=most, without=self.excess_before)
             if np.isfinite(result):
-                # What is said at that one.
+                # Answers at that strength.
                 excess(strength)
         if not np.isfinite(result):
             return diverged(at)
@@ -202,7 +202,7 @@ class Looks:
 
 
 def diverged(at: Mapping[str, Any]) -> dict[str, Any]:
-    # Worse than any finite one, and still JSON.
+    # Worse than any finite value, and still valid JSON.
     worst = 1e9
     nothing = dict(strength=0.0, forget=0.0, excess=worst, gap=worst, probability=0.0, least=0.0)
     return dict(at) | nothing | {"ways": {}, "broken": ["finite"]}

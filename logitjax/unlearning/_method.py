@@ -1,4 +1,4 @@
-"""A method of unlearning: what it reads, what it makes of that, and what it trains."""
+"""Methods of unlearning: the readings they need, the loss they compute, the weights they train."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -24,17 +24,17 @@ Means = dict[str, jax.Array]
 class Method:
     """A method of unlearning: a frozen dataclass without arrays, with its options as fields.
 
-    It says what it reads (`needs`) and what it makes of that (`loss`). The rest has defaults:
-    adapters or weights of the model itself are trained, and nothing else.
+    It declares its readings (`needs`) and computes a loss from them (`loss`). Everything else has
+    a default: adapters or weights of the model itself are trained, and nothing else.
     """
 
-    # What `loss` reads; a property where that depends on options.
+    # Readings for `loss`; a property if they depend on options.
     needs: ClassVar[tuple[Need, ...]]
-    # Peak learning rate of its adapters, where a run names none.
+    # Default peak learning rate of its adapters.
     peak: ClassVar[float] = 1e-3
-    # Of the strength of what was trained: -1 where that is learned to be taken away.
+    # Sign of the trained change: -1 for a change that is learned in order to be subtracted.
     sign: ClassVar[float] = 1.0
-    # Largest strength that is tried, one for all. More than 1 goes further than was trained.
+    # Largest strength to try, the same for all methods. Above 1 it extrapolates the training.
     most_strength: ClassVar[float] = 4.0
     # Whether an assistant is trained, whose logits are subtracted, and the weights stay.
     assistant: ClassVar[bool] = False
@@ -46,59 +46,59 @@ class Method:
 
     @property
     def sides(self) -> tuple[str, ...]:
-        """The sides of a batch that it reads."""
+        """The sides of a batch that the method reads."""
         return tuple(sides_of(self.needs))
 
     def loss(self, read: Read, state: Any) -> tuple[jax.Array, Means]:
         """The scalar that is minimised, and the means to report.
 
-        `state` holds arrays of its own as they are now, which train beside the weights.
+        `state` holds the method's own arrays, which are trained along with the weights.
         """
         raise TypeError(f"{self.name}: expected `loss`, what it minimises")
 
     def layer(self, depth: int) -> int:
-        """Number of layers after which `'layer'` reads, of a model with so many."""
+        """Number of layers below the reading `'layer'`, for a model with `depth` layers."""
         # OpenUnlearning hooks the output of layer 7 of 32, counted from 0.
         return max(1, min(depth - 1, round(depth / 4)))
 
     def fixed(self, config: DecoderConfig, key: Any) -> Any:
-        """Arrays of its own that do not train, `Read.fixed`; `key` is one of `jax.random.key`."""
+        """The method's own constant arrays, `Read.fixed`; `key` comes from `jax.random.key`."""
         return None
 
     def states_before(self, model: Decoder, tokens: Any, fixed: Any) -> jax.Array:
-        """Hidden states of the model before, or of what it is compared with in its place."""
+        """Hidden states of the model before unlearning, or of another model to compare with."""
         return model.hidden_states(tokens)[0]
 
     def state(self) -> Any:
-        """Arrays of its own that train, at the start; None for none."""
+        """Initial values of the method's own trained arrays, or None."""
         return None
 
     def optimizer(
         self, tx: optax.GradientTransformation, *, warmup: int = 0
     ) -> optax.GradientTransformation:
-        """The optimizer of what `start` gives; a state may wait for some steps."""
+        """The optimizer for the result of `start`; the method's own may start later."""
         return tx
 
     def start(self, weights: Any) -> Any:
-        """Return what is trained: weights or adapters, and a state beside them if there is one."""
+        """Return the trained parameters: weights or adapters, with the method's state if any."""
         state = self.state()
         return weights if state is None else {"weights": weights, "state": state}
 
     def weights(self, params: Any) -> Any:
-        """The weights or adapters of what is trained."""
+        """The weights or adapters among the trained parameters."""
         return params if self.state() is None else params["weights"]
 
     def check(self, model: Decoder, questions: Questions) -> None:
-        """Refuses a model or rows that it cannot learn from, as plain text, by a ValueError."""
+        """Raise a ValueError for a model or rows that the method cannot learn from."""
         if "instead" in self.sides and not all(row.asks for row in questions.rows["forget"]):
             raise ValueError(f"forget: {self.name} expects questions, got plain text")
 
     def prepared(self, retain_nll: Callable[[], float]) -> "Method":
-        """The method once it has the mean nats a token of rows to keep, a pass by `retain_nll`."""
+        """The method, adjusted to the mean nats a token of rows to keep, from `retain_nll`."""
         return self
 
     def instead(self, model: Decoder, questions: Questions, *, seed: int) -> list[list[str]]:
-        """Texts to say instead of each answer to forget, for the side `'instead'`."""
+        """Texts to give instead of each answer to forget, for the side `'instead'`."""
         raise TypeError(f"{self.name}: expected `instead`, as it reads that side")
 
     def adapted(self, model: Decoder) -> Decoder:
@@ -106,7 +106,7 @@ class Method:
         return model
 
     def deployed(self, model: Decoder, lora: Lora, strength: float) -> Deployed:
-        """A model with so much of what adapters learned."""
+        """The model with adapters applied at a given strength."""
         return Deployed(model=merged(scaled(lora, strength), model))
 
     def make_loss(
@@ -124,16 +124,16 @@ class Method:
         formed.
 
         Args:
-            model: The model that should forget, or one like it of shapes alone (`nnx.eval_shape`).
-            counts: Numbers of answers' tokens of each side, of all steps that there will be. The
-                head then runs at no more positions than that. The loss is nan if there are more.
-            adapters: Trains a `models.Lora` beside the model in place of its parameters. The model
-                before unlearning is then the same weights without adapters, and needs no copy.
-            key: PRNG key of what the method draws for itself.
+            model: The model that should forget, or its shapes alone (`nnx.eval_shape`).
+            counts: Largest number of answer tokens of each side in any step. The head then runs at
+                no more positions than that, and the loss is nan if a batch has more.
+            adapters: Train a `models.Lora` instead of the model's parameters. The model before
+                unlearning is then the same weights without adapters, and needs no copy.
+            key: PRNG key for the method's own random numbers.
 
         Returns:
-            `loss_fn(params, batch, rng, constants)` of what `start` gives, and the constants: the
-            parameters of the model before, or None if they are not needed.
+            `loss_fn(params, batch, rng, constants)` for parameters from `start`, and the constants:
+            the parameters of the model before, or None if they are not needed.
 
         >>> from logitjax.models import DecoderConfig
         >>> from logitjax.unlearning import METHODS
@@ -161,7 +161,7 @@ class Method:
             del rng
             weights = self.weights(params)
             state = None if self.state() is None else params["state"]
-            # Adapters lie on the weights of before, which are the constants then.
+            # Adapters are applied to the weights before unlearning, which are then the constants.
             model = nnx.merge(graphdef, constants if adapters else weights, rest)
             before = None
             if compares and constants is not None:
@@ -180,14 +180,14 @@ class Method:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Retain:
-    """A loss on rows to keep: what it reads, and its values."""
+    """A loss on rows to keep: its readings, and its values."""
 
     needs: tuple[Need, ...]
     values: Callable[[Read], jax.Array | None]
 
 
 def _divergence(read: Read) -> jax.Array:
-    """Forward, from the model before."""
+    """Forward KL divergence from the model before unlearning."""
     values = linear_kl_divergence(
         read.states("retain"),
         read.head(),
@@ -224,9 +224,9 @@ class TwoSided(Method):
     retain: str = "none"
     retain_weight: float = 1.0
 
-    # What `forget` reads.
+    # Readings for `forget`.
     reads: ClassVar[tuple[Need, ...]] = ()
-    # The retain losses that it may have.
+    # The retain losses that the method supports.
     retains: ClassVar[Mapping[str, Retain]] = RETAIN
 
     def __post_init__(self) -> None:
@@ -241,7 +241,7 @@ class TwoSided(Method):
         return (*self.reads, *self.retains[self.retain].needs)
 
     def forget(self, read: Read) -> tuple[jax.Array, jax.Array | None]:
-        """Losses of tokens or of whole answers, and which of them count; None for all."""
+        """Losses of tokens or whole answers, and a mask of those that count; None for all."""
         raise TypeError(f"{self.name}: expected `forget`, its loss on rows to forget")
 
     def loss(self, read: Read, state: Any) -> tuple[jax.Array, Means]:

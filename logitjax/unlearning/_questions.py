@@ -20,9 +20,9 @@ from logitjax.unlearning._split import names, neighbours, twin
 from logitjax.unlearning._ways import SHOTS, asked_so
 from logitjax.unlearning.assistant._deployed import Deployed, answers
 
-# What is closer to an answer than this repeats it.
+# ROUGE-L above which a text counts as a repetition of an answer.
 _REPEATS = 0.7
-# Batches of scored rows that answers are generated for at once.
+# Number of scoring batches for which answers are generated at once.
 _TOGETHER = 4
 _PARTS = (
     *("forget", "reworded", "reworded_test", "train", "validation", "test"),
@@ -35,15 +35,14 @@ class Questions:
     """Rows as token ids, by part.
 
     Attributes:
-        rows: Rows by part: those of `split_rows`, `wrong`, questions to forget with each other's
-            answers, and `stranger`, the same about nobody, which are trained on alone.
+        rows: Rows by part: those of `split_rows`; `wrong`, questions to forget with each other's
+            answers; and `stranger`, questions about invented people, for training only.
         encoded: Encoded rows by part, for `evaluation.score_rows`.
-        cut: Indices of rows of a part that are longer than `max_length`: only their beginnings are
-            trained on and asked.
+        cut: Indices of rows longer than `max_length`, by part; only their beginnings are used.
         texts: Windows of other text by part, `train`, `validation` and `test`; may be empty.
         max_length: Maximum number of tokens of a row.
         new_tokens: Maximum number of tokens of a generated answer.
-        batch_size: Number of rows that are asked at once.
+        batch_size: Number of rows asked at once.
     """
 
     rows: Mapping[str, Sequence[Row]]
@@ -54,7 +53,7 @@ class Questions:
     max_length: int
     new_tokens: int
     batch_size: int
-    # Rows of a part that are attacked in costly ways.
+    # Number of rows of a part for costly attacks.
     costly: ClassVar[int] = 40
 
     @classmethod
@@ -68,19 +67,19 @@ class Questions:
         new_tokens: int = 48,
         batch_size: int = 4,
     ) -> "Questions":
-        """Encode all parts; parts that are not given are empty.
+        """Encode all parts; missing parts are empty.
 
         Raises:
-            ValueError: A part of another name, a prompt that is longer than `max_length`, or a text
-                of one token.
+            ValueError: A part with another name, a prompt longer than `max_length`, or a text of
+                one token.
         """
         if extra := sorted(set(parts) - set(_PARTS)):
             raise ValueError(f"parts: expected some of {', '.join(_PARTS)}, got {extra}")
         rows = {part: tuple(parts.get(part, ())) for part in _PARTS}
         forget = rows["forget"]
-        # A text has no question that another's answer could be given to.
+        # Plain text has no question to pair with another answer.
         asked = [row for row in forget if row.asks]
-        # Of the next question.
+        # The answer to the next question.
         shifted = [row.answer for row in (*asked[1:], *asked[:1])]
         wrong = [dataclasses.replace(row, answer=a) for row, a in zip(asked, shifted)]
         rows["wrong"] = tuple(wrong) if len(asked) > 1 else ()
@@ -111,25 +110,25 @@ class Questions:
         )
 
     def with_neighbours(self, model: Decoder, file: epath.Path | None = None) -> "Questions":
-        """More rows to keep: near those to forget, with what the model answers to them before.
+        """More rows to keep: questions near those to forget, with the model's current answers.
 
-        Three of five come into `train`, and one each into `validation` and `test`. What repeats an
-        answer to forget is dropped; what is `far-fetched`, or what the model is not sure of, or is
-        as sure of for a stranger, is trained on alone. Rows to keep that it did not know get the
-        kind `unknown`: no limit holds for them. Answers are written to a file and read from it the
-        next time.
+        Three of five go into `train`, and one each into `validation` and `test`. Answers that
+        repeat an answer to forget are dropped. Rows that are `far-fetched`, and answers of which
+        the model is unsure, or just as sure for a stranger, are used for training only. Rows to
+        keep that it did not know get the kind `unknown`, which has no limit. Answers are written to
+        a file and read again next time.
         """
         forget = self.rows["forget"]
         others = [row for part in ("train", "holdout", "validation") for row in self.rows[part]]
         made = neighbours(forget, others)
-        # Names that only answers to forget have: whatever says one gives it away.
+        # Names that occur only in answers to forget: a text with one of them reveals the answer.
         secret = {name for row in forget for name in names(Row(answer=row.answer))}
         secret -= {name for row in forget for name in names(Row(answer=row.question))}
         parts = {part: list(self.rows[part]) for part in _PARTS}
         texts = read_json(file, form=dict) if file is not None and file.exists() else {}
         if not all(row.question in texts for row in made):
             message = self._said(Deployed(model=model), made)
-            # A completion begins with a space, without which its tokens are others.
+            # A completion begins with a space; without it, its tokens would differ.
             texts = {row.question: text.rstrip() for row, text in zip(made, message)}
             if file is not None:
                 write_atomic(file, json.dumps(texts, indent=1) + "\n")
@@ -140,9 +139,9 @@ class Questions:
             if max(rouge([r.answer for r in forget], [text] * len(forget)).f1) < _REPEATS
         ]
         likely = functools.partial(self._known, Deployed(model=model))
-        # What it makes up is sure on the mean, but not of the name.
+        # An invented answer is likely on average, but not at the tokens of the name.
         sure = likely(kept, every=True)
-        # Or sure of the name for anybody: it says that of the question's form.
+        # Or the name is likely for any subject, and follows from the form of the question.
         strangers = [row for row in kept if row.kind == "stranger"]
         twins = [twin(row, strangers) for row in kept]
         formal = iter(likely([row for row in twins if row], every=True))
@@ -171,7 +170,7 @@ class Questions:
         )
 
     def without_end(self, part: str, values: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Values of every token of a part's answers, without those of their end marks."""
+        """Values of all tokens of a part's answers, without the end marks."""
         end = self.tokenizer.eos_id
         marked = [
             row.asks and i not in self.cut.get(part, ()) for i, row in enumerate(self.rows[part])
@@ -182,7 +181,7 @@ class Questions:
         ]
 
     def scored_text(self, part: str) -> list[str]:
-        """The answers of a part as far as they are asked."""
+        """The answers of a part, up to the length that is asked."""
         rows, encoded = self.rows[part], self.encoded[part]
         return [
             self.tokenizer.decode(encoded[i][0][encoded[i][1]].tolist(), skip_special=True)
@@ -196,9 +195,9 @@ class Questions:
     ) -> Sequence[tuple[np.ndarray, np.ndarray]]:
         """Encoded rows of a part, at most 40, asked in a way of `WAYS` or in several, `a + b`.
 
-        The examples of what is asked in context are rows to keep: those of `train`, and for judging
-        those of `test`, neighbours first. A way that makes no sense for any row, that the model's
-        chat template refuses, or that does not fit, has none.
+        Examples in context are rows to keep: of `train`, and for judging of `test`, neighbours
+        first. The result is empty for a way that applies to no row, that the model's chat template
+        rejects, or that does not fit.
         """
         key = part, way, judging
         if way == "asked":
@@ -213,7 +212,7 @@ class Questions:
         return self._ways[key]
 
     def changed(self, row: Row, way: str, *, judging: bool = False) -> Row | None:
-        """A row asked in a way."""
+        """A row, asked in this way."""
         others = self.rows["test" if judging else "train"]
         near = sorted(others, key=lambda other: other.kind != "near")
         return asked_so(row, way, near, judging=judging)
@@ -232,7 +231,7 @@ class Questions:
         return next((i for i in ids if i is not None), 0)
 
     def encode(self, row: Row, way: str = "asked") -> tuple[np.ndarray, np.ndarray]:
-        """Encode any other row alike; one that is asked in another way may be longer."""
+        """Encode any other row in the same way; a row asked in another way may be longer."""
         room = 1 if way == "asked" else 2 + SHOTS * ("in context" in way)
         return encode_row(row, self.tokenizer, max_length=room * self.max_length)
 
@@ -267,14 +266,14 @@ class Questions:
         items = []
         for start in range(0, len(rows), self.batch_size):
             batch = list(rows[start : start + self.batch_size])
-            # masked: fills the batch.
+            # Masked rows fill the batch.
             empty = (batch[-1][0], np.zeros_like(batch[-1][1]))
             # Few shapes are compiled.
             longest = -(-max(len(ids) for ids, _ in batch) // 32) * 32
             filled = Row.padded(
                 batch + [empty] * (self.batch_size - len(batch)), longest, pad_id=self.pad_id
             )
-            # Of the model, which no look changes, one pass is enough.
+            # The model never changes, so one pass of it is enough.
             key = id(model.model), id(rows), start
             if key not in self._states:
                 self._states[key] = model.states(filled["tokens"], filled["mask"])
@@ -286,11 +285,11 @@ class Questions:
         return np.concatenate(items, axis=1)
 
     def surprise(self, model: Deployed, part: str) -> list[np.ndarray]:
-        """Surprise of every token of the answers, see `Deployed.surprise`."""
+        """Surprise of each answer token, see `Deployed.surprise`."""
         return self._scored(model.surprise, self.encoded[part]).nll
 
     def sampled_recall(self, model: Deployed, part: str, samples: int) -> np.ndarray:
-        """ROUGE-L recall of answers drawn at temperature 1, `[rows, samples]`."""
+        """ROUGE-L recall of answers sampled at temperature 1, `[rows, samples]`."""
         rows = _evenly([row for row in self.rows[part] if row.asks])
         draws = [
             rouge([row.answer for row in rows], self._said(model, rows, seed)).rouge_l
@@ -315,7 +314,7 @@ class Questions:
         return [text.strip() for text in texts]
 
     def _known(self, model: Deployed, rows: Sequence[Row], *, every: bool = False) -> list[bool]:
-        """Which answers the model gives, on the mean or by `every` token; no plain text is one."""
+        """Mask of answers that the model knows, by their mean or by `every` token; not of texts."""
         scores = self._scored(model.nll, [self.encode(row) for row in rows]).nll if rows else ()
         worst = -math.log(KNOWN)
         return [
@@ -324,11 +323,11 @@ class Questions:
         ]
 
     def _said(self, model: Deployed, rows: Sequence[Row], seed: int | None = None) -> list[str]:
-        """Answers to rows; likeliest tokens, or drawn with a seed."""
+        """Answers to rows, with the most likely tokens, or sampled with a seed."""
         if not rows:
             return []
         prompts = [encode_question(row, self.tokenizer) for row in rows]
-        # A token of a few rows takes as long as one of many: all weights are read for it.
+        # A step for few rows takes as long as one for many, because it reads all weights.
         full = -(-len(rows) // self.batch_size)
         rows_at_once = self.batch_size * min(_TOGETHER, full)
         return answers(
@@ -341,7 +340,7 @@ class Questions:
 
 
 def _evenly(rows: Sequence[Any]) -> Sequence[Any]:
-    """Rows for attacks of which there are many, or which take seconds for each."""
+    """Rows for costly or numerous attacks."""
     count = min(len(rows), Questions.costly)
     return [rows[i * len(rows) // count] for i in range(count)]
 
@@ -353,7 +352,7 @@ def _cut(
     max_length: int,
 ) -> frozenset[int]:
     full = [i for i, (ids, _) in enumerate(encoded) if len(ids) == max_length]
-    # Tells a cut row from one that just fits.
+    # Distinguishes a cut row from one that just fits.
     longer = [encode_row(rows[i], tokenizer, max_length=max_length + 1)[0] for i in full]
     return frozenset(i for i, ids in zip(full, longer) if len(ids) > max_length)
 

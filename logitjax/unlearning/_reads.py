@@ -1,4 +1,4 @@
-"""Readings of a batch for methods, arranged from what they declare."""
+"""Readings of a batch for methods, arranged from their declarations."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -18,14 +18,14 @@ SIDES = ("forget", "instead", "retain")
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """One thing that a method reads.
+    """One reading that a method declares.
 
     Attributes:
         side: The rows: those to `'forget'`, those to `'retain'`, or `'instead'`, the questions of
             the rows to forget with the answers to give instead.
         of: `'nll'` of each token, the hidden `'states'` that predict answers, or the states of one
             `'layer'` (`Method.layer`) at all positions.
-        before: Whether of the model before unlearning, in place of the one that is trained.
+        before: Whether to read the model before unlearning instead of the trained one.
     """
 
     side: str
@@ -41,10 +41,10 @@ class Need:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Read:
-    """A method's readings of one batch. Anything undeclared is an error that names the method."""
+    """A method's readings of one batch. An undeclared reading is an error that names the method."""
 
     owner: str
-    # Whether no side has more answers' tokens than there are places.
+    # Whether the answer tokens of each side fit into the reserved positions.
     fits: jax.Array
     _fixed: Any
     _values: Mapping[Need, jax.Array]
@@ -55,7 +55,7 @@ class Read:
 
     @property
     def fixed(self) -> Any:
-        """The method's own arrays that do not train, from `Method.fixed`."""
+        """The method's own constant arrays, from `Method.fixed`."""
         if self._fixed is None:
             raise ValueError(f"{self.owner}: expected arrays of `fixed`, which it reads, got None")
         return self._fixed
@@ -69,7 +69,7 @@ class Read:
         return jnp.where(self.where(side), self.nll(side, before=before), 0.0).sum(-1)
 
     def states(self, side: str, *, before: bool = False) -> jax.Array:
-        """Hidden states that predict answers' tokens, `[..., hidden]`; `put` brings back rows."""
+        """Hidden states that predict answer tokens, `[..., hidden]`; `put` restores rows."""
         return self._value(Need(side, "states", before))
 
     def layer(self, side: str, *, before: bool = False) -> jax.Array:
@@ -80,7 +80,7 @@ class Read:
         return self._heads[before]
 
     def where(self, side: str) -> jax.Array:
-        """Which tokens after the first are answers', bool `[rows, time - 1]`."""
+        """Mask of answer tokens after the first token, bool `[rows, time - 1]`."""
         return self._of_side(self._where, side)
 
     def labels(self, side: str) -> jax.Array:
@@ -114,7 +114,7 @@ def read_batch(
     fixed: Any = None,
     most: Mapping[str, int] | None = None,
 ) -> Read:
-    """Reads a batch: each model runs once over all sides that are needed of it."""
+    """Read a batch: each model runs once, over all sides that are needed."""
     sides = sides_of(needs)
     check_sides(sides, batch, owner)
     tokens = {side: jnp.asarray(batch[side]["tokens"]) for side in sides}
@@ -148,7 +148,7 @@ def read_batch(
         picked = {s: positions[s].pick(part) for s, part in zip(whole, hidden)}
         values |= {Need(s, "states", before): picked[s] for s in whole}
         scored = sides_of([need for need in mine if need.of == "nll"])
-        # In one sweep over all sides, which forms the head's gradient once; before there is none.
+        # One sweep over all sides forms the head's gradient once; the model before has none.
         for group in [[side] for side in scored] if before else [scored][: len(scored)]:
             states, cuts = _together([picked[side] for side in group])
             targets, _ = _together([labels[side] for side in group])
@@ -158,7 +158,7 @@ def read_batch(
         owner=owner,
         _fixed=fixed,
         fits=jnp.stack([positions[side].fits for side in sides]).all(),
-        # States come with likelihoods, but who has not asked for them may not read them.
+        # States come with likelihoods, but a method must declare them to read them.
         _values={need: values[need] for need in needs},
         _heads=heads,
         _positions=positions,
@@ -182,12 +182,12 @@ def check_sides(sides: Sequence[str], batch: Mapping[str, Any], owner: str) -> N
 
 def _together(parts: Sequence[Any]) -> tuple[jax.Array, np.ndarray]:
     """Parts as one array, and where to split it again."""
-    # `jnp.split` wants inner ends only.
+    # `jnp.split` takes inner ends only.
     return jnp.concatenate(parts), np.cumsum([len(part) for part in parts])[:-1]
 
 
 def _layer_states(model: Decoder, count: int, tokens: Any, lora: Lora | None) -> jax.Array:
-    """The residual stream after so many layers, without the final norm."""
+    """The residual stream after some layers, without the final norm."""
     cut: Any = first_layers(model, count)
     # The last layer kept is not the model's last.
     cut.final_norm = _Identity()

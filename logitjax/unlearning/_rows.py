@@ -1,4 +1,4 @@
-"""Rows of your own to forget and to keep: read and encoded."""
+"""Reading and encoding your own rows to forget and to keep."""
 
 import dataclasses
 import json
@@ -21,16 +21,16 @@ _SHAPES = "question/answer, prompt/completion, messages or text"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """An answer to forget or to keep, and what comes before it.
+    """An answer to forget or to keep, and the prompt or conversation before it.
 
     Attributes:
         prompt: Text before the answer; empty for plain text.
-        messages: Turns of a conversation before it, in place of a prompt.
-        group: Rows of one group, such as a person, come into one part of a split.
+        messages: Turns of a conversation before it, instead of a prompt.
+        group: Rows of one group, such as a person, go into one part of a split.
         paraphrases: The prompt, or the last turn, in other words.
-        begun: Text that the answer was begun with, which counts as asked.
-        kind: What a row to keep has to do with those to forget, such as `near`.
-        line: Where it was read, for errors.
+        begun: Given beginning of the answer, which counts as part of the question.
+        kind: How a row to keep relates to the rows to forget, such as `near`.
+        line: Where the row was read, for errors.
     """
 
     prompt: str = ""
@@ -46,15 +46,15 @@ class Row:
     def read(cls, path: epath.PathLike) -> tuple["Row", ...]:
         """Rows of a JSON-lines file in UTF-8, without duplicates.
 
-        A row is `{"question", "answer"}`, `{"prompt", "completion"}` (the completion follows as it
-        is), `{"messages": [{"role", "content"}, ...]}` that end with the answer, `{"text"}`, or
-        another form that `data.own_form` reads. A list of answers is a row each. It may have a
-        `group`, and `paraphrases`, a list, or TOFU's `paraphrased_question`. Rows that differ in
-        case and white space alone are one, with the paraphrases of all.
+        A row is `{"question", "answer"}`, `{"prompt", "completion"}` (the completion follows
+        directly), `{"messages": [{"role", "content"}, ...]}` ending with the answer, `{"text"}`, or
+        another form that `data.own_form` reads. Each answer of a list becomes a row. A row may have
+        a `group`, and `paraphrases`, a list, or TOFU's `paraphrased_question`. Rows that differ
+        only in case and white space are merged, with the paraphrases of all.
 
         Raises:
             FileNotFoundError: There is no such file.
-            ValueError: A line is none of these, with its number; or the file has no rows.
+            ValueError: A line has none of these forms (its number is named), or there are no rows.
 
         >>> import tempfile
         >>> path = epath.Path(tempfile.mkdtemp()) / "rows.jsonl"
@@ -97,7 +97,7 @@ class Row:
 
     @property
     def asks(self) -> bool:
-        """Whether there is anything before the answer."""
+        """Whether anything comes before the answer."""
         return bool(self.question)
 
     def asked(self, question: str) -> "Row":
@@ -108,7 +108,7 @@ class Row:
         return dataclasses.replace(self, messages=(*self.messages[:-1], last))
 
     def told(self, system: str) -> "Row":
-        """The row with another system message, or with that before its prompt."""
+        """The row with another system message, or with the message before its prompt."""
         if not self.messages:
             return dataclasses.replace(self, prompt=f"{system}\n\n{self.prompt}")
         turns = [turn for turn in self.messages if turn["role"] != "system"]
@@ -121,8 +121,8 @@ class Row:
         """Rows padded to one length: `{"tokens", "mask"}`, int32 and bool `[rows, length]`.
 
         Args:
-            rows: Token ids and which of them are answers', as of `PromptTemplate.encode_answer`.
-            length: Length of every row; the rest is cut off.
+            rows: Token ids and a mask of answer tokens, as from `PromptTemplate.encode_answer`.
+            length: Length of every row; longer rows are cut.
             pad_id: Any id of the vocabulary.
 
         >>> one = (np.array([5, 6, 7]), np.array([False, True, True]))
@@ -138,7 +138,7 @@ class Row:
 
 
 def _joined(row: Row, again: Row) -> Row:
-    """A row with what another copy of it says beside it."""
+    """A row, with the group and paraphrases of another copy of it."""
     return dataclasses.replace(
         row,
         group=again.group if row.group is None else row.group,
@@ -152,7 +152,7 @@ def _rows_of(raw: Any) -> list[Row]:
     for name in ("answer", "completion", "output"):
         answers = raw.get(name)
         if isinstance(answers, list) and answers and all(isinstance(a, str) for a in answers):
-            # One question's answers come into one part.
+            # Answers to one question go into one part.
             group = raw.get("group") or raw.get("question") or raw.get("prompt")
             group = group if isinstance(group, str | int) else None
             return [_row({**raw, "group": group, name: answer}) for answer in answers]
@@ -197,7 +197,7 @@ def _conversation(messages: Any) -> dict[str, Any]:
     fit = all(isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in turns)
     if not fit or len(turns) < 2 or turns[-1]["role"] != "assistant":
         raise ValueError("messages: expected turns of role and content, the last by the assistant")
-    # A system that says nothing is none.
+    # An empty system message counts as none.
     turns = [turn for turn in turns if turn["role"] != "system" or turn.get("content") != ""]
     items = [_text(turn.get("content"), f"messages: content of {turn['role']}") for turn in turns]
     before = tuple({"role": turn["role"], "content": text} for turn, text in zip(turns, items[:-1]))
@@ -205,13 +205,13 @@ def _conversation(messages: Any) -> dict[str, Any]:
 
 
 def normal(row: Row) -> str:
-    """A row's words, the same for rows that differ in case and white space alone."""
+    """A row's words, the same for rows that differ only in case and white space."""
     turns = " ".join(turn["content"] for turn in row.messages)
     return _words(f"{turns} {row.prompt} {row.answer}")
 
 
 def own_words(row: Row) -> str:
-    """Words of the question and the answer alone: what the system says is said of many rows."""
+    """Words of question and answer, without the system message, which many rows share."""
     return _words(f"{row.question} {row.answer}")
 
 
@@ -221,7 +221,7 @@ def _words(text: str) -> str:
 
 
 def render_prompt(row: Row, tokenizer: Tokenizer) -> str:
-    """Render what a model reads before a row's answer: by its chat template, or as a question."""
+    """Render the text before a row's answer, with the chat template or as a question."""
     if not row.messages:
         return row.prompt
     messages = [dict(turn) for turn in row.messages]
@@ -235,7 +235,7 @@ def render_prompt(row: Row, tokenizer: Tokenizer) -> str:
 
 
 def encode_row(row: Row, tokenizer: Tokenizer, *, max_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids of a row and which are the answer's, with an end mark if it has a prompt."""
+    """Token ids of a row and a mask of its answer, with an end mark if it has a prompt."""
     ids, answer = _BARE.encode_answer(
         tokenizer,
         render_prompt(row, tokenizer) + row.begun,
@@ -253,5 +253,5 @@ def encode_row(row: Row, tokenizer: Tokenizer, *, max_length: int) -> tuple[np.n
 
 
 def encode_question(row: Row, tokenizer: Tokenizer) -> np.ndarray:
-    """Token ids that a row's answer continues."""
+    """Token ids before a row's answer."""
     return _BARE.encode(tokenizer, render_prompt(row, tokenizer) + row.begun)

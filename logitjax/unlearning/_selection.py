@@ -7,30 +7,30 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-# Of probabilities a token: above the one an answer is still said, below the other it is not,
-# whatever a control says.
+# Probabilities a token: above the first an answer is still given, below the second it is not,
+# whatever a control does.
 _STILL_SAID, _NOT_SAID = 0.5, 0.005
-# Rows to keep that are known: what is left of those that are not is noise.
+# Least probability of a row that counts as known: below it, the share kept is noise.
 KNOWN = 0.5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Limits on what has to be left of a model, as shares of what it was before."""
+    """Limits on what a model has to keep, as shares of its values before."""
 
-    # Of the mean probability of answers to keep, of every kind.
+    # Mean probability of answers to keep, of every kind.
     probability: float = 0.97
-    # Of the probability of any single one that the model knew.
+    # Probability of each single answer that the model knew.
     row: float = 0.9
-    # Of the ROUGE-L F1 of what is generated for them, of every kind.
+    # ROUGE-L F1 of answers generated for rows to keep, of every kind.
     rouge: float = 0.97
-    # Of the entropy of word pairs and triples in that.
+    # Entropy of word pairs and triples in these answers.
     fluency: float = 0.95
-    # Largest factor of the perplexity of other text.
+    # Largest factor for the perplexity of other text.
     perplexity: float = 1.02
 
     def broken(self, kept: Mapping[str, Any]) -> tuple[str, ...]:
-        """Names of the limits that these shares do not keep to; what is None was not measured."""
+        """Names of the limits that these shares violate; None means not measured."""
         items = []
         for field in dataclasses.fields(self):
             value, limit = kept.get(field.name), getattr(self, field.name)
@@ -42,62 +42,62 @@ class Limits:
         return tuple(items)
 
     def halved(self) -> "Limits":
-        """With half of the room: what is chosen has to hold on rows that it was not chosen by."""
+        """Limits with half of the room, because the choice must also hold on other rows."""
         room = {f.name: (1 + getattr(self, f.name)) / 2 for f in dataclasses.fields(self)}  # to 1
         return Limits(**{n: v if getattr(self, n) > 0 else 0.0 for n, v in room.items()})
 
 
 def kept_shares(after: Any, before: Any, kinds: Sequence[str]) -> dict[str, float]:
-    """By kind of row the share of the mean that is left."""
+    """The share of the mean that is left, by kind of row."""
     shares = {}
     for kind in dict.fromkeys(kinds):
         at = [i for i, other in enumerate(kinds) if other == kind]
         old = float(np.mean([before[i] for i in at]))
-        # Of nothing no share is left.
+        # A mean of zero has no share.
         if old:
             shares[kind] = float(np.mean([after[i] for i in at])) / old
     return shares
 
 
 def least_kind(shares: Mapping[str, float]) -> float | None:
-    """The least share of the kinds that a model knew, of all if it knew none."""
+    """The smallest share among kinds that the model knew, or among all if it knew none."""
     learned = [share for kind, share in shares.items() if kind != "unknown"]
     return least(learned or shares.values())
 
 
 def least(values: Any) -> float | None:
-    """The least number, nan where one is nan, which `min` may pass over; None of none."""
+    """The smallest number, or nan if there is one, which `min` may miss; None if empty."""
     values = list(values)
     return float(np.min(values)) if values else None
 
 
 def least_row(after: Any, before: Any) -> float | None:
-    """The least share that is left of a row that was known; None where none was."""
+    """The smallest share left of a known row; None if none was known."""
     return least(new / old for new, old in zip(after, before, strict=True) if old >= KNOWN)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Goal:
-    """How likely a forgotten answer may be: as likely as the likeliest one that was never known.
+    """How likely a forgotten answer may be, compared with answers that were never learned.
 
-    Every answer counts, and every way to ask: `excess` is the largest of their probabilities over
-    that of the likeliest of the control, asked in the same way.
+    Every answer counts, in every way of asking: `excess` is the largest probability divided by
+    that of the most likely control answer, asked in the same way.
     """
 
-    # By way of asking, of answers that were never taught.
+    # The largest probability of answers that were never taught, by way of asking.
     worst: Mapping[str, float]
-    # The median of those, asked straight.
+    # The median of these answers, asked directly.
     probability: float
-    # What this was taken from, in words.
+    # Where these answers come from, in words.
     source: str
 
-    # What the excess is brought to, and what it may be: other wordings bring out more.
+    # The excess to train to, and the largest allowed: other wordings elicit more.
     aim: ClassVar[float] = 1.4
     most: ClassVar[float] = 2.0
 
     @classmethod
     def of(cls, unseen: Mapping[str, Any], source: str) -> "Goal":
-        """Of probabilities of unseen answers by way; a way that is not there is as `asked`."""
+        """The goal from probabilities of unseen answers by way; `asked` stands for other ways."""
         least, most = _NOT_SAID / cls.most, _STILL_SAID / cls.most
         return cls(
             worst={way: float(np.clip(np.max(rows), least, most)) for way, rows in unseen.items()},
@@ -106,11 +106,11 @@ class Goal:
         )
 
     def limit(self, way: str) -> float:
-        """The largest probability that an answer may have, asked in a way."""
+        """The largest probability that an answer may have when asked in this way."""
         return self.most * self.worst.get(way, self.worst["asked"])
 
     def excess(self, rows: Mapping[str, Any]) -> dict[str, float]:
-        """By way how much likelier the worst row is than the worst of the control."""
+        """How many times as likely the worst row is as the worst control answer, by way."""
         return {
             way: float(self.most * np.max(probabilities) / self.limit(way))
             for way, probabilities in rows.items()
@@ -118,7 +118,7 @@ class Goal:
         }
 
     def gap(self, excess: float) -> float:
-        """How far an excess is from the aim, in nats, whichever side."""
+        """The distance of an excess from the aim, in nats, on either side."""
         return abs(_above(self, excess))
 
     def met(self, excess: float) -> bool:

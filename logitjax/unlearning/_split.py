@@ -1,4 +1,4 @@
-"""Rows split so that nothing that is chosen by, or reported, was trained on."""
+"""Splitting rows so that choices and reports use no row that was trained on."""
 
 import dataclasses
 import hashlib
@@ -12,22 +12,22 @@ from absl import logging
 
 from logitjax.unlearning._rows import Row, normal, own_words
 
-# Words that two rows share in a run before they count as copies, and the share of such runs.
+# Length in words of the sequences that mark copies, and the share of them that two rows share.
 _GRAM, _ALIKE = 8, 0.5
-# A run that more rows have is of a form, not of what is said: it is looked for in the first alone.
+# A sequence in more rows than this belongs to a template, and only the first rows are compared.
 _COMMON = 100
-# Words, and single characters of scripts that put no space between words.
+# Words, and single characters of scripts without spaces between words.
 _WORD = re.compile(
     r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+"
 )
 _TRAIN, _VALIDATION = 0.6, 0.8
-# Share of their words that a row in other words has with another: a question is short.
+# Share of words that a paraphrase has in common with its row: questions are short.
 _REWORDED = 0.6
-# Rows that a word is in, which is of these rows and of no form; rows that neighbours are
-# made of, and strangers for each of these.
+# Most rows that contain a word which is no part of a template; number of rows from which
+# neighbours are made, and of strangers for each of them.
 _RARE, _MADE, _STRANGERS = 3, 20, 5
 _NAME = re.compile(r"[A-Z][\w'-]*(?:\s+[A-Z][\w'-]*)*")
-# They begin a sentence, and no name.
+# Words that begin a sentence, not a name.
 _FIRST = (
     "A An And Answer Are At By Can Did Do Does For From Has He How I In Is It Name Of On Or "
     "Question She Tell The They To Was We Were What When Where Which Who Whom Whose Why With You "
@@ -37,25 +37,25 @@ _FIRST = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Split:
-    """Rows by what they are for.
+    """Rows by purpose.
 
     Attributes:
-        parts: `forget`, which is to go and all of which is trained on; the same in other words,
-            `reworded` for choosing and `reworded_test` for the end, empty without paraphrases; of
-            what is to be kept `train`, `validation`, which settings are chosen by, and `test`,
-            which is asked at the end alone; of the kind of `forget` and never trained on
-            `holdout`, which sets the goal, and `holdout_test`, which membership is judged by. Rows
-            to keep are of the `kind` `near` if they share a name with a row to forget, `reworded`
-            if they are the paraphrase of another, and `other`.
-        left_out: Number of rows to keep or of the holdout that are linked to rows to forget, and of
-            the holdout to rows to keep.
+        parts: `forget` has the rows to forget, all used for training, and `reworded` (for choosing)
+            and `reworded_test` (for the report) their paraphrases, if any. Rows to keep are split
+            into `train`, `validation` for choosing settings, and `test` for the report alone. Rows
+            like `forget` that are never trained on are `holdout`, which sets the goal, and
+            `holdout_test`, for judging membership. The `kind` of a row to keep is `near` if it
+            shares a name with a row to forget, `reworded` if it is a paraphrase of another, or
+            `other`.
+        left_out: Number of rows left out: rows to keep or of the holdout that are linked to rows to
+            forget, and rows of the holdout linked to rows to keep.
     """
 
     parts: Mapping[str, tuple[Row, ...]]
     left_out: int
-    # Of `train`, `validation` and `test`.
+    # Numbers of groups in `train`, `validation` and `test`.
     groups: tuple[int, int, int]
-    # Rows to keep, and kept, that say much the same as one to forget.
+    # Rows to keep, not left out, with much the same content as a row to forget.
     alike: int = 0
 
 
@@ -64,11 +64,11 @@ def split_rows(
 ) -> Split:
     """Split rows into parts for training, for choosing and for the report.
 
-    Rows are linked if they share a `group`, or half of the runs of eight words of question (of a
-    conversation the last turn) and answer, or if one asks what another does, in its words or in
-    those of its paraphrases. Linked rows come into one part, and rows that are linked to a row to
-    forget are left out of the others. Groups are ordered by a hash of the seed and their text, and
-    cut after 60 and 80 % of the rows. No model was trained on the `holdout`.
+    Rows are linked if they share a `group`, half of the eight-word sequences of question (in a
+    conversation, the last turn) and answer, or a question, also as a paraphrase. Linked rows go
+    into the same part, and rows linked to a row to forget are left out of the others. Groups are
+    ordered by a hash of the seed and their text, and cut after 60 and 80 % of the rows. No model
+    was trained on the `holdout`.
 
     Raises:
         ValueError: Fewer than three groups of rows to keep are left.
@@ -83,7 +83,7 @@ def split_rows(
     gone = set(group[: len(forget)])
     taught = set(group[: len(forget) + len(retain)])
     kept = [(row, g) for row, g in zip(retain, group[len(forget) :]) if g not in gone]
-    # What is kept was taught.
+    # Rows to keep were taught, so they cannot be in the holdout.
     unseen = [r for r, g in zip(holdout, group[len(forget) + len(retain) :]) if g not in taught]
     members: dict[int, list[Row]] = {}
     subjects = {name for row in forget for name in names(row)}
@@ -98,17 +98,17 @@ def split_rows(
     ordered = []
     for near in (True, False):
         side = [rows for rows in members.values() if near is any(r.kind == "near" for r in rows)]
-        # In any file's order.
+        # The same for any order of the files.
         side.sort(key=lambda rows: _hash(seed, min(map(normal, rows))))
         ordered += [((location + 0.5) / len(side), rows) for location, rows in enumerate(side)]
-    # Neighbours are spread evenly: every part has its share of them.
+    # Near rows are spread evenly over the parts.
     ordered = [rows for _, rows in sorted(ordered, key=lambda pair: pair[0])]
     parts: list[list[Row]] = [[], [], []]
     counts = [0, 0, 0]
     done = 0
     for location, rows in enumerate(ordered):
         share = done / len(kept)
-        # The last two groups are kept for the two parts that nobody is trained on.
+        # The last two groups are reserved for the two parts without training.
         left = len(ordered) - location
         part = 0 if share < _TRAIN and left > 2 else 1 if share < _VALIDATION and left > 1 else 2
         if part == 2 and not parts[1]:
@@ -146,7 +146,7 @@ def split_rows(
 
 
 def _halves(rows: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]]:
-    """For choosing, with the odd row, and for the end."""
+    """Two halves: for choosing, which gets an odd row, and for the report."""
     ordered = sorted(rows, key=lambda row: _hash(seed, normal(row)))
     half = -(-len(ordered) // 2)
     return ordered[:half], ordered[half:]
@@ -157,7 +157,7 @@ def _reworded(rows: Sequence[Row]) -> list[Row]:
 
 
 def names(row: Row) -> set[str]:
-    """Names that a row has, and numbers of three digits or more.
+    """Names in a row, and numbers of three or more digits.
 
     >>> row = Row(prompt="Where was Ada Lovelace born?", answer="She was born in London in 1815.")
     >>> sorted(names(row))
@@ -173,9 +173,9 @@ def names(row: Row) -> set[str]:
 
 
 def neighbours(forget: Sequence[Row], others: Sequence[Row]) -> list[Row]:
-    """Questions near those to forget, without answers: the same of other subjects, and of the same
-    subject other things, `far-fetched` where the subject is not of the kind that the question was
-    about. The same of nobody, by a name of two halves, is of the kind `stranger`.
+    """Questions near those to forget, without answers: the same ones about other subjects, and
+    others about the same subjects, with kind `far-fetched` if the subject is of another kind than
+    the question's. Those about invented, combined names have kind `stranger`.
 
     >>> rows = [Row(prompt="Where was Ada Lee born?", answer="Ada Lee was born in Bo.")]
     >>> others = [Row(prompt="What does Cy Dor play?", answer="Chess.")]
@@ -199,7 +199,7 @@ def neighbours(forget: Sequence[Row], others: Sequence[Row]) -> list[Row]:
                 kind = "made" if other.count(" ") == name.count(" ") else "far-fetched"
                 again = _about(row, name, other, kind=kind)
                 made.setdefault(again.question.lower(), again)
-    # Half of a stranger's name may be a forgotten one's.
+    # Half of a stranger's name may come from a name to forget.
     full = [n.split() for n in dict.fromkeys((*asked, *peers)) if " " in n]
     crossed = {f"{first[0]} {last[-1]}" for first in full for last in full} - {*asked, *peers}
     strangers = [
@@ -232,8 +232,8 @@ def _about(row: Row, name: str, other: str, **changes: Any) -> Row:
 def _renames(
     row: Row, name: str, subject_names: Iterable[str], present: Container[str]
 ) -> Iterator[str]:
-    """Other subjects of the row's question, in an order of its own."""
-    # Of as many words: likelier a name of the same kind of thing.
+    """Other subjects for the row's question, in an order that depends on the row."""
+    # Names with as many words are more likely to be of the same kind.
     alike = {n for n in subject_names if n.count(" ") == name.count(" ")} or {*subject_names}
     for other in sorted(alike, key=lambda n: _hash(0, f"{row.question} {n}")):
         if row.question.replace(name, other).lower() not in present:
@@ -241,9 +241,9 @@ def _renames(
 
 
 def _alike(forget: Sequence[Row], kept: Sequence[Row]) -> list[Row]:
-    """Rows to keep with most of the words of one to forget, and not only of the form of many."""
+    """Rows to keep that share most words with a row to forget, beyond those of a template."""
     words = [set(_WORD.findall(own_words(row))) for row in (*forget, *kept)]
-    # Who shares the words of a form alone says something else: rare words have to be common, too.
+    # Rows that share only a template differ in content: rare words have to be shared, too.
     common = Counter(word for row in words for word in row)
     rare = [{word for word in row if common[word] <= _RARE} for row in words]
     having: dict[str, list[int]] = {}
@@ -262,12 +262,12 @@ def _alike(forget: Sequence[Row], kept: Sequence[Row]) -> list[Row]:
 
 
 def _groups(rows: Sequence[Row]) -> list[int]:
-    """A number for each row, the same for rows that are linked."""
+    """A number for each row, the same for linked rows."""
     parent = list(range(len(rows)))
 
     def root(i: int) -> int:
         while parent[i] != i:
-            # Halves the path for the next look.
+            # Halves the path for the next search.
             parent[i] = parent[parent[i]]
             i = parent[i]
         return i
@@ -280,7 +280,7 @@ def _groups(rows: Sequence[Row]) -> list[int]:
         if row.group is not None:
             parent[root(i)] = root(named.setdefault(row.group, i))
         turns = [turn for turn in row.messages if turn["role"] != "system"]
-        # One turn alone: "Continue." is not one question.
+        # The last turn alone does not identify a question: it may be "Continue."
         for question in (row.question, *row.paraphrases) if len(turns) < 2 and row.asks else ():
             key = " ".join(_WORD.findall(own_words(Row(prompt=question, answer=""))))
             parent[root(i)] = root(asked.setdefault(key, i))

@@ -1,4 +1,4 @@
-"""Training by round and step, and the model with so much of it as one likes."""
+"""Training by round and step, and models with any strength of the trained change."""
 
 import dataclasses
 import functools
@@ -29,12 +29,12 @@ from logitjax.unlearning._unlearn_config import UnlearnConfig
 from logitjax.unlearning._unlearn_update import make_update
 from logitjax.unlearning.assistant._deployed import Deployed, merged, scaled
 
-# How settings begin that are limits: they may be changed without training again.
+# Prefixes of settings that are limits, which can be changed without retraining.
 _LIMITS = ("least", "most_")
 
 
 class Training:
-    """Candidates of a model with listed layers, in a folder: trained, written, and read again."""
+    """Candidates of a model with listed layers, in a folder: training, writing and reading."""
 
     def __init__(
         self,
@@ -49,16 +49,16 @@ class Training:
         self.mesh = mesh or training.make_mesh("data:1", devices=jax.devices()[:1])
 
     def record(self, name: str | epath.Path, make: Callable[[], Any]) -> Any:
-        """A record from disk, of the folder or a whole path; made and written if not there."""
+        """A record from disk, in the folder or at a path; made and written if missing."""
         path = self.directory / name if isinstance(name, str) else name
         if not path.exists():
-            # a kill leaves no half record.
+            # Atomic, so that a kill leaves no partial record.
             write_atomic(path, json.dumps(make(), indent=1) + "\n")
-        # As read, so that a resumed run sees no other digits.
+        # As read back, so that a resumed run sees the same digits.
         return read_json(path)
 
     def read(self, candidate: Mapping[str, Any]) -> Lora | Decoder:
-        """The adapters of a candidate, or the model of which all was trained."""
+        """The adapters of a candidate, or the model if all its weights were trained."""
         folder = self.directory / name_of(candidate)
         return Lora.load(folder, self._adapted) if self.config.adapters else self._model(folder)
 
@@ -72,7 +72,7 @@ class Training:
     def write(
         self, trained: Lora | Decoder, strength: float, base: str
     ) -> tuple[epath.Path, Deployed]:
-        """Write what could be used to a temporary folder, and read it again."""
+        """Write the usable files to a temporary folder, and read them again."""
         deployed, staged = self.at(trained, strength), self.directory / "candidates" / "best"
         if deployed.assistant is not None:
             folder = staged / "assistant"
@@ -88,18 +88,18 @@ class Training:
         return folder, Deployed(model=merged(Lora.load(folder, self.model.config), self.model))
 
     def steps(self, number: int, ways: Sequence[str]) -> Generator[tuple[int, bool], None, None]:
-        """Trains a round from look to look, none twice: step, and whether losses were finite."""
+        """Train a round from check to check; yields the step, and whether losses were finite."""
         config = self.config
         update = make_update(self.model, self.questions, config, ways=ways, instead=self._instead())
         schedule = training.Schedule(
             config.peak,
             "linear",
-            # Leaves a step to decay in.
+            # Leaves one step for the decay.
             warmup=min(config.steps - 1, max(1, config.steps // 10)),
             total_steps=config.steps,
         )
         method = update.method
-        # At 0.999 the last of some 40 steps would still divide by the first gradients.
+        # With 0.999, the last of about 40 steps would still divide by the first gradients.
         tx = method.optimizer(schedule.optimizer(b2=0.99), warmup=config.steps // 4)
         weights: Any = nnx.to_pure_dict(nnx.state(self.model, nnx.Param))
         if config.adapters:
@@ -113,7 +113,7 @@ class Training:
         constants = update.constants
         if constants is not None and self.mesh.size > 1:
             constants = DECODER_RULES.place(constants, self.mesh)
-        # How it is attacked and judged afterwards changes nothing here.
+        # Later attacks and judgements do not change the training.
         limits = {f.name: 1.0 for f in dataclasses.fields(config) if f.name[:5] in _LIMITS}
         same = {"thorough": False, "samples": 1, "rounds": 1, "budget": 0} | limits
         identity = f"{dataclasses.replace(config, **same)!r} {sorted(ways)}"
@@ -125,7 +125,7 @@ class Training:
 
         if not done(looks[0]):
             self._announce(update.batches(0), weights)
-        # For resuming alone: candidates are kept elsewhere.
+        # Only for resuming: candidates are stored elsewhere.
         with training.Checkpointer(folder / "checkpoints") as checkpointer:
             for at in looks:
                 if not done(at):
@@ -140,7 +140,7 @@ class Training:
                             writer=training.make_writer(folder),
                             identity={"config": identity},
                         )
-                    except FloatingPointError as error:  # earlier looks stay candidates
+                    except FloatingPointError as error:  # earlier checks remain candidates
                         logging.warning("stopped: %s", error)
                         yield at, False
                         return
@@ -168,7 +168,7 @@ class Training:
             for tree in (nnx.state(self.model, nnx.Param), weights)
         ]
         config, tokens = self._adapted, sum(rows["tokens"].size for rows in batch.values())
-        # A gradient keeps of each layer some eight vectors of its width and three of its inner one.
+        # A gradient keeps about eight vectors of the width and three inner ones a layer and token.
         a_layer = 4 * (8 * config.hidden_size + 3 * config.intermediate_size)
 
         def timed() -> float:
@@ -188,7 +188,7 @@ class Training:
         )
 
     def _instead(self) -> list[list[str]]:
-        """Make answers to say in place of each answer to forget, where the method needs them."""
+        """Make answers to give instead of each answer to forget, if the method needs them."""
         method = self.config.method
         if "instead" not in method.sides:
             return []
@@ -202,7 +202,7 @@ class Training:
 
 
 def name_of(candidate: Mapping[str, Any]) -> str:
-    """The folder of a candidate, below that of the run."""
+    """The folder of a candidate, inside that of the run."""
     return f"candidates/round-{candidate['round']}-step-{candidate['step']}"
 
 

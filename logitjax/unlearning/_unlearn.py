@@ -1,4 +1,4 @@
-"""Unlearning rows of your own: train, choose what has forgotten enough, and write it."""
+"""Unlearning your own rows: train, choose a candidate that has forgotten enough, write it."""
 
 import contextlib
 import dataclasses
@@ -35,16 +35,17 @@ class Unlearned:
     Attributes:
         chosen: The candidate that was chosen: its `round`, `step` and `strength`; None if none is
             feasible.
-        candidates: All that were tried: `forget`, the median probability of what is to be
-            forgotten, `worst`, the largest, `excess`, how much likelier the worst answer is than
-            the worst of the control in any way to ask, and that by `ways`, `gap` from the goal in
-            nats, the shares kept (`probability`, `row`, `rouge`, `fluency`, `perplexity`), the
-            `least` of them (perplexity by its inverse), and the limits that they break, `broken`.
-        ways: Ways to ask that were trained on in the end.
-        verdict: What may be said of it; None where nothing was written.
-        staged: Folder of what was written, in the folder of candidates; None if none is feasible.
-        model: What was written, read again; None likewise.
-        before, after: Of `examine`, what the model and what was written say; empty likewise.
+        candidates: All candidates that were tried. `forget` is the median probability of answers
+            to forget and `worst` the largest; `excess` is the ratio of the worst answer to the
+            worst control answer over all ways of asking, and `ways` has it for each way; `gap` is
+            the distance from the goal in nats; `probability`, `row`, `rouge`, `fluency` and
+            `perplexity` are shares kept, `least` the smallest of them (with the inverse of
+            perplexity), and `broken` the limits that they violate.
+        ways: Ways of asking used for training in the end.
+        verdict: Verdict on the written files; None if nothing was written.
+        staged: Their folder, inside the folder of candidates; None if none is feasible.
+        model: The written model, read again; None if none is feasible.
+        before, after: Records of `examine` for the model and the written model; else empty.
     """
 
     chosen: Mapping[str, Any] | None
@@ -59,8 +60,8 @@ class Unlearned:
     controls: Sequence[Mapping[str, Any]] = ()
 
     def settle(self, directory: epath.Path) -> bool:
-        """Move what may be used to its place, and delete what may not; True if it may be used."""
-        # Of an earlier verdict, too.
+        """Publish the written files if they passed, else delete them; True if they passed."""
+        # Files of an earlier verdict are removed as well.
         for name in RESULTS:
             if (directory / name).exists():
                 (directory / name).rmtree()
@@ -82,17 +83,18 @@ class Unlearning:
         directory: Folder of checkpoints, candidates, records, and of the result: `assistant`,
             `adapter` or `model`.
         base: Name of the model, which is written beside the adapters.
-        references: Models that never knew what is forgotten, as controls for attacks.
-        identity: What the model is known by, where its weights are computed and not the same to the
-            last bit everywhere; a digest of them if None. A folder of another model is refused.
-        before: File of what the model says of rows that settings are chosen by, which runs of one
-            model and its questions may share; in the folder if None.
-        mesh: Devices that train; the first alone if None.
+        references: Models that never learned the rows to forget, as controls for attacks.
+        identity: Name that identifies the model if its weights are computed, and so differ in the
+            last bits between machines; a digest of them if None. A folder of another model is an
+            error.
+        before: File with the model's scores on validation rows, which runs of one model and its
+            questions can share; in the folder if None.
+        mesh: Devices that train; the first one if None.
 
     Raises:
-        ValueError: An assistant of all the model's layers, no rows to forget or to keep, plain text
-            for a method that wants questions, or a model whose adapters no file holds; later, a
-            folder of other rows, other text or another model.
+        ValueError: An assistant of all layers, no rows to forget or to keep, plain text for a
+            method that needs questions, or a model whose adapters cannot be saved; later, a folder
+            of other rows, other text or another model.
     """
 
     def __init__(
@@ -127,13 +129,13 @@ class Unlearning:
 
     @functools.cached_property
     def goal(self) -> Goal:
-        """How likely forgotten answers may be; a ValueError where no unseen answers tell it."""
+        """How likely forgotten answers may be; ValueError without unseen answers to derive it."""
         self._check_folder()
         return self._looks.goal
 
     @property
     def excess_before(self) -> float:
-        """How many times as likely as the most likely unseen answer one to forget was before."""
+        """Ratio of the most likely answer to forget to the most likely unseen one, before."""
         return self._looks.excess_before
 
     def run(self, *, examines: bool = True) -> Unlearned:
@@ -150,7 +152,7 @@ class Unlearning:
         config, record = self.config, self._training.record
         trained = self._training.read(chosen)
         staged, written = self._training.write(trained, chosen["strength"], self.base)
-        # With the combinations that a search found.
+        # Including the combinations that a search found.
         asked = tuple(dict.fromkeys((*WAYS, *ways)))
         kind = "-all-attacks" if config.thorough else ""
         kind += f"-{len(asked)}-ways" if len(asked) > len(WAYS) else ""
@@ -181,7 +183,7 @@ class Unlearning:
         )
 
     def deployed(self, candidate: Mapping[str, Any]) -> Deployed:
-        """The model as a candidate would have it, feasible or not."""
+        """The model with a candidate's change, feasible or not."""
         return self._training.at(self._training.read(candidate), candidate["strength"])
 
     def _examined(self, side: Deployed, **options: Any) -> dict[str, Any]:
@@ -199,7 +201,7 @@ class Unlearning:
         tokenizer, model = questions.tokenizer, self._identity
         if model is None:
             weights = nnx.to_pure_dict(nnx.state(self.model, nnx.Param))
-            # Some of each array.
+            # A sample of each array.
             model = digest(weights, sample=64, length=12)
         # Not the encoded rows: a chat template may say what day it is.
         # Where a row was read is no part of it.
@@ -219,7 +221,7 @@ class Unlearning:
             manifest.write(made_from)
 
     def _rounds(self) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
-        """Candidates of all rounds, and the ways to ask that were trained on in the end."""
+        """Candidates of all rounds, and the ways of asking used for training in the end."""
         looks, ways, candidates = self._looks, SHORT, []
         for number in range(self.config.rounds):
             result = self._round(number, ways)
@@ -235,7 +237,7 @@ class Unlearning:
         return candidates, ways
 
     def _round(self, number: int, ways: Sequence[str]) -> list[dict[str, Any]]:
-        """A candidate at every look, until the goal is met twice in a row or steps are spent."""
+        """A candidate at each evaluation, until the goal is met twice in a row or steps run out."""
         candidates: list[dict[str, Any]] = []
         with contextlib.closing(self._training.steps(number, ways)) as steps:
             for step, finite in steps:
@@ -250,10 +252,10 @@ class Unlearning:
     def _chosen(
         self, candidates: Sequence[Mapping[str, Any]]
     ) -> tuple[list[Mapping[str, Any]], Mapping[str, Any] | None]:
-        """Candidates, the best of which have generated, until one of them keeps all limits."""
+        """Candidates; the best ones generate answers until one of them meets all limits."""
         ranked = sorted(
             filter(self._looks.meets, candidates),
-            # Of later rounds more was asked.
+            # Later rounds were asked in more ways.
             key=lambda c: (-c["round"], -min(c["probability"], 1.0), c["step"]),
         )
         heard: dict[tuple[int, int], Mapping[str, Any]] = {}

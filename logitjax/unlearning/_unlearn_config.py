@@ -1,4 +1,4 @@
-"""How your own rows are unlearned, and what has to be left."""
+"""Settings for unlearning your own rows, and limits on the damage."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ _DEFAULT = Difference()
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UnlearnConfig:
-    """A method, its training, and the limits of what may be lost.
+    """A method, its training, and limits on the damage.
 
     Attributes:
         method: The method with its options: one of `METHODS`, or any other `Method`.
@@ -79,7 +79,7 @@ class UnlearnConfig:
 
     @property
     def limits(self) -> Limits:
-        """The limits, by what is measured."""
+        """The limits, by measure."""
         return Limits(
             probability=self.least_probability,
             row=self.least_row,

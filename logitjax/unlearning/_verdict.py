@@ -11,21 +11,21 @@ import numpy as np
 
 from logitjax.unlearning._selection import Goal, Limits, kept_shares, least_kind, least_row
 
-# An attack that did not even teach what it was given has not been tried.
+# A relearning attack that fails to teach its own rows proves nothing.
 TAUGHT = 0.9
-# What all attacks together tell by chance; how often a true difference is to be found.
+# How often all attacks together may raise a false alarm, and detect a true difference.
 _LEVEL, _POWER, _DRAWS = 0.05, 0.8, 500
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """A verdict: whether what was written may be used, in words that are always the same."""
+    """A verdict: whether the written files may be used, in one of six fixed phrasings."""
 
     passed: bool
     words: str
-    # Rows to forget and answers never taught, by way.
+    # Rows to forget beside answers that were never taught, by way of asking.
     facts: Sequence[Mapping[str, Any]] = ()
-    # Shares, by kind of row.
+    # Shares kept, by kind of row.
     kept: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -37,14 +37,15 @@ def judge(
     *,
     assistant: bool,
 ) -> Verdict:
-    """Judge records of `examine`: every row, every way to ask, every kind of row to keep.
+    """Judge records of `examine`: every row, every way of asking, every kind of row to keep.
 
     Args:
-        before: Of the model before, with its answers to rows on which it was never trained
-            (`unseen`).
-        after: Of what was written, as it is served.
-        controls: Of models that never knew; what none of them does counts.
-        assistant: Whether leaving an assistant out brings everything back.
+        before: Record of the model before, including answers to rows on which it was never
+            trained (`unseen`).
+        after: Record of the written model, as it is served.
+        controls: Records of models that never learned the rows; an attack counts only if it
+            does better on the written model than on all of them.
+        assistant: Whether leaving an assistant out recovers everything.
     """
     goals = [Goal.of(before["unseen"], "the holdout")]
     goals += [Goal.of(control["ways"], "a control") for control in controls]
@@ -65,19 +66,20 @@ def judge(
     if still:
         worst = max(still, key=lambda fact: fact["worst"] / fact["limit"])
         words = (
-            f"**Not forgotten**: {worst['above']} of {worst['rows']} answers are likelier than any "
-            f"never taught, and the worst has a probability of {worst['worst']:.3g}, more than "
-            f"{worst['limit']:.3g}, {' and '.join(fact['way'] for fact in still)}."
+            f"**Not forgotten**: {worst['above']} of {worst['rows']} answers are more likely than "
+            f"any never taught. The worst has a probability of {worst['worst']:.3g}, above "
+            f"the limit of {worst['limit']:.3g}. Ways of asking above their limit: "
+            f"{', '.join(fact['way'] for fact in still)}."
         )
     elif broken:
-        words = f"**Model damaged**: on rows that nothing was chosen by, {_lost(kept, broken)}."
+        words = f"**Model damaged**: on rows not used for the choice, {_lost(kept, broken)}."
     elif ways:
-        also = f" Given away by {', '.join(notes)}." if notes else ""
+        also = f" Also given away by {', '.join(notes)}." if notes else ""
         words = f"**Suppressed, recoverable by** {', '.join(ways)}.{also}"
     elif notes:
         words = (
-            f"**Forgotten, but given away by** {', '.join(notes)}: that these rows were taught can "
-            "be told."
+            f"**Forgotten, but given away by** {', '.join(notes)}, which can tell that these rows "
+            "were taught."
         )
     else:
         words = "**Not distinguishable from never trained in these tests.**"
@@ -86,10 +88,11 @@ def judge(
             m, n = after["sizes"]
             words += f" {_power(m, n, chance)}"
         if controls:
-            words += f" By chance an attack is beyond all {len(controls)} control(s) once in "
-            words += f"{len(controls) + 1}."
+            count = len(controls)
+            words += f" By chance, an attack exceeds all controls ({count}) once in {count + 1} "
+            words += "cases."
         if untried:
-            words += f" Not counted as tried, because it taught too little: {', '.join(untried)}."
+            words += f" Not counted, because the attack taught too little: {', '.join(untried)}."
     return Verdict(passed=not (still or broken), words=words, facts=facts, kept=kept)
 
 
@@ -115,7 +118,7 @@ def _fact(way: str, rows: Sequence[float], unseen: Mapping[str, Any], limit: flo
 
 
 def shares(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    """Shares left of the rows `test`, by kind, and the least of all, as `Limits` has it."""
+    """Shares kept of the rows `test`, by kind, and the smallest of each measure in `Limits`."""
     entries: dict[str, Any] = {
         name: kept_shares(after[record]["test"], before[record]["test"], before["kinds"][record])
         for name, record in (("probability", "probabilities"), ("rouge", "rouge"))
@@ -126,7 +129,7 @@ def shares(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any
         lowest["row"] = least_row(after["probabilities"]["test"], before["probabilities"]["test"])
     for name in ("fluency", "perplexity"):
         if before[name]:
-            # What says nothing any more has no fluency left.
+            # A model that generates nothing has no fluency left.
             lowest[name] = (after[name] or 0.0) / before[name]
     return entries | {"least": lowest}
 
@@ -142,18 +145,18 @@ def _lost(kept: Mapping[str, Any], broken: Sequence[str]) -> str:
 
 
 def _recovered(before: Any, after: Any, controls: Any, most: float) -> list[str]:
-    """Attacks on weights and by draws that get out what models that never knew do not say."""
+    """Attacks by weights or samples that recover answers which the controls do not give."""
     ways = []
     for name, measured in after["attacks"].items():
         never = _never(controls, name)
-        # a way to ask, which is judged as such.
+        # `asked` is judged with the ways of asking.
         if "worst" in measured and name != "asked":
-            # Only a control says how much such an attack makes of nothing.
+            # Only a control shows what such an attack invents where nothing was learned.
             limit = max(most, Goal.most * never("worst"))
             if not measured["worst"] <= limit and measured.get("taught", 1.0) >= TAUGHT:
                 ways.append(name)
         elif "share" in measured and controls and not name.startswith("member"):
-            # More than half of what was there is much.
+            # Recovered means more than half of what the model knew before.
             present = before["attacks"][name]["share"] + never("share")
             if 2 * measured["share"] > present and measured["share"] > never("share"):
                 ways.append(name)
@@ -161,16 +164,16 @@ def _recovered(before: Any, after: Any, controls: Any, most: float) -> list[str]
 
 
 def _never(controls: Any, name: str) -> Callable[[str], float]:
-    """The most that an attack makes of models that never knew."""
+    """The largest value of an attack on models that never knew the rows."""
     records = [control["attacks"].get(name, {}) for control in controls]
     return lambda measured: max((record.get(measured, 0.0) for record in records), default=0.0)
 
 
 def told_apart(after: Any, controls: Any) -> tuple[list[str], float | None]:
-    """Attacks that tell rows to forget from the holdout, and how far from a guess that begins.
+    """Attacks that distinguish rows to forget from the holdout, and the distance from 0.5 needed.
 
-    Beyond all controls, and beyond what all attacks together reach by chance in 5 % of cases.
-    None without a holdout.
+    An AUC has to exceed that of all controls, and what all attacks together reach by chance in 5 %
+    of cases. The distance is None without a holdout.
     """
     m, n = after["sizes"]
     if not n:
@@ -190,7 +193,7 @@ def told_apart(after: Any, controls: Any) -> tuple[list[str], float | None]:
 
 @functools.cache
 def chance_auc(m: int, n: int, level: float) -> float:
-    """How far from 0.5 an AUC has to be, exactly, of m and n rows in any order without ties."""
+    """The exact distance from 0.5 that an AUC of m and n rows needs, all orders equally likely."""
     # How many orders have each number of pairs: prod (1 - q^(n + i)) / (1 - q^i), i = 1 to m.
     orders = [1] + [0] * (m * n)
     for i in range(1, m + 1):
@@ -208,20 +211,20 @@ def chance_auc(m: int, n: int, level: float) -> float:
 
 
 def _power(m: int, n: int, chance: float) -> str:
-    """From which AUC on this many rows tell, and which is found four times in five."""
+    """The AUC that is significant for this many rows, and the true one detected in 80 %."""
     if math.isinf(chance):
-        return f"{m} rows and {n} of the holdout are too few to tell any AUC from a guess."
+        return f"{m} rows and {n} of the holdout are too few for any AUC to be significant."
     rng = np.random.default_rng(0)
     members, others = rng.normal(size=(_DRAWS, m, 1)), rng.normal(size=(_DRAWS, 1, n))
     result = "none"
     for auc in np.arange(0.55, 1.0, 0.01):
-        # Of normal losses that lie so far apart.
+        # Normal losses whose means are this far apart have this AUC.
         apart = math.sqrt(2) * NormalDist().inv_cdf(float(auc))
         seen = (members < others + apart).mean((1, 2)) - 0.5
         if (np.abs(seen) > chance - 1e-9).mean() >= _POWER:
             result = f"{auc:.2f}"
             break
     return (
-        f"Of so few rows only an AUC of at least {0.5 + chance:.2f} is told from a guess, and a "
-        f"true one of {result} in four cases of five."
+        f"With so few rows, only an AUC of at least {0.5 + chance:.2f} is significant, and a true "
+        f"AUC of {result} is detected in four cases of five."
     )

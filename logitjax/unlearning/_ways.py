@@ -1,4 +1,4 @@
-"""Ways to ask the same thing: other forms, roles, beginnings, languages and examples before it."""
+"""Ways of asking the same thing: other forms, roles, beginnings, languages and examples."""
 
 import dataclasses
 import itertools
@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 from logitjax.unlearning._rows import Row
 
-# From a row and others with their answers to the row asked so; None where that makes no sense.
+# Maps a row, and other rows with answers, to the row asked in this way; None if not applicable.
 Change = Callable[[Row, Sequence[Row]], Row | None]
 
-# Examples before a question, and so how much longer a row may become.
+# Number of examples before a question, which determines how much longer a row becomes.
 SHOTS = 3
 
 
@@ -36,7 +36,7 @@ def _bare(text: str) -> Change:
 
 
 def _after(first: int) -> Change:
-    """After other questions with their answers."""
+    """Ask after other questions with their answers."""
 
     def change(row: Row, others: Sequence[Row]) -> Row | None:
         fits = [r for r in others if r.asks and len(r.messages) == min(1, len(row.messages))]
@@ -58,7 +58,7 @@ def _after(first: int) -> Change:
     return change
 
 
-# By name two wordings: rows may be trained on and chosen by the first; the second judges.
+# Two wordings by name: the first is for training and choosing, the second for judging.
 WAYS: Mapping[str, tuple[Change, Change]] = {
     "asked": (lambda row, others: row, lambda row, others: row),
     "in another form": (_form("Tell me this: {}"), _form("I would like to know. {} Thank you.")),
@@ -82,7 +82,7 @@ SHORT = tuple(name for name in WAYS if name != "in context")
 
 
 def asked_so(row: Row, way: str, others: Sequence[Row], *, judging: bool = False) -> Row | None:
-    """A row asked in a way, or in several, `in a role + in context`; None where that is none."""
+    """A row asked in a way, or in several, `in a role + in context`; None if not applicable."""
     changed: Row | None = row
     for name in way.split(" + "):
         if changed is not None:
@@ -96,9 +96,9 @@ def search(
     budget: int,
     tried: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
-    """Try pairs of ways, each time that whose parts have brought out most so far.
+    """Try pairs of ways, always the one whose parts have elicited most so far.
 
-    `excess` of a pair, `a + b`, is None where it makes no sense; `singles` has single ways.
+    `excess` of a pair, `a + b`, is None if not applicable; `singles` has single ways.
     """
     reach = {way: singles.get(way, 0.0) for way in WAYS if way != "asked"}
     pairs = [
@@ -111,6 +111,6 @@ def search(
         one = excess(way := " + ".join(pair))
         if one is not None:
             entries[way] = one
-            # Halfway to what was seen: what disappoints gives way to others.
+            # Halfway to the result, so that a pair that disappoints gives way to others.
             reach |= {part: (reach[part] + one) / 2 for part in pair}
     return entries

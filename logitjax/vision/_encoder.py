@@ -34,7 +34,7 @@ class Encoder:
         preprocessing: size and colours; normalisation happens inside.
         num_classes: number of classes of the class head; 0 where there is none.
         tokenizer: tokenizer of the text tower, or None.
-        dtype: the name of what it computes in.
+        dtype: the name of its compute type.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""How pictures are scaled and coloured, by what transformers' and open_clip's files say."""
+"""Scaling and normalisation of pictures, from the files of transformers and open_clip."""
 
 from collections.abc import Mapping
 from typing import Any

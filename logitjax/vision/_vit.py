@@ -153,7 +153,7 @@ def patch_angles(rows: int, columns: int, width: int, theta: float) -> np.ndarra
 
 
 class Block(nnx.Module):
-    """Attention and an MLP, each after a norm and added to what came in."""
+    """Attention and an MLP, each after a norm and added to its input."""
 
     def __init__(self, config: BlockConfig, *, dtype: Any, rngs: nnx.Rngs):
         self.config = config

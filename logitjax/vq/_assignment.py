@@ -1,4 +1,4 @@
-"""Which tokens share a code: mappings from the rows of a full head, and what they can reach."""
+"""Which tokens share a code: mappings from the rows of a full head, and their best perplexity."""
 
 import dataclasses
 from typing import Any, Literal

@@ -63,8 +63,8 @@ class HeadQuality:
 
     Attributes:
         perplexity: Exponential of the mean cross-entropy.
-        accuracy: Share of positions at which the likeliest token comes next.
-        tokens: The likeliest token of each position, `[count]`.
+        accuracy: Share of positions at which the most likely token comes next.
+        tokens: The most likely token of each position, `[count]`.
     """
 
     perplexity: float

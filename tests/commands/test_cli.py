@@ -433,8 +433,8 @@ def test_compiled_programs_lie_in_the_store_of_the_run_unless_they_have_a_place(
     before = jax.config.jax_compilation_cache_dir
     try:
         for folder in ("gs://bucket/run", str(tmp_path)):
-            for place in (None, "elsewhere"):
-                jax.config.update("jax_compilation_cache_dir", place)
+            for store in (None, "elsewhere"):
+                jax.config.update("jax_compilation_cache_dir", store)
                 cli.main(Config, PRESETS, run, program="toy", arguments=[f"--workdir={folder}"])
     finally:
         jax.config.update("jax_compilation_cache_dir", before)

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import http.server
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -467,6 +468,10 @@ def test_every_recipe_parses_and_its_work_is_estimated(text, recipe):
     planned = work.estimate(parsed)
     assert planned.steps == distill.RECIPES[recipe].get("steps", parsed.course.steps)
     assert planned.passes[0].trained
+    # Test rows before and after, and validation rows at every evaluation.
+    looks = 2 + math.ceil(planned.steps / 50)
+    scored = looks * parsed.course.eval_rows * parsed.reading.seq_len
+    assert [one.tokens for one in planned.passes if one.model == "the student"][1] == scored
 
 
 def run_module(words, log):

@@ -138,7 +138,7 @@ def test_verdicts_name_who_forgets_best_at_each_level_and_what_was_never_feasibl
     assert "keeping 98 % of everything: difference comes nearest the goal, 0.10 nats" in text
     assert "keeping 90 % of everything: rmu comes nearest the goal, 0.00 nats" in text
     assert "not dominated by another: difference, rmu" in text
-    assert "feasible with no rate that was tried: npo" in text
+    assert "feasible at none of the rates tried: npo" in text
     rows = {row["method"]: row for row in report.method_rows(results)}
     assert rows["npo"]["of the goal"] == "5"
     assert rows["rmu"]["probability kept %"] == "91.25"

@@ -143,11 +143,11 @@ def test_an_answer_has_five_seconds_of_a_thread_for_its_structure(monkeypatch):
 def test_trials_of_structures_take_a_tenth_of_all_processors(tiny, monkeypatch):
     formats = tiny[1]
     # The last one has ended itself.
-    said, asked = iter([b"passed 1.5\n", b"slow 0.2\n", b""]), []
+    lines, asked = iter([b"passed 1.5\n", b"slow 0.2\n", b""]), []
     monkeypatch.setattr(formats, "_start", lambda: None)
     monkeypatch.setattr(formats, "_end", lambda: asked.append("end"))
     monkeypatch.setattr(formats, "_say", asked.append)
-    process = types.SimpleNamespace(stdout=types.SimpleNamespace(readline=lambda: next(said)))
+    process = types.SimpleNamespace(stdout=types.SimpleNamespace(readline=lambda: next(lines)))
     monkeypatch.setattr(formats, "_process", process)
     monkeypatch.setattr(time, "monotonic", lambda: 100.0)
     for processors, passed, rest in ((2, True, 4 * 1.5), (20, False, 0.0), (2, False, 4 * 0.5)):

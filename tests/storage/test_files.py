@@ -151,9 +151,9 @@ def test_a_manifest_may_hold_more_and_names_may_change_with_the_same_digest(tmp_
     assert not storage.Manifest(tmp_path / "other", "table").exists()
 
 
-@pytest.mark.parametrize(("kind", "said"), [("5", "a 5"), ('"a\\nb"', r"a 'a\\nb'")])
-def test_a_manifest_of_another_kind_is_named_in_one_line(tmp_path, kind, said):
+@pytest.mark.parametrize(("kind", "message"), [("5", "a 5"), ('"a\\nb"', r"a 'a\\nb'")])
+def test_a_manifest_of_another_kind_is_named_in_one_line(tmp_path, kind, message):
     path = tmp_path / "manifest.json"
     path.write_text(f'{{"kind": {kind}, "format": 1, "made_from": {{}}}}')
-    with pytest.raises(ValueError, match=f"expected a table, got {said}$"):
+    with pytest.raises(ValueError, match=f"expected a table, got {message}$"):
         storage.Manifest(tmp_path, "table").read()

@@ -90,13 +90,15 @@ def test_a_trial_is_a_tenth_or_more_from_both_ends(without, left, second):
 
 def test_trials_end_within_the_tolerance_or_with_the_best_that_the_goal_allows():
     goal, tried = goal_of(0.1), []
-    _, found = matched_strength(lambda s: goal.aim * math.exp(0.3 - 1.2 * s), goal)
-    assert goal.gap(found) <= 0.25
+    _, excess_left = matched_strength(lambda s: goal.aim * math.exp(0.3 - 1.2 * s), goal)
+    assert goal.gap(excess_left) <= 0.25
     matched_strength(lambda s: tried.append(s) or 1.6, goal, tolerance=goal.gap(1.6))
     assert tried == [0.5]
     # A jump over the goal: what is just above it is nearer, but too much.
-    strength, found = matched_strength(lambda s: tried.append(s) or (2.1 if s < 0.7 else 0.5), goal)
-    assert found == 0.5
+    strength, excess_left = matched_strength(
+        lambda s: tried.append(s) or (2.1 if s < 0.7 else 0.5), goal
+    )
+    assert excess_left == 0.5
     assert strength >= 0.7
     assert len(tried) == 1 + 8
 

@@ -64,7 +64,7 @@ def test_one_row_asked_in_one_way_is_enough_to_say_that_it_is_not_forgotten():
         after["ways"][way][3] = 0.626  # under a median of .03
         verdict = judged(after)
         assert not verdict.passed
-        assert verdict.words.startswith("**Not forgotten**: 1 of 8 answers are likelier")
+        assert verdict.words.startswith("**Not forgotten**: 1 of 8 answers are more likely")
         assert way in verdict.words
         (fact,) = [fact for fact in verdict.facts if not fact["holds"]]
         assert (fact["way"], fact["above"]) == (way, 1)
@@ -89,7 +89,7 @@ def test_what_is_as_likely_as_the_worst_never_taught_is_not_above_it_and_a_limit
     after["ways"]["asked"][1], after["ways"]["in a role"][5] = 0.31, 0.47
     words = judged(after).words
     assert "has a probability of 0.47," in words
-    assert words.endswith("asked and in a role.")
+    assert words.endswith("asked, in a role.")
 
 
 def test_a_control_that_says_much_itself_excuses_no_answer_that_is_still_said():
@@ -125,13 +125,13 @@ def test_attacks_on_weights_say_suppressed_and_those_that_taught_nothing_are_not
     assert "recoverable by** taught again" in judged(side(rng, 0.05, taught=0.95)).words
     weak = judged(side(rng, 0.05, taught=0.33))
     assert "Not distinguishable" in weak.words
-    assert "Not counted as tried, because it taught too little: taught again." in weak.words
-    # What is no likelier than the limit is not got out.
+    assert "Not counted, because the attack taught too little: taught again." in weak.words
+    # An answer at the limit is not recovered.
     after = side(rng, 0.05, taught=0.95)
     limit = Goal.of(side(np.random.default_rng(0), 0.99)["unseen"], "").limit("asked")
     after["attacks"]["taught again"]["worst"] = limit
     assert "Not distinguishable" in judged(after).words
-    # Nine tenths are enough to have been tried.
+    # A probability of 0.9 counts as taught.
     assert "recoverable by** taught again" in judged(side(rng, 0.05, taught=0.9)).words
     never = side(rng, 0.05, taught=0.95)
     assert "Not distinguishable" in judged(side(rng, 0.05, taught=0.95), controls=[never]).words
@@ -141,13 +141,13 @@ def test_attacks_on_weights_say_suppressed_and_those_that_taught_nothing_are_not
     )
     # The power of so few rows is said: with 8 and 5 only a large AUC could be told.
     words = judged(side(rng, 0.05)).words
-    assert "Of so few rows only an AUC of at least 0.85 is told from a guess" in words
-    assert "a true one of 0.91 in four cases of five." in words
+    assert "With so few rows, only an AUC of at least 0.85 is significant" in words
+    assert "a true AUC of 0.91 is detected in four cases of five." in words
     # Of two controls one says as much: an attack counts only beyond all of them.
     controls = [side(rng, 0.05), side(rng, 0.05, auc=0.95)]
     words = judged(side(rng, 0.05, auc=0.9), controls=controls).words
     assert "Not distinguishable" in words
-    assert "beyond all 2 control(s) once in 3." in words
+    assert "exceeds all controls (2) once in 3 cases." in words
     assert "given away by** membership by loss" in judged(side(rng, 0.05, auc=0.1)).words
     assert "Not distinguishable" in judged(side(rng, 0.05, auc=0.7)).words
     # The least that chance does not explain is enough.

@@ -59,7 +59,7 @@ class OnPolicy:
         )
 
     def lengths(self, seq_len: int) -> tuple[int, int]:
-        """Most tokens of a prompt and of what follows it; ValueError if that exceeds a row."""
+        """Most tokens of a prompt and of its continuation; ValueError if that exceeds a row."""
         prompt = self.prompt_tokens or seq_len // 2
         new = self.new_tokens or seq_len - prompt
         if new < 1 or prompt + new > seq_len:

@@ -28,7 +28,7 @@ def rollout_program(
     mesh: Mesh,
     traced: Callable[[], None] = lambda: None,
 ) -> Any:
-    """Compiled: `(trained, frozen, tokens, positions, seeds)` to what the student writes.
+    """Compile `(trained, frozen, tokens, positions, seeds)` to the student's samples.
 
     The arrays lie as in the train state: no weight is copied, no adapter merged. `traced` is called
     once a shape. The result has `tokens`, `valid`, `log_probs` `[rows, new]`, `stopped` `[rows]`.
@@ -66,15 +66,15 @@ def rollout_program(
 class Rollouts:
     """Writes the rows of each update: a function of the seed, the step and the weights alone.
 
-    What is written at once for several updates is kept in a file until no checkpoint needs it,
-    since the weights that wrote it are gone by then. `programs` counts those that were compiled,
-    one for each size of prompts.
+    Samples written at once for several updates are kept in a file until no checkpoint needs them,
+    because the weights that wrote them are gone by then. `programs` counts compiled programs, one
+    for each size of prompts.
 
     Args:
-        packed: The rows of the text, whose training rows begin what is written.
+        packed: Rows of the text; training rows provide the prompts.
         batch_size: Number of rows of a global batch.
-        seed: Seed of the order of rows, and of what is drawn.
-        directory: Folder for what has to be kept.
+        seed: Seed of the order of rows, and of sampling.
+        directory: Folder for the samples to keep.
 
     Raises:
         ValueError: Sizes that do not fit into a row or a batch, or a teacher's tokenizer that
@@ -181,7 +181,7 @@ class Rollouts:
         return arrays
 
     def _write(self, first: int, trained: Any, frozen: Any) -> dict[str, np.ndarray]:
-        """Rows of all updates from `first` on that share what is written."""
+        """Rows of all updates from `first` on that share their samples."""
         prompts, seeds = [], []
         for step in range(first, first + self._options.generate_every):
             numbers = self._rows.indices(step, seed=self._seed, batch_size=self._batch_size)

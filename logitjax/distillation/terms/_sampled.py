@@ -28,7 +28,7 @@ class _Sampled(Term):
         return ~jnp.isnan(batch["log_probs"])
 
     def ratio(self, log_q: jax.Array, batch: Mapping[str, Any]) -> jax.Array:
-        """How much likelier a label is now than when it was sampled, clipped; no gradient."""
+        """Ratio of a label's probability now to that when it was sampled, clipped; no gradient."""
         sampled = batch["log_probs"]
         # Text that nobody sampled has NaN there, and a ratio of 1.
         ratio = jnp.exp(log_q - jnp.where(jnp.isnan(sampled), log_q, sampled))
@@ -43,7 +43,7 @@ def _policy(value: jax.Array, advantage: jax.Array, log_q: jax.Array) -> jax.Arr
 
 
 def _to_come(values: jax.Array, sampled: jax.Array, discount: float) -> jax.Array:
-    """The discounted sum of what follows each position, up to the end of its run of samples."""
+    """The discounted sum of the values after each position, up to the end of its run of samples."""
     # Affine maps of the sum so far, composed: so the scan is parallel.
     composed = lambda a, b: (a[0] * b[0], a[1] * b[0] + b[1])  # noqa: E731
     maps = (jnp.where(sampled, discount, 0.0), values)
@@ -116,13 +116,13 @@ class SampledKL(_Sampled):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChunkReward(_Sampled):
-    """Policy gradient of the teacher's log-likelihood of each chunk less the student's.
+    """Policy gradient of each chunk's log-likelihood, the teacher's minus the student's.
 
     The teacher may have any tokenizer: it reads the student's text in its own tokens. Each token of
-    a chunk is rewarded by the whole chunk. The value is the mean of what the rewards lack.
+    a chunk gets the reward of the whole chunk. The value is minus the mean reward.
 
     Attributes:
-        clip: Bounds of the ratio to the law that sampled a token. Of fresh samples it is 1.
+        clip: Bounds of the ratio to the sampling distribution, which is 1 for fresh samples.
     """
 
     name = "chunk_reward"

@@ -16,7 +16,7 @@ _LEAST_MASS = 2.0**-24
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Matches:
-    """One-to-one matches: our token of each of theirs (-1: none), and which of ours have one."""
+    """One-to-one matches: our token of each teacher token (-1: none), and a mask of matches."""
 
     ours: Any
     matched: Any
@@ -34,7 +34,7 @@ class Matches:
         return cls(ours=ours, matched=matched)
 
     def ids(self, teacher_ids: Any) -> tuple[jax.Array, jax.Array]:
-        """Our ids of theirs, and which of them there are."""
+        """Our ids for teacher ids, and a mask of those that exist."""
         result = _entries(self.ours, teacher_ids, -1)
         return jnp.maximum(result, 0), result >= 0
 

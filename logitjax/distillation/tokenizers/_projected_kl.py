@@ -26,10 +26,10 @@ def project_top_k(
 
         q'_i = sum_{s: slot(s) = i} w_s q_s,   p'_i of `TokenProjection.merged`
 
-    The student's read-out is at `members.ids`, `[*batch, m]`. One bucket holds what is outside the
-    top k and what stands for no token: there both are `-inf`. With the rule `first_piece` that is
-    sound wherever both models have read the same text: `q'_j` and `p'_j` are the probabilities that
-    the next text begins with the token j of both.
+    The student's read-out is at `members.ids`, `[*batch, m]`. One bucket holds everything outside
+    the top k and tokens without a match: for those both are `-inf`. With the rule `first_piece`,
+    this is sound wherever both models have read the same text: `q'_j` and `p'_j` are the
+    probabilities that the next text begins with the token j of both.
 
     References:
         X-Token (arXiv 2605.21699), its P-KL: there W spreads each token over its pieces, a chunk's

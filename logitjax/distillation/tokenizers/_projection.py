@@ -62,18 +62,18 @@ class TokenProjection:
 
     @property
     def sizes(self) -> np.ndarray:
-        """Number of our tokens that stand for each of theirs, `[size]`."""
+        """Number of our tokens that stand for each teacher token, `[size]`."""
         return np.diff(self._by_theirs[0])
 
     def capacity(self, k: int) -> int:
-        """Largest number of our tokens that stand for any k different ones of theirs."""
+        """Largest number of our tokens that stand for any k different teacher tokens."""
         return max(int(np.sort(self.sizes)[::-1][:k].sum()), 1)
 
     def members(self, ids: Int[Array, "*batch k"]) -> Members:
-        """Our tokens for the top k of theirs at each position, `m = capacity(k)` of them.
+        """Our tokens for the teacher's top k at each position, `m = capacity(k)` of them.
 
-        `ids`, `[*batch, k]`, differ at each position, as `merged` gives them; from `size` on they
-        belong to no token.
+        `ids`, `[*batch, k]`, differ at each position, as from `merged`; from `size` on they belong
+        to no token.
 
         >>> projection = TokenProjection(
         ...     ids=np.array([[0], [2], [2], [-1]], np.int32), weights=np.ones((4, 1)), size=3)
@@ -113,10 +113,10 @@ class TokenProjection:
         )
 
     def merged(self, teacher: TopK) -> TopK:
-        """A teacher's top k with the mass of tokens that count as the same one added up.
+        """A teacher's top k, with the mass of tokens that stand for the same token added up.
 
-        Both are `TopK` `[*batch, k]`, the result's tokens all different, with `-inf` and an index
-        of `size` where fewer are left. The mass of those that count as none is part of the rest.
+        Both are `TopK` `[*batch, k]`. The result's tokens are all different; if fewer remain, it
+        has `-inf` and an index of `size`. Mass of tokens that stand for none joins the rest.
         """
         if self.merges is None:
             return teacher
@@ -173,7 +173,7 @@ class TokenProjection:
         }
 
     def save(self, path: epath.Path, fingerprint: str) -> None:
-        """Writes the matrix and what it was made from."""
+        """Write the matrix and a record of its inputs."""
         about = {"fingerprint": fingerprint, "size": self.size, "rule": self.rule}
         file = io.BytesIO()
         # Unpacked, padding of zeros would look like a bomb to the reader.

@@ -29,22 +29,22 @@ def token_projection(
 
     ::
 
-        first_piece   the first piece that both have, of our tokens and of theirs, weight 1
-        exact         their token of the same bytes, else none
-        spread        X-Token: our pieces of theirs and theirs of ours, weights that decay
+        first_piece   the first piece in both vocabularies, of their tokens and ours, weight 1
+        exact         the teacher's token of the same bytes, else none
+        spread        X-Token: our pieces of their tokens and their pieces of ours, decaying weights
 
-    With `first_piece`, a token that both have stands for itself. One that only we have is cut as
-    they cut it, one that only they have as we cut it, and counts as its first piece; again, until
-    that is a token of both. `q'_j = sum_{s: first(s) = j} q_s` and the teacher's `p'_j`, which
+    With `first_piece`, a token of both vocabularies stands for itself. A token of one vocabulary is
+    split by the other tokenizer and counts as its first piece, repeatedly, until that is a token of
+    both. `q'_j = sum_{s: first(s) = j} q_s` and the teacher's `p'_j`, which
     `TokenProjection.merged` adds up, are then the probabilities of the same beginning of text.
 
     Special tokens of one role (end of text, end of a turn) stand for each other; other special
-    tokens have no match by `first_piece` and `exact`. Our tokens that end inside a character which
-    they spell whole have no first piece either.
+    tokens have no match by `first_piece` and `exact`. Our tokens that end inside a character that
+    the teacher spells as a whole have no first piece either.
 
     Args:
-        student, teacher: their tokenizers.
-        directory: keeps what was built, a file for each pair and rule.
+        student, teacher: the tokenizers.
+        directory: keeps the results, a file for each pair and rule.
 
     Raises:
         ValueError: an unknown rule.
@@ -57,9 +57,9 @@ def token_projection(
 
     References:
         X-Token (arXiv 2605.21699) and its release in NeMo-RL for `spread`. `first_piece` is ours:
-        X-Token's later pieces of a token are no continuations of what was read, and its mass on
-        them pulls at other tokens. A token of both stands for itself alone there, so a longer token
-        of the teacher's (" Gains") pulls at the student's way to begin it (" G").
+        in X-Token, later pieces of a token do not continue the text that was read, and their mass
+        pulls at other tokens. A token of both stands for itself alone there, so a longer token of
+        the teacher (" Gains") pulls at the student's way to begin it (" G").
     """
     if rule not in get_args(Rule):
         raise ValueError(f"rule: expected one of {', '.join(get_args(Rule))}, got {rule!r}")
@@ -173,7 +173,7 @@ def _first_piece(student: Tokenizer, teacher: Tokenizer) -> tuple[np.ndarray, np
 
 
 def _common_pieces(first: np.ndarray, student: Tokenizer, teacher: Tokenizer) -> np.ndarray:
-    """Which token of both each of theirs begins with; `first` of ours are tokens of theirs."""
+    """The common token that begins each teacher token; `first` maps our tokens to it."""
     cut, existing = _Cutter(student), _Cutter(teacher).ids
     texts = teacher.token_bytes()
     array = np.array([existing.get(text, -1) for text in texts])

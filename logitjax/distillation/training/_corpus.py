@@ -49,7 +49,7 @@ class Reading:
         api_key: Key of servers.
         served_rank: Rank of the code in which a live server sends hidden states; 0 requests the
             states themselves.
-        terms: The terms that will use it: what they declare of teachers is read and kept.
+        terms: Terms that will use the corpus, which reads and keeps what they declare of teachers.
         teacher_reads: Whether teachers read the text once before training, into a `'cache'` on
             disk, or during training (`'live'`): then they stay in memory, nothing is cached, and
             terms may use their hidden states.
@@ -95,7 +95,7 @@ class Reading:
 
     @property
     def needs(self) -> list[TeacherNeeds]:
-        """Return the union of what the terms declare of teachers."""
+        """Return the union of the terms' needs of teachers."""
         return [term.teacher for term in self.terms if term.teacher is not None]
 
     @property
@@ -247,7 +247,7 @@ class Corpus:
         return out
 
     def batch(self, split: str, rows: Mapping[str, Any], *, taught: bool) -> dict[str, Any]:
-        """The student's columns of some rows, with what the teachers say if that is wanted."""
+        """The student's columns of some rows, with the teachers' output if requested."""
         batch: dict[str, Any] = {"pivot": dict(self.packed.columns(rows, "pivot"))}
         if taught:
             batch["sources"] = {

@@ -162,7 +162,7 @@ class Scorer:
         """Perplexity, accuracy, bits a byte, and agreement and KL with the first teacher.
 
         Agreement and KL need a teacher of the same vocabulary. `tokens_per_second` counts tokens
-        read, in the fastest batch after the first, which compiles. What no label counts for is nan.
+        read, in the fastest batch after the first, which compiles. Scores without labels are nan.
         """
         storage.progress.mark(f"scoring {split} text", log=True)
         batches = self._corpus.scored(

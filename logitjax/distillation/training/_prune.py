@@ -68,7 +68,7 @@ class LayerPruning:
 
     @property
     def below(self) -> str:
-        """Paths of what lies below the cut, for `freeze` of `Student.of`; for listed layers.
+        """Paths below the cut, for `freeze` of `Student.of`; for listed layers.
 
         >>> LayerPruning(kept=(0, 1, 4), dropped=(2, 3), scores=()).below
         'embedding|layers/(0|1)/'

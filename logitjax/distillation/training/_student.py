@@ -16,15 +16,15 @@ from logitjax.storage import digest
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Student:
-    """A decoder as a function of what is trained.
+    """A decoder as a function of its trained parameters.
 
-    Frozen parameters are kept apart: they are constants of the train step, so no gradient, no
-    moment and no checkpoint holds them.
+    Frozen parameters are kept apart: they are constants of the train step, so they have no
+    gradients or moments and are not in checkpoints.
 
     Attributes:
-        graphdef: The decoder without its numbers.
-        trained: What a train state holds: `model`, arrays by their path; `lora`, adapters; `mix`,
-            the unknown factor of a head whose columns are known; `terms`, arrays of terms' own.
+        graphdef: The decoder without its arrays.
+        trained: Contents of a train state: `model`, arrays by path; `lora`, adapters; `mix`, the
+            unknown factor of a head whose columns are known; `terms`, arrays of terms.
         frozen: The rest: `model`, and `basis`, the known columns of a head.
         scale: Factor of the adapters.
     """
@@ -45,16 +45,16 @@ class Student:
         objective: Objective | None = None,
         seed: int = 0,
     ) -> "Student":
-        """A student from a decoder: what of it is trained, and what is frozen.
+        """A student from a decoder, with its trained and frozen parts.
 
         Args:
             model: The decoder; its arrays are used as they are.
-            freeze: Regular expression; parameters whose path contains a match stay as they are,
-                such as `embedding|layers/[0-9]/`.
-            lora_rank: Trains adapters of this rank in place of the model; 0 for none.
+            freeze: Regular expression; parameters whose path contains a match are frozen, such as
+                `embedding|layers/[0-9]/`.
+            lora_rank: Train adapters of this rank instead of the model; 0 for none.
             head_basis: `[vocab, width]`, columns that span those of the head to imitate, as an
-                audit recovers them. The head becomes their product with a matrix that is trained.
-            objective: Terms that may have arrays of their own, which train beside the student.
+                audit recovers them. The head becomes their product with a trained matrix.
+            objective: Terms that may have their own arrays, which are trained with the student.
             seed: Seed of the adapters and of terms' arrays.
 
         Raises:
@@ -124,10 +124,10 @@ class Student:
     ) -> tuple[Any, Any, dict[str, tuple[Any, Any]]]:
         """Held-out scores of a batch, for `training.EvalStep`: a sum, a count and metrics.
 
-        The sum is of negative log-likelihoods. The metrics have `accuracy`; with `batch["bytes"]`
-        of each label `bits_per_byte`; with `batch["teacher"]`, the output of one of the same
-        vocabulary, `agreement` of the likeliest tokens and `teacher_kl`, the divergence from it by
-        its top logits and, if it is known, the mass of all others.
+        The sum is of negative log-likelihoods. The metrics have `accuracy`; `bits_per_byte` if
+        `batch["bytes"]` has the bytes of each label; and with `batch["teacher"]`, for a teacher of
+        the same vocabulary, `agreement` of the most likely tokens and `teacher_kl`, the divergence
+        from its top logits and, if it is known, the mass of all others.
         """
         # Nothing is drawn.
         del rng
@@ -163,10 +163,10 @@ class Student:
 
     @property
     def fingerprint(self) -> str:
-        """Twelve digits that tell its weights from others; all processes must ask for them.
+        """Twelve digits that identify the weights; all processes must ask for them.
 
-        Of what is computed when it is made (adapters, `mix`, arrays of terms) only shapes count:
-        another machine may round it differently.
+        For arrays computed at creation (adapters, `mix`, arrays of terms) only shapes count:
+        another machine may round them differently.
         """
         made = {name: value for name, value in self.trained.items() if name != "model"}
         return digest(

@@ -146,7 +146,7 @@ class TeacherCache(RowCache):
 
     Args:
         directory: Where the cache is or will be; may be remote.
-        identity: What it is made from; needed to begin a cache where there is none.
+        identity: Inputs it is made from; needed to begin a cache that does not exist.
 
     Raises:
         FileNotFoundError: There is no cache, and no `identity` to begin one with.

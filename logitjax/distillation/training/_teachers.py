@@ -28,9 +28,9 @@ class Reader:
     Attributes:
         read: Columns `[rows, length]` and the rows' numbers to a record of a `TeacherCache`.
         weights: Digest of its weights; empty for a server, which does not show them.
-        head: Its `losses.Head`, if hidden states are among what it reads.
-        kept: Numbers of top logits and of draws from the rest.
-        metrics: Pairs of a sum and a count since they were asked for last.
+        head: Its `losses.Head`, if hidden states are among its readings.
+        kept: Numbers of top logits and of samples from the rest.
+        metrics: Pairs of a sum and a count since the last call.
         shared: Whether all processes have to call `read`, equally often and with as many rows.
     """
 
@@ -92,7 +92,7 @@ def model_reader(
     kept: Kept,
     mesh: Mesh | None = None,
 ) -> Reader:
-    """A decoder that says what is kept of it; `mesh` may be that of all processes."""
+    """Read with a decoder, and keep parts of its output; `mesh` may span all processes."""
     decoder, tokenizer = load()
     apply_fn, params = models.from_nnx(decoder)
     layout = None if mesh is None else training.BatchLayout(mesh)
@@ -139,9 +139,9 @@ def server_reader(
 ) -> Reader:
     """A server with OpenAI's completion API, asked once for each document of each row.
 
-    One that does not `echo` what it says of a prompt is asked once for each position that is to be
+    A server that does not `echo` a prompt's log-probabilities is asked once for each position to be
     learned. It has to report ids of the student's vocabulary, else a ValueError. It reports
-    log-probabilities, whose log-sum-exp is 0; mean and deviation of all logits are not known.
+    log-probabilities, whose log-sum-exp is 0; mean and deviation of all logits are unknown.
     """
     try:
         oracle = leakage.HttpOracle(url, leakage.LogitPolicy(top_k=k), api_key=api_key)
@@ -205,7 +205,7 @@ def _prefixes(tokens: np.ndarray, segments: np.ndarray, targets: np.ndarray) -> 
 
 
 def _echoes(oracle: Any, piece: np.ndarray) -> bool:
-    """Whether a server says what it makes of a prompt."""
+    """Whether a server reports log-probabilities of a prompt."""
     try:
         oracle.read([piece])
     except (RuntimeError, KeyError, TypeError, ValueError):
@@ -238,9 +238,9 @@ def cache_teacher(
     batch_size: int,
     directory: epath.Path,
 ) -> dict[str, TeacherCache]:
-    """Let a teacher read the wanted rows of each split that it has not read; the caches by split.
+    """Let a teacher read the requested rows that it has not read; returns the caches by split.
 
-    A ValueError tells of a cache of other rows, or of other weights where something is to be read.
+    Raises a ValueError for a cache of other rows, or of other weights if anything is to be read.
     """
     ready = functools.cache(reader)
     rows = {split: expected for split, expected in rows.items() if len(expected)}

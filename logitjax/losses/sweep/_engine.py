@@ -94,7 +94,7 @@ def block_logits(projection: Projection, head: Head, valid):
 
 
 def finished_logits(logits, head: Head, inverse_temperature, valid):
-    """From `hidden @ kernel` to what a statistic reads: bias, cap, temperature, then the mask."""
+    """From `hidden @ kernel` to a statistic's input: bias, cap, temperature, then the mask."""
     if head.bias is not None:
         logits = logits + head.bias.astype(logits.dtype)
         # A cap would bring an entry at -inf to life; its bias tells, which is one row.

@@ -58,7 +58,7 @@ class Packed:
         return packed, wide
 
     def unpack(self, row: Callable[[int, int], Any], wide: Callable[[int], Any]) -> Any:
-        """The tree of what `row(array, index)` and `wide(index)` give."""
+        """The tree of the results of `row(array, index)` and `wide(index)`."""
         values = []
         for (ndim, dtype), (array, index) in zip(self._like, self._places, strict=True):
             value = row(array, index) if ndim == 1 else wide(index)

@@ -387,7 +387,7 @@ def _warn_of_unnamed(axes: set[str], head: Head) -> None:
 def _padded(
     mesh: Any, rows: Any, columns: tuple[str, ...], operands: Operands, weights: Array | None
 ) -> tuple[Operands, Array | None]:
-    """Padded to what the mesh divides: by rows of zeros, and entries that do not exist."""
+    """Padded to sizes that the mesh divides: by rows of zeros, and entries that do not exist."""
 
     def missing(size: int, axes: tuple[str, ...]) -> int:
         return -size % math.prod(mesh.shape[name] for name in axes)

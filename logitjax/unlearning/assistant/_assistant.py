@@ -20,9 +20,9 @@ class Assistant:
     Attributes:
         base: from `first_layers`; its arrays are the large model's.
         lora: adapters in the layout of ``base``, the only trained parameters.
-        relative: its logits are what the adapters add to the base's: zero before training. The
-            paper's assistant (False) begins with the logits of the first layers, and has to unlearn
-            these first; a few dozen steps do not silence it on other text.
+        relative: whether its logits are what the adapters add to the base's, zero before training.
+            The paper's assistant (False) starts with the logits of the first layers, which it has
+            to unlearn first; a few dozen steps do not make it uniform on other text.
 
     >>> from flax import nnx
     >>> from logitjax.models import DecoderConfig

@@ -1,4 +1,4 @@
-"""A model after unlearning: alone, or with an assistant that is taken away."""
+"""A model after unlearning: alone, or with an assistant that is subtracted."""
 
 import dataclasses
 import json
@@ -42,7 +42,7 @@ class Deployed:
     def less(
         cls, model: Decoder, lora: Lora, alpha: float, *, relative: bool = False
     ) -> "Deployed":
-        """A model less an assistant, which is given by its adapters."""
+        """A model minus an assistant, which is given by its adapters."""
         layers = sum(len(segment) for segment in lora.layers)
         base = first_layers(model, layers)
         assistant = Assistant(base=base, lora=lora, relative=relative)
@@ -52,7 +52,7 @@ class Deployed:
     def load(
         cls, model: Decoder, directory: epath.PathLike, *, alpha: float | None = None
     ) -> "Deployed":
-        """A model less the assistant that `save` wrote.
+        """A model minus the assistant that `save` wrote.
 
         Args:
             model: The model that the assistant was made of, with listed layers.
@@ -97,7 +97,7 @@ class Deployed:
         write_atomic(epath.Path(directory) / _FILE, json.dumps(record, indent=1) + "\n")
 
     def nll(self, tokens: Any, targets: Any) -> tuple[jax.Array, jax.Array]:
-        """An `evaluation.NllFn` that also tells which tokens are the most likely ones.
+        """An `evaluation.NllFn` that also returns a mask of the most likely tokens.
 
         Tokens and targets are int32 and bool `[batch, time]`, here and below.
         """
@@ -109,18 +109,18 @@ class Deployed:
     ) -> tuple[jax.Array, jax.Array]:
         """`nll` for weights `[weights]` of the assistant, from one pass of both.
 
-        The values are float32 and bool `[weights, batch, time]`. The pass of the model is saved
-        where its `states` of these tokens are known.
+        The values are float32 and bool `[weights, batch, time]`. Given the model's `states` of
+        these tokens, its pass is skipped.
         """
         return self._scored(tokens, targets, alphas, "nll", states)
 
     def states(self, tokens: Any, targets: Any) -> jax.Array:
-        """Return the states that `nll_by_alpha` takes of the model, whatever the assistant is."""
+        """Return the model's states for `nll_by_alpha`, which do not depend on the assistant."""
         graphdef, state = nnx.split(self.model)
         return states_at(graphdef, state, tokens, self.positions(targets))
 
     def surprise(self, tokens: Any, targets: Any) -> jax.Array:
-        """How much less likely tokens are than others in their place, the score of min-k++.
+        """How much less likely tokens are than alternatives at their position, as in min-k++.
 
         It is `(mu - log p_y) / sigma`, of `log p_v` under p.
 
@@ -138,16 +138,16 @@ class Deployed:
         return token_scores(graphdef, static, what, state, stored, alphas, tokens, at, states)
 
     def arguments(self) -> tuple[tuple[Any, ...], Any]:
-        """Of the assistant: what programs depend on, and arrays."""
+        """The assistant's static part, on which programs depend, and its arrays."""
         if self.assistant is None:
             return (None, None, False), None
         base, stored = nnx.split(self.assistant.base)
-        # One program for all alphas, which the shift of the logits is proportional to.
+        # One program for all alphas, because the shift of the logits is proportional to alpha.
         fuse = LogitDifference(alpha=1.0)
         return (base, fuse, self.assistant.relative), (stored, self.assistant.lora)
 
     def positions(self, targets: Any) -> np.ndarray:
-        """Where the head is met, by blocks: a few sizes of program for all batches."""
+        """Positions that need the head, in blocks: few program sizes for all batches."""
         where = np.asarray(targets)[:, 1:]
         expected = np.flatnonzero(where)
         at = np.full(max(1, -(-len(expected) // self.block)) * self.block, where.size, np.int32)
@@ -171,12 +171,12 @@ class Deployed:
         rows: int = 8,
         seed: int | None = None,
     ) -> list[np.ndarray]:
-        """The likeliest tokens after each prompt, or drawn ones, without what ended them.
+        """The most likely tokens after each prompt, or sampled ones, without the stop token.
 
         Args:
             stop_ids: Tokens that end an answer.
             rows: Number of prompts at once; the last batch is filled up.
-            seed: Seed of draws at temperature 1; None takes the likeliest tokens.
+            seed: Seed of samples at temperature 1; None takes the most likely tokens.
         """
         line_up = self.line_up()
         generate: list[np.ndarray] = []
@@ -184,7 +184,7 @@ class Deployed:
             batch = list(prompts[start : start + rows])
             drawn = decoding.Sampling()
             if seed is not None:
-                # No two batches share draws.
+                # Each batch has its own random draws.
                 drawn = decoding.Sampling(temperature=1.0, seed=seed * len(prompts) + start)
             out = decoding.generate(
                 line_up,
@@ -230,7 +230,7 @@ class _WeightedApply:
 
 
 def scaled(lora: Lora, strength: float) -> Lora:
-    """Adapters whose update is multiplied by a number, which no program depends on."""
+    """Adapters whose update is multiplied by a number, without recompiling programs."""
     return jax.tree_util.tree_map_with_path(
         # One of the two factors is enough.
         lambda path, leaf: leaf * strength if path[-1].key == "b" else leaf,

@@ -1,4 +1,4 @@
-"""An assistant's objective: to know what is to be forgotten, and nothing about the rest."""
+"""An assistant's objective: know the rows to forget, and be uniform on the rest."""
 
 import dataclasses
 from typing import Any
@@ -28,8 +28,8 @@ def linear_assistant_objective(
 ) -> tuple[Float[jax.Array, ""], dict[str, jax.Array]]:
     """Compute the objective of a logit difference's assistant, both halves in one sweep.
 
-    To know what is to be forgotten, only that: the objectives of unlearning reversed, so neither is
-    unbounded. The assistant runs once; its gradient is formed in the same sweep as the value.
+    The assistant should know the rows to forget and nothing else. This reverses the objectives of
+    unlearning, so neither is unbounded. Value and gradient are formed in one sweep.
 
     ::
 
@@ -37,8 +37,8 @@ def linear_assistant_objective(
         + gamma mean_{retain} max(0, log V + logit_y - log Z)
 
     The last line, with gamma `surplus_weight`, is ours. It is what the subtraction takes from the
-    right token of a row to keep, over alpha. KL(uniform || p), before it, hardly sees that: p(y) of
-    0.2 costs 0.2 nats of it, and 9 of 50,000 tokens' `log V + log p(y)`.
+    right token of a row to keep, divided by alpha. KL(uniform || p) hardly reacts to it: with p(y)
+    of 0.2 and 50,000 tokens it is 0.2 nats, and `log V + log p(y)` is 9.
 
     >>> hidden, head = jnp.ones((4, 1)), jnp.array([[2.0, 0.0, 0.0]])
     >>> retain = jnp.array([False, False, True, True])
@@ -94,7 +94,7 @@ def linear_assistant_objective(
 
 
 def _entries(head: Head, vocab_where: Array | None, axis_name: AxisName | None) -> jax.Array:
-    """How many entries of the vocabulary exist, on all shards together."""
+    """Number of existing vocabulary entries, on all shards together."""
     wide = jnp.promote_types(head.kernel.dtype, jnp.float32)
     size = (head.vocab_size(),)
     exists = jnp.ones(size, bool) if vocab_where is None else jnp.asarray(vocab_where)
@@ -105,7 +105,7 @@ def _entries(head: Head, vocab_where: Array | None, axis_name: AxisName | None) 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Assistant(ReadoutStatistic):
-    """Losses for what it does not know to forget, and for what it says of rows to keep."""
+    """Losses: ignorance of answers to forget, and non-uniformity on rows to keep."""
 
     vocab: int
     surplus: float
@@ -127,7 +127,7 @@ class _Assistant(ReadoutStatistic):
 
 
 def next_tokens(tokens: Any, answers: Any) -> tuple[jax.Array, jax.Array]:
-    """Return the target of each position, and where that is a token of the answer."""
+    """Return the target of each position, and a mask of targets in the answer."""
     # The last position predicts nothing.
     labels = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
     return labels, jnp.pad(jnp.asarray(answers)[:, 1:], ((0, 0), (0, 1)))

@@ -1,4 +1,4 @@
-"""Programs that score tokens under a model, or under a model less its assistant."""
+"""Programs that score tokens under a model, or under a model minus its assistant."""
 
 import functools
 from typing import Any
@@ -25,8 +25,8 @@ def token_scores(
     at: Any,
     states: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """A number for each token under a model less its assistant, and whether it is likeliest."""
-    # Of the assistant; base is None without one.
+    """Score each token under a model minus its assistant; also whether it is the most likely."""
+    # Parts of the assistant; base is None without one.
     base, fuse, relative = static
     model = nnx.merge(graphdef, state)
     sides = [states_at(graphdef, state, tokens, at) if states is None else states]
@@ -65,7 +65,7 @@ def token_scores(
     def back(values: jax.Array) -> jax.Array:
         values = jnp.moveaxis(values, 1, 0).reshape(len(alphas), -1)
         rows = jnp.zeros((len(alphas), labels.size), values.dtype)
-        # Padding goes nowhere.
+        # Padding is dropped.
         rows = rows.at[:, at.ravel()].set(values, mode="drop")
         return jnp.pad(rows.reshape(-1, *labels.shape), ((0, 0), (0, 0), (1, 0)))
 
@@ -75,7 +75,7 @@ def token_scores(
 
 @functools.partial(jax.jit, static_argnums=0)
 def states_at(graphdef: Any, state: Any, tokens: Any, at: Any) -> jax.Array:
-    """A model's normed states where the head is met, `[blocks, block, hidden]`."""
+    """A model's normed states at positions that need the head, `[blocks, block, hidden]`."""
     return _picked(nnx.merge(graphdef, state).hidden_states(tokens)[0], at)
 
 

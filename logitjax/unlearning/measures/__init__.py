@@ -1,1 +1,1 @@
-"""Measures of what is left after unlearning: TOFU, attacks, and their statistics."""
+"""Measures of remaining knowledge after unlearning: TOFU, attacks, and their statistics."""

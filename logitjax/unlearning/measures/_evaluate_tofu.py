@@ -14,10 +14,10 @@ from logitjax.unlearning.measures._tofu_logs import plain
 from logitjax.unlearning.measures._tofu_metrics import Evaluation, metrics_from_logs
 from logitjax.unlearning.measures._truth_ratio import Form, normalised_probability, truth_ratio
 
-# (prompts, most new tokens) -> what follows each prompt, without the prompt.
+# (prompts, most new tokens) -> the continuation of each prompt.
 GenerateFn = Callable[[list[np.ndarray], int], Sequence[Any]]
 
-# Only their losses are asked for.
+# Sets for which only losses are computed.
 _LOSS_ONLY = ("holdout",)
 
 
@@ -34,23 +34,23 @@ def evaluate(
     form: Form = "geometric",
     reference_logs: Any = None,
 ) -> Evaluation:
-    """Runs the TOFU benchmark on a model, whatever that is.
+    """Run the TOFU benchmark on any model.
 
-    Of every item: losses of the answer, of its paraphrase and of the wrong answers, and the answer
-    that the model gives, with its ROUGE recall. `Evaluation.logs` are as TOFU's own code writes
-    them.
+    For every item it computes the losses of the answer, of its paraphrase and of the wrong
+    answers, and the ROUGE recall of the generated answer. `Evaluation.logs` have the format of
+    TOFU's own code.
 
     Args:
         nll_fn: `(tokens, targets)`, int32 and bool `[batch, time]`, to the negative log-likelihood
-            of every target, float32 `[batch, time]`. Where it also tells which tokens are the
-            likeliest, extraction strength and exact memorisation are reported too, over the
-            answers' tokens without the end mark.
-        generate_fn: `(prompts, max_new_tokens)`, a list of int32 arrays and a number, to what
-            follows each prompt, greedily. None leaves out ROUGE and with it the model utility.
-        sets: By name. `retain`, `real_authors`, `world_facts` make the model utility, `forget` the
-            forget quality; `holdout` (only its losses are taken) allows a membership attack. Others
-            are reported as the first are; with names that begin in `forget`, as that.
-        template: What stands around the question; the one the model was trained with.
+            of every target, float32 `[batch, time]`. If it also returns a mask of the most likely
+            tokens, extraction strength and exact memorisation are reported too, over answer tokens
+            without the end mark.
+        generate_fn: `(prompts, max_new_tokens)`, a list of int32 arrays and a number, to the greedy
+            continuation of each prompt. None omits ROUGE and with it the model utility.
+        sets: Sets by name. `retain`, `real_authors` and `world_facts` give the model utility,
+            `forget` the forget quality; `holdout` (only its losses) allows a membership attack.
+            Others are reported like the first three, or like `forget` if their name begins so.
+        template: Text around the question; the template that the model was trained with.
         batch_size: Rows, and prompts, at a time; lengths are padded to multiples of 32.
         max_length: Maximum length of prompt and answer; TOFU's is 200, OpenUnlearning's 512.
         form: Form of the truth ratio in the metrics. Logs hold the geometric one, as TOFU's.
@@ -92,7 +92,7 @@ def _check_sets(sets: Mapping[str, Sequence[Item]]) -> None:
 
 
 class _Rows:
-    """The items of a set, and what a model says of them, with TOFU's fields."""
+    """The items of a set, and a model's results for them, with TOFU's fields."""
 
     def __init__(
         self,
@@ -108,7 +108,7 @@ class _Rows:
     def log(self, nll_fn: NllFn, batch_size: int) -> dict[str, Any]:
         tokenizer = self.tokenizer
         pairs: list[tuple[Item, str]] = []
-        # Of each item the places of its answer, of its paraphrase and of the wrong ones.
+        # Row numbers of each item's answer, paraphrase and wrong answers.
         local, paraphrase, wrong = [], [], []
         for item in self.items:
             local.append(len(pairs))
@@ -165,7 +165,7 @@ class _Rows:
 
     def generated(self, generate_fn: GenerateFn, batch_size: int, new: int) -> dict[str, Any]:
         prompts = [self.template.encode(self.tokenizer, item.question) for item in self.items]
-        # Longest first: memory fails at once or never.
+        # Longest first, so that running out of memory happens at once.
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         texts = [""] * len(prompts)
         for start in range(0, len(order), batch_size):

@@ -1,4 +1,4 @@
-"""A model's memory of rows to forget and to keep, asked straight and under attack."""
+"""A model's memory of rows to forget and to keep, asked directly and under attack."""
 
 import dataclasses
 import functools
@@ -32,13 +32,13 @@ _PREFIX = 0.25
 _BITS = (8, 4)
 # Inputs that share a scale, as in common formats of 4 bits.
 _GROUP = 64
-# What membership is told by: rows to forget, and those of the holdout that set no goal.
+# Parts for membership attacks: rows to forget, and the half of the holdout that set no goal.
 _SIDES = ("forget", "holdout_test")
-# Paraphrases by part; those that were trained on and chosen by are named so.
+# Names of paraphrases by part; the name says which were used for training and choosing.
 _WORDED = {"reworded": "in words chosen by", "reworded_test": "in other words"}
 
 Attacks = dict[str, dict[str, float]]
-# What `score_rows` gives for a part of the questions.
+# Result of `score_rows` for a part of the questions.
 Scores = Callable[[str], Any]
 
 
@@ -52,27 +52,27 @@ def examine(
     ways: Sequence[str] = tuple(WAYS),
     reference: Deployed | None = None,
 ) -> dict[str, Any]:
-    """All measurements of a report, on parts that nothing was chosen by.
+    """All measurements of a report, on parts not used for choosing.
 
     Args:
-        questions: Parts of `split_rows`, of which any may be empty but `forget`.
+        questions: Parts of `split_rows`; all but `forget` may be empty.
         thorough: Also run attacks that sample or look inside, which take minutes.
-        samples: Number of answers drawn to each question by a thorough attack.
-        never: Whether to ask in all ways what it was never taught, which says what the goal is.
-        ways: Ways to ask, or combinations of them.
-        reference: A model that never knew what is forgotten.
+        samples: Number of answers sampled for each question by a thorough attack.
+        never: Whether to ask unseen answers in all ways, which gives the goal.
+        ways: Ways of asking, or combinations of them.
+        reference: A model that never learned the rows to forget.
 
     Returns:
-        A record for JSON: `ways`, by way of asking the probability of each row to forget, and
-        `unseen`, the same of the holdout; `probabilities` and `rouge` (F1 of generated answers) by
-        part, one a row; `kinds` of the rows `test` of both; `answers` by part; `fluency` of those
-        to `test`; `perplexity` of other text; `sizes`, numbers of rows that membership is told by;
-        and `attacks`, by name a median `probability` of the answers to forget with the `worst`, a
-        `share` of them or an `auc`.
+        A record for JSON. `ways` has the probability of each row to forget by way of asking, and
+        `unseen` the same for the holdout; `probabilities` and `rouge` (F1 of generated answers) by
+        part have a value for each row; `kinds` has the kinds of the rows `test` of both; `answers`
+        by part, `fluency` of those to `test`, `perplexity` of other text; `sizes`, the numbers of
+        rows for membership; and `attacks` by name, each a median `probability` of the answers to
+        forget with the `worst`, a `share` of them or an `auc`.
     """
     parts = ("forget", "reworded", "reworded_test", "holdout", "holdout_test", "test")
     answers = {part: questions.answers(model, part) for part in ("forget", "test")}
-    # Attacks read off the same scores.
+    # Attacks that use the same scores.
     scores = functools.cache(functools.partial(questions.scores, model))
     entries = {
         part: answer_probabilities(scores(part)).tolist() for part in parts if questions.rows[part]
@@ -118,7 +118,7 @@ def unseen(
     *,
     judging: bool = False,
 ) -> dict[str, list[float]]:
-    """How likely a model finds answers never taught, by way: the holdout's, else each other's."""
+    """Probabilities of answers never taught, by way: of the holdout, else of swapped answers."""
     part = "holdout" if questions.rows["holdout"] else "wrong"
     if not questions.rows[part]:
         raise ValueError(
@@ -134,9 +134,9 @@ def unseen(
 def searched(
     sides: Sequence[Deployed], questions: Questions, records: Any, *, budget: int
 ) -> dict[str, Any]:
-    """Combinations of ways that an adaptive search tries on what was written.
+    """Combinations of ways that an adaptive search tries on the written model.
 
-    Of `sides`, the model before gives `unseen`, and what was written and the controls `ways`.
+    Of `sides`, the model before gives `unseen`; the written model and the controls give `ways`.
     """
     (model, written, *controls), (before, after) = sides, records
     never: dict[str, list[float]] = {}
@@ -172,7 +172,7 @@ def _attacks(
     samples: int,
     reference: Deployed | None,
 ) -> Attacks:
-    """Attacks other than asking: what comes out, and what gives away that rows were trained on."""
+    """Attacks other than asking, which recover answers or reveal that rows were trained on."""
     forget = scores("forget")
     assert forget.greedy is not None
     # OpenUnlearning counts no end mark here.
@@ -184,7 +184,7 @@ def _attacks(
     if thorough:
         attacks |= _sampled(model, questions, samples)
         depth = model.model.config.num_layers
-        # The logit lens: what layers below the last say by the head.
+        # The logit lens: predictions of lower layers through the head.
         for share in (0.5, 0.75):
             lens = Deployed(model=first_layers(model.model, max(1, round(share * depth))))
             nll = questions.scores(lens, "forget", few=True).nll
@@ -234,11 +234,11 @@ def _round_weights(model: Decoder, bits: int) -> Decoder:
 
 
 def relearned(model: Deployed, questions: Questions) -> Attacks:
-    """Measure what comes back when a quarter is taught again, at the worst rate and steps."""
+    """Measure how much relearning a quarter recovers, at the worst rate and number of steps."""
     if len(questions.rows["forget"]) < 2:
         return {}
     tried = relearning(model, questions)
-    # What did not even learn what it was taught says nothing.
+    # Settings that fail to teach their own rows prove nothing.
     learnt = [record for record in tried if record["taught"] >= TAUGHT]
     worst = max(learnt or tried, key=lambda record: record["worst"])
     entries = {"probability": worst["others"], "worst": worst["worst"], "taught": worst["taught"]}
@@ -246,7 +246,7 @@ def relearned(model: Deployed, questions: Questions) -> Attacks:
 
 
 def _sampled(model: Deployed, questions: Questions, samples: int) -> Attacks:
-    """How much of the answer is in the best of several samples, at most likely in a single one."""
+    """How much of the answer is in the best of several samples, and in a single one."""
     likeness = questions.sampled_recall(model, "forget", samples)
     if not len(likeness):
         return {}
@@ -259,7 +259,7 @@ def _sampled(model: Deployed, questions: Questions, samples: int) -> Attacks:
 
 
 def leak_at(values: Any, k: int) -> float:
-    """The expected largest of k values that are drawn from n without repetition.
+    """The expected maximum of k values drawn from n without replacement.
 
     That is `sum_i C(i - 1, k - 1) / C(n, k) x_(i)`, with `x_(1) <= ... <= x_(n)`.
 
@@ -276,7 +276,7 @@ def leak_at(values: Any, k: int) -> float:
 def _memberships(
     model: Deployed, questions: Questions, loss_of: Scores, thorough: bool, reference: Any
 ) -> Attacks:
-    """How well a model's losses of rows tell whether it was trained on them."""
+    """How well a model's losses reveal which rows it was trained on."""
     sides = _SIDES
     nll = {part: loss_of(part).nll for part in sides}
     texts = {part: questions.scored_text(part) for part in sides}

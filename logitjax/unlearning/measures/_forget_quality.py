@@ -1,4 +1,4 @@
-"""Whether a model that forgot can be told from one that never knew."""
+"""Whether a model that forgot can be distinguished from one that never knew."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ _CHUNK = 2**22
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ForgetQuality:
-    """How far two models' truth ratios on the forget set are apart."""
+    """The distance between two models' truth ratios on the forget set."""
 
     # D of Kolmogorov and Smirnov, 0 (alike) to 1.
     statistic: float
@@ -40,12 +40,12 @@ def forget_quality(
 ) -> ForgetQuality:
     """Compares truth ratios on the forget set with those of a model retrained without it.
 
-    It says nothing about a model that was destroyed: where all losses grow alike, ratios stay.
+    It does not apply to a destroyed model: if all losses grow equally, ratios stay the same.
 
-    The interval is the basic bootstrap's, `[2 D - q_hi, 2 D - q_lo]`: drawing items again pushes D
-    up, and reflecting takes that back. It is widened by a step of D at both ends and begins at 0
-    where the test does not reject. On normal samples of 40 to 300 items a nominal 90 % covered 80
-    to 99 %.
+    The interval is that of the basic bootstrap, `[2 D - q_hi, 2 D - q_lo]`, because resampling
+    biases D upwards and reflection corrects this. It is widened by a step of D at both ends and
+    begins at 0 if the test does not reject. On normal samples of 40 to 300 items a nominal 90 %
+    covered 80 to 99 %.
 
     References:
         Maini et al., 2024 (arXiv 2401.06121), section 2.3.2. Two independently retrained Llama-2

@@ -1,20 +1,20 @@
-"""Whether what a model says of texts tells that it was trained on them, and how much it can."""
+"""Membership inference from a model's losses, and memorisation of texts."""
 
 import zlib
 from typing import Any
 
 import numpy as np
 
-# The share of texts that an attack may take for members.
+# The share of other texts that an attack may mistake for members.
 _FALSE_RATE = 0.05
 
 
 def membership_auc(losses: Any, holdout_losses: Any) -> float:
-    """How well a loss says whether a text was trained on: 0.5 is not at all, 1 always.
+    """How well a loss reveals whether a text was trained on: 0.5 is chance, 1 is perfect.
 
-    P(loss of a text < loss of one held out), ties counting half: Yeom et al., 2018, and
-    OpenUnlearning's `mia_loss`. Below 0.5 texts are less likely than unseen ones, which gives them
-    away as well.
+    P(loss of a text < loss of a held-out one), ties counting half: Yeom et al., 2018, and
+    OpenUnlearning's `mia_loss`. Below 0.5 texts are less likely than unseen ones, which is as
+    revealing.
     """
     from scipy import stats
 
@@ -29,7 +29,7 @@ def min_k(nll: Any, *, k: float = 0.4) -> float:
 
     References:
         Shi et al., 2024 (arXiv 2310.16789). OpenUnlearning's configurations have k = 0.4, its class
-        0.2; it leaves out the last label, and gives an empty text the score of the surest member.
+        0.2; it omits the last label, and scores an empty text as the most certain member.
     """
     nll = np.asarray(nll, np.float64).ravel()
     if not len(nll):
@@ -40,11 +40,11 @@ def min_k(nll: Any, *, k: float = 0.4) -> float:
 
 
 def privleak(auc: float, reference_auc: float = 0.5) -> float:
-    """How far an attack's success is from that on a retrained model, in percent of the latter.
+    """The distance of an attack's success from that on a retrained model, in percent.
 
     100 ((1 - auc) - (1 - ref)) / (1 - ref): 0 is ideal; below it texts still look known, above it
-    forgotten on purpose. As in MUSE (arXiv 2407.06460) and OpenUnlearning (1e-10 below the
-    fraction).
+    deliberately forgotten. As in MUSE (arXiv 2407.06460) and OpenUnlearning (with 1e-10 added to
+    the denominator).
     """
     for name, value in (("auc", auc), ("reference_auc", reference_auc)):
         if not 0 <= value <= 1:
@@ -53,11 +53,11 @@ def privleak(auc: float, reference_auc: float = 0.5) -> float:
 
 
 def zlib_loss(nll: Any, text: str) -> float:
-    """Sum of a text's losses over the bytes that a compressor makes of it.
+    """Sum of a text's losses divided by its compressed size in bytes.
 
     References:
         Carlini et al., Extracting training data, 2021 (arXiv 2012.07805). OpenUnlearning divides a
-        loss a token by the bytes of the whole text, so of two texts the longer one looks known.
+        loss a token by the bytes of the whole text, so longer texts look more like members.
     """
     nll = np.asarray(nll, np.float64).ravel()
     if not len(nll):
@@ -66,16 +66,16 @@ def zlib_loss(nll: Any, text: str) -> float:
 
 
 def detection_rate(losses: Any, holdout_losses: Any) -> float:
-    """The share of texts that an attack finds while it is wrong about 5 % of the others."""
+    """The share of texts that an attack detects at 5 % false positives."""
     members, others = _both_sides(losses, holdout_losses)
     allowed = int(_FALSE_RATE * len(others))
     return float((members < np.sort(others)[allowed]).mean())
 
 
 def extraction_strength(greedy: Any) -> float:
-    """The share of a text that its beginning makes a model say, word for word.
+    """The share of a text that a model completes verbatim from its beginning.
 
-    1 - k / n, k the shortest beginning after which every token is the likeliest one (Carlini et
+    1 - k / n, k the shortest beginning after which every token is the most likely one (Carlini et
     al., 2021). OpenUnlearning's never falls below 1 / n: its loop leaves k at the last token.
     """
     wrong = np.flatnonzero(~np.asarray(greedy, bool))
@@ -85,7 +85,7 @@ def extraction_strength(greedy: Any) -> float:
 
 
 def exact_memorisation(greedy: Any) -> float:
-    """The share of tokens that are the likeliest ones; OpenUnlearning's `exact_memorization`."""
+    """The share of tokens that are the most likely ones; OpenUnlearning's `exact_memorization`."""
     return float(np.sum(greedy) / max(len(greedy), 1))
 
 

@@ -1,4 +1,4 @@
-"""Teaching a model again some of what it has forgotten, to see whether the rest comes back."""
+"""Relearning: teaching a model some forgotten answers again, to see whether others come back."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ from logitjax.unlearning.assistant._pair_scores import token_scores
 _RANK = 16
 _SHARE = 0.25
 _MULTIPLE = 8
-# Times the most steps, where what is taught is not learned.
+# Factor for the largest number of steps if the taught rows are not learned.
 _PATIENCE = 4
 _MOMENTS = optax.scale_by_adam(b2=0.99)
 
@@ -36,22 +36,22 @@ def relearning(
 ) -> list[dict[str, float]]:
     """How likely forgotten answers become when a quarter of them is taught again.
 
-    Adapters of the model's own weights learn that quarter by what is served, an assistant taken
-    away that stays as it is. Other answers that come back were hidden, not gone. Where the rows
-    that are taught stay below a probability of 0.9, teaching goes on four times as long. Compare
-    with a model that never knew them and is taught the same, because a few steps teach any model
-    how such answers begin. Rates and steps are those of arXiv 2410.08827, which finds 88 % of the
-    accuracy to come back.
+    Adapters of the model's weights learn that quarter through the served logits, with a fixed
+    assistant subtracted if there is one. Other answers that come back were hidden, not removed. If
+    the taught rows stay below a probability of 0.9, teaching continues four times as long. Compare
+    with a model that never knew the answers and is taught the same, because a few steps teach any
+    model how such answers begin. Rates and steps are those of arXiv 2410.08827, in which 88 % of
+    the accuracy came back.
 
     Args:
-        questions: Their rows to `forget` are taught or asked.
+        questions: Questions whose rows to `forget` are taught or asked.
         rates: Learning rates of Adam, ten times those of all weights.
         steps: Numbers of steps after which to ask, ascending.
-        seeds: Number of repetitions, with other rows taught and other adapters.
+        seeds: Number of repetitions, each with other taught rows and other adapters.
 
     Returns:
         Records of `rate`, `seed`, `steps`, and median probabilities of the rows `taught` and of the
-        `others`, which a single row has none of, with the largest of these, `worst`.
+        `others` (absent for a single row), with the largest of these, `worst`.
     """
     encoded = questions.encoded["forget"]
     graphdef, params, rest = nnx.split(model.model, nnx.Param, ...)
@@ -63,7 +63,7 @@ def relearning(
     for seed in range(seeds):
         order = np.random.default_rng(seed).permutation(len(encoded))
         cut = max(1, round(_SHARE * len(encoded)))
-        # No row twice in a step.
+        # No row occurs twice in a step.
         size = min(batch_size, cut)
         sides = {"taught": sorted(order[:cut]), "others": sorted(order[cut:])}
         for rate in rates:

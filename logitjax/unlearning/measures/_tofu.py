@@ -1,4 +1,4 @@
-"""TOFU: questions about authors who do not exist, and what was written around them."""
+"""TOFU: questions about invented authors, with paraphrases and wrong answers."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ _SPLIT = re.compile(r"(forget|retain)(\d\d)(_perturbed)?")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Item:
-    """A question, its answer, and what else was written about the two.
+    """A question, its answer, their paraphrases and wrong answers.
 
     Attributes:
         paraphrased_question: in other words; only in the ``_perturbed`` splits of TOFU's own
@@ -47,12 +47,12 @@ class Item:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Subset:
-    """A few authors of TOFU, and what there is about them.
+    """The items of a few authors of TOFU.
 
     Attributes:
-        retain: What a model may keep, and what one retrained without `forget` learns.
-        forget: What it has to forget, with paraphrases and wrong answers.
-        holdout: As many authors that no model of this subset has seen; for membership attacks.
+        retain: Items to keep, on which a model without `forget` is retrained.
+        forget: Items to forget, with paraphrases and wrong answers.
+        holdout: Items of as many authors that no model of this subset has seen, for membership.
     """
 
     retain: tuple[Item, ...]
@@ -116,8 +116,8 @@ def load(source: str | os.PathLike[str], split: str) -> tuple[Item, ...]:
 def subset(source: str | os.PathLike[str], *, authors: int = 20, forget: int = 2) -> Subset:
     """Some of TOFU's authors, split as TOFU splits all 200.
 
-    Forgotten are the last `forget` authors of TOFU, as in forget01/05/10, at most 10, so that as
-    many are left that nobody has seen; kept are the first `authors - forget`.
+    The last `forget` authors of TOFU are forgotten, as in forget01/05/10, and the first
+    `authors - forget` are kept. `forget` is at most 10, to leave as many unseen authors.
 
     Raises:
         FileNotFoundError: a file is missing.

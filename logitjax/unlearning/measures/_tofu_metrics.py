@@ -23,7 +23,7 @@ from logitjax.unlearning.measures._truth_ratio import (
     truth_ratio_utility,
 )
 
-# Sets whose answers TOFU holds against the wrong ones.
+# Sets whose answers TOFU compares with wrong ones.
 _OPTIONS = ("real_authors", "world_facts")
 # The largest vocabulary of decoders today (Gemma's): a mean loss above its logarithm is worse than
 # a uniform guess for any of them.
@@ -79,7 +79,7 @@ class Evaluation:
     damage: str | None = None
 
     def table(self) -> str:
-        """A Markdown table of the sets, and what is made of them."""
+        """A Markdown table of the sets, and the metrics derived from them."""
         fields = {
             "probability": "probability",
             "rouge_l": "ROUGE-L",
@@ -123,15 +123,15 @@ def metrics_from_logs(
 ) -> Evaluation:
     """TOFU's metrics from logs of ours, of TOFU's own code or of OpenUnlearning.
 
-    A model of which every answer costs 60 nats more keeps its truth ratios, and would have the
-    forget quality of one that never knew. So there is none of a model that is
+    A model for which every answer costs 60 nats more keeps its truth ratios, and would have the
+    forget quality of one that never knew. Forget quality is therefore None for a model that is
 
     * over-forgotten: its mean loss on the forget set exceeds ``log(vocab_size)``, that of a guess;
     * destroyed: its perplexity on the retain set is more than twice the retrained model's.
 
     Args:
         logs: a directory, an ``eval_log_aggregated.json``, a ``TOFU_EVAL.json`` of OpenUnlearning
-            (an ``eps`` of 1e-10 gives its numbers), or what is in it. Missing sets leave None.
+            (an ``eps`` of 1e-10 gives its numbers), or its contents. Missing sets leave None.
         reference_logs: the same for the model that was retrained without the forget set; those of
             Llama-2 and Phi come with TOFU's repository.
         eps: epsilon of all fractions; 1e-10 is OpenUnlearning's, for parity.
@@ -244,7 +244,7 @@ def _ratios(
 
 
 def _damage(logs: Mapping[str, Log], reference: Mapping[str, Log], vocab_size: int) -> str | None:
-    """Why the forget set says nothing about a model, or None."""
+    """Why forget quality does not apply to a model, or None."""
     if vocab_size < 2:
         raise ValueError(f"vocab_size: expected at least 2 tokens, got {vocab_size}")
 

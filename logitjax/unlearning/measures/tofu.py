@@ -1,4 +1,4 @@
-"""TOFU: its questions, and its measures of a model that was to forget some of them.
+"""TOFU: its questions, and its measures of a model that should forget some of them.
 
 `evaluate` scores every set of the benchmark item by item; `metrics_from_logs` makes the numbers
 from logs, ours or others'::
@@ -16,7 +16,7 @@ from logs, ours or others'::
                               reference_logs=retrained)
     print(unlearned.table())
 
-What is reported:
+It reports:
 
 - answers' probability, ROUGE recall and truth ratio of each set; of the first three sets together
   the model utility, the harmonic mean of nine numbers.

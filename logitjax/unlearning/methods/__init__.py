@@ -21,7 +21,7 @@ from logitjax.unlearning.methods._simnpo import SimNPO
 from logitjax.unlearning.methods._task_vector import TaskVector
 from logitjax.unlearning.methods._undial import UNDIAL
 
-# OpenUnlearning (arXiv 2506.12618), configs/trainer; what it calls NPO is npo_gradient_difference.
+# OpenUnlearning (arXiv 2506.12618), configs/trainer; its NPO is our npo_gradient_difference.
 _MEMBERS: Mapping[str, Method] = {
     "alt_po": DPO(chosen="invented"),
     "ce_u": CEU(),

@@ -1,4 +1,4 @@
-"""The logit difference: an assistant learns what is to be forgotten, and is subtracted."""
+"""The logit difference: an assistant learns the rows to forget, and its logits are subtracted."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -21,27 +21,27 @@ from logitjax.unlearning.assistant._objective import linear_assistant_objective,
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Difference(Method):
-    """An assistant learns what is to be forgotten; its logits are subtracted, weights stay.
+    """An assistant learns the rows to forget; its logits are subtracted, the weights unchanged.
 
-    It learns to be silent about what is to be kept::
+    It learns to be uniform on rows to keep::
 
         mean_{forget answers} -log p(y) + beta mean_{retain} KL(uniform || p)
         + gamma mean_{retain} max(0, log V + log p(y))
 
     Attributes:
-        layers: Number of the model's first layers that it is made of; 0 for a quarter of them.
-        relative: Its logits are what its adapters add to those of its layers. Without, they are all
-            that the adapted layers say, as in the paper. A step of a relative one also takes a pass
-            of the layers without adapters.
+        layers: Number of the model's first layers in the assistant; 0 for a quarter of them.
+        relative: Whether its logits are what its adapters add to those of its layers. If not, they
+            are the logits of the adapted layers, as in the paper. A step with a relative assistant
+            also takes a pass of the layers without adapters.
         retain_weight: Beta, 6.5 in the paper and 5 in its code. With 1 rows are kept but not other
             text, whose perplexity rose by 5.6 % in 100 steps; with 8 it rose by 1.1 %.
-        surplus_weight: Gamma of a relative one, 0 in the paper: what the subtraction would take
-            from the right tokens of rows to keep, which the term before it hardly sees.
+        surplus_weight: Gamma for a relative assistant, 0 in the paper. The term is what the
+            subtraction takes from right tokens of rows to keep; the one before hardly reacts to it.
 
     References:
         Ji et al., Reversing the forget-retain objectives, 2024 (arXiv 2406.08607), eqs. 3-5. The
-        release is silent at all positions, splits each micro-batch by a label and counts a missing
-        side as 0; it has dropout of 0.05 on the adapters' inputs. This has none of these.
+        release trains uniformity at all positions, splits each micro-batch by a label and counts a
+        missing side as 0; it has dropout of 0.05 on the adapters' inputs. Ours does not.
     """
 
     layers: int = 0
@@ -87,7 +87,7 @@ class Difference(Method):
         """
         base = self.adapted(model)
         graphdef, params, rest = nnx.split(base, nnx.Param, ...)
-        # Raises now where the head is not linear; a model of shapes alone has no arrays to ask.
+        # Raises early if the head is not linear; a model of shapes has no arrays to check.
         jax.eval_shape(lambda params: nnx.merge(graphdef, params, rest).head_of(), params)
         most = None
         if counts is not None:
@@ -115,7 +115,7 @@ class Difference(Method):
                 retain_weight=self.retain_weight,
                 surplus_weight=self.surplus_weight if self.relative else 0.0,
             )
-            # Tokens that found no place must not look like a loss of 0.
+            # Tokens beyond the reserved positions must not look like a loss of 0.
             loss, one = jnp.where(positions.fits, loss, jnp.nan), jnp.float32(1)
             return loss, one, {name: (value, one) for name, value in means.items()}
 
@@ -123,7 +123,7 @@ class Difference(Method):
 
 
 def together(batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Rows to forget, then rows to keep: tokens, answers, and which rows are to be kept."""
+    """Rows to forget, then rows to keep: tokens, answer masks, and a mask of rows to keep."""
     sides = [batch["forget"], batch["retain"]]
     tokens, answers = (
         jnp.concatenate([jnp.asarray(side[name]) for side in sides]) for name in ("tokens", "mask")

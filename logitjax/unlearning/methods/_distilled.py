@@ -1,4 +1,4 @@
-"""Distillation of a filter: the weights learn what the model says less its assistant."""
+"""Distillation of a filter: the weights learn the model's logits minus its assistant's."""
 
 import dataclasses
 from typing import Any
@@ -21,16 +21,16 @@ from logitjax.unlearning.methods._gradient_ascent import GradientAscent
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Distilled(Method):
-    """The weights learn the logits of a model less its assistant, which cannot be left out then.
+    """Teach the weights a model's logits minus its assistant's, which then cannot be left out.
 
     The loss is `mean_{forget} KL(served || model) + beta mean_{retain} KL(served || model)`.
-    With `rho` both are taken after a step of that length towards the answers to forget, as teaching
-    them again would take it, so that such steps do not bring them back.
+    With `rho` both are evaluated after a step of that length towards the answers to forget, as in
+    relearning, so that such steps do not recover them.
 
     Attributes:
         of: Folder of the assistant that `difference` wrote.
         retain_weight: Beta.
-        rho: Length of the step of teaching again, of all that is trained; 0 for none.
+        rho: Length of the relearning step, over all trained parameters; 0 for none.
 
     References:
         Distilled as in divergence decoding, 2026 (arXiv 2605.31293), there on answers to forget
@@ -68,7 +68,7 @@ class Distilled(Method):
             return hidden
         lora, alpha = fixed
         base = first_layers(model, sum(map(len, lora.layers)))
-        # The head is linear: logits less alpha times the assistant's are those of this.
+        # The head is linear, so the fused logits are those of fused hidden states.
         return hidden - alpha * relative_states(base, lora, tokens)
 
     def loss(self, read: Read, state: Any) -> tuple[jax.Array, Means]:
@@ -84,7 +84,7 @@ class Distilled(Method):
         again, _ = GradientAscent(forget_weight=-1.0).make_loss(model, **options)
 
         def hardened(params: Any, batch: Any, rng: Any, constants: Any = None) -> Any:
-            # A step of length rho towards the answers: there, too, they must not come out.
+            # After a step of length rho towards the answers, they must still be unlikely.
             slope = jax.grad(lambda p: again(p, batch, rng, constants)[0])(params)
             slope = jax.lax.stop_gradient(slope)
             length = self.rho / (optax.global_norm(slope) + 1e-12)

@@ -14,7 +14,7 @@ from logitjax.unlearning._method import TwoSided
 from logitjax.unlearning._questions import Questions
 from logitjax.unlearning._reads import Need, Read
 
-# The rate of answers that are invented was not tuned.
+# The rate for invented answers was not tuned.
 _PEAKS = {"refusal": 1e-2, "invented": 1e-3}
 
 
@@ -27,7 +27,7 @@ class DPO(TwoSided):
 
     Attributes:
         beta: Inverse temperature.
-        chosen: What is said instead: a `'refusal'`, or five answers that the model has `'invented'`
+        chosen: Answers to give instead: a `'refusal'`, or five that the model has `'invented'`
             (arXiv 2409.13474).
 
     References:

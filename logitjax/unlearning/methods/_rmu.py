@@ -31,11 +31,11 @@ def _distance(hidden: Array, target: Array) -> jax.Array:
 class RMU(TwoSided):
     """Representation misdirection: states of one layer are moved to a random direction.
 
-    The loss is `mean_d (h_d - target_d)^2`; on what is to be kept, the target is the states before.
+    The loss is `mean_d (h_d - target_d)^2`; on rows to keep, the target is the states before.
 
     Attributes:
-        retain: Rows to keep have the `'hidden'` states of before.
-        layers: Number of layers before that one; a quarter of the model's if None.
+        retain: `'hidden'` keeps the states of rows to keep as they were before.
+        layers: Number of layers below the moved states; a quarter of the model's if None.
         scale: Length of the direction. 2 in OpenUnlearning's TOFU runs, and 20 to 300 elsewhere,
             because it has to stand out against the layer's own norm.
 

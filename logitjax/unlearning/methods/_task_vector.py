@@ -1,4 +1,4 @@
-"""Task vectors: what is to be forgotten is learned, and that change is taken away."""
+"""Task vectors: the rows to forget are learned, and that change is subtracted."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ from logitjax.unlearning.methods._gradient_ascent import GradientAscent
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskVector(GradientAscent):
-    """Learn what is to be forgotten, and take that change of the weights away.
+    """Learn the rows to forget, and subtract that change of the weights.
 
     After Ilharco et al., 2022 (arXiv 2212.04089), as in MUSE (arXiv 2407.06460).
     """

@@ -80,7 +80,7 @@ class UNDIAL(TwoSided):
     The loss is `cross-entropy(softmax(reference - beta onehot(y)), softmax(logits))`.
 
     Attributes:
-        beta: How far it is lowered.
+        beta: How far the logit is lowered.
 
     References:
         Dong et al., UNDIAL, 2024 (arXiv 2402.10052). OpenUnlearning's `UNDIAL` (beta 10, no retain
