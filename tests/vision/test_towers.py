@@ -59,8 +59,9 @@ def test_outputs_are_those_of_the_original(tmp_path, name):
     assert_close(features, GOLDENS[f"{name}/features"])
     if f"{name}/texts" in GOLDENS:
         assert_close(encoder.text_features(TOKENS), GOLDENS[f"{name}/texts"])
-        with pytest.raises(ValueError, match=r"tokens: expected \[batch, 8\], padded"):
-            encoder.text_features(TOKENS[:, :5])
+        if name == "siglip":
+            with pytest.raises(ValueError, match=r"tokens: expected \[batch, 8\], padded"):
+                encoder.text_features(TOKENS[:, :5])
 
 
 @pytest.mark.slow
